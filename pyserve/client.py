@@ -1,0 +1,151 @@
+"""The seam between the API and the engine: token ids go in, token ids come out.
+
+The API imports this and nothing behind it. Everything here runs on the one event loop; no locks.
+A `SequenceStream` is a buffer, not a queue: the engine appends and wakes its reader, and a reader
+that comes late takes all that has gathered at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from pyserve.errors import PyserveError
+from pyserve.params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True)
+class SequenceDelta:
+    """What one sequence has produced since it was last read.
+
+    token_ids          new output tokens, the stopping one included.
+    finish_reason      None while the sequence runs; the last delta carries it.
+    stop_token_id      the id of stop_token_ids that ended the sequence, None otherwise.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class SequenceStream:
+    """Output of one sequence: written by the engine, read by one coroutine of the API."""
+
+    seq_id: int
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0  # prompt tokens from the prefix cache; set before the first token
+    _token_ids: list[int] = field(default_factory=list)
+    _finish_reason: FinishReason | None = None
+    _stop_token_id: int | None = None
+    _error: PyserveError | None = None
+    _wakeup: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_finished(self) -> bool:
+        """True once the engine has written its last word; unread tokens may remain."""
+        return self._finish_reason is not None or self._error is not None
+
+    def put(self, token_id: int) -> None:
+        """Engine side: append one output token and wake the reader."""
+        assert not self.is_finished, "token after the end"
+        self._token_ids.append(token_id)
+        self._wakeup.set()
+
+    def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> None:
+        """Engine side: the sequence has ended; exactly one of finish and fail is called."""
+        assert not self.is_finished, "finished twice"
+        self._finish_reason = reason
+        self._stop_token_id = stop_token_id
+        self._wakeup.set()
+
+    def fail(self, error: PyserveError) -> None:
+        """Engine side: the sequence has failed; `read` raises `error` after what it delivered."""
+        assert not self.is_finished, "failed after the end"
+        self._error = error
+        self._wakeup.set()
+
+    async def read(self) -> SequenceDelta:
+        """Wait for news and take all of it. Raises the error the sequence failed with."""
+        await self._wakeup.wait()
+        self._wakeup.clear()
+        if self._error is not None and not self._token_ids:
+            raise self._error
+        delta = SequenceDelta(self._token_ids)
+        self._token_ids = []
+        if self._error is not None:
+            self._wakeup.set()  # the next read raises
+        else:
+            delta.finish_reason = self._finish_reason
+            delta.stop_token_id = self._stop_token_id
+        return delta
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the API must know about the engine; constant after start."""
+
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int  # token ids are in [0, vocab_size)
+    max_num_seqs: int
+    block_size: int  # tokens a KV block
+    num_blocks: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for /metrics and the log. Counters only grow."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks_used: int
+    num_preemptions: int
+    num_steps: int
+    prompt_tokens: int  # prompt tokens of admitted sequences
+    cached_tokens: int  # of those, served by the prefix cache
+    output_tokens: int
+    step_age_s: float  # age of the running step, 0 where none runs
+    error: str | None  # why the engine has stopped; None while it is sound
+
+
+class EngineClient(Protocol):
+    """All the API sees of the engine."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def start(self) -> None:
+        """Begin to step; called once, on the event loop."""
+        ...
+
+    async def stop(self) -> None:
+        """Fail what still runs, free threads and memory. `submit` raises from here on."""
+        ...
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> SequenceStream:
+        """Queue one sequence. Raises InvalidRequestError where it can never fit, UnavailableError
+        where the engine has stopped. Lower `priority` runs first; equal ones in order of arrival.
+        """
+        ...
+
+    def abort(self, stream: SequenceStream) -> None:
+        """Stop the sequence and free what it holds within one step. Harmless after its end.
+
+        The stream finishes with reason "abort" at once; nothing more is put into it.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...

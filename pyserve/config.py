@@ -1,0 +1,97 @@
+"""Settings of one server, frozen before anything is built, and the only reader of the environment.
+
+Derived numbers (num_blocks, the context that fits) are never written back here: whoever computes
+them passes them on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pyserve.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+MAX_BODY_BYTES = 32 * 2**20
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine is built from. Sizes are tokens unless the name says otherwise."""
+
+    model_path: Path  # a folder with config.json and, unless load_format is dummy, safetensors
+    dtype: Dtype = "auto"
+    device: Literal["cpu"] = "cpu"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None  # None: the model's own, or what fits
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+    block_size: int = DEFAULT_BLOCK_SIZE
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9  # fraction of the device's memory; the host's on a CPU
+    kv_cache_memory_bytes: int | None = None  # overrides what the planner would give the KV cache
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    seed: int = 0
+    allow_reference_ops: bool = False
+
+    def __post_init__(self) -> None:
+        _require("--max-num-seqs", self.max_num_seqs, 1, 4096)
+        _require("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 2**20)
+        _require("--block-size", self.block_size, 1, 256)
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
+        if self.max_model_len is not None:
+            _require("--max-model-len", self.max_model_len, 1, 2**24)
+        if self.kv_cache_memory_bytes is not None:
+            _require("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1, 2**50)
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the HTTP side is built from."""
+
+    served_model_names: tuple[str, ...]  # the first one is used in responses
+    host: str = "0.0.0.0"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
+    shutdown_timeout_s: float = 30.0
+    log_stats: bool = True
+
+    def __post_init__(self) -> None:
+        _require("--port", self.port, 0, 65535)
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError("--served-model-name must hold at least one non-empty name")
+        if any(not key for key in self.api_keys):
+            raise ConfigError("--api-key must not be empty")
+        if self.shutdown_timeout_s < 0:
+            raise ConfigError(
+                f"--shutdown-timeout must be at least 0, got {self.shutdown_timeout_s}"
+            )
+
+
+def env(name: str) -> str | None:
+    """Value of an environment variable; None where it is unset or empty."""
+    return os.environ.get(name) or None
+
+
+def cache_dir() -> Path:
+    """Where compiled products are kept: PYSERVE_CACHE, else the XDG cache folder."""
+    override = env("PYSERVE_CACHE")
+    if override is not None:
+        return Path(override)
+    return Path(env("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyserve"
+
+
+def _require(flag: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} must be in [{low}, {high}], got {value}")

@@ -1,0 +1,98 @@
+"""Every error a user can meet, in one tree.
+
+`RequestError` ends one request with an HTTP status; `StartupError` ends the process with one line.
+Messages name the field or file, the value and the limit; never a path inside pyserve, a repr of an
+object or a stack trace. Bugs of ours are plain exceptions and asserts, not part of this tree.
+"""
+
+from __future__ import annotations
+
+
+class PyserveError(Exception):
+    """Base of all errors that are meant for a user's eyes."""
+
+
+class RequestError(PyserveError):
+    """Ends one request. `param` is the request field at fault, None where there is none."""
+
+    status = 400
+    type = "BadRequestError"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(RequestError):
+    """400: a value is missing, of the wrong type or out of range."""
+
+
+class NotBuiltError(RequestError):
+    """400: a field of the wire format that this version does not implement yet."""
+
+
+class UnauthorizedError(RequestError):
+    """401: no key or a wrong one."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
+class NotFoundError(RequestError):
+    """404: no such model or route."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class MethodNotAllowedError(RequestError):
+    """405: the route exists, the verb does not."""
+
+    status = 405
+    type = "MethodNotAllowedError"
+
+
+class BodyTooLargeError(RequestError):
+    """413: the body is over the limit."""
+
+    status = 413
+    type = "RequestEntityTooLargeError"
+
+
+class UnavailableError(RequestError):
+    """503: not ready, draining, or the engine has stopped. Sent with Retry-After."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(RequestError):
+    """500: a step failed under this request, or its logits were not numbers."""
+
+    status = 500
+    type = "InternalServerError"
+
+
+class StartupError(PyserveError):
+    """Ends the process before it is ready: one line that says what to do, exit code 1."""
+
+
+class ConfigError(StartupError):
+    """A flag or a value of config.json that cannot be served."""
+
+
+class CheckpointError(StartupError):
+    """A file of the model is missing, truncated, inconsistent or lies about its contents."""
+
+
+class BuildError(StartupError):
+    """The native products are neither in the package nor can they be compiled here."""
+
+
+class PlanError(StartupError):
+    """The model and its KV cache do not fit the memory they may use."""

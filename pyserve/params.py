@@ -1,0 +1,96 @@
+"""SamplingParams: what the engine needs to know about how one sequence is sampled and stopped.
+
+Validated on construction, so that nothing behind the API ever checks a range again. The engine
+knows no EOS: whoever builds the params resolves EOS, `ignore_eos` and the model's own defaults
+into `stop_token_ids`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from pyserve.errors import InvalidRequestError
+
+MAX_LOGIT_BIAS = 300  # entries per sequence; one slot row on the device holds them
+MAX_STOP_TOKEN_IDS = 64  # likewise
+MAX_TOP_K = 2**31 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one sequence is sampled.
+
+    temperature       0 is greedy; scales logits before top-k, top-p and min-p.
+    top_k             number of most likely tokens kept; 0 keeps all.
+    top_p             smallest set of tokens whose probability reaches top_p; in (0, 1].
+    min_p             drops tokens less likely than min_p times the most likely; in [0, 1].
+    repetition_penalty, presence_penalty, frequency_penalty
+                      the first over prompt and output (Keskar et al. 2019), the others over output.
+    logit_bias        token id -> value added to its logit, in [-100, 100].
+    seed              None draws a fresh one; sample_index separates the n choices of one request.
+    max_tokens        output tokens at most, at least 1.
+    min_tokens        stop_token_ids cannot be sampled before this many output tokens.
+    stop_token_ids    ids that end the sequence; the id itself is the last output token.
+
+    Raises InvalidRequestError naming the field, the value and the limit.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    sample_index: int = 0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, 2.0)
+        _check("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("top_k", self.top_k, 0, MAX_TOP_K)
+        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, exclude_low=True)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.seed is not None:
+            _check("seed", self.seed, INT64_MIN, INT64_MAX)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(
+                f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_LOGIT_BIAS}",
+                "logit_bias",
+            )
+        for token_id, value in self.logit_bias.items():
+            _check(f"logit_bias[{token_id}]", value, -100.0, 100.0)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries, "
+                f"the limit is {MAX_STOP_TOKEN_IDS}",
+                "stop_token_ids",
+            )
+
+    @property
+    def has_penalties(self) -> bool:
+        """True where sampling needs to know which tokens the sequence holds."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+def _check(name: str, value: float, low: float, high: float, *, exclude_low: bool = False) -> None:
+    too_low = value <= low if exclude_low else value < low
+    if too_low or value > high or not math.isfinite(value):
+        bracket = "(" if exclude_low else "["
+        raise InvalidRequestError(
+            f"{name} must be in {bracket}{low}, {high}], got {value}", name.split("[")[0]
+        )
