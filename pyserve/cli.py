@@ -1,0 +1,304 @@
+"""Command line: flags in, one frozen config each for the engine and the server out.
+
+`python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same. The only module that
+imports inside functions: the port must open before torch is imported.
+Flag names are vLLM's. A flag that is not built yet is a start error naming it, a flag that has no
+meaning here is accepted with a warning, and an unknown one is an error with the nearest name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pyserve import __version__, log
+from pyserve.api.serve import Loaded, Report, run_server
+from pyserve.config import EngineConfig, ServerConfig, env
+from pyserve.errors import ConfigError, StartupError
+from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+
+DEMO_MODEL = Path(__file__).parent / "demo"
+DEMO_MODEL_NAME = "pyserve-demo"
+
+# Flags of vLLM that a later version will have: name -> nargs.
+NOT_BUILT: dict[str, int | str] = {
+    "config": 1,
+    "env": 1,
+    "uds": 1,
+    "root-path": 1,
+    "allowed-origins": 1,
+    "allowed-methods": 1,
+    "allowed-headers": 1,
+    "allow-credentials": 0,
+    "ssl-keyfile": 1,
+    "ssl-certfile": 1,
+    "ssl-ca-certs": 1,
+    "max-logprobs": 1,
+    "max-queue": 1,
+    "quantization": 1,
+    "kv-cache-dtype": 1,
+    "enable-auto-tool-choice": 0,
+    "tool-call-parser": 1,
+    "reasoning-parser": 1,
+    "enable-reasoning": 0,
+    "enable-lora": 0,
+    "lora-modules": "+",
+    "max-loras": 1,
+    "max-lora-rank": 1,
+    "pipeline-parallel-size": 1,
+    "data-parallel-size": 1,
+    "speculative-config": 1,
+    "guided-decoding-backend": 1,
+    "structured-outputs-config": 1,
+    "override-generation-config": 1,
+    "default-chat-template-kwargs": 1,
+    "trust-request-chat-template": 0,
+    "response-role": 1,
+    "rope-scaling": 1,
+    "rope-theta": 1,
+    "hf-overrides": 1,
+    "task": 1,
+    "cpu-offload-gb": 1,
+    "disable-sliding-window": 0,
+    "max-num-partial-prefills": 1,
+    "long-prefill-token-threshold": 1,
+    "return-tokens-as-token-ids": 0,
+    "enable-request-id-headers": 0,
+    "enable-log-requests": 0,
+    "stream-interval": 1,
+}
+
+# Flags of vLLM whose effect pyserve always has, or that steer machinery it does not have.
+NO_MEANING: dict[str, int | str] = {
+    "trust-remote-code": 0,  # code from a model folder is never run
+    "enforce-eager": 0,
+    "enable-chunked-prefill": 0,  # always on
+    "enable-prompt-tokens-details": 0,  # always on
+    "disable-log-requests": 0,  # prompts are never logged
+    "disable-frontend-multiprocessing": 0,  # one process
+    "disable-custom-all-reduce": 0,
+    "disable-fastapi-docs": 0,
+    "swap-space": 1,
+    "num-scheduler-steps": 1,
+    "preemption-mode": 1,
+    "distributed-executor-backend": 1,
+    "worker-use-ray": 0,
+    "use-v2-block-manager": 0,
+    "compilation-config": 1,
+    "max-seq-len-to-capture": 1,
+    "max-parallel-loading-workers": 1,
+    "uvicorn-log-level": 1,
+    "attention-backend": 1,
+    "tokenizer-pool-size": 1,
+    "tokenizer-mode": 1,
+    "api-server-count": 1,
+    "async-scheduling": 0,
+    "device": 1,  # what the machine has is used
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the server until it is told to stop; returns the process's exit code."""
+    log.setup("info")
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        log.setup(args.log_level)
+        server_config = _server_config(args)
+        load = _loader(args)
+    except StartupError as error:
+        log.get_logger().error("%s", error)
+        return 2
+    # A spinning libgomp would starve the event loop of its core; read when libgomp is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return run_server(server_config, load)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse and check the flags. Raises ConfigError naming the flag at fault."""
+    argv = [_canonical(word) for word in argv]
+    if argv and argv[0] == "serve":
+        argv = argv[1:]
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("-"):
+            _unknown_flag(parser, word)
+        raise ConfigError(f"unexpected argument {word!r}")
+    given = vars(args)
+    for name in NOT_BUILT:
+        if given.pop(name, None) is not None:
+            raise ConfigError(f"--{name} is not built yet in pyserve {__version__}")
+    for name in NO_MEANING:
+        if given.pop(name, None) is not None:
+            log.get_logger().warning("--%s has no meaning in pyserve and is ignored", name)
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {args.tensor_parallel_size} is not built yet, the limit is 1"
+        )
+    if args.positional_model is not None:
+        if args.model is not None:
+            raise ConfigError("the model is given twice: as an argument and with --model")
+        args.model = args.positional_model
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see python -m pyserve --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pyserve",
+        usage="python -m pyserve [--model MODEL] [flags]",
+        description="Serve a model on the OpenAI API. Without --model: the bundled demo model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=__version__)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="a folder, or a name on the hub such as org/name")
+    model.add_argument("--tokenizer", help="folder or hub name of the tokenizer (the model's)")
+    model.add_argument("--revision", help="branch, tag or commit on the hub")
+    model.add_argument("--download-dir", type=Path, help="where downloads are kept")
+    model.add_argument("--hf-token", help="access token of the hub (HF_TOKEN)")
+    model.add_argument("--load-format", choices=["auto", "safetensors", "dummy"], default="auto")
+    model.add_argument(
+        "--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"],
+        default="auto",
+    )  # fmt: skip
+    model.add_argument("--chat-template", help="file or text that replaces the model's template")
+    model.add_argument(
+        "--generation-config", default="auto",
+        help="'auto': sampling defaults of the model; 'vllm': neutral ones; or a folder",
+    )  # fmt: skip
+    model.add_argument("--seed", type=int, default=0, help="seed of dummy weights")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-model-len", type=_size, help="context in tokens; 32k and 32K work")
+    engine.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
+    engine.add_argument("--max-num-batched-tokens", type=_size, default=2048, help="per step")
+    engine.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
+    engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="0 to 1")
+    engine.add_argument("--kv-cache-memory-bytes", type=int, help="instead of what is left")
+    engine.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True
+    )
+    engine.add_argument("--scheduling-policy", choices=["fcfs", "priority"], default="fcfs")
+    engine.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    engine.add_argument(
+        "--allow-reference-ops", action="store_true",
+        help="serve with plain torch, slowly, where there is no compiler",
+    )  # fmt: skip
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="0.0.0.0")
+    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--api-key", action="append", default=[], help="(VLLM_API_KEY)")
+    server.add_argument("--served-model-name", nargs="+", help="names clients may use")
+    server.add_argument("--shutdown-timeout", type=float, default=30.0, help="seconds to drain")
+    server.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info"
+    )
+    server.add_argument("--disable-log-stats", action="store_true")
+    for name, nargs in {**NOT_BUILT, **NO_MEANING}.items():
+        _add_silent(parser, name, nargs)
+    return parser
+
+
+def _add_silent(parser: argparse.ArgumentParser, name: str, nargs: int | str) -> None:
+    flags = [f"--{name}"] + (["-q"] if name == "quantization" else [])
+    options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
+    if nargs == 0:
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+    else:
+        parser.add_argument(*flags, nargs="?" if nargs == 1 else nargs, const="", **options)
+
+
+def _canonical(word: str) -> str:
+    """`--max_model_len=5` and `--max-model-len=5` are the same flag."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+    name = word.partition("=")[0]
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f", did you mean {nearest[0]}?" if nearest else ""
+    raise ConfigError(f"unknown flag {name}{hint}")
+
+
+def _size(text: str) -> int:
+    """Tokens: 4096, 32k (32,000) or 32K (32,768), as vLLM reads them."""
+    factor = {"k": 1000, "K": 1024}.get(text[-1:], 1)
+    return int(text[:-1] if factor > 1 else text) * factor
+
+
+def _server_config(args: argparse.Namespace) -> ServerConfig:
+    keys = tuple(args.api_key) or tuple(filter(None, [env("VLLM_API_KEY")]))
+    if not keys and args.host not in ("127.0.0.1", "localhost", "::1"):
+        log.get_logger().warning(
+            "anyone who reaches %s:%d can use the model: pass --api-key KEY to require one",
+            args.host, args.port,
+        )  # fmt: skip
+    names = args.served_model_name or [args.model or DEMO_MODEL_NAME]
+    return ServerConfig(
+        served_model_names=tuple(names),
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        shutdown_timeout_s=args.shutdown_timeout,
+        log_stats=not args.disable_log_stats,
+    )
+
+
+def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
+    dtype = {"half": "float16", "float": "float32"}.get(args.dtype, args.dtype)
+    return EngineConfig(
+        model_path=model_path,
+        dtype=dtype,
+        load_format=args.load_format,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+        enable_prefix_caching=args.enable_prefix_caching,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        scheduling_policy=args.scheduling_policy,
+        seed=args.seed,
+        allow_reference_ops=args.allow_reference_ops,
+    )
+
+
+def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
+    """What the server runs on a worker thread once its port is open."""
+    _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
+    token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
+
+    def resolve(name: str) -> Path:
+        from pyserve.model.hub import resolve_model
+
+        return resolve_model(
+            name, revision=args.revision, token=token, download_dir=args.download_dir
+        )
+
+    def load(report: Report) -> Loaded:
+        model_path = DEMO_MODEL if args.model is None else resolve(args.model)
+        tokenizer_path = resolve(args.tokenizer) if args.tokenizer else model_path
+        tokenizer = Tokenizer.from_folder(tokenizer_path)
+        template = ChatTemplate.load(tokenizer, override=args.chat_template)
+        defaults = GenerationDefaults.from_folder(model_path)
+        from pyserve.engine.load import build_engine
+
+        engine = build_engine(_engine_config(args, model_path), progress=report)
+        return Loaded(tokenizer=tokenizer, chat_template=template, defaults=defaults, engine=engine)
+
+    return load
