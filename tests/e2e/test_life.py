@@ -1,0 +1,246 @@
+"""Streams side by side, clients that leave, start-up and shutdown of the real process."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.e2e.conftest import ROOT, Server, free_port, start_server
+
+LONG: dict[str, Any] = {
+    "model": "pyserve-demo", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True,
+}  # fmt: skip
+QUESTIONS = [
+    "What is the capital of France?", "¿Cuál es la capital de España?", "What is 12 + 30?",
+    "Hello!", "¡Hola!", "Repeat: the quick brown fox", "Write a poem about the sea",
+    "Explicar la computación cuántica",
+]  # fmt: skip
+
+
+def open_request(server: Server, body: dict[str, Any]) -> socket.socket:
+    """Send a request on a bare socket, so that the test decides when to hang up."""
+    payload = json.dumps(body).encode()
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\n\r\n"
+    )
+    sock.sendall(head.encode() + payload)
+    return sock
+
+
+def wait_until(condition: Any, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.01)
+
+
+def test_64_concurrent_streams_are_right_and_none_starves(server: Server) -> None:
+    client = server.client()
+
+    def ask(question: str) -> tuple[str, float]:
+        pieces, last, gap = [], time.monotonic(), 0.0
+        for chunk in client.chat.completions.create(
+            model="pyserve-demo", messages=[{"role": "user", "content": question}],
+            temperature=0, max_tokens=120, stream=True,
+        ):  # fmt: skip
+            now = time.monotonic()
+            gap, last = max(gap, now - last), now
+            pieces.append(chunk.choices[0].delta.content or "")
+        return "".join(pieces), gap
+
+    alone = {question: ask(question)[0] for question in QUESTIONS}
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(ask, QUESTIONS * 8))
+    wrong = [
+        (question, text)
+        for question, (text, _) in zip(QUESTIONS * 8, together, strict=True)
+        if text != alone[question]
+    ]
+    assert not wrong, wrong[:2]
+    assert max(gap for _, gap in together) < 10.0
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_frees_its_blocks(server: Server, stream: bool) -> None:
+    server.wait_idle()
+    sock = open_request(server, {**LONG, "stream": stream})
+    wait_until(lambda: server.metric("vllm:num_requests_running") == 1)
+    sock.close()
+    wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 1.0)
+    server.wait_idle(1.0)
+
+
+def test_a_client_that_leaves_the_queue(tmp_path: Path) -> None:
+    """With one slot the second request waits; it leaves the queue when its client does."""
+    with start_server(tmp_path / "log", "--max-num-seqs", "1") as server:
+        first = open_request(server, {**LONG, "stream": True})
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 1)
+        second = open_request(server, LONG)
+        wait_until(lambda: server.metric("vllm:num_requests_waiting") == 1)
+        second.close()
+        wait_until(lambda: server.metric("vllm:num_requests_waiting") == 0, 1.0)
+        assert server.metric("vllm:num_requests_running") == 1
+        first.close()
+        server.wait_idle(2.0)
+
+
+def test_a_client_that_leaves_during_prefill(tmp_path: Path) -> None:
+    """Small chunks make the prefill long enough to hang up in the middle of it."""
+    with start_server(tmp_path / "log", "--max-num-batched-tokens", "16") as server:
+        prompt = [5 + i % 500 for i in range(1900)]
+        sock = open_request(server, {**LONG, "prompt": prompt, "max_tokens": 20})
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 1)
+        generated = server.metric("vllm:generation_tokens_total")
+        sock.close()
+        server.wait_idle(2.0)
+        assert server.metric("vllm:generation_tokens_total") == generated
+
+
+def test_mixed_requests_with_aborts_leak_nothing(server: Server) -> None:
+    client = server.client()
+
+    def one(number: int) -> None:
+        rng = random.Random(number)
+        body = {
+            "model": "pyserve-demo", "prompt": rng.choice(QUESTIONS), "n": rng.randint(1, 3),
+            "max_tokens": rng.randint(1, 60), "temperature": rng.choice([0.7, 1.0]),
+            "top_p": rng.choice([0.8, 1.0]), "stream": rng.random() < 0.5,
+            "stop": rng.choice([None, ["a"], ["zz", "."]]), "presence_penalty": rng.choice([0, 1]),
+            "seed": number,
+        }  # fmt: skip
+        if rng.random() < 0.2:
+            sock = open_request(server, {**body, "max_tokens": 400})
+            time.sleep(rng.random() * 0.05)
+            sock.close()
+        else:
+            answer = client.completions.create(**body)
+            if body["stream"]:
+                reasons = [c.finish_reason for chunk in answer for c in chunk.choices]
+                assert sum(reason is not None for reason in reasons) == body["n"]
+            else:
+                assert all(choice.finish_reason for choice in answer.choices)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, range(100)))
+        server.wait_idle()
+        before = server.rss_bytes()
+        list(pool.map(one, range(100, 400)))
+    server.wait_idle()
+    assert server.rss_bytes() - before < 20 * 2**20
+
+
+def test_penalties_bias_and_minimum_tokens_have_an_effect(client: OpenAI) -> None:
+    prompt = "La capital de Francia es"
+
+    def text(**fields: Any) -> str:
+        answer = client.completions.create(
+            model="pyserve-demo", prompt=prompt, max_tokens=24, temperature=0, extra_body=fields
+        )
+        return answer.choices[0].text
+
+    plain = text(ignore_eos=True)
+    assert text(ignore_eos=True, repetition_penalty=2.0) != plain
+    assert text(ignore_eos=True, frequency_penalty=2.0, presence_penalty=2.0) != plain
+    first = client.completions.create(
+        model="pyserve-demo", prompt=prompt, max_tokens=1, temperature=0
+    )
+    assert first.usage is not None
+    short = client.chat.completions.create(
+        model="pyserve-demo", messages=[{"role": "user", "content": "Hello!"}], temperature=0,
+        max_tokens=60,
+    )  # fmt: skip
+    assert short.usage is not None and short.usage.completion_tokens < 40
+    longer = client.chat.completions.create(
+        model="pyserve-demo", messages=[{"role": "user", "content": "Hello!"}], temperature=0,
+        max_tokens=60, extra_body={"min_tokens": 50},
+    )  # fmt: skip
+    assert longer.usage is not None and longer.usage.completion_tokens >= 50
+
+
+def test_port_opens_at_once_and_says_what_it_does(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with start_server(tmp_path / "log", ready_timeout_s=0) as server:
+        while True:
+            try:
+                status, body = server.get("/health")
+                break
+            except OSError:
+                time.sleep(0.01)
+        opened_s = time.monotonic() - started
+        assert opened_s < 3.0  # 0.5 s on a quiet machine; bench/footprint.py measures it
+        if status == 503:
+            assert {"status", "phase", "progress", "eta_s"} <= set(json.loads(body))
+            code, reply = server.request("POST", "/v1/completions", json.dumps(LONG).encode())
+            assert code in (503, 200) and (code == 200 or "error" in json.loads(reply))
+        server.wait_ready(60)
+        log = server.log.read_text()
+        assert f"ready on http://127.0.0.1:{server.port}" in log
+
+
+def test_sigterm_drains_and_exits_zero(tmp_path: Path) -> None:
+    with start_server(tmp_path / "log") as server:
+        client = server.client()
+        reasons: list[str | None] = []
+
+        def stream() -> None:
+            for chunk in client.completions.create(
+                model="pyserve-demo", prompt="Hello", max_tokens=300, stream=True,
+                extra_body={"ignore_eos": True},
+            ):  # fmt: skip
+                reasons.append(chunk.choices[0].finish_reason)
+
+        thread = threading.Thread(target=stream)
+        thread.start()
+        wait_until(lambda: len(reasons) > 3)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(30)
+        assert reasons[-1] == "length"
+        assert server.process.wait(10) == 0
+
+
+def run_to_the_end(*flags: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyserve", "--host", "127.0.0.1", *flags],
+        capture_output=True, text=True, cwd=ROOT, timeout=100,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+def test_busy_port(server: Server) -> None:
+    code, log = run_to_the_end("--port", str(server.port))
+    assert code != 0 and f"port {server.port}" in log
+
+
+def test_no_such_model_folder(tmp_path: Path) -> None:
+    code, log = run_to_the_end("--port", str(free_port()), "--model", str(tmp_path))
+    assert code != 0 and "config.json" in log
+
+
+def test_too_little_memory() -> None:
+    code, log = run_to_the_end("--port", str(free_port()), "--gpu-memory-utilization", "0.0001")
+    assert code != 0 and "--gpu-memory-utilization" in log
+
+
+def test_api_key(tmp_path: Path) -> None:
+    with start_server(tmp_path / "log", "--api-key", "secret") as server:
+        for path in ("/v1/models", "/version", "/metrics", "/tokenize", "/nothing"):
+            assert server.get(path)[0] == 401
+        assert server.get("/health")[0] == 200
+        sdk = OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        assert [model.id for model in sdk.models.list()] == ["pyserve-demo"]
