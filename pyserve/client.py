@@ -69,20 +69,41 @@ class SequenceStream:
         self._error = error
         self._wakeup.set()
 
-    async def read(self) -> SequenceDelta:
-        """Wait for news and take all of it. Raises the error the sequence failed with."""
-        await self._wakeup.wait()
-        self._wakeup.clear()
+    def share_wakeup(self, wakeup: asyncio.Event) -> None:
+        """Wake `wakeup` from here on, so that one reader can wait for several streams at once.
+
+        Called right after submit; the reader clears the event itself and then takes from each.
+        """
+        if self._wakeup.is_set():
+            wakeup.set()
+        self._wakeup = wakeup
+
+    def take(self) -> SequenceDelta | None:
+        """All that has gathered since the last call, None where nothing has. Never waits.
+
+        Raises the error the sequence failed with, after what it had delivered.
+        """
+        if not self._token_ids and not self.is_finished:
+            return None
         if self._error is not None and not self._token_ids:
             raise self._error
         delta = SequenceDelta(self._token_ids)
         self._token_ids = []
         if self._error is not None:
-            self._wakeup.set()  # the next read raises
+            self._wakeup.set()  # the next call raises
         else:
             delta.finish_reason = self._finish_reason
             delta.stop_token_id = self._stop_token_id
         return delta
+
+    async def read(self) -> SequenceDelta:
+        """Wait for news and take all of it. Raises as `take` does."""
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            delta = self.take()
+            if delta is not None:
+                return delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,7 @@ class EngineInfo:
     num_blocks: int
     dtype: str
     device: str
+    has_priorities: bool = False  # scheduling_policy is "priority": submit's priority counts
 
 
 @dataclass(frozen=True, slots=True)
