@@ -1,0 +1,29 @@
+// Every op of pyserve: its schema, once, for all backends. Each implementation lives in a file of
+// its backend that ends in STABLE_TORCH_LIBRARY_IMPL; shapes and meaning are written out in
+// pyserve/ops/__init__.py, the plain-torch twin of each in pyserve/ops/reference.py.
+// Out-variants only: an op allocates no tensor, so a CUDA graph can hold all of them.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyserve, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, Tensor(b!) out) "
+      "-> ()");
+  m.def(
+      "rope_write_kv(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, Tensor slot_mapping, "
+      "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, int num_heads, int num_kv_heads, "
+      "Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()");
+  m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "
+      "Tensor row_slots, Tensor cu_seqlens_q, Tensor seq_lens, float softmax_scale, int window, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "plan_step(Tensor step_input, Tensor(a!) slots, Tensor(b!) block_table, "
+      "Tensor(c!) token_counts, int block_size, Tensor(d!) input_ids, Tensor(e!) positions, "
+      "Tensor(f!) slot_mapping, Tensor(g!) row_slots, Tensor(h!) cu_seqlens_q, "
+      "Tensor(i!) seq_lens, Tensor(j!) sample_rows) -> ()");
+  m.def(
+      "sample(Tensor logits, Tensor sample_slots, Tensor(a!) slots, Tensor(b!) token_counts, "
+      "Tensor(c!) sampled) -> ()");
+}

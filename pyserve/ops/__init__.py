@@ -1,0 +1,246 @@
+"""Typed wrappers of the native ops: the only way the rest of pyserve calls them.
+
+`build.load_native` must have run. Shapes below: num_tokens is the tokens of a step, num_rows its
+rows (one per running sequence), padded ones included; a cache is
+[num_blocks, block_size, num_kv_heads, head_dim]. Float tensors of one call share one dtype, float32
+or bfloat16; sums are float32. The plain-torch meaning of each op is in reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyserve.ops import build
+
+
+class _Ops:
+    """torch.ops.pyserve.<name>.default, each looked up once."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        op: Callable[..., None] = getattr(torch.ops.pyserve, name).default
+        setattr(self, name, op)
+        return op
+
+
+_ops: Any = _Ops()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019).
+
+    x [..., hidden], rows may be strided; weight [hidden] -> [..., hidden].
+    """
+    out = torch.empty_like(x)
+    _ops.rms_norm(x, weight, eps, out)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place, rounded to its dtype; returns rms_norm(residual).
+
+    x, residual [..., hidden]; weight [hidden] -> [..., hidden].
+    """
+    out = torch.empty_like(x)
+    _ops.add_rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotary embedding (Su et al. 2021, NeoX halves) fused with the KV write.
+
+    qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] = q | k | v. q is rotated in place;
+    rotated k, and v, go to the caches at slot_mapping (int64 [num_tokens], -1 writes nothing); k
+    and v in qkv stay as they are. With a norm weight [head_dim], q or k is RMS-normed per head
+    first. positions int32 [num_tokens]; cos_sin float32 [max_position, rotary_dim], cosines then
+    sines, rotary_dim <= head_dim. Raises RuntimeError where a position or a slot is out of range.
+    """
+    _ops.rope_write_kv(
+        qkv,
+        positions,
+        cos_sin,
+        slot_mapping,
+        q_norm_weight,
+        k_norm_weight,
+        eps,
+        num_heads,
+        num_kv_heads,
+        key_cache,
+        value_cache,
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020): gate_up [num_tokens, 2 n] = gate | up -> [num_tokens, n]."""
+    num_tokens, width = gate_up.shape
+    out = torch.empty((num_tokens, width // 2), dtype=gate_up.dtype, device=gate_up.device)
+    _ops.silu_mul(gate_up, out)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    row_slots: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    softmax_scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Causal attention over a paged KV cache, any mix of query lengths.
+
+    q [num_tokens, num_heads, head_dim], strided views allowed -> the same shape, contiguous.
+    block_table int32 [num_slots, max_blocks_per_seq]; row_slots int32 [num_rows], -1 for a padded
+    row; cu_seqlens_q int32 [num_rows + 1]; seq_lens int32 [num_rows], KV tokens of the row with
+    this step's. Query i of a row sits at position seq_len - query_len + i and sees the keys up to
+    its position, with window > 0 only the last `window` of them. Tokens of no row (padding) leave
+    their output undefined. head_dim: a multiple of 8, at most 256.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _ops.paged_attention(
+        q,
+        key_cache,
+        value_cache,
+        block_table,
+        row_slots,
+        cu_seqlens_q,
+        seq_lens,
+        softmax_scale,
+        window,
+        out,
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What plan_step derives for one step. Padding: ids and positions 0, lengths 0, slots -1.
+
+    cu_seqlens_q of padded rows is num_tokens. sample_rows holds, for each sampled row in row
+    order, (index of the row's last token, slot).
+    """
+
+    input_ids: Tensor  # int32 [num_tokens]
+    positions: Tensor  # int32 [num_tokens]
+    slot_mapping: Tensor  # int64 [num_tokens]
+    row_slots: Tensor  # int32 [num_rows]
+    cu_seqlens_q: Tensor  # int32 [num_rows + 1]
+    seq_lens: Tensor  # int32 [num_rows]
+    sample_rows: Tensor  # int32 [num_rows, 2]
+
+    @classmethod
+    def allocate(cls, max_num_tokens: int, max_num_rows: int, device: torch.device) -> StepPlan:
+        """Tensors for the largest step; `narrow` gives those of one step."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            input_ids=zeros(max_num_tokens),
+            positions=zeros(max_num_tokens),
+            slot_mapping=zeros(max_num_tokens, dtype=torch.int64),
+            row_slots=zeros(max_num_rows),
+            cu_seqlens_q=zeros(max_num_rows + 1),
+            seq_lens=zeros(max_num_rows),
+            sample_rows=zeros(max_num_rows, 2),
+        )
+
+    def narrow(self, num_tokens: int, num_rows: int) -> StepPlan:
+        """Views of the first num_tokens tokens and num_rows rows."""
+        return StepPlan(
+            input_ids=self.input_ids[:num_tokens],
+            positions=self.positions[:num_tokens],
+            slot_mapping=self.slot_mapping[:num_tokens],
+            row_slots=self.row_slots[:num_rows],
+            cu_seqlens_q=self.cu_seqlens_q[: num_rows + 1],
+            seq_lens=self.seq_lens[:num_rows],
+            sample_rows=self.sample_rows[:num_rows],
+        )
+
+
+def plan_step(
+    step_input: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    token_counts: Tensor,
+    block_size: int,
+    plan: StepPlan,
+) -> None:
+    """Apply a packed StepInput to the slots and derive `plan` from it, all of it written.
+
+    step_input int32 [num_words] (cuda/common/step.h); slots int32 [num_slots, SLOT_WORDS];
+    block_table int32 [num_slots, max_blocks_per_seq]; token_counts int16 [num_slots, vocab_size].
+    A row's positions start at its slot's num_computed, which advances by the row's query length.
+    Raises RuntimeError where the buffer is inconsistent or out of range; slots and block_table may
+    then hold part of its updates.
+    """
+    _ops.plan_step(
+        step_input,
+        slots,
+        block_table,
+        token_counts,
+        block_size,
+        plan.input_ids,
+        plan.positions,
+        plan.slot_mapping,
+        plan.row_slots,
+        plan.cu_seqlens_q,
+        plan.seq_lens,
+        plan.sample_rows,
+    )
+
+
+def sample(logits: Tensor, sample_slots: Tensor, slots: Tensor, token_counts: Tensor) -> Tensor:
+    """Draw one token per row by its slot's parameters -> int32 [num_samples].
+
+    logits [num_samples, vocab_size] stay as they are; sample_slots int32 [num_samples], any stride,
+    -1 for a padded row (gives 0). A row with NaN or +inf, or with nothing left, gives -1. The token
+    is noted in its slot and, where that has penalties, counted. The draw depends on the row's
+    logits and parameters, its seed, sample index and position, and on nothing else.
+    """
+    sampled = torch.empty(sample_slots.shape, dtype=torch.int32, device=logits.device)
+    _ops.sample(logits, sample_slots, slots, token_counts, sampled)
+    return sampled
+
+
+def pack_step(
+    buffer: NDArray[np.int32],
+    row_slots: list[int],
+    query_lens: list[int],
+    host_tokens: list[list[int] | None],
+    row_samples: list[bool],
+    block_updates: list[int],
+    slot_updates: list[bytes],
+) -> int:
+    """Write a StepInput (cuda/common/step.h) into `buffer`; returns its number of words.
+
+    host_tokens[r] None: the row's one token is the one its slot sampled last. block_updates are
+    flat triples (slot, index, block id); each of slot_updates is one complete record. Raises
+    ValueError where the buffer is too small or the lists do not fit each other.
+    """
+    num_words: int = build.host().pack_step(
+        buffer, row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates
+    )
+    return num_words

@@ -1,0 +1,28 @@
+"""Fake (shape-only) implementations of the ops, for FakeTensor tracing and `opcheck`.
+
+All ops write into tensors they are given and return nothing, so each fake only has to exist.
+"""
+
+from __future__ import annotations
+
+import torch
+
+OP_NAMES = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope_write_kv",
+    "silu_mul",
+    "paged_attention",
+    "plan_step",
+    "sample",
+)
+
+
+def register_fakes() -> None:
+    """Register the fakes; the schemas must be defined. Called once, by build.load_native."""
+    for name in OP_NAMES:
+        torch.library.register_fake(f"pyserve::{name}", _returns_nothing)
+
+
+def _returns_nothing(*args: object) -> None:
+    return None

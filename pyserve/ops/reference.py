@@ -1,0 +1,428 @@
+"""Plain-torch twins of the ops: their specification, the oracle of the tests, and what
+`--allow-reference-ops` serves with. Same signatures as the schemas in cuda/ops.cpp.
+
+Written to be read, not to be fast. Float work is done in float32 and rounded once at the end; the
+samplers of all backends follow `sample_row` bit for bit, so its arithmetic is spelled out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyserve.ops import step_layout as layout
+from pyserve.ops.philox import philox4x32
+
+GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+    out.copy_(_rms_norm_float32(x, weight, eps))
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """residual += x, rounded to its dtype; out = rms_norm(residual)."""
+    residual.copy_(residual.float() + x.float())
+    out.copy_(_rms_norm_float32(residual, weight, eps))
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    """Norm and rotate q in place, norm and rotate k, write k and v to their KV slots."""
+    block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if bool(((positions < 0) | (positions >= cos_sin.shape[0])).any()):
+        raise RuntimeError(f"rope_write_kv: a position is outside [0, {cos_sin.shape[0]})")
+    num_kv_slots = key_cache.shape[0] * block_size
+    if bool(((slot_mapping < -1) | (slot_mapping >= num_kv_slots)).any()):
+        raise RuntimeError(f"rope_write_kv: a KV slot is outside [-1, {num_kv_slots})")
+    rows = cos_sin[positions.long()].unsqueeze(1)
+    q.copy_(_rotate(_norm_heads(q, q_norm_weight, eps), rows))
+    rotated_k = _rotate(_norm_heads(k, k_norm_weight, eps), rows)
+    written = slot_mapping >= 0
+    blocks, offsets = slot_mapping[written] // block_size, slot_mapping[written] % block_size
+    key_cache[blocks, offsets] = rotated_k[written].to(key_cache.dtype)
+    value_cache[blocks, offsets] = v[written].to(value_cache.dtype)
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """out = gate * sigmoid(gate) * up (Shazeer 2020)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    row_slots: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    """Causal attention of each row's queries over the KV of its slot."""
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    group, block_size = q.shape[1] // num_kv_heads, key_cache.shape[1]
+    starts, lens = cu_seqlens_q.tolist(), seq_lens.tolist()
+    for row, slot in enumerate(row_slots.tolist()):
+        begin, end, seq_len = starts[row], starts[row + 1], lens[row]
+        if slot < 0 or begin == end:
+            continue
+        num_blocks = -(-seq_len // block_size)
+        blocks = block_table[slot, :num_blocks].long()
+        keys = key_cache[blocks].reshape(-1, num_kv_heads, head_dim)[:seq_len].float()
+        values = value_cache[blocks].reshape(-1, num_kv_heads, head_dim)[:seq_len].float()
+        queries = q[begin:end].float().view(end - begin, num_kv_heads, group, head_dim)
+        scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * softmax_scale
+        query_positions = torch.arange(seq_len - (end - begin), seq_len, device=q.device)[:, None]
+        key_positions = torch.arange(seq_len, device=q.device)[None, :]
+        visible = key_positions <= query_positions
+        if window > 0:
+            visible &= key_positions > query_positions - window
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        result = torch.einsum("hgqk,khd->qhgd", weights, values)
+        out[begin:end].copy_(result.reshape(end - begin, -1, head_dim))
+
+
+def sample(
+    logits: Tensor, sample_slots: Tensor, slots: Tensor, token_counts: Tensor, sampled: Tensor
+) -> None:
+    """Draw one token for each row and note it in its slot."""
+    float_slots = slots.view(torch.float32)
+    for row, slot in enumerate(sample_slots.tolist()):
+        if slot < 0:
+            sampled[row] = 0
+            continue
+        if slot >= slots.shape[0]:
+            raise RuntimeError(f"sample: slot {slot} is outside [-1, {slots.shape[0]})")
+        token_id = sample_row(logits[row], slots[slot], float_slots[slot], token_counts[slot])
+        sampled[row] = token_id
+        # A failed row leaves a token that is in range: its next step may be queued already.
+        slots[slot, layout.SLOT_LAST_TOKEN] = max(token_id, 0)
+        if token_id >= 0 and int(slots[slot, layout.SLOT_HAS_PENALTIES]):
+            token_counts[slot, token_id] = _counted(int(token_counts[slot, token_id]))
+
+
+def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor) -> int:
+    """Token id drawn from logits [vocab], -1 where they hold NaN or +inf or all are -inf.
+
+    `slot` [SLOT_WORDS] as int32 and, as `float_slot`, as float32.
+    """
+    adjusted = _adjusted_logits(logits, slot, float_slot, counts)
+    if bool((~(logits.float() < torch.inf)).any()) or bool((~(adjusted < torch.inf)).any()):
+        return -1
+    largest = adjusted.max()
+    if largest == -torch.inf:
+        return -1
+    temperature = float_slot[layout.SLOT_TEMPERATURE]
+    if temperature < GREEDY_TEMPERATURE:
+        return int(torch.nonzero(adjusted == largest)[0])
+
+    weights = quantized_exp((adjusted - largest) * (1.0 / temperature))
+    # Most likely first; equal logits in order of their ids.
+    order = torch.sort(adjusted, descending=True, stable=True).indices
+    top_k = int(slot[layout.SLOT_TOP_K])
+    if top_k > 0:
+        order = order[:top_k]
+    min_weight = torch.round(float_slot[layout.SLOT_MIN_P] * WEIGHT_SCALE)
+    order = order[weights[order] >= min_weight]
+    # Sums of at most 2^19 integers of at most 2^34: exact in float64 in any order.
+    mass = weights[order].double()
+    top_p = float_slot[layout.SLOT_TOP_P].double()
+    if top_p < 1.0:
+        before = mass.cumsum(0) - mass
+        order = order[before < top_p * mass.sum()]
+
+    survivors = order.sort().values
+    cumulative = weights[survivors].double().cumsum(0)
+    low, high, _, _ = philox4x32(
+        (int(slot[layout.SLOT_NUM_COMPUTED]), int(slot[layout.SLOT_SAMPLE_INDEX]), 0, 0),
+        (int(slot[layout.SLOT_SEED_LOW]), int(slot[layout.SLOT_SEED_HIGH])),
+    )
+    target = ((high << 32 | low) * int(cumulative[-1])) >> 64
+    return int(survivors[torch.searchsorted(cumulative, float(target), right=True)])
+
+
+WEIGHT_SCALE = 2.0**34
+_LOG2_E = 1.44269504088896341
+_LN2_HIGH = 0.693359375  # few bits: n * _LN2_HIGH is exact
+_LN2_LOW = -2.12194440e-4
+# exp(r) = 1 + r + r^2 * p(r) on |r| <= ln2/2; p from the Cephes library's expf (Moshier 1989).
+_EXP_COEFFICIENTS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+
+
+def quantized_exp(x: Tensor) -> Tensor:
+    """round(exp(x) * 2^34) as float32, x <= 0; each operation rounds to float32, none is fused.
+
+    Integers sum exactly, so that the draw depends neither on the order of a sum nor on threads.
+    """
+    x = x.clamp_min(-30.0)  # exp(-30) * 2^34 rounds to 0
+    n = torch.round(x * _LOG2_E)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = torch.full_like(r, _EXP_COEFFICIENTS[0])
+    for coefficient in _EXP_COEFFICIENTS[1:]:
+        p = p * r + coefficient
+    y = (p * (r * r) + r) + 1.0
+    scale = ((n.int() + (127 + 34)) << 23).view(torch.float32)  # 2^(n + 34)
+    return torch.round(y * scale)
+
+
+def plan_step(
+    step_input: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    token_counts: Tensor,
+    block_size: int,
+    input_ids: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    row_slots: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    sample_rows: Tensor,
+) -> None:
+    """Apply a StepInput's updates to the slots and derive the batch metadata of the step."""
+    words = step_input.tolist()
+    header = _checked_header(words, input_ids.shape[0], row_slots.shape[0])
+    at = header[layout.HEADER_SLOT_UPDATES_OFFSET]
+    for _ in range(header[layout.HEADER_NUM_SLOT_UPDATES]):
+        at = _apply_slot_update(step_input, at, slots, token_counts)
+    at = header[layout.HEADER_BLOCK_UPDATES_OFFSET]
+    for _ in range(header[layout.HEADER_NUM_BLOCK_UPDATES]):
+        slot, index, block_id = words[at : at + layout.BLOCK_UPDATE_WORDS]
+        _require(0 <= slot < block_table.shape[0], f"block update of slot {slot}")
+        _require(0 <= index < block_table.shape[1], f"block update of index {index}")
+        _require(block_id >= 0, f"block update with block id {block_id}")
+        block_table[slot, index] = block_id
+        at += layout.BLOCK_UPDATE_WORDS
+
+    input_ids.zero_()
+    positions.zero_()
+    slot_mapping.fill_(-1)
+    row_slots.fill_(-1)
+    seq_lens.zero_()
+    sample_rows.fill_(-1)
+    tokens_at = header[layout.HEADER_TOKENS_OFFSET]
+    num_host_tokens = header[layout.HEADER_BLOCK_UPDATES_OFFSET] - tokens_at
+    vocab_size, max_len = token_counts.shape[1], block_table.shape[1] * block_size
+    begin, num_samples = 0, 0
+    seen: set[int] = set()
+    cu_seqlens_q.zero_()
+    for row in range(header[layout.HEADER_NUM_ROWS]):
+        at = header[layout.HEADER_ROWS_OFFSET] + row * layout.ROW_WORDS
+        slot, query_len, tokens_offset, is_sampled = words[at : at + layout.ROW_WORDS]
+        _require(0 <= slot < slots.shape[0] and slot not in seen, f"row {row} of slot {slot}")
+        seen.add(slot)
+        end = begin + query_len
+        _require(query_len > 0 and end <= header[layout.HEADER_NUM_TOKENS], f"row {row}'s length")
+        if tokens_offset == -1:
+            _require(query_len == 1, f"row {row} has no host tokens but {query_len} tokens")
+            token_ids = [int(slots[slot, layout.SLOT_LAST_TOKEN])]
+        else:
+            _require(0 <= tokens_offset <= num_host_tokens - query_len, f"row {row}'s tokens")
+            first = tokens_at + tokens_offset
+            token_ids = words[first : first + query_len]
+        _require(all(0 <= t < vocab_size for t in token_ids), f"a token id of row {row}")
+        start = int(slots[slot, layout.SLOT_NUM_COMPUTED])
+        seq_len = start + query_len
+        _require(start >= 0 and seq_len <= max_len, f"row {row}'s sequence length {seq_len}")
+        position = torch.arange(start, seq_len, dtype=torch.int32, device=positions.device)
+        blocks = block_table[slot, (position // block_size).long()].long()
+        input_ids[begin:end] = torch.tensor(token_ids, dtype=torch.int32)
+        positions[begin:end] = position
+        slot_mapping[begin:end] = blocks * block_size + position % block_size
+        row_slots[row] = slot
+        seq_lens[row] = seq_len
+        slots[slot, layout.SLOT_NUM_COMPUTED] = seq_len
+        cu_seqlens_q[row + 1 :] = end
+        if is_sampled:
+            sample_rows[num_samples, 0] = end - 1
+            sample_rows[num_samples, 1] = slot
+            num_samples += 1
+        begin = end
+    _require(begin == header[layout.HEADER_NUM_TOKENS], "num_tokens is not the sum of the rows")
+    _require(num_samples == header[layout.HEADER_NUM_SAMPLES], "num_samples is not that of rows")
+
+
+def pack_step(
+    buffer: NDArray[np.int32],
+    row_slots: list[int],
+    query_lens: list[int],
+    host_tokens: list[list[int] | None],
+    row_samples: list[bool],
+    block_updates: list[int],
+    slot_updates: list[bytes],
+) -> int:
+    """Numpy twin of `_host.pack_step`; see pyserve.ops.pack_step."""
+    num_rows = len(row_slots)
+    if not num_rows == len(query_lens) == len(host_tokens) == len(row_samples):
+        raise ValueError("row_slots, query_lens, host_tokens and row_samples differ in length")
+    if len(block_updates) % layout.BLOCK_UPDATE_WORDS:
+        raise ValueError("block_updates must be flat triples (slot, index, block id)")
+    rows: list[int] = []
+    tokens: list[int] = []
+    for slot, query_len, ids, is_sampled in zip(
+        row_slots, query_lens, host_tokens, row_samples, strict=True
+    ):
+        if query_len != (1 if ids is None else len(ids)):
+            raise ValueError(f"query_len {query_len} is not the number of the row's tokens")
+        rows += [slot, query_len, -1 if ids is None else len(tokens), int(is_sampled)]
+        tokens += ids or []
+    for record in slot_updates:
+        if len(record) < 4 * layout.SLOT_UPDATE_WORDS or len(record) % 4:
+            raise ValueError(f"a slot update of {len(record)} bytes")
+    updates = np.frombuffer(b"".join(slot_updates), dtype="<i4")
+    header = np.zeros(layout.HEADER_WORDS, dtype=np.int32)
+    header[layout.HEADER_MAGIC] = layout.STEP_MAGIC
+    header[layout.HEADER_NUM_ROWS] = num_rows
+    header[layout.HEADER_NUM_TOKENS] = sum(query_lens)
+    header[layout.HEADER_NUM_SAMPLES] = sum(row_samples)
+    header[layout.HEADER_ROWS_OFFSET] = layout.HEADER_WORDS
+    header[layout.HEADER_TOKENS_OFFSET] = layout.HEADER_WORDS + len(rows)
+    header[layout.HEADER_NUM_BLOCK_UPDATES] = len(block_updates) // layout.BLOCK_UPDATE_WORDS
+    header[layout.HEADER_BLOCK_UPDATES_OFFSET] = layout.HEADER_WORDS + len(rows) + len(tokens)
+    header[layout.HEADER_NUM_SLOT_UPDATES] = len(slot_updates)
+    slot_updates_at = layout.HEADER_WORDS + len(rows) + len(tokens) + len(block_updates)
+    header[layout.HEADER_SLOT_UPDATES_OFFSET] = slot_updates_at
+    num_words = slot_updates_at + len(updates)
+    header[layout.HEADER_NUM_WORDS] = num_words
+    if num_words > len(buffer):
+        raise ValueError(f"the step needs {num_words} words, the buffer has {len(buffer)}")
+    buffer[: layout.HEADER_WORDS] = header
+    buffer[layout.HEADER_WORDS : slot_updates_at] = rows + tokens + block_updates
+    buffer[slot_updates_at:num_words] = updates
+    return num_words
+
+
+def _rms_norm_float32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+
+
+def _norm_heads(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.float() if weight is None else _rms_norm_float32(x, weight, eps)
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin[..., :half], cos_sin[..., half:]
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+
+def _adjusted_logits(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor) -> Tensor:
+    """Float32 copy of logits after bias, ban of stop ids and penalties, in this order."""
+    adjusted = logits.float().clone()
+    num_bias, num_stop = int(slot[layout.SLOT_NUM_BIAS]), int(slot[layout.SLOT_NUM_STOP])
+    bias_ids = slot[layout.SLOT_BIAS_IDS :][:num_bias].long()
+    adjusted[bias_ids] += float_slot[layout.SLOT_BIAS_VALUES :][:num_bias]
+    if int(slot[layout.SLOT_NUM_COMPUTED]) < int(slot[layout.SLOT_MIN_TOTAL_LEN]):
+        adjusted[slot[layout.SLOT_STOP_IDS :][:num_stop].long()] = -torch.inf
+    if int(slot[layout.SLOT_HAS_PENALTIES]):
+        repetition = float_slot[layout.SLOT_REPETITION_PENALTY]
+        repeated = torch.where(adjusted > 0, adjusted / repetition, adjusted * repetition)
+        adjusted = torch.where(counts != 0, repeated, adjusted)
+        num_output = (counts.int() & layout.MAX_TOKEN_COUNT).float()
+        adjusted = adjusted - float_slot[layout.SLOT_FREQUENCY_PENALTY] * num_output
+        adjusted = adjusted - float_slot[layout.SLOT_PRESENCE_PENALTY] * (num_output > 0)
+    return adjusted
+
+
+def _counted(count: int) -> int:
+    """int16 token count after one more output, saturating, the prompt's mark kept."""
+    is_full = count & layout.MAX_TOKEN_COUNT == layout.MAX_TOKEN_COUNT
+    return count if is_full else count + 1
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(f"plan_step: bad step input: {what}")
+
+
+def _checked_header(words: list[int], max_num_tokens: int, max_num_rows: int) -> list[int]:
+    """The header, once its counts and offsets are known to lie inside the buffer."""
+    _require(len(words) >= layout.HEADER_WORDS, f"{len(words)} words")
+    header = words[: layout.HEADER_WORDS]
+    _require(header[layout.HEADER_MAGIC] == layout.STEP_MAGIC, "magic")
+    num_words = header[layout.HEADER_NUM_WORDS]
+    _require(layout.HEADER_WORDS <= num_words <= len(words), "num_words")
+    num_rows, num_tokens = header[layout.HEADER_NUM_ROWS], header[layout.HEADER_NUM_TOKENS]
+    _require(0 <= num_rows <= max_num_rows, f"{num_rows} rows, room for {max_num_rows}")
+    _require(0 <= num_tokens <= max_num_tokens, f"{num_tokens} tokens, room for {max_num_tokens}")
+    _require(0 <= header[layout.HEADER_NUM_SAMPLES] <= num_rows, "num_samples")
+    sections = (
+        (layout.HEADER_ROWS_OFFSET, num_rows * layout.ROW_WORDS),
+        (layout.HEADER_TOKENS_OFFSET, 0),
+        (
+            layout.HEADER_BLOCK_UPDATES_OFFSET,
+            header[layout.HEADER_NUM_BLOCK_UPDATES] * layout.BLOCK_UPDATE_WORDS,
+        ),
+        (
+            layout.HEADER_SLOT_UPDATES_OFFSET,
+            header[layout.HEADER_NUM_SLOT_UPDATES] * layout.SLOT_UPDATE_WORDS,
+        ),
+    )
+    end = layout.HEADER_WORDS
+    for offset_word, size in sections:
+        _require(end <= header[offset_word] <= num_words - size and size >= 0, "section")
+        end = header[offset_word] + size
+    return header
+
+
+def _apply_slot_update(step_input: Tensor, at: int, slots: Tensor, token_counts: Tensor) -> int:
+    """Apply the slot update at word `at`; returns where the next one starts."""
+    record = step_input[at:]
+    head = layout.SLOT_UPDATE_WORDS + layout.SLOT_HEADER_WORDS
+    _require(len(record) >= head, "slot update beyond the buffer")
+    num_words, slot, num_prompt, num_output = record[: layout.SLOT_UPDATE_WORDS].tolist()
+    row = record[layout.SLOT_UPDATE_WORDS : head]
+    num_bias, num_stop = int(row[layout.SLOT_NUM_BIAS]), int(row[layout.SLOT_NUM_STOP])
+    vocab_size = token_counts.shape[1]
+    _require(0 <= slot < slots.shape[0], f"slot update of slot {slot}")
+    _require(0 <= num_bias <= layout.MAX_LOGIT_BIAS, f"{num_bias} biases")
+    _require(0 <= num_stop <= layout.MAX_STOP_TOKEN_IDS, f"{num_stop} stop ids")
+    _require(num_prompt >= 0 and num_output >= 0, "slot update's token counts")
+    expected = head + 2 * num_bias + num_stop + num_prompt + num_output
+    _require(num_words == expected <= len(record), f"slot update of {num_words} words")
+    bias_ids, bias_values, stop_ids, prompt, output = record[head:num_words].split(
+        [num_bias, num_bias, num_stop, num_prompt, num_output]
+    )
+    for ids in (bias_ids, stop_ids, prompt, output):
+        _require(bool(((ids >= 0) & (ids < vocab_size)).all()), "a token id of a slot update")
+    _require(-1 <= int(row[layout.SLOT_LAST_TOKEN]) < vocab_size, "a slot's last token")
+    _require(int(row[layout.SLOT_NUM_COMPUTED]) >= 0, "a slot's num_computed")
+    slots[slot].zero_()
+    slots[slot, : layout.SLOT_HEADER_WORDS] = row
+    slots[slot, layout.SLOT_BIAS_IDS :][:num_bias] = bias_ids
+    slots[slot, layout.SLOT_BIAS_VALUES :][:num_bias] = bias_values
+    slots[slot, layout.SLOT_STOP_IDS :][:num_stop] = stop_ids
+    if int(row[layout.SLOT_HAS_PENALTIES]):
+        counts = torch.bincount(output, minlength=vocab_size).clamp_max(layout.MAX_TOKEN_COUNT)
+        counts[prompt.long()] += layout.IN_PROMPT
+        token_counts[slot] = counts.to(torch.int16)
+    return at + num_words

@@ -1,0 +1,68 @@
+"""Word offsets of a packed StepInput and of a slot row: the Python twin of cuda/common/step.h.
+
+Constants only, in 32-bit words; step.h says what each means. A test compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+STEP_MAGIC: Final = 0x70797376
+
+HEADER_MAGIC: Final = 0
+HEADER_NUM_ROWS: Final = 1
+HEADER_NUM_TOKENS: Final = 2
+HEADER_NUM_SAMPLES: Final = 3
+HEADER_ROWS_OFFSET: Final = 4
+HEADER_TOKENS_OFFSET: Final = 5
+HEADER_NUM_BLOCK_UPDATES: Final = 6
+HEADER_BLOCK_UPDATES_OFFSET: Final = 7
+HEADER_NUM_SLOT_UPDATES: Final = 8
+HEADER_SLOT_UPDATES_OFFSET: Final = 9
+HEADER_NUM_WORDS: Final = 10
+HEADER_WORDS: Final = 16
+
+ROW_SLOT: Final = 0
+ROW_QUERY_LEN: Final = 1
+ROW_TOKENS_OFFSET: Final = 2
+ROW_SAMPLE: Final = 3
+ROW_WORDS: Final = 4
+
+BLOCK_UPDATE_SLOT: Final = 0
+BLOCK_UPDATE_INDEX: Final = 1
+BLOCK_UPDATE_BLOCK_ID: Final = 2
+BLOCK_UPDATE_WORDS: Final = 3
+
+SLOT_NUM_COMPUTED: Final = 0
+SLOT_LAST_TOKEN: Final = 1
+SLOT_MIN_TOTAL_LEN: Final = 2
+SLOT_HAS_PENALTIES: Final = 3
+SLOT_TEMPERATURE: Final = 4
+SLOT_TOP_P: Final = 5
+SLOT_MIN_P: Final = 6
+SLOT_TOP_K: Final = 7
+SLOT_REPETITION_PENALTY: Final = 8
+SLOT_PRESENCE_PENALTY: Final = 9
+SLOT_FREQUENCY_PENALTY: Final = 10
+SLOT_SEED_LOW: Final = 11
+SLOT_SEED_HIGH: Final = 12
+SLOT_SAMPLE_INDEX: Final = 13
+SLOT_NUM_BIAS: Final = 14
+SLOT_NUM_STOP: Final = 15
+SLOT_HEADER_WORDS: Final = 16
+
+MAX_LOGIT_BIAS: Final = 300
+MAX_STOP_TOKEN_IDS: Final = 64
+SLOT_BIAS_IDS: Final = SLOT_HEADER_WORDS
+SLOT_BIAS_VALUES: Final = SLOT_BIAS_IDS + MAX_LOGIT_BIAS
+SLOT_STOP_IDS: Final = SLOT_BIAS_VALUES + MAX_LOGIT_BIAS
+SLOT_WORDS: Final = SLOT_STOP_IDS + MAX_STOP_TOKEN_IDS
+
+SLOT_UPDATE_NUM_WORDS: Final = 0
+SLOT_UPDATE_SLOT: Final = 1
+SLOT_UPDATE_NUM_PROMPT_TOKENS: Final = 2
+SLOT_UPDATE_NUM_OUTPUT_TOKENS: Final = 3
+SLOT_UPDATE_WORDS: Final = 4
+
+IN_PROMPT: Final = -0x8000  # int16 sign bit
+MAX_TOKEN_COUNT: Final = 0x7FFF
