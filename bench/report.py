@@ -1,0 +1,106 @@
+"""What every bench shares: percentiles, tables, the environment of a run, one JSON file.
+
+Times are seconds inside the program and milliseconds only where they are printed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+PERCENTILES = (50, 90, 99)
+
+
+def summarize(values: Sequence[float]) -> dict[str, float] | None:
+    """mean, p50, p90, p99 (linear interpolation), max and count; None where there is nothing."""
+    if not values:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    summary = {"mean": float(array.mean())}
+    for percent, value in zip(PERCENTILES, np.percentile(array, PERCENTILES), strict=True):
+        summary[f"p{percent}"] = float(value)
+    return {**summary, "max": float(array.max()), "count": float(array.size)}
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right; row 0 is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def format_ms(seconds: float) -> str:
+    """Milliseconds with about three significant digits."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def latency_row(name: str, summary: dict[str, float] | None) -> list[str]:
+    """One row of a latency table in milliseconds; its header is LATENCY_HEADER."""
+    if summary is None:
+        return [name] + ["-"] * (len(LATENCY_HEADER) - 1)
+    return [name] + [format_ms(summary[key]) for key in LATENCY_HEADER[1:]]
+
+
+LATENCY_HEADER = ["ms", "mean", "p50", "p90", "p99", "max"]
+
+
+def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Where and when this ran; `packages` are those whose versions matter to the figures."""
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": list(os.getloadavg()),
+        "gpu": _first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Write `data` indented where a path was asked for."""
+    if path is not None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(*command: str) -> str | None:
+    """First line a program prints; None where it is absent or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

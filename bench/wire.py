@@ -1,0 +1,404 @@
+"""A small HTTP/1.1 and SSE client, built to cost little beside the server it measures.
+
+One `Connection` carries one exchange at a time and is kept alive between exchanges. Bytes are
+parsed where they arrive (asyncio.Protocol); no task runs per frame. Every reply ends in a `Reply`:
+success or `error`, never an exception and never silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+MAX_HEAD_BYTES = 64 * 1024
+_ERROR_TEXT_CHARS = 300
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class Message(msgspec.Struct):
+    """A chat delta or a whole chat message."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    index: int = 0
+    text: str | None = None
+    delta: Message | None = None
+    message: Message | None = None
+    finish_reason: str | None = None
+
+
+class Body(msgspec.Struct):
+    """A streamed frame or a whole response: the fields that a bench looks at."""
+
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    error: Any = None
+
+
+_decode_body = msgspec.json.Decoder(Body).decode
+
+
+@dataclass(slots=True)
+class Reply:
+    """All that is known about one exchange. Times are `time.perf_counter` seconds.
+
+    chunk_times    arrival of every frame that can carry tokens: chat's role frame and the usage
+                   frame do not count. One frame may hold several tokens: `num_output_tokens` says
+                   how many there were.
+    texts          choice index -> text, filled where the connection keeps text.
+    """
+
+    started_s: float
+    status: int = 0
+    ended_s: float = 0.0
+    chunk_times: list[float] = field(default_factory=list)
+    usage: Usage | None = None
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    body: bytes = b""
+    is_done: bool = False  # the stream's [DONE], or a whole body
+    is_unanswered: bool = False  # the server closed the connection without a byte
+    error: str | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """From `usage`; a server that sends none is counted by frames, which is a lower bound."""
+        return self.usage.completion_tokens if self.usage else len(self.chunk_times)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        details = self.usage.prompt_tokens_details if self.usage else None
+        return (details.cached_tokens or 0) if details else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the server is, and what every request carries."""
+
+    host: str
+    port: int
+    prefix: str = ""  # path before /v1
+    is_tls: bool = False
+    api_key: str | None = None
+
+    @classmethod
+    def parse(cls, url: str, api_key: str | None = None) -> Endpoint:
+        """From http(s)://host[:port][/prefix]; a trailing /v1 belongs to the routes."""
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"not an http(s) address: {url}")
+        is_tls = parts.scheme == "https"
+        port = parts.port or (443 if is_tls else 80)
+        prefix = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(parts.hostname, port, prefix, is_tls, api_key)
+
+    def encode(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """One whole HTTP request."""
+        payload = b"" if body is None else msgspec.json.encode(body)
+        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {self.host}:{self.port}"]
+        if self.api_key:
+            lines.append(f"Authorization: Bearer {self.api_key}")
+        if body is not None:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + payload
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection; at most one exchange in flight."""
+
+    def __init__(self, *, keep_text: bool) -> None:
+        self._keep_text = keep_text
+        self._transport: asyncio.Transport | None = None
+        self._reply: Reply | None = None
+        self._finished: asyncio.Future[None] | None = None
+        self._reset_parser()
+
+    @classmethod
+    async def open(cls, endpoint: Endpoint, *, keep_text: bool = False) -> Connection:
+        loop = asyncio.get_running_loop()
+        context = ssl.create_default_context() if endpoint.is_tls else None
+        _, connection = await loop.create_connection(
+            lambda: cls(keep_text=keep_text), endpoint.host, endpoint.port, ssl=context
+        )
+        return connection
+
+    @property
+    def is_usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def reply(self) -> Reply | None:
+        """The exchange in flight, as far as it has come."""
+        return self._reply
+
+    async def exchange(self, request: bytes, *, started_s: float, timeout_s: float) -> Reply:
+        """Send `request`, wait for the end of its answer. Cancelling closes the socket."""
+        assert self._reply is None, "one exchange at a time"
+        reply = self._reply = Reply(started_s)
+        self._reset_parser()
+        if not self.is_usable:
+            reply.is_unanswered = True
+            self._end("connection closed before the request")
+            return reply
+        assert self._transport is not None
+        self._finished = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        try:
+            await asyncio.wait_for(self._finished, timeout_s)
+        except asyncio.TimeoutError:
+            self._end(f"no end after {timeout_s:g} s")
+        finally:
+            if self._reply is not None:  # cancelled
+                self._end("aborted")
+        return reply
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        reply = self._reply
+        if reply is None:
+            return
+        reply.is_unanswered = not self._head_is_read and not self._buffer
+        if self._remaining is None and self._head_is_read and not self._is_chunked:
+            self._end_of_body()  # delimited by the close
+        else:
+            self._end(f"connection lost after {len(reply.chunk_times)} frames ({exc or 'closed'})")
+
+    def data_received(self, data: bytes) -> None:
+        if self._reply is None:
+            self.close()  # bytes nobody asked for: the connection cannot be trusted any more
+            return
+        try:
+            self._parse(data)
+        except (ValueError, msgspec.MsgspecError) as error:
+            self._end(f"unreadable answer: {error}"[:_ERROR_TEXT_CHARS])
+
+    # -- HTTP ---------------------------------------------------------------------------------
+
+    def _reset_parser(self) -> None:
+        self._buffer = b""  # bytes not yet parsed: part of the head or of a chunk's frame
+        self._line = b""  # an SSE line whose end has not come
+        self._head_is_read = False
+        self._is_chunked = False
+        self._is_sse = False
+        self._keep_alive = True
+        self._remaining: int | None = None  # of the body or of the chunk; None: not known
+
+    def _parse(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        if not self._head_is_read:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD_BYTES:
+                    raise ValueError("the head has no end")
+                self._buffer = data
+                return
+            self._read_head(data[:end])
+            data = data[end + 4 :]
+        if self._is_chunked:
+            self._parse_chunks(data, now)
+            return
+        self._feed(data, now)
+        if self._remaining is not None:
+            self._remaining -= len(data)
+            if self._remaining <= 0:
+                self._end_of_body()
+
+    def _read_head(self, head: bytes) -> None:
+        status_line, *lines = head.decode("latin-1").split("\r\n")
+        assert self._reply is not None
+        self._reply.status = int(status_line.split(" ", 2)[1])
+        headers = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        self._head_is_read = True
+        self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        self._is_sse = headers.get("content-type", "").startswith("text/event-stream")
+        self._keep_alive = headers.get("connection", "").lower() != "close"
+        if "content-length" in headers and not self._is_chunked:
+            self._remaining = int(headers["content-length"])
+
+    def _parse_chunks(self, data: bytes, now: float) -> None:
+        """Chunked transfer coding (RFC 9112 section 7.1); trailers are skipped, not read."""
+        position = 0
+        while True:
+            if self._remaining is None:
+                line_end = data.find(b"\r\n", position)
+                if line_end < 0:
+                    self._buffer = data[position:]
+                    return
+                size = int(data[position:line_end].partition(b";")[0], 16)
+                if size == 0:
+                    if data.find(b"\r\n\r\n", line_end) < 0:
+                        self._buffer = data[position:]
+                    else:
+                        self._end_of_body()
+                    return
+                position = line_end + 2
+                self._remaining = size + 2  # with its closing CR LF
+            piece = data[position : position + self._remaining]
+            position += len(piece)
+            self._remaining -= len(piece)
+            # The last two bytes of a chunk are its CR LF; a piece may end inside them.
+            self._feed(piece[:-2] if self._remaining == 0 else self._without_crlf(piece), now)
+            if self._remaining:
+                return
+            self._remaining = None
+
+    def _without_crlf(self, piece: bytes) -> bytes:
+        """The piece without a CR that belongs to the chunk's end, which is still to come."""
+        if self._remaining == 1 and piece:
+            self._buffer, self._remaining = piece[-1:], 2
+            return piece[:-1]
+        return piece
+
+    # -- body ---------------------------------------------------------------------------------
+
+    def _feed(self, piece: bytes, now: float) -> None:
+        reply = self._reply
+        if reply is None:
+            return
+        if not self._is_sse or reply.status != 200:
+            reply.body += piece
+            return
+        lines = (self._line + piece).split(b"\n")
+        self._line = lines.pop()
+        for line in lines:
+            if line.startswith(b"data:"):
+                payload = line[5:].strip()
+                if payload == b"[DONE]":
+                    reply.is_done = True
+                else:
+                    self._read_frame(payload, now, reply)
+
+    def _read_frame(self, payload: bytes, now: float, reply: Reply) -> None:
+        frame = _decode_body(payload)
+        if frame.usage is not None:
+            reply.usage = frame.usage
+        if frame.error is not None and reply.error is None:
+            reply.error = f"error in the stream: {_error_text(payload)}"
+        if not frame.choices:
+            return
+        if _carries_tokens(frame.choices):
+            reply.chunk_times.append(now)
+        for choice in frame.choices:
+            if choice.finish_reason is not None:
+                reply.finish_reasons[choice.index] = choice.finish_reason
+            if self._keep_text:
+                text = choice.delta.content if choice.delta is not None else choice.text
+                reply.texts[choice.index] = reply.texts.get(choice.index, "") + (text or "")
+
+    def _end_of_body(self) -> None:
+        reply = self._reply
+        if reply is None:
+            return
+        error = None
+        if reply.status != 200:
+            error = f"HTTP {reply.status}: {_error_text(reply.body)}"
+        elif self._is_sse and not reply.is_done:
+            error = "the stream ended without [DONE]"
+        reply.is_done = error is None
+        self._end(error, is_reusable=self._keep_alive)
+
+    def _end(self, error: str | None, *, is_reusable: bool = False) -> None:
+        """The exchange is over. Only a body read to its end leaves a connection to reuse."""
+        reply = self._reply
+        if reply is None:
+            return
+        self._reply = None
+        reply.ended_s = time.perf_counter()
+        if reply.error is None:
+            reply.error = error
+        if not is_reusable:
+            self.close()
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(None)
+
+
+def read_whole(reply: Reply) -> Reply:
+    """Fill usage, finish reasons and texts of a reply that was not streamed."""
+    if reply.error is not None:
+        return reply
+    try:
+        body = _decode_body(reply.body)
+    except msgspec.MsgspecError as error:
+        reply.error = f"unreadable body: {error}"
+        return reply
+    reply.usage = body.usage
+    for choice in body.choices:
+        text = choice.message.content if choice.message is not None else choice.text
+        reply.texts[choice.index] = text or ""
+        if choice.finish_reason is not None:
+            reply.finish_reasons[choice.index] = choice.finish_reason
+    return reply
+
+
+async def fetch(
+    endpoint: Endpoint,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout_s: float = 30.0,
+) -> Reply:
+    """One exchange on a connection of its own, GET without a body and POST with one."""
+    started_s = time.perf_counter()
+    try:
+        connection = await asyncio.wait_for(Connection.open(endpoint, keep_text=True), timeout_s)
+    except (OSError, asyncio.TimeoutError) as error:
+        reason = str(error) or f"no connection after {timeout_s:g} s"
+        return Reply(started_s, ended_s=time.perf_counter(), error=reason)
+    request = endpoint.encode("GET" if body is None else "POST", path, body)
+    try:
+        return await connection.exchange(request, started_s=started_s, timeout_s=timeout_s)
+    finally:
+        connection.close()
+
+
+def _carries_tokens(choices: list[Choice]) -> bool:
+    """False for a frame that only opens a chat message: `{"role": "assistant", "content": ""}`."""
+    choice = choices[0]
+    delta = choice.delta
+    return delta is None or delta.role is None or bool(delta.content or choice.finish_reason)
+
+
+def _error_text(body: bytes) -> str:
+    """The message of an OpenAI error body, else the body itself, shortened."""
+    text = body.decode("utf-8", "replace")
+    try:
+        decoded = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        decoded = None
+    if isinstance(decoded, dict):
+        error = decoded.get("error", decoded)
+        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+    return text[:_ERROR_TEXT_CHARS]

@@ -1,0 +1,271 @@
+"""The load: what is asked, when, and by how many client processes.
+
+Requests are numbered; number i is the same request in every process (seeded by (seed, i)), so the
+processes need to share no more than a counter. Closed loop: each slot takes the next number when
+its request has ended. Open loop: number i is sent at its own Poisson arrival, however late the
+server is, and is timed from that arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import time
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench.wire import Connection, Endpoint, Reply
+
+# One token each in common vocabularies, after a space.
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work government "
+    "number night point home water room mother area money story fact month lot right study book "
+    "eye job word business issue side kind head house service friend father power hour game line"
+).split()
+
+
+class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One load on one server.
+
+    input_len, output_len  tokens, inclusive range (equal ends: fixed).
+    shared_prefix_len      the first tokens (words) of every prompt, the same for all.
+    request_rate           arrivals a second; None: closed loop at `concurrency`.
+    first_number           the number of the first request: warm-up takes others than the run.
+    """
+
+    url: str
+    models: tuple[str, ...]
+    api_key: str | None = None
+    is_chat: bool = False
+    is_text: bool = False
+    input_len: tuple[int, int] = (128, 128)
+    output_len: tuple[int, int] = (128, 128)
+    shared_prefix_len: int = 0
+    vocab_size: int = 32000
+    num_requests: int = 3
+    concurrency: int = 1
+    request_rate: float | None = None
+    seed: int = 0
+    first_number: int = 0
+    ignore_eos: bool = True
+    temperature: float = 0.0
+    extra_body: dict[str, Any] = {}
+    timeout_s: float = 600.0
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """What one request has come to. Times are perf_counter seconds, one clock for all processes.
+
+    gaps  seconds between frames that carry tokens.
+    """
+
+    number: int
+    started_s: float
+    ended_s: float
+    first_s: float | None
+    last_s: float | None
+    gaps: list[float]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_asked_tokens: int
+    has_usage: bool
+    late_s: float
+    error: str | None
+
+
+class WorkerReport(msgspec.Struct, frozen=True):
+    """One client process: its requests and how busy it was between the first and the last.
+
+    num_resent  requests sent again because a kept connection turned out to be closed.
+    """
+
+    records: list[RequestRecord]
+    cpu_s: float
+    wall_s: float
+    num_resent: int
+
+
+def build_request(spec: LoadSpec, number: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of request `number`."""
+    rng = np.random.default_rng([spec.seed, number])
+    input_len = int(rng.integers(spec.input_len[0], spec.input_len[1] + 1))
+    output_len = int(rng.integers(spec.output_len[0], spec.output_len[1] + 1))
+    prefix_len = min(spec.shared_prefix_len, input_len)
+    prefix_rng = np.random.default_rng([spec.seed])
+    is_ids = not (spec.is_chat or spec.is_text)
+    size = spec.vocab_size if is_ids else len(WORDS)
+    prefix = prefix_rng.integers(0, size, spec.shared_prefix_len)[:prefix_len].tolist()
+    ids = prefix + rng.integers(0, size, input_len - prefix_len).tolist()
+    body: dict[str, Any] = {
+        "model": spec.models[int(rng.integers(0, len(spec.models)))],
+        "max_tokens": output_len,
+        "temperature": spec.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if spec.ignore_eos:
+        body["ignore_eos"] = True
+    text = "" if is_ids else " ".join(WORDS[i] for i in ids)
+    if spec.is_chat:
+        body["messages"] = [{"role": "user", "content": text}]
+    else:
+        body["prompt"] = ids if is_ids else text
+    path = "/v1/chat/completions" if spec.is_chat else "/v1/completions"
+    return path, {**body, **spec.extra_body}
+
+
+def arrival_times(spec: LoadSpec) -> np.ndarray:
+    """Seconds after the start at which each request is sent (open loop): a Poisson process."""
+    assert spec.request_rate is not None
+    rng = np.random.default_rng([spec.seed, 2**40])
+    gaps = rng.exponential(1.0 / spec.request_rate, spec.num_requests)
+    gaps[0] = 0.0
+    return np.cumsum(gaps)
+
+
+def run_load(spec: LoadSpec, num_processes: int) -> list[WorkerReport]:
+    """Run the load from `num_processes` fresh processes that begin together."""
+    context = multiprocessing.get_context("spawn")
+    if spec.request_rate is None:
+        num_processes = min(num_processes, spec.concurrency)
+    counter = context.Value("q", 0)
+    workers = []
+    for rank in range(num_processes):
+        ours, theirs = context.Pipe()
+        args = (spec, rank, num_processes, counter, theirs)
+        process = context.Process(target=_worker, args=args, daemon=True)
+        process.start()
+        theirs.close()
+        workers.append((process, ours))
+    try:
+        for _, pipe in workers:
+            pipe.recv()  # ready: its imports are done
+        start_s = time.perf_counter() + 0.1
+        for _, pipe in workers:
+            pipe.send(start_s)
+        decoder = msgspec.msgpack.Decoder(WorkerReport)
+        return [decoder.decode(pipe.recv_bytes()) for _, pipe in workers]
+    except EOFError:
+        raise RuntimeError("a client process died; its traceback is above") from None
+    finally:
+        for process, _ in workers:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _worker(spec: LoadSpec, rank: int, num_processes: int, counter: Any, pipe: Any) -> None:
+    pipe.send(rank)
+    start_s = pipe.recv()
+    gc.freeze()
+    gc.disable()  # a pause of the client would be read as one of the server
+    report = asyncio.run(_Client(spec).run(rank, num_processes, counter, start_s))
+    pipe.send_bytes(msgspec.msgpack.encode(report))
+
+
+class _Client:
+    """One client process: its idle connections and its records."""
+
+    def __init__(self, spec: LoadSpec) -> None:
+        self.spec = spec
+        self.endpoint = Endpoint.parse(spec.url, spec.api_key)
+        self.idle: list[Connection] = []
+        self.records: list[RequestRecord] = []
+        self.num_resent = 0
+
+    async def run(
+        self, rank: int, num_processes: int, counter: Any, start_s: float
+    ) -> WorkerReport:
+        spec = self.spec
+        await asyncio.sleep(max(0.0, start_s - time.perf_counter()))
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        if spec.request_rate is None:
+            num_slots = spec.concurrency // num_processes
+            num_slots += rank < spec.concurrency % num_processes
+            await asyncio.gather(*(self._slot(counter) for _ in range(num_slots)))
+        else:
+            due_s = start_s + arrival_times(spec)
+            mine = range(rank, spec.num_requests, num_processes)
+            await asyncio.gather(*(self._arrival(number, float(due_s[number])) for number in mine))
+        cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
+        for connection in self.idle:
+            connection.close()
+        return WorkerReport(self.records, cpu_s, wall_s, self.num_resent)
+
+    async def _slot(self, counter: Any) -> None:
+        while True:
+            with counter.get_lock():
+                number = counter.value
+                counter.value += 1
+            if number >= self.spec.num_requests:
+                return
+            await self._send(number, None)
+
+    async def _arrival(self, number: int, due_s: float) -> None:
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        await self._send(number, due_s)
+
+    async def _send(self, number: int, due_s: float | None) -> None:
+        path, body = build_request(self.spec, self.spec.first_number + number)
+        request = self.endpoint.encode("POST", path, body)
+        now = time.perf_counter()
+        started_s = now if due_s is None else due_s
+        reply = await self._exchange(request, started_s)
+        self.records.append(_record(number, reply, body["max_tokens"], now - started_s))
+
+    async def _exchange(self, request: bytes, started_s: float) -> Reply:
+        """A kept connection that the server has closed meanwhile gets one fresh one instead."""
+        timeout_s = self.spec.timeout_s
+        while self.idle:
+            connection = self.idle.pop()
+            if not connection.is_usable:
+                continue
+            reply = await connection.exchange(request, started_s=started_s, timeout_s=timeout_s)
+            if not reply.is_unanswered:
+                return self._keep(connection, reply)
+            self.num_resent += 1
+            break
+        try:
+            connection = await asyncio.wait_for(Connection.open(self.endpoint), timeout_s)
+        except (OSError, asyncio.TimeoutError) as error:
+            message = f"cannot connect: {str(error) or 'timed out'}"
+            return Reply(started_s, ended_s=time.perf_counter(), error=message)
+        reply = await connection.exchange(request, started_s=started_s, timeout_s=timeout_s)
+        return self._keep(connection, reply)
+
+    def _keep(self, connection: Connection, reply: Reply) -> Reply:
+        if connection.is_usable:
+            self.idle.append(connection)
+        return reply
+
+
+def _record(number: int, reply: Reply, num_asked: int, late_s: float) -> RequestRecord:
+    """Counts tokens by usage; an answer without any token is an error."""
+    num_output_tokens = reply.num_output_tokens
+    error = reply.error
+    if error is None and num_output_tokens == 0:
+        error = "an answer without a token"
+    times = reply.chunk_times
+    if len(times) > num_output_tokens:
+        # A closing frame of its own holds no token: drop what is beyond one frame a token.
+        times = times[:num_output_tokens] if reply.usage else times
+    return RequestRecord(
+        number=number,
+        started_s=reply.started_s,
+        ended_s=reply.ended_s,
+        first_s=times[0] if times else None,
+        last_s=times[-1] if times else None,
+        gaps=np.diff(times).tolist(),
+        num_prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
+        num_cached_tokens=reply.num_cached_tokens,
+        num_output_tokens=num_output_tokens,
+        num_asked_tokens=num_asked,
+        has_usage=reply.usage is not None,
+        late_s=late_s,
+        error=error,
+    )
