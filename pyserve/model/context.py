@@ -1,0 +1,31 @@
+"""ForwardContext: what every layer of one step reads; the same object goes through all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True, frozen=True)
+class ForwardContext:
+    """One step of num_tokens tokens in num_rows sequences; padding as ops.plan_step writes it.
+
+    input_ids, positions   int32 [num_tokens]
+    slot_mapping           int64 [num_tokens]: block_id * block_size + offset; -1 writes nothing
+    row_slots              int32 [num_rows]: row of block_table; -1: padding
+    cu_seqlens_q           int32 [num_rows + 1]: where each row's tokens begin
+    seq_lens               int32 [num_rows]: tokens in the KV cache after this step
+    block_table            int32 [num_slots, max_blocks_per_seq]
+    kv_caches              (key_cache, value_cache) of each layer,
+                           [num_blocks, block_size, num_kv_heads, head_dim]
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    row_slots: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    kv_caches: list[tuple[torch.Tensor, torch.Tensor]]

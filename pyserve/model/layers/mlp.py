@@ -1,0 +1,40 @@
+"""The gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
+
+from __future__ import annotations
+
+import torch
+
+from pyserve import ops
+from pyserve.model.config import ModelConfig
+from pyserve.model.destination import Destinations
+from pyserve.model.layers.linear import Linear
+
+
+class MLP:
+    __slots__ = ("gate_up", "down")
+
+    def __init__(
+        self, name: str, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = config.intermediate_size
+        self.gate_up = Linear(
+            {f"{name}.gate_proj": size, f"{name}.up_proj": size},
+            config.hidden_size,
+            has_bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.down = Linear(
+            {f"{name}.down_proj": config.hidden_size},
+            size,
+            has_bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, hidden_size] -> the same shape"""
+        return self.down(ops.silu_mul(self.gate_up(x)))
+
+    def destinations(self) -> Destinations:
+        return self.gate_up.destinations() | self.down.destinations()

@@ -1,0 +1,32 @@
+"""RMSNorm (Zhang and Sennrich 2019), alone or fused with the residual add before it."""
+
+from __future__ import annotations
+
+import torch
+
+from pyserve import ops
+from pyserve.model.destination import Destination, Destinations
+
+
+class RMSNorm:
+    """x / rms(x) * weight over the last dimension; accumulates in float32."""
+
+    __slots__ = ("weight", "eps", "_name")
+
+    def __init__(
+        self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._name = name
+        self.eps = eps
+        self.weight = torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] -> the same shape"""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual += x in place, then the norm of residual."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def destinations(self) -> Destinations:
+        return {f"{self._name}.weight": Destination(self.weight, dummy_mean=1.0)}

@@ -1,0 +1,103 @@
+"""Tables of the rotary embedding (Su et al. 2021) and of its context extensions.
+
+Computed in float32 step by step as transformers does, because that is what models are trained with:
+at position 100,000 its angles are off by up to 0.004 and a more exact table would be another model.
+Scalings: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1), YaRN (Peng et al.
+2023); formulas as in transformers' modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pyserve.model.rope_config import RopeConfig
+
+ROWS_AT_A_TIME = 8192  # bounds the scratch memory of a long table
+
+
+def cos_sin_table(
+    rope: RopeConfig, head_dim: int, max_model_len: int, *, device: torch.device
+) -> torch.Tensor:
+    """float32 [max_model_len, head_dim]: row p holds cos, then sin, of the head_dim / 2 angles.
+
+    Dynamic NTK has frequencies that depend on the sequence's length. Row p uses those of a sequence
+    that ends with position p. That is what token-by-token decoding computes, also for a prompt, so
+    a token's keys do not depend on how its prompt was cut into steps or on what came after it,
+    and may be shared by the prefix cache. transformers rotates a whole prompt with the frequencies
+    of its last token instead; the two agree up to original_max_position.
+    """
+    half = head_dim // 2
+    table = torch.empty(max_model_len, head_dim, dtype=torch.float32)
+    inv_freq = _inv_freq(rope, head_dim)
+    for start in range(0, max_model_len, ROWS_AT_A_TIME):
+        end = min(start + ROWS_AT_A_TIME, max_model_len)
+        positions = torch.arange(start, end, dtype=torch.float32).unsqueeze(1)
+        if rope.type == "dynamic":
+            inv_freq = _dynamic_inv_freq(rope, head_dim, positions + 1)
+        angles = positions * inv_freq
+        table[start:end, :half] = angles.cos().mul_(rope.attention_factor)
+        table[start:end, half:] = angles.sin().mul_(rope.attention_factor)
+    return table.to(device)
+
+
+def _inv_freq(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """float32 [head_dim / 2]: radians a token."""
+    if rope.type == "yarn":
+        return _yarn_inv_freq(rope, head_dim)
+    inv_freq: torch.Tensor = 1.0 / (rope.theta ** _exponents(head_dim))
+    if rope.type == "linear":
+        return inv_freq / rope.factor
+    if rope.type == "llama3":
+        return _llama3_inv_freq(rope, inv_freq)
+    return inv_freq
+
+
+def _exponents(head_dim: int) -> torch.Tensor:
+    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+
+
+def _dynamic_inv_freq(rope: RopeConfig, head_dim: int, seq_lens: torch.Tensor) -> torch.Tensor:
+    """seq_lens float32 [n, 1] -> [n, head_dim / 2]"""
+    seq_lens = seq_lens.clamp(min=float(rope.original_max_position))
+    stretch = rope.factor * seq_lens / rope.original_max_position - (rope.factor - 1)
+    theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
+    inv_freq: torch.Tensor = 1.0 / (theta ** _exponents(head_dim))
+    return inv_freq
+
+
+def _llama3_inv_freq(rope: RopeConfig, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Divides long wavelengths by the factor, keeps short ones, blends between."""
+    wavelengths = 2 * math.pi / inv_freq
+    longest_kept = rope.original_max_position / rope.high_freq_factor
+    shortest_divided = rope.original_max_position / rope.low_freq_factor
+    blend = (rope.original_max_position / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - blend) * inv_freq / rope.factor + blend * inv_freq
+    is_between = (wavelengths >= longest_kept) & (wavelengths <= shortest_divided)
+    scaled = torch.where(wavelengths > shortest_divided, inv_freq / rope.factor, inv_freq)
+    return torch.where(is_between, blended, scaled)
+
+
+def _yarn_inv_freq(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Keeps dimensions that turn more than beta_fast times, divides those below beta_slow."""
+
+    def dimension_of(num_turns: float) -> float:
+        turns_ratio = rope.original_max_position / (num_turns * 2 * math.pi)
+        return head_dim * math.log(turns_ratio) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # as transformers: a step, without a division by zero
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    wavelengths = rope.theta ** _exponents(head_dim)
+    kept = 1 - ramp
+    inv_freq: torch.Tensor = (1.0 / (rope.factor * wavelengths)) * (1 - kept) + (
+        1.0 / wavelengths
+    ) * kept
+    return inv_freq

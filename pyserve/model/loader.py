@@ -1,0 +1,155 @@
+"""Fills a Decoder from a checkpoint, or with made-up weights where only config.json is there.
+
+Tensors stream in the order they are stored in, straight into their place in the (fused)
+parameters, and are converted on the way. Names and shapes are checked before the first byte is
+read.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pyserve.errors import CheckpointError
+from pyserve.model.config import ModelConfig
+from pyserve.model.decoder import Decoder
+from pyserve.model.destination import Destinations
+from pyserve.model.weights import (
+    TORCH_DTYPES,
+    CheckpointReader,
+    StoredTensor,
+    index_checkpoint,
+    name_some,
+)
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+HEAD_NAME = "lm_head.weight"
+EMBEDDING_NAME = "model.embed_tokens.weight"
+
+# Old checkpoints store what follows from config.json.
+DERIVED_NAMES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+DUMMY_STD = 0.02  # as transformers initialises
+# Noise is made once and copied from random places: as fast as memory. The length is a prime, so
+# that rows of a matrix do not repeat.
+DUMMY_NOISE_LEN = 4_194_301
+
+
+def load_model(
+    path: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str,
+    seed: int,
+    progress: Progress,
+    max_model_len: int | None = None,
+) -> Decoder:
+    """Build the decoder and fill it: from the safetensors files of the folder `path`, or, with
+    load_format "dummy", with weights drawn from `seed`.
+
+    `progress` is called with bytes of the checkpoint, at least at the start and at the end.
+    Raises CheckpointError naming the tensors that are missing, left over or of the wrong shape.
+    """
+    stored = None if load_format == "dummy" else index_checkpoint(path)
+    decoder = Decoder(config, dtype=dtype, device=device, max_model_len=max_model_len)
+    destinations = decoder.destinations()
+    if stored is None:
+        _fill_with_noise(destinations, seed, progress)
+        return decoder
+    _check(stored, destinations, config)
+    _stream(stored, destinations, progress)
+    return decoder
+
+
+def _check(
+    stored: dict[str, StoredTensor], destinations: Destinations, config: ModelConfig
+) -> None:
+    missing = destinations.keys() - stored.keys()
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks: {name_some(missing)}")
+    left_over = {
+        name
+        for name in stored.keys() - destinations.keys()
+        if not DERIVED_NAMES.fullmatch(name) and not _is_tied_head(name, config)
+    }
+    if left_over:
+        raise CheckpointError(
+            f"the checkpoint holds tensors {config.architecture} does not have with this "
+            f"config.json: {name_some(left_over)}"
+        )
+    for name, destination in destinations.items():
+        tensor, shape = stored[name], tuple(destination.view.shape)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+                f"config.json makes it {list(shape)}"
+            )
+        if tensor.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{tensor.file}: {name} is {tensor.dtype}, supported are {', '.join(TORCH_DTYPES)}"
+            )
+
+
+def _is_tied_head(name: str, config: ModelConfig) -> bool:
+    return name == HEAD_NAME and config.tie_word_embeddings
+
+
+def _stream(
+    stored: dict[str, StoredTensor], destinations: Destinations, progress: Progress
+) -> None:
+    wanted = [tensor for name, tensor in stored.items() if name in destinations]
+    tied_head = None if HEAD_NAME in destinations else stored.get(HEAD_NAME)
+    total = sum(tensor.num_bytes for tensor in wanted)
+    done = 0
+    progress(done, total)
+    with CheckpointReader() as reader:
+        for tensor in sorted(wanted, key=lambda tensor: (tensor.file, tensor.offset)):
+            flat = destinations[tensor.name].view.view(-1)
+            for start, piece in reader.pieces(tensor):
+                flat[start : start + piece.numel()].copy_(piece)
+                done += piece.nbytes
+                progress(done, total)
+        if tied_head is not None:
+            _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME].view)
+
+
+def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: torch.Tensor) -> None:
+    """A head that is stored although it is tied must be the embedding: some checkpoints say tied
+    and are not, and would answer nonsense."""
+    is_comparable = head.shape == tuple(embedding.shape) and head.dtype in TORCH_DTYPES
+    flat = embedding.view(-1)
+    if not is_comparable or not all(
+        torch.equal(flat[start : start + piece.numel()], piece.to(flat.device, flat.dtype))
+        for start, piece in reader.pieces(head)
+    ):
+        raise CheckpointError(
+            f"{head.file}: {HEAD_NAME} differs from {EMBEDDING_NAME}, but config.json says "
+            f"tie_word_embeddings; set it to false"
+        )
+
+
+def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) -> None:
+    total = sum(destination.view.nbytes for destination in destinations.values())
+    done = 0
+    progress(done, total)
+    noise = torch.randn(DUMMY_NOISE_LEN, generator=torch.Generator().manual_seed(seed))
+    noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).view)
+    starts = random.Random(seed)
+    for destination in destinations.values():
+        flat = destination.view.view(-1)
+        filled = 0
+        while filled < flat.numel():
+            piece = noise[starts.randrange(DUMMY_NOISE_LEN) :][: flat.numel() - filled]
+            flat[filled : filled + piece.numel()].copy_(piece)
+            filled += piece.numel()
+        if destination.dummy_mean:
+            flat += destination.dummy_mean
+        done += flat.nbytes
+        progress(done, total)

@@ -1,0 +1,157 @@
+"""RopeConfig: which rotary embedding a model has, from the old and the new keys of config.json.
+
+transformers 4 writes `rope_theta` at top level and `rope_scaling` with `rope_type` or `type`;
+transformers 5 writes `rope_parameters` with everything in it. The tables are in layers/rotary.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import msgspec
+
+from pyserve.model.fields import Fields
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+DEFAULT_THETA = 10_000.0
+MAX_THETA = 1e15
+MAX_FACTOR = 65536.0
+MAX_POSITION = 2**24
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding over the whole head.
+
+    theta             base of the frequencies.
+    factor            how many times original_max_position the context is stretched.
+    original_max_position
+                      tokens the model was first trained on.
+    low_freq_factor, high_freq_factor
+                      llama3: bounds of the interpolated band, in turns over the original context.
+    beta_fast, beta_slow, truncate
+                      yarn: bounds of the ramp in turns, and whether it starts on whole dimensions.
+    attention_factor  yarn: multiplies cos and sin.
+    """
+
+    type: RopeType
+    theta: float
+    original_max_position: int
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+def rope_from_fields(config: Fields, max_position: int) -> tuple[RopeConfig, int]:
+    """The rotary embedding, and the tokens of context it gives a model of `max_position`.
+
+    Raises ConfigError for a type or a value that cannot be served.
+    """
+    rope = _rope_fields(config)
+    theta_fields = rope if rope is not None and rope.has("rope_theta") else config
+    # Below 2 the frequencies hardly differ, and YaRN divides by the logarithm.
+    theta = theta_fields.number("rope_theta", 2.0, MAX_THETA, default=DEFAULT_THETA)
+    for fields in (config, rope):
+        if fields is not None and fields.number("partial_rotary_factor", 0, 1, default=1.0) != 1.0:
+            raise fields.refuse("partial_rotary_factor", "must be 1")
+    kind = _rope_type(rope)
+    if rope is None or kind == "default":
+        return (
+            RopeConfig(type="default", theta=theta, original_max_position=max_position),
+            max_position,
+        )
+    if kind == "llama3":
+        # Its max_position_embeddings is the stretched context already.
+        return _llama3(config, rope, theta, max_position), max_position
+    if kind == "yarn":
+        scaled = _yarn(config, rope, theta, max_position)
+    else:
+        scaled = RopeConfig(
+            type=kind,
+            theta=theta,
+            original_max_position=max_position,
+            factor=rope.number("factor", 1.0, MAX_FACTOR),
+        )
+    return scaled, int(scaled.original_max_position * scaled.factor)
+
+
+def _rope_fields(config: Fields) -> Fields | None:
+    for key in ("rope_scaling", "rope_parameters"):  # as transformers: the older key wins
+        if not config.has(key):
+            continue
+        fields = config.table(key)
+        nested = fields.tables()
+        if nested:
+            raise config.refuse(key, f"must be one table for all layers, not one for {nested[0]}")
+        return fields
+    return None
+
+
+def _rope_type(rope: Fields | None) -> RopeType:
+    if rope is None:
+        return "default"
+    key = "rope_type" if rope.has("rope_type") else "type"
+    if not rope.has(key) and rope.has("factor"):
+        raise rope.refuse("rope_type", f"must be one of {', '.join(ROPE_TYPES)}")
+    kind = rope.string(key, default="default")
+    if kind not in ROPE_TYPES:
+        raise rope.refuse(key, f"must be one of {', '.join(ROPE_TYPES)}")
+    return cast(RopeType, kind)
+
+
+def _original_max_position(config: Fields, rope: Fields, max_position: int) -> int:
+    key = "original_max_position_embeddings"
+    source = config if config.has(key) else rope  # as transformers: the top level wins
+    return source.integer(key, 1, MAX_POSITION, default=max_position)
+
+
+def _llama3(config: Fields, rope: Fields, theta: float, max_position: int) -> RopeConfig:
+    low = rope.number("low_freq_factor", 1e-3, 1e6)
+    high = rope.number("high_freq_factor", 1e-3, 1e6)
+    if high <= low:
+        raise rope.refuse("high_freq_factor", f"must be above low_freq_factor ({low:g})")
+    return RopeConfig(
+        type="llama3",
+        theta=theta,
+        original_max_position=_original_max_position(config, rope, max_position),
+        factor=rope.number("factor", 1.0, MAX_FACTOR),
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> RopeConfig:
+    original = _original_max_position(config, rope, max_position)
+    factor = rope.number("factor", 1.0, MAX_FACTOR, default=max_position / original)
+    attention_factor = _mscale(factor, 1.0)
+    if rope.has("attention_factor"):
+        attention_factor = rope.number("attention_factor", 0.0, 1e3)
+    elif rope.has("mscale") and rope.has("mscale_all_dim"):
+        mscale = rope.number("mscale", 0.0, 1e3)
+        mscale_all_dim = rope.number("mscale_all_dim", 0.0, 1e3)
+        if mscale and mscale_all_dim:
+            attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+    beta_fast = rope.number("beta_fast", 0.0, 1e6, default=32.0) or 32.0
+    beta_slow = rope.number("beta_slow", 0.0, 1e6, default=1.0) or 1.0
+    if beta_fast < beta_slow:
+        raise rope.refuse("beta_fast", f"must be at least beta_slow ({beta_slow:g})")
+    return RopeConfig(
+        type="yarn",
+        theta=theta,
+        original_max_position=original,
+        factor=factor,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        truncate=rope.boolean("truncate", default=True),
+        attention_factor=attention_factor,
+    )
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0

@@ -1,0 +1,277 @@
+"""Reading safetensors: headers checked against the file, tensors by pread through one buffer.
+
+A checkpoint is a stranger's file. Every number of a header is checked before it sizes anything, and
+nothing is mapped: mapped pages count as resident, and a file that shrinks would kill the process.
+All errors are CheckpointError naming the file.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeGuard
+
+import msgspec
+import torch
+
+from pyserve.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_INDEX_BYTES = 64 * 2**20
+MAX_DIMS = 8
+BUFFER_BYTES = 64 * 2**20
+LENGTH_BYTES = 8  # of the header's length, a little-endian u64
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+TORCH_DTYPES = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(slots=True, frozen=True)
+class StoredTensor:
+    """Where one tensor of the checkpoint lies. `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str  # as the header calls it
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of the safetensors files of a folder, by name; reads headers only."""
+    single = folder / SINGLE_FILE
+    if single.exists():
+        return {tensor.name: tensor for tensor in read_header(single)}
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; "
+            f"only safetensors checkpoints are loaded"
+        )
+    weight_map = _read_weight_map(index)
+    tensors: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        path = folder / file_name
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it")
+        for tensor in read_header(path):
+            # A tensor that another file is listed for is not this file's to give.
+            if weight_map.get(tensor.name, file_name) == file_name:
+                tensors[tensor.name] = tensor
+    missing = [name for name in weight_map if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{INDEX_FILE} lists tensors its files lack: {name_some(missing)}")
+    return tensors
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """Parse and check the header of one file. The tensors fill the rest of it without a gap."""
+    with _open(path) as file:
+        file_bytes = os.fstat(file.fd).st_size
+        if file_bytes < LENGTH_BYTES:
+            raise CheckpointError(f"{path} is truncated: it has {file_bytes} bytes")
+        header_bytes = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
+        limit = min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES)
+        if header_bytes > limit:
+            raise CheckpointError(
+                f"{path} is no safetensors file or truncated: "
+                f"a header of {header_bytes} bytes, the limit is {limit}"
+            )
+        text = file.read(LENGTH_BYTES, header_bytes)
+    header = _decode_object(text, f"the header of {path}")
+    header.pop("__metadata__", None)
+    data_offset = LENGTH_BYTES + header_bytes
+    tensors = [_parse_entry(path, name, entry, data_offset) for name, entry in header.items()]
+    _check_layout(path, tensors, data_offset, file_bytes)
+    return tensors
+
+
+class CheckpointReader:
+    """Streams stored tensors, one buffer at a time. A context manager: it holds open files.
+
+    The buffer is the only host memory a checkpoint ever takes, whatever its size.
+    """
+
+    def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
+        self._bytes = memoryview(bytearray(buffer_bytes))
+        self._buffer = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        self._file: _File | None = None
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def pieces(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields (index of the first element, elements [n] in the stored dtype).
+
+        A piece is valid until the next one is asked for. Reads fastest when tensors come in the
+        order they are stored in.
+        """
+        dtype = TORCH_DTYPES[tensor.dtype]
+        if self._file is None or self._file.path != tensor.file:
+            if self._file is not None:
+                self._file.close()
+            self._file = _open(tensor.file)
+        done = 0
+        while done < tensor.num_bytes:
+            num_bytes = min(len(self._bytes), tensor.num_bytes - done)
+            self._file.read_into(tensor.offset + done, self._bytes[:num_bytes])
+            yield done // dtype.itemsize, self._buffer[:num_bytes].view(dtype)
+            self._file.drop_cache(tensor.offset + done, num_bytes)
+            done += num_bytes
+
+
+def name_some(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    ordered = sorted(names)
+    text = ", ".join(ordered[:limit])
+    return text if len(ordered) <= limit else f"{text} and {len(ordered) - limit} more"
+
+
+class _File:
+    """A regular file opened for pread; errors of the system become CheckpointError."""
+
+    __slots__ = ("path", "fd")
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        buffer = bytearray(num_bytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        done = 0
+        while done < len(destination):
+            try:
+                count = os.preadv(self.fd, [destination[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(f"{self.path} became shorter while it was read")
+            done += count
+
+    def drop_cache(self, offset: int, num_bytes: int) -> None:
+        """What has been read will not be read again; leave the page cache to others."""
+        os.posix_fadvise(self.fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _open(path: Path) -> _File:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path} is not a regular file")
+    return _File(path, fd)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    with _open(index) as file:
+        num_bytes = os.fstat(file.fd).st_size
+        if num_bytes > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{index} has {num_bytes} bytes, the limit is {MAX_INDEX_BYTES}")
+        text = file.read(0, num_bytes)
+    weight_map = _decode_object(text, str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object that names tensors")
+    for name, file_name in weight_map.items():
+        is_plain = isinstance(file_name, str) and file_name.endswith(".safetensors")
+        if not is_plain or "/" in file_name or "\\" in file_name or "\0" in file_name:
+            raise CheckpointError(
+                f"{index}: weight_map[{name}] must be a safetensors file of the same folder"
+            )
+    return weight_map
+
+
+def _decode_object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        decoded = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(decoded, dict):
+        raise CheckpointError(f"{where} must be a JSON object")
+    return decoded
+
+
+def _parse_entry(path: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:
+    def broken(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name[:200]}: {what}")
+
+    if not isinstance(entry, dict):
+        raise broken("its header entry must be an object")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise broken(f"unknown dtype {str(dtype)[:80]}")
+    shape = entry.get("shape")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise broken(f"shape must be at most {MAX_DIMS} sizes of 0 or more")
+    offsets = entry.get("data_offsets")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise broken("data_offsets must be [begin, end]")
+    num_bytes = prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != num_bytes:
+        raise broken(f"shape and dtype need {num_bytes} bytes, data_offsets give another number")
+    return StoredTensor(name, dtype, tuple(shape), path, data_offset + offsets[0], num_bytes)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63 for size in value
+    )
+
+
+def _check_layout(
+    path: Path, tensors: list[StoredTensor], data_offset: int, file_bytes: int
+) -> None:
+    end = data_offset
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            what = "overlaps another one" if tensor.offset < end else "leaves a gap before it"
+            raise CheckpointError(f"{path}: tensor {tensor.name[:200]} {what}")
+        end += tensor.num_bytes
+    if end != file_bytes:
+        what = "is truncated" if end > file_bytes else "has bytes that belong to no tensor"
+        raise CheckpointError(f"{path} {what}: {file_bytes} bytes, the header needs {end}")

@@ -1,0 +1,60 @@
+"""Runs a Decoder by hand: block tables, slots and contexts as the engine would make them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from pyserve.model.context import ForwardContext
+from pyserve.model.decoder import Decoder
+
+BLOCK_SIZE = 16
+
+
+class Driver:
+    """Sequences of at most `max_len` tokens each; their blocks are scattered over the cache."""
+
+    def __init__(self, decoder: Decoder, num_seqs: int = 1, max_len: int = 256) -> None:
+        self.decoder = decoder
+        blocks_per_seq = -(-max_len // BLOCK_SIZE)
+        blocks = list(range(num_seqs * blocks_per_seq + 3))
+        random.Random(0).shuffle(blocks)
+        self._table = torch.tensor(blocks[: num_seqs * blocks_per_seq], dtype=torch.int32)
+        self._table = self._table.view(num_seqs, blocks_per_seq)
+        self.kv_caches = []
+        for spec in decoder.kv_specs():
+            shape = (len(blocks), BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+            poison = float("nan")  # what nobody wrote must not be read
+            caches = [torch.full(shape, poison, dtype=spec.dtype) for _ in range(2)]
+            self.kv_caches.append((caches[0], caches[1]))
+        self._lens = [0] * num_seqs
+
+    def step(self, new_tokens: dict[int, Sequence[int]]) -> torch.Tensor:
+        """Append tokens to sequences, by number; logits [num_tokens, vocab_size] in that order."""
+        ids, positions, slots, seq_lens, starts = [], [], [], [], [0]
+        for seq, tokens in new_tokens.items():
+            begin = self._lens[seq]
+            self._lens[seq] += len(tokens)
+            ids += tokens
+            positions += range(begin, begin + len(tokens))
+            seq_lens.append(self._lens[seq])
+            starts.append(len(ids))
+            row = self._table[seq].tolist()
+            slots += [
+                row[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+                for position in range(begin, begin + len(tokens))
+            ]
+        context = ForwardContext(
+            input_ids=torch.tensor(ids, dtype=torch.int32),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64),
+            row_slots=torch.tensor(list(new_tokens), dtype=torch.int32),
+            cu_seqlens_q=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            block_table=self._table,
+            kv_caches=self.kv_caches,
+        )
+        with torch.inference_mode():
+            return self.decoder.compute_logits(self.decoder.forward(context))
