@@ -1,0 +1,97 @@
+"""Made models are what `tokenizers` and transformers take them for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bench.make_model import PRESETS, main, make_config, make_model, make_tokenizer, tensor_shapes
+
+SMALL = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+TEXT = "Hello world, quite ordinary text: 3.14\n\t naïve 日本語 🤖<|turn|>"
+
+
+@pytest.mark.parametrize("vocab_size", [260, 261, 1024, 32000, 128256])
+def test_tokenizer_has_the_asked_size_and_round_trips(vocab_size: int) -> None:
+    tokenizer = make_tokenizer(vocab_size, adds_bos=True)
+    assert tokenizer.get_vocab_size() == vocab_size
+    ids = tokenizer.encode(TEXT).ids
+    assert ids[0] == tokenizer.token_to_id("<|begin|>") == vocab_size - 4
+    assert tokenizer.decode(ids[1:], skip_special_tokens=False) == TEXT
+    assert max(ids) < vocab_size
+    if vocab_size > 100_000:
+        assert len(tokenizer.encode(" hello").ids) < 5 + 1 + 1  # merges are used
+
+
+def test_tokenizer_sizes_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="at least 260"):
+        make_tokenizer(259, adds_bos=True)
+    with pytest.raises(ValueError, match="beyond"):
+        make_tokenizer(2_000_000, adds_bos=True)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_are_read_by_transformers(preset: str, tmp_path: Path) -> None:
+    config = make_model(tmp_path, preset, {}, with_weights=False)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads"):
+        assert getattr(loaded, name) == config[name]
+    assert (
+        Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size()
+        == (config["vocab_size"])
+    )
+
+
+def test_parameter_counts_are_those_of_the_real_models() -> None:
+    counts = {}
+    for preset in ("llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"):
+        shapes = tensor_shapes(make_config(preset, {}))
+        counts[preset] = sum(torch.Size(shape).numel() for _, shape in shapes)
+    assert counts == {
+        "llama-3.1-8b": 8_030_261_248,
+        "mistral-7b": 7_241_732_096,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen3-8b": 8_190_735_360,
+    }
+
+
+@pytest.mark.parametrize("preset", ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"])
+@pytest.mark.parametrize("extra", [{}, {"tie_word_embeddings": True, "head_dim": 16}])
+def test_weights_are_complete(preset: str, extra: dict[str, object], tmp_path: Path) -> None:
+    if preset == "qwen2.5-7b":
+        extra = {key: value for key, value in extra.items() if key != "head_dim"}
+    overrides = {**SMALL, "head_dim": 8, **extra}
+    make_model(tmp_path, preset, overrides, with_weights=True, shard_bytes=30_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    weight = model.model.layers[0].self_attn.q_proj.weight.float()
+    assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert torch.equal(model.model.norm.weight, torch.ones(32, dtype=torch.bfloat16))
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "made"
+    flags = ["--set", "num_hidden_layers=1", "--set", "rope_scaling=null", "--weights"]
+    assert main(["tiny", str(folder), *flags]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] is None
+    assert (folder / "model.safetensors").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|turn|>user\nhi<|endturn|>\n<|turn|>assistant\n"
+    with pytest.raises(SystemExit):
+        main(["tiny", str(folder), "--set", "vocab_size=10"])
+    assert "at least 260" in capsys.readouterr().err
