@@ -1,11 +1,14 @@
 """A server that answers like OpenAI's and computes nothing: `serve.py --self-test` and the tests.
 
+    python -m bench.stub --port 8001
+
 Every frame is one write, so that a client gets one small segment per frame, the most expensive
 way a real server can send them. Answers depend on the prompt only.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import multiprocessing
 import socket
@@ -189,15 +192,18 @@ def running_stub_processes(count: int, config: StubConfig) -> Iterator[str]:
         holder.close()
 
 
-def _run_process(port: int, config: StubConfig, ready: Any) -> None:
-    async def main() -> None:
+def _run_process(
+    port: int, config: StubConfig, ready: Any = None, *, host: str = "127.0.0.1"
+) -> None:
+    async def serve() -> None:
         server = await asyncio.start_server(
-            Stub(config).serve, "127.0.0.1", port, reuse_port=True, backlog=4096
+            Stub(config).serve, host, port, reuse_port=True, backlog=4096
         )
-        ready.release()
+        if ready is not None:
+            ready.release()
         await server.serve_forever()
 
-    asyncio.run(main())
+    asyncio.run(serve())
 
 
 async def _serve_until(stub: Stub, listener: socket.socket, stop: asyncio.Event) -> None:
@@ -260,3 +266,19 @@ def _whole(body: dict[str, Any], status: str = "200 OK") -> bytes:
 def _whole_bytes(payload: bytes, content_type: str, status: str = "200 OK") -> bytes:
     head = f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(payload)}"
     return head.encode() + b"\r\n\r\n" + payload
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description="An OpenAI server that computes nothing.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8001)
+    parser.add_argument("--tokens-per-frame", type=int, default=1)
+    parser.add_argument("--delay-s", type=float, default=0.0, help="between frames")
+    args = parser.parse_args(argv)
+    config = StubConfig(tokens_per_frame=args.tokens_per_frame, delay_s=args.delay_s)
+    _run_process(args.port, config, host=args.host)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ WORDS = (
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One load on one server.
 
+    models                 one is drawn per request; none: the field is left out.
     input_len, output_len  tokens, inclusive range (equal ends: fixed).
     shared_prefix_len      the first tokens (words) of every prompt, the same for all.
     request_rate           arrivals a second; None: closed loop at `concurrency`.
@@ -102,12 +103,13 @@ def build_request(spec: LoadSpec, number: int) -> tuple[str, dict[str, Any]]:
     prefix = prefix_rng.integers(0, size, spec.shared_prefix_len)[:prefix_len].tolist()
     ids = prefix + rng.integers(0, size, input_len - prefix_len).tolist()
     body: dict[str, Any] = {
-        "model": spec.models[int(rng.integers(0, len(spec.models)))],
         "max_tokens": output_len,
         "temperature": spec.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if spec.models:
+        body["model"] = spec.models[int(rng.integers(0, len(spec.models)))]
     if spec.ignore_eos:
         body["ignore_eos"] = True
     text = "" if is_ids else " ".join(WORDS[i] for i in ids)
