@@ -1,0 +1,173 @@
+"""What chat and text completions share: prompts in, an answer out, streamed or whole."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+from aiohttp import web
+
+from pyserve import __version__
+from pyserve.api import stream
+from pyserve.api.body import ignored_header
+from pyserve.api.generate import Generation
+from pyserve.api.protocol import (
+    MAX_NAME_CHARS,
+    MAX_SEQUENCES,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+)
+from pyserve.api.sampling import Resolver
+from pyserve.api.state import Loaded, ServerState
+from pyserve.errors import InvalidRequestError
+from pyserve.params import SamplingParams
+from pyserve.text.detokenizer import Detokenizer
+
+FINGERPRINT = f"pyserve-{__version__}"
+MAX_PRIORITY = 2**31 - 1
+
+Response = ChatResponse | CompletionResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What differs between the two: names, objects, and the default token limit.
+
+    default_max_tokens   None: whatever the context leaves.
+    whole                (id, created, model, generation) -> the object of a whole answer.
+    """
+
+    id_prefix: str
+    prompt_name: str
+    default_max_tokens: int | None
+    frames: type[stream.ChatFrames] | type[stream.CompletionFrames]
+    whole: Callable[[str, int, str, Generation], Response]
+
+
+async def answer(
+    request: web.Request,
+    state: ServerState,
+    loaded: Loaded,
+    *,
+    endpoint: Endpoint,
+    body: ChatRequest | CompletionRequest,
+    ignored: list[str],
+    prompts: list[list[int]],
+    arrived_s: float,
+) -> web.StreamResponse:
+    """Run `body` on `prompts`, all checks first. Raises RequestError before the status is sent."""
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise InvalidRequestError("stream_options needs stream: true", "stream_options")
+    if body.priority and not loaded.engine.info.has_priorities:
+        ignored = [*ignored, "priority"]
+    request_id = endpoint.id_prefix + (
+        _name("request_id", body.request_id) or secrets.token_hex(16)
+    )
+    created = int(time.time())
+    headers = ignored_header(ignored)
+    generation = Generation(loaded.engine, state.metrics, arrived_s=arrived_s)
+    reason = "abort"
+    try:
+        _submit(generation, loaded, endpoint, body, prompts)
+        if body.stream:
+            frames = endpoint.frames(
+                request_id, created=created, model=state.model_name, fingerprint=FINGERPRINT
+            )
+            return await stream.send(
+                request,
+                generation,
+                frames,
+                headers=headers,
+                include_usage=bool(options and options.include_usage),
+            )
+        await generation.read_all()
+    except Exception:
+        reason = "error"
+        raise
+    finally:
+        generation.close(reason)
+    return json_response(endpoint.whole(request_id, created, state.model_name, generation), headers)
+
+
+def json_response(value: msgspec.Struct, headers: dict[str, str] | None = None) -> web.Response:
+    """`value` as a 200."""
+    return web.Response(
+        body=msgspec.json.encode(value), content_type="application/json", headers=headers
+    )
+
+
+def _submit(
+    generation: Generation,
+    loaded: Loaded,
+    endpoint: Endpoint,
+    body: ChatRequest | CompletionRequest,
+    prompts: list[list[int]],
+) -> None:
+    engine = loaded.engine
+    resolver = Resolver(body, engine.info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
+    num_sequences = len(prompts) * resolver.n
+    if num_sequences > MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts times n {resolver.n} are {num_sequences} sequences, "
+            f"the limit is {MAX_SEQUENCES}",
+            "n",
+        )
+    priority = body.priority or 0
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {priority}", "priority"
+        )
+    cache_salt = _name("cache_salt", body.cache_salt) or ""
+    limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
+    skip_special_tokens = body.skip_special_tokens is not False
+    for prompt, params in zip(prompts, limits, strict=True):
+        generation.submit(
+            prompt,
+            params,
+            n=resolver.n,
+            ending=resolver.ending,
+            detokenizers=[
+                Detokenizer(loaded.tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+                for _ in range(resolver.n)
+            ],
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+
+def _params(
+    resolver: Resolver,
+    endpoint: Endpoint,
+    body: ChatRequest | CompletionRequest,
+    loaded: Loaded,
+    num_prompt_tokens: int,
+) -> SamplingParams:
+    max_tokens, limit_name = body.max_tokens, "max_tokens"
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        max_tokens, limit_name = body.max_completion_tokens, "max_completion_tokens"
+    default = endpoint.default_max_tokens
+    if default is None:
+        default = loaded.defaults.max_new_tokens
+    if default is None:
+        default = loaded.engine.info.max_model_len
+    return resolver.params(
+        num_prompt_tokens,
+        prompt_name=endpoint.prompt_name,
+        max_tokens=max_tokens,
+        limit_name=limit_name,
+        default=default,
+    )
+
+
+def _name(field: str, value: str | None) -> str | None:
+    if value is not None and not 1 <= len(value) <= MAX_NAME_CHARS:
+        raise InvalidRequestError(
+            f"{field} must have 1 to {MAX_NAME_CHARS} characters, got {len(value)}", field
+        )
+    return value

@@ -1,0 +1,155 @@
+"""POST /v1/chat/completions: messages -> prompt -> answer as chat objects."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from aiohttp import web
+
+from pyserve.api.answer import FINGERPRINT, Endpoint, answer
+from pyserve.api.body import Wire, check_built
+from pyserve.api.generate import Choice, Generation
+from pyserve.api.protocol import (
+    MAX_MESSAGES,
+    ChatChoice,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+    ContentPart,
+    Message,
+)
+from pyserve.api.state import STATE, Loaded, ServerState
+from pyserve.api.stream import ChatFrames
+from pyserve.errors import InvalidRequestError, NotBuiltError
+
+ROLES = ("system", "user", "assistant")
+ROLES_NOT_BUILT = ("developer", "tool", "function")
+WIRE = Wire(ChatRequest)
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """The handler."""
+    arrived_s = time.monotonic()
+    state = request.app[STATE]
+    loaded = state.model()
+    body, ignored = await WIRE.read(request, state.config.max_body_bytes)
+    state.check_model_name(body.model)
+    prompt = await tokenize_messages(
+        state, loaded, body.messages, add_special_tokens=body.add_special_tokens
+    )
+    return await answer(
+        request,
+        state,
+        loaded,
+        endpoint=ENDPOINT,
+        body=body,
+        ignored=ignored,
+        prompts=[prompt],
+        arrived_s=arrived_s,
+    )
+
+
+async def tokenize_messages(
+    state: ServerState, loaded: Loaded, messages: list[Message], *, add_special_tokens: bool | None
+) -> list[int]:
+    """Token ids of the prompt that the model's chat template makes of `messages`."""
+    if add_special_tokens:
+        raise NotBuiltError(
+            "add_special_tokens beside messages is not built yet: the template writes them",
+            "add_special_tokens",
+        )
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"messages must hold 1 to {MAX_MESSAGES} messages, got {len(messages)}", "messages"
+        )
+    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+    def tokenize() -> list[int]:
+        return loaded.tokenizer.encode_chat(loaded.chat_template.render(plain))
+
+    prompt = await state.run_text(sum(map(_num_chars, messages)), tokenize)
+    if not prompt:
+        raise InvalidRequestError("messages make an empty prompt", "messages")
+    return prompt
+
+
+def _plain(message: Message, path: str) -> dict[str, Any]:
+    """What the template gets to see: the role, the text or its parts, and the name."""
+    if message.role in ROLES_NOT_BUILT:
+        raise NotBuiltError(
+            f"{path}.role: the role {message.role} is not built yet", f"{path}.role"
+        )
+    if message.role not in ROLES:
+        raise InvalidRequestError(
+            f"{path}.role must be one of {', '.join(ROLES)}, got {message.role[:40]}",
+            f"{path}.role",
+        )
+    for name in ("tool_calls", "tool_call_id", "function_call"):
+        check_built(name, getattr(message, name), f"{path}.{name}")
+    content = message.content
+    if content is None:
+        raise InvalidRequestError(
+            f"{path}.content must be a string or a list of parts, got null", f"{path}.content"
+        )
+    plain: dict[str, Any] = {"role": message.role}
+    plain["content"] = (
+        content if isinstance(content, str) else _plain_parts(content, f"{path}.content")
+    )
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _plain_parts(parts: list[ContentPart], path: str) -> list[dict[str, str]]:
+    if len(parts) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"{path} has {len(parts)} parts, the limit is {MAX_MESSAGES}", path
+        )
+    plain = []
+    for i, part in enumerate(parts):
+        if part.type != "text":
+            raise NotBuiltError(
+                f"{path}[{i}].type: parts of type {part.type[:40]} are not built yet, only text",
+                f"{path}[{i}].type",
+            )
+        if part.text is None:
+            raise InvalidRequestError(f"{path}[{i}].text is missing", f"{path}[{i}].text")
+        plain.append({"type": "text", "text": part.text})
+    return plain
+
+
+def _num_chars(message: Message) -> int:
+    content = message.content
+    if content is None or isinstance(content, str):
+        return len(content or "")
+    return sum(len(part.text or "") for part in content)
+
+
+def _whole(request_id: str, created: int, model: str, generation: Generation) -> ChatResponse:
+    return ChatResponse(
+        id=request_id,
+        created=created,
+        model=model,
+        choices=[_choice(choice) for choice in generation.choices],
+        system_fingerprint=FINGERPRINT,
+        usage=generation.usage(),
+    )
+
+
+def _choice(choice: Choice) -> ChatChoice:
+    return ChatChoice(
+        index=choice.index,
+        message=ChatMessage(content="".join(choice.pieces)),
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+    )
+
+
+ENDPOINT = Endpoint(
+    id_prefix="chatcmpl-",
+    prompt_name="messages",
+    default_max_tokens=None,
+    frames=ChatFrames,
+    whole=_whole,
+)

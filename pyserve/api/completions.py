@@ -1,0 +1,120 @@
+"""POST /v1/completions: text or token-id prompts -> answer as text_completion objects."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import cast
+
+from aiohttp import web
+
+from pyserve.api.answer import FINGERPRINT, Endpoint, answer
+from pyserve.api.body import Wire
+from pyserve.api.generate import Choice, Generation
+from pyserve.api.protocol import (
+    MAX_SEQUENCES,
+    CompletionChoice,
+    CompletionRequest,
+    CompletionResponse,
+)
+from pyserve.api.sampling import check_token_ids
+from pyserve.api.state import STATE, Loaded, ServerState
+from pyserve.api.stream import CompletionFrames
+from pyserve.errors import InvalidRequestError
+
+DEFAULT_MAX_TOKENS = 16
+WIRE = Wire(CompletionRequest)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """The handler."""
+    arrived_s = time.monotonic()
+    state = request.app[STATE]
+    loaded = state.model()
+    body, ignored = await WIRE.read(request, state.config.max_body_bytes)
+    state.check_model_name(body.model)
+    prompts = await _tokenize(
+        state, loaded, body.prompt, add_special_tokens=body.add_special_tokens is not False
+    )
+    return await answer(
+        request,
+        state,
+        loaded,
+        endpoint=ENDPOINT,
+        body=body,
+        ignored=ignored,
+        prompts=prompts,
+        arrived_s=arrived_s,
+    )
+
+
+async def _tokenize(
+    state: ServerState,
+    loaded: Loaded,
+    prompt: str | list[str | int | list[int]] | None,
+    *,
+    add_special_tokens: bool,
+) -> list[list[int]]:
+    """Token ids of every prompt, each in the vocabulary and none empty."""
+    if prompt is None:
+        raise InvalidRequestError("prompt is missing", "prompt")
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    kinds = set(map(type, prompt))
+    if len(kinds) > 1:
+        raise InvalidRequestError(
+            "prompt must not mix texts, token ids and lists of token ids", "prompt"
+        )
+    if kinds == {int}:
+        prompt = [cast("list[int]", prompt)]
+    if not 1 <= len(prompt) <= MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"prompt must hold 1 to {MAX_SEQUENCES} prompts, got {len(prompt)}", "prompt"
+        )
+    if not all(prompt):
+        raise InvalidRequestError("prompt must not be empty", "prompt")
+    if kinds == {str}:
+        texts = cast("list[str]", prompt)
+        token_ids = await state.run_text(
+            sum(map(len, texts)), partial(_encode, loaded, texts, add_special_tokens)
+        )
+        if not all(token_ids):
+            raise InvalidRequestError("prompt must not be empty", "prompt")
+        return token_ids
+    token_ids = cast("list[list[int]]", prompt)
+    for ids in token_ids:
+        check_token_ids(ids, loaded.engine.info.vocab_size, "prompt")
+    return token_ids
+
+
+def _encode(loaded: Loaded, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    return [loaded.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+
+def _whole(request_id: str, created: int, model: str, generation: Generation) -> CompletionResponse:
+    return CompletionResponse(
+        id=request_id,
+        created=created,
+        model=model,
+        choices=[_choice(choice) for choice in generation.choices],
+        system_fingerprint=FINGERPRINT,
+        usage=generation.usage(),
+    )
+
+
+def _choice(choice: Choice) -> CompletionChoice:
+    return CompletionChoice(
+        index=choice.index,
+        text="".join(choice.pieces),
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+    )
+
+
+ENDPOINT = Endpoint(
+    id_prefix="cmpl-",
+    prompt_name="prompt",
+    default_max_tokens=DEFAULT_MAX_TOKENS,
+    frames=CompletionFrames,
+    whole=_whole,
+)

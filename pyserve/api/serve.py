@@ -1,0 +1,210 @@
+"""The life of the server: listen, load, ready, drain, exit.
+
+The port is open before anything is loaded; loading runs on one thread of its own, so that /health
+answers all the time. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pyserve.api.app import build_app
+from pyserve.api.http import BACKLOG, LAST_FRAMES_S, listening
+from pyserve.api.state import Loaded, Report, ServerState
+from pyserve.client import EngineClient
+from pyserve.config import ServerConfig
+from pyserve.errors import StartupError
+from pyserve.log import get_logger
+from pyserve.metrics import Metrics
+
+__all__ = ["Loaded", "Report", "run_server"]
+
+STATS_INTERVAL_S = 10.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code of the process.
+
+    `load` runs on a thread of its own once the port is open, and may raise StartupError.
+    A thread that still loads when the server is told to stop ends with the process.
+    """
+    try:
+        sock = _listen(config.host, config.port)
+    except StartupError as error:
+        get_logger().error("%s", error)
+        return 1
+    with sock:
+        server = _Server(config, load, sock)
+        code = asyncio.run(server.run())
+    if server.is_loading:
+        # The interpreter would wait for, or crash under, a thread inside a compiler or torch.
+        os._exit(code)
+    return code
+
+
+class _Server:
+    """One run from the open port to the exit code."""
+
+    def __init__(
+        self, config: ServerConfig, load: Callable[[Report], Loaded], sock: socket.socket
+    ) -> None:
+        self._config = config
+        self._load = load
+        self._sock = sock
+        self._state = ServerState(config, Metrics(config.served_model_names[0]))
+        self._stop = asyncio.Event()
+        self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
+        self._loading: asyncio.Future[Loaded] | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        return self._loader.is_alive()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            async with listening(build_app(self._state), self._sock):
+                return await self._live()
+        finally:
+            self._state.close()
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    async def _live(self) -> int:
+        state = self._state
+        try:
+            loaded = await self._wait_loaded()
+            if loaded is None:
+                get_logger().info("told to stop while starting")
+                return 0
+            loaded.engine.start()
+        except StartupError as error:
+            get_logger().error("%s", error)
+            return 1
+        except Exception:
+            get_logger().exception("the start failed unexpectedly")
+            return 1
+        state.metrics.watch(loaded.engine.stats, loaded.engine.info.num_blocks)
+        state.loaded = loaded
+        state.status = "ready"
+        state.startup.finish()
+        get_logger().info(
+            "pyserve is ready on %s (model %s, %.1f s)",
+            _url(self._config.host, self._sock),
+            state.model_name,
+            state.startup.elapsed_s,
+        )
+        statistics = asyncio.create_task(_log_statistics(loaded.engine, self._config.log_stats))
+        try:
+            await self._stop.wait()
+            await self._drain(loaded.engine)
+        finally:
+            statistics.cancel()
+        return 0
+
+    async def _wait_loaded(self) -> Loaded | None:
+        """What `load` returned, or None where the server is told to stop before."""
+        loop = asyncio.get_running_loop()
+        self._loading = loop.create_future()
+        self._loader.start()
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            first: set[asyncio.Future[Any]] = {self._loading, stop}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+        return self._loading.result() if self._loading.done() else None
+
+    def _run_load(self) -> None:
+        """On the loading thread."""
+        loading = self._loading
+        assert loading is not None
+        loop = loading.get_loop()
+        try:
+            loaded = self._load(self._state.startup.report)
+        except Exception as error:
+            finish = partial(loading.set_exception, error)
+        else:
+            # What lives from here on is never looked at again by the collector.
+            gc.collect()
+            gc.freeze()
+            finish = partial(loading.set_result, loaded)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(finish)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            get_logger().warning("told to stop twice: exiting at once")
+            os._exit(128 + number)
+        self._stop.set()
+
+    async def _drain(self, engine: EngineClient) -> None:
+        state = self._state
+        state.status = "draining"
+        get_logger().info(
+            "shutting down: %d requests have %.0f s to finish",
+            state.num_in_flight,
+            self._config.shutdown_timeout_s,
+        )
+        if not await state.wait_idle(self._config.shutdown_timeout_s):
+            get_logger().warning("%d requests are cut off", state.num_in_flight)
+        await engine.stop()
+        await state.wait_idle(LAST_FRAMES_S)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartupError naming the port."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError:
+        raise StartupError(f"--host {host} is not an address of this machine") from None
+    family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        reason = os.strerror(error.errno or 0)
+        raise StartupError(
+            f"cannot listen on {host} port {port}: {reason}; choose another with --port"
+        ) from None
+    return sock
+
+
+def _url(host: str, sock: socket.socket) -> str:
+    port = sock.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _log_statistics(engine: EngineClient, is_on: bool) -> None:
+    """One line every ten seconds in which the server had something to do."""
+    last = engine.stats()
+    while is_on:
+        await asyncio.sleep(STATS_INTERVAL_S)
+        stats = engine.stats()
+        if stats.num_steps != last.num_steps:
+            get_logger().info(
+                "prompt %.0f tokens/s, generation %.0f tokens/s, running %d, waiting %d, "
+                "KV cache %.1f %%",
+                (stats.prompt_tokens - last.prompt_tokens) / STATS_INTERVAL_S,
+                (stats.output_tokens - last.output_tokens) / STATS_INTERVAL_S,
+                stats.num_running,
+                stats.num_waiting,
+                100.0 * stats.num_blocks_used / engine.info.num_blocks,
+            )
+        last = stats

@@ -1,0 +1,191 @@
+"""What the handlers of one server share: its phase of life, the model, metrics, a thread pool."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from aiohttp import web
+
+from pyserve.client import EngineClient
+from pyserve.config import ServerConfig
+from pyserve.errors import NotFoundError, UnavailableError
+from pyserve.log import get_logger
+from pyserve.metrics import Metrics
+from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+
+MAX_RETRY_AFTER_S = 60
+SHORT_TEXT_CHARS = 4000  # tokenised on the event loop: about a millisecond
+NUM_TEXT_THREADS = 2
+
+Report = Callable[[str, int, int], None]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What `load` hands over: all the API needs of a model. The engine is not started yet."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    defaults: GenerationDefaults
+    engine: EngineClient
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Where the start-up stands; replaced as a whole, so that any thread may read it."""
+
+    name: str
+    done: int
+    total: int  # 0: unknown
+    began_s: float
+
+    @property
+    def progress(self) -> float | None:
+        """0 to 1; None where the total is unknown."""
+        return min(self.done / self.total, 1.0) if self.total > 0 else None
+
+    def eta_s(self, now_s: float) -> float | None:
+        """Seconds to the end of this phase at the speed so far."""
+        progress = self.progress
+        if not progress:
+            return None
+        return round((now_s - self.began_s) * (1.0 - progress) / progress, 1)
+
+
+class Startup:
+    """Phases of the start-up, told by the loading thread, shown by the event loop."""
+
+    def __init__(self) -> None:
+        now = time.monotonic()
+        self._began_s = now
+        self.phase = Phase("start", 0, 0, now)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def describe(self) -> dict[str, object]:
+        """Phase, progress in it (0 to 1) and seconds to its end, null where unknown."""
+        phase = self.phase
+        return {
+            "phase": phase.name,
+            "progress": phase.progress,
+            "eta_s": phase.eta_s(time.monotonic()),
+        }
+
+    def report(self, name: str, done: int, total: int) -> None:
+        """Called by one thread at a time; a new name ends the phase before it."""
+        phase = self.phase
+        if name == phase.name:
+            self.phase = Phase(name, done, total, phase.began_s)
+        else:
+            now = time.monotonic()
+            self._log(phase, now)
+            self.phase = Phase(name, done, total, now)
+
+    def finish(self) -> None:
+        """End the last phase."""
+        self._log(self.phase, time.monotonic())
+
+    def _log(self, phase: Phase, now_s: float) -> None:
+        get_logger().info("%s: %.1f s", phase.name, now_s - phase.began_s)
+
+
+@dataclass(slots=True, eq=False)
+class ServerState:
+    """Owned by serve.py, which alone moves `status` on; read by every handler."""
+
+    config: ServerConfig
+    metrics: Metrics
+    startup: Startup = field(default_factory=Startup)
+    status: Literal["starting", "ready", "draining"] = "starting"
+    loaded: Loaded | None = None
+    num_in_flight: int = 0  # requests that use the model
+    created: int = field(default_factory=lambda: int(time.time()))
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _text_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(NUM_TEXT_THREADS, "pyserve-text")
+    )
+
+    @property
+    def model_name(self) -> str:
+        """The name in responses and metrics."""
+        return self.config.served_model_names[0]
+
+    def model(self) -> Loaded:
+        """The model, for a new request. Raises UnavailableError in any phase but ready."""
+        if self.status == "draining":
+            raise UnavailableError("the server is shutting down")
+        if self.loaded is None or self.status == "starting":
+            phase = self.startup.phase
+            eta_s = phase.eta_s(time.monotonic())
+            percent = "" if phase.progress is None else f", {phase.progress:.0%}"
+            raise UnavailableError(
+                f"the server is starting (phase {phase.name}{percent})",
+                max(1, min(int(eta_s or 1), MAX_RETRY_AFTER_S)),
+            )
+        return self.loaded
+
+    def check_model_name(self, name: str | None) -> None:
+        """Refuse a name that is not served; none means the served one."""
+        if name and name not in self.config.served_model_names:
+            raise NotFoundError(f"The model `{name[:200]}` does not exist.", "model")
+
+    def enter(self) -> None:
+        """A request that uses the model begins."""
+        self.num_in_flight += 1
+
+    def leave(self) -> None:
+        """It has ended, however it did."""
+        self.num_in_flight -= 1
+        if self.num_in_flight == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Until no request uses the model; False where it takes longer than `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self.num_in_flight:
+            self._idle.clear()
+            try:
+                await asyncio.wait_for(self._idle.wait(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                return False
+        return True
+
+    async def run_text(self, size: int, function: Callable[[], R]) -> R:
+        """Run text work on `size` characters or tokens: on a thread where it would block."""
+        if size <= SHORT_TEXT_CHARS:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
+
+    def close(self) -> None:
+        """Let go of the threads; what they still do is not waited for."""
+        self._text_threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Keys:
+    """The API keys, compared in constant time."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def accept(self, request: web.Request) -> bool:
+        """True where no key is needed or the request carries one of them as a Bearer token."""
+        if not self._digests:
+            return True
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+STATE = web.AppKey("state", ServerState)

@@ -1,0 +1,185 @@
+"""Server-sent events: one write per wake-up and connection, one frame per choice that has news.
+
+Frames are built once per request but for the text in them. A slow reader stops only its own
+coroutine: what it does not fetch gathers as token ids in its sequences, which are bounded.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+
+from pyserve.api.errors import error_body, log_unexpected
+from pyserve.api.generate import Choice, Generation
+from pyserve.api.protocol import Usage
+from pyserve.errors import RequestError
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold the stream back
+}
+
+_encode = msgspec.json.encode
+
+
+class Frames(Protocol):
+    """The frames of one request, as bytes that end in a blank line."""
+
+    def first(self, num_choices: int) -> bytes:
+        """What comes before the first text."""
+        ...
+
+    def text(self, index: int, text: str) -> bytes: ...
+
+    def finish(self, choice: Choice, text: str) -> bytes:
+        """The last frame of a choice; it carries its last text."""
+        ...
+
+    def usage(self, usage: Usage) -> bytes: ...
+
+
+class ChatFrames:
+    """`chat.completion.chunk` objects."""
+
+    def __init__(self, request_id: str, *, created: int, model: str, fingerprint: str) -> None:
+        self._head = _head(request_id, b"chat.completion.chunk", created, model)
+        self._fingerprint = _encode(fingerprint)
+        self._open: dict[int, bytes] = {}
+
+    def first(self, num_choices: int) -> bytes:
+        return b"".join(
+            self._choice(index)
+            + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],'
+            b'"prompt_token_ids":null,"prompt_text":null}\n\n'
+            for index in range(num_choices)
+        )
+
+    def text(self, index: int, text: str) -> bytes:
+        return (
+            self._choice(index)
+            + b'{"content":'
+            + _encode(text)
+            + b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        )
+
+    def finish(self, choice: Choice, text: str) -> bytes:
+        return (
+            self._choice(choice.index)
+            + b'{"content":%b},"logprobs":null,"finish_reason":%b,"stop_reason":%b,'
+            b'"token_ids":null}],"system_fingerprint":%b}\n\n'
+            % (
+                _encode(text),
+                _encode(choice.finish_reason),
+                _encode(choice.stop_reason),
+                self._fingerprint,
+            )
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        return _usage(self._head, usage, self._fingerprint)
+
+    def _choice(self, index: int) -> bytes:
+        opened = self._open.get(index)
+        if opened is None:
+            opened = self._open[index] = b'%b{"index":%d,"delta":' % (self._head, index)
+        return opened
+
+
+class CompletionFrames:
+    """Streamed `text_completion` objects."""
+
+    def __init__(self, request_id: str, *, created: int, model: str, fingerprint: str) -> None:
+        self._head = _head(request_id, b"text_completion", created, model)
+        self._fingerprint = _encode(fingerprint)
+
+    def first(self, num_choices: int) -> bytes:
+        return b""
+
+    def text(self, index: int, text: str) -> bytes:
+        return (
+            b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":null,"stop_reason":null,'
+            b'"prompt_token_ids":null,"token_ids":null}]}\n\n' % (self._head, index, _encode(text))
+        )
+
+    def finish(self, choice: Choice, text: str) -> bytes:
+        return (
+            b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b,"stop_reason":%b,'
+            b'"prompt_token_ids":null,"token_ids":null}],"system_fingerprint":%b}\n\n'
+            % (
+                self._head,
+                choice.index,
+                _encode(text),
+                _encode(choice.finish_reason),
+                _encode(choice.stop_reason),
+                self._fingerprint,
+            )
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        return _usage(self._head, usage, self._fingerprint)
+
+
+async def send(
+    request: web.Request,
+    generation: Generation,
+    frames: Frames,
+    *,
+    headers: dict[str, str],
+    include_usage: bool,
+) -> web.StreamResponse:
+    """Answer with the stream of `generation`, from the 200 to [DONE].
+
+    What fails from here on becomes one error frame, as the status is already sent.
+    """
+    response = web.StreamResponse(headers={**HEADERS, **headers})
+    await response.prepare(request)
+    try:
+        await _send_choices(response, generation, frames)
+        end = frames.usage(generation.usage()) + DONE if include_usage else DONE
+    except RequestError as error:
+        generation.close("error")
+        end = b"data: %b\n\n" % error_body(error) + DONE
+    except ConnectionError:
+        raise
+    except Exception as error:
+        generation.close("error")
+        end = b"data: %b\n\n" % error_body(log_unexpected(error)) + DONE
+    await response.write_eof(end)
+    return response
+
+
+async def _send_choices(
+    response: web.StreamResponse, generation: Generation, frames: Frames
+) -> None:
+    has_begun = False
+    while generation.active:
+        news = await generation.read()
+        chunks = []
+        if news and not has_begun:
+            has_begun = True
+            chunks.append(frames.first(len(generation.choices)))
+        for choice, text in news:
+            if choice.finish_reason is not None:
+                chunks.append(frames.finish(choice, text))
+            elif text:
+                chunks.append(frames.text(choice.index, text))
+        data = b"".join(chunks)
+        if data:
+            await response.write(data)
+
+
+def _head(request_id: str, kind: bytes, created: int, model: str) -> bytes:
+    return b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
+        _encode(request_id),
+        kind,
+        created,
+        _encode(model),
+    )
+
+
+def _usage(head: bytes, usage: Usage, fingerprint: bytes) -> bytes:
+    return b'%b],"usage":%b,"system_fingerprint":%b}\n\n' % (head, _encode(usage), fingerprint)

@@ -1,0 +1,290 @@
+"""A scripted engine, a small trained tokenizer, and the real HTTP stack on a loopback port."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from pyserve.api.app import build_app
+from pyserve.api.http import listening
+from pyserve.api.state import Loaded, ServerState
+from pyserve.client import EngineInfo, EngineStats, SequenceStream
+from pyserve.config import ServerConfig
+from pyserve.errors import PyserveError, UnavailableError
+from pyserve.metrics import Metrics
+from pyserve.params import SamplingParams
+from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+
+MODEL = "org/tiny"
+CONTEXT = 512
+PADDED_VOCAB = 448  # of the model: more than the tokenizer has
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "La capital de Francia es París. Hello world, how are you?\n",
+    "😀 emoji and 漢字 take several tokens.",
+]
+
+
+def make_tokenizer_folder(folder: Path) -> Path:
+    """A byte-level BPE tokenizer with a ChatML template, as a model's folder holds it."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[
+            AddedToken(token, special=True)
+            for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+        ],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@dataclass
+class Script:
+    """What a sequence does: these tokens, `burst` at a time every `delay_s`, then its end.
+
+    starts     a queued sequence never begins where False.
+    error      it fails with this instead of going on to its limit.
+    """
+
+    token_ids: list[int]
+    delay_s: float = 0.0
+    burst: int = 1
+    starts: bool = True
+    error: PyserveError | None = None
+
+
+@dataclass
+class Submitted:
+    prompt: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str
+    stream: SequenceStream
+    is_aborted: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass
+class FakeEngine:
+    """EngineClient that plays scripts; stop ids and limits end a sequence as in the real one."""
+
+    script: Callable[[int], Script]
+    info: EngineInfo = field(
+        default_factory=lambda: EngineInfo(
+            max_model_len=CONTEXT, vocab_size=PADDED_VOCAB, max_num_seqs=8, block_size=16,
+            num_blocks=64, dtype="float32", device="cpu",
+        )
+    )  # fmt: skip
+    submitted: list[Submitted] = field(default_factory=list)
+    error: str | None = None
+    is_started: bool = False
+    is_stopped: bool = False
+    num_cached_tokens: int = 0
+
+    def start(self) -> None:
+        self.is_started = True
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+        for item in self.running():
+            item.stream.fail(UnavailableError("the server is shutting down"))
+
+    def submit(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
+        cache_salt: str = "",
+    ) -> SequenceStream:  # fmt: skip
+        if self.is_stopped:
+            raise UnavailableError("the server is shutting down")
+        number = len(self.submitted)
+        stream = SequenceStream(number, len(prompt_token_ids))
+        item = Submitted(list(prompt_token_ids), params, priority, cache_salt, stream)
+        self.submitted.append(item)
+        item.task = asyncio.get_running_loop().create_task(self._play(item, self.script(number)))
+        return stream
+
+    def abort(self, stream: SequenceStream) -> None:
+        if not stream.is_finished:
+            self.submitted[stream.seq_id].is_aborted = True
+            stream.finish("abort")
+
+    def stats(self) -> EngineStats:
+        num_running = len(self.running())
+        return EngineStats(
+            num_running=num_running, num_waiting=0, num_blocks_used=16 * num_running,
+            num_preemptions=1, num_steps=2, prompt_tokens=100, cached_tokens=25, output_tokens=50,
+            step_age_s=0.0, error=self.error,
+        )  # fmt: skip
+
+    def running(self) -> list[Submitted]:
+        return [item for item in self.submitted if not item.stream.is_finished]
+
+    async def _play(self, item: Submitted, script: Script) -> None:
+        stream, params = item.stream, item.params
+        if not script.starts:
+            return
+        stream.num_cached_tokens = self.num_cached_tokens
+        position = 0
+        while True:
+            await asyncio.sleep(script.delay_s)
+            for _ in range(script.burst):
+                if stream.is_finished:
+                    return
+                if position == len(script.token_ids) and script.error is not None:
+                    stream.fail(script.error)
+                    return
+                token_id = script.token_ids[position % len(script.token_ids)]
+                position += 1
+                stream.put(token_id)
+                if token_id in params.stop_token_ids and position > params.min_tokens:
+                    stream.finish("stop", token_id)
+                elif position == params.max_tokens:
+                    stream.finish("length")
+
+
+class Server:
+    """An app on a loopback port, on the event loop of its own thread."""
+
+    def __init__(self, state: ServerState, engine: FakeEngine, sock: socket.socket) -> None:
+        self.state = state
+        self.engine = engine
+        self.port: int = sock.getsockname()[1]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.state.loaded is not None
+        return self.state.loaded.tokenizer
+
+    def play(self, text: str, *, eos: bool = True, **options: Any) -> list[int]:
+        """Let every sequence say `text`, then end with EOS."""
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if eos:
+            assert self.tokenizer.eos_token_id is not None
+            token_ids.append(self.tokenizer.eos_token_id)
+        self.engine.submitted.clear()
+        self.engine.script = lambda number: Script(token_ids, **options)
+        return token_ids
+
+    def request(
+        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body; `body` is bytes or becomes JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            sent = {"Content-Type": "application/json", **(headers or {})}
+            connection.request(method, path, data, sent)
+            reply = connection.getresponse()
+            return reply.status, dict(reply.getheaders()), reply.read()
+        finally:
+            connection.close()
+
+    def post(self, path: str, body: object) -> Any:
+        """The decoded body of a 200."""
+        status, _, reply = self.request("POST", path, body)
+        assert status == 200, reply
+        return json.loads(reply)
+
+    def error(self, path: str, body: object, status: int = 400) -> dict[str, Any]:
+        """The error object of a refusal."""
+        got, _, reply = self.request("POST", path, body)
+        assert got == status, reply
+        error: dict[str, Any] = json.loads(reply)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == status
+        return error
+
+    def frames(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """The decoded SSE frames of a streamed answer, without [DONE]."""
+        status, headers, reply = self.request("POST", path, {**body, "stream": True})
+        assert status == 200, reply
+        assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        lines = reply.decode().split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def connect(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """A bare socket with the request sent, for clients that hang up or read slowly."""
+        data = json.dumps(body).encode()
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        sock.sendall(head.encode() + data)
+        return sock
+
+    def sdk(self) -> OpenAI:
+        return OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0, timeout=20
+        )
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.005)
+
+
+@contextmanager
+def run_server(folder: Path, **config: Any) -> Iterator[Server]:
+    """A ready server around a FakeEngine, with the tokenizer of `folder`."""
+    tokenizer = Tokenizer.from_folder(folder)
+    engine = FakeEngine(lambda number: Script([1]))
+    loaded = Loaded(
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate.load(tokenizer),
+        defaults=GenerationDefaults(eos_token_ids=(0,)),
+        engine=engine,
+    )
+    sock = socket.create_server(("127.0.0.1", 0))
+    settings = ServerConfig(served_model_names=(MODEL, "alias"), **config)
+    state = ServerState(settings, Metrics(MODEL), loaded=loaded, status="ready")
+    state.metrics.watch(engine.stats, engine.info.num_blocks)
+    loop = asyncio.new_event_loop()
+    started, stop = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        async with listening(build_app(state), sock):
+            started.set()
+            await stop.wait()
+        for item in engine.submitted:
+            if item.task is not None:
+                item.task.cancel()
+        state.close()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    try:
+        assert started.wait(10)
+        yield Server(state, engine, sock)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
+        sock.close()
