@@ -1,0 +1,75 @@
+"""Step: the rows that one step runs, and how they become a packed StepInput.
+
+A Step is plain data: the scheduler fills it, the runner executes it, update() reads it back. It
+holds changes only; what the device can derive (positions, KV slots, lengths) is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pyserve import ops
+from pyserve.engine.sequence import Sequence
+from pyserve.ops import step_layout as layout
+
+MIN_UPDATE_WORDS = 2**16  # room for the slot and block updates of many short sequences
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """Rows of one step; the lists of the first group have one entry per row.
+
+    seqs, generations   whose rows they are, and in which stay in a slot.
+    row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates
+                        as ops.pack_step takes them.
+    seq_lens            tokens of the sequence whose KV is valid once the step has run.
+    """
+
+    seqs: list[Sequence] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    row_slots: list[int] = field(default_factory=list)
+    query_lens: list[int] = field(default_factory=list)
+    seq_lens: list[int] = field(default_factory=list)
+    host_tokens: list[list[int] | None] = field(default_factory=list)
+    row_samples: list[bool] = field(default_factory=list)
+
+    block_updates: list[int] = field(default_factory=list)
+    slot_updates: list[bytes] = field(default_factory=list)
+    num_update_words: int = 0  # of the admitted sequences
+    num_tokens: int = 0
+    num_samples: int = 0
+
+
+def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:
+    """Pack `step` into `buffer` (int32 [max_step_words]); returns the number of words used."""
+    return ops.pack_step(
+        buffer,
+        step.row_slots,
+        step.query_lens,
+        step.host_tokens,
+        step.row_samples,
+        step.block_updates,
+        step.slot_updates,
+    )
+
+
+def max_update_words(max_model_len: int, block_size: int) -> int:
+    """Words that the admissions of one step may take: the largest sequence fits, or many small."""
+    max_slot_update = layout.SLOT_UPDATE_WORDS + layout.SLOT_WORDS + max_model_len
+    max_block_updates = layout.BLOCK_UPDATE_WORDS * -(-max_model_len // block_size)
+    return max(max_slot_update + max_block_updates, MIN_UPDATE_WORDS)
+
+
+def max_step_words(
+    max_num_batched_tokens: int, num_slots: int, *, max_model_len: int, block_size: int
+) -> int:
+    """Words of the largest packed step: rows that grow by a block, host tokens, admissions."""
+    return (
+        layout.HEADER_WORDS
+        + (layout.ROW_WORDS + layout.BLOCK_UPDATE_WORDS) * num_slots
+        + max_num_batched_tokens
+        + max_update_words(max_model_len, block_size)
+    )

@@ -1,0 +1,200 @@
+"""KV blocks: reference counts, a free list that keeps contents until reuse, and the prefix cache.
+
+A full block whose token ids are known may be cached under a chained 128-bit keyed hash. Invariants
+(check_invariants): a block is free exactly when no sequence refers to it; a cached block is found
+by the hash of exactly its own contents; a pending hash belongs to a running sequence that has the
+block and has yet to compute it. Only bookkeeping: no KV is touched here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection
+
+from pyserve.engine.sequence import NEVER, Sequence
+
+HASH_BYTES = 16
+
+
+class BlockManager:
+    """Owns `num_blocks` blocks of `block_size` tokens.
+
+    `hash_key` (16 random bytes of this process unless a test gives them) makes hashes unpredictable
+    for whoever writes the prompts.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool,
+        hash_key: bytes | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._is_caching = enable_prefix_caching
+        self._key = secrets.token_bytes(HASH_BYTES) if hash_key is None else hash_key
+        self._ref_counts = [0] * num_blocks
+        # Least recently used first; blocks without reusable contents before all others.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        # What a cached block's hash was made from: parent hash and token ids.
+        self._preimage_of: list[bytes | None] = [None] * num_blocks
+        self._pending: dict[bytes, Sequence] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold num_tokens tokens of one sequence."""
+        return -(-num_tokens // self.block_size)
+
+    def root_hash(self, cache_salt: str, adapter: str = "") -> bytes:
+        """Parent of a first block. Sequences share blocks only under the same root."""
+        name = adapter.encode()
+        return self._hash(len(name).to_bytes(4, "little") + name + cache_salt.encode())
+
+    def is_pending(self, block_hash: bytes) -> bool:
+        """True while a running sequence is going to compute this block."""
+        return block_hash in self._pending
+
+    def find_prefix(self, seq: Sequence) -> tuple[list[int], bytes | None]:
+        """Blocks of the longest cached prefix, and the hash to wait for where it goes on.
+
+        At least one token is left to compute. The hash is that of the last consecutive block that a
+        running sequence is computing; None where the next block is not being computed.
+        """
+        if not self._is_caching:
+            return [], None
+        while len(seq.block_hashes) < len(seq.token_ids) // self.block_size:
+            self._extend_hashes(seq)
+        limit = (len(seq.token_ids) - 1) // self.block_size
+        hits: list[int] = []
+        for index in range(limit):
+            block_id = self._block_of.get(seq.block_hashes[index])
+            if block_id is None or self._preimage_of[block_id] != self._preimage(seq, index):
+                break
+            hits.append(block_id)
+        awaited = None
+        for block_hash in seq.block_hashes[len(hits) : limit]:
+            if block_hash not in self._pending:
+                break
+            awaited = block_hash
+        return hits, awaited
+
+    def num_needed(self, seq: Sequence, hits: list[int]) -> int:
+        """Free blocks that `allocate` would take: new ones and hits that nobody refers to."""
+        num_total = self.num_blocks_for(len(seq.token_ids))
+        return num_total - len(hits) + sum(1 for hit in hits if not self._ref_counts[hit])
+
+    def allocate(self, seq: Sequence, hits: list[int]) -> None:
+        """Give `seq` the hits and new blocks for all its known tokens. There must be enough."""
+        assert not seq.block_ids, "allocated twice"
+        for block_id in hits:
+            if not self._ref_counts[block_id]:
+                del self._free[block_id]
+            self._ref_counts[block_id] += 1
+        seq.block_ids = list(hits)
+        for _ in range(self.num_blocks_for(len(seq.token_ids)) - len(hits)):
+            seq.block_ids.append(self._take())
+        seq.kv_capacity = len(seq.block_ids) * self.block_size
+        seq.num_offered_blocks = len(hits)
+        if self._is_caching:
+            seq.next_offer_len = (len(hits) + 1) * self.block_size
+            for block_hash in seq.block_hashes[len(hits) :]:
+                self._pending.setdefault(block_hash, seq)
+
+    def grow(self, seq: Sequence) -> int:
+        """Append one new block to `seq` and return its id. There must be a free one."""
+        block_id = self._take()
+        seq.block_ids.append(block_id)
+        seq.kv_capacity += self.block_size
+        return block_id
+
+    def offer(self, seq: Sequence, num_valid: int) -> None:
+        """Cache the blocks of `seq` that are full now that `num_valid` of its tokens have KV."""
+        while seq.next_offer_len <= num_valid:
+            index = seq.num_offered_blocks
+            if index == len(seq.block_hashes):
+                self._extend_hashes(seq)
+            block_hash = seq.block_hashes[index]
+            if self._pending.get(block_hash) is seq:
+                del self._pending[block_hash]
+            if block_hash not in self._block_of:  # else two computed the same: the first stays
+                block_id = seq.block_ids[index]
+                self._block_of[block_hash] = block_id
+                self._hash_of[block_id] = block_hash
+                self._preimage_of[block_id] = self._preimage(seq, index)
+            seq.num_offered_blocks = index + 1
+            seq.next_offer_len += self.block_size
+
+    def release(self, seq: Sequence, *, forget: bool = False) -> None:
+        """Take all blocks from `seq`. `forget`: what they hold must never be a hit again."""
+        for block_hash in seq.block_hashes[seq.num_offered_blocks :]:
+            if self._pending.get(block_hash) is seq:
+                del self._pending[block_hash]
+        # The tail goes first, so that it is reused before the prefix it depends on.
+        for block_id in reversed(seq.block_ids):
+            if forget:
+                self._uncache(block_id)
+            self._ref_counts[block_id] -= 1
+            if not self._ref_counts[block_id]:
+                self._free[block_id] = None
+                if self._hash_of[block_id] is None:
+                    self._free.move_to_end(block_id, last=False)
+        seq.block_ids = []
+        seq.kv_capacity = 0
+        seq.num_offered_blocks = 0
+        seq.next_offer_len = NEVER
+
+    def check_invariants(self, running: Collection[Sequence]) -> None:
+        """Assert that the bookkeeping agrees with the running sequences. Slow, for tests."""
+        counts = [0] * self.num_blocks
+        for seq in running:
+            assert len(set(seq.block_ids)) == len(seq.block_ids), "a block twice in one sequence"
+            assert seq.kv_capacity == len(seq.block_ids) * self.block_size
+            assert seq.num_computed_tokens <= seq.kv_capacity
+            assert seq.num_offered_blocks * self.block_size <= seq.num_computed_tokens
+            for block_id in seq.block_ids:
+                counts[block_id] += 1
+        assert counts == self._ref_counts, "reference counts"
+        assert {i for i, count in enumerate(counts) if not count} == set(self._free), "free list"
+        for block_hash, block_id in self._block_of.items():
+            preimage = self._preimage_of[block_id]
+            assert self._hash_of[block_id] == block_hash
+            assert preimage is not None and self._hash(preimage) == block_hash
+        cached = [i for i, block_hash in enumerate(self._hash_of) if block_hash is not None]
+        assert sorted(self._block_of.values()) == cached, "cached blocks"
+        for block_hash, owner in self._pending.items():
+            assert owner in running, "pending block of a sequence that does not run"
+            assert block_hash in owner.block_hashes[owner.num_offered_blocks :]
+
+    def _take(self) -> int:
+        block_id, _ = self._free.popitem(last=False)
+        self._uncache(block_id)
+        self._ref_counts[block_id] = 1
+        return block_id
+
+    def _uncache(self, block_id: int) -> None:
+        block_hash = self._hash_of[block_id]
+        if block_hash is not None:
+            del self._block_of[block_hash]
+            self._hash_of[block_id] = None
+            self._preimage_of[block_id] = None
+
+    def _extend_hashes(self, seq: Sequence) -> None:
+        seq.block_hashes.append(self._hash(self._preimage(seq, len(seq.block_hashes))))
+
+    def _preimage(self, seq: Sequence, index: int) -> bytes:
+        parent = seq.block_hashes[index - 1] if index else seq.root_hash
+        start = index * self.block_size
+        return parent + array("i", seq.token_ids[start : start + self.block_size]).tobytes()
+
+    def _hash(self, preimage: bytes) -> bytes:
+        return hashlib.blake2b(preimage, digest_size=HASH_BYTES, key=self._key).digest()

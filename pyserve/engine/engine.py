@@ -1,0 +1,204 @@
+"""Engine: the synchronous core. A step is schedule -> execute -> update; this file is the middle.
+
+Owns the sequences by id, checks what may enter, and turns sampled ids into tokens on streams. Not
+thread-safe: everything but Runner.launch's work runs on one thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Ids
+from concurrent.futures import Future
+from typing import Literal, Protocol
+
+from pyserve.client import FinishReason, SequenceStream
+from pyserve.engine.batch import Step
+from pyserve.engine.scheduler import Scheduler
+from pyserve.engine.sequence import Sequence, Status
+from pyserve.errors import EngineError, InvalidRequestError, PyserveError
+from pyserve.params import SamplingParams
+
+
+class Runner(Protocol):
+    """Executes steps, in the order of the calls."""
+
+    def launch(self, step: Step) -> Future[list[int]]:
+        """Start `step`. The result: one id per sampled row, in row order; -1 where logits are NaN.
+
+        An exception in it means that the step has failed and the next may be tried.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory; nothing is in flight."""
+        ...
+
+
+class Engine:
+    """Sequences in, tokens on their streams out.
+
+    max_model_len   tokens of a sequence, prompt and output together.
+    vocab_size      token ids are in [0, vocab_size).
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, *, max_model_len: int, vocab_size: int,
+        policy: Literal["fcfs", "priority"],
+    ) -> None:  # fmt: skip
+        self.scheduler = scheduler
+        self.runner = runner
+        self.num_steps = 0
+        self.num_output_tokens = 0
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._has_priorities = policy == "priority"
+        self._seqs: dict[int, Sequence] = {}
+        self._next_seq_id = 0
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._seqs)
+
+    def step(self) -> bool:
+        """Run one whole step; False where there was nothing to run."""
+        step = self.schedule()
+        if step is None:
+            return False
+        self.update(step, self.runner.launch(step).result())
+        return True
+
+    def add(
+        self, prompt_token_ids: Ids[int], params: SamplingParams, *, priority: int = 0,
+        cache_salt: str = "",
+    ) -> SequenceStream:  # fmt: skip
+        """Queue one sequence. Raises InvalidRequestError where it can never run."""
+        token_ids = list(prompt_token_ids)
+        self._check(token_ids, params)
+        seq_id = self._next_seq_id
+        self._next_seq_id += 1
+        seq = Sequence(
+            stream=SequenceStream(seq_id, len(token_ids)),
+            params=params,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            max_total_tokens=len(token_ids) + params.max_tokens,
+            order=(priority if self._has_priorities else 0, seq_id),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            stop_token_ids=frozenset(i for i in params.stop_token_ids if 0 <= i < self._vocab_size),
+            root_hash=self.scheduler.blocks.root_hash(cache_salt),
+            num_tokens=len(token_ids),
+        )
+        self._seqs[seq_id] = seq
+        self.scheduler.add(seq)
+        return seq.stream
+
+    def abort(self, stream: SequenceStream) -> None:
+        """Free what the sequence holds now, whatever is in flight; harmless after its end."""
+        seq = self._seqs.get(stream.seq_id)
+        if seq is not None:
+            self._finish(seq, "abort")
+
+    def schedule(self) -> Step | None:
+        """The next step to execute; None where there is nothing to run."""
+        return self.scheduler.schedule()
+
+    def update(self, step: Step, sampled: list[int]) -> None:
+        """Account for an executed step: cache what it filled, deliver what it sampled.
+
+        Rows whose sequence has left its slot since (aborted, preempted, finished) are dropped.
+        """
+        offer = self.scheduler.blocks.offer
+        sampled_ids = iter(sampled)
+        num_output_tokens = 0
+        for seq, generation, seq_len, is_sampled in zip(
+            step.seqs, step.generations, step.seq_lens, step.row_samples, strict=True
+        ):
+            token_id = next(sampled_ids) if is_sampled else None
+            if seq.generation != generation:
+                continue
+            if token_id == -1:
+                self._fail(seq, EngineError("the model's output was not a number"), forget=True)
+                continue
+            if seq.next_offer_len <= seq_len:
+                offer(seq, seq_len)
+            if token_id is None:
+                continue
+            seq.token_ids.append(token_id)
+            seq.stream.put(token_id)
+            num_output_tokens += 1
+            if token_id in seq.stop_token_ids:
+                self._finish(seq, "stop", token_id)
+            elif len(seq.token_ids) == seq.max_total_tokens:
+                self._finish(seq, "length")
+        self.num_output_tokens += num_output_tokens
+        self.num_steps += 1
+
+    def fail_step(self, step: Step) -> None:
+        """Account for a step whose execution raised: its sequences fail, the others go on."""
+        for seq, generation in zip(step.seqs, step.generations, strict=True):
+            if seq.generation == generation:
+                self._fail(seq, EngineError("the step that ran this sequence failed"))
+
+    def fail_all(self, error: PyserveError) -> None:
+        """Fail every sequence, also where the books no longer agree. Nothing may run after it."""
+        for seq in self._seqs.values():
+            seq.stream.fail(error)
+        self._seqs.clear()
+        self.scheduler.waiting.clear()
+        self.scheduler.running.clear()
+
+    def check_invariants(self) -> None:
+        """Assert that all books agree. Slow, for tests."""
+        self.scheduler.check_invariants()
+        queued = self.scheduler.waiting + self.scheduler.running
+        assert {id(seq) for seq in queued} == {id(seq) for seq in self._seqs.values()}
+        assert len(queued) == len(self._seqs)
+        assert not any(seq.stream.is_finished for seq in queued)
+
+    def _finish(
+        self, seq: Sequence, reason: FinishReason, stop_token_id: int | None = None
+    ) -> None:
+        self._remove(seq)
+        seq.stream.finish(reason, stop_token_id)
+
+    def _fail(self, seq: Sequence, error: PyserveError, *, forget: bool = False) -> None:
+        self._remove(seq, forget=forget)
+        seq.stream.fail(error)
+
+    def _remove(self, seq: Sequence, *, forget: bool = False) -> None:
+        assert seq.status is not Status.FINISHED
+        del self._seqs[seq.stream.seq_id]
+        self.scheduler.finish(seq, forget=forget)
+
+    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty, at least 1 token is needed", "prompt")
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+            wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
+            raise InvalidRequestError(
+                f"the prompt holds token id {wrong}, the model's are in [0, {self._vocab_size})",
+                "prompt",
+            )
+        for token_id in params.logit_bias:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias names token id {token_id}, "
+                    f"the model's are in [0, {self._vocab_size})",
+                    "logit_bias",
+                )
+        num_tokens = len(token_ids) + params.max_tokens
+        if num_tokens > self._max_model_len:
+            raise InvalidRequestError(
+                f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens} make "
+                f"{num_tokens}, the limit is {self._max_model_len} tokens",
+                "prompt" if len(token_ids) >= self._max_model_len else "max_tokens",
+            )
+        blocks = self.scheduler.blocks
+        # The last token is never an input: it needs no KV.
+        num_needed = blocks.num_blocks_for(num_tokens - 1)
+        if num_needed > blocks.num_blocks:
+            raise InvalidRequestError(
+                f"{num_tokens} tokens need {num_needed} KV blocks, there are {blocks.num_blocks}",
+                "max_tokens",
+            )

@@ -1,0 +1,198 @@
+"""Scheduler: decides which tokens of which sequences the next step runs.
+
+There is no prefill and no decode: each sequence has num_computed_tokens that catches up with
+num_tokens, within a token budget a step. Chunks, prefix hits, resumption after preemption and
+mixed batches are this one path. Both queues are sorted by Sequence.order; the last running
+sequence is the youngest, and the one that is preempted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+
+from pyserve.engine.batch import Step
+from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.sequence import Sequence, Status
+from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
+from pyserve.ops import step_layout as layout
+
+_order = attrgetter("order")
+
+
+class Scheduler:
+    """Owns the queues, the slots and, through `blocks`, the KV blocks.
+
+    max_num_batched_tokens  token budget of a step, at least the number of slots.
+    max_update_words        words of a packed step that admissions may take.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, slots: SlotAllocator, *, max_num_batched_tokens: int,
+        max_update_words: int,
+    ) -> None:  # fmt: skip
+        assert max_num_batched_tokens >= slots.num_slots, "each running sequence needs a token"
+        self.blocks = blocks
+        self.slots = slots
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of admitted sequences
+        self.num_cached_tokens = 0  # of those, served by the prefix cache
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_update_words = max_update_words
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new or preempted sequence."""
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_order)
+
+    def schedule(self) -> Step | None:
+        """The next step, already accounted for; None where there is nothing to run."""
+        step = Step()
+        running = self.running
+        budget = self._max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        index = 0
+        while index < len(running):
+            seq = running[index]
+            index += 1
+            query_len = seq.num_tokens - seq.num_computed_tokens
+            if query_len > 1:
+                # Every running sequence gets a token a step, however long the prompts before it.
+                query_len = min(query_len, budget - (len(running) - index))
+            elif seq.num_tokens == seq.max_total_tokens:
+                continue  # its last token is in flight
+            if seq.num_computed_tokens + query_len > seq.kv_capacity and not self._grow(seq, step):
+                break
+            budget -= query_len
+            _add_row(step, seq, query_len)
+        if self.num_preemptions == num_preemptions:
+            budget = self._admit(step, budget)
+        if not step.seqs:
+            return None
+        _fill(step)
+        step.num_tokens = self._max_num_batched_tokens - budget
+        return step
+
+    def finish(self, seq: Sequence, *, forget: bool = False) -> None:
+        """Take `seq` out of its queue and free what it holds; `forget` as in BlockManager."""
+        queue = self.waiting if seq.status is Status.WAITING else self.running
+        index = bisect_left(queue, seq.order, key=_order)
+        assert queue[index] is seq
+        del queue[index]
+        if seq.status is Status.RUNNING:
+            self.blocks.release(seq, forget=forget)
+            self.slots.release(seq)
+        seq.status = Status.FINISHED
+
+    def check_invariants(self) -> None:
+        """Assert that queues, slots and blocks agree. Slow, for tests."""
+        for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
+            assert all(seq.status is status for seq in queue)
+            assert queue == sorted(queue, key=_order)
+        for seq in self.waiting:
+            assert not seq.block_ids and seq.num_tokens == len(seq.token_ids)
+        for seq in self.running:
+            assert seq.num_computed_tokens <= seq.num_tokens <= seq.max_total_tokens
+            assert seq.num_in_flight_tokens >= 0
+        self.slots.check_invariants(self.running)
+        self.blocks.check_invariants(self.running)
+
+    def _grow(self, seq: Sequence, step: Step) -> bool:
+        """Give `seq` one more block; False where `seq` itself had to be preempted for want of it.
+
+        The youngest is the last of running, so no row of this step is ever taken back.
+        """
+        while not self.blocks.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        step.block_updates += (seq.slot, len(seq.block_ids), self.blocks.grow(seq))
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Free what the last running sequence holds and queue it again: it will be recomputed."""
+        assert self.running[-1] is seq
+        self.running.pop()
+        self.blocks.release(seq)
+        self.slots.release(seq)
+        seq.num_tokens = len(seq.token_ids)  # what is in flight will be dropped and drawn again
+        seq.num_computed_tokens = 0
+        self.num_preemptions += 1
+        self.add(seq)
+
+    def _admit(self, step: Step, budget: int) -> int:
+        """Move waiting sequences into slots and rows, in order, while there is room for them.
+
+        Returns the budget that is left.
+        """
+        blocks = self.blocks
+        index = 0
+        while budget and index < len(self.waiting) and self.slots.num_free:
+            seq = self.waiting[index]
+            if seq.awaited_hash is not None and blocks.is_pending(seq.awaited_hash):
+                index += 1  # others may pass it
+                continue
+            # A block for each running sequence is kept back, or admitting would soon preempt.
+            num_spare = blocks.num_free - len(self.running)
+            if seq.num_wanted_blocks > num_spare:
+                break  # as at its last attempt: looking again would find no more
+            hits, seq.awaited_hash = blocks.find_prefix(seq)
+            if seq.awaited_hash is not None:
+                index += 1
+                continue
+            seq.num_wanted_blocks = blocks.num_needed(seq, hits)
+            step.num_update_words += num_update_words(seq) + layout.BLOCK_UPDATE_WORDS * (
+                blocks.num_blocks_for(len(seq.token_ids))
+            )
+            if seq.num_wanted_blocks > num_spare or step.num_update_words > self._max_update_words:
+                break
+            del self.waiting[index]
+            budget -= self._start(seq, hits, step, budget)
+        return budget
+
+    def _start(self, seq: Sequence, hits: list[int], step: Step, budget: int) -> int:
+        """Give `seq` its slot, blocks and first row; returns the tokens of that row."""
+        self.blocks.allocate(seq, hits)
+        self.slots.allocate(seq)
+        insort(self.running, seq, key=_order)
+        seq.status = Status.RUNNING
+        seq.num_wanted_blocks = 0
+        seq.num_computed_tokens = len(hits) * self.blocks.block_size
+        seq.num_host_tokens = seq.num_tokens
+        if not seq.was_admitted:
+            seq.was_admitted = True
+            seq.stream.num_cached_tokens = seq.num_computed_tokens
+            self.num_prompt_tokens += seq.num_prompt_tokens
+            self.num_cached_tokens += seq.num_computed_tokens
+        step.slot_updates.append(slot_update(seq))
+        for index, block_id in enumerate(seq.block_ids):
+            step.block_updates += (seq.slot, index, block_id)
+        query_len = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        _add_row(step, seq, query_len)
+        return query_len
+
+
+def _add_row(step: Step, seq: Sequence, query_len: int) -> None:
+    step.seqs.append(seq)
+    step.query_lens.append(query_len)
+    seq.num_computed_tokens += query_len
+    if seq.num_computed_tokens == seq.num_tokens:
+        seq.num_tokens += 1  # a placeholder: this row is sampled from
+
+
+def _fill(step: Step) -> None:
+    """Derive the other lists of a step from its sequences and query lengths."""
+    seqs = step.seqs
+    step.generations = [seq.generation for seq in seqs]
+    step.row_slots = [seq.slot for seq in seqs]
+    step.seq_lens = seq_lens = [seq.num_computed_tokens for seq in seqs]
+    step.row_samples = [seq.num_computed_tokens >= seq.num_host_tokens for seq in seqs]
+    step.num_samples = sum(step.row_samples)
+    # Past the tokens it came with, a sequence runs on what its slot has sampled itself.
+    step.host_tokens = [
+        None if end > seq.num_host_tokens else seq.token_ids[end - query_len : end]
+        for seq, end, query_len in zip(seqs, seq_lens, step.query_lens, strict=True)
+    ]

@@ -1,0 +1,74 @@
+"""Sequence: one token stream the scheduler moves, and all the engine knows about it.
+
+token_ids are the tokens whose ids the host knows; num_tokens also counts placeholders, the tokens
+that a step in flight will sample. num_computed_tokens counts tokens whose KV is valid or in flight.
+
+    |<-- num_computed_tokens -->|          KV written, or written by a step in flight
+    |<------ len(token_ids) ------->|      ids known to the host
+    |<-------- num_tokens --------------->|
+    |<-- num_host_tokens -->|              the host sends these; later ones the slot sampled itself
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pyserve.client import SequenceStream
+from pyserve.params import SamplingParams
+
+NO_SLOT = -1
+NEVER = 2**62  # a length that no sequence reaches
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one sequence. Written by Engine, Scheduler and BlockManager, on the event loop.
+
+    order            (priority, arrival): lower runs first, the highest is preempted first.
+    seed             of this sequence's draws; fixed at arrival so that recomputing repeats them.
+    stop_token_ids   those that the model can produce.
+    root_hash        parent of the first block's hash: separates adapters and cache salts.
+    generation       names the present stay in a slot; results of an earlier one are dropped.
+    block_hashes     of the full blocks of token_ids hashed so far.
+    num_offered_blocks, next_offer_len
+                     leading blocks that the prefix cache has or was offered, and the length at
+                     which the next one is full.
+    awaited_hash     a block that another sequence is computing; admission waits for it.
+    num_wanted_blocks  free blocks that the last vain attempt at admission asked for.
+    """
+
+    stream: SequenceStream
+    params: SamplingParams
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_total_tokens: int
+    order: tuple[int, int]
+    seed: int
+    stop_token_ids: frozenset[int]
+    root_hash: bytes
+    num_tokens: int
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    num_host_tokens: int = 0
+    slot: int = NO_SLOT
+    generation: int = -1
+    block_ids: list[int] = field(default_factory=list)
+    kv_capacity: int = 0  # tokens that block_ids hold
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_offered_blocks: int = 0
+    next_offer_len: int = NEVER
+    awaited_hash: bytes | None = None
+    num_wanted_blocks: int = 0
+    was_admitted: bool = False
+
+    @property
+    def num_in_flight_tokens(self) -> int:
+        """Placeholders: tokens sampled by steps whose results the host has not seen."""
+        return self.num_tokens - len(self.token_ids)

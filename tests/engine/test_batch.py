@@ -1,0 +1,40 @@
+"""Packing a step, and how large a packed step can get."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyserve.engine.batch import MIN_UPDATE_WORDS, Step, max_step_words, max_update_words, pack
+from pyserve.ops import step_layout as layout
+
+
+def test_pack_passes_every_list_on() -> None:
+    record = np.arange(20, dtype=np.int32)
+    record[layout.SLOT_UPDATE_NUM_WORDS] = 20
+    step = Step(
+        row_slots=[4, 1],
+        query_lens=[3, 1],
+        host_tokens=[[7, 8, 9], None],
+        row_samples=[False, True],
+        block_updates=[4, 0, 6],
+        slot_updates=[record.tobytes()],
+    )
+    buffer = np.full(100, -7, np.int32)
+    num_words = pack(step, buffer)
+    assert num_words == 16 + 2 * 4 + 3 + 3 + 20
+    header = buffer[: layout.HEADER_WORDS]
+    assert header[layout.HEADER_NUM_ROWS] == 2
+    assert header[layout.HEADER_NUM_TOKENS] == 4
+    assert header[layout.HEADER_NUM_SAMPLES] == 1
+    assert buffer[16:24].tolist() == [4, 3, 0, 0, 1, 1, -1, 1]
+    assert buffer[24:30].tolist() == [7, 8, 9, 4, 0, 6]
+    assert buffer[30:50].tolist() == record.tolist()
+    assert (buffer[num_words:] == -7).all()
+
+
+def test_room_for_updates() -> None:
+    assert max_update_words(128, 16) == MIN_UPDATE_WORDS
+    # One sequence of 100,000 tokens with penalties: its record and 6,250 blocks.
+    assert max_update_words(100_000, 16) == 4 + 680 + 100_000 + 3 * 6_250
+    expected = 16 + 8 * (4 + 3) + 32 + MIN_UPDATE_WORDS
+    assert max_step_words(32, 8, max_model_len=128, block_size=16) == expected

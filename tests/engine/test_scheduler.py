@@ -1,0 +1,182 @@
+"""What one step runs: order, budget, fairness, what is sent to the device."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from pyserve.engine.batch import Step, max_update_words
+from pyserve.engine.engine import Engine
+from pyserve.engine.sequence import Sequence
+from pyserve.params import SamplingParams
+from tests.engine.fake_runner import make_engine
+
+
+def run_step(engine: Engine) -> Step:
+    step = engine.schedule()
+    assert step is not None
+    engine.update(step, engine.runner.launch(step).result())
+    engine.check_invariants()
+    return step
+
+
+def rows(step: Step) -> list[tuple[int, int]]:
+    return [
+        (seq.stream.seq_id, query_len)
+        for seq, query_len in zip(step.seqs, step.query_lens, strict=True)
+    ]
+
+
+def params(max_tokens: int = 20) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, seed=1)
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_mixed_with_decodes() -> None:
+    engine = make_engine(max_num_batched_tokens=10)
+    engine.add([1, 2], params())
+    assert rows(run_step(engine)) == [(0, 2)]
+    engine.add(list(range(23)), params())
+    assert rows(run_step(engine)) == [(0, 1), (1, 9)]
+    step = run_step(engine)
+    assert rows(step) == [(0, 1), (1, 9)] and step.row_samples == [True, False]
+    assert step.num_tokens == 10 and step.num_samples == 1
+    step = run_step(engine)
+    assert rows(step) == [(0, 1), (1, 5)] and step.row_samples == [True, True]
+    assert rows(run_step(engine)) == [(0, 1), (1, 1)]
+
+
+def test_a_long_prompt_ahead_does_not_starve_a_running_decode() -> None:
+    engine = make_engine(max_num_batched_tokens=8, policy="priority")
+    decode = engine.add([1, 2], params(), priority=5)
+    run_step(engine)
+    engine.add([3] * 40, params(), priority=0)  # runs before it, in five chunks
+    assert rows(run_step(engine)) == [(0, 1), (1, 7)]
+    for _ in range(4):
+        assert rows(run_step(engine)) == [(1, 7), (0, 1)]
+    delta = decode.take()
+    assert delta is not None and len(delta.token_ids) == 6
+
+
+def test_every_running_sequence_gets_a_token_in_a_full_house() -> None:
+    engine = make_engine(num_slots=8, max_num_batched_tokens=8)
+    for index in range(12):
+        engine.add([index] * 20, params(6))
+    while (step := engine.schedule()) is not None:
+        assert len(step.seqs) == len(engine.scheduler.running)
+        assert sum(step.query_lens) == step.num_tokens <= 8
+        engine.update(step, engine.runner.launch(step).result())
+    assert engine.num_seqs == 0
+
+
+def test_steady_decode_sends_no_tokens() -> None:
+    engine = make_engine(num_blocks=64, block_size=16)
+    for index in range(4):
+        engine.add([index] * 5, params())
+    first = run_step(engine)
+    assert len(first.slot_updates) == 4 and len(first.block_updates) == 3 * 4
+    assert all(ids is not None for ids in first.host_tokens)
+    for number in range(15):
+        step = run_step(engine)
+        assert step.host_tokens == [None] * 4 and not step.slot_updates
+        assert len(step.block_updates) == (3 * 4 if number == 11 else 0)  # the second block
+
+
+def test_first_come_first_served() -> None:
+    engine = make_engine(num_slots=2, max_num_batched_tokens=8)
+    streams = [engine.add([index] * 5, params(3), priority=-index) for index in range(6)]
+    order = []
+    while engine.step():
+        order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
+    assert order == [0, 1, 2, 3, 4, 5]
+
+
+def test_by_priority() -> None:
+    engine = make_engine(num_slots=1, policy="priority")
+    priorities = [2, 0, 1, 0]
+    streams = [engine.add([i] * 5, params(3), priority=p) for i, p in enumerate(priorities)]
+    order = []
+    while engine.step():
+        order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
+    assert order == [1, 3, 2, 0]
+
+
+def test_the_youngest_is_preempted_and_comes_back_first() -> None:
+    engine = make_engine(num_blocks=8, num_slots=3, max_model_len=32)
+    streams = [engine.add([index] * 7, params(20)) for index in range(3)]
+    preempted: Sequence | None = None
+    while preempted is None:
+        step = run_step(engine)
+        if engine.scheduler.num_preemptions:
+            preempted = engine.scheduler.waiting[0]
+            assert not {preempted, *engine.scheduler.waiting} & set(step.seqs)
+    assert engine.scheduler.running[0].stream is streams[0], "the oldest goes on"
+    num_known = len(preempted.token_ids)
+    assert num_known > 7 and preempted.num_tokens == num_known
+    engine.add([9] * 3, params(1))
+    assert engine.scheduler.waiting[0] is preempted
+    while engine.step():
+        engine.check_invariants()
+    for stream in streams:
+        delta = stream.take()
+        assert delta is not None and len(delta.token_ids) == 20
+        assert stream.num_cached_tokens == 0, "of the first admission only"
+
+
+def test_a_sequence_too_large_for_now_waits_for_room() -> None:
+    engine = make_engine(num_blocks=8, max_num_batched_tokens=64)
+    first = engine.add([1] * 12, params(8))
+    second = engine.add([2] * 20, params(8))
+    third = engine.add([3], params(2))
+    run_step(engine)
+    scheduler = engine.scheduler
+    assert [seq.stream for seq in scheduler.running] == [first], "5 blocks and 1 kept back"
+    assert [seq.stream for seq in scheduler.waiting] == [second, third], "nobody passes it"
+    while engine.step():
+        engine.check_invariants()
+    assert scheduler.num_preemptions == 0 and second.is_finished and third.is_finished
+
+
+def test_admissions_of_one_step_fit_the_buffer() -> None:
+    engine = make_engine(
+        num_blocks=20_000, num_slots=8, max_num_batched_tokens=60_000, max_model_len=9000
+    )
+    limit = max_update_words(9000, 4)
+    penalised = SamplingParams(max_tokens=2, seed=1, presence_penalty=1.0)
+    for index in range(8):
+        engine.add([index] * 8900, penalised)
+    num_running = []
+    while (step := engine.schedule()) is not None:
+        assert sum(map(len, step.slot_updates)) // 4 + len(step.block_updates) <= limit
+        engine.update(step, [0] * step.num_samples)
+        num_running.append(len(step.seqs))
+    assert num_running[0] == limit // (8900 + 20 + 3 * 2225) == 4
+
+
+@pytest.mark.parametrize(("batch_size", "limit_us"), [(16, 400), (256, 3000)])
+def test_host_time_of_a_step(batch_size: int, limit_us: float) -> None:
+    """schedule + pack + update of a decode step; the limits are loose, the figures are printed."""
+    engine = make_engine(
+        num_blocks=32 * batch_size, block_size=16, num_slots=batch_size,
+        max_num_batched_tokens=1024, max_model_len=512,
+    )  # fmt: skip
+    sampler = random.Random(0)
+    for index in range(batch_size):
+        engine.add([index % 60] * 20, SamplingParams(max_tokens=300, seed=1))
+    runner = engine.runner
+    times: list[float] = []
+    while len(times) < 100:
+        start = time.perf_counter()
+        step = engine.schedule()
+        assert step is not None
+        runner.pack(step)  # type: ignore[attr-defined]
+        between = time.perf_counter()
+        sampled = sampler.choices(range(60), k=step.num_samples)
+        resumed = time.perf_counter()
+        engine.update(step, sampled)
+        if len(step.seqs) == batch_size and step.num_tokens == batch_size:
+            times.append(time.perf_counter() - resumed + between - start)
+    median_us = sorted(times)[50] * 1e6
+    print(f"batch {batch_size}: {median_us:.0f} us a step")
+    assert median_us < limit_us
