@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+PYSERVE = (sys.executable, "-m", "pyserve")
 PORT_POLL_S = 0.002
 HEALTH_POLL_S = 0.02
 _LOG_TAIL_CHARS = 3000
@@ -120,7 +121,7 @@ class ServerProcess:
 def running_server(
     flags: Sequence[str] = (),
     *,
-    command: Sequence[str] = (sys.executable, "-m", "pyserve"),
+    command: Sequence[str] = PYSERVE,
     environment: dict[str, str] | None = None,
     folder: Path | None = None,
 ) -> Iterator[ServerProcess]:

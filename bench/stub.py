@@ -31,6 +31,7 @@ class StubConfig(msgspec.Struct, frozen=True, kw_only=True):
     fail_every        every k-th request is answered 500, 0: none.
     break_every       every k-th stream breaks off half way, 0: none.
     error_frame_every every k-th stream ends in an error frame, 0: none.
+    spoil_every       every k-th stream says something else, 0: none.
     has_usage         False: no usage frame although asked for.
     short_by          tokens that every answer lacks.
     leaked_requests   what /metrics claims still runs.
@@ -41,6 +42,7 @@ class StubConfig(msgspec.Struct, frozen=True, kw_only=True):
     fail_every: int = 0
     break_every: int = 0
     error_frame_every: int = 0
+    spoil_every: int = 0
     has_usage: bool = True
     short_by: int = 0
     leaked_requests: int = 0
@@ -117,6 +119,8 @@ class Stub:
             b"transfer-encoding: chunked\r\n\r\n"
         )
         pieces = _pieces(request, config)
+        if config.spoil_every and count % config.spoil_every == 0:
+            pieces[0] = " spoilt"
         num_choices = request.get("n", 1)
         if is_chat:
             for index in range(num_choices):
@@ -275,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--tokens-per-frame", type=int, default=1)
     parser.add_argument("--delay-s", type=float, default=0.0, help="between frames")
-    args = parser.parse_args(argv)
+    args, _ = parser.parse_known_args(argv)  # flags of a real server change nothing here
     config = StubConfig(tokens_per_frame=args.tokens_per_frame, delay_s=args.delay_s)
     _run_process(args.port, config, host=args.host)
 

@@ -19,7 +19,7 @@ SMALL = {
 TEXT = "Hello world, quite ordinary text: 3.14\n\t naïve 日本語 🤖<|turn|>"
 
 
-@pytest.mark.parametrize("vocab_size", [260, 261, 1024, 32000, 128256])
+@pytest.mark.parametrize("vocab_size", [260, 261, 1024, 128256])
 def test_tokenizer_has_the_asked_size_and_round_trips(vocab_size: int) -> None:
     tokenizer = make_tokenizer(vocab_size, adds_bos=True)
     assert tokenizer.get_vocab_size() == vocab_size
@@ -64,11 +64,8 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
 
 
 @pytest.mark.parametrize("preset", ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"])
-@pytest.mark.parametrize("extra", [{}, {"tie_word_embeddings": True, "head_dim": 16}])
-def test_weights_are_complete(preset: str, extra: dict[str, object], tmp_path: Path) -> None:
-    if preset == "qwen2.5-7b":
-        extra = {key: value for key, value in extra.items() if key != "head_dim"}
-    overrides = {**SMALL, "head_dim": 8, **extra}
+def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
+    overrides = {**SMALL, "head_dim": 8, "tie_word_embeddings": preset == "qwen3-8b"}
     make_model(tmp_path, preset, overrides, with_weights=True, shard_bytes=30_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     model, info = AutoModelForCausalLM.from_pretrained(
