@@ -5,6 +5,7 @@ Only what is served is fetched: config, tokenizer and safetensors files; no code
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def resolve_model(
     A repository is fetched into `download_dir`, or into the hub's own cache; what is there already
     is not fetched again. All files come from one commit. Raises StartupError.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.exists(folder):
         raise ConfigError(f"--model {name} is a file; it must be a folder or a name on the hub")
     if name.startswith(("/", ".", "~")) or not REPO_ID.fullmatch(name):
         raise ConfigError(f"--model {name} is neither a folder nor a name on the hub")

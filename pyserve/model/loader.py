@@ -32,7 +32,7 @@ HEAD_NAME = "lm_head.weight"
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
 # Old checkpoints store what follows from config.json.
-DERIVED_NAMES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+DERIVED_NAMES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 DUMMY_STD = 0.02  # as transformers initialises
 # Noise is made once and copied from random places: as fast as memory. The length is a prime, so
@@ -111,10 +111,8 @@ def _stream(
     progress(done, total)
     with CheckpointReader() as reader:
         for tensor in sorted(wanted, key=lambda tensor: (tensor.file, tensor.offset)):
-            flat = destinations[tensor.name].view.view(-1)
-            for start, piece in reader.pieces(tensor):
-                flat[start : start + piece.numel()].copy_(piece)
-                done += piece.nbytes
+            for num_bytes in reader.copy(tensor, destinations[tensor.name].view):
+                done += num_bytes
                 progress(done, total)
         if tied_head is not None:
             _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME].view)

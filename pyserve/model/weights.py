@@ -104,12 +104,12 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 class CheckpointReader:
-    """Streams stored tensors, one buffer at a time. A context manager: it holds open files.
-
-    The buffer is the only host memory a checkpoint ever takes, whatever its size.
+    """Streams stored tensors in pieces of at most `buffer_bytes`. A context manager: it holds an
+    open file. The buffer is all the memory a checkpoint takes besides its destinations.
     """
 
     def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
+        assert buffer_bytes % 8 == 0, "pieces must not cut an element"
         self._bytes = memoryview(bytearray(buffer_bytes))
         self._buffer = torch.frombuffer(self._bytes, dtype=torch.uint8)
         self._file: _File | None = None
@@ -123,27 +123,47 @@ class CheckpointReader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._close()
+
+    def copy(self, tensor: StoredTensor, destination: torch.Tensor) -> Iterator[int]:
+        """Fill `destination`, contiguous and of the stored shape; converts dtypes. Yields the bytes
+        of each piece once it is there. Reads fastest in the order tensors are stored in.
+        """
+        flat = destination.view(-1)
+        if flat.is_cpu and flat.dtype == TORCH_DTYPES[tensor.dtype]:
+            # Nothing to convert: the file is read into the parameter itself.
+            memory = flat.view(torch.uint8).numpy().data
+            for start, end in self._cut(tensor):
+                self._open(tensor).read_into(tensor.offset + start, memory[start:end])
+                yield end - start
+            return
+        for start, piece in self.pieces(tensor):
+            flat[start : start + piece.numel()].copy_(piece)
+            yield piece.nbytes
 
     def pieces(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields (index of the first element, elements [n] in the stored dtype).
-
-        A piece is valid until the next one is asked for. Reads fastest when tensors come in the
-        order they are stored in.
+        """Yields (index of the first element, elements [n] in the stored dtype); a piece is valid
+        until the next one is asked for.
         """
         dtype = TORCH_DTYPES[tensor.dtype]
+        for start, end in self._cut(tensor):
+            self._open(tensor).read_into(tensor.offset + start, self._bytes[: end - start])
+            yield start // dtype.itemsize, self._buffer[: end - start].view(dtype)
+
+    def _cut(self, tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+        for start in range(0, tensor.num_bytes, len(self._bytes)):
+            yield start, min(start + len(self._bytes), tensor.num_bytes)
+
+    def _open(self, tensor: StoredTensor) -> _File:
         if self._file is None or self._file.path != tensor.file:
-            if self._file is not None:
-                self._file.close()
+            self._close()
             self._file = _open(tensor.file)
-        done = 0
-        while done < tensor.num_bytes:
-            num_bytes = min(len(self._bytes), tensor.num_bytes - done)
-            self._file.read_into(tensor.offset + done, self._bytes[:num_bytes])
-            yield done // dtype.itemsize, self._buffer[:num_bytes].view(dtype)
-            self._file.drop_cache(tensor.offset + done, num_bytes)
-            done += num_bytes
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:
@@ -191,10 +211,8 @@ class _File:
             if count == 0:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
             done += count
-
-    def drop_cache(self, offset: int, num_bytes: int) -> None:
-        """What has been read will not be read again; leave the page cache to others."""
-        os.posix_fadvise(self.fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        # What has been read will not be read again: leave the page cache to others.
+        os.posix_fadvise(self.fd, offset, done, os.POSIX_FADV_DONTNEED)
 
 
 def _open(path: Path) -> _File:

@@ -31,8 +31,9 @@ class Driver:
             self.kv_caches.append((caches[0], caches[1]))
         self._lens = [0] * num_seqs
 
-    def step(self, new_tokens: dict[int, Sequence[int]]) -> torch.Tensor:
-        """Append tokens to sequences, by number; logits [num_tokens, vocab_size] in that order."""
+    def step(self, new_tokens: dict[int, Sequence[int]], num_padding: int = 0) -> torch.Tensor:
+        """Append tokens to sequences, by number; logits [num_tokens, vocab_size] in that order.
+        `num_padding` tokens and rows follow."""
         ids, positions, slots, seq_lens, starts = [], [], [], [], [0]
         for seq, tokens in new_tokens.items():
             begin = self._lens[seq]
@@ -46,11 +47,17 @@ class Driver:
                 row[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
                 for position in range(begin, begin + len(tokens))
             ]
+        rows = list(new_tokens) + [-1] * num_padding
+        starts += [len(ids)] * num_padding
+        seq_lens += [0] * num_padding
+        ids += [0] * num_padding
+        positions += [0] * num_padding
+        slots += [-1] * num_padding
         context = ForwardContext(
             input_ids=torch.tensor(ids, dtype=torch.int32),
             positions=torch.tensor(positions, dtype=torch.int32),
             slot_mapping=torch.tensor(slots, dtype=torch.int64),
-            row_slots=torch.tensor(list(new_tokens), dtype=torch.int32),
+            row_slots=torch.tensor(rows, dtype=torch.int32),
             cu_seqlens_q=torch.tensor(starts, dtype=torch.int32),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
             block_table=self._table,

@@ -1,0 +1,207 @@
+"""Tiny random checkpoints made by transformers, and what transformers computes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+from pyserve.model.config import ModelConfig
+from pyserve.model.decoder import Decoder
+from pyserve.model.loader import load_model
+
+logging.disable_progress_bar()
+
+VOCAB_SIZE = 211
+FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+# Large initial weights: attention and rotation must matter, or a wrong one would not be seen.
+TINY = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the oracle: a family and what is special in its config."""
+
+    family: str
+    changes: dict[str, Any]
+    # Dynamic NTK is defined by decoding: see layers/rotary.py.
+    is_stepwise: bool = False
+
+
+def rope(kind: str, **values: Any) -> dict[str, Any]:
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, **values}
+    return {"rope_parameters": parameters}
+
+
+CASES = {
+    "llama": Case("llama", {"tie_word_embeddings": False}),
+    "llama-mha-theta": Case("llama", {"num_key_value_heads": 4, **rope("default", rope_theta=1e6)}),
+    "llama-bias": Case("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied-head64": Case("llama", {"tie_word_embeddings": True, "head_dim": 64}),
+    "llama-llama3": Case(
+        "llama",
+        {
+            "head_dim": 32,
+            **rope(
+                "llama3",
+                rope_theta=500_000.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        },
+    ),
+    "llama-linear": Case("llama", rope("linear", factor=4.0)),
+    "llama-dynamic": Case(
+        "llama", {"max_position_embeddings": 40, **rope("dynamic", factor=4.0)}, is_stepwise=True
+    ),
+    "llama-yarn": Case("llama", {**rope("yarn", factor=4.0, original_max_position_embeddings=64)}),
+    "llama-yarn-mscale": Case(
+        "llama",
+        rope(
+            "yarn",
+            factor=8.0,
+            original_max_position_embeddings=32,
+            mscale=1.0,
+            mscale_all_dim=0.7,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            truncate=False,
+        ),
+    ),
+    "llama-yarn-attention-factor": Case(
+        "llama",
+        rope("yarn", factor=8.0, original_max_position_embeddings=32, attention_factor=0.9),
+    ),
+    "mistral-head128": Case("mistral", {"sliding_window": None, "head_dim": 128}),
+    "mistral-window": Case("mistral", {"sliding_window": 20, "num_attention_heads": 8}),
+    "qwen2": Case("qwen2", {}),
+    "qwen2-tied-gqa4": Case("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2-window": Case(
+        "qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1}
+    ),
+    "qwen3": Case("qwen3", {"head_dim": 32}),
+    "qwen3-head128-tied": Case("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
+    "qwen3-bias-window": Case(
+        "qwen3",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model; norm weights and biases are random too."""
+    config_class, model_class = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+    return model
+
+
+def load_ours(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
+    return load_model(
+        folder,
+        msgspec.structs.replace(ModelConfig.from_path(folder), **changes),
+        dtype=dtype,
+        device=torch.device("cpu"),
+        load_format="auto",
+        seed=0,
+        progress=lambda done, total: None,
+    )
+
+
+def load_theirs(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers; at float64 everything but the rotary tables is computed in it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = _ExactNorm(module.weight, module.variance_epsilon)
+    return model
+
+
+class _ExactNorm:
+    """RMSNorm without the cast to float32 that transformers' has."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def their_logits(model: PreTrainedModel, prompt: list[int], *, is_stepwise: bool) -> Tensor:
+    """[len(prompt), vocab_size], of the whole prompt at once or of token after token."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        if not is_stepwise:
+            return model(ids).logits[0]
+        cache, rows = None, []
+        for position in range(len(prompt)):
+            out = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits[0])
+        return torch.cat(rows)
+
+
+def their_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def relative_error(logits: Tensor, exact: Tensor) -> float:
+    """||logits - exact|| / ||exact||"""
+    return float((logits.double() - exact).norm() / exact.norm())
