@@ -1,0 +1,184 @@
+"""Token ids -> bytes, by the rules in the `decoder` section of tokenizer.json.
+
+Every decoder of a language model that we know is local: each token stands for fixed bytes, except
+for rules about the first token or the first characters of a text. So a text is a concatenation of
+bytes, and streaming needs no look at earlier tokens (detokenizer.py). A decoder that is not local
+is refused by name: a wrong text is worse than an error.
+
+Differs from the `tokenizers` library in one point, on purpose: it replaces a whole run of
+byte-fallback tokens by U+FFFD when any part of the run is not UTF-8. That takes back characters
+that were already sent. Here, as in SentencePiece, only the bytes at fault are replaced.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyserve.errors import CheckpointError
+
+Step = Callable[[str, bool], str]  # (token, is it the first of the text) -> token
+
+# Name of the codec error handler for byte fallback: one U+FFFD for each byte, as SentencePiece and
+# `tokenizers` have it ("replace" gives one for each cut-off character, as ByteLevel decoders do).
+REPLACE_EACH_BYTE = "pyserve.replace_each_byte"
+
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>").fullmatch
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a `decoder` section says.
+
+    steps          rewrite a token's string, in order.
+    byte_level     characters stand for bytes, as in GPT-2.
+    byte_fallback  tokens named <0x00> to <0xFF> are bytes.
+    strip_char, strip_count
+                   up to so many of these characters are dropped from the start of the whole text.
+    has_first      the steps treat the first token of a text in another way.
+    """
+
+    steps: tuple[Step, ...] = ()
+    byte_level: bool = False
+    byte_fallback: bool = False
+    strip_char: str = ""
+    strip_count: int = 0
+    has_first: bool = False
+
+    def piece(self, token: str, is_first: bool) -> bytes:
+        """The bytes that a token adds to a text."""
+        for step in self.steps:
+            token = step(token, is_first)
+        if self.byte_level:
+            try:
+                return bytes([_BYTE_OF_CHAR[char] for char in token])
+            except KeyError:  # an added token with a character outside the alphabet is plain text
+                return token.encode()
+        if self.byte_fallback and (match := _FALLBACK_BYTE(token)):
+            return bytes([int(match[1], 16)])
+        return token.encode()
+
+
+class Pieces(dict[int, bytes]):
+    """Token id -> bytes, filled as ids come up; ids without a token are empty."""
+
+    def __init__(self, make: Callable[[int], bytes | None]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, token_id: int) -> bytes:
+        piece = self._make(token_id)
+        if piece is None:
+            return b""  # not kept: a hostile list of ids must not grow the table
+        self[token_id] = piece
+        return piece
+
+
+class TokenDecoder:
+    """Bytes of tokens, with and without special tokens; shared by all texts of a tokenizer."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        id_to_token: Callable[[int], str | None],
+        *,
+        special_token_ids: frozenset[int],
+    ) -> None:
+        self.layout = layout
+        self.errors = REPLACE_EACH_BYTE if layout.byte_fallback else "replace"
+        self._id_to_token = id_to_token
+        self._special_token_ids = special_token_ids
+        self._pieces = (Pieces(self._make_all), Pieces(self._make_without_special))
+
+    def pieces(self, *, skip_special_tokens: bool) -> Pieces:
+        """Bytes of each token; those of special tokens are empty if they are skipped."""
+        return self._pieces[skip_special_tokens]
+
+    def first_piece(self, token_id: int, *, skip_special_tokens: bool) -> bytes | None:
+        """Bytes of a token at the start of a text; None where it is skipped or has no token."""
+        if skip_special_tokens and token_id in self._special_token_ids:
+            return None
+        token = self._id_to_token(token_id)
+        return None if token is None else self.layout.piece(token, True)
+
+    def _make_all(self, token_id: int) -> bytes | None:
+        token = self._id_to_token(token_id)
+        return None if token is None else self.layout.piece(token, False)
+
+    def _make_without_special(self, token_id: int) -> bytes | None:
+        return b"" if token_id in self._special_token_ids else self._make_all(token_id)
+
+
+def parse_layout(spec: Any) -> Layout:
+    """Read a `decoder` section (decoded JSON). Raises CheckpointError on one that is not local."""
+    if spec is None:  # no decoder: tokens are joined by spaces
+        return Layout(steps=(_join_by_space,), has_first=True)
+    steps: list[Step] = []
+    flags: dict[str, Any] = {}
+    is_fused = False
+    for part in _flatten(spec):
+        kind = part.get("type")
+        has_bytes = "byte_level" in flags or "byte_fallback" in flags
+        if kind == "Replace" and "String" in part["pattern"] and not (has_bytes or is_fused):
+            steps.append(_replace(part["pattern"]["String"], part["content"]))
+        elif kind == "Metaspace" and not (has_bytes or is_fused):
+            drops = part.get("prepend_scheme", "always") != "never"
+            steps.append(_metaspace(part["replacement"], drops_first=drops))
+            flags["has_first"] = drops
+        elif kind == "ByteLevel" and not (has_bytes or is_fused):
+            flags["byte_level"] = is_fused = True
+        elif kind == "ByteFallback" and not (has_bytes or is_fused):
+            flags["byte_fallback"] = True
+        elif kind == "Fuse":
+            is_fused = True
+        elif kind == "Strip" and is_fused and part["stop"] == 0 and "strip_char" not in flags:
+            flags |= {"strip_char": part["content"], "strip_count": part["start"]}
+        else:
+            raise CheckpointError(
+                f"tokenizer.json: the decoder {kind} is not supported"
+                + (" in this place of a Sequence" if spec.get("type") == "Sequence" else "")
+            )
+    return Layout(steps=tuple(steps), **flags)
+
+
+def _flatten(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    if spec.get("type") != "Sequence":
+        return [spec]
+    return [part for inner in spec["decoders"] for part in _flatten(inner)]
+
+
+def _join_by_space(token: str, is_first: bool) -> str:
+    return token if is_first else " " + token
+
+
+def _replace(pattern: str, content: str) -> Step:
+    return lambda token, is_first: token.replace(pattern, content)
+
+
+def _metaspace(replacement: str, *, drops_first: bool) -> Step:
+    def step(token: str, is_first: bool) -> str:
+        return token.replace(replacement, "" if is_first and drops_first else " ")
+
+    return step
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the others for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(REPLACE_EACH_BYTE, _replace_each_byte)

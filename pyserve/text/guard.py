@@ -1,0 +1,138 @@
+"""Keeps special tokens that a user spelled out from being parsed as control tokens of a chat.
+
+A template mixes its own markup with users' text into one string, and the tokenizer cannot tell
+them apart. So before rendering, each place in users' strings where a special token begins gets a
+mark, a Unicode noncharacter that the request does not hold; after rendering the marks are taken
+out and become positions where the tokenizer must cut the text. A user's string that ends in the
+beginning of a special token is cut at its end, so that the text after it cannot complete it.
+
+Out of reach: special tokens of one character, and template markup closed around a whole user
+string ('<|' + role + '|>'), which is how templates are meant to work; roles are the API's to check.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pyserve.errors import InvalidRequestError
+
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_find_noncharacters = re.compile("[\ufdd0-\ufdef]").findall
+
+
+class ChatPrompt(str):
+    """A rendered prompt. `breaks`: ascending positions where the text must be cut to encode it."""
+
+    __slots__ = ("breaks",)
+    breaks: tuple[int, ...]
+
+    def __new__(cls, text: str, breaks: tuple[int, ...] = ()) -> ChatPrompt:
+        prompt = super().__new__(cls, text)
+        prompt.breaks = breaks
+        return prompt
+
+
+class ControlGuard:
+    """Marks control tokens in users' strings, and turns marks in a rendered text into breaks."""
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        tokens = [token for token in control_tokens if len(token) > 1]
+        pattern = _trie_pattern(tokens)
+        self._find_start = re.compile(f"(?={pattern})").finditer
+        self._search = re.compile(pattern).search
+        self._match = re.compile(pattern).match
+        self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
+        self._longest = max(map(len, tokens), default=0)
+        first = "".join(sorted({re.escape(token[0]) for token in tokens}))
+        self._search_first = re.compile(f"[{first}]" if first else "(?!)").search
+
+    def concerns(self, value: Any) -> bool:
+        """Whether any string in JSON-like data needs a mark."""
+        return any(self._search(text) or self._is_unfinished(text) for text in strings_in(value))
+
+    def mark(self, value: Any, marks: str) -> Any:
+        """A copy of JSON-like data with marks[0] before each token, marks[1] after a beginning."""
+        if isinstance(value, str):
+            return self._mark_text(value, marks)
+        if isinstance(value, dict):
+            return {self.mark(key, marks): self.mark(item, marks) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.mark(item, marks) for item in value]
+        return value
+
+    def settle(self, text: str, marks: str) -> ChatPrompt:
+        """Take the marks out of a rendered text."""
+        parts = re.split(f"([{marks}])", text)
+        plain = "".join(parts[::2])
+        breaks, position = set(), 0
+        for part, mark in zip(parts[::2], parts[1::2], strict=False):
+            position += len(part)
+            if mark == marks[0] and self._match(plain, position):
+                breaks.add(position + 1)  # within the token
+            else:
+                breaks.add(position)
+        return ChatPrompt(plain, tuple(sorted(breaks - {0, len(plain)})))
+
+    def _mark_text(self, text: str, marks: str) -> str:
+        starts = [match.start() for match in self._find_start(text)]
+        cuts = [0, *starts, len(text)]
+        end = marks[1] if self._is_unfinished(text) else ""
+        return marks[0].join(text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)) + end
+
+    def _is_unfinished(self, text: str) -> bool:
+        """Whether the text ends in the beginning of a control token."""
+        match = self._search_first(text, max(0, len(text) - self._longest + 1))
+        if match is None:
+            return False
+        return any(text[start:] in self._beginnings for start in range(match.start(), len(text)))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings of JSON-like data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from strings_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings_in(item)
+
+
+def unused_noncharacters(count: int, value: Any, *, source: str) -> str:
+    """Characters that occur neither in the data nor in the template's source."""
+    used = {char for text in strings_in(value) for char in _find_noncharacters(text)}
+    free = [char for char in _NONCHARACTERS if char not in used and char not in source]
+    if len(free) < count:
+        raise InvalidRequestError(
+            "messages hold too many of the noncharacters U+FDD0 to U+FDEF", "messages"
+        )
+    return "".join(free[:count])
+
+
+def _trie_pattern(tokens: Iterable[str]) -> str:
+    """A pattern of any of the tokens, the shortest where one begins another.
+
+    Nested by common beginnings: an alternation of a thousand reserved tokens would try each of
+    them at every "<".
+    """
+    groups: dict[str, list[str]] = {}
+    for token in tokens:
+        groups.setdefault(token[0], []).append(token)
+    branches = []
+    for group in groups.values():
+        shared = _shared_beginning(group)
+        rest = [token[len(shared) :] for token in group]
+        branches.append(re.escape(shared) + ("" if "" in rest else _trie_pattern(rest)))
+    return f"(?:{'|'.join(sorted(branches))})" if branches else "(?!)"
+
+
+def _shared_beginning(tokens: list[str]) -> str:
+    first, last = min(tokens), max(tokens)
+    length = 0
+    while length < min(len(first), len(last)) and first[length] == last[length]:
+        length += 1
+    return first[:length]

@@ -1,0 +1,127 @@
+"""Stop strings over a stream of text.
+
+The match that ends first wins, as if the text came character by character; of those that end
+there, the one that starts first, then the one listed first. So the result does not depend on how
+the text was cut. Held back is the longest end of the text that is the beginning of a stop string,
+no more. An Aho-Corasick automaton (1975) makes the work linear in the text, whatever the strings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from functools import lru_cache
+
+from pyserve.errors import InvalidRequestError
+
+MAX_STOP_CHARS = 2**16  # of all strings together: 20 MB
+
+
+class StopChecker:
+    """Cuts one stream of text at the first stop string."""
+
+    __slots__ = ("_automaton", "_include", "_state", "_held", "_matched")
+
+    def __init__(self, stop: Sequence[str], include_stop_str: bool) -> None:
+        """Raises InvalidRequestError on an empty string or too many characters."""
+        num_chars = sum(map(len, stop))
+        if not all(stop):
+            raise InvalidRequestError("stop must not hold an empty string", "stop")
+        if num_chars > MAX_STOP_CHARS:
+            raise InvalidRequestError(
+                f"stop has {num_chars} characters in all, the limit is {MAX_STOP_CHARS}", "stop"
+            )
+        self._automaton = _automaton(tuple(stop))
+        self._include = include_stop_str
+        self._state = 0
+        self._held = ""
+        self._matched = False
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """(text that is settled, the stop string it ended with or None). The end once matched."""
+        assert not self._matched, "text after a stop string"
+        automaton = self._automaton
+        state, end, found = automaton.run(self._state, text)
+        if found is not None:
+            self._matched = True
+            settled = self._held + text[:end]
+            self._held = ""
+            return (settled if self._include else settled[: -len(found)]), found
+        self._state = state
+        if state == 0 and not self._held:
+            return text, None
+        whole = self._held + text
+        num_settled = len(whole) - automaton.depth[state]
+        self._held = whole[num_settled:]
+        return whole[:num_settled], None
+
+    def flush(self) -> str:
+        """What is held back, when the stream has ended without a stop string."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+
+class _Automaton:
+    """State 0 is the root; a state stands for a beginning of a stop string, `depth` is its length.
+
+    `fail` is the longest proper end of it that is a state, `found` the longest stop string that it
+    ends with.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self.next: list[dict[str, int]] = [{}]
+        self.depth = [0]
+        self.found: list[str | None] = [None]
+        for string in stop:
+            state = 0
+            for char in string:
+                if char not in self.next[state]:
+                    self.next[state][char] = len(self.next)
+                    self.next.append({})
+                    self.depth.append(self.depth[state] + 1)
+                    self.found.append(None)
+                state = self.next[state][char]
+            self.found[state] = string
+        self.fail = [0] * len(self.next)
+        self._link()
+        first = "".join(map(re.escape, self.next[0]))
+        self._first = re.compile(f"[{first}]" if first else "(?!)").search
+
+    def run(self, state: int, text: str) -> tuple[int, int, str | None]:
+        """Follow `text`: (state, 0, None), or at a stop string (0, position after it, string)."""
+        position = 0
+        while position < len(text):
+            if state == 0:  # skip to where a stop string can begin
+                match = self._first(text, position)
+                if match is None:
+                    return 0, 0, None
+                position = match.start()
+            state = self._step(state, text[position])
+            position += 1
+            found = self.found[state]
+            if found is not None:
+                return 0, position, found
+        return state, 0, None
+
+    def _step(self, state: int, char: str) -> int:
+        while state and char not in self.next[state]:
+            state = self.fail[state]
+        return self.next[state].get(char, 0)
+
+    def _link(self) -> None:
+        """Fill `fail`, breadth first: a state's fail is shorter, so it is ready before."""
+        queue = deque(self.next[0].values())
+        while queue:
+            state = queue.popleft()
+            if self.found[state] is None:
+                self.found[state] = self.found[self.fail[state]]
+            for char, child in self.next[state].items():
+                self.fail[child] = self._step(self.fail[state], char)
+                queue.append(child)
+
+
+@lru_cache(maxsize=1)
+def _automaton(stop: tuple[str, ...]) -> _Automaton:
+    """The choices of one request share theirs."""
+    return _Automaton(stop)

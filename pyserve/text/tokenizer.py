@@ -1,0 +1,317 @@
+"""A model's tokenizer: text -> token ids and back, its special tokens, its generation defaults.
+
+Thread-safe after construction: the backend is not changed any more, and encoding leaves the GIL.
+
+Special tokens written as text: a plain prompt is parsed as the reference does, "<s>" becomes the
+token, which is what prompts written by hand and fill-in-the-middle need. In a chat only the
+template may write them; what users wrote stays text (guard.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+from tokenizers import processors
+
+from pyserve.errors import CheckpointError, InvalidRequestError
+from pyserve.text.decoding import TokenDecoder, parse_layout
+from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.guard import ChatPrompt
+
+TOKENIZER_FILE = "tokenizer.json"
+
+_NAMED_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]").search
+
+
+class Tokenizer:
+    """What a folder's tokenizer files say.
+
+    folder             where they are.
+    config             tokenizer_config.json; {} where there is none.
+    special_tokens     "bos_token" and so on -> its string; what chat templates call it by.
+    special_token_ids  ids that skip_special_tokens leaves out of a text.
+    control_tokens     their strings.
+    eos_token_id       the model's primary EOS, None where the folder names none.
+    vocab_size         number of tokens, added ones included.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, folder: Path, config: Mapping[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self._backend = backend
+        backend.no_truncation()  # both are leftovers of training in some folders
+        backend.no_padding()
+        self.special_tokens = _named_tokens(config)
+        _mark_special(backend, [*self.special_tokens.values(), *_extra_tokens(config)])
+        _apply_bos_eos_flags(backend, config, self.special_tokens)
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self.control_tokens = frozenset(token.content for token in added.values() if token.special)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
+        self.bos_token_id = self.token_to_id(self.special_tokens.get("bos_token", ""))
+        spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        self.decoder = TokenDecoder(
+            parse_layout(spec), self.id_to_token, special_token_ids=self.special_token_ids
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, backend: tokenizers.Tokenizer | None = None) -> Tokenizer:
+        """Read tokenizer.json and its companions; `backend` (convert.py) replaces tokenizer.json.
+
+        Raises CheckpointError naming the file that is missing or wrong.
+        """
+        if backend is None:
+            backend = _read_backend(folder / TOKENIZER_FILE)
+        config = read_json_object(folder / "tokenizer_config.json") or {}
+        legacy = read_json_object(folder / "special_tokens_map.json") or {}  # older folders
+        return cls(backend, folder=folder, config=legacy | config)
+
+    def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+        """Token ids of a text. Special tokens in it are parsed.
+
+        add_special_tokens  put the model's BOS (or what it wants) around the text.
+        param               the request field named in the error.
+
+        Raises InvalidRequestError where the text is not Unicode or has no tokens in this model.
+        """
+        try:  # the batch form, of one text, keeps no offsets: half the time of `encode`
+            encoding = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )[0]
+        except Exception as error:
+            if match := _SURROGATE(text):
+                raise InvalidRequestError(
+                    f"{param} is not Unicode text: a lone surrogate U+{ord(match[0]):04X} "
+                    f"at character {match.start()}",
+                    param,
+                ) from error
+            raise InvalidRequestError(
+                f"{param} holds text that this model's tokenizer has no tokens for", param
+            ) from error
+        ids: list[int] = encoding.ids
+        return ids
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        """Token ids of what ChatTemplate.render returned; nothing is added around it.
+
+        Where a user's text spells a special token, the prompt is cut within it, so that it is
+        encoded as the text it is. A plain str has no such cuts.
+        """
+        breaks = prompt.breaks if isinstance(prompt, ChatPrompt) else ()
+        if not breaks:
+            return self.encode(str(prompt), add_special_tokens=False, param="messages")
+        cuts = [0, *breaks, len(prompt)]
+        pieces = [prompt[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+        ids = self.encode(pieces[0], add_special_tokens=False, param="messages")
+        for piece in pieces[1:]:
+            ids += self._encode_continuation(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of a list of ids. Ids without a token, as of a padded vocabulary, are empty."""
+        detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)
+        return detokenizer.push(ids) + detokenizer.flush()
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token by its exact string."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """A token's string as in the vocabulary ("Ġthe", "▁the"); None where there is none."""
+        if not 0 <= token_id < 2**32:
+            return None
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """`id_to_token` of each, "" where there is none."""
+        return [self.id_to_token(token_id) or "" for token_id in ids]
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        """Encode text that does not start a prompt.
+
+        SentencePiece tokenizers put a space before any text. A line break in front takes that
+        space, and its tokens are taken off again.
+        """
+        anchor = self.encode("\n", add_special_tokens=False)
+        ids = self.encode("\n" + text, add_special_tokens=False, param="messages")
+        if ids[: len(anchor)] == anchor:
+            return ids[len(anchor) :]
+        return self.encode(text, add_special_tokens=False, param="messages")
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What generation_config.json sets for requests that do not; None: nothing.
+
+    eos_token_ids  ids that end an answer, primary first; from config.json where
+                   generation_config.json has none.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # 0: off
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, sampling: bool = True) -> GenerationDefaults:
+        """Read both files; either may be absent. Raises CheckpointError naming file and field.
+
+        Without `sampling` only the EOS list is read (`--generation-config vllm`).
+        """
+        path = folder / "generation_config.json"
+        raw = read_json_object(path) or {}
+        eos = _eos_ids(path, raw.get("eos_token_id"))
+        if not eos:
+            config_path = folder / "config.json"
+            eos = _eos_ids(config_path, (read_json_object(config_path) or {}).get("eos_token_id"))
+        if not sampling:
+            return cls(eos_token_ids=eos)
+        top_k = _int_in(path, raw, "top_k", -1, 2**31 - 1)
+        return cls(
+            temperature=_number_in(path, raw, "temperature", 0.0, 2.0),
+            top_p=_number_in(path, raw, "top_p", 1e-9, 1.0),
+            top_k=None if top_k is None else max(top_k, 0),
+            min_p=_number_in(path, raw, "min_p", 0.0, 1.0),
+            repetition_penalty=_number_in(path, raw, "repetition_penalty", 1e-9, 100.0),
+            max_new_tokens=_int_in(path, raw, "max_new_tokens", 1, 2**31 - 1),
+            eos_token_ids=eos,
+        )
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of the model; None where there is no file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent}: no {TOKENIZER_FILE}; --tokenizer names another folder that has one"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more special
+        raise CheckpointError(
+            f"{path}: tokenizers {tokenizers.__version__} cannot read it ({error}); "
+            "the file is damaged or needs a newer version of tokenizers"
+        ) from error
+
+
+def _token_text(value: object) -> str:
+    """A special token in a config file: its string, or {"content": its string, ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    names: dict[str, object] = {name: config.get(name) for name in _NAMED_TOKENS}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):  # names that the model's own template uses
+        names |= extra
+    return {name: text for name, value in names.items() if (text := _token_text(value))}
+
+
+def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
+    lists = (config.get("additional_special_tokens"), config.get("extra_special_tokens"))
+    values = [value for list_ in lists if isinstance(list_, list) for value in list_]
+    return [text for value in values if (text := _token_text(value))]
+
+
+def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
+    """Make tokens that the config calls special so, where tokenizer.json does not say it.
+
+    A token without an id gets none: it would lie beyond the model's embedding.
+    """
+    special = {token.content for token in backend.get_added_tokens_decoder().values()
+               if token.special}  # fmt: skip
+    missing = [
+        tokenizers.AddedToken(token, special=True, normalized=False)
+        for token in dict.fromkeys(tokens)
+        if token not in special and backend.token_to_id(token) is not None
+    ]
+    if missing:
+        backend.add_special_tokens(missing)
+
+
+def _apply_bos_eos_flags(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, str]
+) -> None:
+    """Explicit add_bos_token / add_eos_token win over tokenizer.json, as in transformers.
+
+    DeepSeek's folders say add_bos_token and have a tokenizer.json that adds none.
+    """
+    if not any(isinstance(config.get(f"add_{end}_token"), bool) for end in ("bos", "eos")):
+        return
+    added = {}
+    for end in ("bos", "eos"):
+        token = tokens.get(f"{end}_token", "")
+        token_id = backend.token_to_id(token)
+        if config.get(f"add_{end}_token") is True and token_id is not None:
+            added[end] = (token, token_id)
+    single = [added["bos"][0]] if "bos" in added else []
+    single += ["$A", *([added["eos"][0]] if "eos" in added else [])]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B:1"], special_tokens=list(added.values())
+    )
+
+
+def _eos_ids(path: Path, value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise CheckpointError(
+                f"{path}: eos_token_id must be a token id or a list of them, got {token_id!r}"
+            )
+    return tuple(dict.fromkeys(ids))
+
+
+def _number_in(
+    path: Path, raw: Mapping[str, Any], name: str, low: float, high: float
+) -> float | None:
+    value = raw.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise CheckpointError(
+            f"{path}: {name} must be in [{low:g}, {high:g}], got {value!r}; "
+            "--generation-config vllm ignores the file's sampling values"
+        )
+    return value
+
+
+def _int_in(path: Path, raw: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
+    value = _number_in(path, raw, name, low, high)
+    if value is not None and not isinstance(value, int):
+        raise CheckpointError(f"{path}: {name} must be an integer, got {value!r}")
+    return value

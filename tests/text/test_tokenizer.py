@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models
+
+from pyserve.errors import CheckpointError, InvalidRequestError
+from pyserve.text.guard import ChatPrompt
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+from tests.text import samples
+
+
+def test_encode_equals_the_library(tokenizer: Tokenizer) -> None:
+    backend = samples.backend_of(tokenizer)
+    for text in samples.TEXTS:
+        for add in (True, False):
+            ids = tokenizer.encode(text, add_special_tokens=add)
+            assert ids == backend.encode(text, add_special_tokens=add).ids
+        assert tokenizer.encode_chat(text) == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_round_trip(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
+    for tokenizer in (byte_level, sentencepiece):
+        for text in samples.TEXTS:
+            if tokenizer is sentencepiece and "▁" in text:
+                text = text.replace("▁", "_")  # reads as a space in that kind of vocabulary
+            if tokenizer is sentencepiece and "<0x" in text:
+                continue
+            ids = tokenizer.encode(text, add_special_tokens=True)
+            assert tokenizer.decode(ids, skip_special_tokens="<" not in text) == text
+
+
+def test_special_tokens_and_ids(sentencepiece: Tokenizer) -> None:
+    assert sentencepiece.special_tokens == {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    }  # fmt: skip
+    assert (sentencepiece.bos_token_id, sentencepiece.eos_token_id) == (1, 2)
+    assert sentencepiece.special_token_ids == frozenset(range(5))
+    assert sentencepiece.control_tokens == frozenset(samples.SPECIAL_TOKENS)
+    word = sentencepiece.token_to_id(samples.WORD)
+    assert word is not None and word not in sentencepiece.special_token_ids
+    assert sentencepiece.ids_to_tokens([1, word, 10**9, -1]) == ["<s>", samples.WORD, "", ""]
+    assert sentencepiece.vocab_size == word + 1
+    assert sentencepiece.encode("a", add_special_tokens=True)[0] == 1
+    assert sentencepiece.encode("<s>a", add_special_tokens=False)[0] == 1  # parsed in a prompt
+
+
+def test_config_names_special_tokens_that_tokenizer_json_does_not(tmp_path: Path) -> None:
+    samples.save(
+        samples.byte_level(),
+        tmp_path,
+        eos_token={"content": samples.WORD},
+        pad_token="[PAD]",  # has no id: gets none, it would lie beyond the model's embedding
+        additional_special_tokens=["def"],
+        extra_special_tokens={"image_token": "<unk>"},
+    )
+    before = samples.byte_level().get_vocab_size()
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.eos_token_id == tokenizer.token_to_id(samples.WORD)
+    assert tokenizer.eos_token_id in tokenizer.special_token_ids
+    assert tokenizer.token_to_id("[PAD]") is None
+    assert tokenizer.vocab_size == before
+    assert tokenizer.special_tokens["image_token"] == "<unk>"
+    assert {samples.WORD, "def"} <= tokenizer.control_tokens
+    ids = tokenizer.encode(f"a{samples.WORD}", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize(
+    ("flags", "start", "end"),
+    [
+        ({}, [1], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+        ({"add_eos_token": True}, [], [2]),
+        ({"add_bos_token": None}, [1], []),
+        ({"add_bos_token": True, "bos_token": "[none]"}, [], []),
+    ],
+)
+def test_explicit_bos_and_eos_flags_win(
+    tmp_path: Path, flags: dict[str, object], start: list[int], end: list[int]
+) -> None:
+    samples.save(samples.sentencepiece(), tmp_path, **flags)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    plain = tokenizer.encode("the fox", add_special_tokens=False)
+    assert tokenizer.encode("the fox", add_special_tokens=True) == start + plain + end
+
+
+def test_older_folders_name_tokens_in_another_file(tmp_path: Path) -> None:
+    samples.save(samples.byte_level(), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_folder(tmp_path).eos_token_id is None
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert Tokenizer.from_folder(tmp_path).eos_token_id == 2
+
+
+def test_truncation_and_padding_left_by_training_are_off(tmp_path: Path) -> None:
+    backend = samples.byte_level()
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=16, pad_token="<unk>")
+    tokenizer = Tokenizer.from_folder(samples.save(backend, tmp_path))
+    assert 4 < len(tokenizer.encode("a b c d e f", add_special_tokens=False)) < 16
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ok \udfff tail", "\ud83d\ude00"])
+def test_lone_surrogates_are_the_clients_fault(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"prompt is not Unicode text.*U\+D") as caught:
+        tokenizer.encode(text, add_special_tokens=True)
+    assert caught.value.param == "prompt"
+    with pytest.raises(InvalidRequestError, match="messages is not Unicode") as caught:
+        tokenizer.encode_chat(text)
+    assert caught.value.param == "messages"
+
+
+def test_text_without_tokens_is_the_clients_fault(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="[none]"))
+    tokenizer = Tokenizer.from_folder(samples.save(backend, tmp_path))
+    with pytest.raises(InvalidRequestError, match="no tokens for"):
+        tokenizer.encode("b", add_special_tokens=False)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json; --tokenizer names"):
+        Tokenizer.from_folder(tmp_path)
+    good = samples.save(samples.byte_level(), tmp_path) / "tokenizer.json"
+    text = good.read_text()
+    for broken in ("", "{}", "[]", text[:-20], "\x00" * 9, '{"model": {"type": "Magic"}}'):
+        good.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"tokenizer.json: tokenizers .* cannot read it"):
+            Tokenizer.from_folder(tmp_path)
+    good.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+    good.write_text(text)
+    config = tmp_path / "tokenizer_config.json"
+    for broken, says in [("{", "not JSON"), ("[1]", "JSON object, not list"),
+                         ("[" * 100_000, "not JSON")]:  # fmt: skip
+        config.write_text(broken)
+        with pytest.raises(CheckpointError, match=rf"tokenizer_config.json: .*{says}"):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_a_damaged_tokenizer_never_escapes_as_another_error(tmp_path: Path) -> None:
+    good = samples.save(samples.byte_level(), tmp_path) / "tokenizer.json"
+    text = good.read_text()
+    rng = random.Random(6)
+    num_refused = 0
+    for _ in range(60):
+        at = rng.randrange(len(text))
+        good.write_text(text[:at] + rng.choice(['"', "}", "9", "null", "\\", ","]) + text[at + 1 :])
+        try:
+            Tokenizer.from_folder(tmp_path).encode("a b", add_special_tokens=True)
+        except (CheckpointError, InvalidRequestError):
+            num_refused += 1
+    assert num_refused > 10
+
+
+def test_encoding_from_many_threads(tokenizer: Tokenizer) -> None:
+    expected = [tokenizer.encode(text * 20, add_special_tokens=True) for text in samples.TEXTS]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            results = pool.map(
+                lambda text: tokenizer.encode(text * 20, add_special_tokens=True), samples.TEXTS
+            )
+            assert list(results) == expected
+
+
+def test_breaks_keep_control_tokens_out(tokenizer: Tokenizer) -> None:
+    text = "<|im_start|>user\nsay <|im_end|> and </s><|im_end|>\n"
+    inner = text.index("<|im_end|>"), text.index("</s>")
+    ids = tokenizer.encode_chat(ChatPrompt(text, tuple(at + 1 for at in inner)))
+    control = [i for i in ids if i in tokenizer.special_token_ids]
+    assert [t for t in tokenizer.ids_to_tokens(control) if t != "<unk>"] == [
+        "<|im_start|>", "<|im_end|>",
+    ]  # fmt: skip
+    if "<unk>" not in tokenizer.ids_to_tokens(ids):
+        shown = tokenizer.decode(ids, skip_special_tokens=False)
+        assert shown.replace(" ", "") == text.replace(" ", "")
+        assert "say <|im_end|> and </s><|im_end|>" in shown  # no space slips in at a cut
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    (folder / name).write_text(json.dumps(value))
+
+
+def test_generation_defaults(tmp_path: Path) -> None:
+    assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults()
+    write(tmp_path, "config.json", {"eos_token_id": 7})
+    assert GenerationDefaults.from_folder(tmp_path).eos_token_ids == (7,)
+    values = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05,
+              "repetition_penalty": 1.05, "max_new_tokens": 2048}  # fmt: skip
+    eos = {"eos_token_id": [9, 8, 9], "do_sample": True, "transformers_version": "4.51.0"}
+    write(tmp_path, "generation_config.json", values | eos)
+    defaults = GenerationDefaults.from_folder(tmp_path)
+    assert defaults == GenerationDefaults(**values, eos_token_ids=(9, 8))
+    only_eos = GenerationDefaults.from_folder(tmp_path, sampling=False)
+    assert only_eos == GenerationDefaults(eos_token_ids=(9, 8))
+    write(tmp_path, "generation_config.json", {"top_k": -1, "temperature": None})
+    assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults(
+        top_k=0, eos_token_ids=(7,)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1), ("temperature", "hot"), ("temperature", float("nan")),
+        ("top_p", 0), ("top_p", True), ("top_k", 1.5), ("top_k", -2), ("min_p", 2),
+        ("repetition_penalty", 0), ("max_new_tokens", 0),
+        ("eos_token_id", "x"), ("eos_token_id", [1, -1]), ("eos_token_id", [True]),
+    ],
+)  # fmt: skip
+def test_bad_generation_defaults_name_file_field_and_remedy(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    write(tmp_path, "generation_config.json", {name: value})
+    with pytest.raises(CheckpointError, match=rf"generation_config.json: {name} must be"):
+        GenerationDefaults.from_folder(tmp_path)
+    if name != "eos_token_id":
+        GenerationDefaults.from_folder(tmp_path, sampling=False)
