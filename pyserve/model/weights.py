@@ -110,8 +110,8 @@ class CheckpointReader:
 
     def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
         assert buffer_bytes % 8 == 0, "pieces must not cut an element"
-        self._bytes = memoryview(bytearray(buffer_bytes))
-        self._buffer = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
+        self._bytes = self._buffer.numpy().data
         self._file: _File | None = None
 
     def __enter__(self) -> CheckpointReader:
