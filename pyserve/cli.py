@@ -21,7 +21,7 @@ from pyserve.api.serve import Loaded, Report, run_server
 from pyserve.config import EngineConfig, ServerConfig, env
 from pyserve.errors import ConfigError, StartupError
 from pyserve.text.chat_template import ChatTemplate
-from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "pyserve-demo"
@@ -216,7 +216,9 @@ def _add_silent(parser: argparse.ArgumentParser, name: str, nargs: int | str) ->
     if nargs == 0:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
     else:
-        parser.add_argument(*flags, nargs="?" if nargs == 1 else nargs, const="", **options)
+        # One value, but its absence is not worth an error of its own.
+        arity: dict[str, Any] = {"nargs": "?", "const": ""} if nargs == 1 else {"nargs": nargs}
+        parser.add_argument(*flags, **arity, **options)
 
 
 def _canonical(word: str) -> str:
@@ -278,6 +280,14 @@ def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
     )
 
 
+def _tokenizer(folder: Path) -> Tokenizer:
+    if (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer.from_folder(folder)
+    from pyserve.text.convert import convert_tokenizer
+
+    return Tokenizer.from_folder(folder, backend=convert_tokenizer(folder))
+
+
 def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
@@ -293,9 +303,13 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     def load(report: Report) -> Loaded:
         model_path = DEMO_MODEL if args.model is None else resolve(args.model)
         tokenizer_path = resolve(args.tokenizer) if args.tokenizer else model_path
-        tokenizer = Tokenizer.from_folder(tokenizer_path)
+        tokenizer = _tokenizer(tokenizer_path)
         template = ChatTemplate.load(tokenizer, override=args.chat_template)
-        defaults = GenerationDefaults.from_folder(model_path)
+        own = args.generation_config in ("auto", "vllm")
+        defaults = GenerationDefaults.from_folder(
+            model_path if own else Path(args.generation_config),
+            sampling=args.generation_config != "vllm",
+        )
         from pyserve.engine.load import build_engine
 
         engine = build_engine(_engine_config(args, model_path), progress=report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -67,12 +66,7 @@ def test_not_built_flags_are_named(flag: str) -> None:
 @pytest.mark.parametrize("flag", sorted(cli.NO_MEANING))
 def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture) -> None:
     value = [] if cli.NO_MEANING[flag] == 0 else ["1"]
-    logger = logging.getLogger("pyserve")
-    logger.addHandler(caplog.handler)
-    try:
-        args = cli.parse_args(["m", f"--{flag}", *value])
-    finally:
-        logger.removeHandler(caplog.handler)
+    args = cli.parse_args(["m", f"--{flag}", *value])
     assert args.model == "m"
     assert [r.getMessage() for r in caplog.records if f"--{flag} " in r.getMessage()]
 
@@ -103,12 +97,7 @@ def test_a_wrong_value_ends_before_the_port_opens() -> None:
 
 
 def test_public_address_without_key_warns(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("pyserve")
-    logger.addHandler(caplog.handler)
-    try:
-        cli._server_config(cli.parse_args(["--host", "0.0.0.0"]))
-        cli._server_config(cli.parse_args(["--host", "127.0.0.1"]))
-        cli._server_config(cli.parse_args(["--api-key", "k"]))
-    finally:
-        logger.removeHandler(caplog.handler)
+    cli._server_config(cli.parse_args(["--host", "0.0.0.0"]))
+    cli._server_config(cli.parse_args(["--host", "127.0.0.1"]))
+    cli._server_config(cli.parse_args(["--api-key", "k"]))
     assert len([r for r in caplog.records if "--api-key" in r.getMessage()]) == 1
