@@ -57,8 +57,8 @@ class BlockManager:
 
     def root_hash(self, cache_salt: str, adapter: str = "") -> bytes:
         """Parent of a first block. Sequences share blocks only under the same root."""
-        name = adapter.encode()
-        return self._hash(len(name).to_bytes(4, "little") + name + cache_salt.encode())
+        name, salt = adapter.encode(), cache_salt.encode("utf-8", "surrogatepass")
+        return self._hash(len(name).to_bytes(4, "little") + name + salt)
 
     def is_pending(self, block_hash: bytes) -> bool:
         """True while a running sequence is going to compute this block."""

@@ -3,98 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import pytest
 
-from pyserve.client import SequenceStream
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
 from pyserve.errors import EngineError, InvalidRequestError
 from pyserve.params import SamplingParams
+from tests.engine.driver import Driver, Reader
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
 
 
-@dataclass
-class Reader:
-    """One submitted sequence and what has come out of it."""
-
-    prompt: list[int]
-    params: SamplingParams
-    stream: SequenceStream
-    output: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: Exception | None = None
-
-    def take(self) -> None:
-        if self.is_finished:
-            return
-        try:
-            while (delta := self.stream.take()) is not None:
-                self.output += delta.token_ids
-                self.finish_reason = delta.finish_reason
-                if delta.finish_reason is not None:
-                    if delta.finish_reason == "stop":
-                        assert delta.stop_token_id == self.output[-1]
-                    return
-        except EngineError as error:
-            self.error = error
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
-    def check(self) -> None:
-        expected = expected_tokens(self.prompt, self.params)
-        assert self.output == expected[: len(self.output)]
-        if self.finish_reason in ("stop", "length"):
-            assert self.output == expected
-            is_stop = expected[-1] in self.params.stop_token_ids
-            assert self.finish_reason == ("stop" if is_stop else "length")
-
-
-class Driver:
-    """Runs an engine by single operations, with up to `depth` steps launched ahead."""
-
-    def __init__(self, engine: Engine, depth: int) -> None:
-        self.engine = engine
-        self.depth = depth
-        self.readers: list[Reader] = []
-        self.in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
-
-    def submit(self, prompt: list[int], params: SamplingParams, **kwargs: int | str) -> Reader:
-        stream = self.engine.add(prompt, params, **kwargs)  # type: ignore[arg-type]
-        reader = Reader(prompt, params, stream)
-        self.readers.append(reader)
-        return reader
-
-    def launch(self) -> bool:
-        if len(self.in_flight) > self.depth:
-            return False
-        step = self.engine.schedule()
-        if step is None:
-            return False
-        self.in_flight.append((step, self.engine.runner.launch(step)))
-        return True
-
-    def update(self) -> bool:
-        if not self.in_flight:
-            return False
-        step, result = self.in_flight.popleft()
-        if result.exception() is None:
-            self.engine.update(step, result.result())
-        else:
-            self.engine.fail_step(step)
-        for reader in self.readers:
-            reader.take()
-        return True
-
-    def drain(self) -> None:
-        while self.launch() or self.update():
-            pass
-        assert all(reader.is_finished for reader in self.readers)
+def check(reader: Reader) -> None:
+    """What came out is what must come out, or the beginning of it."""
+    expected = expected_tokens(reader.prompt, reader.params)
+    assert reader.output == expected[: len(reader.output)]
+    if reader.finish_reason in ("stop", "length"):
+        assert reader.output == expected
+        is_stop = expected[-1] in reader.params.stop_token_ids
+        assert reader.finish_reason == ("stop" if is_stop else "length")
 
 
 def fake(engine: Engine) -> FakeRunner:
@@ -184,7 +111,7 @@ def test_random_operations(depth: int, policy: str, caching: bool, num_operation
     finished += driver.readers
     seen = {id(reader): reader for reader in finished}.values()
     for reader in seen:
-        reader.check()
+        check(reader)
     kinds = {reader.finish_reason for reader in seen}
     assert kinds == {"stop", "length", "abort", None}
     assert {type(reader.error) for reader in seen if reader.finish_reason is None} == {EngineError}
@@ -211,7 +138,7 @@ def test_same_tokens_under_memory_pressure(depth: int) -> None:
         assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 14)
         outputs.append([reader.output for reader in driver.readers])
         for reader in driver.readers:
-            reader.check()
+            check(reader)
     assert outputs[0] == outputs[1]
 
 
@@ -250,7 +177,7 @@ def test_abort_in_every_state(depth: int) -> None:
             driver.drain()
             assert len(readers[victim].output) == num_tokens, "a token after the end"
             for reader in readers:
-                reader.check()
+                check(reader)
             assert engine.scheduler.blocks.num_free == 16
 
 
@@ -268,7 +195,7 @@ def test_abort_frees_blocks_at_once_while_the_step_is_in_flight() -> None:
     driver.launch()
     driver.drain()
     assert reader.output == []
-    other.check()
+    check(other)
     assert other.finish_reason == "length"
 
 
@@ -281,11 +208,11 @@ def test_a_nan_row_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     good = driver.submit([6] * 12, SamplingParams(max_tokens=4, seed=8))
     driver.drain()
     assert isinstance(bad.error, EngineError) and bad.output == []
-    good.check()
+    check(good)
     again = driver.submit(prompt, SamplingParams(max_tokens=4, seed=9))
     driver.drain()
     assert again.stream.num_cached_tokens == 0
-    again.check()
+    check(again)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -305,7 +232,7 @@ def test_a_failed_step_fails_its_sequences_only(depth: int) -> None:
     fake(engine).on_step = lambda step: None
     driver.drain()
     assert [type(reader.error) for reader in first] == [EngineError, EngineError]
-    waiting.check()
+    check(waiting)
     assert waiting.finish_reason == "length"
 
 
@@ -329,7 +256,7 @@ def test_equal_prompts_compute_their_prefix_once() -> None:
     assert [reader.stream.num_cached_tokens for reader in readers] == [0, 28, 28, 28]
     assert num_prompt_tokens == 30 + 3 * 2 + 3
     for reader in readers:
-        reader.check()
+        check(reader)
     assert len({tuple(reader.output) for reader in readers}) == 4
 
 
@@ -350,7 +277,7 @@ def test_waiters_go_on_when_the_owner_of_their_prefix_is_lost(how: str) -> None:
     driver.drain()
     assert [reader.finish_reason for reader in readers[1:]] == ["length", "length"]
     for reader in readers:
-        reader.check()
+        check(reader)
     assert [reader.stream.num_cached_tokens for reader in readers[1:]] == [0, 28]
 
 
@@ -366,7 +293,7 @@ def test_the_next_turn_of_a_conversation_hits_the_output_blocks() -> None:
     assert len(history) == 25
     assert following.stream.num_cached_tokens == 24
     assert salted.stream.num_cached_tokens == 0
-    following.check()
+    check(following)
 
 
 def test_admission() -> None:

@@ -1,0 +1,149 @@
+"""AsyncEngine: the engine on the event loop. Implements client.EngineClient.
+
+One task launches steps and awaits their results in order; requests come in and tokens go out
+between its awaits, all on the loop's one thread. The loop is written for running ahead: up to
+`depth` steps are launched before the result of the one before them is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from pyserve import log
+from pyserve.client import EngineInfo, EngineStats, SequenceStream
+from pyserve.engine.batch import Step
+from pyserve.engine.engine import Engine
+from pyserve.errors import EngineError, RequestError, UnavailableError
+from pyserve.params import SamplingParams
+
+RUN_AHEAD_DEPTH = 0  # steps launched ahead of the one whose result is awaited
+MAX_FAILED_STEPS = 3  # in a row; then the engine stops
+
+
+class AsyncEngine:
+    """Everything here runs on the event loop that calls `start`."""
+
+    def __init__(self, engine: Engine, info: EngineInfo, *, depth: int = RUN_AHEAD_DEPTH) -> None:
+        self._engine = engine
+        self._info = info
+        self._depth = depth
+        self._in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
+        self._step_start_s = 0.0  # when the oldest step in flight began to run
+        self._num_failed_steps = 0
+        self._wakeup = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._refusal: str | None = None  # why nothing is accepted any more; set once
+        self._error: str | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def start(self) -> None:
+        assert self._task is None, "started twice"
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="engine")
+
+    async def stop(self) -> None:
+        self._shut("the server is shutting down", UnavailableError)
+        if self._task is None:
+            self.start()  # it closes the runner
+        assert self._task is not None
+        await self._task
+
+    def submit(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
+        cache_salt: str = "",
+    ) -> SequenceStream:  # fmt: skip
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal)
+        stream = self._engine.add(
+            prompt_token_ids, params, priority=priority, cache_salt=cache_salt
+        )
+        self._wakeup.set()
+        return stream
+
+    def abort(self, stream: SequenceStream) -> None:
+        self._engine.abort(stream)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._engine.scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks_used=scheduler.blocks.num_blocks - scheduler.blocks.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._engine.num_steps,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            output_tokens=self._engine.num_output_tokens,
+            step_age_s=time.monotonic() - self._step_start_s if self._in_flight else 0.0,
+            error=self._error,
+        )
+
+    async def _run(self) -> None:
+        try:
+            while self._refusal is None:
+                self._launch()
+                if self._in_flight:
+                    await self._finish_step()
+                else:
+                    assert not self._engine.num_seqs, "sequences wait and nothing can run"
+                    self._wakeup.clear()
+                    await self._wakeup.wait()
+        except Exception as error:  # a bug of ours: the books cannot be trusted any more
+            log.get_logger().exception("the engine has stopped")
+            self._give_up(f"the engine has stopped: {type(error).__name__}")
+        results = [asyncio.wrap_future(result) for _, result in self._in_flight]
+        await asyncio.gather(*results, return_exceptions=True)
+        self._in_flight.clear()
+        self._engine.runner.close()
+
+    def _launch(self) -> None:
+        """Launch steps until `depth` of them are ahead or there is nothing to run."""
+        while len(self._in_flight) <= self._depth:
+            step = self._engine.schedule()
+            if step is None:
+                return
+            if not self._in_flight:
+                self._step_start_s = time.monotonic()
+            self._in_flight.append((step, self._engine.runner.launch(step)))
+
+    async def _finish_step(self) -> None:
+        """Await the oldest step in flight and deliver what it has sampled."""
+        step, result = self._in_flight[0]
+        try:
+            sampled = await asyncio.wrap_future(result)
+        except Exception as error:
+            self._on_failed_step(step, error)
+        else:
+            self._num_failed_steps = 0
+            if self._refusal is None:
+                self._engine.update(step, sampled)
+        self._in_flight.popleft()
+        self._step_start_s = time.monotonic()
+
+    def _on_failed_step(self, step: Step, error: Exception) -> None:
+        log.get_logger().error(
+            "a step of %d tokens in %d rows failed", step.num_tokens, len(step.seqs), exc_info=error
+        )
+        self._num_failed_steps += 1
+        if self._refusal is not None:
+            return
+        self._engine.fail_step(step)
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            self._give_up(f"the engine has stopped: {MAX_FAILED_STEPS} steps in a row failed")
+
+    def _give_up(self, reason: str) -> None:
+        self._error = reason
+        self._shut(reason, EngineError)
+
+    def _shut(self, reason: str, error: type[RequestError]) -> None:
+        """Refuse what comes from here on and fail what is there."""
+        if self._refusal is None:
+            self._refusal = reason
+            self._engine.fail_all(error(reason))
+            self._wakeup.set()

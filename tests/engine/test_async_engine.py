@@ -1,0 +1,320 @@
+"""The engine on the event loop: streams, idle, failures, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from pyserve.client import EngineClient, EngineInfo, SequenceStream
+from pyserve.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
+from pyserve.engine.batch import Step
+from pyserve.engine.engine import Engine
+from pyserve.errors import EngineError, InvalidRequestError, UnavailableError
+from pyserve.params import SamplingParams
+from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 20))
+
+
+def async_engine(engine: Engine, depth: int = 0) -> AsyncEngine:
+    info = EngineInfo(
+        max_model_len=128, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=4, num_blocks=64,
+        dtype="float32", device="cpu",
+    )  # fmt: skip
+    return AsyncEngine(engine, info, depth=depth)
+
+
+def fake(engine: Engine) -> FakeRunner:
+    assert isinstance(engine.runner, FakeRunner)
+    return engine.runner
+
+
+async def read_all(stream: SequenceStream) -> tuple[list[int], str]:
+    token_ids: list[int] = []
+    while True:
+        delta = await stream.read()
+        token_ids += delta.token_ids
+        if delta.finish_reason is not None:
+            return token_ids, delta.finish_reason
+
+
+class HeldRunner:
+    """Executes on a FakeRunner, but tells the results only when it is asked to."""
+
+    def __init__(self, inner: FakeRunner) -> None:
+        self.inner = inner
+        self.held: list[tuple[Future[list[int]], Future[list[int]]]] = []
+
+    def launch(self, step: Step) -> Future[list[int]]:
+        result: Future[list[int]] = Future()
+        self.held.append((result, self.inner.launch(step)))
+        return result
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def tell(self) -> None:
+        result, inner = self.held.pop(0)
+        result.set_result(inner.result())
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_64_streams_on_8_slots(depth: int) -> None:
+    async def test() -> None:
+        engine = make_engine(num_blocks=40)
+        client: EngineClient = async_engine(engine, depth)
+        client.start()
+        prompts = [[i, 1, 2, 3, 4, 5] for i in range(64)]
+        params = [SamplingParams(max_tokens=1 + i % 20, seed=i) for i in range(64)]
+        streams = [client.submit(*pair) for pair in zip(prompts, params, strict=True)]
+        results = await asyncio.gather(*map(read_all, streams))
+        for prompt, param, (token_ids, reason) in zip(prompts, params, results, strict=True):
+            assert token_ids == expected_tokens(prompt, param) and reason == "length"
+        stats = client.stats()
+        assert stats.num_running == stats.num_waiting == stats.num_blocks_used == 0
+        assert stats.output_tokens == sum(param.max_tokens for param in params)
+        assert stats.prompt_tokens == 64 * 6 and stats.error is None
+        engine.check_invariants()
+        await client.stop()
+
+    run(test())
+
+
+def test_streams_advance_side_by_side() -> None:
+    async def test() -> None:
+        engine = make_engine(num_slots=64, max_num_batched_tokens=64 * 5, num_blocks=1000)
+        client = async_engine(engine)
+        client.start()
+        params = SamplingParams(max_tokens=40, seed=1)
+        streams = [client.submit([i] * 5, params) for i in range(64)]
+        lens = [0] * 64
+        while lens[0] < 40:
+            await asyncio.sleep(0)
+            for index, stream in enumerate(streams):
+                delta = stream.take()
+                lens[index] += len(delta.token_ids) if delta else 0
+            assert len(set(lens)) == 1
+        await client.stop()
+
+    run(test())
+
+
+def test_idle_makes_no_steps_and_wakes_up() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine)
+        client.start()
+        await asyncio.sleep(0.01)
+        assert client.stats().num_steps == 0 and client.stats().step_age_s == 0.0
+        for count in (1, 2):
+            stream = client.submit([1, 2], SamplingParams(max_tokens=4, seed=0))
+            await read_all(stream)
+            await asyncio.sleep(0.01)
+            assert client.stats().num_steps == 4 * count
+        assert len(asyncio.all_tasks()) <= 3  # wait_for, this test, the engine
+        await client.stop()
+
+    run(test())
+
+
+def test_the_age_of_a_step_and_an_abort_in_flight() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        runner = HeldRunner(fake(engine))
+        engine.runner = runner
+        client = async_engine(engine)
+        client.start()
+        stream = client.submit([1] * 10, SamplingParams(max_tokens=4, seed=0))
+        await asyncio.sleep(0.05)
+        assert 0.03 < client.stats().step_age_s < 5
+        assert client.stats().num_blocks_used == 3
+        client.abort(stream)
+        assert client.stats().num_blocks_used == 0
+        assert await read_all(stream) == ([], "abort")
+        client.abort(stream)
+        runner.tell()
+        await asyncio.sleep(0.01)
+        assert client.stats().step_age_s == 0.0 and not runner.held
+        await client.stop()
+
+    run(test())
+
+
+def test_depth_is_how_many_steps_are_launched_ahead() -> None:
+    async def test(depth: int) -> None:
+        engine = make_engine()
+        runner = HeldRunner(fake(engine))
+        engine.runner = runner
+        client = async_engine(engine, depth)
+        client.start()
+        stream = client.submit([1] * 10, SamplingParams(max_tokens=6, seed=0))
+        await asyncio.sleep(0.01)
+        assert len(runner.held) == depth + 1
+        while runner.held:
+            runner.tell()
+            await asyncio.sleep(0.01)
+        expected = expected_tokens([1] * 10, SamplingParams(max_tokens=6, seed=0))
+        assert await read_all(stream) == (expected, "length")
+        await client.stop()
+
+    for depth in (0, 1, 2):
+        run(test(depth))
+
+
+def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine)
+        client.start()
+        params = SamplingParams(max_tokens=4, seed=0)
+        for _ in range(2 * MAX_FAILED_STEPS):  # never twice without success in between
+            steps = []
+
+            def fail_once(step: Step, steps: list[Step] = steps) -> None:
+                steps.append(step)
+                if len(steps) == 2:
+                    raise RuntimeError("as wanted")
+
+            fake(engine).on_step = fail_once
+            with pytest.raises(EngineError, match="step"):
+                await read_all(client.submit([1] * 10, params))
+            assert await read_all(client.submit([2] * 10, params)) == (
+                expected_tokens([2] * 10, params), "length",
+            )  # fmt: skip
+        assert client.stats().error is None and client.stats().num_blocks_used == 0
+        await client.stop()
+
+    run(test())
+
+
+def test_failure_after_failure_stops_the_engine() -> None:
+    async def test() -> None:
+        engine = make_engine(num_slots=1)
+        client = async_engine(engine)
+        client.start()
+
+        def fail(step: Step) -> None:
+            raise RuntimeError("as wanted")
+
+        fake(engine).on_step = fail
+        params = SamplingParams(max_tokens=4, seed=0)
+        streams = [client.submit([i] * 10, params) for i in range(MAX_FAILED_STEPS + 2)]
+        results = await asyncio.gather(*map(read_all, streams), return_exceptions=True)
+        assert {type(result) for result in results} == {EngineError}
+        assert "as wanted" not in str(results), "what failed inside is for the log"
+        error = client.stats().error
+        assert error is not None and "3 steps in a row" in error
+        with pytest.raises(UnavailableError, match="3 steps in a row"):
+            client.submit([1], params)
+        for stream in streams:
+            client.abort(stream)
+        await client.stop()
+        assert fake(engine).is_closed
+
+    run(test())
+
+
+def test_a_bug_ends_every_stream_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine)
+        client.start()
+        stream = client.submit([1, 2], SamplingParams(max_tokens=4, seed=0))
+
+        def broken(step: Step, sampled: list[int]) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(engine, "update", broken)
+        with pytest.raises(EngineError, match="the engine has stopped: KeyError"):
+            await read_all(stream)
+        assert client.stats().error is not None
+        with pytest.raises(UnavailableError):
+            client.submit([1], SamplingParams(max_tokens=1))
+        await client.stop()
+
+    run(test())
+
+
+def test_stop_fails_what_runs_and_waits_for_the_step() -> None:
+    async def test() -> None:
+        engine = make_engine(num_slots=1)
+        runner = HeldRunner(fake(engine))
+        engine.runner = runner
+        client = async_engine(engine, 1)
+        client.start()
+        params = SamplingParams(max_tokens=4, seed=0)
+        streams = [client.submit([i] * 10, params) for i in range(2)]
+        await asyncio.sleep(0.01)
+        stopping = asyncio.ensure_future(client.stop())
+        for stream in streams:
+            with pytest.raises(UnavailableError):
+                await read_all(stream)
+        with pytest.raises(UnavailableError):
+            client.submit([1], params)
+        await asyncio.sleep(0.01)
+        assert not stopping.done() and not fake_closed(runner)
+        runner.tell()
+        runner.tell()
+        await stopping
+        assert fake_closed(runner) and client.stats().error is None
+        await client.stop()
+
+    def fake_closed(runner: HeldRunner) -> bool:
+        return runner.inner.is_closed
+
+    run(test())
+
+
+def test_stop_before_start() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine)
+        await client.stop()
+        assert fake(engine).is_closed
+        with pytest.raises(UnavailableError):
+            client.submit([1], SamplingParams(max_tokens=1))
+
+    run(test())
+
+
+def test_a_bad_request_is_refused_at_once() -> None:
+    async def test() -> None:
+        client = async_engine(make_engine())
+        client.start()
+        with pytest.raises(InvalidRequestError, match="the limit is 128 tokens"):
+            client.submit([1] * 100, SamplingParams(max_tokens=29))
+        assert client.stats().num_waiting == 0
+        assert client.info.max_model_len == 128
+        await client.stop()
+
+    run(test())
+
+
+def test_the_loop_is_free_while_a_step_runs() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        runner = HeldRunner(fake(engine))
+        engine.runner = runner
+        client = async_engine(engine)
+        client.start()
+        client.submit([1] * 10, SamplingParams(max_tokens=4, seed=0))
+        await asyncio.sleep(0)
+        start = time.perf_counter()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert time.perf_counter() - start < 0.5
+        runner.tell()
+        stopping = asyncio.ensure_future(client.stop())
+        while not stopping.done():
+            await asyncio.sleep(0.005)
+            if runner.held:
+                runner.tell()
+
+    run(test())

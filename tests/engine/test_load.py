@@ -1,0 +1,124 @@
+"""From a folder and settings to an engine that answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyserve.client import EngineClient, EngineInfo
+from pyserve.engine import host
+from pyserve.engine.load import build_engine, resolve_dtype
+from pyserve.errors import CheckpointError, ConfigError, PlanError
+from pyserve.params import SamplingParams
+from tests.engine.tiny import VOCAB_SIZE, engine_config, write_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
+
+
+def build(folder: Path, **overrides: object) -> tuple[EngineClient, list[tuple[str, int, int]]]:
+    reports: list[tuple[str, int, int]] = []
+    engine = build_engine(
+        engine_config(folder, **overrides), progress=lambda *report: reports.append(report)
+    )
+    return engine, reports
+
+
+def answer(engine: EngineClient, **kwargs: Any) -> list[int]:
+    async def run() -> list[int]:
+        engine.start()
+        stream = engine.submit([1, 2, 3], SamplingParams(**({"max_tokens": 5} | kwargs)))
+        token_ids: list[int] = []
+        finish_reason = None
+        while finish_reason is None:
+            delta = await stream.read()
+            token_ids += delta.token_ids
+            finish_reason = delta.finish_reason
+        await engine.stop()
+        return token_ids
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_build_and_answer(tmp_path: Path) -> None:
+    engine, reports = build(write_model(tmp_path))
+    assert engine.info == EngineInfo(
+        max_model_len=256, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=16, num_blocks=128,
+        dtype="float32", device="cpu", has_priorities=False,
+    )  # fmt: skip
+    phases = list(dict.fromkeys(phase for phase, _, _ in reports))
+    assert phases == ["build", "load", "warmup"]
+    for phase in phases:
+        done = [(done, total) for name, done, total in reports if name == phase]
+        assert done[0][0] == 0 and done[-1][0] == done[-1][1] and done == sorted(done)
+    stats = engine.stats()
+    assert stats.num_steps == stats.prompt_tokens == stats.num_blocks_used == 0, "warm-up is gone"
+    token_ids = answer(engine, temperature=0.0)
+    assert len(token_ids) == 5 and all(0 <= i < VOCAB_SIZE for i in token_ids)
+    again, _ = build(tmp_path)
+    assert answer(again, temperature=0.0) == token_ids
+    other, _ = build(tmp_path, seed=1)
+    assert answer(other, temperature=0.0) != token_ids
+
+
+@pytest.mark.parametrize("max_model_len", [1, 2, 3, 17])
+def test_tiny_contexts(tmp_path: Path, max_model_len: int) -> None:
+    engine, _ = build(write_model(tmp_path), max_model_len=max_model_len)
+    assert engine.info.max_model_len == max_model_len
+    if max_model_len >= 4:
+        assert len(answer(engine, max_tokens=max_model_len - 3)) == max_model_len - 3
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    engine, _ = build(write_model(tmp_path, torch_dtype="bfloat16"))
+    assert engine.info.dtype == "bfloat16"
+    assert len(answer(engine)) == 5
+
+
+def test_dtypes(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_dtype("auto", "float32") == torch.float32
+    assert resolve_dtype("auto", "bfloat16") == torch.bfloat16
+    assert resolve_dtype("bfloat16", "float32") == torch.bfloat16
+    assert resolve_dtype("float32", "float16") == torch.float32
+    assert not caplog.records
+    with caplog.at_level(logging.INFO, "pyserve"):
+        assert resolve_dtype("auto", "float16") == torch.float32
+    assert "float16" in caplog.text
+    with pytest.raises(ConfigError, match="--dtype float16"):
+        resolve_dtype("float16", "float32")
+
+
+def test_a_context_that_shrinks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pyserve"):
+        engine, _ = build(
+            write_model(tmp_path), kv_cache_memory_bytes=3 * 8192, max_num_batched_tokens=4
+        )
+    assert engine.info.max_model_len == 48 and engine.info.max_num_seqs == 4
+    assert "the model's context of 256 tokens does not fit in memory: serving 48" in caplog.text
+    assert "at most 4 sequences run at once" in caplog.text
+    assert "KV cache" in caplog.text
+    assert len(answer(engine)) == 5
+
+
+def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path)
+    with pytest.raises(ConfigError, match="--max-model-len is 257"):
+        build(folder, max_model_len=257)
+    with pytest.raises(CheckpointError):
+        build(folder, load_format="auto")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        build(tmp_path / "nothing")
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 2**16)
+    with pytest.raises(PlanError, match="does not fit"):
+        build(folder)
