@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +272,8 @@ def test_a_missing_or_huge_file(tmp_path: Path) -> None:
         file.truncate(MAX_CONFIG_BYTES + 1)
     with pytest.raises(CheckpointError, match="larger than"):
         ModelConfig.from_path(tmp_path)
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    script = "import sys, pyserve.model.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
