@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from pyserve import __version__, log
 from pyserve.api.serve import Loaded, Report, run_server
 from pyserve.config import EngineConfig, ServerConfig, env
-from pyserve.errors import ConfigError, StartupError
+from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
 
@@ -302,6 +302,8 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
 
     def load(report: Report) -> Loaded:
         model_path = DEMO_MODEL if args.model is None else resolve(args.model)
+        if not (model_path / "config.json").is_file():
+            raise CheckpointError(f"--model {args.model}: there is no config.json in {model_path}")
         tokenizer_path = resolve(args.tokenizer) if args.tokenizer else model_path
         tokenizer = _tokenizer(tokenizer_path)
         template = ChatTemplate.load(tokenizer, override=args.chat_template)
