@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyserve import ops
+from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.sequence import Sequence
 from pyserve.ops import step_layout as layout
 
@@ -60,7 +61,7 @@ def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:
 def max_update_words(max_model_len: int, block_size: int) -> int:
     """Words that the admissions of one step may take: the largest sequence fits, or many small."""
     max_slot_update = layout.SLOT_UPDATE_WORDS + layout.SLOT_WORDS + max_model_len
-    max_block_updates = layout.BLOCK_UPDATE_WORDS * -(-max_model_len // block_size)
+    max_block_updates = layout.BLOCK_UPDATE_WORDS * num_blocks_for(max_model_len, block_size)
     return max(max_slot_update + max_block_updates, MIN_UPDATE_WORDS)
 
 

@@ -19,6 +19,11 @@ from pyserve.engine.sequence import NEVER, Sequence
 HASH_BYTES = 16
 
 
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold num_tokens tokens of one sequence."""
+    return -(-num_tokens // block_size)
+
+
 class BlockManager:
     """Owns `num_blocks` blocks of `block_size` tokens.
 
@@ -50,10 +55,6 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold num_tokens tokens of one sequence."""
-        return -(-num_tokens // self.block_size)
 
     def root_hash(self, cache_salt: str, adapter: str = "") -> bytes:
         """Parent of a first block. Sequences share blocks only under the same root."""
@@ -90,7 +91,7 @@ class BlockManager:
 
     def num_needed(self, seq: Sequence, hits: list[int]) -> int:
         """Free blocks that `allocate` would take: new ones and hits that nobody refers to."""
-        num_total = self.num_blocks_for(len(seq.token_ids))
+        num_total = num_blocks_for(len(seq.token_ids), self.block_size)
         return num_total - len(hits) + sum(1 for hit in hits if not self._ref_counts[hit])
 
     def allocate(self, seq: Sequence, hits: list[int]) -> None:
@@ -101,7 +102,7 @@ class BlockManager:
                 del self._free[block_id]
             self._ref_counts[block_id] += 1
         seq.block_ids = list(hits)
-        for _ in range(self.num_blocks_for(len(seq.token_ids)) - len(hits)):
+        for _ in range(num_blocks_for(len(seq.token_ids), self.block_size) - len(hits)):
             seq.block_ids.append(self._take())
         seq.kv_capacity = len(seq.block_ids) * self.block_size
         seq.num_offered_blocks = len(hits)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from pyserve.client import FinishReason, SequenceStream
 from pyserve.engine.batch import Step
+from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
@@ -196,7 +197,7 @@ class Engine:
             )
         blocks = self.scheduler.blocks
         # The last token is never an input: it needs no KV.
-        num_needed = blocks.num_blocks_for(num_tokens - 1)
+        num_needed = num_blocks_for(num_tokens - 1, blocks.block_size)
         if num_needed > blocks.num_blocks:
             raise InvalidRequestError(
                 f"{num_tokens} tokens need {num_needed} KV blocks, there are {blocks.num_blocks}",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pyserve.config import EngineConfig
 from pyserve.engine.batch import LOGITS_TILE_ROWS, max_step_words
+from pyserve.engine.block_manager import num_blocks_for
 from pyserve.errors import ConfigError, PlanError
 from pyserve.model.config import ModelConfig
 from pyserve.model.kv import KVSpec
@@ -75,21 +76,16 @@ def plan_memory(
         if config.max_model_len is not None or max_model_len < 1:
             raise _plan_error(
                 fixed(wanted_len), wanted_len, max_model_len,
-                kv_bytes=blocks_of(wanted_len, block_size) * block_bytes,
+                kv_bytes=num_blocks_for(wanted_len, block_size) * block_bytes,
                 allowed_bytes=allowed_bytes, config=config,
             )  # fmt: skip
     num_blocks = room(max_model_len)
     if config.kv_cache_memory_bytes is None:
-        one_seq = blocks_of(max_model_len, block_size)
+        one_seq = num_blocks_for(max_model_len, block_size)
         enough = max(one_seq, min(num_slots * one_seq, DEFAULT_KV_BYTES // block_bytes))
         num_blocks = min(num_blocks, enough)
     ledger = (*fixed(max_model_len), ("KV cache", num_blocks * block_bytes))
     return MemoryPlan(num_slots, max_model_len, num_blocks, ledger)
-
-
-def blocks_of(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold num_tokens tokens of one sequence."""
-    return -(-num_tokens // block_size)
 
 
 def activation_bytes(model: ModelConfig, num_tokens: int, itemsize: int) -> int:
@@ -141,7 +137,7 @@ def _fixed_ledger(
     model: ModelConfig, config: EngineConfig, *, weight_bytes: int, itemsize: int, num_slots: int,
     max_model_len: int,
 ) -> list[tuple[str, int]]:  # fmt: skip
-    max_blocks_per_seq = blocks_of(max_model_len, config.block_size)
+    max_blocks_per_seq = num_blocks_for(max_model_len, config.block_size)
     return [
         ("weights", weight_bytes),
         ("rope table", FLOAT32_BYTES * max_model_len * model.head_dim),

@@ -14,6 +14,7 @@ import torch
 
 from pyserve import ops
 from pyserve.engine.batch import LOGITS_TILE_ROWS, Step, max_step_words, pack
+from pyserve.engine.block_manager import num_blocks_for
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.ops import step_layout as layout
@@ -50,7 +51,7 @@ class ModelRunner:
             for spec in model.kv_specs()
             for shape in [(num_blocks, block_size, spec.num_kv_heads, spec.head_dim)]
         ]
-        max_blocks_per_seq = -(-max_model_len // block_size)
+        max_blocks_per_seq = num_blocks_for(max_model_len, block_size)
         self._slots = _zeros(num_slots, layout.SLOT_WORDS, device=device)
         self._block_table = _zeros(num_slots, max_blocks_per_seq, device=device)
         self._token_counts = _zeros(

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from operator import attrgetter
 
 from pyserve.engine.batch import Step
-from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.sequence import Sequence, Status
 from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
 from pyserve.ops import step_layout as layout
@@ -145,7 +145,7 @@ class Scheduler:
                 continue
             seq.num_wanted_blocks = blocks.num_needed(seq, hits)
             step.num_update_words += num_update_words(seq) + layout.BLOCK_UPDATE_WORDS * (
-                blocks.num_blocks_for(len(seq.token_ids))
+                num_blocks_for(len(seq.token_ids), blocks.block_size)
             )
             if seq.num_wanted_blocks > num_spare or step.num_update_words > self._max_update_words:
                 break
