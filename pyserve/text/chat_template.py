@@ -27,6 +27,9 @@ _DEFAULT, _TOOL_USE = "default", "tool_use"
 _NO_TEMPLATE = (
     "the model has no chat template: use /v1/completions, or start the server with --chat-template"
 )
+# Behind the mark at the end of a message to be continued: white space that `trim` takes off, and
+# that no template writes itself.
+_WIDE_SPACE = "\u3000"
 _OWN_NAMES = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
@@ -145,7 +148,7 @@ class ChatTemplate:
         if is_guarded or continues:
             marks = unused_noncharacters(3, data, source=compiled.source)
         if continues:
-            _extend_final_text(messages, marks[2] + " ")
+            _extend_final_text(messages, marks[2] + _WIDE_SPACE)
         if is_guarded:
             data = self._guard.mark(data, marks)
         try:
@@ -177,7 +180,9 @@ def _prepare_message(message: Mapping[str, Any], name: str, traits: Traits) -> d
     if prepared["role"] == "developer" and not traits.knows_developer:
         prepared["role"] = "system"
     prepared["content"] = _prepare_content(message.get("content"), f"{name}.content", traits)
-    if "tool_calls" in prepared:
+    if not prepared.get("tool_calls"):
+        prepared.pop("tool_calls", None)  # templates ask whether it is defined
+    else:
         prepared["tool_calls"] = _prepare_tool_calls(
             prepared["tool_calls"], f"{name}.tool_calls", traits
         )
@@ -268,9 +273,9 @@ def _extend_final_text(messages: list[Any], mark: str) -> None:
 
 
 def _cut_at(text: str, mark: str) -> str:
-    """The text up to the mark, which stands behind the last message with a space after it.
+    """The text up to the mark, which stands behind the last message with white space after it.
 
-    Where that space is missing, the template strips its messages, and so does this.
+    Where that is missing, the template strips its messages, and so does this.
     """
     before, found, after = text.rpartition(mark)
     if not found:
@@ -278,7 +283,7 @@ def _cut_at(text: str, mark: str) -> str:
             "continue_final_message: the chat template does not show the last message's text",
             "continue_final_message",
         )
-    return before if after.startswith(" ") else before.rstrip()
+    return before if after.startswith(_WIDE_SPACE) else before.rstrip()
 
 
 def _refusal(error: Exception) -> InvalidRequestError:

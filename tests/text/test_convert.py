@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pyserve.errors import CheckpointError
+from pyserve.text import convert
+from pyserve.text.convert import convert_tokenizer, needs_conversion
+from pyserve.text.tokenizer import Tokenizer
+from tests.text import samples
+
+CONFIG = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>",
+          "unk_token": "<unk>"}  # fmt: skip
+
+
+def test_vocabulary_and_merges_become_the_same_tokenizer(tmp_path: Path) -> None:
+    backend = samples.byte_level()
+    assert not needs_conversion(tmp_path)
+    backend.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    assert needs_conversion(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, backend=convert_tokenizer(tmp_path))
+    for text in samples.TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == backend.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.eos_token_id == 2
+    (tmp_path / "tokenizer.json").touch()
+    assert not needs_conversion(tmp_path)
+
+
+def test_what_cannot_be_converted_names_folder_and_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"neither tokenizer.json nor tokenizer.model nor "):
+        convert_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("junk")
+    with pytest.raises(CheckpointError, match=r"cannot convert .*--tokenizer names") as caught:
+        convert_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.model").write_bytes(b"junk")
+    monkeypatch.setattr(convert, "_is_installed", lambda module: False)
+    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf, or"):
+        convert_tokenizer(tmp_path)
