@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pyserve import __version__
 from pyserve.api import stream
-from pyserve.api.body import ignored_header
+from pyserve.api.body import check_built, ignored_header
 from pyserve.api.generate import Generation
 from pyserve.api.protocol import (
     MAX_NAME_CHARS,
@@ -64,6 +64,12 @@ async def answer(
     options = body.stream_options
     if options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", "stream_options")
+    if options is not None:
+        check_built(
+            "continuous_usage_stats",
+            options.continuous_usage_stats,
+            "stream_options.continuous_usage_stats",
+        )
     if body.priority and not loaded.engine.info.has_priorities:
         ignored = [*ignored, "priority"]
     request_id = endpoint.id_prefix + (

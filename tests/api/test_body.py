@@ -1,0 +1,141 @@
+"""Bodies: every way to be wrong is a 400 that says where; fields without effect are named."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from pyserve.api.body import IGNORED_HEADER, Wire, ignored_header
+from pyserve.api.protocol import NOT_BUILT, ChatRequest, CompletionRequest
+from pyserve.errors import InvalidRequestError, NotBuiltError, RequestError
+
+CHAT = Wire(ChatRequest)
+COMPLETION = Wire(CompletionRequest)
+MESSAGES = [{"role": "user", "content": "hi"}]
+PREFIX = b'{"messages": [{"role": "user", "content": "hi"}], '
+
+
+def chat(**fields: Any) -> tuple[ChatRequest, list[str]]:
+    return CHAT.decode(json.dumps({"messages": MESSAGES, **fields}).encode())
+
+
+BAD: list[tuple[str, bytes, str | None, str]] = [
+    ("empty", b"", None, "not valid JSON"),
+    ("cut off", b'{"messages": ', None, "not valid JSON"),
+    ("trailing", b'{"messages": []} x', None, "not valid JSON"),
+    ("not an object", b"[1]", None, "the body: expected object, got array"),
+    ("missing field", b"{}", "messages", "messages is missing"),
+    ("missing inner field", b'{"messages": [{"content": "x"}]}', "messages[0].role", "missing"),
+    ("wrong type", PREFIX + b'"top_k": "x"}', "top_k", "expected int | null, got str"),
+    ("whole float", PREFIX + b'"n": 2.0}', "n", "expected int | null, got float"),
+    ("bool for int", PREFIX + b'"n": true}', "n", "expected int | null, got bool"),
+    ("int for bool", PREFIX + b'"stream": 1}', "stream", "expected bool | null, got int"),
+    ("inner type", PREFIX + b'"stop": ["a", 3]}', "stop[1]", "expected str, got int"),
+    ("bias", PREFIX + b'"logit_bias": {"5": "x"}}', "logit_bias[...]", "expected float, got str"),
+    ("NaN", PREFIX + b'"temperature": NaN}', None, "not valid JSON"),
+    ("Infinity", PREFIX + b'"temperature": -Infinity}', None, "not valid JSON"),
+    ("1e999", PREFIX + b'"temperature": 1e999}', "temperature", "out of range"),
+    ("endless int", PREFIX + b'"seed": ' + b"9" * 10_000 + b"}", "seed", "out of range"),
+    ("huge int as float", PREFIX + b'"top_p": ' + b"9" * 400 + b"}", "top_p", "out of range"),
+    ("arrays", b"[" * 10_000 + b"]" * 10_000, None, "the body"),
+    ("deep unknown", PREFIX + b'"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", None, "too deeply"),
+    ("deep object", PREFIX + b'"metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, None, "deep"),
+    ("bad utf-8", PREFIX + b'"stop": "\xff"}', None, "not valid UTF-8"),
+    ("bad utf-8 in an unknown field", PREFIX + b'"x": "\xc3\x28"}', None, "not valid UTF-8"),
+    ("utf-16", '{"messages": []}'.encode("utf-16"), None, "not valid UTF-8"),
+    ("lone surrogate", PREFIX + b'"stop": "\\ud800"}', None, "not valid JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "param", "words"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
+def test_bad_bodies(body: bytes, param: str | None, words: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        CHAT.decode(body)
+    assert words in caught.value.message
+    assert caught.value.param == param
+    assert not re.search(r"msgspec|Struct|object at|\$", caught.value.message)
+
+
+def test_duplicate_keys_and_nulls_are_fine() -> None:
+    body, ignored = CHAT.decode(PREFIX + b'"n": 1, "n": 2, "user": null, "foo": null}')
+    assert body.n == 2 and ignored == []
+    nulls = dict.fromkeys(ChatRequest.__struct_fields__)
+    assert chat(**{**nulls, "messages": MESSAGES}) == chat()
+
+
+SAMPLES: dict[str, Any] = {
+    "echo": True, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
+    "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto",
+    "parallel_tool_calls": False, "functions": [{"name": "f"}], "function_call": "auto",
+    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
+    "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a",
+    "guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " ",
+    "use_beam_search": True, "length_penalty": 0.5, "truncate_prompt_tokens": 5,
+    "truncation_side": "left", "allowed_token_ids": [1], "bad_words": ["a"],
+    "logits_processors": ["a"], "return_tokens_as_token_ids": True, "return_token_ids": True,
+    "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
+    "repetition_detection": {"min_count": 2}, "add_generation_prompt": False,
+    "continue_final_message": True, "chat_template": "x", "chat_template_kwargs": {"a": 1},
+    "documents": [{"a": "b"}], "mm_processor_kwargs": {"a": 1}, "media_io_kwargs": {"a": 1},
+    "reasoning_effort": "low", "include_reasoning": False, "thinking_token_budget": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_what_is_not_built_is_refused_by_name(name: str) -> None:
+    with pytest.raises(NotBuiltError, match=f"{name} is not built yet") as caught:
+        chat(**{name: SAMPLES[name]})
+    assert caught.value.param == name
+    for value in NOT_BUILT[name]:
+        assert chat(**{name: value})[1] == []
+
+
+def test_every_chat_field_that_is_not_built_is_tried() -> None:
+    assert NOT_BUILT.keys() & set(ChatRequest.__struct_fields__) == SAMPLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("suffix", "x"), ("logprobs", 0), ("prompt_embeds", "AAAA")]
+)
+def test_fields_of_completions(name: str, value: object) -> None:
+    with pytest.raises(NotBuiltError, match=name):
+        COMPLETION.decode(json.dumps({"prompt": "x", name: value}).encode())
+
+
+def test_fields_without_effect_are_named() -> None:
+    _, ignored = chat(
+        user="u", metadata={"a": "b"}, store=True, service_tier="flex", foo=1,
+        spaces_between_special_tokens=False, stream=True, stream_options={"include_x": True},
+    )  # fmt: skip
+    assert ignored == [
+        "user", "metadata", "store", "service_tier", "foo", "spaces_between_special_tokens",
+        "stream_options.include_x",
+    ]  # fmt: skip
+    assert chat(metadata={}, store=False, service_tier="auto")[1] == []
+
+
+def test_unknown_fields_within_messages_are_named() -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]},
+        {"role": "assistant", "content": "y", "refusal": None, "annotations": [1]},
+    ]
+    _, ignored = CHAT.decode(json.dumps({"messages": messages}).encode())
+    assert ignored == ["messages.content.cache_control", "messages.annotations"]
+
+
+def test_the_header_is_short_and_clean() -> None:
+    assert ignored_header([]) == {}
+    header = ignored_header(["b\r\nSet-Cookie: x", "é", "a"])[IGNORED_HEADER]
+    assert header == "a, b??Set-Cookie??x, ?"
+    header = ignored_header([f"{i:03}" + "x" * 1000 for i in range(500)])[IGNORED_HEADER]
+    assert len(header) < 2500 and header.endswith(", ...")
+
+
+def test_messages_never_show_a_class() -> None:
+    for body in (b'{"messages": 5}', b'{"messages": [5]}', b'{"messages": [{"role": {}}]}'):
+        with pytest.raises(RequestError) as caught:
+            CHAT.decode(body)
+        assert "Message" not in caught.value.message

@@ -1,0 +1,164 @@
+"""Request value, else the model's default, else neutral; how answers end; ranges and limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyserve.api.protocol import CompletionRequest
+from pyserve.api.sampling import Resolver
+from pyserve.client import EngineInfo
+from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.params import SamplingParams
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+
+INFO = EngineInfo(
+    max_model_len=100, vocab_size=400, max_num_seqs=4, block_size=16, num_blocks=10,
+    dtype="float32", device="cpu",
+)  # fmt: skip
+NO_DEFAULTS = GenerationDefaults()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tokenizer_folder)  # <|im_end|>, id 2, is its EOS
+
+
+def resolver(
+    tokenizer: Tokenizer, defaults: GenerationDefaults = NO_DEFAULTS, **fields: Any
+) -> Resolver:
+    return Resolver(CompletionRequest(**fields), INFO, tokenizer=tokenizer, defaults=defaults)
+
+
+def params(
+    tokenizer: Tokenizer,
+    defaults: GenerationDefaults = NO_DEFAULTS,
+    *,
+    num_prompt_tokens: int = 10,
+    default: int = 16,
+    **fields: Any,
+) -> SamplingParams:
+    return resolver(tokenizer, defaults, **fields).params(
+        num_prompt_tokens, prompt_name="prompt", max_tokens=fields.get("max_tokens"),
+        limit_name="max_tokens", default=default,
+    )  # fmt: skip
+
+
+def test_neutral_values(tokenizer: Tokenizer) -> None:
+    assert params(tokenizer) == SamplingParams(max_tokens=16, stop_token_ids=(2,))
+
+
+def test_every_field_reaches_the_engine(tokenizer: Tokenizer) -> None:
+    fields: dict[str, Any] = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,
+        "presence_penalty": 0.3, "frequency_penalty": -0.4, "seed": 42, "min_tokens": 3,
+        "max_tokens": 9,
+    }  # fmt: skip
+    got = params(tokenizer, logit_bias={"7": 1.5}, stop_token_ids=[9], **fields)
+    assert got == SamplingParams(logit_bias={7: 1.5}, stop_token_ids=(2, 9), **fields)
+
+
+def test_request_wins_over_the_model_s_defaults(tokenizer: Tokenizer) -> None:
+    defaults = GenerationDefaults(
+        temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.1
+    )
+    got = params(tokenizer, defaults)
+    assert (got.temperature, got.top_p, got.top_k) == (0.6, 0.95, 20)
+    assert (got.min_p, got.repetition_penalty) == (0.05, 1.1)
+    asked = params(
+        tokenizer, defaults, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0
+    )
+    assert asked == SamplingParams(max_tokens=16, stop_token_ids=(2,))
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"), [(0, 0.0), (1e-6, 0.0), (1e-5, 0.01), (0.005, 0.01), (0.01, 0.01), (2, 2.0)]
+)
+def test_temperatures(tokenizer: Tokenizer, asked: float, got: float) -> None:
+    assert params(tokenizer, temperature=asked).temperature == got
+
+
+@pytest.mark.parametrize(
+    ("field", "asked", "got"),
+    [("top_k", -1, 0), ("top_k", 0, 0), ("seed", -1, None), ("seed", 0, 0), ("seed", None, None)],
+)
+def test_values_that_switch_off(
+    tokenizer: Tokenizer, field: str, asked: int | None, got: int | None
+) -> None:
+    assert getattr(params(tokenizer, **{field: asked}), field) == got
+
+
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    ("temperature", -0.1), ("temperature", 2.1), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2),
+    ("top_k", 2**70), ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0),
+    ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("seed", 2**63), ("n", 0), ("n", 129),
+    ("n", -1), ("min_tokens", 17), ("min_tokens", -1), ("max_tokens", 0), ("max_tokens", -5),
+    ("max_tokens", 91), ("max_tokens", 2**80), ("stop", ""), ("stop", ["a", ""]),
+    ("stop", ["x"] * 65), ("stop", "x" * 1001), ("stop_token_ids", [400]),
+    ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("logit_bias", {"400": 1.0}),
+    ("logit_bias", {"-1": 1.0}), ("logit_bias", {"a": 1.0}), ("logit_bias", {"1": 101.0}),
+    ("logit_bias", {"²": 1.0}), ("logit_bias", {str(i): 1.0 for i in range(301)}),
+    ("logit_bias", {"9" * 5000: 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE)
+def test_out_of_range_names_the_field(tokenizer: Tokenizer, field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=field) as caught:
+        params(tokenizer, **{field: value})
+    assert caught.value.param == field
+    assert len(caught.value.message) < 200
+
+
+def test_too_long_names_both_numbers(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        params(tokenizer, num_prompt_tokens=60, max_tokens=41)
+    for number in ("100 tokens", "60", "41"):
+        assert number in caught.value.message
+    assert caught.value.param == "max_tokens"
+    assert params(tokenizer, num_prompt_tokens=60, max_tokens=40).max_tokens == 40
+    with pytest.raises(InvalidRequestError, match="the prompt has 100") as caught:
+        params(tokenizer, num_prompt_tokens=100)
+    assert caught.value.param == "prompt"
+
+
+def test_without_max_tokens_what_is_left(tokenizer: Tokenizer) -> None:
+    assert params(tokenizer, num_prompt_tokens=95).max_tokens == 5
+    assert params(tokenizer, num_prompt_tokens=95, default=1000).max_tokens == 5
+    assert params(tokenizer, num_prompt_tokens=20, default=1000).max_tokens == 80
+
+
+def test_greedy_takes_one_choice(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="n must be 1"):
+        params(tokenizer, n=2, temperature=0)
+    with pytest.raises(InvalidRequestError, match="n must be 1"):
+        params(tokenizer, GenerationDefaults(temperature=0.0), n=2)
+    assert resolver(tokenizer, n=2, temperature=0.5).n == 2
+
+
+def test_best_of(tokenizer: Tokenizer) -> None:
+    assert resolver(tokenizer, n=2, best_of=2).n == 2
+    with pytest.raises(NotBuiltError, match="best_of 3"):
+        resolver(tokenizer, n=2, best_of=3)
+
+
+def test_stop_ids_primary_eos_first_each_once(tokenizer: Tokenizer) -> None:
+    defaults = GenerationDefaults(eos_token_ids=(0, 2, 5000))
+    got = resolver(tokenizer, defaults, stop_token_ids=[7, 0])
+    assert got.ending.eos_token_id == 2
+    assert params(tokenizer, defaults, stop_token_ids=[7, 0]).stop_token_ids == (2, 0, 7)
+
+
+def test_ignore_eos_keeps_the_request_s_own(tokenizer: Tokenizer) -> None:
+    defaults = GenerationDefaults(eos_token_ids=(0,))
+    assert params(tokenizer, defaults, ignore_eos=True).stop_token_ids == ()
+    got = resolver(tokenizer, defaults, ignore_eos=True, stop_token_ids=[2])
+    assert got.ending.eos_token_id is None
+    assert params(tokenizer, defaults, ignore_eos=True, stop_token_ids=[2]).stop_token_ids == (2,)
+
+
+def test_a_single_stop_string_is_a_list(tokenizer: Tokenizer) -> None:
+    assert resolver(tokenizer, stop="ab").ending.stop == ["ab"]
+    assert resolver(tokenizer).ending.stop == []

@@ -1,0 +1,185 @@
+"""The life of the process: port first, phases, ready line, failures, drain, signals."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyserve.api.state import Startup
+from tests.api.fakes import wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Process:
+    popen: subprocess.Popen[str]
+    port: int
+    log_path: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def health(self) -> dict[str, object] | None:
+        """The body of /health; None where nobody listens."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            body: dict[str, object] = json.loads(connection.getresponse().read())
+            return body
+        except OSError:
+            return None
+        finally:
+            connection.close()
+
+    def is_in(self, status: str) -> bool:
+        health = self.health()
+        return health is not None and health["status"] == status
+
+    def stream(self, max_tokens: int) -> socket.socket:
+        data = json.dumps({"prompt": [80], "max_tokens": max_tokens, "stream": True}).encode()
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        sock.sendall(head.encode() + data)
+        assert sock.recv(65536)
+        return sock
+
+
+@contextmanager
+def start(folder: Path, how: str = "well", drain_s: float = 10) -> Iterator[Process]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    log_path = folder.parent / f"log-{port}"
+    command = [sys.executable, "-m", "tests.api.served", str(port), str(folder), how, str(drain_s)]
+    with log_path.open("w") as sink:
+        popen = subprocess.Popen(command, stdout=sink, stderr=sink, text=True, cwd=ROOT)
+    try:
+        yield Process(popen, port, log_path)
+    finally:
+        popen.kill()
+        popen.wait()
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    received = b""
+    try:
+        while piece := sock.recv(65536):
+            received += piece
+            if b"[DONE]" in received:
+                break
+    except ConnectionError:
+        pass
+    sock.close()
+    return received
+
+
+def test_phases_ready_and_a_clean_end(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, "slow") as process:
+        wait_until(lambda: process.is_in("starting"), 10)
+        wait_until(lambda: (process.health() or {}).get("phase") == "load")
+        health = process.health()
+        assert health is not None and health["progress"] == 0.25
+        wait_until(lambda: process.is_in("ready"), 10)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(10) == 0
+        for phase in ("start: ", "build: ", "load: 0.5 s"):
+            assert phase in process.log
+        line = f"pyserve is ready on http://127.0.0.1:{process.port} (model tiny, "
+        assert process.log.count(line) == 1
+        assert "Traceback" not in process.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(tokenizer_folder: Path, number: signal.Signals) -> None:
+    with start(tokenizer_folder) as process:
+        wait_until(lambda: process.is_in("ready"), 10)
+        sock = process.stream(30)
+        process.popen.send_signal(number)
+        wait_until(lambda: process.is_in("draining"))
+        received = read_to_end(sock)
+        assert b'"finish_reason":"length"' in received and b"error" not in received
+        assert process.popen.wait(10) == 0
+
+
+def test_what_does_not_finish_is_cut_off_with_an_error(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, drain_s=0.2) as process:
+        wait_until(lambda: process.is_in("ready"), 10)
+        sock = process.stream(500)
+        process.popen.send_signal(signal.SIGTERM)
+        received = read_to_end(sock)
+        assert b'data: {"error":' in received and received.endswith(
+            b"data: [DONE]\n\n\r\n0\r\n\r\n"
+        )
+        assert process.popen.wait(10) == 0
+        assert "1 requests are cut off" in process.log
+
+
+def test_a_second_signal_exits_at_once(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, drain_s=60) as process:
+        wait_until(lambda: process.is_in("ready"), 10)
+        sock = process.stream(500)
+        process.popen.send_signal(signal.SIGTERM)
+        wait_until(lambda: process.is_in("draining"))
+        started = time.monotonic()
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(10) == 128 + signal.SIGTERM
+        assert time.monotonic() - started < 2
+        sock.close()
+
+
+def test_a_signal_while_loading_ends_at_once(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, "hang") as process:
+        wait_until(lambda: (process.health() or {}).get("phase") == "load", 10)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(5) == 0
+        assert "Traceback" not in process.log
+
+
+def test_a_start_error_is_one_line(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, "too big") as process:
+        assert process.popen.wait(10) == 1
+        errors = [line for line in process.log.splitlines() if "ERROR" in line]
+        assert len(errors) == 1 and errors[0].endswith("the model needs 9 GiB, 4 GiB are free")
+        assert "Traceback" not in process.log
+
+
+def test_a_bug_while_loading_shows_its_traceback(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, "bug") as process:
+        assert process.popen.wait(10) == 1
+        assert "Traceback" in process.log and "boom" in process.log
+
+
+def test_a_busy_port_is_one_line_before_loading(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder) as first:
+        wait_until(lambda: first.is_in("ready"), 10)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.api.served", str(first.port), "nowhere", "bug", "1"],
+            cwd=ROOT, capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert f"port {first.port}: Address already in use" in done.stderr
+
+
+def test_progress_and_eta() -> None:
+    startup = Startup()
+    assert startup.describe() == {"phase": "start", "progress": None, "eta_s": None}
+    startup.report("load", 0, 100)
+    assert startup.describe() == {"phase": "load", "progress": 0.0, "eta_s": None}
+    startup.report("load", 50, 100)
+    began_s = startup.phase.began_s
+    assert startup.phase.eta_s(began_s + 3.0) == 3.0
+    startup.report("load", 150, 100)
+    assert startup.phase.progress == 1.0 and startup.phase.eta_s(began_s + 3.0) == 0.0
