@@ -44,8 +44,9 @@ def rope_write_kv(
 ) -> None:
     """Norm and rotate q in place, norm and rotate k, write k and v to their KV slots."""
     block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
-    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+    v = heads[:, num_heads + num_kv_heads :]
     if bool(((positions < 0) | (positions >= cos_sin.shape[0])).any()):
         raise RuntimeError(f"rope_write_kv: a position is outside [0, {cos_sin.shape[0]})")
     num_kv_slots = key_cache.shape[0] * block_size
@@ -136,23 +137,22 @@ def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor)
     if temperature < GREEDY_TEMPERATURE:
         return int(torch.nonzero(adjusted == largest)[0])
 
-    weights = quantized_exp((adjusted - largest) * (1.0 / temperature))
-    # Most likely first; equal logits in order of their ids.
-    order = torch.sort(adjusted, descending=True, stable=True).indices
+    # Sums of weights are exact: at most 2^19 integers of at most 2^34, in float64.
+    weights = quantized_exp((adjusted - largest) * (1.0 / temperature)).double()
+    survivors = torch.arange(len(adjusted))
     top_k = int(slot[layout.SLOT_TOP_K])
     if top_k > 0:
-        order = order[:top_k]
+        by_logit = torch.sort(adjusted, descending=True, stable=True).indices
+        survivors = by_logit[:top_k].sort().values
     min_weight = torch.round(float_slot[layout.SLOT_MIN_P] * WEIGHT_SCALE)
-    order = order[weights[order] >= min_weight]
-    # Sums of at most 2^19 integers of at most 2^34: exact in float64 in any order.
-    mass = weights[order].double()
+    survivors = survivors[weights[survivors] >= min_weight]
     top_p = float_slot[layout.SLOT_TOP_P].double()
     if top_p < 1.0:
+        mass, by_mass = torch.sort(weights[survivors], descending=True, stable=True)
         before = mass.cumsum(0) - mass
-        order = order[before < top_p * mass.sum()]
+        survivors = survivors[by_mass[before < top_p * mass.sum()].sort().values]
 
-    survivors = order.sort().values
-    cumulative = weights[survivors].double().cumsum(0)
+    cumulative = weights[survivors].cumsum(0)
     low, high, _, _ = philox4x32(
         (int(slot[layout.SLOT_NUM_COMPUTED]), int(slot[layout.SLOT_SAMPLE_INDEX]), 0, 0),
         (int(slot[layout.SLOT_SEED_LOW]), int(slot[layout.SLOT_SEED_HIGH])),
@@ -409,13 +409,16 @@ def _apply_slot_update(step_input: Tensor, at: int, slots: Tensor, token_counts:
     _require(num_prompt >= 0 and num_output >= 0, "slot update's token counts")
     expected = head + 2 * num_bias + num_stop + num_prompt + num_output
     _require(num_words == expected <= len(record), f"slot update of {num_words} words")
-    bias_ids, bias_values, stop_ids, prompt, output = record[head:num_words].split(
-        [num_bias, num_bias, num_stop, num_prompt, num_output]
-    )
+    parts: list[Tensor] = []
+    for size in (num_bias, num_bias, num_stop, num_prompt, num_output):
+        parts.append(record[head : head + size])
+        head += size
+    bias_ids, bias_values, stop_ids, prompt, output = parts
     for ids in (bias_ids, stop_ids, prompt, output):
         _require(bool(((ids >= 0) & (ids < vocab_size)).all()), "a token id of a slot update")
     _require(-1 <= int(row[layout.SLOT_LAST_TOKEN]) < vocab_size, "a slot's last token")
     _require(int(row[layout.SLOT_NUM_COMPUTED]) >= 0, "a slot's num_computed")
+    _check_sampling(row, bias_values)
     slots[slot].zero_()
     slots[slot, : layout.SLOT_HEADER_WORDS] = row
     slots[slot, layout.SLOT_BIAS_IDS :][:num_bias] = bias_ids
@@ -425,4 +428,21 @@ def _apply_slot_update(step_input: Tensor, at: int, slots: Tensor, token_counts:
         counts = torch.bincount(output, minlength=vocab_size).clamp_max(layout.MAX_TOKEN_COUNT)
         counts[prompt.long()] += layout.IN_PROMPT
         token_counts[slot] = counts.to(torch.int16)
-    return at + num_words
+    return at + int(num_words)
+
+
+def _check_sampling(row: Tensor, bias_values: Tensor) -> None:
+    """Reals of a slot update that no sampler could work with."""
+    real = row.view(torch.float32)
+    tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    for name, word, low, high in (
+        ("temperature", layout.SLOT_TEMPERATURE, 0.0, huge),
+        ("top_p", layout.SLOT_TOP_P, tiny, 1.0),
+        ("min_p", layout.SLOT_MIN_P, 0.0, 1.0),
+        ("repetition penalty", layout.SLOT_REPETITION_PENALTY, tiny, huge),
+        ("presence penalty", layout.SLOT_PRESENCE_PENALTY, -huge, huge),
+        ("frequency penalty", layout.SLOT_FREQUENCY_PENALTY, -huge, huge),
+    ):
+        _require(low <= float(real[word]) <= high, f"{name} {float(real[word])}")
+    _require(int(row[layout.SLOT_TOP_K]) >= 0, "top_k")
+    _require(bool(bias_values.view(torch.float32).isfinite().all()), "logit bias")

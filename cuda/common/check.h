@@ -1,0 +1,122 @@
+// Checks of an op's arguments. A failed one is a std::runtime_error, RuntimeError in Python, that
+// names the op, the argument, what it is and what was wanted: a bug of the caller, never a crash.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+
+namespace pyserve {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn, gnu::noinline, gnu::cold]] void fail(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+#define PYSERVE_CHECK(condition, ...)                              \
+  do {                                                             \
+    if (!(condition)) [[unlikely]] ::pyserve::fail(__VA_ARGS__);   \
+  } while (false)
+
+// What an op needs to know of a tensor, read once. Borrows from the tensor.
+struct View {
+  const char* op;
+  const char* name;
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;  // in elements
+  int64_t dim;
+  ScalarType dtype;
+
+  int64_t size(int64_t i) const { return sizes[i]; }
+  int64_t stride(int64_t i) const { return strides[i]; }
+
+  template <class T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+};
+
+enum class LastDim { kContiguous, kStrided };
+
+// View of a tensor of the CPU with `dim` dims (-1: any, at least 1).
+inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                     LastDim last_dim = LastDim::kContiguous) {
+  View view{op, name, tensor.data_ptr(), tensor.sizes().data(), tensor.strides().data(),
+            tensor.dim(), tensor.scalar_type()};
+  PYSERVE_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+  PYSERVE_CHECK(dim < 0 ? view.dim >= 1 : view.dim == dim, op, ": ", name, " has ", view.dim,
+                " dims, expected ", dim < 0 ? 1 : dim, dim < 0 ? " or more" : "");
+  PYSERVE_CHECK(last_dim == LastDim::kStrided || view.size(view.dim - 1) <= 1 ||
+                    view.stride(view.dim - 1) == 1,
+                op, ": the last dim of ", name, " must be contiguous");
+  return view;
+}
+
+inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                     ScalarType dtype, LastDim last_dim = LastDim::kContiguous) {
+  View view = cpu_view(op, name, tensor, dim, last_dim);
+  PYSERVE_CHECK(view.dtype == dtype, op, ": ", name, " must be ",
+                torch::headeronly::toString(dtype), ", got ",
+                torch::headeronly::toString(view.dtype));
+  return view;
+}
+
+inline void check_size(const View& view, int64_t i, int64_t expected) {
+  PYSERVE_CHECK(view.size(i) == expected, view.op, ": size ", i, " of ", view.name, " is ",
+                view.size(i), ", expected ", expected);
+}
+
+inline void check_same_dtype(const View& view, const View& like) {
+  PYSERVE_CHECK(view.dtype == like.dtype, view.op, ": ", view.name, " is ",
+                torch::headeronly::toString(view.dtype), ", ", like.name, " is ",
+                torch::headeronly::toString(like.dtype));
+}
+
+inline void check_same_sizes(const View& view, const View& like) {
+  bool same = view.dim == like.dim;
+  for (int64_t i = 0; same && i < view.dim; ++i) same = view.size(i) == like.size(i);
+  PYSERVE_CHECK(same, view.op, ": ", view.name, " and ", like.name, " differ in shape");
+}
+
+inline int64_t num_elements(const View& view) {
+  int64_t product = 1;
+  for (int64_t i = 0; i < view.dim; ++i) product *= view.size(i);
+  return product;
+}
+
+// The leading dims of a tensor taken as one: rows of the last dim, `stride` elements apart.
+struct Rows {
+  int64_t count;
+  int64_t stride;
+};
+
+inline Rows rows_of(const View& view) {
+  if (view.dim == 1) return {1, view.size(0)};
+  Rows rows{1, view.stride(view.dim - 2)};
+  for (int64_t i = 0; i < view.dim - 1; ++i) {
+    rows.count *= view.size(i);
+    PYSERVE_CHECK(i == view.dim - 2 || view.stride(i) == view.stride(i + 1) * view.size(i + 1) ||
+                      view.size(i) == 1,
+                  view.op, ": the rows of ", view.name, " are not evenly spaced");
+  }
+  return rows;
+}
+
+// Calls fn(T{}) with the C++ type of a float32 or bfloat16 tensor.
+template <class Float32, class Bfloat16, class Fn>
+void dispatch_float(const View& view, Fn&& fn) {
+  if (view.dtype == ScalarType::Float) return fn(Float32{});
+  if (view.dtype == ScalarType::BFloat16) return fn(Bfloat16{});
+  fail(view.op, ": ", view.name, " must be float32 or bfloat16, got ",
+       torch::headeronly::toString(view.dtype));
+}
+
+}  // namespace pyserve

@@ -1,0 +1,457 @@
+// paged_attention: causal softmax(q k^T * scale) v over a paged KV cache, any mix of query lengths.
+//   q, out [num_tokens, num_heads, head_dim]; caches [num_blocks, block_size, num_kv_heads, head_dim]
+//
+// Work split: an item is one KV head and up to kBlockRows rows, a row being a (query, head) pair of
+// that KV head's group, so that K and V are read once for the whole group. Threads take items from
+// one counter, items of several queries first.
+// Numerics: online softmax in base 2 over tiles of kTileKeys keys (Milakov and Gimelshein 2018, Dao
+// et al. 2022), float32 throughout, one rounding at the store. Keys that no query may see are never
+// touched: what lies behind the end of a sequence may be anything.
+// Two ways through a tile: few rows (decode) read the caches directly, dot product by dot product;
+// many rows (prefill) share a float32 copy of the tile with K transposed, and register blocks.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "../common/check.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace pyserve {
+namespace {
+
+constexpr const char* kOp = "paged_attention";
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kTileKeys = 64;
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kDirectRows = 8;  // up to here a copy of the tile costs more than it saves
+constexpr int kRowGroup = 4;        // rows that share a load of K or V: what registers hold
+constexpr int kColumns = kLanes == 16 ? 4 : 2;  // vectors of V per register block, likewise
+constexpr float kLowestMax = -1e30f;            // finite: -inf - -inf is NaN
+static_assert(kTileKeys % (2 * kLanes) == 0 && kBlockRows % kRowGroup == 0);
+
+struct Params {
+  View q, key_cache, value_cache, block_table, out;
+  int64_t group, head_dim, padded_dim, block_size, window;
+  float scale;  // softmax_scale * log2(e)
+};
+
+struct WorkItem {
+  int64_t slot, kv_head;
+  int64_t token;  // first query's index in q
+  int64_t num_queries;
+  int64_t position;  // first query's
+};
+
+// Buffers of one thread. Rows of q, acc and v are padded_dim apart, so that they lie densely.
+struct Scratch {
+  alignas(64) float q[kBlockRows * kMaxHeadDim];
+  alignas(64) float acc[kBlockRows * kMaxHeadDim];
+  alignas(64) float k_transposed[kMaxHeadDim * kTileKeys];
+  alignas(64) float v[kTileKeys * kMaxHeadDim];
+  alignas(64) float scores[kBlockRows * kTileKeys];
+  float row_max[kBlockRows], row_sum[kBlockRows], rescale[kBlockRows];
+  const void* keys[kTileKeys];
+  const void* values[kTileKeys];
+};
+
+Scratch& thread_scratch() {
+  thread_local std::unique_ptr<Scratch> scratch = std::make_unique<Scratch>();
+  return *scratch;
+}
+
+// A tile: n keys from position `first`; their pointers are in the scratch.
+struct Tile {
+  int64_t first, n;
+};
+
+template <class T>
+void find_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratch& scratch) {
+  const int32_t* blocks = p.block_table.ptr<int32_t>() + item.slot * p.block_table.stride(0);
+  int64_t block = tile.first / p.block_size, offset = tile.first % p.block_size;
+  for (int64_t i = 0; i < tile.n; ++block, offset = 0) {
+    const T* key = p.key_cache.ptr<T>() + blocks[block] * p.key_cache.stride(0) +
+                   item.kv_head * p.key_cache.stride(2);
+    const T* value = p.value_cache.ptr<T>() + blocks[block] * p.value_cache.stride(0) +
+                     item.kv_head * p.value_cache.stride(2);
+    for (; offset < p.block_size && i < tile.n; ++offset, ++i) {
+      scratch.keys[i] = key + offset * p.key_cache.stride(1);
+      scratch.values[i] = value + offset * p.value_cache.stride(1);
+    }
+  }
+}
+
+// ---- scores of a tile ----------------------------------------------------------------------------
+
+// scores[r][k] = q[r] . keys[k] for kRows rows, straight from the cache.
+template <class T, int kHeadDim, int kRows>
+void direct_scores(const float* q, const void* const* keys, int64_t n, float* scores) {
+  constexpr int kVecs = kHeadDim / kLanes;
+  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
+    Vec partial[kRows][kLanes] = {};
+    const int64_t count = std::min<int64_t>(kLanes, n - k0);
+    for (int64_t k = 0; k < count; ++k) {
+      const T* key = static_cast<const T*>(keys[k0 + k]);
+      Vec sums[kRows] = {};
+#pragma GCC unroll 8
+      for (int c = 0; c < kVecs; ++c) {
+        const Vec key_part = load(key + c * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r] = fma(load(q + r * kHeadDim + c * kLanes), key_part, sums[r]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) partial[r][k] = sums[r];
+    }
+    for (int r = 0; r < kRows; ++r) store(scores + r * kTileKeys + k0, sum_rows(partial[r]));
+  }
+}
+
+// out [padded_dim][kTileKeys] = the tile's keys, transposed; zeros behind the last key.
+template <class T>
+void transpose_keys(const void* const* keys, int64_t n, int64_t head_dim, float* out) {
+  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      Vec rows[kLanes] = {};
+      for (int64_t k = 0; k < std::min<int64_t>(kLanes, n - k0); ++k) {
+        const T* key = static_cast<const T*>(keys[k0 + k]) + d;
+        rows[k] = d + kLanes <= head_dim ? load(key) : load_first(key, head_dim - d);
+      }
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileKeys + k0, rows[i]);
+    }
+  }
+}
+
+// scores[r][k] = q[r] . k_transposed[:, k] for kRowGroup rows.
+void block_scores(const float* q, int64_t q_stride, const float* k_transposed, int64_t n,
+                  int64_t head_dim, float* scores) {
+  for (int64_t k0 = 0; k0 < n; k0 += 2 * kLanes) {
+    Vec sums[kRowGroup][2] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const Vec low = load(k_transposed + d * kTileKeys + k0);
+      const Vec high = load(k_transposed + d * kTileKeys + k0 + kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowGroup; ++r) {
+        const Vec x = splat(q[r * q_stride + d]);
+        sums[r][0] = fma(x, low, sums[r][0]);
+        sums[r][1] = fma(x, high, sums[r][1]);
+      }
+    }
+    for (int r = 0; r < kRowGroup; ++r) {
+      store(scores + r * kTileKeys + k0, sums[r][0]);
+      store(scores + r * kTileKeys + k0 + kLanes, sums[r][1]);
+    }
+  }
+}
+
+// ---- softmax and values --------------------------------------------------------------------------
+
+// Turns dot products into weights 2^(score * scale - row_max) under the row's new maximum; returns
+// how much what was summed up before shrinks. Keys outside [from, to) of the tile get weight 0.
+// The scale comes in here, in one fused operation: put into q it would cost a rounding an element.
+float softmax_row(float* scores, float scale, int64_t from, int64_t to, int64_t n, float& row_max,
+                  float& row_sum) {
+  const int64_t end = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t k = 0; k < from; ++k) scores[k] = -INFINITY;
+  for (int64_t k = to; k < end; ++k) scores[k] = -INFINITY;
+  Vec largest = load(scores);
+  for (int64_t k = kLanes; k < end; k += kLanes) largest = max(largest, load(scores + k));
+  const float new_max = std::max(row_max, max(largest) * scale);
+  Vec total = {};
+  for (int64_t k = 0; k < end; k += kLanes) {
+    const Vec weight = exp2(fma(load(scores + k), splat(scale), splat(-new_max)));
+    store(scores + k, weight);
+    total += weight;
+  }
+  const float rescale = exp2(splat(row_max - new_max))[0];
+  row_max = new_max;
+  row_sum = row_sum * rescale + sum(total);
+  return rescale;
+}
+
+// acc[r][:] = acc[r][:] * rescale[r] + sum over k of weights[r][k] * values[k][:], for kRows rows
+// and kCols vectors of columns.
+template <class T, int kRows, int kCols>
+void add_values(const float* weights, const float* rescale, const void* const* values, int64_t n,
+                int64_t column, float* acc, int64_t acc_stride) {
+  Vec sums[kRows][kCols];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) {
+      sums[r][c] = load(acc + r * acc_stride + column + c * kLanes) * rescale[r];
+    }
+  }
+  for (int64_t k = 0; k < n; ++k) {
+    const T* value = static_cast<const T*>(values[k]) + column;
+    Vec parts[kCols];
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c) parts[c] = load(value + c * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = splat(weights[r * kTileKeys + k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kCols; ++c) sums[r][c] = fma(weight, parts[c], sums[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) {
+      store(acc + r * acc_stride + column + c * kLanes, sums[r][c]);
+    }
+  }
+}
+
+template <class T, int kRows>
+void add_values(const float* weights, const float* rescale, const void* const* values, int64_t n,
+                float* acc, int64_t width) {
+  int64_t column = 0;
+  for (; column + kColumns * kLanes <= width; column += kColumns * kLanes) {
+    add_values<T, kRows, kColumns>(weights, rescale, values, n, column, acc, width);
+  }
+  for (; column < width; column += kLanes) {
+    add_values<T, kRows, 1>(weights, rescale, values, n, column, acc, width);
+  }
+}
+
+// ---- one item ------------------------------------------------------------------------------------
+
+template <class T, int kHeadDim, int kRows>
+void direct_rows(const Params& p, const Tile& tile, int64_t row, Scratch& s) {
+  float* scores = s.scores + row * kTileKeys;
+  direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, s.keys, tile.n, scores);
+  for (int r = 0; r < kRows; ++r) {
+    s.rescale[row + r] = softmax_row(scores + r * kTileKeys, p.scale, 0, tile.n, tile.n,
+                                     s.row_max[row + r], s.row_sum[row + r]);
+  }
+  add_values<T, kRows>(scores, s.rescale + row, s.values, tile.n, s.acc + row * kHeadDim, kHeadDim);
+}
+
+// Decode: all rows are of one query, which sees the whole tile.
+template <class T, int kHeadDim>
+void direct_tile(const Params& p, const Tile& tile, int64_t num_rows, Scratch& s) {
+  int64_t row = 0;
+  for (; row + 4 <= num_rows; row += 4) direct_rows<T, kHeadDim, 4>(p, tile, row, s);
+  switch (num_rows - row) {
+    case 3: return direct_rows<T, kHeadDim, 3>(p, tile, row, s);
+    case 2: return direct_rows<T, kHeadDim, 2>(p, tile, row, s);
+    case 1: return direct_rows<T, kHeadDim, 1>(p, tile, row, s);
+    default: return;
+  }
+}
+
+// Any rows. Rows up to a multiple of kRowGroup are computed; those behind num_rows hold zeros.
+template <class T>
+void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t num_rows,
+                Scratch& s) {
+  transpose_keys<T>(s.keys, tile.n, p.head_dim, s.k_transposed);
+  for (int64_t k = 0; k < tile.n; ++k) {
+    const T* value = static_cast<const T*>(s.values[k]);
+    float* copy = s.v + k * p.padded_dim;
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      store(copy + d, d + kLanes <= p.head_dim ? load(value + d)
+                                               : load_first(value + d, p.head_dim - d));
+    }
+    s.values[k] = copy;
+  }
+  for (int64_t row = 0; row < num_rows; row += kRowGroup) {
+    float* scores = s.scores + row * kTileKeys;
+    block_scores(s.q + row * p.padded_dim, p.padded_dim, s.k_transposed, tile.n, p.head_dim,
+                 scores);
+    for (int64_t r = row; r < std::min(row + kRowGroup, num_rows); ++r) {
+      const int64_t position = item.position + r / p.group;
+      const int64_t to = std::clamp<int64_t>(position + 1 - tile.first, 0, tile.n);
+      const int64_t from =
+          p.window > 0 ? std::clamp<int64_t>(position + 1 - p.window - tile.first, 0, to) : 0;
+      s.rescale[r] = softmax_row(s.scores + r * kTileKeys, p.scale, from, to, tile.n,
+                                 s.row_max[r], s.row_sum[r]);
+    }
+    add_values<float, kRowGroup>(scores, s.rescale + row, s.values, tile.n,
+                                 s.acc + row * p.padded_dim, p.padded_dim);
+  }
+}
+
+// Row r of an item is head r % group of query r / group.
+template <class T>
+T* row_pointer(const View& view, const WorkItem& item, int64_t group, int64_t r) {
+  return view.ptr<T>() + (item.token + r / group) * view.stride(0) +
+         (item.kv_head * group + r % group) * view.stride(1);
+}
+
+template <class T>
+void load_queries(const Params& p, const WorkItem& item, int64_t num_rows, Scratch& s) {
+  const int64_t filled = (num_rows + kRowGroup - 1) / kRowGroup * kRowGroup;
+  for (int64_t r = 0; r < filled; ++r) {
+    s.row_max[r] = kLowestMax;
+    s.row_sum[r] = 0;
+    s.rescale[r] = 0;
+    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
+      Vec value = {};
+      if (r < num_rows) {
+        const T* q = row_pointer<T>(p.q, item, p.group, r) + d;
+        value = d + kLanes <= p.head_dim ? load(q) : load_first(q, p.head_dim - d);
+      }
+      store(s.q + r * p.padded_dim + d, value);
+      store(s.acc + r * p.padded_dim + d, Vec{});
+    }
+  }
+}
+
+template <class T>
+void store_rows(const Params& p, const WorkItem& item, int64_t num_rows, const Scratch& s) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    T* out = row_pointer<T>(p.out, item, p.group, r);
+    const float* acc = s.acc + r * p.padded_dim;
+    const float factor = 1.0f / s.row_sum[r];
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      const Vec value = load(acc + d) * factor;
+      if (d + kLanes <= p.head_dim) {
+        store(out + d, value);
+      } else {
+        store_first(out + d, value, p.head_dim - d);
+      }
+    }
+  }
+}
+
+template <class T>
+void attend(const Params& p, const WorkItem& item) {
+  Scratch& s = thread_scratch();
+  const int64_t num_rows = item.num_queries * p.group;
+  const bool direct = item.num_queries == 1 && num_rows <= kDirectRows;
+  load_queries<T>(p, item, num_rows, s);
+  const int64_t end = item.position + item.num_queries;
+  Tile tile{p.window > 0 ? std::max<int64_t>(0, item.position + 1 - p.window) : 0, 0};
+  for (; tile.first < end; tile.first += kTileKeys) {
+    tile.n = std::min(kTileKeys, end - tile.first);
+    find_tile<T>(p, item, tile, s);
+    if (direct && p.head_dim == 64) {
+      direct_tile<T, 64>(p, tile, num_rows, s);
+    } else if (direct && p.head_dim == 128) {
+      direct_tile<T, 128>(p, tile, num_rows, s);
+    } else {
+      block_tile<T>(p, item, tile, num_rows, s);
+    }
+  }
+  store_rows<T>(p, item, num_rows, s);
+}
+
+// ---- the op --------------------------------------------------------------------------------------
+
+struct Batch {
+  View row_slots, cu_seqlens_q, seq_lens;
+};
+
+// Checks row r and gives its query length; 0 for a padded row.
+int64_t checked_query_len(const Params& p, const Batch& batch, int64_t r) {
+  const int64_t begin = batch.cu_seqlens_q.ptr<int32_t>()[r];
+  const int64_t end = batch.cu_seqlens_q.ptr<int32_t>()[r + 1];
+  const int64_t slot = batch.row_slots.ptr<int32_t>()[r];
+  const int64_t seq_len = batch.seq_lens.ptr<int32_t>()[r];
+  PYSERVE_CHECK(begin >= 0 && begin <= end && end <= p.q.size(0), kOp, ": row ", r,
+                " has queries [", begin, ", ", end, ") of ", p.q.size(0));
+  if (slot == -1 || begin == end) return 0;
+  PYSERVE_CHECK(slot >= 0 && slot < p.block_table.size(0), kOp, ": row ", r, " has slot ", slot,
+                " of ", p.block_table.size(0));
+  PYSERVE_CHECK(seq_len >= end - begin && seq_len <= p.block_table.size(1) * p.block_size, kOp,
+                ": row ", r, " has ", end - begin, " queries and sequence length ", seq_len);
+  const int64_t first = p.window > 0 ? std::max<int64_t>(0, seq_len - (end - begin) + 1 - p.window)
+                                     : 0;
+  const int32_t* blocks = p.block_table.ptr<int32_t>() + slot * p.block_table.stride(0);
+  uint32_t largest = 0;  // a negative id is the largest
+  for (int64_t i = first / p.block_size; i * p.block_size < seq_len; ++i) {
+    largest = std::max(largest, static_cast<uint32_t>(blocks[i]));
+  }
+  PYSERVE_CHECK(largest < p.key_cache.size(0), kOp, ": row ", r, " has block id ",
+                static_cast<int32_t>(largest), " of ", p.key_cache.size(0));
+  return end - begin;
+}
+
+// Fills `items` and returns the estimated cost of all in nanoseconds.
+double make_items(const Params& p, const Batch& batch, std::vector<WorkItem>& items) {
+  const int64_t num_kv_heads = p.key_cache.size(2);
+  const int64_t max_queries = std::max<int64_t>(1, kBlockRows / p.group);
+  double work = 0;
+  items.clear();
+  for (const bool is_decode : {false, true}) {
+    for (int64_t r = 0; r < batch.row_slots.size(0); ++r) {
+      const int64_t query_len = checked_query_len(p, batch, r);
+      if (query_len == 0 || (query_len == 1) != is_decode) continue;
+      const int64_t begin = batch.cu_seqlens_q.ptr<int32_t>()[r];
+      const int64_t start = batch.seq_lens.ptr<int32_t>()[r] - query_len;
+      for (int64_t i = 0; i < query_len; i += max_queries) {
+        const int64_t num_queries = std::min(max_queries, query_len - i);
+        for (int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
+          items.push_back({batch.row_slots.ptr<int32_t>()[r], kv_head, begin + i, num_queries,
+                           start + i});
+        }
+        work += static_cast<double>((start + i + num_queries) * num_queries);
+      }
+    }
+  }
+  return work * static_cast<double>(p.q.size(1) * p.head_dim) * 0.1;
+}
+
+template <class T>
+void attend_all(const Params& p, const Batch& batch) {
+  thread_local std::vector<WorkItem> items;
+  const double cost = make_items(p, batch, items);
+  const auto count = static_cast<int64_t>(items.size());
+  const int64_t workers = cost < kParallelCost ? 1 : std::min(num_threads(), count);
+  const WorkItem* first = items.data();
+  std::atomic<int64_t> next = 0;
+  parallel_for(workers, kParallelCost, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      attend<T>(p, first[i]);
+    }
+  });
+}
+
+void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
+                     const Tensor& value_cache_tensor, const Tensor& block_table_tensor,
+                     const Tensor& row_slots_tensor, const Tensor& cu_seqlens_q_tensor,
+                     const Tensor& seq_lens_tensor, double softmax_scale, int64_t window,
+                     const Tensor& out_tensor) {
+  const Batch batch{cpu_view(kOp, "row_slots", row_slots_tensor, 1, ScalarType::Int),
+                    cpu_view(kOp, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int),
+                    cpu_view(kOp, "seq_lens", seq_lens_tensor, 1, ScalarType::Int)};
+  Params p{cpu_view(kOp, "q", q_tensor, 3),
+           cpu_view(kOp, "key_cache", key_cache_tensor, 4),
+           cpu_view(kOp, "value_cache", value_cache_tensor, 4),
+           cpu_view(kOp, "block_table", block_table_tensor, 2, ScalarType::Int),
+           cpu_view(kOp, "out", out_tensor, 3),
+           0, 0, 0, 0, window, 0};
+  p.head_dim = p.q.size(2);
+  p.block_size = p.key_cache.size(1);
+  const int64_t num_kv_heads = p.key_cache.size(2);
+  PYSERVE_CHECK(p.head_dim > 0 && p.head_dim % 8 == 0 && p.head_dim <= kMaxHeadDim, kOp,
+                ": head_dim ", p.head_dim, " is not a multiple of 8 up to ", kMaxHeadDim);
+  PYSERVE_CHECK(num_kv_heads > 0 && p.q.size(1) % num_kv_heads == 0, kOp, ": ", p.q.size(1),
+                " heads are not a multiple of ", num_kv_heads, " KV heads");
+  PYSERVE_CHECK(softmax_scale > 0, kOp, ": softmax_scale ", softmax_scale, " must be positive");
+  PYSERVE_CHECK(p.block_size > 0 && window >= 0, kOp, ": block_size ", p.block_size, ", window ",
+                window);
+  p.group = p.q.size(1) / num_kv_heads;
+  PYSERVE_CHECK(p.group <= kBlockRows, kOp, ": ", p.group, " heads a KV head, at most ",
+                kBlockRows);
+  p.padded_dim = (p.head_dim + kLanes - 1) / kLanes * kLanes;
+  p.scale = static_cast<float>(softmax_scale * 1.4426950408889634);
+  check_size(p.key_cache, 3, p.head_dim);
+  check_same_sizes(p.value_cache, p.key_cache);
+  check_same_sizes(p.out, p.q);
+  check_same_dtype(p.key_cache, p.q);
+  check_same_dtype(p.value_cache, p.q);
+  check_same_dtype(p.out, p.q);
+  check_size(batch.seq_lens, 0, batch.row_slots.size(0));
+  check_size(batch.cu_seqlens_q, 0, batch.row_slots.size(0) + 1);
+  dispatch_float<float, Bf16>(p.q, [&]<class T>(T) { attend_all<T>(p, batch); });
+}
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&pyserve::paged_attention));
+}

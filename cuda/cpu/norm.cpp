@@ -1,0 +1,109 @@
+// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * weight.
+// Rows are split over threads; a row is read from memory once, and again from the L1 cache to be
+// scaled. Sums are float32 in kLanes * 2 partial sums, rounding happens once, at the store.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "../common/check.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace pyserve {
+namespace {
+
+// residual[i] += x[i], rounded to T, where kAdd; returns the sum of squares of what is normed.
+template <class T, bool kAdd>
+float squares(const T* x, T* residual, int64_t n) {
+  Vec partial[2] = {};
+  auto take = [&](Vec value, Vec& sums) { sums = fma(value, value, sums); };
+  auto at = [&](int64_t i) {
+    if constexpr (!kAdd) return load(x + i);
+    store(residual + i, load(x + i) + load(residual + i));
+    return load(residual + i);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    take(at(i), partial[0]);
+    take(at(i + kLanes), partial[1]);
+  }
+  for (; i + kLanes <= n; i += kLanes) take(at(i), partial[0]);
+  if (i < n) {
+    if constexpr (kAdd) {
+      store_first(residual + i, load_first(x + i, n - i) + load_first(residual + i, n - i), n - i);
+    }
+    take(load_first((kAdd ? residual : x) + i, n - i), partial[1]);
+  }
+  return sum(partial[0] + partial[1]);
+}
+
+template <class T>
+void scale_row(const T* x, const T* weight, float factor, T* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i) * factor * load(weight + i));
+  if (i < n) {
+    store_first(out + i, load_first(x + i, n - i) * factor * load_first(weight + i, n - i), n - i);
+  }
+}
+
+// With kAdd, x is added to `residual`, which is normed; else x is.
+template <class T, bool kAdd>
+void norm_rows(const View& x, const View* residual, const View& weight, double eps,
+               const View& out) {
+  const int64_t n = x.size(x.dim - 1);
+  const Rows x_rows = rows_of(x), out_rows = rows_of(out);
+  const Rows residual_rows = kAdd ? rows_of(*residual) : Rows{};
+  const double cost = static_cast<double>(n) * (kAdd ? 0.2 : 0.1);
+  parallel_for(x_rows.count, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x_row = x.ptr<T>() + row * x_rows.stride;
+      T* residual_row = kAdd ? residual->ptr<T>() + row * residual_rows.stride : nullptr;
+      const float mean = squares<T, kAdd>(x_row, residual_row, n) / static_cast<float>(n);
+      const float factor = 1.0f / std::sqrt(mean + static_cast<float>(eps));
+      scale_row<T>(kAdd ? residual_row : x_row, weight.ptr<T>(), factor,
+                   out.ptr<T>() + row * out_rows.stride, n);
+    }
+  });
+}
+
+void check_norm(const View& x, const View& weight, const View& out) {
+  check_size(weight, 0, x.size(x.dim - 1));
+  check_same_dtype(weight, x);
+  check_same_dtype(out, x);
+  check_same_sizes(out, x);
+}
+
+void rms_norm(const Tensor& x_tensor, const Tensor& weight_tensor, double eps,
+              const Tensor& out_tensor) {
+  const View x = cpu_view("rms_norm", "x", x_tensor, -1);
+  const View weight = cpu_view("rms_norm", "weight", weight_tensor, 1);
+  const View out = cpu_view("rms_norm", "out", out_tensor, -1);
+  check_norm(x, weight, out);
+  if (num_elements(x) == 0) return;
+  dispatch_float<float, Bf16>(x, [&]<class T>(T) {
+    norm_rows<T, false>(x, nullptr, weight, eps, out);
+  });
+}
+
+void add_rms_norm(const Tensor& x_tensor, const Tensor& residual_tensor,
+                  const Tensor& weight_tensor, double eps, const Tensor& out_tensor) {
+  const View x = cpu_view("add_rms_norm", "x", x_tensor, -1);
+  const View residual = cpu_view("add_rms_norm", "residual", residual_tensor, -1);
+  const View weight = cpu_view("add_rms_norm", "weight", weight_tensor, 1);
+  const View out = cpu_view("add_rms_norm", "out", out_tensor, -1);
+  check_norm(x, weight, out);
+  check_same_dtype(residual, x);
+  check_same_sizes(residual, x);
+  if (num_elements(x) == 0) return;
+  dispatch_float<float, Bf16>(x, [&]<class T>(T) {
+    norm_rows<T, true>(x, &residual, weight, eps, out);
+  });
+}
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&pyserve::rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&pyserve::add_rms_norm));
+}

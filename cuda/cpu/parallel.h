@@ -1,0 +1,36 @@
+// Work on torch's own threads, and only where it pays: waking a sleeping thread costs about as much
+// as moving 100 KB.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pyserve {
+
+inline int64_t num_threads() {
+  uint32_t count = 1;
+  return torch_get_num_threads(&count) == 0 ? count : 1;
+}
+
+// fn(begin, end) over parts of [0, count), on several threads where the whole is worth at least
+// `kParallelCost` nanoseconds; `cost` is that of one element. fn must not throw.
+constexpr double kParallelCost = 20000;
+
+template <class Fn>
+void parallel_for(int64_t count, double cost, const Fn& fn) {
+  if (count <= 0) return;
+  if (count == 1 || static_cast<double>(count) * cost < kParallelCost) {
+    fn(int64_t{0}, count);
+    return;
+  }
+  const auto grain =
+      std::max<int64_t>(1, static_cast<int64_t>(kParallelCost / 2 / std::max(cost, 1e-3)));
+  auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Fn*>(context))(begin, end);
+  };
+  if (torch_parallel_for(0, count, grain, call, const_cast<Fn*>(&fn)) != 0) fn(int64_t{0}, count);
+}
+
+}  // namespace pyserve

@@ -1,0 +1,69 @@
+"""Builds the native products ahead of time where torch is importable; pure Python elsewhere.
+
+`pip wheel --no-build-isolation .` makes a wheel for machines of this kind. A plain `pip install .`
+has no torch at hand: the first start compiles for exactly its machine (pyserve/ops/build.py).
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "cuda"
+
+
+def load_toolchain():
+    """pyserve/ops/toolchain.py by path: pyserve's own dependencies may not be installed here."""
+    path = ROOT / "pyserve" / "ops" / "toolchain.py"
+    spec = importlib.util.spec_from_file_location("toolchain", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildNative(build_ext):
+    """Compiles with the same code, flags and ninja file as the first start does."""
+
+    def run(self):
+        march = toolchain.portable_march()
+        native = toolchain.find_toolchain(os.environ.get("CXX"), march=march)
+        build_dir = Path(self.build_temp).resolve() / "native"
+        toolchain.compile_products(
+            SOURCES,
+            build_dir,
+            native,
+            progress=lambda done, total: self.announce(f"native: {done} of {total}", level=2),
+            env=os.environ,
+        )
+        manifest = {
+            "sources": toolchain.source_hash(SOURCES),
+            "soabi": sysconfig.get_config_var("SOABI"),
+            "march": march,
+        }
+        (build_dir / "native.json").write_text(json.dumps(manifest), encoding="utf-8")
+        for output in self.get_outputs():
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(build_dir / Path(output).name, output)
+
+    def get_outputs(self):
+        base = ROOT if self.inplace else Path(self.build_lib)
+        names = (toolchain.OPS_PRODUCT, toolchain.HOST_PRODUCT, "native.json")
+        return [str(base / "pyserve" / "ops" / name) for name in names]
+
+    def get_output_mapping(self):
+        return {}
+
+
+has_torch = importlib.util.find_spec("torch") is not None
+if has_torch:
+    toolchain = load_toolchain()
+setup(
+    ext_modules=[Extension("pyserve.ops._host", [])] if has_torch else [],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,55 @@
+"""Float64 meaning of the float ops, written apart from the twins, and the ratio rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def assert_ratio(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Error against float64 <= 2 x that of plain torch in the same dtype, plus 1e-6 relative."""
+    assert actual.shape == exact.shape
+    assert torch.equal(actual.isnan(), exact.isnan())
+    assert torch.equal(actual.isinf(), exact.isinf())
+    finite = exact.isfinite()
+    if not bool(finite.any()):
+        return
+    error = (actual.double() - exact)[finite].abs().max()
+    plain_error = (plain.double() - exact)[finite].abs().max()
+    allowed = 2 * plain_error + 1e-6 * exact[finite].abs().max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, -1)
+    return gate / (1 + (-gate).exp()) * up
+
+
+def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """x [num_tokens, num_heads, head_dim]."""
+    half = cos_sin.shape[1] // 2
+    angle = torch.complex(*cos_sin.double()[positions.long()].split(half, -1))[:, None]
+    x = x.double()
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * angle
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """One sequence: q [query_len, num_heads, head_dim], k, v [seq_len, num_kv_heads, head_dim]."""
+    query_len, num_heads, _ = q.shape
+    seq_len, num_kv_heads, _ = k.shape
+    k = k.double().repeat_interleave(num_heads // num_kv_heads, 1).transpose(0, 1)
+    v = v.double().repeat_interleave(num_heads // num_kv_heads, 1).transpose(0, 1)
+    distance = torch.arange(seq_len - query_len, seq_len)[:, None] - torch.arange(seq_len)
+    hidden = (distance < 0) | ((distance >= window) if window else torch.tensor(False))
+    scores = (q.double().transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(
+        hidden, float("-inf")
+    )
+    return (scores.softmax(-1) @ v).transpose(0, 1)
