@@ -31,7 +31,7 @@ class Detokenizer:
     """
 
     __slots__ = (
-        "_decoder", "_skip", "_pieces", "_errors", "_pending",
+        "_decoder", "_skip", "_piece_of", "_errors", "_pending",
         "_at_start", "_wants_first", "_strip_left", "_prompt_tail",
     )  # fmt: skip
 
@@ -44,7 +44,8 @@ class Detokenizer:
     ) -> None:
         self._decoder = tokenizer.decoder
         self._skip = skip_special_tokens
-        self._pieces = self._decoder.pieces(skip_special_tokens=skip_special_tokens)
+        pieces = self._decoder.pieces(skip_special_tokens=skip_special_tokens)
+        self._piece_of = pieces.__getitem__
         self._errors = self._decoder.errors
         self._pending = b""  # the bytes of a character that is not complete
         layout = self._decoder.layout
@@ -59,8 +60,7 @@ class Detokenizer:
         """The text that these tokens complete; "" where they complete no character."""
         if self._at_start:
             return self._push_at_start(token_ids)
-        pieces = self._pieces
-        data = self._pending + b"".join([pieces[token_id] for token_id in token_ids])
+        data = self._pending + b"".join(map(self._piece_of, token_ids))
         text, num_used = utf_8_decode(data, self._errors, False)
         self._pending = data[num_used:]
         return text
@@ -80,7 +80,7 @@ class Detokenizer:
             if piece is not None:
                 data += piece
                 self._wants_first = False
-        data += b"".join([self._pieces[token_id] for token_id in token_ids[index:]])
+        data += b"".join(map(self._piece_of, token_ids[index:]))
         text, num_used = utf_8_decode(data, self._errors, False)
         self._pending = data[num_used:]
         return self._trim(text)
@@ -110,7 +110,7 @@ class Detokenizer:
             self._push_at_start([token_id])
         tail = b""
         for token_id in reversed(prompt_token_ids):
-            tail = self._pieces[token_id] + tail
+            tail = self._piece_of(token_id) + tail
             if len(tail) >= 3:  # the longest incomplete character
                 break
         _, num_used = utf_8_decode(tail, "replace", False)

@@ -127,7 +127,7 @@ def test_a_long_prompt_costs_nothing_and_leaves_no_state(tokenizer: Tokenizer) -
     assert len(looked_at) <= 8
     for _ in range(200):
         detokenizer.push(ids)
-    owned = [name for name in Detokenizer.__slots__ if name not in ("_decoder", "_pieces")]
+    owned = [name for name in Detokenizer.__slots__ if name not in ("_decoder", "_piece_of")]
     assert sum(sys.getsizeof(getattr(detokenizer, name)) for name in owned) < 500
 
 
