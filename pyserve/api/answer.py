@@ -93,6 +93,8 @@ async def answer(
                 include_usage=bool(options and options.include_usage),
             )
         await generation.read_all()
+    except ConnectionError:
+        raise  # the client has gone
     except Exception:
         reason = "error"
         raise

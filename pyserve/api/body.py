@@ -39,6 +39,8 @@ class Wire(Generic[T]):
         content_type = request.headers.get("Content-Type", "application/json")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise InvalidRequestError("the Content-Type must be application/json")
+        if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            raise InvalidRequestError("a compressed body is not supported")
         if (request.content_length or 0) > max_bytes:
             raise _too_large(max_bytes)
         try:

@@ -10,6 +10,7 @@ from aiohttp import web
 from pyserve.api.answer import FINGERPRINT, Endpoint, answer
 from pyserve.api.body import Wire, check_built
 from pyserve.api.generate import Choice, Generation
+from pyserve.api.prompts import check_may_fit
 from pyserve.api.protocol import (
     MAX_MESSAGES,
     ChatChoice,
@@ -66,7 +67,14 @@ async def tokenize_messages(
     plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
     def tokenize() -> list[int]:
-        return loaded.tokenizer.encode_chat(loaded.chat_template.render(plain))
+        text = loaded.chat_template.render(plain)
+        check_may_fit(
+            loaded.tokenizer,
+            text,
+            max_model_len=loaded.engine.info.max_model_len,
+            param="messages",
+        )
+        return loaded.tokenizer.encode_chat(text)
 
     prompt = await state.run_text(sum(map(_num_chars, messages)), tokenize)
     if not prompt:

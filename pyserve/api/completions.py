@@ -8,6 +8,7 @@ from typing import cast
 
 from aiohttp import web
 
+from pyserve.api import prompts
 from pyserve.api.answer import FINGERPRINT, Endpoint, answer
 from pyserve.api.body import Wire
 from pyserve.api.generate import Choice, Generation
@@ -33,7 +34,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     loaded = state.model()
     body, ignored = await WIRE.read(request, state.config.max_body_bytes)
     state.check_model_name(body.model)
-    prompts = await _tokenize(
+    token_ids = await _tokenize(
         state, loaded, body.prompt, add_special_tokens=body.add_special_tokens is not False
     )
     return await answer(
@@ -43,7 +44,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         endpoint=ENDPOINT,
         body=body,
         ignored=ignored,
-        prompts=prompts,
+        prompts=token_ids,
         arrived_s=arrived_s,
     )
 
@@ -88,7 +89,15 @@ async def _tokenize(
 
 
 def _encode(loaded: Loaded, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    return [loaded.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    return [
+        prompts.encode(
+            loaded.tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            max_model_len=loaded.engine.info.max_model_len,
+        )
+        for text in texts
+    ]
 
 
 def _whole(request_id: str, created: int, model: str, generation: Generation) -> CompletionResponse:

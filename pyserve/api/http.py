@@ -53,7 +53,11 @@ async def listening(app: web.Application, sock: socket.socket) -> AsyncIterator[
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LAST_FRAMES_S)
     await runner.setup()
     assert runner.server is not None
-    options: dict[str, Any] = {"access_log": None, "lingering_time": LINGERING_TIME_S}
+    options: dict[str, Any] = {
+        "access_log": None,
+        "lingering_time": LINGERING_TIME_S,
+        "auto_decompress": False,  # a compressed body is refused
+    }
     factory = partial(HttpProtocol, runner.server, loop=loop, **options)
     listener = await loop.create_server(factory, sock=sock, backlog=BACKLOG)
     try:

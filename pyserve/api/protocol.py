@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 MAX_MESSAGES = 4096  # also parts of one message
-MAX_NAME_CHARS = 512  # model, cache_salt, request_id
+MAX_NAME_CHARS = 512  # cache_salt, request_id
 MAX_SEQUENCES = 2048  # n times the prompts of one request
 MAX_N = 128
 MAX_STOP_STRINGS = 64

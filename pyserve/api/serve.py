@@ -64,6 +64,7 @@ class _Server:
         self._stop = asyncio.Event()
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
         self._loading: asyncio.Future[Loaded] | None = None
+        self._statistics: asyncio.Task[None] | None = None  # ends with the loop
 
     @property
     def is_loading(self) -> bool:
@@ -105,12 +106,10 @@ class _Server:
             state.model_name,
             state.startup.elapsed_s,
         )
-        statistics = asyncio.create_task(_log_statistics(loaded.engine, self._config.log_stats))
-        try:
-            await self._stop.wait()
-            await self._drain(loaded.engine)
-        finally:
-            statistics.cancel()
+        if self._config.log_stats:
+            self._statistics = asyncio.create_task(_log_statistics(loaded.engine))
+        await self._stop.wait()
+        await self._drain(loaded.engine)
         return 0
 
     async def _wait_loaded(self) -> Loaded | None:
@@ -191,10 +190,10 @@ def _url(host: str, sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _log_statistics(engine: EngineClient, is_on: bool) -> None:
+async def _log_statistics(engine: EngineClient) -> None:
     """One line every ten seconds in which the server had something to do."""
     last = engine.stats()
-    while is_on:
+    while True:
         await asyncio.sleep(STATS_INTERVAL_S)
         stats = engine.stats()
         if stats.num_steps != last.num_steps:

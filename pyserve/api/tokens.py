@@ -9,6 +9,7 @@ from aiohttp import web
 from pyserve.api.answer import json_response
 from pyserve.api.body import Wire, ignored_header
 from pyserve.api.chat import tokenize_messages
+from pyserve.api.prompts import check_size
 from pyserve.api.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -37,6 +38,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         )
     else:
         text = body.prompt or ""
+        max_model_len = loaded.engine.info.max_model_len
+        check_size(len(text), "characters", max_model_len=max_model_len, param="prompt")
         add_special_tokens = body.add_special_tokens is not False
         token_ids = await state.run_text(
             len(text),
@@ -54,6 +57,12 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     loaded = state.model()
     body, ignored = await DETOKENIZE.read(request, state.config.max_body_bytes)
     state.check_model_name(body.model)
+    check_size(
+        len(body.tokens),
+        "tokens",
+        max_model_len=loaded.engine.info.max_model_len,
+        param="tokens",
+    )
     check_token_ids(body.tokens, loaded.tokenizer.vocab_size, "tokens")
     text = await state.run_text(
         len(body.tokens),

@@ -94,7 +94,7 @@ def test_phases_ready_and_a_clean_end(tokenizer_folder: Path) -> None:
         wait_until(lambda: process.is_in("ready"), 10)
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(10) == 0
-        for phase in ("start: ", "build: ", "load: 0.5 s"):
+        for phase in ("start: ", "build: ", "load: "):
             assert phase in process.log
         line = f"pyserve is ready on http://127.0.0.1:{process.port} (model tiny, "
         assert process.log.count(line) == 1

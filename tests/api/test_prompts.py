@@ -1,0 +1,66 @@
+"""Text that cannot fit is refused before all of it is tokenised; what may fit is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyserve.api import prompts
+from pyserve.errors import InvalidRequestError
+from pyserve.text.tokenizer import Tokenizer
+from tests.api.fakes import CONTEXT, Server
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tokenizer_folder)
+
+
+class Counting:
+    """Counts the characters that are tokenised."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.num_chars = 0
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self.num_chars += len(text)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+@pytest.mark.parametrize("text", ["word ", "x", "漢字", " ", "\n\t"])
+def test_endless_text_is_given_up_early(tokenizer: Tokenizer, text: str) -> None:
+    counting = Counting(tokenizer)
+    endless = text * (5_000_000 // len(text))
+    with pytest.raises(InvalidRequestError, match="context length is 4096 tokens.*at least"):
+        prompts.encode(counting, endless, add_special_tokens=True, max_model_len=4096)  # type: ignore[arg-type]
+    assert counting.num_chars <= 4 * prompts.PIECE_CHARS
+
+
+@pytest.mark.parametrize("text", ["The quick brown fox ", "x", "漢字😀", " "])
+def test_what_fits_is_never_refused(tokenizer: Tokenizer, text: str) -> None:
+    long = text * (200_000 // len(text))
+    exact = tokenizer.encode(long, add_special_tokens=False)
+    got = prompts.encode(tokenizer, long, add_special_tokens=False, max_model_len=len(exact))
+    assert got == exact
+
+
+def test_every_road_is_bounded(server: Server) -> None:
+    text = "word " * 400_000
+    for path, body, param in (
+        ("/v1/completions", {"prompt": text}, "prompt"),
+        ("/v1/completions", {"prompt": ["x", text]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/tokenize", {"messages": [{"role": "user", "content": text}]}, "messages"),
+    ):
+        error = server.error(path, body)
+        assert error["param"] == param and str(CONTEXT) in error["message"]
+    for path, body in (("/tokenize", {"prompt": text}), ("/detokenize", {"tokens": [80] * 2**21})):
+        error = server.error(path, body)
+        assert str(prompts.MAX_TOKENIZE_CHARS) in error["message"]
+
+
+def test_tokenize_may_exceed_the_context(server: Server) -> None:
+    answer = server.post("/tokenize", {"prompt": "word " * 20_000})
+    assert answer["count"] > CONTEXT
