@@ -26,6 +26,7 @@ from pyserve.errors import InvalidRequestError, NotBuiltError
 
 ROLES = ("system", "user", "assistant")
 ROLES_NOT_BUILT = ("developer", "tool", "function")
+MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 WIRE = Wire(ChatRequest)
 
 
@@ -76,7 +77,8 @@ async def tokenize_messages(
         )
         return loaded.tokenizer.encode_chat(text)
 
-    prompt = await state.run_text(sum(map(_num_chars, messages)), tokenize)
+    size = sum(map(_num_chars, messages)) + MESSAGE_CHARS * len(messages)
+    prompt = await state.run_text(size, tokenize)
     if not prompt:
         raise InvalidRequestError("messages make an empty prompt", "messages")
     return prompt

@@ -83,8 +83,10 @@ async def _tokenize(
             raise InvalidRequestError("prompt must not be empty", "prompt")
         return token_ids
     token_ids = cast("list[list[int]]", prompt)
+    info = loaded.engine.info
     for ids in token_ids:
-        check_token_ids(ids, loaded.engine.info.vocab_size, "prompt")
+        # What lies beyond the context is refused for its length.
+        check_token_ids(ids[: info.max_model_len], info.vocab_size, "prompt")
     return token_ids
 
 

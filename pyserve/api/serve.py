@@ -132,7 +132,7 @@ class _Server:
         loop = loading.get_loop()
         try:
             loaded = self._load(self._state.startup.report)
-        except Exception as error:
+        except BaseException as error:  # whatever ends this thread must end the start
             finish = partial(loading.set_exception, error)
         else:
             # What lives from here on is never looked at again by the collector.

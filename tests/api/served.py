@@ -30,6 +30,8 @@ def load(report: Report) -> Loaded:
         raise PlanError("the model needs 9 GiB, 4 GiB are free")
     if how == "bug":
         raise RuntimeError("boom")
+    if how == "exit":
+        sys.exit(3)
     tokenizer = Tokenizer.from_folder(Path(sys.argv[2]))
     return Loaded(
         tokenizer=tokenizer,

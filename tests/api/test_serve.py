@@ -161,6 +161,11 @@ def test_a_bug_while_loading_shows_its_traceback(tokenizer_folder: Path) -> None
         assert "Traceback" in process.log and "boom" in process.log
 
 
+def test_a_loader_that_exits_ends_the_process(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, "exit") as process:
+        assert process.popen.wait(10) == 3
+
+
 def test_a_busy_port_is_one_line_before_loading(tokenizer_folder: Path) -> None:
     with start(tokenizer_folder) as first:
         wait_until(lambda: first.is_in("ready"), 10)
