@@ -28,6 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_DIMS = 8
+MAX_SHOWN_CHARS = 200  # of a tensor's name in a message
 BUFFER_BYTES = 64 * 2**20
 LENGTH_BYTES = 8  # of the header's length, a little-endian u64
 
@@ -169,7 +170,7 @@ class CheckpointReader:
 def name_some(names: Iterable[str], limit: int = 5) -> str:
     """The first names, and how many more there are."""
     ordered = sorted(names)
-    text = ", ".join(ordered[:limit])
+    text = ", ".join(name[:MAX_SHOWN_CHARS] for name in ordered[:limit])
     return text if len(ordered) <= limit else f"{text} and {len(ordered) - limit} more"
 
 
@@ -239,7 +240,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         is_plain = isinstance(file_name, str) and file_name.endswith(".safetensors")
         if not is_plain or "/" in file_name or "\\" in file_name or "\0" in file_name:
             raise CheckpointError(
-                f"{index}: weight_map[{name}] must be a safetensors file of the same folder"
+                f"{index}: weight_map[{name[:MAX_SHOWN_CHARS]}] must be a safetensors file of the same folder"
             )
     return weight_map
 
@@ -256,7 +257,7 @@ def _decode_object(text: bytes, where: str) -> dict[str, Any]:
 
 def _parse_entry(path: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:
     def broken(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name[:200]}: {what}")
+        return CheckpointError(f"{path}: tensor {name[:MAX_SHOWN_CHARS]}: {what}")
 
     if not isinstance(entry, dict):
         raise broken("its header entry must be an object")
@@ -288,7 +289,7 @@ def _check_layout(
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
         if tensor.offset != end:
             what = "overlaps another one" if tensor.offset < end else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {tensor.name[:200]} {what}")
+            raise CheckpointError(f"{path}: tensor {tensor.name[:MAX_SHOWN_CHARS]} {what}")
         end += tensor.num_bytes
     if end != file_bytes:
         what = "is truncated" if end > file_bytes else "has bytes that belong to no tensor"
