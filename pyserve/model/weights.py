@@ -240,7 +240,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         is_plain = isinstance(file_name, str) and file_name.endswith(".safetensors")
         if not is_plain or "/" in file_name or "\\" in file_name or "\0" in file_name:
             raise CheckpointError(
-                f"{index}: weight_map[{name[:MAX_SHOWN_CHARS]}] must be a safetensors file of the same folder"
+                f"{index}: weight_map[{name[:MAX_SHOWN_CHARS]}] must be a safetensors file "
+                f"of the same folder"
             )
     return weight_map
 
