@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def load_toolchain():
     path = ROOT / "pyserve" / "ops" / "toolchain.py"
     spec = importlib.util.spec_from_file_location("toolchain", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["toolchain"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

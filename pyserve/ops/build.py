@@ -83,17 +83,26 @@ def _find_or_compile(progress: Callable[[str], None]) -> Path:
         return packaged
     try:
         native = toolchain.find_toolchain(config.env("CXX"), march="native", sanitize=sanitize)
-        folder = config.cache_dir() / "native" / _key(native)
+        folder = _cache_dir() / "native" / _key(native)
         if not _is_done(folder):
             _compile(folder, native, progress)
     except CompileError as error:
         raise BuildError(f"{error}; {_REMEDY}") from error
     except OSError as error:
         raise BuildError(
-            f"cannot keep compiled files in {config.cache_dir()} ({error.strerror}): "
+            f"cannot keep compiled files in {_cache_dir()} ({error.strerror}): "
             f"set PYSERVE_CACHE to a writable folder; {_REMEDY}"
         ) from error
     return folder
+
+
+def _cache_dir() -> Path:
+    try:
+        return config.cache_dir()
+    except RuntimeError as error:  # of Path.home()
+        raise BuildError(
+            f"no home folder: set PYSERVE_CACHE to a writable one; {_REMEDY}"
+        ) from error
 
 
 def _is_usable(packaged: Path) -> bool:
@@ -130,7 +139,8 @@ def _is_done(folder: Path) -> bool:
 
 def _compile(folder: Path, native: Toolchain, progress: Callable[[str], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _file_lock(folder / "lock", lambda: progress("another process compiles the native ops")):
+    waiting = "waiting for another process that compiles the native ops ..."
+    with _file_lock(folder / "lock", lambda: progress(waiting)) as lock_fd:
         if _is_done(folder):
             return
         num_sources = sum(path.suffix == ".cpp" for path in toolchain.source_files(source_dir()))
@@ -141,20 +151,25 @@ def _compile(folder: Path, native: Toolchain, progress: Callable[[str], None]) -
             native,
             progress=lambda done, total: progress(f"compiling: {done} of {total} steps done"),
             env=os.environ,
+            pass_fds=(lock_fd,),
         )
         (folder / "done").touch()
 
 
 @contextmanager
-def _file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Exclusive among processes; the kernel releases it when its owner dies."""
+def _file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
+    """Exclusive among processes; gives the file descriptor that holds it.
+
+    The kernel releases it when its owner and all who inherited the descriptor have died: a compiler
+    that outlives a killed owner does not write beside the next one's.
+    """
     with path.open("w") as lock_file:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
             fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield
+        yield lock_file.fileno()
 
 
 def _load(folder: Path) -> ModuleType:

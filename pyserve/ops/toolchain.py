@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,11 +126,12 @@ def compile_products(
     *,
     progress: Callable[[int, int], None],
     env: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
 ) -> None:
     """Compile both products into build_dir; files an earlier run completed are kept.
 
-    progress(done, total) counts compiler runs. `env` is the compiler's environment. Raises
-    CompileError, with the compiler's words in build_dir / LOG_NAME.
+    progress(done, total) counts compiler runs. `env` is the compiler's environment, pass_fds stay
+    open in it. Raises CompileError, with the compiler's words in build_dir / LOG_NAME.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text(_ninja_file(source_dir, toolchain), encoding="utf-8")
@@ -143,18 +144,17 @@ def compile_products(
             text=True,
             errors="replace",
             env={**env, "NINJA_STATUS": "[%f/%t] "},
+            pass_fds=pass_fds,
         )
-        assert process.stdout is not None
-        try:
+        with process:
+            assert process.stdout is not None
             for line in process.stdout:
                 log_file.write(line)
                 match = re.match(r"\[(\d+)/(\d+)\]", line)
                 if match is not None:
                     progress(int(match[1]), int(match[2]))
-        finally:
-            process.stdout.close()
-            if process.wait() != 0:
-                raise CompileError(f"compiling the native ops failed, see {log_path}")
+    if process.returncode != 0:
+        raise CompileError(f"compiling the native ops failed, see {log_path}")
 
 
 def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:

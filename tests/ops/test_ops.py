@@ -1,0 +1,135 @@
+"""Schemas, fakes and opcheck of every op, and the wrappers' plan of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pyserve import ops
+from pyserve.ops import fakes, reference
+from pyserve.ops import step_layout as layout
+
+
+def _int(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def op_args() -> dict[str, tuple[Any, ...]]:
+    """Arguments of one small valid call of each op."""
+    cache = torch.randn(2, 4, 16, 2, 8)
+    header = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32)
+    header[layout.HEADER_MAGIC] = layout.STEP_MAGIC
+    header[layout.HEADER_NUM_WORDS] = layout.HEADER_WORDS
+    for word in (
+        layout.HEADER_ROWS_OFFSET,
+        layout.HEADER_TOKENS_OFFSET,
+        layout.HEADER_BLOCK_UPDATES_OFFSET,
+        layout.HEADER_SLOT_UPDATES_OFFSET,
+    ):
+        header[word] = layout.HEADER_WORDS
+    slots = torch.zeros(3, layout.SLOT_WORDS, dtype=torch.int32)
+    counts = torch.zeros(3, 20, dtype=torch.int16)
+    table = torch.zeros(3, 2, dtype=torch.int32)
+    x = torch.randn(2, 3, 24)
+    return {
+        "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x)),
+        "add_rms_norm": (x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x)),
+        "rope_write_kv": (
+            torch.randn(3, 8 * 8),
+            _int(0, 1, 2),
+            torch.randn(9, 8),
+            torch.tensor([5, -1, 17]),
+            torch.randn(8),
+            None,
+            1e-6,
+            4,
+            2,
+            cache[0],
+            cache[1],
+        ),
+        "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
+        "paged_attention": (
+            torch.randn(3, 4, 8),
+            cache[0],
+            cache[1],
+            table,
+            _int(1, 0, -1),
+            _int(0, 1, 3, 3),
+            _int(9, 2, 0),
+            0.3,
+            0,
+            torch.empty(3, 4, 8),
+        ),
+        "plan_step": (
+            header,
+            slots,
+            table,
+            counts,
+            16,
+            _int(1, 1),
+            _int(1, 1),
+            torch.tensor([1, 1]),
+            _int(1),
+            _int(1, 1),
+            _int(1),
+            torch.ones(1, 2, dtype=torch.int32),
+        ),
+        "sample": (torch.randn(2, 20), _int(1, -1), slots, counts, _int(9, 9)),
+    }
+
+
+@pytest.mark.parametrize("name", fakes.OP_NAMES)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.pyserve, name).default, op_args()[name])
+
+
+@pytest.mark.parametrize("name", fakes.OP_NAMES)
+def test_the_twin_has_the_same_signature_and_effect(name: str) -> None:
+    op = getattr(torch.ops.pyserve, name).default
+    native, twin = op_args()[name], op_args()[name]
+    for mine, theirs in zip(native, twin, strict=True):
+        if isinstance(mine, torch.Tensor):
+            theirs.copy_(mine)
+    assert op(*native) is None
+    assert getattr(reference, name)(*twin) is None
+    for argument, mine, theirs in zip(op._schema.arguments, native, twin, strict=True):
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, theirs, msg=argument.name)
+
+
+def test_every_op_has_a_fake_and_a_twin() -> None:
+    defined = {
+        schema.name.removeprefix("pyserve::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("pyserve::")
+    }
+    assert defined == set(fakes.OP_NAMES)
+
+
+@pytest.mark.parametrize("name", fakes.OP_NAMES)
+def test_fakes_touch_no_memory(name: str) -> None:
+    args = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in op_args()[name]]
+    assert getattr(torch.ops.pyserve, name)(*args) is None
+
+
+def test_out_of_every_op_is_written_in_full() -> None:
+    """Twice from different garbage: what an op leaves does not depend on what was there."""
+    for name in ("rms_norm", "silu_mul", "paged_attention", "sample"):
+        args = op_args()[name]
+        results = []
+        for garbage in (3, 99):
+            args[-1].fill_(garbage)
+            getattr(torch.ops.pyserve, name)(*args)
+            results.append(args[-1].clone())
+        assert torch.equal(*results)
+
+
+def test_narrow_gives_views_of_the_first_rows() -> None:
+    plan = ops.StepPlan.allocate(8, 4, torch.device("cpu"))
+    part = plan.narrow(3, 2)
+    shapes = [tuple(getattr(part, name).shape) for name in ops.StepPlan.__slots__]
+    assert shapes == [(3,), (3,), (3,), (2,), (3,), (2,), (2, 2)]
+    part.sample_rows[1, 1] = 5
+    assert plan.sample_rows[1, 1] == 5
