@@ -41,12 +41,18 @@ def closure(root: str, installed: dict[str, metadata.Distribution]) -> set[str]:
 
 
 def file_bytes(distribution: metadata.Distribution) -> int:
-    """Bytes of all files its RECORD names and, of an editable one, of its package folder."""
+    """Bytes of all files its RECORD names and, of an editable one, of its package folder.
+
+    Hidden folders of an editable one are tools' caches and no part of it.
+    """
     files = {os.path.realpath(str(file.locate())) for file in distribution.files or ()}
     if _is_editable(distribution):
         spec = util.find_spec(canonicalize_name(distribution.metadata["Name"]).replace("-", "_"))
         for folder in (spec.submodule_search_locations or ()) if spec else ():
-            files.update(str(path) for path in Path(folder).rglob("*") if path.is_file())
+            for path in Path(folder).rglob("*"):
+                is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+                if path.is_file() and not is_hidden:
+                    files.add(os.path.realpath(path))
     return sum(os.path.getsize(path) for path in files if os.path.isfile(path))
 
 

@@ -77,6 +77,14 @@ def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
+def busy_remark() -> str:
+    """A line where others use this machine's cores, else nothing: wall times then mislead."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < cores / 4:
+        return ""
+    return f"! load average {load:.1f} on {cores} cores: others run here, wall times are too long\n"
+
+
 def write_json(path: Path | None, data: dict[str, Any]) -> None:
     """Write `data` indented where a path was asked for."""
     if path is not None:

@@ -99,10 +99,12 @@ def mixed_request(rng: np.random.Generator, vocab_size: int) -> tuple[str, dict[
     num_words = int(rng.choice([2, 20, 100, 300]))
     words = " ".join(rng.choice(WORDS, num_words))
     max_tokens = int(rng.integers(1, 65))
+    temperature = float(rng.choice([0.0, 0.7, 1.3]))
     body: dict[str, Any] = {
         "max_tokens": max_tokens,
-        "n": int(rng.integers(1, 4)),
-        "temperature": float(rng.choice([0.0, 0.7, 1.3])),
+        # n greedy answers would be one answer: servers refuse that.
+        "n": int(rng.integers(1, 4)) if temperature > 0 else 1,
+        "temperature": temperature,
         "stream": bool(rng.random() < 0.6),
     }
     if body["stream"]:

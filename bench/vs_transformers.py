@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from bench.report import environment, format_table, write_json
+from bench.report import busy_remark, environment, format_table, write_json
 from bench.server_process import PYSERVE, running_server
 from bench.wire import Connection, Endpoint, Reply, read_whole
 
@@ -184,6 +184,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = PYSERVE) -> dict[str,
     num_tokens = args.new_tokens
     flags = ["--model", str(args.model.resolve()), "--dtype", dtype, *args.flags]
     figures: dict[str, Any] = {"dtype": dtype, "threads": args.threads}
+    print(busy_remark(), end="")
     print(
         f"{args.model.name}, {dtype}, {args.threads} threads, prompts of {args.prompt_len}, "
         f"{num_tokens} new tokens, median of {args.rounds} rounds"
