@@ -58,6 +58,20 @@ def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:
     )
 
 
+def padded_size(count: int, limit: int) -> int:
+    """The shape that `count` tokens or rows (at least 1) are run in, at most `limit`.
+
+    A few dozen shapes in all: matrix libraries keep compiled code for each one they have met.
+    Powers of two up to 16, then steps of at least 16 that waste less than a quarter.
+    """
+    if count <= 16:
+        size = 1 << (count - 1).bit_length()
+    else:
+        step = max(16, 1 << ((count - 1).bit_length() - 3))
+        size = -(-count // step) * step
+    return min(size, limit)
+
+
 def max_update_words(max_model_len: int, block_size: int) -> int:
     """Words that the admissions of one step may take: the largest sequence fits, or many small."""
     max_slot_update = layout.SLOT_UPDATE_WORDS + layout.SLOT_WORDS + max_model_len

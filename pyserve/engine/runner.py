@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pyserve import ops
-from pyserve.engine.batch import LOGITS_TILE_ROWS, Step, max_step_words, pack
+from pyserve.engine.batch import LOGITS_TILE_ROWS, Step, max_step_words, pack, padded_size
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
@@ -41,6 +41,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._block_size = block_size
+        self._num_slots = num_slots
         device = model.device
         # Written once here, so that resident memory does not grow while serving.
         self._kv_caches = [
@@ -58,6 +59,8 @@ class ModelRunner:
             num_slots, model.config.vocab_size, dtype=torch.int16, device=device
         )
         self._plan = ops.StepPlan.allocate(max_num_batched_tokens, num_slots, device)
+        self._views: dict[tuple[int, int], tuple[ops.StepPlan, ForwardContext]] = {}
+        self._max_num_tokens = max_num_batched_tokens
         num_words = max_step_words(
             max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
         )
@@ -75,12 +78,13 @@ class ModelRunner:
         """End the worker and drop the tensors; nothing is in flight and nothing comes after."""
         self._executor.shutdown()
         self._kv_caches.clear()
+        self._views.clear()
         del self._model, self._slots, self._block_table, self._token_counts, self._plan
 
     def _execute(self, step: Step) -> list[int]:
         with torch.inference_mode():
             num_words = pack(step, self._buffer)
-            plan = self._plan.narrow(step.num_tokens, len(step.seqs))
+            plan, ctx = self._views_for(step.num_tokens, len(step.seqs))
             ops.plan_step(
                 self._step_input[:num_words],
                 self._slots,
@@ -89,26 +93,39 @@ class ModelRunner:
                 self._block_size,
                 plan,
             )
-            hidden = self._model.forward(
-                ForwardContext(
-                    input_ids=plan.input_ids,
-                    positions=plan.positions,
-                    slot_mapping=plan.slot_mapping,
-                    row_slots=plan.row_slots,
-                    cu_seqlens_q=plan.cu_seqlens_q,
-                    seq_lens=plan.seq_lens,
-                    block_table=self._block_table,
-                    kv_caches=self._kv_caches,
-                )
+            hidden = self._model.forward(ctx)
+            # Not more than padded rows: sample_rows holds padding from num_samples on.
+            num_padded = padded_size(step.num_samples, self._num_slots) if step.num_samples else 0
+            return self._sample(hidden, plan.sample_rows[:num_padded])[: step.num_samples]
+
+    def _views_for(self, num_tokens: int, num_rows: int) -> tuple[ops.StepPlan, ForwardContext]:
+        """The plan's tensors, padded to one of a few shapes, and the forward's view of them."""
+        key = padded_size(num_tokens, self._max_num_tokens), padded_size(num_rows, self._num_slots)
+        views = self._views.get(key)
+        if views is None:
+            plan = self._plan.narrow(*key)
+            ctx = ForwardContext(
+                input_ids=plan.input_ids,
+                positions=plan.positions,
+                slot_mapping=plan.slot_mapping,
+                row_slots=plan.row_slots,
+                cu_seqlens_q=plan.cu_seqlens_q,
+                seq_lens=plan.seq_lens,
+                block_table=self._block_table,
+                kv_caches=self._kv_caches,
             )
-            return self._sample(hidden, plan.sample_rows[: step.num_samples])
+            views = self._views[key] = plan, ctx
+        return views
 
     def _sample(self, hidden: torch.Tensor, sample_rows: torch.Tensor) -> list[int]:
-        """One id per row of sample_rows (int32 [num_samples, 2]: index into hidden, slot)."""
+        """One id per row of sample_rows (int32 [num_samples, 2]: index into hidden, slot).
+
+        A padded row (-1, -1) samples from any hidden state and gives 0.
+        """
         sampled: list[int] = []
         for start in range(0, len(sample_rows), LOGITS_TILE_ROWS):
             rows = sample_rows[start : start + LOGITS_TILE_ROWS]
-            logits = self._model.compute_logits(hidden.index_select(0, rows[:, 0]))
+            logits = self._model.compute_logits(hidden.index_select(0, rows[:, 0].clamp_min(0)))
             sampled += ops.sample(logits, rows[:, 1], self._slots, self._token_counts).tolist()
         return sampled
 

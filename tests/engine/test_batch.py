@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from pyserve.engine.batch import MIN_UPDATE_WORDS, Step, max_step_words, max_update_words, pack
+from pyserve.engine.batch import (
+    MIN_UPDATE_WORDS,
+    Step,
+    max_step_words,
+    max_update_words,
+    pack,
+    padded_size,
+)
 from pyserve.ops import step_layout as layout
 
 
@@ -30,6 +38,22 @@ def test_pack_passes_every_list_on() -> None:
     assert buffer[24:30].tolist() == [7, 8, 9, 4, 0, 6]
     assert buffer[30:50].tolist() == record.tolist()
     assert (buffer[num_words:] == -7).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 48), (65, 80), (128, 128), (129, 160),
+     (500, 512), (1025, 1280), (1900, 2000)],
+)  # fmt: skip
+def test_padded_sizes(count: int, size: int) -> None:
+    assert padded_size(count, 2000) == size
+
+
+def test_padding_has_few_sizes_and_little_waste() -> None:
+    sizes = [padded_size(count, 2048) for count in range(1, 2049)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 28
+    assert all(count <= size for count, size in enumerate(sizes, 1))
+    assert all(size < 1.25 * count for count, size in enumerate(sizes, 1) if count > 64)
 
 
 def test_room_for_updates() -> None:

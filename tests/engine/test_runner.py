@@ -17,6 +17,7 @@ from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.errors import EngineError
 from pyserve.model.config import ModelConfig
+from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.params import SamplingParams
 from tests.engine.driver import Driver, Reader
@@ -228,6 +229,29 @@ def test_a_step_that_raises_fails_its_sequences_only(
     assert again.output == baseline[0].output
     assert again.stream.num_cached_tokens == 16, "what was whole before the step is kept"
     engine.runner.close()
+
+
+def test_steps_run_in_a_few_padded_shapes(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: set[tuple[int, int]] = set()
+    forward, compute_logits = decoder.forward, decoder.compute_logits
+
+    def spy_forward(ctx: ForwardContext) -> torch.Tensor:
+        shapes.add((len(ctx.input_ids), len(ctx.row_slots)))
+        return forward(ctx)
+
+    def spy_logits(hidden: torch.Tensor) -> torch.Tensor:
+        num_rows.add(len(hidden))
+        return compute_logits(hidden)
+
+    num_rows: set[int] = set()
+    monkeypatch.setattr(decoder, "forward", spy_forward)
+    monkeypatch.setattr(decoder, "compute_logits", spy_logits)
+    generate(make_engine(decoder, budget=50))
+    assert {num_tokens for num_tokens, _ in shapes} <= {1, 2, 4, 8, 16, 32, 48, 50}
+    assert {rows for _, rows in shapes} | num_rows <= {1, 2, 4, 8}
+    assert len(shapes) > 4 and len(num_rows) > 2
 
 
 def test_many_samples_go_through_logits_in_tiles(
