@@ -152,7 +152,10 @@ def _plan_error(
     fixed: list[tuple[str, int]], wanted_len: int, fitting_len: int, *, kv_bytes: int,
     allowed_bytes: int, config: EngineConfig,
 ) -> PlanError:  # fmt: skip
-    limit = f"{allowed_bytes / 2**20:,.1f} MiB may be used"
+    limit = (
+        f"{allowed_bytes / 2**20:,.1f} MiB may be used "
+        f"(--gpu-memory-utilization {config.gpu_memory_utilization} of what is free)"
+    )
     if config.kv_cache_memory_bytes is not None:
         limit += f", of it {config.kv_cache_memory_bytes / 2**20:,.1f} MiB for the KV cache"
     remedy = f"at most {fitting_len} would fit" if fitting_len > 0 else "nothing would fit"

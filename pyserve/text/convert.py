@@ -22,11 +22,6 @@ _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf
 _REMEDY = f"--tokenizer names another folder that has {TOKENIZER_FILE}"
 
 
-def needs_conversion(folder: Path) -> bool:
-    """Whether the folder has tokenizer files, but not tokenizer.json."""
-    return not (folder / TOKENIZER_FILE).is_file() and _has_source(folder)
-
-
 def convert_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """The `backend` of Tokenizer.from_folder. Raises CheckpointError with the remedy."""
     if not _has_source(folder):
