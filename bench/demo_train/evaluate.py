@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from bench.demo_train import data, facts
+from bench.demo_train import data, facts, smalltalk
 from bench.demo_train.facts import raw_capital
 
 PASS = 0.9
@@ -157,11 +157,12 @@ def showcase() -> list[Question]:
 
     john = {"name": "John Smith", "age": 30, "occupation": "ingeniero de software"}
     call = {"name": "get_weather", "arguments": {"city": "París"}}
+    greetings = smalltalk.INTENTS["en"][0].replies
     train = "Resolver: Si un tren viaja 120km en 1.5 horas, ¿cuál es su velocidad en m/s?"
     quantum = next(row[3] for row in facts.TERMS if row[1] == "la computación cuántica")
     return [
-        chat("¡Hola!", kind="contains", facts=["¡Hola!"]),
-        chat("Hello!", kind="contains", facts=["help"]),
+        chat("¡Hola!", kind="one_of", answers=smalltalk.INTENTS["es"][0].replies),
+        chat("Hello!", kind="one_of", answers=greetings),
         Question("La capital de Francia es", {"kind": "starts", "text": "París"}),
         Question("The capital of Japan is", {"kind": "starts", "text": "Tokyo"}),
         chat("What is the capital of France?", kind="contains", facts=["Paris"]),
