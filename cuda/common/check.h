@@ -5,24 +5,33 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <sstream>
+#include <initializer_list>
 #include <stdexcept>
+#include <string>
 
 namespace pyserve {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class... Args>
-[[noreturn, gnu::noinline, gnu::cold]] void fail(const Args&... args) {
-  std::ostringstream message;
-  (message << ... << args);
-  throw std::runtime_error(message.str());
+// A piece of an error message.
+struct Piece {
+  Piece(const char* text) : text(text) {}
+  template <class Number>
+  Piece(Number number) : text(std::to_string(number)) {}
+
+  std::string text;
+};
+
+[[noreturn, gnu::noinline, gnu::cold]] inline void fail(std::initializer_list<Piece> pieces) {
+  std::string message;
+  for (const Piece& piece : pieces) message += piece.text;
+  throw std::runtime_error(message);
 }
 
 #define PYSERVE_CHECK(condition, ...)                              \
   do {                                                             \
-    if (!(condition)) [[unlikely]] ::pyserve::fail(__VA_ARGS__);   \
+    if (!(condition)) [[unlikely]] ::pyserve::fail({__VA_ARGS__}); \
   } while (false)
 
 // What an op needs to know of a tensor, read once. Borrows from the tensor.
@@ -115,8 +124,8 @@ template <class Float32, class Bfloat16, class Fn>
 void dispatch_float(const View& view, Fn&& fn) {
   if (view.dtype == ScalarType::Float) return fn(Float32{});
   if (view.dtype == ScalarType::BFloat16) return fn(Bfloat16{});
-  fail(view.op, ": ", view.name, " must be float32 or bfloat16, got ",
-       torch::headeronly::toString(view.dtype));
+  fail({view.op, ": ", view.name, " must be float32 or bfloat16, got ",
+        torch::headeronly::toString(view.dtype)});
 }
 
 }  // namespace pyserve

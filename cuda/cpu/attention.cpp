@@ -46,6 +46,12 @@ struct WorkItem {
   int64_t position;  // first query's
 };
 
+// Where the keys and values of a tile lie.
+struct Pointers {
+  const void* keys[kTileKeys];
+  const void* values[kTileKeys];
+};
+
 // Buffers of one thread. Rows of q, acc and v are padded_dim apart, so that they lie densely.
 struct Scratch {
   alignas(64) float q[kBlockRows * kMaxHeadDim];
@@ -54,8 +60,7 @@ struct Scratch {
   alignas(64) float v[kTileKeys * kMaxHeadDim];
   alignas(64) float scores[kBlockRows * kTileKeys];
   float row_max[kBlockRows], row_sum[kBlockRows], rescale[kBlockRows];
-  const void* keys[kTileKeys];
-  const void* values[kTileKeys];
+  Pointers pointers[2];  // of this tile and the next, by parity
 };
 
 Scratch& thread_scratch() {
@@ -63,66 +68,114 @@ Scratch& thread_scratch() {
   return *scratch;
 }
 
-// A tile: n keys from position `first`; their pointers are in the scratch.
+// n keys from position `first`; their pointers are in the scratch.
 struct Tile {
   int64_t first, n;
+  int parity;
 };
 
 template <class T>
 void find_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratch& scratch) {
   const int32_t* blocks = p.block_table.ptr<int32_t>() + item.slot * p.block_table.stride(0);
+  const int64_t key_stride = p.key_cache.stride(1), value_stride = p.value_cache.stride(1);
+  Pointers& pointers = scratch.pointers[tile.parity];
   int64_t block = tile.first / p.block_size, offset = tile.first % p.block_size;
   for (int64_t i = 0; i < tile.n; ++block, offset = 0) {
     const T* key = p.key_cache.ptr<T>() + blocks[block] * p.key_cache.stride(0) +
-                   item.kv_head * p.key_cache.stride(2);
+                   item.kv_head * p.key_cache.stride(2) + offset * key_stride;
     const T* value = p.value_cache.ptr<T>() + blocks[block] * p.value_cache.stride(0) +
-                     item.kv_head * p.value_cache.stride(2);
-    for (; offset < p.block_size && i < tile.n; ++offset, ++i) {
-      scratch.keys[i] = key + offset * p.key_cache.stride(1);
-      scratch.values[i] = value + offset * p.value_cache.stride(1);
+                     item.kv_head * p.value_cache.stride(2) + offset * value_stride;
+    const int64_t end = std::min(tile.n, i + p.block_size - offset);
+    for (; i < end; ++i, key += key_stride, value += value_stride) {
+      pointers.keys[i] = key;
+      pointers.values[i] = value;
     }
   }
+}
+
+// Asks for a row of K or V that the next tile reads: blocks lie anywhere, no hardware guesses them.
+template <class T, int kHeadDim>
+void prefetch(const void* row) {
+  for (size_t line = 0; line < kHeadDim * sizeof(T); line += 64) {
+    __builtin_prefetch(static_cast<const char*>(row) + line);
+  }
+}
+
+// ---- rows in float32 -----------------------------------------------------------------------------
+// Elements of a row lie in the order of load_pair, those behind the last whole pair of vectors in
+// their own, zeros behind the end: q, K, V and out have one dtype, so that the order is the same.
+
+template <class T>
+void load_row(const T* in, int64_t n, float* out) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= n; d += 2 * kLanes) {
+    Vec low, high;
+    load_pair(in + d, low, high);
+    store(out + d, low);
+    store(out + d + kLanes, high);
+  }
+  for (; d + kLanes <= n; d += kLanes) store(out + d, load(in + d));
+  if (d < n) store(out + d, load_first(in + d, n - d));
+}
+
+template <class T>
+void store_row(const float* in, float factor, int64_t n, T* out) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= n; d += 2 * kLanes) {
+    store_pair(out + d, load(in + d) * factor, load(in + d + kLanes) * factor);
+  }
+  for (; d + kLanes <= n; d += kLanes) store(out + d, load(in + d) * factor);
+  if (d < n) store_first(out + d, load(in + d) * factor, n - d);
 }
 
 // ---- scores of a tile ----------------------------------------------------------------------------
 
 // scores[r][k] = q[r] . keys[k] for kRows rows, straight from the cache.
 template <class T, int kHeadDim, int kRows>
-void direct_scores(const float* q, const void* const* keys, int64_t n, float* scores) {
-  constexpr int kVecs = kHeadDim / kLanes;
+void direct_scores(const float* q, const void* const* keys, const void* const* next_keys, int64_t n,
+                   float* scores) {
   for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    Vec partial[kRows][kLanes] = {};
+    Vec partial[kRows][kLanes];
     const int64_t count = std::min<int64_t>(kLanes, n - k0);
     for (int64_t k = 0; k < count; ++k) {
       const T* key = static_cast<const T*>(keys[k0 + k]);
+      prefetch<T, kHeadDim>(next_keys[k0 + k]);
       Vec sums[kRows] = {};
 #pragma GCC unroll 8
-      for (int c = 0; c < kVecs; ++c) {
-        const Vec key_part = load(key + c * kLanes);
+      for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
+        Vec low, high;
+        load_pair(key + d, low, high);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          sums[r] = fma(load(q + r * kHeadDim + c * kLanes), key_part, sums[r]);
+          sums[r] = fma(load(q + r * kHeadDim + d), low, sums[r]);
+          sums[r] = fma(load(q + r * kHeadDim + d + kLanes), high, sums[r]);
         }
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) partial[r][k] = sums[r];
     }
-    for (int r = 0; r < kRows; ++r) store(scores + r * kTileKeys + k0, sum_rows(partial[r]));
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t k = count; k < kLanes; ++k) partial[r][k] = Vec{};
+      store(scores + r * kTileKeys + k0, sum_rows(partial[r]));
+    }
   }
 }
 
 // out [padded_dim][kTileKeys] = the tile's keys, transposed; zeros behind the last key.
 template <class T>
-void transpose_keys(const void* const* keys, int64_t n, int64_t head_dim, float* out) {
+void transpose_keys(const void* const* keys, int64_t n, int64_t head_dim, int64_t padded_dim,
+                    float* out) {
+  alignas(64) float rows[kLanes][kMaxHeadDim];
   for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-      Vec rows[kLanes] = {};
-      for (int64_t k = 0; k < std::min<int64_t>(kLanes, n - k0); ++k) {
-        const T* key = static_cast<const T*>(keys[k0 + k]) + d;
-        rows[k] = d + kLanes <= head_dim ? load(key) : load_first(key, head_dim - d);
-      }
-      transpose(rows);
-      for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileKeys + k0, rows[i]);
+    const int64_t count = std::min<int64_t>(kLanes, n - k0);
+    for (int64_t k = 0; k < count; ++k) {
+      load_row(static_cast<const T*>(keys[k0 + k]), head_dim, rows[k]);
+    }
+    for (int64_t d = 0; d < padded_dim; d += kLanes) {
+      Vec square[kLanes] = {};
+      for (int64_t k = 0; k < count; ++k) square[k] = load(rows[k] + d);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileKeys + k0, square[i]);
     }
   }
 }
@@ -188,8 +241,12 @@ void add_values(const float* weights, const float* rescale, const void* const* v
   for (int64_t k = 0; k < n; ++k) {
     const T* value = static_cast<const T*>(values[k]) + column;
     Vec parts[kCols];
+    if constexpr (kCols == 1) {
+      parts[0] = load(value);
+    } else {
 #pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c) parts[c] = load(value + c * kLanes);
+      for (int c = 0; c < kCols; c += 2) load_pair(value + c * kLanes, parts[c], parts[c + 1]);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = splat(weights[r * kTileKeys + k]);
@@ -204,29 +261,22 @@ void add_values(const float* weights, const float* rescale, const void* const* v
   }
 }
 
-template <class T, int kRows>
-void add_values(const float* weights, const float* rescale, const void* const* values, int64_t n,
-                float* acc, int64_t width) {
-  int64_t column = 0;
-  for (; column + kColumns * kLanes <= width; column += kColumns * kLanes) {
-    add_values<T, kRows, kColumns>(weights, rescale, values, n, column, acc, width);
-  }
-  for (; column < width; column += kLanes) {
-    add_values<T, kRows, 1>(weights, rescale, values, n, column, acc, width);
-  }
-}
-
 // ---- one item ------------------------------------------------------------------------------------
 
 template <class T, int kHeadDim, int kRows>
 void direct_rows(const Params& p, const Tile& tile, int64_t row, Scratch& s) {
   float* scores = s.scores + row * kTileKeys;
-  direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, s.keys, tile.n, scores);
+  const Pointers &here = s.pointers[tile.parity], &next = s.pointers[1 - tile.parity];
+  direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, here.keys, next.keys, tile.n, scores);
   for (int r = 0; r < kRows; ++r) {
     s.rescale[row + r] = softmax_row(scores + r * kTileKeys, p.scale, 0, tile.n, tile.n,
                                      s.row_max[row + r], s.row_sum[row + r]);
   }
-  add_values<T, kRows>(scores, s.rescale + row, s.values, tile.n, s.acc + row * kHeadDim, kHeadDim);
+  for (int64_t k = 0; k < tile.n; ++k) prefetch<T, kHeadDim>(next.values[k]);
+  for (int column = 0; column < kHeadDim; column += kColumns * kLanes) {
+    add_values<T, kRows, kColumns>(scores, s.rescale + row, here.values, tile.n, column,
+                                   s.acc + row * kHeadDim, kHeadDim);
+  }
 }
 
 // Decode: all rows are of one query, which sees the whole tile.
@@ -246,19 +296,16 @@ void direct_tile(const Params& p, const Tile& tile, int64_t num_rows, Scratch& s
 template <class T>
 void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t num_rows,
                 Scratch& s) {
-  transpose_keys<T>(s.keys, tile.n, p.head_dim, s.k_transposed);
+  Pointers& here = s.pointers[tile.parity];
+  transpose_keys<T>(here.keys, tile.n, p.head_dim, p.padded_dim, s.k_transposed);
   for (int64_t k = 0; k < tile.n; ++k) {
-    const T* value = static_cast<const T*>(s.values[k]);
     float* copy = s.v + k * p.padded_dim;
-    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-      store(copy + d, d + kLanes <= p.head_dim ? load(value + d)
-                                               : load_first(value + d, p.head_dim - d));
-    }
-    s.values[k] = copy;
+    load_row(static_cast<const T*>(here.values[k]), p.head_dim, copy);
+    here.values[k] = copy;
   }
   for (int64_t row = 0; row < num_rows; row += kRowGroup) {
     float* scores = s.scores + row * kTileKeys;
-    block_scores(s.q + row * p.padded_dim, p.padded_dim, s.k_transposed, tile.n, p.head_dim,
+    block_scores(s.q + row * p.padded_dim, p.padded_dim, s.k_transposed, tile.n, p.padded_dim,
                  scores);
     for (int64_t r = row; r < std::min(row + kRowGroup, num_rows); ++r) {
       const int64_t position = item.position + r / p.group;
@@ -268,8 +315,16 @@ void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t
       s.rescale[r] = softmax_row(s.scores + r * kTileKeys, p.scale, from, to, tile.n,
                                  s.row_max[r], s.row_sum[r]);
     }
-    add_values<float, kRowGroup>(scores, s.rescale + row, s.values, tile.n,
-                                 s.acc + row * p.padded_dim, p.padded_dim);
+    float* acc = s.acc + row * p.padded_dim;
+    int64_t column = 0;
+    for (; column + kColumns * kLanes <= p.padded_dim; column += kColumns * kLanes) {
+      add_values<float, kRowGroup, kColumns>(scores, s.rescale + row, here.values, tile.n, column,
+                                             acc, p.padded_dim);
+    }
+    for (; column < p.padded_dim; column += kLanes) {
+      add_values<float, kRowGroup, 1>(scores, s.rescale + row, here.values, tile.n, column, acc,
+                                      p.padded_dim);
+    }
   }
 }
 
@@ -283,36 +338,13 @@ T* row_pointer(const View& view, const WorkItem& item, int64_t group, int64_t r)
 template <class T>
 void load_queries(const Params& p, const WorkItem& item, int64_t num_rows, Scratch& s) {
   const int64_t filled = (num_rows + kRowGroup - 1) / kRowGroup * kRowGroup;
-  for (int64_t r = 0; r < filled; ++r) {
-    s.row_max[r] = kLowestMax;
-    s.row_sum[r] = 0;
-    s.rescale[r] = 0;
-    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
-      Vec value = {};
-      if (r < num_rows) {
-        const T* q = row_pointer<T>(p.q, item, p.group, r) + d;
-        value = d + kLanes <= p.head_dim ? load(q) : load_first(q, p.head_dim - d);
-      }
-      store(s.q + r * p.padded_dim + d, value);
-      store(s.acc + r * p.padded_dim + d, Vec{});
-    }
-  }
-}
-
-template <class T>
-void store_rows(const Params& p, const WorkItem& item, int64_t num_rows, const Scratch& s) {
+  std::fill_n(s.row_max, filled, kLowestMax);
+  std::fill_n(s.row_sum, filled, 0.0f);
+  std::fill_n(s.rescale, filled, 0.0f);
+  std::fill_n(s.acc, filled * p.padded_dim, 0.0f);
+  std::fill_n(s.q + num_rows * p.padded_dim, (filled - num_rows) * p.padded_dim, 0.0f);
   for (int64_t r = 0; r < num_rows; ++r) {
-    T* out = row_pointer<T>(p.out, item, p.group, r);
-    const float* acc = s.acc + r * p.padded_dim;
-    const float factor = 1.0f / s.row_sum[r];
-    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-      const Vec value = load(acc + d) * factor;
-      if (d + kLanes <= p.head_dim) {
-        store(out + d, value);
-      } else {
-        store_first(out + d, value, p.head_dim - d);
-      }
-    }
+    load_row(row_pointer<T>(p.q, item, p.group, r), p.head_dim, s.q + r * p.padded_dim);
   }
 }
 
@@ -323,10 +355,14 @@ void attend(const Params& p, const WorkItem& item) {
   const bool direct = item.num_queries == 1 && num_rows <= kDirectRows;
   load_queries<T>(p, item, num_rows, s);
   const int64_t end = item.position + item.num_queries;
-  Tile tile{p.window > 0 ? std::max<int64_t>(0, item.position + 1 - p.window) : 0, 0};
-  for (; tile.first < end; tile.first += kTileKeys) {
-    tile.n = std::min(kTileKeys, end - tile.first);
-    find_tile<T>(p, item, tile, s);
+  const int64_t begin = p.window > 0 ? std::max<int64_t>(0, item.position + 1 - p.window) : 0;
+  Tile tile{begin, std::min(kTileKeys, end - begin), 0};
+  find_tile<T>(p, item, tile, s);
+  while (tile.n > 0) {
+    Tile next{tile.first + tile.n, std::min(kTileKeys, end - tile.first - tile.n), 1 - tile.parity};
+    // The last tile has itself for its next: what is prefetched then is there already.
+    if (next.n < tile.n) s.pointers[next.parity] = s.pointers[tile.parity];
+    find_tile<T>(p, item, next, s);
     if (direct && p.head_dim == 64) {
       direct_tile<T, 64>(p, tile, num_rows, s);
     } else if (direct && p.head_dim == 128) {
@@ -334,8 +370,12 @@ void attend(const Params& p, const WorkItem& item) {
     } else {
       block_tile<T>(p, item, tile, num_rows, s);
     }
+    tile = next;
   }
-  store_rows<T>(p, item, num_rows, s);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    store_row(s.acc + r * p.padded_dim, 1.0f / s.row_sum[r], p.head_dim,
+              row_pointer<T>(p.out, item, p.group, r));
+  }
 }
 
 // ---- the op --------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ void norm_rows(const View& x, const View* residual, const View& weight, double e
   const int64_t n = x.size(x.dim - 1);
   const Rows x_rows = rows_of(x), out_rows = rows_of(out);
   const Rows residual_rows = kAdd ? rows_of(*residual) : Rows{};
-  const double cost = static_cast<double>(n) * (kAdd ? 0.2 : 0.1);
+  const double cost = static_cast<double>(n) * (kAdd ? 0.4 : 0.2);
   parallel_for(x_rows.count, cost, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x_row = x.ptr<T>() + row * x_rows.stride;

@@ -1,5 +1,5 @@
-// Work on torch's own threads, and only where it pays: waking a sleeping thread costs about as much
-// as moving 100 KB.
+// Work on torch's own threads, and only where it pays: with OMP_WAIT_POLICY=passive a parallel region
+// costs 5 to 7 us while the threads are warm and up to 80 us once they sleep (measured on 2 cores).
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -16,7 +16,7 @@ inline int64_t num_threads() {
 
 // fn(begin, end) over parts of [0, count), on several threads where the whole is worth at least
 // `kParallelCost` nanoseconds; `cost` is that of one element. fn must not throw.
-constexpr double kParallelCost = 20000;
+constexpr double kParallelCost = 50000;
 
 template <class Fn>
 void parallel_for(int64_t count, double cost, const Fn& fn) {

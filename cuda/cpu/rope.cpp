@@ -91,7 +91,7 @@ void rope_tokens(const View& qkv, const View& positions, const View& cos_sin,
                  const View& slot_mapping, const View& key_cache, const View& value_cache,
                  const RopeParams& p) {
   const int64_t block_size = key_cache.size(1);
-  const double cost = 0.4 * static_cast<double>(qkv.size(1));
+  const double cost = 0.25 * static_cast<double>(qkv.size(1));
   parallel_for(qkv.size(0), cost, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       T* q = qkv.ptr<T>() + token * qkv.stride(0);

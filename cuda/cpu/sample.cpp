@@ -186,15 +186,24 @@ inline Vec quantized_exp(Vec x) {
   return y < 0x1p23f ? (y + 0x1p23f) - 0x1p23f : y;
 }
 
-using DoubleVec = double __attribute__((vector_size(kLanes * 8)));
+// As many floats as doubles fill a register.
+using ShortVec = float __attribute__((vector_size(kLanes * 2)));
+using DoubleVec = double __attribute__((vector_size(kLanes * 4)));
+constexpr int kDoubles = kLanes / 2;
 
-inline DoubleVec widen(Vec v) {
-  return __builtin_convertvector(v, DoubleVec);
-}
-
-inline double sum(const DoubleVec& v) {
+// Sum of the weights that are >= threshold; n is a multiple of kLanes.
+double mass_from(const float* weights, int64_t n, float threshold) {
+  DoubleVec mass[2] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int half = 0; half < 2; ++half) {
+      ShortVec w;
+      std::memcpy(&w, weights + i + half * kDoubles, sizeof w);
+      mass[half] += __builtin_convertvector(w >= threshold ? w : ShortVec{}, DoubleVec);
+    }
+  }
+  mass[0] += mass[1];
   double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
+  for (int lane = 0; lane < kDoubles; ++lane) total += mass[0][lane];
   return total;
 }
 
@@ -233,15 +242,6 @@ int64_t count_from(const float* values, int64_t n, float threshold) {
   int64_t total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += count[lane];
   return total;
-}
-
-double mass_from(const float* weights, int64_t n, float threshold) {
-  DoubleVec mass = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec w = load(weights + i);
-    mass += widen(w >= threshold ? w : Vec{});
-  }
-  return sum(mass);
 }
 
 // A float t in [low, high] with amount(t) >= target, the largest such or one whose amount is at most
@@ -378,11 +378,8 @@ int64_t draw(const Survivors& in, const Slot& slot, Scratch& scratch) {
   double* masses = scratch.mass.get(num_chunks);
   double total = 0;
   for (int64_t c = 0; c < num_chunks; ++c) {
-    DoubleVec mass = {};
-    for (int64_t i = c * kChunk; i < std::min(padded(in.n), (c + 1) * kChunk); i += kLanes) {
-      mass += widen(load(in.weights + i));
-    }
-    masses[c] = sum(mass);
+    const int64_t begin = c * kChunk;
+    masses[c] = mass_from(in.weights + begin, std::min(padded(in.n) - begin, kChunk), 0.0f);
     total += masses[c];
   }
   if (!(total > 0)) return -1;

@@ -11,6 +11,7 @@ OP_NAMES = (
     "rms_norm",
     "add_rms_norm",
     "rope_write_kv",
+    "linear",
     "silu_mul",
     "paged_attention",
     "plan_step",

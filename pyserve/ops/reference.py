@@ -61,6 +61,12 @@ def rope_write_kv(
     value_cache[blocks, offsets] = v[written].to(value_cache.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weight^T + bias."""
+    product = x.float() @ weight.float().T
+    out.copy_(product if bias is None else product + bias.float())
+
+
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """out = gate * sigmoid(gate) * up (Shazeer 2020)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
