@@ -5,7 +5,7 @@
 
 The floor is what this machine needs for a copy that moves as many bytes as the op must read and
 write (same dtype, same threads, so the same cache level), or for as many multiply-adds as the op
-must do at the rate of a float32 matrix product, whichever is longer. `us` is the median of
+must do at the rate of a large matrix product, whichever is longer. `us` is the median of
 repeated calls of the wrapper, output allocation included. OMP_WAIT_POLICY=passive is what the
 server runs with: without it the threads spin between calls and figures come out better.
 """
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from bench.report import busy_remark, environment, format_table, write_json
 from pyserve import ops
@@ -67,6 +68,7 @@ class Case:
     twin: Callable[[], object]
     num_bytes: int
     num_flops: int = 0
+    flops_dtype: torch.dtype = torch.float32  # what the op multiplies in
 
 
 class Machine(Protocol):
@@ -116,13 +118,13 @@ class Result:
     twin_us: float
 
 
-def measure(case: Case, machine: Machine, gflops: float) -> Result:
+def measure(case: Case, machine: Machine, gflops: dict[torch.dtype, float]) -> Result:
     """Time a case, its twin and its floor."""
     us = machine.time_us(case.run)
     half = max(case.num_bytes // 2, 1)
     source = torch.empty(half, dtype=torch.uint8, device=machine.device)
     copy_us = machine.time_us(partial(torch.empty_like(source).copy_, source))
-    floor_us = max(copy_us, case.num_flops / (gflops * 1e3))
+    floor_us = max(copy_us, case.num_flops / (gflops[case.flops_dtype] * 1e3))
     return Result(
         case.op,
         case.load,
@@ -134,9 +136,9 @@ def measure(case: Case, machine: Machine, gflops: float) -> Result:
     )
 
 
-def gemm_gflops(machine: Machine) -> float:
-    """Rate of a float32 matrix product."""
-    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=machine.device)
+def gemm_gflops(machine: Machine, dtype: torch.dtype) -> float:
+    """Rate of a large matrix product."""
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=machine.device).to(dtype)
     return 2 * GEMM_SIZE**3 / machine.time_us(partial(torch.mm, a, a)) / 1e3
 
 
@@ -158,6 +160,21 @@ def norm_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Ca
         lambda: reference.add_rms_norm(x, residual, weight, 1e-6, out),
         4 * size,
     )
+
+
+def linear_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The two largest matrices of a layer; their twin is torch's own product."""
+    for k, n in ((shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)):
+        x, weight = torch.randn(num_tokens, k).to(dtype), torch.randn(n, k).to(dtype)
+        yield Case(
+            "linear",
+            f"{num_tokens} x {k} -> {n}",
+            partial(ops.linear, x, weight),
+            partial(functional.linear, x, weight),
+            weight.nbytes + x.nbytes + num_tokens * n * x.element_size(),
+            2 * num_tokens * n * k,
+            dtype,
+        )
 
 
 def activation_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -328,6 +345,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """Every op under every load of a shape."""
     for num_tokens in (*shape.batches, shape.prefill):
         yield from norm_cases(shape, num_tokens, dtype)
+        yield from linear_cases(shape, num_tokens, dtype)
         yield from rope_cases(shape, num_tokens, dtype)
         yield from activation_cases(shape, num_tokens, dtype)
     yield from attention_cases(shape, dtype)
@@ -342,9 +360,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     build.load_native(allow_reference=False, progress=print)
     machine = Cpu(args.seconds)
-    gflops = gemm_gflops(machine)
+    gflops = {dtype: gemm_gflops(machine, dtype) for dtype in DTYPES.values()}
     print(busy_remark(), end="")
-    print(f"{args.threads} threads, float32 matrix product {gflops:.0f} GFLOP/s")
+    rates = ", ".join(f"{str(dtype)[6:]} {rate:.0f}" for dtype, rate in gflops.items())
+    print(f"{args.threads} threads, matrix product in GFLOP/s: {rates}")
     results: list[dict[str, Any]] = []
     for name in args.shapes:
         rows = [["op", "load", "us", "GB/s", "floor us", "ratio", "twin us"]]
