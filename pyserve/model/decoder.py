@@ -8,8 +8,8 @@ a small model's step is mostly these calls.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
+from pyserve import ops
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
@@ -108,7 +108,7 @@ class Decoder:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [n, hidden_size] -> [n, vocab_size] in the model's dtype"""
-        return functional.linear(hidden, self._head_weight)
+        return ops.linear(hidden, self._head_weight)
 
     def kv_specs(self) -> list[KVSpec]:
         """One per layer."""

@@ -49,6 +49,7 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             cache[0],
             cache[1],
         ),
+        "linear": (torch.randn(3, 24), torch.randn(5, 24), torch.randn(5), torch.empty(3, 5)),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "paged_attention": (
             torch.randn(3, 4, 8),
@@ -116,7 +117,7 @@ def test_fakes_touch_no_memory(name: str) -> None:
 
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
-    for name in ("rms_norm", "silu_mul", "paged_attention", "sample"):
+    for name in ("rms_norm", "linear", "silu_mul", "paged_attention", "sample"):
         args = op_args()[name]
         results = []
         for garbage in (3, 99):

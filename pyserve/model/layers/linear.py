@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.nn import functional
 
+from pyserve import ops
 from pyserve.model.destination import Destination, Destinations
 
 
@@ -37,7 +37,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]"""
-        return functional.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
     def destinations(self) -> Destinations:
         destinations: Destinations = {}
