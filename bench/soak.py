@@ -210,16 +210,15 @@ async def wait_idle(endpoint: Endpoint) -> dict[str, float]:
 
 
 async def run_soak(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> dict[str, Any]:
-    """A tenth of the requests to warm up, then the rest in quarters with memory read between."""
+    """Five equal parts, memory read after each; growth is counted from the end of the first."""
     rng = np.random.default_rng(args.seed)
     tally = Tally()
-    warm = max(1, args.num_requests // 10)
-    quarters = [len(part) for part in np.array_split(np.arange(args.num_requests - warm), 4)]
+    parts = [len(part) for part in np.array_split(np.arange(args.num_requests), 5)]
     rss_bytes: list[int] = []
     held: dict[str, float] = {}
     idle_s: list[float] = []
     started_s = time.perf_counter()
-    for count in [warm, *quarters]:
+    for count in parts:
         await soak(endpoint, tally, rng, args, count)
         ended_s = time.perf_counter()
         held = await wait_idle(endpoint)
@@ -263,8 +262,8 @@ def judge_soak(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
     series = " ".join(f"{value / MIB:.1f}" for value in result["rss_bytes"])
     growth_mib = result["growth_bytes"] / MIB
     print(
-        f"server RSS MiB after warm-up and each quarter: {series}; "
-        f"growth {growth_mib:+.2f} MiB (limit {args.max_growth_mib:g})"
+        f"server RSS MiB after each fifth of the requests: {series}; "
+        f"growth since the first {growth_mib:+.2f} MiB (limit {args.max_growth_mib:g})"
     )
     if growth_mib > args.max_growth_mib:
         problems.append(f"memory grew by {growth_mib:.2f} MiB")
