@@ -150,6 +150,14 @@ class EngineClient(Protocol):
         """Fail what still runs, free threads and memory. `submit` raises from here on."""
         ...
 
+    async def wait_stopped(self) -> str:
+        """Why the engine has given up, once it has; waits for ever while it is sound.
+
+        By then it has failed every stream and `stats().error` says the same. `stop` alone does not
+        end the wait.
+        """
+        ...
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -164,9 +172,11 @@ class EngineClient(Protocol):
         ...
 
     def abort(self, stream: SequenceStream) -> None:
-        """Stop the sequence and free what it holds within one step. Harmless after its end.
+        """End the sequence. Harmless after its end.
 
-        The stream finishes with reason "abort" at once; nothing more is put into it.
+        The stream finishes with reason "abort" before this returns, and nothing more is put into
+        it. Its blocks are free for others within one step: by the end of the step in flight, if
+        that computes it.
         """
         ...
 

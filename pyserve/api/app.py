@@ -47,6 +47,7 @@ async def health(request: web.Request) -> web.StreamResponse:
     if state.status == "draining":
         return _json(503, {"status": "draining"})
     assert state.loaded is not None
+    # The engine itself is asked: serve.py learns of its end a moment later.
     if state.loaded.engine.stats().error is not None:
         return _json(503, {"status": "failed"})
     return _json(200, {"status": "ready"})
@@ -123,7 +124,7 @@ def _middleware(state: ServerState) -> Middleware:
             raise  # the client has gone; aiohttp closes what is left
         except Exception as error:
             response = error_response(log_unexpected(error))
-        if state.status == "draining":
+        if state.status in ("draining", "failed"):
             response.force_close()
         return response
 

@@ -1,4 +1,4 @@
-"""The life of the server: listen, load, ready, drain, exit.
+"""The life of the server: listen, load, ready, drain or fail, exit.
 
 The port is open before anything is loaded; loading runs on one thread of its own, so that /health
 answers all the time. Nothing here imports torch.
@@ -32,10 +32,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code of the process.
+    """Serve until SIGTERM or SIGINT, or until the engine gives up; returns the exit code.
 
     `load` runs on a thread of its own once the port is open, and may raise StartupError.
-    A thread that still loads when the server is told to stop ends with the process.
+    A thread that still loads when the server is told to stop ends with the process, and so does
+    one that hangs in a step of an engine that has given up.
     """
     try:
         sock = _listen(config.host, config.port)
@@ -45,7 +46,7 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     with sock:
         server = _Server(config, load, sock)
         code = asyncio.run(server.run())
-    if server.is_loading:
+    if server.is_loading or server.is_stuck:
         # The interpreter would wait for, or crash under, a thread inside a compiler or torch.
         os._exit(code)
     return code
@@ -65,6 +66,7 @@ class _Server:
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
         self._loading: asyncio.Future[Loaded] | None = None
         self._statistics: asyncio.Task[None] | None = None  # ends with the loop
+        self.is_stuck = False  # the engine has given up and cannot be stopped
 
     @property
     def is_loading(self) -> bool:
@@ -108,9 +110,12 @@ class _Server:
         )
         if self._config.log_stats:
             self._statistics = asyncio.create_task(_log_statistics(loaded.engine))
-        await self._stop.wait()
+        failure = await self._wait_told_or_failed(loaded.engine)
+        if failure is not None:
+            await self._fail(loaded.engine, failure)
+            return 1
         await self._drain(loaded.engine)
-        return 0
+        return 0 if loaded.engine.stats().error is None else 1
 
     async def _wait_loaded(self) -> Loaded | None:
         """What `load` returned, or None where the server is told to stop before."""
@@ -124,6 +129,17 @@ class _Server:
         finally:
             stop.cancel()
         return self._loading.result() if self._loading.done() else None
+
+    async def _wait_told_or_failed(self, engine: EngineClient) -> str | None:
+        """Until the server is told to stop, or the engine has given up: then why."""
+        stop = asyncio.create_task(self._stop.wait())
+        failure = asyncio.create_task(engine.wait_stopped())
+        try:
+            await asyncio.wait([stop, failure], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            failure.cancel()
+        return failure.result() if failure.done() else None
 
     def _run_load(self) -> None:
         """On the loading thread."""
@@ -147,6 +163,18 @@ class _Server:
             get_logger().warning("told to stop twice: exiting at once")
             os._exit(128 + number)
         self._stop.set()
+
+    async def _fail(self, engine: EngineClient, error: str) -> None:
+        """The engine has failed what ran: let clients hear of it, then let go of the rest."""
+        state = self._state
+        state.status = "failed"
+        get_logger().error("%s; exiting", error)
+        await state.wait_idle(LAST_FRAMES_S)
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.wait([stopping], timeout=LAST_FRAMES_S)
+        self.is_stuck = not stopping.done()
+        if stopping.done() and stopping.exception() is not None:
+            get_logger().error("the engine did not stop cleanly", exc_info=stopping.exception())
 
     async def _drain(self, engine: EngineClient) -> None:
         state = self._state

@@ -107,7 +107,7 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     startup: Startup = field(default_factory=Startup)
-    status: Literal["starting", "ready", "draining"] = "starting"
+    status: Literal["starting", "ready", "draining", "failed"] = "starting"
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
     created: int = field(default_factory=lambda: int(time.time()))
@@ -125,6 +125,8 @@ class ServerState:
         """The model, for a new request. Raises UnavailableError in any phase but ready."""
         if self.status == "draining":
             raise UnavailableError("the server is shutting down")
+        if self.status == "failed":
+            raise UnavailableError("the engine has stopped, and the server with it")
         if self.loaded is None or self.status == "starting":
             phase = self.startup.phase
             eta_s = phase.eta_s(time.monotonic())

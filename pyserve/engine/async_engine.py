@@ -38,6 +38,7 @@ class AsyncEngine:
         self._task: asyncio.Task[None] | None = None
         self._refusal: str | None = None  # why nothing is accepted any more; set once
         self._error: str | None = None
+        self._has_given_up = asyncio.Event()
 
     @property
     def info(self) -> EngineInfo:
@@ -53,6 +54,11 @@ class AsyncEngine:
             self.start()  # it closes the runner
         assert self._task is not None
         await self._task
+
+    async def wait_stopped(self) -> str:
+        await self._has_given_up.wait()
+        assert self._error is not None
+        return self._error
 
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
@@ -139,6 +145,7 @@ class AsyncEngine:
 
     def _give_up(self, reason: str) -> None:
         self._error = reason
+        self._has_given_up.set()
         self._shut(reason, EngineError)
 
     def _shut(self, reason: str, error: type[RequestError]) -> None:

@@ -23,7 +23,7 @@ from pyserve.api.http import listening
 from pyserve.api.state import Loaded, ServerState
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.config import ServerConfig
-from pyserve.errors import PyserveError, UnavailableError
+from pyserve.errors import EngineError, PyserveError, UnavailableError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
@@ -108,6 +108,7 @@ class FakeEngine:
     is_started: bool = False
     is_stopped: bool = False
     num_cached_tokens: int = 0
+    gave_up: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
         self.is_started = True
@@ -117,12 +118,26 @@ class FakeEngine:
         for item in self.running():
             item.stream.fail(UnavailableError("the server is shutting down"))
 
+    async def wait_stopped(self) -> str:
+        await self.gave_up.wait()
+        assert self.error is not None
+        return self.error
+
+    def give_up(self, reason: str) -> None:
+        """As the real one after a bug: fail everything, take nothing more."""
+        self.error = reason
+        self.gave_up.set()
+        for item in self.running():
+            item.stream.fail(EngineError(reason))
+
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
         cache_salt: str = "",
     ) -> SequenceStream:  # fmt: skip
         if self.is_stopped:
             raise UnavailableError("the server is shutting down")
+        if self.error is not None:
+            raise UnavailableError(self.error)
         number = len(self.submitted)
         stream = SequenceStream(number, len(prompt_token_ids))
         item = Submitted(list(prompt_token_ids), params, priority, cache_salt, stream)

@@ -1,21 +1,48 @@
 """A server process around the scripted engine, for tests of start, signals and exit codes.
 
-Arguments: port, folder of the tokenizer, what `load` does, seconds to drain.
+Arguments: port, folder of the tokenizer, what `load` does (held: until the folder has a file
+go-<port>), seconds to drain.
 """
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
+from pyserve.client import SequenceStream
 from pyserve.config import ServerConfig
 from pyserve.errors import PlanError
+from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from tests.api.fakes import FakeEngine, Script
+
+FATAL_TOKEN = 81
+
+
+class Engine(FakeEngine):
+    """Gives up soon after a prompt that begins with FATAL_TOKEN; "stuck": and never stops."""
+
+    def submit(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
+        cache_salt: str = "",
+    ) -> SequenceStream:  # fmt: skip
+        stream = super().submit(prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+        if prompt_token_ids[0] == FATAL_TOKEN:
+            asyncio.get_running_loop().call_later(0.1, self.give_up, "the engine has stopped: boom")
+        return stream
+
+    async def stop(self) -> None:
+        if sys.argv[3] == "stuck":
+            threading.Thread(target=time.sleep, args=[600]).start()  # as a step that hangs
+            await asyncio.sleep(600)
+        await super().stop()
 
 
 def load(report: Report) -> Loaded:
@@ -23,9 +50,10 @@ def load(report: Report) -> Loaded:
     report("build", 0, 0)
     report("load", 1, 4)
     if how == "hang":
-        time.sleep(60)
-    if how == "slow":
-        time.sleep(0.5)
+        time.sleep(600)
+    if how == "held":
+        while not Path(sys.argv[2], f"go-{sys.argv[1]}").exists():
+            time.sleep(0.01)
     if how == "too big":
         raise PlanError("the model needs 9 GiB, 4 GiB are free")
     if how == "bug":
@@ -37,7 +65,7 @@ def load(report: Report) -> Loaded:
         tokenizer=tokenizer,
         chat_template=ChatTemplate.load(tokenizer),
         defaults=GenerationDefaults(),
-        engine=FakeEngine(lambda number: Script([80], 0.01)),
+        engine=Engine(lambda number: Script([80], 0.01)),
     )
 
 

@@ -173,6 +173,7 @@ def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
         engine = make_engine()
         client = async_engine(engine)
         client.start()
+        gave_up = asyncio.ensure_future(client.wait_stopped())
         params = SamplingParams(max_tokens=4, seed=0)
         for _ in range(2 * MAX_FAILED_STEPS):  # never twice without success in between
             steps = []
@@ -190,6 +191,8 @@ def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
             )  # fmt: skip
         assert client.stats().error is None and client.stats().num_blocks_used == 0
         await client.stop()
+        assert not gave_up.done()
+        gave_up.cancel()
 
     run(test())
 
@@ -211,6 +214,7 @@ def test_failure_after_failure_stops_the_engine() -> None:
         assert "as wanted" not in str(results), "what failed inside is for the log"
         error = client.stats().error
         assert error is not None and "3 steps in a row" in error
+        assert await client.wait_stopped() == error
         with pytest.raises(UnavailableError, match="3 steps in a row"):
             client.submit([1], params)
         for stream in streams:
@@ -234,6 +238,7 @@ def test_a_bug_ends_every_stream_instead_of_hanging(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(engine, "update", broken)
         with pytest.raises(EngineError, match="the engine has stopped: KeyError"):
             await read_all(stream)
+        assert await client.wait_stopped() == "the engine has stopped: KeyError"
         assert client.stats().error is not None
         with pytest.raises(UnavailableError):
             client.submit([1], SamplingParams(max_tokens=1))
