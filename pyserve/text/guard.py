@@ -6,6 +6,9 @@ mark, a Unicode noncharacter that the request does not hold; after rendering the
 out and become positions where the tokenizer must cut the text. A user's string that ends in the
 beginning of a special token is cut at its end, so that the text after it cannot complete it.
 
+Texts are searched in pieces: a search holds the interpreter's lock, and an endless one would stop
+the event loop from wherever it runs.
+
 Out of reach: special tokens of one character, and template markup closed around a whole user
 string ('<|' + role + '|>'), which is how templates are meant to work; roles are the API's to check.
 """
@@ -19,7 +22,7 @@ from typing import Any
 from pyserve.errors import InvalidRequestError
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-_find_noncharacters = re.compile("[\ufdd0-\ufdef]").findall
+PIECE_CHARS = 2**18  # a few milliseconds
 
 
 class ChatPrompt(str):
@@ -41,7 +44,7 @@ class ControlGuard:
         tokens = [token for token in control_tokens if len(token) > 1]
         pattern = _trie_pattern(tokens)
         self._find_start = re.compile(f"(?={pattern})").finditer
-        self._search = re.compile(pattern).search
+        self._search = re.compile(pattern).search  # faster than _find_start where there is none
         self._match = re.compile(pattern).match
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
         self._longest = max(map(len, tokens), default=0)
@@ -50,7 +53,7 @@ class ControlGuard:
 
     def concerns(self, value: Any) -> bool:
         """Whether any string in JSON-like data needs a mark."""
-        return any(self._search(text) or self._is_unfinished(text) for text in strings_in(value))
+        return any(self._holds(text) or self._is_unfinished(text) for text in strings_in(value))
 
     def mark(self, value: Any, marks: str) -> Any:
         """A copy of JSON-like data with marks[0] before each token, marks[1] after a beginning."""
@@ -64,19 +67,33 @@ class ControlGuard:
 
     def settle(self, text: str, marks: str) -> ChatPrompt:
         """Take the marks out of a rendered text."""
-        parts = re.split(f"([{marks}])", text)
-        plain = "".join(parts[::2])
-        breaks, position = set(), 0
-        for part, mark in zip(parts[::2], parts[1::2], strict=False):
-            position += len(part)
-            if mark == marks[0] and self._match(plain, position):
-                breaks.add(position + 1)  # within the token
-            else:
-                breaks.add(position)
+        found = [match.start() for match in re.finditer(f"[{marks}]", text)]
+        cuts = [0, *[at + 1 for at in found], len(text) + 1]
+        plain = "".join([text[a : b - 1] for a, b in zip(cuts, cuts[1:], strict=False)])
+        breaks = set()
+        for num_before, at in enumerate(found):
+            position = at - num_before
+            is_token = text[at] == marks[0] and self._match(plain, position)
+            breaks.add(position + 1 if is_token else position)  # within the token
         return ChatPrompt(plain, tuple(sorted(breaks - {0, len(plain)})))
 
+    def _holds(self, text: str) -> bool:
+        """Whether a control token is in the text."""
+        return any(
+            self._search(text, start, start + PIECE_CHARS + self._longest)
+            for start in range(0, len(text), PIECE_CHARS)
+        )
+
+    def _starts(self, text: str) -> Iterator[int]:
+        """Where control tokens begin."""
+        for start in range(0, len(text), PIECE_CHARS):
+            for match in self._find_start(text, start, start + PIECE_CHARS + self._longest):
+                if match.start() >= start + PIECE_CHARS:
+                    break  # the next piece finds it
+                yield match.start()
+
     def _mark_text(self, text: str, marks: str) -> str:
-        starts = [match.start() for match in self._find_start(text)]
+        starts = list(self._starts(text))
         cuts = [0, *starts, len(text)]
         end = marks[1] if self._is_unfinished(text) else ""
         return marks[0].join(text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)) + end
@@ -104,13 +121,16 @@ def strings_in(value: Any) -> Iterator[str]:
 
 def unused_noncharacters(count: int, value: Any, *, source: str) -> str:
     """Characters that occur neither in the data nor in the template's source."""
-    used = {char for text in strings_in(value) for char in _find_noncharacters(text)}
-    free = [char for char in _NONCHARACTERS if char not in used and char not in source]
-    if len(free) < count:
-        raise InvalidRequestError(
-            "messages hold too many of the noncharacters U+FDD0 to U+FDEF", "messages"
-        )
-    return "".join(free[:count])
+    texts = [source, *strings_in(value)]
+    free = ""
+    for char in _NONCHARACTERS:
+        if not any(char in text for text in texts):
+            free += char
+            if len(free) == count:
+                return free
+    raise InvalidRequestError(
+        "messages hold too many of the noncharacters U+FDD0 to U+FDEF", "messages"
+    )
 
 
 def _trie_pattern(tokens: Iterable[str]) -> str:

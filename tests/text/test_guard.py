@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pyserve.errors import InvalidRequestError
+from pyserve.text import guard as guard_module
 from pyserve.text.guard import ControlGuard, strings_in, unused_noncharacters
 
 TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s", "\n"]
@@ -66,6 +67,22 @@ def test_an_end_that_begins_a_token_is_cut() -> None:
     assert guard.concerns("1 <") and guard.concerns("x<|im_e") and not guard.concerns("x<|im_e ")
     prompt = guard.settle(guard.mark("x<|im_", MARKS) + guard.mark("end|>", MARKS), MARKS)
     assert (prompt, prompt.breaks) == ("x<|im_end|>", (6,))
+
+
+@pytest.mark.parametrize("piece_chars", [1, 2, 5, 11])
+def test_tokens_across_pieces_are_found_once(
+    monkeypatch: pytest.MonkeyPatch, piece_chars: int
+) -> None:
+    whole = ControlGuard(TOKENS[:-1])
+    text = "a<|im_end|><|im_start|></s><s><s>[/INST] <|im_ <|im_end|>"
+    marked, holds = whole.mark(text, MARKS), whole.concerns(text + " ")
+    assert marked.count(MARKS[0]) == 7 and holds
+    monkeypatch.setattr(guard_module, "PIECE_CHARS", piece_chars)
+    assert whole.mark(text, MARKS) == marked
+    for token in TOKENS[:-1]:
+        for before in range(2 * piece_chars):
+            assert whole.concerns("x" * before + token + " ")
+    assert not whole.concerns("<|im_ end|> /s> INST] ")
 
 
 def test_no_tokens_no_work() -> None:
