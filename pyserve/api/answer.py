@@ -14,6 +14,7 @@ from pyserve import __version__
 from pyserve.api import stream
 from pyserve.api.body import check_built, ignored_header
 from pyserve.api.generate import Generation
+from pyserve.api.prompts import check_total
 from pyserve.api.protocol import (
     MAX_NAME_CHARS,
     MAX_SEQUENCES,
@@ -133,6 +134,7 @@ def _submit(
         )
     cache_salt = _name("cache_salt", body.cache_salt) or ""
     limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
+    check_total(sum(map(len, prompts)), n=resolver.n, param=endpoint.prompt_name)
     skip_special_tokens = body.skip_special_tokens is not False
     for prompt, params in zip(prompts, limits, strict=True):
         generation.submit(

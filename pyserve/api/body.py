@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
 import re
+from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from pyserve import __version__
-from pyserve.api.protocol import NO_EFFECT, NOT_BUILT, ContentPart, Message, StreamOptions
+from pyserve.api.protocol import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    NO_EFFECT,
+    NOT_BUILT,
+    ContentPart,
+    Message,
+    StreamOptions,
+)
+from pyserve.api.state import ServerState
+from pyserve.api.structure import check_structure
 from pyserve.errors import BodyTooLargeError, InvalidRequestError, NotBuiltError
 
 IGNORED_HEADER = "x-pyserve-ignored"
+SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
+UTF8_PIECE_BYTES = 2**20
 MAX_IGNORED_NAMES = 32
 MAX_IGNORED_NAME_CHARS = 64
 
@@ -20,6 +34,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LIST_KEYS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _NULL = b"null"
 
@@ -31,11 +46,16 @@ class Wire(Generic[T]):
         self._decoder = msgspec.json.Decoder(wire_type)
         self._known = frozenset(wire_type.__struct_fields__)
 
-    async def read(self, request: web.Request, max_bytes: int) -> tuple[T, list[str]]:
+    async def read(
+        self, request: web.Request, state: ServerState, *, max_list_ids: int = 0
+    ) -> tuple[T, list[str]]:
         """The request of an HTTP body and the names of its fields that have no effect.
 
-        Raises RequestError: not JSON, a wrong type, over `max_bytes`, a field that is not built.
+        max_list_ids  the most token ids that one list of them can do with.
+
+        Raises RequestError: not JSON, a wrong type, too large, a field that is not built.
         """
+        max_bytes = state.config.max_body_bytes
         content_type = request.headers.get("Content-Type", "application/json")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise InvalidRequestError("the Content-Type must be application/json")
@@ -49,12 +69,14 @@ class Wire(Generic[T]):
             raise _too_large(max_bytes) from None
         except web.RequestPayloadError:
             raise InvalidRequestError("the body is cut off or badly encoded") from None
-        return self.decode(body)
+        decode = partial(self.decode, body, max_list_ids=max_list_ids)
+        return await state.run_text(len(body), decode, short=SHORT_BODY_BYTES)
 
-    def decode(self, body: bytes) -> tuple[T, list[str]]:
+    def decode(self, body: bytes, *, max_list_ids: int = 0) -> tuple[T, list[str]]:
         """As `read`, from the bytes."""
         try:
-            body.decode()  # msgspec skips over what it does not keep without looking at it
+            _check_utf8(body)  # msgspec skips over what it does not keep without looking at it
+            check_structure(body, max_list_ids)
             value = self._decoder.decode(body)
             ignored = self._check_fields(value, _KEYS.decode(body))
         except UnicodeDecodeError:
@@ -68,21 +90,37 @@ class Wire(Generic[T]):
         return value, ignored
 
     def _check_fields(self, value: T, given: dict[str, msgspec.Raw]) -> list[str]:
-        ignored = []
+        ignored = _Names()
         for name, raw in given.items():
             if memoryview(raw) == _NULL:
                 continue
             if name not in self._known or (
                 name in NO_EFFECT and not _is_among(getattr(value, name), NO_EFFECT[name])
             ):
-                ignored.append(name)
+                ignored.add(name)
             elif name in NOT_BUILT:
                 check_built(name, getattr(value, name), name)
             elif name == "messages":
-                ignored += _inside_messages(raw)
+                _check_counts(value.messages)  # type: ignore[attr-defined]
+                _name_inside_messages(raw, ignored)
             elif name == "stream_options":
-                ignored += _unknown(_KEYS.decode(raw), StreamOptions, name)
-        return ignored
+                _name_unknown(_KEYS.decode(raw), StreamOptions, name, ignored)
+        return ignored.names
+
+
+class _Names:
+    """The first of some names, each once: as many as are shown, and one to tell of the others."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.names) > MAX_IGNORED_NAMES
+
+    def add(self, name: str) -> None:
+        if not self.is_full and name not in self.names:
+            self.names.append(name)
 
 
 def check_built(name: str, value: object, path: str) -> None:
@@ -105,26 +143,46 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     return {IGNORED_HEADER: ", ".join(shown)}
 
 
-def _inside_messages(raw: msgspec.Raw) -> list[str]:
-    ignored: list[str] = []
+def _check_utf8(body: bytes) -> None:
+    """Raises UnicodeDecodeError. In pieces, so that other threads get their turn."""
+    decoder = _utf8_decoder()
+    for start in range(0, len(body), UTF8_PIECE_BYTES):
+        decoder.decode(body[start : start + UTF8_PIECE_BYTES])
+    decoder.decode(b"", final=True)
+
+
+def _check_counts(messages: list[Message] | None) -> None:
+    """Refuse too many messages or parts, before anything is done to each of them."""
+    messages = messages or []
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"messages must hold 1 to {MAX_MESSAGES} messages, got {len(messages)}", "messages"
+        )
+    num_parts = sum(len(m.content) for m in messages if isinstance(m.content, list))
+    if num_parts > MAX_PARTS:
+        raise InvalidRequestError(
+            f"messages hold {num_parts} content parts in all, the limit is {MAX_PARTS}", "messages"
+        )
+
+
+def _name_inside_messages(raw: msgspec.Raw, ignored: _Names) -> None:
     for message in _LIST_KEYS.decode(raw):
-        ignored += _unknown(message, Message, "messages")
+        _name_unknown(message, Message, "messages", ignored)
         content = memoryview(message.get("content", b""))
         if bytes(content[:1]) == b"[":
             for part in _LIST_KEYS.decode(content):
-                ignored += _unknown(part, ContentPart, "messages.content")
-    return ignored
+                _name_unknown(part, ContentPart, "messages.content", ignored)
 
 
-def _unknown(
-    given: dict[str, msgspec.Raw], wire_type: type[msgspec.Struct], path: str
-) -> list[str]:
+def _name_unknown(
+    given: dict[str, msgspec.Raw], wire_type: type[msgspec.Struct], path: str, ignored: _Names
+) -> None:
     known = wire_type.__struct_fields__
-    return [
-        f"{path}.{name}"
-        for name, raw in given.items()
-        if name not in known and memoryview(raw) != _NULL
-    ]
+    for name, raw in given.items():
+        if ignored.is_full:
+            return
+        if name not in known and memoryview(raw) != _NULL:
+            ignored.add(f"{path}.{name}")
 
 
 def _is_among(value: object, neutral: tuple[object, ...]) -> bool:

@@ -10,7 +10,7 @@ from aiohttp import web
 from pyserve.api.answer import FINGERPRINT, Endpoint, answer
 from pyserve.api.body import Wire, check_built
 from pyserve.api.generate import Choice, Generation
-from pyserve.api.prompts import check_may_fit
+from pyserve.api.prompts import check_chars, check_may_fit
 from pyserve.api.protocol import (
     MAX_MESSAGES,
     ChatChoice,
@@ -35,7 +35,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model()
-    body, ignored = await WIRE.read(request, state.config.max_body_bytes)
+    body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     prompt = await tokenize_messages(
         state, loaded, body.messages, add_special_tokens=body.add_special_tokens
@@ -61,24 +61,22 @@ async def tokenize_messages(
             "add_special_tokens beside messages is not built yet: the template writes them",
             "add_special_tokens",
         )
-    if not 1 <= len(messages) <= MAX_MESSAGES:
+    if not messages:
         raise InvalidRequestError(
-            f"messages must hold 1 to {MAX_MESSAGES} messages, got {len(messages)}", "messages"
+            f"messages must hold 1 to {MAX_MESSAGES} messages, got 0", "messages"
         )
-    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+    num_chars = sum(map(_num_chars, messages))
+    max_model_len = loaded.engine.info.max_model_len
+    check_chars(loaded.tokenizer, num_chars, max_model_len=max_model_len, param="messages")
 
     def tokenize() -> list[int]:
+        plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
         text = loaded.chat_template.render(plain)
-        check_may_fit(
-            loaded.tokenizer,
-            text,
-            max_model_len=loaded.engine.info.max_model_len,
-            param="messages",
-        )
+        check_may_fit(loaded.tokenizer, text, max_model_len=max_model_len, param="messages")
         return loaded.tokenizer.encode_chat(text)
 
-    size = sum(map(_num_chars, messages)) + MESSAGE_CHARS * len(messages)
-    prompt = await state.run_text(size, tokenize)
+    prompt = await state.run_text(num_chars + MESSAGE_CHARS * len(messages), tokenize)
     if not prompt:
         raise InvalidRequestError("messages make an empty prompt", "messages")
     return prompt
@@ -112,10 +110,6 @@ def _plain(message: Message, path: str) -> dict[str, Any]:
 
 
 def _plain_parts(parts: list[ContentPart], path: str) -> list[dict[str, str]]:
-    if len(parts) > MAX_MESSAGES:
-        raise InvalidRequestError(
-            f"{path} has {len(parts)} parts, the limit is {MAX_MESSAGES}", path
-        )
     plain = []
     for i, part in enumerate(parts):
         if part.type != "text":

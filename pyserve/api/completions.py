@@ -19,12 +19,14 @@ from pyserve.api.protocol import (
     CompletionResponse,
 )
 from pyserve.api.sampling import check_token_ids
-from pyserve.api.state import STATE, Loaded, ServerState
+from pyserve.api.state import STATE, Loaded
 from pyserve.api.stream import CompletionFrames
 from pyserve.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
+
+Prompt = str | list[str | int | list[int]]
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -32,10 +34,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model()
-    body, ignored = await WIRE.read(request, state.config.max_body_bytes)
+    body, ignored = await WIRE.read(request, state, max_list_ids=loaded.engine.info.max_model_len)
     state.check_model_name(body.model)
-    token_ids = await _tokenize(
-        state, loaded, body.prompt, add_special_tokens=body.add_special_tokens is not False
+    if body.prompt is None:
+        raise InvalidRequestError("prompt is missing", "prompt")
+    token_ids = await state.run_text(
+        _size(body.prompt),
+        partial(_tokenize, loaded, body.prompt, body.add_special_tokens is not False),
     )
     return await answer(
         request,
@@ -49,16 +54,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     )
 
 
-async def _tokenize(
-    state: ServerState,
-    loaded: Loaded,
-    prompt: str | list[str | int | list[int]] | None,
-    *,
-    add_special_tokens: bool,
-) -> list[list[int]]:
+def _size(prompt: Prompt) -> int:
+    """Characters and token ids, where there are no more prompts than are allowed."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    inner = [item for item in prompt[:MAX_SEQUENCES] if not isinstance(item, int)]
+    return len(prompt) + sum(map(len, inner))
+
+
+def _tokenize(loaded: Loaded, prompt: Prompt, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of every prompt, each in the vocabulary and none empty."""
-    if prompt is None:
-        raise InvalidRequestError("prompt is missing", "prompt")
     if isinstance(prompt, str):
         prompt = [prompt]
     kinds = set(map(type, prompt))
@@ -76,9 +81,7 @@ async def _tokenize(
         raise InvalidRequestError("prompt must not be empty", "prompt")
     if kinds == {str}:
         texts = cast("list[str]", prompt)
-        token_ids = await state.run_text(
-            sum(map(len, texts)), partial(_encode, loaded, texts, add_special_tokens)
-        )
+        token_ids = _encode(loaded, texts, add_special_tokens)
         if not all(token_ids):
             raise InvalidRequestError("prompt must not be empty", "prompt")
         return token_ids
@@ -91,15 +94,19 @@ async def _tokenize(
 
 
 def _encode(loaded: Loaded, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    return [
-        prompts.encode(
+    token_ids = []
+    num_tokens = 0
+    for text in texts:
+        ids = prompts.encode(
             loaded.tokenizer,
             text,
             add_special_tokens=add_special_tokens,
             max_model_len=loaded.engine.info.max_model_len,
         )
-        for text in texts
-    ]
+        token_ids.append(ids)
+        num_tokens += len(ids)
+        prompts.check_total(num_tokens, n=1, param="prompt")
+    return token_ids
 
 
 def _whole(request_id: str, created: int, model: str, generation: Generation) -> CompletionResponse:

@@ -7,12 +7,14 @@ at the first piece that is too many.
 
 from __future__ import annotations
 
+from pyserve.api.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
 
 PIECE_CHARS = 2**16
 CUT_TOKENS = 32  # more than a cut through the text can add to its count
 MAX_TOKENIZE_CHARS = 2**20  # for /tokenize, or 8 for each token of the context
+MIN_MAX_CHARS = 2**20  # shorter text is counted in tokens
 
 
 def encode(
@@ -28,6 +30,7 @@ def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param:
 
     What passes has at most a few tokens too many, and is counted exactly later.
     """
+    check_chars(tokenizer, len(text), max_model_len=max_model_len, param=param)
     if len(text) <= PIECE_CHARS:
         return
     num_tokens = 0
@@ -42,8 +45,41 @@ def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param:
             )
 
 
+def check_chars(tokenizer: Tokenizer, num_chars: int, *, max_model_len: int, param: str) -> None:
+    """Refuse, by its length alone, a text that no number of tokens in the context can hold.
+
+    Tokenizers that drop or merge characters hold more; of those a megabyte is given.
+    """
+    limit = max(MIN_MAX_CHARS, max_model_len * tokenizer.max_token_chars)
+    if num_chars > limit:
+        raise InvalidRequestError(
+            f"This model's maximum context length is {max_model_len} tokens: "
+            f"the prompt has {num_chars} characters, more than {limit}",
+            param,
+        )
+
+
+def check_total(num_tokens: int, *, n: int, param: str) -> None:
+    """Bound the prompt tokens of all sequences of a request: each of them is the server's to hold.
+
+    num_tokens  of all prompts; each makes n sequences.
+    """
+    if num_tokens * n > MAX_REQUEST_TOKENS:
+        times = f" times n {n}" if n > 1 else ""
+        raise InvalidRequestError(
+            f"{num_tokens} prompt tokens{times} are more than the {MAX_REQUEST_TOKENS} "
+            "that one request may have",
+            "n" if n > 1 else param,
+        )
+
+
+def max_tokenize_size(max_model_len: int) -> int:
+    """Characters or tokens that /tokenize and /detokenize take, which need not fit the context."""
+    return max(MAX_TOKENIZE_CHARS, 8 * max_model_len)
+
+
 def check_size(size: int, unit: str, *, max_model_len: int, param: str) -> None:
-    """Bound what /tokenize and /detokenize work on, which need not fit the context."""
-    limit = max(MAX_TOKENIZE_CHARS, 8 * max_model_len)
+    """Refuse more than `max_tokenize_size`."""
+    limit = max_tokenize_size(max_model_len)
     if size > limit:
         raise InvalidRequestError(f"{param} has {size} {unit}, the limit is {limit}", param)

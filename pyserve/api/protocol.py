@@ -11,10 +11,12 @@ from typing import Any
 
 import msgspec
 
-MAX_MESSAGES = 4096  # also parts of one message
+MAX_MESSAGES = 4096
+MAX_PARTS = 4 * MAX_MESSAGES  # content parts of all messages
 MAX_NAME_CHARS = 512  # cache_salt, request_id
 MAX_SEQUENCES = 2048  # n times the prompts of one request
 MAX_N = 128
+MAX_REQUEST_TOKENS = 2**22  # prompt tokens of all sequences of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000  # of one stop string
 

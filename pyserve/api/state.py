@@ -163,9 +163,11 @@ class ServerState:
                 return False
         return True
 
-    async def run_text(self, size: int, function: Callable[[], R]) -> R:
+    async def run_text(
+        self, size: int, function: Callable[[], R], *, short: int = SHORT_TEXT_CHARS
+    ) -> R:
         """Run text work on `size` characters or tokens: on a thread where it would block."""
-        if size <= SHORT_TEXT_CHARS:
+        if size <= short:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
 

@@ -9,7 +9,7 @@ from aiohttp import web
 from pyserve.api.answer import json_response
 from pyserve.api.body import Wire, ignored_header
 from pyserve.api.chat import tokenize_messages
-from pyserve.api.prompts import check_size
+from pyserve.api.prompts import check_size, max_tokenize_size
 from pyserve.api.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -28,7 +28,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     """Token ids of a text, or of the prompt made from messages."""
     state = request.app[STATE]
     loaded = state.model()
-    body, ignored = await TOKENIZE.read(request, state.config.max_body_bytes)
+    body, ignored = await TOKENIZE.read(request, state)
     state.check_model_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
@@ -55,17 +55,16 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     """The text of token ids, special tokens included."""
     state = request.app[STATE]
     loaded = state.model()
-    body, ignored = await DETOKENIZE.read(request, state.config.max_body_bytes)
+    max_model_len = loaded.engine.info.max_model_len
+    body, ignored = await DETOKENIZE.read(
+        request, state, max_list_ids=max_tokenize_size(max_model_len)
+    )
     state.check_model_name(body.model)
-    check_size(
-        len(body.tokens),
-        "tokens",
-        max_model_len=loaded.engine.info.max_model_len,
-        param="tokens",
-    )
-    check_token_ids(body.tokens, loaded.tokenizer.vocab_size, "tokens")
-    text = await state.run_text(
-        len(body.tokens),
-        partial(loaded.tokenizer.decode, body.tokens, skip_special_tokens=False),
-    )
+    check_size(len(body.tokens), "tokens", max_model_len=max_model_len, param="tokens")
+
+    def decode() -> str:
+        check_token_ids(body.tokens, loaded.tokenizer.vocab_size, "tokens")
+        return loaded.tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+    text = await state.run_text(len(body.tokens), decode)
     return json_response(DetokenizeResponse(text), ignored_header(ignored))

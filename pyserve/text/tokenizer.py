@@ -41,7 +41,8 @@ class Tokenizer:
     special_token_ids  ids that skip_special_tokens leaves out of a text.
     control_tokens     their strings.
     eos_token_id       the model's primary EOS, None where the folder names none.
-    vocab_size         number of tokens, added ones included.
+    vocab_size         ids are in [0, vocab_size), those of added tokens too; not all need be used.
+    max_token_chars    characters of the longest token, which no text of a token exceeds.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.control_tokens = frozenset(token.content for token in added.values() if token.special)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        self.max_token_chars: int = max(map(len, vocab), default=0)
         self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
         self.bos_token_id = self.token_to_id(self.special_tokens.get("bos_token", ""))
         spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pyserve.api.body import IGNORED_HEADER, Wire, ignored_header
-from pyserve.api.protocol import NOT_BUILT, ChatRequest, CompletionRequest
+from pyserve.api import body as body_module
+from pyserve.api.body import IGNORED_HEADER, MAX_IGNORED_NAMES, Wire, ignored_header
+from pyserve.api.protocol import MAX_MESSAGES, NOT_BUILT, ChatRequest, CompletionRequest
 from pyserve.errors import InvalidRequestError, NotBuiltError, RequestError
 
 CHAT = Wire(ChatRequest)
@@ -132,6 +133,38 @@ def test_the_header_is_short_and_clean() -> None:
     assert header == "a, b??Set-Cookie??x, ?"
     header = ignored_header([f"{i:03}" + "x" * 1000 for i in range(500)])[IGNORED_HEADER]
     assert len(header) < 2500 and header.endswith(", ...")
+
+
+def test_no_more_names_are_kept_than_are_shown() -> None:
+    messages = [{"role": "user", "content": "x", f"m{i}": 1} for i in range(1000)]
+    fields = {f"k{i}": 1 for i in range(1000)}
+    for data in ({"messages": messages}, {"messages": MESSAGES, **fields}):
+        _, ignored = CHAT.decode(json.dumps(data).encode())
+        assert len(ignored) == MAX_IGNORED_NAMES + 1
+        assert ignored_header(ignored)[IGNORED_HEADER].endswith(", ...")
+    with pytest.raises(NotBuiltError, match="tools"):  # is looked for behind them
+        chat(**fields, tools=[{"type": "function"}])
+
+
+def test_messages_are_counted_before_they_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(raw: object, ignored: object) -> None:
+        raise AssertionError("looked into")
+
+    monkeypatch.setattr(body_module, "_name_inside_messages", fail)
+    with pytest.raises(InvalidRequestError, match=f"1 to {MAX_MESSAGES} messages, got 4097"):
+        chat(messages=MESSAGES * 4097)
+    with pytest.raises(InvalidRequestError, match="16385 content parts"):
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": ""}] * 16385}])
+
+
+def test_utf8_is_checked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "UTF8_PIECE_BYTES", 3)
+    body, _ = chat(messages=[{"role": "user", "content": "漢字😀é"}])
+    assert body.messages[0].content == "漢字😀é"
+    text = json.dumps({"x": "😀" * 9}, ensure_ascii=False).encode()
+    for cut in (text[:-3], text.replace(b"\x80", b"a", 1)):
+        with pytest.raises(InvalidRequestError, match="UTF-8"):
+            CHAT.decode(cut)
 
 
 def test_messages_never_show_a_class() -> None:

@@ -23,6 +23,7 @@ class Counting:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.num_chars = 0
+        self.max_token_chars = tokenizer.max_token_chars
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         self.num_chars += len(text)
@@ -32,7 +33,7 @@ class Counting:
 @pytest.mark.parametrize("text", ["word ", "x", "漢字", " ", "\n\t"])
 def test_endless_text_is_given_up_early(tokenizer: Tokenizer, text: str) -> None:
     counting = Counting(tokenizer)
-    endless = text * (5_000_000 // len(text))
+    endless = text * (1_000_000 // len(text))
     with pytest.raises(InvalidRequestError, match="context length is 4096 tokens.*at least"):
         prompts.encode(counting, endless, add_special_tokens=True, max_model_len=4096)  # type: ignore[arg-type]
     assert counting.num_chars <= 4 * prompts.PIECE_CHARS
@@ -59,6 +60,34 @@ def test_every_road_is_bounded(server: Server) -> None:
     for path, body in (("/tokenize", {"prompt": text}), ("/detokenize", {"tokens": [80] * 2**21})):
         error = server.error(path, body)
         assert str(prompts.MAX_TOKENIZE_CHARS) in error["message"]
+
+
+def test_text_that_no_tokens_can_hold_is_not_tokenised(tokenizer: Tokenizer) -> None:
+    counting = Counting(tokenizer)
+    for text in ("x" * (prompts.MIN_MAX_CHARS + 1), "word " * 5_000_000):
+        with pytest.raises(InvalidRequestError, match=f"4096 tokens: .* {len(text)} characters"):
+            prompts.encode(counting, text, add_special_tokens=True, max_model_len=4096)  # type: ignore[arg-type]
+    assert counting.num_chars == 0
+    longest = max((tokenizer.id_to_token(i) or "" for i in range(tokenizer.vocab_size)), key=len)
+    assert tokenizer.max_token_chars == len(longest)
+    limit = 2**18 * len(longest)
+    assert limit > prompts.MIN_MAX_CHARS
+    prompts.check_chars(tokenizer, limit, max_model_len=2**18, param="prompt")
+
+
+def test_the_tokens_of_all_sequences_are_bounded(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "MAX_REQUEST_TOKENS", 100)
+    path = "/v1/completions"
+    error = server.error(path, {"prompt": [[80] * 13, [80] * 13], "n": 4, "temperature": 1})
+    assert error["param"] == "n" and "26 prompt tokens times n 4" in error["message"]
+    assert "100" in error["message"]
+    for prompt in ([[80] * 51, [80] * 50], ["x y" * 20] * 6):
+        assert server.error(path, {"prompt": prompt})["param"] == "prompt"
+    assert server.engine.submitted == []
+    server.post(path, {"prompt": [[80] * 13, [80] * 12], "n": 4, "temperature": 1})
+    assert len(server.engine.submitted) == 8
 
 
 def test_tokenize_may_exceed_the_context(server: Server) -> None:
