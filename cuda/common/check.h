@@ -108,13 +108,13 @@ struct Rows {
 };
 
 inline Rows rows_of(const View& view) {
-  if (view.dim == 1) return {1, view.size(0)};
-  Rows rows{1, view.stride(view.dim - 2)};
-  for (int64_t i = 0; i < view.dim - 1; ++i) {
+  Rows rows{1, view.size(view.dim - 1)};
+  for (int64_t i = view.dim - 2; i >= 0; --i) {
+    if (view.size(i) == 1) continue;
+    if (rows.count == 1) rows.stride = view.stride(i);
+    PYSERVE_CHECK(view.stride(i) == rows.stride * rows.count, view.op, ": the rows of ", view.name,
+                  " are not evenly spaced");
     rows.count *= view.size(i);
-    PYSERVE_CHECK(i == view.dim - 2 || view.stride(i) == view.stride(i + 1) * view.size(i + 1) ||
-                      view.size(i) == 1,
-                  view.op, ": the rows of ", view.name, " are not evenly spaced");
   }
   return rows;
 }

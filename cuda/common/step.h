@@ -49,7 +49,7 @@ enum BlockUpdateWord : int32_t {
 // A slot row: device state of one running sequence.
 enum SlotWord : int32_t {
   kSlotNumComputed = 0,   // tokens whose KV is valid or in flight
-  kSlotLastToken,         // sampled last, -1 before the first
+  kSlotLastToken,         // sampled last, -1 before the first; 0 where sampling has failed
   kSlotMinTotalLen,       // stop ids are banned while the new token's position is below
   kSlotHasPenalties,      // 0 or 1; with 0 token_counts is neither read nor written
   kSlotTemperature,       // float; 0 is greedy

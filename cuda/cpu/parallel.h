@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/check.h"
+#include <stdexcept>
+
 namespace pyserve {
 
 inline int64_t num_threads() {
@@ -15,7 +18,7 @@ inline int64_t num_threads() {
 }
 
 // fn(begin, end) over parts of [0, count), on several threads where the whole is worth at least
-// `kParallelCost` nanoseconds; `cost` is that of one element. fn must not throw.
+// `kParallelCost` nanoseconds; `cost` is that of one element.
 constexpr double kParallelCost = 50000;
 
 template <class Fn>
@@ -30,7 +33,10 @@ void parallel_for(int64_t count, double cost, const Fn& fn) {
   auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const Fn*>(context))(begin, end);
   };
-  if (torch_parallel_for(0, count, grain, call, const_cast<Fn*>(&fn)) != 0) fn(int64_t{0}, count);
+  // Parts may have run: only failing is right, ops change their arguments in place.
+  if (torch_parallel_for(0, count, grain, call, const_cast<Fn*>(&fn)) != 0) {
+    throw std::runtime_error("a parallel region failed");
+  }
 }
 
 }  // namespace pyserve

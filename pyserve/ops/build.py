@@ -125,7 +125,11 @@ def _key(native: Toolchain) -> str:
     parts = (
         toolchain.source_hash(source_dir()),
         native.compiler,
+        native.version(),
         *native.flags(),
+        *native.ops_flags(),
+        *native.host_flags(),
+        *native.link_flags(),
         torch.__version__,
         str(sysconfig.get_config_var("SOABI")),
         toolchain.cpu_identity(),

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -51,6 +52,11 @@ class Toolchain:
     march: str | None  # of -march; None leaves the compiler's default
     sanitize: bool = False
 
+    def version(self) -> str:
+        """What the compiler calls itself; empty where it does not say."""
+        asked = subprocess.run([self.compiler, "--version"], capture_output=True, text=True)
+        return asked.stdout.partition("\n")[0]
+
     def flags(self) -> tuple[str, ...]:
         """Compiler flags of both products."""
         march = () if self.march is None else (f"-march={self.march}",)
@@ -58,14 +64,15 @@ class Toolchain:
 
     def ops_flags(self) -> tuple[str, ...]:
         """Further flags of `_ops`."""
-        return (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}", f"-isystem {_package('torch')}/include")
+        include = f"{_package('torch')}/include"
+        return (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}", "-isystem", include)
 
     def host_flags(self) -> tuple[str, ...]:
         """Further flags of `_host`."""
         python = sysconfig.get_paths()["include"]
         if not (Path(python) / "Python.h").is_file():
             raise CompileError("Python.h is missing: install python3-dev")
-        return (f"-isystem {_package('pybind11')}/include", f"-isystem {python}")
+        return ("-isystem", f"{_package('pybind11')}/include", "-isystem", python)
 
     def link_flags(self) -> tuple[str, ...]:
         """Linker flags of both products; torch's libraries are in the process when _ops loads."""
@@ -167,13 +174,13 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
         "  deps = gcc",
         "rule link",
         "  command = $cxx $in $flags -o $out",
-        f"cxx = {_escape(toolchain.compiler)}",
+        f"cxx = {_words(toolchain.compiler)}",
     ]
     common = toolchain.flags()
-    torch_lib = f"-L{_package('torch')}/lib -ltorch_cpu"
+    torch_lib = (f"-L{_package('torch')}/lib", "-ltorch_cpu")
     # host.cpp takes the longest (pybind11): it comes first.
     for product, sources, flags, libraries in (
-        (HOST_PRODUCT, [source_dir / "host.cpp"], toolchain.host_flags(), ""),
+        (HOST_PRODUCT, [source_dir / "host.cpp"], toolchain.host_flags(), ()),
         (OPS_PRODUCT, _op_sources(source_dir), toolchain.ops_flags(), torch_lib),
     ):
         objects = []
@@ -181,9 +188,9 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
             name = f"{product.removesuffix('.so')}/{source.stem}.o"
             objects.append(name)
             lines += [f"build {name}: compile {_escape(str(source))}"]
-            lines += [f"  flags = {' '.join(common + flags)}"]
+            lines += [f"  flags = {_words(*common, *flags)}"]
         lines += [f"build {product}: link {' '.join(objects)}"]
-        lines += [f"  flags = {' '.join(toolchain.link_flags())} {libraries}"]
+        lines += [f"  flags = {_words(*toolchain.link_flags(), *libraries)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -191,7 +198,13 @@ def _op_sources(source_dir: Path) -> list[Path]:
     return [source_dir / "ops.cpp", *sorted((source_dir / "cpu").glob("*.cpp"))]
 
 
+def _words(*words: str) -> str:
+    """Words of a shell command, in ninja's own escaping."""
+    return " ".join(map(shlex.quote, words)).replace("$", "$$")
+
+
 def _escape(path: str) -> str:
+    """A path in a build line; ninja quotes it for the shell itself."""
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 

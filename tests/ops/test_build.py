@@ -18,6 +18,7 @@ from pyserve.ops import build, toolchain
 
 # Notes each of its runs, then makes what it was asked for; waits while a file "hold" exists.
 FAKE_COMPILER = """#!/bin/sh
+[ "$1" = --version ] && echo "no compiler 1.0" && exit
 echo run >> {folder}/runs
 while [ -e {folder}/hold ]; do sleep 0.05; done
 [ -e {folder}/fail ] && {{ echo "some.cpp:1: error: no luck"; exit 1; }}
@@ -80,7 +81,12 @@ def test_another_compiler_source_or_flag_is_another_folder(
 ) -> None:
     native = toolchain.find_toolchain(None, march="native")
     keys = [build._key(native)]
-    keys.append(build._key(toolchain.Toolchain("/other/c++", "native")))
+    other = folder / "other-c++"
+    other.write_text("#!/bin/sh\necho another compiler 2.0")
+    other.chmod(0o755)
+    keys.append(build._key(toolchain.Toolchain(str(other), "native")))
+    other.write_text("#!/bin/sh\necho another compiler 2.1")
+    keys.append(build._key(toolchain.Toolchain(str(other), "native")))
     keys.append(build._key(toolchain.Toolchain(native.compiler, "native", sanitize=True)))
     keys.append(build._key(toolchain.Toolchain(native.compiler, None)))
     sources = folder / "cuda"
@@ -92,6 +98,17 @@ def test_another_compiler_source_or_flag_is_another_folder(
     monkeypatch.setattr(toolchain, "cpu_identity", lambda: "another CPU")
     keys.append(build._key(native))
     assert len(set(keys)) == len(keys)
+
+
+def test_paths_may_hold_spaces_and_signs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = folder / "a $HOME's cache: (1)"
+    sources = odd / "the sources"
+    shutil.copytree(build.source_dir(), sources)
+    monkeypatch.setattr(build, "source_dir", lambda: sources)
+    monkeypatch.setenv("PYSERVE_CACHE", str(odd))
+    compiler = shutil.copy(folder / "c++", odd / "c++")
+    monkeypatch.setenv("CXX", str(compiler))
+    assert (build._find_or_compile(lambda line: None) / toolchain.OPS_PRODUCT).exists()
 
 
 def test_two_processes_at_once_compile_once(folder: Path) -> None:

@@ -49,6 +49,7 @@ def test_strided_rows_and_leading_dims() -> None:
     flat = ops.rms_norm(cube.view(6, 72), weight, 1e-6)
     assert torch.equal(ops.rms_norm(cube, weight, 1e-6).view(6, 72), flat)
     assert torch.equal(ops.rms_norm(cube[0, 0], weight, 1e-6), flat[0])
+    assert torch.equal(ops.rms_norm(cube[:, 1:2], weight, 1e-6).view(2, 72), flat[[1, 4]])
 
 
 def test_out_may_be_x_and_every_element_is_written() -> None:
