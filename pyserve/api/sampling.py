@@ -64,9 +64,11 @@ class Resolver:
             min_tokens=request.min_tokens or 0,
         )
         asked = request.stop_token_ids or []
-        if len(asked) > MAX_STOP_TOKEN_IDS:
+        limit = max(MAX_STOP_TOKEN_IDS - len(eos_ids), 0)
+        if len(asked) > limit:
+            beside = f" beside the model's {len(eos_ids)} EOS" if eos_ids else ""
             raise InvalidRequestError(
-                f"stop_token_ids has {len(asked)} entries, the limit is {MAX_STOP_TOKEN_IDS}",
+                f"stop_token_ids has {len(asked)} entries, the limit is {limit}{beside}",
                 "stop_token_ids",
             )
         check_token_ids(asked, info.vocab_size, "stop_token_ids")
@@ -142,8 +144,8 @@ def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
 def _eos_token_ids(
     tokenizer: Tokenizer, defaults: GenerationDefaults, info: EngineInfo
 ) -> list[int]:
-    """Ids that end an answer, the primary one first; those the model cannot sample left out."""
-    named = [tokenizer.eos_token_id, *defaults.eos_token_ids]
+    """Ids that end an answer, each once, the primary one first, none the model cannot sample."""
+    named = dict.fromkeys([tokenizer.eos_token_id, *defaults.eos_token_ids])
     return [token_id for token_id in named if token_id is not None and token_id < info.vocab_size]
 
 

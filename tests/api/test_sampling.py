@@ -151,6 +151,16 @@ def test_stop_ids_primary_eos_first_each_once(tokenizer: Tokenizer) -> None:
     assert params(tokenizer, defaults, stop_token_ids=[7, 0]).stop_token_ids == (2, 0, 7)
 
 
+def test_room_is_kept_for_the_model_s_own_stop_ids(tokenizer: Tokenizer) -> None:
+    defaults = GenerationDefaults(eos_token_ids=(0, 2))
+    asked = list(range(100, 164))
+    assert len(params(tokenizer, defaults, stop_token_ids=asked[:62]).stop_token_ids) == 64
+    with pytest.raises(InvalidRequestError, match="64 entries, the limit is 62 beside"):
+        params(tokenizer, defaults, stop_token_ids=asked)
+    got = params(tokenizer, defaults, stop_token_ids=asked, ignore_eos=True)
+    assert got.stop_token_ids == tuple(asked)
+
+
 def test_ignore_eos_keeps_the_request_s_own(tokenizer: Tokenizer) -> None:
     defaults = GenerationDefaults(eos_token_ids=(0,))
     assert params(tokenizer, defaults, ignore_eos=True).stop_token_ids == ()
