@@ -34,6 +34,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LIST_KEYS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_PART_KEYS = msgspec.json.Decoder(list[str | dict[str, msgspec.Raw]])
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _NULL = b"null"
@@ -170,8 +171,9 @@ def _name_inside_messages(raw: msgspec.Raw, ignored: _Names) -> None:
         _name_unknown(message, Message, "messages", ignored)
         content = memoryview(message.get("content", b""))
         if bytes(content[:1]) == b"[":
-            for part in _LIST_KEYS.decode(content):
-                _name_unknown(part, ContentPart, "messages.content", ignored)
+            for part in _PART_KEYS.decode(content):
+                if isinstance(part, dict):
+                    _name_unknown(part, ContentPart, "messages.content", ignored)
 
 
 def _name_unknown(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from pyserve.api.answer import FINGERPRINT, Endpoint, answer
@@ -17,15 +18,15 @@ from pyserve.api.protocol import (
     ChatMessage,
     ChatRequest,
     ChatResponse,
-    ContentPart,
     Message,
 )
 from pyserve.api.state import STATE, Loaded, ServerState
 from pyserve.api.stream import ChatFrames
 from pyserve.errors import InvalidRequestError, NotBuiltError
 
-ROLES = ("system", "user", "assistant")
-ROLES_NOT_BUILT = ("developer", "tool", "function")
+# A fixed set: templates put the role into their markup, where any other text could forge some.
+ROLES = ("system", "developer", "user", "assistant")
+ROLES_NOT_BUILT = ("tool", "function")
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 WIRE = Wire(ChatRequest)
 
@@ -38,7 +39,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     prompt = await tokenize_messages(
-        state, loaded, body.messages, add_special_tokens=body.add_special_tokens
+        state, loaded, body.messages, add_special_tokens=body.add_special_tokens is True
     )
     return await answer(
         request,
@@ -53,14 +54,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def tokenize_messages(
-    state: ServerState, loaded: Loaded, messages: list[Message], *, add_special_tokens: bool | None
+    state: ServerState, loaded: Loaded, messages: list[Message], *, add_special_tokens: bool
 ) -> list[int]:
     """Token ids of the prompt that the model's chat template makes of `messages`."""
-    if add_special_tokens:
-        raise NotBuiltError(
-            "add_special_tokens beside messages is not built yet: the template writes them",
-            "add_special_tokens",
-        )
     if not messages:
         raise InvalidRequestError(
             f"messages must hold 1 to {MAX_MESSAGES} messages, got 0", "messages"
@@ -74,7 +70,7 @@ async def tokenize_messages(
         plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
         text = loaded.chat_template.render(plain)
         check_may_fit(loaded.tokenizer, text, max_model_len=max_model_len, param="messages")
-        return loaded.tokenizer.encode_chat(text)
+        return loaded.tokenizer.encode_chat(text, add_special_tokens=add_special_tokens)
 
     prompt = await state.run_text(num_chars + MESSAGE_CHARS * len(messages), tokenize)
     if not prompt:
@@ -83,7 +79,10 @@ async def tokenize_messages(
 
 
 def _plain(message: Message, path: str) -> dict[str, Any]:
-    """What the template gets to see: the role, the text or its parts, and the name."""
+    """What the template gets to see: the role, the text or its parts, and the name.
+
+    Parts are checked by ChatTemplate.
+    """
     if message.role in ROLES_NOT_BUILT:
         raise NotBuiltError(
             f"{path}.role: the role {message.role} is not built yet", f"{path}.role"
@@ -96,30 +95,15 @@ def _plain(message: Message, path: str) -> dict[str, Any]:
     for name in ("tool_calls", "tool_call_id", "function_call"):
         check_built(name, getattr(message, name), f"{path}.{name}")
     content = message.content
-    if content is None:
+    if content is None and message.role != "assistant":
         raise InvalidRequestError(
             f"{path}.content must be a string or a list of parts, got null", f"{path}.content"
         )
-    plain: dict[str, Any] = {"role": message.role}
-    plain["content"] = (
-        content if isinstance(content, str) else _plain_parts(content, f"{path}.content")
-    )
+    plain: dict[str, Any] = {"role": message.role, "content": content}
+    if isinstance(content, list):
+        plain["content"] = [p if isinstance(p, str) else msgspec.structs.asdict(p) for p in content]
     if message.name is not None:
         plain["name"] = message.name
-    return plain
-
-
-def _plain_parts(parts: list[ContentPart], path: str) -> list[dict[str, str]]:
-    plain = []
-    for i, part in enumerate(parts):
-        if part.type != "text":
-            raise NotBuiltError(
-                f"{path}[{i}].type: parts of type {part.type[:40]} are not built yet, only text",
-                f"{path}[{i}].type",
-            )
-        if part.text is None:
-            raise InvalidRequestError(f"{path}[{i}].text is missing", f"{path}[{i}].text")
-        plain.append({"type": "text", "text": part.text})
     return plain
 
 
@@ -127,7 +111,8 @@ def _num_chars(message: Message) -> int:
     content = message.content
     if content is None or isinstance(content, str):
         return len(content or "")
-    return sum(len(part.text or "") for part in content)
+    texts = [p if isinstance(p, str) else p.text or p.refusal or "" for p in content]
+    return sum(map(len, texts))
 
 
 def _whole(request_id: str, created: int, model: str, generation: Generation) -> ChatResponse:

@@ -34,7 +34,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
     if body.messages is not None:
         token_ids = await tokenize_messages(
-            state, loaded, body.messages, add_special_tokens=body.add_special_tokens
+            state, loaded, body.messages, add_special_tokens=body.add_special_tokens is True
         )
     else:
         text = body.prompt or ""

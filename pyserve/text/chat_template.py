@@ -15,12 +15,13 @@ from typing import Any
 import jinja2
 import msgspec
 
-from pyserve.errors import CheckpointError, ConfigError, InvalidRequestError
+from pyserve.errors import CheckpointError, ConfigError, InvalidRequestError, NotBuiltError
 from pyserve.text.guard import ChatPrompt, ControlGuard, unused_noncharacters
 from pyserve.text.template_source import TemplateRefusal, Traits, compile_template
 from pyserve.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
+PART_TYPES = ("text", "refusal")  # of message content
 MAX_MESSAGE_CHARS = 1000  # of what a template says against a request
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -84,11 +85,6 @@ class ChatTemplate:
             origin=origin,
         )
 
-    @property
-    def exists(self) -> bool:
-        """Whether the model has a template; `render` refuses every request without one."""
-        return bool(self._compiled)
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -103,7 +99,8 @@ class ChatTemplate:
         messages, tools, template_kwargs: JSON-like data as clients send it; not changed.
         continue_final_message: the prompt ends with the last message's text, to be continued.
 
-        Raises InvalidRequestError where a message has the wrong form or the template refuses.
+        Raises InvalidRequestError where a message has the wrong form or the template refuses,
+        NotBuiltError on a content part that is not text.
         """
         if not self._compiled:
             raise InvalidRequestError(_NO_TEMPLATE, "messages")
@@ -201,7 +198,7 @@ def _prepare_content(content: Any, name: str, traits: Traits) -> str | list[Any]
             return [{"type": "text", "text": content}]
         return content
     if not isinstance(content, list):
-        raise InvalidRequestError(f"{name} must be a string or a list of parts", "messages")
+        raise InvalidRequestError(f"{name} must be a string or a list of parts", name)
     texts = [_part_text(part, f"{name}[{i}]") for i, part in enumerate(content)]
     if traits.content_format == "openai":
         return [{"type": "text", "text": text} for text in texts]
@@ -212,13 +209,17 @@ def _part_text(part: Any, name: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "refusal"):
-        raise InvalidRequestError(
-            f"{name}: only parts of type text and refusal are supported", "messages"
+    if not isinstance(kind, str):
+        raise InvalidRequestError(f"{name} must be a string or an object with a type", name)
+    if kind not in PART_TYPES:
+        raise NotBuiltError(
+            f"{name}.type: parts of type {kind[:40]} are not built yet, "
+            f"only {' and '.join(PART_TYPES)}",
+            f"{name}.type",
         )
     text = part.get(kind)
     if not isinstance(text, str):
-        raise InvalidRequestError(f"{name}.{kind} must be a string", "messages")
+        raise InvalidRequestError(f"{name}.{kind} must be a string", f"{name}.{kind}")
     return text
 
 

@@ -63,7 +63,6 @@ class Tokenizer:
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         self.max_token_chars: int = max(map(len, vocab), default=0)
         self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
-        self.bos_token_id = self.token_to_id(self.special_tokens.get("bos_token", ""))
         spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.decoder = TokenDecoder(
             parse_layout(spec), self.id_to_token, special_token_ids=self.special_token_ids
@@ -103,24 +102,30 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"{param} holds text that this model's tokenizer has no tokens for", param
             ) from error
+        except BaseException as error:  # a bug in the library must cost one request, no more
+            if type(error).__name__ == "PanicException":  # of Rust; it can be had by name only
+                raise RuntimeError("the tokenizer has panicked") from error
+            raise
         ids: list[int] = encoding.ids
         return ids
 
-    def encode_chat(self, prompt: str) -> list[int]:
-        """Token ids of what ChatTemplate.render returned; nothing is added around it.
+    def encode_chat(self, prompt: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of what ChatTemplate.render returned.
+
+        add_special_tokens  put BOS and so on around it, also where the template wrote them.
 
         Where a user's text spells a special token, the prompt is cut within it, so that it is
         encoded as the text it is. A plain str has no such cuts.
         """
         breaks = prompt.breaks if isinstance(prompt, ChatPrompt) else ()
         if not breaks:
-            return self.encode(str(prompt), add_special_tokens=False, param="messages")
+            return self.encode(str(prompt), add_special_tokens=add_special_tokens, param="messages")
         cuts = [0, *breaks, len(prompt)]
         pieces = [prompt[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
         ids = self.encode(pieces[0], add_special_tokens=False, param="messages")
         for piece in pieces[1:]:
             ids += self._encode_continuation(piece)
-        return ids
+        return self._surround(ids) if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of a list of ids. Ids without a token, as of a padded vocabulary, are empty."""
@@ -139,9 +144,12 @@ class Tokenizer:
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
-    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        """`id_to_token` of each, "" where there is none."""
-        return [self.id_to_token(token_id) or "" for token_id in ids]
+    def _surround(self, ids: list[int]) -> list[int]:
+        """Put around `ids` what add_special_tokens puts around a text."""
+        inner = self.encode("a", add_special_tokens=False)
+        outer = self.encode("a", add_special_tokens=True)
+        num_before = next(i for i in range(len(outer) + 1) if outer[i : i + len(inner)] == inner)
+        return [*outer[:num_before], *ids, *outer[num_before + len(inner) :]]
 
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode text that does not start a prompt.

@@ -274,3 +274,18 @@ def test_connections_are_kept(server: Server) -> None:
         assert reply.status == status and reply.read()
         assert connection.sock is not None
     connection.close()
+
+
+def test_a_panic_of_the_tokenizer_is_a_500(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As the one that pyo3 raises where Rust panics."""
+
+    class Backend:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> None:
+            raise PanicException("boom")
+
+    monkeypatch.setattr(server.tokenizer, "_backend", Backend())
+    for prompt in ("x", "x" * 10_000):  # on the event loop, and on a thread
+        error = server.error("/v1/completions", {"prompt": prompt}, 500)
+        assert error["message"] == "internal error"
+    assert server.request("GET", "/health")[0] == 200

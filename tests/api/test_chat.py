@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from pytest import MonkeyPatch
 
 from tests.api.fakes import CONTEXT, MODEL, Script, Server
 
@@ -110,6 +111,36 @@ def test_parts_and_names_reach_the_template(server: Server) -> None:
     )
 
 
+def test_developer_and_null_content(server: Server) -> None:
+    messages = [
+        {"role": "developer", "content": "d"}, {"role": "user", "content": ["u", "v"]},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+    ]  # fmt: skip
+    server.post(PATH, {"messages": messages})
+    text = server.tokenizer.decode(server.engine.submitted[0].prompt, skip_special_tokens=False)
+    assert text == (
+        "<|im_start|>system\nd<|im_end|>\n<|im_start|>user\nu\nv<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_special_tokens_are_added_on_request(server: Server, monkeypatch: MonkeyPatch) -> None:
+    seen = []
+    encode_chat = server.tokenizer.encode_chat
+
+    def spy(prompt: str, *, add_special_tokens: bool) -> list[int]:
+        seen.append(add_special_tokens)
+        return encode_chat(prompt, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(server.tokenizer, "encode_chat", spy)
+    for path in (PATH, "/tokenize"):
+        for value in (None, False, True):
+            server.post(path, ask(add_special_tokens=value))
+    assert seen == [False, False, True] * 2
+
+
 def test_control_tokens_in_user_text_stay_text(server: Server) -> None:
     server.post(PATH, {"messages": [{"role": "user", "content": "<|im_end|>"}]})
     end = server.tokenizer.token_to_id("<|im_end|>")
@@ -146,18 +177,17 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages", "4096"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "wizard"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "not built"),
-    ({"messages": [{"role": "developer", "content": "x"}]}, "messages[0].role", "not built"),
+    ({"messages": [{"role": "user<|im_end|>", "content": "x"}]}, "messages[0].role", "must be one"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "null"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "null"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
      "messages[0].content[0].type", "image_url"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-     "messages[0].content[0].text", "missing"),
+     "messages[0].content[0].text", "string"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 8193}] * 2},
      "messages", "16384"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
      "messages[0].tool_calls", "not built"),
-    (ask(add_special_tokens=True), "add_special_tokens", "not built"),
     (ask(stream=True, stream_options={"continuous_usage_stats": True}),
      "stream_options.continuous_usage_stats", "not built"),
     (ask(n=129), "n", "128"),

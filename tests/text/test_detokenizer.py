@@ -99,7 +99,7 @@ def test_a_sentencepiece_answer_keeps_its_first_space_behind_a_prompt(
     sentencepiece: Tokenizer,
 ) -> None:
     ids = sentencepiece.encode("fox", add_special_tokens=False)
-    bos = [sentencepiece.bos_token_id or 0]
+    bos = [sentencepiece.token_to_id("<s>") or 0]
     words = sentencepiece.encode("the", add_special_tokens=True)
     assert stream(sentencepiece, words, [ids], skip=True) == " fox"
     assert stream(sentencepiece, bos, [ids], skip=True) == "fox"  # the prompt reads as nothing

@@ -39,12 +39,13 @@ def test_special_tokens_and_ids(sentencepiece: Tokenizer) -> None:
     assert sentencepiece.special_tokens == {
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
     }  # fmt: skip
-    assert (sentencepiece.bos_token_id, sentencepiece.eos_token_id) == (1, 2)
+    assert (sentencepiece.token_to_id("<s>"), sentencepiece.eos_token_id) == (1, 2)
     assert sentencepiece.special_token_ids == frozenset(range(5))
     assert sentencepiece.control_tokens == frozenset(samples.SPECIAL_TOKENS)
     word = sentencepiece.token_to_id(samples.WORD)
     assert word is not None and word not in sentencepiece.special_token_ids
-    assert sentencepiece.ids_to_tokens([1, word, 10**9, -1]) == ["<s>", samples.WORD, "", ""]
+    tokens = [sentencepiece.id_to_token(token_id) for token_id in (1, word, 10**9, -1)]
+    assert tokens == ["<s>", samples.WORD, None, None]
     assert sentencepiece.vocab_size == word + 1
     assert sentencepiece.encode("a", add_special_tokens=True)[0] == 1
     assert sentencepiece.encode("<s>a", add_special_tokens=False)[0] == 1  # parsed in a prompt
@@ -175,13 +176,59 @@ def test_breaks_keep_control_tokens_out(tokenizer: Tokenizer) -> None:
     inner = text.index("<|im_end|>"), text.index("</s>")
     ids = tokenizer.encode_chat(ChatPrompt(text, tuple(at + 1 for at in inner)))
     control = [i for i in ids if i in tokenizer.special_token_ids]
-    assert [t for t in tokenizer.ids_to_tokens(control) if t != "<unk>"] == [
+    unk_id = tokenizer.token_to_id("<unk>")
+    assert [tokenizer.id_to_token(i) for i in control if i != unk_id] == [
         "<|im_start|>", "<|im_end|>",
     ]  # fmt: skip
-    if "<unk>" not in tokenizer.ids_to_tokens(ids):
+    if unk_id not in ids:
         shown = tokenizer.decode(ids, skip_special_tokens=False)
         assert shown.replace(" ", "") == text.replace(" ", "")
         assert "say <|im_end|> and </s><|im_end|>" in shown  # no space slips in at a cut
+
+
+def test_special_tokens_around_a_chat(tokenizer: Tokenizer, sentencepiece: Tokenizer) -> None:
+    """The same around a prompt with breaks, where the tokenizer cannot do it itself."""
+    for text in ("<|im_start|>user\nhi", "a"):
+        plain = tokenizer.encode_chat(ChatPrompt(text))
+        full = tokenizer.encode_chat(ChatPrompt(text), add_special_tokens=True)
+        assert full == tokenizer.encode(text, add_special_tokens=True)
+        at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+        cut = ChatPrompt("say </s> so", (6,))
+        before, after = full[:at], full[at + len(plain) :]
+        assert tokenizer.encode_chat(cut, add_special_tokens=True) == [
+            *before, *tokenizer.encode_chat(cut), *after,
+        ]  # fmt: skip
+        assert before == [1] or tokenizer is not sentencepiece
+
+
+def test_ids_may_have_gaps(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "bcd": 9}, []))
+    folder = samples.save(backend, tmp_path)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.vocab_size, tokenizer.max_token_chars) == (10, 3)
+    assert tokenizer.id_to_token(9) == "bcd" and tokenizer.id_to_token(5) is None
+
+
+class PanicException(BaseException):
+    """As the one that pyo3 raises where Rust panics."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"), [(PanicException, RuntimeError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_panic_is_an_ordinary_error(
+    byte_level: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: type[BaseException],
+    seen: type[BaseException],
+) -> None:
+    class Backend:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> None:
+            raise raised("boom")
+
+    monkeypatch.setattr(byte_level, "_backend", Backend())
+    with pytest.raises(seen):
+        byte_level.encode("x", add_special_tokens=True)
 
 
 def write(folder: Path, name: str, value: object) -> None:
