@@ -16,7 +16,7 @@ from pyserve.api.protocol import (
 )
 from pyserve.client import EngineInfo
 from pyserve.errors import InvalidRequestError, NotBuiltError
-from pyserve.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from pyserve.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 GREEDY_BELOW = 1e-5  # vLLM's thresholds
@@ -174,6 +174,10 @@ def _stop_strings(stop: str | list[str] | None) -> list[str]:
 
 
 def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
+    if given and len(given) > MAX_LOGIT_BIAS:  # before each of them is looked at
+        raise InvalidRequestError(
+            f"logit_bias has {len(given)} entries, the limit is {MAX_LOGIT_BIAS}", "logit_bias"
+        )
     bias = {}
     for key, value in (given or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):

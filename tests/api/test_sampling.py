@@ -151,6 +151,11 @@ def test_stop_ids_primary_eos_first_each_once(tokenizer: Tokenizer) -> None:
     assert params(tokenizer, defaults, stop_token_ids=[7, 0]).stop_token_ids == (2, 0, 7)
 
 
+def test_many_biases_are_refused_for_their_number(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="logit_bias has 301 entries, the limit is 300"):
+        params(tokenizer, logit_bias={f"x{i}": 1.0 for i in range(301)})
+
+
 def test_room_is_kept_for_the_model_s_own_stop_ids(tokenizer: Tokenizer) -> None:
     defaults = GenerationDefaults(eos_token_ids=(0, 2))
     asked = list(range(100, 164))
