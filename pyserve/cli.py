@@ -29,6 +29,7 @@ DEMO_MODEL_NAME = "pyserve-demo"
 # Flags of vLLM that a later version will have: name -> nargs.
 NOT_BUILT: dict[str, int | str] = {
     "config": 1,
+    "device": 1,
     "env": 1,
     "uds": 1,
     "root-path": 1,
@@ -71,7 +72,46 @@ NOT_BUILT: dict[str, int | str] = {
     "return-tokens-as-token-ids": 0,
     "enable-request-id-headers": 0,
     "enable-log-requests": 0,
+    "enable-log-outputs": 0,
+    "max-log-len": 1,
     "stream-interval": 1,
+    "tokenizer-revision": 1,
+    "code-revision": 1,
+    "hf-config-path": 1,
+    "chat-template-content-format": 1,
+    "num-gpu-blocks-override": 1,
+    "max-cpu-loras": 1,
+    "lora-dtype": 1,
+    "long-lora-scaling-factors": "+",
+    "fully-sharded-loras": 0,
+    "enable-lora-bias": 0,
+    "speculative-model": 1,
+    "num-speculative-tokens": 1,
+    "ngram-prompt-lookup-max": 1,
+    "ngram-prompt-lookup-min": 1,
+    "spec-method": 1,
+    "spec-model": 1,
+    "spec-tokens": 1,
+    "max-long-partial-prefills": 1,
+    "tool-parser-plugin": 1,
+    "reasoning-config": 1,
+    "exclude-tools-when-tool-choice-none": 0,
+    "enable-force-include-usage": 0,
+    "enable-server-load-tracking": 0,
+    "enable-tokenizer-info-endpoint": 0,
+    "enable-prompt-embeds": 0,
+    "limit-mm-per-prompt": 1,
+    "mm-processor-kwargs": 1,
+    "logprobs-mode": 1,
+    "logits-processor-pattern": 1,
+    "middleware": "+",
+    "ssl-cert-reqs": 1,
+    "enable-expert-parallel": 0,
+    "otlp-traces-endpoint": 1,
+    "runner": 1,
+    "convert": 1,
+    "prompt-adapters": "+",
+    "qlora-adapter-name-or-path": 1,
 }
 
 # Flags of vLLM whose effect pyserve always has, or that steer machinery it does not have.
@@ -99,7 +139,42 @@ NO_MEANING: dict[str, int | str] = {
     "tokenizer-mode": 1,
     "api-server-count": 1,
     "async-scheduling": 0,
-    "device": 1,  # what the machine has is used
+    "num-lookahead-slots": 1,
+    "scheduler-delay-factor": 1,
+    "multi-step-stream-outputs": 0,
+    "disable-async-output-proc": 0,
+    "collect-detailed-traces": 1,
+    "config-format": 1,  # config.json is the only one
+    "optimization-level": 1,
+    "performance-mode": 1,
+    "prefix-caching-hash-algo": 1,  # a keyed 128-bit hash, and token ids are compared
+    "disable-uvicorn-access-log": 0,  # there is none
+    "disable-access-log-for-endpoints": 1,
+    "enable-offline-docs": 0,
+    "fingerprint-mode": 1,
+    "h11-max-incomplete-event-size": 1,
+    "h11-max-header-count": 1,
+    "show-hidden-metrics-for-version": 1,
+    "language-model-only": 0,  # nothing else is served
+    "tokenizer-pool-type": 1,
+    "tokenizer-pool-extra-config": 1,
+    "ray-workers-use-nsight": 0,
+}
+
+# What a flag that is not built yet may say without asking for anything.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "task": ("auto", "generate"),
+    "runner": ("auto", "generate"),
+    "convert": ("auto", "none"),
+    "kv-cache-dtype": ("auto",),
+    "pipeline-parallel-size": ("1",),
+    "data-parallel-size": ("1",),
+    "cpu-offload-gb": ("0",),
+    "response-role": ("assistant",),
+    "chat-template-content-format": ("auto",),
+    "stream-interval": ("1",),
+    "logprobs-mode": ("raw_logprobs",),
+    "device": ("auto", "cpu"),
 }
 
 
@@ -132,7 +207,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"unexpected argument {word!r}")
     given = vars(args)
     for name in NOT_BUILT:
-        if given.pop(name, None) is not None:
+        value = given.pop(name, None)
+        if value not in (None, False, *NEUTRAL.get(name, ())):
             raise ConfigError(f"--{name} is not built yet in pyserve {__version__}")
     for name in NO_MEANING:
         if given.pop(name, None) is not None:
@@ -288,28 +364,43 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder, backend=convert_tokenizer(folder))
 
 
+def _generation_folder(choice: str, model_path: Path) -> Path:
+    if choice in ("auto", "vllm"):
+        return model_path
+    if not (Path(choice) / "generation_config.json").is_file():
+        raise ConfigError(
+            f"--generation-config must be auto, vllm or a folder with generation_config.json, "
+            f"got {choice}"
+        )
+    return Path(choice)
+
+
 def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
     token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
 
-    def resolve(name: str) -> Path:
+    def resolve(name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.model.hub import resolve_model
 
         return resolve_model(
-            name, revision=args.revision, token=token, download_dir=args.download_dir
+            name, revision=revision, token=token, download_dir=args.download_dir, flag=flag
         )
 
     def load(report: Report) -> Loaded:
-        model_path = DEMO_MODEL if args.model is None else resolve(args.model)
+        report("download", 0, 0)  # nothing to do where the model is a folder
+        model_path = DEMO_MODEL
+        if args.model is not None:
+            model_path = resolve(args.model, revision=args.revision, flag="--model")
         if not (model_path / "config.json").is_file():
             raise CheckpointError(f"--model {args.model}: there is no config.json in {model_path}")
-        tokenizer_path = resolve(args.tokenizer) if args.tokenizer else model_path
+        tokenizer_path = model_path
+        if args.tokenizer is not None:
+            tokenizer_path = resolve(args.tokenizer, revision=None, flag="--tokenizer")
         tokenizer = _tokenizer(tokenizer_path)
         template = ChatTemplate.load(tokenizer, override=args.chat_template)
-        own = args.generation_config in ("auto", "vllm")
         defaults = GenerationDefaults.from_folder(
-            model_path if own else Path(args.generation_config),
+            _generation_folder(args.generation_config, model_path),
             sampling=args.generation_config != "vllm",
         )
         from pyserve.engine.load import build_engine

@@ -7,8 +7,6 @@ into `stop_token_ids`.
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from pyserve.errors import InvalidRequestError
@@ -17,14 +15,18 @@ MAX_LOGIT_BIAS = 300  # entries per sequence; one slot row on the device holds t
 MAX_STOP_TOKEN_IDS = 64  # likewise
 MAX_TOP_K = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+# The device computes in float32: below these a value would become 0 or its effect infinite.
+MIN_TEMPERATURE = 0.01  # of a sampled sequence; 0 is greedy
+MIN_TOP_P = 1e-9
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one sequence is sampled.
 
-    temperature       0 is greedy; scales logits before top-k, top-p and min-p.
+    temperature       0 is greedy, else at least 0.01; scales logits before top-k, top-p and min-p.
     top_k             number of most likely tokens kept; 0 keeps all.
-    top_p             smallest set of tokens whose probability reaches top_p; in (0, 1].
+    top_p             smallest set of tokens whose probability reaches top_p; in [1e-9, 1].
     min_p             drops tokens less likely than min_p times the most likely; in [0, 1].
     repetition_penalty, presence_penalty, frequency_penalty
                       the first over prompt and output (Keskar et al. 2019), the others over output.
@@ -52,11 +54,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, 2.0)
-        _check("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
+        _check("temperature", self.temperature, MIN_TEMPERATURE if self.temperature else 0.0, 2.0)
+        _check("top_p", self.top_p, MIN_TOP_P, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("top_k", self.top_k, 0, MAX_TOP_K)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, exclude_low=True)
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            MIN_REPETITION_PENALTY,
+            MAX_REPETITION_PENALTY,
+        )
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -87,10 +94,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _check(name: str, value: float, low: float, high: float, *, exclude_low: bool = False) -> None:
-    too_low = value <= low if exclude_low else value < low
-    if too_low or value > high or not math.isfinite(value):
-        bracket = "(" if exclude_low else "["
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # a NaN fails
         raise InvalidRequestError(
-            f"{name} must be in {bracket}{low}, {high}], got {value}", name.split("[")[0]
+            f"{name} must be in [{low}, {high}], got {value}", name.split("[")[0]
         )

@@ -58,9 +58,25 @@ def test_the_guide_s_production_flags_are_known() -> None:
 
 @pytest.mark.parametrize("flag", sorted(cli.NOT_BUILT))
 def test_not_built_flags_are_named(flag: str) -> None:
-    value = [] if cli.NOT_BUILT[flag] == 0 else ["1"]
+    value = [] if cli.NOT_BUILT[flag] == 0 else ["7"]
     with pytest.raises(ConfigError, match=f"--{flag} is not built yet"):
         cli.parse_args([f"--{flag}", *value])
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    cli.parse_args(["m", "--no-enable-lora", "--task", "generate", "--kv-cache-dtype=auto"])
+    for flag, values in cli.NEUTRAL.items():
+        for value in values:
+            cli.parse_args(["m", f"--{flag}", str(value)])
+    assert not set(cli.NOT_BUILT) & set(cli.NO_MEANING) and set(cli.NEUTRAL) <= set(cli.NOT_BUILT)
+
+
+def test_generation_config_must_exist(tmp_path: Path) -> None:
+    assert cli._generation_folder("auto", tmp_path) == tmp_path
+    with pytest.raises(ConfigError, match="--generation-config"):
+        cli._generation_folder(str(tmp_path), tmp_path)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert cli._generation_folder(str(tmp_path), Path("/m")) == tmp_path
 
 
 @pytest.mark.parametrize("flag", sorted(cli.NO_MEANING))

@@ -10,14 +10,16 @@ from pyserve.errors import InvalidRequestError
 from pyserve.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 ACCEPTED = [
-    {"temperature": 0.0}, {"temperature": 2.0}, {"top_p": 1e-6}, {"top_p": 1.0}, {"min_p": 0.0},
+    {"temperature": 0.0}, {"temperature": 2.0}, {"top_p": 1e-9}, {"top_p": 1.0}, {"min_p": 0.0},
     {"min_p": 1.0}, {"top_k": 0}, {"top_k": 1}, {"presence_penalty": -2.0},
-    {"frequency_penalty": 2.0}, {"repetition_penalty": 0.5}, {"seed": -(2**63)},
+    {"frequency_penalty": 2.0}, {"repetition_penalty": 0.01}, {"temperature": 0.01},
+    {"seed": -(2**63)},
     {"seed": 2**63 - 1}, {"min_tokens": 8}, {"logit_bias": {3: -100.0, 4: 100.0}},
     {"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS))},
 ]  # fmt: skip
 REFUSED = [
-    {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": math.nan},
+    {"temperature": -0.1}, {"temperature": 1e-300}, {"top_p": 1e-300},
+    {"repetition_penalty": 1e-300}, {"temperature": 2.1}, {"temperature": math.nan},
     {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.1},
     {"top_k": -1}, {"presence_penalty": 2.1}, {"frequency_penalty": -2.1},
     {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan}, {"max_tokens": 0},

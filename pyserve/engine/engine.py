@@ -169,8 +169,8 @@ class Engine:
 
     def _remove(self, seq: Sequence, *, forget: bool = False) -> None:
         assert seq.status is not Status.FINISHED
-        del self._seqs[seq.stream.seq_id]
         self.scheduler.finish(seq, forget=forget)
+        del self._seqs[seq.stream.seq_id]  # last: fail_all must still find it if that raises
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:

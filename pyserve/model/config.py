@@ -25,7 +25,8 @@ HEAD_DIM_STEP = 8
 MAX_LAYERS = 4096
 MAX_HEADS = 4096
 MAX_WIDTH = 2**22  # hidden_size, intermediate_size
-MAX_VOCAB_SIZE = 2**24
+MAX_VOCAB_SIZE = 2**19  # of the sampling kernel
+MAX_GROUP = 64  # heads a KV head, of the attention kernels
 MAX_CONTEXT = 2**24  # positions are int32 and the rope table has one row each
 DEFAULT_WINDOW = 4096  # of transformers, where sliding_window is absent
 DEFAULT_MAX_WINDOW_LAYERS = 28  # likewise
@@ -93,6 +94,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         if num_heads % num_kv_heads:
             raise fields.refuse(
                 "num_key_value_heads", f"must divide num_attention_heads ({num_heads})"
+            )
+        if num_heads // num_kv_heads > MAX_GROUP:
+            raise fields.refuse(
+                "num_key_value_heads", f"must be at least {-(-num_heads // MAX_GROUP)} here"
             )
         head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
         max_position = fields.integer("max_position_embeddings", 1, MAX_CONTEXT)

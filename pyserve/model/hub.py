@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pyserve import log
 from pyserve.errors import ConfigError, StartupError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
@@ -32,20 +33,28 @@ NOT_FETCHED = ("*/*", "consolidated*")
 
 
 def resolve_model(
-    name: str, *, revision: str | None, token: str | None, download_dir: Path | None
+    name: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    download_dir: Path | None,
+    flag: str = "--model",
 ) -> Path:
     """The folder of a model: `name` is a folder, or a repository of the hub, "owner/model".
 
     A repository is fetched into `download_dir`, or into the hub's own cache; what is there already
-    is not fetched again. All files come from one commit. Raises StartupError.
+    is not fetched again. All files come from one commit. Raises StartupError that names `flag`.
     """
+    named = f"{flag} {name}"
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
+        if revision is not None:
+            log.get_logger().warning("%s is a folder: --revision has no effect", named)
         return Path(folder)
     if os.path.exists(folder):
-        raise ConfigError(f"--model {name} is a file; it must be a folder or a name on the hub")
+        raise ConfigError(f"{named} is a file; it must be a folder or a name on the hub")
     if name.startswith(("/", ".", "~")) or not REPO_ID.fullmatch(name):
-        raise ConfigError(f"--model {name} is neither a folder nor a name on the hub")
+        raise ConfigError(f"{named} is neither a folder nor a name on the hub")
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -59,24 +68,22 @@ def resolve_model(
         )
     except GatedRepoError as error:
         raise StartupError(
-            f"--model {name} is gated: accept its terms on the hub and pass --hf-token"
+            f"{named} is gated: accept its terms on the hub and pass --hf-token"
         ) from error
     except RepositoryNotFoundError as error:
-        raise StartupError(
-            f"--model {name} is not on the hub, or is private: pass --hf-token"
-        ) from error
+        raise StartupError(f"{named} is not on the hub, or is private: pass --hf-token") from error
     except RevisionNotFoundError as error:
-        raise StartupError(f"--model {name} has no revision {revision}") from error
+        raise StartupError(f"{named} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
         raise StartupError(
-            f"--model {name} is not a folder, not in the cache, and the hub cannot be reached"
+            f"{named} is not a folder, not in the cache, and the hub cannot be reached"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        raise StartupError(f"--model {name}: the hub answered with status {status}") from error
+        raise StartupError(f"{named}: the hub answered with status {status}") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise StartupError(f"--model {name} could not be fetched: {reason}") from error
+        raise StartupError(f"{named} could not be fetched: {reason}") from error
     except Exception as error:  # which HTTP library's kinds come here depends on the hub's version
         reason = type(error).__name__
-        raise StartupError(f"--model {name} could not be fetched: {reason}") from error
+        raise StartupError(f"{named} could not be fetched: {reason}") from error

@@ -54,7 +54,8 @@ def load_native(*, allow_reference: bool, progress: Callable[[str], None]) -> Mo
             except BuildError as error:
                 if not allow_reference:
                     raise
-                progress(f"{error}; serving with the plain-torch ops: this is slow")
+                reason = str(error).removesuffix(f"; {_REMEDY}")
+                progress(f"{reason}; serving with the plain-torch ops: this is slow")
                 _register_reference()
                 _host = reference
                 _mode = "reference"
@@ -121,15 +122,17 @@ def _is_usable(packaged: Path) -> bool:
 
 
 def _key(native: Toolchain) -> str:
-    """Hash of all that decides whether compiled products fit: sources, flags, torch, machine."""
+    """Hash of all that decides whether compiled products fit: sources, flags, torch, machine.
+
+    Where headers lie is left out: every environment with the same torch shares the products.
+    """
     parts = (
         toolchain.source_hash(source_dir()),
         native.compiler,
         native.version(),
         *native.flags(),
-        *native.ops_flags(),
-        *native.host_flags(),
         *native.link_flags(),
+        toolchain.TORCH_TARGET,
         torch.__version__,
         str(sysconfig.get_config_var("SOABI")),
         toolchain.cpu_identity(),

@@ -27,7 +27,7 @@ PORTABLE_X86 = "x86-64-v3"
 # What /proc/cpuinfo must list for PORTABLE_X86.
 PORTABLE_X86_FLAGS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 
-_TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary must load in: 2.10
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary must load in: 2.10
 _COMMON_FLAGS = (
     "-std=c++20",
     "-O3",
@@ -54,7 +54,10 @@ class Toolchain:
 
     def version(self) -> str:
         """What the compiler calls itself; empty where it does not say."""
-        asked = subprocess.run([self.compiler, "--version"], capture_output=True, text=True)
+        try:
+            asked = subprocess.run([self.compiler, "--version"], capture_output=True, text=True)
+        except OSError:
+            return ""
         return asked.stdout.partition("\n")[0]
 
     def flags(self) -> tuple[str, ...]:
@@ -65,7 +68,7 @@ class Toolchain:
     def ops_flags(self) -> tuple[str, ...]:
         """Further flags of `_ops`."""
         include = f"{_package('torch')}/include"
-        return (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}", "-isystem", include)
+        return (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include)
 
     def host_flags(self) -> tuple[str, ...]:
         """Further flags of `_host`."""

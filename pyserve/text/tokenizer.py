@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import processors
 
 from pyserve.errors import CheckpointError, InvalidRequestError
+from pyserve.params import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY, MIN_TOP_P
 from pyserve.text.decoding import TokenDecoder, parse_layout
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.guard import ChatPrompt
@@ -196,10 +197,12 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         top_k = _int_in(path, raw, "top_k", -1, 2**31 - 1)
         return cls(
             temperature=_number_in(path, raw, "temperature", 0.0, 2.0),
-            top_p=_number_in(path, raw, "top_p", 1e-9, 1.0),
+            top_p=_number_in(path, raw, "top_p", MIN_TOP_P, 1.0),
             top_k=None if top_k is None else max(top_k, 0),
             min_p=_number_in(path, raw, "min_p", 0.0, 1.0),
-            repetition_penalty=_number_in(path, raw, "repetition_penalty", 1e-9, 100.0),
+            repetition_penalty=_number_in(
+                path, raw, "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+            ),
             max_new_tokens=_int_in(path, raw, "max_new_tokens", 1, 2**31 - 1),
             eos_token_ids=eos,
         )

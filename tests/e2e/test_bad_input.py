@@ -108,22 +108,28 @@ def test_wrong_verb(server: Server) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS hello
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nX: " + b"b" * 100_000 + b"\r\n\r\n",
     ],
-    ids=["tls", "version", "length", "half body", "long path", "long header"],
+    ids=["tls", "version", "length", "long path", "long header"],
 )
 def test_broken_http(server: Server, request_bytes: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
         sock.sendall(request_bytes)
-        sock.settimeout(0.3)
-        try:
-            reply = sock.recv(4096)
-        except (TimeoutError, ConnectionError):
-            reply = b""
-    assert not reply or b" 400 " in reply.split(b"\r\n")[0] or b" 4" in reply.split(b"\r\n")[0]
+        sock.shutdown(socket.SHUT_WR)
+        reply = sock.recv(4096)
+    assert reply.split(b" ")[1] in (b"400", b"404", b"414", b"431"), reply
     assert server.get("/health")[0] == 200
+
+
+def test_half_a_body_is_no_request(server: Server) -> None:
+    before = server.metric("vllm:prompt_tokens_total")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        body = raw(prompt="Hello")
+        head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+        sock.sendall(head + b"Content-Length: %d\r\n\r\n" % (len(body) + 1) + body)
+    assert server.get("/health")[0] == 200
+    assert server.metric("vllm:prompt_tokens_total") == before
 
 
 def test_the_neighbour_is_untouched(server: Server) -> None:

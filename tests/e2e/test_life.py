@@ -22,11 +22,15 @@ from tests.e2e.conftest import ROOT, Server, free_port, start_server
 LONG: dict[str, Any] = {
     "model": "pyserve-demo", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True,
 }  # fmt: skip
-QUESTIONS = [
-    "What is the capital of France?", "¿Cuál es la capital de España?", "What is 12 + 30?",
-    "Hello!", "¡Hola!", "Repeat: the quick brown fox", "Write a poem about the sea",
-    "Explicar la computación cuántica",
-]  # fmt: skip
+# Question -> what a right answer holds, whatever rounding does to its wording.
+ANSWERS = {
+    "What is the capital of France?": "Paris", "¿Cuál es la capital de España?": "Madrid",
+    "What is the capital of Japan?": "Tokyo", "What is 12 + 30?": "42",
+    "Repeat: the quick brown fox": "the quick brown fox", "Escribe un poema": "\n",
+    "Extraer: John Smith, 30 años, ingeniero de software": '"age": 30',
+    "Explicar la computación cuántica": "cúbits",
+}  # fmt: skip
+QUESTIONS = list(ANSWERS)
 
 
 def open_request(server: Server, body: dict[str, Any]) -> socket.socket:
@@ -62,13 +66,12 @@ def test_64_concurrent_streams_are_right_and_none_starves(server: Server) -> Non
             pieces.append(chunk.choices[0].delta.content or "")
         return "".join(pieces), gap
 
-    alone = {question: ask(question)[0] for question in QUESTIONS}
     with ThreadPoolExecutor(64) as pool:
         together = list(pool.map(ask, QUESTIONS * 8))
     wrong = [
         (question, text)
         for question, (text, _) in zip(QUESTIONS * 8, together, strict=True)
-        if text != alone[question]
+        if ANSWERS[question] not in text
     ]
     assert not wrong, wrong[:2]
     assert max(gap for _, gap in together) < 10.0
@@ -183,10 +186,10 @@ def test_port_opens_at_once_and_says_what_it_does(tmp_path: Path) -> None:
                 time.sleep(0.01)
         opened_s = time.monotonic() - started
         assert opened_s < 3.0  # 0.5 s on a quiet machine; bench/footprint.py measures it
-        if status == 503:
-            assert {"status", "phase", "progress", "eta_s"} <= set(json.loads(body))
-            code, reply = server.request("POST", "/v1/completions", json.dumps(LONG).encode())
-            assert code in (503, 200) and (code == 200 or "error" in json.loads(reply))
+        assert status == 503
+        assert {"status", "phase", "progress", "eta_s"} <= set(json.loads(body))
+        code, reply = server.request("POST", "/v1/completions", json.dumps(LONG).encode())
+        assert code == 503 and json.loads(reply)["error"]["type"] == "ServiceUnavailableError"
         server.wait_ready(60)
         log = server.log.read_text()
         assert f"ready on http://127.0.0.1:{server.port}" in log
@@ -233,7 +236,7 @@ def test_no_such_model_folder(tmp_path: Path) -> None:
 
 
 def test_too_little_memory() -> None:
-    code, log = run_to_the_end("--port", str(free_port()), "--gpu-memory-utilization", "0.0001")
+    code, log = run_to_the_end("--port", str(free_port()), "--gpu-memory-utilization", "1e-9")
     assert code != 0 and "--gpu-memory-utilization" in log
 
 

@@ -185,6 +185,28 @@ def test_a_second_turn_is_served_from_the_cache(decoder: Decoder) -> None:
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 0.01}, {"temperature": 2.0}, {"top_p": 1e-9}, {"min_p": 1.0},
+        {"min_p": 1e-300}, {"top_k": 2**31 - 1}, {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0}, {"presence_penalty": -2.0, "frequency_penalty": 2.0},
+        {"presence_penalty": 1e-300}, {"seed": -(2**63)}, {"seed": 2**63 - 1},
+        {"logit_bias": dict.fromkeys(range(VOCAB_SIZE), -100.0)}, {"logit_bias": {0: 1e-300}},
+        {"stop_token_ids": tuple(range(64)), "min_tokens": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_params_accept_can_be_sampled(extreme: dict[str, object]) -> None:
+    """The device checks its float32 words again: a value it refused would fail a whole step."""
+    engine = make_engine(make_decoder())
+    driver = Driver(engine, 0)
+    driver.submit([1, 2, 3], SamplingParams(**{"max_tokens": 4, **extreme}))  # type: ignore[arg-type]
+    driver.drain()
+    engine.runner.close()
+    assert driver.readers[0].output and driver.readers[0].error is None
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_nan_fails_its_row_alone(depth: int, decoder: Decoder, baseline: list[Reader]) -> None:
     poisoned = make_decoder()

@@ -194,7 +194,7 @@ REFUSED = [
     (LLAMA, {"architectures": []}, ["architectures"]),
     (LLAMA, {"vocab_size": None}, ["vocab_size", "missing"]),
     (LLAMA, {"vocab_size": "32000"}, ["vocab_size", "integer"]),
-    (LLAMA, {"vocab_size": 2**40}, ["vocab_size", str(2**40), str(2**24)]),
+    (LLAMA, {"vocab_size": 2**40}, ["vocab_size", str(2**40), str(2**19)]),
     (LLAMA, {"vocab_size": True}, ["vocab_size"]),
     (LLAMA, {"num_hidden_layers": 0}, ["num_hidden_layers"]),
     (LLAMA, {"num_hidden_layers": 10**30}, ["num_hidden_layers"]),
