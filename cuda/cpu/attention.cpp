@@ -1,9 +1,10 @@
 // paged_attention: causal softmax(q k^T * scale) v over a paged KV cache, any mix of query lengths.
 //   q, out [num_tokens, num_heads, head_dim]; caches [num_blocks, block_size, num_kv_heads, head_dim]
 //
-// Work split: an item is one KV head and up to kBlockRows rows, a row being a (query, head) pair of
-// that KV head's group, so that K and V are read once for the whole group. Threads take items from
-// one counter, items of several queries first.
+// Work split: an item is up to kBlockRows rows, a row being a (query, head) pair; all heads of a KV
+// head's group are in one item, so that K and V are read once. A decode item has one query and as
+// many KV heads as leave every thread some items; they take turns tile by tile, as their keys lie
+// side by side. Threads take items from one counter, items of several queries first.
 // Numerics: online softmax in base 2 over tiles of kTileKeys keys (Milakov and Gimelshein 2018, Dao
 // et al. 2022), float32 throughout, one rounding at the store. Keys that no query may see are never
 // touched: what lies behind the end of a sequence may be anything.
@@ -40,13 +41,14 @@ struct Params {
 };
 
 struct WorkItem {
-  int64_t slot, kv_head;
-  int64_t token;  // first query's index in q
+  int64_t slot, kv_head;  // the first of them
+  int64_t num_kv_heads;   // more than 1 only in the direct way, which has one query
+  int64_t token;          // first query's index in q
   int64_t num_queries;
   int64_t position;  // first query's
 };
 
-// Where the keys and values of a tile lie.
+// Where the keys and values of a tile lie for the item's first KV head.
 struct Pointers {
   const void* keys[kTileKeys];
   const void* values[kTileKeys];
@@ -93,11 +95,20 @@ void find_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratch&
   }
 }
 
-// Asks for a row of K or V that the next tile reads: blocks lie anywhere, no hardware guesses them.
+// Row k of K or V of one KV head; `offset` is that head's, in elements.
+template <class T>
+struct HeadRows {
+  const void* const* rows;
+  int64_t offset;
+
+  const T* operator[](int64_t k) const { return static_cast<const T*>(rows[k]) + offset; }
+};
+
+// Asks for a row that is read next: blocks lie anywhere, no hardware guesses them.
 template <class T, int kHeadDim>
-void prefetch(const void* row) {
+void prefetch(const T* row) {
   for (size_t line = 0; line < kHeadDim * sizeof(T); line += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + line);
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + line);
   }
 }
 
@@ -132,13 +143,13 @@ void store_row(const float* in, float factor, int64_t n, T* out) {
 
 // scores[r][k] = q[r] . keys[k] for kRows rows, straight from the cache.
 template <class T, int kHeadDim, int kRows>
-void direct_scores(const float* q, const void* const* keys, const void* const* next_keys, int64_t n,
+void direct_scores(const float* q, HeadRows<T> keys, HeadRows<T> next_keys, int64_t n,
                    float* scores) {
   for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
     Vec partial[kRows][kLanes];
     const int64_t count = std::min<int64_t>(kLanes, n - k0);
     for (int64_t k = 0; k < count; ++k) {
-      const T* key = static_cast<const T*>(keys[k0 + k]);
+      const T* key = keys[k0 + k];
       prefetch<T, kHeadDim>(next_keys[k0 + k]);
       Vec sums[kRows] = {};
 #pragma GCC unroll 8
@@ -230,7 +241,7 @@ float softmax_row(float* scores, float scale, int64_t from, int64_t to, int64_t 
 // acc[r][:] = acc[r][:] * rescale[r] + sum over k of weights[r][k] * values[k][:], for kRows rows
 // and kCols vectors of columns.
 template <class T, int kRows, int kCols>
-void add_values(const float* weights, const float* rescale, const void* const* values, int64_t n,
+void add_values(const float* weights, const float* rescale, HeadRows<T> values, int64_t n,
                 int64_t column, float* acc, int64_t acc_stride) {
   Vec sums[kRows][kCols];
   for (int r = 0; r < kRows; ++r) {
@@ -239,7 +250,7 @@ void add_values(const float* weights, const float* rescale, const void* const* v
     }
   }
   for (int64_t k = 0; k < n; ++k) {
-    const T* value = static_cast<const T*>(values[k]) + column;
+    const T* value = values[k] + column;
     Vec parts[kCols];
     if constexpr (kCols == 1) {
       parts[0] = load(value);
@@ -263,32 +274,53 @@ void add_values(const float* weights, const float* rescale, const void* const* v
 
 // ---- one item ------------------------------------------------------------------------------------
 
+// K and V of one KV head in one tile.
+template <class T>
+struct HeadTile {
+  HeadRows<T> keys, values;
+};
+
+template <class T>
+HeadTile<T> head_tile(const Params& p, const Pointers& pointers, int64_t head) {
+  return {{pointers.keys, head * p.key_cache.stride(2)},
+          {pointers.values, head * p.value_cache.stride(2)}};
+}
+
 template <class T, int kHeadDim, int kRows>
-void direct_rows(const Params& p, const Tile& tile, int64_t row, Scratch& s) {
+void direct_rows(const HeadTile<T>& here, const HeadTile<T>& next, int64_t n, float scale,
+                 int64_t row, Scratch& s) {
   float* scores = s.scores + row * kTileKeys;
-  const Pointers &here = s.pointers[tile.parity], &next = s.pointers[1 - tile.parity];
-  direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, here.keys, next.keys, tile.n, scores);
+  direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, here.keys, next.keys, n, scores);
   for (int r = 0; r < kRows; ++r) {
-    s.rescale[row + r] = softmax_row(scores + r * kTileKeys, p.scale, 0, tile.n, tile.n,
-                                     s.row_max[row + r], s.row_sum[row + r]);
+    s.rescale[row + r] = softmax_row(scores + r * kTileKeys, scale, 0, n, n, s.row_max[row + r],
+                                     s.row_sum[row + r]);
   }
-  for (int64_t k = 0; k < tile.n; ++k) prefetch<T, kHeadDim>(next.values[k]);
+  for (int64_t k = 0; k < n; ++k) prefetch<T, kHeadDim>(next.values[k]);
   for (int column = 0; column < kHeadDim; column += kColumns * kLanes) {
-    add_values<T, kRows, kColumns>(scores, s.rescale + row, here.values, tile.n, column,
+    add_values<T, kRows, kColumns>(scores, s.rescale + row, here.values, n, column,
                                    s.acc + row * kHeadDim, kHeadDim);
   }
 }
 
-// Decode: all rows are of one query, which sees the whole tile.
+// Decode: one query, which sees the whole tile; what comes next is prefetched while it is used.
 template <class T, int kHeadDim>
-void direct_tile(const Params& p, const Tile& tile, int64_t num_rows, Scratch& s) {
-  int64_t row = 0;
-  for (; row + 4 <= num_rows; row += 4) direct_rows<T, kHeadDim, 4>(p, tile, row, s);
-  switch (num_rows - row) {
-    case 3: return direct_rows<T, kHeadDim, 3>(p, tile, row, s);
-    case 2: return direct_rows<T, kHeadDim, 2>(p, tile, row, s);
-    case 1: return direct_rows<T, kHeadDim, 1>(p, tile, row, s);
-    default: return;
+void direct_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratch& s) {
+  for (int64_t head = 0; head < item.num_kv_heads; ++head) {
+    const bool is_last = head + 1 == item.num_kv_heads;
+    const auto here = head_tile<T>(p, s.pointers[tile.parity], head);
+    const auto next = head_tile<T>(p, s.pointers[is_last ? 1 - tile.parity : tile.parity],
+                                   is_last ? 0 : head + 1);
+    int64_t row = head * p.group;
+    const int64_t end = row + p.group;
+    for (; row + 4 <= end; row += 4) {
+      direct_rows<T, kHeadDim, 4>(here, next, tile.n, p.scale, row, s);
+    }
+    switch (end - row) {
+      case 3: direct_rows<T, kHeadDim, 3>(here, next, tile.n, p.scale, row, s); break;
+      case 2: direct_rows<T, kHeadDim, 2>(here, next, tile.n, p.scale, row, s); break;
+      case 1: direct_rows<T, kHeadDim, 1>(here, next, tile.n, p.scale, row, s); break;
+      default: break;
+    }
   }
 }
 
@@ -303,6 +335,7 @@ void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t
     load_row(static_cast<const T*>(here.values[k]), p.head_dim, copy);
     here.values[k] = copy;
   }
+  const HeadRows<float> values{here.values, 0};
   for (int64_t row = 0; row < num_rows; row += kRowGroup) {
     float* scores = s.scores + row * kTileKeys;
     block_scores(s.q + row * p.padded_dim, p.padded_dim, s.k_transposed, tile.n, p.padded_dim,
@@ -318,21 +351,22 @@ void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t
     float* acc = s.acc + row * p.padded_dim;
     int64_t column = 0;
     for (; column + kColumns * kLanes <= p.padded_dim; column += kColumns * kLanes) {
-      add_values<float, kRowGroup, kColumns>(scores, s.rescale + row, here.values, tile.n, column,
-                                             acc, p.padded_dim);
+      add_values<float, kRowGroup, kColumns>(scores, s.rescale + row, values, tile.n, column, acc,
+                                             p.padded_dim);
     }
     for (; column < p.padded_dim; column += kLanes) {
-      add_values<float, kRowGroup, 1>(scores, s.rescale + row, here.values, tile.n, column, acc,
+      add_values<float, kRowGroup, 1>(scores, s.rescale + row, values, tile.n, column, acc,
                                       p.padded_dim);
     }
   }
 }
 
-// Row r of an item is head r % group of query r / group.
+// Rows of an item: all its heads of the first query, then those of the second.
 template <class T>
 T* row_pointer(const View& view, const WorkItem& item, int64_t group, int64_t r) {
-  return view.ptr<T>() + (item.token + r / group) * view.stride(0) +
-         (item.kv_head * group + r % group) * view.stride(1);
+  const int64_t num_heads = item.num_kv_heads * group;
+  return view.ptr<T>() + (item.token + r / num_heads) * view.stride(0) +
+         (item.kv_head * group + r % num_heads) * view.stride(1);
 }
 
 template <class T>
@@ -348,11 +382,16 @@ void load_queries(const Params& p, const WorkItem& item, int64_t num_rows, Scrat
   }
 }
 
+// Whether rows of one query go the direct way.
+bool is_direct(const Params& p) {
+  return p.group <= kDirectRows && (p.head_dim == 64 || p.head_dim == 128);
+}
+
 template <class T>
 void attend(const Params& p, const WorkItem& item) {
   Scratch& s = thread_scratch();
-  const int64_t num_rows = item.num_queries * p.group;
-  const bool direct = item.num_queries == 1 && num_rows <= kDirectRows;
+  const int64_t num_rows = item.num_queries * item.num_kv_heads * p.group;
+  const bool direct = item.num_queries == 1 && is_direct(p);
   load_queries<T>(p, item, num_rows, s);
   const int64_t end = item.position + item.num_queries;
   const int64_t begin = p.window > 0 ? std::max<int64_t>(0, item.position + 1 - p.window) : 0;
@@ -364,9 +403,9 @@ void attend(const Params& p, const WorkItem& item) {
     if (next.n < tile.n) s.pointers[next.parity] = s.pointers[tile.parity];
     find_tile<T>(p, item, next, s);
     if (direct && p.head_dim == 64) {
-      direct_tile<T, 64>(p, tile, num_rows, s);
-    } else if (direct && p.head_dim == 128) {
-      direct_tile<T, 128>(p, tile, num_rows, s);
+      direct_tile<T, 64>(p, item, tile, s);
+    } else if (direct) {
+      direct_tile<T, 128>(p, item, tile, s);
     } else {
       block_tile<T>(p, item, tile, num_rows, s);
     }
@@ -409,23 +448,34 @@ int64_t checked_query_len(const Params& p, const Batch& batch, int64_t r) {
   return end - begin;
 }
 
+// KV heads of one decode item: all that fit, but few enough to leave every thread four items.
+int64_t kv_heads_per_item(const Params& p, int64_t num_rows) {
+  if (!is_direct(p)) return 1;
+  const int64_t num_kv_heads = p.key_cache.size(2), threads = num_threads();
+  const int64_t wanted = threads == 1 ? 1 : (4 * threads + num_rows - 1) / num_rows;
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, num_kv_heads);
+  return std::min(kBlockRows / p.group, (num_kv_heads + parts - 1) / parts);
+}
+
 // Fills `items` and returns the estimated cost of all in nanoseconds.
 double make_items(const Params& p, const Batch& batch, std::vector<WorkItem>& items) {
-  const int64_t num_kv_heads = p.key_cache.size(2);
-  const int64_t max_queries = std::max<int64_t>(1, kBlockRows / p.group);
+  const int64_t num_rows = batch.row_slots.size(0), num_kv_heads = p.key_cache.size(2);
   double work = 0;
   items.clear();
   for (const bool is_decode : {false, true}) {
-    for (int64_t r = 0; r < batch.row_slots.size(0); ++r) {
+    const int64_t max_queries = std::max<int64_t>(1, kBlockRows / p.group);
+    const int64_t max_heads = is_decode ? kv_heads_per_item(p, std::max<int64_t>(num_rows, 1)) : 1;
+    for (int64_t r = 0; r < num_rows; ++r) {
       const int64_t query_len = checked_query_len(p, batch, r);
       if (query_len == 0 || (query_len == 1) != is_decode) continue;
+      const int64_t slot = batch.row_slots.ptr<int32_t>()[r];
       const int64_t begin = batch.cu_seqlens_q.ptr<int32_t>()[r];
       const int64_t start = batch.seq_lens.ptr<int32_t>()[r] - query_len;
       for (int64_t i = 0; i < query_len; i += max_queries) {
         const int64_t num_queries = std::min(max_queries, query_len - i);
-        for (int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
-          items.push_back({batch.row_slots.ptr<int32_t>()[r], kv_head, begin + i, num_queries,
-                           start + i});
+        for (int64_t head = 0; head < num_kv_heads; head += max_heads) {
+          items.push_back({slot, head, std::min(max_heads, num_kv_heads - head), begin + i,
+                           num_queries, start + i});
         }
         work += static_cast<double>((start + i + num_queries) * num_queries);
       }
