@@ -29,9 +29,10 @@ struct Piece {
   throw std::runtime_error(message);
 }
 
-#define PYSERVE_CHECK(condition, ...)                              \
-  do {                                                             \
-    if (!(condition)) [[unlikely]] ::pyserve::fail({__VA_ARGS__}); \
+#define PYSERVE_CHECK(condition, ...) \
+  do {                                \
+    if (!(condition)) [[unlikely]]    \
+      ::pyserve::fail({__VA_ARGS__}); \
   } while (false)
 
 // What an op needs to know of a tensor, read once. Borrows from the tensor.
@@ -58,8 +59,13 @@ enum class LastDim { kContiguous, kStrided };
 // View of a tensor of the CPU with `dim` dims (-1: any, at least 1).
 inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
                      LastDim last_dim = LastDim::kContiguous) {
-  View view{op, name, tensor.data_ptr(), tensor.sizes().data(), tensor.strides().data(),
-            tensor.dim(), tensor.scalar_type()};
+  View view{op,
+            name,
+            tensor.data_ptr(),
+            tensor.sizes().data(),
+            tensor.strides().data(),
+            tensor.dim(),
+            tensor.scalar_type()};
   PYSERVE_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
   PYSERVE_CHECK(dim < 0 ? view.dim >= 1 : view.dim == dim, op, ": ", name, " has ", view.dim,
                 " dims, expected ", dim < 0 ? 1 : dim, dim < 0 ? " or more" : "");

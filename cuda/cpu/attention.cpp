@@ -1,5 +1,6 @@
 // paged_attention: causal softmax(q k^T * scale) v over a paged KV cache, any mix of query lengths.
-//   q, out [num_tokens, num_heads, head_dim]; caches [num_blocks, block_size, num_kv_heads, head_dim]
+//   q, out [num_tokens, num_heads, head_dim]
+//   caches [num_blocks, block_size, num_kv_heads, head_dim]
 //
 // Work split: an item is up to kBlockRows rows, a row being a (query, head) pair; all heads of a KV
 // head's group are in one item, so that K and V are read once. A decode item has one query and as
@@ -18,26 +19,25 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "attention_tile.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace pyserve {
 namespace {
 
+using namespace attention;
+
 constexpr const char* kOp = "paged_attention";
-constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kTileKeys = 64;
-constexpr int64_t kBlockRows = 64;
-constexpr int64_t kDirectRows = 8;  // up to here a copy of the tile costs more than it saves
-constexpr int kRowGroup = 4;        // rows that share a load of K or V: what registers hold
-constexpr int kColumns = kLanes == 16 ? 4 : 2;  // vectors of V per register block, likewise
-constexpr float kLowestMax = -1e30f;            // finite: -inf - -inf is NaN
-static_assert(kTileKeys % (2 * kLanes) == 0 && kBlockRows % kRowGroup == 0);
+constexpr int64_t kDirectRows = 8;    // up to here a copy of the tile costs more than it saves
+constexpr float kLowestMax = -1e30f;  // finite: -inf - -inf is NaN
+static_assert(kBlockRows % kRowGroup == 0);
 
 struct Params {
   View q, key_cache, value_cache, block_table, out;
-  int64_t group, head_dim, padded_dim, block_size, window;
-  float scale;  // softmax_scale * log2(e)
+  int64_t window;
+  int64_t group = 0, head_dim = 0, padded_dim = 0, block_size = 0;
+  float scale = 0;  // softmax_scale * log2(e)
 };
 
 struct WorkItem {
@@ -95,184 +95,7 @@ void find_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratch&
   }
 }
 
-// Row k of K or V of one KV head; `offset` is that head's, in elements.
-template <class T>
-struct HeadRows {
-  const void* const* rows;
-  int64_t offset;
-
-  const T* operator[](int64_t k) const { return static_cast<const T*>(rows[k]) + offset; }
-};
-
-// Asks for a row that is read next: blocks lie anywhere, no hardware guesses them.
-template <class T, int kHeadDim>
-void prefetch(const T* row) {
-  for (size_t line = 0; line < kHeadDim * sizeof(T); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + line);
-  }
-}
-
-// ---- rows in float32 -----------------------------------------------------------------------------
-// Elements of a row lie in the order of load_pair, those behind the last whole pair of vectors in
-// their own, zeros behind the end: q, K, V and out have one dtype, so that the order is the same.
-
-template <class T>
-void load_row(const T* in, int64_t n, float* out) {
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= n; d += 2 * kLanes) {
-    Vec low, high;
-    load_pair(in + d, low, high);
-    store(out + d, low);
-    store(out + d + kLanes, high);
-  }
-  for (; d + kLanes <= n; d += kLanes) store(out + d, load(in + d));
-  if (d < n) store(out + d, load_first(in + d, n - d));
-}
-
-template <class T>
-void store_row(const float* in, float factor, int64_t n, T* out) {
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= n; d += 2 * kLanes) {
-    store_pair(out + d, load(in + d) * factor, load(in + d + kLanes) * factor);
-  }
-  for (; d + kLanes <= n; d += kLanes) store(out + d, load(in + d) * factor);
-  if (d < n) store_first(out + d, load(in + d) * factor, n - d);
-}
-
-// ---- scores of a tile ----------------------------------------------------------------------------
-
-// scores[r][k] = q[r] . keys[k] for kRows rows, straight from the cache.
-template <class T, int kHeadDim, int kRows>
-void direct_scores(const float* q, HeadRows<T> keys, HeadRows<T> next_keys, int64_t n,
-                   float* scores) {
-  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    Vec partial[kRows][kLanes];
-    const int64_t count = std::min<int64_t>(kLanes, n - k0);
-    for (int64_t k = 0; k < count; ++k) {
-      const T* key = keys[k0 + k];
-      prefetch<T, kHeadDim>(next_keys[k0 + k]);
-      Vec sums[kRows] = {};
-#pragma GCC unroll 8
-      for (int d = 0; d < kHeadDim; d += 2 * kLanes) {
-        Vec low, high;
-        load_pair(key + d, low, high);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sums[r] = fma(load(q + r * kHeadDim + d), low, sums[r]);
-          sums[r] = fma(load(q + r * kHeadDim + d + kLanes), high, sums[r]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) partial[r][k] = sums[r];
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int64_t k = count; k < kLanes; ++k) partial[r][k] = Vec{};
-      store(scores + r * kTileKeys + k0, sum_rows(partial[r]));
-    }
-  }
-}
-
-// out [padded_dim][kTileKeys] = the tile's keys, transposed; zeros behind the last key.
-template <class T>
-void transpose_keys(const void* const* keys, int64_t n, int64_t head_dim, int64_t padded_dim,
-                    float* out) {
-  alignas(64) float rows[kLanes][kMaxHeadDim];
-  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, n - k0);
-    for (int64_t k = 0; k < count; ++k) {
-      load_row(static_cast<const T*>(keys[k0 + k]), head_dim, rows[k]);
-    }
-    for (int64_t d = 0; d < padded_dim; d += kLanes) {
-      Vec square[kLanes] = {};
-      for (int64_t k = 0; k < count; ++k) square[k] = load(rows[k] + d);
-      transpose(square);
-      for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileKeys + k0, square[i]);
-    }
-  }
-}
-
-// scores[r][k] = q[r] . k_transposed[:, k] for kRowGroup rows.
-void block_scores(const float* q, int64_t q_stride, const float* k_transposed, int64_t n,
-                  int64_t head_dim, float* scores) {
-  for (int64_t k0 = 0; k0 < n; k0 += 2 * kLanes) {
-    Vec sums[kRowGroup][2] = {};
-    for (int64_t d = 0; d < head_dim; ++d) {
-      const Vec low = load(k_transposed + d * kTileKeys + k0);
-      const Vec high = load(k_transposed + d * kTileKeys + k0 + kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRowGroup; ++r) {
-        const Vec x = splat(q[r * q_stride + d]);
-        sums[r][0] = fma(x, low, sums[r][0]);
-        sums[r][1] = fma(x, high, sums[r][1]);
-      }
-    }
-    for (int r = 0; r < kRowGroup; ++r) {
-      store(scores + r * kTileKeys + k0, sums[r][0]);
-      store(scores + r * kTileKeys + k0 + kLanes, sums[r][1]);
-    }
-  }
-}
-
-// ---- softmax and values --------------------------------------------------------------------------
-
-// Turns dot products into weights 2^(score * scale - row_max) under the row's new maximum; returns
-// how much what was summed up before shrinks. Keys outside [from, to) of the tile get weight 0.
-// The scale comes in here, in one fused operation: put into q it would cost a rounding an element.
-float softmax_row(float* scores, float scale, int64_t from, int64_t to, int64_t n, float& row_max,
-                  float& row_sum) {
-  const int64_t end = (n + kLanes - 1) / kLanes * kLanes;
-  for (int64_t k = 0; k < from; ++k) scores[k] = -INFINITY;
-  for (int64_t k = to; k < end; ++k) scores[k] = -INFINITY;
-  Vec largest = load(scores);
-  for (int64_t k = kLanes; k < end; k += kLanes) largest = max(largest, load(scores + k));
-  const float new_max = std::max(row_max, max(largest) * scale);
-  Vec total = {};
-  for (int64_t k = 0; k < end; k += kLanes) {
-    const Vec weight = exp2(fma(load(scores + k), splat(scale), splat(-new_max)));
-    store(scores + k, weight);
-    total += weight;
-  }
-  const float rescale = exp2(splat(row_max - new_max))[0];
-  row_max = new_max;
-  row_sum = row_sum * rescale + sum(total);
-  return rescale;
-}
-
-// acc[r][:] = acc[r][:] * rescale[r] + sum over k of weights[r][k] * values[k][:], for kRows rows
-// and kCols vectors of columns.
-template <class T, int kRows, int kCols>
-void add_values(const float* weights, const float* rescale, HeadRows<T> values, int64_t n,
-                int64_t column, float* acc, int64_t acc_stride) {
-  Vec sums[kRows][kCols];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kCols; ++c) {
-      sums[r][c] = load(acc + r * acc_stride + column + c * kLanes) * rescale[r];
-    }
-  }
-  for (int64_t k = 0; k < n; ++k) {
-    const T* value = values[k] + column;
-    Vec parts[kCols];
-    if constexpr (kCols == 1) {
-      parts[0] = load(value);
-    } else {
-#pragma GCC unroll 4
-      for (int c = 0; c < kCols; c += 2) load_pair(value + c * kLanes, parts[c], parts[c + 1]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = splat(weights[r * kTileKeys + k]);
-#pragma GCC unroll 4
-      for (int c = 0; c < kCols; ++c) sums[r][c] = fma(weight, parts[c], sums[r][c]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kCols; ++c) {
-      store(acc + r * acc_stride + column + c * kLanes, sums[r][c]);
-    }
-  }
-}
-
-// ---- one item ------------------------------------------------------------------------------------
+// ---- one item -----------------------------------------------------------------------------------
 
 // K and V of one KV head in one tile.
 template <class T>
@@ -292,8 +115,8 @@ void direct_rows(const HeadTile<T>& here, const HeadTile<T>& next, int64_t n, fl
   float* scores = s.scores + row * kTileKeys;
   direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, here.keys, next.keys, n, scores);
   for (int r = 0; r < kRows; ++r) {
-    s.rescale[row + r] = softmax_row(scores + r * kTileKeys, scale, 0, n, n, s.row_max[row + r],
-                                     s.row_sum[row + r]);
+    s.rescale[row + r] =
+        softmax_row(scores + r * kTileKeys, scale, 0, n, n, s.row_max[row + r], s.row_sum[row + r]);
   }
   for (int64_t k = 0; k < n; ++k) prefetch<T, kHeadDim>(next.values[k]);
   for (int column = 0; column < kHeadDim; column += kColumns * kLanes) {
@@ -316,10 +139,17 @@ void direct_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratc
       direct_rows<T, kHeadDim, 4>(here, next, tile.n, p.scale, row, s);
     }
     switch (end - row) {
-      case 3: direct_rows<T, kHeadDim, 3>(here, next, tile.n, p.scale, row, s); break;
-      case 2: direct_rows<T, kHeadDim, 2>(here, next, tile.n, p.scale, row, s); break;
-      case 1: direct_rows<T, kHeadDim, 1>(here, next, tile.n, p.scale, row, s); break;
-      default: break;
+      case 3:
+        direct_rows<T, kHeadDim, 3>(here, next, tile.n, p.scale, row, s);
+        break;
+      case 2:
+        direct_rows<T, kHeadDim, 2>(here, next, tile.n, p.scale, row, s);
+        break;
+      case 1:
+        direct_rows<T, kHeadDim, 1>(here, next, tile.n, p.scale, row, s);
+        break;
+      default:
+        break;
     }
   }
 }
@@ -345,8 +175,8 @@ void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t
       const int64_t to = std::clamp<int64_t>(position + 1 - tile.first, 0, tile.n);
       const int64_t from =
           p.window > 0 ? std::clamp<int64_t>(position + 1 - p.window - tile.first, 0, to) : 0;
-      s.rescale[r] = softmax_row(s.scores + r * kTileKeys, p.scale, from, to, tile.n,
-                                 s.row_max[r], s.row_sum[r]);
+      s.rescale[r] = softmax_row(s.scores + r * kTileKeys, p.scale, from, to, tile.n, s.row_max[r],
+                                 s.row_sum[r]);
     }
     float* acc = s.acc + row * p.padded_dim;
     int64_t column = 0;
@@ -417,7 +247,7 @@ void attend(const Params& p, const WorkItem& item) {
   }
 }
 
-// ---- the op --------------------------------------------------------------------------------------
+// ---- the op -------------------------------------------------------------------------------------
 
 struct Batch {
   View row_slots, cu_seqlens_q, seq_lens;
@@ -436,8 +266,8 @@ int64_t checked_query_len(const Params& p, const Batch& batch, int64_t r) {
                 " of ", p.block_table.size(0));
   PYSERVE_CHECK(seq_len >= end - begin && seq_len <= p.block_table.size(1) * p.block_size, kOp,
                 ": row ", r, " has ", end - begin, " queries and sequence length ", seq_len);
-  const int64_t first = p.window > 0 ? std::max<int64_t>(0, seq_len - (end - begin) + 1 - p.window)
-                                     : 0;
+  const int64_t first =
+      p.window > 0 ? std::max<int64_t>(0, seq_len - (end - begin) + 1 - p.window) : 0;
   const int32_t* blocks = p.block_table.ptr<int32_t>() + slot * p.block_table.stride(0);
   uint32_t largest = 0;  // a negative id is the largest
   for (int64_t i = first / p.block_size; i * p.block_size < seq_len; ++i) {
@@ -512,7 +342,7 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
            cpu_view(kOp, "value_cache", value_cache_tensor, 4),
            cpu_view(kOp, "block_table", block_table_tensor, 2, ScalarType::Int),
            cpu_view(kOp, "out", out_tensor, 3),
-           0, 0, 0, 0, window, 0};
+           window};
   p.head_dim = p.q.size(2);
   p.block_size = p.key_cache.size(1);
   const int64_t num_kv_heads = p.key_cache.size(2);

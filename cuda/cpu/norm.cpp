@@ -80,9 +80,8 @@ void rms_norm(const Tensor& x_tensor, const Tensor& weight_tensor, double eps,
   const View out = cpu_view("rms_norm", "out", out_tensor, -1);
   check_norm(x, weight, out);
   if (num_elements(x) == 0) return;
-  dispatch_float<float, Bf16>(x, [&]<class T>(T) {
-    norm_rows<T, false>(x, nullptr, weight, eps, out);
-  });
+  dispatch_float<float, Bf16>(
+      x, [&]<class T>(T) { norm_rows<T, false>(x, nullptr, weight, eps, out); });
 }
 
 void add_rms_norm(const Tensor& x_tensor, const Tensor& residual_tensor,
@@ -95,9 +94,8 @@ void add_rms_norm(const Tensor& x_tensor, const Tensor& residual_tensor,
   check_same_dtype(residual, x);
   check_same_sizes(residual, x);
   if (num_elements(x) == 0) return;
-  dispatch_float<float, Bf16>(x, [&]<class T>(T) {
-    norm_rows<T, true>(x, &residual, weight, eps, out);
-  });
+  dispatch_float<float, Bf16>(
+      x, [&]<class T>(T) { norm_rows<T, true>(x, &residual, weight, eps, out); });
 }
 
 }  // namespace

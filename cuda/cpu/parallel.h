@@ -1,13 +1,11 @@
-// Work on torch's own threads, and only where it pays: with OMP_WAIT_POLICY=passive a parallel region
-// costs 5 to 7 us while the threads are warm and up to 80 us once they sleep (measured on 2 cores).
+// Work on torch's own threads, and only where it pays: with OMP_WAIT_POLICY=passive a parallel
+// region costs 5 to 7 us while the threads are warm, up to 80 us once they sleep (on 2 cores).
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <cstdint>
-
-#include "../common/check.h"
 #include <stdexcept>
 
 namespace pyserve {

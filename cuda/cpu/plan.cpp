@@ -17,8 +17,7 @@ namespace {
 
 constexpr const char* kOp = "plan_step";
 
-#define PLAN_CHECK(condition, ...) \
-  PYSERVE_CHECK(condition, kOp, ": bad step input: ", __VA_ARGS__)
+#define PLAN_CHECK(condition, ...) PYSERVE_CHECK(condition, kOp, ": bad step input: ", __VA_ARGS__)
 
 // The buffer, its header checked: sections lie inside and in order.
 struct StepWords {
@@ -77,8 +76,7 @@ void check_token_ids(const int32_t* ids, int64_t n, int64_t vocab_size, const ch
 
 void rebuild_counts(const Slots& slots, int64_t slot, const int32_t* prompt, int64_t num_prompt,
                     int64_t num_output) {
-  int16_t* counts =
-      slots.token_counts.ptr<int16_t>() + slot * slots.token_counts.stride(0);
+  int16_t* counts = slots.token_counts.ptr<int16_t>() + slot * slots.token_counts.stride(0);
   std::memset(counts, 0, slots.vocab_size() * sizeof *counts);
   const int32_t* output = prompt + num_prompt;
   for (int64_t i = 0; i < num_output; ++i) {
@@ -196,8 +194,7 @@ int64_t plan_row(const StepWords& step, int64_t r, int64_t begin, const Slots& s
     PLAN_CHECK(query_len == 1, "row ", r, " has no host tokens but ", query_len, " tokens");
   } else {
     const int64_t tokens = step.header(kHeaderTokensOffset);
-    PLAN_CHECK(offset >= 0 &&
-                   tokens + offset + query_len <= step.header(kHeaderBlockUpdatesOffset),
+    PLAN_CHECK(offset >= 0 && tokens + offset + query_len <= step.header(kHeaderBlockUpdatesOffset),
                "row ", r, "'s tokens lie outside their section");
     ids = step.words + tokens + offset;
   }
@@ -281,8 +278,7 @@ void plan_step(const Tensor& step_input, const Tensor& slots_tensor, const Tenso
   check_size(plan.sample_rows, 1, 2);
   PYSERVE_CHECK(rows_of(plan.sample_rows).stride == 2 || plan.sample_rows.size(0) <= 1, kOp,
                 ": sample_rows must be contiguous");
-  const StepWords step =
-      checked_words(cpu_view(kOp, "step_input", step_input, 1, kInt), plan);
+  const StepWords step = checked_words(cpu_view(kOp, "step_input", step_input, 1, kInt), plan);
   apply_updates(step, slots);
   plan_rows(step, slots, plan);
 }

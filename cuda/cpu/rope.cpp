@@ -97,8 +97,7 @@ void rope_tokens(const View& qkv, const View& positions, const View& cos_sin,
       T* q = qkv.ptr<T>() + token * qkv.stride(0);
       const T* k = q + p.num_heads * p.head_dim;
       const T* v = k + p.num_kv_heads * p.head_dim;
-      const float* row = cos_sin.ptr<float>() +
-                         positions.ptr<int32_t>()[token] * cos_sin.stride(0);
+      const float* row = cos_sin.ptr<float>() + positions.ptr<int32_t>()[token] * cos_sin.stride(0);
       for (int64_t head = 0; head < p.num_heads; ++head) {
         rope_head(q + head * p.head_dim, p.q_norm_weight, row, p, q + head * p.head_dim);
       }

@@ -1,4 +1,5 @@
-// sample: one token per row of logits [num_samples, vocab_size] by the parameters of the row's slot.
+// sample: one token per row of logits [num_samples, vocab_size] by the parameters of the row's
+// slot.
 //   logit bias -> ban of stop ids -> repetition, frequency, presence penalty -> temperature ->
 //   top-k -> min-p -> top-p -> draw
 //
@@ -7,7 +8,8 @@
 // integers whose sums are exact in float64, so that neither the order of a sum nor the number of
 // threads nor the batch can change a result. top-k keeps the largest logits, top-p and min-p the
 // largest weights, each the lowest ids of equal ones. The draw is one Philox4x32-10 number, key
-// (seed), counter (position, sample index), as inverse CDF over the survivors in order of their ids.
+// (seed), counter (position, sample index), as inverse CDF over the survivors in order of their
+// ids.
 //
 // Nothing is sorted: a threshold is found by bisection over the bits of a float, each step one
 // vectorised pass, over candidates that a cheap bound has picked beforehand. Rows go to threads.
@@ -71,7 +73,7 @@ struct Survivors {
   int64_t n;
 };
 
-// ---- logits --------------------------------------------------------------------------------------
+// ---- logits -------------------------------------------------------------------------------------
 
 // The largest logit; NaN where one is NaN or +inf.
 float scan(const float* logits, int64_t n) {
@@ -169,7 +171,7 @@ int64_t index_of(const float* x, int64_t n, float value) {
   return i;
 }
 
-// ---- weights -------------------------------------------------------------------------------------
+// ---- weights ------------------------------------------------------------------------------------
 
 // round(exp(x) * 2^34), x <= 0; the order of operations is the specification, nothing is fused.
 inline Vec quantized_exp(Vec x) {
@@ -223,7 +225,7 @@ void weigh(const float* logits, int64_t n, float largest, const Slot& slot, floa
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// ---- selection -----------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------
 
 // Floats in the order of their values as integers.
 inline int32_t to_ordered(float x) {
@@ -231,9 +233,7 @@ inline int32_t to_ordered(float x) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-inline float from_ordered(int32_t i) {
-  return std::bit_cast<float>(i ^ ((i >> 31) & 0x7fffffff));
-}
+inline float from_ordered(int32_t i) { return std::bit_cast<float>(i ^ ((i >> 31) & 0x7fffffff)); }
 
 // How many of n values are >= threshold; n is a multiple of kLanes.
 int64_t count_from(const float* values, int64_t n, float threshold) {
@@ -244,8 +244,8 @@ int64_t count_from(const float* values, int64_t n, float threshold) {
   return total;
 }
 
-// A float t in [low, high] with amount(t) >= target, the largest such or one whose amount is at most
-// target + slack. amount falls as t grows, and amount(low) >= target.
+// A float t in [low, high] with amount(t) >= target, the largest such or one whose amount is at
+// most target + slack. amount falls as t grows, and amount(low) >= target.
 template <class Amount>
 float find_threshold(float low, float high, double target, double slack, const Amount& amount) {
   int64_t good = to_ordered(low), end = int64_t{to_ordered(high)} + 1;
@@ -357,7 +357,7 @@ Survivors keep_top_p(const Survivors& in, float top_p, Scratch& scratch) {
   return {ids, weights, kept};
 }
 
-// ---- draw ----------------------------------------------------------------------------------------
+// ---- draw ---------------------------------------------------------------------------------------
 
 // floor(u / 2^64 * total) for a 64-bit random u and an integer total below 2^53.
 double draw_below(const Slot& slot, double total) {
@@ -367,9 +367,8 @@ double draw_below(const Slot& slot, double total) {
                  static_cast<uint32_t>(slot.integer(kSlotSeedLow)),
                  static_cast<uint32_t>(slot.integer(kSlotSeedHigh)));
   const uint64_t u = uint64_t{random.word[1]} << 32 | random.word[0];
-  return static_cast<double>(
-      static_cast<uint64_t>((static_cast<unsigned __int128>(u) * static_cast<uint64_t>(total)) >>
-                            64));
+  return static_cast<double>(static_cast<uint64_t>(
+      (static_cast<unsigned __int128>(u) * static_cast<uint64_t>(total)) >> 64));
 }
 
 // The first survivor at which the running sum of weights exceeds the number drawn; -1 without any.
@@ -391,7 +390,7 @@ int64_t draw(const Survivors& in, const Slot& slot, Scratch& scratch) {
   return in.ids != nullptr ? in.ids[i] : i;
 }
 
-// ---- the op --------------------------------------------------------------------------------------
+// ---- the op -------------------------------------------------------------------------------------
 
 template <class T>
 int64_t sample_row(const T* logits, int64_t n, const Slot& slot, const int16_t* counts) {
@@ -418,9 +417,9 @@ int64_t sample_row(const T* logits, int64_t n, const Slot& slot, const int16_t* 
 
 void check_slot(const Slot& slot, int64_t vocab_size) {
   const int32_t num_bias = slot.integer(kSlotNumBias), num_stop = slot.integer(kSlotNumStop);
-  PYSERVE_CHECK(num_bias >= 0 && num_bias <= kMaxLogitBias && num_stop >= 0 &&
-                    num_stop <= kMaxStopTokenIds,
-                kOp, ": a slot has ", num_bias, " biases and ", num_stop, " stop ids");
+  PYSERVE_CHECK(
+      num_bias >= 0 && num_bias <= kMaxLogitBias && num_stop >= 0 && num_stop <= kMaxStopTokenIds,
+      kOp, ": a slot has ", num_bias, " biases and ", num_stop, " stop ids");
   uint32_t largest = 0;
   for (int32_t i = 0; i < num_bias; ++i) {
     largest = std::max(largest, static_cast<uint32_t>(slot.integer(kSlotBiasIds + i)));

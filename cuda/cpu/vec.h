@@ -180,8 +180,8 @@ inline float max(Vec v) {
 // kWidth lanes of a and then those of b.
 template <int kWidth, bool kUpper, int... kLane>
 Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
-#define PYSERVE_SOURCE_LANE                                                            \
-  ((kLane & ~(2 * kWidth - 1)) + (kLane & (kWidth - 1)) + (kUpper ? kWidth : 0) +      \
+#define PYSERVE_SOURCE_LANE                                                       \
+  ((kLane & ~(2 * kWidth - 1)) + (kLane & (kWidth - 1)) + (kUpper ? kWidth : 0) + \
    ((kLane & kWidth) ? kLanes : 0))...
 #ifdef __clang__
   return __builtin_shufflevector(a, b, PYSERVE_SOURCE_LANE);
