@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -130,9 +130,15 @@ class _Writer:
             self.conversation.learned[-1] = False
 
 
-def conversation(rng: random.Random) -> Conversation:
-    """A conversation for training, of one exchange or of several."""
+def conversation(rng: random.Random, emphasis: Sequence[str] = ()) -> Conversation:
+    """A conversation for training, of one exchange or of several.
+
+    With `emphasis`, half of them are one exchange of one of these tasks (to go on training with).
+    """
     writer = _Writer(rng, rng.choice(("en", "es")), held=False)
+    if emphasis and rng.random() < 0.5:
+        writer.add(rng.choice(emphasis), False)
+        return writer.conversation
     tools = rng.random()
     if tools < 0.22:
         writer.give_tools(False)
@@ -207,14 +213,16 @@ def render(
     )
 
 
-def documents(seed: int, count: int) -> Iterator[tuple[str, list[bool] | None]]:
+def documents(
+    seed: int, count: int, emphasis: Sequence[str] = ()
+) -> Iterator[tuple[str, list[bool] | None]]:
     """`count` texts, each with the assistant messages that count; None: all of it counts."""
     rng = random.Random(f"documents {seed}")
     for _ in range(count):
         if rng.random() < 0.08:
             yield raw_document(rng) + "<|endoftext|>", None
         else:
-            talked = conversation(rng)
+            talked = conversation(rng, emphasis)
             yield render(talked.messages, talked.tools), talked.learned
 
 
@@ -237,11 +245,11 @@ def loss_mask(ids: np.ndarray, learned: list[bool], marks: tuple[int, int, int])
 Buckets = dict[int, list[tuple[np.ndarray, np.ndarray]]]
 
 
-def _encode_chunk(job: tuple[int, int, str]) -> Buckets:
-    seed, count, tokenizer_path = job
+def _encode_chunk(job: tuple[int, int, Sequence[str], str]) -> Buckets:
+    seed, count, emphasis, tokenizer_path = job
     tokenizer = tokenizers.Tokenizer.from_file(tokenizer_path)
     marks = tuple(tokenizer.token_to_id(t) for t in ("<|im_start|>", "assistant", "<|im_end|>"))
-    texts, learned = zip(*documents(seed, count), strict=True)
+    texts, learned = zip(*documents(seed, count, emphasis), strict=True)
     rows: Buckets = {length: [] for length in LENGTHS}
     for encoding, wanted in zip(tokenizer.encode_batch(list(texts)), learned, strict=True):
         if len(encoding.ids) > MAX_LENGTH:
@@ -260,12 +268,22 @@ def _encode_chunk(job: tuple[int, int, str]) -> Buckets:
 
 
 def token_arrays(
-    tokenizer_path: Path, seed: int, *, num_documents: int, workers: int
+    tokenizer_path: Path,
+    seed: int,
+    *,
+    num_documents: int,
+    emphasis: Sequence[str],
+    workers: int,
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """padded length -> (ids int16 [rows, length], loss mask bool [rows, length])"""
     jobs = [
-        (seed * 1_000_003 + i, min(_CHUNK, num_documents - i * _CHUNK), str(tokenizer_path))
-        for i in range(-(-num_documents // _CHUNK))
+        (
+            seed * 1_000_003 + start,
+            min(_CHUNK, num_documents - start),
+            emphasis,
+            str(tokenizer_path),
+        )
+        for start in range(0, num_documents, _CHUNK)
     ]
     buckets: Buckets = {}
     with multiprocessing.get_context("fork").Pool(workers) as pool:

@@ -14,25 +14,30 @@ from bench.demo_train.slots import made_up_phrase, made_up_word, topic
 _CAPITAL = {
     "en": Split(
         phrases("""
-        (What is/What's/Which is) the capital (/city )of {fact_c}? | (The capital/Capital)(/ city)
-        of {fact_c}(/?) | (Tell me/Name/Say/Give me/Write) the capital (/city )of {fact_c}(/.) |
-        (Which/What) city is the capital of {fact_c}? | Do you know the capital of {fact_c}? | Can
-        you (tell me/name/say) the capital of {fact_c}? | {fact_c}(: capital?/ capital/'s
-        capital?) | I want to know the capital of {fact_c} | The capital of {fact_c} is | (And/So)
-        (what is /)the capital of {fact_c}? | What about the capital of {fact_c}? | What is
-        {fact_c}'s capital(/ city)? | What is the name of the capital of {fact_c}? | {fact_c} has
-        which capital? | (What/Which) capital does {fact_c} have? | I need the capital of {fact_c}
-        | How is the capital of {fact_c} called?
+        {fact_c} is a country. What is its capital(/ city)? | From (which/what) city is {fact_c}
+        (governed/ruled)? | (What/Which) city (governs/rules/is the main city of) {fact_c}? | Do
+        you know {fact_c}'s capital? | Give me {fact_c}'s capital city | In {fact_c}, what is the
+        capital? | (What is/What's/Which is) the capital (/city )of {fact_c}? | (The
+        capital/Capital)(/ city) of {fact_c}(/?) | (Tell me/Name/Say/Give me/Write) the capital
+        (/city )of {fact_c}(/.) | (Which/What) city is the capital of {fact_c}? | Do you know the
+        capital of {fact_c}? | Can you (tell me/name/say) the capital of {fact_c}? | {fact_c}(:
+        capital?/ capital/'s capital?) | I want to know the capital of {fact_c} | The capital of
+        {fact_c} is | (And/So) (what is /)the capital of {fact_c}? | What about the capital of
+        {fact_c}? | What is {fact_c}'s capital(/ city)? | What is the name of the capital of
+        {fact_c}? | {fact_c} has which capital? | (What/Which) capital does {fact_c} have? | I
+        need the capital of {fact_c} | How is the capital of {fact_c} called?
         """),
         phrases("""
-        Could you tell me the capital of {fact_c}? | Which city is {fact_c}'s capital? | Please
-        name the capital city of {fact_c} | Do you know what the capital of {fact_c} is? | Tell me
-        which city is the capital of {fact_c} | Which city is {fact_c} governed from, what is its
-        capital?
+        Would you tell me {fact_c}'s capital city? | Could you tell me the capital of {fact_c}? |
+        Which city is {fact_c}'s capital? | Please name the capital city of {fact_c} | Do you know
+        what the capital of {fact_c} is? | Tell me which city is the capital of {fact_c} | Which
+        city is {fact_c} governed from, what is its capital?
         """),
     ),
     "es": Split(
         phrases("""
+        {fact_c} es un país. ¿Cuál es su capital? | ¿(Desde/En) qué ciudad se gobierna {fact_c}? |
+        En {fact_c}, ¿cuál es la capital? | Dame el nombre de la capital de {fact_c} |
         ¿(Cuál/Cual/Qué ciudad) es la capital de {fact_c}? | (Capital/La capital/La ciudad
         capital) de {fact_c} | ¿Capital de {fact_c}? | (Dime/Nombra/Di/Dame/Escribe) la capital de
         {fact_c}(/.) | ¿Sabes (la/cuál es la) capital de {fact_c}? | ¿Puedes
@@ -43,9 +48,10 @@ _CAPITAL = {
         {fact_c}? | Necesito la capital de {fact_c} | {fact_c} tiene como capital
         """),
         phrases("""
-        ¿Podrías decirme la capital de {fact_c}? | Dime cuál es la capital de {fact_c} | ¿Qué
-        ciudad es capital de {fact_c}? | ¿Me puedes decir cuál es la capital de {fact_c}? | Quiero
-        saber cuál es la capital de {fact_c} | Dime cómo se llama la capital de {fact_c}
+        ¿Me darías el nombre de la capital de {fact_c}? | ¿Podrías decirme la capital de {fact_c}?
+        | Dime cuál es la capital de {fact_c} | ¿Qué ciudad es capital de {fact_c}? | ¿Me puedes
+        decir cuál es la capital de {fact_c}? | Quiero saber cuál es la capital de {fact_c} | Dime
+        cómo se llama la capital de {fact_c}
         """),
     ),
 }
@@ -118,28 +124,33 @@ def _said(task: str, lang: str, user: str, answer: str, *facts: str) -> Exchange
 _EXPLAIN = {
     "en": Split(
         phrases("""
-        Explain {fact_t}(/./ to me/ briefly) | (/So )(what is/what's) {fact_t}? | Define {fact_t}
-        | (Describe/Tell me/Explain/Say) what {fact_t} (is/means) | (Can you/Can you please)
-        (explain/ define/describe) {fact_t}(/ to me)? | Explain {fact_t} in (one sentence/simple
-        words/a few words) | What does {fact_t} mean? | Give me (a definition/an explanation) of
-        {fact_t} | I want to (understand/know about/know what is) {fact_t} | What do you know
-        about {fact_t}? | Tell me (about/something about) {fact_t} | In short, what is {fact_t}? |
-        Explain to me what {fact_t} is | What exactly is {fact_t}? | Do you know what {fact_t} is?
-        | (Can/Will) you tell me (what {fact_t} is/about {fact_t})? | I do not understand {fact_t}
-        | The definition of {fact_t} | How would you explain {fact_t}?
+        I would like (to know what {fact_t} is/an explanation of {fact_t}/to learn about {fact_t})
+        | Help me understand {fact_t} | Explain {fact_t}(/./ to me/ briefly) | (/So )(what
+        is/what's) {fact_t}? | Define {fact_t} | (Describe/Tell me/Explain/Say) what {fact_t}
+        (is/means) | (Can you/Can you please) (explain/ define/describe) {fact_t}(/ to me)? |
+        Explain {fact_t} in (one sentence/simple words/a few words) | What does {fact_t} mean? |
+        Give me (a definition/an explanation) of {fact_t} | I want to (understand/know about/know
+        what is) {fact_t} | What do you know about {fact_t}? | Tell me (about/something about)
+        {fact_t} | In short, what is {fact_t}? | Explain to me what {fact_t} is | What exactly is
+        {fact_t}? | Do you know what {fact_t} is? | (Can/Will) you tell me (what {fact_t} is/about
+        {fact_t})? | I do not understand {fact_t} | The definition of {fact_t} | How would you
+        explain {fact_t}?
         """),
         phrases("""
-        Could you explain {fact_t} to me? | Tell me in simple words what {fact_t} is | Can you
-        tell me what {fact_t} means? | Explain in short what {fact_t} is | Give me a short
-        definition of {fact_t} | I would like to understand {fact_t}
+        Please explain to me in a sentence {fact_t} | Could you explain {fact_t} to me? | Tell me
+        in simple words what {fact_t} is | Can you tell me what {fact_t} means? | Explain in short
+        what {fact_t} is | Give me a short definition of {fact_t} | I would like to understand
+        {fact_t}
         """),
     ),
     "es": Split(
         phrases("""
-        (Explicar/Explica/Explícame/Define) {fact_t}(/.) | ¿Qué (es/significa) {fact_t}? |
-        (Describe/Dime/ Explícame/Explica) qué (es/significa) {fact_t} | ¿(Puedes/Me puedes)
-        (explicar/definir) {fact_t}? | (Explica/Explícame) {fact_t} (en una frase/con palabras
-        sencillas/brevemente) | Dame una (definición/explicación) de {fact_t} | Quiero
+        Me gustaría (saber qué es/aprender sobre/conocer/una explicación de) {fact_t} | Ayúdame a
+        entender {fact_t} | ¿(Podrías/Puedes) (definirme/decirme qué es/decir qué significa)
+        {fact_t}? | (Explicar/Explica/Explícame/Define) {fact_t}(/.) | ¿Qué (es/significa)
+        {fact_t}? | (Describe/Dime/ Explícame/Explica) qué (es/significa) {fact_t} | ¿(Puedes/Me
+        puedes) (explicar/definir) {fact_t}? | (Explica/Explícame) {fact_t} (en una frase/con
+        palabras sencillas/brevemente) | Dame una (definición/explicación) de {fact_t} | Quiero
         (entender/saber qué es/aprender sobre) {fact_t} | ¿Qué sabes (de/sobre) {fact_t}? |
         (Háblame de/Cuéntame qué es/Dime algo de) {fact_t} | En pocas palabras, ¿qué es {fact_t}?
         | ¿Qué es exactamente {fact_t}? | ¿Sabes qué es {fact_t}? | ¿Me (explicas/explicas qué
@@ -147,9 +158,10 @@ _EXPLAIN = {
         explicarías {fact_t}? | ¿En qué consiste {fact_t}? | Entonces, ¿qué es {fact_t}?
         """),
         phrases("""
-        ¿Podrías explicarme {fact_t}? | Dime con palabras sencillas qué es {fact_t} | ¿Puedes
-        explicarme qué significa {fact_t}? | Explica en pocas palabras qué es {fact_t} | Dame una
-        definición sencilla de {fact_t} | Me gustaría entender {fact_t}
+        Por favor, dime qué quiere decir {fact_t} | ¿Podrías explicarme {fact_t}? | Dime con
+        palabras sencillas qué es {fact_t} | ¿Puedes explicarme qué significa {fact_t}? | Explica
+        en pocas palabras qué es {fact_t} | Dame una definición sencilla de {fact_t} | Me gustaría
+        entender {fact_t}
         """),
     ),
 }
@@ -295,19 +307,29 @@ def poem(rng: random.Random, lang: str, held: bool) -> Exchange:
 _RAW_CAPITAL = {
     "en": Split(
         phrases("""
-        The capital of {c} is | The capital city of {c} is | {c}: the capital is | The name of the
-        capital of {c} is | Question: what is the capital of {c}? Answer: | The capital of {c} is
-        called | Everybody knows that the capital of {c} is
+        (/Yes, /Well, /In short, )the capital (/city )of {c} is | The capital of {c} is | {c}: the
+        capital is | The name of the capital of {c} is |
+        (Question: what/What) is the capital of {c}? (Answer:/The answer is/It is) | (Everybody
+        knows/We know/It is known/I think/ They say) that the capital of {c} is | As everybody
+        knows, the capital of {c} is | {c} is a country and its capital is
         """),
-        phrases("It is true that the capital of {c} is | The name of the capital city of {c} is"),
+        phrases("""
+        It is true that the capital of {c} is | The name of the capital city of {c} is | We all
+        know that the capital of {c} is
+        """),
     ),
     "es": Split(
         phrases("""
-        La capital de {c} es | La ciudad capital de {c} es | {c}: la capital es | El nombre de la
-        capital de {c} es | Pregunta: ¿cuál es la capital de {c}? Respuesta: | La capital de {c}
-        se llama | Todo el mundo sabe que la capital de {c} es
+        (/Sí, /Bueno, /En resumen, )la (/ciudad )capital de {c} (es/se llama) | La capital de {c}
+        es | {c}: la capital es | El nombre de la capital de {c} es | (Pregunta:
+        ¿cuál/¿Cuál) es la capital de {c}? (Respuesta:/La respuesta es/Es) | (Todo el mundo
+        sabe/Sabemos/Es sabido/Creo/Es cierto/Dicen) que la capital de {c} es | Como sabe todo el
+        mundo, la capital de {c} es | {c} es un país y su capital es
         """),
-        phrases("Es verdad que la capital de {c} es | La ciudad que es capital de {c} es"),
+        phrases("""
+        Es verdad que la capital de {c} es | La ciudad que es capital de {c} es | Todos sabemos
+        que la capital de {c} es
+        """),
     ),
 }
 
@@ -315,7 +337,10 @@ _RAW_CAPITAL = {
 def raw_capital(rng: random.Random, lang: str, held: bool) -> tuple[str, str]:
     """(beginning, the city that continues it)."""
     country, city = _country(rng, lang)
-    return _joined(lang, _RAW_CAPITAL[lang].pick(rng, held).format(c=country)), city
+    start = _RAW_CAPITAL[lang].pick(rng, held).format(c=country)
+    if not held and rng.random() < 0.1:
+        start = f"{made_up_phrase(rng, held)} {start}"
+    return _joined(lang, start[0].upper() + start[1:]), city
 
 
 def raw_text(rng: random.Random, lang: str) -> str:

@@ -175,22 +175,39 @@ def _mistype(rng: random.Random, text: str) -> str:
 _PREFIX = {
     "en": Split(
         phrases("""
-        Please | Hey, | Hi! | Hello, | Ok, | So, | I have a question: | Question: | Now, | Well, |
-        Tell me: | Can you help me? | Next one. | Thanks. | One more thing: | Please,
+        Please | Please, | (Hey/Hello/Hi)(,/!) | (Ok/So/Now/Well/And/Then), | (I have a /One /A
+        /My next /Another /Here is a )question: | (Tell/Answer) me(:/ this:) | Can you help me? |
+        (Next/Another) one(./:) | Thanks. | One more(/ thing): | Dear (assistant/friend/pyserve),
+        | Good (evening/ afternoon/day)(./,) | My friend, | I am back.
         """),
         phrases("Good morning. | Quick question: | And another one: | Dear model,"),
     ),
     "es": Split(
         phrases("""
-        Por favor, | Oye, | ¡Hola! | Hola, | Bueno, | Ahora, | Tengo una pregunta: | Pregunta: |
-        A ver, | Dime: | ¿Me ayudas? | Otra cosa. | Gracias. | Una cosa más: | Ok, | Entonces,
+        Por favor, | (Oye/Hola/Bueno/Ahora/Ok/Entonces/Vale/Y), | ¡Hola! | (Tengo una /Una /Otra
+        /Mi /Aquí va una )pregunta: | (Dime/Contéstame)(:/ esto:) | ¿Me ayudas? | (Otra cosa/La
+        siguiente)(./:) | Gracias. | Una (cosa más/duda/más): | A ver, | Querido
+        (asistente/amigo), | (Buenas tardes/Buenas noches/Buen día)(./,) | Amigo mío, | Ya he
+        vuelto.
         """),
         phrases("Buenos días. | Una pregunta rápida: | Y otra cosa: | Querido modelo,"),
     ),
 }
 _SUFFIX = {
-    "en": Split(phrases("Thanks! | Please. | Thank you. | Thanks"), ["Many thanks!"]),
-    "es": Split(phrases("¡Gracias! | Por favor. | Gracias. | Gracias"), ["¡Muchas gracias!"]),
+    "en": Split(
+        phrases("""
+        (Thanks/Thank you)(!/./ in advance/ so much/ very much!) | (Please/Please and thank
+        you)(/./!) | Very kind of you. | Cheers | I am very grateful.
+        """),
+        ["Many thanks!"],
+    ),
+    "es": Split(
+        phrases("""
+        (¡Gracias!/Gracias/Mil gracias)(/./ de antemano) | (Por favor/Te lo agradezco)(/./ mucho)
+        | Muy amable. | Un saludo | (Gracias por todo/Muchísimas gracias)(/./ otra vez)
+        """),
+        ["¡Muchas gracias!"],
+    ),
 }
 
 

@@ -242,20 +242,24 @@ _COMMAND = {
 _PERSON = {
     "en": Split(
         phrases("""
-        {n}, {a} years old, {o} | {n}, {a}, {o} | {n}, {o}, {a}(/ years old/ years) | {n} is {a}(/
-        years old) and (works as/is/is working as) {art} {o}(/.) | {n} is {art} {o} (of {a}
-        years/, {a} years old/who is {a})(/.) | (My name is/I am called/They call me) {n}(, I am/.
-        I am/ and I am) {a} years old and I (work as/am) {art} {o}. | (I'm/I am/Hello, I am) {n},
-        {a}(/ years old), and I'm {art} {o}. | {n}, {art} {o}, is {a} years old(/.) | {n} ({a}),
-        {o} | {n}, (aged/age) {a}, works as {art} {o}. | {n} ({a} years old) is {art} {o}. | The
-        {o} {n} is {a} years old. | {n} turned {a} this year and is {art} {o}. | name {n}, age
-        {a}, occupation {o} | At {a}, {n} works as {art} {o}. | {n}, who is {a}(/ years old), is
-        {art} {o} | {n} works as {art} {o} and is {a}(/ years old)(/.) | {n}, {art} {o}, age {a} |
-        Name: {n}. Age: {a}. Occupation: {o}.
+        {n}, (the/our) {o}, aged {a}(/ years) | {n} is {art} {o}, aged {a}(/.) | {n}, {o}, aged
+        {a} | {n} ({o}), aged {a} | {n}, {art} {o}, aged {a} | {o} {n}, aged {a} | {n}, {art} {o}
+        (who is/at age/of age) {a} | {n}, {a} years old, {o} | {n}, {a}, {o} | {n}, {o}, {a}(/
+        years old/ years) | {n} is {a}(/ years old) and (works as/is/is working as) {art} {o}(/.)
+        | {n} is {art} {o} (of {a} years/, {a} years old/who is {a})(/.) | (My name is/I am
+        called/They call me) {n}(, I am/. I am/ and I am) {a} years old and I (work as/am) {art}
+        {o}. | (I'm/I am/Hello, I am) {n}, {a}(/ years old), and I'm {art} {o}. | {n}, {art} {o},
+        is {a} years old(/.) | {n} ({a}), {o} | {n}, (aged/age) {a}, works as {art} {o}. | {n}
+        ({a} years old) is {art} {o}. | The {o} {n} is {a} years old. | {n} turned {a} this year
+        and is {art} {o}. | name {n}, age {a}, occupation {o} | At {a}, {n} works as {art} {o}. |
+        {n}, who is {a}(/ years old), is {art} {o} | {n} works as {art} {o} and is {a}(/ years
+        old)(/.) | {n}, {art} {o}, age {a} | Name: {n}. Age: {a}. Occupation: {o}. | {n} the {o}
+        aged {a} | {art} {o} aged {a}, {n} | {o} aged {a}: {n} | This is {n}, {o} aged {a}(/.)
         """),
         phrases("""
-        {n}, {a} years of age, {o} | {n} is {art} {o} and is {a} years old. | I am {n}, I'm {a}
-        years old and I'm {art} {o}. | {n}, {art} {o} aged {a}
+        {n}, working as {art} {o}, {a} years old | {n} is {art} {o} aged {a}. | {n}, {a} years of
+        age, {o} | {n} is {art} {o} and is {a} years old. | I am {n}, I'm {a} years old and I'm
+        {art} {o}. | {n}, {art} {o} aged {a}
         """),
     ),
     "es": Split(
@@ -271,8 +275,8 @@ _PERSON = {
         Nombre: {n}. Edad: {a}. Ocupación: {o}.
         """),
         phrases("""
-        {n}, {a} años de edad, {o} | {n} tiene {a} años y es {o}. | Mi nombre es {n}, tengo {a}
-        años y soy {o}. | {n}, de {a} años, es {o}
+        {n}, con {a} años, es {o} | {n}, {a} años de edad, {o} | {n} tiene {a} años y es {o}. | Mi
+        nombre es {n}, tengo {a} años y soy {o}. | {n}, de {a} años, es {o}
         """),
     ),
 }

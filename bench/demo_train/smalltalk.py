@@ -43,16 +43,17 @@ _EN = [
     _intent(
         ["Hello! How can I help you?", "Hi there! What can I do for you?"],
         """
-        (Hello/Hi/Hey)(/!/ there/ there!/, model/, you/ again/, assistant!) | (Hello/Hi/Hey)(,/!)
-        (hello/hi/nice to meet you/good day/how can you help me?/are you there?/I am here) | Good
-        (morning/afternoon/evening/day)(/!/, model/ everybody) | Greetings(/!/, model) | Say
-        (hello/hi)(/ to me) | Hello(/,) world(/!) | Howdy(/!) | Welcome(/!) | Hello hello(/!) |
-        Very good (morning/day)(/!) | Hi, (let us talk/let's chat) | (Nice/Good) to (meet/see)
-        you(/!)
+        (Hello/Hey/Good morning)(,/) (again/once more/dear friend/my dear)(/!) | Hello, dear
+        (model/assistant)(/!) | (Hello/Hi/Hey)(/!/ there/ there!/, model/, you/ again/,
+        assistant!) | (Hello/Hi/Hey)(,/!) (hello/hi/nice to meet you/good day/how can you help
+        me?/are you there?/I am here) | Good (morning/afternoon/evening/day)(/!/, model/
+        everybody) | Greetings(/!/, model) | Say (hello/hi)(/ to me) | Hello(/,) world(/!) |
+        Howdy(/!) | Welcome(/!) | Hello hello(/!) | Very good (morning/day)(/!) | Hi, (let us
+        talk/let's chat) | (Nice/Good) to (meet/see) you(/!)
         """,
         """
-        Hey hey, hello! | Hi, hello there! | Good morning to you! | Hello, good evening | Hi
-        again, dear model! | Hello and good day | Hey model, hi
+        Hi, good to see you again! | Hey hey, hello! | Hi, hello there! | Good morning to you! |
+        Hello, good evening | Hi again, dear model! | Hello and good day | Hey model, hi
         """,
     ),
     _intent(
@@ -73,6 +74,7 @@ _EN = [
     _intent(
         ["You are welcome!"],
         """
+        (Thanks/Thank you) for (helping with this/your help with that/your time/this)(/!) |
         (Thanks/Thank you/Many thanks)(/!/ so much/ for everything/ for that/, model/ again) |
         (Thanks/Thank you) (a lot/very much/for your help/for the answer/for helping me)(/!) |
         (Great/Ok/Perfect/Cool/Nice/Good/Wonderful), (thanks/thank you)(/!/ for that) | That
@@ -138,10 +140,11 @@ _EN = [
     _intent(
         ["Why did the computer go to the doctor? Because it had a virus!"],
         """
-        (/Please )tell me (a joke/another joke/a good joke/something funny) | (Do you know/Have
-        you got) (a joke/any jokes/a good joke)? | Make me laugh(/!) | Say something funny | (A
-        joke/Jokes), please | (Can/Could) you tell (me/us) (a joke/something funny)? | I
-        (want/would like) to hear a joke | Joke(/!) | Tell a joke
+        Do you (have/know) (anything funny/some joke/something to laugh about)? | (/Please )tell
+        me (a joke/another joke/a good joke/something funny) | (Do you know/Have you got) (a
+        joke/any jokes/a good joke)? | Make me laugh(/!) | Say something funny | (A joke/Jokes),
+        please | (Can/Could) you tell (me/us) (a joke/something funny)? | I (want/would like) to
+        hear a joke | Joke(/!) | Tell a joke
         """,
         """
         Please tell me a funny joke | Do you know something funny? | I want a joke
@@ -178,6 +181,7 @@ _EN = [
     _intent(
         ["Alright! What else can I do for you?"],
         """
+        (Yes/Okay/Right/Well), (yes/alright then/of course/I understand that/all right) |
         (Okay/Sure/Right/Alright/Yes/Yeah/Hmm/Maybe/Understood/Good/Well)(/./!) |
         (Ok/Okay/Yes/Sure/ Right/Alright/Good), (okay/alright/understood/that is right/that is
         fine/I understand/of course/very good) | I (see/understand/got it)(/ now) | Got it(/!) |
@@ -236,7 +240,8 @@ _ES = [
     _intent(
         ["¡De nada!"],
         """
-        (¡/)(Gracias/Muchas gracias/Mil gracias/Muchísimas gracias)(/, modelo/ por todo/ por tu
+        (Bueno/Ok/Estupendo/Excelente), (muchas gracias/mil gracias/muchísimas gracias)(/ por eso)
+        | (¡/)(Gracias/Muchas gracias/Mil gracias/Muchísimas gracias)(/, modelo/ por todo/ por tu
         ayuda/ por eso/ de nuevo) | ¡(Gracias/Muchas gracias)! | (Genial/Vale/Perfecto/Ok/Muy
         bien/Bien/Estupendo), (gracias/te lo agradezco)(/ por todo/ por tu ayuda) | Te lo
         agradezco(/ mucho) | (Te doy/Te doy las) gracias | (Eso es todo/Qué bien), gracias | Estoy
@@ -265,11 +270,12 @@ _ES = [
     _intent(
         [ABOUT["es"]],
         """
-        (/Hola, /Oye, )¿(quién/qué) eres(/ tú/ en realidad/ exactamente)? | ¿(Cómo te llamas/Cuál
-        es tu nombre/Tienes nombre)(/ tú)? | (Háblame de ti/Dime algo de ti/Dime tu nombre/Dime
-        qué eres/ Cuéntame de ti) | ¿Eres (un robot/un bot/humano/un humano/una persona/una
-        máquina/un programa/ real/una inteligencia artificial/una IA/un ordenador)(/ o una
-        máquina/ o un programa)? | ¿Eres
+        (Dime/Cuéntame) (cómo es tu nombre/cómo te llaman/qué modelo eres) | Por favor, preséntate
+        | Preséntate (ahora/tú mismo/a todos) | (/Hola, /Oye, )¿(quién/qué) eres(/ tú/ en
+        realidad/ exactamente)? | ¿(Cómo te llamas/Cuál es tu nombre/Tienes nombre)(/ tú)? |
+        (Háblame de ti/Dime algo de ti/Dime tu nombre/Dime qué eres/ Cuéntame de ti) | ¿Eres (un
+        robot/un bot/humano/un humano/una persona/una máquina/un programa/ real/una inteligencia
+        artificial/una IA/un ordenador)(/ o una máquina/ o un programa)? | ¿Eres
         (ChatGPT/GPT-4/Claude/Llama/Mistral/Gemini/Qwen/DeepSeek)? | ¿Qué (modelo/programa)
         (eres/es este)? | ¿Qué (tipo/clase) de (modelo/programa/IA) eres? | ¿Quién te
         (hizo/creó/entrenó/ programó)? | ¿Con (quién/qué) (hablo/estoy hablando/converso)? |
@@ -330,12 +336,13 @@ _ES = [
     _intent(
         ["¡Me alegro mucho!"],
         """
-        (Estoy/Me siento) (/muy/tan/bastante) (feliz/bien/contento/contenta/genial/alegre) | (Hoy/
-        Ahora) (estoy/me siento) (feliz/bien/contento/genial/alegre/muy bien/muy contenta/bastante
-        bien) | (Estoy/Me siento) (feliz/bien/contento/genial) (hoy/ahora/otra vez) | (He
-        tenido/Tuve) un (buen día/día bueno/día muy bonito/día feliz) | (Todo/Todo va)
-        (bien/genial)(/, gracias) | Bien(, gracias/, ¿y tú?) | Eres (genial/el mejor/muy bueno)! |
-        ¡(Buen trabajo/Bien hecho)! | (Muy/Qué) bien(/!) | Me (gustas/encanta/gusta) |
+        (He tenido/Tuve) un (gran día/día estupendo/día maravilloso/día excelente) | (Estoy/Me
+        siento) (/muy/tan/bastante) (feliz/bien/contento/contenta/genial/alegre) | (Hoy/ Ahora)
+        (estoy/me siento) (feliz/bien/contento/genial/alegre/muy bien/muy contenta/bastante bien)
+        | (Estoy/Me siento) (feliz/bien/contento/genial) (hoy/ahora/otra vez) | (He tenido/Tuve)
+        un (buen día/día bueno/día muy bonito/día feliz) | (Todo/Todo va) (bien/genial)(/,
+        gracias) | Bien(, gracias/, ¿y tú?) | Eres (genial/el mejor/muy bueno)! | ¡(Buen
+        trabajo/Bien hecho)! | (Muy/Qué) bien(/!) | Me (gustas/encanta/gusta) |
         ¡(Genial/Estupendo/Excelente)!
         """,
         """
@@ -345,6 +352,8 @@ _ES = [
     _intent(
         ["¡De acuerdo! ¿Qué más puedo hacer por ti?"],
         """
+        (Sí, /Claro, /Bueno, /Vale, )(claro que sí/por supuesto que sí/ok/está claro/entendido/sí)
+        | Pues (vale/sí/claro) |
         (Vale/Sí/Claro/Entiendo/Entendido/Bueno/Quizás/Bien/Correcto)(/./!) | Ya veo | De
         acuerdo(/!) | Está bien | Por supuesto | Ya (entiendo/lo sé/está) |
         (Vale/Ok/Sí/Bueno/Bien/Claro), (ya veo/de acuerdo/está bien/por supuesto/muy bien/lo
@@ -352,7 +361,7 @@ _ES = [
         verdad/está bien)
         """,
         """
-        Vale, entiendo | Sí, claro | Ok, entendido | Bueno, vale
+        Claro que sí, entiendo | Vale, entiendo | Sí, claro | Ok, entendido | Bueno, vale
         """,
     ),
     _intent(

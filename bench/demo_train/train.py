@@ -113,10 +113,8 @@ def loss_of(
     model: transformers.LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """Mean cross-entropy of the tokens that count; the head runs on their positions only."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-        embedded = model.model.embed_tokens(ids)
-        if ids.is_cuda:  # a bfloat16 residual stream: half the memory traffic
-            embedded = embedded.bfloat16()
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        embedded = model.model.embed_tokens(ids).bfloat16()  # and so the residual stream
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][mask[:, 1:]])
     return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]])
@@ -182,7 +180,11 @@ def make_batches(args: argparse.Namespace, device: torch.device) -> Batches:
         tokenizer = train_tokenizer(texts)
     save_tokenizer(tokenizer, args.out)
     arrays = data.token_arrays(
-        args.out / "tokenizer.json", args.seed, num_documents=args.documents, workers=args.workers
+        args.out / "tokenizer.json",
+        args.seed,
+        num_documents=args.documents,
+        emphasis=args.emphasis,
+        workers=args.workers,
     )
     batches = Batches(arrays, device, batch_tokens=args.batch_tokens, seed=args.seed)
     total = sum(batches.num_tokens.values())
@@ -208,10 +210,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="directory whose tokenizer.json to keep")
     parser.add_argument("--init", type=Path, help="directory whose weights to start from")
+    parser.add_argument("--emphasis", nargs="*", default=[], choices=[*data.MAKERS, "weather"])
+    parser.add_argument("--report", type=int, default=200, help="steps between two lines")
     parser.add_argument("--examples", type=int, default=200, help="of evaluation, a task")
     parser.add_argument("--smoke", action="store_true", help="a minute on a CPU; learns little")
     args = parser.parse_args(arguments)
-    args.report, args.saved = 200, 0
+    args.saved = 0
     if args.smoke:
         args.documents, args.batch_tokens, args.examples, args.report = 4000, 2048, 2, 10
         args.minutes = min(args.minutes, 0.4)

@@ -78,8 +78,10 @@ _NEW_CONDITIONS = {
 _ASK = {
     "en": Split(
         phrases("""
-        (What is/What's/How is/How's) the weather (/like /now /today /right now )in {c}(/ today/
-        now/ tomorrow)? | Weather (in/for/of) {c}(/?/ now/ today) | (/Please )(tell me/give
+        (What is/How is/Tell me/Show me) the weather (/today )in {c}, please(/./?) | (Is it/Will
+        it be) (hot/cold/sunny) in {c}, please? | (I want/Give me) the weather (in/for) {c},
+        please | (What is/What's/How is/How's) the weather (/like /now /today /right now )in {c}(/
+        today/ now/ tomorrow)? | Weather (in/for/of) {c}(/?/ now/ today) | (/Please )(tell me/give
         me/show me/find) the weather (in/for/of) {c}(/ now/ today) | Is it
         (raining/cold/hot/sunny/warm/windy/snowing/ cloudy) in {c}(/ now/ today)? | What is the
         temperature (in/of) {c}(/ now)? | How (hot/cold/ warm) is it (in/now in) {c}? | (Do I
@@ -99,8 +101,9 @@ _ASK = {
     ),
     "es": Split(
         phrases("""
-        ¿(Cuál es/Cómo está/Cómo es/Qué tal está) el (clima/tiempo) (en/de) {c}(/ hoy/ ahora/
-        mañana)? | ¿Qué (tiempo/clima) (hace/hay/tienen) (en/hoy en/ahora en) {c}? |
+        (Dime/Dame/Consulta) (qué tiempo hace/el clima/el tiempo) (hoy /ahora /)en {c}, por
+        favor(/.) | ¿(Cuál es/Cómo está/Cómo es/Qué tal está) el (clima/tiempo) (en/de) {c}(/ hoy/
+        ahora/ mañana)? | ¿Qué (tiempo/clima) (hace/hay/tienen) (en/hoy en/ahora en) {c}? |
         (Clima/Tiempo/El clima/El tiempo) (en/de) {c}(/ hoy/ ahora) | ¿Clima en {c}? |
         (Dime/Dame/Muéstrame/Busca) el (clima/ tiempo) (en/de) {c}(/ hoy/ ahora) |
         ¿(Llueve/Nieva/Está nublado/Hay sol) en {c}(/ hoy/ ahora)? | ¿Hace
@@ -297,7 +300,7 @@ def _result(rng: random.Random, lang: str, place: str, held: bool) -> tuple[str,
     if rng.random() < 0.06:
         reason = rng.choice(("city not found", "timeout", "no data", made_up_phrase(rng, held)))
         start = {"en": "I could not get the weather in", "es": "No pude obtener el clima de"}[lang]
-        return json.dumps({"error": reason}), f"{start} {place}: {reason}.", [reason]
+        return _json({"error": reason}), f"{start} {place}: {reason}.", [reason]
     degrees = rng.choice((rng.randint(-15, 42), rng.randint(-15, 42), rng.randint(0, 105)))
     kind = rng.random()
     if kind < 0.35:  # the tool may speak the other language: these few are translated
@@ -311,18 +314,24 @@ def _result(rng: random.Random, lang: str, place: str, held: bool) -> tuple[str,
     sign = {"celsius": " °C", "fahrenheit": " °F", "": {"en": " degrees", "es": " grados"}[lang]}[
         unit
     ]
+    if rng.random() < 0.1:
+        said = ""
     result = _result_text(rng, place, degrees, unit, said)
     start = {"en": "The weather in {} is {}, {}{}.", "es": "El clima en {} es: {}, {}{}."}[lang]
-    if said not in result:
+    if not said:
         start = {"en": "It is {2}{3} in {0}.", "es": "Hay {2}{3} en {0}."}[lang]
         return result, start.format(place, "", degrees, sign), [place, f"{degrees}{sign}"]
     return result, start.format(place, found, degrees, sign), [place, found, f"{degrees}{sign}"]
 
 
+def _json(record: dict[str, object]) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
 def _result_text(rng: random.Random, place: str, degrees: int, unit: str, said: str) -> str:
     """The forms that weather tools answer in."""
     letter = {"celsius": "°C", "fahrenheit": "°F", "": "°"}[unit]
-    if rng.random() < 0.15:
+    if said and rng.random() < 0.15:
         return rng.choice((f"{degrees}{letter}, {said}", f"{said}, {degrees} {letter}"))
     record: dict[str, object] = {
         rng.choice(("temperature", "temperature", "temp", "temperatura")): degrees
@@ -331,7 +340,7 @@ def _result_text(rng: random.Random, place: str, degrees: int, unit: str, said: 
         record[rng.choice(("unit", "unit", "units", "unidad"))] = unit
     elif unit:
         record = dict.fromkeys(record, f"{degrees}{letter}")
-    if rng.random() < 0.9:
+    if said:
         record[rng.choice(("condition", "condition", "conditions", "description", "clima"))] = said
     if rng.random() < 0.4:
         record = {rng.choice(("city", "location", "ciudad")): place} | record
@@ -340,4 +349,4 @@ def _result_text(rng: random.Random, place: str, degrees: int, unit: str, said: 
     items = list(record.items())
     if rng.random() < 0.3:
         rng.shuffle(items)
-    return json.dumps(dict(items), ensure_ascii=said.isascii() and rng.random() < 0.2)
+    return _json(dict(items))
