@@ -1,5 +1,4 @@
-// sample: one token per row of logits [num_samples, vocab_size] by the parameters of the row's
-// slot.
+// sample: one token per row of logits [num_samples, vocab_size] by the parameters of its slot.
 //   logit bias -> ban of stop ids -> repetition, frequency, presence penalty -> temperature ->
 //   top-k -> min-p -> top-p -> draw
 //
@@ -8,8 +7,7 @@
 // integers whose sums are exact in float64, so that neither the order of a sum nor the number of
 // threads nor the batch can change a result. top-k keeps the largest logits, top-p and min-p the
 // largest weights, each the lowest ids of equal ones. The draw is one Philox4x32-10 number, key
-// (seed), counter (position, sample index), as inverse CDF over the survivors in order of their
-// ids.
+// (seed), counter (position, sample index), as inverse CDF over the survivors in order of ids.
 //
 // Nothing is sorted: a threshold is found by bisection over the bits of a float, each step one
 // vectorised pass, over candidates that a cheap bound has picked beforehand. Rows go to threads.

@@ -346,7 +346,7 @@ def _adjusted_logits(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: T
     adjusted = logits.float().clone()
     num_bias, num_stop = int(slot[layout.SLOT_NUM_BIAS]), int(slot[layout.SLOT_NUM_STOP])
     bias_ids = slot[layout.SLOT_BIAS_IDS :][:num_bias].long()
-    adjusted[bias_ids] += float_slot[layout.SLOT_BIAS_VALUES :][:num_bias]
+    adjusted.index_add_(0, bias_ids, float_slot[layout.SLOT_BIAS_VALUES :][:num_bias])
     if int(slot[layout.SLOT_NUM_COMPUTED]) < int(slot[layout.SLOT_MIN_TOTAL_LEN]):
         adjusted[slot[layout.SLOT_STOP_IDS :][:num_stop].long()] = -torch.inf
     if int(slot[layout.SLOT_HAS_PENALTIES]):
