@@ -380,23 +380,24 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
     token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
 
-    def resolve(name: str, *, revision: str | None, flag: str) -> Path:
+    def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.model.hub import resolve_model
 
+        if not Path(name).expanduser().is_dir():
+            report("download", 0, 0)
         return resolve_model(
             name, revision=revision, token=token, download_dir=args.download_dir, flag=flag
         )
 
     def load(report: Report) -> Loaded:
-        report("download", 0, 0)  # nothing to do where the model is a folder
         model_path = DEMO_MODEL
         if args.model is not None:
-            model_path = resolve(args.model, revision=args.revision, flag="--model")
+            model_path = resolve(report, args.model, revision=args.revision, flag="--model")
         if not (model_path / "config.json").is_file():
             raise CheckpointError(f"--model {args.model}: there is no config.json in {model_path}")
         tokenizer_path = model_path
         if args.tokenizer is not None:
-            tokenizer_path = resolve(args.tokenizer, revision=None, flag="--tokenizer")
+            tokenizer_path = resolve(report, args.tokenizer, revision=None, flag="--tokenizer")
         tokenizer = _tokenizer(tokenizer_path)
         template = ChatTemplate.load(tokenizer, override=args.chat_template)
         defaults = GenerationDefaults.from_folder(
