@@ -253,7 +253,7 @@ def attention_case(
         "paged_attention",
         load,
         lambda: ops.paged_attention(*inputs, softmax_scale=scale),
-        lambda: reference.paged_attention(*inputs, scale, 0, out),
+        lambda: reference.paged_attention(*inputs, scale, 0, len(inputs[0]), None, None, out),
         cache.nbytes + 2 * q.nbytes,
         4 * pairs * shape.num_heads * shape.head_dim,
     )

@@ -18,7 +18,10 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "
       "Tensor row_slots, Tensor cu_seqlens_q, Tensor seq_lens, float softmax_scale, int window, "
-      "Tensor(a!) out) -> ()");
+      "int max_query_len, Tensor? work, Tensor(a!)? workspace, Tensor(b!) out) -> ()");
+  m.def(
+      "plan_attention(Tensor cu_seqlens_q, Tensor seq_lens, int num_heads, int num_kv_heads, "
+      "int window, Tensor(a!) work) -> ()");
   m.def(
       "plan_step(Tensor step_input, Tensor(a!) slots, Tensor(b!) block_table, "
       "Tensor(c!) token_counts, int block_size, Tensor(d!) input_ids, Tensor(e!) positions, "
@@ -26,5 +29,5 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "Tensor(i!) seq_lens, Tensor(j!) sample_rows) -> ()");
   m.def(
       "sample(Tensor logits, Tensor sample_slots, Tensor(a!) slots, Tensor(b!) token_counts, "
-      "Tensor(c!) sampled) -> ()");
+      "Tensor(c!)? workspace, Tensor(d!) sampled) -> ()");
 }

@@ -56,9 +56,9 @@ struct View {
 
 enum class LastDim { kContiguous, kStrided };
 
-// View of a tensor of the CPU with `dim` dims (-1: any, at least 1).
-inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
-                     LastDim last_dim = LastDim::kContiguous) {
+// View of a tensor with `dim` dims (-1: any, at least 1); cpu_view and cuda_view check the device.
+inline View view_of(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                    LastDim last_dim) {
   View view{op,
             name,
             tensor.data_ptr(),
@@ -66,7 +66,6 @@ inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int
             tensor.strides().data(),
             tensor.dim(),
             tensor.scalar_type()};
-  PYSERVE_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
   PYSERVE_CHECK(dim < 0 ? view.dim >= 1 : view.dim == dim, op, ": ", name, " has ", view.dim,
                 " dims, expected ", dim < 0 ? 1 : dim, dim < 0 ? " or more" : "");
   PYSERVE_CHECK(last_dim == LastDim::kStrided || view.size(view.dim - 1) <= 1 ||
@@ -75,12 +74,22 @@ inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int
   return view;
 }
 
+inline void check_dtype(const View& view, ScalarType dtype) {
+  PYSERVE_CHECK(view.dtype == dtype, view.op, ": ", view.name, " must be ",
+                torch::headeronly::toString(dtype), ", got ",
+                torch::headeronly::toString(view.dtype));
+}
+
+inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                     LastDim last_dim = LastDim::kContiguous) {
+  PYSERVE_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+  return view_of(op, name, tensor, dim, last_dim);
+}
+
 inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
                      ScalarType dtype, LastDim last_dim = LastDim::kContiguous) {
   View view = cpu_view(op, name, tensor, dim, last_dim);
-  PYSERVE_CHECK(view.dtype == dtype, op, ": ", name, " must be ",
-                torch::headeronly::toString(dtype), ", got ",
-                torch::headeronly::toString(view.dtype));
+  check_dtype(view, dtype);
   return view;
 }
 

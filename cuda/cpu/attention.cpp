@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "../common/check.h"
@@ -333,7 +334,8 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
                      const Tensor& value_cache_tensor, const Tensor& block_table_tensor,
                      const Tensor& row_slots_tensor, const Tensor& cu_seqlens_q_tensor,
                      const Tensor& seq_lens_tensor, double softmax_scale, int64_t window,
-                     const Tensor& out_tensor) {
+                     int64_t /*max_query_len*/, const std::optional<Tensor>& /*work*/,
+                     const std::optional<Tensor>& /*workspace*/, const Tensor& out_tensor) {
   const Batch batch{cpu_view(kOp, "row_slots", row_slots_tensor, 1, ScalarType::Int),
                     cpu_view(kOp, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int),
                     cpu_view(kOp, "seq_lens", seq_lens_tensor, 1, ScalarType::Int)};

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "../common/check.h"
 #include "../common/philox.h"
@@ -456,7 +457,7 @@ void sample_rows(const View& logits, const View& sample_slots, const View& slots
 
 void sample(const Tensor& logits_tensor, const Tensor& sample_slots_tensor,
             const Tensor& slots_tensor, const Tensor& token_counts_tensor,
-            const Tensor& sampled_tensor) {
+            const std::optional<Tensor>& /*workspace*/, const Tensor& sampled_tensor) {
   const View logits = cpu_view(kOp, "logits", logits_tensor, 2);
   const View sample_slots =
       cpu_view(kOp, "sample_slots", sample_slots_tensor, 1, ScalarType::Int, LastDim::kStrided);

@@ -113,6 +113,8 @@ class ModelRunner:
                 seq_lens=plan.seq_lens,
                 block_table=self._block_table,
                 kv_caches=self._kv_caches,
+                max_query_len=key[0],
+                attention_plans={},
             )
             views = self._views[key] = plan, ctx
         return views

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from pyserve.ops import AttentionPlan
 
 
 @dataclass(slots=True, frozen=True)
@@ -19,6 +22,8 @@ class ForwardContext:
     block_table            int32 [num_slots, max_blocks_per_seq]
     kv_caches              (key_cache, value_cache) of each layer,
                            [num_blocks, block_size, num_kv_heads, head_dim]
+    max_query_len          an upper bound of the rows' query lengths
+    attention_plans        by window, of every window the layers have; empty on a CPU
     """
 
     input_ids: torch.Tensor
@@ -29,3 +34,5 @@ class ForwardContext:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
+    max_query_len: int
+    attention_plans: Mapping[int, AttentionPlan]

@@ -128,6 +128,8 @@ def paged_attention(
     *,
     softmax_scale: float,
     window: int = 0,
+    max_query_len: int | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Causal attention over a paged KV cache, any mix of query lengths.
 
@@ -136,7 +138,9 @@ def paged_attention(
     row; cu_seqlens_q int32 [num_rows + 1]; seq_lens int32 [num_rows], KV tokens of the row with
     this step's. Query i of a row sits at position seq_len - query_len + i and sees the keys up to
     its position, with window > 0 only the last `window` of them. Tokens of no row (padding) leave
-    their output undefined. head_dim: a multiple of 8, at most 256.
+    their output undefined. head_dim: a multiple of 8, at most 256; on CUDA 64 or 128.
+    On CUDA `plan` is what plan_attention made of these rows with this window, and max_query_len
+    bounds their query lengths (None: num_tokens does); a CPU needs neither.
     """
     out = torch.empty_like(q)
     _ops.paged_attention(
@@ -149,9 +153,36 @@ def paged_attention(
         seq_lens,
         softmax_scale,
         window,
+        q.shape[0] if max_query_len is None else max_query_len,
+        None if plan is None else plan.work,
+        None if plan is None else plan.workspace,
         out,
     )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How paged_attention of a step divides its work over a CUDA device, and room for its parts.
+
+    Layout: cuda/gpu/attention.h; sizes: attention_plan.py.
+    """
+
+    work: Tensor  # int32 [words]
+    workspace: Tensor  # float32 [words], zero at first; paged_attention keeps it usable
+
+
+def plan_attention(
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    plan: AttentionPlan,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int = 0,
+) -> None:
+    """Fill plan.work for the rows of a step; CUDA only, once a step for all layers of `window`."""
+    _ops.plan_attention(cu_seqlens_q, seq_lens, num_heads, num_kv_heads, window, plan.work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,16 +263,24 @@ def plan_step(
     )
 
 
-def sample(logits: Tensor, sample_slots: Tensor, slots: Tensor, token_counts: Tensor) -> Tensor:
-    """Draw one token per row by its slot's parameters -> int32 [num_samples].
+def sample(
+    logits: Tensor,
+    sample_slots: Tensor,
+    slots: Tensor,
+    token_counts: Tensor,
+    *,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Draw one token per row by its slot's parameters -> int32 [num_samples], `out` if given.
 
     logits [num_samples, vocab_size] stay as they are; sample_slots int32 [num_samples], any stride,
     -1 for a padded row (gives 0). A row with NaN or +inf, or with nothing left, gives -1. The token
     is noted in its slot and, where that has penalties, counted. The draw depends on the row's
     logits and parameters, its seed, sample index and position, and on nothing else.
     """
-    sampled = torch.empty_like(sample_slots)
-    _ops.sample(logits, sample_slots, slots, token_counts, sampled)
+    sampled = sample_slots.new_empty(len(sample_slots)) if out is None else out
+    _ops.sample(logits, sample_slots, slots, token_counts, workspace, sampled)
     return sampled
 
 

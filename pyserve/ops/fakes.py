@@ -14,6 +14,7 @@ OP_NAMES = (
     "linear",
     "silu_mul",
     "paged_attention",
+    "plan_attention",
     "plan_step",
     "sample",
 )

@@ -83,9 +83,13 @@ def paged_attention(
     seq_lens: Tensor,
     softmax_scale: float,
     window: int,
+    max_query_len: int,
+    work: Tensor | None,
+    workspace: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Causal attention of each row's queries over the KV of its slot."""
+    """Causal attention of each row's queries over the KV of its slot. The last three before `out`
+    only say how the work may be divided."""
     num_kv_heads, head_dim = key_cache.shape[2:]
     group, block_size = q.shape[1] // num_kv_heads, key_cache.shape[1]
     starts, lens = cu_seqlens_q.tolist(), seq_lens.tolist()
@@ -110,7 +114,12 @@ def paged_attention(
 
 
 def sample(
-    logits: Tensor, sample_slots: Tensor, slots: Tensor, token_counts: Tensor, sampled: Tensor
+    logits: Tensor,
+    sample_slots: Tensor,
+    slots: Tensor,
+    token_counts: Tensor,
+    workspace: Tensor | None,
+    sampled: Tensor,
 ) -> None:
     """Draw one token for each row and note it in its slot."""
     float_slots = slots.view(torch.float32)

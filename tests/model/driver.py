@@ -62,6 +62,8 @@ class Driver:
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
             block_table=self._table,
             kv_caches=self.kv_caches,
+            max_query_len=len(ids),
+            attention_plans={},
         )
         with torch.inference_mode():
             return self.decoder.compute_logits(self.decoder.forward(context))

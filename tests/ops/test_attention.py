@@ -105,6 +105,9 @@ class Case:
             self.seq_lens,
             self.scale,
             self.window,
+            len(self.q),
+            None,
+            None,
             out,
         )
         return out
@@ -182,6 +185,9 @@ def test_padded_rows_write_nothing() -> None:
         case.seq_lens,
         case.scale,
         0,
+        len(case.q),
+        None,
+        None,
         out,
     )
     assert (out[1:3] == 5).all()

@@ -102,6 +102,8 @@ class Attention:
             ctx.seq_lens,
             softmax_scale=self._softmax_scale,
             window=self._window,
+            max_query_len=ctx.max_query_len,
+            plan=ctx.attention_plans.get(self._window),
         )
         return self.o(out.view(num_tokens, self._q_size))
 

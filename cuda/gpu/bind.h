@@ -1,0 +1,37 @@
+// What every bind*.cpp needs: views of CUDA tensors, torch's current stream, errors of a launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "common/check.h"
+
+namespace pyserve {
+
+// View of a tensor of a CUDA device with `dim` dims (-1: any, at least 1).
+inline View cuda_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                      LastDim last_dim = LastDim::kContiguous) {
+  PYSERVE_CHECK(tensor.is_cuda(), op, ": ", name, " must be on a CUDA device");
+  return view_of(op, name, tensor, dim, last_dim);
+}
+
+inline View cuda_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                      ScalarType dtype, LastDim last_dim = LastDim::kContiguous) {
+  View view = cuda_view(op, name, tensor, dim, last_dim);
+  check_dtype(view, dtype);
+  return view;
+}
+
+// The stream that torch launches on for the tensor's device.
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  PYSERVE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+                "cannot get the current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* op, cudaError_t error) {
+  PYSERVE_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+}
+
+}  // namespace pyserve

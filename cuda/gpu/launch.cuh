@@ -1,0 +1,39 @@
+// How kernels are launched: errors come back as codes, shared memory beyond 48 KB is asked for once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstddef>
+#include <utility>
+
+namespace pyserve::gpu {
+
+// Dynamic shared memory is declared under this name in every kernel:
+//   extern __shared__ __align__(128) unsigned char dynamic_smem[];
+
+// Launches kernel<<<grid, block, smem_bytes, stream>>>(args...). An empty grid is no launch.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
+                   cudaStream_t stream, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+// Allows `kKernel` this much dynamic shared memory, once in a process.
+template <auto kKernel>
+cudaError_t allow_smem(size_t smem_bytes) {
+  static std::atomic<size_t> allowed{48 * 1024};
+  if (smem_bytes <= allowed.load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+  if (error == cudaSuccess) allowed.store(smem_bytes, std::memory_order_relaxed);
+  return error;
+}
+
+}  // namespace pyserve::gpu
