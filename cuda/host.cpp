@@ -1,5 +1,6 @@
-// _host: what Python's side of a step needs in C++, without torch. Today: packing a StepInput
-// (common/step.h). The numpy twin is pack_step in pyserve/ops/reference.py.
+// _host: what Python's side of a step needs in C++, without torch: packing a StepInput
+// (common/step.h), whose numpy twin is pack_step in pyserve/ops/reference.py, and the thread that
+// waits for a step on a CUDA device.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <string>
 
 #include "common/step.h"
+#include "completion.h"
 
 namespace py = pybind11;
 
@@ -203,10 +205,25 @@ py::dict step_layout() {
   return d;
 }
 
+// (step id, name of the CUDA error or empty) of each step that has ended.
+py::list drain(CompletionThread& thread) {
+  py::list completions;
+  for (const Completion& completion : thread.drain()) {
+    completions.append(py::make_tuple(completion.step_id, completion.error));
+  }
+  return completions;
+}
+
 }  // namespace
 }  // namespace pyserve
 
 PYBIND11_MODULE(_host, m) {
+  py::class_<pyserve::CompletionThread>(m, "CompletionThread")
+      .def(py::init<const std::string&, int>())
+      .def("fileno", &pyserve::CompletionThread::fileno)
+      .def("watch", &pyserve::CompletionThread::watch)
+      .def("drain", &pyserve::drain)
+      .def("close", &pyserve::CompletionThread::close, py::call_guard<py::gil_scoped_release>());
   m.def("pack_step", &pyserve::pack_step);
   m.def("step_layout", &pyserve::step_layout);
 }

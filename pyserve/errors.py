@@ -78,6 +78,10 @@ class EngineError(RequestError):
     type = "InternalServerError"
 
 
+class DeviceError(EngineError):
+    """500: the GPU failed or hangs; nothing runs on it any more, and the server ends."""
+
+
 class StartupError(PyserveError):
     """Ends the process before it is ready: one line that says what to do, exit code 1."""
 

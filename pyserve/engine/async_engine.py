@@ -17,7 +17,7 @@ from pyserve import log
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
-from pyserve.errors import EngineError, RequestError, UnavailableError
+from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.params import SamplingParams
 
 RUN_AHEAD_DEPTH = 0  # steps launched ahead of the one whose result is awaited
@@ -46,7 +46,9 @@ class AsyncEngine:
 
     def start(self) -> None:
         assert self._task is None, "started twice"
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="engine")
+        loop = asyncio.get_running_loop()
+        self._engine.runner.attach(loop)
+        self._task = loop.create_task(self._run(), name="engine")
 
     async def stop(self) -> None:
         self._shut("the server is shutting down", UnavailableError)
@@ -122,9 +124,11 @@ class AsyncEngine:
         """Await the oldest step in flight and deliver what it has sampled."""
         step, result = self._in_flight[0]
         try:
-            sampled = await asyncio.wrap_future(result)
+            sampled = await self._result(result)
         except Exception as error:
             self._on_failed_step(step, error)
+            if not result.done():
+                return  # it hangs: what it uses must not be freed
         else:
             self._num_failed_steps = 0
             if self._refusal is None:
@@ -132,12 +136,24 @@ class AsyncEngine:
         self._in_flight.popleft()
         self._step_start_s = time.monotonic()
 
+    async def _result(self, result: Future[list[int]]) -> list[int]:
+        """What the step has sampled. Raises DeviceError where it takes longer than a step can."""
+        future = asyncio.wrap_future(result)
+        deadline_s = self._engine.runner.step_deadline_s
+        done, _ = await asyncio.wait((future,), timeout=deadline_s)
+        if not done:
+            raise DeviceError(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
+        return future.result()
+
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         log.get_logger().error(
             "a step of %d tokens in %d rows failed", step.num_tokens, len(step.seqs), exc_info=error
         )
         self._num_failed_steps += 1
         if self._refusal is not None:
+            return
+        if isinstance(error, DeviceError):
+            self._give_up(str(error))
             return
         self._engine.fail_step(step)
         if self._num_failed_steps >= MAX_FAILED_STEPS:

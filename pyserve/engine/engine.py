@@ -6,6 +6,7 @@ thread-safe: everything but Runner.launch's work runs on one thread.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
@@ -21,12 +22,22 @@ from pyserve.params import SamplingParams
 
 
 class Runner(Protocol):
-    """Executes steps, in the order of the calls."""
+    """Executes steps, in the order of the calls.
+
+    step_deadline_s   a step that takes longer has hung; None: any time is fine.
+    """
+
+    step_deadline_s: float | None
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From here on `launch` is called on `loop` and must not wait for the step."""
+        ...
 
     def launch(self, step: Step) -> Future[list[int]]:
         """Start `step`. The result: one id per sampled row, in row order; -1 where logits are NaN.
 
-        An exception in it means that the step has failed and the next may be tried.
+        A DeviceError in it means that nothing runs any more; another exception, that the step has
+        failed and the next may be tried.
         """
         ...
 

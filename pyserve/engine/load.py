@@ -15,11 +15,11 @@ from pyserve.client import EngineInfo
 from pyserve.config import Dtype, EngineConfig
 from pyserve.engine import host
 from pyserve.engine.async_engine import AsyncEngine
-from pyserve.engine.batch import max_update_words
+from pyserve.engine.batch import LOGITS_TILE_ROWS, max_update_words
 from pyserve.engine.block_manager import BlockManager
-from pyserve.engine.engine import Engine
+from pyserve.engine.engine import Engine, Runner
 from pyserve.engine.planner import MemoryPlan, format_ledger, plan_memory
-from pyserve.engine.runner import ModelRunner
+from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.errors import ConfigError
@@ -56,15 +56,16 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     )
 
     progress("warmup", 0, 1)
-    runner = ModelRunner(
+    executor = StepExecutor(
         model,
-        num_blocks=plan.num_blocks,
         block_size=config.block_size,
         num_slots=plan.num_slots,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
-        num_threads=host.num_threads(),
+        logits_tile_rows=LOGITS_TILE_ROWS,
     )
+    executor.allocate_kv(plan.num_blocks)
+    runner = CpuRunner(executor, num_threads=host.num_threads())
 
     def new_engine() -> Engine:
         return _new_engine(config, plan, runner, model_config.vocab_size)
@@ -124,9 +125,7 @@ def _plan(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -
     return plan
 
 
-def _new_engine(
-    config: EngineConfig, plan: MemoryPlan, runner: ModelRunner, vocab_size: int
-) -> Engine:
+def _new_engine(config: EngineConfig, plan: MemoryPlan, runner: Runner, vocab_size: int) -> Engine:
     scheduler = Scheduler(
         BlockManager(
             plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching

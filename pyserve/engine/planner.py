@@ -21,7 +21,7 @@ from pyserve.ops import step_layout as layout
 DEFAULT_KV_BYTES = 512 * 2**20  # of the KV cache on a CPU, where one sequence does not need more
 FLOAT32_BYTES = 4
 PLAN_BYTES_PER_TOKEN = 4 + 4 + 8  # of ops.StepPlan: input_ids, positions, slot_mapping
-PLAN_BYTES_PER_ROW = 4 + 4 + 4 + 8  # row_slots, cu_seqlens_q, seq_lens, sample_rows
+PLAN_BYTES_PER_ROW = 4 + 4 + 4 + 8 + 4  # row_slots, cu_seqlens_q, seq_lens, sample_rows, sampled
 
 
 @dataclass(frozen=True, slots=True)

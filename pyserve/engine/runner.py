@@ -1,109 +1,148 @@
-"""ModelRunner: executes steps on one worker thread, in the order they are launched.
+"""How a packed step runs on a device, and the runner that does it on a CPU.
 
-Owns the model, the KV cache and the device state of the slots, all of it allocated once. The event
-loop only hands over a Step and gets a future: packing, planning, forward and sampling happen on the
-worker, most of it outside the GIL.
+StepExecutor owns the model, the KV cache and the device state of the slots, all of it allocated
+once; it is the same on every device. A runner brings it packed steps and takes the results away.
 """
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from pyserve import ops
-from pyserve.engine.batch import LOGITS_TILE_ROWS, Step, max_step_words, pack, padded_size
+from pyserve.engine.batch import Step, max_step_words, pack, padded_size
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
+from pyserve.ops import attention_plan, sample_workspace
 from pyserve.ops import step_layout as layout
 
 
-class ModelRunner:
-    """Implements engine.Runner on a CPU.
+class StepExecutor:
+    """Plans, forwards and samples packed steps, in the order of the calls.
 
     num_slots               sequences that run at once, and rows of a step at most.
     max_num_batched_tokens  tokens of a step at most.
-    num_threads             that one op may use.
+    logits_tile_rows        rows of logits that exist at once.
     """
 
     def __init__(
         self,
         model: Decoder,
         *,
-        num_blocks: int,
         block_size: int,
         num_slots: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        num_threads: int,
+        logits_tile_rows: int,
     ) -> None:
+        self.max_num_tokens = max_num_batched_tokens
+        self.num_slots = num_slots
+        self.max_model_len = max_model_len
+        self.num_step_words = max_step_words(
+            max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
+        )
         self._model = model
         self._block_size = block_size
-        self._num_slots = num_slots
-        device = model.device
-        # Written once here, so that resident memory does not grow while serving.
-        self._kv_caches = [
-            (
-                torch.empty(shape, dtype=spec.dtype, device=device).zero_(),
-                torch.empty(shape, dtype=spec.dtype, device=device).zero_(),
-            )
-            for spec in model.kv_specs()
-            for shape in [(num_blocks, block_size, spec.num_kv_heads, spec.head_dim)]
-        ]
+        self._logits_tile_rows = logits_tile_rows
+        device, config = model.device, model.config
         max_blocks_per_seq = num_blocks_for(max_model_len, block_size)
         self._slots = _zeros(num_slots, layout.SLOT_WORDS, device=device)
         self._block_table = _zeros(num_slots, max_blocks_per_seq, device=device)
-        self._token_counts = _zeros(
-            num_slots, model.config.vocab_size, dtype=torch.int16, device=device
-        )
+        self._token_counts = _zeros(num_slots, config.vocab_size, dtype=torch.int16, device=device)
+        self._sampled = _zeros(num_slots, device=device)
         self._plan = ops.StepPlan.allocate(max_num_batched_tokens, num_slots, device)
-        self._views: dict[tuple[int, int], tuple[ops.StepPlan, ForwardContext]] = {}
-        self._max_num_tokens = max_num_batched_tokens
-        num_words = max_step_words(
-            max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
+        self._kv_caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._views: dict[tuple[int, int, bool], tuple[ops.StepPlan, ForwardContext]] = {}
+        # Longest query that counts as decoding; a step without a longer one is planned as such.
+        self._decode_query_len = attention_plan.decode_query_len(
+            config.num_heads, config.num_kv_heads
         )
-        self._buffer = np.zeros(num_words, np.int32)
-        self._step_input = torch.from_numpy(self._buffer)
-        self._executor = ThreadPoolExecutor(
-            1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
-        )
+        self._attention_plans: dict[int, ops.AttentionPlan] = {}
+        self._sample_workspace: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._attention_plans = {
+                window: attention_plan.allocate(
+                    max_num_batched_tokens, num_slots, num_heads=config.num_heads,
+                    num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, device=device,
+                )
+                for window in set(config.windows)
+            }  # fmt: skip
+            self._sample_workspace = sample_workspace.allocate(
+                min(logits_tile_rows, num_slots), config.vocab_size, device=device
+            )
 
-    def launch(self, step: Step) -> Future[list[int]]:
-        """Start `step`; see engine.Runner."""
-        return self._executor.submit(self._execute, step)
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
-    def close(self) -> None:
-        """End the worker and drop the tensors; nothing is in flight and nothing comes after."""
-        self._executor.shutdown()
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate, or replace, the KV cache: `num_blocks` blocks of every layer."""
         self._kv_caches.clear()
-        self._views.clear()
-        del self._model, self._slots, self._block_table, self._token_counts, self._plan
+        self._kv_caches += [
+            # Written once here, so that resident memory does not grow while serving.
+            (
+                _zeros(*shape, dtype=spec.dtype, device=self.device),
+                _zeros(*shape, dtype=spec.dtype, device=self.device),
+            )
+            for spec in self._model.kv_specs()
+            for shape in [(num_blocks, self._block_size, spec.num_kv_heads, spec.head_dim)]
+        ]
 
-    def _execute(self, step: Step) -> list[int]:
+    def reset(self) -> None:
+        """Forget every sequence, as a warm-up must."""
+        self._slots.zero_()
+        self._block_table.zero_()
+        self._token_counts.zero_()
+
+    def run(self, step: Step, step_input: torch.Tensor) -> torch.Tensor:
+        """Run `step`, packed as int32 `step_input` on the device -> int32 [at least num_samples].
+
+        What is returned is overwritten by the next step.
+        """
         with torch.inference_mode():
-            num_words = pack(step, self._buffer)
-            plan, ctx = self._views_for(step.num_tokens, len(step.seqs))
+            plan, ctx = self._views_for(step)
             ops.plan_step(
-                self._step_input[:num_words],
+                step_input,
                 self._slots,
                 self._block_table,
                 self._token_counts,
                 self._block_size,
                 plan,
             )
+            for window, attention in self._attention_plans.items():
+                ops.plan_attention(
+                    ctx.cu_seqlens_q,
+                    ctx.seq_lens,
+                    attention,
+                    num_heads=self._model.config.num_heads,
+                    num_kv_heads=self._model.config.num_kv_heads,
+                    window=window,
+                )
             hidden = self._model.forward(ctx)
             # Not more than padded rows: sample_rows holds padding from num_samples on.
-            num_padded = padded_size(step.num_samples, self._num_slots) if step.num_samples else 0
-            return self._sample(hidden, plan.sample_rows[:num_padded])[: step.num_samples]
+            num_padded = padded_size(step.num_samples, self.num_slots) if step.num_samples else 0
+            return self._sample(hidden, plan.sample_rows[:num_padded])
 
-    def _views_for(self, num_tokens: int, num_rows: int) -> tuple[ops.StepPlan, ForwardContext]:
+    def close(self) -> None:
+        """Drop the tensors; nothing comes after."""
+        self._kv_caches.clear()
+        self._views.clear()
+        self._attention_plans.clear()
+        del self._model, self._slots, self._block_table, self._token_counts, self._plan
+
+    def _views_for(self, step: Step) -> tuple[ops.StepPlan, ForwardContext]:
         """The plan's tensors, padded to one of a few shapes, and the forward's view of them."""
-        key = padded_size(num_tokens, self._max_num_tokens), padded_size(num_rows, self._num_slots)
+        num_tokens = padded_size(step.num_tokens, self.max_num_tokens)
+        num_rows = padded_size(len(step.row_slots), self.num_slots)
+        is_decode = max(step.query_lens) <= self._decode_query_len
+        key = num_tokens, num_rows, is_decode
         views = self._views.get(key)
         if views is None:
-            plan = self._plan.narrow(*key)
+            plan = self._plan.narrow(num_tokens, num_rows)
             ctx = ForwardContext(
                 input_ids=plan.input_ids,
                 positions=plan.positions,
@@ -113,23 +152,64 @@ class ModelRunner:
                 seq_lens=plan.seq_lens,
                 block_table=self._block_table,
                 kv_caches=self._kv_caches,
-                max_query_len=key[0],
-                attention_plans={},
+                max_query_len=self._decode_query_len if is_decode else num_tokens,
+                attention_plans=self._attention_plans,
             )
             views = self._views[key] = plan, ctx
         return views
 
-    def _sample(self, hidden: torch.Tensor, sample_rows: torch.Tensor) -> list[int]:
+    def _sample(self, hidden: torch.Tensor, sample_rows: torch.Tensor) -> torch.Tensor:
         """One id per row of sample_rows (int32 [num_samples, 2]: index into hidden, slot).
 
         A padded row (-1, -1) samples from any hidden state and gives 0.
         """
-        sampled: list[int] = []
-        for start in range(0, len(sample_rows), LOGITS_TILE_ROWS):
-            rows = sample_rows[start : start + LOGITS_TILE_ROWS]
+        for start in range(0, len(sample_rows), self._logits_tile_rows):
+            rows = sample_rows[start : start + self._logits_tile_rows]
             logits = self._model.compute_logits(hidden.index_select(0, rows[:, 0].clamp_min(0)))
-            sampled += ops.sample(logits, rows[:, 1], self._slots, self._token_counts).tolist()
-        return sampled
+            ops.sample(
+                logits,
+                rows[:, 1],
+                self._slots,
+                self._token_counts,
+                workspace=self._sample_workspace,
+                out=self._sampled[start : start + len(rows)],
+            )
+        return self._sampled
+
+
+class CpuRunner:
+    """Implements engine.Runner on a CPU: steps run on one worker thread.
+
+    The event loop only hands over a Step and gets a future: packing, planning, forward and sampling
+    happen on the worker, most of it outside the GIL. `num_threads` is what one op may use.
+    """
+
+    step_deadline_s: float | None = None  # a long prompt may take minutes
+
+    def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:
+        self._executor = executor
+        self._buffer = np.zeros(executor.num_step_words, np.int32)
+        self._step_input = torch.from_numpy(self._buffer)
+        self._thread = ThreadPoolExecutor(
+            1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
+        )
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Nothing to do: a future of the worker may be awaited from any loop."""
+
+    def launch(self, step: Step) -> Future[list[int]]:
+        """Start `step`; see engine.Runner."""
+        return self._thread.submit(self._execute, step)
+
+    def close(self) -> None:
+        """End the worker and drop the tensors; nothing is in flight and nothing comes after."""
+        self._thread.shutdown()
+        self._executor.close()
+
+    def _execute(self, step: Step) -> list[int]:
+        num_words = pack(step, self._buffer)
+        sampled: list[int] = self._executor.run(step, self._step_input[:num_words]).tolist()
+        return sampled[: step.num_samples]
 
 
 def _zeros(*shape: int, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -7,6 +7,7 @@ a block reused too early changes the tokens. `expected_tokens` computes them wit
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -130,6 +131,7 @@ class FakeRunner:
         self.on_step: Callable[[Step], None] = lambda step: None
         self.nan_seeds: set[int] = set()
         self.is_closed = False
+        self.step_deadline_s: float | None = None
         self._block_size = block_size
         self._kv = np.full(num_blocks * block_size, POISON, np.int64)
         self._block_table = np.full((num_slots, -(-max_model_len // block_size)), POISON, np.int64)
@@ -139,6 +141,9 @@ class FakeRunner:
             max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
         )
         self._buffer = np.zeros(num_words, np.int32)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
 
     def launch(self, step: Step) -> Future[list[int]]:
         future: Future[list[int]] = Future()

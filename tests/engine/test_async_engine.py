@@ -14,7 +14,7 @@ from pyserve.client import EngineClient, EngineInfo, SequenceStream
 from pyserve.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
-from pyserve.errors import EngineError, InvalidRequestError, UnavailableError
+from pyserve.errors import DeviceError, EngineError, InvalidRequestError, UnavailableError
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
 
@@ -48,9 +48,14 @@ async def read_all(stream: SequenceStream) -> tuple[list[int], str]:
 class HeldRunner:
     """Executes on a FakeRunner, but tells the results only when it is asked to."""
 
+    step_deadline_s: float | None = None
+
     def __init__(self, inner: FakeRunner) -> None:
         self.inner = inner
         self.held: list[tuple[Future[list[int]], Future[list[int]]]] = []
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.inner.attach(loop)
 
     def launch(self, step: Step) -> Future[list[int]]:
         result: Future[list[int]] = Future()
@@ -193,6 +198,51 @@ def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
         await client.stop()
         assert not gave_up.done()
         gave_up.cancel()
+
+    run(test())
+
+
+def test_a_lost_device_stops_the_engine_at_once() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine)
+        client.start()
+
+        def fail(step: Step) -> None:
+            raise DeviceError("the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+        fake(engine).on_step = fail
+        params = SamplingParams(max_tokens=4, seed=0)
+        streams = [client.submit([i] * 10, params) for i in range(3)]
+        results = await asyncio.gather(*map(read_all, streams), return_exceptions=True)
+        assert {str(result) for result in results} == {"the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS"}
+        assert await client.wait_stopped() == "the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS"
+        assert client.stats().num_steps == 0
+        with pytest.raises(UnavailableError, match="ILLEGAL_ADDRESS"):
+            client.submit([1], params)
+        await client.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_step_beyond_its_deadline_stops_the_engine(depth: int) -> None:
+    async def test() -> None:
+        engine = make_engine()
+        engine.runner = held = HeldRunner(fake(engine))
+        held.step_deadline_s = 0.05
+        client = async_engine(engine, depth)
+        client.start()
+        stream = client.submit([1, 2, 3], SamplingParams(max_tokens=4, seed=0))
+        with pytest.raises(EngineError, match="hangs: a step has not ended after 0"):
+            await read_all(stream)
+        assert "hangs" in await client.wait_stopped()
+        stopping = asyncio.ensure_future(client.stop())
+        await asyncio.sleep(0.05)
+        assert not stopping.done(), "what hangs is still there: the process must be ended"
+        while held.held:
+            held.tell()
+        await stopping
 
     run(test())
 

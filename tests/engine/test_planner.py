@@ -45,7 +45,7 @@ def test_the_ledger_by_hand() -> None:
         ("activations", 64 * 4 * (3 * 32 + 2 * 64 + 2 * 32)),
         ("logits", 8 * 4 * (97 + 32)),
         ("slots", 8 * (680 * 4 + 16 * 4 + 97 * 2)),
-        ("step buffers", 4 * (16 + 7 * 8 + 64 + 2**16) + 64 * 16 + 8 * 20 + 4),
+        ("step buffers", 4 * (16 + 7 * 8 + 64 + 2**16) + 64 * 16 + 8 * 24 + 4),
         ("KV cache", 128 * BLOCK_BYTES),
     )
 

@@ -12,7 +12,7 @@ from pyserve.engine.batch import Step, max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine
 from pyserve.engine.planner import plan_memory
-from pyserve.engine.runner import ModelRunner
+from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.errors import EngineError
@@ -52,21 +52,25 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_runner(decoder: Decoder, num_blocks: int, budget: int) -> ModelRunner:
-    return ModelRunner(
+def make_runner(
+    decoder: Decoder, num_blocks: int, budget: int, logits_tile_rows: int = 64
+) -> CpuRunner:
+    executor = StepExecutor(
         decoder,
-        num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         num_slots=8,
         max_num_batched_tokens=budget,
         max_model_len=MAX_MODEL_LEN,
-        num_threads=1,
+        logits_tile_rows=logits_tile_rows,
     )
+    executor.allocate_kv(num_blocks)
+    return CpuRunner(executor, num_threads=1)
 
 
 def make_engine(
-    decoder: Decoder, *, num_blocks: int = 128, budget: int = 512, caching: bool = False
-) -> Engine:
+    decoder: Decoder, *, num_blocks: int = 128, budget: int = 512, caching: bool = False,
+    logits_tile_rows: int = 64,
+) -> Engine:  # fmt: skip
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=caching),
         SlotAllocator(8),
@@ -74,8 +78,8 @@ def make_engine(
         max_update_words=max_update_words(MAX_MODEL_LEN, BLOCK_SIZE),
     )
     return Engine(
-        scheduler, make_runner(decoder, num_blocks, budget), max_model_len=MAX_MODEL_LEN,
-        vocab_size=VOCAB_SIZE, policy="fcfs",
+        scheduler, make_runner(decoder, num_blocks, budget, logits_tile_rows),
+        max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, policy="fcfs",
     )  # fmt: skip
 
 
@@ -276,13 +280,11 @@ def test_steps_run_in_a_few_padded_shapes(
     assert len(shapes) > 4 and len(num_rows) > 2
 
 
-def test_many_samples_go_through_logits_in_tiles(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outputs = []
-    for tile_rows in (4, 64):
-        monkeypatch.setattr("pyserve.engine.runner.LOGITS_TILE_ROWS", tile_rows)
-        outputs.append([reader.output for reader in generate(make_engine(decoder))])
+def test_many_samples_go_through_logits_in_tiles(decoder: Decoder) -> None:
+    outputs = [
+        [reader.output for reader in generate(make_engine(decoder, logits_tile_rows=tile_rows))]
+        for tile_rows in (4, 64)
+    ]
     assert outputs[0] == outputs[1]
 
 
@@ -297,6 +299,7 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
         available_bytes=2**30,
     )
     runner = make_runner(decoder, plan.num_blocks, config.max_num_batched_tokens)
+    executor = runner._executor
     ledger = dict(plan.ledger)
     parts = [*decoder.layers, decoder]
     weights = {
@@ -306,11 +309,12 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
     }
     assert ledger["weights"] == sum(weights.values())
     assert ledger["rope table"] == decoder.layers[0].attention.cos_sin.nbytes
-    assert ledger["KV cache"] == sum(k.nbytes + v.nbytes for k, v in runner._kv_caches)
-    slot_tensors = (runner._slots, runner._block_table, runner._token_counts)
+    assert ledger["KV cache"] == sum(k.nbytes + v.nbytes for k, v in executor._kv_caches)
+    slot_tensors = (executor._slots, executor._block_table, executor._token_counts)
     assert ledger["slots"] == sum(tensor.nbytes for tensor in slot_tensors)
-    plan_tensors = [getattr(runner._plan, name) for name in type(runner._plan).__slots__]
-    assert ledger["step buffers"] == runner._buffer.nbytes + sum(t.nbytes for t in plan_tensors)
+    buffers = [getattr(executor._plan, name) for name in type(executor._plan).__slots__]
+    buffers.append(executor._sampled)
+    assert ledger["step buffers"] == runner._buffer.nbytes + sum(t.nbytes for t in buffers)
     runner.close()
 
 

@@ -1,0 +1,168 @@
+"""CudaRunner: launches steps on a CUDA stream from the event loop, without waiting for them.
+
+A step is one copy to the device, kernels, one copy back, one event. A thread of `_host` waits for
+the event and tells the loop through an eventfd; the loop then reads the sampled tokens from pinned
+memory. Buffers are rings: an entry is used again only when the step that used it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from pyserve.engine.batch import Step, pack
+from pyserve.engine.runner import StepExecutor
+from pyserve.engine.warmup import largest_step, warmup_steps
+from pyserve.errors import DeviceError
+from pyserve.ops import build
+
+RING_SIZE = 4  # steps in flight at most
+STEP_DEADLINE_S = 60.0  # many times what the largest step takes on the slowest card
+DRIVER_LIBRARY = "libcuda.so.1"
+
+
+@dataclass(slots=True, eq=False)
+class _RingEntry:
+    """Host memory of one step in flight."""
+
+    step_input: torch.Tensor  # int32 [num_step_words], pinned
+    sampled: torch.Tensor  # int32 [num_slots], pinned
+    event: torch.cuda.Event
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    step_id: int
+    num_samples: int
+    entry: _RingEntry
+    result: Future[list[int]]
+
+
+class CudaRunner:
+    """Implements engine.Runner on the executor's CUDA device.
+
+    Before `attach` a launch returns when the step has ended; after it results come on the loop.
+    """
+
+    def __init__(self, executor: StepExecutor, *, step_deadline_s: float = STEP_DEADLINE_S) -> None:
+        self.step_deadline_s = step_deadline_s
+        self._executor = executor
+        device = executor.device
+        torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._step_input = torch.zeros(executor.num_step_words, dtype=torch.int32, device=device)
+        self._ring = deque(
+            _RingEntry(
+                step_input=_pinned(executor.num_step_words),
+                sampled=_pinned(executor.num_slots),
+                event=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
+            )
+            for _ in range(RING_SIZE)
+        )
+        self._in_flight: deque[_InFlight] = deque()
+        self._next_step_id = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._completions = build.host().CompletionThread(DRIVER_LIBRARY, device.index or 0)
+
+    def warm_up_largest(self) -> None:
+        """Run the step that needs most memory, on a KV cache of one block."""
+        with torch.cuda.stream(self._stream):
+            self._executor.allocate_kv(1)
+        self._run_and_wait(largest_step(self._executor))
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the KV cache for good, then run every shape once: after it, nothing is new."""
+        with torch.cuda.stream(self._stream):
+            self._executor.allocate_kv(num_blocks)
+        for step in warmup_steps(self._executor):
+            self._run_and_wait(step)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver the results of later launches on `loop`."""
+        self._loop = loop
+        loop.add_reader(self._completions.fileno(), self._on_completions)
+
+    def launch(self, step: Step) -> Future[list[int]]:
+        """Start `step`; see engine.Runner. Raises nothing: a failure is the future's."""
+        result: Future[list[int]] = Future()
+        entry = self._ring.popleft()
+        try:
+            self._enqueue(step, entry)
+        except Exception as error:
+            self._ring.append(entry)
+            result.set_exception(self._explained(error))
+            return result
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        self._in_flight.append(_InFlight(step_id, step.num_samples, entry, result))
+        if self._loop is None:
+            self._wait(entry.event)
+        else:
+            self._completions.watch(step_id, entry.event.cuda_event)
+        return result
+
+    def close(self) -> None:
+        """Free the memory; nothing is in flight and nothing comes after."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._completions.fileno())
+        self._completions.close()
+        self._executor.close()
+        self._ring.clear()
+        del self._step_input
+
+    def _enqueue(self, step: Step, entry: _RingEntry) -> None:
+        num_words = pack(step, entry.step_input.numpy())
+        step_input = self._step_input[:num_words]
+        with torch.cuda.stream(self._stream):
+            step_input.copy_(entry.step_input[:num_words], non_blocking=True)
+            sampled = self._executor.run(step, step_input)
+            entry.sampled.copy_(sampled, non_blocking=True)
+            entry.event.record(self._stream)
+
+    def _wait(self, event: torch.cuda.Event) -> None:
+        try:
+            event.synchronize()
+        except RuntimeError as error:
+            self._complete(_first_line(error))
+        else:
+            self._complete("")
+
+    def _on_completions(self) -> None:
+        for step_id, error in self._completions.drain():
+            assert step_id == self._in_flight[0].step_id, "steps end in order"
+            self._complete(error)
+
+    def _complete(self, error: str) -> None:
+        """The oldest step in flight has ended, with the name of a CUDA error or without one."""
+        step = self._in_flight.popleft()
+        if error:
+            step.result.set_exception(DeviceError(f"the GPU failed: {error}"))
+        else:
+            step.result.set_result(step.entry.sampled[: step.num_samples].tolist())
+        self._ring.append(step.entry)
+
+    def _explained(self, error: Exception) -> Exception:
+        """`error`, or a DeviceError where the device takes no more work."""
+        try:
+            self._stream.query()
+        except RuntimeError as device_error:
+            return DeviceError(f"the GPU failed: {_first_line(device_error)}")
+        return error
+
+    def _run_and_wait(self, step: Step) -> None:
+        with torch.cuda.stream(self._stream):
+            self._executor.reset()
+            self.launch(step).result()
+            self._executor.reset()
+
+
+def _pinned(num_words: int) -> torch.Tensor:
+    return torch.zeros(num_words, dtype=torch.int32, pin_memory=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,106 @@
+"""Which device serves, and what an NVIDIA card has: asked once, before anything is built.
+
+One card: torch's first, so CUDA_VISIBLE_DEVICES chooses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pyserve import log
+from pyserve.config import Device, Dtype
+from pyserve.engine.planner import CardMemory
+from pyserve.errors import ConfigError, StartupError
+from pyserve.model.config import CheckpointDtype, ModelConfig
+from pyserve.ops import device as card
+
+CPU = torch.device("cpu")
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
+CUDA_HEAD_DIMS = (64, 128)  # of the attention kernels
+
+
+def resolve_device(wanted: Device, *, is_demo: bool) -> torch.device:
+    """The device that `wanted` means on this machine.
+
+    With "auto" a card that is there and cannot be used is an error: serving slowly instead would be
+    no favour. Raises StartupError, one line that says what to do.
+    """
+    if wanted == "cpu":
+        return CPU
+    is_driver_here = DRIVER_VERSION.exists()
+    if wanted == "auto" and not card.has_card() and not is_driver_here:
+        say = log.get_logger().info if is_demo else log.get_logger().warning
+        say("no NVIDIA card found: serving on the CPU")
+        return CPU
+    try:
+        card.check_cuda()
+    except StartupError as error:
+        remedy = "" if "--device cpu" in str(error) else "; or pass --device cpu"
+        raise StartupError(f"{error}{remedy}") from error
+    return torch.device("cuda", 0)
+
+
+def describe(device: torch.device) -> str:
+    """For the log: "cpu", or "cuda" and what the card is."""
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = card.capability(device.index)
+    return f"cuda ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor})"
+
+
+def card_memory(device: torch.device) -> CardMemory:
+    """What the card shows now; gives back first what torch merely keeps for later.
+
+    Makes the CUDA context. Raises StartupError where the card does not even take that.
+    """
+    try:
+        torch.cuda.set_device(device)
+        torch.cuda.empty_cache()
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise StartupError(
+            f"{torch.cuda.get_device_name(device)} takes no work ({reason}): other processes hold "
+            f"it or its memory, see nvidia-smi; end them, or choose another card with "
+            f"CUDA_VISIBLE_DEVICES"
+        ) from error
+    return CardMemory(
+        total_bytes=total_bytes,
+        used_bytes=total_bytes - free_bytes,
+        reserved_bytes=torch.cuda.memory_reserved(device),
+    )
+
+
+def check_model(model: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError where the kernels of `device` cannot run the model."""
+    if device.type == "cuda" and model.head_dim not in CUDA_HEAD_DIMS:
+        supported = " and ".join(map(str, CUDA_HEAD_DIMS))
+        raise ConfigError(
+            f"config.json: head_dim (or hidden_size / num_attention_heads) is {model.head_dim}, "
+            f"supported on an NVIDIA card are {supported}; --device cpu serves it"
+        )
+
+
+def resolve_dtype(wanted: Dtype, stored: CheckpointDtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. Raises ConfigError for one that `device` does not have here."""
+    logger = log.get_logger()
+    if device.type == "cuda":
+        if wanted == "float32":
+            raise ConfigError(
+                "--dtype float32 is not supported on an NVIDIA card: use bfloat16 or float16, "
+                "or pass --device cpu"
+            )
+        if wanted == "auto" and stored == "float32":
+            logger.info("the checkpoint is float32: computing in bfloat16 on an NVIDIA card")
+            return torch.bfloat16
+        dtype = stored if wanted == "auto" else wanted
+        return torch.float16 if dtype == "float16" else torch.bfloat16
+    if wanted == "float16":
+        raise ConfigError("--dtype float16 is not supported on a CPU: use bfloat16 or float32")
+    if wanted == "auto" and stored == "float16":
+        logger.info("the checkpoint is float16: computing in float32 on a CPU")
+        return torch.float32
+    dtype = stored if wanted == "auto" else wanted
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
