@@ -1,9 +1,11 @@
 """Builds the native products ahead of time where torch is importable; pure Python elsewhere.
 
-`pip wheel --no-build-isolation .` makes a wheel for machines of this kind. A plain `pip install .`
-has no torch at hand: the first start compiles for exactly its machine (pyserve/ops/build.py).
+`pip wheel --no-build-isolation .` makes a wheel for machines of this kind; where nvcc is found, for
+every NVIDIA card, with or without one here and whichever torch is here. A plain `pip install .` has
+no torch at hand: the first start compiles for exactly its machine (pyserve/ops/build.py).
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -35,6 +37,12 @@ class BuildNative(build_ext):
     def run(self):
         march = toolchain.portable_march()
         native = toolchain.find_toolchain(os.environ.get("CXX"), march=march)
+        try:
+            cuda = toolchain.find_cuda_compiler(os.environ)
+        except toolchain.NoCudaCompilerError as error:
+            cuda = None
+            self.announce(f"native: {error}: building without CUDA", level=2)
+        native = dataclasses.replace(native, cuda=cuda)
         build_dir = Path(self.build_temp).resolve() / "native"
         toolchain.compile_products(
             SOURCES,
@@ -44,9 +52,10 @@ class BuildNative(build_ext):
             env=os.environ,
         )
         manifest = {
-            "sources": toolchain.source_hash(SOURCES),
+            "sources": toolchain.source_hash(SOURCES, with_cuda=cuda is not None),
             "soabi": sysconfig.get_config_var("SOABI"),
             "march": march,
+            "cuda": None if cuda is None else {"version": cuda.version, "archs": cuda.archs},
         }
         (build_dir / "native.json").write_text(json.dumps(manifest), encoding="utf-8")
         for output in self.get_outputs():

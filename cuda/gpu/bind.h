@@ -6,6 +6,9 @@
 
 #include "common/check.h"
 
+// Weak: it lives in libtorch_cuda, and a package with the CUDA ops must load beside a CPU torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
 namespace pyserve {
 
 // View of a tensor of a CUDA device with `dim` dims (-1: any, at least 1).
@@ -25,6 +28,7 @@ inline View cuda_view(const char* op, const char* name, const Tensor& tensor, in
 // The stream that torch launches on for the tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
+  PYSERVE_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "torch is built without CUDA");
   PYSERVE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
                 "cannot get the current CUDA stream");
   return static_cast<cudaStream_t>(stream);

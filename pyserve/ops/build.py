@@ -2,7 +2,7 @@
 
 Found in this order: in the package, where setup.py put them; in the cache folder, in a folder named
 by the hash of everything they depend on; compiled into it, once, for exactly this machine, under a
-file lock that dies with its owner.
+file lock that dies with its owner. Asked for CUDA, all three hold the CUDA ops too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -26,30 +27,37 @@ import torch
 
 from pyserve import config
 from pyserve.errors import BuildError
+from pyserve.ops import device as card_device
 from pyserve.ops import fakes, reference, toolchain
-from pyserve.ops.toolchain import CompileError, Toolchain
+from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerError, Toolchain
 
 Mode = Literal["native", "reference"]
+Device = Literal["cpu", "cuda"]
 MANIFEST_NAME = "native.json"  # beside products that setup.py built
 _REMEDY = "or pass --allow-reference-ops to serve slowly without"
 
 _lock = threading.Lock()
 _mode: Mode | None = None
 _host: Any = None
+_has_cuda = False
 _library: torch.library.Library | None = None  # keeps the twins registered
 
 
-def load_native(*, allow_reference: bool, progress: Callable[[str], None]) -> Mode:
+def load_native(
+    *, allow_reference: bool, progress: Callable[[str], None], device: Device = "cpu"
+) -> Mode:
     """Make torch.ops.pyserve and `host()` usable. Harmless when called again, from any thread.
 
-    progress gets lines for a user. Raises BuildError where nothing can be found or compiled and
-    allow_reference is False.
+    Ops for the CPU are always there, those of the current CUDA card where `device` is cuda: the
+    first call decides. progress gets lines for a user. Raises StartupError where the card cannot be
+    used, BuildError where nothing can be found or compiled and allow_reference is False.
     """
-    global _mode, _host
+    global _mode, _host, _has_cuda
     with _lock:
         if _mode is None:
+            card = _current_card() if device == "cuda" else None
             try:
-                _host = _load(_find_or_compile(progress))
+                _host = _load(_find_or_compile(progress, card))
                 _mode = "native"
             except BuildError as error:
                 if not allow_reference:
@@ -59,7 +67,10 @@ def load_native(*, allow_reference: bool, progress: Callable[[str], None]) -> Mo
                 _register_reference()
                 _host = reference
                 _mode = "reference"
+            _has_cuda = card is not None
             fakes.register_fakes()
+        elif device == "cuda" and not _has_cuda:
+            raise BuildError("this process has loaded the native ops without CUDA")
         return _mode
 
 
@@ -76,25 +87,59 @@ def source_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "cuda"
 
 
-def _find_or_compile(progress: Callable[[str], None]) -> Path:
-    """Folder that holds both products."""
+@dataclass(frozen=True)
+class Card:
+    """What the CUDA ops must fit; versions as (9, 0)."""
+
+    capability: tuple[int, int]
+    driver: tuple[int, int]  # the newest CUDA that its driver supports
+
+
+def _current_card() -> Card:
+    card_device.check_cuda()
+    index = torch.cuda.current_device()
+    return Card(card_device.capability(index), card_device.driver_version())
+
+
+def _find_or_compile(progress: Callable[[str], None], card: Card | None = None) -> Path:
+    """Folder that holds both products; with the CUDA ops where a card is given."""
     sanitize = config.env("PYSERVE_SANITIZE") is not None
     packaged = Path(__file__).resolve().parent
-    if not sanitize and _is_usable(packaged):
+    unfit = "" if sanitize else _why_unfit(packaged, card)
+    if not sanitize and unfit is None:
         return packaged
     try:
         native = toolchain.find_toolchain(config.env("CXX"), march="native", sanitize=sanitize)
+        if card is not None:
+            native = replace(native, cuda=_find_cuda_compiler(card))
         folder = _cache_dir() / "native" / _key(native)
         if not _is_done(folder):
             _compile(folder, native, progress)
     except CompileError as error:
-        raise BuildError(f"{error}; {_REMEDY}") from error
+        reason = f"{unfit}; {error}" if unfit else str(error)
+        raise BuildError(f"{reason}; {_REMEDY}") from error
     except OSError as error:
         raise BuildError(
             f"cannot keep compiled files in {_cache_dir()} ({error.strerror}): "
             f"set PYSERVE_CACHE to a writable folder; {_REMEDY}"
         ) from error
     return folder
+
+
+def _find_cuda_compiler(card: Card) -> CudaCompiler:
+    """The CUDA compiler for a card; where there is none, the error says how to get one."""
+    try:
+        return toolchain.find_cuda_compiler(
+            os.environ, capability=card.capability, driver=card.driver
+        )
+    except NoCudaCompilerError as error:
+        if card.driver >= (13, 0):  # pip has nvcc from CUDA 13 on
+            remedy = 'pip install "cuda-toolkit[nvcc,cccl]==13.0.*"'
+        else:
+            remedy = f"install NVIDIA's CUDA toolkit {card.driver[0]}.{card.driver[1]}"
+        raise NoCudaCompilerError(
+            f"{error}: {remedy}, or install a wheel of pyserve that was built with one"
+        ) from error
 
 
 def _cache_dir() -> Path:
@@ -106,19 +151,34 @@ def _cache_dir() -> Path:
         ) from error
 
 
-def _is_usable(packaged: Path) -> bool:
-    """True where the package holds products of these sources that this machine can run."""
+def _why_unfit(packaged: Path, card: Card | None) -> str | None:
+    """None where the package holds products of these sources that this machine can run.
+
+    Else the reason, in a user's words; empty where the package holds none of these sources.
+    """
     try:
         manifest = json.loads((packaged / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    if manifest["soabi"] != sysconfig.get_config_var("SOABI"):
-        return False
-    if manifest["sources"] != toolchain.source_hash(source_dir()):
-        return False
-    if manifest["march"] != toolchain.PORTABLE_X86:
-        return True
-    return toolchain.PORTABLE_X86_FLAGS <= set(toolchain.cpu_identity().split())
+        return ""
+    cuda = manifest.get("cuda")  # earlier versions wrote none
+    sources = toolchain.source_hash(source_dir(), with_cuda=cuda is not None)
+    if manifest["sources"] != sources or manifest["soabi"] != sysconfig.get_config_var("SOABI"):
+        return ""
+    if manifest["march"] == toolchain.PORTABLE_X86:
+        missing = toolchain.PORTABLE_X86_FLAGS - set(toolchain.cpu_identity().split())
+        if missing:
+            return f"the packaged ops need a CPU with {', '.join(sorted(missing))}"
+    if card is None:
+        return None
+    if cuda is None:
+        return "the packaged ops are without CUDA"
+    version, archs = tuple(cuda["version"]), cuda["archs"]
+    if version[0] > card.driver[0]:
+        return f"the packaged CUDA ops need a driver for CUDA {version[0]}"
+    if not toolchain.covers(archs, card.capability, can_translate=version <= card.driver):
+        number = f"{card.capability[0]}.{card.capability[1]}"
+        return f"the packaged CUDA ops ({', '.join(archs)}) are not for compute capability {number}"
+    return None
 
 
 def _key(native: Toolchain) -> str:
@@ -126,8 +186,9 @@ def _key(native: Toolchain) -> str:
 
     Where headers lie is left out: every environment with the same torch shares the products.
     """
+    cuda = native.cuda
     parts = (
-        toolchain.source_hash(source_dir()),
+        toolchain.source_hash(source_dir(), with_cuda=cuda is not None),
         native.compiler,
         native.version(),
         *native.flags(),
@@ -136,6 +197,7 @@ def _key(native: Toolchain) -> str:
         torch.__version__,
         str(sysconfig.get_config_var("SOABI")),
         toolchain.cpu_identity(),
+        *(() if cuda is None else (cuda.nvcc, str(cuda.version), *cuda.flags())),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -150,7 +212,8 @@ def _compile(folder: Path, native: Toolchain, progress: Callable[[str], None]) -
     with _file_lock(folder / "lock", lambda: progress(waiting)) as lock_fd:
         if _is_done(folder):
             return
-        num_sources = sum(path.suffix == ".cpp" for path in toolchain.source_files(source_dir()))
+        files = toolchain.source_files(source_dir(), with_cuda=native.cuda is not None)
+        num_sources = sum(path.suffix in (".cpp", ".cu") for path in files)
         progress(f"compiling {num_sources} files for this machine, once ...")
         toolchain.compile_products(
             source_dir(),
@@ -195,7 +258,7 @@ def _load(folder: Path) -> ModuleType:
 
 
 def _register_reference() -> None:
-    """Define the schemas of ops.cpp with the twins as their CPU implementation."""
+    """Define the schemas of ops.cpp with the twins as their implementation, CPU and CUDA."""
     global _library
     _library = torch.library.Library("pyserve", "DEF")  # type: ignore[no-untyped-call]
     text = (source_dir() / "ops.cpp").read_text(encoding="utf-8")
@@ -203,4 +266,5 @@ def _register_reference() -> None:
         schema = "".join(re.findall(r'"([^"]*)"', match[1]))
         name = schema.split("(", 1)[0]
         _library.define(schema)  # type: ignore[no-untyped-call]
-        _library.impl(name, getattr(reference, name), "CPU")  # type: ignore[no-untyped-call]
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, getattr(reference, name), key)  # type: ignore[no-untyped-call]

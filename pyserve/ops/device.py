@@ -6,6 +6,7 @@ taken on the card here: these calls make no CUDA context.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -58,9 +59,10 @@ def capability(index: int = 0) -> tuple[int, int]:
 
 
 def driver_version() -> tuple[int, int]:
-    """The newest CUDA version that the driver supports, as (12, 8)."""
-    number: int = torch._C._cuda_getDriverVersion()
-    return number // 1000, number % 1000 // 10
+    """The newest CUDA version that the driver supports, as (12, 8); check_cuda must have passed."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return number.value // 1000, number.value % 1000 // 10
 
 
 def _init_failure(text: str) -> str:

@@ -1,8 +1,10 @@
 """How the native products are compiled: sources, flags, ninja. The only copy of the flags.
 
 `_ops` (tensor ops on torch's stable ABI: one binary for torch 2.10 and later, no Python in it) and
-`_host` (pybind11, no torch). Only the standard library is needed here, so that setup.py can execute
-this file where pyserve's dependencies are not installed; torch and pybind11 are merely located.
+`_host` (pybind11, no torch). With a CUDA compiler `_ops` holds the CUDA ops too; CUDA's runtime is
+linked into it statically, so that it does not matter which CUDA torch was built with. Only the
+standard library is needed here, so that setup.py can execute this file where pyserve's dependencies
+are not installed; torch and pybind11 are merely located.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +42,54 @@ _COMMON_FLAGS = (
 _SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1")
 
 
+MIN_CUDA = (12, 6)
+ARCHS_VARIABLE = "PYSERVE_CUDA_ARCHS"
+# Of binaries that travel: all cards from Ampere on, and PTX for those that are not known yet.
+_WHEEL_ARCHS = ("80", "86", "89", "90a", "120", "89-ptx")
+_NEW_ARCHS = {"120": (12, 8)}  # the CUDA that brought it
+_CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
+
+
 class CompileError(Exception):
     """One line for a user: what is missing, or where the compiler's log lies."""
+
+
+class NoCudaCompilerError(CompileError):
+    """There is no nvcc on this machine."""
+
+
+@dataclass(frozen=True)
+class CudaCompiler:
+    """nvcc, and what it compiles for.
+
+    An architecture is a compute capability without the dot ("86", "90a": machine code that only
+    its own card runs), or one with "-ptx": code that the driver translates for any later card.
+    """
+
+    nvcc: str
+    version: tuple[int, int]
+    archs: tuple[str, ...]
+    include_dirs: tuple[str, ...]
+    library_dirs: tuple[str, ...]
+
+    def flags(self) -> tuple[str, ...]:
+        """nvcc's flags."""
+        return (*_CUDA_FLAGS, *(f"-gencode={_gencode(arch)}" for arch in self.archs))
+
+    def bind_flags(self) -> tuple[str, ...]:
+        """Further C++ flags of the files between torch and the kernels."""
+        return ("-DUSE_CUDA", *(f"-isystem{folder}" for folder in self.include_dirs))
+
+    def link_flags(self) -> tuple[str, ...]:
+        """Further linker flags of `_ops`.
+
+        libtorch, of which nothing is used by name, is what leads to libtorch_cuda where torch has
+        it. Symbols of the static runtime stay inside: torch's runtime has the same.
+        """
+        folders = (f"-L{folder}" for folder in self.library_dirs)
+        torch_lib = ("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
+        runtime = ("-Wl,--exclude-libs,ALL", "-lcudart_static", "-lrt", "-lpthread", "-ldl")
+        return (*torch_lib, *folders, *runtime)
 
 
 @dataclass(frozen=True)
@@ -51,14 +99,11 @@ class Toolchain:
     compiler: str
     march: str | None  # of -march; None leaves the compiler's default
     sanitize: bool = False
+    cuda: CudaCompiler | None = None
 
     def version(self) -> str:
         """What the compiler calls itself; empty where it does not say."""
-        try:
-            asked = subprocess.run([self.compiler, "--version"], capture_output=True, text=True)
-        except OSError:
-            return ""
-        return asked.stdout.partition("\n")[0]
+        return _ask(self.compiler, "--version").partition("\n")[0]
 
     def flags(self) -> tuple[str, ...]:
         """Compiler flags of both products."""
@@ -93,22 +138,85 @@ def find_toolchain(cxx: str | None, *, march: str | None, sanitize: bool = False
     raise CompileError(f"{wanted}: install one (Debian, Ubuntu: apt install g++ python3-dev)")
 
 
+def find_cuda_compiler(
+    env: Mapping[str, str],
+    *,
+    capability: tuple[int, int] | None = None,
+    driver: tuple[int, int] | None = None,
+) -> CudaCompiler:
+    """The first nvcc that will do, for a card of `capability` (None: for all cards) and its driver.
+
+    Looked for in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and pip's package; PYSERVE_CUDA_ARCHS
+    in `env` overrides the architectures. Raises NoCudaCompilerError where there is none,
+    CompileError where none will do.
+    """
+    wanted = env.get(ARCHS_VARIABLE)
+    if wanted == "none":
+        raise NoCudaCompilerError(f"{ARCHS_VARIABLE} is none")
+    reasons = []
+    for nvcc in _nvcc_candidates(env):
+        version = _nvcc_version(nvcc)
+        if version is None:
+            reasons.append(f"{nvcc} does not say its version")
+        elif version < MIN_CUDA:
+            reasons.append(f"nvcc {_dotted(version)} at {nvcc}: {_dotted(MIN_CUDA)} is needed")
+        elif driver is not None and version[0] > driver[0]:
+            reasons.append(
+                f"nvcc {_dotted(version)} at {nvcc} is newer than the NVIDIA driver, "
+                f"which supports CUDA {_dotted(driver)}: update the driver"
+            )
+        else:
+            archs = _archs(nvcc, version, wanted, capability)
+            return CudaCompiler(nvcc, version, archs, *_cuda_dirs(nvcc))
+    if reasons:
+        raise CompileError(reasons[0])
+    raise NoCudaCompilerError("no CUDA compiler (nvcc) found")
+
+
+def card_arch(capability: tuple[int, int], known: Collection[str]) -> str:
+    """What to compile for a card; `known` are the architectures that nvcc makes machine code of."""
+    number = f"{capability[0]}{capability[1]}"
+    if number == "90":
+        return "90a"  # with the instructions that only Hopper has
+    return number if number in known else "89-ptx"
+
+
+def covers(archs: Iterable[str], capability: tuple[int, int], *, can_translate: bool) -> bool:
+    """True where code for `archs` runs on a card; can_translate: its driver can read the PTX."""
+    for arch in archs:
+        number, _, ptx = arch.partition("-")
+        major, minor = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+        if number[-1] in "af":  # for one card only
+            if not ptx and (major, minor) == capability:
+                return True
+        elif ptx:
+            if can_translate and (major, minor) <= capability:
+                return True
+        elif major == capability[0] and minor <= capability[1]:
+            return True
+    return False
+
+
 def portable_march() -> str | None:
     """-march of binaries that travel to other machines."""
     return PORTABLE_X86 if platform.machine() == "x86_64" else None
 
 
-def source_files(source_dir: Path) -> list[Path]:
+def source_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
     """Every file the products are made of, sorted."""
     return sorted(
-        path for path in source_dir.rglob("*") if path.suffix in (".cpp", ".h") and path.is_file()
+        path
+        for path in source_dir.rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+        and (with_cuda or path.parent != source_dir / "gpu")
+        and path.is_file()
     )
 
 
-def source_hash(source_dir: Path) -> str:
+def source_hash(source_dir: Path, *, with_cuda: bool) -> str:
     """Hash of the sources' names and contents."""
     digest = hashlib.sha256()
-    for path in source_files(source_dir):
+    for path in source_files(source_dir, with_cuda=with_cuda):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(source_dir)} {len(content)}\n".encode())
         digest.update(content)
@@ -172,33 +280,117 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
     lines = [
         "ninja_required_version = 1.3",
         "rule compile",
-        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  command = $compiler $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx $in $flags -o $out",
-        f"cxx = {_words(toolchain.compiler)}",
+        "  command = $compiler $in $flags -o $out",
+        f"compiler = {_words(toolchain.compiler)}",
     ]
-    common = toolchain.flags()
+
+    def compile_to(product: str, source: Path, compiler: str, flags: Iterable[str]) -> str:
+        name = f"{product.removesuffix('.so')}/{source.parent.name}_{source.stem}.o"
+        lines.append(f"build {name}: compile {_escape(str(source))}")
+        lines.append(f"  compiler = {_words(compiler)}")
+        lines.append(f"  flags = {_words(*flags)}")
+        return name
+
+    def link(product: str, objects: Iterable[str], *libraries: str) -> None:
+        lines.append(f"build {product}: link {' '.join(objects)}")
+        lines.append(f"  flags = {_words(*toolchain.link_flags(), *libraries)}")
+
+    # What takes longest comes first: kernels, the largest ahead; host.cpp (pybind11); the others.
+    ops, cuda = [], toolchain.cuda
+    if cuda is not None:
+        flags = (*cuda.flags(), "-ccbin", toolchain.compiler, f"-I{source_dir}")
+        for source in cuda_sources(source_dir):
+            ops.append(compile_to(OPS_PRODUCT, source, cuda.nvcc, flags))
+    cxx = toolchain.compiler
+    host_flags = (*toolchain.flags(), *toolchain.host_flags())
+    host = compile_to(HOST_PRODUCT, source_dir / "host.cpp", cxx, host_flags)
+    ops_flags = (*toolchain.flags(), *toolchain.ops_flags())
+    for source in (source_dir / "ops.cpp", *sorted((source_dir / "cpu").glob("*.cpp"))):
+        ops.append(compile_to(OPS_PRODUCT, source, cxx, ops_flags))
+    if cuda is not None:
+        bind_flags = (*ops_flags, *cuda.bind_flags(), f"-I{source_dir}")
+        for source in sorted((source_dir / "gpu").glob("*.cpp")):
+            ops.append(compile_to(OPS_PRODUCT, source, cxx, bind_flags))
+    link(HOST_PRODUCT, [host])
     torch_lib = (f"-L{_package('torch')}/lib", "-ltorch_cpu")
-    # host.cpp takes the longest (pybind11): it comes first.
-    for product, sources, flags, libraries in (
-        (HOST_PRODUCT, [source_dir / "host.cpp"], toolchain.host_flags(), ()),
-        (OPS_PRODUCT, _op_sources(source_dir), toolchain.ops_flags(), torch_lib),
-    ):
-        objects = []
-        for source in sources:
-            name = f"{product.removesuffix('.so')}/{source.stem}.o"
-            objects.append(name)
-            lines += [f"build {name}: compile {_escape(str(source))}"]
-            lines += [f"  flags = {_words(*common, *flags)}"]
-        lines += [f"build {product}: link {' '.join(objects)}"]
-        lines += [f"  flags = {_words(*toolchain.link_flags(), *libraries)}"]
+    link(OPS_PRODUCT, ops, *torch_lib, *(() if cuda is None else cuda.link_flags()))
     return "\n".join(lines) + "\n"
 
 
-def _op_sources(source_dir: Path) -> list[Path]:
-    return [source_dir / "ops.cpp", *sorted((source_dir / "cpu").glob("*.cpp"))]
+def cuda_sources(source_dir: Path) -> list[Path]:
+    """The files for nvcc, the largest first."""
+    return sorted((source_dir / "gpu").glob("*.cu"), key=lambda path: -path.stat().st_size)
+
+
+def _nvcc_candidates(env: Mapping[str, str]) -> list[str]:
+    """Every nvcc of this machine, in the order of preference."""
+    folders = [f"{env[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
+    folders += [*env.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
+    spec = importlib.util.find_spec("nvidia")  # of pip's packages
+    for package in [] if spec is None else spec.submodule_search_locations or []:
+        folders += sorted(map(str, Path(package).glob("cu[0-9]*/bin")), reverse=True)
+    found = (shutil.which("nvcc", path=folder) for folder in folders if folder)
+    return list(dict.fromkeys(nvcc for nvcc in found if nvcc is not None))
+
+
+def _nvcc_version(nvcc: str) -> tuple[int, int] | None:
+    match = re.search(r"release (\d+)\.(\d+)", _ask(nvcc, "--version"))
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _archs(
+    nvcc: str,
+    version: tuple[int, int],
+    wanted: str | None,
+    capability: tuple[int, int] | None,
+) -> tuple[str, ...]:
+    if wanted:
+        archs = tuple(wanted.split(","))
+        for arch in archs:
+            if not re.fullmatch(r"\d{2,3}[af]?(-ptx)?", arch):
+                raise CompileError(
+                    f"{ARCHS_VARIABLE}: {arch!r} is no architecture: "
+                    "none, or a list as 80,86,89,90a,89-ptx"
+                )
+        return archs
+    if capability is None:
+        return tuple(a for a in _WHEEL_ARCHS if version >= _NEW_ARCHS.get(a, MIN_CUDA))
+    known = re.findall(r"sm_(\d+)\b", _ask(nvcc, "--list-gpu-code"))
+    return (card_arch(capability, known),)
+
+
+def _cuda_dirs(nvcc: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Folders of the headers and of the libraries of a toolkit, as its nvcc names them."""
+    text = _ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull)
+    found = []
+    for name, flag in (("INCLUDES", "-I"), ("LIBRARIES", "-L")):
+        match = re.search(rf"^#\$ {name}=(.*)$", text, re.MULTILINE)
+        words = [] if match is None else shlex.split(match[1])
+        dirs = [word.removeprefix(flag) for word in words if word.startswith(flag)]
+        found.append(tuple(map(os.path.realpath, dirs)))
+    return found[0], found[1]
+
+
+def _ask(program: str, *arguments: str) -> str:
+    """What a program prints; empty where it cannot be run."""
+    try:
+        asked = subprocess.run([program, *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return asked.stdout + asked.stderr
+
+
+def _gencode(arch: str) -> str:
+    number, _, ptx = arch.partition("-")
+    return f"arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def _words(*words: str) -> str:

@@ -27,7 +27,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 """
-NUM_SOURCES = sum(path.suffix == ".cpp" for path in toolchain.source_files(build.source_dir()))
+CPU_FILES = toolchain.source_files(build.source_dir(), with_cuda=False)
+NUM_SOURCES = sum(path.suffix == ".cpp" for path in CPU_FILES)
 NUM_STEPS = NUM_SOURCES + 2  # compiler runs of a full build, with two links
 
 CHILD = """
@@ -183,16 +184,17 @@ def test_no_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packaged_products_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = {
-        "sources": toolchain.source_hash(build.source_dir()),
+        "sources": toolchain.source_hash(build.source_dir(), with_cuda=False),
         "soabi": build.sysconfig.get_config_var("SOABI"),
         "march": None,
+        "cuda": None,
     }
 
     def is_usable(**changes: object) -> bool:
         (folder / build.MANIFEST_NAME).write_text(json.dumps({**manifest, **changes}))
-        return build._is_usable(folder)
+        return build._why_unfit(folder, None) is None
 
-    assert not build._is_usable(folder)  # nothing there
+    assert build._why_unfit(folder, None) == ""  # nothing there
     assert is_usable()
     assert not is_usable(sources="of another version")
     assert not is_usable(soabi="cpython-27")
