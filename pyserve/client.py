@@ -134,6 +134,7 @@ class EngineStats:
     output_tokens: int
     step_age_s: float  # age of the running step, 0 where none runs
     error: str | None  # why the engine has stopped; None while it is sound
+    num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
 
 
 class EngineClient(Protocol):

@@ -117,9 +117,12 @@ class Metrics(Collector):
             ("gpu_cache_usage_perc", "kv_cache_usage_perc under its old name", usage),
             ("gpu_prefix_cache_hit_rate", "Part of the prompt tokens found cached", hit_rate),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
+            yield self._gauge(f"vllm:{name}", text, value)
+        yield self._gauge(
+            "pyserve:device_allocations",
+            "Times memory was taken from the GPU: constant after ready",
+            stats.num_device_allocations,
+        )
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens", stats.prompt_tokens),
             ("generation_tokens", "Output tokens", stats.output_tokens),
@@ -130,6 +133,11 @@ class Metrics(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
 
     def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
         family = HistogramMetricFamily(f"vllm:{name}", text, labels=LABELS)

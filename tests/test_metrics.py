@@ -12,6 +12,7 @@ from pyserve.metrics import INTER_TOKEN_BUCKETS_S, Histogram, Metrics
 STATS = EngineStats(
     num_running=3, num_waiting=2, num_blocks_used=16, num_preemptions=5, num_steps=9,
     prompt_tokens=200, cached_tokens=50, output_tokens=70, step_age_s=0.0, error=None,
+    num_device_allocations=7,
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def test_engine_figures_under_old_and_new_names() -> None:
     assert values["vllm:prefix_cache_queries_total"] == 200
     assert values["vllm:prefix_cache_hits_total"] == 50
     assert values["vllm:num_preemptions_total"] == 5
+    assert values["pyserve:device_allocations"] == 7
 
 
 def test_histograms_are_cumulative() -> None:

@@ -90,6 +90,7 @@ class AsyncEngine:
             output_tokens=self._engine.num_output_tokens,
             step_age_s=time.monotonic() - self._step_start_s if self._in_flight else 0.0,
             error=self._error,
+            num_device_allocations=self._engine.runner.num_device_allocations,
         )
 
     async def _run(self) -> None:

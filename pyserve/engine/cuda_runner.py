@@ -68,6 +68,10 @@ class CudaRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._completions = build.host().CompletionThread(DRIVER_LIBRARY, device.index or 0)
 
+    @property
+    def num_device_allocations(self) -> int:
+        return int(torch.cuda.memory_stats(self._executor.device).get("num_device_alloc", 0))
+
     def warm_up_largest(self) -> None:
         """Run the step that needs most memory, on a KV cache of one block."""
         with torch.cuda.stream(self._stream):

@@ -24,10 +24,14 @@ from pyserve.params import SamplingParams
 class Runner(Protocol):
     """Executes steps, in the order of the calls.
 
-    step_deadline_s   a step that takes longer has hung; None: any time is fine.
+    step_deadline_s         a step that takes longer has hung; None: any time is fine.
+    num_device_allocations  times memory was taken from a GPU so far.
     """
 
     step_deadline_s: float | None
+
+    @property
+    def num_device_allocations(self) -> int: ...
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """From here on `launch` is called on `loop` and must not wait for the step."""

@@ -194,6 +194,10 @@ class CpuRunner:
             1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
         )
 
+    @property
+    def num_device_allocations(self) -> int:
+        return 0
+
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Nothing to do: a future of the worker may be awaited from any loop."""
 

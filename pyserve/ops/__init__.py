@@ -20,10 +20,16 @@ from torch.nn import functional
 
 from pyserve.ops import build
 
-# Rows up to which `linear` is our own op. One pass over the demo model's 33 matrices in bfloat16,
-# one thread, us, own / torch: 610 / 1400 at 1 row, 660 / 1490 at 16, 1240 / 1940 at 64;
-# equal at 128. In float32 equal up to 16 rows; at 32 torch takes 3/4 of the time.
-FEW_ROWS = {torch.bfloat16: 64, torch.float32: 16}
+# Rows up to which `linear` is our own op, by device and dtype.
+# On a CPU, one pass over the demo model's 33 matrices in bfloat16, one thread, us, own / torch:
+# 610 / 1400 at 1 row, 660 / 1490 at 16, 1240 / 1940 at 64; equal at 128. In float32 equal up to 16
+# rows; at 32 torch takes 3/4 of the time.
+FEW_ROWS = {
+    ("cpu", torch.bfloat16): 64,
+    ("cpu", torch.float32): 16,
+    ("cuda", torch.bfloat16): 4,
+    ("cuda", torch.float16): 4,
+}
 
 
 class _Ops:
@@ -102,7 +108,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Beyond, torch (oneDNN, which compiles and keeps code for every m it meets) may round otherwise.
     """
     num_rows = x.shape[0]
-    if num_rows > FEW_ROWS[x.dtype]:
+    if num_rows > FEW_ROWS[x.device.type, x.dtype]:
         return functional.linear(x, weight, bias)
     out = x.new_empty((num_rows, weight.shape[0]))
     _ops.linear(x, weight, bias, out)

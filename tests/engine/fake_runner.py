@@ -132,6 +132,7 @@ class FakeRunner:
         self.nan_seeds: set[int] = set()
         self.is_closed = False
         self.step_deadline_s: float | None = None
+        self.num_device_allocations = 0
         self._block_size = block_size
         self._kv = np.full(num_blocks * block_size, POISON, np.int64)
         self._block_table = np.full((num_slots, -(-max_model_len // block_size)), POISON, np.int64)

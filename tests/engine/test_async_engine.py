@@ -49,6 +49,7 @@ class HeldRunner:
     """Executes on a FakeRunner, but tells the results only when it is asked to."""
 
     step_deadline_s: float | None = None
+    num_device_allocations = 0
 
     def __init__(self, inner: FakeRunner) -> None:
         self.inner = inner
