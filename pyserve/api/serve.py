@@ -36,7 +36,7 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
 
     `load` runs on a thread of its own once the port is open, and may raise StartupError.
     A thread that still loads when the server is told to stop ends with the process, and so does
-    one that hangs in a step of an engine that has given up.
+    all that an engine holds that has given up.
     """
     try:
         sock = _listen(config.host, config.port)
@@ -46,8 +46,9 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     with sock:
         server = _Server(config, load, sock)
         code = asyncio.run(server.run())
-    if server.is_loading or server.is_stuck:
-        # The interpreter would wait for, or crash under, a thread inside a compiler or torch.
+    if server.is_loading or server.has_failed:
+        # The interpreter would wait for, or crash under, a thread inside a compiler or torch, or
+        # memory of a GPU that is lost.
         os._exit(code)
     return code
 
@@ -66,7 +67,7 @@ class _Server:
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
         self._loading: asyncio.Future[Loaded] | None = None
         self._statistics: asyncio.Task[None] | None = None  # ends with the loop
-        self.is_stuck = False  # the engine has given up and cannot be stopped
+        self.has_failed = False  # the engine has given up; what it holds may not be freeable
 
     @property
     def is_loading(self) -> bool:
@@ -166,13 +167,13 @@ class _Server:
 
     async def _fail(self, engine: EngineClient, error: str) -> None:
         """The engine has failed what ran: let clients hear of it, then let go of the rest."""
+        self.has_failed = True
         state = self._state
         state.status = "failed"
         get_logger().error("%s; exiting", error)
         await state.wait_idle(LAST_FRAMES_S)
         stopping = asyncio.create_task(engine.stop())
         await asyncio.wait([stopping], timeout=LAST_FRAMES_S)
-        self.is_stuck = not stopping.done()
         if stopping.done() and stopping.exception() is not None:
             get_logger().error("the engine did not stop cleanly", exc_info=stopping.exception())
 

@@ -34,6 +34,7 @@ class AsyncEngine:
         self._in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
         self._step_start_s = 0.0  # when the oldest step in flight began to run
         self._num_failed_steps = 0
+        self._is_device_lost = False
         self._wakeup = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._refusal: str | None = None  # why nothing is accepted any more; set once
@@ -106,6 +107,8 @@ class AsyncEngine:
         except Exception as error:  # a bug of ours: the books cannot be trusted any more
             log.get_logger().exception("the engine has stopped")
             self._give_up(f"the engine has stopped: {type(error).__name__}")
+        if self._is_device_lost:
+            return  # nothing on it ends, and nothing can be freed: the process must
         results = [asyncio.wrap_future(result) for _, result in self._in_flight]
         await asyncio.gather(*results, return_exceptions=True)
         self._in_flight.clear()
@@ -128,8 +131,6 @@ class AsyncEngine:
             sampled = await self._result(result)
         except Exception as error:
             self._on_failed_step(step, error)
-            if not result.done():
-                return  # it hangs: what it uses must not be freed
         else:
             self._num_failed_steps = 0
             if self._refusal is None:
@@ -147,14 +148,16 @@ class AsyncEngine:
         return future.result()
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
-        log.get_logger().error(
-            "a step of %d tokens in %d rows failed", step.num_tokens, len(step.seqs), exc_info=error
-        )
+        shape = f"a step of {step.num_tokens} tokens in {len(step.seqs)} rows"
+        if isinstance(error, DeviceError):
+            log.get_logger().error("%s failed: %s", shape, error)
+            self._is_device_lost = True
+            if self._refusal is None:
+                self._give_up(str(error))
+            return
+        log.get_logger().error("%s failed", shape, exc_info=error)
         self._num_failed_steps += 1
         if self._refusal is not None:
-            return
-        if isinstance(error, DeviceError):
-            self._give_up(str(error))
             return
         self._engine.fail_step(step)
         if self._num_failed_steps >= MAX_FAILED_STEPS:

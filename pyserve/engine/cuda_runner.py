@@ -12,7 +12,9 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pyserve.engine.batch import Step, pack
 from pyserve.engine.runner import StepExecutor
@@ -30,6 +32,7 @@ class _RingEntry:
     """Host memory of one step in flight."""
 
     step_input: torch.Tensor  # int32 [num_step_words], pinned
+    words: NDArray[np.int32]  # the same memory
     sampled: torch.Tensor  # int32 [num_slots], pinned
     event: torch.cuda.Event
 
@@ -57,11 +60,12 @@ class CudaRunner:
         self._step_input = torch.zeros(executor.num_step_words, dtype=torch.int32, device=device)
         self._ring = deque(
             _RingEntry(
-                step_input=_pinned(executor.num_step_words),
+                step_input=step_input,
+                words=step_input.numpy(),
                 sampled=_pinned(executor.num_slots),
                 event=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
             )
-            for _ in range(RING_SIZE)
+            for step_input in [_pinned(executor.num_step_words) for _ in range(RING_SIZE)]
         )
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
@@ -119,7 +123,7 @@ class CudaRunner:
         del self._step_input
 
     def _enqueue(self, step: Step, entry: _RingEntry) -> None:
-        num_words = pack(step, entry.step_input.numpy())
+        num_words = pack(step, entry.words)
         step_input = self._step_input[:num_words]
         with torch.cuda.stream(self._stream):
             step_input.copy_(entry.step_input[:num_words], non_blocking=True)
@@ -152,7 +156,7 @@ class CudaRunner:
     def _explained(self, error: Exception) -> Exception:
         """`error`, or a DeviceError where the device takes no more work."""
         try:
-            self._stream.query()
+            self._stream.synchronize()  # also: what was launched still reads the ring's entry
         except RuntimeError as device_error:
             return DeviceError(f"the GPU failed: {_first_line(device_error)}")
         return error
