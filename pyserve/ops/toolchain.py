@@ -289,7 +289,8 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
     ]
 
     def compile_to(product: str, source: Path, compiler: str, flags: Iterable[str]) -> str:
-        name = f"{product.removesuffix('.so')}/{source.parent.name}_{source.stem}.o"
+        path = source.relative_to(source_dir).with_suffix(".o")
+        name = f"{product.removesuffix('.so')}/{'_'.join(path.parts)}"
         lines.append(f"build {name}: compile {_escape(str(source))}")
         lines.append(f"  compiler = {_words(compiler)}")
         lines.append(f"  flags = {_words(*flags)}")
@@ -364,15 +365,18 @@ def _archs(
 
 
 def _cuda_dirs(nvcc: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Folders of the headers and of the libraries of a toolkit, as its nvcc names them."""
+    """Folders of the headers and of the static runtime of a toolkit, as its nvcc names them."""
     text = _ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull)
-    found = []
-    for name, flag in (("INCLUDES", "-I"), ("LIBRARIES", "-L")):
+
+    def folders(name: str, flag: str) -> list[str]:
         match = re.search(rf"^#\$ {name}=(.*)$", text, re.MULTILINE)
         words = [] if match is None else shlex.split(match[1])
-        dirs = [word.removeprefix(flag) for word in words if word.startswith(flag)]
-        found.append(tuple(map(os.path.realpath, dirs)))
-    return found[0], found[1]
+        return [os.path.realpath(w.removeprefix(flag)) for w in words if w.startswith(flag)]
+
+    # In pip's package they lie in lib, though its nvcc says lib64.
+    libraries = folders("LIBRARIES", "-L") + [f"{top}/lib" for top in folders("TOP", "")]
+    found = (folder for folder in libraries if Path(folder, "libcudart_static.a").is_file())
+    return tuple(folders("INCLUDES", "-I")), tuple(dict.fromkeys(found))
 
 
 def _ask(program: str, *arguments: str) -> str:
