@@ -18,18 +18,16 @@ from typing import Any, NoReturn
 
 from pyserve import __version__, log
 from pyserve.api.serve import Loaded, Report, run_server
-from pyserve.config import EngineConfig, ServerConfig, env
+from pyserve.config import DEMO_MODEL, EngineConfig, ServerConfig, env
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
 
-DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "pyserve-demo"
 
 # Flags of vLLM that a later version will have: name -> nargs.
 NOT_BUILT: dict[str, int | str] = {
     "config": 1,
-    "device": 1,
     "env": 1,
     "uds": 1,
     "root-path": 1,
@@ -174,7 +172,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "chat-template-content-format": ("auto",),
     "stream-interval": ("1",),
     "logprobs-mode": ("raw_logprobs",),
-    "device": ("auto", "cpu"),
 }
 
 
@@ -256,12 +253,29 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     model.add_argument("--seed", type=int, default=0, help="seed of dummy weights")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--max-model-len", type=_size, help="context in tokens; 32k and 32K work")
+    engine.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: an NVIDIA card where there is one, else the CPU",
+    )  # fmt: skip
+    engine.add_argument(
+        "--max-model-len", type=_size,
+        help="context in tokens, 32k and 32K work; refused where it does not fit (default: the "
+        "model's, or as much of it as fits)",
+    )  # fmt: skip
     engine.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
-    engine.add_argument("--max-num-batched-tokens", type=_size, default=2048, help="per step")
+    engine.add_argument(
+        "--max-num-batched-tokens", type=_size,
+        help="per step (8192 on a card of 40 GB or more, else 2048)",
+    )  # fmt: skip
     engine.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
-    engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="0 to 1")
-    engine.add_argument("--kv-cache-memory-bytes", type=int, help="instead of what is left")
+    engine.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9,
+        help="part of the card's memory, 0 to 1, that is taken, with what other processes hold; "
+        "on a CPU, of the free memory",
+    )  # fmt: skip
+    engine.add_argument(
+        "--kv-cache-memory-bytes", type=int, help="KV cache at most (default: what is left)"
+    )
     engine.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True
     )
@@ -342,6 +356,7 @@ def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
     return EngineConfig(
         model_path=model_path,
         dtype=dtype,
+        device=args.device,
         load_format=args.load_format,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

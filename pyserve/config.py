@@ -14,12 +14,13 @@ import msgspec
 
 from pyserve.errors import ConfigError
 
+Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 MAX_BODY_BYTES = 32 * 2**20
 DEFAULT_BLOCK_SIZE = 16
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEMO_MODEL = Path(__file__).parent / "demo"
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,11 +28,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_path: Path  # a folder with config.json and, unless load_format is dummy, safetensors
     dtype: Dtype = "auto"
-    device: Literal["cpu"] = "cpu"
+    device: Device = "auto"  # auto: an NVIDIA card where there is one
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None  # None: the model's own, or what fits
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+    max_num_batched_tokens: int | None = None  # None: what suits the device, see planner.py
     block_size: int = DEFAULT_BLOCK_SIZE
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9  # fraction of the device's memory; the host's on a CPU
@@ -42,7 +43,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _require("--max-num-seqs", self.max_num_seqs, 1, 4096)
-        _require("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 2**20)
+        if self.max_num_batched_tokens is not None:
+            _require("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 2**20)
         _require("--block-size", self.block_size, 1, 256)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")

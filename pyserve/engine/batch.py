@@ -16,7 +16,6 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.sequence import Sequence
 from pyserve.ops import step_layout as layout
 
-LOGITS_TILE_ROWS = 64  # rows of logits that exist at once
 MIN_UPDATE_WORDS = 2**16  # room for the slot and block updates of many short sequences
 
 

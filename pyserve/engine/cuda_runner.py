@@ -52,7 +52,7 @@ class CudaRunner:
     """
 
     def __init__(self, executor: StepExecutor, *, step_deadline_s: float = STEP_DEADLINE_S) -> None:
-        self.step_deadline_s = step_deadline_s
+        self.step_deadline_s: float | None = step_deadline_s
         self._executor = executor
         device = executor.device
         torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream

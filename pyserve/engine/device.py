@@ -29,8 +29,7 @@ def resolve_device(wanted: Device, *, is_demo: bool) -> torch.device:
     """
     if wanted == "cpu":
         return CPU
-    is_driver_here = DRIVER_VERSION.exists()
-    if wanted == "auto" and not card.has_card() and not is_driver_here:
+    if wanted == "auto" and not card.has_card() and not DRIVER_VERSION.exists():
         say = log.get_logger().info if is_demo else log.get_logger().warning
         say("no NVIDIA card found: serving on the CPU")
         return CPU
@@ -51,13 +50,12 @@ def describe(device: torch.device) -> str:
 
 
 def card_memory(device: torch.device) -> CardMemory:
-    """What the card shows now; gives back first what torch merely keeps for later.
+    """What the card shows now, with our CUDA context on it.
 
-    Makes the CUDA context. Raises StartupError where the card does not even take that.
+    Raises StartupError where the card does not even take that.
     """
     try:
         torch.cuda.set_device(device)
-        torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
@@ -66,11 +64,7 @@ def card_memory(device: torch.device) -> CardMemory:
             f"it or its memory, see nvidia-smi; end them, or choose another card with "
             f"CUDA_VISIBLE_DEVICES"
         ) from error
-    return CardMemory(
-        total_bytes=total_bytes,
-        used_bytes=total_bytes - free_bytes,
-        reserved_bytes=torch.cuda.memory_reserved(device),
-    )
+    return CardMemory(total_bytes=total_bytes, used_bytes=total_bytes - free_bytes)
 
 
 def check_model(model: ModelConfig, device: torch.device) -> None:

@@ -1,29 +1,41 @@
 """build_engine: from an EngineConfig to an engine that is ready to start. Runs on a worker thread.
 
-Phases, as reported: build (native products), load (weights, in bytes), warmup (one sequence through
-every part of a step).
+Phases, as reported: build (native products), load (weights, in bytes), warmup (on a card the
+largest step, then the KV cache and every other shape; last, one sequence through every part).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from pyserve import log
 from pyserve.client import EngineInfo
-from pyserve.config import Dtype, EngineConfig
+from pyserve.config import DEMO_MODEL, EngineConfig
+from pyserve.engine import device as devices
 from pyserve.engine import host
 from pyserve.engine.async_engine import AsyncEngine
-from pyserve.engine.batch import LOGITS_TILE_ROWS, max_update_words
+from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine, Runner
-from pyserve.engine.planner import MemoryPlan, format_ledger, plan_memory
+from pyserve.engine.planner import (
+    HostMemory,
+    Memory,
+    MemoryPlan,
+    fit_kv,
+    format_ledger,
+    is_ledger_true,
+    plan_memory,
+)
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
-from pyserve.errors import ConfigError
-from pyserve.model.config import CheckpointDtype, ModelConfig
+from pyserve.errors import ConfigError, DeviceError, PlanError, StartupError
+from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
 from pyserve.ops import build
@@ -37,66 +49,73 @@ WARMUP_PROMPT_LEN = 16
 def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
     progress("build", 0, 1)
-    build.load_native(allow_reference=config.allow_reference_ops, progress=log.get_logger().info)
+    logger = log.get_logger()
+    device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
+    model_config = ModelConfig.from_path(config.model_path)
+    devices.check_model(model_config, device)
+    dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
+    mode = build.load_native(
+        allow_reference=config.allow_reference_ops, progress=logger.info, device=_kind(device)
+    )
+    if mode == "reference" and device.type == "cuda":
+        raise ConfigError("--allow-reference-ops serves on a CPU only: pass --device cpu with it")
     progress("build", 1, 1)
 
-    model_config = ModelConfig.from_path(config.model_path)
-    dtype = resolve_dtype(config.dtype, model_config.dtype)
-    device = torch.device(config.device)
-    plan = _plan(config, model_config, dtype)
-    model = load_model(
-        config.model_path,
-        model_config,
-        dtype=dtype,
-        device=device,
-        load_format=config.load_format,
-        seed=config.seed,
-        progress=lambda done, total: progress("load", done, total),
-        max_model_len=plan.max_model_len,
-    )
+    memory = _memory(device)
+    plan = _plan(config, model_config, dtype, memory)
+    with _card_may_be_full(plan):
+        model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
+        progress("warmup", 0, 1)
+        executor = StepExecutor(
+            model,
+            block_size=config.block_size,
+            num_slots=plan.num_slots,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            logits_tile_rows=plan.logits_tile_rows,
+        )
+        runner, plan = _start_runner(executor, config, plan, memory)
 
-    progress("warmup", 0, 1)
-    executor = StepExecutor(
-        model,
-        block_size=config.block_size,
-        num_slots=plan.num_slots,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
-        logits_tile_rows=LOGITS_TILE_ROWS,
-    )
-    executor.allocate_kv(plan.num_blocks)
-    runner = CpuRunner(executor, num_threads=host.num_threads())
+        def new_engine() -> Engine:
+            return _new_engine(config, plan, runner, model_config.vocab_size)
 
-    def new_engine() -> Engine:
-        return _new_engine(config, plan, runner, model_config.vocab_size)
-
-    _warm_up(new_engine(), plan.max_model_len)
+        _warm_up(new_engine(), plan.max_model_len)
     progress("warmup", 1, 1)
+    if plan.max_model_len < (config.max_model_len or model_config.max_model_len):
+        logger.warning(
+            "the model's context of %d tokens does not fit in memory: serving %d",
+            model_config.max_model_len, plan.max_model_len,
+        )  # fmt: skip
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         vocab_size=model_config.vocab_size,
         max_num_seqs=plan.num_slots,
         block_size=config.block_size,
         num_blocks=plan.num_blocks,
-        dtype=str(dtype).removeprefix("torch."),
-        device=config.device,
+        dtype=_name(dtype),
+        device=device.type,
         has_priorities=config.scheduling_policy == "priority",
     )
     return AsyncEngine(new_engine(), info)
 
 
-def resolve_dtype(wanted: Dtype, stored: CheckpointDtype) -> torch.dtype:
-    """The dtype to compute in on a CPU. Raises ConfigError for float16."""
-    if wanted == "float16":
-        raise ConfigError("--dtype float16 is not supported on a CPU: use bfloat16 or float32")
-    if wanted == "auto" and stored == "float16":
-        log.get_logger().info("the checkpoint is float16: computing in float32 on a CPU")
-        return torch.float32
-    dtype = stored if wanted == "auto" else wanted
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+def _kind(device: torch.device) -> build.Device:
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
-def _plan(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -> MemoryPlan:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _memory(device: torch.device) -> Memory:
+    if device.type == "cuda":
+        return devices.card_memory(device)
+    return HostMemory(host.available_memory_bytes())
+
+
+def _plan(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, memory: Memory
+) -> MemoryPlan:
     # Shapes without memory: what the weights will take, exactly.
     shapes = Decoder(model_config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
     plan = plan_memory(
@@ -105,18 +124,13 @@ def _plan(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -
         weight_bytes=sum(place.view.nbytes for place in shapes.destinations().values()),
         kv_specs=shapes.kv_specs(),
         itemsize=dtype.itemsize,
-        available_bytes=host.available_memory_bytes(),
+        memory=memory,
     )
     logger = log.get_logger()
     if plan.num_slots < config.max_num_seqs:
         logger.warning(
             "at most %d sequences run at once: --max-num-batched-tokens is %d",
-            plan.num_slots, config.max_num_batched_tokens,
-        )  # fmt: skip
-    if plan.max_model_len < (config.max_model_len or model_config.max_model_len):
-        logger.warning(
-            "the model's context of %d tokens does not fit in memory: serving %d",
-            model_config.max_model_len, plan.max_model_len,
+            plan.num_slots, plan.max_num_batched_tokens,
         )  # fmt: skip
     logger.info(
         "memory, for %d KV blocks of %d tokens:\n%s",
@@ -125,13 +139,81 @@ def _plan(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -
     return plan
 
 
+def _load(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device, *,
+    plan: MemoryPlan, progress: Progress,
+) -> Decoder:  # fmt: skip
+    num_bytes = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal num_bytes
+        num_bytes = done
+        progress("load", done, total)
+
+    began_s = time.monotonic()
+    model = load_model(
+        config.model_path,
+        model_config,
+        dtype=dtype,
+        device=device,
+        load_format=config.load_format,
+        seed=config.seed,
+        progress=report,
+        max_model_len=plan.max_model_len,
+    )
+    took_s = time.monotonic() - began_s
+    log.get_logger().info(
+        "loaded %.2f GB of weights in %.1f s (%.1f GB/s) as %s on %s",
+        num_bytes / 1e9, took_s, num_bytes / 1e9 / max(took_s, 1e-9), _name(dtype),
+        devices.describe(device),
+    )  # fmt: skip
+    return model
+
+
+def _start_runner(
+    executor: StepExecutor, config: EngineConfig, plan: MemoryPlan, memory: Memory
+) -> tuple[Runner, MemoryPlan]:
+    """A runner with its KV cache, and the plan with that.
+
+    On a card the largest step runs first: the KV cache gets what is really free then. `memory` is
+    what there was before the model came.
+    """
+    if isinstance(memory, HostMemory):
+        executor.allocate_kv(plan.num_blocks)
+        return CpuRunner(executor, num_threads=host.num_threads()), plan
+    runner = CudaRunner(executor)
+    runner.warm_up_largest()
+    plan = fit_kv(plan, config, before=memory, now=devices.card_memory(executor.device))
+    runner.allocate_kv(plan.num_blocks)
+    now = devices.card_memory(executor.device)
+    is_true, line = is_ledger_true(plan, before=memory, now=now)
+    say = log.get_logger().info if is_true else log.get_logger().warning
+    say("memory, with %d KV blocks of %d tokens: %s", plan.num_blocks, config.block_size, line)
+    return runner, plan
+
+
+@contextmanager
+def _card_may_be_full(plan: MemoryPlan) -> Iterator[None]:
+    """What a card does not take is one line: others may have taken memory since it was planned."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            "the card ran out of memory while the model was loaded: other processes took it, or "
+            "the plan is wrong; see nvidia-smi, and try a lower --gpu-memory-utilization; the "
+            f"plan was\n{format_ledger(plan.ledger)}"
+        ) from error
+    except DeviceError as error:
+        raise StartupError(f"the warm-up failed: {error}") from error
+
+
 def _new_engine(config: EngineConfig, plan: MemoryPlan, runner: Runner, vocab_size: int) -> Engine:
     scheduler = Scheduler(
         BlockManager(
             plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         ),
         SlotAllocator(plan.num_slots),
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
         max_update_words=max_update_words(plan.max_model_len, config.block_size),
     )
     return Engine(

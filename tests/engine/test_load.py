@@ -13,7 +13,7 @@ import torch
 
 from pyserve.client import EngineClient, EngineInfo
 from pyserve.engine import host
-from pyserve.engine.load import build_engine, resolve_dtype
+from pyserve.engine.load import build_engine
 from pyserve.errors import CheckpointError, ConfigError, PlanError
 from pyserve.params import SamplingParams
 from tests.engine.tiny import VOCAB_SIZE, engine_config, write_model
@@ -84,19 +84,6 @@ def test_bfloat16(tmp_path: Path) -> None:
     engine, _ = build(write_model(tmp_path, torch_dtype="bfloat16"))
     assert engine.info.dtype == "bfloat16"
     assert len(answer(engine)) == 5
-
-
-def test_dtypes(caplog: pytest.LogCaptureFixture) -> None:
-    assert resolve_dtype("auto", "float32") == torch.float32
-    assert resolve_dtype("auto", "bfloat16") == torch.bfloat16
-    assert resolve_dtype("bfloat16", "float32") == torch.bfloat16
-    assert resolve_dtype("float32", "float16") == torch.float32
-    assert not caplog.records
-    with caplog.at_level(logging.INFO, "pyserve"):
-        assert resolve_dtype("auto", "float16") == torch.float32
-    assert "float16" in caplog.text
-    with pytest.raises(ConfigError, match="--dtype float16"):
-        resolve_dtype("float16", "float32")
 
 
 def test_a_context_that_shrinks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

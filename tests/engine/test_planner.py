@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyserve.engine import planner
-from pyserve.engine.planner import MemoryPlan, format_ledger, plan_memory
+from pyserve.engine.planner import HostMemory, MemoryPlan, format_ledger, plan_memory
 from pyserve.errors import ConfigError, PlanError
 from pyserve.model.config import ModelConfig
 from pyserve.model.kv import KVSpec
@@ -27,7 +27,7 @@ def plan(available_bytes: int = 2**30, **overrides: object) -> MemoryPlan:
         weight_bytes=WEIGHT_BYTES,
         kv_specs=SPECS,
         itemsize=4,
-        available_bytes=available_bytes,
+        memory=HostMemory(available_bytes),
     )
 
 
@@ -41,9 +41,9 @@ def test_the_ledger_by_hand() -> None:
     assert result.num_blocks == 8 * 16, "every slot can hold a whole context"
     assert result.ledger == (
         ("weights", 1_000_000),
-        ("rope table", 256 * 16 * 4),
         ("activations", 64 * 4 * (3 * 32 + 2 * 64 + 2 * 32)),
         ("logits", 8 * 4 * (97 + 32)),
+        ("rope table", 256 * 16 * 4),
         ("slots", 8 * (680 * 4 + 16 * 4 + 97 * 2)),
         ("step buffers", 4 * (16 + 7 * 8 + 64 + 2**16) + 64 * 16 + 8 * 24 + 4),
         ("KV cache", 128 * BLOCK_BYTES),
@@ -56,7 +56,9 @@ def test_the_mlp_is_the_larger_part_of_a_usual_layer() -> None:
 
 
 def test_logits_exist_a_tile_at_a_time() -> None:
-    assert planner.logits_bytes(MODEL, 4096, 2) == 64 * 2 * (97 + 32)
+    result = plan(2**34, max_num_seqs=4096, max_num_batched_tokens=4096)
+    assert result.logits_tile_rows == 64
+    assert dict(result.ledger)["logits"] == 64 * 4 * (97 + 32)
 
 
 def test_slots_are_as_many_as_a_step_has_tokens() -> None:
@@ -68,7 +70,7 @@ def test_a_cpu_gets_512_mib_of_kv_by_default_but_at_least_one_sequence() -> None
     wide = [KVSpec(64, 256, torch.float32)] * 64  # 128 MiB a block
     result = plan_memory(
         MODEL, engine_config(Path("unused")), weight_bytes=0, kv_specs=wide, itemsize=4,
-        available_bytes=2**40,
+        memory=HostMemory(2**40),
     )  # fmt: skip
     assert result.num_blocks == 16 and result.max_model_len == 256
 

@@ -11,7 +11,7 @@ import torch
 from pyserve.engine.batch import Step, max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine
-from pyserve.engine.planner import plan_memory
+from pyserve.engine.planner import HostMemory, plan_memory
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
@@ -296,7 +296,7 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
         weight_bytes=sum(place.view.nbytes for place in decoder.destinations().values()),
         kv_specs=decoder.kv_specs(),
         itemsize=4,
-        available_bytes=2**30,
+        memory=HostMemory(2**30),
     )
     runner = make_runner(decoder, plan.num_blocks, config.max_num_batched_tokens)
     executor = runner._executor

@@ -36,6 +36,7 @@ def write_model(folder: Path, **overrides: object) -> Path:
 def engine_config(folder: Path, **overrides: object) -> EngineConfig:
     settings: dict[str, object] = {
         "model_path": folder,
+        "device": "cpu",
         "load_format": "dummy",
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
