@@ -1,0 +1,21 @@
+// silu_mul on CUDA.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace pyserve::gpu {
+
+struct SiluMulParams {
+  const void* gate_up;  // [num_tokens, 2 * n] = gate | up; strides of rows in elements
+  int64_t gate_up_stride;
+  void* out;  // [num_tokens, n]
+  int64_t out_stride;
+  int64_t num_tokens, n;
+  bool is_bf16;  // else float16
+};
+
+cudaError_t launch_silu_mul(const SiluMulParams& params, cudaStream_t stream);
+
+}  // namespace pyserve::gpu

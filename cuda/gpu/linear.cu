@@ -1,0 +1,259 @@
+// linear for few rows of x: the work is to stream the weight once, as fast as memory gives it.
+//
+// A CTA takes groups of 16 (or 32) rows of weight, grid apart; its warps split k. Every warp has a
+// ring of its own in shared memory, filled by cp.async several stages ahead and across groups, so
+// that the loads never wait for a barrier: the card needs 32 KB and more in flight on every SM. A
+// stage holds the warp's piece of the weight rows and of up to 8 rows of x. Products are mma.sync
+// with weight as the 16-row operand and x as the 8 columns: 1 row of x costs what 8 do, and next to
+// nothing. A sum over k may be taken in any order as long as both operands agree, so lane t of a
+// quad takes 8 neighbours of k, 16 bytes, as its fragments of two products: no ldmatrix.
+// The warps' sums meet in shared memory and are added in the order of the warps.
+//
+// Numerics: float32 sums, then the bias, then one rounding. A column of an mma knows nothing of the
+// others and the tiling depends on n, k and the device alone: what else is in a batch never changes
+// a row's result. More than 8 rows take a pass over the weight for every 8.
+// Floor: n * k * 2 bytes. Rows that are not 16-byte aligned take a plain kernel, one warp a result.
+// Sources: out^T = W x^T as in Marlin and llama.cpp (mmvq/mma for few tokens), design page K6.
+#include "gpu/linear.h"
+
+#include <algorithm>
+
+#include "gpu/launch.cuh"
+#include "gpu/vec.cuh"
+
+namespace pyserve::gpu {
+namespace {
+
+// How a CTA cuts its work. kTokens: rows of x it has room for.
+template <int kRowTiles_, int kDepth_, int kWarps_, int kStages_, int kTokens_>
+struct Tiling {
+  static constexpr int kRowTiles = kRowTiles_;  // of 16 weight rows, in a group
+  static constexpr int kDepth = kDepth_;        // of k, in a stage of one warp
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = kTokens_;
+
+  static constexpr int kRows = 16 * kRowTiles;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kChunks = kDepth / kVec;  // 16-byte pieces of a row
+  static constexpr int kRowBytes = kDepth * 2;
+  static constexpr int kStageBytes = (kRows + kTokens) * kRowBytes;
+  static constexpr int kSumStride = kRows + 4;  // of a token; keeps a warp's stores apart
+  static constexpr int kSumFloats = kWarps * kTokens * kSumStride;
+  static constexpr int kSmem = kWarps * kStages * kStageBytes + 2 * kSumFloats * 4;
+
+  static_assert(kDepth % 64 == 0 && kTokens <= 8);
+  static_assert(kTokens * kRows <= kThreads, "each thread finishes one result at most");
+};
+
+// Where chunk `chunk` of row `row` lies in a stage. Chunks of odd rows trade places in fours, so
+// that the two rows which eight lanes read at once lie in different banks.
+template <class Tile>
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+  return row * Tile::kRowBytes + ((chunk ^ ((row & 1) << 2)) * 16);
+}
+
+// Copies columns [k0, k0 + kDepth) of rows [row, row + kCount) of a matrix, zeros outside of it.
+template <class Tile, int kCount>
+__device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* matrix, int64_t stride,
+                                          int64_t row, int64_t num_rows, int64_t k0, int64_t k) {
+  constexpr int kPieces = kCount * Tile::kChunks;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int piece = 0; piece < kPieces; piece += kWarpSize) {
+    const int r = (piece + lane) / Tile::kChunks, chunk = (piece + lane) % Tile::kChunks;
+    const int64_t column = k0 + chunk * kVec;
+    const bool valid = row + r < num_rows && column < k;
+    const uint16_t* source = valid ? matrix + (row + r) * stride + column : matrix;
+    if (piece + kWarpSize <= kPieces || piece + lane < kPieces) {
+      cp_async_16(to + chunk_offset<Tile>(r, chunk), source, valid);
+    }
+  }
+}
+
+__device__ __forceinline__ uint4 load_shared(const unsigned char* smem, uint32_t offset) {
+  return *reinterpret_cast<const uint4*>(smem + offset);
+}
+
+// sums += weight x^T over one stage.
+template <class T, class Tile>
+__device__ __forceinline__ void multiply_stage(const unsigned char* stage, int num_tokens,
+                                               float (&sums)[Tile::kRowTiles][4]) {
+  const int lane = threadIdx.x % kWarpSize, group = lane / 4, quad = lane % 4;
+  const int token = min(group, num_tokens - 1);  // columns beyond are not stored
+#pragma unroll
+  for (int j = 0; j < Tile::kChunks; j += 4) {
+    const uint4 x = load_shared(stage, Tile::kRows * Tile::kRowBytes +
+                                           chunk_offset<Tile>(token, j + quad));
+#pragma unroll
+    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+      const uint32_t offset = chunk_offset<Tile>(16 * tile + group, j + quad);
+      const uint4 low = load_shared(stage, offset);
+      const uint4 high = load_shared(stage, offset + 8 * Tile::kRowBytes);
+      const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+      const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+      mma_16816<T>(sums[tile], first, x.x, x.y);
+      mma_16816<T>(sums[tile], second, x.z, x.w);
+    }
+  }
+}
+
+// Leaves a warp's sums at `to` [token][row].
+template <class Tile>
+__device__ __forceinline__ void put_sums(float* to, int num_tokens,
+                                         const float (&sums)[Tile::kRowTiles][4]) {
+  const int lane = threadIdx.x % kWarpSize, group = lane / 4, token = lane % 4 * 2;
+#pragma unroll
+  for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+    float* row = to + token * Tile::kSumStride + 16 * tile + group;
+    if (token < num_tokens) {
+      row[0] = sums[tile][0];
+      row[8] = sums[tile][2];
+    }
+    if (token + 1 < num_tokens) {
+      row[Tile::kSumStride] = sums[tile][1];
+      row[Tile::kSumStride + 8] = sums[tile][3];
+    }
+  }
+}
+
+// m <= kTokens, k > 0, x and weight aligned.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) {
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  const int warp = threadIdx.x / kWarpSize;
+  const int num_tokens = static_cast<int>(p.m);
+  unsigned char* ring = dynamic_smem + warp * Tile::kStages * Tile::kStageBytes;
+  float* all_sums =
+      reinterpret_cast<float*>(dynamic_smem + Tile::kWarps * Tile::kStages * Tile::kStageBytes);
+  const auto* x = static_cast<const uint16_t*>(p.x);
+  const auto* weight = static_cast<const uint16_t*>(p.weight);
+  const int64_t first_row = int64_t{blockIdx.x} * Tile::kRows;
+  const int64_t row_step = int64_t{gridDim.x} * Tile::kRows;
+  constexpr int64_t kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
+
+  int64_t fetch_row = first_row, fetch_k = 0;
+  auto fetch = [&](int stage) {  // the next piece of the CTA's work, if there is one
+    if (fetch_row < p.n) {
+      const uint32_t to = smem_address(ring) + stage * Tile::kStageBytes;
+      const int64_t k0 = fetch_k + warp * Tile::kDepth;
+      copy_rows<Tile, Tile::kRows>(to, weight, p.weight_stride, fetch_row, p.n, k0, p.k);
+      copy_rows<Tile, Tile::kTokens>(to + Tile::kRows * Tile::kRowBytes, x, p.x_stride, 0, p.m, k0,
+                                     p.k);
+      fetch_k += kStepDepth;
+      if (fetch_k >= p.k) {
+        fetch_k = 0;
+        fetch_row += row_step;
+      }
+    }
+    cp_async_commit();
+  };
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(stage);
+
+  int stage = 0, buffer = 0;
+  for (int64_t row0 = first_row; row0 < p.n; row0 += row_step) {
+    float sums[Tile::kRowTiles][4] = {};
+    for (int64_t k0 = 0; k0 < p.k; k0 += kStepDepth) {
+      cp_async_wait<Tile::kStages - 2>();
+      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      fetch(stage == 0 ? Tile::kStages - 1 : stage - 1);
+      multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, num_tokens, sums);
+      stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    }
+    const int token = threadIdx.x / Tile::kRows, row = threadIdx.x % Tile::kRows;
+    const bool finishes = token < num_tokens && row0 + row < p.n;
+    float bias = 0.0f;
+    if (finishes && p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[row0 + row]);
+    // Two buffers: one barrier a group is enough, the next group's stands between reuses.
+    float* group_sums = all_sums + buffer * Tile::kSumFloats;
+    put_sums<Tile>(group_sums + warp * Tile::kTokens * Tile::kSumStride, num_tokens, sums);
+    __syncthreads();
+    if (finishes) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < Tile::kWarps; ++w) {
+        sum += group_sums[(w * Tile::kTokens + token) * Tile::kSumStride + row];
+      }
+      static_cast<T*>(p.out)[token * p.out_stride + row0 + row] = from_float<T>(sum + bias);
+    }
+    buffer ^= 1;
+  }
+  cp_async_wait<0>();
+}
+
+// One warp a result; any alignment and any k.
+template <class T>
+__global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t index = int64_t{blockIdx.x} * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
+  if (index >= p.m * p.n) return;
+  const int64_t token = index % p.m, row = index / p.m;
+  const T* x = static_cast<const T*>(p.x) + token * p.x_stride;
+  const T* weight = static_cast<const T*>(p.weight) + row * p.weight_stride;
+  float sum = 0.0f;
+  for (int64_t i = lane; i < p.k; i += kWarpSize) {
+    sum = fmaf(to_float(x[i]), to_float(weight[i]), sum);
+  }
+  sum = lane_sum(sum);
+  if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[row]);
+  if (lane == 0) static_cast<T*>(p.out)[token * p.out_stride + row] = from_float<T>(sum);
+}
+
+// Launches for p.m <= kTokens; `ctas_per_sm` CTAs are meant to be on an SM at once.
+template <class T, class Tile>
+cudaError_t launch_tiled(const LinearParams& p, int num_sms, int ctas_per_sm, cudaStream_t stream) {
+  constexpr auto kKernel = linear_kernel<T, Tile>;
+  const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
+  if (error != cudaSuccess) return error;
+  const int64_t num_groups = (p.n + Tile::kRows - 1) / Tile::kRows;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(num_groups, num_sms * ctas_per_sm));
+  return launch(kKernel, grid, Tile::kThreads, Tile::kSmem, stream, p);
+}
+
+template <class T, int kTokens>
+cudaError_t launch_tokens(const LinearParams& p, int num_sms, int max_smem, cudaStream_t stream) {
+  using Deep = Tiling<1, 128, 8, 4, kTokens>;
+  using Small = Tiling<1, 64, 8, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
+  static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
+  if (max_smem >= Tiling<1, 128, 8, 4, 8>::kSmem) {  // one tiling for all m of a device
+    return launch_tiled<T, Deep>(p, num_sms, 1, stream);
+  }
+  return launch_tiled<T, Small>(p, num_sms, 1, stream);
+}
+
+constexpr int64_t kMaxTokens = 8;
+
+template <class T>
+cudaError_t launch_linear_as(const LinearParams& params, cudaStream_t stream) {
+  if (params.k == 0 || params.k % kVec != 0 || !is_vec_aligned(params.x, params.x_stride) ||
+      !is_vec_aligned(params.weight, params.weight_stride)) {
+    const int64_t num_ctas = (params.m * params.n + 7) / 8;
+    return launch(linear_plain_kernel<T>, static_cast<unsigned>(num_ctas), 256, 0, stream, params);
+  }
+  int device = 0, num_sms = 0, max_smem = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&max_smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  for (int64_t token = 0; token < params.m && error == cudaSuccess; token += kMaxTokens) {
+    LinearParams p = params;
+    p.x = static_cast<const T*>(params.x) + token * params.x_stride;
+    p.out = static_cast<T*>(params.out) + token * params.out_stride;
+    p.m = std::min(params.m - token, kMaxTokens);
+    error = p.m == 1   ? launch_tokens<T, 1>(p, num_sms, max_smem, stream)
+            : p.m <= 4 ? launch_tokens<T, 4>(p, num_sms, max_smem, stream)
+                       : launch_tokens<T, 8>(p, num_sms, max_smem, stream);
+  }
+  return error;
+}
+
+}  // namespace
+
+cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
+  if (params.m == 0 || params.n == 0) return cudaSuccess;
+  return params.is_bf16 ? launch_linear_as<__nv_bfloat16>(params, stream)
+                        : launch_linear_as<__half>(params, stream);
+}
+
+}  // namespace pyserve::gpu

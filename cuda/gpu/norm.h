@@ -1,0 +1,25 @@
+// rms_norm and add_rms_norm on CUDA.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace pyserve::gpu {
+
+struct NormParams {
+  const void* x;  // [num_rows, hidden]; strides of rows in elements
+  int64_t x_stride;
+  void* residual;  // [num_rows, hidden] or null: x itself is normed
+  int64_t residual_stride;
+  const void* weight;  // [hidden]
+  void* out;           // [num_rows, hidden], may be x
+  int64_t out_stride;
+  int64_t num_rows, hidden;
+  float eps;
+  bool is_bf16;  // else float16
+};
+
+cudaError_t launch_norm(const NormParams& params, cudaStream_t stream);
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,230 @@
+// rope_write_kv: rotary embedding (Su et al. 2021, NeoX halves), RMSNorm of each head of q and k
+// before it where a weight is given, and the write of k and v to the paged KV cache.
+//
+// One CTA a token. A few lanes share a head: each takes the 8 elements at i and the 8 at i + half,
+// which turn into each other (elements behind rotary_dim are passed on in pairs of vectors alike).
+// The lane's place in a head is the same in all the heads it takes, so cosines, sines and norm
+// weights are read once. Heads that vectors do not fit take a plain kernel, one warp a head.
+// Numerics: float32 from load to store, one rounding. Floor: bytes, 4 an element of qkv.
+#include "gpu/rope.h"
+
+#include <algorithm>
+
+#include "gpu/launch.cuh"
+#include "gpu/vec.cuh"
+
+namespace pyserve::gpu {
+namespace {
+
+constexpr int kMaxThreads = 256;
+
+// What of a token does not depend on the head.
+template <class T>
+struct Token {
+  const float* cos_sin;
+  T* qkv;
+  T* key;  // of KV head 0; null where nothing is written
+  T* value;
+
+  __device__ __forceinline__ Token(const RopeParams& p, int64_t index) {
+    const int64_t position = p.positions[index], slot = p.slot_mapping[index];
+    if (position < 0 || position >= p.max_position || slot < -1 || slot >= p.num_kv_slots) __trap();
+    cos_sin = p.cos_sin + position * p.cos_sin_stride;
+    qkv = static_cast<T*>(p.qkv) + index * p.qkv_stride;
+    key = value = nullptr;
+    if (slot >= 0) {
+      const int64_t block = slot / p.block_size, offset = slot % p.block_size;
+      key = static_cast<T*>(p.key_cache) + block * p.key_block_stride + offset * p.key_token_stride;
+      value = static_cast<T*>(p.value_cache) + block * p.value_block_stride +
+              offset * p.value_token_stride;
+    }
+  }
+
+  // Where a head of q, k or v goes; null: nowhere.
+  __device__ __forceinline__ T* target(const RopeParams& p, int head) const {
+    if (head < p.num_heads) return qkv + int64_t{head} * p.head_dim;
+    if (key == nullptr) return nullptr;
+    head -= p.num_heads;
+    if (head < p.num_kv_heads) return key + head * p.key_head_stride;
+    return value + (head - p.num_kv_heads) * p.value_head_stride;
+  }
+};
+
+__device__ __forceinline__ void load_floats(const float* from, float (&to)[kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVec; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
+    to[i] = four.x;
+    to[i + 1] = four.y;
+    to[i + 2] = four.z;
+    to[i + 3] = four.w;
+  }
+}
+
+// The RMSNorm of one lane's 16 elements of a head whose squares sum up to `squares`.
+template <class T>
+__device__ __forceinline__ void norm_pair(const T* weight, float squares, const RopeParams& p,
+                                          int first, int second, float (&a)[kVec],
+                                          float (&b)[kVec]) {
+  const float factor = rsqrtf(squares / static_cast<float>(p.head_dim) + p.eps);
+  float scales[kVec];
+  unpack<T>(load_vec(weight + first), scales);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) a[i] = a[i] * factor * scales[i];
+  unpack<T>(load_vec(weight + second), scales);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) b[i] = b[i] * factor * scales[i];
+}
+
+// kLanes lanes to a head, 16 elements a lane; those beyond the head's end have nothing to do. A
+// thread loads its part of kBatch heads before it turns the first.
+template <class T, int kLanes, int kBatch>
+__global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
+  const int place = threadIdx.x % kLanes, half = p.rotary_dim / 2;
+  const bool is_active = 2 * kVec * place < p.head_dim, is_turned = kVec * place < half;
+  const int first = is_turned ? kVec * place : 2 * kVec * place;  // offsets of the two vectors
+  const int second = first + (is_turned ? half : kVec);
+  const int num_turned = p.num_heads + p.num_kv_heads, num_all = num_turned + p.num_kv_heads;
+  const int heads_at_once = blockDim.x / kLanes;
+  const bool has_norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
+
+  uint4 packed[kBatch][2];
+  auto load_heads = [&](int head) {
+    const T* row = static_cast<const T*>(p.qkv) + blockIdx.x * p.qkv_stride;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, head += heads_at_once) {
+      packed[i][0] = packed[i][1] = uint4{};
+      if (is_active && head < num_all) {
+        packed[i][0] = load_vec(row + int64_t{head} * p.head_dim + first);
+        packed[i][1] = load_vec(row + int64_t{head} * p.head_dim + second);
+      }
+    }
+  };
+  int head = threadIdx.x / kLanes;
+  load_heads(head);  // on their way while the token's position is looked up
+  const Token<T> token(p, blockIdx.x);
+  float cosines[kVec] = {}, sines[kVec] = {};
+  if (is_turned) {
+    load_floats(token.cos_sin + kVec * place, cosines);
+    load_floats(token.cos_sin + half + kVec * place, sines);
+  }
+  // Every lane of a warp makes every round: norms shuffle.
+  for (int base = 0; base < num_all; base += kBatch * heads_at_once) {
+    if (base > 0) load_heads(head);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, head += heads_at_once) {
+      float a[kVec], b[kVec];
+      unpack<T>(packed[i][0], a);
+      unpack<T>(packed[i][1], b);
+      float squares = 0.0f;
+      if (has_norm) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) squares = fmaf(a[j], a[j], fmaf(b[j], b[j], squares));
+        squares = lane_sum<kLanes>(squares);
+      }
+      if (!is_active || head >= num_all) continue;
+      T* target = token.target(p, head);
+      if (target == nullptr) continue;
+      if (head < num_turned) {
+        const auto* weight =
+            static_cast<const T*>(head < p.num_heads ? p.q_norm_weight : p.k_norm_weight);
+        if (weight != nullptr) norm_pair(weight, squares, p, first, second, a, b);
+        if (is_turned) {
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) {
+            const float x = a[j], y = b[j];
+            a[j] = x * cosines[j] - y * sines[j];
+            b[j] = y * cosines[j] + x * sines[j];
+          }
+        }
+        packed[i][0] = pack<T>(a);
+        packed[i][1] = pack<T>(b);
+      }
+      store_vec(target + first, packed[i][0]);
+      store_vec(target + second, packed[i][1]);
+    }
+  }
+}
+
+// Any head_dim, rotary_dim and alignment: one warp a head, one element at a time.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
+  const Token<T> token(p, blockIdx.x);
+  const int lane = threadIdx.x % kWarpSize, half = p.rotary_dim / 2;
+  const int num_turned = p.num_heads + p.num_kv_heads, num_all = num_turned + p.num_kv_heads;
+  for (int head = threadIdx.x / kWarpSize; head < num_all; head += blockDim.x / kWarpSize) {
+    const T* source = token.qkv + int64_t{head} * p.head_dim;
+    T* target = token.target(p, head);
+    if (target == nullptr) continue;
+    if (head >= num_turned) {
+      for (int i = lane; i < p.head_dim; i += kWarpSize) target[i] = source[i];
+      continue;
+    }
+    const auto* weight =
+        static_cast<const T*>(head < p.num_heads ? p.q_norm_weight : p.k_norm_weight);
+    float factor = 1.0f;
+    if (weight != nullptr) {
+      float squares = 0.0f;
+      for (int i = lane; i < p.head_dim; i += kWarpSize) {
+        squares = fmaf(to_float(source[i]), to_float(source[i]), squares);
+      }
+      factor = rsqrtf(lane_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
+    }
+    auto normed = [&](int i) {
+      const float value = to_float(source[i]) * factor;
+      return weight != nullptr ? value * to_float(weight[i]) : value;
+    };
+    // In place: a lane reads both elements of its pair before it writes them.
+    for (int i = lane; i < half; i += kWarpSize) {
+      const float x = normed(i), y = normed(half + i);
+      const float cosine = token.cos_sin[i], sine = token.cos_sin[half + i];
+      target[i] = from_float<T>(x * cosine - y * sine);
+      target[half + i] = from_float<T>(y * cosine + x * sine);
+    }
+    for (int i = p.rotary_dim + lane; i < p.head_dim; i += kWarpSize) {
+      target[i] = from_float<T>(normed(i));
+    }
+  }
+}
+
+bool is_aligned(const RopeParams& p) {
+  const bool fits = p.head_dim % (2 * kVec) == 0 && p.rotary_dim % (2 * kVec) == 0;
+  const bool caches =
+      is_vec_aligned(p.key_cache, p.key_block_stride | p.key_token_stride | p.key_head_stride) &&
+      is_vec_aligned(p.value_cache,
+                     p.value_block_stride | p.value_token_stride | p.value_head_stride);
+  return fits && caches && is_vec_aligned(p.qkv, p.qkv_stride) &&
+         reinterpret_cast<uintptr_t>(p.cos_sin) % 16 == 0 && p.cos_sin_stride % 4 == 0 &&
+         is_vec_aligned(p.q_norm_weight, 0) && is_vec_aligned(p.k_norm_weight, 0);
+}
+
+template <class T, int kLanes>
+cudaError_t launch_lanes(const RopeParams& p, cudaStream_t stream) {
+  constexpr int kBatch = 2;
+  const int num_heads = p.num_heads + 2 * p.num_kv_heads;
+  const int threads = (num_heads * kLanes + kBatch - 1) / kBatch;
+  const int whole_warps = (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
+  return launch(rope_kernel<T, kLanes, kBatch>, static_cast<unsigned>(p.num_tokens),
+                std::min(whole_warps, kMaxThreads), 0, stream, p);
+}
+
+template <class T>
+cudaError_t launch_rope_as(const RopeParams& p, cudaStream_t stream) {
+  if (!is_aligned(p)) {
+    return launch(rope_plain_kernel<T>, static_cast<unsigned>(p.num_tokens), kMaxThreads, 0, stream,
+                  p);
+  }
+  if (p.head_dim <= 64) return launch_lanes<T, 4>(p, stream);
+  if (p.head_dim <= 128) return launch_lanes<T, 8>(p, stream);
+  return launch_lanes<T, 16>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_rope_write_kv(const RopeParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return cudaSuccess;
+  return params.is_bf16 ? launch_rope_as<__nv_bfloat16>(params, stream)
+                        : launch_rope_as<__half>(params, stream);
+}
+
+}  // namespace pyserve::gpu
