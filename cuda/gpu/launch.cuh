@@ -1,4 +1,5 @@
-// How kernels are launched: errors come back as codes, shared memory beyond 48 KB is asked for once.
+// How kernels are launched: errors come back as codes, shared memory beyond 48 KB is asked for
+// once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +26,20 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
-// Allows `kKernel` this much dynamic shared memory, once in a process.
+// Allows `kKernel` this much dynamic shared memory, once in a process. Every kernel that has any
+// goes through here: the names of these variables are the table that tests/ops/test_cuda_build.py
+// reads.
+template <auto kKernel, size_t kSmemBytes>
+cudaError_t allow_smem() {
+  static std::atomic<bool> is_allowed{false};
+  if (is_allowed.load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes));
+  if (error == cudaSuccess) is_allowed.store(true, std::memory_order_relaxed);
+  return error;
+}
+
+// The same for a number of bytes that is only known at run time.
 template <auto kKernel>
 cudaError_t allow_smem(size_t smem_bytes) {
   static std::atomic<size_t> allowed{48 * 1024};
