@@ -61,10 +61,11 @@ def load_model(
     decoder = Decoder(config, dtype=dtype, device=device, max_model_len=max_model_len)
     destinations = decoder.destinations()
     if stored is None:
-        _fill_with_noise(destinations, seed, progress)
+        fill = _fill_with_noise if device.type == "cpu" else _fill_with_noise_there
+        fill(destinations, seed, progress)
         return decoder
     _check(stored, destinations, config)
-    _stream(stored, destinations, progress)
+    _stream(stored, destinations, device, progress)
     return decoder
 
 
@@ -102,18 +103,20 @@ def _is_tied_head(name: str, config: ModelConfig) -> bool:
 
 
 def _stream(
-    stored: dict[str, StoredTensor], destinations: Destinations, progress: Progress
-) -> None:
+    stored: dict[str, StoredTensor], destinations: Destinations, device: torch.device,
+    progress: Progress,
+) -> None:  # fmt: skip
     wanted = [tensor for name, tensor in stored.items() if name in destinations]
     tied_head = None if HEAD_NAME in destinations else stored.get(HEAD_NAME)
     total = sum(tensor.num_bytes for tensor in wanted)
     done = 0
     progress(done, total)
-    with CheckpointReader() as reader:
+    with CheckpointReader(device=device) as reader:
         for tensor in sorted(wanted, key=lambda tensor: (tensor.file, tensor.offset)):
             for num_bytes in reader.copy(tensor, destinations[tensor.name].view):
                 done += num_bytes
                 progress(done, total)
+        reader.wait()
         if tied_head is not None:
             _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME].view)
 
@@ -131,6 +134,20 @@ def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: to
             f"{head.file}: {HEAD_NAME} differs from {EMBEDDING_NAME}, but config.json says "
             f"tie_word_embeddings; set it to false"
         )
+
+
+def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Progress) -> None:
+    """On a card, which makes noise as fast as it writes it. Another kind of card, other noise."""
+    total = sum(destination.view.nbytes for destination in destinations.values())
+    done = 0
+    progress(done, total)
+    device = next(iter(destinations.values())).view.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for destination in destinations.values():
+        destination.view.normal_(destination.dummy_mean, DUMMY_STD, generator=generator)
+        done += destination.view.nbytes
+    torch.cuda.synchronize(device)
+    progress(done, total)
 
 
 def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) -> None:
