@@ -86,6 +86,12 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
   return value;
 }
 
+// Leaves the compiler no memory of how `value` came about: what was made of it before, floats say,
+// is made again rather than held in registers.
+__device__ __forceinline__ void forget_origin(uint4& value) {
+  asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
+}
+
 // Two floats to two 16-bit elements, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
