@@ -36,7 +36,8 @@ def test_flags_reach_the_configs() -> None:
         "--model m --host 127.0.0.1 --port 81 --api-key k --served-model-name a b --dtype float "
         "--block-size 32 --no-enable-prefix-caching --max-num-seqs 7 --shutdown-timeout 3 "
         "--kv-cache-memory-bytes 1000000 --scheduling-policy priority --disable-log-stats "
-        "--gpu-memory-utilization 0.5 --load-format dummy --seed 5 --allow-reference-ops".split()
+        "--gpu-memory-utilization 0.5 --load-format dummy --seed 5 --allow-reference-ops "
+        "--device cuda".split()
     )
     engine = cli._engine_config(args, Path("/m"))
     server = cli._server_config(args)
@@ -44,9 +45,17 @@ def test_flags_reach_the_configs() -> None:
     assert (engine.enable_prefix_caching, engine.allow_reference_ops) == (False, True)
     assert (engine.scheduling_policy, engine.kv_cache_memory_bytes) == ("priority", 1_000_000)
     assert (engine.gpu_memory_utilization, engine.load_format, engine.seed) == (0.5, "dummy", 5)
+    assert engine.device == "cuda"
     assert (server.host, server.port, server.api_keys) == ("127.0.0.1", 81, ("k",))
     assert server.served_model_names == ("a", "b")
     assert (server.shutdown_timeout_s, server.log_stats) == (3.0, False)
+
+
+def test_what_is_left_to_the_machine() -> None:
+    engine = cli._engine_config(cli.parse_args(["m"]), Path("/m"))
+    assert (engine.device, engine.max_num_batched_tokens, engine.max_model_len) == (
+        "auto", None, None,
+    )  # fmt: skip
 
 
 def test_the_guide_s_production_flags_are_known() -> None:
@@ -93,6 +102,7 @@ def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture)
         (["--max-model-length", "5"], "did you mean --max-model-len?"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not built yet"),
         (["--dtype", "int3"], "--dtype"),
+        (["--device", "tpu"], "--device"),
         (["--port", "x"], "--port"),
         (["a", "b"], "unexpected argument 'b'"),
     ],

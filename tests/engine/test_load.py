@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from pyserve.client import EngineClient, EngineInfo
-from pyserve.engine import host
+from pyserve.engine import host, load
 from pyserve.engine.load import build_engine
-from pyserve.errors import CheckpointError, ConfigError, PlanError
+from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
+from pyserve.engine.runner import StepExecutor
+from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
+from pyserve.model.config import ModelConfig
+from pyserve.model.loader import load_model
 from pyserve.params import SamplingParams
-from tests.engine.tiny import VOCAB_SIZE, engine_config, write_model
+from tests.engine.tiny import CONFIG, VOCAB_SIZE, engine_config, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +100,82 @@ def test_a_context_that_shrinks_is_logged(tmp_path: Path, caplog: pytest.LogCapt
     assert "at most 4 sequences run at once" in caplog.text
     assert "KV cache" in caplog.text
     assert len(answer(engine)) == 5
+
+
+class FakeCudaRunner:
+    """Notes what is asked of it; a card of 1 GiB shows what it holds."""
+
+    total_bytes = 2**30
+    used_bytes = 300 * 2**20
+    calls: list[str]
+
+    def __init__(self, executor: StepExecutor) -> None:
+        type(self).calls = ["create"]
+        self.executor = executor
+
+    def warm_up_largest(self) -> None:
+        self.calls.append("warm up")
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        self.calls.append(f"{num_blocks} blocks")
+
+    @classmethod
+    def memory(cls, device: torch.device) -> CardMemory:
+        cls.calls.append("look")
+        return CardMemory(cls.total_bytes, cls.used_bytes)
+
+
+@pytest.mark.parametrize("used_bytes", [300 * 2**20, 900 * 2**20])
+def test_a_card_s_kv_cache_comes_last(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    used_bytes: int,
+) -> None:
+    monkeypatch.setattr(load, "CudaRunner", FakeCudaRunner)
+    monkeypatch.setattr(load.devices, "card_memory", FakeCudaRunner.memory)
+    monkeypatch.setattr(FakeCudaRunner, "used_bytes", used_bytes)
+    before = CardMemory(2**30, 200 * 2**20)
+    model = load_model(
+        tmp_path, ModelConfig.from_hf(CONFIG), dtype=torch.float32, device=torch.device("cpu"),
+        load_format="dummy", seed=0, progress=lambda done, total: None,
+    )  # fmt: skip
+    config = engine_config(tmp_path)
+    plan = plan_memory(
+        model.config, config, weight_bytes=0, kv_specs=model.kv_specs(), itemsize=4, memory=before
+    )
+    executor = StepExecutor(
+        model, block_size=16, num_slots=8, max_num_batched_tokens=64, max_model_len=256,
+        logits_tile_rows=8,
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, "pyserve"):
+        runner, fitted = load._start_runner(executor, config, plan, before)
+    left_bytes = int(0.9 * 2**30) - used_bytes
+    assert fitted.num_blocks == min(plan.num_blocks, left_bytes // plan.block_bytes) > 0
+    blocks = f"{fitted.num_blocks} blocks"
+    assert FakeCudaRunner.calls == ["create", "warm up", "look", blocks, "look"]
+    assert isinstance(runner, FakeCudaRunner) and runner.executor is executor
+    # The fake card never shows the KV cache.
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"with {fitted.num_blocks} KV blocks of 16 tokens: the ledger says" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), PlanError, "ran out of memory while"),
+        (DeviceError("the GPU failed: CUDA_ERROR_X"), StartupError, "the warm-up failed: the GPU"),
+    ],
+)
+def test_what_a_card_does_not_take_is_a_line(
+    error: Exception, expected: type[StartupError], message: str
+) -> None:
+    plan = MemoryPlan(
+        num_slots=1, max_num_batched_tokens=1, logits_tile_rows=1, max_model_len=1, num_blocks=1,
+        block_bytes=1, ledger=(("weights", 3 * 2**20),),
+    )  # fmt: skip
+    with pytest.raises(expected, match=message), load._card_may_be_full(plan):
+        raise error
 
 
 def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
+from pyserve.config import EngineConfig
 from pyserve.engine import planner
-from pyserve.engine.planner import HostMemory, MemoryPlan, format_ledger, plan_memory
+from pyserve.engine.planner import (
+    MAX_BLOCKS,
+    MODULE_BYTES,
+    CardMemory,
+    HostMemory,
+    MemoryPlan,
+    fit_kv,
+    format_ledger,
+    is_ledger_true,
+    plan_memory,
+)
 from pyserve.errors import ConfigError, PlanError
 from pyserve.model.config import ModelConfig
 from pyserve.model.kv import KVSpec
+from pyserve.ops import attention_plan, sample_workspace
 from tests.engine.tiny import CONFIG, engine_config
 
 MODEL = ModelConfig.from_hf(CONFIG)  # 2 layers, 4 heads of 16, 2 KV heads, vocabulary of 97
@@ -133,3 +146,173 @@ def test_the_ledger_is_printed_aligned_with_a_sum() -> None:
         "  KV cache             2,048.0 MiB",
         "  total                2,051.0 MiB",
     ]
+
+
+# A Llama of 8 billion parameters in bfloat16, and cards to put it on.
+LLAMA = ModelConfig.from_hf(
+    CONFIG
+    | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    }
+)  # fmt: skip
+LLAMA_WEIGHT_BYTES = 16_060_522_496
+LLAMA_BLOCK_BYTES = 16 * 32 * 2 * 8 * 128 * 2  # 2 MiB
+MIB, GIB = 2**20, 2**30
+BIG_CARD = CardMemory(total_bytes=140 * GIB, used_bytes=600 * MIB)
+SMALL_CARD = CardMemory(total_bytes=24 * GIB, used_bytes=500 * MIB)
+
+
+def settings(**overrides: object) -> EngineConfig:
+    return EngineConfig(model_path=Path("unused"), **overrides)  # type: ignore[arg-type]
+
+
+def card_plan(card: CardMemory = BIG_CARD, **overrides: object) -> MemoryPlan:
+    return plan_memory(
+        LLAMA,
+        settings(**overrides),
+        weight_bytes=LLAMA_WEIGHT_BYTES,
+        kv_specs=[KVSpec(8, 128, torch.bfloat16)] * 32,
+        itemsize=2,
+        memory=card,
+    )
+
+
+def test_the_ledger_of_a_card_by_hand() -> None:
+    result = card_plan()
+    assert (result.num_slots, result.max_num_batched_tokens) == (256, 8192)
+    assert (result.logits_tile_rows, result.max_model_len) == (256, 131072)
+    work = attention_plan.allocate(
+        8192, 256, num_heads=32, num_kv_heads=8, head_dim=128, device=torch.device("meta")
+    )
+    sampling = sample_workspace.allocate(256, 128256, device=torch.device("meta"))
+    step_words = 16 + 7 * 256 + 8192 + (4 + 680 + 131072 + 3 * 8192)
+    assert result.ledger[:-1] == (
+        ("CUDA context", 600 * MIB),
+        ("CUDA modules", MODULE_BYTES),
+        ("weights", LLAMA_WEIGHT_BYTES),
+        ("activations", 8192 * 2 * (3 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)),
+        ("logits", 256 * 2 * (128256 + 4096)),
+        ("attention plans", work.work.nbytes + work.workspace.nbytes),
+        ("sampling", sampling.nbytes),
+        ("rope table", 131072 * 128 * 4),
+        ("slots", 256 * (680 * 4 + 8192 * 4 + 128256 * 2)),
+        ("step buffers", 4 * step_words + 8192 * 16 + 256 * 24 + 4),
+    )
+    allowed = int(0.9 * 140 * GIB)
+    assert allowed - LLAMA_BLOCK_BYTES < result.total_bytes <= allowed, "KV takes what is left"
+    assert result.num_blocks * LLAMA_BLOCK_BYTES == result.ledger[-1][1]
+
+
+def test_the_sizes_of_a_step_follow_the_card_unless_they_are_given() -> None:
+    assert card_plan(SMALL_CARD).max_num_batched_tokens == 2048
+    assert card_plan(max_num_batched_tokens=100).max_num_batched_tokens == 100
+    few = card_plan(max_num_seqs=3)
+    assert (few.num_slots, few.logits_tile_rows) == (3, 3)
+    host = plan_memory(
+        MODEL, settings(), weight_bytes=0, kv_specs=SPECS, itemsize=4, memory=HostMemory(2**34)
+    )
+    assert (host.max_num_batched_tokens, host.logits_tile_rows) == (2048, 64)
+
+
+def test_each_window_has_its_attention_plan() -> None:
+    def plan_bytes(*windows: int) -> int:
+        model = msgspec.structs.replace(LLAMA, windows=windows)
+        result = plan_memory(
+            model, settings(), weight_bytes=0, kv_specs=[KVSpec(8, 128, torch.bfloat16)] * 2,
+            itemsize=2, memory=BIG_CARD,
+        )  # fmt: skip
+        return dict(result.ledger)["attention plans"]
+
+    assert plan_bytes(0, 512) == 2 * plan_bytes(0, 0) == 2 * plan_bytes(512, 512)
+
+
+def test_a_card_on_which_the_whole_context_does_not_fit() -> None:
+    result = card_plan(SMALL_CARD)
+    assert 16 * 1000 < result.max_model_len < 131072
+    assert result.max_model_len == 16 * result.num_blocks
+    assert result.total_bytes <= 0.9 * 24 * GIB
+    with pytest.raises(PlanError) as caught:
+        card_plan(SMALL_CARD, max_model_len=131072)
+    first, *ledger = str(caught.value).splitlines()
+    assert "a context of 131072 tokens does not fit: 22,118.4 MiB may be used" in first
+    assert "(--gpu-memory-utilization 0.9 of the card's 24,576.0 MiB)" in first
+    assert "would fit; it needs" in first and "other processes" not in first
+    assert any(line.split()[:2] == ["CUDA", "context"] for line in ledger)
+    fitting = int(first.partition("at most ")[2].split()[0])
+    assert card_plan(SMALL_CARD, max_model_len=fitting).max_model_len == fitting
+    with pytest.raises(PlanError):
+        card_plan(SMALL_CARD, max_model_len=fitting + 16)
+
+
+def test_what_other_processes_hold_is_not_shared_out() -> None:
+    alone, beside = BIG_CARD, CardMemory(140 * GIB, 30 * GIB + 640 * MIB)
+    assert (alone.context_bytes, alone.others_bytes) == (600 * MIB, 0)
+    assert (beside.context_bytes, beside.others_bytes) == (640 * MIB, 30 * GIB)
+    result = card_plan(beside)
+    assert result.total_bytes + 30 * GIB <= int(0.9 * 140 * GIB)
+    assert result.num_blocks < card_plan(alone).num_blocks
+
+
+def test_a_card_that_others_hold_most_of() -> None:
+    with pytest.raises(PlanError) as caught:
+        card_plan(CardMemory(24 * GIB, 12 * GIB + 640 * MIB))
+    first = str(caught.value).splitlines()[0]
+    assert "less 12,288.0 MiB that other processes hold" in first
+    assert "nothing would fit; end the other processes (see nvidia-smi)" in first
+    with pytest.raises(PlanError, match=r": 0\.0 MiB may be used"):
+        card_plan(CardMemory(24 * GIB, 24 * GIB))
+
+
+def test_a_tiny_model_gets_no_more_blocks_than_the_host_can_keep() -> None:
+    result = plan_memory(
+        MODEL, settings(), weight_bytes=0, kv_specs=[KVSpec(1, 64, torch.bfloat16)], itemsize=2,
+        memory=BIG_CARD,
+    )  # fmt: skip
+    assert result.num_blocks == MAX_BLOCKS
+
+
+def test_the_kv_cache_gets_what_is_really_free() -> None:
+    config = settings()
+    result = card_plan()
+    rest = result.total_bytes - result.ledger[-1][1]
+    as_planned = CardMemory(140 * GIB, rest)
+    assert fit_kv(result, config, before=BIG_CARD, now=as_planned) == result
+    less = CardMemory(140 * GIB, rest - GIB)
+    assert fit_kv(result, config, before=BIG_CARD, now=less) == result, "never more than planned"
+    more = CardMemory(140 * GIB, rest + GIB)
+    fitted = fit_kv(result, config, before=BIG_CARD, now=more)
+    assert fitted.num_blocks in (result.num_blocks - 512, result.num_blocks - 511)
+    assert fitted.ledger[-1] == ("KV cache", fitted.num_blocks * LLAMA_BLOCK_BYTES)
+    assert fitted.ledger[:-1] == result.ledger[:-1] and fitted.max_model_len == 131072
+
+
+def test_a_context_that_does_not_fit_any_more() -> None:
+    # Others have taken all but 100 blocks since.
+    now = CardMemory(140 * GIB, int(0.9 * 140 * GIB) - 100 * LLAMA_BLOCK_BYTES)
+    shrunk = fit_kv(card_plan(), settings(), before=BIG_CARD, now=now)
+    assert (shrunk.num_blocks, shrunk.max_model_len) == (100, 1600)
+    asked = {"max_model_len": 1601}
+    with pytest.raises(PlanError) as caught:
+        fit_kv(card_plan(**asked), settings(**asked), before=BIG_CARD, now=now)
+    assert "a context of 1601 tokens does not fit any more" in str(caught.value)
+    assert "nvidia-smi" in str(caught.value)
+    full = CardMemory(140 * GIB, 139 * GIB)
+    with pytest.raises(PlanError, match="a context of 1 tokens does not fit any more"):
+        fit_kv(card_plan(), settings(), before=BIG_CARD, now=full)
+
+
+def test_the_ledger_is_held_against_the_card() -> None:
+    result = card_plan()
+    others = CardMemory(140 * GIB, 8 * GIB + 640 * MIB)
+
+    def judge(shown_bytes: int) -> tuple[bool, str]:
+        now = CardMemory(140 * GIB, shown_bytes + others.others_bytes)
+        return is_ledger_true(result, before=others, now=now)
+
+    assert judge(result.total_bytes)[0]
+    assert judge(int(result.total_bytes * 1.029))[0] and judge(int(result.total_bytes / 1.029))[0]
+    is_true, line = judge(int(result.total_bytes * 1.05))
+    assert not is_true and "(-4.8%)" in line and "GiB" in line
+    assert not judge(int(result.total_bytes / 1.05))[0]
