@@ -33,14 +33,15 @@ void norm(const char* op, const Tensor& x_tensor, const Tensor* residual_tensor,
   check_same_dtype(out, x);
   check_same_sizes(out, x);
   gpu::NormParams params{};
+  params.is_bf16 = is_bf16(x);
   if (residual_tensor != nullptr) {
     const View residual = cuda_view(op, "residual", *residual_tensor, -1);
     check_same_dtype(residual, x);
     check_same_sizes(residual, x);
+    if (num_elements(x) == 0) return;
     params.residual = residual.data;
     params.residual_stride = rows_of(residual).stride;
   }
-  params.is_bf16 = is_bf16(x);
   if (num_elements(x) == 0) return;
   const Rows x_rows = rows_of(x), out_rows = rows_of(out);
   params.x = x.data;
