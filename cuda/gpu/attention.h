@@ -35,11 +35,50 @@ constexpr int kItemWords = sizeof(AttentionItem) / sizeof(int32_t);
 enum WorkWord : int32_t {
   kWorkNumDecodeItems = 0,
   kWorkNumPrefillItems,
-  kWorkDecodeStartsOffset,  // int32 [num_decode_ctas + 1]: items of each CTA, a contiguous range
+  kWorkDecodeStartsOffset,  // int32 [num_decode_ranges + 1]: items of each range
   kWorkDecodeItemsOffset,   // AttentionItem [num_decode_items]
   kWorkPrefillItemsOffset,  // AttentionItem [num_prefill_items], longest first
+  kWorkNumDecodeRanges,
   kWorkHeaderWords = 16,
 };
+
+// What the work is cut for. Plan and launch must see the same numbers.
+struct AttentionDevice {
+  int32_t num_sms;
+  int32_t decode_ctas_per_sm;  // 1 or 2
+  int32_t decode_cache_bytes;  // shared memory of a CTA for keys and values that are on their way
+};
+constexpr int kMaxDecodeCtasPerSm = 2;
+constexpr int kMaxDecodeRanges = 1024;
+
+// Reads it from the current device; neither allocates nor synchronizes.
+cudaError_t attention_device(AttentionDevice* device);
+
+// Ranges into which a step's decode tiles are cut, for each KV head: one CTA each.
+constexpr int num_decode_ranges(AttentionDevice device, int num_kv_heads) {
+  const int ranges = device.num_sms * device.decode_ctas_per_sm / num_kv_heads;
+  return ranges < 1 ? 1 : ranges > kMaxDecodeRanges ? kMaxDecodeRanges : ranges;
+}
+
+// Below this many prefill query tiles their keys are split, into at most so many more items.
+constexpr int num_prefill_chunks(AttentionDevice device, int num_kv_heads) {
+  const int chunks = (device.num_sms + num_kv_heads - 1) / num_kv_heads;
+  return chunks < 1 ? 1 : chunks;
+}
+
+// Upper bound of kWorkNumPrefillItems for any lengths: what a launch may take for its grid.
+constexpr int64_t max_prefill_items(AttentionDevice device, int64_t num_tokens, int64_t num_rows,
+                                    int num_heads, int num_kv_heads) {
+  const int64_t packed_rows = num_tokens * (num_heads / num_kv_heads);
+  const int64_t rows = packed_rows / (kDecodeRows + 1);  // each has more than kDecodeRows
+  return packed_rows / kPrefillRows + (rows < num_rows ? rows : num_rows) +
+         num_prefill_chunks(device, num_kv_heads);
+}
+
+constexpr int kDecodeStartsOffset = kWorkHeaderWords;
+constexpr int decode_items_offset(int num_ranges) {
+  return kDecodeStartsOffset + (num_ranges + 1 + 15) / 16 * 16;
+}
 
 struct AttentionParams {
   const void* q;  // [num_tokens, num_heads, head_dim], head_dim contiguous; strides in elements
@@ -62,7 +101,72 @@ struct AttentionParams {
   float softmax_scale;
   int32_t max_query_len;  // an upper bound over the rows: where it fits decode, no prefill launch
   const int32_t* work;
-  float* workspace;  // see workspace layout in attention_plan; counters in it are left at zero
+  float* workspace;  // zero at first; its layout is decode_partials' and prefill_partials'
+  // What device code traps on: a slot, a block id or a sequence length that is out of range.
+  int32_t num_slots, num_blocks, max_blocks_per_seq;
+  AttentionDevice device;
 };
+
+enum class AttentionDtype { kBfloat16, kFloat16 };
+
+// Partial results of one of the two kernels, in the workspace. The splits of a query tile have
+// consecutive partial buffers, so split 0 has buffer item.partial - item.split.
+struct AttentionPartials {
+  float* acc;         // [partial][kv_head][rows][head_dim]: weights times values, summed
+  float* stats;       // [partial][kv_head][rows][2]: largest score in log2 units, sum of weights
+  int32_t* arrivals;  // [partial of split 0][kv_head]; zero between launches
+};
+
+// Two partial buffers for each range or chunk; words of arrivals are rounded up to keep alignment.
+constexpr int64_t partial_buffers(int num_ranges, int num_kv_heads) {
+  return int64_t{2} * num_ranges * num_kv_heads;
+}
+constexpr int64_t arrival_words(int num_ranges, int num_kv_heads) {
+  return (partial_buffers(num_ranges, num_kv_heads) + 31) / 32 * 32;
+}
+constexpr int64_t partial_words(int num_ranges, int num_kv_heads, int rows, int head_dim) {
+  return arrival_words(num_ranges, num_kv_heads) +
+         partial_buffers(num_ranges, num_kv_heads) * rows * (head_dim + 2);
+}
+
+inline AttentionPartials partials_at(float* words, int num_ranges, int num_kv_heads, int rows) {
+  AttentionPartials partials{};
+  partials.arrivals = reinterpret_cast<int32_t*>(words);
+  partials.stats = words + arrival_words(num_ranges, num_kv_heads);
+  partials.acc = partials.stats + partial_buffers(num_ranges, num_kv_heads) * rows * 2;
+  return partials;
+}
+
+inline AttentionPartials decode_partials(const AttentionParams& p) {
+  return partials_at(p.workspace, num_decode_ranges(p.device, p.num_kv_heads), p.num_kv_heads,
+                     kDecodeRows);
+}
+
+inline AttentionPartials prefill_partials(const AttentionParams& p) {
+  const int num_ranges = num_decode_ranges(p.device, p.num_kv_heads);
+  return partials_at(
+      p.workspace + partial_words(num_ranges, p.num_kv_heads, kDecodeRows, p.head_dim),
+      num_prefill_chunks(p.device, p.num_kv_heads), p.num_kv_heads, kPrefillRows);
+}
+
+// Fills `work` (work_words int32) for the rows of a step.
+struct AttentionPlanParams {
+  const int32_t* cu_seqlens_q;  // [num_rows + 1]
+  const int32_t* seq_lens;      // [num_rows]
+  int32_t num_rows, num_heads, num_kv_heads;
+  int32_t window;  // 0: none
+  AttentionDevice device;
+  int32_t* work;
+  int64_t work_words;
+};
+
+cudaError_t launch_plan_attention(const AttentionPlanParams& params, cudaStream_t stream);
+cudaError_t launch_decode_attention(const AttentionParams& params, AttentionDtype dtype,
+                                    cudaStream_t stream);
+cudaError_t launch_prefill_attention(const AttentionParams& params, AttentionDtype dtype,
+                                     cudaStream_t stream);
+// Decode, and prefill where a row may be too long for decode. max_query_len is read here only.
+cudaError_t launch_paged_attention(const AttentionParams& params, AttentionDtype dtype,
+                                   cudaStream_t stream);
 
 }  // namespace pyserve::gpu

@@ -1,4 +1,7 @@
-"""Sizes of an AttentionPlan: what plan_attention writes and paged_attention's partial results."""
+"""Sizes of an AttentionPlan: what plan_attention writes and paged_attention's partial results.
+
+The constants and formulas are those of cuda/gpu/attention.h; both ops check a plan against them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,15 @@ import torch
 
 from pyserve.ops import AttentionPlan
 
-DECODE_ROWS = 16  # kDecodeRows of cuda/gpu/attention.h
+DECODE_ROWS = 16
+PREFILL_ROWS = 128
+KV_TILE = 64
+ITEM_WORDS = 8
+WORK_HEADER_WORDS = 16
+MAX_DECODE_CTAS_PER_SM = 2
+MAX_DECODE_RANGES = 1024
+
+MAX_SMS = 192  # what is planned for where no card says how many multiprocessors it has
 
 
 def decode_query_len(num_heads: int, num_kv_heads: int) -> int:
@@ -14,9 +25,71 @@ def decode_query_len(num_heads: int, num_kv_heads: int) -> int:
     return DECODE_ROWS // (num_heads // num_kv_heads)
 
 
+def work_words(
+    max_num_tokens: int, max_num_rows: int, *, num_heads: int, num_kv_heads: int, num_sms: int
+) -> int:
+    """int32 words of `work` that any step of this size fits."""
+    num_ranges = _num_decode_ranges(num_sms, num_kv_heads)
+    packed_rows = max_num_tokens * (num_heads // num_kv_heads)
+    prefill_items = (
+        packed_rows // PREFILL_ROWS
+        + min(packed_rows // (DECODE_ROWS + 1), max_num_rows)
+        + _num_prefill_chunks(num_sms, num_kv_heads)
+    )
+    num_items = max_num_rows + num_ranges + prefill_items
+    return WORK_HEADER_WORDS + _round_up(num_ranges + 1, 16) + num_items * ITEM_WORDS
+
+
+def workspace_words(num_kv_heads: int, head_dim: int, *, num_sms: int) -> int:
+    """float32 words of `workspace`, for a step of any size."""
+    words = 0
+    for num_ranges, rows in (
+        (_num_decode_ranges(num_sms, num_kv_heads), DECODE_ROWS),
+        (_num_prefill_chunks(num_sms, num_kv_heads), PREFILL_ROWS),
+    ):
+        buffers = 2 * num_ranges * num_kv_heads
+        words += _round_up(buffers, 32) + buffers * rows * (head_dim + 2)
+    return words
+
+
 def allocate(
-    max_num_tokens: int, max_num_rows: int, *, num_heads: int, num_kv_heads: int, head_dim: int,
+    max_num_tokens: int,
+    max_num_rows: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
     device: torch.device,
-) -> AttentionPlan:  # fmt: skip
-    """A plan for the largest step. (The decode author fills in the sizes.)"""
-    raise NotImplementedError
+) -> AttentionPlan:
+    """A plan for the largest step. On the meta device it has the sizes for this machine's card."""
+    on_card = device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
+    if on_card:
+        index = device.index if device.type == "cuda" else None
+        num_sms = torch.cuda.get_device_properties(index).multi_processor_count
+    else:
+        num_sms = MAX_SMS
+    num_work_words = work_words(
+        max_num_tokens,
+        max_num_rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_sms=num_sms,
+    )
+    num_workspace_words = workspace_words(num_kv_heads, head_dim, num_sms=num_sms)
+    return AttentionPlan(
+        work=torch.zeros(num_work_words, dtype=torch.int32, device=device),
+        workspace=torch.zeros(num_workspace_words, dtype=torch.float32, device=device),
+    )
+
+
+def _num_decode_ranges(num_sms: int, num_kv_heads: int) -> int:
+    ranges = num_sms * MAX_DECODE_CTAS_PER_SM // num_kv_heads
+    return min(max(ranges, 1), MAX_DECODE_RANGES)
+
+
+def _num_prefill_chunks(num_sms: int, num_kv_heads: int) -> int:
+    return -(-num_sms // num_kv_heads)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

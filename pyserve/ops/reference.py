@@ -113,6 +113,43 @@ def paged_attention(
         out[begin:end].copy_(result.reshape(end - begin, -1, head_dim))
 
 
+def plan_attention(
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int,
+    work: Tensor,
+) -> None:
+    """The simplest valid plan: one range, no split. What any plan must satisfy is in the tests."""
+    decode_rows, prefill_rows, kv_tile, num_ranges = 16, 128, 64, 1  # cuda/gpu/attention.h
+    group, starts = num_heads // num_kv_heads, cu_seqlens_q.tolist()
+    decode: list[list[int]] = []
+    prefill: list[list[int]] = []
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        query_len = starts[row + 1] - starts[row]
+        if query_len == 0 or seq_len == 0:
+            continue
+        num_packed, position = query_len * group, seq_len - query_len
+        items, tile_rows = prefill, prefill_rows
+        if num_packed <= decode_rows:
+            items, tile_rows = decode, decode_rows
+        for tile, first in enumerate(range(0, num_packed, tile_rows)):
+            last = min(first + tile_rows, num_packed) - 1
+            begin = max(0, position + first // group - window + 1) if window else 0
+            end = position + last // group + 1
+            items.append([row, tile, begin // kv_tile * kv_tile, end, 1, 0, len(items), -1])
+    prefill.sort(key=lambda item: item[2] - item[3])  # longest first
+    for index, item in enumerate(prefill):
+        item[6] = index
+    header = [len(decode), len(prefill), 16, 32, 32 + 8 * len(decode), num_ranges] + 10 * [0]
+    words = header + [0, len(decode)] + 14 * [0]
+    words += [word for item in decode + prefill for word in item]
+    if len(words) > len(work):
+        raise RuntimeError(f"plan_attention: {len(words)} words in {len(work)}")
+    work[: len(words)] = torch.tensor(words, dtype=torch.int32)
+
+
 def sample(
     logits: Tensor,
     sample_slots: Tensor,

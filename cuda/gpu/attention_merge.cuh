@@ -1,0 +1,98 @@
+// How the items that share a query tile put their partial results together. Each writes its own,
+// then arrives; the last to arrive merges all of them in the order of the keys, so that the result
+// does not depend on who was last (Dao et al. 2023, Flash-Decoding, with its second kernel folded
+// into the first).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "gpu/attention.h"
+#include "gpu/ptx.cuh"
+
+namespace pyserve::gpu {
+
+// True in all threads of the block that arrives last of `num_splits`; called by whole blocks, after
+// their writes of acc and stats. `flag` is one word of shared memory that nobody else uses
+// until the block's next __syncthreads().
+__device__ __forceinline__ bool arrives_last(int32_t* arrivals, int num_splits, int32_t* flag) {
+  __threadfence();  // each thread's writes are seen before its block's arrival
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(arrivals, 1) == num_splits - 1;
+    if (last) *arrivals = 0;  // for the next launch: nobody else arrives in this one
+    *flag = last;
+  }
+  __syncthreads();
+  const bool last = *flag != 0;
+  if (last) __threadfence();
+  return last;
+}
+
+// One packed row of the merged result, rounded to T; called by whole warps. Rows that see no key in
+// any split become zeros.
+template <class T, int kHeadDim, int kRows>
+__device__ __forceinline__ void merge_row(const AttentionPartials& partials, int first_partial,
+                                          int num_splits, int kv_head, int num_kv_heads, int row,
+                                          T* out_row) {
+  constexpr int kPerLane = kHeadDim / kWarpSize;
+  static_assert(kPerLane == 2 || kPerLane == 4);
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t step = static_cast<int64_t>(num_kv_heads) * kRows;  // rows from split to split
+  const int64_t begin = (static_cast<int64_t>(first_partial) * num_kv_heads + kv_head) * kRows + row;
+  const float* acc = partials.acc + begin * kHeadDim + lane * kPerLane;
+  const float* stats = partials.stats + begin * 2;
+
+  float largest = -INFINITY;
+  for (int split = lane; split < num_splits; split += kWarpSize) {
+    largest = fmaxf(largest, __ldcg(stats + split * step * 2));
+  }
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, i));
+  }
+  if (largest == -INFINITY) largest = 0.0f;
+
+  float total[kPerLane] = {}, sum = 0.0f;
+  for (int base = 0; base < num_splits; base += kWarpSize) {
+    float factor = 0.0f, part = 0.0f;
+    if (base + lane < num_splits) {
+      const float2 mine =
+          __ldcg(reinterpret_cast<const float2*>(stats + (base + lane) * step * 2));
+      factor = exp2_approx(mine.x - largest);
+      part = factor * mine.y;
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) part += __shfl_xor_sync(kFullMask, part, i);
+    sum += part;
+    const int count = min(kWarpSize, num_splits - base);
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const float weight = __shfl_sync(kFullMask, factor, i);
+      const float* source = acc + (base + i) * step * kHeadDim;
+      if constexpr (kPerLane == 4) {
+        const float4 value = __ldcg(reinterpret_cast<const float4*>(source));
+        total[0] += weight * value.x;
+        total[1] += weight * value.y;
+        total[2] += weight * value.z;
+        total[3] += weight * value.w;
+      } else {
+        const float2 value = __ldcg(reinterpret_cast<const float2*>(source));
+        total[0] += weight * value.x;
+        total[1] += weight * value.y;
+      }
+    }
+  }
+  const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+  uint32_t pairs[kPerLane / 2];
+#pragma unroll
+  for (int i = 0; i < kPerLane / 2; ++i) {
+    pairs[i] = pack_pair<T>(total[2 * i] * scale, total[2 * i + 1] * scale);
+  }
+  if constexpr (kPerLane == 4) {
+    *reinterpret_cast<uint2*>(out_row + lane * kPerLane) = make_uint2(pairs[0], pairs[1]);
+  } else {
+    *reinterpret_cast<uint32_t*>(out_row + lane * kPerLane) = pairs[0];
+  }
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,399 @@
+// Cuts the visible keys of a step's rows into the work items of the attention kernels: one block,
+// once a step for all layers that share a window.
+//
+// Decode: the KV tiles of all rows, laid end to end, plus a fixed cost for each row, are cut into
+// equal ranges, one for each CTA of a KV head ("stream-K", Osama et al. 2023): the load is even
+// whatever the lengths, and there are at most rows + ranges items and two partial buffers a range.
+// Prefill: one item a query tile, longest first (counting sort), split along the keys only where
+// the tiles alone would leave multiprocessors idle.
+// Only the order of equally long prefill items depends on timing, and no result depends on that.
+// Floor: latency. A few passes over the rows, each a block-wide prefix sum of 1024 rows.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "gpu/attention.h"
+#include "gpu/launch.cuh"
+#include "gpu/ptx.cuh"
+
+namespace pyserve::gpu {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / kWarpSize;
+static_assert(kThreads >= kMaxDecodeRanges);  // a thread for each range
+constexpr int kBuckets = 256;        // of prefill items by length
+constexpr int kMinPrefillChunk = 8;  // KV tiles: shorter parts cost more to merge than they save
+
+constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
+
+// What is tuned, in KV tiles.
+struct Tuning {
+  int row_cost = 1;   // what a decode row costs beyond its keys
+  int min_split = 2;  // no part of a split decode row is shorter
+};
+
+struct Shared {
+  int64_t warp_sums[kWarps];
+  int range_items[kMaxDecodeRanges];
+  int buckets[kBuckets];
+  int row_tiles[kThreads + 1];  // exclusive sums of query tiles of a chunk of rows
+  int num_partials;
+};
+
+struct Plan {
+  AttentionPlanParams p;
+  Tuning tuning;
+  int group, num_ranges, num_chunks;
+  int decode_items;  // offset
+};
+
+__device__ int64_t warp_inclusive_sum(int64_t value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 1; i < kWarpSize; i *= 2) {
+    const int64_t other = __shfl_up_sync(kFullMask, value, i);
+    if (lane >= i) value += other;
+  }
+  return value;
+}
+
+// Sum over the threads before this one; `total` is that over all. Called by the whole block.
+__device__ int64_t block_exclusive_sum(Shared& shared, int64_t value, int64_t& total) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t inclusive = warp_inclusive_sum(value);
+  __syncthreads();
+  if (lane == kWarpSize - 1) shared.warp_sums[warp] = inclusive;
+  __syncthreads();
+  const int64_t warps = warp_inclusive_sum(shared.warp_sums[lane]);
+  total = __shfl_sync(kFullMask, warps, kWarps - 1);
+  const int64_t before = __shfl_sync(kFullMask, warps, warp == 0 ? 0 : warp - 1);
+  return (warp == 0 ? 0 : before) + inclusive - value;
+}
+
+__device__ int64_t block_sum(Shared& shared, int64_t value) {
+  int64_t total;
+  block_exclusive_sum(shared, value, total);
+  return total;
+}
+
+__device__ int divide_up(int a, int b) { return (a - 1) / b + 1; }  // a > 0
+
+struct Row {
+  int query_len = 0, seq_len = 0;
+
+  __device__ bool is_empty() const { return query_len == 0; }
+};
+
+// Row `row` of the step; empty where there is none, and where it is padding.
+__device__ Row row_at(const Plan& plan, int row) {
+  if (row >= plan.p.num_rows) return {};
+  const int query_len = plan.p.cu_seqlens_q[row + 1] - plan.p.cu_seqlens_q[row];
+  const int seq_len = plan.p.seq_lens[row];
+  if (query_len == 0 || seq_len == 0) return {};
+  // Within the limit no position, packed row or tile overflows.
+  if (query_len < 0 || seq_len < query_len || seq_len > kMaxSeqLen / plan.group) __trap();
+  return {query_len, seq_len};
+}
+
+__device__ bool is_decode(const Plan& plan, Row row) {
+  return row.query_len <= kDecodeRows / plan.group;
+}
+
+// First key that the query at `position` sees, rounded down to a tile.
+__device__ int first_key(const Plan& plan, int position) {
+  const int first = plan.p.window > 0 ? max(0, position - plan.p.window + 1) : 0;
+  return first / kKvTile * kKvTile;
+}
+
+__device__ void write_item(const Plan& plan, int64_t offset, int64_t index,
+                           const AttentionItem& item) {
+  const int64_t at = offset + index * kItemWords;
+  if (at + kItemWords > plan.p.work_words) __trap();
+  int4* words = reinterpret_cast<int4*>(plan.p.work + at);
+  words[0] = make_int4(item.row, item.query_tile, item.kv_begin, item.kv_end);
+  words[1] = make_int4(item.num_splits, item.split, item.first_item, item.partial);
+}
+
+// ---- decode -------------------------------------------------------------------------------------
+
+// Where the tiles of decode rows lie in the line that is cut into ranges.
+struct Line {
+  int64_t total;
+  int num_ranges;
+
+  __device__ int64_t range_begin(int range) const { return range * total / num_ranges; }
+  __device__ int range_of(int64_t position) const {
+    return static_cast<int>(((position + 1) * num_ranges - 1) / total);
+  }
+};
+
+struct DecodeRow {
+  int kv_begin = 0, seq_len = 0, num_tiles = 0;
+  int64_t at = 0;  // in the line
+  int first_range = 0, last_range = -1;
+
+  __device__ DecodeRow(const Plan& plan, Row row) {
+    if (row.is_empty() || !is_decode(plan, row)) return;
+    kv_begin = first_key(plan, row.seq_len - row.query_len);
+    seq_len = row.seq_len;
+    num_tiles = divide_up(seq_len - kv_begin, kKvTile);
+  }
+
+  __device__ int64_t cost(const Plan& plan) const {
+    return num_tiles == 0 ? 0 : int64_t{num_tiles} + plan.tuning.row_cost;
+  }
+
+  __device__ void place(const Plan& plan, const Line& line, int64_t position) {
+    if (num_tiles == 0) return;
+    at = position;
+    first_range = line.range_of(at);
+    last_range = line.range_of(at + cost(plan) - 1);
+  }
+
+  // First tile of the row that `range` has: what is left on one side of a cut must be worth it.
+  __device__ int cut(const Plan& plan, const Line& line, int range) const {
+    if (range <= first_range) return 0;
+    if (range > last_range) return num_tiles;
+    const int64_t tile = line.range_begin(range) - at - plan.tuning.row_cost;
+    if (tile < plan.tuning.min_split) return 0;
+    return num_tiles - tile < plan.tuning.min_split ? num_tiles : static_cast<int>(tile);
+  }
+
+  __device__ int num_items(const Plan& plan, const Line& line) const {
+    int count = 0;
+    for (int range = first_range; range <= last_range; ++range) {
+      count += cut(plan, line, range) < cut(plan, line, range + 1);
+    }
+    return count;
+  }
+};
+
+__device__ void write_decode_row(const Plan& plan, const Line& line, Shared& shared,
+                                 const DecodeRow& row, int row_index, int num_items,
+                                 int first_item, int first_partial) {
+  int split = 0;
+  for (int range = row.first_range; range <= row.last_range; ++range) {
+    const int begin = row.cut(plan, line, range), end = row.cut(plan, line, range + 1);
+    if (begin >= end) continue;
+    AttentionItem item{};
+    item.row = row_index;
+    item.kv_begin = row.kv_begin + begin * kKvTile;
+    item.kv_end = end == row.num_tiles ? row.seq_len : row.kv_begin + end * kKvTile;
+    item.num_splits = num_items;
+    item.split = split;
+    item.first_item = first_item;
+    item.partial = num_items == 1 ? -1 : first_partial + split;
+    write_item(plan, plan.decode_items, first_item + split, item);
+    atomicAdd(&shared.range_items[range], 1);
+    ++split;
+  }
+}
+
+// Returns the number of items.
+__device__ int plan_decode(const Plan& plan, Shared& shared) {
+  const int thread = threadIdx.x;
+  shared.range_items[thread] = 0;
+  int64_t cost = 0;
+  for (int row = thread; row < plan.p.num_rows; row += kThreads) {
+    cost += DecodeRow(plan, row_at(plan, row)).cost(plan);
+  }
+  const int64_t total = block_sum(shared, cost);
+  const int64_t wanted = total / plan.tuning.min_split;
+  const Line line{total, wanted < 1                 ? 1
+                         : wanted < plan.num_ranges ? static_cast<int>(wanted)
+                                                    : plan.num_ranges};
+  int64_t position = 0, num_items = 0, num_partials = 0;
+  for (int base = 0; base < plan.p.num_rows && total > 0; base += kThreads) {
+    DecodeRow row(plan, row_at(plan, base + thread));
+    int64_t sum;
+    const int64_t before = block_exclusive_sum(shared, row.cost(plan), sum);
+    row.place(plan, line, position + before);
+    position += sum;
+    const int items = row.num_items(plan, line);
+    const int partials = items > 1 ? items : 0;
+    const int64_t counts =
+        block_exclusive_sum(shared, (int64_t{items} << 32) | int64_t{partials}, sum);
+    write_decode_row(plan, line, shared, row, base + thread, items,
+                     static_cast<int>(num_items + (counts >> 32)),
+                     static_cast<int>(num_partials + (counts & 0xffffffff)));
+    num_items += sum >> 32;
+    num_partials += sum & 0xffffffff;
+  }
+  __syncthreads();
+  int64_t all;
+  const int64_t start = block_exclusive_sum(shared, shared.range_items[thread], all);
+  if (thread < plan.num_ranges) plan.p.work[kDecodeStartsOffset + thread] = static_cast<int>(start);
+  if (thread == 0) plan.p.work[kDecodeStartsOffset + plan.num_ranges] = static_cast<int>(all);
+  return static_cast<int>(num_items);
+}
+
+// ---- prefill ------------------------------------------------------------------------------------
+
+struct QueryTile {
+  int kv_begin, kv_end, num_kv_tiles;
+
+  __device__ QueryTile(const Plan& plan, Row row, int index) {
+    const int last_packed = min((index + 1) * kPrefillRows, row.query_len * plan.group) - 1;
+    const int position = row.seq_len - row.query_len;  // of the row's first query
+    kv_begin = first_key(plan, position + index * kPrefillRows / plan.group);
+    kv_end = position + last_packed / plan.group + 1;
+    num_kv_tiles = divide_up(kv_end - kv_begin, kKvTile);
+  }
+};
+
+__device__ int num_query_tiles(const Plan& plan, Row row) {
+  if (row.is_empty() || is_decode(plan, row)) return 0;
+  return static_cast<int>(divide_up(row.query_len * plan.group, kPrefillRows));
+}
+
+// Calls fn(row index, tile index, tile) for all query tiles of the step, spread over the threads.
+template <class Fn>
+__device__ void for_each_query_tile(const Plan& plan, Shared& shared, Fn&& fn) {
+  const int thread = threadIdx.x;
+  for (int base = 0; base < plan.p.num_rows; base += kThreads) {
+    int64_t total;
+    const int64_t before = block_exclusive_sum(
+        shared, num_query_tiles(plan, row_at(plan, base + thread)), total);
+    shared.row_tiles[thread] = static_cast<int>(before);
+    if (thread == 0) shared.row_tiles[kThreads] = static_cast<int>(total);
+    __syncthreads();
+    for (int i = thread; i < total; i += kThreads) {
+      int low = 0, high = kThreads;  // the last row that begins at or before i
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (shared.row_tiles[middle] <= i ? low : high) = middle;
+      }
+      const int index = i - shared.row_tiles[low];
+      fn(base + low, index, QueryTile(plan, row_at(plan, base + low), index));
+    }
+    __syncthreads();
+  }
+}
+
+// Returns the number of items.
+__device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
+  const int thread = threadIdx.x;
+  int64_t tiles = 0;
+  int longest = 0;
+  for (int row = thread; row < plan.p.num_rows; row += kThreads) {
+    const Row shape = row_at(plan, row);
+    const int count = num_query_tiles(plan, shape);
+    tiles += count;
+    if (count > 0) longest = max(longest, divide_up(shape.seq_len, kKvTile));
+  }
+  const int64_t num_tiles = block_sum(shared, tiles);
+  if (num_tiles == 0) return 0;
+  if (thread < kBuckets) shared.buckets[thread] = 0;
+  if (thread == 0) shared.num_partials = 0;
+  __syncthreads();
+  atomicMax(&shared.buckets[0], longest);
+  __syncthreads();
+  longest = shared.buckets[0];
+  __syncthreads();
+  if (thread == 0) shared.buckets[0] = 0;
+
+  int chunk = longest;  // KV tiles of an item, at most
+  if (num_tiles < plan.num_chunks) {
+    int64_t kv_tiles = 0;
+    for_each_query_tile(plan, shared, [&](int, int, const QueryTile& tile) {
+      kv_tiles += tile.num_kv_tiles;
+    });
+    kv_tiles = block_sum(shared, kv_tiles);
+    chunk = max(kMinPrefillChunk, static_cast<int>((kv_tiles + plan.num_chunks - 1) /
+                                                   plan.num_chunks));
+  }
+  __syncthreads();
+
+  const auto bucket_of = [&](int kv_tiles) {  // the longest first
+    return kBuckets - 1 - static_cast<int>(int64_t{kv_tiles} * (kBuckets - 1) / longest);
+  };
+  for_each_query_tile(plan, shared, [&](int, int, const QueryTile& tile) {
+    const int splits = divide_up(tile.num_kv_tiles, chunk);
+    atomicAdd(&shared.buckets[bucket_of(divide_up(tile.num_kv_tiles, splits))], splits);
+  });
+  int64_t num_items;
+  const int64_t before =
+      block_exclusive_sum(shared, thread < kBuckets ? shared.buckets[thread] : 0, num_items);
+  __syncthreads();
+  if (thread < kBuckets) shared.buckets[thread] = static_cast<int>(before);
+  __syncthreads();
+  for_each_query_tile(plan, shared, [&](int row, int index, const QueryTile& tile) {
+    const int splits = divide_up(tile.num_kv_tiles, chunk);
+    const int first =
+        atomicAdd(&shared.buckets[bucket_of(divide_up(tile.num_kv_tiles, splits))], splits);
+    const int partial = splits == 1 ? -1 : atomicAdd(&shared.num_partials, splits);
+    for (int split = 0; split < splits; ++split) {
+      AttentionItem item{};
+      item.row = row;
+      item.query_tile = index;
+      item.kv_begin =
+          tile.kv_begin +
+          static_cast<int>(int64_t{tile.num_kv_tiles} * split / splits) * kKvTile;
+      item.kv_end = min(tile.kv_end, tile.kv_begin + static_cast<int>(int64_t{tile.num_kv_tiles} *
+                                                                      (split + 1) / splits) *
+                                                         kKvTile);
+      item.num_splits = splits;
+      item.split = split;
+      item.first_item = first;
+      item.partial = splits == 1 ? -1 : partial + split;
+      write_item(plan, offset, first + split, item);
+    }
+  });
+  return static_cast<int>(num_items);
+}
+
+__global__ void __launch_bounds__(kThreads) plan_attention_kernel(Plan plan) {
+  __shared__ Shared shared;
+  const int num_decode = plan_decode(plan, shared);
+  const int64_t offset = plan.decode_items + int64_t{num_decode} * kItemWords;
+  const int num_prefill = plan_prefill(plan, shared, offset);
+  if (threadIdx.x != 0) return;
+  plan.p.work[kWorkNumDecodeItems] = num_decode;
+  plan.p.work[kWorkNumPrefillItems] = num_prefill;
+  plan.p.work[kWorkDecodeStartsOffset] = kDecodeStartsOffset;
+  plan.p.work[kWorkDecodeItemsOffset] = plan.decode_items;
+  plan.p.work[kWorkPrefillItemsOffset] = static_cast<int>(offset);
+  plan.p.work[kWorkNumDecodeRanges] = plan.num_ranges;
+}
+
+}  // namespace
+
+cudaError_t attention_device(AttentionDevice* device) {
+  int id = 0, num_sms = 0, smem_per_sm = 0;
+  cudaError_t error = cudaGetDevice(&id);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, id);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+  if (error != cudaSuccess) return error;
+  // A decode CTA needs 17.5 KB more than what is on its way; the driver keeps 1 KB for each.
+  constexpr int kKilobyte = 1024;
+  device->num_sms = num_sms;
+  device->decode_ctas_per_sm = smem_per_sm >= 164 * kKilobyte ? 2 : 1;
+  device->decode_cache_bytes = (smem_per_sm >= 228 * kKilobyte ? 96 : 64) * kKilobyte;
+#ifdef PYSERVE_TUNE
+  if (const char* text = std::getenv("PYSERVE_TUNE_CTAS")) device->decode_ctas_per_sm = atoi(text);
+  if (const char* text = std::getenv("PYSERVE_TUNE_CACHE_KB")) {
+    device->decode_cache_bytes = atoi(text) * kKilobyte;
+  }
+#endif
+  return cudaSuccess;
+}
+
+cudaError_t launch_plan_attention(const AttentionPlanParams& params, cudaStream_t stream) {
+  Plan plan{};
+  plan.p = params;
+  plan.group = params.num_heads / params.num_kv_heads;
+  plan.num_ranges = num_decode_ranges(params.device, params.num_kv_heads);
+  plan.decode_items = decode_items_offset(plan.num_ranges);
+  plan.num_chunks = num_prefill_chunks(params.device, params.num_kv_heads);
+#ifdef PYSERVE_TUNE
+  if (const char* text = std::getenv("PYSERVE_TUNE_ROW_COST")) plan.tuning.row_cost = atoi(text);
+  if (const char* text = std::getenv("PYSERVE_TUNE_MIN_SPLIT")) plan.tuning.min_split = atoi(text);
+#endif
+  return launch(plan_attention_kernel, 1, kThreads, 0, stream, plan);
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,193 @@
+// The CUDA side of paged_attention and plan_attention: arguments are checked and handed to the
+// kernels of decode.cu, prefill.cu and attention_plan.cu.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "gpu/attention.h"
+#include "gpu/bind.h"
+
+namespace pyserve {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+
+gpu::AttentionDevice device_of(const char* op) {
+  gpu::AttentionDevice device{};
+  check_launch(op, gpu::attention_device(&device));
+  return device;
+}
+
+void check_heads(const char* op, int64_t num_heads, int64_t num_kv_heads) {
+  PYSERVE_CHECK(num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0, op, ": ",
+                num_heads, " heads are not a multiple of ", num_kv_heads, " KV heads");
+  PYSERVE_CHECK(num_heads / num_kv_heads <= gpu::kPrefillRows, op, ": ", num_heads / num_kv_heads,
+                " heads a KV head, at most ", gpu::kPrefillRows);
+}
+
+void check_contiguous(const View& view) {
+  PYSERVE_CHECK(view.size(0) <= 1 || view.stride(0) == 1, view.op, ": ", view.name,
+                " must be contiguous");
+}
+
+// Rows of elements are read and written 16 bytes at a time.
+void check_alignment(const View& view) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (int64_t i = 0; i < view.dim - 1; ++i) {
+    aligned = aligned && (view.size(i) <= 1 || view.stride(i) % 8 == 0);
+  }
+  PYSERVE_CHECK(aligned, view.op, ": ", view.name, " is not aligned to 16 bytes in all its rows");
+}
+
+constexpr const char* kAttention = "paged_attention";
+
+void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
+                     const Tensor& value_cache_tensor, const Tensor& block_table_tensor,
+                     const Tensor& row_slots_tensor, const Tensor& cu_seqlens_q_tensor,
+                     const Tensor& seq_lens_tensor, double softmax_scale, int64_t window,
+                     int64_t max_query_len, const std::optional<Tensor>& work_tensor,
+                     const std::optional<Tensor>& workspace_tensor, const Tensor& out_tensor) {
+  const char* op = kAttention;
+  PYSERVE_CHECK(work_tensor.has_value() && workspace_tensor.has_value(), op,
+                ": CUDA needs a plan (work and workspace)");
+  const View q = cuda_view(op, "q", q_tensor, 3);
+  const View keys = cuda_view(op, "key_cache", key_cache_tensor, 4);
+  const View values = cuda_view(op, "value_cache", value_cache_tensor, 4);
+  const View blocks = cuda_view(op, "block_table", block_table_tensor, 2, ScalarType::Int);
+  const View row_slots = cuda_view(op, "row_slots", row_slots_tensor, 1, ScalarType::Int);
+  const View starts = cuda_view(op, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int);
+  const View seq_lens = cuda_view(op, "seq_lens", seq_lens_tensor, 1, ScalarType::Int);
+  const View work = cuda_view(op, "work", *work_tensor, 1, ScalarType::Int);
+  const View workspace = cuda_view(op, "workspace", *workspace_tensor, 1, ScalarType::Float);
+  const View out = cuda_view(op, "out", out_tensor, 3);
+
+  const int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
+  const int64_t num_rows = row_slots.size(0);
+  const int64_t block_size = keys.size(1), num_kv_heads = keys.size(2);
+  PYSERVE_CHECK(q.dtype == ScalarType::BFloat16 || q.dtype == ScalarType::Half, op,
+                ": q must be bfloat16 or float16, got ", torch::headeronly::toString(q.dtype));
+  PYSERVE_CHECK(head_dim == 64 || head_dim == 128, op, ": head_dim ", head_dim,
+                " is neither 64 nor 128");
+  check_heads(op, num_heads, num_kv_heads);
+  PYSERVE_CHECK(block_size > 0 && std::has_single_bit(static_cast<uint64_t>(block_size)), op,
+                ": block_size ", block_size, " is not a power of two");
+  PYSERVE_CHECK(softmax_scale > 0, op, ": softmax_scale ", softmax_scale, " must be positive");
+  PYSERVE_CHECK(window >= 0 && max_query_len >= 0, op, ": window ", window, ", max_query_len ",
+                max_query_len);
+  check_size(keys, 3, head_dim);
+  check_same_sizes(values, keys);
+  check_same_sizes(out, q);
+  check_same_dtype(keys, q);
+  check_same_dtype(values, q);
+  check_same_dtype(out, q);
+  check_size(seq_lens, 0, num_rows);
+  check_size(starts, 0, num_rows + 1);
+  for (const View& view : {q, keys, values, out}) check_alignment(view);
+  for (const View& view : {row_slots, starts, seq_lens, work, workspace}) check_contiguous(view);
+  // Positions, packed rows and indices of tokens are 32-bit on the device; offsets are not.
+  PYSERVE_CHECK(std::max({num_tokens * num_heads, num_rows, blocks.size(0), keys.size(0),
+                          blocks.size(1) * block_size}) < kMaxInt,
+                op, ": more than 2^31 positions, blocks or packed rows");
+  if (num_tokens == 0 || num_rows == 0) return;
+
+  const gpu::AttentionDevice device = device_of(op);
+  const int kv_heads = static_cast<int>(num_kv_heads);
+  const int num_ranges = gpu::num_decode_ranges(device, kv_heads);
+  const int64_t num_items =
+      num_rows + num_ranges +
+      gpu::max_prefill_items(device, num_tokens, num_rows, static_cast<int>(num_heads), kv_heads);
+  const int64_t work_words = gpu::decode_items_offset(num_ranges) + num_items * gpu::kItemWords;
+  const int64_t workspace_words =
+      gpu::partial_words(num_ranges, kv_heads, gpu::kDecodeRows, static_cast<int>(head_dim)) +
+      gpu::partial_words(gpu::num_prefill_chunks(device, kv_heads), kv_heads, gpu::kPrefillRows,
+                         static_cast<int>(head_dim));
+  PYSERVE_CHECK(work.size(0) >= work_words && workspace.size(0) >= workspace_words, op, ": work ",
+                work.size(0), " and workspace ", workspace.size(0), " must have ", work_words,
+                " and ", workspace_words, " words");
+
+  const gpu::AttentionParams params{
+      .q = q.data,
+      .q_token_stride = q.stride(0),
+      .q_head_stride = q.stride(1),
+      .out = out.data,
+      .out_token_stride = out.stride(0),
+      .out_head_stride = out.stride(1),
+      .key_cache = keys.data,
+      .key_block_stride = keys.stride(0),
+      .key_token_stride = keys.stride(1),
+      .key_head_stride = keys.stride(2),
+      .value_cache = values.data,
+      .value_block_stride = values.stride(0),
+      .value_token_stride = values.stride(1),
+      .value_head_stride = values.stride(2),
+      .block_table = blocks.ptr<int32_t>(),
+      .block_table_stride = blocks.stride(0),
+      .row_slots = row_slots.ptr<int32_t>(),
+      .cu_seqlens_q = starts.ptr<int32_t>(),
+      .seq_lens = seq_lens.ptr<int32_t>(),
+      .num_tokens = static_cast<int32_t>(num_tokens),
+      .num_rows = static_cast<int32_t>(num_rows),
+      .num_heads = static_cast<int32_t>(num_heads),
+      .num_kv_heads = kv_heads,
+      .head_dim = static_cast<int32_t>(head_dim),
+      .block_size_log2 = std::countr_zero(static_cast<uint64_t>(block_size)),
+      .window = static_cast<int32_t>(std::min(window, kMaxInt)),
+      .softmax_scale = static_cast<float>(softmax_scale),
+      .max_query_len = static_cast<int32_t>(std::min(max_query_len, num_tokens)),
+      .work = work.ptr<int32_t>(),
+      .workspace = workspace.ptr<float>(),
+      .num_slots = static_cast<int32_t>(blocks.size(0)),
+      .num_blocks = static_cast<int32_t>(keys.size(0)),
+      .max_blocks_per_seq = static_cast<int32_t>(blocks.size(1)),
+      .device = device,
+  };
+  const auto dtype = q.dtype == ScalarType::BFloat16 ? gpu::AttentionDtype::kBfloat16
+                                                     : gpu::AttentionDtype::kFloat16;
+  check_launch(op, gpu::launch_paged_attention(params, dtype, current_stream(q_tensor)));
+}
+
+constexpr const char* kPlan = "plan_attention";
+
+void plan_attention(const Tensor& cu_seqlens_q_tensor, const Tensor& seq_lens_tensor,
+                    int64_t num_heads, int64_t num_kv_heads, int64_t window,
+                    const Tensor& work_tensor) {
+  const char* op = kPlan;
+  const View starts = cuda_view(op, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int);
+  const View seq_lens = cuda_view(op, "seq_lens", seq_lens_tensor, 1, ScalarType::Int);
+  const View work = cuda_view(op, "work", work_tensor, 1, ScalarType::Int);
+  const int64_t num_rows = seq_lens.size(0);
+  check_heads(op, num_heads, num_kv_heads);
+  PYSERVE_CHECK(window >= 0, op, ": window ", window);
+  check_size(starts, 0, num_rows + 1);
+  for (const View& view : {starts, seq_lens, work}) check_contiguous(view);
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(work.data) % 16 == 0, op,
+                ": work is not aligned to 16 bytes");
+  const gpu::AttentionPlanParams params{
+      .cu_seqlens_q = starts.ptr<int32_t>(),
+      .seq_lens = seq_lens.ptr<int32_t>(),
+      .num_rows = static_cast<int32_t>(num_rows),
+      .num_heads = static_cast<int32_t>(num_heads),
+      .num_kv_heads = static_cast<int32_t>(num_kv_heads),
+      .window = static_cast<int32_t>(std::min(window, kMaxInt)),
+      .device = device_of(op),
+      .work = work.ptr<int32_t>(),
+      .work_words = work.size(0),
+  };
+  // Beyond the items, whose number depends on the rows, the device itself checks.
+  const int num_ranges = gpu::num_decode_ranges(params.device, params.num_kv_heads);
+  PYSERVE_CHECK(work.size(0) >= gpu::decode_items_offset(num_ranges), op, ": work ", work.size(0),
+                " is too small");
+  check_launch(op, gpu::launch_plan_attention(params, current_stream(work_tensor)));
+}
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
+  m.impl("paged_attention", TORCH_BOX(&pyserve::paged_attention));
+  m.impl("plan_attention", TORCH_BOX(&pyserve::plan_attention));
+}

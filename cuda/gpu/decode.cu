@@ -1,0 +1,496 @@
+// Decode attention over a paged KV cache: items of at most 16 packed query rows (the heads of a KV
+// head's group times the row's queries), so that all of them share every key that is read.
+//
+// A CTA of 4 warps works through the items of one range of the plan for one KV head. Of each tile
+// of 64 keys a warp owns 16: it copies, scores and sums them by itself, with its own running
+// maximum, so that the tile loop has no block-wide barrier; the four results are put together at
+// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across items
+// too, keys and values in groups of their own: values may land while keys are being scored. Scores
+// and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to the
+// operand of the second without leaving registers (Dao 2023, FlashAttention-2).
+// Keys that no query of the row may see are never read: zeros stand in for them, and where a tile
+// holds any, scores are masked.
+// Floor: bytes, sum(visible keys) * num_kv_heads * 2 * head_dim * 2 at the memory's rate.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gpu/attention.h"
+#include "gpu/attention_merge.cuh"
+#include "gpu/launch.cuh"
+#include "gpu/ptx.cuh"
+
+namespace pyserve::gpu {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpKeys = kKvTile / kWarps;  // one k16 step of the second product
+constexpr int kMergeColumns = 64;            // of head_dim, merged over the warps at a time
+constexpr int kChunk = 8;                    // elements of a 16-byte copy
+constexpr float kLog2E = 1.4426950408889634f;
+
+static_assert(kWarpKeys == 16 && kDecodeRows == 16);
+
+struct Decode {
+  AttentionParams p;
+  AttentionPartials partials;
+  int group;
+  int items_offset;  // in p.work
+  float scale_log2;  // softmax_scale * log2(e)
+};
+
+// Shared memory after the stages.
+struct MergeArea {
+  float acc[kWarps][kDecodeRows][kMergeColumns];  // columns swizzled
+  float2 stats[kWarps][kDecodeRows];              // largest score, sum of weights
+  int32_t flag;
+};
+
+// An item and its row, the same in all threads.
+struct Work {
+  AttentionItem item;
+  int slot, first_query, query_len, seq_len;
+  int first_visible;  // key, of the row's first query
+
+  __device__ Work(const Decode& d, int index) {
+    const int4* words = reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
+    const int4 head = words[0], tail = words[1];
+    item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
+    slot = d.p.row_slots[item.row];
+    first_query = d.p.cu_seqlens_q[item.row];
+    query_len = d.p.cu_seqlens_q[item.row + 1] - first_query;
+    seq_len = d.p.seq_lens[item.row];
+    first_visible = d.p.window > 0 ? max(0, seq_len - query_len - d.p.window + 1) : 0;
+    // What would be out of bounds, or a plan of other rows, ends here.
+    if (slot >= d.p.num_slots || first_query < 0 || query_len <= 0 ||
+        query_len * d.group > kDecodeRows || first_query > d.p.num_tokens - query_len ||
+        item.kv_end > seq_len ||
+        (item.kv_end - 1) >> d.p.block_size_log2 >= d.p.max_blocks_per_seq) {
+      __trap();
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kStages>
+struct Layout {
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+  static constexpr int kPartBytes = kWarpKeys * kRowBytes;  // one warp's keys, or values, of a tile
+  static constexpr int kStageBytes = 2 * kPartBytes;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kCacheBytes = kWarps * kWarpBytes;
+  static constexpr int kSmemBytes = kCacheBytes + static_cast<int>(sizeof(MergeArea));
+};
+
+// Copies one warp's part of tile after tile, through the items of its CTA.
+template <class T, int kHeadDim, int kStages>
+class Loader {
+  using L = Layout<T, kHeadDim, kStages>;
+  static constexpr int kChunksPerRow = kHeadDim / kChunk;
+  static constexpr int kRowsPerCopy = kWarpSize / kChunksPerRow;
+  static constexpr int kCopies = kWarpKeys / kRowsPerCopy;
+
+ public:
+  __device__ Loader(const Decode& d, int kv_head, int first_item, int last_item)
+      : d_(d),
+        keys_(static_cast<const T*>(d.p.key_cache) + kv_head * d.p.key_head_stride),
+        values_(static_cast<const T*>(d.p.value_cache) + kv_head * d.p.value_head_stride),
+        next_item_(first_item),
+        last_item_(last_item) {
+    const int lane = threadIdx.x % kWarpSize, row = lane / kChunksPerRow;
+    keys_ += lane % kChunksPerRow * kChunk;
+    values_ += lane % kChunksPerRow * kChunk;
+    first_key_ = threadIdx.x / kWarpSize * kWarpKeys;
+    copy_row_ = row;
+    begin_item();
+  }
+
+  // Starts the copies of the next tile into a stage of this warp, as two groups; empty ones when
+  // all is copied.
+  __device__ void issue(uint32_t stage) {
+    if (tile_ >= kv_end_) begin_item();
+    if (tile_ < kv_end_) {
+      if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
+      copy(stage, keys_, d_.p.key_block_stride, d_.p.key_token_stride);
+      cp_async_commit();
+      copy(stage + L::kPartBytes, values_, d_.p.value_block_stride, d_.p.value_token_stride);
+      cp_async_commit();
+      tile_ += kKvTile;
+      look_up();
+    } else {
+      cp_async_commit();
+      cp_async_commit();
+    }
+  }
+
+ private:
+  __device__ void begin_item() {
+    if (next_item_ >= last_item_) return;
+    const Work work(d_, next_item_++);
+    tile_ = work.item.kv_begin;
+    kv_end_ = work.item.kv_end;
+    // A padded row has no blocks: nothing of it is visible.
+    first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
+    blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
+    look_up();
+  }
+
+  __device__ bool is_visible(int key) const { return key >= first_visible_ && key < kv_end_; }
+
+  // Reads ahead: each lane the block of one key of the tile that is copied next.
+  __device__ void look_up() {
+    const int key = tile_ + first_key_ + threadIdx.x % kWarpKeys;
+    block_ = is_visible(key) ? blocks_[key >> d_.p.block_size_log2] : 0;
+  }
+
+  __device__ void copy(uint32_t destination, const T* source, int64_t block_stride,
+                       int64_t token_stride) const {
+    const int lane = threadIdx.x % kWarpSize, chunk = lane % kChunksPerRow;
+    const int mask = (1 << d_.p.block_size_log2) - 1;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = i * kRowsPerCopy + copy_row_;
+      const int64_t block = __shfl_sync(kFullMask, block_, row);
+      const int key = tile_ + first_key_ + row;
+      cp_async_16(destination + row * L::kRowBytes + (chunk ^ (row % 8)) * 16,
+                  source + block * block_stride + (key & mask) * token_stride, is_visible(key));
+    }
+  }
+
+  const Decode& d_;
+  const T* keys_;  // of the KV head, at this lane's chunk
+  const T* values_;
+  const int32_t* blocks_ = nullptr;
+  int next_item_, last_item_;
+  int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // of the current item
+  int first_key_, copy_row_;
+  int block_ = 0;
+};
+
+// Address of a 16-byte chunk in a swizzled row, given that of chunk `first` (as swizzled) of it,
+// for even `chunk`: the three low bits of the chunk are XORed with the row.
+__device__ __forceinline__ uint32_t at_chunk(uint32_t row_address, int chunk) {
+  return (row_address ^ ((chunk & 6) * 16)) + (chunk & ~7) * 16;
+}
+
+// Running state of 16 packed rows over one warp's keys. A lane has rows lane / 4 and + 8.
+template <class T, int kHeadDim>
+struct Rows {
+  static constexpr int kTiles = kHeadDim / 8;
+  uint32_t q[kHeadDim / 16][4];
+  float acc[kTiles][4];
+  float largest[2];  // in log2 units
+  float sum[2];      // of this lane's columns
+  int position[2];   // of the row's query
+
+  __device__ void begin(const Decode& d, const Work& work, int kv_head) {
+    const int lane = threadIdx.x % kWarpSize;
+    const T* base = static_cast<const T*>(d.p.q);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half, token = row / d.group;
+      const bool is_row = token < work.query_len && work.slot >= 0;
+      position[half] = work.seq_len - work.query_len + token;
+      largest[half] = -INFINITY;
+      sum[half] = 0.0f;
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(
+          base + (is_row ? (work.first_query + token) * d.p.q_token_stride +
+                               (kv_head * d.group + row % d.group) * d.p.q_head_stride
+                         : 0));
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        q[i][half] = is_row ? pairs[i * 8 + lane % 4] : 0;
+        q[i][half + 2] = is_row ? pairs[i * 8 + lane % 4 + 4] : 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+    }
+  }
+
+  // Scores of the warp's 16 keys at `keys` (swizzled rows): s[n] has keys 8n + 2 (lane % 4), + 1.
+  __device__ void score(float (&s)[2][4], uint32_t keys) const {
+    constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+    const int lane = threadIdx.x % kWarpSize;
+    const int row = lane / 16 * 8 + lane % 8;
+    const uint32_t address = keys + row * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      uint32_t b[4];
+      ldmatrix_x4(b, at_chunk(address, 2 * i));
+      mma_16816<T>(s[0], q[i], b[0], b[1]);
+      mma_16816<T>(s[1], q[i], b[2], b[3]);
+    }
+  }
+
+  __device__ void mask(float (&s)[2][4], int first_key, int window) const {
+    const int column = first_key + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int distance = position[j / 2] - (column + 8 * n + j % 2);
+        if (distance < 0 || (window > 0 && distance >= window)) s[n][j] = -INFINITY;
+      }
+    }
+  }
+
+  // Online softmax: weights of s as the left operand of the second product; rescales what there is.
+  __device__ void weigh(const float (&s)[2][4], float scale_log2, uint32_t (&weights)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = 2 * half;
+      float highest = fmaxf(fmaxf(s[0][j], s[0][j + 1]), fmaxf(s[1][j], s[1][j + 1]));
+      highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
+      const float before = largest[half];
+      largest[half] = fmaxf(before, highest * scale_log2);
+      const float shift = largest[half] == -INFINITY ? 0.0f : largest[half];
+      const float factor = exp2_approx(before - shift);
+      float p[2][2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        p[n][0] = exp2_approx(fmaf(s[n][j], scale_log2, -shift));
+        p[n][1] = exp2_approx(fmaf(s[n][j + 1], scale_log2, -shift));
+        weights[half + 2 * n] = pack_pair<T>(p[n][0], p[n][1]);
+      }
+      sum[half] = sum[half] * factor + ((p[0][0] + p[0][1]) + (p[1][0] + p[1][1]));
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        acc[i][j] *= factor;
+        acc[i][j + 1] *= factor;
+      }
+    }
+  }
+
+  // acc += weights * the 16 values at `values`.
+  __device__ void add(const uint32_t (&weights)[4], uint32_t values) {
+    constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+    const int lane = threadIdx.x % kWarpSize;
+    const uint32_t address =
+        values + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int i = 0; i < kTiles; i += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, at_chunk(address, i));
+      mma_16816<T>(acc[i], weights, b[0], b[1]);
+      mma_16816<T>(acc[i + 1], weights, b[2], b[3]);
+    }
+  }
+};
+
+template <class T>
+__device__ T* out_row(const Decode& d, const Work& work, int kv_head, int row) {
+  return static_cast<T*>(d.p.out) + (work.first_query + row / d.group) * d.p.out_token_stride +
+         (kv_head * d.group + row % d.group) * d.p.out_head_stride;
+}
+
+// Puts the four warps' results together and writes them: to `out`, or as a partial result.
+template <class T, int kHeadDim>
+__device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, kHeadDim>& rows,
+                       MergeArea& area) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = rows.sum[half];
+    sum += __shfl_xor_sync(kFullMask, sum, 1);
+    sum += __shfl_xor_sync(kFullMask, sum, 2);
+    if (lane % 4 == 0) {
+      area.stats[warp][lane / 4 + 8 * half] = make_float2(rows.largest[half], sum);
+    }
+  }
+  const bool is_split = work.item.num_splits > 1;
+  const int num_rows = work.query_len * d.group;
+  const int row = threadIdx.x / 8;
+  const int64_t partial_row =
+      (static_cast<int64_t>(work.item.partial) * d.p.num_kv_heads + kv_head) * kDecodeRows + row;
+  float factor[kWarps];
+#pragma unroll
+  for (int begin = 0; begin < kHeadDim; begin += kMergeColumns) {
+    // Columns are XORed with 8 (row % 4): the writes of a half warp then fall in different banks.
+#pragma unroll
+    for (int i = 0; i < kMergeColumns / 8; ++i) {
+      const float(&value)[4] = rows.acc[begin / 8 + i];
+      const int column = (i * 8 + lane % 4 * 2) ^ (lane / 4 % 4 * 8);
+      *reinterpret_cast<float2*>(&area.acc[warp][lane / 4][column]) = make_float2(value[0], value[1]);
+      *reinterpret_cast<float2*>(&area.acc[warp][lane / 4 + 8][column]) =
+          make_float2(value[2], value[3]);
+    }
+    __syncthreads();
+    if (begin == 0) {
+      float largest = -INFINITY, sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, area.stats[i][row].x);
+      const float shift = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        factor[i] = exp2_approx(area.stats[i][row].x - shift);
+        sum += factor[i] * area.stats[i][row].y;
+      }
+      if (is_split) {
+        if (threadIdx.x % 8 == 0) {
+          *reinterpret_cast<float2*>(d.partials.stats + partial_row * 2) =
+              make_float2(largest, sum);
+        }
+      } else {
+        const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) factor[i] *= scale;
+      }
+    }
+    if (row < num_rows) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = i * 32 + threadIdx.x % 8 * 4;
+        float total[4] = {};
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float4 value =
+              *reinterpret_cast<const float4*>(&area.acc[w][row][column ^ (row % 4 * 8)]);
+          total[0] += factor[w] * value.x;
+          total[1] += factor[w] * value.y;
+          total[2] += factor[w] * value.z;
+          total[3] += factor[w] * value.w;
+        }
+        if (is_split) {
+          *reinterpret_cast<float4*>(d.partials.acc + partial_row * kHeadDim + begin + column) =
+              make_float4(total[0], total[1], total[2], total[3]);
+        } else if (work.slot >= 0) {
+          *reinterpret_cast<uint2*>(out_row<T>(d, work, kv_head, row) + begin + column) =
+              make_uint2(pack_pair<T>(total[0], total[1]), pack_pair<T>(total[2], total[3]));
+        }
+      }
+    }
+    __syncthreads();
+  }
+  if (!is_split) return;
+  const int first = work.item.partial - work.item.split;
+  int32_t* arrivals = d.partials.arrivals + static_cast<int64_t>(first) * d.p.num_kv_heads + kv_head;
+  if (!arrives_last(arrivals, work.item.num_splits, &area.flag) || work.slot < 0) return;
+  for (int r = warp; r < num_rows; r += kWarps) {
+    merge_row<T, kHeadDim, kDecodeRows>(d.partials, first, work.item.num_splits, kv_head,
+                                        d.p.num_kv_heads, r, out_row<T>(d, work, kv_head, r));
+  }
+}
+
+// Grid: (num_kv_heads, ranges): the CTAs that read one stretch of memory start together.
+template <class T, int kHeadDim, int kStages>
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ Decode d) {
+  using L = Layout<T, kHeadDim, kStages>;
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  const int warp = threadIdx.x / kWarpSize, kv_head = blockIdx.x, range = blockIdx.y;
+  MergeArea& area = *reinterpret_cast<MergeArea*>(dynamic_smem + L::kCacheBytes);
+  const uint32_t cache = smem_address(dynamic_smem) + warp * L::kWarpBytes;
+
+  if (d.p.work[kWorkNumDecodeRanges] != static_cast<int>(gridDim.y)) __trap();  // not planned for this device
+  const int first_item = d.p.work[kDecodeStartsOffset + range];
+  const int last_item = d.p.work[kDecodeStartsOffset + range + 1];
+  if (first_item == last_item) return;
+
+  Loader<T, kHeadDim, kStages> loader(d, kv_head, first_item, last_item);
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) loader.issue(cache + i * L::kStageBytes);
+  uint32_t read_stage = cache, write_stage = cache + (kStages - 1) * L::kStageBytes;
+  const uint32_t end_stage = cache + L::kWarpBytes;
+
+  Rows<T, kHeadDim> rows;
+#pragma unroll 1
+  for (int index = first_item; index < last_item; ++index) {
+    const Work work(d, index);
+    rows.begin(d, work, kv_head);
+    // Tiles whose keys all queries of the row see need no mask.
+    const int unmasked_begin =
+        d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
+    const int unmasked_end = work.seq_len - work.query_len + 1;
+#pragma unroll 1
+    for (int tile = work.item.kv_begin; tile < work.item.kv_end; tile += kKvTile) {
+      loader.issue(write_stage);
+      write_stage = write_stage + L::kStageBytes == end_stage ? cache : write_stage + L::kStageBytes;
+
+      cp_async_wait<2 * kStages - 1>();
+      __syncwarp();
+      float s[2][4];
+      rows.score(s, read_stage);
+      const int first_key = tile + warp * kWarpKeys;
+      if (first_key < unmasked_begin || first_key + kWarpKeys > unmasked_end) {
+        rows.mask(s, first_key, d.p.window);
+      }
+      uint32_t weights[4];
+      rows.weigh(s, d.scale_log2, weights);
+
+      cp_async_wait<2 * kStages - 2>();
+      __syncwarp();
+      rows.add(weights, read_stage + L::kPartBytes);
+      __syncwarp();  // the stage is read: the next copies may overwrite it
+      read_stage = read_stage + L::kStageBytes == end_stage ? cache : read_stage + L::kStageBytes;
+    }
+    finish<T, kHeadDim>(d, work, kv_head, rows, area);
+  }
+}
+
+template <class T, int kHeadDim, int kStages>
+cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kStages>;
+  constexpr int kSmemBytes = Layout<T, kHeadDim, kStages>::kSmemBytes;
+  const cudaError_t error = allow_smem<kKernel, kSmemBytes>();
+  if (error != cudaSuccess) return error;
+  return launch(kKernel, grid, kThreads, kSmemBytes, stream, d);
+}
+
+template <class T, int kHeadDim>
+cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
+  constexpr int kTileBytes = 2 * kKvTile * kHeadDim * static_cast<int>(sizeof(T));
+#ifdef PYSERVE_TUNE
+  if (d.p.device.decode_cache_bytes >= 192 * 1024) {
+    return launch_decode<T, kHeadDim, 192 * 1024 / kTileBytes>(d, grid, stream);
+  }
+#endif
+  if (d.p.device.decode_cache_bytes >= 96 * 1024) {
+    return launch_decode<T, kHeadDim, 96 * 1024 / kTileBytes>(d, grid, stream);
+  }
+  return launch_decode<T, kHeadDim, 64 * 1024 / kTileBytes>(d, grid, stream);
+}
+
+template <class T>
+cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
+  if (d.p.head_dim == 64) return launch_decode<T, 64>(d, grid, stream);
+  if (d.p.head_dim == 128) return launch_decode<T, 128>(d, grid, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_decode_attention(const AttentionParams& params, AttentionDtype dtype,
+                                    cudaStream_t stream) {
+  if (params.num_rows == 0) return cudaSuccess;
+  const int num_ranges = num_decode_ranges(params.device, params.num_kv_heads);
+  Decode d{};
+  d.p = params;
+  d.partials = decode_partials(params);
+  d.group = params.num_heads / params.num_kv_heads;
+  d.items_offset = decode_items_offset(num_ranges);
+  d.scale_log2 = params.softmax_scale * kLog2E;
+  const dim3 grid(params.num_kv_heads, num_ranges);
+  return dtype == AttentionDtype::kBfloat16 ? launch_decode<__nv_bfloat16>(d, grid, stream)
+                                            : launch_decode<__half>(d, grid, stream);
+}
+
+cudaError_t launch_paged_attention(const AttentionParams& params, AttentionDtype dtype,
+                                   cudaStream_t stream) {
+  const cudaError_t error = launch_decode_attention(params, dtype, stream);
+  const int group = params.num_heads / params.num_kv_heads;
+  if (error != cudaSuccess || params.num_rows == 0 ||
+      static_cast<int64_t>(params.max_query_len) * group <= kDecodeRows) {
+    return error;
+  }
+  return launch_prefill_attention(params, dtype, stream);
+}
+
+}  // namespace pyserve::gpu
