@@ -2,6 +2,7 @@
 
     OMP_WAIT_POLICY=passive python -m bench.ops --threads 2
     python -m bench.ops --only attention,sample --dtype float32 --shapes 7b
+    python -m bench.ops --device cuda         # on an NVIDIA card: gpu_ops.py says what and how
 
 The floor is what this machine needs for a copy that moves as many bytes as the op must read and
 write (same dtype, same threads, so the same cache level), or for as many multiply-adds as the op
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bench import gpu_ops
 from bench.report import busy_remark, environment, format_table, write_json
 from pyserve import ops
 from pyserve.ops import build, reference
@@ -304,7 +306,7 @@ def sample_cases(shape: Shape, num_samples: int) -> Iterator[Case]:
             "sample",
             f"{num_samples} x {shape.vocab_size}, {name}",
             partial(ops.sample, logits, ids, slots, counts),
-            partial(reference.sample, logits, ids, slots, counts, sampled),
+            partial(reference.sample, logits, ids, slots, counts, None, sampled),
             logits.nbytes + (counts.nbytes if layout.SLOT_HAS_PENALTIES in words else 0),
         )
 
@@ -358,7 +360,11 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     torch.set_num_threads(args.threads)
-    build.load_native(allow_reference=False, progress=print)
+    build.load_native(allow_reference=False, progress=print, device=args.device)
+    if args.device == "cuda":
+        figures = gpu_ops.run(args.only, args.seconds)
+        write_json(args.json, {**figures, **environment(["torch"])})
+        return
     machine = Cpu(args.seconds)
     gflops = {dtype: gemm_gflops(machine, dtype) for dtype in DTYPES.values()}
     print(busy_remark(), end="")
@@ -381,13 +387,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.ops", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=[*SHAPES])
     parser.add_argument("--only", type=lambda text: text.split(","), default=[""])
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each figure")
+    parser.add_argument("--seconds", type=float, help="for each figure (0.2; on a card 0.1)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     args = parser.parse_args(argv)
+    if args.seconds is None:
+        args.seconds = 0.1 if args.device == "cuda" else 0.2
     for name in args.shapes:
         if name not in SHAPES:
             parser.error(f"--shapes {name}: choose from {', '.join(SHAPES)}")

@@ -3,17 +3,22 @@
     python -m bench.soak                      # 2,000 mixed requests, 20 % aborted
     python -m bench.soak --streams 64 --exact # 64 streams against answers taken one by one
     python -m bench.soak --url http://localhost:8000 --pid 1234
+    python -m bench.soak --seconds 180 --device-memory -- --device cuda
 
 Without --url a server is started (flags after `--` go to it). Exit code 1 where a check fails:
 a request failed, something still runs or holds KV blocks afterwards, memory grew, an answer
-differs, a stream stood still for too long.
+differs, a stream stood still for too long. With --device-memory also where the GPU's memory in use
+has changed, or the server has taken memory from it, since it was ready.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,9 +44,11 @@ from bench.wire import Connection, Endpoint, Reply, fetch, read_whole
 from bench.workload import WORDS
 
 MAX_CONCURRENCY = 64
+PARTS = 5
 MIB = 2**20
 TIMEOUT_S = 300.0
 IDLE_TIMEOUT_S = 10.0
+DEVICE_ALLOCATIONS = "pyserve:device_allocations"
 # Without --exact this share of streams may differ: a tie between two bfloat16 logits falls
 # differently in another batch, and everything after it with it.
 TIE_SHARE = 0.1
@@ -135,13 +142,16 @@ def mixed_request(rng: np.random.Generator, vocab_size: int) -> tuple[str, dict[
 
 
 async def soak(
-    endpoint: Endpoint, tally: Tally, rng: np.random.Generator, args: argparse.Namespace, count: int
+    endpoint: Endpoint, tally: Tally, rng: np.random.Generator, args: argparse.Namespace, share: int
 ) -> None:
-    """Send `count` mixed requests from `args.concurrency` slots."""
-    remaining = iter(range(count))
+    """One of PARTS parts, from `args.concurrency` slots: `share` requests, or its share of time."""
+    deadline_s = time.perf_counter() + args.seconds / PARTS if args.seconds else None
+    remaining = iter(range(share)) if deadline_s is None else itertools.count()
 
     async def slot() -> None:
         for _ in remaining:
+            if deadline_s is not None and time.perf_counter() > deadline_s:
+                return
             path, body = mixed_request(rng, args.vocab_size)
             tally.num_sent += 1
             # Answers that end before their abort are made up for by aborting more.
@@ -210,21 +220,27 @@ async def wait_idle(endpoint: Endpoint) -> dict[str, float]:
 
 
 async def run_soak(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Five equal parts, memory read after each; growth is counted from the end of the first."""
+    """PARTS equal parts, memory read after each; growth is counted from the end of the first.
+
+    The device's memory is read before the first request too: nothing may be allocated after ready.
+    """
     rng = np.random.default_rng(args.seed)
     tally = Tally()
-    parts = [len(part) for part in np.array_split(np.arange(args.num_requests), 5)]
+    parts = [len(part) for part in np.array_split(np.arange(args.num_requests), PARTS)]
     rss_bytes: list[int] = []
+    device = [await read_device(endpoint)] if args.device_memory else []
     held: dict[str, float] = {}
     idle_s: list[float] = []
     started_s = time.perf_counter()
-    for count in parts:
-        await soak(endpoint, tally, rng, args, count)
+    for share in parts:
+        await soak(endpoint, tally, rng, args, share)
         ended_s = time.perf_counter()
         held = await wait_idle(endpoint)
         idle_s.append(time.perf_counter() - ended_s)
         if pid is not None:
             rss_bytes.append(memory_of(pid).rss_bytes)
+        if args.device_memory:
+            device.append(await read_device(endpoint))
     return {
         "wall_s": time.perf_counter() - started_s,
         "num_complete": tally.num_complete,
@@ -235,7 +251,26 @@ async def run_soak(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
         "max_idle_s": max(idle_s),
         "rss_bytes": rss_bytes,
         "growth_bytes": rss_bytes[-1] - rss_bytes[0] if rss_bytes else None,
+        "device_allocations": [allocations for allocations, _ in device],
+        "device_mib": [mib for _, mib in device],
     }
+
+
+async def read_device(endpoint: Endpoint) -> tuple[float, int]:
+    """How often the server has taken memory from the GPU, and MiB in use on it, by everybody.
+
+    RuntimeError where one of them cannot be read.
+    """
+    allocations = (await metrics(endpoint)).get(DEVICE_ALLOCATIONS)
+    if allocations is None:
+        raise RuntimeError(f"/metrics has no {DEVICE_ALLOCATIONS}")
+    if shutil.which("nvidia-smi") is None:
+        raise RuntimeError("--device-memory: there is no nvidia-smi")
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvidia-smi: {done.stdout.strip() or done.stderr.strip()}")
+    return allocations, sum(int(line) for line in done.stdout.split())
 
 
 def judge_soak(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
@@ -256,6 +291,7 @@ def judge_soak(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
     )
     problems = [f"{count} requests: {text}" for text, count in result["failures"].items()]
     problems += [f"{name}: {value:g}" for name, value in result["held_at_end"].items() if value]
+    problems += judge_device(result, args)
     if result["growth_bytes"] is None:
         print("server memory was not read: pass --pid")
         return problems
@@ -267,6 +303,23 @@ def judge_soak(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
     )
     if growth_mib > args.max_growth_mib:
         problems.append(f"memory grew by {growth_mib:.2f} MiB")
+    return problems
+
+
+def judge_device(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Print what the GPU showed before the first request and after each part; what is wrong."""
+    allocations, mib = result["device_allocations"], result["device_mib"]
+    if not allocations:
+        return []
+    print(
+        f"device allocations: {' '.join(f'{value:g}' for value in allocations)}; "
+        f"GPU memory in use, MiB: {' '.join(map(str, mib))}"
+    )
+    problems = []
+    if allocations[-1] != allocations[0]:
+        problems.append(f"{allocations[-1] - allocations[0]:g} device allocations after ready")
+    if abs(mib[-1] - mib[0]) > args.max_device_growth_mib:
+        problems.append(f"GPU memory in use went from {mib[0]} to {mib[-1]} MiB")
     return problems
 
 
@@ -377,11 +430,25 @@ def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
         problems = judge_soak(result, args)
     for problem in problems:
         print(f"FAILED {problem}")
+    print(f"= soak: {'FAILED' if problems else 'nothing leaked'}{_figures(result)}")
     config = {name: str(value) for name, value in vars(args).items() if name != "api_key"}
     about = environment(["pyserve", "torch"])
     record = {"config": config, "environment": about, "result": result, "problems": problems}
     write_json(args.json, msgspec.to_builtins(record))
     return 1 if problems else 0
+
+
+def _figures(result: dict[str, Any]) -> str:
+    """The soak in a line."""
+    if "num_complete" not in result:
+        return ""
+    growth = result["growth_bytes"]
+    return (
+        f"; {result['num_complete']:,} complete, {result['num_aborted']:,} aborted, "
+        f"{result['output_tokens']:,} tokens in {result['wall_s']:.0f} s, RSS "
+        f"{'not read' if growth is None else f'{growth / MIB:+.1f} MiB'}, device allocations "
+        f"{' '.join(f'{n:g}' for n in result['device_allocations']) or 'not read'}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -393,11 +460,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--pid", type=int, help="process whose memory is watched, with --url")
     add("--api-key")
     add("-n", "--num-requests", type=int, default=2000)
+    add("--seconds", type=float, help="so long instead of so many requests")
     add("-c", "--concurrency", type=int, default=32, help=f"at most {MAX_CONCURRENCY}")
     add("--abort-share", type=float, default=0.2)
     add("--vocab-size", type=int, default=256, help="token ids are below")
     add("--seed", type=int, default=0)
     add("--max-growth-mib", type=float, default=16.0, help="fail above (default %(default)s)")
+    add("--device-memory", action="store_true", help="watch the GPU; it should serve nobody else")
+    add("--max-device-growth-mib", type=int, default=2, help="fail above (default %(default)s)")
     add("--streams", type=int, default=0, help="that many concurrent streams instead of the soak")
     add("--max-tokens", type=int, default=64, help="of a stream")
     add("--exact", action="store_true", help="every stream must equal its answer (float32)")

@@ -1,0 +1,226 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with an NVIDIA card, in one go.
+#
+#   bench/gpu_check.sh                        what ends within 8 minutes: all but sanitize and ptx80
+#   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
+#
+# Every part has a time limit and a log of its own; one that fails does not stop the next, and the
+# exit code is the number of parts that failed. A line of a log that begins with "= " is a figure:
+# the last lines of the output are a table of the parts, the tests that failed, and those figures.
+#
+#   OUT                    folder of the logs, junit files and JSON (default: a new temporary one)
+#   PYSERVE_CHECK_DIR      models and compiled code, kept for the next run (default: in TMPDIR)
+#   PYSERVE_CHECK_LIMIT_S  seconds for all parts together (default 470)
+#   SOAK_S                 seconds of mixed load (default 60; 180 where soak is asked for by name)
+#   PYTHON                 interpreter that holds torch (default python3)
+set -u -o pipefail
+
+self=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+cd "$(dirname "$self")/.." || exit 1
+export PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYSERVE_CHECK_DIR=${PYSERVE_CHECK_DIR:-${TMPDIR:-/tmp}/pyserve-gpu-check}
+export OUT=${OUT:-$(mktemp -d "${TMPDIR:-/tmp}/pyserve-gpu-check-out.XXXXXX")}
+export PYSERVE_CACHE=${PYSERVE_CACHE:-$PYSERVE_CHECK_DIR/cache}
+llama="$PYSERVE_CHECK_DIR/llama-3.1-8b"
+ptx80_cache="$PYSERVE_CHECK_DIR/cache-ptx80"
+load='from pyserve.ops import build
+build.load_native(allow_reference=False, progress=print, device="cuda")'
+
+# Seconds a part may take.
+limit_of() {
+  case $1 in
+    build | prepare) echo 240 ;;
+    tests) echo 180 ;;
+    ops) echo 60 ;;
+    logits) echo 150 ;;
+    serve) echo 160 ;;
+    faults) echo 120 ;;
+    soak) echo $((SOAK_S + 60)) ;;
+    sanitize) echo 200 ;;
+    ptx80) echo 280 ;;
+    *) return 1 ;;
+  esac
+}
+
+# pytest on each given file in a process of its own, 4 at a time: a CUDA error ends its file only.
+# run_tests NAME SECONDS_PER_FILE FILES... -- PYTEST_ARGS...
+run_tests() {
+  local name=$1 limit=$2 file files=() failed=0 code log
+  shift 2
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do files+=("$1") && shift; done
+  [ $# -gt 0 ] && shift
+  for file in "${files[@]}"; do
+    while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
+    log="$OUT/$name-$(basename "$file" .py)"
+    {
+      timeout -k 5 "$limit" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider -W default \
+        --timeout 100 --junitxml "$log.xml" "$@" "$file" >"$log.log" 2>&1
+      echo $? >"$log.code"
+    } &
+  done
+  wait
+  for file in "${files[@]}"; do
+    log="$OUT/$name-$(basename "$file" .py)"
+    code=$(cat "$log.code")
+    log="$log.log"
+    case $code in
+      0 | 5) ;;  # 5: nothing selected
+      124 | 137) echo "FAILED $file: not ended after $limit s" && failed=1 ;;
+      *) failed=1 ;;
+    esac
+    grep -E '^(FAILED|ERROR) ' "$log" | cut -c 1-180
+    # Where pytest itself died there is no summary: say what its last words were.
+    if [ "$code" -ne 0 ] && [ "$code" -ne 5 ] && ! grep -qE '^(FAILED|ERROR) ' "$log"; then
+      echo "FAILED $file: exit code $code: $(grep -v '^ *$' "$log" | tail -n 1 | cut -c 1-120)"
+    fi
+    echo "= ${file#tests/gpu/}: $(grep -E ' in [0-9.]+s' "$log" | tail -n 1 | tr -d '=')"
+  done
+  return $failed
+}
+
+op_tests() { find tests/gpu -name 'test_*.py' ! -name test_server.py ! -name test_full_model.py | sort; }
+
+part_build() {  # the first start's compile, into an empty cache
+  rm -rf "$PYSERVE_CACHE"
+  part_prepare
+}
+
+part_prepare() {
+  local start=$EPOCHREALTIME
+  "$PYTHON" -c "$load" || return 1
+  awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN {printf "= native ops ready: %.1f s\n", b - a}'
+}
+
+part_tests() {
+  local files
+  mapfile -t files < <(op_tests)
+  run_tests tests 120 "${files[@]}" tests/gpu/test_full_model.py
+}
+
+part_ops() { "$PYTHON" -m bench.ops --device cuda --json "$OUT/ops.json"; }
+
+part_logits() {
+  "$PYTHON" -m bench.full_size --folder "$PYSERVE_CHECK_DIR" --keep llama-3.1-8b \
+    --json "$OUT/full_size.json"
+}
+
+ensure_llama() {
+  [ -f "$llama/complete" ] || "$PYTHON" -m bench.full_size --folder "$PYSERVE_CHECK_DIR" --write-only llama-3.1-8b
+}
+
+part_serve() {
+  ensure_llama || return 1
+  "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$OUT" --json "$OUT/serve.json"
+}
+
+part_faults() { run_tests faults 115 tests/gpu/test_server.py; }
+
+part_soak() {
+  ensure_llama || return 1
+  "$PYTHON" -m bench.soak --seconds "$SOAK_S" -c 64 --vocab-size 32000 --device-memory \
+    --max-growth-mib 64 --json "$OUT/soak.json" -- --model "$llama" --device cuda
+}
+
+sanitize_with() {  # one tool; only our kernels are watched
+  local tool=$1 filter=()
+  compute-sanitizer --help | grep -q -- --kernel-regex && filter=(--kernel-regex kns=pyserve)
+  # Without torch's caching every tensor is an allocation of its own: a step over its end is seen.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 190 compute-sanitizer --tool "$tool" "${filter[@]}" \
+    --error-exitcode 86 --print-limit 30 "$PYTHON" -m pytest -q -rfE --tb=short \
+    -p no:cacheprovider -W default --timeout 180 -m sanitize tests/gpu >"$OUT/sanitize-$tool.log" 2>&1
+}
+
+part_sanitize() {
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH" && return 1; }
+  local tool code failed=0 pids=()
+  for tool in memcheck racecheck; do
+    sanitize_with "$tool" &
+    pids+=($!)
+  done
+  for tool in memcheck racecheck; do
+    code=0
+    wait "${pids[0]}" || code=$?
+    pids=("${pids[@]:1}")
+    [ $code -eq 0 ] || failed=1
+    grep -E '^(FAILED|ERROR) |^========= (Invalid|Error|Warning|Program hit|Uninit)' \
+      "$OUT/sanitize-$tool.log" | sort | uniq -c | head -n 8 | cut -c 1-160
+    echo "= $tool: exit code $code, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/sanitize-$tool.log" | tail -n 1 | tr -d '='), $(grep -E '[0-9]+ (passed|failed)' "$OUT/sanitize-$tool.log" | tail -n 1 | tr -d '=')"
+  done
+  return $failed
+}
+
+part_ptx80() {  # the card runs the sm_80 code, translated by its driver
+  local files
+  export PYSERVE_CACHE=$ptx80_cache PYSERVE_CUDA_ARCHS=80-ptx
+  part_prepare || return 1
+  mapfile -t files < <(op_tests)
+  run_tests ptx80 120 "${files[@]}"
+}
+
+if [ "${1:-}" = --part ]; then
+  SOAK_S=${SOAK_S:-60} "part_$2"
+  exit
+fi
+
+if [ $# -gt 0 ]; then
+  parts=("$@")
+  export SOAK_S=${SOAK_S:-180}
+else
+  parts=(build tests ops logits serve faults soak)
+  export SOAK_S=${SOAK_S:-60}
+fi
+for part in "${parts[@]}"; do
+  limit_of "$part" >/dev/null || { echo "no part $part; see the head of $self" && exit 64; }
+done
+[ "${parts[0]}" = build ] || parts=(prepare "${parts[@]}")
+mkdir -p "$OUT" "$PYSERVE_CHECK_DIR"
+deadline=$((SECONDS + ${PYSERVE_CHECK_LIMIT_S:-470}))
+nvidia-smi --query-gpu=name,driver_version,memory.used,memory.total --format=csv,noheader || true
+"$PYTHON" -c 'import sys, torch, transformers; print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)'
+
+rows=()
+num_failed=0
+for part in "${parts[@]}"; do
+  left=$((deadline - SECONDS))
+  if [ $left -lt 10 ]; then
+    rows+=("$(printf '%-9s %-12s' "$part" "NOT RUN")  no time left")
+    num_failed=$((num_failed + 1))
+    continue
+  fi
+  limit=$(limit_of "$part")
+  [ "$limit" -le $left ] || limit=$left
+  began=$SECONDS
+  code=0
+  timeout -k 5 "$limit" bash "$self" --part "$part" >"$OUT/$part.log" 2>&1 || code=$?
+  case $code in
+    0) state=ok ;;
+    124 | 137) state="TIMED OUT" ;;
+    *) state="FAILED ($code)" ;;
+  esac
+  [ $code -eq 0 ] || num_failed=$((num_failed + 1))
+  rows+=("$(printf '%-9s %-12s %4d s' "$part" "$state" $((SECONDS - began)))")
+  echo "--- $part: $state, $((SECONDS - began)) s"
+  grep -E '^(FAILED|ERROR)' "$OUT/$part.log" | head -n 20
+  # Without a failed test to name, the log's end says why.
+  if [ $code -ne 0 ] && ! grep -qE '^(FAILED|ERROR) tests' "$OUT/$part.log"; then
+    tail -n 25 "$OUT/$part.log" | cut -c 1-240
+  fi
+  if [ $code -ne 0 ] && { [ "$part" = build ] || [ "$part" = prepare ]; }; then
+    grep -nE 'error|Error' "$OUT/$part.log" | head -n 20 | cut -c 1-240
+    break  # nothing of the rest can run
+  fi
+done
+
+{
+  printf '\n=== %s\n' "$(nvidia-smi --query-gpu=name,memory.used --format=csv,noheader 2>/dev/null)"
+  printf '%s\n' "${rows[@]}"
+  for part in "${parts[@]}"; do
+    [ -f "$OUT/$part.log" ] && grep -E '^(FAILED|ERROR)' "$OUT/$part.log"
+  done | head -n 12 | cut -c 1-150
+  for part in "${parts[@]}"; do
+    [ -f "$OUT/$part.log" ] && grep '^= ' "$OUT/$part.log"
+  done | cut -c 3-130 | head -n 38
+} | tee "$OUT/summary.txt"
+exit $num_failed

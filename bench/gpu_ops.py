@@ -1,0 +1,460 @@
+"""Every op on an NVIDIA card against its floor: `python -m bench.ops --device cuda`.
+
+Ceilings are measured first, on the same card: a device-to-device copy of several GB, bytes read
+plus written, and an 8192^3 bfloat16 matrix product. A floor is the bytes an op must move over the
+one, or the multiply-adds it must do over the other, whichever is longer.
+Calls are captured in a CUDA graph, so that launches cost what they cost in one, over so many copies
+of the inputs that the L2 cache holds no answer; where that would take more than MAX_SETS copies
+(activations of a few rows, which come from L2 in a real step too) it is those. `us` is the median
+over replays of a graph, divided by its calls; `+-` half the distance from the 10th to the 90th
+percentile. Data is random.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.report import format_table
+from pyserve import ops
+from pyserve.ops import attention_plan, sample_workspace
+from pyserve.ops import step_layout as layout
+
+DEVICE = torch.device("cuda")
+BLOCK_SIZE = 16
+ROTATED_BYTES = 256 * 2**20  # more than four times an H200's L2
+MAX_SETS = 48
+COPY_BYTES = 4 * 2**30
+GEMM_SIZE = 8192
+VOCAB_SIZE = 128256
+HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
+MATRICES = {
+    "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
+    "lm_head": (128256, 4096),
+}  # fmt: skip
+ROWS = (8192, 64, 1)
+DECODES = ((8, 32768), (16, 4096), (64, 1024), (256, 512), (1, 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op under one load: `sets` do the same to different memory.
+
+    target  (unit, bound): "%" of the floor's ceiling or "TFLOP/s" at least, "us" at most.
+    """
+
+    op: str
+    load: str
+    sets: list[Callable[[], object]]
+    num_bytes: int
+    num_flops: int = 0
+    target: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Measured on this card."""
+
+    bytes_per_us: float
+    flops_per_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    us: float
+    spread_us: float
+    is_graph: bool  # else: eager calls, launches included
+
+
+def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
+    """Microseconds a call."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for run in sets:
+            run()  # handles, modules and attributes are made here, not while capturing
+        stream.synchronize()
+        start, end = _event(), _event()
+        start.record()
+        for run in sets:
+            run()
+        end.record()
+        end.synchronize()
+        once_us = max(start.elapsed_time(end) * 1e3 / len(sets), 1.0)
+    # A graph of a millisecond or more, so that events and its own start do not count.
+    calls = [run for run, _ in zip(itertools.cycle(sets), range(_num_calls(len(sets), once_us)))]
+    replay, is_graph = _captured(calls, stream)
+    times = []
+    num_replays = max(7, min(60, int(seconds * 1e6 / (once_us * len(calls)))))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            replay()
+        events = [(_event(), _event()) for _ in range(num_replays)]
+        for start, end in events:
+            start.record()
+            replay()
+            end.record()
+        stream.synchronize()
+    times = sorted(start.elapsed_time(end) * 1e3 / len(calls) for start, end in events)
+    tenth = len(times) // 10
+    return Timing(statistics.median(times), (times[-1 - tenth] - times[tenth]) / 2, is_graph)
+
+
+def _num_calls(num_sets: int, once_us: float) -> int:
+    """A multiple of num_sets that takes about 2 ms, of at most 400 calls."""
+    rounds = max(1, min(int(2000 / (once_us * num_sets)), 400 // num_sets))
+    return rounds * num_sets
+
+
+def _captured(
+    calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream
+) -> tuple[Callable[[], object], bool]:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for run in calls:
+                run()
+    except RuntimeError:  # not capturable: a fault of the op, which the table shows
+        return (lambda: [run() for run in calls]), False
+    return graph.replay, True
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def measure_ceilings(seconds: float) -> Ceilings:
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE).random_()
+    copy = time_sets([partial(torch.empty_like(source).copy_, source)], seconds)
+    del source
+    a, b = _randn(GEMM_SIZE, GEMM_SIZE), _randn(GEMM_SIZE, GEMM_SIZE)
+    gemm = time_sets([partial(torch.mm, a, b)], seconds)
+    return Ceilings(2 * COPY_BYTES / copy.us, 2 * GEMM_SIZE**3 / gemm.us)
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def _ints(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def _num_sets(num_bytes: int) -> int:
+    return max(1, min(MAX_SETS, -(-ROTATED_BYTES // num_bytes)))
+
+
+def norm_cases() -> Iterator[Case]:
+    weight = _randn(HIDDEN)
+    for num_tokens in ROWS:
+        size = num_tokens * HIDDEN * 2
+        target = ("%", 80.0) if num_tokens == ROWS[0] else None
+        xs = [_randn(num_tokens, HIDDEN) for _ in range(_num_sets(2 * size))]
+        runs: list[Callable[[], object]] = [partial(ops.rms_norm, x, weight, 1e-5) for x in xs]
+        yield Case("rms_norm", f"{num_tokens} x {HIDDEN}", runs, 2 * size, target=target)
+        # Zeros added: the residual stays what it is, however often this runs.
+        adds = [torch.zeros_like(x) for x in xs]
+        runs = [
+            partial(ops.add_rms_norm, add, x, weight, 1e-5) for add, x in zip(adds, xs, strict=True)
+        ]
+        yield Case("add_rms_norm", f"{num_tokens} x {HIDDEN}", runs, 4 * size)
+
+
+def rope_cases() -> Iterator[Case]:
+    width = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    for num_tokens in ROWS:
+        num_blocks = -(-num_tokens // BLOCK_SIZE) + 1
+        angles = torch.rand(num_tokens, HEAD_DIM // 2, device=DEVICE)
+        cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
+        positions = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE)
+        slots = torch.randperm(num_tokens, device=DEVICE)
+        num_bytes = 2 * num_tokens * width * 2 + cos_sin.nbytes
+        runs: list[Callable[[], object]] = []
+        for _ in range(_num_sets(num_bytes)):
+            cache = _randn(2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+            runs.append(
+                partial(
+                    ops.rope_write_kv, _randn(num_tokens, width), positions, cos_sin, slots,
+                    cache[0], cache[1], num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS,
+                )
+            )  # fmt: skip
+        yield Case("rope_write_kv", f"{num_tokens} x (32 + 2 x 8) x 128", runs, num_bytes)
+
+
+def activation_cases() -> Iterator[Case]:
+    for num_tokens in ROWS:
+        num_bytes = 3 * num_tokens * INTERMEDIATE * 2
+        runs: list[Callable[[], object]] = [
+            partial(ops.silu_mul, _randn(num_tokens, 2 * INTERMEDIATE))
+            for _ in range(_num_sets(num_bytes))
+        ]
+        yield Case("silu_mul", f"{num_tokens} x {INTERMEDIATE}", runs, num_bytes)
+
+
+def _own_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.ops.pyserve.linear.default(x, weight, None, out)
+
+
+def linear_cases() -> Iterator[Case]:
+    """Our op at more rows than `ops.linear` gives it, and cuBLAS: where do they cross?"""
+    for name, (n, k) in MATRICES.items():
+        weights = [_randn(n, k) for _ in range(_num_sets(n * k * 2))]
+        for num_rows in (1, 2, 4, 8):
+            num_bytes = n * k * 2 + num_rows * (n + k) * 2
+            xs = [_randn(num_rows, k) for _ in weights]
+            out = torch.empty(num_rows, n, dtype=torch.bfloat16, device=DEVICE)
+            pairs = list(zip(xs, weights, strict=True))
+            own: list[Callable[[], object]] = [partial(_own_linear, x, w, out) for x, w in pairs]
+            other: list[Callable[[], object]] = [partial(functional.linear, x, w) for x, w in pairs]
+            load = f"{num_rows} x {k} -> {n} ({name})"
+            yield Case("linear", load, own, num_bytes, 2 * num_rows * n * k)
+            yield Case("  cuBLAS", load, other, num_bytes, 2 * num_rows * n * k)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of (query_len, seq_len), and what says so on the card."""
+
+    starts: Tensor
+    seq_lens: Tensor
+    num_tokens: int
+    max_query_len: int
+    plan: ops.AttentionPlan
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int]]) -> Rows:
+        query_lens = [query_len for query_len, _ in rows]
+        plan = attention_plan.allocate(
+            sum(query_lens), len(rows), num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM, device=DEVICE,
+        )  # fmt: skip
+        starts = _ints([0, *itertools.accumulate(query_lens)])
+        seq_lens = _ints([seq_len for _, seq_len in rows])
+        made = cls(starts, seq_lens, sum(query_lens), max(query_lens), plan)
+        made.plan_attention()
+        return made
+
+    def plan_attention(self) -> None:
+        ops.plan_attention(
+            self.starts, self.seq_lens, self.plan, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS
+        )
+
+
+def attention_case(
+    load: str, rows: Sequence[tuple[int, int]], target: tuple[str, float] | None
+) -> Case:
+    made = Rows.of(rows)
+    blocks = [-(-seq_len // BLOCK_SIZE) for _, seq_len in rows]
+    kv_shape = (sum(blocks), BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    num_kv = sum(seq_len for _, seq_len in rows)
+    num_bytes = (2 * num_kv * NUM_KV_HEADS + 2 * made.num_tokens * NUM_HEADS) * HEAD_DIM * 2
+    slots = torch.arange(len(rows), dtype=torch.int32, device=DEVICE)
+    runs: list[Callable[[], object]] = []
+    for _ in range(_num_sets(num_bytes)):
+        table = torch.zeros(len(rows), max(blocks), dtype=torch.int32, device=DEVICE)
+        ids = torch.randperm(sum(blocks), device=DEVICE).int()
+        for row, part in enumerate(ids.split(blocks)):
+            table[row, : len(part)] = part
+        runs.append(
+            partial(
+                ops.paged_attention, _randn(made.num_tokens, NUM_HEADS, HEAD_DIM),
+                _randn(*kv_shape), _randn(*kv_shape), table, slots, made.starts, made.seq_lens,
+                softmax_scale=HEAD_DIM**-0.5, max_query_len=made.max_query_len, plan=made.plan,
+            )
+        )  # fmt: skip
+    pairs = sum(n * (2 * length - n + 1) // 2 for n, length in rows)  # visible (query, key)
+    return Case("attention", load, runs, num_bytes, 4 * pairs * NUM_HEADS * HEAD_DIM, target)
+
+
+def attention_cases() -> Iterator[Case]:
+    targets = {(8, 32768): ("%", 80.0), (16, 4096): ("%", 65.0)}
+    for batch, length in DECODES:
+        yield attention_case(
+            f"decode {batch} x {length}", [(1, length)] * batch, targets.get((batch, length))
+        )
+    yield attention_case("prefill 8192", [(8192, 8192)], ("TFLOP/s", 250.0))
+    yield attention_case("prefill 512 on 32768", [(512, 32768)], None)
+    yield attention_case("prefill 8 x 1024", [(1024, 1024)] * 8, None)
+    yield attention_case("mixed: 512 of 4096, 64 x 1024", [(512, 4096)] + [(1, 1024)] * 64, None)
+
+
+SAMPLERS: dict[str, dict[int, float]] = {
+    "greedy": {},
+    "temperature": {layout.SLOT_TEMPERATURE: 0.8},
+    "top-k 50, top-p 0.9": {
+        layout.SLOT_TEMPERATURE: 0.8, layout.SLOT_TOP_K: 50, layout.SLOT_TOP_P: 0.9,
+    },
+    "top-p 0.9": {layout.SLOT_TEMPERATURE: 0.8, layout.SLOT_TOP_P: 0.9},
+}  # fmt: skip
+
+
+def sample_cases() -> Iterator[Case]:
+    """Peaked logits, as a trained model's: 20 tokens hold most of the mass; top-p on flat ones too:
+    nearly the whole vocabulary is in the nucleus."""
+    for num_rows in (256, 64, 1):
+        ids = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+        counts = torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.int16, device=DEVICE)
+        workspace = sample_workspace.allocate(num_rows, VOCAB_SIZE, device=counts.device)
+        flat = [_randn(num_rows, VOCAB_SIZE) for _ in range(_num_sets(num_rows * VOCAB_SIZE * 2))]
+        peaked = [logits * 2 for logits in flat]
+        for logits in peaked:
+            logits[:, :20] += torch.linspace(12, 4, 20, device=DEVICE)
+        for name, words in SAMPLERS.items():
+            for kind, logits in (("", peaked), (", flat", flat)):
+                if kind and name != "top-p 0.9":
+                    continue
+                slots = _slots(num_rows, words)
+                runs: list[Callable[[], object]] = [
+                    partial(ops.sample, x, ids, slots, counts, workspace=workspace) for x in logits
+                ]
+                target = ("us", 300.0) if num_rows == 256 and "top-k" in name else None
+                load = f"{num_rows} x {VOCAB_SIZE}, {name}{kind}"
+                yield Case("sample", load, runs, logits[0].nbytes, target=target)
+
+
+def _slots(num_slots: int, words: dict[int, float]) -> Tensor:
+    slots = torch.zeros(num_slots, layout.SLOT_WORDS, dtype=torch.int32)
+    real = slots.view(torch.float32)
+    real[:, [layout.SLOT_TOP_P, layout.SLOT_REPETITION_PENALTY]] = 1.0
+    for word, value in words.items():
+        if word == layout.SLOT_TOP_K:
+            slots[:, word] = int(value)
+        else:
+            real[:, word] = value
+    slots[:, layout.SLOT_SEED_LOW] = torch.arange(num_slots, dtype=torch.int32)
+    return slots.to(DEVICE)
+
+
+def plan_cases() -> Iterator[Case]:
+    """Each step sets its slots again, so that it can be run any number of times."""
+    for load, query_lens in (
+        ("256 rows of 1 token", [1] * 256),
+        ("8192 tokens, 8 rows", [1024] * 8),
+    ):
+        num_rows, num_tokens = len(query_lens), sum(query_lens)
+        buffer = np.zeros(2 * num_tokens + 64 * num_rows + 64, dtype=np.int32)
+        ids = list(range(num_rows))
+        neutral = struct.pack("<16i", *[0] * 5, 0x3F800000, 0, 0, 0x3F800000, *[0] * 7)
+        num_words = ops.pack_step(
+            buffer, ids, query_lens, [[7] * query_len for query_len in query_lens],
+            [True] * num_rows, [word for slot in ids for word in (slot, 0, slot)],
+            [struct.pack("<4i", 20, slot, 0, 0) + neutral for slot in ids],
+        )  # fmt: skip
+        words = torch.from_numpy(buffer[:num_words]).to(DEVICE)
+        plan = ops.StepPlan.allocate(num_tokens, num_rows, words.device)
+        table = torch.zeros(num_rows, 512, dtype=torch.int32, device=DEVICE)
+        counts = torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.int16, device=DEVICE)
+        slots = _slots(num_rows, {})
+        run = partial(ops.plan_step, words, slots, table, counts, BLOCK_SIZE, plan)
+        num_bytes = words.nbytes + 16 * num_tokens + 24 * num_rows
+        yield Case("plan_step", load, [run], num_bytes)
+        rows = Rows.of([(query_len, 1024) for query_len in query_lens])
+        yield Case("plan_attention", load, [rows.plan_attention], 8 * num_rows)
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": attention_cases,
+    "norm": norm_cases,
+    "rope": rope_cases,
+    "activation": activation_cases,
+    "linear": linear_cases,
+    "sample": sample_cases,
+    "plan": plan_cases,
+}
+
+
+def measure(case: Case, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
+    """Figures of a case; percent is of the floor, so 100 is the ceiling of this card."""
+    timing = time_sets(case.sets, seconds)
+    bytes_us = case.num_bytes / ceilings.bytes_per_us
+    flops_us = case.num_flops / ceilings.flops_per_us
+    floor_us = max(bytes_us, flops_us)
+    return {
+        "op": case.op.strip(),
+        "load": case.load,
+        **asdict(timing),
+        "floor_us": floor_us,
+        "is_compute": flops_us > bytes_us,
+        "gb_per_s": case.num_bytes / timing.us / 1e3,
+        "tflops": case.num_flops / timing.us / 1e6,
+        "percent": 100 * floor_us / timing.us,
+        "ratio": timing.us / floor_us,
+    }
+
+
+def verdict(case: Case, figures: dict[str, Any]) -> str | None:
+    """The line of a case that has a target."""
+    if case.target is None:
+        return None
+    unit, bound = case.target
+    value = {"%": figures["percent"], "TFLOP/s": figures["tflops"], "us": figures["us"]}[unit]
+    is_met = value <= bound if unit == "us" else value >= bound
+    sign = "<=" if unit == "us" else ">="
+    return (
+        f"= {case.op} {case.load}: {value:.0f} {unit} (target {sign} {bound:.0f}): "
+        f"{'met' if is_met else 'MISSED'}"
+    )
+
+
+def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Measure and print; an op that raises is named, and ends its group only."""
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(4 * seconds)
+    line = (
+        f"copy {ceilings.bytes_per_us / 1e6:.2f} TB/s, "
+        f"bf16 {GEMM_SIZE}^3 GEMM {ceilings.flops_per_us / 1e6:.0f} TFLOP/s"
+    )
+    print(f"= {line}", flush=True)
+    results: list[dict[str, Any]] = []
+    for name, cases in GROUPS.items():
+        if not any(part in name for part in only):
+            continue
+        rows = [["op", "load", "floor us", "us", "+-", "GB/s", "TFLOP/s", "% of floor", "ratio"]]
+        rows[0][0] = name
+        verdicts = []
+        try:
+            for case in cases():
+                figures = measure(case, ceilings, seconds)
+                results.append(figures)
+                values = [figures["floor_us"], figures["us"], figures["spread_us"]]
+                rows.append(
+                    [
+                        case.op, case.load, *(f"{value:,.1f}" for value in values),
+                        f"{figures['gb_per_s']:,.0f}", f"{figures['tflops']:,.0f}",
+                        f"{figures['percent']:.0f}{'' if figures['is_graph'] else ' no graph'}",
+                        f"{figures['ratio']:.2f}",
+                    ]
+                )  # fmt: skip
+                verdicts.append(verdict(case, figures))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            print(f"FAILED {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            results.append({"op": name, "error": str(error)})
+        print(f"\n{format_table(rows)}")
+        for text in filter(None, verdicts):
+            print(text, flush=True)
+        torch.cuda.empty_cache()
+    print_crossing(results)
+    return {"ceilings": asdict(ceilings), "results": results}
+
+
+def print_crossing(results: Sequence[dict[str, Any]]) -> None:
+    """One line a matrix: us of our linear over cuBLAS's, by rows."""
+    own = {r["load"]: r["us"] for r in results if r["op"] == "linear" and "us" in r}
+    other = {r["load"]: r["us"] for r in results if r["op"] == "cuBLAS"}
+    for name in MATRICES:
+        pairs = [
+            f"{load.split()[0]}: {own[load]:.1f}/{other[load]:.1f}"
+            for load in own
+            if load.endswith(f"({name})") and load in other
+        ]
+        if pairs:
+            print(f"= linear {name}, us of ours / cuBLAS by rows: {', '.join(pairs)}")

@@ -1,0 +1,164 @@
+"""An 8B model served on one GPU, beside vLLM's figures and the floors of an H200.
+
+    python -m bench.make_model llama-3.1-8b /tmp/llama --weights
+    python -m bench.gpu_serve --model /tmp/llama
+
+One server, then each load by `bench.serve` in processes of its own: random token ids as prompts to
+/v1/completions, streamed, ignore_eos, temperature 0, closed loop, 2 requests a slot and at least 3.
+Prints the rows of a Markdown table. The figures of vLLM (0.24.0, Llama-3.1-8B shapes in bfloat16,
+random weights, the same loads and limits) and the floors were measured on one H200 on 2026-11-22.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.report import environment, write_json
+from bench.server_process import memory_of, running_server
+
+READY_TIMEOUT_S = 120
+LOAD_TIMEOUT_S = 110
+VOCAB_SIZE = 128000  # below the special tokens
+MAX_MODEL_LEN = 16384  # as vLLM was given
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What vLLM shows under a load, and the least a step or the most throughput can be here."""
+
+    tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float
+    floor: str
+
+
+PEERS: dict[tuple[int, int, int], Peer] = {
+    (128, 512, 1): Peer(204.8, 13.1, 4.86, "TPOT 3.57 ms"),
+    (128, 512, 8): Peer(1574, 48, 5.01, "TPOT 3.6 ms"),
+    (128, 512, 64): Peer(9428, 225, 6.34, "TPOT 4.3 ms"),
+    (128, 512, 256): Peer(15729, 665, 14.87, "27,000 tok/s"),
+    (1024, 256, 32): Peer(3417, 576, 7.03, "4,900 tok/s"),
+    (1024, 256, 256): Peer(5823, 3460, 30.71, "7,480 tok/s"),
+}
+DEFAULT_LOADS = ((128, 512, 1), (128, 512, 64), (1024, 256, 256))
+HEADER = (
+    "| in/out, concurrency | tok/s | TTFT p50 ms | TPOT p50 ms | vLLM tok/s, TTFT, TPOT | floor |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def measure(url: str, load: tuple[int, int, int], out: Path) -> dict[str, Any]:
+    """bench.serve's figures. RuntimeError with its last words where it ends badly."""
+    input_len, output_len, concurrency = load
+    path = out / f"serve-{input_len}-{output_len}-{concurrency}.json"
+    command = [
+        sys.executable, "-m", "bench.serve", "--url", url, "--vocab-size", str(VOCAB_SIZE),
+        "--input-len", str(input_len), "--output-len", str(output_len), "-c", str(concurrency),
+        "--json", str(path),
+    ]  # fmt: skip
+    path.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not ended after {LOAD_TIMEOUT_S} s") from None
+    print(done.stdout, flush=True)
+    if not path.exists():
+        tail = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise RuntimeError(f"exit code {done.returncode}: {''.join(tail)}")
+    figures: dict[str, Any] = json.loads(path.read_text())["result"]
+    return figures
+
+
+def table_row(load: tuple[int, int, int], figures: dict[str, Any]) -> str:
+    """One row under HEADER."""
+    peer = PEERS.get(load)
+    cells = [
+        f"{load[0]}/{load[1]}, {load[2]}",
+        f"{figures['output_tokens_per_s']:,.0f}",
+        _ms(figures["ttft_s"]),
+        _ms(figures["tpot_s"]),
+        f"{peer.tokens_per_s:,.0f}, {peer.ttft_ms:g}, {peer.tpot_ms:g}" if peer else "",
+        peer.floor if peer else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _ms(summary: dict[str, float] | None) -> str:
+    if summary is None:
+        return "-"
+    value = summary["p50"] * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 where every load has run without an error."""
+    args = _parse(argv)
+    flags = ["--model", str(args.model), "--max-model-len", str(MAX_MODEL_LEN), *args.flags]
+    results: dict[str, Any] = {}
+    rows: list[str] = []
+    problems: list[str] = []
+    try:
+        with running_server(flags) as server:
+            times = server.wait_ready(READY_TIMEOUT_S)
+            print(f"= server ready after {times.ready_s:.1f} s: {_phases(times.phases)}")
+            for load in args.loads:
+                name = "/".join(map(str, load[:2])) + f", {load[2]}"
+                try:
+                    figures = measure(server.url, load, args.out)
+                except RuntimeError as error:
+                    problems.append(f"{name}: {error}")
+                    continue
+                results[name] = figures
+                rows.append(table_row(load, figures))
+                print(f"= {rows[-1]}", flush=True)
+                problems += [f"{name}: {n} x {text}" for text, n in figures["errors"].items()]
+            memory = memory_of(server.pid)
+            print(
+                f"= host memory of the server: {memory.rss_bytes / 2**30:.2f} GiB, at most "
+                f"{memory.peak_bytes / 2**30:.2f}, anonymous {memory.anonymous_bytes / 2**30:.2f}"
+            )
+            print("\n".join(["", "the server's log:", *server.log.read_text().splitlines()[:60]]))
+    except (RuntimeError, ProcessLookupError) as error:
+        problems.append(str(error))
+    print("\n".join(["", HEADER, *rows]))
+    for problem in problems:
+        print(f"FAILED {problem}")
+    write_json(args.json, {"results": results, "environment": environment(["torch"])})
+    return 1 if problems else 0
+
+
+def _phases(phases: dict[str, float]) -> str:
+    return ", ".join(f"{name} at {seconds:.1f} s" for name, seconds in phases.items())
+
+
+def _load(text: str) -> tuple[int, int, int]:
+    lengths, _, concurrency = text.partition("x")
+    input_len, _, output_len = lengths.partition("/")
+    try:
+        return int(input_len), int(output_len), int(concurrency)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"want IN/OUTxCONCURRENCY, got {text}") from None
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True)
+    add("--loads", nargs="+", type=_load, default=[*DEFAULT_LOADS], metavar="IN/OUTxC")
+    add("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder of each load's JSON")
+    add("--json", type=Path, metavar="FILE")
+    add("flags", nargs="*", help="after --: further flags of the server")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
