@@ -47,7 +47,8 @@ ARCHS_VARIABLE = "PYSERVE_CUDA_ARCHS"
 # Of binaries that travel: all cards from Ampere on, and PTX for those that are not known yet.
 _WHEEL_ARCHS = ("80", "86", "89", "90a", "120", "89-ptx")
 _NEW_ARCHS = {"120": (12, 8)}  # the CUDA that brought it
-_CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# The log tells each kernel's registers and memory.
+_CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 
 
 class CompileError(Exception):
