@@ -1,7 +1,7 @@
 """build_engine: from an EngineConfig to an engine that is ready to start. Runs on a worker thread.
 
-Phases, as reported: build (native products), load (weights, in bytes), warmup (on a card the
-largest step, then the KV cache and every other shape; last, one sequence through every part).
+Phases, as reported: build (the plan, native products), load (weights, in bytes), warmup (on a card
+the largest step, then the KV cache and every other shape; last, one sequence through every part).
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     model_config = ModelConfig.from_path(config.model_path)
     devices.check_model(model_config, device)
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
+    memory = _memory(device)
+    plan = _plan(config, model_config, dtype, memory)  # a refusal need not wait for a compiler
     mode = build.load_native(
         allow_reference=config.allow_reference_ops, progress=logger.info, device=_kind(device)
     )
@@ -61,8 +63,6 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         raise ConfigError("--allow-reference-ops serves on a CPU only: pass --device cpu with it")
     progress("build", 1, 1)
 
-    memory = _memory(device)
-    plan = _plan(config, model_config, dtype, memory)
     with _card_may_be_full(plan):
         model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
         progress("warmup", 0, 1)

@@ -35,7 +35,7 @@ CARD_LOGITS_TILE_ROWS = 256  # so many rows read the output head once
 DEFAULT_KV_BYTES = 512 * MIB  # of the KV cache on a CPU, where one sequence does not need more
 MAX_BLOCKS = 2**19  # of the KV cache on a card: the host keeps some 200 bytes for each
 # What is in use before the model comes is up to this our CUDA context; what is beyond, others'.
-MAX_CONTEXT_BYTES = 640 * MIB
+MAX_CONTEXT_BYTES = GIB
 MODULE_BYTES = 256 * MIB  # code loaded when it is first called, the matrix library's workspace
 TOLERANCE = 0.03  # of the ledger
 MIN_TOLERANCE_BYTES = 64 * MIB  # by which drivers differ

@@ -12,6 +12,7 @@ from pyserve.config import EngineConfig
 from pyserve.engine import planner
 from pyserve.engine.planner import (
     MAX_BLOCKS,
+    MAX_CONTEXT_BYTES,
     MODULE_BYTES,
     CardMemory,
     HostMemory,
@@ -247,9 +248,9 @@ def test_a_card_on_which_the_whole_context_does_not_fit() -> None:
 
 
 def test_what_other_processes_hold_is_not_shared_out() -> None:
-    alone, beside = BIG_CARD, CardMemory(140 * GIB, 30 * GIB + 640 * MIB)
+    alone, beside = BIG_CARD, CardMemory(140 * GIB, 30 * GIB + MAX_CONTEXT_BYTES)
     assert (alone.context_bytes, alone.others_bytes) == (600 * MIB, 0)
-    assert (beside.context_bytes, beside.others_bytes) == (640 * MIB, 30 * GIB)
+    assert (beside.context_bytes, beside.others_bytes) == (MAX_CONTEXT_BYTES, 30 * GIB)
     result = card_plan(beside)
     assert result.total_bytes + 30 * GIB <= int(0.9 * 140 * GIB)
     assert result.num_blocks < card_plan(alone).num_blocks
@@ -257,7 +258,7 @@ def test_what_other_processes_hold_is_not_shared_out() -> None:
 
 def test_a_card_that_others_hold_most_of() -> None:
     with pytest.raises(PlanError) as caught:
-        card_plan(CardMemory(24 * GIB, 12 * GIB + 640 * MIB))
+        card_plan(CardMemory(24 * GIB, 12 * GIB + MAX_CONTEXT_BYTES))
     first = str(caught.value).splitlines()[0]
     assert "less 12,288.0 MiB that other processes hold" in first
     assert "nothing would fit; end the other processes (see nvidia-smi)" in first
@@ -305,7 +306,7 @@ def test_a_context_that_does_not_fit_any_more() -> None:
 
 def test_the_ledger_is_held_against_the_card() -> None:
     result = card_plan()
-    others = CardMemory(140 * GIB, 8 * GIB + 640 * MIB)
+    others = CardMemory(140 * GIB, 8 * GIB + MAX_CONTEXT_BYTES)
 
     def judge(shown_bytes: int) -> tuple[bool, str]:
         now = CardMemory(140 * GIB, shown_bytes + others.others_bytes)
