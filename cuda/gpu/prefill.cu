@@ -1,0 +1,457 @@
+// Paged prefill attention: one query tile of kPrefillRows packed rows (token * group + head of the
+// group) against a range of keys, online softmax, scores and weights never leave the registers.
+//
+// A warp owns 16 * kFragments rows of the tile and all keys of a step: at 32 rows a warp reads 6
+// (QK) and 4 (PV) fragments of shared memory for 16 mma, which shared memory can just sustain
+// beside the tensor cores of an sm_80 or sm_90. K and V tiles go round a ring of two stages: while
+// one is used, cp.async fills the other from addresses looked up in the block table a tile earlier,
+// one lookup per row. Keys run from high to low, so that the tiles to be masked come first.
+// The running maximum lags: it follows only when a score exceeds it by 2^kMaxLag, which leaves the
+// weights as exact (their sum has the same factor) and makes rescaling of the output rare.
+//
+// Floor: 4 * num_heads * head_dim * sum(query_len * (context + query_len / 2)) FLOP at the rate of
+// mma.sync, on Hopper about 0.62 of wgmma's.
+// Sources: FlashAttention-2 (Dao 2023); packing of a group's heads and paged loads: FlashInfer (Ye
+// et al. 2025); lagging maximum: the kernels of FlashAttention-4.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "gpu/attention.h"
+#include "gpu/attention_merge.cuh"
+#include "gpu/launch.cuh"
+#include "gpu/prefill.cuh"
+#include "gpu/ptx.cuh"
+
+namespace pyserve::gpu {
+namespace prefill {
+namespace {
+
+// What a block works on; the same in all its threads.
+struct Geometry {
+  int32_t kv_head, group;
+  int32_t slot;
+  int32_t query_begin;   // token of the row's first query
+  int32_t context;       // position of that query
+  int32_t first_packed;  // packed row of the row that is the tile's first
+  int32_t num_packed;    // of the tile
+  int32_t first_key;     // the lowest key that any query of the tile sees
+};
+
+__device__ __forceinline__ Geometry make_geometry(const AttentionParams& p,
+                                                  const AttentionItem& item, int kv_head) {
+  Geometry g;
+  g.kv_head = kv_head;
+  g.group = p.num_heads / p.num_kv_heads;
+  g.slot = p.row_slots[item.row];
+  g.query_begin = p.cu_seqlens_q[item.row];
+  const int query_len = p.cu_seqlens_q[item.row + 1] - g.query_begin;
+  const int seq_len = p.seq_lens[item.row];
+  g.context = seq_len - query_len;
+  const bool in_range = g.slot < p.num_slots && g.context >= 0 && g.query_begin >= 0 &&
+                        g.query_begin + query_len <= p.num_tokens &&
+                        seq_len <= static_cast<int64_t>(p.max_blocks_per_seq) << p.block_size_log2;
+  if (g.slot >= 0 && !in_range) __trap();
+  g.first_packed = item.query_tile * kPrefillRows;
+  g.num_packed = min(kPrefillRows, query_len * g.group - g.first_packed);
+  const int first_position = g.context + g.first_packed / g.group;
+  g.first_key = p.window > 0 ? max(item.kv_begin, first_position - p.window + 1) : item.kv_begin;
+  return g;
+}
+
+__device__ __forceinline__ AttentionItem load_item(const AttentionParams& p, int index) {
+  return reinterpret_cast<const AttentionItem*>(p.work + p.work[kWorkPrefillItemsOffset])[index];
+}
+
+// Where packed row `row` of the tile goes.
+template <class T>
+__device__ __forceinline__ T* output_row(const AttentionParams& p, const Geometry& g, int row) {
+  const int packed = g.first_packed + row;
+  const int64_t token = g.query_begin + packed / g.group;
+  const int64_t head = g.kv_head * g.group + packed % g.group;
+  return static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+}
+
+// Starts the copy of the tile's queries; zeros in rows beyond the last.
+template <class C>
+__device__ __forceinline__ void copy_queries(const AttentionParams& p, const Geometry& g,
+                                             uint32_t smem) {
+  const auto* q = static_cast<const typename C::T*>(p.q);
+  const int chunk = threadIdx.x % 8;
+  for (int row = threadIdx.x / 8; row < kPrefillRows; row += C::kThreads / 8) {
+    const bool valid = row < g.num_packed;
+    const int packed = g.first_packed + (valid ? row : 0);
+    const int64_t token = g.query_begin + packed / g.group;
+    const int64_t head = g.kv_head * g.group + packed % g.group;
+    const auto* source = q + token * p.q_token_stride + head * p.q_head_stride + chunk * 8;
+#pragma unroll
+    for (int c = 0; c < C::kHeadDim / 8; c += 8) {
+      cp_async_16(smem + swizzled<C>(row, chunk + c), source + c * 8, valid);
+    }
+  }
+}
+
+// Each thread knows one row of a step's tiles: threads 0 .. kKeys - 1 of K, the next kKeys of V.
+template <class C>
+__device__ __forceinline__ bool has_row(int first_key, int end_key, int step_begin, int& key) {
+  key = step_begin + static_cast<int>(threadIdx.x) % C::kKeys;
+  return threadIdx.x < 2 * C::kKeys && key >= first_key && key < end_key;
+}
+
+// The block that holds this thread's row; 0 where there is none. Checked by store_address: nothing
+// waits for it here.
+template <class C>
+__device__ __forceinline__ int32_t find_block(const AttentionParams& p, const Geometry& g,
+                                              int end_key, int step_begin) {
+  int key;
+  if (!has_row<C>(g.first_key, end_key, step_begin, key)) return 0;
+  return p.block_table[g.slot * p.block_table_stride + (key >> p.block_size_log2)];
+}
+
+// Steps begin at multiples of kKeys: neighbours lie in different stages of the ring.
+template <class C>
+__device__ __forceinline__ int stage_of(int step_begin) {
+  return static_cast<uint32_t>(step_begin) / C::kKeys % kStages;
+}
+
+// Leaves the address of this thread's row in the table of the stage.
+template <class C>
+__device__ __forceinline__ void store_address(const AttentionParams& p, const Geometry& g,
+                                              int32_t block, int step_begin, int64_t* addresses) {
+  if (threadIdx.x >= 2 * C::kKeys) return;
+  if (static_cast<uint32_t>(block) >= static_cast<uint32_t>(p.num_blocks)) __trap();
+  const bool is_key = threadIdx.x < C::kKeys;
+  const int key = step_begin + static_cast<int>(threadIdx.x) % C::kKeys;
+  const int64_t in_block = key & ((1 << p.block_size_log2) - 1);
+  const int64_t offset = is_key ? block * p.key_block_stride + in_block * p.key_token_stride +
+                                      g.kv_head * p.key_head_stride
+                                : block * p.value_block_stride + in_block * p.value_token_stride +
+                                      g.kv_head * p.value_head_stride;
+  const auto* base = static_cast<const typename C::T*>(is_key ? p.key_cache : p.value_cache);
+  addresses[threadIdx.x] = reinterpret_cast<int64_t>(base + offset);
+}
+
+// Starts the copy of a step's K and V; zeros in rows that no query of the item sees, because the
+// weight 0 of a key does not hide a NaN in its value.
+template <class C>
+__device__ __forceinline__ void copy_step(int first_key, int end_key, int step_begin,
+                                          const int64_t* addresses, uint32_t smem) {
+  constexpr int kRowsAtOnce = C::kThreads / 8;
+  const int chunk = threadIdx.x % 8;
+  const int first_row = threadIdx.x / 8;
+  const int stage = stage_of<C>(step_begin);
+  const uint32_t destination =
+      smem + C::kKeyOffset + stage * C::kTileBytes + swizzled<C>(first_row, chunk);
+  static_assert(kRowsAtOnce % 8 == 0);  // so all rows of a thread have the same swizzle
+  constexpr int kRows = C::kKeys / kRowsAtOnce;
+  const char* sources[kRows][2];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int is_value = 0; is_value < 2; ++is_value) {
+      const int64_t row =
+          addresses[(stage * 2 + is_value) * C::kKeys + first_row + i * kRowsAtOnce];
+      sources[i][is_value] = reinterpret_cast<const char*>(row) + chunk * 16;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int key = step_begin + first_row + i * kRowsAtOnce;
+    const bool valid = key >= first_key && key < end_key;
+#pragma unroll
+    for (int c = 0; c < C::kRowBytes; c += 128) {
+      const uint32_t key_chunk = destination + i * kRowsAtOnce * C::kRowBytes + c;
+      cp_async_16(key_chunk, sources[i][0] + c, valid);
+      cp_async_16(key_chunk + C::kValueOffset - C::kKeyOffset, sources[i][1] + c, valid);
+    }
+  }
+}
+
+// Writes a warp's rows, divided by their sums, through its part of the queries' shared memory, so
+// that whole lines go out. `smem` points to the warp's first row there.
+template <class C>
+__device__ __forceinline__ void write_rows(const AttentionParams& p, const Geometry& g,
+                                           const Accumulator<C>& acc, int warp_row,
+                                           unsigned char* smem) {
+  using T = typename C::T;
+  const int lane = threadIdx.x % kWarpSize;
+  __syncwarp();  // all lanes have read their queries
+#pragma unroll
+  for (int m = 0; m < C::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = acc.sum[m][half];
+      const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int row = m * 16 + half * 8 + lane / 4;
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; ++n) {
+        *reinterpret_cast<uint32_t*>(smem + swizzled<C>(row, n) + lane % 4 * 4) =
+            pack_pair<T>(acc.out[m][n][half * 2] * scale, acc.out[m][n][half * 2 + 1] * scale);
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = C::kHeadDim / 8;
+  const int chunk = lane % kChunks;
+  for (int row = lane / kChunks; row < C::kWarpRows; row += kWarpSize / kChunks) {
+    if (warp_row + row >= g.num_packed) break;
+    T* out = output_row<T>(p, g, warp_row + row);
+    *reinterpret_cast<uint4*>(out + chunk * 8) =
+        *reinterpret_cast<const uint4*>(smem + swizzled<C>(row, chunk));
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void write_partial(const AttentionPartials& partials,
+                                              const Accumulator<C>& acc, int64_t first_row) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int m = 0; m < C::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first_row + m * 16 + half * 8 + lane / 4;
+      auto* out = reinterpret_cast<float2*>(partials.acc + row * C::kHeadDim + lane % 4 * 2);
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; ++n) {
+        out[n * 4] = make_float2(acc.out[m][n][half * 2], acc.out[m][n][half * 2 + 1]);
+      }
+      if (lane % 4 == 0) {
+        reinterpret_cast<float2*>(partials.stats)[row] =
+            make_float2(acc.max[m][half], acc.sum[m][half]);
+      }
+    }
+  }
+}
+
+// What merge_row of attention_merge.cuh does, for all rows of the tile at once: row by row the
+// loads of so many would each wait for the one before.
+template <class C>
+__device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,
+                                           const AttentionPartials& partials, int64_t first_buffer,
+                                           int num_splits, unsigned char* smem) {
+  constexpr int kRowsAtOnce = 4, kLanes = C::kHeadDim / 4;  // lanes of a row: four columns each
+  const int64_t split_rows = static_cast<int64_t>(p.num_kv_heads) * kPrefillRows;
+  const auto* stats = reinterpret_cast<const float2*>(partials.stats) + first_buffer * kPrefillRows;
+  const auto* acc =
+      reinterpret_cast<const float4*>(partials.acc) + first_buffer * kPrefillRows * kLanes;
+  auto* scales = reinterpret_cast<float2*>(smem);  // of each row: largest score, 1 / sum of weights
+  if (threadIdx.x < g.num_packed) {
+    float largest = kNoMax, sum = 0.0f;
+#pragma unroll 4
+    for (int split = 0; split < num_splits; ++split) {
+      largest = fmaxf(largest, __ldcg(stats + split * split_rows + threadIdx.x).x);
+    }
+#pragma unroll 4
+    for (int split = 0; split < num_splits; ++split) {
+      const float2 part = __ldcg(stats + split * split_rows + threadIdx.x);
+      sum += exp2_approx(part.x - largest) * part.y;
+    }
+    scales[threadIdx.x] = make_float2(largest, sum == 0.0f ? 0.0f : 1.0f / sum);
+  }
+  __syncthreads();
+  constexpr int kStep = C::kThreads / kLanes;  // rows between those of a thread
+  const int lane = threadIdx.x % kLanes;
+  for (int base = threadIdx.x / kLanes; base < g.num_packed; base += kRowsAtOnce * kStep) {
+    float4 total[kRowsAtOnce] = {};
+#pragma unroll 2
+    for (int split = 0; split < num_splits; ++split) {
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const int row = min(base + i * kStep, g.num_packed - 1);
+        const int64_t at = split * split_rows + row;
+        const float weight = exp2_approx(__ldcg(stats + at).x - scales[row].x);
+        const float4 part = __ldcg(acc + at * kLanes + lane);
+        total[i].x += weight * part.x;
+        total[i].y += weight * part.y;
+        total[i].z += weight * part.z;
+        total[i].w += weight * part.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int row = base + i * kStep;
+      if (row >= g.num_packed) break;
+      using T = typename C::T;
+      const float scale = scales[row].y;
+      *reinterpret_cast<uint2*>(output_row<T>(p, g, row) + lane * 4) =
+          make_uint2(pack_pair<T>(total[i].x * scale, total[i].y * scale),
+                     pack_pair<T>(total[i].z * scale, total[i].w * scale));
+    }
+  }
+}
+
+// The item's keys from the last step to the first. False where the row is padding: it is so in all
+// items of the tile.
+template <class C>
+__device__ __forceinline__ bool attend(const AttentionParams& p, int item_index, int kv_head,
+                                       unsigned char* smem, Accumulator<C>& acc) {
+  const AttentionItem item = load_item(p, item_index);
+  const Geometry g = make_geometry(p, item, kv_head);
+  if (g.slot < 0 || g.num_packed <= 0) return false;
+  const uint32_t base = smem_address(smem);
+  auto* addresses = reinterpret_cast<int64_t*>(smem + C::kAddressOffset);
+  const int warp_row = threadIdx.x / kWarpSize * C::kWarpRows;
+  auto* positions = reinterpret_cast<int32_t*>(smem + C::kPositionOffset);
+  if (threadIdx.x < kPrefillRows) {
+    // Rows beyond the last: as the last; warps that have none but such see no key.
+    const int row = threadIdx.x;
+    const int packed = g.first_packed + min(row, g.num_packed - 1);
+    const bool has_work = row / C::kWarpRows * C::kWarpRows < g.num_packed;
+    positions[row] = has_work ? g.context + packed / g.group : -1;
+  }
+  positions += warp_row;
+  const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  const uint32_t query_lane = row_major_lane<C>(base + warp_row * C::kRowBytes);
+  const uint32_t key_lane = column_major_lane<C>(base + C::kKeyOffset);
+  const uint32_t value_lane = row_major_lane<C>(base + C::kValueOffset);
+
+  copy_queries<C>(p, g, base);
+  int begin = item.kv_begin + (item.kv_end - 1 - item.kv_begin) / C::kKeys * C::kKeys;
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    const int step = begin - i * C::kKeys;
+    if (step < item.kv_begin) break;
+    store_address<C>(p, g, find_block<C>(p, g, item.kv_end, step), step,
+                     addresses + stage_of<C>(step) * 2 * C::kKeys);
+  }
+  __syncthreads();  // positions, too
+  copy_step<C>(g.first_key, item.kv_end, begin, addresses, base);
+  cp_async_commit();
+  QueryFragments<C> q;
+
+  for (; begin >= item.kv_begin; begin -= C::kKeys) {
+    cp_async_wait<0>();
+    __syncthreads();  // the step has arrived, the one before it and its addresses are done with
+    const int next = begin - C::kKeys, after_next = next - C::kKeys;
+    int32_t block = 0;
+    if (next >= item.kv_begin) {
+      copy_step<C>(g.first_key, item.kv_end, next, addresses, base);
+      cp_async_commit();
+      if (after_next >= item.kv_begin) block = find_block<C>(p, g, item.kv_end, after_next);
+    }
+    if constexpr (C::kQueryInRegisters) {
+      if (begin + C::kKeys >= item.kv_end) {  // the first step
+#pragma unroll
+        for (int k = 0; k < C::kHeadDim / 16; ++k) load_queries<C>(query_lane, k, q.a[k]);
+      }
+    }
+    const int end = min(begin + C::kKeys, item.kv_end);
+    const WarpRange range{positions[0], positions[C::kWarpRows - 1], p.window};
+    if (range.sees(begin, end)) {
+      Scores<C> s;
+      multiply_queries_keys<C>(s, query_lane, q, key_lane + stage_of<C>(begin) * C::kTileBytes);
+      if (end < begin + C::kKeys || !range.sees_all(begin, end)) {
+        mask_scores<C>(s, positions, p.window, begin, end);
+      }
+      update_max<C>(acc, s, scale_log2);
+      add_values<C>(acc, s, scale_log2, value_lane + stage_of<C>(begin) * C::kTileBytes);
+    }
+    if (after_next >= item.kv_begin) {
+      store_address<C>(p, g, block, after_next, addresses + stage_of<C>(after_next) * 2 * C::kKeys);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < C::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = acc.sum[m][half];
+      sum += __shfl_xor_sync(kFullMask, sum, 1);
+      sum += __shfl_xor_sync(kFullMask, sum, 2);
+    }
+  }
+  return true;
+}
+
+// Two blocks of four warps share an SM's registers; of eight warps there is one.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
+    prefill_kernel(const AttentionParams p, const AttentionPartials partials) {
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  unsigned char* smem = dynamic_smem;
+  // The heads of an item are neighbours: rows of the caches lie beside each other by head, and
+  // items come longest first for all heads at once.
+  const int kv_head = blockIdx.x;
+  const int item_index = blockIdx.y;
+  if (item_index >= p.work[kWorkNumPrefillItems]) return;
+  Accumulator<C> acc;
+  clear(acc);
+  if (!attend<C>(p, item_index, kv_head, smem, acc)) return;
+
+  // Loaded again: kept, it would take registers that the loop needs.
+  const AttentionItem item = load_item(p, item_index);
+  const Geometry g = make_geometry(p, item, kv_head);
+  const int warp = threadIdx.x / kWarpSize;
+  const int warp_row = warp * C::kWarpRows;
+  if (item.num_splits == 1) {
+    write_rows<C>(p, g, acc, warp_row, smem + warp_row * C::kRowBytes);
+    return;
+  }
+  const int64_t buffer = static_cast<int64_t>(item.partial) * p.num_kv_heads + kv_head;
+  if (warp_row < g.num_packed) {
+    write_partial<C>(partials, acc, buffer * kPrefillRows + warp_row);
+  }
+  const int first_partial = item.partial - item.split;
+  int32_t* arrivals =
+      partials.arrivals + static_cast<int64_t>(first_partial) * p.num_kv_heads + kv_head;
+  auto* flag = reinterpret_cast<int32_t*>(smem + C::kFlagOffset);
+  if (!arrives_last(arrivals, item.num_splits, flag)) return;
+  merge_rows<C>(p, g, partials, buffer - item.split * p.num_kv_heads, item.num_splits, smem);
+}
+
+template <class C>
+cudaError_t launch_config(const AttentionParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = &prefill_kernel<C>;
+  const cudaError_t error = allow_smem<kKernel, C::kSmemBytes>();
+  if (error != cudaSuccess) return error;
+  const int64_t items =
+      max_prefill_items(p.device, p.num_tokens, p.num_rows, p.num_heads, p.num_kv_heads);
+  if (items > 65535) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(items));
+  return launch(kKernel, grid, dim3(C::kThreads), C::kSmemBytes, stream, p, prefill_partials(p));
+}
+
+// Whether two blocks fit one SM; each takes 1 KB more than it asks for.
+template <class C>
+bool fits_twice(int smem_per_sm) {
+  return 2 * (C::kSmemBytes + 1024) <= smem_per_sm;
+}
+
+// Two blocks of four warps to an SM, with steps of 64 keys where its shared memory has room for it
+// (sm_90) and of 32 where not (sm_80). At head_dim 128 on the small ones (sm_86, 89, 120) one block
+// of eight warps: their tensor cores are slow enough to wait for twice the fragment loads.
+template <class T, int kHeadDim>
+cudaError_t launch_typed(const AttentionParams& p, cudaStream_t stream) {
+  int device = 0, smem_per_sm = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error != cudaSuccess) return error;
+  using Large = Config<T, kHeadDim, 4, 64>;
+  using Medium = Config<T, kHeadDim, 4, 32>;
+  if (fits_twice<Large>(smem_per_sm)) return launch_config<Large>(p, stream);
+  if constexpr (kHeadDim == 128) {
+    if (!fits_twice<Medium>(smem_per_sm)) {
+      return launch_config<Config<T, kHeadDim, 8, 64>>(p, stream);
+    }
+  }
+  return launch_config<Medium>(p, stream);
+}
+
+template <class T>
+cudaError_t launch_head_dim(const AttentionParams& p, cudaStream_t stream) {
+  if (p.head_dim == 64) return launch_typed<T, 64>(p, stream);
+  if (p.head_dim == 128) return launch_typed<T, 128>(p, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace prefill
+
+cudaError_t launch_prefill_attention(const AttentionParams& p, AttentionDtype dtype,
+                                     cudaStream_t stream) {
+  return dtype == AttentionDtype::kBfloat16 ? prefill::launch_head_dim<__nv_bfloat16>(p, stream)
+                                            : prefill::launch_head_dim<__half>(p, stream);
+}
+
+}  // namespace pyserve::gpu
