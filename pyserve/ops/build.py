@@ -34,7 +34,8 @@ from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerErro
 Mode = Literal["native", "reference"]
 Device = Literal["cpu", "cuda"]
 MANIFEST_NAME = "native.json"  # beside products that setup.py built
-_REMEDY = "or pass --allow-reference-ops to serve slowly without"
+_CPU_REMEDY = "or pass --allow-reference-ops to serve slowly without"
+_CUDA_REMEDY = "or pass --device cpu"
 
 _lock = threading.Lock()
 _mode: Mode | None = None
@@ -49,8 +50,9 @@ def load_native(
     """Make torch.ops.pyserve and `host()` usable. Harmless when called again, from any thread.
 
     Ops for the CPU are always there, those of the current CUDA card where `device` is cuda: the
-    first call decides. progress gets lines for a user. Raises StartupError where the card cannot be
-    used, BuildError where nothing can be found or compiled and allow_reference is False.
+    first call decides. progress gets lines for a user. The twins of allow_reference serve on a CPU
+    only. Raises StartupError where the card cannot be used, BuildError where nothing can be found
+    or compiled.
     """
     global _mode, _host, _has_cuda
     with _lock:
@@ -60,10 +62,10 @@ def load_native(
                 _host = _load(_find_or_compile(progress, card))
                 _mode = "native"
             except BuildError as error:
-                if not allow_reference:
-                    raise
-                reason = str(error).removesuffix(f"; {_REMEDY}")
-                progress(f"{reason}; serving with the plain-torch ops: this is slow")
+                if card is not None or not allow_reference:
+                    remedy = _CPU_REMEDY if card is None else _CUDA_REMEDY
+                    raise BuildError(f"{error}; {remedy}") from error
+                progress(f"{error}; serving with the plain-torch ops: this is slow")
                 _register_reference()
                 _host = reference
                 _mode = "reference"
@@ -117,11 +119,11 @@ def _find_or_compile(progress: Callable[[str], None], card: Card | None = None) 
             _compile(folder, native, progress)
     except CompileError as error:
         reason = f"{unfit}; {error}" if unfit else str(error)
-        raise BuildError(f"{reason}; {_REMEDY}") from error
+        raise BuildError(reason) from error
     except OSError as error:
         raise BuildError(
             f"cannot keep compiled files in {_cache_dir()} ({error.strerror}): "
-            f"set PYSERVE_CACHE to a writable folder; {_REMEDY}"
+            "set PYSERVE_CACHE to a writable folder"
         ) from error
     return folder
 
@@ -146,9 +148,7 @@ def _cache_dir() -> Path:
     try:
         return config.cache_dir()
     except RuntimeError as error:  # of Path.home()
-        raise BuildError(
-            f"no home folder: set PYSERVE_CACHE to a writable one; {_REMEDY}"
-        ) from error
+        raise BuildError("no home folder: set PYSERVE_CACHE to a writable one") from error
 
 
 def _why_unfit(packaged: Path, card: Card | None) -> str | None:
@@ -253,12 +253,12 @@ def _load(folder: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except (OSError, ImportError) as error:
-        raise BuildError(f"the native ops in {folder} do not load: {error}; {_REMEDY}") from error
+        raise BuildError(f"the native ops in {folder} do not load: {error}") from error
     return module
 
 
 def _register_reference() -> None:
-    """Define the schemas of ops.cpp with the twins as their implementation, CPU and CUDA."""
+    """Define the schemas of ops.cpp with the twins as their CPU implementation."""
     global _library
     _library = torch.library.Library("pyserve", "DEF")  # type: ignore[no-untyped-call]
     text = (source_dir() / "ops.cpp").read_text(encoding="utf-8")
@@ -266,5 +266,4 @@ def _register_reference() -> None:
         schema = "".join(re.findall(r'"([^"]*)"', match[1]))
         name = schema.split("(", 1)[0]
         _library.define(schema)  # type: ignore[no-untyped-call]
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, getattr(reference, name), key)  # type: ignore[no-untyped-call]
+        _library.impl(name, getattr(reference, name), "CPU")  # type: ignore[no-untyped-call]

@@ -160,7 +160,9 @@ def find_cuda_compiler(
         if version is None:
             reasons.append(f"{nvcc} does not say its version")
         elif version < MIN_CUDA:
-            reasons.append(f"nvcc {_dotted(version)} at {nvcc}: {_dotted(MIN_CUDA)} is needed")
+            reasons.append(
+                f"nvcc {_dotted(version)} at {nvcc}: {_dotted(MIN_CUDA)} or later is needed"
+            )
         elif driver is not None and version[0] > driver[0]:
             reasons.append(
                 f"nvcc {_dotted(version)} at {nvcc} is newer than the NVIDIA driver, "
