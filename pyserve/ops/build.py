@@ -173,6 +173,9 @@ def _why_unfit(packaged: Path, card: Card | None) -> str | None:
     if cuda is None:
         return "the packaged ops are without CUDA"
     version, archs = tuple(cuda["version"]), cuda["archs"]
+    wanted = config.env(toolchain.ARCHS_VARIABLE)
+    if wanted is not None and wanted != ",".join(archs):
+        return f"the packaged CUDA ops ({', '.join(archs)}) are not {toolchain.ARCHS_VARIABLE}"
     if version[0] > card.driver[0]:
         return f"the packaged CUDA ops need a driver for CUDA {version[0]}"
     if not toolchain.covers(archs, card.capability, can_translate=version <= card.driver):

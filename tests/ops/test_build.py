@@ -348,6 +348,11 @@ def test_packaged_cuda_products_must_fit_the_card(
     assert why(new, version=[12, 9], archs=archs) == (  # the driver does not know such PTX
         "the packaged CUDA ops (80, 90a, 89-ptx) are not for compute capability 10.0"
     )
+    monkeypatch.setenv(toolchain.ARCHS_VARIABLE, "80-ptx")
+    assert why(HOPPER, version=[13, 0], archs=archs) == (
+        "the packaged CUDA ops (80, 90a, 89-ptx) are not PYSERVE_CUDA_ARCHS"
+    )
+    assert why(HOPPER, version=[13, 0], archs=["80-ptx"]) is None
 
 
 def test_no_cuda_compiler_is_one_line_with_the_remedy(
