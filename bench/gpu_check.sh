@@ -32,7 +32,7 @@ build.load_native(allow_reference=False, progress=print, device="cuda")'
 limit_of() {
   case $1 in
     build | prepare) echo 240 ;;
-    tests) echo 180 ;;
+    tests | memory) echo 180 ;;
     ops) echo 60 ;;
     logits) echo 150 ;;
     serve) echo 160 ;;
@@ -80,7 +80,10 @@ run_tests() {
   return $failed
 }
 
-op_tests() { find tests/gpu -name 'test_*.py' ! -name test_server.py ! -name test_full_model.py | sort; }
+op_tests() {
+  find tests/gpu -name 'test_*.py' ! -name test_server.py ! -name test_full_model.py \
+    ! -name test_loader.py ! -name test_memory.py | sort
+}
 
 part_build() {  # the first start's compile, into an empty cache
   rm -rf "$PYSERVE_CACHE"
@@ -97,6 +100,13 @@ part_tests() {
   local files
   mapfile -t files < <(op_tests)
   run_tests tests 120 "${files[@]}" tests/gpu/test_full_model.py
+}
+
+part_memory() {  # each alone on the card: they measure speed, and all of the memory
+  local failed=0
+  run_tests memory 80 tests/gpu/test_loader.py || failed=1
+  run_tests memory 80 tests/gpu/test_memory.py || failed=1
+  return $failed
 }
 
 part_ops() { "$PYTHON" -m bench.ops --device cuda --json "$OUT/ops.json"; }
@@ -168,7 +178,7 @@ if [ $# -gt 0 ]; then
   parts=("$@")
   export SOAK_S=${SOAK_S:-180}
 else
-  parts=(build tests ops logits serve faults soak)
+  parts=(build tests memory ops logits serve faults soak)
   export SOAK_S=${SOAK_S:-60}
 fi
 for part in "${parts[@]}"; do
