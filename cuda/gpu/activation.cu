@@ -21,7 +21,7 @@ __device__ __forceinline__ float silu_mul(float gate, float up) {
 
 // Width: elements a thread takes, kVec or 1. CTA = token * tiles + tile.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, unsigned tiles) {
   const int64_t token = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t column = (tile * kThreads + threadIdx.x) * kWidth;
   if (column >= p.n) return;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, int
 
 template <class T, int kWidth>
 cudaError_t launch_width(const SiluMulParams& p, cudaStream_t stream) {
-  const int64_t tiles = (p.n + kThreads * kWidth - 1) / (kThreads * kWidth);
+  const auto tiles = static_cast<unsigned>((p.n + kThreads * kWidth - 1) / (kThreads * kWidth));
   return launch(silu_mul_kernel<T, kWidth>, static_cast<unsigned>(p.num_tokens * tiles), kThreads,
                 0, stream, p, tiles);
 }

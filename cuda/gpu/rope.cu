@@ -78,7 +78,7 @@ __device__ __forceinline__ void norm_pair(const T* weight, float squares, const 
 
 // kLanes lanes to a head, 16 elements a lane; those beyond the head's end have nothing to do. A
 // thread loads its part of kBatch heads before it turns the first.
-template <class T, int kLanes, int kBatch>
+template <class T, int kLanes, int kBatch, bool kNorm>
 __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
   const int place = threadIdx.x % kLanes, half = p.rotary_dim / 2;
   const bool is_active = 2 * kVec * place < p.head_dim, is_turned = kVec * place < half;
@@ -86,7 +86,6 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
   const int second = first + (is_turned ? half : kVec);
   const int num_turned = p.num_heads + p.num_kv_heads, num_all = num_turned + p.num_kv_heads;
   const int heads_at_once = blockDim.x / kLanes;
-  const bool has_norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
 
   uint4 packed[kBatch][2];
   auto load_heads = [&](int head) {
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
       unpack<T>(packed[i][0], a);
       unpack<T>(packed[i][1], b);
       float squares = 0.0f;
-      if (has_norm) {
+      if constexpr (kNorm) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) squares = fmaf(a[j], a[j], fmaf(b[j], b[j], squares));
         squares = lane_sum<kLanes>(squares);
@@ -126,9 +125,11 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
       T* target = token.target(p, head);
       if (target == nullptr) continue;
       if (head < num_turned) {
-        const auto* weight =
-            static_cast<const T*>(head < p.num_heads ? p.q_norm_weight : p.k_norm_weight);
-        if (weight != nullptr) norm_pair(weight, squares, p, first, second, a, b);
+        if constexpr (kNorm) {
+          const auto* weight =
+              static_cast<const T*>(head < p.num_heads ? p.q_norm_weight : p.k_norm_weight);
+          if (weight != nullptr) norm_pair(weight, squares, p, first, second, a, b);
+        }
         if (is_turned) {
 #pragma unroll
           for (int j = 0; j < kVec; ++j) {
@@ -198,14 +199,21 @@ bool is_aligned(const RopeParams& p) {
          is_vec_aligned(p.q_norm_weight, 0) && is_vec_aligned(p.k_norm_weight, 0);
 }
 
-template <class T, int kLanes>
+template <class T, int kLanes, bool kNorm>
 cudaError_t launch_lanes(const RopeParams& p, cudaStream_t stream) {
   constexpr int kBatch = 2;
   const int num_heads = p.num_heads + 2 * p.num_kv_heads;
   const int threads = (num_heads * kLanes + kBatch - 1) / kBatch;
   const int whole_warps = (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
-  return launch(rope_kernel<T, kLanes, kBatch>, static_cast<unsigned>(p.num_tokens),
+  return launch(rope_kernel<T, kLanes, kBatch, kNorm>, static_cast<unsigned>(p.num_tokens),
                 std::min(whole_warps, kMaxThreads), 0, stream, p);
+}
+
+template <class T, int kLanes>
+cudaError_t launch_lanes(const RopeParams& p, cudaStream_t stream) {
+  const bool has_norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
+  return has_norm ? launch_lanes<T, kLanes, true>(p, stream)
+                  : launch_lanes<T, kLanes, false>(p, stream);
 }
 
 template <class T>
