@@ -321,24 +321,25 @@ def _refusal(
     config: EngineConfig, memory: Memory, wanted_len: int, fitting_len: int, *, ledger: Ledger
 ) -> str:
     """What does not fit and why, on the first line; then the ledger."""
-    utilization = f"--gpu-memory-utilization {config.gpu_memory_utilization}"
+    limit = f"(--gpu-memory-utilization {config.gpu_memory_utilization} of "
+    help_by_others = ""
     if isinstance(memory, HostMemory):
-        limit = f"({utilization} of what is free)"
-        held = ""
+        limit += "what is free)"
     else:
-        limit = f"({utilization} of the card's {memory.total_bytes / MIB:,.1f} MiB"
-        held = ""
+        limit += f"the card's {memory.total_bytes / MIB:,.1f} MiB"
         if memory.others_bytes:
             limit += f", less {memory.others_bytes / MIB:,.1f} MiB that other processes hold"
-            held = "; end the other processes (see nvidia-smi) or choose another card"
+            help_by_others = ", or end the other processes (see nvidia-smi)"
         limit += ")"
     limit = f"{_allowed_bytes(config, memory) / MIB:,.1f} MiB may be used {limit}"
     if config.kv_cache_memory_bytes is not None:
         limit += f", of it {config.kv_cache_memory_bytes / MIB:,.1f} MiB for the KV cache"
-    remedy = f"at most {fitting_len} would fit" if fitting_len > 0 else "nothing would fit"
+    remedy = "nothing would fit: take a smaller model or step (--max-num-batched-tokens)"
+    if fitting_len > 0:
+        remedy = f"--max-model-len {fitting_len} is the most that would"
     return (
-        f"a context of {wanted_len} tokens does not fit: {limit}, {remedy}{held}; it needs\n"
-        f"{format_ledger(ledger)}"
+        f"a context of {wanted_len} tokens does not fit: {limit}; {remedy}{help_by_others}. "
+        f"It needs\n{format_ledger(ledger)}"
     )
 
 

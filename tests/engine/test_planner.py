@@ -111,7 +111,7 @@ def test_a_context_that_was_asked_for_and_does_not_fit_is_an_error() -> None:
         plan(max_model_len=200, kv_cache_memory_bytes=7 * BLOCK_BYTES)
     lines = str(caught.value).splitlines()
     assert "a context of 200 tokens does not fit" in lines[0]
-    assert "at most 112 would fit" in lines[0]
+    assert "--max-model-len 112 is the most that would. It needs" in lines[0]
     assert lines[-2].split() == ["KV", "cache", "0.1", "MiB"]
     assert lines[-1].split()[0] == "total"
     assert plan(max_model_len=112, kv_cache_memory_bytes=7 * BLOCK_BYTES).num_blocks == 7
@@ -239,9 +239,9 @@ def test_a_card_on_which_the_whole_context_does_not_fit() -> None:
     first, *ledger = str(caught.value).splitlines()
     assert "a context of 131072 tokens does not fit: 22,118.4 MiB may be used" in first
     assert "(--gpu-memory-utilization 0.9 of the card's 24,576.0 MiB)" in first
-    assert "would fit; it needs" in first and "other processes" not in first
+    assert "other processes" not in first
     assert any(line.split()[:2] == ["CUDA", "context"] for line in ledger)
-    fitting = int(first.partition("at most ")[2].split()[0])
+    fitting = int(first.partition("--max-model-len ")[2].split()[0])
     assert card_plan(SMALL_CARD, max_model_len=fitting).max_model_len == fitting
     with pytest.raises(PlanError):
         card_plan(SMALL_CARD, max_model_len=fitting + 16)
@@ -261,7 +261,8 @@ def test_a_card_that_others_hold_most_of() -> None:
         card_plan(CardMemory(24 * GIB, 12 * GIB + MAX_CONTEXT_BYTES))
     first = str(caught.value).splitlines()[0]
     assert "less 12,288.0 MiB that other processes hold" in first
-    assert "nothing would fit; end the other processes (see nvidia-smi)" in first
+    assert "nothing would fit: take a smaller model" in first
+    assert ", or end the other processes (see nvidia-smi). It needs" in first
     with pytest.raises(PlanError, match=r": 0\.0 MiB may be used"):
         card_plan(CardMemory(24 * GIB, 24 * GIB))
 
