@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, uns
   const T* gate = static_cast<const T*>(p.gate_up) + token * p.gate_up_stride + column;
   T* out = static_cast<T*>(p.out) + token * p.out_stride + column;
   if constexpr (kWidth == kVec) {
-    const uint4 gates = load_streaming(gate), ups = load_streaming(gate + p.n);
+    const uint4 gates = load_vec(gate), ups = load_vec(gate + p.n);
     float g[kVec], u[kVec];
     unpack<T>(gates, g);
     unpack<T>(ups, u);

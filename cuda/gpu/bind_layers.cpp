@@ -1,5 +1,5 @@
-// The CUDA side of rms_norm, add_rms_norm, rope_write_kv, linear and silu_mul: arguments are checked
-// and handed to the kernels of norm.cu, rope.cu, linear.cu and activation.cu.
+// The CUDA side of rms_norm, add_rms_norm, rope_write_kv, linear and silu_mul: arguments are
+// checked and handed to the kernels of norm.cu, rope.cu, linear.cu and activation.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -13,7 +13,7 @@
 // others and the tiling depends on n, k and the device alone: what else is in a batch never changes
 // a row's result. More than 8 rows take a pass over the weight for every 8.
 // Floor: n * k * 2 bytes. Rows that are not 16-byte aligned take a plain kernel, one warp a result.
-// Sources: out^T = W x^T as in Marlin and llama.cpp (mmvq/mma for few tokens), design page K6.
+// Source of the idea out^T = W x^T for few rows: Marlin (Frantar et al. 2024), llama.cpp.
 #include "gpu/linear.h"
 
 #include <algorithm>
