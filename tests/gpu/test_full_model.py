@@ -1,0 +1,211 @@
+"""The engine on a card, with tiny random checkpoints of each family, against transformers.
+
+Teacher-forced: transformers gets the tokens that the engine has chosen. The error of the engine's
+logits against float64 is at most twice that of transformers in the same dtype, plus 1e-6, whatever
+the engine does with a request: batch mates, chunks, cached prefixes, preemption.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyserve.engine.batch import max_update_words
+from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.cuda_runner import CudaRunner
+from pyserve.engine.engine import Engine
+from pyserve.engine.runner import StepExecutor
+from pyserve.engine.scheduler import Scheduler
+from pyserve.engine.sequence import Sequence
+from pyserve.engine.slots import SlotAllocator
+from pyserve.model.config import ModelConfig
+from pyserve.model.decoder import Decoder
+from pyserve.model.loader import load_model
+from pyserve.params import SamplingParams
+from tests.model.oracle import VOCAB_SIZE, load_theirs, make_model, relative_error, rope
+
+DEVICE = torch.device("cuda", 0)
+BLOCK_SIZE = 16
+MAX_MODEL_LEN = 256
+NUM_SLOTS = 8
+NUM_OUTPUT_TOKENS = 24
+LLAMA3 = rope(
+    "llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 64, "tie_word_embeddings": False}),
+    "llama3-gqa4": ("llama", {"head_dim": 128, "num_key_value_heads": 1, **LLAMA3}),
+    "mistral-window": (
+        "mistral", {"head_dim": 64, "sliding_window": 20, "num_attention_heads": 8}
+    ),
+    "mistral": ("mistral", {"head_dim": 128, "sliding_window": None}),
+    "qwen2": ("qwen2", {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1}),
+    "qwen2-window": (
+        "qwen2",
+        {
+            "hidden_size": 256, "use_sliding_window": True, "sliding_window": 17,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "alone": {"alone": True},
+    "chunks": {"budget": 19},
+    "prefix cache": {"caching": True},
+    "preemption": {"num_blocks": 24},
+    "all": {"num_blocks": 14, "budget": 19, "caching": True},
+    # What nobody wrote must not be read, masked or not: a NaN would survive a weight of zero.
+    "poisoned cache": {"poison": True, "budget": 50},
+}
+
+
+class Checkpoint:
+    """One model in one dtype: ours, and transformers' in that dtype and in float64."""
+
+    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
+        family, changes = MODELS[name]
+        make_model(family, **changes).to(dtype).save_pretrained(folder)
+        self.ours = load_model(
+            folder, ModelConfig.from_path(folder), dtype=dtype, device=DEVICE, load_format="auto",
+            seed=0, progress=lambda done, total: None,
+        )  # fmt: skip
+        self._plain = load_theirs(folder, dtype).to(DEVICE)
+        self._exact = load_theirs(folder, torch.float64).to(DEVICE)
+
+    def theirs(self, token_ids: list[int]) -> tuple[Tensor, Tensor]:
+        """[len, vocab_size] in the dtype and in float64."""
+        ids = torch.tensor([token_ids], device=DEVICE)
+        with torch.inference_mode():
+            return self._plain(ids).logits[0], self._exact(ids).logits[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Checkpoint]:
+    class Made(dict[Any, Checkpoint]):
+        def __missing__(self, key: tuple[str, torch.dtype]) -> Checkpoint:
+            self[key] = Checkpoint(tmp_path_factory.mktemp("model"), *key)
+            return self[key]
+
+    return Made()
+
+
+def make_engine(
+    decoder: Decoder, *, num_blocks: int = 128, budget: int = 512, caching: bool = False,
+    poison: bool = False,
+) -> Engine:  # fmt: skip
+    executor = StepExecutor(
+        decoder,
+        block_size=BLOCK_SIZE,
+        num_slots=NUM_SLOTS,
+        max_num_batched_tokens=budget,
+        max_model_len=MAX_MODEL_LEN,
+        logits_tile_rows=4,
+    )
+    runner = CudaRunner(executor)
+    runner.allocate_kv(num_blocks)
+    if poison:
+        for caches in executor._kv_caches:
+            for cache in caches:
+                cache.fill_(torch.nan)
+        torch.cuda.synchronize()
+    scheduler = Scheduler(
+        BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=caching),
+        SlotAllocator(NUM_SLOTS),
+        max_num_batched_tokens=budget,
+        max_update_words=max_update_words(MAX_MODEL_LEN, BLOCK_SIZE),
+    )
+    return Engine(
+        scheduler, runner, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, policy="fcfs"
+    )
+
+
+def requests() -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of mixed lengths, some with a common beginning; greedy and drawn."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        drawn: list[int] = torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist()
+        return drawn
+
+    prefix = ids(50)
+    prompts = [prefix + ids(3), prefix + ids(40), ids(1), ids(130), prefix, ids(17)]
+    params = [
+        SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, temperature=0.0),
+        SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, temperature=1.0, seed=3),
+    ]
+    return [(prompt, params[number % 2]) for number, prompt in enumerate(prompts)]
+
+
+def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence, Tensor]]:
+    """Each request's sequence and the logits [num_output_tokens, vocab_size] it was drawn from."""
+    tiles: list[Tensor] = []
+    rows: dict[int, list[Tensor]] = defaultdict(list)
+    seqs: dict[int, Sequence] = {}
+    compute_logits = decoder.compute_logits
+
+    def spy(hidden: Tensor) -> Tensor:
+        tiles.append(compute_logits(hidden))
+        return tiles[-1]
+
+    def drain() -> None:
+        while (step := engine.schedule()) is not None:
+            tiles.clear()
+            sampled = engine.runner.launch(step).result()
+            logits = torch.cat(tiles)[: len(sampled)] if sampled else torch.empty(0)
+            drawn = [
+                seq for seq, is_drawn in zip(step.seqs, step.row_samples, strict=True) if is_drawn
+            ]
+            for seq, row in zip(drawn, logits, strict=True):
+                rows[seq.stream.seq_id].append(row.clone())
+                seqs[seq.stream.seq_id] = seq
+            engine.update(step, sampled)
+
+    decoder.compute_logits = spy  # type: ignore[method-assign]
+    try:
+        for prompt, params in requests():
+            engine.add(prompt, params)
+            if alone:
+                drain()
+        drain()
+    finally:
+        decoder.compute_logits = compute_logits  # type: ignore[method-assign]
+    engine.check_invariants()
+    return [(seqs[seq_id], torch.stack(rows[seq_id])) for seq_id in sorted(rows)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_by_the_ratio_rule(
+    name: str, dtype: torch.dtype, settings: str, checkpoints: dict[Any, Checkpoint]
+) -> None:
+    checkpoint = checkpoints[name, dtype]
+    options = {**SETTINGS[settings]}
+    alone = options.pop("alone", False)
+    engine = make_engine(checkpoint.ours, **options)
+    results = run(engine, checkpoint.ours, alone=alone)
+    if "num_blocks" in options:
+        assert engine.scheduler.num_preemptions > 0
+    if options.get("caching"):
+        assert engine.scheduler.num_cached_tokens > 0
+    engine.runner.close()
+    assert len(results) == len(requests())
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for (prompt, params), (seq, logits) in zip(requests(), results, strict=True):
+        assert len(logits) == NUM_OUTPUT_TOKENS
+        output = seq.token_ids[len(prompt) :]
+        if params.temperature == 0:
+            assert logits.argmax(-1).tolist() == output
+        plain, exact = checkpoint.theirs(seq.token_ids[:-1])
+        parts.append((logits, plain[len(prompt) - 1 :], exact[len(prompt) - 1 :]))
+    ours, plain, exact = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    error, plain_error = relative_error(ours, exact), relative_error(plain, exact)
+    assert error <= 2 * plain_error + 1e-6  # false for NaN
