@@ -78,14 +78,12 @@ class CudaRunner:
 
     def warm_up_largest(self) -> None:
         """Run the step that needs most memory, on a KV cache of one block."""
-        with torch.cuda.stream(self._stream):
-            self._executor.allocate_kv(1)
+        self._allocate_kv(1)
         self._run_and_wait(largest_step(self._executor))
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the KV cache for good, then run every shape once: after it, nothing is new."""
-        with torch.cuda.stream(self._stream):
-            self._executor.allocate_kv(num_blocks)
+        self._allocate_kv(num_blocks)
         for step in warmup_steps(self._executor):
             self._run_and_wait(step)
 
@@ -160,6 +158,12 @@ class CudaRunner:
         except RuntimeError as device_error:
             return DeviceError(f"the GPU failed: {_first_line(device_error)}")
         return error
+
+    def _allocate_kv(self, num_blocks: int) -> None:
+        # Not on the steps' stream: there it would be carved out of the activations' cached memory,
+        # which the next step would have to take anew.
+        self._executor.allocate_kv(num_blocks)
+        torch.cuda.synchronize(self._executor.device)
 
     def _run_and_wait(self, step: Step) -> None:
         with torch.cuda.stream(self._stream):
