@@ -8,7 +8,8 @@
 # exit code is the number of parts that failed. A line of a log that begins with "= " is a figure:
 # the last lines of the output are a table of the parts, the tests that failed, and those figures.
 #
-#   OUT                    folder of the logs, junit files and JSON (default: a new temporary one)
+#   OUT                    where summary.txt and logs.tgz (logs, junit files, JSON) are left
+#                          (default: a new temporary folder)
 #   PYSERVE_CHECK_DIR      models and compiled code, kept for the next run (default: in TMPDIR)
 #   PYSERVE_CHECK_LIMIT_S  seconds for all parts together (default 470)
 #   SOAK_S                 seconds of mixed load (default 60; 180 where soak is asked for by name)
@@ -22,6 +23,7 @@ export PYTHONUNBUFFERED=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYSERVE_CHECK_DIR=${PYSERVE_CHECK_DIR:-${TMPDIR:-/tmp}/pyserve-gpu-check}
 export OUT=${OUT:-$(mktemp -d "${TMPDIR:-/tmp}/pyserve-gpu-check-out.XXXXXX")}
+export LOGS=${LOGS:-$(mktemp -d "${TMPDIR:-/tmp}/pyserve-gpu-check-logs.XXXXXX")}
 export PYSERVE_CACHE=${PYSERVE_CACHE:-$PYSERVE_CHECK_DIR/cache}
 llama="$PYSERVE_CHECK_DIR/llama-3.1-8b"
 ptx80_cache="$PYSERVE_CHECK_DIR/cache-ptx80"
@@ -53,7 +55,7 @@ run_tests() {
   [ $# -gt 0 ] && shift
   for file in "${files[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
-    log="$OUT/$name-$(basename "$file" .py)"
+    log="$LOGS/$name-$(basename "$file" .py)"
     {
       timeout -k 5 "$limit" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider -W default \
         --timeout 100 --junitxml "$log.xml" "$@" "$file" >"$log.log" 2>&1
@@ -62,7 +64,7 @@ run_tests() {
   done
   wait
   for file in "${files[@]}"; do
-    log="$OUT/$name-$(basename "$file" .py)"
+    log="$LOGS/$name-$(basename "$file" .py)"
     code=$(cat "$log.code")
     log="$log.log"
     case $code in
@@ -109,11 +111,11 @@ part_memory() {  # each alone on the card: they measure speed, and all of the me
   return $failed
 }
 
-part_ops() { "$PYTHON" -m bench.ops --device cuda --json "$OUT/ops.json"; }
+part_ops() { "$PYTHON" -m bench.ops --device cuda --json "$LOGS/ops.json"; }
 
 part_logits() {
   "$PYTHON" -m bench.full_size --folder "$PYSERVE_CHECK_DIR" --keep llama-3.1-8b \
-    --json "$OUT/full_size.json"
+    --json "$LOGS/full_size.json"
 }
 
 ensure_llama() {
@@ -122,7 +124,7 @@ ensure_llama() {
 
 part_serve() {
   ensure_llama || return 1
-  "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$OUT" --json "$OUT/serve.json"
+  "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$LOGS" --json "$LOGS/serve.json"
 }
 
 part_faults() { run_tests faults 115 tests/gpu/test_server.py; }
@@ -130,7 +132,7 @@ part_faults() { run_tests faults 115 tests/gpu/test_server.py; }
 part_soak() {
   ensure_llama || return 1
   "$PYTHON" -m bench.soak --seconds "$SOAK_S" -c 64 --vocab-size 32000 --device-memory \
-    --max-growth-mib 64 --json "$OUT/soak.json" -- --model "$llama" --device cuda
+    --max-growth-mib 64 --json "$LOGS/soak.json" -- --model "$llama" --device cuda
 }
 
 sanitize_with() {  # one tool; only our kernels are watched
@@ -139,7 +141,7 @@ sanitize_with() {  # one tool; only our kernels are watched
   # Without torch's caching every tensor is an allocation of its own: a step over its end is seen.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 190 compute-sanitizer --tool "$tool" "${filter[@]}" \
     --error-exitcode 86 --print-limit 30 "$PYTHON" -m pytest -q -rfE --tb=short \
-    -p no:cacheprovider -W default --timeout 180 -m sanitize tests/gpu >"$OUT/sanitize-$tool.log" 2>&1
+    -p no:cacheprovider -W default --timeout 180 -m sanitize tests/gpu >"$LOGS/sanitize-$tool.log" 2>&1
 }
 
 part_sanitize() {
@@ -155,8 +157,8 @@ part_sanitize() {
     pids=("${pids[@]:1}")
     [ $code -eq 0 ] || failed=1
     grep -E '^(FAILED|ERROR) |^========= (Invalid|Error|Warning|Program hit|Uninit)' \
-      "$OUT/sanitize-$tool.log" | sort | uniq -c | head -n 8 | cut -c 1-160
-    echo "= $tool: exit code $code, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/sanitize-$tool.log" | tail -n 1 | tr -d '='), $(grep -E '[0-9]+ (passed|failed)' "$OUT/sanitize-$tool.log" | tail -n 1 | tr -d '=')"
+      "$LOGS/sanitize-$tool.log" | sort | uniq -c | head -n 8 | cut -c 1-160
+    echo "= $tool: exit code $code, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$LOGS/sanitize-$tool.log" | tail -n 1 | tr -d '='), $(grep -E '[0-9]+ (passed|failed)' "$LOGS/sanitize-$tool.log" | tail -n 1 | tr -d '=')"
   done
   return $failed
 }
@@ -203,7 +205,7 @@ for part in "${parts[@]}"; do
   [ "$limit" -le $left ] || limit=$left
   began=$SECONDS
   code=0
-  timeout -k 5 "$limit" bash "$self" --part "$part" >"$OUT/$part.log" 2>&1 || code=$?
+  timeout -k 5 "$limit" bash "$self" --part "$part" >"$LOGS/$part.log" 2>&1 || code=$?
   case $code in
     0) state=ok ;;
     124 | 137) state="TIMED OUT" ;;
@@ -211,14 +213,15 @@ for part in "${parts[@]}"; do
   esac
   [ $code -eq 0 ] || num_failed=$((num_failed + 1))
   rows+=("$(printf '%-9s %-12s %4d s' "$part" "$state" $((SECONDS - began)))")
+  tar -czf "$OUT/logs.tgz" -C "$LOGS" .  # now: the machine may take the script away
   echo "--- $part: $state, $((SECONDS - began)) s"
-  grep -E '^(FAILED|ERROR)' "$OUT/$part.log" | head -n 20
+  grep -E '^(FAILED|ERROR)' "$LOGS/$part.log" | head -n 20
   # Without a failed test to name, the log's end says why.
-  if [ $code -ne 0 ] && ! grep -qE '^(FAILED|ERROR) tests' "$OUT/$part.log"; then
-    tail -n 25 "$OUT/$part.log" | cut -c 1-240
+  if [ $code -ne 0 ] && ! grep -qE '^(FAILED|ERROR) tests' "$LOGS/$part.log"; then
+    tail -n 25 "$LOGS/$part.log" | cut -c 1-240
   fi
   if [ $code -ne 0 ] && { [ "$part" = build ] || [ "$part" = prepare ]; }; then
-    grep -nE 'error|Error' "$OUT/$part.log" | head -n 20 | cut -c 1-240
+    grep -nE 'error|Error' "$LOGS/$part.log" | head -n 20 | cut -c 1-240
     break  # nothing of the rest can run
   fi
 done
@@ -227,10 +230,10 @@ done
   printf '\n=== %s\n' "$(nvidia-smi --query-gpu=name,memory.used --format=csv,noheader 2>/dev/null)"
   printf '%s\n' "${rows[@]}"
   for part in "${parts[@]}"; do
-    [ -f "$OUT/$part.log" ] && grep -E '^(FAILED|ERROR)' "$OUT/$part.log"
+    [ -f "$LOGS/$part.log" ] && grep -E '^(FAILED|ERROR)' "$LOGS/$part.log"
   done | head -n 12 | cut -c 1-150
   for part in "${parts[@]}"; do
-    [ -f "$OUT/$part.log" ] && grep '^= ' "$OUT/$part.log"
+    [ -f "$LOGS/$part.log" ] && grep '^= ' "$LOGS/$part.log"
   done | cut -c 3-130 | head -n 38
 } | tee "$OUT/summary.txt"
 exit $num_failed
