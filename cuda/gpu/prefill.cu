@@ -281,8 +281,8 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geome
   }
 }
 
-// The item's keys from the last step to the first. False where the row is padding: it is so in all
-// items of the tile.
+// The item's keys from the last step to the first; leaves the item in shared memory. False where
+// the row is padding: it is so in all items of the tile.
 template <class C>
 __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index, int kv_head,
                                        unsigned char* smem, Accumulator<C>& acc) {
@@ -301,6 +301,7 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
     positions[row] = has_work ? g.context + packed / g.group : -1;
   }
   positions += warp_row;
+  if (threadIdx.x == 0) *reinterpret_cast<AttentionItem*>(smem + C::kItemOffset) = item;
   const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
   const uint32_t query_lane = row_major_lane<C>(base + warp_row * C::kRowBytes);
   const uint32_t key_lane = column_major_lane<C>(base + C::kKeyOffset);
@@ -378,8 +379,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
   clear(acc);
   if (!attend<C>(p, item_index, kv_head, smem, acc)) return;
 
-  // Loaded again: kept, it would take registers that the loop needs.
-  const AttentionItem item = load_item(p, item_index);
+  // Both made again: kept, they would take registers that the loop needs.
+  const AttentionItem item = *reinterpret_cast<const AttentionItem*>(smem + C::kItemOffset);
   const Geometry g = make_geometry(p, item, kv_head);
   const int warp = threadIdx.x / kWarpSize;
   const int warp_row = warp * C::kWarpRows;

@@ -29,13 +29,14 @@ struct Config {
   static constexpr bool kQueryInRegisters = kFragments * kHeadDim <= 128;
   static constexpr int kRowBytes = kHeadDim * sizeof(T);
   static constexpr int kTileBytes = kKeys * kRowBytes;
-  // Shared memory: Q, the K and the V ring, row addresses, query positions, a flag.
+  // Shared memory: Q, the K and the V ring, row addresses, query positions, a flag, the item.
   static constexpr int kKeyOffset = kPrefillRows * kRowBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kTileBytes;
   static constexpr int kAddressOffset = kValueOffset + kStages * kTileBytes;
   static constexpr int kPositionOffset = kAddressOffset + kStages * 2 * kKeys * sizeof(int64_t);
   static constexpr int kFlagOffset = kPositionOffset + kPrefillRows * sizeof(int32_t);
-  static constexpr int kSmemBytes = kFlagOffset + 16;
+  static constexpr int kItemOffset = kFlagOffset + 16;
+  static constexpr int kSmemBytes = kItemOffset + sizeof(AttentionItem);
   static_assert(kSmemBytes <= 99 * 1024);
   static_assert(kKvTile % kKeys == 0 && kThreads >= kPrefillRows && kThreads >= 2 * kKeys);
 };
