@@ -49,7 +49,7 @@ limit_of() {
 # pytest on each given file in a process of its own, 4 at a time: a CUDA error ends its file only.
 # run_tests NAME SECONDS_PER_FILE FILES... -- PYTEST_ARGS...
 run_tests() {
-  local name=$1 limit=$2 file files=() failed=0 code log
+  local name=$1 limit=$2 file files=() failed=0 passed=0 code log words
   shift 2
   while [ $# -gt 0 ] && [ "$1" != -- ]; do files+=("$1") && shift; done
   [ $# -gt 0 ] && shift
@@ -77,8 +77,12 @@ run_tests() {
     if [ "$code" -ne 0 ] && [ "$code" -ne 5 ] && ! grep -qE '^(FAILED|ERROR) ' "$log"; then
       echo "FAILED $file: exit code $code: $(grep -v '^ *$' "$log" | tail -n 1 | cut -c 1-120)"
     fi
-    echo "= ${file#tests/gpu/}: $(grep -E ' in [0-9.]+s' "$log" | tail -n 1 | tr -d '=')"
+    words=$(grep -E ' in [0-9.]+s' "$log" | tail -n 1 | tr -d '=')
+    [[ $words =~ ([0-9]+)\ passed ]] && passed=$((passed + BASH_REMATCH[1]))
+    echo "${file#tests/gpu/}: $words"
+    [ "$code" -eq 0 ] || echo "= ${file#tests/gpu/}: exit code $code, $words"
   done
+  echo "= $name: $passed tests passed in ${#files[@]} files"
   return $failed
 }
 
@@ -111,7 +115,14 @@ part_memory() {  # each alone on the card: they measure speed, and all of the me
   return $failed
 }
 
-part_ops() { "$PYTHON" -m bench.ops --device cuda --json "$LOGS/ops.json"; }
+part_ops() {  # a process per group: a CUDA error ends its own only
+  local group failed=0
+  for group in norm,rope,activation,plan,linear attention sample; do
+    "$PYTHON" -m bench.ops --device cuda --only "$group" --json "$LOGS/ops-${group%%,*}.json" ||
+      failed=1
+  done
+  return $failed
+}
 
 part_logits() {
   "$PYTHON" -m bench.full_size --folder "$PYSERVE_CHECK_DIR" --keep llama-3.1-8b \

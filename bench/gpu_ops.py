@@ -44,6 +44,17 @@ MATRICES = {
 }  # fmt: skip
 ROWS = (8192, 64, 1)
 DECODES = ((8, 32768), (16, 4096), (64, 1024), (256, 512), (1, 1024))
+PREFILLS = {
+    "prefill 8192": [(8192, 8192)],
+    "prefill 512 on 32768": [(512, 32768)],
+    "prefill 8 x 1024": [(1024, 1024)] * 8,
+    "mixed: 512 of 4096, 64 x 1024": [(512, 4096)] + [(1, 1024)] * 64,
+}
+TARGETS = {
+    "decode 8 x 32768": ("%", 80.0),
+    "decode 16 x 4096": ("%", 65.0),
+    "prefill 8192": ("TFLOP/s", 250.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,15 +287,9 @@ def attention_case(
 
 
 def attention_cases() -> Iterator[Case]:
-    targets = {(8, 32768): ("%", 80.0), (16, 4096): ("%", 65.0)}
-    for batch, length in DECODES:
-        yield attention_case(
-            f"decode {batch} x {length}", [(1, length)] * batch, targets.get((batch, length))
-        )
-    yield attention_case("prefill 8192", [(8192, 8192)], ("TFLOP/s", 250.0))
-    yield attention_case("prefill 512 on 32768", [(512, 32768)], None)
-    yield attention_case("prefill 8 x 1024", [(1024, 1024)] * 8, None)
-    yield attention_case("mixed: 512 of 4096, 64 x 1024", [(512, 4096)] + [(1, 1024)] * 64, None)
+    loads = {f"decode {batch} x {length}": [(1, length)] * batch for batch, length in DECODES}
+    for load, rows in {**loads, **PREFILLS}.items():
+        yield attention_case(load, rows, TARGETS.get(load))
 
 
 SAMPLERS: dict[str, dict[int, float]] = {
@@ -336,10 +341,8 @@ def _slots(num_slots: int, words: dict[int, float]) -> Tensor:
 
 def plan_cases() -> Iterator[Case]:
     """Each step sets its slots again, so that it can be run any number of times."""
-    for load, query_lens in (
-        ("256 rows of 1 token", [1] * 256),
-        ("8192 tokens, 8 rows", [1024] * 8),
-    ):
+    loads = {"256 rows of 1 token": [1] * 256, "8192 tokens, 8 rows": [1024] * 8}
+    for load, query_lens in loads.items():
         num_rows, num_tokens = len(query_lens), sum(query_lens)
         buffer = np.zeros(2 * num_tokens + 64 * num_rows + 64, dtype=np.int32)
         ids = list(range(num_rows))
@@ -406,7 +409,7 @@ def verdict(case: Case, figures: dict[str, Any]) -> str | None:
 
 
 def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Measure and print; an op that raises is named, and ends its group only."""
+    """Measure and print; an op that raises is named in "errors", and ends its group only."""
     torch.manual_seed(0)
     ceilings = measure_ceilings(4 * seconds)
     line = (
@@ -415,6 +418,7 @@ def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
     )
     print(f"= {line}", flush=True)
     results: list[dict[str, Any]] = []
+    errors: list[str] = []
     for name, cases in GROUPS.items():
         if not any(part in name for part in only):
             continue
@@ -438,12 +442,24 @@ def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
         except (RuntimeError, NotImplementedError, TypeError) as error:
             print(f"FAILED {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             results.append({"op": name, "error": str(error)})
+            errors.append(name)
         print(f"\n{format_table(rows)}")
         for text in filter(None, verdicts):
             print(text, flush=True)
-        torch.cuda.empty_cache()
+        if is_lost():
+            print("FAILED: the card takes no more work in this process")
+            break
     print_crossing(results)
-    return {"ceilings": asdict(ceilings), "results": results}
+    return {"ceilings": asdict(ceilings), "results": results, "errors": errors}
+
+
+def is_lost() -> bool:
+    """True after a CUDA error, of which a process never recovers; frees what is only kept."""
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
 
 
 def print_crossing(results: Sequence[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import argparse
 import os
 import statistics
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -364,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device == "cuda":
         figures = gpu_ops.run(args.only, args.seconds)
         write_json(args.json, {**figures, **environment(["torch"])})
-        return
+        sys.exit(1 if figures["errors"] else 0)
     machine = Cpu(args.seconds)
     gflops = {dtype: gemm_gflops(machine, dtype) for dtype in DTYPES.values()}
     print(busy_remark(), end="")

@@ -97,3 +97,43 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         pass
     assert main(["--url", url, "--streams", "2"]) == 1
     assert "cannot connect" in capsys.readouterr().err
+
+
+def test_a_soak_of_so_many_seconds(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    flags = ["--seconds", "1", "-n", "10000000", "--json", str(out)]
+    assert soak_on(StubConfig(delay_s=0.002), *flags) == 0
+    result = json.loads(out.read_text())["result"]
+    assert 1.0 <= result["wall_s"] < 10.0 and result["num_complete"] > 10
+
+
+@pytest.mark.parametrize(
+    ("allocations", "mib", "problem"),
+    [
+        ([7] * 6, [1000, 1001, 1000, 1002, 1001, 1002], None),
+        ([7, 7, 8, 8, 8, 8], [1000] * 6, "FAILED 1 device allocations after ready"),
+        ([7] * 6, [1000, 1000, 1000, 1064, 1064, 1064], "FAILED GPU memory in use went from 1000"),
+    ],
+)
+def test_the_device_is_watched(
+    allocations: list[int],
+    mib: list[int],
+    problem: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    readings = iter(zip(allocations, mib, strict=True))
+
+    async def read_device(endpoint: object) -> tuple[int, int]:
+        return next(readings)
+
+    monkeypatch.setattr("bench.soak.read_device", read_device)
+    assert soak_on(StubConfig(), "--device-memory") == (problem is not None)
+    printed = capsys.readouterr().out
+    assert "device allocations: 7 7 " in printed
+    assert problem is None or problem in printed
+
+
+def test_a_server_that_does_not_count_allocations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert soak_on(StubConfig(), "--device-memory") == 1
+    assert "/metrics has no pyserve:device_allocations" in capsys.readouterr().err

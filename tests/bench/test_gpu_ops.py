@@ -1,0 +1,73 @@
+"""bench.gpu_ops on sizes that take no time, on a CPU: its calls are legal, its verdicts right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from bench import gpu_ops
+from pyserve import ops
+from pyserve.ops import build, fakes
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sizes, the clock, and what only a card has; returns the ops that plan_attention stood for."""
+    build.load_native(allow_reference=False, progress=print)
+    sizes = {
+        "DEVICE": torch.device("cpu"), "ROTATED_BYTES": 1, "COPY_BYTES": 1000, "GEMM_SIZE": 16,
+        "VOCAB_SIZE": 100, "HIDDEN": 64, "INTERMEDIATE": 96, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
+        "HEAD_DIM": 16, "MATRICES": {"o": (32, 64)}, "ROWS": (6, 1), "DECODES": ((2, 33),),
+        "PREFILLS": {"prefill 40": [(40, 40)]},
+    }  # fmt: skip
+    for name, value in sizes.items():
+        monkeypatch.setattr(gpu_ops, name, value)
+    planned: list[str] = []
+    monkeypatch.setattr(ops, "plan_attention", lambda *args, **kwargs: planned.append("attention"))
+
+    def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> gpu_ops.Timing:
+        for run in sets:
+            run()
+        return gpu_ops.Timing(us=2.0, spread_us=0.1, is_graph=True)
+
+    monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
+    return planned
+
+
+def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    results = gpu_ops.run([""], 0.0)["results"]
+    printed = capsys.readouterr().out
+    assert "FAILED" not in printed
+    names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
+    assert {result["op"] for result in results} == {*names, "cuBLAS"}
+    assert tiny
+    for result in results:
+        assert result["ratio"] == pytest.approx(100 / result["percent"])
+        assert result["floor_us"] > 0
+    assert "= linear o, us of ours / cuBLAS by rows: 1: 2.0/2.0, 2: 2.0/2.0" in printed
+
+
+def test_an_op_that_fails_is_named_and_the_others_measured(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no kernel\nbelow")
+
+    monkeypatch.setattr(ops, "silu_mul", broken)
+    results = gpu_ops.run(["norm", "activation", "plan"], 0.0)["results"]
+    assert "FAILED activation: RuntimeError: no kernel\n" in capsys.readouterr().out
+    assert {r["op"] for r in results} > {"rms_norm", "plan_step"}
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [(("%", 80.0), True), (("%", 90.0), False), (("us", 300.0), True), (("us", 9.0), False),
+     (("TFLOP/s", 0.1), False)],
+)  # fmt: skip
+def test_a_target_is_met_or_missed(target: tuple[str, float], met: bool) -> None:
+    case = gpu_ops.Case("norm", "8192 x 4096", [], num_bytes=85, target=target)
+    figures = {"percent": 85.0, "tflops": 0.0, "us": 10.0}
+    line = gpu_ops.verdict(case, figures)
+    assert line is not None and line.endswith("met" if met else "MISSED")

@@ -1,0 +1,96 @@
+"""bench.gpu_serve against the stub: the load it sends, its table, its failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_serve
+from bench.server_process import StartTimes
+from bench.stub import StubConfig, running_stub
+
+
+@dataclass
+class Started:
+    """Stands for a server process."""
+
+    url: str
+    pid: int
+    log: Path
+
+    def wait_ready(self, timeout_s: float) -> StartTimes:
+        return StartTimes(ready_s=1.5, phases={"load": 0.5, "ready": 1.5})
+
+
+@pytest.fixture
+def stub(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """The flags that the server was started with; the stub behaves as the test's parameter says."""
+    given: list[str] = []
+
+    @contextmanager
+    def running_server(flags: list[str]) -> Iterator[Started]:
+        given.extend(flags)
+        (tmp_path / "log").write_text("a line of the server\n")
+        with running_stub(request.param) as (url, _):
+            yield Started(url, os.getpid(), tmp_path / "log")
+
+    monkeypatch.setattr(gpu_serve, "running_server", running_server)
+    return given
+
+
+def run(tmp_path: Path, *flags: str) -> int:
+    out = ["--out", str(tmp_path), "--json", str(tmp_path / "all.json")]
+    return gpu_serve.main(["--model", "/some/model", *out, *flags])
+
+
+@pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
+def test_a_row_for_each_load(
+    stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--loads", "128/512x1", "16/4x3", "--", "--device", "cuda") == 0
+    assert stub == ["--model", "/some/model", "--max-model-len", "16384", "--device", "cuda"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3  # the header too
+    assert rows[1].startswith("| 128/512, 1 |") and "| 205, 13.1, 4.86 | TPOT 3.57 ms |" in rows[1]
+    assert rows[2].startswith("| 16/4, 3 |") and rows[2].endswith("|  |  |")
+    sent = json.loads((tmp_path / "serve-128-512-1.json").read_text())["config"]
+    assert sent["num_requests"] == 3 and sent["ignore_eos"] and sent["temperature"] == 0.0
+    assert not sent["is_chat"] and not sent["is_text"] and sent["request_rate"] is None
+    assert json.loads((tmp_path / "serve-16-4-3.json").read_text())["config"]["num_requests"] == 6
+    assert len(json.loads((tmp_path / "all.json").read_text())["results"]) == 2
+
+
+@pytest.mark.parametrize("stub", [StubConfig(fail_every=4)], indirect=True)
+def test_failed_requests_fail_the_run(
+    stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--loads", "8/4x4") == 1
+    assert "FAILED 8/4, 4: " in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = gpu_serve.running_server
+    monkeypatch.setattr(
+        gpu_serve,
+        "running_server",
+        lambda flags: real(flags, command=(sys.executable, "-c", "raise SystemExit('no card')")),
+    )
+    assert run(tmp_path) == 1
+    assert "FAILED the server ended with exit code 1" in capsys.readouterr().out
+
+
+def test_a_load_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_serve.main(["--model", "x", "--loads", "128x512"])
+    assert "want IN/OUTxCONCURRENCY" in capsys.readouterr().err
