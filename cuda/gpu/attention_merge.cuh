@@ -15,17 +15,16 @@ namespace pyserve::gpu {
 // their writes of acc and stats. `flag` is one word of shared memory that nobody else uses
 // until the block's next __syncthreads().
 __device__ __forceinline__ bool arrives_last(int32_t* arrivals, int num_splits, int32_t* flag) {
-  __threadfence();  // each thread's writes are seen before its block's arrival
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier: orders the whole block's writes before its arrival
     const bool last = atomicAdd(arrivals, 1) == num_splits - 1;
     if (last) *arrivals = 0;  // for the next launch: nobody else arrives in this one
+    __threadfence();
     *flag = last;
   }
   __syncthreads();
-  const bool last = *flag != 0;
-  if (last) __threadfence();
-  return last;
+  return *flag != 0;
 }
 
 // One packed row of the merged result, rounded to T; called by whole warps. Rows that see no key in
@@ -38,7 +37,8 @@ __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int
   static_assert(kPerLane == 2 || kPerLane == 4);
   const int lane = threadIdx.x % kWarpSize;
   const int64_t step = static_cast<int64_t>(num_kv_heads) * kRows;  // rows from split to split
-  const int64_t begin = (static_cast<int64_t>(first_partial) * num_kv_heads + kv_head) * kRows + row;
+  const int64_t begin =
+      (static_cast<int64_t>(first_partial) * num_kv_heads + kv_head) * kRows + row;
   const float* acc = partials.acc + begin * kHeadDim + lane * kPerLane;
   const float* stats = partials.stats + begin * 2;
 
@@ -56,8 +56,7 @@ __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int
   for (int base = 0; base < num_splits; base += kWarpSize) {
     float factor = 0.0f, part = 0.0f;
     if (base + lane < num_splits) {
-      const float2 mine =
-          __ldcg(reinterpret_cast<const float2*>(stats + (base + lane) * step * 2));
+      const float2 mine = __ldcg(reinterpret_cast<const float2*>(stats + (base + lane) * step * 2));
       factor = exp2_approx(mine.x - largest);
       part = factor * mine.y;
     }

@@ -23,7 +23,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads >= kMaxDecodeRanges);  // a thread for each range
-constexpr int kBuckets = 256;        // of prefill items by length
+constexpr int kBuckets = 256;                 // of prefill items by length
 constexpr int kMinPrefillChunk = 8;  // KV tiles: shorter parts cost more to merge than they save
 
 constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
@@ -171,8 +171,8 @@ struct DecodeRow {
 };
 
 __device__ void write_decode_row(const Plan& plan, const Line& line, Shared& shared,
-                                 const DecodeRow& row, int row_index, int num_items,
-                                 int first_item, int first_partial) {
+                                 const DecodeRow& row, int row_index, int num_items, int first_item,
+                                 int first_partial) {
   int split = 0;
   for (int range = row.first_range; range <= row.last_range; ++range) {
     const int begin = row.cut(plan, line, range), end = row.cut(plan, line, range + 1);
@@ -254,8 +254,8 @@ __device__ void for_each_query_tile(const Plan& plan, Shared& shared, Fn&& fn) {
   const int thread = threadIdx.x;
   for (int base = 0; base < plan.p.num_rows; base += kThreads) {
     int64_t total;
-    const int64_t before = block_exclusive_sum(
-        shared, num_query_tiles(plan, row_at(plan, base + thread)), total);
+    const int64_t before =
+        block_exclusive_sum(shared, num_query_tiles(plan, row_at(plan, base + thread)), total);
     shared.row_tiles[thread] = static_cast<int>(before);
     if (thread == 0) shared.row_tiles[kThreads] = static_cast<int>(total);
     __syncthreads();
@@ -297,12 +297,11 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
   int chunk = longest;  // KV tiles of an item, at most
   if (num_tiles < plan.num_chunks) {
     int64_t kv_tiles = 0;
-    for_each_query_tile(plan, shared, [&](int, int, const QueryTile& tile) {
-      kv_tiles += tile.num_kv_tiles;
-    });
+    for_each_query_tile(plan, shared,
+                        [&](int, int, const QueryTile& tile) { kv_tiles += tile.num_kv_tiles; });
     kv_tiles = block_sum(shared, kv_tiles);
-    chunk = max(kMinPrefillChunk, static_cast<int>((kv_tiles + plan.num_chunks - 1) /
-                                                   plan.num_chunks));
+    chunk =
+        max(kMinPrefillChunk, static_cast<int>((kv_tiles + plan.num_chunks - 1) / plan.num_chunks));
   }
   __syncthreads();
 
@@ -329,8 +328,7 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
       item.row = row;
       item.query_tile = index;
       item.kv_begin =
-          tile.kv_begin +
-          static_cast<int>(int64_t{tile.num_kv_tiles} * split / splits) * kKvTile;
+          tile.kv_begin + static_cast<int>(int64_t{tile.num_kv_tiles} * split / splits) * kKvTile;
       item.kv_end = min(tile.kv_end, tile.kv_begin + static_cast<int>(int64_t{tile.num_kv_tiles} *
                                                                       (split + 1) / splits) *
                                                          kKvTile);

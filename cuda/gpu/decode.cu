@@ -4,12 +4,13 @@
 // A CTA of 4 warps works through the items of one range of the plan for one KV head. Of each tile
 // of 64 keys a warp owns 16: it copies, scores and sums them by itself, with its own running
 // maximum, so that the tile loop has no block-wide barrier; the four results are put together at
-// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across items
-// too, keys and values in groups of their own: values may land while keys are being scored. Scores
-// and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to the
-// operand of the second without leaving registers (Dao 2023, FlashAttention-2).
+// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
+// items too, keys and values in groups of their own: values may land while keys are being scored.
+// Scores and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to
+// the operand of the second without leaving registers (Dao 2023, FlashAttention-2).
 // Keys that no query of the row may see are never read: zeros stand in for them, and where a tile
 // holds any, scores are masked.
+//
 // Floor: bytes, sum(visible keys) * num_kv_heads * 2 * head_dim * 2 at the memory's rate.
 #include <cuda_runtime.h>
 
@@ -17,28 +18,17 @@
 
 #include "gpu/attention.h"
 #include "gpu/attention_merge.cuh"
+#include "gpu/decode_loader.cuh"
 #include "gpu/launch.cuh"
 #include "gpu/ptx.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpKeys = kKvTile / kWarps;  // one k16 step of the second product
-constexpr int kMergeColumns = 64;            // of head_dim, merged over the warps at a time
-constexpr int kChunk = 8;                    // elements of a 16-byte copy
+using namespace decode;
+
+constexpr int kMergeColumns = 64;  // of head_dim, merged over the warps at a time
 constexpr float kLog2E = 1.4426950408889634f;
-
-static_assert(kWarpKeys == 16 && kDecodeRows == 16);
-
-struct Decode {
-  AttentionParams p;
-  AttentionPartials partials;
-  int group;
-  int items_offset;  // in p.work
-  float scale_log2;  // softmax_scale * log2(e)
-};
 
 // Shared memory after the stages.
 struct MergeArea {
@@ -47,128 +37,8 @@ struct MergeArea {
   int32_t flag;
 };
 
-// An item and its row, the same in all threads.
-struct Work {
-  AttentionItem item;
-  int slot, first_query, query_len, seq_len;
-  int first_visible;  // key, of the row's first query
-
-  __device__ Work(const Decode& d, int index) {
-    const int4* words = reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
-    const int4 head = words[0], tail = words[1];
-    item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
-    slot = d.p.row_slots[item.row];
-    first_query = d.p.cu_seqlens_q[item.row];
-    query_len = d.p.cu_seqlens_q[item.row + 1] - first_query;
-    seq_len = d.p.seq_lens[item.row];
-    first_visible = d.p.window > 0 ? max(0, seq_len - query_len - d.p.window + 1) : 0;
-    // What would be out of bounds, or a plan of other rows, ends here.
-    if (slot >= d.p.num_slots || first_query < 0 || query_len <= 0 ||
-        query_len * d.group > kDecodeRows || first_query > d.p.num_tokens - query_len ||
-        item.kv_end > seq_len ||
-        (item.kv_end - 1) >> d.p.block_size_log2 >= d.p.max_blocks_per_seq) {
-      __trap();
-    }
-  }
-};
-
-template <class T, int kHeadDim, int kStages>
-struct Layout {
-  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
-  static constexpr int kPartBytes = kWarpKeys * kRowBytes;  // one warp's keys, or values, of a tile
-  static constexpr int kStageBytes = 2 * kPartBytes;
-  static constexpr int kWarpBytes = kStages * kStageBytes;
-  static constexpr int kCacheBytes = kWarps * kWarpBytes;
-  static constexpr int kSmemBytes = kCacheBytes + static_cast<int>(sizeof(MergeArea));
-};
-
-// Copies one warp's part of tile after tile, through the items of its CTA.
-template <class T, int kHeadDim, int kStages>
-class Loader {
-  using L = Layout<T, kHeadDim, kStages>;
-  static constexpr int kChunksPerRow = kHeadDim / kChunk;
-  static constexpr int kRowsPerCopy = kWarpSize / kChunksPerRow;
-  static constexpr int kCopies = kWarpKeys / kRowsPerCopy;
-
- public:
-  __device__ Loader(const Decode& d, int kv_head, int first_item, int last_item)
-      : d_(d),
-        keys_(static_cast<const T*>(d.p.key_cache) + kv_head * d.p.key_head_stride),
-        values_(static_cast<const T*>(d.p.value_cache) + kv_head * d.p.value_head_stride),
-        next_item_(first_item),
-        last_item_(last_item) {
-    const int lane = threadIdx.x % kWarpSize, row = lane / kChunksPerRow;
-    keys_ += lane % kChunksPerRow * kChunk;
-    values_ += lane % kChunksPerRow * kChunk;
-    first_key_ = threadIdx.x / kWarpSize * kWarpKeys;
-    copy_row_ = row;
-    begin_item();
-  }
-
-  // Starts the copies of the next tile into a stage of this warp, as two groups; empty ones when
-  // all is copied.
-  __device__ void issue(uint32_t stage) {
-    if (tile_ >= kv_end_) begin_item();
-    if (tile_ < kv_end_) {
-      if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
-      copy(stage, keys_, d_.p.key_block_stride, d_.p.key_token_stride);
-      cp_async_commit();
-      copy(stage + L::kPartBytes, values_, d_.p.value_block_stride, d_.p.value_token_stride);
-      cp_async_commit();
-      tile_ += kKvTile;
-      look_up();
-    } else {
-      cp_async_commit();
-      cp_async_commit();
-    }
-  }
-
- private:
-  __device__ void begin_item() {
-    if (next_item_ >= last_item_) return;
-    const Work work(d_, next_item_++);
-    tile_ = work.item.kv_begin;
-    kv_end_ = work.item.kv_end;
-    // A padded row has no blocks: nothing of it is visible.
-    first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
-    blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
-    look_up();
-  }
-
-  __device__ bool is_visible(int key) const { return key >= first_visible_ && key < kv_end_; }
-
-  // Reads ahead: each lane the block of one key of the tile that is copied next.
-  __device__ void look_up() {
-    const int key = tile_ + first_key_ + threadIdx.x % kWarpKeys;
-    block_ = is_visible(key) ? blocks_[key >> d_.p.block_size_log2] : 0;
-  }
-
-  __device__ void copy(uint32_t destination, const T* source, int64_t block_stride,
-                       int64_t token_stride) const {
-    const int lane = threadIdx.x % kWarpSize, chunk = lane % kChunksPerRow;
-    const int mask = (1 << d_.p.block_size_log2) - 1;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int row = i * kRowsPerCopy + copy_row_;
-      const int64_t block = __shfl_sync(kFullMask, block_, row);
-      const int key = tile_ + first_key_ + row;
-      cp_async_16(destination + row * L::kRowBytes + (chunk ^ (row % 8)) * 16,
-                  source + block * block_stride + (key & mask) * token_stride, is_visible(key));
-    }
-  }
-
-  const Decode& d_;
-  const T* keys_;  // of the KV head, at this lane's chunk
-  const T* values_;
-  const int32_t* blocks_ = nullptr;
-  int next_item_, last_item_;
-  int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // of the current item
-  int first_key_, copy_row_;
-  int block_ = 0;
-};
-
-// Address of a 16-byte chunk in a swizzled row, given that of chunk `first` (as swizzled) of it,
-// for even `chunk`: the three low bits of the chunk are XORed with the row.
+// Address of chunk `first + chunk` of a swizzled row, for even `chunk`, given that of chunk
+// `first`, which is 0 or 1.
 __device__ __forceinline__ uint32_t at_chunk(uint32_t row_address, int chunk) {
   return (row_address ^ ((chunk & 6) * 16)) + (chunk & ~7) * 16;
 }
@@ -274,8 +144,7 @@ struct Rows {
   __device__ void add(const uint32_t (&weights)[4], uint32_t values) {
     constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
     const int lane = threadIdx.x % kWarpSize;
-    const uint32_t address =
-        values + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
+    const uint32_t address = values + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int i = 0; i < kTiles; i += 2) {
       uint32_t b[4];
@@ -319,7 +188,8 @@ __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, k
     for (int i = 0; i < kMergeColumns / 8; ++i) {
       const float(&value)[4] = rows.acc[begin / 8 + i];
       const int column = (i * 8 + lane % 4 * 2) ^ (lane / 4 % 4 * 8);
-      *reinterpret_cast<float2*>(&area.acc[warp][lane / 4][column]) = make_float2(value[0], value[1]);
+      *reinterpret_cast<float2*>(&area.acc[warp][lane / 4][column]) =
+          make_float2(value[0], value[1]);
       *reinterpret_cast<float2*>(&area.acc[warp][lane / 4 + 8][column]) =
           make_float2(value[2], value[3]);
     }
@@ -372,7 +242,8 @@ __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, k
   }
   if (!is_split) return;
   const int first = work.item.partial - work.item.split;
-  int32_t* arrivals = d.partials.arrivals + static_cast<int64_t>(first) * d.p.num_kv_heads + kv_head;
+  int32_t* arrivals =
+      d.partials.arrivals + static_cast<int64_t>(first) * d.p.num_kv_heads + kv_head;
   if (!arrives_last(arrivals, work.item.num_splits, &area.flag) || work.slot < 0) return;
   for (int r = warp; r < num_rows; r += kWarps) {
     merge_row<T, kHeadDim, kDecodeRows>(d.partials, first, work.item.num_splits, kv_head,
@@ -389,30 +260,35 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   MergeArea& area = *reinterpret_cast<MergeArea*>(dynamic_smem + L::kCacheBytes);
   const uint32_t cache = smem_address(dynamic_smem) + warp * L::kWarpBytes;
 
-  if (d.p.work[kWorkNumDecodeRanges] != static_cast<int>(gridDim.y)) __trap();  // not planned for this device
+  if (d.p.work[kWorkNumDecodeRanges] != static_cast<int>(gridDim.y))
+    __trap();  // not planned for this device
   const int first_item = d.p.work[kDecodeStartsOffset + range];
   const int last_item = d.p.work[kDecodeStartsOffset + range + 1];
   if (first_item == last_item) return;
 
   Loader<T, kHeadDim, kStages> loader(d, kv_head, first_item, last_item);
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) loader.issue(cache + i * L::kStageBytes);
-  uint32_t read_stage = cache, write_stage = cache + (kStages - 1) * L::kStageBytes;
   const uint32_t end_stage = cache + L::kWarpBytes;
-
+  uint32_t write_stage = cache, read_stage = cache;
+  const auto after = [&](uint32_t stage) {
+    return stage + L::kStageBytes == end_stage ? cache : stage + L::kStageBytes;
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    loader.issue(write_stage);
+    write_stage = after(write_stage);
+  }
   Rows<T, kHeadDim> rows;
 #pragma unroll 1
   for (int index = first_item; index < last_item; ++index) {
     const Work work(d, index);
     rows.begin(d, work, kv_head);
-    // Tiles whose keys all queries of the row see need no mask.
-    const int unmasked_begin =
-        d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
+    // Keys that all queries of the row see need no mask.
+    const int unmasked_begin = d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
     const int unmasked_end = work.seq_len - work.query_len + 1;
 #pragma unroll 1
     for (int tile = work.item.kv_begin; tile < work.item.kv_end; tile += kKvTile) {
       loader.issue(write_stage);
-      write_stage = write_stage + L::kStageBytes == end_stage ? cache : write_stage + L::kStageBytes;
+      write_stage = after(write_stage);
 
       cp_async_wait<2 * kStages - 1>();
       __syncwarp();
@@ -429,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       __syncwarp();
       rows.add(weights, read_stage + L::kPartBytes);
       __syncwarp();  // the stage is read: the next copies may overwrite it
-      read_stage = read_stage + L::kStageBytes == end_stage ? cache : read_stage + L::kStageBytes;
+      read_stage = after(read_stage);
     }
     finish<T, kHeadDim>(d, work, kv_head, rows, area);
   }
@@ -438,7 +314,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 template <class T, int kHeadDim, int kStages>
 cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
   constexpr auto kKernel = decode_kernel<T, kHeadDim, kStages>;
-  constexpr int kSmemBytes = Layout<T, kHeadDim, kStages>::kSmemBytes;
+  constexpr int kSmemBytes =
+      Layout<T, kHeadDim, kStages>::kCacheBytes + static_cast<int>(sizeof(MergeArea));
   const cudaError_t error = allow_smem<kKernel, kSmemBytes>();
   if (error != cudaSuccess) return error;
   return launch(kKernel, grid, kThreads, kSmemBytes, stream, d);

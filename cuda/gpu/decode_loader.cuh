@@ -1,0 +1,159 @@
+// What decode.cu reads: items of the plan, and the copies of their keys and values.
+//
+// Each warp keeps a ring of stages of its own in shared memory, so that no barrier is needed
+// between copying and using. Rows of keys and values lie there as they are, but for the 16-byte
+// chunks of a row, whose number is XORed with the row's: ldmatrix then meets no bank conflict. Each
+// lane finds the address of one key (a block table entry, read a tile ahead) and hands it to those
+// that copy.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gpu/attention.h"
+#include "gpu/ptx.cuh"
+
+namespace pyserve::gpu::decode {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpKeys = kKvTile / kWarps;  // one k16 step of the second product
+constexpr int kChunk = 8;                    // elements of a 16-byte copy
+
+static_assert(kWarpKeys == 16 && kDecodeRows == 16);
+
+struct Decode {
+  AttentionParams p;
+  AttentionPartials partials;
+  int group;
+  int items_offset;  // in p.work
+  float scale_log2;  // softmax_scale * log2(e)
+};
+
+// An item and its row, the same in all threads.
+struct Work {
+  AttentionItem item;
+  int slot, first_query, query_len, seq_len;
+  int first_visible;  // key, of the row's first query
+
+  __device__ Work(const Decode& d, int index) {
+    const int4* words =
+        reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
+    const int4 head = words[0], tail = words[1];
+    item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
+    slot = d.p.row_slots[item.row];
+    first_query = d.p.cu_seqlens_q[item.row];
+    query_len = d.p.cu_seqlens_q[item.row + 1] - first_query;
+    seq_len = d.p.seq_lens[item.row];
+    first_visible = d.p.window > 0 ? max(0, seq_len - query_len - d.p.window + 1) : 0;
+    // What would be out of bounds, or a plan of other rows, ends here.
+    if (slot >= d.p.num_slots || first_query < 0 || query_len <= 0 ||
+        query_len * d.group > kDecodeRows || first_query > d.p.num_tokens - query_len ||
+        item.kv_end > seq_len ||
+        (item.kv_end - 1) >> d.p.block_size_log2 >= d.p.max_blocks_per_seq) {
+      __trap();
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kStages>
+struct Layout {
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+  static constexpr int kPartBytes = kWarpKeys * kRowBytes;  // one warp's keys, or values, of a tile
+  static constexpr int kStageBytes = 2 * kPartBytes;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kCacheBytes = kWarps * kWarpBytes;
+};
+
+// Copies one warp's part of tile after tile, through the items of its CTA.
+template <class T, int kHeadDim, int kStages>
+class Loader {
+  using L = Layout<T, kHeadDim, kStages>;
+  static constexpr int kChunksPerRow = kHeadDim / kChunk;
+  static constexpr int kRowsPerCopy = kWarpSize / kChunksPerRow;
+  static constexpr int kCopies = kWarpKeys / kRowsPerCopy;
+
+ public:
+  __device__ Loader(const Decode& d, int kv_head, int first_item, int last_item)
+      : d_(d),
+        keys_(static_cast<const T*>(d.p.key_cache) + kv_head * d.p.key_head_stride),
+        values_(static_cast<const T*>(d.p.value_cache) + kv_head * d.p.value_head_stride),
+        next_item_(first_item),
+        last_item_(last_item) {
+    const int lane = threadIdx.x % kWarpSize, chunk = lane % kChunksPerRow;
+    copy_row_ = lane / kChunksPerRow;
+    keys_ += chunk * kChunk;
+    values_ += chunk * kChunk;
+    destination_ = copy_row_ * L::kRowBytes + (chunk ^ copy_row_) * 16;
+  }
+
+  // Starts the copies of the next tile into a stage of this warp, as two groups; empty ones when
+  // all is copied.
+  __device__ void issue(uint32_t stage) {
+    if (tile_ >= kv_end_) begin_item();
+    if (tile_ < kv_end_) {
+      // Each lane finds one key; its row is copied by several.
+      if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
+      const int64_t block = block_, token = key() & ((1 << d_.p.block_size_log2) - 1);
+      const unsigned visible = __ballot_sync(kFullMask, is_visible(key())) >> copy_row_;
+      copy(stage, keys_, block * d_.p.key_block_stride + token * d_.p.key_token_stride, visible);
+      cp_async_commit();
+      copy(stage + L::kPartBytes, values_,
+           block * d_.p.value_block_stride + token * d_.p.value_token_stride, visible);
+      cp_async_commit();
+      tile_ += kKvTile;
+      look_up();
+    } else {
+      cp_async_commit();
+      cp_async_commit();
+    }
+  }
+
+ private:
+  __device__ void begin_item() {
+    if (next_item_ >= last_item_) return;
+    const Work work(d_, next_item_++);
+    tile_ = work.item.kv_begin;
+    kv_end_ = work.item.kv_end;
+    // A padded row has no blocks: nothing of it is visible.
+    first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
+    blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
+    look_up();
+  }
+
+  // The key of the next tile that this lane finds; lanes 16 apart have the same.
+  __device__ int key() const {
+    return tile_ + threadIdx.x / kWarpSize * kWarpKeys + threadIdx.x % kWarpKeys;
+  }
+
+  __device__ bool is_visible(int key) const { return key >= first_visible_ && key < kv_end_; }
+
+  // Reads ahead: the block of the next tile's key.
+  __device__ void look_up() {
+    block_ = is_visible(key()) ? blocks_[key() >> d_.p.block_size_log2] : 0;
+  }
+
+  __device__ void copy(uint32_t stage, const T* source, int64_t offset, unsigned visible) const {
+    stage += destination_;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = i * kRowsPerCopy;  // + copy_row_, which has other bits
+      const int64_t row_offset = __shfl_sync(kFullMask, offset, row + copy_row_);
+      cp_async_16((stage ^ (row % 8 * 16)) + row * L::kRowBytes, source + row_offset,
+                  (visible >> row & 1) != 0);
+    }
+  }
+
+  const Decode& d_;
+  const T* keys_;  // of the KV head, at this lane's chunk
+  const T* values_;
+  const int32_t* blocks_ = nullptr;
+  int next_item_, last_item_;
+  int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // of the current item
+  int block_ = 0;                                  // of key()
+  int copy_row_;                                   // row of a copy that this lane does a chunk of
+  uint32_t destination_;
+};
+
+}  // namespace pyserve::gpu::decode
