@@ -191,7 +191,7 @@ def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor)
 
     # Sums of weights are exact: at most 2^19 integers of at most 2^34, in float64.
     weights = quantized_exp((adjusted - largest) * (1.0 / temperature)).double()
-    survivors = torch.arange(len(adjusted))
+    survivors = torch.arange(len(adjusted), device=adjusted.device)
     top_k = int(slot[layout.SLOT_TOP_K])
     if top_k > 0:
         by_logit = torch.sort(adjusted, descending=True, stable=True).indices
