@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "gpu/attention.h"
 #include "gpu/launch.cuh"
@@ -120,10 +121,19 @@ __device__ void write_item(const Plan& plan, int64_t offset, int64_t index,
 
 // Where the tiles of decode rows lie in the line that is cut into ranges.
 struct Line {
-  int64_t total;
-  int num_ranges;
+  int64_t total, share;
+  int num_ranges, rest;  // total = share * num_ranges + rest
 
-  __device__ int64_t range_begin(int range) const { return range * total / num_ranges; }
+  __device__ Line(int64_t length, int ranges)
+      : total(length),
+        share(length / ranges),
+        num_ranges(ranges),
+        rest(static_cast<int>(length % ranges)) {}
+
+  // floor(range * total / num_ranges), without a 64-bit division.
+  __device__ int64_t range_begin(int range) const {
+    return range * share + range * rest / num_ranges;
+  }
   __device__ int range_of(int64_t position) const {
     return static_cast<int>(((position + 1) * num_ranges - 1) / total);
   }
@@ -133,12 +143,26 @@ struct DecodeRow {
   int kv_begin = 0, seq_len = 0, num_tiles = 0;
   int64_t at = 0;  // in the line
   int first_range = 0, last_range = -1;
+  int index = 0, num_items = 0, first_part = 0;  // the range of its first item
+  int first_item = 0, first_partial = 0;
 
-  __device__ DecodeRow(const Plan& plan, Row row) {
+  __device__ DecodeRow(const Plan& plan, int row_index) : index(row_index) {
+    const Row row = row_at(plan, row_index);
     if (row.is_empty() || !is_decode(plan, row)) return;
     kv_begin = first_key(plan, row.seq_len - row.query_len);
     seq_len = row.seq_len;
     num_tiles = divide_up(seq_len - kv_begin, kKvTile);
+  }
+
+  __device__ DecodeRow of_lane(int lane) const {
+    DecodeRow row = *this;
+    for (int* word :
+         {&row.kv_begin, &row.seq_len, &row.num_tiles, &row.first_range, &row.last_range,
+          &row.index, &row.num_items, &row.first_part, &row.first_item, &row.first_partial}) {
+      *word = __shfl_sync(kFullMask, *word, lane);
+    }
+    row.at = __shfl_sync(kFullMask, row.at, lane);
+    return row;
   }
 
   __device__ int64_t cost(const Plan& plan) const {
@@ -161,33 +185,48 @@ struct DecodeRow {
     return num_tiles - tile < plan.tuning.min_split ? num_tiles : static_cast<int>(tile);
   }
 
-  __device__ int num_items(const Plan& plan, const Line& line) const {
-    int count = 0;
-    for (int range = first_range; range <= last_range; ++range) {
-      count += cut(plan, line, range) < cut(plan, line, range + 1);
-    }
-    return count;
+  // A part of the row for each range, but for those cut away at its begin and at its end: cuts
+  // between are further apart than the shortest part.
+  __device__ void count_items(const Plan& plan, const Line& line) {
+    if (num_tiles == 0) return;
+    int last = last_range;
+    first_part = first_range;
+    while (first_part < last && cut(plan, line, first_part + 1) == 0) ++first_part;
+    while (last > first_part && cut(plan, line, last) == num_tiles) --last;
+    num_items = last - first_part + 1;
   }
 };
 
-__device__ void write_decode_row(const Plan& plan, const Line& line, Shared& shared,
-                                 const DecodeRow& row, int row_index, int num_items, int first_item,
-                                 int first_partial) {
-  int split = 0;
-  for (int range = row.first_range; range <= row.last_range; ++range) {
-    const int begin = row.cut(plan, line, range), end = row.cut(plan, line, range + 1);
-    if (begin >= end) continue;
-    AttentionItem item{};
-    item.row = row_index;
-    item.kv_begin = row.kv_begin + begin * kKvTile;
-    item.kv_end = end == row.num_tiles ? row.seq_len : row.kv_begin + end * kKvTile;
-    item.num_splits = num_items;
-    item.split = split;
-    item.first_item = first_item;
-    item.partial = num_items == 1 ? -1 : first_partial + split;
-    write_item(plan, plan.decode_items, first_item + split, item);
-    atomicAdd(&shared.range_items[range], 1);
-    ++split;
+constexpr int kFewItems = 4;  // of a row, that one thread writes by itself
+
+__device__ void write_part(const Plan& plan, const Line& line, Shared& shared, const DecodeRow& row,
+                           int split) {
+  const int range = row.first_part + split;
+  const int end = split == row.num_items - 1 ? row.num_tiles : row.cut(plan, line, range + 1);
+  AttentionItem item{};
+  item.row = row.index;
+  item.kv_begin = row.kv_begin + (split == 0 ? 0 : row.cut(plan, line, range)) * kKvTile;
+  item.kv_end = end == row.num_tiles ? row.seq_len : row.kv_begin + end * kKvTile;
+  item.num_splits = row.num_items;
+  item.split = split;
+  item.first_item = row.first_item;
+  item.partial = row.num_items == 1 ? -1 : row.first_partial + split;
+  write_item(plan, plan.decode_items, row.first_item + split, item);
+  atomicAdd(&shared.range_items[range], 1);
+}
+
+// Writes the items of each lane's row; long rows are written by the whole warp.
+__device__ void write_parts(const Plan& plan, const Line& line, Shared& shared,
+                            const DecodeRow& row) {
+  if (row.num_items <= kFewItems) {
+    for (int split = 0; split < row.num_items; ++split) write_part(plan, line, shared, row, split);
+  }
+  unsigned lanes = __ballot_sync(kFullMask, row.num_items > kFewItems);
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const DecodeRow theirs = row.of_lane(__ffs(lanes) - 1);
+    for (int split = threadIdx.x % kWarpSize; split < theirs.num_items; split += kWarpSize) {
+      write_part(plan, line, shared, theirs, split);
+    }
   }
 }
 
@@ -197,27 +236,27 @@ __device__ int plan_decode(const Plan& plan, Shared& shared) {
   shared.range_items[thread] = 0;
   int64_t cost = 0;
   for (int row = thread; row < plan.p.num_rows; row += kThreads) {
-    cost += DecodeRow(plan, row_at(plan, row)).cost(plan);
+    cost += DecodeRow(plan, row).cost(plan);
   }
   const int64_t total = block_sum(shared, cost);
   const int64_t wanted = total / plan.tuning.min_split;
-  const Line line{total, wanted < 1                 ? 1
+  const Line line(total, wanted < 1                 ? 1
                          : wanted < plan.num_ranges ? static_cast<int>(wanted)
-                                                    : plan.num_ranges};
+                                                    : plan.num_ranges);
   int64_t position = 0, num_items = 0, num_partials = 0;
   for (int base = 0; base < plan.p.num_rows && total > 0; base += kThreads) {
-    DecodeRow row(plan, row_at(plan, base + thread));
+    DecodeRow row(plan, base + thread);
     int64_t sum;
     const int64_t before = block_exclusive_sum(shared, row.cost(plan), sum);
     row.place(plan, line, position + before);
     position += sum;
-    const int items = row.num_items(plan, line);
-    const int partials = items > 1 ? items : 0;
+    row.count_items(plan, line);
+    const int64_t partials = row.num_items > 1 ? row.num_items : 0;
     const int64_t counts =
-        block_exclusive_sum(shared, (int64_t{items} << 32) | int64_t{partials}, sum);
-    write_decode_row(plan, line, shared, row, base + thread, items,
-                     static_cast<int>(num_items + (counts >> 32)),
-                     static_cast<int>(num_partials + (counts & 0xffffffff)));
+        block_exclusive_sum(shared, (int64_t{row.num_items} << 32) | partials, sum);
+    row.first_item = static_cast<int>(num_items + (counts >> 32));
+    row.first_partial = static_cast<int>(num_partials + (counts & 0xffffffff));
+    write_parts(plan, line, shared, row);
     num_items += sum >> 32;
     num_partials += sum & 0xffffffff;
   }
