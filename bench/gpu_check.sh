@@ -12,7 +12,7 @@
 #                          (default: a new temporary folder)
 #   PYSERVE_CHECK_DIR      models and compiled code, kept for the next run (default: in TMPDIR)
 #   PYSERVE_CHECK_LIMIT_S  seconds for all parts together (default 470)
-#   SOAK_S                 seconds of mixed load (default 60; 180 where soak is asked for by name)
+#   SOAK_S                 seconds of mixed load (default 30; 180 where soak is asked for by name)
 #   PYTHON                 interpreter that holds torch (default python3)
 set -u -o pipefail
 
@@ -24,7 +24,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYSERVE_CHECK_DIR=${PYSERVE_CHECK_DIR:-${TMPDIR:-/tmp}/pyserve-gpu-check}
 export OUT=${OUT:-$(mktemp -d "${TMPDIR:-/tmp}/pyserve-gpu-check-out.XXXXXX")}
 export LOGS=${LOGS:-$(mktemp -d "${TMPDIR:-/tmp}/pyserve-gpu-check-logs.XXXXXX")}
-export PYSERVE_CACHE=${PYSERVE_CACHE:-$PYSERVE_CHECK_DIR/cache}
+export PYSERVE_CACHE=$PYSERVE_CHECK_DIR/cache  # emptied by the part build
 llama="$PYSERVE_CHECK_DIR/llama-3.1-8b"
 ptx80_cache="$PYSERVE_CHECK_DIR/cache-ptx80"
 load='from pyserve.ops import build
@@ -49,24 +49,23 @@ limit_of() {
 # pytest on each given file in a process of its own, 4 at a time: a CUDA error ends its file only.
 # run_tests NAME SECONDS_PER_FILE FILES... -- PYTEST_ARGS...
 run_tests() {
-  local name=$1 limit=$2 file files=() failed=0 passed=0 code log words
+  local name=$1 limit=$2 file files=() failed=0 passed=0 i code log words
   shift 2
+  children=()
   while [ $# -gt 0 ] && [ "$1" != -- ]; do files+=("$1") && shift; done
   [ $# -gt 0 ] && shift
   for file in "${files[@]}"; do
-    while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge 4 ]; do sleep 0.2; done
     log="$LOGS/$name-$(basename "$file" .py)"
-    {
-      timeout -k 5 "$limit" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider -W default \
-        --timeout 100 --junitxml "$log.xml" "$@" "$file" >"$log.log" 2>&1
-      echo $? >"$log.code"
-    } &
+    timeout -k 5 "$limit" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider -W default \
+      --timeout 100 --junitxml "$log.xml" "$@" "$file" >"$log.log" 2>&1 &
+    children+=($!)
   done
-  wait
-  for file in "${files[@]}"; do
-    log="$LOGS/$name-$(basename "$file" .py)"
-    code=$(cat "$log.code")
-    log="$log.log"
+  for i in "${!files[@]}"; do
+    code=0
+    wait "${children[$i]}" || code=$?
+    file=${files[$i]}
+    log="$LOGS/$name-$(basename "$file" .py).log"
     case $code in
       0 | 5) ;;  # 5: nothing selected
       124 | 137) echo "FAILED $file: not ended after $limit s" && failed=1 ;;
@@ -91,9 +90,15 @@ op_tests() {
     ! -name test_loader.py ! -name test_memory.py | sort
 }
 
-part_build() {  # the first start's compile, into an empty cache
+part_build() {  # the first start's compile, into an empty cache; the card writes a model meanwhile
   rm -rf "$PYSERVE_CACHE"
-  part_prepare
+  children=()
+  if [ -n "${NEEDS_LLAMA:-}" ]; then
+    ensure_llama >"$LOGS/write.log" 2>&1 &
+    children+=($!)
+  fi
+  part_prepare || return 1
+  wait
 }
 
 part_prepare() {
@@ -105,7 +110,7 @@ part_prepare() {
 part_tests() {
   local files
   mapfile -t files < <(op_tests)
-  run_tests tests 120 "${files[@]}" tests/gpu/test_full_model.py
+  run_tests tests 150 tests/gpu/test_full_model.py "${files[@]}"  # the longest first
 }
 
 part_memory() {  # each alone on the card: they measure speed, and all of the memory
@@ -135,7 +140,8 @@ ensure_llama() {
 
 part_serve() {
   ensure_llama || return 1
-  "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$LOGS" --json "$LOGS/serve.json"
+  "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$LOGS" --json "$LOGS/serve.json" \
+    -- --device cuda
 }
 
 part_faults() { run_tests faults 115 tests/gpu/test_server.py; }
@@ -150,22 +156,23 @@ sanitize_with() {  # one tool; only our kernels are watched
   local tool=$1 filter=()
   compute-sanitizer --help | grep -q -- --kernel-regex && filter=(--kernel-regex kns=pyserve)
   # Without torch's caching every tensor is an allocation of its own: a step over its end is seen.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 190 compute-sanitizer --tool "$tool" "${filter[@]}" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 exec timeout -k 5 190 compute-sanitizer --tool "$tool" "${filter[@]}" \
     --error-exitcode 86 --print-limit 30 "$PYTHON" -m pytest -q -rfE --tb=short \
     -p no:cacheprovider -W default --timeout 180 -m sanitize tests/gpu >"$LOGS/sanitize-$tool.log" 2>&1
 }
 
 part_sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH" && return 1; }
-  local tool code failed=0 pids=()
-  for tool in memcheck racecheck; do
+  local tools=(memcheck racecheck) tool code failed=0
+  children=()
+  for tool in "${tools[@]}"; do
     sanitize_with "$tool" &
-    pids+=($!)
+    children+=($!)
   done
-  for tool in memcheck racecheck; do
+  for i in "${!tools[@]}"; do
+    tool=${tools[$i]}
     code=0
-    wait "${pids[0]}" || code=$?
-    pids=("${pids[@]:1}")
+    wait "${children[$i]}" || code=$?
     [ $code -eq 0 ] || failed=1
     grep -E '^(FAILED|ERROR) |^========= (Invalid|Error|Warning|Program hit|Uninit)' \
       "$LOGS/sanitize-$tool.log" | sort | uniq -c | head -n 8 | cut -c 1-160
@@ -182,8 +189,10 @@ part_ptx80() {  # the card runs the sm_80 code, translated by its driver
   run_tests ptx80 120 "${files[@]}"
 }
 
+children=()  # processes in groups of their own: what ends this part must end them
 if [ "${1:-}" = --part ]; then
-  SOAK_S=${SOAK_S:-60} "part_$2"
+  trap 'kill "${children[@]}" 2>/dev/null; exit 143' TERM
+  SOAK_S=${SOAK_S:-30} "part_$2"
   exit
 fi
 
@@ -192,11 +201,12 @@ if [ $# -gt 0 ]; then
   export SOAK_S=${SOAK_S:-180}
 else
   parts=(build tests memory ops logits serve faults soak)
-  export SOAK_S=${SOAK_S:-60}
+  export SOAK_S=${SOAK_S:-30}
 fi
 for part in "${parts[@]}"; do
   limit_of "$part" >/dev/null || { echo "no part $part; see the head of $self" && exit 64; }
 done
+case " ${parts[*]} " in *\ logits\ * | *\ serve\ * | *\ soak\ *) export NEEDS_LLAMA=1 ;; esac
 [ "${parts[0]}" = build ] || parts=(prepare "${parts[@]}")
 mkdir -p "$OUT" "$PYSERVE_CHECK_DIR"
 deadline=$((SECONDS + ${PYSERVE_CHECK_LIMIT_S:-470}))
