@@ -8,6 +8,7 @@ no torch at hand: the first start compiles for exactly its machine (pyserve/ops/
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -35,20 +36,26 @@ class BuildNative(build_ext):
     """Compiles with the same code, flags and ninja file as the first start does."""
 
     def run(self):
+        def say(line):
+            self.announce(f"native: {line}", level=logging.INFO)
+
         march = toolchain.portable_march()
         native = toolchain.find_toolchain(os.environ.get("CXX"), march=march)
         try:
             cuda = toolchain.find_cuda_compiler(os.environ)
         except toolchain.NoCudaCompilerError as error:
             cuda = None
-            self.announce(f"native: {error}: building without CUDA", level=2)
+            say(f"{error}: building without CUDA")
+        except toolchain.CompileError as error:
+            remedy = f"or build without CUDA: {toolchain.ARCHS_VARIABLE}=none"
+            raise SystemExit(f"{error}; {remedy}") from error
         native = dataclasses.replace(native, cuda=cuda)
         build_dir = Path(self.build_temp).resolve() / "native"
         toolchain.compile_products(
             SOURCES,
             build_dir,
             native,
-            progress=lambda done, total: self.announce(f"native: {done} of {total}", level=2),
+            progress=lambda done, total: say(f"{done} of {total}"),
             env=os.environ,
         )
         manifest = {

@@ -23,9 +23,16 @@ from pyserve.ops import build, fakes, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "cuda" / "gpu" / "smem_table.txt"
-# Bytes of shared memory that one block may have.
-SMEM_LIMITS = {arch: kb * 1024 for arch, kb in
-               {"80": 163, "86": 99, "89": 99, "90a": 227, "120": 99}.items()}  # fmt: skip
+# Of a card of each architecture: SMs, KB of shared memory that a block may have, that an SM has.
+CARDS = {
+    "80": (108, 163, 164),
+    "86": (84, 99, 100),
+    "89": (128, 99, 100),
+    "90a": (132, 227, 228),
+    "120": (170, 99, 100),
+}
+SMEM_LIMITS = {arch: block * 1024 for arch, (_, block, _) in CARDS.items()}
+CHOOSY = ("linear", "decode", "prefill", "attention_plan")  # files that ask what card it is
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -47,7 +54,9 @@ class Wheel:
     """A built wheel, unpacked, and what nvcc said."""
 
     folder: Path
-    log: str
+    sources: Path  # what it was built of
+    objects: Path
+    log: str  # demangled
     kernels: dict[str, Kernel]
 
     @property
@@ -73,18 +82,19 @@ def build_wheel(folder: Path) -> Wheel:
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "wheel")
-    return Wheel(folder / "wheel", log, read_kernels(log, logs[0].parent / "_ops"))
+    log = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True).stdout
+    objects = logs[0].parent / "_ops"
+    return Wheel(folder / "wheel", source / "cuda", objects, log, read_kernels(log, objects))
 
 
 def read_kernels(log: str, objects: Path) -> dict[str, Kernel]:
     """Kernel instances by name, from ptxas's report and from the names that allow_smem leaves."""
     kernels: dict[str, Kernel] = {}
-    demangled = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True)
     report = re.compile(
         r"Compiling entry function '(.+)' for 'sm_(\w+)'\n.*\n"
         r".*stack frame.*\n.*Used (\d+) registers(.*)\n"
     )
-    for name, arch, registers, rest in report.findall(demangled.stdout):
+    for name, arch, registers, rest in report.findall(log):
         kernel = kernels.setdefault(short_name(name), Kernel())
         smem = re.search(r"(\d+) bytes smem", rest)
         size = int(smem[1]) if smem else 0
@@ -102,7 +112,7 @@ def short_name(signature: str) -> str:
     """linear_kernel<T, Tiling<1, 64> > of a demangled signature."""
     name = signature.removeprefix("void ").replace("(anonymous namespace)::", "")
     name = re.sub(r"\b(\w+::)+", "", re.sub(r"__half|__nv_bfloat16", "T", name))
-    return name[: name.index("(")].replace("(bool)1", "true").replace("(bool)0", "false")
+    return name.partition("(")[0]
 
 
 def smem_table(kernels: dict[str, Kernel]) -> str:
@@ -142,12 +152,15 @@ def test_the_wheel_needs_no_compiler_on_a_card(
     for arch in archs - {"89-ptx"}:
         assert f"code=sm_{arch} " in wheel.log
     assert (packaged / toolchain.HOST_PRODUCT).exists()
-    sources = wheel.folder / "pyserve" / "csrc"
-    shipped = {path.relative_to(sources) for path in sources.rglob("*.c*")}
-    used = toolchain.source_files(ROOT / "cuda", with_cuda=True)
-    assert shipped >= {path.relative_to(ROOT / "cuda") for path in used if path.suffix != ".h"}
+    shipped = wheel.folder / "pyserve" / "csrc"
+    used, own = (
+        {path.relative_to(folder) for path in toolchain.source_files(folder, with_cuda=True)}
+        for folder in (wheel.sources, shipped)
+    )
+    assert used == own
     flags = " ".join(toolchain.PORTABLE_X86_FLAGS)
     monkeypatch.setattr(toolchain, "cpu_identity", lambda: f"x86_64\n{flags}")
+    monkeypatch.setattr(build, "source_dir", lambda: shipped)
     driver = tuple(manifest["cuda"]["version"])
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (15, 1)):
         assert build._why_unfit(packaged, build.Card(capability, driver)) is None
@@ -155,13 +168,21 @@ def test_the_wheel_needs_no_compiler_on_a_card(
 
 
 def test_no_kernel_spills_or_uses_local_memory(wheel: Wheel) -> None:
-    frames = re.findall(r"^.*bytes stack frame.*$", wheel.log, re.MULTILINE)
-    num_instances = wheel.log.count("Compiling entry function")
-    assert len(frames) >= num_instances >= len(SMEM_LIMITS) * 10
-    bad = set(frames) - {"    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
-    assert not bad
-    for kernel in wheel.kernels.values():
-        assert kernel.static_smem.keys() >= SMEM_LIMITS.keys() - {"120"}
+    none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    arch, name, num_frames, bad = "", "", 0, []
+    for line in wheel.log.splitlines():
+        if entry := re.search(r"Compiling entry function .* for 'sm_(\w+)'", line):
+            arch = entry[1]
+        elif function := re.search(r"Function properties for (.*)", line):
+            name = short_name(function[1])
+        elif "bytes stack frame" in line:
+            num_frames += 1
+            if line.strip() != none:
+                bad.append(f"sm_{arch} {name}: {line.strip()}")
+    assert not bad, "\n".join(bad)
+    assert num_frames >= len(SMEM_LIMITS) * 10
+    for name, kernel in wheel.kernels.items():
+        assert kernel.static_smem.keys() >= SMEM_LIMITS.keys() - {"120"}, name
 
 
 def test_every_kernel_bounds_its_block(wheel: Wheel) -> None:
@@ -178,27 +199,45 @@ def test_shared_memory_is_what_the_table_says_and_fits(wheel: Wheel) -> None:
         if "extern __shared__" in path.read_text():
             declared = set(re.findall(r"\w+_kernel\b", path.read_text()))
             assert declared & {name.split("<")[0] for name in dynamic}, path.name
-    for name in wheel.kernels:  # of what a large card runs there is an instance for the others
-        family = [k for n, k in wheel.kernels.items() if n.split("<")[0] == name.split("<")[0]]
-        for arch in wheel.kernels[name].static_smem:
-            assert min(kernel.smem(arch) for kernel in family) <= SMEM_LIMITS[arch], (name, arch)
-        assert wheel.kernels[name].smem("90a") <= SMEM_LIMITS["90a"], name
 
 
-def symbols(path: Path, *flags: str) -> set[str]:
-    listed = subprocess.run(["nm", "-D", *flags, path], capture_output=True, text=True, check=True)
-    return {line.split(maxsplit=1)[-1] for line in listed.stdout.splitlines()}
+def test_launchers_ask_each_card_for_what_it_has(wheel: Wheel, tmp_path: Path) -> None:
+    native = toolchain.find_toolchain(os.environ.get("CXX"), march=None)
+    cuda = toolchain.find_cuda_compiler({**os.environ, toolchain.ARCHS_VARIABLE: ""})
+    program = tmp_path / "launch_limits"
+    includes = [f"-I{wheel.sources}", *(f"-isystem{path}" for path in cuda.include_dirs)]
+    objects = [wheel.objects / f"gpu_{name}.o" for name in CHOOSY]
+    source = Path(__file__).with_name("launch_limits.cpp")
+    command = [native.compiler, "-std=c++20", *includes, source, *objects, "-o", program]
+    subprocess.run(command, check=True)
+    launched = set()
+    for arch, (num_sms, block_kb, sm_kb) in CARDS.items():
+        limits = [str(num_sms), str(block_kb * 1024), str(sm_kb * 1024)]
+        result = subprocess.run([program, *limits], capture_output=True, text=True)
+        assert result.returncode == 0, f"{arch}: {result.stderr}"
+        listed = subprocess.run(["c++filt"], input=result.stdout, capture_output=True, text=True)
+        names = {short_name(line) for line in listed.stdout.splitlines()}
+        for name in names:
+            assert wheel.kernels[name].smem(arch) <= SMEM_LIMITS[arch], (arch, name)
+        launched |= names
+    # No instance is for nobody, and none beyond 48 KB escapes this test.
+    assert launched >= {name for name, kernel in wheel.kernels.items() if kernel.dynamic_smem}
+
+
+def symbols(path: Path, which: str) -> dict[str, str]:
+    """Dynamic symbols and nm's letters for them."""
+    listed = subprocess.run(["nm", "-D", which, path], capture_output=True, text=True, check=True)
+    return {line.split()[-1]: line.split()[-2] for line in listed.stdout.splitlines()}
 
 
 def test_ops_needs_nothing_but_torch_and_the_system(wheel: Wheel) -> None:
-    needed = {line.removeprefix("U ") for line in symbols(wheel.ops, "--undefined-only")}
-    strong = {name for name in needed if "@" not in name and not name.startswith("w ")}
-    assert "w aoti_torch_get_current_cuda_stream" in needed
+    needed = symbols(wheel.ops, "--undefined-only")
+    assert needed["aoti_torch_get_current_cuda_stream"] == "w"
+    of_torch = {name for name, letter in needed.items() if letter == "U" and "@" not in name}
     torch_lib = toolchain._package("torch") / "lib" / "libtorch_cpu.so"
-    exported = {name.split()[-1] for name in symbols(torch_lib, "--defined-only")}
-    assert strong and strong <= exported
+    assert of_torch and of_torch <= symbols(torch_lib, "--defined-only").keys()
     own = symbols(wheel.ops, "--defined-only")
-    assert not [name for name in own if re.search(r"\bcuda[A-Z]|__cuda|pyserve", name)]
+    assert not [name for name in own if re.search(r"\bcu[A-Z]|cuda[A-Z]|__cuda|pyserve", name)]
     dynamic = subprocess.run(["readelf", "-d", wheel.ops], capture_output=True, text=True).stdout
     libraries = set(re.findall(r"NEEDED.*\[(.*?)\.so", dynamic))
     assert {"libtorch", "libtorch_cpu"} <= libraries  # libtorch leads to libtorch_cuda
