@@ -6,8 +6,8 @@
 For each model: a random checkpoint is written (once), pyserve runs a prompt and teacher-forced
 steps of it (full_size_ours.py, a fresh process, the engine's own steps), and transformers computes
 the same tokens on the same weights: in bfloat16 (sdpa; the prompt at once, then step by step with
-its cache) and, all at once, in float64, but for its norms, softmax scaling of rotary tables, which
-it always takes in float32. Compared are the logits of all positions of the prompt, and of all
+its cache) and, all at once, in float64, but for its norms and rotary angles, which it takes in
+float32 whatever the dtype. Compared are the logits of all positions of the prompt, and of all
 steps. Rule: error against float64 <= 2 x that of transformers in bfloat16 + 1e-6, both for
 ||x - exact|| / ||exact|| and for the largest difference over the largest logit.
 """
@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from bench.make_model import _override, make_config, make_model, tensor_shapes
+from bench.make_model import make_config, make_model, parse_override, tensor_shapes
 from bench.report import environment, write_json
 
 SHARD_BYTES = 2 * 2**30
@@ -337,7 +337,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--keep", nargs="*", default=[], help="models whose folder is not removed afterwards")
     add("--write-only", choices=[*MODELS], help="write this model's folder and end")
     add("--device", choices=["cpu", "cuda"], default="cuda")
-    add("--set", type=_override, action="append", default=[], metavar="FIELD=VALUE")
+    add("--set", type=parse_override, action="append", default=[], metavar="FIELD=VALUE")
     add("--prompt-len", type=int, help="of every model")
     add("--num-steps", type=int, help="of every model")
     add("--judge-loading", action=argparse.BooleanOptionalAction, default=True)

@@ -324,7 +324,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
     """KEY=VALUE; the value is JSON, or a string where it is not."""
     key, separator, value = text.partition("=")
     if not separator or not key:
@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("preset", choices=sorted(PRESETS))
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--set", type=_override, action="append", default=[], metavar="FIELD=VALUE",
+        "--set", type=parse_override, action="append", default=[], metavar="FIELD=VALUE",
         help="override any field of config.json; may be repeated",
     )  # fmt: skip
     parser.add_argument("--weights", action="store_true", help="write random bfloat16 safetensors")
