@@ -1,0 +1,61 @@
+// sample on CUDA: its parameters and its scratch memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pyserve::gpu {
+
+enum class SampleDtype { kFloat32, kBfloat16, kFloat16 };
+
+struct SampleParams {
+  const void* logits;  // [num_rows, vocab_size], vocab contiguous; strides in elements
+  int64_t logits_stride;
+  SampleDtype dtype;
+  const int32_t* sample_slots;  // [num_rows], -1: padding
+  int64_t sample_slots_stride;
+  int32_t* slots;  // [num_slots, kSlotWords], common/step.h
+  int64_t slots_stride, num_slots;
+  int16_t* token_counts;  // [num_slots, vocab_size]
+  int64_t token_counts_stride;
+  int32_t* sampled;  // [num_rows]
+  int32_t num_rows, vocab_size;
+  uint64_t* workspace;  // sample_workspace_words of them, any content
+};
+
+constexpr int64_t kMaxSampleVocab = int64_t{1} << 19;  // sums of weights stay below 2^53
+constexpr int kMaxSplits = 32;                         // CTAs that share a row
+constexpr int kNumParts = 1024;                        // parts of a row whose maxima are kept
+constexpr int kMaxSplitRows = 128;                     // with more rows each has one CTA
+constexpr int kMinListWords = 1096;                    // bins of a mass histogram
+constexpr int kMaxListWords = 4096;                    // candidates, or sums of 256 tokens
+
+// What the CTAs of a row tell each other, in the workspace.
+struct SampleRowWork {
+  struct {
+    float largest;  // of this CTA's adjusted logits; NaN where one is NaN or +inf
+    int32_t octet;  // the first that holds it
+  } partial[kMaxSplits];
+  uint32_t num_arrived;  // CTAs that are through with the row
+  uint32_t num_listed;
+  uint64_t unused;
+  uint32_t parts[kNumParts];  // ordered keys of the parts' maxima
+};
+constexpr int64_t kSampleRowWords = sizeof(SampleRowWork) / sizeof(uint64_t);
+
+constexpr int64_t sample_list_words(int64_t vocab_size) {
+  return std::min<int64_t>(std::max<int64_t>(vocab_size, kMinListWords), kMaxListWords);
+}
+
+// 64-bit words: a SampleRowWork a row, then a list a row where rows are shared. The Python twin is
+// pyserve/ops/sample_workspace.py.
+constexpr int64_t sample_workspace_words(int64_t num_rows, int64_t vocab_size) {
+  return num_rows * kSampleRowWords +
+         std::min<int64_t>(num_rows, kMaxSplitRows) * sample_list_words(vocab_size);
+}
+
+cudaError_t launch_sample(const SampleParams& params, cudaStream_t stream);
+
+}  // namespace pyserve::gpu

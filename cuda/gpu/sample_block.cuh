@@ -1,0 +1,94 @@
+// What the sampler's CTAs do together: prefix sums of 64-bit integers, the item at which a running
+// sum passes a target, a sort of a short list. All sums are of integers: exact in any order.
+#pragma once
+
+#include "gpu/ptx.cuh"
+#include "gpu/sample_row.cuh"
+
+namespace pyserve::gpu {
+
+// Where a running sum passes a target.
+struct Crossing {
+  int item;
+  uint64_t before;  // sum of the items in front of it
+  uint64_t total;   // of all
+};
+
+struct BlockShared {
+  uint64_t warp_sums[kSampleWarps];
+  Crossing crossing;
+};
+
+__device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t x) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const uint64_t other = __shfl_up_sync(kFullMask, x, distance);
+    if (lane >= distance) x += other;
+  }
+  return x;
+}
+
+// The sum of x over the threads in front of this one; `total` is that over all.
+__device__ inline uint64_t block_exclusive_sum(uint64_t x, BlockShared& s, uint64_t& total) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const uint64_t inclusive = warp_inclusive_sum(x);
+  __syncthreads();  // readers of an earlier call are through
+  if (lane == kWarpSize - 1) s.warp_sums[warp] = inclusive;
+  __syncthreads();
+  uint64_t before = 0;
+  total = 0;
+#pragma unroll
+  for (int i = 0; i < kSampleWarps; ++i) {
+    if (i == warp) before = total;
+    total += s.warp_sums[i];
+  }
+  return before + inclusive - x;
+}
+
+// The first of n items at which the running sum of get(item) exceeds target_of(total), which must
+// be below the total. What get reads must be visible to the CTA.
+template <class Get, class TargetOf>
+__device__ inline Crossing find_crossing(int n, BlockShared& s, const Get& get,
+                                         const TargetOf& target_of) {
+  const int each = (n + kSampleThreads - 1) / kSampleThreads;
+  const int begin = min(static_cast<int>(threadIdx.x) * each, n), end = min(begin + each, n);
+  uint64_t sum = 0, total;
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) sum += get(i);
+  uint64_t before = block_exclusive_sum(sum, s, total);
+  const uint64_t target = target_of(total);
+  if (target >= before && target < before + sum) {
+    int i = begin;
+#pragma unroll 1
+    for (uint64_t item = get(i); target >= before + item; item = get(++i)) before += item;
+    s.crossing = {i, before, total};
+  }
+  __syncthreads();
+  return s.crossing;
+}
+
+// Sorts n different numbers, largest first; n is rounded up to a power of two, for which the list
+// must have room, with zeros. Bitonic (Batcher 1968).
+__device__ inline void sort_descending(uint64_t* list, int n) {
+  int padded = 1;
+  while (padded < n) padded *= 2;
+  for (int i = n + threadIdx.x; i < padded; i += kSampleThreads) list[i] = 0;
+  __syncthreads();
+  for (int size = 2; size <= padded; size *= 2) {
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+#pragma unroll 1
+      for (int pair = threadIdx.x; pair < padded / 2; pair += kSampleThreads) {
+        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
+        const uint64_t a = list[low], b = list[high];
+        if ((a < b) == ((low & size) == 0)) {
+          list[low] = b;
+          list[high] = a;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,250 @@
+// One row of logits as the sampler sees it: eight tokens (an octet) at a time, adjusted on every
+// pass anew by bias, ban and penalties; and a token's weight. The order of float operations is the
+// specification (pyserve/ops/reference.py), so each is spelled out and none is fused.
+#pragma once
+
+#include "common/step.h"
+#include "gpu/ptx.cuh"
+#include "gpu/sample.h"
+
+namespace pyserve::gpu {
+
+constexpr int kSampleThreads = 512;
+constexpr int kSampleWarps = kSampleThreads / kWarpSize;
+constexpr int kOctet = 8;
+constexpr int kChunkTokens = kWarpSize * kOctet;  // what a warp takes at once
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr int kBiasBuckets = 1024;
+constexpr int kMaxBiases = kMaxLogitBias + kMaxStopTokenIds;
+
+// What changes a row's logits. Biases, then the banned ids, as lists by octet, in the order given.
+struct Adjustments {
+  const int16_t* counts;  // null without penalties
+  bool counts_aligned;    // to 16 bytes
+  bool has_biases;        // or bans
+  float repetition, frequency, presence;
+  int32_t num_biases;           // of the entries the first, the others ban
+  int32_t first[kBiasBuckets];  // octet % kBiasBuckets -> entry, or kNone
+  int16_t next[kMaxBiases];
+  int32_t id[kMaxBiases];
+  float value[kMaxBiases];
+};
+constexpr int kNone = 0x7fff;
+
+// Floats in the order of their values, as unsigned integers; both zeros are one.
+__device__ __forceinline__ uint32_t to_key(float x) {
+  const uint32_t bits = __float_as_uint(__fadd_rn(x, 0.0f));
+  return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+}
+
+__device__ __forceinline__ float from_key(uint32_t key) {
+  return __uint_as_float(key ^ (key >> 31 != 0 ? 0x80000000u : 0xffffffffu));
+}
+
+// round(exp(x) * 2^34), x <= 0; Cephes' expf (Moshier 1989).
+__device__ __forceinline__ float quantized_exp(float x) {
+  constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = fmaxf(x, -30.0f);
+  const float shifted = __fadd_rn(__fmul_rn(x, 1.44269504088896341f), kRoundShift);
+  const float n = __fsub_rn(shifted, kRoundShift);
+  const float r =
+      __fsub_rn(__fsub_rn(x, __fmul_rn(n, 0.693359375f)), __fmul_rn(n, -2.12194440e-4f));
+  float p = 1.9875691500e-4f;
+  p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
+  p = __fadd_rn(__fmul_rn(p, r), 8.3334519073e-3f);
+  p = __fadd_rn(__fmul_rn(p, r), 4.1665795894e-2f);
+  p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
+  p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
+  const float y = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
+  // The low bits of `shifted` are n: 2^(n + 34).
+  const float scale = __uint_as_float((__float_as_uint(shifted) + (127u + 34u)) << 23);
+  const float scaled = __fmul_rn(y, scale);
+  return scaled < 0x1p23f ? __fsub_rn(__fadd_rn(scaled, 0x1p23f), 0x1p23f) : scaled;
+}
+
+// Sums of weights in two floats that stay exact for 128 weights.
+struct WeightSum {
+  float high = 0.0f, low = 0.0f;
+
+  __device__ __forceinline__ void add(float weight) {
+    constexpr float kRoundShift = 12582912.0f;
+    const float h = __fsub_rn(__fmaf_rn(weight, 0x1p-17f, kRoundShift), kRoundShift);
+    high = __fadd_rn(high, h);
+    low = __fadd_rn(low, __fmaf_rn(h, -0x1p17f, weight));
+  }
+
+  __device__ __forceinline__ uint64_t value() const {
+    return static_cast<uint64_t>((int64_t{__float2int_rn(high)} << 17) + __float2int_rn(low));
+  }
+
+  // Over the warp, in every lane.
+  __device__ __forceinline__ uint64_t warp_total() const {
+    const int h = __reduce_add_sync(kFullMask, __float2int_rn(high));
+    const int l = __reduce_add_sync(kFullMask, __float2int_rn(low));
+    return static_cast<uint64_t>((int64_t{h} << 17) + l);
+  }
+};
+
+template <class T>
+struct RawOctet {
+  uint4 words[sizeof(T) / 2];
+};
+
+template <class T>
+struct SampleRow {
+  const T* logits;
+  const Adjustments* adjustments;  // in shared memory
+  int vocab_size;
+  bool is_aligned;  // to 16 bytes
+  bool is_plain;    // without adjustments
+
+  __device__ __forceinline__ int num_chunks() const {
+    return (vocab_size + kChunkTokens - 1) / kChunkTokens;
+  }
+
+  // Tokens behind the last one read as -inf.
+  __device__ __forceinline__ RawOctet<T> load(int octet) const {
+    RawOctet<T> raw;
+    const int begin = octet * kOctet;
+    if (is_aligned && begin + kOctet <= vocab_size) {
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+        raw.words[i] = load_streaming(logits + begin + i * (16 / sizeof(T)));
+      }
+      return raw;
+    }
+    return load_slowly(begin);
+  }
+
+  __device__ __forceinline__ RawOctet<T> load_slowly(int begin) const {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    constexpr uint32_t kMinusInf = sizeof(T) == 4                     ? 0xff800000u
+                                   : std::is_same_v<T, __nv_bfloat16> ? 0xff80u
+                                                                      : 0xfc00u;
+    const Bits* bits = reinterpret_cast<const Bits*>(logits);
+    auto at = [&](int i) -> uint32_t { return i < vocab_size ? bits[i] : kMinusInf; };
+    RawOctet<T> raw;
+    if constexpr (sizeof(T) == 4) {
+      raw.words[0] = {at(begin), at(begin + 1), at(begin + 2), at(begin + 3)};
+      raw.words[1] = {at(begin + 4), at(begin + 5), at(begin + 6), at(begin + 7)};
+    } else {
+      auto two = [&](int i) { return at(i) | at(i + 1) << 16; };
+      raw.words[0] = {two(begin), two(begin + 2), two(begin + 4), two(begin + 6)};
+    }
+    return raw;
+  }
+
+  __device__ __forceinline__ void unpack(const RawOctet<T>& raw, float (&x)[kOctet]) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      const uint32_t words[4] = {raw.words[i].x, raw.words[i].y, raw.words[i].z, raw.words[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (sizeof(T) == 4) {
+          x[4 * i + j] = __uint_as_float(words[j]);
+        } else {
+          const float2 pair = unpack_pair<T>(words[j]);
+          x[2 * j] = pair.x;
+          x[2 * j + 1] = pair.y;
+        }
+      }
+    }
+  }
+
+  // Bias, ban, penalties of the octet's logits.
+  __device__ __forceinline__ void adjust(int octet, float (&x)[kOctet]) const {
+    if (is_plain) return;
+    if (adjustments->has_biases) apply_biases(octet, x);
+    if (adjustments->counts != nullptr && octet * kOctet < vocab_size) apply_penalties(octet, x);
+  }
+
+  __device__ __forceinline__ void apply_biases(int octet, float (&x)[kOctet]) const {
+#pragma unroll 1
+    for (int j = adjustments->first[octet % kBiasBuckets]; j != kNone; j = adjustments->next[j]) {
+      const int id = adjustments->id[j];
+      if (id / kOctet != octet) continue;
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) {
+        const float y =
+            j < adjustments->num_biases ? __fadd_rn(x[e], adjustments->value[j]) : -kInfinity;
+        x[e] = id % kOctet == e ? y : x[e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void apply_penalties(int octet, float (&x)[kOctet]) const {
+    const int begin = octet * kOctet;
+    const int16_t* counts = adjustments->counts;
+    uint32_t pairs[4];
+    if (adjustments->counts_aligned && begin + kOctet <= vocab_size) {
+      const uint4 words = *reinterpret_cast<const uint4*>(counts + begin);
+      pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
+    } else {
+      auto at = [&](int i) -> uint32_t {
+        return i < vocab_size ? static_cast<uint16_t>(counts[i]) : 0;
+      };
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[j] = at(begin + 2 * j) | at(begin + 2 * j + 1) << 16;
+    }
+    if ((pairs[0] | pairs[1] | pairs[2] | pairs[3]) == 0) return;
+    const float repetition = adjustments->repetition, frequency = adjustments->frequency;
+    const float presence = adjustments->presence;
+    // Not unrolled, to have one division in the code: instead x and the counts turn by one.
+#pragma unroll 1
+    for (int e = 0; e < kOctet; ++e) {
+      const uint32_t count = pairs[0] & 0xffffu, num_output = count & kMaxTokenCount;
+      float y = x[0];
+      if (count != 0) {
+        y = y > 0.0f ? __fdiv_rn(y, repetition) : __fmul_rn(y, repetition);
+        y = __fsub_rn(y, __fmul_rn(frequency, static_cast<float>(num_output)));
+        if (num_output > 0) y = __fsub_rn(y, presence);
+      }
+#pragma unroll
+      for (int i = 0; i + 1 < kOctet; ++i) x[i] = x[i + 1];
+      x[kOctet - 1] = y;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) pairs[i] = pairs[i] >> 16 | pairs[i + 1] << 16;
+      pairs[3] >>= 16;
+    }
+  }
+
+  // Calls fn(chunk, octet, raw) for the chunks [first, last), each by a whole warp, a lane an
+  // octet. 32 bytes are asked for ahead.
+  template <class Fn>
+  __device__ __forceinline__ void visit_raw(int first, int last, const Fn& fn) const {
+    constexpr int num_warps = kSampleWarps;
+    const int lane = threadIdx.x % kWarpSize;
+    int chunk = first + threadIdx.x / kWarpSize;
+    auto load_of = [&](int c) { return load((c < last ? c : last - 1) * kWarpSize + lane); };
+    if (chunk >= last) return;
+    constexpr int kAhead = sizeof(T) == 4 ? 1 : 2;
+    RawOctet<T> next[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) next[i] = load_of(chunk + i * num_warps);
+#pragma unroll 1
+    for (; chunk < last; chunk += num_warps) {
+      const RawOctet<T> raw = next[0];
+      if constexpr (kAhead == 2) next[0] = next[1];
+      next[kAhead - 1] = load_of(chunk + kAhead * num_warps);
+      fn(chunk, chunk * kWarpSize + lane, raw);
+    }
+  }
+
+  // Likewise with the adjusted logits: fn(chunk, octet, x).
+  template <class Fn>
+  __device__ __forceinline__ void visit(int first, int last, const Fn& fn) const {
+    visit_raw(first, last, [&](int chunk, int octet, const RawOctet<T>& raw) {
+      float x[kOctet];
+      unpack(raw, x);
+      adjust(octet, x);
+      fn(chunk, octet, x);
+    });
+  }
+
+  __device__ __forceinline__ void adjusted_octet(int octet, float (&x)[kOctet]) const {
+    unpack(load(octet), x);
+    adjust(octet, x);
+  }
+};
+
+}  // namespace pyserve::gpu
