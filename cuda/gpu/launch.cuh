@@ -39,15 +39,4 @@ cudaError_t allow_smem() {
   return error;
 }
 
-// The same for a number of bytes that is only known at run time.
-template <auto kKernel>
-cudaError_t allow_smem(size_t smem_bytes) {
-  static std::atomic<size_t> allowed{48 * 1024};
-  if (smem_bytes <= allowed.load(std::memory_order_relaxed)) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
-  if (error == cudaSuccess) allowed.store(smem_bytes, std::memory_order_relaxed);
-  return error;
-}
-
 }  // namespace pyserve::gpu
