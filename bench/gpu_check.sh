@@ -38,7 +38,7 @@ limit_of() {
     ops) echo 60 ;;
     logits) echo 150 ;;
     serve) echo 160 ;;
-    faults) echo 120 ;;
+    faults) echo 160 ;;
     soak) echo $((SOAK_S + 60)) ;;
     sanitize) echo 200 ;;
     ptx80) echo 280 ;;
@@ -144,7 +144,7 @@ part_serve() {
     -- --device cuda
 }
 
-part_faults() { run_tests faults 115 tests/gpu/test_server.py; }
+part_faults() { run_tests faults 155 tests/gpu/test_server.py; }
 
 part_soak() {
   ensure_llama || return 1

@@ -390,14 +390,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.ops", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=[*SHAPES])
+    parser.add_argument("--dtype", choices=DTYPES, help="(bfloat16, the only one on a card)")
+    parser.add_argument("--shapes", type=lambda text: text.split(","), help="(all; of a CPU)")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[""])
     parser.add_argument("--seconds", type=float, help="for each figure (0.2; on a card 0.1)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     args = parser.parse_args(argv)
     if args.seconds is None:
         args.seconds = 0.1 if args.device == "cuda" else 0.2
+    if args.device == "cuda" and (args.dtype not in (None, "bfloat16") or args.shapes):
+        parser.error("--device cuda measures the shapes of gpu_ops.py in bfloat16")
+    args.dtype, args.shapes = args.dtype or "bfloat16", args.shapes or [*SHAPES]
     for name in args.shapes:
         if name not in SHAPES:
             parser.error(f"--shapes {name}: choose from {', '.join(SHAPES)}")

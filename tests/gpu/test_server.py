@@ -181,71 +181,6 @@ def test_several_choices(server: ServerProcess) -> None:
     assert len({choice["message"]["content"] for choice in reply["choices"]}) > 1
 
 
-class HealthWatch:
-    """When /health stopped saying 200, on the clock of time.monotonic."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        self.failed_at: float | None = None
-        self._server = server
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> HealthWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.is_set() and self.failed_at is None:
-            if health(self._server) != 200:
-                self.failed_at = time.monotonic()
-            time.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    ("fault", "within_s", "words"),
-    [
-        ("assert", 1.0, ASSERT),
-        ("index", 1.0, ASSERT),
-        ("hang", DEADLINE_S + 1.0, ("hangs",)),
-    ],
-)
-def test_a_lost_gpu_ends_streams_and_the_process(
-    fault: str, within_s: float, words: tuple[str, ...], tmp_path: Path
-) -> None:
-    trigger = tmp_path / "strike"
-    command = (sys.executable, "-m", "tests.gpu.broken_server", fault, str(trigger))
-    body = {"prompt": "Hello", "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
-    with server_on_card(*SMALL, command=command) as server:
-        whole = post(server, "/v1/completions", **{**body, "max_tokens": 400}, cache_salt="a")
-        expected = whole["choices"][0]["text"]
-        text, errors, struck_at = "", [], 0.0
-        with HealthWatch(server) as watch:
-            for frame in stream(server, "/v1/completions", **body, cache_salt="b"):
-                if "error" in frame:
-                    errors.append(frame["error"])
-                    continue
-                assert not errors, "a token after the error"
-                text += frame["choices"][0]["text"]
-                if not struck_at and len(text) > 20:
-                    trigger.touch()
-                    struck_at = time.monotonic()
-            assert len(errors) == 1 and errors[0]["message"]
-            code = server.process.wait(within_s + EXIT_TIMEOUT_S)
-        log = server.log.read_text()
-    assert code not in (0, None)
-    assert watch.failed_at is not None and watch.failed_at - struck_at < within_s + 0.2
-    # Every token that came was a right one.
-    length = min(len(text), len(expected))
-    assert length > 20 and text[:length] == expected[:length]
-    lines = error_lines(log)
-    assert lines and any(word in lines[-1] for word in words), log[-2000:]
-    assert "Traceback" not in log, log[-3000:]
-
-
 def run_to_the_end(
     *flags: str, environment: dict[str, str] | None = None, timeout_s: float = 60
 ) -> tuple[int, str]:
@@ -347,3 +282,69 @@ def test_a_card_that_others_use(full_card: None, llama_8b: Path) -> None:
     )
     assert code == 1
     assert "weights" in log and "MiB" in log
+
+
+class HealthWatch:
+    """When /health stopped saying 200, on the clock of time.monotonic."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.failed_at: float | None = None
+        self._server = server
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> HealthWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set() and self.failed_at is None:
+            if health(self._server) != 200:
+                self.failed_at = time.monotonic()
+            time.sleep(0.01)
+
+
+# Last, and the hang last of all: what they do to the card must not be seen by other tests.
+@pytest.mark.parametrize(
+    ("fault", "within_s", "words"),
+    [
+        ("assert", 1.0, ASSERT),
+        ("index", 1.0, ASSERT),
+        ("hang", DEADLINE_S + 1.0, ("hangs",)),
+    ],
+)
+def test_a_lost_gpu_ends_streams_and_the_process(
+    fault: str, within_s: float, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    trigger = tmp_path / "strike"
+    command = (sys.executable, "-m", "tests.gpu.broken_server", fault, str(trigger))
+    body = {"prompt": "Hello", "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+    with server_on_card(*SMALL, command=command) as server:
+        whole = post(server, "/v1/completions", **{**body, "max_tokens": 400}, cache_salt="a")
+        expected = whole["choices"][0]["text"]
+        text, errors, struck_at = "", [], 0.0
+        with HealthWatch(server) as watch:
+            for frame in stream(server, "/v1/completions", **body, cache_salt="b"):
+                if "error" in frame:
+                    errors.append(frame["error"])
+                    continue
+                assert not errors, "a token after the error"
+                text += frame["choices"][0]["text"]
+                if not struck_at and len(text) > 20:
+                    trigger.touch()
+                    struck_at = time.monotonic()
+            assert len(errors) == 1 and errors[0]["message"]
+            code = server.process.wait(within_s + EXIT_TIMEOUT_S)
+        log = server.log.read_text()
+    assert code not in (0, None)
+    assert watch.failed_at is not None and watch.failed_at - struck_at < within_s + 0.2
+    # Every token that came was a right one.
+    length = min(len(text), len(expected))
+    assert length > 20 and text[:length] == expected[:length]
+    lines = error_lines(log)
+    assert lines and any(word in lines[-1] for word in words), log[-2000:]
+    assert "Traceback" not in log, log[-3000:]
