@@ -57,7 +57,7 @@ run_tests() {
   for file in "${files[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge 4 ]; do sleep 0.2; done
     log="$LOGS/$name-$(basename "$file" .py)"
-    timeout -k 5 "$limit" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider -W default \
+    timeout -k 5 "$limit" "$PYTHON" -m pytest -v -rfE --tb=short -p no:cacheprovider -W default \
       --timeout 100 --junitxml "$log.xml" "$@" "$file" >"$log.log" 2>&1 &
     children+=($!)
   done
@@ -75,6 +75,7 @@ run_tests() {
     # Where pytest itself died there is no summary: say what its last words were.
     if [ "$code" -ne 0 ] && [ "$code" -ne 5 ] && ! grep -qE '^(FAILED|ERROR) ' "$log"; then
       echo "FAILED $file: exit code $code: $(grep -v '^ *$' "$log" | tail -n 1 | cut -c 1-120)"
+      grep -E '::.* (FAILED|ERROR) ' "$log" | head -n 5 | cut -c 1-150
     fi
     words=$(grep -E ' in [0-9.]+s' "$log" | tail -n 1 | tr -d '=')
     [[ $words =~ ([0-9]+)\ passed ]] && passed=$((passed + BASH_REMATCH[1]))
@@ -83,6 +84,16 @@ run_tests() {
   done
   echo "= $name: $passed tests passed in ${#files[@]} files"
   return $failed
+}
+
+# What the test files of a part that runs out of time have come to: failed tests, the running one.
+unfinished() {
+  local log
+  for log in "$LOGS/$1"-*.log; do
+    grep -qsE ' in [0-9.]+s' "$log" && grep -E '^(FAILED|ERROR) ' "$log"
+    grep -qsE ' in [0-9.]+s' "$log" || echo "FAILED not ended, $(basename "$log"): $(tail -n 1 "$log")"
+    grep -sE '::.* (FAILED|ERROR) ' "$log" | head -n 5
+  done | cut -c 1-180
 }
 
 op_tests() {
@@ -191,7 +202,7 @@ part_ptx80() {  # the card runs the sm_80 code, translated by its driver
 
 children=()  # processes in groups of their own: what ends this part must end them
 if [ "${1:-}" = --part ]; then
-  trap 'kill "${children[@]}" 2>/dev/null; exit 143' TERM
+  trap 'kill "${children[@]}" 2>/dev/null; unfinished "$2"; exit 143' TERM
   SOAK_S=${SOAK_S:-30} "part_$2"
   exit
 fi
