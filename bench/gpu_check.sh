@@ -202,7 +202,8 @@ part_ptx80() {  # the card runs the sm_80 code, translated by its driver
 
 children=()  # processes in groups of their own: what ends this part must end them
 if [ "${1:-}" = --part ]; then
-  trap 'kill "${children[@]}" 2>/dev/null; unfinished "$2"; exit 143' TERM
+  part=$2
+  trap 'kill "${children[@]}" 2>/dev/null; unfinished "$part"; exit 143' TERM
   SOAK_S=${SOAK_S:-30} "part_$2"
   exit
 fi
