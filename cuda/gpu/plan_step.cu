@@ -5,7 +5,7 @@
 // one slot by all threads), block updates, rows (a thread each, prefix sums of their lengths), the
 // tokens of rows with more than one (a thread each, its row by binary search). Updates of one place
 // count in their order: the last one wins.
-// Floor: latency, about four dependent loads.
+// Floor: the latency of about four dependent loads.
 #include <cfloat>
 
 #include "common/step.h"
@@ -315,13 +315,11 @@ __device__ inline void apply_block_updates(const PlanStepParams& p, const Step& 
     }
     __syncthreads();
     if (i < count) {
-      bool is_last = *latest == static_cast<uint32_t>(i + 1);
-      if (!is_last) {
-        is_last = true;
-        for (int j = i + 1; j < count && is_last; ++j) {
-          const int32_t* other = batch + j * kBlockUpdateWords;
-          is_last = other[kBlockUpdateSlot] != slot || other[kBlockUpdateIndex] != index;
-        }
+      bool is_last = true;
+      const int end = *latest == static_cast<uint32_t>(i + 1) ? i : count;
+      for (int j = i + 1; j < end && is_last; ++j) {
+        const int32_t* other = batch + j * kBlockUpdateWords;
+        is_last = other[kBlockUpdateSlot] != slot || other[kBlockUpdateIndex] != index;
       }
       if (is_last) p.block_table[slot * p.block_table_stride + index] = block_id;
     }
@@ -362,22 +360,16 @@ __device__ inline RowSums sum_rows(int64_t tokens, int samples, Shared& s) {
     s.warp_samples[warp] = n;
   }
   __syncthreads();
-  int64_t warp_t = s.warp_tokens[lane];
-  int warp_n = s.warp_samples[lane];
-  static_assert(kWarps == kWarpSize);
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int64_t other_t = __shfl_up_sync(kFullMask, warp_t, distance);
-    const int other_n = __shfl_up_sync(kFullMask, warp_n, distance);
-    if (lane >= distance) {
-      warp_t += other_t;
-      warp_n += other_n;
+  RowSums sums{t - tokens, 0, n - samples, 0};
+#pragma unroll 4
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) {
+      sums.tokens += s.warp_tokens[i];
+      sums.samples += s.warp_samples[i];
     }
+    sums.total_tokens += s.warp_tokens[i];
+    sums.total_samples += s.warp_samples[i];
   }
-  const int64_t before_t = __shfl_sync(kFullMask, warp_t, max(warp - 1, 0));
-  const int before_n = __shfl_sync(kFullMask, warp_n, max(warp - 1, 0));
-  const RowSums sums{
-      (warp > 0 ? before_t : 0) + t - tokens, __shfl_sync(kFullMask, warp_t, kWarpSize - 1),
-      (warp > 0 ? before_n : 0) + n - samples, __shfl_sync(kFullMask, warp_n, kWarpSize - 1)};
   __syncthreads();
   return sums;
 }

@@ -365,37 +365,37 @@ template <class T>
 __device__ __forceinline__ int end_row(const Arguments& a, Draw<T>& draw, int row, DrawShared& s) {
   const auto target_of = [&](uint64_t total) { return s.drawn_of(total); };
   const uint64_t* list = list_of(a.p, row, a.room);
-  const bool is_shared = a.splits > 1;
   __syncthreads();
   if (draw.path == Path::kSums) {
 #pragma unroll 1
-    for (int i = threadIdx.x; is_shared && i < draw.row.num_chunks(); i += kSampleThreads) {
+    for (int i = threadIdx.x; a.splits > 1 && i < draw.row.num_chunks(); i += kSampleThreads) {
       s.list[i] = __ldcg(&list[i]);
     }
     __syncthreads();
     return locate(draw.row, draw.weigher, s.list, s, target_of);
   }
-  int token = -1;
-  bool is_radix = draw.path == Path::kRadix;
   if (draw.path == Path::kMass) {
 #pragma unroll 1
-    for (int i = threadIdx.x; is_shared && i < kCoarseBins; i += kSampleThreads) {
+    for (int i = threadIdx.x; a.splits > 1 && i < kCoarseBins; i += kSampleThreads) {
       s.masses()[i] = __ldcg(&list[i]);
     }
     __syncthreads();
-    token = end_mass(draw, s);
-  } else if (draw.path == Path::kList) {
-    const uint32_t n = is_shared ? __ldcg(&work_of(a.p, row).num_listed) : s.count;
-    is_radix = n > static_cast<uint32_t>(a.room);
-    if (!is_radix) {
+    const int token = end_mass(draw, s);
+    if (token >= 0) return token;
+  } else {
+    if (draw.path == Path::kList) {
+      const int n = a.splits > 1 ? __ldcg(&work_of(a.p, row).num_listed) : s.count;
+      if (n <= a.room) {
 #pragma unroll 1
-      for (int i = threadIdx.x; is_shared && i < n; i += kSampleThreads)
-        s.list[i] = __ldcg(&list[i]);
-      return end_list(draw, static_cast<int>(n), s);
+        for (int i = threadIdx.x; a.splits > 1 && i < n; i += kSampleThreads) {
+          s.list[i] = __ldcg(&list[i]);
+        }
+        return end_list(draw, n, s);
+      }
     }
+    select_thresholds(draw, s);
   }
-  if (is_radix) select_thresholds(draw, s);
-  return token >= 0 ? token : sum_and_locate(draw.row, draw.weigher, s, target_of);
+  return sum_and_locate(draw.row, draw.weigher, s, target_of);
 }
 
 template <class T>
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Argument
     if (a.splits > 1 && !arrives_last(work, a.splits, s)) return;
   }
   const int token = end_row(a, shared_draw, share.row, s);
-  if (threadIdx.x == 0) finish(a.p, share.row, token);
+  if (threadIdx.x == 0) finish(a.p, static_cast<int>(blockIdx.x) / a.splits, token);
 }
 
 template <class T>

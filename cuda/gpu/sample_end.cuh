@@ -68,14 +68,15 @@ __device__ __forceinline__ int end_mass(Draw<T>& draw, DrawShared& s) {
   const uint64_t room = s.room, num_in_bin = count_bound(bin);
   if (num_in_bin <= room) {
     const bool is_short = num_above + num_in_bin <= room;
-    const uint64_t before = is_short ? 0 : found.before;
+    if (threadIdx.x == 0) {
+      s.left = wanted_mass(s.top_p, found.total) - (is_short ? 0 : found.before);
+    }
     const int last = is_short ? kCoarseBins : bin;
     gather_weights(draw.row, draw.weigher, bin << kCoarseShift, ((last + 1) << kCoarseShift) - 1,
                    s);
     const int n = s.count;
     sort_descending(s.list, n);
-    const Crossing end = find_in_list(
-        n, s, [&](uint64_t) { return wanted_mass(s.top_p, found.total) - 1 - before; });
+    const Crossing end = find_in_list(n, s, [&](uint64_t) { return s.left - 1; });
     if (is_short) return draw_from_list(end.item + 1, s);
     draw.weigher.weight_floor = __uint_as_float(bits_of(s.list[end.item]));
     draw.weigher.last_weight_id = id_of(s.list[end.item]);

@@ -23,7 +23,8 @@ struct DrawShared {
   Adjustments adjustments;
   BlockShared block;
   uint64_t random;
-  int room;  // words of the list that are used
+  uint64_t left;  // of a selection: what is to be passed below what was found; one thread writes
+  int room;       // words of the list that are used
   float top_p;
   int count;
   int token;
@@ -318,7 +319,7 @@ __device__ __forceinline__ void select_key(const SampleRow<T>& row, int top_k, W
                                            DrawShared& s) {
   uint32_t* counts = s.low();
   uint32_t prefix = 0, mask = 0;
-  uint64_t left = top_k;
+  if (threadIdx.x == 0) s.left = top_k;
 #pragma unroll 1
   for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
     const uint32_t bin_mask = shift == 0 ? 1023 : 2047;
@@ -337,14 +338,14 @@ __device__ __forceinline__ void select_key(const SampleRow<T>& row, int top_k, W
     __syncthreads();
     const Crossing found = find_crossing(
         kLevelBins, s.block, [&](int i) { return uint64_t{counts[kLevelBins - 1 - i]}; },
-        [&](uint64_t) { return left - 1; });
+        [&](uint64_t) { return s.left - 1; });
     prefix |= static_cast<uint32_t>(kLevelBins - 1 - found.item) << shift;
     mask |= bin_mask << shift;
-    left -= found.before;
+    if (threadIdx.x == 0) s.left -= found.before;
   }
   weigher.key_floor = prefix;
   weigher.measure = Measure::kEqualKey;
-  weigher.last_key_id = sum_and_locate(row, weigher, s, [&](uint64_t) { return left - 1; });
+  weigher.last_key_id = sum_and_locate(row, weigher, s, [&](uint64_t) { return s.left - 1; });
   weigher.measure = Measure::kWeight;
 }
 
@@ -353,24 +354,26 @@ template <class T>
 __device__ __forceinline__ void select_weight(const SampleRow<T>& row, float top_p,
                                               Weigher& weigher, DrawShared& s) {
   int prefix = 0;
-  uint64_t left = 0;
 #pragma unroll 1
   for (int shift = kCoarseShift; shift >= 0; shift -= 9) {
     const int bits = shift == kCoarseShift ? 11 : 9;
     mass_histogram(row, 0, row.num_chunks(), weigher, shift, bits, prefix, s);
     const bool is_first = shift == kCoarseShift;
     const auto target_of = [&](uint64_t total) {
-      return is_first ? wanted_mass(top_p, total) - 1 : left - 1;
+      return is_first ? wanted_mass(top_p, total) - 1 : s.left - 1;
     };
     const Crossing found = find_bin(kLevelBins, s, target_of);
-    left = target_of(found.total) + 1 - found.before;
+    const uint64_t left = target_of(found.total) + 1 - found.before;
+    __syncthreads();
+    if (threadIdx.x == 0) s.left = left;
     prefix = prefix << bits | found.item;
     weigher.limit(prefix << shift, ((prefix + 1) << shift) - 1);
   }
   weigher.weight_floor = from_offset(prefix);
   weigher.measure = Measure::kEqualWeight;
-  left = (left - 1) / static_cast<uint64_t>(weigher.weight_floor);
-  weigher.last_weight_id = sum_and_locate(row, weigher, s, [&](uint64_t) { return left; });
+  weigher.last_weight_id = sum_and_locate(row, weigher, s, [&](uint64_t) {
+    return (s.left - 1) / static_cast<uint64_t>(weigher.weight_floor);
+  });
   weigher.measure = Measure::kWeight;
   weigher.unlimit();
 }
