@@ -46,7 +46,6 @@ enum WorkWord : int32_t {
 struct AttentionDevice {
   int32_t num_sms;
   int32_t decode_ctas_per_sm;  // 1 or 2
-  int32_t decode_cache_bytes;  // shared memory of a CTA for keys and values that are on their way
 };
 constexpr int kMaxDecodeCtasPerSm = 2;
 constexpr int kMaxDecodeRanges = 1024;

@@ -11,7 +11,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <initializer_list>
 
 #include "gpu/attention.h"
@@ -25,15 +24,11 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads >= kMaxDecodeRanges);  // a thread for each range
 constexpr int kBuckets = 256;                 // of prefill items by length
+constexpr int kRowCost = 1;          // KV tiles: what a decode row costs beyond its keys
+constexpr int kMinSplit = 2;         // KV tiles: no part of a split decode row is shorter
 constexpr int kMinPrefillChunk = 8;  // KV tiles: shorter parts cost more to merge than they save
 
 constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
-
-// What is tuned, in KV tiles.
-struct Tuning {
-  int row_cost = 1;   // what a decode row costs beyond its keys
-  int min_split = 2;  // no part of a split decode row is shorter
-};
 
 struct Shared {
   int64_t warp_sums[kWarps];
@@ -45,7 +40,6 @@ struct Shared {
 
 struct Plan {
   AttentionPlanParams p;
-  Tuning tuning;
   int group, num_ranges, num_chunks;
   int decode_items;  // offset
 };
@@ -166,7 +160,7 @@ struct DecodeRow {
   }
 
   __device__ int64_t cost(const Plan& plan) const {
-    return num_tiles == 0 ? 0 : int64_t{num_tiles} + plan.tuning.row_cost;
+    return num_tiles == 0 ? 0 : int64_t{num_tiles} + kRowCost;
   }
 
   __device__ void place(const Plan& plan, const Line& line, int64_t position) {
@@ -180,9 +174,9 @@ struct DecodeRow {
   __device__ int cut(const Plan& plan, const Line& line, int range) const {
     if (range <= first_range) return 0;
     if (range > last_range) return num_tiles;
-    const int64_t tile = line.range_begin(range) - at - plan.tuning.row_cost;
-    if (tile < plan.tuning.min_split) return 0;
-    return num_tiles - tile < plan.tuning.min_split ? num_tiles : static_cast<int>(tile);
+    const int64_t tile = line.range_begin(range) - at - kRowCost;
+    if (tile < kMinSplit) return 0;
+    return num_tiles - tile < kMinSplit ? num_tiles : static_cast<int>(tile);
   }
 
   // A part of the row for each range, but for those cut away at its begin and at its end: cuts
@@ -239,7 +233,7 @@ __device__ int plan_decode(const Plan& plan, Shared& shared) {
     cost += DecodeRow(plan, row).cost(plan);
   }
   const int64_t total = block_sum(shared, cost);
-  const int64_t wanted = total / plan.tuning.min_split;
+  const int64_t wanted = total / kMinSplit;
   const Line line(total, wanted < 1                 ? 1
                          : wanted < plan.num_ranges ? static_cast<int>(wanted)
                                                     : plan.num_ranges);
@@ -409,13 +403,6 @@ cudaError_t attention_device(AttentionDevice* device) {
   constexpr int kKilobyte = 1024;
   device->num_sms = num_sms;
   device->decode_ctas_per_sm = smem_per_sm >= 164 * kKilobyte ? 2 : 1;
-  device->decode_cache_bytes = (smem_per_sm >= 228 * kKilobyte ? 96 : 64) * kKilobyte;
-#ifdef PYSERVE_TUNE
-  if (const char* text = std::getenv("PYSERVE_TUNE_CTAS")) device->decode_ctas_per_sm = atoi(text);
-  if (const char* text = std::getenv("PYSERVE_TUNE_CACHE_KB")) {
-    device->decode_cache_bytes = atoi(text) * kKilobyte;
-  }
-#endif
   return cudaSuccess;
 }
 
@@ -426,10 +413,6 @@ cudaError_t launch_plan_attention(const AttentionPlanParams& params, cudaStream_
   plan.num_ranges = num_decode_ranges(params.device, params.num_kv_heads);
   plan.decode_items = decode_items_offset(plan.num_ranges);
   plan.num_chunks = num_prefill_chunks(params.device, params.num_kv_heads);
-#ifdef PYSERVE_TUNE
-  if (const char* text = std::getenv("PYSERVE_TUNE_ROW_COST")) plan.tuning.row_cost = atoi(text);
-  if (const char* text = std::getenv("PYSERVE_TUNE_MIN_SPLIT")) plan.tuning.min_split = atoi(text);
-#endif
   return launch(plan_attention_kernel, 1, kThreads, 0, stream, plan);
 }
 

@@ -2,6 +2,8 @@
 
 A checkpoint is a stranger's file. Every number of a header is checked before it sizes anything, and
 nothing is mapped: mapped pages count as resident, and a file that shrinks would kill the process.
+What has been read is left in the page cache, which the system takes back when it needs it: the next
+start reads it from there.
 All errors are CheckpointError naming the file.
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -259,8 +261,6 @@ class _File:
             if count == 0:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
             done += count
-        # What has been read will not be read again: leave the page cache to others.
-        os.posix_fadvise(self.fd, offset, done, os.POSIX_FADV_DONTNEED)
 
 
 def _open(path: Path) -> _File:
