@@ -75,7 +75,8 @@ class CudaCompiler:
 
     def flags(self) -> tuple[str, ...]:
         """nvcc's flags."""
-        return (*_CUDA_FLAGS, *(f"-gencode={_gencode(arch)}" for arch in self.archs))
+        parallel = () if len(self.archs) == 1 else ("--threads=4",)
+        return (*_CUDA_FLAGS, *parallel, *(f"-gencode={_gencode(arch)}" for arch in self.archs))
 
     def bind_flags(self) -> tuple[str, ...]:
         """Further C++ flags of the files between torch and the kernels."""
