@@ -20,17 +20,16 @@ from pyserve.engine.engine import Engine
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.params import SamplingParams
 
-RUN_AHEAD_DEPTH = 0  # steps launched ahead of the one whose result is awaited
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
 
 
 class AsyncEngine:
     """Everything here runs on the event loop that calls `start`."""
 
-    def __init__(self, engine: Engine, info: EngineInfo, *, depth: int = RUN_AHEAD_DEPTH) -> None:
+    def __init__(self, engine: Engine, info: EngineInfo) -> None:
         self._engine = engine
         self._info = info
-        self._depth = depth
+        self._depth = engine.runner.run_ahead_depth
         self._in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
         self._step_start_s = 0.0  # when the oldest step in flight began to run
         self._num_failed_steps = 0
@@ -100,6 +99,9 @@ class AsyncEngine:
                 self._launch()
                 if self._in_flight:
                     await self._finish_step()
+                    if self._in_flight:
+                        # The next step runs already: let tokens go out before one more is launched.
+                        await asyncio.sleep(0)
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
                     self._wakeup.clear()

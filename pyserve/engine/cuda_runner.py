@@ -48,8 +48,11 @@ class _InFlight:
 class CudaRunner:
     """Implements engine.Runner on the executor's CUDA device.
 
+    One step runs while the next is being launched: the card does not wait for the host.
     Before `attach` a launch returns when the step has ended; after it results come on the loop.
     """
+
+    run_ahead_depth = 1
 
     def __init__(self, executor: StepExecutor, *, step_deadline_s: float = STEP_DEADLINE_S) -> None:
         self.step_deadline_s: float | None = step_deadline_s

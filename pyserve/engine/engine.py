@@ -24,10 +24,12 @@ from pyserve.params import SamplingParams
 class Runner(Protocol):
     """Executes steps, in the order of the calls.
 
+    run_ahead_depth         steps to launch ahead of the one whose result is awaited.
     step_deadline_s         a step that takes longer has hung; None: any time is fine.
     num_device_allocations  times memory was taken from a GPU so far.
     """
 
+    run_ahead_depth: int
     step_deadline_s: float | None
 
     @property

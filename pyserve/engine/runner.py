@@ -184,6 +184,7 @@ class CpuRunner:
     happen on the worker, most of it outside the GIL. `num_threads` is what one op may use.
     """
 
+    run_ahead_depth = 0  # a step's successor would wait for the same cores
     step_deadline_s: float | None = None  # a long prompt may take minutes
 
     def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:

@@ -131,6 +131,7 @@ class FakeRunner:
         self.on_step: Callable[[Step], None] = lambda step: None
         self.nan_seeds: set[int] = set()
         self.is_closed = False
+        self.run_ahead_depth = 0
         self.step_deadline_s: float | None = None
         self.num_device_allocations = 0
         self._block_size = block_size

@@ -28,7 +28,8 @@ def async_engine(engine: Engine, depth: int = 0) -> AsyncEngine:
         max_model_len=128, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=4, num_blocks=64,
         dtype="float32", device="cpu",
     )  # fmt: skip
-    return AsyncEngine(engine, info, depth=depth)
+    engine.runner.run_ahead_depth = depth
+    return AsyncEngine(engine, info)
 
 
 def fake(engine: Engine) -> FakeRunner:
@@ -48,6 +49,7 @@ async def read_all(stream: SequenceStream) -> tuple[list[int], str]:
 class HeldRunner:
     """Executes on a FakeRunner, but tells the results only when it is asked to."""
 
+    run_ahead_depth = 0
     step_deadline_s: float | None = None
     num_device_allocations = 0
 
