@@ -158,7 +158,7 @@ __device__ __forceinline__ ThreadScan scan_thread(const SampleRow<T>& row, const
   ThreadScan scan;
   row.visit_raw(share.first_chunk, share.last_chunk, [&](int, int octet, const RawOctet<T>& raw) {
     float x[kOctet];
-    row.unpack(raw, x);
+    raw.unpack(x);
     if (!row.is_plain) {
 #pragma unroll
       for (int e = 0; e < kOctet; ++e) scan.is_bad |= !(x[e] < kInfinity);

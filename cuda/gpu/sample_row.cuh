@@ -88,6 +88,23 @@ struct WeightSum {
 template <class T>
 struct RawOctet {
   uint4 words[sizeof(T) / 2];
+
+  __device__ __forceinline__ void unpack(float (&x)[kOctet]) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      const uint32_t packed[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (sizeof(T) == 4) {
+          x[4 * i + j] = __uint_as_float(packed[j]);
+        } else {
+          const float2 pair = unpack_pair<T>(packed[j]);
+          x[2 * j] = pair.x;
+          x[2 * j + 1] = pair.y;
+        }
+      }
+    }
+  }
 };
 
 template <class T>
@@ -132,23 +149,6 @@ struct SampleRow {
       raw.words[0] = {two(begin), two(begin + 2), two(begin + 4), two(begin + 6)};
     }
     return raw;
-  }
-
-  __device__ __forceinline__ void unpack(const RawOctet<T>& raw, float (&x)[kOctet]) const {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-      const uint32_t words[4] = {raw.words[i].x, raw.words[i].y, raw.words[i].z, raw.words[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (sizeof(T) == 4) {
-          x[4 * i + j] = __uint_as_float(words[j]);
-        } else {
-          const float2 pair = unpack_pair<T>(words[j]);
-          x[2 * j] = pair.x;
-          x[2 * j + 1] = pair.y;
-        }
-      }
-    }
   }
 
   // Bias, ban, penalties of the octet's logits.
@@ -235,14 +235,14 @@ struct SampleRow {
   __device__ __forceinline__ void visit(int first, int last, const Fn& fn) const {
     visit_raw(first, last, [&](int chunk, int octet, const RawOctet<T>& raw) {
       float x[kOctet];
-      unpack(raw, x);
+      raw.unpack(x);
       adjust(octet, x);
       fn(chunk, octet, x);
     });
   }
 
   __device__ __forceinline__ void adjusted_octet(int octet, float (&x)[kOctet]) const {
-    unpack(load(octet), x);
+    load(octet).unpack(x);
     adjust(octet, x);
   }
 };
