@@ -197,7 +197,7 @@ part_ptx80() {  # the card runs the sm_80 code, translated by its driver
   export PYSERVE_CACHE=$ptx80_cache PYSERVE_CUDA_ARCHS=80-ptx
   part_prepare || return 1
   mapfile -t files < <(op_tests)
-  run_tests ptx80 120 "${files[@]}"
+  run_tests ptx80 180 "${files[@]}"
 }
 
 children=()  # processes in groups of their own: what ends this part must end them
