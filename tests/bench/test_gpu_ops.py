@@ -33,6 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return gpu_ops.Timing(us=2.0, spread_us=0.1, is_graph=True)
 
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
+    monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)
     return planned
 
 

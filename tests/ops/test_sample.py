@@ -104,7 +104,7 @@ def test_bit_for_bit_the_twin() -> None:
         before, twin = logits.clone(), tables.clone()
         sampled = ops.sample(logits, sample_slots, tables.slots, tables.token_counts)
         expected = torch.empty_like(sampled)
-        reference.sample(logits, sample_slots, twin.slots, twin.token_counts, expected)
+        reference.sample(logits, sample_slots, twin.slots, twin.token_counts, None, expected)
         assert torch.equal(sampled, expected) and tables.equal(twin)
         assert torch.equal(logits.view(torch.int16), before.view(torch.int16))
 
