@@ -60,6 +60,17 @@ class BodyTooLargeError(RequestError):
     type = "RequestEntityTooLargeError"
 
 
+class QueueFullError(RequestError):
+    """429: as many sequences wait as may. Sent with Retry-After."""
+
+    status = 429
+    type = "RateLimitError"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UnavailableError(RequestError):
     """503: not ready, draining, or the engine has stopped. Sent with Retry-After."""
 

@@ -6,7 +6,13 @@ import msgspec
 from aiohttp import web
 
 from pyserve.api.protocol import ErrorDetail, ErrorResponse
-from pyserve.errors import EngineError, RequestError, UnauthorizedError, UnavailableError
+from pyserve.errors import (
+    EngineError,
+    QueueFullError,
+    RequestError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from pyserve.log import get_logger
 
 MAX_MESSAGE_CHARS = 2000
@@ -23,7 +29,7 @@ def error_response(error: RequestError) -> web.Response:
     response = web.Response(
         status=error.status, body=error_body(error), content_type="application/json"
     )
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError | QueueFullError):
         response.headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
