@@ -6,7 +6,9 @@ them passes them on.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,12 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 MAX_BODY_BYTES = 32 * 2**20
 DEFAULT_BLOCK_SIZE = 16
+MAX_QUEUE = 2**20
+MAX_LOGPROBS = 1024
 DEMO_MODEL = Path(__file__).parent / "demo"
+
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/,]+", re.IGNORECASE)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9  # fraction of the device's memory; the host's on a CPU
     kv_cache_memory_bytes: int | None = None  # overrides what the planner would give the KV cache
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    max_queue: int | None = None  # sequences that wait; None: 4 * max_num_seqs
     seed: int = 0
     allow_reference_ops: bool = False
 
@@ -56,6 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             _require("--max-model-len", self.max_model_len, 1, 2**24)
         if self.kv_cache_memory_bytes is not None:
             _require("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1, 2**50)
+        if self.max_queue is not None:
+            _require("--max-queue", self.max_queue, 1, MAX_QUEUE)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +78,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = MAX_BODY_BYTES
     shutdown_timeout_s: float = 30.0
     log_stats: bool = True
+    uds: Path | None = None  # a Unix socket instead of host and port
+    root_path: str = ""  # path prefix that a proxy may leave on, such as /llm
+    allowed_origins: tuple[str, ...] = ("*",)  # of web pages that may call the API
+    ssl_keyfile: Path | None = None
+    ssl_certfile: Path | None = None
+    ready_file: Path | None = None  # written when the server is ready, gone when it is not
+    request_timeout_s: float = 3600.0  # 0: none
+    log_requests: bool = False  # parameters and token counts of each request, never texts
+    max_logprobs: int = 20
+    trust_request_chat_template: bool = False
 
     def __post_init__(self) -> None:
         _require("--port", self.port, 0, 65535)
@@ -78,6 +98,23 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.shutdown_timeout_s < 0:
             raise ConfigError(
                 f"--shutdown-timeout must be at least 0, got {self.shutdown_timeout_s}"
+            )
+        if not 0.0 <= self.request_timeout_s < math.inf:
+            raise ConfigError(
+                f"--request-timeout must be at least 0 seconds, got {self.request_timeout_s}"
+            )
+        _require("--max-logprobs", self.max_logprobs, 0, MAX_LOGPROBS)
+        if not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(
+                f"--root-path must be a path such as /llm without a slash at its end, "
+                f"got {self.root_path!r}"
+            )
+        if (self.ssl_keyfile is not None) and self.ssl_certfile is None:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        if not all(_ORIGIN.fullmatch(origin) for origin in self.allowed_origins):
+            raise ConfigError(
+                '--allowed-origins must be "*" or origins such as https://example.org, '
+                f"got {list(self.allowed_origins)}"
             )
 
 

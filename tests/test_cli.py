@@ -10,29 +10,30 @@ import pytest
 
 from pyserve import cli
 from pyserve.errors import ConfigError
+from pyserve.flags import NEUTRAL, NO_MEANING, NOT_BUILT, parse_args
 
 
 @pytest.mark.parametrize(
     "argv", [["--model", "org/m"], ["org/m"], ["serve", "org/m"], ["serve", "--model=org/m"]]
 )
 def test_three_ways_to_name_a_model(argv: list[str]) -> None:
-    assert cli.parse_args(argv).model == "org/m"
+    assert parse_args(argv).model == "org/m"
 
 
 def test_model_given_twice() -> None:
     with pytest.raises(ConfigError, match="given twice"):
-        cli.parse_args(["a", "--model", "b"])
+        parse_args(["a", "--model", "b"])
 
 
 def test_underscores_and_size_suffixes() -> None:
-    args = cli.parse_args(["--max_model_len", "32k", "--max-num-batched-tokens=4K"])
+    args = parse_args(["--max_model_len", "32k", "--max-num-batched-tokens=4K"])
     assert (args.max_model_len, args.max_num_batched_tokens) == (32000, 4096)
     config = cli._engine_config(args, Path("/m"))
     assert (config.max_model_len, config.max_num_batched_tokens) == (32000, 4096)
 
 
 def test_flags_reach_the_configs() -> None:
-    args = cli.parse_args(
+    args = parse_args(
         "--model m --host 127.0.0.1 --port 81 --api-key k --served-model-name a b --dtype float "
         "--block-size 32 --no-enable-prefix-caching --max-num-seqs 7 --shutdown-timeout 3 "
         "--kv-cache-memory-bytes 1000000 --scheduling-policy priority --disable-log-stats "
@@ -52,32 +53,32 @@ def test_flags_reach_the_configs() -> None:
 
 
 def test_what_is_left_to_the_machine() -> None:
-    engine = cli._engine_config(cli.parse_args(["m"]), Path("/m"))
+    engine = cli._engine_config(parse_args(["m"]), Path("/m"))
     assert (engine.device, engine.max_num_batched_tokens, engine.max_model_len) == (
         "auto", None, None,
     )  # fmt: skip
 
 
 def test_the_guide_s_production_flags_are_known() -> None:
-    cli.parse_args(
+    parse_args(
         "serve org/m --host 0.0.0.0 --port 8000 --tensor-parallel-size 1 --max-model-len 8192 "
         "--gpu-memory-utilization 0.9 --max-num-seqs 256 --enable-prefix-caching".split()
     )
 
 
-@pytest.mark.parametrize("flag", sorted(cli.NOT_BUILT))
+@pytest.mark.parametrize("flag", sorted(NOT_BUILT))
 def test_not_built_flags_are_named(flag: str) -> None:
-    value = [] if cli.NOT_BUILT[flag] == 0 else ["7"]
+    value = [] if NOT_BUILT[flag] == 0 else ["7"]
     with pytest.raises(ConfigError, match=f"--{flag} is not built yet"):
-        cli.parse_args([f"--{flag}", *value])
+        parse_args([f"--{flag}", *value])
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
-    cli.parse_args(["m", "--no-enable-lora", "--task", "generate", "--kv-cache-dtype=auto"])
-    for flag, values in cli.NEUTRAL.items():
+    parse_args(["m", "--no-enable-lora", "--task", "generate", "--kv-cache-dtype=auto"])
+    for flag, values in NEUTRAL.items():
         for value in values:
-            cli.parse_args(["m", f"--{flag}", str(value)])
-    assert not set(cli.NOT_BUILT) & set(cli.NO_MEANING) and set(cli.NEUTRAL) <= set(cli.NOT_BUILT)
+            parse_args(["m", f"--{flag}", str(value)])
+    assert not set(NOT_BUILT) & set(NO_MEANING) and set(NEUTRAL) <= set(NOT_BUILT)
 
 
 def test_generation_config_must_exist(tmp_path: Path) -> None:
@@ -88,10 +89,10 @@ def test_generation_config_must_exist(tmp_path: Path) -> None:
     assert cli._generation_folder(str(tmp_path), Path("/m")) == tmp_path
 
 
-@pytest.mark.parametrize("flag", sorted(cli.NO_MEANING))
+@pytest.mark.parametrize("flag", sorted(NO_MEANING))
 def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture) -> None:
-    value = [] if cli.NO_MEANING[flag] == 0 else ["1"]
-    args = cli.parse_args(["m", f"--{flag}", *value])
+    value = [] if NO_MEANING[flag] == 0 else ["1"]
+    args = parse_args(["m", f"--{flag}", *value])
     assert args.model == "m"
     assert [r.getMessage() for r in caplog.records if f"--{flag} " in r.getMessage()]
 
@@ -109,7 +110,7 @@ def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture)
 )  # fmt: skip
 def test_wrong_flags_say_what_to_do(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cli.parse_args(argv)
+        parse_args(argv)
     assert message in str(caught.value)
 
 
@@ -123,7 +124,7 @@ def test_a_wrong_value_ends_before_the_port_opens() -> None:
 
 
 def test_public_address_without_key_warns(caplog: pytest.LogCaptureFixture) -> None:
-    cli._server_config(cli.parse_args(["--host", "0.0.0.0"]))
-    cli._server_config(cli.parse_args(["--host", "127.0.0.1"]))
-    cli._server_config(cli.parse_args(["--api-key", "k"]))
+    cli._server_config(parse_args(["--host", "0.0.0.0"]))
+    cli._server_config(parse_args(["--host", "127.0.0.1"]))
+    cli._server_config(parse_args(["--api-key", "k"]))
     assert len([r for r in caplog.records if "--api-key" in r.getMessage()]) == 1

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from pyserve.api.app import build_app
-from pyserve.api.http import BACKLOG, LAST_FRAMES_S, listening
+from pyserve.api.http import LAST_FRAMES_S, listening
+from pyserve.api.listen import listen, url
 from pyserve.api.state import Loaded, Report, ServerState
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
@@ -39,7 +40,7 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     all that an engine holds that has given up.
     """
     try:
-        sock = _listen(config.host, config.port)
+        sock = listen(config.host, config.port)
     except StartupError as error:
         get_logger().error("%s", error)
         return 1
@@ -105,7 +106,7 @@ class _Server:
         state.startup.finish()
         get_logger().info(
             "pyserve is ready on %s (model %s, %.1f s)",
-            _url(self._config.host, self._sock),
+            url(self._config.host, self._sock),
             state.model_name,
             state.startup.elapsed_s,
         )
@@ -189,34 +190,6 @@ class _Server:
             get_logger().warning("%d requests are cut off", state.num_in_flight)
         await engine.stop()
         await state.wait_idle(LAST_FRAMES_S)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises StartupError naming the port."""
-    try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except OSError:
-        raise StartupError(f"--host {host} is not an address of this machine") from None
-    family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        reason = os.strerror(error.errno or 0)
-        raise StartupError(
-            f"cannot listen on {host} port {port}: {reason}; choose another with --port"
-        ) from None
-    return sock
-
-
-def _url(host: str, sock: socket.socket) -> str:
-    port = sock.getsockname()[1]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _log_statistics(engine: EngineClient) -> None:
