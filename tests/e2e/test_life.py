@@ -218,7 +218,7 @@ def test_sigterm_drains_and_exits_zero(tmp_path: Path) -> None:
 
 def run_to_the_end(*flags: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "pyserve", "--host", "127.0.0.1", *flags],
+        [sys.executable, "-m", "pyserve", "--device", "cpu", "--host", "127.0.0.1", *flags],
         capture_output=True, text=True, cwd=ROOT, timeout=100,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
