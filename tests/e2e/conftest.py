@@ -105,7 +105,7 @@ class Server:
 def start_server(log: Path, *flags: str, ready_timeout_s: float = 240) -> Iterator[Server]:
     """Run the server; kill it at the end. The first start on a machine compiles the ops."""
     port = free_port()
-    # On a machine with a card tests/gpu serves from it; several servers do not fit beside each other.
+    # On a machine with a card tests/gpu serves from it; several servers do not fit beside it.
     command = [sys.executable, "-m", "pyserve", "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("w") as sink:
