@@ -166,14 +166,14 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. Raises ConfigError naming the flag at fault."""
-    argv = [_canonical(word) for word in argv]
+    argv = [canonical(word) for word in argv]
     if argv and argv[0] == "serve":
         argv = argv[1:]
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("-"):
-            _unknown_flag(parser, word)
+            refuse_unknown(parser, word)
         raise ConfigError(f"unexpected argument {word!r}")
     given = vars(args)
     for name in NOT_BUILT:
@@ -194,14 +194,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see python -m pyserve --help)")
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="pyserve",
+    parser = Parser(
+        prog="python -m pyserve",
         usage="python -m pyserve [--model MODEL] [flags]",
         description="Serve a model on the OpenAI API. Without --model: the bundled demo model.",
         allow_abbrev=False,
@@ -231,13 +231,13 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: an NVIDIA card where there is one, else the CPU",
     )  # fmt: skip
     engine.add_argument(
-        "--max-model-len", type=_size,
+        "--max-model-len", type=size,
         help="context in tokens, 32k and 32K work; refused where it does not fit (default: the "
         "model's, or as much of it as fits)",
     )  # fmt: skip
     engine.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
     engine.add_argument(
-        "--max-num-batched-tokens", type=_size,
+        "--max-num-batched-tokens", type=size,
         help="per step (8192 on a card of 40 GB or more, else 2048)",
     )  # fmt: skip
     engine.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
@@ -284,7 +284,7 @@ def _add_silent(parser: argparse.ArgumentParser, name: str, nargs: int | str) ->
         parser.add_argument(*flags, **arity, **options)
 
 
-def _canonical(word: str) -> str:
+def canonical(word: str) -> str:
     """`--max_model_len=5` and `--max-model-len=5` are the same flag."""
     if not word.startswith("--"):
         return word
@@ -292,7 +292,7 @@ def _canonical(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     name = word.partition("=")[0]
     known = [flag for action in parser._actions for flag in action.option_strings]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -300,7 +300,7 @@ def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     raise ConfigError(f"unknown flag {name}{hint}")
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
     """Tokens: 4096, 32k (32,000) or 32K (32,768), as vLLM reads them."""
     factor = {"k": 1000, "K": 1024}.get(text[-1:], 1)
     return int(text[:-1] if factor > 1 else text) * factor
