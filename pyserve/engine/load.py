@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -37,7 +38,7 @@ from pyserve.engine.slots import SlotAllocator
 from pyserve.errors import DeviceError, PlanError, StartupError
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.loader import load_model
+from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.ops import build
 from pyserve.params import SamplingParams
 
@@ -50,12 +51,10 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
     progress("build", 0, 1)
     logger = log.get_logger()
-    device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
-    model_config = ModelConfig.from_path(config.model_path)
-    devices.check_model(model_config, device)
-    dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
-    memory = _memory(device)
-    plan = _plan(config, model_config, dtype, memory)  # a refusal need not wait for a compiler
+    start = plan_start(config)  # a refusal need not wait for a compiler
+    device, model_config, dtype = start.device, start.model_config, start.dtype
+    memory, plan = start.memory, start.plan
+    _log_plan(config, plan)
     build.load_native(
         allow_reference=config.allow_reference_ops, progress=logger.info, device=_kind(device)
     )
@@ -97,6 +96,39 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     return AsyncEngine(new_engine(), info)
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What is settled about a start before anything is built."""
+
+    device: torch.device
+    dtype: torch.dtype  # the weights are served in
+    model_config: ModelConfig
+    memory: Memory
+    plan: MemoryPlan
+
+
+def plan_start(config: EngineConfig) -> Start:
+    """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
+    device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
+    model_config = ModelConfig.from_path(config.model_path)
+    devices.check_model(model_config, device)
+    dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
+    memory = _memory(device)
+    return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
+
+
+def check_start(config: EngineConfig) -> Start:
+    """What plan_start says, and the headers of the checkpoint against it. Raises StartupError.
+
+    Reads no weights: a folder with config.json and the headers in files of the right length, as
+    they lie there before a download, is enough.
+    """
+    start = plan_start(config)
+    if config.load_format != "dummy":
+        check_checkpoint(config.model_path, start.model_config, dtype=start.dtype)
+    return start
+
+
 def _kind(device: torch.device) -> build.Device:
     return "cuda" if device.type == "cuda" else "cpu"
 
@@ -116,7 +148,7 @@ def _plan(
 ) -> MemoryPlan:
     # Shapes without memory: what the weights will take, exactly.
     shapes = Decoder(model_config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
-    plan = plan_memory(
+    return plan_memory(
         model_config,
         config,
         weight_bytes=sum(place.view.nbytes for place in shapes.destinations().values()),
@@ -124,6 +156,9 @@ def _plan(
         itemsize=dtype.itemsize,
         memory=memory,
     )
+
+
+def _log_plan(config: EngineConfig, plan: MemoryPlan) -> None:
     logger = log.get_logger()
     if plan.num_slots < config.max_num_seqs:
         logger.warning(
@@ -134,7 +169,6 @@ def _plan(
         "memory, for %d KV blocks of %d tokens:\n%s",
         plan.num_blocks, config.block_size, format_ledger(plan.ledger),
     )  # fmt: skip
-    return plan
 
 
 def _load(

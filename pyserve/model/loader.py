@@ -69,6 +69,12 @@ def load_model(
     return decoder
 
 
+def check_checkpoint(path: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    """Names, shapes and dtypes of the folder's headers against `config`. Raises CheckpointError."""
+    shapes = Decoder(config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
+    _check(index_checkpoint(path), shapes.destinations(), config)
+
+
 def _check(
     stored: dict[str, StoredTensor], destinations: Destinations, config: ModelConfig
 ) -> None:
