@@ -1,0 +1,84 @@
+"""The page at `/`, the docs and their files: all of this server, nothing fetched from elsewhere.
+
+They are public and the same for everybody: what they show of the server they ask it for, with the
+key of whoever looks at them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from aiohttp import web
+
+FOLDER = Path(__file__).parent / "static"
+CONTENT_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".json": "application/json",
+    ".txt": "text/plain",
+}
+FILES = (
+    "page.css", "page.js", "docs.js", "swagger-ui.css", "swagger-ui-bundle.js",
+    "swagger-ui.LICENSE.txt", "swagger-ui-bundle.js.LICENSE.txt",
+)  # fmt: skip
+STATIC_PATH = "/static/{name:" + "|".join(map(re.escape, FILES)) + "}"  # no other file has a path
+HEADERS = {
+    # Swagger UI sets styles on its elements and draws with data: images.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data:; font-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # kept, but asked for again: by its ETag, which costs no bytes
+}
+
+
+class File(NamedTuple):
+    body: bytes
+    content_type: str
+    etag: str
+
+
+async def index(request: web.Request) -> web.StreamResponse:
+    """What the server is doing while it starts; then how to call it."""
+    return reply(request, _read("page.html"))
+
+
+async def docs(request: web.Request) -> web.StreamResponse:
+    """Swagger UI on /openapi.json."""
+    return reply(request, _read("docs.html"))
+
+
+async def static(request: web.Request) -> web.StreamResponse:
+    """A file of theirs."""
+    return reply(request, _read(request.match_info["name"]))
+
+
+def reply(request: web.Request, file: File) -> web.Response:
+    """`file`, or 304 where the client has it."""
+    if any(known.value in (file.etag, "*") for known in request.if_none_match or ()):
+        response = web.Response(status=304, headers=HEADERS)
+    else:
+        response = web.Response(
+            body=file.body, content_type=file.content_type, charset="utf-8", headers=HEADERS
+        )
+    response.etag = file.etag
+    return response
+
+
+def make_file(body: bytes, suffix: str) -> File:
+    """`body` with the type that goes with `suffix`."""
+    return File(body, CONTENT_TYPES[suffix], hashlib.sha256(body).hexdigest()[:32])
+
+
+@functools.cache
+def _read(name: str) -> File:
+    path = FOLDER / name
+    return make_file(path.read_bytes(), path.suffix)
