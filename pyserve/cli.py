@@ -1,6 +1,7 @@
 """Command line: flags in, one frozen config each for the engine and the server out.
 
-`python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same. The only module that
+`python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same; `pyserve plan` only
+computes what fits. The only module that
 imports inside functions: the port must open before torch is imported.
 """
 
@@ -16,20 +17,28 @@ from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
 from pyserve.config import DEMO_MODEL, EngineConfig, ServerConfig, env
 from pyserve.errors import CheckpointError, ConfigError, StartupError
-from pyserve.flags import parse_args
-from pyserve.text.chat_template import ChatTemplate
+from pyserve.flags import given, parse_args
+from pyserve.text.chat_template import ChatTemplate, read_override
 from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
 
 DEMO_MODEL_NAME = "pyserve-demo"
+DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the server until it is told to stop; returns the process's exit code."""
     log.setup("info")
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        if argv[:1] == ["plan"]:
+            from pyserve.engine.capacity import main as plan
+
+            return plan(argv[1:])
+        args = parse_args(_with_file(argv))
         log.setup(args.log_level)
+        os.environ.update(args.env)
         server_config = _server_config(args)
+        _check_paths(args, server_config)
         load = _loader(args)
     except StartupError as error:
         log.get_logger().error("%s", error)
@@ -39,22 +48,80 @@ def main(argv: list[str] | None = None) -> int:
     return run_server(server_config, load)
 
 
+def _with_file(argv: list[str]) -> list[str]:
+    """The arguments, with those of the file that --config names."""
+    path = given(argv).get("config")
+    if path is None:
+        return argv
+    from pyserve.config_file import with_settings
+
+    return with_settings(path, argv)
+
+
 def _server_config(args: argparse.Namespace) -> ServerConfig:
     keys = tuple(args.api_key) or tuple(filter(None, [env("VLLM_API_KEY")]))
-    if not keys and args.host not in ("127.0.0.1", "localhost", "::1"):
+    host = DEFAULT_HOST if args.host is None else args.host
+    port = DEFAULT_PORT if args.port is None else args.port
+    if args.uds is not None:
+        if args.host is not None or args.port is not None:
+            log.get_logger().warning("--host and --port have no effect beside --uds")
+    elif not keys and host not in ("127.0.0.1", "localhost", "::1"):
         log.get_logger().warning(
             "anyone who reaches %s:%d can use the model: pass --api-key KEY to require one",
-            args.host, args.port,
+            host, port,
         )  # fmt: skip
     names = args.served_model_name or [args.model or DEMO_MODEL_NAME]
+    root_path = args.root_path.rstrip("/")
     return ServerConfig(
         served_model_names=tuple(names),
-        host=args.host,
-        port=args.port,
+        host=host,
+        port=port,
+        uds=args.uds,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
         api_keys=keys,
+        root_path=root_path if root_path.startswith("/") or not root_path else f"/{root_path}",
+        allowed_origins=tuple(args.allowed_origins),
+        allowed_methods=tuple(args.allowed_methods),
+        allowed_headers=tuple(args.allowed_headers),
+        allow_credentials=args.allow_credentials,
+        ready_file=args.ready_file,
+        request_timeout_s=args.request_timeout,
         shutdown_timeout_s=args.shutdown_timeout,
+        max_logprobs=args.max_logprobs,
+        trust_request_chat_template=args.trust_request_chat_template,
+        log_requests=args.enable_log_requests,
         log_stats=not args.disable_log_stats,
     )
+
+
+def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
+    """What is plainly wrong with a path is said before the port opens, not minutes later."""
+    for flag, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
+        if name is None:
+            continue
+        path = Path(name).expanduser()
+        if path.is_file() or not name or (name[0] in "/.~" and not path.is_dir()):
+            raise ConfigError(f"{flag} {name} is neither a folder nor a name on the hub")
+        if flag == "--model" and path.is_dir() and not (path / "config.json").is_file():
+            raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
+    if args.chat_template is not None:
+        read_override(args.chat_template)
+    if args.generation_config not in ("auto", "vllm"):
+        _generation_folder(args.generation_config, DEMO_MODEL)
+    if args.download_dir is not None and _nearest_folder(args.download_dir) is None:
+        raise ConfigError(f"--download-dir {args.download_dir}: is not a folder, nor could it be")
+    ready_file = config.ready_file
+    if ready_file is not None and (ready_file.is_dir() or not ready_file.parent.is_dir()):
+        raise ConfigError(f"--ready-file {ready_file} must be a file in a folder that exists")
+
+
+def _nearest_folder(path: Path) -> Path | None:
+    """`path`, or the folder in which it can be made; None where a file is in the way."""
+    path = path.expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return path if path.is_dir() else None
 
 
 def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
@@ -72,6 +139,7 @@ def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         scheduling_policy=args.scheduling_policy,
+        max_queue=args.max_queue,
         seed=args.seed,
         allow_reference_ops=args.allow_reference_ops,
     )

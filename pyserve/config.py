@@ -27,7 +27,8 @@ MAX_LOGPROBS = 1024
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
-_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/,]+", re.IGNORECASE)
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/,]+", re.IGNORECASE)
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +82,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     uds: Path | None = None  # a Unix socket instead of host and port
     root_path: str = ""  # path prefix that a proxy may leave on, such as /llm
     allowed_origins: tuple[str, ...] = ("*",)  # of web pages that may call the API
+    allowed_methods: tuple[str, ...] = ("*",)  # of their requests
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     ssl_keyfile: Path | None = None
     ssl_certfile: Path | None = None
     ready_file: Path | None = None  # written when the server is ready, gone when it is not
@@ -95,9 +99,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--served-model-name must hold at least one non-empty name")
         if any(not key for key in self.api_keys):
             raise ConfigError("--api-key must not be empty")
-        if self.shutdown_timeout_s < 0:
+        if not 0.0 <= self.shutdown_timeout_s < math.inf:
             raise ConfigError(
-                f"--shutdown-timeout must be at least 0, got {self.shutdown_timeout_s}"
+                f"--shutdown-timeout must be at least 0 seconds, got {self.shutdown_timeout_s}"
             )
         if not 0.0 <= self.request_timeout_s < math.inf:
             raise ConfigError(
@@ -105,16 +109,23 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         _require("--max-logprobs", self.max_logprobs, 0, MAX_LOGPROBS)
         if not _ROOT_PATH.fullmatch(self.root_path):
-            raise ConfigError(
-                f"--root-path must be a path such as /llm without a slash at its end, "
-                f"got {self.root_path!r}"
-            )
-        if (self.ssl_keyfile is not None) and self.ssl_certfile is None:
+            raise ConfigError(f"--root-path must be a path such as /llm, got {self.root_path!r}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
-        if not all(_ORIGIN.fullmatch(origin) for origin in self.allowed_origins):
+        self._check_cors()
+
+    def _check_cors(self) -> None:
+        for flag, values, form, example in (
+            ("--allowed-origins", self.allowed_origins, _ORIGIN, "https://example.org"),
+            ("--allowed-methods", self.allowed_methods, _TOKEN, "POST"),
+            ("--allowed-headers", self.allowed_headers, _TOKEN, "Authorization"),
+        ):
+            for value in values:
+                if value != "*" and not form.fullmatch(value):
+                    raise ConfigError(f'{flag} must list "*" or such as {example}, got {value!r}')
+        if self.allow_credentials and "*" in self.allowed_origins:
             raise ConfigError(
-                '--allowed-origins must be "*" or origins such as https://example.org, '
-                f"got {list(self.allowed_origins)}"
+                "--allow-credentials needs --allowed-origins that names the origins instead of *"
             )
 
 

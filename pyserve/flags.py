@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,19 +18,7 @@ from pyserve.errors import ConfigError
 
 # Flags of vLLM that a later version will have: name -> nargs.
 NOT_BUILT: dict[str, int | str] = {
-    "config": 1,
-    "env": 1,
-    "uds": 1,
-    "root-path": 1,
-    "allowed-origins": 1,
-    "allowed-methods": 1,
-    "allowed-headers": 1,
-    "allow-credentials": 0,
-    "ssl-keyfile": 1,
-    "ssl-certfile": 1,
     "ssl-ca-certs": 1,
-    "max-logprobs": 1,
-    "max-queue": 1,
     "quantization": 1,
     "kv-cache-dtype": 1,
     "enable-auto-tool-choice": 0,
@@ -46,7 +36,6 @@ NOT_BUILT: dict[str, int | str] = {
     "structured-outputs-config": 1,
     "override-generation-config": 1,
     "default-chat-template-kwargs": 1,
-    "trust-request-chat-template": 0,
     "response-role": 1,
     "rope-scaling": 1,
     "rope-theta": 1,
@@ -57,10 +46,7 @@ NOT_BUILT: dict[str, int | str] = {
     "max-num-partial-prefills": 1,
     "long-prefill-token-threshold": 1,
     "return-tokens-as-token-ids": 0,
-    "enable-request-id-headers": 0,
-    "enable-log-requests": 0,
     "enable-log-outputs": 0,
-    "max-log-len": 1,
     "stream-interval": 1,
     "tokenizer-revision": 1,
     "code-revision": 1,
@@ -84,7 +70,6 @@ NOT_BUILT: dict[str, int | str] = {
     "reasoning-config": 1,
     "exclude-tools-when-tool-choice-none": 0,
     "enable-force-include-usage": 0,
-    "enable-server-load-tracking": 0,
     "enable-tokenizer-info-endpoint": 0,
     "enable-prompt-embeds": 0,
     "limit-mm-per-prompt": 1,
@@ -97,6 +82,10 @@ NOT_BUILT: dict[str, int | str] = {
     "otlp-traces-endpoint": 1,
     "runner": 1,
     "convert": 1,
+    "lora-extra-vocab-size": 1,
+    "log-config-file": 1,
+    "grpc": 0,
+    "headless": 0,
     "prompt-adapters": "+",
     "qlora-adapter-name-or-path": 1,
 }
@@ -139,6 +128,9 @@ NO_MEANING: dict[str, int | str] = {
     "disable-access-log-for-endpoints": 1,
     "enable-offline-docs": 0,
     "fingerprint-mode": 1,
+    "enable-request-id-headers": 0,  # always on
+    "enable-server-load-tracking": 0,  # always on
+    "max-log-len": 1,  # prompts are never logged
     "h11-max-incomplete-event-size": 1,
     "h11-max-header-count": 1,
     "show-hidden-metrics-for-version": 1,
@@ -164,24 +156,32 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
+# Short names of flags that are only known by name.
+SHORT = {
+    "quantization": "-q",
+    "pipeline-parallel-size": "-pp",
+    "data-parallel-size": "-dp",
+    "speculative-config": "-sc",
+    "compilation-config": "-cc",
+    "optimization-level": "-O",
+}
+
+# Read by the C library, the loader or the interpreter before pyserve is.
+READ_TOO_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
+
+_HELP_WIDTH, _HELP_COLUMN = 100, 38
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. Raises ConfigError naming the flag at fault."""
-    argv = [canonical(word) for word in argv]
-    if argv and argv[0] == "serve":
-        argv = argv[1:]
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        if word.startswith("-"):
-            refuse_unknown(parser, word)
-        raise ConfigError(f"unexpected argument {word!r}")
-    given = vars(args)
+    args = parse(make_parser(), words(argv))
+    said = vars(args)
     for name in NOT_BUILT:
-        value = given.pop(name, None)
+        value = said.pop(name, None)
         if value not in (None, False, *NEUTRAL.get(name, ())):
             raise ConfigError(f"--{name} is not built yet in pyserve {__version__}")
     for name in NO_MEANING:
-        if given.pop(name, None) is not None:
+        if said.pop(name, None) is not None:
             log.get_logger().warning("--%s has no meaning in pyserve and is ignored", name)
     if args.tensor_parallel_size != 1:
         raise ConfigError(
@@ -194,94 +194,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m pyserve",
-        usage="python -m pyserve [--model MODEL] [flags]",
-        description="Serve a model on the OpenAI API. Without --model: the bundled demo model.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=__version__)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="a folder, or a name on the hub such as org/name")
-    model.add_argument("--tokenizer", help="folder or hub name of the tokenizer (the model's)")
-    model.add_argument("--revision", help="branch, tag or commit on the hub")
-    model.add_argument("--download-dir", type=Path, help="where downloads are kept")
-    model.add_argument("--hf-token", help="access token of the hub (HF_TOKEN)")
-    model.add_argument("--load-format", choices=["auto", "safetensors", "dummy"], default="auto")
-    model.add_argument(
-        "--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"],
-        default="auto",
-    )  # fmt: skip
-    model.add_argument("--chat-template", help="file or text that replaces the model's template")
-    model.add_argument(
-        "--generation-config", default="auto",
-        help="'auto': sampling defaults of the model; 'vllm': neutral ones; or a folder",
-    )  # fmt: skip
-    model.add_argument("--seed", type=int, default=0, help="seed of dummy weights")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: an NVIDIA card where there is one, else the CPU",
-    )  # fmt: skip
-    engine.add_argument(
-        "--max-model-len", type=size,
-        help="context in tokens, 32k and 32K work; refused where it does not fit (default: the "
-        "model's, or as much of it as fits)",
-    )  # fmt: skip
-    engine.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
-    engine.add_argument(
-        "--max-num-batched-tokens", type=size,
-        help="per step (8192 on a card of 40 GB or more, else 2048)",
-    )  # fmt: skip
-    engine.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
-    engine.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.9,
-        help="part of the card's memory, 0 to 1, that is taken, with what other processes hold; "
-        "on a CPU, of the free memory",
-    )  # fmt: skip
-    engine.add_argument(
-        "--kv-cache-memory-bytes", type=int, help="KV cache at most (default: what is left)"
-    )
-    engine.add_argument(
-        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True
-    )
-    engine.add_argument("--scheduling-policy", choices=["fcfs", "priority"], default="fcfs")
-    engine.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
-    engine.add_argument(
-        "--allow-reference-ops", action="store_true",
-        help="serve with plain torch, slowly, where there is no compiler",
-    )  # fmt: skip
-    server = parser.add_argument_group("server")
-    server.add_argument("--host", default="0.0.0.0")
-    server.add_argument("--port", type=int, default=8000)
-    server.add_argument("--api-key", action="append", default=[], help="(VLLM_API_KEY)")
-    server.add_argument("--served-model-name", nargs="+", help="names clients may use")
-    server.add_argument("--shutdown-timeout", type=float, default=30.0, help="seconds to drain")
-    server.add_argument(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info"
-    )
-    server.add_argument("--disable-log-stats", action="store_true")
-    for name, nargs in {**NOT_BUILT, **NO_MEANING}.items():
-        _add_silent(parser, name, nargs)
-    return parser
-
-
-def _add_silent(parser: argparse.ArgumentParser, name: str, nargs: int | str) -> None:
-    flags = [f"--{name}"] + (["-q"] if name == "quantization" else [])
-    options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
-    if nargs == 0:
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
-    else:
-        # One value, but its absence is not worth an error of its own.
-        arity: dict[str, Any] = {"nargs": "?", "const": ""} if nargs == 1 else {"nargs": nargs}
-        parser.add_argument(*flags, **arity, **options)
+def words(argv: list[str]) -> list[str]:
+    """The arguments of the server in their one form."""
+    found = [canonical(word) for word in argv]
+    return found[1:] if found[:1] == ["serve"] else found
 
 
 def canonical(word: str) -> str:
@@ -292,15 +208,257 @@ def canonical(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """As `parser` says, but what is unknown is an error with the nearest name."""
+    args, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("-"):
+            refuse_unknown(parser, word)
+        raise ConfigError(f"unexpected argument {word!r}")
+    return args
+
+
+def given(argv: list[str]) -> dict[str, Any]:
+    """Only what the arguments say, without defaults: name with underscores -> value."""
+    parser = make_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parse(parser, words(argv)))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong is a ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+class _HelpLines(argparse.HelpFormatter):
+    """One line a flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=_HELP_COLUMN, width=_HELP_WIDTH)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = list(action.option_strings)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return names[1] if action.default else names[0]
+        if action.nargs != 0:
+            more = " ..." if action.nargs == "+" else ""
+            names[-1] += f" {action.metavar or action.dest.upper()}{more}"
+        return ", ".join(names)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the server's flags; those of vLLM that are only known by name are hidden."""
+    parser = Parser(
+        prog="python -m pyserve",
+        usage="python -m pyserve [serve] [--model MODEL] [flags]\n"
+        "       python -m pyserve plan --model MODEL   (what fits a card; see plan --help)",
+        description="Serve a model on the OpenAI API. Without a model: the bundled demo model.",
+        epilog="Defaults stand in brackets. Other flags of vLLM are known: those without meaning "
+        "here give a warning,\nthose not built yet an error. Every switch has a --no- form.",
+        formatter_class=_formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=__version__, help="print it, end")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML of flags: 'port: 8000'; flags given win"
+    )
+    parser.add_argument(
+        "--env", type=_assignment, action="append", default=[], metavar="KEY=VALUE",
+        help="set a variable of the environment; repeatable",
+    )  # fmt: skip
+    _add_model(parser.add_argument_group("model"))
+    _add_engine(parser.add_argument_group("engine"))
+    _add_server(parser.add_argument_group("server"))
+    _add_requests(parser.add_argument_group("requests and logs"))
+    for name, nargs in {**NOT_BUILT, **NO_MEANING}.items():
+        _add_silent(parser, name, nargs)
+    return parser
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return _HelpLines(prog)
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", help="a folder, or a name on the hub: org/name [the demo model]")
+    add("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer [the model's]")
+    add("--revision", metavar="REV", help="branch, tag or commit on the hub [main]")
+    add("--download-dir", type=Path, metavar="DIR", help="where downloads are kept [HF_HOME]")
+    add("--hf-token", metavar="TOKEN", help="access token of the hub [HF_TOKEN]")
+    add(
+        "--load-format", choices=["auto", "safetensors", "dummy"], default="auto", metavar="FORMAT",
+        help="auto, safetensors or dummy: random weights [auto]",
+    )  # fmt: skip
+    add(
+        "--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"],
+        default="auto", metavar="TYPE", help="auto, float16, bfloat16 or float32 [auto]",
+    )  # fmt: skip
+    add("--chat-template", metavar="FILE", help="file or text of another chat template [model's]")
+    add(
+        "--generation-config", default="auto", metavar="FROM",
+        help="sampling defaults: auto: the model's; vllm: none; a folder [auto]",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help="of dummy weights [0]")
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto, cpu or cuda; auto: a card where there is one [auto]", metavar="DEVICE",
+    )  # fmt: skip
+    add("--max-model-len", type=context, metavar="N", help="context: 4096, 32k [what fits]")
+    add(
+        "--gpu-memory-utilization", type=float, default=0.9, metavar="PART",
+        help="of the card's memory, others' use included [0.9]",
+    )  # fmt: skip
+    add("--kv-cache-memory-bytes", type=int, metavar="N", help="KV cache at most [what is left]")
+    add("--max-num-seqs", type=int, default=256, metavar="N", help="run at once [256]")
+    add(
+        "--max-num-batched-tokens", type=size, metavar="N",
+        help="a step; [8192 on a card of 40 GB or more, else 2048]",
+    )  # fmt: skip
+    add("--block-size", type=int, default=16, metavar="N", help="tokens in a KV block [16]")
+    add(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+        help="do not keep what prompts have in common [kept]",
+    )  # fmt: skip
+    add(
+        "--scheduling-policy", choices=["fcfs", "priority"], default="fcfs", metavar="POLICY",
+        help="fcfs: first come first served; or priority [fcfs]",
+    )  # fmt: skip
+    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="only 1 yet [1]")
+    add(
+        "--allow-reference-ops", action=argparse.BooleanOptionalAction, default=False,
+        help="serve slowly, by plain torch, without a compiler [off]",
+    )  # fmt: skip
+
+
+def _add_server(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    # No defaults: --uds must know whether they were given.
+    add("--host", help="address to listen on [0.0.0.0]")
+    add("--port", type=int, help="0: any that is free [8000]")
+    add("--uds", type=Path, metavar="PATH", help="a Unix socket in place of host and port")
+    add("--ssl-certfile", type=Path, metavar="FILE", help="serve TLS with this chain (PEM)")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="its key, no password [in the chain]")
+    add(
+        "--api-key", action="append", default=[], metavar="KEY",
+        help="clients must send it; repeatable [VLLM_API_KEY]",
+    )  # fmt: skip
+    add(
+        "--served-model-name", nargs="+", metavar="NAME",
+        help="what clients may call the model [what --model says]",
+    )  # fmt: skip
+    add("--root-path", default="", metavar="PATH", help="prefix that a proxy leaves on, as /llm")
+    everything = ["*"]
+    for name, what in (("origins", "web pages"), ("methods", "methods"), ("headers", "headers")):
+        add(
+            f"--allowed-{name}", type=string_list, default=everything, metavar="JSON",
+            help=f"CORS: list of {what} [[\"*\"]]",
+        )  # fmt: skip
+    add(
+        "--allow-credentials", action=argparse.BooleanOptionalAction, default=False,
+        help="CORS: cookies too; needs named origins [off]",
+    )  # fmt: skip
+    add("--ready-file", type=Path, metavar="FILE", help="exists while the server is ready")
+    add(
+        "--shutdown-timeout", type=float, default=30.0, metavar="S",
+        help="for requests to finish at the end [30]",
+    )  # fmt: skip
+
+
+def _add_requests(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max-queue", type=int, metavar="N", help="wait at most, then 429 [4 x --max-num-seqs]")
+    add(
+        "--request-timeout", type=float, default=3600.0, metavar="S",
+        help="a request takes at most, 0: any time [3600]",
+    )  # fmt: skip
+    add("--max-logprobs", type=int, default=20, metavar="N", help="a token, at most [20]")
+    add(
+        "--trust-request-chat-template", action=argparse.BooleanOptionalAction, default=False,
+        help="run templates that requests bring [off]",
+    )  # fmt: skip
+    add(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info",
+        metavar="LEVEL", help="debug, info, warning or error [info]",
+    )  # fmt: skip
+    add(
+        "--enable-log-requests", action=argparse.BooleanOptionalAction, default=False,
+        help="a line for each request's parameters, never texts [off]",
+    )  # fmt: skip
+    add(
+        "--disable-log-stats", action=argparse.BooleanOptionalAction, default=False,
+        help="no line of statistics every 10 s [off]",
+    )  # fmt: skip
+
+
+def _add_silent(parser: argparse.ArgumentParser, name: str, nargs: int | str) -> None:
+    flags = [f"--{name}"] + ([SHORT[name]] if name in SHORT else [])
+    options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
+    if nargs == 0:
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+    else:
+        # One value, but its absence is not worth an error of its own.
+        arity: dict[str, Any] = {"nargs": "?", "const": ""} if nargs == 1 else {"nargs": nargs}
+        parser.add_argument(*flags, **arity, **options)
+
+
 def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+    """Raises ConfigError with the nearest name that `parser` knows."""
     name = word.partition("=")[0]
     known = [flag for action in parser._actions for flag in action.option_strings]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f", did you mean {nearest[0]}?" if nearest else ""
-    raise ConfigError(f"unknown flag {name}{hint}")
+    raise ConfigError(f"unknown flag {name[:100]}{nearest(name, known)}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def size(text: str) -> int:
     """Tokens: 4096, 32k (32,000) or 32K (32,768), as vLLM reads them."""
     factor = {"k": 1000, "K": 1024}.get(text[-1:], 1)
     return int(text[:-1] if factor > 1 else text) * factor
+
+
+def context(text: str) -> int | None:
+    """A size, or "auto" or -1: what fits."""
+    return None if text in ("auto", "-1") else size(text)
+
+
+def string_list(text: str) -> list[str]:
+    """A JSON list of strings."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"must be a JSON list such as '[\"*\"]', got {text[:200]}")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    """KEY=VALUE; the value is never shown: it may be a secret."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            "must be KEY=VALUE, with a key of letters, digits and underscores"
+        )
+    if name.startswith(READ_TOO_EARLY):
+        raise argparse.ArgumentTypeError(
+            f"{name} is read before pyserve is: set it before the command"
+        )
+    if "\0" in value:
+        raise argparse.ArgumentTypeError(f"the value of {name} holds a NUL byte")
+    return name, value

@@ -16,6 +16,7 @@ from aiohttp.typedefs import Middleware
 from pyserve import __version__
 from pyserve.api.chat import chat_completions
 from pyserve.api.completions import completions
+from pyserve.api.cors import add_cors
 from pyserve.api.errors import error_response, log_unexpected
 from pyserve.api.models import list_models, retrieve_model
 from pyserve.api.state import STATE, Keys, ServerState
@@ -87,6 +88,7 @@ def build_app(state: ServerState) -> web.Application:
     )
     app[STATE] = state
     app.on_response_prepare.append(_sign)
+    add_cors(app, state.config)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
         if route.method == "GET":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from pyserve.log import get_logger
 
 BACKLOG = 2048  # connections that wait to be accepted
 LINGERING_TIME_S = 2.0  # how long the rest of a refused body is read and dropped
+TLS_HANDSHAKE_TIMEOUT_S = 10.0
 LAST_FRAMES_S = 1.0  # for streams that the end of the engine cuts off to say so
 
 
@@ -46,8 +48,10 @@ class HttpProtocol(web.RequestHandler):
 
 
 @asynccontextmanager
-async def listening(app: web.Application, sock: socket.socket) -> AsyncIterator[None]:
-    """Serve `app` on a listening socket; at the end all connections are closed."""
+async def listening(
+    app: web.Application, sock: socket.socket, *, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[None]:
+    """Serve `app` on a listening socket, TCP or Unix; at the end all connections are closed."""
     loop = asyncio.get_running_loop()
     # A client that leaves cancels its handler: that is what frees its sequences.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LAST_FRAMES_S)
@@ -59,7 +63,13 @@ async def listening(app: web.Application, sock: socket.socket) -> AsyncIterator[
         "auto_decompress": False,  # a compressed body is refused
     }
     factory = partial(HttpProtocol, runner.server, loop=loop, **options)
-    listener = await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+    listener = await loop.create_server(
+        factory,
+        sock=sock,
+        backlog=BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=None if tls is None else TLS_HANDSHAKE_TIMEOUT_S,
+    )
     try:
         yield
     finally:

@@ -10,15 +10,15 @@ import asyncio
 import gc
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from pyserve.api.app import build_app
 from pyserve.api.http import LAST_FRAMES_S, listening
-from pyserve.api.listen import listen, url
+from pyserve.api.listen import Listener, listening_socket
 from pyserve.api.state import Loaded, Report, ServerState
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
@@ -39,13 +39,13 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     A thread that still loads when the server is told to stop ends with the process, and so does
     all that an engine holds that has given up.
     """
-    try:
-        sock = listen(config.host, config.port)
-    except StartupError as error:
-        get_logger().error("%s", error)
-        return 1
-    with sock:
-        server = _Server(config, load, sock)
+    with ExitStack() as stack:
+        try:
+            listener = stack.enter_context(listening_socket(config))
+        except StartupError as error:
+            get_logger().error("%s", error)
+            return 1
+        server = _Server(config, load, listener)
         code = asyncio.run(server.run())
     if server.is_loading or server.has_failed:
         # The interpreter would wait for, or crash under, a thread inside a compiler or torch, or
@@ -58,11 +58,11 @@ class _Server:
     """One run from the open port to the exit code."""
 
     def __init__(
-        self, config: ServerConfig, load: Callable[[Report], Loaded], sock: socket.socket
+        self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener
     ) -> None:
         self._config = config
         self._load = load
-        self._sock = sock
+        self._listener = listener
         self._state = ServerState(config, Metrics(config.served_model_names[0]))
         self._stop = asyncio.Event()
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
@@ -79,7 +79,8 @@ class _Server:
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
-            async with listening(build_app(self._state), self._sock):
+            app, listener = build_app(self._state), self._listener
+            async with listening(app, listener.sock, tls=listener.tls):
                 return await self._live()
         finally:
             self._state.close()
@@ -106,7 +107,7 @@ class _Server:
         state.startup.finish()
         get_logger().info(
             "pyserve is ready on %s (model %s, %.1f s)",
-            url(self._config.host, self._sock),
+            self._listener.url,
             state.model_name,
             state.startup.elapsed_s,
         )

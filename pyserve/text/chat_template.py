@@ -75,7 +75,7 @@ class ChatTemplate:
     def load(cls, tokenizer: Tokenizer, *, override: str | None = None) -> ChatTemplate:
         """The template of the tokenizer's folder, or `override`: a file's path or jinja source."""
         if override is not None:
-            sources, origin = {_DEFAULT: _read_override(override)}, "--chat-template"
+            sources, origin = {_DEFAULT: read_override(override)}, "--chat-template"
         else:
             sources, origin = _read_sources(tokenizer.folder, tokenizer.config)
         return cls(
@@ -297,7 +297,7 @@ def _refusal(error: Exception) -> InvalidRequestError:
     return InvalidRequestError(f"the chat template cannot render messages{reason}", "messages")
 
 
-def _read_override(override: str) -> str:
+def read_override(override: str) -> str:
     """--chat-template: jinja source is told from a path by its braces or line breaks."""
     if any(char in override for char in "{}\n"):
         return override

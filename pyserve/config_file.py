@@ -1,0 +1,123 @@
+"""The file of --config: YAML in which each key is a flag's name, as vLLM has it.
+
+Scalars are handed to the flags as they are written (a name of 007 stays 007); nothing is nested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+from pyserve.errors import ConfigError
+from pyserve.flags import given, make_parser, nearest, parse, string_list, words
+
+MAX_BYTES = 2**20
+
+_BOOL = "tag:yaml.org,2002:bool"
+_TRUE = ("true", "yes", "on")
+_NULL = "tag:yaml.org,2002:null"
+Value = bool | str | list[str]
+
+
+def with_settings(path: Path, argv: list[str]) -> list[str]:
+    """`argv` and the settings of the file that `argv` does not give itself, all as arguments.
+
+    Raises ConfigError naming the file and the key.
+    """
+    said = given(argv)
+    taken = {"model" if name == "positional_model" else name for name in said}
+    actions = {
+        option.removeprefix("--"): action
+        for action in make_parser()._actions
+        for option in action.option_strings
+        if option.startswith("--") and action.dest not in ("config", "help", "version")
+    }
+    added: list[str] = []
+    for key, value in read_settings(path).items():
+        where = f"--config {path}: {key[:100]}"
+        name = key.replace("_", "-")
+        action = actions.get(name)
+        if action is None:
+            raise ConfigError(f"{where} is not a setting{nearest(name, list(actions))}")
+        if action.dest not in taken:
+            added += _arguments(where, name, action, value)
+    try:
+        parse(make_parser(), added)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    # Behind the command line: a list at its end would take the model for one of its own.
+    return [*words(argv), *added]
+
+
+def read_settings(path: Path) -> dict[str, Value]:
+    """Key -> text, switch or list of texts. Raises ConfigError naming file, line and key."""
+    where = f"--config {path}"
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode()
+    except OSError as error:
+        raise ConfigError(f"{where}: {os.strerror(error.errno or 0)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where} is not UTF-8 text") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{where} is longer than {MAX_BYTES} bytes")
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{where} is not YAML{line}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{where} must hold lines such as 'port: 8000'")
+    settings: dict[str, Value] = {}
+    for key, value in root.value:
+        line = f"{where} line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{line}: a key must be the name of a flag")
+        if key.value in settings:
+            raise ConfigError(f"{line}: {key.value[:100]} is given twice")
+        settings[key.value] = _value(f"{line}: {key.value[:100]}", value)
+    return settings
+
+
+def _value(where: str, node: yaml.Node) -> Value:
+    if isinstance(node, yaml.SequenceNode):
+        if not all(isinstance(item, yaml.ScalarNode) for item in node.value) or not node.value:
+            raise ConfigError(f"{where} must be a value or a list of values, nothing nested")
+        return [str(item.value) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{where} must be a value or a list of values, nothing nested")
+    if node.tag == _NULL:
+        raise ConfigError(f"{where} has no value")
+    return node.value.lower() in _TRUE if node.tag == _BOOL else str(node.value)
+
+
+def _arguments(where: str, name: str, action: argparse.Action, value: Value) -> list[str]:
+    """One setting as arguments. Raises ConfigError where its kind does not suit the flag."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} must be true or false")
+        positive = not name.startswith("no-")
+        plain = name if positive else name[3:]
+        return [f"--{plain}"] if value == positive else [f"--no-{plain}"]
+    if isinstance(value, bool):
+        raise ConfigError(f"{where} must be a value, not true or false")
+    if action.type is string_list:
+        return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}"]
+    values = value if isinstance(value, list) else [value]
+    if isinstance(action, argparse._AppendAction):
+        return [f"--{name}={item}" for item in values]
+    if action.nargs == "+":
+        if bad := [item for item in values if item.startswith("-")]:
+            raise ConfigError(f"{where}: {bad[0][:100]!r} must not begin with a dash")
+        return [f"--{name}", *values]
+    if isinstance(value, list):
+        raise ConfigError(f"{where} takes one value, not a list")
+    return [f"--{name}={value}"]
