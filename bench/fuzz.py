@@ -1,0 +1,448 @@
+"""Does hostile input hurt? Malformed requests of a seed, beside a neighbour with exact streams.
+
+    python -m bench.fuzz                              # 20,000 cases of seed 0 at an own server
+    python -m bench.fuzz --seed 7 -n 100000
+    python -m bench.fuzz --url http://localhost:8000 --pid 1234
+    python -m bench.fuzz --seed 7 --only 4711         # one case again: its bytes and its answer
+
+Without --url a server is started in float32, in which greedy answers do not depend on batch mates
+(flags after `--` go to it). Exit code 1 where a check fails: a 5xx that is no 503, an answer that
+is no HTTP or no error object of ours, a status that may not be, no answer at all; a neighbour's
+stream that differs, stops or stands still; a slow /health; afterwards a request, a KV block or a
+socket that is held, memory that grew, a traceback in the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import itertools
+import os
+import re
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.answers import Answer, read_answers
+from bench.hostile import FAMILIES, Case, make_case
+from bench.neighbour import HealthPoller, Neighbour, Seen, ask_health
+from bench.report import environment, format_table, write_json
+from bench.server_process import ServerProcess, memory_of, running_server
+from bench.soak import wait_idle
+from bench.wire import Endpoint
+
+PARTS = 5
+MIB = 2**20
+ANSWER_TIMEOUT_S = 30.0
+MAX_SLOW = 200  # connections that wait, beside the others
+MAX_FAILURES = 20  # kinds of them
+MAX_FAILED_CASES = 1000
+CLOSE_TIMEOUT_S = 15.0
+SHOWN_BYTES = 1000
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Exchange(asyncio.Protocol):
+    """One connection of one case: what came, and when enough has come."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.received = bytearray()
+        self.is_closed = False
+        self.done = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport | None = None
+        self.broken: str | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        limit = self.case.abort_bytes
+        wanted = self.case.num_answers
+        if limit is not None and len(self.received) >= limit:
+            self._end()
+        elif wanted and len(self.answers()[0]) >= wanted:
+            self._end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_closed = True
+        self._end()
+
+    def answers(self) -> tuple[list[Answer], bytes]:
+        """Whole answers so far, and the rest."""
+        if self.broken is not None:
+            return [], b""
+        try:
+            return read_answers(bytes(self.received), heads=self.case.heads, at_end=self.is_closed)
+        except ValueError as error:
+            self.broken = str(error)
+            self._end()
+            return [], b""
+
+    def leave(self, ending: str) -> None:
+        assert self.transport is not None
+        if ending == "reset":
+            sock = self.transport.get_extra_info("socket")
+            if not self.transport.is_closing():
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _end(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+@dataclass(slots=True)
+class Failure:
+    """The first case that has failed in one way, and how many more have."""
+
+    case: Case
+    problem: str
+    answer: bytes
+    count: int = 1
+    again: str = ""  # what came of it alone, afterwards
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come of the cases."""
+
+    num_sent: int = 0
+    num_failed: int = 0
+    statuses: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)  # by kind
+    seen: Seen = field(default_factory=Seen)
+
+    def add(self, case: Case, status: str, problem: str | None, answer: bytes) -> None:
+        self.num_sent += 1
+        self.statuses.setdefault(case.family, Counter())[status] += 1
+        if problem is None:
+            return
+        self.num_failed += 1
+        kind = re.sub(r"\d{4,}", "#", problem)
+        if kind in self.failures:
+            self.failures[kind].count += 1
+        elif len(self.failures) < MAX_FAILURES:
+            self.failures[kind] = Failure(case, problem, answer)
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self.num_failed >= MAX_FAILED_CASES or self.seen.has_enough
+
+
+async def run_case(endpoint: Endpoint, case: Case) -> tuple[list[Answer], str | None, bytes]:
+    """Send `case`: its answers, what is wrong with them (None: nothing), and all that came."""
+    loop = asyncio.get_running_loop()
+    try:
+        transport, exchange = await loop.create_connection(
+            lambda: Exchange(case), endpoint.host, endpoint.port
+        )
+    except OSError as error:
+        return [], f"cannot connect: {error}", b""
+    for number, piece in enumerate(case.pieces):
+        if number and case.pause_s:
+            await asyncio.wait([exchange.done], timeout=case.pause_s)
+        if transport.is_closing():
+            break
+        transport.write(piece)
+    if case.ending == "half" and not transport.is_closing():
+        transport.write_eof()
+    is_late = False
+    if not exchange.done.done():
+        patience_s = ANSWER_TIMEOUT_S if case.num_answers else case.patience_s
+        await asyncio.wait([exchange.done], timeout=patience_s)
+        is_late = not exchange.done.done()
+    answers, rest = exchange.answers()
+    is_closed = exchange.is_closed
+    exchange.leave(case.ending)
+    received = bytes(exchange.received)
+    problem = exchange.broken or _judge(case, answers, rest, is_closed)
+    if problem is None and case.num_answers and is_late:
+        problem = f"{len(answers)} of {case.num_answers} answers after {ANSWER_TIMEOUT_S:g} s"
+    return answers, problem, received
+
+
+def _judge(case: Case, answers: list[Answer], rest: bytes, is_closed: bool) -> str | None:
+    """What is wrong with the answers of a case; None: nothing."""
+    for answer in answers:
+        problem = answer.problem()
+        if problem is not None:
+            return problem
+    if case.num_answers == 0:
+        return None
+    if is_closed:
+        if rest:
+            return "the connection was lost in the middle of an answer"
+        if not answers:
+            return "the connection was closed without an answer"
+        if len(answers) < case.num_answers and not answers[-1].closes:
+            return f"closed after {len(answers)} of {case.num_answers} answers, unannounced"
+    if case.wanted and len(answers) == case.num_answers:
+        status = answers[-1].status
+        if status not in case.wanted:
+            return f"status {status}, may be {' or '.join(map(str, case.wanted))}"
+    return None
+
+
+async def fuzz(endpoint: Endpoint, tally: Tally, numbers: range, args: argparse.Namespace) -> None:
+    """Send the cases `numbers`, args.concurrency at once, those that wait beside them."""
+    remaining = iter(numbers)
+    slow_slots = asyncio.Semaphore(MAX_SLOW)
+    waiting: set[asyncio.Task[None]] = set()
+
+    async def one(case: Case) -> None:
+        answers, problem, received = await run_case(endpoint, case)
+        status = str(answers[-1].status) if answers else "none"
+        tally.add(case, status, problem, received)
+
+    async def one_slow(case: Case) -> None:
+        try:
+            await one(case)
+        finally:
+            slow_slots.release()
+
+    async def slot() -> None:
+        for number in remaining:
+            if tally.is_hopeless:
+                return
+            case = make_case(args.seed, number)
+            if case.is_slow:
+                await slow_slots.acquire()
+                task = asyncio.create_task(one_slow(case))
+                waiting.add(task)
+                task.add_done_callback(waiting.discard)
+            else:
+                await one(case)
+
+    await asyncio.gather(*(slot() for _ in range(args.concurrency)))
+    await asyncio.gather(*waiting)
+
+
+async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> dict[str, Any]:
+    """PARTS equal parts, memory read after each; then what is left of them is looked at."""
+    tally = Tally()
+    await wait_idle(endpoint)
+    num_files = count_files(pid)
+    neighbour, poller = Neighbour(endpoint, tally.seen), HealthPoller(endpoint, tally.seen)
+    await neighbour.start()
+    poller.start()
+    rss_bytes: list[int] = []
+    started_s = time.perf_counter()
+    bounds = [args.num_cases * part // PARTS for part in range(PARTS + 1)]
+    try:
+        for first, end in itertools.pairwise(bounds):
+            await fuzz(endpoint, tally, range(first, end), args)
+            if pid is not None and Path(f"/proc/{pid}").exists():
+                rss_bytes.append(memory_of(pid).rss_bytes)
+    finally:
+        wall_s = time.perf_counter() - started_s
+        await neighbour.stop()
+        poller.stop()
+    for failure in tally.failures.values():
+        _, problem, _ = await run_case(endpoint, failure.case)
+        failure.again = problem or "nothing wrong"
+    after: dict[str, Any] = {}
+    try:
+        after["held"] = await wait_idle(endpoint)
+        after["health_s"] = max(ask_health(endpoint) for _ in range(20))
+        after["num_files"] = await _wait_files(pid, num_files)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        after["problem"] = f"the server does not answer afterwards: {error}"
+    return {"tally": tally, "wall_s": wall_s, "rss_bytes": rss_bytes, "num_files": num_files, **{
+        "after": after}}  # fmt: skip
+
+
+def count_files(pid: int | None) -> int | None:
+    """Open files and sockets of a process; None where that is not known."""
+    if pid is None:
+        return None
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return None
+
+
+async def _wait_files(pid: int | None, at_most: int | None) -> int | None:
+    """How many are open once it is no more than `at_most`, or after CLOSE_TIMEOUT_S."""
+    deadline_s = time.perf_counter() + CLOSE_TIMEOUT_S
+    while True:
+        now = count_files(pid)
+        if now is None or at_most is None or now <= at_most or time.perf_counter() > deadline_s:
+            return now
+        await asyncio.sleep(0.1)
+
+
+def judge(result: dict[str, Any], log: Path | None, args: argparse.Namespace) -> list[str]:
+    """Print the figures and each failure with its request; returns what is wrong."""
+    tally: Tally = result["tally"]
+    seen = tally.seen
+    columns = sorted({status for counts in tally.statuses.values() for status in counts})
+    rows = [["answers", *columns]]
+    for family in FAMILIES:
+        if family in tally.statuses:
+            counts = tally.statuses[family]
+            rows.append([family, *(f"{counts[status]:,}" for status in columns)])
+    print(format_table(rows))
+    worst_health_s = max(seen.health_s, default=0.0)
+    print(
+        f"{tally.num_sent:,} cases in {result['wall_s']:.1f} s "
+        f"({tally.num_sent / result['wall_s']:,.0f} a second); neighbour: {seen.num_streams} "
+        f"streams, longest gap {seen.max_gap_s:.2f} s; /health: {len(seen.health_s)} answers, "
+        f"slowest {1e3 * worst_health_s:.0f} ms"
+    )
+    problems = [
+        f"{f.count} cases, the first {f.case.number} ({f.case.family}): {f.problem}"
+        for f in tally.failures.values()
+    ]
+    problems += [f"neighbour: {text}" for text in seen.problems]
+    if not seen.num_streams:
+        problems.append("the neighbour has not had a stream")
+    if seen.max_gap_s > args.max_gap_s:
+        problems.append(f"a neighbour's stream stood still for {seen.max_gap_s:.2f} s")
+    if worst_health_s > args.max_health_s:
+        problems.append(f"/health took {worst_health_s:.2f} s")
+    problems += _judge_after(result, args)
+    if log is not None:
+        problems += _judge_log(log, args)
+    for failure in tally.failures.values():
+        _print_failure(failure, args)
+    return problems
+
+
+def _judge_after(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    after = result["after"]
+    if "problem" in after:
+        return [after["problem"]]
+    problems = [f"{name}: {value:g}" for name, value in after["held"].items() if value]
+    if after["health_s"] > args.max_health_s:
+        problems.append(f"/health afterwards took {after['health_s']:.2f} s")
+    if result["num_files"] is not None:
+        print(f"open files: {result['num_files']} before, {after['num_files']} after")
+        if after["num_files"] > result["num_files"]:
+            problems.append(f"{after['num_files'] - result['num_files']} open files more")
+    rss_bytes = result["rss_bytes"]
+    if not rss_bytes:
+        print("server memory was not read: pass --pid")
+        return problems
+    growth_mib = (rss_bytes[-1] - rss_bytes[0]) / MIB
+    series = " ".join(f"{value / MIB:.1f}" for value in rss_bytes)
+    print(
+        f"server RSS MiB after each fifth: {series}; growth since the first {growth_mib:+.2f} MiB "
+        f"(limit {args.max_growth_mib:g})"
+    )
+    if growth_mib > args.max_growth_mib:
+        problems.append(f"memory grew by {growth_mib:.2f} MiB")
+    return problems
+
+
+def _judge_log(log: Path, args: argparse.Namespace) -> list[str]:
+    text = log.read_text(errors="replace")
+    lines = text.splitlines()
+    print(f"server log: {len(lines)} lines, {len(text) / 1024:.0f} KiB")
+    if args.log is not None:
+        shutil.copyfile(log, args.log)
+    for number, line in enumerate(lines):
+        if "Traceback" in line or "never retrieved" in line:
+            print("\n".join(lines[max(number - 2, 0) : number + 30]))
+            return ["a traceback in the server's log"]
+    return []
+
+
+def _print_failure(failure: Failure, args: argparse.Namespace) -> None:
+    case = failure.case
+    print(f"\ncase {case.number} ({case.family}: {case.name}): {failure.problem}")
+    print(f"  alone, again: {failure.again}")
+    print(f"  python -m bench.fuzz --seed {args.seed} --only {case.number}")
+    print(f"  sent {_shown(case.request)}")
+    print(f"  came {_shown(failure.answer)}")
+
+
+def _shown(data: bytes) -> str:
+    more = f" ... {len(data)} bytes in all" if len(data) > SHOWN_BYTES else ""
+    return f"{data[:SHOWN_BYTES]!r}{more}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: every check passed; 1: one failed or the server could not be reached."""
+    args = _parser().parse_args(argv)
+    place: Any = nullcontext(None)
+    if args.url is None:
+        flags = ["--dtype", "float32", *args.flags]
+        place = running_server(flags, folder=Path(tempfile.gettempdir()))
+    try:
+        with place as server:
+            return _run(server, args)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
+    pid, url = args.pid, args.url
+    if server is not None:
+        server.wait_ready(600)
+        pid, url = server.pid, server.url
+    endpoint = Endpoint.parse(url)
+    if args.only is not None:
+        return _run_one(endpoint, args)
+    result = asyncio.run(run_fuzz(endpoint, pid, args))
+    problems = judge(result, server.log if server is not None else None, args)
+    for problem in problems[:MAX_FAILURES]:
+        print(f"FAILED {problem}")
+    tally: Tally = result["tally"]
+    print(
+        f"= fuzz: {'FAILED' if problems else 'nothing hurt'}; seed {args.seed}, "
+        f"{tally.num_sent:,} cases, {tally.seen.num_streams} streams beside them"
+    )
+    config = {name: str(value) for name, value in vars(args).items()}
+    record = {"config": config, "environment": environment(["pyserve", "aiohttp"]),
+              "wall_s": result["wall_s"], "rss_bytes": result["rss_bytes"],
+              "num_streams": tally.seen.num_streams, "max_gap_s": tally.seen.max_gap_s,
+              "statuses": tally.statuses, "problems": problems}  # fmt: skip
+    write_json(args.json, record)
+    return 1 if problems else 0
+
+
+def _run_one(endpoint: Endpoint, args: argparse.Namespace) -> int:
+    case = make_case(args.seed, args.only)
+    print(f"case {case.number} ({case.family}: {case.name})\nsent {_shown(case.request)}")
+    _, problem, received = asyncio.run(run_case(endpoint, case))
+    print(f"came {_shown(received)}\n{problem or 'nothing wrong'}")
+    return 1 if problem else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--url", help="a running server; default: start one")
+    add("--pid", type=int, help="process whose memory and sockets are watched, with --url")
+    add("-n", "--num-cases", type=int, default=20_000)
+    add("-c", "--concurrency", type=int, default=32)
+    add("--seed", type=int, default=0)
+    add("--only", type=int, metavar="NUMBER", help="send this case alone and show its answer")
+    add("--max-growth-mib", type=float, default=16.0, help="fail above (default %(default)s)")
+    add("--max-gap-s", type=float, default=5.0, help="fail above (default %(default)s)")
+    add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")
+    add("--log", type=Path, help="where the own server's log is copied to")
+    add("--json", type=Path, metavar="FILE")
+    add("flags", nargs="*", help="after --: flags of the server that is started")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""A small run of bench/fuzz.py: hostile requests of one seed, beside streams that must be exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.fuzz import main
+from tests.e2e.conftest import start_server
+
+
+def test_hostile_requests_hurt_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # float32: greedy answers do not depend on what else is in the batch.
+    with start_server(tmp_path / "log", "--dtype", "float32") as server:
+        pid = str(server.process.pid)
+        # A short run is still warming up where its memory is first read.
+        flags = ["--url", server.url, "--pid", pid, "--max-growth-mib", "64"]
+        code = main(["-n", "2000", "--seed", "4", *flags])
+        output = capsys.readouterr().out
+        assert code == 0, output
+        assert "2,000 cases" in output
+        log = server.log.read_text()
+    assert "Traceback" not in log
