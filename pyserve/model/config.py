@@ -64,21 +64,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_path(cls, folder: Path) -> ModelConfig:
         """Reads config.json. Raises CheckpointError where it is no JSON, else as from_hf."""
-        path = folder / "config.json"
-        try:
-            with path.open("rb") as file:
-                text = file.read(MAX_CONFIG_BYTES + 1)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        if len(text) > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
-        try:
-            raw = msgspec.json.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path} must hold a JSON object")
-        return cls.from_hf(raw)
+        return cls.from_hf(read_config(folder))
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -128,6 +114,25 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             windows=_windows(fields, architecture, num_layers, max_model_len),
             dtype=_dtype(fields),
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds. Raises CheckpointError where it is no JSON object."""
+    path = folder / "config.json"
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        raw = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return raw
 
 
 def _architecture_name(fields: Fields) -> str:

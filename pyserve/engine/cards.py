@@ -1,0 +1,159 @@
+"""NVIDIA cards that people rent, as data: what each really shows and reaches.
+
+Memory is what CUDA shows (cudaMemGetInfo's total, which torch's out-of-memory messages quote under
+drivers of 2024 to 2026; nvidia-smi shows up to 4 GiB more). Rates are what is reached, not what the
+datasheet says: measured where `source` says so, else the datasheet's times the factors below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from pyserve.errors import ConfigError
+from pyserve.ops.device import MIN_CAPABILITY
+
+MIB = 2**20
+# What cards of each kind of memory reach of the datasheet where somebody measured: 0.91 (3090) and
+# 0.93 (4090); 0.83 (A100), 0.87 (H100) and 0.88 (H200).
+OF_GDDR, OF_HBM = 0.90, 0.85
+OF_FLOPS = 0.75  # cuBLAS on an H200: 736 of 989 TFLOP/s; cards of under 200 W throttle below it
+# A CUDA context takes 0.3 to 0.6 GiB, more where there are more SMs.
+CONTEXT_BYTES = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One kind of card.
+
+    memory_mib     what CUDA shows of it
+    bandwidth_tb   TB/s (10^12 bytes) that a kernel reads
+    bf16_tflops    dense, accumulated in float32
+    source         of the two rates
+    """
+
+    name: str
+    memory_mib: int
+    bandwidth_tb: float
+    bf16_tflops: float
+    num_sms: int
+    capability: tuple[int, int]
+    source: str
+    aliases: tuple[str, ...] = ()  # what torch or people call it besides
+
+
+def _by_datasheet(
+    name: str, gib: float, gb_per_s: float, tflops: float, num_sms: int,
+    capability: tuple[int, int], *aliases: str, factor: float = OF_GDDR,
+) -> Card:  # fmt: skip
+    """A card nobody measured for us: the datasheet's GB/s and dense TFLOP/s, times the factors."""
+    return Card(
+        name,
+        round(gib * 1024),
+        bandwidth_tb=gb_per_s * factor / 1000,
+        bf16_tflops=tflops * OF_FLOPS,
+        num_sms=num_sms,
+        capability=capability,
+        source=f"datasheet x {factor:.2f} (bandwidth) and x {OF_FLOPS} (FLOP)",
+        aliases=aliases,
+    )
+
+
+def _measured(
+    name: str, gib: float, bandwidth_tb: float, tflops: float, num_sms: int,
+    capability: tuple[int, int], *aliases: str, by: str,
+) -> Card:  # fmt: skip
+    """A card whose bandwidth is known; TFLOP/s are the datasheet's, times the factor."""
+    return Card(
+        name,
+        round(gib * 1024),
+        bandwidth_tb=bandwidth_tb,
+        bf16_tflops=tflops * OF_FLOPS,
+        num_sms=num_sms,
+        capability=capability,
+        source=f"bandwidth measured ({by}); FLOP: datasheet x {OF_FLOPS}",
+        aliases=aliases,
+    )
+
+
+# TFLOP/s of a datasheet: dense bf16 accumulated in float32, which GeForce cards do at half rate.
+CARDS: tuple[Card, ...] = (
+    _by_datasheet("RTX 3060 12GB", 11.76, 360, 25.6, 28, (8, 6), "RTX 3060"),
+    _by_datasheet("RTX 3080 10GB", 9.77, 760, 59.5, 68, (8, 6), "RTX 3080"),
+    _measured("RTX 3090", 23.57, 0.854, 71, 82, (8, 6), by="a kernel that reads, ninfer-3090 #50"),
+    _by_datasheet("RTX 4080", 15.57, 716.8, 97.5, 76, (8, 9)),
+    _measured("RTX 4090", 23.52, 0.94, 165, 128, (8, 9), by="FlashInfer #551"),
+    _by_datasheet("RTX 5090", 31.36, 1792, 209.5, 170, (12, 0)),
+    _by_datasheet("RTX A4000", 15.60, 448, 76.7, 48, (8, 6), "A4000"),
+    _by_datasheet("RTX A5000", 23.57, 768, 111.1, 64, (8, 6), "A5000"),
+    _by_datasheet("RTX A6000", 47.40, 768, 154.8, 84, (8, 6), "A6000"),
+    _by_datasheet("RTX 6000 Ada", 47.40, 960, 364, 142, (8, 9), "RTX 6000 Ada Generation"),
+    _by_datasheet("A10", 22.03, 600, 125, 72, (8, 6), "A10G"),
+    _by_datasheet("A40", 44.39, 696, 149.7, 84, (8, 6)),
+    _by_datasheet("L4", 22.03, 300, 121, 58, (8, 9)),
+    _by_datasheet("L40S", 44.39, 864, 362, 142, (8, 9)),
+    _by_datasheet(
+        "A100 40GB", 39.39, 1555, 312, 108, (8, 0), "A100-SXM4-40GB", "A100-PCIE-40GB",
+        factor=OF_HBM,
+    ),
+    _measured(
+        "A100 80GB", 79.14, 1.7, 312, 108, (8, 0), "A100-SXM4-80GB", "A100 80GB PCIe",
+        by="gpt-fast, SXM at 330 W",
+    ),
+    _by_datasheet("H100 PCIe", 79.10, 2000, 756, 114, (9, 0), factor=OF_HBM),
+    _measured(
+        "H100 SXM", 79.10, 2.9, 989, 132, (9, 0), "H100 80GB HBM3",
+        by="published kernels, 2.8 to 3.0",
+    ),
+    Card(
+        "H200", 143073, 4.2, 736, 132, (9, 0),
+        source="both measured by us: a copy at 4.24 TB/s, cuBLAS at 736 TFLOP/s",
+        aliases=("H200 SXM",),
+    ),
+    _by_datasheet("B200", 178.35, 7700, 2250, 148, (10, 0), factor=OF_HBM),
+)  # fmt: skip
+
+# Often asked for, and too old: named so that the answer is not "unknown".
+TOO_OLD: dict[str, tuple[int, int]] = {
+    "Tesla T4": (7, 5), "T4": (7, 5), "RTX 2080 Ti": (7, 5), "V100": (7, 0), "P100": (6, 0),
+}  # fmt: skip
+
+
+def find_card(name: str) -> Card:
+    """The card that `name` means: as people or torch write it, with or without maker and spaces.
+
+    Raises ConfigError naming the nearest cards where it means none or several.
+    """
+    wanted = _key(name)
+    by_key = {_key(alias): card for card in CARDS for alias in (card.name, *card.aliases)}
+    by_key |= {_key(card.name.removeprefix("RTX ")): card for card in CARDS}
+    if wanted in by_key:
+        return by_key[wanted]
+    for old, (major, minor) in TOO_OLD.items():
+        if wanted == _key(old):
+            raise ConfigError(
+                f"--gpu {name}: compute capability {major}.{minor} is too old, the least is "
+                f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+            )
+    meant = {card.name for key, card in by_key.items() if wanted and wanted in key}
+    if len(meant) == 1:
+        return next(card for card in CARDS if card.name in meant)
+    if meant:
+        raise ConfigError(f"--gpu {name} may be any of: {_names(meant)}")
+    near = difflib.get_close_matches(wanted, by_key, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(dict.fromkeys(by_key[key].name for key in near))}? "
+    raise ConfigError(
+        f"--gpu {name} is not in the table; {hint if near else ''}There are: "
+        f"{', '.join(card.name for card in CARDS)}"
+    )
+
+
+def _key(name: str) -> str:
+    """Letters and digits that tell cards apart."""
+    text = re.sub(r"nvidia|geforce|tesla", "", name.lower())
+    return re.sub(r"[^a-z0-9]", "", text)
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(card.name for card in CARDS if card.name in names)
