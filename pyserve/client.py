@@ -8,11 +8,13 @@ that comes late takes all that has gathered at once.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pyserve.errors import PyserveError
+from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -38,7 +40,11 @@ class SequenceStream:
 
     seq_id: int
     num_prompt_tokens: int
-    num_cached_tokens: int = 0  # prompt tokens from the prefix cache; set before the first token
+    num_cached_tokens: int = 0
+    queued_s: float = field(default_factory=time.monotonic)
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    ended_s: float = 0.0
     _token_ids: list[int] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _stop_token_id: int | None = None
@@ -56,6 +62,11 @@ class SequenceStream:
         self._token_ids.append(token_id)
         self._wakeup.set()
 
+    def admit(self, num_cached_tokens: int) -> None:
+        """Engine side: the sequence begins to run, this much of its prompt from the cache."""
+        self.num_cached_tokens = num_cached_tokens
+        self.scheduled_s = time.monotonic()
+
     def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> None:
         """Engine side: the sequence has ended; exactly one of finish and fail is called."""
         assert not self.is_finished, "finished twice"
@@ -67,12 +78,14 @@ class SequenceStream:
         """Engine side: the sequence has failed; `read` raises `error` after what it delivered."""
         assert not self.is_finished, "failed after the end"
         self._error = error
+        self.ended_s = time.monotonic()
         self._wakeup.set()
 
     def share_wakeup(self, wakeup: asyncio.Event) -> None:
         """Wake `wakeup` from here on, so that one reader can wait for several streams at once.
 
         Called right after submit; the reader clears the event itself and then takes from each.
+        self.ended_s = time.monotonic()
         """
         if self._wakeup.is_set():
             wakeup.set()
@@ -123,7 +136,10 @@ class EngineInfo:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics and the log. Counters only grow."""
+    max_queue: int = 1024  # sequences that may wait
 
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9  # as configured
     num_running: int
     num_waiting: int
     num_blocks_used: int
@@ -142,6 +158,8 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+    num_nan_sequences: int = 0  # failed, as the model's output was not a number
+    steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 
     def start(self) -> None:
         """Begin to step; called once, on the event loop."""

@@ -1,16 +1,15 @@
-"""What /metrics shows, under vLLM's names, old and new, so that its dashboards work.
+"""What /metrics shows: vLLM's names, old and new, so that its dashboards work; ours as pyserve:.
 
-Gauges and token counters are read from the engine when somebody asks: nothing is counted twice and
-nothing is counted per token. Histograms are observed once per delta a request takes and once per
-request; they are plain lists, as prometheus_client's own cost 0.8 us an observation.
+Gauges and token counters are read from the engine when somebody asks: nothing is counted twice.
+The engine observes once a step, the API once a sequence and once a request; nobody once a token.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -19,68 +18,92 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from pyserve.client import EngineStats
+from pyserve.client import EngineInfo, EngineStats, SequenceStream
+from pyserve.histogram import (
+    CHOICE_BUCKETS,
+    FIRST_TOKEN_BUCKETS_S,
+    INTER_TOKEN_BUCKETS_S,
+    REQUEST_BUCKETS_S,
+    Histogram,
+    token_buckets,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-FIRST_TOKEN_BUCKETS_S = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-)  # fmt: skip
-INTER_TOKEN_BUCKETS_S = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
-    40.0, 80.0,
-)  # fmt: skip
-REQUEST_BUCKETS_S = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
-    480.0, 960.0, 1920.0, 7680.0,
-)  # fmt: skip
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 LABELS = ("model_name", "engine")
-
-
-class Histogram:
-    """Counts per bucket and their sum; made cumulative only when shown."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, count: int = 1) -> None:
-        """Note `count` observations of `value`."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.total += value * count
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound, observations up to it) of every bucket, ending with "+Inf"."""
-        buckets = []
-        seen = 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            seen += count
-            buckets.append((bound, float(seen)))
-        return buckets
+DEFAULT_MAX_TOKENS = 2**17  # of the token histograms, until an engine is watched
 
 
 class Metrics(Collector):
-    """All series of one server, in a registry of its own."""
+    """All series of one server, in a registry of its own.
+
+    A sequence is what vLLM's names call a request: each choice of each prompt is one.
+    """
 
     def __init__(self, model_name: str) -> None:
+        self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)  # sequences
+        self.num_requests = {"finished": 0, "aborted": 0, "failed": 0}  # that were submitted
+        self.num_responses: Counter[int] = Counter({200: 0, 400: 0, 429: 0, 500: 0, 503: 0})
         self.time_to_first_token_s = Histogram(FIRST_TOKEN_BUCKETS_S)
-        self.inter_token_latency_s = Histogram(INTER_TOKEN_BUCKETS_S)
+        self.request_time_per_output_token_s = Histogram(INTER_TOKEN_BUCKETS_S)
         self.e2e_latency_s = Histogram(REQUEST_BUCKETS_S)
-        self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)
+        self.queue_time_s = Histogram(REQUEST_BUCKETS_S)
+        self.prefill_time_s = Histogram(REQUEST_BUCKETS_S)
+        self.decode_time_s = Histogram(REQUEST_BUCKETS_S)
+        self.inference_time_s = Histogram(REQUEST_BUCKETS_S)
+        self.params_n = Histogram(CHOICE_BUCKETS)
+        self._size_token_histograms(DEFAULT_MAX_TOKENS)
         self._labels = (model_name, "0")
         self._stats: Callable[[], EngineStats] | None = None
-        self._num_blocks = 1
+        self._info: EngineInfo | None = None
+        self._loop_lag_s: Callable[[], float] | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
-    def watch(self, stats: Callable[[], EngineStats], num_blocks: int) -> None:
+    def watch(self, stats: Callable[[], EngineStats], info: EngineInfo) -> None:
         """Read the engine's figures from here on; without it they are absent."""
         self._stats = stats
-        self._num_blocks = num_blocks
+        self._info = info
+        self._size_token_histograms(info.max_model_len)
+
+    def watch_loop(self, lag_s: Callable[[], float]) -> None:
+        """Read how late the event loop has been of late."""
+        self._loop_lag_s = lag_s
+
+    def observe_sequence(
+        self,
+        stream: SequenceStream,
+        reason: str,
+        *,
+        num_output_tokens: int,
+        max_tokens: int,
+        e2e_s: float,
+    ) -> None:
+        """Account for a sequence that has ended by `reason`, one of FINISHED_REASONS."""
+        self.num_finished[reason] += 1
+        self.e2e_latency_s.observe(e2e_s)
+        self.prompt_tokens.observe(stream.num_prompt_tokens)
+        self.generation_tokens.observe(num_output_tokens)
+        self.params_max_tokens.observe(max_tokens)
+        ended_s, scheduled_s = stream.ended_s, stream.scheduled_s
+        self.queue_time_s.observe((scheduled_s or ended_s) - stream.queued_s)
+        if not scheduled_s:
+            return
+        self.inference_time_s.observe(ended_s - scheduled_s)
+        self.prefill_kv_computed_tokens.observe(stream.num_prompt_tokens - stream.num_cached_tokens)
+        if not stream.first_token_s:
+            return
+        decode_s = ended_s - stream.first_token_s
+        self.prefill_time_s.observe(stream.first_token_s - scheduled_s)
+        self.decode_time_s.observe(decode_s)
+        if num_output_tokens > 1:
+            self.request_time_per_output_token_s.observe(decode_s / (num_output_tokens - 1))
+
+    def observe_prompt(self, n: int, max_output_tokens: int) -> None:
+        """Account for a prompt all of whose `n` choices have ended; the longest has that many."""
+        self.params_n.observe(n)
+        self.max_num_generation_tokens.observe(max_output_tokens)
 
     def render(self) -> bytes:
         """The text of /metrics."""
@@ -88,51 +111,131 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called by the registry, also once when it is made."""
+        yield from self._histograms()
         yield from self._requests()
-        if self._stats is not None:
-            yield from self._engine(self._stats())
+        if self._loop_lag_s is not None:
+            yield self._gauge(
+                "pyserve:loop_lag_seconds",
+                "How late the event loop was at worst, in the last half minute",
+                self._loop_lag_s(),
+            )
+        if self._stats is not None and self._info is not None:
+            stats = self._stats()
+            yield from self._engine_gauges(stats, self._info)
+            yield from self._engine_counters(stats)
+            yield from self._engine_histograms(stats)
+            yield self._config(self._info)
+
+    def _size_token_histograms(self, max_tokens: int) -> None:
+        bounds = token_buckets(max_tokens)
+        self.prompt_tokens = Histogram(bounds)
+        self.generation_tokens = Histogram(bounds)
+        self.max_num_generation_tokens = Histogram(bounds)
+        self.params_max_tokens = Histogram(bounds)
+        self.prefill_kv_computed_tokens = Histogram(bounds)
+
+    def _histograms(self) -> Iterable[Metric]:
+        queue_text = "Arrival in the engine to the first step"
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "Arrival to first token", self.time_to_first_token_s),
+            ("request_time_per_output_token_seconds", "Mean time from one token of a sequence to "
+             "the next", self.request_time_per_output_token_s),
+            ("e2e_request_latency_seconds", "Arrival to last token", self.e2e_latency_s),
+            ("request_queue_time_seconds", queue_text, self.queue_time_s),
+            ("time_in_queue_requests", f"{queue_text}, under its old name", self.queue_time_s),
+            ("request_prefill_time_seconds", "First step to first token", self.prefill_time_s),
+            ("request_decode_time_seconds", "First token to the end", self.decode_time_s),
+            ("request_inference_time_seconds", "First step to the end", self.inference_time_s),
+            ("request_prompt_tokens", "Prompt tokens", self.prompt_tokens),
+            ("request_generation_tokens", "Output tokens", self.generation_tokens),
+            ("request_max_num_generation_tokens", "Output tokens of a prompt's longest choice",
+             self.max_num_generation_tokens),
+            ("request_params_max_tokens", "max_tokens", self.params_max_tokens),
+            ("request_params_n", "n", self.params_n),
+            ("request_prefill_kv_computed_tokens", "Prompt tokens that were not cached",
+             self.prefill_kv_computed_tokens),
+        ):  # fmt: skip
+            yield self._histogram(f"vllm:{name}", text, histogram)
 
     def _requests(self) -> Iterable[Metric]:
-        first, inter = self.time_to_first_token_s, self.inter_token_latency_s
-        yield self._histogram("time_to_first_token_seconds", "Arrival to first token", first)
-        for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
-            yield self._histogram(name, "Time from one token to the next", inter)
-        yield self._histogram(
-            "e2e_request_latency_seconds", "Arrival to last token", self.e2e_latency_s
+        yield self._counter(
+            "vllm:request_success", "Finished sequences", "finished_reason", self.num_finished
         )
-        finished = CounterMetricFamily(
-            "vllm:request_success", "Finished sequences", labels=(*LABELS, "finished_reason")
-        )
-        for reason, count in self.num_finished.items():
-            finished.add_metric((*self._labels, reason), count)
-        yield finished
+        yield self._counter(
+            "pyserve:requests", "Requests that were submitted, by their end", "end",
+            self.num_requests,
+        )  # fmt: skip
+        yield self._counter(
+            "pyserve:http_responses", "Responses by status; streams count when they begin", "code",
+            {str(code): count for code, count in sorted(self.num_responses.items())},
+        )  # fmt: skip
 
-    def _engine(self, stats: EngineStats) -> Iterable[Metric]:
-        usage = stats.num_blocks_used / self._num_blocks
+    def _engine_gauges(self, stats: EngineStats, info: EngineInfo) -> Iterable[Metric]:
+        usage = stats.num_blocks_used / info.num_blocks
         hit_rate = stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0
         for name, text, value in (
-            ("num_requests_running", "Sequences that run", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait", stats.num_waiting),
-            ("kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1", usage),
-            ("gpu_cache_usage_perc", "kv_cache_usage_perc under its old name", usage),
-            ("gpu_prefix_cache_hit_rate", "Part of the prompt tokens found cached", hit_rate),
-        ):
-            yield self._gauge(f"vllm:{name}", text, value)
-        yield self._gauge(
-            "pyserve:device_allocations",
-            "Times memory was taken from the GPU: constant after ready",
-            stats.num_device_allocations,
-        )
+            ("vllm:num_requests_running", "Sequences that run", stats.num_running),
+            ("vllm:num_requests_waiting", "Sequences that wait", stats.num_waiting),
+            ("vllm:num_requests_swapped", "Always 0: preempted ones are recomputed", 0),
+            ("vllm:kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1", usage),
+            ("vllm:gpu_cache_usage_perc", "kv_cache_usage_perc under its old name", usage),
+            ("vllm:cpu_cache_usage_perc", "Always 0: nothing is swapped to the host", 0),
+            ("vllm:gpu_prefix_cache_hit_rate", "Part of the prompt tokens found cached", hit_rate),
+            ("pyserve:device_allocations", "Times memory was taken from the GPU: constant after "
+             "ready", stats.num_device_allocations),
+            ("pyserve:step_age_seconds", "Age of the running step, 0 where none runs",
+             stats.step_age_s),
+        ):  # fmt: skip
+            yield self._gauge(name, text, value)
+
+    def _engine_counters(self, stats: EngineStats) -> Iterable[Metric]:
         for name, text, value in (
-            ("prompt_tokens", "Prompt tokens", stats.prompt_tokens),
-            ("generation_tokens", "Output tokens", stats.output_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up", stats.prompt_tokens),
-            ("prefix_cache_hits", "Prompt tokens found cached", stats.cached_tokens),
-            ("num_preemptions", "Preemptions", stats.num_preemptions),
+            ("vllm:prompt_tokens", "Prompt tokens", stats.prompt_tokens),
+            ("vllm:prompt_tokens_cached", "Prompt tokens found cached", stats.cached_tokens),
+            ("vllm:generation_tokens", "Output tokens", stats.output_tokens),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prompt_tokens),
+            ("vllm:prefix_cache_hits", "Prompt tokens found cached", stats.cached_tokens),
+            ("vllm:num_preemptions", "Preemptions", stats.num_preemptions),
+            ("vllm:corrupted_requests", "Sequences failed by NaN", stats.num_nan_sequences),
+            ("pyserve:steps", "Steps", stats.num_steps),
         ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+        yield self._counter(
+            "vllm:prompt_tokens_by_source", "Prompt tokens, computed or found cached", "source",
+            {"local_compute": stats.prompt_tokens - stats.cached_tokens,
+             "local_cache_hit": stats.cached_tokens},
+        )  # fmt: skip
+
+    def _engine_histograms(self, stats: EngineStats) -> Iterable[Metric]:
+        steps = stats.steps
+        for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
+            yield self._histogram(
+                f"vllm:{name}", "Time from one token to the next", steps.inter_token_s
+            )
+        yield self._histogram("vllm:iteration_tokens_total", "Tokens of a step", steps.num_tokens)
+        yield self._histogram("pyserve:step_seconds", "Duration of a step", steps.duration_s)
+
+    def _config(self, info: EngineInfo) -> Metric:
+        values = {
+            "block_size": info.block_size,
+            "cache_dtype": info.dtype,
+            "enable_prefix_caching": info.enable_prefix_caching,
+            "gpu_memory_utilization": info.gpu_memory_utilization,
+            "num_gpu_blocks": info.num_blocks,
+        }
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV cache, as labels", labels=(*LABELS, *values)
+        )
+        family.add_metric((*self._labels, *map(str, values.values())), 1)
+        return family
+
+    def _counter(self, name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(name, text, labels=(*LABELS, label))
+        for key, value in values.items():
+            family.add_metric((*self._labels, key), value)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=LABELS)
@@ -140,6 +243,6 @@ class Metrics(Collector):
         return family
 
     def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(f"vllm:{name}", text, labels=LABELS)
+        family = HistogramMetricFamily(name, text, labels=LABELS)
         family.add_metric(self._labels, histogram.cumulative(), histogram.total)
         return family

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import msgspec
 
@@ -28,18 +29,20 @@ class Choice:
     """One sequence of a request and the text it has become.
 
     num_tokens counts the output tokens up to the one that ended the answer, and no further.
+    first_token_s is when its first tokens were read here, 0 before.
     """
 
     index: int
     sample_index: int
     stream: SequenceStream
+    params: SamplingParams
     ending: Ending
     detokenizer: Detokenizer
     stop_checker: StopChecker | None
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    last_token_s: float = 0.0
+    first_token_s: float = 0.0
     pieces: list[str] = field(default_factory=list)
 
     def advance(self, delta: SequenceDelta) -> str:
@@ -93,14 +96,18 @@ class Choice:
 
 
 class Generation:
-    """All choices of one request. `close` must be called, however the request ends."""
+    """All choices of one request. `close` must be called, however the request ends.
+
+    end  "finished", "aborted" or "failed"; None while it runs.
+    """
 
     def __init__(self, engine: EngineClient, metrics: Metrics, *, arrived_s: float) -> None:
+        self.arrived_s = arrived_s
+        self.end: str | None = None
         self.choices: list[Choice] = []
         self.active: list[Choice] = []
         self._engine = engine
         self._metrics = metrics
-        self._arrived_s = arrived_s
         self._wakeup = asyncio.Event()
 
     def submit(
@@ -116,17 +123,16 @@ class Generation:
     ) -> None:
         """Queue the n sequences of one prompt. Raises what EngineClient.submit raises."""
         for sample_index in range(n):
+            own_params = msgspec.structs.replace(params, sample_index=sample_index)
             stream = self._engine.submit(
-                prompt_token_ids,
-                msgspec.structs.replace(params, sample_index=sample_index),
-                priority=priority,
-                cache_salt=cache_salt,
+                prompt_token_ids, own_params, priority=priority, cache_salt=cache_salt
             )
             stream.share_wakeup(self._wakeup)
             choice = Choice(
                 index=len(self.choices),
                 sample_index=sample_index,
                 stream=stream,
+                params=own_params,
                 ending=ending,
                 detokenizer=detokenizers[sample_index],
                 stop_checker=(
@@ -143,16 +149,16 @@ class Generation:
         """
         await self._wakeup.wait()
         self._wakeup.clear()
-        now = time.monotonic()
         news = []
         for choice in self.active:
             delta = choice.stream.take()
             if delta is None:
                 continue
             news.append((choice, choice.advance(delta)))
-            self._observe(choice, len(delta.token_ids), now)
+            if not choice.first_token_s and delta.token_ids:
+                self._note_first_token(choice)
             if choice.finish_reason is not None:
-                self._finish(choice, choice.finish_reason, now)
+                self._finish(choice, choice.finish_reason)
         if any(choice.finish_reason is not None for choice, _ in news):
             self.active = [c for c in self.active if c.finish_reason is None]
         return news
@@ -178,24 +184,30 @@ class Generation:
         )
 
     def close(self, reason: str) -> None:
-        """Abort what still runs; it is counted as having ended by `reason`."""
-        now = time.monotonic()
-        for choice in self.active:
-            if choice.finish_reason is None:
-                self._finish(choice, reason, now)
-        self.active = []
-
-    def _observe(self, choice: Choice, num_new_tokens: int, now: float) -> None:
-        if not num_new_tokens:
+        """Abort what still runs: it has ended by `reason`, "abort" or "error". May be repeated."""
+        if self.end is not None or not self.choices:
             return
-        if not choice.last_token_s:
-            self._metrics.time_to_first_token_s.observe(now - self._arrived_s)
-        else:
-            gap_s = (now - choice.last_token_s) / num_new_tokens
-            self._metrics.inter_token_latency_s.observe(gap_s, num_new_tokens)
-        choice.last_token_s = now
+        running = [choice for choice in self.active if choice.finish_reason is None]
+        for choice in running:
+            choice.finish_reason = reason
+            self._finish(choice, reason)
+        self.active = []
+        self.end = "finished" if not running else "aborted" if reason == "abort" else "failed"
+        self._metrics.num_requests[self.end] += 1
+        for _, group in groupby(self.choices, lambda choice: choice.index - choice.sample_index):
+            num_tokens = [choice.num_tokens for choice in group]
+            self._metrics.observe_prompt(len(num_tokens), max(num_tokens))
 
-    def _finish(self, choice: Choice, reason: str, now: float) -> None:
+    def _note_first_token(self, choice: Choice) -> None:
+        choice.first_token_s = time.monotonic()
+        self._metrics.time_to_first_token_s.observe(choice.first_token_s - self.arrived_s)
+
+    def _finish(self, choice: Choice, reason: str) -> None:
         self._engine.abort(choice.stream)
-        self._metrics.num_finished[reason] += 1
-        self._metrics.e2e_latency_s.observe(now - self._arrived_s)
+        self._metrics.observe_sequence(
+            choice.stream,
+            reason,
+            num_output_tokens=choice.num_tokens,
+            max_tokens=choice.params.max_tokens,
+            e2e_s=time.monotonic() - self.arrived_s,
+        )

@@ -101,7 +101,7 @@ class _Server:
         except Exception:
             get_logger().exception("the start failed unexpectedly")
             return 1
-        state.metrics.watch(loaded.engine.stats, loaded.engine.info.num_blocks)
+        state.metrics.watch(loaded.engine.stats, loaded.engine.info)
         state.loaded = loaded
         state.status = "ready"
         state.startup.finish()

@@ -104,6 +104,8 @@ class AsyncEngine:
                         await asyncio.sleep(0)
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
+            num_nan_sequences=self._engine.num_nan_sequences,
+            steps=self._engine.histograms,
                     self._wakeup.clear()
                     await self._wakeup.wait()
         except Exception as error:  # a bug of ours: the books cannot be trusted any more
@@ -148,6 +150,8 @@ class AsyncEngine:
         if not done:
             raise DeviceError(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
         return future.result()
+            duration_s = time.monotonic() - self._step_start_s
+            self._engine.histograms.duration_s.observe(duration_s)
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         shape = f"a step of {step.num_tokens} tokens in {len(step.seqs)} rows"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from typing import Literal, Protocol
@@ -18,6 +19,7 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
+from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
 
 
@@ -67,6 +69,10 @@ class Engine:
         self.runner = runner
         self.num_steps = 0
         self.num_output_tokens = 0
+        self.num_finished = 0  # sequences that have ended, however they did
+        self.num_nan_sequences = 0
+        self.histograms = StepHistograms()
+        self._last_update_s = 0.0
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._has_priorities = policy == "priority"
@@ -129,13 +135,17 @@ class Engine:
         offer = self.scheduler.blocks.offer
         sampled_ids = iter(sampled)
         num_output_tokens = 0
-        for seq, generation, seq_len, is_sampled in zip(
-            step.seqs, step.generations, step.seq_lens, step.row_samples, strict=True
-        ):
+        num_first_tokens = 0  # since their sequences were admitted
+        now_s = time.monotonic()
+        for seq, generation, seq_len, is_sampled, host_tokens in zip(
+            step.seqs, step.generations, step.seq_lens, step.row_samples, step.host_tokens,
+            strict=True,
+        ):  # fmt: skip
             token_id = next(sampled_ids) if is_sampled else None
             if seq.generation != generation:
                 continue
             if token_id == -1:
+                self.num_nan_sequences += 1
                 self._fail(seq, EngineError("the model's output was not a number"), forget=True)
                 continue
             if seq.next_offer_len <= seq_len:
@@ -145,12 +155,29 @@ class Engine:
             seq.token_ids.append(token_id)
             seq.stream.put(token_id)
             num_output_tokens += 1
+            if host_tokens is not None:
+                num_first_tokens += 1
+                self._note_first_token(seq, now_s)
             if token_id in seq.stop_token_ids:
                 self._finish(seq, "stop", token_id)
             elif len(seq.token_ids) == seq.max_total_tokens:
                 self._finish(seq, "length")
         self.num_output_tokens += num_output_tokens
         self.num_steps += 1
+        # The other sequences have had their last token by the last update: they share its gap.
+        num_gaps = num_output_tokens - num_first_tokens
+        if num_gaps:
+            self.histograms.inter_token_s.observe(now_s - self._last_update_s, num_gaps)
+        self.histograms.num_tokens.observe(step.num_tokens)
+        self._last_update_s = now_s
+
+    def _note_first_token(self, seq: Sequence, now_s: float) -> None:
+        """The first token of `seq` since it was admitted, maybe again."""
+        if not seq.stream.first_token_s:
+            seq.stream.first_token_s = now_s
+        else:
+            self.histograms.inter_token_s.observe(now_s - seq.preempted_s)
+        seq.preempted_s = 0.0
 
     def fail_step(self, step: Step) -> None:
         """Account for a step whose execution raised: its sequences fail, the others go on."""
@@ -187,6 +214,7 @@ class Engine:
     def _remove(self, seq: Sequence, *, forget: bool = False) -> None:
         assert seq.status is not Status.FINISHED
         self.scheduler.finish(seq, forget=forget)
+        self.num_finished += 1
         del self._seqs[seq.stream.seq_id]  # last: fail_all must still find it if that raises
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:

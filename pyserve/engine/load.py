@@ -45,6 +45,7 @@ from pyserve.params import SamplingParams
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
 WARMUP_PROMPT_LEN = 16
+QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
 
 
 def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
@@ -91,7 +92,10 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         num_blocks=plan.num_blocks,
         dtype=_name(dtype),
         device=device.type,
+        max_queue=config.max_queue or QUEUE_FACTOR * plan.num_slots,
         has_priorities=config.scheduling_policy == "priority",
+        enable_prefix_caching=config.enable_prefix_caching,
+        gpu_memory_utilization=config.gpu_memory_utilization,
     )
     return AsyncEngine(new_engine(), info)
 

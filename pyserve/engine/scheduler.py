@@ -8,6 +8,7 @@ sequence is the youngest, and the one that is preempted.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, insort
 from operator import attrgetter
 
@@ -120,6 +121,7 @@ class Scheduler:
         self.slots.release(seq)
         seq.num_tokens = len(seq.token_ids)  # what is in flight will be dropped and drawn again
         seq.num_computed_tokens = 0
+        seq.preempted_s = seq.preempted_s or time.monotonic()
         self.num_preemptions += 1
         self.add(seq)
 
@@ -164,7 +166,7 @@ class Scheduler:
         seq.num_host_tokens = seq.num_tokens
         if not seq.was_admitted:
             seq.was_admitted = True
-            seq.stream.num_cached_tokens = seq.num_computed_tokens
+            seq.stream.admit(seq.num_computed_tokens)
             self.num_prompt_tokens += seq.num_prompt_tokens
             self.num_cached_tokens += seq.num_computed_tokens
         step.slot_updates.append(slot_update(seq))

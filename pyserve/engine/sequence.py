@@ -42,6 +42,8 @@ class Sequence:
                      which the next one is full.
     awaited_hash     a block that another sequence is computing; admission waits for it.
     num_wanted_blocks  free blocks that the last vain attempt at admission asked for.
+    preempted_s      when it was preempted, as good as the time of its last token; 0 once it has
+                     had another.
     """
 
     stream: SequenceStream
@@ -67,6 +69,7 @@ class Sequence:
     awaited_hash: bytes | None = None
     num_wanted_blocks: int = 0
     was_admitted: bool = False
+    preempted_s: float = 0.0
 
     @property
     def num_in_flight_tokens(self) -> int:

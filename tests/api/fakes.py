@@ -165,7 +165,7 @@ class FakeEngine:
         stream, params = item.stream, item.params
         if not script.starts:
             return
-        stream.num_cached_tokens = self.num_cached_tokens
+        stream.admit(self.num_cached_tokens)
         position = 0
         while True:
             await asyncio.sleep(script.delay_s)
@@ -183,6 +183,8 @@ class FakeEngine:
                 elif position == params.max_tokens:
                     stream.finish("length")
 
+                if position == 1:
+                    stream.first_token_s = time.monotonic()
 
 class Server:
     """An app on a loopback port, on the event loop of its own thread."""
@@ -280,7 +282,7 @@ def run_server(folder: Path, **config: Any) -> Iterator[Server]:
     sock = socket.create_server(("127.0.0.1", 0))
     settings = ServerConfig(served_model_names=(MODEL, "alias"), **config)
     state = ServerState(settings, Metrics(MODEL), loaded=loaded, status="ready")
-    state.metrics.watch(engine.stats, engine.info.num_blocks)
+    state.metrics.watch(engine.stats, engine.info)
     loop = asyncio.new_event_loop()
     started, stop = threading.Event(), asyncio.Event()
 

@@ -208,7 +208,7 @@ def test_an_error_ends_the_request_and_aborts_the_rest(tokenizer: Tokenizer) -> 
     assert metrics.num_finished == {"stop": 0, "length": 0, "abort": 0, "error": 3}
 
 
-def test_latencies_are_observed_once_per_delta(tokenizer: Tokenizer) -> None:
+def test_a_request_is_observed_at_its_first_token_and_at_its_end(tokenizer: Tokenizer) -> None:
     async def run() -> Metrics:
         engine = FakeEngine(lambda _: Script([9], burst=5))
         metrics = Metrics("m")
@@ -223,6 +223,18 @@ def test_latencies_are_observed_once_per_delta(tokenizer: Tokenizer) -> None:
 
     metrics = asyncio.run(run())
     assert sum(metrics.time_to_first_token_s.counts) == 1
-    assert sum(metrics.inter_token_latency_s.counts) == 15  # of 20 tokens, 5 came first
-    assert sum(metrics.e2e_latency_s.counts) == 1
-    assert metrics.num_finished["length"] == 1
+    for histogram, total in (
+        (metrics.prompt_tokens, 1),
+        (metrics.generation_tokens, 20),
+        (metrics.max_num_generation_tokens, 20),
+        (metrics.params_max_tokens, 20),
+        (metrics.params_n, 1),
+    ):
+        assert (histogram.count, histogram.total) == (1, total)
+    times = (
+        metrics.queue_time_s, metrics.prefill_time_s, metrics.decode_time_s,
+        metrics.inference_time_s, metrics.request_time_per_output_token_s,
+    )  # fmt: skip
+    assert all(0.0 <= histogram.total < 1.0 for histogram in times)
+    assert all(histogram.count == 1 for histogram in (*times, metrics.e2e_latency_s))
+    assert metrics.num_finished["length"] == metrics.num_requests["finished"] == 1
