@@ -72,7 +72,7 @@ def read_settings(path: Path) -> dict[str, Value]:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{where} is not YAML{line}") from None
-    if root is None:
+    if root is None or root.tag == _NULL:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{where} must hold lines such as 'port: 8000'")

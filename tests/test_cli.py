@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from pyserve import cli
+from pyserve.config import EngineConfig, ServerConfig
 from pyserve.errors import ConfigError
-from pyserve.flags import NEUTRAL, NO_MEANING, NOT_BUILT, parse_args
+from pyserve.flags import NEUTRAL, NO_MEANING, NOT_BUILT, make_parser, parse_args
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,145 @@ def test_flags_reach_the_configs() -> None:
     assert (server.host, server.port, server.api_keys) == ("127.0.0.1", 81, ("k",))
     assert server.served_model_names == ("a", "b")
     assert (server.shutdown_timeout_s, server.log_stats) == (3.0, False)
+
+
+def server_config(*argv: str) -> ServerConfig:
+    return cli._server_config(parse_args(list(argv)))
+
+
+def test_the_server_s_flags_reach_its_config(tmp_path: Path) -> None:
+    config = server_config(
+        "m", "--uds", "/run/x.sock", "--root-path", "/llm/", "--ssl-certfile", "c", "--ssl-keyfile",
+        "k", "--allowed-origins", '["https://a.org"]', "--allowed-methods", '["POST"]',
+        "--allowed-headers", '["X-A"]', "--allow-credentials", "--ready-file", "r",
+        "--request-timeout", "7", "--max-logprobs", "5", "--trust-request-chat-template",
+        "--enable-log-requests", "--api-key", "a", "--api-key=b",
+    )  # fmt: skip
+    assert (config.uds, config.root_path) == (Path("/run/x.sock"), "/llm")
+    assert (config.ssl_certfile, config.ssl_keyfile) == (Path("c"), Path("k"))
+    assert config.allowed_origins == ("https://a.org",) and config.allow_credentials
+    assert (config.allowed_methods, config.allowed_headers) == (("POST",), ("X-A",))
+    assert (config.ready_file, config.request_timeout_s) == (Path("r"), 7.0)
+    assert (config.max_logprobs, config.trust_request_chat_template) == (5, True)
+    assert (config.log_requests, config.api_keys) == (True, ("a", "b"))
+    engine = cli._engine_config(parse_args(["m", "--max-queue", "9"]), Path("/m"))
+    assert engine.max_queue == 9
+
+
+def test_defaults() -> None:
+    config = server_config("org/m")
+    assert config == ServerConfig(served_model_names=("org/m",))
+    assert server_config().served_model_names == ("pyserve-demo",)
+    assert cli._engine_config(parse_args(["m"]), Path("/m")) == EngineConfig(model_path=Path("/m"))
+
+
+@pytest.mark.parametrize("path", ["llm", "/llm", "/llm/", "llm/"])
+def test_root_path_takes_any_slashes(path: str) -> None:
+    assert server_config("--root-path", path).root_path == "/llm"
+
+
+def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "from-env")
+    assert server_config().api_keys == ("from-env",)
+    assert server_config("--api-key", "k").api_keys == ("k",)
+
+
+def test_a_host_beside_a_unix_socket_warns(caplog: pytest.LogCaptureFixture) -> None:
+    server_config("--uds", "x")
+    assert not caplog.records  # nor is a file a public address
+    server_config("--uds", "x", "--port", "5")
+    assert "--host and --port have no effect beside --uds" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["auto", "-1"])
+def test_a_context_of_what_fits(text: str) -> None:
+    assert parse_args(["--max-model-len", text]).max_model_len is None
+
+
+def test_switches_can_be_turned_off() -> None:
+    args = parse_args(
+        ["--enable-log-requests", "--no-enable-log-requests", "--no-disable-log-stats"]
+    )
+    assert (args.enable_log_requests, args.disable_log_stats) == (False, False)
+
+
+def test_variables_are_set_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[ServerConfig, str | None]] = []
+
+    def run_server(config: ServerConfig, load: object) -> int:
+        seen.append((config, os.environ.get("PYSERVE_TEST_B")))
+        return 0
+
+    monkeypatch.setattr(cli, "run_server", run_server)
+    monkeypatch.setenv("VLLM_API_KEY", "old")
+    monkeypatch.setenv("PYSERVE_TEST_B", "old")
+    assert cli.main(["--env", "VLLM_API_KEY=new", "--env=PYSERVE_TEST_B=a=b"]) == 0
+    assert seen[0][0].api_keys == ("new",) and seen[0][1] == "a=b"
+
+
+@pytest.mark.parametrize(
+    "text", ["A", "=x", "A B=c", "1A=b", "A-B=c", "é=1", "LD_PRELOAD=x", "PYTHONPATH=x", "A=\0"]
+)
+def test_variables_that_cannot_be_set(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--env"):
+        parse_args(["--env", text])
+
+
+def test_the_value_of_a_variable_is_never_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--env", "HF TOKEN=hf_secret"])
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["serve", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert len(lines) <= 76 and max(map(len, lines)) <= 100
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    flags = [a.option_strings[0] for a in make_parser()._actions if a.help != argparse.SUPPRESS]
+    assert len(shown) == len(flags) - 1  # but -h
+    assert all(re.match(r"  --\S.*\S  +\S", line) for line in lines if line.startswith("  --"))
+
+
+def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    file, nowhere = str(tmp_path / "file"), str(tmp_path / "no" / "where")
+    for argv, message in (
+        (["--model", nowhere], "neither a folder nor a name"),
+        (["--model", file], "neither a folder nor a name"),
+        (["--model", ""], "neither a folder nor a name"),
+        (["--model", str(tmp_path)], "no config.json"),
+        (["--tokenizer", nowhere], "--tokenizer"),
+        (["--chat-template", nowhere], "--chat-template"),
+        (["--generation-config", nowhere], "--generation-config"),
+        (["--download-dir", f"{file}/x"], "--download-dir"),
+        (["--ready-file", str(tmp_path)], "--ready-file"),
+        (["--ready-file", nowhere], "--ready-file"),
+    ):
+        args = parse_args(argv)
+        with pytest.raises(ConfigError, match=message):
+            cli._check_paths(args, cli._server_config(args))
+    args = parse_args(
+        ["org/name", "--download-dir", nowhere, "--chat-template", "{{ messages }}",
+         "--ready-file", str(tmp_path / "ready")]
+    )  # fmt: skip
+    cli._check_paths(args, cli._server_config(args))
+
+
+def test_plan_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def plan(argv: list[str]) -> int:
+        seen.append(argv)
+        return 7
+
+    module = ModuleType("pyserve.engine.capacity")
+    module.main = plan  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyserve.engine.capacity", module)
+    assert cli.main(["plan", "--model", "x"]) == 7
+    assert seen == [["--model", "x"]]
 
 
 def test_what_is_left_to_the_machine() -> None:
@@ -105,6 +249,9 @@ def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture)
         (["--dtype", "int3"], "--dtype"),
         (["--device", "tpu"], "--device"),
         (["--port", "x"], "--port"),
+        (["-z"], "unknown flag -z"),
+        (["--allowed-origins", "*"], "must be a JSON list"),
+        (["--allowed-origins", "[1]"], "must be a JSON list"),
         (["a", "b"], "unexpected argument 'b'"),
     ],
 )  # fmt: skip

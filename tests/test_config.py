@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pyserve.errors import ConfigError
         ("gpu_memory_utilization", 1.01, "--gpu-memory-utilization"),
         ("max_model_len", 0, "--max-model-len"),
         ("kv_cache_memory_bytes", 0, "--kv-cache-memory-bytes"),
+        ("max_queue", 0, "--max-queue"),
     ],
 )
 def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> None:
@@ -36,6 +38,19 @@ def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> N
         ("served_model_names", ("",), "--served-model-name"),
         ("api_keys", ("",), "--api-key"),
         ("shutdown_timeout_s", -1.0, "--shutdown-timeout"),
+        ("shutdown_timeout_s", math.nan, "--shutdown-timeout"),
+        ("request_timeout_s", -1.0, "--request-timeout"),
+        ("request_timeout_s", math.inf, "--request-timeout"),
+        ("max_logprobs", -1, "--max-logprobs"),
+        ("root_path", "llm", "--root-path"),
+        ("root_path", "/a b", "--root-path"),
+        ("root_path", "/{x}", "--root-path"),
+        ("ssl_keyfile", Path("k"), "--ssl-certfile"),
+        ("allowed_origins", ("example.org",), "--allowed-origins"),
+        ("allowed_origins", ("https://a.org/path",), "--allowed-origins"),
+        ("allowed_methods", ("GET, POST",), "--allowed-methods"),
+        ("allowed_headers", ("a\nb",), "--allowed-headers"),
+        ("allow_credentials", True, "--allowed-origins"),
     ],
 )
 def test_server_config_names_the_flag(field: str, value: object, flag: str) -> None:
