@@ -36,7 +36,13 @@ class SequenceDelta:
 
 @dataclass(slots=True, eq=False)
 class SequenceStream:
-    """Output of one sequence: written by the engine, read by one coroutine of the API."""
+    """Output of one sequence: written by the engine, read by one coroutine of the API.
+
+    num_cached_tokens  prompt tokens from the prefix cache; set before the first token.
+    queued_s, scheduled_s, first_token_s, ended_s
+                       when the engine took it, first gave it a row, had its first token and said
+                       its last word, on the monotonic clock; 0 where that has not come.
+    """
 
     seq_id: int
     num_prompt_tokens: int
@@ -56,22 +62,23 @@ class SequenceStream:
         """True once the engine has written its last word; unread tokens may remain."""
         return self._finish_reason is not None or self._error is not None
 
+    def admit(self, num_cached_tokens: int) -> None:
+        """Engine side: the sequence begins to run, this much of its prompt from the cache."""
+        self.num_cached_tokens = num_cached_tokens
+        self.scheduled_s = time.monotonic()
+
     def put(self, token_id: int) -> None:
         """Engine side: append one output token and wake the reader."""
         assert not self.is_finished, "token after the end"
         self._token_ids.append(token_id)
         self._wakeup.set()
 
-    def admit(self, num_cached_tokens: int) -> None:
-        """Engine side: the sequence begins to run, this much of its prompt from the cache."""
-        self.num_cached_tokens = num_cached_tokens
-        self.scheduled_s = time.monotonic()
-
     def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> None:
         """Engine side: the sequence has ended; exactly one of finish and fail is called."""
         assert not self.is_finished, "finished twice"
         self._finish_reason = reason
         self._stop_token_id = stop_token_id
+        self.ended_s = time.monotonic()
         self._wakeup.set()
 
     def fail(self, error: PyserveError) -> None:
@@ -85,7 +92,6 @@ class SequenceStream:
         """Wake `wakeup` from here on, so that one reader can wait for several streams at once.
 
         Called right after submit; the reader clears the event itself and then takes from each.
-        self.ended_s = time.monotonic()
         """
         if self._wakeup.is_set():
             wakeup.set()
@@ -130,16 +136,16 @@ class EngineInfo:
     num_blocks: int
     dtype: str
     device: str
+    max_queue: int = 1024  # sequences that may wait
     has_priorities: bool = False  # scheduling_policy is "priority": submit's priority counts
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9  # as configured
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics and the log. Counters only grow."""
-    max_queue: int = 1024  # sequences that may wait
 
-    enable_prefix_caching: bool = True
-    gpu_memory_utilization: float = 0.9  # as configured
     num_running: int
     num_waiting: int
     num_blocks_used: int
@@ -150,7 +156,10 @@ class EngineStats:
     output_tokens: int
     step_age_s: float  # age of the running step, 0 where none runs
     error: str | None  # why the engine has stopped; None while it is sound
+    step_deadline_s: float | None = None  # a step that takes longer has hung; None: any time is fine
     num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
+    num_nan_sequences: int = 0  # failed, as the model's output was not a number
+    steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 
 
 class EngineClient(Protocol):
@@ -158,8 +167,6 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
-    num_nan_sequences: int = 0  # failed, as the model's output was not a number
-    steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 
     def start(self) -> None:
         """Begin to step; called once, on the event loop."""
@@ -177,6 +184,12 @@ class EngineClient(Protocol):
         """
         ...
 
+    def check_room(self, num_sequences: int) -> None:
+        """Raises QueueFullError where so many more would wait that `max_queue` is passed, and
+        UnavailableError where the engine has stopped. What passes can be submitted at once.
+        """
+        ...
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -185,8 +198,8 @@ class EngineClient(Protocol):
         priority: int = 0,
         cache_salt: str = "",
     ) -> SequenceStream:
-        """Queue one sequence. Raises InvalidRequestError where it can never fit, UnavailableError
-        where the engine has stopped. Lower `priority` runs first; equal ones in order of arrival.
+        """Queue one sequence. Raises InvalidRequestError where it can never fit, and as `check_room`
+        does. Lower `priority` runs first; equal ones in order of arrival.
         """
         ...
 

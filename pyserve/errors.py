@@ -60,6 +60,13 @@ class BodyTooLargeError(RequestError):
     type = "RequestEntityTooLargeError"
 
 
+class BodyTooLateError(RequestError):
+    """408: the body did not arrive in time."""
+
+    status = 408
+    type = "RequestTimeoutError"
+
+
 class QueueFullError(RequestError):
     """429: as many sequences wait as may. Sent with Retry-After."""
 
@@ -87,6 +94,20 @@ class EngineError(RequestError):
 
     status = 500
     type = "InternalServerError"
+
+
+class ChatTemplateError(RequestError):
+    """500: the model's chat template takes too long or makes too much; no message is at fault.
+
+    is_timeout  it has been given up for its time, and may do with more.
+    """
+
+    status = 500
+    type = "InternalServerError"
+
+    def __init__(self, message: str, *, is_timeout: bool = False) -> None:
+        super().__init__(message)
+        self.is_timeout = is_timeout
 
 
 class DeviceError(EngineError):

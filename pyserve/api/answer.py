@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pyserve.api.protocol import (
     CompletionRequest,
     CompletionResponse,
 )
+from pyserve.api.request_id import current as current_request_id
 from pyserve.api.sampling import Resolver
 from pyserve.api.state import Loaded, ServerState
 from pyserve.errors import InvalidRequestError
@@ -74,7 +74,7 @@ async def answer(
     if body.priority and not loaded.engine.info.has_priorities:
         ignored = [*ignored, "priority"]
     request_id = endpoint.id_prefix + (
-        _name("request_id", body.request_id) or secrets.token_hex(16)
+        _name("request_id", body.request_id) or current_request_id.get()
     )
     created = int(time.time())
     headers = ignored_header(ignored)
@@ -82,6 +82,7 @@ async def answer(
     reason = "abort"
     try:
         _submit(generation, loaded, endpoint, body, prompts)
+        state.request_log.arrived(request, generation)
         if body.stream:
             frames = endpoint.frames(
                 request_id, created=created, model=state.model_name, fingerprint=FINGERPRINT
@@ -101,6 +102,7 @@ async def answer(
         raise
     finally:
         generation.close(reason)
+        state.request_log.ended(request, generation)
     return json_response(endpoint.whole(request_id, created, state.model_name, generation), headers)
 
 
@@ -135,6 +137,7 @@ def _submit(
     cache_salt = _name("cache_salt", body.cache_salt) or ""
     limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
     check_total(sum(map(len, prompts)), n=resolver.n, param=endpoint.prompt_name)
+    engine.check_room(num_sequences)  # all of them or none
     skip_special_tokens = body.skip_special_tokens is not False
     for prompt, params in zip(prompts, limits, strict=True):
         generation.submit(

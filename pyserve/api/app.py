@@ -1,7 +1,8 @@
 """Routes and the one middleware: who may ask, what an error looks like, what is in flight.
 
 A route is denied without a key unless its row says `is_public`; that includes paths that do not
-exist. Every response but a finished answer is an error object of errors.py.
+exist, as it is the handler the router found that is public, never a text in the path. Every
+response but a finished answer is an error object of errors.py, and every one has its request id.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from pyserve import __version__
+from pyserve.api import pages, request_id
 from pyserve.api.chat import chat_completions
 from pyserve.api.completions import completions
 from pyserve.api.cors import add_cors
 from pyserve.api.errors import error_response, log_unexpected
+from pyserve.api.health import health, health_live
 from pyserve.api.models import list_models, retrieve_model
+from pyserve.api.openapi import DOCUMENT, Document, openapi
 from pyserve.api.state import STATE, Keys, ServerState
 from pyserve.api.tokens import detokenize, tokenize
 from pyserve.errors import (
@@ -40,23 +44,14 @@ class Route(NamedTuple):
     uses_model: bool = False
 
 
-async def health(request: web.Request) -> web.StreamResponse:
-    """200 where a request would be taken now; else 503 and where the server stands."""
-    state = request.app[STATE]
-    if state.status == "starting":
-        return _json(503, {"status": "starting", **state.startup.describe()})
-    if state.status == "draining":
-        return _json(503, {"status": "draining"})
-    assert state.loaded is not None
-    # The engine itself is asked: serve.py learns of its end a moment later.
-    if state.loaded.engine.stats().error is not None:
-        return _json(503, {"status": "failed"})
-    return _json(200, {"status": "ready"})
-
-
 async def version(request: web.Request) -> web.StreamResponse:
     """The version of pyserve."""
     return _json(200, {"version": __version__})
+
+
+async def load(request: web.Request) -> web.StreamResponse:
+    """Requests in flight, under vLLM's name."""
+    return _json(200, {"server_load": request.app[STATE].num_in_flight})
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
@@ -74,10 +69,18 @@ ROUTES = (
     Route("POST", "/tokenize", tokenize, uses_model=True),
     Route("POST", "/detokenize", detokenize, uses_model=True),
     Route("GET", "/version", version),
+    Route("GET", "/load", load),
     Route("GET", "/metrics", metrics),
     Route("GET", "/health", health, is_public=True),
+    Route("GET", "/health/live", health_live, is_public=True),
+    Route("GET", "/health/ready", health, is_public=True),
     Route("GET", "/ping", health, is_public=True),
     Route("POST", "/ping", health, is_public=True),
+    Route("GET", "/", pages.index, is_public=True),
+    Route("GET", "/docs", pages.docs, is_public=True),
+    # The same for every server of this version, so nothing to hide; /docs could not show it else.
+    Route("GET", "/openapi.json", openapi, is_public=True),
+    Route("GET", pages.STATIC_PATH, pages.static, is_public=True),
 )
 
 
@@ -86,18 +89,35 @@ def build_app(state: ServerState) -> web.Application:
     app = web.Application(
         middlewares=[_middleware(state)], client_max_size=state.config.max_body_bytes
     )
+    config = state.config
     app[STATE] = state
+    app[DOCUMENT] = Document(
+        {(route.method, route.path): route.is_public for route in ROUTES},
+        root_path=config.root_path,
+        needs_key=bool(config.api_keys),
+    )
     app.on_response_prepare.append(_sign)
-    add_cors(app, state.config)
-    for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
-        if route.method == "GET":
-            app.router.add_route("HEAD", route.path, route.handler)
+    add_cors(app, config)
+    app.middlewares.insert(0, _identify)  # before the preflights of add_cors
+    # A proxy may take the root path off or leave it on.
+    for prefix in sorted({"", config.root_path}):
+        for route in ROUTES:
+            app.router.add_route(route.method, prefix + route.path, route.handler)
+            if route.method == "GET":
+                app.router.add_route("HEAD", prefix + route.path, route.handler)
     return app
+
+
+@web.middleware
+async def _identify(request: web.Request, handler: Handler) -> web.StreamResponse:
+    request_id.begin(request)
+    return await handler(request)
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "pyserve"  # aiohttp would name itself and Python, with versions
+    response.headers[request_id.HEADER] = request_id.current.get()
+    request.app[STATE].metrics.num_responses[response.status] += 1
 
 
 def _middleware(state: ServerState) -> Middleware:
@@ -119,6 +139,8 @@ def _middleware(state: ServerState) -> Middleware:
             finally:
                 state.leave()
         except RequestError as error:
+            if target in using_model:
+                state.request_log.refused(request, error)
             response = error_response(error)
         except web.HTTPException as error:
             response = _router_error(request, error)

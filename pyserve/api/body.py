@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import re
 from functools import partial
@@ -22,10 +23,11 @@ from pyserve.api.protocol import (
 )
 from pyserve.api.state import ServerState
 from pyserve.api.structure import check_structure
-from pyserve.errors import BodyTooLargeError, InvalidRequestError, NotBuiltError
+from pyserve.errors import BodyTooLargeError, BodyTooLateError, InvalidRequestError, NotBuiltError
 
 IGNORED_HEADER = "x-pyserve-ignored"
 SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
+BODY_TIMEOUT_S = 120.0
 UTF8_PIECE_BYTES = 2**20
 MAX_IGNORED_NAMES = 32
 MAX_IGNORED_NAME_CHARS = 64
@@ -65,7 +67,12 @@ class Wire(Generic[T]):
         if (request.content_length or 0) > max_bytes:
             raise _too_large(max_bytes)
         try:
-            body = await request.read()
+            if request.content.is_eof():
+                body = await request.read()
+            else:
+                body = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise BodyTooLateError(f"the body has not arrived in {BODY_TIMEOUT_S:.0f} s") from None
         except web.HTTPRequestEntityTooLarge:
             raise _too_large(max_bytes) from None
         except web.RequestPayloadError:

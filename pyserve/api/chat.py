@@ -35,7 +35,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The handler."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model()
+    loaded = state.model_with_room()
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     prompt = await tokenize_messages(

@@ -33,7 +33,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """The handler."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model()
+    loaded = state.model_with_room()
     body, ignored = await WIRE.read(request, state, max_list_ids=loaded.engine.info.max_model_len)
     state.check_model_name(body.model)
     if body.prompt is None:

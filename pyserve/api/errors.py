@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
+from pyserve.api import request_id
 from pyserve.api.protocol import ErrorDetail, ErrorResponse
 from pyserve.errors import (
     EngineError,
@@ -33,12 +34,12 @@ def error_response(error: RequestError) -> web.Response:
         response.headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
-    if error.status == 413:
+    if error.status in (408, 413):
         response.force_close()  # the rest of the body is not wanted
     return response
 
 
 def log_unexpected(error: BaseException) -> RequestError:
     """Log a bug of ours with its traceback; the client learns only that there was one."""
-    get_logger().error("a request failed unexpectedly", exc_info=error)
+    get_logger().error("request %s failed unexpectedly", request_id.current.get(), exc_info=error)
     return EngineError("internal error")

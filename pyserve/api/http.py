@@ -1,31 +1,127 @@
-"""The HTTP protocol under the application: requests that never become one get our errors too."""
+"""The HTTP protocol under the application: requests that never become one get our errors too.
+
+What a connection may cost before there is a request is bounded here: the time and the bytes of a
+head, the time between requests, the number of connections. Bodies are bounded in body.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import _ErrInfo
 
+from pyserve.api import request_id
 from pyserve.api.errors import error_response, log_unexpected
-from pyserve.errors import InvalidRequestError
+from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.log import get_logger
 
 BACKLOG = 2048  # connections that wait to be accepted
 LINGERING_TIME_S = 2.0  # how long the rest of a refused body is read and dropped
+KEEP_ALIVE_S = 620.0  # between requests: longer than proxies keep theirs, 600 s the longest of them
+HEAD_TIMEOUT_S = 20.0  # from the first byte of a request to the end of its headers
+MAX_HEAD_BYTES = 16 * 1024  # request line and headers
+MAX_FIELD_BYTES = 8190  # of them, one line
+MAX_CONNECTIONS = 16384
+NUM_OTHER_FILES = 128  # file descriptors that are not connections
+LOG_INTERVAL_S = 10.0
 TLS_HANDSHAKE_TIMEOUT_S = 10.0
 LAST_FRAMES_S = 1.0  # for streams that the end of the engine cuts off to say so
 
 
-class HttpProtocol(web.RequestHandler):
-    """aiohttp's, but a request that cannot be parsed costs one log line and gets a JSON body."""
+class ConnectionLimit:
+    """How many connections there may be: as many as there are file descriptors for."""
 
-    __slots__ = ()
+    def __init__(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_CONNECTIONS + NUM_OTHER_FILES
+        if soft < wanted and (hard > soft or hard == resource.RLIM_INFINITY):
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self.max = max(1, min(soft - NUM_OTHER_FILES, MAX_CONNECTIONS))
+        self._may_log_at_s = 0.0
+
+    def log(self) -> None:
+        """Tell of a connection that was refused, now and then."""
+        now = time.monotonic()
+        if now >= self._may_log_at_s:
+            self._may_log_at_s = now + LOG_INTERVAL_S
+            get_logger().warning("%d connections are open: further ones are closed", self.max)
+
+
+class HttpProtocol(web.RequestHandler):
+    """aiohttp's, but a request that cannot be parsed costs one log line and gets a JSON body.
+
+    A head that is too large is refused, one that is too slow ends its connection.
+    """
+
+    __slots__ = ("_head_timer", "_is_refused", "_limit", "_num_head_bytes")
+
+    def __init__(self, manager: web.Server, *, limit: ConnectionLimit, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._limit = limit
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._num_head_bytes = 0
+        self._is_refused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._manager is not None
+        if len(self._manager._connections) > self._limit.max:
+            self._limit.log()
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        num_known = len(self._messages)
+        super().data_received(data)
+        if self._force_close or self._close:
+            return
+        if len(self._messages) > num_known:
+            self._end_head()
+            for message, _ in list(self._messages)[num_known:]:
+                if not isinstance(message, _ErrInfo) and _head_bytes(message) > MAX_HEAD_BYTES:
+                    self._refuse_head()
+                    return
+        elif data and self._waiter is not None and not self._waiter.done():
+            # Nothing is asked or answered on this connection: this is a part of a head.
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._end_head()
+                self._refuse_head()
+            elif self._head_timer is None:
+                self._head_timer = self._loop.call_later(HEAD_TIMEOUT_S, self.force_close)
+
+    def _end_head(self) -> None:
+        self._num_head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        """Answer with an error in place of what has come, read no more and close."""
+        self._is_refused = True
+        error = InvalidRequestError(f"the headers are larger than {MAX_HEAD_BYTES} bytes")
+        self._messages.clear()
+        self._messages.append((_ErrInfo(status=400, exc=error, message=""), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def handle_error(
         self,
@@ -38,11 +134,13 @@ class HttpProtocol(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun, no other can follow")
         if status == 400:
+            request_id.begin(request)
             get_logger().debug("broken HTTP from %s", request.remote)
-            response = error_response(InvalidRequestError("this is not a valid HTTP request"))
+            response = error_response(_head_error(exc))
         else:
             response = error_response(log_unexpected(exc or RuntimeError("no exception")))
         response.headers["Server"] = "pyserve"
+        response.headers[request_id.HEADER] = request_id.current.get()
         response.force_close()
         return response
 
@@ -61,8 +159,11 @@ async def listening(
         "access_log": None,
         "lingering_time": LINGERING_TIME_S,
         "auto_decompress": False,  # a compressed body is refused
+        "keepalive_timeout": KEEP_ALIVE_S,
+        "max_line_size": MAX_FIELD_BYTES,
+        "max_field_size": MAX_FIELD_BYTES,
     }
-    factory = partial(HttpProtocol, runner.server, loop=loop, **options)
+    factory = partial(HttpProtocol, runner.server, limit=ConnectionLimit(), loop=loop, **options)
     listener = await loop.create_server(
         factory,
         sock=sock,
@@ -75,3 +176,19 @@ async def listening(
     finally:
         listener.close()
         await runner.cleanup()
+
+
+def _head_bytes(message: RawRequestMessage) -> int:
+    return len(message.path) + sum(
+        len(name) + len(value) + 4 for name, value in message.raw_headers
+    )
+
+
+def _head_error(error: BaseException | None) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, LineTooLong):
+        return InvalidRequestError(
+            f"the request line or a header is longer than {MAX_FIELD_BYTES} bytes"
+        )
+    return InvalidRequestError("this is not a valid HTTP request")

@@ -19,6 +19,8 @@ from typing import Any
 from pyserve.api.app import build_app
 from pyserve.api.http import LAST_FRAMES_S, listening
 from pyserve.api.listen import Listener, listening_socket
+from pyserve.api.progress import show_progress
+from pyserve.api.ready_file import ReadyFile
 from pyserve.api.state import Loaded, Report, ServerState
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
@@ -41,11 +43,13 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     """
     with ExitStack() as stack:
         try:
+            ready_file = ReadyFile(config.ready_file)
             listener = stack.enter_context(listening_socket(config))
         except StartupError as error:
             get_logger().error("%s", error)
             return 1
-        server = _Server(config, load, listener)
+        stack.callback(ready_file.remove)
+        server = _Server(config, load, listener, ready_file=ready_file)
         code = asyncio.run(server.run())
     if server.is_loading or server.has_failed:
         # The interpreter would wait for, or crash under, a thread inside a compiler or torch, or
@@ -58,11 +62,13 @@ class _Server:
     """One run from the open port to the exit code."""
 
     def __init__(
-        self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener
-    ) -> None:
+        self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener, *,
+        ready_file: ReadyFile,
+    ) -> None:  # fmt: skip
         self._config = config
         self._load = load
         self._listener = listener
+        self._ready_file = ready_file
         self._state = ServerState(config, Metrics(config.served_model_names[0]))
         self._stop = asyncio.Event()
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
@@ -78,11 +84,14 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
+        self._state.watchdog.start()
         try:
-            app, listener = build_app(self._state), self._listener
-            async with listening(app, listener.sock, tls=listener.tls):
+            async with listening(
+                build_app(self._state), self._listener.sock, tls=self._listener.tls
+            ):
                 return await self._live()
         finally:
+            self._state.watchdog.stop()
             self._state.close()
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
@@ -95,16 +104,18 @@ class _Server:
                 get_logger().info("told to stop while starting")
                 return 0
             loaded.engine.start()
+            state.metrics.watch(loaded.engine.stats, loaded.engine.info)
+            state.loaded = loaded
+            state.status = "ready"
+            self._ready_file.write(url=self._listener.url, model=state.model_name)
         except StartupError as error:
             get_logger().error("%s", error)
             return 1
         except Exception:
             get_logger().exception("the start failed unexpectedly")
             return 1
-        state.metrics.watch(loaded.engine.stats, loaded.engine.info)
-        state.loaded = loaded
-        state.status = "ready"
         state.startup.finish()
+        get_logger().info("the start took %s", state.startup.explain())
         get_logger().info(
             "pyserve is ready on %s (model %s, %.1f s)",
             self._listener.url,
@@ -126,11 +137,14 @@ class _Server:
         self._loading = loop.create_future()
         self._loader.start()
         stop = asyncio.create_task(self._stop.wait())
+        progress = asyncio.create_task(show_progress(self._state.startup))
         try:
             first: set[asyncio.Future[Any]] = {self._loading, stop}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
+            progress.cancel()
+            await asyncio.wait([progress])  # it has taken its bar away
         return self._loading.result() if self._loading.done() else None
 
     async def _wait_told_or_failed(self, engine: EngineClient) -> str | None:
@@ -166,10 +180,12 @@ class _Server:
             get_logger().warning("told to stop twice: exiting at once")
             os._exit(128 + number)
         self._stop.set()
+        self._ready_file.remove()
 
     async def _fail(self, engine: EngineClient, error: str) -> None:
         """The engine has failed what ran: let clients hear of it, then let go of the rest."""
         self.has_failed = True
+        self._ready_file.remove()
         state = self._state
         state.status = "failed"
         get_logger().error("%s; exiting", error)

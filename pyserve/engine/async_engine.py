@@ -17,6 +17,7 @@ from pyserve import log
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
+from pyserve.engine.queue_bound import QueueBound
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.params import SamplingParams
 
@@ -30,6 +31,7 @@ class AsyncEngine:
         self._engine = engine
         self._info = info
         self._depth = engine.runner.run_ahead_depth
+        self._queue = QueueBound(max_queue=info.max_queue, num_slots=info.max_num_seqs)
         self._in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
         self._step_start_s = 0.0  # when the oldest step in flight began to run
         self._num_failed_steps = 0
@@ -62,12 +64,22 @@ class AsyncEngine:
         assert self._error is not None
         return self._error
 
+    def check_room(self, num_sequences: int) -> None:
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal)
+        engine = self._engine
+        self._queue.check(
+            num_sequences,
+            num_seqs=engine.num_seqs,
+            num_waiting=len(engine.scheduler.waiting),
+            num_finished=engine.num_finished,
+        )
+
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
         cache_salt: str = "",
     ) -> SequenceStream:  # fmt: skip
-        if self._refusal is not None:
-            raise UnavailableError(self._refusal)
+        self.check_room(1)
         stream = self._engine.add(
             prompt_token_ids, params, priority=priority, cache_salt=cache_salt
         )
@@ -90,7 +102,10 @@ class AsyncEngine:
             output_tokens=self._engine.num_output_tokens,
             step_age_s=time.monotonic() - self._step_start_s if self._in_flight else 0.0,
             error=self._error,
+            step_deadline_s=self._engine.runner.step_deadline_s,
             num_device_allocations=self._engine.runner.num_device_allocations,
+            num_nan_sequences=self._engine.num_nan_sequences,
+            steps=self._engine.histograms,
         )
 
     async def _run(self) -> None:
@@ -104,8 +119,6 @@ class AsyncEngine:
                         await asyncio.sleep(0)
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
-            num_nan_sequences=self._engine.num_nan_sequences,
-            steps=self._engine.histograms,
                     self._wakeup.clear()
                     await self._wakeup.wait()
         except Exception as error:  # a bug of ours: the books cannot be trusted any more
@@ -137,10 +150,13 @@ class AsyncEngine:
             self._on_failed_step(step, error)
         else:
             self._num_failed_steps = 0
+            duration_s = time.monotonic() - self._step_start_s
+            self._engine.histograms.duration_s.observe(duration_s)
             if self._refusal is None:
                 self._engine.update(step, sampled)
         self._in_flight.popleft()
         self._step_start_s = time.monotonic()
+        self._queue.note(self._step_start_s, self._engine.num_finished)
 
     async def _result(self, result: Future[list[int]]) -> list[int]:
         """What the step has sampled. Raises DeviceError where it takes longer than a step can."""
@@ -150,8 +166,6 @@ class AsyncEngine:
         if not done:
             raise DeviceError(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
         return future.result()
-            duration_s = time.monotonic() - self._step_start_s
-            self._engine.histograms.duration_s.observe(duration_s)
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         shape = f"a step of {step.num_tokens} tokens in {len(step.seqs)} rows"

@@ -23,7 +23,7 @@ from pyserve.api.http import listening
 from pyserve.api.state import Loaded, ServerState
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.config import ServerConfig
-from pyserve.errors import EngineError, PyserveError, UnavailableError
+from pyserve.errors import EngineError, PyserveError, QueueFullError, UnavailableError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
@@ -108,6 +108,7 @@ class FakeEngine:
     is_started: bool = False
     is_stopped: bool = False
     num_cached_tokens: int = 0
+    room: int | None = None  # sequences it takes; None: any number
     gave_up: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
@@ -129,6 +130,10 @@ class FakeEngine:
         self.gave_up.set()
         for item in self.running():
             item.stream.fail(EngineError(reason))
+
+    def check_room(self, num_sequences: int) -> None:
+        if self.room is not None and len(self.running()) + num_sequences > self.room:
+            raise QueueFullError("the queue is full", 7)
 
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
@@ -178,13 +183,13 @@ class FakeEngine:
                 token_id = script.token_ids[position % len(script.token_ids)]
                 position += 1
                 stream.put(token_id)
+                if position == 1:
+                    stream.first_token_s = time.monotonic()
                 if token_id in params.stop_token_ids and position > params.min_tokens:
                     stream.finish("stop", token_id)
                 elif position == params.max_tokens:
                     stream.finish("length")
 
-                if position == 1:
-                    stream.first_token_s = time.monotonic()
 
 class Server:
     """An app on a loopback port, on the event loop of its own thread."""

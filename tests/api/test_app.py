@@ -59,9 +59,11 @@ def test_unknown_paths_and_verbs(server: Server) -> None:
 
 def test_small_routes(server: Server) -> None:
     assert json.loads(server.request("GET", "/version")[2]) == {"version": __version__}
-    for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+    for method, path in (
+        ("GET", "/health"), ("GET", "/health/ready"), ("GET", "/ping"), ("POST", "/ping")
+    ):  # fmt: skip
         status, _, body = server.request(method, path)
-        assert status == 200 and json.loads(body) == {"status": "ready"}
+        assert status == 200 and json.loads(body)["status"] == "ready"
     assert server.request("HEAD", "/health")[0] == 200
     status, headers, body = server.request("GET", "/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain")
@@ -136,7 +138,8 @@ def test_while_draining(fresh: Server) -> None:
     sock = fresh.connect(CHAT, {"messages": MESSAGES, "max_tokens": 20, "stream": True})
     wait_until(lambda: fresh.state.num_in_flight == 1)
     fresh.state.status = "draining"
-    assert json.loads(fresh.request("GET", "/health")[2]) == {"status": "draining"}
+    health = json.loads(fresh.request("GET", "/health")[2])
+    assert health["status"] == "draining" and "1 requests still run" in health["reason"]
     reply = fresh.request("POST", CHAT, {"messages": MESSAGES})
     check_error(reply, 503, "ServiceUnavailableError")
     assert reply[1]["Connection"] == "close" and "Retry-After" in reply[1]
@@ -150,7 +153,9 @@ def test_while_draining(fresh: Server) -> None:
 def test_a_dead_engine_is_not_healthy(server: Server) -> None:
     server.engine.error = "the engine has stopped"
     status, _, body = server.request("GET", "/health")
-    assert (status, json.loads(body)) == (503, {"status": "failed"})
+    assert status == 503
+    assert json.loads(body) == {"status": "failed", "reason": "the engine has stopped"}
+    assert server.request("GET", "/health/live")[0] == 200
 
 
 def test_an_engine_that_refuses_is_503(fresh: Server) -> None:

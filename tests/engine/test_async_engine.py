@@ -14,7 +14,13 @@ from pyserve.client import EngineClient, EngineInfo, SequenceStream
 from pyserve.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
-from pyserve.errors import DeviceError, EngineError, InvalidRequestError, UnavailableError
+from pyserve.errors import (
+    DeviceError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
 
@@ -23,10 +29,10 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 20))
 
 
-def async_engine(engine: Engine, depth: int = 0) -> AsyncEngine:
+def async_engine(engine: Engine, depth: int = 0, max_queue: int = 1024) -> AsyncEngine:
     info = EngineInfo(
         max_model_len=128, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=4, num_blocks=64,
-        dtype="float32", device="cpu",
+        dtype="float32", device="cpu", max_queue=max_queue,
     )  # fmt: skip
     engine.runner.run_ahead_depth = depth
     return AsyncEngine(engine, info)
@@ -370,5 +376,30 @@ def test_the_loop_is_free_while_a_step_runs() -> None:
             await asyncio.sleep(0.005)
             if runner.held:
                 runner.tell()
+
+    run(test())
+
+
+def test_a_full_queue_refuses_and_those_inside_end_well() -> None:
+    async def test() -> None:
+        engine = make_engine(num_blocks=64)
+        client = async_engine(engine, max_queue=3)
+        client.start()
+        params = SamplingParams(max_tokens=4)
+        streams = [client.submit([1, 2, number], params) for number in range(9)]
+        client.check_room(2)
+        with pytest.raises(QueueFullError):
+            client.check_room(3)  # all or none
+        streams += [client.submit([1, 2, number], params) for number in (9, 10)]
+        with pytest.raises(QueueFullError) as caught:
+            client.submit([1], params)
+        assert caught.value.retry_after_s >= 1
+        assert engine.num_seqs == 11
+        for stream in streams:
+            assert (await read_all(stream))[1] == "length"
+        client.check_room(11)
+        await client.stop()
+        with pytest.raises(UnavailableError):
+            client.check_room(1)
 
     run(test())

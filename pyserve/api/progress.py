@@ -1,0 +1,73 @@
+"""How a start shows its progress: one bar that moves on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from typing import TextIO
+
+from pyserve.api.state import Phase, Startup
+from pyserve.log import get_logger
+
+BAR_INTERVAL_S = 0.2
+LINE_INTERVAL_S = 10.0
+BAR_CHARS = 30
+MIN_BYTES = 10_000  # totals below are not bytes: such a phase is shown without a figure
+CLEAR_LINE = "\r\x1b[K"
+
+
+async def show_progress(startup: Startup) -> None:
+    """Until it is cancelled, on stderr."""
+    if sys.stderr.isatty():
+        await _draw_bar(startup, sys.stderr)
+    while True:
+        await asyncio.sleep(LINE_INTERVAL_S)
+        get_logger().info("%s", describe(startup.phase, time.monotonic()))
+
+
+def describe(phase: Phase, now_s: float) -> str:
+    """One line: "load: 1.2 of 4.0 GB (30 %), 3 s left"; "build: 12 s so far"."""
+    if phase.progress is None or phase.total < MIN_BYTES:
+        return f"{phase.name}: {now_s - phase.began_s:.0f} s so far"
+    eta_s = phase.eta_s(now_s)
+    rest = "" if eta_s is None else f", {eta_s:.0f} s left"
+    return (
+        f"{phase.name}: {phase.done / 1e9:.2f} of {phase.total / 1e9:.2f} GB "
+        f"({phase.progress:.0%}){rest}"
+    )
+
+
+def draw(phase: Phase, now_s: float) -> str:
+    """The same after a bar."""
+    progress = phase.progress if phase.total >= MIN_BYTES else None
+    filled = round(BAR_CHARS * (progress or 0.0))
+    bar = "#" * filled + "." * (BAR_CHARS - filled)
+    return f"[{bar}] {describe(phase, now_s)}"
+
+
+class _ClearsLine(logging.Handler):
+    """Takes the bar away before the line of the handler after it."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._terminal.write(CLEAR_LINE)
+        self._terminal.flush()
+
+
+async def _draw_bar(startup: Startup, terminal: TextIO) -> None:
+    clears = _ClearsLine(terminal)
+    get_logger().addHandler(clears)  # comes before the root's
+    try:
+        while True:
+            terminal.write(CLEAR_LINE + draw(startup.phase, time.monotonic()))
+            terminal.flush()
+            await asyncio.sleep(BAR_INTERVAL_S)
+    finally:
+        get_logger().removeHandler(clears)
+        terminal.write(CLEAR_LINE)
+        terminal.flush()

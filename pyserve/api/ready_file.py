@@ -1,0 +1,44 @@
+"""--ready-file: a file that is there exactly while the server takes requests."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pyserve.errors import StartupError
+
+
+class ReadyFile:
+    """Appears whole or not at all; one that a killed server has left goes at the next start."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises StartupError where there can be no such file."""
+        self._path = path
+        if path is None:
+            return
+        try:
+            path.unlink(missing_ok=True)
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(f"{path.parent} is not a folder that can be written")
+        except OSError as error:
+            raise StartupError(
+                f"--ready-file {path}: {error.strerror or error}; "
+                "it must be a path in a folder that exists and can be written"
+            ) from None
+
+    def write(self, *, url: str, model: str) -> None:
+        """One JSON object: url, model and pid. Raises StartupError."""
+        if self._path is None:
+            return
+        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps({"url": url, "model": model, "pid": os.getpid()}) + "\n")
+            draft.replace(self._path)
+        except OSError as error:
+            raise StartupError(f"--ready-file {self._path}: {error.strerror}") from None
+
+    def remove(self) -> None:
+        """Harmless where it is not there."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""How late the event loop is: one timer that knows when it should have run.
+
+Whatever holds the loop (or the GIL) holds every stream; what is measured here is what they wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from pyserve.log import get_logger
+
+BEAT_S = 0.05
+LATE_S = 0.1  # worth a line in the log
+LOG_INTERVAL_S = 10.0  # of those lines
+RECENT_S = 30.0  # what `recent_lag_s` looks back on
+
+
+class LoopWatchdog:
+    """Measures from `start` to `stop`, both called on the loop it watches."""
+
+    def __init__(self) -> None:
+        self.max_lag_s = 0.0  # since the start
+        self.num_late = 0  # beats that were late by more than LATE_S
+        self._recent = (0.0, 0.0)  # the worst of this and of the last half of RECENT_S
+        self._half_ends_s = 0.0
+        self._due_s = 0.0
+        self._worst_unlogged_s = 0.0
+        self._num_unlogged = 0
+        self._may_log_at_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def recent_lag_s(self) -> float:
+        """The worst lateness of the last 15 to 30 seconds."""
+        return max(self._recent)
+
+    def start(self) -> None:
+        """Begin to watch the running loop."""
+        now = time.monotonic()
+        self._half_ends_s = now + RECENT_S / 2
+        self._arm(now)
+
+    def stop(self) -> None:
+        """End the watch; harmless where it has not begun."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _arm(self, now: float) -> None:
+        self._due_s = now + BEAT_S
+        self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        self.note(now - self._due_s, now)
+        self._arm(now)
+
+    def note(self, lag_s: float, now_s: float) -> None:
+        """Account for one beat that came `lag_s` after it was due."""
+        if now_s >= self._half_ends_s:
+            self._recent = (0.0, self._recent[0])
+            self._half_ends_s = now_s + RECENT_S / 2
+        self._recent = (max(self._recent[0], lag_s), self._recent[1])
+        self.max_lag_s = max(self.max_lag_s, lag_s)
+        if lag_s > LATE_S:
+            self.num_late += 1
+            self._num_unlogged += 1
+            self._worst_unlogged_s = max(self._worst_unlogged_s, lag_s)
+        if self._num_unlogged and now_s >= self._may_log_at_s:
+            get_logger().warning(
+                "the event loop was late by up to %.0f ms (%d times): streams have stood still",
+                1000 * self._worst_unlogged_s,
+                self._num_unlogged,
+            )
+            self._may_log_at_s = now_s + LOG_INTERVAL_S
+            self._num_unlogged = 0
+            self._worst_unlogged_s = 0.0
