@@ -24,20 +24,21 @@ import msgspec
 import torch
 
 from pyserve.errors import CheckpointError
+from pyserve.model.checkpoint_files import (
+    INDEX_FILE,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_INDEX_BYTES,
+    SINGLE_FILE,
+)
 from pyserve.model.upload import Upload
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-MAX_HEADER_BYTES = 32 * 2**20
-MAX_INDEX_BYTES = 64 * 2**20
 MAX_DIMS = 8
 MAX_SHOWN_CHARS = 200  # of a tensor's name in a message
 BUFFER_BYTES = 64 * 2**20
 # One thread copies 3 to 8 GB/s out of the page cache, a card takes 25 to 50.
 NUM_READERS = 8
 SLICE_BYTES = 8 * 2**20  # read by one of them
-LENGTH_BYTES = 8  # of the header's length, a little-endian u64
 
 CPU = torch.device("cpu")
 DTYPE_BYTES = {

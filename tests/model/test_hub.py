@@ -1,25 +1,19 @@
-"""Names of models: folders as they are, the hub's errors as lines a user can act on."""
+"""Names of models: folders as they are, and which files of a repository are fetched."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
-from pyserve.errors import ConfigError, StartupError
+from pyserve.errors import CheckpointError, ConfigError
+from pyserve.model import hub
+from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.hub import resolve_model
+from pyserve.model.hub_client import Listing, RemoteFile
 
 
 def resolve(name: str) -> Path:
@@ -62,70 +56,71 @@ def test_what_is_neither_folder_nor_name(name: str) -> None:
         resolve(name)
 
 
-def test_only_served_files_of_one_revision_are_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    def snapshot_download(name: str, **options: Any) -> str:
-        calls.append((name, options))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    folder = resolve_model("owner/model", revision="v1", token="t", download_dir=tmp_path / "d")
-    assert folder == tmp_path
-    ((name, options),) = calls
-    assert name == "owner/model"
-    assert (options["revision"], options["token"]) == ("v1", "t")
-    assert options["cache_dir"] == tmp_path / "d"
-    files = [
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "tokenizer.model", "chat_template.jinja", "model.safetensors.index.json",
-        "model-00001-of-00002.safetensors", "vocab.json", "merges.txt",
-        # and these not:
-        "pytorch_model.bin", "modeling.py", "original/model.safetensors",
-        "consolidated.safetensors", "README.md", "model.gguf",
-    ]  # fmt: skip
-    fetched = huggingface_hub.utils.filter_repo_objects(
-        files, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
-    )
-    assert list(fetched) == files[:10]
+@pytest.mark.parametrize("revision", ["", "../x", "a b", "x" * 300, "/main", "-main"])
+def test_what_is_no_revision(revision: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--revision .* is no branch, tag or commit"):
+        resolve_model("owner/model", revision=revision, token=None, download_dir=tmp_path)
 
 
-def response(status: int) -> Any:
-    """What the hub's errors look at, whichever HTTP library its version has."""
-    return SimpleNamespace(status_code=status, headers={}, request=None)
+def files_of(*names: str) -> Listing:
+    return Listing("0" * 40, {name: RemoteFile(name, 1, "0" * 40) for name in names})
 
 
-class OtherHttpError(Exception):
-    """As the HTTP libraries have them: of no kind that we could name."""
+SERVED = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tools.jinja",
+    "vocab.json", "merges.txt",
+]  # fmt: skip
+NOT_SERVED = [
+    "pytorch_model.bin", "modeling.py", "original/config.json", "README.md", "model.gguf",
+    "tokenizer.py", "additional_chat_templates/../x.jinja", "onnx/model.onnx", ".gitattributes",
+]  # fmt: skip
+
+
+def test_only_served_files_are_fetched() -> None:
+    listing = files_of(*NOT_SERVED, *SERVED, INDEX_FILE)
+    assert [file.name for file in hub._texts(listing, with_weights=False)] == SERVED
+    assert [file.name for file in hub._texts(listing, with_weights=True)] == [*SERVED, INDEX_FILE]
+
+
+def wanted(tmp_path: Path) -> hub._Wanted:
+    return hub._wanted("a/b", None, None, tmp_path, flag="--model", with_weights=True)
+
+
+def test_one_format_of_weights(tmp_path: Path) -> None:
+    """The loader's choice: one file, else what the index lists; never the same weights twice."""
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    others = ["consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"]
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": parts[0], "b": parts[1]}}))
+    several = files_of(INDEX_FILE, *others, *parts)
+    assert [file.name for file in hub._weights(wanted(tmp_path), several, tmp_path)] == parts
+    single = files_of(SINGLE_FILE, INDEX_FILE, *others, *parts)
+    assert [f.name for f in hub._weights(wanted(tmp_path), single, tmp_path)] == [SINGLE_FILE]
+    with pytest.raises(CheckpointError, match=r"no weights as safetensors .*, only .bin and .gguf"):
+        hub._weights(wanted(tmp_path), files_of("pytorch_model.bin", "model.gguf"), tmp_path)
+    with pytest.raises(CheckpointError, match=f"lists {parts[1]}, which is not there"):
+        hub._weights(wanted(tmp_path), files_of(INDEX_FILE, parts[0]), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (GatedRepoError("x", response=response(403)), "gated"),
-        (RepositoryNotFoundError("x", response=response(404)), "not on the hub, or is private"),
-        (RevisionNotFoundError("x", response=response(404)), "no revision v1"),
-        (HfHubHTTPError("x", response=response(429)), "status 429"),
-        (LocalEntryNotFoundError("x"), "cannot be reached"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (OtherHttpError("x"), "OtherHttpError"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_errors_of_the_hub_become_one_line(
-    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def snapshot_download(name: str, **options: Any) -> str:
-        raise error
+    "index",
+    ["", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}',
+     '{"weight_map": {"a": "pytorch_model.bin"}}', '{"weight_map": {"a": 1}}'],
+)  # fmt: skip
+def test_an_index_that_lists_nothing_of_this_folder(tmp_path: Path, index: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(index)
+    with pytest.raises(CheckpointError, match=INDEX_FILE):
+        hub._weights(wanted(tmp_path), files_of(INDEX_FILE), tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(StartupError) as refusal:
-        resolve("owner/model")
-    message = str(refusal.value)
-    assert line in message and "owner/model" in message
-    assert "\n" not in message and "secret" not in message
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "schlüssel"])
+def test_a_token_that_no_header_takes(
+    tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match="the access token of the hub") as refusal:
+        resolve_model("owner/model", revision=None, token=token, download_dir=tmp_path)
+    assert token not in str(refusal.value)
 
 
 def test_the_hub_needs_no_torch() -> None:

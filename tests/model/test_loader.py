@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyserve.errors import CheckpointError
+from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
-from pyserve.model.weights import INDEX_FILE, SINGLE_FILE
 from tests.model import oracle
 from tests.model.driver import Driver
 from tests.model.safetensors_files import entry

@@ -1,0 +1,230 @@
+"""Files of a repository to disk: ranges side by side, a journal of each, checksums at the end.
+
+A file grows beside its blob under a name of ours, at its full length from the start; a journal says
+how much of each part is there, so that after kill -9 the next start goes on at the byte. A blob
+appears only whole, under its name, and with the right checksum.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pyserve import log
+from pyserve.errors import StartupError
+from pyserve.model.hub_client import HubClient, RemoteFile
+
+PART_BYTES = 64 * 2**20
+NUM_STREAMS = 8
+LOG_S = 5.0
+REPORT_S = 0.25
+DATA_SUFFIX, JOURNAL_SUFFIX = ".pyserve-data", ".pyserve-journal"
+HEAD = struct.Struct("<QQ")  # of a journal: bytes of the file, of a part
+COUNT = struct.Struct("<Q")  # then for each part the bytes of it that are there
+HASH_BYTES = 8 * 2**20
+GIT_BLOB_CHARS = 40
+
+Progress = Callable[[int, int], None]  # bytes done, of
+
+
+class PartialFile:
+    """A blob on its way. Open files only between the first write and `finish`."""
+
+    def __init__(self, blob: Path, file: RemoteFile) -> None:
+        self.file = file
+        self._blob = blob
+        self._data_path = blob.with_name(blob.name + DATA_SUFFIX)
+        self._journal_path = blob.with_name(blob.name + JOURNAL_SUFFIX)
+        self._data_fd = self._journal_fd = -1
+        self.done = self._read_journal() or [0] * self.num_parts
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.file.size // PART_BYTES)
+
+    @property
+    def missing_bytes(self) -> int:
+        return self.file.size - sum(self.done)
+
+    def part(self, index: int) -> tuple[int, int]:
+        """Where the part's missing bytes begin, and where it ends."""
+        start = index * PART_BYTES
+        return start + self.done[index], min(start + PART_BYTES, self.file.size)
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """The next bytes of a part: first they, then the word that they are there."""
+        if self._data_fd < 0:
+            self._open()
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._data_fd, view, offset)
+            view, offset = view[count:], offset + count
+        self.done[index] += len(data)
+        word = COUNT.pack(self.done[index])
+        os.pwrite(self._journal_fd, word, HEAD.size + COUNT.size * index)
+
+    def finish(self) -> bool:
+        """Give the blob its name; False where the checksum is wrong, then nothing is left."""
+        if self._data_fd < 0:
+            self._open()
+        is_sound = _digest(self._data_fd, self.file) == self.file.etag
+        self.close()
+        if is_sound:
+            os.replace(self._data_path, self._blob)
+        else:
+            self._data_path.unlink()
+            self.done = [0] * self.num_parts
+        self._journal_path.unlink()
+        return is_sound
+
+    def close(self) -> None:
+        for fd in (self._data_fd, self._journal_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._data_fd = self._journal_fd = -1
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._blob.parent.mkdir(parents=True, exist_ok=True)
+        self._data_fd = os.open(self._data_path, flags, 0o666)
+        os.ftruncate(self._data_fd, self.file.size)
+        self._journal_fd = os.open(self._journal_path, flags, 0o666)
+        os.ftruncate(self._journal_fd, 0)
+        words = b"".join(COUNT.pack(done) for done in self.done)
+        os.pwrite(self._journal_fd, HEAD.pack(self.file.size, PART_BYTES) + words, 0)
+
+    def _read_journal(self) -> list[int] | None:
+        """What is there already; None where that is nothing, or of another cut."""
+        try:
+            text = self._journal_path.read_bytes()
+            if self._data_path.stat().st_size != self.file.size:
+                return None
+        except FileNotFoundError:
+            return None
+        wanted = HEAD.size + COUNT.size * self.num_parts
+        if len(text) != wanted or HEAD.unpack_from(text) != (self.file.size, PART_BYTES):
+            return None
+        done = [count for (count,) in COUNT.iter_unpack(text[HEAD.size :])]
+        sizes = (
+            min(PART_BYTES, self.file.size - index * PART_BYTES) for index in range(self.num_parts)
+        )
+        return [min(count, size) for count, size in zip(done, sizes, strict=True)]
+
+
+class Download:
+    """Fetches files; `progress` hears of bytes fetched, of those that were missing at first."""
+
+    def __init__(self, client: HubClient, *, named: str, commit: str, progress: Progress) -> None:
+        self._client = client
+        self._named = named
+        self._commit = commit
+        self._progress = progress
+        self._total = 0
+        self.done = 0  # bytes fetched
+        self._queue: deque[tuple[PartialFile, int]] = deque()
+        self._was_damaged: set[str] = set()
+        self._began_s = time.monotonic()
+
+    def expect(self, num_bytes: int) -> None:
+        """How many bytes will be fetched in all, those of earlier runs included."""
+        self._total = num_bytes
+        self._progress(self.done, self._total)
+
+    async def run(self, partials: Iterable[PartialFile]) -> None:
+        """Until all of them are blobs. Raises StartupError, and OSError of the disk."""
+        partials = list(partials)
+        for partial in partials:
+            self._add(partial)
+        workers = [asyncio.create_task(self._work()) for _ in range(NUM_STREAMS)]
+        reporter = asyncio.create_task(self._report())
+        try:
+            await asyncio.gather(*workers)
+            self._progress(self.done, self._total)
+        finally:
+            for task in (*workers, reporter):
+                task.cancel()
+            await asyncio.gather(*workers, reporter, return_exceptions=True)
+            for partial in partials:
+                partial.close()
+
+    def _add(self, partial: PartialFile) -> None:
+        parts = [index for index in range(partial.num_parts) if not _is_whole(partial, index)]
+        # A file whose bytes are all there waits for its checksum.
+        self._queue.extend((partial, index) for index in parts or [-1])
+
+    async def _work(self) -> None:
+        while self._queue:
+            partial, index = self._queue.popleft()
+            if index >= 0:
+                start, end = partial.part(index)
+
+                def write(
+                    offset: int, data: bytes, partial: PartialFile = partial, index: int = index
+                ) -> None:
+                    partial.write(index, offset, data)
+                    self.done += len(data)
+
+                await self._client.fetch(partial.file, start, end, commit=self._commit, write=write)
+            if partial.missing_bytes == 0:
+                await self._finish(partial)
+
+    async def _finish(self, partial: PartialFile) -> None:
+        if await asyncio.to_thread(partial.finish):
+            return
+        name = partial.file.name
+        if name in self._was_damaged:
+            raise StartupError(
+                f"{self._named}: {name} arrives damaged: its checksum is not the one listed"
+            )
+        self._was_damaged.add(name)
+        log.get_logger().warning("%s: %s is damaged, fetching it again", self._named, name)
+        self._total += partial.file.size
+        self._add(partial)
+
+    async def _report(self) -> None:
+        """Progress all the time, a line now and then."""
+        logged_s, logged = time.monotonic(), self.done
+        while True:
+            await asyncio.sleep(REPORT_S)
+            self._progress(self.done, self._total)
+            now_s = time.monotonic()
+            if now_s - logged_s < LOG_S:
+                continue
+            rate = (self.done - logged) / (now_s - logged_s)
+            mean = self.done / (now_s - self._began_s)
+            left = f"{(self._total - self.done) / mean:.0f} s left" if mean else "no byte yet"
+            log.get_logger().info(
+                "download: %s of %s, %s/s, %s",
+                size_text(self.done), size_text(self._total), size_text(rate), left,
+            )  # fmt: skip
+            logged_s, logged = now_s, self.done
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as people read them: 1.2 GB, 340 MB."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def _is_whole(partial: PartialFile, index: int) -> bool:
+    start, end = partial.part(index)
+    return start == end
+
+
+def _digest(fd: int, file: RemoteFile) -> str:
+    """In the hub's terms: git's id of a small file, the SHA-256 of a large one."""
+    digest = hashlib.sha256()
+    if len(file.etag) == GIT_BLOB_CHARS:
+        digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    offset = 0
+    while data := os.pread(fd, HASH_BYTES, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()

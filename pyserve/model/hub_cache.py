@@ -1,0 +1,132 @@
+"""One repository in the hub's cache folder, in huggingface_hub's layout, so that tools share it.
+
+    models--owner--name/blobs/ETAG          contents
+                        snapshots/COMMIT/   links to them, by the names in the repository
+                        refs/REVISION       the commit that a branch or tag was last seen at
+                        .pyserve/COMMIT.KIND  ours: what was fetched of a commit, written when whole
+
+Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from huggingface_hub.file_download import repo_folder_name
+
+from pyserve import log
+from pyserve.model.download import DATA_SUFFIX, JOURNAL_SUFFIX
+from pyserve.model.hub_client import COMMIT, RemoteFile
+
+
+class RepoCache:
+    """Paths of one repository below the cache folder `root`, and what is whole there."""
+
+    def __init__(self, root: Path, repo: str) -> None:
+        self.root = root
+        name = repo_folder_name(repo_id=repo, repo_type="model")
+        self._folder = root / name
+        self._lock = root / ".locks" / name / "pyserve.lock"
+
+    def commit_of(self, revision: str) -> str | None:
+        """The commit of a revision as it was last seen; None where it was not."""
+        if COMMIT.fullmatch(revision):
+            return revision
+        try:
+            commit = (self._folder / "refs" / revision).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return commit if COMMIT.fullmatch(commit) else None
+
+    def snapshot(self, commit: str) -> Path:
+        return self._folder / "snapshots" / commit
+
+    def blob(self, etag: str) -> Path:
+        return self._folder / "blobs" / etag
+
+    def is_whole(self, commit: str, kind: str) -> bool:
+        """True where all that was noted as fetched is still there, of the right size."""
+        path = self._note(commit, kind)
+        try:
+            sizes = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+        except (OSError, msgspec.DecodeError):
+            return False
+        snapshot = self.snapshot(commit)
+        return all(_size(snapshot / name) == size for name, size in sizes.items())
+
+    def note_whole(self, commit: str, kind: str, files: list[RemoteFile]) -> None:
+        """From now on no call to the hub is needed for this commit."""
+        path = self._note(commit, kind)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace_text(path, msgspec.json.encode({file.name: file.size for file in files}))
+        except OSError as error:  # a cache that is only read works, with one call at each start
+            log.get_logger().debug("no note in the cache: %s", error.strerror)
+
+    def has(self, commit: str, file: RemoteFile) -> bool:
+        """True where the file is in the snapshot, whoever fetched it."""
+        return _size(self.snapshot(commit) / file.name) == file.size
+
+    def has_blob(self, file: RemoteFile) -> bool:
+        return _size(self.blob(file.etag)) == file.size
+
+    def link(self, commit: str, file: RemoteFile) -> None:
+        """Make a blob appear in the snapshot."""
+        path, blob = self.snapshot(commit) / file.name, self.blob(file.etag)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        try:
+            path.symlink_to(os.path.relpath(blob, path.parent))
+        except OSError:  # a file system without links
+            os.replace(blob, path)
+
+    def set_ref(self, revision: str, commit: str) -> None:
+        """Remember which commit a branch or tag stands for."""
+        if revision == commit or self.commit_of(revision) == commit:
+            return
+        path = self._folder / "refs" / revision
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_text(path, commit.encode())
+
+    def drop_partials(self, keep: set[str]) -> None:
+        """Remove what earlier downloads have begun and nobody wants any more."""
+        for suffix in (DATA_SUFFIX, JOURNAL_SUFFIX):
+            for path in self.blob("x").parent.glob(f"*{suffix}"):
+                if path.name.removesuffix(suffix) not in keep:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, named: str) -> Iterator[None]:
+        """One process at a time fetches a repository; the lock dies with its owner."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.get_logger().info("%s: another process fetches it, waiting for that", named)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                log.get_logger().debug("no locks on this file system")
+            yield
+
+    def _note(self, commit: str, kind: str) -> Path:
+        return self._folder / ".pyserve" / f"{commit}.{kind}"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file, links followed; -1 where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except OSError:
+        return -1
+
+
+def _replace_text(path: Path, text: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(text)
+    os.replace(temporary, path)

@@ -1,0 +1,316 @@
+"""The hub's HTTP API: what a repository holds at one commit, and ranges of its files.
+
+Own requests, because huggingface_hub (2.4) starts a file from zero after a kill, takes a stall for
+an end, and brings another HTTP library in each of its major versions. Its headers, endpoint and
+token are used. What fails for a moment is tried again within bounds; all else is one StartupError.
+API: https://huggingface.co/docs/hub/api
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from pyserve import log
+from pyserve.errors import StartupError
+
+STALL_S = 30.0  # without a byte
+MAX_FAILURES = 5  # in a row, without a byte between them
+BACKOFF_S = 1.0  # doubles
+MAX_WAIT_S = 300.0  # that the hub may ask for: its limits are counted over five minutes
+MAX_LISTING_BYTES = 32 * 2**20
+MAX_FILE_BYTES = 2**50
+READ_BYTES = 2**20
+IN_PART, OK = 206, 200
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's id of a blob, or the SHA-256 of a large one
+RATE_LIMIT = re.compile(r"\bt=(\d+)")
+
+Write = Callable[[int, bytes], None]  # offset in the file, data
+
+
+class UnreachableError(StartupError):
+    """The hub did not answer, or only with faults of its own."""
+
+
+class RemoteFile(msgspec.Struct, frozen=True):
+    """One file of a repository at one commit."""
+
+    name: str  # path in the repository
+    size: int
+    etag: str  # names the contents: see ETAG
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """All files of one commit, by name."""
+
+    commit: str
+    files: dict[str, RemoteFile]
+
+
+class _Lfs(msgspec.Struct):
+    sha256: str
+
+
+class _Sibling(msgspec.Struct):
+    rfilename: str
+    size: int | None = None
+    blobId: str | None = None
+    lfs: _Lfs | None = None
+
+
+class _ModelInfo(msgspec.Struct):
+    sha: str
+    siblings: list[_Sibling] = []
+
+
+class _Transient(Exception):
+    """May work the next time; `wait_s` is what the hub asked for."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class HubClient:
+    """One repository at one revision. An async context manager: it holds connections.
+
+    named      how messages call the model: the flag and its value.
+    headers    of huggingface_hub: who asks, and the token; the token goes to the hub alone, not to
+               where it redirects.
+    """
+
+    def __init__(
+        self, repo: str, revision: str, *, named: str, endpoint: str, headers: Mapping[str, str]
+    ) -> None:
+        self._repo = repo
+        self._revision = revision
+        self._named = named
+        self._endpoint = endpoint.rstrip("/")
+        self._headers = {**headers, "Accept-Encoding": "identity"}
+        self._has_token = any(name.lower() == "authorization" for name in headers)
+        self._locations: dict[str, URL] = {}  # file -> where the hub has redirected to
+        self._resume_s = 0.0  # no request before
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> HubClient:
+        if not re.match(r"https?://[^/]", self._endpoint):
+            raise StartupError(f"HF_ENDPOINT must be a http address, got {self._endpoint}")
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S),
+            trust_env=True,  # proxies
+            auto_decompress=False,
+            read_bufsize=READ_BYTES,
+            requote_redirect_url=False,  # a signed address is right only as it was sent
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def listing(self) -> Listing:
+        """Ask once what there is. Raises StartupError: no such model, no token, no hub."""
+        url = f"{self._endpoint}/api/models/{self._repo}/revision/{quote(self._revision, safe='')}"
+        failures = 0
+        while True:
+            try:
+                async with await self._get(URL(f"{url}?blobs=true", encoded=True), {}) as response:
+                    self._check_status(response, None)
+                    text = await response.content.read(MAX_LISTING_BYTES)
+                    while data := await response.content.read(MAX_LISTING_BYTES - len(text)):
+                        text += data
+                return self._parse(text)
+            except (aiohttp.ClientError, asyncio.TimeoutError, _Transient) as error:
+                failures += 1
+                await self._pause("the list of files", error, failures)
+
+    async def read(self, file: RemoteFile, start: int, end: int, *, commit: str) -> bytes:
+        """The bytes [start, end) of a file, which must be few."""
+        pieces: list[bytes] = []
+        await self.fetch(file, start, end, commit=commit, write=lambda _, data: pieces.append(data))
+        return b"".join(pieces)
+
+    async def fetch(
+        self, file: RemoteFile, start: int, end: int, *, commit: str, write: Write
+    ) -> None:
+        """`write` the bytes [start, end) of a file in order. Raises StartupError."""
+        done, failures = start, 0
+        while done < end:
+            began = done
+            try:
+                async with await self._request(file, done, end, commit) as response:
+                    self._check_status(response, file)
+                    self._check_length(response, file, done, end)
+                    async for data in response.content.iter_any():
+                        data = data[: end - done]
+                        write(done, data)
+                        done += len(data)
+                        if done == end:
+                            return
+                raise _Transient(f"the connection ended {end - done} bytes early")
+            except (aiohttp.ClientError, asyncio.TimeoutError, _Transient) as error:
+                failures = 1 if done > began else failures + 1
+                await self._pause(file.name, error, failures)
+
+    async def _request(
+        self, file: RemoteFile, start: int, end: int, commit: str
+    ) -> aiohttp.ClientResponse:
+        # A whole file needs no range, which not every proxy knows.
+        is_whole = start == 0 and end == file.size
+        headers = {} if is_whole else {"Range": f"bytes={start}-{end - 1}"}
+        known = self._locations.get(file.name)
+        if known is not None:
+            return await self._get(known, headers)
+        url = f"{self._endpoint}/{self._repo}/resolve/{commit}/{quote(file.name)}"
+        response = await self._get(URL(url, encoded=True), headers)
+        if response.history and response.status in (OK, IN_PART):
+            self._locations[file.name] = response.url
+        return response
+
+    async def _get(self, url: URL, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        """aiohttp drops the token where it is redirected to another host; so do we later."""
+        assert self._session is not None
+        await asyncio.sleep(max(0.0, self._resume_s - time.monotonic()))
+        own = self._headers
+        if url.origin() != URL(self._endpoint).origin():
+            own = {name: value for name, value in own.items() if name.lower() != "authorization"}
+        return await self._session.get(url, headers={**own, **headers})
+
+    def _check_status(self, response: aiohttp.ClientResponse, file: RemoteFile | None) -> None:
+        status = response.status
+        if status in (OK, IN_PART):
+            return
+        if status in (408, 429) or status >= 500:
+            raise _Transient(_reason(status), _asked_wait_s(response.headers))
+        code = response.headers.get("X-Error-Code")
+        if file is not None and code is None and file.name in self._locations:
+            del self._locations[file.name]
+            raise _Transient(f"an address that no longer works (status {status})")
+        raise StartupError(self._refusal(status, code, file))
+
+    def _refusal(self, status: int, code: str | None, file: RemoteFile | None) -> str:
+        page = f"{self._endpoint}/{self._repo}"
+        how = "pass an access token with --hf-token TOKEN or in HF_TOKEN"
+        if code == "GatedRepo":
+            if self._has_token:
+                return (
+                    f"{self._named} is gated, and the account of your token may not read it yet: "
+                    f"accept its terms at {page}"
+                )
+            return f"{self._named} is gated: accept its terms at {page}, then {how}"
+        if code == "RevisionNotFound":
+            return f"{self._named} has no revision {self._revision}, see {page}"
+        if file is not None and status == 404:
+            return f"{self._named}: the hub lists {file.name} but does not have it"
+        if status == 401 or status == 404:
+            line = f"{self._named} is not at {page} (revision {self._revision}), or it is private: "
+            return line + ("your token does not open it" if self._has_token else how)
+        if status == 403:
+            return f"{self._named}: {page} may not be read (status 403): {how} that may read it"
+        return f"{self._named}: the hub answers with status {status} at {page}"
+
+    def _check_length(
+        self, response: aiohttp.ClientResponse, file: RemoteFile, start: int, end: int
+    ) -> None:
+        """What is sent must be the range that was asked for, of a file of the listed size."""
+        if response.status == IN_PART:
+            sent = response.headers.get("Content-Range", "")
+            wanted = f"bytes {start}-{end - 1}/{file.size}"
+        else:
+            if start > 0:
+                raise StartupError(
+                    f"{self._named}: the server does not send parts of files (Range), which a "
+                    f"download that goes on needs"
+                )
+            sent = response.headers.get("Content-Length", str(file.size))
+            wanted = str(file.size)
+        if sent != wanted:
+            raise _Transient(f"the server sends {sent[:80]!r} where {wanted!r} is listed")
+
+    def _parse(self, text: bytes) -> Listing:
+        try:
+            info = msgspec.json.decode(text, type=_ModelInfo)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise StartupError(
+                f"{self._named}: {self._endpoint} does not answer as the hub does"
+            ) from error
+        files: dict[str, RemoteFile] = {}
+        for item in info.siblings:
+            etag = item.lfs.sha256 if item.lfs is not None else item.blobId
+            is_sound = item.size is not None and 0 <= item.size <= MAX_FILE_BYTES
+            if is_sound and etag is not None and ETAG.fullmatch(etag):
+                assert item.size is not None
+                files[item.rfilename] = RemoteFile(item.rfilename, item.size, etag)
+        if not COMMIT.fullmatch(info.sha) or (info.siblings and not files):
+            raise StartupError(
+                f"{self._named}: {self._endpoint} lists files without sizes and checksums"
+            )
+        return Listing(info.sha, files)
+
+    async def _pause(self, what: str, error: Exception, failures: int) -> None:
+        """Before the next try. Raises UnreachableError where there is none."""
+        reason = _describe(error)
+        wait_s = error.wait_s if isinstance(error, _Transient) else None
+        is_final = isinstance(
+            error, (aiohttp.InvalidURL, aiohttp.TooManyRedirects, aiohttp.ClientSSLError)
+        )
+        if is_final or failures >= MAX_FAILURES or (wait_s or 0.0) > MAX_WAIT_S:
+            asks = f", it asks to wait {wait_s:.0f} s" if wait_s else ""
+            tries = f", {failures} times" if failures > 1 else ""
+            raise UnreachableError(
+                f"{self._named}: the hub at {self._endpoint} fails on {what}: {reason}{tries}{asks}"
+            ) from error
+        was_waiting = self._resume_s > time.monotonic()
+        if wait_s is not None:  # asked of all streams
+            self._resume_s = max(self._resume_s, time.monotonic() + wait_s)
+        else:
+            wait_s = BACKOFF_S * 2 ** (failures - 1)
+        if not was_waiting:
+            log.get_logger().warning(
+                "%s: %s: %s; trying again in %.0f s (%d of %d)",
+                self._named, what, reason, wait_s, failures, MAX_FAILURES - 1,
+            )  # fmt: skip
+        await asyncio.sleep(wait_s)
+
+
+def _reason(status: int) -> str:
+    if status == 429:
+        return "too many requests from this address (status 429), a token raises the limit"
+    return f"status {status}"
+
+
+def _asked_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds the hub asks to wait: Retry-After, or the older of its two headers."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isdecimal() and len(text) < 10:
+        return float(text)
+    limit = RATE_LIMIT.search(headers.get("RateLimit", ""))
+    return float(limit.group(1)[:9]) if limit else None
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, _Transient):
+        return str(error)
+    if isinstance(error, asyncio.TimeoutError):
+        return f"no byte for {STALL_S:.0f} s"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "no trust in its certificate (ca-certificates, or SSL_CERT_FILE)"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "it cannot be reached"
+    return f"the connection broke ({type(error).__name__})"
