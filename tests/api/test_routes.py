@@ -1,0 +1,190 @@
+"""The real route table, walked without a key, with wrong ones and with the right one."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyserve.api.app import ROUTES, build_app
+from tests.api.fakes import MODEL, Server, run_server
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+ROOT_PATH = "/llm"
+# Written out: a new public route has to be put here too.
+PUBLIC = {
+    "/health", "/health/live", "/health/ready", "/ping",
+    "/", "/docs", "/openapi.json", "/static/{name}",
+}  # fmt: skip
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
+WRONG = ("", "secret", "Bearer", "Bearer ", "Bearer nope", "Basic secret", "Bearer secre",
+         "Bearer secret2", "Bearer secret,other", "Bearer SECRET")  # fmt: skip
+RIGHT = ("Bearer secret", "bearer secret", "BEARER  secret ", "Bearer other")
+
+
+@pytest.fixture(scope="module", params=["", ROOT_PATH], ids=["plain", "root path"])
+def guarded(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Iterator[Server]:
+    with run_server(
+        tokenizer_folder, api_keys=("secret", "other"), root_path=request.param
+    ) as server:
+        yield server
+
+
+def table(server: Server) -> list[tuple[str, str]]:
+    """(method, path) of every route aiohttp really has."""
+    found = []
+    for route in build_app(server.state).router.routes():
+        assert route.resource is not None
+        found.append((route.method, route.resource.canonical))
+    return found
+
+
+def is_public(server: Server, path: str) -> bool:
+    root_path = server.state.config.root_path
+    return path in PUBLIC or (root_path != "" and path.removeprefix(root_path) in PUBLIC)
+
+
+def fill(path: str) -> str:
+    return path.replace("{model}", MODEL).replace("{name}", "page.css")
+
+
+def test_the_table_is_whole(guarded: Server) -> None:
+    paths = {path for _, path in table(guarded)}
+    assert paths >= {re.sub(r":[^}]*", "", route.path) for route in ROUTES}
+    assert paths >= PUBLIC | {CHAT, "/load", "/metrics", "/v1/models/{model}"}
+    if guarded.state.config.root_path:
+        assert len(paths) == 2 * len({route.path for route in ROUTES})
+
+
+def test_every_route_but_the_public_ones_needs_the_key(guarded: Server) -> None:
+    num_guarded = 0
+    for method, path in table(guarded):
+        url = fill(path)
+        if is_public(guarded, path):
+            assert guarded.request(method, url)[0] == 200, url
+            continue
+        num_guarded += 1
+        for wrong in (None, *WRONG):
+            headers = {} if wrong is None else {"Authorization": wrong}
+            status, reply_headers, body = guarded.request(method, url, headers=headers)
+            assert (status, reply_headers["WWW-Authenticate"]) == (401, "Bearer"), (url, wrong)
+            if method != "HEAD":
+                assert json.loads(body)["error"]["type"] == "AuthenticationError"
+        for right in RIGHT:
+            assert guarded.request(method, url, headers={"Authorization": right})[0] != 401, url
+    assert num_guarded >= 9
+    assert guarded.engine.submitted == []
+
+
+def test_every_verb_on_every_path_needs_the_key(guarded: Server) -> None:
+    known = set(table(guarded))
+    for path in sorted({path for _, path in known}):
+        for method in METHODS:
+            status, _, body = guarded.request(method, fill(path))
+            if (method, path) in known and is_public(guarded, path):
+                assert status == 200
+            else:
+                assert status == 401, (method, path, body)
+
+
+def test_no_spelling_of_a_path_gets_around_the_key(guarded: Server) -> None:
+    for method, path in table(guarded):
+        if is_public(guarded, path):
+            continue
+        url = fill(path)
+        encoded = "".join(f"%{ord(char):02x}" for char in url[1:])
+        for spelling in (
+            url + "/", url + "//", "/" + url, url.replace("/", "//"), url + "?", url + "?x=/health",
+            url + "#/health", url + ";/health", url + "%00", url + "%20", url + ".", url.upper(),
+            "/" + encoded, "/%2f" + url[1:], "/." + url, "/health/.." + url, "/health/%2e%2e" + url,
+            "/health/..;" + url, "/static/.." + url, "/static/..%2f" + url[1:], "/docs" + url,
+            "/ping" + url, "/health" + url, "//health" + url, "http://x" + url, "/.." + url,
+            ROOT_PATH + url, ROOT_PATH + ROOT_PATH + url, url.replace("v1", "V1"),
+        ):  # fmt: skip
+            status = guarded.request(method, spelling)[0]
+            assert status in (400, 401), (method, spelling)
+    assert guarded.engine.submitted == []
+
+
+def test_no_spelling_reads_another_file(guarded: Server) -> None:
+    for name in ("../app.py", "..%2fapp.py", "%2e%2e/app.py", "..", ".", "app.py", "page.html",
+                 "....//app.py", "%2fetc%2fpasswd", "page.css%00", "page.css/"):  # fmt: skip
+        status, _, body = guarded.request("GET", "/static/" + name)
+        assert status == 401 and b"import" not in body, name
+
+
+def test_load_counts_what_is_in_flight(server: Server) -> None:
+    assert json.loads(server.request("GET", "/load")[2]) == {"server_load": 0}
+    server.play("Hello", eos=False, delay_s=0.05)
+    with server.connect(CHAT, {"messages": MESSAGES, "max_tokens": 100, "stream": True}) as sock:
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert json.loads(server.request("GET", "/load")[2]) == {"server_load": 1}
+
+
+def test_a_request_keeps_its_id(guarded: Server) -> None:
+    given = "trace-1:a/b=c+d.e_f@g"
+    server_headers = {"X-Request-Id": given, "Authorization": "Bearer secret"}
+    for method, path, status in (
+        ("GET", "/health", 200), ("GET", "/", 200), ("GET", "/version", 200),
+        ("HEAD", "/docs", 200), ("GET", "/nothing", 404), ("PUT", "/version", 405),
+        ("POST", CHAT, 400),
+    ):  # fmt: skip
+        got, headers, _ = guarded.request(method, path, headers=server_headers)
+        assert (got, headers["X-Request-Id"]) == (status, given), path
+    preflight = {"Origin": "http://x", "Access-Control-Request-Method": "POST"}
+    status, headers, _ = guarded.request("OPTIONS", CHAT, headers={**server_headers, **preflight})
+    assert (status, headers["X-Request-Id"]) == (204, given)
+    status, headers, _ = guarded.request("GET", "/version", headers={"X-Request-Id": given})
+    assert (status, headers["X-Request-Id"]) == (401, given)
+
+
+def test_the_id_is_in_the_answer(server: Server) -> None:
+    for stream in (False, True):
+        server.play("Hello")
+        body = {"messages": MESSAGES, "stream": stream}
+        status, headers, reply = server.request("POST", CHAT, body, {"X-Request-Id": "mine"})
+        assert (status, headers["X-Request-Id"]) == (200, "mine")
+        assert b'"id":"chatcmpl-mine"' in reply
+    server.play("Hello")
+    body = {"messages": MESSAGES, "request_id": "named"}
+    _, headers, reply = server.request("POST", CHAT, body, {"X-Request-Id": "mine"})
+    assert headers["X-Request-Id"] == "mine" and b'"id":"chatcmpl-named"' in reply
+
+
+@pytest.mark.parametrize(
+    "given", ["", "a" * 129, "a b", 'a"b', "<x>", "é", "a\tb", "%0d%0a", "a,b"]
+)
+def test_an_unsafe_id_is_replaced(server: Server, given: str) -> None:
+    headers = {"X-Request-Id": given}
+    made = [server.request("GET", "/health", headers=headers)[1]["X-Request-Id"] for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in made) and made[0] != made[1]
+
+
+def test_broken_http_has_an_id_too(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: first\r\n\r\n")
+        first = sock.recv(65536)
+        sock.sendall(b"GET / HTTP/9.9\r\n\r\n")
+        second = sock.recv(65536)
+    assert b"X-Request-Id: first\r\n" in first
+    assert re.search(rb"X-Request-Id: [0-9a-f]{32}\r\n", second)
+
+
+def test_a_failure_is_logged_with_the_id(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str | None) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(type(server.state), "check_model_name", lambda self, name: fail(name))
+    status, headers, body = server.request(
+        "POST", CHAT, {"messages": MESSAGES}, {"X-Request-Id": "find-me"}
+    )
+    assert (status, headers["X-Request-Id"]) == (500, "find-me")
+    assert b"boom" not in body
+    assert "request find-me failed unexpectedly" in caplog.text
