@@ -1,0 +1,263 @@
+"""What a renter's guide to vLLM tells them to type, with pyserve in vLLM's place.
+
+The model names are the guide's: they stand for copies of the demo model in the working folder, of
+which the config promises a longer context. Its docker and pip lines are not run here. What belongs
+to later versions (tools, structured output, adapters, AWQ, several cards) is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.e2e.conftest import ROOT, Server, free_port
+
+DEMO = ROOT / "pyserve" / "demo"
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+DEEPSEEK = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
+MODELS = (MISTRAL, DEEPSEEK, LLAMA)
+PRODUCTION = (
+    f"vllm serve {MISTRAL} --host 0.0.0.0 --port 8000 --tensor-parallel-size 1 "
+    "--max-model-len 8192 --gpu-memory-utilization 0.9 --max-num-seqs 256 --enable-prefix-caching"
+)
+START_LINES = {
+    "basic": f"vllm serve {MISTRAL} --host 0.0.0.0 --port 8000",
+    "module": f"python -m vllm.entrypoints.openai.api_server --model {MISTRAL} --host 0.0.0.0",
+    "longer context": f"vllm serve {DEEPSEEK} --host 0.0.0.0 --port 8000 --max-model-len 16384",
+    "token": f"vllm serve {LLAMA} --host 0.0.0.0 --env HUGGING_FACE_HUB_TOKEN=hf_xxxxx",
+    "less memory": f"vllm serve {MISTRAL} --gpu-memory-utilization 0.8 --max-model-len 4096 "
+    "--max-num-seqs 64",
+}
+# The line -> the flag that is named.
+REFUSED_LINES = {
+    f"vllm serve {MISTRAL} --host 0.0.0.0 --quantization awq": "--quantization",
+    f"vllm serve {MISTRAL} --host 0.0.0.0 --enable-auto-tool-choice --tool-call-parser mistral":
+        "--enable-auto-tool-choice",
+    f"vllm serve {LLAMA} --host 0.0.0.0 --enable-lora --lora-modules sql-adapter=path/to/sql-lora "
+    "code-adapter=path/to/code-lora chat-adapter=path/to/chat-lora --max-lora-rank 64":
+        "--enable-lora",
+    f"vllm serve {DEEPSEEK} --host 0.0.0.0 --port 8000 --tensor-parallel-size 2 "
+    "--max-model-len 32768 --gpu-memory-utilization 0.90": "--tensor-parallel-size",
+    f"vllm serve {DEEPSEEK} --port 8000 --tensor-parallel-size 4 --max-model-len 32768":
+        "--tensor-parallel-size",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which the guide's names are models."""
+    path = tmp_path_factory.mktemp("guide")
+    config = json.loads((DEMO / "config.json").read_text())
+    for name in MODELS:
+        model = path / name
+        model.mkdir(parents=True)
+        for file in DEMO.iterdir():
+            if file.suffix in (".json", ".jinja", ".safetensors"):
+                os.symlink(file, model / file.name)
+        (model / "config.json").unlink()
+        config["max_position_embeddings"] = 32768
+        (model / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def command_of(line: str, port: int) -> list[str]:
+    """pyserve's words for a line of the guide, on a port that is free here."""
+    words = shlex.split(line.replace("--port 8000", ""))
+    words = words[1:] if words[0] == "vllm" else words[3:]
+    # On a machine with a card tests/gpu serves from it.
+    return [sys.executable, "-m", "pyserve", *words, "--port", str(port), "--device", "cpu"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+@contextmanager
+def started(line: str, folder: Path, log: Path) -> Iterator[Server]:
+    port = free_port()
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            command_of(line, port), stdout=sink, stderr=sink, text=True, cwd=folder,
+            env=environment(),
+        )  # fmt: skip
+        server = Server(process, port, log)
+        try:
+            yield server
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with started(PRODUCTION, folder, tmp_path_factory.mktemp("log") / "log") as running:
+        running.wait_ready(240)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="not-needed", max_retries=0) as sdk:
+        yield sdk
+
+
+def curl(server: Server, path: str, body: str | None = None) -> bytes:
+    """As the guide asks: `curl URL`, or with a body and its type."""
+    program = shutil.which("curl")
+    if program is None:
+        pytest.skip("there is no curl")
+    command = [program, "--silent", "--show-error", "--fail", "--max-time", "60"]
+    command.append(server.url + path)
+    if body is not None:
+        command += ["-H", "Content-Type: application/json", "-d", body]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", START_LINES)
+def test_start_lines(name: str, folder: Path, tmp_path: Path) -> None:
+    line = START_LINES[name]
+    model = next(model for model in MODELS if model in line)
+    with started(line, folder, tmp_path / "log") as server:
+        phases = set()
+        while True:  # /health while it starts: no connection is refused once the port is open
+            try:
+                status, body = server.get("/health")
+            except OSError:
+                assert not phases and server.process.poll() is None, server.log.read_text()
+                time.sleep(0.02)
+                continue
+            if status == 200:
+                break
+            assert status == 503 and json.loads(body)["status"] == "starting"
+            phases.add(json.loads(body)["phase"])
+            time.sleep(0.02)
+        assert phases
+        (served,) = json.loads(server.get("/v1/models")[1])["data"]
+        assert served["id"] == model
+        if "--max-model-len" in line:
+            assert f"--max-model-len {served['max_model_len']}" in line
+        answer = server.json("/v1/completions", {"model": model, "prompt": "Hi", "max_tokens": 4})
+        assert answer["usage"]["completion_tokens"] >= 1
+        assert "hf_xxxxx" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("line", REFUSED_LINES)
+def test_start_lines_of_later_versions_are_refused_by_name(line: str, folder: Path) -> None:
+    done = subprocess.run(
+        command_of(line, free_port()), capture_output=True, text=True, cwd=folder,
+        env=environment(), timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    errors = [text for text in done.stderr.splitlines() if " ERROR " in text]
+    assert len(errors) == 1 and REFUSED_LINES[line] in errors[0] and "not built" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_health_and_models(server: Server) -> None:
+    curl(server, "/health")
+    models = json.loads(curl(server, "/v1/models"))
+    assert [model["id"] for model in models["data"]] == [MISTRAL]
+    assert models["data"][0]["max_model_len"] == 8192
+
+
+@pytest.mark.parametrize("limit", ["", ', "max_tokens": 100'], ids=["no limit", "limit"])
+def test_chat_by_curl(server: Server, limit: str) -> None:
+    messages = '[{"role": "user", "content": "¡Hola!"}]'
+    body = f'{{"model": "{MISTRAL}", "messages": {messages}{limit}}}'
+    choice = json.loads(curl(server, "/v1/chat/completions", body))["choices"][0]
+    assert choice["message"]["role"] == "assistant" and choice["message"]["content"]
+
+
+def test_completion_by_curl(server: Server) -> None:
+    body = f'{{"model": "{MISTRAL}", "prompt": "La capital de Francia es", "max_tokens": 50}}'
+    answer = json.loads(curl(server, "/v1/completions", body))
+    assert answer["choices"][0]["text"] and answer["usage"]["completion_tokens"] <= 50
+
+
+def test_tokenize_and_back_by_curl(server: Server) -> None:
+    body = f'{{"model": "{MISTRAL}", "prompt": "Hello world"}}'
+    tokens = json.loads(curl(server, "/tokenize", body))
+    assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"] == 8192
+    body = json.dumps({"model": MISTRAL, "tokens": tokens["tokens"]})
+    assert "Hello world" in json.loads(curl(server, "/detokenize", body))["prompt"]
+
+
+def test_utility_routes_by_curl(server: Server) -> None:
+    assert json.loads(curl(server, "/version"))["version"]
+    assert b"vllm:num_requests_running" in curl(server, "/metrics")
+    assert b"<html" in curl(server, "/docs").lower()
+
+
+@pytest.mark.parametrize(
+    ("content", "fields"),
+    [
+        ("Explicar la computación cuántica", {"max_tokens": 500, "temperature": 0.7}),
+        ("Resolver: Si un tren viaja 120km en 1.5 horas, ¿cuál es su velocidad en m/s?",
+         {"max_tokens": 2048, "temperature": 0.6}),
+    ],
+    ids=["chat", "reasoning"],
+)  # fmt: skip
+def test_chat_by_sdk(client: OpenAI, content: str, fields: dict[str, Any]) -> None:
+    messages: Any = [{"role": "user", "content": content}]
+    response = client.chat.completions.create(model=MISTRAL, messages=messages, **fields)
+    assert response.choices[0].message.content
+
+
+def test_stream_by_sdk(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MISTRAL, messages=[{"role": "user", "content": "Escribe un poema"}], stream=True
+    )
+    # The guide's loop reads choices[0] of every chunk.
+    pieces = [chunk.choices[0].delta.content for chunk in stream]
+    assert "".join(piece for piece in pieces if piece)
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [TOOL], "tool_choice": "auto"},
+        {"response_format": {
+            "type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}},
+    ],
+    ids=["tools", "schema"],
+)  # fmt: skip
+def test_requests_of_later_versions_are_refused_by_name(
+    client: OpenAI, fields: dict[str, Any]
+) -> None:
+    messages: Any = [{"role": "user", "content": "¿Cuál es el clima en París?"}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MISTRAL, messages=messages, **fields)
+    assert caught.value.param in fields and "not built" in str(caught.value)
+
+
+@pytest.mark.parametrize("adapter", ["sql-adapter", "code-adapter"])
+def test_adapters_of_later_versions_are_unknown_models(client: OpenAI, adapter: str) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(
+            model=adapter, messages=[{"role": "user", "content": "Escribe una consulta SQL"}]
+        )
+    assert adapter in str(caught.value)
