@@ -1,4 +1,4 @@
-"""Messages -> prompt, by the template that comes with the model (never by one in a request).
+"""Messages -> prompt, by the template that comes with the model.
 
 What clients send is brought into the form that the template expects (template_source.Traits), the
 template renders it in a sandbox, and what users wrote is kept apart from the template's control
@@ -7,7 +7,8 @@ tokens (guard.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ from typing import Any
 import jinja2
 import msgspec
 
-from pyserve.errors import CheckpointError, ConfigError, InvalidRequestError, NotBuiltError
+from pyserve.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    NotBuiltError,
+)
 from pyserve.text.guard import ChatPrompt, ControlGuard, unused_noncharacters
-from pyserve.text.template_source import TemplateRefusal, Traits, compile_template
+from pyserve.text.template_limits import MAX_RENDER_S, Meter, TemplateLimitError, metering
+from pyserve.text.template_source import GLOBALS, TemplateRefusal, Traits, compile_template
 from pyserve.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -31,7 +39,10 @@ _NO_TEMPLATE = (
 # Behind the mark at the end of a message to be continued: white space that `trim` takes off, and
 # that no template writes itself.
 _WIDE_SPACE = "\u3000"
-_OWN_NAMES = frozenset({"messages", "tools", "add_generation_prompt"})
+_OWN_NAMES = GLOBALS | {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,23 @@ class ChatTemplate:
             origin=origin,
         )
 
+    def with_source(self, source: str, *, origin: str) -> ChatTemplate:
+        """The same model with another template. Raises CheckpointError on a syntax error."""
+        other = copy.copy(self)
+        other._compiled = {_DEFAULT: _Compiled(*compile_template(source, origin), source)}
+        return other
+
+    def unused(self, names: Iterable[str], *, has_tools: bool = False) -> list[str]:
+        """Those of the names of `template_kwargs` that the template does not look at."""
+        if not self._compiled:
+            return []
+        known = self._choose(has_tools).traits.variables
+        return [name for name in names if name not in known]
+
+    def _choose(self, has_tools: bool) -> _Compiled:
+        name = _TOOL_USE if has_tools and _TOOL_USE in self._compiled else _DEFAULT
+        return self._compiled[name]
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -93,14 +121,17 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        time_limit_s: float = MAX_RENDER_S,
     ) -> ChatPrompt:
         """The prompt, for Tokenizer.encode_chat.
 
-        messages, tools, template_kwargs: JSON-like data as clients send it; not changed.
+        messages, tools, documents, template_kwargs: JSON-like data as clients send it; not changed.
         continue_final_message: the prompt ends with the last message's text, to be continued.
 
         Raises InvalidRequestError where a message has the wrong form or the template refuses,
-        NotBuiltError on a content part that is not text.
+        NotBuiltError on a content part that is not text, ChatTemplateError where the template
+        takes longer than `time_limit_s` or makes too much.
         """
         if not self._compiled:
             raise InvalidRequestError(_NO_TEMPLATE, "messages")
@@ -110,22 +141,25 @@ class ChatTemplate:
                 "continue_final_message",
             )
         kwargs = dict(template_kwargs or {})
-        if reserved := _OWN_NAMES & kwargs.keys():
+        if reserved := (_OWN_NAMES | self._special_tokens.keys()) & kwargs.keys():
             raise InvalidRequestError(
                 f"chat_template_kwargs must not hold {min(reserved)}", "chat_template_kwargs"
             )
-        name = _TOOL_USE if tools and _TOOL_USE in self._compiled else _DEFAULT
+        compiled = self._choose(bool(tools))
+        if documents and "documents" not in compiled.traits.variables:
+            raise InvalidRequestError("the chat template does not show documents", "documents")
         try:
             return self._render(
-                self._compiled[name],
+                compiled,
                 {
                     "messages": messages,
                     "tools": list(tools) if tools else None,
-                    "documents": None,
+                    "documents": list(documents) if documents else None,
                     **kwargs,
                 },
                 add_generation_prompt=add_generation_prompt,
                 continues=continue_final_message,
+                time_limit_s=time_limit_s,
             )
         except RecursionError as error:
             raise InvalidRequestError("messages are nested too deeply", "messages") from error
@@ -137,6 +171,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         continues: bool,
+        time_limit_s: float,
     ) -> ChatPrompt:
         messages = _prepare_messages(data["messages"], compiled.traits)
         data["messages"] = messages
@@ -149,11 +184,18 @@ class ChatTemplate:
         if is_guarded:
             data = self._guard.mark(data, marks)
         try:
-            text = compiled.template.render(
-                self._special_tokens | data, add_generation_prompt=add_generation_prompt
-            )
-        except RecursionError:
-            raise
+            meter = Meter(time_limit_s, data=data)
+            with metering(meter):
+                text = compiled.template.render(
+                    self._special_tokens | data, add_generation_prompt=add_generation_prompt
+                )
+            meter.require(len(text))
+        except TemplateLimitError as error:
+            raise ChatTemplateError(
+                f"the chat template {error} for these messages", is_timeout=error.is_time
+            ) from error
+        except (RecursionError, MemoryError) as error:
+            raise ChatTemplateError("the chat template recurses too deeply") from error
         except Exception as error:  # a template is code: anything can come out of it
             raise _refusal(error) from error
         if continues:

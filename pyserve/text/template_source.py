@@ -1,27 +1,37 @@
 """A chat template's source -> a compiled template in a sandbox, and what its syntax tree tells.
 
 A template comes with the model, so it is code of strangers: it runs in jinja2's immutable sandbox,
-with the filters and globals that Hugging Face's environment offers and nothing else.
+with the filters and globals that Hugging Face's environment offers and nothing else, and reports
+each of its steps to a Meter (template_limits.py), which stops it when it costs too much.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from pyserve.errors import CheckpointError
+from pyserve.text.template_filters import CONCAT, EMIT, MADE, TICK, make_filters
+from pyserve.text.template_limits import Meter, TemplateLimitError, active, metering
+
+MAX_SOURCE_CHARS = 2**20
+MAX_DATE_FORMAT_CHARS = 1000
+GLOBALS = frozenset(
+    {"range", "cycler", "joiner", "dict", "namespace", "raise_exception", "strftime_now"}
+)
 
 ContentFormat = Literal["string", "openai"]
 
@@ -39,6 +49,7 @@ class Traits:
     tests_none          it tests whether content is none.
     arguments_as_text   it concatenates a tool call's arguments, so they must be a string.
     knows_developer     it mentions the role developer.
+    variables           names that it expects to be given.
     """
 
     content_format: ContentFormat
@@ -46,30 +57,124 @@ class Traits:
     tests_none: bool
     arguments_as_text: bool
     knows_developer: bool
+    variables: frozenset[str]
 
 
 def compile_template(source: str, name: str) -> tuple[jinja2.Template, Traits]:
     """`name` says in errors where the source is from. Raises CheckpointError on bad syntax."""
+    if len(source) > MAX_SOURCE_CHARS:
+        raise CheckpointError(
+            f"{name}: the chat template has {len(source)} characters, "
+            f"the limit is {MAX_SOURCE_CHARS}"
+        )
     environment = _environment()
     try:
         tree = environment.parse(source)
-        return environment.from_string(source), _read_traits(tree, source)
+        traits = _read_traits(tree, source)
+        tree = _Instrument().visit(tree)
+        with metering(Meter()):  # jinja computes what is constant
+            return environment.from_string(tree.set_environment(environment)), traits
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"{name}: not a valid chat template: {error.message} (line {error.lineno})"
         ) from error
-    except RecursionError as error:
+    except (RecursionError, MemoryError, SyntaxError) as error:  # the last two are of Python's
         raise CheckpointError(f"{name}: the chat template is nested too deeply") from error
+    except (ValueError, TemplateLimitError) as error:  # a number of too many digits
+        raise CheckpointError(f"{name}: not a valid chat template: {error}") from error
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with every call and operator measured."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        meter = active()
+        meter.check_binop(operator, left, right)
+        return meter.made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+        meter = active()
+        checked = meter.check_call(__obj, args, kwargs)
+        return meter.made(super().call(__context, __obj, *checked, **kwargs))
+
+
+class _Instrument(NodeTransformer):
+    """Puts a report to the Meter into every step of a template that jinja would not report."""
+
+    def visit_Output(self, node: nodes.Output) -> list[nodes.Node]:
+        self.generic_visit(node)
+        num_chars = sum(len(c.data) for c in node.nodes if isinstance(c, nodes.TemplateData))
+        return [_statement(EMIT, num_chars, node), node] if num_chars else [node]
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        return self._with_tick(node)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._with_tick(node)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._with_tick(node)
+
+    def visit_Block(self, node: nodes.Block) -> nodes.Node:
+        return self._with_tick(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(CONCAT, node.nodes[0], node, *node.nodes[1:])
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        return _filter(TICK, self.generic_visit(node), node)
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        return _filter(TICK, self.generic_visit(node), node)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return _filter(MADE, self.generic_visit(node), node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return _filter(MADE, self.generic_visit(node), node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return node if node.ctx != "load" else _filter(MADE, node, node)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(MADE, node, node) if isinstance(node.arg, nodes.Slice) else node
+
+    def _with_tick(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _statement(TICK, 0, node))
+        return cast(nodes.Node, node)
+
+
+def _statement(name: str, value: int, place: nodes.Node) -> nodes.Node:
+    line = place.lineno
+    call = _filter(name, nodes.Const(value, lineno=line), place)
+    return nodes.ExprStmt(call, lineno=line)
+
+
+def _filter(name: str, value: nodes.Node, place: nodes.Node, *args: nodes.Node) -> nodes.Filter:
+    return nodes.Filter(value, name, list(args), [], None, None, lineno=place.lineno)
+
+
+@pass_context  # also keeps jinja from computing constants before there is a Meter
+def _finalize(context: Context, value: Any) -> Any:
+    return active().output(value)
 
 
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> _Environment:
+    environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
+        optimized=False,
+        finalize=_finalize,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters = make_filters()
     environment.globals = {
         "range": environment.globals["range"],  # the sandbox's, of limited length
         "cycler": environment.globals["cycler"],
@@ -79,6 +184,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
     }
+    assert environment.globals.keys() == GLOBALS
     return environment
 
 
@@ -105,6 +211,9 @@ class _SafeNamespace(Namespace):
         _refuse_underscore(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # what it holds is not weighed, as it changes
+
 
 def _refuse_underscore(name: object) -> None:
     if not isinstance(name, str) or name.startswith("_"):
@@ -115,25 +224,13 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: jinja's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-        sort_keys=sort_keys,
-    )  # fmt: skip
-
-
 def _raise_exception(message: object) -> NoReturn:
     raise TemplateRefusal(str(message))
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MAX_DATE_FORMAT_CHARS:
+        raise SecurityError("strftime_now: the format is too long")
     return datetime.now().strftime(format)
 
 
@@ -157,6 +254,7 @@ def _read_traits(tree: nodes.Template, source: str) -> Traits:
         tests_none="none" in tests or compared_to_none,
         arguments_as_text=any(_accesses(operand, "arguments") for operand in operands),
         knows_developer="developer" in source,
+        variables=frozenset(meta.find_undeclared_variables(tree)),
     )
 
 

@@ -6,11 +6,13 @@ import jinja2
 import pytest
 
 from pyserve.errors import CheckpointError
+from pyserve.text.template_limits import Meter, metering
 from pyserve.text.template_source import TemplateRefusal, Traits, compile_template
 
 
 def render(source: str, **variables: object) -> str:
-    return compile_template(source, "test")[0].render(variables)
+    with metering(Meter()):
+        return compile_template(source, "test")[0].render(variables)
 
 
 def traits(source: str) -> Traits:
@@ -64,6 +66,14 @@ def test_the_sandbox_holds(source: str) -> None:
 def test_syntax_errors_name_source_and_line() -> None:
     with pytest.raises(CheckpointError, match=r"file: not a valid chat template: .*\(line 2\)"):
         compile_template("ok\n{% if %}", "file")
+    for huge in ("1" * 5000, "0x" + "f" * 5000):
+        with pytest.raises(CheckpointError, match="not a valid chat template"):
+            compile_template("{{ " + huge + " }}{{ 1 + " + huge + " }}", "file")
+    with pytest.raises(CheckpointError, match="1048577 characters, the limit is 1048576"):
+        compile_template("x" * (2**20 + 1), "file")
+    loops = 30
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        compile_template("{% for i in x %}" * loops + "{% endfor %}" * loops, "file")
     with pytest.raises(CheckpointError, match="nested too deeply"):
         compile_template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "file")
 
@@ -111,3 +121,5 @@ def test_other_traits() -> None:
     assert traits("{{ 'x' + c['function']['arguments'] + 'y' }}").arguments_as_text
     assert traits("{{ c.arguments ~ 'y' }}").arguments_as_text
     assert not traits("{{ 'x' + c.arguments | tojson }}").arguments_as_text
+    source = "{% set b = a %}{% for m in ms %}{{ m.c }}{{ range(b) }}{% endfor %}"
+    assert traits(source).variables == {"a", "ms"}

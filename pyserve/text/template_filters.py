@@ -1,0 +1,178 @@
+"""The filters that chat templates get: jinja's, measured before and after (template_limits.py).
+
+Left out are those for web pages, which no chat needs and whose cost nobody bounds: urlize,
+wordwrap, striptags, xmlattr, pprint, filesizeformat.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jinja2 import Environment, pass_environment
+from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.runtime import str_join
+
+from pyserve.text.template_limits import TemplateLimitError, active
+
+Filter = Callable[..., Any]
+
+MAX_PRECISION = 100
+# Called by what instrument() puts into templates; no template can spell these names.
+TICK, EMIT, MADE, CONCAT = "pyserve tick", "pyserve emit", "pyserve made", "pyserve concat"
+
+_NAMES = (
+    "abs attr capitalize count d default dictsort e escape first float forceescape groupby int "
+    "items last length list lower map max min random reject rejectattr reverse safe select "
+    "selectattr sort string title trim unique upper urlencode wordcount"
+).split()
+
+
+def make_filters() -> dict[str, Filter]:
+    """Name -> filter, for Environment.filters. They work only while a Meter is active."""
+    filters = {name: _measured(FILTERS[name]) for name in _NAMES}
+    for name, check in _CHECKS.items():
+        filters[name] = _measured(FILTERS[name], check)
+    own: dict[str, Filter] = {"join": _join, "sum": _sum, "tojson": _tojson, "list": _list}
+    filters |= {name: _measured(function) for name, function in own.items()}
+    filters |= {TICK: _tick, EMIT: _emit, MADE: _made, CONCAT: _concat}
+    return filters
+
+
+def _measured(function: Filter, check: Filter | None = None) -> Filter:
+    @functools.wraps(function)  # jinja's marks, such as pass_environment, come along
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        meter = active()
+        meter.tick()
+        if check is not None:
+            check(*args, **kwargs)
+        return meter.made(function(*args, **kwargs))
+
+    return measured
+
+
+def _check_center(value: object, width: object = 80) -> None:
+    active().check_width(width)
+
+
+def _check_columns(value: object, columns: object, fill_with: object = None) -> None:
+    active().check_width(columns)
+
+
+def _check_format(value: Any, *args: Any, **kwargs: Any) -> None:
+    active().check_percent(str(value), list(args) or kwargs)
+
+
+def _check_indent(s: str, width: Any = 4, first: object = False, blank: object = False) -> None:
+    meter = active()
+    meter.check_width(width)
+    columns = len(width) if isinstance(width, str) else max(int(width), 0)
+    meter.require(len(s) + columns * (1 + len(s.splitlines())))
+
+
+def _check_replace(context: object, s: Any, old: Any, new: Any, count: object = None) -> None:
+    active().check_replace(str(s), str(old), str(new), count)
+
+
+def _check_round(value: object, precision: object = 0, method: object = "common") -> None:
+    if not isinstance(precision, int) or abs(precision) > MAX_PRECISION:
+        raise TemplateLimitError(f"rounds to more than {MAX_PRECISION} places")
+
+
+def _check_truncate(
+    environment: object, s: object, length: object = 255, *args: object, **kwargs: object
+) -> None:
+    active().check_width(length)
+
+
+_CHECKS: dict[str, Filter] = {
+    "batch": _check_columns,
+    "center": _check_center,
+    "format": _check_format,
+    "indent": _check_indent,
+    "replace": _check_replace,
+    "round": _check_round,
+    "slice": _check_columns,
+    "truncate": _check_truncate,
+}
+
+
+def _list(value: Iterable[Any]) -> list[Any]:
+    return active().take(value)
+
+
+@pass_environment
+def _join(
+    environment: Environment, value: Iterable[Any], d: str = "", attribute: str | int | None = None
+) -> str:
+    meter = active()
+    items = meter.take(value)
+    if attribute is not None:
+        items = list(map(make_attrgetter(environment, attribute), items))
+    meter.check_join(d, items)
+    return str(d).join(map(str, items))
+
+
+@pass_environment
+def _sum(
+    environment: Environment,
+    iterable: Iterable[Any],
+    attribute: str | int | None = None,
+    start: Any = 0,
+) -> Any:
+    meter = active()
+    get = None if attribute is None else make_attrgetter(environment, attribute)
+    total = start
+    for item in meter.take(iterable):
+        value = item if get is None else get(item)
+        meter.check_binop("+", total, value)
+        total = meter.made(total + value)
+    return total
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja's own filter escapes HTML."""
+    meter = active()
+    meter.weigh(value)
+    meter.check_width(indent)
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if indent is None and separators is None:
+        return encoder.encode(value)  # as large as `value`; in C
+    pieces = []
+    num_chars = 0
+    for piece in encoder.iterencode(value):
+        pieces.append(piece)
+        num_chars += len(piece)
+        meter.require(num_chars)
+        meter.tick(len(piece))
+    return "".join(pieces)
+
+
+def _tick(value: Any) -> Any:
+    active().tick()
+    return value
+
+
+def _emit(num_chars: int) -> None:
+    active().emit(num_chars)
+
+
+def _made(value: Any) -> Any:
+    return active().made(value)
+
+
+def _concat(*values: Any) -> str:
+    meter = active()
+    meter.check_join("", list(values))
+    text: str = meter.made(str_join(values))
+    return text

@@ -1,0 +1,267 @@
+"""What a chat template may cost: time, and the size of everything it makes.
+
+A template is code of strangers that runs on a thread, and a thread cannot be killed. So its own
+loops, calls, filters and operators report here (template_source.py puts the reports in) and are
+stopped from within; and whatever makes a value in one step of C, where nothing can stop it, is
+measured before it is made.
+
+Weights count characters; an element of a list or dict counts as ELEMENT of them, besides its own
+weight. They are of what printing a value would cost: a list that holds another one twice counts it
+twice. No value's weight exceeds `limit`, so no single step takes longer than a fraction of a
+second.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+MAX_RENDER_S = 5.0
+MAX_CHARS = 2**23  # of one value, beside twice what the request holds
+MAX_OUTPUTS = 4  # times that: what all outputs are together, those of macros included
+MAX_MADE = 2**28  # of all values ever made
+MAX_DEPTH = 100
+MAX_INT_BITS = 4096
+MAX_WIDTH = 10**5  # of padding, and of rows and columns
+ELEMENT = 32
+TICK = 256  # what a step of the template counts against the next look at the clock
+CLOCK_EVERY = 16 * TICK
+MAX_KNOWN = 2**16
+
+_DIGITS = re.compile(r"\d+").findall
+_NESTED_SPEC = re.compile(r":[^{}]*\{").search
+_VIEWS = (KeysView, ValuesView, ItemsView)
+_CONTAINERS = (list, tuple, dict)
+
+# Methods that return no more than what they are called with, or can be measured first.
+STR_METHODS = frozenset(
+    "capitalize casefold center count endswith expandtabs find format format_map index isalnum "
+    "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
+    "isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex "
+    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+    "zfill".split()
+)
+OTHER_METHODS = frozenset("bit_length copy count get index is_integer items keys values".split())
+
+
+class TemplateLimitError(Exception):
+    """The template costs more than it may. `is_time`: it was too slow, not too large."""
+
+    def __init__(self, message: str, *, is_time: bool = False) -> None:
+        super().__init__(message)
+        self.is_time = is_time
+
+
+class Meter:
+    """What one rendering has cost so far; used by one thread."""
+
+    def __init__(self, time_limit_s: float = MAX_RENDER_S, *, data: object = None) -> None:
+        self._deadline_s = time.monotonic() + time_limit_s
+        self._time_limit_s = time_limit_s
+        self._unchecked = 0
+        self._made = 0
+        self._known: dict[int, tuple[object, int]] = {}
+        self.limit = MAX_MADE
+        self.limit = MAX_CHARS + 2 * self.weigh(data)
+        self._output_left = MAX_OUTPUTS * self.limit
+
+    def tick(self, cost: int = TICK) -> None:
+        """A step of the template; raises where its time is over."""
+        self._unchecked += cost
+        if self._unchecked >= CLOCK_EVERY:
+            self._unchecked = 0
+            if time.monotonic() > self._deadline_s:
+                raise TemplateLimitError(
+                    f"takes longer than {self._time_limit_s:g} s", is_time=True
+                )
+
+    def require(self, weight: int) -> None:
+        """Refuse to make a value of that weight."""
+        if weight > self.limit:
+            raise TemplateLimitError(f"makes a value of more than {self.limit} characters")
+
+    def made(self, value: Any) -> Any:
+        """`value`, which the template has just made."""
+        self.weigh(value)
+        size = len(value) * ELEMENT if isinstance(value, _CONTAINERS) else 0
+        if isinstance(value, str):
+            size = len(value)
+        self._made += size
+        if self._made > MAX_MADE:
+            raise TemplateLimitError(f"makes more than {MAX_MADE} characters in all")
+        self.tick(TICK + size)
+        return value
+
+    def output(self, value: Any) -> Any:
+        """`value`, which the template prints."""
+        self.emit(self.weigh(value))
+        return value
+
+    def emit(self, num_chars: int) -> None:
+        """So many characters are printed."""
+        self._output_left -= num_chars
+        if self._output_left < 0:
+            raise TemplateLimitError(f"prints more than {MAX_OUTPUTS * self.limit} characters")
+        self.tick(TICK + num_chars)
+
+    def weigh(self, value: object, depth: int = 0) -> int:
+        """The weight of a value; raises where it is more than the limit."""
+        if isinstance(value, str):
+            weight = len(value)
+        elif isinstance(value, _CONTAINERS):
+            known = self._known.get(id(value))  # containers do not change while a template runs
+            if known is not None:
+                return known[1]
+            weight = self._weigh_items(value, depth)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[id(value)] = (value, weight)
+            return weight
+        elif isinstance(value, int):
+            weight = value.bit_length()
+            if weight > MAX_INT_BITS:
+                raise TemplateLimitError(f"makes a number of more than {MAX_INT_BITS} bits")
+            return 1 + weight // 3
+        elif isinstance(value, _VIEWS):
+            return self._weigh_items(value, depth)
+        else:
+            return ELEMENT
+        self.require(weight)
+        return weight
+
+    def _weigh_items(self, value: Any, depth: int) -> int:
+        if depth > MAX_DEPTH:
+            raise TemplateLimitError(f"nests values more than {MAX_DEPTH} deep")
+        weight = ELEMENT * (1 + len(value))
+        self.require(weight)
+        for item in value:
+            weight += self.weigh(item, depth + 1)
+            if isinstance(value, dict):
+                weight += self.weigh(value[item], depth + 1)
+            self.require(weight)
+        return weight
+
+    def take(self, iterable: Iterable[Any]) -> list[Any]:
+        """The items of an iterable, one that makes them as it goes too."""
+        items = list(islice(iter(iterable), self.limit // ELEMENT + 1))
+        self.require(ELEMENT * len(items))
+        return items
+
+    def check_binop(self, operator: str, left: Any, right: Any) -> None:
+        """Before `left operator right`."""
+        self.tick()
+        if isinstance(left, int) and isinstance(right, int):
+            self._check_numbers(operator, left, right)
+        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            self.require(self.weigh(left) + self.weigh(right))
+        elif operator == "*":
+            for sequence, count in ((left, right), (right, left)):
+                if isinstance(count, int) and hasattr(sequence, "__len__"):
+                    self.require(self.weigh(sequence) * max(count, 0))
+        elif operator == "%" and isinstance(left, str):
+            self.check_percent(left, right)
+
+    def _check_numbers(self, operator: str, left: int, right: int) -> None:
+        bits = max(self.weigh(left), self.weigh(right))  # each is small enough by itself
+        if operator == "**":
+            bits = abs(left).bit_length() * max(right, 0)
+        if bits > MAX_INT_BITS:
+            raise TemplateLimitError(f"makes a number of more than {MAX_INT_BITS} bits")
+
+    def check_percent(self, text: str, values: Any) -> None:
+        """Before `text % values`."""
+        if "*" in text and "%" in text:
+            raise TemplateLimitError("takes a width from a value")
+        self._check_fields(text, text.count("%"), self.weigh(values))
+
+    def check_format(self, text: str, values: list[Any]) -> None:
+        """Before `text.format(...)` of these values."""
+        if _NESTED_SPEC(text):
+            raise TemplateLimitError("takes a width from a value")
+        self._check_fields(text, text.count("{"), max(map(self.weigh, values), default=0))
+
+    def _check_fields(self, text: str, num_fields: int, heaviest: int) -> None:
+        widths = _DIGITS(text) if num_fields else []
+        if any(len(width) > 9 for width in widths):
+            raise TemplateLimitError("pads a value too far")
+        self.require(len(text) + num_fields * heaviest + sum(map(int, widths)))
+
+    def check_width(self, *widths: Any) -> None:
+        """Before padding to so many columns."""
+        if any(isinstance(width, int) and abs(width) > MAX_WIDTH for width in widths):
+            raise TemplateLimitError(f"pads a value to more than {MAX_WIDTH} columns")
+
+    def check_replace(self, text: str, old: object, new: object, count: object = None) -> None:
+        """Before `text.replace(old, new)`."""
+        if isinstance(old, str) and isinstance(new, str) and len(new) > len(old):
+            num_found = text.count(old)
+            if isinstance(count, int) and count >= 0:
+                num_found = min(num_found, count)
+            self.require(len(text) + num_found * (len(new) - len(old)))
+
+    def check_join(self, separator: str, items: list[Any]) -> None:
+        """Before `separator.join(items)`."""
+        weight = len(separator) * len(items)
+        for item in items:
+            weight += self.weigh(item)
+            self.require(weight)
+
+    def check_call(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Before a call; returns the arguments to call it with. Raises where it must not be."""
+        self.tick()
+        method = getattr(function, "__wrapped__", function)  # the sandbox's own format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, str):
+            if name not in STR_METHODS:
+                raise TemplateLimitError(f"calls a method of text that is not allowed: {name}")
+            if name in ("format", "format_map"):
+                self.check_format(owner, [*args, *kwargs.values()])
+            return self._check_str_method(owner, name, args, kwargs)
+        is_plain = isinstance(owner, (*_CONTAINERS, *_VIEWS, int, float, bytes, set, range))
+        if is_plain and name not in OTHER_METHODS:
+            raise TemplateLimitError(f"calls a method that is not allowed: {name}")
+        return args
+
+    def _check_str_method(
+        self, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        if name in ("center", "ljust", "rjust", "zfill"):
+            self.check_width(*args)
+        elif name == "expandtabs":
+            size = kwargs.get("tabsize", args[0] if args else 8)
+            self.check_width(size)
+            self.require(len(text) + text.count("\t") * max(size, 0))
+        elif name == "replace" and len(args) > 1:
+            self.check_replace(text, *args[:3])
+        elif name == "join" and args:
+            items = self.take(args[0])
+            self.check_join(text, items)
+            return (items,)
+        return args
+
+
+_active = threading.local()
+
+
+@contextmanager
+def metering(meter: Meter) -> Iterator[None]:
+    """Let the templates that this thread renders report to `meter`."""
+    before = getattr(_active, "meter", None)
+    _active.meter = meter
+    try:
+        yield
+    finally:
+        _active.meter = before
+
+
+def active() -> Meter:
+    """The meter of the rendering that this thread does."""
+    meter: Meter = _active.meter
+    return meter

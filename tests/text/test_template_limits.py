@@ -1,0 +1,209 @@
+"""What hostile chat templates cost: never more than their time, never a gigabyte."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+import pytest
+
+from pyserve.errors import ChatTemplateError, InvalidRequestError
+from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.template_limits import MAX_CHARS, Meter, TemplateLimitError
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+TIME_LIMIT_S = 0.2
+X = "{% set x = 'a' * 8000000 %}"
+LINES = r"{% set x = '\n' * 8000000 %}"
+TABS = r"{% set x = '\t' * 8000000 %}"
+NUMBERS = "{% set x = range(100000)|list %}{% set y = range(100000)|list %}"
+FOREVER = "{% for i in range(100000) %}{% for j in range(100000) %}BODY{% endfor %}{% endfor %}"
+DOUBLE = "{% set ns = namespace(x=START) %}{% for i in range(64) %}STEP{% endfor %}{{ ns.x }}"
+
+
+def forever(body: str, before: str = "") -> str:
+    return before + FOREVER.replace("BODY", body)
+
+
+def double(start: str, step: str) -> str:
+    return DOUBLE.replace("START", start).replace("STEP", step)
+
+
+def render(source: str, time_limit_s: float = TIME_LIMIT_S) -> str:
+    template = ChatTemplate(source, special_tokens={})
+    return template.render(MESSAGES, time_limit_s=time_limit_s)
+
+
+SLOW = [
+    forever(""),
+    forever("{% set y = x %}", NUMBERS),
+    forever("{% if x == y %}{% endif %}", NUMBERS),
+    forever("{% if x is eq(y) %}{% endif %}", NUMBERS),
+    forever("{% if 'b' in x %}{% endif %}", X),
+    forever("{% set z = x|sum %}", NUMBERS),
+    forever("{% set z = x|length %}", NUMBERS),
+    forever("{% if cycler(1, 2).next() %}{% endif %}"),
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% block b %}{% for i in range(9) %}{% endfor %}{% endblock %}" + forever("{{ self.b() }}"),
+    NUMBERS + "{% if x == y %}{% endif %}" * 5000,
+    NUMBERS + "{% set z = x is eq(y) %}" * 5000,
+]
+LARGE = [
+    "{{ 'a' * 10**9 }}",
+    "{{ 'a' * 1000000000 }}",
+    "{{ 1000000000 * [1] }}",
+    "{{ 'x'|center(1000000000) }}",
+    "{{ 'x'.ljust(1000000000) }}",
+    "{{ 'x'.zfill(1000000000) }}",
+    "{{ (9**9)**(9**9) }}",
+    "{{ 9**99999999 }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ '%99999999999999999999d' % 1 }}",
+    "{{ '%*d' % (999999999, 1) }}",
+    "{{ '%999999999s'|format(1) }}",
+    "{{ '%(a)s%(a)s%(a)s' % {'a': 'x' * 8000000} }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ '{:{w}}'.format(1, w=999999999) }}",
+    "{{ '{a}{a}'.format_map({'a': 'x' * 8000000}) }}",
+    X + "{{ '{0}{0}'.format(x) }}",
+    X + "{{ x.replace('a', x) }}",
+    X + "{{ x|replace('a', x) }}",
+    X + "{{ x.join(x) }}",
+    X + "{{ x.join(range(10)|map('string')) }}",
+    X + "{{ [x, x]|join }}",
+    X + "{{ range(99)|join(x) }}",
+    X + "{{ x ~ x }}",
+    X + "{{ x + x }}",
+    X + "{{ ('&' * 8000000)|e }}",
+    X + "{% filter replace('a', 'bb') %}{{ x }}{% endfilter %}",
+    X + "{% for i in range(100000) %}{{ x }}{% endfor %}",
+    X + "{% for i in range(100000) %}{% set y = '1' ~ x %}{% endfor %}",
+    X + "{{ range(99999)|map(attribute='q', default=x)|list }}",
+    X + "{{ {}.fromkeys(range(1000), x) }}",
+    LINES + "{{ x|indent(100000, true, true) }}",
+    LINES + "{{ x|indent('ab', true, true) }}",
+    TABS + "{{ x.expandtabs(100000) }}",
+    TABS + "{{ x.expandtabs(tabsize=100000) }}",
+    FOREVER.replace("BODY", "a" * 1000),
+    "{% macro f() %}" + FOREVER.replace("BODY", "a" * 1000) + "{% endmacro %}{{ f() }}",
+    double("'a'", "{% set ns.x = ns.x ~ ns.x %}"),
+    double("'a'", "{% set ns.x = ns.x + ns.x %}"),
+    double("'a'", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+    double("['a']", "{% set ns.x = [ns.x, ns.x] %}"),
+    double("['a']", "{% set ns.x = (ns.x, ns.x) %}"),
+    double("['a']", "{% set ns.x = {'a': ns.x, 'b': ns.x} %}"),
+    double("{}", "{% set ns.x = dict(a=ns.x, b=ns.x) %}"),
+    double("['a']", "{% set ns.x = [ns.x]|batch(2, ns.x)|list %}"),
+    double("['a']", "{% set ns.x = {'a': ns.x, 'b': ns.x}.items()|list %}"),
+    double("[]", "{% set ns.x = [ns.x] %}") + "{{ ns.x|tojson(indent=100000) }}",
+    "{{ [[1]] * 200000 }}",
+    "{% set x = [range(50000)|list] * 5 %}{{ x|sum(start=[]) }}",
+    "{{ 1.5|round(100000000, 'ceil') }}",
+    "{{ (1).to_bytes(1000000000, 'big') }}",
+    "{{ 'a'.encode('utf8') }}",
+    "{{ 'a'|safe|map('string')|list }}{{ ('a'|safe).unescape() }}",
+    "{{ [1]|batch(1000000000, 1)|list }}",
+    "{{ [1]|slice(1000000000)|list }}",
+    "{{ messages|tojson(indent=100000000) }}",
+    X + "{{ [1, 2, 3, 4]|tojson(separators=(x, x)) }}",
+    "{{ range(100000)|map('string')|map('center', 100000)|map('length')|sum }}",
+    "{{ ('a ' * 4000000).split()|length }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% macro f() %}{{ caller() }}{% call f() %}x{% endcall %}{% endmacro %}"
+    "{% call f() %}y{% endcall %}",
+    "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+]
+
+
+def short(source: str) -> str:
+    return source if len(source) < 100 else source[:99] + "…"
+
+
+@pytest.mark.parametrize("source", SLOW, ids=short)
+def test_an_endless_template_is_stopped_in_time(source: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ChatTemplateError, match="takes longer than 0.2 s") as caught:
+        render(source)
+    assert caught.value.is_timeout and caught.value.status == 500
+    assert time.monotonic() - began < TIME_LIMIT_S + 2.0  # compiling it is part of that
+
+
+@pytest.mark.parametrize("source", LARGE, ids=short)
+def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
+    with pytest.raises(ChatTemplateError) as caught:
+        render(source, time_limit_s=10.0)
+    assert not caught.value.is_timeout
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 'a,b'.split(',')|join('-') }}{{ ', '.join(['x', 'y']) }}", "a-bx, y"),
+        ("{{ 'x'.center(3) }}|{{ 'x'|center(3) }}|{{ '7'.zfill(3) }}", " x | x |007"),
+        ("{{ '%s=%03d' % ('a', 5) }} {{ '%s!'|format('hi') }} {{ '{}{a}'.format(1, a=2) }}",
+         "a=005 hi! 12"),
+        ("{{ 'a\nb'|indent(2, true) }}{{ 'abc'|replace('b', 'xx') }}{{ 'abc'.replace('c', '') }}",
+         "  a\n  baxxcab"),
+        ("{{ [1, 2.5]|sum }} {{ messages|sum(attribute='role', start='') }}", "3.5 user"),
+        ("{{ 2 ** 10 }} {{ 7 // 2 }} {{ 7 % 2 }} {{ 1 / 2 }} {{ 2 ** -1 }}", "1024 3 1 0.5 0.5"),
+        ("{{ {'a': 1}.items()|list }} {{ {'b': 2}.get('b') }} {{ messages[0].get('x', 0) }}",
+         "[('a', 1)] 2 0"),
+        ("{% for a in [3, 1]|sort %}{{ a }}{{ loop.index }}{{ loop.cycle('x', 'y') }}{% endfor %}",
+         "11x32y"),
+        ("{{ 1.26|round(1) }}{{ 'abcdef'[1:3] }}{{ [1, 2, 3][::-1] }}{{ (1, 2)[1:] }}",
+         "1.3bc[3, 2, 1](2,)"),
+        ("{{ messages|tojson(indent=2) }}", '[\n  {\n    "role": "user",\n    "content": "hello"\n'
+                                            "  }\n]"),
+        ("{% macro m(a, b=1) %}{{ a ~ b ~ caller() }}{% endmacro %}{% call m('x') %}!{% endcall %}",
+         "x1!"),
+        ("{{ range(3)|map('string')|map('upper')|join(',') }}{{ ['x', 'y']|join(d='+') }}",
+         "0,1,2x+y"),
+        ("{{ (['a'] * 2) + ['b'] }}{{ namespace(a=1) }}", "['a', 'a', 'b']<Namespace>"),
+        ("{{ messages|map(attribute='content')|first|upper|trim('O') }}", "HELL"),
+        ("{{ '\t'.expandtabs(2) }}|{{ 'long text here'|truncate(8, true) }}|{{ 'a'|e }}",
+         "  |long ...|a"),
+        ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
+    ],
+)  # fmt: skip
+def test_ordinary_templates_are_not_disturbed(source: str, text: str) -> None:
+    assert render(source) == text
+
+
+def test_dates_of_a_thousand_characters_at_most() -> None:
+    with pytest.raises(InvalidRequestError):
+        render("{{ strftime_now('%Y' * 1000000) }}")
+
+
+def test_the_limit_grows_with_the_request() -> None:
+    content = "x" * (2 * MAX_CHARS)
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content + '!' }}{{ m.content }}{% endfor %}",
+        special_tokens={},
+    )
+    assert len(template.render([{"role": "user", "content": content}])) == 2 * len(content) + 1
+
+
+def test_shared_values_are_weighed_once_and_cycles_have_no_weight_to_wait_for() -> None:
+    meter = Meter()
+    shared = ["x" * 1000] * 100
+    assert meter.weigh([shared, shared]) > 2 * 100 * 1000
+    cycle: list[object] = []
+    cycle.append(cycle)
+    with pytest.raises(TemplateLimitError, match="100 deep"):
+        meter.weigh(cycle)
+    assert render("{% set ns = namespace() %}{% set ns.a = [ns] %}{{ ns.a }}") == "[<Namespace>]"
+
+
+def test_a_thousand_messages_take_milliseconds() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m['content'] | trim }}"
+        "{% elif m.role is string %}{{ '<a>' + m.content }}{% endif %}{% endfor %}",
+        special_tokens={},
+    )
+    messages = [{"role": "user", "content": "hello " * 20}] * 1000
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        template.render(messages)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.1
