@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 
+from pyserve.api import request_id
 from pyserve.config import ServerConfig
 
 METHODS = "GET, HEAD, POST"
@@ -33,7 +34,10 @@ def add_cors(app: web.Application, config: ServerConfig) -> None:
             and hdrs.ORIGIN in request.headers
             and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
         )
-        return policy.preflight(request) if is_preflight else await handler(request)
+        if not is_preflight:
+            return await handler(request)
+        request_id.begin(request)
+        return policy.preflight(request)
 
     async def sign(request: web.Request, response: web.StreamResponse) -> None:
         # Not in the middleware: the headers of a stream have left when its handler returns.
