@@ -172,13 +172,27 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.model.hub import resolve_model
 
-        if not Path(name).expanduser().is_dir():
-            report("download", 0, 0)
+        def check(folder: Path) -> None:
+            """Refuse before the download what would be refused after it."""
+            from pyserve.engine.load import check_start
+
+            check_start(_engine_config(args, folder))
+
         return resolve_model(
-            name, revision=revision, token=token, download_dir=args.download_dir, flag=flag
+            name,
+            revision=revision,
+            token=token,
+            download_dir=args.download_dir,
+            flag=flag,
+            with_weights=flag == "--model" and args.load_format != "dummy",
+            progress=lambda done, total: report("download", done, total),
+            check=check,
         )
 
     def load(report: Report) -> Loaded:
+        from pyserve.engine.preload import preload_torch
+
+        preload_torch()
         model_path = DEMO_MODEL
         if args.model is not None:
             model_path = resolve(report, args.model, revision=args.revision, flag="--model")
