@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import pyserve
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.histogram import INTER_TOKEN_BUCKETS_S, Histogram, StepHistograms, token_buckets
 from pyserve.metrics import Metrics
@@ -194,3 +198,21 @@ def test_rendering_does_not_hold_the_loop() -> None:
         metrics.render()
         fastest_s = min(fastest_s, time.perf_counter() - began_s)
     assert fastest_s < MAX_RENDER_S
+
+
+def test_every_series_of_the_board_exists() -> None:
+    folder = Path(pyserve.__file__).parent / "api" / "static"
+    board = json.loads((folder / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    expressions += [
+        item["query"]["query"] for item in board["templating"]["list"] if item["type"] == "query"
+    ]
+    assert len(expressions) > 20
+    found = samples(watched()[0])
+    for expression in expressions:
+        names = re.findall(r"\b(?:vllm|pyserve):\w+", expression)
+        assert names, expression
+        for name in names:
+            assert name in found, name
+        for label, value in re.findall(r'\b(code|end)="(\w+)"', expression):
+            assert value in by_label(found, names[0], label), expression

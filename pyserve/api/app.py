@@ -128,6 +128,7 @@ def _middleware(state: ServerState) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         target = request.match_info.handler
+        state.request_log.begin()
         try:
             if target not in public and not keys.accept(request):
                 raise UnauthorizedError("the API key is missing or wrong")

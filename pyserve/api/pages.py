@@ -24,7 +24,7 @@ CONTENT_TYPES = {
 }
 FILES = (
     "page.css", "page.js", "docs.js", "swagger-ui.css", "swagger-ui-bundle.js",
-    "swagger-ui.LICENSE.txt", "swagger-ui-bundle.js.LICENSE.txt",
+    "swagger-ui.LICENSE.txt", "swagger-ui-bundle.js.LICENSE.txt", "grafana.json",
 )  # fmt: skip
 STATIC_PATH = "/static/{name:" + "|".join(map(re.escape, FILES)) + "}"  # no other file has a path
 HEADERS = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import time
+from contextvars import ContextVar
 
 from aiohttp import web
 
-from pyserve.api import request_id
 from pyserve.api.generate import Choice, Generation
 from pyserve.api.request_id import current as current_request_id
 from pyserve.errors import QueueFullError, RequestError
@@ -22,7 +22,8 @@ from pyserve.params import SamplingParams
 LINES_PER_S, MAX_BURST_LINES = 50.0, 500.0
 MAX_PARAM_CHARS = 64
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
-_KEY = "pyserve.is_logged"
+# Of the request that this task answers: its error may still be on its way once it has its line.
+_has_ended: ContextVar[bool] = ContextVar("has_ended", default=False)
 
 
 class RequestLog:
@@ -32,7 +33,11 @@ class RequestLog:
         self._log_arrivals = log_arrivals
         self._budget_lines = MAX_BURST_LINES
         self._refilled_s = time.monotonic()
-        self._num_dropped = 0
+        self.num_dropped = 0  # lines, since the last one
+
+    def begin(self) -> None:
+        """This task begins to answer a request."""
+        _has_ended.set(False)
 
     def arrived(self, request: web.BaseRequest, generation: Generation) -> None:
         """All sequences of a request have been queued."""
@@ -54,7 +59,7 @@ class RequestLog:
         """All choices have ended; nothing is said of a request that never had any."""
         if not generation.choices:
             return
-        request[_KEY] = True
+        _has_ended.set(True)
         if not self._take_line():
             return
         get_logger().info(
@@ -69,7 +74,7 @@ class RequestLog:
 
         A full queue is not for here: the engine sums its refusals up.
         """
-        if _KEY in request or isinstance(error, QueueFullError) or not self._take_line():
+        if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line():
             return
         param = _UNSAFE.sub("?", (error.param or "-")[:MAX_PARAM_CHARS])
         get_logger().info(
@@ -87,12 +92,12 @@ class RequestLog:
         self._budget_lines = min(self._budget_lines + refill, MAX_BURST_LINES)
         self._refilled_s = now
         if self._budget_lines < 1.0:
-            self._num_dropped += 1
+            self.num_dropped += 1
             return False
         self._budget_lines -= 1.0
-        if self._num_dropped:
-            get_logger().info("%d lines about requests left out", self._num_dropped)
-            self._num_dropped = 0
+        if self.num_dropped:
+            get_logger().info("%d lines about requests left out", self.num_dropped)
+            self.num_dropped = 0
         return True
 
 
