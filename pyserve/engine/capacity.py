@@ -41,7 +41,6 @@ class Capacity:
 
     model: ModelConfig
     config: EngineConfig
-    dtype: torch.dtype
     sizes: ModelSizes
     memory: CardMemory
     plan: MemoryPlan
@@ -66,7 +65,7 @@ class Capacity:
             gpu_memory_utilization=1.0,
             kv_cache_memory_bytes=num_blocks * self.plan.block_bytes,
         )
-        return _plan(self.model, config, self.dtype, self.sizes, UNLIMITED).total_bytes
+        return _plan(self.model, config, self.sizes, UNLIMITED).total_bytes
 
 
 def named_memory(card: Card) -> CardMemory:
@@ -74,27 +73,30 @@ def named_memory(card: Card) -> CardMemory:
     return CardMemory(total_bytes=card.memory_mib * MIB, used_bytes=CONTEXT_BYTES)
 
 
-def find_capacity(
-    model: ModelConfig, config: EngineConfig, memory: CardMemory, *, is_int4: bool = False
-) -> Capacity:
-    """Raises ConfigError where a card cannot run the model, PlanError where it does not fit."""
+def sizes_on_card(model: ModelConfig, config: EngineConfig, *, is_int4: bool = False) -> ModelSizes:
+    """Raises ConfigError where a card cannot run the model or its dtype."""
     devices.check_model(model, CUDA)
     dtype = devices.resolve_dtype(config.dtype, model.dtype, CUDA)
-    sizes = measure_model(model, dtype, is_int4=is_int4)
-    plan = _plan(model, config, dtype, sizes, memory)
-    return Capacity(model, config, dtype, sizes, memory, plan)
+    return measure_model(model, dtype, is_int4=is_int4)
+
+
+def find_capacity(
+    model: ModelConfig, config: EngineConfig, sizes: ModelSizes, memory: CardMemory
+) -> Capacity:
+    """Raises PlanError, with the ledger, where it does not fit."""
+    return Capacity(model, config, sizes, memory, _plan(model, config, sizes, memory))
 
 
 def _plan(
-    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, sizes: ModelSizes,
-    memory: CardMemory,
-) -> MemoryPlan:  # fmt: skip
+    model: ModelConfig, config: EngineConfig, sizes: ModelSizes, memory: CardMemory
+) -> MemoryPlan:
+    """planner.plan_memory, as the server calls it."""
     return plan_memory(
         model,
         config,
         weight_bytes=sizes.weight_bytes,
         kv_specs=list(sizes.kv_specs),
-        itemsize=dtype.itemsize,
+        itemsize=sizes.dtype.itemsize,
         memory=memory,
     )
 
@@ -109,7 +111,8 @@ def main(argv: list[str]) -> int:
         model = ModelConfig.from_hf(raw)
         card, name, memory = _card(args.gpu)
         config = _engine_config(args)
-        capacity = find_capacity(model, config, memory, is_int4=args.quantization == "awq")
+        sizes = sizes_on_card(model, config, is_int4=args.quantization == "awq")
+        capacity = find_capacity(model, config, sizes, memory)
         mean_context = min(args.mean_context, capacity.plan.max_model_len)
     except StartupError as error:
         log.get_logger().error("%s", error)
@@ -224,7 +227,7 @@ def _card(wanted: str | None) -> tuple[Card | None, str, CardMemory]:
 
 def _head(args: argparse.Namespace, capacity: Capacity, name: str, card: Card | None) -> list[str]:
     model, sizes = capacity.model, capacity.sizes
-    dtype = str(capacity.dtype).removeprefix("torch.")
+    dtype = str(sizes.dtype).removeprefix("torch.")
     lines = [
         f"{args.model}: {model.architecture}, {sizes.num_params / 1e9:.2f} G parameters, {dtype}, "
         f"context {model.max_model_len:,}",

@@ -27,11 +27,13 @@ INT4_BITS = 4 + (16 + 4) / 128
 class ModelSizes:
     """What a model holds and what a step of it reads, from shapes alone.
 
+    dtype           of what is computed, and of the KV cache
     weight_bytes    of everything that is held
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
     head_bytes      of the output head: read for the rows that are sampled
     """
 
+    dtype: torch.dtype
     weight_bytes: int
     num_params: int
     layer_bytes: int
@@ -65,6 +67,7 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, is_int4: bool = Fal
     layer_bytes = int(layer_params * INT4_BITS / 8) if is_int4 else dense_bytes
     head = views.get(HEAD, views[EMBEDDING])
     return ModelSizes(
+        dtype=dtype,
         weight_bytes=sum(view.nbytes for view in views.values()) - dense_bytes + layer_bytes,
         num_params=sum(view.numel() for view in views.values()),
         layer_bytes=layer_bytes,

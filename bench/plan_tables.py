@@ -1,0 +1,113 @@
+"""The README's two tables of what fits, from the formulas the server itself plans with.
+
+    python -m bench.plan_tables
+
+Shapes are those of the models' config.json; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.make_model import PRESETS
+from pyserve.config import EngineConfig
+from pyserve.engine.capacity import UNLIMITED, Capacity, find_capacity, named_memory, sizes_on_card
+from pyserve.engine.cards import CARDS, Card
+from pyserve.engine.planner import GIB, MAX_NUM_BATCHED_TOKENS
+from pyserve.engine.roofline import ModelSizes
+from pyserve.errors import PlanError
+from pyserve.model.config import ModelConfig
+
+_QWEN25: dict[str, Any] = {
+    **PRESETS["qwen2.5-7b"], "hidden_size": 5120, "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.2-3B": {
+        **PRESETS["llama-3.1-8b"], "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 28, "num_attention_heads": 24, "tie_word_embeddings": True,
+    },
+    "Qwen3-4B": {
+        **PRESETS["qwen3-8b"], "hidden_size": 2560, "intermediate_size": 9728,
+        "tie_word_embeddings": True,
+    },
+    "Mistral-7B": PRESETS["mistral-7b"],
+    "Qwen2.5-7B": PRESETS["qwen2.5-7b"],
+    "Llama-3.1-8B": PRESETS["llama-3.1-8b"],
+    "Qwen2.5-14B": {**_QWEN25, "intermediate_size": 13824, "num_hidden_layers": 48},
+    "Qwen2.5-32B": {**_QWEN25, "intermediate_size": 27648, "num_hidden_layers": 64},
+}  # fmt: skip
+CONTEXTS = (4096, 8192, 16384, 32768, 131072)
+NO = "-"
+
+
+def main() -> None:
+    models = [(name, ModelConfig.from_hf(raw)) for name, raw in SHAPES.items()]
+    sizes = {name: sizes_on_card(model, _config()) for name, model in models}
+    print(memory_table(models, sizes))
+    print()
+    print(card_table(models, sizes))
+
+
+Models = Sequence[tuple[str, ModelConfig]]
+Sizes = dict[str, ModelSizes]
+
+
+def memory_table(models: Models, sizes: Sizes) -> str:
+    """GiB that a card must show for one sequence of a context, by model."""
+    header = ["bf16, GiB", "weights", *(f"{length // 1024}k" for length in CONTEXTS)]
+    rows = []
+    for name, model in models:
+        config = _config(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS)
+        capacity = find_capacity(model, config, sizes[name], UNLIMITED)
+        cells = [_card_gib(capacity, length) for length in CONTEXTS]
+        rows.append([name, f"{sizes[name].weight_bytes / GIB:.1f}", *cells])
+    return _markdown(header, rows)
+
+
+def card_table(models: Models, sizes: Sizes) -> str:
+    """The longest context that one sequence can have, by card and model."""
+    header = ["card (GiB as CUDA shows)", *(name for name, _ in models)]
+    rows = [
+        [
+            f"{card.name} ({card.memory_mib / 1024:.1f})",
+            *(_longest(model, sizes[name], card) for name, model in models),
+        ]
+        for card in CARDS
+    ]
+    return _markdown(header, rows)
+
+
+def _config(**settings: Any) -> EngineConfig:
+    return EngineConfig(model_path=Path("shapes"), device="cuda", **settings)
+
+
+def _card_gib(capacity: Capacity, length: int) -> str:
+    if length > capacity.model.max_model_len:
+        return NO
+    utilization = capacity.config.gpu_memory_utilization
+    gib = capacity.bytes_for(length, num_seqs=1) / utilization / GIB
+    return f"{math.ceil(gib * 10) / 10:.1f}"
+
+
+def _longest(model: ModelConfig, sizes: ModelSizes, card: Card) -> str:
+    try:
+        capacity = find_capacity(model, _config(), sizes, named_memory(card))
+    except PlanError:
+        return NO
+    longest = capacity.longest_context(1)
+    if longest == model.max_model_len:
+        return "all"
+    return f"{longest // 1024}k" if longest >= 1024 else str(longest)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

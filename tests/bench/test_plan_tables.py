@@ -1,0 +1,36 @@
+"""The README's tables of what fits are what the formulas say today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import plan_tables
+from pyserve.engine.roofline import measure_model
+from pyserve.model.config import ModelConfig
+
+README = Path(__file__).parents[2] / "README.md"
+# In 10^9, of the models' cards.
+NUM_PARAMS = {
+    "Llama-3.2-3B": 3.21, "Qwen3-4B": 4.02, "Mistral-7B": 7.24, "Qwen2.5-7B": 7.62,
+    "Llama-3.1-8B": 8.03, "Qwen2.5-14B": 14.77, "Qwen2.5-32B": 32.76,
+}  # fmt: skip
+
+
+def test_shapes_are_the_models() -> None:
+    counted = {
+        name: measure_model(ModelConfig.from_hf(raw), torch.bfloat16).num_params / 1e9
+        for name, raw in plan_tables.SHAPES.items()
+    }
+    assert {name: round(count, 2) for name, count in counted.items()} == NUM_PARAMS
+
+
+def test_the_readme_has_both(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_tables.main()
+    memory, cards = capsys.readouterr().out.strip().split("\n\n")
+    text = README.read_text()
+    remedy = "print them anew: python -m bench.plan_tables"
+    assert memory in text, remedy
+    assert cards in text, remedy

@@ -1,0 +1,86 @@
+"""Floors against numbers worked out by hand, those of Llama-3.1-8B on an H200 among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.make_model import PRESETS
+from pyserve.engine.cards import Card, find_card
+from pyserve.engine.roofline import decode_floor, measure_model, prefill_floor_s
+from pyserve.model.config import ModelConfig
+from tests.engine.tiny import CONFIG
+
+LLAMA = ModelConfig.from_hf(PRESETS["llama-3.1-8b"])
+H200 = find_card("H200")
+# Of a layer: q and o, k and v, gate, up and down.
+LAYER_PARAMS = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+HEAD_PARAMS = 128256 * 4096
+EVEN = Card("even", 1024, 1.0, 1.0, 1, (8, 0), source="made up")  # a byte a FLOP
+
+
+def test_sizes_of_an_8b_llama() -> None:
+    sizes = measure_model(LLAMA, torch.bfloat16)
+    assert sizes.layer_params == 32 * LAYER_PARAMS
+    assert sizes.head_params == HEAD_PARAMS
+    norms = (2 * 32 + 1) * 4096
+    assert sizes.num_params == 32 * LAYER_PARAMS + 2 * HEAD_PARAMS + norms
+    assert sizes.weight_bytes == 2 * sizes.num_params
+    assert sizes.kv_bytes_per_token == 128 * 1024
+
+
+def test_a_tied_head_is_held_once_and_read() -> None:
+    sizes = measure_model(ModelConfig.from_hf(CONFIG | {"tie_word_embeddings": True}), torch.half)
+    assert sizes.head_params == 97 * 32
+    assert sizes.num_params == sizes.layer_params + 97 * 32 + 5 * 32
+
+
+def test_int4_is_4_156_bits_a_weight_of_the_layers_only() -> None:
+    sizes = measure_model(LLAMA, torch.float16, is_int4=True)
+    assert sizes.layer_bytes == 32 * LAYER_PARAMS * 4.15625 / 8
+    assert sizes.head_bytes == 2 * HEAD_PARAMS
+    assert sizes.weight_bytes / 1e9 == pytest.approx(5.73, abs=0.005)  # the AWQ file's size
+    floor = decode_floor(sizes, H200, batch=1, context_len=0)
+    assert floor.seconds * 1e3 == pytest.approx(1.11, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("batch", "context_len", "milliseconds", "bound"),
+    [
+        (1, 0, 3.57, "bandwidth"),
+        (64, 384, 4.34, "bandwidth"),  # 3.2 GB of KV cache
+        (256, 384, 8.3, "FLOP"),  # 5.2 ms of matrix products, 3.1 ms of KV cache
+    ],
+)
+def test_floors_of_the_h200(batch: int, context_len: int, milliseconds: float, bound: str) -> None:
+    sizes = measure_model(LLAMA, torch.bfloat16)
+    floor = decode_floor(sizes, H200, batch=batch, context_len=context_len)
+    assert floor.seconds * 1e3 == pytest.approx(milliseconds, rel=0.01)
+    assert floor.bound == bound
+
+
+def test_prefill_of_8192_on_the_h200() -> None:
+    assert prefill_floor_s(measure_model(LLAMA, torch.bfloat16), H200, 8192) == pytest.approx(
+        0.180, abs=0.001
+    )
+
+
+def test_a_short_prompt_waits_for_the_weights() -> None:
+    sizes = measure_model(LLAMA, torch.bfloat16)
+    read_s = 2 * (32 * LAYER_PARAMS + HEAD_PARAMS) / 4.2e12
+    assert prefill_floor_s(sizes, H200, 16) == pytest.approx(read_s)
+
+
+def test_a_window_bounds_what_is_read_and_computed() -> None:
+    whole = {**CONFIG, "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    full = measure_model(ModelConfig.from_hf(whole), torch.half)
+    windowed = measure_model(ModelConfig.from_hf(whole | {"sliding_window": 16}), torch.half)
+    per_token = 2 * 2 * 2 * 16 * 2  # layers, K and V, heads, head_dim, bytes
+    assert full.kv_bytes(200) == 200 * per_token and windowed.kv_bytes(200) == 16 * per_token
+    assert windowed.kv_bytes(5) == full.kv_bytes(5) == 5 * per_token
+    linear = 2 * (full.layer_params * 200 + full.head_params)
+    pairs = 2 * 4 * 4 * 16  # layers, QK and PV, heads, head_dim
+    assert prefill_floor_s(full, EVEN, 200) * 1e12 == pytest.approx(linear + pairs * 200 * 201 / 2)
+    assert prefill_floor_s(windowed, EVEN, 200) * 1e12 == pytest.approx(
+        linear + pairs * (16 * 17 / 2 + 184 * 16)
+    )
