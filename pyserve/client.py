@@ -156,7 +156,7 @@ class EngineStats:
     output_tokens: int
     step_age_s: float  # age of the running step, 0 where none runs
     error: str | None  # why the engine has stopped; None while it is sound
-    step_deadline_s: float | None = None  # a step that takes longer has hung; None: any time is fine
+    step_deadline_s: float | None = None  # a longer step has hung; None: any is fine
     num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
     num_nan_sequences: int = 0  # failed, as the model's output was not a number
     steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
@@ -198,8 +198,8 @@ class EngineClient(Protocol):
         priority: int = 0,
         cache_salt: str = "",
     ) -> SequenceStream:
-        """Queue one sequence. Raises InvalidRequestError where it can never fit, and as `check_room`
-        does. Lower `priority` runs first; equal ones in order of arrival.
+        """Queue one sequence. Raises as `check_room` does, and InvalidRequestError where it can
+        never fit. Lower `priority` runs first; equal ones in order of arrival.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from pyserve.api.protocol import (
 from pyserve.api.request_id import current as current_request_id
 from pyserve.api.sampling import Resolver
 from pyserve.api.state import Loaded, ServerState
-from pyserve.errors import InvalidRequestError
+from pyserve.errors import InvalidRequestError, UnavailableError
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
 
 FINGERPRINT = f"pyserve-{__version__}"
+LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
 MAX_PRIORITY = 2**31 - 1
 
 Response = ChatResponse | CompletionResponse
@@ -48,6 +50,33 @@ class Endpoint:
     default_max_tokens: int | None
     frames: type[stream.ChatFrames] | type[stream.CompletionFrames]
     whole: Callable[[str, int, str, Generation], Response]
+
+
+class _Deadline:
+    """Ends a request that takes longer than `timeout_s`, 0 for none: with an error that says so,
+    and where the client does not even take that, with its connection.
+    """
+
+    def __init__(self, request: web.Request, generation: Generation, timeout_s: float) -> None:
+        self._request = request
+        self._generation = generation
+        self._timeout_s = timeout_s
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout_s:
+            self._timer = asyncio.get_running_loop().call_later(timeout_s, self._interrupt)
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _interrupt(self) -> None:
+        reason = f"the request has taken longer than {self._timeout_s:g} s (--request-timeout)"
+        self._generation.interrupt(UnavailableError(reason))
+        self._timer = asyncio.get_running_loop().call_later(LAST_WRITE_S, self._abort)
+
+    def _abort(self) -> None:
+        if self._request.transport is not None:
+            self._request.transport.abort()
 
 
 async def answer(
@@ -80,6 +109,7 @@ async def answer(
     headers = ignored_header(ignored)
     generation = Generation(loaded.engine, state.metrics, arrived_s=arrived_s)
     reason = "abort"
+    deadline = _Deadline(request, generation, state.config.request_timeout_s)
     try:
         _submit(generation, loaded, endpoint, body, prompts)
         state.request_log.arrived(request, generation)
@@ -101,6 +131,7 @@ async def answer(
         reason = "error"
         raise
     finally:
+        deadline.cancel()
         generation.close(reason)
         state.request_log.ended(request, generation)
     return json_response(endpoint.whole(request_id, created, state.model_name, generation), headers)

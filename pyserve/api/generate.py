@@ -18,6 +18,7 @@ import msgspec
 from pyserve.api.protocol import PromptTokensDetails, Usage
 from pyserve.api.sampling import Ending
 from pyserve.client import EngineClient, SequenceDelta, SequenceStream
+from pyserve.errors import RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
@@ -109,6 +110,16 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         self._wakeup = asyncio.Event()
+        self._interruption: RequestError | None = None
+
+    def wake(self) -> None:
+        """Let `read` return, empty where there is no news."""
+        self._wakeup.set()
+
+    def interrupt(self, error: RequestError) -> None:
+        """Let `read` raise `error`, now or when it is called next."""
+        self._interruption = error
+        self._wakeup.set()
 
     def submit(
         self,
@@ -145,10 +156,13 @@ class Generation:
     async def read(self) -> list[tuple[Choice, str]]:
         """Wait for news: the choices that have any, each with its new text.
 
-        A choice leaves `active` with its last text. Raises the error a sequence failed with.
+        A choice leaves `active` with its last text. Raises the error a sequence failed with, or
+        that of `interrupt`.
         """
         await self._wakeup.wait()
         self._wakeup.clear()
+        if self._interruption is not None:
+            raise self._interruption
         news = []
         for choice in self.active:
             delta = choice.stream.take()

@@ -6,6 +6,8 @@ coroutine: what it does not fetch gathers as token ids in its sequences, which a
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -17,6 +19,8 @@ from pyserve.api.protocol import Usage
 from pyserve.errors import RequestError
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
+SILENCE_S = 10.0  # then a comment goes out: proxies cut what says nothing
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -152,24 +156,56 @@ async def send(
     return response
 
 
+class _Heartbeat:
+    """Wakes the writer of a stream that has been silent for SILENCE_S: queued, or in prefill."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.is_due = False
+        self._wake = wake
+        self._loop = asyncio.get_running_loop()
+        self._last_s = self._loop.time()
+        self._timer = self._loop.call_later(SILENCE_S, self._beat)
+
+    def note(self) -> None:
+        """Something has been said."""
+        self.is_due = False
+        self._last_s = self._loop.time()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _beat(self) -> None:
+        rest_s = self._last_s + SILENCE_S - self._loop.time()
+        if rest_s <= 0.0:
+            self.is_due = True
+            self._wake()
+            rest_s = SILENCE_S
+        self._timer = self._loop.call_later(rest_s, self._beat)
+
+
 async def _send_choices(
     response: web.StreamResponse, generation: Generation, frames: Frames
 ) -> None:
     has_begun = False
-    while generation.active:
-        news = await generation.read()
-        chunks = []
-        if news and not has_begun:
-            has_begun = True
-            chunks.append(frames.first(len(generation.choices)))
-        for choice, text in news:
-            if choice.finish_reason is not None:
-                chunks.append(frames.finish(choice, text))
-            elif text:
-                chunks.append(frames.text(choice.index, text))
-        data = b"".join(chunks)
-        if data:
-            await response.write(data)
+    heartbeat = _Heartbeat(generation.wake)
+    try:
+        while generation.active:
+            news = await generation.read()
+            chunks = []
+            if news and not has_begun:
+                has_begun = True
+                chunks.append(frames.first(len(generation.choices)))
+            for choice, text in news:
+                if choice.finish_reason is not None:
+                    chunks.append(frames.finish(choice, text))
+                elif text:
+                    chunks.append(frames.text(choice.index, text))
+            data = b"".join(chunks) or (COMMENT if heartbeat.is_due else b"")
+            if data:
+                await response.write(data)
+                heartbeat.note()
+    finally:
+        heartbeat.stop()
 
 
 def _head(request_id: str, kind: bytes, created: int, model: str) -> bytes:
