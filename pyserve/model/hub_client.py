@@ -20,7 +20,7 @@ import msgspec
 from yarl import URL
 
 from pyserve import log
-from pyserve.errors import StartupError
+from pyserve.errors import ConfigError, StartupError
 
 STALL_S = 30.0  # without a byte
 MAX_FAILURES = 5  # in a row, without a byte between them
@@ -104,7 +104,7 @@ class HubClient:
 
     async def __aenter__(self) -> HubClient:
         if not re.match(r"https?://[^/]", self._endpoint):
-            raise StartupError(f"HF_ENDPOINT must be a http address, got {self._endpoint}")
+            raise ConfigError(f"HF_ENDPOINT must be a http address, got {self._endpoint}")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S),

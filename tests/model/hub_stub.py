@@ -79,6 +79,9 @@ class HubStub:
         self._thread.start()
 
     def close(self) -> None:
+        """The hub is gone; closing it twice is fine."""
+        if not self._thread.is_alive():
+            return
         self.server.shutdown()
         self._thread.join()
         self.server.server_close()
