@@ -23,6 +23,7 @@ from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
 
 DEMO_MODEL_NAME = "pyserve-demo"
 DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         server_config = _server_config(args)
         _check_paths(args, server_config)
         load = _loader(args)
+        _warn_of_exposure(server_config)
     except StartupError as error:
         log.get_logger().error("%s", error)
         return 2
@@ -65,11 +67,6 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
     if args.uds is not None:
         if args.host is not None or args.port is not None:
             log.get_logger().warning("--host and --port have no effect beside --uds")
-    elif not keys and host not in ("127.0.0.1", "localhost", "::1"):
-        log.get_logger().warning(
-            "anyone who reaches %s:%d can use the model: pass --api-key KEY to require one",
-            host, port,
-        )  # fmt: skip
     names = args.served_model_name or [args.model or DEMO_MODEL_NAME]
     root_path = args.root_path.rstrip("/")
     return ServerConfig(
@@ -93,6 +90,14 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
         log_requests=args.enable_log_requests,
         log_stats=not args.disable_log_stats,
     )
+
+
+def _warn_of_exposure(config: ServerConfig) -> None:
+    if not config.api_keys and config.uds is None and config.host not in LOOPBACK:
+        log.get_logger().warning(
+            "anyone who reaches %s:%d can use the model: pass --api-key KEY to require one",
+            config.host, config.port,
+        )  # fmt: skip
 
 
 def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:

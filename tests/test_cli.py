@@ -100,7 +100,7 @@ def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_host_beside_a_unix_socket_warns(caplog: pytest.LogCaptureFixture) -> None:
     server_config("--uds", "x")
-    assert not caplog.records  # nor is a file a public address
+    assert not caplog.records
     server_config("--uds", "x", "--port", "5")
     assert "--host and --port have no effect beside --uds" in caplog.text
 
@@ -271,7 +271,6 @@ def test_a_wrong_value_ends_before_the_port_opens() -> None:
 
 
 def test_public_address_without_key_warns(caplog: pytest.LogCaptureFixture) -> None:
-    cli._server_config(parse_args(["--host", "0.0.0.0"]))
-    cli._server_config(parse_args(["--host", "127.0.0.1"]))
-    cli._server_config(parse_args(["--api-key", "k"]))
+    for argv in (["--host", "0.0.0.0"], ["--host", "::1"], ["--api-key", "k"], ["--uds", "x"]):
+        cli._warn_of_exposure(server_config(*argv))
     assert len([r for r in caplog.records if "--api-key" in r.getMessage()]) == 1
