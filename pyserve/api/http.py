@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -95,16 +95,17 @@ class HttpProtocol(web.RequestHandler):
             return
         if len(self._messages) > num_known:
             self._end_head()
-            for message, _ in list(self._messages)[num_known:]:
-                if not isinstance(message, _ErrInfo) and _head_bytes(message) > MAX_HEAD_BYTES:
-                    self._refuse_head()
+            for number, (message, _) in enumerate(list(self._messages)):
+                refusal = _refusal(message) if number >= num_known else None
+                if refusal is not None:
+                    self._refuse(refusal, after=number)
                     return
         elif data and self._waiter is not None and not self._waiter.done():
             # Nothing is asked or answered on this connection: this is a part of a head.
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._end_head()
-                self._refuse_head()
+                self._refuse(_head_too_large())
             elif self._head_timer is None:
                 self._head_timer = self._loop.call_later(HEAD_TIMEOUT_S, self.force_close)
 
@@ -114,11 +115,11 @@ class HttpProtocol(web.RequestHandler):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _refuse_head(self) -> None:
-        """Answer with an error in place of what has come, read no more and close."""
+    def _refuse(self, error: RequestError, *, after: int = 0) -> None:
+        """Answer `after` requests of those that have come, then with `error`; read no more."""
         self._is_refused = True
-        error = InvalidRequestError(f"the headers are larger than {MAX_HEAD_BYTES} bytes")
-        self._messages.clear()
+        while len(self._messages) > after:
+            self._messages.pop()
         self._messages.append((_ErrInfo(status=400, exc=error, message=""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -133,6 +134,8 @@ class HttpProtocol(web.RequestHandler):
         """Called by aiohttp for broken HTTP (400) and for what the middleware let through."""
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun, no other can follow")
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client has gone: nobody is answered, and it is no bug of ours
         if status == 400:
             request_id.begin(request)
             get_logger().debug("broken HTTP from %s", request.remote)
@@ -176,6 +179,24 @@ async def listening(
     finally:
         listener.close()
         await runner.cleanup()
+
+
+def _refusal(message: RawRequestMessage | _ErrInfo) -> RequestError | None:
+    """Why a request that can be parsed is not taken; None: it is."""
+    if isinstance(message, _ErrInfo):
+        return None
+    if _head_bytes(message) > MAX_HEAD_BYTES:
+        return _head_too_large()
+    if message.version not in (HttpVersion10, HttpVersion11):  # aiohttp would answer in the same
+        return InvalidRequestError("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    expectation = message.headers.get("Expect", "100-continue").strip().lower()
+    if expectation != "100-continue":
+        return InvalidRequestError("Expect may only be 100-continue")
+    return None
+
+
+def _head_too_large() -> RequestError:
+    return InvalidRequestError(f"the headers are larger than {MAX_HEAD_BYTES} bytes")
 
 
 def _head_bytes(message: RawRequestMessage) -> int:
