@@ -88,7 +88,7 @@ CHAT_REFUSED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PROMPT_REFUSED: dict[str, tuple[str, ...]] = {
     "prompt": ("null", "1", "{}", "true", "[]", "[[]]", '[""]', '""', "[null]", '[1,"x"]',
-               '["x",1]', "[[1],2]", "[[1],null]", *_NOT_IDS[4:10], '"' + "word " * 5000 + '"',
+               '["x",1]', "[[1],2]", "[[1],null]", *_NOT_IDS[5:10], '"' + "word " * 5000 + '"',
                "[" + ",".join(["5"] * 20_000) + "]", "[" + ",".join(['"x"'] * 3000) + "]",
                r'"\ud800"', "[[[1]]]"),
     "suffix": ('"x"', "1"),
