@@ -105,7 +105,7 @@ async function ask(text) {
         answer += delta;
         box.textContent = answer;
       }
-      if (frame.usage) speed(frame.usage, first - began, performance.now() - first);
+      if (frame.usage) speed(frame.usage, (first ?? began) - began, performance.now() - began);
     }
   } catch (error) {
     if (error.name !== "AbortError") failure = error.message;
@@ -143,10 +143,11 @@ async function* frames(body, signal) {
   }
 }
 
-function speed(usage, firstMs, restMs) {
+function speed(usage, firstMs, allMs) {
   const count = usage.completion_tokens;
-  const rate = count > 1 && restMs > 0 ? `, ${((count - 1) * 1000 / restMs).toFixed(1)} tokens/s` : "";
-  $("speed").textContent = `${count} tokens, first after ${firstMs.toFixed(0)} ms${rate}`;
+  const rate = (count * 1000 / allMs).toFixed(0);
+  $("speed").textContent =
+    `${count} tokens, first after ${firstMs.toFixed(0)} ms, ${rate} tokens/s in all`;
 }
 
 $("form").addEventListener("submit", (event) => {
