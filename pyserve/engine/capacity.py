@@ -7,7 +7,7 @@ and no GPU. Memory comes from planner.py alone, by a card that is made up; rates
 from __future__ import annotations
 
 import argparse
-import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,18 @@ import msgspec
 import torch
 
 from pyserve import flags, log
-from pyserve.config import Dtype, EngineConfig
+from pyserve.config import Dtype, EngineConfig, env
 from pyserve.engine import device as devices
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.cards import CARDS, CONTEXT_BYTES, MIB, Card, find_card
 from pyserve.engine.planner import GIB, CardMemory, MemoryPlan, format_ledger, plan_memory
 from pyserve.engine.roofline import ModelSizes, decode_floor, measure_model, prefill_floor_s
 from pyserve.errors import ConfigError, StartupError
+from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig, read_config
+from pyserve.model.hub import fetch_headers
+from pyserve.model.loader import check_checkpoint
+from pyserve.model.weights import index_checkpoint
 from pyserve.ops import device as card_here
 
 CUDA = torch.device("cuda", 0)
@@ -105,10 +109,8 @@ def main(argv: list[str]) -> int:
     """Print the plan for the flags in `argv`, those after "plan"; returns the exit code."""
     try:
         args = _parse(argv)
-        raw = read_config(_folder(args))
-        if args.quantization == "awq":
-            raw = _without_awq(raw)
-        model = ModelConfig.from_hf(raw)
+        with tempfile.TemporaryDirectory(prefix="pyserve-") as scratch:
+            model, stored_bytes = _read_model(args, Path(scratch))
         card, name, memory = _card(args.gpu)
         config = _engine_config(args)
         sizes = sizes_on_card(model, config, is_int4=args.quantization == "awq")
@@ -118,6 +120,8 @@ def main(argv: list[str]) -> int:
         log.get_logger().error("%s", error)
         return 2
     lines = _head(args, capacity, name, card)
+    if stored_bytes is not None:
+        lines.insert(1, f"  {stored_bytes / 1e9:.2f} GB of weights in its files")
     lines += _memory_lines(capacity)
     if card is not None:
         lines += _rate_lines(capacity, card, mean_context, args.price_per_day)
@@ -170,11 +174,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _folder(args: argparse.Namespace) -> Path:
-    folder = Path(os.path.expanduser(args.model))
-    if not folder.is_dir():
-        raise ConfigError(f"--model {args.model} is not a folder")
-    return folder
+def _read_model(args: argparse.Namespace, scratch: Path) -> tuple[ModelConfig, int | None]:
+    """The model, and the bytes of its weights' files; None where there are none to look at.
+
+    What is on the hub comes into `scratch`: config.json and the headers of the weights.
+    """
+    token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
+    folder = fetch_headers(
+        args.model, scratch, revision=args.revision, token=token, download_dir=args.download_dir
+    )
+    try:
+        raw = read_config(folder)
+        if args.quantization == "awq":
+            raw = _without_awq(raw)
+        model = ModelConfig.from_hf(raw)
+        if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+            return model, None
+        if args.quantization is None:
+            check_checkpoint(folder, model, dtype=torch.bfloat16)
+        return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())
+    except StartupError as error:
+        line = str(error).replace(f"{scratch}/", "").replace(str(scratch), args.model)
+        raise type(error)(line) from error
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -1,0 +1,237 @@
+"""`pyserve plan`: its ledger is the planner's, its figures follow from card and config.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.make_model import PRESETS
+from pyserve import cli
+from pyserve.config import DEMO_MODEL, EngineConfig
+from pyserve.engine import capacity as plans
+from pyserve.engine.capacity import UNLIMITED, find_capacity, main, named_memory, sizes_on_card
+from pyserve.engine.cards import find_card
+from pyserve.engine.planner import MIB, CardMemory, format_ledger
+from pyserve.model import hub
+from pyserve.model.config import ModelConfig
+from tests.engine.tiny import write_model
+from tests.model.hub_stub import running_hub
+
+LLAMA = PRESETS["llama-3.1-8b"]
+CARD = find_card("RTX 4090")
+
+
+def write_config(folder: Path, **overrides: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(LLAMA | overrides))
+    return str(folder)
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """Cells of the rows below the line that starts with `title`."""
+    lines = text.split(f"\n{title}")[1].splitlines()[1:]
+    rows = []
+    for line in lines:
+        if not line.startswith("  "):
+            break
+        rows.append(re.split(r"\s{2,}", line.strip()))
+    return rows
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def refusal(caplog: pytest.LogCaptureFixture, *argv: str) -> str:
+    caplog.clear()
+    assert main(list(argv)) == 2
+    return caplog.messages[-1]
+
+
+def capacity_of(**settings: Any) -> plans.Capacity:
+    model = ModelConfig.from_hf(LLAMA)
+    config = EngineConfig(model_path=Path("unused"), **settings)
+    return find_capacity(model, config, sizes_on_card(model, config), named_memory(CARD))
+
+
+def test_the_ledger_is_what_the_server_would_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run(capsys, "--model", write_config(tmp_path), "--gpu", "4090")
+    capacity = capacity_of()
+    assert format_ledger(capacity.plan.ledger) in text
+    assert capacity.plan.total_bytes <= 0.9 * CARD.memory_mib * MIB
+    assert f"KV cache: {capacity.num_tokens:,} tokens of 128 KiB" in text
+    assert f"{capacity.plan.max_model_len:,} would be served" in text
+    assert "8.03 G parameters, bfloat16, context 131,072" in text
+    assert "24,084 MiB as CUDA shows it" in text
+
+
+def test_sequences_share_the_kv_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, write_config(tmp_path), "--gpu", "4090", "--max-num-seqs", "100")
+    counts, tokens = table(text, "the longest context of each:")
+    assert counts[1:] == ["1", "8", "100"]
+    num_blocks = capacity_of(max_num_seqs=100).plan.num_blocks
+    assert tokens[1:] == [f"{num_blocks // n * 16:,}" for n in (1, 8, 100)]
+
+
+def test_contexts_against_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, write_config(tmp_path), "--gpu", "4090")
+    rows = {row[0]: row[1:] for row in table(text, "GiB that all of it needs")[1:]}
+    assert list(rows)[0] == "2,048" and list(rows)[-1] == "131,072"
+    longest = f"{capacity_of().plan.max_model_len:,}"
+    fits = [row[1] for row in rows.values()]
+    # Everything up to what would be served fits, nothing beyond does.
+    assert fits == ["yes"] * (list(rows).index(longest) + 1) + ["no"] * (
+        len(rows) - list(rows).index(longest) - 1
+    )
+    assert rows["32,768"][0] == "20.1" and rows["32,768"][2:] == ["48.1", "no"]
+
+
+def test_bytes_for_a_context_are_the_ledger_of_exactly_that() -> None:
+    capacity = capacity_of()
+    one, eight = capacity.bytes_for(8192, 1), capacity.bytes_for(8192, 8)
+    assert eight - one == 7 * 8192 * 128 * 1024
+    exact = find_capacity(
+        capacity.model,
+        EngineConfig(model_path=Path("unused"), max_model_len=8192, max_num_batched_tokens=2048),
+        capacity.sizes,
+        UNLIMITED,
+    )
+    fixed = sum(num_bytes for name, num_bytes in exact.plan.ledger if name != "KV cache")
+    assert one == fixed + 8192 * 128 * 1024
+
+
+def test_rates_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(
+        capsys, write_config(tmp_path), "--gpu", "h200", "--mean-context", "384",
+        "--price-per-day", "86.4",
+    )  # fmt: skip
+    header, *rows = table(text, "roofline of decoding with 384 tokens behind each sequence:")
+    assert header[-1] == "$ per million tokens"
+    assert [row[0] for row in rows] == ["1", "8", "64"]
+    for batch, each, together, milliseconds, bound, dollars in rows:
+        assert bound == "bandwidth"
+        rate = float(together.replace(",", ""))
+        assert rate == pytest.approx(int(batch) * float(each), rel=0.01)
+        assert float(milliseconds) * rate == pytest.approx(1000 * int(batch), rel=0.01)
+        assert float(dollars) == pytest.approx(0.001 / rate * 1e6, rel=0.01)  # 0.001 $ a second
+    assert rows[-1][3] == "4.34"
+    assert "real servers reach 60-90 %" in text
+
+
+def test_a_batch_that_does_not_fit_is_the_largest_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run(capsys, write_config(tmp_path), "--gpu", "4090", "--mean-context", "10k")
+    rows = table(text, "roofline of decoding")
+    assert [row[0] for row in rows[1:]] == ["1", str(capacity_of().num_tokens // 10_000)]
+    assert len(rows[0]) == 5, "no price, no column of it"
+
+
+def test_awq_is_sized_and_said_not_to_be_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_config(tmp_path)
+    assert "does not fit" in refusal(caplog, folder, "--gpu", "3060")
+    text = run(capsys, folder, "--gpu", "3060", "--quantization", "awq")
+    assert "NOT SERVED YET" in text and re.search(r"weights +5,462\.5 MiB", text)
+    stored = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    folder = write_config(tmp_path, quantization_config=stored)
+    assert run(capsys, folder, "--gpu", "3060", "-q", "awq") == text
+    assert "no quantised checkpoints yet" in refusal(caplog, folder, "--gpu", "3060")
+    folder = write_config(tmp_path, quantization_config=stored | {"group_size": 64})
+    assert "groups of 128" in refusal(caplog, folder, "--gpu", "3060", "-q", "awq")
+
+
+def test_what_does_not_fit_is_refused_with_the_ledger(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = refusal(caplog, write_config(tmp_path), "--gpu", "4090", "--max-model-len", "64k")
+    assert message.startswith("a context of 64000 tokens does not fit:")
+    assert "--max-model-len 41184 is the most that would" in message
+    assert "KV cache" in message and "total" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "plan needs one model"),
+        (["MODEL", "--model", "MODEL"], "plan needs one model"),
+        (["MODEL", "x"], "unexpected argument 'x'"),
+        (["MODEL", "--gpus", "4090"], "unknown flag --gpus, did you mean --gpu?"),
+        (["MODEL", "--gpu", "RTX 4900"], "--gpu RTX 4900 is not in the table; did you mean"),
+        (["MODEL", "--gpu", "4090", "--price-per-day", "0"], "--price-per-day must be in"),
+        (["MODEL", "--gpu", "4090", "--price-per-day", "nan"], "--price-per-day must be in"),
+        (["MODEL", "--gpu", "4090", "--mean-context", "0"], "--mean-context must be at least 1"),
+        (["MODEL", "--gpu", "4090", "--max-num-seqs", "0"], "--max-num-seqs must be in"),
+        (["MODEL", "--gpu", "4090", "--quantization", "gptq"], "choose from"),
+        (["MODEL", "--gpu", "4090", "--max-model-len", "1M"], "invalid size value: '1M'"),
+        (["MODEL/none", "--gpu", "4090"], "neither a folder nor a name on the hub"),
+    ],
+)
+def test_bad_arguments(
+    argv: list[str], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_config(tmp_path)
+    assert message in refusal(caplog, *(word.replace("MODEL", folder) for word in argv))
+
+
+def test_a_model_that_no_card_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = str(write_model(tmp_path))  # heads of 16
+    assert "head_dim" in refusal(caplog, folder, "--gpu", "4090")
+
+
+def test_without_a_card_one_must_be_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans.card_here, "has_card", lambda: False)
+    message = refusal(caplog, write_config(tmp_path))
+    assert "no NVIDIA card is here: name one with --gpu, RTX 3060 12GB," in message
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA Something New"])
+def test_the_card_that_is_here(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = CardMemory(total_bytes=24_000 * MIB, used_bytes=2_000 * MIB)  # others hold 976 MiB
+    monkeypatch.setattr(plans.card_here, "has_card", lambda: True)
+    monkeypatch.setattr(plans.card_here, "check_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(plans.devices, "card_memory", lambda device: shown)
+    text = run(capsys, write_config(tmp_path))
+    assert f"on {name} (the one here): 24,000 MiB as CUDA shows it" in text
+    assert ("0.94 TB/s" in text) == ("4090" in name)
+    assert ("roofline" in text) == ("4090" in name)
+    longest = table(text, "the longest context of each:")[1][1]
+    fits = {row[0]: row[2] for row in table(text, "GiB that all of it needs")[1:]}
+    assert fits[longest] == "yes" and fits["65,536"] == "no"
+
+
+def test_a_model_on_the_hub_by_its_headers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    weights = (DEMO_MODEL / "model.safetensors").stat().st_size
+    with running_hub() as stub:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", stub.endpoint)
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+        stub.add_folder("org/demo", DEMO_MODEL)
+        place = ["--download-dir", str(tmp_path)]
+        assert cli.main(["plan", "org/demo", "--gpu", "l4", *place]) == 0
+        assert stub.sent("safetensors") < weights / 10
+        text = capsys.readouterr().out
+        assert text.startswith("org/demo: LlamaForCausalLM, 0.01 G parameters")
+        assert "GB of weights in its files" in text
+        config = json.loads(stub.repos["org/demo"]["config.json"])
+        stub.repos["org/demo"]["config.json"] = json.dumps(
+            config | {"intermediate_size": 64}
+        ).encode()
+        message = refusal(caplog, "org/demo", "--gpu", "l4", *place)
+    assert message.startswith("model.safetensors: ") and "config.json makes it [64," in message
+    assert not any(tmp_path.rglob("*.safetensors"))
