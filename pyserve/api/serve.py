@@ -22,6 +22,7 @@ from pyserve.api.listen import Listener, listening_socket
 from pyserve.api.progress import show_progress
 from pyserve.api.ready_file import ReadyFile
 from pyserve.api.state import Loaded, Report, ServerState
+from pyserve.api.stats_log import log_statistics
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
 from pyserve.errors import StartupError
@@ -30,7 +31,6 @@ from pyserve.metrics import Metrics
 
 __all__ = ["Loaded", "Report", "run_server"]
 
-STATS_INTERVAL_S = 10.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -105,6 +105,7 @@ class _Server:
                 return 0
             loaded.engine.start()
             state.metrics.watch(loaded.engine.stats, loaded.engine.info)
+            state.metrics.watch_loop(lambda: state.watchdog.recent_lag_s)
             state.loaded = loaded
             state.status = "ready"
             self._ready_file.write(url=self._listener.url, model=state.model_name)
@@ -123,7 +124,7 @@ class _Server:
             state.startup.elapsed_s,
         )
         if self._config.log_stats:
-            self._statistics = asyncio.create_task(_log_statistics(loaded.engine))
+            self._statistics = asyncio.create_task(log_statistics(loaded.engine, state.metrics))
         failure = await self._wait_told_or_failed(loaded.engine)
         if failure is not None:
             await self._fail(loaded.engine, failure)
@@ -207,22 +208,3 @@ class _Server:
             get_logger().warning("%d requests are cut off", state.num_in_flight)
         await engine.stop()
         await state.wait_idle(LAST_FRAMES_S)
-
-
-async def _log_statistics(engine: EngineClient) -> None:
-    """One line every ten seconds in which the server had something to do."""
-    last = engine.stats()
-    while True:
-        await asyncio.sleep(STATS_INTERVAL_S)
-        stats = engine.stats()
-        if stats.num_steps != last.num_steps:
-            get_logger().info(
-                "prompt %.0f tokens/s, generation %.0f tokens/s, running %d, waiting %d, "
-                "KV cache %.1f %%",
-                (stats.prompt_tokens - last.prompt_tokens) / STATS_INTERVAL_S,
-                (stats.output_tokens - last.output_tokens) / STATS_INTERVAL_S,
-                stats.num_running,
-                stats.num_waiting,
-                100.0 * stats.num_blocks_used / engine.info.num_blocks,
-            )
-        last = stats

@@ -119,6 +119,17 @@ def test_random_operations(depth: int, policy: str, caching: bool, num_operation
     assert scheduler.blocks.num_free == 20 and scheduler.slots.num_free == 6
     assert scheduler.num_preemptions > 20
     assert (scheduler.num_cached_tokens > 100) == caching
+    histograms = engine.histograms
+    assert histograms.num_tokens.count == engine.num_steps
+    num_begun = sum(reader.stream.first_token_s > 0.0 for reader in seen)
+    assert histograms.inter_token_s.count == engine.num_output_tokens - num_begun
+    for reader in seen:
+        stream = reader.stream
+        assert stream.queued_s <= (stream.scheduled_s or stream.ended_s) <= stream.ended_s
+        if reader.output:
+            assert stream.scheduled_s <= stream.first_token_s <= stream.ended_s
+        else:
+            assert stream.first_token_s == 0.0
 
 
 @pytest.mark.parametrize("depth", [0, 1])
