@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         _check_paths(args, server_config)
         load = _loader(args)
         _warn_of_exposure(server_config)
+        if args.model is None:
+            log.get_logger().info("no --model: this is the bundled demo model")
     except StartupError as error:
         log.get_logger().error("%s", error)
         return 2
@@ -70,7 +72,7 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
     names = args.served_model_name or [args.model or DEMO_MODEL_NAME]
     root_path = args.root_path.rstrip("/")
     return ServerConfig(
-        served_model_names=tuple(names),
+        served_model_names=tuple(dict.fromkeys(names)),
         host=host,
         port=port,
         uds=args.uds,
@@ -105,7 +107,7 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
     for flag, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
         if name is None:
             continue
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_file() or not name or (name[0] in "/.~" and not path.is_dir()):
             raise ConfigError(f"{flag} {name} is neither a folder nor a name on the hub")
         if flag == "--model" and path.is_dir() and not (path / "config.json").is_file():
@@ -123,8 +125,8 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
 
 def _nearest_folder(path: Path) -> Path | None:
     """`path`, or the folder in which it can be made; None where a file is in the way."""
-    path = path.expanduser().absolute()
-    while not path.exists():
+    path = path.absolute()
+    while not os.path.lexists(path):
         path = path.parent
     return path if path.is_dir() else None
 

@@ -99,6 +99,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--served-model-name must hold at least one non-empty name")
         if any(not key for key in self.api_keys):
             raise ConfigError("--api-key must not be empty")
+        if any(key != key.strip() for key in self.api_keys):
+            # Headers are stripped of it, so that no client could ever match.
+            raise ConfigError("--api-key must not begin or end with white space")
         if not 0.0 <= self.shutdown_timeout_s < math.inf:
             raise ConfigError(
                 f"--shutdown-timeout must be at least 0 seconds, got {self.shutdown_timeout_s}"

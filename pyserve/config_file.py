@@ -91,12 +91,19 @@ def _value(where: str, node: yaml.Node) -> Value:
     if isinstance(node, yaml.SequenceNode):
         if not all(isinstance(item, yaml.ScalarNode) for item in node.value) or not node.value:
             raise ConfigError(f"{where} must be a value or a list of values, nothing nested")
-        return [str(item.value) for item in node.value]
+        return [_text(where, item) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
         raise ConfigError(f"{where} must be a value or a list of values, nothing nested")
     if node.tag == _NULL:
         raise ConfigError(f"{where} has no value")
-    return node.value.lower() in _TRUE if node.tag == _BOOL else str(node.value)
+    return node.value.lower() in _TRUE if node.tag == _BOOL else _text(where, node)
+
+
+def _text(where: str, node: yaml.ScalarNode) -> str:
+    text = str(node.value)
+    if "\0" in text:
+        raise ConfigError(f"{where} holds a NUL character")  # no argument of a command could
+    return text
 
 
 def _arguments(where: str, name: str, action: argparse.Action, value: Value) -> list[str]:

@@ -251,6 +251,10 @@ class _HelpLines(argparse.HelpFormatter):
             names[-1] += f" {action.metavar or action.dest.upper()}{more}"
         return ", ".join(names)
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # Python before 3.11 adds the default of a switch, which stands in brackets already.
+        return (action.help or "").removesuffix(" (default: %(default)s)")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the server's flags; those of vLLM that are only known by name are hidden."""
@@ -267,7 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=__version__, help="print it, end")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML of flags: 'port: 8000'; flags given win"
+        "--config", type=path, metavar="FILE", help="YAML of flags: 'port: 8000'; flags given win"
     )
     parser.add_argument(
         "--env", type=_assignment, action="append", default=[], metavar="KEY=VALUE",
@@ -291,7 +295,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--model", help="a folder, or a name on the hub: org/name [the demo model]")
     add("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer [the model's]")
     add("--revision", metavar="REV", help="branch, tag or commit on the hub [main]")
-    add("--download-dir", type=Path, metavar="DIR", help="where downloads are kept [HF_HOME]")
+    add("--download-dir", type=path, metavar="DIR", help="where downloads are kept [HF_HOME]")
     add("--hf-token", metavar="TOKEN", help="access token of the hub [HF_TOKEN]")
     add(
         "--load-format", choices=["auto", "safetensors", "dummy"], default="auto", metavar="FORMAT",
@@ -347,9 +351,9 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     # No defaults: --uds must know whether they were given.
     add("--host", help="address to listen on [0.0.0.0]")
     add("--port", type=int, help="0: any that is free [8000]")
-    add("--uds", type=Path, metavar="PATH", help="a Unix socket in place of host and port")
-    add("--ssl-certfile", type=Path, metavar="FILE", help="serve TLS with this chain (PEM)")
-    add("--ssl-keyfile", type=Path, metavar="FILE", help="its key, no password [in the chain]")
+    add("--uds", type=path, metavar="PATH", help="a Unix socket in place of host and port")
+    add("--ssl-certfile", type=path, metavar="FILE", help="serve TLS with this chain (PEM)")
+    add("--ssl-keyfile", type=path, metavar="FILE", help="its key, no password [in the chain]")
     add(
         "--api-key", action="append", default=[], metavar="KEY",
         help="clients must send it; repeatable [VLLM_API_KEY]",
@@ -369,7 +373,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
         "--allow-credentials", action=argparse.BooleanOptionalAction, default=False,
         help="CORS: cookies too; needs named origins [off]",
     )  # fmt: skip
-    add("--ready-file", type=Path, metavar="FILE", help="exists while the server is ready")
+    add("--ready-file", type=path, metavar="FILE", help="exists while the server is ready")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S",
         help="for requests to finish at the end [30]",
@@ -437,6 +441,16 @@ def context(text: str) -> int | None:
     return None if text in ("auto", "-1") else size(text)
 
 
+def path(text: str) -> Path:
+    """A path, with ~ for the home folder: shells expand it only at the start of a word."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no such home folder: {text[:200]}") from None
+
+
 def string_list(text: str) -> list[str]:
     """A JSON list of strings."""
     try:
@@ -459,6 +473,4 @@ def _assignment(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(
             f"{name} is read before pyserve is: set it before the command"
         )
-    if "\0" in value:
-        raise argparse.ArgumentTypeError(f"the value of {name} holds a NUL byte")
     return name, value

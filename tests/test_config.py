@@ -37,6 +37,7 @@ def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> N
         ("served_model_names", (), "--served-model-name"),
         ("served_model_names", ("",), "--served-model-name"),
         ("api_keys", ("",), "--api-key"),
+        ("api_keys", ("k\n",), "--api-key"),
         ("shutdown_timeout_s", -1.0, "--shutdown-timeout"),
         ("shutdown_timeout_s", math.nan, "--shutdown-timeout"),
         ("request_timeout_s", -1.0, "--request-timeout"),

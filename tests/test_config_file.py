@@ -77,6 +77,7 @@ def test_an_empty_file_says_nothing(file: Path, text: str) -> None:
         ("port: x", "argument --port: invalid int value: 'x'"),
         ("port: [1, 2]", "port takes one value, not a list"),
         ("port: true", "port must be a value, not true or false"),
+        ('host: "a\\0b"', "host holds a NUL character"),
         ("port:", "line 1: port has no value"),
         ("a: 1\nport: {a: 1}", "line 2: port must be a value or a list of values"),
         ("api-key: [[a]]", "must be a value or a list of values, nothing nested"),
