@@ -2,7 +2,7 @@
 
     python -m bench.fuzz                              # 20,000 cases of seed 0 at an own server
     python -m bench.fuzz --seed 7 -n 100000
-    python -m bench.fuzz --url http://localhost:8000 --pid 1234
+    python -m bench.fuzz --url http://localhost:8000 --pid 1234 --log server.log
     python -m bench.fuzz --seed 7 --only 4711         # one case again: its bytes and its answer
 
 Without --url a server is started in float32, in which greedy answers do not depend on batch mates
@@ -20,7 +20,6 @@ import http.client
 import itertools
 import os
 import re
-import shutil
 import socket
 import struct
 import sys
@@ -316,7 +315,7 @@ def judge(result: dict[str, Any], log: Path | None, args: argparse.Namespace) ->
         problems.append(f"/health took {worst_health_s:.2f} s")
     problems += _judge_after(result, args)
     if log is not None:
-        problems += _judge_log(log, args)
+        problems += _judge_log(log)
     for failure in tally.failures.values():
         _print_failure(failure, args)
     return problems
@@ -348,12 +347,10 @@ def _judge_after(result: dict[str, Any], args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _judge_log(log: Path, args: argparse.Namespace) -> list[str]:
+def _judge_log(log: Path) -> list[str]:
     text = log.read_text(errors="replace")
     lines = text.splitlines()
     print(f"server log: {len(lines)} lines, {len(text) / 1024:.0f} KiB")
-    if args.log is not None:
-        shutil.copyfile(log, args.log)
     for number, line in enumerate(lines):
         if "Traceback" in line or "never retrieved" in line:
             print("\n".join(lines[max(number - 2, 0) : number + 30]))
@@ -399,7 +396,7 @@ def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
     if args.only is not None:
         return _run_one(endpoint, args)
     result = asyncio.run(run_fuzz(endpoint, pid, args))
-    problems = judge(result, server.log if server is not None else None, args)
+    problems = judge(result, args.log if server is None else server.log, args)
     for problem in problems[:MAX_FAILURES]:
         print(f"FAILED {problem}")
     tally: Tally = result["tally"]
@@ -438,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-growth-mib", type=float, default=16.0, help="fail above (default %(default)s)")
     add("--max-gap-s", type=float, default=5.0, help="fail above (default %(default)s)")
     add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")
-    add("--log", type=Path, help="where the own server's log is copied to")
+    add("--log", type=Path, help="its log, looked through for tracebacks, with --url")
     add("--json", type=Path, metavar="FILE")
     add("flags", nargs="*", help="after --: flags of the server that is started")
     return parser
