@@ -15,7 +15,8 @@ import pytest
 from pyserve import cli
 from pyserve.config import EngineConfig, ServerConfig
 from pyserve.errors import ConfigError
-from pyserve.flags import NEUTRAL, NO_MEANING, NOT_BUILT, make_parser, parse_args
+from pyserve.flags import make_parser, parse_args
+from pyserve.foreign_flags import NEUTRAL, NO_MEANING, NOT_BUILT
 
 
 @pytest.mark.parametrize(

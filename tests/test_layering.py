@@ -22,6 +22,7 @@ LEAVES = {
     "log",
     "flags",
     "config_file",
+    "foreign_flags",
     "histogram",
 }
 # room -> rooms it may import besides itself and the leaves
