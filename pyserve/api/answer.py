@@ -12,10 +12,11 @@ from aiohttp import web
 
 from pyserve import __version__
 from pyserve.api import stream
-from pyserve.api.body import check_built, ignored_header
+from pyserve.api.body import ignored_header
 from pyserve.api.generate import Generation
 from pyserve.api.prompts import check_total
 from pyserve.api.protocol import (
+    MAX_ECHO_CHARS,
     MAX_NAME_CHARS,
     MAX_SEQUENCES,
     ChatRequest,
@@ -88,18 +89,20 @@ async def answer(
     body: ChatRequest | CompletionRequest,
     ignored: list[str],
     prompts: list[list[int]],
+    echoes: list[str],
     arrived_s: float,
 ) -> web.StreamResponse:
-    """Run `body` on `prompts`, all checks first. Raises RequestError before the status is sent."""
+    """Run `body` on `prompts`, all checks first. Raises RequestError before the status is sent.
+
+    echoes  what to show before the answers to each prompt; empty: nothing.
+    """
     options = body.stream_options
     if options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", "stream_options")
-    if options is not None:
-        check_built(
-            "continuous_usage_stats",
-            options.continuous_usage_stats,
-            "stream_options.continuous_usage_stats",
-        )
+    include_usage = bool(options and options.include_usage)
+    continuous_usage = bool(options and options.continuous_usage_stats)
+    if continuous_usage and not include_usage:
+        ignored = [*ignored, "stream_options.continuous_usage_stats"]
     if body.priority and not loaded.engine.info.has_priorities:
         ignored = [*ignored, "priority"]
     request_id = endpoint.id_prefix + (
@@ -111,7 +114,7 @@ async def answer(
     reason = "abort"
     deadline = _Deadline(request, generation, state.config.request_timeout_s)
     try:
-        _submit(generation, loaded, endpoint, body, prompts)
+        _submit(generation, loaded, endpoint, body, prompts, echoes)
         state.request_log.arrived(request, generation)
         if body.stream:
             frames = endpoint.frames(
@@ -122,7 +125,8 @@ async def answer(
                 generation,
                 frames,
                 headers=headers,
-                include_usage=bool(options and options.include_usage),
+                include_usage=include_usage,
+                continuous_usage=include_usage and continuous_usage,
             )
         await generation.read_all()
     except ConnectionError:
@@ -150,6 +154,7 @@ def _submit(
     endpoint: Endpoint,
     body: ChatRequest | CompletionRequest,
     prompts: list[list[int]],
+    echoes: list[str],
 ) -> None:
     engine = loaded.engine
     resolver = Resolver(body, engine.info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
@@ -168,9 +173,18 @@ def _submit(
     cache_salt = _name("cache_salt", body.cache_salt) or ""
     limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
     check_total(sum(map(len, prompts)), n=resolver.n, param=endpoint.prompt_name)
-    engine.check_room(num_sequences)  # all of them or none
+    num_chars = sum(map(len, echoes)) * resolver.n
+    if num_chars > MAX_ECHO_CHARS:
+        raise InvalidRequestError(
+            f"echo would show {num_chars} characters of prompts, the limit is {MAX_ECHO_CHARS}",
+            "echo",
+        )
+    runs = not only_echoes(body)
+    if runs:
+        engine.check_room(num_sequences)  # all of them or none
     skip_special_tokens = body.skip_special_tokens is not False
-    for prompt, params in zip(prompts, limits, strict=True):
+    prefixes = echoes or [""] * len(prompts)
+    for prompt, params, prefix in zip(prompts, limits, prefixes, strict=True):
         generation.submit(
             prompt,
             params,
@@ -182,7 +196,14 @@ def _submit(
             ],
             priority=priority,
             cache_salt=cache_salt,
+            prefix=prefix,
+            runs=runs,
         )
+
+
+def only_echoes(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether a text completion asks for its prompt and nothing more."""
+    return isinstance(body, CompletionRequest) and bool(body.echo) and body.max_tokens == 0
 
 
 def _params(
@@ -195,6 +216,8 @@ def _params(
     max_tokens, limit_name = body.max_tokens, "max_tokens"
     if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
         max_tokens, limit_name = body.max_completion_tokens, "max_completion_tokens"
+    if only_echoes(body):
+        max_tokens = 1
     default = endpoint.default_max_tokens
     if default is None:
         default = loaded.defaults.max_new_tokens

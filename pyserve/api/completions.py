@@ -38,9 +38,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     state.check_model_name(body.model)
     if body.prompt is None:
         raise InvalidRequestError("prompt is missing", "prompt")
-    token_ids = await state.run_text(
-        _size(body.prompt),
-        partial(_tokenize, loaded, body.prompt, body.add_special_tokens is not False),
+    cut = prompts.truncation(
+        body.truncate_prompt_tokens,
+        body.truncation_side,
+        max_model_len=loaded.engine.info.max_model_len,
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+    )
+    if cut is None and body.truncation_side is not None:
+        ignored = [*ignored, "truncation_side"]
+    token_ids, echoes = await state.run_text(
+        _size(body.prompt), partial(_read_prompts, loaded, body, body.prompt, cut)
     )
     return await answer(
         request,
@@ -50,6 +57,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         body=body,
         ignored=ignored,
         prompts=token_ids,
+        echoes=echoes,
         arrived_s=arrived_s,
     )
 
@@ -62,7 +70,25 @@ def _size(prompt: Prompt) -> int:
     return len(prompt) + sum(map(len, inner))
 
 
-def _tokenize(loaded: Loaded, prompt: Prompt, add_special_tokens: bool) -> list[list[int]]:
+def _read_prompts(
+    loaded: Loaded, body: CompletionRequest, prompt: Prompt, cut: prompts.Truncation | None
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of every prompt, and with `echo` its text."""
+    token_ids = _tokenize(loaded, prompt, body.add_special_tokens is not False, cut)
+    if not body.echo:
+        return token_ids, []
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if cut is None and isinstance(texts[0], str):
+        return token_ids, cast("list[str]", texts)
+    skip_special_tokens = body.skip_special_tokens is not False
+    return token_ids, [
+        loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in token_ids
+    ]
+
+
+def _tokenize(
+    loaded: Loaded, prompt: Prompt, add_special_tokens: bool, cut: prompts.Truncation | None
+) -> list[list[int]]:
     """Token ids of every prompt, each in the vocabulary and none empty."""
     if isinstance(prompt, str):
         prompt = [prompt]
@@ -81,11 +107,13 @@ def _tokenize(loaded: Loaded, prompt: Prompt, add_special_tokens: bool) -> list[
         raise InvalidRequestError("prompt must not be empty", "prompt")
     if kinds == {str}:
         texts = cast("list[str]", prompt)
-        token_ids = _encode(loaded, texts, add_special_tokens)
+        token_ids = _encode(loaded, texts, add_special_tokens, cut)
         if not all(token_ids):
             raise InvalidRequestError("prompt must not be empty", "prompt")
         return token_ids
     token_ids = cast("list[list[int]]", prompt)
+    if cut is not None:
+        token_ids = list(map(cut.cut, token_ids))
     info = loaded.engine.info
     for ids in token_ids:
         # What lies beyond the context is refused for its length.
@@ -93,7 +121,9 @@ def _tokenize(loaded: Loaded, prompt: Prompt, add_special_tokens: bool) -> list[
     return token_ids
 
 
-def _encode(loaded: Loaded, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+def _encode(
+    loaded: Loaded, texts: list[str], add_special_tokens: bool, cut: prompts.Truncation | None
+) -> list[list[int]]:
     token_ids = []
     num_tokens = 0
     for text in texts:
@@ -102,6 +132,7 @@ def _encode(loaded: Loaded, texts: list[str], add_special_tokens: bool) -> list[
             text,
             add_special_tokens=add_special_tokens,
             max_model_len=loaded.engine.info.max_model_len,
+            cut=cut,
         )
         token_ids.append(ids)
         num_tokens += len(ids)

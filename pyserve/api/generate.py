@@ -31,6 +31,7 @@ class Choice:
 
     num_tokens counts the output tokens up to the one that ended the answer, and no further.
     first_token_s is when its first tokens were read here, 0 before.
+    prefix is shown before its text: the prompt that is to be echoed, until it has been.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     first_token_s: float = 0.0
+    prefix: str = ""
     pieces: list[str] = field(default_factory=list)
 
     def advance(self, delta: SequenceDelta) -> str:
@@ -131,19 +133,30 @@ class Generation:
         detokenizers: Sequence[Detokenizer],
         priority: int,
         cache_salt: str,
+        prefix: str = "",
+        runs: bool = True,
     ) -> None:
-        """Queue the n sequences of one prompt. Raises what EngineClient.submit raises."""
+        """Queue the n sequences of one prompt. Raises what EngineClient.submit raises.
+
+        prefix  what each of them shows before its text.
+        runs    False: they end at once, without a token; the engine does not hear of them.
+        """
         for sample_index in range(n):
             own_params = msgspec.structs.replace(params, sample_index=sample_index)
-            stream = self._engine.submit(
-                prompt_token_ids, own_params, priority=priority, cache_salt=cache_salt
-            )
+            if runs:
+                stream = self._engine.submit(
+                    prompt_token_ids, own_params, priority=priority, cache_salt=cache_salt
+                )
+            else:
+                stream = SequenceStream(-1, len(prompt_token_ids))
+                stream.finish("length")
             stream.share_wakeup(self._wakeup)
             choice = Choice(
                 index=len(self.choices),
                 sample_index=sample_index,
                 stream=stream,
                 params=own_params,
+                prefix=prefix,
                 ending=ending,
                 detokenizer=detokenizers[sample_index],
                 stop_checker=(
@@ -168,7 +181,9 @@ class Generation:
             delta = choice.stream.take()
             if delta is None:
                 continue
-            news.append((choice, choice.advance(delta)))
+            text = choice.prefix + choice.advance(delta)
+            choice.prefix = ""
+            news.append((choice, text))
             if not choice.first_token_s and delta.token_ids:
                 self._note_first_token(choice)
             if choice.finish_reason is not None:
@@ -194,6 +209,18 @@ class Generation:
             completion_tokens=num_output_tokens,
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=sum(stream.num_cached_tokens for stream in firsts)
+            ),
+        )
+
+    def usage_of(self, choice: Choice) -> Usage:
+        """Tokens of one choice so far, and of its prompt."""
+        num_prompt_tokens = choice.stream.num_prompt_tokens
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            total_tokens=num_prompt_tokens + choice.num_tokens,
+            completion_tokens=choice.num_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=choice.stream.num_cached_tokens
             ),
         )
 

@@ -17,15 +17,17 @@ from aiohttp import web
 from pyserve import __version__
 from pyserve.api import pages
 from pyserve.api.answer import MAX_PRIORITY
-from pyserve.api.chat import ROLES
+from pyserve.api.conversation import ROLES
 from pyserve.api.models import Model, ModelList
 from pyserve.api.protocol import (
+    MAX_DOCUMENTS,
     MAX_MESSAGES,
     MAX_N,
     MAX_NAME_CHARS,
     MAX_SEQUENCES,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
+    MAX_TEMPLATE_KWARGS,
     NO_EFFECT,
     NOT_BUILT,
     ChatRequest,
@@ -223,6 +225,10 @@ BOUNDS: dict[str, dict[str, Schema]] = {
         }
     },
     "messages": {"array": {"minItems": 1, "maxItems": MAX_MESSAGES}},
+    "documents": {"array": {"maxItems": MAX_DOCUMENTS}},
+    "chat_template_kwargs": {"object": {"maxProperties": MAX_TEMPLATE_KWARGS}},
+    "truncate_prompt_tokens": {"integer": {"minimum": -1}},
+    "truncation_side": {"string": {"enum": ["left", "right"]}},
     "role": {"string": {"enum": list(ROLES)}},
     "type": {"string": {"enum": list(PART_TYPES)}},
     "prompt": {"array": {"minItems": 1}},
@@ -252,6 +258,17 @@ DESCRIPTIONS = {
     "stream": "Answer as server-sent events.",
     "stream_options": "Only with stream.",
     "include_usage": "One more frame, before [DONE], with the usage.",
+    "continuous_usage_stats": "With include_usage: every frame has the usage of its choice so far.",
+    "echo": "Show the prompt before the answer; in a chat, the assistant's last message.",
+    "truncate_prompt_tokens": "Keep so many tokens of each prompt, at most the context; -1: as "
+    "many as leave room for max_tokens.",
+    "truncation_side": "left, the default, keeps a prompt's last tokens, right its first.",
+    "add_generation_prompt": "End the prompt with what begins an answer; the default is true.",
+    "continue_final_message": "The answer continues the last message.",
+    "chat_template": "Only with --trust-request-chat-template; bounded in length, time and output.",
+    "chat_template_kwargs": "Variables for the chat template.",
+    "documents": "For chat templates that show documents.",
+    "return_token_strs": "Also the tokens as they stand in the vocabulary.",
     "priority": "Lower goes first; only with --scheduling-policy priority.",
     "cache_salt": "The prefix cache is shared only by requests with the same one.",
     "request_id": "Becomes part of the answer's id.",

@@ -7,6 +7,8 @@ at the first piece that is too many.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pyserve.api.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
@@ -17,10 +19,69 @@ MAX_TOKENIZE_CHARS = 2**20  # for /tokenize, or 8 for each token of the context
 MIN_MAX_CHARS = 2**20  # shorter text is counted in tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """truncate_prompt_tokens: the last, or first, so many tokens of each prompt are kept."""
+
+    limit: int
+    keeps_first: bool
+
+    def cut(self, token_ids: list[int]) -> list[int]:
+        """Of a prompt given as token ids."""
+        if len(token_ids) <= self.limit:
+            return token_ids
+        return token_ids[: self.limit] if self.keeps_first else token_ids[-self.limit :]
+
+    def cut_text(
+        self, tokenizer: Tokenizer, token_ids: list[int], *, has_special_tokens: bool
+    ) -> list[int]:
+        """Of a text's token ids: what add_special_tokens has put around it stays there."""
+        before, behind = tokenizer.surroundings() if has_special_tokens else ([], [])
+        room = self.limit - len(before) - len(behind)
+        if len(token_ids) <= self.limit or room < 1:
+            return self.cut(token_ids)
+        inner = token_ids[len(before) : len(token_ids) - len(behind)]
+        kept = Truncation(room, self.keeps_first).cut(inner)
+        return [*before, *kept, *behind]
+
+
+def truncation(
+    num_tokens: int | None, side: str | None, *, max_model_len: int, max_tokens: int
+) -> Truncation | None:
+    """What the fields ask for; -1 keeps what leaves room for `max_tokens`.
+
+    Raises InvalidRequestError on a value out of range.
+    """
+    if side not in (None, "left", "right"):
+        raise InvalidRequestError(
+            f"truncation_side must be left or right, got {(side or '')[:40]}", "truncation_side"
+        )
+    if num_tokens is None:
+        return None
+    if num_tokens == -1:
+        num_tokens = max(max_model_len - max(max_tokens, 1), 1)
+    if not 1 <= num_tokens <= max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens must be -1 or in [1, {max_model_len}], the context, "
+            f"got {num_tokens}",
+            "truncate_prompt_tokens",
+        )
+    return Truncation(num_tokens, keeps_first=side == "right")
+
+
 def encode(
-    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, max_model_len: int
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    max_model_len: int,
+    cut: Truncation | None = None,
 ) -> list[int]:
     """Token ids of a plain prompt. Raises InvalidRequestError, also where it cannot fit."""
+    if cut is not None:
+        check_size(len(text), "characters", max_model_len=max_model_len, param="prompt")
+        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return cut.cut_text(tokenizer, ids, has_special_tokens=add_special_tokens)
     check_may_fit(tokenizer, text, max_model_len=max_model_len, param="prompt")
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 

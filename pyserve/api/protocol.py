@@ -19,6 +19,12 @@ MAX_N = 128
 MAX_REQUEST_TOKENS = 2**22  # prompt tokens of all sequences of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000  # of one stop string
+MAX_ECHO_CHARS = 2**25  # of the prompts that one request shows again, each n times
+MAX_DOCUMENTS = 1024
+MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_KWARGS_CHARS = 2**16  # of their names and texts
+MAX_TEMPLATE_CHARS = 2**16  # of a chat template in a request
+MAX_NESTING = 16  # of lists and objects in template kwargs and documents
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -54,8 +60,10 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
-
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
     echo: bool | None = None
+
     prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -67,8 +75,6 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     guided_whitespace_pattern: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    truncate_prompt_tokens: int | None = None
-    truncation_side: str | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None
@@ -103,6 +109,11 @@ class Message(msgspec.Struct, frozen=True):
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[str | dict[str, Any]] | None = None
 
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -111,11 +122,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
@@ -137,13 +143,16 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
-
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
     return_token_strs: bool | None = None
-    tools: list[Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[str | dict[str, Any]] | None = None
+
+    tools: list[Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
 
@@ -157,12 +166,13 @@ BUILT = frozenset(
     "model max_tokens max_completion_tokens n temperature top_p top_k min_p repetition_penalty "
     "presence_penalty frequency_penalty logit_bias seed stop stop_token_ids "
     "include_stop_str_in_output ignore_eos min_tokens skip_special_tokens stream stream_options "
-    "priority cache_salt request_id best_of add_special_tokens messages prompt tokens".split()
+    "priority cache_salt request_id best_of add_special_tokens messages prompt tokens echo "
+    "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message "
+    "chat_template chat_template_kwargs documents return_token_strs".split()
 )
 
 # name -> values, beside null, that ask for nothing
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "echo": (False,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
@@ -183,32 +193,23 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "length_penalty": (1.0,),
     "suffix": ("",),
     "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "logits_processors": ([],),
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
     "return_prompt_text": (False,),
-    "return_token_strs": (False,),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
     "repetition_detection": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "reasoning_effort": (),
     "include_reasoning": (True,),
     "thinking_token_budget": (-1,),
-    # of one message, and of stream_options
+    # of one message
     "tool_calls": ([],),
     "tool_call_id": (),
-    "continuous_usage_stats": (False,),
 }
 
 # name -> values, beside null, that need not be named
@@ -291,7 +292,7 @@ class TokenizeResponse(msgspec.Struct, frozen=True):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: None = None
+    token_strs: list[str] | None = None
 
 
 class DetokenizeResponse(msgspec.Struct, frozen=True):

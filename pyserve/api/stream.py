@@ -33,8 +33,8 @@ _encode = msgspec.json.encode
 class Frames(Protocol):
     """The frames of one request, as bytes that end in a blank line."""
 
-    def first(self, num_choices: int) -> bytes:
-        """What comes before the first text."""
+    def first(self, index: int) -> bytes:
+        """What comes before the first text of a choice."""
         ...
 
     def text(self, index: int, text: str) -> bytes: ...
@@ -54,12 +54,11 @@ class ChatFrames:
         self._fingerprint = _encode(fingerprint)
         self._open: dict[int, bytes] = {}
 
-    def first(self, num_choices: int) -> bytes:
-        return b"".join(
+    def first(self, index: int) -> bytes:
+        return (
             self._choice(index)
             + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],'
             b'"prompt_token_ids":null,"prompt_text":null}\n\n'
-            for index in range(num_choices)
         )
 
     def text(self, index: int, text: str) -> bytes:
@@ -100,7 +99,7 @@ class CompletionFrames:
         self._head = _head(request_id, b"text_completion", created, model)
         self._fingerprint = _encode(fingerprint)
 
-    def first(self, num_choices: int) -> bytes:
+    def first(self, index: int) -> bytes:
         return b""
 
     def text(self, index: int, text: str) -> bytes:
@@ -134,15 +133,19 @@ async def send(
     *,
     headers: dict[str, str],
     include_usage: bool,
+    continuous_usage: bool,
 ) -> web.StreamResponse:
     """Answer with the stream of `generation`, from the 200 to [DONE].
+
+    include_usage     a last frame with the usage of all choices.
+    continuous_usage  every frame carries the usage of its choice so far.
 
     What fails from here on becomes one error frame, as the status is already sent.
     """
     response = web.StreamResponse(headers={**HEADERS, **headers})
     await response.prepare(request)
     try:
-        await _send_choices(response, generation, frames)
+        await _send_choices(response, generation, frames, continuous_usage=continuous_usage)
         end = frames.usage(generation.usage()) + DONE if include_usage else DONE
     except RequestError as error:
         generation.close("error")
@@ -184,7 +187,11 @@ class _Heartbeat:
 
 
 async def _send_choices(
-    response: web.StreamResponse, generation: Generation, frames: Frames
+    response: web.StreamResponse,
+    generation: Generation,
+    frames: Frames,
+    *,
+    continuous_usage: bool,
 ) -> None:
     has_begun = False
     heartbeat = _Heartbeat(generation.wake)
@@ -194,18 +201,44 @@ async def _send_choices(
             chunks = []
             if news and not has_begun:
                 has_begun = True
-                chunks.append(frames.first(len(generation.choices)))
+                chunks += _begin(generation, frames, continuous_usage)
             for choice, text in news:
                 if choice.finish_reason is not None:
-                    chunks.append(frames.finish(choice, text))
+                    frame = frames.finish(choice, text)
                 elif text:
-                    chunks.append(frames.text(choice.index, text))
+                    frame = frames.text(choice.index, text)
+                else:
+                    continue
+                if continuous_usage:
+                    frame = _with_usage(frame, generation.usage_of(choice))
+                chunks.append(frame)
             data = b"".join(chunks) or (COMMENT if heartbeat.is_due else b"")
             if data:
                 await response.write(data)
                 heartbeat.note()
     finally:
         heartbeat.stop()
+
+
+def _begin(generation: Generation, frames: Frames, continuous_usage: bool) -> list[bytes]:
+    """The first frame of each choice, before any token of it has been counted."""
+    chunks = []
+    for choice in generation.choices:
+        frame = frames.first(choice.index)
+        if frame and continuous_usage:
+            usage = generation.usage_of(choice)
+            frame = _with_usage(
+                frame,
+                msgspec.structs.replace(
+                    usage, completion_tokens=0, total_tokens=usage.prompt_tokens
+                ),
+            )
+        chunks.append(frame)
+    return chunks
+
+
+def _with_usage(frame: bytes, usage: Usage) -> bytes:
+    return b'%b,"usage":%b}\n\n' % (frame.removesuffix(b"}\n\n"), _encode(usage))
 
 
 def _head(request_id: str, kind: bytes, created: int, model: str) -> bytes:

@@ -8,8 +8,8 @@ from aiohttp import web
 
 from pyserve.api.answer import json_response
 from pyserve.api.body import Wire, ignored_header
-from pyserve.api.chat import tokenize_messages
-from pyserve.api.prompts import check_size, max_tokenize_size
+from pyserve.api.conversation import read_conversation
+from pyserve.api.prompts import check_size, max_tokenize_size, truncation
 from pyserve.api.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -17,11 +17,19 @@ from pyserve.api.protocol import (
     TokenizeResponse,
 )
 from pyserve.api.sampling import check_token_ids
-from pyserve.api.state import STATE
+from pyserve.api.state import STATE, Loaded, ServerState
 from pyserve.errors import InvalidRequestError
 
 TOKENIZE = Wire(TokenizeRequest)
 DETOKENIZE = Wire(DetokenizeRequest)
+# Without effect on a plain text.
+OF_MESSAGES = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "documents",
+)
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
@@ -32,23 +40,40 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     state.check_model_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
+    max_model_len = loaded.engine.info.max_model_len
     if body.messages is not None:
-        token_ids = await tokenize_messages(
-            state, loaded, body.messages, add_special_tokens=body.add_special_tokens is True
-        )
+        conversation = await read_conversation(state, loaded, body, max_tokens=1)
+        token_ids = conversation.token_ids
+        ignored = [*ignored, *conversation.ignored]
     else:
-        text = body.prompt or ""
-        max_model_len = loaded.engine.info.max_model_len
-        check_size(len(text), "characters", max_model_len=max_model_len, param="prompt")
-        add_special_tokens = body.add_special_tokens is not False
-        token_ids = await state.run_text(
-            len(text),
-            partial(loaded.tokenizer.encode, text, add_special_tokens=add_special_tokens),
-        )
+        ignored = [*ignored, *(n for n in OF_MESSAGES if getattr(body, n) not in (None, {}, []))]
+        token_ids = await _tokenize_text(state, loaded, body)
+    texts = None
+    if body.return_token_strs:
+        texts = [loaded.tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
     return json_response(
-        TokenizeResponse(len(token_ids), loaded.engine.info.max_model_len, token_ids),
-        ignored_header(ignored),
+        TokenizeResponse(len(token_ids), max_model_len, token_ids, texts), ignored_header(ignored)
     )
+
+
+async def _tokenize_text(state: ServerState, loaded: Loaded, body: TokenizeRequest) -> list[int]:
+    text = body.prompt or ""
+    max_model_len = loaded.engine.info.max_model_len
+    check_size(len(text), "characters", max_model_len=max_model_len, param="prompt")
+    add_special_tokens = body.add_special_tokens is not False
+    cut = truncation(
+        body.truncate_prompt_tokens,
+        body.truncation_side,
+        max_model_len=max_model_len,
+        max_tokens=1,
+    )
+    token_ids = await state.run_text(
+        len(text),
+        partial(loaded.tokenizer.encode, text, add_special_tokens=add_special_tokens),
+    )
+    if cut is None:
+        return token_ids
+    return cut.cut_text(loaded.tokenizer, token_ids, has_special_tokens=add_special_tokens)
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:

@@ -109,6 +109,11 @@ class ChatTemplate:
         known = self._choose(has_tools).traits.variables
         return [name for name in names if name not in known]
 
+    @property
+    def shows_names(self) -> bool:
+        """Whether the template looks at the name of anything."""
+        return any(compiled.traits.shows_names for compiled in self._compiled.values())
+
     def _choose(self, has_tools: bool) -> _Compiled:
         name = _TOOL_USE if has_tools and _TOOL_USE in self._compiled else _DEFAULT
         return self._compiled[name]

@@ -28,6 +28,7 @@ from pyserve.text.template_filters import CONCAT, EMIT, MADE, TICK, make_filters
 from pyserve.text.template_limits import Meter, TemplateLimitError, active, metering
 
 MAX_SOURCE_CHARS = 2**20
+MAX_RENAMES = 16  # of a message's content, one after another, that are followed
 MAX_DATE_FORMAT_CHARS = 1000
 GLOBALS = frozenset(
     {"range", "cycler", "joiner", "dict", "namespace", "raise_exception", "strftime_now"}
@@ -49,6 +50,7 @@ class Traits:
     tests_none          it tests whether content is none.
     arguments_as_text   it concatenates a tool call's arguments, so they must be a string.
     knows_developer     it mentions the role developer.
+    shows_names         it looks at the name of a message, or of something else.
     variables           names that it expects to be given.
     """
 
@@ -57,6 +59,7 @@ class Traits:
     tests_none: bool
     arguments_as_text: bool
     knows_developer: bool
+    shows_names: bool
     variables: frozenset[str]
 
 
@@ -254,6 +257,9 @@ def _read_traits(tree: nodes.Template, source: str) -> Traits:
         tests_none="none" in tests or compared_to_none,
         arguments_as_text=any(_accesses(operand, "arguments") for operand in operands),
         knows_developer="developer" in source,
+        shows_names=any(
+            _accesses(node, "name") for node in tree.find_all((nodes.Getattr, nodes.Getitem))
+        ),
         variables=frozenset(meta.find_undeclared_variables(tree)),
     )
 
@@ -279,7 +285,7 @@ def _content_test(tree: nodes.Template) -> Callable[[nodes.Node], bool]:
         return _accesses(node, "content")
 
     macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-    while True:
+    for _ in range(MAX_RENAMES):
         found = {
             assign.target.name
             for assign in tree.find_all(nodes.Assign)
@@ -292,8 +298,9 @@ def _content_test(tree: nodes.Template) -> Callable[[nodes.Node], bool]:
                 found |= {parameter.name for parameter, arg in passed if is_content(arg)}
                 found |= {item.key for item in call.kwargs if is_content(item.value)}
         if found <= names:
-            return is_content
+            break
         names |= found
+    return is_content
 
 
 def _accesses(node: nodes.Node, name: str) -> bool:

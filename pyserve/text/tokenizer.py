@@ -126,7 +126,8 @@ class Tokenizer:
         ids = self.encode(pieces[0], add_special_tokens=False, param="messages")
         for piece in pieces[1:]:
             ids += self._encode_continuation(piece)
-        return self._surround(ids) if add_special_tokens else ids
+        before, behind = self.surroundings() if add_special_tokens else ([], [])
+        return [*before, *ids, *behind]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of a list of ids. Ids without a token, as of a padded vocabulary, are empty."""
@@ -145,12 +146,12 @@ class Tokenizer:
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
-    def _surround(self, ids: list[int]) -> list[int]:
-        """Put around `ids` what add_special_tokens puts around a text."""
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """What add_special_tokens puts before and behind a text."""
         inner = self.encode("a", add_special_tokens=False)
         outer = self.encode("a", add_special_tokens=True)
         num_before = next(i for i in range(len(outer) + 1) if outer[i : i + len(inner)] == inner)
-        return [*outer[:num_before], *ids, *outer[num_before + len(inner) :]]
+        return outer[:num_before], outer[num_before + len(inner) :]
 
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode text that does not start a prompt.

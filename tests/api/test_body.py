@@ -68,19 +68,17 @@ def test_duplicate_keys_and_nulls_are_fine() -> None:
 
 
 SAMPLES: dict[str, Any] = {
-    "echo": True, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
+    "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
     "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto",
     "parallel_tool_calls": False, "functions": [{"name": "f"}], "function_call": "auto",
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
     "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a",
     "guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " ",
-    "use_beam_search": True, "length_penalty": 0.5, "truncate_prompt_tokens": 5,
-    "truncation_side": "left", "allowed_token_ids": [1], "bad_words": ["a"],
+    "use_beam_search": True, "length_penalty": 0.5, "allowed_token_ids": [1], "bad_words": ["a"],
     "logits_processors": ["a"], "return_tokens_as_token_ids": True, "return_token_ids": True,
     "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
-    "repetition_detection": {"min_count": 2}, "add_generation_prompt": False,
-    "continue_final_message": True, "chat_template": "x", "chat_template_kwargs": {"a": 1},
-    "documents": [{"a": "b"}], "mm_processor_kwargs": {"a": 1}, "media_io_kwargs": {"a": 1},
+    "repetition_detection": {"min_count": 2}, "mm_processor_kwargs": {"a": 1},
+    "media_io_kwargs": {"a": 1},
     "reasoning_effort": "low", "include_reasoning": False, "thinking_token_budget": 5,
 }  # fmt: skip
 

@@ -41,7 +41,6 @@ def test_ignored_fields_are_named(server: Server) -> None:
         ("/tokenize", {"prompt": "x", "messages": []}, 400, "prompt"),
         ("/tokenize", {"messages": []}, 400, "messages"),
         ("/tokenize", {"prompt": 5}, 400, "prompt"),
-        ("/tokenize", {"prompt": "x", "return_token_strs": True}, 400, "return_token_strs"),
         ("/tokenize", {"prompt": "x", "model": "nobody"}, 404, "model"),
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
