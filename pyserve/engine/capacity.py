@@ -1,7 +1,7 @@
 """`pyserve plan`: what of a model fits a card, how fast that can be, and what it costs.
 
-From config.json and the card's row in cards.py (or the card that is here): no weights are needed,
-and no GPU. Memory comes from planner.py alone, by a card that is made up; rates are rooflines.
+From config.json, the headers of the weights where there are any, and the card's row in cards.py
+(or the card that is here): no weights are needed, and no GPU. Memory comes from planner.py alone, by a card that is made up; rates are rooflines.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = flags.Parser(
         prog="python -m pyserve plan",
-        description="What fits a card, how fast it can be, what it costs: from config.json alone.",
+        usage="python -m pyserve plan --model MODEL [--gpu NAME] [flags]",
+        description="What of a model fits a card, how fast it can be and what that costs, from "
+        "config.json and the headers of the weights alone; no GPU is needed.",
         allow_abbrev=False,
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
