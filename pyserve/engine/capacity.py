@@ -1,7 +1,8 @@
 """`pyserve plan`: what of a model fits a card, how fast that can be, and what it costs.
 
 From config.json, the headers of the weights where there are any, and the card's row in cards.py
-(or the card that is here): no weights are needed, and no GPU. Memory comes from planner.py alone, by a card that is made up; rates are rooflines.
+(or the card that is here): no weights are needed, and no GPU. Memory comes from planner.py alone,
+by a card that is made up; rates are rooflines.
 """
 
 from __future__ import annotations
