@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -91,3 +92,17 @@ def test_nothing_comes_after_the_end() -> None:
         stream.finish("stop")
     with pytest.raises(AssertionError):
         stream.fail(EngineError("late"))
+
+
+@pytest.mark.parametrize("is_failed", [False, True])
+def test_a_stream_knows_when_it_was_queued_scheduled_and_ended(is_failed: bool) -> None:
+    before_s = time.monotonic()
+    stream = make_stream()
+    assert stream.queued_s >= before_s and stream.scheduled_s == stream.ended_s == 0.0
+    stream.admit(2)
+    assert stream.num_cached_tokens == 2
+    if is_failed:
+        stream.fail(EngineError("broken"))
+    else:
+        stream.finish("length")
+    assert stream.queued_s <= stream.scheduled_s <= stream.ended_s <= time.monotonic()

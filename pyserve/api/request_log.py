@@ -46,7 +46,7 @@ class RequestLog:
         choice = generation.choices[0]
         num_prompts = sum(choice.sample_index == 0 for choice in generation.choices)
         get_logger().info(
-            "request %s %s arrived: %d prompt tokens in %d prompts, n=%d%s",
+            "request %s %s arrived: %d prompt tokens, prompts=%d, n=%d%s",
             current_request_id.get(),
             request.path,
             generation.usage().prompt_tokens,

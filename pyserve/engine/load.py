@@ -169,10 +169,9 @@ def _log_plan(config: EngineConfig, plan: MemoryPlan) -> None:
             "at most %d sequences run at once: --max-num-batched-tokens is %d",
             plan.num_slots, plan.max_num_batched_tokens,
         )  # fmt: skip
-    logger.info(
-        "memory, for %d KV blocks of %d tokens:\n%s",
-        plan.num_blocks, config.block_size, format_ledger(plan.ledger),
-    )  # fmt: skip
+    logger.info("memory, for %d KV blocks of %d tokens:", plan.num_blocks, config.block_size)
+    for line in format_ledger(plan.ledger).splitlines():
+        logger.info("%s", line)
 
 
 def _load(

@@ -110,7 +110,7 @@ def test_arrivals_are_logged_on_demand(
     talkative.post("/v1/completions", body)
     wait_until(lambda: len(lines(caplog)) == 2)
     arrival = lines(caplog)[0]
-    assert f" arrived: {2 * len(token_ids) - 2} prompt tokens in 2 prompts, n=2, " in arrival
+    assert f" arrived: {2 * len(token_ids) - 2} prompt tokens, prompts=2, n=2, " in arrival
     for setting in ("max_tokens=9", "temperature=0.5", "logit_bias=1", "seed=4", "stop=2"):
         assert f", {setting}" in arrival
     assert "zzz" not in arrival and SECRET not in arrival
