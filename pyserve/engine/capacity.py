@@ -21,8 +21,8 @@ from pyserve import flags, log
 from pyserve.config import Dtype, EngineConfig, env
 from pyserve.engine import device as devices
 from pyserve.engine.block_manager import num_blocks_for
-from pyserve.engine.cards import CARDS, CONTEXT_BYTES, MIB, Card, find_card
-from pyserve.engine.planner import GIB, CardMemory, MemoryPlan, format_ledger, plan_memory
+from pyserve.engine.cards import CARDS, CONTEXT_BYTES, Card, find_card
+from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger, plan_memory
 from pyserve.engine.roofline import ModelSizes, decode_floor, measure_model, prefill_floor_s
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
