@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -84,7 +84,7 @@ async def read_conversation(
     )
     source = _own_template(state, body.chat_template)
 
-    def read(time_limit_s: float = MAX_RENDER_S) -> Conversation:
+    def read(time_limit_s: float) -> Conversation:
         template = loaded.chat_template
         if source is not None:
             template = _compile(template, source)
@@ -103,7 +103,7 @@ async def read_conversation(
         except ChatTemplateError as error:
             if not error.is_timeout:
                 raise
-    return await state.run_text(size, read, short=0)
+    return await state.run_text(size, partial(read, MAX_RENDER_S), short=0)
 
 
 def _encode(

@@ -47,6 +47,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         ignored = [*ignored, *conversation.ignored]
     else:
         ignored = [*ignored, *(n for n in OF_MESSAGES if getattr(body, n) not in (None, {}, []))]
+        if body.truncate_prompt_tokens is None and body.truncation_side is not None:
+            ignored.append("truncation_side")
         token_ids = await _tokenize_text(state, loaded, body)
     texts = None
     if body.return_token_strs:
