@@ -71,6 +71,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 
 def given(argv: list[str]) -> dict[str, Any]:
     """Only what the arguments say, without defaults: name with underscores -> value."""
+    parse(make_parser(), words(argv))  # answers --help, which shows the defaults
     parser = make_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -159,7 +160,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--chat-template", metavar="FILE", help="file or text of another chat template [model's]")
     add(
         "--generation-config", default="auto", metavar="FROM",
-        help="sampling defaults: auto: the model's; vllm: none; a folder [auto]",
+        help="sampling: auto: the model's defaults; vllm: none; a folder [auto]",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="of dummy weights [0]")
 

@@ -156,7 +156,7 @@ def test_the_value_of_a_variable_is_never_shown() -> None:
 
 def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_args(["serve", "--help"])
+        cli.main(["serve", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert ended.value.code == 0
     assert len(lines) <= 76 and max(map(len, lines)) <= 100
@@ -164,6 +164,8 @@ def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [a.option_strings[0] for a in make_parser()._actions if a.help != argparse.SUPPRESS]
     assert len(shown) == len(flags) - 1  # but -h
     assert all(re.match(r"  --\S.*\S  +\S", line) for line in lines if line.startswith("  --"))
+    assert not [line for line in lines if line.startswith("     ") and "plan" not in line]
+    assert {"--enable-log-requests", "--no-enable-prefix-caching"} <= {*shown}
 
 
 def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> None:
