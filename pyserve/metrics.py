@@ -187,6 +187,14 @@ class Metrics(Collector):
              stats.step_age_s),
         ):  # fmt: skip
             yield self._gauge(name, text, value)
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait for room, or for the prefill of an equal prompt",
+            labels=(*LABELS, "reason"),
+        )
+        waiting.add_metric((*self._labels, "capacity"), stats.num_waiting - stats.num_deferred)
+        waiting.add_metric((*self._labels, "deferred"), stats.num_deferred)
+        yield waiting
 
     def _engine_counters(self, stats: EngineStats) -> Iterable[Metric]:
         for name, text, value in (
@@ -195,6 +203,8 @@ class Metrics(Collector):
             ("vllm:generation_tokens", "Output tokens", stats.output_tokens),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prompt_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found cached", stats.cached_tokens),
+            ("vllm:gpu_prefix_cache_queries", "As without gpu_", stats.prompt_tokens),
+            ("vllm:gpu_prefix_cache_hits", "As without gpu_", stats.cached_tokens),
             ("vllm:num_preemptions", "Preemptions", stats.num_preemptions),
             ("vllm:corrupted_requests", "Sequences failed by NaN", stats.num_nan_sequences),
             ("pyserve:steps", "Steps", stats.num_steps),

@@ -25,9 +25,9 @@ MAX_RENDER_S = 0.02  # on a busy machine; a few milliseconds on an idle one
 
 def stats(steps: StepHistograms) -> EngineStats:
     return EngineStats(
-        num_running=3, num_waiting=2, num_blocks_used=16, num_preemptions=5, num_steps=9,
+        num_running=3, num_waiting=6, num_blocks_used=16, num_preemptions=5, num_steps=9,
         prompt_tokens=200, cached_tokens=50, output_tokens=70, step_age_s=0.25, error=None,
-        num_device_allocations=7, num_nan_sequences=1, steps=steps,
+        num_device_allocations=7, num_deferred=2, num_nan_sequences=1, steps=steps,
     )  # fmt: skip
 
 
@@ -60,13 +60,19 @@ def test_engine_figures_under_old_and_new_names() -> None:
     found = samples(metrics)
     values = {name: samples[0].value for name, samples in found.items()}
     assert values["vllm:num_requests_running"] == 3
-    assert values["vllm:num_requests_waiting"] == 2
+    assert values["vllm:num_requests_waiting"] == 6
+    assert by_label(found, "vllm:num_requests_waiting_by_reason", "reason") == {
+        "capacity": 4,
+        "deferred": 2,
+    }
     assert values["vllm:num_requests_swapped"] == values["vllm:cpu_cache_usage_perc"] == 0
     assert values["vllm:kv_cache_usage_perc"] == values["vllm:gpu_cache_usage_perc"] == 0.25
     assert values["vllm:gpu_prefix_cache_hit_rate"] == 0.25
     assert values["vllm:prompt_tokens_total"] == 200
     assert values["vllm:generation_tokens_total"] == 70
     assert values["vllm:prefix_cache_queries_total"] == 200
+    for name in ("prefix_cache_queries_total", "prefix_cache_hits_total"):
+        assert values[f"vllm:gpu_{name}"] == values[f"vllm:{name}"]
     assert values["vllm:prefix_cache_hits_total"] == values["vllm:prompt_tokens_cached_total"] == 50
     assert by_label(found, "vllm:prompt_tokens_by_source_total", "source") == {
         "local_compute": 150,

@@ -43,6 +43,11 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_update_words = max_update_words
 
+    @property
+    def num_deferred(self) -> int:
+        """Waiting sequences that let others pass until an equal prompt has been computed."""
+        return sum(seq.awaited_hash is not None for seq in self.waiting)
+
     def add(self, seq: Sequence) -> None:
         """Queue a new or preempted sequence."""
         seq.status = Status.WAITING

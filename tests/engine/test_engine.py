@@ -263,9 +263,10 @@ def test_equal_prompts_compute_their_prefix_once() -> None:
         driver.update()
         if engine.num_steps == 2:
             assert passing.is_finished, "others pass a sequence that waits for a prefix"
-            assert len(engine.scheduler.waiting) == 3
+            assert len(engine.scheduler.waiting) == engine.scheduler.num_deferred == 3
     assert [reader.stream.num_cached_tokens for reader in readers] == [0, 28, 28, 28]
     assert num_prompt_tokens == 30 + 3 * 2 + 3
+    assert engine.scheduler.num_deferred == 0
     for reader in readers:
         check(reader)
     assert len({tuple(reader.output) for reader in readers}) == 4
