@@ -77,6 +77,7 @@ class Reply:
     is_done: bool = False  # the stream's [DONE], or a whole body
     is_unanswered: bool = False  # the server closed the connection without a byte
     error: str | None = None
+    retry_after_s: int | None = None  # the header
 
     @property
     def num_output_tokens(self) -> int:
@@ -241,6 +242,8 @@ class Connection(asyncio.Protocol):
         for line in lines:
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
+        retry_after = headers.get("retry-after", "")
+        self._reply.retry_after_s = int(retry_after) if retry_after.isdigit() else None
         self._head_is_read = True
         self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self._is_sse = headers.get("content-type", "").startswith("text/event-stream")

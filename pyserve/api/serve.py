@@ -116,6 +116,7 @@ class _Server:
             get_logger().exception("the start failed unexpectedly")
             return 1
         state.startup.finish()
+        state.watchdog.forget()
         get_logger().info("the start took %s", state.startup.explain())
         get_logger().info(
             "pyserve is ready on %s (model %s, %.1f s)",

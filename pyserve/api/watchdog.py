@@ -20,7 +20,7 @@ class LoopWatchdog:
     """Measures from `start` to `stop`, both called on the loop it watches."""
 
     def __init__(self) -> None:
-        self.max_lag_s = 0.0  # since the start
+        self.max_lag_s = 0.0  # since the start, or since `forget`
         self.num_late = 0  # beats that were late by more than LATE_S
         self._recent = (0.0, 0.0)  # the worst of this and of the last half of RECENT_S
         self._half_ends_s = 0.0
@@ -40,6 +40,12 @@ class LoopWatchdog:
         now = time.monotonic()
         self._half_ends_s = now + RECENT_S / 2
         self._arm(now)
+
+    def forget(self) -> None:
+        """Begin anew: what comes from here on is another part of life."""
+        self.max_lag_s = 0.0
+        self.num_late = 0
+        self._recent = (0.0, 0.0)
 
     def stop(self) -> None:
         """End the watch; harmless where it has not begun."""
