@@ -1,8 +1,7 @@
 """/openapi.json: OpenAPI 3.1, made from the wire types of protocol.py.
 
-What NOT_BUILT still holds is left out, so a field appears here when it starts to work. Ranges are
-checked where the values are used, with better words than a schema has; BOUNDS repeats them from
-the same constants, and a test sends both sides of every one of them.
+What NOT_BUILT still holds is left out, so a field appears here when it starts to work. What the
+types do not say of a field stands in fields.py.
 """
 
 from __future__ import annotations
@@ -16,18 +15,9 @@ from aiohttp import web
 
 from pyserve import __version__
 from pyserve.api import pages
-from pyserve.api.answer import MAX_PRIORITY
-from pyserve.api.conversation import ROLES
+from pyserve.api.fields import BOUNDS, DESCRIPTIONS, REPLACED
 from pyserve.api.models import Model, ModelList
 from pyserve.api.protocol import (
-    MAX_DOCUMENTS,
-    MAX_MESSAGES,
-    MAX_N,
-    MAX_NAME_CHARS,
-    MAX_SEQUENCES,
-    MAX_STOP_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_TEMPLATE_KWARGS,
     NO_EFFECT,
     NOT_BUILT,
     ChatRequest,
@@ -41,17 +31,6 @@ from pyserve.api.protocol import (
     TokenizeResponse,
     Usage,
 )
-from pyserve.params import (
-    INT64_MAX,
-    INT64_MIN,
-    MAX_LOGIT_BIAS,
-    MAX_REPETITION_PENALTY,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TOP_K,
-    MIN_REPETITION_PENALTY,
-    MIN_TOP_P,
-)
-from pyserve.text.chat_template import PART_TYPES
 
 Schema = dict[str, Any]
 
@@ -188,93 +167,6 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
 }
 
-_ID = {"minimum": 0}
-_NAME = {"string": {"minLength": 1, "maxLength": MAX_NAME_CHARS}}
-_STOP = {"minLength": 1, "maxLength": MAX_STOP_CHARS}
-# field -> JSON type -> keywords
-BOUNDS: dict[str, dict[str, Schema]] = {
-    "max_tokens": {"integer": {"minimum": 1}},
-    "max_completion_tokens": {"integer": {"minimum": 1}},
-    "min_tokens": {"integer": {"minimum": 0}},
-    "n": {"integer": {"minimum": 1, "maximum": MAX_N}},
-    "temperature": {"number": {"minimum": 0, "maximum": 2}},
-    "top_p": {"number": {"minimum": MIN_TOP_P, "maximum": 1}},
-    "top_k": {"integer": {"minimum": -1, "maximum": MAX_TOP_K}},
-    "min_p": {"number": {"minimum": 0, "maximum": 1}},
-    "repetition_penalty": {
-        "number": {"minimum": MIN_REPETITION_PENALTY, "maximum": MAX_REPETITION_PENALTY}
-    },
-    "presence_penalty": {"number": {"minimum": -2, "maximum": 2}},
-    "frequency_penalty": {"number": {"minimum": -2, "maximum": 2}},
-    "seed": {"integer": {"minimum": INT64_MIN, "maximum": INT64_MAX}},
-    "priority": {"integer": {"minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY}},
-    "cache_salt": _NAME,
-    "request_id": _NAME,
-    "stop": {
-        "string": _STOP,
-        "array": {"maxItems": MAX_STOP_STRINGS, "items": {"type": "string", **_STOP}},
-    },
-    "stop_token_ids": {
-        "array": {"maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", **_ID}}
-    },
-    "logit_bias": {
-        "object": {
-            "maxProperties": MAX_LOGIT_BIAS,
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        }
-    },
-    "messages": {"array": {"minItems": 1, "maxItems": MAX_MESSAGES}},
-    "documents": {"array": {"maxItems": MAX_DOCUMENTS}},
-    "chat_template_kwargs": {"object": {"maxProperties": MAX_TEMPLATE_KWARGS}},
-    "truncate_prompt_tokens": {"integer": {"minimum": -1}},
-    "truncation_side": {"string": {"enum": ["left", "right"]}},
-    "role": {"string": {"enum": list(ROLES)}},
-    "type": {"string": {"enum": list(PART_TYPES)}},
-    "prompt": {"array": {"minItems": 1}},
-    "tokens": {"array": {"items": {"type": "integer", **_ID}}},
-}
-DESCRIPTIONS = {
-    "model": "A served name; the served model where it is absent.",
-    "messages": "The conversation, oldest message first.",
-    "prompt": "A text, token ids, or a list of either (at most "
-    f"{MAX_SEQUENCES} prompts, each with its own choices).",
-    "max_tokens": "Output tokens at most; with the prompt they must fit the context.",
-    "max_completion_tokens": "As max_tokens, and before it where both are given.",
-    "min_tokens": "No stop before so many output tokens; at most max_tokens.",
-    "n": f"Choices for each prompt; at most {MAX_SEQUENCES} in one request, 1 where greedy.",
-    "best_of": "Must equal n.",
-    "temperature": "0 is greedy.",
-    "top_k": "The so many most likely tokens; 0 and -1 keep all.",
-    "top_p": "The most likely tokens whose probability reaches so much.",
-    "min_p": "Drops tokens less likely than so much of the most likely one.",
-    "repetition_penalty": "Above 1 against tokens of prompt and output.",
-    "logit_bias": "Token id -> value added to its logit.",
-    "seed": "The same seed, parameters and prompt give the same answer; -1 is none.",
-    "stop": "Ends the answer, which does not hold it.",
-    "stop_token_ids": "Ids that end the answer, beside the model's own.",
-    "include_stop_str_in_output": "Leave in the answer what ended it.",
-    "ignore_eos": "Go on to max_tokens.",
-    "stream": "Answer as server-sent events.",
-    "stream_options": "Only with stream.",
-    "include_usage": "One more frame, before [DONE], with the usage.",
-    "continuous_usage_stats": "With include_usage: every frame has the usage of its choice so far.",
-    "echo": "Show the prompt before the answer; in a chat, the assistant's last message.",
-    "truncate_prompt_tokens": "Keep so many tokens of each prompt, at most the context; -1: as "
-    "many as leave room for max_tokens.",
-    "truncation_side": "left, the default, keeps a prompt's last tokens, right its first.",
-    "add_generation_prompt": "End the prompt with what begins an answer; the default is true.",
-    "continue_final_message": "The answer continues the last message.",
-    "chat_template": "Only with --trust-request-chat-template; bounded in length, time and output.",
-    "chat_template_kwargs": "Variables for the chat template.",
-    "documents": "For chat templates that show documents.",
-    "return_token_strs": "Also the tokens as they stand in the vocabulary.",
-    "priority": "Lower goes first; only with --scheduling-policy priority.",
-    "cache_salt": "The prefix cache is shared only by requests with the same one.",
-    "request_id": "Becomes part of the answer's id.",
-    "add_special_tokens": "Let the tokenizer add its own; true for text, false for messages.",
-    "skip_special_tokens": "Leave special tokens out of the text.",
-}
 _WITHOUT_EFFECT = "Accepted without effect; named in the header x-pyserve-ignored."
 _ERRORS = {
     400: "A value is missing, of a wrong type, out of range or not built yet",
@@ -391,8 +283,9 @@ def schemas() -> dict[str, Schema]:
         elif name not in {"ChatDelta", "ChatChunk", "ChatChunkChoice", "CompletionChunk",
                           "NotReady"}:  # fmt: skip
             schema["required"] = list(schema["properties"])  # a reply leaves nothing out
-    found["CompletionRequest"]["required"] = ["prompt"]
-    found["TokenizeRequest"]["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
+    for name, replaced in REPLACED.items():
+        properties = {**found[name]["properties"], **replaced.get("properties", {})}
+        found[name].update({**replaced, "properties": properties})
     return found
 
 
@@ -426,7 +319,8 @@ def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Sche
             "at the end `data: [DONE]`. Where it fails on the way, one frame holds an "
             "ErrorResponse. Lines that begin with a colon keep proxies awake."
         )
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     return described
 
 
