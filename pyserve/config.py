@@ -97,6 +97,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require("--port", self.port, 0, 65535)
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("--served-model-name must hold at least one non-empty name")
+        for name in self.served_model_names:
+            if not name.isprintable():  # nor could a response hold it
+                raise ConfigError(f"--served-model-name {name!r} must be of printable characters")
         if any(not key for key in self.api_keys):
             raise ConfigError("--api-key must not be empty")
         if any(key != key.strip() for key in self.api_keys):

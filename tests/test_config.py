@@ -36,6 +36,8 @@ def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> N
         ("port", 70000, "--port"),
         ("served_model_names", (), "--served-model-name"),
         ("served_model_names", ("",), "--served-model-name"),
+        ("served_model_names", ("a\nb",), "--served-model-name"),
+        ("served_model_names", ("a\udcff",), "--served-model-name"),
         ("api_keys", ("",), "--api-key"),
         ("api_keys", ("k\n",), "--api-key"),
         ("shutdown_timeout_s", -1.0, "--shutdown-timeout"),
