@@ -88,3 +88,5 @@ def test_the_watchdog_forgets_and_logs_again(caplog: pytest.LogCaptureFixture) -
     assert dog.recent_lag_s == 0.2 and dog.max_lag_s == 0.5
     assert len(caplog.records) == 3
     assert "by up to 500 ms (1 times)" in caplog.text
+    dog.forget()
+    assert dog.max_lag_s == dog.recent_lag_s == 0.0 and dog.num_late == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -206,3 +207,19 @@ def test_progress_and_eta() -> None:
     assert startup.phase.eta_s(began_s + 3.0) == 3.0
     startup.report("load", 150, 100)
     assert startup.phase.progress == 1.0 and startup.phase.eta_s(began_s + 3.0) == 0.0
+
+
+def test_the_phases_add_up_from_the_exec_on(caplog: pytest.LogCaptureFixture) -> None:
+    startup = Startup()
+    began_s = startup.phase.began_s
+    assert 0.0 < time.monotonic() - began_s < 3600.0  # this test process is older than `startup`
+    for name in ("download", "start", "load"):
+        startup.report(name, 0, 0)
+        time.sleep(0.06)
+    startup.finish()
+    explained = startup.explain()
+    assert re.fullmatch(r"start \d+\.\d \+ download 0\.1 \+ load 0\.1 = \d+\.\d s", explained), (
+        explained
+    )
+    total_s = float(explained.rpartition("= ")[2].removesuffix(" s"))
+    assert abs(total_s - startup.elapsed_s) < 0.2
