@@ -101,12 +101,14 @@ class Choice:
 class Generation:
     """All choices of one request. `close` must be called, however the request ends.
 
-    end  "finished", "aborted" or "failed"; None while it runs.
+    end    "finished", "aborted" or "failed"; None while it runs.
+    error  what `read` has raised, if it has.
     """
 
     def __init__(self, engine: EngineClient, metrics: Metrics, *, arrived_s: float) -> None:
         self.arrived_s = arrived_s
         self.end: str | None = None
+        self.error: RequestError | None = None
         self.choices: list[Choice] = []
         self.active: list[Choice] = []
         self._engine = engine
@@ -174,6 +176,13 @@ class Generation:
         """
         await self._wakeup.wait()
         self._wakeup.clear()
+        try:
+            return self._take_news()
+        except RequestError as error:
+            self.error = error
+            raise
+
+    def _take_news(self) -> list[tuple[Choice, str]]:
         if self._interruption is not None:
             raise self._interruption
         news = []

@@ -108,6 +108,8 @@ def describe(generation: Generation, now: float) -> str:
     usage = generation.usage()
     cached = usage.prompt_tokens_details
     begun = [choice for choice in choices if choice.first_token_s]
+    if generation.error is not None:
+        reasons += f", {generation.error.status} {generation.error.type}"
     text = (
         f"{generation.end} ({reasons}): {usage.prompt_tokens} prompt tokens "
         f"({cached.cached_tokens if cached else 0} cached), {usage.completion_tokens} output "

@@ -85,7 +85,7 @@ def test_a_request_that_fails_has_one_line(
 ) -> None:
     quiet.engine.script = lambda number: Script([1], error=EngineError("broken"))
     quiet.request("POST", "/v1/completions", {"prompt": SECRET, "stream": is_streamed})
-    assert " failed (error): " in wait_line(caplog)
+    assert " failed (error, 500 InternalServerError): " in wait_line(caplog)
 
 
 def test_a_refused_request_names_only_the_field(
