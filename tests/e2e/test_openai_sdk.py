@@ -52,6 +52,50 @@ def test_chat_stream_equals_the_whole(client: OpenAI) -> None:
     )
 
 
+def test_a_begun_answer_is_continued_and_echoed(client: OpenAI) -> None:
+    begun = {"role": "assistant", "content": "The capital of France is"}
+    extra = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[*CAPITAL, begun],
+        temperature=0,
+        max_tokens=8,
+        extra_body=extra,
+    )
+    text = answer.choices[0].message.content or ""
+    assert text.startswith("The capital of France is") and "Paris" in text
+
+
+def test_completions_echo_and_truncate(client: OpenAI) -> None:
+    text = "La capital de Francia es"
+    shown = client.completions.create(
+        model=MODEL, prompt=text, max_tokens=8, temperature=0, echo=True
+    )
+    assert shown.choices[0].text.startswith(text) and "París" in shown.choices[0].text
+    alone = client.completions.create(model=MODEL, prompt=text, max_tokens=0, echo=True)
+    assert alone.choices[0].text == text
+    assert alone.usage is not None and alone.usage.completion_tokens == 0
+    cut = client.completions.create(
+        model=MODEL,
+        prompt="no, no, no. " * 50 + text,
+        max_tokens=1,
+        extra_body={"truncate_prompt_tokens": 6},
+    )
+    assert cut.usage is not None and cut.usage.prompt_tokens == 6
+    chunks = list(
+        client.completions.create(
+            model=MODEL,
+            prompt=text,
+            max_tokens=3,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"echo": True, "ignore_eos": True},
+        )
+    )
+    assert chunks[0].choices[0].text.startswith(text)
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 3
+
+
 def test_completions_of_every_prompt_form(client: OpenAI) -> None:
     text = "La capital de Francia es"
     one = client.completions.create(model=MODEL, prompt=text, max_tokens=8, temperature=0)
