@@ -7,6 +7,7 @@ fast is counted, and the next line says how many.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from contextvars import ContextVar
@@ -87,6 +88,8 @@ class RequestLog:
         )
 
     def _take_line(self) -> bool:
+        if not get_logger().isEnabledFor(logging.INFO):
+            return False
         now = time.monotonic()
         refill = (now - self._refilled_s) * LINES_PER_S
         self._budget_lines = min(self._budget_lines + refill, MAX_BURST_LINES)

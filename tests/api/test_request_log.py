@@ -116,6 +116,14 @@ def test_arrivals_are_logged_on_demand(
     assert "zzz" not in arrival and SECRET not in arrival
 
 
+def test_a_higher_level_silences_them(quiet: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "pyserve")
+    quiet.play("Hello")
+    quiet.post("/v1/completions", {"prompt": SECRET})
+    time.sleep(0.05)
+    assert not lines(caplog)
+
+
 class FakeRequest:
     path = "/v1/completions"
 
