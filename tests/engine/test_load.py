@@ -85,8 +85,9 @@ def test_tiny_contexts(tmp_path: Path, max_model_len: int) -> None:
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    engine, _ = build(write_model(tmp_path, torch_dtype="bfloat16"))
+    engine, _ = build(write_model(tmp_path, torch_dtype="bfloat16"), max_queue=3)
     assert engine.info.dtype == "bfloat16"
+    assert engine.info.max_queue == 3
     assert len(answer(engine)) == 5
 
 
@@ -96,6 +97,7 @@ def test_a_context_that_shrinks_is_logged(tmp_path: Path, caplog: pytest.LogCapt
             write_model(tmp_path), kv_cache_memory_bytes=3 * 8192, max_num_batched_tokens=4
         )
     assert engine.info.max_model_len == 48 and engine.info.max_num_seqs == 4
+    assert engine.info.max_queue == 16  # four for each slot
     assert "the model's context of 256 tokens does not fit in memory: serving 48" in caplog.text
     assert "at most 4 sequences run at once" in caplog.text
     assert "KV cache" in caplog.text
