@@ -1,32 +1,35 @@
-"""The filters that chat templates get: jinja's, measured before and after (template_limits.py).
+"""The filters and tests that chat templates get: jinja's, measured (template_limits.py).
 
-Left out are those for web pages, which no chat needs and whose cost nobody bounds: urlize,
-wordwrap, striptags, xmlattr, pprint, filesizeformat.
+What jinja's filters would make item by item, when it is asked for, is made at once, so that it has
+a weight. Left out are filters for web pages, which no chat needs and whose cost nobody bounds:
+urlize, wordwrap, wordcount, striptags, xmlattr, pprint, filesizeformat.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jinja2 import Environment, pass_environment
 from jinja2.filters import FILTERS, make_attrgetter
-from jinja2.runtime import str_join
+from jinja2.runtime import LoopContext, str_join
+from jinja2.tests import TESTS
 
 from pyserve.text.template_limits import TemplateLimitError, active
 
 Filter = Callable[..., Any]
 
 MAX_PRECISION = 100
+MAX_TITLE_CHARS = 2**20
 # Called by what instrument() puts into templates; no template can spell these names.
 TICK, EMIT, MADE, CONCAT = "pyserve tick", "pyserve emit", "pyserve made", "pyserve concat"
 
 _NAMES = (
     "abs attr capitalize count d default dictsort e escape first float forceescape groupby int "
     "items last length list lower map max min random reject rejectattr reverse safe select "
-    "selectattr sort string title trim unique upper urlencode wordcount"
+    "selectattr sort string unique upper urlencode"
 ).split()
 
 
@@ -41,6 +44,21 @@ def make_filters() -> dict[str, Filter]:
     return filters
 
 
+def make_tests() -> dict[str, Filter]:
+    """Name -> test, for Environment.tests."""
+    tests: dict[str, Any] = {**TESTS}
+    return {name: _ticking(test) for name, test in tests.items()}
+
+
+def _ticking(function: Filter) -> Filter:
+    @functools.wraps(function)
+    def ticking(*args: Any, **kwargs: Any) -> Any:
+        active().tick()
+        return function(*args, **kwargs)
+
+    return ticking
+
+
 def _measured(function: Filter, check: Filter | None = None) -> Filter:
     @functools.wraps(function)  # jinja's marks, such as pass_environment, come along
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +66,10 @@ def _measured(function: Filter, check: Filter | None = None) -> Filter:
         meter.tick()
         if check is not None:
             check(*args, **kwargs)
-        return meter.made(function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if isinstance(result, Iterator) and not isinstance(result, LoopContext):
+            result = meter.take(result)
+        return meter.made(result)
 
     return measured
 
@@ -81,6 +102,14 @@ def _check_round(value: object, precision: object = 0, method: object = "common"
         raise TemplateLimitError(f"rounds to more than {MAX_PRECISION} places")
 
 
+def _check_title(s: object) -> None:
+    active().check_length(s, MAX_TITLE_CHARS)
+
+
+def _check_trim(value: object, chars: object = None) -> None:
+    active().check_length(chars)
+
+
 def _check_truncate(
     environment: object, s: object, length: object = 255, *args: object, **kwargs: object
 ) -> None:
@@ -95,6 +124,8 @@ _CHECKS: dict[str, Filter] = {
     "replace": _check_replace,
     "round": _check_round,
     "slice": _check_columns,
+    "title": _check_title,
+    "trim": _check_trim,
     "truncate": _check_truncate,
 }
 

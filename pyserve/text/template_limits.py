@@ -27,6 +27,8 @@ MAX_OUTPUTS = 4  # times that: what all outputs are together, those of macros in
 MAX_MADE = 2**28  # of all values ever made
 MAX_DEPTH = 100
 MAX_INT_BITS = 4096
+MAX_SET_CHARS = 1000  # that strip() looks for at each character
+MAX_FORMAT_CHARS = 2**16
 MAX_WIDTH = 10**5  # of padding, and of rows and columns
 ELEMENT = 32
 TICK = 256  # what a step of the template counts against the next look at the clock
@@ -181,6 +183,7 @@ class Meter:
 
     def check_format(self, text: str, values: list[Any]) -> None:
         """Before `text.format(...)` of these values."""
+        self.check_length(text, MAX_FORMAT_CHARS)
         if _NESTED_SPEC(text):
             raise TemplateLimitError("takes a width from a value")
         self._check_fields(text, text.count("{"), max(map(self.weigh, values), default=0))
@@ -195,6 +198,11 @@ class Meter:
         """Before padding to so many columns."""
         if any(isinstance(width, int) and abs(width) > MAX_WIDTH for width in widths):
             raise TemplateLimitError(f"pads a value to more than {MAX_WIDTH} columns")
+
+    def check_length(self, value: object, limit: int = MAX_SET_CHARS) -> None:
+        """Before work that goes through `value` more than once."""
+        if isinstance(value, str) and len(value) > limit:
+            raise TemplateLimitError(f"uses a text of more than {limit} characters")
 
     def check_replace(self, text: str, old: object, new: object, count: object = None) -> None:
         """Before `text.replace(old, new)`."""
@@ -234,6 +242,8 @@ class Meter:
     ) -> tuple[Any, ...]:
         if name in ("center", "ljust", "rjust", "zfill"):
             self.check_width(*args)
+        elif name in ("strip", "lstrip", "rstrip") and args:
+            self.check_length(args[0])
         elif name == "expandtabs":
             size = kwargs.get("tabsize", args[0] if args else 8)
             self.check_width(size)

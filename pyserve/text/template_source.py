@@ -24,10 +24,11 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from pyserve.errors import CheckpointError
-from pyserve.text.template_filters import CONCAT, EMIT, MADE, TICK, make_filters
+from pyserve.text.template_filters import CONCAT, EMIT, MADE, TICK, make_filters, make_tests
 from pyserve.text.template_limits import Meter, TemplateLimitError, active, metering
 
 MAX_SOURCE_CHARS = 2**20
+LOOKUP = 32  # against the clock
 MAX_RENAMES = 16  # of a message's content, one after another, that are followed
 MAX_DATE_FORMAT_CHARS = 1000
 GLOBALS = frozenset(
@@ -97,6 +98,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         meter.check_binop(operator, left, right)
         return meter.made(super().call_binop(context, operator, left, right))
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        active().tick(LOOKUP)  # filters look attributes up by themselves, of each item
+        return super().getitem(obj, argument)
+
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
         meter = active()
         checked = meter.check_call(__obj, args, kwargs)
@@ -128,9 +133,6 @@ class _Instrument(NodeTransformer):
         return _filter(CONCAT, node.nodes[0], node, *node.nodes[1:])
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        return _filter(TICK, self.generic_visit(node), node)
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Node:
         return _filter(TICK, self.generic_visit(node), node)
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
@@ -178,6 +180,7 @@ def _environment() -> _Environment:
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
     environment.filters = make_filters()
+    environment.tests.update(make_tests())
     environment.globals = {
         "range": environment.globals["range"],  # the sandbox's, of limited length
         "cycler": environment.globals["cycler"],
