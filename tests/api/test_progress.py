@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pty
+import select
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,9 @@ def test_a_bar_on_a_terminal_gives_way_to_log_lines(monkeypatch: pytest.MonkeyPa
         finally:
             root.removeHandler(line)
         terminal.flush()
-        drawn = os.read(reader, 65536).decode()
+        drawn = ""  # a terminal hands out what it has by and by
+        while select.select([reader], [], [], 0.5)[0]:
+            drawn += os.read(reader, 65536).decode()
     os.close(reader)
     assert drawn.count("load: 1.00 of 4.00 GB (25%)") >= 3
     assert f"{CLEAR_LINE}a line" in drawn
