@@ -199,6 +199,8 @@ class Download:
             rate = (self.done - logged) / (now_s - logged_s)
             mean = self.done / (now_s - self._began_s)
             left = f"{(self._total - self.done) / mean:.0f} s left" if mean else "no byte yet"
+            if self.done == self._total:
+                left = "checking what has arrived"
             log.get_logger().info(
                 "download: %s of %s, %s/s, %s",
                 size_text(self.done), size_text(self._total), size_text(rate), left,
