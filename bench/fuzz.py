@@ -190,6 +190,8 @@ def _judge(case: Case, answers: list[Answer], rest: bytes, is_closed: bool) -> s
             return "the connection was closed without an answer"
         if len(answers) < case.num_answers and not answers[-1].closes:
             return f"closed after {len(answers)} of {case.num_answers} answers, unannounced"
+    if case.wanted and len(answers) > case.num_answers:
+        return f"{len(answers)} answers, asked for {case.num_answers}"  # request smuggling
     if case.wanted and len(answers) == case.num_answers:
         status = answers[-1].status
         if status not in case.wanted:
@@ -261,8 +263,13 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
         after["num_files"] = await _wait_files(pid, num_files)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         after["problem"] = f"the server does not answer afterwards: {error}"
-    return {"tally": tally, "wall_s": wall_s, "rss_bytes": rss_bytes, "num_files": num_files, **{
-        "after": after}}  # fmt: skip
+    return {
+        "tally": tally,
+        "wall_s": wall_s,
+        "rss_bytes": rss_bytes,
+        "num_files": num_files,
+        "after": after,
+    }
 
 
 def count_files(pid: int | None) -> int | None:
@@ -406,10 +413,16 @@ def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
         f"{tally.num_sent:,} cases, {tally.seen.num_streams} streams beside them"
     )
     config = {name: str(value) for name, value in vars(args).items()}
-    record = {"config": config, "environment": environment(["pyserve", "aiohttp"]),
-              "wall_s": result["wall_s"], "rss_bytes": result["rss_bytes"],
-              "num_streams": tally.seen.num_streams, "max_gap_s": tally.seen.max_gap_s,
-              "statuses": tally.statuses, "problems": problems}  # fmt: skip
+    record = {
+        "config": config,
+        "environment": environment(["pyserve", "aiohttp"]),
+        "wall_s": result["wall_s"],
+        "rss_bytes": result["rss_bytes"],
+        "num_streams": tally.seen.num_streams,
+        "max_gap_s": tally.seen.max_gap_s,
+        "statuses": tally.statuses,
+        "problems": problems,
+    }
     write_json(args.json, record)
     return 1 if problems else 0
 

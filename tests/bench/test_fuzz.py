@@ -80,6 +80,7 @@ def test_sound_answers_pass() -> None:
         (answer(200, b"{", "Content-Type: application/json"), "no application/json"),
         (answer(200, b"data: {}\n\n", "Content-Type: text/event-stream"), "no [DONE]"),
         (answer(200, b"data: {\n\n", "Content-Type: text/event-stream"), "text/event-stream"),
+        (answer(400, ERROR) * 2, "2 answers, asked for 1"),
         (answer(401, ERROR.replace(b"400", b"401")), "status 401, may be 400 or 404"),
     ],
 )
