@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import os
 import struct
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +21,6 @@ from pyserve.model.hub_client import HubClient, RemoteFile
 
 PART_BYTES = 64 * 2**20
 NUM_STREAMS = 8
-LOG_S = 5.0
 REPORT_S = 0.25
 DATA_SUFFIX, JOURNAL_SUFFIX = ".pyserve-data", ".pyserve-journal"
 HEAD = struct.Struct("<QQ")  # of a journal: bytes of the file, of a part
@@ -129,7 +127,6 @@ class Download:
         self.done = 0  # bytes fetched
         self._queue: deque[tuple[PartialFile, int]] = deque()
         self._was_damaged: set[str] = set()
-        self._began_s = time.monotonic()
 
     def expect(self, num_bytes: int) -> None:
         """How many bytes will be fetched in all, those of earlier runs included."""
@@ -188,24 +185,9 @@ class Download:
         self._add(partial)
 
     async def _report(self) -> None:
-        """Progress all the time, a line now and then."""
-        logged_s, logged = time.monotonic(), self.done
         while True:
             await asyncio.sleep(REPORT_S)
             self._progress(self.done, self._total)
-            now_s = time.monotonic()
-            if now_s - logged_s < LOG_S:
-                continue
-            rate = (self.done - logged) / (now_s - logged_s)
-            mean = self.done / (now_s - self._began_s)
-            left = f"{(self._total - self.done) / mean:.0f} s left" if mean else "no byte yet"
-            if self.done == self._total:
-                left = "checking what has arrived"
-            log.get_logger().info(
-                "download: %s of %s, %s/s, %s",
-                size_text(self.done), size_text(self._total), size_text(rate), left,
-            )  # fmt: skip
-            logged_s, logged = now_s, self.done
 
 
 def size_text(num_bytes: float) -> str:

@@ -47,6 +47,7 @@ TEXTS = (
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one makes a tokenizer
 
+MAX_TEXT_BYTES = 128 * 2**20
 FIRST_BYTES = 64 * 1024  # most headers are shorter
 DISK_MARGIN_BYTES = 256 * 2**20  # left for logs, compiled products and the file system itself
 
@@ -149,9 +150,9 @@ def fetch_headers(
     async def fetch() -> None:
         async with wanted.client(wanted.revision) as client:
             listing = await client.listing()
-            for file in _texts(listing, with_weights=True):
-                if file.name not in ("config.json", INDEX_FILE):
-                    continue
+            texts = [listing.files.get(name) for name in ("config.json", INDEX_FILE)]
+            for file in filter(None, texts):
+                _check_sizes(wanted, [file])
                 text = await client.read(file, 0, file.size, commit=listing.commit)
                 (folder / file.name).write_bytes(text)
             weights = _weights(wanted, listing, folder)
@@ -249,6 +250,7 @@ async def _fetch(wanted: _Wanted, progress: Progress, check: Check) -> Path:
         commit, snapshot = listing.commit, cache.snapshot(listing.commit)
         download = Download(client, named=wanted.named, commit=commit, progress=progress)
         texts = _texts(listing, with_weights=wanted.with_weights)
+        _check_sizes(wanted, texts)
         weights = _likely_weights(listing) if wanted.with_weights else []
         missing = _missing(cache, commit, texts)
         download.expect(
@@ -340,6 +342,15 @@ def _texts(listing: Listing, *, with_weights: bool) -> list[RemoteFile]:
         if MORE_TEMPLATES.fullmatch(name)
         or ("/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns))
     ]
+
+
+def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
+    """They are fetched before the disk is looked at."""
+    for file in texts:
+        if file.size > MAX_TEXT_BYTES:
+            raise CheckpointError(
+                f"{wanted.named}: {file.name} has {file.size} bytes, the limit is {MAX_TEXT_BYTES}"
+            )
 
 
 def _likely_weights(listing: Listing) -> list[RemoteFile]:

@@ -22,7 +22,7 @@ from pyserve.log import get_logger
 
 def test_a_phase_in_words() -> None:
     phase = Phase("load", 1_000_000_000, 4_000_000_000, 100.0)
-    assert describe(phase, 102.0) == "load: 1.00 of 4.00 GB (25%), 6 s left"
+    assert describe(phase, 102.0) == "load: 1.00 of 4.00 GB (25%), 500 MB/s, 6 s left"
     assert draw(phase, 102.0).startswith("[########......................] load: ")
     assert describe(Phase("build", 0, 1, 100.0), 112.4) == "build: 12 s so far"
     assert draw(Phase("start", 0, 0, 100.0), 101.0) == f"[{'.' * 30}] start: 1 s so far"

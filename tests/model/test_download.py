@@ -245,6 +245,16 @@ def test_the_disk_is_checked_before_the_first_byte_of_weights(
     assert stub.sent(CDN) == 0
 
 
+def test_a_text_that_is_too_large(
+    stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "MAX_TEXT_BYTES", 17)
+    assert "config.json has 19 bytes, the limit is 17" in refusal(tmp_path)
+    assert stub.sent("/resolve/") == 0
+    with pytest.raises(StartupError, match="the limit is 17"):
+        fetch_headers(REPO, tmp_path, revision=None, token=None, download_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["pwrite", "ftruncate"])
 def test_a_disk_that_fills_up(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
