@@ -124,6 +124,10 @@ def _tokenize(
 def _encode(
     loaded: Loaded, texts: list[str], add_special_tokens: bool, cut: prompts.Truncation | None
 ) -> list[list[int]]:
+    max_model_len = loaded.engine.info.max_model_len
+    if cut is not None:  # all of each text is tokenised
+        num_chars = sum(map(len, texts))
+        prompts.check_size(num_chars, "characters", max_model_len=max_model_len, param="prompt")
     token_ids = []
     num_tokens = 0
     for text in texts:
@@ -131,7 +135,7 @@ def _encode(
             loaded.tokenizer,
             text,
             add_special_tokens=add_special_tokens,
-            max_model_len=loaded.engine.info.max_model_len,
+            max_model_len=max_model_len,
             cut=cut,
         )
         token_ids.append(ids)

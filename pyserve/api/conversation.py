@@ -33,6 +33,7 @@ from pyserve.errors import (
     InvalidRequestError,
     NotBuiltError,
 )
+from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.template_limits import MAX_RENDER_S
 
@@ -205,6 +206,8 @@ def _measure(value: object, name: str, depth: int = 0) -> int:
         return sum(len(key) + 1 + _measure(item, name, depth + 1) for key, item in items)
     if isinstance(value, list):
         return sum(1 + _measure(item, name, depth + 1) for item in value)
+    if isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
+        raise InvalidRequestError(f"{name} holds an integer of more than 64 bits", name)
     return len(value) if isinstance(value, str) else 1
 
 

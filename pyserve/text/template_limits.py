@@ -24,7 +24,8 @@ from typing import Any
 MAX_RENDER_S = 5.0
 MAX_CHARS = 2**23  # of one value, beside twice what the request holds
 MAX_OUTPUTS = 4  # times that: what all outputs are together, those of macros included
-MAX_MADE = 2**28  # of all values ever made
+MAX_MADE = 2**28  # of all values ever made, or
+MADE_OF_DATA = 32  # times what the request holds
 MAX_DEPTH = 100
 MAX_INT_BITS = 4096
 MAX_SET_CHARS = 1000  # that strip() looks for at each character
@@ -69,7 +70,9 @@ class Meter:
         self._made = 0
         self._known: dict[int, tuple[object, int]] = {}
         self.limit = MAX_MADE
-        self.limit = MAX_CHARS + 2 * self.weigh(data)
+        given = self.weigh(data)
+        self.limit = MAX_CHARS + 2 * given
+        self._made_limit = max(MAX_MADE, MADE_OF_DATA * given)
         self._output_left = MAX_OUTPUTS * self.limit
 
     def tick(self, cost: int = TICK) -> None:
@@ -94,8 +97,8 @@ class Meter:
         if isinstance(value, str):
             size = len(value)
         self._made += size
-        if self._made > MAX_MADE:
-            raise TemplateLimitError(f"makes more than {MAX_MADE} characters in all")
+        if self._made > self._made_limit:
+            raise TemplateLimitError(f"makes more than {self._made_limit} characters in all")
         self.tick(TICK + size)
         return value
 

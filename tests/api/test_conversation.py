@@ -131,6 +131,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"chat_template_kwargs": {"x" * 65537: 1}}, "chat_template_kwargs", "65536"),
     ({"chat_template_kwargs": {"a": [1] * 40_000}}, "chat_template_kwargs", "65536"),
     ({"chat_template_kwargs": {"a": nested(16)}}, "chat_template_kwargs", "deeper than 16"),
+    ({"chat_template_kwargs": {"a": 10**2000}}, "chat_template_kwargs", "64 bits"),
+    ({"documents": [{"a": [-(2**63) - 1]}]}, "documents", "64 bits"),
     ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "expected object"),
     ({"documents": ["x"] * 1025}, "documents", "1024"),
     ({"documents": [nested(17)]}, "documents", "deeper than 16"),

@@ -194,6 +194,8 @@ def test_truncation_does_not_lift_the_bound_on_text(server: Server) -> None:
     body = {"prompt": "word " * 400_000, "truncate_prompt_tokens": 5}
     error = server.error(COMPLETIONS, body)
     assert error["param"] == "prompt" and str(prompts.MAX_TOKENIZE_CHARS) in error["message"]
+    error = server.error(COMPLETIONS, {**body, "prompt": ["word " * 100_000] * 4})
+    assert error["param"] == "prompt" and "2000000 characters" in error["message"]
     body = {"messages": [{"role": "user", "content": body["prompt"]}], "truncate_prompt_tokens": 5}
     assert server.error(CHAT, body)["param"] == "messages"
 
