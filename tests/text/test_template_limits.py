@@ -6,10 +6,12 @@ import time
 from datetime import datetime
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from pyserve.errors import ChatTemplateError, InvalidRequestError
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.template_limits import MAX_CHARS, Meter, TemplateLimitError
+from pyserve.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 TIME_LIMIT_S = 0.2
@@ -225,3 +227,63 @@ def test_a_thousand_messages_take_milliseconds() -> None:
         template.render(messages)
         times.append(time.perf_counter() - began)
     assert min(times) < 0.1
+
+
+MODERN = """\
+{%- macro kind(spec, depth=0) -%}
+    {%- if spec.type == 'array' -%}{{ kind(spec['items'], depth + 1) }}[]
+    {%- elif spec.enum is defined -%}{{ '"' + spec.enum|join('" | "') + '"' }}
+    {%- elif spec.properties is mapping -%}
+        {{- '{\\n' }}
+        {%- for name, inner in spec.properties.items() -%}
+            {{- '  ' * (depth + 1) ~ name ~ ('?' if name not in (spec.required or []) else '') }}
+            {{- ': ' }}{{ kind(inner, depth + 1) }}{{ ',\\n' if not loop.last else '\\n' }}
+        {%- endfor -%}
+        {{- '}' }}
+    {%- else -%}{{ spec.type|default('any', true) }}{%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(last=messages|length - 1, found=false) -%}
+{%- for message in messages[::-1] -%}
+    {%- set index = (messages|length - 1) - loop.index0 -%}
+    {%- if message.role == 'user' and message.content is string and not ns.found -%}
+        {%- set ns.last = index -%}{%- set ns.found = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- for tool in tools or [] -%}
+    {{- tool.function.name ~ kind(tool.function.parameters) ~ '\\n' ~ tool|tojson(indent=4) }}
+{%- endfor -%}
+{%- set users = messages|selectattr('role', 'equalto', 'user')|list -%}
+{{- '%d of %d; ' % (users|length, messages|length) }}
+{%- for message in messages -%}
+    {%- set content = message.content -%}
+    {%- if loop.previtem is defined and loop.previtem.role == message.role -%}
+        {{- raise_exception('roles must alternate') -}}
+    {%- endif -%}
+    {%- if '</think>' in content -%}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+    {%- endif -%}
+    {%- if content is iterable and content is not string -%}{%- continue -%}{%- endif -%}
+    {{- '<|' ~ message.role|upper ~ '|>' ~ content|trim ~ ('*' if loop.index0 == ns.last) -}}
+    {%- if loop.index > 8 -%}{%- break -%}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|ASSISTANT|>' }}{%- endif -%}
+"""
+
+
+def test_what_newer_models_do_equals_transformers(byte_level: Tokenizer) -> None:
+    parameters = {
+        "type": "object", "required": ["a"],
+        "properties": {"a": {"type": "array", "items": {"type": "string"}},
+                       "b": {"enum": ["x", "y"]}, "c": {}},
+    }  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    messages = [
+        {"role": "user", "content": " a "}, {"role": "assistant", "content": "<think>b</think>\nc"},
+        {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"},
+    ]  # fmt: skip
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(byte_level.folder / "tokenizer.json"))
+    expected = reference.apply_chat_template(
+        messages, tools=tools, chat_template=MODERN, tokenize=False, add_generation_prompt=True
+    )
+    prompt = ChatTemplate(MODERN, special_tokens={}).render(messages, tools)
+    assert prompt == expected and "a: string[]" in prompt and "<|USER|>d*" in prompt
