@@ -1,13 +1,15 @@
 # pyserve in a container: compiled where nvcc is, served where no compiler is.
 #
 #   docker build -t pyserve .                          # CUDA 13.0
-#   docker build -t pyserve --build-arg CUDA=12.6.3 .  # for drivers that know CUDA 12 only
+#   docker build -t pyserve --build-arg CUDA=12.6.3 --build-arg TORCH_INDEX=URL .
+#     for drivers that know CUDA 12 only; URL: PyTorch's package index of its builds for CUDA 12.6
 #   docker run --gpus all -p 8000:8000 -v pyserve:/cache --stop-timeout 40 pyserve --model org/name
 #
 # Both stages are the same Ubuntu: the wheel meets the glibc, libstdc++ and Python it was built with.
 # With --port, --uds or TLS the health check below looks in the wrong place: pass --no-healthcheck.
 ARG CUDA=13.0.1
 ARG UBUNTU=24.04
+ARG TORCH_INDEX=
 
 FROM nvidia/cuda:${CUDA}-devel-ubuntu${UBUNTU} AS build
 RUN apt-get update \
@@ -15,8 +17,9 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && python3 -m venv /opt/build
 ENV PATH=/opt/build/bin:$PATH
-# The native code is built on torch's stable ABI: the small CPU wheel has all the headers.
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu 'torch>=2.10,<2.14'
+# Only its headers are used here: the native code is built on torch's stable ABI.
+ARG TORCH_INDEX
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.10,<2.14'
 RUN pip install --no-cache-dir 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
@@ -25,7 +28,6 @@ COPY pyserve pyserve
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheels .
 
 FROM ubuntu:${UBUNTU}
-ARG CUDA
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3-venv \
  && rm -rf /var/lib/apt/lists/* \
@@ -33,9 +35,9 @@ RUN apt-get update \
  && useradd --create-home --uid 10001 pyserve \
  && install -d -o pyserve -g pyserve /cache
 ENV PATH=/opt/pyserve/bin:$PATH
-# A layer of its own, the largest by far: 13.0.1 becomes cu130. It brings CUDA's libraries.
-RUN pip install --no-cache-dir 'torch>=2.10,<2.14' --index-url \
-    "https://download.pytorch.org/whl/cu$(echo "$CUDA" | cut -d . -f 1,2 | tr -d .)"
+# A layer of its own, the largest by far: it brings CUDA's libraries, 13.0's where no index is named.
+ARG TORCH_INDEX
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.10,<2.14'
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir /wheels/*.whl
 # The driver's libraries come from the host; the base image is none of NVIDIA's, so we ask for them.
