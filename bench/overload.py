@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ POLL_S = 0.2
 TIMEOUT_S = 120.0
 SETTLE_SHARE = 0.2  # of a phase: memory is compared from then on
 PATH = "/v1/completions"
+NUM_REQUESTS = 4096  # different ones
 
 
 @dataclass(slots=True)
@@ -93,9 +95,10 @@ class Load:
 
     def __init__(self, endpoint: Endpoint, args: argparse.Namespace) -> None:
         self._endpoint = endpoint
-        self._args = args
         self._rng = np.random.default_rng(args.seed)
         self._idle: list[Connection] = []
+        # Made ahead, as this process shares the machine with the server.
+        self._requests = itertools.cycle([self._encode(args) for _ in range(NUM_REQUESTS)])
 
     async def closed(self, concurrency: int, seconds: float, phase: Phase) -> None:
         """`concurrency` clients, each of which asks again when it has its answer."""
@@ -129,13 +132,15 @@ class Load:
         for connection in self._idle:
             connection.close()
 
-    async def _send(self, started_s: float) -> Reply:
-        args = self._args
+    def _encode(self, args: argparse.Namespace) -> bytes:
         body = {
             "prompt": self._rng.integers(5, args.vocab_size, args.input_len).tolist(),
             "max_tokens": args.output_len, "ignore_eos": True, "temperature": 0, "stream": True,
         }  # fmt: skip
-        request = self._endpoint.encode("POST", PATH, body)
+        return self._endpoint.encode("POST", PATH, body)
+
+    async def _send(self, started_s: float) -> Reply:
+        request = next(self._requests)
         while self._idle:
             connection = self._idle.pop()
             if connection.is_usable:
