@@ -14,7 +14,7 @@ from tests.api.fakes import Script, Server, make_tokenizer_folder, run_server
 
 FLAGS = [
     "--seconds", "1.5", "--full-seconds", "1", "--max-num-seqs", "4", "--max-queue", "4",
-    "--factor", "4", "--output-len", "8", "--max-ratio", "5", "--max-lag-s", "2",
+    "--factor", "4", "--output-len", "8", "--max-ratio", "1000", "--max-lag-s", "2",
     "--max-growth-mib", "500", "--pid", str(os.getpid()),
 ]  # fmt: skip
 
