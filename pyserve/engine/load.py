@@ -35,6 +35,7 @@ from pyserve.engine.planner import (
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import DeviceError, PlanError, StartupError
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
@@ -45,6 +46,7 @@ from pyserve.params import SamplingParams
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
 WARMUP_PROMPT_LEN = 16
+CPU_WARMUP_BUDGET_S = 1.0  # a large model's larger shapes are met while serving
 QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
 
 
@@ -215,7 +217,10 @@ def _start_runner(
     """
     if isinstance(memory, HostMemory):
         executor.allocate_kv(plan.num_blocks)
-        return CpuRunner(executor, num_threads=host.num_threads()), plan
+        cpu_runner = CpuRunner(executor, num_threads=host.num_threads())
+        smallest_first = reversed(list(warmup_steps(executor)))
+        cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S)
+        return cpu_runner, plan
     runner = CudaRunner(executor)
     runner.warm_up_largest()
     plan = fit_kv(plan, config, before=memory, now=devices.card_memory(executor.device))

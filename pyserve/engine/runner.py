@@ -7,6 +7,8 @@ once; it is the same on every device. A runner brings it packed steps and takes 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -201,6 +203,17 @@ class CpuRunner:
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Nothing to do: a future of the worker may be awaited from any loop."""
+
+    def warm_up(self, steps: Iterable[Step], *, budget_s: float) -> None:
+        """Run `steps` until `budget_s` are spent: matrix libraries compile a shape they first meet,
+        and keep what they compiled."""
+        deadline_s = time.monotonic() + budget_s
+        for step in steps:
+            if time.monotonic() > deadline_s:
+                break
+            self._executor.reset()
+            self.launch(step).result()
+        self._executor.reset()
 
     def launch(self, step: Step) -> Future[list[int]]:
         """Start `step`; see engine.Runner."""

@@ -15,6 +15,7 @@ from pyserve.engine.planner import HostMemory, plan_memory
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import EngineError
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
@@ -278,6 +279,26 @@ def test_steps_run_in_a_few_padded_shapes(
     assert {num_tokens for num_tokens, _ in shapes} <= {1, 2, 4, 8, 16, 32, 48, 50}
     assert {rows for _, rows in shapes} | num_rows <= {1, 2, 4, 8}
     assert len(shapes) > 4 and len(num_rows) > 2
+
+
+@pytest.mark.parametrize(("budget_s", "num_shapes"), [(60.0, 8), (-1.0, 0)])
+def test_warm_up_meets_every_shape_in_its_budget(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, budget_s: float, num_shapes: int
+) -> None:
+    shapes: list[int] = []
+    forward = decoder.forward
+
+    def spy(ctx: ForwardContext) -> torch.Tensor:
+        shapes.append(len(ctx.input_ids))
+        return forward(ctx)
+
+    monkeypatch.setattr(decoder, "forward", spy)
+    runner = make_runner(decoder, 4, 50)
+    executor = runner._executor
+    runner.warm_up(reversed(list(warmup_steps(executor))), budget_s=budget_s)
+    assert shapes == [1, 2, 4, 8, 16, 32, 48, 50][:num_shapes]
+    assert not executor._slots.any() and not executor._token_counts.any()
+    runner.close()
 
 
 def test_many_samples_go_through_logits_in_tiles(decoder: Decoder) -> None:
