@@ -57,6 +57,9 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     start = plan_start(config)  # a refusal need not wait for a compiler
     device, model_config, dtype = start.device, start.model_config, start.dtype
     memory, plan = start.memory, start.plan
+    if model_config.unknown_fields:
+        names = ", ".join(name[:40] for name in model_config.unknown_fields[:10])
+        logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
     _log_plan(config, plan)
     build.load_native(
         allow_reference=config.allow_reference_ops, progress=logger.info, device=_kind(device)

@@ -1,7 +1,8 @@
 """ModelConfig: what config.json says about a model, every field typed and checked.
 
 Reads the names of transformers 4 and 5. What the decoder cannot compute is refused by name: a wrong
-answer is worse than an error. Keys that change no result are not looked at. Imports no torch.
+answer is worse than an error. Keys that change no result are not looked at; those that nobody here
+knows are kept by name. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pyserve.errors import CheckpointError, ConfigError
 from pyserve.model.fields import Fields
 from pyserve.model.registry import ARCHITECTURES, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
+from pyserve.model.unknown_fields import unknown_fields
 
 CheckpointDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -40,6 +42,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                      which optional parameters the layers have.
     windows          sliding window of each layer: a token sees this many, itself included; 0: all.
     dtype            of the checkpoint, as config.json says; transformers' default is float32.
+    unknown_fields   of config.json, not used.
     """
 
     architecture: str
@@ -60,6 +63,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool
     windows: tuple[int, ...]
     dtype: CheckpointDtype
+    unknown_fields: tuple[str, ...] = ()
 
     @classmethod
     def from_path(cls, folder: Path) -> ModelConfig:
@@ -113,6 +117,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             qk_norm=architecture.qk_norm,
             windows=_windows(fields, architecture, num_layers, max_model_len),
             dtype=_dtype(fields),
+            unknown_fields=unknown_fields(raw),
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pyserve.config import DEMO_MODEL
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.model.config import MAX_CONFIG_BYTES, ModelConfig
 from pyserve.model.rope_config import RopeConfig
@@ -277,3 +278,13 @@ def test_a_missing_or_huge_file(tmp_path: Path) -> None:
 def test_reading_a_config_needs_no_torch() -> None:
     script = "import sys, pyserve.model.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_unknown_fields_are_named_and_changing_ones_refused() -> None:
+    raw = json.loads((DEMO_MODEL / "config.json").read_text())
+    assert ModelConfig.from_hf(raw).unknown_fields == ()
+    odd = raw | {"my_trick": 3, "_note": "x", "num_experts": 1, "logit_scale": 1.0}
+    assert ModelConfig.from_hf(odd).unknown_fields == ("my_trick",)
+    for name, value in (("logit_scale", 0.0625), ("num_experts", 8), ("clip_qkv", 8.0)):
+        with pytest.raises(ConfigError, match=f"{name} is {value}, which changes"):
+            ModelConfig.from_hf(raw | {name: value})
