@@ -15,14 +15,20 @@ from pathlib import Path
 
 from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
-from pyserve.config import DEMO_MODEL, EngineConfig, ServerConfig, env
+from pyserve.config import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    DEMO_MODEL,
+    EngineConfig,
+    ServerConfig,
+    env,
+)
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flags import given, parse_args
 from pyserve.text.chat_template import ChatTemplate, read_override
 from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
 
 DEMO_MODEL_NAME = "pyserve-demo"
-DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

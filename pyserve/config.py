@@ -22,6 +22,7 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 MAX_BODY_BYTES = 32 * 2**20
 DEFAULT_BLOCK_SIZE = 16
+DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000
 MAX_QUEUE = 2**20
 MAX_LOGPROBS = 1024
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -73,8 +74,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the HTTP side is built from."""
 
     served_model_names: tuple[str, ...]  # the first one is used in responses
-    host: str = "0.0.0.0"
-    port: int = 8000
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     shutdown_timeout_s: float = 30.0

@@ -108,11 +108,9 @@ def resolve_model(
     if folder is not None:
         return folder
     wanted = _wanted(name, revision, token, download_dir, flag=flag, with_weights=with_weights)
-    snapshot = _cached(wanted)
+    snapshot = _without_a_call(wanted)
     if snapshot is not None:
         return snapshot
-    if constants.HF_HUB_OFFLINE:
-        return _without_the_hub(wanted, "HF_HUB_OFFLINE is set")
     progress(0, 0)
     try:
         with wanted.cache.locked(wanted.named):
@@ -141,11 +139,9 @@ def fetch_headers(
     if local is not None:
         return local
     wanted = _wanted(name, revision, token, download_dir, flag=flag, with_weights=True)
-    snapshot = _cached(wanted)
+    snapshot = _without_a_call(wanted)
     if snapshot is not None:
         return snapshot
-    if constants.HF_HUB_OFFLINE:
-        return _without_the_hub(wanted, "HF_HUB_OFFLINE is set")
 
     async def fetch() -> None:
         async with wanted.client(wanted.revision) as client:
@@ -163,6 +159,14 @@ def fetch_headers(
     except OSError as error:
         raise _disk_error(wanted, error) from error
     return folder
+
+
+def _without_a_call(wanted: _Wanted) -> Path | None:
+    """What the cache holds whole; None where the hub must, and may, be asked."""
+    snapshot = _cached(wanted)
+    if snapshot is None and constants.HF_HUB_OFFLINE:
+        return _without_the_hub(wanted, "HF_HUB_OFFLINE is set")
+    return snapshot
 
 
 def _local_folder(name: str, revision: str | None, flag: str) -> Path | None:
