@@ -14,12 +14,12 @@ from typing import Any
 
 from bench.make_model import PRESETS
 from pyserve.config import EngineConfig
-from pyserve.engine.capacity import UNLIMITED, Capacity, find_capacity, named_memory, sizes_on_card
-from pyserve.engine.cards import CARDS, Card
 from pyserve.engine.planner import GIB, MAX_NUM_BATCHED_TOKENS
-from pyserve.engine.roofline import ModelSizes
 from pyserve.errors import PlanError
 from pyserve.model.config import ModelConfig
+from pyserve.plan.capacity import UNLIMITED, Capacity, find_capacity, named_memory, sizes_on_card
+from pyserve.plan.cards import CARDS, Card
+from pyserve.plan.roofline import ModelSizes
 
 _QWEN25: dict[str, Any] = {
     **PRESETS["qwen2.5-7b"], "hidden_size": 5120, "num_attention_heads": 40,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import plan_tables
-from pyserve.engine.roofline import measure_model
 from pyserve.model.config import ModelConfig
+from pyserve.plan.roofline import measure_model
 
 README = Path(__file__).parents[2] / "README.md"
 # In 10^9, of the models' cards.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pyserve.engine.cards import CARDS, TOO_OLD, find_card
 from pyserve.errors import ConfigError
 from pyserve.ops.device import MIN_CAPABILITY
+from pyserve.plan.cards import CARDS, TOO_OLD, find_card
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench.make_model import PRESETS
-from pyserve.engine.cards import Card, find_card
-from pyserve.engine.roofline import decode_floor, measure_model, prefill_floor_s
 from pyserve.model.config import ModelConfig
+from pyserve.plan.cards import Card, find_card
+from pyserve.plan.roofline import decode_floor, measure_model, prefill_floor_s
 from tests.engine.tiny import CONFIG
 
 LLAMA = ModelConfig.from_hf(PRESETS["llama-3.1-8b"])

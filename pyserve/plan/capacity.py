@@ -21,9 +21,7 @@ from pyserve import flags, log
 from pyserve.config import Dtype, EngineConfig, env
 from pyserve.engine import device as devices
 from pyserve.engine.block_manager import num_blocks_for
-from pyserve.engine.cards import CARDS, CONTEXT_BYTES, Card, find_card
 from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger, plan_memory
-from pyserve.engine.roofline import ModelSizes, decode_floor, measure_model, prefill_floor_s
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig, read_config
@@ -31,6 +29,8 @@ from pyserve.model.hub import fetch_headers
 from pyserve.model.loader import check_checkpoint
 from pyserve.model.weights import index_checkpoint
 from pyserve.ops import device as card_here
+from pyserve.plan.cards import CARDS, CONTEXT_BYTES, Card, find_card
+from pyserve.plan.roofline import ModelSizes, decode_floor, measure_model, prefill_floor_s
 
 CUDA = torch.device("cuda", 0)
 BATCHES = (1, 8, 64)  # of the table of rates

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pyserve.engine.cards import Card
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
+from pyserve.plan.cards import Card
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

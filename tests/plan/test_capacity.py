@@ -13,12 +13,12 @@ import torch
 from bench.make_model import PRESETS
 from pyserve import cli
 from pyserve.config import DEMO_MODEL, EngineConfig
-from pyserve.engine import capacity as plans
-from pyserve.engine.capacity import UNLIMITED, find_capacity, main, named_memory, sizes_on_card
-from pyserve.engine.cards import find_card
 from pyserve.engine.planner import MIB, CardMemory, format_ledger
 from pyserve.model import hub
 from pyserve.model.config import ModelConfig
+from pyserve.plan import capacity as plans
+from pyserve.plan.capacity import UNLIMITED, find_capacity, main, named_memory, sizes_on_card
+from pyserve.plan.cards import find_card
 from tests.engine.tiny import write_model
 from tests.model.hub_stub import running_hub
 
