@@ -8,7 +8,8 @@ Shapes are those of the models' config.json; nothing is downloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,46 +40,62 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": PRESETS["llama-3.1-8b"],
     "Qwen2.5-14B": {**_QWEN25, "intermediate_size": 13824, "num_hidden_layers": 48},
     "Qwen2.5-32B": {**_QWEN25, "intermediate_size": 27648, "num_hidden_layers": 64},
+    "Llama-3.1-70B": {
+        **PRESETS["llama-3.1-8b"], "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64,
+    },
 }  # fmt: skip
+# Their layers' matrices in int4 (groups of 128), as AWQ stores them.
+INT4 = ("Mistral-7B", "Llama-3.1-8B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B")
 CONTEXTS = (4096, 8192, 16384, 32768, 131072)
 NO = "-"
 
 
+@dataclass(frozen=True)
+class Row:
+    """A model in one form of its weights."""
+
+    name: str
+    model: ModelConfig
+    sizes: ModelSizes
+
+
 def main() -> None:
-    models = [(name, ModelConfig.from_hf(raw)) for name, raw in SHAPES.items()]
-    sizes = {name: sizes_on_card(model, _config()) for name, model in models}
-    print(memory_table(models, sizes))
+    rows = list(models())
+    print(memory_table(rows))
     print()
-    print(card_table(models, sizes))
+    print(card_table(rows))
 
 
-Models = Sequence[tuple[str, ModelConfig]]
-Sizes = dict[str, ModelSizes]
+def models() -> Iterator[Row]:
+    for name, raw in SHAPES.items():
+        model = ModelConfig.from_hf(raw)
+        yield Row(name, model, sizes_on_card(model, _config()))
+    for name in INT4:
+        model = ModelConfig.from_hf(SHAPES[name])
+        yield Row(f"{name} AWQ", model, sizes_on_card(model, _config(), is_int4=True))
 
 
-def memory_table(models: Models, sizes: Sizes) -> str:
+def memory_table(models: Sequence[Row]) -> str:
     """GiB that a card must show for one sequence of a context, by model."""
-    header = ["bf16, GiB", "weights", *(f"{length // 1024}k" for length in CONTEXTS)]
+    header = ["GiB", "weights", *(f"{length // 1024}k" for length in CONTEXTS)]
     rows = []
-    for name, model in models:
+    for row in models:
         config = _config(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS)
-        capacity = find_capacity(model, config, sizes[name], UNLIMITED)
+        capacity = find_capacity(row.model, config, row.sizes, UNLIMITED)
         cells = [_card_gib(capacity, length) for length in CONTEXTS]
-        rows.append([name, f"{sizes[name].weight_bytes / GIB:.1f}", *cells])
+        rows.append([row.name, f"{row.sizes.weight_bytes / GIB:.1f}", *cells])
     return _markdown(header, rows)
 
 
-def card_table(models: Models, sizes: Sizes) -> str:
-    """The longest context that one sequence can have, by card and model."""
-    header = ["card (GiB as CUDA shows)", *(name for name, _ in models)]
-    rows = [
-        [
-            f"{card.name} ({card.memory_mib / 1024:.1f})",
-            *(_longest(model, sizes[name], card) for name, model in models),
-        ]
-        for card in CARDS
-    ]
-    return _markdown(header, rows)
+def card_table(models: Sequence[Row]) -> str:
+    """The longest context that one sequence can have, by model and cards that agree in all."""
+    header = ["cards (GiB as CUDA shows)", *(row.name for row in models)]
+    cards: dict[tuple[str, ...], list[str]] = {}
+    for card in sorted(CARDS, key=lambda card: card.memory_mib):
+        cells = tuple(_longest(row.model, row.sizes, card) for row in models)
+        cards.setdefault(cells, []).append(f"{card.name} ({card.memory_mib / 1024:.1f})")
+    return _markdown(header, [[", ".join(names), *cells] for cells, names in cards.items()])
 
 
 def _config(**settings: Any) -> EngineConfig:

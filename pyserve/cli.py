@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["plan"]:
-            from pyserve.plan.capacity import main as plan
+            from pyserve.plan.command import main as plan
 
             return plan(argv[1:])
         args = parse_args(_with_file(argv))

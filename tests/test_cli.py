@@ -200,9 +200,9 @@ def test_plan_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(argv)
         return 7
 
-    module = ModuleType("pyserve.plan.capacity")
+    module = ModuleType("pyserve.plan.command")
     module.main = plan  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pyserve.plan.capacity", module)
+    monkeypatch.setitem(sys.modules, "pyserve.plan.command", module)
     assert cli.main(["plan", "--model", "x"]) == 7
     assert seen == [["--model", "x"]]
 

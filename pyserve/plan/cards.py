@@ -80,16 +80,38 @@ def _measured(
 # TFLOP/s of a datasheet: dense bf16 accumulated in float32, which GeForce cards do at half rate.
 CARDS: tuple[Card, ...] = (
     _by_datasheet("RTX 3060 12GB", 11.76, 360, 25.6, 28, (8, 6), "RTX 3060"),
+    _by_datasheet("RTX 3060 Ti", 7.78, 448, 32.4, 38, (8, 6)),
+    _by_datasheet("RTX 3070", 7.78, 448, 40.6, 46, (8, 6)),
+    _by_datasheet("RTX 3070 Ti", 7.78, 608, 43.5, 48, (8, 6)),
     _by_datasheet("RTX 3080 10GB", 9.77, 760, 59.5, 68, (8, 6), "RTX 3080"),
+    _by_datasheet("RTX 3080 12GB", 11.76, 912, 61.3, 70, (8, 6)),
+    _by_datasheet("RTX 3080 Ti", 11.76, 912, 68.2, 80, (8, 6)),
     _measured("RTX 3090", 23.57, 0.854, 71, 82, (8, 6), by="a kernel that reads, ninfer-3090 #50"),
+    _by_datasheet("RTX 3090 Ti", 23.57, 1008, 80, 84, (8, 6)),
+    _by_datasheet("RTX 4060", 7.75, 272, 30.2, 24, (8, 9)),
+    _by_datasheet("RTX 4060 Ti 8GB", 7.75, 288, 44.1, 34, (8, 9)),
+    _by_datasheet("RTX 4060 Ti 16GB", 15.57, 288, 44.1, 34, (8, 9)),
+    _by_datasheet("RTX 4070", 11.72, 504, 58.3, 46, (8, 9)),
+    _by_datasheet("RTX 4070 Super", 11.72, 504, 70.9, 56, (8, 9)),
+    _by_datasheet("RTX 4070 Ti", 11.72, 504, 80.2, 60, (8, 9)),
+    _by_datasheet("RTX 4070 Ti Super", 15.57, 672, 88.2, 66, (8, 9)),
     _by_datasheet("RTX 4080", 15.57, 716.8, 97.5, 76, (8, 9)),
+    _by_datasheet("RTX 4080 Super", 15.57, 736, 104.4, 80, (8, 9)),
     _measured("RTX 4090", 23.52, 0.94, 165, 128, (8, 9), by="FlashInfer #551"),
+    _by_datasheet("RTX 5060", 7.53, 448, 38.4, 30, (12, 0)),
+    _by_datasheet("RTX 5060 Ti 8GB", 7.53, 448, 47.4, 36, (12, 0)),
+    _by_datasheet("RTX 5060 Ti 16GB", 15.46, 448, 47.4, 36, (12, 0)),
+    _by_datasheet("RTX 5070", 11.50, 672, 61.7, 48, (12, 0)),
+    _by_datasheet("RTX 5070 Ti", 15.46, 896, 87.9, 70, (12, 0)),
+    _by_datasheet("RTX 5080", 15.46, 960, 112.6, 84, (12, 0)),
     _by_datasheet("RTX 5090", 31.36, 1792, 209.5, 170, (12, 0)),
     _by_datasheet("RTX A4000", 15.60, 448, 76.7, 48, (8, 6), "A4000"),
     _by_datasheet("RTX A5000", 23.57, 768, 111.1, 64, (8, 6), "A5000"),
     _by_datasheet("RTX A6000", 47.40, 768, 154.8, 84, (8, 6), "A6000"),
     _by_datasheet("RTX 6000 Ada", 47.40, 960, 364, 142, (8, 9), "RTX 6000 Ada Generation"),
-    _by_datasheet("A10", 22.03, 600, 125, 72, (8, 6), "A10G"),
+    _by_datasheet("A10", 22.03, 600, 125, 72, (8, 6)),
+    # Amazon's variant: the same memory, tensor cores at little more than half the rate.
+    _by_datasheet("A10G", 22.03, 600, 70, 72, (8, 6)),
     _by_datasheet("A40", 44.39, 696, 149.7, 84, (8, 6)),
     _by_datasheet("L4", 22.03, 300, 121, 58, (8, 9)),
     _by_datasheet("L40S", 44.39, 864, 362, 142, (8, 9)),
@@ -120,33 +142,45 @@ TOO_OLD: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str, flag: str = "--gpu") -> Card:
     """The card that `name` means: as people or torch write it, with or without maker and spaces.
 
-    Raises ConfigError naming the nearest cards where it means none or several.
+    Raises ConfigError naming `flag` and the nearest cards where it means none or several.
     """
     wanted = _key(name)
     by_key = {_key(alias): card for card in CARDS for alias in (card.name, *card.aliases)}
-    by_key |= {_key(card.name.removeprefix("RTX ")): card for card in CARDS}
+    by_key |= {key.removeprefix("rtx"): card for key, card in by_key.items()}
     if wanted in by_key:
         return by_key[wanted]
     for old, (major, minor) in TOO_OLD.items():
         if wanted == _key(old):
             raise ConfigError(
-                f"--gpu {name}: compute capability {major}.{minor} is too old, the least is "
+                f"{flag} {name}: compute capability {major}.{minor} is too old, the least is "
                 f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
             )
     meant = {card.name for key, card in by_key.items() if wanted and wanted in key}
     if len(meant) == 1:
         return next(card for card in CARDS if card.name in meant)
     if meant:
-        raise ConfigError(f"--gpu {name} may be any of: {_names(meant)}")
+        raise ConfigError(f"{flag} {name} may be any of: {_names(meant)}")
     near = difflib.get_close_matches(wanted, by_key, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(dict.fromkeys(by_key[key].name for key in near))}? "
     raise ConfigError(
-        f"--gpu {name} is not in the table; {hint if near else ''}There are: "
+        f"{flag} {name} is not in the table; {hint if near else ''}There are: "
         f"{', '.join(card.name for card in CARDS)}"
     )
+
+
+def find_card_that_is_here(name: str, total_bytes: int) -> Card:
+    """As find_card, by the name and the memory that CUDA shows of a card.
+
+    Some cards of different memory have one name there: the memory decides.
+    """
+    pattern = re.escape(_key(name)) + r"(\d+gb)?"
+    variants = [card for card in CARDS if re.fullmatch(pattern, _key(card.name))]
+    if not variants:
+        return find_card(name)
+    return min(variants, key=lambda card: abs(card.memory_mib * MIB - total_bytes))
 
 
 def _key(name: str) -> str:

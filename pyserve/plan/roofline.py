@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
+from pyserve.engine.planner import META
+from pyserve.errors import ConfigError
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
@@ -21,14 +24,16 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # AWQ, int4 in groups of 128: a 16-bit scale and a 4-bit zero point a group.
 INT4_BITS = 4 + (16 + 4) / 128
+TP_SIZES = (1, 2, 4, 8)  # cards of one machine that share each layer
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What a model holds and what a step of it reads, from shapes alone.
+    """What one card of `tp_size` holds of a model and what a step reads there, from shapes alone.
 
     dtype           of what is computed, and of the KV cache
     weight_bytes    of everything that is held
+    num_params      of the whole model
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
     head_bytes      of the output head: read for the rows that are sampled
     """
@@ -55,10 +60,16 @@ class ModelSizes:
         )
 
 
-def measure_model(model: ModelConfig, dtype: torch.dtype, *, is_int4: bool = False) -> ModelSizes:
-    """Sizes of `model` in `dtype`; is_int4: its layers' matrices as AWQ would store them."""
-    shapes = Decoder(model, dtype=dtype, device=torch.device("meta"), max_model_len=1)
-    views = {name: place.view for name, place in shapes.destinations().items()}
+def measure_model(
+    model: ModelConfig, dtype: torch.dtype, *, is_int4: bool = False, tp_size: int = 1
+) -> ModelSizes:
+    """Sizes of `model` in `dtype`; is_int4: its layers' matrices as AWQ would store them.
+
+    tp_size   cards that share each layer. Raises ConfigError where they cannot.
+    """
+    shard = shard_model(model, tp_size)
+    shapes = Decoder(shard, dtype=dtype, device=META, max_model_len=1)
+    views = _views(shapes)
     layers = [
         view for name, view in views.items() if view.dim() == 2 and name not in (EMBEDDING, HEAD)
     ]
@@ -66,17 +77,57 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, is_int4: bool = Fal
     dense_bytes = sum(view.nbytes for view in layers)
     layer_bytes = int(layer_params * INT4_BITS / 8) if is_int4 else dense_bytes
     head = views.get(HEAD, views[EMBEDDING])
+    # Embedding and head are shared by rows of the vocabulary, which shard_model leaves whole.
+    whole = [view.nbytes for name, view in views.items() if name in (EMBEDDING, HEAD)]
+    others = [view.nbytes for name, view in views.items() if name not in (EMBEDDING, HEAD)]
+    whole_model = Decoder(model, dtype=dtype, device=META, max_model_len=1)
     return ModelSizes(
         dtype=dtype,
-        weight_bytes=sum(view.nbytes for view in views.values()) - dense_bytes + layer_bytes,
-        num_params=sum(view.numel() for view in views.values()),
+        weight_bytes=sum(others) - dense_bytes + layer_bytes + -(-sum(whole) // tp_size),
+        num_params=sum(view.numel() for view in _views(whole_model).values()),
         layer_bytes=layer_bytes,
         layer_params=layer_params,
-        head_bytes=head.nbytes,
-        head_params=head.numel(),
+        head_bytes=-(-head.nbytes // tp_size),
+        head_params=-(-head.numel() // tp_size),
         kv_specs=tuple(shapes.kv_specs()),
-        num_heads=model.num_heads,
+        num_heads=shard.num_heads,
     )
+
+
+def shard_model(model: ModelConfig, tp_size: int) -> ModelConfig:
+    """The part of each layer that one of `tp_size` cards computes; the vocabulary stays whole.
+
+    KV heads fewer than cards are held by several of them. Raises ConfigError naming the sizes that
+    divide the heads.
+    """
+    if tp_size not in tp_sizes(model):
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
+            f"heads and an intermediate size of {model.intermediate_size} can be shared by "
+            f"{', '.join(map(str, tp_sizes(model)))} cards"
+        )
+    return msgspec.structs.replace(
+        model,
+        num_heads=model.num_heads // tp_size,
+        num_kv_heads=max(1, model.num_kv_heads // tp_size),
+        intermediate_size=model.intermediate_size // tp_size,
+    )
+
+
+def tp_sizes(model: ModelConfig) -> list[int]:
+    """Numbers of cards, 8 at most, that can share the layers evenly."""
+    return [
+        size
+        for size in TP_SIZES
+        if model.num_heads % size == 0
+        and model.intermediate_size % size == 0
+        and (model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0)
+    ]
+
+
+def _views(shapes: Decoder) -> dict[str, torch.Tensor]:
+    """Every parameter by its name in a checkpoint."""
+    return {name: place.view for name, place in shapes.destinations().items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,17 @@ from pyserve.config import DEMO_MODEL, EngineConfig
 from pyserve.engine.planner import MIB, CardMemory, format_ledger
 from pyserve.model import hub
 from pyserve.model.config import ModelConfig
-from pyserve.plan import capacity as plans
-from pyserve.plan.capacity import UNLIMITED, find_capacity, main, named_memory, sizes_on_card
-from pyserve.plan.cards import find_card
+from pyserve.plan import command as plans
+from pyserve.plan.capacity import (
+    UNLIMITED,
+    Capacity,
+    find_capacity,
+    named_memory,
+    sizes_on_card,
+)
+from pyserve.plan.cards import CARDS, find_card
+from pyserve.plan.command import main
+from pyserve.plan.roofline import shard_model
 from tests.engine.tiny import write_model
 from tests.model.hub_stub import running_hub
 
@@ -53,7 +61,7 @@ def refusal(caplog: pytest.LogCaptureFixture, *argv: str) -> str:
     return caplog.messages[-1]
 
 
-def capacity_of(**settings: Any) -> plans.Capacity:
+def capacity_of(**settings: Any) -> Capacity:
     model = ModelConfig.from_hf(LLAMA)
     config = EngineConfig(model_path=Path("unused"), **settings)
     return find_capacity(model, config, sizes_on_card(model, config), named_memory(CARD))
@@ -172,6 +180,14 @@ def test_what_does_not_fit_is_refused_with_the_ledger(
         (["MODEL", "--gpu", "4090", "--max-num-seqs", "0"], "--max-num-seqs must be in"),
         (["MODEL", "--gpu", "4090", "--quantization", "gptq"], "choose from"),
         (["MODEL", "--gpu", "4090", "--max-model-len", "1M"], "invalid size value: '1M'"),
+        (["MODEL", "--price-per-day", "8"], "--price-per-day 8: of which card?"),
+        (
+            ["MODEL", "--price-per-day", "RTX 4900=8"],
+            "--price-per-day RTX 4900 is not in",
+        ),
+        (["MODEL", "--price-per-day", "3090=x"], "--price-per-day must be in (0, 1000000), got x"),
+        (["MODEL", "--gpu", "4090", "-tp", "3"], "--tensor-parallel-size"),
+        (["MODEL", "--max-model-len", "131073"], "the limit of this model is 131072"),
         (["MODEL/none", "--gpu", "4090"], "neither a folder nor a name on the hub"),
     ],
 )
@@ -187,12 +203,12 @@ def test_a_model_that_no_card_runs(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "head_dim" in refusal(caplog, folder, "--gpu", "4090")
 
 
-def test_without_a_card_one_must_be_named(
+def test_without_a_card_none_is_here(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plans.card_here, "has_card", lambda: False)
-    message = refusal(caplog, write_config(tmp_path))
-    assert "no NVIDIA card is here: name one with --gpu, RTX 3060 12GB," in message
+    message = refusal(caplog, write_config(tmp_path), "--gpu", "here")
+    assert message == "--gpu here: no NVIDIA card is here; name one, or leave --gpu out"
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA Something New"])
@@ -204,13 +220,87 @@ def test_the_card_that_is_here(
     monkeypatch.setattr(plans.card_here, "check_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(plans.devices, "card_memory", lambda device: shown)
-    text = run(capsys, write_config(tmp_path))
+    text = run(capsys, write_config(tmp_path), "--gpu", "here")
     assert f"on {name} (the one here): 24,000 MiB as CUDA shows it" in text
     assert ("0.94 TB/s" in text) == ("4090" in name)
     assert ("roofline" in text) == ("4090" in name)
     longest = table(text, "the longest context of each:")[1][1]
     fits = {row[0]: row[2] for row in table(text, "GiB that all of it needs")[1:]}
     assert fits[longest] == "yes" and fits["65,536"] == "no"
+
+
+def test_which_card_names_each_that_holds_the_model_and_how_many_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans.card_here, "has_card", lambda: False)
+    text = run(capsys, write_config(tmp_path))
+    header, *rows = table(text, "the known cards that hold it, 1 or 2 or 4 of a kind:")
+    assert "$ a day" not in header
+    counts = {row[0].partition(" x ")[2]: int(row[0].partition(" x ")[0]) for row in rows}
+    assert set(counts) == {card.name for card in CARDS}
+    assert (counts["RTX 4090"], counts["RTX 3080 10GB"], counts["RTX 3070"]) == (1, 2, 4)
+    memory = [float(row[1].replace(",", "")) for row in rows]
+    assert memory == sorted(memory), "without prices the smallest come first"
+    (row,) = (row for row in rows if row[0] == "1 x RTX 4090")
+    capacity = capacity_of()
+    assert row[2] == f"{capacity.longest_context(1):,}"
+    assert row[3] == f"{capacity.num_tokens // 1024:,}"
+    # Every row is what --gpu says of that card.
+    alone = run(capsys, write_config(tmp_path), "--gpu", "3070", "-tp", "4")
+    assert "on 4 x RTX 3070: 7,967 MiB each" in alone and "NOT SERVED YET" in alone
+    (row,) = (row for row in rows if row[0] == "4 x RTX 3070")
+    assert table(alone, "the longest context of each:")[1][1] == row[2]
+    assert table(alone, "roofline of decoding")[1][2] == row[4]
+
+
+def test_which_card_by_price(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prices = ["RTX 4090=8.64", "H200=86.4", "3070=0.5"]
+    text = run(capsys, write_config(tmp_path), "--price-per-day", *prices)
+    header, *rows = table(text, "the known cards that hold it")
+    assert header[-2:] == ["$ a day", "$ per million"]
+    assert [row[0] for row in rows[:3]] == ["4 x RTX 3070", "1 x RTX 4090", "1 x H200"]
+    assert [row[-2] for row in rows[:4]] == ["2.00", "8.64", "86.40", "-"]
+    for row in rows[:3]:
+        rate, a_day = (float(row[column].replace(",", "")) for column in (5, 6))
+        assert float(row[7]) == pytest.approx(a_day / 86_400 / rate * 1e6, abs=5e-4)
+
+
+def test_which_card_with_so_many_of_it_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    big = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    folder = write_config(tmp_path, **big, num_attention_heads=64)
+    one = table(run(capsys, folder, "-tp", "1"), "the known cards that hold it, one alone:")
+    assert [row[0] for row in one[1:]] == ["1 x B200"]
+    four = table(run(capsys, folder, "-tp", "4"), "the known cards that hold it, 4 of a kind:")
+    assert {"4 x A100 40GB", "4 x H200"} <= {row[0] for row in four[1:]}
+    message = refusal(caplog, folder, "-tp", "1", "--max-model-len", "128000")
+    assert f"fits none of the {len(CARDS)} known cards, one alone" in message
+
+
+def test_one_of_several_cards_holds_its_part(tmp_path: Path) -> None:
+    model = ModelConfig.from_hf(LLAMA)
+    config = EngineConfig(model_path=Path("unused"))
+    whole = sizes_on_card(model, config)
+    for count in (2, 4, 8):
+        part = sizes_on_card(model, config, tp_size=count)
+        norms = (2 * model.num_layers + 1) * model.hidden_size * 2
+        assert (part.weight_bytes - norms) * count == whole.weight_bytes - norms
+        assert part.kv_bytes_per_token * count == whole.kv_bytes_per_token
+        assert part.num_params == whole.num_params
+        assert part.head_bytes * count == whole.head_bytes
+    # Fewer KV heads than cards: each card holds one of them.
+    narrow = ModelConfig.from_hf(LLAMA | {"num_key_value_heads": 2})
+    parts = [sizes_on_card(narrow, config, tp_size=count) for count in (2, 4, 8)]
+    assert len({part.kv_bytes_per_token for part in parts}) == 1
+    assert shard_model(narrow, 8).num_kv_heads == 1
+
+
+def test_heads_that_cannot_be_shared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_config(tmp_path, num_attention_heads=28, num_key_value_heads=4, head_dim=128)
+    message = refusal(caplog, folder, "--gpu", "4090", "-tp", "8")
+    assert message.startswith("--tensor-parallel-size 8: 28 heads, 4 KV heads")
+    assert message.endswith("can be shared by 1, 2, 4 cards")
 
 
 def test_a_model_on_the_hub_by_its_headers(

@@ -1,0 +1,128 @@
+"""Which card a model needs: every known card, and how few of each kind would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pyserve.config import EngineConfig
+from pyserve.engine.planner import MIB
+from pyserve.errors import PlanError
+from pyserve.model.config import ModelConfig
+from pyserve.plan.capacity import Capacity, find_capacity, named_memory, sizes_on_card
+from pyserve.plan.cards import CARDS, Card
+from pyserve.plan.roofline import decode_floor, shard_model, tp_sizes
+from pyserve.plan.table import aligned
+
+COUNTS = (1, 2, 4)  # cards of one kind that are tried
+BATCH = 64  # of the rate that a card's price is held against, where so many fit
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`count` cards of one kind, and what the model could do there.
+
+    price_per_day   in dollars, of all of them; None where it was not given
+    """
+
+    card: Card
+    count: int
+    capacity: Capacity
+    mean_context: int
+    price_per_day: float | None
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of mean_context tokens that run at once."""
+        return min(self.capacity.plan.num_slots, self.capacity.num_tokens // self.mean_context)
+
+    def tokens_per_s(self, batch: int) -> float:
+        """At the roofline, of all sequences together."""
+        floor = decode_floor(
+            self.capacity.sizes, self.card, batch=batch, context_len=self.mean_context
+        )
+        return batch / floor.seconds
+
+    @property
+    def price_per_million(self) -> float | None:
+        """Dollars for a million output tokens of the largest batch up to BATCH."""
+        if self.price_per_day is None:
+            return None
+        rate = self.tokens_per_s(min(BATCH, self.num_seqs))
+        return self.price_per_day / SECONDS_A_DAY / rate * 1e6
+
+
+def find_choices(
+    model: ModelConfig, config: EngineConfig, *, counts: Iterable[int], is_int4: bool,
+    mean_context: int, prices: Mapping[str, float],
+) -> list[Choice]:  # fmt: skip
+    """For each card the first of `counts` that holds the model, the cheapest or smallest first.
+
+    counts   in ascending order; those that cannot share the model's layers are passed over.
+    prices   dollars a day of one card, by Card.name.
+    Raises ConfigError where no card can run the model at all.
+    """
+    found: dict[str, Choice] = {}
+    for count in counts:
+        if count not in tp_sizes(model):
+            continue
+        sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=count)
+        shard = shard_model(model, count)
+        for card in CARDS:
+            if card.name in found:
+                continue
+            try:
+                capacity = find_capacity(shard, config, sizes, named_memory(card))
+            except PlanError:
+                continue
+            context = min(mean_context, capacity.plan.max_model_len)
+            price = prices[card.name] * count if card.name in prices else None
+            found[card.name] = Choice(card, count, capacity, context, price)
+    return sorted(found.values(), key=_rank)
+
+
+def _rank(choice: Choice) -> tuple[float, float, float]:
+    price = math.inf if choice.price_per_day is None else choice.price_per_day
+    return price, choice.count * choice.card.memory_mib, choice.count * choice.card.bandwidth_tb
+
+
+def choice_lines(choices: list[Choice], *, with_prices: bool) -> list[str]:
+    """A table of them, and what its columns mean."""
+    header = ["cards", "GiB", "context", "at once", "tokens/s of one", "of all"]
+    header += ["$ a day", "$ per million"] if with_prices else []
+    rows = [header]
+    for choice in choices:
+        longest = choice.capacity.longest_context(1)
+        is_all = longest == choice.capacity.model.max_model_len
+        rows.append(
+            [
+                f"{choice.count} x {choice.card.name}",
+                f"{choice.count * choice.card.memory_mib * MIB / 2**30:,.1f}",
+                "all" if is_all else f"{longest:,}",
+                f"{choice.num_seqs:,}",
+                f"{choice.tokens_per_s(1):,.0f}",
+                f"{choice.tokens_per_s(min(BATCH, choice.num_seqs)):,.0f}",
+                *(_prices(choice) if with_prices else []),
+            ]
+        )
+    lines = [
+        *aligned(rows),
+        "context: tokens of one sequence that has the card for itself; at once: sequences of "
+        "--mean-context tokens",
+        f"tokens/s: roofline, of one sequence and of {BATCH} (or as many as fit); real servers "
+        "reach 60-90 %",
+    ]
+    if any(choice.count > 1 for choice in choices):
+        lines.append(
+            "several cards share each layer (tensor parallel): NOT SERVED YET, sizes only; what "
+            "they tell each other is not counted"
+        )
+    return lines
+
+
+def _prices(choice: Choice) -> list[str]:
+    if choice.price_per_day is None or choice.price_per_million is None:
+        return ["-", "-"]
+    return [f"{choice.price_per_day:,.2f}", f"{choice.price_per_million:,.3f}"]

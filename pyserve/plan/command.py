@@ -1,0 +1,375 @@
+"""`pyserve plan`: which card a model needs; what of it fits a card, how fast that can be, its cost.
+
+From config.json, the headers of the weights where there are any, and the rows of cards.py (or the
+card that is here): no weights are needed, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from pyserve import flags, log
+from pyserve.config import Dtype, EngineConfig, env
+from pyserve.engine import device as devices
+from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger
+from pyserve.errors import ConfigError, StartupError
+from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from pyserve.model.config import ModelConfig, read_config
+from pyserve.model.hub import fetch_headers
+from pyserve.model.loader import check_checkpoint
+from pyserve.model.weights import index_checkpoint
+from pyserve.ops import device as card_here
+from pyserve.plan.capacity import CUDA, Capacity, find_capacity, named_memory, sizes_on_card
+from pyserve.plan.cards import CARDS, Card, find_card, find_card_that_is_here
+from pyserve.plan.choice import COUNTS, SECONDS_A_DAY, choice_lines, find_choices
+from pyserve.plan.roofline import decode_floor, prefill_floor_s, shard_model
+from pyserve.plan.table import aligned
+
+HERE = "here"  # --gpu's word for the card of this machine
+BATCHES = (1, 8, 64)  # of the table of rates
+CONTEXTS = tuple(2**power for power in range(11, 21))  # of the table of memory: 2,048 to 1,048,576
+DEFAULT_MEAN_CONTEXT = 1024
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan for the flags in `argv`, those after "plan"; returns the exit code."""
+    try:
+        args = _parse(argv)
+        prices = _prices(args.price_per_day, args.gpu)
+        with tempfile.TemporaryDirectory(prefix="pyserve-") as scratch:
+            model, stored_bytes = _read_model(args, Path(scratch))
+        if args.gpu is None:
+            lines = _which_card(args, model, prices)
+        else:
+            lines = _one_card(args, model, prices)
+    except StartupError as error:
+        log.get_logger().error("%s", error)
+        return 2
+    if stored_bytes is not None:
+        lines.insert(1, f"  {stored_bytes / 1e9:.2f} GB of weights in its files")
+    print("\n".join(lines))
+    return 0
+
+
+def _which_card(
+    args: argparse.Namespace, model: ModelConfig, prices: dict[str, float]
+) -> list[str]:
+    """Without --gpu: every known card that the model fits, one or several of its kind."""
+    config = _engine_config(args)
+    counts = COUNTS if args.tensor_parallel_size is None else (args.tensor_parallel_size,)
+    is_int4 = args.quantization == "awq"
+    sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=counts[0])
+    choices = find_choices(
+        model, config, counts=counts, is_int4=is_int4, mean_context=args.mean_context, prices=prices
+    )
+    if not choices:
+        raise ConfigError(
+            f"{args.model} fits none of the {len(CARDS)} known cards, {_tried(counts)}, with these "
+            "settings; --gpu NAME tells what is missing"
+        )
+    lines = [_model_line(args, model, sizes.num_params, sizes.dtype), ""]
+    lines.append(f"the known cards that hold it, {_tried(counts)}:")
+    if card_here.has_card():
+        lines.insert(1, f"  --gpu {HERE} tells more about the card of this machine")
+    return lines + choice_lines(choices, with_prices=bool(prices))
+
+
+def _tried(counts: tuple[int, ...]) -> str:
+    if counts == (1,):
+        return "one alone"
+    return f"{' or '.join(map(str, counts))} of a kind"
+
+
+def _one_card(args: argparse.Namespace, model: ModelConfig, prices: dict[str, float]) -> list[str]:
+    """With --gpu: the ledger, the contexts and the rates there."""
+    place = _place(args.gpu)
+    config = _engine_config(args)
+    tp_size = args.tensor_parallel_size or 1
+    sizes = sizes_on_card(model, config, is_int4=args.quantization == "awq", tp_size=tp_size)
+    capacity = find_capacity(shard_model(model, tp_size), config, sizes, place.memory)
+    lines = [_model_line(args, model, sizes.num_params, sizes.dtype)]
+    lines += _card_lines(place, tp_size)
+    lines += _memory_lines(capacity, tp_size)
+    if place.card is not None:
+        mean_context = min(args.mean_context, capacity.plan.max_model_len)
+        price = prices.get(place.card.name)
+        price = None if price is None else price * tp_size
+        lines += _rate_lines(capacity, place.card, mean_context, price)
+    return lines
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args = flags.parse(_parser(), [flags.canonical(word) for word in argv])
+    if (args.model is None) == (args.positional_model is None):
+        raise ConfigError("plan needs one model: --model FOLDER or a name on the hub")
+    args.model = args.model or args.positional_model
+    if args.mean_context < 1:
+        raise ConfigError(f"--mean-context must be at least 1, got {args.mean_context}")
+    return args
+
+
+def _parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="python -m pyserve plan",
+        usage="python -m pyserve plan --model MODEL [--gpu NAME] [flags]",
+        description="Which card a model needs; with --gpu, what of it fits there, how fast it can "
+        "be and what that costs. From config.json and the headers of the weights alone; no GPU is "
+        "needed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help="a folder with config.json, or a name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--download-dir", type=Path, help="where downloads are kept")
+    parser.add_argument("--hf-token", help="access token of the hub (HF_TOKEN)")
+    parser.add_argument(
+        "--gpu",
+        help=f'a card by its name, such as "RTX 4090", or "{HERE}": this machine\'s '
+        "(default: compare all cards that are known)",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, choices=(1, 2, 4, 8),
+        help="cards that share each layer; pyserve does not serve on several yet "
+        "(default: one, or as few as it takes where cards are compared)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=["auto", "half", "float16", "bfloat16"], default="auto")
+    parser.add_argument(
+        "--quantization", "-q", choices=["awq"],
+        help="awq: what int4 weights in groups of 128 would take; pyserve does not serve them yet",
+    )  # fmt: skip
+    parser.add_argument("--max-model-len", type=flags.size, help="context in tokens; 32k, 32K")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
+    parser.add_argument("--max-num-batched-tokens", type=flags.size, help="tokens in a step")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--kv-cache-memory-bytes", type=flags.size, help="KV cache at most")
+    parser.add_argument(
+        "--mean-context", type=flags.size, default=DEFAULT_MEAN_CONTEXT,
+        help=f"tokens behind each sequence in the table of rates ({DEFAULT_MEAN_CONTEXT})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--price-per-day", nargs="+", default=[], metavar="DOLLARS",
+        help='of the card in --gpu, or "RTX 4090=8.5" for each card whose price you know',
+    )  # fmt: skip
+    return parser
+
+
+def _prices(said: list[str], gpu: str | None) -> dict[str, float]:
+    """Dollars a day of one card, by Card.name, from --price-per-day."""
+    prices: dict[str, float] = {}
+    for text in said:
+        name, equals, amount = text.rpartition("=")
+        if not equals and gpu is None:
+            raise ConfigError(
+                f"--price-per-day {text}: of which card? Write 'RTX 4090={text}', or name it with "
+                "--gpu"
+            )
+        card = (
+            _place(gpu).card
+            if not equals and gpu is not None
+            else find_card(name, flag="--price-per-day")
+        )
+        try:
+            price = float(amount)
+        except ValueError:
+            price = 0.0
+        if not 0 < price < 1e6:
+            raise ConfigError(f"--price-per-day must be in (0, 1000000), got {amount}")
+        if card is not None:
+            prices[card.name] = price
+    return prices
+
+
+def _read_model(args: argparse.Namespace, scratch: Path) -> tuple[ModelConfig, int | None]:
+    """The model, and the bytes of its weights' files; None where there are none to look at.
+
+    What is on the hub comes into `scratch`: config.json and the headers of the weights.
+    """
+    token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
+    folder = fetch_headers(
+        args.model, scratch, revision=args.revision, token=token, download_dir=args.download_dir
+    )
+    try:
+        raw = read_config(folder)
+        if args.quantization == "awq":
+            raw = _without_awq(raw)
+        model = ModelConfig.from_hf(raw)
+        if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+            return model, None
+        if args.quantization is None:
+            check_checkpoint(folder, model, dtype=torch.bfloat16)
+        return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())
+    except StartupError as error:
+        line = str(error).replace(f"{scratch}/", "").replace(str(scratch), args.model)
+        raise type(error)(line) from error
+
+
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    dtype: Dtype = "float16" if args.dtype == "half" else args.dtype
+    return EngineConfig(
+        model_path=Path(args.model),
+        dtype=dtype,
+        device="cuda",
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+    )
+
+
+def _without_awq(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json as that of the model before AWQ, where it was quantised in the way we count."""
+    stored = raw.get("quantization_config")
+    if stored is None:
+        return raw
+    keys = ("quant_method", "bits", "group_size")
+    found = tuple(stored.get(key) for key in keys) if isinstance(stored, dict) else None
+    if found != ("awq", 4, 128):
+        raise ConfigError(
+            "config.json: --quantization awq counts 4 bits in groups of 128, quantization_config "
+            f"says {msgspec.json.encode(stored).decode()[:80]}"
+        )
+    return {key: value for key, value in raw.items() if key != "quantization_config"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the model would run; card is None where the one here is not in the table."""
+
+    card: Card | None
+    name: str
+    memory: CardMemory
+
+
+def _place(wanted: str) -> Place:
+    if wanted != HERE:
+        card = find_card(wanted)
+        return Place(card, card.name, named_memory(card))
+    if not card_here.has_card():
+        raise ConfigError(f"--gpu {HERE}: no NVIDIA card is here; name one, or leave --gpu out")
+    card_here.check_cuda()
+    name = torch.cuda.get_device_name(CUDA)
+    memory = devices.card_memory(CUDA)
+    try:
+        known: Card | None = find_card_that_is_here(name, memory.total_bytes)
+    except ConfigError:
+        known = None
+    return Place(known, f"{name} (the one here)", memory)
+
+
+def _model_line(
+    args: argparse.Namespace, model: ModelConfig, num_params: int, dtype: torch.dtype
+) -> str:
+    line = (
+        f"{args.model}: {model.architecture}, {num_params / 1e9:.2f} G parameters, "
+        f"{str(dtype).removeprefix('torch.')}, context {model.max_model_len:,}"
+    )
+    if args.quantization == "awq":
+        line += ", its layers' matrices in int4 as AWQ's: NOT SERVED YET, sizes only"
+    return line
+
+
+def _card_lines(place: Place, tp_size: int) -> list[str]:
+    count = f"{tp_size} x " if tp_size > 1 else ""
+    each = " each" if tp_size > 1 else ""
+    shown_mib = place.memory.total_bytes / MIB
+    lines = [f"on {count}{place.name}: {shown_mib:,.0f} MiB{each} as CUDA shows it"]
+    if place.card is None:
+        return [*lines, "  this card is not in the table: no rates; --gpu names one that is"]
+    major, minor = place.card.capability
+    lines.append(
+        f"  {place.card.bandwidth_tb:.2f} TB/s, {place.card.bf16_tflops:.0f} TFLOP/s "
+        f"({place.card.source}), {place.card.num_sms} SMs, compute capability {major}.{minor}"
+    )
+    if tp_size > 1:
+        lines.append(
+            "  they share each layer (tensor parallel): NOT SERVED YET, sizes only; what they tell "
+            "each other is not counted"
+        )
+    return lines
+
+
+def _memory_lines(capacity: Capacity, tp_size: int) -> list[str]:
+    plan, model, config = capacity.plan, capacity.model, capacity.config
+    allowed_bytes = int(capacity.memory.total_bytes * config.gpu_memory_utilization)
+    lines = [
+        "",
+        f"memory{' of each card' if tp_size > 1 else ''}, --gpu-memory-utilization "
+        f"{config.gpu_memory_utilization:g}:",
+        format_ledger(plan.ledger),
+        f"KV cache: {capacity.num_tokens:,} tokens of "
+        f"{capacity.sizes.kv_bytes_per_token / 1024:g} KiB",
+    ]
+    if plan.max_model_len < model.max_model_len and config.max_model_len is None:
+        lines.append(
+            f"the model's context of {model.max_model_len:,} tokens does not fit: "
+            f"{plan.max_model_len:,} would be served"
+        )
+    counts = sorted({1, min(8, plan.num_slots), plan.num_slots})
+    rows = [["sequences at once", *(f"{count:,}" for count in counts)]]
+    rows.append(["tokens each", *(f"{capacity.longest_context(n):,}" for n in counts)])
+    lines += ["", "the longest context of each:", *aligned(rows)]
+    rows = [["context", "1 sequence", "fits", "8 sequences", "fits"]]
+    for length in _contexts(plan, model):
+        row = [f"{length:,}"]
+        for count in (1, 8):
+            needed = capacity.bytes_for(length, count)
+            fits = needed <= allowed_bytes - capacity.memory.others_bytes
+            row += [f"{needed / GIB:,.1f}", "yes" if fits else "no"]
+        rows.append(row)
+    return [
+        *lines,
+        "",
+        f"GiB that all of it needs, of {allowed_bytes / GIB:,.1f} that may be used:",
+        *aligned(rows),
+    ]
+
+
+def _contexts(plan: MemoryPlan, model: ModelConfig) -> list[int]:
+    """Lengths worth a row: powers of two below the model's context, that, and what fits."""
+    lengths = {length for length in CONTEXTS if length < model.max_model_len}
+    return sorted(lengths | {model.max_model_len, plan.max_model_len})
+
+
+def _rate_lines(
+    capacity: Capacity, card: Card, mean_context: int, price_per_day: float | None
+) -> list[str]:
+    most = min(capacity.plan.num_slots, capacity.num_tokens // mean_context)
+    # Where the largest batch does not fit, the largest that does.
+    batches = sorted({min(batch, most) for batch in BATCHES})
+    header = ["sequences", "tokens/s each", "tokens/s", "ms a step", "bound by"]
+    rows = [header + (["$ per million tokens"] if price_per_day is not None else [])]
+    for batch in batches:
+        floor = decode_floor(capacity.sizes, card, batch=batch, context_len=mean_context)
+        rate = batch / floor.seconds
+        row = [
+            f"{batch:,}", f"{1 / floor.seconds:,.1f}", f"{rate:,.0f}",
+            f"{floor.seconds * 1000:.2f}", floor.bound,
+        ]  # fmt: skip
+        if price_per_day is not None:
+            row.append(f"{price_per_day / SECONDS_A_DAY / rate * 1e6:,.3f}")
+        rows.append(row)
+    prefill_s = prefill_floor_s(capacity.sizes, card, mean_context)
+    lines = [
+        "",
+        f"roofline of decoding with {mean_context:,} tokens behind each sequence:",
+        *aligned(rows),
+        f"a prompt of {mean_context:,} tokens takes at least {prefill_s * 1000:,.0f} ms "
+        f"({mean_context / prefill_s:,.0f} tokens/s)",
+        "roofline: bytes and operations at the card's rates; real servers reach 60-90 %",
+    ]
+    if price_per_day is not None:
+        lines.append(
+            f"$: of output tokens at the roofline, at {price_per_day:g} a day in all, busy so all "
+            "day"
+        )
+    return lines
