@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
 from aiohttp import web
 
 from pyserve.api import request_id
+from pyserve.api.encoding import encode_line
 from pyserve.api.protocol import ErrorDetail, ErrorResponse
 from pyserve.errors import (
     EngineError,
@@ -20,9 +20,9 @@ MAX_MESSAGE_CHARS = 2000
 
 
 def error_body(error: RequestError) -> bytes:
-    """The JSON object that tells a client of `error`."""
+    """The JSON object that tells a client of `error`, in one line: it may end a stream."""
     detail = ErrorDetail(error.message[:MAX_MESSAGE_CHARS], error.type, error.param, error.status)
-    return msgspec.json.encode(ErrorResponse(detail))
+    return encode_line(ErrorResponse(detail))
 
 
 def error_response(error: RequestError) -> web.Response:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
+from pyserve.api.encoding import encode_line
 from pyserve.api.errors import error_body, log_unexpected
 from pyserve.api.generate import Choice, Generation
 from pyserve.api.protocol import Usage
@@ -26,8 +27,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold the stream back
 }
-
-_encode = msgspec.json.encode
 
 
 class Frames(Protocol):
@@ -51,7 +50,7 @@ class ChatFrames:
 
     def __init__(self, request_id: str, *, created: int, model: str, fingerprint: str) -> None:
         self._head = _head(request_id, b"chat.completion.chunk", created, model)
-        self._fingerprint = _encode(fingerprint)
+        self._fingerprint = encode_line(fingerprint)
         self._open: dict[int, bytes] = {}
 
     def first(self, index: int) -> bytes:
@@ -65,7 +64,7 @@ class ChatFrames:
         return (
             self._choice(index)
             + b'{"content":'
-            + _encode(text)
+            + encode_line(text)
             + b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
         )
 
@@ -75,9 +74,9 @@ class ChatFrames:
             + b'{"content":%b},"logprobs":null,"finish_reason":%b,"stop_reason":%b,'
             b'"token_ids":null}],"system_fingerprint":%b}\n\n'
             % (
-                _encode(text),
-                _encode(choice.finish_reason),
-                _encode(choice.stop_reason),
+                encode_line(text),
+                encode_line(choice.finish_reason),
+                encode_line(choice.stop_reason),
                 self._fingerprint,
             )
         )
@@ -97,7 +96,7 @@ class CompletionFrames:
 
     def __init__(self, request_id: str, *, created: int, model: str, fingerprint: str) -> None:
         self._head = _head(request_id, b"text_completion", created, model)
-        self._fingerprint = _encode(fingerprint)
+        self._fingerprint = encode_line(fingerprint)
 
     def first(self, index: int) -> bytes:
         return b""
@@ -105,7 +104,8 @@ class CompletionFrames:
     def text(self, index: int, text: str) -> bytes:
         return (
             b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":null,"stop_reason":null,'
-            b'"prompt_token_ids":null,"token_ids":null}]}\n\n' % (self._head, index, _encode(text))
+            b'"prompt_token_ids":null,"token_ids":null}]}\n\n'
+            % (self._head, index, encode_line(text))
         )
 
     def finish(self, choice: Choice, text: str) -> bytes:
@@ -115,9 +115,9 @@ class CompletionFrames:
             % (
                 self._head,
                 choice.index,
-                _encode(text),
-                _encode(choice.finish_reason),
-                _encode(choice.stop_reason),
+                encode_line(text),
+                encode_line(choice.finish_reason),
+                encode_line(choice.stop_reason),
                 self._fingerprint,
             )
         )
@@ -143,6 +143,8 @@ async def send(
     What fails from here on becomes one error frame, as the status is already sent.
     """
     response = web.StreamResponse(headers={**HEADERS, **headers})
+    if request.version < HttpVersion11:
+        response.force_close()  # no chunked coding there: the end of the connection ends the stream
     await response.prepare(request)
     try:
         await _send_choices(response, generation, frames, continuous_usage=continuous_usage)
@@ -238,17 +240,17 @@ def _begin(generation: Generation, frames: Frames, continuous_usage: bool) -> li
 
 
 def _with_usage(frame: bytes, usage: Usage) -> bytes:
-    return b'%b,"usage":%b}\n\n' % (frame.removesuffix(b"}\n\n"), _encode(usage))
+    return b'%b,"usage":%b}\n\n' % (frame.removesuffix(b"}\n\n"), encode_line(usage))
 
 
 def _head(request_id: str, kind: bytes, created: int, model: str) -> bytes:
     return b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
-        _encode(request_id),
+        encode_line(request_id),
         kind,
         created,
-        _encode(model),
+        encode_line(model),
     )
 
 
 def _usage(head: bytes, usage: Usage, fingerprint: bytes) -> bytes:
-    return b'%b],"usage":%b,"system_fingerprint":%b}\n\n' % (head, _encode(usage), fingerprint)
+    return b'%b],"usage":%b,"system_fingerprint":%b}\n\n' % (head, encode_line(usage), fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -54,6 +55,18 @@ def test_the_stream_helper(server: Server) -> None:
             pass
         final = stream.get_final_completion()
     assert final.choices[0].message.content == "Hello world"
+
+
+def test_lines_of_its_http_client_are_whole_frames(server: Server) -> None:
+    text = "a\x85b\u2028c\u2029d"
+    server.play(text, delay_s=0.001)
+    with server.sdk() as sdk:
+        raw = sdk.completions.with_streaming_response
+        with raw.create(model=MODEL, prompt="hi", stream=True) as reply:
+            lines = [line for line in reply.iter_lines() if line]
+    assert lines.pop() == "data: [DONE]"
+    frames = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert "".join(frame["choices"][0]["text"] for frame in frames) == text
 
 
 def test_completions(server: Server) -> None:

@@ -123,17 +123,84 @@ def test_many_tokens_at_once_are_one_write_and_one_frame(server: Server) -> None
     assert len(server.frames(COMPLETIONS, {"prompt": "hi"})) == 1
 
 
-def test_a_stream_to_http_1_0_ends_with_the_connection(server: Server) -> None:
+@pytest.mark.parametrize("connection", [None, "keep-alive", "Keep-Alive", "close"])
+def test_a_stream_to_http_1_0_ends_with_the_connection(
+    server: Server, connection: str | None
+) -> None:
+    """Without chunked coding nothing else ends it, whatever the client would like to keep."""
     server.play("Hello")
-    data = request_bytes({"prompt": "hi", "stream": True})
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-        sock.sendall(data.replace(b"HTTP/1.1", b"HTTP/1.0", 1))
-        reply = b""
+    data = request_bytes({"prompt": "hi", "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    if connection is not None:
+        data = data.replace(b"Host: x", f"Host: x\r\nConnection: {connection}".encode(), 1)
+    head, _, body = exchange(server, data).partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower() and b"keep-alive" not in head.lower()
+    assert body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n")
+
+
+def exchange(server: Server, data: bytes) -> bytes:
+    """All that comes until the server hangs up; a server that does not is a timeout."""
+    reply = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(data)
         while piece := sock.recv(65536):
             reply += piece
-    head, _, body = reply.partition(b"\r\n\r\n")
-    assert b"chunked" not in head.lower()
-    assert body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n")
+    return reply
+
+
+# Every character at which str.splitlines ends a line, and a few that readers in C stumble over.
+BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+ODD_TEXT = "a" + "b".join(BREAKS) + 'c\x00\x7f\ufeff\u200b\u2027\u202a\x84\x86😀漢é\\"data: x'
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_no_character_of_a_text_ends_its_line(server: Server, path: str) -> None:
+    """As readers see it that are built on str.splitlines, such as httpx's and requests'."""
+    server.play(ODD_TEXT + "end", delay_s=0.001)
+    body = {
+        "prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "stream": True,
+        "stop": ["end"], "request_id": "x" + BREAKS, "max_tokens": 300,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+    status, _, reply = server.request("POST", path, body)
+    assert status == 200
+    frames = read_lines(reply)
+    assert {frame["id"].partition("-")[2] for frame in frames} == {"x" + BREAKS}
+    choices = [choice for frame in frames for choice in frame["choices"]]
+    text = "".join(choice.get("text") or choice.get("delta", {}).get("content", "")
+                   for choice in choices)  # fmt: skip
+    assert text == ODD_TEXT and choices[-1]["stop_reason"] == "end"
+
+
+def test_no_character_of_an_error_or_a_stop_reason_ends_its_line(server: Server) -> None:
+    server.engine.script = lambda number: Script([80], error=EngineError("failed" + BREAKS))
+    _, _, reply = server.request("POST", COMPLETIONS, {"prompt": "hi", "stream": True})
+    assert read_lines(reply)[-1]["error"]["message"] == "failed" + BREAKS
+    server.play("x" + BREAKS + "y")
+    body = {"prompt": "hi", "stream": True, "stop": [BREAKS]}
+    _, _, reply = server.request("POST", COMPLETIONS, body)
+    assert read_lines(reply)[-1]["choices"][0]["stop_reason"] == BREAKS
+
+
+def read_lines(reply: bytes) -> list[Any]:
+    """The frames of a stream, taken apart by a reader that goes by str.splitlines."""
+    lines = reply.decode().splitlines()
+    assert lines[1::2] == [""] * (len(lines) // 2) and lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2:2]]
+
+
+def test_every_chunk_is_whole_frames(server: Server) -> None:
+    """For readers that decode, or parse, each piece as it comes."""
+    server.play("漢字 😀 é " * 5, delay_s=0.001)
+    data = request_bytes({"prompt": "hi", "stream": True, "max_tokens": 200})
+    rest = exchange(server, data.replace(b"Host: x", b"Host: x\r\nConnection: close", 1))
+    rest = rest.partition(b"\r\n\r\n")[2]
+    num_chunks = 0
+    while not rest.startswith(b"0\r\n"):
+        size, _, rest = rest.partition(b"\r\n")
+        chunk, rest = rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+        assert chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and chunk.decode()
+        num_chunks += 1
+    assert num_chunks > 5 and rest == b"0\r\n\r\n"
 
 
 def request_bytes(body: dict[str, Any]) -> bytes:
