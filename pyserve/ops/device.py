@@ -7,6 +7,7 @@ taken on the card here: these calls make no CUDA context.
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import torch
@@ -69,8 +70,13 @@ def _init_failure(text: str) -> str:
     """One line from what torch says where CUDA does not start."""
     reason = " ".join(text.split())
     if "driver" in reason and "too old" in reason:
+        found = re.search(r"found version (\d+)", reason)
+        driver = (int(found[1]) // 1000, int(found[1]) % 1000 // 10) if found else (0, 0)
+        other_torch = ""
+        if driver >= MIN_CUDA:  # new enough for us, and for an older build of torch
+            other_torch = f"install PyTorch's build for CUDA {_dotted(MIN_CUDA)} (pytorch.org), or "
         return (
-            f"the NVIDIA driver is too old for torch {torch.__version__}: "
+            f"the NVIDIA driver is too old for torch {torch.__version__}: {other_torch}"
             f"{_UPDATE_DRIVER} {torch.version.cuda} or later"
         )
     if "no NVIDIA driver" in reason:

@@ -51,6 +51,10 @@ def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
             "the NVIDIA driver is too old for torch .*: update .* shows CUDA 12.6 or later",
         ),
         (
+            "The NVIDIA driver on your system is too old (found version 12080). Please update",
+            "too old for torch .*: install PyTorch's build for CUDA 12.6 .*, or update the NVIDIA",
+        ),
+        (
             "Found no NVIDIA driver on your system. Please check that you\nhave",
             "its driver is not .torch: Found no NVIDIA driver on your system.: in a container",
         ),
