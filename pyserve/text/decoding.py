@@ -5,9 +5,11 @@ for rules about the first token or the first characters of a text. So a text is 
 bytes, and streaming needs no look at earlier tokens (detokenizer.py). A decoder that is not local
 is refused by name: a wrong text is worse than an error.
 
-Differs from the `tokenizers` library in one point, on purpose: it replaces a whole run of
+Differs from the `tokenizers` library in two points, on purpose. It replaces a whole run of
 byte-fallback tokens by U+FFFD when any part of the run is not UTF-8. That takes back characters
-that were already sent. Here, as in SentencePiece, only the bytes at fault are replaced.
+that were already sent. Here, as in SentencePiece, only the bytes at fault are replaced. And in
+byte-level tokenizers it reads the letters of an added token as bytes, although encoding finds such
+a token by its plain text: "schöner" loses its "ö". Here an added token reads as it is written.
 """
 
 from __future__ import annotations
@@ -48,15 +50,16 @@ class Layout:
     strip_count: int = 0
     has_first: bool = False
 
-    def piece(self, token: str, is_first: bool) -> bytes:
-        """The bytes that a token adds to a text."""
+    def piece(self, token: str, is_first: bool, *, is_plain: bool = False) -> bytes:
+        """The bytes that a token adds to a text.
+
+        is_plain  the token is written as it reads, also where characters stand for bytes.
+        """
         for step in self.steps:
             token = step(token, is_first)
-        if self.byte_level:
-            try:
-                return bytes([_BYTE_OF_CHAR[char] for char in token])
-            except KeyError:  # an added token with a character outside the alphabet is plain text
-                return token.encode()
+        # A vocabulary may hold plain text too, such as "<｜User｜>" not listed as an added token.
+        if self.byte_level and not is_plain and _BYTE_OF_CHAR.keys() >= set(token):
+            return bytes([_BYTE_OF_CHAR[char] for char in token])
         if self.byte_fallback and (match := _FALLBACK_BYTE(token)):
             return bytes([int(match[1], 16)])
         return token.encode()
@@ -85,11 +88,13 @@ class TokenDecoder:
         layout: Layout,
         id_to_token: Callable[[int], str | None],
         *,
+        plain_token_ids: frozenset[int],
         special_token_ids: frozenset[int],
     ) -> None:
         self.layout = layout
         self.errors = REPLACE_EACH_BYTE if layout.byte_fallback else "replace"
         self._id_to_token = id_to_token
+        self._plain_token_ids = plain_token_ids
         self._special_token_ids = special_token_ids
         self._pieces = (Pieces(self._make_all), Pieces(self._make_without_special))
 
@@ -101,12 +106,16 @@ class TokenDecoder:
         """Bytes of a token at the start of a text; None where it is skipped or has no token."""
         if skip_special_tokens and token_id in self._special_token_ids:
             return None
+        return self._piece(token_id, is_first=True)
+
+    def _piece(self, token_id: int, *, is_first: bool) -> bytes | None:
         token = self._id_to_token(token_id)
-        return None if token is None else self.layout.piece(token, True)
+        if token is None:
+            return None
+        return self.layout.piece(token, is_first, is_plain=token_id in self._plain_token_ids)
 
     def _make_all(self, token_id: int) -> bytes | None:
-        token = self._id_to_token(token_id)
-        return None if token is None else self.layout.piece(token, False)
+        return self._piece(token_id, is_first=False)
 
     def _make_without_special(self, token_id: int) -> bytes | None:
         return b"" if token_id in self._special_token_ids else self._make_all(token_id)

@@ -66,7 +66,10 @@ class Tokenizer:
         self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
         spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.decoder = TokenDecoder(
-            parse_layout(spec), self.id_to_token, special_token_ids=self.special_token_ids
+            parse_layout(spec),
+            self.id_to_token,
+            plain_token_ids=_plain_token_ids(backend),
+            special_token_ids=self.special_token_ids,
         )
 
     @classmethod
@@ -277,6 +280,19 @@ def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
     ]
     if missing:
         backend.add_special_tokens(missing)
+
+
+def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """Ids of the added tokens, but for single characters that the vocabulary has by itself.
+
+    These are the byte-level alphabet: each is a byte that other texts need, whoever added it.
+    """
+    vocab = backend.get_vocab(with_added_tokens=False)
+    added = backend.get_added_tokens_decoder()
+    return frozenset(
+        id_ for id_, token in added.items()
+        if len(token.content) > 1 or vocab.get(token.content) != id_
+    )  # fmt: skip
 
 
 def _apply_bos_eos_flags(

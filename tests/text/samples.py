@@ -38,6 +38,8 @@ TEXTS = [
 ]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 WORD = "<think>"  # an added token that is not special
+# Added to the byte-level one, where some of their letters, or all, stand for bytes in other tokens.
+PLAIN_TOKENS = ["café", "schöner", "Ġmo", "größe漢", "<｜é｜>"]
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -52,7 +54,7 @@ def byte_level() -> tokenizers.Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 3, trainer)
-    backend.add_tokens([WORD, "café"])  # "é" stands for a byte in this kind of vocabulary
+    backend.add_tokens([WORD, *PLAIN_TOKENS])
     return backend
 
 
@@ -121,6 +123,20 @@ def save(backend: tokenizers.Tokenizer, folder: Path, **config: object) -> Path:
 def backend_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The oracle: the tokenizers library on the same file."""
     return tokenizers.Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json"))
+
+
+def library_decode(backend: tokenizers.Tokenizer, ids: Sequence[int], *, skip: bool) -> str:
+    """What the library decodes, but for PLAIN_TOKENS: it reads their letters as bytes."""
+    text, run = "", []
+    plain = {backend.token_to_id(token): token for token in PLAIN_TOKENS}
+    plain.pop(None, None)
+    for id_ in [*ids, None]:
+        if id_ is not None and id_ not in plain:
+            run.append(id_)
+            continue
+        text += backend.decode(run, skip_special_tokens=skip) if run else ""
+        text, run = text + plain.get(id_, ""), []
+    return text
 
 
 def stream(

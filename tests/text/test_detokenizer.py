@@ -35,8 +35,9 @@ def test_texts_in_context_token_by_token(tokenizer: Tokenizer, skip: bool) -> No
         prompt = tokenizer.encode(prompt_text, add_special_tokens=False)
         for text in samples.TEXTS:
             ids = tokenizer.encode(text, add_special_tokens=False)
-            full = backend.decode([*prompt, *ids], skip_special_tokens=skip)
-            expected = text_beyond(full, backend.decode(prompt, skip_special_tokens=skip))
+            full = samples.library_decode(backend, [*prompt, *ids], skip=skip)
+            before = samples.library_decode(backend, prompt, skip=skip)
+            expected = text_beyond(full, before)
             assert stream(tokenizer, prompt, [[i] for i in ids], skip=skip) == expected
 
 
@@ -56,6 +57,24 @@ def test_random_ids_any_split_any_prompt(tokenizer: Tokenizer, skip: bool, seed:
         )
         for pushes in ([[i] for i in ids], [ids], random_split(ids, rng)):
             assert stream(tokenizer, prompt, pushes, skip=skip) == expected
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_every_split_around_added_tokens(byte_level: Tokenizer, skip: bool) -> None:
+    """Between whole characters, halves of them and each other, in a prompt and in an output."""
+    backend = samples.backend_of(byte_level)
+    added = [byte_level.token_to_id(token) or 0 for token in (*samples.PLAIN_TOKENS, "</s>")]
+    others = byte_level.encode("漢ö x", add_special_tokens=False)
+    rng = random.Random(5)
+    for _ in range(60):
+        ids = [rng.choice(rng.choice([added, others])) for _ in range(8)]
+        cut = rng.randrange(4)
+        prompt, output = ids[:cut], ids[cut:]
+        full = byte_level.decode(ids, skip_special_tokens=skip)
+        assert full == samples.library_decode(backend, ids, skip=skip)
+        expected = text_beyond(full, byte_level.decode(prompt, skip_special_tokens=skip))
+        for pushes in splits(output):
+            assert stream(byte_level, prompt, pushes, skip=skip) == expected
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
