@@ -169,7 +169,8 @@ def hostile_text(rng: random.Random) -> tuple[bytes, str, tuple[int, ...]]:
     if kind == 1:
         coding = rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "utf-7", "cp037"])
         text = good.decode().replace("!", "é") if coding != "cp037" else good.decode()
-        return text.encode(coding), f"in {coding}", () if coding == "utf-7" else (400,)
+        is_legal = coding in ("utf-7", "utf-8-sig")
+        return text.encode(coding), f"in {coding}", () if is_legal else (400,)
     if kind == 2:
         bad = rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80",
         b"\x00",

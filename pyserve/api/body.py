@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from pyserve import __version__
+from pyserve.api import whole_numbers
 from pyserve.api.protocol import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -46,6 +47,7 @@ class Wire(Generic[T]):
     """Decodes one request type; a Decoder is built once, as msgspec compiles the type."""
 
     def __init__(self, wire_type: type[T]) -> None:
+        self._type = wire_type
         self._decoder = msgspec.json.Decoder(wire_type)
         self._known = frozenset(wire_type.__struct_fields__)
 
@@ -82,10 +84,11 @@ class Wire(Generic[T]):
 
     def decode(self, body: bytes, *, max_list_ids: int = 0) -> tuple[T, list[str]]:
         """As `read`, from the bytes."""
+        body = body.removeprefix(codecs.BOM_UTF8)  # Windows puts one before JSON
         try:
             _check_utf8(body)  # msgspec skips over what it does not keep without looking at it
             check_structure(body, max_list_ids)
-            value = self._decoder.decode(body)
+            value = self._decode(body)
             ignored = self._check_fields(value, _KEYS.decode(body))
         except UnicodeDecodeError:
             raise InvalidRequestError("the body is not valid UTF-8") from None
@@ -96,6 +99,14 @@ class Wire(Generic[T]):
         except msgspec.DecodeError as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
         return value, ignored
+
+    def _decode(self, body: bytes) -> T:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            return whole_numbers.decode(body, self._type)
 
     def _check_fields(self, value: T, given: dict[str, msgspec.Raw]) -> list[str]:
         ignored = _Names()

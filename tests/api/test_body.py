@@ -31,7 +31,7 @@ BAD: list[tuple[str, bytes, str | None, str]] = [
     ("missing field", b"{}", "messages", "messages is missing"),
     ("missing inner field", b'{"messages": [{"content": "x"}]}', "messages[0].role", "missing"),
     ("wrong type", PREFIX + b'"top_k": "x"}', "top_k", "expected int | null, got str"),
-    ("whole float", PREFIX + b'"n": 2.0}', "n", "expected int | null, got float"),
+    ("fraction", PREFIX + b'"n": 2.5}', "n", "must be a whole number, got 2.5"),
     ("bool for int", PREFIX + b'"n": true}', "n", "expected int | null, got bool"),
     ("int for bool", PREFIX + b'"stream": 1}', "stream", "expected bool | null, got int"),
     ("inner type", PREFIX + b'"stop": ["a", 3]}', "stop[1]", "expected str, got int"),
@@ -65,6 +65,15 @@ def test_duplicate_keys_and_nulls_are_fine() -> None:
     assert body.n == 2 and ignored == []
     nulls = dict.fromkeys(ChatRequest.__struct_fields__)
     assert chat(**{**nulls, "messages": MESSAGES}) == chat()
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    """Windows writes one: PowerShell's Out-File, Notepad. One at the start, no other."""
+    data = json.dumps({"messages": MESSAGES, "n": 2.0}).encode("utf-8-sig")
+    assert CHAT.decode(data)[0].n == 2
+    for broken in (data[:3] + data, data[3:] + data[:3], data[:3], data[:2]):
+        with pytest.raises(InvalidRequestError):
+            CHAT.decode(broken)
 
 
 SAMPLES: dict[str, Any] = {
