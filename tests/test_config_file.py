@@ -63,6 +63,12 @@ def test_the_command_line_wins(file: Path, argv: list[str]) -> None:
     assert (args.enable_prefix_caching, args.seed) == (False, 3)
 
 
+@pytest.mark.parametrize("text", ["port: 5\n", "# mine\nport: 5\n", '{"port": 5}'])
+def test_a_byte_order_mark_is_skipped(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8-sig")
+    assert with_settings(file, ["org/m"]) == ["org/m", "--port=5"]
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
 def test_an_empty_file_says_nothing(file: Path, text: str) -> None:
     file.write_text(text)

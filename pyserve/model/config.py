@@ -7,6 +7,7 @@ knows are kept by name. Imports no torch.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -132,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if len(text) > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        raw = msgspec.json.decode(text)
+        raw = msgspec.json.decode(text.removeprefix(codecs.BOM_UTF8))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):

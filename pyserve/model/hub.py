@@ -8,6 +8,7 @@ branch then stays at the commit it was fetched at, until the cache's ref moves o
 from __future__ import annotations
 
 import asyncio
+import codecs
 import os
 import re
 import shutil
@@ -394,7 +395,7 @@ def _indexed_files(path: Path) -> list[str]:
         weight_map: dict[str, str]
 
     with path.open("rb") as file:
-        text = file.read(MAX_INDEX_BYTES + 1)
+        text = file.read(MAX_INDEX_BYTES + 1).removeprefix(codecs.BOM_UTF8)
     try:
         names = set(msgspec.json.decode(text[:MAX_INDEX_BYTES], type=Index).weight_map.values())
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

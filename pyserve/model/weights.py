@@ -10,6 +10,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -280,7 +281,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         num_bytes = os.fstat(file.fd).st_size
         if num_bytes > MAX_INDEX_BYTES:
             raise CheckpointError(f"{index} has {num_bytes} bytes, the limit is {MAX_INDEX_BYTES}")
-        text = file.read(0, num_bytes)
+        text = file.read(0, num_bytes).removeprefix(codecs.BOM_UTF8)
     weight_map = _decode_object(text, str(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object that names tensors")

@@ -349,7 +349,7 @@ def read_override(override: str) -> str:
     if any(char in override for char in "{}\n"):
         return override
     try:
-        return Path(override).read_text(encoding="utf-8")
+        return Path(override).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--chat-template {override}: cannot be read: {error}") from error
 
@@ -379,6 +379,6 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error

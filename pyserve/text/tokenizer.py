@@ -229,7 +229,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent}: no {TOKENIZER_FILE}; --tokenizer names another folder that has one"

@@ -266,6 +266,11 @@ def test_a_file_that_is_no_config(text: bytes, tmp_path: Path) -> None:
         ModelConfig.from_path(tmp_path)
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8-sig")
+    assert ModelConfig.from_path(tmp_path) == ModelConfig.from_hf(LLAMA)
+
+
 def test_a_missing_or_huge_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json: No such file"):
         ModelConfig.from_path(tmp_path)

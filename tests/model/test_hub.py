@@ -102,6 +102,14 @@ def test_one_format_of_weights(tmp_path: Path) -> None:
         hub._weights(wanted(tmp_path), files_of(INDEX_FILE, parts[0]), tmp_path)
 
 
+def test_an_index_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    index = json.dumps({"weight_map": {"a": "m.safetensors"}})
+    (tmp_path / INDEX_FILE).write_text(index, encoding="utf-8-sig")
+    listing = files_of(INDEX_FILE, "m.safetensors")
+    weights = hub._weights(wanted(tmp_path), listing, tmp_path)
+    assert [file.name for file in weights] == ["m.safetensors"]
+
+
 @pytest.mark.parametrize(
     "index",
     ["", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}',

@@ -159,8 +159,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
             list(steps)
 
 
-def write_index(folder: Path, weight_map: Any) -> None:
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+def write_index(folder: Path, weight_map: Any, encoding: str = "utf-8") -> None:
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / INDEX_FILE).write_text(text, encoding=encoding)
 
 
 def write_shard(path: Path, *names: str) -> None:
@@ -179,6 +180,12 @@ def test_an_index_joins_its_shards(tmp_path: Path) -> None:
         "c": second,
         "unlisted": second,
     }
+
+
+def test_an_index_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    write_shard(tmp_path / "m-1.safetensors", "a")
+    write_index(tmp_path, {"a": "m-1.safetensors"}, encoding="utf-8-sig")
+    assert set(index_checkpoint(tmp_path)) == {"a"}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

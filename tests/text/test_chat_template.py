@@ -319,6 +319,15 @@ def test_where_templates_are_read_from(tmp_path: Path) -> None:
         load("{% if %}")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    folder = samples.save(samples.byte_level(), tmp_path)
+    for name in ("chat_template.jinja", "other.jinja"):
+        (folder / name).write_text("text", encoding="utf-8-sig")
+    tokenizer = Tokenizer.from_folder(folder)
+    for override in (None, str(folder / "other.jinja")):
+        assert ChatTemplate.load(tokenizer, override=override).render(user("a")) == "text"
+
+
 @pytest.mark.parametrize(
     "value", [7, [{"name": "default"}], ["x"], [{"name": "rag", "template": "x"}], {"a": "b"}]
 )

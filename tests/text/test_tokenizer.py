@@ -146,6 +146,17 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
             Tokenizer.from_folder(tmp_path)
 
 
+def test_byte_order_marks_are_skipped(tmp_path: Path) -> None:
+    samples.save(samples.byte_level(), tmp_path, add_bos_token=True)
+    plain = Tokenizer.from_folder(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    marked = Tokenizer.from_folder(tmp_path)
+    assert marked.config == plain.config and marked.special_tokens == plain.special_tokens
+    ids = plain.encode("Hello wörld", add_special_tokens=True)
+    assert marked.encode("Hello wörld", add_special_tokens=True) == ids
+
+
 def test_a_damaged_tokenizer_never_escapes_as_another_error(tmp_path: Path) -> None:
     good = samples.save(samples.byte_level(), tmp_path) / "tokenizer.json"
     text = good.read_text()
