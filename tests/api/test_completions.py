@@ -126,7 +126,7 @@ def test_bad_prompts(server: Server, body: dict[str, Any], words: str) -> None:
 
 
 def test_wrong_element_types_name_the_place(server: Server) -> None:
-    assert server.error(PATH, {"prompt": [1.0]})["param"] == "prompt[0]"
+    assert server.error(PATH, {"prompt": [1.5]})["param"] == "prompt[0]"
     assert server.error(PATH, {"prompt": {"a": 1}})["param"] == "prompt"
 
 
