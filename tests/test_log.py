@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +29,7 @@ def _restore() -> Iterator[None]:
 def test_an_event_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
     log.setup("info")
     log.get_logger().info("%d tokens", 5)
+    log.flush()
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO 5 tokens\n", capsys.readouterr().err)
 
 
@@ -39,6 +44,7 @@ def test_lines_below_the_level_are_dropped(
     logger = log.get_logger()
     for say in (logger.debug, logger.info, logger.warning, logger.error):
         say(say.__name__[0])
+    log.flush()
     assert "".join(line[-1] for line in capsys.readouterr().err.splitlines()) == heard
 
 
@@ -47,6 +53,7 @@ def test_libraries_are_heard_from_warning_on(capsys: pytest.CaptureFixture[str])
     library = logging.getLogger("aiohttp.access")
     library.info("GET / 200")
     library.warning("odd")
+    log.flush()
     assert capsys.readouterr().err.endswith("WARNING odd\n")
 
 
@@ -54,4 +61,65 @@ def test_setting_up_again_does_not_double_the_lines(capsys: pytest.CaptureFixtur
     log.setup("info")
     log.setup("info")
     log.get_logger().info("once")
+    log.flush()
     assert capsys.readouterr().err.count("once") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb", r"a\x1b[2Jb"),
+        ("a\rb\x00\x7f\x85\u2028", r"a\rb\x00\x7f\x85\u2028"),
+        ("org/ñ\ttab", "org/ñ\ttab"),
+        # What comes from outside cannot pass for a line of its own.
+        ("a name\n12:00:00 INFO forged", "a name\n    12:00:00 INFO forged"),
+        ("a ledger:\n  total  5 MiB", "a ledger:\n  total  5 MiB"),
+    ],
+)
+def test_text_from_outside_is_shown_harmless(
+    text: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.setup("info")
+    log.get_logger().info("%s", text)
+    log.flush()
+    assert capsys.readouterr().err[len("12:00:00 INFO ") :] == shown + "\n"
+
+
+def test_a_reader_that_stops_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb", buffering=0) as pipe:
+        monkeypatch.setattr("sys.stderr", stream)
+        log.setup("info")
+        began_s = time.monotonic()
+        for number in range(10_000):
+            log.get_logger().info("%06d %s", number, "x" * 200)
+        assert time.monotonic() - began_s < 2.0, "10,000 lines take 0.2 s"
+        began_s = time.monotonic()
+        log.flush(0.1)
+        assert time.monotonic() - began_s < 1.0
+        text = b""
+        while b"left out" not in text:
+            text += pipe.read(65536)
+        log.get_logger().info("it goes on")
+        while b"goes on" not in text:
+            text += pipe.read(65536)
+    lines = text.decode().splitlines()
+    numbers = [int(line[14:20]) for line in lines if line.endswith("x")]
+    (left_out,) = (int(line.split()[1]) for line in lines if "left out" in line)
+    assert numbers == list(range(len(numbers))), "the first ones are whole and in order"
+    assert len(numbers) + left_out == 10_000
+    # Some are being written, some wait.
+    assert len(numbers) <= 2 * log.MAX_WAITING_LINES
+
+
+def test_an_ending_process_waits_for_its_lines_but_not_for_ever() -> None:
+    code = (
+        "from pyserve import log\nlog.setup('info')\n"
+        "for n in range(1000): log.get_logger().info('%d %s', n, 'x' * 100)"
+    )
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert len(done.stderr.splitlines()) == 1000
+    with subprocess.Popen(argv, stderr=subprocess.PIPE) as stuck:
+        assert stuck.wait(timeout=10) == 0
+        assert stuck.stderr is not None and b"\n" in stuck.stderr.read()

@@ -6,10 +6,9 @@ import asyncio
 import logging
 import sys
 import time
-from typing import TextIO
 
+from pyserve import log
 from pyserve.api.state import Phase, Startup
-from pyserve.log import get_logger
 
 BAR_INTERVAL_S = 0.2
 LINE_INTERVAL_S = 5.0
@@ -21,10 +20,10 @@ CLEAR_LINE = "\r\x1b[K"
 async def show_progress(startup: Startup) -> None:
     """Until it is cancelled, on stderr."""
     if sys.stderr.isatty():
-        await _draw_bar(startup, sys.stderr)
+        await _draw_bar(startup)
     while True:
         await asyncio.sleep(LINE_INTERVAL_S)
-        get_logger().info("%s", describe(startup.phase, time.monotonic()))
+        log.get_logger().info("%s", describe(startup.phase, time.monotonic()))
 
 
 def describe(phase: Phase, now_s: float) -> str:
@@ -54,24 +53,17 @@ def draw(phase: Phase, now_s: float) -> str:
 class _ClearsLine(logging.Handler):
     """Takes the bar away before the line of the handler after it."""
 
-    def __init__(self, terminal: TextIO) -> None:
-        super().__init__()
-        self._terminal = terminal
-
     def emit(self, record: logging.LogRecord) -> None:
-        self._terminal.write(CLEAR_LINE)
-        self._terminal.flush()
+        log.draw(CLEAR_LINE, is_optional=False)
 
 
-async def _draw_bar(startup: Startup, terminal: TextIO) -> None:
-    clears = _ClearsLine(terminal)
-    get_logger().addHandler(clears)  # comes before the root's
+async def _draw_bar(startup: Startup) -> None:
+    clears = _ClearsLine()
+    log.get_logger().addHandler(clears)  # comes before the root's
     try:
         while True:
-            terminal.write(CLEAR_LINE + draw(startup.phase, time.monotonic()))
-            terminal.flush()
+            log.draw(CLEAR_LINE + draw(startup.phase, time.monotonic()))
             await asyncio.sleep(BAR_INTERVAL_S)
     finally:
-        get_logger().removeHandler(clears)
-        terminal.write(CLEAR_LINE)
-        terminal.flush()
+        log.get_logger().removeHandler(clears)
+        log.draw(CLEAR_LINE, is_optional=False)

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from pyserve import log
 from pyserve.api.app import build_app
 from pyserve.api.http import LAST_FRAMES_S, listening
 from pyserve.api.listen import Listener, listening_socket
@@ -54,6 +55,7 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     if server.is_loading or server.has_failed:
         # The interpreter would wait for, or crash under, a thread inside a compiler or torch, or
         # memory of a GPU that is lost.
+        log.flush()
         os._exit(code)
     return code
 
@@ -180,6 +182,7 @@ class _Server:
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
             get_logger().warning("told to stop twice: exiting at once")
+            log.flush()
             os._exit(128 + number)
         self._stop.set()
         self._ready_file.remove()

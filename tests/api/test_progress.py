@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import pty
+import re
 import select
 from pathlib import Path
 
 import pytest
 
+from pyserve import log
 from pyserve.api import progress
 from pyserve.api.progress import CLEAR_LINE, describe, draw, show_progress
 from pyserve.api.ready_file import ReadyFile
@@ -55,22 +57,21 @@ def test_a_bar_on_a_terminal_gives_way_to_log_lines(monkeypatch: pytest.MonkeyPa
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
         monkeypatch.setattr(progress, "BAR_INTERVAL_S", 0.05)
-        line = logging.StreamHandler(terminal)
-        root = logging.getLogger()
-        root.addHandler(line)
+        before = logging.getLogger().handlers[:]
+        log.setup("info")
         try:
             startup = Startup()
             startup.report("load", 10**9, 4 * 10**9)
             asyncio.run(_run_for(startup, 0.2, "a line"))
         finally:
-            root.removeHandler(line)
-        terminal.flush()
+            log.flush()
+            logging.getLogger().handlers[:] = before
         drawn = ""  # a terminal hands out what it has by and by
         while select.select([reader], [], [], 0.5)[0]:
             drawn += os.read(reader, 65536).decode()
     os.close(reader)
     assert drawn.count("load: 1.00 of 4.00 GB (25%)") >= 3
-    assert f"{CLEAR_LINE}a line" in drawn
+    assert re.search(re.escape(CLEAR_LINE) + r"\d\d:\d\d:\d\d WARNING a line\r\n", drawn)
     assert drawn.endswith(CLEAR_LINE)
     assert get_logger().handlers == []
 

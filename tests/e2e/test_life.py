@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,28 @@ def test_sigterm_under_64_streams_truncates_none_and_exits_zero(tmp_path: Path) 
             ends = [future.result(60) for future in streams]
         assert [reasons[-1] for reasons in ends] == ["length"] * 64
         assert server.process.wait(20) == 0
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
+    """A paused terminal, a log collector that hangs: the pipe is full from the first line on."""
+    pipe = tmp_path / "log"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(held, b"x" * 4096)
+    try:
+        with start_server(pipe) as server:
+            body = json.dumps({"prompt": "Hello", "max_tokens": 8}).encode()
+            for _ in range(20):
+                assert server.request("POST", "/v1/completions", body)[0] == 200
+            assert server.request("GET", "/health/live")[0] == 200
+            began_s = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+            assert time.monotonic() - began_s < 8.0, "it waits 1 s for its reader, and goes"
+    finally:
+        os.close(held)
 
 
 def test_a_full_queue_is_429_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
