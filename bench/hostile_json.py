@@ -18,7 +18,8 @@ BASES = {
 
 _BIG = "1" * 400
 _NOT_A_NUMBER = ('"x"', "[]", "{}", "true", "NaN", "Infinity", "-Infinity", "1e999", "-1e999")
-_NOT_AN_INT = (*_NOT_A_NUMBER, "1.5", "1e-5", _BIG, "-" + _BIG, str(2**64), str(-(2**63) - 1))
+_NOT_A_COUNT = (*_NOT_A_NUMBER, "1.5", "1e-5", "-" + _BIG, str(-(2**63) - 1), '"1"', '"1.0"')
+_NOT_AN_INT = (*_NOT_A_COUNT, _BIG, str(2**64))
 _NOT_A_BOOL = ('"true"', "1", "0", "[]", "{}", "1e999", "NaN")
 _NOT_TEXT = ("1", "true", "[]", "{}", "1e999", r'"\ud800x"', r'"\udc00\ud800"')
 _NOT_IDS = ("1", '"x"', "{}", "[null]", '["x"]', "[1.5]", "[-1]", f"[{2**31}]", f"[{2**64}]",
@@ -33,7 +34,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "repetition_penalty": (*_NOT_A_NUMBER, "0", "-1", "1e300"),
     "presence_penalty": (*_NOT_A_NUMBER, "-2.1", "2.1"),
     "frequency_penalty": (*_NOT_A_NUMBER, "-2.1", "2.1"),
-    "max_tokens": (*_NOT_AN_INT, "-1", "1000000000", str(2**31)),
+    "max_tokens": (*_NOT_A_COUNT, "-1"),
     "min_tokens": (*_NOT_AN_INT, "-1", "3", "1000000000"),
     "n": (*_NOT_AN_INT, "0", "-1", "129", "1000000000", str(2**31)),
     "seed": (*_NOT_AN_INT,),
@@ -73,7 +74,7 @@ CHAT_REFUSED: dict[str, tuple[str, ...]] = {
                  r'[{"role":"user","content":"\ud800"}]', '[{"role":"' + "x" * 3000 + '"}]',
                  '[{"role":"wizard","content":"x"}]', "[" + ",".join(['{"role":"user"}'] * 5000)
                  + "]", '[{"role":"user","content":"' + "word " * 5000 + '"}]'),
-    "max_completion_tokens": (*_NOT_AN_INT, "-1", "1000000000"),
+    "max_completion_tokens": (*_NOT_A_COUNT, "-1"),
     "logprobs": ('"x"', "1", "[]"),
     "top_logprobs": ('"x"', "-1", "1000000", "1.5", _BIG),
     "tools": ("1", '"x"', "{}", '[{"type":"function","function":{"name":"f"}}]', "[1]"),

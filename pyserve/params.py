@@ -16,9 +16,10 @@ MAX_STOP_TOKEN_IDS = 64  # likewise
 MAX_TOP_K = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # The device computes in float32: below these a value would become 0 or its effect infinite.
-MIN_TEMPERATURE = 0.01  # of a sampled sequence; 0 is greedy
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # of a sampled sequence; 0 is greedy
 MIN_TOP_P = 1e-9
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+MAX_SHOWN_CHARS = 24  # of a number in a message
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,10 +55,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, MIN_TEMPERATURE if self.temperature else 0.0, 2.0)
+        if self.temperature != 0.0:
+            _check("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, "0 or ")
         _check("top_p", self.top_p, MIN_TOP_P, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("top_k", self.top_k, 0, MAX_TOP_K)
+        _check("top_k", self.top_k, 0, MAX_TOP_K)  # 0 keeps all
         _check(
             "repetition_penalty",
             self.repetition_penalty,
@@ -94,8 +96,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
+def shown(value: float) -> str:
+    """A number of the client's, for a message: it may have thousands of digits."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:8]}... ({len(text)} digits)"
+
+
+def _check(name: str, value: float, low: float, high: float, beside: str = "") -> None:
     if not low <= value <= high:  # a NaN fails
         raise InvalidRequestError(
-            f"{name} must be in [{low}, {high}], got {value}", name.split("[")[0]
+            f"{name} must be {beside}in [{shown(low)}, {shown(high)}], got {shown(value)}",
+            name.split("[")[0],
         )

@@ -28,10 +28,11 @@ from pyserve.api.request_id import current as current_request_id
 from pyserve.api.sampling import Resolver
 from pyserve.api.state import Loaded, ServerState
 from pyserve.errors import InvalidRequestError, UnavailableError
-from pyserve.params import SamplingParams
+from pyserve.params import SamplingParams, shown
 from pyserve.text.detokenizer import Detokenizer
 
 FINGERPRINT = f"pyserve-{__version__}"
+CLAMPED_HEADER = "x-pyserve-clamped"
 LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
 MAX_PRIORITY = 2**31 - 1
 
@@ -109,12 +110,12 @@ async def answer(
         _name("request_id", body.request_id) or current_request_id.get()
     )
     created = int(time.time())
-    headers = ignored_header(ignored)
     generation = Generation(loaded.engine, state.metrics, arrived_s=arrived_s)
     reason = "abort"
     deadline = _Deadline(request, generation, state.config.request_timeout_s)
     try:
         _submit(generation, loaded, endpoint, body, prompts, echoes)
+        headers = {**ignored_header(ignored), **_clamped_header(body, generation)}
         state.request_log.arrived(request, generation)
         if body.stream:
             frames = endpoint.frames(
@@ -168,7 +169,8 @@ def _submit(
     priority = body.priority or 0
     if abs(priority) > MAX_PRIORITY:
         raise InvalidRequestError(
-            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {priority}", "priority"
+            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
+            "priority",
         )
     cache_salt = _name("cache_salt", body.cache_salt) or ""
     limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
@@ -213,9 +215,7 @@ def _params(
     loaded: Loaded,
     num_prompt_tokens: int,
 ) -> SamplingParams:
-    max_tokens, limit_name = body.max_tokens, "max_tokens"
-    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
-        max_tokens, limit_name = body.max_completion_tokens, "max_completion_tokens"
+    limit_name, max_tokens = _token_limit(body)
     if only_echoes(body):
         max_tokens = 1
     default = endpoint.default_max_tokens
@@ -230,6 +230,22 @@ def _params(
         limit_name=limit_name,
         default=default,
     )
+
+
+def _token_limit(body: ChatRequest | CompletionRequest) -> tuple[str, int | None]:
+    """The field that limits the output of `body`, and its value."""
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        return "max_completion_tokens", body.max_completion_tokens
+    return "max_tokens", body.max_tokens
+
+
+def _clamped_header(
+    body: ChatRequest | CompletionRequest, generation: Generation
+) -> dict[str, str]:
+    """What is left of a token limit that the context cuts: the least, where prompts differ."""
+    name, asked = _token_limit(body)
+    granted = min(choice.params.max_tokens for choice in generation.choices)
+    return {CLAMPED_HEADER: f"{name}={granted}"} if asked and asked > granted else {}
 
 
 def _name(field: str, value: str | None) -> str | None:

@@ -29,7 +29,6 @@ from pyserve.params import (
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
-    MIN_TOP_P,
 )
 from pyserve.text.chat_template import PART_TYPES
 
@@ -45,7 +44,7 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "min_tokens": {"integer": {"minimum": 0}},
     "n": {"integer": {"minimum": 1, "maximum": MAX_N}},
     "temperature": {"number": {"minimum": 0, "maximum": 2}},
-    "top_p": {"number": {"minimum": MIN_TOP_P, "maximum": 1}},
+    "top_p": {"number": {"exclusiveMinimum": 0, "maximum": 1}},
     "top_k": {"integer": {"minimum": -1, "maximum": MAX_TOP_K}},
     "min_p": {"number": {"minimum": 0, "maximum": 1}},
     "repetition_penalty": {
@@ -86,7 +85,8 @@ DESCRIPTIONS = {
     "messages": "The conversation, oldest message first.",
     "prompt": "A text, token ids, or a list of either (at most "
     f"{MAX_SEQUENCES} prompts, each with its own choices).",
-    "max_tokens": "Output tokens at most; with the prompt they must fit the context.",
+    "max_tokens": "Output tokens at most, and no more than the prompt leaves of the context; where "
+    "that is less, the header x-pyserve-clamped says how many.",
     "max_completion_tokens": "As max_tokens, and before it where both are given.",
     "min_tokens": "No stop before so many output tokens; at most max_tokens.",
     "n": f"Choices for each prompt; at most {MAX_SEQUENCES} in one request, 1 where greedy.",
@@ -108,7 +108,7 @@ DESCRIPTIONS = {
     "continuous_usage_stats": "With include_usage: every frame has the usage of its choice so far.",
     "echo": "Show the prompt before the answer; in a chat, the assistant's last message.",
     "truncate_prompt_tokens": "Keep so many tokens of each prompt, at most the context; -1: as "
-    "many as leave room for max_tokens.",
+    "many as leave room for max_tokens, all where that fills the context.",
     "truncation_side": "left, the default, keeps a prompt's last tokens, right its first.",
     "add_generation_prompt": "End the prompt with what begins an answer; the default is true.",
     "continue_final_message": "The answer continues the last message.",

@@ -313,6 +313,10 @@ def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Sche
     if operation.body is not None:
         headers["x-pyserve-ignored"] = _header("Fields of the request that had no effect")
     if operation.chunk is not None:
+        headers["x-pyserve-clamped"] = _header(
+            "max_tokens=N: N is what the prompt leaves of the context, and less than was asked for"
+        )
+    if operation.chunk is not None:
         name = operation.chunk.__name__
         described["description"] = (
             f"The answer; with `stream` server-sent events, each a line `data: ` and a {name}, "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pyserve.api.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
+from pyserve.params import shown
 from pyserve.text.tokenizer import Tokenizer
 
 PIECE_CHARS = 2**16
@@ -50,20 +51,22 @@ def truncation(
 ) -> Truncation | None:
     """What the fields ask for; -1 keeps what leaves room for `max_tokens`.
 
+    Where `max_tokens` fills the context, -1 cuts nothing: a prompt that fits is kept whole.
+
     Raises InvalidRequestError on a value out of range.
     """
     if side not in (None, "left", "right"):
         raise InvalidRequestError(
             f"truncation_side must be left or right, got {(side or '')[:40]}", "truncation_side"
         )
-    if num_tokens is None:
+    if num_tokens is None or (num_tokens == -1 and max_tokens >= max_model_len):
         return None
     if num_tokens == -1:
         num_tokens = max(max_model_len - max(max_tokens, 1), 1)
     if not 1 <= num_tokens <= max_model_len:
         raise InvalidRequestError(
             f"truncate_prompt_tokens must be -1 or in [1, {max_model_len}], the context, "
-            f"got {num_tokens}",
+            f"got {shown(num_tokens)}",
             "truncate_prompt_tokens",
         )
     return Truncation(num_tokens, keeps_first=side == "right")

@@ -16,11 +16,19 @@ from pyserve.api.protocol import (
 )
 from pyserve.client import EngineInfo
 from pyserve.errors import InvalidRequestError, NotBuiltError
-from pyserve.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from pyserve.params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_TEMPERATURE,
+    MIN_TOP_P,
+    SamplingParams,
+    shown,
+)
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
-GREEDY_BELOW = 1e-5  # vLLM's thresholds
-MIN_TEMPERATURE = 0.01
+GREEDY_BELOW = 1e-5  # vLLM's threshold
 
 Number = TypeVar("Number", int, float)
 
@@ -75,6 +83,8 @@ class Resolver:
         self._stop_token_ids = tuple(dict.fromkeys([*eos_ids, *asked]))
         self._logit_bias = _logit_bias(request.logit_bias, info.vocab_size)
         self._temperature = self._resolve_temperature()
+        self._top_k = _top_k(_first(request.top_k, defaults.top_k, 0))
+        self._top_p = _top_p(_first(request.top_p, defaults.top_p, 1.0))
 
     def params(
         self,
@@ -85,51 +95,79 @@ class Resolver:
         limit_name: str,
         default: int,
     ) -> SamplingParams:
-        """For a prompt of that length. `default` tokens, or what is left, without `max_tokens`.
+        """For a prompt of that length. `max_tokens`, else `default`, but no more than is left.
 
-        `prompt_name` and `limit_name` are the request fields to name where it does not fit.
+        `prompt_name` and `limit_name` are the request fields to name where a value is wrong.
         """
         request, defaults = self._request, self._defaults
-        left = self._info.max_model_len - num_prompt_tokens
-        if left < 1 or (max_tokens or 0) > left:
-            asks = "" if max_tokens is None else f" and {limit_name} asks for {max_tokens} more"
+        max_model_len = self._info.max_model_len
+        left = max_model_len - num_prompt_tokens
+        if left < 1:
+            full = ", which leaves none for the answer" if left == 0 else ""
             raise InvalidRequestError(
-                f"This model's maximum context length is {self._info.max_model_len} tokens: "
-                f"the prompt has {num_prompt_tokens}{asks}",
-                prompt_name if left < 1 else limit_name,
+                f"This model's maximum context length is {max_model_len} tokens: "
+                f"the prompt has {num_prompt_tokens}{full}",
+                prompt_name,
             )
-        if max_tokens is None:
-            max_tokens = min(left, default)
-        elif max_tokens < 1:
+        if max_tokens is not None and max_tokens < 1:
             raise InvalidRequestError(
-                f"{limit_name} must be at least 1, got {max_tokens}", limit_name
+                f"{limit_name} must be at least 1, got {shown(max_tokens)}", limit_name
             )
-        top_k = _first(request.top_k, defaults.top_k, 0)
+        max_tokens = min(left, default if max_tokens is None else max_tokens)
+        min_tokens = request.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be at most {max_tokens}, {limit_name} or what the prompt's "
+                f"{num_prompt_tokens} tokens leave of the context, got {shown(min_tokens)}",
+                "min_tokens",
+            )
         seed = request.seed
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self._temperature,
-            top_k=0 if top_k == -1 else top_k,
-            top_p=_first(request.top_p, defaults.top_p, 1.0),
+            top_k=self._top_k,
+            top_p=self._top_p,
             min_p=_first(request.min_p, defaults.min_p, 0.0),
             repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=self._logit_bias,
             seed=None if seed == -1 else seed,
-            min_tokens=request.min_tokens or 0,
+            min_tokens=min_tokens,
             stop_token_ids=self._stop_token_ids,
         )
 
     def _resolve_temperature(self) -> float:
         temperature = _first(self._request.temperature, self._defaults.temperature, 1.0)
-        if 0.0 <= temperature < GREEDY_BELOW:
+        if not 0.0 <= temperature <= MAX_TEMPERATURE:
+            raise InvalidRequestError(
+                f"temperature must be in [0, {MAX_TEMPERATURE:g}], got {shown(temperature)}",
+                "temperature",
+            )
+        if temperature < GREEDY_BELOW:
             if self.n > 1:
                 raise InvalidRequestError(
                     f"n must be 1 when temperature is 0 (greedy), got {self.n}", "n"
                 )
             return 0.0
-        return max(temperature, MIN_TEMPERATURE) if temperature > 0.0 else temperature
+        return max(temperature, MIN_TEMPERATURE)
+
+
+def _top_k(top_k: int) -> int:
+    if not -1 <= top_k <= MAX_TOP_K:
+        raise InvalidRequestError(
+            f"top_k must be in [1, {MAX_TOP_K}], or 0 or -1 for all tokens, got {shown(top_k)}",
+            "top_k",
+        )
+    return max(top_k, 0)
+
+
+def _top_p(top_p: float) -> float:
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidRequestError(
+            f"top_p must be above 0 and at most 1, got {shown(top_p)}", "top_p"
+        )
+    return max(top_p, MIN_TOP_P)  # both keep the most likely token alone
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
@@ -137,7 +175,7 @@ def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
     if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise InvalidRequestError(
-            f"{name} holds token id {wrong}, ids must be in [0, {vocab_size - 1}]", name
+            f"{name} holds token id {shown(wrong)}, ids must be in [0, {vocab_size - 1}]", name
         )
 
 
@@ -152,9 +190,10 @@ def _eos_token_ids(
 def _choices(request: SamplingFields) -> int:
     n = 1 if request.n is None else request.n
     if not 1 <= n <= MAX_N:
-        raise InvalidRequestError(f"n must be in [1, {MAX_N}], got {n}", "n")
+        raise InvalidRequestError(f"n must be in [1, {MAX_N}], got {shown(n)}", "n")
     if request.best_of not in (None, n):
-        raise NotBuiltError(f"best_of {request.best_of} beside n {n} is not built yet", "best_of")
+        best_of = shown(request.best_of)
+        raise NotBuiltError(f"best_of {best_of} beside n {n} is not built yet", "best_of")
     return n
 
 

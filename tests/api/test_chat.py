@@ -153,10 +153,6 @@ def test_max_tokens_is_what_is_left(server: Server) -> None:
     assert item.params.max_tokens == CONTEXT - len(item.prompt)
     server.post(PATH, ask(max_tokens=9, max_completion_tokens=7))
     assert server.engine.submitted[1].params.max_tokens == 7
-    error = server.error(PATH, ask(max_completion_tokens=CONTEXT))
-    assert error["param"] == "max_completion_tokens"
-    for number in (CONTEXT, len(item.prompt)):
-        assert str(number) in error["message"]
 
 
 def test_priority_and_salt_reach_the_engine(server: Server) -> None:
@@ -193,7 +189,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (ask(request_id="x" * 513), "request_id", "512"),
     (ask(priority=2**31), "priority", "2147483647"),
     (ask(max_tokens=0), "max_tokens", "at least 1"),
-    (ask(temperature=9), "temperature", "2.0"),
+    (ask(temperature=9), "temperature", "[0, 2]"),
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "messages", str(CONTEXT)),
 ]  # fmt: skip
 

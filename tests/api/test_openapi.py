@@ -108,6 +108,9 @@ def edges(schema: Schema, number: type) -> Iterator[tuple[object, bool]]:
                 schema[key] + sign * step
             )  # fmt: skip
             yield beyond, False
+    if "exclusiveMinimum" in schema:
+        yield number(schema["exclusiveMinimum"]), False
+        yield schema["exclusiveMinimum"] + 1e-12, True
     for key, size in (("minLength", 0), ("maxLength", 1)):
         if key in schema:
             yield "a" * schema[key], True

@@ -95,7 +95,8 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("top_k", 2**70), ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0),
     ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("seed", 2**63), ("n", 0), ("n", 129),
     ("n", -1), ("min_tokens", 17), ("min_tokens", -1), ("max_tokens", 0), ("max_tokens", -5),
-    ("max_tokens", 91), ("max_tokens", 2**80), ("stop", ""), ("stop", ["a", ""]),
+    ("min_tokens", 10**4000), ("top_k", 10**4000), ("n", 10**4000), ("max_tokens", -(10**4000)),
+    ("stop_token_ids", [10**4000]), ("seed", 10**4000), ("stop", ""), ("stop", ["a", ""]),
     ("stop", ["x"] * 65), ("stop", "x" * 1001), ("stop_token_ids", [400]),
     ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("logit_bias", {"400": 1.0}),
     ("logit_bias", {"-1": 1.0}), ("logit_bias", {"a": 1.0}), ("logit_bias", {"1": 101.0}),
@@ -104,7 +105,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE)
+@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=lambda value: str(value)[:24])
 def test_out_of_range_names_the_field(tokenizer: Tokenizer, field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError, match=field) as caught:
         params(tokenizer, **{field: value})
@@ -112,16 +113,56 @@ def test_out_of_range_names_the_field(tokenizer: Tokenizer, field: str, value: A
     assert len(caught.value.message) < 200
 
 
-def test_too_long_names_both_numbers(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("asked", [40, 41, 32000, 2**31, 2**80])
+def test_what_the_prompt_leaves_is_all_there_is(tokenizer: Tokenizer, asked: int) -> None:
+    assert params(tokenizer, num_prompt_tokens=60, max_tokens=asked).max_tokens == 40
+    assert params(tokenizer, num_prompt_tokens=99, max_tokens=asked).max_tokens == 1
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 41, 2**80])
+@pytest.mark.parametrize("num_prompt_tokens", [100, 101, 5000])
+def test_a_prompt_that_does_not_fit_names_both_numbers(
+    tokenizer: Tokenizer, num_prompt_tokens: int, max_tokens: int | None
+) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        params(tokenizer, num_prompt_tokens=60, max_tokens=41)
-    for number in ("100 tokens", "60", "41"):
-        assert number in caught.value.message
-    assert caught.value.param == "max_tokens"
-    assert params(tokenizer, num_prompt_tokens=60, max_tokens=40).max_tokens == 40
-    with pytest.raises(InvalidRequestError, match="the prompt has 100") as caught:
-        params(tokenizer, num_prompt_tokens=100)
+        params(tokenizer, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
+    for words in ("maximum context length is 100 tokens", f"the prompt has {num_prompt_tokens}"):
+        assert words in caught.value.message
     assert caught.value.param == "prompt"
+
+
+def test_min_tokens_must_fit_too(tokenizer: Tokenizer) -> None:
+    assert params(tokenizer, num_prompt_tokens=60, max_tokens=99, min_tokens=40).min_tokens == 40
+    with pytest.raises(InvalidRequestError, match="min_tokens must be at most 40") as caught:
+        params(tokenizer, num_prompt_tokens=60, max_tokens=99, min_tokens=41)
+    assert "60 tokens" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("temperature", -0.1, "must be in [0, 2], got -0.1"),
+        ("temperature", 2.5, "must be in [0, 2], got 2.5"),
+        ("top_p", 0, "must be above 0 and at most 1, got 0"),
+        ("top_p", 1.5, "must be above 0 and at most 1, got 1.5"),
+        ("top_k", -2, "must be in [1, 2147483647], or 0 or -1 for all tokens, got -2"),
+        ("min_p", 1.1, "must be in [0, 1], got 1.1"),
+        ("presence_penalty", 2.5, "must be in [-2, 2], got 2.5"),
+        ("repetition_penalty", 0.0, "must be in [0.01, 100], got 0"),
+        ("n", 10**30, "got 10000000... (31 digits)"),
+    ],
+)
+def test_messages_name_what_works(
+    tokenizer: Tokenizer, field: str, value: float, words: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        params(tokenizer, **{field: value})
+    assert caught.value.message == f"{field} {words}" or caught.value.message.endswith(words)
+
+
+@pytest.mark.parametrize(("asked", "got"), [(1e-300, 1e-9), (1e-9, 1e-9), (1e-5, 1e-5), (1, 1.0)])
+def test_top_ps(tokenizer: Tokenizer, asked: float, got: float) -> None:
+    assert params(tokenizer, top_p=asked).top_p == got
 
 
 def test_without_max_tokens_what_is_left(tokenizer: Tokenizer) -> None:

@@ -44,7 +44,7 @@ BODIES: list[tuple[str, str, bytes, int, str]] = [
     ("huge top_k", CHAT, raw(messages=MESSAGES, top_k=2**70), 400, "top_k"),
     ("float top_k", CHAT, raw(messages=MESSAGES, top_k=1.5), 400, "top_k"),
     ("zero max_tokens", CHAT, raw(messages=MESSAGES, max_tokens=0), 400, "max_tokens"),
-    ("huge max_tokens", CHAT, raw(messages=MESSAGES, max_tokens=10**9), 400, "max"),
+    ("fraction of a token", CHAT, raw(messages=MESSAGES, max_tokens=10.5), 400, "max_tokens"),
     ("huge n", CHAT, raw(messages=MESSAGES, n=10**9), 400, "n"),
     ("many stops", CHAT, raw(messages=MESSAGES, stop=["x"] * 5000), 400, "stop"),
     ("empty stop", CHAT, raw(messages=MESSAGES, stop=[""]), 400, "stop"),
