@@ -63,6 +63,10 @@ class BuildNative(build_ext):
             "soabi": sysconfig.get_config_var("SOABI"),
             "march": march,
             "cuda": None if cuda is None else {"version": cuda.version, "archs": cuda.archs},
+            "sizes": {
+                name: (build_dir / name).stat().st_size
+                for name in (toolchain.OPS_PRODUCT, toolchain.HOST_PRODUCT)
+            },
         }
         (build_dir / "native.json").write_text(json.dumps(manifest), encoding="utf-8")
         for output in self.get_outputs():

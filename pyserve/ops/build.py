@@ -1,13 +1,13 @@
 """Finds or compiles the native products and loads them; else registers their plain-torch twins.
 
 Found in this order: in the package, where setup.py put them; in the cache folder, in a folder named
-by the hash of everything they depend on; compiled into it, once, for exactly this machine, under a
-file lock that dies with its owner. Asked for CUDA, all three hold the CUDA ops too.
+by the hash of everything they depend on; compiled into it, once, for exactly this machine
+(build_cache.py tells what of a cache may be loaded). Asked for CUDA, all three hold the CUDA ops
+too.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -27,12 +27,13 @@ import torch
 
 from pyserve import config
 from pyserve.errors import BuildError
+from pyserve.ops import build_cache, fakes, reference, toolchain
 from pyserve.ops import device as card_device
-from pyserve.ops import fakes, reference, toolchain
 from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerError, Toolchain
 
 Mode = Literal["native", "reference"]
 Device = Literal["cpu", "cuda"]
+PRODUCTS = (toolchain.OPS_PRODUCT, toolchain.HOST_PRODUCT)
 MANIFEST_NAME = "native.json"  # beside products that setup.py built
 _CPU_REMEDY = "or pass --allow-reference-ops to serve slowly without"
 _CUDA_REMEDY = "or pass --device cpu"
@@ -59,7 +60,8 @@ def load_native(
         if _mode is None:
             card = _current_card() if device == "cuda" else None
             try:
-                _host = _load(_find_or_compile(progress, card))
+                with _products(progress, card) as folder:
+                    _host = _load(folder)
                 _mode = "native"
             except BuildError as error:
                 if card is not None or not allow_reference:
@@ -103,29 +105,45 @@ def _current_card() -> Card:
     return Card(card_device.capability(index), card_device.driver_version())
 
 
-def _find_or_compile(progress: Callable[[str], None], card: Card | None = None) -> Path:
+@contextmanager
+def _products(progress: Callable[[str], None], card: Card | None = None) -> Iterator[Path]:
     """Folder that holds both products; with the CUDA ops where a card is given."""
     sanitize = config.env("PYSERVE_SANITIZE") is not None
     packaged = Path(__file__).resolve().parent
     unfit = "" if sanitize else _why_unfit(packaged, card)
     if not sanitize and unfit is None:
-        return packaged
+        yield packaged
+        return
     try:
         native = toolchain.find_toolchain(config.env("CXX"), march="native", sanitize=sanitize)
         if card is not None:
             native = replace(native, cuda=_find_cuda_compiler(card))
-        folder = _cache_dir() / "native" / _key(native)
-        if not _is_done(folder):
-            _compile(folder, native, progress)
+        yield from _cached(_cache_dir() / "native" / _key(native), native, progress)
     except CompileError as error:
         reason = f"{unfit}; {error}" if unfit else str(error)
         raise BuildError(reason) from error
     except OSError as error:
         raise BuildError(
             f"cannot keep compiled files in {_cache_dir()} ({error.strerror}): "
-            "set PYSERVE_CACHE to a writable folder"
+            "set PYSERVE_CACHE to a writable folder that nobody else can write to"
         ) from error
-    return folder
+
+
+def _cached(folder: Path, native: Toolchain, progress: Callable[[str], None]) -> Iterator[Path]:
+    """`folder` with whole products in it, or one for this process alone where it is not ours."""
+    reason = build_cache.untrusted_reason(folder)
+    if reason is not None:
+        progress(
+            f"{reason}: compiling for this start alone; set PYSERVE_CACHE to a folder that nobody "
+            "else can write to, and it is done once"
+        )
+        with build_cache.temporary_folder() as alone:
+            _compile(alone, native, progress)
+            yield alone
+        return
+    if not _is_done(folder):
+        _compile(folder, native, progress)
+    yield folder
 
 
 def _find_cuda_compiler(card: Card) -> CudaCompiler:
@@ -146,7 +164,7 @@ def _find_cuda_compiler(card: Card) -> CudaCompiler:
 
 def _cache_dir() -> Path:
     try:
-        return config.cache_dir()
+        return config.cache_dir().resolve()
     except RuntimeError as error:  # of Path.home()
         raise BuildError("no home folder: set PYSERVE_CACHE to a writable one") from error
 
@@ -164,6 +182,9 @@ def _why_unfit(packaged: Path, card: Card | None) -> str | None:
     sources = toolchain.source_hash(source_dir(), with_cuda=cuda is not None)
     if manifest["sources"] != sources or manifest["soabi"] != sysconfig.get_config_var("SOABI"):
         return ""
+    for name, size in manifest.get("sizes", {}).items():  # earlier versions wrote none
+        if not (packaged / name).is_file() or (packaged / name).stat().st_size != size:
+            return f"the packaged {name} is damaged: install pyserve again"
     if manifest["march"] == toolchain.PORTABLE_X86:
         missing = toolchain.PORTABLE_X86_FLAGS - set(toolchain.cpu_identity().split())
         if missing:
@@ -206,15 +227,20 @@ def _key(native: Toolchain) -> str:
 
 
 def _is_done(folder: Path) -> bool:
-    return (folder / "done").is_file()
+    return build_cache.is_whole(folder, PRODUCTS) and not any(
+        build_cache.untrusted_reason(folder / name) for name in PRODUCTS
+    )
 
 
 def _compile(folder: Path, native: Toolchain, progress: Callable[[str], None]) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    build_cache.make_folder(folder)
     waiting = "waiting for another process that compiles the native ops ..."
-    with _file_lock(folder / "lock", lambda: progress(waiting)) as lock_fd:
+    with build_cache.locked(folder, lambda: progress(waiting)) as lock_fd:
         if _is_done(folder):
             return
+        if (folder / build_cache.MARK_NAME).exists():
+            progress(f"the compiled files in {folder} are damaged: compiling them again")
+            build_cache.clear(folder)
         files = toolchain.source_files(source_dir(), with_cuda=native.cuda is not None)
         num_sources = sum(path.suffix in (".cpp", ".cu") for path in files)
         progress(f"compiling {num_sources} files for this machine, once ...")
@@ -226,23 +252,7 @@ def _compile(folder: Path, native: Toolchain, progress: Callable[[str], None]) -
             env=os.environ,
             pass_fds=(lock_fd,),
         )
-        (folder / "done").touch()
-
-
-@contextmanager
-def _file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
-    """Exclusive among processes; gives the file descriptor that holds it.
-
-    The kernel releases it when its owner and all who inherited the descriptor have died: a compiler
-    that outlives a killed owner does not write beside the next one's.
-    """
-    with path.open("w") as lock_file:
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield lock_file.fileno()
+        build_cache.mark_whole(folder, PRODUCTS)
 
 
 def _load(folder: Path) -> ModuleType:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from pyserve.errors import BuildError
-from pyserve.ops import build, toolchain
+from pyserve.ops import build, build_cache, toolchain
 
 # Notes each of its runs, then makes what it was asked for; waits while a file "hold" exists.
 FAKE_COMPILER = """#!/bin/sh
@@ -41,7 +43,8 @@ NUM_STEPS = NUM_SOURCES + 2  # compiler runs of a full build, with two links
 CHILD = """
 import sys
 from pyserve.ops import build
-print(build._find_or_compile(lambda line: print(line, flush=True)))
+with build._products(lambda line: print(line, flush=True)) as folder:
+    print(folder)
 """
 
 
@@ -55,6 +58,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYSERVE_SANITIZE", "1")  # products in the package are not looked at
     return tmp_path
+
+
+def find_or_compile(progress: Callable[[str], None], card: build.Card | None = None) -> Path:
+    with build._products(progress, card) as products:
+        return products
 
 
 def num_runs(folder: Path) -> int:
@@ -89,13 +97,13 @@ def start_child() -> subprocess.Popen[str]:
 
 def test_compiles_once_and_says_so(folder: Path) -> None:
     lines: list[str] = []
-    products = build._find_or_compile(lines.append)
+    products = find_or_compile(lines.append)
     assert (products / toolchain.OPS_PRODUCT).exists()
     assert (products / toolchain.HOST_PRODUCT).exists()
     assert lines[0] == f"compiling {NUM_SOURCES} files for this machine, once ..."
     assert lines[-1] == f"compiling: {NUM_STEPS} of {NUM_STEPS} steps done"
     assert num_runs(folder) == NUM_STEPS
-    assert build._find_or_compile(pytest.fail) == products
+    assert find_or_compile(pytest.fail) == products
 
 
 def test_another_compiler_source_or_flag_is_another_folder(
@@ -130,7 +138,7 @@ def test_paths_may_hold_spaces_and_signs(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PYSERVE_CACHE", str(odd))
     compiler = shutil.copy(folder / "c++", odd / "c++")
     monkeypatch.setenv("CXX", str(compiler))
-    assert (build._find_or_compile(lambda line: None) / toolchain.OPS_PRODUCT).exists()
+    assert (find_or_compile(lambda line: None) / toolchain.OPS_PRODUCT).exists()
 
 
 def test_two_processes_at_once_compile_once(folder: Path) -> None:
@@ -152,20 +160,20 @@ def test_a_killed_builder_leaves_no_lock(folder: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.communicate()
     (folder / "hold").unlink()
-    products = build._find_or_compile(lambda line: None)
-    assert (products / "done").exists()
+    products = find_or_compile(lambda line: None)
+    assert (products / build_cache.MARK_NAME).exists()
 
 
 def test_a_failed_compilation_is_one_line_and_a_log(folder: Path) -> None:
     (folder / "fail").touch()
     with pytest.raises(BuildError, match="compiling the native ops failed, see ") as error:
-        build._find_or_compile(lambda line: None)
+        find_or_compile(lambda line: None)
     message = str(error.value)
     assert "\n" not in message
     log = Path(message.split("see ")[1])
     assert "error: no luck" in log.read_text()
     (folder / "fail").unlink()
-    assert (build._find_or_compile(lambda line: None) / "done").exists()
+    assert (find_or_compile(lambda line: None) / build_cache.MARK_NAME).exists()
 
 
 def test_no_compiler_is_one_line_with_the_remedy(
@@ -174,15 +182,15 @@ def test_no_compiler_is_one_line_with_the_remedy(
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(folder / "empty"))
     with pytest.raises(BuildError, match=r"no C\+\+ compiler found: install one .*apt install"):
-        build._find_or_compile(lambda line: None)
+        find_or_compile(lambda line: None)
     monkeypatch.setenv("CXX", "nonesuch")
     with pytest.raises(BuildError, match="CXX=nonesuch is not a program"):
-        build._find_or_compile(lambda line: None)
+        find_or_compile(lambda line: None)
 
 
 def test_ninja_need_not_be_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    assert (build._find_or_compile(lambda line: None) / "done").exists()
+    assert (find_or_compile(lambda line: None) / build_cache.MARK_NAME).exists()
 
 
 def test_an_unwritable_cache_names_the_variable(
@@ -191,7 +199,7 @@ def test_an_unwritable_cache_names_the_variable(
     (folder / "file").touch()
     monkeypatch.setenv("PYSERVE_CACHE", str(folder / "file"))
     with pytest.raises(BuildError, match="set PYSERVE_CACHE to a writable folder"):
-        build._find_or_compile(lambda line: None)
+        find_or_compile(lambda line: None)
 
 
 def test_no_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +208,7 @@ def test_no_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build.config, "cache_dir", no_home)
     with pytest.raises(BuildError, match="no home folder: set PYSERVE_CACHE"):
-        build._find_or_compile(lambda line: None)
+        find_or_compile(lambda line: None)
 
 
 def test_packaged_products_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +232,11 @@ def test_packaged_products_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatc
     flags = " ".join(toolchain.PORTABLE_X86_FLAGS)
     monkeypatch.setattr(toolchain, "cpu_identity", lambda: f"x86_64\nsse2 {flags}")
     assert is_usable(march="x86-64-v3")
+    (folder / toolchain.OPS_PRODUCT).write_bytes(b"code")
+    assert is_usable(sizes={toolchain.OPS_PRODUCT: 4})
+    for sizes in ({toolchain.OPS_PRODUCT: 5}, {toolchain.HOST_PRODUCT: 0}):
+        assert not is_usable(sizes=sizes)
+        assert "is damaged: install pyserve again" in str(build._why_unfit(folder, None))
 
 
 HOPPER = build.Card(capability=(9, 0), driver=(13, 0))
@@ -232,7 +245,7 @@ HOPPER = build.Card(capability=(9, 0), driver=(13, 0))
 def test_a_card_gets_its_own_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(folder)))
     lines: list[str] = []
-    products = build._find_or_compile(lines.append, HOPPER)
+    products = find_or_compile(lines.append, HOPPER)
     gpu = build.source_dir() / "gpu"
     num_files = NUM_SOURCES + len([*gpu.glob("*.cu"), *gpu.glob("*.cpp")])
     assert lines[0] == f"compiling {num_files} files for this machine, once ..."
@@ -242,9 +255,9 @@ def test_a_card_gets_its_own_kernels(folder: Path, monkeypatch: pytest.MonkeyPat
     assert f"-ccbin {folder}/c++" in log and "-lcudart_static" in log
     assert f"-L{folder}/cuda-13.0/lib " in log
     assert f"-isystem{folder}/cuda-13.0/include" in log
-    assert build._find_or_compile(pytest.fail, HOPPER) == products
+    assert find_or_compile(pytest.fail, HOPPER) == products
     for other in (build.Card((8, 6), (13, 0)), None):
-        assert build._find_or_compile(lambda line: None, other) != products
+        assert find_or_compile(lambda line: None, other) != products
 
 
 def test_a_changed_kernel_leaves_the_cpu_products(
@@ -254,9 +267,9 @@ def test_a_changed_kernel_leaves_the_cpu_products(
     sources = folder / "cuda"
     shutil.copytree(build.source_dir(), sources)
     monkeypatch.setattr(build, "source_dir", lambda: sources)
-    before = [build._find_or_compile(lambda line: None, card) for card in (None, HOPPER)]
+    before = [find_or_compile(lambda line: None, card) for card in (None, HOPPER)]
     (sources / "gpu" / "another.cuh").touch()
-    after = [build._find_or_compile(lambda line: None, card) for card in (None, HOPPER)]
+    after = [find_or_compile(lambda line: None, card) for card in (None, HOPPER)]
     assert before[0] == after[0] and before[1] != after[1]
 
 
@@ -360,17 +373,17 @@ def test_no_cuda_compiler_is_one_line_with_the_remedy(
 ) -> None:
     monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda env: [])
     with pytest.raises(BuildError, match="nvcc.*pip install .cuda-toolkit.nvcc,cccl.==13"):
-        build._find_or_compile(pytest.fail, HOPPER)
+        find_or_compile(pytest.fail, HOPPER)
     with pytest.raises(BuildError, match="install NVIDIA's CUDA toolkit 12.8, or install a wheel"):
-        build._find_or_compile(pytest.fail, build.Card((8, 0), (12, 8)))
+        find_or_compile(pytest.fail, build.Card((8, 0), (12, 8)))
 
 
 def test_the_twins_do_not_serve_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(progress: object, card: build.Card | None) -> Path:
+    def fail(progress: object, card: build.Card | None) -> AbstractContextManager[Path]:
         raise BuildError("no luck")
 
     monkeypatch.setattr(build, "_mode", None)
-    monkeypatch.setattr(build, "_find_or_compile", fail)
+    monkeypatch.setattr(build, "_products", fail)
     monkeypatch.setattr(build, "_current_card", lambda: HOPPER)
     with pytest.raises(BuildError, match="no luck; or pass --device cpu"):
         build.load_native(allow_reference=True, progress=pytest.fail, device="cuda")
@@ -379,9 +392,60 @@ def test_the_twins_do_not_serve_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_broken_products_are_a_build_error(folder: Path) -> None:
-    products = build._find_or_compile(lambda line: None)  # empty files
+    products = find_or_compile(lambda line: None)  # empty files
     with pytest.raises(BuildError, match="do not load"):
         build._load(products)
+
+
+@pytest.mark.parametrize("damage", ["short", "longer", "empty", "changed", "gone", "mark"])
+def test_what_a_power_cut_left_is_compiled_again(folder: Path, damage: str) -> None:
+    products = find_or_compile(lambda line: None)
+    path = products / toolchain.OPS_PRODUCT
+    path.write_bytes(b"machine code")
+    build_cache.mark_whole(products, build.PRODUCTS)
+    assert find_or_compile(pytest.fail) == products
+    runs = num_runs(folder)
+    if damage == "gone":
+        path.unlink()
+    elif damage == "mark":
+        (products / build_cache.MARK_NAME).write_bytes(b"")
+    else:
+        contents = {"short": b"mach", "longer": b"machine code\0", "empty": b""}
+        path.write_bytes(contents.get(damage, b"machine c0de"))
+    lines: list[str] = []
+    assert find_or_compile(lines.append) == products
+    assert lines[0] == f"the compiled files in {products} are damaged: compiling them again"
+    assert num_runs(folder) == runs + NUM_STEPS, "objects may be short too"
+    assert find_or_compile(pytest.fail) == products
+
+
+def test_a_cache_that_others_can_write_to_is_not_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = find_or_compile(lambda line: None)
+    products.parent.chmod(0o777)
+    lines: list[str] = []
+    alone = find_or_compile(lines.append)
+    assert lines[0].startswith(f"everybody can write to {products.parent}: compiling for this")
+    assert "set PYSERVE_CACHE to a folder that nobody else can write to" in lines[0]
+    assert folder not in alone.parents and not alone.exists(), "gone once it is loaded"
+    products.parent.chmod(0o700)
+    assert find_or_compile(pytest.fail) == products
+    (products / toolchain.OPS_PRODUCT).chmod(0o666)
+    assert find_or_compile(lines.append) == products
+    assert "are damaged" in lines[-NUM_STEPS - 2]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("level", ["products", "native", "cache"])
+def test_a_cache_of_somebody_else_is_not_loaded(folder: Path, level: str) -> None:
+    """Its name is a hash of what everybody knows: another user may have put it there before us."""
+    products = find_or_compile(lambda line: None)
+    given = {"products": products, "native": products.parent, "cache": products.parent.parent}
+    os.chown(given[level], 4321, 4321)
+    lines: list[str] = []
+    assert find_or_compile(lines.append) != products
+    assert f"{given[level]} belongs to user 4321" in lines[0]
 
 
 REFERENCE_CHILD = """
