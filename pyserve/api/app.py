@@ -25,12 +25,8 @@ from pyserve.api.models import list_models, retrieve_model
 from pyserve.api.openapi import DOCUMENT, Document, openapi
 from pyserve.api.state import STATE, Keys, ServerState
 from pyserve.api.tokens import detokenize, tokenize
-from pyserve.errors import (
-    MethodNotAllowedError,
-    NotFoundError,
-    RequestError,
-    UnauthorizedError,
-)
+from pyserve.api.unknown_paths import UnknownPaths
+from pyserve.errors import RequestError, UnauthorizedError
 from pyserve.metrics import CONTENT_TYPE
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -82,6 +78,7 @@ ROUTES = (
     Route("GET", "/openapi.json", openapi, is_public=True),
     Route("GET", pages.STATIC_PATH, pages.static, is_public=True),
 )
+PAGES = (pages.index, pages.docs)
 
 
 def build_app(state: ServerState) -> web.Application:
@@ -102,10 +99,19 @@ def build_app(state: ServerState) -> web.Application:
     # A proxy may take the root path off or leave it on.
     for prefix in sorted({"", config.root_path}):
         for route in ROUTES:
-            app.router.add_route(route.method, prefix + route.path, route.handler)
-            if route.method == "GET":
-                app.router.add_route("HEAD", prefix + route.path, route.handler)
+            for path, handler in _spellings(prefix + route.path, route.handler):
+                app.router.add_route(route.method, path, handler)
+                if route.method == "GET":
+                    app.router.add_route("HEAD", path, handler)
     return app
+
+
+def _spellings(path: str, handler: Handler) -> list[tuple[str, Handler]]:
+    """A path with a slash at its end and without: clients add one, or leave it out."""
+    other = path[:-1] if path.endswith("/") else f"{path}/"
+    if not other or "{" in path:
+        return [(path, handler)]
+    return [(path, handler), (other, pages.redirect if handler in PAGES else handler)]
 
 
 @web.middleware
@@ -122,7 +128,11 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 def _middleware(state: ServerState) -> Middleware:
     keys = Keys(state.config.api_keys)
-    public = {route.handler for route in ROUTES if route.is_public}
+    unknown_paths = UnknownPaths(
+        [(route.method, route.path) for route in ROUTES if "{" not in route.path],
+        root_path=state.config.root_path,
+    )
+    public = {route.handler for route in ROUTES if route.is_public} | {pages.redirect}
     using_model = {route.handler for route in ROUTES if route.uses_model}
 
     @web.middleware
@@ -144,7 +154,7 @@ def _middleware(state: ServerState) -> Middleware:
                 state.request_log.refused(request, error)
             response = error_response(error)
         except web.HTTPException as error:
-            response = _router_error(request, error)
+            response = _router_error(request, error, unknown_paths)
         except ConnectionError:
             raise  # the client has gone; aiohttp closes what is left
         except Exception as error:
@@ -156,15 +166,15 @@ def _middleware(state: ServerState) -> Middleware:
     return guard
 
 
-def _router_error(request: web.Request, error: web.HTTPException) -> web.Response:
+def _router_error(
+    request: web.Request, error: web.HTTPException, unknown_paths: UnknownPaths
+) -> web.Response:
     if isinstance(error, web.HTTPMethodNotAllowed):
-        response = error_response(
-            MethodNotAllowedError(f"{request.method[:20]} is not allowed on this path")
-        )
+        response = error_response(unknown_paths.wrong_method(request, error.allowed_methods))
         response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
         return response
     if isinstance(error, web.HTTPNotFound):
-        return error_response(NotFoundError("no such path"))
+        return error_response(unknown_paths.not_found(request))
     return error_response(log_unexpected(error))
 
 

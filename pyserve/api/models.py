@@ -55,6 +55,7 @@ async def retrieve_model(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     max_model_len = state.model().engine.info.max_model_len
     name = request.match_info["model"]
+    name = name.removesuffix("/") or name
     state.check_model_name(name)
     return json_response(_entry(state, name, max_model_len))
 

@@ -216,7 +216,10 @@ class Document:
             "paths": paths,
             "components": {
                 "schemas": schemas(),
-                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+                "securitySchemes": {
+                    "bearer": {"type": "http", "scheme": "bearer"},
+                    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+                },
             },
         }
         if self._root_path:
@@ -228,7 +231,7 @@ class Document:
         described: Schema = {
             "operationId": _operation_id(method, path),
             "summary": operation.summary,
-            "security": [{"key": []}] if is_guarded else [],
+            "security": [{"bearer": []}, {"x-api-key": []}] if is_guarded else [],
             "responses": {
                 str(status): _reply(operation, wire_type)
                 for status, wire_type in operation.replies.items()

@@ -61,6 +61,13 @@ async def static(request: web.Request) -> web.StreamResponse:
     return reply(request, _read(request.match_info["name"]))
 
 
+async def redirect(request: web.Request) -> web.StreamResponse:
+    """To the spelling from which a page's links, which are relative, lead to its files."""
+    name = request.path.rstrip("/").rpartition("/")[2]
+    location = f"../{name}" if request.path.endswith("/") else f"{name}/"
+    return web.Response(status=308, headers={"Location": location})
+
+
 def reply(request: web.Request, file: File) -> web.Response:
     """`file`, or 304 where the client has it."""
     if any(known.value in (file.etag, "*") for known in request.if_none_match or ()):

@@ -27,14 +27,47 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 _has_ended: ContextVar[bool] = ContextVar("has_ended", default=False)
 
 
+class LineBudget:
+    """So many lines at once, then so many a second.
+
+    num_dropped  lines that there was no room for, since `pop_dropped`.
+    """
+
+    def __init__(self, lines_per_s: float, max_burst_lines: float) -> None:
+        self._lines_per_s = lines_per_s
+        self._max_burst_lines = max_burst_lines
+        self._num_lines = max_burst_lines
+        self._refilled_s = time.monotonic()
+        self.num_dropped = 0
+
+    def take(self, now_s: float) -> bool:
+        """Whether there is room for one more line."""
+        refill = (now_s - self._refilled_s) * self._lines_per_s
+        self._num_lines = min(self._num_lines + refill, self._max_burst_lines)
+        self._refilled_s = now_s
+        if self._num_lines < 1.0:
+            self.num_dropped += 1
+            return False
+        self._num_lines -= 1.0
+        return True
+
+    def pop_dropped(self) -> int:
+        """num_dropped, which begins again at 0."""
+        num_dropped, self.num_dropped = self.num_dropped, 0
+        return num_dropped
+
+
 class RequestLog:
     """The lines of one server. log_arrivals: --enable-log-requests."""
 
     def __init__(self, *, log_arrivals: bool) -> None:
         self._log_arrivals = log_arrivals
-        self._budget_lines = MAX_BURST_LINES
-        self._refilled_s = time.monotonic()
-        self.num_dropped = 0  # lines, since the last one
+        self._budget = LineBudget(LINES_PER_S, MAX_BURST_LINES)
+
+    @property
+    def num_dropped(self) -> int:
+        """Lines left out since the last one."""
+        return self._budget.num_dropped
 
     def begin(self) -> None:
         """This task begins to answer a request."""
@@ -90,17 +123,10 @@ class RequestLog:
     def _take_line(self) -> bool:
         if not get_logger().isEnabledFor(logging.INFO):
             return False
-        now = time.monotonic()
-        refill = (now - self._refilled_s) * LINES_PER_S
-        self._budget_lines = min(self._budget_lines + refill, MAX_BURST_LINES)
-        self._refilled_s = now
-        if self._budget_lines < 1.0:
-            self.num_dropped += 1
+        if not self._budget.take(time.monotonic()):
             return False
-        self._budget_lines -= 1.0
-        if self.num_dropped:
-            get_logger().info("%d lines about requests left out", self.num_dropped)
-            self.num_dropped = 0
+        if num_dropped := self._budget.pop_dropped():
+            get_logger().info("%d lines about requests left out", num_dropped)
         return True
 
 

@@ -222,13 +222,21 @@ class Keys:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def accept(self, request: web.Request) -> bool:
-        """True where no key is needed or the request carries one of them as a Bearer token."""
+        """True where no key is needed, or the request carries one of them.
+
+        As a Bearer token, as OpenAI's clients send it, or in x-api-key, as Anthropic's do.
+        """
         if not self._digests:
             return True
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        by_bearer = self._is_known(bearer)
+        by_header = self._is_known(request.headers.get("x-api-key", ""))
+        return (scheme.lower() == "bearer" and by_bearer) or by_header
+
+    def _is_known(self, key: str) -> bool:
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
 STATE = web.AppKey("state", ServerState)

@@ -65,11 +65,12 @@ def test_every_route_is_described() -> None:
 
 def test_keys_are_asked_for_where_they_are_needed() -> None:
     public = {(route.method, route.path) for route in ROUTES if route.is_public}
+    keys: list[Schema] = [{"bearer": []}, {"x-api-key": []}]
     for needs_key in (True, False):
         for path, item in document(needs_key)["paths"].items():
             for method, operation in item.items():
                 is_guarded = needs_key and (method.upper(), path) not in public
-                assert operation["security"] == ([{"key": []}] if is_guarded else [])
+                assert operation["security"] == (keys if is_guarded else [])
                 assert ("401" in operation["responses"]) == is_guarded
     assert "servers" not in document()
     assert document(root_path="/llm")["servers"] == [{"url": "/llm"}]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
 import socket
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from pyserve.api.app import ROUTES, build_app
+from pyserve.api.state import Keys
 from tests.api.fakes import MODEL, Server, run_server
 
 CHAT = "/v1/chat/completions"
@@ -25,6 +29,26 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 WRONG = ("", "secret", "Bearer", "Bearer ", "Bearer nope", "Basic secret", "Bearer secre",
          "Bearer secret2", "Bearer secret,other", "Bearer SECRET")  # fmt: skip
 RIGHT = ("Bearer secret", "bearer secret", "BEARER  secret ", "Bearer other")
+# The other header holds the key alone; both headers of a request: one right key is enough.
+WRONG_HEADERS: tuple[dict[str, str], ...] = (
+    {},
+    *({"Authorization": value} for value in WRONG),
+    *({"X-Api-Key": value} for value in ("", " ", "nope", "secre", "secret2", "SECRET",
+      "Bearer secret", "bearer secret", "secret,other", "secret other", "Bearer", "\xff")),
+    {"Authorization": "Bearer nope", "X-Api-Key": "nope"},
+    {"Authorization": "secret", "X-Api-Key": "Bearer secret"},
+    {"Authorization": "Basic secret", "X-Api-Key": ""},
+    {"Api-Key": "secret"}, {"X-Api-Keys": "secret"}, {"Proxy-Authorization": "Bearer secret"},
+    {"Cookie": "x-api-key=secret"},
+)  # fmt: skip
+RIGHT_HEADERS: tuple[dict[str, str], ...] = (
+    *({"Authorization": value} for value in RIGHT),
+    *({name: value} for name in ("x-api-key", "X-Api-Key", "X-API-KEY")
+      for value in ("secret", "other", " secret ")),
+    {"Authorization": "Bearer nope", "X-Api-Key": "secret"},
+    {"Authorization": "Bearer secret", "X-Api-Key": "nope"},
+    {"Authorization": "Basic dXNlcjpwYXNz", "X-Api-Key": "other"},
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["", ROOT_PATH], ids=["plain", "root path"])
@@ -46,7 +70,8 @@ def table(server: Server) -> list[tuple[str, str]]:
 
 def is_public(server: Server, path: str) -> bool:
     root_path = server.state.config.root_path
-    return path in PUBLIC or (root_path != "" and path.removeprefix(root_path) in PUBLIC)
+    plain = path.removeprefix(root_path).rstrip("/") or "/"
+    return plain in PUBLIC
 
 
 def fill(path: str) -> str:
@@ -58,7 +83,8 @@ def test_the_table_is_whole(guarded: Server) -> None:
     assert paths >= {re.sub(r":[^}]*", "", route.path) for route in ROUTES}
     assert paths >= PUBLIC | {CHAT, "/load", "/metrics", "/v1/models/{model}"}
     if guarded.state.config.root_path:
-        assert len(paths) == 2 * len({route.path for route in ROUTES})
+        spelled_once = {path.rstrip("/") for path in paths}
+        assert len(spelled_once) == 2 * len({route.path for route in ROUTES})
 
 
 def test_every_route_but_the_public_ones_needs_the_key(guarded: Server) -> None:
@@ -66,17 +92,16 @@ def test_every_route_but_the_public_ones_needs_the_key(guarded: Server) -> None:
     for method, path in table(guarded):
         url = fill(path)
         if is_public(guarded, path):
-            assert guarded.request(method, url)[0] == 200, url
+            assert guarded.request(method, url)[0] in (200, 308), url
             continue
         num_guarded += 1
-        for wrong in (None, *WRONG):
-            headers = {} if wrong is None else {"Authorization": wrong}
+        for headers in WRONG_HEADERS:
             status, reply_headers, body = guarded.request(method, url, headers=headers)
-            assert (status, reply_headers["WWW-Authenticate"]) == (401, "Bearer"), (url, wrong)
+            assert (status, reply_headers["WWW-Authenticate"]) == (401, "Bearer"), (url, headers)
             if method != "HEAD":
                 assert json.loads(body)["error"]["type"] == "AuthenticationError"
-        for right in RIGHT:
-            assert guarded.request(method, url, headers={"Authorization": right})[0] != 401, url
+        for headers in RIGHT_HEADERS:
+            assert guarded.request(method, url, headers=headers)[0] not in (401, 404), url
     assert num_guarded >= 9
     assert guarded.engine.submitted == []
 
@@ -87,9 +112,44 @@ def test_every_verb_on_every_path_needs_the_key(guarded: Server) -> None:
         for method in METHODS:
             status, _, body = guarded.request(method, fill(path))
             if (method, path) in known and is_public(guarded, path):
-                assert status == 200
+                assert status in (200, 308)
             else:
                 assert status == 401, (method, path, body)
+
+
+def test_every_path_is_the_same_with_a_slash_at_its_end(guarded: Server) -> None:
+    """And without one; a page is sent to where its relative links lead to its files."""
+    root_path = guarded.state.config.root_path
+    headers = {"Authorization": "Bearer secret"}
+    for route in ROUTES:
+        if "{name" in route.path:
+            continue
+        for prefix in {"", root_path}:
+            url = prefix + fill(re.sub(r":[^}]*", "", route.path))
+            other = url[:-1] if url.endswith("/") else url + "/"
+            replies = [guarded.request(route.method, path, headers=headers)
+                       for path in (url, other or "/")]  # fmt: skip
+            if route.path in ("/", "/docs") and url != "/":
+                assert [reply[0] for reply in replies] == [200, 308]
+                assert urllib.parse.urljoin(other, replies[1][1]["Location"]) == url
+            else:
+                assert replies[0][0] == replies[1][0] != 404, url
+                assert replies[0][1]["Content-Type"] == replies[1][1]["Content-Type"]
+
+
+def test_the_same_for_a_key_s_length_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every known key is compared with both headers, whatever the first comparison says."""
+    num_compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(
+        "hmac.compare_digest", lambda a, b: num_compared.append(len(a)) or compare(a, b)
+    )
+    keys = Keys(("secret", "other"))
+    for headers in (*WRONG_HEADERS, *RIGHT_HEADERS):
+        num_compared.clear()
+        sent = {name: value.strip() for name, value in headers.items()}
+        keys.accept(make_mocked_request("GET", "/", headers=sent))
+        assert num_compared == [32] * 4, headers
 
 
 def test_no_spelling_of_a_path_gets_around_the_key(guarded: Server) -> None:
