@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     log.setup("info")
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:2] in (["help", "plan"], ["plan", "help"]):
+            argv = ["plan", "--help"]
         if argv[:1] == ["plan"]:
             from pyserve.plan.command import main as plan
 
@@ -76,7 +78,7 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
         if args.host is not None or args.port is not None:
             log.get_logger().warning("--host and --port have no effect beside --uds")
     names = args.served_model_name or [args.model or DEMO_MODEL_NAME]
-    root_path = args.root_path.rstrip("/")
+    root_path = (args.root_path or "").rstrip("/")
     return ServerConfig(
         served_model_names=tuple(dict.fromkeys(names)),
         host=host,
@@ -93,7 +95,6 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
         ready_file=args.ready_file,
         request_timeout_s=args.request_timeout,
         shutdown_timeout_s=args.shutdown_timeout,
-        max_logprobs=args.max_logprobs,
         trust_request_chat_template=args.trust_request_chat_template,
         log_requests=args.enable_log_requests,
         log_stats=not args.disable_log_stats,
@@ -153,7 +154,7 @@ def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         scheduling_policy=args.scheduling_policy,
         max_queue=args.max_queue,
-        seed=args.seed,
+        seed=args.seed or 0,
         allow_reference_ops=args.allow_reference_ops,
     )
 

@@ -24,7 +24,6 @@ MAX_BODY_BYTES = 32 * 2**20
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000
 MAX_QUEUE = 2**20
-MAX_LOGPROBS = 1024
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -91,7 +90,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ready_file: Path | None = None  # written when the server is ready, gone when it is not
     request_timeout_s: float = 3600.0  # 0: none
     log_requests: bool = False  # parameters and token counts of each request, never texts
-    max_logprobs: int = 20
     trust_request_chat_template: bool = False
 
     def __post_init__(self) -> None:
@@ -114,7 +112,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"--request-timeout must be at least 0 seconds, got {self.request_timeout_s}"
             )
-        _require("--max-logprobs", self.max_logprobs, 0, MAX_LOGPROBS)
         if not _ROOT_PATH.fullmatch(self.root_path):
             raise ConfigError(f"--root-path must be a path such as /llm, got {self.root_path!r}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:

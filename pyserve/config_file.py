@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from pyserve.errors import ConfigError
+from pyserve.flag_words import DICTIONARIES, plain_words, switch_names
 from pyserve.flags import given, make_parser, nearest, parse, string_list, words
 
 MAX_BYTES = 2**20
@@ -30,12 +31,15 @@ def with_settings(path: Path, argv: list[str]) -> list[str]:
     """
     said = given(argv)
     taken = {"model" if name == "positional_model" else name for name in said}
+    parser = make_parser()
     actions = {
         option.removeprefix("--"): action
-        for action in make_parser()._actions
+        for action in parser._actions
         for option in action.option_strings
         if option.startswith("--") and action.dest not in ("config", "help", "version")
     }
+    for switch, (positive, _) in switch_names(parser).items():
+        actions.setdefault(switch.removeprefix("--"), actions[positive.removeprefix("--")])
     added: list[str] = []
     for key, value in read_settings(path).items():
         where = f"--config {path}: {key[:100]}"
@@ -46,7 +50,7 @@ def with_settings(path: Path, argv: list[str]) -> list[str]:
         if action.dest not in taken:
             added += _arguments(where, name, action, value)
     try:
-        parse(make_parser(), added)
+        parse(parser, plain_words(parser, added))
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from None
     # Behind the command line: a list at its end would take the model for one of its own.
@@ -83,7 +87,11 @@ def read_settings(path: Path) -> dict[str, Value]:
             raise ConfigError(f"{line}: a key must be the name of a flag")
         if key.value in settings:
             raise ConfigError(f"{line}: {key.value[:100]} is given twice")
-        settings[key.value] = _value(f"{line}: {key.value[:100]}", value)
+        said = f"{line}: {key.value[:100]}"
+        if isinstance(value, yaml.MappingNode) and key.value.replace("_", "-") in DICTIONARIES:
+            settings[key.value] = _object(said, value)
+        else:
+            settings[key.value] = _value(said, value)
     return settings
 
 
@@ -99,6 +107,14 @@ def _value(where: str, node: yaml.Node) -> Value:
     return node.value.lower() in _TRUE if node.tag == _BOOL else _text(where, node)
 
 
+def _object(where: str, node: yaml.MappingNode) -> str:
+    """As JSON, which is what stands behind such a flag."""
+    try:
+        return json.dumps(yaml.SafeLoader("").construct_document(node), default=str)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        raise ConfigError(f"{where} is no object that JSON could hold") from None
+
+
 def _text(where: str, node: yaml.ScalarNode) -> str:
     text = str(node.value)
     if "\0" in text:
@@ -111,17 +127,17 @@ def _arguments(where: str, name: str, action: argparse.Action, value: Value) -> 
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ConfigError(f"{where} must be true or false")
-        positive = not name.startswith("no-")
-        plain = name if positive else name[3:]
-        return [f"--{plain}"] if value == positive else [f"--no-{plain}"]
+        return [f"--{name}={str(value).lower()}"]
+    if isinstance(value, bool) and action.nargs == "?":  # its value may be left away
+        return [f"--{name}"] if value else []
     if isinstance(value, bool):
         raise ConfigError(f"{where} must be a value, not true or false")
     if action.type is string_list:
         return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}"]
     values = value if isinstance(value, list) else [value]
-    if isinstance(action, argparse._AppendAction):
+    if isinstance(action, argparse._AppendAction):  # also of what begins with a dash
         return [f"--{name}={item}" for item in values]
-    if action.nargs == "+":
+    if action.nargs in ("+", "*"):
         if bad := [item for item in values if item.startswith("-")]:
             raise ConfigError(f"{where}: {bad[0][:100]!r} must not begin with a dash")
         return [f"--{name}", *values]

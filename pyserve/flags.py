@@ -9,54 +9,130 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pyserve import __version__, log
 from pyserve.errors import ConfigError
-from pyserve.foreign_flags import NEUTRAL, NO_MEANING, NOT_BUILT, SHORT
+from pyserve.flag_words import plain_words
+from pyserve.foreign_flags import (
+    ALIASES,
+    INSTEAD,
+    LIST,
+    NEUTRAL,
+    NO_EFFECT_YET,
+    NO_MEANING,
+    NOT_BUILT,
+    SWITCH,
+    VALUE,
+)
 
 # Read by the C library, the loader or the interpreter before pyserve is.
 READ_TOO_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
 
+COMMANDS = ("serve", "plan", "help")
+COMMANDS_OF_VLLM = (
+    "chat", "complete", "bench", "collect-env", "run-batch", "launch", "snapshot", "preload",
+    "download-kernels",
+)  # fmt: skip
+
+_SIZE = re.compile(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)")
 _HELP_WIDTH, _HELP_COLUMN = 100, 38
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. Raises ConfigError naming the flag at fault."""
-    args = parse(make_parser(), words(argv))
+    parser = make_parser()
+    args = parse(parser, words(argv))
     said = vars(args)
     for name in NOT_BUILT:
         value = said.pop(name, None)
-        if value not in (None, False, *NEUTRAL.get(name, ())):
-            raise ConfigError(f"--{name} is not built yet in pyserve {__version__}")
+        if value is not None and not _asks_for_nothing(name, value):
+            instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            raise ConfigError(f"--{name} is not built yet in pyserve {__version__}{instead}")
+    if args.positional_model is not None and args.model is not None:
+        raise ConfigError("the model is given twice: as an argument and with --model")
+    if args.model is None:
+        args.model = args.positional_model
+    if args.model is None:
+        _check_lists(parser, said)
     for name in NO_MEANING:
         if said.pop(name, None) is not None:
             log.get_logger().warning("--%s has no meaning in pyserve and is ignored", name)
+    for name, why in NO_EFFECT_YET.items():
+        if said.pop(name, None) is not None:
+            log.get_logger().warning("--%s has no effect yet: %s", name, why)
+    if args.seed is not None and args.load_format != "dummy":
+        log.get_logger().warning(
+            "--seed has no effect: it is for dummy weights, a request brings a seed of its own"
+        )
+    if args.revision is not None and args.model is None:
+        log.get_logger().warning("--revision has no effect without --model")
     if args.tensor_parallel_size != 1:
         raise ConfigError(
             f"--tensor-parallel-size {args.tensor_parallel_size} is not built yet, the limit is 1"
         )
-    if args.positional_model is not None:
-        if args.model is not None:
-            raise ConfigError("the model is given twice: as an argument and with --model")
-        args.model = args.positional_model
+    args.api_key = [key for keys in args.api_key for key in keys]
     return args
 
 
 def words(argv: list[str]) -> list[str]:
-    """The arguments of the server in their one form."""
-    found = [canonical(word) for word in argv]
-    return found[1:] if found[:1] == ["serve"] else found
+    """The arguments of the server in their one form, without the command. Raises ConfigError."""
+    if argv[:1] == ["serve"]:
+        argv = argv[1:]
+    elif argv[:1] == ["help"]:
+        argv = ["--help"]
+    elif argv:
+        _check_command(argv[0])
+    return plain_words(make_parser(), argv)
 
 
-def canonical(word: str) -> str:
-    """`--max_model_len=5` and `--max-model-len=5` are the same flag."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+def _check_command(word: str) -> None:
+    """A command that is none must not be looked up on the hub as a model."""
+    if word.startswith("-") or os.path.isfile(os.path.join(word, "config.json")):
+        return
+    if word in COMMANDS_OF_VLLM:
+        raise ConfigError(f"pyserve has no command {word!r}, only {', '.join(COMMANDS)}")
+    found = difflib.get_close_matches(word.lower(), COMMANDS, n=1, cutoff=0.75)
+    if found:
+        raise ConfigError(
+            f"unknown command {word[:100]!r}, did you mean {found[0]}? "
+            "A model of that name is given with --model"
+        )
+
+
+def _asks_for_nothing(name: str, value: object) -> bool:
+    """Of the value of a flag that is not built."""
+    neutral = NEUTRAL.get(name, ())
+    if value is False or value in ("", "None", "{}", *neutral):
+        return True
+    try:
+        return float(str(value)) in [float(other) for other in neutral]
+    except ValueError:
+        return False
+
+
+def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
+    """Raises ConfigError where a flag has taken the name of the model for one of its values."""
+    for action in parser._actions:
+        value = said.get(action.dest)
+        if not value or action.nargs not in ("+", "*", "?") or not action.option_strings:
+            continue
+        if isinstance(value, str):
+            last = [value] if action.dest == "hf_token" else []
+        elif isinstance(value, list):
+            groups = value if isinstance(value[0], list) else [value]
+            last = [group[-1] for group in groups if len(group) > 1]
+        else:
+            last = []
+        if any("/" in word or os.path.isdir(word) for word in last):
+            raise ConfigError(
+                f"{action.option_strings[0]} takes the words behind it, and no model is named: is "
+                "the last one the model? Name it with --model, or before the flags"
+            )
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -133,8 +209,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_engine(parser.add_argument_group("engine"))
     _add_server(parser.add_argument_group("server"))
     _add_requests(parser.add_argument_group("requests and logs"))
-    for name, nargs in {**NOT_BUILT, **NO_MEANING}.items():
-        _add_silent(parser, name, nargs)
+    forms = {**NOT_BUILT, **NO_MEANING, **dict.fromkeys(NO_EFFECT_YET, VALUE)}
+    for name, form in forms.items():
+        _add_silent(parser, name, form)
     return parser
 
 
@@ -145,10 +222,19 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", help="a folder, or a name on the hub: org/name [the demo model]")
-    add("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer [the model's]")
-    add("--revision", metavar="REV", help="branch, tag or commit on the hub [main]")
+    add(
+        "--tokenizer", type=optional_text, metavar="MODEL",
+        help="folder or hub name of the tokenizer [the model's]",
+    )  # fmt: skip
+    add(
+        "--revision", type=optional_text, metavar="REV",
+        help="branch, tag or commit on the hub [main]",
+    )  # fmt: skip
     add("--download-dir", type=path, metavar="DIR", help="where downloads are kept [HF_HOME]")
-    add("--hf-token", metavar="TOKEN", help="access token of the hub [HF_TOKEN]")
+    add(
+        "--hf-token", type=optional_text, nargs="?", const=True, metavar="TOKEN",
+        help="access token of the hub [HF_TOKEN, or hf auth login's]",
+    )  # fmt: skip
     add(
         "--load-format", choices=["auto", "safetensors", "dummy"], default="auto", metavar="FORMAT",
         help="auto, safetensors or dummy: random weights [auto]",
@@ -157,12 +243,15 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"],
         default="auto", metavar="TYPE", help="auto, float16, bfloat16 or float32 [auto]",
     )  # fmt: skip
-    add("--chat-template", metavar="FILE", help="file or text of another chat template [model's]")
+    add(
+        "--chat-template", type=optional_text, metavar="FILE",
+        help="file or text of another chat template [model's]",
+    )  # fmt: skip
     add(
         "--generation-config", default="auto", metavar="FROM",
         help="sampling: auto: the model's defaults; vllm: none; a folder [auto]",
     )  # fmt: skip
-    add("--seed", type=int, default=0, help="of dummy weights [0]")
+    add("--seed", type=int, metavar="N", help="of dummy weights [0]")
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
@@ -176,7 +265,14 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--gpu-memory-utilization", type=float, default=0.9, metavar="PART",
         help="of the card's memory, others' use included [0.9]",
     )  # fmt: skip
-    add("--kv-cache-memory-bytes", type=int, metavar="N", help="KV cache at most [what is left]")
+    add(
+        "--device-memory-utilization", type=float, dest="gpu_memory_utilization",
+        default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+    )  # fmt: skip
+    add(
+        "--kv-cache-memory-bytes", type=optional_size, metavar="N",
+        help="KV cache at most: 4G (4 GiB) [what is left]",
+    )  # fmt: skip
     add("--max-num-seqs", type=int, default=256, metavar="N", help="run at once [256]")
     add(
         "--max-num-batched-tokens", type=size, metavar="N",
@@ -201,20 +297,23 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
 def _add_server(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     # No defaults: --uds must know whether they were given.
-    add("--host", help="address to listen on [0.0.0.0]")
+    add("--host", type=optional_text, help="address to listen on [0.0.0.0]")
     add("--port", type=int, help="0: any that is free [8000]")
     add("--uds", type=path, metavar="PATH", help="a Unix socket in place of host and port")
     add("--ssl-certfile", type=path, metavar="FILE", help="serve TLS with this chain (PEM)")
     add("--ssl-keyfile", type=path, metavar="FILE", help="its key, no password [in the chain]")
     add(
-        "--api-key", action="append", default=[], metavar="KEY",
-        help="clients must send it; repeatable [VLLM_API_KEY]",
+        "--api-key", type=_key, action="append", nargs="+", default=[], metavar="KEY",
+        help="clients must send one of them [VLLM_API_KEY]",
     )  # fmt: skip
     add(
         "--served-model-name", nargs="+", metavar="NAME",
         help="what clients may call the model [what --model says]",
     )  # fmt: skip
-    add("--root-path", default="", metavar="PATH", help="prefix that a proxy leaves on, as /llm")
+    add(
+        "--root-path", type=optional_text, metavar="PATH",
+        help="prefix that a proxy leaves on, as /llm",
+    )  # fmt: skip
     everything = ["*"]
     for name, what in (("origins", "web pages"), ("methods", "methods"), ("headers", "headers")):
         add(
@@ -239,14 +338,13 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
         "--request-timeout", type=float, default=3600.0, metavar="S",
         help="a request takes at most, 0: any time [3600]",
     )  # fmt: skip
-    add("--max-logprobs", type=int, default=20, metavar="N", help="a token, at most [20]")
     add(
         "--trust-request-chat-template", action=argparse.BooleanOptionalAction, default=False,
         help="run templates that requests bring [off]",
     )  # fmt: skip
     add(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info",
-        metavar="LEVEL", help="debug, info, warning or error [info]",
+        "--log-level", type=str.lower, choices=["debug", "info", "warning", "error", "critical"],
+        default="info", metavar="LEVEL", help="debug, info, warning, error or critical [info]",
     )  # fmt: skip
     add(
         "--enable-log-requests", action=argparse.BooleanOptionalAction, default=False,
@@ -258,15 +356,16 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def _add_silent(parser: argparse.ArgumentParser, name: str, nargs: int | str) -> None:
-    flags = [f"--{name}"] + ([SHORT[name]] if name in SHORT else [])
+def _add_silent(parser: argparse.ArgumentParser, name: str, form: str) -> None:
+    names = [f"--{name}"] + ([ALIASES[name]] if name in ALIASES else [])
     options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
-    if nargs == 0:
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+    if form == SWITCH:
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+    # That there is no value behind it is not worth an error of its own.
+    elif form == LIST:
+        parser.add_argument(*names, nargs="*", **options)
     else:
-        # One value, but its absence is not worth an error of its own.
-        arity: dict[str, Any] = {"nargs": "?", "const": ""} if nargs == 1 else {"nargs": nargs}
-        parser.add_argument(*flags, **arity, **options)
+        parser.add_argument(*names, nargs="?", const=True, **options)
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
@@ -283,24 +382,52 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def size(text: str) -> int:
-    """Tokens: 4096, 32k (32,000) or 32K (32,768), as vLLM reads them."""
-    factor = {"k": 1000, "K": 1024}.get(text[-1:], 1)
-    return int(text[:-1] if factor > 1 else text) * factor
+    """A number: 4096, 32k (32,000), 25.6k or 32K (32,768), and m, g and t, as vLLM reads them."""
+    match = _SIZE.fullmatch(text.strip())
+    number, suffix = match.groups() if match else ("", "")
+    if not match or ("." in number and not suffix.islower()):
+        raise argparse.ArgumentTypeError(
+            f"must be a number such as 4096, 32k (32,000) or 32K (32,768), got {text[:100]!r}"
+        )
+    power = "kmgt".find(suffix.lower()) + 1 if suffix else 0
+    return int(Decimal(number) * (1000 if suffix.islower() else 1024) ** power)
 
 
 def context(text: str) -> int | None:
     """A size, or "auto" or -1: what fits."""
-    return None if text in ("auto", "-1") else size(text)
+    return None if text.strip().lower() in ("auto", "-1") else size(text)
 
 
-def path(text: str) -> Path:
-    """A path, with ~ for the home folder: shells expand it only at the start of a word."""
+def optional_text(text: str) -> str | None:
+    """Nothing and "None" are what vLLM takes for a flag that was not given."""
+    return None if text in ("", "None") else text
+
+
+def optional_size(text: str) -> int | None:
+    """A size, or as optional_text."""
+    return None if text in ("", "None") else size(text)
+
+
+def path(text: str) -> Path | None:
+    """A path, with ~ for the home folder: shells expand it only at the start of a word.
+
+    "None" is as optional_text has it; an empty one is refused, as a path that got lost.
+    """
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    if text == "None":
+        return None
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"there is no such home folder: {text[:200]}") from None
+
+
+def _key(text: str) -> str:
+    # vLLM takes it for no key at all; as a key it would be easily guessed.
+    if text == "None":
+        raise argparse.ArgumentTypeError("must not be None: leave the flag away, or give a key")
+    return text
 
 
 def string_list(text: str) -> list[str]:

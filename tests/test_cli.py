@@ -16,7 +16,6 @@ from pyserve import cli
 from pyserve.config import EngineConfig, ServerConfig
 from pyserve.errors import ConfigError
 from pyserve.flags import make_parser, parse_args
-from pyserve.foreign_flags import NEUTRAL, NO_MEANING, NOT_BUILT
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def test_the_server_s_flags_reach_its_config(tmp_path: Path) -> None:
         "m", "--uds", "/run/x.sock", "--root-path", "/llm/", "--ssl-certfile", "c", "--ssl-keyfile",
         "k", "--allowed-origins", '["https://a.org"]', "--allowed-methods", '["POST"]',
         "--allowed-headers", '["X-A"]', "--allow-credentials", "--ready-file", "r",
-        "--request-timeout", "7", "--max-logprobs", "5", "--trust-request-chat-template",
+        "--request-timeout", "7", "--trust-request-chat-template",
         "--enable-log-requests", "--api-key", "a", "--api-key=b",
     )  # fmt: skip
     assert (config.uds, config.root_path) == (Path("/run/x.sock"), "/llm")
@@ -75,7 +74,7 @@ def test_the_server_s_flags_reach_its_config(tmp_path: Path) -> None:
     assert config.allowed_origins == ("https://a.org",) and config.allow_credentials
     assert (config.allowed_methods, config.allowed_headers) == (("POST",), ("X-A",))
     assert (config.ready_file, config.request_timeout_s) == (Path("r"), 7.0)
-    assert (config.max_logprobs, config.trust_request_chat_template) == (5, True)
+    assert config.trust_request_chat_template
     assert (config.log_requests, config.api_keys) == (True, ("a", "b"))
     engine = cli._engine_config(parse_args(["m", "--max-queue", "9"]), Path("/m"))
     assert engine.max_queue == 9
@@ -204,7 +203,8 @@ def test_plan_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module.main = plan  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyserve.plan.command", module)
     assert cli.main(["plan", "--model", "x"]) == 7
-    assert seen == [["--model", "x"]]
+    assert cli.main(["help", "plan"]) == cli.main(["plan", "help"]) == 7
+    assert seen == [["--model", "x"], ["--help"], ["--help"]]
 
 
 def test_what_is_left_to_the_machine() -> None:
@@ -221,35 +221,12 @@ def test_the_guide_s_production_flags_are_known() -> None:
     )
 
 
-@pytest.mark.parametrize("flag", sorted(NOT_BUILT))
-def test_not_built_flags_are_named(flag: str) -> None:
-    value = [] if NOT_BUILT[flag] == 0 else ["7"]
-    with pytest.raises(ConfigError, match=f"--{flag} is not built yet"):
-        parse_args([f"--{flag}", *value])
-
-
-def test_what_asks_for_nothing_is_accepted() -> None:
-    parse_args(["m", "--no-enable-lora", "--task", "generate", "--kv-cache-dtype=auto"])
-    for flag, values in NEUTRAL.items():
-        for value in values:
-            parse_args(["m", f"--{flag}", str(value)])
-    assert not set(NOT_BUILT) & set(NO_MEANING) and set(NEUTRAL) <= set(NOT_BUILT)
-
-
 def test_generation_config_must_exist(tmp_path: Path) -> None:
     assert cli._generation_folder("auto", tmp_path) == tmp_path
     with pytest.raises(ConfigError, match="--generation-config"):
         cli._generation_folder(str(tmp_path), tmp_path)
     (tmp_path / "generation_config.json").write_text("{}")
     assert cli._generation_folder(str(tmp_path), Path("/m")) == tmp_path
-
-
-@pytest.mark.parametrize("flag", sorted(NO_MEANING))
-def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture) -> None:
-    value = [] if NO_MEANING[flag] == 0 else ["1"]
-    args = parse_args(["m", f"--{flag}", *value])
-    assert args.model == "m"
-    assert [r.getMessage() for r in caplog.records if f"--{flag} " in r.getMessage()]
 
 
 @pytest.mark.parametrize(

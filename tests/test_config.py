@@ -44,7 +44,6 @@ def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> N
         ("shutdown_timeout_s", math.nan, "--shutdown-timeout"),
         ("request_timeout_s", -1.0, "--request-timeout"),
         ("request_timeout_s", math.inf, "--request-timeout"),
-        ("max_logprobs", -1, "--max-logprobs"),
         ("root_path", "llm", "--root-path"),
         ("root_path", "/a b", "--root-path"),
         ("root_path", "/{x}", "--root-path"),

@@ -119,6 +119,33 @@ def test_files_that_cannot_be_read(file: Path) -> None:
         with_settings(file.parent, [])
 
 
+def test_settings_as_vllm_has_them(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Switches, values that may be left away, and objects, which other settings must not be."""
+    file.write_text(
+        """
+        hf-token: true
+        kv-cache-memory-bytes: 4G
+        enable-chunked-prefill: False
+        disable-log-requests: true
+        compilation-config:
+          pass_config: {fuse: true}
+          level: 3
+        hf_overrides: {}
+        quantization: false
+        """
+    )
+    args = parse_args(with_settings(file, ["org/m"]))
+    assert (args.hf_token, args.kv_cache_memory_bytes, args.model) == (True, 2**32, "org/m")
+    assert args.enable_log_requests is False
+    assert "--compilation-config has no meaning" in caplog.text
+    file.write_text("hf-overrides: {a: 1}")
+    with pytest.raises(ConfigError, match="--hf-overrides is not built yet"):
+        parse_args(with_settings(file, []))
+    file.write_text("hf-overrides: &a {x: *a}")
+    with pytest.raises(ConfigError, match="line 1: hf-overrides is no object that JSON could hold"):
+        with_settings(file, [])
+
+
 def test_flags_that_are_not_built_are_named_from_a_file_too(file: Path) -> None:
     file.write_text("quantization: awq\ntrust-remote-code: true")
     with pytest.raises(ConfigError, match="--quantization is not built yet"):

@@ -21,6 +21,7 @@ LEAVES = {
     "metrics",
     "log",
     "flags",
+    "flag_words",
     "config_file",
     "foreign_flags",
     "histogram",

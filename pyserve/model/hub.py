@@ -62,7 +62,7 @@ class _Wanted:
     repo: str
     revision: str
     named: str  # how messages call it
-    token: str | None
+    token: str | bool | None  # True: the one that `hf auth login` has kept must be there
     cache: RepoCache
     with_weights: bool
 
@@ -72,9 +72,16 @@ class _Wanted:
 
     def client(self, revision: str) -> HubClient:
         headers = {"User-Agent": f"pyserve/{__version__}"}
-        # Without one of ours: what `hf auth login` has kept, unless that is not wanted.
-        token = self.token or (None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token())
+        token = self.token
+        if token is True or not (token or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN):
+            token = get_token()
+        if token is None and self.token is True:
+            raise ConfigError(
+                "--hf-token without a value takes the token that is kept, and none is: "
+                "run hf auth login, set HF_TOKEN, or pass the token"
+            )
         if token:
+            assert isinstance(token, str)
             if not TOKEN.fullmatch(token.strip()):
                 raise ConfigError("the access token of the hub holds spaces or special characters")
             headers["Authorization"] = f"Bearer {token.strip()}"
@@ -87,7 +94,7 @@ def resolve_model(
     name: str,
     *,
     revision: str | None,
-    token: str | None,
+    token: str | bool | None,
     download_dir: Path | None,
     flag: str = "--model",
     with_weights: bool = True,
@@ -99,6 +106,7 @@ def resolve_model(
     A repository is fetched into `download_dir`, or into the hub's own cache; what is there already
     is not fetched again.
     with_weights   false: config and tokenizer files alone.
+    token          True: the one that `hf auth login` has kept; None: that one too, where it is.
     progress       bytes fetched, and of how many, on this thread.
     check          called before the first byte of weights is fetched, with a folder that holds
                    config.json and safetensors files of the right length without their data; what
@@ -127,7 +135,7 @@ def fetch_headers(
     folder: Path,
     *,
     revision: str | None,
-    token: str | None,
+    token: str | bool | None,
     download_dir: Path | None,
     flag: str = "--model",
 ) -> Path:
@@ -185,8 +193,8 @@ def _local_folder(name: str, revision: str | None, flag: str) -> Path | None:
 
 
 def _wanted(
-    name: str, revision: str | None, token: str | None, download_dir: Path | None, *, flag: str,
-    with_weights: bool,
+    name: str, revision: str | None, token: str | bool | None, download_dir: Path | None, *,
+    flag: str, with_weights: bool,
 ) -> _Wanted:  # fmt: skip
     if revision is not None and not REVISION.fullmatch(revision):
         raise ConfigError(f"--revision {revision!r} is no branch, tag or commit")

@@ -20,6 +20,7 @@ from pyserve.config import Dtype, EngineConfig, env
 from pyserve.engine import device as devices
 from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger
 from pyserve.errors import ConfigError, StartupError
+from pyserve.flag_words import plain_words
 from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig, read_config
 from pyserve.model.hub import fetch_headers
@@ -106,7 +107,8 @@ def _one_card(args: argparse.Namespace, model: ModelConfig, prices: dict[str, fl
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    args = flags.parse(_parser(), [flags.canonical(word) for word in argv])
+    parser = _parser()
+    args = flags.parse(parser, plain_words(parser, argv))
     if (args.model is None) == (args.positional_model is None):
         raise ConfigError("plan needs one model: --model FOLDER or a name on the hub")
     args.model = args.model or args.positional_model
@@ -126,9 +128,14 @@ def _parser() -> flags.Parser:
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--model", help="a folder with config.json, or a name on the hub")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--download-dir", type=Path, help="where downloads are kept")
-    parser.add_argument("--hf-token", help="access token of the hub (HF_TOKEN)")
+    parser.add_argument(
+        "--revision", type=flags.optional_text, help="branch, tag or commit on the hub"
+    )
+    parser.add_argument("--download-dir", type=flags.path, help="where downloads are kept")
+    parser.add_argument(
+        "--hf-token", type=flags.optional_text, nargs="?", const=True,
+        help="access token of the hub (HF_TOKEN, or hf auth login's)",
+    )  # fmt: skip
     parser.add_argument(
         "--gpu",
         help=f'a card by its name, such as "RTX 4090", or "{HERE}": this machine\'s '
@@ -144,12 +151,14 @@ def _parser() -> flags.Parser:
         "--quantization", "-q", choices=["awq"],
         help="awq: what int4 weights in groups of 128 would take; pyserve does not serve them yet",
     )  # fmt: skip
-    parser.add_argument("--max-model-len", type=flags.size, help="context in tokens; 32k, 32K")
+    parser.add_argument("--max-model-len", type=flags.context, help="context in tokens; 32k, 32K")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
     parser.add_argument("--max-num-batched-tokens", type=flags.size, help="tokens in a step")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--kv-cache-memory-bytes", type=flags.size, help="KV cache at most")
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=flags.optional_size, help="KV cache at most"
+    )
     parser.add_argument(
         "--mean-context", type=flags.size, default=DEFAULT_MEAN_CONTEXT,
         help=f"tokens behind each sequence in the table of rates ({DEFAULT_MEAN_CONTEXT})",

@@ -290,6 +290,19 @@ def test_gated_and_private(stub: HubStub, tmp_path: Path) -> None:
     assert "your token does not open it" in line
 
 
+def test_the_token_that_is_kept(
+    stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--hf-token without a value."""
+    stub.private = True
+    with pytest.raises(ConfigError, match="--hf-token without a value .* run hf auth login"):
+        fetch(tmp_path, token=True)
+    monkeypatch.setattr(hub, "get_token", lambda: stub.token)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert "it is private" in refusal(tmp_path)
+    fetch(tmp_path, token=True)
+
+
 def test_no_such_model_or_revision(stub: HubStub, tmp_path: Path) -> None:
     line = refusal(tmp_path, revision="v9")
     assert "has no revision v9" in line

@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused_with_the_ledger(
         (["MODEL", "--gpu", "4090", "--mean-context", "0"], "--mean-context must be at least 1"),
         (["MODEL", "--gpu", "4090", "--max-num-seqs", "0"], "--max-num-seqs must be in"),
         (["MODEL", "--gpu", "4090", "--quantization", "gptq"], "choose from"),
-        (["MODEL", "--gpu", "4090", "--max-model-len", "1M"], "invalid size value: '1M'"),
+        (["MODEL", "--gpu", "4090", "--max-model-len", "1Q"], "must be a number such as 4096"),
         (["MODEL", "--price-per-day", "8"], "--price-per-day 8: of which card?"),
         (
             ["MODEL", "--price-per-day", "RTX 4900=8"],

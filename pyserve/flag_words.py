@@ -1,0 +1,83 @@
+"""What is typed, in the one form that argparse reads: vLLM reads more forms than that.
+
+--max_model_len 5               --max-model-len 5
+--enable-lora=False             --no-enable-lora; so are --enable-lora false and --disable-lora
+--hf-overrides.rope.theta 1     --hf-overrides={"rope.theta": "1"}, where the flag takes JSON
+--help=all                      --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pyserve.errors import ConfigError
+from pyserve.foreign_flags import ALIASES, JSON, NO_MEANING, NOT_BUILT
+
+DICTIONARIES = {name for name, form in {**NOT_BUILT, **NO_MEANING}.items() if form == JSON}
+
+# -O was once a name of --compilation-config.
+_TAKE_JSON = {"-O", *(f"--{name}" for name in DICTIONARIES)} | {
+    alias for name, alias in ALIASES.items() if name in DICTIONARIES
+}
+
+_BOOL = {"true": True, "false": False}
+_TWINS = (("--enable-", "--disable-"), ("--disable-", "--enable-"))
+
+
+def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """`argv` as `parser` reads it; what is in that form already stays. Raises ConfigError."""
+    switches = switch_names(parser)
+    words = argv[::-1]
+    found: list[str] = []
+    while words:
+        word = words.pop()
+        if word == "--":
+            return [*found, word, *reversed(words)]
+        name, equals, value = word.partition("=")
+        head, dot, path = name.partition(".")
+        if head.startswith("--"):
+            head = head.replace("_", "-")
+        if dot and head in _TAKE_JSON:
+            if not equals:
+                if not words:
+                    raise ConfigError(f"{name[:100]} needs a value")
+                value = words.pop()
+            found.append(f"{head}={json.dumps({path: value})}")
+        elif head in switches and not dot:
+            if not equals and words and words[-1].lower() in _BOOL:
+                equals, value = "=", words.pop()
+            found.append(_switch(*switches[head], f"{head}{equals}", value))
+        elif head == "--help":
+            found.append(head)
+        else:
+            found.append(f"{head}{dot}{path}{equals}{value}")
+    return found
+
+
+def switch_names(parser: argparse.ArgumentParser) -> dict[str, tuple[str, bool]]:
+    """All that turns a switch on or off -> the switch, and whether it turns it on."""
+    known = parser._option_string_actions
+    switches: dict[str, tuple[str, bool]] = {}
+    for action in parser._actions:
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            continue
+        switch = action.option_strings[0]
+        for name in action.option_strings:
+            switches[name] = switch, not name.startswith("--no-")
+        for prefix, other in _TWINS:
+            twin = other + switch.removeprefix(prefix)
+            if switch.startswith(prefix) and twin not in known:
+                switches[twin] = switch, False
+                switches[f"--no-{twin[2:]}"] = switch, True
+    return switches
+
+
+def _switch(switch: str, turns_on: bool, typed: str, value: str) -> str:
+    if typed.endswith("="):
+        if value.lower() not in _BOOL:
+            raise ConfigError(
+                f"{typed[:-1]} is a switch: it takes true or false, not {value[:100]!r}"
+            )
+        turns_on = turns_on == _BOOL[value.lower()]
+    return switch if turns_on else f"--no-{switch[2:]}"
