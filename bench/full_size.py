@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from bench.make_model import make_config, make_model, parse_override, tensor_shapes
@@ -178,12 +179,13 @@ def load_theirs(folder: Path, device: torch.device) -> PreTrainedModel:
 def their_logits(model: PreTrainedModel, token_ids: list[int], prompt_len: int) -> Tensor:
     """[num_tokens, vocab_size]: the first prompt_len tokens at once, the others one by one."""
     ids = torch.tensor([token_ids], device=model.device)
-    out = model(ids[:, :prompt_len], use_cache=True)
-    rows, cache = [out.logits[0]], out.past_key_values
+    # transformers 5.24 has renamed the argument. The model fills the cache in place.
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
+    arguments = {name: DynamicCache(config=model.config), "use_cache": True}
+    rows = [model(ids[:, :prompt_len], **arguments).logits[0]]
     for position in range(prompt_len, len(token_ids)):
-        out = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits[0])
+        rows.append(model(ids[:, position : position + 1], **arguments).logits[0])
     return torch.cat(rows)
 
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from bench import full_size
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
@@ -177,16 +178,7 @@ class _ExactNorm:
 
 def their_logits(model: PreTrainedModel, prompt: list[int], *, is_stepwise: bool) -> Tensor:
     """[len(prompt), vocab_size], of the whole prompt at once or of token after token."""
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        if not is_stepwise:
-            return model(ids).logits[0]
-        cache, rows = None, []
-        for position in range(len(prompt)):
-            out = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            rows.append(out.logits[0])
-        return torch.cat(rows)
+    return full_size.their_logits(model, prompt, 1 if is_stepwise else len(prompt))
 
 
 def their_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
