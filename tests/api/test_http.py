@@ -6,10 +6,12 @@ import json
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
+from aiohttp import http_parser
 
-from tests.api.fakes import Server
+from tests.api.fakes import Server, run_server
 
 CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -73,3 +75,19 @@ def test_a_client_that_leaves_in_its_body_is_no_error_of_ours(
     time.sleep(0.1)
     assert server.request("GET", "/health")[0] == 200
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_start_without_the_c_parser_is_warned_of(
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_there: bool,
+) -> None:
+    parser = object() if is_there else http_parser.HttpRequestParserPy
+    monkeypatch.setattr(http_parser, "HttpRequestParser", parser)
+    with run_server(tokenizer_folder):
+        pass
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    remedies = ["Unset AIOHTTP_NO_EXTENSIONS" in line and "pip install" in line for line in said]
+    assert remedies == ([] if is_there else [True])
