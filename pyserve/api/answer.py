@@ -99,13 +99,16 @@ async def answer(
     """
     options = body.stream_options
     if options is not None and not body.stream:
-        raise InvalidRequestError("stream_options needs stream: true", "stream_options")
+        ignored = [*ignored, "stream_options"]  # a whole answer has its usage anyway
+        options = None
     include_usage = bool(options and options.include_usage)
     continuous_usage = bool(options and options.continuous_usage_stats)
     if continuous_usage and not include_usage:
         ignored = [*ignored, "stream_options.continuous_usage_stats"]
     if body.priority and not loaded.engine.info.has_priorities:
         ignored = [*ignored, "priority"]
+    if body.cache_salt and not loaded.engine.info.enable_prefix_caching:
+        ignored = [*ignored, "cache_salt"]
     request_id = endpoint.id_prefix + (
         _name("request_id", body.request_id) or current_request_id.get()
     )

@@ -14,6 +14,7 @@ from aiohttp import web
 from pyserve import __version__
 from pyserve.api import whole_numbers
 from pyserve.api.protocol import (
+    HARMLESS,
     MAX_MESSAGES,
     MAX_PARTS,
     NO_EFFECT,
@@ -118,7 +119,10 @@ class Wire(Generic[T]):
             ):
                 ignored.add(name)
             elif name in NOT_BUILT:
-                check_built(name, getattr(value, name), name)
+                if _asks_for_nothing(name, value):
+                    ignored.add(name)
+                else:
+                    check_built(name, getattr(value, name), name)
             elif name == "messages":
                 _check_counts(value.messages)  # type: ignore[attr-defined]
                 _name_inside_messages(raw, ignored)
@@ -203,6 +207,12 @@ def _name_unknown(
             return
         if name not in known and memoryview(raw) != _NULL:
             ignored.add(f"{path}.{name}")
+
+
+def _asks_for_nothing(name: str, request: msgspec.Struct) -> bool:
+    """Whether a field that is not built has a value to be named instead of refused."""
+    is_neutral = _is_among(getattr(request, name), NOT_BUILT[name])
+    return not is_neutral and name in HARMLESS and HARMLESS[name](request)
 
 
 def _is_among(value: object, neutral: tuple[object, ...]) -> bool:

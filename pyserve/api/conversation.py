@@ -40,6 +40,7 @@ from pyserve.text.template_limits import MAX_RENDER_S
 # A fixed set: templates put the role into their markup, where any other text could forge some.
 ROLES = ("system", "developer", "user", "assistant")
 ROLES_NOT_BUILT = ("tool", "function")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
 MAX_TEMPLATES = 8  # of requests, kept compiled
@@ -84,13 +85,19 @@ async def read_conversation(
         max_tokens=max_tokens,
     )
     source = _own_template(state, body.chat_template)
+    effort = _effort_kwargs(body.reasoning_effort)
 
     def read(time_limit_s: float) -> Conversation:
         template = loaded.chat_template
         if source is not None:
             template = _compile(template, source)
-        token_ids = _encode(loaded, template, body, messages, cut, time_limit_s)
-        ignored = [f"chat_template_kwargs.{name}" for name in template.unused(kwargs)]
+        unused = template.unused({**effort, **kwargs})
+        used_effort = {n: effort[n] for n in effort if n not in kwargs and n not in unused}
+        variables = {**used_effort, **kwargs}
+        token_ids = _encode(loaded, template, body, messages, variables, cut, time_limit_s)
+        ignored = [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
+        if effort and not used_effort:
+            ignored.append("reasoning_effort")
         if cut is None and body.truncation_side is not None:
             ignored.append("truncation_side")
         if not template.shows_names and any(message.name for message in messages):
@@ -112,6 +119,7 @@ def _encode(
     template: ChatTemplate,
     body: ChatRequest | TokenizeRequest,
     messages: list[Message],
+    variables: Mapping[str, Any],
     cut: prompts.Truncation | None,
     time_limit_s: float,
 ) -> list[int]:
@@ -125,7 +133,7 @@ def _encode(
                 not continues if add_generation_prompt is None else add_generation_prompt
             ),
             continue_final_message=continues,
-            template_kwargs=body.chat_template_kwargs,
+            template_kwargs=variables,
             documents=body.documents,
             time_limit_s=time_limit_s,
         )
@@ -145,6 +153,18 @@ def _encode(
     if not ids:
         raise InvalidRequestError("messages make an empty prompt", "messages")
     return ids
+
+
+def _effort_kwargs(effort: str | None) -> dict[str, Any]:
+    """What vLLM makes of reasoning_effort: variables that a template may look at."""
+    if effort is None:
+        return {}
+    if effort not in EFFORTS:
+        raise InvalidRequestError(
+            f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {effort[:40]}",
+            "reasoning_effort",
+        )
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def _own_template(state: ServerState, source: str | None) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyserve.api.answer import MAX_PRIORITY
-from pyserve.api.conversation import ROLES
+from pyserve.api.conversation import EFFORTS, ROLES
 from pyserve.api.protocol import (
     MAX_DOCUMENTS,
     MAX_MESSAGES,
@@ -75,6 +75,7 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "chat_template_kwargs": {"object": {"maxProperties": MAX_TEMPLATE_KWARGS}},
     "truncate_prompt_tokens": {"integer": {"minimum": -1, "not": {"const": 0}}},
     "truncation_side": {"string": {"enum": ["left", "right"]}},
+    "reasoning_effort": {"string": {"enum": list(EFFORTS)}},
     "role": {"string": {"enum": list(ROLES)}},
     "type": {"string": {"enum": list(PART_TYPES)}},
     "tokens": {"array": {"items": {"type": "integer", **_ID}}},
@@ -103,7 +104,7 @@ DESCRIPTIONS = {
     "include_stop_str_in_output": "Leave in the answer what ended it.",
     "ignore_eos": "Go on to max_tokens.",
     "stream": "Answer as server-sent events.",
-    "stream_options": "Only with stream.",
+    "stream_options": "Of no effect without stream.",
     "include_usage": "One more frame, before [DONE], with the usage.",
     "continuous_usage_stats": "With include_usage: every frame has the usage of its choice so far.",
     "echo": "Show the prompt before the answer; in a chat, the assistant's last message.",
@@ -115,6 +116,7 @@ DESCRIPTIONS = {
     "chat_template": "Only with --trust-request-chat-template; bounded in length, time and output.",
     "chat_template_kwargs": "Variables for the chat template.",
     "documents": "For chat templates that show documents.",
+    "reasoning_effort": "For chat templates with the variable reasoning_effort or enable_thinking.",
     "return_token_strs": "Also the tokens as they stand in the vocabulary.",
     "priority": "Lower goes first; only with --scheduling-policy priority.",
     "cache_salt": "The prefix cache is shared only by requests with the same one.",

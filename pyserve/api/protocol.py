@@ -2,11 +2,14 @@
 
 Every request field stands in exactly one of three tables: BUILT works, NOT_BUILT is refused unless
 its value asks for nothing, NO_EFFECT is accepted and named in the `x-pyserve-ignored` header, as is
-any field that is not ours. Types are checked here, ranges where the values are used.
+any field that is not ours. What is not built is named there too, and not refused, where HARMLESS
+says that it asks for nothing in its request. Types are checked here, ranges where the values are
+used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -114,6 +117,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[str | dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
 
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -124,7 +128,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     function_call: str | dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = None
     return_prompt_text: bool | None = None
@@ -133,7 +136,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
 
-    logprobs: int | None = None
+    logprobs: int | bool | None = None
     suffix: str | None = None
     prompt_embeds: Any = None
 
@@ -152,7 +155,10 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[str | dict[str, Any]] | None = None
 
+    reasoning_effort: str | None = None
+
     tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
 
@@ -168,7 +174,7 @@ BUILT = frozenset(
     "include_stop_str_in_output ignore_eos min_tokens skip_special_tokens stream stream_options "
     "priority cache_salt request_id best_of add_special_tokens messages prompt tokens echo "
     "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message "
-    "chat_template chat_template_kwargs documents return_token_strs".split()
+    "chat_template chat_template_kwargs documents return_token_strs reasoning_effort".split()
 )
 
 # name -> values, beside null, that ask for nothing
@@ -187,8 +193,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "suffix": ("",),
@@ -202,14 +206,29 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
     "repetition_detection": (),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "reasoning_effort": (),
     "include_reasoning": (True,),
     "thinking_token_budget": (-1,),
     # of one message
     "tool_calls": ([],),
     "tool_call_id": (),
+}
+
+
+def _uses_tools(request: Any) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+# What is not built -> whether any other value of it asks for nothing too, in this request.
+HARMLESS: dict[str, Callable[[Any], bool]] = {
+    "tools": lambda request: request.tool_choice == "none",  # hidden from the prompt
+    "tool_choice": lambda request: request.tool_choice == "auto" and not request.tools,
+    "parallel_tool_calls": lambda request: not _uses_tools(request),
+    "functions": lambda request: request.function_call == "none",
+    "function_call": lambda request: request.function_call == "auto" and not request.functions,
+    "top_logprobs": lambda request: request.logprobs is False,
+    "return_tokens_as_token_ids": lambda request: not request.logprobs,
+    "response_format": lambda request: request.response_format.get("type") == "text",
+    "length_penalty": lambda request: not request.use_beam_search,
 }
 
 # name -> values, beside null, that need not be named
@@ -219,6 +238,11 @@ NO_EFFECT: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
+    # Only beside grammars and images, which are refused themselves.
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
 }
 
 

@@ -29,6 +29,7 @@ OF_MESSAGES = (
     "chat_template",
     "chat_template_kwargs",
     "documents",
+    "reasoning_effort",
 )
 
 

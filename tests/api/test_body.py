@@ -78,24 +78,30 @@ def test_a_byte_order_mark_is_skipped() -> None:
 
 SAMPLES: dict[str, Any] = {
     "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
-    "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto",
-    "parallel_tool_calls": False, "functions": [{"name": "f"}], "function_call": "auto",
+    "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
+    "parallel_tool_calls": False, "functions": [{"name": "f"}], "function_call": {"name": "f"},
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
     "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a",
-    "guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " ",
     "use_beam_search": True, "length_penalty": 0.5, "allowed_token_ids": [1], "bad_words": ["a"],
     "logits_processors": ["a"], "return_tokens_as_token_ids": True, "return_token_ids": True,
     "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
-    "repetition_detection": {"min_count": 2}, "mm_processor_kwargs": {"a": 1},
-    "media_io_kwargs": {"a": 1},
-    "reasoning_effort": "low", "include_reasoning": False, "thinking_token_budget": 5,
+    "repetition_detection": {"min_count": 2}, "include_reasoning": False,
+    "thinking_token_budget": 5,
 }  # fmt: skip
+
+
+# What makes them ask for something.
+BESIDE: dict[str, dict[str, Any]] = {
+    "parallel_tool_calls": {"tools": SAMPLES["tools"]},
+    "return_tokens_as_token_ids": {"logprobs": True},
+    "length_penalty": {"use_beam_search": True},
+}
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_what_is_not_built_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotBuiltError, match=f"{name} is not built yet") as caught:
-        chat(**{name: SAMPLES[name]})
+        chat(**{name: SAMPLES[name], **BESIDE.get(name, {})})
     assert caught.value.param == name
     for value in NOT_BUILT[name]:
         assert chat(**{name: value})[1] == []
@@ -111,6 +117,68 @@ def test_every_chat_field_that_is_not_built_is_tried() -> None:
 def test_fields_of_completions(name: str, value: object) -> None:
     with pytest.raises(NotBuiltError, match=name):
         COMPLETION.decode(json.dumps({"prompt": "x", name: value}).encode())
+
+
+TOOLS = SAMPLES["tools"]
+ASKS_FOR_NOTHING: list[tuple[dict[str, Any], list[str]]] = [
+    ({"tools": TOOLS, "tool_choice": "none"}, ["tools"]),
+    ({"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False},
+     ["tools", "parallel_tool_calls"]),
+    ({"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+     ["tool_choice", "parallel_tool_calls"]),
+    ({"tool_choice": "auto"}, ["tool_choice"]),
+    ({"tool_choice": "none", "parallel_tool_calls": True}, []),
+    ({"parallel_tool_calls": False}, ["parallel_tool_calls"]),
+    ({"functions": [{"name": "f"}], "function_call": "none"}, ["functions"]),
+    ({"function_call": "auto"}, ["function_call"]),
+    ({"logprobs": False, "top_logprobs": 5}, ["top_logprobs"]),
+    ({"logprobs": False, "top_logprobs": 0}, []),
+    ({"return_tokens_as_token_ids": True}, ["return_tokens_as_token_ids"]),
+    ({"response_format": {"type": "text", "json_schema": None}}, ["response_format"]),
+    ({"length_penalty": 0.5, "use_beam_search": False}, ["length_penalty"]),
+    ({"guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " "},
+     ["guided_decoding_backend", "guided_whitespace_pattern"]),
+    ({"mm_processor_kwargs": {"a": 1}, "media_io_kwargs": {}}, ["mm_processor_kwargs"]),
+    ({"safety_identifier": "u", "prompt_cache_key": "k", "verbosity": "low",
+      "modalities": ["text"], "prediction": None, "store": True, "metadata": {"a": "b"}},
+     ["safety_identifier", "prompt_cache_key", "verbosity", "modalities", "store", "metadata"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "named"), ASKS_FOR_NOTHING)
+def test_what_asks_for_nothing_is_accepted_and_named(
+    fields: dict[str, Any], named: list[str]
+) -> None:
+    for order in (fields, dict(reversed(fields.items()))):
+        assert sorted(chat(**order)[1]) == sorted(named)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"tools": TOOLS}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "auto"}, "tools"),
+        ({"tool_choice": "auto", "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 5}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_decoding_backend": "xgrammar", "guided_regex": "a"}, "guided_regex"),
+    ],
+)
+def test_what_asks_for_something_is_refused(fields: dict[str, Any], refused: str) -> None:
+    with pytest.raises(NotBuiltError) as caught:
+        chat(**fields)
+    assert caught.value.param == refused
+
+
+def test_logprobs_of_completions_may_be_switched_off() -> None:
+    body, ignored = COMPLETION.decode(b'{"prompt": "x", "logprobs": false}')
+    assert not body.logprobs and ignored == []
+    for value in (b"0", b"5", b"true"):
+        with pytest.raises(NotBuiltError, match="logprobs"):
+            COMPLETION.decode(b'{"prompt": "x", "logprobs": %b}' % value)
 
 
 def test_fields_without_effect_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -205,9 +206,34 @@ def test_refusals_come_before_the_status(
     assert server.engine.submitted == []
 
 
-def test_stream_options_need_a_stream(server: Server) -> None:
-    for options in ({}, {"include_usage": True}):
-        assert server.error(PATH, ask(stream_options=options))["param"] == "stream_options"
+def test_stream_options_without_a_stream_are_named(server: Server) -> None:
+    """A whole answer has what they can ask for."""
+    for options in ({}, {"include_usage": True}, {"continuous_usage_stats": True}):
+        status, headers, reply = server.request("POST", PATH, ask(stream_options=options))
+        assert status == 200 and json.loads(reply)["usage"]["completion_tokens"]
+        assert headers["x-pyserve-ignored"] == "stream_options"
+    _, headers, _ = server.request("POST", PATH, ask(stream_options=None))
+    assert "x-pyserve-ignored" not in headers
+
+
+def test_a_salt_without_a_prefix_cache_is_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = dataclasses.replace(server.engine.info, enable_prefix_caching=False)
+    monkeypatch.setattr(server.engine, "info", info)
+    _, headers, _ = server.request("POST", PATH, ask(cache_salt="s"))
+    assert headers["x-pyserve-ignored"] == "cache_salt"
+
+
+def test_tools_that_may_not_be_used_stay_out_of_the_prompt(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    fields = {"tools": tools, "tool_choice": "none", "parallel_tool_calls": False}
+    for path in (PATH, "/tokenize"):
+        status, headers, reply = server.request("POST", path, ask(**fields))
+        assert status == 200, reply
+        assert headers["x-pyserve-ignored"] == "parallel_tool_calls, tools"
+    server.post(PATH, ask())
+    assert server.engine.submitted[0].prompt == server.engine.submitted[1].prompt
 
 
 def test_unknown_model_is_404_and_the_alias_is_served(server: Server) -> None:

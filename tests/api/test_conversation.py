@@ -106,6 +106,44 @@ def test_variables_for_the_template(server: Server) -> None:
     assert prompt(server, chat_template_kwargs={"style": {}})[1] == ""
 
 
+SHOWN = "{{ reasoning_effort }}|{{ enable_thinking }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "shown", "ignored"),
+    [
+        ("{{ reasoning_effort }}", {"reasoning_effort": "low"}, "low", ""),
+        ("{{ enable_thinking }}", {"reasoning_effort": "high"}, "True", ""),
+        ("{{ enable_thinking }}", {"reasoning_effort": "none"}, "False", ""),
+        (SHOWN, {"reasoning_effort": "minimal"}, "minimal|True", ""),
+        ("x", {"reasoning_effort": "medium"}, "x", "reasoning_effort"),
+        ("x", {"reasoning_effort": None}, "x", ""),
+        (SHOWN, {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": 5}},
+         "none|5", ""),
+        ("{{ enable_thinking }}",
+         {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+         "True", "reasoning_effort"),
+        ("x", {"reasoning_effort": "max", "chat_template_kwargs": {"enable_thinking": True}},
+         "x", "chat_template_kwargs.enable_thinking, reasoning_effort"),
+    ],
+)  # fmt: skip
+def test_reasoning_effort_is_two_variables(
+    server: Server, source: str, fields: dict[str, Any], shown: str, ignored: str
+) -> None:
+    """As in vLLM; a template that looks at neither is told of by name."""
+    use(server, source)
+    assert prompt(server, **fields) == (shown, ignored)
+
+
+def test_an_effort_that_nobody_knows(server: Server) -> None:
+    for effort in ("", "hard", "x" * 500):
+        error = server.error(CHAT, {"messages": MESSAGES, "reasoning_effort": effort})
+        assert error["param"] == "reasoning_effort" and "none, minimal, low" in error["message"]
+        assert len(error["message"]) < 200
+    _, headers, _ = server.request("POST", TOKENIZE, {"prompt": "x", "reasoning_effort": "low"})
+    assert headers["x-pyserve-ignored"] == "reasoning_effort"
+
+
 @pytest.mark.parametrize(
     "name",
     ["messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
