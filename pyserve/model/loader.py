@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 import torch
@@ -28,11 +28,19 @@ from pyserve.model.weights import (
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
+MODEL_PREFIX = "model."
 HEAD_NAME = "lm_head.weight"
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
-# Old checkpoints store what follows from config.json.
-DERIVED_NAMES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# Old checkpoints store what follows from config.json: rotary tables and causal masks.
+DERIVED_NAMES = re.compile(
+    r"(.*\.)?(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"
+    r"|causal_mask|attention_mask|masked_bias|position_ids)"
+)
+MASK_NAMES = re.compile(r"(.*\.)?self_attn\.bias")  # [1, 1, n, n], in the manner of GPT-2
+MASK_DIMS = 4
+# A matrix under these names is packed integers, and another tensor holds its scales.
+QUANTISED_NAMES = re.compile(r".*\.(qweight|weight_packed|weight_scale|weight_scale_inv|absmax)")
 
 DUMMY_STD = 0.02  # as transformers initialises
 # Noise is made once and copied from random places: as fast as memory. The length is a prime, so
@@ -57,7 +65,7 @@ def load_model(
     `progress` is called with bytes of the checkpoint, at least at the start and at the end.
     Raises CheckpointError naming the tensors that are missing, left over or of the wrong shape.
     """
-    stored = None if load_format == "dummy" else index_checkpoint(path)
+    stored = None if load_format == "dummy" else _index(path, config)
     decoder = Decoder(config, dtype=dtype, device=device, max_model_len=max_model_len)
     destinations = decoder.destinations()
     if stored is None:
@@ -72,7 +80,33 @@ def load_model(
 def check_checkpoint(path: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
     """Names, shapes and dtypes of the folder's headers against `config`. Raises CheckpointError."""
     shapes = Decoder(config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
-    _check(index_checkpoint(path), shapes.destinations(), config)
+    _check(_index(path, config), shapes.destinations(), config)
+
+
+def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of the folder by the names that a Decoder gives them.
+
+    They may have been saved from the model without its head, whose names lack the leading
+    "model.", or from one that wraps it, whose names repeat it. Of a matrix that is embedding and
+    head in one, safetensors' save_model keeps either name.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for tensor in index_checkpoint(path).values():
+        name = _plain_name(tensor.name)
+        if name in stored:
+            raise CheckpointError(
+                f"the checkpoint holds {name} twice: as {stored[name].name} and as {tensor.name}"
+            )
+        stored[name] = tensor
+    if config.tie_word_embeddings and EMBEDDING_NAME not in stored and HEAD_NAME in stored:
+        stored[EMBEDDING_NAME] = stored.pop(HEAD_NAME)
+    return stored
+
+
+def _plain_name(name: str) -> str:
+    while name.startswith(MODEL_PREFIX):
+        name = name.removeprefix(MODEL_PREFIX)
+    return name if name == HEAD_NAME else MODEL_PREFIX + name
 
 
 def _check(
@@ -80,28 +114,52 @@ def _check(
 ) -> None:
     missing = destinations.keys() - stored.keys()
     if missing:
-        raise CheckpointError(f"the checkpoint lacks: {name_some(missing)}")
+        raise _lacks(missing, stored)
     left_over = {
-        name
-        for name in stored.keys() - destinations.keys()
-        if not DERIVED_NAMES.fullmatch(name) and not _is_tied_head(name, config)
+        tensor.name
+        for name, tensor in stored.items()
+        if name not in destinations and not _is_derived(tensor) and not _is_tied_head(name, config)
     }
     if left_over:
         raise CheckpointError(
             f"the checkpoint holds tensors {config.architecture} does not have with this "
-            f"config.json: {name_some(left_over)}"
+            f"config.json: {name_some(left_over)}{_note_of_quantised(left_over)}"
         )
     for name, destination in destinations.items():
         tensor, shape = stored[name], tuple(destination.view.shape)
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
                 f"config.json makes it {list(shape)}"
             )
         if tensor.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                f"{tensor.file}: {name} is {tensor.dtype}, supported are {', '.join(TORCH_DTYPES)}"
+                f"{tensor.file}: {tensor.name} is {tensor.dtype}, "
+                f"supported are {', '.join(TORCH_DTYPES)}"
             )
+
+
+def _lacks(missing: Set[str], stored: dict[str, StoredTensor]) -> CheckpointError:
+    """The error for a checkpoint without the tensors of these names, and what it may be."""
+    text = f"the checkpoint lacks: {name_some(missing)}{_note_of_quantised(stored)}"
+    pair = {HEAD_NAME, EMBEDDING_NAME}
+    if len(missing & pair) == 1 and pair & stored.keys():
+        text += (
+            "; config.json does not say tie_word_embeddings: true; set it if embedding and head "
+            "are one matrix"
+        )
+    return CheckpointError(text)
+
+
+def _note_of_quantised(names: Iterable[str]) -> str:
+    name = next((name for name in names if QUANTISED_NAMES.fullmatch(name)), None)
+    return "" if name is None else f"; {name} is of a quantised checkpoint: not supported yet"
+
+
+def _is_derived(tensor: StoredTensor) -> bool:
+    if len(tensor.shape) == MASK_DIMS and MASK_NAMES.fullmatch(tensor.name):
+        return True
+    return DERIVED_NAMES.fullmatch(tensor.name) is not None
 
 
 def _is_tied_head(name: str, config: ModelConfig) -> bool:
@@ -112,14 +170,14 @@ def _stream(
     stored: dict[str, StoredTensor], destinations: Destinations, device: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
-    wanted = [tensor for name, tensor in stored.items() if name in destinations]
+    wanted = [(stored[name], destination) for name, destination in destinations.items()]
     tied_head = None if HEAD_NAME in destinations else stored.get(HEAD_NAME)
-    total = sum(tensor.num_bytes for tensor in wanted)
+    total = sum(tensor.num_bytes for tensor, _ in wanted)
     done = 0
     progress(done, total)
     with CheckpointReader(device=device) as reader:
-        for tensor in sorted(wanted, key=lambda tensor: (tensor.file, tensor.offset)):
-            for num_bytes in reader.copy(tensor, destinations[tensor.name].view):
+        for tensor, destination in sorted(wanted, key=lambda pair: (pair[0].file, pair[0].offset)):
+            for num_bytes in reader.copy(tensor, destination.view):
                 done += num_bytes
                 progress(done, total)
         reader.wait()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from pyserve.errors import CheckpointError
 from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.loader import load_model
+from pyserve.model.loader import EMBEDDING_NAME, HEAD_NAME, check_checkpoint, load_model
 from tests.model import oracle
 from tests.model.driver import Driver
 from tests.model.safetensors_files import entry
@@ -109,11 +110,80 @@ def test_left_over_tensors_are_named(folder: Path) -> None:
     assert "model.layers.0.self_attn.o_proj.bias" in message and "and 4 more" in message
 
 
-def test_derived_tensors_of_old_checkpoints_are_passed_over(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (8,)),
+        ("layers.0.self_attn.rotary_emb.inv_freq", (1, 8)),
+        ("model.model.rotary_emb.inv_freq", ()),
+        ("model.rotary_emb.original_inv_freq", (8,)),
+        ("model.layers.2.self_attn.rotary_emb.cos_cached", (1, 1, 256, 16)),
+        ("model.layers.2.self_attn.rotary_emb.sin_cached", (256, 16)),
+        ("model.layers.1.self_attn.bias", (1, 1, 256, 256)),
+        ("model.layers.1.self_attn.masked_bias", ()),
+        ("model.causal_mask", (256, 256)),
+        ("model.position_ids", (1, 256)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=["float32", "bool"])
+def test_derived_tensors_of_old_checkpoints_are_passed_over(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path
+) -> None:
     expected = oracle.load_ours(folder).destinations()
-    change(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    change(folder, {name: torch.ones(shape, dtype=dtype)})
     loaded = oracle.load_ours(folder).destinations()
     assert all(torch.equal(loaded[name].view, expected[name].view) for name in expected)
+
+
+def test_a_bias_that_is_no_mask_is_left_over(folder: Path) -> None:
+    change(folder, {"model.layers.1.self_attn.bias": torch.ones(64)})
+    with pytest.raises(CheckpointError, match=r"does not have .*model\.layers\.1\.self_attn\.bias"):
+        oracle.load_ours(folder)
+
+
+def test_a_quantised_checkpoint_is_called_one(folder: Path) -> None:
+    """As AutoGPTQ wrote them, with its settings in a file of its own."""
+    name = "model.layers.0.mlp.up_proj"
+    change(folder, {f"{name}.weight": None, f"{name}.qweight": torch.ones(8, 96)})
+    with pytest.raises(
+        CheckpointError, match=rf"lacks: {name}\.weight; .*qweight is of a quantised"
+    ):
+        oracle.load_ours(folder)
+    change(folder, {f"{name}.weight": torch.ones(96, 64), f"{name}.qweight": None})
+    change(folder, {f"{name}.weight_scale": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"weight_scale is of a quantised checkpoint"):
+        oracle.load_ours(folder)
+
+
+def strip_once(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [strip_once, lambda name: f"model.{name}", lambda name: f"model.model.{name}"],
+    ids=["missing", "doubled", "tripled"],
+)
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_the_prefix_may_be_missing_or_doubled(
+    rename: Callable[[str], str], is_tied: bool, tmp_path: Path
+) -> None:
+    model = oracle.make_model("llama", tie_word_embeddings=is_tied)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    assert ("lm_head.weight" in tensors) is not is_tied
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, tmp_path / SINGLE_FILE)
+    loaded = oracle.load_ours(tmp_path).destinations()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded[name].view, parameter)
+
+
+def test_a_tensor_under_two_names_is_refused(folder: Path) -> None:
+    change(folder, {"norm.weight": torch.ones(64)})
+    with pytest.raises(CheckpointError) as refusal:
+        oracle.load_ours(folder)
+    for word in ("model.norm.weight twice", "as norm.weight", "as model.norm.weight"):
+        assert word in str(refusal.value)
 
 
 def test_a_wrong_shape_is_named(folder: Path) -> None:
@@ -128,6 +198,47 @@ def test_a_dtype_that_is_no_float_is_named(folder: Path) -> None:
     change(folder, {"model.norm.weight": torch.ones(64, dtype=torch.int8)})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is I8, supported are .*BF16"):
         oracle.load_ours(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_tied_model_may_be_stored_under_its_heads_name(
+    prefix: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """safetensors' save_model keeps one name of a shared tensor: the first in the alphabet."""
+    model = oracle.make_model("llama", tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_model(model, str(tmp_path / SINGLE_FILE))
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    assert "lm_head.weight" in tensors and EMBEDDING_NAME not in tensors
+    change(tmp_path, {HEAD_NAME: None, f"{prefix}{HEAD_NAME}": tensors[HEAD_NAME]})
+    decoder = oracle.load_ours(tmp_path, dtype)
+    assert decoder.head is None
+    assert torch.equal(decoder.embedding.weight, model.lm_head.weight.to(dtype))
+    check_checkpoint(tmp_path, decoder.config, dtype=dtype)
+    if dtype == torch.float32:
+        prompt = list(range(20))
+        theirs = oracle.their_logits(oracle.load_theirs(tmp_path, dtype), prompt, is_stepwise=False)
+        torch.testing.assert_close(Driver(decoder).step({0: prompt}), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [HEAD_NAME, EMBEDDING_NAME])
+def test_one_matrix_for_two_must_be_said_in_the_config(name: str, tmp_path: Path) -> None:
+    """transformers makes the missing one up, at random."""
+    oracle.make_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    change(tmp_path, {name: None})
+    with pytest.raises(CheckpointError) as refusal:
+        oracle.load_ours(tmp_path)
+    for word in (f"lacks: {name}", "tie_word_embeddings"):
+        assert word in str(refusal.value)
+    config = ModelConfig.from_path(tmp_path)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        check_checkpoint(tmp_path, config, dtype=torch.bfloat16)
+    tied = oracle.load_ours(tmp_path, tie_word_embeddings=True)
+    assert tied.head is None
 
 
 def test_a_stored_head_must_be_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
@@ -174,7 +285,7 @@ def test_dummy_models_run(folder: Path) -> None:
 PEAK_SCRIPT = """
 import pathlib, re, sys, torch
 from pyserve.model.config import ModelConfig
-from pyserve.model.loader import load_model
+from pyserve.model.loader import EMBEDDING_NAME, HEAD_NAME, check_checkpoint, load_model
 folder, dtype = pathlib.Path(sys.argv[1]), getattr(torch, sys.argv[2])
 
 def status_bytes(key):
