@@ -18,7 +18,7 @@ from pyserve.errors import CheckpointError, ConfigError
 from pyserve.model.fields import Fields
 from pyserve.model.registry import ARCHITECTURES, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
-from pyserve.model.unknown_fields import unknown_fields
+from pyserve.model.unknown_fields import Model, unknown_fields
 
 CheckpointDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -81,15 +81,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
         hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
         num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
-        num_kv_heads = fields.integer("num_key_value_heads", 1, num_heads, default=num_heads)
-        if num_heads % num_kv_heads:
-            raise fields.refuse(
-                "num_key_value_heads", f"must divide num_attention_heads ({num_heads})"
-            )
-        if num_heads // num_kv_heads > MAX_GROUP:
-            raise fields.refuse(
-                "num_key_value_heads", f"must be at least {-(-num_heads // MAX_GROUP)} here"
-            )
+        num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
         head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
         max_position = fields.integer("max_position_embeddings", 1, MAX_CONTEXT)
         rope, max_model_len = rope_from_fields(fields, max_position)
@@ -98,6 +90,19 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"config.json: rope scaling extends the context to {max_model_len} tokens, "
                 f"the limit is {MAX_CONTEXT}"
             )
+        rms_norm_eps = fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6)
+        model = Model(
+            architecture=name,
+            window=architecture.window,
+            rope_type=rope.type,
+            values={
+                "head_dim": head_dim,
+                "hidden_size": hidden_size,
+                "rms_norm_eps": rms_norm_eps,
+                "rope_theta": rope.theta,
+                "softmax_scale": head_dim**-0.5,
+            },
+        )
         qkv_bias = _bias(fields, "attention_bias", name, architecture.attention_bias)
         return cls(
             architecture=name,
@@ -108,7 +113,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
+            rms_norm_eps=rms_norm_eps,
             rope=rope,
             max_model_len=max_model_len,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
@@ -118,7 +123,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             qk_norm=architecture.qk_norm,
             windows=_windows(fields, architecture, num_layers, max_model_len),
             dtype=_dtype(fields),
-            unknown_fields=unknown_fields(raw),
+            unknown_fields=unknown_fields(raw, model),
         )
 
 
@@ -148,6 +153,9 @@ def _architecture_name(fields: Fields) -> str:
     names = fields.strings("architectures")
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         raise fields.refuse("architectures", f"must hold one of: {supported}")
+    model_type = ARCHITECTURES[names[0]].model_type
+    if fields.string("model_type", default=model_type) != model_type:
+        raise fields.refuse("model_type", f"must be {model_type} for {names[0]}")
     return names[0]
 
 
@@ -156,8 +164,22 @@ def _refuse_unsupported(fields: Fields) -> None:
         if fields.has(key):
             raise fields.refuse(key, "is not supported: no quantised checkpoints yet")
     for key in ("hidden_act", "hidden_activation"):
-        if fields.has(key) and fields.string(key) not in ("silu", "swish"):
+        if fields.string(key, default="silu") not in ("silu", "swish"):
             raise fields.refuse(key, "must be silu")
+
+
+def _num_kv_heads(fields: Fields, architecture: Architecture, num_heads: int) -> int:
+    key = "num_key_value_heads"
+    default = num_heads if fields.is_null(key) else architecture.default_kv_heads or num_heads
+    num_kv_heads = fields.integer(key, 1, MAX_HEADS, default=default, nullable=True)
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"config.json: {key} must divide num_attention_heads ({num_heads}), got "
+            f"{num_kv_heads}{'' if fields.has(key) else ', the default of the family'}"
+        )
+    if num_heads // num_kv_heads > MAX_GROUP:
+        raise fields.refuse(key, f"must be at least {-(-num_heads // MAX_GROUP)} here")
+    return num_kv_heads
 
 
 def _head_dim(fields: Fields, architecture: Architecture, hidden_size: int, num_heads: int) -> int:
@@ -166,7 +188,8 @@ def _head_dim(fields: Fields, architecture: Architecture, hidden_size: int, num_
         if hidden_size % num_heads:
             raise fields.refuse("num_attention_heads", f"must divide hidden_size ({hidden_size})")
         default = hidden_size // num_heads
-    head_dim = fields.integer("head_dim", 1, MAX_WIDTH, default=default)
+    nullable = architecture.default_head_dim is None
+    head_dim = fields.integer("head_dim", 1, MAX_WIDTH, default=default, nullable=nullable)
     if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
         raise ConfigError(
             f"config.json: head_dim (or hidden_size / num_attention_heads) must be a multiple of "
@@ -214,8 +237,11 @@ def _windows(
 
 
 def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> int:
-    is_used = fields.boolean("use_sliding_window", default=architecture.window != "upper")
-    if not is_used or fields.is_null("sliding_window"):
+    if architecture.window != "all":  # transformers' Mistral does not look at it
+        is_used = fields.boolean("use_sliding_window", default=architecture.window == "none")
+        if not is_used:
+            return 0
+    if fields.is_null("sliding_window"):
         return 0
     if architecture.window == "none" and not fields.has("sliding_window"):
         return 0
@@ -229,7 +255,7 @@ def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> i
 
 def _dtype(fields: Fields) -> CheckpointDtype:
     key = "dtype" if fields.has("dtype") else "torch_dtype"
-    dtype = fields.string(key, default="float32").removeprefix("torch.")
+    dtype = fields.string(key, default="float32", nullable=True).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise fields.refuse(key, "must be float32, bfloat16 or float16")
     return cast(CheckpointDtype, dtype)

@@ -13,9 +13,13 @@ MAX_SHOWN_CHARS = 80  # of a refused value
 
 
 class Fields:
-    """Reads keys of `raw`. A key whose value is null counts as absent, as in transformers.
+    """Reads keys of `raw`. Raises ConfigError.
 
-    `where` is how messages call the object, e.g. "config.json". Raises ConfigError.
+    where   how messages call the object, e.g. "config.json".
+
+    A key that says null is not a key that is absent: transformers fills the class default only
+    for the latter. `nullable` is for the keys where null means the default too; a boolean that is
+    null is false, as it is in Python.
     """
 
     __slots__ = ("_raw", "_where")
@@ -28,30 +32,35 @@ class Fields:
         return self._raw.get(key) is not None
 
     def is_null(self, key: str) -> bool:
-        """True where the key is there and says null, which is not the same as absent to some."""
+        """True where the key is there and says null."""
         return key in self._raw and self._raw[key] is None
 
-    def integer(self, key: str, low: int, high: int, *, default: int | None = None) -> int:
-        value = self._get(key, default)
+    def integer(
+        self, key: str, low: int, high: int, *, default: int | None = None, nullable: bool = False
+    ) -> int:
+        value = self._get(key, default, nullable)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.refuse(key, f"must be an integer in [{low}, {high}]")
         return value
 
-    def number(self, key: str, low: float, high: float, *, default: float | None = None) -> float:
-        value = self._get(key, default)
+    def number(
+        self, key: str, low: float, high: float, *, default: float | None = None,
+        nullable: bool = False,
+    ) -> float:  # fmt: skip
+        value = self._get(key, default, nullable)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or not low <= value <= high:
             raise self.refuse(key, f"must be a number in [{low:g}, {high:g}]")
         return float(value)
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        value = self._get(key, default)
+        value = False if self.is_null(key) else self._get(key, default)
         if not isinstance(value, bool):
             raise self.refuse(key, "must be true or false")
         return value
 
-    def string(self, key: str, *, default: str | None = None) -> str:
-        value = self._get(key, default)
+    def string(self, key: str, *, default: str | None = None, nullable: bool = False) -> str:
+        value = self._get(key, default, nullable)
         if not isinstance(value, str):
             raise self.refuse(key, "must be a string")
         return value
@@ -72,17 +81,24 @@ class Fields:
         """Keys whose values are objects."""
         return [key for key, value in self._raw.items() if isinstance(value, dict)]
 
+    def is_empty(self, key: str) -> bool:
+        """True where the key is absent or holds null or an object without keys."""
+        return self._raw.get(key) in (None, {})
+
     def refuse(self, key: str, rule: str) -> ConfigError:
         """The error for a value that is there but cannot be served; the caller raises it."""
-        shown = json.dumps(self._raw.get(key))
-        if len(shown) > MAX_SHOWN_CHARS:
-            shown = shown[:MAX_SHOWN_CHARS] + "..."
-        return ConfigError(f"{self._where}: {key} {rule}, got {shown}")
+        return ConfigError(f"{self._where}: {key} {rule}, got {shown(self._raw.get(key))}")
 
-    def _get(self, key: str, default: Any) -> Any:
+    def _get(self, key: str, default: Any, nullable: bool = False) -> Any:
         value = self._raw.get(key)
         if value is not None:
             return value
         if default is None:
             raise ConfigError(f"{self._where}: {key} is missing")
-        return default
+        return None if key in self._raw and not nullable else default
+
+
+def shown(value: Any) -> str:
+    """A value of the file as a message shows it."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."

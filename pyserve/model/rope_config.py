@@ -11,10 +11,12 @@ from typing import Literal, cast
 
 import msgspec
 
+from pyserve.errors import ConfigError
 from pyserve.model.fields import Fields
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
+ROPE_TABLES = ("rope_scaling", "rope_parameters")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 DEFAULT_THETA = 10_000.0
 MAX_THETA = 1e15
@@ -51,17 +53,51 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 def rope_from_fields(config: Fields, max_position: int) -> tuple[RopeConfig, int]:
     """The rotary embedding, and the tokens of context it gives a model of `max_position`.
 
-    Raises ConfigError for a type or a value that cannot be served.
+    Raises ConfigError for a type or a value that cannot be served, and for one that is said twice
+    and differs: transformers 4 and 5 would each follow another one.
     """
-    rope = _rope_fields(config)
-    theta_fields = rope if rope is not None and rope.has("rope_theta") else config
-    # Below 2 the frequencies hardly differ, and YaRN divides by the logarithm.
-    theta = theta_fields.number("rope_theta", 2.0, MAX_THETA, default=DEFAULT_THETA)
+    tables = [_table(config, key) for key in ROPE_TABLES if not config.is_empty(key)]
+    if not tables:
+        return _rope(config, None, max_position)
+    ropes = [_rope(config, table, max_position) for table in tables]
+    if ropes[0] != ropes[-1]:
+        raise _contradiction(ropes[0][0], ropes[1][0])
+    return ropes[0]
+
+
+def _table(config: Fields, key: str) -> Fields:
+    fields = config.table(key)
+    nested = fields.tables()
+    if nested:
+        raise config.refuse(key, f"must be one table for all layers, not one for {nested[0]}")
+    return fields
+
+
+def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
+    name, one, other = next(
+        (name, getattr(scaling, name), getattr(parameters, name))
+        for name in RopeConfig.__struct_fields__
+        if getattr(scaling, name) != getattr(parameters, name)
+    )
+    key = {"type": "rope_type", "theta": "rope_theta"}.get(name, name)
+    return ConfigError(
+        f"config.json: rope_scaling and rope_parameters disagree: {key} is {one} by the first and "
+        f"{other} by the second; remove the one that is wrong"
+    )
+
+
+def _rope(config: Fields, rope: Fields | None, max_position: int) -> tuple[RopeConfig, int]:
+    """As `rope_from_fields`, of one table."""
+    theta = _theta(config, rope)
     for fields in (config, rope):
-        if fields is not None and fields.number("partial_rotary_factor", 0, 1, default=1.0) != 1.0:
+        if fields is None:
+            continue
+        if fields.number("partial_rotary_factor", 0, 1, default=1.0, nullable=True) != 1.0:
             raise fields.refuse("partial_rotary_factor", "must be 1")
     kind = _rope_type(rope)
     if rope is None or kind == "default":
+        if rope is not None and rope.number("factor", 0, 1e9, default=1.0, nullable=True) != 1.0:
+            raise rope.refuse("factor", 'has no meaning with rope_type "default"')
         return (
             RopeConfig(type="default", theta=theta, original_max_position=max_position),
             max_position,
@@ -81,16 +117,21 @@ def rope_from_fields(config: Fields, max_position: int) -> tuple[RopeConfig, int
     return scaled, int(scaled.original_max_position * scaled.factor)
 
 
-def _rope_fields(config: Fields) -> Fields | None:
-    for key in ("rope_scaling", "rope_parameters"):  # as transformers: the older key wins
-        if not config.has(key):
-            continue
-        fields = config.table(key)
-        nested = fields.tables()
-        if nested:
-            raise config.refuse(key, f"must be one table for all layers, not one for {nested[0]}")
-        return fields
-    return None
+def _theta(config: Fields, rope: Fields | None) -> float:
+    """From the table or the top level."""
+    sources = [fields for fields in (rope, config) if fields is not None]
+    saying = (
+        [fields for fields in sources if fields.has("rope_theta")]
+        or [fields for fields in sources if fields.is_null("rope_theta")]
+        or sources[-1:]
+    )
+    # Below 2 the frequencies hardly differ, and YaRN divides by the logarithm.
+    thetas = [
+        fields.number("rope_theta", 2.0, MAX_THETA, default=DEFAULT_THETA) for fields in saying
+    ]
+    if thetas[0] != thetas[-1]:
+        raise saying[0].refuse("rope_theta", f"contradicts the top level's {thetas[-1]:g}")
+    return thetas[0]
 
 
 def _rope_type(rope: Fields | None) -> RopeType:
@@ -99,16 +140,22 @@ def _rope_type(rope: Fields | None) -> RopeType:
     key = "rope_type" if rope.has("rope_type") else "type"
     if not rope.has(key) and rope.has("factor"):
         raise rope.refuse("rope_type", f"must be one of {', '.join(ROPE_TYPES)}")
-    kind = rope.string(key, default="default")
+    kind = rope.string(key, default="default", nullable=True)
     if kind not in ROPE_TYPES:
         raise rope.refuse(key, f"must be one of {', '.join(ROPE_TYPES)}")
+    if rope.has("type") and rope.string("type") != kind:
+        raise rope.refuse("type", f"contradicts rope_type {kind}")
     return cast(RopeType, kind)
 
 
 def _original_max_position(config: Fields, rope: Fields, max_position: int) -> int:
+    """From the table or the top level, where Phi-3 and its kin have it."""
     key = "original_max_position_embeddings"
-    source = config if config.has(key) else rope  # as transformers: the top level wins
-    return source.integer(key, 1, MAX_POSITION, default=max_position)
+    saying = [fields for fields in (rope, config) if fields.has(key)] or [rope]
+    lengths = [fields.integer(key, 1, MAX_POSITION, default=max_position) for fields in saying]
+    if lengths[0] != lengths[-1]:
+        raise rope.refuse(key, f"contradicts the top level's {lengths[-1]}")
+    return lengths[0]
 
 
 def _llama3(config: Fields, rope: Fields, theta: float, max_position: int) -> RopeConfig:
@@ -128,7 +175,7 @@ def _llama3(config: Fields, rope: Fields, theta: float, max_position: int) -> Ro
 
 def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> RopeConfig:
     original = _original_max_position(config, rope, max_position)
-    factor = rope.number("factor", 1.0, MAX_FACTOR, default=max_position / original)
+    factor = rope.number("factor", 1.0, MAX_FACTOR, default=max_position / original, nullable=True)
     attention_factor = _mscale(factor, 1.0)
     if rope.has("attention_factor"):
         attention_factor = rope.number("attention_factor", 0.0, 1e3)
@@ -137,8 +184,8 @@ def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> Rope
         mscale_all_dim = rope.number("mscale_all_dim", 0.0, 1e3)
         if mscale and mscale_all_dim:
             attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
-    beta_fast = rope.number("beta_fast", 0.0, 1e6, default=32.0) or 32.0
-    beta_slow = rope.number("beta_slow", 0.0, 1e6, default=1.0) or 1.0
+    beta_fast = rope.number("beta_fast", 0.0, 1e6, default=32.0, nullable=True) or 32.0
+    beta_slow = rope.number("beta_slow", 0.0, 1e6, default=1.0, nullable=True) or 1.0
     if beta_fast < beta_slow:
         raise rope.refuse("beta_fast", f"must be at least beta_slow ({beta_slow:g})")
     return RopeConfig(

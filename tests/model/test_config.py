@@ -101,6 +101,9 @@ def test_both_generations_of_names_mean_the_same(name: str, tmp_path: Path) -> N
         (MISTRAL | {"sliding_window": 4096}, (4096, 4096)),
         (MISTRAL, (4096, 4096)),  # transformers' default
         (MISTRAL | {"sliding_window": 16384}, (0, 0)),  # never ends within the context
+        # As transformers, whose Mistral does not look at the flag.
+        (MISTRAL | {"sliding_window": 4096, "use_sliding_window": False}, (4096, 4096)),
+        (LLAMA | {"num_hidden_layers": 1, "sliding_window": 8, "use_sliding_window": False}, (0,)),
         (QWEN2 | {"sliding_window": 4096, "max_window_layers": 2}, (0, 0, 0, 0)),
         (
             QWEN2 | {"sliding_window": 512, "max_window_layers": 3, "use_sliding_window": True},
@@ -168,16 +171,28 @@ def test_rope_and_the_context_it_gives(
     assert (config.rope.type, config.max_model_len) == (rope_type, max_model_len)
 
 
-def test_rope_theta_inside_wins_over_the_top_level() -> None:
-    raw = LLAMA | {"rope_theta": 1.5e4, "rope_parameters": {"rope_theta": 5e5}}
-    assert ModelConfig.from_hf(raw).rope.theta == 5e5
-    assert ModelConfig.from_hf(LLAMA | {"rope_theta": 1.5e4}).rope.theta == 1.5e4
+def test_rope_theta_stands_inside_or_at_the_top_level() -> None:
+    for raw in (
+        LLAMA | {"rope_theta": 5e5},
+        LLAMA | {"rope_parameters": {"rope_theta": 5e5}},
+        LLAMA | {"rope_theta": 500000, "rope_parameters": {"rope_theta": 5e5}},
+        LLAMA | {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}},
+    ):
+        assert ModelConfig.from_hf(raw).rope.theta == 5e5
     assert ModelConfig.from_hf(LLAMA).rope.theta == 1e4
 
 
 def test_qwen3_has_its_own_head_dim() -> None:
     assert ModelConfig.from_hf(QWEN3 | {"hidden_size": 1024}).head_dim == 128
     assert ModelConfig.from_hf(QWEN3 | {"head_dim": 64}).head_dim == 64
+
+
+def test_kv_heads_that_are_absent_are_the_familys_and_null_is_all_heads() -> None:
+    key = "num_key_value_heads"
+    for base, default in ((LLAMA, 32), (MISTRAL, 8), (QWEN2, 32), (QWEN3, 32)):
+        assert ModelConfig.from_hf(base).num_kv_heads == default
+        assert ModelConfig.from_hf(base | {key: None}).num_kv_heads == 32
+        assert ModelConfig.from_hf(base | {key: 4}).num_kv_heads == 4
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "torch.bfloat16"])
@@ -203,6 +218,17 @@ REFUSED = [
     (LLAMA, {"hidden_size": 4096.0}, ["hidden_size"]),
     (LLAMA, {"num_key_value_heads": 5}, ["num_key_value_heads", "divide"]),
     (LLAMA, {"num_key_value_heads": 64}, ["num_key_value_heads"]),
+    (QWEN2, {"num_attention_heads": 16}, ["num_key_value_heads", "16", "32", "default"]),
+    (LLAMA, {"model_type": "mistral"}, ["model_type", "mistral", "llama", "LlamaForCausalLM"]),
+    (QWEN3, {"model_type": "qwen2"}, ["model_type", "qwen2", "qwen3"]),
+    (LLAMA, {"model_type": 3}, ["model_type", "string"]),
+    (LLAMA, {"rms_norm_eps": None}, ["rms_norm_eps", "null"]),
+    (LLAMA, {"rms_norm_eps": "1e-5"}, ["rms_norm_eps", "1e-5"]),
+    (LLAMA, {"hidden_act": None}, ["hidden_act", "null"]),
+    (LLAMA, {"hidden_activation": "gelu_pytorch_tanh"}, ["hidden_activation", "silu"]),
+    (QWEN3, {"head_dim": None}, ["head_dim", "null"]),
+    (QWEN2, {"max_window_layers": None}, ["max_window_layers", "null"]),
+    (LLAMA, {"attention_bias": "true"}, ["attention_bias", "true"]),
     (LLAMA, {"num_attention_heads": 31}, ["num_attention_heads", "4096"]),
     (LLAMA, {"head_dim": 100}, ["head_dim", "multiple of 8"]),
     (LLAMA, {"head_dim": 512}, ["head_dim", "256"]),

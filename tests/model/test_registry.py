@@ -1,0 +1,137 @@
+"""How the families read config.json, against transformers: the same logits, or a refusal by name.
+
+Each case is a config.json as strangers write them over a checkpoint that transformers made.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyserve.errors import StartupError
+from tests.model import oracle
+from tests.model.driver import Driver
+
+PROMPT = random.Random(3).choices(range(oracle.VOCAB_SIZE), k=40)
+ABSENT = object()
+WINDOW = 16
+
+# What the checkpoint is made of: shapes that fit the defaults of the family.
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4},
+    "mistral": {"num_attention_heads": 8, "num_key_value_heads": 8, "sliding_window": WINDOW},
+    "qwen2": {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "qwen3": {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128},
+}
+FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+SAME = [
+    # (family, changes of config.json): both answer alike
+    ("llama", {"num_key_value_heads": ABSENT}),
+    ("llama", {"num_key_value_heads": None, "head_dim": None}),
+    ("llama", {"hidden_act": ABSENT, "rms_norm_eps": ABSENT, "tie_word_embeddings": ABSENT}),
+    ("llama", {"hidden_act": "swish", "pretraining_tp": 2, "attention_dropout": 0.5}),
+    ("llama", {"attention_bias": ABSENT, "mlp_bias": ABSENT, "sliding_window": None}),
+    ("llama", {"rms_norm_eps": 0.01}),
+    ("llama", {"rope_parameters": ABSENT, "rope_theta": 500.0}),
+    ("llama", {"rope_parameters": {}, "rope_theta": 500}),
+    ("llama", {"rope_scaling": {}, "rope_parameters": LINEAR}),
+    ("llama", {"rope_scaling": None, "rope_parameters": LINEAR, "rope_theta": 500.0}),
+    ("llama", {"rope_scaling": LINEAR, "rope_parameters": LINEAR}),
+    ("llama", {"rope_scaling": LINEAR, "rope_parameters": {}}),
+    ("llama", {"partial_rotary_factor": None, "rope_interleaved": False, "alibi": False}),
+    ("llama", {"is_causal": True, "use_cache": False, "text_config": None}),
+    ("llama", {"dtype": None, "torch_dtype": "float32"}),
+    ("mistral", {"num_key_value_heads": ABSENT}),
+    ("mistral", {"head_dim": ABSENT}),
+    ("mistral", {"use_sliding_window": False}),
+    ("mistral", {"use_sliding_window": False, "max_window_layers": 2}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": ABSENT}),
+    ("mistral", {"sliding_window": 1}),
+    ("qwen2", {"num_key_value_heads": ABSENT, "layer_types": ABSENT}),
+    ("qwen2", {"num_key_value_heads": None, "layer_types": None}),
+    ("qwen2", {"sliding_window": WINDOW, "layer_types": ABSENT}),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+        | {"layer_types": ABSENT},
+    ),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": ABSENT}
+        | {"layer_types": ABSENT},
+    ),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": MIXED}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None, "layer_types": ABSENT}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": FULL}),
+    ("qwen3", {"head_dim": ABSENT, "num_key_value_heads": ABSENT}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING}),
+    ("qwen3", {"attention_bias": ABSENT, "use_qk_norm": True}),
+]
+REFUSED = [
+    # (family, changes, what the refusal names); with all of them transformers answers, or an
+    # implementation of the same model does, and not as we would.
+    ("llama", {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR}, "rope_type"),
+    ("llama", {"rope_theta": 1e4, "rope_parameters": LINEAR}, "rope_theta"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("llama", {"is_causal": False}, "is_causal"),
+    ("llama", {"is_causal": None}, "is_causal"),
+    ("llama", {"num_hidden_layers": 2}, "model.layers.2"),
+    ("llama", {"model_type": "mistral"}, "model_type"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("llama", {"sliding_window": WINDOW}, "sliding_window"),
+    ("llama", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ("mistral", {"num_key_value_heads": 4}, "k_proj"),
+    ("mistral", {"layer_types": MIXED}, "layer_types"),
+    ("mistral", {"sliding_window": 0}, "sliding_window"),
+    ("mistral", {"sliding_window": "16"}, "sliding_window"),
+    ("qwen2", {"head_dim": 16}, "q_proj"),
+    ("qwen2", {"layer_types": SLIDING}, "layer_types"),
+    ("qwen3", {"head_dim": 64}, "q_proj"),
+    ("qwen3", {"attention_bias": True}, "q_proj.bias"),
+]
+
+
+@pytest.fixture(scope="module", params=BASES)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp(family)
+    oracle.make_model(family, **BASES[family]).save_pretrained(folder)
+    return folder, (folder / "config.json").read_text()
+
+
+def change(checkpoint: tuple[Path, str], changes: dict[str, Any]) -> Path:
+    folder, text = checkpoint
+    raw = json.loads(text) | changes
+    raw = {key: value for key, value in raw.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_the_same_logits(family: str, checkpoint: tuple[Path, str]) -> None:
+    for changes in (changes for name, changes in SAME if name == family):
+        folder = change(checkpoint, changes)
+        ours = Driver(oracle.load_ours(folder)).step({0: PROMPT})
+        model = oracle.load_theirs(folder, torch.float32)
+        theirs = oracle.their_logits(model, PROMPT, is_stepwise=False)
+        assert oracle.relative_error(ours, theirs.double()) < 1e-5, changes
+
+
+def test_or_a_refusal_by_name(family: str, checkpoint: tuple[Path, str]) -> None:
+    for changes, word in ((changes, word) for name, changes, word in REFUSED if name == family):
+        folder = change(checkpoint, changes)
+        with pytest.raises(StartupError) as refusal:
+            oracle.load_ours(folder)
+        assert word in str(refusal.value), changes
