@@ -32,8 +32,10 @@ def test_add_rms_norm(dtype: torch.dtype, hidden: int) -> None:
     x, residual = torch.randn(2, 9, hidden).to(dtype)
     weight = torch.randn(hidden).to(dtype)
     twin_residual, plain = residual.clone(), torch.empty_like(x)
+    exact_residual = (x.double() + residual.double()).to(dtype)
     reference.add_rms_norm(x, twin_residual, weight, 1e-5, plain)
     out = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(twin_residual, exact_residual)
     assert torch.equal(residual, twin_residual)  # one addition, rounded once: no tolerance
     oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyserve import ops
 from pyserve.ops import reference
 from pyserve.ops import step_layout as layout
+from tests.ops.exact_sample import possible_tokens, uniform
 from tests.ops.step_inputs import SlotUpdate, Tables
 
 INF, NAN = float("inf"), float("nan")
@@ -107,6 +108,36 @@ def test_bit_for_bit_the_twin() -> None:
         reference.sample(logits, sample_slots, twin.slots, twin.token_counts, None, expected)
         assert torch.equal(sampled, expected) and tables.equal(twin)
         assert torch.equal(logits.view(torch.int16), before.view(torch.int16))
+
+
+def test_the_twin_draws_what_float64_says() -> None:
+    """Every parameter, alone and together, against a computation that shares nothing with it."""
+    rng = random.Random(7)
+    torch.manual_seed(7)
+    num_certain, drawn = 0, set[int]()
+    for _ in range(600):
+        vocab_size = rng.choice([2, 5, 17, 64, 300])
+        row = random_update(rng, 0, vocab_size)
+        row.temperature = rng.choice([0.0, 0.3, 1.0, 1.7])
+        logits = torch.randn(1, vocab_size) * rng.choice([0.5, 1.0, 5.0])
+        tables = tables_of([row], vocab_size)
+        sampled = torch.empty(1, dtype=torch.int32)
+        slots = torch.zeros(1, dtype=torch.int32)
+        reference.sample(logits, slots, tables.slots, tables.token_counts, None, sampled)
+        possible = possible_tokens(logits[0].double().numpy(), row)
+        assert int(sampled) in possible, row
+        num_certain += len(possible) == 1
+        drawn.add(int(sampled))
+    assert num_certain > 580 and len(drawn) > 100
+
+
+def test_the_draw_is_the_published_generator_s() -> None:
+    """Counter and key 0: the first of Random123's known answers, its second word the high one."""
+    assert uniform(0, 0, 0) == 0xE169C58D6627E8D5 / 2**64
+    for vocab_size in (10, 1000, 4096):
+        expected = 0xE169C58D6627E8D5 * vocab_size >> 64
+        row = SlotUpdate(slot=0, temperature=1.0)
+        assert sample(torch.zeros(vocab_size), row) == [expected]
 
 
 def test_weights_are_exp() -> None:
@@ -234,6 +265,10 @@ def test_penalties() -> None:
     assert greedy(frequency_penalty=0.2, output=[0, 0]) == 0
     assert greedy(frequency_penalty=0.2, output=[0, 0, 0]) == 1
     assert greedy(repetition_penalty=2.0, output=[0, 1, 2]) == 0  # 1.0, 0.75, -2.0, -1.2
+    logits = torch.tensor([-1.0, -1.2])  # a negative logit is multiplied: it must fall
+    assert greedy(repetition_penalty=1.1, output=[0]) == 0
+    assert greedy(repetition_penalty=1.3, output=[0]) == 1
+    assert greedy(repetition_penalty=0.5, output=[1]) == 1  # below 1 it helps
 
 
 def test_a_drawn_token_is_counted() -> None:
