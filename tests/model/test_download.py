@@ -228,6 +228,15 @@ def test_what_is_no_safetensors_is_refused_before_the_download(
     assert line.startswith(WEIGHTS)
 
 
+def test_a_header_over_the_limit_is_not_fetched(stub: HubStub, tmp_path: Path) -> None:
+    header_bytes = 32 * 2**20 + 1
+    text = bytearray(8 + header_bytes)
+    text[:8] = header_bytes.to_bytes(8, "little")
+    stub.repos[REPO][WEIGHTS] = bytes(text)
+    assert f"a header of {header_bytes} bytes, the limit is 33554432" in refusal_of_check(tmp_path)
+    assert stub.sent(CDN) <= hub.FIRST_BYTES
+
+
 def refusal_of_check(tmp_path: Path) -> str:
     with pytest.raises(StartupError) as error:
         fetch(tmp_path, check=index_checkpoint)
@@ -381,13 +390,13 @@ def test_a_damaged_file_is_fetched_once_more_and_never_kept(
     assert not list((tmp_path / "2").rglob("*.pyserve-*"))
 
 
-def test_a_server_without_ranges_and_one_whose_addresses_expire(
-    stub: HubStub, tmp_path: Path
-) -> None:
+def test_a_server_without_ranges(stub: HubStub, tmp_path: Path) -> None:
     stub.faults = {CDN: [Fault(no_range=True)]}
     assert "does not send parts of files" in refusal(tmp_path)
-    expired = Fault(status=403)
-    stub.faults = {CDN: [Fault(), expired, Fault()]}
+
+
+def test_addresses_that_expire(stub: HubStub, tmp_path: Path) -> None:
+    stub.faults = {CDN: [Fault(), Fault(status=403), Fault()]}
     assert_whole(stub, fetch(tmp_path))
 
 

@@ -115,8 +115,14 @@ def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_raw(path, b"", b"", header_len=MAX_HEADER_BYTES + 1)
     os.truncate(path, 2 * MAX_HEADER_BYTES)
-    with pytest.raises(CheckpointError, match=str(MAX_HEADER_BYTES)):
+    with pytest.raises(CheckpointError, match="of 33554433 bytes, the limit is 33554432"):
         read_header(path)
+
+
+def test_a_header_of_the_rest_of_the_file_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", {"a": entry("F32", [0], 0, 0)}, b"")
+    (stored,) = read_header(path)
+    assert (stored.offset, stored.num_bytes) == (path.stat().st_size, 0)
 
 
 def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:

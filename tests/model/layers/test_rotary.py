@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ REAL_MODELS = {
 }
 
 
+# Corners that no real model shows: what YaRN clamps, rounds, or cannot divide by.
+YARN_CORNERS = {
+    "ramp beyond the last dimension": {
+        "rope_theta": 10.0, "original_max_position_embeddings": 1000,
+    },
+    "ramp before the first dimension": {
+        "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+    },
+    "not on whole dimensions": {
+        "rope_theta": 10000.0, "original_max_position_embeddings": 4096, "truncate": False,
+    },
+    "a step instead of a ramp": {
+        "rope_theta": 10000.0, "original_max_position_embeddings": 4096, "truncate": False,
+        "beta_fast": 4, "beta_slow": 4,
+    },
+}  # fmt: skip
+
+
 def table_of(raw: dict[str, Any], num_rows: int | None = None) -> torch.Tensor:
     config = ModelConfig.from_hf(SHAPE | raw)
     return cos_sin_table(config.rope, config.head_dim, num_rows or config.max_model_len, device=CPU)
@@ -103,6 +122,40 @@ def test_tables_of_real_models(name: str) -> None:
     positions = [0, 1, 2, 77, 1000, rotary.ROWS_AT_A_TIME, last // 2, last]
     positions = [position for position in positions if position <= last]
     torch.testing.assert_close(table[positions], their_rows(raw, positions), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("name", YARN_CORNERS)
+def test_corners_of_yarn(name: str) -> None:
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": 2.0, **YARN_CORNERS[name]}
+    raw = {
+        "max_position_embeddings": 2 * scaling["original_max_position_embeddings"],
+        "rope_theta": scaling.pop("rope_theta"),
+        "rope_scaling": scaling,
+    }
+    table = table_of(raw)
+    positions = [0, 1, 50, len(table) // 2, len(table) - 1]
+    torch.testing.assert_close(table[positions], their_rows(raw, positions), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("bound", "original"), [("high_freq_factor", 1065), ("low_freq_factor", 1000)]
+)
+def test_a_wavelength_on_a_bound_of_llama3_is_blended(bound: str, original: int) -> None:
+    """Bit for bit: at the bound of the short wavelengths only the last place tells."""
+    wavelength = float(2 * math.pi / torch.ones(1))  # of dimension 0, in float32
+    factors = {"low_freq_factor": 1.0, "high_freq_factor": 1e6, bound: original / wavelength}
+    raw = {
+        "max_position_embeddings": 8 * original,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": original,
+            **factors,
+        },
+    }
+    positions = [1, original, 8 * original - 1]
+    assert torch.equal(table_of(raw)[positions], their_rows(raw, positions))
 
 
 def test_dynamic_ntk_uses_the_frequencies_of_a_sequence_ending_at_each_row() -> None:
