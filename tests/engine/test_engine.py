@@ -210,6 +210,33 @@ def test_abort_frees_blocks_at_once_while_the_step_is_in_flight() -> None:
     assert other.finish_reason == "length"
 
 
+@pytest.mark.parametrize("how", ["late token", "late failure"])
+def test_what_comes_late_of_an_earlier_stay_is_dropped(how: str) -> None:
+    """Preempted and admitted again while the step of its first stay is still in flight."""
+    engine = make_engine(num_blocks=7, max_model_len=32)
+    driver = Driver(engine, 2)
+    older = driver.submit([1] * 16, SamplingParams(max_tokens=8, seed=1))
+    younger = driver.submit([2] * 8, SamplingParams(max_tokens=8, seed=2))
+
+    def fail(step: Step) -> None:
+        if how == "late failure":
+            raise RuntimeError("as wanted")
+
+    fake(engine).on_step = fail
+    assert driver.launch()  # both prompts: 4 and 2 blocks
+    fake(engine).on_step = lambda step: None
+    assert driver.launch()  # the older one takes the last block
+    assert engine.scheduler.num_preemptions == 1
+    engine.abort(older.stream)
+    assert driver.launch() and len(driver.in_flight) == 3
+    assert [seq.stream for seq in engine.scheduler.running] == [younger.stream]
+    driver.update()
+    assert younger.output == [] and younger.error is None
+    driver.drain()
+    check(younger)
+    assert younger.finish_reason == "length"
+
+
 def test_a_nan_row_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     engine = make_engine(max_num_batched_tokens=15)  # the first blocks are cached before the NaN
     fake(engine).nan_seeds.add(7)

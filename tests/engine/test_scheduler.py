@@ -124,6 +124,52 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
         assert stream.num_cached_tokens == 0, "of the first admission only"
 
 
+def test_a_step_that_preempts_admits_nobody() -> None:
+    """What it frees is for those that run, even where one waits that comes before the victim."""
+    engine = make_engine(num_blocks=7, num_slots=2, max_model_len=32, policy="priority")
+    first = engine.add([1] * 16, params(8), priority=0)
+    victim = engine.add([2] * 8, params(8), priority=5)
+    run_step(engine)
+    better = engine.add([3], params(2), priority=1)
+    step = run_step(engine)
+    scheduler = engine.scheduler
+    assert scheduler.num_preemptions == 1 and scheduler.blocks.num_free == 2
+    assert [seq.stream for seq in step.seqs] == [first] and not step.slot_updates
+    assert [seq.stream for seq in scheduler.waiting] == [better, victim]
+    assert [seq.stream for seq in run_step(engine).seqs] == [first, better]
+
+
+def test_the_gap_of_a_sequence_preempted_twice_begins_at_the_first_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    engine = make_engine(
+        num_blocks=11, num_slots=3, max_num_batched_tokens=3, max_model_len=64,
+        enable_prefix_caching=False, policy="priority",
+    )  # fmt: skip
+    first = engine.add([1], params(40), priority=0)
+    victim = engine.add([2] * 17, params(8), priority=2)
+    while not victim.first_token_s:
+        run_step(engine)
+    between = engine.add([3, 3], params(8), priority=1)
+    scheduler, gaps = engine.scheduler, engine.histograms.inter_token_s
+    while not scheduler.num_preemptions:
+        run_step(engine)
+    assert victim.take() is not None
+    now_s = 110.0
+    engine.abort(between)
+    while scheduler.num_preemptions < 2:  # admitted again, and preempted before its next token
+        run_step(engine)
+    assert victim.take() is None and scheduler.waiting[0].stream is victim
+    now_s = 125.0
+    engine.abort(first)
+    count, total = gaps.count, gaps.total
+    while victim.take() is None:
+        run_step(engine)
+    assert (gaps.count, gaps.total) == (count + 1, total + 25.0)
+
+
 def test_a_sequence_too_large_for_now_waits_for_room() -> None:
     engine = make_engine(num_blocks=8, max_num_batched_tokens=64)
     first = engine.add([1] * 12, params(8))
