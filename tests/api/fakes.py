@@ -197,6 +197,7 @@ class Server:
     def __init__(self, state: ServerState, engine: FakeEngine, sock: socket.socket) -> None:
         self.state = state
         self.engine = engine
+        self.listener = sock
         self.port: int = sock.getsockname()[1]
 
     @property

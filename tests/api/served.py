@@ -7,6 +7,7 @@ go-<port>), seconds to drain.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
@@ -28,6 +29,11 @@ FATAL_TOKEN = 81
 
 class Engine(FakeEngine):
     """Gives up soon after a prompt that begins with FATAL_TOKEN; "stuck": and never stops."""
+
+    def start(self) -> None:
+        super().start()
+        is_watched = any(item is self for item in gc.get_objects())
+        print(f"the collector looks at the engine: {is_watched}", flush=True)
 
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,

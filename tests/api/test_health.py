@@ -76,6 +76,14 @@ def test_the_watchdog_sees_a_blocked_loop(
     assert len(lines) == 1  # the second one waits for its turn
 
 
+def test_a_tenth_of_a_second_is_late_and_less_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    dog = LoopWatchdog()
+    dog.note(0.09, 1000.0)
+    assert dog.num_late == 0 and dog.max_lag_s == 0.09 and not caplog.records
+    dog.note(0.11, 1001.0)
+    assert dog.num_late == 1 and "by up to 110 ms (1 times)" in caplog.text
+
+
 def test_the_watchdog_forgets_and_logs_again(caplog: pytest.LogCaptureFixture) -> None:
     dog = LoopWatchdog()
     now = 1000.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
+from pyserve.api import app
 from pyserve.api.app import ROUTES, build_app
 from pyserve.api.state import Keys
 from tests.api.fakes import MODEL, Server, run_server
@@ -169,6 +171,36 @@ def test_no_spelling_of_a_path_gets_around_the_key(guarded: Server) -> None:
             status = guarded.request(method, spelling)[0]
             assert status in (400, 401), (method, spelling)
     assert guarded.engine.submitted == []
+
+
+def test_a_public_route_makes_no_other_verb_of_its_path_public(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "ROUTES", (*ROUTES, app.Route("POST", "/docs", app.version)))
+    with run_server(tokenizer_folder, api_keys=("secret",)) as server:
+        assert server.request("GET", "/docs")[0] == 200
+        assert server.request("POST", "/docs")[0] == 401
+        right = {"Authorization": "Bearer secret"}
+        assert server.request("POST", "/docs", headers=right)[0] == 200
+
+
+def test_the_whole_of_a_key_is_compared(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the digests of two keys differ in their last byte alone."""
+
+    class Digest:
+        def __init__(self, data: bytes) -> None:
+            self.data = data
+
+        def digest(self) -> bytes:
+            return bytes(31) + self.data[-1:]
+
+    monkeypatch.setattr(hashlib, "sha256", Digest)
+    with run_server(tokenizer_folder, api_keys=("secret",)) as server:
+        for key, status in (("secret", 200), ("secreu", 401), ("secre", 401), ("secrets", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert server.request("GET", "/version", headers=headers)[0] == status, key
 
 
 def test_no_spelling_reads_another_file(guarded: Server) -> None:

@@ -102,6 +102,8 @@ def test_phases_ready_and_a_clean_end(tokenizer_folder: Path) -> None:
             assert phase in process.log
         line = f"pyserve is ready on http://127.0.0.1:{process.port} (model tiny, "
         assert process.log.count(line) == 1
+        # What lives as long as the server costs no pause while it serves.
+        assert "the collector looks at the engine: False" in process.log
         assert "Traceback" not in process.log
 
 
