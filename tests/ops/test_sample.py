@@ -37,18 +37,20 @@ def tables_of(updates: list[SlotUpdate], vocab_size: int) -> Tables:
 
 
 def sample(logits: Tensor, update: SlotUpdate, num_draws: int = 1) -> list[int]:
-    """Tokens drawn for one row of logits at `num_draws` successive positions."""
+    """Tokens drawn for one row of logits at `num_draws` successive positions, by op and twin."""
     tables = tables_of([update], logits.shape[-1])
+    twin = tables.clone()
+    slot = torch.tensor([update.slot], dtype=torch.int32)
     drawn = []
     for _ in range(num_draws):
-        sampled = ops.sample(
-            logits.view(1, -1),
-            torch.tensor([update.slot], dtype=torch.int32),
-            tables.slots,
-            tables.token_counts,
-        )
+        row = logits.view(1, -1)
+        sampled = ops.sample(row, slot, tables.slots, tables.token_counts)
+        expected = torch.empty_like(sampled)
+        reference.sample(row, slot, twin.slots, twin.token_counts, None, expected)
+        assert torch.equal(sampled, expected)
         drawn.append(int(sampled))
-        tables.slots[update.slot, layout.SLOT_NUM_COMPUTED] += 1
+        for state in (tables, twin):
+            state.slots[update.slot, layout.SLOT_NUM_COMPUTED] += 1
     return drawn
 
 
@@ -226,6 +228,12 @@ def test_top_p_keeps_the_smallest_set() -> None:
     for top_p, kept in ((0.39, {1}), (0.41, {1, 3}), (0.66, {1, 3, 4}), (0.86, {0, 1, 3, 4})):
         update = SlotUpdate(slot=0, temperature=1.0, top_p=top_p)
         assert support(probabilities.log(), update) == kept
+
+
+def test_top_p_ends_where_the_mass_is_reached_exactly() -> None:
+    for top_p, num_kept in ((0.25, 1), (0.5, 2), (0.75, 3)):
+        update = SlotUpdate(slot=0, temperature=1.0, top_p=top_p)
+        assert support(torch.zeros(4), update) == set(range(num_kept))
 
 
 def test_min_p() -> None:
