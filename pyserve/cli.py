@@ -96,6 +96,7 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
         request_timeout_s=args.request_timeout,
         shutdown_timeout_s=args.shutdown_timeout,
         trust_request_chat_template=args.trust_request_chat_template,
+        share_prefix_cache=args.share_prefix_cache,
         log_requests=args.enable_log_requests,
         log_stats=not args.disable_log_stats,
     )

@@ -91,6 +91,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_s: float = 3600.0  # 0: none
     log_requests: bool = False  # parameters and token counts of each request, never texts
     trust_request_chat_template: bool = False
+    share_prefix_cache: bool = False  # among several api_keys
 
     def __post_init__(self) -> None:
         _require("--port", self.port, 0, 65535)

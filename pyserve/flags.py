@@ -307,6 +307,10 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
         help="clients must send one of them [VLLM_API_KEY]",
     )  # fmt: skip
     add(
+        "--share-prefix-cache", action=argparse.BooleanOptionalAction, default=False,
+        help="of several keys: one cache of prompts for all [each its own]",
+    )  # fmt: skip
+    add(
         "--served-model-name", nargs="+", metavar="NAME",
         help="what clients may call the model [what --model says]",
     )  # fmt: skip

@@ -14,6 +14,7 @@ from pyserve import __version__
 from pyserve.api import stream
 from pyserve.api.body import ignored_header
 from pyserve.api.generate import Generation
+from pyserve.api.keys import USER
 from pyserve.api.prompts import check_total
 from pyserve.api.protocol import (
     MAX_ECHO_CHARS,
@@ -117,7 +118,8 @@ async def answer(
     reason = "abort"
     deadline = _Deadline(request, generation, state.config.request_timeout_s)
     try:
-        _submit(generation, loaded, endpoint, body, prompts, echoes)
+        salt = state.keys.cache_salt(request[USER], _name("cache_salt", body.cache_salt) or "")
+        _submit(generation, loaded, endpoint, body, prompts, echoes, cache_salt=salt)
         headers = {**ignored_header(ignored), **_clamped_header(body, generation)}
         state.request_log.arrived(request, generation)
         if body.stream:
@@ -159,6 +161,8 @@ def _submit(
     body: ChatRequest | CompletionRequest,
     prompts: list[list[int]],
     echoes: list[str],
+    *,
+    cache_salt: str,
 ) -> None:
     engine = loaded.engine
     resolver = Resolver(body, engine.info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
@@ -175,7 +179,6 @@ def _submit(
             f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
             "priority",
         )
-    cache_salt = _name("cache_salt", body.cache_salt) or ""
     limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
     check_total(sum(map(len, prompts)), n=resolver.n, param=endpoint.prompt_name)
     num_chars = sum(map(len, echoes)) * resolver.n

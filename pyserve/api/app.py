@@ -21,9 +21,10 @@ from pyserve.api.completions import completions
 from pyserve.api.cors import add_cors
 from pyserve.api.errors import error_response, log_unexpected
 from pyserve.api.health import health, health_live
+from pyserve.api.keys import USER
 from pyserve.api.models import list_models, retrieve_model
 from pyserve.api.openapi import DOCUMENT, Document, openapi
-from pyserve.api.state import STATE, Keys, ServerState
+from pyserve.api.state import STATE, ServerState
 from pyserve.api.tokens import detokenize, tokenize
 from pyserve.api.unknown_paths import UnknownPaths
 from pyserve.errors import RequestError, UnauthorizedError
@@ -127,7 +128,6 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def _middleware(state: ServerState) -> Middleware:
-    keys = Keys(state.config.api_keys)
     unknown_paths = UnknownPaths(
         [(route.method, route.path) for route in ROUTES if "{" not in route.path],
         root_path=state.config.root_path,
@@ -140,8 +140,11 @@ def _middleware(state: ServerState) -> Middleware:
         target = request.match_info.handler
         state.request_log.begin()
         try:
-            if target not in public and not keys.accept(request):
-                raise UnauthorizedError("the API key is missing or wrong")
+            if target not in public:
+                user = state.keys.user(request)
+                if user is None:
+                    raise UnauthorizedError("the API key is missing or wrong")
+                request[USER] = user
             if target not in using_model:
                 return await handler(request)
             state.enter()

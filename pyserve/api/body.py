@@ -13,6 +13,7 @@ from aiohttp import web
 
 from pyserve import __version__
 from pyserve.api import whole_numbers
+from pyserve.api.cors import is_foreign_page
 from pyserve.api.protocol import (
     HARMLESS,
     MAX_MESSAGES,
@@ -62,9 +63,7 @@ class Wire(Generic[T]):
         Raises RequestError: not JSON, a wrong type, too large, a field that is not built.
         """
         max_bytes = state.config.max_body_bytes
-        content_type = request.headers.get("Content-Type", "application/json")
-        if content_type.partition(";")[0].strip().lower() != "application/json":
-            raise InvalidRequestError("the Content-Type must be application/json")
+        _check_content_type(request)
         if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             raise InvalidRequestError("a compressed body is not supported")
         if (request.content_length or 0) > max_bytes:
@@ -144,6 +143,18 @@ class _Names:
     def add(self, name: str) -> None:
         if not self.is_full and name not in self.names:
             self.names.append(name)
+
+
+def _check_content_type(request: web.Request) -> None:
+    """JSON, or nothing said; a web page of another origin has to say it.
+
+    Without the header a browser sends a page's request unasked, where it would first ask this
+    server (cors.py) with it: any page could run prompts through its visitors' browsers.
+    """
+    default = "" if is_foreign_page(request) else "application/json"
+    content_type = request.headers.get("Content-Type", default)
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise InvalidRequestError("the Content-Type must be application/json")
 
 
 def check_built(name: str, value: object, path: str) -> None:

@@ -47,6 +47,14 @@ def add_cors(app: web.Application, config: ServerConfig) -> None:
     app.on_response_prepare.append(sign)
 
 
+def is_foreign_page(request: web.Request) -> bool:
+    """Whether a browser says that a page of another host than this server's asks."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None:
+        return False
+    return origin.partition("://")[2].lower() != request.headers.get(hdrs.HOST, "").lower()
+
+
 class _Policy:
     def __init__(self, config: ServerConfig) -> None:
         self._any_origin = "*" in config.allowed_origins

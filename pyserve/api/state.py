@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Literal, TypeVar
 
 from aiohttp import web
 
+from pyserve.api.keys import Keys
 from pyserve.api.request_log import RequestLog
 from pyserve.api.watchdog import LoopWatchdog
 from pyserve.client import EngineClient
@@ -137,6 +136,7 @@ class ServerState:
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
     request_log: RequestLog = field(init=False)
+    keys: Keys = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _text_threads: ThreadPoolExecutor = field(
@@ -145,6 +145,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.request_log = RequestLog(log_arrivals=self.config.log_requests)
+        self.keys = Keys(self.config.api_keys, is_shared=self.config.share_prefix_cache)
 
     @property
     def model_name(self) -> str:
@@ -213,30 +214,6 @@ class ServerState:
     def close(self) -> None:
         """Let go of the threads; what they still do is not waited for."""
         self._text_threads.shutdown(wait=False, cancel_futures=True)
-
-
-class Keys:
-    """The API keys, compared in constant time."""
-
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def accept(self, request: web.Request) -> bool:
-        """True where no key is needed, or the request carries one of them.
-
-        As a Bearer token, as OpenAI's clients send it, or in x-api-key, as Anthropic's do.
-        """
-        if not self._digests:
-            return True
-        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        by_bearer = self._is_known(bearer)
-        by_header = self._is_known(request.headers.get("x-api-key", ""))
-        return (scheme.lower() == "bearer" and by_bearer) or by_header
-
-    def _is_known(self, key: str) -> bool:
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches)
 
 
 STATE = web.AppKey("state", ServerState)

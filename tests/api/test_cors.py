@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +81,25 @@ def test_other_origins_get_no_permission(guarded: Server, origin: str) -> None:
         _, headers, _ = guarded.request(method, "/v1/models", headers={**extra, "Origin": origin})
         assert not [name for name in headers if name.startswith("Access-Control")]
         assert headers["Vary"] == "Origin"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1", ""])
+def test_a_page_of_another_origin_must_name_json_so_that_its_browser_asks_first(
+    guarded: Server, origin: str
+) -> None:
+    def post(**headers: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=20)
+        try:
+            body = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 1})
+            headers["Authorization"] = "Bearer k"
+            connection.request("POST", "/v1/completions", body, headers)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    assert post(Origin=origin) == 400
+    assert post(**{"Origin": origin, "Content-Type": "text/plain"}) == 400
+    assert post(**{"Origin": origin, "Content-Type": "application/json"}) == 200
+    # Who is no page, or one of ours, need not.
+    assert post() == 200
+    assert post(Origin=f"http://127.0.0.1:{guarded.port}") == 200

@@ -16,7 +16,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from pyserve.api import app
 from pyserve.api.app import ROUTES, build_app
-from pyserve.api.state import Keys
+from pyserve.api.keys import Keys
 from tests.api.fakes import MODEL, Server, run_server
 
 CHAT = "/v1/chat/completions"
@@ -150,7 +150,7 @@ def test_the_same_for_a_key_s_length_and_place(monkeypatch: pytest.MonkeyPatch) 
     for headers in (*WRONG_HEADERS, *RIGHT_HEADERS):
         num_compared.clear()
         sent = {name: value.strip() for name, value in headers.items()}
-        keys.accept(make_mocked_request("GET", "/", headers=sent))
+        keys.user(make_mocked_request("GET", "/", headers=sent))
         assert num_compared == [32] * 4, headers
 
 

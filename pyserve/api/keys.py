@@ -1,0 +1,55 @@
+"""API keys: who asks. Each key is a user of its own, named by its place among --api-key."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from aiohttp import web
+
+USER = web.RequestKey("user", str)  # of a request that was let in
+
+
+class Keys:
+    """The API keys, compared in constant time.
+
+    is_shared   users get the prefix cache of each other's prompts.
+    """
+
+    def __init__(self, keys: tuple[str, ...], *, is_shared: bool = False) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._is_shared = is_shared
+
+    def user(self, request: web.Request) -> str | None:
+        """Who asks: "1" for the first key, "" where no key is needed, None: nobody known.
+
+        The key comes as a Bearer token, as OpenAI's clients send it, or in x-api-key, as
+        Anthropic's do.
+        """
+        if not self._digests:
+            return ""
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        by_bearer = self._place(bearer)
+        by_header = self._place(request.headers.get("x-api-key", ""))
+        if scheme.lower() == "bearer" and by_bearer is not None:
+            return by_bearer
+        return by_header
+
+    def cache_salt(self, user: str, asked: str) -> str:
+        """What keeps `user`'s prompts apart in the prefix cache, with the salt asked for.
+
+        A prompt that is found there is answered sooner, and `cached_tokens` tells how much of it
+        was: whoever shares the cache can find out what the others have asked.
+        """
+        if len(self._digests) < 2 or self._is_shared:
+            return asked
+        return f"{user}\0{asked}"
+
+    def _place(self, key: str) -> str | None:
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        places = [
+            str(place)
+            for place, known in enumerate(self._digests, 1)
+            if hmac.compare_digest(digest, known)
+        ]
+        return places[0] if places else None
