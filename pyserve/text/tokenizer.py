@@ -17,19 +17,25 @@ from typing import Any
 
 import msgspec
 import tokenizers
-from tokenizers import processors
+from tokenizers import decoders, models
 
 from pyserve.errors import CheckpointError, InvalidRequestError
 from pyserve.params import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY, MIN_TOP_P
 from pyserve.text.decoding import TokenDecoder, parse_layout
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.guard import ChatPrompt
+from pyserve.text.tokenizer_class import class_of, set_surroundings, warn_of_flags
+from pyserve.text.tokenizer_files import (
+    TokenizerFiles,
+    add_tokens,
+    extra_tokens,
+    make_special,
+    named_tokens,
+    read_json_object,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 
-_NAMED_TOKENS = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]").search
 
 
@@ -47,16 +53,19 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, folder: Path, config: Mapping[str, Any]
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        special_tokens: Mapping[str, str],
     ) -> None:
         self.folder = folder
         self.config = config
+        self.special_tokens = special_tokens
         self._backend = backend
         backend.no_truncation()  # both are leftovers of training in some folders
         backend.no_padding()
-        self.special_tokens = _named_tokens(config)
-        _mark_special(backend, [*self.special_tokens.values(), *_extra_tokens(config)])
-        _apply_bos_eos_flags(backend, config, self.special_tokens)
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.control_tokens = frozenset(token.content for token in added.values() if token.special)
@@ -76,13 +85,33 @@ class Tokenizer:
     def from_folder(cls, folder: Path, *, backend: tokenizers.Tokenizer | None = None) -> Tokenizer:
         """Read tokenizer.json and its companions; `backend` (convert.py) replaces tokenizer.json.
 
-        Raises CheckpointError naming the file that is missing or wrong.
+        Raises CheckpointError naming the file that is missing or wrong, or two that disagree.
         """
+        files = TokenizerFiles.read(folder)
+        is_converted = backend is not None
         if backend is None:
-            backend = _read_backend(folder / TOKENIZER_FILE)
-        config = read_json_object(folder / "tokenizer_config.json") or {}
-        legacy = read_json_object(folder / "special_tokens_map.json") or {}  # older folders
-        return cls(backend, folder=folder, config=legacy | config)
+            backend, is_byte_level = _read_backend(folder / TOKENIZER_FILE)
+        else:
+            is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        found = None
+        if isinstance(backend.model, models.BPE):
+            found = class_of(files.config, files.model_config, is_byte_level=is_byte_level)
+        if found is not None and not is_converted:
+            found.rebuild(backend, files.config)
+        named = named_tokens(files.config, found.defaults if found else {})
+        add_tokens(
+            backend, files, named,
+            source="the converted vocabulary" if is_converted else TOKENIZER_FILE,
+        )  # fmt: skip
+        names = {name: str(token) for name, token in named.items()}
+        if found is not None and found.marks_special:
+            make_special(backend, [*names.values(), *map(str, extra_tokens(files.config))])
+        if found is not None and found.adds_bos and not is_converted:
+            set_surroundings(backend, bos=names.get("bos_token"))
+        elif not is_converted:
+            warn_of_flags(backend, files.config, names)
+        backend.encode_special_tokens = files.config.get("split_special_tokens") is True
+        return cls(backend, folder=folder, config=files.config, special_tokens=names)
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Token ids of a text. Special tokens in it are parsed.
@@ -212,22 +241,19 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file of the model; None where there is no file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
+class _TokenInFile(msgspec.Struct):
+    id: int
+    content: str
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+class _TokenizerJson(msgspec.Struct):
+    """What is asked of tokenizer.json beside the library; all else in it is passed over."""
+
+    added_tokens: list[_TokenInFile] = []
+
+
+def _read_backend(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer in tokenizer.json, and whether the file speaks of the byte-level alphabet."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -237,49 +263,21 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        backend = tokenizers.Tokenizer.from_str(text)
+        listed = msgspec.json.decode(text, type=_TokenizerJson).added_tokens
     except Exception as error:  # the library raises nothing more special
         raise CheckpointError(
             f"{path}: tokenizers {tokenizers.__version__} cannot read it ({error}); "
             "the file is damaged or needs a newer version of tokenizers"
         ) from error
-
-
-def _token_text(value: object) -> str:
-    """A special token in a config file: its string, or {"content": its string, ...}."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    names: dict[str, object] = {name: config.get(name) for name in _NAMED_TOKENS}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):  # names that the model's own template uses
-        names |= extra
-    return {name: text for name, value in names.items() if (text := _token_text(value))}
-
-
-def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
-    lists = (config.get("additional_special_tokens"), config.get("extra_special_tokens"))
-    values = [value for list_ in lists if isinstance(list_, list) for value in list_]
-    return [text for value in values if (text := _token_text(value))]
-
-
-def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
-    """Make tokens that the config calls special so, where tokenizer.json does not say it.
-
-    A token without an id gets none: it would lie beyond the model's embedding.
-    """
-    special = {token.content for token in backend.get_added_tokens_decoder().values()
-               if token.special}  # fmt: skip
-    missing = [
-        tokenizers.AddedToken(token, special=True, normalized=False)
-        for token in dict.fromkeys(tokens)
-        if token not in special and backend.token_to_id(token) is not None
-    ]
-    if missing:
-        backend.add_special_tokens(missing)
+    for token in listed:  # the library gives a token the next free id, whatever the file says
+        given = backend.token_to_id(token.content)
+        if token.content and given != token.id:
+            raise CheckpointError(
+                f"{path}: the added token {token.content!r} has the id {token.id}, but its place "
+                f"in the vocabulary is {given}; the ids before it have no tokens"
+            )
+    return backend, '"ByteLevel"' in text
 
 
 def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
@@ -287,34 +285,12 @@ def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
 
     These are the byte-level alphabet: each is a byte that other texts need, whoever added it.
     """
-    vocab = backend.get_vocab(with_added_tokens=False)
+    id_of = backend.model.token_to_id
     added = backend.get_added_tokens_decoder()
     return frozenset(
         id_ for id_, token in added.items()
-        if len(token.content) > 1 or vocab.get(token.content) != id_
+        if len(token.content) > 1 or id_of(token.content) != id_
     )  # fmt: skip
-
-
-def _apply_bos_eos_flags(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, str]
-) -> None:
-    """Explicit add_bos_token / add_eos_token win over tokenizer.json, as in transformers.
-
-    DeepSeek's folders say add_bos_token and have a tokenizer.json that adds none.
-    """
-    if not any(isinstance(config.get(f"add_{end}_token"), bool) for end in ("bos", "eos")):
-        return
-    added = {}
-    for end in ("bos", "eos"):
-        token = tokens.get(f"{end}_token", "")
-        token_id = backend.token_to_id(token)
-        if config.get(f"add_{end}_token") is True and token_id is not None:
-            added[end] = (token, token_id)
-    single = [added["bos"][0]] if "bos" in added else []
-    single += ["$A", *([added["eos"][0]] if "eos" in added else [])]
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=[*single, "$B:1"], special_tokens=list(added.values())
-    )
 
 
 def _eos_ids(path: Path, value: object) -> tuple[int, ...]:

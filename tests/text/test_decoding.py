@@ -113,7 +113,7 @@ def test_a_byte_that_was_added_stays_a_byte(tmp_path: Path) -> None:
         backend = samples.byte_level()
         if not in_vocabulary:
             model = json.loads(backend.to_str())["model"]
-            del model["vocab"]["é"]
+            model["vocab"]["<gone>"] = model["vocab"].pop("é")
             merges = [tuple(pair) for pair in model["merges"] if "é" not in "".join(pair)]
             backend.model = tokenizers.models.BPE(model["vocab"], merges)
         backend.add_tokens(["é"])

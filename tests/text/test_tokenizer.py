@@ -72,34 +72,6 @@ def test_config_names_special_tokens_that_tokenizer_json_does_not(tmp_path: Path
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
 
 
-@pytest.mark.parametrize(
-    ("flags", "start", "end"),
-    [
-        ({}, [1], []),
-        ({"add_bos_token": False}, [], []),
-        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
-        ({"add_eos_token": True}, [], [2]),
-        ({"add_bos_token": None}, [1], []),
-        ({"add_bos_token": True, "bos_token": "[none]"}, [], []),
-    ],
-)
-def test_explicit_bos_and_eos_flags_win(
-    tmp_path: Path, flags: dict[str, object], start: list[int], end: list[int]
-) -> None:
-    samples.save(samples.sentencepiece(), tmp_path, **flags)
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    plain = tokenizer.encode("the fox", add_special_tokens=False)
-    assert tokenizer.encode("the fox", add_special_tokens=True) == start + plain + end
-
-
-def test_older_folders_name_tokens_in_another_file(tmp_path: Path) -> None:
-    samples.save(samples.byte_level(), tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert Tokenizer.from_folder(tmp_path).eos_token_id is None
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
-    assert Tokenizer.from_folder(tmp_path).eos_token_id == 2
-
-
 def test_truncation_and_padding_left_by_training_are_off(tmp_path: Path) -> None:
     backend = samples.byte_level()
     backend.enable_truncation(max_length=4)

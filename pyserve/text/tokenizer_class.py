@@ -1,0 +1,181 @@
+"""The tokenizer class that transformers 5 loads a folder with, and what that class changes.
+
+Most folders are read as their tokenizer.json is. But some classes take only vocabulary, merges and
+post-processor from it and build the rest themselves, from fields of tokenizer_config.json: `legacy`
+and `add_prefix_space` count there, and the names of special tokens have defaults. `add_bos_token`
+and `add_eos_token` count only in a folder that has no tokenizer.json.
+
+Source: AutoTokenizer and the tokenization modules of transformers 5.24, which the tests compare
+with. Where such a class does not fit the kind of tokenizer.json's vocabulary, the file counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
+
+from pyserve import log
+
+Config = Mapping[str, Any]
+
+# Model types for which the class that a folder declares does not count.
+_READ_AS_IT_IS = ("mistral", "mixtral", "phi3")
+_ALWAYS_QWEN = ("qwen2",)
+_QWEN_UNLESS_DECLARED = ("qwen3",)
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerClass:
+    """A class of transformers that builds its tokenizer itself.
+
+    rebuild          replaces the parts of a tokenizer that the class does not take from a file.
+    is_byte_level    the kind of vocabulary that it fits.
+    defaults         special tokens that it names where the config does not.
+    adds_bos         whether it adds BOS, whatever the file says; None: as the file says.
+    marks_special    makes all named and listed special tokens special ones.
+    """
+
+    rebuild: Callable[[tokenizers.Tokenizer, Config], None]
+    is_byte_level: bool
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    adds_bos: bool | None = None
+    marks_special: bool = False
+
+
+def class_of(config: Config, model_config: Config, *, is_byte_level: bool) -> TokenizerClass | None:
+    """The class of a folder, by tokenizer_config.json and config.json; None: read as it is.
+
+    is_byte_level  tokenizer.json, or what stands for it, has the byte-level alphabet.
+    """
+    declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
+    name = declared.removesuffix("Fast") if isinstance(declared, str) else None
+    model_type = model_config.get("model_type")
+    if model_type in _READ_AS_IT_IS:
+        return None
+    if model_type in _ALWAYS_QWEN or (name is None and model_type in _QWEN_UNLESS_DECLARED):
+        name = "Qwen2Tokenizer"
+    found = _CLASSES.get(name or "")
+    return found if found is not None and found.is_byte_level == is_byte_level else None
+
+
+def is_legacy(config: Config, model_config: Config) -> bool:
+    """Whether text behind a special token starts with a space, as the text's start does."""
+    default = class_of(config, model_config, is_byte_level=False) is None
+    return bool(config.get("legacy", default))
+
+
+def set_surroundings(
+    backend: tokenizers.Tokenizer, *, bos: str | None = None, eos: str | None = None
+) -> None:
+    """Put these tokens around each text; None, or a token without an id: nothing."""
+    ids = {token: backend.token_to_id(token) for token in (bos, eos) if token}
+    before, behind = ([token] if ids.get(token or "") is not None else [] for token in (bos, eos))
+    single = [*before, "$A", *behind]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single,
+        pair=[*single, "$B:1"],
+        special_tokens=[(token, id_) for token, id_ in ids.items() if id_ is not None],
+    )
+
+
+def warn_of_flags(backend: tokenizers.Tokenizer, config: Config, names: Mapping[str, str]) -> None:
+    """One line for each flag of tokenizer_config.json that tokenizer.json contradicts."""
+    around = backend.encode("", add_special_tokens=True).ids
+    for end in ("bos", "eos"):
+        flag, token = config.get(f"add_{end}_token"), names.get(f"{end}_token", "")
+        is_added = backend.token_to_id(token) in around
+        if isinstance(flag, bool) and flag != is_added:
+            log.get_logger().warning(
+                "tokenizer_config.json says add_%s_token: %s, and tokenizer.json %s %s; "
+                "tokenizer.json counts, as in transformers 5",
+                end, json.dumps(flag), "adds" if is_added else "does not add", token or "one",
+            )  # fmt: skip
+
+
+def _as_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
+    has_prefix = config.get("add_prefix_space") in (None, True)
+    scheme = "never" if not has_prefix else "always" if config.get("legacy") else "first"
+    _set_words(backend, scheme, strips=has_prefix, unk_token=None)
+
+
+def _as_code_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
+    has_prefix = config.get("add_prefix_space") in (None, True)
+    unk_token = str(config.get("unk_token") or "<unk>")
+    _set_words(backend, "first" if has_prefix else "never", strips=True, unk_token=unk_token)
+
+
+def _set_words(
+    backend: tokenizers.Tokenizer, scheme: str, *, strips: bool, unk_token: str | None
+) -> None:
+    """Words of a SentencePiece vocabulary: "▁" for spaces, bytes for unknown characters."""
+    _set_model(backend, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strips else [])])
+
+
+def _as_qwen(backend: tokenizers.Tokenizer, config: Config) -> None:
+    _set_model(backend, unk_token=None, fuse_unk=False, byte_fallback=False)
+    backend.normalizer = normalizers.NFC()
+    has_prefix = bool(config.get("add_prefix_space"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=has_prefix, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+
+
+def _as_gpt2(backend: tokenizers.Tokenizer, config: Config) -> None:
+    _set_model(backend, unk_token=None, fuse_unk=False, byte_fallback=False)
+    backend.normalizer = None
+    has_prefix = bool(config.get("add_prefix_space"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix)
+    backend.decoder = decoders.ByteLevel()
+
+
+def _set_model(
+    backend: tokenizers.Tokenizer, *, unk_token: str | None, fuse_unk: bool, byte_fallback: bool
+) -> None:
+    model = backend.model
+    model.dropout = None
+    model.unk_token = unk_token
+    model.fuse_unk = fuse_unk
+    model.byte_fallback = byte_fallback
+    model.ignore_merges = False
+
+
+_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_CODE_NAMES = {
+    "prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>",
+    "eot_token": "▁<EOT>", "fill_token": "<FILL_ME>",
+}  # fmt: skip
+_END_OF_TEXT = "<|endoftext|>"
+
+_CLASSES = {
+    "LlamaTokenizer": TokenizerClass(_as_llama, False, _LLAMA_NAMES),
+    "CodeLlamaTokenizer": TokenizerClass(
+        _as_code_llama, False, _LLAMA_NAMES | _CODE_NAMES, adds_bos=True
+    ),
+    "Qwen2Tokenizer": TokenizerClass(
+        _as_qwen,
+        True,
+        dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT),
+        marks_special=True,
+    ),
+    "GPT2Tokenizer": TokenizerClass(
+        _as_gpt2, True, dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
+    ),
+}
