@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TextIO
 
 MAX_WAITING_LINES = 2_000
@@ -152,8 +153,9 @@ def _write(stream: TextIO, text: str) -> None:
     """All of it, however long the reader takes; nothing where it has gone."""
     try:
         number = stream.fileno()
-    except (OSError, ValueError):  # a stream without a file, as tests have
-        stream.write(text)
+    except (OSError, ValueError):  # a stream without a file, as tests have, or a closed one
+        with suppress(ValueError):
+            stream.write(text)
         return
     # Not through the stream's buffer: its lock, held by this thread while it waits, would end the
     # interpreter's shutdown with an error.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -110,6 +112,18 @@ def test_a_reader_that_stops_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(numbers) + left_out == 10_000
     # Some are being written, some wait.
     assert len(numbers) <= 2 * log.MAX_WAITING_LINES
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_stream_that_was_closed_takes_the_lines_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    log.setup("info")
+    stream.close()
+    log.get_logger().info("nobody hears this")
+    log.flush()
+    threads = [thread for thread in threading.enumerate() if thread.name == "log"]
+    assert all(thread.is_alive() for thread in threads) and threads
 
 
 def test_an_ending_process_waits_for_its_lines_but_not_for_ever() -> None:
