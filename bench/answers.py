@@ -39,8 +39,11 @@ class Answer:
     def closes(self) -> bool:
         return self.headers.get("connection", "").lower() == "close"
 
-    def problem(self) -> str | None:
-        """What an innocent client could not make sense of; None: nothing."""
+    def problem(self, request: bytes = b"") -> str | None:
+        """What an innocent client could not make sense of; None: nothing.
+
+        request  what is answered: an error may repeat a path of the client's own.
+        """
         if self.status >= 500 and self.status != 503:
             return f"status {self.status}"
         if "x-injected" in self.headers:
@@ -48,7 +51,7 @@ class Answer:
         if self.body is None or self.status in (204, 304):
             return None
         if self.status >= 400:
-            return self._error_problem()
+            return self._error_problem(request)
         kind = self.headers.get("content-type", "")
         try:
             if kind.startswith("application/json"):
@@ -59,7 +62,7 @@ class Answer:
             return f"a body that is no {kind}: {error}"
         return None
 
-    def _error_problem(self) -> str | None:
+    def _error_problem(self, request: bytes) -> str | None:
         assert self.body is not None
         try:
             error = _decode_error(self.body).error
@@ -69,7 +72,8 @@ class Answer:
             return f"code {error.code} in an answer of status {self.status}"
         if not error.message or not error.type:
             return "an error without a message or a type"
-        leak = next((leak for leak in _LEAKS if leak in self.body), None)
+        leaks = (leak for leak in _LEAKS if leak in self.body and leak not in request)
+        leak = next(leaks, None)
         return f"an error that shows our insides: {leak!r}" if leak else None
 
 

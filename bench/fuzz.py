@@ -178,7 +178,7 @@ async def run_case(endpoint: Endpoint, case: Case) -> tuple[list[Answer], str | 
 def _judge(case: Case, answers: list[Answer], rest: bytes, is_closed: bool) -> str | None:
     """What is wrong with the answers of a case; None: nothing."""
     for answer in answers:
-        problem = answer.problem()
+        problem = answer.problem(case.request)
         if problem is not None:
             return problem
     if case.num_answers == 0:

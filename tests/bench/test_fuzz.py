@@ -88,6 +88,13 @@ def test_what_is_wrong_is_named(reply: bytes, text: str) -> None:
     assert text in str(problem_of(reply, wanted=(400, 404)))
 
 
+def test_an_error_may_repeat_what_was_sent() -> None:
+    reply = answer(404, ERROR.replace(b"400", b"404").replace(b"no", b"no GET /pyserve/x"))
+    (whole,), _ = read_answers(reply, heads=0, at_end=True)
+    assert whole.problem(b"GET /pyserve/x HTTP/1.1\r\n\r\n") is None
+    assert "insides" in str(whole.problem(b"GET /x HTTP/1.1\r\n\r\n"))
+
+
 def test_a_pipeline_that_is_cut_off_must_be_announced() -> None:
     assert "unannounced" in str(problem_of(answer(400, ERROR) * 2, num_answers=3))
 
