@@ -97,7 +97,9 @@ class EngineError(RequestError):
 
 
 class ChatTemplateError(RequestError):
-    """500: the model's chat template takes too long or makes too much; no message is at fault.
+    """500: the model's chat template is broken, takes too long or makes too much.
+
+    No message is at fault, and all but chats can do without it.
 
     is_timeout  it has been given up for its time, and may do with more.
     """

@@ -100,7 +100,7 @@ async def read_conversation(
             ignored.append("reasoning_effort")
         if cut is None and body.truncation_side is not None:
             ignored.append("truncation_side")
-        if not template.shows_names and any(message.name for message in messages):
+        if any(message.name and not template.shows_name(message.role) for message in messages):
             ignored.append("messages.name")
         return Conversation(token_ids, _echo(messages[-1]), ignored)
 

@@ -30,7 +30,7 @@ from pyserve.params import (
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
 )
-from pyserve.text.chat_template import PART_TYPES
+from pyserve.text.chat_messages import PART_TYPES
 
 Schema = dict[str, Any]
 

@@ -1,35 +1,38 @@
 """Messages -> prompt, by the template that comes with the model.
 
-What clients send is brought into the form that the template expects (template_source.Traits), the
-template renders it in a sandbox, and what users wrote is kept apart from the template's control
-tokens (guard.py).
+What clients send is brought into the form that the template expects (template_probe.py finds out
+which), the template renders it in a sandbox, and what users wrote is kept apart from the template's
+control tokens (guard.py).
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import msgspec
+from jinja2.exceptions import TemplateRuntimeError
 
 from pyserve.errors import (
     ChatTemplateError,
     CheckpointError,
     ConfigError,
     InvalidRequestError,
-    NotBuiltError,
+    RequestError,
 )
+from pyserve.log import get_logger
+from pyserve.text.chat_messages import attempts, known_role
 from pyserve.text.guard import ChatPrompt, ControlGuard, unused_noncharacters
 from pyserve.text.template_limits import MAX_RENDER_S, Meter, TemplateLimitError, metering
-from pyserve.text.template_source import GLOBALS, TemplateRefusal, Traits, compile_template
+from pyserve.text.template_probe import Traits, probe
+from pyserve.text.template_source import GLOBALS, TemplateRefusal, compile_template
 from pyserve.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
-PART_TYPES = ("text", "refusal")  # of message content
 MAX_MESSAGE_CHARS = 1000  # of what a template says against a request
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -48,6 +51,7 @@ _OWN_NAMES = GLOBALS | {
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     template: jinja2.Template
+    variables: frozenset[str]
     traits: Traits
     source: str
 
@@ -59,7 +63,7 @@ class ChatTemplate:
     special_tokens  variables that templates use, such as bos_token.
     control_tokens  strings that only the template may write.
 
-    Raises CheckpointError on a syntax error, naming `origin`.
+    A template that cannot be used is in `faults`, name -> reason, and rendering raises that.
     """
 
     def __init__(
@@ -70,52 +74,76 @@ class ChatTemplate:
         control_tokens: frozenset[str] = frozenset(),
         origin: str = "chat template",
     ) -> None:
-        sources = {_DEFAULT: sources} if isinstance(sources, str) else sources
-        self._compiled = {
-            name: _Compiled(*compile_template(source, origin), source)
-            for name, source in sources.items()
-        }
-        if self._compiled and _DEFAULT not in self._compiled:
-            raise CheckpointError(
-                f"{origin}: no template is named default, only {', '.join(sorted(sources))}"
-            )
         self._special_tokens = dict(special_tokens)
         self._guard = ControlGuard(control_tokens)
+        self._compiled: dict[str, _Compiled] = {}
+        self.faults: dict[str, str] = {}
+        self._add({_DEFAULT: sources} if isinstance(sources, str) else sources, origin)
+
+    def _add(self, sources: Mapping[str, str], origin: str) -> None:
+        for name in sources.keys() & {_DEFAULT, _TOOL_USE}:
+            try:
+                self._compiled[name] = self._compile(sources[name], origin)
+            except CheckpointError as error:
+                self.faults[name] = str(error)
+        if sources and _DEFAULT not in sources:
+            names = ", ".join(sorted(sources))
+            self.faults[_DEFAULT] = f"{origin}: no template is named default, only {names}"
 
     @classmethod
     def load(cls, tokenizer: Tokenizer, *, override: str | None = None) -> ChatTemplate:
-        """The template of the tokenizer's folder, or `override`: a file's path or jinja source."""
-        if override is not None:
-            sources, origin = {_DEFAULT: read_override(override)}, "--chat-template"
-        else:
-            sources, origin = _read_sources(tokenizer.folder, tokenizer.config)
-        return cls(
-            sources,
-            special_tokens=tokenizer.special_tokens,
-            control_tokens=tokenizer.control_tokens,
-            origin=origin,
+        """The template of the tokenizer's folder, or `override`: a file's path or jinja source.
+
+        Raises ConfigError and CheckpointError on a fault of `override`; one of the model's is
+        logged, as all but chats can do without.
+        """
+        template = cls(
+            {}, special_tokens=tokenizer.special_tokens, control_tokens=tokenizer.control_tokens
         )
+        if override is not None:
+            return template.with_source(read_override(override), origin="--chat-template")
+        try:
+            template._add(*_read_sources(tokenizer.folder, tokenizer.config))
+        except CheckpointError as error:
+            template.faults[_DEFAULT] = str(error)
+        for fault in template.faults.values():
+            get_logger().warning(
+                "%s: %s: chats are refused; --chat-template gives another", tokenizer.folder, fault
+            )
+        return template
 
     def with_source(self, source: str, *, origin: str) -> ChatTemplate:
         """The same model with another template. Raises CheckpointError on a syntax error."""
         other = copy.copy(self)
-        other._compiled = {_DEFAULT: _Compiled(*compile_template(source, origin), source)}
+        other._compiled = {_DEFAULT: self._compile(source, origin)}
+        other.faults = {}
         return other
+
+    def _compile(self, source: str, origin: str) -> _Compiled:
+        template, variables = compile_template(source, origin)
+        return _Compiled(template, variables, probe(template, self._special_tokens), source)
 
     def unused(self, names: Iterable[str], *, has_tools: bool = False) -> list[str]:
         """Those of the names of `template_kwargs` that the template does not look at."""
-        if not self._compiled:
-            return []
-        known = self._choose(has_tools).traits.variables
+        known = self._choose(has_tools).variables
         return [name for name in names if name not in known]
 
-    @property
-    def shows_names(self) -> bool:
-        """Whether the template looks at the name of anything."""
-        return any(compiled.traits.shows_names for compiled in self._compiled.values())
+    def shows_name(self, role: str, *, has_tools: bool = False) -> bool:
+        """Whether the template shows the name of a message of this role."""
+        traits = self._choose(has_tools).traits
+        return known_role(role, traits) in traits.named_roles
 
     def _choose(self, has_tools: bool) -> _Compiled:
-        name = _TOOL_USE if has_tools and _TOOL_USE in self._compiled else _DEFAULT
+        """The template for a request; raises where there is none, or none that can be used."""
+        is_special = has_tools and (_TOOL_USE in self._compiled or _TOOL_USE in self.faults)
+        name = _TOOL_USE if is_special else _DEFAULT
+        if name in self.faults:
+            raise ChatTemplateError(
+                f"the model's chat template cannot be used: {self.faults[name]}; use "
+                "/v1/completions, or start the server with --chat-template"
+            )
+        if name not in self._compiled:
+            raise InvalidRequestError(_NO_TEMPLATE, "messages")
         return self._compiled[name]
 
     def render(
@@ -136,10 +164,9 @@ class ChatTemplate:
 
         Raises InvalidRequestError where a message has the wrong form or the template refuses,
         NotBuiltError on a content part that is not text, ChatTemplateError where the template
-        takes longer than `time_limit_s` or makes too much.
+        takes longer than `time_limit_s`, makes too much or cannot be used at all.
         """
-        if not self._compiled:
-            raise InvalidRequestError(_NO_TEMPLATE, "messages")
+        compiled = self._choose(bool(tools))
         if continue_final_message and add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt exclude each other",
@@ -150,24 +177,33 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"chat_template_kwargs must not hold {min(reserved)}", "chat_template_kwargs"
             )
-        compiled = self._choose(bool(tools))
-        if documents and "documents" not in compiled.traits.variables:
+        if documents and "documents" not in compiled.variables:
             raise InvalidRequestError("the chat template does not show documents", "documents")
+        began_s = time.monotonic()
+        refusal: InvalidRequestError | None = None
         try:
-            return self._render(
-                compiled,
-                {
-                    "messages": messages,
+            for prepared in attempts(messages, compiled.traits):
+                data = {
+                    "messages": prepared,
                     "tools": list(tools) if tools else None,
                     "documents": list(documents) if documents else None,
                     **kwargs,
-                },
-                add_generation_prompt=add_generation_prompt,
-                continues=continue_final_message,
-                time_limit_s=time_limit_s,
-            )
+                }
+                try:
+                    return self._render(
+                        compiled,
+                        data,
+                        add_generation_prompt=add_generation_prompt,
+                        continues=continue_final_message,
+                        time_limit_s=time_limit_s,
+                        began_s=began_s,
+                    )
+                except InvalidRequestError as error:
+                    refusal = refusal or error
         except RecursionError as error:
             raise InvalidRequestError("messages are nested too deeply", "messages") from error
+        assert refusal is not None  # there is always an attempt
+        raise refusal
 
     def _render(
         self,
@@ -177,19 +213,18 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continues: bool,
         time_limit_s: float,
+        began_s: float,
     ) -> ChatPrompt:
-        messages = _prepare_messages(data["messages"], compiled.traits)
-        data["messages"] = messages
         is_guarded = self._guard.concerns(data)
         marks = ""
         if is_guarded or continues:
             marks = unused_noncharacters(3, data, source=compiled.source)
         if continues:
-            _extend_final_text(messages, marks[2] + _WIDE_SPACE)
+            _extend_final_text(data["messages"], marks[2] + _WIDE_SPACE)
         if is_guarded:
             data = self._guard.mark(data, marks)
         try:
-            meter = Meter(time_limit_s, data=data)
+            meter = Meter(time_limit_s, data=data, began_s=began_s)
             with metering(meter):
                 text = compiled.template.render(
                     self._special_tokens | data, add_generation_prompt=add_generation_prompt
@@ -208,108 +243,9 @@ class ChatTemplate:
         return self._guard.settle(text, marks[:2]) if is_guarded else ChatPrompt(text)
 
 
-def _prepare_messages(messages: Sequence[Mapping[str, Any]], traits: Traits) -> list[Any]:
-    if not messages:
-        raise InvalidRequestError("messages must hold at least one message", "messages")
-    return [
-        _prepare_message(message, f"messages[{i}]", traits) for i, message in enumerate(messages)
-    ]
-
-
-def _prepare_message(message: Mapping[str, Any], name: str, traits: Traits) -> dict[str, Any]:
-    """One message in the form that the template expects. Fields that are null are left out."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequestError(f"{name} must be an object with a role", "messages")
-    prepared = {key: value for key, value in message.items() if value is not None}
-    if prepared["role"] == "developer" and not traits.knows_developer:
-        prepared["role"] = "system"
-    prepared["content"] = _prepare_content(message.get("content"), f"{name}.content", traits)
-    if not prepared.get("tool_calls"):
-        prepared.pop("tool_calls", None)  # templates ask whether it is defined
-    else:
-        prepared["tool_calls"] = _prepare_tool_calls(
-            prepared["tool_calls"], f"{name}.tool_calls", traits
-        )
-    reasoning = prepared.get("reasoning_content", prepared.get("reasoning"))
-    if reasoning is not None:  # clients use either name, and so do templates
-        prepared["reasoning_content"] = prepared["reasoning"] = reasoning
-    return prepared
-
-
-def _prepare_content(content: Any, name: str, traits: Traits) -> str | list[Any] | None:
-    """Text, or a list of text parts, or None where the template looks for it."""
-    if content is None:
-        return None if traits.tests_none else ""
-    if isinstance(content, str):
-        if traits.content_format == "openai" and not traits.tests_string:
-            return [{"type": "text", "text": content}]
-        return content
-    if not isinstance(content, list):
-        raise InvalidRequestError(f"{name} must be a string or a list of parts", name)
-    texts = [_part_text(part, f"{name}[{i}]") for i, part in enumerate(content)]
-    if traits.content_format == "openai":
-        return [{"type": "text", "text": text} for text in texts]
-    return "\n".join(texts)
-
-
-def _part_text(part: Any, name: str) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(kind, str):
-        raise InvalidRequestError(f"{name} must be a string or an object with a type", name)
-    if kind not in PART_TYPES:
-        raise NotBuiltError(
-            f"{name}.type: parts of type {kind[:40]} are not built yet, "
-            f"only {' and '.join(PART_TYPES)}",
-            f"{name}.type",
-        )
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise InvalidRequestError(f"{name}.{kind} must be a string", f"{name}.{kind}")
-    return text
-
-
-def _prepare_tool_calls(calls: Any, name: str, traits: Traits) -> list[Any]:
-    """Arguments come as JSON text; templates want the object, but for those that concatenate."""
-    if not isinstance(calls, list):
-        raise InvalidRequestError(f"{name} must be a list", "messages")
-    prepared = []
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping):
-            raise InvalidRequestError(f"{name}[{i}] must have a function", "messages")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _parse_arguments(arguments, f"{name}[{i}].function.arguments")
-        if arguments is not None and not isinstance(arguments, Mapping):
-            raise InvalidRequestError(
-                f"{name}[{i}].function.arguments must be a JSON object", "messages"
-            )
-        arguments = arguments or {}
-        if traits.arguments_as_text:
-            given = function.get("arguments")
-            arguments = given if given and isinstance(given, str) else _to_json(arguments)
-        prepared.append({**call, "function": {**function, "arguments": arguments}})
-    return prepared
-
-
-def _parse_arguments(text: str, name: str) -> Any:
-    if not text.strip():
-        return {}
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError) as error:
-        raise InvalidRequestError(f"{name} is not JSON: {error}", "messages") from error
-
-
-def _to_json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
 def _extend_final_text(messages: list[Any], mark: str) -> None:
     """Put a mark behind the text of the last message."""
-    content = messages[-1]["content"]
+    content = messages[-1].get("content")
     if isinstance(content, str):
         messages[-1]["content"] = content + mark
     elif content:
@@ -334,13 +270,15 @@ def _cut_at(text: str, mark: str) -> str:
     return before if after.startswith(_WIDE_SPACE) else before.rstrip()
 
 
-def _refusal(error: Exception) -> InvalidRequestError:
+def _refusal(error: Exception) -> RequestError:
     """The template's own words, or Python's about a value of the wrong kind; no more than that."""
+    words = str(error)[:MAX_MESSAGE_CHARS]
     if isinstance(error, TemplateRefusal):
-        return InvalidRequestError(str(error)[:MAX_MESSAGE_CHARS], "messages")
-    reason = ""
-    if isinstance(error, (jinja2.UndefinedError, TypeError)):
-        reason = f": {str(error)[:MAX_MESSAGE_CHARS]}"
+        return InvalidRequestError(words, "messages")
+    if type(error) is TemplateRuntimeError:  # of a filter or test that does not exist
+        return ChatTemplateError(f"the model's chat template cannot be rendered: {words}")
+    is_about_values = isinstance(error, (jinja2.UndefinedError, TypeError))
+    reason = f": {words}" if is_about_values else ""
     return InvalidRequestError(f"the chat template cannot render messages{reason}", "messages")
 
 
@@ -361,8 +299,8 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
         files = {_DEFAULT: path}
         extra = folder / "additional_chat_templates"
         files |= {file.stem: file for file in sorted(extra.glob("*.jinja"))}
-        return {name: _read_text(file) for name, file in files.items()}, str(path)
-    origin = f"{folder / 'tokenizer_config.json'}: chat_template"
+        return {name: _read_text(file) for name, file in files.items()}, TEMPLATE_FILE
+    origin = "tokenizer_config.json: chat_template"
     value = config.get("chat_template")
     if value is None:
         return {}, origin
@@ -380,5 +318,7 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: is not UTF-8") from error

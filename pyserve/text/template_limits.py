@@ -61,10 +61,19 @@ class TemplateLimitError(Exception):
 
 
 class Meter:
-    """What one rendering has cost so far; used by one thread."""
+    """What one rendering has cost so far; used by one thread.
 
-    def __init__(self, time_limit_s: float = MAX_RENDER_S, *, data: object = None) -> None:
-        self._deadline_s = time.monotonic() + time_limit_s
+    Its time runs from `began_s`, a time.monotonic(), or from now.
+    """
+
+    def __init__(
+        self,
+        time_limit_s: float = MAX_RENDER_S,
+        *,
+        data: object = None,
+        began_s: float | None = None,
+    ) -> None:
+        self._deadline_s = (time.monotonic() if began_s is None else began_s) + time_limit_s
         self._time_limit_s = time_limit_s
         self._unchecked = 0
         self._made = 0

@@ -1,4 +1,4 @@
-"""A chat template's source -> a compiled template in a sandbox, and what its syntax tree tells.
+"""A chat template's source -> a compiled template in a sandbox.
 
 A template comes with the model, so it is code of strangers: it runs in jinja2's immutable sandbox,
 with the filters and globals that Hugging Face's environment offers and nothing else, and reports
@@ -7,11 +7,9 @@ each of its steps to a Meter (template_limits.py), which stops it when it costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import meta, nodes, pass_context
@@ -29,43 +27,21 @@ from pyserve.text.template_limits import Meter, TemplateLimitError, active, mete
 
 MAX_SOURCE_CHARS = 2**20
 LOOKUP = 32  # against the clock
-MAX_RENAMES = 16  # of a message's content, one after another, that are followed
 MAX_DATE_FORMAT_CHARS = 1000
 GLOBALS = frozenset(
     {"range", "cycler", "joiner", "dict", "namespace", "raise_exception", "strftime_now"}
 )
-
-ContentFormat = Literal["string", "openai"]
 
 
 class TemplateRefusal(jinja2.TemplateError):
     """Raised by a template's own call of raise_exception; its message is for the client."""
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What a template expects of messages, read from its syntax tree.
+def compile_template(source: str, name: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """The template, and the names of the variables that it looks at.
 
-    content_format      "openai": it loops over the parts of a message's content.
-    tests_string        it also tests whether content is a string.
-    tests_none          it tests whether content is none.
-    arguments_as_text   it concatenates a tool call's arguments, so they must be a string.
-    knows_developer     it mentions the role developer.
-    shows_names         it looks at the name of a message, or of something else.
-    variables           names that it expects to be given.
+    `name` says in errors where the source is from. Raises CheckpointError on bad syntax.
     """
-
-    content_format: ContentFormat
-    tests_string: bool
-    tests_none: bool
-    arguments_as_text: bool
-    knows_developer: bool
-    shows_names: bool
-    variables: frozenset[str]
-
-
-def compile_template(source: str, name: str) -> tuple[jinja2.Template, Traits]:
-    """`name` says in errors where the source is from. Raises CheckpointError on bad syntax."""
     if len(source) > MAX_SOURCE_CHARS:
         raise CheckpointError(
             f"{name}: the chat template has {len(source)} characters, "
@@ -74,10 +50,10 @@ def compile_template(source: str, name: str) -> tuple[jinja2.Template, Traits]:
     environment = _environment()
     try:
         tree = environment.parse(source)
-        traits = _read_traits(tree, source)
+        variables = frozenset(meta.find_undeclared_variables(tree))
         tree = _Instrument().visit(tree)
         with metering(Meter()):  # jinja computes what is constant
-            return environment.from_string(tree.set_environment(environment)), traits
+            return environment.from_string(tree.set_environment(environment)), variables
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"{name}: not a valid chat template: {error.message} (line {error.lineno})"
@@ -238,80 +214,3 @@ def _strftime_now(format: str) -> str:
     if len(format) > MAX_DATE_FORMAT_CHARS:
         raise SecurityError("strftime_now: the format is too long")
     return datetime.now().strftime(format)
-
-
-def _read_traits(tree: nodes.Template, source: str) -> Traits:
-    is_content = _content_test(tree)
-    loops = any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
-    tests = [test.name for test in tree.find_all(nodes.Test) if is_content(test.node)]
-    compared_to_none = any(
-        is_content(compare.expr)
-        and any(isinstance(op.expr, nodes.Const) and op.expr.value is None for op in compare.ops)
-        for compare in tree.find_all(nodes.Compare)
-    )
-    operands: list[nodes.Expr] = []
-    for add in tree.find_all(nodes.Add):
-        operands += [add.left, add.right]
-    for concat in tree.find_all(nodes.Concat):
-        operands += concat.nodes
-    return Traits(
-        content_format="openai" if loops else "string",
-        tests_string="string" in tests,
-        tests_none="none" in tests or compared_to_none,
-        arguments_as_text=any(_accesses(operand, "arguments") for operand in operands),
-        knows_developer="developer" in source,
-        shows_names=any(
-            _accesses(node, "name") for node in tree.find_all((nodes.Getattr, nodes.Getitem))
-        ),
-        variables=frozenset(meta.find_undeclared_variables(tree)),
-    )
-
-
-def _content_test(tree: nodes.Template) -> Callable[[nodes.Node], bool]:
-    """A test for expressions that are a message's content, under whatever name it goes.
-
-    Names: variables it is assigned to, and parameters of macros it is passed for.
-    """
-    names: set[str] = set()
-
-    def is_content(node: nodes.Node) -> bool:
-        if isinstance(node, nodes.Filter) and node.node is not None:
-            return is_content(node.node)
-        if isinstance(node, nodes.CondExpr):
-            return is_content(node.expr1) or (node.expr2 is not None and is_content(node.expr2))
-        if isinstance(node, nodes.Or):
-            return is_content(node.left) or is_content(node.right)
-        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-            return is_content(node.node)
-        if isinstance(node, nodes.Name):
-            return node.name in names
-        return _accesses(node, "content")
-
-    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-    for _ in range(MAX_RENAMES):
-        found = {
-            assign.target.name
-            for assign in tree.find_all(nodes.Assign)
-            if isinstance(assign.target, nodes.Name) and is_content(assign.node)
-        }
-        for call in tree.find_all(nodes.Call):
-            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
-            if macro is not None:
-                passed = zip(macro.args, call.args, strict=False)
-                found |= {parameter.name for parameter, arg in passed if is_content(arg)}
-                found |= {item.key for item in call.kwargs if is_content(item.value)}
-        if found <= names:
-            break
-        names |= found
-    return is_content
-
-
-def _accesses(node: nodes.Node, name: str) -> bool:
-    """x.name or x['name']"""
-    if isinstance(node, nodes.Getattr):
-        return node.attr == name
-    return (
-        isinstance(node, nodes.Getitem)
-        and isinstance(node.arg, nodes.Const)
-        and node.arg.value == name
-    )

@@ -31,7 +31,7 @@ def server(server: Server) -> Iterator[Server]:
     server.state.loaded, server.state.config = loaded, config
 
 
-def use(server: Server, source: str) -> None:
+def use(server: Server, source: str | dict[str, str]) -> None:
     assert server.state.loaded is not None
     template = ChatTemplate(source, special_tokens={"eos_token": "<|im_end|>"})
     server.state.loaded = dataclasses.replace(server.state.loaded, chat_template=template)
@@ -212,6 +212,47 @@ def test_names_are_named_where_no_template_shows_them(server: Server) -> None:
     assert prompt(server, messages=messages) == (USER + OPEN, "messages.name")
     use(server, "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}")
     assert prompt(server, messages=messages) == ("joe: hi", "")
+    of_tools = "{% for t in tools or [] %}{{ t.name }}{% endfor %}{{ messages[0].content }}"
+    use(server, of_tools)
+    assert prompt(server, messages=messages) == ("hi", "messages.name")
+
+
+def test_parts_are_joined_for_a_template_that_wants_text(server: Server) -> None:
+    parts = [{"type": "text", "text": "be"}, {"type": "text", "text": "kind"}]
+    messages = [{"role": "system", "content": parts}, {"role": "user", "content": parts}]
+    text, _ = prompt(server, messages=messages)
+    assert (
+        text == "<|im_start|>system\nbe\nkind<|im_end|>\n" + USER.replace("hi", "be\nkind") + OPEN
+    )
+    use(
+        server,
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '!' }}{% else %}"
+        "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}",
+    )
+    assert prompt(server, messages=messages)[0] == "be\nkind!<be><kind>"
+    assert prompt(server)[0] == "<hi>"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"rag": "x", "other": "y"}, "no template is named default, only other, rag"),
+        ("{{ messages | xmlattr }}", "No filter named 'xmlattr'"),
+        ("{% if messages %}{{ messages | xmlattr }}{% endif %}", "No filter named 'xmlattr'"),
+        ("{% if %}", "not a valid chat template"),
+    ],
+)
+def test_a_broken_template_stops_chats_alone(
+    server: Server, source: str | dict[str, str], words: str
+) -> None:
+    use(server, source)
+    for path in (CHAT, TOKENIZE):
+        error = server.error(path, {"messages": MESSAGES}, status=500)
+        assert words in error["message"] and "chat template" in error["message"]
+    assert server.request("POST", "/v1/completions", {"prompt": "hi", "max_tokens": 1})[0] == 200
+    assert server.request("POST", TOKENIZE, {"prompt": "hi"})[0] == 200
+    trust(server)
+    assert prompt(server, chat_template="own {{ messages[0].content }}")[0] == "own hi"
 
 
 def test_a_template_of_the_request(server: Server) -> None:

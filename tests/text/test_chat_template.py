@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pyserve.errors import CheckpointError, ConfigError, InvalidRequestError, NotBuiltError
+from pyserve.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    NotBuiltError,
+)
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.tokenizer import Tokenizer
 from tests.text import samples
@@ -179,7 +186,7 @@ def test_tool_call_arguments() -> None:
         assert "<call>f {}<|im_end|>" in prompt(empty)
     joins = "{{ 'f ' + messages[1].tool_calls[0].function.arguments }}"
     assert prompt('{"a":  1}', joins) == 'f {"a":  1}'
-    assert prompt({"a": 1}, joins) == 'f {"a":1}'
+    assert prompt({"a": "é"}, joins) == 'f {"a": "é"}'  # as `tojson` writes it
     assert prompt(None, joins) == "f {}"
     for wrong, says in [("{", "is not JSON"), ("[1]", "must be a JSON object"), (7, "must be a"),
                         ("[" * 100_000, "messages")]:  # fmt: skip
@@ -191,14 +198,19 @@ def test_tool_call_arguments() -> None:
 def test_developer_is_system_where_the_template_does_not_know_it() -> None:
     message = [{"role": "developer", "content": "x"}]
     assert "<|im_start|>system\nx" in make(CHATML).render(message)
-    knows = "{{ messages[0].role }}{# developer #}"
-    assert make(knows).render(message) == "developer"
+    only_says_so = CHATML + "{# of the developer #}"
+    assert "<|im_start|>system\nx" in make(only_says_so).render(message)
+    knows = CHATML.replace(
+        "message['role']", "{'developer': 'dev'}.get(message.role, message.role)"
+    )
+    assert "<|im_start|>dev\nx" in make(knows).render(message)
 
 
-def test_reasoning_goes_by_both_names() -> None:
+def test_reasoning_goes_by_all_its_names() -> None:
     both = "{{ messages[0].reasoning }} {{ messages[0].reasoning_content }}"
-    for name in ("reasoning", "reasoning_content"):
-        assert make(both).render([{"role": "assistant", "content": "", name: "r"}]) == "r r"
+    both += " {{ messages[0].thinking }}"
+    for name in ("reasoning", "reasoning_content", "thinking"):
+        assert make(both).render([{"role": "assistant", "content": "", name: "r"}]) == "r r r"
 
 
 def test_continuing_the_final_message() -> None:
@@ -328,10 +340,109 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
         assert ChatTemplate.load(tokenizer, override=override).render(user("a")) == "text"
 
 
-@pytest.mark.parametrize(
-    "value", [7, [{"name": "default"}], ["x"], [{"name": "rag", "template": "x"}], {"a": "b"}]
-)
-def test_a_chat_template_of_the_wrong_form_is_named(tmp_path: Path, value: object) -> None:
+FAULTS: list[tuple[Any, str]] = [
+    (7, "must be text or a list of {name, template}"),
+    ([{"name": "default"}], "must be text or a list"),
+    (["x"], "must be text or a list"),
+    ({"a": "b"}, "must be text or a list"),
+    ([{"name": "rag", "template": "x"}], "no template is named default, only rag"),
+    ("{% if %}", r"not a valid chat template: .*\(line 1\)"),
+    ("{{ messages | xmlattr }}", "No filter named 'xmlattr'"),
+    ("x" * (2**20 + 1), "the limit is 1048576"),
+    ("{% if messages %}{{ messages | xmlattr }}{% endif %}", "No filter named 'xmlattr'"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), FAULTS, ids=range(len(FAULTS)))
+def test_a_template_with_a_fault_refuses_each_chat_and_says_why(
+    tmp_path: Path, value: object, words: str
+) -> None:
     samples.save(samples.byte_level(), tmp_path, chat_template=value)
-    with pytest.raises(CheckpointError, match="tokenizer_config.json: chat_template"):
+    template = ChatTemplate.load(Tokenizer.from_folder(tmp_path))
+    with pytest.raises(ChatTemplateError, match=words) as caught:
+        template.render(user("a"))
+    assert caught.value.status == 500 and str(tmp_path) not in caught.value.message
+
+
+def test_a_fault_is_logged_with_its_file_and_the_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples.save(samples.byte_level(), tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    for content, words in ((b"{% if %}", "not a valid"), (b"\xff", "is not UTF-8")):
+        path.write_bytes(content)
+        caplog.clear()
         ChatTemplate.load(Tokenizer.from_folder(tmp_path))
+        assert f"{tmp_path}: chat_template.jinja: {words}" in caplog.text
+        assert "--chat-template" in caplog.text
+
+
+def test_a_fault_stops_only_the_chats_that_need_that_template(tmp_path: Path) -> None:
+    def load(**templates: str) -> ChatTemplate:
+        value = [{"name": name, "template": text} for name, text in templates.items()]
+        samples.save(samples.byte_level(), tmp_path, chat_template=value)
+        return ChatTemplate.load(Tokenizer.from_folder(tmp_path))
+
+    template = load(default="plain", tool_use="{{ x | xmlattr }}", rag="{% if %}")
+    assert template.faults.keys() == {"tool_use"} and template.render(user("a")) == "plain"
+    with pytest.raises(ChatTemplateError, match="xmlattr"):
+        template.render(user("a"), TOOLS)
+    template = load(tool_use="tool")
+    assert template.render(user("a"), TOOLS) == "tool"
+    with pytest.raises(ChatTemplateError, match="no template is named default, only tool_use"):
+        template.render(user("a"))
+
+
+def test_another_form_is_tried_where_the_chosen_one_raises() -> None:
+    """With tools this template adds to the system's text, without it takes both forms."""
+    source = (
+        "{% if tools %}{{ messages[0].content + '!' }}{% else %}"
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text }};{% endfor %}{% endif %}{% endfor %}{% endif %}"
+    )
+    system = {"role": "system", "content": [{"type": "text", "text": "a"}, "b"]}
+    messages = [system, *user("c")]
+    assert make(source).render(messages) == "a;b;c"
+    assert make(source).render(messages, TOOLS) == "a\nb!"
+    refuses = "{{ raise_exception('no: ' ~ messages[0].content) }}"
+    with pytest.raises(InvalidRequestError, match="^no: a$"):
+        make(refuses).render(user("a"))
+
+
+def test_all_attempts_share_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "{% for i in range(1000) %}{{ i }}{% endfor %}{{ raise_exception('no') }}"
+    template = make(source)
+    now_s = 0.0
+
+    def clock() -> float:
+        nonlocal now_s
+        now_s += 0.01
+        return now_s
+
+    monkeypatch.setattr(time, "monotonic", clock)
+    with pytest.raises(InvalidRequestError, match="^no$"):
+        template.render(user("a"), time_limit_s=1000.0)
+    in_two_attempts_s = now_s
+    with pytest.raises(ChatTemplateError, match="takes longer"):
+        template.render(user("a"), time_limit_s=0.75 * in_two_attempts_s)
+
+
+def test_a_system_message_of_text_parts_is_joined_where_the_template_wants_text() -> None:
+    """As for vision models: parts from users, text from the system."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ '<' + m.content + '>' }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    system = {"role": "system", "content": [{"type": "text", "text": "be"}, "kind"]}
+    assert make(source).render([system, *user("a")]) == "<be\nkind>a"
+    assert make(source).render([system, *user(["a", "b"])]) == "<be\nkind>ab"
+
+
+def test_whose_names_the_template_shows() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}"
+        "{% if m.role == 'user' %}{{ m.name }}{% endif %}{% endfor %}"
+    )
+    assert make(source).shows_name("user") and not make(source).shows_name("assistant")
+    of_tools = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    assert not make(CHATML + of_tools).shows_name("user")

@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pyserve.errors import ChatTemplateError, InvalidRequestError
+from pyserve.text import template_probe
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.template_limits import MAX_CHARS, Meter, TemplateLimitError
 from pyserve.text.tokenizer import Tokenizer
@@ -127,6 +128,12 @@ LARGE = [
     "{% call f() %}y{% endcall %}",
     "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of an endless template would take their whole time in each test."""
+    monkeypatch.setattr(template_probe, "MAX_PROBE_S", 0.1)
 
 
 def short(source: str) -> str:

@@ -7,16 +7,12 @@ import pytest
 
 from pyserve.errors import CheckpointError
 from pyserve.text.template_limits import Meter, metering
-from pyserve.text.template_source import TemplateRefusal, Traits, compile_template
+from pyserve.text.template_source import TemplateRefusal, compile_template
 
 
 def render(source: str, **variables: object) -> str:
     with metering(Meter()):
         return compile_template(source, "test")[0].render(variables)
-
-
-def traits(source: str) -> Traits:
-    return compile_template(source, "test")[1]
 
 
 def test_blocks_leave_no_white_space_of_their_own() -> None:
@@ -78,48 +74,8 @@ def test_syntax_errors_name_source_and_line() -> None:
         compile_template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "file")
 
 
-@pytest.mark.parametrize(
-    ("source", "content_format"),
-    [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "string"),
-        ("{% for m in messages %}{{ m['content'] | trim }}{% endfor %}", "string"),
-        ("{% for m in messages %}{% for p in m.content.split('x') %}{% endfor %}{% endfor %}",
-         "string"),
-        ("{% for d in documents %}{{ d.content }}{% endfor %}", "string"),
-        ("{% for m in messages %}{% for p in m['content'] %}{{ p.text }}{% endfor %}{% endfor %}",
-         "openai"),
-        ("{% for m in messages %}{% for p in m.content | selectattr('type') %}{% endfor %}"
-         "{% endfor %}", "openai"),
-        ("{% for m in messages %}{% for p in m.content[1:] %}{% endfor %}{% endfor %}", "openai"),
-        ("{% for m in messages %}{% set c = m.content %}{% set d = c %}{% for p in d %}"
-         "{% endfor %}{% endfor %}", "openai"),
-        ("{% for m in messages %}{% set c = m.content if m.content else [] %}{% for p in c %}"
-         "{% endfor %}{% endfor %}", "openai"),
-        ("{% for m in messages %}{% set c = m.content or [] %}{% for p in c %}"
-         "{% endfor %}{% endfor %}", "openai"),
-        ("{% macro show(x, y) %}{% for p in y %}{{ p.text }}{% endfor %}{% endmacro %}"
-         "{{ show(1, messages[0].content) }}", "openai"),
-        ("{% macro show(x) %}{% for p in x %}{{ p.text }}{% endfor %}{% endmacro %}"
-         "{{ show(x=messages[0]['content']) }}", "openai"),
-        ("{% macro show(x) %}{% for p in x %}{{ p.text }}{% endfor %}{% endmacro %}"
-         "{{ show(tools) }}{{ messages[0]['content'] }}", "string"),
-    ],
-)  # fmt: skip
-def test_content_format(source: str, content_format: str) -> None:
-    assert traits(source).content_format == content_format
-
-
-def test_other_traits() -> None:
-    none = traits("{{ messages[0].content }}")
-    assert not (none.tests_string or none.tests_none or none.knows_developer)
-    assert not none.arguments_as_text
-    assert traits("{% if m.content is string %}{% endif %}").tests_string
-    assert not traits("{% if m.name is string %}{% endif %}").tests_string
-    assert traits("{% if m.content is not none %}{% endif %}").tests_none
-    assert traits("{% if m['content'] != none %}{% endif %}").tests_none
-    assert traits("{% if m.role == 'developer' %}{% endif %}").knows_developer
-    assert traits("{{ 'x' + c['function']['arguments'] + 'y' }}").arguments_as_text
-    assert traits("{{ c.arguments ~ 'y' }}").arguments_as_text
-    assert not traits("{{ 'x' + c.arguments | tojson }}").arguments_as_text
+def test_the_variables_that_a_template_looks_at() -> None:
     source = "{% set b = a %}{% for m in ms %}{{ m.c }}{{ range(b) }}{% endfor %}"
-    assert traits(source).variables == {"a", "ms"}
+    assert compile_template(source, "test")[1] == {"a", "ms"}
+    own_default = "{% set thinks = thinks | default(true) %}{{ thinks }}"
+    assert compile_template(own_default, "test")[1] == {"thinks"}

@@ -1,0 +1,162 @@
+"""Messages as clients send them -> messages in the form that a chat template expects.
+
+Which form that is, template_probe.py has found out; where a template raises all the same, the
+others that it may take are tried.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.text.template_probe import FORMS, Absent, Form, Traits
+
+PART_TYPES = ("text", "refusal")  # of message content
+REASONING = ("reasoning_content", "reasoning", "thinking")  # clients and templates use any of them
+
+
+def attempts(messages: Sequence[Mapping[str, Any]], traits: Traits) -> Iterator[list[Any]]:
+    """The messages in the form that the template expects, then in others that it may take."""
+    if not messages:
+        raise InvalidRequestError("messages must hold at least one message", "messages")
+    checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    tried: list[Traits] = []
+    for way in (traits, *(_only(form, traits) for form in FORMS)):
+        prepared = _prepare(checked, way)
+        if all(prepared != _prepare(checked, other) for other in tried):
+            yield prepared
+        tried.append(way)
+
+
+def _only(form: Form, traits: Traits) -> Traits:
+    """With content in one form wherever the template may take it, and never none."""
+    known = {"user": (form,), **traits.content_forms}
+    forms = {role: (form,) if form in usable else usable for role, usable in known.items()}
+    return replace(traits, content_forms=forms, absent="empty", absent_with_calls="empty")
+
+
+def _check_message(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One message without fields that are null; the content is a text, a list of texts or None."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidRequestError(f"{name} must be an object with a role", "messages")
+    checked = {key: value for key, value in message.items() if value is not None}
+    checked["content"] = _check_content(message.get("content"), f"{name}.content")
+    calls = checked.pop("tool_calls", None)
+    if calls:  # templates ask whether it is defined
+        checked["tool_calls"] = _check_tool_calls(calls, f"{name}.tool_calls")
+    reasoning = next((checked[key] for key in REASONING if key in checked), None)
+    if reasoning is not None:
+        checked |= dict.fromkeys(REASONING, reasoning)
+    return checked
+
+
+def _check_content(content: Any, name: str) -> str | list[str] | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequestError(f"{name} must be a string or a list of parts", name)
+    return [_part_text(part, f"{name}[{i}]") for i, part in enumerate(content)]
+
+
+def _prepare(checked: list[dict[str, Any]], traits: Traits) -> list[Any]:
+    return [_prepare_message(message, traits) for message in checked]
+
+
+def _prepare_message(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """A checked message in the form that the template expects."""
+    prepared = {**message, "role": known_role(message["role"], traits)}
+    if "tool_calls" in message:
+        prepared["tool_calls"] = [_prepare_call(call, traits) for call in message["tool_calls"]]
+    content = message["content"]
+    absent: Absent = "empty"
+    if content is None and message["role"] == "assistant":
+        absent = traits.absent_with_calls if "tool_calls" in message else traits.absent
+    if absent == "missing":
+        del prepared["content"]
+    elif absent != "null":
+        prepared["content"] = _in_form(content, traits.forms(prepared["role"]))
+    return prepared
+
+
+def known_role(role: str, traits: Traits) -> str:
+    return "system" if role == "developer" and not traits.knows_developer else role
+
+
+def _in_form(content: str | list[str] | None, forms: Sequence[Form]) -> str | list[Any]:
+    """As it was given, where the template takes that."""
+    given: Form = "parts" if isinstance(content, list) else "text"
+    texts = content if isinstance(content, list) else [] if content is None else [content]
+    if (given if given in forms else forms[0]) == "text":
+        return "\n".join(texts)
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _part_text(part: Any, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str):
+        raise InvalidRequestError(f"{name} must be a string or an object with a type", name)
+    if kind not in PART_TYPES:
+        raise NotBuiltError(
+            f"{name}.type: parts of type {kind[:40]} are not built yet, "
+            f"only {' and '.join(PART_TYPES)}",
+            f"{name}.type",
+        )
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{name}.{kind} must be a string", f"{name}.{kind}")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    value: Mapping[str, Any]
+    text: str  # as JSON
+
+
+def _check_tool_calls(calls: Any, name: str) -> list[Any]:
+    """Arguments come as JSON text or as an object; both are kept."""
+    if not isinstance(calls, list):
+        raise InvalidRequestError(f"{name} must be a list", "messages")
+    checked = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise InvalidRequestError(f"{name}[{i}] must have a function", "messages")
+        given = function.get("arguments")
+        arguments = given
+        if isinstance(given, str):
+            arguments = _parse_arguments(given, f"{name}[{i}].function.arguments")
+        if arguments is not None and not isinstance(arguments, Mapping):
+            raise InvalidRequestError(
+                f"{name}[{i}].function.arguments must be a JSON object", "messages"
+            )
+        text = given if given and isinstance(given, str) else _to_json(arguments or {})
+        arguments = _Arguments(arguments or {}, text)
+        checked.append({**call, "function": {**function, "arguments": arguments}})
+    return checked
+
+
+def _prepare_call(call: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    arguments: _Arguments = call["function"]["arguments"]
+    value = arguments.text if traits.arguments_as_text else arguments.value
+    return {**call, "function": {**call["function"], "arguments": value}}
+
+
+def _parse_arguments(text: str, name: str) -> Any:
+    if not text.strip():
+        return {}
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise InvalidRequestError(f"{name} is not JSON: {error}", "messages") from error
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # as `tojson` writes it

@@ -1,0 +1,235 @@
+"""What a chat template expects of messages, found by rendering small conversations with it.
+
+A template's source does not tell: "for part in content" may go over the parts of a message, the
+messages of a conversation or the characters of a text, and content goes by other names. So a
+template renders marked texts in each form once, when it is loaded, and a form is usable where the
+marks come out as they were written.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jinja2
+
+from pyserve.text.template_limits import Meter, TemplateLimitError, metering
+
+MAX_PROBE_S = 2.0  # for all probes of one template; those of real models take 10 to 100 ms
+
+Form = Literal["text", "parts"]
+Absent = Literal["null", "missing", "empty"]
+Message = dict[str, Any]
+
+FORMS: tuple[Form, ...] = ("text", "parts")
+# None first: it is what clients send, and templates that tell it from "" write another turn for it.
+ABSENT: tuple[Absent, ...] = ("null", "missing", "empty")
+
+_FIRST, _SECOND = "qzfirst", "qzsecond"
+_KEY, _VALUE = "qzkey", "qzvalue"
+_NAME, _ROLE = "qzname", "qzrole"
+_CALL_ID = "qzcall001"  # Mistral's templates want nine letters or digits
+# A list or object that was printed as such, by Python or as JSON.
+_PRINTED_PART = re.compile(rf"""text['"]\s*:\s*['"]{_FIRST}""").search
+_PRINTED_ARGUMENTS = re.compile(rf"""'{_KEY}'\s*:""").search
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "qztool",
+        "description": "qztool",
+        "parameters": {
+            "type": "object",
+            "properties": {_KEY: {"type": "string", "description": _KEY}},
+            "required": [_KEY],
+        },
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a template expects of messages.
+
+    content_forms       role -> the forms of content that are shown; a role of which nothing is
+                        known is as the user, and that one as if it took text alone.
+    absent              what an assistant's content is where there is none: None, no key or "".
+    absent_with_calls   the same beside tool calls.
+    arguments_as_text   a tool call's arguments must be JSON text, not an object.
+    knows_developer     the role developer has markup of its own.
+    named_roles         roles whose message.name is shown.
+    """
+
+    content_forms: Mapping[str, tuple[Form, ...]]
+    absent: Absent = "empty"
+    absent_with_calls: Absent = "empty"
+    arguments_as_text: bool = False
+    knows_developer: bool = False
+    named_roles: frozenset[str] = frozenset()
+
+    def forms(self, role: str) -> tuple[Form, ...]:
+        return self.content_forms.get(role) or self.content_forms.get("user") or FORMS[:1]
+
+
+def probe(template: jinja2.Template, variables: Mapping[str, Any]) -> Traits:
+    """`variables`: what the template gets beside messages, such as bos_token. Never raises."""
+    return _Prober(template, variables).traits()
+
+
+class _Prober:
+    def __init__(self, template: jinja2.Template, variables: Mapping[str, Any]) -> None:
+        self._template = template
+        self._variables = variables
+        self._began_s = time.monotonic()
+        self._is_over = False
+        self._forms: dict[str, tuple[Form, ...]] = {}
+        self._arguments: Any = {_KEY: _VALUE}
+
+    def traits(self) -> Traits:
+        self._find_forms("user")
+        self._find_forms("system")
+        self._find_forms("assistant")
+        arguments_as_text = self._wants_arguments_as_text()
+        if arguments_as_text:
+            self._arguments = f'{{"{_KEY}": "{_VALUE}"}}'
+        absent_with_calls = self._find_absent(_calls(self._arguments))
+        self._find_forms("tool")
+        return Traits(
+            content_forms=self._forms,
+            absent=self._find_absent({}),
+            absent_with_calls=absent_with_calls,
+            arguments_as_text=arguments_as_text,
+            knows_developer=self._knows_developer(),
+            named_roles=frozenset(filter(self._shows_name, ("system", "user", "assistant"))),
+        )
+
+    def _render(self, messages: list[Message], *, with_tools: bool = False) -> str | None:
+        """The prompt; None where the template raises or costs too much."""
+        if self._is_over:
+            return None
+        tools = [_TOOL] if with_tools else None
+        data = {**self._variables, "messages": messages, "tools": tools, "documents": None}
+        try:
+            with metering(Meter(MAX_PROBE_S, data=data, began_s=self._began_s)):
+                return self._template.render(data, add_generation_prompt=True)
+        except TemplateLimitError:
+            self._is_over = True  # each further probe would cost as much
+            return None
+        except Exception:  # a template is code: anything can come out of it
+            return None
+
+    def _say(self, role: str, text: str = "qztext", **fields: Any) -> Message:
+        """A message in a form that is usable as far as is known."""
+        form = self._best_form(role)
+        return {"role": role, "content": _content(form, [text]), **fields}
+
+    def _best_form(self, role: str) -> Form:
+        return Traits(self._forms).forms(role)[0]
+
+    def _conversations(self, message: Message) -> list[list[Message]]:
+        """Conversations in which a message of its role may stand."""
+        role, user, answer = message["role"], self._say("user"), self._say("assistant")
+        if role == "user":
+            return [[message], [self._say("system"), message]]
+        if role == "assistant" and "tool_calls" in message:
+            result = self._result()
+            return [[user, message], [user, message, result], [user, message, result, answer, user]]
+        if role == "assistant":
+            return [[user, message, user], [user, message]]
+        if role == "tool":
+            call = self._say("assistant", **_calls(self._arguments))
+            empty = {**call, "content": ""}
+            return [[user, call, message], [user, empty, message]]
+        return [[message, user]]
+
+    def _result(self) -> Message:
+        return self._say("tool", tool_call_id=_CALL_ID, name="qztool")
+
+    def _prompts(self, message: Message) -> Iterator[str | None]:
+        """Without tools and with some: a template may want either."""
+        for with_tools in (False, True):
+            for conversation in self._conversations(message):
+                yield self._render(conversation, with_tools=with_tools)
+
+    def _find_forms(self, role: str) -> None:
+        fields = {"tool_call_id": _CALL_ID, "name": "qztool"} if role == "tool" else {}
+        found: list[Form] = []
+        for form in FORMS:
+            content = _content(form, [_FIRST, _SECOND])
+            prompts = self._prompts({"role": role, "content": content, **fields})
+            if any(_shows(prompt, _FIRST, _SECOND) for prompt in prompts):
+                found.append(form)
+        if found:
+            self._forms[role] = tuple(found)
+
+    def _wants_arguments_as_text(self) -> bool:
+        as_text = f'{{"{_KEY}": "{_VALUE}"}}'
+        for content in ("", None):
+            objects = self._prompts(_assistant(content, _calls({_KEY: _VALUE})))
+            if any(_shows(p, _VALUE) and not _PRINTED_ARGUMENTS(p or "") for p in objects):
+                return False
+            texts = self._prompts(_assistant(content, _calls(as_text)))
+            if any(p is not None and as_text in p for p in texts):
+                return True
+        return False
+
+    def _find_absent(self, fields: Message) -> Absent:
+        """The first that renders wherever another one does, and is not printed."""
+        empty: Any = [] if self._best_form("assistant") == "parts" else ""
+        messages: dict[Absent, Message] = {
+            "null": _assistant(None, fields),
+            "missing": {"role": "assistant", **fields},
+            "empty": _assistant(empty, fields),
+        }
+        prompts = {name: list(self._prompts(message)) for name, message in messages.items()}
+        for name in ABSENT:
+            if _is_rendered(prompts[name], prompts.values()):
+                return name
+        return "empty"
+
+    def _knows_developer(self) -> bool:
+        """Whether it is written in another way than a role that nobody knows."""
+        roles = (self._prompts(self._say(role, _FIRST)) for role in ("developer", _ROLE, "system"))
+        for known, other, system in zip(*roles, strict=True):
+            other = (other or "").casefold().replace(_ROLE, "developer")
+            if known is None or known.casefold() == other:
+                continue
+            if _shows(known, _FIRST) or not _shows(system, _FIRST):
+                return True
+        return False
+
+    def _shows_name(self, role: str) -> bool:
+        prompts = self._prompts(self._say(role, name=_NAME))
+        return any(_shows(prompt, _NAME) for prompt in prompts)
+
+
+def _content(form: Form, texts: Sequence[str]) -> str | list[Message]:
+    if form == "text":
+        return " ".join(texts)
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _calls(arguments: Any) -> Message:
+    function = {"name": "qztool", "arguments": arguments}
+    return {"tool_calls": [{"id": _CALL_ID, "type": "function", "function": function}]}
+
+
+def _assistant(content: Any, fields: Message) -> Message:
+    return {"role": "assistant", "content": content, **fields}
+
+
+def _shows(prompt: str | None, *marks: str) -> bool:
+    """Whether all marks are there as written; some templates write everything in capitals."""
+    text = (prompt or "").casefold()
+    return all(mark in text for mark in marks) and not _PRINTED_PART(text)
+
+
+def _is_rendered(prompts: list[str | None], others: Iterable[list[str | None]]) -> bool:
+    """Whether these are all there and free of "None", as far as one of the others is."""
+    for prompt, *alternatives in zip(prompts, *others, strict=True):
+        fewest = min((a.count("None") for a in alternatives if a is not None), default=None)
+        if fewest is not None and (prompt is None or prompt.count("None") > fewest):
+            return False
+    return any(prompt is not None for prompt in prompts)
