@@ -24,7 +24,7 @@ COMMENT = b": keep-alive\n\n"
 SILENCE_S = 10.0  # then a comment goes out: proxies cut what says nothing
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
+    "Cache-Control": "no-cache, no-transform",  # what compresses on the way would hold it back
     "X-Accel-Buffering": "no",  # nginx would hold the stream back
 }
 

@@ -118,6 +118,15 @@ def test_a_slow_reader_bounds_its_buffer_and_slows_nobody(server: Server) -> Non
     assert len(frames) < n * num_tokens * 0.8
 
 
+def test_nothing_on_the_way_may_hold_a_stream_back(server: Server) -> None:
+    body = {"prompt": "hi", "stream": True}
+    headers = {"Accept-Encoding": "gzip, br, zstd", "Accept": "*/*"}
+    status, answered, _ = server.request("POST", COMPLETIONS, body, headers)
+    assert status == 200 and "Content-Encoding" not in answered
+    assert answered["Cache-Control"] == "no-cache, no-transform"
+    assert answered["X-Accel-Buffering"] == "no"
+
+
 def test_many_tokens_at_once_are_one_write_and_one_frame(server: Server) -> None:
     server.play("Hello world", burst=100)
     assert len(server.frames(COMPLETIONS, {"prompt": "hi"})) == 1
