@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -18,6 +19,7 @@ from pyserve.errors import StartupError
 MAX_UDS_BYTES = 107  # sockaddr_un without its closing NUL
 UDS_UMASK = 0o117  # the socket is for its owner and group: 0660
 CONNECT_TIMEOUT_S = 1.0
+PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)  # taken, or only for root
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,13 @@ def listen(host: str, port: int) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise StartupError(
+                f"--host {host} is not an address of this machine: 0.0.0.0 listens on all it has"
+            ) from None
         reason = os.strerror(error.errno or 0)
-        raise StartupError(
-            f"cannot listen on {host} port {port}: {reason}; choose another with --port"
-        ) from None
+        remedy = "; choose another with --port" if error.errno in PORT_ERRORS else ""
+        raise StartupError(f"cannot listen on {host} port {port}: {reason}{remedy}") from None
     return sock
 
 

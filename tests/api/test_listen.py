@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -43,6 +44,30 @@ def test_tcp(host: str, shown: str) -> None:
         "--host nowhere.invalid is not an address of this machine"
     )
     assert "--host" in refusal(host="a" * 70)
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (
+            errno.EACCES,
+            "cannot listen on 1.2.3.4 port 80: Permission denied; choose another with --port",
+        ),
+        (errno.EMFILE, "cannot listen on 1.2.3.4 port 80: Too many open files"),
+        (
+            errno.EADDRNOTAVAIL,
+            "--host 1.2.3.4 is not an address of this machine: 0.0.0.0 listens on all it has",
+        ),
+    ],
+)
+def test_another_port_is_advised_only_where_it_helps(
+    number: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(sock: socket.socket, address: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pyserve.api.listen.socket.socket.bind", bind)
+    assert refusal(host="1.2.3.4", port=80) == line
 
 
 def test_a_unix_socket_is_for_its_owner_and_group_and_goes_at_the_end(tmp_path: Path) -> None:
