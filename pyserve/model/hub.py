@@ -8,49 +8,45 @@ branch then stays at the commit it was fetched at, until the cache's ref moves o
 from __future__ import annotations
 
 import asyncio
-import codecs
+import errno
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-import msgspec
 from huggingface_hub import constants, get_token
 
 from pyserve import __version__, log
 from pyserve.errors import CheckpointError, ConfigError, StartupError
-from pyserve.model.checkpoint_files import (
-    INDEX_FILE,
-    LENGTH_BYTES,
-    MAX_HEADER_BYTES,
-    MAX_INDEX_BYTES,
-    SINGLE_FILE,
-)
+from pyserve.model.checkpoint_files import INDEX_FILE
 from pyserve.model.download import Download, PartialFile, Progress, size_text
 from pyserve.model.hub_cache import RepoCache
 from pyserve.model.hub_client import HubClient, Listing, RemoteFile, UnreachableError
+from pyserve.model.hub_files import (
+    likely_weights,
+    looks_whole,
+    may_be_served,
+    refuse_lfs_pointers,
+    served_texts,
+    served_weights,
+    write_headers,
+)
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]{0,199}")
 TOKEN = re.compile(r"[!-~]{1,4096}")
 DEFAULT_REVISION = "main"
 
-TEXTS = (
-    "config.json", "generation_config.json", "tokenizer*.json", "*.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one makes a tokenizer
 
 MAX_TEXT_BYTES = 128 * 2**20
-FIRST_BYTES = 64 * 1024  # most headers are shorter
 DISK_MARGIN_BYTES = 256 * 2**20  # left for logs, compiled products and the file system itself
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 Check = Callable[[Path], None]
 
@@ -122,52 +118,74 @@ def resolve_model(
         return snapshot
     progress(0, 0)
     try:
-        with wanted.cache.locked(wanted.named):
-            return _cached(wanted) or asyncio.run(_fetch(wanted, progress, check))
+        listing = asyncio.run(_list(wanted))
+        snapshot = _all_there(wanted, listing)
+        if snapshot is None:
+            # Only now is it known that something will be written.
+            with wanted.cache.locked(wanted.named):
+                snapshot = _cached(wanted) or asyncio.run(_fetch(wanted, listing, progress, check))
+        return snapshot
     except UnreachableError as error:
         return _without_the_hub(wanted, str(error))
     except OSError as error:
+        if error.errno in READ_ONLY and _served_as_it_is(wanted) is not None:
+            return _without_the_hub(
+                wanted, f"the newest commit cannot be kept in {wanted.cache.root}: {error.strerror}"
+            )
         raise _disk_error(wanted, error) from error
 
 
-def fetch_headers(
+@contextmanager
+def model_headers(
     name: str,
-    folder: Path,
     *,
     revision: str | None,
     token: str | bool | None,
     download_dir: Path | None,
     flag: str = "--model",
-) -> Path:
-    """A folder with what describes a model: its own where it is on this machine, else `folder`,
-    which gets config.json and safetensors files of the right length without their data.
+) -> Iterator[Path]:
+    """A folder with what describes a model: its own where it is on this machine, else one for the
+    time being with config.json and safetensors files of the right length without their data.
 
     Raises StartupError that names `flag`.
     """
-    local = _local_folder(name, revision, flag)
-    if local is not None:
-        return local
+    folder = _local_folder(name, revision, flag)
+    if folder is not None:
+        yield folder
+        return
     wanted = _wanted(name, revision, token, download_dir, flag=flag, with_weights=True)
     snapshot = _without_a_call(wanted)
     if snapshot is not None:
-        return snapshot
-
-    async def fetch() -> None:
-        async with wanted.client(wanted.revision) as client:
-            listing = await client.listing()
-            texts = [listing.files.get(name) for name in ("config.json", INDEX_FILE)]
-            for file in filter(None, texts):
-                _check_sizes(wanted, [file])
-                text = await client.read(file, 0, file.size, commit=listing.commit)
-                (folder / file.name).write_bytes(text)
-            weights = _weights(wanted, listing, folder)
-            await _write_headers(client, weights, listing.commit, folder)
-
+        yield snapshot
+        return
     try:
-        asyncio.run(fetch())
+        scratch = tempfile.TemporaryDirectory(prefix="pyserve-")
     except OSError as error:
-        raise _disk_error(wanted, error) from error
-    return folder
+        raise StartupError(
+            f"{wanted.named}: no folder for temporary files can be written: set TMPDIR to one"
+        ) from error
+    with scratch:
+        folder = Path(scratch.name)
+        try:
+            asyncio.run(_fetch_headers(wanted, folder))
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise StartupError(
+                f"{wanted.named} cannot be described in {folder}: {reason}; set TMPDIR to another"
+            ) from error
+        yield folder
+
+
+async def _fetch_headers(wanted: _Wanted, folder: Path) -> None:
+    async with wanted.client(wanted.revision) as client:
+        listing = await client.listing(may_be_served)
+        texts = [listing.files.get(name) for name in ("config.json", INDEX_FILE)]
+        for file in filter(None, texts):
+            _check_sizes(wanted, [file])
+            text = await client.read(file, 0, file.size, commit=listing.commit)
+            (folder / file.name).write_bytes(text)
+        weights = served_weights(listing, folder, named=wanted.named)
+        await write_headers(client, weights, listing.commit, folder)
 
 
 def _without_a_call(wanted: _Wanted) -> Path | None:
@@ -184,6 +202,10 @@ def _local_folder(name: str, revision: str | None, flag: str) -> Path | None:
     if os.path.isdir(folder):
         if revision is not None:
             log.get_logger().warning("%s is a folder: --revision has no effect", named)
+        try:
+            refuse_lfs_pointers(Path(folder), named=named)
+        except OSError as error:
+            raise ConfigError(f"{named} cannot be read: {error.strerror}") from error
         return Path(folder)
     if os.path.exists(folder):
         raise ConfigError(f"{named} is a file; it must be a folder or a name on the hub")
@@ -226,45 +248,61 @@ def _cached(wanted: _Wanted) -> Path | None:
     return wanted.cache.snapshot(commit)
 
 
+async def _list(wanted: _Wanted) -> Listing:
+    async with wanted.client(wanted.revision) as client:
+        return await client.listing(may_be_served)
+
+
+def _all_there(wanted: _Wanted, listing: Listing) -> Path | None:
+    """The folder where an earlier start or another tool has fetched all of a commit; else None.
+
+    Nothing has to be written for that: the cache may be read-only.
+    """
+    cache, commit = wanted.cache, listing.commit
+    texts = served_texts(listing, with_weights=wanted.with_weights)
+    if not all(cache.has(commit, file) for file in texts):
+        return None
+    snapshot = cache.snapshot(commit)
+    weights = served_weights(listing, snapshot, named=wanted.named) if wanted.with_weights else []
+    if not all(cache.has(commit, file) for file in weights):
+        return None
+    cache.note_whole(wanted.revision, commit, wanted.kind, texts + weights)
+    return snapshot
+
+
 def _without_the_hub(wanted: _Wanted, reason: str) -> Path:
     """What another tool may have fetched. Raises StartupError where it is not enough."""
-    commit = wanted.cache.commit_of(wanted.revision)
-    if commit is not None and _looks_whole(wanted, wanted.cache.snapshot(commit)):
+    snapshot = _served_as_it_is(wanted)
+    if snapshot is not None:
         log.get_logger().warning(
-            "%s: serving commit %s from the cache as it is: %s", wanted.named, commit[:12], reason
-        )
-        return wanted.cache.snapshot(commit)
+            "%s: serving commit %s from the cache as it is: %s",
+            wanted.named, snapshot.name[:12], reason,
+        )  # fmt: skip
+        return snapshot
     raise StartupError(
         f"{wanted.named} is not a folder, not whole in the cache {wanted.cache.root}, and {reason}"
     )
 
 
-def _looks_whole(wanted: _Wanted, snapshot: Path) -> bool:
-    if not any((snapshot / name).is_file() for name in TOKENIZERS):
-        return False
-    if not wanted.with_weights:
-        return True
-    if not (snapshot / "config.json").is_file():
-        return False
-    if (snapshot / SINGLE_FILE).is_file():
-        return True
-    try:
-        names = _indexed_files(snapshot / INDEX_FILE)
-    except (OSError, CheckpointError):
-        return False
-    return all((snapshot / name).is_file() for name in names)
+def _served_as_it_is(wanted: _Wanted) -> Path | None:
+    """The commit that was last seen, where all that a start needs seems to be there."""
+    commit = wanted.cache.commit_of(wanted.revision)
+    if commit is None or not looks_whole(
+        wanted.cache.snapshot(commit), with_weights=wanted.with_weights
+    ):
+        return None
+    return wanted.cache.snapshot(commit)
 
 
-async def _fetch(wanted: _Wanted, progress: Progress, check: Check) -> Path:
-    """All that is missing of the newest commit of the revision."""
-    cache = wanted.cache
+async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: Check) -> Path:
+    """All that is missing of what the hub lists."""
+    cache, commit = wanted.cache, listing.commit
+    snapshot = cache.snapshot(commit)
     async with wanted.client(wanted.revision) as client:
-        listing = await client.listing()
-        commit, snapshot = listing.commit, cache.snapshot(listing.commit)
         download = Download(client, named=wanted.named, commit=commit, progress=progress)
-        texts = _texts(listing, with_weights=wanted.with_weights)
+        texts = served_texts(listing, with_weights=wanted.with_weights)
         _check_sizes(wanted, texts)
-        weights = _likely_weights(listing) if wanted.with_weights else []
+        weights = likely_weights(listing) if wanted.with_weights else []
         missing = _missing(cache, commit, texts)
         download.expect(
             sum(part.missing_bytes for part in _missing(cache, commit, texts + weights))
@@ -273,10 +311,9 @@ async def _fetch(wanted: _Wanted, progress: Progress, check: Check) -> Path:
         for file in texts:
             _link(cache, commit, file)
         if wanted.with_weights:
-            weights = _weights(wanted, listing, snapshot)
+            weights = served_weights(listing, snapshot, named=wanted.named)
             await _fetch_weights(wanted, client, download, weights, commit=commit, check=check)
-    cache.set_ref(wanted.revision, commit)
-    cache.note_whole(commit, wanted.kind, texts + weights)
+    cache.note_whole(wanted.revision, commit, wanted.kind, texts + weights)
     return snapshot
 
 
@@ -313,48 +350,18 @@ async def _check_headers(
     wanted: _Wanted, client: HubClient, weights: list[RemoteFile], *, commit: str, check: Check
 ) -> None:
     """Let `check` see the model before it is here."""
-    with tempfile.TemporaryDirectory(prefix="pyserve-") as name:
+    # In the cache, which is known to be writable here; where /tmp is, nobody knows.
+    with tempfile.TemporaryDirectory(prefix="pyserve-", dir=wanted.cache.locks) as name:
         folder, snapshot = Path(name), wanted.cache.snapshot(commit)
         for text in snapshot.iterdir():
             if text.is_file() and not text.name.endswith(".safetensors"):
                 (folder / text.name).symlink_to(text.resolve())
-        await _write_headers(client, weights, commit, folder)
+        await write_headers(client, weights, commit, folder)
         try:
             check(folder)
         except StartupError as error:
             line = str(error).replace(f"{folder}/", "").replace(str(folder), wanted.named)
             raise type(error)(line) from error
-
-
-async def _write_headers(
-    client: HubClient, weights: list[RemoteFile], commit: str, folder: Path
-) -> None:
-    """Safetensors files of the right length that hold their headers alone."""
-    streams = asyncio.Semaphore(8)
-
-    async def write(file: RemoteFile) -> None:
-        async with streams:
-            text = await client.read(file, 0, min(FIRST_BYTES, file.size), commit=commit)
-            end = LENGTH_BYTES + int.from_bytes(text[:LENGTH_BYTES], "little")
-            # What is too long is refused by who reads the file.
-            if len(text) < end <= min(LENGTH_BYTES + MAX_HEADER_BYTES, file.size):
-                text += await client.read(file, len(text), end, commit=commit)
-        with (folder / file.name).open("wb") as sink:
-            sink.write(text[:end])
-            sink.truncate(file.size)
-
-    await asyncio.gather(*[write(file) for file in weights])
-
-
-def _texts(listing: Listing, *, with_weights: bool) -> list[RemoteFile]:
-    """Everything but weights that is served from."""
-    patterns = (*TEXTS, INDEX_FILE) if with_weights else TEXTS
-    return [
-        file
-        for name, file in listing.files.items()
-        if MORE_TEMPLATES.fullmatch(name)
-        or ("/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns))
-    ]
 
 
 def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
@@ -364,53 +371,6 @@ def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
             raise CheckpointError(
                 f"{wanted.named}: {file.name} has {file.size} bytes, the limit is {MAX_TEXT_BYTES}"
             )
-
-
-def _likely_weights(listing: Listing) -> list[RemoteFile]:
-    """Before the index is here: what it will name."""
-    if SINGLE_FILE in listing.files:
-        return [listing.files[SINGLE_FILE]]
-    return [
-        file
-        for name, file in listing.files.items()
-        if fnmatchcase(name, "model*.safetensors") and "/" not in name
-    ]
-
-
-def _weights(wanted: _Wanted, listing: Listing, folder: Path) -> list[RemoteFile]:
-    """The safetensors files the loader will read; the index lies in `folder`."""
-    if SINGLE_FILE in listing.files:
-        return [listing.files[SINGLE_FILE]]
-    if INDEX_FILE not in listing.files:
-        others = {Path(name).suffix for name in listing.files} & {".bin", ".pth", ".pt", ".gguf"}
-        has = f", only {' and '.join(sorted(others))}" if others else ""
-        raise CheckpointError(
-            f"{wanted.named} has no weights as safetensors ({SINGLE_FILE} or {INDEX_FILE}){has}"
-        )
-    names = _indexed_files(folder / INDEX_FILE)
-    lacking = [name for name in names if name not in listing.files]
-    if lacking:
-        raise CheckpointError(
-            f"{wanted.named}: {INDEX_FILE} lists {lacking[0][:200]}, which is not there"
-        )
-    return [listing.files[name] for name in names]
-
-
-def _indexed_files(path: Path) -> list[str]:
-    """Names of the files an index lists: of the same folder, as nothing else is fetched."""
-
-    class Index(msgspec.Struct):
-        weight_map: dict[str, str]
-
-    with path.open("rb") as file:
-        text = file.read(MAX_INDEX_BYTES + 1).removeprefix(codecs.BOM_UTF8)
-    try:
-        names = set(msgspec.json.decode(text[:MAX_INDEX_BYTES], type=Index).weight_map.values())
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{INDEX_FILE} is no index of weights") from error
-    if not names or any("/" in name or not name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{INDEX_FILE} must list safetensors files of the same folder")
-    return sorted(names)
 
 
 def _missing(cache: RepoCache, commit: str, files: list[RemoteFile]) -> list[PartialFile]:

@@ -4,6 +4,7 @@
                         snapshots/COMMIT/   links to them, by the names in the repository
                         refs/REVISION       the commit that a branch or tag was last seen at
                         .pyserve/COMMIT.KIND  ours: what was fetched of a commit, written when whole
+    .locks/models--owner--name/         locks, and ours for a moment: headers of weights to come
 
 Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
@@ -31,7 +32,7 @@ class RepoCache:
         self.root = root
         name = repo_folder_name(repo_id=repo, repo_type="model")
         self._folder = root / name
-        self._lock = root / ".locks" / name / "pyserve.lock"
+        self.locks = root / ".locks" / name
 
     def commit_of(self, revision: str) -> str | None:
         """The commit of a revision as it was last seen; None where it was not."""
@@ -59,10 +60,11 @@ class RepoCache:
         snapshot = self.snapshot(commit)
         return all(_size(snapshot / name) == size for name, size in sizes.items())
 
-    def note_whole(self, commit: str, kind: str, files: list[RemoteFile]) -> None:
-        """From now on no call to the hub is needed for this commit."""
+    def note_whole(self, revision: str, commit: str, kind: str, files: list[RemoteFile]) -> None:
+        """From now on no call to the hub is needed for this revision."""
         path = self._note(commit, kind)
         try:
+            self._set_ref(revision, commit)
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace_text(path, msgspec.json.encode({file.name: file.size for file in files}))
         except OSError as error:  # a cache that is only read works, with one call at each start
@@ -85,14 +87,6 @@ class RepoCache:
         except OSError:  # a file system without links
             os.replace(blob, path)
 
-    def set_ref(self, revision: str, commit: str) -> None:
-        """Remember which commit a branch or tag stands for."""
-        if revision == commit or self.commit_of(revision) == commit:
-            return
-        path = self._folder / "refs" / revision
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_text(path, commit.encode())
-
     def drop_partials(self, keep: set[str]) -> None:
         """Remove what earlier downloads have begun and nobody wants any more."""
         for suffix in (DATA_SUFFIX, JOURNAL_SUFFIX):
@@ -103,8 +97,8 @@ class RepoCache:
     @contextmanager
     def locked(self, named: str) -> Iterator[None]:
         """One process at a time fetches a repository; the lock dies with its owner."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("w") as file:
+        self.locks.mkdir(parents=True, exist_ok=True)
+        with (self.locks / "pyserve.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -113,6 +107,14 @@ class RepoCache:
             except OSError:
                 log.get_logger().debug("no locks on this file system")
             yield
+
+    def _set_ref(self, revision: str, commit: str) -> None:
+        """Remember which commit a branch or tag stands for."""
+        if revision == commit or self.commit_of(revision) == commit:
+            return
+        path = self._folder / "refs" / revision
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_text(path, commit.encode())
 
     def _note(self, commit: str, kind: str) -> Path:
         return self._folder / ".pyserve" / f"{commit}.{kind}"

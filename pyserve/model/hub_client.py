@@ -21,6 +21,7 @@ from yarl import URL
 
 from pyserve import log
 from pyserve.errors import ConfigError, StartupError
+from pyserve.model.proxies import Proxy, settle_proxies
 
 STALL_S = 30.0  # without a byte
 MAX_FAILURES = 5  # in a row, without a byte between them
@@ -29,7 +30,9 @@ MAX_WAIT_S = 300.0  # that the hub may ask for: its limits are counted over five
 MAX_LISTING_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 2**50
 READ_BYTES = 2**20
+NUM_QUESTIONS = 8  # at once
 IN_PART, OK = 206, 200
+MOVED = (301, 302, 303, 307, 308)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's id of a blob, or the SHA-256 of a large one
@@ -100,15 +103,21 @@ class HubClient:
         self._has_token = any(name.lower() == "authorization" for name in headers)
         self._locations: dict[str, URL] = {}  # file -> where the hub has redirected to
         self._resume_s = 0.0  # no request before
+        self._proxy: Proxy | None = None  # towards the hub
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> HubClient:
-        if not re.match(r"https?://[^/]", self._endpoint):
-            raise ConfigError(f"HF_ENDPOINT must be a http address, got {self._endpoint}")
+        try:
+            if not re.match(r"https?://[^/]", self._endpoint):
+                raise ValueError(self._endpoint)
+            endpoint = URL(self._endpoint)
+        except ValueError:
+            raise ConfigError(f"HF_ENDPOINT must be a http address, got {self._endpoint}") from None
+        self._proxy = settle_proxies(endpoint)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S),
-            trust_env=True,  # proxies
+            trust_env=True,  # the proxies that are settled
             auto_decompress=False,
             read_bufsize=READ_BYTES,
             requote_redirect_url=False,  # a signed address is right only as it was sent
@@ -124,8 +133,10 @@ class HubClient:
         assert self._session is not None
         await self._session.close()
 
-    async def listing(self) -> Listing:
-        """Ask once what there is. Raises StartupError: no such model, no token, no hub."""
+    async def listing(self, is_wanted: Callable[[str], bool]) -> Listing:
+        """Ask once what there is; of a mirror that lists names only, once more for each file whose
+        name `is_wanted`: others are left out. Raises StartupError: no such model, no token, no hub.
+        """
         url = f"{self._endpoint}/api/models/{self._repo}/revision/{quote(self._revision, safe='')}"
         failures = 0
         while True:
@@ -135,10 +146,41 @@ class HubClient:
                     text = await response.content.read(MAX_LISTING_BYTES)
                     while data := await response.content.read(MAX_LISTING_BYTES - len(text)):
                         text += data
-                return self._parse(text)
+                break
             except (aiohttp.ClientError, asyncio.TimeoutError, _Transient) as error:
                 failures += 1
                 await self._pause("the list of files", error, failures)
+        info = self._parse(text)
+        found = [_listed(item) for item in info.siblings]
+        files = {file.name: file for file in found if file is not None}
+        bare = [
+            item.rfilename
+            for item in info.siblings
+            if item.rfilename not in files and is_wanted(item.rfilename)
+        ]
+        streams = asyncio.Semaphore(NUM_QUESTIONS)
+        asked = await asyncio.gather(*[self._describe(name, info.sha, streams) for name in bare])
+        return Listing(info.sha, files | {file.name: file for file in asked})
+
+    async def _describe(self, name: str, commit: str, streams: asyncio.Semaphore) -> RemoteFile:
+        """Size and checksum of a file that is listed by its name alone."""
+        failures = 0
+        while True:
+            try:
+                async with streams, await self._head(name, commit) as response:
+                    if response.status not in MOVED:
+                        self._check_status(response, RemoteFile(name, 0, ""))
+                    file = _described(name, response.headers)
+                break
+            except (aiohttp.ClientError, asyncio.TimeoutError, _Transient) as error:
+                failures += 1
+                await self._pause(name, error, failures)
+        if file is None:
+            raise StartupError(
+                f"{self._named}: {self._endpoint} tells no size and checksum of {name[:200]} as "
+                "the hub does: fetch the model with another tool, and pass its folder"
+            )
+        return file
 
     async def read(self, file: RemoteFile, start: int, end: int, *, commit: str) -> bytes:
         """The bytes [start, end) of a file, which must be few."""
@@ -177,11 +219,22 @@ class HubClient:
         known = self._locations.get(file.name)
         if known is not None:
             return await self._get(known, headers)
-        url = f"{self._endpoint}/{self._repo}/resolve/{commit}/{quote(file.name)}"
-        response = await self._get(URL(url, encoded=True), headers)
+        response = await self._get(self._url(file.name, commit), headers)
         if response.history and response.status in (OK, IN_PART):
             self._locations[file.name] = response.url
         return response
+
+    def _url(self, name: str, commit: str) -> URL:
+        url = f"{self._endpoint}/{self._repo}/resolve/{commit}/{quote(name)}"
+        return URL(url, encoded=True)
+
+    async def _head(self, name: str, commit: str) -> aiohttp.ClientResponse:
+        """The hub's own answer about a file, not that of where it redirects."""
+        assert self._session is not None
+        await asyncio.sleep(max(0.0, self._resume_s - time.monotonic()))
+        return await self._session.head(
+            self._url(name, commit), headers=self._headers, allow_redirects=False
+        )
 
     async def _get(self, url: URL, headers: dict[str, str]) -> aiohttp.ClientResponse:
         """aiohttp drops the token where it is redirected to another host; so do we later."""
@@ -243,29 +296,20 @@ class HubClient:
         if sent != wanted:
             raise _Transient(f"the server sends {sent[:80]!r} where {wanted!r} is listed")
 
-    def _parse(self, text: bytes) -> Listing:
+    def _parse(self, text: bytes) -> _ModelInfo:
         try:
             info = msgspec.json.decode(text, type=_ModelInfo)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise StartupError(
-                f"{self._named}: {self._endpoint} does not answer as the hub does"
-            ) from error
-        files: dict[str, RemoteFile] = {}
-        for item in info.siblings:
-            etag = item.lfs.sha256 if item.lfs is not None else item.blobId
-            is_sound = item.size is not None and 0 <= item.size <= MAX_FILE_BYTES
-            if is_sound and etag is not None and ETAG.fullmatch(etag):
-                assert item.size is not None
-                files[item.rfilename] = RemoteFile(item.rfilename, item.size, etag)
-        if not COMMIT.fullmatch(info.sha) or (info.siblings and not files):
-            raise StartupError(
-                f"{self._named}: {self._endpoint} lists files without sizes and checksums"
-            )
-        return Listing(info.sha, files)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            info = None
+        if info is None or not COMMIT.fullmatch(info.sha):
+            raise StartupError(f"{self._named}: {self._endpoint} does not answer as the hub does")
+        return info
 
     async def _pause(self, what: str, error: Exception, failures: int) -> None:
         """Before the next try. Raises UnreachableError where there is none."""
         reason = _describe(error)
+        if isinstance(error, aiohttp.ClientProxyConnectionError) and self._proxy is not None:
+            reason = f"the proxy {self._proxy.address} ({self._proxy.variable}) cannot be reached"
         wait_s = error.wait_s if isinstance(error, _Transient) else None
         is_final = isinstance(
             error, (aiohttp.InvalidURL, aiohttp.TooManyRedirects, aiohttp.ClientSSLError)
@@ -289,6 +333,29 @@ class HubClient:
         await asyncio.sleep(wait_s)
 
 
+def _listed(item: _Sibling) -> RemoteFile | None:
+    """A file of the list; None where it tells no size and checksum, or none that can be."""
+    etag = item.lfs.sha256 if item.lfs is not None else item.blobId
+    return _remote_file(item.rfilename, item.size, etag)
+
+
+def _described(name: str, headers: Mapping[str, str]) -> RemoteFile | None:
+    """A file as the answer to HEAD describes it; None as above."""
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    etag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
+    return _remote_file(
+        name,
+        int(size) if size.isdecimal() and len(size) < 20 else None,
+        etag.removeprefix("W/").strip('"'),
+    )
+
+
+def _remote_file(name: str, size: int | None, etag: str | None) -> RemoteFile | None:
+    if size is None or not 0 <= size <= MAX_FILE_BYTES:
+        return None
+    return RemoteFile(name, size, etag) if etag and ETAG.fullmatch(etag) else None
+
+
 def _reason(status: int) -> str:
     if status == 429:
         return "too many requests from this address (status 429), a token raises the limit"
@@ -309,6 +376,8 @@ def _describe(error: Exception) -> str:
         return str(error)
     if isinstance(error, asyncio.TimeoutError):
         return f"no byte for {STALL_S:.0f} s"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy refuses it (status {error.status})"
     if isinstance(error, aiohttp.ClientSSLError):
         return "no trust in its certificate (ca-certificates, or SSL_CERT_FILE)"
     if isinstance(error, aiohttp.ClientConnectorError):

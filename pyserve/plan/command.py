@@ -7,7 +7,7 @@ card that is here): no weights are needed, and no GPU.
 from __future__ import annotations
 
 import argparse
-import tempfile
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pyserve.errors import ConfigError, StartupError
 from pyserve.flag_words import plain_words
 from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig, read_config
-from pyserve.model.hub import fetch_headers
+from pyserve.model.hub import model_headers
 from pyserve.model.loader import check_checkpoint
 from pyserve.model.weights import index_checkpoint
 from pyserve.ops import device as card_here
@@ -44,8 +44,7 @@ def main(argv: list[str]) -> int:
     try:
         args = _parse(argv)
         prices = _prices(args.price_per_day, args.gpu)
-        with tempfile.TemporaryDirectory(prefix="pyserve-") as scratch:
-            model, stored_bytes = _read_model(args, Path(scratch))
+        model, stored_bytes = _read_model(args)
         if args.gpu is None:
             lines = _which_card(args, model, prices)
         else:
@@ -196,28 +195,32 @@ def _prices(said: list[str], gpu: str | None) -> dict[str, float]:
     return prices
 
 
-def _read_model(args: argparse.Namespace, scratch: Path) -> tuple[ModelConfig, int | None]:
-    """The model, and the bytes of its weights' files; None where there are none to look at.
-
-    What is on the hub comes into `scratch`: config.json and the headers of the weights.
-    """
+def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
+    """The model, and the bytes of its weights' files; None where there are none to look at."""
     token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
-    folder = fetch_headers(
-        args.model, scratch, revision=args.revision, token=token, download_dir=args.download_dir
-    )
-    try:
-        raw = read_config(folder)
-        if args.quantization == "awq":
-            raw = _without_awq(raw)
-        model = ModelConfig.from_hf(raw)
-        if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
-            return model, None
-        if args.quantization is None:
-            check_checkpoint(folder, model, dtype=torch.bfloat16)
-        return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())
-    except StartupError as error:
-        line = str(error).replace(f"{scratch}/", "").replace(str(scratch), args.model)
-        raise type(error)(line) from error
+    with model_headers(
+        args.model, revision=args.revision, token=token, download_dir=args.download_dir
+    ) as folder:
+        try:
+            return _read_headers(args, folder)
+        except StartupError as error:
+            # Of a model of the hub, nobody knows the folder.
+            if os.path.isdir(os.path.expanduser(args.model)):
+                raise
+            line = str(error).replace(f"{folder}/", "").replace(str(folder), args.model)
+            raise type(error)(line) from error
+
+
+def _read_headers(args: argparse.Namespace, folder: Path) -> tuple[ModelConfig, int | None]:
+    raw = read_config(folder)
+    if args.quantization == "awq":
+        raw = _without_awq(raw)
+    model = ModelConfig.from_hf(raw)
+    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        return model, None
+    if args.quantization is None:
+        check_checkpoint(folder, model, dtype=torch.bfloat16)
+    return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:

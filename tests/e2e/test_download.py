@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pyserve.config import DEMO_MODEL
-from pyserve.model.hub import FIRST_BYTES
+from pyserve.model.hub_files import FIRST_BYTES
 from tests.e2e.conftest import Server, start_server
 from tests.model.hub_stub import CDN, HubStub, running_hub
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import threading
 import time
@@ -18,6 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from tests.model.safetensors_files import entry, write
+
+REPO = "org/name"
+WEIGHTS = "model.safetensors"
+PART_BYTES = 256 * 1024
 CHUNK_BYTES = 64 * 1024
 API = re.compile(r"/api/models/(.+)/revision/([^/?]+)\?blobs=true")
 RESOLVE = re.compile(r"/(.+)/resolve/([^/]+)/(.+)")
@@ -45,6 +51,7 @@ class Seen:
     range: str | None
     token: str | None
     sent: int = 0
+    method: str = "GET"
 
 
 class HubStub:
@@ -58,6 +65,9 @@ class HubStub:
         self.token = "hf_secret"
         self.faults: dict[str, list[Fault]] = {}
         self.rate: float | None = None  # bytes a second and stream
+        self.names_only = False  # as mirrors list files: without sizes and checksums
+        self.no_checksums = False  # nor are they told in another way
+        self.is_proxy = False  # requests name the host too, as a proxy gets them
         self.seen: list[Seen] = []
         self.lock = threading.Lock()
         stub = self
@@ -103,6 +113,21 @@ class HubStub:
         return sum(seen.sent for seen in self.seen if part in seen.path)
 
 
+def write_model(folder: Path, num_floats: int = 750_000) -> None:
+    """A model of 3 MB, and a file that is never fetched."""
+    folder.mkdir()
+    size = 4 * num_floats
+    write(
+        folder / WEIGHTS,
+        {"a": entry("F32", [num_floats], 0, size)},
+        random.Random(0).randbytes(size),
+    )
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text("")
+    (folder / "pytorch_model.bin").write_bytes(b"never fetched")
+
+
 @contextmanager
 def running_hub() -> Iterator[HubStub]:
     hub = HubStub()
@@ -129,10 +154,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Silence."""
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         hub = self.hub
+        if hub.is_proxy:
+            _, _, path = self.path.removeprefix("http://").partition("/")
+            self.path = f"/{path}" if self.path.startswith("http://") else "not for a proxy"
         authorization = self.headers.get("Authorization")
-        seen = Seen(self.path, self.headers.get("Range"), authorization)
+        seen = Seen(self.path, self.headers.get("Range"), authorization, method=self.command)
         hub.seen.append(seen)
         fault = hub.fault(self.path) or Fault()
         if fault.hang_s:
@@ -168,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             item: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": etag[:40]}
             if is_large(name):
                 item["lfs"] = {"sha256": etag, "size": len(data), "pointerSize": 134}
-            siblings.append(item)
+            siblings.append({"rfilename": name} if hub.names_only else item)
         body = json.dumps({"id": repo, "sha": hub.commit, "siblings": siblings}).encode()
         self._send(body, "listing", seen, Fault())
 
@@ -184,7 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not is_large(name):
             return self._send(data, etag, seen, fault)
         location = f"http://localhost:{hub.port}{CDN}{etag}"
-        self._empty(302, {"Location": location, "X-Linked-Etag": f'"{etag}"'})
+        linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+        self._empty(302, {"Location": location} | ({} if hub.no_checksums else linked))
 
     def _empty(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -206,9 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
             self.send_header("Content-Length", str(size + fault.lie))
-        self.send_header("ETag", f'"{etag}"')
+        self.send_header("ETag", 'W/"5e-17"' if self.hub.no_checksums else f'"{etag}"')
         self.send_header("X-Repo-Commit", self.hub.commit)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         stop = end if fault.cut is None else min(end, start + fault.cut)
         if fault.corrupt:
             data = data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:]

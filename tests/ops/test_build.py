@@ -17,6 +17,7 @@ import pytest
 
 from pyserve.errors import BuildError
 from pyserve.ops import build, build_cache, toolchain
+from tests.read_only import read_only
 
 # Notes each of its runs, then makes what it was asked for; waits while a file "hold" exists.
 FAKE_COMPILER = """#!/bin/sh
@@ -104,6 +105,20 @@ def test_compiles_once_and_says_so(folder: Path) -> None:
     assert lines[-1] == f"compiling: {NUM_STEPS} of {NUM_STEPS} steps done"
     assert num_runs(folder) == NUM_STEPS
     assert find_or_compile(pytest.fail) == products
+
+
+def test_what_is_compiled_is_found_where_nothing_can_be_written(folder: Path) -> None:
+    lines: list[str] = []
+    cache = folder / "cache"
+    products = find_or_compile(lines.append)
+    with read_only(cache) as tried:
+        assert find_or_compile(lines.append) == products
+    assert tried == [] and num_runs(folder) == NUM_STEPS
+    shutil.rmtree(cache)
+    cache.mkdir()
+    remedy = r"\(Read-only file system\): set PYSERVE_CACHE to a writable folder"
+    with read_only(cache), pytest.raises(BuildError, match=remedy):
+        find_or_compile(lines.append)
 
 
 def test_another_compiler_source_or_flag_is_another_folder(

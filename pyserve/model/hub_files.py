@@ -1,0 +1,145 @@
+"""Which files of a model are served from: in a listing of the hub, and in a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import os
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import msgspec
+
+from pyserve.errors import CheckpointError
+from pyserve.model.checkpoint_files import (
+    INDEX_FILE,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_INDEX_BYTES,
+    SINGLE_FILE,
+)
+from pyserve.model.hub_client import HubClient, Listing, RemoteFile
+
+TEXTS = (
+    "config.json", "generation_config.json", "tokenizer*.json", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one makes a tokenizer
+
+FIRST_BYTES = 64 * 1024  # most headers are shorter
+LFS_POINTER, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+
+
+def served_texts(listing: Listing, *, with_weights: bool) -> list[RemoteFile]:
+    """Everything but weights that is served from."""
+    patterns = (*TEXTS, INDEX_FILE) if with_weights else TEXTS
+    return [file for name, file in listing.files.items() if _is_among(name, patterns)]
+
+
+def may_be_served(name: str) -> bool:
+    return _is_among(name, (*TEXTS, INDEX_FILE, "*.safetensors"))
+
+
+def _is_among(name: str, patterns: Iterable[str]) -> bool:
+    if MORE_TEMPLATES.fullmatch(name):
+        return True
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def refuse_lfs_pointers(folder: Path, *, named: str) -> None:
+    """Raises CheckpointError where git has put stand-ins in the place of large files."""
+    for path in sorted(folder.iterdir()):
+        if not may_be_served(path.name) or not path.is_file():
+            continue
+        if path.stat().st_size > MAX_LFS_POINTER_BYTES or not os.access(path, os.R_OK):
+            continue
+        if path.read_bytes().startswith(LFS_POINTER):
+            raise CheckpointError(
+                f"{named}: {path.name} is a git-lfs pointer, not the file that it stands for: "
+                "run git lfs pull in that folder"
+            )
+
+
+def looks_whole(snapshot: Path, *, with_weights: bool) -> bool:
+    if not any((snapshot / name).is_file() for name in TOKENIZERS):
+        return False
+    if not with_weights:
+        return True
+    if not (snapshot / "config.json").is_file():
+        return False
+    if (snapshot / SINGLE_FILE).is_file():
+        return True
+    try:
+        names = _indexed_files(snapshot / INDEX_FILE)
+    except (OSError, CheckpointError):
+        return False
+    return all((snapshot / name).is_file() for name in names)
+
+
+def likely_weights(listing: Listing) -> list[RemoteFile]:
+    """Before the index is here: what it will name."""
+    if SINGLE_FILE in listing.files:
+        return [listing.files[SINGLE_FILE]]
+    return [
+        file
+        for name, file in listing.files.items()
+        if fnmatchcase(name, "model*.safetensors") and "/" not in name
+    ]
+
+
+def served_weights(listing: Listing, folder: Path, *, named: str) -> list[RemoteFile]:
+    """The safetensors files the loader will read; the index lies in `folder`."""
+    if SINGLE_FILE in listing.files:
+        return [listing.files[SINGLE_FILE]]
+    if INDEX_FILE not in listing.files:
+        others = {Path(name).suffix for name in listing.files} & {".bin", ".pth", ".pt", ".gguf"}
+        has = f", only {' and '.join(sorted(others))}" if others else ""
+        raise CheckpointError(
+            f"{named} has no weights as safetensors ({SINGLE_FILE} or {INDEX_FILE}){has}"
+        )
+    names = _indexed_files(folder / INDEX_FILE)
+    lacking = [name for name in names if name not in listing.files]
+    if lacking:
+        raise CheckpointError(f"{named}: {INDEX_FILE} lists {lacking[0][:200]}, which is not there")
+    return [listing.files[name] for name in names]
+
+
+def _indexed_files(path: Path) -> list[str]:
+    """Names of the files an index lists: of the same folder, as nothing else is fetched."""
+
+    class Index(msgspec.Struct):
+        weight_map: dict[str, str]
+
+    with path.open("rb") as file:
+        text = file.read(MAX_INDEX_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    try:
+        names = set(msgspec.json.decode(text[:MAX_INDEX_BYTES], type=Index).weight_map.values())
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{INDEX_FILE} is no index of weights") from error
+    if not names or any("/" in name or not name.endswith(".safetensors") for name in names):
+        raise CheckpointError(f"{INDEX_FILE} must list safetensors files of the same folder")
+    return sorted(names)
+
+
+async def write_headers(
+    client: HubClient, weights: list[RemoteFile], commit: str, folder: Path
+) -> None:
+    """Safetensors files of the right length that hold their headers alone."""
+    streams = asyncio.Semaphore(8)
+
+    async def write(file: RemoteFile) -> None:
+        async with streams:
+            text = await client.read(file, 0, min(FIRST_BYTES, file.size), commit=commit)
+            end = LENGTH_BYTES + int.from_bytes(text[:LENGTH_BYTES], "little")
+            # What is too long is refused by who reads the file.
+            if len(text) < end <= min(LENGTH_BYTES + MAX_HEADER_BYTES, file.size):
+                text += await client.read(file, len(text), end, commit=commit)
+        with (folder / file.name).open("wb") as sink:
+            sink.write(text[:end])
+            sink.truncate(file.size)
+
+    await asyncio.gather(*[write(file) for file in weights])
