@@ -199,7 +199,7 @@ def test_a_header_over_the_limit_is_not_fetched(stub: HubStub, tmp_path: Path) -
     text[:8] = header_bytes.to_bytes(8, "little")
     stub.repos[REPO][WEIGHTS] = bytes(text)
     assert f"a header of {header_bytes} bytes, the limit is 33554432" in refusal_of_check(tmp_path)
-    assert stub.sent(CDN) <= hub.FIRST_BYTES
+    assert stub.sent(CDN) <= hub_files.FIRST_BYTES
 
 
 def refusal_of_check(tmp_path: Path) -> str:
