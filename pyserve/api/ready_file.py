@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from pyserve.errors import StartupError
@@ -36,6 +37,8 @@ class ReadyFile:
             draft.write_text(json.dumps({"url": url, "model": model, "pid": os.getpid()}) + "\n")
             draft.replace(self._path)
         except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
             raise StartupError(f"--ready-file {self._path}: {error.strerror}") from None
 
     def remove(self) -> None:

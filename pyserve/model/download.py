@@ -72,6 +72,9 @@ class PartialFile:
         if self._data_fd < 0:
             self._open()
         is_sound = _digest(self._data_fd, self.file) == self.file.etag
+        if is_sound:
+            # Before it has its name: after a power cut a blob of the right size could be of zeros.
+            os.fdatasync(self._data_fd)
         self.close()
         if is_sound:
             os.replace(self._data_path, self._blob)

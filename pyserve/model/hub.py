@@ -43,7 +43,8 @@ TOKEN = re.compile(r"[!-~]{1,4096}")
 DEFAULT_REVISION = "main"
 
 
-MAX_TEXT_BYTES = 128 * 2**20
+MAX_TEXT_BYTES = 128 * 2**20  # one file: the largest tokenizers have a quarter of it
+MAX_TEXTS_BYTES = 512 * 2**20  # all of a model's together
 DISK_MARGIN_BYTES = 256 * 2**20  # left for logs, compiled products and the file system itself
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -185,7 +186,7 @@ async def _fetch_headers(wanted: _Wanted, folder: Path) -> None:
             text = await client.read(file, 0, file.size, commit=listing.commit)
             (folder / file.name).write_bytes(text)
         weights = served_weights(listing, folder, named=wanted.named)
-        await write_headers(client, weights, listing.commit, folder)
+        await write_headers(client, weights, listing.commit, folder, named=wanted.named)
 
 
 def _without_a_call(wanted: _Wanted) -> Path | None:
@@ -304,9 +305,9 @@ async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: C
         _check_sizes(wanted, texts)
         weights = likely_weights(listing) if wanted.with_weights else []
         missing = _missing(cache, commit, texts)
-        download.expect(
-            sum(part.missing_bytes for part in _missing(cache, commit, texts + weights))
-        )
+        num_bytes = sum(part.missing_bytes for part in _missing(cache, commit, texts + weights))
+        _check_disk(wanted, num_bytes)
+        download.expect(num_bytes)
         await download.run(missing)
         for file in texts:
             _link(cache, commit, file)
@@ -356,7 +357,7 @@ async def _check_headers(
         for text in snapshot.iterdir():
             if text.is_file() and not text.name.endswith(".safetensors"):
                 (folder / text.name).symlink_to(text.resolve())
-        await write_headers(client, weights, commit, folder)
+        await write_headers(client, weights, commit, folder, named=wanted.named)
         try:
             check(folder)
         except StartupError as error:
@@ -365,12 +366,18 @@ async def _check_headers(
 
 
 def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
-    """They are fetched before the disk is looked at."""
+    """They are fetched before the model is looked at, and read into memory."""
     for file in texts:
         if file.size > MAX_TEXT_BYTES:
             raise CheckpointError(
                 f"{wanted.named}: {file.name} has {file.size} bytes, the limit is {MAX_TEXT_BYTES}"
             )
+    num_bytes = sum(file.size for file in texts)
+    if num_bytes > MAX_TEXTS_BYTES:
+        raise CheckpointError(
+            f"{wanted.named}: its {len(texts)} files beside the weights have {num_bytes} bytes, "
+            f"the limit is {MAX_TEXTS_BYTES}"
+        )
 
 
 def _missing(cache: RepoCache, commit: str, files: list[RemoteFile]) -> list[PartialFile]:
@@ -389,6 +396,9 @@ def _link(cache: RepoCache, commit: str, file: RemoteFile) -> None:
 
 
 def _check_disk(wanted: _Wanted, num_bytes: int) -> None:
+    """All that will be written, against what is free now."""
+    if not num_bytes:
+        return
     folder = wanted.cache.root
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < num_bytes + DISK_MARGIN_BYTES:
@@ -401,6 +411,8 @@ def _check_disk(wanted: _Wanted, num_bytes: int) -> None:
 
 def _disk_error(wanted: _Wanted, error: OSError) -> StartupError:
     reason = error.strerror or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason += "; make room and start again, what has arrived is not fetched twice"
     return StartupError(
         f"{wanted.named} cannot be kept in {wanted.cache.root}: {reason}; another folder can be "
         f"named with --download-dir"

@@ -130,5 +130,9 @@ def _size(path: Path) -> int:
 
 def _replace_text(path: Path, text: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a disk that is full keeps no halves
+        raise

@@ -31,6 +31,7 @@ MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one makes a tokenizer
 
 FIRST_BYTES = 64 * 1024  # most headers are shorter
+MAX_HEADERS_BYTES = 256 * 2**20  # of all files of a model; 200 shards of a large one have 20 MB
 LFS_POINTER, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
@@ -126,15 +127,26 @@ def _indexed_files(path: Path) -> list[str]:
 
 
 async def write_headers(
-    client: HubClient, weights: list[RemoteFile], commit: str, folder: Path
+    client: HubClient, weights: list[RemoteFile], commit: str, folder: Path, *, named: str
 ) -> None:
-    """Safetensors files of the right length that hold their headers alone."""
+    """Safetensors files of the right length that hold their headers alone.
+
+    Raises CheckpointError where those are more than MAX_HEADERS_BYTES together.
+    """
     streams = asyncio.Semaphore(8)
+    left_bytes = MAX_HEADERS_BYTES
 
     async def write(file: RemoteFile) -> None:
+        nonlocal left_bytes
         async with streams:
             text = await client.read(file, 0, min(FIRST_BYTES, file.size), commit=commit)
             end = LENGTH_BYTES + int.from_bytes(text[:LENGTH_BYTES], "little")
+            left_bytes -= min(end, LENGTH_BYTES + MAX_HEADER_BYTES)
+            if left_bytes < 0:
+                raise CheckpointError(
+                    f"{named}: the headers of its {len(weights)} safetensors files have more than "
+                    f"{MAX_HEADERS_BYTES} bytes"
+                )
             # What is too long is refused by who reads the file.
             if len(text) < end <= min(LENGTH_BYTES + MAX_HEADER_BYTES, file.size):
                 text += await client.read(file, len(text), end, commit=commit)

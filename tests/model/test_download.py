@@ -230,7 +230,60 @@ def test_a_text_that_is_too_large(
             pass
 
 
-@pytest.mark.parametrize("name", ["pwrite", "ftruncate"])
+def test_many_texts_are_summed_before_the_first_is_fetched(
+    stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.repos[REPO] |= {f"tokenizer_{number}.json": b"x" * 1000 for number in range(50)}
+    monkeypatch.setattr(hub, "MAX_TEXTS_BYTES", 49_000)
+    line = refusal(tmp_path)
+    assert "files beside the weights have 5" in line and "the limit is 49000" in line
+    assert stub.sent("/resolve/") == 0
+
+
+def test_the_disk_is_checked_before_the_first_text(
+    stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=hub.DISK_MARGIN_BYTES - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    line = refusal(tmp_path)
+    assert "are free there: make room" in line
+    assert stub.sent("/resolve/") == 0 and stub.sent(CDN) == 0
+
+
+def test_headers_are_summed_too(
+    stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_files, "MAX_HEADERS_BYTES", 20)
+    assert "the headers of its 1 safetensors files have more than 20 bytes" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5, 8])
+def test_a_disk_that_is_full_at_any_moment_keeps_no_halves(
+    stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Every name that is there stands for all of it, and the next start goes on."""
+    left = number
+    pwrite = os.pwrite
+
+    def write(fd: int, data: bytes, offset: int) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", write)
+        line = refusal(tmp_path)
+    assert "No space left on device; make room and start again" in line
+    for path in (tmp_path / "cache").rglob("*"):
+        if path.parent.name == "blobs" and "." not in path.name:
+            assert path.read_bytes() in stub.repos[REPO].values()
+        assert not path.name.endswith(".tmp")
+    assert_whole(stub, fetch(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pwrite", "ftruncate", "fdatasync"])
 def test_a_disk_that_fills_up(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
