@@ -163,9 +163,13 @@ def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
 def _tokenizer(folder: Path) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.from_folder(folder)
+    from pyserve.text.sentencepiece_model import MODEL_FILE, convert_model
+
+    if (folder / MODEL_FILE).is_file():
+        return Tokenizer.from_folder(folder, converted=convert_model(folder))
     from pyserve.text.convert import convert_tokenizer
 
-    return Tokenizer.from_folder(folder, backend=convert_tokenizer(folder))
+    return Tokenizer.from_folder(folder, converted=convert_tokenizer(folder))
 
 
 def _generation_folder(choice: str, model_path: Path) -> Path:

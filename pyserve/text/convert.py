@@ -1,4 +1,4 @@
-"""A folder without tokenizer.json -> the tokenizer that transformers converts it to.
+"""A folder with vocab.json and merges.txt alone -> the tokenizer that transformers makes of them.
 
 The only place in `text` that imports transformers (and torch with it: seconds), so only cli.py
 imports this module, where a folder needs it. Code in the folder is never run.
@@ -6,32 +6,25 @@ imports this module, where a folder needs it. Code in the folder is never run.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import tokenizers
 from transformers import AutoTokenizer
 
 from pyserve.errors import CheckpointError
-from pyserve.text.tokenizer import TOKENIZER_FILE
+from pyserve.text.sentencepiece_model import MODEL_FILE
+from pyserve.text.tokenizer import TOKENIZER_FILE, Converted
 
-# Sets of files that transformers converts without code of the folder's own.
-_SOURCES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
-# What transformers reads tokenizer.model with: package -> module. Nothing else here needs them.
-_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+_SOURCES = ("vocab.json", "merges.txt")
 _REMEDY = f"--tokenizer names another folder that has {TOKENIZER_FILE}"
 
 
-def convert_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The `backend` of Tokenizer.from_folder. Raises CheckpointError with the remedy."""
-    if not _has_source(folder):
-        expected = " nor ".join(" + ".join(names) for names in _SOURCES)
-        raise CheckpointError(f"{folder}: neither {TOKENIZER_FILE} nor {expected}; {_REMEDY}")
-    missing = [name for name, module in _SENTENCEPIECE.items() if not _is_installed(module)]
-    if missing and (folder / "tokenizer.model").is_file():
+def convert_tokenizer(folder: Path) -> Converted:
+    """Raises CheckpointError with the remedy."""
+    if not all((folder / name).is_file() for name in _SOURCES):
         raise CheckpointError(
-            f"{folder}: no {TOKENIZER_FILE}; to convert tokenizer.model, "
-            f"pip install {' '.join(missing)}, or {_REMEDY}"
+            f"{folder}: neither {TOKENIZER_FILE} nor {MODEL_FILE} nor {' + '.join(_SOURCES)}; "
+            f"{_REMEDY}"
         )
     try:
         converted = AutoTokenizer.from_pretrained(
@@ -45,15 +38,4 @@ def convert_tokenizer(folder: Path) -> tokenizers.Tokenizer:
             f"({reason}); {_REMEDY}"
         ) from error
     assert isinstance(backend, tokenizers.Tokenizer)
-    return backend
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is not there
-        return False
-
-
-def _has_source(folder: Path) -> bool:
-    return any(all((folder / name).is_file() for name in names) for names in _SOURCES)
+    return Converted(backend, _SOURCES[0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ from pyserve.text.tokenizer_files import (
 TOKENIZER_FILE = "tokenizer.json"
 
 _SURROGATE = re.compile("[\ud800-\udfff]").search
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A tokenizer that was made of other files than tokenizer.json.
+
+    source            the file that its vocabulary comes from.
+    names             special tokens that this file itself names, "bos_token" and so on.
+    is_sentencepiece  whether that is SentencePiece's own.
+    """
+
+    backend: tokenizers.Tokenizer
+    source: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    is_sentencepiece: bool = False
 
 
 class Tokenizer:
@@ -82,36 +98,46 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path, *, backend: tokenizers.Tokenizer | None = None) -> Tokenizer:
-        """Read tokenizer.json and its companions; `backend` (convert.py) replaces tokenizer.json.
+    def from_folder(cls, folder: Path, *, converted: Converted | None = None) -> Tokenizer:
+        """Read tokenizer.json and its companions; `converted` stands for tokenizer.json.
 
         Raises CheckpointError naming the file that is missing or wrong, or two that disagree.
         """
         files = TokenizerFiles.read(folder)
-        is_converted = backend is not None
-        if backend is None:
+        config = files.config
+        if converted is None:
             backend, is_byte_level = _read_backend(folder / TOKENIZER_FILE)
         else:
+            backend = converted.backend
             is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         found = None
         if isinstance(backend.model, models.BPE):
-            found = class_of(files.config, files.model_config, is_byte_level=is_byte_level)
-        if found is not None and not is_converted:
-            found.rebuild(backend, files.config)
-        named = named_tokens(files.config, found.defaults if found else {})
+            found = class_of(config, files.model_config, is_byte_level=is_byte_level)
+        if found is not None and converted is None:
+            found.rebuild(backend, config)
+        defaults = found.defaults if found else converted.names if converted else {}
+        named = named_tokens(config, defaults)
         add_tokens(
             backend, files, named,
-            source="the converted vocabulary" if is_converted else TOKENIZER_FILE,
+            source=converted.source if converted else TOKENIZER_FILE,
+            as_written=converted is not None and converted.is_sentencepiece,
         )  # fmt: skip
         names = {name: str(token) for name, token in named.items()}
         if found is not None and found.marks_special:
-            make_special(backend, [*names.values(), *map(str, extra_tokens(files.config))])
-        if found is not None and found.adds_bos and not is_converted:
-            set_surroundings(backend, bos=names.get("bos_token"))
-        elif not is_converted:
-            warn_of_flags(backend, files.config, names)
-        backend.encode_special_tokens = files.config.get("split_special_tokens") is True
-        return cls(backend, folder=folder, config=files.config, special_tokens=names)
+            make_special(backend, [*names.values(), *map(str, extra_tokens(config))])
+        adds_bos = found is not None and found.adds_bos
+        if converted is not None or adds_bos:
+            adds_bos = config.get("add_bos_token", adds_bos) if converted else adds_bos
+            adds_eos = converted is not None and config.get("add_eos_token")
+            set_surroundings(
+                backend,
+                bos=names.get("bos_token") if adds_bos else None,
+                eos=names.get("eos_token") if adds_eos else None,
+            )
+        else:
+            warn_of_flags(backend, config, names)
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
+        return cls(backend, folder=folder, config=config, special_tokens=names)
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Token ids of a text. Special tokens in it are parsed.

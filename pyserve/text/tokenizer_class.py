@@ -43,6 +43,7 @@ class TokenizerClass:
     defaults         special tokens that it names where the config does not.
     adds_bos         whether it adds BOS, whatever the file says; None: as the file says.
     marks_special    makes all named and listed special tokens special ones.
+    prefix           where it puts a space, as of `prefix_of`.
     """
 
     rebuild: Callable[[tokenizers.Tokenizer, Config], None]
@@ -50,6 +51,7 @@ class TokenizerClass:
     defaults: Mapping[str, str] = field(default_factory=dict)
     adds_bos: bool | None = None
     marks_special: bool = False
+    prefix: Callable[[Config], str] = lambda config: "never"
 
 
 def class_of(config: Config, model_config: Config, *, is_byte_level: bool) -> TokenizerClass | None:
@@ -68,10 +70,15 @@ def class_of(config: Config, model_config: Config, *, is_byte_level: bool) -> To
     return found if found is not None and found.is_byte_level == is_byte_level else None
 
 
-def is_legacy(config: Config, model_config: Config) -> bool:
-    """Whether text behind a special token starts with a space, as the text's start does."""
-    default = class_of(config, model_config, is_byte_level=False) is None
-    return bool(config.get("legacy", default))
+def prefix_of(config: Config, model_config: Config) -> str:
+    """Where a SentencePiece tokenizer puts a space: a `prepend_scheme` of Metaspace.
+
+    "always"  before each text between special tokens; "first": before the first; "never".
+    """
+    found = class_of(config, model_config, is_byte_level=False)
+    if found is None:
+        return "always" if config.get("legacy", True) else "first"
+    return found.prefix(config)
 
 
 def set_surroundings(
@@ -102,16 +109,27 @@ def warn_of_flags(backend: tokenizers.Tokenizer, config: Config, names: Mapping[
             )  # fmt: skip
 
 
+def _has_prefix(config: Config) -> bool:
+    return config.get("add_prefix_space") in (None, True)
+
+
+def _llama_prefix(config: Config) -> str:
+    if not _has_prefix(config):
+        return "never"
+    return "always" if config.get("legacy") else "first"
+
+
+def _code_llama_prefix(config: Config) -> str:
+    return "first" if _has_prefix(config) else "never"
+
+
 def _as_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
-    has_prefix = config.get("add_prefix_space") in (None, True)
-    scheme = "never" if not has_prefix else "always" if config.get("legacy") else "first"
-    _set_words(backend, scheme, strips=has_prefix, unk_token=None)
+    _set_words(backend, _llama_prefix(config), strips=_has_prefix(config), unk_token=None)
 
 
 def _as_code_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
-    has_prefix = config.get("add_prefix_space") in (None, True)
     unk_token = str(config.get("unk_token") or "<unk>")
-    _set_words(backend, "first" if has_prefix else "never", strips=True, unk_token=unk_token)
+    _set_words(backend, _code_llama_prefix(config), strips=True, unk_token=unk_token)
 
 
 def _set_words(
@@ -165,9 +183,13 @@ _CODE_NAMES = {
 _END_OF_TEXT = "<|endoftext|>"
 
 _CLASSES = {
-    "LlamaTokenizer": TokenizerClass(_as_llama, False, _LLAMA_NAMES),
+    "LlamaTokenizer": TokenizerClass(_as_llama, False, _LLAMA_NAMES, prefix=_llama_prefix),
     "CodeLlamaTokenizer": TokenizerClass(
-        _as_code_llama, False, _LLAMA_NAMES | _CODE_NAMES, adds_bos=True
+        _as_code_llama,
+        False,
+        _LLAMA_NAMES | _CODE_NAMES,
+        adds_bos=True,
+        prefix=_code_llama_prefix,
     ),
     "Qwen2Tokenizer": TokenizerClass(
         _as_qwen,

@@ -132,12 +132,14 @@ def add_tokens(
     named: Mapping[str, Token],
     *,
     source: str,
+    as_written: bool = False,
 ) -> None:
     """Give the tokenizer the tokens that the files list or name and that it does not have.
 
     named   names and tokens, as of `named_tokens`. One to which no file gives an id takes the next
             one, as in transformers, but only where the model has an embedding for it.
     source  the file that `backend` comes from.
+    as_written  listed tokens are found in the text as it is, whatever their flags say.
 
     Raises CheckpointError naming both files and the token where two contradict each other.
     """
@@ -147,7 +149,8 @@ def add_tokens(
     names |= {text for text, token in known.items() if token.special}  # and none ceases to be one
     has_decoder = "added_tokens_decoder" in files.config  # it stands before tokenizer.json's flags
     listed = [item for item in files.added if has_decoder or item.token.content not in known]
-    backend.add_tokens([_made_special(item.token, names) for item in listed])
+    new = [_made_special(item.token, names) for item in listed]
+    backend.add_tokens([_with(token, normalized=False) for token in new] if as_written else new)
     for item in listed:
         given = backend.token_to_id(item.token.content)
         if given != item.token_id:
@@ -180,10 +183,12 @@ def make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
 
 def _made_special(token: AddedToken, names: set[str]) -> AddedToken:
     """The token; a special one where its text is among the names."""
-    flags = {name: getattr(token, name) for name in _FLAGS}
-    return AddedToken(
-        token.content, **(flags | {"special": token.special or token.content in names})
-    )
+    return _with(token, special=token.special or token.content in names)
+
+
+def _with(token: AddedToken, **changes: bool) -> AddedToken:
+    flags = {name: getattr(token, name) for name in _FLAGS} | changes
+    return AddedToken(token.content, **flags)
 
 
 def _check_agreement(backend: tokenizers.Tokenizer, files: TokenizerFiles, source: str) -> None:

