@@ -47,5 +47,7 @@ def test_values_out_of_range_name_the_field(values: dict[str, object]) -> None:
 
 def test_has_penalties() -> None:
     assert not SamplingParams(max_tokens=1, temperature=0.5).has_penalties
-    for name, value in [("repetition_penalty", 1.1), ("presence_penalty", 0.1)]:
+    for name, value in [
+        ("repetition_penalty", 1.1), ("presence_penalty", 0.1), ("frequency_penalty", -0.1),
+    ]:  # fmt: skip
         assert SamplingParams(max_tokens=1, **{name: value}).has_penalties  # type: ignore[arg-type]

@@ -159,12 +159,15 @@ def test_what_was_held_back_for_a_stop_string_comes_at_the_end(tokenizer: Tokeni
     assert choice.stop_reason is None
 
 
+@pytest.mark.parametrize("min_tokens", [3, 4, 6])
 @pytest.mark.parametrize("burst", BURSTS)
-def test_min_tokens_holds_stop_strings_back(tokenizer: Tokenizer, burst: int) -> None:
+def test_min_tokens_holds_stop_strings_back(
+    tokenizer: Tokenizer, burst: int, min_tokens: int
+) -> None:
     ids = [*tokens(tokenizer, "a b a b a b"), EOS]
     assert tokenizer.decode(ids[:3], skip_special_tokens=True) == "a b"
     generation, _ = generate(
-        tokenizer, lambda _: Script(ids, burst=burst), ending(["b"], min_tokens=4)
+        tokenizer, lambda _: Script(ids, burst=burst), ending(["b"], min_tokens=min_tokens)
     )
     (choice,) = generation.choices
     assert (choice.num_tokens, choice.stop_reason) == (7, "b")

@@ -106,6 +106,18 @@ def test_a_head_that_trickles_in_ends_its_connection(
     slow.close()
 
 
+def test_a_head_that_came_slowly_but_in_time_is_forgotten(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.3)
+    server.engine.script = lambda number: Script([80], 0.1)
+    data = json.dumps({"prompt": "hi", "max_tokens": 8, "stream": True}).encode()
+    sock = open_with(server, f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n".encode())
+    time.sleep(0.05)
+    sock.sendall(f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    assert b"data: [DONE]" in read_to_end(sock)
+
+
 @pytest.mark.parametrize("kind", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_a_body_that_never_ends_is_a_408(
     server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -174,6 +186,14 @@ def test_a_request_that_takes_too_long_ends_with_the_reason(tokenizer_folder: Pa
         assert len(frames) >= 2 and "--request-timeout" in frames[-1]["error"]["message"]
         assert all(item.is_aborted for item in server.engine.submitted)
         assert server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 1})["choices"]
+
+
+def test_a_request_without_any_news_ends_in_time_too(tokenizer_folder: Path) -> None:
+    with run_server(tokenizer_folder, request_timeout_s=0.2) as server:
+        server.engine.script = lambda number: Script([80], starts=False)
+        assert "--request-timeout" in server.error(COMPLETIONS, LONG, 503)["message"]
+        (frame,) = server.frames(COMPLETIONS, LONG)
+        assert "--request-timeout" in frame["error"]["message"]
 
 
 def test_who_does_not_even_take_the_error_is_cut_off(

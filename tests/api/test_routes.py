@@ -199,8 +199,8 @@ def test_the_whole_of_a_key_is_compared(
     monkeypatch.setattr(hashlib, "sha256", Digest)
     with run_server(tokenizer_folder, api_keys=("secret",)) as server:
         for key, status in (("secret", 200), ("secreu", 401), ("secre", 401), ("secrets", 401)):
-            headers = {"Authorization": f"Bearer {key}"}
-            assert server.request("GET", "/version", headers=headers)[0] == status, key
+            for headers in ({"Authorization": f"Bearer {key}"}, {"x-api-key": key}):
+                assert server.request("GET", "/version", headers=headers)[0] == status, headers
 
 
 def test_no_spelling_reads_another_file(guarded: Server) -> None:

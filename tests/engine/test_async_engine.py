@@ -182,6 +182,48 @@ def test_depth_is_how_many_steps_are_launched_ahead() -> None:
         run(test(depth))
 
 
+def test_the_age_of_a_step_begins_with_the_end_of_the_one_before_it() -> None:
+    """Else a server that never idles would be taken for one that hangs."""
+
+    async def test() -> None:
+        engine = make_engine()
+        engine.runner = runner = HeldRunner(fake(engine))
+        client = async_engine(engine, 1)
+        client.start()
+        client.submit([1] * 10, SamplingParams(max_tokens=20, seed=0))
+        await asyncio.sleep(0.3)
+        assert client.stats().step_age_s >= 0.3
+        runner.tell()
+        await asyncio.sleep(0.01)
+        assert len(runner.held) == 2 and client.stats().step_age_s < 0.2
+        stopping = asyncio.ensure_future(client.stop())
+        for _ in range(2):
+            runner.tell()
+        await stopping
+
+    run(test())
+
+
+def test_tokens_go_out_before_one_more_step_is_launched() -> None:
+    async def test() -> None:
+        engine = make_engine()
+        num_launched: list[Step] = []
+        fake(engine).on_step = num_launched.append
+        client = async_engine(engine, 1)
+        client.start()
+        stream = client.submit([1] * 10, SamplingParams(max_tokens=6, seed=0))
+        seen = []
+        while not seen or seen[-1][0] < 6:
+            delta = await stream.read()
+            num_tokens = (seen[-1][0] if seen else 0) + len(delta.token_ids)
+            seen.append((num_tokens, len(num_launched)))
+        # Of 6 steps each token is read while only the next one runs.
+        assert seen == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 6)]
+        await client.stop()
+
+    run(test())
+
+
 def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
     async def test() -> None:
         engine = make_engine()
@@ -239,12 +281,14 @@ def test_a_step_beyond_its_deadline_stops_the_engine(depth: int) -> None:
     async def test() -> None:
         engine = make_engine()
         engine.runner = held = HeldRunner(fake(engine))
-        held.step_deadline_s = 0.05
+        held.step_deadline_s = 0.2
         client = async_engine(engine, depth)
         client.start()
         stream = client.submit([1, 2, 3], SamplingParams(max_tokens=4, seed=0))
+        started_s = time.monotonic()
         with pytest.raises(EngineError, match="hangs: a step has not ended after 0"):
             await read_all(stream)
+        assert 0.2 <= time.monotonic() - started_s < 1.5
         assert "hangs" in await client.wait_stopped()
         await asyncio.wait_for(client.stop(), 1.0)
         assert not held.inner.is_closed, "what hangs may still use its memory"

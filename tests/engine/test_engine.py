@@ -299,6 +299,21 @@ def test_equal_prompts_compute_their_prefix_once() -> None:
     assert len({tuple(reader.output) for reader in readers}) == 4
 
 
+def test_who_comes_later_passes_those_that_wait_for_a_prefix() -> None:
+    engine = make_engine()
+    driver = Driver(engine, 1)
+    waiting = [driver.submit([1] * 9, SamplingParams(max_tokens=2, seed=i)) for i in range(3)]
+    driver.launch()
+    assert engine.scheduler.num_deferred == 2
+    later = driver.submit([2, 3], SamplingParams(max_tokens=1, seed=9))
+    driver.launch()  # the prefix is in flight
+    assert later.stream in [seq.stream for seq in engine.scheduler.running]
+    assert engine.scheduler.num_deferred == 2
+    driver.drain()
+    for reader in waiting:
+        check(reader)
+
+
 @pytest.mark.parametrize("how", ["abort", "fail"])
 def test_waiters_go_on_when_the_owner_of_their_prefix_is_lost(how: str) -> None:
     engine = make_engine(max_num_batched_tokens=8)

@@ -124,6 +124,22 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
         assert stream.num_cached_tokens == 0, "of the first admission only"
 
 
+def test_a_preempted_sequence_needs_what_it_needs_now() -> None:
+    """Not what its first admission took: another sequence holds its prefix by now."""
+    engine = make_engine(num_blocks=10, num_slots=3, max_model_len=64, policy="priority")
+    growing = engine.add([1], params(12), priority=0)
+    victim = engine.add([2] * 21, params(8), priority=5)  # 6 blocks
+    run_step(engine)
+    sharing = engine.add([2] * 21, params(8), priority=1)  # 1 block beside the 5 they share
+    scheduler = engine.scheduler
+    while not scheduler.num_preemptions:
+        run_step(engine)
+    assert [seq.stream for seq in scheduler.waiting] == [victim]
+    engine.abort(growing)
+    assert scheduler.blocks.num_free == 3
+    assert [seq.stream for seq in run_step(engine).seqs] == [sharing, victim]
+
+
 def test_a_step_that_preempts_admits_nobody() -> None:
     """What it frees is for those that run, even where one waits that comes before the victim."""
     engine = make_engine(num_blocks=7, num_slots=2, max_model_len=32, policy="priority")

@@ -270,6 +270,10 @@ def test_dummy_weights_depend_on_the_seed_alone(folder: Path) -> None:
         assert float(view.mean()) == pytest.approx(destination.dummy_mean, abs=0.02)
         assert float(view.std()) == pytest.approx(0.02, rel=0.5)
     assert first["model.norm.weight"].dummy_mean == 1.0
+    names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1)
+             for part in ("gate", "up")]  # fmt: skip
+    starts = {tuple(first[name].view.flatten()[:4].tolist()) for name in names}
+    assert len(starts) == 4, "no two tensors hold the same"
 
 
 def test_dummy_models_run(folder: Path) -> None:

@@ -194,6 +194,22 @@ def test_an_index_behind_a_byte_order_mark(tmp_path: Path) -> None:
     assert set(index_checkpoint(tmp_path)) == {"a"}
 
 
+@pytest.mark.parametrize("listed", ["m-1.safetensors", "m-2.safetensors"])
+def test_a_tensor_in_two_shards_is_read_from_the_listed_one(listed: str, tmp_path: Path) -> None:
+    for name in ("m-1.safetensors", "m-2.safetensors"):
+        write_shard(tmp_path / name, "a", f"of {name}")
+    own = {f"of {name}": name for name in ("m-1.safetensors", "m-2.safetensors")}
+    write_index(tmp_path, {"a": listed, **own})
+    assert index_checkpoint(tmp_path)["a"].file == tmp_path / listed
+
+
+def test_an_index_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    write_index(tmp_path, {"a": "m-1.safetensors"})
+    os.truncate(tmp_path / INDEX_FILE, 64 * 2**20 + 1)
+    with pytest.raises(CheckpointError, match="has 67108865 bytes, the limit is 67108864"):
+        index_checkpoint(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "m-1.safetensors", "a")
     write_index(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"})
