@@ -296,9 +296,10 @@ def run_server(folder: Path, **config: Any) -> Iterator[Server]:
         async with listening(build_app(state), sock):
             started.set()
             await stop.wait()
-        for item in engine.submitted:
-            if item.task is not None:
-                item.task.cancel()
+        tasks = [item.task for item in engine.submitted if item.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         state.close()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
