@@ -221,7 +221,8 @@ done
 case " ${parts[*]} " in *\ logits\ * | *\ serve\ * | *\ soak\ *) export NEEDS_LLAMA=1 ;; esac
 [ "${parts[0]}" = build ] || parts=(prepare "${parts[@]}")
 mkdir -p "$OUT" "$PYSERVE_CHECK_DIR"
-deadline=$((SECONDS + ${PYSERVE_CHECK_LIMIT_S:-470}))
+total=${PYSERVE_CHECK_LIMIT_S:-470}
+deadline=$((SECONDS + total))
 nvidia-smi --query-gpu=name,driver_version,memory.used,memory.total --format=csv,noheader || true
 "$PYTHON" -c 'import sys, torch, transformers; print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)'
 
@@ -229,7 +230,7 @@ rows=()
 num_failed=0
 for part in "${parts[@]}"; do
   left=$((deadline - SECONDS))
-  if [ $left -lt 10 ]; then
+  if [ $((47 * left)) -lt "$total" ]; then  # 10 s of the default
     rows+=("$(printf '%-9s %-12s' "$part" "NOT RUN")  no time left")
     num_failed=$((num_failed + 1))
     continue

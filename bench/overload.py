@@ -175,7 +175,7 @@ async def run(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> 
     """The full load, then the overload."""
     load = Load(endpoint, args)
     try:
-        await load.closed(4, 1.0, Phase())  # warm-up
+        await load.closed(4, args.warm_up_seconds, Phase())
         return await _run(load, endpoint, pid, args)
     finally:
         load.close()
@@ -286,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pid", type=int, help="process whose memory is watched, with --url")
     add("--api-key")
     add("--seconds", type=float, default=120.0, help="of overload (default %(default)g)")
+    add("--warm-up-seconds", type=float, default=1.0)
     add("--full-seconds", type=float, default=20.0, help="of the load before it")
     add("--factor", type=float, default=10.0, help="arrivals, times the capacity")
     add("--max-num-seqs", type=int, default=16, help="slots of the server")

@@ -47,6 +47,9 @@ ARCHS_VARIABLE = "PYSERVE_CUDA_ARCHS"
 # Of binaries that travel: all cards from Ampere on, and PTX for those that are not known yet.
 _WHEEL_ARCHS = ("80", "86", "89", "90a", "120", "89-ptx")
 _NEW_ARCHS = {"120": (12, 8)}  # the CUDA that brought it
+# nvcc's front end runs once for all that is made of one virtual architecture. From compute_80 it
+# makes the very machine code for sm_86 that it makes from compute_86.
+_FRONT_ENDS = {"86": "80"}
 # The log tells each kernel's registers and memory.
 _CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 
@@ -394,7 +397,9 @@ def _ask(program: str, *arguments: str) -> str:
 
 def _gencode(arch: str) -> str:
     number, _, ptx = arch.partition("-")
-    return f"arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"
+    if ptx:
+        return f"arch=compute_{number},code=compute_{number}"
+    return f"arch=compute_{_FRONT_ENDS.get(number, number)},code=sm_{number}"
 
 
 def _dotted(version: tuple[int, int]) -> str:

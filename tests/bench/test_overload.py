@@ -13,9 +13,10 @@ from bench.overload import main
 from tests.api.fakes import Script, Server, make_tokenizer_folder, run_server
 
 FLAGS = [
-    "--seconds", "1.5", "--full-seconds", "1", "--max-num-seqs", "4", "--max-queue", "4",
-    "--factor", "4", "--output-len", "8", "--max-ratio", "1000", "--max-lag-s", "2",
-    "--max-growth-mib", "500", "--pid", str(os.getpid()),
+    "--seconds", "0.8", "--full-seconds", "0.5", "--warm-up-seconds", "0.1",
+    "--max-num-seqs", "4", "--max-queue", "4", "--factor", "4", "--output-len", "8",
+    "--max-ratio", "1000", "--max-lag-s", "2", "--max-growth-mib", "500",
+    "--pid", str(os.getpid()),
 ]  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_a_sound_server_passes(
         (("--max-ratio", "0.01"), "FAILED p95 of the time to first token"),
         (("--max-lag-s", "-1"), "FAILED the event loop was late"),
         (("--max-growth-mib", "-500"), "FAILED memory grew"),
-        (("--output-len", "600"), "no request was answered"),
+        (("--input-len", "600"), "no request was answered"),
     ],
 )
 def test_what_is_wrong_is_printed(

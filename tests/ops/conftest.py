@@ -10,11 +10,31 @@ With the address and undefined behaviour sanitizers (test_build.py needs no such
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from pathlib import Path
+
 import pytest
 
 from pyserve.ops import build
+from tests.ops import cuda_wheel
+
+CUDA_BUILD = Path(__file__).with_name("test_cuda_build.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def native() -> None:
     assert build.load_native(allow_reference=False, progress=print) == "native"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path == CUDA_BUILD)  # last: see cuda_wheel.py
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    is_wanted = any(item.path == CUDA_BUILD for item in session.items)
+    if not is_wanted or session.config.option.collectonly or not cuda_wheel.can_build():
+        return (yield)
+    with cuda_wheel.building() as running:
+        session.config.stash[cuda_wheel.STASH_KEY] = running
+        return (yield)

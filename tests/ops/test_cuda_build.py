@@ -1,7 +1,7 @@
 """The CUDA sources, compiled for every card by nvcc and linked, on a machine without a card.
 
-One build of the wheel serves all tests here. cuda/gpu/smem_table.txt holds the shared memory of
-each kernel instance; `python tests/ops/test_cuda_build.py` writes it anew.
+One build of the wheel (cuda_wheel.py) serves all tests here. cuda/gpu/smem_table.txt holds the
+shared memory of each kernel instance; `python -m tests.ops.test_cuda_build` writes it anew.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from pyserve.ops import build, fakes, toolchain
+from tests.ops.cuda_wheel import STASH_KEY, Kernel, Wheel, building, demangle, short_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "cuda" / "gpu" / "smem_table.txt"
@@ -36,84 +34,6 @@ SMEM_LIMITS = {arch: block * 1024 for arch, (_, block, _) in CARDS.items()}
 CHOOSY = ("linear", "decode", "prefill", "attention_plan")  # files that ask what card it is
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@dataclass
-class Kernel:
-    """An instance of a kernel, float16 and bfloat16 as one: the larger figures."""
-
-    static_smem: dict[str, int] = field(default_factory=dict)  # by architecture
-    dynamic_smem: int = 0
-    registers: int = 0
-
-    def smem(self, arch: str) -> int:
-        return self.static_smem[arch] + self.dynamic_smem
-
-
-@dataclass
-class Wheel:
-    """A built wheel, unpacked, and what nvcc said."""
-
-    folder: Path
-    sources: Path  # what it was built of
-    objects: Path
-    log: str  # demangled
-    kernels: dict[str, Kernel]
-
-    @property
-    def ops(self) -> Path:
-        return self.folder / "pyserve" / "ops" / toolchain.OPS_PRODUCT
-
-
-def build_wheel(folder: Path) -> Wheel:
-    """Build the wheel of this checkout in `folder`, for every card, and read its log."""
-    source, out = folder / "source", folder / "out"
-    ignore = shutil.ignore_patterns("*.so", "native.json", "__pycache__")
-    for name in ("pyserve", "cuda"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    env = {k: v for k, v in os.environ.items() if k != toolchain.ARCHS_VARIABLE}
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", out]
-    result = subprocess.run([*pip, source], env=env, capture_output=True, text=True)
-    logs = list(source.glob(f"build/*/native/{toolchain.LOG_NAME}"))
-    log = logs[0].read_text() if logs else ""
-    errors = [line for line in log.splitlines() if re.search(r"error|FAILED", line)]
-    assert result.returncode == 0, "\n".join(errors) or result.stdout + result.stderr
-    (wheel,) = out.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "wheel")
-    log = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True).stdout
-    objects = logs[0].parent / "_ops"
-    return Wheel(folder / "wheel", source / "cuda", objects, log, read_kernels(log, objects))
-
-
-def read_kernels(log: str, objects: Path) -> dict[str, Kernel]:
-    """Kernel instances by name, from ptxas's report and from the names that allow_smem leaves."""
-    kernels: dict[str, Kernel] = {}
-    report = re.compile(
-        r"Compiling entry function '(.+)' for 'sm_(\w+)'\n.*\n"
-        r".*stack frame.*\n.*Used (\d+) registers(.*)\n"
-    )
-    for name, arch, registers, rest in report.findall(log):
-        kernel = kernels.setdefault(short_name(name), Kernel())
-        smem = re.search(r"(\d+) bytes smem", rest)
-        size = int(smem[1]) if smem else 0
-        kernel.static_smem[arch] = max(size, kernel.static_smem.get(arch, 0))
-        kernel.registers = max(int(registers), kernel.registers)
-    for path in objects.glob("gpu_*.o"):
-        listed = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
-        for name, size in re.findall(r"allow_smem<&\(?(.+?)\)?, (\d+)ul>\(\)", listed.stdout):
-            kernel = kernels[short_name(name)]
-            kernel.dynamic_smem = max(int(size), kernel.dynamic_smem)
-    return kernels
-
-
-def short_name(signature: str) -> str:
-    """linear_kernel<T, Tiling<1, 64> > of a demangled signature."""
-    name = signature.removeprefix("void ").replace("(anonymous namespace)::", "")
-    name = re.sub(r"\b(\w+::)+", "", re.sub(r"__half|__nv_bfloat16", "T", name))
-    return name.partition("(")[0]
 
 
 def smem_table(kernels: dict[str, Kernel]) -> str:
@@ -133,14 +53,14 @@ def smem_table(kernels: dict[str, Kernel]) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
+def wheel(pytestconfig: pytest.Config) -> Wheel:
     try:
         toolchain.find_cuda_compiler({**os.environ, toolchain.ARCHS_VARIABLE: ""})
     except toolchain.NoCudaCompilerError as error:
         pytest.skip(str(error))
     if shutil.which("c++filt") is None:
         pytest.skip("no binutils")
-    return build_wheel(tmp_path_factory.mktemp("cuda_build"))
+    return pytestconfig.stash[STASH_KEY].finish()
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +79,7 @@ def launched(wheel: Wheel) -> dict[str, set[str]]:
         limits = [str(num_sms), str(block_kb * 1024), str(sm_kb * 1024)]
         result = subprocess.run([program, *limits], capture_output=True, text=True)
         assert result.returncode == 0, f"sm_{arch}: {result.stderr}"
-        listed = subprocess.run(["c++filt"], input=result.stdout, capture_output=True, text=True)
-        names[arch] = {short_name(line) for line in listed.stdout.splitlines()}
+        names[arch] = {short_name(line) for line in demangle(result.stdout).splitlines()}
     return names
 
 
@@ -278,7 +197,6 @@ def test_ops_loads_beside_this_torch_and_has_every_op_for_cuda(wheel: Wheel) -> 
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        built = build_wheel(Path(scratch))
-    TABLE.write_text(smem_table(built.kernels))
+    with building() as build_of_this:
+        TABLE.write_text(smem_table(build_of_this.finish().kernels))
     print(TABLE.read_text(), end="")
