@@ -51,13 +51,15 @@ def test_a_bug_of_ours_shows_nothing(
         raise ValueError("secret /root/path")
 
     monkeypatch.setattr("pyserve.api.generate.Choice.advance", explode)
+    server.play("Hello", eos=False, delay_s=0.01)
     if stream:
-        error = server.frames(COMPLETIONS, {"prompt": "hi"})[-1]["error"]
+        error = server.frames(COMPLETIONS, LONG)[-1]["error"]
     else:
-        error = server.error(COMPLETIONS, {"prompt": "hi"}, 500)
+        error = server.error(COMPLETIONS, LONG, 500)
     assert (error["message"], error["type"]) == ("internal error", "InternalServerError")
     assert "secret" in caplog.text and "Traceback" in caplog.text
-    wait_until(lambda: not server.engine.running())
+    wait_until(lambda: not server.engine.running(), 1.0)
+    assert all(item.is_aborted for item in server.engine.submitted)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
