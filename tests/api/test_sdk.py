@@ -111,7 +111,7 @@ def test_closing_a_stream_aborts(server: Server) -> None:
         next(iter(stream))
         stream.close()
         wait_until(lambda: not server.engine.running(), 1.0)
-        assert all(item.is_aborted for item in server.engine.submitted), "it has not ended by itself"
+        assert all(item.is_aborted for item in server.engine.submitted), "none has ended"
 
 
 def test_async_side_by_side(server: Server) -> None:

@@ -291,6 +291,7 @@ def test_hostile_metadata() -> None:
 
     for field, index, value, message in (
         ("row_slots", 1, 9, "row 1 has slot 9 of 4"),
+        ("row_slots", 1, 4, "row 1 has slot 4 of 4"),
         ("row_slots", 1, -2, "row 1 has slot -2"),
         ("cu_seqlens_q", 2, 4, r"row 1 has queries \[2, 4\) of 3"),
         ("cu_seqlens_q", 1, -1, r"row 0 has queries \[0, -1\)"),
@@ -302,7 +303,7 @@ def test_hostile_metadata() -> None:
         getattr(bad, field)[index] = value
         with pytest.raises(RuntimeError, match=message):
             bad.run()
-    for block_id in (-1, 100, -(2**31), 2**31 - 1):
+    for block_id in (-1, len(case().key_cache), 100, -(2**31), 2**31 - 1):
         bad = case()
         bad.block_table[bad.row_slots[1].long(), 1] = block_id
         with pytest.raises(RuntimeError, match=f"row 1 has block id {block_id} of"):

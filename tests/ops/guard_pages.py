@@ -1,0 +1,120 @@
+"""Every op on tensors that end where the memory ends: what reads or writes behind them crashes.
+
+A program of its own, for test_bounds.py; it prints each op's name before it runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor
+
+from pyserve import ops
+from pyserve.ops import build
+from tests.ops import test_attention, test_rope
+from tests.ops.step_inputs import SlotUpdate
+from tests.ops.test_sample import tables_of
+
+SHAPES = [(1, 1), (3, 7), (16, 32), (33, 50), (77, 256), (99, 259)]
+DTYPES = (torch.float32, torch.bfloat16)
+_maps: list[mmap.mmap] = []
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A contiguous copy of `tensor`, the page behind it being nobody's."""
+    page = mmap.PAGESIZE
+    num_bytes = -(-tensor.nbytes // page) * page
+    memory = mmap.mmap(-1, num_bytes + page)
+    _maps.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + num_bytes), page, 0) == 0
+    if not tensor.nbytes:
+        return tensor
+    copy = torch.frombuffer(
+        memory, dtype=tensor.dtype, count=tensor.numel(), offset=num_bytes - tensor.nbytes
+    ).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def linear() -> None:
+    for dtype in DTYPES:
+        for n, k in SHAPES:
+            weight, bias = guarded(torch.randn(n, k).to(dtype)), guarded(torch.randn(n).to(dtype))
+            for num_rows in (1, 2, 3, 5, 17):
+                x = guarded(torch.randn(num_rows, k).to(dtype))
+                out = guarded(torch.zeros(num_rows, n, dtype=dtype))
+                torch.ops.pyserve.linear(x, weight, bias, out)
+                expected = x.double() @ weight.double().T + bias.double()
+                torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.2)
+
+
+def rms_norm() -> None:
+    for dtype in DTYPES:
+        for num_rows, hidden in SHAPES:
+            x, weight = torch.randn(num_rows, hidden).to(dtype), torch.randn(hidden).to(dtype)
+            out, residual = guarded(torch.zeros_like(x)), guarded(x)
+            torch.ops.pyserve.rms_norm(guarded(x), guarded(weight), 1e-6, out)
+            torch.ops.pyserve.add_rms_norm(guarded(x), residual, guarded(weight), 1e-6, out)
+
+
+def silu_mul() -> None:
+    for dtype in DTYPES:
+        for num_tokens, width in SHAPES:
+            out = guarded(torch.zeros(num_tokens, width, dtype=dtype))
+            torch.ops.pyserve.silu_mul(guarded(torch.randn(num_tokens, 2 * width).to(dtype)), out)
+
+
+def rope_write_kv() -> None:
+    for dtype in DTYPES:
+        for head_dim, rotary_dim in ((8, 8), (24, 20), (80, 62), (128, 128)):
+            case = test_rope.Case.make(
+                head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype, norm=True
+            )
+            assert case.q_norm is not None and case.k_norm is not None
+            for name in ("qkv", "positions", "cos_sin", "slot_mapping", "key_cache",
+                         "value_cache", "q_norm", "k_norm"):  # fmt: skip
+                setattr(case, name, guarded(getattr(case, name)))
+            case.positions[-1] = test_rope.MAX_POSITION - 1
+            case.slot_mapping[-1] = case.key_cache.shape[0] * case.key_cache.shape[1] - 1
+            case.run()
+
+
+def paged_attention() -> None:
+    for dtype in DTYPES:
+        for head_dim in (8, 24, 64, 128):
+            for rows in ([(1, 33)], [(1, 16), (5, 70)], [(40, 40)]):
+                case = test_attention.Case.make(rows, head_dim=head_dim, dtype=dtype)
+                # The last block of the cache is used, whole.
+                num_blocks = case.key_cache.shape[0]
+                case.block_table[case.row_slots[0].long(), 0] = num_blocks - 1
+                for name in ("q", "key_cache", "value_cache", "block_table", "row_slots",
+                             "cu_seqlens_q", "seq_lens"):  # fmt: skip
+                    setattr(case, name, guarded(getattr(case, name)))
+                case.run()
+
+
+def sample() -> None:
+    for vocab_size in (1, 5, 17, 64, 100, 1003):
+        for options in ({}, {"top_k": 3}, {"top_p": 0.7}, {"has_penalties": 1, "top_k": 2}):
+            row = SlotUpdate(slot=0, temperature=1.0, presence_penalty=0.5, **options)  # type: ignore[arg-type]
+            tables = tables_of([row], vocab_size)
+            for dtype in DTYPES:
+                sampled = ops.sample(
+                    guarded(torch.randn(1, vocab_size).to(dtype)),
+                    guarded(torch.zeros(1, dtype=torch.int32)),
+                    guarded(tables.slots),
+                    guarded(tables.token_counts),
+                )
+                assert 0 <= int(sampled) < vocab_size
+
+
+if __name__ == "__main__":
+    build.load_native(allow_reference=False, progress=lambda line: None)
+    torch.manual_seed(0)
+    for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample):
+        print(run.__name__, flush=True)
+        run()
+    print("whole")
