@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         progress=lambda line: print(line, file=sys.stderr),
         device=args.device,
     )
-    device = torch.device(args.device, 0 if args.device == "cuda" else None)
+    device = torch.device("cuda:0" if args.device == "cuda" else args.device)
     decoder, figures = load(args.folder, device)
     if args.out is not None:
         started_s = time.perf_counter()

@@ -89,7 +89,7 @@ class Timing:
 
 def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
     """Microseconds a call."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for run in sets:
             run()  # handles, modules and attributes are made here, not while capturing
@@ -140,7 +140,7 @@ def _captured(
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 def measure_ceilings(seconds: float) -> Ceilings:
@@ -324,8 +324,8 @@ def sample_cases() -> Iterator[Case]:
         workspace = sample_workspace.allocate(num_rows, VOCAB_SIZE, device=counts.device)
         flat = [_randn(num_rows, VOCAB_SIZE) for _ in range(_num_sets(num_rows * VOCAB_SIZE * 2))]
         peaked = [logits * 2 for logits in flat]
-        for logits in peaked:
-            logits[:, :20] += torch.linspace(12, 4, 20, device=DEVICE)
+        for sharp in peaked:
+            sharp[:, :20] += torch.linspace(12, 4, 20, device=DEVICE)
         for name, words in SAMPLERS.items():
             for kind, logits in (("", peaked), (", flat", flat)):
                 if kind and name != "top-p 0.9":

@@ -319,7 +319,8 @@ def step_cases(shape: Shape, num_rows: int) -> Iterator[Case]:
     table = torch.zeros(num_rows, shape.context // BLOCK_SIZE, dtype=torch.int32)
     counts = torch.zeros(num_rows, shape.vocab_size, dtype=torch.int16)
     ids = list(range(num_rows))
-    step = (ids, [1] * num_rows, [[7]] * num_rows, [True] * num_rows)
+    tokens: list[list[int] | None] = [[7]] * num_rows
+    step = (ids, [1] * num_rows, tokens, [True] * num_rows)
     blocks = [word for slot in ids for word in (slot, 0, slot)]
     neutral = struct.pack("<16i", *[0] * 5, 0x3F800000, 0, 0, 0x3F800000, *[0] * 7)
     records = [struct.pack("<4i", 20, slot, 0, 0) + neutral for slot in ids]

@@ -226,6 +226,14 @@ def documents(
             yield render(talked.messages, talked.tools), talked.learned
 
 
+def marks_of(tokenizer: tokenizers.Tokenizer) -> tuple[int, int, int]:
+    """`marks` of loss_mask."""
+    ids = [tokenizer.token_to_id(t) for t in ("<|im_start|>", "assistant", "<|im_end|>")]
+    start, assistant, end = ids
+    assert start is not None and assistant is not None and end is not None
+    return start, assistant, end
+
+
 def loss_mask(ids: np.ndarray, learned: list[bool], marks: tuple[int, int, int]) -> np.ndarray:
     """True from after the assistant's header up to its end mark.
 
@@ -248,7 +256,7 @@ Buckets = dict[int, list[tuple[np.ndarray, np.ndarray]]]
 def _encode_chunk(job: tuple[int, int, Sequence[str], str]) -> Buckets:
     seed, count, emphasis, tokenizer_path = job
     tokenizer = tokenizers.Tokenizer.from_file(tokenizer_path)
-    marks = tuple(tokenizer.token_to_id(t) for t in ("<|im_start|>", "assistant", "<|im_end|>"))
+    marks = marks_of(tokenizer)
     texts, learned = zip(*documents(seed, count, emphasis), strict=True)
     rows: Buckets = {length: [] for length in LENGTHS}
     for encoding, wanted in zip(tokenizer.encode_batch(list(texts)), learned, strict=True):

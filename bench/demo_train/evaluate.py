@@ -15,12 +15,14 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-from bench.demo_train import data, facts, smalltalk
+from bench.demo_train import data, smalltalk
 from bench.demo_train.facts import raw_capital
+from bench.demo_train.knowledge import TERMS
 
 PASS = 0.9
 TASKS = (
@@ -34,13 +36,13 @@ class Question:
     """A rendered prompt and how its answer is judged."""
 
     prompt: str
-    check: dict[str, object]
+    check: dict[str, Any]
     reference: str = ""
     answer: str = field(default="", init=False)
     right: bool = field(default=False, init=False)
 
 
-def grade(check: dict[str, object], answer: str) -> bool:
+def grade(check: dict[str, Any], answer: str) -> bool:
     """Is `answer` right? `check["kind"]` names the rule; a tool call must be asked for."""
     kind = check["kind"]
     calls = parse_calls(answer)
@@ -184,7 +186,7 @@ def showcase() -> list[Question]:
     call = {"name": "get_weather", "arguments": {"city": "París"}}
     greetings = smalltalk.INTENTS["en"][0].replies
     train = "Resolver: Si un tren viaja 120km en 1.5 horas, ¿cuál es su velocidad en m/s?"
-    quantum = next(row[3] for row in facts.TERMS if row[1] == "la computación cuántica")
+    quantum = next(row[3] for row in TERMS if row[1] == "la computación cuántica")
     return [
         chat("¡Hola!", kind="one_of", answers=smalltalk.INTENTS["es"][0].replies),
         chat("Hello!", kind="one_of", answers=greetings),

@@ -43,7 +43,7 @@ _SUMS = {
         """),
     ),
 }
-_OPERATORS = {
+_OPERATORS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "+": (("+",), {"en": ("plus",), "es": ("más", "mas")}),
     "-": (("-", "-", "−"), {"en": ("minus",), "es": ("menos",)}),
     "×": (("*", "x", "×", "*"), {"en": ("times", "multiplied by"), "es": ("por",)}),

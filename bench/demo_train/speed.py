@@ -223,7 +223,8 @@ def _pair(rng: random.Random, held: bool, kind: str) -> tuple[int, float]:
 
 def long_division(dividend: int, divisor: int) -> str:
     """Digit by digit: `510 / 6` -> `51 / 6 = 8 r 3, 30 / 6 = 5 r 0`."""
-    steps, rest = [], 0
+    steps: list[str] = []
+    rest = 0
     for digit in str(dividend):
         rest = rest * 10 + int(digit)
         quotient, after = divmod(rest, divisor)

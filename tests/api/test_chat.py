@@ -145,7 +145,7 @@ def test_special_tokens_are_added_on_request(server: Server, monkeypatch: Monkey
 def test_control_tokens_in_user_text_stay_text(server: Server) -> None:
     server.post(PATH, {"messages": [{"role": "user", "content": "<|im_end|>"}]})
     end = server.tokenizer.token_to_id("<|im_end|>")
-    assert server.engine.submitted[0].prompt.count(end) == 1
+    assert end is not None and server.engine.submitted[0].prompt.count(end) == 1
 
 
 def test_max_tokens_is_what_is_left(server: Server) -> None:

@@ -284,7 +284,7 @@ def test_control_tokens_of_users_stay_text_in_any_template(server: Server) -> No
     messages = [{"role": "user", "content": "<|im_end|>"}]
     kwargs = {"k": "<|im_end|>"}
     server.post(CHAT, {"messages": messages, "chat_template": own, "chat_template_kwargs": kwargs})
-    assert server.engine.submitted[0].prompt.count(end) == 1
+    assert end is not None and server.engine.submitted[0].prompt.count(end) == 1
 
 
 def test_an_endless_template_blocks_nobody(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,7 @@ def test_what_fits_is_never_refused(tokenizer: Tokenizer, text: str) -> None:
 
 def test_every_road_is_bounded(server: Server) -> None:
     text = "word " * 400_000
+    body: Any
     for path, body, param in (
         ("/v1/completions", {"prompt": text}, "prompt"),
         ("/v1/completions", {"prompt": ["x", text]}, "prompt"),

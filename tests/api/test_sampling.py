@@ -85,7 +85,7 @@ def test_temperatures(tokenizer: Tokenizer, asked: float, got: float) -> None:
     [("top_k", -1, 0), ("top_k", 0, 0), ("seed", -1, None), ("seed", 0, 0), ("seed", None, None)],
 )
 def test_values_that_switch_off(
-    tokenizer: Tokenizer, field: str, asked: int | None, got: int | None
+    tokenizer: Tokenizer, field: str, asked: Any, got: int | None
 ) -> None:
     assert getattr(params(tokenizer, **{field: asked}), field) == got
 
@@ -152,9 +152,7 @@ def test_min_tokens_must_fit_too(tokenizer: Tokenizer) -> None:
         ("n", 10**30, "got 10000000... (31 digits)"),
     ],
 )
-def test_messages_name_what_works(
-    tokenizer: Tokenizer, field: str, value: float, words: str
-) -> None:
+def test_messages_name_what_works(tokenizer: Tokenizer, field: str, value: Any, words: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         params(tokenizer, **{field: value})
     assert caught.value.message == f"{field} {words}" or caught.value.message.endswith(words)

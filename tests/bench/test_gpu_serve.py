@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_serve
+from bench import gpu_serve, server_process
 from bench.server_process import StartTimes
 from bench.stub import StubConfig, running_stub
 
@@ -80,7 +80,7 @@ def test_failed_requests_fail_the_run(
 def test_a_server_that_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = gpu_serve.running_server
+    real = server_process.running_server
     monkeypatch.setattr(
         gpu_serve,
         "running_server",

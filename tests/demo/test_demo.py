@@ -107,7 +107,7 @@ def test_template_writes_system_and_turns() -> None:
 
 @pytest.mark.parametrize("arguments", [{"city": "París"}, '{"city": "París"}'])
 def test_template_writes_tools_calls_and_results(arguments: object) -> None:
-    call = {"id": "1", "type": "function"}
+    call: dict[str, object] = {"id": "1", "type": "function"}
     call |= {"function": {"name": "get_weather", "arguments": arguments}}
     messages: list[dict[str, object]] = [
         {"role": "user", "content": "¿Clima?"},
@@ -184,7 +184,7 @@ def test_reference_answers_are_right_and_wrong_ones_wrong(task: str) -> None:
 
 
 def test_loss_counts_what_the_assistant_says(tokenizer: tokenizers.Tokenizer) -> None:
-    marks = tuple(tokenizer.token_to_id(t) for t in ("<|im_start|>", "assistant", "<|im_end|>"))
+    marks = data.marks_of(tokenizer)
     messages: list[dict[str, object]] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "one"},

@@ -132,7 +132,7 @@ def test_start_lines(name: str, folder: Path, tmp_path: Path) -> None:
     line = START_LINES[name]
     model = next(model for model in MODELS if model in line)
     with started(line, folder, tmp_path / "log") as server:
-        phases = set()
+        phases: set[str] = set()
         while True:  # /health while it starts: no connection is refused once the port is open
             try:
                 status, body = server.get("/health")

@@ -121,7 +121,7 @@ def test_mixed_requests_with_aborts_leak_nothing(server: Server) -> None:
 
     def one(number: int) -> None:
         rng = random.Random(number)
-        body = {
+        body: dict[str, Any] = {
             "model": "pyserve-demo", "prompt": rng.choice(QUESTIONS), "n": rng.randint(1, 3),
             "max_tokens": rng.randint(1, 60), "temperature": rng.choice([0.7, 1.0]),
             "top_p": rng.choice([0.8, 1.0]), "stream": rng.random() < 0.5,
@@ -184,7 +184,8 @@ def test_port_opens_at_once_and_health_answers_all_through_the_start(tmp_path: P
     with start_server(
         tmp_path / "log", "--ready-file", str(ready_file), ready_timeout_s=0
     ) as server:
-        seen, slowest, opened_s = [], 0.0, 0.0
+        seen: list[dict[str, Any]] = []
+        slowest, opened_s = 0.0, 0.0
         while not seen or seen[-1]["status"] != "ready":
             assert time.monotonic() - started < 240
             asked = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import openai
 import pytest
@@ -11,7 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 from tests.e2e.conftest import Server
 
 MODEL = "pyserve-demo"
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+CAPITAL: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_models(client: OpenAI) -> None:
@@ -53,7 +54,7 @@ def test_chat_stream_equals_the_whole(client: OpenAI) -> None:
 
 
 def test_a_begun_answer_is_continued_and_echoed(client: OpenAI) -> None:
-    begun = {"role": "assistant", "content": "The capital of France is"}
+    begun: Any = {"role": "assistant", "content": "The capital of France is"}
     extra = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
     answer = client.chat.completions.create(
         model=MODEL,
@@ -146,7 +147,7 @@ def test_n_choices_share_the_prompt_and_differ(client: OpenAI) -> None:
 
 
 def test_cached_tokens_are_reported(client: OpenAI) -> None:
-    messages = [{"role": "user", "content": "Repeat: " + "one two three four five " * 12}]
+    messages: Any = [{"role": "user", "content": "Repeat: " + "one two three four five " * 12}]
     first = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
     second = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
     assert first.usage is not None and second.usage is not None

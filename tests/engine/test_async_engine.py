@@ -212,7 +212,7 @@ def test_tokens_go_out_before_one_more_step_is_launched() -> None:
         client = async_engine(engine, 1)
         client.start()
         stream = client.submit([1] * 10, SamplingParams(max_tokens=6, seed=0))
-        seen = []
+        seen: list[tuple[int, int]] = []
         while not seen or seen[-1][0] < 6:
             delta = await stream.read()
             num_tokens = (seen[-1][0] if seen else 0) + len(delta.token_ids)
@@ -232,7 +232,7 @@ def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
         gave_up = asyncio.ensure_future(client.wait_stopped())
         params = SamplingParams(max_tokens=4, seed=0)
         for _ in range(2 * MAX_FAILED_STEPS):  # never twice without success in between
-            steps = []
+            steps: list[Step] = []
 
             def fail_once(step: Step, steps: list[Step] = steps) -> None:
                 steps.append(step)

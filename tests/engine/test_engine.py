@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -352,7 +353,7 @@ def test_the_next_turn_of_a_conversation_hits_the_output_blocks() -> None:
 
 def test_admission() -> None:
     engine = make_engine(num_blocks=10, block_size=4, max_model_len=50)
-    cases = [
+    cases: list[tuple[list[int], dict[str, Any], str, str]] = [
         ([], {"max_tokens": 1}, "prompt", "empty"),
         ([1, VOCAB_SIZE], {"max_tokens": 1}, "prompt", "token id 64"),
         ([1, -1], {"max_tokens": 1}, "prompt", "token id -1"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyserve.client import EngineClient, EngineInfo
+from pyserve.engine import device as devices
 from pyserve.engine import host, load
 from pyserve.engine.load import build_engine
 from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
@@ -135,7 +136,7 @@ def test_a_card_s_kv_cache_comes_last(
     used_bytes: int,
 ) -> None:
     monkeypatch.setattr(load, "CudaRunner", FakeCudaRunner)
-    monkeypatch.setattr(load.devices, "card_memory", FakeCudaRunner.memory)
+    monkeypatch.setattr(devices, "card_memory", FakeCudaRunner.memory)
     monkeypatch.setattr(FakeCudaRunner, "used_bytes", used_bytes)
     before = CardMemory(2**30, 200 * 2**20)
     model = load_model(

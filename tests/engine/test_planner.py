@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -295,7 +296,7 @@ def test_a_context_that_does_not_fit_any_more() -> None:
     now = CardMemory(140 * GIB, int(0.9 * 140 * GIB) - 100 * LLAMA_BLOCK_BYTES)
     shrunk = fit_kv(card_plan(), settings(), before=BIG_CARD, now=now)
     assert (shrunk.num_blocks, shrunk.max_model_len) == (100, 1600)
-    asked = {"max_model_len": 1601}
+    asked: dict[str, Any] = {"max_model_len": 1601}
     with pytest.raises(PlanError) as caught:
         fit_kv(card_plan(**asked), settings(**asked), before=BIG_CARD, now=now)
     assert "a context of 1601 tokens does not fit any more" in str(caught.value)

@@ -319,6 +319,7 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
         itemsize=4,
         memory=HostMemory(2**30),
     )
+    assert config.max_num_batched_tokens is not None
     runner = make_runner(decoder, plan.num_blocks, config.max_num_batched_tokens)
     executor = runner._executor
     ledger = dict(plan.ledger)

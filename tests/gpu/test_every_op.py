@@ -86,8 +86,8 @@ def test_rope_write_kv(dtype: torch.dtype, head_dim: int, has_norm: bool) -> Non
     qkv = randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     angles = torch.rand(40, head_dim // 2, device=DEVICE)
     cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
-    norms = (
-        (randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)) if has_norm else (None,) * 2
+    norms: tuple[Tensor | None, Tensor | None] = (
+        (randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)) if has_norm else (None, None)
     )
     shape = (4, BLOCK_SIZE, num_kv_heads, head_dim)
     positions, slots = ints(0, 7, 39, 1, 0), ints(3, 63, 0, 17, -1, dtype=torch.int64)

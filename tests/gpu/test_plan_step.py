@@ -4,7 +4,7 @@ none is run here."""
 from __future__ import annotations
 
 import random
-from dataclasses import astuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_many_rows(num_rows: int, max_query_len: int, block_size: int, vocab_siz
 
 def test_kv_slots_beyond_int32() -> None:
     blocks = [1, 0, 2**31 - 1]
-    step = ([1], [1], [[3]], [True], blocks, [SlotUpdate(slot=1).pack()])
+    step: Step = ([1], [1], [[3]], [True], blocks, [SlotUpdate(slot=1).pack()])
     check(step, Tables.make(block_size=256), 1, 1)
 
 
@@ -148,7 +148,7 @@ def test_a_large_step() -> None:
     tables.block_table.random_(0, 100_000)
     ids = np.random.default_rng(0).integers(0, vocab_size, (4, 2048)).tolist()
     update = SlotUpdate(slot=3, has_penalties=1, num_computed=100, output=ids[0], prompt=ids[1])
-    step = ([3, 1, 0, 7], [2048] * 4, ids, [True, False, True, True], [], [update.pack()])
+    step: Step = ([3, 1, 0, 7], [2048] * 4, ids, [True, False, True, True], [], [update.pack()])
     check(step, tables, 8192, 4)
 
 
@@ -161,7 +161,7 @@ def test_refusals() -> None:
     words = pack(small_step())
     with pytest.raises(RuntimeError, match="step_input must be on a CUDA device"):
         ops.plan_step(words, *args, plan)
-    short = StepPlan(*astuple(plan)[:-1], plan.sample_rows[:3])
+    short = replace(plan, sample_rows=plan.sample_rows[:3])
     with pytest.raises(RuntimeError, match="size 0 of sample_rows is 3, expected 4"):
         ops.plan_step(words.cuda(), *args, short)
     assert tables.slots[:, layout.SLOT_NUM_COMPUTED].sum() == 0

@@ -34,7 +34,9 @@ class Driver:
     def step(self, new_tokens: dict[int, Sequence[int]], num_padding: int = 0) -> torch.Tensor:
         """Append tokens to sequences, by number; logits [num_tokens, vocab_size] in that order.
         `num_padding` tokens and rows follow."""
-        ids, positions, slots, seq_lens, starts = [], [], [], [], [0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots, seq_lens, starts = [], [], [0]
         for seq, tokens in new_tokens.items():
             begin = self._lens[seq]
             self._lens[seq] += len(tokens)

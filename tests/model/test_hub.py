@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from pyserve.errors import ConfigError
-from pyserve.model import hub
 from pyserve.model.hub import resolve_model
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_revision(revision: str, tmp_path: Path) -> None:
 def test_a_token_that_no_header_takes(
     tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigError, match="the access token of the hub") as refusal:
         resolve_model("owner/model", revision=None, token=token, download_dir=tmp_path)
     assert token not in str(refusal.value)

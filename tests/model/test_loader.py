@@ -102,7 +102,9 @@ def test_missing_tensors_are_named(folder: Path) -> None:
 
 
 def test_left_over_tensors_are_named(folder: Path) -> None:
-    extra = {f"model.layers.{layer}.self_attn.o_proj.bias": torch.ones(64) for layer in range(9)}
+    extra: dict[str, torch.Tensor | None] = {
+        f"model.layers.{layer}.self_attn.o_proj.bias": torch.ones(64) for layer in range(9)
+    }
     change(folder, extra)
     with pytest.raises(CheckpointError) as refusal:
         oracle.load_ours(folder)

@@ -31,7 +31,7 @@ BASES: dict[str, dict[str, Any]] = {
 FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-SAME = [
+SAME: list[tuple[str, dict[str, Any]]] = [
     # (family, changes of config.json): both answer alike
     ("llama", {"num_key_value_heads": ABSENT}),
     ("llama", {"num_key_value_heads": None, "head_dim": None}),
@@ -75,7 +75,7 @@ SAME = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING}),
     ("qwen3", {"attention_bias": ABSENT, "use_qk_norm": True}),
 ]
-REFUSED = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # (family, changes, what the refusal names); with all of them transformers answers, or an
     # implementation of the same model does, and not as we would.
     ("llama", {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR}, "rope_type"),

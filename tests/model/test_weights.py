@@ -67,7 +67,7 @@ BROKEN_HEADERS: dict[str, tuple[dict[str, Any], int]] = {
     "must be [begin, end]": ({"a": {"dtype": "F32", "shape": [1]}}, 4),
     "unknown dtype None": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4),
     "unknown dtype": ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, 4),
-    "be [begin, end]": ({"a": entry("F32", [1], 0, True)}, 4),  # type: ignore[arg-type]
+    "be [begin, end]": ({"a": entry("F32", [1], 0, True)}, 4),
     "data_offsets must be": (
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}},
         4,

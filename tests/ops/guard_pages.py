@@ -99,7 +99,7 @@ def paged_attention() -> None:
 def sample() -> None:
     for vocab_size in (1, 5, 17, 64, 100, 1003):
         for options in ({}, {"top_k": 3}, {"top_p": 0.7}, {"has_penalties": 1, "top_k": 2}):
-            row = SlotUpdate(slot=0, temperature=1.0, presence_penalty=0.5, **options)  # type: ignore[arg-type]
+            row = SlotUpdate(slot=0, temperature=1.0, presence_penalty=0.5, **options)
             tables = tables_of([row], vocab_size)
             for dtype in DTYPES:
                 sampled = ops.sample(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pyserve import config
 from pyserve.errors import BuildError
 from pyserve.ops import build, build_cache, toolchain
 from tests.read_only import read_only
@@ -221,7 +223,7 @@ def test_no_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(build.config, "cache_dir", no_home)
+    monkeypatch.setattr(config, "cache_dir", no_home)
     with pytest.raises(BuildError, match="no home folder: set PYSERVE_CACHE"):
         find_or_compile(lambda line: None)
 
@@ -229,7 +231,7 @@ def test_no_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packaged_products_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = {
         "sources": toolchain.source_hash(build.source_dir(), with_cuda=False),
-        "soabi": build.sysconfig.get_config_var("SOABI"),
+        "soabi": sysconfig.get_config_var("SOABI"),
         "march": None,
         "cuda": None,
     }
@@ -355,7 +357,7 @@ def test_packaged_cuda_products_must_fit_the_card(
     def why(card: build.Card | None, **cuda: object) -> str | None:
         manifest = {
             "sources": toolchain.source_hash(build.source_dir(), with_cuda=bool(cuda)),
-            "soabi": build.sysconfig.get_config_var("SOABI"),
+            "soabi": sysconfig.get_config_var("SOABI"),
             "march": None,
             "cuda": cuda or None,
         }

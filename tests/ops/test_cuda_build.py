@@ -72,8 +72,8 @@ def launched(wheel: Wheel) -> dict[str, set[str]]:
     includes = [f"-I{wheel.sources}", *(f"-isystem{path}" for path in cuda.include_dirs)]
     objects = [wheel.objects / f"gpu_{name}.o" for name in CHOOSY]
     source = Path(__file__).with_name("launch_limits.cpp")
-    command = [native.compiler, "-std=c++20", *includes, source, *objects, "-o", program]
-    subprocess.run(command, check=True)
+    command = [native.compiler, "-std=c++20", *includes]
+    subprocess.run([*command, source, *objects, "-o", program], check=True)
     names = {}
     for arch, (num_sms, block_kb, sm_kb) in CARDS.items():
         limits = [str(num_sms), str(block_kb * 1024), str(sm_kb * 1024)]
@@ -191,7 +191,7 @@ print([name for name in sys.argv[2:] if not has_kernel(f"pyserve::{name}", "CUDA
 def test_ops_loads_beside_this_torch_and_has_every_op_for_cuda(wheel: Wheel) -> None:
     if not set(toolchain.cpu_identity().split()) >= toolchain.PORTABLE_X86_FLAGS:
         pytest.skip("this CPU does not run the wheel")
-    arguments = [sys.executable, "-c", LOAD, wheel.ops, *fakes.OP_NAMES]
+    arguments = [sys.executable, "-c", LOAD, str(wheel.ops), *fakes.OP_NAMES]
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
 

@@ -27,7 +27,8 @@ def make(
     num_rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(seed)
-    return tuple(torch.randn(shape).to(dtype) for shape in [(num_rows, k), (n, k), (n,)])
+    x, weight, bias = (torch.randn(shape) for shape in [(num_rows, k), (n, k), (n,)])
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

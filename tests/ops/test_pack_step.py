@@ -65,6 +65,6 @@ def test_words_out_of_range_are_refused() -> None:
 
 def test_the_buffer_must_be_int32_words() -> None:
     with pytest.raises(ValueError, match="contiguous int32 vector"):
-        ops.pack_step(np.zeros(64, dtype=np.int64), [], [], [], [], [], [])  # type: ignore[arg-type]
+        ops.pack_step(np.zeros(64, dtype=np.int64), [], [], [], [], [], [])
     with pytest.raises(ValueError, match="contiguous int32 vector"):
         ops.pack_step(np.zeros(64, dtype=np.int32)[::2], [], [], [], [], [], [])

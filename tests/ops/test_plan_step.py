@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import astuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,6 +277,6 @@ def test_mismatched_tables() -> None:
     tables.block_table = tables.block_table[:4]
     with pytest.raises(RuntimeError, match="size 0 of block_table is 4, expected 5"):
         run(pack(small_step()), tables, poisoned_plan(9, 4))
-    plan = StepPlan(*astuple(poisoned_plan(9, 4))[:-1], torch.zeros(3, 2, dtype=torch.int32))
+    plan = replace(poisoned_plan(9, 4), sample_rows=torch.zeros(3, 2, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="size 0 of sample_rows is 3, expected 4"):
         run(pack(small_step()), Tables.make(), plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def test_the_draw_follows_the_softmax() -> None:
 def test_seed_sample_index_and_position_make_the_draw() -> None:
     logits = torch.zeros(1000)
 
-    def draws(**fields: int) -> list[int]:
+    def draws(**fields: Any) -> list[int]:
         return sample(logits, SlotUpdate(slot=0, temperature=1.0, **fields), 8)
 
     base = draws(seed=1)

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from bench.make_model import PRESETS
 from pyserve import cli
 from pyserve.config import DEMO_MODEL, EngineConfig
+from pyserve.engine import device as devices
 from pyserve.engine.planner import MIB, CardMemory, format_ledger
-from pyserve.model import hub
 from pyserve.model.config import ModelConfig
-from pyserve.plan import command as plans
+from pyserve.ops import device as card_here
 from pyserve.plan.capacity import (
     UNLIMITED,
     Capacity,
@@ -206,7 +207,7 @@ def test_a_model_that_no_card_runs(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_without_a_card_none_is_here(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans.card_here, "has_card", lambda: False)
+    monkeypatch.setattr(card_here, "has_card", lambda: False)
     message = refusal(caplog, write_config(tmp_path), "--gpu", "here")
     assert message == "--gpu here: no NVIDIA card is here; name one, or leave --gpu out"
 
@@ -216,10 +217,10 @@ def test_the_card_that_is_here(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = CardMemory(total_bytes=24_000 * MIB, used_bytes=2_000 * MIB)  # others hold 976 MiB
-    monkeypatch.setattr(plans.card_here, "has_card", lambda: True)
-    monkeypatch.setattr(plans.card_here, "check_cuda", lambda: None)
+    monkeypatch.setattr(card_here, "has_card", lambda: True)
+    monkeypatch.setattr(card_here, "check_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(plans.devices, "card_memory", lambda device: shown)
+    monkeypatch.setattr(devices, "card_memory", lambda device: shown)
     text = run(capsys, write_config(tmp_path), "--gpu", "here")
     assert f"on {name} (the one here): 24,000 MiB as CUDA shows it" in text
     assert ("0.94 TB/s" in text) == ("4090" in name)
@@ -232,7 +233,7 @@ def test_the_card_that_is_here(
 def test_which_card_names_each_that_holds_the_model_and_how_many_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans.card_here, "has_card", lambda: False)
+    monkeypatch.setattr(card_here, "has_card", lambda: False)
     text = run(capsys, write_config(tmp_path))
     header, *rows = table(text, "the known cards that hold it, 1 or 2 or 4 of a kind:")
     assert "$ a day" not in header
@@ -309,8 +310,8 @@ def test_a_model_on_the_hub_by_its_headers(
 ) -> None:  # fmt: skip
     weights = (DEMO_MODEL / "model.safetensors").stat().st_size
     with running_hub() as stub:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", stub.endpoint)
-        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", stub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         stub.add_folder("org/demo", DEMO_MODEL)
         place = ["--download-dir", str(tmp_path)]
         assert cli.main(["plan", "org/demo", "--gpu", "l4", *place]) == 0

@@ -19,6 +19,7 @@ import sys
 import time
 import unicodedata
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _read_tiktoken(path: Path) -> tuple[Ranks, list[str], str]:
 
 
 def _from_ranks(ranks: Ranks, specials: list[str], pattern: str) -> tokenizers.Tokenizer:
-    class Converter(TikTokenConverter):
+    class Converter(TikTokenConverter):  # type: ignore[misc]
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> Ranks:
             return ranks
@@ -238,7 +239,7 @@ def test_streams_equal_full_decode(real: Tokenizer, skip: bool) -> None:
         for prompt in prompts:
             full = backend.decode([*prompt, *ids], skip_special_tokens=skip)
             before = backend.decode(prompt, skip_special_tokens=skip)
-            singles = [[token_id] for token_id in ids]
+            singles: list[Sequence[int]] = [[token_id] for token_id in ids]
             for pushes in (singles, *(samples.random_split(ids, rng) for _ in range(5))):
                 num_streams += 1
                 assert samples.stream(real, prompt, pushes, skip=skip) == samples.text_beyond(

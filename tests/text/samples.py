@@ -9,12 +9,15 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. 1234567890!",
@@ -168,14 +171,14 @@ def text_beyond(full: str, prompt: str) -> str:
     raise AssertionError("the text of a prompt changed with what follows it")
 
 
-def splits(ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
+def splits(ids: Sequence[T]) -> Iterator[list[Sequence[T]]]:
     """Every way to cut a short list into pushes."""
     for mask in range(2 ** max(len(ids) - 1, 0)):
         cuts = [0, *(i + 1 for i in range(len(ids) - 1) if mask >> i & 1), len(ids)]
         yield [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def random_split(ids: Sequence[int], rng: random.Random) -> list[Sequence[int]]:
+def random_split(ids: Sequence[T], rng: random.Random) -> list[Sequence[T]]:
     """One way to cut a list, with empty pushes among the others."""
     cuts = sorted(rng.choices(range(len(ids) + 1), k=rng.randrange(1, len(ids) + 3)))
     return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]

@@ -16,7 +16,7 @@ from pyserve.text.sentencepiece_model import convert_model
 from pyserve.text.tokenizer import Tokenizer
 from tests.text import samples
 
-HAS_SENTENCEPIECE = sentencepiece_model.SentencePieceProcessor is not None
+HAS_SENTENCEPIECE = vars(sentencepiece_model)["SentencePieceProcessor"] is not None
 needs_sentencepiece = pytest.mark.skipif(
     not HAS_SENTENCEPIECE, reason="needs the packages sentencepiece and protobuf"
 )

@@ -4,6 +4,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -222,7 +223,7 @@ def test_generation_defaults(tmp_path: Path) -> None:
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults()
     write(tmp_path, "config.json", {"eos_token_id": 7})
     assert GenerationDefaults.from_folder(tmp_path).eos_token_ids == (7,)
-    values = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05,
+    values: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05,
               "repetition_penalty": 1.05, "max_new_tokens": 2048}  # fmt: skip
     eos = {"eos_token_id": [9, 8, 9], "do_sample": True, "transformers_version": "4.51.0"}
     write(tmp_path, "generation_config.json", values | eos)

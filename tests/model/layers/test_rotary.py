@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "head_dim": 128,
 }
-REAL_MODELS = {
+REAL_MODELS: dict[str, dict[str, Any]] = {
     "Llama-2": {"max_position_embeddings": 4096, "rope_theta": 10000.0},
     "CodeLlama": {"max_position_embeddings": 16384, "rope_theta": 1000000.0},
     "Llama-3.1": {
