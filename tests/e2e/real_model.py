@@ -99,7 +99,7 @@ def in_parallel(call: Any, *lists: Any) -> list[Any]:
         return list(pool.map(call, *lists))
 
 
-def body(messages: list[dict[str, str]], **fields: object) -> dict[str, object]:
+def body(messages: list[dict[str, str]], **fields: object) -> dict[str, Any]:
     return {"model": "smollm2", "messages": messages, "temperature": 0,
             "max_tokens": MAX_TOKENS} | fields  # fmt: skip
 
