@@ -120,17 +120,22 @@ def test_a_head_that_came_slowly_but_in_time_is_forgotten(
 
 @pytest.mark.parametrize("kind", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_a_body_that_never_ends_is_a_408(
-    server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http, "LINGERING_TIME_S", 0.2)
     sent = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode()
-    sock = open_with(server, sent + (b"4\r\n{   \r\n" if "chunked" in kind else b"{   "))
-    received = read_to_end(sock)
-    assert received.startswith(b"HTTP/1.1 408 ") and b'"RequestTimeoutError"' in received
-    wait_until(lambda: server.state.num_in_flight == 0)
+    with run_server(tokenizer_folder) as server:
+        sock = open_with(server, sent + (b"4\r\n{   \r\n" if "chunked" in kind else b"{   "))
+        received = read_to_end(sock)
+        assert received.startswith(b"HTTP/1.1 408 ") and b'"RequestTimeoutError"' in received
+        wait_until(lambda: server.state.num_in_flight == 0)
 
 
-def test_an_endless_chunked_body_is_a_413(tokenizer_folder: Path) -> None:
+def test_an_endless_chunked_body_is_a_413(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "LINGERING_TIME_S", 0.5)
     with run_server(tokenizer_folder, max_body_bytes=2**20) as server:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         sock = open_with(server, head.encode())

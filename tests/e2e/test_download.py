@@ -71,6 +71,7 @@ def test_download_kill_resume_serve_and_start_without_the_hub(
         assert shown[0] < 0.3 and shown == sorted(shown)
         status, body = server.get("/v1/models")
         assert status == 503 and b"phase download" in body, "and the server says so"
+    hub.rate = None
     with start_server(tmp_path / "log2", *flags) as server:  # the first was killed
         assert server.json("/v1/completions", {"model": REPO, "prompt": "Hello", "max_tokens": 4})
     assert hub.sent(CDN) < size + 2 * FIRST_BYTES + 0.1 * size, "it went on where it stood"
