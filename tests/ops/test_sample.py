@@ -286,6 +286,30 @@ def test_a_drawn_token_is_counted() -> None:
     assert drawn == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("mark", [0, layout.IN_PROMPT], ids=["output", "prompt"])
+def test_a_full_count_stays_what_it_is(mark: int) -> None:
+    """One more would read as a token of the prompt."""
+    for function in (ops.sample, sample_by_twin):
+        tables = tables_of([SlotUpdate(slot=0, has_penalties=1, presence_penalty=0.1)], 3)
+        full = layout.MAX_TOKEN_COUNT + mark
+        tables.token_counts[0] = torch.tensor([5, full - 1, 0], dtype=torch.int16)
+        for _ in range(3):
+            drawn = function(
+                torch.tensor([[0.0, 9.0, 0.0]]),
+                torch.zeros(1, dtype=torch.int32),
+                tables.slots,
+                tables.token_counts,
+            )
+            assert int(drawn) == 1
+        assert tables.token_counts[0].tolist() == [5, full, 0]
+
+
+def sample_by_twin(logits: Tensor, slot: Tensor, slots: Tensor, token_counts: Tensor) -> Tensor:
+    sampled = torch.empty(1, dtype=torch.int32)
+    reference.sample(logits, slot, slots, token_counts, None, sampled)
+    return sampled
+
+
 def test_batch_mates_threads_and_strides_change_nothing() -> None:
     rng = random.Random(3)
     updates = [random_update(rng, slot, 3000) for slot in range(40)]
