@@ -116,9 +116,13 @@ class SequenceStream:
         return delta
 
     async def read(self) -> SequenceDelta:
-        """Wait for news and take all of it. Raises as `take` does."""
+        """Wait for news and take all of it. Raises as `take` does.
+
+        After the last word it is told again, at once.
+        """
         while True:
-            await self._wakeup.wait()
+            if not self.is_finished:
+                await self._wakeup.wait()
             self._wakeup.clear()
             delta = self.take()
             if delta is not None:
@@ -164,17 +168,25 @@ class EngineStats:
 
 
 class EngineClient(Protocol):
-    """All the API sees of the engine."""
+    """All the API sees of the engine. It is made, started, and stopped or gives up: its end.
+
+    After the end every call has an answer: `info` and `stats` tell what they told last, with
+    nothing running, waiting or held; `submit` and `check_room` raise UnavailableError with the
+    reason; `abort` and another `stop` do nothing; `start` raises RuntimeError.
+    """
 
     @property
     def info(self) -> EngineInfo: ...
 
     def start(self) -> None:
-        """Begin to step; called once, on the event loop."""
+        """Begin to step; called once, on the event loop. RuntimeError the second time."""
         ...
 
     async def stop(self) -> None:
-        """Fail what still runs, free threads and memory. `submit` raises from here on."""
+        """Fail what still runs, free threads and memory. `submit` raises from here on.
+
+        Harmless when called again, also while it runs and before `start`.
+        """
         ...
 
     async def wait_stopped(self) -> str:
@@ -213,4 +225,6 @@ class EngineClient(Protocol):
         """
         ...
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """A snapshot; cheap, raises nothing."""
+        ...

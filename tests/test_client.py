@@ -54,6 +54,22 @@ def test_an_error_comes_after_what_was_delivered() -> None:
     asyncio.run(run())
 
 
+def test_a_read_after_the_end_tells_it_again() -> None:
+    async def run() -> None:
+        ended, failed = make_stream(), make_stream()
+        ended.put(1)
+        ended.finish("length")
+        failed.fail(EngineError("broken"))
+        for expected in ([1], [], []):
+            delta = await asyncio.wait_for(ended.read(), 5)
+            assert (delta.token_ids, delta.finish_reason) == (expected, "length")
+        for _ in range(3):
+            with pytest.raises(EngineError, match="broken"):
+                await asyncio.wait_for(failed.read(), 5)
+
+    asyncio.run(run())
+
+
 def test_streams_share_one_wakeup() -> None:
     async def run() -> None:
         wakeup = asyncio.Event()

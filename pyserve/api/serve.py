@@ -132,8 +132,8 @@ class _Server:
         if failure is not None:
             await self._fail(loaded.engine, failure)
             return 1
-        await self._drain(loaded.engine)
-        return 0 if loaded.engine.stats().error is None else 1
+        is_clean = await self._drain(loaded.engine)
+        return 0 if is_clean and loaded.engine.stats().error is None else 1
 
     async def _wait_loaded(self) -> Loaded | None:
         """What `load` returned, or None where the server is told to stop before."""
@@ -197,10 +197,11 @@ class _Server:
         await state.wait_idle(LAST_FRAMES_S)
         stopping = asyncio.create_task(engine.stop())
         await asyncio.wait([stopping], timeout=LAST_FRAMES_S)
-        if stopping.done() and stopping.exception() is not None:
-            get_logger().error("the engine did not stop cleanly", exc_info=stopping.exception())
+        if stopping.done():
+            _is_clean(stopping)
 
-    async def _drain(self, engine: EngineClient) -> None:
+    async def _drain(self, engine: EngineClient) -> bool:
+        """Let requests end, then stop the engine; False where it does not stop cleanly."""
         state = self._state
         state.status = "draining"
         get_logger().info(
@@ -210,5 +211,15 @@ class _Server:
         )
         if not await state.wait_idle(self._config.shutdown_timeout_s):
             get_logger().warning("%d requests are cut off", state.num_in_flight)
-        await engine.stop()
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.wait([stopping])
         await state.wait_idle(LAST_FRAMES_S)
+        return _is_clean(stopping)
+
+
+def _is_clean(stopping: asyncio.Task[None]) -> bool:
+    """False, and a traceback in the log, where the end of the engine met a bug."""
+    error = stopping.exception()
+    if error is not None:
+        get_logger().error("the engine did not stop cleanly", exc_info=error)
+    return error is None

@@ -25,7 +25,11 @@ MAX_FAILED_STEPS = 3  # in a row; then the engine stops
 
 
 class AsyncEngine:
-    """Everything here runs on the event loop that calls `start`."""
+    """Everything here runs on the event loop that calls `start`.
+
+    `_task` is None until `start`; from `_refusal` on the engine is ending or has ended, and from
+    `_error` on it has given up. The runner is closed when `_task` ends, unless its GPU is lost.
+    """
 
     def __init__(self, engine: Engine, info: EngineInfo) -> None:
         self._engine = engine
@@ -47,7 +51,11 @@ class AsyncEngine:
         return self._info
 
     def start(self) -> None:
-        assert self._task is None, "started twice"
+        if self._task is not None or self._refusal is not None:
+            raise RuntimeError("an engine is started once")
+        self._start()
+
+    def _start(self) -> None:
         loop = asyncio.get_running_loop()
         self._engine.runner.attach(loop)
         self._task = loop.create_task(self._run(), name="engine")
@@ -55,7 +63,7 @@ class AsyncEngine:
     async def stop(self) -> None:
         self._shut("the server is shutting down", UnavailableError)
         if self._task is None:
-            self.start()  # it closes the runner
+            self._start()  # it closes the runner
         assert self._task is not None
         await self._task
 
@@ -91,10 +99,12 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         scheduler = self._engine.scheduler
+        num_blocks_used = scheduler.blocks.num_blocks - scheduler.blocks.num_free
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_blocks_used=scheduler.blocks.num_blocks - scheduler.blocks.num_free,
+            # Sequences that the end failed hold none any more; the books are not kept up for it.
+            num_blocks_used=num_blocks_used if self._refusal is None else 0,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._engine.num_steps,
             prompt_tokens=scheduler.num_prompt_tokens,

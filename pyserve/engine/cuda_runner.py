@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyserve.engine.batch import Step, pack
-from pyserve.engine.runner import StepExecutor
+from pyserve.engine.runner import StepExecutor, refuse_when_closed
 from pyserve.engine.warmup import largest_step, warmup_steps
 from pyserve.errors import DeviceError
 from pyserve.ops import build
@@ -57,6 +57,7 @@ class CudaRunner:
     def __init__(self, executor: StepExecutor, *, step_deadline_s: float = STEP_DEADLINE_S) -> None:
         self.step_deadline_s: float | None = step_deadline_s
         self._executor = executor
+        self._is_closed = False
         device = executor.device
         torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -92,11 +93,15 @@ class CudaRunner:
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver the results of later launches on `loop`."""
+        if self._is_closed:
+            refuse_when_closed()
         self._loop = loop
         loop.add_reader(self._completions.fileno(), self._on_completions)
 
     def launch(self, step: Step) -> Future[list[int]]:
-        """Start `step`; see engine.Runner. Raises nothing: a failure is the future's."""
+        """Start `step`; see engine.Runner. What fails on the device is the future's."""
+        if self._is_closed:
+            refuse_when_closed()
         result: Future[list[int]] = Future()
         entry = self._ring.popleft()
         try:
@@ -115,7 +120,10 @@ class CudaRunner:
         return result
 
     def close(self) -> None:
-        """Free the memory; nothing is in flight and nothing comes after."""
+        """Free the memory; nothing is in flight."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._loop is not None:
             self._loop.remove_reader(self._completions.fileno())
         self._completions.close()

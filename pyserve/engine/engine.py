@@ -24,11 +24,13 @@ from pyserve.params import SamplingParams
 
 
 class Runner(Protocol):
-    """Executes steps, in the order of the calls.
+    """Executes steps, in the order of the calls. Lives from its making to `close`.
 
     run_ahead_depth         steps to launch ahead of the one whose result is awaited.
     step_deadline_s         a step that takes longer has hung; None: any time is fine.
     num_device_allocations  times memory was taken from a GPU so far.
+
+    These three are told after `close` too; `attach` and `launch` raise RuntimeError then.
     """
 
     run_ahead_depth: int
@@ -50,7 +52,7 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Free threads and memory; nothing is in flight."""
+        """Free threads and memory; nothing is in flight. Harmless when called again."""
         ...
 
 

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,8 +24,15 @@ from pyserve.ops import attention_plan, sample_workspace
 from pyserve.ops import step_layout as layout
 
 
+def refuse_when_closed() -> NoReturn:
+    """What every call that would need freed memory comes to."""
+    raise RuntimeError("the runner is closed: it executes nothing any more")
+
+
 class StepExecutor:
     """Plans, forwards and samples packed steps, in the order of the calls.
+
+    After `close` the sizes and the device are still told; all else raises RuntimeError.
 
     num_slots               sequences that run at once, and rows of a step at most.
     max_num_batched_tokens  tokens of a step at most.
@@ -47,6 +55,8 @@ class StepExecutor:
         self.num_step_words = max_step_words(
             max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
         )
+        self.device = model.device
+        self._is_closed = False
         self._model = model
         self._block_size = block_size
         self._logits_tile_rows = logits_tile_rows
@@ -77,12 +87,10 @@ class StepExecutor:
                 min(logits_tile_rows, num_slots), config.vocab_size, device=device
             )
 
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate, or replace, the KV cache: `num_blocks` blocks of every layer."""
+        if self._is_closed:
+            refuse_when_closed()
         self._kv_caches.clear()
         self._kv_caches += [
             # Written once here, so that resident memory does not grow while serving.
@@ -96,6 +104,8 @@ class StepExecutor:
 
     def reset(self) -> None:
         """Forget every sequence, as a warm-up must."""
+        if self._is_closed:
+            refuse_when_closed()
         self._slots.zero_()
         self._block_table.zero_()
         self._token_counts.zero_()
@@ -105,6 +115,8 @@ class StepExecutor:
 
         What is returned is overwritten by the next step.
         """
+        if self._is_closed:
+            refuse_when_closed()
         with torch.inference_mode():
             plan, ctx = self._views_for(step)
             ops.plan_step(
@@ -130,7 +142,10 @@ class StepExecutor:
             return self._sample(hidden, plan.sample_rows[:num_padded])
 
     def close(self) -> None:
-        """Drop the tensors; nothing comes after."""
+        """Drop the tensors. Harmless when called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._kv_caches.clear()
         self._views.clear()
         self._attention_plans.clear()
@@ -191,6 +206,7 @@ class CpuRunner:
 
     def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:
         self._executor = executor
+        self._is_closed = False
         self._buffer = np.zeros(executor.num_step_words, np.int32)
         self._step_input = torch.from_numpy(self._buffer)
         self._thread = ThreadPoolExecutor(
@@ -202,7 +218,9 @@ class CpuRunner:
         return 0
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Nothing to do: a future of the worker may be awaited from any loop."""
+        """A future of the worker may be awaited from any loop."""
+        if self._is_closed:
+            refuse_when_closed()
 
     def warm_up(self, steps: Iterable[Step], *, budget_s: float) -> None:
         """Run `steps` until `budget_s` are spent: matrix libraries compile a shape they first meet,
@@ -217,10 +235,13 @@ class CpuRunner:
 
     def launch(self, step: Step) -> Future[list[int]]:
         """Start `step`; see engine.Runner."""
+        if self._is_closed:
+            refuse_when_closed()
         return self._thread.submit(self._execute, step)
 
     def close(self) -> None:
-        """End the worker and drop the tensors; nothing is in flight and nothing comes after."""
+        """End the worker and drop the tensors; nothing is in flight."""
+        self._is_closed = True
         self._thread.shutdown()
         self._executor.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -238,13 +239,28 @@ def test_sigterm_under_64_streams_truncates_none_and_exits_zero(tmp_path: Path) 
                 reasons.append(chunk.choices[0].finish_reason)
             return reasons
 
-        with ThreadPoolExecutor(64) as pool:
+        def watch() -> list[str]:
+            """Ask what dashboards and load balancers ask, until nobody answers."""
+            seen = []
+            while True:
+                try:
+                    assert server.metric("vllm:num_requests_running") >= 0
+                    seen.append(json.loads(server.get("/health")[1])["status"])
+                except (OSError, http.client.HTTPException):
+                    return seen
+
+        with ThreadPoolExecutor(65) as pool:
             streams = [pool.submit(stream, number) for number in range(64)]
             wait_until(lambda: len(begun) == 64, 30.0)
             server.process.send_signal(signal.SIGTERM)
+            watching = pool.submit(watch)
             ends = [future.result(60) for future in streams]
+            seen = watching.result(60)
         assert [reasons[-1] for reasons in ends] == ["length"] * 64
         assert server.process.wait(20) == 0
+        assert "draining" in seen and not set(seen) - {"ready", "draining"}
+        log = server.log.read_text()
+        assert "Traceback" not in log and "ERROR" not in log, log
 
 
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:

@@ -145,9 +145,11 @@ class FakeRunner:
         self._buffer = np.zeros(num_words, np.int32)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._refuse_when_closed()
         self.loop = loop
 
     def launch(self, step: Step) -> Future[list[int]]:
+        self._refuse_when_closed()
         future: Future[list[int]] = Future()
         try:
             self.on_step(step)
@@ -158,6 +160,10 @@ class FakeRunner:
 
     def close(self) -> None:
         self.is_closed = True
+
+    def _refuse_when_closed(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("the runner is closed")
 
     def pack(self, step: Step) -> np.ndarray:
         """The words of `step`, in a buffer that the next call overwrites."""

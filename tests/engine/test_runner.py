@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from pyserve.client import EngineInfo
+from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine
@@ -21,6 +24,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.params import SamplingParams
+from tests.engine.after_the_end import stop_and_check
 from tests.engine.driver import Driver, Reader
 from tests.engine.tiny import CONFIG, VOCAB_SIZE, engine_config
 
@@ -374,3 +378,36 @@ def test_steps_execute_in_the_order_of_their_launch(decoder: Decoder) -> None:
     seq = engine.scheduler.running[0]
     assert seq.token_ids == prompt + tokens and seq.num_in_flight_tokens == 0
     engine.runner.close()
+
+
+def test_every_call_after_the_end_has_an_answer(decoder: Decoder) -> None:
+    async def run() -> None:
+        engine = make_engine(decoder)
+        info = EngineInfo(
+            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=8,
+            block_size=BLOCK_SIZE, num_blocks=128, dtype="float32", device="cpu",
+        )  # fmt: skip
+        client = AsyncEngine(engine, info)
+        client.start()
+        stream = client.submit([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
+        await stream.read()
+        await stop_and_check(client, engine, stream)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_closed_executor_tells_its_device_and_runs_nothing(decoder: Decoder) -> None:
+    executor = StepExecutor(
+        decoder, block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=16,
+        max_model_len=MAX_MODEL_LEN, logits_tile_rows=8,
+    )  # fmt: skip
+    step = next(warmup_steps(executor))
+    for _ in range(2):
+        executor.close()
+    assert executor.device == decoder.device and executor.max_num_tokens == 16
+    with pytest.raises(RuntimeError, match="closed"):
+        executor.run(step, torch.zeros(executor.num_step_words, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="closed"):
+        executor.allocate_kv(1)
+    with pytest.raises(RuntimeError, match="closed"):
+        executor.reset()

@@ -7,6 +7,7 @@ Plain HTTP, no SDK: the machine with the card may have none.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -179,6 +180,39 @@ def test_several_choices(server: ServerProcess) -> None:
     reply = chat(server, "Escribe un poema", **fields)
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
     assert len({choice["message"]["content"] for choice in reply["choices"]}) > 1
+
+
+def test_sigterm_under_64_streams_truncates_none_and_exits_zero() -> None:
+    body = {"max_tokens": 1900, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    begun: list[int] = []
+
+    def whole(server: ServerProcess, number: int) -> tuple[str | None, int]:
+        """Finish reason, and tokens by the last frame's count."""
+        reason, num_tokens = None, 0
+        for frame in stream(server, "/v1/completions", prompt=f"Hello {number}", **body):
+            if reason is None:
+                begun.append(number)
+            assert "error" not in frame, frame
+            for choice in frame["choices"]:
+                reason = choice["finish_reason"]
+            if frame.get("usage"):
+                num_tokens = frame["usage"]["completion_tokens"]
+        return reason, num_tokens
+
+    with server_on_card(*SMALL) as server:
+        with ThreadPoolExecutor(64) as pool:
+            streams = [pool.submit(whole, server, number) for number in range(64)]
+            deadline = time.monotonic() + 30
+            while len(set(begun)) < 64:
+                assert time.monotonic() < deadline, "the streams have not all begun"
+                time.sleep(0.001)
+            server.process.send_signal(signal.SIGTERM)
+            ends = [future.result(60) for future in streams]
+        code = server.process.wait(EXIT_TIMEOUT_S)
+        log = server.log.read_text()
+    assert ends == [("length", 1900)] * 64
+    assert code == 0, log[-3000:]
+    assert "Traceback" not in log and not error_lines(log), log[-3000:]
 
 
 def run_to_the_end(

@@ -1,0 +1,159 @@
+"""CudaRunner without a card: its life, on a CPU that stands in for the device and its driver.
+
+What it does on a real one is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pyserve.client import EngineInfo
+from pyserve.engine import cuda_runner
+from pyserve.engine.async_engine import AsyncEngine
+from pyserve.engine.batch import max_update_words
+from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.cuda_runner import CudaRunner
+from pyserve.engine.engine import Engine
+from pyserve.engine.runner import StepExecutor
+from pyserve.engine.scheduler import Scheduler
+from pyserve.engine.slots import SlotAllocator
+from pyserve.model.config import ModelConfig
+from pyserve.model.loader import load_model
+from pyserve.params import SamplingParams
+from tests.engine.after_the_end import stop_and_check
+from tests.engine.tiny import CONFIG, VOCAB_SIZE
+
+NUM_BLOCKS, BLOCK_SIZE, NUM_SLOTS, MAX_MODEL_LEN = 32, 16, 4, 256
+
+
+class FakeEvent:
+    """What has been enqueued on a CPU has ended."""
+
+    cuda_event = 0
+
+    def __init__(self, blocking: bool) -> None:
+        assert blocking
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class FakeStream:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class FakeCuda:
+    Event, Stream = FakeEvent, FakeStream
+
+    @staticmethod
+    def synchronize(device: torch.device) -> None:
+        pass
+
+    @staticmethod
+    def memory_stats(device: torch.device) -> dict[str, int]:
+        return {"num_device_alloc": 5}
+
+    @staticmethod
+    @contextmanager
+    def stream(stream: FakeStream) -> Iterator[None]:
+        yield
+
+
+class FakeTorch:
+    """torch, but for its part that needs a card."""
+
+    cuda = FakeCuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*args, **kwargs)
+
+
+class FakeCompletionThread:
+    """As _host's; every event has ended when it is to be watched."""
+
+    def __init__(self, driver_library: str, device_ordinal: int) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._completed: list[tuple[int, str]] = []
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def watch(self, step_id: int, event: int) -> None:
+        self._completed.append((step_id, ""))
+        os.eventfd_write(self._fd, 1)
+
+    def drain(self) -> list[tuple[int, str]]:
+        if self._completed:
+            os.eventfd_read(self._fd)
+        completed, self._completed = self._completed, []
+        return completed
+
+    def close(self) -> None:
+        assert self._fd >= 0, "closed twice"
+        os.close(self._fd)
+        self._fd = -1
+
+
+class FakeHost:
+    CompletionThread = FakeCompletionThread
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
+    monkeypatch.setattr(cuda_runner, "torch", FakeTorch())
+    monkeypatch.setattr(cuda_runner, "build", SimpleNamespace(host=lambda: FakeHost))
+    model = load_model(
+        tmp_path, ModelConfig.from_hf(CONFIG), dtype=torch.float32, device=torch.device("cpu"),
+        load_format="dummy", seed=0, progress=lambda done, total: None,
+    )  # fmt: skip
+    executor = StepExecutor(
+        model, block_size=BLOCK_SIZE, num_slots=NUM_SLOTS, max_num_batched_tokens=32,
+        max_model_len=MAX_MODEL_LEN, logits_tile_rows=NUM_SLOTS,
+    )  # fmt: skip
+    executor.allocate_kv(NUM_BLOCKS)
+    scheduler = Scheduler(
+        BlockManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=False),
+        SlotAllocator(NUM_SLOTS),
+        max_num_batched_tokens=32,
+        max_update_words=max_update_words(MAX_MODEL_LEN, BLOCK_SIZE),
+    )
+    return Engine(
+        scheduler, CudaRunner(executor), max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE,
+        policy="fcfs",
+    )  # fmt: skip
+
+
+def test_every_call_after_the_end_has_an_answer(engine: Engine) -> None:
+    async def run() -> None:
+        info = EngineInfo(
+            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
+            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
+        )  # fmt: skip
+        client = AsyncEngine(engine, info)
+        client.start()
+        stream = client.submit([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
+        await stream.read()
+        assert client.stats().num_device_allocations == 5
+        await stop_and_check(client, engine, stream)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
