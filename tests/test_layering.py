@@ -25,6 +25,7 @@ LEAVES = {
     "config_file",
     "foreign_flags",
     "histogram",
+    "words",
 }
 # room -> rooms it may import besides itself and the leaves
 ALLOWED = {

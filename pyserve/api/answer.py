@@ -31,6 +31,7 @@ from pyserve.api.state import Loaded, ServerState
 from pyserve.errors import InvalidRequestError, UnavailableError
 from pyserve.params import SamplingParams, shown
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.words import counted
 
 FINGERPRINT = f"pyserve-{__version__}"
 CLAMPED_HEADER = "x-pyserve-clamped"
@@ -169,8 +170,8 @@ def _submit(
     num_sequences = len(prompts) * resolver.n
     if num_sequences > MAX_SEQUENCES:
         raise InvalidRequestError(
-            f"{len(prompts)} prompts times n {resolver.n} are {num_sequences} sequences, "
-            f"the limit is {MAX_SEQUENCES}",
+            f"{counted(len(prompts), 'prompt')} times n {resolver.n} are {num_sequences} "
+            f"sequences, the limit is {MAX_SEQUENCES}",
             "n",
         )
     priority = body.priority or 0

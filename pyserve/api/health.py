@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from pyserve.api.state import STATE, ServerState
+from pyserve.words import counted
 
 
 async def health(request: web.Request) -> web.StreamResponse:
@@ -29,7 +30,9 @@ def describe(state: ServerState) -> tuple[int, dict[str, object]]:
     if state.status == "starting":
         return 503, {"status": "starting", **state.startup.describe()}
     if state.status == "draining":
-        reason = f"the server is shutting down, {state.num_in_flight} requests still run"
+        num_running = state.num_in_flight
+        rest = f", {counted(num_running, 'request')} still to finish" if num_running else ""
+        reason = f"the server is shutting down{rest}"
         return 503, {"status": "draining", "reason": reason}
     assert state.loaded is not None
     # The engine itself is asked: serve.py learns of its end a moment later.

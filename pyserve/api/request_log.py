@@ -19,6 +19,7 @@ from pyserve.api.request_id import current as current_request_id
 from pyserve.errors import QueueFullError, RequestError
 from pyserve.log import get_logger
 from pyserve.params import SamplingParams
+from pyserve.words import counted
 
 LINES_PER_S, MAX_BURST_LINES = 50.0, 500.0
 MAX_PARAM_CHARS = 64
@@ -126,7 +127,7 @@ class RequestLog:
         if not self._budget.take(time.monotonic()):
             return False
         if num_dropped := self._budget.pop_dropped():
-            get_logger().info("%d lines about requests left out", num_dropped)
+            get_logger().info("%s about requests left out", counted(num_dropped, "line"))
         return True
 
 

@@ -29,6 +29,7 @@ from pyserve.config import ServerConfig
 from pyserve.errors import StartupError
 from pyserve.log import get_logger
 from pyserve.metrics import Metrics
+from pyserve.words import counted
 
 __all__ = ["Loaded", "Report", "run_server"]
 
@@ -204,13 +205,16 @@ class _Server:
         """Let requests end, then stop the engine; False where it does not stop cleanly."""
         state = self._state
         state.status = "draining"
-        get_logger().info(
-            "shutting down: %d requests have %.0f s to finish",
-            state.num_in_flight,
-            self._config.shutdown_timeout_s,
-        )
-        if not await state.wait_idle(self._config.shutdown_timeout_s):
-            get_logger().warning("%d requests are cut off", state.num_in_flight)
+        timeout_s, num_running = self._config.shutdown_timeout_s, state.num_in_flight
+        if num_running:
+            what = f"{counted(num_running, 'request')} {'has' if num_running == 1 else 'have'}"
+            get_logger().info("shutting down: %s %.0f s to finish", what, timeout_s)
+        else:
+            get_logger().info("shutting down")
+        if not await state.wait_idle(timeout_s):
+            num_left = state.num_in_flight
+            what = f"{counted(num_left, 'request')} {'is' if num_left == 1 else 'are'}"
+            get_logger().warning("%s cut off", what)
         stopping = asyncio.create_task(engine.stop())
         await asyncio.wait([stopping])
         await state.wait_idle(LAST_FRAMES_S)

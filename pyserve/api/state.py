@@ -131,7 +131,7 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     startup: Startup = field(default_factory=Startup)
-    watchdog: LoopWatchdog = field(default_factory=LoopWatchdog)
+    watchdog: LoopWatchdog = field(init=False)
     status: Literal["starting", "ready", "draining", "failed"] = "starting"
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
@@ -144,6 +144,7 @@ class ServerState:
     )
 
     def __post_init__(self) -> None:
+        self.watchdog = LoopWatchdog(lambda: self.num_in_flight)
         self.request_log = RequestLog(log_arrivals=self.config.log_requests)
         self.keys = Keys(self.config.api_keys, is_shared=self.config.share_prefix_cache)
 

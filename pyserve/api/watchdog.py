@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from pyserve.log import get_logger
+from pyserve.words import counted
 
 BEAT_S = 0.05
 LATE_S = 0.1  # worth a line in the log
@@ -17,9 +19,15 @@ RECENT_S = 30.0  # what `recent_lag_s` looks back on
 
 
 class LoopWatchdog:
-    """Measures from `start` to `stop`, both called on the loop it watches."""
+    """Measures from `start` to `stop`, both called on the loop it watches.
 
-    def __init__(self) -> None:
+    num_requests  how many requests are in flight: a loop that is late concerns nobody else, and
+                  the log is silent about it.
+    """
+
+    def __init__(self, num_requests: Callable[[], int]) -> None:
+        self._num_requests = num_requests
+        self._num_before = 0  # requests in flight when the timer was set
         self.max_lag_s = 0.0  # since the start, or since `forget`
         self.num_late = 0  # beats that were late by more than LATE_S
         self._recent = (0.0, 0.0)  # the worst of this and of the last half of RECENT_S
@@ -53,6 +61,7 @@ class LoopWatchdog:
             self._timer.cancel()
 
     def _arm(self, now: float) -> None:
+        self._num_before = self._num_requests()
         self._due_s = now + BEAT_S
         self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
 
@@ -70,13 +79,14 @@ class LoopWatchdog:
         self.max_lag_s = max(self.max_lag_s, lag_s)
         if lag_s > LATE_S:
             self.num_late += 1
-            self._num_unlogged += 1
-            self._worst_unlogged_s = max(self._worst_unlogged_s, lag_s)
+            if self._num_before or self._num_requests():
+                self._num_unlogged += 1
+                self._worst_unlogged_s = max(self._worst_unlogged_s, lag_s)
         if self._num_unlogged and now_s >= self._may_log_at_s:
             get_logger().warning(
-                "the event loop was late by up to %.0f ms (%d times): streams have stood still",
+                "the event loop was late by up to %.0f ms (%s): streams have stood still",
                 1000 * self._worst_unlogged_s,
-                self._num_unlogged,
+                counted(self._num_unlogged, "time"),
             )
             self._may_log_at_s = now_s + LOG_INTERVAL_S
             self._num_unlogged = 0

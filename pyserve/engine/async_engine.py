@@ -20,6 +20,7 @@ from pyserve.engine.engine import Engine
 from pyserve.engine.queue_bound import QueueBound
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.params import SamplingParams
+from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
 
@@ -179,7 +180,7 @@ class AsyncEngine:
         return future.result()
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
-        shape = f"a step of {step.num_tokens} tokens in {len(step.seqs)} rows"
+        shape = f"a step of {counted(step.num_tokens, 'token')} in {counted(len(step.seqs), 'row')}"
         if isinstance(error, DeviceError):
             log.get_logger().error("%s failed: %s", shape, error)
             self._is_device_lost = True

@@ -21,6 +21,7 @@ from pyserve.engine.sequence import Sequence, Status
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
+from pyserve.words import counted
 
 
 class Runner(Protocol):
@@ -238,8 +239,8 @@ class Engine:
         num_tokens = len(token_ids) + params.max_tokens
         if num_tokens > self._max_model_len:
             raise InvalidRequestError(
-                f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens} make "
-                f"{num_tokens}, the limit is {self._max_model_len} tokens",
+                f"{counted(len(token_ids), 'prompt token')} and max_tokens {params.max_tokens} "
+                f"make {num_tokens}, the limit is {self._max_model_len} tokens",
                 "prompt" if len(token_ids) >= self._max_model_len else "max_tokens",
             )
         blocks = self.scheduler.blocks

@@ -42,6 +42,7 @@ from pyserve.model.decoder import Decoder
 from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.ops import build
 from pyserve.params import SamplingParams
+from pyserve.words import counted
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -171,12 +172,17 @@ def _log_plan(config: EngineConfig, plan: MemoryPlan) -> None:
     logger = log.get_logger()
     if plan.num_slots < config.max_num_seqs:
         logger.warning(
-            "at most %d sequences run at once: --max-num-batched-tokens is %d",
-            plan.num_slots, plan.max_num_batched_tokens,
+            "at most %s %s at once: --max-num-batched-tokens is %d",
+            counted(plan.num_slots, "sequence"), "runs" if plan.num_slots == 1 else "run",
+            plan.max_num_batched_tokens,
         )  # fmt: skip
-    logger.info("memory, for %d KV blocks of %d tokens:", plan.num_blocks, config.block_size)
+    logger.info("memory, for %s:", _kv_blocks(config, plan))
     for line in format_ledger(plan.ledger).splitlines():
         logger.info("%s", line)
+
+
+def _kv_blocks(config: EngineConfig, plan: MemoryPlan) -> str:
+    return f"{counted(plan.num_blocks, 'KV block')} of {counted(config.block_size, 'token')}"
 
 
 def _load(
@@ -231,7 +237,7 @@ def _start_runner(
     now = devices.card_memory(executor.device)
     is_true, line = is_ledger_true(plan, before=memory, now=now)
     say = log.get_logger().info if is_true else log.get_logger().warning
-    say("memory, with %d KV blocks of %d tokens: %s", plan.num_blocks, config.block_size, line)
+    say("memory, with %s: %s", _kv_blocks(config, plan), line)
     return runner, plan
 
 

@@ -8,6 +8,7 @@ from collections import deque
 
 from pyserve.errors import InvalidRequestError, QueueFullError
 from pyserve.log import get_logger
+from pyserve.words import counted
 
 RATE_SAMPLE_S = 1.0
 RATE_WINDOW_S = 20.0
@@ -54,8 +55,8 @@ class QueueBound:
         self._log(now_s)
         retry_after_s = self.retry_after_s(now_s, num_waiting, num_finished)
         raise QueueFullError(
-            f"the queue is full: {num_waiting} sequences wait, the limit is {self._max_queue}; "
-            f"try again in {retry_after_s} s",
+            f"the queue is full: {counted(num_waiting, 'sequence')} waiting, the limit is "
+            f"{self._max_queue}; try again in {retry_after_s} s",
             retry_after_s,
         )
 
@@ -75,9 +76,9 @@ class QueueBound:
         if now_s < self._may_log_at_s:
             return
         get_logger().warning(
-            "the queue is full (%d sequences wait at most): %d requests refused with 429",
+            "the queue is full (its limit is %d): %s refused with 429",
             self._max_queue,
-            self._num_unlogged,
+            counted(self._num_unlogged, "request"),
         )
         self._num_unlogged = 0
         self._may_log_at_s = now_s + LOG_INTERVAL_S

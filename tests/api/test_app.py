@@ -119,7 +119,7 @@ def test_while_draining(fresh: Server) -> None:
     wait_until(lambda: fresh.state.num_in_flight == 1)
     fresh.state.status = "draining"
     health = json.loads(fresh.request("GET", "/health")[2])
-    assert health["status"] == "draining" and "1 requests still run" in health["reason"]
+    assert health["status"] == "draining" and "1 request still to finish" in health["reason"]
     reply = fresh.request("POST", CHAT, {"messages": MESSAGES})
     check_error(reply, 503, "ServiceUnavailableError")
     assert reply[1]["Connection"] == "close" and "Retry-After" in reply[1]

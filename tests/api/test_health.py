@@ -58,7 +58,7 @@ def test_the_watchdog_sees_a_blocked_loop(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> LoopWatchdog:
-        dog = LoopWatchdog()
+        dog = LoopWatchdog(lambda: 1)
         dog.start()
         await asyncio.sleep(0.12)
         time.sleep(0.3)
@@ -77,15 +77,15 @@ def test_the_watchdog_sees_a_blocked_loop(
 
 
 def test_a_tenth_of_a_second_is_late_and_less_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    dog = LoopWatchdog()
+    dog = LoopWatchdog(lambda: 1)
     dog.note(0.09, 1000.0)
     assert dog.num_late == 0 and dog.max_lag_s == 0.09 and not caplog.records
     dog.note(0.11, 1001.0)
-    assert dog.num_late == 1 and "by up to 110 ms (1 times)" in caplog.text
+    assert dog.num_late == 1 and "by up to 110 ms (1 time)" in caplog.text
 
 
 def test_the_watchdog_forgets_and_logs_again(caplog: pytest.LogCaptureFixture) -> None:
-    dog = LoopWatchdog()
+    dog = LoopWatchdog(lambda: 1)
     now = 1000.0
     dog.note(0.5, now)
     assert dog.recent_lag_s == 0.5
@@ -95,6 +95,32 @@ def test_the_watchdog_forgets_and_logs_again(caplog: pytest.LogCaptureFixture) -
         dog.note(0.2, now)
     assert dog.recent_lag_s == 0.2 and dog.max_lag_s == 0.5
     assert len(caplog.records) == 3
-    assert "by up to 500 ms (1 times)" in caplog.text
+    assert "by up to 500 ms (1 time)" in caplog.text
     dog.forget()
     assert dog.max_lag_s == dog.recent_lag_s == 0.0 and dog.num_late == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_told"), [(0, 0, False), (1, 0, True), (0, 1, True), (64, 64, True)]
+)
+def test_a_late_loop_is_told_where_a_request_has_waited(
+    before: int, after: int, is_told: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    num_requests = before
+
+    async def test() -> LoopWatchdog:
+        nonlocal num_requests
+        dog = LoopWatchdog(lambda: num_requests)
+        dog.start()
+        await asyncio.sleep(0.05)
+        time.sleep(0.3)
+        num_requests = after
+        await asyncio.sleep(0.05)
+        dog.stop()
+        return dog
+
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.02)
+    dog = asyncio.run(test())
+    assert dog.recent_lag_s > 0.25 and dog.num_late >= 1, "the figures know of it in any case"
+    assert ("the event loop was late" in caplog.text) == is_told

@@ -129,7 +129,7 @@ def test_what_does_not_finish_is_cut_off_with_an_error(tokenizer_folder: Path) -
             b"data: [DONE]\n\n\r\n0\r\n\r\n"
         )
         assert process.popen.wait(START_S) == 0
-        assert "1 requests are cut off" in process.log
+        assert "1 request is cut off" in process.log
 
 
 @pytest.mark.parametrize("how", ["well", "stuck"])
