@@ -215,6 +215,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         model_path = DEMO_MODEL
         if args.model is not None:
             model_path = resolve(report, args.model, revision=args.revision, flag="--model")
+            report("start", 0, 0)  # what is imported and read from here on is no download
         if not (model_path / "config.json").is_file():
             raise CheckpointError(f"--model {args.model}: there is no config.json in {model_path}")
         tokenizer_path = model_path

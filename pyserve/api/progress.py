@@ -13,7 +13,7 @@ from pyserve.api.state import Phase, Startup
 BAR_INTERVAL_S = 0.2
 LINE_INTERVAL_S = 5.0
 BAR_CHARS = 30
-MIN_BYTES = 10_000  # totals below are not bytes: such a phase is shown without a figure
+IN_BYTES = ("download", "load")  # phases whose figures are bytes; others count shares of the work
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -27,25 +27,25 @@ async def show_progress(startup: Startup) -> None:
 
 
 def describe(phase: Phase, now_s: float) -> str:
-    """One line: "load: 1.20 of 4.00 GB (30%), 900 MB/s, 3 s left"; "build: 12 s so far"."""
-    if phase.progress is None or phase.total < MIN_BYTES:
+    """One line: "load: 1.20 of 4.00 GB (30%), 900 MB/s, 3 s left"; "build: 45%, 30 s left";
+    "start: 12 s so far"."""
+    is_in_bytes = phase.name in IN_BYTES
+    if phase.progress is None or (not phase.done and not is_in_bytes):
         return f"{phase.name}: {now_s - phase.began_s:.0f} s so far"
-    eta_s = phase.eta_s(now_s)
-    rest = ""
+    figures = [f"{phase.progress:.0%}"]
+    speed, eta_s = phase.speed(now_s), phase.eta_s(now_s)
+    if is_in_bytes:
+        figures = [f"{phase.done / 1e9:.2f} of {phase.total / 1e9:.2f} GB ({phase.progress:.0%})"]
+        if speed is not None:
+            figures.append(f"{speed / 1e6:.0f} MB/s")
     if eta_s is not None:
-        rest = (
-            f", {phase.done / 1e6 / max(now_s - phase.began_s, 1e-3):.0f} MB/s, {eta_s:.0f} s left"
-        )
-    return (
-        f"{phase.name}: {phase.done / 1e9:.2f} of {phase.total / 1e9:.2f} GB "
-        f"({phase.progress:.0%}){rest}"
-    )
+        figures.append(f"{eta_s:.0f} s left")
+    return f"{phase.name}: {', '.join(figures)}"
 
 
 def draw(phase: Phase, now_s: float) -> str:
     """The same after a bar."""
-    progress = phase.progress if phase.total >= MIN_BYTES else None
-    filled = round(BAR_CHARS * (progress or 0.0))
+    filled = round(BAR_CHARS * (phase.progress or 0.0))
     bar = "#" * filled + "." * (BAR_CHARS - filled)
     return f"[{bar}] {describe(phase, now_s)}"
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -50,18 +50,28 @@ class Phase:
     done: int
     total: int  # 0: unknown
     began_s: float
+    counted_s: float | None = None  # when nothing of `total` was done; None: when it began
 
     @property
     def progress(self) -> float | None:
         """0 to 1; None where the total is unknown."""
         return min(self.done / self.total, 1.0) if self.total > 0 else None
 
+    def speed(self, now_s: float) -> float | None:
+        """What is done in a second, on average; None where it is unknown."""
+        since_s = self.began_s if self.counted_s is None else self.counted_s
+        if self.total <= 0 or self.done <= 0 or now_s <= since_s:
+            return None
+        return self.done / (now_s - since_s)
+
     def eta_s(self, now_s: float) -> float | None:
         """Seconds to the end of this phase at the speed so far."""
-        progress = self.progress
-        if not progress:
-            return None
-        return round((now_s - self.began_s) * (1.0 - progress) / progress, 1)
+        speed = self.speed(now_s)
+        return None if speed is None else round(max(self.total - self.done, 0) / speed, 1)
+
+
+class StopLoading(BaseException):
+    """Raised by a report to the thread that loads: the server is told to stop, end what runs."""
 
 
 class Startup:
@@ -75,6 +85,7 @@ class Startup:
         self._began_s = began_s
         self._seconds: dict[str, float] = {}  # of the phases that have ended, in their order
         self.phase = Phase("start", 0, 0, began_s)
+        self._is_given_up = False
 
     @property
     def elapsed_s(self) -> float:
@@ -95,14 +106,23 @@ class Startup:
         }
 
     def report(self, name: str, done: int, total: int) -> None:
-        """Called by one thread at a time; a new name ends the phase before it."""
-        phase = self.phase
-        if name == phase.name:
-            self.phase = Phase(name, done, total, phase.began_s)
-        else:
-            now = time.monotonic()
+        """Called by one thread at a time; a new name ends the phase before it.
+
+        A report of nothing done starts the clock by which the speed is told. Raises StopLoading
+        once the start is given up.
+        """
+        if self._is_given_up:
+            raise StopLoading
+        phase, now = self.phase, time.monotonic()
+        if name != phase.name:
             self._end(phase, now)
-            self.phase = Phase(name, done, total, now)
+            phase = Phase(name, done, total, now)
+        counted_s = phase.counted_s if done else now
+        self.phase = replace(phase, done=done, total=total, counted_s=counted_s)
+
+    def give_up(self) -> None:
+        """The next report raises: whoever loads lets go of what it holds."""
+        self._is_given_up = True
 
     def finish(self) -> None:
         """End the last phase."""

@@ -21,6 +21,7 @@ from pyserve.engine.runner import StepExecutor, refuse_when_closed
 from pyserve.engine.warmup import largest_step, warmup_steps
 from pyserve.errors import DeviceError
 from pyserve.ops import build
+from pyserve.ops.build import Report, report_nothing
 
 RING_SIZE = 4  # steps in flight at most
 STEP_DEADLINE_S = 60.0  # many times what the largest step takes on the slowest card
@@ -85,10 +86,15 @@ class CudaRunner:
         self._allocate_kv(1)
         self._run_and_wait(largest_step(self._executor))
 
-    def allocate_kv(self, num_blocks: int) -> None:
-        """Allocate the KV cache for good, then run every shape once: after it, nothing is new."""
+    def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
+        """Allocate the KV cache for good, then run every shape once: after it, nothing is new.
+
+        report(done, total) counts the shapes.
+        """
         self._allocate_kv(num_blocks)
-        for step in warmup_steps(self._executor):
+        steps = list(warmup_steps(self._executor))
+        for done, step in enumerate(steps):
+            report(done, len(steps))
             self._run_and_wait(step)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:

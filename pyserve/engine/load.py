@@ -53,7 +53,7 @@ QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
 
 def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
-    progress("build", 0, 1)
+    progress("build", 0, 0)  # what there is to compile shows later
     logger = log.get_logger()
     start = plan_start(config)  # a refusal need not wait for a compiler
     device, model_config, dtype = start.device, start.model_config, start.dtype
@@ -63,13 +63,16 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
     _log_plan(config, plan)
     build.load_native(
-        allow_reference=config.allow_reference_ops, progress=logger.info, device=_kind(device)
+        allow_reference=config.allow_reference_ops,
+        progress=logger.info,
+        device=_kind(device),
+        report=lambda done, total: progress("build", done, total),
     )
     progress("build", 1, 1)
 
     with _card_may_be_full(plan):
         model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
-        progress("warmup", 0, 1)
+        progress("warmup", 0, 0)
         executor = StepExecutor(
             model,
             block_size=config.block_size,
@@ -78,7 +81,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
             max_model_len=plan.max_model_len,
             logits_tile_rows=plan.logits_tile_rows,
         )
-        runner, plan = _start_runner(executor, config, plan, memory)
+        runner, plan = _start_runner(executor, config, plan, memory, progress)
 
         def new_engine() -> Engine:
             return _new_engine(config, plan, runner, model_config.vocab_size)
@@ -217,23 +220,28 @@ def _load(
 
 
 def _start_runner(
-    executor: StepExecutor, config: EngineConfig, plan: MemoryPlan, memory: Memory
-) -> tuple[Runner, MemoryPlan]:
-    """A runner with its KV cache, and the plan with that.
+    executor: StepExecutor, config: EngineConfig, plan: MemoryPlan, memory: Memory,
+    progress: Progress,
+) -> tuple[Runner, MemoryPlan]:  # fmt: skip
+    """A runner with its KV cache, and the plan with that; progress of the phase warmup, in steps.
 
     On a card the largest step runs first: the KV cache gets what is really free then. `memory` is
     what there was before the model came.
     """
+
+    def report(done: int, total: int) -> None:
+        progress("warmup", done, total)
+
     if isinstance(memory, HostMemory):
         executor.allocate_kv(plan.num_blocks)
         cpu_runner = CpuRunner(executor, num_threads=host.num_threads())
-        smallest_first = reversed(list(warmup_steps(executor)))
-        cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S)
+        smallest_first = list(warmup_steps(executor))[::-1]
+        cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S, report=report)
         return cpu_runner, plan
     runner = CudaRunner(executor)
     runner.warm_up_largest()
     plan = fit_kv(plan, config, before=memory, now=devices.card_memory(executor.device))
-    runner.allocate_kv(plan.num_blocks)
+    runner.allocate_kv(plan.num_blocks, report=report)
     now = devices.card_memory(executor.device)
     is_true, line = is_ledger_true(plan, before=memory, now=now)
     say = log.get_logger().info if is_true else log.get_logger().warning

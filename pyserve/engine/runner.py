@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NoReturn
 
@@ -22,6 +22,7 @@ from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.ops import attention_plan, sample_workspace
 from pyserve.ops import step_layout as layout
+from pyserve.ops.build import Report, report_nothing
 
 
 def refuse_when_closed() -> NoReturn:
@@ -222,11 +223,14 @@ class CpuRunner:
         if self._is_closed:
             refuse_when_closed()
 
-    def warm_up(self, steps: Iterable[Step], *, budget_s: float) -> None:
+    def warm_up(
+        self, steps: Sequence[Step], *, budget_s: float, report: Report = report_nothing
+    ) -> None:
         """Run `steps` until `budget_s` are spent: matrix libraries compile a shape they first meet,
-        and keep what they compiled."""
+        and keep what they compiled. report(done, total) counts the steps."""
         deadline_s = time.monotonic() + budget_s
-        for step in steps:
+        for done, step in enumerate(steps):
+            report(done, len(steps))
             if time.monotonic() > deadline_s:
                 break
             self._executor.reset()

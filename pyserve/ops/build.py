@@ -16,7 +16,8 @@ import os
 import re
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from pyserve import config
 from pyserve.errors import BuildError
 from pyserve.ops import build_cache, fakes, reference, toolchain
 from pyserve.ops import device as card_device
+from pyserve.ops.compile_estimate import NUM_LINKS, CompileEstimate, expected_seconds
 from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerError, Toolchain
 
 Mode = Literal["native", "reference"]
@@ -38,6 +40,8 @@ MANIFEST_NAME = "native.json"  # beside products that setup.py built
 _CPU_REMEDY = "or pass --allow-reference-ops to serve slowly without"
 _CUDA_REMEDY = "or pass --device cpu"
 
+Report = Callable[[int, int], None]  # done, total
+
 _lock = threading.Lock()
 _mode: Mode | None = None
 _host: Any = None
@@ -45,22 +49,30 @@ _has_cuda = False
 _library: torch.library.Library | None = None  # keeps the twins registered
 
 
+def report_nothing(done: int, total: int) -> None:
+    """For who does not want to hear."""
+
+
 def load_native(
-    *, allow_reference: bool, progress: Callable[[str], None], device: Device = "cpu"
+    *,
+    allow_reference: bool,
+    progress: Callable[[str], None],
+    device: Device = "cpu",
+    report: Report = report_nothing,
 ) -> Mode:
     """Make torch.ops.pyserve and `host()` usable. Harmless when called again, from any thread.
 
     Ops for the CPU are always there, those of the current CUDA card where `device` is cuda: the
-    first call decides. progress gets lines for a user. The twins of allow_reference serve on a CPU
-    only. Raises StartupError where the card cannot be used, BuildError where nothing can be found
-    or compiled.
+    first call decides. progress gets lines for a user, report (done, total) of a compile, in parts
+    of its time. The twins of allow_reference serve on a CPU only. Raises StartupError where the
+    card cannot be used, BuildError where nothing can be found or compiled.
     """
     global _mode, _host, _has_cuda
     with _lock:
         if _mode is None:
             card = _current_card() if device == "cuda" else None
             try:
-                with _products(progress, card) as folder:
+                with _products(progress, card, report) as folder:
                     _host = _load(folder)
                 _mode = "native"
             except BuildError as error:
@@ -106,7 +118,9 @@ def _current_card() -> Card:
 
 
 @contextmanager
-def _products(progress: Callable[[str], None], card: Card | None = None) -> Iterator[Path]:
+def _products(
+    progress: Callable[[str], None], card: Card | None = None, report: Report = report_nothing
+) -> Iterator[Path]:
     """Folder that holds both products; with the CUDA ops where a card is given."""
     sanitize = config.env("PYSERVE_SANITIZE") is not None
     packaged = Path(__file__).resolve().parent
@@ -118,7 +132,8 @@ def _products(progress: Callable[[str], None], card: Card | None = None) -> Iter
         native = toolchain.find_toolchain(config.env("CXX"), march="native", sanitize=sanitize)
         if card is not None:
             native = replace(native, cuda=_find_cuda_compiler(card))
-        yield from _cached(_cache_dir() / "native" / _key(native), native, progress)
+        folder = _cache_dir() / "native" / _key(native)
+        yield from _cached(folder, native, progress, report)
     except CompileError as error:
         reason = f"{unfit}; {error}" if unfit else str(error)
         raise BuildError(reason) from error
@@ -129,7 +144,9 @@ def _products(progress: Callable[[str], None], card: Card | None = None) -> Iter
         ) from error
 
 
-def _cached(folder: Path, native: Toolchain, progress: Callable[[str], None]) -> Iterator[Path]:
+def _cached(
+    folder: Path, native: Toolchain, progress: Callable[[str], None], report: Report
+) -> Iterator[Path]:
     """`folder` with whole products in it, or one for this process alone where it is not ours."""
     reason = build_cache.untrusted_reason(folder)
     if reason is not None:
@@ -138,11 +155,11 @@ def _cached(folder: Path, native: Toolchain, progress: Callable[[str], None]) ->
             "else can write to, and it is done once"
         )
         with build_cache.temporary_folder() as alone:
-            _compile(alone, native, progress)
+            _compile(alone, native, progress, report)
             yield alone
         return
     if not _is_done(folder):
-        _compile(folder, native, progress)
+        _compile(folder, native, progress, report)
     yield folder
 
 
@@ -199,10 +216,26 @@ def _why_unfit(packaged: Path, card: Card | None) -> str | None:
         return f"the packaged CUDA ops ({', '.join(archs)}) are not {toolchain.ARCHS_VARIABLE}"
     if version[0] > card.driver[0]:
         return f"the packaged CUDA ops need a driver for CUDA {version[0]}"
-    if not toolchain.covers(archs, card.capability, can_translate=version <= card.driver):
+    if not covers(archs, card.capability, can_translate=version <= card.driver):
         number = f"{card.capability[0]}.{card.capability[1]}"
         return f"the packaged CUDA ops ({', '.join(archs)}) are not for compute capability {number}"
     return None
+
+
+def covers(archs: Iterable[str], capability: tuple[int, int], *, can_translate: bool) -> bool:
+    """True where code for `archs` runs on a card; can_translate: its driver can read the PTX."""
+    for arch in archs:
+        number, _, ptx = arch.partition("-")
+        major, minor = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+        if number[-1] in "af":  # for one card only
+            if not ptx and (major, minor) == capability:
+                return True
+        elif ptx:
+            if can_translate and (major, minor) <= capability:
+                return True
+        elif major == capability[0] and minor <= capability[1]:
+            return True
+    return False
 
 
 def _key(native: Toolchain) -> str:
@@ -232,23 +265,70 @@ def _is_done(folder: Path) -> bool:
     )
 
 
-def _compile(folder: Path, native: Toolchain, progress: Callable[[str], None]) -> None:
+class _CompileProgress:
+    """Tells of a compile, in a line at its beginning and in figures: of ours or of another's."""
+
+    def __init__(
+        self, folder: Path, files: list[Path], progress: Callable[[str], None], report: Report
+    ) -> None:
+        names = [path.relative_to(source_dir()).as_posix() for path in files]
+        self._estimate = CompileEstimate(expected_seconds(names), len(os.sched_getaffinity(0)))
+        self._num_files = len(files)
+        self._folder = folder
+        self._progress = progress
+        self._report = report
+        self._began_s = 0.0
+        self._is_waiting = False
+        self._first = 0  # what another process had done when this one began to wait
+
+    def begin(self) -> None:
+        """This process compiles from now on."""
+        self._began_s = time.monotonic()
+        self._progress(f"compiling {self._num_files} files for this machine, once ...")
+        self.note(0, 0)
+
+    def note(self, num_done: int, num_steps: int) -> None:
+        """So much is done; both are 0 until the first step has ended."""
+        self._report(*self._at(num_done, num_steps, time.monotonic() - self._began_s))
+
+    def wait(self) -> None:
+        """Another process compiles: look at the files it writes. Called again and again."""
+        try:
+            began_s = (self._folder / toolchain.NINJA_FILE).stat().st_mtime
+            log = (self._folder / toolchain.LOG_NAME).read_bytes()
+        except OSError:  # it has only begun
+            began_s, log = time.time(), b""
+        counts = toolchain.last_counts(log) or (0, 0)
+        done, total = self._at(*counts, time.time() - began_s)
+        if not self._is_waiting:
+            self._is_waiting, self._first = True, done
+            self._progress("waiting for another process that compiles the native ops ...")
+        self._first = min(self._first, done)
+        self._report(done - self._first, total - self._first)
+
+    def _at(self, num_done: int, num_steps: int, elapsed_s: float) -> tuple[int, int]:
+        num_steps = num_steps or self._num_files + NUM_LINKS
+        return self._estimate.at(num_done, num_steps, elapsed_s)
+
+
+def _compile(
+    folder: Path, native: Toolchain, progress: Callable[[str], None], report: Report
+) -> None:
     build_cache.make_folder(folder)
-    waiting = "waiting for another process that compiles the native ops ..."
-    with build_cache.locked(folder, lambda: progress(waiting)) as lock_fd:
+    files = toolchain.compiled_files(source_dir(), with_cuda=native.cuda is not None)
+    compile_progress = _CompileProgress(folder, files, progress, report)
+    with build_cache.locked(folder, compile_progress.wait) as lock_fd:
         if _is_done(folder):
             return
         if (folder / build_cache.MARK_NAME).exists():
             progress(f"the compiled files in {folder} are damaged: compiling them again")
             build_cache.clear(folder)
-        files = toolchain.source_files(source_dir(), with_cuda=native.cuda is not None)
-        num_sources = sum(path.suffix in (".cpp", ".cu") for path in files)
-        progress(f"compiling {num_sources} files for this machine, once ...")
+        compile_progress.begin()
         toolchain.compile_products(
             source_dir(),
             folder,
             native,
-            progress=lambda done, total: progress(f"compiling: {done} of {total} steps done"),
+            progress=compile_progress.note,
             env=os.environ,
             pass_fds=(lock_fd,),
         )

@@ -17,12 +17,14 @@ import pwd
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 MARK_NAME = "whole.json"
 LOCK_NAME = "lock"
+WAIT_POLL_S = 0.5
 _OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
 _UID_MAP = Path("/proc/self/uid_map")
 _WHOLE_UID_MAP = ["0", "0", "4294967295"]
@@ -95,15 +97,18 @@ def clear(folder: Path) -> None:
 def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[int]:
     """Exclusive among processes; gives the file descriptor that holds it.
 
-    The kernel releases it when its owner and all who inherited the descriptor have died: a compiler
-    that outlives a killed owner does not write beside the next one's.
+    While another holds it, `on_wait` is called every WAIT_POLL_S. The kernel releases it when its
+    owner and all who inherited the descriptor have died: a compiler that outlives a killed owner
+    does not write beside the next one's.
     """
     with (folder / LOCK_NAME).open("w") as lock_file:
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(WAIT_POLL_S)
         yield lock_file.fileno()
 
 

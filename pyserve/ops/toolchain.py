@@ -14,17 +14,34 @@ import importlib.util
 import os
 import platform
 import re
+import select
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 OPS_PRODUCT = "_ops.so"
 HOST_PRODUCT = "_host.so"
+HOST_SOURCE = "host.cpp"
 LOG_NAME = "build.log"
+NINJA_FILE = "build.ninja"
+SCRATCH_NAME = "tmp"  # in build_dir, where compilers run
+TICK_S = 0.5  # between two reports of a compile's progress, at most
+# Becomes a command that the kernel tells to end when the thread that started it has gone: ninja
+# then ends its compilers and removes what they had half written. Arguments: the starter's id, the
+# command.
+_ENDS_WITH_ME = (sys.executable, "-I", "-S", "-c", """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):  # else it has gone already
+    os.execv(sys.argv[2], sys.argv[2:])
+""")  # fmt: skip
 PORTABLE_X86 = "x86-64-v3"
 # What /proc/cpuinfo must list for PORTABLE_X86.
 PORTABLE_X86_FLAGS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
@@ -40,8 +57,6 @@ _COMMON_FLAGS = (
     "-Wall",
 )
 _SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1")
-
-
 MIN_CUDA = (12, 6)
 ARCHS_VARIABLE = "PYSERVE_CUDA_ARCHS"
 # Of binaries that travel: all cards from Ampere on, and PTX for those that are not known yet.
@@ -188,22 +203,6 @@ def card_arch(capability: tuple[int, int], known: Collection[str]) -> str:
     return number if number in known else "89-ptx"
 
 
-def covers(archs: Iterable[str], capability: tuple[int, int], *, can_translate: bool) -> bool:
-    """True where code for `archs` runs on a card; can_translate: its driver can read the PTX."""
-    for arch in archs:
-        number, _, ptx = arch.partition("-")
-        major, minor = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
-        if number[-1] in "af":  # for one card only
-            if not ptx and (major, minor) == capability:
-                return True
-        elif ptx:
-            if can_translate and (major, minor) <= capability:
-                return True
-        elif major == capability[0] and minor <= capability[1]:
-            return True
-    return False
-
-
 def portable_march() -> str | None:
     """-march of binaries that travel to other machines."""
     return PORTABLE_X86 if platform.machine() == "x86_64" else None
@@ -255,31 +254,73 @@ def compile_products(
 ) -> None:
     """Compile both products into build_dir; files an earlier run completed are kept.
 
-    progress(done, total) counts compiler runs. `env` is the compiler's environment, pass_fds stay
-    open in it. Raises CompileError, with the compiler's words in build_dir / LOG_NAME.
+    progress(done, total) counts compiler runs, total being 0 until the first has ended; it is told
+    at each end and every TICK_S. `env` is the compiler's environment, pass_fds stay open in it.
+    What compiles ends with this process, however that ends. Raises CompileError, with the
+    compiler's words in build_dir / LOG_NAME.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text(_ninja_file(source_dir, toolchain), encoding="utf-8")
+    (build_dir / NINJA_FILE).write_text(_ninja_file(source_dir, toolchain), encoding="utf-8")
     log_path = build_dir / LOG_NAME
-    with log_path.open("w", encoding="utf-8") as log_file:
+    with log_path.open("wb") as log_file, _scratch_folder(build_dir):
         process = subprocess.Popen(
-            [_find_ninja(), "-C", str(build_dir)],
+            [*_ENDS_WITH_ME, str(os.getpid()), _find_ninja(), "-C", str(build_dir)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**env, "NINJA_STATUS": "[%f/%t] "},
+            env={**env, "NINJA_STATUS": "[%f/%t] ", "TMPDIR": SCRATCH_NAME},
             pass_fds=pass_fds,
         )
+        counts = (0, 0)
         with process:
             assert process.stdout is not None
-            for line in process.stdout:
-                log_file.write(line)
-                match = re.match(r"\[(\d+)/(\d+)\]", line)
-                if match is not None:
-                    progress(int(match[1]), int(match[2]))
+            try:
+                for text in _output_and_ticks(process.stdout.fileno()):
+                    log_file.write(text)
+                    log_file.flush()  # others who wait for this compile read it
+                    news = last_counts(text)
+                    counts = news or counts
+                    if news or not text:
+                        progress(*counts)
+            except BaseException:  # the start is given up
+                process.terminate()
+                raise
     if process.returncode != 0:
         raise CompileError(f"compiling the native ops failed, see {log_path}")
+
+
+@contextmanager
+def _scratch_folder(build_dir: Path) -> Iterator[None]:
+    """For what compilers write beside their products: nvcc leaves it when it is ended."""
+    scratch = build_dir / SCRATCH_NAME
+    shutil.rmtree(scratch, ignore_errors=True)  # of a compile that was killed
+    scratch.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def last_counts(text: bytes) -> tuple[int, int] | None:
+    """(done, total) of the last line of a compile's log that tells them."""
+    found = re.findall(rb"^\[(\d+)/(\d+)\] ", text, re.MULTILINE)
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
+def _output_and_ticks(fd: int) -> Iterator[bytes]:
+    """Whole lines as they come, and nothing (b"") where none comes for TICK_S."""
+    text, poll = b"", select.poll()
+    poll.register(fd, select.POLLIN)
+    while True:
+        if not poll.poll(1000 * TICK_S):
+            yield b""
+            continue
+        piece = os.read(fd, 65536)
+        if not piece:
+            yield text
+            return
+        lines, _, text = (text + piece).rpartition(b"\n")
+        if lines:
+            yield lines + b"\n"
 
 
 def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
@@ -307,26 +348,37 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
         lines.append(f"build {product}: link {' '.join(objects)}")
         lines.append(f"  flags = {_words(*toolchain.link_flags(), *libraries)}")
 
-    # What takes longest comes first: kernels, the largest ahead; host.cpp (pybind11); the others.
-    ops, cuda = [], toolchain.cuda
-    if cuda is not None:
-        flags = (*cuda.flags(), "-ccbin", toolchain.compiler, f"-I{source_dir}")
-        for source in cuda_sources(source_dir):
-            ops.append(compile_to(OPS_PRODUCT, source, cuda.nvcc, flags))
-    cxx = toolchain.compiler
-    host_flags = (*toolchain.flags(), *toolchain.host_flags())
-    host = compile_to(HOST_PRODUCT, source_dir / "host.cpp", cxx, host_flags)
+    cuda, cxx = toolchain.cuda, toolchain.compiler
     ops_flags = (*toolchain.flags(), *toolchain.ops_flags())
-    for source in (source_dir / "ops.cpp", *sorted((source_dir / "cpu").glob("*.cpp"))):
-        ops.append(compile_to(OPS_PRODUCT, source, cxx, ops_flags))
-    if cuda is not None:
-        bind_flags = (*ops_flags, *cuda.bind_flags(), f"-I{source_dir}")
-        for source in sorted((source_dir / "gpu").glob("*.cpp")):
+    host, ops = [], []
+    for source in compiled_files(source_dir, with_cuda=cuda is not None):
+        if source == source_dir / HOST_SOURCE:
+            host_flags = (*toolchain.flags(), *toolchain.host_flags())
+            host.append(compile_to(HOST_PRODUCT, source, cxx, host_flags))
+        elif cuda is None or source.parent != source_dir / "gpu":
+            ops.append(compile_to(OPS_PRODUCT, source, cxx, ops_flags))
+        elif source.suffix == ".cu":
+            flags = (*cuda.flags(), "-ccbin", cxx, f"-I{source_dir}")
+            ops.append(compile_to(OPS_PRODUCT, source, cuda.nvcc, flags))
+        else:
+            bind_flags = (*ops_flags, *cuda.bind_flags(), f"-I{source_dir}")
             ops.append(compile_to(OPS_PRODUCT, source, cxx, bind_flags))
-    link(HOST_PRODUCT, [host])
+    link(HOST_PRODUCT, host)
     torch_lib = (f"-L{_package('torch')}/lib", "-ltorch_cpu")
     link(OPS_PRODUCT, ops, *torch_lib, *(() if cuda is None else cuda.link_flags()))
     return "\n".join(lines) + "\n"
+
+
+def compiled_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
+    """The files that a compiler is run on, in the order of the ninja file.
+
+    What takes longest comes first: kernels, the largest ahead; host.cpp (pybind11); the others.
+    """
+    files = [source_dir / HOST_SOURCE, source_dir / "ops.cpp"]
+    files += sorted((source_dir / "cpu").glob("*.cpp"))
+    if with_cuda:
+        files = [*cuda_sources(source_dir), *files, *sorted((source_dir / "gpu").glob("*.cpp"))]
+    return files
 
 
 def cuda_sources(source_dir: Path) -> list[Path]:

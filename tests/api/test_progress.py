@@ -28,6 +28,14 @@ def test_a_phase_in_words() -> None:
     assert draw(phase, 102.0).startswith("[########......................] load: ")
     assert describe(Phase("build", 0, 1, 100.0), 112.4) == "build: 12 s so far"
     assert draw(Phase("start", 0, 0, 100.0), 101.0) == f"[{'.' * 30}] start: 1 s so far"
+    assert describe(Phase("load", 0, 4_000_000_000, 100.0), 102.0) == "load: 0.00 of 4.00 GB (0%)"
+    assert describe(Phase("download", 0, 0, 100.0), 102.0) == "download: 2 s so far"
+
+
+def test_a_compile_is_told_in_shares_and_seconds() -> None:
+    phase = Phase("build", 15_000, 60_000, 100.0, counted_s=105.0)
+    assert describe(phase, 120.0) == "build: 25%, 45 s left"
+    assert draw(phase, 120.0).startswith("[########......................] build: 25%")
 
 
 async def _run_for(startup: Startup, seconds: float, line: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,11 @@ def test_build_and_answer(tmp_path: Path) -> None:
     phases = list(dict.fromkeys(phase for phase, _, _ in reports))
     assert phases == ["build", "load", "warmup"]
     for phase in phases:
-        done = [(done, total) for name, done, total in reports if name == phase]
-        assert done[0][0] == 0 and done[-1][0] == done[-1][1] and done == sorted(done)
+        told = [(done, total) for name, done, total in reports if name == phase]
+        shares = [done / total if total else 0.0 for done, total in told]
+        assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares)
+    warmup = [done for name, done, _ in reports if name == "warmup"]
+    assert len(warmup) > 3, "one report for each shape"
     stats = engine.stats()
     assert stats.num_steps == stats.prompt_tokens == stats.num_blocks_used == 0, "warm-up is gone"
     token_ids = answer(engine, temperature=0.0)
@@ -119,8 +122,10 @@ class FakeCudaRunner:
     def warm_up_largest(self) -> None:
         self.calls.append("warm up")
 
-    def allocate_kv(self, num_blocks: int) -> None:
+    def allocate_kv(self, num_blocks: int, *, report: Callable[[int, int], None]) -> None:
         self.calls.append(f"{num_blocks} blocks")
+        report(0, 2)
+        report(1, 2)
 
     @classmethod
     def memory(cls, device: torch.device) -> CardMemory:
@@ -144,6 +149,7 @@ def test_a_card_s_kv_cache_comes_last(
         load_format="dummy", seed=0, progress=lambda done, total: None,
     )  # fmt: skip
     config = engine_config(tmp_path)
+    reports: list[tuple[str, int, int]] = []
     plan = plan_memory(
         model.config, config, weight_bytes=0, kv_specs=model.kv_specs(), itemsize=4, memory=before
     )
@@ -152,7 +158,10 @@ def test_a_card_s_kv_cache_comes_last(
         logits_tile_rows=8,
     )  # fmt: skip
     with caplog.at_level(logging.INFO, "pyserve"):
-        runner, fitted = load._start_runner(executor, config, plan, before)
+        runner, fitted = load._start_runner(
+            executor, config, plan, before, lambda *told: reports.append(told)
+        )
+    assert reports == [("warmup", 0, 2), ("warmup", 1, 2)]
     left_bytes = int(0.9 * 2**30) - used_bytes
     assert fitted.num_blocks == min(plan.num_blocks, left_bytes // plan.block_bytes) > 0
     blocks = f"{fitted.num_blocks} blocks"

@@ -299,7 +299,7 @@ def test_warm_up_meets_every_shape_in_its_budget(
     monkeypatch.setattr(decoder, "forward", spy)
     runner = make_runner(decoder, 4, 50)
     executor = runner._executor
-    runner.warm_up(reversed(list(warmup_steps(executor))), budget_s=budget_s)
+    runner.warm_up(list(warmup_steps(executor))[::-1], budget_s=budget_s)
     assert shapes == [1, 2, 4, 8, 16, 32, 48, 50][:num_shapes]
     assert not executor._slots.any() and not executor._token_counts.any()
     runner.close()

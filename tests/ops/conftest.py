@@ -1,11 +1,12 @@
 """The native ops, without a way round: these tests are about them.
 
-With the address and undefined behaviour sanitizers (test_build.py needs no such run):
+With the address and undefined behaviour sanitizers (test_build.py and test_toolchain.py need no
+such run):
 
     PYSERVE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \\
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) \\
     $(g++ -print-file-name=libstdc++.so)" \\
-    python -m pytest tests/ops --ignore tests/ops/test_build.py
+    python -m pytest tests/ops --ignore tests/ops/test_build.py --ignore tests/ops/test_toolchain.py
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 
 from pyserve.ops import build
 from tests.ops import cuda_wheel
+from tests.ops.fake_compiler import FAKE_COMPILER
 
 CUDA_BUILD = Path(__file__).with_name("test_cuda_build.py")
 
@@ -38,3 +40,15 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     with cuda_wheel.building() as running:
         session.config.stash[cuda_wheel.STASH_KEY] = running
         return (yield)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the fake compiler in force and an empty cache."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(FAKE_COMPILER.format(folder=tmp_path))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYSERVE_SANITIZE", "1")  # products in the package are not looked at
+    return tmp_path

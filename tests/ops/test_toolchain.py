@@ -1,0 +1,129 @@
+"""Compiling with fake compilers: what is told of it, how it ends; which nvcc will do."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from pyserve.ops import toolchain
+from tests.ops.fake_compiler import (
+    NUM_STEPS,
+    fake_nvcc,
+    find_or_compile,
+    num_runs,
+    processes_of,
+    start_child,
+    wait_for,
+    wait_for_runs,
+)
+
+
+def test_progress_goes_on_while_one_file_is_compiled(folder: Path) -> None:
+    (folder / "hold").touch()
+    reports: list[tuple[int, int]] = []
+
+    def note(done: int, total: int) -> None:
+        reports.append((done, total))
+        if len(reports) > 4:
+            (folder / "hold").unlink(missing_ok=True)
+
+    find_or_compile(lambda line: None, report=note)
+    held = [done for done, _ in reports[:5]]
+    assert held == sorted(held) and held[0] == 0 < held[1] < held[4] < reports[0][1]
+
+
+def test_who_waits_for_another_process_hears_how_far_it_is(folder: Path) -> None:
+    (folder / "hold").touch()
+    first = start_child()
+    wait_for_runs(folder)
+    reports: list[tuple[int, int]] = []
+
+    def note(done: int, total: int) -> None:
+        reports.append((done, total))
+        if len(reports) > 2:
+            (folder / "hold").unlink(missing_ok=True)
+
+    lines: list[str] = []
+    find_or_compile(lines.append, report=note)
+    first.communicate(timeout=30)
+    assert lines == ["waiting for another process that compiles the native ops ..."]
+    assert reports[0][0] == 0 < reports[2][0] < reports[2][1]
+    assert num_runs(folder) == NUM_STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_compiler_outlives_its_builder(folder: Path, number: signal.Signals) -> None:
+    (folder / "hold").touch()
+    child = start_child()
+    wait_for_runs(folder)
+    assert processes_of(folder)
+    child.send_signal(number)
+    child.communicate(timeout=30)
+    wait_for(lambda: not processes_of(folder))
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_compile_that_is_given_up_ends_its_compilers(folder: Path, is_shared: bool) -> None:
+    class Told(BaseException):
+        pass
+
+    (folder / "hold").touch()
+    if is_shared:  # then it is for this process alone, in a folder that goes with it
+        (folder / "cache").mkdir(mode=0o777)
+        (folder / "cache").chmod(0o777)
+    before = set(Path(tempfile.gettempdir()).glob("pyserve-native-*"))
+
+    def give_up(done: int, total: int) -> None:
+        if num_runs(folder):
+            raise Told
+
+    with pytest.raises(Told):
+        find_or_compile(lambda line: None, report=give_up)
+    assert processes_of(folder) == []
+    left = [*(folder / "cache").rglob("*.o"), *(folder / "cache").rglob("*.so")]
+    left += (folder / "cache").rglob(toolchain.SCRATCH_NAME)
+    assert left == [], "what was half written is gone"
+    assert set(Path(tempfile.gettempdir()).glob("pyserve-native-*")) == before
+    (folder / "hold").unlink()
+    assert (find_or_compile(lambda line: None) / toolchain.OPS_PRODUCT).name
+
+
+def test_the_cuda_compiler_that_will_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda env: candidates)
+    candidates: list[str] = []
+    driver = (12, 8)
+
+    def find(env: dict[str, str] | None = None) -> toolchain.CudaCompiler:
+        return toolchain.find_cuda_compiler(env or {}, capability=(8, 9), driver=driver)
+
+    with pytest.raises(toolchain.NoCudaCompilerError, match="no CUDA compiler"):
+        find()
+    candidates.append(str(fake_nvcc(folder, "12.1") / "bin" / "nvcc"))
+    with pytest.raises(toolchain.CompileError, match=r"nvcc 12\.1 at /.*nvcc: 12\.6 or later"):
+        find()
+    candidates[:] = [str(fake_nvcc(folder, "13.0") / "bin" / "nvcc")]
+    with pytest.raises(toolchain.CompileError, match=r"newer than .* driver, .* CUDA 12\.8: upd"):
+        find()
+    candidates.append(str(fake_nvcc(folder, "12.6") / "bin" / "nvcc"))
+    assert find().version == (12, 6)
+    assert find().archs == ("89-ptx",)  # this nvcc does not know the card
+    assert find({toolchain.ARCHS_VARIABLE: "80-ptx,90a"}).archs == ("80-ptx", "90a")
+    with pytest.raises(toolchain.CompileError, match="PYSERVE_CUDA_ARCHS: 'sm_80' is no arch"):
+        find({toolchain.ARCHS_VARIABLE: "80,sm_80"})
+    with pytest.raises(toolchain.NoCudaCompilerError, match="PYSERVE_CUDA_ARCHS is none"):
+        find({toolchain.ARCHS_VARIABLE: "none"})
+    archs = toolchain.find_cuda_compiler({}, driver=driver).archs
+    assert archs == ("80", "86", "89", "90a", "89-ptx")  # 120 came with CUDA 12.8
+    driver = (13, 1)
+    assert "120" in toolchain.find_cuda_compiler({}, driver=driver).archs
+
+
+def test_where_the_cuda_compiler_is_looked_for(folder: Path) -> None:
+    home, other, path = (fake_nvcc(folder, release) for release in ("13.0", "12.8", "12.9"))
+    env = {"CUDA_HOME": str(home), "CUDA_PATH": str(other), "PATH": f"/nonesuch:{path}/bin"}
+    expected = [f"{toolkit}/bin/nvcc" for toolkit in (home, other, path)]
+    assert toolchain._nvcc_candidates(env)[:3] == expected
+    assert toolchain._nvcc_candidates({**env, "CUDA_HOME": ""})[:2] == expected[1:]
