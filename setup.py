@@ -50,12 +50,19 @@ class BuildNative(build_ext):
             remedy = f"or build without CUDA: {toolchain.ARCHS_VARIABLE}=none"
             raise SystemExit(f"{error}; {remedy}") from error
         native = dataclasses.replace(native, cuda=cuda)
+        told = set()
+
+        def tell(done, total):
+            if total and done not in told:  # it is told again while nothing ends
+                told.add(done)
+                say(f"{done} of {total}")
+
         build_dir = Path(self.build_temp).resolve() / "native"
         toolchain.compile_products(
             SOURCES,
             build_dir,
             native,
-            progress=lambda done, total: say(f"{done} of {total}"),
+            progress=tell,
             env=os.environ,
         )
         manifest = {

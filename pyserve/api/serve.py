@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyserve.api.http import LAST_FRAMES_S, listening
 from pyserve.api.listen import Listener, listening_socket
 from pyserve.api.progress import show_progress
 from pyserve.api.ready_file import ReadyFile
+from pyserve.api.signals import INTERRUPTED, StopSignals
 from pyserve.api.state import Loaded, Report, ServerState
 from pyserve.api.stats_log import log_statistics
 from pyserve.client import EngineClient
@@ -31,9 +32,9 @@ from pyserve.log import get_logger
 from pyserve.metrics import Metrics
 from pyserve.words import counted
 
-__all__ = ["Loaded", "Report", "run_server"]
+LOADER_GRACE_S = 1.0  # for a thread that loads, to end a compiler and remove half a file
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+__all__ = ["Loaded", "Report", "run_server"]
 
 
 def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
@@ -41,9 +42,10 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
 
     `load` runs on a thread of its own once the port is open, and may raise StartupError.
     A thread that still loads when the server is told to stop ends with the process, and so does
-    all that an engine holds that has given up.
+    all that an engine holds that has given up. Told to stop before it is ready, the exit code is 0
+    for SIGTERM and 130 for SIGINT.
     """
-    with ExitStack() as stack:
+    with StopSignals() as signals, ExitStack() as stack:
         try:
             ready_file = ReadyFile(config.ready_file)
             listener = stack.enter_context(listening_socket(config))
@@ -51,13 +53,15 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
             get_logger().error("%s", error)
             return 1
         stack.callback(ready_file.remove)
-        server = _Server(config, load, listener, ready_file=ready_file)
+        server = _Server(config, load, listener, ready_file=ready_file, signals=signals)
         code = asyncio.run(server.run())
-    if server.is_loading or server.has_failed:
-        # The interpreter would wait for, or crash under, a thread inside a compiler or torch, or
-        # memory of a GPU that is lost.
-        log.flush()
-        os._exit(code)
+        stack.close()
+        if server.must_exit:
+            server.end_loading()
+            # The interpreter would wait for, or crash under, a thread inside a compiler or torch,
+            # or memory of a GPU that is lost.
+            log.flush()
+            os._exit(code)
     return code
 
 
@@ -66,27 +70,29 @@ class _Server:
 
     def __init__(
         self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener, *,
-        ready_file: ReadyFile,
+        ready_file: ReadyFile, signals: StopSignals,
     ) -> None:  # fmt: skip
         self._config = config
         self._load = load
         self._listener = listener
         self._ready_file = ready_file
+        self._signals = signals
         self._state = ServerState(config, Metrics(config.served_model_names[0]))
         self._stop = asyncio.Event()
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
         self._loading: asyncio.Future[Loaded] | None = None
         self._statistics: asyncio.Task[None] | None = None  # ends with the loop
-        self.has_failed = False  # the engine has given up; what it holds may not be freeable
+        # Told to stop while loading, or the engine has given up: what is held cannot be freed.
+        self.must_exit = False
 
-    @property
-    def is_loading(self) -> bool:
-        return self._loader.is_alive()
+    def end_loading(self) -> None:
+        """Let a thread that loads end what it has begun, where it can do so soon."""
+        self._state.startup.give_up()
+        if self._loader.is_alive():
+            self._loader.join(LOADER_GRACE_S)
 
     async def run(self) -> int:
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
+        self._signals.watch(self._on_told)
         self._state.watchdog.start()
         try:
             async with listening(
@@ -96,8 +102,7 @@ class _Server:
         finally:
             self._state.watchdog.stop()
             self._state.close()
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
+            self._signals.forget()
 
     async def _live(self) -> int:
         state = self._state
@@ -105,7 +110,8 @@ class _Server:
             loaded = await self._wait_loaded()
             if loaded is None:
                 get_logger().info("told to stop while starting")
-                return 0
+                self.must_exit = True
+                return INTERRUPTED if self._signals.first == signal.SIGINT else 0
             loaded.engine.start()
             state.metrics.watch(loaded.engine.stats, loaded.engine.info)
             state.metrics.watch_loop(lambda: state.watchdog.recent_lag_s)
@@ -150,7 +156,10 @@ class _Server:
             stop.cancel()
             progress.cancel()
             await asyncio.wait([progress])  # it has taken its bar away
-        return self._loading.result() if self._loading.done() else None
+        if self._stop.is_set():
+            self._loading.cancel()
+            return None
+        return self._loading.result()
 
     async def _wait_told_or_failed(self, engine: EngineClient) -> str | None:
         """Until the server is told to stop, or the engine has given up: then why."""
@@ -171,26 +180,22 @@ class _Server:
         try:
             loaded = self._load(self._state.startup.report)
         except BaseException as error:  # whatever ends this thread must end the start
-            finish = partial(loading.set_exception, error)
+            finish = partial(_settle, loading, error=error)
         else:
             # What lives from here on is never looked at again by the collector.
             gc.collect()
             gc.freeze()
-            finish = partial(loading.set_result, loaded)
-        if not loop.is_closed():
+            finish = partial(_settle, loading, loaded)
+        with suppress(RuntimeError):  # the loop has ended: nobody waits any more
             loop.call_soon_threadsafe(finish)
 
-    def _on_signal(self, number: int) -> None:
-        if self._stop.is_set():
-            get_logger().warning("told to stop twice: exiting at once")
-            log.flush()
-            os._exit(128 + number)
+    def _on_told(self) -> None:
         self._stop.set()
         self._ready_file.remove()
 
     async def _fail(self, engine: EngineClient, error: str) -> None:
         """The engine has failed what ran: let clients hear of it, then let go of the rest."""
-        self.has_failed = True
+        self.must_exit = True
         self._ready_file.remove()
         state = self._state
         state.status = "failed"
@@ -219,6 +224,19 @@ class _Server:
         await asyncio.wait([stopping])
         await state.wait_idle(LAST_FRAMES_S)
         return _is_clean(stopping)
+
+
+def _settle(
+    loading: asyncio.Future[Loaded], loaded: Loaded | None = None, *,
+    error: BaseException | None = None,
+) -> None:  # fmt: skip
+    """The end of the loading thread, on the loop."""
+    if loading.cancelled():
+        return
+    if loaded is not None:
+        loading.set_result(loaded)
+    elif error is not None:
+        loading.set_exception(error)
 
 
 def _is_clean(stopping: asyncio.Task[None]) -> bool:

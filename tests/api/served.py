@@ -18,7 +18,7 @@ from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
 from pyserve.client import SequenceStream
 from pyserve.config import ServerConfig
-from pyserve.errors import PlanError
+from pyserve.errors import BuildError, PlanError
 from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
@@ -45,6 +45,8 @@ class Engine(FakeEngine):
         return stream
 
     async def stop(self) -> None:
+        if sys.argv[3] == "bad end":
+            raise RuntimeError("boom")
         if sys.argv[3] == "stuck":
             threading.Thread(target=time.sleep, args=[600]).start()  # as a step that hangs
             await asyncio.sleep(600)
@@ -57,9 +59,11 @@ def load(report: Report) -> Loaded:
     report("load", 1, 4)
     if how == "hang":
         time.sleep(600)
-    if how == "held":
+    if how in ("held", "fail at go"):
         while not Path(sys.argv[2], f"go-{sys.argv[1]}").exists():
             time.sleep(0.01)
+        if how == "fail at go":
+            raise BuildError("compiling the native ops failed")
     if how == "too big":
         raise PlanError("the model needs 9 GiB, 4 GiB are free")
     if how == "bug":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.api.state import Startup
+from pyserve.api.state import Startup, StopLoading
 from tests.api.fakes import wait_until
 from tests.api.served import FATAL_TOKEN
 
@@ -160,12 +160,56 @@ def test_a_second_signal_exits_at_once(tokenizer_folder: Path) -> None:
         sock.close()
 
 
-def test_a_signal_while_loading_ends_at_once(tokenizer_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 128 + signal.SIGINT)]
+)
+def test_a_signal_while_loading_ends_at_once(
+    tokenizer_folder: Path, number: signal.Signals, code: int
+) -> None:
     with start(tokenizer_folder, "hang") as process:
         wait_until(lambda: (process.health() or {}).get("phase") == "load", START_S)
+        process.popen.send_signal(number)
+        assert process.popen.wait(START_S) == code
+        assert process.log.splitlines()[-1].endswith("INFO told to stop while starting")
+        assert "Traceback" not in process.log and "ERROR" not in process.log
+
+
+def test_a_load_that_fails_as_it_is_told_to_stop_is_no_error(tokenizer_folder: Path) -> None:
+    """Ctrl-C on a terminal reaches the compiler too, whose failure must not be told."""
+    with start(tokenizer_folder, "fail at go") as process:
+        wait_until(lambda: (process.health() or {}).get("phase") == "load", START_S)
+        process.popen.send_signal(signal.SIGSTOP)  # so that both come at once
+        (tokenizer_folder / f"go-{process.port}").touch()
+        process.popen.send_signal(signal.SIGINT)
+        process.popen.send_signal(signal.SIGCONT)
+        assert process.popen.wait(START_S) == 128 + signal.SIGINT
+        assert "Traceback" not in process.log and "ERROR" not in process.log
+
+
+@pytest.mark.parametrize(
+    ("how_many", "words"), [(0, "shutting down\n"), (1, "1 request has"), (2, "2 requests have")]
+)
+def test_the_shutdown_tells_how_many_may_finish(
+    tokenizer_folder: Path, how_many: int, words: str
+) -> None:
+    with start(tokenizer_folder, drain_s=0.1) as process:
+        wait_until(lambda: process.is_in("ready"), START_S)
+        socks = [process.stream(500) for _ in range(how_many)]
         process.popen.send_signal(signal.SIGTERM)
+        for sock in socks:
+            read_to_end(sock)
         assert process.popen.wait(START_S) == 0
-        assert "Traceback" not in process.log
+        assert words in process.log
+        assert not re.search(r"\b0 requests|\b1 requests", process.log)
+
+
+def test_an_engine_that_fails_to_stop_is_told(tokenizer_folder: Path) -> None:
+    with start(tokenizer_folder, "bad end") as process:
+        wait_until(lambda: process.is_in("ready"), START_S)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(START_S) == 1
+        [line] = [line for line in process.log.splitlines() if "ERROR" in line]
+        assert line.endswith("the engine did not stop cleanly")
 
 
 def test_a_start_error_is_one_line(tokenizer_folder: Path) -> None:
@@ -209,6 +253,31 @@ def test_progress_and_eta() -> None:
     assert startup.phase.eta_s(began_s + 3.0) == 3.0
     startup.report("load", 150, 100)
     assert startup.phase.progress == 1.0 and startup.phase.eta_s(began_s + 3.0) == 0.0
+
+
+def test_the_clock_of_the_speed_starts_with_the_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("pyserve.api.state.time.monotonic", lambda: now_s)
+    startup = Startup()
+    startup.report("build", 0, 0)
+    assert startup.phase.progress is None and startup.phase.eta_s(now_s) is None
+    now_s = 130.0  # the card has been looked at meanwhile
+    startup.report("build", 0, 40)
+    assert startup.describe() == {"phase": "build", "progress": 0.0, "eta_s": None}
+    now_s = 140.0
+    startup.report("build", 10, 40)
+    assert startup.describe() == {"phase": "build", "progress": 0.25, "eta_s": 30.0}
+    startup.report("build", 10, 20)  # less is left to do than was thought
+    assert startup.describe() == {"phase": "build", "progress": 0.5, "eta_s": 10.0}
+    assert startup.phase.began_s == 100.0
+
+
+def test_a_report_after_the_end_stops_who_loads() -> None:
+    startup = Startup()
+    startup.give_up()
+    with pytest.raises(StopLoading):
+        startup.report("load", 1, 2)
+    assert not issubclass(StopLoading, Exception), "nobody on the way takes it for an error"
 
 
 def test_the_phases_add_up_from_the_exec_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,61 @@
+"""SIGINT and SIGTERM: the first asks the server to stop, the second ends the process at once.
+
+They are handlers of the interpreter, not of the event loop, so that they hold before there is a
+loop, while it is stuck and after its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 128 + signal.SIGINT  # exit code of a command that Ctrl-C ends
+
+
+class StopSignals:
+    """In force while it is entered; entered on the main thread.
+
+    first  the signal that asked to stop, None where none has come.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self._tell: Callable[[], object] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:  # fmt: skip
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def watch(self, on_first: Callable[[], None]) -> None:
+        """Call `on_first` on the running loop at the first signal, or soon where it has come."""
+        loop = asyncio.get_running_loop()
+        self._tell = lambda: loop.call_soon_threadsafe(on_first)
+        if self.first is not None:
+            loop.call_soon(on_first)
+
+    def forget(self) -> None:
+        """The loop ends: a first signal that comes from here on has nothing left to stop."""
+        self._tell = None
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        # Between any two instructions of the main thread: logging may be what is interrupted.
+        if self.first is not None:
+            os.write(2, b"told to stop twice: exiting at once\n")
+            os._exit(128 + number)
+        self.first = number
+        if self._tell is not None:
+            self._tell()
