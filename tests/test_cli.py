@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 
 from pyserve import cli
 from pyserve.config import EngineConfig, ServerConfig
-from pyserve.errors import ConfigError
+from pyserve.errors import CheckpointError, ConfigError
 from pyserve.flags import make_parser, parse_args
+from tests.text import samples
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,20 @@ def test_the_guide_s_production_flags_are_known() -> None:
         "serve org/m --host 0.0.0.0 --port 8000 --tensor-parallel-size 1 --max-model-len 8192 "
         "--gpu-memory-utilization 0.9 --max-num-seqs 256 --enable-prefix-caching".split()
     )
+
+
+def test_a_tokenizer_is_read_or_converted_by_what_the_folder_has(tmp_path: Path) -> None:
+    backend = samples.byte_level()
+    backend.model.save(str(tmp_path))  # vocab.json and merges.txt
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = backend.encode("the fox").ids
+    assert cli._tokenizer(tmp_path).encode("the fox", add_special_tokens=True) == expected
+    (tmp_path / "tokenizer.model").write_bytes(b"junk")  # goes before them
+    with pytest.raises(CheckpointError, match="not a SentencePiece|pip install sentence"):
+        cli._tokenizer(tmp_path)
+    backend.save(str(tmp_path / "tokenizer.json"))  # goes before all
+    assert cli._tokenizer(tmp_path).encode("the fox", add_special_tokens=True) == expected
 
 
 def test_generation_config_must_exist(tmp_path: Path) -> None:

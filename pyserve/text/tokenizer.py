@@ -33,6 +33,7 @@ from pyserve.text.tokenizer_files import (
     make_special,
     named_tokens,
     read_json_object,
+    warn_of_ids,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -136,6 +137,7 @@ class Tokenizer:
             )
         else:
             warn_of_flags(backend, config, names)
+        warn_of_ids(backend, files, names)
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         return cls(backend, folder=folder, config=config, special_tokens=names)
 

@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from pyserve import log
 from pyserve.errors import CheckpointError
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -147,20 +148,18 @@ def add_tokens(
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     names = {str(token) for token in named.values()}  # what has a name is a special token
     names |= {text for text, token in known.items() if token.special}  # and none ceases to be one
-    has_decoder = "added_tokens_decoder" in files.config  # it stands before tokenizer.json's flags
-    listed = [item for item in files.added if has_decoder or item.token.content not in known]
-    new = [_made_special(item.token, names) for item in listed]
+    new = [_made_special(item.token, names) for item in files.added]
     backend.add_tokens([_with(token, normalized=False) for token in new] if as_written else new)
-    for item in listed:
+    for item in files.added:
         given = backend.token_to_id(item.token.content)
         if given != item.token_id:
             raise CheckpointError(
                 f"{files.folder}: {item.file} gives the token {item.token.content!r} the id "
                 f"{item.token_id}, but {source} has no tokens for the ids {given} and on before it"
             )
-    if not has_decoder:
+    if "added_tokens_decoder" not in files.config:  # then the flags in tokenizer.json count
         backend.add_tokens([_made_special(token, names) for token in known.values()])
-    in_files = {*known, *(item.token.content for item in listed)}
+    in_files = {*known, *(item.token.content for item in files.added)}
     for token in (*named.values(), *extra_tokens(files.config)):
         text = str(token)
         next_id = backend.get_vocab_size(with_added_tokens=True)
@@ -168,6 +167,27 @@ def add_tokens(
         if text not in in_files and (backend.token_to_id(text) is not None or is_free):
             added = AddedToken(text, special=True) if isinstance(token, str) else token
             backend.add_tokens([_made_special(added, names)])
+
+
+def warn_of_ids(
+    backend: tokenizers.Tokenizer, files: TokenizerFiles, names: Mapping[str, str]
+) -> None:
+    """One line each for an EOS that can end no answer and for tokens that the model cannot take."""
+    eos = names.get("eos_token")
+    if eos is not None and backend.token_to_id(eos) is None:
+        log.get_logger().warning(
+            "%s: eos_token %r has no id in any file, so it ends no answer", files.folder, eos
+        )
+    size = files.num_embeddings
+    added = backend.get_added_tokens_decoder()
+    beyond = sorted(token_id for token_id in added if token_id >= size > 0)
+    if beyond:
+        log.get_logger().warning(
+            "%s: the id of %s, %d, is beyond the vocab_size of config.json, %d%s; "
+            "prompts that hold it are refused",
+            files.folder, added[beyond[0]].content, beyond[0], size,
+            f", and {len(beyond) - 1} more" if len(beyond) > 1 else "",
+        )  # fmt: skip
 
 
 def make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:

@@ -29,7 +29,7 @@ CODE = [
     "a  b   c    d     e",
     "x = [1,  2,   3]\n    y",
 ]
-OWN = ["[INST]", "▁▁▁▁", "x_y"]
+OWN = ["[INST]", "▁▁▁▁", "x_y", "fo", "fox▁", "re"]  # parts of words, and of each other
 
 
 def train(**options: object) -> Any:

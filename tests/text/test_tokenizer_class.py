@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from pyserve.text.tokenizer import Tokenizer
@@ -139,6 +139,21 @@ def test_byte_level_classes_follow_add_prefix_space(
     is_own = model_type == "mistral" or (name, model_type) == ("PreTrainedTokenizerFast", "llama")
     with_space = ours.encode(" fox", add_special_tokens=False)
     assert (ours.encode("fox", add_special_tokens=False) == with_space) == (value and not is_own)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "CodeLlamaTokenizer"])
+def test_the_class_decides_what_the_model_does_with_the_unknown(tmp_path: Path, name: str) -> None:
+    """Whole words that merges do not make, and characters without bytes in the vocabulary."""
+    words = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁ab", "ba"]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, [("b", "a")], unk_token="<unk>", ignore_merges=True)
+    )
+    save(tmp_path, backend, {"tokenizer_class": name}, "llama")
+    texts = ["ab", "ba", "xx ab", "é"]
+    ours = compare(tmp_path, texts)
+    assert len(ours.encode("ab", add_special_tokens=False)) == 3
+    assert (0 in ours.encode("xx", add_special_tokens=False)) == (name == "CodeLlamaTokenizer")
 
 
 def test_code_llama_adds_bos_whatever_the_file_says(tmp_path: Path) -> None:

@@ -165,6 +165,24 @@ def test_a_named_token_without_an_id_needs_an_embedding(folder: Path) -> None:
     assert oracle(folder).token_to_id("<pad>") == 706
 
 
+def test_a_named_token_takes_no_id_that_is_taken(tmp_path: Path) -> None:
+    """A vocabulary with a gap: the library counts its tokens, and gives the count as an id."""
+    tokenizers.Tokenizer(models.BPE({"a": 0, "b": 2}, [])).save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"pad_token": "<pad>"})
+    write(tmp_path, "config.json", {"vocab_size": 64})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.token_to_id("<pad>") is None and tokenizer.id_to_token(2) == "b"
+
+
+def test_a_special_token_stays_one(folder: Path) -> None:
+    """As in the library: a flag in the config does not make control tokens visible."""
+    listed = {"4": token("<|im_end|>", special=False)}
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": listed})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.decode([4], skip_special_tokens=True) == ""
+    assert oracle(folder).decode([4], skip_special_tokens=True) == ""
+
+
 def test_added_tokens_of_tokenizer_json_that_get_other_ids_are_refused(tmp_path: Path) -> None:
     """The library gives such a token the next free id and says nothing."""
     backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
@@ -177,3 +195,22 @@ def test_added_tokens_of_tokenizer_json_that_get_other_ids_are_refused(tmp_path:
         CheckpointError, match=r"tokenizer.json: the added token '<end>' has the id 7"
     ):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_an_eos_without_an_id_and_ids_beyond_the_model_are_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder, "tokenizer_config.json", {"eos_token": END})
+    write(folder, "config.json", {"vocab_size": 706})
+    assert Tokenizer.from_folder(folder).eos_token_id is None
+    assert "eos_token '<|end_of_turn|>' has no id in any file" in caplog.text
+    caplog.clear()
+    write(folder, "config.json", {"vocab_size": 707})
+    assert Tokenizer.from_folder(folder).eos_token_id == 706
+    assert not caplog.records
+    write(folder, "added_tokens.json", {END: 706, "<pad>": 707, "<cls>": 708})
+    assert Tokenizer.from_folder(folder).token_to_id("<pad>") == 707
+    (record,) = caplog.records
+    assert "the id of <pad>, 707, is beyond the vocab_size of config.json, 707, and 1 more" in (
+        record.getMessage()
+    )
