@@ -197,8 +197,9 @@ class EngineClient(Protocol):
         """
         ...
 
-    def check_room(self, num_sequences: int) -> None:
-        """Raises QueueFullError where so many more would wait that `max_queue` is passed, and
+    def check_room(self, num_sequences: int, *, num_tokens: int = 0, user: str = "") -> None:
+        """Raises QueueFullError where so many more of `user`, with so many prompt tokens in all,
+        would be more than may wait, InvalidRequestError where they always would, and
         UnavailableError where the engine has stopped. What passes can be submitted at once.
         """
         ...
@@ -210,9 +211,11 @@ class EngineClient(Protocol):
         *,
         priority: int = 0,
         cache_salt: str = "",
+        user: str = "",
     ) -> SequenceStream:
         """Queue one sequence. Raises as `check_room` does, and InvalidRequestError where it can
-        never fit. Lower `priority` runs first; equal ones in order of arrival.
+        never fit. Lower `priority` runs first; of equal ones the user who runs the fewest, then
+        the oldest.
         """
         ...
 

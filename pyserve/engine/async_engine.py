@@ -17,7 +17,7 @@ from pyserve import log
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
-from pyserve.engine.queue_bound import QueueBound
+from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.params import SamplingParams
 from pyserve.words import counted
@@ -73,24 +73,26 @@ class AsyncEngine:
         assert self._error is not None
         return self._error
 
-    def check_room(self, num_sequences: int) -> None:
+    def check_room(self, num_sequences: int, *, num_tokens: int = 0, user: str = "") -> None:
         if self._refusal is not None:
             raise UnavailableError(self._refusal)
         engine = self._engine
         self._queue.check(
-            num_sequences,
-            num_seqs=engine.num_seqs,
+            Load(num_sequences, num_tokens),
+            load_of=engine.load_of,
+            load=engine.load,
+            user=user,
             num_waiting=len(engine.scheduler.waiting),
             num_finished=engine.num_finished,
         )
 
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "",
+        cache_salt: str = "", user: str = "",
     ) -> SequenceStream:  # fmt: skip
-        self.check_room(1)
+        self.check_room(1, num_tokens=len(prompt_token_ids), user=user)
         stream = self._engine.add(
-            prompt_token_ids, params, priority=priority, cache_salt=cache_salt
+            prompt_token_ids, params, priority=priority, cache_salt=cache_salt, user=user
         )
         self._wakeup.set()
         return stream

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 from pyserve.client import FinishReason, SequenceStream
 from pyserve.engine.batch import Step
 from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
@@ -79,6 +80,8 @@ class Engine:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._has_priorities = policy == "priority"
+        self.load = Load()  # of all sequences that have not ended
+        self.load_of: dict[str, Load] = {}  # user -> of theirs, where there are any
         self._seqs: dict[int, Sequence] = {}
         self._next_seq_id = 0
 
@@ -97,7 +100,7 @@ class Engine:
 
     def add(
         self, prompt_token_ids: Ids[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "",
+        cache_salt: str = "", user: str = "",
     ) -> SequenceStream:  # fmt: skip
         """Queue one sequence. Raises InvalidRequestError where it can never run."""
         token_ids = list(prompt_token_ids)
@@ -115,7 +118,11 @@ class Engine:
             stop_token_ids=frozenset(i for i in params.stop_token_ids if 0 <= i < self._vocab_size),
             root_hash=self.scheduler.blocks.root_hash(cache_salt),
             num_tokens=len(token_ids),
+            user=user,
         )
+        size = Load(1, len(token_ids))
+        self.load += size
+        self.load_of[user] = self.load_of.get(user, Load()) + size
         self._seqs[seq_id] = seq
         self.scheduler.add(seq)
         return seq.stream
@@ -195,14 +202,20 @@ class Engine:
         self._seqs.clear()
         self.scheduler.waiting.clear()
         self.scheduler.running.clear()
+        self.scheduler.num_running_of.clear()
+        self.load = Load()
+        self.load_of.clear()
 
     def check_invariants(self) -> None:
         """Assert that all books agree. Slow, for tests."""
         self.scheduler.check_invariants()
-        queued = self.scheduler.waiting + self.scheduler.running
+        queued = [*self.scheduler.waiting, *self.scheduler.running]
         assert {id(seq) for seq in queued} == {id(seq) for seq in self._seqs.values()}
         assert len(queued) == len(self._seqs)
         assert not any(seq.stream.is_finished for seq in queued)
+        assert self.load == sum(self.load_of.values(), Load())
+        assert self.load == Load(len(queued), sum(seq.num_prompt_tokens for seq in queued))
+        assert self.load_of.keys() == {seq.user for seq in queued}
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, stop_token_id: int | None = None
@@ -218,6 +231,11 @@ class Engine:
         assert seq.status is not Status.FINISHED
         self.scheduler.finish(seq, forget=forget)
         self.num_finished += 1
+        size = Load(1, seq.num_prompt_tokens)
+        self.load -= size
+        self.load_of[seq.user] -= size
+        if not self.load_of[seq.user].num_seqs:
+            del self.load_of[seq.user]
         del self._seqs[seq.stream.seq_id]  # last: fail_all must still find it if that raises
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:

@@ -1,10 +1,12 @@
-"""QueueBound: how many sequences may wait, and when a place may be free for those refused."""
+"""QueueBound: how much may wait, and whose; when there may be room for what is refused."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from pyserve.errors import InvalidRequestError, QueueFullError
 from pyserve.log import get_logger
@@ -14,17 +16,39 @@ RATE_SAMPLE_S = 1.0
 RATE_WINDOW_S = 20.0
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1, 60
 LOG_INTERVAL_S = 10.0
+MAX_PROMPT_TOKENS = 2**25  # of all sequences; each costs the host 40 bytes
+
+
+class Load(NamedTuple):
+    """Sequences that have not ended, and the tokens of their prompts."""
+
+    num_seqs: int = 0
+    num_tokens: int = 0
+
+    def __add__(self, other: Load) -> Load:  # type: ignore[override]
+        return Load(self.num_seqs + other.num_seqs, self.num_tokens + other.num_tokens)
+
+    def __sub__(self, other: Load) -> Load:
+        return Load(self.num_seqs - other.num_seqs, self.num_tokens - other.num_tokens)
+
+    def fits(self, limit: Load) -> bool:
+        return self.num_seqs <= limit.num_seqs and self.num_tokens <= limit.num_tokens
 
 
 class QueueBound:
     """Keeps the sequences of an engine, running and waiting, at num_slots + max_queue.
 
     The slots count, as what has just come waits for the next step even where slots are free.
+
+    One user may have all of that while nobody else asks. Whoever comes then still gets in, up to an
+    equal share of it: so all users together may have twice as much. One request may have half of
+    it, or as many sequences as there are slots.
     """
 
     def __init__(self, *, max_queue: int, num_slots: int) -> None:
         self._max_queue = max_queue
-        self._max_seqs = max_queue + num_slots
+        self._limit = Load(max_queue + num_slots, MAX_PROMPT_TOKENS)
+        self._max_request_seqs = max(num_slots, self._limit.num_seqs // 2)
         self._samples: deque[tuple[float, int]] = deque()  # time, sequences that had ended
         self._num_unlogged = 0
         self._may_log_at_s = 0.0
@@ -38,26 +62,38 @@ class QueueBound:
         while now_s - samples[0][0] > RATE_WINDOW_S:
             samples.popleft()
 
-    def check(self, num_new: int, *, num_seqs: int, num_waiting: int, num_finished: int) -> None:
-        """Raises QueueFullError where `num_new` sequences beside `num_seqs` are too many.
+    def check(
+        self, new: Load, *, load_of: Mapping[str, Load], load: Load, user: str, num_waiting: int,
+        num_finished: int,
+    ) -> None:  # fmt: skip
+        """Raises QueueFullError where `new` of `user` is too much beside the `load` of all.
 
-        All or none. What could not even enter an idle engine is an InvalidRequestError.
+        All or none. What is too much for one request is an InvalidRequestError.
         """
-        if num_seqs + num_new <= self._max_seqs:
-            return
-        if num_new > self._max_seqs:
+        if new.num_seqs > self._max_request_seqs:
             raise InvalidRequestError(
-                f"the request makes {num_new} sequences, this server takes {self._max_seqs} at "
-                "once (--max-num-seqs and --max-queue)",
+                f"the request makes {new.num_seqs} sequences, this server takes "
+                f"{self._max_request_seqs} of one request (--max-num-seqs and --max-queue)",
                 "n",
             )
+        if (load + new).fits(self._limit):
+            return
+        own = load_of.get(user, Load()) + new
+        num_users = len({*load_of, user})
+        share = Load(self._limit.num_seqs // num_users, self._limit.num_tokens // num_users)
+        if own.fits(share) and (load + new).fits(self._limit + self._limit):
+            return
         now_s = time.monotonic()
         self._log(now_s)
         retry_after_s = self.retry_after_s(now_s, num_waiting, num_finished)
+        is_long = load.num_seqs + new.num_seqs <= self._limit.num_seqs
+        held = (
+            f"the prompts there have {load.num_tokens} tokens, the limit is {MAX_PROMPT_TOKENS}"
+            if is_long
+            else f"{counted(num_waiting, 'sequence')} waiting, the limit is {self._max_queue}"
+        )
         raise QueueFullError(
-            f"the queue is full: {counted(num_waiting, 'sequence')} waiting, the limit is "
-            f"{self._max_queue}; try again in {retry_after_s} s",
-            retry_after_s,
+            f"the queue is full: {held}; try again in {retry_after_s} s", retry_after_s
         )
 
     def retry_after_s(self, now_s: float, num_waiting: int, num_finished: int) -> int:

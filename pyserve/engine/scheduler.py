@@ -2,20 +2,23 @@
 
 There is no prefill and no decode: each sequence has num_computed_tokens that catches up with
 num_tokens, within a token budget a step. Chunks, prefix hits, resumption after preemption and
-mixed batches are this one path. Both queues are sorted by Sequence.order; the last running
-sequence is the youngest, and the one that is preempted.
+mixed batches are this one path. The running sequences are sorted by Sequence.order; the last one is
+the youngest, and the one that is preempted where memory is short. Whose turn it is of those that
+wait is up to WaitingQueue; where slots or blocks are short, a user who runs more gives way.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections import Counter
 from operator import attrgetter
 
 from pyserve.engine.batch import Step
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.sequence import Sequence, Status
 from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
+from pyserve.engine.waiting import WaitingQueue
 from pyserve.ops import step_layout as layout
 
 _order = attrgetter("order")
@@ -35,8 +38,9 @@ class Scheduler:
         assert max_num_batched_tokens >= slots.num_slots, "each running sequence needs a token"
         self.blocks = blocks
         self.slots = slots
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self.num_running_of: dict[str, int] = {}  # user -> running sequences, where there are any
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of admitted sequences
         self.num_cached_tokens = 0  # of those, served by the prefix cache
@@ -51,10 +55,12 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new or preempted sequence."""
         seq.status = Status.WAITING
-        insort(self.waiting, seq, key=_order)
+        self.waiting.add(seq)
 
     def schedule(self) -> Step | None:
         """The next step, already accounted for; None where there is nothing to run."""
+        if self.waiting:
+            self._level()
         step = Step()
         running = self.running
         budget = self._max_num_batched_tokens
@@ -83,20 +89,19 @@ class Scheduler:
 
     def finish(self, seq: Sequence, *, forget: bool = False) -> None:
         """Take `seq` out of its queue and free what it holds; `forget` as in BlockManager."""
-        queue = self.waiting if seq.status is Status.WAITING else self.running
-        index = bisect_left(queue, seq.order, key=_order)
-        assert queue[index] is seq
-        del queue[index]
         if seq.status is Status.RUNNING:
-            self.blocks.release(seq, forget=forget)
-            self.slots.release(seq)
+            self._stop(seq, forget=forget)
+        else:
+            self.waiting.remove(seq)
         seq.status = Status.FINISHED
 
     def check_invariants(self) -> None:
         """Assert that queues, slots and blocks agree. Slow, for tests."""
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert all(seq.status is status for seq in queue)
-            assert queue == sorted(queue, key=_order)
+        assert self.running == sorted(self.running, key=_order)
+        assert self.num_running_of == Counter(seq.user for seq in self.running)
+        assert len(self.waiting) == len(list(self.waiting))
         for seq in self.waiting:
             assert not seq.block_ids and seq.num_tokens == len(seq.token_ids)
         for seq in self.running:
@@ -118,12 +123,40 @@ class Scheduler:
         step.block_updates += (seq.slot, len(seq.block_ids), self.blocks.grow(seq))
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
-        """Free what the last running sequence holds and queue it again: it will be recomputed."""
-        assert self.running[-1] is seq
-        self.running.pop()
-        self.blocks.release(seq)
+    def _level(self) -> None:
+        """Preempt one sequence of the user who runs most, where one who runs fewer has no room.
+
+        A user with as many sequences as there are slots would else keep the others waiting until
+        one of them ends. Nothing is moved where the two would only change places.
+        """
+        most = max(self.num_running_of.values(), default=0)
+        if most < 2:
+            return
+        seq = next(self.waiting.in_turn(self.num_running_of))
+        if seq.awaited_hash is not None or self.num_running_of.get(seq.user, 0) + 1 >= most:
+            return
+        num_spare = self.blocks.num_free - len(self.running)
+        if self.slots.num_free and seq.num_wanted_blocks <= num_spare:
+            return
+        for victim in reversed(self.running):
+            if self.num_running_of[victim.user] == most and victim.order[0] >= seq.order[0]:
+                self._preempt(victim)
+                return
+
+    def _stop(self, seq: Sequence, *, forget: bool = False) -> None:
+        """Take a running sequence from its slot and its blocks."""
+        index = bisect_left(self.running, seq.order, key=_order)
+        assert self.running[index] is seq
+        del self.running[index]
+        self.num_running_of[seq.user] -= 1
+        if not self.num_running_of[seq.user]:
+            del self.num_running_of[seq.user]
+        self.blocks.release(seq, forget=forget)
         self.slots.release(seq)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Free what a running sequence holds and queue it again: it will be recomputed."""
+        self._stop(seq)
         seq.num_tokens = len(seq.token_ids)  # what is in flight will be dropped and drawn again
         seq.num_computed_tokens = 0
         seq.preempted_s = seq.preempted_s or time.monotonic()
@@ -131,24 +164,24 @@ class Scheduler:
         self.add(seq)
 
     def _admit(self, step: Step, budget: int) -> int:
-        """Move waiting sequences into slots and rows, in order, while there is room for them.
+        """Move waiting sequences into slots and rows, in turn, while there is room for them.
 
         Returns the budget that is left.
         """
         blocks = self.blocks
-        index = 0
-        while budget and index < len(self.waiting) and self.slots.num_free:
-            seq = self.waiting[index]
+        if not self.waiting:
+            return budget
+        for seq in self.waiting.in_turn(self.num_running_of):
+            if not (budget and self.slots.num_free):
+                break
             if seq.awaited_hash is not None and blocks.is_pending(seq.awaited_hash):
-                index += 1  # others may pass it
-                continue
+                continue  # others may pass it
             # A block for each running sequence is kept back, or admitting would soon preempt.
             num_spare = blocks.num_free - len(self.running)
             if seq.num_wanted_blocks > num_spare:
                 break  # as at its last attempt: looking again would find no more
             hits, seq.awaited_hash = blocks.find_prefix(seq)
             if seq.awaited_hash is not None:
-                index += 1
                 continue
             seq.num_wanted_blocks = blocks.num_needed(seq, hits)
             step.num_update_words += num_update_words(seq) + layout.BLOCK_UPDATE_WORDS * (
@@ -156,7 +189,7 @@ class Scheduler:
             )
             if seq.num_wanted_blocks > num_spare or step.num_update_words > self._max_update_words:
                 break
-            del self.waiting[index]
+            self.waiting.remove(seq)
             budget -= self._start(seq, hits, step, budget)
         return budget
 
@@ -165,6 +198,7 @@ class Scheduler:
         self.blocks.allocate(seq, hits)
         self.slots.allocate(seq)
         insort(self.running, seq, key=_order)
+        self.num_running_of[seq.user] = self.num_running_of.get(seq.user, 0) + 1
         seq.status = Status.RUNNING
         seq.num_wanted_blocks = 0
         seq.num_computed_tokens = len(hits) * self.blocks.block_size

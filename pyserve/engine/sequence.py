@@ -32,6 +32,7 @@ class Sequence:
     """State of one sequence. Written by Engine, Scheduler and BlockManager, on the event loop.
 
     order            (priority, arrival): lower runs first, the highest is preempted first.
+    user             whose it is: slots and places in the queue are shared between users.
     seed             of this sequence's draws; fixed at arrival so that recomputing repeats them.
     stop_token_ids   those that the model can produce.
     root_hash        parent of the first block's hash: separates adapters and cache salts.
@@ -56,6 +57,7 @@ class Sequence:
     stop_token_ids: frozenset[int]
     root_hash: bytes
     num_tokens: int
+    user: str = ""
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_host_tokens: int = 0

@@ -428,6 +428,25 @@ def test_the_loop_is_free_while_a_step_runs() -> None:
     run(test())
 
 
+def test_a_queue_that_one_user_has_filled_takes_the_others() -> None:
+    async def test() -> None:
+        engine = make_engine(num_blocks=64)
+        client = async_engine(engine, max_queue=8)
+        client.start()
+        params = SamplingParams(max_tokens=30)
+        hog = [client.submit([1, 2, i], params, user="hog") for i in range(16)]
+        with pytest.raises(QueueFullError):
+            client.check_room(1, user="hog")
+        while len(engine.scheduler.running) < 8:
+            await asyncio.sleep(0)
+        stream = client.submit([5], SamplingParams(max_tokens=3), user="other")
+        assert (await read_all(stream))[1] == "length"
+        assert not any(stream.is_finished for stream in hog), "they take 30 steps, it took 4"
+        await client.stop()
+
+    run(test())
+
+
 def test_a_full_queue_refuses_and_those_inside_end_well() -> None:
     async def test() -> None:
         engine = make_engine(num_blocks=64)
@@ -445,7 +464,10 @@ def test_a_full_queue_refuses_and_those_inside_end_well() -> None:
         assert engine.num_seqs == 11
         for stream in streams:
             assert (await read_all(stream))[1] == "length"
-        client.check_room(11)
+        for _ in range(2):
+            client.check_room(8)  # as many as there are slots, of one request
+        with pytest.raises(InvalidRequestError, match="9 sequences, this server takes 8 of one"):
+            client.check_room(9)
         await client.stop()
         with pytest.raises(UnavailableError):
             client.check_room(1)

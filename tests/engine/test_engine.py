@@ -93,7 +93,7 @@ def test_random_operations(depth: int, policy: str, caching: bool, num_operation
                 assert params.seed is not None
                 fake(engine).nan_seeds.add(params.seed)
             for _ in range(rng.choice([1, 1, 1, 3])):
-                driver.submit(prompt, params, priority=rng.randrange(3))
+                driver.submit(prompt, params, priority=rng.randrange(3), user=rng.choice("abbb"))
         elif choice < 0.14 and driver.readers:
             engine.abort(rng.choice(driver.readers).stream)
         elif choice < 0.57:

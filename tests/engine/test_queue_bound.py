@@ -4,25 +4,73 @@ from __future__ import annotations
 
 import pytest
 
-from pyserve.engine.queue_bound import MAX_RETRY_AFTER_S, RATE_WINDOW_S, QueueBound
+from pyserve.engine.queue_bound import (
+    MAX_PROMPT_TOKENS,
+    MAX_RETRY_AFTER_S,
+    RATE_WINDOW_S,
+    Load,
+    QueueBound,
+)
 from pyserve.errors import InvalidRequestError, QueueFullError
+
+
+def check(
+    bound: QueueBound, new: Load, load_of: dict[str, Load], *, user: str = "", num_waiting: int = 2
+) -> None:
+    load = sum(load_of.values(), Load())
+    bound.check(new, load_of=load_of, load=load, user=user, num_waiting=num_waiting, num_finished=0)
 
 
 def test_slots_and_queue_are_the_limit_all_or_none() -> None:
     bound = QueueBound(max_queue=2, num_slots=3)
-    bound.check(5, num_seqs=0, num_waiting=0, num_finished=0)
-    bound.check(1, num_seqs=4, num_waiting=1, num_finished=0)
-    for num_new, num_seqs in ((1, 5), (2, 4), (5, 1)):
+    check(bound, Load(3), {"": Load(2)})
+    check(bound, Load(1), {"": Load(4)})
+    for num_new, num_seqs in ((1, 5), (2, 4), (3, 3)):
         with pytest.raises(QueueFullError) as caught:
-            bound.check(num_new, num_seqs=num_seqs, num_waiting=2, num_finished=0)
+            check(bound, Load(num_new), {"": Load(num_seqs)})
         assert caught.value.status == 429 and caught.value.retry_after_s >= 1
         assert "the limit is 2" in caught.value.message
 
 
-def test_what_can_never_enter_is_not_told_to_come_again() -> None:
-    bound = QueueBound(max_queue=2, num_slots=3)
-    with pytest.raises(InvalidRequestError, match="makes 6 sequences, this server takes 5"):
-        bound.check(6, num_seqs=0, num_waiting=0, num_finished=0)
+def test_the_tokens_of_what_waits_have_a_limit() -> None:
+    bound = QueueBound(max_queue=1000, num_slots=3)
+    half = MAX_PROMPT_TOKENS // 2
+    check(bound, Load(1, half), {"": Load(4, half)})
+    with pytest.raises(QueueFullError, match=f"have {half} tokens, the limit is {2 * half}"):
+        check(bound, Load(1, half + 1), {"": Load(4, half)})
+    check(bound, Load(1, half), {"a": Load(4, 2 * half)}, user="b")
+    with pytest.raises(QueueFullError):
+        check(bound, Load(1, half + 1), {"a": Load(4, 2 * half)}, user="b")
+
+
+def test_one_request_does_not_get_all_places() -> None:
+    """10 prompts times n 128 took the 1,280 places of a server of default size."""
+    bound = QueueBound(max_queue=1024, num_slots=256)
+    check(bound, Load(640), {})
+    with pytest.raises(InvalidRequestError, match="makes 641 sequences, this server takes 640 of"):
+        check(bound, Load(641), {})
+    small = QueueBound(max_queue=2, num_slots=3)
+    check(small, Load(3), {})
+    with pytest.raises(InvalidRequestError, match="makes 4 sequences, this server takes 3 of one"):
+        check(small, Load(4), {})
+
+
+def test_who_comes_to_a_full_queue_gets_an_equal_share() -> None:
+    bound = QueueBound(max_queue=60, num_slots=40)
+    load_of = {"hog": Load(100)}
+    for number in range(50):
+        check(bound, Load(1), load_of, user="new")
+        load_of["new"] = Load(number + 1)
+    for user in ("new", "hog"):
+        with pytest.raises(QueueFullError):
+            check(bound, Load(1), load_of, user=user)
+    check(bound, Load(33), load_of, user="third")
+    load_of["third"] = Load(33)
+    for number in range(17):  # to twice the limit, and no further
+        check(bound, Load(1), load_of, user=f"more {number}")
+        load_of[f"more {number}"] = Load(1)
+    with pytest.raises(QueueFullError):
+        check(bound, Load(1), load_of, user="last")
 
 
 def test_retry_after_follows_the_recent_rate() -> None:
@@ -51,5 +99,5 @@ def test_refusals_are_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> N
     bound = QueueBound(max_queue=1, num_slots=1)
     for _ in range(50):
         with pytest.raises(QueueFullError):
-            bound.check(1, num_seqs=2, num_waiting=1, num_finished=0)
+            check(bound, Load(1), {"": Load(2)}, num_waiting=1)
     assert len(caplog.records) == 1 and "429" in caplog.text

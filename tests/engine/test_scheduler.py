@@ -109,13 +109,13 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     while preempted is None:
         step = run_step(engine)
         if engine.scheduler.num_preemptions:
-            preempted = engine.scheduler.waiting[0]
+            preempted = list(engine.scheduler.waiting)[0]
             assert not {preempted, *engine.scheduler.waiting} & set(step.seqs)
     assert engine.scheduler.running[0].stream is streams[0], "the oldest goes on"
     num_known = len(preempted.token_ids)
     assert num_known > 7 and preempted.num_tokens == num_known
     engine.add([9] * 3, params(1))
-    assert engine.scheduler.waiting[0] is preempted
+    assert list(engine.scheduler.waiting)[0] is preempted
     while engine.step():
         engine.check_invariants()
     for stream in streams:
@@ -177,7 +177,7 @@ def test_the_gap_of_a_sequence_preempted_twice_begins_at_the_first_time(
     engine.abort(between)
     while scheduler.num_preemptions < 2:  # admitted again, and preempted before its next token
         run_step(engine)
-    assert victim.take() is None and scheduler.waiting[0].stream is victim
+    assert victim.take() is None and list(scheduler.waiting)[0].stream is victim
     now_s = 125.0
     engine.abort(first)
     count, total = gaps.count, gaps.total
@@ -242,3 +242,70 @@ def test_host_time_of_a_step(batch_size: int, limit_us: float) -> None:
     median_us = sorted(times)[50] * 1e6
     print(f"batch {batch_size}: {median_us:.0f} us a step")
     assert median_us < limit_us
+
+
+def test_who_comes_to_full_slots_gets_an_equal_share_of_them() -> None:
+    engine = make_engine(num_slots=4, num_blocks=64)
+    hog = [engine.add([1, i], params(40), user="hog") for i in range(12)]
+    run_step(engine)
+    assert engine.scheduler.num_running_of == {"hog": 4}
+    late = [engine.add([2, i], params(8), user="late") for i in range(3)]
+    run_step(engine)
+    assert engine.scheduler.num_running_of == {"hog": 3, "late": 1}
+    run_step(engine)
+    assert engine.scheduler.num_running_of == {"hog": 2, "late": 2}
+    for _ in range(4):
+        run_step(engine)
+    assert engine.scheduler.num_running_of == {"hog": 2, "late": 2}, "nobody changes places"
+    assert engine.scheduler.num_preemptions == 2
+    while not all(stream.is_finished for stream in late):
+        run_step(engine)
+    assert not any(stream.is_finished for stream in hog)
+    while engine.step():
+        engine.check_invariants()
+    for stream in hog:
+        delta = stream.take()
+        assert delta is not None and len(delta.token_ids) == 40
+
+
+def test_users_take_turns_where_they_wait() -> None:
+    engine = make_engine(num_slots=1)
+    streams = [engine.add([i], params(2), user=user) for i, user in enumerate("aaaabb")]
+    order: list[int] = []
+    while engine.step():
+        order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
+    assert order == [0, 1, 2, 3, 4, 5], "one slot: nobody runs more than another, the oldest goes"
+    engine = make_engine(num_slots=2)
+    streams = [engine.add([i], params(2), user=user) for i, user in enumerate("aaaabb")]
+    order = []
+    while engine.step():
+        order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
+    assert order == [0, 4, 1, 5, 2, 3]
+
+
+def test_priority_goes_before_an_equal_share() -> None:
+    engine = make_engine(num_slots=2, policy="priority")
+    for i in range(3):
+        engine.add([1, i], params(6), priority=0, user="hog")
+    engine.add([2], params(6), priority=1, user="late")
+    for _ in range(3):
+        run_step(engine)
+    assert engine.scheduler.num_running_of == {"hog": 2}
+    engine.add([3], params(6), priority=0, user="third")
+    run_step(engine)
+    assert engine.scheduler.num_running_of == {"hog": 1, "third": 1}
+
+
+def test_who_has_all_blocks_gives_way_too() -> None:
+    engine = make_engine(num_slots=4, num_blocks=12, max_model_len=48, max_num_batched_tokens=64)
+    for i in range(3):
+        engine.add([1 + i] * 14, params(20), user="hog")
+    run_step(engine)
+    engine.add([9] * 8, params(2), user="late")
+    for _ in range(3):
+        run_step(engine)
+        if "late" in engine.scheduler.num_running_of:
+            break
+    assert engine.scheduler.num_running_of["late"] == 1
+    while engine.step():
+        engine.check_invariants()
