@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -14,8 +15,8 @@ from pyserve import __version__
 from pyserve.api import stream
 from pyserve.api.body import ignored_header
 from pyserve.api.generate import Generation
-from pyserve.api.keys import USER
-from pyserve.api.prompts import check_total
+from pyserve.api.keys import CLIENT, USER
+from pyserve.api.prompts import Prompt, check_total
 from pyserve.api.protocol import (
     MAX_ECHO_CHARS,
     MAX_NAME_CHARS,
@@ -27,16 +28,17 @@ from pyserve.api.protocol import (
 )
 from pyserve.api.request_id import current as current_request_id
 from pyserve.api.sampling import Resolver
+from pyserve.api.slices import Slices
 from pyserve.api.state import Loaded, ServerState
 from pyserve.errors import InvalidRequestError, UnavailableError
 from pyserve.params import SamplingParams, shown
-from pyserve.text.detokenizer import Detokenizer
 from pyserve.words import counted
 
 FINGERPRINT = f"pyserve-{__version__}"
 CLAMPED_HEADER = "x-pyserve-clamped"
 LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
 MAX_PRIORITY = 2**31 - 1
+SHORT_ANSWER = 2**17  # characters encoded on the event loop: a millisecond
 
 Response = ChatResponse | CompletionResponse
 
@@ -91,14 +93,10 @@ async def answer(
     endpoint: Endpoint,
     body: ChatRequest | CompletionRequest,
     ignored: list[str],
-    prompts: list[list[int]],
-    echoes: list[str],
+    prompts: list[Prompt],
     arrived_s: float,
 ) -> web.StreamResponse:
-    """Run `body` on `prompts`, all checks first. Raises RequestError before the status is sent.
-
-    echoes  what to show before the answers to each prompt; empty: nothing.
-    """
+    """Run `body` on `prompts`, all checks first. Raises RequestError before the status is sent."""
     options = body.stream_options
     if options is not None and not body.stream:
         ignored = [*ignored, "stream_options"]  # a whole answer has its usage anyway
@@ -120,7 +118,9 @@ async def answer(
     deadline = _Deadline(request, generation, state.config.request_timeout_s)
     try:
         salt = state.keys.cache_salt(request[USER], _name("cache_salt", body.cache_salt) or "")
-        _submit(generation, loaded, endpoint, body, prompts, echoes, cache_salt=salt)
+        await _submit(
+            generation, loaded, endpoint, body, prompts, cache_salt=salt, user=request[CLIENT]
+        )
         headers = {**ignored_header(ignored), **_clamped_header(body, generation)}
         state.request_log.arrived(request, generation)
         if body.stream:
@@ -145,25 +145,40 @@ async def answer(
         deadline.cancel()
         generation.close(reason)
         state.request_log.ended(request, generation)
-    return json_response(endpoint.whole(request_id, created, state.model_name, generation), headers)
+    num_chars = sum(len(piece) for choice in generation.choices for piece in choice.pieces)
+    encode = partial(_encode, endpoint, request_id, created, state.model_name, generation)
+    data = await state.run_text(request, num_chars, encode, short=SHORT_ANSWER, is_answer=True)
+    return json_response(data, headers)
 
 
-def json_response(value: msgspec.Struct, headers: dict[str, str] | None = None) -> web.Response:
-    """`value` as a 200."""
-    return web.Response(
-        body=msgspec.json.encode(value), content_type="application/json", headers=headers
-    )
+def json_response(
+    value: msgspec.Struct | bytes, headers: dict[str, str] | None = None
+) -> web.Response:
+    """`value`, or the JSON that it is, as a 200."""
+    body = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    return web.Response(body=body, content_type="application/json", headers=headers)
 
 
-def _submit(
+def _encode(
+    endpoint: Endpoint, request_id: str, created: int, model: str, generation: Generation
+) -> bytes:
+    """A whole answer, choice by choice: encoding one keeps all other threads waiting."""
+    response = endpoint.whole(request_id, created, model, generation)
+    choices = b",".join([msgspec.json.encode(choice) for choice in response.choices])
+    rest = msgspec.json.encode(msgspec.structs.replace(response, choices=[]))
+    before, name, behind = rest.partition(b'"choices":[')  # quotes in a text are escaped
+    return b"".join((before, name, choices, behind))
+
+
+async def _submit(
     generation: Generation,
     loaded: Loaded,
     endpoint: Endpoint,
     body: ChatRequest | CompletionRequest,
-    prompts: list[list[int]],
-    echoes: list[str],
+    prompts: list[Prompt],
     *,
     cache_salt: str,
+    user: str,
 ) -> None:
     engine = loaded.engine
     resolver = Resolver(body, engine.info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
@@ -180,9 +195,14 @@ def _submit(
             f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
             "priority",
         )
-    limits = [_params(resolver, endpoint, body, loaded, len(prompt)) for prompt in prompts]
-    check_total(sum(map(len, prompts)), n=resolver.n, param=endpoint.prompt_name)
-    num_chars = sum(map(len, echoes)) * resolver.n
+    slices = Slices()
+    limits = []
+    for prompt in prompts:
+        limits.append(_params(resolver, endpoint, body, loaded, len(prompt.token_ids)))
+        await slices.rest()
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    check_total(num_tokens, n=resolver.n, param=endpoint.prompt_name)
+    num_chars = sum(len(prompt.echo) for prompt in prompts) * resolver.n
     if num_chars > MAX_ECHO_CHARS:
         raise InvalidRequestError(
             f"echo would show {num_chars} characters of prompts, the limit is {MAX_ECHO_CHARS}",
@@ -190,22 +210,19 @@ def _submit(
         )
     runs = not only_echoes(body)
     if runs:
-        engine.check_room(num_sequences)  # all of them or none
-    skip_special_tokens = body.skip_special_tokens is not False
-    prefixes = echoes or [""] * len(prompts)
-    for prompt, params, prefix in zip(prompts, limits, prefixes, strict=True):
-        generation.submit(
-            prompt,
+        num_tokens *= resolver.n
+        engine.check_room(num_sequences, num_tokens=num_tokens, user=user)  # all of them or none
+    for prompt, params in zip(prompts, limits, strict=True):
+        await generation.submit(
+            prompt.token_ids,
             params,
             n=resolver.n,
             ending=resolver.ending,
-            detokenizers=[
-                Detokenizer(loaded.tokenizer, prompt, skip_special_tokens=skip_special_tokens)
-                for _ in range(resolver.n)
-            ],
+            detokenizer=prompt.detokenizer,
             priority=priority,
             cache_salt=cache_salt,
-            prefix=prefix,
+            user=user,
+            prefix=prompt.echo,
             runs=runs,
         )
 

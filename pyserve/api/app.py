@@ -21,7 +21,7 @@ from pyserve.api.completions import completions
 from pyserve.api.cors import add_cors
 from pyserve.api.errors import error_response, log_unexpected
 from pyserve.api.health import health, health_live
-from pyserve.api.keys import USER
+from pyserve.api.keys import CLIENT, USER
 from pyserve.api.models import list_models, retrieve_model
 from pyserve.api.openapi import DOCUMENT, Document, openapi
 from pyserve.api.state import STATE, ServerState
@@ -145,6 +145,7 @@ def _middleware(state: ServerState) -> Middleware:
                 if user is None:
                     raise UnauthorizedError("the API key is missing or wrong")
                 request[USER] = user
+                request[CLIENT] = state.keys.client(request, user)
             if target not in using_model:
                 return await handler(request)
             state.enter()

@@ -80,7 +80,7 @@ class Wire(Generic[T]):
         except web.RequestPayloadError:
             raise InvalidRequestError("the body is cut off or badly encoded") from None
         decode = partial(self.decode, body, max_list_ids=max_list_ids)
-        return await state.run_text(len(body), decode, short=SHORT_BODY_BYTES)
+        return await state.run_text(request, len(body), decode, short=SHORT_BODY_BYTES)
 
     def decode(self, body: bytes, *, max_list_ids: int = 0) -> tuple[T, list[str]]:
         """As `read`, from the bytes."""

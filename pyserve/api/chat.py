@@ -21,13 +21,13 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The handler."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model_with_room()
+    loaded = state.model_with_room(request)
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     max_tokens = body.max_completion_tokens or body.max_tokens or 1
-    conversation = await read_conversation(state, loaded, body, max_tokens=max_tokens)
+    conversation = await read_conversation(request, state, loaded, body, max_tokens=max_tokens)
     ignored = [*ignored, *conversation.ignored]
-    if body.echo and not conversation.echo:
+    if body.echo and not conversation.prompt.echo:
         ignored.append("echo")
     return await answer(
         request,
@@ -36,8 +36,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         endpoint=ENDPOINT,
         body=body,
         ignored=ignored,
-        prompts=[conversation.token_ids],
-        echoes=[conversation.echo] if body.echo else [],
+        prompts=[conversation.prompt],
         arrived_s=arrived_s,
     )
 

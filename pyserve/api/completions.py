@@ -22,6 +22,7 @@ from pyserve.api.sampling import check_token_ids
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.stream import CompletionFrames
 from pyserve.errors import InvalidRequestError
+from pyserve.text.detokenizer import Detokenizer
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
@@ -33,7 +34,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """The handler."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model_with_room()
+    loaded = state.model_with_room(request)
     body, ignored = await WIRE.read(request, state, max_list_ids=loaded.engine.info.max_model_len)
     state.check_model_name(body.model)
     if body.prompt is None:
@@ -46,9 +47,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     )
     if cut is None and body.truncation_side is not None:
         ignored = [*ignored, "truncation_side"]
-    token_ids, echoes = await state.run_text(
-        _size(body.prompt), partial(_read_prompts, loaded, body, body.prompt, cut)
-    )
+    read = partial(_read_prompts, loaded, body, body.prompt, cut)
+    read_prompts = await state.run_text(request, _size(body.prompt), read)
     return await answer(
         request,
         state,
@@ -56,8 +56,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         endpoint=ENDPOINT,
         body=body,
         ignored=ignored,
-        prompts=token_ids,
-        echoes=echoes,
+        prompts=read_prompts,
         arrived_s=arrived_s,
     )
 
@@ -72,17 +71,21 @@ def _size(prompt: Prompt) -> int:
 
 def _read_prompts(
     loaded: Loaded, body: CompletionRequest, prompt: Prompt, cut: prompts.Truncation | None
-) -> tuple[list[list[int]], list[str]]:
+) -> list[prompts.Prompt]:
     """Token ids of every prompt, and with `echo` its text."""
+    tokenizer = loaded.tokenizer
+    skip = body.skip_special_tokens is not False
     token_ids = _tokenize(loaded, prompt, body.add_special_tokens is not False, cut)
-    if not body.echo:
-        return token_ids, []
     texts = [prompt] if isinstance(prompt, str) else prompt
-    if cut is None and isinstance(texts[0], str):
-        return token_ids, cast("list[str]", texts)
-    skip_special_tokens = body.skip_special_tokens is not False
-    return token_ids, [
-        loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in token_ids
+    if not body.echo:
+        echoes = [""] * len(token_ids)
+    elif cut is None and isinstance(texts[0], str):
+        echoes = cast("list[str]", texts)
+    else:
+        echoes = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in token_ids]
+    return [
+        prompts.Prompt(ids, echo, Detokenizer(tokenizer, ids, skip_special_tokens=skip))
+        for ids, echo in zip(token_ids, echoes, strict=True)
     ]
 
 
@@ -126,8 +129,7 @@ def _encode(
 ) -> list[list[int]]:
     max_model_len = loaded.engine.info.max_model_len
     if cut is not None:  # all of each text is tokenised
-        num_chars = sum(map(len, texts))
-        prompts.check_size(num_chars, "characters", max_model_len=max_model_len, param="prompt")
+        prompts.check_size(sum(map(len, texts)), max_model_len=max_model_len, param="prompt")
     token_ids = []
     num_tokens = 0
     for text in texts:

@@ -12,9 +12,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
+from aiohttp import web
 
 from pyserve.api import prompts
-from pyserve.api.body import check_built
+from pyserve.api.body import SHORT_BODY_BYTES, check_built
 from pyserve.api.protocol import (
     MAX_DOCUMENTS,
     MAX_MESSAGES,
@@ -35,6 +36,7 @@ from pyserve.errors import (
 )
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.template_limits import MAX_RENDER_S
 
 # A fixed set: templates put the role into their markup, where any other text could forge some.
@@ -48,21 +50,21 @@ MAX_TEMPLATES = 8  # of requests, kept compiled
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The prompt of a chat.
+    """The prompt of a chat, and the names of fields that the template does not look at."""
 
-    echo     the text of the last message, where it is the assistant's; else empty.
-    ignored  names of fields that the template does not look at.
-    """
-
-    token_ids: list[int]
-    echo: str
+    prompt: prompts.Prompt
     ignored: list[str]
 
 
 async def read_conversation(
-    state: ServerState, loaded: Loaded, body: ChatRequest | TokenizeRequest, *, max_tokens: int
+    request: web.Request,
+    state: ServerState,
+    loaded: Loaded,
+    body: ChatRequest | TokenizeRequest,
+    *,
+    max_tokens: int,
 ) -> Conversation:
-    """The prompt that a chat template makes of the messages of `body`.
+    """The prompt that a chat template makes of the messages of `body`, which `request` holds.
 
     max_tokens  of the answer, for which truncate_prompt_tokens -1 leaves room.
 
@@ -74,10 +76,7 @@ async def read_conversation(
             f"messages must hold 1 to {MAX_MESSAGES} messages, got 0", "messages"
         )
     kwargs = body.chat_template_kwargs or {}
-    num_chars = sum(map(_num_chars, messages)) + _check_kwargs(kwargs)
-    num_chars += _check_documents(body.documents or [])
     max_model_len = loaded.engine.info.max_model_len
-    prompts.check_chars(loaded.tokenizer, num_chars, max_model_len=max_model_len, param="messages")
     cut = prompts.truncation(
         body.truncate_prompt_tokens,
         body.truncation_side,
@@ -86,6 +85,12 @@ async def read_conversation(
     )
     source = _own_template(state, body.chat_template)
     effort = _effort_kwargs(body.reasoning_effort)
+
+    def measure() -> int:
+        num_chars = sum(map(_num_chars, messages)) + _check_kwargs(kwargs)
+        num_chars += _check_documents(body.documents or [])
+        prompts.check_chars(num_chars, max_model_len=max_model_len, param="messages")
+        return num_chars + MESSAGE_CHARS * len(messages)
 
     def read(time_limit_s: float) -> Conversation:
         template = loaded.chat_template
@@ -102,16 +107,41 @@ async def read_conversation(
             ignored.append("truncation_side")
         if any(message.name and not template.shows_name(message.role) for message in messages):
             ignored.append("messages.name")
-        return Conversation(token_ids, _echo(messages[-1]), ignored)
+        return Conversation(_prompt(loaded, body, messages, token_ids), ignored)
 
-    size = num_chars + MESSAGE_CHARS * len(messages)
+    def read_long() -> Conversation:
+        measure()
+        return read(MAX_RENDER_S)
+
+    num_bytes = len(await request.read())
+    if num_bytes > SHORT_BODY_BYTES:
+        return await state.run_text(request, num_bytes, read_long, short=0)
+    size = measure()
     if source is None and size <= SHORT_TEXT_CHARS:
         try:
             return read(SHORT_RENDER_S)
         except ChatTemplateError as error:
             if not error.is_timeout:
                 raise
-    return await state.run_text(size, partial(read, MAX_RENDER_S), short=0)
+    return await state.run_text(request, size, partial(read, MAX_RENDER_S), short=0)
+
+
+def _prompt(
+    loaded: Loaded,
+    body: ChatRequest | TokenizeRequest,
+    messages: list[Message],
+    token_ids: list[int],
+) -> prompts.Prompt:
+    if isinstance(body, TokenizeRequest):
+        return prompts.Prompt(
+            token_ids, "", Detokenizer(loaded.tokenizer, skip_special_tokens=True)
+        )
+    skip_special_tokens = body.skip_special_tokens is not False
+    return prompts.Prompt(
+        token_ids,
+        _echo(messages[-1]) if body.echo else "",
+        Detokenizer(loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens),
+    )
 
 
 def _encode(
@@ -146,8 +176,17 @@ def _encode(
     if cut is None:
         prompts.check_may_fit(loaded.tokenizer, text, max_model_len=max_model_len, param="messages")
     else:
-        prompts.check_size(len(text), "characters", max_model_len=max_model_len, param="messages")
-    ids = loaded.tokenizer.encode_chat(text, add_special_tokens=add_special_tokens)
+        prompts.check_size(len(text), max_model_len=max_model_len, param="messages")
+    max_tokens = max(max_model_len, prompts.PIECE_CHARS)  # shorter text was not counted yet
+    if cut is not None:
+        max_tokens = prompts.max_tokenize_tokens(max_model_len)
+    ids = loaded.tokenizer.encode_chat(
+        text, add_special_tokens=add_special_tokens, max_tokens=max_tokens
+    )
+    if len(ids) > max_tokens:
+        raise InvalidRequestError(
+            f"messages make at least {len(ids)} tokens, the limit is {max_tokens}", "messages"
+        )
     if cut is not None:
         ids = cut.cut_text(loaded.tokenizer, ids, has_special_tokens=add_special_tokens)
     if not ids:

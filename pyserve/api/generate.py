@@ -17,6 +17,7 @@ import msgspec
 
 from pyserve.api.protocol import PromptTokensDetails, Usage
 from pyserve.api.sampling import Ending
+from pyserve.api.slices import Slices
 from pyserve.client import EngineClient, SequenceDelta, SequenceStream
 from pyserve.errors import RequestError
 from pyserve.metrics import Metrics
@@ -115,6 +116,7 @@ class Generation:
         self._metrics = metrics
         self._wakeup = asyncio.Event()
         self._interruption: RequestError | None = None
+        self._slices = Slices()
 
     def wake(self) -> None:
         """Let `read` return, empty where there is no news."""
@@ -125,29 +127,37 @@ class Generation:
         self._interruption = error
         self._wakeup.set()
 
-    def submit(
+    async def submit(
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         *,
         n: int,
         ending: Ending,
-        detokenizers: Sequence[Detokenizer],
+        detokenizer: Detokenizer,
         priority: int,
         cache_salt: str,
+        user: str = "",
         prefix: str = "",
         runs: bool = True,
     ) -> None:
         """Queue the n sequences of one prompt. Raises what EngineClient.submit raises.
 
-        prefix  what each of them shows before its text.
-        runs    False: they end at once, without a token; the engine does not hear of them.
+        detokenizer  of a text that goes on where the prompt ends.
+        user         with whom they share what is scarce.
+        prefix       what each of them shows before its text.
+        runs         False: they end at once, without a token; the engine does not hear of them.
         """
         for sample_index in range(n):
+            await self._slices.rest()
             own_params = msgspec.structs.replace(params, sample_index=sample_index)
             if runs:
                 stream = self._engine.submit(
-                    prompt_token_ids, own_params, priority=priority, cache_salt=cache_salt
+                    prompt_token_ids,
+                    own_params,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    user=user,
                 )
             else:
                 stream = SequenceStream(-1, len(prompt_token_ids))
@@ -160,7 +170,7 @@ class Generation:
                 params=own_params,
                 prefix=prefix,
                 ending=ending,
-                detokenizer=detokenizers[sample_index],
+                detokenizer=detokenizer.copy(),
                 stop_checker=(
                     StopChecker(ending.stop, ending.include_stop) if ending.stop else None
                 ),

@@ -1,13 +1,20 @@
-"""API keys: who asks. Each key is a user of its own, named by its place among --api-key."""
+"""API keys: who asks. Each key is a user of its own, named by its place among --api-key.
+
+What is scarce is shared between clients: the keys, or the addresses where all have the same key or
+none. A proxy is one address, whoever stands behind it: headers that name others can be forged.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+from functools import lru_cache
 
 from aiohttp import web
 
 USER = web.RequestKey("user", str)  # of a request that was let in
+CLIENT = web.RequestKey("client", str)  # likewise: with whom it shares what is scarce
 
 
 class Keys:
@@ -35,6 +42,10 @@ class Keys:
             return by_bearer
         return by_header
 
+    def client(self, request: web.Request, user: str) -> str:
+        """Between whom the server is shared: `user` where there are several, else the address."""
+        return user if len(self._digests) > 1 else _network(request.remote or "")
+
     def cache_salt(self, user: str, asked: str) -> str:
         """What keeps `user`'s prompts apart in the prefix cache, with the salt asked for.
 
@@ -53,3 +64,17 @@ class Keys:
             if hmac.compare_digest(digest, known)
         ]
         return places[0] if places else None
+
+
+@lru_cache(maxsize=4096)
+def _network(address: str) -> str:
+    """An address as one client has it: of IPv6 everybody has 2^64 of their own."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""  # of a Unix socket
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))

@@ -1,8 +1,8 @@
 """Text -> token ids without paying for text that cannot fit.
 
 Tokenising takes a microsecond and 400 bytes a character of hostile text: 32 MB of it would hold a
-thread for a minute and gigabytes of memory. So long text is first counted in pieces, and given up
-at the first piece that is too many.
+thread for a minute and gigabytes of memory. So its characters are bounded, as for /tokenize, and
+long text is first counted in pieces, and given up at the first piece that is too many.
 """
 
 from __future__ import annotations
@@ -12,12 +12,27 @@ from dataclasses import dataclass
 from pyserve.api.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
 from pyserve.params import shown
+from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.tokenizer import Tokenizer
 
 PIECE_CHARS = 2**16
 CUT_TOKENS = 32  # more than a cut through the text can add to its count
-MAX_TOKENIZE_CHARS = 2**20  # for /tokenize, or 8 for each token of the context
-MIN_MAX_CHARS = 2**20  # shorter text is counted in tokens
+MAX_TOKENIZE_CHARS = 2**20  # of one text, or CHARS_PER_TOKEN for each token of the context
+CHARS_PER_TOKEN = 8
+MAX_TOKENIZE_TOKENS = 2**20  # or the context
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is submitted: all that takes time in proportion to it has been done, on a thread.
+
+    echo         what to show before its answers, "": nothing.
+    detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
+    """
+
+    token_ids: list[int]
+    echo: str
+    detokenizer: Detokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,39 +97,59 @@ def encode(
 ) -> list[int]:
     """Token ids of a plain prompt. Raises InvalidRequestError, also where it cannot fit."""
     if cut is not None:
-        check_size(len(text), "characters", max_model_len=max_model_len, param="prompt")
-        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids = encode_any(
+            tokenizer, text, add_special_tokens=add_special_tokens, max_model_len=max_model_len
+        )
         return cut.cut_text(tokenizer, ids, has_special_tokens=add_special_tokens)
     check_may_fit(tokenizer, text, max_model_len=max_model_len, param="prompt")
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
+def encode_any(
+    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, max_model_len: int
+) -> list[int]:
+    """Token ids of a text that need not fit the context. Raises InvalidRequestError."""
+    check_size(len(text), max_model_len=max_model_len, param="prompt")
+    return tokenizer.encode(
+        text,
+        add_special_tokens=add_special_tokens,
+        max_tokens=max_tokenize_tokens(max_model_len),
+    )
+
+
 def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param: str) -> None:
     """Refuse a text that has more tokens than the context, without tokenising all of it.
 
-    What passes has at most a few tokens too many, and is counted exactly later.
+    What passes has at most a few tokens too many, and is counted exactly later. So has a chat whose
+    special tokens are the template's alone: spelled out they count as one each, but are several.
     """
-    check_chars(tokenizer, len(text), max_model_len=max_model_len, param=param)
+    check_chars(len(text), max_model_len=max_model_len, param=param)
     if len(text) <= PIECE_CHARS:
         return
     num_tokens = 0
     for start in range(0, len(text), PIECE_CHARS):
         piece = text[start : start + PIECE_CHARS]
-        num_tokens += max(len(tokenizer.encode(piece, add_special_tokens=False)) - CUT_TOKENS, 0)
-        if num_tokens > max_model_len:
-            raise InvalidRequestError(
-                f"This model's maximum context length is {max_model_len} tokens: "
-                f"the prompt has at least {num_tokens}",
-                param,
-            )
+        num_tokens += max(tokenizer.count(piece, param=param) - CUT_TOKENS, 0)
+        check_tokens(num_tokens, max_model_len=max_model_len, param=param)
 
 
-def check_chars(tokenizer: Tokenizer, num_chars: int, *, max_model_len: int, param: str) -> None:
-    """Refuse, by its length alone, a text that no number of tokens in the context can hold.
+def check_tokens(at_least: int, *, max_model_len: int, param: str) -> None:
+    """Refuse a prompt that has at least so many tokens, where the context has fewer."""
+    if at_least > max_model_len:
+        raise InvalidRequestError(
+            f"This model's maximum context length is {max_model_len} tokens: "
+            f"the prompt has at least {at_least}",
+            param,
+        )
 
-    Tokenizers that drop or merge characters hold more; of those a megabyte is given.
+
+def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:
+    """Refuse, by its length alone, a text too long for the context.
+
+    A token has four characters on average and some have a hundred: what is refused here could have
+    fitted only if all of it were such.
     """
-    limit = max(MIN_MAX_CHARS, max_model_len * tokenizer.max_token_chars)
+    limit = max_tokenize_chars(max_model_len)
     if num_chars > limit:
         raise InvalidRequestError(
             f"This model's maximum context length is {max_model_len} tokens: "
@@ -137,13 +172,20 @@ def check_total(num_tokens: int, *, n: int, param: str) -> None:
         )
 
 
-def max_tokenize_size(max_model_len: int) -> int:
-    """Characters or tokens that /tokenize and /detokenize take, which need not fit the context."""
-    return max(MAX_TOKENIZE_CHARS, 8 * max_model_len)
+def max_tokenize_chars(max_model_len: int) -> int:
+    """Characters of one text, whether it has to fit the context or not."""
+    return max(MAX_TOKENIZE_CHARS, CHARS_PER_TOKEN * max_model_len)
 
 
-def check_size(size: int, unit: str, *, max_model_len: int, param: str) -> None:
-    """Refuse more than `max_tokenize_size`."""
-    limit = max_tokenize_size(max_model_len)
-    if size > limit:
-        raise InvalidRequestError(f"{param} has {size} {unit}, the limit is {limit}", param)
+def max_tokenize_tokens(max_model_len: int) -> int:
+    """Tokens of one text that need not fit the context."""
+    return max(MAX_TOKENIZE_TOKENS, max_model_len)
+
+
+def check_size(num_chars: int, *, max_model_len: int, param: str) -> None:
+    """Refuse more characters than `max_tokenize_chars`."""
+    limit = max_tokenize_chars(max_model_len)
+    if num_chars > limit:
+        raise InvalidRequestError(
+            f"{param} has {num_chars} characters, the limit is {limit}", param
+        )

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pyserve.api.protocol import (
     MAX_N,
     MAX_STOP_CHARS,
+    MAX_STOP_CHARS_IN_ALL,
     MAX_STOP_STRINGS,
     SamplingFields,
 )
@@ -209,6 +210,11 @@ def _stop_strings(stop: str | list[str] | None) -> list[str]:
                 f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(string)}",
                 "stop",
             )
+    num_chars = sum(map(len, strings))
+    if num_chars > MAX_STOP_CHARS_IN_ALL:
+        raise InvalidRequestError(
+            f"stop has {num_chars} characters in all, the limit is {MAX_STOP_CHARS_IN_ALL}", "stop"
+        )
     return strings
 
 

@@ -1,4 +1,4 @@
-"""What the handlers of one server share: its phase of life, the model, metrics, a thread pool."""
+"""What the handlers of one server share: its phase of life, the model, metrics, text threads."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from aiohttp import web
 
-from pyserve.api.keys import Keys
+from pyserve.api.keys import CLIENT, Keys
 from pyserve.api.request_log import RequestLog
+from pyserve.api.text_queue import TextQueue
 from pyserve.api.watchdog import LoopWatchdog
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
@@ -26,7 +26,6 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 MAX_RETRY_AFTER_S = 60
 SHORT_TEXT_CHARS = 4000  # tokenised on the event loop: about a millisecond
-NUM_TEXT_THREADS = 2
 
 Report = Callable[[str, int, int], None]
 R = TypeVar("R")
@@ -159,9 +158,7 @@ class ServerState:
     keys: Keys = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
-    _text_threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(NUM_TEXT_THREADS, "pyserve-text")
-    )
+    _text_queue: TextQueue = field(default_factory=TextQueue)
 
     def __post_init__(self) -> None:
         self.watchdog = LoopWatchdog(lambda: self.num_in_flight)
@@ -189,13 +186,13 @@ class ServerState:
             )
         return self.loaded
 
-    def model_with_room(self) -> Loaded:
-        """As `model`; raises QueueFullError where not one more sequence may wait.
+    def model_with_room(self, request: web.Request) -> Loaded:
+        """As `model`; raises QueueFullError where not one more sequence of its client may wait.
 
         Asked before a body is read, so that a refusal costs next to nothing.
         """
         loaded = self.model()
-        loaded.engine.check_room(1)
+        loaded.engine.check_room(1, user=request[CLIENT])
         return loaded
 
     def check_model_name(self, name: str | None) -> None:
@@ -225,16 +222,29 @@ class ServerState:
         return True
 
     async def run_text(
-        self, size: int, function: Callable[[], R], *, short: int = SHORT_TEXT_CHARS
+        self,
+        request: web.Request,
+        size: int,
+        function: Callable[[], R],
+        *,
+        short: int = SHORT_TEXT_CHARS,
+        is_answer: bool = False,
     ) -> R:
-        """Run text work on `size` characters or tokens: on a thread where it would block."""
+        """Run text work on `size` bytes, characters or tokens: on a thread where it would block.
+
+        is_answer  it ends the request, and is not refused where too much waits.
+
+        Raises QueueFullError, and what `function` raises.
+        """
         if size <= short:
             return function()
-        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
+        return await self._text_queue.run(
+            function, client=request[CLIENT], num_bytes=size, is_answer=is_answer
+        )
 
     def close(self) -> None:
         """Let go of the threads; what they still do is not waited for."""
-        self._text_threads.shutdown(wait=False, cancel_futures=True)
+        self._text_queue.close()
 
 
 STATE = web.AppKey("state", ServerState)

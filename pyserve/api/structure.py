@@ -1,8 +1,9 @@
 """How much a JSON text holds, before it is decoded.
 
 Decoding holds the interpreter's lock from its first byte to its last, so on a worker thread too it
-stops the event loop for as long as it has values to make: 31 MB of small ones took five seconds.
-Counting them goes in pieces of a millisecond or so, between which the loop gets its turn.
+stops the event loop for as long as it has values to make: 31 MB of small ones took five seconds,
+four million token ids a fifth of one. Counting them goes in pieces of a millisecond or so, between
+which the loop gets its turn.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pyserve.api.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
 
 PIECE_BYTES = 2**18
-MAX_JSON_VALUES = 2**18  # of one body, beside lists of token ids; keys count too
+MAX_JSON_VALUES = 2**17  # of one body, beside lists of token ids; keys count too
+MAX_JSON_CONTAINERS = 2**15  # of these lists and objects, which cost five times as much
+MAX_BODY_IDS = 2**20  # token ids of a body, or the context's, which one prompt may have
 
 
 @dataclass(slots=True)
@@ -55,14 +58,15 @@ def check_structure(body: bytes, max_list_ids: int) -> None:
 
     Raises InvalidRequestError.
     """
-    if len(body) <= MAX_JSON_VALUES:  # a value takes a byte at least
+    if len(body) <= MAX_JSON_CONTAINERS:  # a value takes a byte at least
         return
     found = measure(body)
-    max_commas = MAX_JSON_VALUES + min(max_list_ids * found.num_brackets, MAX_REQUEST_TOKENS)
+    max_ids = min(max(MAX_BODY_IDS, max_list_ids), MAX_REQUEST_TOKENS)
+    max_commas = MAX_JSON_VALUES + min(max_list_ids * found.num_brackets, max_ids)
     for number, limit in (
         (found.num_strings, MAX_JSON_VALUES),
-        (found.num_brackets, MAX_JSON_VALUES),
         (found.num_commas, max_commas),
+        (found.num_brackets, MAX_JSON_CONTAINERS),
     ):
         if number > limit:
             raise InvalidRequestError(

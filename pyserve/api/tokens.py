@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from pyserve.api.answer import json_response
 from pyserve.api.body import Wire, ignored_header
 from pyserve.api.conversation import read_conversation
-from pyserve.api.prompts import check_size, max_tokenize_size, truncation
+from pyserve.api.prompts import encode_any, max_tokenize_tokens, truncation
 from pyserve.api.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -17,7 +18,7 @@ from pyserve.api.protocol import (
     TokenizeResponse,
 )
 from pyserve.api.sampling import check_token_ids
-from pyserve.api.state import STATE, Loaded, ServerState
+from pyserve.api.state import STATE, Loaded
 from pyserve.errors import InvalidRequestError
 
 TOKENIZE = Wire(TokenizeRequest)
@@ -43,26 +44,31 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
     max_model_len = loaded.engine.info.max_model_len
     if body.messages is not None:
-        conversation = await read_conversation(state, loaded, body, max_tokens=1)
-        token_ids = conversation.token_ids
+        conversation = await read_conversation(request, state, loaded, body, max_tokens=1)
+        token_ids = conversation.prompt.token_ids
         ignored = [*ignored, *conversation.ignored]
     else:
         ignored = [*ignored, *(n for n in OF_MESSAGES if getattr(body, n) not in (None, {}, []))]
         if body.truncate_prompt_tokens is None and body.truncation_side is not None:
             ignored.append("truncation_side")
-        token_ids = await _tokenize_text(state, loaded, body)
-    texts = None
-    if body.return_token_strs:
-        texts = [loaded.tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
-    return json_response(
-        TokenizeResponse(len(token_ids), max_model_len, token_ids, texts), ignored_header(ignored)
-    )
+        text = body.prompt or ""
+        token_ids = await state.run_text(
+            request, len(text), partial(_tokenize_text, loaded, body, text)
+        )
+
+    def encode() -> bytes:
+        texts = None
+        if body.return_token_strs:
+            texts = [loaded.tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+        response = TokenizeResponse(len(token_ids), max_model_len, token_ids, texts)
+        return msgspec.json.encode(response)
+
+    data = await state.run_text(request, len(token_ids), encode, is_answer=True)
+    return json_response(data, ignored_header(ignored))
 
 
-async def _tokenize_text(state: ServerState, loaded: Loaded, body: TokenizeRequest) -> list[int]:
-    text = body.prompt or ""
+def _tokenize_text(loaded: Loaded, body: TokenizeRequest, text: str) -> list[int]:
     max_model_len = loaded.engine.info.max_model_len
-    check_size(len(text), "characters", max_model_len=max_model_len, param="prompt")
     add_special_tokens = body.add_special_tokens is not False
     cut = truncation(
         body.truncate_prompt_tokens,
@@ -70,9 +76,11 @@ async def _tokenize_text(state: ServerState, loaded: Loaded, body: TokenizeReque
         max_model_len=max_model_len,
         max_tokens=1,
     )
-    token_ids = await state.run_text(
-        len(text),
-        partial(loaded.tokenizer.encode, text, add_special_tokens=add_special_tokens),
+    token_ids = encode_any(
+        loaded.tokenizer,
+        text,
+        add_special_tokens=add_special_tokens,
+        max_model_len=max_model_len,
     )
     if cut is None:
         return token_ids
@@ -83,16 +91,18 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     """The text of token ids, special tokens included."""
     state = request.app[STATE]
     loaded = state.model()
-    max_model_len = loaded.engine.info.max_model_len
-    body, ignored = await DETOKENIZE.read(
-        request, state, max_list_ids=max_tokenize_size(max_model_len)
-    )
+    limit = max_tokenize_tokens(loaded.engine.info.max_model_len)
+    body, ignored = await DETOKENIZE.read(request, state, max_list_ids=limit)
     state.check_model_name(body.model)
-    check_size(len(body.tokens), "tokens", max_model_len=max_model_len, param="tokens")
+    if len(body.tokens) > limit:
+        raise InvalidRequestError(
+            f"tokens has {len(body.tokens)} tokens, the limit is {limit}", "tokens"
+        )
 
-    def decode() -> str:
+    def decode() -> bytes:
         check_token_ids(body.tokens, loaded.tokenizer.vocab_size, "tokens")
-        return loaded.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        text = loaded.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return msgspec.json.encode(DetokenizeResponse(text))
 
-    text = await state.run_text(len(body.tokens), decode)
-    return json_response(DetokenizeResponse(text), ignored_header(ignored))
+    data = await state.run_text(request, len(body.tokens), decode)
+    return json_response(data, ignored_header(ignored))

@@ -7,7 +7,7 @@ thread-safe: everything but Runner.launch's work runs on one thread.
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
@@ -84,6 +84,8 @@ class Engine:
         self.load_of: dict[str, Load] = {}  # user -> of theirs, where there are any
         self._seqs: dict[int, Sequence] = {}
         self._next_seq_id = 0
+        # Not `secrets`: a call of the system lets other threads take the interpreter's lock.
+        self._seeds = random.Random()
 
     @property
     def num_seqs(self) -> int:
@@ -114,7 +116,7 @@ class Engine:
             num_prompt_tokens=len(token_ids),
             max_total_tokens=len(token_ids) + params.max_tokens,
             order=(priority if self._has_priorities else 0, seq_id),
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=frozenset(i for i in params.stop_token_ids if 0 <= i < self._vocab_size),
             root_hash=self.scheduler.blocks.root_hash(cache_salt),
             num_tokens=len(token_ids),

@@ -21,6 +21,8 @@ from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
 from pyserve.engine.waiting import WaitingQueue
 from pyserve.ops import step_layout as layout
 
+MAX_LOOKUPS = 2**13  # of blocks in the prefix cache, in one step: 20 ms of the event loop
+
 _order = attrgetter("order")
 
 
@@ -171,8 +173,9 @@ class Scheduler:
         blocks = self.blocks
         if not self.waiting:
             return budget
+        num_looked_up = 0
         for seq in self.waiting.in_turn(self.num_running_of):
-            if not (budget and self.slots.num_free):
+            if not (budget and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
                 break
             if seq.awaited_hash is not None and blocks.is_pending(seq.awaited_hash):
                 continue  # others may pass it
@@ -181,6 +184,7 @@ class Scheduler:
             if seq.num_wanted_blocks > num_spare:
                 break  # as at its last attempt: looking again would find no more
             hits, seq.awaited_hash = blocks.find_prefix(seq)
+            num_looked_up += len(seq.token_ids) // blocks.block_size
             if seq.awaited_hash is not None:
                 continue
             seq.num_wanted_blocks = blocks.num_needed(seq, hits)

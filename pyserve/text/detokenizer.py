@@ -8,6 +8,7 @@ stream does not grow, and its creation looks at a few prompt tokens only.
 
 from __future__ import annotations
 
+import copy
 from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
@@ -55,6 +56,10 @@ class Detokenizer:
         self._at_start = self._wants_first or self._strip_left > 0
         if prompt_token_ids:
             self._pass_prompt(prompt_token_ids)
+
+    def copy(self) -> Detokenizer:
+        """One for another text that goes on as this one would."""
+        return copy.copy(self)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; "" where they complete no character."""

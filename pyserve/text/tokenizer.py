@@ -37,6 +37,8 @@ from pyserve.text.tokenizer_files import (
 )
 
 TOKENIZER_FILE = "tokenizer.json"
+PIECE_TOKENS = 2**16  # decoded at once: a few milliseconds
+NO_LIMIT = 2**62
 
 _SURROGATE = re.compile("[\ud800-\udfff]").search
 
@@ -66,7 +68,6 @@ class Tokenizer:
     control_tokens     their strings.
     eos_token_id       the model's primary EOS, None where the folder names none.
     vocab_size         ids are in [0, vocab_size), those of added tokens too; not all need be used.
-    max_token_chars    characters of the longest token, which no text of a token exceeds.
     """
 
     def __init__(
@@ -88,7 +89,6 @@ class Tokenizer:
         self.control_tokens = frozenset(token.content for token in added.values() if token.special)
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
-        self.max_token_chars: int = max(map(len, vocab), default=0)
         self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
         spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.decoder = TokenDecoder(
@@ -141,18 +141,39 @@ class Tokenizer:
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         return cls(backend, folder=folder, config=config, special_tokens=names)
 
-    def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        param: str = "prompt",
+        max_tokens: int | None = None,
+    ) -> list[int]:
         """Token ids of a text. Special tokens in it are parsed.
 
         add_special_tokens  put the model's BOS (or what it wants) around the text.
         param               the request field named in the error.
+        max_tokens          the most there may be. Making the list holds the interpreter's lock, 20
+                            ms for a million ids; finding out how many there are does not.
 
-        Raises InvalidRequestError where the text is not Unicode or has no tokens in this model.
+        Raises InvalidRequestError where the text is not Unicode, has no tokens in this model or
+        more than `max_tokens`.
         """
+        encoding = self._encoding(text, add_special_tokens, param)
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise InvalidRequestError(
+                f"{param} makes {len(encoding)} tokens, the limit is {max_tokens}", param
+            )
+        ids: list[int] = encoding.ids
+        return ids
+
+    def count(self, text: str, *, param: str = "prompt") -> int:
+        """How many tokens `encode` finds, without those that it may put around them."""
+        return len(self._encoding(text, False, param))
+
+    def _encoding(self, text: str, add_special_tokens: bool, param: str) -> tokenizers.Encoding:
         try:  # the batch form, of one text, keeps no offsets: half the time of `encode`
-            encoding = self._backend.encode_batch_fast(
-                [text], add_special_tokens=add_special_tokens
-            )[0]
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:
             if match := _SURROGATE(text):
                 raise InvalidRequestError(
@@ -167,13 +188,15 @@ class Tokenizer:
             if type(error).__name__ == "PanicException":  # of Rust; it can be had by name only
                 raise RuntimeError("the tokenizer has panicked") from error
             raise
-        ids: list[int] = encoding.ids
-        return ids
 
-    def encode_chat(self, prompt: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode_chat(
+        self, prompt: str, *, add_special_tokens: bool = False, max_tokens: int = NO_LIMIT
+    ) -> list[int]:
         """Token ids of what ChatTemplate.render returned.
 
         add_special_tokens  put BOS and so on around it, also where the template wrote them.
+        max_tokens          where there are more, some of those beyond are left out: a special token
+                            that is spelled out makes several, so that a short text can make many.
 
         Where a user's text spells a special token, the prompt is cut within it, so that it is
         encoded as the text it is. A plain str has no such cuts.
@@ -184,15 +207,22 @@ class Tokenizer:
         cuts = [0, *breaks, len(prompt)]
         pieces = [prompt[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
         ids = self.encode(pieces[0], add_special_tokens=False, param="messages")
+        anchor = self.encode("\n", add_special_tokens=False)
         for piece in pieces[1:]:
-            ids += self._encode_continuation(piece)
+            if len(ids) > max_tokens:
+                break
+            ids += self._encode_continuation(piece, anchor)
         before, behind = self.surroundings() if add_special_tokens else ([], [])
         return [*before, *ids, *behind]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of a list of ids. Ids without a token, as of a padded vocabulary, are empty."""
         detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)
-        return detokenizer.push(ids) + detokenizer.flush()
+        texts = [  # in pieces, so that other threads get their turn
+            detokenizer.push(ids[start : start + PIECE_TOKENS])
+            for start in range(0, len(ids), PIECE_TOKENS)
+        ]
+        return "".join(texts) + detokenizer.flush()
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token by its exact string."""
@@ -213,13 +243,12 @@ class Tokenizer:
         num_before = next(i for i in range(len(outer) + 1) if outer[i : i + len(inner)] == inner)
         return outer[:num_before], outer[num_before + len(inner) :]
 
-    def _encode_continuation(self, text: str) -> list[int]:
+    def _encode_continuation(self, text: str, anchor: list[int]) -> list[int]:
         """Encode text that does not start a prompt.
 
         SentencePiece tokenizers put a space before any text. A line break in front takes that
-        space, and its tokens are taken off again.
+        space, and its tokens, `anchor`, are taken off again.
         """
-        anchor = self.encode("\n", add_special_tokens=False)
         ids = self.encode("\n" + text, add_special_tokens=False, param="messages")
         if ids[: len(anchor)] == anchor:
             return ids[len(anchor) :]

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 from pyserve.api.app import build_app
 from pyserve.api.http import listening
 from pyserve.api.state import Loaded, ServerState
-from pyserve.client import EngineInfo, EngineStats, SequenceStream
+from pyserve.client import EngineClient, EngineInfo, EngineStats, SequenceStream
 from pyserve.config import ServerConfig
 from pyserve.errors import EngineError, PyserveError, QueueFullError, UnavailableError
 from pyserve.metrics import Metrics
@@ -87,6 +87,7 @@ class Submitted:
     params: SamplingParams
     priority: int
     cache_salt: str
+    user: str
     stream: SequenceStream
     is_aborted: bool = False
     task: asyncio.Task[None] | None = None
@@ -131,13 +132,13 @@ class FakeEngine:
         for item in self.running():
             item.stream.fail(EngineError(reason))
 
-    def check_room(self, num_sequences: int) -> None:
+    def check_room(self, num_sequences: int, *, num_tokens: int = 0, user: str = "") -> None:
         if self.room is not None and len(self.running()) + num_sequences > self.room:
             raise QueueFullError("the queue is full", 7)
 
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "",
+        cache_salt: str = "", user: str = "",
     ) -> SequenceStream:  # fmt: skip
         if self.is_stopped:
             raise UnavailableError("the server is shutting down")
@@ -145,7 +146,7 @@ class FakeEngine:
             raise UnavailableError(self.error)
         number = len(self.submitted)
         stream = SequenceStream(number, len(prompt_token_ids))
-        item = Submitted(list(prompt_token_ids), params, priority, cache_salt, stream)
+        item = Submitted(list(prompt_token_ids), params, priority, cache_salt, user, stream)
         self.submitted.append(item)
         item.task = asyncio.get_running_loop().create_task(self._play(item, self.script(number)))
         return stream
@@ -194,8 +195,12 @@ class FakeEngine:
 class Server:
     """An app on a loopback port, on the event loop of its own thread."""
 
-    def __init__(self, state: ServerState, engine: FakeEngine, sock: socket.socket) -> None:
+    def __init__(
+        self, state: ServerState, engine: FakeEngine, sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
         self.state = state
+        self.loop = loop
         self.engine = engine
         self.listener = sock
         self.port: int = sock.getsockname()[1]
@@ -275,10 +280,13 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
 
 
 @contextmanager
-def run_server(folder: Path, **config: Any) -> Iterator[Server]:
-    """A ready server around a FakeEngine, with the tokenizer of `folder`."""
+def run_server(
+    folder: Path, *, other: EngineClient | None = None, **config: Any
+) -> Iterator[Server]:
+    """A ready server around a FakeEngine, or an `other` one, with the tokenizer of `folder`."""
     tokenizer = Tokenizer.from_folder(folder)
-    engine = FakeEngine(lambda number: Script([1]))
+    fake = FakeEngine(lambda number: Script([1]))
+    engine = other or fake
     loaded = Loaded(
         tokenizer=tokenizer,
         chat_template=ChatTemplate.load(tokenizer),
@@ -293,10 +301,12 @@ def run_server(folder: Path, **config: Any) -> Iterator[Server]:
     started, stop = threading.Event(), asyncio.Event()
 
     async def serve() -> None:
+        engine.start()
         async with listening(build_app(state), sock):
             started.set()
             await stop.wait()
-        tasks = [item.task for item in engine.submitted if item.task is not None]
+        await engine.stop()
+        tasks = [item.task for item in fake.submitted if item.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -306,7 +316,7 @@ def run_server(folder: Path, **config: Any) -> Iterator[Server]:
     thread.start()
     try:
         assert started.wait(10)
-        yield Server(state, engine, sock)
+        yield Server(state, fake, sock, loop)
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)

@@ -37,9 +37,11 @@ class Engine(FakeEngine):
 
     def submit(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "",
+        cache_salt: str = "", user: str = "",
     ) -> SequenceStream:  # fmt: skip
-        stream = super().submit(prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+        stream = super().submit(
+            prompt_token_ids, params, priority=priority, cache_salt=cache_salt, user=user
+        )
         if prompt_token_ids[0] == FATAL_TOKEN:
             asyncio.get_running_loop().call_later(0.1, self.give_up, "the engine has stopped: boom")
         return stream

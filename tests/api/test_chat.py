@@ -131,9 +131,9 @@ def test_special_tokens_are_added_on_request(server: Server, monkeypatch: Monkey
     seen = []
     encode_chat = server.tokenizer.encode_chat
 
-    def spy(prompt: str, *, add_special_tokens: bool) -> list[int]:
+    def spy(prompt: str, *, add_special_tokens: bool, max_tokens: int) -> list[int]:
         seen.append(add_special_tokens)
-        return encode_chat(prompt, add_special_tokens=add_special_tokens)
+        return encode_chat(prompt, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     monkeypatch.setattr(server.tokenizer, "encode_chat", spy)
     for path in (PATH, "/tokenize"):

@@ -48,15 +48,14 @@ def generate(
     async def run() -> tuple[Generation, FakeEngine]:
         engine = FakeEngine(script, num_cached_tokens=3)
         generation = Generation(engine, Metrics("m"), arrived_s=0.0)
-        generation.submit(
+        await generation.submit(
             [7, 8, 9, 10],
             SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids),
             n=n,
             ending=how,
-            detokenizers=[
-                Detokenizer(tokenizer, [7, 8, 9, 10], skip_special_tokens=skip_special_tokens)
-                for _ in range(n)
-            ],
+            detokenizer=Detokenizer(
+                tokenizer, [7, 8, 9, 10], skip_special_tokens=skip_special_tokens
+            ),
             priority=0,
             cache_salt="",
         )
@@ -196,9 +195,9 @@ def test_an_error_ends_the_request_and_aborts_the_rest(tokenizer: Tokenizer) -> 
         engines.append(engine)
         metrics = Metrics("m")
         generation = Generation(engine, metrics, arrived_s=0.0)
-        generation.submit(
+        await generation.submit(
             [7], SamplingParams(max_tokens=50), n=3, ending=ending(), priority=0, cache_salt="",
-            detokenizers=[Detokenizer(tokenizer, [7], skip_special_tokens=True)] * 3,
+            detokenizer=Detokenizer(tokenizer, [7], skip_special_tokens=True),
         )  # fmt: skip
         with pytest.raises(EngineError, match="broken"):
             await generation.read_all()
@@ -216,9 +215,9 @@ def test_a_request_is_observed_at_its_first_token_and_at_its_end(tokenizer: Toke
         engine = FakeEngine(lambda _: Script([9], burst=5))
         metrics = Metrics("m")
         generation = Generation(engine, metrics, arrived_s=0.0)
-        generation.submit(
+        await generation.submit(
             [7], SamplingParams(max_tokens=20), n=1, ending=ending(), priority=0, cache_salt="",
-            detokenizers=[Detokenizer(tokenizer, [7], skip_special_tokens=True)],
+            detokenizer=Detokenizer(tokenizer, [7], skip_special_tokens=True),
         )  # fmt: skip
         await generation.read_all()
         generation.close("abort")

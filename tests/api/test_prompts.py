@@ -24,11 +24,14 @@ class Counting:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.num_chars = 0
-        self.max_token_chars = tokenizer.max_token_chars
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         self.num_chars += len(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def count(self, text: str, *, param: str) -> int:
+        self.num_chars += len(text)
+        return self.tokenizer.count(text, param=param)
 
 
 @pytest.mark.parametrize("text", ["word ", "x", "漢字", " ", "\n\t"])
@@ -59,22 +62,24 @@ def test_every_road_is_bounded(server: Server) -> None:
     ):
         error = server.error(path, body)
         assert error["param"] == param and str(CONTEXT) in error["message"]
-    for path, body in (("/tokenize", {"prompt": text}), ("/detokenize", {"tokens": [80] * 2**21})):
+    for path, body in (
+        ("/tokenize", {"prompt": text}),
+        ("/detokenize", {"tokens": [80] * (2**20 + 1)}),
+    ):
         error = server.error(path, body)
         assert str(prompts.MAX_TOKENIZE_CHARS) in error["message"]
 
 
 def test_text_that_no_tokens_can_hold_is_not_tokenised(tokenizer: Tokenizer) -> None:
     counting = Counting(tokenizer)
-    for text in ("x" * (prompts.MIN_MAX_CHARS + 1), "word " * 5_000_000):
+    for text in ("x" * (prompts.MAX_TOKENIZE_CHARS + 1), "word " * 5_000_000):
         with pytest.raises(InvalidRequestError, match=f"4096 tokens: .* {len(text)} characters"):
             prompts.encode(counting, text, add_special_tokens=True, max_model_len=4096)  # type: ignore[arg-type]
     assert counting.num_chars == 0
-    longest = max((tokenizer.id_to_token(i) or "" for i in range(tokenizer.vocab_size)), key=len)
-    assert tokenizer.max_token_chars == len(longest)
-    limit = 2**18 * len(longest)
-    assert limit > prompts.MIN_MAX_CHARS
-    prompts.check_chars(tokenizer, limit, max_model_len=2**18, param="prompt")
+    limit = prompts.CHARS_PER_TOKEN * 2**18
+    prompts.check_chars(limit, max_model_len=2**18, param="prompt")
+    with pytest.raises(InvalidRequestError, match=f"more than {limit}"):
+        prompts.check_chars(limit + 1, max_model_len=2**18, param="prompt")
 
 
 def test_the_tokens_of_all_sequences_are_bounded(

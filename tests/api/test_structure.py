@@ -10,7 +10,14 @@ import pytest
 
 from pyserve.api import structure
 from pyserve.api.protocol import MAX_REQUEST_TOKENS
-from pyserve.api.structure import MAX_JSON_VALUES, Structure, check_structure, measure
+from pyserve.api.structure import (
+    MAX_BODY_IDS,
+    MAX_JSON_CONTAINERS,
+    MAX_JSON_VALUES,
+    Structure,
+    check_structure,
+    measure,
+)
 from pyserve.errors import InvalidRequestError
 
 STRINGS = ["", "a", '"', "\\", '\\"', '{"a": [1, 2]}', "\\\\", "é,[{", "\\" * 7 + '"']
@@ -59,12 +66,24 @@ def test_too_many_values(unit: bytes) -> None:
         check_structure(body, 0)
 
 
+@pytest.mark.parametrize("unit", [b"{}", b"[]", b'{"a":1}'])
+def test_too_many_containers(unit: bytes) -> None:
+    inner = b",".join([unit] * (MAX_JSON_CONTAINERS - 1))
+    check_structure(b"[" + inner + b"]" + b" " * MAX_JSON_VALUES, 0)
+    with pytest.raises(InvalidRequestError, match=f"more than {MAX_JSON_CONTAINERS} values"):
+        check_structure(b"[" + inner + b"," + unit + b"]", 0)
+
+
 def test_lists_of_ids_may_hold_what_the_context_does() -> None:
     ids = b",".join([b"17"] * 300_000)
     check_structure(b'{"prompt":[' + ids + b"]}", 100_000)
     check_structure(b'{"prompt":[[' + ids + b"],[" + ids + b"]]}", 200_000)
-    with pytest.raises(InvalidRequestError, match="more than 282144 values"):
+    with pytest.raises(InvalidRequestError, match="more than 151072 values"):
         check_structure(b'{"prompt":[' + ids + b"]}", 10_000)
+    many = b'{"prompt":[' + b",".join([b"[" + ids + b"]"] * 4) + b"]}"
+    with pytest.raises(InvalidRequestError, match=f"{MAX_BODY_IDS + MAX_JSON_VALUES} values"):
+        check_structure(many, 300_000)
+    check_structure(many, 2**21)  # where one prompt may have as many
     endless = b'{"prompt":[' + b",".join([b"7"] * (MAX_REQUEST_TOKENS + MAX_JSON_VALUES + 2))
     with pytest.raises(InvalidRequestError, match=f"{MAX_REQUEST_TOKENS + MAX_JSON_VALUES} values"):
         check_structure(endless, 2**24)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pyserve.engine import scheduler as scheduler_module
 from pyserve.engine.batch import Step, max_update_words
 from pyserve.engine.engine import Engine
 from pyserve.engine.sequence import Sequence
@@ -309,3 +310,27 @@ def test_who_has_all_blocks_gives_way_too() -> None:
     assert engine.scheduler.num_running_of["late"] == 1
     while engine.step():
         engine.check_invariants()
+
+
+def test_a_step_looks_up_no_more_blocks_than_it_has_time_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """127 prompts that equal one of 32,000 tokens were hashed in one step, in 0.3 s."""
+    monkeypatch.setattr(scheduler_module, "MAX_LOOKUPS", 8)
+    engine = make_engine(num_slots=8, max_num_batched_tokens=64)
+    blocks, find_prefix = engine.scheduler.blocks, engine.scheduler.blocks.find_prefix
+    looked_up: list[int] = []
+
+    def spy(seq: Sequence) -> tuple[list[int], bytes | None]:
+        looked_up.append(len(seq.token_ids) // blocks.block_size)
+        return find_prefix(seq)
+
+    monkeypatch.setattr(blocks, "find_prefix", spy)
+    streams = [engine.add([1] * 20, params(2)) for _ in range(6)]
+    num_admitted = []
+    while not all(stream.is_finished for stream in streams):
+        looked_up.clear()
+        run_step(engine)
+        assert sum(looked_up) <= 8 + 5, "one more than fits, or none longer would ever run"
+        num_admitted.append(sum(stream.scheduled_s > 0 for stream in streams))
+    assert num_admitted[0] == 1 and num_admitted[-1] == 6
