@@ -77,3 +77,33 @@ def test_one_key_and_none_share_what_clients_ask_for(tokenizer_folder: Path) -> 
             headers = {"Authorization": "Bearer a"}
             assert server.request("POST", "/v1/completions", BODY, headers)[0] == 200
             assert server.engine.submitted[-1].cache_salt == ""
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),  # a Unix socket
+    ],
+)
+def test_a_client_is_an_address_where_all_have_one_key(address: str, client: str) -> None:
+    request = make_mocked_request("GET", "/", headers={"X-Forwarded-For": "203.0.113.1"})
+    request = request.clone(remote=address)
+    for keys in (Keys(()), Keys(("one",))):
+        assert keys.client(request, "1") == client
+    assert Keys(("one", "two")).client(request, "2") == "2"
+
+
+def test_the_engine_is_told_whose_a_sequence_is(tokenizer_folder: Path) -> None:
+    for keys, users in (((), ["127.0.0.1"] * 2), (("a", "b"), ["1", "2"])):
+        with run_server(tokenizer_folder, api_keys=keys) as server:
+            server.play("x")
+            for key in ("a", "b"):
+                headers = {"Authorization": f"Bearer {key}"}
+                server.request("POST", "/v1/completions", BODY, headers)
+            assert [item.user for item in server.engine.submitted] == users
