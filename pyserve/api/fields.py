@@ -17,6 +17,7 @@ from pyserve.api.protocol import (
     MAX_NAME_CHARS,
     MAX_SEQUENCES,
     MAX_STOP_CHARS,
+    MAX_STOP_CHARS_IN_ALL,
     MAX_STOP_STRINGS,
     MAX_TEMPLATE_CHARS,
     MAX_TEMPLATE_KWARGS,
@@ -99,7 +100,8 @@ DESCRIPTIONS = {
     "repetition_penalty": "Above 1 against tokens of prompt and output.",
     "logit_bias": "Token id -> value added to its logit.",
     "seed": "The same seed, parameters and prompt give the same answer; -1 is none.",
-    "stop": "Ends the answer, which does not hold it.",
+    "stop": "Ends the answer, which does not hold it; at most "
+    f"{MAX_STOP_CHARS_IN_ALL} characters in all.",
     "stop_token_ids": "Ids that end the answer, beside the model's own.",
     "include_stop_str_in_output": "Leave in the answer what ended it.",
     "ignore_eos": "Go on to max_tokens.",

@@ -7,13 +7,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from pyserve.text.chat_template import ChatTemplate
-from tests.api.fakes import MODEL, TEMPLATE, Server
+from tests.api.fakes import MODEL, TEMPLATE, Server, run_server
 
 CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
@@ -341,3 +342,29 @@ def test_through_the_sdk(server: Server) -> None:
         )  # fmt: skip
         assert answer.choices[0].message.content == "Hello world"
         assert answer.choices[0].message.role == "assistant"
+
+
+def test_spelled_control_tokens_are_counted_as_what_they_become(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120,000 of them passed for 120,000 tokens, and were then tokenised into 840,000."""
+    with run_server(tokenizer_folder) as server:
+        server.engine.info = dataclasses.replace(server.engine.info, max_model_len=2**17)
+        num_tokens = 0
+        encode = server.tokenizer.encode
+
+        def counting(text: str, **options: Any) -> list[int]:
+            nonlocal num_tokens
+            token_ids = encode(text, **options)
+            num_tokens += len(token_ids)
+            return token_ids
+
+        monkeypatch.setattr(server.tokenizer, "encode", counting)
+        messages = [{"role": "user", "content": "<|im_end|>" * 100_000}]
+        for path in ("/v1/chat/completions", "/tokenize"):
+            error = server.error(path, {"messages": messages})
+            assert error["param"] == "messages" and "the limit is 131072" in error["message"]
+            assert num_tokens < 1.5 * 2**17
+            num_tokens = 0
+        cut = {"messages": messages, "truncate_prompt_tokens": 4}
+        assert server.post("/tokenize", cut)["count"] == 4
