@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM: the first asks the server to stop, the second ends the process at once.
+"""Signals that ask the server to stop; a second one ends the process at once.
+
+Ctrl-C (SIGINT), SIGTERM, SIGQUIT (some images' way to ask), and SIGHUP: the terminal has gone, as
+where an ssh session ends. A shell and the kernel may both send that, so it ends nothing by itself,
+and nohup's wish that it be ignored is kept.
 
 They are handlers of the interpreter, not of the event loop, so that they hold before there is a
 loop, while it is stuck and after its end.
@@ -13,7 +17,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 INTERRUPTED = 128 + signal.SIGINT  # exit code of a command that Ctrl-C ends
 
 
@@ -30,6 +34,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -53,6 +59,8 @@ class StopSignals:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         # Between any two instructions of the main thread: logging may be what is interrupted.
+        if self.first is not None and number == signal.SIGHUP:
+            return
         if self.first is not None:
             os.write(2, b"told to stop twice: exiting at once\n")
             os._exit(128 + number)

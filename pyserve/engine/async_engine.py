@@ -23,6 +23,7 @@ from pyserve.params import SamplingParams
 from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
+LOOK_S = 1.0  # how often the time of a running step is looked at
 
 
 class AsyncEngine:
@@ -173,13 +174,28 @@ class AsyncEngine:
         self._queue.note(self._step_start_s, self._engine.num_finished)
 
     async def _result(self, result: Future[list[int]]) -> list[int]:
-        """What the step has sampled. Raises DeviceError where it takes longer than a step can."""
+        """What the step has sampled. Raises DeviceError where it takes longer than a step can.
+
+        Time in which this process did not run (SIGSTOP, a container that is paused, a machine that
+        is suspended) does not count: the step may have ended in it, and nobody could have noticed.
+        """
         future = asyncio.wrap_future(result)
         deadline_s = self._engine.runner.step_deadline_s
-        done, _ = await asyncio.wait((future,), timeout=deadline_s)
-        if not done:
-            raise DeviceError(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
-        return future.result()
+        if deadline_s is None:
+            await asyncio.wait((future,))
+            return future.result()
+        looked_s = time.monotonic()
+        ends_s = looked_s + deadline_s
+        while looked_s < ends_s:
+            done, _ = await asyncio.wait((future,), timeout=min(ends_s - looked_s, LOOK_S))
+            if done:
+                return future.result()
+            now_s = time.monotonic()
+            if now_s - looked_s > 2 * LOOK_S:
+                ends_s += now_s - looked_s
+                self._step_start_s += now_s - looked_s
+            looked_s = now_s
+        raise DeviceError(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         shape = f"a step of {counted(step.num_tokens, 'token')} in {counted(len(step.seqs), 'row')}"

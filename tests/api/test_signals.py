@@ -15,7 +15,7 @@ from pyserve.api.signals import StopSignals
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP])
 def test_a_first_signal_is_told_on_the_loop(number: signal.Signals) -> None:
     before = signal.getsignal(number)
 
@@ -67,7 +67,8 @@ with StopSignals():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "code"), [("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 143)]
+    ("first", "second", "code"),
+    [("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 143), ("SIGHUP", "SIGQUIT", 131)],
 )
 def test_a_second_signal_ends_whatever_runs(first: str, second: str, code: int) -> None:
     done = subprocess.run(
@@ -76,3 +77,22 @@ def test_a_second_signal_ends_whatever_runs(first: str, second: str, code: int) 
     )  # fmt: skip
     assert done.returncode == code
     assert done.stdout == "" and done.stderr == "told to stop twice: exiting at once\n"
+
+
+def test_the_end_of_a_terminal_may_be_told_more_than_once() -> None:
+    """By the shell, and by the kernel: streams still get to their end."""
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.first == signal.SIGHUP
+
+
+def test_what_nohup_asks_for_is_kept() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.first is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

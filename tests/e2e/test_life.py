@@ -263,6 +263,41 @@ def test_sigterm_under_64_streams_truncates_none_and_exits_zero(tmp_path: Path) 
         assert "Traceback" not in log and "ERROR" not in log, log
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_terminal_that_goes_leaves_streams_whole_and_nothing_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    ready = tmp_path / "ready"
+    with start_server(tmp_path / "log", "--ready-file", str(ready)) as server:
+        assert ready.exists()
+        stream = server.client().completions.create(
+            model="pyserve-demo", prompt="Hello", max_tokens=200, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        reasons = [next(iter(stream)).choices[0].finish_reason]
+        for sent in (number, signal.SIGHUP)[: 1 + (number == signal.SIGHUP)]:
+            server.process.send_signal(sent)
+            time.sleep(0.05)
+        reasons += [chunk.choices[0].finish_reason for chunk in stream]
+        assert reasons[-1] == "length"
+        assert server.process.wait(20) == 0
+        assert not ready.exists()
+
+
+def test_a_server_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    with start_server(tmp_path / "log") as server:
+        stream = server.client().completions.create(
+            model="pyserve-demo", prompt="Hello", max_tokens=300, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        next(iter(stream))
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        server.process.send_signal(signal.SIGCONT)
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert server.request("GET", "/health")[0] == 200
+
+
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
     """A paused terminal, a log collector that hangs: the pipe is full from the first line on."""
     pipe = tmp_path / "log"

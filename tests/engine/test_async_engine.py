@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pyserve.client import EngineClient, EngineInfo, SequenceStream
+from pyserve.engine import async_engine as async_engine_module
 from pyserve.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
@@ -77,6 +78,11 @@ class HeldRunner:
     def tell(self) -> None:
         result, inner = self.held.pop(0)
         result.set_result(inner.result())
+
+
+async def wait_for_step(held: HeldRunner) -> None:
+    while not held.held:
+        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -292,6 +298,38 @@ def test_a_step_beyond_its_deadline_stops_the_engine(depth: int) -> None:
         assert "hangs" in await client.wait_stopped()
         await asyncio.wait_for(client.stop(), 1.0)
         assert not held.inner.is_closed, "what hangs may still use its memory"
+
+    run(test())
+
+
+def test_time_in_which_the_process_stood_still_is_no_time_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGSTOP, docker pause, a suspended machine: a step may end before anybody looks again."""
+    monkeypatch.setattr(async_engine_module, "LOOK_S", 0.05)
+
+    async def test() -> None:
+        engine = make_engine()
+        engine.runner = held = HeldRunner(fake(engine))
+        held.step_deadline_s = 0.3
+        client = async_engine(engine, 0)
+        client.start()
+        stream = client.submit([1, 2, 3], SamplingParams(max_tokens=2, seed=0))
+        await wait_for_step(held)
+        time.sleep(1.0)  # nothing of this process runs, as far as the loop can tell
+        await asyncio.sleep(0.1)
+        assert client.stats().error is None
+        assert client.stats().step_age_s < 0.3, "nor does /health take it for one that hangs"
+        held.tell()
+        await wait_for_step(held)
+        held.tell()
+        assert (await read_all(stream))[1] == "length"
+        stream = client.submit([1, 2, 3], SamplingParams(max_tokens=2, seed=0))
+        await wait_for_step(held)
+        time.sleep(1.0)
+        with pytest.raises(EngineError, match="hangs"):
+            await read_all(stream)  # it still is one where it never ends
+        await client.stop()
 
     run(test())
 
