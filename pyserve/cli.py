@@ -26,7 +26,8 @@ from pyserve.config import (
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flags import given, parse_args
 from pyserve.text.chat_template import ChatTemplate, read_override
-from pyserve.text.tokenizer import TOKENIZER_FILE, GenerationDefaults, Tokenizer
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+from pyserve.text.tokenizer_json import TOKENIZER_FILE
 
 DEMO_MODEL_NAME = "pyserve-demo"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -115,10 +116,12 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
     for flag, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
         if name is None:
             continue
-        path = Path(os.path.expanduser(name))
-        if path.is_file() or not name or (name[0] in "/.~" and not path.is_dir()):
-            raise ConfigError(f"{flag} {name} is neither a folder nor a name on the hub")
-        if flag == "--model" and path.is_dir() and not (path / "config.json").is_file():
+        # os.path says no to names that the system refuses, where Path raises.
+        path = os.path.expanduser(name)
+        if os.path.isfile(path) or not name or (name[0] in "/.~" and not os.path.isdir(path)):
+            raise ConfigError(f"{flag} {name[:200]} is neither a folder nor a name on the hub")
+        has_config = os.path.isfile(os.path.join(path, "config.json"))
+        if flag == "--model" and os.path.isdir(path) and not has_config:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
     if args.chat_template is not None:
         read_override(args.chat_template)
@@ -127,7 +130,9 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
     if args.download_dir is not None and _nearest_folder(args.download_dir) is None:
         raise ConfigError(f"--download-dir {args.download_dir}: is not a folder, nor could it be")
     ready_file = config.ready_file
-    if ready_file is not None and (ready_file.is_dir() or not ready_file.parent.is_dir()):
+    if ready_file is not None and (
+        os.path.isdir(ready_file) or not os.path.isdir(ready_file.parent)
+    ):
         raise ConfigError(f"--ready-file {ready_file} must be a file in a folder that exists")
 
 
@@ -136,7 +141,7 @@ def _nearest_folder(path: Path) -> Path | None:
     path = path.absolute()
     while not os.path.lexists(path):
         path = path.parent
-    return path if path.is_dir() else None
+    return path if os.path.isdir(path) else None
 
 
 def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
@@ -175,10 +180,10 @@ def _tokenizer(folder: Path) -> Tokenizer:
 def _generation_folder(choice: str, model_path: Path) -> Path:
     if choice in ("auto", "vllm"):
         return model_path
-    if not (Path(choice) / "generation_config.json").is_file():
+    if not os.path.isfile(os.path.join(choice, "generation_config.json")):
         raise ConfigError(
             f"--generation-config must be auto, vllm or a folder with generation_config.json, "
-            f"got {choice}"
+            f"got {choice[:200]}"
         )
     return Path(choice)
 

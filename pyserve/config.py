@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from pyserve.errors import ConfigError
+from pyserve.params import INT64_MAX, INT64_MIN
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -65,6 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             _require("--max-model-len", self.max_model_len, 1, 2**24)
         if self.kv_cache_memory_bytes is not None:
             _require("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1, 2**50)
+        _require("--seed", self.seed, INT64_MIN, INT64_MAX)
         if self.max_queue is not None:
             _require("--max-queue", self.max_queue, 1, MAX_QUEUE)
 

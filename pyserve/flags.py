@@ -137,12 +137,23 @@ def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """As `parser` says, but what is unknown is an error with the nearest name."""
+    for word in argv:
+        if "\0" in word or not _is_encodable(word):  # no path of this system, nor anything else
+            raise ConfigError(f"{word[:100]!r} holds a character that no flag takes")
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("-"):
             refuse_unknown(parser, word)
         raise ConfigError(f"unexpected argument {word!r}")
     return args
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def given(argv: list[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pyserve.errors import InvalidRequestError
 MAX_LOGIT_BIAS = 300  # entries per sequence; one slot row on the device holds them
 MAX_STOP_TOKEN_IDS = 64  # likewise
 MAX_TOP_K = 2**31 - 1
+INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # The device computes in float32: below these a value would become 0 or its effect infinite.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # of a sampled sequence; 0 is greedy

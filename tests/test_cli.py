@@ -183,6 +183,12 @@ def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> 
         (["--download-dir", f"{file}/x"], "--download-dir"),
         (["--ready-file", str(tmp_path)], "--ready-file"),
         (["--ready-file", nowhere], "--ready-file"),
+        (["--model", "/" + "x/" * 5000], "neither a folder nor a name"),
+        (["--tokenizer", "/" + "x" * 300], "neither a folder nor a name"),
+        (["--chat-template", "x" * 300], "--chat-template .*cannot be read: File name too long"),
+        (["--chat-template", "/dev/null"], "not a regular file"),
+        (["--generation-config", "x" * 300], "--generation-config"),
+        (["--ready-file", "/tmp/" + "x" * 300 + "/y"], "--ready-file"),
     ):
         args = parse_args(argv)
         with pytest.raises(ConfigError, match=message):

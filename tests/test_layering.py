@@ -17,6 +17,7 @@ LEAVES = {
     "config",
     "params",
     "client",
+    "model_files",
     "errors",
     "metrics",
     "log",

@@ -30,6 +30,7 @@ from pyserve.config import ServerConfig
 from pyserve.errors import StartupError
 from pyserve.log import get_logger
 from pyserve.metrics import Metrics
+from pyserve.model_files import is_panic
 from pyserve.words import counted
 
 LOADER_GRACE_S = 1.0  # for a thread that loads, to end a compiler and remove half a file
@@ -180,7 +181,9 @@ class _Server:
         try:
             loaded = self._load(self._state.startup.report)
         except BaseException as error:  # whatever ends this thread must end the start
-            finish = partial(_settle, loading, error=error)
+            # Of a library in Rust it is no Exception, and would not be taken for a failed start.
+            failure = RuntimeError(repr(error)) if is_panic(error) else error
+            finish = partial(_settle, loading, error=failure)
         else:
             # What lives from here on is never looked at again by the collector.
             gc.collect()

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from pyserve.errors import CheckpointError
+from pyserve.model_files import read_object
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 LENGTH_BYTES = 8  # of the header's length, a little-endian u64
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
+MAX_NAME_BYTES = 255  # of a file, as file systems have it
+MAX_SHOWN_CHARS = 200  # of a tensor's name in a message
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file of the same folder, as an index says. Raises CheckpointError naming both."""
+    raw = read_object(index, MAX_INDEX_BYTES)
+    if raw is None:
+        raise CheckpointError(f"{index}: No such file or directory")
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object that names tensors")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not _is_weights_file(file_name):
+            raise CheckpointError(
+                f"{index}: weight_map[{name[:MAX_SHOWN_CHARS]}] must be a safetensors file "
+                f"of the same folder"
+            )
+    return weight_map
+
+
+def _is_weights_file(name: str) -> bool:
+    is_plain = not set(name) & {"/", "\\", "\0"} and len(name.encode()) <= MAX_NAME_BYTES
+    return is_plain and name.endswith(".safetensors")

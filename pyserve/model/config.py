@@ -7,7 +7,6 @@ knows are kept by name. Imports no torch.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +18,7 @@ from pyserve.model.fields import Fields
 from pyserve.model.registry import ARCHITECTURES, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
 from pyserve.model.unknown_fields import Model, unknown_fields
+from pyserve.model_files import guarded, read_object
 
 CheckpointDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -74,6 +74,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """From the contents of config.json. Raises ConfigError naming the key, value and limit."""
+        with guarded("config.json"):
+            return cls._from_hf(raw)
+
+    @classmethod
+    def _from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         fields = Fields(raw, "config.json")
         name = _architecture_name(fields)
         architecture = ARCHITECTURES[name]
@@ -130,19 +135,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 def read_config(folder: Path) -> dict[str, Any]:
     """What config.json holds. Raises CheckpointError where it is no JSON object."""
     path = folder / "config.json"
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        raw = msgspec.json.decode(text.removeprefix(codecs.BOM_UTF8))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
+    raw = read_object(path, MAX_CONFIG_BYTES)
+    if raw is None:
+        raise CheckpointError(f"{path}: No such file or directory")
     return raw
 
 

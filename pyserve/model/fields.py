@@ -49,7 +49,8 @@ class Fields:
     ) -> float:  # fmt: skip
         value = self._get(key, default, nullable)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        # The bounds first: an integer of hundreds of digits is no float.
+        if not is_number or not low <= value <= high or not math.isfinite(value):
             raise self.refuse(key, f"must be a number in [{low:g}, {high:g}]")
         return float(value)
 

@@ -36,6 +36,7 @@ from pyserve.model.hub_files import (
     served_weights,
     write_headers,
 )
+from pyserve.model_files import MAX_TEXT_BYTES
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]{0,199}")
@@ -43,7 +44,6 @@ TOKEN = re.compile(r"[!-~]{1,4096}")
 DEFAULT_REVISION = "main"
 
 
-MAX_TEXT_BYTES = 128 * 2**20  # one file: the largest tokenizers have a quarter of it
 MAX_TEXTS_BYTES = 512 * 2**20  # all of a model's together
 DISK_MARGIN_BYTES = 256 * 2**20  # left for logs, compiled products and the file system itself
 

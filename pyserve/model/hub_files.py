@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import msgspec
-
 from pyserve.errors import CheckpointError
 from pyserve.model.checkpoint_files import (
     INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    MAX_INDEX_BYTES,
     SINGLE_FILE,
+    read_weight_map,
 )
 from pyserve.model.hub_client import HubClient, Listing, RemoteFile
 
@@ -76,7 +73,7 @@ def looks_whole(snapshot: Path, *, with_weights: bool) -> bool:
         return True
     try:
         names = _indexed_files(snapshot / INDEX_FILE)
-    except (OSError, CheckpointError):
+    except CheckpointError:
         return False
     return all((snapshot / name).is_file() for name in names)
 
@@ -110,20 +107,8 @@ def served_weights(listing: Listing, folder: Path, *, named: str) -> list[Remote
 
 
 def _indexed_files(path: Path) -> list[str]:
-    """Names of the files an index lists: of the same folder, as nothing else is fetched."""
-
-    class Index(msgspec.Struct):
-        weight_map: dict[str, str]
-
-    with path.open("rb") as file:
-        text = file.read(MAX_INDEX_BYTES + 1).removeprefix(codecs.BOM_UTF8)
-    try:
-        names = set(msgspec.json.decode(text[:MAX_INDEX_BYTES], type=Index).weight_map.values())
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{INDEX_FILE} is no index of weights") from error
-    if not names or any("/" in name or not name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{INDEX_FILE} must list safetensors files of the same folder")
-    return sorted(names)
+    """Names of the files that an index lists."""
+    return sorted(set(read_weight_map(path).values()))
 
 
 async def write_headers(

@@ -10,9 +10,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import codecs
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
 
-import msgspec
 import torch
 
 from pyserve.errors import CheckpointError
@@ -29,13 +26,14 @@ from pyserve.model.checkpoint_files import (
     INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    MAX_INDEX_BYTES,
+    MAX_SHOWN_CHARS,
     SINGLE_FILE,
+    read_weight_map,
 )
 from pyserve.model.upload import Upload
+from pyserve.model_files import decode_object, guarded, open_regular
 
 MAX_DIMS = 8
-MAX_SHOWN_CHARS = 200  # of a tensor's name in a message
 BUFFER_BYTES = 64 * 2**20
 # One thread copies 3 to 8 GB/s out of the page cache, a card takes 25 to 50.
 NUM_READERS = 8
@@ -76,11 +74,11 @@ def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; "
             f"only safetensors checkpoints are loaded"
         )
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         path = folder / file_name
-        if not path.exists():
+        if not os.path.exists(path):
             raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it")
         for tensor in read_header(path):
             # A tensor that another file is listed for is not this file's to give.
@@ -94,7 +92,7 @@ def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """Parse and check the header of one file. The tensors fill the rest of it without a gap."""
-    with _open(path) as file:
+    with guarded(str(path)), _open(path) as file:
         file_bytes = os.fstat(file.fd).st_size
         if file_bytes < LENGTH_BYTES:
             raise CheckpointError(f"{path} is truncated: it has {file_bytes} bytes")
@@ -105,13 +103,12 @@ def read_header(path: Path) -> list[StoredTensor]:
                 f"{path} is no safetensors file or truncated: "
                 f"a header of {header_bytes} bytes, the limit is {limit}"
             )
-        text = file.read(LENGTH_BYTES, header_bytes)
-    header = _decode_object(text, f"the header of {path}")
-    header.pop("__metadata__", None)
-    data_offset = LENGTH_BYTES + header_bytes
-    tensors = [_parse_entry(path, name, entry, data_offset) for name, entry in header.items()]
-    _check_layout(path, tensors, data_offset, file_bytes)
-    return tensors
+        header = decode_object(file.read(LENGTH_BYTES, header_bytes), f"the header of {path}")
+        header.pop("__metadata__", None)
+        data_offset = LENGTH_BYTES + header_bytes
+        tensors = [_parse_entry(path, name, entry, data_offset) for name, entry in header.items()]
+        _check_layout(path, tensors, data_offset, file_bytes)
+        return tensors
 
 
 class CheckpointReader:
@@ -259,7 +256,7 @@ class _File:
             try:
                 count = os.preadv(self.fd, [destination[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
             if count == 0:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
             done += count
@@ -267,42 +264,9 @@ class _File:
 
 def _open(path: Path) -> _File:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{path} is not a regular file")
-    return _File(path, fd)
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    with _open(index) as file:
-        num_bytes = os.fstat(file.fd).st_size
-        if num_bytes > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index} has {num_bytes} bytes, the limit is {MAX_INDEX_BYTES}")
-        text = file.read(0, num_bytes).removeprefix(codecs.BOM_UTF8)
-    weight_map = _decode_object(text, str(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must be an object that names tensors")
-    for name, file_name in weight_map.items():
-        is_plain = isinstance(file_name, str) and file_name.endswith(".safetensors")
-        if not is_plain or "/" in file_name or "\\" in file_name or "\0" in file_name:
-            raise CheckpointError(
-                f"{index}: weight_map[{name[:MAX_SHOWN_CHARS]}] must be a safetensors file "
-                f"of the same folder"
-            )
-    return weight_map
-
-
-def _decode_object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        decoded = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from error
-    if not isinstance(decoded, dict):
-        raise CheckpointError(f"{where} must be a JSON object")
-    return decoded
+        return _File(path, open_regular(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: No such file or directory") from error
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:

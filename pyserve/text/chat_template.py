@@ -25,6 +25,7 @@ from pyserve.errors import (
     RequestError,
 )
 from pyserve.log import get_logger
+from pyserve.model_files import guarded, read_text
 from pyserve.text.chat_messages import attempts, known_role
 from pyserve.text.guard import ChatPrompt, ControlGuard, unused_noncharacters
 from pyserve.text.template_limits import MAX_RENDER_S, Meter, TemplateLimitError, metering
@@ -105,7 +106,7 @@ class ChatTemplate:
         try:
             template._add(*_read_sources(tokenizer.folder, tokenizer.config))
         except CheckpointError as error:
-            template.faults[_DEFAULT] = str(error)
+            template.faults[_DEFAULT] = str(error).replace(f"{tokenizer.folder}/", "")
         for fault in template.faults.values():
             get_logger().warning(
                 "%s: %s: chats are refused; --chat-template gives another", tokenizer.folder, fault
@@ -120,8 +121,9 @@ class ChatTemplate:
         return other
 
     def _compile(self, source: str, origin: str) -> _Compiled:
-        template, variables = compile_template(source, origin)
-        return _Compiled(template, variables, probe(template, self._special_tokens), source)
+        with guarded(origin):
+            template, variables = compile_template(source, origin)
+            return _Compiled(template, variables, probe(template, self._special_tokens), source)
 
     def unused(self, names: Iterable[str], *, has_tools: bool = False) -> list[str]:
         """Those of the names of `template_kwargs` that the template does not look at."""
@@ -287,9 +289,12 @@ def read_override(override: str) -> str:
     if any(char in override for char in "{}\n"):
         return override
     try:
-        return Path(override).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--chat-template {override}: cannot be read: {error}") from error
+        text = read_text(Path(override))
+    except CheckpointError as error:
+        raise ConfigError(f"--chat-template {error}") from error
+    if text is None:
+        raise ConfigError(f"--chat-template {override}: cannot be read: No such file or directory")
+    return text
 
 
 def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
@@ -299,7 +304,8 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
         files = {_DEFAULT: path}
         extra = folder / "additional_chat_templates"
         files |= {file.stem: file for file in sorted(extra.glob("*.jinja"))}
-        return {name: _read_text(file) for name, file in files.items()}, TEMPLATE_FILE
+        texts = {name: read_text(file) for name, file in files.items()}
+        return {name: text for name, text in texts.items() if text is not None}, TEMPLATE_FILE
     origin = "tokenizer_config.json: chat_template"
     value = config.get("chat_template")
     if value is None:
@@ -307,18 +313,10 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
     if isinstance(value, str):
         return {_DEFAULT: value}, origin
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        named = [(item.get("name"), item.get("template")) for item in value
+                 if isinstance(item, dict)]  # fmt: skip
         if len(named) == len(value) and all(
-            isinstance(text, str) for pair in named.items() for text in pair
+            isinstance(text, str) for pair in named for text in pair
         ):
-            return {str(name): str(text) for name, text in named.items()}, origin
+            return {str(name): str(text) for name, text in named}, origin
     raise CheckpointError(f"{origin} must be text or a list of {{name, template}}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path.name}: is not UTF-8") from error

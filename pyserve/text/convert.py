@@ -12,8 +12,10 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from pyserve.errors import CheckpointError
+from pyserve.model_files import guarded, reason_of
 from pyserve.text.sentencepiece_model import MODEL_FILE
-from pyserve.text.tokenizer import TOKENIZER_FILE, Converted
+from pyserve.text.tokenizer import Converted
+from pyserve.text.tokenizer_json import TOKENIZER_FILE
 
 _SOURCES = ("vocab.json", "merges.txt")
 _REMEDY = f"--tokenizer names another folder that has {TOKENIZER_FILE}"
@@ -27,15 +29,15 @@ def convert_tokenizer(folder: Path) -> Converted:
             f"{_REMEDY}"
         )
     try:
-        converted = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        backend = converted.backend_tokenizer
-    except Exception as error:  # whatever a damaged file makes the converters raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        with guarded(str(folder)):
+            converted = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+            backend = converted.backend_tokenizer
+    except CheckpointError as error:
         raise CheckpointError(
             f"{folder}: no {TOKENIZER_FILE}, and transformers cannot convert what is there "
-            f"({reason}); {_REMEDY}"
+            f"({reason_of(error.__cause__ or error)}); {_REMEDY}"
         ) from error
     assert isinstance(backend, tokenizers.Tokenizer)
     return Converted(backend, _SOURCES[0])

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from pyserve.errors import CheckpointError
+from pyserve.model_files import guarded, read_bytes
 from pyserve.text.tokenizer import Converted
 from pyserve.text.tokenizer_class import prefix_of
 from pyserve.text.tokenizer_files import TokenizerFiles
@@ -74,11 +75,16 @@ def convert_model(folder: Path) -> Converted:
             f"{folder}: no tokenizer.json; to convert {MODEL_FILE}, pip install {_PACKAGES}, "
             f"or {_REMEDY}"
         )
+    with guarded(str(path)):
+        return _convert(folder, path)
+
+
+def _convert(folder: Path, path: Path) -> Converted:
     files = TokenizerFiles.read(folder)
     prefix = prefix_of(files.config, files.model_config)
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(read_bytes(path) or b"")
         model.normalizer_spec.add_dummy_prefix &= prefix != "never"
         processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     except Exception as error:  # protobuf and sentencepiece have errors of their own

@@ -21,7 +21,8 @@ import tokenizers
 from tokenizers import decoders, models
 
 from pyserve.errors import CheckpointError, InvalidRequestError
-from pyserve.params import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY, MIN_TOP_P
+from pyserve.model_files import guarded, is_panic, read_object
+from pyserve.params import INT32_MAX, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY, MIN_TOP_P
 from pyserve.text.decoding import TokenDecoder, parse_layout
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.guard import ChatPrompt
@@ -32,11 +33,10 @@ from pyserve.text.tokenizer_files import (
     extra_tokens,
     make_special,
     named_tokens,
-    read_json_object,
     warn_of_ids,
 )
+from pyserve.text.tokenizer_json import TOKENIZER_FILE, place_of, read_backend, try_out
 
-TOKENIZER_FILE = "tokenizer.json"
 PIECE_TOKENS = 2**16  # decoded at once: a few milliseconds
 NO_LIMIT = 2**62
 
@@ -82,8 +82,6 @@ class Tokenizer:
         self.config = config
         self.special_tokens = special_tokens
         self._backend = backend
-        backend.no_truncation()  # both are leftovers of training in some folders
-        backend.no_padding()
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.control_tokens = frozenset(token.content for token in added.values() if token.special)
@@ -104,13 +102,21 @@ class Tokenizer:
 
         Raises CheckpointError naming the file that is missing or wrong, or two that disagree.
         """
+        with guarded(f"{folder}: the tokenizer's files"):
+            return cls._from_folder(folder, converted)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, converted: Converted | None) -> Tokenizer:
         files = TokenizerFiles.read(folder)
         config = files.config
         if converted is None:
-            backend, is_byte_level = _read_backend(folder / TOKENIZER_FILE)
+            backend, is_byte_level = read_backend(folder / TOKENIZER_FILE)
         else:
             backend = converted.backend
             is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        backend.no_truncation()  # both are leftovers of training in some folders
+        backend.no_padding()
+        try_out(backend, folder / (converted.source if converted else TOKENIZER_FILE))
         found = None
         if isinstance(backend.model, models.BPE):
             found = class_of(config, files.model_config, is_byte_level=is_byte_level)
@@ -185,7 +191,7 @@ class Tokenizer:
                 f"{param} holds text that this model's tokenizer has no tokens for", param
             ) from error
         except BaseException as error:  # a bug in the library must cost one request, no more
-            if type(error).__name__ == "PanicException":  # of Rust; it can be had by name only
+            if is_panic(error):
                 raise RuntimeError("the tokenizer has panicked") from error
             raise
 
@@ -240,7 +246,8 @@ class Tokenizer:
         """What add_special_tokens puts before and behind a text."""
         inner = self.encode("a", add_special_tokens=False)
         outer = self.encode("a", add_special_tokens=True)
-        num_before = next(i for i in range(len(outer) + 1) if outer[i : i + len(inner)] == inner)
+        num_before = place_of(inner, outer)
+        assert num_before is not None, "post_processor holds a text once"
         return outer[:num_before], outer[num_before + len(inner) :]
 
     def _encode_continuation(self, text: str, anchor: list[int]) -> list[int]:
@@ -277,14 +284,14 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         Without `sampling` only the EOS list is read (`--generation-config vllm`).
         """
         path = folder / "generation_config.json"
-        raw = read_json_object(path) or {}
+        raw = read_object(path) or {}
         eos = _eos_ids(path, raw.get("eos_token_id"))
         if not eos:
             config_path = folder / "config.json"
-            eos = _eos_ids(config_path, (read_json_object(config_path) or {}).get("eos_token_id"))
+            eos = _eos_ids(config_path, (read_object(config_path) or {}).get("eos_token_id"))
         if not sampling:
             return cls(eos_token_ids=eos)
-        top_k = _int_in(path, raw, "top_k", -1, 2**31 - 1)
+        top_k = _int_in(path, raw, "top_k", -1, INT32_MAX)
         return cls(
             temperature=_number_in(path, raw, "temperature", 0.0, 2.0),
             top_p=_number_in(path, raw, "top_p", MIN_TOP_P, 1.0),
@@ -293,48 +300,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
             repetition_penalty=_number_in(
                 path, raw, "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
             ),
-            max_new_tokens=_int_in(path, raw, "max_new_tokens", 1, 2**31 - 1),
+            max_new_tokens=_int_in(path, raw, "max_new_tokens", 1, INT32_MAX),
             eos_token_ids=eos,
         )
-
-
-class _TokenInFile(msgspec.Struct):
-    id: int
-    content: str
-
-
-class _TokenizerJson(msgspec.Struct):
-    """What is asked of tokenizer.json beside the library; all else in it is passed over."""
-
-    added_tokens: list[_TokenInFile] = []
-
-
-def _read_backend(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer in tokenizer.json, and whether the file speaks of the byte-level alphabet."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent}: no {TOKENIZER_FILE}; --tokenizer names another folder that has one"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-        listed = msgspec.json.decode(text, type=_TokenizerJson).added_tokens
-    except Exception as error:  # the library raises nothing more special
-        raise CheckpointError(
-            f"{path}: tokenizers {tokenizers.__version__} cannot read it ({error}); "
-            "the file is damaged or needs a newer version of tokenizers"
-        ) from error
-    for token in listed:  # the library gives a token the next free id, whatever the file says
-        given = backend.token_to_id(token.content)
-        if token.content and given != token.id:
-            raise CheckpointError(
-                f"{path}: the added token {token.content!r} has the id {token.id}, but its place "
-                f"in the vocabulary is {given}; the ids before it have no tokens"
-            )
-    return backend, '"ByteLevel"' in text
 
 
 def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
@@ -353,9 +321,9 @@ def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
 def _eos_ids(path: Path, value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+        if type(token_id) is not int or not 0 <= token_id <= INT32_MAX:
             raise CheckpointError(
-                f"{path}: eos_token_id must be a token id or a list of them, got {token_id!r}"
+                f"{path}: eos_token_id must be a token id or a list of them, got {token_id!r:.80}"
             )
     return tuple(dict.fromkeys(ids))
 
@@ -368,7 +336,7 @@ def _number_in(
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise CheckpointError(
-            f"{path}: {name} must be in [{low:g}, {high:g}], got {value!r}; "
+            f"{path}: {name} must be in [{low:g}, {high:g}], got {value!r:.80}; "
             "--generation-config vllm ignores the file's sampling values"
         )
     return value

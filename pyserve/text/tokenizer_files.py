@@ -8,7 +8,6 @@ or one id two tokens, no merge is right, so the folder is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers import AddedToken
 
 from pyserve import log
 from pyserve.errors import CheckpointError
+from pyserve.model_files import read_object
 
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
@@ -62,23 +62,23 @@ class TokenizerFiles:
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
         """Raises CheckpointError naming the file and the field that is wrong."""
-        config = read_json_object(folder / CONFIG_FILE) or {}
+        config = read_object(folder / CONFIG_FILE) or {}
         if _OLD_LIST in config and not config.get(_LIST):
             config[_LIST] = config.pop(_OLD_LIST)
         in_config = None
         if "added_tokens_decoder" in config:
             in_config = _listed_in_config(folder / CONFIG_FILE, config["added_tokens_decoder"])
         else:
-            config = _with_map(config, read_json_object(folder / MAP_FILE) or {})
+            config = _with_map(config, read_object(folder / MAP_FILE) or {})
         named = [token for name in _NAMED if (token := _token(config.get(name)))]
         special = {str(token) for token in (*named, *_tokens(config, _LIST))}
-        ids = read_json_object(folder / ADDED_FILE) or {}
+        ids = read_object(folder / ADDED_FILE) or {}
         in_file = _listed_in_file(folder / ADDED_FILE, ids, special)
         added = in_file if in_config is None else in_config
         return cls(
             folder=folder,
             config=config,
-            model_config=read_json_object(folder / "config.json") or {},
+            model_config=read_object(folder / "config.json") or {},
             added=tuple(sorted(added, key=lambda item: item.token_id)),
             ignored=() if in_config is None else in_file,
         )
@@ -88,21 +88,6 @@ class TokenizerFiles:
         """Ids that the model has an embedding for; 0 where config.json does not say it."""
         size = self.model_config.get("vocab_size")
         return size if isinstance(size, int) else 0
-
-
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file of the model; None where there is no file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def named_tokens(

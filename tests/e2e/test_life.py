@@ -359,6 +359,19 @@ def test_no_such_model_folder(tmp_path: Path) -> None:
     assert code != 0 and "config.json" in log
 
 
+def test_a_tokenizer_that_makes_its_library_panic(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(ROOT / "pyserve" / "demo" / name)
+    text = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").unlink()
+    text["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    code, log = run_to_the_end("--port", str(free_port()), "--model", str(tmp_path))
+    errors = [line for line in log.splitlines() if " ERROR " in line]
+    assert code == 1 and len(errors) == 1
+    assert "tokenizer.json: " in errors[0] and "its normalizer" in errors[0]
+
+
 def test_too_little_memory() -> None:
     code, log = run_to_the_end("--port", str(free_port()), "--gpu-memory-utilization", "1e-9")
     assert code != 0 and "--gpu-memory-utilization" in log

@@ -283,13 +283,40 @@ def test_what_cannot_be_served_is_refused_by_name(
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": NaN}', b'{"a":' * 100_000, b"[" * 100_000, b"12"],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b'{"a": NAN}',
+        b'{"a":' * 100_000,
+        b"[" * 100_000,
+        b"12",
+        b'{"a": 1' + b"0" * 5000 + b"}",
+        b'{"a": "\\ud800"}',
+    ],
     ids=lambda text: repr(text[:12]),
 )
 def test_a_file_that_is_no_config(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match="config.json"):
         ModelConfig.from_path(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e999", "1" + "0" * 400])
+@pytest.mark.parametrize(
+    "field",
+    ["rms_norm_eps", "rope_theta", "hidden_size", "num_hidden_layers", "vocab_size", "head_dim",
+     "max_position_embeddings", "partial_rotary_factor"],
+)  # fmt: skip
+def test_numbers_that_overflow_are_refused_by_field(
+    field: str, number: str, tmp_path: Path
+) -> None:
+    text = json.dumps(LLAMA | {field: "@"}).replace('"@"', number)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"config.json: {field} ") as refusal:
+        ModelConfig.from_path(tmp_path)
+    assert len(str(refusal.value)) < 400
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
@@ -302,7 +329,7 @@ def test_a_missing_or_huge_file(tmp_path: Path) -> None:
         ModelConfig.from_path(tmp_path)
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_CONFIG_BYTES + 1)
-    with pytest.raises(CheckpointError, match="larger than"):
+    with pytest.raises(CheckpointError, match="the limit is"):
         ModelConfig.from_path(tmp_path)
 
 

@@ -51,3 +51,12 @@ def test_what_cannot_be_converted_names_folder_and_remedy(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"cannot convert .*--tokenizer names") as caught:
         convert_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_panic_of_the_library_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("a b\n")  # makes a token that is not in the vocabulary
+    with pytest.raises(CheckpointError, match=r"cannot convert .*--tokenizer names") as caught:
+        convert_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

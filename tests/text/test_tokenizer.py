@@ -108,7 +108,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"tokenizer.json: tokenizers .* cannot read it"):
             Tokenizer.from_folder(tmp_path)
     good.write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: is not UTF-8"):
         Tokenizer.from_folder(tmp_path)
     good.write_text(text)
     config = tmp_path / "tokenizer_config.json"
@@ -244,13 +244,19 @@ def test_generation_defaults(tmp_path: Path) -> None:
         ("top_p", 0), ("top_p", True), ("top_k", 1.5), ("top_k", -2), ("min_p", 2),
         ("repetition_penalty", 0), ("max_new_tokens", 0),
         ("eos_token_id", "x"), ("eos_token_id", [1, -1]), ("eos_token_id", [True]),
+        ("eos_token_id", 2**31), ("eos_token_id", float("inf")), ("top_p", float("inf")),
+        ("top_k", 10**400), ("temperature", 10**400), ("max_new_tokens", 2**64),
+        ("min_p", "x" * 10**5), ("eos_token_id", ["x" * 10**5]),
     ],
 )  # fmt: skip
 def test_bad_generation_defaults_name_file_field_and_remedy(
     tmp_path: Path, name: str, value: object
 ) -> None:
     write(tmp_path, "generation_config.json", {name: value})
-    with pytest.raises(CheckpointError, match=rf"generation_config.json: {name} must be"):
+    with pytest.raises(
+        CheckpointError, match=rf"generation_config.json: {name} must be"
+    ) as refusal:
         GenerationDefaults.from_folder(tmp_path)
+    assert len(str(refusal.value)) < 400
     if name != "eos_token_id":
         GenerationDefaults.from_folder(tmp_path, sampling=False)

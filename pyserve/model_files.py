@@ -1,0 +1,132 @@
+"""The one way to read a file of a model: a stranger's, on which libraries fail in any way.
+
+Reads are of regular files and bounded: a pipe would never end, and /dev/zero would fill memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyserve.errors import CheckpointError, PyserveError
+from pyserve.log import get_logger
+
+MAX_TEXT_BYTES = 128 * 2**20  # of any file but weights; the largest tokenizers have 40 MB
+MAX_REASON_CHARS = 200
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]").search
+
+
+@contextmanager
+def guarded(where: str) -> Iterator[None]:
+    """What a library makes of a stranger's file becomes a CheckpointError that names `where`.
+
+    A panic of a library in Rust too, which is no Exception. Errors of ours pass as they are.
+    """
+    try:
+        yield
+    except PyserveError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        get_logger().debug("%s", where, exc_info=True)
+        raise CheckpointError(f"{where}: cannot be used ({reason_of(error)})") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked. The class can be had by name only."""
+    return type(error).__name__ == "PanicException"
+
+
+def reason_of(error: BaseException) -> str:
+    """One line of what a library's error says."""
+    line = str(error).strip().partition("\n")[0][:MAX_REASON_CHARS]
+    return line or type(error).__name__
+
+
+def open_regular(path: Path) -> int:
+    """A file descriptor to read from. Raises FileNotFoundError, else CheckpointError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a name that the system refuses is either
+        reason = (isinstance(error, OSError) and error.strerror) or "no name of a file"
+        raise CheckpointError(f"{shown(path)}: cannot be read: {reason}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path}: cannot be read: not a regular file")
+    return fd
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes | None:
+    """What a file holds, at most `limit` bytes; None where there is no file."""
+    try:
+        fd = open_regular(path)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        num_bytes = os.fstat(fd).st_size
+        if num_bytes > limit:
+            raise CheckpointError(f"{path}: has {num_bytes} bytes, the limit is {limit}")
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str | None:
+    """The text in a file, without a byte order mark; None where there is no file."""
+    content = read_bytes(path, limit)
+    try:
+        return None if content is None else content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 (byte {error.start})") from error
+
+
+def read_object(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file."""
+    content = read_bytes(path, limit)
+    return None if content is None else decode_object(content, str(path))
+
+
+def decode_object(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, as Python writes it: NaN and Infinity are numbers, for readers to refuse."""
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+        if _SURROGATE(text):
+            _refuse_surrogates(value, where)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: is not JSON: {reason_of(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _refuse_surrogates(value: object, where: str) -> None:
+    """Halves of a character, which no library takes for text."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{where} is not Unicode text: {value!r:.80}") from error
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_surrogates(key, f"{where}: a key")
+            _refuse_surrogates(item, f"{where}: {key[:80]}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_surrogates(item, where)
+
+
+def shown(path: Path, limit: int = 1000) -> str:
+    """A path as a message shows it."""
+    text = str(path)
+    return text if len(text) <= limit else f"{text[:limit]}..."
