@@ -148,7 +148,7 @@ async def run_case(endpoint: Endpoint, case: Case) -> tuple[list[Answer], str | 
     loop = asyncio.get_running_loop()
     try:
         transport, exchange = await loop.create_connection(
-            lambda: Exchange(case), endpoint.host, endpoint.port
+            lambda: Exchange(case), endpoint.host, endpoint.port, local_addr=_local(endpoint)
         )
     except OSError as error:
         return [], f"cannot connect: {error}", b""
@@ -173,6 +173,12 @@ async def run_case(endpoint: Endpoint, case: Case) -> tuple[list[Answer], str | 
     if problem is None and case.num_answers and is_late:
         problem = f"{len(answers)} of {case.num_answers} answers after {ANSWER_TIMEOUT_S:g} s"
     return answers, problem, received
+
+
+def _local(endpoint: Endpoint) -> tuple[str, int] | None:
+    """Another address than the neighbour's, where there is one: clients are told apart by it."""
+    is_loopback = endpoint.host == "127.0.0.1" and sys.platform == "linux"
+    return ("127.0.0.2", 0) if is_loopback else None
 
 
 def _judge(case: Case, answers: list[Answer], rest: bytes, is_closed: bool) -> str | None:
@@ -220,7 +226,7 @@ async def fuzz(endpoint: Endpoint, tally: Tally, numbers: range, args: argparse.
         for number in remaining:
             if tally.is_hopeless:
                 return
-            case = make_case(args.seed, number)
+            case = make_case(args.seed, number, args.family)
             if case.is_slow:
                 await slow_slots.acquire()
                 task = asyncio.create_task(one_slow(case))
@@ -370,7 +376,8 @@ def _print_failure(failure: Failure, args: argparse.Namespace) -> None:
     case = failure.case
     print(f"\ncase {case.number} ({case.family}: {case.name}): {failure.problem}")
     print(f"  alone, again: {failure.again}")
-    print(f"  python -m bench.fuzz --seed {args.seed} --only {case.number}")
+    family = f" --family {args.family}" if args.family else ""
+    print(f"  python -m bench.fuzz --seed {args.seed} --only {case.number}{family}")
     print(f"  sent {_shown(case.request)}")
     print(f"  came {_shown(failure.answer)}")
 
@@ -428,7 +435,7 @@ def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
 
 
 def _run_one(endpoint: Endpoint, args: argparse.Namespace) -> int:
-    case = make_case(args.seed, args.only)
+    case = make_case(args.seed, args.only, args.family)
     print(f"case {case.number} ({case.family}: {case.name})\nsent {_shown(case.request)}")
     _, problem, received = asyncio.run(run_case(endpoint, case))
     print(f"came {_shown(received)}\n{problem or 'nothing wrong'}")
@@ -446,6 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", "--concurrency", type=int, default=32)
     add("--seed", type=int, default=0)
     add("--only", type=int, metavar="NUMBER", help="send this case alone and show its answer")
+    add("--family", choices=FAMILIES, help="cases of this kind alone")
     add("--max-growth-mib", type=float, default=16.0, help="fail above (default %(default)s)")
     add("--max-gap-s", type=float, default=5.0, help="fail above (default %(default)s)")
     add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")

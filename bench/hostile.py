@@ -1,7 +1,8 @@
 """Hostile and malformed HTTP requests, each made from (seed, number) and nothing else.
 
 A `Case` is what is written to one fresh connection, in pieces, and what may come back: `fuzz.py`
-sends it. No case asks for much work: what may be slow and legal is hung up on (`patience_s`).
+sends it. But for the few of `large` no case asks for much work: what may be slow and legal is hung
+up on (`patience_s`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.hostile_json import chat_body, hostile_fields, hostile_text
+from bench.hostile_large import large_request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 POSTS = (CHAT, COMPLETIONS, "/tokenize", "/detokenize")
@@ -54,10 +56,11 @@ class Case:
         return b"".join(self.pieces)
 
 
-def make_case(seed: int, number: int) -> Case:
-    """Case `number` of a seed: the same bytes every time."""
+def make_case(seed: int, number: int, family: str | None = None) -> Case:
+    """Case `number` of a seed, of any family or of one: the same bytes every time."""
     rng = random.Random(f"{seed}:{number}")
-    family = rng.choices(FAMILY_NAMES, FAMILY_WEIGHTS)[0]
+    chosen = rng.choices(FAMILY_NAMES, FAMILY_WEIGHTS)[0]
+    family = family or chosen
     case = FAMILIES[family][1](rng)
     case.number, case.family = number, family
     if case.num_answers and case.ending == "reset" and rng.random() < 0.2:
@@ -401,8 +404,16 @@ def silent(rng: random.Random) -> Case:
                  ending=rng.choice(["close", "reset", "half"]))  # fmt: skip
 
 
+def large(rng: random.Random) -> Case:
+    """As much as one request may ask: the others do not feel it."""
+    path, body, name, is_endless = large_request(rng)
+    if is_endless:
+        return _case(name, post(path, body), num_answers=0, patience_s=rng.uniform(0.1, 2))
+    return _case(name, post(path, body), wanted=(200, 400, 429))
+
+
 # name -> (weight, maker)
-FAMILIES: dict[str, tuple[int, Callable[[random.Random], Case]]] = {
+FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "valid": (8, valid),
     "field": (36, field),
     "text": (16, text),
@@ -416,6 +427,7 @@ FAMILIES: dict[str, tuple[int, Callable[[random.Random], Case]]] = {
     "slow": (1, slow),
     "abort": (1, abort),
     "silent": (1, silent),
+    "large": (0.3, large),
 }
 FAMILY_NAMES = list(FAMILIES)
 FAMILY_WEIGHTS = [weight for weight, _ in FAMILIES.values()]

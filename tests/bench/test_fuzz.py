@@ -9,6 +9,7 @@ import pytest
 from bench.answers import read_answers
 from bench.fuzz import run_case
 from bench.hostile import FAMILIES, Case, get, make_case
+from bench.hostile_large import MAKERS
 from bench.wire import Endpoint
 
 ERROR = b'{"error":{"message":"no","type":"BadRequestError","param":null,"code":400}}'
@@ -107,3 +108,12 @@ def test_answers_are_read_from_the_start_as_far_as_they_go() -> None:
         assert whole[:end].endswith(rest)
     answers, rest = read_answers(whole, heads=0, at_end=False)
     assert [(a.status, a.body) for a in answers] == [(200, b"one"), (404, b"two")] and rest == b""
+
+
+def test_one_family_alone() -> None:
+    cases = [make_case(3, number, "large") for number in range(200)]
+    assert {case.family for case in cases} == {"large"}
+    kinds = {case.name.partition(",")[0] for case in cases}
+    assert kinds == set(MAKERS)
+    assert all(case.wanted == (200, 400, 429) or not case.num_answers for case in cases)
+    assert max(len(case.request) for case in cases) < 2**25, "a body of 32 MB is a 413"

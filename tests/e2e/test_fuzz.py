@@ -22,3 +22,16 @@ def test_hostile_requests_hurt_nobody(tmp_path: Path, capsys: pytest.CaptureFixt
         output = capsys.readouterr().out
         assert code == 0, output
         assert "2,000 cases" in output
+
+
+def test_large_requests_of_one_client_are_another_s_to_live_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As much as each may ask of everything; the neighbour has another address."""
+    with start_server(tmp_path / "log", "--dtype", "float32") as server:
+        flags = ["--url", server.url, "--pid", str(server.process.pid), "--log", str(server.log)]
+        flags += ["--max-growth-mib", "128", "--max-health-s", "5", "--max-gap-s", "20"]
+        code = main(["-n", "40", "-c", "8", "--seed", "3", "--family", "large", *flags])
+        output = capsys.readouterr().out
+        assert code == 0, output
+        assert "40 cases" in output
