@@ -466,25 +466,6 @@ def test_the_loop_is_free_while_a_step_runs() -> None:
     run(test())
 
 
-def test_a_queue_that_one_user_has_filled_takes_the_others() -> None:
-    async def test() -> None:
-        engine = make_engine(num_blocks=64)
-        client = async_engine(engine, max_queue=8)
-        client.start()
-        params = SamplingParams(max_tokens=30)
-        hog = [client.submit([1, 2, i], params, user="hog") for i in range(16)]
-        with pytest.raises(QueueFullError):
-            client.check_room(1, user="hog")
-        while len(engine.scheduler.running) < 8:
-            await asyncio.sleep(0)
-        stream = client.submit([5], SamplingParams(max_tokens=3), user="other")
-        assert (await read_all(stream))[1] == "length"
-        assert not any(stream.is_finished for stream in hog), "they take 30 steps, it took 4"
-        await client.stop()
-
-    run(test())
-
-
 def test_a_full_queue_refuses_and_those_inside_end_well() -> None:
     async def test() -> None:
         engine = make_engine(num_blocks=64)

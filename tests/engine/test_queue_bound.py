@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from pyserve.client import EngineInfo
+from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.queue_bound import (
     MAX_PROMPT_TOKENS,
     MAX_RETRY_AFTER_S,
@@ -12,6 +16,8 @@ from pyserve.engine.queue_bound import (
     QueueBound,
 )
 from pyserve.errors import InvalidRequestError, QueueFullError
+from pyserve.params import SamplingParams
+from tests.engine.fake_runner import VOCAB_SIZE, make_engine
 
 
 def check(
@@ -101,3 +107,27 @@ def test_refusals_are_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> N
         with pytest.raises(QueueFullError):
             check(bound, Load(1), {"": Load(2)}, num_waiting=1)
     assert len(caplog.records) == 1 and "429" in caplog.text
+
+
+def test_a_queue_that_one_user_has_filled_takes_the_others() -> None:
+    async def test() -> None:
+        engine = make_engine(num_blocks=64)
+        info = EngineInfo(
+            max_model_len=128, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=4, num_blocks=64,
+            dtype="float32", device="cpu", max_queue=8,
+        )  # fmt: skip
+        client = AsyncEngine(engine, info)
+        client.start()
+        params = SamplingParams(max_tokens=30)
+        hog = [client.submit([1, 2, i], params, user="hog") for i in range(16)]
+        with pytest.raises(QueueFullError):
+            client.check_room(1, user="hog")
+        while len(engine.scheduler.running) < 8:
+            await asyncio.sleep(0)
+        stream = client.submit([5], SamplingParams(max_tokens=3), user="other")
+        while not stream.is_finished:
+            await stream.read()
+        assert not any(stream.is_finished for stream in hog), "they take 30 steps, it took 4"
+        await client.stop()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
