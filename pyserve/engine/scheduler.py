@@ -126,22 +126,30 @@ class Scheduler:
         return True
 
     def _level(self) -> None:
-        """Preempt one sequence of the user who runs most, where one who runs fewer has no room.
+        """Preempt one sequence of the user who has most, where one who has less finds no room.
 
-        A user with as many sequences as there are slots would else keep the others waiting until
-        one of them ends. Nothing is moved where the two would only change places.
+        A user with as many sequences as there are slots, or with all blocks, would else keep the
+        others waiting until one of them ends. Nothing is moved where the two would only change
+        places: so a prompt of a hundred sequences' size does not push out a hundred of them.
         """
-        most = max(self.num_running_of.values(), default=0)
-        if most < 2:
+        if max(self.num_running_of.values(), default=0) < 2:
             return
         seq = next(self.waiting.in_turn(self.num_running_of))
-        if seq.awaited_hash is not None or self.num_running_of.get(seq.user, 0) + 1 >= most:
+        if seq.awaited_hash is not None:
             return
-        num_spare = self.blocks.num_free - len(self.running)
-        if self.slots.num_free and seq.num_wanted_blocks <= num_spare:
+        if not self.slots.num_free:
+            held, num_wanted = self.num_running_of, 1
+        elif seq.num_wanted_blocks > self.blocks.num_free - len(self.running):
+            held, num_wanted = Counter[str](), seq.num_wanted_blocks
+            for other in self.running:
+                held[other.user] += len(other.block_ids)
+        else:
+            return
+        user = max(held, key=held.__getitem__)
+        if held.get(seq.user, 0) + num_wanted >= held[user]:
             return
         for victim in reversed(self.running):
-            if self.num_running_of[victim.user] == most and victim.order[0] >= seq.order[0]:
+            if victim.user == user and victim.order[0] >= seq.order[0]:
                 self._preempt(victim)
                 return
 
@@ -171,7 +179,7 @@ class Scheduler:
         Returns the budget that is left.
         """
         blocks = self.blocks
-        if not self.waiting:
+        if not self.waiting or not self.slots.num_free:
             return budget
         num_looked_up = 0
         for seq in self.waiting.in_turn(self.num_running_of):

@@ -334,3 +334,18 @@ def test_a_step_looks_up_no_more_blocks_than_it_has_time_for(
         assert sum(looked_up) <= 8 + 5, "one more than fits, or none longer would ever run"
         num_admitted.append(sum(stream.scheduled_s > 0 for stream in streams))
     assert num_admitted[0] == 1 and num_admitted[-1] == 6
+
+
+def test_a_large_prompt_does_not_push_out_many_small_ones() -> None:
+    """It would be one sequence against two, and then against one."""
+    engine = make_engine(num_slots=8, num_blocks=32, max_num_batched_tokens=64)
+    for i in range(6):
+        engine.add([1 + i] * 8, params(12), user="many")
+    run_step(engine)
+    engine.add([9] * 96, params(2), user="large")
+    for _ in range(4):
+        run_step(engine)
+    assert engine.scheduler.num_running_of == {"many": 6}
+    assert engine.scheduler.num_preemptions == 0
+    while engine.step():
+        engine.check_invariants()
