@@ -78,6 +78,17 @@ class QueueFullError(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyBytesError(RequestError):
+    """429: bodies or answers hold as much memory as they may. Sent with Retry-After."""
+
+    status = 429
+    type = "RateLimitError"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UnavailableError(RequestError):
     """503: not ready, draining, or the engine has stopped. Sent with Retry-After."""
 

@@ -15,6 +15,7 @@ from pyserve import __version__
 from pyserve.api import stream
 from pyserve.api.body import ignored_header
 from pyserve.api.generate import Generation
+from pyserve.api.http import connection_of
 from pyserve.api.keys import CLIENT, USER
 from pyserve.api.prompts import Prompt, check_total
 from pyserve.api.protocol import (
@@ -121,6 +122,9 @@ async def answer(
         await _submit(
             generation, loaded, endpoint, body, prompts, cache_salt=salt, user=request[CLIENT]
         )
+        if only_echoes(body):  # no queue bounds it
+            num_chars = sum(len(choice.prefix) for choice in generation.choices)
+            connection_of(request).check_unread(num_chars)
         headers = {**ignored_header(ignored), **_clamped_header(body, generation)}
         state.request_log.arrived(request, generation)
         if body.stream:

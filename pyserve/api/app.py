@@ -19,8 +19,10 @@ from pyserve.api import pages, request_id
 from pyserve.api.chat import chat_completions
 from pyserve.api.completions import completions
 from pyserve.api.cors import add_cors
+from pyserve.api.delivery import deliver
 from pyserve.api.errors import error_response, log_unexpected
 from pyserve.api.health import health, health_live
+from pyserve.api.http import connection_of
 from pyserve.api.keys import CLIENT, USER
 from pyserve.api.models import list_models, retrieve_model
 from pyserve.api.openapi import DOCUMENT, Document, openapi
@@ -84,9 +86,7 @@ PAGES = (pages.index, pages.docs)
 
 def build_app(state: ServerState) -> web.Application:
     """The application of one server; it lives as long as `state`."""
-    app = web.Application(
-        middlewares=[_middleware(state)], client_max_size=state.config.max_body_bytes
-    )
+    app = web.Application(middlewares=[_middleware(state)])
     config = state.config
     app[STATE] = state
     app[DOCUMENT] = Document(
@@ -96,7 +96,7 @@ def build_app(state: ServerState) -> web.Application:
     )
     app.on_response_prepare.append(_sign)
     add_cors(app, config)
-    app.middlewares.insert(0, _identify)  # before the preflights of add_cors
+    app.middlewares.insert(0, _serve)  # before the preflights of add_cors
     # A proxy may take the root path off or leave it on.
     for prefix in sorted({"", config.root_path}):
         for route in ROUTES:
@@ -116,9 +116,14 @@ def _spellings(path: str, handler: Handler) -> list[tuple[str, Handler]]:
 
 
 @web.middleware
-async def _identify(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _serve(request: web.Request, handler: Handler) -> web.StreamResponse:
     request_id.begin(request)
-    return await handler(request)
+    connection_of(request).request = request
+    response = await handler(request)
+    try:
+        return await deliver(request, response)
+    except RequestError as error:
+        return error_response(error)
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import re
 from functools import partial
@@ -26,11 +25,10 @@ from pyserve.api.protocol import (
 )
 from pyserve.api.state import ServerState
 from pyserve.api.structure import check_structure
-from pyserve.errors import BodyTooLargeError, BodyTooLateError, InvalidRequestError, NotBuiltError
+from pyserve.errors import InvalidRequestError, NotBuiltError
 
 IGNORED_HEADER = "x-pyserve-ignored"
 SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
-BODY_TIMEOUT_S = 120.0
 UTF8_PIECE_BYTES = 2**20
 MAX_IGNORED_NAMES = 32
 MAX_IGNORED_NAME_CHARS = 64
@@ -62,25 +60,12 @@ class Wire(Generic[T]):
 
         Raises RequestError: not JSON, a wrong type, too large, a field that is not built.
         """
-        max_bytes = state.config.max_body_bytes
         _check_content_type(request)
         if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             raise InvalidRequestError("a compressed body is not supported")
-        if (request.content_length or 0) > max_bytes:
-            raise _too_large(max_bytes)
-        try:
-            if request.content.is_eof():
-                body = await request.read()
-            else:
-                body = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            raise BodyTooLateError(f"the body has not arrived in {BODY_TIMEOUT_S:.0f} s") from None
-        except web.HTTPRequestEntityTooLarge:
-            raise _too_large(max_bytes) from None
-        except web.RequestPayloadError:
-            raise InvalidRequestError("the body is cut off or badly encoded") from None
-        decode = partial(self.decode, body, max_list_ids=max_list_ids)
-        return await state.run_text(request, len(body), decode, short=SHORT_BODY_BYTES)
+        async with state.uploads.read(request, max_bytes=state.config.max_body_bytes) as body:
+            decode = partial(self.decode, body, max_list_ids=max_list_ids)
+            return await state.run_text(request, len(body), decode, short=SHORT_BODY_BYTES)
 
     def decode(self, body: bytes, *, max_list_ids: int = 0) -> tuple[T, list[str]]:
         """As `read`, from the bytes."""
@@ -229,10 +214,6 @@ def _asks_for_nothing(name: str, request: msgspec.Struct) -> bool:
 def _is_among(value: object, neutral: tuple[object, ...]) -> bool:
     # By type too: 0 == False, but `logprobs: 0` asks for something and `false` does not.
     return any(type(value) is type(other) and value == other for other in neutral)
-
-
-def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the body is larger than {max_bytes} bytes")
 
 
 def _wrong_type(error: msgspec.ValidationError) -> InvalidRequestError:

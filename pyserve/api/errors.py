@@ -11,6 +11,7 @@ from pyserve.errors import (
     EngineError,
     QueueFullError,
     RequestError,
+    TooManyBytesError,
     UnauthorizedError,
     UnavailableError,
 )
@@ -30,11 +31,11 @@ def error_response(error: RequestError) -> web.Response:
     response = web.Response(
         status=error.status, body=error_body(error), content_type="application/json"
     )
-    if isinstance(error, UnavailableError | QueueFullError):
+    if isinstance(error, UnavailableError | QueueFullError | TooManyBytesError):
         response.headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
-    if error.status in (408, 413):
+    if error.status in (408, 413) or isinstance(error, TooManyBytesError):
         response.force_close()  # the rest of the body is not wanted
     return response
 

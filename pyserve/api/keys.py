@@ -44,7 +44,7 @@ class Keys:
 
     def client(self, request: web.Request, user: str) -> str:
         """Between whom the server is shared: `user` where there are several, else the address."""
-        return user if len(self._digests) > 1 else _network(request.remote or "")
+        return user if len(self._digests) > 1 else network(request.remote or "")
 
     def cache_salt(self, user: str, asked: str) -> str:
         """What keeps `user`'s prompts apart in the prefix cache, with the salt asked for.
@@ -67,7 +67,7 @@ class Keys:
 
 
 @lru_cache(maxsize=4096)
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """An address as one client has it: of IPv6 everybody has 2^64 of their own."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -77,4 +77,4 @@ def _network(address: str) -> str:
         return str(parsed)
     if parsed.ipv4_mapped is not None:
         return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(ipaddress.ipnetwork((parsed, 64), strict=False))

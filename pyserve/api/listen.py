@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyserve.api.http import BACKLOG
+from pyserve.api.bounds import BACKLOG
 from pyserve.config import ServerConfig
 from pyserve.errors import StartupError
 

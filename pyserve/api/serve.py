@@ -18,6 +18,7 @@ from typing import Any
 
 from pyserve import log
 from pyserve.api.app import build_app
+from pyserve.api.connections import Connections
 from pyserve.api.http import LAST_FRAMES_S, listening
 from pyserve.api.listen import Listener, listening_socket
 from pyserve.api.progress import show_progress
@@ -98,14 +99,14 @@ class _Server:
         try:
             async with listening(
                 build_app(self._state), self._listener.sock, tls=self._listener.tls
-            ):
-                return await self._live()
+            ) as connections:
+                return await self._live(connections)
         finally:
             self._state.watchdog.stop()
             self._state.close()
             self._signals.forget()
 
-    async def _live(self) -> int:
+    async def _live(self, connections: Connections) -> int:
         state = self._state
         try:
             loaded = await self._wait_loaded()
@@ -140,7 +141,7 @@ class _Server:
         if failure is not None:
             await self._fail(loaded.engine, failure)
             return 1
-        is_clean = await self._drain(loaded.engine)
+        is_clean = await self._drain(loaded.engine, connections)
         return 0 if is_clean and loaded.engine.stats().error is None else 1
 
     async def _wait_loaded(self) -> Loaded | None:
@@ -209,10 +210,12 @@ class _Server:
         if stopping.done():
             _is_clean(stopping)
 
-    async def _drain(self, engine: EngineClient) -> bool:
+    async def _drain(self, engine: EngineClient, connections: Connections) -> bool:
         """Let requests end, then stop the engine; False where it does not stop cleanly."""
         state = self._state
         state.status = "draining"
+        connections.close_idle()
+        state.uploads.close()
         timeout_s, num_running = self._config.shutdown_timeout_s, state.num_in_flight
         if num_running:
             what = f"{counted(num_running, 'request')} {'has' if num_running == 1 else 'have'}"

@@ -15,6 +15,7 @@ from aiohttp import web
 from pyserve.api.keys import CLIENT, Keys
 from pyserve.api.request_log import RequestLog
 from pyserve.api.text_queue import TextQueue
+from pyserve.api.uploads import Uploads
 from pyserve.api.watchdog import LoopWatchdog
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
@@ -154,6 +155,7 @@ class ServerState:
     status: Literal["starting", "ready", "draining", "failed"] = "starting"
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
+    uploads: Uploads = field(default_factory=Uploads)
     request_log: RequestLog = field(init=False)
     keys: Keys = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))

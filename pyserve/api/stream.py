@@ -13,9 +13,12 @@ from typing import Protocol
 import msgspec
 from aiohttp import HttpVersion11, web
 
+from pyserve.api.bounds import PROBE_S
+from pyserve.api.delivery import write
 from pyserve.api.encoding import encode_line
 from pyserve.api.errors import error_body, log_unexpected
 from pyserve.api.generate import Choice, Generation
+from pyserve.api.http import connection_of
 from pyserve.api.protocol import Usage
 from pyserve.errors import RequestError
 
@@ -147,7 +150,9 @@ async def send(
         response.force_close()  # no chunked coding there: the end of the connection ends the stream
     await response.prepare(request)
     try:
-        await _send_choices(response, generation, frames, continuous_usage=continuous_usage)
+        await _send_choices(
+            request, response, generation, frames, continuous_usage=continuous_usage
+        )
         end = frames.usage(generation.usage()) + DONE if include_usage else DONE
     except RequestError as error:
         generation.close("error")
@@ -176,6 +181,12 @@ class _Heartbeat:
         self.is_due = False
         self._last_s = self._loop.time()
 
+    def hurry(self) -> None:
+        """Say something now, unless something has been said just now."""
+        if self._loop.time() - self._last_s > PROBE_S / 2:
+            self.is_due = True
+            self._wake()
+
     def stop(self) -> None:
         self._timer.cancel()
 
@@ -189,6 +200,7 @@ class _Heartbeat:
 
 
 async def _send_choices(
+    request: web.Request,
     response: web.StreamResponse,
     generation: Generation,
     frames: Frames,
@@ -197,6 +209,8 @@ async def _send_choices(
 ) -> None:
     has_begun = False
     heartbeat = _Heartbeat(generation.wake)
+    connection = connection_of(request)
+    connection.on_probe = heartbeat.hurry
     try:
         while generation.active:
             news = await generation.read()
@@ -216,9 +230,10 @@ async def _send_choices(
                 chunks.append(frame)
             data = b"".join(chunks) or (COMMENT if heartbeat.is_due else b"")
             if data:
-                await response.write(data)
+                await write(request, response, data)
                 heartbeat.note()
     finally:
+        connection.on_probe = None
         heartbeat.stop()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from pyserve.api.app import build_app
+from pyserve.api.connections import Connections
 from pyserve.api.http import listening
 from pyserve.api.state import Loaded, ServerState
 from pyserve.client import EngineClient, EngineInfo, EngineStats, SequenceStream
@@ -204,6 +206,7 @@ class Server:
         self.engine = engine
         self.listener = sock
         self.port: int = sock.getsockname()[1]
+        self.connections: Connections
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -281,7 +284,11 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
 
 @contextmanager
 def run_server(
-    folder: Path, *, other: EngineClient | None = None, **config: Any
+    folder: Path,
+    *,
+    other: EngineClient | None = None,
+    tls: ssl.SSLContext | None = None,
+    **config: Any,
 ) -> Iterator[Server]:
     """A ready server around a FakeEngine, or an `other` one, with the tokenizer of `folder`."""
     tokenizer = Tokenizer.from_folder(folder)
@@ -299,10 +306,12 @@ def run_server(
     state.metrics.watch(engine.stats, engine.info)
     loop = asyncio.new_event_loop()
     started, stop = threading.Event(), asyncio.Event()
+    server = Server(state, fake, sock, loop)
 
     async def serve() -> None:
         engine.start()
-        async with listening(build_app(state), sock):
+        async with listening(build_app(state), sock, tls=tls) as connections:
+            server.connections = connections
             started.set()
             await stop.wait()
         await engine.stop()
@@ -316,7 +325,7 @@ def run_server(
     thread.start()
     try:
         assert started.wait(10)
-        yield Server(state, fake, sock, loop)
+        yield server
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.api import answer, body, http, stream
+from pyserve.api import answer, bounds, stream
 from tests.api.fakes import Script, Server, run_server, wait_until
 
 COMPLETIONS = "/v1/completions"
@@ -92,7 +92,7 @@ def test_a_head_within_the_limit_passes(server: Server) -> None:
 def test_a_head_that_trickles_in_ends_its_connection(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bounds, "HEAD_TIMEOUT_S", 0.3)
     slow = open_with(server, b"GET /health HTTP/1.1\r\n")
     idle = open_with(server, b"")
     started = time.monotonic()
@@ -109,7 +109,7 @@ def test_a_head_that_trickles_in_ends_its_connection(
 def test_a_head_that_came_slowly_but_in_time_is_forgotten(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bounds, "HEAD_TIMEOUT_S", 0.3)
     server.engine.script = lambda number: Script([80], 0.1)
     data = json.dumps({"prompt": "hi", "max_tokens": 8, "stream": True}).encode()
     sock = open_with(server, f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n".encode())
@@ -122,8 +122,8 @@ def test_a_head_that_came_slowly_but_in_time_is_forgotten(
 def test_a_body_that_never_ends_is_a_408(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(http, "LINGERING_TIME_S", 0.2)
+    monkeypatch.setattr(bounds, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(bounds, "LINGERING_TIME_S", 0.2)
     sent = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode()
     with run_server(tokenizer_folder) as server:
         sock = open_with(server, sent + (b"4\r\n{   \r\n" if "chunked" in kind else b"{   "))
@@ -135,7 +135,7 @@ def test_a_body_that_never_ends_is_a_408(
 def test_an_endless_chunked_body_is_a_413(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "LINGERING_TIME_S", 0.5)
+    monkeypatch.setattr(bounds, "LINGERING_TIME_S", 0.5)
     with run_server(tokenizer_folder, max_body_bytes=2**20) as server:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         sock = open_with(server, head.encode())
@@ -153,7 +153,7 @@ def test_an_endless_chunked_body_is_a_413(
             assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
             started = time.monotonic()
             read_to_end(sock)  # what is poured in is dropped for a while, then the end comes
-            assert time.monotonic() - started < http.LINGERING_TIME_S + 3.0
+            assert time.monotonic() - started < bounds.LINGERING_TIME_S + 3.0
         finally:
             stop.set()
             thread.join()
@@ -162,16 +162,18 @@ def test_an_endless_chunked_body_is_a_413(
 def test_more_connections_than_allowed_are_closed(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "MAX_CONNECTIONS", 3)
+    """Where all of them are busy; idle ones would make place (test_connections.py)."""
+    monkeypatch.setattr(bounds, "MAX_CONNECTIONS", 3)
     with run_server(tokenizer_folder) as server:
-        kept = [open_with(server, b"") for _ in range(3)]
+        server.engine.script = lambda number: Script([80], 0.02)
+        kept = [server.connect(COMPLETIONS, {**LONG, "stream": True}) for _ in range(3)]
         for sock in kept:
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
         assert read_to_end(open_with(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")) == b""
         kept.pop().close()
         wait_until(lambda: _answers(server))
         for sock in kept:
+            assert sock.recv(65536)
             sock.close()
 
 

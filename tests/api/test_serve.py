@@ -294,3 +294,25 @@ def test_the_phases_add_up_from_the_exec_on(caplog: pytest.LogCaptureFixture) ->
     )
     total_s = float(explained.rpartition("= ")[2].removesuffix(" s"))
     assert abs(total_s - startup.elapsed_s) < 0.2
+
+
+def test_slow_bodies_and_idle_clients_do_not_hold_up_the_end(tokenizer_folder: Path) -> None:
+    """Only what runs is waited for: here a stream of a second."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    with start(tokenizer_folder, drain_s=30) as process:
+        wait_until(lambda: process.is_in("ready"), START_S)
+        sockets = []
+        for number in range(200):
+            sock = socket.create_connection(("127.0.0.1", process.port), timeout=10)
+            sock.sendall(head if number % 2 else b"")
+            sockets.append(sock)
+        stream = process.stream(100)
+        told_s = time.monotonic()
+        process.popen.send_signal(signal.SIGTERM)
+        assert b"[DONE]" in read_to_end(stream)
+        assert process.popen.wait(START_S) == 0
+        assert time.monotonic() - told_s < 10.0
+        for number, sock in enumerate(sockets):
+            reply = read_to_end(sock)
+            assert reply.startswith(b"HTTP/1.1 503 ") if number % 2 else reply == b""
+        assert "cut off" not in process.log and "Traceback" not in process.log
