@@ -412,6 +412,27 @@ def large(rng: random.Random) -> Case:
     return _case(name, post(path, body), wanted=(200, 400, 429))
 
 
+def ended(rng: random.Random) -> Case:
+    """Good requests whose client ends its side behind them: they are answered."""
+    case = valid(rng)
+    if not case.heads:
+        num_before = rng.choice([0, 0, 1, 5])
+        case.pieces = [get("/version") * num_before + case.request]
+        case.num_answers += num_before
+    case.ending = "half"
+    return case
+
+
+def gone(rng: random.Random) -> Case:
+    """A long request, more behind it than is read, and a client that leaves."""
+    body = chat_body(max_tokens="2000", stream=rng.choice(["true", "false"]), ignore_eos="true",
+                     n=rng.choice(["1", "4"]), temperature="0.8")  # fmt: skip
+    behind = rng.choice([get("/version") * 200, post(CHAT, b" " * 300_000), get("/version")])
+    return _case("left with more behind", post(CHAT, body), behind, num_answers=0,
+                 ending=rng.choice(["reset", "close", "half"]),
+                 patience_s=rng.choice([0.0, 0.02, 0.1]))  # fmt: skip
+
+
 # name -> (weight, maker)
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "valid": (8, valid),
@@ -428,6 +449,8 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "abort": (1, abort),
     "silent": (1, silent),
     "large": (0.3, large),
+    "ended": (1, ended),
+    "gone": (1, gone),
 }
 FAMILY_NAMES = list(FAMILIES)
 FAMILY_WEIGHTS = [weight for weight, _ in FAMILIES.values()]

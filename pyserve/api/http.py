@@ -94,7 +94,8 @@ class HttpProtocol(web.RequestHandler):
         connection = self._connection
         if connection is None or connection.is_closing() or self.is_idle:
             return False
-        return self.has_ended or not connection.is_reading()
+        # A body that comes faster than it is read stops the reading too, and for a moment.
+        return self.has_ended or not (connection.is_reading() or self._is_receiving)
 
     @property
     def is_over(self) -> bool:

@@ -250,7 +250,7 @@ BEHIND = {
 RUNNING = {
     "whole": ({}, Script([80], 0.02)),
     "stream": ({"stream": True}, Script([80], 0.02)),
-    "silent stream": ({"stream": True}, Script([80], 60.0)),
+    "silent stream": ({"stream": True}, Script([80], 3.0)),
     "queued": ({}, Script([80], starts=False)),
     "queued stream": ({"stream": True}, Script([80], starts=False)),
 }
@@ -309,6 +309,18 @@ def test_who_knows_of_nothing_before_an_answer_is_let_go(server: Server) -> None
     wait_until(lambda: server.engine.running() != [])
     sock.shutdown(socket.SHUT_WR)
     wait_until(lambda: server.engine.running() == [], GONE_S + SLACK_S)
+    sock.close()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_who_sends_a_large_body_is_not_probed(server: Server, version: str) -> None:
+    """Reading stops and goes on while it comes."""
+    sent = post({"prompt": "hi", "max_tokens": 1, "user": "x" * 8_000_000}, version=version)
+    sock = connect(server)
+    for start in range(0, len(sent), 500_000):
+        sock.sendall(sent[start : start + 500_000])
+        time.sleep(0.05)
+    assert sock.recv(65536).startswith(f"HTTP/{version} 200 ".encode())
     sock.close()
 
 

@@ -65,10 +65,10 @@ def test_what_is_not_taken_is_counted_and_cut_off(any_server: tuple[Server, bool
     request = f"GET /static/{BUNDLE} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     size = (pages.FOLDER / BUNDLE).stat().st_size
     sockets = []
-    for number in range(1, 4):
+    for _ in range(3):
         sockets.append(connect(server, is_tls=is_tls, buffer_bytes=4096))
         sockets[-1].sendall(request)
-        wait_until(lambda wanted=number * size: server.connections.num_unread_bytes >= wanted)
+        wait_until(lambda: server.connections.num_unread_bytes >= len(sockets) * size)
     # Of each answer the whole, which is held, and a few pieces in the buffers below.
     assert server.connections.num_unread_bytes < 3 * (size + 2**20)
     wait_until(lambda: len(server.connections) == 0)

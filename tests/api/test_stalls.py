@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pyserve.api.app import ROUTES
-from pyserve.api.http import MAX_FIELD_BYTES
+from pyserve.api.bounds import MAX_FIELD_BYTES
 from pyserve.api.protocol import (
     MAX_ECHO_CHARS,
     MAX_MESSAGES,
