@@ -50,6 +50,7 @@ class Wire(Generic[T]):
         self._type = wire_type
         self._decoder = msgspec.json.Decoder(wire_type)
         self._known = frozenset(wire_type.__struct_fields__)
+        self._unused = dict.fromkeys(self._known & (NO_EFFECT.keys() | NOT_BUILT.keys()))
 
     async def read(
         self, request: web.Request, state: ServerState, *, max_list_ids: int = 0
@@ -83,6 +84,9 @@ class Wire(Generic[T]):
             raise _wrong_type(error) from None
         except msgspec.DecodeError as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+        if len(body) > SHORT_BODY_BYTES:
+            # What nobody looks at would be kept for as long as the answer takes.
+            value = msgspec.structs.replace(value, **self._unused)
         return value, ignored
 
     def _decode(self, body: bytes) -> T:

@@ -28,6 +28,7 @@ from pyserve.api.protocol import (
     TokenizeRequest,
 )
 from pyserve.api.state import SHORT_TEXT_CHARS, Loaded, ServerState
+from pyserve.api.uploads import NUM_BODY_BYTES
 from pyserve.errors import (
     ChatTemplateError,
     CheckpointError,
@@ -113,7 +114,7 @@ async def read_conversation(
         measure()
         return read(MAX_RENDER_S)
 
-    num_bytes = len(await request.read())
+    num_bytes = request[NUM_BODY_BYTES]
     if num_bytes > SHORT_BODY_BYTES:
         return await state.run_text(request, num_bytes, read_long, short=0)
     size = measure()

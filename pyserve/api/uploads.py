@@ -24,6 +24,8 @@ from pyserve.errors import (
     UnavailableError,
 )
 
+NUM_BODY_BYTES = web.RequestKey("num_body_bytes", int)  # of a request whose body has been read
+
 
 class Uploads:
     """Those of one server; it lives on the event loop."""
@@ -55,6 +57,7 @@ class Uploads:
                 body = await _read(request, counted, max_bytes)
             else:
                 body = await self._wait(request, counted, max_bytes)
+            request[NUM_BODY_BYTES] = len(body)
             yield body
         except web.RequestPayloadError:
             raise _cut_off() from None
@@ -122,7 +125,7 @@ class _Counted:
 
 
 async def _read(request: web.Request, counted: _Counted, max_bytes: int) -> bytes:
-    # Not request.read(): it keeps the body as long as the request, an hour of streaming maybe.
+    # Not request.read(), which keeps the body as long as the request: an hour of streaming maybe.
     body = bytearray()
     while piece := await request.content.readany():
         size = len(body) + len(piece)

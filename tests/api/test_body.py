@@ -76,6 +76,18 @@ def test_a_byte_order_mark_is_skipped() -> None:
             CHAT.decode(broken)
 
 
+def test_what_nobody_looks_at_is_not_kept_of_a_large_body() -> None:
+    """It would be in memory for as long as the answer takes, up to 32 MB a request."""
+    many = ["x" * 1000] * 100
+    body, ignored = chat(user="u" * 100_000, metadata={"x": many}, tools=many, tool_choice="none")
+    assert (body.user, body.metadata, body.tools, body.tool_choice) == (None, None, None, None)
+    assert sorted(ignored) == ["metadata", "tools", "user"]
+    with pytest.raises(NotBuiltError):
+        chat(tools=many)
+    text, ignored = COMPLETION.decode(json.dumps({"prompt": "hi", "user": "u" * 100_000}).encode())
+    assert (text.prompt, text.user, ignored) == ("hi", None, ["user"])
+
+
 SAMPLES: dict[str, Any] = {
     "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
     "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",

@@ -55,7 +55,7 @@ def test_pieces_make_the_whole(any_server: tuple[Server, bool]) -> None:
         assert reply.getheader("X-Request-Id")
         assert reply.read() == (b"" if method == "HEAD" else expected)
     connection.close()
-    assert server.connections.num_unread_bytes == 0
+    wait_until(lambda: server.connections.num_unread_bytes == 0)
 
 
 def test_what_is_not_taken_is_counted_and_cut_off(any_server: tuple[Server, bool]) -> None:

@@ -122,14 +122,15 @@ def test_a_body_that_does_not_come_gives_its_room_back(
 def test_a_body_is_not_kept_while_its_answer_runs(server: Server) -> None:
     """32 MB of it for an hour of streaming would be in nobody's budget."""
     server.play("Hello", delay_s=0.5)
-    with server.connect(CHAT, {"messages": [{"role": "user", "content": "x" * 400}]}):
+    body = {"messages": [{"role": "user", "content": "x" * 400}], "x": "x" * 100_000}
+    with server.connect(CHAT, body):
         wait_until(lambda: server.engine.running() != [])
         assert server.state.uploads.num_bytes == 0
         request = next(
             connection.request  # type: ignore[attr-defined]
             for connection in server.connections._all
         )
-        assert request is not None and request._read_bytes is None
+        assert request is not None and not request._read_bytes
 
 
 def test_bodies_are_not_waited_for_when_the_server_shuts_down(narrow: Server) -> None:
