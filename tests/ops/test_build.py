@@ -390,3 +390,13 @@ def test_reference_mode_without_a_compiler(folder: Path) -> None:
         [sys.executable, "-c", REFERENCE_CHILD], env=env, capture_output=True, text=True
     )
     assert result.stdout == "ok\n", result.stderr
+
+
+def test_one_run_of_the_front_end_serves_sm_80_and_sm_86() -> None:
+    cuda = toolchain.CudaCompiler("nvcc", (13, 0), ("80", "86", "90a", "89-ptx"), (), ())
+    assert [flag for flag in cuda.flags() if flag.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_89,code=compute_89",
+    ]
