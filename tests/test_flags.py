@@ -80,7 +80,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
 }  # fmt: skip
 OWN_SWITCHES = {
     "enable-prefix-caching", "allow-reference-ops", "allow-credentials", "disable-log-stats",
-    "trust-request-chat-template", "enable-log-requests",
+    "trust-request-chat-template", "enable-log-requests", "share-prefix-cache",
 }  # fmt: skip
 VLLM = sorted(vllm.SWITCHES | vllm.VALUES | vllm.LISTS | vllm.OBJECTS)
 
