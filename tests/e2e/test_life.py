@@ -337,7 +337,7 @@ def test_a_full_queue_is_429_and_goes_on_when_there_is_room(tmp_path: Path) -> N
         assert server.request("POST", "/v1/completions", body)[0] == 200
         too_many = json.dumps({**LONG, "max_tokens": 1, "n": 3}).encode()
         status, reply = server.request("POST", "/v1/completions", too_many)
-        assert status == 400 and b"this server takes 2 at once" in reply
+        assert status == 400 and b"this server takes 1 of one request" in reply
 
 
 def run_to_the_end(*flags: str) -> tuple[int, str]:
