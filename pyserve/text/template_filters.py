@@ -32,14 +32,21 @@ _NAMES = (
     "selectattr sort string unique upper urlencode"
 ).split()
 
+# Filters that go through what they get item by item, and those that take long beyond ASCII.
+_BY_ITEM = frozenset(
+    "batch dictsort groupby map max min random reject rejectattr select selectattr slice sort "
+    "unique".split()
+)
+_BY_CHARACTER = frozenset("capitalize lower title upper urlencode".split())
+
 
 def make_filters() -> dict[str, Filter]:
     """Name -> filter, for Environment.filters. They work only while a Meter is active."""
-    filters = {name: _measured(FILTERS[name]) for name in _NAMES}
+    filters = {name: _measured(name, FILTERS[name]) for name in _NAMES}
     for name, check in _CHECKS.items():
-        filters[name] = _measured(FILTERS[name], check)
+        filters[name] = _measured(name, FILTERS[name], check)
     own: dict[str, Filter] = {"join": _join, "sum": _sum, "tojson": _tojson, "list": _list}
-    filters |= {name: _measured(function) for name, function in own.items()}
+    filters |= {name: _measured(name, function) for name, function in own.items()}
     filters |= {TICK: _tick, EMIT: _emit, MADE: _made, CONCAT: _concat}
     return filters
 
@@ -59,11 +66,18 @@ def _ticking(function: Filter) -> Filter:
     return ticking
 
 
-def _measured(function: Filter, check: Filter | None = None) -> Filter:
+def _measured(name: str, function: Filter, check: Filter | None = None) -> Filter:
+    num_before = int(hasattr(function, "jinja_pass_arg"))  # the environment, or the context
+
     @functools.wraps(function)  # jinja's marks, such as pass_environment, come along
     def measured(*args: Any, **kwargs: Any) -> Any:
         meter = active()
         meter.tick()
+        value = args[num_before] if len(args) > num_before else None
+        if name in _BY_ITEM:
+            meter.check_items(value)
+        elif name in _BY_CHARACTER:
+            meter.check_case(value)
         if check is not None:
             check(*args, **kwargs)
         result = function(*args, **kwargs)

@@ -29,6 +29,9 @@ MADE_OF_DATA = 32  # times what the request holds
 MAX_DEPTH = 100
 MAX_INT_BITS = 4096
 MAX_SET_CHARS = 1000  # that strip() looks for at each character
+MAX_SEARCH = 2**28  # of a text, times the characters that are looked for from its end
+MAX_CASE_CHARS = 2**21  # of a text beyond ASCII that changes its case, or is encoded
+MAX_KEY = 2**61 - 1  # of integers as keys: multiples of it all have one hash
 MAX_FORMAT_CHARS = 2**16
 MAX_WIDTH = 10**5  # of padding, and of rows and columns
 ELEMENT = 32
@@ -40,6 +43,9 @@ _DIGITS = re.compile(r"\d+").findall
 _NESTED_SPEC = re.compile(r":[^{}]*\{").search
 _VIEWS = (KeysView, ValuesView, ItemsView)
 _CONTAINERS = (list, tuple, dict)
+
+_FROM_THE_END = frozenset("rfind rindex rpartition rsplit".split())
+_CASES = frozenset("capitalize casefold lower swapcase title upper".split())
 
 # Methods that return no more than what they are called with, or can be measured first.
 STR_METHODS = frozenset(
@@ -162,9 +168,32 @@ class Meter:
 
     def take(self, iterable: Iterable[Any]) -> list[Any]:
         """The items of an iterable, one that makes them as it goes too."""
-        items = list(islice(iter(iterable), self.limit // ELEMENT + 1))
+        items = []
+        for item in islice(iter(iterable), self.limit // ELEMENT + 1):
+            self.tick(ELEMENT)  # what makes them may take its time over each
+            items.append(item)
         self.require(ELEMENT * len(items))
         return items
+
+    def check_items(self, value: object) -> None:
+        """Before something goes through `value` item by item: a text's are its characters."""
+        if isinstance(value, str):
+            self.require(ELEMENT * len(value))
+
+    def check_case(self, value: object) -> None:
+        """Before work that takes long for each character beyond ASCII."""
+        if isinstance(value, str) and not value.isascii():
+            self.check_length(value, MAX_CASE_CHARS)
+
+    def check_pairs(self, pairs: object) -> None:
+        """Before a dict is made of pairs: of keys that all have one hash it would take a square."""
+        if not isinstance(pairs, list | tuple):
+            return
+        for pair in pairs:
+            self.tick(ELEMENT)
+            key = pair[0] if isinstance(pair, list | tuple) and pair else None
+            if isinstance(key, int | float) and abs(key) >= MAX_KEY:
+                raise TemplateLimitError(f"uses a number of {MAX_KEY} or more as a key")
 
     def check_binop(self, operator: str, left: Any, right: Any) -> None:
         """Before `left operator right`."""
@@ -260,6 +289,13 @@ class Meter:
             size = kwargs.get("tabsize", args[0] if args else 8)
             self.check_width(size)
             self.require(len(text) + text.count("\t") * max(size, 0))
+        elif name in _FROM_THE_END:
+            # From the end CPython compares at each place anew; from the beginning it does not.
+            needle = args[0] if args else kwargs.get("sep")
+            if isinstance(needle, str) and len(text) * len(needle) > MAX_SEARCH:
+                raise TemplateLimitError("looks for too long a text from the end of another")
+        elif name in _CASES:
+            self.check_case(text)
         elif name == "replace" and len(args) > 1:
             self.check_replace(text, *args[:3])
         elif name == "join" and args:

@@ -185,7 +185,7 @@ class _SafeNamespace(Namespace):
     """Jinja's namespace without names that Python itself reads, such as __class__."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  (self may be a keyword)
-        for name in dict(*args[1:], **kwargs):
+        for name in _make_dict(*args[1:], **kwargs):
             _refuse_underscore(name)
         Namespace.__init__(*args, **kwargs)
 
@@ -203,6 +203,8 @@ def _refuse_underscore(name: object) -> None:
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    for arg in args:
+        active().check_pairs(arg)
     return dict(*args, **kwargs)
 
 

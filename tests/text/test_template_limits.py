@@ -294,3 +294,55 @@ def test_what_newer_models_do_equals_transformers(byte_level: Tokenizer) -> None
     )
     prompt = ChatTemplate(MODERN, special_tokens={}).render(messages, tools)
     assert prompt == expected and "a: string[]" in prompt and "<|USER|>d*" in prompt
+
+
+# Each is one call into C, or one that goes on for long without coming back here; before there was
+# a limit for it, it took seconds to minutes in which no other thread of the process ran.
+SLOW_IN_C = [
+    "{% set x = 'a' * 8000000 %}{{ x.METHOD('a' * 2000000 ~ 'b' ~ 'a' * 1999999) }}",
+    "{% set x = 'a' * 8000000 %}{{ x.METHOD('ab' ~ 'a' * 1000) }}",
+]
+
+
+@pytest.mark.parametrize("source", SLOW_IN_C)
+@pytest.mark.parametrize("method", ["rfind", "rindex", "rsplit", "rpartition"])
+def test_a_search_from_the_end_is_bounded(source: str, method: str) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(ChatTemplateError, match="too long a text from the end"):
+        render(source.replace("METHOD", method))
+    assert time.monotonic() - began_s < 1.0
+
+
+def test_a_search_from_the_end_as_templates_make_it() -> None:
+    source = "{{ (('x' * 4000000) ~ '</think>y').rsplit('</think>')[-1] }}"
+    assert render(source) == "y"
+
+
+def test_numbers_of_one_hash_make_no_dict() -> None:
+    pairs = ",".join(f"({number * (2**61 - 1)},0)" for number in range(3000))
+    for source in (f"{{{{ dict([{pairs}])|length }}}}", f"{{% set x = namespace([{pairs}]) %}}"):
+        with pytest.raises(ChatTemplateError, match="as a key"):
+            render(source)
+    assert render("{{ dict([(1, 'a'), ('b', 2)])[1] }}") == "a"
+
+
+@pytest.mark.parametrize(
+    "name", ["sort", "unique|list", "groupby('a')", "slice(3)|list", "batch(3)|list", "min", "max"]
+)
+def test_a_text_is_not_taken_apart_into_too_many_characters(name: str) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(ChatTemplateError):
+        render("{% set x = 'a b ' * 2000000 %}{{ (x|" + name + ")|length }}")
+    assert time.monotonic() - began_s < 1.0
+
+
+def test_a_filter_that_compares_for_ever_is_stopped_in_time() -> None:
+    numbers = ",".join(str(number * (2**61 - 1)) for number in range(20000))
+    with pytest.raises(ChatTemplateError, match="longer than 0.3 s"):
+        render("{% set x = [" + numbers + "] %}{{ x|unique|list|length }}", time_limit_s=0.3)
+
+
+@pytest.mark.parametrize("form", ["x.lower()", "x|lower", "x.swapcase()", "x|title", "x|urlencode"])
+def test_cases_beyond_ascii_are_bounded(form: str) -> None:
+    with pytest.raises(ChatTemplateError, match="uses a text of more than"):
+        render("{% set x = '\u0130' * 4000000 %}{{ (" + form + ")|length }}")
