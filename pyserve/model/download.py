@@ -130,6 +130,7 @@ class Download:
         self.done = 0  # bytes fetched
         self._queue: deque[tuple[PartialFile, int]] = deque()
         self._was_damaged: set[str] = set()
+        self._finishing: set[asyncio.Future[bool]] = set()  # on threads, which nothing can cancel
 
     def expect(self, num_bytes: int) -> None:
         """How many bytes will be fetched in all, those of earlier runs included."""
@@ -149,7 +150,7 @@ class Download:
         finally:
             for task in (*workers, reporter):
                 task.cancel()
-            await asyncio.gather(*workers, reporter, return_exceptions=True)
+            await asyncio.gather(*workers, reporter, *self._finishing, return_exceptions=True)
             for partial in partials:
                 partial.close()
 
@@ -175,7 +176,10 @@ class Download:
                 await self._finish(partial)
 
     async def _finish(self, partial: PartialFile) -> None:
-        if await asyncio.to_thread(partial.finish):
+        finishing = asyncio.ensure_future(asyncio.to_thread(partial.finish))
+        self._finishing.add(finishing)
+        finishing.add_done_callback(self._finishing.discard)
+        if await asyncio.shield(finishing):
             return
         name = partial.file.name
         if name in self._was_damaged:
