@@ -39,6 +39,11 @@ ALLOWED = {
     "ops": set(),
     "demo": set(),
 }
+# Inside the API: a room, or a file beside them, imports only itself and what stands left of it.
+API_ROOMS = (
+    "wire", "http", "life", "generation", "text_queue", "state", "endpoints", "pages", "app",
+    "serve",
+)  # fmt: skip
 TORCH_FREE = {"api", "text", "demo"} | LEAVES
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_KERNEL_LINES = 500, 80, 150
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -82,6 +87,25 @@ def test_imports_go_one_way(path: Path) -> None:
         elif target not in LEAVES and target != here:
             assert here not in LEAVES, f"line {node.lineno}: leaf {here} imports {target}"
             assert target in ALLOWED[here], f"line {node.lineno}: {here} imports {target}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in MODULES
+        if room(path) == "api" and path.parent.name + path.stem != "api__init__"
+    ],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_imports_inside_the_api_go_one_way(path: Path) -> None:
+    here = path.relative_to(PACKAGE / "api").parts[0].removesuffix(".py")
+    allowed = API_ROOMS[: API_ROOMS.index(here) + 1]
+    for node, name in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[:2] == ["pyserve", "api"]:
+            assert parts[2] in allowed, f"line {node.lineno}: {here} imports {parts[2]}"
+        assert here != "wire" or parts[0] != "aiohttp", f"line {node.lineno}: wire imports aiohttp"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

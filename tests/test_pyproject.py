@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from pyserve.api import http
+from pyserve.api.http import http_protocol
 
 ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
@@ -29,7 +29,7 @@ SECURITY_FLOORS = {
 }
 # torch: the stable ABI (design, "Build and install"); aiohttp: PRIVATE_NAMES.
 UPPER_BOUNDS = {"torch": "2.14", "aiohttp": "3.15"}
-# Attributes of aiohttp's RequestHandler that pyserve/api/http.py uses without a public way.
+# Attributes of aiohttp's RequestHandler that http_protocol.py uses without a public way.
 PRIVATE_NAMES = {"_close", "_force_close", "_messages", "_waiter"}
 
 
@@ -96,18 +96,18 @@ def test_the_readme_installs_with_the_constraints() -> None:
 
 def test_private_names_of_aiohttp_are_the_listed_ones_and_there() -> None:
     """A release that lacks one must not be within the range."""
-    source = (ROOT / "pyserve" / "api" / "http.py").read_text(encoding="utf-8")
+    source = (ROOT / "pyserve" / "api" / "http" / "http_protocol.py").read_text(encoding="utf-8")
     (protocol,) = (
         node
         for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == http.HttpProtocol.__name__
+        if isinstance(node, ast.ClassDef) and node.name == http_protocol.HttpProtocol.__name__
     )
     used = {
         node.attr
         for node in ast.walk(protocol)
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)
     }
-    assert used - vars(http.HttpProtocol).keys() == PRIVATE_NAMES
+    assert used - vars(http_protocol.HttpProtocol).keys() == PRIVATE_NAMES
     theirs = {slot for base in web.RequestHandler.__mro__ for slot in vars(base)}
     assert theirs >= PRIVATE_NAMES
     assert list(inspect.signature(web_protocol._ErrInfo).parameters) == ["status", "exc", "message"]
@@ -116,7 +116,7 @@ def test_private_names_of_aiohttp_are_the_listed_ones_and_there() -> None:
         for path in sorted((ROOT / "pyserve").rglob("*.py"))
         if re.search(r"^from aiohttp.* import .*\b_", path.read_text("utf-8"), re.MULTILINE)
     ]
-    assert importing == ["http.py"]
+    assert importing == ["http_protocol.py"]
 
 
 NOISY = """

@@ -2,7 +2,8 @@
 
 A route is denied without a key unless its row says `is_public`; that includes paths that do not
 exist, as it is the handler the router found that is public, never a text in the path. Every
-response but a finished answer is an error object of errors.py, and every one has its request id.
+response but a finished answer is an error object of http/errors.py, and every one has its request
+id.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from pyserve import __version__
-from pyserve.api import pages, request_id
-from pyserve.api.chat import chat_completions
-from pyserve.api.completions import completions
-from pyserve.api.cors import add_cors
-from pyserve.api.delivery import deliver
-from pyserve.api.errors import error_response, log_unexpected
-from pyserve.api.health import health, health_live
-from pyserve.api.http import connection_of
-from pyserve.api.keys import CLIENT, USER
-from pyserve.api.models import list_models, retrieve_model
-from pyserve.api.openapi import DOCUMENT, Document, openapi
+from pyserve.api.endpoints.chat import chat_completions
+from pyserve.api.endpoints.completions import completions
+from pyserve.api.endpoints.health import health, health_live
+from pyserve.api.endpoints.models import list_models, retrieve_model
+from pyserve.api.endpoints.tokens import detokenize, tokenize
+from pyserve.api.http import request_id
+from pyserve.api.http.cors import add_cors
+from pyserve.api.http.delivery import deliver
+from pyserve.api.http.errors import error_response, log_unexpected
+from pyserve.api.http.http_protocol import connection_of
+from pyserve.api.http.keys import CLIENT, USER
+from pyserve.api.pages import site
+from pyserve.api.pages.openapi import DOCUMENT, Document, openapi
+from pyserve.api.pages.unknown_paths import UnknownPaths
 from pyserve.api.state import STATE, ServerState
-from pyserve.api.tokens import detokenize, tokenize
-from pyserve.api.unknown_paths import UnknownPaths
 from pyserve.errors import RequestError, UnauthorizedError
 from pyserve.metrics import CONTENT_TYPE
 
@@ -75,13 +77,13 @@ ROUTES = (
     Route("GET", "/health/ready", health, is_public=True),
     Route("GET", "/ping", health, is_public=True),
     Route("POST", "/ping", health, is_public=True),
-    Route("GET", "/", pages.index, is_public=True),
-    Route("GET", "/docs", pages.docs, is_public=True),
+    Route("GET", "/", site.index, is_public=True),
+    Route("GET", "/docs", site.docs, is_public=True),
     # The same for every server of this version, so nothing to hide; /docs could not show it else.
     Route("GET", "/openapi.json", openapi, is_public=True),
-    Route("GET", pages.STATIC_PATH, pages.static, is_public=True),
+    Route("GET", site.STATIC_PATH, site.static, is_public=True),
 )
-PAGES = (pages.index, pages.docs)
+PAGES = (site.index, site.docs)
 
 
 def build_app(state: ServerState) -> web.Application:
@@ -112,7 +114,7 @@ def _spellings(path: str, handler: Handler) -> list[tuple[str, Handler]]:
     other = path[:-1] if path.endswith("/") else f"{path}/"
     if not other or "{" in path:
         return [(path, handler)]
-    return [(path, handler), (other, pages.redirect if handler in PAGES else handler)]
+    return [(path, handler), (other, site.redirect if handler in PAGES else handler)]
 
 
 @web.middleware
@@ -137,7 +139,7 @@ def _middleware(state: ServerState) -> Middleware:
         [(route.method, route.path) for route in ROUTES if "{" not in route.path],
         root_path=state.config.root_path,
     )
-    public = {route.handler for route in ROUTES if route.is_public} | {pages.redirect}
+    public = {route.handler for route in ROUTES if route.is_public} | {site.redirect}
     using_model = {route.handler for route in ROUTES if route.uses_model}
 
     @web.middleware

@@ -18,14 +18,15 @@ from typing import Any
 
 from pyserve import log
 from pyserve.api.app import build_app
-from pyserve.api.connections import Connections
-from pyserve.api.http import LAST_FRAMES_S, listening
-from pyserve.api.listen import Listener, listening_socket
-from pyserve.api.progress import show_progress
-from pyserve.api.ready_file import ReadyFile
-from pyserve.api.signals import INTERRUPTED, StopSignals
-from pyserve.api.state import Loaded, Report, ServerState
-from pyserve.api.stats_log import log_statistics
+from pyserve.api.http.connections import Connections
+from pyserve.api.http.http_protocol import LAST_FRAMES_S, listening
+from pyserve.api.life.listen import Listener, listening_socket
+from pyserve.api.life.progress import show_progress
+from pyserve.api.life.ready_file import ReadyFile
+from pyserve.api.life.signals import INTERRUPTED, StopSignals
+from pyserve.api.life.startup import Report
+from pyserve.api.life.stats_log import log_statistics
+from pyserve.api.state import Loaded, ServerState
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig
 from pyserve.errors import StartupError

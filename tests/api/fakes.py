@@ -20,8 +20,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from pyserve.api.app import build_app
-from pyserve.api.connections import Connections
-from pyserve.api.http import listening
+from pyserve.api.http.connections import Connections
+from pyserve.api.http.http_protocol import listening
 from pyserve.api.state import Loaded, ServerState
 from pyserve.client import EngineClient, EngineInfo, EngineStats, SequenceStream
 from pyserve.config import ServerConfig

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pyserve.api import answer, prompts
-from pyserve.api.prompts import Truncation
+from pyserve.api.endpoints import answer
+from pyserve.api.generation import prompts
+from pyserve.api.generation.prompts import Truncation
 from tests.api.fakes import CONTEXT, MODEL, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from pyserve.api import answer, bounds, stream
+from pyserve.api.endpoints import answer
+from pyserve.api.generation import stream
+from pyserve.api.http import bounds
 from tests.api.fakes import Script, Server, run_server, wait_until
 
 COMPLETIONS = "/v1/completions"

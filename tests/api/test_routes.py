@@ -17,7 +17,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from pyserve.api import app
 from pyserve.api.app import ROUTES, build_app
-from pyserve.api.keys import Keys
+from pyserve.api.http.keys import Keys
 from tests.api.fakes import MODEL, Server, run_server
 
 CHAT = "/v1/chat/completions"

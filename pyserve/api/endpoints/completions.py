@@ -1,0 +1,175 @@
+"""POST /v1/completions: text or token-id prompts -> answer as text_completion objects."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import cast
+
+from aiohttp import web
+
+from pyserve.api.endpoints.answer import FINGERPRINT, Endpoint, answer
+from pyserve.api.endpoints.body import Wire
+from pyserve.api.generation import prompts
+from pyserve.api.generation.generate import Choice, Generation
+from pyserve.api.generation.sampling import check_token_ids
+from pyserve.api.generation.stream import CompletionFrames
+from pyserve.api.state import STATE, Loaded
+from pyserve.api.wire.protocol import (
+    MAX_SEQUENCES,
+    CompletionChoice,
+    CompletionRequest,
+    CompletionResponse,
+)
+from pyserve.errors import InvalidRequestError
+from pyserve.text.detokenizer import Detokenizer
+
+DEFAULT_MAX_TOKENS = 16
+WIRE = Wire(CompletionRequest)
+
+Prompt = str | list[str | int | list[int]]
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """The handler."""
+    arrived_s = time.monotonic()
+    state = request.app[STATE]
+    loaded = state.model_with_room(request)
+    body, ignored = await WIRE.read(request, state, max_list_ids=loaded.engine.info.max_model_len)
+    state.check_model_name(body.model)
+    if body.prompt is None:
+        raise InvalidRequestError("prompt is missing", "prompt")
+    cut = prompts.truncation(
+        body.truncate_prompt_tokens,
+        body.truncation_side,
+        max_model_len=loaded.engine.info.max_model_len,
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+    )
+    if cut is None and body.truncation_side is not None:
+        ignored = [*ignored, "truncation_side"]
+    read = partial(_read_prompts, loaded, body, body.prompt, cut)
+    read_prompts = await state.run_text(request, _size(body.prompt), read)
+    return await answer(
+        request,
+        state,
+        loaded,
+        endpoint=ENDPOINT,
+        body=body,
+        ignored=ignored,
+        prompts=read_prompts,
+        arrived_s=arrived_s,
+    )
+
+
+def _size(prompt: Prompt) -> int:
+    """Characters and token ids, where there are no more prompts than are allowed."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    inner = [item for item in prompt[:MAX_SEQUENCES] if not isinstance(item, int)]
+    return len(prompt) + sum(map(len, inner))
+
+
+def _read_prompts(
+    loaded: Loaded, body: CompletionRequest, prompt: Prompt, cut: prompts.Truncation | None
+) -> list[prompts.Prompt]:
+    """Token ids of every prompt, and with `echo` its text."""
+    tokenizer = loaded.tokenizer
+    skip = body.skip_special_tokens is not False
+    token_ids = _tokenize(loaded, prompt, body.add_special_tokens is not False, cut)
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not body.echo:
+        echoes = [""] * len(token_ids)
+    elif cut is None and isinstance(texts[0], str):
+        echoes = cast("list[str]", texts)
+    else:
+        echoes = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in token_ids]
+    return [
+        prompts.Prompt(ids, echo, Detokenizer(tokenizer, ids, skip_special_tokens=skip))
+        for ids, echo in zip(token_ids, echoes, strict=True)
+    ]
+
+
+def _tokenize(
+    loaded: Loaded, prompt: Prompt, add_special_tokens: bool, cut: prompts.Truncation | None
+) -> list[list[int]]:
+    """Token ids of every prompt, each in the vocabulary and none empty."""
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    kinds = set(map(type, prompt))
+    if len(kinds) > 1:
+        raise InvalidRequestError(
+            "prompt must not mix texts, token ids and lists of token ids", "prompt"
+        )
+    if kinds == {int}:
+        prompt = [cast("list[int]", prompt)]
+    if not 1 <= len(prompt) <= MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"prompt must hold 1 to {MAX_SEQUENCES} prompts, got {len(prompt)}", "prompt"
+        )
+    if not all(prompt):
+        raise InvalidRequestError("prompt must not be empty", "prompt")
+    if kinds == {str}:
+        texts = cast("list[str]", prompt)
+        token_ids = _encode(loaded, texts, add_special_tokens, cut)
+        if not all(token_ids):
+            raise InvalidRequestError("prompt must not be empty", "prompt")
+        return token_ids
+    token_ids = cast("list[list[int]]", prompt)
+    if cut is not None:
+        token_ids = list(map(cut.cut, token_ids))
+    info = loaded.engine.info
+    for ids in token_ids:
+        # What lies beyond the context is refused for its length.
+        check_token_ids(ids[: info.max_model_len], info.vocab_size, "prompt")
+    return token_ids
+
+
+def _encode(
+    loaded: Loaded, texts: list[str], add_special_tokens: bool, cut: prompts.Truncation | None
+) -> list[list[int]]:
+    max_model_len = loaded.engine.info.max_model_len
+    if cut is not None:  # all of each text is tokenised
+        prompts.check_size(sum(map(len, texts)), max_model_len=max_model_len, param="prompt")
+    token_ids = []
+    num_tokens = 0
+    for text in texts:
+        ids = prompts.encode(
+            loaded.tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            max_model_len=max_model_len,
+            cut=cut,
+        )
+        token_ids.append(ids)
+        num_tokens += len(ids)
+        prompts.check_total(num_tokens, n=1, param="prompt")
+    return token_ids
+
+
+def _whole(request_id: str, created: int, model: str, generation: Generation) -> CompletionResponse:
+    return CompletionResponse(
+        id=request_id,
+        created=created,
+        model=model,
+        choices=[_choice(choice) for choice in generation.choices],
+        system_fingerprint=FINGERPRINT,
+        usage=generation.usage(),
+    )
+
+
+def _choice(choice: Choice) -> CompletionChoice:
+    return CompletionChoice(
+        index=choice.index,
+        text="".join(choice.pieces),
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+    )
+
+
+ENDPOINT = Endpoint(
+    id_prefix="cmpl-",
+    prompt_name="prompt",
+    default_max_tokens=DEFAULT_MAX_TOKENS,
+    frames=CompletionFrames,
+    whole=_whole,
+)

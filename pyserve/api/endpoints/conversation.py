@@ -1,0 +1,314 @@
+"""Messages -> token ids, by a chat template: the same for a chat and for /tokenize.
+
+A template is code: it runs on the event loop for as long as a prompt of a few messages takes, and
+where it takes longer it starts over on a thread, with its time and sizes limited (text/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pyserve.api.endpoints.body import SHORT_BODY_BYTES, check_built
+from pyserve.api.generation import prompts
+from pyserve.api.http.uploads import NUM_BODY_BYTES
+from pyserve.api.state import SHORT_TEXT_CHARS, Loaded, ServerState
+from pyserve.api.wire.protocol import (
+    EFFORTS,
+    MAX_DOCUMENTS,
+    MAX_MESSAGES,
+    MAX_NESTING,
+    MAX_TEMPLATE_CHARS,
+    MAX_TEMPLATE_KWARGS,
+    MAX_TEMPLATE_KWARGS_CHARS,
+    ROLES,
+    ROLES_NOT_BUILT,
+    ChatRequest,
+    Message,
+    TokenizeRequest,
+)
+from pyserve.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    InvalidRequestError,
+    NotBuiltError,
+)
+from pyserve.params import INT64_MAX, INT64_MIN
+from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.template_limits import MAX_RENDER_S
+
+MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
+SHORT_RENDER_S = 0.02  # on the event loop
+MAX_TEMPLATES = 8  # of requests, kept compiled
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The prompt of a chat, and the names of fields that the template does not look at."""
+
+    prompt: prompts.Prompt
+    ignored: list[str]
+
+
+async def read_conversation(
+    request: web.Request,
+    state: ServerState,
+    loaded: Loaded,
+    body: ChatRequest | TokenizeRequest,
+    *,
+    max_tokens: int,
+) -> Conversation:
+    """The prompt that a chat template makes of the messages of `body`, which `request` holds.
+
+    max_tokens  of the answer, for which truncate_prompt_tokens -1 leaves room.
+
+    Raises InvalidRequestError and NotBuiltError naming the field, ChatTemplateError.
+    """
+    messages = body.messages or []
+    if not messages:
+        raise InvalidRequestError(
+            f"messages must hold 1 to {MAX_MESSAGES} messages, got 0", "messages"
+        )
+    kwargs = body.chat_template_kwargs or {}
+    max_model_len = loaded.engine.info.max_model_len
+    cut = prompts.truncation(
+        body.truncate_prompt_tokens,
+        body.truncation_side,
+        max_model_len=max_model_len,
+        max_tokens=max_tokens,
+    )
+    source = _own_template(state, body.chat_template)
+    effort = _effort_kwargs(body.reasoning_effort)
+
+    def measure() -> int:
+        num_chars = sum(map(_num_chars, messages)) + _check_kwargs(kwargs)
+        num_chars += _check_documents(body.documents or [])
+        prompts.check_chars(num_chars, max_model_len=max_model_len, param="messages")
+        return num_chars + MESSAGE_CHARS * len(messages)
+
+    def read(time_limit_s: float) -> Conversation:
+        template = loaded.chat_template
+        if source is not None:
+            template = _compile(template, source)
+        unused = template.unused({**effort, **kwargs})
+        used_effort = {n: effort[n] for n in effort if n not in kwargs and n not in unused}
+        variables = {**used_effort, **kwargs}
+        token_ids = _encode(loaded, template, body, messages, variables, cut, time_limit_s)
+        ignored = [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
+        if effort and not used_effort:
+            ignored.append("reasoning_effort")
+        if cut is None and body.truncation_side is not None:
+            ignored.append("truncation_side")
+        if any(message.name and not template.shows_name(message.role) for message in messages):
+            ignored.append("messages.name")
+        return Conversation(_prompt(loaded, body, messages, token_ids), ignored)
+
+    def read_long() -> Conversation:
+        measure()
+        return read(MAX_RENDER_S)
+
+    num_bytes = request[NUM_BODY_BYTES]
+    if num_bytes > SHORT_BODY_BYTES:
+        return await state.run_text(request, num_bytes, read_long, short=0)
+    size = measure()
+    if source is None and size <= SHORT_TEXT_CHARS:
+        try:
+            return read(SHORT_RENDER_S)
+        except ChatTemplateError as error:
+            if not error.is_timeout:
+                raise
+    return await state.run_text(request, size, partial(read, MAX_RENDER_S), short=0)
+
+
+def _prompt(
+    loaded: Loaded,
+    body: ChatRequest | TokenizeRequest,
+    messages: list[Message],
+    token_ids: list[int],
+) -> prompts.Prompt:
+    if isinstance(body, TokenizeRequest):
+        return prompts.Prompt(
+            token_ids, "", Detokenizer(loaded.tokenizer, skip_special_tokens=True)
+        )
+    skip_special_tokens = body.skip_special_tokens is not False
+    return prompts.Prompt(
+        token_ids,
+        _echo(messages[-1]) if body.echo else "",
+        Detokenizer(loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens),
+    )
+
+
+def _encode(
+    loaded: Loaded,
+    template: ChatTemplate,
+    body: ChatRequest | TokenizeRequest,
+    messages: list[Message],
+    variables: Mapping[str, Any],
+    cut: prompts.Truncation | None,
+    time_limit_s: float,
+) -> list[int]:
+    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    continues = bool(body.continue_final_message)
+    add_generation_prompt = body.add_generation_prompt
+    try:
+        text = template.render(
+            plain,
+            add_generation_prompt=(
+                not continues if add_generation_prompt is None else add_generation_prompt
+            ),
+            continue_final_message=continues,
+            template_kwargs=variables,
+            documents=body.documents,
+            time_limit_s=time_limit_s,
+        )
+    except ChatTemplateError as error:
+        if body.chat_template is None:
+            raise
+        raise InvalidRequestError(error.message, "chat_template") from error
+    max_model_len = loaded.engine.info.max_model_len
+    add_special_tokens = body.add_special_tokens is True
+    if cut is None:
+        prompts.check_may_fit(loaded.tokenizer, text, max_model_len=max_model_len, param="messages")
+    else:
+        prompts.check_size(len(text), max_model_len=max_model_len, param="messages")
+    max_tokens = max(max_model_len, prompts.PIECE_CHARS)  # shorter text was not counted yet
+    if cut is not None:
+        max_tokens = prompts.max_tokenize_tokens(max_model_len)
+    ids = loaded.tokenizer.encode_chat(
+        text, add_special_tokens=add_special_tokens, max_tokens=max_tokens
+    )
+    if len(ids) > max_tokens:
+        raise InvalidRequestError(
+            f"messages make at least {len(ids)} tokens, the limit is {max_tokens}", "messages"
+        )
+    if cut is not None:
+        ids = cut.cut_text(loaded.tokenizer, ids, has_special_tokens=add_special_tokens)
+    if not ids:
+        raise InvalidRequestError("messages make an empty prompt", "messages")
+    return ids
+
+
+def _effort_kwargs(effort: str | None) -> dict[str, Any]:
+    """What vLLM makes of reasoning_effort: variables that a template may look at."""
+    if effort is None:
+        return {}
+    if effort not in EFFORTS:
+        raise InvalidRequestError(
+            f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {effort[:40]}",
+            "reasoning_effort",
+        )
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+
+
+def _own_template(state: ServerState, source: str | None) -> str | None:
+    """The request's own template, where the server takes such."""
+    if source is None:
+        return None
+    if not state.config.trust_request_chat_template:
+        raise InvalidRequestError(
+            "chat_template: this server takes no template from a request "
+            "(--trust-request-chat-template)",
+            "chat_template",
+        )
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise InvalidRequestError(
+            f"chat_template has {len(source)} characters, the limit is {MAX_TEMPLATE_CHARS}",
+            "chat_template",
+        )
+    return source
+
+
+@lru_cache(maxsize=MAX_TEMPLATES)
+def _compile(template: ChatTemplate, source: str) -> ChatTemplate:
+    try:
+        return template.with_source(source, origin="chat_template")
+    except CheckpointError as error:
+        raise InvalidRequestError(str(error), "chat_template") from error
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> int:
+    """Bound chat_template_kwargs; returns the characters in them."""
+    name = "chat_template_kwargs"
+    if len(kwargs) > MAX_TEMPLATE_KWARGS:
+        raise InvalidRequestError(
+            f"{name} has {len(kwargs)} entries, the limit is {MAX_TEMPLATE_KWARGS}", name
+        )
+    num_chars = _measure(kwargs, name)
+    if num_chars > MAX_TEMPLATE_KWARGS_CHARS:
+        raise InvalidRequestError(
+            f"{name} holds {num_chars} characters, the limit is {MAX_TEMPLATE_KWARGS_CHARS}", name
+        )
+    return num_chars
+
+
+def _check_documents(documents: list[str | dict[str, Any]]) -> int:
+    """Bound documents; returns the characters in them."""
+    if len(documents) > MAX_DOCUMENTS:
+        raise InvalidRequestError(
+            f"documents has {len(documents)} entries, the limit is {MAX_DOCUMENTS}", "documents"
+        )
+    return _measure(documents, "documents")
+
+
+def _measure(value: object, name: str, depth: int = 0) -> int:
+    """Characters and values in JSON-like data that is not nested too deeply."""
+    if depth > MAX_NESTING:
+        raise InvalidRequestError(f"{name} is nested deeper than {MAX_NESTING}", name)
+    if isinstance(value, dict):
+        items = value.items()
+        return sum(len(key) + 1 + _measure(item, name, depth + 1) for key, item in items)
+    if isinstance(value, list):
+        return sum(1 + _measure(item, name, depth + 1) for item in value)
+    if isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
+        raise InvalidRequestError(f"{name} holds an integer of more than 64 bits", name)
+    return len(value) if isinstance(value, str) else 1
+
+
+def _plain(message: Message, path: str) -> dict[str, Any]:
+    """What the template gets to see: the role, the text or its parts, and the name.
+
+    Parts are checked by ChatTemplate.
+    """
+    if message.role in ROLES_NOT_BUILT:
+        raise NotBuiltError(
+            f"{path}.role: the role {message.role} is not built yet", f"{path}.role"
+        )
+    if message.role not in ROLES:
+        raise InvalidRequestError(
+            f"{path}.role must be one of {', '.join(ROLES)}, got {message.role[:40]}",
+            f"{path}.role",
+        )
+    for name in ("tool_calls", "tool_call_id", "function_call"):
+        check_built(name, getattr(message, name), f"{path}.{name}")
+    content = message.content
+    if content is None and message.role != "assistant":
+        raise InvalidRequestError(
+            f"{path}.content must be a string or a list of parts, got null", f"{path}.content"
+        )
+    plain: dict[str, Any] = {"role": message.role, "content": content}
+    if isinstance(content, list):
+        plain["content"] = [p if isinstance(p, str) else msgspec.structs.asdict(p) for p in content]
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _texts(message: Message) -> list[str]:
+    content = message.content
+    if content is None or isinstance(content, str):
+        return [content or ""]
+    return [p if isinstance(p, str) else p.text or p.refusal or "" for p in content]
+
+
+def _num_chars(message: Message) -> int:
+    return sum(map(len, _texts(message)))
+
+
+def _echo(message: Message) -> str:
+    return "\n".join(_texts(message)) if message.role == "assistant" else ""

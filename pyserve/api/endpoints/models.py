@@ -1,0 +1,71 @@
+"""GET /v1/models and /v1/models/{id}: one entry per served name."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+from aiohttp import web
+
+from pyserve.api.endpoints.answer import json_response
+from pyserve.api.state import STATE, ServerState
+
+
+class Permission(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = False
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: None = None
+    is_blocking: bool = False
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "pyserve"
+    root: str
+    parent: None = None
+    max_model_len: int
+    permission: list[Permission]
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "list"
+    data: list[Model]
+
+
+async def list_models(request: web.Request) -> web.StreamResponse:
+    """Every name the model may be asked for by."""
+    state = request.app[STATE]
+    max_model_len = state.model().engine.info.max_model_len
+    names = state.config.served_model_names
+    return json_response(ModelList(data=[_entry(state, name, max_model_len) for name in names]))
+
+
+async def retrieve_model(request: web.Request) -> web.StreamResponse:
+    """One of them."""
+    state = request.app[STATE]
+    max_model_len = state.model().engine.info.max_model_len
+    name = request.match_info["model"]
+    name = name.removesuffix("/") or name
+    state.check_model_name(name)
+    return json_response(_entry(state, name, max_model_len))
+
+
+def _entry(state: ServerState, name: str, max_model_len: int) -> Model:
+    permission_id = hashlib.sha256(name.encode()).hexdigest()[:32]
+    return Model(
+        id=name,
+        created=state.created,
+        root=state.model_name,
+        max_model_len=max_model_len,
+        permission=[Permission(id=f"modelperm-{permission_id}", created=state.created)],
+    )

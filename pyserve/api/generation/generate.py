@@ -1,0 +1,273 @@
+"""One request: its sequences are submitted, read together and turned into text.
+
+One coroutine reads all choices of a request through one shared wake-up; per token there is no
+task, no queue and no object that outlives the wake-up. Streamed and whole answers take this road
+alike, so they cannot differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import msgspec
+
+from pyserve.api.generation.sampling import Ending
+from pyserve.api.generation.slices import Slices
+from pyserve.api.wire.protocol import PromptTokensDetails, Usage
+from pyserve.client import EngineClient, SequenceDelta, SequenceStream
+from pyserve.errors import RequestError
+from pyserve.metrics import Metrics
+from pyserve.params import SamplingParams
+from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.stop import StopChecker
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence of a request and the text it has become.
+
+    num_tokens counts the output tokens up to the one that ended the answer, and no further.
+    first_token_s is when its first tokens were read here, 0 before.
+    prefix is shown before its text: the prompt that is to be echoed, until it has been.
+    """
+
+    index: int
+    sample_index: int
+    stream: SequenceStream
+    params: SamplingParams
+    ending: Ending
+    detokenizer: Detokenizer
+    stop_checker: StopChecker | None
+    num_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    first_token_s: float = 0.0
+    prefix: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    def advance(self, delta: SequenceDelta) -> str:
+        """New text of `delta`; sets finish_reason with the last of it."""
+        token_ids = delta.token_ids
+        is_cut = delta.finish_reason == "stop" and not self.ending.include_stop
+        visible = token_ids[:-1] if is_cut else token_ids
+        if self.stop_checker is None:
+            text = self.detokenizer.push(visible)
+            self.num_tokens += len(token_ids)
+        else:
+            text = self._advance_checked(self.stop_checker, visible)
+            if self.finish_reason is not None:
+                return text
+            self.num_tokens += len(token_ids) - len(visible)
+        if delta.finish_reason is not None:
+            text += self._flush()
+            if self.finish_reason is None:
+                self.finish_reason = delta.finish_reason
+                if delta.stop_token_id != self.ending.eos_token_id:
+                    self.stop_reason = delta.stop_token_id
+        return text
+
+    def _advance_checked(self, checker: StopChecker, token_ids: list[int]) -> str:
+        # Token by token: usage ends with the token that completed the stop string.
+        text = ""
+        for token_id in token_ids:
+            self.num_tokens += 1
+            piece = self.detokenizer.push([token_id])
+            if self.num_tokens <= self.ending.min_tokens:
+                text += piece
+                continue
+            text += self._check(checker, piece)
+            if self.finish_reason is not None:
+                break
+        return text
+
+    def _check(self, checker: StopChecker, piece: str) -> str:
+        text, matched = checker.push(piece)
+        if matched is not None:
+            self.finish_reason = "stop"
+            self.stop_reason = matched
+        return text
+
+    def _flush(self) -> str:
+        rest = self.detokenizer.flush()
+        if self.stop_checker is None:
+            return rest
+        text = self._check(self.stop_checker, rest)
+        return text if self.finish_reason is not None else text + self.stop_checker.flush()
+
+
+class Generation:
+    """All choices of one request. `close` must be called, however the request ends.
+
+    end    "finished", "aborted" or "failed"; None while it runs.
+    error  what `read` has raised, if it has.
+    """
+
+    def __init__(self, engine: EngineClient, metrics: Metrics, *, arrived_s: float) -> None:
+        self.arrived_s = arrived_s
+        self.end: str | None = None
+        self.error: RequestError | None = None
+        self.choices: list[Choice] = []
+        self.active: list[Choice] = []
+        self._engine = engine
+        self._metrics = metrics
+        self._wakeup = asyncio.Event()
+        self._interruption: RequestError | None = None
+        self._slices = Slices()
+
+    def wake(self) -> None:
+        """Let `read` return, empty where there is no news."""
+        self._wakeup.set()
+
+    def interrupt(self, error: RequestError) -> None:
+        """Let `read` raise `error`, now or when it is called next."""
+        self._interruption = error
+        self._wakeup.set()
+
+    async def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int,
+        ending: Ending,
+        detokenizer: Detokenizer,
+        priority: int,
+        cache_salt: str,
+        user: str = "",
+        prefix: str = "",
+        runs: bool = True,
+    ) -> None:
+        """Queue the n sequences of one prompt. Raises what EngineClient.submit raises.
+
+        detokenizer  of a text that goes on where the prompt ends.
+        user         with whom they share what is scarce.
+        prefix       what each of them shows before its text.
+        runs         False: they end at once, without a token; the engine does not hear of them.
+        """
+        for sample_index in range(n):
+            await self._slices.rest()
+            own_params = msgspec.structs.replace(params, sample_index=sample_index)
+            if runs:
+                stream = self._engine.submit(
+                    prompt_token_ids,
+                    own_params,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    user=user,
+                )
+            else:
+                stream = SequenceStream(-1, len(prompt_token_ids))
+                stream.finish("length")
+            stream.share_wakeup(self._wakeup)
+            choice = Choice(
+                index=len(self.choices),
+                sample_index=sample_index,
+                stream=stream,
+                params=own_params,
+                prefix=prefix,
+                ending=ending,
+                detokenizer=detokenizer.copy(),
+                stop_checker=(
+                    StopChecker(ending.stop, ending.include_stop) if ending.stop else None
+                ),
+            )
+            self.choices.append(choice)
+            self.active.append(choice)
+
+    async def read(self) -> list[tuple[Choice, str]]:
+        """Wait for news: the choices that have any, each with its new text.
+
+        A choice leaves `active` with its last text. Raises the error a sequence failed with, or
+        that of `interrupt`.
+        """
+        await self._wakeup.wait()
+        self._wakeup.clear()
+        try:
+            return self._take_news()
+        except RequestError as error:
+            self.error = error
+            raise
+
+    def _take_news(self) -> list[tuple[Choice, str]]:
+        if self._interruption is not None:
+            raise self._interruption
+        news = []
+        for choice in self.active:
+            delta = choice.stream.take()
+            if delta is None:
+                continue
+            text = choice.prefix + choice.advance(delta)
+            choice.prefix = ""
+            news.append((choice, text))
+            if not choice.first_token_s and delta.token_ids:
+                self._note_first_token(choice)
+            if choice.finish_reason is not None:
+                self._finish(choice, choice.finish_reason)
+        if any(choice.finish_reason is not None for choice, _ in news):
+            self.active = [c for c in self.active if c.finish_reason is None]
+        return news
+
+    async def read_all(self) -> None:
+        """Until every choice has ended; its text is in `pieces`."""
+        while self.active:
+            for choice, text in await self.read():
+                choice.pieces.append(text)
+
+    def usage(self) -> Usage:
+        """Tokens of all choices so far; a prompt counts once, whatever its n."""
+        firsts = [choice.stream for choice in self.choices if choice.sample_index == 0]
+        num_prompt_tokens = sum(stream.num_prompt_tokens for stream in firsts)
+        num_output_tokens = sum(choice.num_tokens for choice in self.choices)
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            total_tokens=num_prompt_tokens + num_output_tokens,
+            completion_tokens=num_output_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(stream.num_cached_tokens for stream in firsts)
+            ),
+        )
+
+    def usage_of(self, choice: Choice) -> Usage:
+        """Tokens of one choice so far, and of its prompt."""
+        num_prompt_tokens = choice.stream.num_prompt_tokens
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            total_tokens=num_prompt_tokens + choice.num_tokens,
+            completion_tokens=choice.num_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=choice.stream.num_cached_tokens
+            ),
+        )
+
+    def close(self, reason: str) -> None:
+        """Abort what still runs: it has ended by `reason`, "abort" or "error". May be repeated."""
+        if self.end is not None or not self.choices:
+            return
+        running = [choice for choice in self.active if choice.finish_reason is None]
+        for choice in running:
+            choice.finish_reason = reason
+            self._finish(choice, reason)
+        self.active = []
+        self.end = "finished" if not running else "aborted" if reason == "abort" else "failed"
+        self._metrics.num_requests[self.end] += 1
+        for _, group in groupby(self.choices, lambda choice: choice.index - choice.sample_index):
+            num_tokens = [choice.num_tokens for choice in group]
+            self._metrics.observe_prompt(len(num_tokens), max(num_tokens))
+
+    def _note_first_token(self, choice: Choice) -> None:
+        choice.first_token_s = time.monotonic()
+        self._metrics.time_to_first_token_s.observe(choice.first_token_s - self.arrived_s)
+
+    def _finish(self, choice: Choice, reason: str) -> None:
+        self._engine.abort(choice.stream)
+        self._metrics.observe_sequence(
+            choice.stream,
+            reason,
+            num_output_tokens=choice.num_tokens,
+            max_tokens=choice.params.max_tokens,
+            e2e_s=time.monotonic() - self.arrived_s,
+        )

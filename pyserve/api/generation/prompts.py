@@ -1,0 +1,191 @@
+"""Text -> token ids without paying for text that cannot fit.
+
+Tokenising takes a microsecond and 400 bytes a character of hostile text: 32 MB of it would hold a
+thread for a minute and gigabytes of memory. So its characters are bounded, as for /tokenize, and
+long text is first counted in pieces, and given up at the first piece that is too many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS
+from pyserve.errors import InvalidRequestError
+from pyserve.params import shown
+from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.tokenizer import Tokenizer
+
+PIECE_CHARS = 2**16
+CUT_TOKENS = 32  # more than a cut through the text can add to its count
+MAX_TOKENIZE_CHARS = 2**20  # of one text, or CHARS_PER_TOKEN for each token of the context
+CHARS_PER_TOKEN = 8
+MAX_TOKENIZE_TOKENS = 2**20  # or the context
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is submitted: all that takes time in proportion to it has been done, on a thread.
+
+    echo         what to show before its answers, "": nothing.
+    detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
+    """
+
+    token_ids: list[int]
+    echo: str
+    detokenizer: Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """truncate_prompt_tokens: the last, or first, so many tokens of each prompt are kept."""
+
+    limit: int
+    keeps_first: bool
+
+    def cut(self, token_ids: list[int]) -> list[int]:
+        """Of a prompt given as token ids."""
+        if len(token_ids) <= self.limit:
+            return token_ids
+        return token_ids[: self.limit] if self.keeps_first else token_ids[-self.limit :]
+
+    def cut_text(
+        self, tokenizer: Tokenizer, token_ids: list[int], *, has_special_tokens: bool
+    ) -> list[int]:
+        """Of a text's token ids: what add_special_tokens has put around it stays there."""
+        before, behind = tokenizer.surroundings() if has_special_tokens else ([], [])
+        room = self.limit - len(before) - len(behind)
+        if len(token_ids) <= self.limit or room < 1:
+            return self.cut(token_ids)
+        inner = token_ids[len(before) : len(token_ids) - len(behind)]
+        kept = Truncation(room, self.keeps_first).cut(inner)
+        return [*before, *kept, *behind]
+
+
+def truncation(
+    num_tokens: int | None, side: str | None, *, max_model_len: int, max_tokens: int
+) -> Truncation | None:
+    """What the fields ask for; -1 keeps what leaves room for `max_tokens`.
+
+    Where `max_tokens` fills the context, -1 cuts nothing: a prompt that fits is kept whole.
+
+    Raises InvalidRequestError on a value out of range.
+    """
+    if side not in (None, "left", "right"):
+        raise InvalidRequestError(
+            f"truncation_side must be left or right, got {(side or '')[:40]}", "truncation_side"
+        )
+    if num_tokens is None or (num_tokens == -1 and max_tokens >= max_model_len):
+        return None
+    if num_tokens == -1:
+        num_tokens = max(max_model_len - max(max_tokens, 1), 1)
+    if not 1 <= num_tokens <= max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens must be -1 or in [1, {max_model_len}], the context, "
+            f"got {shown(num_tokens)}",
+            "truncate_prompt_tokens",
+        )
+    return Truncation(num_tokens, keeps_first=side == "right")
+
+
+def encode(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    max_model_len: int,
+    cut: Truncation | None = None,
+) -> list[int]:
+    """Token ids of a plain prompt. Raises InvalidRequestError, also where it cannot fit."""
+    if cut is not None:
+        ids = encode_any(
+            tokenizer, text, add_special_tokens=add_special_tokens, max_model_len=max_model_len
+        )
+        return cut.cut_text(tokenizer, ids, has_special_tokens=add_special_tokens)
+    check_may_fit(tokenizer, text, max_model_len=max_model_len, param="prompt")
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def encode_any(
+    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, max_model_len: int
+) -> list[int]:
+    """Token ids of a text that need not fit the context. Raises InvalidRequestError."""
+    check_size(len(text), max_model_len=max_model_len, param="prompt")
+    return tokenizer.encode(
+        text,
+        add_special_tokens=add_special_tokens,
+        max_tokens=max_tokenize_tokens(max_model_len),
+    )
+
+
+def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param: str) -> None:
+    """Refuse a text that has more tokens than the context, without tokenising all of it.
+
+    What passes has at most a few tokens too many, and is counted exactly later. So has a chat whose
+    special tokens are the template's alone: spelled out they count as one each, but are several.
+    """
+    check_chars(len(text), max_model_len=max_model_len, param=param)
+    if len(text) <= PIECE_CHARS:
+        return
+    num_tokens = 0
+    for start in range(0, len(text), PIECE_CHARS):
+        piece = text[start : start + PIECE_CHARS]
+        num_tokens += max(tokenizer.count(piece, param=param) - CUT_TOKENS, 0)
+        check_tokens(num_tokens, max_model_len=max_model_len, param=param)
+
+
+def check_tokens(at_least: int, *, max_model_len: int, param: str) -> None:
+    """Refuse a prompt that has at least so many tokens, where the context has fewer."""
+    if at_least > max_model_len:
+        raise InvalidRequestError(
+            f"This model's maximum context length is {max_model_len} tokens: "
+            f"the prompt has at least {at_least}",
+            param,
+        )
+
+
+def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:
+    """Refuse, by its length alone, a text too long for the context.
+
+    A token has four characters on average and some have a hundred: what is refused here could have
+    fitted only if all of it were such.
+    """
+    limit = max_tokenize_chars(max_model_len)
+    if num_chars > limit:
+        raise InvalidRequestError(
+            f"This model's maximum context length is {max_model_len} tokens: "
+            f"the prompt has {num_chars} characters, more than {limit}",
+            param,
+        )
+
+
+def check_total(num_tokens: int, *, n: int, param: str) -> None:
+    """Bound the prompt tokens of all sequences of a request: each of them is the server's to hold.
+
+    num_tokens  of all prompts; each makes n sequences.
+    """
+    if num_tokens * n > MAX_REQUEST_TOKENS:
+        times = f" times n {n}" if n > 1 else ""
+        raise InvalidRequestError(
+            f"{num_tokens} prompt tokens{times} are more than the {MAX_REQUEST_TOKENS} "
+            "that one request may have",
+            "n" if n > 1 else param,
+        )
+
+
+def max_tokenize_chars(max_model_len: int) -> int:
+    """Characters of one text, whether it has to fit the context or not."""
+    return max(MAX_TOKENIZE_CHARS, CHARS_PER_TOKEN * max_model_len)
+
+
+def max_tokenize_tokens(max_model_len: int) -> int:
+    """Tokens of one text that need not fit the context."""
+    return max(MAX_TOKENIZE_TOKENS, max_model_len)
+
+
+def check_size(num_chars: int, *, max_model_len: int, param: str) -> None:
+    """Refuse more characters than `max_tokenize_chars`."""
+    limit = max_tokenize_chars(max_model_len)
+    if num_chars > limit:
+        raise InvalidRequestError(
+            f"{param} has {num_chars} characters, the limit is {limit}", param
+        )

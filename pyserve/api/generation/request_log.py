@@ -1,0 +1,173 @@
+"""One line for every request that used the model, at its end; on demand one at its arrival.
+
+Lines hold numbers and names of fields, never a text of the client's: no prompt, no stop string, no
+message of an error, which may quote one. A flood of requests is no flood of lines: what comes too
+fast is counted, and the next line says how many.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from contextvars import ContextVar
+
+from aiohttp import web
+
+from pyserve.api.generation.generate import Choice, Generation
+from pyserve.api.http.request_id import current as current_request_id
+from pyserve.errors import QueueFullError, RequestError
+from pyserve.log import get_logger
+from pyserve.params import SamplingParams
+from pyserve.words import counted
+
+LINES_PER_S, MAX_BURST_LINES = 50.0, 500.0
+MAX_PARAM_CHARS = 64
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+# Of the request that this task answers: its error may still be on its way once it has its line.
+_has_ended: ContextVar[bool] = ContextVar("has_ended", default=False)
+
+
+class LineBudget:
+    """So many lines at once, then so many a second.
+
+    num_dropped  lines that there was no room for, since `pop_dropped`.
+    """
+
+    def __init__(self, lines_per_s: float, max_burst_lines: float) -> None:
+        self._lines_per_s = lines_per_s
+        self._max_burst_lines = max_burst_lines
+        self._num_lines = max_burst_lines
+        self._refilled_s = time.monotonic()
+        self.num_dropped = 0
+
+    def take(self, now_s: float) -> bool:
+        """Whether there is room for one more line."""
+        refill = (now_s - self._refilled_s) * self._lines_per_s
+        self._num_lines = min(self._num_lines + refill, self._max_burst_lines)
+        self._refilled_s = now_s
+        if self._num_lines < 1.0:
+            self.num_dropped += 1
+            return False
+        self._num_lines -= 1.0
+        return True
+
+    def pop_dropped(self) -> int:
+        """num_dropped, which begins again at 0."""
+        num_dropped, self.num_dropped = self.num_dropped, 0
+        return num_dropped
+
+
+class RequestLog:
+    """The lines of one server. log_arrivals: --enable-log-requests."""
+
+    def __init__(self, *, log_arrivals: bool) -> None:
+        self._log_arrivals = log_arrivals
+        self._budget = LineBudget(LINES_PER_S, MAX_BURST_LINES)
+
+    @property
+    def num_dropped(self) -> int:
+        """Lines left out since the last one."""
+        return self._budget.num_dropped
+
+    def begin(self) -> None:
+        """This task begins to answer a request."""
+        _has_ended.set(False)
+
+    def arrived(self, request: web.BaseRequest, generation: Generation) -> None:
+        """All sequences of a request have been queued."""
+        if not self._log_arrivals or not self._take_line():
+            return
+        choice = generation.choices[0]
+        num_prompts = sum(choice.sample_index == 0 for choice in generation.choices)
+        get_logger().info(
+            "request %s %s arrived: %d prompt tokens, prompts=%d, n=%d%s",
+            current_request_id.get(),
+            request.path,
+            generation.usage().prompt_tokens,
+            num_prompts,
+            len(generation.choices) // num_prompts,
+            "".join(f", {name}={value}" for name, value in _settings(choice)),
+        )
+
+    def ended(self, request: web.BaseRequest, generation: Generation) -> None:
+        """All choices have ended; nothing is said of a request that never had any."""
+        if not generation.choices:
+            return
+        _has_ended.set(True)
+        if not self._take_line():
+            return
+        get_logger().info(
+            "request %s %s %s",
+            current_request_id.get(),
+            request.path,
+            describe(generation, time.monotonic()),
+        )
+
+    def refused(self, request: web.BaseRequest, error: RequestError) -> None:
+        """The request has ended in `error`; nothing is said of it where `ended` has.
+
+        A full queue is not for here: the engine sums its refusals up.
+        """
+        if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line():
+            return
+        param = _UNSAFE.sub("?", (error.param or "-")[:MAX_PARAM_CHARS])
+        get_logger().info(
+            "request %s %s refused: %d %s, field %s",
+            current_request_id.get(),
+            request.path,
+            error.status,
+            error.type,
+            param,
+        )
+
+    def _take_line(self) -> bool:
+        if not get_logger().isEnabledFor(logging.INFO):
+            return False
+        if not self._budget.take(time.monotonic()):
+            return False
+        if num_dropped := self._budget.pop_dropped():
+            get_logger().info("%s about requests left out", counted(num_dropped, "line"))
+        return True
+
+
+def describe(generation: Generation, now: float) -> str:
+    """How a request has ended, what it took and how long."""
+    choices = generation.choices
+    reasons = ",".join(dict.fromkeys(str(choice.finish_reason) for choice in choices))
+    usage = generation.usage()
+    cached = usage.prompt_tokens_details
+    begun = [choice for choice in choices if choice.first_token_s]
+    if generation.error is not None:
+        reasons += f", {generation.error.status} {generation.error.type}"
+    text = (
+        f"{generation.end} ({reasons}): {usage.prompt_tokens} prompt tokens "
+        f"({cached.cached_tokens if cached else 0} cached), {usage.completion_tokens} output "
+        f"tokens, queued {1000 * _queued_s(choices[0]):.0f} ms"
+    )
+    if begun:
+        first_s = min(choice.first_token_s for choice in begun)
+        text += f", first token {1000 * (first_s - generation.arrived_s):.0f} ms"
+        num_later_tokens = usage.completion_tokens - len(begun)
+        if num_later_tokens > 0 and now > first_s:
+            text += f", {num_later_tokens / (now - first_s):.1f} tokens/s"
+    return f"{text}, {now - generation.arrived_s:.2f} s"
+
+
+def _queued_s(choice: Choice) -> float:
+    stream = choice.stream
+    return (stream.scheduled_s or stream.ended_s) - stream.queued_s
+
+
+def _settings(choice: Choice) -> list[tuple[str, object]]:
+    """Parameters that differ from the defaults; of lists and mappings only their length."""
+    params = choice.params
+    defaults = SamplingParams(max_tokens=params.max_tokens)
+    settings: list[tuple[str, object]] = [("max_tokens", params.max_tokens)]
+    for name in params.__struct_fields__:
+        value = getattr(params, name)
+        if name not in ("max_tokens", "sample_index") and value != getattr(defaults, name):
+            settings.append((name, len(value) if isinstance(value, dict | tuple) else value))
+    if choice.ending.stop:
+        settings.append(("stop", len(choice.ending.stop)))
+    return settings

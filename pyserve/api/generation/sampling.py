@@ -1,0 +1,240 @@
+"""Request fields -> SamplingParams: request value, else the model's default, else the neutral one.
+
+Also everything about how an answer ends: stop strings, stop ids, EOS, the token limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pyserve.api.wire.protocol import (
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_CHARS_IN_ALL,
+    MAX_STOP_STRINGS,
+    SamplingFields,
+)
+from pyserve.client import EngineInfo
+from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_TEMPERATURE,
+    MIN_TOP_P,
+    SamplingParams,
+    shown,
+)
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+
+GREEDY_BELOW = 1e-5  # vLLM's threshold
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the text of a sequence ends; the same for all sequences of a request.
+
+    stop           strings that end the answer, none of them empty.
+    include_stop   what ended the answer stays in its text.
+    eos_token_id   ends the answer without a stop_reason; None where EOS is ignored.
+    min_tokens     the text of so many output tokens is never part of a match of a stop string.
+    """
+
+    stop: list[str]
+    include_stop: bool
+    eos_token_id: int | None
+    min_tokens: int
+
+
+class Resolver:
+    """Resolves the sampling fields of one request; raises InvalidRequestError naming the field."""
+
+    def __init__(
+        self,
+        request: SamplingFields,
+        info: EngineInfo,
+        *,
+        tokenizer: Tokenizer,
+        defaults: GenerationDefaults,
+    ) -> None:
+        self._request = request
+        self._info = info
+        self._defaults = defaults
+        self.n = _choices(request)
+        eos_ids = [] if request.ignore_eos else _eos_token_ids(tokenizer, defaults, info)
+        self.ending = Ending(
+            stop=_stop_strings(request.stop),
+            include_stop=bool(request.include_stop_str_in_output),
+            eos_token_id=eos_ids[0] if eos_ids else None,
+            min_tokens=request.min_tokens or 0,
+        )
+        asked = request.stop_token_ids or []
+        limit = max(MAX_STOP_TOKEN_IDS - len(eos_ids), 0)
+        if len(asked) > limit:
+            beside = f" beside the model's {len(eos_ids)} EOS" if eos_ids else ""
+            raise InvalidRequestError(
+                f"stop_token_ids has {len(asked)} entries, the limit is {limit}{beside}",
+                "stop_token_ids",
+            )
+        check_token_ids(asked, info.vocab_size, "stop_token_ids")
+        self._stop_token_ids = tuple(dict.fromkeys([*eos_ids, *asked]))
+        self._logit_bias = _logit_bias(request.logit_bias, info.vocab_size)
+        self._temperature = self._resolve_temperature()
+        self._top_k = _top_k(_first(request.top_k, defaults.top_k, 0))
+        self._top_p = _top_p(_first(request.top_p, defaults.top_p, 1.0))
+
+    def params(
+        self,
+        num_prompt_tokens: int,
+        *,
+        prompt_name: str,
+        max_tokens: int | None,
+        limit_name: str,
+        default: int,
+    ) -> SamplingParams:
+        """For a prompt of that length. `max_tokens`, else `default`, but no more than is left.
+
+        `prompt_name` and `limit_name` are the request fields to name where a value is wrong.
+        """
+        request, defaults = self._request, self._defaults
+        max_model_len = self._info.max_model_len
+        left = max_model_len - num_prompt_tokens
+        if left < 1:
+            full = ", which leaves none for the answer" if left == 0 else ""
+            raise InvalidRequestError(
+                f"This model's maximum context length is {max_model_len} tokens: "
+                f"the prompt has {num_prompt_tokens}{full}",
+                prompt_name,
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequestError(
+                f"{limit_name} must be at least 1, got {shown(max_tokens)}", limit_name
+            )
+        max_tokens = min(left, default if max_tokens is None else max_tokens)
+        min_tokens = request.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be at most {max_tokens}, {limit_name} or what the prompt's "
+                f"{num_prompt_tokens} tokens leave of the context, got {shown(min_tokens)}",
+                "min_tokens",
+            )
+        seed = request.seed
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self._temperature,
+            top_k=self._top_k,
+            top_p=self._top_p,
+            min_p=_first(request.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=self._logit_bias,
+            seed=None if seed == -1 else seed,
+            min_tokens=min_tokens,
+            stop_token_ids=self._stop_token_ids,
+        )
+
+    def _resolve_temperature(self) -> float:
+        temperature = _first(self._request.temperature, self._defaults.temperature, 1.0)
+        if not 0.0 <= temperature <= MAX_TEMPERATURE:
+            raise InvalidRequestError(
+                f"temperature must be in [0, {MAX_TEMPERATURE:g}], got {shown(temperature)}",
+                "temperature",
+            )
+        if temperature < GREEDY_BELOW:
+            if self.n > 1:
+                raise InvalidRequestError(
+                    f"n must be 1 when temperature is 0 (greedy), got {self.n}", "n"
+                )
+            return 0.0
+        return max(temperature, MIN_TEMPERATURE)
+
+
+def _top_k(top_k: int) -> int:
+    if not -1 <= top_k <= MAX_TOP_K:
+        raise InvalidRequestError(
+            f"top_k must be in [1, {MAX_TOP_K}], or 0 or -1 for all tokens, got {shown(top_k)}",
+            "top_k",
+        )
+    return max(top_k, 0)
+
+
+def _top_p(top_p: float) -> float:
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidRequestError(
+            f"top_p must be above 0 and at most 1, got {shown(top_p)}", "top_p"
+        )
+    return max(top_p, MIN_TOP_P)  # both keep the most likely token alone
+
+
+def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
+    """Refuse ids outside [0, vocab_size)."""
+    if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise InvalidRequestError(
+            f"{name} holds token id {shown(wrong)}, ids must be in [0, {vocab_size - 1}]", name
+        )
+
+
+def _eos_token_ids(
+    tokenizer: Tokenizer, defaults: GenerationDefaults, info: EngineInfo
+) -> list[int]:
+    """Ids that end an answer, each once, the primary one first, none the model cannot sample."""
+    named = dict.fromkeys([tokenizer.eos_token_id, *defaults.eos_token_ids])
+    return [token_id for token_id in named if token_id is not None and token_id < info.vocab_size]
+
+
+def _choices(request: SamplingFields) -> int:
+    n = 1 if request.n is None else request.n
+    if not 1 <= n <= MAX_N:
+        raise InvalidRequestError(f"n must be in [1, {MAX_N}], got {shown(n)}", "n")
+    if request.best_of not in (None, n):
+        best_of = shown(request.best_of)
+        raise NotBuiltError(f"best_of {best_of} beside n {n} is not built yet", "best_of")
+    return n
+
+
+def _stop_strings(stop: str | list[str] | None) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else stop or []
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(
+            f"stop has {len(strings)} strings, the limit is {MAX_STOP_STRINGS}", "stop"
+        )
+    for string in strings:
+        if not 1 <= len(string) <= MAX_STOP_CHARS:
+            raise InvalidRequestError(
+                f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(string)}",
+                "stop",
+            )
+    num_chars = sum(map(len, strings))
+    if num_chars > MAX_STOP_CHARS_IN_ALL:
+        raise InvalidRequestError(
+            f"stop has {num_chars} characters in all, the limit is {MAX_STOP_CHARS_IN_ALL}", "stop"
+        )
+    return strings
+
+
+def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
+    if given and len(given) > MAX_LOGIT_BIAS:  # before each of them is looked at
+        raise InvalidRequestError(
+            f"logit_bias has {len(given)} entries, the limit is {MAX_LOGIT_BIAS}", "logit_bias"
+        )
+    bias = {}
+    for key, value in (given or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+            raise InvalidRequestError(
+                f"logit_bias: keys must be token ids in [0, {vocab_size - 1}], got {key[:40]}",
+                "logit_bias",
+            )
+        bias[int(key)] = value
+    return bias
+
+
+def _first(asked: Number | None, default: Number | None, neutral: Number) -> Number:
+    if asked is not None:
+        return asked
+    return neutral if default is None else default

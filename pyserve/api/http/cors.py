@@ -1,0 +1,102 @@
+"""Cross-origin requests (CORS, WHATWG Fetch 3.2): which web pages may call this server.
+
+The API knows no cookies: a key travels in a header that a page must know. So any page may by
+default, as in vLLM; --allowed-origins narrows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import hdrs, web
+
+from pyserve.api.http import request_id
+from pyserve.config import ServerConfig
+
+METHODS = "GET, HEAD, POST"
+EXPOSED = "Retry-After, X-Request-Id, x-pyserve-clamped, x-pyserve-ignored"
+MAX_AGE_S = 600
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def add_cors(app: web.Application, config: ServerConfig) -> None:
+    """Answer preflights before anything else sees them, and sign every other response.
+
+    A preflight carries no key and must not need one.
+    """
+    policy = _Policy(config)
+
+    @web.middleware
+    async def preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+        is_preflight = (
+            request.method == hdrs.METH_OPTIONS
+            and hdrs.ORIGIN in request.headers
+            and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+        )
+        if not is_preflight:
+            return await handler(request)
+        request_id.begin(request)
+        return policy.preflight(request)
+
+    async def sign(request: web.Request, response: web.StreamResponse) -> None:
+        # Not in the middleware: the headers of a stream have left when its handler returns.
+        response.headers.update(policy.headers(request))
+
+    app.middlewares.insert(0, preflight)
+    app.on_response_prepare.append(sign)
+
+
+def is_foreign_page(request: web.Request) -> bool:
+    """Whether a browser says that a page of another host than this server's asks."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None:
+        return False
+    return origin.partition("://")[2].lower() != request.headers.get(hdrs.HOST, "").lower()
+
+
+class _Policy:
+    def __init__(self, config: ServerConfig) -> None:
+        self._any_origin = "*" in config.allowed_origins
+        # Scheme and host compare without regard to case, and browsers send lower case.
+        self._origins = frozenset(origin.lower() for origin in config.allowed_origins)
+        self._methods = METHODS if "*" in config.allowed_methods else _join(config.allowed_methods)
+        self._headers = None if "*" in config.allowed_headers else _join(config.allowed_headers)
+        self._credentials = config.allow_credentials
+
+    def headers(self, request: web.Request) -> dict[str, str]:
+        """For a response to `request`: none where no page asks, or one that may not."""
+        origin = request.headers.get(hdrs.ORIGIN)
+        if self._any_origin:
+            return {} if origin is None else self._allow("*")
+        # The answer depends on the origin: caches must know, also where this one has none.
+        vary: dict[str, str] = {hdrs.VARY: hdrs.ORIGIN}
+        if origin is None or origin.lower() not in self._origins:
+            return vary
+        return {**vary, **self._allow(origin)}
+
+    def _allow(self, origin: str) -> dict[str, str]:
+        allowed: dict[str, str] = {
+            hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: origin,
+            hdrs.ACCESS_CONTROL_EXPOSE_HEADERS: EXPOSED,
+        }
+        if self._credentials:
+            allowed[hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS] = "true"
+        return allowed
+
+    def preflight(self, request: web.Request) -> web.Response:
+        """204; without permission in its headers the browser does not send the request."""
+        response = web.Response(status=204)
+        if hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in self.headers(request):
+            asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS)
+            headers = asked if self._headers is None else self._headers
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = self._methods
+            response.headers[hdrs.ACCESS_CONTROL_MAX_AGE] = str(MAX_AGE_S)
+            if headers:
+                # "*" would not cover Authorization, so what is asked for is named.
+                response.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = headers
+        return response
+
+
+def _join(values: tuple[str, ...]) -> str:
+    return ", ".join(values)

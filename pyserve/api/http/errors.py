@@ -1,0 +1,46 @@
+"""Errors on the wire: one body shape on every route, and nothing of our insides in it."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from pyserve.api.http import request_id
+from pyserve.api.wire.encoding import encode_line
+from pyserve.api.wire.protocol import ErrorDetail, ErrorResponse
+from pyserve.errors import (
+    EngineError,
+    QueueFullError,
+    RequestError,
+    TooManyBytesError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from pyserve.log import get_logger
+
+MAX_MESSAGE_CHARS = 2000
+
+
+def error_body(error: RequestError) -> bytes:
+    """The JSON object that tells a client of `error`, in one line: it may end a stream."""
+    detail = ErrorDetail(error.message[:MAX_MESSAGE_CHARS], error.type, error.param, error.status)
+    return encode_line(ErrorResponse(detail))
+
+
+def error_response(error: RequestError) -> web.Response:
+    """`error` as a response with its status and headers."""
+    response = web.Response(
+        status=error.status, body=error_body(error), content_type="application/json"
+    )
+    if isinstance(error, UnavailableError | QueueFullError | TooManyBytesError):
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413) or isinstance(error, TooManyBytesError):
+        response.force_close()  # the rest of the body is not wanted
+    return response
+
+
+def log_unexpected(error: BaseException) -> RequestError:
+    """Log a bug of ours with its traceback; the client learns only that there was one."""
+    get_logger().error("request %s failed unexpectedly", request_id.current.get(), exc_info=error)
+    return EngineError("internal error")

@@ -1,0 +1,175 @@
+"""The socket that the server listens on: TCP or Unix, plain or TLS; open before anything loads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyserve.api.http.bounds import BACKLOG
+from pyserve.config import ServerConfig
+from pyserve.errors import StartupError
+
+MAX_UDS_BYTES = 107  # sockaddr_un without its closing NUL
+UDS_UMASK = 0o117  # the socket is for its owner and group: 0660
+CONNECT_TIMEOUT_S = 1.0
+PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)  # taken, or only for root
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket and how clients are to speak to it."""
+
+    sock: socket.socket
+    tls: ssl.SSLContext | None
+    url: str
+
+
+@contextmanager
+def listening_socket(config: ServerConfig) -> Iterator[Listener]:
+    """Open what `config` says; the socket is closed, and its file gone, at the end.
+
+    Raises StartupError naming the flag at fault.
+    """
+    tls = tls_context(config.ssl_certfile, config.ssl_keyfile)
+    if config.uds is not None:
+        with _unix_socket(config.uds) as sock:
+            yield Listener(sock, tls, f"unix:{config.uds}")
+        return
+    with listen(config.host, config.port) as sock:
+        yield Listener(sock, tls, url(config.host, sock, tls=tls is not None))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises StartupError naming the port."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, ValueError):
+        raise StartupError(f"--host {host} is not an address of this machine") from None
+    family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise StartupError(
+                f"--host {host} is not an address of this machine: 0.0.0.0 listens on all it has"
+            ) from None
+        reason = os.strerror(error.errno or 0)
+        remedy = "; choose another with --port" if error.errno in PORT_ERRORS else ""
+        raise StartupError(f"cannot listen on {host} port {port}: {reason}{remedy}") from None
+    return sock
+
+
+def url(host: str, sock: socket.socket, *, tls: bool = False) -> str:
+    """Where the server answers."""
+    scheme, port = "https" if tls else "http", sock.getsockname()[1]
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
+    """TLS 1.2 or later with this chain; None without one. Raises StartupError naming the file."""
+    if certfile is None:
+        return None
+    key_flag = "--ssl-certfile" if keyfile is None else "--ssl-keyfile"
+    for flag, path in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile or certfile)):
+        try:
+            with path.open("rb"):
+                pass
+        except OSError as error:
+            raise StartupError(f"{flag} {path}: {os.strerror(error.errno or 0)}") from None
+
+    def refuse_password() -> str:
+        # OpenSSL would ask for it on the terminal.
+        raise StartupError(
+            f"{key_flag} {keyfile or certfile} is protected by a password: give a key without one"
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certfile, keyfile, password=refuse_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise StartupError(
+                f"{key_flag} {keyfile or certfile} is not the key of --ssl-certfile {certfile}"
+            ) from None
+        raise StartupError(
+            f"--ssl-certfile {certfile} and its key are not a certificate and a key in PEM form"
+        ) from None
+    return context
+
+
+@contextmanager
+def _unix_socket(path: Path) -> Iterator[socket.socket]:
+    """Listen on `path`; the file of a server that has died is replaced, any other is left alone."""
+    name = os.fsencode(path)
+    if len(name) > MAX_UDS_BYTES:
+        raise StartupError(
+            f"--uds {path} has {len(name)} bytes, the limit of a socket's path is {MAX_UDS_BYTES}"
+        )
+    _remove_stale(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        before = os.umask(UDS_UMASK)
+        try:
+            sock.bind(name)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise StartupError(f"cannot listen on --uds {path}: {reason}") from None
+        finally:
+            os.umask(before)
+        mine = os.stat(path)
+        try:
+            sock.listen(BACKLOG)
+            yield sock
+        finally:
+            _remove_own(path, mine)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return  # what is wrong with the folder is told by bind
+    if not stat.S_ISSOCK(found.st_mode):
+        raise StartupError(f"--uds {path} is there already and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            probe.connect(os.fsencode(path))
+        except ConnectionRefusedError:
+            pass  # nobody listens: its server was killed
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            reason = os.strerror(error.errno or 0) if error.errno else "no answer"
+            raise StartupError(f"--uds {path} is in use, or not to be known: {reason}") from None
+        else:
+            raise StartupError(f"--uds {path}: another server listens there")
+    try:
+        os.unlink(path)
+    except OSError as error:
+        raise StartupError(
+            f"--uds {path} is left from another server: {os.strerror(error.errno or 0)}"
+        ) from None
+
+
+def _remove_own(path: Path, mine: os.stat_result) -> None:
+    """Another server may have put its own there meanwhile."""
+    try:
+        found = os.lstat(path)
+        if (found.st_ino, found.st_dev) == (mine.st_ino, mine.st_dev):
+            os.unlink(path)
+    except OSError:
+        pass

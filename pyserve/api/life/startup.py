@@ -1,0 +1,115 @@
+"""Where the start-up stands, told by the thread that loads, shown by the event loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pyserve.log import get_logger
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Where the start-up stands; replaced as a whole, so that any thread may read it."""
+
+    name: str
+    done: int
+    total: int  # 0: unknown
+    began_s: float
+    counted_s: float | None = None  # when nothing of `total` was done; None: when it began
+
+    @property
+    def progress(self) -> float | None:
+        """0 to 1; None where the total is unknown."""
+        return min(self.done / self.total, 1.0) if self.total > 0 else None
+
+    def speed(self, now_s: float) -> float | None:
+        """What is done in a second, on average; None where it is unknown."""
+        since_s = self.began_s if self.counted_s is None else self.counted_s
+        if self.total <= 0 or self.done <= 0 or now_s <= since_s:
+            return None
+        return self.done / (now_s - since_s)
+
+    def eta_s(self, now_s: float) -> float | None:
+        """Seconds to the end of this phase at the speed so far."""
+        speed = self.speed(now_s)
+        return None if speed is None else round(max(self.total - self.done, 0) / speed, 1)
+
+
+class StopLoading(BaseException):
+    """Raised by a report to the thread that loads: the server is told to stop, end what runs."""
+
+
+class Startup:
+    """Phases of the start-up, told by the loading thread, shown by the event loop.
+
+    The first begins with the process, so that their sum is what the user has waited.
+    """
+
+    def __init__(self) -> None:
+        began_s = time.monotonic() - _process_age_s()
+        self._began_s = began_s
+        self._seconds: dict[str, float] = {}  # of the phases that have ended, in their order
+        self.phase = Phase("start", 0, 0, began_s)
+        self._is_given_up = False
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def explain(self) -> str:
+        """Where the time has gone: "start 0.9 + build 0.1 + load 1.0 = 2.0 s"."""
+        parts = [f"{name} {seconds:.1f}" for name, seconds in self._seconds.items()]
+        return f"{' + '.join(parts)} = {sum(self._seconds.values()):.1f} s"
+
+    def describe(self) -> dict[str, object]:
+        """Phase, progress in it (0 to 1) and seconds to its end, null where unknown."""
+        phase = self.phase
+        return {
+            "phase": phase.name,
+            "progress": phase.progress,
+            "eta_s": phase.eta_s(time.monotonic()),
+        }
+
+    def report(self, name: str, done: int, total: int) -> None:
+        """Called by one thread at a time; a new name ends the phase before it.
+
+        A report of nothing done starts the clock by which the speed is told. Raises StopLoading
+        once the start is given up.
+        """
+        if self._is_given_up:
+            raise StopLoading
+        phase, now = self.phase, time.monotonic()
+        if name != phase.name:
+            self._end(phase, now)
+            phase = Phase(name, done, total, now)
+        counted_s = phase.counted_s if done else now
+        self.phase = replace(phase, done=done, total=total, counted_s=counted_s)
+
+    def give_up(self) -> None:
+        """The next report raises: whoever loads lets go of what it holds."""
+        self._is_given_up = True
+
+    def finish(self) -> None:
+        """End the last phase."""
+        self._end(self.phase, time.monotonic())
+
+    def _end(self, phase: Phase, now_s: float) -> None:
+        took_s = now_s - phase.began_s
+        self._seconds[phase.name] = self._seconds.get(phase.name, 0.0) + took_s
+        get_logger().info("%s: %.1f s", phase.name, took_s)
+
+
+def _process_age_s() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started_s, 0.0)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0

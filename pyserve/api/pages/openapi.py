@@ -1,0 +1,358 @@
+"""/openapi.json: OpenAPI 3.1, made from the wire types of wire/protocol.py.
+
+What NOT_BUILT still holds is left out, so a field appears here when it starts to work. What the
+types do not say of a field stands in wire/fields.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+from pyserve import __version__
+from pyserve.api.endpoints.models import Model, ModelList
+from pyserve.api.pages import site
+from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS, REPLACED
+from pyserve.api.wire.protocol import (
+    NO_EFFECT,
+    NOT_BUILT,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    Usage,
+)
+
+Schema = dict[str, Any]
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: Any
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A frame of a streamed chat answer."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
+
+
+class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: Any
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A frame of a streamed completion."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """seconds: how late the event loop has been, and how long the running step takes."""
+
+    status: str
+    loop_lag_s: float
+    step_age_s: float
+
+
+class NotReady(msgspec.Struct, frozen=True, kw_only=True):
+    """While starting: the phase, how much of it is done (0 to 1), seconds to its end."""
+
+    status: str
+    phase: str | None = None
+    progress: float | None = None
+    eta_s: float | None = None
+    reason: str | None = None
+
+
+class Live(msgspec.Struct, frozen=True, kw_only=True):
+    status: str
+    loop_lag_s: float
+
+
+class Load(msgspec.Struct, frozen=True):
+    server_load: int
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
+
+
+class Operation(NamedTuple):
+    """A route in the document. `replies` are the wire types beside the errors; None is text."""
+
+    summary: str
+    replies: Mapping[int, type[msgspec.Struct] | None]
+    body: type[msgspec.Struct] | None = None
+    chunk: type[msgspec.Struct] | None = None
+    example: Mapping[str, object] | None = None
+
+
+_HEALTH = Operation("200 where a request would be taken now", {200: Ready, 503: NotReady})
+_HELLO = [{"role": "user", "content": "What is the capital of France?"}]
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("POST", "/v1/chat/completions"): Operation(
+        "Answer a conversation",
+        {200: ChatResponse},
+        ChatRequest,
+        ChatChunk,
+        {"messages": _HELLO, "max_tokens": 64},
+    ),
+    ("POST", "/v1/completions"): Operation(
+        "Continue a text",
+        {200: CompletionResponse},
+        CompletionRequest,
+        CompletionChunk,
+        {"prompt": "The capital of France is", "max_tokens": 16},
+    ),
+    ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
+    ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
+    ("POST", "/tokenize"): Operation(
+        "Token ids of a text, or of the prompt made from messages",
+        {200: TokenizeResponse},
+        TokenizeRequest,
+        example={"prompt": "Hello world"},
+    ),
+    ("POST", "/detokenize"): Operation(
+        "The text of token ids",
+        {200: DetokenizeResponse},
+        DetokenizeRequest,
+        example={"tokens": [100, 101, 102]},
+    ),
+    ("GET", "/health"): _HEALTH,
+    ("GET", "/health/ready"): _HEALTH,
+    ("GET", "/health/live"): Operation("200 while the event loop runs", {200: Live}),
+    ("GET", "/ping"): _HEALTH,
+    ("POST", "/ping"): _HEALTH,
+    ("GET", "/load"): Operation("Requests in flight", {200: Load}),
+    ("GET", "/version"): Operation("The version of pyserve", {200: Version}),
+    ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
+}
+
+_WITHOUT_EFFECT = "Accepted without effect; named in the header x-pyserve-ignored."
+_ERRORS = {
+    400: "A value is missing, of a wrong type, out of range or not built yet",
+    401: "The API key is missing or wrong",
+    404: "No such model",
+    413: "The body is too large",
+    429: "As many requests wait as may",
+    500: "The request failed here",
+    503: "Starting, shutting down, or out of time",
+}
+_RETRYING = (429, 503)
+_REF = "#/components/schemas/{name}"
+
+
+class Document:
+    """The document of one server, built when it is first asked for.
+
+    routes  (method, path) -> whether it is public, as in app.py.
+    """
+
+    def __init__(
+        self, routes: Mapping[tuple[str, str], bool], *, root_path: str, needs_key: bool
+    ) -> None:
+        self._routes = {(method, _plain(path)): public for (method, path), public in routes.items()}
+        self._root_path = root_path
+        self._needs_key = needs_key
+
+    @functools.cached_property
+    def file(self) -> site.File:
+        """Its bytes, as they are sent."""
+        return site.make_file(msgspec.json.encode(self.describe()), ".json")
+
+    def describe(self) -> Schema:
+        """The document as JSON values."""
+        paths: dict[str, Schema] = {}
+        for (method, path), operation in OPERATIONS.items():
+            if (method, path) in self._routes:
+                item = paths.setdefault(path, {})
+                item[method.lower()] = self._operation(method, path, operation)
+        document: Schema = {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "pyserve",
+                "version": __version__,
+                "description": "OpenAI-compatible inference on one GPU.",
+            },
+            "paths": paths,
+            "components": {
+                "schemas": schemas(),
+                "securitySchemes": {
+                    "bearer": {"type": "http", "scheme": "bearer"},
+                    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+                },
+            },
+        }
+        if self._root_path:
+            document["servers"] = [{"url": self._root_path}]
+        return document
+
+    def _operation(self, method: str, path: str, operation: Operation) -> Schema:
+        is_guarded = self._needs_key and not self._routes[method, path]
+        described: Schema = {
+            "operationId": _operation_id(method, path),
+            "summary": operation.summary,
+            "security": [{"bearer": []}, {"x-api-key": []}] if is_guarded else [],
+            "responses": {
+                str(status): _reply(operation, wire_type)
+                for status, wire_type in operation.replies.items()
+            },
+        }
+        errors = {401} if is_guarded else set()
+        if path.startswith("/v1") or operation.body is not None:
+            errors |= {500, 503}
+        if path.endswith("{model}"):
+            errors.add(404)
+            described["parameters"] = [
+                {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+            ]
+        if operation.body is not None:
+            errors |= {400, 404, 413}
+            described["requestBody"] = {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": _reference(operation.body),
+                        "example": operation.example,
+                    }
+                },
+            }
+        if operation.chunk is not None:
+            errors.add(429)
+        described["responses"].update((str(status), _error(status)) for status in sorted(errors))
+        return described
+
+
+DOCUMENT = web.AppKey("document", Document)
+
+
+async def openapi(request: web.Request) -> web.StreamResponse:
+    """The handler."""
+    return site.reply(request, request.app[DOCUMENT].file)
+
+
+def schemas() -> dict[str, Schema]:
+    """components.schemas: every wire type, without what is not built."""
+    types: set[type[msgspec.Struct]] = {ErrorResponse}
+    for operation in OPERATIONS.values():
+        types.update(filter(None, (operation.body, operation.chunk, *operation.replies.values())))
+    ordered = sorted(types, key=lambda wire_type: wire_type.__name__)
+    _, found = msgspec.json.schema_components(ordered, ref_template=_REF)
+    sent = {"StreamOptions", "Message", "ContentPart"} | {
+        operation.body.__name__ for operation in OPERATIONS.values() if operation.body
+    }
+    for name, schema in found.items():
+        if name in sent:
+            _finish_sent(schema)
+        elif name not in {"ChatDelta", "ChatChunk", "ChatChunkChoice", "CompletionChunk",
+                          "NotReady"}:  # fmt: skip
+            schema["required"] = list(schema["properties"])  # a reply leaves nothing out
+    for name, replaced in REPLACED.items():
+        properties = {**found[name]["properties"], **replaced.get("properties", {})}
+        found[name].update({**replaced, "properties": properties})
+    return found
+
+
+def _finish_sent(schema: Schema) -> None:
+    """Of what clients send: leave out what is not built, add bounds and descriptions."""
+    properties: dict[str, Schema] = schema["properties"]
+    for name in [name for name in properties if name in NOT_BUILT]:
+        del properties[name]
+    for name, value in properties.items():
+        for variant in value.get("anyOf", [value]):
+            variant.update(BOUNDS.get(name, {}).get(variant.get("type", ""), {}))
+        if name in NO_EFFECT:
+            value["description"] = _WITHOUT_EFFECT
+        elif name in DESCRIPTIONS:
+            value["description"] = DESCRIPTIONS[name]
+
+
+def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Schema:
+    headers = {"X-Request-Id": _header("The one sent along, or one made here")}
+    if wire_type is None:
+        content: Schema = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = {"application/json": {"schema": _reference(wire_type)}}
+    described: Schema = {"description": "The answer", "headers": headers, "content": content}
+    if operation.body is not None:
+        headers["x-pyserve-ignored"] = _header("Fields of the request that had no effect")
+    if operation.chunk is not None:
+        headers["x-pyserve-clamped"] = _header(
+            "max_tokens=N: N is what the prompt leaves of the context, and less than was asked for"
+        )
+    if operation.chunk is not None:
+        name = operation.chunk.__name__
+        described["description"] = (
+            f"The answer; with `stream` server-sent events, each a line `data: ` and a {name}, "
+            "at the end `data: [DONE]`. Where it fails on the way, one frame holds an "
+            "ErrorResponse. Lines that begin with a colon keep proxies awake."
+        )
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
+    return described
+
+
+def _error(status: int) -> Schema:
+    described: Schema = {
+        "description": _ERRORS[status],
+        "content": {"application/json": {"schema": _reference(ErrorResponse)}},
+    }
+    if status in _RETRYING:
+        described["headers"] = {"Retry-After": _header("Seconds", "integer")}
+    return described
+
+
+def _header(description: str, kind: str = "string") -> Schema:
+    return {"description": description, "schema": {"type": kind}}
+
+
+def _reference(wire_type: type[msgspec.Struct]) -> Schema:
+    return {"$ref": _REF.format(name=wire_type.__name__)}
+
+
+def _plain(path: str) -> str:
+    return path.replace("{model:.+}", "{model}")
+
+
+def _operation_id(method: str, path: str) -> str:
+    words = "".join(char if char.isalnum() else "_" for char in path)
+    return f"{method.lower()}{words}".rstrip("_")

@@ -1,0 +1,170 @@
+"""What the API document says of fields beside their types: bounds, words, what needs what.
+
+Ranges are checked where the values are used, with better words than a schema has. They are
+repeated here from the same constants, and a test sends both sides of every one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyserve.api.wire.protocol import (
+    EFFORTS,
+    MAX_DOCUMENTS,
+    MAX_MESSAGES,
+    MAX_N,
+    MAX_NAME_CHARS,
+    MAX_PRIORITY,
+    MAX_SEQUENCES,
+    MAX_STOP_CHARS,
+    MAX_STOP_CHARS_IN_ALL,
+    MAX_STOP_STRINGS,
+    MAX_TEMPLATE_CHARS,
+    MAX_TEMPLATE_KWARGS,
+    ROLES,
+)
+from pyserve.params import (
+    INT64_MAX,
+    INT64_MIN,
+    MAX_LOGIT_BIAS,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+)
+from pyserve.text.chat_messages import PART_TYPES
+
+Schema = dict[str, Any]
+
+_ID = {"minimum": 0, "maximum": 2**31 - 1}
+_NAME = {"string": {"minLength": 1, "maxLength": MAX_NAME_CHARS}}
+_STOP = {"minLength": 1, "maxLength": MAX_STOP_CHARS}
+# field -> JSON type -> keywords
+BOUNDS: dict[str, dict[str, Schema]] = {
+    "max_tokens": {"integer": {"minimum": 1}},
+    "max_completion_tokens": {"integer": {"minimum": 1}},
+    "min_tokens": {"integer": {"minimum": 0}},
+    "n": {"integer": {"minimum": 1, "maximum": MAX_N}},
+    "temperature": {"number": {"minimum": 0, "maximum": 2}},
+    "top_p": {"number": {"exclusiveMinimum": 0, "maximum": 1}},
+    "top_k": {"integer": {"minimum": -1, "maximum": MAX_TOP_K}},
+    "min_p": {"number": {"minimum": 0, "maximum": 1}},
+    "repetition_penalty": {
+        "number": {"minimum": MIN_REPETITION_PENALTY, "maximum": MAX_REPETITION_PENALTY}
+    },
+    "presence_penalty": {"number": {"minimum": -2, "maximum": 2}},
+    "frequency_penalty": {"number": {"minimum": -2, "maximum": 2}},
+    "seed": {"integer": {"minimum": INT64_MIN, "maximum": INT64_MAX}},
+    "priority": {"integer": {"minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY}},
+    "cache_salt": _NAME,
+    "request_id": _NAME,
+    "stop": {
+        "string": _STOP,
+        "array": {"maxItems": MAX_STOP_STRINGS, "items": {"type": "string", **_STOP}},
+    },
+    "stop_token_ids": {
+        "array": {"maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", **_ID}}
+    },
+    "logit_bias": {
+        "object": {
+            "maxProperties": MAX_LOGIT_BIAS,
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    },
+    "messages": {"array": {"minItems": 1, "maxItems": MAX_MESSAGES}},
+    "documents": {"array": {"maxItems": MAX_DOCUMENTS}},
+    "chat_template_kwargs": {"object": {"maxProperties": MAX_TEMPLATE_KWARGS}},
+    "truncate_prompt_tokens": {"integer": {"minimum": -1, "not": {"const": 0}}},
+    "truncation_side": {"string": {"enum": ["left", "right"]}},
+    "reasoning_effort": {"string": {"enum": list(EFFORTS)}},
+    "role": {"string": {"enum": list(ROLES)}},
+    "type": {"string": {"enum": list(PART_TYPES)}},
+    "tokens": {"array": {"items": {"type": "integer", **_ID}}},
+    "chat_template": {"string": {"maxLength": MAX_TEMPLATE_CHARS}},
+}
+DESCRIPTIONS = {
+    "model": "A served name; the served model where it is absent.",
+    "messages": "The conversation, oldest message first.",
+    "prompt": "A text, token ids, or a list of either (at most "
+    f"{MAX_SEQUENCES} prompts, each with its own choices).",
+    "max_tokens": "Output tokens at most, and no more than the prompt leaves of the context; where "
+    "that is less, the header x-pyserve-clamped says how many.",
+    "max_completion_tokens": "As max_tokens, and before it where both are given.",
+    "min_tokens": "No stop before so many output tokens; at most max_tokens.",
+    "n": f"Choices for each prompt; at most {MAX_SEQUENCES} in one request, 1 where greedy.",
+    "best_of": "Must equal n.",
+    "temperature": "0 is greedy.",
+    "top_k": "The so many most likely tokens; 0 and -1 keep all.",
+    "top_p": "The most likely tokens whose probability reaches so much.",
+    "min_p": "Drops tokens less likely than so much of the most likely one.",
+    "repetition_penalty": "Above 1 against tokens of prompt and output.",
+    "logit_bias": "Token id -> value added to its logit.",
+    "seed": "The same seed, parameters and prompt give the same answer; -1 is none.",
+    "stop": "Ends the answer, which does not hold it; at most "
+    f"{MAX_STOP_CHARS_IN_ALL} characters in all.",
+    "stop_token_ids": "Ids that end the answer, beside the model's own.",
+    "include_stop_str_in_output": "Leave in the answer what ended it.",
+    "ignore_eos": "Go on to max_tokens.",
+    "stream": "Answer as server-sent events.",
+    "stream_options": "Of no effect without stream.",
+    "include_usage": "One more frame, before [DONE], with the usage.",
+    "continuous_usage_stats": "With include_usage: every frame has the usage of its choice so far.",
+    "echo": "Show the prompt before the answer; in a chat, the assistant's last message.",
+    "truncate_prompt_tokens": "Keep so many tokens of each prompt, at most the context; -1: as "
+    "many as leave room for max_tokens, all where that fills the context.",
+    "truncation_side": "left, the default, keeps a prompt's last tokens, right its first.",
+    "add_generation_prompt": "End the prompt with what begins an answer; the default is true.",
+    "continue_final_message": "The answer continues the last message.",
+    "chat_template": "Only with --trust-request-chat-template; bounded in length, time and output.",
+    "chat_template_kwargs": "Variables for the chat template.",
+    "documents": "For chat templates that show documents.",
+    "reasoning_effort": "For chat templates with the variable reasoning_effort or enable_thinking.",
+    "return_token_strs": "Also the tokens as they stand in the vocabulary.",
+    "priority": "Lower goes first; only with --scheduling-policy priority.",
+    "cache_salt": "The prefix cache is shared only by requests with the same one.",
+    "request_id": "Becomes part of the answer's id.",
+    "add_special_tokens": "Let the tokenizer add its own; true for text, false for messages.",
+    "skip_special_tokens": "Leave special tokens out of the text.",
+}
+
+_IDS = {"type": "array", "items": {"type": "integer", **_ID}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+_LISTED = {"type": "array", "minItems": 1, "maxItems": MAX_SEQUENCES}
+# wire type -> what takes the place of its part of the schema
+REPLACED: dict[str, Schema] = {
+    "CompletionRequest": {
+        "properties": {
+            "prompt": {
+                "description": DESCRIPTIONS["prompt"],
+                "anyOf": [
+                    _TEXT, _IDS, {**_LISTED, "items": _TEXT}, {**_LISTED, "items": _IDS},
+                ],
+            },
+            "max_tokens": {
+                "description": DESCRIPTIONS["max_tokens"] + " 0 only with echo.",
+                "anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}],
+                "default": 16,
+            },
+        },
+        "required": ["prompt"],
+    },
+    "TokenizeRequest": {
+        "oneOf": [
+            {"required": [name], "properties": {name: {"type": kind}}}
+            for name, kind in (("prompt", "string"), ("messages", "array"))
+        ],
+    },
+    "Message": {
+        "anyOf": [  # only the assistant may have said nothing
+            {"properties": {"role": {"const": "assistant"}}},
+            {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        ],
+    },
+    "ContentPart": {
+        "anyOf": [
+            {"properties": {"type": {"const": kind}, kind: {"type": "string"}}, "required": [kind]}
+            for kind in PART_TYPES
+        ],
+    },
+}  # fmt: skip

@@ -1,0 +1,340 @@
+"""Wire types: what clients send and what they get, in vLLM's and OpenAI's names.
+
+Every request field stands in exactly one of three tables: BUILT works, NOT_BUILT is refused unless
+its value asks for nothing, NO_EFFECT is accepted and named in the `x-pyserve-ignored` header, as is
+any field that is not ours. What is not built is named there too, and not refused, where HARMLESS
+says that it asks for nothing in its request. Types are checked here, ranges where the values are
+used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 4 * MAX_MESSAGES  # content parts of all messages
+MAX_NAME_CHARS = 512  # cache_salt, request_id
+MAX_SEQUENCES = 2048  # n times the prompts of one request
+MAX_N = 128
+MAX_REQUEST_TOKENS = 2**22  # prompt tokens of all sequences of one request
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1000  # of one stop string
+MAX_STOP_CHARS_IN_ALL = 2**13  # each takes 300 bytes and half a microsecond
+MAX_ECHO_CHARS = 2**22  # of the prompts that one request shows again, each n times
+MAX_DOCUMENTS = 1024
+MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_KWARGS_CHARS = 2**16  # of their names and texts
+MAX_TEMPLATE_CHARS = 2**16  # of a chat template in a request
+MAX_NESTING = 16  # of lists and objects in template kwargs and documents
+MAX_PRIORITY = 2**31 - 1
+# A fixed set: templates put the role into their markup, where any other text could forge some.
+ROLES = ("system", "developer", "user", "assistant")
+ROLES_NOT_BUILT = ("tool", "function")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    echo: bool | None = None
+
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logits_processors: list[Any] | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    repetition_detection: dict[str, Any] | None = None
+
+    spaces_between_special_tokens: bool | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[str | ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
+
+
+class ChatRequest(SamplingFields, frozen=True, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[str | dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
+    return_prompt_text: bool | None = None
+
+
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
+    prompt: str | list[str | int | list[int]] | None = None
+
+    logprobs: int | bool | None = None
+    suffix: str | None = None
+    prompt_embeds: Any = None
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[str | dict[str, Any]] | None = None
+
+    reasoning_effort: str | None = None
+
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    tokens: list[int]
+    model: str | None = None
+
+
+BUILT = frozenset(
+    "model max_tokens max_completion_tokens n temperature top_p top_k min_p repetition_penalty "
+    "presence_penalty frequency_penalty logit_bias seed stop stop_token_ids "
+    "include_stop_str_in_output ignore_eos min_tokens skip_special_tokens stream stream_options "
+    "priority cache_salt request_id best_of add_special_tokens messages prompt tokens echo "
+    "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message "
+    "chat_template chat_template_kwargs documents return_token_strs reasoning_effort".split()
+)
+
+# name -> values, beside null, that ask for nothing
+NOT_BUILT: dict[str, tuple[object, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "suffix": ("",),
+    "prompt_embeds": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "return_prompt_text": (False,),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "repetition_detection": (),
+    "include_reasoning": (True,),
+    "thinking_token_budget": (-1,),
+    # of one message
+    "tool_calls": ([],),
+    "tool_call_id": (),
+}
+
+
+def _uses_tools(request: Any) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+# What is not built -> whether any other value of it asks for nothing too, in this request.
+HARMLESS: dict[str, Callable[[Any], bool]] = {
+    "tools": lambda request: request.tool_choice == "none",  # hidden from the prompt
+    "tool_choice": lambda request: request.tool_choice == "auto" and not request.tools,
+    "parallel_tool_calls": lambda request: not _uses_tools(request),
+    "functions": lambda request: request.function_call == "none",
+    "function_call": lambda request: request.function_call == "auto" and not request.functions,
+    "top_logprobs": lambda request: request.logprobs is False,
+    "return_tokens_as_token_ids": lambda request: not request.logprobs,
+    "response_format": lambda request: request.response_format.get("type") == "text",
+    "length_penalty": lambda request: not request.use_beam_search,
+}
+
+# name -> values, beside null, that need not be named
+NO_EFFECT: dict[str, tuple[object, ...]] = {
+    "user": (),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    # Only beside grammars and images, which are refused themselves.
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+}
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    role: str = "assistant"
+    content: str
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    message: ChatMessage
+    logprobs: None = None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: None = None
+
+
+class ChatResponse(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    service_tier: None = None
+    system_fingerprint: str
+    usage: Usage
+    prompt_logprobs: None = None
+    prompt_token_ids: None = None
+    kv_transfer_params: None = None
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: None = None
+    prompt_logprobs: None = None
+    prompt_token_ids: None = None
+
+
+class CompletionResponse(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    service_tier: None = None
+    system_fingerprint: str
+    usage: Usage
+    kv_transfer_params: None = None
+
+
+class TokenizeResponse(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(msgspec.Struct, frozen=True):
+    error: ErrorDetail

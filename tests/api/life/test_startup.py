@@ -1,0 +1,63 @@
+"""Phases of the start-up: progress, speed, what they add up to, and their end."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from pyserve.api.life.startup import Startup, StopLoading
+
+
+def test_progress_and_eta() -> None:
+    startup = Startup()
+    assert startup.describe() == {"phase": "start", "progress": None, "eta_s": None}
+    startup.report("load", 0, 100)
+    assert startup.describe() == {"phase": "load", "progress": 0.0, "eta_s": None}
+    startup.report("load", 50, 100)
+    began_s = startup.phase.began_s
+    assert startup.phase.eta_s(began_s + 3.0) == 3.0
+    startup.report("load", 150, 100)
+    assert startup.phase.progress == 1.0 and startup.phase.eta_s(began_s + 3.0) == 0.0
+
+
+def test_the_clock_of_the_speed_starts_with_the_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("pyserve.api.life.startup.time.monotonic", lambda: now_s)
+    startup = Startup()
+    startup.report("build", 0, 0)
+    assert startup.phase.progress is None and startup.phase.eta_s(now_s) is None
+    now_s = 130.0  # the card has been looked at meanwhile
+    startup.report("build", 0, 40)
+    assert startup.describe() == {"phase": "build", "progress": 0.0, "eta_s": None}
+    now_s = 140.0
+    startup.report("build", 10, 40)
+    assert startup.describe() == {"phase": "build", "progress": 0.25, "eta_s": 30.0}
+    startup.report("build", 10, 20)  # less is left to do than was thought
+    assert startup.describe() == {"phase": "build", "progress": 0.5, "eta_s": 10.0}
+    assert startup.phase.began_s == 100.0
+
+
+def test_a_report_after_the_end_stops_who_loads() -> None:
+    startup = Startup()
+    startup.give_up()
+    with pytest.raises(StopLoading):
+        startup.report("load", 1, 2)
+    assert not issubclass(StopLoading, Exception), "nobody on the way takes it for an error"
+
+
+def test_the_phases_add_up_from_the_exec_on(caplog: pytest.LogCaptureFixture) -> None:
+    startup = Startup()
+    began_s = startup.phase.began_s
+    assert 0.0 < time.monotonic() - began_s < 3600.0  # this test process is older than `startup`
+    for name in ("download", "start", "load"):
+        startup.report(name, 0, 0)
+        time.sleep(0.06)
+    startup.finish()
+    explained = startup.explain()
+    assert re.fullmatch(r"start \d+\.\d \+ download 0\.1 \+ load 0\.1 = \d+\.\d s", explained), (
+        explained
+    )
+    total_s = float(explained.rpartition("= ")[2].removesuffix(" s"))
+    assert abs(total_s - startup.elapsed_s) < 0.2
