@@ -3,6 +3,7 @@
 // waits for a step on a CUDA device.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -50,10 +51,10 @@ int32_t to_int32(PyObject* item, const char* what) {
 
 PyObject* item(const py::list& list, int64_t i) { return PyList_GET_ITEM(list.ptr(), i); }
 
-// Writes the rows and returns (number of tokens, number of samples).
 struct RowTotals {
   int64_t num_tokens = 0;
   int64_t num_samples = 0;
+  int32_t max_query_len = 0;
 };
 
 RowTotals put_rows(const py::list& row_slots, const py::list& query_lens,
@@ -79,6 +80,7 @@ RowTotals put_rows(const py::list& row_slots, const py::list& query_lens,
     if (is_known) tokens_offset += num_ids;
     totals.num_tokens += query_len;
     totals.num_samples += is_sampled;
+    totals.max_query_len = std::max(totals.max_query_len, query_len);
   }
   return totals;
 }
@@ -141,6 +143,7 @@ int64_t pack_step(const py::buffer& buffer, const py::list& row_slots, const py:
   header[kHeaderNumSamples] = static_cast<int32_t>(totals.num_samples);
   header[kHeaderNumBlockUpdates] = static_cast<int32_t>(block_updates.size() / kBlockUpdateWords);
   header[kHeaderNumSlotUpdates] = static_cast<int32_t>(slot_updates.size());
+  header[kHeaderMaxQueryLen] = totals.max_query_len;
   std::memcpy(info.ptr, header, sizeof header);
   return out.size();
 }
@@ -161,6 +164,7 @@ py::dict step_layout() {
   PYSERVE_PUT(kHeaderNumSlotUpdates);
   PYSERVE_PUT(kHeaderSlotUpdatesOffset);
   PYSERVE_PUT(kHeaderNumWords);
+  PYSERVE_PUT(kHeaderMaxQueryLen);
   PYSERVE_PUT(kHeaderWords);
   PYSERVE_PUT(kRowSlot);
   PYSERVE_PUT(kRowQueryLen);

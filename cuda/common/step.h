@@ -25,6 +25,7 @@ enum HeaderWord : int32_t {
   kHeaderNumSlotUpdates,
   kHeaderSlotUpdatesOffset,
   kHeaderNumWords,  // of the whole buffer
+  kHeaderMaxQueryLen,  // of the rows; with the three counts the step's shape
   kHeaderWords = 16,
 };
 constexpr int32_t kStepMagic = 0x70797376;  // "pysv"

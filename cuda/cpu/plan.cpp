@@ -187,6 +187,8 @@ int64_t plan_row(const StepWords& step, int64_t r, int64_t begin, const Slots& s
              slots.count());
   PLAN_CHECK(query_len > 0 && begin + query_len <= step.header(kHeaderNumTokens), "row ", r,
              " has ", query_len, " tokens");
+  PLAN_CHECK(query_len <= step.header(kHeaderMaxQueryLen), "row ", r, " has ", query_len,
+             " tokens, max_query_len is ", step.header(kHeaderMaxQueryLen));
   int32_t* state = slots.row(slot);
   const int32_t* ids = state + kSlotLastToken;
   const int64_t offset = row[kRowTokensOffset];

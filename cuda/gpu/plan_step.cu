@@ -57,7 +57,7 @@ struct Step {
   int64_t magic;
   int64_t num_words, num_rows, num_tokens, num_samples;
   int64_t rows_at, tokens_at, block_updates_at, slot_updates_at;
-  int64_t num_block_updates, num_slot_updates;
+  int64_t num_block_updates, num_slot_updates, max_query_len;
 };
 
 __device__ inline Step checked_step(const PlanStepParams& p) {
@@ -73,7 +73,8 @@ __device__ inline Step checked_step(const PlanStepParams& p) {
                   w[kHeaderBlockUpdatesOffset],
                   w[kHeaderSlotUpdatesOffset],
                   w[kHeaderNumBlockUpdates],
-                  w[kHeaderNumSlotUpdates]};
+                  w[kHeaderNumSlotUpdates],
+                  w[kHeaderMaxQueryLen]};
   require(step.magic == kStepMagic);
   require(step.num_words >= kHeaderWords && step.num_words <= p.num_words);
   require(step.num_rows >= 0 && step.num_rows <= p.num_rows);
@@ -388,7 +389,7 @@ __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64
     offset = row[kRowTokensOffset];
     is_sampled = row[kRowSample] != 0;
     require(slot >= 0 && slot < p.num_slots);
-    require(query_len > 0 && query_len <= step.num_tokens);
+    require(query_len > 0 && query_len <= min(step.num_tokens, step.max_query_len));
     const uint32_t bit = 1u << (slot % 32);
     require((atomicOr(&s.rows.is_used[slot / 32], bit) & bit) == 0);  // no other row is of it
   }

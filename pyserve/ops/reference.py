@@ -273,25 +273,23 @@ def plan_step(
         block_table[slot, index] = block_id
         at += layout.BLOCK_UPDATE_WORDS
 
-    input_ids.zero_()
-    positions.zero_()
-    slot_mapping.fill_(-1)
-    row_slots.fill_(-1)
-    seq_lens.zero_()
-    sample_rows.fill_(-1)
+    for tensor in (input_ids, positions, seq_lens, cu_seqlens_q):
+        tensor.zero_()
+    for tensor in (slot_mapping, row_slots, sample_rows):
+        tensor.fill_(-1)
     tokens_at = header[layout.HEADER_TOKENS_OFFSET]
     num_host_tokens = header[layout.HEADER_BLOCK_UPDATES_OFFSET] - tokens_at
     vocab_size, max_len = token_counts.shape[1], block_table.shape[1] * block_size
     begin, num_samples = 0, 0
     seen: set[int] = set()
-    cu_seqlens_q.zero_()
     for row in range(header[layout.HEADER_NUM_ROWS]):
         at = header[layout.HEADER_ROWS_OFFSET] + row * layout.ROW_WORDS
         slot, query_len, tokens_offset, is_sampled = words[at : at + layout.ROW_WORDS]
         _require(0 <= slot < slots.shape[0] and slot not in seen, f"row {row} of slot {slot}")
         seen.add(slot)
         end = begin + query_len
-        _require(query_len > 0 and end <= header[layout.HEADER_NUM_TOKENS], f"row {row}'s length")
+        most = min(header[layout.HEADER_MAX_QUERY_LEN], header[layout.HEADER_NUM_TOKENS] - begin)
+        _require(0 < query_len <= most, f"row {row}'s length")
         if tokens_offset == -1:
             _require(query_len == 1, f"row {row} has no host tokens but {query_len} tokens")
             token_ids = [int(slots[slot, layout.SLOT_LAST_TOKEN])]
@@ -353,6 +351,7 @@ def pack_step(
     header[layout.HEADER_MAGIC] = layout.STEP_MAGIC
     header[layout.HEADER_NUM_ROWS] = num_rows
     header[layout.HEADER_NUM_TOKENS] = sum(query_lens)
+    header[layout.HEADER_MAX_QUERY_LEN] = max(query_lens, default=0)
     header[layout.HEADER_NUM_SAMPLES] = sum(row_samples)
     header[layout.HEADER_ROWS_OFFSET] = layout.HEADER_WORDS
     header[layout.HEADER_TOKENS_OFFSET] = layout.HEADER_WORDS + len(rows)

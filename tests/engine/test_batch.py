@@ -34,6 +34,7 @@ def test_pack_passes_every_list_on() -> None:
     assert header[layout.HEADER_NUM_ROWS] == 2
     assert header[layout.HEADER_NUM_TOKENS] == 4
     assert header[layout.HEADER_NUM_SAMPLES] == 1
+    assert header[layout.HEADER_MAX_QUERY_LEN] == 3
     assert buffer[16:24].tolist() == [4, 3, 0, 0, 1, 1, -1, 1]
     assert buffer[24:30].tolist() == [7, 8, 9, 4, 0, 6]
     assert buffer[30:50].tolist() == record.tolist()

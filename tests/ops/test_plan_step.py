@@ -187,6 +187,8 @@ SLOT_ROW = UPDATES + layout.SLOT_UPDATE_WORDS
         (layout.HEADER_NUM_WORDS, 10**6),
         (layout.HEADER_NUM_WORDS, -1),
         (layout.HEADER_NUM_WORDS, 17),
+        (layout.HEADER_MAX_QUERY_LEN, 4),
+        (layout.HEADER_MAX_QUERY_LEN, -1),
         (layout.HEADER_NUM_ROWS, 5),
         (layout.HEADER_NUM_ROWS, -1),
         (layout.HEADER_NUM_ROWS, 1),
@@ -242,6 +244,20 @@ def test_hostile_words(index: int, value: int) -> None:
     for function in (run, run_twin):
         with pytest.raises(RuntimeError, match="bad step input"):
             function(words_with(index, value), Tables.make(), poisoned_plan(9, 4))
+
+
+def test_words_beyond_the_step_are_not_read() -> None:
+    """A runner passes its whole buffer, which still holds what an earlier step left there."""
+    words = pack(small_step())
+    buffer = torch.full((len(words) + 50,), -(2**31), dtype=torch.int32)
+    buffer[: len(words)] = words
+    for function in (run, run_twin):
+        plan, expected = poisoned_plan(9, 4), poisoned_plan(9, 4)
+        tables, expected_tables = Tables.make(), Tables.make()
+        function(buffer, tables, plan)
+        function(words, expected_tables, expected)
+        assert tables.equal(expected_tables)
+        assert all(map(torch.equal, tensors(plan), tensors(expected)))
 
 
 def test_every_truncation_is_refused() -> None:
