@@ -194,7 +194,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
 
     def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
-        from pyserve.model.hub import resolve_model
+        from pyserve.hub.resolve import resolve_model
 
         def check(folder: Path) -> None:
             """Refuse before the download what would be refused after it."""

@@ -21,8 +21,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from pyserve.errors import CheckpointError
-from pyserve.model.checkpoint_files import (
+from pyserve.checkpoint_files import (
     INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -30,6 +29,7 @@ from pyserve.model.checkpoint_files import (
     SINGLE_FILE,
     read_weight_map,
 )
+from pyserve.errors import CheckpointError
 from pyserve.model.upload import Upload
 from pyserve.model_files import decode_object, guarded, open_regular
 

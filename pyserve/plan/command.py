@@ -16,14 +16,14 @@ import msgspec
 import torch
 
 from pyserve import flags, log
+from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.config import Dtype, EngineConfig, env
 from pyserve.engine import device as devices
 from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger
 from pyserve.errors import ConfigError, StartupError
 from pyserve.flag_words import plain_words
-from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from pyserve.hub.resolve import model_headers
 from pyserve.model.config import ModelConfig, read_config
-from pyserve.model.hub import model_headers
 from pyserve.model.loader import check_checkpoint
 from pyserve.model.weights import index_checkpoint
 from pyserve.ops import device as card_here

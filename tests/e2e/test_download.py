@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pyserve.config import DEMO_MODEL
-from pyserve.model.hub_files import FIRST_BYTES
+from pyserve.hub.files import FIRST_BYTES
 from tests.e2e.conftest import Server, start_server
-from tests.model.hub_stub import CDN, HubStub, running_hub
+from tests.hub.hub_stub import CDN, HubStub, running_hub
 
 REPO = "org/demo"
 

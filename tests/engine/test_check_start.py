@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pyserve.checkpoint_files import LENGTH_BYTES, SINGLE_FILE
 from pyserve.engine.load import check_start
 from pyserve.errors import CheckpointError, PlanError
-from pyserve.model.checkpoint_files import LENGTH_BYTES, SINGLE_FILE
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from tests.engine.tiny import CONFIG, engine_config, write_model

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 
+from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.errors import CheckpointError
-from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import EMBEDDING_NAME, HEAD_NAME, check_checkpoint, load_model

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pyserve.checkpoint_files import INDEX_FILE, MAX_HEADER_BYTES
 from pyserve.errors import CheckpointError
-from pyserve.model.checkpoint_files import INDEX_FILE, MAX_HEADER_BYTES
 from pyserve.model.weights import CheckpointReader, index_checkpoint, read_header
 from tests.model.safetensors_files import entry, write, write_raw
 

@@ -29,7 +29,7 @@ from pyserve.plan.cards import CARDS, find_card
 from pyserve.plan.command import main
 from pyserve.plan.roofline import shard_model
 from tests.engine.tiny import write_model
-from tests.model.hub_stub import running_hub
+from tests.hub.hub_stub import running_hub
 
 LLAMA = PRESETS["llama-3.1-8b"]
 CARD = find_card("RTX 4090")

@@ -9,15 +9,15 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pyserve.errors import CheckpointError
-from pyserve.model.checkpoint_files import (
+from pyserve.checkpoint_files import (
     INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
     SINGLE_FILE,
     read_weight_map,
 )
-from pyserve.model.hub_client import HubClient, Listing, RemoteFile
+from pyserve.errors import CheckpointError
+from pyserve.hub.client import HubClient, Listing, RemoteFile
 
 TEXTS = (
     "config.json", "generation_config.json", "tokenizer*.json", "*.model",

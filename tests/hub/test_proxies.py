@@ -8,8 +8,8 @@ import pytest
 from yarl import URL
 
 from pyserve.errors import ConfigError
-from pyserve.model.proxies import Proxy, settle_proxies
-from tests.model.conftest import forget_proxies
+from pyserve.hub.proxies import Proxy, settle_proxies
+from tests.hub.conftest import forget_proxies
 
 HUB = URL("https://hub.example")
 

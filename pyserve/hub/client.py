@@ -21,7 +21,7 @@ from yarl import URL
 
 from pyserve import log
 from pyserve.errors import ConfigError, StartupError
-from pyserve.model.proxies import Proxy, settle_proxies
+from pyserve.hub.proxies import Proxy, settle_proxies
 
 STALL_S = 30.0  # without a byte
 MAX_FAILURES = 5  # in a row, without a byte between them

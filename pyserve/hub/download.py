@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pyserve import log
 from pyserve.errors import StartupError
-from pyserve.model.hub_client import HubClient, RemoteFile
+from pyserve.hub.client import HubClient, RemoteFile
 
 PART_BYTES = 64 * 2**20
 NUM_STREAMS = 8

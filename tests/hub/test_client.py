@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import constants
 
 from pyserve.errors import StartupError
-from pyserve.model.hub import resolve_model
-from tests.model.hub_stub import CDN, REPO, WEIGHTS, Fault, HubStub
+from pyserve.hub.resolve import resolve_model
+from tests.hub.hub_stub import CDN, REPO, WEIGHTS, Fault, HubStub
 
 SERVED = {WEIGHTS, "config.json", "tokenizer.json", "generation_config.json"}
 

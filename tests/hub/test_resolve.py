@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from pyserve.errors import ConfigError
-from pyserve.model.hub import resolve_model
+from pyserve.hub.resolve import resolve_model
 
 
 def resolve(name: str) -> Path:
@@ -70,5 +70,5 @@ def test_a_token_that_no_header_takes(
 
 
 def test_the_hub_needs_no_torch() -> None:
-    script = "import sys, pyserve.model.hub; assert 'torch' not in sys.modules"
+    script = "import sys, pyserve.hub.resolve; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

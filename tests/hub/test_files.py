@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.errors import CheckpointError
-from pyserve.model.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from pyserve.model.hub import resolve_model
-from pyserve.model.hub_client import Listing, RemoteFile
-from pyserve.model.hub_files import served_texts, served_weights
+from pyserve.hub.client import Listing, RemoteFile
+from pyserve.hub.files import served_texts, served_weights
+from pyserve.hub.resolve import resolve_model
 
 NAMED = "--model a/b"
 POINTER = """version https://git-lfs.github.com/spec/v1

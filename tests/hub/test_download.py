@@ -18,10 +18,10 @@ import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 
 from pyserve.errors import ConfigError, PlanError, StartupError
-from pyserve.model import download, hub, hub_files
-from pyserve.model.hub import model_headers, resolve_model
+from pyserve.hub import download, files, resolve
+from pyserve.hub.resolve import model_headers, resolve_model
 from pyserve.model.weights import index_checkpoint
-from tests.model.hub_stub import CDN, PART_BYTES, REPO, WEIGHTS, Fault, HubStub
+from tests.hub.hub_stub import CDN, PART_BYTES, REPO, WEIGHTS, Fault, HubStub
 from tests.model.safetensors_files import entry, write
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,16 +146,16 @@ def test_a_hub_that_is_gone_leaves_what_another_tool_has_fetched(
 
 
 def test_several_files_of_weights(stub: HubStub, tmp_path: Path) -> None:
-    files = stub.repos[REPO]
-    part = files.pop(WEIGHTS)
+    stored = stub.repos[REPO]
+    part = stored.pop(WEIGHTS)
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     for index, name in enumerate(names):
-        files[name] = part[:-1] + bytes([index])
-    files["consolidated.safetensors"] = part
+        stored[name] = part[:-1] + bytes([index])
+    stored["consolidated.safetensors"] = part
     weight_map = ", ".join(f'"{name}": "{name}"' for name in names)
-    files["model.safetensors.index.json"] = f'{{"weight_map": {{{weight_map}}}}}'.encode()
+    stored["model.safetensors.index.json"] = f'{{"weight_map": {{{weight_map}}}}}'.encode()
     folder = fetch(tmp_path)
-    assert [(folder / name).read_bytes() for name in names] == [files[name] for name in names]
+    assert [(folder / name).read_bytes() for name in names] == [stored[name] for name in names]
     assert not (folder / "consolidated.safetensors").exists()
 
 
@@ -172,7 +172,7 @@ def test_the_plan_is_checked_before_the_first_byte_of_weights(
 
     with pytest.raises(PlanError, match="^x: a context of 9 tokens does not fit\n  weights"):
         fetch(tmp_path, check=check)
-    assert stub.sent(CDN) <= hub_files.FIRST_BYTES and not Path(seen[0]).exists()
+    assert stub.sent(CDN) <= files.FIRST_BYTES and not Path(seen[0]).exists()
     assert not any(len(name) > 40 for name in blobs_of(tmp_path)), "no weights"
 
 
@@ -200,7 +200,7 @@ def test_a_header_over_the_limit_is_not_fetched(stub: HubStub, tmp_path: Path) -
     text[:8] = header_bytes.to_bytes(8, "little")
     stub.repos[REPO][WEIGHTS] = bytes(text)
     assert f"a header of {header_bytes} bytes, the limit is 33554432" in refusal_of_check(tmp_path)
-    assert stub.sent(CDN) <= hub_files.FIRST_BYTES
+    assert stub.sent(CDN) <= files.FIRST_BYTES
 
 
 def refusal_of_check(tmp_path: Path) -> str:
@@ -212,7 +212,7 @@ def refusal_of_check(tmp_path: Path) -> str:
 def test_the_disk_is_checked_before_the_first_byte_of_weights(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=hub.DISK_MARGIN_BYTES + 2_000_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=resolve.DISK_MARGIN_BYTES + 2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     line = refusal(tmp_path)
     assert "needs 271.4 MB" in line and "270.4 MB are free" in line
@@ -223,7 +223,7 @@ def test_the_disk_is_checked_before_the_first_byte_of_weights(
 def test_a_text_that_is_too_large(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "MAX_TEXT_BYTES", 17)
+    monkeypatch.setattr(resolve, "MAX_TEXT_BYTES", 17)
     assert "config.json has 19 bytes, the limit is 17" in refusal(tmp_path)
     assert stub.sent("/resolve/") == 0
     with pytest.raises(StartupError, match="the limit is 17"):
@@ -235,7 +235,7 @@ def test_many_texts_are_summed_before_the_first_is_fetched(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub.repos[REPO] |= {f"tokenizer_{number}.json": b"x" * 1000 for number in range(50)}
-    monkeypatch.setattr(hub, "MAX_TEXTS_BYTES", 49_000)
+    monkeypatch.setattr(resolve, "MAX_TEXTS_BYTES", 49_000)
     line = refusal(tmp_path)
     assert "files beside the weights have 5" in line and "the limit is 49000" in line
     assert stub.sent("/resolve/") == 0
@@ -244,7 +244,7 @@ def test_many_texts_are_summed_before_the_first_is_fetched(
 def test_the_disk_is_checked_before_the_first_text(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=hub.DISK_MARGIN_BYTES - 1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=resolve.DISK_MARGIN_BYTES - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     line = refusal(tmp_path)
     assert "are free there: make room" in line
@@ -254,7 +254,7 @@ def test_the_disk_is_checked_before_the_first_text(
 def test_headers_are_summed_too(
     stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_files, "MAX_HEADERS_BYTES", 20)
+    monkeypatch.setattr(files, "MAX_HEADERS_BYTES", 20)
     assert "the headers of its 1 safetensors files have more than 20 bytes" in refusal(tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_the_token_that_is_kept(
     stub.private = True
     with pytest.raises(ConfigError, match="--hf-token without a value .* run hf auth login"):
         fetch(tmp_path, token=True)
-    monkeypatch.setattr(hub, "get_token", lambda: stub.token)
+    monkeypatch.setattr(resolve, "get_token", lambda: stub.token)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     assert "it is private" in refusal(tmp_path)
     fetch(tmp_path, token=True)
@@ -426,7 +426,7 @@ def test_addresses_that_expire(stub: HubStub, tmp_path: Path) -> None:
 def test_what_does_not_answer_as_the_hub_does(
     stub: HubStub, tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.model.hub_stub.json.dumps", lambda info: body.decode())
+    monkeypatch.setattr("tests.hub.hub_stub.json.dumps", lambda info: body.decode())
     assert stub.endpoint in refusal(tmp_path)
 
 
@@ -443,9 +443,9 @@ def test_an_endpoint_that_is_none(
 KILLED = """
 import sys
 from pathlib import Path
-from pyserve.model import download, hub
+from pyserve.hub import download, resolve
 download.PART_BYTES = {part}
-hub.resolve_model("org/name", revision=None, token=None, download_dir=Path(sys.argv[1]))
+resolve.resolve_model("org/name", revision=None, token=None, download_dir=Path(sys.argv[1]))
 """
 
 
@@ -457,7 +457,7 @@ def test_kill_9_at_any_time_ends_whole(stub: HubStub, tmp_path: Path, seed: int)
     assert_whole(stub, fetch(tmp_path))
     again = stub.sent(CDN) - len(stub.repos[REPO][WEIGHTS])
     assert num_kills and again <= num_kills * (
-        download.NUM_STREAMS * PART_BYTES + hub_files.FIRST_BYTES
+        download.NUM_STREAMS * PART_BYTES + files.FIRST_BYTES
     )
 
 
@@ -487,4 +487,4 @@ def test_two_at_once_fetch_it_once(stub: HubStub, tmp_path: Path) -> None:
     both = [subprocess.Popen(command, cwd=ROOT, env=settings) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert_whole(stub, fetch(tmp_path))
-    assert stub.sent(CDN) == len(stub.repos[REPO][WEIGHTS]) + hub_files.FIRST_BYTES
+    assert stub.sent(CDN) == len(stub.repos[REPO][WEIGHTS]) + files.FIRST_BYTES

@@ -21,8 +21,8 @@ import msgspec
 from huggingface_hub.file_download import repo_folder_name
 
 from pyserve import log
-from pyserve.model.download import DATA_SUFFIX, JOURNAL_SUFFIX
-from pyserve.model.hub_client import COMMIT, RemoteFile
+from pyserve.hub.client import COMMIT, RemoteFile
+from pyserve.hub.download import DATA_SUFFIX, JOURNAL_SUFFIX
 
 
 class RepoCache:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pyserve.errors import StartupError
-from pyserve.model.hub import model_headers, resolve_model
-from tests.model.hub_stub import CDN, REPO, WEIGHTS, HubStub
+from pyserve.hub.resolve import model_headers, resolve_model
+from tests.hub.hub_stub import CDN, REPO, WEIGHTS, HubStub
 from tests.read_only import read_only
 
 ROOT = Path(__file__).parent.parent.parent
@@ -110,9 +110,9 @@ def test_the_only_folder_that_is_written_is_the_cache(
 MOUNTED = """
 import sys
 from pathlib import Path
-from pyserve.model import hub
+from pyserve.hub import resolve
 cache = Path(sys.argv[1])
-print(hub.resolve_model("org/name", revision=None, token=None, download_dir=cache))
+print(resolve.resolve_model("org/name", revision=None, token=None, download_dir=cache))
 try:
     (cache / "x").touch()
 except OSError as error:

@@ -22,12 +22,12 @@ from pathlib import Path
 from huggingface_hub import constants, get_token
 
 from pyserve import __version__, log
+from pyserve.checkpoint_files import INDEX_FILE
 from pyserve.errors import CheckpointError, ConfigError, StartupError
-from pyserve.model.checkpoint_files import INDEX_FILE
-from pyserve.model.download import Download, PartialFile, Progress, size_text
-from pyserve.model.hub_cache import RepoCache
-from pyserve.model.hub_client import HubClient, Listing, RemoteFile, UnreachableError
-from pyserve.model.hub_files import (
+from pyserve.hub.cache import RepoCache
+from pyserve.hub.client import HubClient, Listing, RemoteFile, UnreachableError
+from pyserve.hub.download import Download, PartialFile, Progress, size_text
+from pyserve.hub.files import (
     likely_weights,
     looks_whole,
     may_be_served,

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pyserve.model import download
-from pyserve.model.download import Download, PartialFile
-from pyserve.model.hub_client import RemoteFile
+from pyserve.hub import download
+from pyserve.hub.client import RemoteFile
+from pyserve.hub.download import Download, PartialFile
 
 DATA = b"x" * 1000
 
