@@ -174,7 +174,7 @@ def paged_attention(
 class AttentionPlan:
     """How paged_attention of a step divides its work over a CUDA device, and room for its parts.
 
-    Layout: cuda/gpu/attention.h; sizes: attention_plan.py.
+    Layout: cuda/gpu/attention/attention.h; sizes: attention_plan.py.
     """
 
     work: Tensor  # int32 [words]

@@ -1,6 +1,7 @@
 """Sizes of an AttentionPlan: what plan_attention writes and paged_attention's partial results.
 
-The constants and formulas are those of cuda/gpu/attention.h; both ops check a plan against them.
+The constants and formulas are those of cuda/gpu/attention/attention.h; both ops check a plan
+against them.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 # Seconds of one core at about 3 GHz, kernels for one card; measured with g++ 12 and nvcc 13.0.
 _CPP_S, _CU_S = 1.8, 2.5
 SLOW_FILES_S = {
-    "gpu/sample.cu": 28.0,
+    "gpu/sample/sample.cu": 28.0,
     "host.cpp": 8.0,  # pybind11's headers
-    "gpu/prefill.cu": 7.0,
+    "gpu/attention/prefill.cu": 7.0,
 }
 _LINK_S = 0.3
 NUM_LINKS = 2
@@ -23,7 +23,7 @@ _MOST_OF_A_STEP = 0.95  # one that takes longer than expected is not taken for d
 
 
 def expected_seconds(files: Iterable[str]) -> list[float]:
-    """What each takes alone: files as the folder of the sources names them, "gpu/sample.cu"."""
+    """What each takes alone: files as the sources' folder names them, "gpu/sample/sample.cu"."""
     return [SLOW_FILES_S.get(name, _CU_S if name.endswith(".cu") else _CPP_S) for name in files]
 
 

@@ -122,7 +122,7 @@ def plan_attention(
     work: Tensor,
 ) -> None:
     """The simplest valid plan: one range, no split. What any plan must satisfy is in the tests."""
-    decode_rows, prefill_rows, kv_tile, num_ranges = 16, 128, 64, 1  # cuda/gpu/attention.h
+    decode_rows, prefill_rows, kv_tile, num_ranges = 16, 128, 64, 1  # attention/attention.h
     group, starts = num_heads // num_kv_heads, cu_seqlens_q.tolist()
     decode: list[list[int]] = []
     prefill: list[list[int]] = []

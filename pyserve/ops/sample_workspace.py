@@ -1,5 +1,7 @@
-"""Size of the scratch memory that `sample` needs on CUDA. The layout is in cuda/gpu/sample.h, whose
-sample_workspace_words the op checks a workspace against.
+"""Size of the scratch memory that `sample` needs on CUDA.
+
+The layout is in cuda/gpu/sample/sample.h, whose sample_workspace_words the op checks a workspace
+against.
 """
 
 from __future__ import annotations

@@ -214,9 +214,13 @@ def source_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
         path
         for path in source_dir.rglob("*")
         if path.suffix in (".cpp", ".h", ".cu", ".cuh")
-        and (with_cuda or path.parent != source_dir / "gpu")
+        and (with_cuda or not _is_gpu(source_dir, path))
         and path.is_file()
     )
+
+
+def _is_gpu(source_dir: Path, path: Path) -> bool:
+    return source_dir / "gpu" in path.parents
 
 
 def source_hash(source_dir: Path, *, with_cuda: bool) -> str:
@@ -355,7 +359,7 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
         if source == source_dir / HOST_SOURCE:
             host_flags = (*toolchain.flags(), *toolchain.host_flags())
             host.append(compile_to(HOST_PRODUCT, source, cxx, host_flags))
-        elif cuda is None or source.parent != source_dir / "gpu":
+        elif cuda is None or not _is_gpu(source_dir, source):
             ops.append(compile_to(OPS_PRODUCT, source, cxx, ops_flags))
         elif source.suffix == ".cu":
             flags = (*cuda.flags(), "-ccbin", cxx, f"-I{source_dir}")
@@ -377,13 +381,13 @@ def compiled_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
     files = [source_dir / HOST_SOURCE, source_dir / "ops.cpp"]
     files += sorted((source_dir / "cpu").glob("*.cpp"))
     if with_cuda:
-        files = [*cuda_sources(source_dir), *files, *sorted((source_dir / "gpu").glob("*.cpp"))]
+        files = [*cuda_sources(source_dir), *files, *sorted((source_dir / "gpu").rglob("*.cpp"))]
     return files
 
 
 def cuda_sources(source_dir: Path) -> list[Path]:
     """The files for nvcc, the largest first."""
-    return sorted((source_dir / "gpu").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    return sorted((source_dir / "gpu").rglob("*.cu"), key=lambda path: -path.stat().st_size)
 
 
 def _nvcc_candidates(env: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ from pyserve.ops import attention_plan as sizes
 
 @dataclass(frozen=True)
 class Item:
-    """AttentionItem of cuda/gpu/attention.h."""
+    """AttentionItem of cuda/gpu/attention/attention.h."""
 
     row: int
     query_tile: int

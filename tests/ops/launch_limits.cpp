@@ -8,8 +8,8 @@
 #include <map>
 #include <string>
 
-#include "gpu/attention.h"
-#include "gpu/linear.h"
+#include "gpu/attention/attention.h"
+#include "gpu/linear/linear.h"
 
 namespace {
 

@@ -45,7 +45,7 @@ def test_the_twin_refuses_a_small_buffer() -> None:
 
 
 def test_constants_are_those_of_the_header() -> None:
-    header = (build.source_dir() / "gpu" / "attention.h").read_text(encoding="utf-8")
+    header = (build.source_dir() / "gpu/attention/attention.h").read_text(encoding="utf-8")
     found = {name: int(value) for name, value in re.findall(r"\bk(\w+) = (\d+)[,;]", header)}
     assert found["DecodeRows"] == attention_plan.DECODE_ROWS
     assert found["PrefillRows"] == attention_plan.PREFILL_ROWS

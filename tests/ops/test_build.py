@@ -199,7 +199,7 @@ def test_a_card_gets_its_own_kernels(folder: Path, monkeypatch: pytest.MonkeyPat
     lines: list[str] = []
     products = find_or_compile(lines.append, HOPPER)
     gpu = build.source_dir() / "gpu"
-    num_files = NUM_SOURCES + len([*gpu.glob("*.cu"), *gpu.glob("*.cpp")])
+    num_files = NUM_SOURCES + len([*gpu.rglob("*.cu"), *gpu.rglob("*.cpp")])
     assert lines[0] == f"compiling {num_files} files for this machine, once ..."
     assert num_runs(folder) == num_files + 2
     log = (products / toolchain.LOG_NAME).read_text()
@@ -220,7 +220,7 @@ def test_a_changed_kernel_leaves_the_cpu_products(
     shutil.copytree(build.source_dir(), sources)
     monkeypatch.setattr(build, "source_dir", lambda: sources)
     before = [find_or_compile(lambda line: None, card) for card in (None, HOPPER)]
-    (sources / "gpu" / "another.cuh").touch()
+    (sources / "gpu" / "core" / "another.cuh").touch()
     after = [find_or_compile(lambda line: None, card) for card in (None, HOPPER)]
     assert before[0] == after[0] and before[1] != after[1]
 

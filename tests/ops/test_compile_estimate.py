@@ -62,7 +62,8 @@ def test_a_machine_like_ours_is_told_to_a_tenth(num_cores: int, with_cuda: bool)
 def test_a_faster_or_slower_machine_is_known_by_its_first_files(
     factor: float, num_cores: int
 ) -> None:
-    expected = expected_seconds(["gpu/a.cu"] * 8 + ["gpu/sample.cu", "host.cpp"] + ["a.cpp"] * 12)
+    slow = ["gpu/sample/sample.cu", "host.cpp"]
+    expected = expected_seconds(["gpu/a.cu"] * 8 + slow + ["a.cpp"] * 12)
     noise = random.Random(1)
     real = [factor * second * noise.uniform(0.8, 1.25) for second in expected]
     ends = run(real, num_cores)
@@ -73,7 +74,7 @@ def test_a_faster_or_slower_machine_is_known_by_its_first_files(
 
 def test_a_file_that_runs_alone_at_the_end_is_not_a_small_rest() -> None:
     """By their number 29 of 30 files are done after 2 s; it takes 28 s."""
-    expected = expected_seconds(["gpu/sample.cu"] + ["a.cpp"] * 29)
+    expected = expected_seconds(["gpu/sample/sample.cu"] + ["a.cpp"] * 29)
     told = {now_s: told_s for now_s, _, told_s in seconds_left(expected, expected, 32)}
     assert 20 < told[4.0] < 30
 

@@ -31,7 +31,8 @@ CARDS = {
     "120": (170, 99, 100),
 }
 SMEM_LIMITS = {arch: block * 1024 for arch, (_, block, _) in CARDS.items()}
-CHOOSY = ("linear", "decode", "prefill", "attention_plan")  # files that ask what card it is
+# Objects of the files that ask what card it is.
+CHOOSY = ("linear_linear", "attention_decode", "attention_prefill", "attention_plan")
 
 pytestmark = pytest.mark.timeout(900)
 

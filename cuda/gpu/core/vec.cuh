@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "gpu/ptx.cuh"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 

@@ -18,11 +18,11 @@
 
 #include <cstdint>
 
-#include "gpu/attention.h"
-#include "gpu/attention_merge.cuh"
-#include "gpu/launch.cuh"
-#include "gpu/prefill.cuh"
-#include "gpu/ptx.cuh"
+#include "gpu/attention/attention.h"
+#include "gpu/attention/merge.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/attention/prefill.cuh"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 namespace prefill {
@@ -224,7 +224,7 @@ __device__ __forceinline__ void write_partial(const AttentionPartials& partials,
   }
 }
 
-// What merge_row of attention_merge.cuh does, for all rows of the tile at once: row by row the
+// What merge_row of merge.cuh does, for all rows of the tile at once: row by row the
 // loads of so many would each wait for the one before.
 template <class C>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,

@@ -3,8 +3,8 @@
 // last id that is kept.
 #pragma once
 
-#include "gpu/sample_block.cuh"
-#include "gpu/sample_row.cuh"
+#include "gpu/sample/block.cuh"
+#include "gpu/sample/row.cuh"
 
 namespace pyserve::gpu {
 

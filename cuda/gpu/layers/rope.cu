@@ -6,12 +6,12 @@
 // The lane's place in a head is the same in all the heads it takes, so cosines, sines and norm
 // weights are read once. Heads that vectors do not fit take a plain kernel, one warp a head.
 // Numerics: float32 from load to store, one rounding. Floor: bytes, 4 an element of qkv.
-#include "gpu/rope.h"
+#include "gpu/layers/rope.h"
 
 #include <algorithm>
 
-#include "gpu/launch.cuh"
-#include "gpu/vec.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
 namespace {

@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "common/step.h"
-#include "gpu/bind.h"
-#include "gpu/sample.h"
+#include "gpu/core/bind.h"
+#include "gpu/sample/sample.h"
 
 namespace pyserve {
 namespace {

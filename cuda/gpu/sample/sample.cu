@@ -18,9 +18,9 @@
 // Floor: bytes, the logits once; weights cost about 36 instructions a token, half of what is left.
 // Source of the threshold idea: radix select (Alabi et al. 2012); inverse CDF, no rejection.
 #include "common/philox.h"
-#include "gpu/launch.cuh"
-#include "gpu/sample.h"
-#include "gpu/sample_end.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/sample/sample.h"
+#include "gpu/sample/end.cuh"
 
 namespace pyserve::gpu {
 namespace {

@@ -7,12 +7,12 @@
 // kernel that reads them twice.
 // Numerics: float32, one rounding at the store; the order of the sum depends on `hidden` alone.
 // Floor: bytes, 4 a row element (8 with the residual).
-#include "gpu/norm.h"
+#include "gpu/layers/norm.h"
 
 #include <algorithm>
 
-#include "gpu/launch.cuh"
-#include "gpu/vec.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
 namespace {

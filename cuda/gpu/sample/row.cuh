@@ -4,8 +4,8 @@
 #pragma once
 
 #include "common/step.h"
-#include "gpu/ptx.cuh"
-#include "gpu/sample.h"
+#include "gpu/core/ptx.cuh"
+#include "gpu/sample/sample.h"
 
 namespace pyserve::gpu {
 

@@ -4,10 +4,10 @@
 // small CTAs: one token of a large model still reaches dozens of SMs, and 2,048 threads of an SM
 // have 64 KB of loads in flight. Floor: bytes, 6 an element of out.
 // Numerics: float32, one rounding; exp and the division are the fast ones, a few ulp of float32.
-#include "gpu/activation.h"
+#include "gpu/layers/activation.h"
 
-#include "gpu/launch.cuh"
-#include "gpu/vec.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
 namespace {

@@ -2,8 +2,8 @@
 // sum passes a target, a sort of a short list. All sums are of integers: exact in any order.
 #pragma once
 
-#include "gpu/ptx.cuh"
-#include "gpu/sample_row.cuh"
+#include "gpu/core/ptx.cuh"
+#include "gpu/sample/row.cuh"
 
 namespace pyserve::gpu {
 

@@ -9,9 +9,9 @@
 #include <cfloat>
 
 #include "common/step.h"
-#include "gpu/launch.cuh"
-#include "gpu/plan_step.h"
-#include "gpu/ptx.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/step/plan_step.h"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 namespace {

@@ -13,9 +13,9 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "gpu/attention.h"
-#include "gpu/launch.cuh"
-#include "gpu/ptx.cuh"
+#include "gpu/attention/attention.h"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 namespace {

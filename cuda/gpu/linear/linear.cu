@@ -14,12 +14,12 @@
 // a row's result. More than 8 rows take a pass over the weight for every 8.
 // Floor: n * k * 2 bytes. Rows that are not 16-byte aligned take a plain kernel, one warp a result.
 // Source of the idea out^T = W x^T for few rows: Marlin (Frantar et al. 2024), llama.cpp.
-#include "gpu/linear.h"
+#include "gpu/linear/linear.h"
 
 #include <algorithm>
 
-#include "gpu/launch.cuh"
-#include "gpu/vec.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
 namespace {

@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/step.h"
-#include "gpu/bind.h"
-#include "gpu/plan_step.h"
+#include "gpu/core/bind.h"
+#include "gpu/step/plan_step.h"
 
 namespace pyserve {
 namespace {

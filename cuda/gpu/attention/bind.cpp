@@ -1,5 +1,5 @@
 // The CUDA side of paged_attention and plan_attention: arguments are checked and handed to the
-// kernels of decode.cu, prefill.cu and attention_plan.cu.
+// kernels of decode.cu, prefill.cu and plan.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include <limits>
 #include <optional>
 
-#include "gpu/attention.h"
-#include "gpu/bind.h"
+#include "gpu/attention/attention.h"
+#include "gpu/core/bind.h"
 
 namespace pyserve {
 namespace {

@@ -6,8 +6,8 @@
 
 #include <cuda_runtime.h>
 
-#include "gpu/attention.h"
-#include "gpu/ptx.cuh"
+#include "gpu/attention/attention.h"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 

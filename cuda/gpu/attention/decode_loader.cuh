@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "gpu/attention.h"
-#include "gpu/ptx.cuh"
+#include "gpu/attention/attention.h"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu::decode {
 

@@ -4,11 +4,11 @@
 
 #include <optional>
 
-#include "gpu/activation.h"
-#include "gpu/bind.h"
-#include "gpu/linear.h"
-#include "gpu/norm.h"
-#include "gpu/rope.h"
+#include "gpu/layers/activation.h"
+#include "gpu/core/bind.h"
+#include "gpu/linear/linear.h"
+#include "gpu/layers/norm.h"
+#include "gpu/layers/rope.h"
 
 namespace pyserve {
 namespace {

@@ -2,7 +2,7 @@
 // by weight, or by radix selection.
 #pragma once
 
-#include "gpu/sample_select.cuh"
+#include "gpu/sample/select.cuh"
 
 namespace pyserve::gpu {
 

@@ -16,11 +16,11 @@
 
 #include <cstdint>
 
-#include "gpu/attention.h"
-#include "gpu/attention_merge.cuh"
-#include "gpu/decode_loader.cuh"
-#include "gpu/launch.cuh"
-#include "gpu/ptx.cuh"
+#include "gpu/attention/attention.h"
+#include "gpu/attention/merge.cuh"
+#include "gpu/attention/decode_loader.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 namespace {
