@@ -1,8 +1,8 @@
 """Command line: flags in, one frozen config each for the engine and the server out.
 
 `python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same; `pyserve plan` only
-computes what fits. The only module that
-imports inside functions: the port must open before torch is imported.
+computes what fits. This is the only module that imports inside functions: the port must open before
+torch is imported.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ from pathlib import Path
 
 from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
-from pyserve.config import (
-    DEFAULT_HOST,
-    DEFAULT_PORT,
-    DEMO_MODEL,
-    EngineConfig,
-    ServerConfig,
-    env,
-)
+from pyserve.config import DEMO_MODEL, EngineConfig, LaunchConfig, ServerConfig, env
 from pyserve.errors import CheckpointError, ConfigError, StartupError
-from pyserve.flags import given, parse_args
+from pyserve.flag_rows import settings
+from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args
 from pyserve.text.chat_template import ChatTemplate, read_override
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tokenizer_json import TOKENIZER_FILE
@@ -45,13 +39,14 @@ def main(argv: list[str] | None = None) -> int:
 
             return plan(argv[1:])
         args = parse_args(_with_file(argv))
-        log.setup(args.log_level)
-        os.environ.update(args.env)
+        launch = _launch_config(args)
+        log.setup(launch.log_level)
+        os.environ.update(launch.env)
         server_config = _server_config(args)
         _check_paths(args, server_config)
         load = _loader(args)
         _warn_of_exposure(server_config)
-        if args.model is None:
+        if launch.model is None:
             log.get_logger().info("no --model: this is the bundled demo model")
     except StartupError as error:
         log.get_logger().error("%s", error)
@@ -71,36 +66,17 @@ def _with_file(argv: list[str]) -> list[str]:
     return with_settings(path, argv)
 
 
+def _launch_config(args: argparse.Namespace) -> LaunchConfig:
+    return LaunchConfig(**settings(LAUNCH, args))
+
+
 def _server_config(args: argparse.Namespace) -> ServerConfig:
-    keys = tuple(args.api_key) or tuple(filter(None, [env("VLLM_API_KEY")]))
-    host = DEFAULT_HOST if args.host is None else args.host
-    port = DEFAULT_PORT if args.port is None else args.port
-    if args.uds is not None:
-        if args.host is not None or args.port is not None:
-            log.get_logger().warning("--host and --port have no effect beside --uds")
+    if args.uds is not None and (args.host is not None or args.port is not None):
+        log.get_logger().warning("--host and --port have no effect beside --uds")
+    said = settings(SERVER, args)
+    said["api_keys"] = said["api_keys"] or tuple(filter(None, [env("VLLM_API_KEY")]))
     names = args.served_model_name or [args.model or DEMO_MODEL_NAME]
-    root_path = (args.root_path or "").rstrip("/")
-    return ServerConfig(
-        served_model_names=tuple(dict.fromkeys(names)),
-        host=host,
-        port=port,
-        uds=args.uds,
-        ssl_certfile=args.ssl_certfile,
-        ssl_keyfile=args.ssl_keyfile,
-        api_keys=keys,
-        root_path=root_path if root_path.startswith("/") or not root_path else f"/{root_path}",
-        allowed_origins=tuple(args.allowed_origins),
-        allowed_methods=tuple(args.allowed_methods),
-        allowed_headers=tuple(args.allowed_headers),
-        allow_credentials=args.allow_credentials,
-        ready_file=args.ready_file,
-        request_timeout_s=args.request_timeout,
-        shutdown_timeout_s=args.shutdown_timeout,
-        trust_request_chat_template=args.trust_request_chat_template,
-        share_prefix_cache=args.share_prefix_cache,
-        log_requests=args.enable_log_requests,
-        log_stats=not args.disable_log_stats,
-    )
+    return ServerConfig(**said | {"served_model_names": tuple(dict.fromkeys(names))})
 
 
 def _warn_of_exposure(config: ServerConfig) -> None:
@@ -113,7 +89,8 @@ def _warn_of_exposure(config: ServerConfig) -> None:
 
 def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
     """What is plainly wrong with a path is said before the port opens, not minutes later."""
-    for flag, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
+    launch = _launch_config(args)
+    for flag, name in (("--model", launch.model), ("--tokenizer", launch.tokenizer)):
         if name is None:
             continue
         # os.path says no to names that the system refuses, where Path raises.
@@ -123,12 +100,12 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         has_config = os.path.isfile(os.path.join(path, "config.json"))
         if flag == "--model" and os.path.isdir(path) and not has_config:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
-    if args.chat_template is not None:
-        read_override(args.chat_template)
-    if args.generation_config not in ("auto", "vllm"):
-        _generation_folder(args.generation_config, DEMO_MODEL)
-    if args.download_dir is not None and _nearest_folder(args.download_dir) is None:
-        raise ConfigError(f"--download-dir {args.download_dir}: is not a folder, nor could it be")
+    if launch.chat_template is not None:
+        read_override(launch.chat_template)
+    if launch.generation_config not in ("auto", "vllm"):
+        _generation_folder(launch.generation_config, DEMO_MODEL)
+    if launch.download_dir is not None and _nearest_folder(launch.download_dir) is None:
+        raise ConfigError(f"--download-dir {launch.download_dir}: is not a folder, nor could it be")
     ready_file = config.ready_file
     if ready_file is not None and (
         os.path.isdir(ready_file) or not os.path.isdir(ready_file.parent)
@@ -145,24 +122,7 @@ def _nearest_folder(path: Path) -> Path | None:
 
 
 def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
-    dtype = {"half": "float16", "float": "float32"}.get(args.dtype, args.dtype)
-    return EngineConfig(
-        model_path=model_path,
-        dtype=dtype,
-        device=args.device,
-        load_format=args.load_format,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        block_size=args.block_size,
-        enable_prefix_caching=args.enable_prefix_caching,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-        scheduling_policy=args.scheduling_policy,
-        max_queue=args.max_queue,
-        seed=args.seed or 0,
-        allow_reference_ops=args.allow_reference_ops,
-    )
+    return EngineConfig(model_path=model_path, **settings(ENGINE, args))
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -191,7 +151,8 @@ def _generation_folder(choice: str, model_path: Path) -> Path:
 def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
-    token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
+    launch = _launch_config(args)
+    token = launch.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
 
     def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.hub.resolve import resolve_model
@@ -206,7 +167,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
             name,
             revision=revision,
             token=token,
-            download_dir=args.download_dir,
+            download_dir=launch.download_dir,
             flag=flag,
             with_weights=flag == "--model" and args.load_format != "dummy",
             progress=lambda done, total: report("download", done, total),
@@ -218,19 +179,21 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
 
         preload_torch()
         model_path = DEMO_MODEL
-        if args.model is not None:
-            model_path = resolve(report, args.model, revision=args.revision, flag="--model")
+        if launch.model is not None:
+            model_path = resolve(report, launch.model, revision=launch.revision, flag="--model")
             report("start", 0, 0)  # what is imported and read from here on is no download
         if not (model_path / "config.json").is_file():
-            raise CheckpointError(f"--model {args.model}: there is no config.json in {model_path}")
+            raise CheckpointError(
+                f"--model {launch.model}: there is no config.json in {model_path}"
+            )
         tokenizer_path = model_path
-        if args.tokenizer is not None:
-            tokenizer_path = resolve(report, args.tokenizer, revision=None, flag="--tokenizer")
+        if launch.tokenizer is not None:
+            tokenizer_path = resolve(report, launch.tokenizer, revision=None, flag="--tokenizer")
         tokenizer = _tokenizer(tokenizer_path)
-        template = ChatTemplate.load(tokenizer, override=args.chat_template)
+        template = ChatTemplate.load(tokenizer, override=launch.chat_template)
         defaults = GenerationDefaults.from_folder(
-            _generation_folder(args.generation_config, model_path),
-            sampling=args.generation_config != "vllm",
+            _generation_folder(launch.generation_config, model_path),
+            sampling=launch.generation_config != "vllm",
         )
         from pyserve.engine.load import build_engine
 

@@ -9,22 +9,34 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
-
-import msgspec
+from typing import Any, Literal
 
 from pyserve.errors import ConfigError
+from pyserve.flag_rows import (
+    REQUESTS,
+    assignment,
+    context,
+    flag,
+    key,
+    optional_size,
+    rows_of,
+    size,
+    url_prefix,
+)
 from pyserve.params import INT64_MAX, INT64_MIN
 
 Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+Policy = Literal["fcfs", "priority"]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 MAX_BODY_BYTES = 32 * 2**20
-DEFAULT_BLOCK_SIZE = 16
-DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000
 MAX_QUEUE = 2**20
+ALL = ("*",)
+SYNONYMS = {"half": "float16", "float": "float32"}  # of --dtype
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -32,71 +44,209 @@ _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/,]+", re.IGNORECASE)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine is built from. Sizes are tokens unless the name says otherwise."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """What the command line reads itself: the model's place, what its texts are made of, the log.
 
-    model_path: Path  # a folder with config.json and, unless load_format is dummy, safetensors
-    dtype: Dtype = "auto"
-    device: Device = "auto"  # auto: an NVIDIA card where there is one
-    load_format: LoadFormat = "auto"
-    max_model_len: int | None = None  # None: the model's own, or what fits
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None  # None: what suits the device, see planner.py
-    block_size: int = DEFAULT_BLOCK_SIZE
-    enable_prefix_caching: bool = True
-    gpu_memory_utilization: float = 0.9  # fraction of the device's memory; the host's on a CPU
-    kv_cache_memory_bytes: int | None = None  # overrides what the planner would give the KV cache
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    max_queue: int | None = None  # sequences that wait; None: 4 * max_num_seqs
-    seed: int = 0
-    allow_reference_ops: bool = False
+    None stands for: model: the demo model; tokenizer and chat_template: the model's; hf_token: that
+    of the environment, which True asks for.
+    """
+
+    GROUP = "model"
+
+    config: Path | None = flag(None, "YAML of flags: 'port: 8000'; flags given win", group="")
+    env: tuple[tuple[str, str], ...] = flag(
+        (),
+        "set a variable of the environment; repeatable",
+        group="",
+        shown="",
+        metavar="KEY=VALUE",
+        read=assignment,
+        options={"action": "append"},
+    )
+    model: str | None = flag(
+        None, "a folder, or a name on the hub: org/name", shown="the demo model", read=str
+    )
+    tokenizer: str | None = flag(
+        None, "folder or hub name of the tokenizer", shown="the model's", metavar="MODEL"
+    )
+    revision: str | None = flag(
+        None, "branch, tag or commit on the hub", shown="main", metavar="REV"
+    )
+    download_dir: Path | None = flag(
+        None, "where downloads are kept", shown="HF_HOME", metavar="DIR"
+    )
+    hf_token: str | bool | None = flag(
+        None,
+        "access token of the hub",
+        shown="HF_TOKEN, or hf auth login's",
+        metavar="TOKEN",
+        options={"nargs": "?", "const": True},
+    )
+    chat_template: str | None = flag(
+        None, "file or text of another chat template", shown="model's", metavar="FILE"
+    )
+    generation_config: str = flag(
+        "auto",
+        "sampling: auto: the model's defaults; vllm: none; a folder",
+        metavar="FROM",
+        read=str,
+    )
+    tensor_parallel_size: int = flag(1, "only 1 yet", group="engine", short="-tp")
+    log_level: LogLevel = flag(
+        "info",
+        "debug, info, warning, error or critical",
+        group=REQUESTS,
+        metavar="LEVEL",
+        read=str.lower,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine is built from. Sizes are tokens unless the name says otherwise.
+
+    model_path   a folder with config.json and, unless load_format is dummy, safetensors
+    None stands for: max_model_len: the model's own, or what fits; max_num_batched_tokens: what
+    suits the device, see planner.py; kv_cache_memory_bytes: what the planner gives it; max_queue,
+    sequences that wait: 4 * max_num_seqs.
+    """
+
+    GROUP = "engine"
+
+    model_path: Path
+    load_format: LoadFormat = flag(
+        "auto", "auto, safetensors or dummy: random weights", group="model", metavar="FORMAT"
+    )
+    dtype: Dtype = flag(
+        "auto",
+        "auto, float16, bfloat16 or float32",
+        group="model",
+        metavar="TYPE",
+        synonyms=SYNONYMS,
+    )
+    seed: int = flag(0, "of dummy weights", group="model", limits=(INT64_MIN, INT64_MAX))
+    device: Device = flag("auto", "auto, cpu or cuda; auto: a card where there is one")
+    max_model_len: int | None = flag(
+        None, "context: 4096, 32k", shown="what fits", read=context, limits=(1, 2**24)
+    )
+    gpu_memory_utilization: float = flag(
+        0.9,
+        "of the card's memory, others' use included",
+        metavar="PART",
+        also="device-memory-utilization",
+    )
+    kv_cache_memory_bytes: int | None = flag(
+        None,
+        "KV cache at most: 4G (4 GiB)",
+        shown="what is left",
+        read=optional_size,
+        limits=(1, 2**50),
+    )
+    max_num_seqs: int = flag(256, "run at once", limits=(1, 4096))
+    max_num_batched_tokens: int | None = flag(
+        None,
+        "a step;",
+        shown="8192 on a card of 40 GB or more, else 2048",
+        read=size,
+        limits=(1, 2**20),
+    )
+    block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
+    enable_prefix_caching: bool = flag(
+        True, "do not keep what prompts have in common", shown="kept"
+    )
+    scheduling_policy: Policy = flag(
+        "fcfs", "fcfs: first come first served; or priority", metavar="POLICY"
+    )
+    allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
+    max_queue: int | None = flag(
+        None,
+        "wait at most, then 429",
+        group=REQUESTS,
+        shown="4 x --max-num-seqs",
+        limits=(1, MAX_QUEUE),
+    )
 
     def __post_init__(self) -> None:
-        _require("--max-num-seqs", self.max_num_seqs, 1, 4096)
-        if self.max_num_batched_tokens is not None:
-            _require("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 2**20)
-        _require("--block-size", self.block_size, 1, 256)
+        _check_limits(self)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
-        if self.max_model_len is not None:
-            _require("--max-model-len", self.max_model_len, 1, 2**24)
-        if self.kv_cache_memory_bytes is not None:
-            _require("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1, 2**50)
-        _require("--seed", self.seed, INT64_MIN, INT64_MAX)
-        if self.max_queue is not None:
-            _require("--max-queue", self.max_queue, 1, MAX_QUEUE)
 
 
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the HTTP side is built from."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What the HTTP side is built from; the first served name is used in responses."""
 
-    served_model_names: tuple[str, ...]  # the first one is used in responses
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    api_keys: tuple[str, ...] = ()
+    GROUP = "server"
+
+    host: str = flag("0.0.0.0", "address to listen on", metavar="HOST")
+    port: int = flag(8000, "0: any that is free", metavar="PORT", limits=(0, 65535))
+    uds: Path | None = flag(None, "a Unix socket in place of host and port", metavar="PATH")
+    ssl_certfile: Path | None = flag(None, "serve TLS with this chain (PEM)")
+    ssl_keyfile: Path | None = flag(None, "its key, no password", shown="in the chain")
+    api_keys: tuple[str, ...] = flag(
+        (),
+        "clients must send one of them",
+        name="api-key",
+        shown="VLLM_API_KEY",
+        metavar="KEY",
+        read=key,
+        options={"action": "append", "nargs": "+"},
+    )
+    share_prefix_cache: bool = flag(
+        False, "of several keys: one cache of prompts for all", shown="each its own"
+    )
+    served_model_names: tuple[str, ...] = flag(
+        MISSING,
+        "what clients may call the model",
+        name="served-model-name",
+        shown="what --model says",
+        metavar="NAME",
+        read=str,
+        options={"nargs": "+"},
+    )
+    root_path: str = flag(
+        "", "prefix that a proxy leaves on, as /llm", shown="", metavar="PATH", read=url_prefix
+    )
+    allowed_origins: tuple[str, ...] = flag(ALL, "CORS: list of web pages")
+    allowed_methods: tuple[str, ...] = flag(ALL, "CORS: list of methods")
+    allowed_headers: tuple[str, ...] = flag(ALL, "CORS: list of headers")
+    allow_credentials: bool = flag(False, "CORS: cookies too; needs named origins")
+    ready_file: Path | None = flag(None, "exists while the server is ready")
+    shutdown_timeout_s: float = flag(
+        30.0, "for requests to finish at the end", name="shutdown-timeout", metavar="S"
+    )
+    request_timeout_s: float = flag(
+        3600.0,
+        "a request takes at most, 0: any time",
+        name="request-timeout",
+        group=REQUESTS,
+        metavar="S",
+    )
+    trust_request_chat_template: bool = flag(
+        False, "run templates that requests bring", group=REQUESTS
+    )
+    log_requests: bool = flag(
+        False,
+        "a line for each request's parameters, never texts",
+        name="enable-log-requests",
+        group=REQUESTS,
+    )
+    log_stats: bool = flag(
+        True,
+        "no line of statistics every 10 s",
+        name="disable-log-stats",
+        group=REQUESTS,
+        is_negated=True,
+    )
     max_body_bytes: int = MAX_BODY_BYTES
-    shutdown_timeout_s: float = 30.0
-    log_stats: bool = True
-    uds: Path | None = None  # a Unix socket instead of host and port
-    root_path: str = ""  # path prefix that a proxy may leave on, such as /llm
-    allowed_origins: tuple[str, ...] = ("*",)  # of web pages that may call the API
-    allowed_methods: tuple[str, ...] = ("*",)  # of their requests
-    allowed_headers: tuple[str, ...] = ("*",)
-    allow_credentials: bool = False
-    ssl_keyfile: Path | None = None
-    ssl_certfile: Path | None = None
-    ready_file: Path | None = None  # written when the server is ready, gone when it is not
-    request_timeout_s: float = 3600.0  # 0: none
-    log_requests: bool = False  # parameters and token counts of each request, never texts
-    trust_request_chat_template: bool = False
-    share_prefix_cache: bool = False  # among several api_keys
 
     def __post_init__(self) -> None:
-        _require("--port", self.port, 0, 65535)
+        _check_limits(self)
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("--served-model-name must hold at least one non-empty name")
         for name in self.served_model_names:
@@ -107,14 +257,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         if any(key != key.strip() for key in self.api_keys):
             # Headers are stripped of it, so that no client could ever match.
             raise ConfigError("--api-key must not begin or end with white space")
-        if not 0.0 <= self.shutdown_timeout_s < math.inf:
-            raise ConfigError(
-                f"--shutdown-timeout must be at least 0 seconds, got {self.shutdown_timeout_s}"
-            )
-        if not 0.0 <= self.request_timeout_s < math.inf:
-            raise ConfigError(
-                f"--request-timeout must be at least 0 seconds, got {self.request_timeout_s}"
-            )
+        for name, seconds in (
+            ("--shutdown-timeout", self.shutdown_timeout_s),
+            ("--request-timeout", self.request_timeout_s),
+        ):
+            if not 0.0 <= seconds < math.inf:
+                raise ConfigError(f"{name} must be at least 0 seconds, got {seconds}")
         if not _ROOT_PATH.fullmatch(self.root_path):
             raise ConfigError(f"--root-path must be a path such as /llm, got {self.root_path!r}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
@@ -122,14 +270,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         self._check_cors()
 
     def _check_cors(self) -> None:
-        for flag, values, form, example in (
+        for name, values, form, example in (
             ("--allowed-origins", self.allowed_origins, _ORIGIN, "https://example.org"),
             ("--allowed-methods", self.allowed_methods, _TOKEN, "POST"),
             ("--allowed-headers", self.allowed_headers, _TOKEN, "Authorization"),
         ):
             for value in values:
                 if value != "*" and not form.fullmatch(value):
-                    raise ConfigError(f'{flag} must list "*" or such as {example}, got {value!r}')
+                    raise ConfigError(f'{name} must list "*" or such as {example}, got {value!r}')
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ConfigError(
                 "--allow-credentials needs --allowed-origins that names the origins instead of *"
@@ -149,6 +297,11 @@ def cache_dir() -> Path:
     return Path(env("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyserve"
 
 
-def _require(flag: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{flag} must be in [{low}, {high}], got {value}")
+def _check_limits(config: LaunchConfig | EngineConfig | ServerConfig) -> None:
+    config_class: Any = type(config)
+    for field, row in rows_of(config_class).items():
+        value = getattr(config, field)
+        if row.limits is not None and value is not None:
+            low, high = row.limits
+            if not low <= value <= high:
+                raise ConfigError(f"--{row.name} must be in [{low}, {high}], got {value}")

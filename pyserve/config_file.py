@@ -13,8 +13,9 @@ from pathlib import Path
 import yaml
 
 from pyserve.errors import ConfigError
+from pyserve.flag_rows import string_list
 from pyserve.flag_words import DICTIONARIES, plain_words, switch_names
-from pyserve.flags import given, make_parser, nearest, parse, string_list, words
+from pyserve.flags import given, make_parser, nearest, parse, words
 
 MAX_BYTES = 2**20
 

@@ -23,6 +23,7 @@ LEAVES = {
     "metrics",
     "log",
     "flags",
+    "flag_rows",
     "flag_words",
     "config_file",
     "foreign_flags",

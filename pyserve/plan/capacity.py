@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from pyserve.config import EngineConfig
@@ -45,7 +45,7 @@ class Capacity:
     def bytes_for(self, context_len: int, num_seqs: int) -> int:
         """The whole ledger where that is what the KV cache must hold, on any card."""
         num_blocks = num_seqs * num_blocks_for(context_len, self.config.block_size)
-        config = msgspec.structs.replace(
+        config = dataclasses.replace(
             self.config,
             max_model_len=context_len,
             max_num_batched_tokens=self.plan.max_num_batched_tokens,

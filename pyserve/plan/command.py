@@ -17,10 +17,11 @@ import torch
 
 from pyserve import flags, log
 from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from pyserve.config import Dtype, EngineConfig, env
+from pyserve.config import EngineConfig, env
 from pyserve.engine import device as devices
 from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger
 from pyserve.errors import ConfigError, StartupError
+from pyserve.flag_rows import settings, size
 from pyserve.flag_words import plain_words
 from pyserve.hub.resolve import model_headers
 from pyserve.model.config import ModelConfig, read_config
@@ -37,6 +38,11 @@ HERE = "here"  # --gpu's word for the card of this machine
 BATCHES = (1, 8, 64)  # of the table of rates
 CONTEXTS = tuple(2**power for power in range(11, 21))  # of the table of memory: 2,048 to 1,048,576
 DEFAULT_MEAN_CONTEXT = 1024
+# What `plan` takes as the server does.
+SHARED_FLAGS = (
+    "revision", "download-dir", "hf-token", "dtype", "max-model-len", "max-num-seqs",
+    "max-num-batched-tokens", "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -127,14 +133,8 @@ def _parser() -> flags.Parser:
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--model", help="a folder with config.json, or a name on the hub")
-    parser.add_argument(
-        "--revision", type=flags.optional_text, help="branch, tag or commit on the hub"
-    )
-    parser.add_argument("--download-dir", type=flags.path, help="where downloads are kept")
-    parser.add_argument(
-        "--hf-token", type=flags.optional_text, nargs="?", const=True,
-        help="access token of the hub (HF_TOKEN, or hf auth login's)",
-    )  # fmt: skip
+    for name in SHARED_FLAGS:
+        flags.add_flag(parser, flags.ROWS[name])
     parser.add_argument(
         "--gpu",
         help=f'a card by its name, such as "RTX 4090", or "{HERE}": this machine\'s '
@@ -145,21 +145,12 @@ def _parser() -> flags.Parser:
         help="cards that share each layer; pyserve does not serve on several yet "
         "(default: one, or as few as it takes where cards are compared)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=["auto", "half", "float16", "bfloat16"], default="auto")
     parser.add_argument(
         "--quantization", "-q", choices=["awq"],
         help="awq: what int4 weights in groups of 128 would take; pyserve does not serve them yet",
     )  # fmt: skip
-    parser.add_argument("--max-model-len", type=flags.context, help="context in tokens; 32k, 32K")
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at once")
-    parser.add_argument("--max-num-batched-tokens", type=flags.size, help="tokens in a step")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument(
-        "--kv-cache-memory-bytes", type=flags.optional_size, help="KV cache at most"
-    )
-    parser.add_argument(
-        "--mean-context", type=flags.size, default=DEFAULT_MEAN_CONTEXT,
+        "--mean-context", type=size, default=DEFAULT_MEAN_CONTEXT,
         help=f"tokens behind each sequence in the table of rates ({DEFAULT_MEAN_CONTEXT})",
     )  # fmt: skip
     parser.add_argument(
@@ -224,18 +215,8 @@ def _read_headers(args: argparse.Namespace, folder: Path) -> tuple[ModelConfig, 
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
-    dtype: Dtype = "float16" if args.dtype == "half" else args.dtype
-    return EngineConfig(
-        model_path=Path(args.model),
-        dtype=dtype,
-        device="cuda",
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        block_size=args.block_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-    )
+    shape = settings(flags.ENGINE, args)
+    return EngineConfig(**shape, model_path=Path(args.model), device="cuda")
 
 
 def _without_awq(raw: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from pyserve.text.chat_template import ChatTemplate
@@ -39,9 +38,7 @@ def use(server: Server, source: str | dict[str, str]) -> None:
 
 
 def trust(server: Server) -> None:
-    server.state.config = msgspec.structs.replace(
-        server.state.config, trust_request_chat_template=True
-    )
+    server.state.config = dataclasses.replace(server.state.config, trust_request_chat_template=True)
 
 
 def prompt(server: Server, **fields: Any) -> tuple[str, str]:

@@ -1,0 +1,225 @@
+"""One row a flag: its name, what may stand behind it, its default, its limits and its help.
+
+A row stands on the field that the flag sets, of a config object in config.py. The parser of the
+server, that of `plan`, the YAML of --config, the help and the checked settings are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REQUESTS = "requests and logs"  # a group of --help
+
+# Read by the C library, the loader or the interpreter before pyserve is.
+READ_TOO_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
+
+_SIZE = re.compile(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One flag. What a row leaves out of name, group, read and choices follows from its field.
+
+    default      of the setting; the flag is a switch where it is a bool
+    help         without the default, which --help adds in brackets: `shown` stands there, where it
+                 is not the default itself
+    name         as it is typed, without the dashes
+    group        of --help; its class's GROUP where it is None
+    read         text -> value, or ArgumentTypeError
+    choices      all that may be said; `synonyms` are further ones -> what they mean
+    limits       the least and the largest value
+    is_negated   the switch turns the setting off
+    short        a further name, with its dash; `also` is one that --help does not show
+    options      further arguments for argparse
+    """
+
+    default: Any
+    help: str
+    name: str = ""
+    group: str | None = None
+    shown: str | None = None
+    metavar: str | None = None
+    read: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] = ()
+    synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    limits: tuple[int, int] | None = None
+    is_negated: bool = False
+    short: str | None = None
+    also: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def dest(self) -> str:
+        """The name of its value among what was parsed."""
+        return self.name.replace("-", "_")
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self.default, bool)
+
+    @property
+    def parsed_default(self) -> Any:
+        """What stands for a flag that was not given; None: what the field's default says."""
+        return self.default != self.is_negated if self.is_switch else None
+
+    @property
+    def full_help(self) -> str:
+        """With the default."""
+        shown = self.shown
+        if shown is None and self.default is not None:
+            shown = _as_shown(self.parsed_default if self.is_switch else self.default)
+        return f"{self.help} [{shown}]" if shown else self.help
+
+    def value(self, said: Any) -> Any:
+        """The setting that `said`, as it was parsed, stands for."""
+        if self.is_negated:
+            return not said
+        if isinstance(said, list):
+            return tuple(said)
+        return self.synonyms.get(said, said) if self.synonyms else said
+
+
+def _as_shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return json.dumps(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def flag(default: Any, help: str, **row: Any) -> Any:
+    """A dataclass's field that a flag sets; `row` are fields of Row. MISSING makes it required."""
+    known = None if default is dataclasses.MISSING else default
+    metadata = {"row": Row(default=known, help=help, **row)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@cache
+def rows_of(config_class: Any) -> dict[str, Row]:
+    """Field -> row, of the fields of a dataclass that flags set."""
+    types = typing.get_type_hints(config_class)
+    rows = {}
+    for field in dataclasses.fields(config_class):
+        if "row" in field.metadata:
+            row: Row = field.metadata["row"]
+            name = row.name or field.name.replace("_", "-")
+            group = config_class.GROUP if row.group is None else row.group
+            row = dataclasses.replace(row, name=name, group=group)
+            rows[field.name] = _typed(row, types[field.name])
+    return rows
+
+
+def _typed(row: Row, kind: Any) -> Row:
+    """`row` with what follows from the type of its field."""
+    words = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return dataclasses.replace(row, choices=(*words, *row.synonyms))
+    kind = typing.get_origin(kind) if typing.get_origin(kind) is tuple else (*words, kind)[0]
+    read, metavar = _BY_TYPE.get(kind, (kind, None))
+    return dataclasses.replace(row, read=row.read or read, metavar=row.metavar or metavar)
+
+
+def settings(rows: Mapping[str, Row], args: argparse.Namespace) -> dict[str, Any]:
+    """Field -> value for what was said; what was not is left to the default of the field."""
+    said = {field: getattr(args, row.dest, None) for field, row in rows.items()}
+    return {field: rows[field].value(value) for field, value in said.items() if value is not None}
+
+
+def size(text: str) -> int:
+    """A number: 4096, 32k (32,000), 25.6k or 32K (32,768), and m, g and t, as vLLM reads them."""
+    match = _SIZE.fullmatch(text.strip())
+    number, suffix = match.groups() if match else ("", "")
+    if not match or ("." in number and not suffix.islower()):
+        raise argparse.ArgumentTypeError(
+            f"must be a number such as 4096, 32k (32,000) or 32K (32,768), got {text[:100]!r}"
+        )
+    power = "kmgt".find(suffix.lower()) + 1 if suffix else 0
+    return int(Decimal(number) * (1000 if suffix.islower() else 1024) ** power)
+
+
+def context(text: str) -> int | None:
+    """A size, or "auto" or -1: what fits."""
+    return None if text.strip().lower() in ("auto", "-1") else size(text)
+
+
+def optional_text(text: str) -> str | None:
+    """Nothing and "None" are what vLLM takes for a flag that was not given."""
+    return None if text in ("", "None") else text
+
+
+def optional_size(text: str) -> int | None:
+    """A size, or as optional_text."""
+    return None if text in ("", "None") else size(text)
+
+
+def path(text: str) -> Path | None:
+    """A path, with ~ for the home folder: shells expand it only at the start of a word.
+
+    "None" is as optional_text has it; an empty one is refused: it is a path that got lost.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if text == "None":
+        return None
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no such home folder: {text[:200]}") from None
+
+
+def url_prefix(text: str) -> str | None:
+    """A path with a slash before it and none behind it."""
+    prefix = (optional_text(text) or "").strip("/")
+    return f"/{prefix}" if prefix else None
+
+
+def key(text: str) -> str:
+    """A secret of clients."""
+    # vLLM takes it for no key at all; as a key it would be easily guessed.
+    if text == "None":
+        raise argparse.ArgumentTypeError("must not be None: leave the flag away, or give a key")
+    return text
+
+
+def string_list(text: str) -> list[str]:
+    """A JSON list of strings."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"must be a JSON list such as '[\"*\"]', got {text[:200]}")
+    return value
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """KEY=VALUE; the value is never shown: it may be a secret."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            "must be KEY=VALUE, with a key of letters, digits and underscores"
+        )
+    if name.startswith(READ_TOO_EARLY):
+        raise argparse.ArgumentTypeError(
+            f"{name} is read before pyserve is: set it before the command"
+        )
+    return name, value
+
+
+# The type of a setting -> what reads it, and what --help calls its value.
+_BY_TYPE: dict[type, tuple[Callable[[str], Any], str | None]] = {
+    int: (int, "N"),
+    str: (optional_text, None),
+    Path: (path, "FILE"),
+    tuple: (string_list, "JSON"),
+}
