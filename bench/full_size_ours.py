@@ -146,9 +146,9 @@ def generate(
     stream = engine.add(prompt, params)
     rows: list[torch.Tensor] = []
     while (step := engine.schedule()) is not None:
-        sampled = engine.runner.launch(step).result()
+        output = engine.runner.run(step)
         rows.append(decoder.compute_logits(hidden_states.pop()[: step.num_tokens]).cpu())
-        engine.update(step, sampled)
+        engine.update(step, output)
     decoder.forward = forward  # type: ignore[method-assign]
     delta = stream.take()
     assert delta is not None and len(delta.token_ids) == num_steps + 1

@@ -67,10 +67,10 @@ class SequenceStream:
         self.num_cached_tokens = num_cached_tokens
         self.scheduled_s = time.monotonic()
 
-    def put(self, token_id: int) -> None:
-        """Engine side: append one output token and wake the reader."""
+    def put(self, token_ids: list[int]) -> None:
+        """Engine side: append output tokens and wake the reader."""
         assert not self.is_finished, "token after the end"
-        self._token_ids.append(token_id)
+        self._token_ids += token_ids
         self._wakeup.set()
 
     def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> None:

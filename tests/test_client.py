@@ -18,11 +18,11 @@ def make_stream() -> SequenceStream:
 def test_a_late_reader_takes_all_at_once() -> None:
     async def run() -> None:
         stream = make_stream()
-        stream.put(1)
-        stream.put(2)
+        stream.put([1])
+        stream.put([2])
         assert (await stream.read()).token_ids == [1, 2]
         assert stream.take() is None
-        stream.put(3)
+        stream.put([3])
         stream.finish("stop", 3)
         delta = await stream.read()
         assert (delta.token_ids, delta.finish_reason, delta.stop_token_id) == ([3], "stop", 3)
@@ -33,7 +33,7 @@ def test_a_late_reader_takes_all_at_once() -> None:
 def test_read_waits() -> None:
     async def run() -> None:
         stream = make_stream()
-        asyncio.get_running_loop().call_later(0.01, stream.put, 7)
+        asyncio.get_running_loop().call_later(0.01, stream.put, [7])
         delta = await asyncio.wait_for(stream.read(), 5)
         assert delta.token_ids == [7] and delta.finish_reason is None
 
@@ -43,7 +43,7 @@ def test_read_waits() -> None:
 def test_an_error_comes_after_what_was_delivered() -> None:
     async def run() -> None:
         stream = make_stream()
-        stream.put(1)
+        stream.put([1])
         stream.fail(EngineError("broken"))
         assert stream.is_finished
         delta = await stream.read()
@@ -57,7 +57,7 @@ def test_an_error_comes_after_what_was_delivered() -> None:
 def test_a_read_after_the_end_tells_it_again() -> None:
     async def run() -> None:
         ended, failed = make_stream(), make_stream()
-        ended.put(1)
+        ended.put([1])
         ended.finish("length")
         failed.fail(EngineError("broken"))
         for expected in ([1], [], []):
@@ -74,7 +74,7 @@ def test_streams_share_one_wakeup() -> None:
     async def run() -> None:
         wakeup = asyncio.Event()
         streams = [make_stream(), make_stream()]
-        streams[0].put(5)  # before it is shared: not lost
+        streams[0].put([5])  # before it is shared: not lost
         for stream in streams:
             stream.share_wakeup(wakeup)
         assert wakeup.is_set()
@@ -92,7 +92,7 @@ def test_an_error_wakes_the_shared_reader_again() -> None:
     wakeup = asyncio.Event()
     stream = make_stream()
     stream.share_wakeup(wakeup)
-    stream.put(1)
+    stream.put([1])
     stream.fail(EngineError("broken"))
     wakeup.clear()
     assert stream.take() is not None
@@ -103,7 +103,7 @@ def test_nothing_comes_after_the_end() -> None:
     stream = make_stream()
     stream.finish("abort")
     with pytest.raises(AssertionError):
-        stream.put(1)
+        stream.put([1])
     with pytest.raises(AssertionError):
         stream.finish("stop")
     with pytest.raises(AssertionError):

@@ -11,11 +11,10 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from pyserve import log
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
-from pyserve.engine.batch import Step
+from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine
 from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
@@ -38,8 +37,9 @@ class AsyncEngine:
         self._info = info
         self._depth = engine.runner.run_ahead_depth
         self._queue = QueueBound(max_queue=info.max_queue, num_slots=info.max_num_seqs)
-        self._in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
+        self._in_flight: deque[tuple[Step, asyncio.Future[StepOutput]]] = deque()
         self._step_start_s = 0.0  # when the oldest step in flight began to run
+        self._looked_s = 0.0  # when its time was looked at last
         self._num_failed_steps = 0
         self._is_device_lost = False
         self._wakeup = asyncio.Event()
@@ -60,6 +60,8 @@ class AsyncEngine:
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
         self._engine.runner.attach(loop)
+        self._looked_s = time.monotonic()
+        self._look(loop)
         self._task = loop.create_task(self._run(), name="engine")
 
     async def stop(self) -> None:
@@ -139,9 +141,13 @@ class AsyncEngine:
         except Exception as error:  # a bug of ours: the books cannot be trusted any more
             log.get_logger().exception("the engine has stopped")
             self._give_up(f"the engine has stopped: {type(error).__name__}")
+        results = [result for _, result in self._in_flight]
         if self._is_device_lost:
-            return  # nothing on it ends, and nothing can be freed: the process must
-        results = [asyncio.wrap_future(result) for _, result in self._in_flight]
+            # No step ends on a lost device, and no memory of it can be freed: the process must end.
+            for result in results:
+                if not result.cancel():
+                    result.exception()  # asyncio would log one that nobody has asked for
+            return
         await asyncio.gather(*results, return_exceptions=True)
         self._in_flight.clear()
         self._engine.runner.close()
@@ -154,13 +160,13 @@ class AsyncEngine:
                 return
             if not self._in_flight:
                 self._step_start_s = time.monotonic()
-            self._in_flight.append((step, self._engine.runner.launch(step)))
+            self._in_flight.append((step, self._engine.runner.launch(step).sample()))
 
     async def _finish_step(self) -> None:
         """Await the oldest step in flight and deliver what it has sampled."""
         step, result = self._in_flight[0]
         try:
-            sampled = await self._result(result)
+            output = await result
         except Exception as error:
             self._on_failed_step(step, error)
         else:
@@ -168,34 +174,30 @@ class AsyncEngine:
             duration_s = time.monotonic() - self._step_start_s
             self._engine.histograms.duration_s.observe(duration_s)
             if self._refusal is None:
-                self._engine.update(step, sampled)
+                self._engine.update(step, output)
         self._in_flight.popleft()
         self._step_start_s = time.monotonic()
         self._queue.note(self._step_start_s, self._engine.num_finished)
 
-    async def _result(self, result: Future[list[int]]) -> list[int]:
-        """What the step has sampled. Raises DeviceError where it takes longer than a step can.
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Fail the step that runs where it has taken longer than a step can. Calls itself again.
 
         Time in which this process did not run (SIGSTOP, a container that is paused, a machine that
         is suspended) does not count: the step may have ended in it, and nobody could have noticed.
         """
-        future = asyncio.wrap_future(result)
         deadline_s = self._engine.runner.step_deadline_s
-        if deadline_s is None:
-            await asyncio.wait((future,))
-            return future.result()
-        looked_s = time.monotonic()
-        ends_s = looked_s + deadline_s
-        while looked_s < ends_s:
-            done, _ = await asyncio.wait((future,), timeout=min(ends_s - looked_s, LOOK_S))
-            if done:
-                return future.result()
-            now_s = time.monotonic()
-            if now_s - looked_s > 2 * LOOK_S:
-                ends_s += now_s - looked_s
-                self._step_start_s += now_s - looked_s
-            looked_s = now_s
-        raise DeviceError(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
+        if deadline_s is None or (self._task is not None and self._task.done()):
+            return
+        now_s = time.monotonic()
+        if now_s - self._looked_s > 2 * LOOK_S:
+            self._step_start_s = min(self._step_start_s + now_s - self._looked_s, now_s)
+        self._looked_s = now_s
+        if self._in_flight and now_s - self._step_start_s > deadline_s:
+            _, result = self._in_flight[0]
+            if not result.done():
+                reason = f"the GPU hangs: a step has not ended after {deadline_s:.0f} s"
+                result.set_exception(DeviceError(reason))
+        loop.call_later(min(LOOK_S, deadline_s), self._look, loop)
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         shape = f"a step of {counted(step.num_tokens, 'token')} in {counted(len(step.seqs), 'row')}"

@@ -1,12 +1,14 @@
-"""Step: the rows that one step runs, and how they become a packed StepInput.
+"""What goes into a step and what comes out of it, as values.
 
-A Step is plain data: the scheduler fills it, the runner executes it, update() reads it back. It
-holds changes only; what the device can derive (positions, KV slots, lengths) is not in it.
+The scheduler fills a Step, `pack` writes it as bytes, a runner executes those, and update() reads
+the StepOutput beside the Step. A Step holds changes only: positions, KV slots and lengths are
+derived on the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +43,38 @@ class Step:
     slot_updates: list[bytes] = field(default_factory=list)
     num_update_words: int = 0  # of the admitted sequences
     num_tokens: int = 0
-    num_samples: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class StepOutput:
+    """What a step has sampled.
+
+    token_ids  of each sampled row, in row order; [-1] where its logits are NaN.
+    logprobs   None: nothing computes them yet.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: None = None
+
+
+class StepShape(NamedTuple):
+    """All that must be known of a packed step to launch it; the rest stays in its bytes."""
+
+    num_tokens: int
+    num_rows: int
+    num_samples: int  # sampled rows
+    max_query_len: int
+
+    @classmethod
+    def of(cls, words: npt.NDArray[np.int32]) -> StepShape:
+        """The shape that the header of a packed step tells."""
+        header = words[: layout.HEADER_WORDS].tolist()
+        return cls(
+            num_tokens=header[layout.HEADER_NUM_TOKENS],
+            num_rows=header[layout.HEADER_NUM_ROWS],
+            num_samples=header[layout.HEADER_NUM_SAMPLES],
+            max_query_len=header[layout.HEADER_MAX_QUERY_LEN],
+        )
 
 
 def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:

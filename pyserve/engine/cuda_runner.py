@@ -1,22 +1,24 @@
 """CudaRunner: launches steps on a CUDA stream from the event loop, without waiting for them.
 
-A step is one copy to the device, kernels, one copy back, one event. A thread of `_host` waits for
-the event and tells the loop through an eventfd; the loop then reads the sampled tokens from pinned
-memory. Buffers are rings: an entry is used again only when the step that used it has ended.
+A step is one copy to the device, the kernels of the forward pass, those of sampling, one copy back,
+one event. A thread of `_host` waits for the event and tells the loop through an eventfd; the loop
+then reads the sampled tokens from pinned memory. Host buffers are a ring: an entry is used again
+only when the step that used it has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyserve.engine.batch import Step, pack
+from pyserve.engine.batch import Step, StepOutput, StepShape, pack
+from pyserve.engine.engine import Pending
 from pyserve.engine.runner import StepExecutor, refuse_when_closed
 from pyserve.engine.warmup import largest_step, warmup_steps
 from pyserve.errors import DeviceError
@@ -37,20 +39,23 @@ class _RingEntry:
     sampled: torch.Tensor  # int32 [num_slots], pinned
     event: torch.cuda.Event
 
+    def output(self, shape: StepShape) -> StepOutput:
+        """What was sampled, once the step has ended."""
+        return StepOutput(self.sampled.numpy()[: shape.num_samples, None].tolist())
+
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
     step_id: int
-    num_samples: int
+    shape: StepShape
     entry: _RingEntry
-    result: Future[list[int]]
+    result: asyncio.Future[StepOutput]
 
 
 class CudaRunner:
     """Implements engine.Runner on the executor's CUDA device.
 
     One step runs while the next is being launched: the card does not wait for the host.
-    Before `attach` a launch returns when the step has ended; after it results come on the loop.
     """
 
     run_ahead_depth = 1
@@ -104,26 +109,29 @@ class CudaRunner:
         self._loop = loop
         loop.add_reader(self._completions.fileno(), self._on_completions)
 
-    def launch(self, step: Step) -> Future[list[int]]:
-        """Start `step`; see engine.Runner. What fails on the device is the future's."""
+    def launch(self, step: Step) -> Pending:
         if self._is_closed:
             refuse_when_closed()
-        result: Future[list[int]] = Future()
-        entry = self._ring.popleft()
+        assert self._loop is not None, "steps are launched on a loop"
+        entry, result = self._ring.popleft(), self._loop.create_future()
         try:
-            self._enqueue(step, entry)
+            shape = self._forward(step, entry)
         except Exception as error:
-            self._ring.append(entry)
-            result.set_exception(self._explained(error))
-            return result
-        step_id = self._next_step_id
-        self._next_step_id += 1
-        self._in_flight.append(_InFlight(step_id, step.num_samples, entry, result))
-        if self._loop is None:
-            self._wait(entry.event)
-        else:
-            self._completions.watch(step_id, entry.event.cuda_event)
-        return result
+            self._fail(entry, result, error)
+            return Pending(lambda: result)
+        return Pending(partial(self._launch_sampling, shape, entry, result))
+
+    def run(self, step: Step) -> StepOutput:
+        if self._is_closed:
+            refuse_when_closed()
+        entry = self._ring[0]
+        try:
+            shape = self._forward(step, entry)
+            self._sample(shape, entry)
+            entry.event.synchronize()
+        except Exception as error:
+            raise self._explained(error) from None
+        return entry.output(shape)
 
     def close(self) -> None:
         """Free the memory; nothing is in flight."""
@@ -137,22 +145,40 @@ class CudaRunner:
         self._ring.clear()
         del self._step_input
 
-    def _enqueue(self, step: Step, entry: _RingEntry) -> None:
+    def _forward(self, step: Step, entry: _RingEntry) -> StepShape:
         num_words = pack(step, entry.words)
-        step_input = self._step_input[:num_words]
+        shape = StepShape.of(entry.words)
         with torch.cuda.stream(self._stream):
-            step_input.copy_(entry.step_input[:num_words], non_blocking=True)
-            sampled = self._executor.run(step, step_input)
-            entry.sampled.copy_(sampled, non_blocking=True)
+            words = entry.step_input[:num_words]
+            self._step_input[:num_words].copy_(words, non_blocking=True)
+            self._executor.forward(shape, self._step_input)
+        return shape
+
+    def _sample(self, shape: StepShape, entry: _RingEntry) -> None:
+        with torch.cuda.stream(self._stream):
+            entry.sampled.copy_(self._executor.sample(shape), non_blocking=True)
             entry.event.record(self._stream)
 
-    def _wait(self, event: torch.cuda.Event) -> None:
+    def _launch_sampling(
+        self, shape: StepShape, entry: _RingEntry, result: asyncio.Future[StepOutput]
+    ) -> asyncio.Future[StepOutput]:
         try:
-            event.synchronize()
-        except RuntimeError as error:
-            self._complete(_first_line(error))
-        else:
-            self._complete("")
+            self._sample(shape, entry)
+        except Exception as error:
+            self._fail(entry, result, error)
+            return result
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        self._in_flight.append(_InFlight(step_id, shape, entry, result))
+        self._completions.watch(step_id, entry.event.cuda_event)
+        return result
+
+    def _fail(
+        self, entry: _RingEntry, result: asyncio.Future[StepOutput], error: Exception
+    ) -> None:
+        """The step of `entry` could not be launched whole."""
+        result.set_exception(self._explained(error))
+        self._ring.append(entry)
 
     def _on_completions(self) -> None:
         for step_id, error in self._completions.drain():
@@ -162,10 +188,12 @@ class CudaRunner:
     def _complete(self, error: str) -> None:
         """The oldest step in flight has ended, with the name of a CUDA error or without one."""
         step = self._in_flight.popleft()
-        if error:
+        if step.result.done():
+            pass  # nobody waits any more: it was taken for one that hangs
+        elif error:
             step.result.set_exception(DeviceError(f"the GPU failed: {error}"))
         else:
-            step.result.set_result(step.entry.sampled[: step.num_samples].tolist())
+            step.result.set_result(step.entry.output(step.shape))
         self._ring.append(step.entry)
 
     def _explained(self, error: Exception) -> Exception:
@@ -185,7 +213,7 @@ class CudaRunner:
     def _run_and_wait(self, step: Step) -> None:
         with torch.cuda.stream(self._stream):
             self._executor.reset()
-            self.launch(step).result()
+            self.run(step)
             self._executor.reset()
 
 

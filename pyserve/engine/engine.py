@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pyserve.client import FinishReason, SequenceStream
-from pyserve.engine.batch import Step
+from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
@@ -25,6 +26,20 @@ from pyserve.params import SamplingParams
 from pyserve.words import counted
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step whose forward pass is queued.
+
+    `sample` queues the rest of it: logits and draws. It is called once, before the next launch. A
+    step that needs nothing of the host in between is sampled as soon as it is launched.
+
+    A DeviceError in the result means that nothing runs any more; another exception, that the step
+    has failed and the next may be tried.
+    """
+
+    sample: Callable[[], asyncio.Future[StepOutput]]
+
+
 class Runner(Protocol):
     """Executes steps, in the order of the calls. Lives from its making to `close`.
 
@@ -32,7 +47,7 @@ class Runner(Protocol):
     step_deadline_s         a step that takes longer has hung; None: any time is fine.
     num_device_allocations  times memory was taken from a GPU so far.
 
-    These three are told after `close` too; `attach` and `launch` raise RuntimeError then.
+    These three are told after `close` too; `attach`, `launch` and `run` raise RuntimeError then.
     """
 
     run_ahead_depth: int
@@ -42,20 +57,23 @@ class Runner(Protocol):
     def num_device_allocations(self) -> int: ...
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From here on `launch` is called on `loop` and must not wait for the step."""
+        """From here on steps are launched on `loop`, and their results come there."""
         ...
 
-    def launch(self, step: Step) -> Future[list[int]]:
-        """Start `step`. The result: one id per sampled row, in row order; -1 where logits are NaN.
+    def launch(self, step: Step) -> Pending:
+        """Start `step` without waiting for it. What fails is in the result."""
+        ...
 
-        A DeviceError in it means that nothing runs any more; another exception, that the step has
-        failed and the next may be tried.
-        """
+    def run(self, step: Step) -> StepOutput:
+        """Execute `step` and wait for it, while nothing is in flight; raises what has failed."""
         ...
 
     def close(self) -> None:
         """Free threads and memory; nothing is in flight. Harmless when called again."""
         ...
+
+
+_NAN = [-1]  # of a row, as StepOutput tells it
 
 
 class Engine:
@@ -97,7 +115,7 @@ class Engine:
         step = self.schedule()
         if step is None:
             return False
-        self.update(step, self.runner.launch(step).result())
+        self.update(step, self.runner.run(step))
         return True
 
     def add(
@@ -139,13 +157,13 @@ class Engine:
         """The next step to execute; None where there is nothing to run."""
         return self.scheduler.schedule()
 
-    def update(self, step: Step, sampled: list[int]) -> None:
+    def update(self, step: Step, output: StepOutput) -> None:
         """Account for an executed step: cache what it filled, deliver what it sampled.
 
         Rows whose sequence has left its slot since (aborted, preempted, finished) are dropped.
         """
         offer = self.scheduler.blocks.offer
-        sampled_ids = iter(sampled)
+        sampled = iter(output.token_ids)
         num_output_tokens = 0
         num_first_tokens = 0  # since their sequences were admitted
         now_s = time.monotonic()
@@ -153,25 +171,25 @@ class Engine:
             step.seqs, step.generations, step.seq_lens, step.row_samples, step.host_tokens,
             strict=True,
         ):  # fmt: skip
-            token_id = next(sampled_ids) if is_sampled else None
+            token_ids = next(sampled) if is_sampled else None
             if seq.generation != generation:
                 continue
-            if token_id == -1:
+            if token_ids == _NAN:
                 self.num_nan_sequences += 1
                 self._fail(seq, EngineError("the model's output was not a number"), forget=True)
                 continue
             if seq.next_offer_len <= seq_len:
                 offer(seq, seq_len)
-            if token_id is None:
+            if token_ids is None:
                 continue
-            seq.token_ids.append(token_id)
-            seq.stream.put(token_id)
-            num_output_tokens += 1
+            seq.token_ids += token_ids
+            seq.stream.put(token_ids)
+            num_output_tokens += len(token_ids)
             if host_tokens is not None:
                 num_first_tokens += 1
                 self._note_first_token(seq, now_s)
-            if token_id in seq.stop_token_ids:
-                self._finish(seq, "stop", token_id)
+            if token_ids[-1] in seq.stop_token_ids:
+                self._finish(seq, "stop", token_ids[-1])
             elif len(seq.token_ids) == seq.max_total_tokens:
                 self._finish(seq, "length")
         self.num_output_tokens += num_output_tokens

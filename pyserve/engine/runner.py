@@ -1,7 +1,8 @@
 """How a packed step runs on a device, and the runner that does it on a CPU.
 
 StepExecutor owns the model, the KV cache and the device state of the slots, all of it allocated
-once; it is the same on every device. A runner brings it packed steps and takes the results away.
+once; it is the same on every device. It is given bytes and their shape, so that what executes a
+step need not be what has scheduled it. A runner brings it packed steps and takes results away.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
 import torch
 
 from pyserve import ops
-from pyserve.engine.batch import Step, max_step_words, pack, padded_size
+from pyserve.engine.batch import (
+    Step,
+    StepOutput,
+    StepShape,
+    max_step_words,
+    pack,
+    padded_size,
+)
 from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.engine import Pending
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.ops import attention_plan, sample_workspace
@@ -31,7 +41,7 @@ def refuse_when_closed() -> NoReturn:
 
 
 class StepExecutor:
-    """Plans, forwards and samples packed steps, in the order of the calls.
+    """Executes packed steps: each is one `forward` and then one `sample`.
 
     After `close` the sizes and the device are still told; all else raises RuntimeError.
 
@@ -67,6 +77,7 @@ class StepExecutor:
         self._block_table = _zeros(num_slots, max_blocks_per_seq, device=device)
         self._token_counts = _zeros(num_slots, config.vocab_size, dtype=torch.int16, device=device)
         self._sampled = _zeros(num_slots, device=device)
+        self._hidden = torch.empty(0, device=device)  # of the step that was forwarded last
         self._plan = ops.StepPlan.allocate(max_num_batched_tokens, num_slots, device)
         self._kv_caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._views: dict[tuple[int, int, bool], tuple[ops.StepPlan, ForwardContext]] = {}
@@ -111,15 +122,15 @@ class StepExecutor:
         self._block_table.zero_()
         self._token_counts.zero_()
 
-    def run(self, step: Step, step_input: torch.Tensor) -> torch.Tensor:
-        """Run `step`, packed as int32 `step_input` on the device -> int32 [at least num_samples].
+    def forward(self, shape: StepShape, step_input: torch.Tensor) -> None:
+        """Plan a step and run the model's layers on it.
 
-        What is returned is overwritten by the next step.
+        step_input int32 [num_step_words] on the device: the packed step, then anything.
         """
         if self._is_closed:
             refuse_when_closed()
         with torch.inference_mode():
-            plan, ctx = self._views_for(step)
+            plan, ctx = self._views_for(shape)
             ops.plan_step(
                 step_input,
                 self._slots,
@@ -137,10 +148,31 @@ class StepExecutor:
                     num_kv_heads=self._model.config.num_kv_heads,
                     window=window,
                 )
-            hidden = self._model.forward(ctx)
-            # Not more than padded rows: sample_rows holds padding from num_samples on.
-            num_padded = padded_size(step.num_samples, self.num_slots) if step.num_samples else 0
-            return self._sample(hidden, plan.sample_rows[:num_padded])
+            self._hidden = self._model.forward(ctx)
+
+    def sample(self, shape: StepShape) -> torch.Tensor:
+        """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples].
+
+        What is returned is overwritten by the next step.
+        """
+        if self._is_closed:
+            refuse_when_closed()
+        num_samples = padded_size(shape.num_samples, self.num_slots) if shape.num_samples else 0
+        with torch.inference_mode():
+            # From num_samples on these are padding, (-1, -1): any hidden state will do for them.
+            sample_rows = self._plan.sample_rows[:num_samples]
+            for start in range(0, num_samples, self._logits_tile_rows):
+                rows = sample_rows[start : start + self._logits_tile_rows]
+                hidden = self._hidden.index_select(0, rows[:, 0].clamp_min(0))
+                ops.sample(
+                    self._model.compute_logits(hidden),
+                    rows[:, 1],
+                    self._slots,
+                    self._token_counts,
+                    workspace=self._sample_workspace,
+                    out=self._sampled[start : start + len(rows)],
+                )
+        return self._sampled
 
     def close(self) -> None:
         """Drop the tensors. Harmless when called again."""
@@ -151,12 +183,13 @@ class StepExecutor:
         self._views.clear()
         self._attention_plans.clear()
         del self._model, self._slots, self._block_table, self._token_counts, self._plan
+        del self._hidden
 
-    def _views_for(self, step: Step) -> tuple[ops.StepPlan, ForwardContext]:
+    def _views_for(self, shape: StepShape) -> tuple[ops.StepPlan, ForwardContext]:
         """The plan's tensors, padded to one of a few shapes, and the forward's view of them."""
-        num_tokens = padded_size(step.num_tokens, self.max_num_tokens)
-        num_rows = padded_size(len(step.row_slots), self.num_slots)
-        is_decode = max(step.query_lens) <= self._decode_query_len
+        num_tokens = padded_size(shape.num_tokens, self.max_num_tokens)
+        num_rows = padded_size(shape.num_rows, self.num_slots)
+        is_decode = shape.max_query_len <= self._decode_query_len
         key = num_tokens, num_rows, is_decode
         views = self._views.get(key)
         if views is None:
@@ -176,30 +209,12 @@ class StepExecutor:
             views = self._views[key] = plan, ctx
         return views
 
-    def _sample(self, hidden: torch.Tensor, sample_rows: torch.Tensor) -> torch.Tensor:
-        """One id per row of sample_rows (int32 [num_samples, 2]: index into hidden, slot).
-
-        A padded row (-1, -1) samples from any hidden state and gives 0.
-        """
-        for start in range(0, len(sample_rows), self._logits_tile_rows):
-            rows = sample_rows[start : start + self._logits_tile_rows]
-            logits = self._model.compute_logits(hidden.index_select(0, rows[:, 0].clamp_min(0)))
-            ops.sample(
-                logits,
-                rows[:, 1],
-                self._slots,
-                self._token_counts,
-                workspace=self._sample_workspace,
-                out=self._sampled[start : start + len(rows)],
-            )
-        return self._sampled
-
 
 class CpuRunner:
     """Implements engine.Runner on a CPU: steps run on one worker thread.
 
-    The event loop only hands over a Step and gets a future: packing, planning, forward and sampling
-    happen on the worker, most of it outside the GIL. `num_threads` is what one op may use.
+    The event loop only hands over a Step and gets a future: packing, forward and sampling happen on
+    the worker, most of it outside the GIL. `num_threads` is what one op may use.
     """
 
     run_ahead_depth = 0  # a step's successor would wait for the same cores
@@ -210,6 +225,7 @@ class CpuRunner:
         self._is_closed = False
         self._buffer = np.zeros(executor.num_step_words, np.int32)
         self._step_input = torch.from_numpy(self._buffer)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = ThreadPoolExecutor(
             1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
         )
@@ -219,9 +235,9 @@ class CpuRunner:
         return 0
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A future of the worker may be awaited from any loop."""
         if self._is_closed:
             refuse_when_closed()
+        self._loop = loop
 
     def warm_up(
         self, steps: Sequence[Step], *, budget_s: float, report: Report = report_nothing
@@ -234,14 +250,20 @@ class CpuRunner:
             if time.monotonic() > deadline_s:
                 break
             self._executor.reset()
-            self.launch(step).result()
+            self.run(step)
         self._executor.reset()
 
-    def launch(self, step: Step) -> Future[list[int]]:
-        """Start `step`; see engine.Runner."""
+    def launch(self, step: Step) -> Pending:
         if self._is_closed:
             refuse_when_closed()
-        return self._thread.submit(self._execute, step)
+        assert self._loop is not None, "steps are launched on a loop"
+        forward = self._thread.submit(self._forward, step)
+        return Pending(partial(self._loop.run_in_executor, self._thread, self._sample, forward))
+
+    def run(self, step: Step) -> StepOutput:
+        if self._is_closed:
+            refuse_when_closed()
+        return self._thread.submit(self._sample, self._thread.submit(self._forward, step)).result()
 
     def close(self) -> None:
         """End the worker and drop the tensors; nothing is in flight."""
@@ -249,10 +271,17 @@ class CpuRunner:
         self._thread.shutdown()
         self._executor.close()
 
-    def _execute(self, step: Step) -> list[int]:
-        num_words = pack(step, self._buffer)
-        sampled: list[int] = self._executor.run(step, self._step_input[:num_words]).tolist()
-        return sampled[: step.num_samples]
+    def _forward(self, step: Step) -> StepShape:
+        pack(step, self._buffer)
+        shape = StepShape.of(self._buffer)
+        self._executor.forward(shape, self._step_input)
+        return shape
+
+    def _sample(self, forward: Future[StepShape]) -> StepOutput:
+        """`forward` has ended: the worker does one thing after another."""
+        shape = forward.result()
+        sampled = self._executor.sample(shape).numpy()
+        return StepOutput(sampled[: shape.num_samples, None].tolist())
 
 
 def _zeros(*shape: int, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:

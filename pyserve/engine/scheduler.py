@@ -243,7 +243,6 @@ def _fill(step: Step) -> None:
     step.row_slots = [seq.slot for seq in seqs]
     step.seq_lens = seq_lens = [seq.num_computed_tokens for seq in seqs]
     step.row_samples = [seq.num_computed_tokens >= seq.num_host_tokens for seq in seqs]
-    step.num_samples = sum(step.row_samples)
     # Past the tokens it came with, a sequence runs on what its slot has sampled itself.
     step.host_tokens = [
         None if end > seq.num_host_tokens else seq.token_ids[end - query_len : end]

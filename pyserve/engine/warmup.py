@@ -44,5 +44,4 @@ def _step(executor: StepExecutor, num_tokens: int) -> Step:
         host_tokens=[[0] * query_len for query_len in query_lens],
         row_samples=[True] * num_rows,
         num_tokens=sum(query_lens),
-        num_samples=num_rows,
     )

@@ -185,7 +185,7 @@ class FakeEngine:
                     return
                 token_id = script.token_ids[position % len(script.token_ids)]
                 position += 1
-                stream.put(token_id)
+                stream.put([token_id])
                 if position == 1:
                     stream.first_token_s = time.monotonic()
                 if token_id in params.stop_token_ids and position > params.min_tokens:

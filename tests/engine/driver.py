@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pyserve.client import SequenceStream
-from pyserve.engine.batch import Step
+from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine
 from pyserve.errors import EngineError
 from pyserve.params import SamplingParams
@@ -50,7 +51,10 @@ class Driver:
         self.engine = engine
         self.depth = depth
         self.readers: list[Reader] = []
-        self.in_flight: deque[tuple[Step, Future[list[int]]]] = deque()
+        self.in_flight: deque[tuple[Step, asyncio.Future[StepOutput]]] = deque()
+        self._loop = asyncio.new_event_loop()
+        weakref.finalize(self, self._loop.close)
+        engine.runner.attach(self._loop)
 
     def submit(self, prompt: list[int], params: SamplingParams, **kwargs: int | str) -> Reader:
         stream = self.engine.add(prompt, params, **kwargs)  # type: ignore[arg-type]
@@ -64,17 +68,19 @@ class Driver:
         step = self.engine.schedule()
         if step is None:
             return False
-        self.in_flight.append((step, self.engine.runner.launch(step)))
+        self.in_flight.append((step, self.engine.runner.launch(step).sample()))
         return True
 
     def update(self) -> bool:
         if not self.in_flight:
             return False
         step, result = self.in_flight.popleft()
-        if result.exception() is None:
-            self.engine.update(step, result.result())
-        else:
+        try:
+            output = self._loop.run_until_complete(result)
+        except Exception:
             self.engine.fail_step(step)
+        else:
+            self.engine.update(step, output)
         for reader in self.readers:
             reader.take()
         return True

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from hashlib import blake2b
 
 import numpy as np
 
-from pyserve.engine.batch import Step, max_step_words, max_update_words, pack
+from pyserve.engine.batch import Step, StepOutput, max_step_words, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
-from pyserve.engine.engine import Engine
+from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.ops import step_layout as layout
@@ -131,6 +130,7 @@ class FakeRunner:
         self.on_step: Callable[[Step], None] = lambda step: None
         self.nan_seeds: set[int] = set()
         self.is_closed = False
+        self._unsampled: Step | None = None
         self.run_ahead_depth = 0
         self.step_deadline_s: float | None = None
         self.num_device_allocations = 0
@@ -148,14 +148,25 @@ class FakeRunner:
         self._refuse_when_closed()
         self.loop = loop
 
-    def launch(self, step: Step) -> Future[list[int]]:
+    def launch(self, step: Step) -> Pending:
         self._refuse_when_closed()
-        future: Future[list[int]] = Future()
+        assert self._unsampled is None, "launched before the last step was sampled"
+        self._unsampled = step
+        return Pending(self._sample_step)
+
+    def run(self, step: Step) -> StepOutput:
+        self._refuse_when_closed()
+        self.on_step(step)
+        return StepOutput([[token_id] for token_id in self.execute(self.pack(step))])
+
+    def _sample_step(self) -> asyncio.Future[StepOutput]:
+        step, self._unsampled = self._unsampled, None
+        assert step is not None, "sampled twice"
+        future = self.loop.create_future()
         try:
-            self.on_step(step)
-            future.set_result(self.execute(self.pack(step)))
+            self.loop.call_soon(future.set_result, self.run(step))
         except Exception as error:
-            future.set_exception(error)
+            self.loop.call_soon(future.set_exception, error)
         return future
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 from pyserve.engine.batch import (
     MIN_UPDATE_WORDS,
     Step,
+    StepShape,
     max_step_words,
     max_update_words,
     pack,
@@ -39,6 +40,7 @@ def test_pack_passes_every_list_on() -> None:
     assert buffer[24:30].tolist() == [7, 8, 9, 4, 0, 6]
     assert buffer[30:50].tolist() == record.tolist()
     assert (buffer[num_words:] == -7).all()
+    assert StepShape.of(buffer) == StepShape(4, num_rows=2, num_samples=1, max_query_len=3)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,60 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     )  # fmt: skip
 
 
+def test_a_step_that_cannot_be_launched_fails_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its forward or in its sampling; the ring has its entry again, and the next step runs."""
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("as wanted")
+
+    async def run() -> None:
+        runner.attach(asyncio.get_running_loop())
+        params = SamplingParams(max_tokens=200, temperature=0.0)
+        for half in 2 * ("forward", "sample"):
+            for is_broken in (True, False):
+                stream = engine.add([1] * 10, params)
+                step = engine.schedule()
+                assert step is not None
+                with monkeypatch.context() as patch:
+                    if is_broken:
+                        patch.setattr(runner._executor, half, fail)
+                    result = runner.launch(step).sample()
+                if is_broken:
+                    with pytest.raises(RuntimeError, match="as wanted"):
+                        await result
+                else:
+                    assert len((await result).token_ids) == 1
+                assert len(runner._ring) == cuda_runner.RING_SIZE
+                engine.abort(stream)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    runner.close()
+
+
+def test_a_step_that_nobody_waits_for_any_more_may_still_end(engine: Engine) -> None:
+    runner = engine.runner
+    problems: list[object] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: problems.append(context))
+        runner.attach(loop)
+        engine.add([1] * 10, SamplingParams(max_tokens=2, temperature=0.0))
+        step = engine.schedule()
+        assert step is not None
+        result = runner.launch(step).sample()
+        result.cancel()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert problems == []
+    runner.close()
+
+
 def test_every_call_after_the_end_has_an_answer(engine: Engine) -> None:
     async def run() -> None:
         info = EngineInfo(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pyserve.client import EngineInfo
 from pyserve.engine.async_engine import AsyncEngine
-from pyserve.engine.batch import Step, max_update_words
+from pyserve.engine.batch import Step, StepShape, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine
 from pyserve.engine.planner import HostMemory, plan_memory
@@ -366,17 +368,48 @@ def test_steps_execute_in_the_order_of_their_launch(decoder: Decoder) -> None:
     engine.add(prompt, params)
     steps: list[Step] = []
     results = []
-    for _ in range(3):
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        engine.runner.attach(loop)
+        for _ in range(3):
+            step = engine.schedule()
+            assert step is not None
+            steps.append(step)
+            results.append(engine.runner.launch(step).sample())
+        assert [step.host_tokens for step in steps] == [[prompt], [None], [None]]
+        outputs = [loop.run_until_complete(result) for result in results]
+    for step, output in zip(steps, outputs, strict=True):
+        engine.update(step, output)
+    seq = engine.scheduler.running[0]
+    tokens = [token_id for output in outputs for [token_id] in output.token_ids]
+    assert seq.token_ids == prompt + tokens and seq.num_in_flight_tokens == 0
+    engine.runner.close()
+
+
+def test_bytes_and_their_shape_are_all_that_an_executor_needs(decoder: Decoder) -> None:
+    """As a rank would run it, which has neither the sequences nor the Step."""
+    engine = make_engine(decoder)
+    for prompt, params in requests():
+        engine.add(prompt, params)
+    rank = StepExecutor(
+        decoder, block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=512,
+        max_model_len=MAX_MODEL_LEN, logits_tile_rows=64,
+    )  # fmt: skip
+    rank.allocate_kv(128)
+    buffer = np.zeros(rank.num_step_words, np.int32)
+    for _ in range(20):
         step = engine.schedule()
         assert step is not None
-        steps.append(step)
-        results.append(engine.runner.launch(step))
-    assert [step.host_tokens for step in steps] == [[prompt], [None], [None]]
-    tokens = [result.result()[0] for result in results]
-    for step, token_id in zip(steps, tokens, strict=True):
-        engine.update(step, [token_id])
-    seq = engine.scheduler.running[0]
-    assert seq.token_ids == prompt + tokens and seq.num_in_flight_tokens == 0
+        received = np.zeros_like(buffer)
+        num_words = pack(step, buffer)
+        received[:num_words] = np.frombuffer(buffer[:num_words].tobytes(), np.int32)
+        shape = StepShape.of(received)
+        rank.forward(shape, torch.from_numpy(received))
+        sampled = rank.sample(shape)[: shape.num_samples].tolist()
+        output = engine.runner.run(step)
+        assert output.token_ids == [[token_id] for token_id in sampled]
+        assert output.logprobs is None
+        engine.update(step, output)
+    rank.close()
     engine.runner.close()
 
 
@@ -401,12 +434,13 @@ def test_a_closed_executor_tells_its_device_and_runs_nothing(decoder: Decoder) -
         decoder, block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=16,
         max_model_len=MAX_MODEL_LEN, logits_tile_rows=8,
     )  # fmt: skip
-    step = next(warmup_steps(executor))
     for _ in range(2):
         executor.close()
     assert executor.device == decoder.device and executor.max_num_tokens == 16
     with pytest.raises(RuntimeError, match="closed"):
-        executor.run(step, torch.zeros(executor.num_step_words, dtype=torch.int32))
+        executor.forward(StepShape(1, 1, 1, 1), torch.zeros(100, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="closed"):
+        executor.sample(StepShape(1, 1, 1, 1))
     with pytest.raises(RuntimeError, match="closed"):
         executor.allocate_kv(1)
     with pytest.raises(RuntimeError, match="closed"):

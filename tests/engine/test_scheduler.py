@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pyserve.engine import scheduler as scheduler_module
-from pyserve.engine.batch import Step, max_update_words
+from pyserve.engine.batch import Step, StepOutput, max_update_words
 from pyserve.engine.engine import Engine
 from pyserve.engine.sequence import Sequence
 from pyserve.params import SamplingParams
@@ -18,7 +18,7 @@ from tests.engine.fake_runner import make_engine
 def run_step(engine: Engine) -> Step:
     step = engine.schedule()
     assert step is not None
-    engine.update(step, engine.runner.launch(step).result())
+    engine.update(step, engine.runner.run(step))
     engine.check_invariants()
     return step
 
@@ -42,7 +42,7 @@ def test_a_long_prompt_is_cut_into_chunks_and_mixed_with_decodes() -> None:
     assert rows(run_step(engine)) == [(0, 1), (1, 9)]
     step = run_step(engine)
     assert rows(step) == [(0, 1), (1, 9)] and step.row_samples == [True, False]
-    assert step.num_tokens == 10 and step.num_samples == 1
+    assert step.num_tokens == 10 and sum(step.row_samples) == 1
     step = run_step(engine)
     assert rows(step) == [(0, 1), (1, 5)] and step.row_samples == [True, True]
     assert rows(run_step(engine)) == [(0, 1), (1, 1)]
@@ -67,7 +67,7 @@ def test_every_running_sequence_gets_a_token_in_a_full_house() -> None:
     while (step := engine.schedule()) is not None:
         assert len(step.seqs) == len(engine.scheduler.running)
         assert sum(step.query_lens) == step.num_tokens <= 8
-        engine.update(step, engine.runner.launch(step).result())
+        engine.update(step, engine.runner.run(step))
     assert engine.num_seqs == 0
 
 
@@ -212,7 +212,7 @@ def test_admissions_of_one_step_fit_the_buffer() -> None:
     num_running = []
     while (step := engine.schedule()) is not None:
         assert sum(map(len, step.slot_updates)) // 4 + len(step.block_updates) <= limit
-        engine.update(step, [0] * step.num_samples)
+        engine.update(step, StepOutput([[0]] * sum(step.row_samples)))
         num_running.append(len(step.seqs))
     assert num_running[0] == limit // (8900 + 20 + 3 * 2225) == 4
 
@@ -235,9 +235,9 @@ def test_host_time_of_a_step(batch_size: int, limit_us: float) -> None:
         assert step is not None
         runner.pack(step)  # type: ignore[attr-defined]
         between = time.perf_counter()
-        sampled = sampler.choices(range(60), k=step.num_samples)
+        sampled = [[sampler.randrange(60)] for _ in step.row_slots]
         resumed = time.perf_counter()
-        engine.update(step, sampled)
+        engine.update(step, StepOutput(sampled))
         if len(step.seqs) == batch_size and step.num_tokens == batch_size:
             times.append(time.perf_counter() - resumed + between - start)
     median_us = sorted(times)[50] * 1e6

@@ -158,15 +158,16 @@ def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence
     def drain() -> None:
         while (step := engine.schedule()) is not None:
             tiles.clear()
-            sampled = engine.runner.launch(step).result()
-            logits = torch.cat(tiles)[: len(sampled)] if sampled else torch.empty(0)
+            output = engine.runner.run(step)
+            num_rows = len(output.token_ids)
+            logits = torch.cat(tiles)[:num_rows] if num_rows else torch.empty(0)
             drawn = [
                 seq for seq, is_drawn in zip(step.seqs, step.row_samples, strict=True) if is_drawn
             ]
             for seq, row in zip(drawn, logits, strict=True):
                 rows[seq.stream.seq_id].append(row.clone())
                 seqs[seq.stream.seq_id] = seq
-            engine.update(step, sampled)
+            engine.update(step, output)
 
     decoder.compute_logits = spy  # type: ignore[method-assign]
     try:

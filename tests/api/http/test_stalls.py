@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,9 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.client import EngineInfo
 from pyserve.engine.async_engine import AsyncEngine
-from pyserve.engine.batch import Step, max_update_words
+from pyserve.engine.batch import Step, StepOutput, max_update_words
 from pyserve.engine.block_manager import BlockManager
-from pyserve.engine.engine import Engine
+from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from tests.api.fakes import PADDED_VOCAB, Server, run_server
@@ -58,12 +57,15 @@ class InstantRunner:
     num_device_allocations = 0
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        pass
+        self.loop = loop
 
-    def launch(self, step: Step) -> Future[list[int]]:
-        result: Future[list[int]] = Future()
-        result.set_result([75] * step.num_samples)
-        return result
+    def launch(self, step: Step) -> Pending:
+        result = self.loop.create_future()
+        self.loop.call_soon(result.set_result, self.run(step))
+        return Pending(lambda: result)
+
+    def run(self, step: Step) -> StepOutput:
+        return StepOutput([[75] for _ in range(sum(step.row_samples))])
 
     def close(self) -> None:
         pass
