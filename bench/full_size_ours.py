@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.server_process import memory_of
+from pyserve.client import SequenceRequest
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.cuda_runner import CudaRunner
@@ -143,7 +144,7 @@ def generate(
 
     decoder.forward = spy  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=num_steps + 1, temperature=1.0, seed=1)
-    stream = engine.add(prompt, params)
+    stream = engine.add(SequenceRequest(prompt, params))
     rows: list[torch.Tensor] = []
     while (step := engine.schedule()) is not None:
         output = engine.runner.run(step)

@@ -20,6 +20,22 @@ from pyserve.params import SamplingParams
 FinishReason = Literal["stop", "length", "abort"]
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One sequence to generate.
+
+    priority    lower runs first; of equal ones the user who runs the fewest, then the oldest.
+    cache_salt  the prefix cache is shared by requests with the same one.
+    user        with whom slots and places in the queue are shared.
+    """
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+    user: str = ""
+
+
 @dataclass(slots=True)
 class SequenceDelta:
     """What one sequence has produced since it was last read.
@@ -204,18 +220,9 @@ class EngineClient(Protocol):
         """
         ...
 
-    def submit(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-        user: str = "",
-    ) -> SequenceStream:
+    def submit(self, request: SequenceRequest) -> SequenceStream:
         """Queue one sequence. Raises as `check_room` does, and InvalidRequestError where it can
-        never fit. Lower `priority` runs first; of equal ones the user who runs the fewest, then
-        the oldest.
+        never fit.
         """
         ...
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
 
 from pyserve import log
-from pyserve.client import EngineInfo, EngineStats, SequenceStream
+from pyserve.client import EngineInfo, EngineStats, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine
 from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
-from pyserve.params import SamplingParams
 from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
@@ -89,14 +87,9 @@ class AsyncEngine:
             num_finished=engine.num_finished,
         )
 
-    def submit(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "", user: str = "",
-    ) -> SequenceStream:  # fmt: skip
-        self.check_room(1, num_tokens=len(prompt_token_ids), user=user)
-        stream = self._engine.add(
-            prompt_token_ids, params, priority=priority, cache_salt=cache_salt, user=user
-        )
+    def submit(self, request: SequenceRequest) -> SequenceStream:
+        self.check_room(1, num_tokens=len(request.prompt_token_ids), user=request.user)
+        stream = self._engine.add(request)
         self._wakeup.set()
         return stream
 

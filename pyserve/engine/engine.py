@@ -10,11 +10,10 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pyserve.client import FinishReason, SequenceStream
+from pyserve.client import FinishReason, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.queue_bound import Load
@@ -118,12 +117,10 @@ class Engine:
         self.update(step, self.runner.run(step))
         return True
 
-    def add(
-        self, prompt_token_ids: Ids[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "", user: str = "",
-    ) -> SequenceStream:  # fmt: skip
+    def add(self, request: SequenceRequest) -> SequenceStream:
         """Queue one sequence. Raises InvalidRequestError where it can never run."""
-        token_ids = list(prompt_token_ids)
+        params, user = request.params, request.user
+        token_ids = list(request.prompt_token_ids)
         self._check(token_ids, params)
         seq_id = self._next_seq_id
         self._next_seq_id += 1
@@ -133,10 +130,10 @@ class Engine:
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             max_total_tokens=len(token_ids) + params.max_tokens,
-            order=(priority if self._has_priorities else 0, seq_id),
+            order=(request.priority if self._has_priorities else 0, seq_id),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=frozenset(i for i in params.stop_token_ids if 0 <= i < self._vocab_size),
-            root_hash=self.scheduler.blocks.root_hash(cache_salt),
+            root_hash=self.scheduler.blocks.root_hash(request.cache_salt),
             num_tokens=len(token_ids),
             user=user,
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from pyserve import log
-from pyserve.client import EngineInfo
+from pyserve.client import EngineInfo, SequenceRequest
 from pyserve.config import DEMO_MODEL, EngineConfig
 from pyserve.engine import device as devices
 from pyserve.engine import host
@@ -287,6 +287,7 @@ def _warm_up(engine: Engine, max_model_len: int) -> None:
     num_prompt_tokens = max(1, min(WARMUP_PROMPT_LEN, max_model_len - 2))
     num_output_tokens = min(2, max_model_len - num_prompt_tokens)
     if num_output_tokens:
-        engine.add([0] * num_prompt_tokens, SamplingParams(max_tokens=num_output_tokens, seed=0))
+        params = SamplingParams(max_tokens=num_output_tokens, seed=0)
+        engine.add(SequenceRequest([0] * num_prompt_tokens, params))
     while engine.step():
         pass

@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from pyserve.api.app import build_app
 from pyserve.api.http.connections import Connections
 from pyserve.api.http.http_protocol import listening
 from pyserve.api.state import Loaded, ServerState
-from pyserve.client import EngineClient, EngineInfo, EngineStats, SequenceStream
+from pyserve.client import EngineClient, EngineInfo, EngineStats, SequenceRequest, SequenceStream
 from pyserve.config import ServerConfig
 from pyserve.errors import EngineError, PyserveError, QueueFullError, UnavailableError
 from pyserve.metrics import Metrics
@@ -138,17 +138,17 @@ class FakeEngine:
         if self.room is not None and len(self.running()) + num_sequences > self.room:
             raise QueueFullError("the queue is full", 7)
 
-    def submit(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "", user: str = "",
-    ) -> SequenceStream:  # fmt: skip
+    def submit(self, request: SequenceRequest) -> SequenceStream:
         if self.is_stopped:
             raise UnavailableError("the server is shutting down")
         if self.error is not None:
             raise UnavailableError(self.error)
         number = len(self.submitted)
-        stream = SequenceStream(number, len(prompt_token_ids))
-        item = Submitted(list(prompt_token_ids), params, priority, cache_salt, user, stream)
+        stream = SequenceStream(number, len(request.prompt_token_ids))
+        item = Submitted(
+            list(request.prompt_token_ids), request.params, request.priority, request.cache_salt,
+            request.user, stream,
+        )  # fmt: skip
         self.submitted.append(item)
         item.task = asyncio.get_running_loop().create_task(self._play(item, self.script(number)))
         return stream

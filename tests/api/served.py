@@ -11,15 +11,13 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
-from pyserve.client import SequenceStream
+from pyserve.client import SequenceRequest, SequenceStream
 from pyserve.config import ServerConfig
 from pyserve.errors import BuildError, PlanError
-from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from tests.api.fakes import FakeEngine, Script
@@ -35,14 +33,9 @@ class Engine(FakeEngine):
         is_watched = any(item is self for item in gc.get_objects())
         print(f"the collector looks at the engine: {is_watched}", flush=True)
 
-    def submit(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "", user: str = "",
-    ) -> SequenceStream:  # fmt: skip
-        stream = super().submit(
-            prompt_token_ids, params, priority=priority, cache_salt=cache_salt, user=user
-        )
-        if prompt_token_ids[0] == FATAL_TOKEN:
+    def submit(self, request: SequenceRequest) -> SequenceStream:
+        stream = super().submit(request)
+        if request.prompt_token_ids[0] == FATAL_TOKEN:
             asyncio.get_running_loop().call_later(0.1, self.give_up, "the engine has stopped: boom")
         return stream
 

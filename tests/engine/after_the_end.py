@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pyserve.client import EngineClient, SequenceStream
+from pyserve.client import EngineClient, SequenceRequest, SequenceStream
 from pyserve.engine.engine import Engine
 from pyserve.errors import UnavailableError
 from pyserve.metrics import Metrics
@@ -31,7 +31,7 @@ async def stop_and_check(client: EngineClient, engine: Engine, stream: SequenceS
         assert b"vllm:num_requests_running{" in metrics.render()
         assert client.info == info
         with pytest.raises(UnavailableError, match="shutting down"):
-            client.submit([1, 2], SamplingParams(max_tokens=1))
+            client.submit(SequenceRequest([1, 2], SamplingParams(max_tokens=1)))
         with pytest.raises(UnavailableError, match="shutting down"):
             client.check_room(1)
         with pytest.raises(UnavailableError, match="shutting down"):
@@ -57,6 +57,6 @@ def check_closed(engine: Engine) -> None:
     assert not engine.step()
     with pytest.raises(RuntimeError, match="closed"):
         runner.attach(asyncio.get_running_loop())
-    engine.add([1, 2], SamplingParams(max_tokens=1))
+    engine.add(SequenceRequest([1, 2], SamplingParams(max_tokens=1)))
     with pytest.raises(RuntimeError, match="closed"):
         engine.step()

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
-from pyserve.client import SequenceStream
+from pyserve.client import SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine
 from pyserve.errors import EngineError
@@ -57,7 +57,7 @@ class Driver:
         engine.runner.attach(self._loop)
 
     def submit(self, prompt: list[int], params: SamplingParams, **kwargs: int | str) -> Reader:
-        stream = self.engine.add(prompt, params, **kwargs)  # type: ignore[arg-type]
+        stream = self.engine.add(SequenceRequest(prompt, params, **kwargs))  # type: ignore[arg-type]
         reader = Reader(prompt, params, stream)
         self.readers.append(reader)
         return reader

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyserve.client import SequenceRequest
 from pyserve.engine.batch import Step
 from pyserve.errors import DeviceError, UnavailableError
 from pyserve.params import SamplingParams
@@ -20,7 +21,7 @@ def test_every_call_after_the_end_has_an_answer(depth: int) -> None:
         fake(engine).num_device_allocations = 7
         client = async_engine(engine, depth)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=100, seed=0))
+        stream = client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=100, seed=0)))
         await stream.read()
         await stop_and_check(client, engine, stream)
 
@@ -32,7 +33,7 @@ def test_every_call_after_giving_up_has_an_answer() -> None:
         engine = make_engine()
         client = async_engine(engine)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=100, seed=0))
+        stream = client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=100, seed=0)))
         await stream.read()
 
         def lose(step: Step) -> None:
@@ -46,7 +47,7 @@ def test_every_call_after_giving_up_has_an_answer() -> None:
             assert stats.num_running == stats.num_waiting == stats.num_blocks_used == 0
             assert stats.step_age_s == 0.0
             with pytest.raises(UnavailableError, match="CUDA_ERROR_X"):
-                client.submit([1], SamplingParams(max_tokens=1))
+                client.submit(SequenceRequest([1], SamplingParams(max_tokens=1)))
             with pytest.raises(UnavailableError, match="CUDA_ERROR_X"):
                 client.check_room(1)
             with pytest.raises(RuntimeError, match="started once"):

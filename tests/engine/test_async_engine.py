@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.client import EngineClient, EngineInfo, SequenceStream
+from pyserve.client import EngineClient, EngineInfo, SequenceRequest, SequenceStream
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
@@ -94,7 +94,9 @@ def test_64_streams_on_8_slots(depth: int) -> None:
         client.start()
         prompts = [[i, 1, 2, 3, 4, 5] for i in range(64)]
         params = [SamplingParams(max_tokens=1 + i % 20, seed=i) for i in range(64)]
-        streams = [client.submit(*pair) for pair in zip(prompts, params, strict=True)]
+        streams = [
+            client.submit(SequenceRequest(*pair)) for pair in zip(prompts, params, strict=True)
+        ]
         results = await asyncio.gather(*map(read_all, streams))
         for prompt, param, (token_ids, reason) in zip(prompts, params, results, strict=True):
             assert token_ids == expected_tokens(prompt, param) and reason == "length"
@@ -114,7 +116,7 @@ def test_streams_advance_side_by_side() -> None:
         client = async_engine(engine)
         client.start()
         params = SamplingParams(max_tokens=40, seed=1)
-        streams = [client.submit([i] * 5, params) for i in range(64)]
+        streams = [client.submit(SequenceRequest([i] * 5, params)) for i in range(64)]
         lens = [0] * 64
         while lens[0] < 40:
             await asyncio.sleep(0)
@@ -135,7 +137,7 @@ def test_idle_makes_no_steps_and_wakes_up() -> None:
         await asyncio.sleep(0.01)
         assert client.stats().num_steps == 0 and client.stats().step_age_s == 0.0
         for count in (1, 2):
-            stream = client.submit([1, 2], SamplingParams(max_tokens=4, seed=0))
+            stream = client.submit(SequenceRequest([1, 2], SamplingParams(max_tokens=4, seed=0)))
             await read_all(stream)
             await asyncio.sleep(0.01)
             assert client.stats().num_steps == 4 * count
@@ -152,7 +154,7 @@ def test_the_age_of_a_step_and_an_abort_in_flight() -> None:
         engine.runner = runner
         client = async_engine(engine)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=4, seed=0))
+        stream = client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=4, seed=0)))
         await asyncio.sleep(0.05)
         assert 0.03 < client.stats().step_age_s < 5
         assert client.stats().num_blocks_used == 3
@@ -175,7 +177,7 @@ def test_depth_is_how_many_steps_are_launched_ahead() -> None:
         engine.runner = runner
         client = async_engine(engine, depth)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=6, seed=0))
+        stream = client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=6, seed=0)))
         await asyncio.sleep(0.01)
         assert len(runner.held) == depth + 1
         while runner.held:
@@ -197,7 +199,7 @@ def test_the_age_of_a_step_begins_with_the_end_of_the_one_before_it() -> None:
         engine.runner = runner = HeldRunner(fake(engine))
         client = async_engine(engine, 1)
         client.start()
-        client.submit([1] * 10, SamplingParams(max_tokens=20, seed=0))
+        client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=20, seed=0)))
         await asyncio.sleep(0.3)
         assert client.stats().step_age_s >= 0.3
         runner.tell()
@@ -218,7 +220,7 @@ def test_tokens_go_out_before_one_more_step_is_launched() -> None:
         fake(engine).on_step = num_launched.append
         client = async_engine(engine, 1)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=6, seed=0))
+        stream = client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=6, seed=0)))
         seen: list[tuple[int, int]] = []
         while not seen or seen[-1][0] < 6:
             delta = await stream.read()
@@ -239,14 +241,14 @@ def test_stop_fails_what_runs_and_waits_for_the_step() -> None:
         client = async_engine(engine, 1)
         client.start()
         params = SamplingParams(max_tokens=4, seed=0)
-        streams = [client.submit([i] * 10, params) for i in range(2)]
+        streams = [client.submit(SequenceRequest([i] * 10, params)) for i in range(2)]
         await asyncio.sleep(0.01)
         stopping = asyncio.ensure_future(client.stop())
         for stream in streams:
             with pytest.raises(UnavailableError):
                 await read_all(stream)
         with pytest.raises(UnavailableError):
-            client.submit([1], params)
+            client.submit(SequenceRequest([1], params))
         await asyncio.sleep(0.01)
         assert not stopping.done() and not fake_closed(runner)
         runner.tell()
@@ -268,7 +270,7 @@ def test_stop_before_start() -> None:
         await client.stop()
         assert fake(engine).is_closed
         with pytest.raises(UnavailableError):
-            client.submit([1], SamplingParams(max_tokens=1))
+            client.submit(SequenceRequest([1], SamplingParams(max_tokens=1)))
         with pytest.raises(RuntimeError, match="started once"):
             client.start()
         assert client.stats().error is None
@@ -282,7 +284,7 @@ def test_a_bad_request_is_refused_at_once() -> None:
         client = async_engine(make_engine())
         client.start()
         with pytest.raises(InvalidRequestError, match="the limit is 128 tokens"):
-            client.submit([1] * 100, SamplingParams(max_tokens=29))
+            client.submit(SequenceRequest([1] * 100, SamplingParams(max_tokens=29)))
         assert client.stats().num_waiting == 0
         assert client.info.max_model_len == 128
         await client.stop()
@@ -297,7 +299,7 @@ def test_the_loop_is_free_while_a_step_runs() -> None:
         engine.runner = runner
         client = async_engine(engine)
         client.start()
-        client.submit([1] * 10, SamplingParams(max_tokens=4, seed=0))
+        client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=4, seed=0)))
         await asyncio.sleep(0)
         start = time.perf_counter()
         for _ in range(100):
@@ -319,13 +321,13 @@ def test_a_full_queue_refuses_and_those_inside_end_well() -> None:
         client = async_engine(engine, max_queue=3)
         client.start()
         params = SamplingParams(max_tokens=4)
-        streams = [client.submit([1, 2, number], params) for number in range(9)]
+        streams = [client.submit(SequenceRequest([1, 2, number], params)) for number in range(9)]
         client.check_room(2)
         with pytest.raises(QueueFullError):
             client.check_room(3)  # all or none
-        streams += [client.submit([1, 2, number], params) for number in (9, 10)]
+        streams += [client.submit(SequenceRequest([1, 2, number], params)) for number in (9, 10)]
         with pytest.raises(QueueFullError) as caught:
-            client.submit([1], params)
+            client.submit(SequenceRequest([1], params))
         assert caught.value.retry_after_s >= 1
         assert engine.num_seqs == 11
         for stream in streams:

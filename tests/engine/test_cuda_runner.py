@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.client import EngineInfo
+from pyserve.client import EngineInfo, SequenceRequest
 from pyserve.engine import cuda_runner
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
@@ -158,7 +158,7 @@ def test_a_step_that_cannot_be_launched_fails_alone(
         params = SamplingParams(max_tokens=200, temperature=0.0)
         for half in 2 * ("forward", "sample"):
             for is_broken in (True, False):
-                stream = engine.add([1] * 10, params)
+                stream = engine.add(SequenceRequest([1] * 10, params))
                 step = engine.schedule()
                 assert step is not None
                 with monkeypatch.context() as patch:
@@ -185,7 +185,7 @@ def test_a_step_that_nobody_waits_for_any_more_may_still_end(engine: Engine) -> 
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda loop, context: problems.append(context))
         runner.attach(loop)
-        engine.add([1] * 10, SamplingParams(max_tokens=2, temperature=0.0))
+        engine.add(SequenceRequest([1] * 10, SamplingParams(max_tokens=2, temperature=0.0)))
         step = engine.schedule()
         assert step is not None
         result = runner.launch(step).sample()
@@ -205,7 +205,9 @@ def test_every_call_after_the_end_has_an_answer(engine: Engine) -> None:
         )  # fmt: skip
         client = AsyncEngine(engine, info)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
+        stream = client.submit(
+            SequenceRequest([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
+        )
         await stream.read()
         assert client.stats().num_device_allocations == 5
         await stop_and_check(client, engine, stream)

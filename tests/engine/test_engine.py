@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pyserve.client import SequenceRequest
 from pyserve.engine.batch import Step
 from pyserve.engine.engine import Engine
 from pyserve.errors import EngineError, InvalidRequestError
@@ -364,7 +365,7 @@ def test_admission() -> None:
     ]
     for prompt, kwargs, param, message in cases:
         with pytest.raises(InvalidRequestError, match=message) as caught:
-            engine.add(prompt, SamplingParams(**kwargs))
+            engine.add(SequenceRequest(prompt, SamplingParams(**kwargs)))
         assert caught.value.param == param
     assert engine.num_seqs == 0
     driver = Driver(engine, 0)

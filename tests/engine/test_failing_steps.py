@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pyserve.client import SequenceRequest
 from pyserve.engine import async_engine as async_engine_module
 from pyserve.engine.async_engine import MAX_FAILED_STEPS
 from pyserve.engine.batch import Step, StepOutput
@@ -42,8 +43,8 @@ def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
 
             fake(engine).on_step = fail_once
             with pytest.raises(EngineError, match="step"):
-                await read_all(client.submit([1] * 10, params))
-            assert await read_all(client.submit([2] * 10, params)) == (
+                await read_all(client.submit(SequenceRequest([1] * 10, params)))
+            assert await read_all(client.submit(SequenceRequest([2] * 10, params))) == (
                 expected_tokens([2] * 10, params), "length",
             )  # fmt: skip
         assert client.stats().error is None and client.stats().num_blocks_used == 0
@@ -65,13 +66,13 @@ def test_a_lost_device_stops_the_engine_at_once() -> None:
 
         fake(engine).on_step = fail
         params = SamplingParams(max_tokens=4, seed=0)
-        streams = [client.submit([i] * 10, params) for i in range(3)]
+        streams = [client.submit(SequenceRequest([i] * 10, params)) for i in range(3)]
         results = await asyncio.gather(*map(read_all, streams), return_exceptions=True)
         assert {str(result) for result in results} == {"the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS"}
         assert await client.wait_stopped() == "the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS"
         assert client.stats().num_steps == 0
         with pytest.raises(UnavailableError, match="ILLEGAL_ADDRESS"):
-            client.submit([1], params)
+            client.submit(SequenceRequest([1], params))
         await client.stop()
 
     run(test())
@@ -89,7 +90,7 @@ def test_a_lost_device_with_steps_in_flight_leaves_no_traceback() -> None:
         engine.runner = held = HeldRunner(fake(engine))
         client = async_engine(engine, 2)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=20, seed=0))
+        stream = client.submit(SequenceRequest([1] * 10, SamplingParams(max_tokens=20, seed=0)))
         await wait_for_step(held)
         assert len(held.held) == 3
         for result, _ in held.held[:2]:
@@ -117,7 +118,7 @@ def test_time_in_which_an_idle_process_stood_still_is_no_time_of_the_next_step(
         client.start()
         await asyncio.sleep(0.06)
         time.sleep(0.5)
-        client.submit([1, 2, 3], SamplingParams(max_tokens=1, seed=0))
+        client.submit(SequenceRequest([1, 2, 3], SamplingParams(max_tokens=1, seed=0)))
         for _ in range(30):
             await asyncio.sleep(0.005)
             assert 0.0 <= client.stats().step_age_s < 0.4
@@ -135,7 +136,7 @@ def test_a_step_beyond_its_deadline_stops_the_engine(depth: int) -> None:
         held.step_deadline_s = 0.2
         client = async_engine(engine, depth)
         client.start()
-        stream = client.submit([1, 2, 3], SamplingParams(max_tokens=4, seed=0))
+        stream = client.submit(SequenceRequest([1, 2, 3], SamplingParams(max_tokens=4, seed=0)))
         started_s = time.monotonic()
         with pytest.raises(EngineError, match="hangs: a step has not ended after 0"):
             await read_all(stream)
@@ -159,7 +160,7 @@ def test_time_in_which_the_process_stood_still_is_no_time_of_a_step(
         held.step_deadline_s = 0.3
         client = async_engine(engine, 0)
         client.start()
-        stream = client.submit([1, 2, 3], SamplingParams(max_tokens=2, seed=0))
+        stream = client.submit(SequenceRequest([1, 2, 3], SamplingParams(max_tokens=2, seed=0)))
         await wait_for_step(held)
         time.sleep(1.0)  # nothing of this process runs, as far as the loop can tell
         await asyncio.sleep(0.1)
@@ -169,7 +170,7 @@ def test_time_in_which_the_process_stood_still_is_no_time_of_a_step(
         await wait_for_step(held)
         held.tell()
         assert (await read_all(stream))[1] == "length"
-        stream = client.submit([1, 2, 3], SamplingParams(max_tokens=2, seed=0))
+        stream = client.submit(SequenceRequest([1, 2, 3], SamplingParams(max_tokens=2, seed=0)))
         await wait_for_step(held)
         time.sleep(1.0)
         with pytest.raises(EngineError, match="hangs"):
@@ -190,7 +191,9 @@ def test_failure_after_failure_stops_the_engine() -> None:
 
         fake(engine).on_step = fail
         params = SamplingParams(max_tokens=4, seed=0)
-        streams = [client.submit([i] * 10, params) for i in range(MAX_FAILED_STEPS + 2)]
+        streams = [
+            client.submit(SequenceRequest([i] * 10, params)) for i in range(MAX_FAILED_STEPS + 2)
+        ]
         results = await asyncio.gather(*map(read_all, streams), return_exceptions=True)
         assert {type(result) for result in results} == {EngineError}
         assert "as wanted" not in str(results), "what failed inside is for the log"
@@ -198,7 +201,7 @@ def test_failure_after_failure_stops_the_engine() -> None:
         assert error is not None and "3 steps in a row" in error
         assert await client.wait_stopped() == error
         with pytest.raises(UnavailableError, match="3 steps in a row"):
-            client.submit([1], params)
+            client.submit(SequenceRequest([1], params))
         for stream in streams:
             client.abort(stream)
         await client.stop()
@@ -212,7 +215,7 @@ def test_a_bug_ends_every_stream_instead_of_hanging(monkeypatch: pytest.MonkeyPa
         engine = make_engine()
         client = async_engine(engine)
         client.start()
-        stream = client.submit([1, 2], SamplingParams(max_tokens=4, seed=0))
+        stream = client.submit(SequenceRequest([1, 2], SamplingParams(max_tokens=4, seed=0)))
 
         def broken(step: Step, output: StepOutput) -> None:
             raise KeyError("a bug")
@@ -223,7 +226,7 @@ def test_a_bug_ends_every_stream_instead_of_hanging(monkeypatch: pytest.MonkeyPa
         assert await client.wait_stopped() == "the engine has stopped: KeyError"
         assert client.stats().error is not None
         with pytest.raises(UnavailableError):
-            client.submit([1], SamplingParams(max_tokens=1))
+            client.submit(SequenceRequest([1], SamplingParams(max_tokens=1)))
         await client.stop()
 
     run(test())

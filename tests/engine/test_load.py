@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.client import EngineClient, EngineInfo
+from pyserve.client import EngineClient, EngineInfo, SequenceRequest
 from pyserve.engine import device as devices
 from pyserve.engine import host, load
 from pyserve.engine.load import build_engine
@@ -43,7 +43,9 @@ def build(folder: Path, **overrides: object) -> tuple[EngineClient, list[tuple[s
 def answer(engine: EngineClient, **kwargs: Any) -> list[int]:
     async def run() -> list[int]:
         engine.start()
-        stream = engine.submit([1, 2, 3], SamplingParams(**({"max_tokens": 5} | kwargs)))
+        stream = engine.submit(
+            SequenceRequest([1, 2, 3], SamplingParams(**({"max_tokens": 5} | kwargs)))
+        )
         token_ids: list[int] = []
         finish_reason = None
         while finish_reason is None:

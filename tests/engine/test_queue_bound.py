@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from pyserve.client import EngineInfo
+from pyserve.client import EngineInfo, SequenceRequest
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.queue_bound import (
     MAX_PROMPT_TOKENS,
@@ -119,12 +119,12 @@ def test_a_queue_that_one_user_has_filled_takes_the_others() -> None:
         client = AsyncEngine(engine, info)
         client.start()
         params = SamplingParams(max_tokens=30)
-        hog = [client.submit([1, 2, i], params, user="hog") for i in range(16)]
+        hog = [client.submit(SequenceRequest([1, 2, i], params, user="hog")) for i in range(16)]
         with pytest.raises(QueueFullError):
             client.check_room(1, user="hog")
         while len(engine.scheduler.running) < 8:
             await asyncio.sleep(0)
-        stream = client.submit([5], SamplingParams(max_tokens=3), user="other")
+        stream = client.submit(SequenceRequest([5], SamplingParams(max_tokens=3), user="other"))
         while not stream.is_finished:
             await stream.read()
         assert not any(stream.is_finished for stream in hog), "they take 30 steps, it took 4"

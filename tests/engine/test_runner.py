@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyserve.client import EngineInfo
+from pyserve.client import EngineInfo, SequenceRequest
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepShape, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
@@ -172,7 +172,9 @@ def assert_near_tie(decoder: Decoder, reader: Reader, expected: Reader) -> None:
     compute_logits = decoder.compute_logits
     decoder.compute_logits = lambda hidden: logits.append(compute_logits(hidden)) or logits[-1]  # type: ignore[method-assign,func-returns-value]
     try:
-        engine.add(reader.prompt + reader.output[:index], SamplingParams(max_tokens=1))
+        engine.add(
+            SequenceRequest(reader.prompt + reader.output[:index], SamplingParams(max_tokens=1))
+        )
         engine.step()
     finally:
         decoder.compute_logits = compute_logits  # type: ignore[method-assign]
@@ -365,7 +367,7 @@ def test_steps_execute_in_the_order_of_their_launch(decoder: Decoder) -> None:
     """Two steps in flight: the second one's input is what the first one sampled."""
     engine = make_engine(decoder)
     [(prompt, params), *_] = requests()
-    engine.add(prompt, params)
+    engine.add(SequenceRequest(prompt, params))
     steps: list[Step] = []
     results = []
     with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -389,7 +391,7 @@ def test_bytes_and_their_shape_are_all_that_an_executor_needs(decoder: Decoder) 
     """As a rank would run it, which has neither the sequences nor the Step."""
     engine = make_engine(decoder)
     for prompt, params in requests():
-        engine.add(prompt, params)
+        engine.add(SequenceRequest(prompt, params))
     rank = StepExecutor(
         decoder, block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=512,
         max_model_len=MAX_MODEL_LEN, logits_tile_rows=64,
@@ -422,7 +424,9 @@ def test_every_call_after_the_end_has_an_answer(decoder: Decoder) -> None:
         )  # fmt: skip
         client = AsyncEngine(engine, info)
         client.start()
-        stream = client.submit([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
+        stream = client.submit(
+            SequenceRequest([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
+        )
         await stream.read()
         await stop_and_check(client, engine, stream)
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pyserve.client import SequenceRequest
 from pyserve.engine import scheduler as scheduler_module
 from pyserve.engine.batch import Step, StepOutput, max_update_words
 from pyserve.engine.engine import Engine
@@ -36,9 +37,9 @@ def params(max_tokens: int = 20) -> SamplingParams:
 
 def test_a_long_prompt_is_cut_into_chunks_and_mixed_with_decodes() -> None:
     engine = make_engine(max_num_batched_tokens=10)
-    engine.add([1, 2], params())
+    engine.add(SequenceRequest([1, 2], params()))
     assert rows(run_step(engine)) == [(0, 2)]
-    engine.add(list(range(23)), params())
+    engine.add(SequenceRequest(list(range(23)), params()))
     assert rows(run_step(engine)) == [(0, 1), (1, 9)]
     step = run_step(engine)
     assert rows(step) == [(0, 1), (1, 9)] and step.row_samples == [True, False]
@@ -50,9 +51,9 @@ def test_a_long_prompt_is_cut_into_chunks_and_mixed_with_decodes() -> None:
 
 def test_a_long_prompt_ahead_does_not_starve_a_running_decode() -> None:
     engine = make_engine(max_num_batched_tokens=8, policy="priority")
-    decode = engine.add([1, 2], params(), priority=5)
+    decode = engine.add(SequenceRequest([1, 2], params(), priority=5))
     run_step(engine)
-    engine.add([3] * 40, params(), priority=0)  # runs before it, in five chunks
+    engine.add(SequenceRequest([3] * 40, params(), priority=0))  # runs before it, in five chunks
     assert rows(run_step(engine)) == [(0, 1), (1, 7)]
     for _ in range(4):
         assert rows(run_step(engine)) == [(1, 7), (0, 1)]
@@ -63,7 +64,7 @@ def test_a_long_prompt_ahead_does_not_starve_a_running_decode() -> None:
 def test_every_running_sequence_gets_a_token_in_a_full_house() -> None:
     engine = make_engine(num_slots=8, max_num_batched_tokens=8)
     for index in range(12):
-        engine.add([index] * 20, params(6))
+        engine.add(SequenceRequest([index] * 20, params(6)))
     while (step := engine.schedule()) is not None:
         assert len(step.seqs) == len(engine.scheduler.running)
         assert sum(step.query_lens) == step.num_tokens <= 8
@@ -74,7 +75,7 @@ def test_every_running_sequence_gets_a_token_in_a_full_house() -> None:
 def test_steady_decode_sends_no_tokens() -> None:
     engine = make_engine(num_blocks=64, block_size=16)
     for index in range(4):
-        engine.add([index] * 5, params())
+        engine.add(SequenceRequest([index] * 5, params()))
     first = run_step(engine)
     assert len(first.slot_updates) == 4 and len(first.block_updates) == 3 * 4
     assert all(ids is not None for ids in first.host_tokens)
@@ -86,7 +87,9 @@ def test_steady_decode_sends_no_tokens() -> None:
 
 def test_first_come_first_served() -> None:
     engine = make_engine(num_slots=2, max_num_batched_tokens=8)
-    streams = [engine.add([index] * 5, params(3), priority=-index) for index in range(6)]
+    streams = [
+        engine.add(SequenceRequest([index] * 5, params(3), priority=-index)) for index in range(6)
+    ]
     order = []
     while engine.step():
         order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
@@ -96,7 +99,10 @@ def test_first_come_first_served() -> None:
 def test_by_priority() -> None:
     engine = make_engine(num_slots=1, policy="priority")
     priorities = [2, 0, 1, 0]
-    streams = [engine.add([i] * 5, params(3), priority=p) for i, p in enumerate(priorities)]
+    streams = [
+        engine.add(SequenceRequest([i] * 5, params(3), priority=p))
+        for i, p in enumerate(priorities)
+    ]
     order = []
     while engine.step():
         order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
@@ -105,7 +111,7 @@ def test_by_priority() -> None:
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     engine = make_engine(num_blocks=8, num_slots=3, max_model_len=32)
-    streams = [engine.add([index] * 7, params(20)) for index in range(3)]
+    streams = [engine.add(SequenceRequest([index] * 7, params(20))) for index in range(3)]
     preempted: Sequence | None = None
     while preempted is None:
         step = run_step(engine)
@@ -115,7 +121,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     assert engine.scheduler.running[0].stream is streams[0], "the oldest goes on"
     num_known = len(preempted.token_ids)
     assert num_known > 7 and preempted.num_tokens == num_known
-    engine.add([9] * 3, params(1))
+    engine.add(SequenceRequest([9] * 3, params(1)))
     assert list(engine.scheduler.waiting)[0] is preempted
     while engine.step():
         engine.check_invariants()
@@ -128,10 +134,12 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
 def test_a_preempted_sequence_needs_what_it_needs_now() -> None:
     """Not what its first admission took: another sequence holds its prefix by now."""
     engine = make_engine(num_blocks=10, num_slots=3, max_model_len=64, policy="priority")
-    growing = engine.add([1], params(12), priority=0)
-    victim = engine.add([2] * 21, params(8), priority=5)  # 6 blocks
+    growing = engine.add(SequenceRequest([1], params(12), priority=0))
+    victim = engine.add(SequenceRequest([2] * 21, params(8), priority=5))  # 6 blocks
     run_step(engine)
-    sharing = engine.add([2] * 21, params(8), priority=1)  # 1 block beside the 5 they share
+    sharing = engine.add(
+        SequenceRequest([2] * 21, params(8), priority=1)
+    )  # 1 block beside the 5 they share
     scheduler = engine.scheduler
     while not scheduler.num_preemptions:
         run_step(engine)
@@ -144,10 +152,10 @@ def test_a_preempted_sequence_needs_what_it_needs_now() -> None:
 def test_a_step_that_preempts_admits_nobody() -> None:
     """What it frees is for those that run, even where one waits that comes before the victim."""
     engine = make_engine(num_blocks=7, num_slots=2, max_model_len=32, policy="priority")
-    first = engine.add([1] * 16, params(8), priority=0)
-    victim = engine.add([2] * 8, params(8), priority=5)
+    first = engine.add(SequenceRequest([1] * 16, params(8), priority=0))
+    victim = engine.add(SequenceRequest([2] * 8, params(8), priority=5))
     run_step(engine)
-    better = engine.add([3], params(2), priority=1)
+    better = engine.add(SequenceRequest([3], params(2), priority=1))
     step = run_step(engine)
     scheduler = engine.scheduler
     assert scheduler.num_preemptions == 1 and scheduler.blocks.num_free == 2
@@ -165,11 +173,11 @@ def test_the_gap_of_a_sequence_preempted_twice_begins_at_the_first_time(
         num_blocks=11, num_slots=3, max_num_batched_tokens=3, max_model_len=64,
         enable_prefix_caching=False, policy="priority",
     )  # fmt: skip
-    first = engine.add([1], params(40), priority=0)
-    victim = engine.add([2] * 17, params(8), priority=2)
+    first = engine.add(SequenceRequest([1], params(40), priority=0))
+    victim = engine.add(SequenceRequest([2] * 17, params(8), priority=2))
     while not victim.first_token_s:
         run_step(engine)
-    between = engine.add([3, 3], params(8), priority=1)
+    between = engine.add(SequenceRequest([3, 3], params(8), priority=1))
     scheduler, gaps = engine.scheduler, engine.histograms.inter_token_s
     while not scheduler.num_preemptions:
         run_step(engine)
@@ -189,9 +197,9 @@ def test_the_gap_of_a_sequence_preempted_twice_begins_at_the_first_time(
 
 def test_a_sequence_too_large_for_now_waits_for_room() -> None:
     engine = make_engine(num_blocks=8, max_num_batched_tokens=64)
-    first = engine.add([1] * 12, params(8))
-    second = engine.add([2] * 20, params(8))
-    third = engine.add([3], params(2))
+    first = engine.add(SequenceRequest([1] * 12, params(8)))
+    second = engine.add(SequenceRequest([2] * 20, params(8)))
+    third = engine.add(SequenceRequest([3], params(2)))
     run_step(engine)
     scheduler = engine.scheduler
     assert [seq.stream for seq in scheduler.running] == [first], "5 blocks and 1 kept back"
@@ -208,7 +216,7 @@ def test_admissions_of_one_step_fit_the_buffer() -> None:
     limit = max_update_words(9000, 4)
     penalised = SamplingParams(max_tokens=2, seed=1, presence_penalty=1.0)
     for index in range(8):
-        engine.add([index] * 8900, penalised)
+        engine.add(SequenceRequest([index] * 8900, penalised))
     num_running = []
     while (step := engine.schedule()) is not None:
         assert sum(map(len, step.slot_updates)) // 4 + len(step.block_updates) <= limit
@@ -226,7 +234,7 @@ def test_host_time_of_a_step(batch_size: int, limit_us: float) -> None:
     )  # fmt: skip
     sampler = random.Random(0)
     for index in range(batch_size):
-        engine.add([index % 60] * 20, SamplingParams(max_tokens=300, seed=1))
+        engine.add(SequenceRequest([index % 60] * 20, SamplingParams(max_tokens=300, seed=1)))
     runner = engine.runner
     times: list[float] = []
     while len(times) < 100:
@@ -247,10 +255,10 @@ def test_host_time_of_a_step(batch_size: int, limit_us: float) -> None:
 
 def test_who_comes_to_full_slots_gets_an_equal_share_of_them() -> None:
     engine = make_engine(num_slots=4, num_blocks=64)
-    hog = [engine.add([1, i], params(40), user="hog") for i in range(12)]
+    hog = [engine.add(SequenceRequest([1, i], params(40), user="hog")) for i in range(12)]
     run_step(engine)
     assert engine.scheduler.num_running_of == {"hog": 4}
-    late = [engine.add([2, i], params(8), user="late") for i in range(3)]
+    late = [engine.add(SequenceRequest([2, i], params(8), user="late")) for i in range(3)]
     run_step(engine)
     assert engine.scheduler.num_running_of == {"hog": 3, "late": 1}
     run_step(engine)
@@ -271,13 +279,17 @@ def test_who_comes_to_full_slots_gets_an_equal_share_of_them() -> None:
 
 def test_users_take_turns_where_they_wait() -> None:
     engine = make_engine(num_slots=1)
-    streams = [engine.add([i], params(2), user=user) for i, user in enumerate("aaaabb")]
+    streams = [
+        engine.add(SequenceRequest([i], params(2), user=user)) for i, user in enumerate("aaaabb")
+    ]
     order: list[int] = []
     while engine.step():
         order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
     assert order == [0, 1, 2, 3, 4, 5], "one slot: nobody runs more than another, the oldest goes"
     engine = make_engine(num_slots=2)
-    streams = [engine.add([i], params(2), user=user) for i, user in enumerate("aaaabb")]
+    streams = [
+        engine.add(SequenceRequest([i], params(2), user=user)) for i, user in enumerate("aaaabb")
+    ]
     order = []
     while engine.step():
         order += [s.seq_id for s in streams if s.is_finished and s.seq_id not in order]
@@ -287,12 +299,12 @@ def test_users_take_turns_where_they_wait() -> None:
 def test_priority_goes_before_an_equal_share() -> None:
     engine = make_engine(num_slots=2, policy="priority")
     for i in range(3):
-        engine.add([1, i], params(6), priority=0, user="hog")
-    engine.add([2], params(6), priority=1, user="late")
+        engine.add(SequenceRequest([1, i], params(6), priority=0, user="hog"))
+    engine.add(SequenceRequest([2], params(6), priority=1, user="late"))
     for _ in range(3):
         run_step(engine)
     assert engine.scheduler.num_running_of == {"hog": 2}
-    engine.add([3], params(6), priority=0, user="third")
+    engine.add(SequenceRequest([3], params(6), priority=0, user="third"))
     run_step(engine)
     assert engine.scheduler.num_running_of == {"hog": 1, "third": 1}
 
@@ -300,9 +312,9 @@ def test_priority_goes_before_an_equal_share() -> None:
 def test_who_has_all_blocks_gives_way_too() -> None:
     engine = make_engine(num_slots=4, num_blocks=12, max_model_len=48, max_num_batched_tokens=64)
     for i in range(3):
-        engine.add([1 + i] * 14, params(20), user="hog")
+        engine.add(SequenceRequest([1 + i] * 14, params(20), user="hog"))
     run_step(engine)
-    engine.add([9] * 8, params(2), user="late")
+    engine.add(SequenceRequest([9] * 8, params(2), user="late"))
     for _ in range(3):
         run_step(engine)
         if "late" in engine.scheduler.num_running_of:
@@ -326,7 +338,7 @@ def test_a_step_looks_up_no_more_blocks_than_it_has_time_for(
         return find_prefix(seq)
 
     monkeypatch.setattr(blocks, "find_prefix", spy)
-    streams = [engine.add([1] * 20, params(2)) for _ in range(6)]
+    streams = [engine.add(SequenceRequest([1] * 20, params(2))) for _ in range(6)]
     num_admitted = []
     while not all(stream.is_finished for stream in streams):
         looked_up.clear()
@@ -340,9 +352,9 @@ def test_a_large_prompt_does_not_push_out_many_small_ones() -> None:
     """It would be one sequence against two, and then against one."""
     engine = make_engine(num_slots=8, num_blocks=32, max_num_batched_tokens=64)
     for i in range(6):
-        engine.add([1 + i] * 8, params(12), user="many")
+        engine.add(SequenceRequest([1 + i] * 8, params(12), user="many"))
     run_step(engine)
-    engine.add([9] * 96, params(2), user="large")
+    engine.add(SequenceRequest([9] * 96, params(2), user="large"))
     for _ in range(4):
         run_step(engine)
     assert engine.scheduler.num_running_of == {"many": 6}

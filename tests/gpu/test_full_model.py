@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyserve.client import SequenceRequest
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.cuda_runner import CudaRunner
@@ -172,7 +173,7 @@ def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence
     decoder.compute_logits = spy  # type: ignore[method-assign]
     try:
         for prompt, params in requests():
-            engine.add(prompt, params)
+            engine.add(SequenceRequest(prompt, params))
             if alone:
                 drain()
         drain()

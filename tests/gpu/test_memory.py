@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyserve.client import SequenceRequest
 from pyserve.config import EngineConfig
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.load import build_engine
@@ -53,7 +54,9 @@ def build(folder: Path, shape: dict[str, object], **settings: object) -> AsyncEn
 async def answer(engine: AsyncEngine, num_prompt_tokens: int, num_seqs: int) -> None:
     engine.start()
     streams = [
-        engine.submit([7 + index] * num_prompt_tokens, SamplingParams(max_tokens=8))
+        engine.submit(
+            SequenceRequest([7 + index] * num_prompt_tokens, SamplingParams(max_tokens=8))
+        )
         for index in range(num_seqs)
     ]
     for stream in streams:

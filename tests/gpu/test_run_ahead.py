@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from pyserve.client import EngineInfo, SequenceStream
+from pyserve.client import EngineInfo, SequenceRequest, SequenceStream
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
@@ -89,7 +89,7 @@ async def generate(engine: AsyncEngine) -> list[list[int]]:
         params = SamplingParams(
             max_tokens=60, temperature=temperature, seed=number, frequency_penalty=0.2
         )
-        streams.append(engine.submit(prompt, params))
+        streams.append(engine.submit(SequenceRequest(prompt, params)))
     outputs = await asyncio.gather(*map(read_all, streams))
     assert engine.stats().num_blocks_used == 0
     await engine.stop()
@@ -110,8 +110,10 @@ def test_aborts_while_running_ahead_leave_the_others_alone(decoder: Decoder) -> 
         engine = engine_for(decoder, 1)
         engine.start()
         params = SamplingParams(max_tokens=60, temperature=0.0)
-        kept = [engine.submit([3, 1, 4, 1, 5, number], params) for number in range(3)]
-        dropped = [engine.submit([9, 2, 6, number], params) for number in range(5)]
+        kept = [
+            engine.submit(SequenceRequest([3, 1, 4, 1, 5, number], params)) for number in range(3)
+        ]
+        dropped = [engine.submit(SequenceRequest([9, 2, 6, number], params)) for number in range(5)]
         for stream in dropped[:num_aborted]:
             await stream.read()
             engine.abort(stream)

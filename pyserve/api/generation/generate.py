@@ -18,7 +18,7 @@ import msgspec
 from pyserve.api.generation.sampling import Ending
 from pyserve.api.generation.slices import Slices
 from pyserve.api.wire.protocol import PromptTokensDetails, Usage
-from pyserve.client import EngineClient, SequenceDelta, SequenceStream
+from pyserve.client import EngineClient, SequenceDelta, SequenceRequest, SequenceStream
 from pyserve.errors import RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
@@ -153,11 +153,7 @@ class Generation:
             own_params = msgspec.structs.replace(params, sample_index=sample_index)
             if runs:
                 stream = self._engine.submit(
-                    prompt_token_ids,
-                    own_params,
-                    priority=priority,
-                    cache_salt=cache_salt,
-                    user=user,
+                    SequenceRequest(prompt_token_ids, own_params, priority, cache_salt, user)
                 )
             else:
                 stream = SequenceStream(-1, len(prompt_token_ids))
