@@ -12,13 +12,15 @@ import argparse
 import json
 
 from pyserve.errors import ConfigError
-from pyserve.foreign_flags import ALIASES, JSON, NO_MEANING, NOT_BUILT
+from pyserve.features import FLAGS
+from pyserve.foreign_flags import JSON, NO_MEANING
 
-DICTIONARIES = {name for name, form in {**NOT_BUILT, **NO_MEANING}.items() if form == JSON}
+_OBJECTS = {name: flag for name, flag in (FLAGS | NO_MEANING).items() if flag.form == JSON}
+DICTIONARIES = set(_OBJECTS)
 
 # -O was once a name of --compilation-config.
-_TAKE_JSON = {"-O", *(f"--{name}" for name in DICTIONARIES)} | {
-    alias for name, alias in ALIASES.items() if name in DICTIONARIES
+_TAKE_JSON = {"-O", *(f"--{name}" for name in _OBJECTS)} | {
+    flag.short for flag in _OBJECTS.values() if flag.short
 }
 
 _BOOL = {"true": True, "false": False}

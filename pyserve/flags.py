@@ -14,19 +14,10 @@ from typing import Any, NoReturn
 from pyserve import __version__, log
 from pyserve.config import EngineConfig, LaunchConfig, ServerConfig
 from pyserve.errors import ConfigError
+from pyserve.features import FLAGS
 from pyserve.flag_rows import REQUESTS, Row, rows_of
 from pyserve.flag_words import plain_words
-from pyserve.foreign_flags import (
-    ALIASES,
-    INSTEAD,
-    LIST,
-    NEUTRAL,
-    NO_EFFECT_YET,
-    NO_MEANING,
-    NOT_BUILT,
-    SWITCH,
-    VALUE,
-)
+from pyserve.foreign_flags import LIST, NO_MEANING, SWITCH, Flag
 
 COMMANDS = ("serve", "plan", "help")
 COMMANDS_OF_VLLM = (
@@ -46,10 +37,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
     args = parse(parser, words(argv))
     said = vars(args)
-    for name in NOT_BUILT:
+    for name, flag in FLAGS.items():
         value = said.pop(name, None)
-        if value is not None and not _asks_for_nothing(name, value):
-            instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
+        if value is None:
+            continue
+        if flag.ignored is not None:
+            log.get_logger().warning("--%s has no effect yet: %s", name, flag.ignored)
+        elif not _asks_for_nothing(flag, value):
+            instead = f": {flag.instead}" if flag.instead else ""
             raise ConfigError(f"--{name} is not built yet in pyserve {__version__}{instead}")
     if args.positional_model is not None and args.model is not None:
         raise ConfigError("the model is given twice: as an argument and with --model")
@@ -60,9 +55,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in NO_MEANING:
         if said.pop(name, None) is not None:
             log.get_logger().warning("--%s has no meaning in pyserve and is ignored", name)
-    for name, why in NO_EFFECT_YET.items():
-        if said.pop(name, None) is not None:
-            log.get_logger().warning("--%s has no effect yet: %s", name, why)
     if args.seed is not None and args.load_format != "dummy":
         log.get_logger().warning(
             "--seed has no effect: it is for dummy weights, a request brings a seed of its own"
@@ -102,13 +94,12 @@ def _check_command(word: str) -> None:
         )
 
 
-def _asks_for_nothing(name: str, value: object) -> bool:
+def _asks_for_nothing(flag: Flag, value: object) -> bool:
     """Of the value of a flag that is not built."""
-    neutral = NEUTRAL.get(name, ())
-    if value is False or value in ("", "None", "{}", *neutral):
+    if value is False or value in ("", "None", "{}", *flag.neutral):
         return True
     try:
-        return float(str(value)) in [float(other) for other in neutral]
+        return float(str(value)) in [float(other) for other in flag.neutral]
     except ValueError:
         return False
 
@@ -214,9 +205,8 @@ def make_parser() -> argparse.ArgumentParser:
         if row.also is not None:
             also = group.add_argument(f"--{row.also}", dest=row.dest, type=row.read or str)
             also.default = also.help = argparse.SUPPRESS
-    forms = {**NOT_BUILT, **NO_MEANING, **dict.fromkeys(NO_EFFECT_YET, VALUE)}
-    for name, form in forms.items():
-        _add_silent(parser, name, form)
+    for name, flag in (FLAGS | NO_MEANING).items():
+        _add_silent(parser, name, flag)
     return parser
 
 
@@ -235,13 +225,13 @@ def add_flag(parser: argparse._ActionsContainer, row: Row) -> None:
     parser.add_argument(*names, **options)
 
 
-def _add_silent(parser: argparse.ArgumentParser, name: str, form: str) -> None:
-    names = [f"--{name}"] + ([ALIASES[name]] if name in ALIASES else [])
+def _add_silent(parser: argparse.ArgumentParser, name: str, flag: Flag) -> None:
+    names = [f"--{name}", *([flag.short] if flag.short else [])]
     options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
-    if form == SWITCH:
+    if flag.form == SWITCH:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
     # That there is no value behind it is not worth an error of its own.
-    elif form == LIST:
+    elif flag.form == LIST:
         parser.add_argument(*names, nargs="*", **options)
     else:
         parser.add_argument(*names, nargs="?", const=True, **options)

@@ -1,4 +1,4 @@
-"""Flags of vLLM that pyserve knows only by name: not built yet, or without an effect here.
+"""Flags of vLLM that have no meaning here, and what is known of any flag that is not ours.
 
 Held against the flags of vLLM 0.7.3, 0.24 and 0.33. A form says what may stand behind a flag:
 
@@ -10,424 +10,109 @@ Held against the flags of vLLM 0.7.3, 0.24 and 0.33. A form says what may stand 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 SWITCH, VALUE, LIST, JSON = "switch", "value", "list", "json"
 
-# Flags that a later version will have.
-NOT_BUILT: dict[str, str] = {
-    "ssl-ca-certs": VALUE,
-    "quantization": VALUE,
-    "kv-cache-dtype": VALUE,
-    "enable-auto-tool-choice": SWITCH,
-    "tool-call-parser": VALUE,
-    "reasoning-parser": VALUE,
-    "enable-reasoning": SWITCH,
-    "enable-lora": SWITCH,
-    "lora-modules": LIST,
-    "max-loras": VALUE,
-    "max-lora-rank": VALUE,
-    "pipeline-parallel-size": VALUE,
-    "data-parallel-size": VALUE,
-    "speculative-config": JSON,
-    "guided-decoding-backend": VALUE,
-    "structured-outputs-config": JSON,
-    "override-generation-config": JSON,
-    "default-chat-template-kwargs": JSON,
-    "response-role": VALUE,
-    "rope-scaling": JSON,
-    "rope-theta": VALUE,
-    "hf-overrides": JSON,
-    "task": VALUE,
-    "cpu-offload-gb": VALUE,
-    "disable-sliding-window": SWITCH,
-    "max-num-partial-prefills": VALUE,
-    "long-prefill-token-threshold": VALUE,
-    "return-tokens-as-token-ids": SWITCH,
-    "enable-log-outputs": SWITCH,
-    "stream-interval": VALUE,
-    "tokenizer-revision": VALUE,
-    "code-revision": VALUE,
-    "hf-config-path": VALUE,
-    "chat-template-content-format": VALUE,
-    "num-gpu-blocks-override": VALUE,
-    "max-cpu-loras": VALUE,
-    "lora-dtype": VALUE,
-    "long-lora-scaling-factors": VALUE,
-    "fully-sharded-loras": SWITCH,
-    "enable-lora-bias": SWITCH,
-    "speculative-model": VALUE,
-    "num-speculative-tokens": VALUE,
-    "ngram-prompt-lookup-max": VALUE,
-    "ngram-prompt-lookup-min": VALUE,
-    "spec-method": VALUE,
-    "spec-model": VALUE,
-    "spec-tokens": VALUE,
-    "max-long-partial-prefills": VALUE,
-    "tool-parser-plugin": VALUE,
-    "reasoning-config": JSON,
-    "exclude-tools-when-tool-choice-none": SWITCH,
-    "enable-force-include-usage": SWITCH,
-    "enable-tokenizer-info-endpoint": SWITCH,
-    "enable-prompt-embeds": SWITCH,
-    "limit-mm-per-prompt": JSON,
-    "mm-processor-kwargs": JSON,
-    "logprobs-mode": VALUE,
-    "logits-processor-pattern": VALUE,
-    "middleware": VALUE,
-    "ssl-cert-reqs": VALUE,
-    "enable-expert-parallel": SWITCH,
-    "otlp-traces-endpoint": VALUE,
-    "runner": VALUE,
-    "convert": VALUE,
-    "lora-extra-vocab-size": VALUE,
-    "log-config-file": VALUE,
-    "grpc": SWITCH,
-    "headless": SWITCH,
-    "skip-tokenizer-init": SWITCH,
-    "allowed-local-media-path": VALUE,
-    "model-impl": VALUE,
-    "model-loader-extra-config": JSON,
-    "ignore-patterns": LIST,
-    "enable-prompt-adapter": SWITCH,
-    "max-prompt-adapters": VALUE,
-    "max-prompt-adapter-token": VALUE,
-    "speculative-model-quantization": VALUE,
-    "speculative-draft-tensor-parallel-size": VALUE,
-    "speculative-max-model-len": VALUE,
-    "speculative-disable-by-batch-size": VALUE,
-    "speculative-disable-mqa-scorer": SWITCH,
-    "spec-decoding-acceptance-method": VALUE,
-    "typical-acceptance-sampler-posterior-threshold": VALUE,
-    "typical-acceptance-sampler-posterior-alpha": VALUE,
-    "disable-logprobs-during-spec-decoding": SWITCH,
-    "override-pooler-config": JSON,
-    "override-neuron-config": JSON,
-    "kv-transfer-config": JSON,
-    "calculate-kv-scales": SWITCH,
-    "enable-sleep-mode": SWITCH,
-    "worker-cls": VALUE,
-    "tool-server": VALUE,
-    "enable-per-request-metrics": SWITCH,
-    "log-error-stack": SWITCH,
-    "fingerprint-value": VALUE,
-    "ssl-ciphers": VALUE,
-    "enable-ssl-refresh": SWITCH,
-    "tokens-only": SWITCH,
-    "data-parallel-rank": VALUE,
-    "data-parallel-size-local": VALUE,
-    "data-parallel-address": VALUE,
-    "data-parallel-rpc-port": VALUE,
-    "data-parallel-backend": VALUE,
-    "prompt-adapters": LIST,
-    "qlora-adapter-name-or-path": VALUE,
-    "additional-config": JSON,
-    "allowed-media-domains": LIST,
-    "anthropic-disabled-thinking-effort": VALUE,
-    "aux-output-config": JSON,
-    "cpu-offload-params": LIST,
-    "custom-histogram-buckets": JSON,
-    "data-parallel-external-lb": SWITCH,
-    "data-parallel-hybrid-lb": SWITCH,
-    "data-parallel-multi-port-external-lb": SWITCH,
-    "data-parallel-start-rank": VALUE,
-    "decode-context-parallel-size": VALUE,
-    "default-mm-loras": JSON,
-    "device-ids": VALUE,
-    "diffusion-config": JSON,
-    "ec-transfer-config": JSON,
-    "enable-elastic-ep": SWITCH,
-    "enable-fault-tolerance": SWITCH,
-    "enable-mixed-moe-lora-format": SWITCH,
-    "enable-mm-embeds": SWITCH,
-    "enable-moe-shared-loras": SWITCH,
-    "enable-return-routed-experts": SWITCH,
-    "enable-scale-out": SWITCH,
-    "enable-tower-connector-lora": SWITCH,
-    "enable-trace-replay": SWITCH,
-    "engram-config": JSON,
-    "grpc-port": VALUE,
-    "io-processor-plugin": VALUE,
-    "kv-cache-dtype-skip-layers": LIST,
-    "kv-events-config": JSON,
-    "kv-offloading-size": VALUE,
-    "logging-config": JSON,
-    "logits-processors": LIST,
-    "long-prefill-token-threshold-adaptive": SWITCH,
-    "lora-target-modules": LIST,
-    "max-lora-cls-labels": VALUE,
-    "max-num-active-seqs": VALUE,
-    "max-num-queued-reqs": VALUE,
-    "max-num-queued-tokens": VALUE,
-    "max-num-scheduled-tokens": VALUE,
-    "media-io-kwargs": JSON,
-    "mm-encoder-only": SWITCH,
-    "model-class-overrides": JSON,
-    "nnodes": VALUE,
-    "node-rank": VALUE,
-    "offload-group-size": VALUE,
-    "offload-params": LIST,
-    "override-attention-dtype": VALUE,
-    "per-request-spec-decode-metrics": VALUE,
-    "pooler-config": JSON,
-    "prefill-context-parallel-size": VALUE,
-    "profiler-config": JSON,
-    "quantization-config": JSON,
-    "reasoning-effort-map": JSON,
-    "reasoning-parser-plugin": VALUE,
-    "return-sampling-mask": SWITCH,
-    "scheduler-cls": VALUE,
-    "tool-strict-level": VALUE,
-    "weight-transfer-config": JSON,
-    "worker-extension-cls": VALUE,
-}
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A flag that is known by name: one without meaning gives a warning, others see features.py.
+
+    form      what may stand behind it
+    neutral   what asks for nothing: vLLM's default; "None" and nothing at all never ask
+    short     a further name
+    instead   what to do in its place
+    ignored   why it has no effect yet: it gives a warning with these words, and no error
+    """
+
+    form: str
+    neutral: tuple[str, ...] = ()
+    short: str | None = None
+    instead: str | None = None
+    ignored: str | None = None
+
+
+def plain(form: str, names: str) -> dict[str, Flag]:
+    """Rows that say no more than their form."""
+    return dict.fromkeys(names.split(), Flag(form))
+
 
 # Flags whose effect pyserve always has, or that steer machinery it does not have.
-NO_MEANING: dict[str, str] = {
-    "trust-remote-code": SWITCH,  # code from a model folder is never run
-    "enforce-eager": SWITCH,
-    "enable-chunked-prefill": SWITCH,  # always on
-    "enable-prompt-tokens-details": SWITCH,  # always on
-    "disable-frontend-multiprocessing": SWITCH,  # one process
-    "disable-custom-all-reduce": SWITCH,
-    "disable-fastapi-docs": SWITCH,
-    "swap-space": VALUE,
-    "num-scheduler-steps": VALUE,
-    "preemption-mode": VALUE,
-    "distributed-executor-backend": VALUE,
-    "worker-use-ray": SWITCH,
-    "use-v2-block-manager": SWITCH,
-    "compilation-config": JSON,
-    "max-seq-len-to-capture": VALUE,
-    "max-parallel-loading-workers": VALUE,
-    "uvicorn-log-level": VALUE,
-    "attention-backend": VALUE,
-    "tokenizer-pool-size": VALUE,
-    "tokenizer-mode": VALUE,
-    "api-server-count": VALUE,
-    "async-scheduling": SWITCH,
-    "num-lookahead-slots": VALUE,
-    "scheduler-delay-factor": VALUE,
-    "multi-step-stream-outputs": SWITCH,
-    "disable-async-output-proc": SWITCH,
-    "collect-detailed-traces": LIST,
-    "config-format": VALUE,  # config.json is the only one
-    "optimization-level": VALUE,
-    "performance-mode": VALUE,
-    "prefix-caching-hash-algo": VALUE,  # a keyed 128-bit hash, and token ids are compared
-    "disable-uvicorn-access-log": SWITCH,  # there is none
-    "disable-access-log-for-endpoints": VALUE,
-    "enable-offline-docs": SWITCH,
-    "fingerprint-mode": VALUE,
-    "enable-request-id-headers": SWITCH,  # always on
-    "enable-server-load-tracking": SWITCH,  # always on
-    "max-log-len": VALUE,  # prompts are never logged
-    "h11-max-incomplete-event-size": VALUE,
-    "h11-max-header-count": VALUE,
-    "show-hidden-metrics-for-version": VALUE,
-    "language-model-only": SWITCH,  # nothing else is served
-    "tokenizer-pool-type": VALUE,
-    "tokenizer-pool-extra-config": JSON,
-    "ray-workers-use-nsight": SWITCH,
-    "disable-mm-preprocessor-cache": SWITCH,
-    "intial-incremental-detokenization-offset": VALUE,  # spelt so
-    "enable-log-deltas": SWITCH,  # outputs are never logged
-    "enable-mfu-metrics": SWITCH,
-    "kv-cache-metrics": SWITCH,
-    "aggregate-engine-logging": SWITCH,
-    "all2all-backend": VALUE,
-    "allow-deprecated-quantization": SWITCH,
-    "attention-config": JSON,
-    "cohere-format": VALUE,  # no Cohere endpoint
-    "cohere-is-reasoning-model": SWITCH,
-    "cp-kv-cache-interleave-size": VALUE,
-    "cpu-distributed-timeout-seconds": VALUE,
-    "cudagraph-capture-sizes": LIST,
-    "cudagraph-metrics": SWITCH,
-    "data-parallel-supervisor-port": VALUE,
-    "dbo-decode-token-threshold": VALUE,
-    "dbo-prefill-token-threshold": VALUE,
-    "dcp-comm-backend": VALUE,
-    "dcp-kv-cache-interleave-size": VALUE,
-    "dcp-q-replicate": SWITCH,
-    "disable-cascade-attn": SWITCH,
-    "disable-chunked-mm-input": SWITCH,
-    "disable-hybrid-kv-cache-manager": SWITCH,
-    "disable-nccl-for-dp-synchronization": SWITCH,
-    "distributed-timeout-seconds": VALUE,
-    "dp-supervisor-probe-failure-threshold": VALUE,
-    "dp-supervisor-probe-interval-s": VALUE,
-    "dp-supervisor-probe-timeout-s": VALUE,
-    "dp-sync-interval": VALUE,
-    "ec-manager-config": JSON,
-    "elastic-ep-max-dp-size": VALUE,
-    "enable-batch-sharded-sampling": SWITCH,
-    "enable-cumem-allocator": SWITCH,
-    "enable-dbo": SWITCH,
-    "enable-ep-weight-filter": SWITCH,
-    "enable-eplb": SWITCH,
-    "enable-flash-late-interaction": SWITCH,
-    "enable-flashinfer-autotune": SWITCH,
-    "enable-hc-sp": SWITCH,
-    "enable-layerwise-nvtx-tracing": SWITCH,
-    "enable-logging-iteration-details": SWITCH,
-    "enable-mamba-cache-stochastic-rounding": SWITCH,
-    "enable-mamba-shared-prefix-checkpoint": SWITCH,
-    "enable-nccl-comm-suspend": SWITCH,
-    "enable-shm-tensor-arena": SWITCH,
-    "eplb-config": JSON,
-    "expert-placement-strategy": VALUE,
-    "fail-on-environ-validation": SWITCH,
-    "fault-tolerance-config": JSON,
-    "gdn-prefill-backend": VALUE,
-    "interleave-mm-strings": SWITCH,
-    "ir-op-priority": JSON,
-    "jit-monitor-mode": VALUE,
-    "jit-monitor-verbose": SWITCH,
-    "kda-decode-backend": VALUE,
-    "kda-prefill-backend": VALUE,
-    "kernel-config": JSON,
-    "kv-cache-metrics-sample": VALUE,
-    "kv-offloading-backend": VALUE,
-    "kv-sharing-fast-prefill": SWITCH,
-    "linear-backend": VALUE,
-    "mamba-backend": VALUE,
-    "mamba-block-size": VALUE,
-    "mamba-cache-dtype": VALUE,
-    "mamba-cache-mode": VALUE,
-    "mamba-cache-philox-rounds": VALUE,
-    "mamba-ssm-cache-dtype": VALUE,
-    "mamba-ssu-algorithm": VALUE,
-    "master-addr": VALUE,
-    "master-port": VALUE,
-    "max-cudagraph-capture-size": VALUE,
-    "mm-device-do-normalize": SWITCH,
-    "mm-encoder-attn-backend": VALUE,
-    "mm-encoder-attn-dtype": VALUE,
-    "mm-encoder-fp8-scale-path": VALUE,
-    "mm-encoder-fp8-scale-save-margin": VALUE,
-    "mm-encoder-fp8-scale-save-path": VALUE,
-    "mm-encoder-tp-mode": VALUE,
-    "mm-hasher-algorithm": VALUE,
-    "mm-ipc-gpu-memory-gb": VALUE,
-    "mm-processor-cache-gb": VALUE,
-    "mm-processor-cache-type": VALUE,
-    "mm-processor-device": VALUE,
-    "mm-shm-cache-max-object-size-mb": VALUE,
-    "mm-tensor-ipc": VALUE,
-    "moe-backend": VALUE,
-    "monokernel": SWITCH,
-    "numa-bind": SWITCH,
-    "numa-bind-cpus": LIST,
-    "numa-bind-nodes": LIST,
-    "offload-backend": VALUE,
-    "offload-num-in-group": VALUE,
-    "offload-prefetch-step": VALUE,
-    "prefill-schedule-interval": VALUE,
-    "prefix-cache-retention-interval": VALUE,
-    "prefix-match-unit": VALUE,
-    "pt-load-map-location": JSON,
-    "renderer-num-workers": VALUE,
-    "replayssm-buffer-len": VALUE,
-    "safetensors-load-strategy": VALUE,
-    "safetensors-prefetch-block-size": VALUE,
-    "safetensors-prefetch-num-threads": VALUE,
-    "scheduler-reserve-full-isl": SWITCH,
-    "skip-mm-profiling": SWITCH,
-    "sleep-mode-backend": VALUE,
-    "sleep-mode-offload-cudagraph": SWITCH,
-    "sleep-preserve-parameter-names": LIST,
-    "sparse-indexer-topk-backend": VALUE,
-    "specialize-active-lora": SWITCH,
-    "sse-keep-alive-interval": VALUE,  # always every 10 s
-    "swa-bounded-replay": SWITCH,
-    "trust-request-mm-kwargs": SWITCH,
-    "ubatch-size": VALUE,
-    "use-fp64-gumbel": SWITCH,
-    "use-replayssm": SWITCH,
-    "use-tqdm-on-load": SWITCH,
-    "video-pruning-method": VALUE,
-    "video-pruning-rate": VALUE,
-    "watchdog-config": JSON,
-    "watermark": VALUE,
-    "watermark-config": JSON,
-}
-
-# Without an effect until what they belong to is built: name -> what a user should know.
-NO_EFFECT_YET: dict[str, str] = {
-    "max-logprobs": "requests for logprobs are refused",
-}
-
-# What a flag that is not built yet may say without asking for anything: vLLM's default.
-# "None" and nothing at all never ask for anything.
-NEUTRAL: dict[str, tuple[str, ...]] = {
-    "task": ("auto", "generate"),
-    "runner": ("auto", "generate"),
-    "convert": ("auto", "none"),
-    "kv-cache-dtype": ("auto",),
-    "pipeline-parallel-size": ("1",),
-    "data-parallel-size": ("1",),
-    "decode-context-parallel-size": ("1",),
-    "prefill-context-parallel-size": ("1",),
-    "data-parallel-backend": ("mp",),
-    "nnodes": ("1",),
-    "node-rank": ("0",),
-    "cpu-offload-gb": ("0",),
-    "offload-group-size": ("0",),
-    "response-role": ("assistant",),
-    "chat-template-content-format": ("auto",),
-    "stream-interval": ("1",),
-    "logprobs-mode": ("raw_logprobs",),
-    "model-impl": ("auto", "vllm"),
-    "worker-cls": ("auto",),
-    "scheduler-cls": ("vllm.core.scheduler.Scheduler",),
-    "spec-decoding-acceptance-method": ("rejection_sampler",),
-    "per-request-spec-decode-metrics": ("none",),
-    "guided-decoding-backend": ("auto", "xgrammar"),
-    "max-loras": ("1",),
-    "max-lora-rank": ("16",),
-    "lora-dtype": ("auto",),
-    "lora-extra-vocab-size": ("256",),
-    "max-prompt-adapters": ("1",),
-    "max-prompt-adapter-token": ("0",),
-    "max-num-partial-prefills": ("1",),
-    "max-long-partial-prefills": ("1",),
-    "long-prefill-token-threshold": ("0",),
-    "ssl-cert-reqs": ("0",),
-    "reasoning-parser": ("none",),
-    "anthropic-disabled-thinking-effort": ("auto",),
-}
-
-# What to do in place of a flag that is not built.
-INSTEAD = {
-    "device-ids": "set CUDA_VISIBLE_DEVICES",
-    "max-num-active-seqs": "use --max-num-seqs",
-    "max-num-scheduled-tokens": "use --max-num-batched-tokens",
-    "max-num-queued-reqs": "use --max-queue",
-}
-
-# Further names of flags that are only known by name.
-ALIASES = {
-    "quantization": "-q",
-    "pipeline-parallel-size": "-pp",
-    "decode-context-parallel-size": "-dcp",
-    "prefill-context-parallel-size": "-pcp",
-    "data-parallel-size": "-dp",
-    "data-parallel-rank": "-dpn",
-    "data-parallel-start-rank": "-dpr",
-    "data-parallel-size-local": "-dpl",
-    "data-parallel-address": "-dpa",
-    "data-parallel-rpc-port": "-dpp",
-    "data-parallel-backend": "-dpb",
-    "data-parallel-hybrid-lb": "-dph",
-    "data-parallel-external-lb": "-dpe",
-    "data-parallel-multi-port-external-lb": "-dpm",
-    "enable-expert-parallel": "-ep",
-    "nnodes": "-n",
-    "node-rank": "-r",
-    "api-server-count": "-asc",
-    "speculative-config": "-sc",
-    "speculative-draft-tensor-parallel-size": "-spec-draft-tp",
-    "diffusion-config": "-dc",
-    "attention-config": "-ac",
-    "compilation-config": "-cc",
-    "optimization-level": "-O",
+NO_MEANING: dict[str, Flag] = {
+    # Always so here: a keep-alive line every 10 s, a hash of 128 bits and a key for each block.
+    **plain(
+        SWITCH,
+        "enable-chunked-prefill enable-prompt-tokens-details enable-request-id-headers "
+        "enable-server-load-tracking language-model-only disable-frontend-multiprocessing",
+    ),
+    **plain(VALUE, "sse-keep-alive-interval prefix-caching-hash-algo config-format"),
+    # Never so here: code of a model does not run, prompts and outputs are not logged, there is no
+    # log of accesses and no Cohere endpoint.
+    **plain(
+        SWITCH,
+        "trust-remote-code enable-log-deltas disable-uvicorn-access-log cohere-is-reasoning-model",
+    ),
+    **plain(VALUE, "max-log-len disable-access-log-for-endpoints uvicorn-log-level cohere-format"),
+    # Of machinery that is not here. One name is misspelt in vLLM as well.
+    **plain(
+        SWITCH,
+        "enforce-eager disable-custom-all-reduce disable-fastapi-docs worker-use-ray "
+        "use-v2-block-manager async-scheduling multi-step-stream-outputs "
+        "disable-async-output-proc enable-offline-docs ray-workers-use-nsight "
+        "disable-mm-preprocessor-cache enable-mfu-metrics kv-cache-metrics "
+        "aggregate-engine-logging allow-deprecated-quantization cudagraph-metrics dcp-q-replicate "
+        "disable-cascade-attn disable-chunked-mm-input disable-hybrid-kv-cache-manager "
+        "disable-nccl-for-dp-synchronization enable-batch-sharded-sampling enable-cumem-allocator "
+        "enable-dbo enable-ep-weight-filter enable-eplb enable-flash-late-interaction "
+        "enable-flashinfer-autotune enable-hc-sp enable-layerwise-nvtx-tracing "
+        "enable-logging-iteration-details enable-mamba-cache-stochastic-rounding "
+        "enable-mamba-shared-prefix-checkpoint enable-nccl-comm-suspend enable-shm-tensor-arena "
+        "fail-on-environ-validation interleave-mm-strings jit-monitor-verbose "
+        "kv-sharing-fast-prefill mm-device-do-normalize monokernel numa-bind "
+        "scheduler-reserve-full-isl skip-mm-profiling sleep-mode-offload-cudagraph "
+        "specialize-active-lora swa-bounded-replay trust-request-mm-kwargs use-fp64-gumbel "
+        "use-replayssm use-tqdm-on-load",
+    ),
+    **plain(
+        VALUE,
+        "swap-space num-scheduler-steps preemption-mode distributed-executor-backend "
+        "max-seq-len-to-capture max-parallel-loading-workers attention-backend "
+        "tokenizer-pool-size tokenizer-mode num-lookahead-slots scheduler-delay-factor "
+        "performance-mode fingerprint-mode h11-max-incomplete-event-size h11-max-header-count "
+        "show-hidden-metrics-for-version tokenizer-pool-type "
+        "intial-incremental-detokenization-offset all2all-backend cp-kv-cache-interleave-size "
+        "cpu-distributed-timeout-seconds data-parallel-supervisor-port dbo-decode-token-threshold "
+        "dbo-prefill-token-threshold dcp-comm-backend dcp-kv-cache-interleave-size "
+        "distributed-timeout-seconds dp-supervisor-probe-failure-threshold "
+        "dp-supervisor-probe-interval-s dp-supervisor-probe-timeout-s dp-sync-interval "
+        "elastic-ep-max-dp-size expert-placement-strategy gdn-prefill-backend jit-monitor-mode "
+        "kda-decode-backend kda-prefill-backend kv-cache-metrics-sample kv-offloading-backend "
+        "linear-backend mamba-backend mamba-block-size mamba-cache-dtype mamba-cache-mode "
+        "mamba-cache-philox-rounds mamba-ssm-cache-dtype mamba-ssu-algorithm master-addr "
+        "master-port max-cudagraph-capture-size mm-encoder-attn-backend mm-encoder-attn-dtype "
+        "mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-margin "
+        "mm-encoder-fp8-scale-save-path mm-encoder-tp-mode mm-hasher-algorithm "
+        "mm-ipc-gpu-memory-gb mm-processor-cache-gb mm-processor-cache-type mm-processor-device "
+        "mm-shm-cache-max-object-size-mb mm-tensor-ipc moe-backend offload-backend "
+        "offload-num-in-group offload-prefetch-step prefill-schedule-interval "
+        "prefix-cache-retention-interval prefix-match-unit renderer-num-workers "
+        "replayssm-buffer-len safetensors-load-strategy safetensors-prefetch-block-size "
+        "safetensors-prefetch-num-threads sleep-mode-backend sparse-indexer-topk-backend "
+        "ubatch-size video-pruning-method video-pruning-rate watermark",
+    ),
+    **plain(
+        LIST,
+        "collect-detailed-traces cudagraph-capture-sizes numa-bind-cpus numa-bind-nodes "
+        "sleep-preserve-parameter-names",
+    ),
+    **plain(
+        JSON,
+        "tokenizer-pool-extra-config ec-manager-config eplb-config fault-tolerance-config "
+        "ir-op-priority kernel-config pt-load-map-location watchdog-config watermark-config",
+    ),
+    "compilation-config": Flag(JSON, short="-cc"),
+    "api-server-count": Flag(VALUE, short="-asc"),
+    "optimization-level": Flag(VALUE, short="-O"),
+    "attention-config": Flag(JSON, short="-ac"),
 }

@@ -11,23 +11,14 @@ import pytest
 
 from pyserve import flags
 from pyserve.errors import ConfigError
+from pyserve.features import FEATURES, FLAGS
 from pyserve.flag_words import plain_words
 from pyserve.flags import make_parser, parse_args
-from pyserve.foreign_flags import (
-    ALIASES,
-    INSTEAD,
-    JSON,
-    LIST,
-    NEUTRAL,
-    NO_EFFECT_YET,
-    NO_MEANING,
-    NOT_BUILT,
-    SWITCH,
-    VALUE,
-)
+from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, VALUE
 from tests import vllm_flags as vllm
 
-FOREIGN = {**NOT_BUILT, **NO_MEANING, **dict.fromkeys(NO_EFFECT_YET, VALUE)}
+FOREIGN = {name: flag.form for name, flag in (FLAGS | NO_MEANING).items()}
+NOT_BUILT = {name: flag for name, flag in FLAGS.items() if flag.ignored is None}
 # Of versions between the three.
 NOT_IN_THE_WHEELS = {"worker-use-ray", "intial-incremental-detokenization-offset"}
 PARSER = make_parser()
@@ -109,8 +100,8 @@ def test_the_rows_are_those_of_the_parser() -> None:
         if action.option_strings and action.help != argparse.SUPPRESS
     }
     assert shown - {"-h", "version"} == set(OWN) | OWN_SWITCHES
-    assert not set(NOT_BUILT) & set(NO_MEANING) and set(NEUTRAL) <= set(NOT_BUILT)
-    assert set(INSTEAD) <= set(NOT_BUILT)
+    assert not set(FLAGS) & set(NO_MEANING)
+    assert len(FLAGS) == sum(len(feature.flags) for feature in FEATURES.values())
     assert not (shown & set(FOREIGN)), "a flag that is built is not named as one that is not"
 
 
@@ -218,12 +209,12 @@ def test_what_is_no_size(text: str) -> None:
 
 @pytest.mark.parametrize("flag", sorted(NOT_BUILT))
 def test_not_built_flags_are_named(flag: str) -> None:
-    words = {SWITCH: [], VALUE: ["7"], LIST: ["7"], JSON: ['{"a": 1}']}[NOT_BUILT[flag]]
+    words = {SWITCH: [], VALUE: ["7"], LIST: ["7"], JSON: ['{"a": 1}']}[NOT_BUILT[flag].form]
     with pytest.raises(ConfigError, match=f"--{flag} is not built yet") as caught:
         parse_args([f"--{flag}", *words])
-    assert INSTEAD.get(flag, "") in str(caught.value)
+    assert (NOT_BUILT[flag].instead or "") in str(caught.value)
     with pytest.raises(ConfigError, match=f"--{flag} is not built yet"):
-        parse_args(["m", ALIASES.get(flag, f"--{flag}")])
+        parse_args(["m", NOT_BUILT[flag].short or f"--{flag}"])
 
 
 @pytest.mark.parametrize("flag", sorted(NOT_BUILT))
@@ -233,18 +224,18 @@ def test_not_built_flags_that_ask_for_nothing_are_accepted(
     forms: list[list[str]] = {
         SWITCH: [[f"--no-{flag}"], [f"--{flag}=False"], [f"--{flag}", "false"]],
         JSON: [[f"--{flag}", "{}"]],
-    }.get(NOT_BUILT[flag], [])
-    forms += [[f"--{flag}", value] for value in NEUTRAL.get(flag, ())]
+    }.get(NOT_BUILT[flag].form, [])
+    forms += [[f"--{flag}", value] for value in NOT_BUILT[flag].neutral]
     for form in forms:
         assert parse_args([*form, "--port=1", "m"]).model == "m"
     if flag in ("cpu-offload-gb", "data-parallel-size"):
-        parse_args(["m", f"--{flag}={NEUTRAL[flag][0]}.0"])
+        parse_args(["m", f"--{flag}={NOT_BUILT[flag].neutral[0]}.0"])
     assert not caplog.records
 
 
 @pytest.mark.parametrize("flag", sorted(NO_MEANING))
 def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture) -> None:
-    words = [] if NO_MEANING[flag] == SWITCH else ["1"]
+    words = [] if NO_MEANING[flag].form == SWITCH else ["1"]
     assert parse_args(["m", f"--{flag}", *words]).model == "m"
     assert [r.getMessage() for r in caplog.records if f"--{flag} has no meaning" in r.getMessage()]
 

@@ -20,6 +20,7 @@ LEAVES = {
     "model_files",
     "checkpoint_files",
     "errors",
+    "features",
     "metrics",
     "log",
     "flags",

@@ -16,16 +16,14 @@ from pyserve.api.state import ServerState
 from pyserve.api.wire import whole_numbers
 from pyserve.api.wire.json_size import check_structure
 from pyserve.api.wire.protocol import (
-    HARMLESS,
     MAX_MESSAGES,
     MAX_PARTS,
-    NO_EFFECT,
-    NOT_BUILT,
     ContentPart,
     Message,
     StreamOptions,
 )
 from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.features import Field, fields_of
 
 IGNORED_HEADER = "x-pyserve-ignored"
 SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
@@ -50,7 +48,8 @@ class Wire(Generic[T]):
         self._type = wire_type
         self._decoder = msgspec.json.Decoder(wire_type)
         self._known = frozenset(wire_type.__struct_fields__)
-        self._unused = dict.fromkeys(self._known & (NO_EFFECT.keys() | NOT_BUILT.keys()))
+        self._rows = fields_of(wire_type)
+        self._unused = dict.fromkeys(self._rows)
 
     async def read(
         self, request: web.Request, state: ServerState, *, max_list_ids: int = 0
@@ -102,15 +101,16 @@ class Wire(Generic[T]):
         for name, raw in given.items():
             if memoryview(raw) == _NULL:
                 continue
-            if name not in self._known or (
-                name in NO_EFFECT and not _is_among(getattr(value, name), NO_EFFECT[name])
-            ):
+            row = self._rows.get(name)
+            if name not in self._known:
                 ignored.add(name)
-            elif name in NOT_BUILT:
-                if _asks_for_nothing(name, value):
-                    ignored.add(name)
-                else:
-                    check_built(name, getattr(value, name), name)
+            elif row is not None:
+                said = getattr(value, name)
+                if row.is_neutral(said):
+                    continue
+                if not row.is_ignored and not (row.is_harmless and row.is_harmless(value)):
+                    check_built(row, said, name)
+                ignored.add(name)
             elif name == "messages":
                 _check_counts(value.messages)  # type: ignore[attr-defined]
                 _name_inside_messages(raw, ignored)
@@ -146,9 +146,9 @@ def _check_content_type(request: web.Request) -> None:
         raise InvalidRequestError("the Content-Type must be application/json")
 
 
-def check_built(name: str, value: object, path: str) -> None:
-    """Refuse the value of a field of NOT_BUILT unless it asks for nothing."""
-    if value is not None and not _is_among(value, NOT_BUILT[name]):
+def check_built(row: Field, value: object, path: str) -> None:
+    """Refuse the value of a field that is not built unless it asks for nothing."""
+    if not row.is_neutral(value):
         raise NotBuiltError(f"{path} is not built yet in pyserve {__version__}, leave it out", path)
 
 
@@ -207,17 +207,6 @@ def _name_unknown(
             return
         if name not in known and memoryview(raw) != _NULL:
             ignored.add(f"{path}.{name}")
-
-
-def _asks_for_nothing(name: str, request: msgspec.Struct) -> bool:
-    """Whether a field that is not built has a value to be named instead of refused."""
-    is_neutral = _is_among(getattr(request, name), NOT_BUILT[name])
-    return not is_neutral and name in HARMLESS and HARMLESS[name](request)
-
-
-def _is_among(value: object, neutral: tuple[object, ...]) -> bool:
-    # By type too: 0 == False, but `logprobs: 0` asks for something and `false` does not.
-    return any(type(value) is type(other) and value == other for other in neutral)
 
 
 def _wrong_type(error: msgspec.ValidationError) -> InvalidRequestError:

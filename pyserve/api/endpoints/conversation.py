@@ -38,6 +38,7 @@ from pyserve.errors import (
     InvalidRequestError,
     NotBuiltError,
 )
+from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.detokenizer import Detokenizer
@@ -46,6 +47,8 @@ from pyserve.text.template_limits import MAX_RENDER_S
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
 MAX_TEMPLATES = 8  # of requests, kept compiled
+
+_UNBUILT = fields_of(Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +287,8 @@ def _plain(message: Message, path: str) -> dict[str, Any]:
             f"{path}.role must be one of {', '.join(ROLES)}, got {message.role[:40]}",
             f"{path}.role",
         )
-    for name in ("tool_calls", "tool_call_id", "function_call"):
-        check_built(name, getattr(message, name), f"{path}.{name}")
+    for name, row in _UNBUILT.items():
+        check_built(row, getattr(message, name), f"{path}.{name}")
     content = message.content
     if content is None and message.role != "assistant":
         raise InvalidRequestError(

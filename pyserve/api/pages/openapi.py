@@ -1,6 +1,6 @@
 """/openapi.json: OpenAPI 3.1, made from the wire types of wire/protocol.py.
 
-What NOT_BUILT still holds is left out, so a field appears here when it starts to work. What the
+What features.py still holds is left out, so a field appears here when it starts to work. What the
 types do not say of a field stands in wire/fields.py.
 """
 
@@ -18,19 +18,21 @@ from pyserve.api.endpoints.models import Model, ModelList
 from pyserve.api.pages import site
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS, REPLACED
 from pyserve.api.wire.protocol import (
-    NO_EFFECT,
-    NOT_BUILT,
     ChatRequest,
     ChatResponse,
     CompletionRequest,
     CompletionResponse,
+    ContentPart,
     DetokenizeRequest,
     DetokenizeResponse,
     ErrorResponse,
+    Message,
+    StreamOptions,
     TokenizeRequest,
     TokenizeResponse,
     Usage,
 )
+from pyserve.features import Field, fields_of
 
 Schema = dict[str, Any]
 
@@ -277,12 +279,12 @@ def schemas() -> dict[str, Schema]:
         types.update(filter(None, (operation.body, operation.chunk, *operation.replies.values())))
     ordered = sorted(types, key=lambda wire_type: wire_type.__name__)
     _, found = msgspec.json.schema_components(ordered, ref_template=_REF)
-    sent = {"StreamOptions", "Message", "ContentPart"} | {
-        operation.body.__name__ for operation in OPERATIONS.values() if operation.body
-    }
+    sent: list[type[msgspec.Struct]] = [StreamOptions, Message, ContentPart]
+    sent += [operation.body for operation in OPERATIONS.values() if operation.body]
+    rows = {wire_type.__name__: fields_of(wire_type) for wire_type in sent}
     for name, schema in found.items():
-        if name in sent:
-            _finish_sent(schema)
+        if name in rows:
+            _finish_sent(schema, rows[name])
         elif name not in {"ChatDelta", "ChatChunk", "ChatChunkChoice", "CompletionChunk",
                           "NotReady"}:  # fmt: skip
             schema["required"] = list(schema["properties"])  # a reply leaves nothing out
@@ -292,15 +294,15 @@ def schemas() -> dict[str, Schema]:
     return found
 
 
-def _finish_sent(schema: Schema) -> None:
+def _finish_sent(schema: Schema, rows: Mapping[str, Field]) -> None:
     """Of what clients send: leave out what is not built, add bounds and descriptions."""
     properties: dict[str, Schema] = schema["properties"]
-    for name in [name for name in properties if name in NOT_BUILT]:
+    for name in [name for name, row in rows.items() if not row.is_ignored]:
         del properties[name]
     for name, value in properties.items():
         for variant in value.get("anyOf", [value]):
             variant.update(BOUNDS.get(name, {}).get(variant.get("type", ""), {}))
-        if name in NO_EFFECT:
+        if name in rows:
             value["description"] = _WITHOUT_EFFECT
         elif name in DESCRIPTIONS:
             value["description"] = DESCRIPTIONS[name]

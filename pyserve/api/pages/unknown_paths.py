@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from pyserve import __version__
+from pyserve import __version__, features
 from pyserve.api.generation.request_log import LineBudget
 from pyserve.api.http.request_id import current as current_request_id
 from pyserve.errors import MethodNotAllowedError, NotFoundError
@@ -22,16 +22,6 @@ MAX_KNOWN_PATHS = 256
 LINES_PER_S, MAX_BURST_LINES = 0.1, 20.0
 API = "/v1"
 _UNSAFE = re.compile(r"[^!-~]")
-# What others serve and this version does not, with all that is below it.
-NOT_BUILT = (
-    "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/audio", "/v1/images", "/v1/moderations",
-    "/v1/files", "/v1/batches", "/v1/assistants", "/v1/threads", "/v1/fine_tuning", "/v1/realtime",
-    "/v1/chat/completions/batch", "/v1/chat/completions/render", "/v1/completions/render",
-    "/v1/score", "/v1/rerank", "/v2/rerank", "/v2/embed",
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/pooling", "/classify", "/rerank",
-    "/score", "/invocations", "/tokenizer_info", "/inference", "/start_profile", "/stop_profile",
-    "/reset_prefix_cache", "/sleep", "/wake_up", "/is_sleeping",
-)  # fmt: skip
 # What other servers call it: Ollama, llama.cpp, TGI, FastAPI, Kubernetes.
 ELSEWHERE = {
     "/api/chat": "/v1/chat/completions", "/api/generate": "/v1/completions",
@@ -82,7 +72,7 @@ class UnknownPaths:
             return f"the API is under {API}, use {self._use(method, prefix, API + plain)}"
         near = plain if plain in self._methods else ELSEWHERE.get(plain)
         if near is None:
-            for name in NOT_BUILT:
+            for name in features.PATHS:
                 if f"{plain}/".startswith(f"{name}/") or f"{API}{plain}/".startswith(f"{name}/"):
                     return f"{name} is not built yet in pyserve {__version__}"
             near = self._nearest(plain)

@@ -1,15 +1,11 @@
 """Wire types: what clients send and what they get, in vLLM's and OpenAI's names.
 
-Every request field stands in exactly one of three tables: BUILT works, NOT_BUILT is refused unless
-its value asks for nothing, NO_EFFECT is accepted and named in the `x-pyserve-ignored` header, as is
-any field that is not ours. What is not built is named there too, and not refused, where HARMLESS
-says that it asks for nothing in its request. Types are checked here, ranges where the values are
-used.
+A field works unless features.py has a row for it, which says what becomes of it until it is built.
+Types are checked here, ranges where the values are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -172,84 +168,6 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
     model: str | None = None
-
-
-BUILT = frozenset(
-    "model max_tokens max_completion_tokens n temperature top_p top_k min_p repetition_penalty "
-    "presence_penalty frequency_penalty logit_bias seed stop stop_token_ids "
-    "include_stop_str_in_output ignore_eos min_tokens skip_special_tokens stream stream_options "
-    "priority cache_salt request_id best_of add_special_tokens messages prompt tokens echo "
-    "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message "
-    "chat_template chat_template_kwargs documents return_token_strs reasoning_effort".split()
-)
-
-# name -> values, beside null, that ask for nothing
-NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True,),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "suffix": ("",),
-    "prompt_embeds": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
-    "return_prompt_text": (False,),
-    "kv_transfer_params": (),
-    "vllm_xargs": ({},),
-    "repetition_detection": (),
-    "include_reasoning": (True,),
-    "thinking_token_budget": (-1,),
-    # of one message
-    "tool_calls": ([],),
-    "tool_call_id": (),
-}
-
-
-def _uses_tools(request: Any) -> bool:
-    return bool(request.tools) and request.tool_choice != "none"
-
-
-# What is not built -> whether any other value of it asks for nothing too, in this request.
-HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "tools": lambda request: request.tool_choice == "none",  # hidden from the prompt
-    "tool_choice": lambda request: request.tool_choice == "auto" and not request.tools,
-    "parallel_tool_calls": lambda request: not _uses_tools(request),
-    "functions": lambda request: request.function_call == "none",
-    "function_call": lambda request: request.function_call == "auto" and not request.functions,
-    "top_logprobs": lambda request: request.logprobs is False,
-    "return_tokens_as_token_ids": lambda request: not request.logprobs,
-    "response_format": lambda request: request.response_format.get("type") == "text",
-    "length_penalty": lambda request: not request.use_beam_search,
-}
-
-# name -> values, beside null, that need not be named
-NO_EFFECT: dict[str, tuple[object, ...]] = {
-    "user": (),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
-    # Only beside grammars and images, which are refused themselves.
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-}
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

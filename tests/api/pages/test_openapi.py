@@ -16,6 +16,7 @@ from pyserve.api.app import ROUTES
 from pyserve.api.pages.openapi import OPERATIONS, Document, schemas
 from pyserve.api.wire import protocol
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS
+from pyserve.features import fields_of
 from tests.api.fakes import MODEL, Server, run_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -87,9 +88,12 @@ def test_what_is_not_built_does_not_appear() -> None:
     found = schemas()
     for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
         wire_type = getattr(protocol, name)
-        built = set(wire_type.__struct_fields__) - set(protocol.NOT_BUILT)
-        assert set(found[name]["properties"]) == built
-        for field in built & set(protocol.NO_EFFECT):
+        rows = fields_of(wire_type)
+        ignored = {field for field, row in rows.items() if row.is_ignored}
+        assert set(found[name]["properties"]) == set(wire_type.__struct_fields__) - (
+            set(rows) - ignored
+        )
+        for field in ignored:
             assert "without effect" in found[name]["properties"][field]["description"]
     fields = {field for schema in found.values() for field in schema.get("properties", ())}
     assert set(BOUNDS) <= fields and set(DESCRIPTIONS) <= fields

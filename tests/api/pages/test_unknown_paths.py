@@ -19,9 +19,9 @@ from pyserve.api.pages.unknown_paths import (
     ELSEWHERE,
     MAX_BURST_LINES,
     MAX_KNOWN_PATHS,
-    NOT_BUILT,
     UnknownPaths,
 )
+from pyserve.features import PATHS
 from tests.api.fakes import Server, run_server
 
 CHAT = "/v1/chat/completions"
@@ -87,7 +87,7 @@ def test_below_a_root_path() -> None:
 
 def test_the_tables_hold_what_does_not_exist_and_lead_to_what_does() -> None:
     paths = {path for _, path in KNOWN}
-    assert not paths & set(NOT_BUILT) and not paths & set(ELSEWHERE)
+    assert not paths & set(PATHS) and not paths & set(ELSEWHERE)
     assert set(ELSEWHERE.values()) <= paths
 
 

@@ -1,0 +1,446 @@
+"""What is known by name and not built yet, in one place, by the feature that will build it.
+
+A feature is switched on by moving its rows. A flag's goes onto the field of the config object that
+it sets (config.py), and what then has no meaning here into foreign_flags.NO_MEANING. A field's is
+deleted: a field of a wire type works where it has no row. A path's becomes a route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from pyserve.foreign_flags import JSON, LIST, SWITCH, VALUE, Flag, plain
+
+# Wire types of requests; both kinds of completions have the fields of SAMPLING.
+SAMPLING, CHAT, COMPLETION = "SamplingFields", "ChatRequest", "CompletionRequest"
+TOKENIZE, MESSAGE = "TokenizeRequest", "Message"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of requests: a 400 that names it, unless its value asks for nothing.
+
+    of            the wire types, or bases of them, that have it
+    neutral       values, beside null, that ask for nothing
+    is_harmless   whether any other value asks for nothing in this request: it is named in the
+                  header x-pyserve-ignored
+    is_ignored    it is always named there and never refused
+    """
+
+    name: str
+    of: tuple[str, ...]
+    neutral: tuple[object, ...] = ()
+    is_harmless: Callable[[Any], bool] | None = None
+    is_ignored: bool = False
+
+    def is_neutral(self, value: object) -> bool:
+        """By type too: 0 == False, but `logprobs: 0` asks for something and `false` does not."""
+        others = (other for other in self.neutral if type(other) is type(value))
+        return value is None or value in others
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Flags by name, fields of requests, and paths with all that is below them."""
+
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    fields: tuple[Field, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+def _uses_tools(request: Any) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+FEATURES: dict[str, Feature] = {
+    "quantised weights": Feature(
+        flags={
+            **plain(JSON, "quantization-config"),
+            "quantization": Flag(VALUE, short="-q"),
+        },
+    ),
+    "quantised KV cache": Feature(
+        flags={
+            **plain(SWITCH, "calculate-kv-scales"),
+            **plain(LIST, "kv-cache-dtype-skip-layers"),
+            "kv-cache-dtype": Flag(VALUE, ("auto",)),
+        },
+    ),
+    "tools": Feature(
+        flags={
+            **plain(SWITCH, "enable-auto-tool-choice exclude-tools-when-tool-choice-none"),
+            **plain(VALUE, "tool-call-parser tool-parser-plugin tool-server tool-strict-level"),
+        },
+        fields=(
+            Field(
+                "tools",
+                (CHAT, TOKENIZE),
+                ([],),
+                is_harmless=lambda request: request.tool_choice == "none",
+            ),
+            Field(
+                "tool_choice",
+                (CHAT, TOKENIZE),
+                ("none",),
+                is_harmless=lambda request: request.tool_choice == "auto" and not request.tools,
+            ),
+            Field(
+                "parallel_tool_calls",
+                (CHAT,),
+                (True,),
+                is_harmless=lambda request: not _uses_tools(request),
+            ),
+            Field(
+                "functions",
+                (CHAT,),
+                ([],),
+                is_harmless=lambda request: request.function_call == "none",
+            ),
+            Field(
+                "function_call",
+                (CHAT, MESSAGE),
+                ("none",),
+                is_harmless=lambda request: (
+                    request.function_call == "auto" and not request.functions
+                ),
+            ),
+            Field("tool_calls", (MESSAGE,), ([],)),
+            Field("tool_call_id", (MESSAGE,)),
+        ),
+    ),
+    "reasoning": Feature(
+        flags={
+            **plain(SWITCH, "enable-reasoning"),
+            **plain(VALUE, "reasoning-parser-plugin"),
+            **plain(JSON, "reasoning-config reasoning-effort-map"),
+            "reasoning-parser": Flag(VALUE, ("none",)),
+            "anthropic-disabled-thinking-effort": Flag(VALUE, ("auto",)),
+        },
+        fields=(
+            Field("include_reasoning", (CHAT,), (True,)),
+            Field("thinking_token_budget", (CHAT,), (-1,)),
+        ),
+    ),
+    "structured outputs": Feature(
+        flags={
+            **plain(JSON, "structured-outputs-config"),
+            "guided-decoding-backend": Flag(VALUE, ("auto", "xgrammar")),
+        },
+        fields=(
+            Field(
+                "response_format",
+                (SAMPLING,),
+                ({"type": "text"},),
+                is_harmless=lambda request: request.response_format.get("type") == "text",
+            ),
+            Field("structured_outputs", (SAMPLING,)),
+            Field("guided_json", (SAMPLING,)),
+            Field("guided_regex", (SAMPLING,)),
+            Field("guided_choice", (SAMPLING,)),
+            Field("guided_grammar", (SAMPLING,)),
+            Field("guided_decoding_backend", (SAMPLING,), is_ignored=True),
+            Field("guided_whitespace_pattern", (SAMPLING,), is_ignored=True),
+        ),
+    ),
+    "logprobs": Feature(
+        flags={
+            **plain(SWITCH, "return-tokens-as-token-ids return-sampling-mask"),
+            "logprobs-mode": Flag(VALUE, ("raw_logprobs",)),
+            "max-logprobs": Flag(VALUE, ignored="requests for logprobs are refused"),
+        },
+        fields=(
+            Field("logprobs", (CHAT, COMPLETION), (False,)),
+            Field(
+                "top_logprobs", (CHAT,), (0,), is_harmless=lambda request: request.logprobs is False
+            ),
+            Field("prompt_logprobs", (SAMPLING,)),
+            Field(
+                "return_tokens_as_token_ids",
+                (SAMPLING,),
+                (False,),
+                is_harmless=lambda request: not request.logprobs,
+            ),
+        ),
+    ),
+    "token masks": Feature(
+        flags={
+            **plain(VALUE, "logits-processor-pattern"),
+            **plain(LIST, "logits-processors"),
+        },
+        fields=(
+            Field("allowed_token_ids", (SAMPLING,)),
+            Field("bad_words", (SAMPLING,), ([],)),
+            Field("logits_processors", (SAMPLING,), ([],)),
+        ),
+    ),
+    "adapters": Feature(
+        flags={
+            **plain(
+                SWITCH,
+                "enable-lora fully-sharded-loras enable-lora-bias enable-mixed-moe-lora-format "
+                "enable-moe-shared-loras enable-tower-connector-lora",
+            ),
+            **plain(
+                VALUE,
+                "max-cpu-loras long-lora-scaling-factors max-lora-cls-labels "
+                "qlora-adapter-name-or-path",
+            ),
+            **plain(LIST, "lora-modules lora-target-modules"),
+            **plain(JSON, "default-mm-loras"),
+            "max-loras": Flag(VALUE, ("1",)),
+            "max-lora-rank": Flag(VALUE, ("16",)),
+            "lora-dtype": Flag(VALUE, ("auto",)),
+            "lora-extra-vocab-size": Flag(VALUE, ("256",)),
+        },
+        paths=("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    ),
+    "prompt adapters": Feature(
+        flags={
+            **plain(SWITCH, "enable-prompt-adapter"),
+            **plain(LIST, "prompt-adapters"),
+            "max-prompt-adapters": Flag(VALUE, ("1",)),
+            "max-prompt-adapter-token": Flag(VALUE, ("0",)),
+        },
+    ),
+    "several GPUs": Feature(
+        flags={
+            **plain(SWITCH, "headless enable-elastic-ep enable-fault-tolerance enable-scale-out"),
+            **plain(VALUE, "worker-extension-cls"),
+            "pipeline-parallel-size": Flag(VALUE, ("1",), short="-pp"),
+            "decode-context-parallel-size": Flag(VALUE, ("1",), short="-dcp"),
+            "prefill-context-parallel-size": Flag(VALUE, ("1",), short="-pcp"),
+            "data-parallel-size": Flag(VALUE, ("1",), short="-dp"),
+            "data-parallel-rank": Flag(VALUE, short="-dpn"),
+            "data-parallel-start-rank": Flag(VALUE, short="-dpr"),
+            "data-parallel-size-local": Flag(VALUE, short="-dpl"),
+            "data-parallel-address": Flag(VALUE, short="-dpa"),
+            "data-parallel-rpc-port": Flag(VALUE, short="-dpp"),
+            "data-parallel-backend": Flag(VALUE, ("mp",), short="-dpb"),
+            "data-parallel-external-lb": Flag(SWITCH, short="-dpe"),
+            "data-parallel-hybrid-lb": Flag(SWITCH, short="-dph"),
+            "data-parallel-multi-port-external-lb": Flag(SWITCH, short="-dpm"),
+            "nnodes": Flag(VALUE, ("1",), short="-n"),
+            "node-rank": Flag(VALUE, ("0",), short="-r"),
+            "device-ids": Flag(VALUE, instead="set CUDA_VISIBLE_DEVICES"),
+            "worker-cls": Flag(VALUE, ("auto",)),
+        },
+    ),
+    "mixtures of experts": Feature(
+        flags={
+            **plain(SWITCH, "enable-return-routed-experts"),
+            "enable-expert-parallel": Flag(SWITCH, short="-ep"),
+        },
+    ),
+    "speculation": Feature(
+        flags={
+            **plain(SWITCH, "speculative-disable-mqa-scorer disable-logprobs-during-spec-decoding"),
+            **plain(
+                VALUE,
+                "speculative-model num-speculative-tokens ngram-prompt-lookup-max "
+                "ngram-prompt-lookup-min spec-method spec-model spec-tokens "
+                "speculative-model-quantization speculative-max-model-len "
+                "speculative-disable-by-batch-size typical-acceptance-sampler-posterior-threshold "
+                "typical-acceptance-sampler-posterior-alpha",
+            ),
+            "speculative-config": Flag(JSON, short="-sc"),
+            "speculative-draft-tensor-parallel-size": Flag(VALUE, short="-spec-draft-tp"),
+            "spec-decoding-acceptance-method": Flag(VALUE, ("rejection_sampler",)),
+            "per-request-spec-decode-metrics": Flag(VALUE, ("none",)),
+        },
+    ),
+    "embeddings": Feature(
+        flags={
+            **plain(JSON, "override-pooler-config pooler-config"),
+            "task": Flag(VALUE, ("auto", "generate")),
+            "runner": Flag(VALUE, ("auto", "generate")),
+            "convert": Flag(VALUE, ("auto", "none")),
+        },
+        paths=(
+            "/v1/embeddings",
+            "/v1/score",
+            "/v1/rerank",
+            "/v2/rerank",
+            "/v2/embed",
+            "/pooling",
+            "/classify",
+            "/rerank",
+            "/score",
+        ),
+    ),
+    "prompt embeddings": Feature(
+        flags={
+            **plain(SWITCH, "enable-prompt-embeds"),
+        },
+        fields=(Field("prompt_embeds", (COMPLETION,)),),
+    ),
+    "images, audio, video": Feature(
+        flags={
+            **plain(SWITCH, "mm-encoder-only enable-mm-embeds"),
+            **plain(VALUE, "allowed-local-media-path"),
+            **plain(LIST, "allowed-media-domains"),
+            **plain(JSON, "limit-mm-per-prompt mm-processor-kwargs media-io-kwargs"),
+            "diffusion-config": Flag(JSON, short="-dc"),
+        },
+        fields=(
+            Field("mm_processor_kwargs", (CHAT, TOKENIZE), ({},), is_ignored=True),
+            Field("media_io_kwargs", (CHAT, TOKENIZE), ({},), is_ignored=True),
+        ),
+        paths=("/v1/audio", "/v1/images"),
+    ),
+    "changed models": Feature(
+        flags={
+            **plain(SWITCH, "disable-sliding-window skip-tokenizer-init"),
+            **plain(
+                VALUE,
+                "rope-theta hf-config-path override-attention-dtype tokenizer-revision "
+                "code-revision",
+            ),
+            **plain(LIST, "ignore-patterns"),
+            **plain(
+                JSON,
+                "rope-scaling hf-overrides override-neuron-config additional-config engram-config "
+                "model-class-overrides model-loader-extra-config",
+            ),
+            "model-impl": Flag(VALUE, ("auto", "vllm")),
+        },
+    ),
+    "defaults of requests": Feature(
+        flags={
+            **plain(SWITCH, "enable-force-include-usage"),
+            **plain(JSON, "override-generation-config default-chat-template-kwargs"),
+            "response-role": Flag(VALUE, ("assistant",)),
+            "chat-template-content-format": Flag(VALUE, ("auto",)),
+        },
+    ),
+    "memory beyond the GPU": Feature(
+        flags={
+            **plain(SWITCH, "enable-sleep-mode"),
+            **plain(VALUE, "kv-offloading-size"),
+            **plain(LIST, "cpu-offload-params offload-params"),
+            **plain(
+                JSON,
+                "kv-transfer-config kv-events-config ec-transfer-config weight-transfer-config",
+            ),
+            "cpu-offload-gb": Flag(VALUE, ("0",)),
+            "offload-group-size": Flag(VALUE, ("0",)),
+        },
+        fields=(Field("kv_transfer_params", (SAMPLING,)),),
+        paths=("/reset_prefix_cache", "/sleep", "/wake_up", "/is_sleeping"),
+    ),
+    "scheduling": Feature(
+        flags={
+            **plain(SWITCH, "long-prefill-token-threshold-adaptive"),
+            **plain(VALUE, "num-gpu-blocks-override max-num-queued-tokens"),
+            "max-num-partial-prefills": Flag(VALUE, ("1",)),
+            "max-long-partial-prefills": Flag(VALUE, ("1",)),
+            "long-prefill-token-threshold": Flag(VALUE, ("0",)),
+            "max-num-active-seqs": Flag(VALUE, instead="use --max-num-seqs"),
+            "max-num-queued-reqs": Flag(VALUE, instead="use --max-queue"),
+            "max-num-scheduled-tokens": Flag(VALUE, instead="use --max-num-batched-tokens"),
+            "scheduler-cls": Flag(VALUE, ("vllm.core.scheduler.Scheduler",)),
+            "stream-interval": Flag(VALUE, ("1",)),
+        },
+    ),
+    "TLS with clients' certificates": Feature(
+        flags={
+            **plain(SWITCH, "enable-ssl-refresh"),
+            **plain(VALUE, "ssl-ca-certs ssl-ciphers"),
+            "ssl-cert-reqs": Flag(VALUE, ("0",)),
+        },
+    ),
+    "logs and traces": Feature(
+        flags={
+            **plain(
+                SWITCH,
+                "enable-log-outputs log-error-stack enable-per-request-metrics enable-trace-replay",
+            ),
+            **plain(VALUE, "log-config-file otlp-traces-endpoint fingerprint-value"),
+            **plain(JSON, "logging-config custom-histogram-buckets profiler-config"),
+        },
+        paths=("/start_profile", "/stop_profile"),
+    ),
+    "plugins": Feature(
+        flags={
+            **plain(VALUE, "middleware io-processor-plugin"),
+            **plain(JSON, "aux-output-config"),
+        },
+        fields=(Field("vllm_xargs", (SAMPLING,), ({},)),),
+    ),
+    "other interfaces": Feature(
+        flags={
+            **plain(SWITCH, "grpc tokens-only enable-tokenizer-info-endpoint"),
+            **plain(VALUE, "grpc-port"),
+        },
+        paths=(
+            "/tokenizer_info",
+            "/inference",
+            "/invocations",
+            "/v1/chat/completions/batch",
+            "/v1/chat/completions/render",
+            "/v1/completions/render",
+        ),
+    ),
+    "batches of files": Feature(
+        paths=("/v1/files", "/v1/batches"),
+    ),
+    "Responses": Feature(
+        paths=("/v1/responses",),
+    ),
+    "Messages": Feature(
+        paths=("/v1/messages",),
+    ),
+    "the rest of OpenAI's API": Feature(
+        paths=(
+            "/v1/moderations",
+            "/v1/assistants",
+            "/v1/threads",
+            "/v1/fine_tuning",
+            "/v1/realtime",
+        ),
+    ),
+    "beam search": Feature(
+        fields=(
+            Field("use_beam_search", (SAMPLING,), (False,)),
+            Field(
+                "length_penalty",
+                (SAMPLING,),
+                (1.0,),
+                is_harmless=lambda request: not request.use_beam_search,
+            ),
+        ),
+    ),
+    "ids and prompts in answers": Feature(
+        fields=(
+            Field("return_token_ids", (SAMPLING,), (False,)),
+            Field("return_prompt_text", (CHAT,), (False,)),
+        ),
+    ),
+    "filling in the middle": Feature(
+        fields=(Field("suffix", (COMPLETION,), ("",)),),
+    ),
+    "repetition detection": Feature(
+        fields=(Field("repetition_detection", (SAMPLING,)),),
+    ),
+}
+
+# Fields without effect on an answer, whatever is built.
+NO_EFFECT = (
+    Field("user", (SAMPLING,), is_ignored=True),
+    Field("metadata", (SAMPLING,), ({},), is_ignored=True),
+    Field("store", (SAMPLING,), (False,), is_ignored=True),
+    Field("service_tier", (SAMPLING,), ("auto", "default"), is_ignored=True),
+    Field("spaces_between_special_tokens", (SAMPLING,), (True,), is_ignored=True),
+)
+
+FLAGS = {name: flag for feature in FEATURES.values() for name, flag in feature.flags.items()}
+PATHS = tuple(path for feature in FEATURES.values() for path in feature.paths)
+
+
+def fields_of(wire_type: type) -> dict[str, Field]:
+    """Name -> row, of the fields of a wire type that do not work."""
+    names = {base.__name__ for base in wire_type.__mro__}
+    rows = chain(NO_EFFECT, *(feature.fields for feature in FEATURES.values()))
+    return {row.name: row for row in rows if not names.isdisjoint(row.of)}
