@@ -10,9 +10,8 @@ from __future__ import annotations
 import msgspec
 
 from pyserve.errors import InvalidRequestError
+from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
-MAX_LOGIT_BIAS = 300  # entries per sequence; one slot row on the device holds them
-MAX_STOP_TOKEN_IDS = 64  # likewise
 MAX_TOP_K = 2**31 - 1
 INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1

@@ -29,6 +29,7 @@ LEAVES = {
     "config_file",
     "foreign_flags",
     "histogram",
+    "limits",
     "words",
 }
 # room -> rooms it may import besides itself and the leaves

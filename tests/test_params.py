@@ -7,7 +7,8 @@ import math
 import pytest
 
 from pyserve.errors import InvalidRequestError
-from pyserve.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.params import SamplingParams
 
 ACCEPTED = [
     {"temperature": 0.0}, {"temperature": 2.0}, {"top_p": 1e-9}, {"top_p": 1.0}, {"min_p": 0.0},

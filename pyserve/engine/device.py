@@ -13,12 +13,12 @@ from pyserve import log
 from pyserve.config import Device, Dtype
 from pyserve.engine.planner import CardMemory
 from pyserve.errors import ConfigError, StartupError
+from pyserve.limits import CUDA_HEAD_DIMS
 from pyserve.model.config import CheckpointDtype, ModelConfig
 from pyserve.ops import device as card
 
 CPU = torch.device("cpu")
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
-CUDA_HEAD_DIMS = (64, 128)  # of the attention kernels
 
 
 def resolve_device(wanted: Device, *, is_demo: bool) -> torch.device:

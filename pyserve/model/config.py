@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from pyserve.errors import CheckpointError, ConfigError
+from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
 from pyserve.model.fields import Fields
 from pyserve.model.registry import ARCHITECTURES, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
@@ -23,13 +24,9 @@ from pyserve.model_files import guarded, read_object
 CheckpointDtype = Literal["float32", "bfloat16", "float16"]
 
 MAX_CONFIG_BYTES = 16 * 2**20
-MAX_HEAD_DIM = 256  # of the attention kernels, which also work in steps of 8
-HEAD_DIM_STEP = 8
 MAX_LAYERS = 4096
 MAX_HEADS = 4096
 MAX_WIDTH = 2**22  # hidden_size, intermediate_size
-MAX_VOCAB_SIZE = 2**19  # of the sampling kernel
-MAX_GROUP = 64  # heads a KV head, of the attention kernels
 MAX_CONTEXT = 2**24  # positions are int32 and the rope table has one row each
 DEFAULT_WINDOW = 4096  # of transformers, where sliding_window is absent
 DEFAULT_MAX_WINDOW_LAYERS = 28  # likewise

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyserve import limits
 from pyserve.ops import step_layout as layout
 from pyserve.ops.philox import philox4x32
 
@@ -455,8 +456,8 @@ def _apply_slot_update(step_input: Tensor, at: int, slots: Tensor, token_counts:
     num_bias, num_stop = int(row[layout.SLOT_NUM_BIAS]), int(row[layout.SLOT_NUM_STOP])
     vocab_size = token_counts.shape[1]
     _require(0 <= slot < slots.shape[0], f"slot update of slot {slot}")
-    _require(0 <= num_bias <= layout.MAX_LOGIT_BIAS, f"{num_bias} biases")
-    _require(0 <= num_stop <= layout.MAX_STOP_TOKEN_IDS, f"{num_stop} stop ids")
+    _require(0 <= num_bias <= limits.MAX_LOGIT_BIAS, f"{num_bias} biases")
+    _require(0 <= num_stop <= limits.MAX_STOP_TOKEN_IDS, f"{num_stop} stop ids")
     _require(num_prompt >= 0 and num_output >= 0, "slot update's token counts")
     expected = head + 2 * num_bias + num_stop + num_prompt + num_output
     _require(num_words == expected <= len(record), f"slot update of {num_words} words")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+
 STEP_MAGIC: Final = 0x70797376
 
 HEADER_MAGIC: Final = 0
@@ -52,8 +54,6 @@ SLOT_NUM_BIAS: Final = 14
 SLOT_NUM_STOP: Final = 15
 SLOT_HEADER_WORDS: Final = 16
 
-MAX_LOGIT_BIAS: Final = 300
-MAX_STOP_TOKEN_IDS: Final = 64
 SLOT_BIAS_IDS: Final = SLOT_HEADER_WORDS
 SLOT_BIAS_VALUES: Final = SLOT_BIAS_IDS + MAX_LOGIT_BIAS
 SLOT_STOP_IDS: Final = SLOT_BIAS_VALUES + MAX_LOGIT_BIAS

@@ -17,9 +17,8 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.client import EngineInfo
 from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
-    MAX_LOGIT_BIAS,
-    MAX_STOP_TOKEN_IDS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
     MIN_TEMPERATURE,

@@ -23,12 +23,11 @@ from pyserve.api.wire.protocol import (
     MAX_TEMPLATE_KWARGS,
     ROLES,
 )
+from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
     INT64_MAX,
     INT64_MIN,
-    MAX_LOGIT_BIAS,
     MAX_REPETITION_PENALTY,
-    MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
 )

@@ -1,0 +1,19 @@
+"""What the kernels take at most: everything that refuses a model or a request for them asks here.
+
+The native code has its own copy of each; tests hold those of the slot rows to these.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Attention. On a CPU any multiple of HEAD_DIM_STEP will do, a card has kernels for two sizes.
+HEAD_DIM_STEP: Final = 8
+MAX_HEAD_DIM: Final = 256
+CUDA_HEAD_DIMS: Final = (64, 128)
+MAX_GROUP: Final = 64  # heads a KV head
+
+# Sampling.
+MAX_VOCAB_SIZE: Final = 2**19
+MAX_LOGIT_BIAS: Final = 300  # entries of a sequence, all of them in its slot's row
+MAX_STOP_TOKEN_IDS: Final = 64  # likewise
