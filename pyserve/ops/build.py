@@ -315,7 +315,7 @@ def _compile(
     folder: Path, native: Toolchain, progress: Callable[[str], None], report: Report
 ) -> None:
     build_cache.make_folder(folder)
-    files = toolchain.compiled_files(source_dir(), with_cuda=native.cuda is not None)
+    files = toolchain.compiled_files(source_dir(), native.cuda)
     compile_progress = _CompileProgress(folder, files, progress, report)
     with build_cache.locked(folder, compile_progress.wait) as lock_fd:
         if _is_done(folder):

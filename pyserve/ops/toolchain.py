@@ -91,10 +91,22 @@ class CudaCompiler:
     include_dirs: tuple[str, ...]
     library_dirs: tuple[str, ...]
 
-    def flags(self) -> tuple[str, ...]:
-        """nvcc's flags."""
-        parallel = () if len(self.archs) == 1 else ("--threads=4",)
-        return (*_CUDA_FLAGS, *parallel, *(f"-gencode={_gencode(arch)}" for arch in self.archs))
+    def archs_of(self, source: Path) -> tuple[str, ...]:
+        """What `source` is compiled for: `*_sm90a.cu` for that architecture alone, if at all."""
+        own = re.search(r"_sm(\w+)\.cu$", source.name)
+        if own is not None and own[1] not in _WHEEL_ARCHS:
+            raise CompileError(f"{source} is named after {own[1]}, not one of {_WHEEL_ARCHS}")
+        return tuple(arch for arch in self.archs if own is None or arch == own[1])
+
+    def flags(self, source: Path | None = None) -> tuple[str, ...]:
+        """nvcc's flags, for all archs or for what `source` is compiled for.
+
+        PYSERVE_SM90A tells launchers that the kernels of `*_sm90a.cu` are there: core/device.h.
+        """
+        archs = self.archs if source is None else self.archs_of(source)
+        defines = (f"-DPYSERVE_SM{arch.upper()}" for arch in self.archs if arch[-1] == "a")
+        parallel = () if len(archs) == 1 else ("--threads=4",)
+        return (*_CUDA_FLAGS, *defines, *parallel, *(f"-gencode={_gencode(a)}" for a in archs))
 
     def bind_flags(self) -> tuple[str, ...]:
         """Further C++ flags of the files between torch and the kernels."""
@@ -132,8 +144,8 @@ class Toolchain:
 
     def ops_flags(self) -> tuple[str, ...]:
         """Further flags of `_ops`."""
-        include = f"{_package('torch')}/include"
-        return (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include)
+        torch = _package("torch")
+        return (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", f"{torch}/include")
 
     def host_flags(self) -> tuple[str, ...]:
         """Further flags of `_host`."""
@@ -214,13 +226,9 @@ def source_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
         path
         for path in source_dir.rglob("*")
         if path.suffix in (".cpp", ".h", ".cu", ".cuh")
-        and (with_cuda or not _is_gpu(source_dir, path))
+        and (with_cuda or source_dir / "gpu" not in path.parents)
         and path.is_file()
     )
-
-
-def _is_gpu(source_dir: Path, path: Path) -> bool:
-    return source_dir / "gpu" in path.parents
 
 
 def source_hash(source_dir: Path, *, with_cuda: bool) -> str:
@@ -355,14 +363,14 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
     cuda, cxx = toolchain.cuda, toolchain.compiler
     ops_flags = (*toolchain.flags(), *toolchain.ops_flags())
     host, ops = [], []
-    for source in compiled_files(source_dir, with_cuda=cuda is not None):
+    for source in compiled_files(source_dir, cuda):
         if source == source_dir / HOST_SOURCE:
             host_flags = (*toolchain.flags(), *toolchain.host_flags())
             host.append(compile_to(HOST_PRODUCT, source, cxx, host_flags))
-        elif cuda is None or not _is_gpu(source_dir, source):
+        elif cuda is None or source_dir / "gpu" not in source.parents:
             ops.append(compile_to(OPS_PRODUCT, source, cxx, ops_flags))
         elif source.suffix == ".cu":
-            flags = (*cuda.flags(), "-ccbin", cxx, f"-I{source_dir}")
+            flags = (*cuda.flags(source), "-ccbin", cxx, f"-I{source_dir}")
             ops.append(compile_to(OPS_PRODUCT, source, cuda.nvcc, flags))
         else:
             bind_flags = (*ops_flags, *cuda.bind_flags(), f"-I{source_dir}")
@@ -373,15 +381,16 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compiled_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
+def compiled_files(source_dir: Path, cuda: CudaCompiler | None) -> list[Path]:
     """The files that a compiler is run on, in the order of the ninja file.
 
     What takes longest comes first: kernels, the largest ahead; host.cpp (pybind11); the others.
     """
     files = [source_dir / HOST_SOURCE, source_dir / "ops.cpp"]
     files += sorted((source_dir / "cpu").glob("*.cpp"))
-    if with_cuda:
-        files = [*cuda_sources(source_dir), *files, *sorted((source_dir / "gpu").rglob("*.cpp"))]
+    if cuda is not None:
+        kernels = (path for path in cuda_sources(source_dir) if cuda.archs_of(path))
+        files = [*kernels, *files, *sorted((source_dir / "gpu").rglob("*.cpp"))]
     return files
 
 
@@ -407,10 +416,7 @@ def _nvcc_version(nvcc: str) -> tuple[int, int] | None:
 
 
 def _archs(
-    nvcc: str,
-    version: tuple[int, int],
-    wanted: str | None,
-    capability: tuple[int, int] | None,
+    nvcc: str, version: tuple[int, int], wanted: str | None, capability: tuple[int, int] | None
 ) -> tuple[str, ...]:
     if wanted:
         archs = tuple(wanted.split(","))
@@ -459,7 +465,7 @@ def _gencode(arch: str) -> str:
 
 
 def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+    return ".".join(map(str, version))
 
 
 def _words(*words: str) -> str:

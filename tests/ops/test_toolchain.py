@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from pyserve.ops import toolchain
+from pyserve.ops import build, toolchain
 from tests.ops.fake_compiler import (
     NUM_STEPS,
     fake_nvcc,
@@ -127,3 +130,54 @@ def test_where_the_cuda_compiler_is_looked_for(folder: Path) -> None:
     expected = [f"{toolkit}/bin/nvcc" for toolkit in (home, other, path)]
     assert toolchain._nvcc_candidates(env)[:3] == expected
     assert toolchain._nvcc_candidates({**env, "CUDA_HOME": ""})[:2] == expected[1:]
+
+
+def gencode(flags: Iterable[str]) -> list[str]:
+    return [flag for flag in flags if flag.startswith("-gencode")]
+
+
+def cuda_for(*archs: str) -> toolchain.CudaCompiler:
+    return toolchain.CudaCompiler("nvcc", (13, 0), archs, (), ())
+
+
+def test_one_run_of_the_front_end_serves_sm_80_and_sm_86() -> None:
+    assert gencode(cuda_for("80", "86", "90a", "89-ptx").flags()) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_89,code=compute_89",
+    ]
+
+
+def test_a_file_named_after_an_architecture_is_compiled_for_it_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(folder)))
+    sources = folder / "cuda"
+    shutil.copytree(build.source_dir(), sources)
+    monkeypatch.setattr(build, "source_dir", lambda: sources)
+    (sources / "gpu" / "attention" / "made_up_sm90a.cu").touch()
+    hopper = "-gencode=arch=compute_90a,code=sm_90a"
+    for archs, own, others in (
+        ("80,90a,90a-ptx", [hopper], "80,90a"),
+        ("90a", [hopper], "90a"),
+        ("80,89-ptx", None, "80"),
+        ("90", None, "90"),
+    ):
+        monkeypatch.setenv(toolchain.ARCHS_VARIABLE, archs)
+        products = find_or_compile(lambda line: None, build.Card((9, 0), (13, 0)))
+        text = (products / toolchain.NINJA_FILE).read_text()
+        flags = dict(re.findall(r"build _ops/(\S+): .*\n.*\n  flags = (.*)", text))
+        named = flags.pop("gpu_attention_made_up_sm90a.o", None)
+        assert (gencode(named.split()) if named else None) == own, archs
+        decode = flags["gpu_attention_decode.o"].split()
+        assert [flag.rpartition("sm_")[2] for flag in gencode(decode) if "sm_" in flag] == (
+            others.split(",")
+        )
+        # What tells the launchers whether they may call it.
+        assert ("-DPYSERVE_SM90A" in decode) == (own is not None), archs
+
+
+def test_a_file_may_not_be_named_after_an_architecture_that_nobody_builds(tmp_path: Path) -> None:
+    with pytest.raises(toolchain.CompileError, match=r"_sm90\.cu is named after 90, not one of"):
+        cuda_for("90a").archs_of(tmp_path / "made_up_sm90.cu")
