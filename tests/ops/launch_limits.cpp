@@ -1,6 +1,7 @@
 // Calls the launchers that choose a kernel by the card, on a CUDA runtime put on here that is a
 // card of given limits, and fails where a launch would be refused. Prints the kernels that were
-// launched. Arguments: number of SMs, bytes of shared memory of a block, of an SM.
+// launched. Arguments: compute capability, as 90; number of SMs; bytes of shared memory of a block,
+// of an SM.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -13,7 +14,9 @@
 
 namespace {
 
-int num_sms, smem_per_block, smem_per_sm;
+using pyserve::gpu::Dtype;
+
+int capability, num_sms, smem_per_block, smem_per_sm, num_questions;
 std::map<const void*, std::string>& names() {  // of kernels, by their host functions
   static std::map<const void*, std::string> map;
   return map;
@@ -29,22 +32,24 @@ void require(cudaError_t error, const char* what, int64_t m, int head_dim) {
 void launch_linears() {
   alignas(16) static char memory[16];
   for (int64_t m = 1; m <= 20; ++m) {
-    for (bool is_bf16 : {false, true}) {
+    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
       pyserve::gpu::LinearParams p{};
       p.x = p.weight = p.out = memory;
       p.x_stride = p.weight_stride = p.k = 4096;
       p.out_stride = p.n = 6144;
       p.m = m;
-      p.is_bf16 = is_bf16;
+      p.dtype = dtype;
       require(launch_linear(p, nullptr), "linear", m, 0);
     }
   }
 }
 
 void launch_attentions() {
-  using pyserve::gpu::AttentionDtype;
+  const pyserve::gpu::Device* device = nullptr;
+  require(current_device(&device), "current_device", 0, 0);
+  if (device->is_hopper() != (capability == 90)) std::exit(1);
   pyserve::gpu::AttentionParams p{};
-  require(attention_device(&p.device), "attention_device", 0, 0);
+  p.device = attention_device(*device);
   p.num_tokens = 2048;
   p.num_rows = 8;
   p.num_heads = 32;
@@ -53,7 +58,7 @@ void launch_attentions() {
     for (int head_dim : {64, 128}) {
       p.num_kv_heads = num_kv_heads;
       p.head_dim = head_dim;
-      for (AttentionDtype dtype : {AttentionDtype::kBfloat16, AttentionDtype::kFloat16}) {
+      for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
         require(launch_paged_attention(p, dtype, nullptr), "attention", num_kv_heads, head_dim);
       }
     }
@@ -89,7 +94,12 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute == cudaDevAttrMultiProcessorCount) {
+  ++num_questions;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) {
+    *value = capability / 10;
+  } else if (attribute == cudaDevAttrComputeCapabilityMinor) {
+    *value = capability % 10;
+  } else if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = num_sms;
   } else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
     *value = smem_per_block;
@@ -123,9 +133,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 }  // extern "C"
 
 int main(int, char** argv) {
-  num_sms = std::atoi(argv[1]);
-  smem_per_block = std::atoi(argv[2]);
-  smem_per_sm = std::atoi(argv[3]);
+  capability = std::atoi(argv[1]);
+  num_sms = std::atoi(argv[2]);
+  smem_per_block = std::atoi(argv[3]);
+  smem_per_sm = std::atoi(argv[4]);
   launch_linears();
+  const int num_first = num_questions;
   launch_attentions();
+  if (num_questions != num_first) {
+    std::fprintf(stderr, "the card was asked again, %d times\n", num_questions - num_first);
+    return 1;
+  }
 }

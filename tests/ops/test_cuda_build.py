@@ -77,7 +77,7 @@ def launched(wheel: Wheel) -> dict[str, set[str]]:
     subprocess.run([*command, source, *objects, "-o", program], check=True)
     names = {}
     for arch, (num_sms, block_kb, sm_kb) in CARDS.items():
-        limits = [str(num_sms), str(block_kb * 1024), str(sm_kb * 1024)]
+        limits = [arch.rstrip("a"), str(num_sms), str(block_kb * 1024), str(sm_kb * 1024)]
         result = subprocess.run([program, *limits], capture_output=True, text=True)
         assert result.returncode == 0, f"sm_{arch}: {result.stderr}"
         names[arch] = {short_name(line) for line in demangle(result.stdout).splitlines()}

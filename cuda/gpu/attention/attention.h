@@ -12,6 +12,9 @@
 
 #include <cstdint>
 
+#include "gpu/core/device.h"
+#include "gpu/core/dtype.h"
+
 namespace pyserve::gpu {
 
 constexpr int kDecodeRows = 16;    // packed query rows of a decode item
@@ -50,8 +53,10 @@ struct AttentionDevice {
 constexpr int kMaxDecodeCtasPerSm = 2;
 constexpr int kMaxDecodeRanges = 1024;
 
-// Reads it from the current device; neither allocates nor synchronizes.
-cudaError_t attention_device(AttentionDevice* device);
+constexpr AttentionDevice attention_device(const Device& device) {
+  // A decode CTA needs 17.5 KB more than what is on its way; the driver keeps 1 KB for each.
+  return {device.num_sms, device.smem_per_sm >= 164 * 1024 ? 2 : 1};
+}
 
 // Ranges into which a step's decode tiles are cut, for each KV head: one CTA each.
 constexpr int num_decode_ranges(AttentionDevice device, int num_kv_heads) {
@@ -106,8 +111,6 @@ struct AttentionParams {
   AttentionDevice device;
 };
 
-enum class AttentionDtype { kBfloat16, kFloat16 };
-
 // Partial results of one of the two kernels, in the workspace. The splits of a query tile have
 // consecutive partial buffers, so split 0 has buffer item.partial - item.split.
 struct AttentionPartials {
@@ -160,12 +163,12 @@ struct AttentionPlanParams {
 };
 
 cudaError_t launch_plan_attention(const AttentionPlanParams& params, cudaStream_t stream);
-cudaError_t launch_decode_attention(const AttentionParams& params, AttentionDtype dtype,
+cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
                                     cudaStream_t stream);
-cudaError_t launch_prefill_attention(const AttentionParams& params, AttentionDtype dtype,
+cudaError_t launch_prefill_attention(const AttentionParams& params, Dtype dtype,
                                      cudaStream_t stream);
 // Decode, and prefill where a row may be too long for decode. max_query_len is read here only.
-cudaError_t launch_paged_attention(const AttentionParams& params, AttentionDtype dtype,
+cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype,
                                    cudaStream_t stream);
 
 }  // namespace pyserve::gpu

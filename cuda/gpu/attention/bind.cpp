@@ -17,9 +17,9 @@ namespace {
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 
 gpu::AttentionDevice device_of(const char* op) {
-  gpu::AttentionDevice device{};
-  check_launch(op, gpu::attention_device(&device));
-  return device;
+  const gpu::Device* device = nullptr;
+  check_launch(op, gpu::current_device(&device));
+  return gpu::attention_device(*device);
 }
 
 void check_heads(const char* op, int64_t num_heads, int64_t num_kv_heads) {
@@ -68,8 +68,7 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
   const int64_t num_rows = row_slots.size(0);
   const int64_t block_size = keys.size(1), num_kv_heads = keys.size(2);
-  PYSERVE_CHECK(q.dtype == ScalarType::BFloat16 || q.dtype == ScalarType::Half, op,
-                ": q must be bfloat16 or float16, got ", torch::headeronly::toString(q.dtype));
+  const gpu::Dtype dtype = half_dtype(q);
   PYSERVE_CHECK(head_dim == 64 || head_dim == 128, op, ": head_dim ", head_dim,
                 " is neither 64 nor 128");
   check_heads(op, num_heads, num_kv_heads);
@@ -145,8 +144,6 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
       .max_blocks_per_seq = static_cast<int32_t>(blocks.size(1)),
       .device = device,
   };
-  const auto dtype = q.dtype == ScalarType::BFloat16 ? gpu::AttentionDtype::kBfloat16
-                                                     : gpu::AttentionDtype::kFloat16;
   check_launch(op, gpu::launch_paged_attention(params, dtype, current_stream(q_tensor)));
 }
 

@@ -338,7 +338,7 @@ cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_decode_attention(const AttentionParams& params, AttentionDtype dtype,
+cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
                                     cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
   const int num_ranges = num_decode_ranges(params.device, params.num_kv_heads);
@@ -349,11 +349,10 @@ cudaError_t launch_decode_attention(const AttentionParams& params, AttentionDtyp
   d.items_offset = decode_items_offset(num_ranges);
   d.scale_log2 = params.softmax_scale * kLog2E;
   const dim3 grid(params.num_kv_heads, num_ranges);
-  return dtype == AttentionDtype::kBfloat16 ? launch_decode<__nv_bfloat16>(d, grid, stream)
-                                            : launch_decode<__half>(d, grid, stream);
+  return dispatch_half(dtype, [&]<class T>(T) { return launch_decode<T>(d, grid, stream); });
 }
 
-cudaError_t launch_paged_attention(const AttentionParams& params, AttentionDtype dtype,
+cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype,
                                    cudaStream_t stream) {
   const cudaError_t error = launch_decode_attention(params, dtype, stream);
   const int group = params.num_heads / params.num_kv_heads;

@@ -391,21 +391,6 @@ __global__ void __launch_bounds__(kThreads) plan_attention_kernel(Plan plan) {
 
 }  // namespace
 
-cudaError_t attention_device(AttentionDevice* device) {
-  int id = 0, num_sms = 0, smem_per_sm = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, id);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-  if (error != cudaSuccess) return error;
-  // A decode CTA needs 17.5 KB more than what is on its way; the driver keeps 1 KB for each.
-  constexpr int kKilobyte = 1024;
-  device->num_sms = num_sms;
-  device->decode_ctas_per_sm = smem_per_sm >= 164 * kKilobyte ? 2 : 1;
-  return cudaSuccess;
-}
-
 cudaError_t launch_plan_attention(const AttentionPlanParams& params, cudaStream_t stream) {
   Plan plan{};
   plan.p = params;

@@ -414,8 +414,8 @@ cudaError_t launch_config(const AttentionParams& p, cudaStream_t stream) {
 
 // Whether two blocks fit one SM; each takes 1 KB more than it asks for.
 template <class C>
-bool fits_twice(int smem_per_sm) {
-  return 2 * (C::kSmemBytes + 1024) <= smem_per_sm;
+bool fits_twice(const Device& device) {
+  return 2 * (C::kSmemBytes + 1024) <= device.smem_per_sm;
 }
 
 // Two blocks of four warps to an SM, with steps of 64 keys where its shared memory has room for it
@@ -423,16 +423,13 @@ bool fits_twice(int smem_per_sm) {
 // of eight warps: their tensor cores are slow enough to wait for twice the fragment loads.
 template <class T, int kHeadDim>
 cudaError_t launch_typed(const AttentionParams& p, cudaStream_t stream) {
-  int device = 0, smem_per_sm = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (error != cudaSuccess) return error;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   using Large = Config<T, kHeadDim, 4, 64>;
   using Medium = Config<T, kHeadDim, 4, 32>;
-  if (fits_twice<Large>(smem_per_sm)) return launch_config<Large>(p, stream);
+  if (fits_twice<Large>(*device)) return launch_config<Large>(p, stream);
   if constexpr (kHeadDim == 128) {
-    if (!fits_twice<Medium>(smem_per_sm)) {
+    if (!fits_twice<Medium>(*device)) {
       return launch_config<Config<T, kHeadDim, 8, 64>>(p, stream);
     }
   }
@@ -449,10 +446,9 @@ cudaError_t launch_head_dim(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 }  // namespace prefill
 
-cudaError_t launch_prefill_attention(const AttentionParams& p, AttentionDtype dtype,
+cudaError_t launch_prefill_attention(const AttentionParams& p, Dtype dtype,
                                      cudaStream_t stream) {
-  return dtype == AttentionDtype::kBfloat16 ? prefill::launch_head_dim<__nv_bfloat16>(p, stream)
-                                            : prefill::launch_head_dim<__half>(p, stream);
+  return dispatch_half(dtype, [&]<class T>(T) { return prefill::launch_head_dim<T>(p, stream); });
 }
 
 }  // namespace pyserve::gpu

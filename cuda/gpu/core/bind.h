@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "common/check.h"
+#include "gpu/core/dtype.h"
 
 // Weak: it lives in libtorch_cuda, and a package with the CUDA ops must load beside a CPU torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -32,6 +33,13 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   PYSERVE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
                 "cannot get the current CUDA stream");
   return static_cast<cudaStream_t>(stream);
+}
+
+inline gpu::Dtype half_dtype(const View& view) {
+  PYSERVE_CHECK(view.dtype == ScalarType::BFloat16 || view.dtype == ScalarType::Half, view.op, ": ",
+                view.name, " must be bfloat16 or float16, got ",
+                torch::headeronly::toString(view.dtype));
+  return view.dtype == ScalarType::BFloat16 ? gpu::Dtype::kBfloat16 : gpu::Dtype::kFloat16;
 }
 
 inline void check_launch(const char* op, cudaError_t error) {

@@ -2,11 +2,15 @@
 // once.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <atomic>
 #include <cstddef>
 #include <utility>
+
+#include "gpu/core/dtype.h"
 
 namespace pyserve::gpu {
 
@@ -37,6 +41,14 @@ cudaError_t allow_smem() {
       kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes));
   if (error == cudaSuccess) is_allowed.store(true, std::memory_order_relaxed);
   return error;
+}
+
+// Calls fn(T{}) with the C++ type of a 16-bit dtype.
+template <class Fn>
+cudaError_t dispatch_half(Dtype dtype, Fn&& fn) {
+  if (dtype == Dtype::kBfloat16) return fn(__nv_bfloat16{});
+  if (dtype == Dtype::kFloat16) return fn(__half{});
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace pyserve::gpu

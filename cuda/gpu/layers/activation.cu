@@ -58,8 +58,8 @@ cudaError_t launch_silu_mul_as(const SiluMulParams& p, cudaStream_t stream) {
 
 cudaError_t launch_silu_mul(const SiluMulParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0 || params.n == 0) return cudaSuccess;
-  return params.is_bf16 ? launch_silu_mul_as<__nv_bfloat16>(params, stream)
-                        : launch_silu_mul_as<__half>(params, stream);
+  return dispatch_half(params.dtype,
+                       [&]<class T>(T) { return launch_silu_mul_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

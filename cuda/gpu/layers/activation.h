@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "gpu/core/dtype.h"
+
 namespace pyserve::gpu {
 
 struct SiluMulParams {
@@ -13,7 +15,7 @@ struct SiluMulParams {
   void* out;  // [num_tokens, n]
   int64_t out_stride;
   int64_t num_tokens, n;
-  bool is_bf16;  // else float16
+  Dtype dtype;  // 16 bits
 };
 
 cudaError_t launch_silu_mul(const SiluMulParams& params, cudaStream_t stream);

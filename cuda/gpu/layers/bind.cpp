@@ -1,24 +1,16 @@
-// The CUDA side of rms_norm, add_rms_norm, rope_write_kv, linear and silu_mul: arguments are
-// checked and handed to the kernels of norm.cu, rope.cu, linear.cu and activation.cu.
+// The CUDA side of rms_norm, add_rms_norm, rope_write_kv and silu_mul: arguments are checked and
+// handed to the kernels of norm.cu, rope.cu and activation.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
 #include "gpu/layers/activation.h"
 #include "gpu/core/bind.h"
-#include "gpu/linear/linear.h"
 #include "gpu/layers/norm.h"
 #include "gpu/layers/rope.h"
 
 namespace pyserve {
 namespace {
-
-bool is_bf16(const View& view) {
-  PYSERVE_CHECK(view.dtype == ScalarType::BFloat16 || view.dtype == ScalarType::Half, view.op, ": ",
-                view.name, " must be bfloat16 or float16, got ",
-                torch::headeronly::toString(view.dtype));
-  return view.dtype == ScalarType::BFloat16;
-}
 
 // ---- norm ---------------------------------------------------------------------------------------
 
@@ -33,7 +25,7 @@ void norm(const char* op, const Tensor& x_tensor, const Tensor* residual_tensor,
   check_same_dtype(out, x);
   check_same_sizes(out, x);
   gpu::NormParams params{};
-  params.is_bf16 = is_bf16(x);
+  params.dtype = half_dtype(x);
   if (residual_tensor != nullptr) {
     const View residual = cuda_view(op, "residual", *residual_tensor, -1);
     check_same_dtype(residual, x);
@@ -130,43 +122,8 @@ void rope_write_kv(const Tensor& qkv_tensor, const Tensor& positions_tensor,
       .num_kv_heads = static_cast<int32_t>(num_kv_heads),
       .head_dim = static_cast<int32_t>(head_dim),
       .rotary_dim = static_cast<int32_t>(rotary_dim),
-      .is_bf16 = is_bf16(qkv)};
+      .dtype = half_dtype(qkv)};
   check_launch(kRope, gpu::launch_rope_write_kv(params, current_stream(qkv_tensor)));
-}
-
-// ---- linear -------------------------------------------------------------------------------------
-
-void linear(const Tensor& x_tensor, const Tensor& weight_tensor,
-            const std::optional<Tensor>& bias_tensor, const Tensor& out_tensor) {
-  constexpr const char* kOp = "linear";
-  const View x = cuda_view(kOp, "x", x_tensor, 2);
-  const View weight = cuda_view(kOp, "weight", weight_tensor, 2);
-  const View out = cuda_view(kOp, "out", out_tensor, 2);
-  const int64_t m = x.size(0), n = weight.size(0), k = x.size(1);
-  check_size(weight, 1, k);
-  check_size(out, 0, m);
-  check_size(out, 1, n);
-  check_same_dtype(weight, x);
-  check_same_dtype(out, x);
-  const void* bias_data = nullptr;
-  if (bias_tensor.has_value()) {
-    const View bias = cuda_view(kOp, "bias", *bias_tensor, 1);
-    check_size(bias, 0, n);
-    check_same_dtype(bias, x);
-    bias_data = bias.data;
-  }
-  const gpu::LinearParams params{.x = x.data,
-                                 .x_stride = x.stride(0),
-                                 .weight = weight.data,
-                                 .weight_stride = weight.stride(0),
-                                 .bias = bias_data,
-                                 .out = out.data,
-                                 .out_stride = out.stride(0),
-                                 .m = m,
-                                 .n = n,
-                                 .k = k,
-                                 .is_bf16 = is_bf16(x)};
-  check_launch(kOp, gpu::launch_linear(params, current_stream(x_tensor)));
 }
 
 // ---- silu_mul -----------------------------------------------------------------------------------
@@ -185,7 +142,7 @@ void silu_mul(const Tensor& gate_up_tensor, const Tensor& out_tensor) {
                                   .out_stride = out.stride(0),
                                   .num_tokens = num_tokens,
                                   .n = n,
-                                  .is_bf16 = is_bf16(gate_up)};
+                                  .dtype = half_dtype(gate_up)};
   check_launch(kOp, gpu::launch_silu_mul(params, current_stream(gate_up_tensor)));
 }
 
@@ -196,6 +153,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&pyserve::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&pyserve::add_rms_norm));
   m.impl("rope_write_kv", TORCH_BOX(&pyserve::rope_write_kv));
-  m.impl("linear", TORCH_BOX(&pyserve::linear));
   m.impl("silu_mul", TORCH_BOX(&pyserve::silu_mul));
 }

@@ -145,8 +145,8 @@ cudaError_t launch_norm_as(const NormParams& p, cudaStream_t stream) {
 
 cudaError_t launch_norm(const NormParams& params, cudaStream_t stream) {
   if (params.num_rows == 0 || params.hidden == 0) return cudaSuccess;
-  return params.is_bf16 ? launch_norm_as<__nv_bfloat16>(params, stream)
-                        : launch_norm_as<__half>(params, stream);
+  return dispatch_half(params.dtype,
+                       [&]<class T>(T) { return launch_norm_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "gpu/core/dtype.h"
+
 namespace pyserve::gpu {
 
 struct NormParams {
@@ -17,7 +19,7 @@ struct NormParams {
   int64_t out_stride;
   int64_t num_rows, hidden;
   float eps;
-  bool is_bf16;  // else float16
+  Dtype dtype;  // 16 bits
 };
 
 cudaError_t launch_norm(const NormParams& params, cudaStream_t stream);

@@ -231,8 +231,8 @@ cudaError_t launch_rope_as(const RopeParams& p, cudaStream_t stream) {
 
 cudaError_t launch_rope_write_kv(const RopeParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return cudaSuccess;
-  return params.is_bf16 ? launch_rope_as<__nv_bfloat16>(params, stream)
-                        : launch_rope_as<__half>(params, stream);
+  return dispatch_half(params.dtype,
+                       [&]<class T>(T) { return launch_rope_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "gpu/core/dtype.h"
+
 namespace pyserve::gpu {
 
 constexpr int64_t kMaxRopeHeadDim = 256;
@@ -27,7 +29,7 @@ struct RopeParams {
   int64_t block_size;
   int64_t num_tokens;
   int32_t num_heads, num_kv_heads, head_dim, rotary_dim;
-  bool is_bf16;  // else float16
+  Dtype dtype;  // 16 bits
 };
 
 // A position outside [0, max_position) or a slot outside [-1, num_kv_slots) traps.

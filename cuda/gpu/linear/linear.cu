@@ -18,6 +18,7 @@
 
 #include <algorithm>
 
+#include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
 
@@ -211,14 +212,14 @@ cudaError_t launch_tiled(const LinearParams& p, int num_sms, int ctas_per_sm, cu
 }
 
 template <class T, int kTokens>
-cudaError_t launch_tokens(const LinearParams& p, int num_sms, int max_smem, cudaStream_t stream) {
+cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStream_t stream) {
   using Deep = Tiling<1, 128, 8, 4, kTokens>;
   using Small = Tiling<1, 64, 8, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
   static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
-  if (max_smem >= Tiling<1, 128, 8, 4, 8>::kSmem) {  // one tiling for all m of a device
-    return launch_tiled<T, Deep>(p, num_sms, 1, stream);
+  if (device.smem_per_block >= Tiling<1, 128, 8, 4, 8>::kSmem) {  // one tiling for all m of a device
+    return launch_tiled<T, Deep>(p, device.num_sms, 1, stream);
   }
-  return launch_tiled<T, Small>(p, num_sms, 1, stream);
+  return launch_tiled<T, Small>(p, device.num_sms, 1, stream);
 }
 
 constexpr int64_t kMaxTokens = 8;
@@ -230,20 +231,16 @@ cudaError_t launch_linear_as(const LinearParams& params, cudaStream_t stream) {
     const int64_t num_ctas = (params.m * params.n + 7) / 8;
     return launch(linear_plain_kernel<T>, static_cast<unsigned>(num_ctas), 256, 0, stream, params);
   }
-  int device = 0, num_sms = 0, max_smem = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&max_smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const Device* device = nullptr;
+  cudaError_t error = current_device(&device);
   for (int64_t token = 0; token < params.m && error == cudaSuccess; token += kMaxTokens) {
     LinearParams p = params;
     p.x = static_cast<const T*>(params.x) + token * params.x_stride;
     p.out = static_cast<T*>(params.out) + token * params.out_stride;
     p.m = std::min(params.m - token, kMaxTokens);
-    error = p.m == 1   ? launch_tokens<T, 1>(p, num_sms, max_smem, stream)
-            : p.m <= 4 ? launch_tokens<T, 4>(p, num_sms, max_smem, stream)
-                       : launch_tokens<T, 8>(p, num_sms, max_smem, stream);
+    error = p.m == 1   ? launch_tokens<T, 1>(p, *device, stream)
+            : p.m <= 4 ? launch_tokens<T, 4>(p, *device, stream)
+                       : launch_tokens<T, 8>(p, *device, stream);
   }
   return error;
 }
@@ -252,8 +249,8 @@ cudaError_t launch_linear_as(const LinearParams& params, cudaStream_t stream) {
 
 cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.m == 0 || params.n == 0) return cudaSuccess;
-  return params.is_bf16 ? launch_linear_as<__nv_bfloat16>(params, stream)
-                        : launch_linear_as<__half>(params, stream);
+  return dispatch_half(params.dtype,
+                       [&]<class T>(T) { return launch_linear_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "gpu/core/dtype.h"
+
 namespace pyserve::gpu {
 
 struct LinearParams {
@@ -16,7 +18,7 @@ struct LinearParams {
   void* out;         // [m, n]
   int64_t out_stride;
   int64_t m, n, k;
-  bool is_bf16;  // else float16
+  Dtype dtype;  // 16 bits
 };
 
 cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream);

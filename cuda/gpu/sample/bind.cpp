@@ -12,13 +12,13 @@ namespace {
 
 constexpr const char* kOp = "sample";
 
-gpu::SampleDtype sample_dtype(const View& logits) {
-  if (logits.dtype == ScalarType::Float) return gpu::SampleDtype::kFloat32;
-  if (logits.dtype == ScalarType::BFloat16) return gpu::SampleDtype::kBfloat16;
+gpu::Dtype sample_dtype(const View& logits) {
+  if (logits.dtype == ScalarType::Float) return gpu::Dtype::kFloat32;
+  if (logits.dtype == ScalarType::BFloat16) return gpu::Dtype::kBfloat16;
   PYSERVE_CHECK(logits.dtype == ScalarType::Half, kOp,
                 ": logits must be float32, bfloat16 or float16, got ",
                 torch::headeronly::toString(logits.dtype));
-  return gpu::SampleDtype::kFloat16;
+  return gpu::Dtype::kFloat16;
 }
 
 void sample(const Tensor& logits_tensor, const Tensor& sample_slots_tensor,

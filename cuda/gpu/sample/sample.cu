@@ -18,6 +18,7 @@
 // Floor: bytes, the logits once; weights cost about 36 instructions a token, half of what is left.
 // Source of the threshold idea: radix select (Alabi et al. 2012); inverse CDF, no rejection.
 #include "common/philox.h"
+#include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/sample/sample.h"
 #include "gpu/sample/end.cuh"
@@ -447,29 +448,19 @@ cudaError_t launch_both(const Arguments& a, cudaStream_t stream) {
 
 cudaError_t launch_sample(const SampleParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
-  int device = 0, num_sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const int num_chunks = (params.vocab_size + kChunkTokens - 1) / kChunkTokens;
   int splits = 1;  // a power of two: lanes are folded by it
   while (splits < kMaxSplits && params.num_rows <= kMaxSplitRows &&
-         params.num_rows * splits * 2 <= 2 * num_sms && splits * 2 * kSampleWarps <= num_chunks) {
+         params.num_rows * splits * 2 <= 2 * device->num_sms && splits * 2 * kSampleWarps <= num_chunks) {
     splits *= 2;
   }
   const Arguments arguments{params, splits, (num_chunks + splits - 1) / splits,
                             static_cast<int>(sample_list_words(params.vocab_size))};
-  switch (params.dtype) {
-    case SampleDtype::kFloat32:
-      return launch_both<float>(arguments, stream);
-    case SampleDtype::kBfloat16:
-      return launch_both<__nv_bfloat16>(arguments, stream);
-    case SampleDtype::kFloat16:
-      return launch_both<__half>(arguments, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (params.dtype == Dtype::kFloat32) return launch_both<float>(arguments, stream);
+  return dispatch_half(params.dtype,
+                       [&]<class T>(T) { return launch_both<T>(arguments, stream); });
 }
 
 }  // namespace pyserve::gpu

@@ -6,14 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace pyserve::gpu {
+#include "gpu/core/dtype.h"
 
-enum class SampleDtype { kFloat32, kBfloat16, kFloat16 };
+namespace pyserve::gpu {
 
 struct SampleParams {
   const void* logits;  // [num_rows, vocab_size], vocab contiguous; strides in elements
   int64_t logits_stride;
-  SampleDtype dtype;
+  Dtype dtype;
   const int32_t* sample_slots;  // [num_rows], -1: padding
   int64_t sample_slots_stride;
   int32_t* slots;  // [num_slots, kSlotWords], common/step.h
