@@ -113,6 +113,15 @@ def test_imports_inside_the_api_go_one_way(path: Path) -> None:
         assert here != "wire" or parts[0] != "aiohttp", f"line {node.lineno}: wire imports aiohttp"
 
 
+def test_no_wire_type_of_a_request_is_known_behind_the_job() -> None:
+    behind = [*(PACKAGE / "api" / "generation").glob("*.py"), PACKAGE / "api/endpoints/answer.py"]
+    for path in behind:
+        for node, name in imports(ast.parse(path.read_text())):
+            assert not name.startswith("pyserve.api.wire") or name.endswith(
+                (".protocol.Usage", ".protocol.PromptTokensDetails")
+            ), f"{path.name}: line {node.lineno}: {name}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_stand_at_the_top(path: Path) -> None:
     if room(path) == "cli":

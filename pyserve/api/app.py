@@ -2,7 +2,7 @@
 
 A route is denied without a key unless its row says `is_public`; that includes paths that do not
 exist, as it is the handler the router found that is public, never a text in the path. Every
-response but a finished answer is an error object of http/errors.py, and every one has its request
+response but a finished answer is an error in the words of its route, and every one has its request
 id.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
@@ -23,8 +22,8 @@ from pyserve.api.endpoints.models import list_models, retrieve_model
 from pyserve.api.endpoints.tokens import detokenize, tokenize
 from pyserve.api.http import request_id
 from pyserve.api.http.cors import add_cors
-from pyserve.api.http.delivery import deliver
-from pyserve.api.http.errors import error_response, log_unexpected
+from pyserve.api.http.delivery import deliver, json_response
+from pyserve.api.http.errors import ErrorBody, error_body, error_response, log_unexpected
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.http.keys import CLIENT, USER
 from pyserve.api.pages import site
@@ -38,21 +37,24 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Route(NamedTuple):
+    """A row: error_body is how clients of the route expect an error, in OpenAI's words else."""
+
     method: str
     path: str
     handler: Handler
     is_public: bool = False
     uses_model: bool = False
+    error_body: ErrorBody = error_body
 
 
 async def version(request: web.Request) -> web.StreamResponse:
     """The version of pyserve."""
-    return _json(200, {"version": __version__})
+    return json_response({"version": __version__})
 
 
 async def load(request: web.Request) -> web.StreamResponse:
     """Requests in flight, under vLLM's name."""
-    return _json(200, {"server_load": request.app[STATE].num_in_flight})
+    return json_response({"server_load": request.app[STATE].num_in_flight})
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
@@ -125,7 +127,7 @@ async def _serve(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await deliver(request, response)
     except RequestError as error:
-        return error_response(error)
+        return _error_response(request, error)
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
@@ -163,18 +165,25 @@ def _middleware(state: ServerState) -> Middleware:
         except RequestError as error:
             if target in using_model:
                 state.request_log.refused(request, error)
-            response = error_response(error)
+            response = _error_response(request, error)
         except web.HTTPException as error:
             response = _router_error(request, error, unknown_paths)
         except ConnectionError:
             raise  # the client has gone; aiohttp closes what is left
         except Exception as error:
-            response = error_response(log_unexpected(error))
+            response = _error_response(request, log_unexpected(error))
         if state.status in ("draining", "failed"):
             response.force_close()
         return response
 
     return guard
+
+
+def _error_response(request: web.Request, error: RequestError) -> web.Response:
+    """In the words of the route that was asked."""
+    handler = request.match_info.handler
+    to_body = next((r.error_body for r in ROUTES if r.handler is handler), error_body)
+    return error_response(error, to_body)
 
 
 def _router_error(
@@ -187,9 +196,3 @@ def _router_error(
     if isinstance(error, web.HTTPNotFound):
         return error_response(unknown_paths.not_found(request))
     return error_response(log_unexpected(error))
-
-
-def _json(status: int, value: dict[str, object]) -> web.Response:
-    return web.Response(
-        status=status, body=msgspec.json.encode(value), content_type="application/json"
-    )

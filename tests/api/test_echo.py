@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from pyserve.api.endpoints import answer
-from pyserve.api.generation import prompts
-from pyserve.api.generation.prompts import Truncation
+from pyserve.api.endpoints import openai, prompts
+from pyserve.api.endpoints.prompts import Truncation
 from tests.api.fakes import CONTEXT, MODEL, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -77,7 +76,7 @@ def test_echo_alone_generates_nothing(server: Server) -> None:
 
 
 def test_what_echo_shows_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "MAX_ECHO_CHARS", 100)
+    monkeypatch.setattr(openai, "MAX_ECHO_CHARS", 100)
     body = {"prompt": "x" * 26, "echo": True, "n": 4}
     error = server.error(COMPLETIONS, body)
     assert error["param"] == "echo" and "104" in error["message"] and "100" in error["message"]

@@ -1,18 +1,33 @@
-"""POST /v1/chat/completions: messages -> prompt -> answer as chat objects."""
+"""POST /v1/chat/completions: messages -> Job, parts -> chat objects."""
 
 from __future__ import annotations
 
 import time
 
+import msgspec
 from aiohttp import web
 
-from pyserve.api.endpoints.answer import FINGERPRINT, Endpoint, answer
+from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
+from pyserve.api.endpoints.openai import (
+    FINGERPRINT,
+    OpenAIFrames,
+    encode_whole,
+    make_job,
+)
 from pyserve.api.generation.generate import Choice, Generation
-from pyserve.api.generation.stream import ChatFrames
 from pyserve.api.state import STATE
-from pyserve.api.wire.protocol import ChatChoice, ChatMessage, ChatRequest, ChatResponse
+from pyserve.api.wire.protocol import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+)
+from pyserve.text.parts import content_of
 
 WIRE = Wire(ChatRequest)
 
@@ -29,42 +44,78 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     ignored = [*ignored, *conversation.ignored]
     if body.echo and not conversation.prompt.echo:
         ignored.append("echo")
-    return await answer(
-        request,
-        state,
+    limit = "max_tokens", body.max_tokens
+    if body.max_completion_tokens is not None:
+        limit = "max_completion_tokens", body.max_completion_tokens
+    job = await make_job(
+        body,
         loaded,
-        endpoint=ENDPOINT,
-        body=body,
+        [conversation.prompt],
+        prompt_name="messages",
+        limit=limit,
+        default_max_tokens=loaded.defaults.max_new_tokens,
         ignored=ignored,
-        prompts=[conversation.prompt],
-        arrived_s=arrived_s,
     )
+    return await answer(request, state, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 
-def _whole(request_id: str, created: int, model: str, generation: Generation) -> ChatResponse:
-    return ChatResponse(
-        id=request_id,
-        created=created,
-        model=model,
-        choices=[_choice(choice) for choice in generation.choices],
-        system_fingerprint=FINGERPRINT,
-        usage=generation.usage(),
+class ChatFrames(OpenAIFrames):
+    """`chat.completion.chunk` objects."""
+
+    chunk_type = ChatChunk
+
+    def first(self, choice: Choice) -> bytes:
+        """Whose message it is, before any token of it is counted."""
+        entry = ChatChunkChoice(
+            index=choice.index,
+            delta=ChatDelta(role="assistant", content=""),
+            logprobs=None,
+            finish_reason=None,
+        )
+        usage = self.usage_so_far(choice)
+        if usage:
+            usage = msgspec.structs.replace(
+                usage, completion_tokens=0, total_tokens=usage.prompt_tokens
+            )
+        return self.chunk([entry], usage=usage, prompt_token_ids=None, prompt_text=None)
+
+    def entry(self, choice: Choice, text: str, *, is_last: bool = False) -> ChatChunkChoice:
+        """The element of `choices` with some more text."""
+        delta = ChatDelta(content=text)
+        if not is_last:
+            return ChatChunkChoice(
+                index=choice.index, delta=delta, logprobs=None, finish_reason=None, token_ids=None
+            )
+        return ChatChunkChoice(
+            index=choice.index,
+            delta=delta,
+            logprobs=None,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            token_ids=None,
+        )
+
+
+def _whole(head: Head, generation: Generation) -> bytes:
+    return encode_whole(
+        ChatResponse(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=[_choice(choice) for choice in generation.choices],
+            system_fingerprint=FINGERPRINT,
+            usage=generation.usage(),
+        )
     )
 
 
 def _choice(choice: Choice) -> ChatChoice:
     return ChatChoice(
         index=choice.index,
-        message=ChatMessage(content="".join(choice.pieces)),
+        message=ChatMessage(content=content_of(choice.parts)),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
     )
 
 
-ENDPOINT = Endpoint(
-    id_prefix="chatcmpl-",
-    prompt_name="messages",
-    default_max_tokens=None,
-    frames=ChatFrames,
-    whole=_whole,
-)
+DIALECT = Dialect(id_prefix="chatcmpl-", frames=ChatFrames, whole=_whole)

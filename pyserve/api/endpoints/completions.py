@@ -1,4 +1,4 @@
-"""POST /v1/completions: text or token-id prompts -> answer as text_completion objects."""
+"""POST /v1/completions: text or token-id prompts -> Job, parts -> text_completion objects."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from typing import cast
 
 from aiohttp import web
 
-from pyserve.api.endpoints.answer import FINGERPRINT, Endpoint, answer
+from pyserve.api.endpoints import prompts
+from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
-from pyserve.api.generation import prompts
+from pyserve.api.endpoints.openai import (
+    FINGERPRINT,
+    OpenAIFrames,
+    encode_whole,
+    make_job,
+)
+from pyserve.api.endpoints.sampling import check_token_ids
 from pyserve.api.generation.generate import Choice, Generation
-from pyserve.api.generation.sampling import check_token_ids
-from pyserve.api.generation.stream import CompletionFrames
+from pyserve.api.generation.job import Prompt
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.protocol import (
     MAX_SEQUENCES,
     CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
     CompletionRequest,
     CompletionResponse,
 )
 from pyserve.errors import InvalidRequestError
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.parts import content_of
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
 
-Prompt = str | list[str | int | list[int]]
+PromptField = str | list[str | int | list[int]]
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -49,19 +58,20 @@ async def completions(request: web.Request) -> web.StreamResponse:
         ignored = [*ignored, "truncation_side"]
     read = partial(_read_prompts, loaded, body, body.prompt, cut)
     read_prompts = await state.run_text(request, _size(body.prompt), read)
-    return await answer(
-        request,
-        state,
+    job = await make_job(
+        body,
         loaded,
-        endpoint=ENDPOINT,
-        body=body,
+        read_prompts,
+        prompt_name="prompt",
+        limit=("max_tokens", body.max_tokens),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
         ignored=ignored,
-        prompts=read_prompts,
-        arrived_s=arrived_s,
+        runs=not (body.echo and body.max_tokens == 0),
     )
+    return await answer(request, state, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 
-def _size(prompt: Prompt) -> int:
+def _size(prompt: PromptField) -> int:
     """Characters and token ids, where there are no more prompts than are allowed."""
     if isinstance(prompt, str):
         return len(prompt)
@@ -70,8 +80,8 @@ def _size(prompt: Prompt) -> int:
 
 
 def _read_prompts(
-    loaded: Loaded, body: CompletionRequest, prompt: Prompt, cut: prompts.Truncation | None
-) -> list[prompts.Prompt]:
+    loaded: Loaded, body: CompletionRequest, prompt: PromptField, cut: prompts.Truncation | None
+) -> list[Prompt]:
     """Token ids of every prompt, and with `echo` its text."""
     tokenizer = loaded.tokenizer
     skip = body.skip_special_tokens is not False
@@ -84,13 +94,13 @@ def _read_prompts(
     else:
         echoes = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in token_ids]
     return [
-        prompts.Prompt(ids, echo, Detokenizer(tokenizer, ids, skip_special_tokens=skip))
+        Prompt(ids, echo, Detokenizer(tokenizer, ids, skip_special_tokens=skip))
         for ids, echo in zip(token_ids, echoes, strict=True)
     ]
 
 
 def _tokenize(
-    loaded: Loaded, prompt: Prompt, add_special_tokens: bool, cut: prompts.Truncation | None
+    loaded: Loaded, prompt: PromptField, add_special_tokens: bool, cut: prompts.Truncation | None
 ) -> list[list[int]]:
     """Token ids of every prompt, each in the vocabulary and none empty."""
     if isinstance(prompt, str):
@@ -146,30 +156,43 @@ def _encode(
     return token_ids
 
 
-def _whole(request_id: str, created: int, model: str, generation: Generation) -> CompletionResponse:
-    return CompletionResponse(
-        id=request_id,
-        created=created,
-        model=model,
-        choices=[_choice(choice) for choice in generation.choices],
-        system_fingerprint=FINGERPRINT,
-        usage=generation.usage(),
+class CompletionFrames(OpenAIFrames):
+    """Streamed `text_completion` objects."""
+
+    chunk_type = CompletionChunk
+
+    def entry(self, choice: Choice, text: str, *, is_last: bool = False) -> CompletionChunkChoice:
+        """The element of `choices` with some more text."""
+        if not is_last:
+            return CompletionChunkChoice(index=choice.index, text=text)
+        return CompletionChunkChoice(
+            index=choice.index,
+            text=text,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+        )
+
+
+def _whole(head: Head, generation: Generation) -> bytes:
+    return encode_whole(
+        CompletionResponse(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=[_choice(choice) for choice in generation.choices],
+            system_fingerprint=FINGERPRINT,
+            usage=generation.usage(),
+        )
     )
 
 
 def _choice(choice: Choice) -> CompletionChoice:
     return CompletionChoice(
         index=choice.index,
-        text="".join(choice.pieces),
+        text=content_of(choice.parts),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
     )
 
 
-ENDPOINT = Endpoint(
-    id_prefix="cmpl-",
-    prompt_name="prompt",
-    default_max_tokens=DEFAULT_MAX_TOKENS,
-    frames=CompletionFrames,
-    whole=_whole,
-)
+DIALECT = Dialect(id_prefix="cmpl-", frames=CompletionFrames, whole=_whole)

@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES, check_built
-from pyserve.api.generation import prompts
+from pyserve.api.generation.job import Prompt
 from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import SHORT_TEXT_CHARS, Loaded, ServerState
 from pyserve.api.wire.protocol import (
@@ -55,7 +56,7 @@ _UNBUILT = fields_of(Message)
 class Conversation:
     """The prompt of a chat, and the names of fields that the template does not look at."""
 
-    prompt: prompts.Prompt
+    prompt: Prompt
     ignored: list[str]
 
 
@@ -134,13 +135,11 @@ def _prompt(
     body: ChatRequest | TokenizeRequest,
     messages: list[Message],
     token_ids: list[int],
-) -> prompts.Prompt:
+) -> Prompt:
     if isinstance(body, TokenizeRequest):
-        return prompts.Prompt(
-            token_ids, "", Detokenizer(loaded.tokenizer, skip_special_tokens=True)
-        )
+        return Prompt(token_ids, "", Detokenizer(loaded.tokenizer, skip_special_tokens=True))
     skip_special_tokens = body.skip_special_tokens is not False
-    return prompts.Prompt(
+    return Prompt(
         token_ids,
         _echo(messages[-1]) if body.echo else "",
         Detokenizer(loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens),

@@ -6,9 +6,9 @@ has been, and how long the running step takes, are in the answer.
 
 from __future__ import annotations
 
-import msgspec
 from aiohttp import web
 
+from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, ServerState
 from pyserve.words import counted
 
@@ -16,13 +16,13 @@ from pyserve.words import counted
 async def health(request: web.Request) -> web.StreamResponse:
     """Ready: 200 where a request would be taken now; else 503, and where the server stands."""
     status, body = describe(request.app[STATE])
-    return _json(status, body)
+    return json_response(body, status=status)
 
 
 async def health_live(request: web.Request) -> web.StreamResponse:
     """Alive: 200 as long as the event loop runs, whatever else is amiss."""
     state = request.app[STATE]
-    return _json(200, {"status": "live", "loop_lag_s": round(state.watchdog.recent_lag_s, 3)})
+    return json_response({"status": "live", "loop_lag_s": round(state.watchdog.recent_lag_s, 3)})
 
 
 def describe(state: ServerState) -> tuple[int, dict[str, object]]:
@@ -48,9 +48,3 @@ def describe(state: ServerState) -> tuple[int, dict[str, object]]:
         "loop_lag_s": round(state.watchdog.recent_lag_s, 3),
         "step_age_s": round(stats.step_age_s, 3),
     }
-
-
-def _json(status: int, value: dict[str, object]) -> web.Response:
-    return web.Response(
-        status=status, body=msgspec.json.encode(value), content_type="application/json"
-    )

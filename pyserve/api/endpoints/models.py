@@ -7,7 +7,7 @@ import hashlib
 import msgspec
 from aiohttp import web
 
-from pyserve.api.endpoints.answer import json_response
+from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, ServerState
 
 

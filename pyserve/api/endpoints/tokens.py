@@ -7,11 +7,11 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
-from pyserve.api.endpoints.answer import json_response
 from pyserve.api.endpoints.body import Wire, ignored_header
 from pyserve.api.endpoints.conversation import read_conversation
-from pyserve.api.generation.prompts import encode_any, max_tokenize_tokens, truncation
-from pyserve.api.generation.sampling import check_token_ids
+from pyserve.api.endpoints.prompts import encode_any, max_tokenize_tokens, truncation
+from pyserve.api.endpoints.sampling import check_token_ids
+from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.protocol import (
     DetokenizeRequest,

@@ -1,4 +1,4 @@
-"""One request: its sequences are submitted, read together and turned into text.
+"""One job: its sequences are submitted, read together and turned into parts.
 
 One coroutine reads all choices of a request through one shared wake-up; per token there is no
 task, no queue and no object that outlives the wake-up. Streamed and whole answers take this road
@@ -15,7 +15,7 @@ from itertools import groupby
 
 import msgspec
 
-from pyserve.api.generation.sampling import Ending
+from pyserve.api.generation.job import Ending, Job, Prompt
 from pyserve.api.generation.slices import Slices
 from pyserve.api.wire.protocol import PromptTokensDetails, Usage
 from pyserve.client import EngineClient, SequenceDelta, SequenceRequest, SequenceStream
@@ -23,16 +23,18 @@ from pyserve.errors import RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.parts import Content, Part, Stage
 from pyserve.text.stop import StopChecker
 
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One sequence of a request and the text it has become.
+    """One sequence of a request and the parts it has become.
 
     num_tokens counts the output tokens up to the one that ended the answer, and no further.
     first_token_s is when its first tokens were read here, 0 before.
     prefix is shown before its text: the prompt that is to be echoed, until it has been.
+    parts are those of a whole answer; a stream keeps none.
     """
 
     index: int
@@ -42,15 +44,16 @@ class Choice:
     ending: Ending
     detokenizer: Detokenizer
     stop_checker: StopChecker | None
+    stage: Stage
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     first_token_s: float = 0.0
     prefix: str = ""
-    pieces: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
-    def advance(self, delta: SequenceDelta) -> str:
-        """New text of `delta`; sets finish_reason with the last of it."""
+    def advance(self, delta: SequenceDelta) -> Sequence[Part]:
+        """New parts of `delta`; sets finish_reason with the last of them."""
         token_ids = delta.token_ids
         is_cut = delta.finish_reason == "stop" and not self.ending.include_stop
         visible = token_ids[:-1] if is_cut else token_ids
@@ -59,16 +62,22 @@ class Choice:
             self.num_tokens += len(token_ids)
         else:
             text = self._advance_checked(self.stop_checker, visible)
-            if self.finish_reason is not None:
-                return text
-            self.num_tokens += len(token_ids) - len(visible)
-        if delta.finish_reason is not None:
+            if self.finish_reason is None:
+                self.num_tokens += len(token_ids) - len(visible)
+        if delta.finish_reason is not None and self.finish_reason is None:
             text += self._flush()
             if self.finish_reason is None:
                 self.finish_reason = delta.finish_reason
                 if delta.stop_token_id != self.ending.eos_token_id:
                     self.stop_reason = delta.stop_token_id
-        return text
+        if self.prefix:
+            text, self.prefix = self.prefix + text, ""
+        parts = self.stage.push(Content(text)) if text else ()
+        return parts if self.finish_reason is None else [*parts, *self.stage.flush()]
+
+    def usage(self) -> Usage:
+        """Its tokens so far, and those of its prompt."""
+        return _usage([self.stream], self.num_tokens)
 
     def _advance_checked(self, checker: StopChecker, token_ids: list[int]) -> str:
         # Token by token: usage ends with the token that completed the stop string.
@@ -116,7 +125,6 @@ class Generation:
         self._metrics = metrics
         self._wakeup = asyncio.Event()
         self._interruption: RequestError | None = None
-        self._slices = Slices()
 
     def wake(self) -> None:
         """Let `read` return, empty where there is no news."""
@@ -127,57 +135,54 @@ class Generation:
         self._interruption = error
         self._wakeup.set()
 
-    async def submit(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int,
-        ending: Ending,
-        detokenizer: Detokenizer,
-        priority: int,
-        cache_salt: str,
-        user: str = "",
-        prefix: str = "",
-        runs: bool = True,
-    ) -> None:
-        """Queue the n sequences of one prompt. Raises what EngineClient.submit raises.
+    async def submit(self, job: Job, *, cache_salt: str, user: str) -> None:
+        """Queue all sequences of `job`. Raises what EngineClient.check_room and submit raise.
 
-        detokenizer  of a text that goes on where the prompt ends.
-        user         with whom they share what is scarce.
-        prefix       what each of them shows before its text.
-        runs         False: they end at once, without a token; the engine does not hear of them.
+        cache_salt  the server's own, made of the job's and the key's.
+        user        with whom they share what is scarce.
         """
-        for sample_index in range(n):
-            await self._slices.rest()
-            own_params = msgspec.structs.replace(params, sample_index=sample_index)
-            if runs:
-                stream = self._engine.submit(
-                    SequenceRequest(prompt_token_ids, own_params, priority, cache_salt, user)
-                )
-            else:
-                stream = SequenceStream(-1, len(prompt_token_ids))
-                stream.finish("length")
-            stream.share_wakeup(self._wakeup)
-            choice = Choice(
-                index=len(self.choices),
-                sample_index=sample_index,
-                stream=stream,
-                params=own_params,
-                prefix=prefix,
-                ending=ending,
-                detokenizer=detokenizer.copy(),
-                stop_checker=(
-                    StopChecker(ending.stop, ending.include_stop) if ending.stop else None
-                ),
-            )
-            self.choices.append(choice)
-            self.active.append(choice)
+        if job.runs:  # all of them or none
+            num_tokens = job.n * sum(len(prompt.token_ids) for prompt in job.prompts)
+            self._engine.check_room(job.n * len(job.prompts), num_tokens=num_tokens, user=user)
+        slices = Slices()
+        for prompt, params in zip(job.prompts, job.params, strict=True):
+            for sample_index in range(job.n):
+                await slices.rest()
+                own_params = msgspec.structs.replace(params, sample_index=sample_index)
+                if job.runs:
+                    stream = self._engine.submit(
+                        SequenceRequest(
+                            prompt.token_ids, own_params, job.priority, cache_salt, user
+                        )
+                    )
+                else:  # the engine does not hear of it
+                    stream = SequenceStream(-1, len(prompt.token_ids))
+                    stream.finish("length")
+                self._add(job, prompt, own_params, stream)
 
-    async def read(self) -> list[tuple[Choice, str]]:
-        """Wait for news: the choices that have any, each with its new text.
+    def _add(
+        self, job: Job, prompt: Prompt, params: SamplingParams, stream: SequenceStream
+    ) -> None:
+        stream.share_wakeup(self._wakeup)
+        ending = job.ending
+        choice = Choice(
+            index=len(self.choices),
+            sample_index=params.sample_index,
+            stream=stream,
+            params=params,
+            prefix=prompt.echo,
+            ending=ending,
+            detokenizer=prompt.detokenizer.copy(),
+            stop_checker=StopChecker(ending.stop, ending.include_stop) if ending.stop else None,
+            stage=job.make_stage(),
+        )
+        self.choices.append(choice)
+        self.active.append(choice)
 
-        A choice leaves `active` with its last text. Raises the error a sequence failed with, or
+    async def read(self) -> list[tuple[Choice, Sequence[Part]]]:
+        """Wait for news: the choices that have any, each with its new parts.
+
+        A choice leaves `active` with its last part. Raises the error a sequence failed with, or
         that of `interrupt`.
         """
         await self._wakeup.wait()
@@ -188,55 +193,36 @@ class Generation:
             self.error = error
             raise
 
-    def _take_news(self) -> list[tuple[Choice, str]]:
+    def _take_news(self) -> list[tuple[Choice, Sequence[Part]]]:
         if self._interruption is not None:
             raise self._interruption
         news = []
+        has_ended = False
         for choice in self.active:
             delta = choice.stream.take()
             if delta is None:
                 continue
-            text = choice.prefix + choice.advance(delta)
-            choice.prefix = ""
-            news.append((choice, text))
+            news.append((choice, choice.advance(delta)))
             if not choice.first_token_s and delta.token_ids:
                 self._note_first_token(choice)
             if choice.finish_reason is not None:
                 self._finish(choice, choice.finish_reason)
-        if any(choice.finish_reason is not None for choice, _ in news):
+                has_ended = True
+        if has_ended:
             self.active = [c for c in self.active if c.finish_reason is None]
         return news
 
     async def read_all(self) -> None:
-        """Until every choice has ended; its text is in `pieces`."""
+        """Until every choice has ended; what each has become is in its `parts`."""
         while self.active:
-            for choice, text in await self.read():
-                choice.pieces.append(text)
+            for choice, parts in await self.read():
+                choice.parts += parts
 
     def usage(self) -> Usage:
         """Tokens of all choices so far; a prompt counts once, whatever its n."""
-        firsts = [choice.stream for choice in self.choices if choice.sample_index == 0]
-        num_prompt_tokens = sum(stream.num_prompt_tokens for stream in firsts)
-        num_output_tokens = sum(choice.num_tokens for choice in self.choices)
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            total_tokens=num_prompt_tokens + num_output_tokens,
-            completion_tokens=num_output_tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=sum(stream.num_cached_tokens for stream in firsts)
-            ),
-        )
-
-    def usage_of(self, choice: Choice) -> Usage:
-        """Tokens of one choice so far, and of its prompt."""
-        num_prompt_tokens = choice.stream.num_prompt_tokens
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            total_tokens=num_prompt_tokens + choice.num_tokens,
-            completion_tokens=choice.num_tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=choice.stream.num_cached_tokens
-            ),
+        return _usage(
+            [choice.stream for choice in self.choices if choice.sample_index == 0],
+            sum(choice.num_tokens for choice in self.choices),
         )
 
     def close(self, reason: str) -> None:
@@ -267,3 +253,15 @@ class Generation:
             max_tokens=choice.params.max_tokens,
             e2e_s=time.monotonic() - self.arrived_s,
         )
+
+
+def _usage(prompts: Sequence[SequenceStream], num_output_tokens: int) -> Usage:
+    num_prompt_tokens = sum(stream.num_prompt_tokens for stream in prompts)
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        total_tokens=num_prompt_tokens + num_output_tokens,
+        completion_tokens=num_output_tokens,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(stream.num_cached_tokens for stream in prompts)
+        ),
+    )

@@ -1,7 +1,7 @@
 """Server-sent events: one write per wake-up and connection, one frame per choice that has news.
 
-Frames are built once per request but for the text in them. A slow reader stops only its own
-coroutine: what it does not fetch gathers as token ids in its sequences, which are bounded.
+A slow reader stops only its own coroutine: what it does not fetch gathers as token ids in its
+sequences, which are bounded.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 from aiohttp import HttpVersion11, web
 
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.http.bounds import PROBE_S
 from pyserve.api.http.delivery import write
-from pyserve.api.http.errors import error_body, log_unexpected
+from pyserve.api.http.errors import log_unexpected
 from pyserve.api.http.http_protocol import connection_of
-from pyserve.api.wire.encoding import encode_line
 from pyserve.api.wire.protocol import Usage
 from pyserve.errors import RequestError
+from pyserve.text.parts import Part
 
-DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 SILENCE_S = 10.0  # then a comment goes out: proxies cut what says nothing
 HEADERS = {
@@ -33,135 +31,49 @@ HEADERS = {
 
 
 class Frames(Protocol):
-    """The frames of one request, as bytes that end in a blank line."""
+    """The frames of one answer in the words of one endpoint, as bytes that end in a blank line."""
 
-    def first(self, index: int) -> bytes:
-        """What comes before the first text of a choice."""
+    def first(self, choice: Choice) -> bytes:
+        """What comes before the first part of a choice."""
         ...
 
-    def text(self, index: int, text: str) -> bytes: ...
+    def part(self, choice: Choice, part: Part) -> bytes: ...
 
-    def finish(self, choice: Choice, text: str) -> bytes:
-        """The last frame of a choice; it carries its last text."""
+    def finish(self, choice: Choice, last: Part | None) -> bytes:
+        """The end of a choice; it carries its last part, where there is one left."""
         ...
 
-    def usage(self, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, when all choices have ended; `usage` is theirs."""
+        ...
 
-
-class ChatFrames:
-    """`chat.completion.chunk` objects."""
-
-    def __init__(self, request_id: str, *, created: int, model: str, fingerprint: str) -> None:
-        self._head = _head(request_id, b"chat.completion.chunk", created, model)
-        self._fingerprint = encode_line(fingerprint)
-        self._open: dict[int, bytes] = {}
-
-    def first(self, index: int) -> bytes:
-        return (
-            self._choice(index)
-            + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],'
-            b'"prompt_token_ids":null,"prompt_text":null}\n\n'
-        )
-
-    def text(self, index: int, text: str) -> bytes:
-        return (
-            self._choice(index)
-            + b'{"content":'
-            + encode_line(text)
-            + b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
-        )
-
-    def finish(self, choice: Choice, text: str) -> bytes:
-        return (
-            self._choice(choice.index)
-            + b'{"content":%b},"logprobs":null,"finish_reason":%b,"stop_reason":%b,'
-            b'"token_ids":null}],"system_fingerprint":%b}\n\n'
-            % (
-                encode_line(text),
-                encode_line(choice.finish_reason),
-                encode_line(choice.stop_reason),
-                self._fingerprint,
-            )
-        )
-
-    def usage(self, usage: Usage) -> bytes:
-        return _usage(self._head, usage, self._fingerprint)
-
-    def _choice(self, index: int) -> bytes:
-        opened = self._open.get(index)
-        if opened is None:
-            opened = self._open[index] = b'%b{"index":%d,"delta":' % (self._head, index)
-        return opened
-
-
-class CompletionFrames:
-    """Streamed `text_completion` objects."""
-
-    def __init__(self, request_id: str, *, created: int, model: str, fingerprint: str) -> None:
-        self._head = _head(request_id, b"text_completion", created, model)
-        self._fingerprint = encode_line(fingerprint)
-
-    def first(self, index: int) -> bytes:
-        return b""
-
-    def text(self, index: int, text: str) -> bytes:
-        return (
-            b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":null,"stop_reason":null,'
-            b'"prompt_token_ids":null,"token_ids":null}]}\n\n'
-            % (self._head, index, encode_line(text))
-        )
-
-    def finish(self, choice: Choice, text: str) -> bytes:
-        return (
-            b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b,"stop_reason":%b,'
-            b'"prompt_token_ids":null,"token_ids":null}],"system_fingerprint":%b}\n\n'
-            % (
-                self._head,
-                choice.index,
-                encode_line(text),
-                encode_line(choice.finish_reason),
-                encode_line(choice.stop_reason),
-                self._fingerprint,
-            )
-        )
-
-    def usage(self, usage: Usage) -> bytes:
-        return _usage(self._head, usage, self._fingerprint)
+    def failed(self, error: RequestError) -> bytes:
+        """The end of a stream that fails on the way."""
+        ...
 
 
 async def send(
-    request: web.Request,
-    generation: Generation,
-    frames: Frames,
-    *,
-    headers: dict[str, str],
-    include_usage: bool,
-    continuous_usage: bool,
+    request: web.Request, generation: Generation, frames: Frames, *, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Answer with the stream of `generation`, from the 200 to [DONE].
+    """Answer with the stream of `generation`, from the 200 to its end.
 
-    include_usage     a last frame with the usage of all choices.
-    continuous_usage  every frame carries the usage of its choice so far.
-
-    What fails from here on becomes one error frame, as the status is already sent.
+    What fails from here on becomes the last frame, as the status is already sent.
     """
     response = web.StreamResponse(headers={**HEADERS, **headers})
     if request.version < HttpVersion11:
         response.force_close()  # no chunked coding there: the end of the connection ends the stream
     await response.prepare(request)
     try:
-        await _send_choices(
-            request, response, generation, frames, continuous_usage=continuous_usage
-        )
-        end = frames.usage(generation.usage()) + DONE if include_usage else DONE
+        await _send_choices(request, response, generation, frames)
+        end = frames.end(generation.usage())
     except RequestError as error:
         generation.close("error")
-        end = b"data: %b\n\n" % error_body(error) + DONE
+        end = frames.failed(error)
     except ConnectionError:
         raise
     except Exception as error:
         generation.close("error")
-        end = b"data: %b\n\n" % error_body(log_unexpected(error)) + DONE
+        end = frames.failed(log_unexpected(error))
     await response.write_eof(end)
     return response
 
@@ -200,12 +112,7 @@ class _Heartbeat:
 
 
 async def _send_choices(
-    request: web.Request,
-    response: web.StreamResponse,
-    generation: Generation,
-    frames: Frames,
-    *,
-    continuous_usage: bool,
+    request: web.Request, response: web.StreamResponse, generation: Generation, frames: Frames
 ) -> None:
     has_begun = False
     heartbeat = _Heartbeat(generation.wake)
@@ -214,20 +121,18 @@ async def _send_choices(
     try:
         while generation.active:
             news = await generation.read()
-            chunks = []
+            chunks: list[bytes] = []
             if news and not has_begun:
                 has_begun = True
-                chunks += _begin(generation, frames, continuous_usage)
-            for choice, text in news:
-                if choice.finish_reason is not None:
-                    frame = frames.finish(choice, text)
-                elif text:
-                    frame = frames.text(choice.index, text)
+                chunks += map(frames.first, generation.choices)
+            for choice, parts in news:
+                if choice.finish_reason is None:
+                    for part in parts:
+                        chunks.append(frames.part(choice, part))
                 else:
-                    continue
-                if continuous_usage:
-                    frame = _with_usage(frame, generation.usage_of(choice))
-                chunks.append(frame)
+                    *earlier, last = parts or (None,)
+                    chunks += [frames.part(choice, part) for part in earlier if part is not None]
+                    chunks.append(frames.finish(choice, last))
             data = b"".join(chunks) or (COMMENT if heartbeat.is_due else b"")
             if data:
                 await write(request, response, data)
@@ -235,37 +140,3 @@ async def _send_choices(
     finally:
         connection.on_probe = None
         heartbeat.stop()
-
-
-def _begin(generation: Generation, frames: Frames, continuous_usage: bool) -> list[bytes]:
-    """The first frame of each choice, before any token of it has been counted."""
-    chunks = []
-    for choice in generation.choices:
-        frame = frames.first(choice.index)
-        if frame and continuous_usage:
-            usage = generation.usage_of(choice)
-            frame = _with_usage(
-                frame,
-                msgspec.structs.replace(
-                    usage, completion_tokens=0, total_tokens=usage.prompt_tokens
-                ),
-            )
-        chunks.append(frame)
-    return chunks
-
-
-def _with_usage(frame: bytes, usage: Usage) -> bytes:
-    return b'%b,"usage":%b}\n\n' % (frame.removesuffix(b"}\n\n"), encode_line(usage))
-
-
-def _head(request_id: str, kind: bytes, created: int, model: str) -> bytes:
-    return b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
-        encode_line(request_id),
-        kind,
-        created,
-        encode_line(model),
-    )
-
-
-def _usage(head: bytes, usage: Usage, fingerprint: bytes) -> bytes:
-    return b'%b],"usage":%b,"system_fingerprint":%b}\n\n' % (head, encode_line(usage), fingerprint)

@@ -1,10 +1,12 @@
-"""Large answers are written in pieces, as their clients take them, and counted meanwhile.
+"""Answers on their way out.
 
-Written at once they would be held again by the transport, for as long as the client likes.
+Large ones are written in pieces, as their clients take them, and counted meanwhile: written at once
+they would be held again by the transport, for as long as the client likes.
 """
 
 from __future__ import annotations
 
+import msgspec
 from aiohttp import web
 
 from pyserve.api.http.bounds import PIECE_BYTES
@@ -40,3 +42,11 @@ async def _write_pieces(request: web.Request, response: web.StreamResponse, data
     for start in range(0, len(data), PIECE_BYTES):
         await response.write(view[start : start + PIECE_BYTES])
         await request.writer.drain()
+
+
+def json_response(
+    value: object, headers: dict[str, str] | None = None, *, status: int = 200
+) -> web.Response:
+    """`value` as JSON; bytes are JSON already."""
+    body = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)

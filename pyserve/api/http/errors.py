@@ -1,6 +1,8 @@
-"""Errors on the wire: one body shape on every route, and nothing of our insides in it."""
+"""Errors on the wire: in OpenAI's words unless a route has its own, with nothing of our insides."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -19,6 +21,8 @@ from pyserve.log import get_logger
 
 MAX_MESSAGE_CHARS = 2000
 
+ErrorBody = Callable[[RequestError], bytes]
+
 
 def error_body(error: RequestError) -> bytes:
     """The JSON object that tells a client of `error`, in one line: it may end a stream."""
@@ -26,10 +30,10 @@ def error_body(error: RequestError) -> bytes:
     return encode_line(ErrorResponse(detail))
 
 
-def error_response(error: RequestError) -> web.Response:
-    """`error` as a response with its status and headers."""
+def error_response(error: RequestError, to_body: ErrorBody = error_body) -> web.Response:
+    """`error` as a response with its status and headers, in the words of `to_body`."""
     response = web.Response(
-        status=error.status, body=error_body(error), content_type="application/json"
+        status=error.status, body=to_body(error), content_type="application/json"
     )
     if isinstance(error, UnavailableError | QueueFullError | TooManyBytesError):
         response.headers["Retry-After"] = str(error.retry_after_s)

@@ -18,8 +18,10 @@ from pyserve.api.endpoints.models import Model, ModelList
 from pyserve.api.pages import site
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS, REPLACED
 from pyserve.api.wire.protocol import (
+    ChatChunk,
     ChatRequest,
     ChatResponse,
+    CompletionChunk,
     CompletionRequest,
     CompletionResponse,
     ContentPart,
@@ -30,61 +32,10 @@ from pyserve.api.wire.protocol import (
     StreamOptions,
     TokenizeRequest,
     TokenizeResponse,
-    Usage,
 )
 from pyserve.features import Field, fields_of
 
 Schema = dict[str, Any]
-
-
-class ChatDelta(msgspec.Struct, frozen=True):
-    role: str | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    index: int
-    delta: ChatDelta
-    logprobs: Any
-    finish_reason: str | None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-
-
-class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """A frame of a streamed chat answer."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    system_fingerprint: str | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_text: str | None = None
-
-
-class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    index: int
-    text: str
-    logprobs: Any
-    finish_reason: str | None
-    stop_reason: int | str | None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """A frame of a streamed completion."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[CompletionChunkChoice]
-    usage: Usage | None = None
-    system_fingerprint: str | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

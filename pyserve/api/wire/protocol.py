@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4 * MAX_MESSAGES  # content parts of all messages
@@ -234,6 +235,56 @@ class CompletionResponse(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     usage: Usage
     kv_transfer_params: None = None
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: None
+    finish_reason: str | None
+    stop_reason: int | str | None | UnsetType = UNSET
+    token_ids: None | UnsetType = UNSET
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A frame of a streamed chat answer."""
+
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType = UNSET
+    system_fingerprint: str | UnsetType = UNSET
+    prompt_token_ids: None | UnsetType = UNSET
+    prompt_text: None | UnsetType = UNSET
+
+
+class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: None = None
+    prompt_token_ids: None = None
+
+
+class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A frame of a streamed completion."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: Usage | UnsetType = UNSET
+    system_fingerprint: str | UnsetType = UNSET
 
 
 class TokenizeResponse(msgspec.Struct, frozen=True):

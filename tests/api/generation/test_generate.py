@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from pyserve.api.generation.generate import Generation
-from pyserve.api.generation.sampling import Ending
+from pyserve.api.generation.job import Ending, Job, Prompt
 from pyserve.errors import EngineError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.parts import content_of
 from pyserve.text.tokenizer import Tokenizer
 from tests.api.fakes import FakeEngine, Script
 
@@ -33,6 +34,19 @@ def ending(
     return Ending(stop or [], include_stop, EOS, min_tokens)
 
 
+def make_job(
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    params: SamplingParams,
+    how: Ending,
+    *,
+    n: int = 1,
+    skip_special_tokens: bool = True,
+) -> Job:
+    detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+    return Job(prompts=[Prompt(prompt, "", detokenizer)], params=[params], ending=how, n=n)
+
+
 def generate(
     tokenizer: Tokenizer,
     script: Callable[[int], Script],
@@ -48,17 +62,15 @@ def generate(
     async def run() -> tuple[Generation, FakeEngine]:
         engine = FakeEngine(script, num_cached_tokens=3)
         generation = Generation(engine, Metrics("m"), arrived_s=0.0)
-        await generation.submit(
+        job = make_job(
+            tokenizer,
             [7, 8, 9, 10],
             SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids),
+            how,
             n=n,
-            ending=how,
-            detokenizer=Detokenizer(
-                tokenizer, [7, 8, 9, 10], skip_special_tokens=skip_special_tokens
-            ),
-            priority=0,
-            cache_salt="",
+            skip_special_tokens=skip_special_tokens,
         )
+        await generation.submit(job, cache_salt="", user="")
         try:
             await generation.read_all()
         finally:
@@ -79,7 +91,7 @@ def test_eos_ends_without_a_reason_and_counts(tokenizer: Tokenizer, burst: int) 
     ids = [*tokens(tokenizer, TEXT), EOS]
     generation, _ = generate(tokenizer, lambda _: Script(ids, burst=burst), ending())
     (choice,) = generation.choices
-    assert "".join(choice.pieces) == TEXT
+    assert content_of(choice.parts) == TEXT
     assert (choice.finish_reason, choice.stop_reason) == ("stop", None)
     usage = generation.usage()
     assert (usage.prompt_tokens, usage.completion_tokens) == (4, len(ids))
@@ -91,7 +103,7 @@ def test_another_stop_id_is_the_reason(tokenizer: Tokenizer) -> None:
     ids = [*tokens(tokenizer, "Hello"), 5]
     generation, _ = generate(tokenizer, lambda _: Script(ids), ending())
     (choice,) = generation.choices
-    assert "".join(choice.pieces) == "Hello"
+    assert content_of(choice.parts) == "Hello"
     assert (choice.finish_reason, choice.stop_reason) == ("stop", 5)
 
 
@@ -101,7 +113,7 @@ def test_the_stop_token_s_text_can_stay(tokenizer: Tokenizer, skip: bool, text: 
     generation, _ = generate(
         tokenizer, lambda _: Script(ids), ending(include_stop=True), skip_special_tokens=skip
     )
-    assert "".join(generation.choices[0].pieces) == text
+    assert content_of(generation.choices[0].parts) == text
 
 
 def test_length(tokenizer: Tokenizer) -> None:
@@ -109,13 +121,13 @@ def test_length(tokenizer: Tokenizer) -> None:
     generation, _ = generate(tokenizer, lambda _: Script(ids, burst=4), ending(), max_tokens=3)
     (choice,) = generation.choices
     assert (choice.finish_reason, choice.stop_reason, choice.num_tokens) == ("length", None, 3)
-    assert TEXT.startswith("".join(choice.pieces))
+    assert TEXT.startswith(content_of(choice.parts))
 
 
 def test_a_character_cut_off_by_the_limit(tokenizer: Tokenizer) -> None:
     ids = tokens(tokenizer, "ß")  # two byte tokens
     generation, _ = generate(tokenizer, lambda _: Script(ids), ending(), max_tokens=1)
-    assert "".join(generation.choices[0].pieces) == "\ufffd"
+    assert content_of(generation.choices[0].parts) == "\ufffd"
 
 
 @pytest.mark.parametrize("burst", BURSTS)
@@ -133,7 +145,7 @@ def test_stop_strings(tokenizer: Tokenizer, stop: str, include: bool, burst: int
     end = TEXT.index(stop) + (len(stop) if include else 0)
     if TEXT.index("you?") + 4 < TEXT.index(stop) + len(stop):
         stop, end = "you?", TEXT.index("you?") + (4 if include else 0)
-    assert "".join(choice.pieces) == TEXT[:end]
+    assert content_of(choice.parts) == TEXT[:end]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
     needed = next(
         n for n in range(len(ids)) if stop in tokenizer.decode(ids[:n], skip_special_tokens=True)
@@ -153,7 +165,7 @@ def test_what_was_held_back_for_a_stop_string_comes_at_the_end(tokenizer: Tokeni
     ids = [*tokens(tokenizer, "Hello wor"), EOS]
     generation, _ = generate(tokenizer, lambda _: Script(ids), ending(["world"]))
     (choice,) = generation.choices
-    assert "".join(choice.pieces) == "Hello wor"
+    assert content_of(choice.parts) == "Hello wor"
     assert (choice.finish_reason, choice.num_tokens) == ("stop", len(ids))
     assert choice.stop_reason is None
 
@@ -170,14 +182,14 @@ def test_min_tokens_holds_stop_strings_back(
     )
     (choice,) = generation.choices
     assert (choice.num_tokens, choice.stop_reason) == (7, "b")
-    assert "".join(choice.pieces) == "a b a "
+    assert content_of(choice.parts) == "a b a "
 
 
 def test_n_choices_read_through_one_wakeup(tokenizer: Tokenizer) -> None:
     texts = ["Hello", "The lazy dog", "quick"]
     scripts = [Script([*tokens(tokenizer, text), EOS]) for text in texts]
     generation, engine = generate(tokenizer, lambda i: scripts[i], ending(), n=3)
-    assert ["".join(choice.pieces) for choice in generation.choices] == texts
+    assert [content_of(choice.parts) for choice in generation.choices] == texts
     assert [item.params.sample_index for item in engine.submitted] == [0, 1, 2]
     usage = generation.usage()
     assert usage.prompt_tokens == 4
@@ -195,10 +207,8 @@ def test_an_error_ends_the_request_and_aborts_the_rest(tokenizer: Tokenizer) -> 
         engines.append(engine)
         metrics = Metrics("m")
         generation = Generation(engine, metrics, arrived_s=0.0)
-        await generation.submit(
-            [7], SamplingParams(max_tokens=50), n=3, ending=ending(), priority=0, cache_salt="",
-            detokenizer=Detokenizer(tokenizer, [7], skip_special_tokens=True),
-        )  # fmt: skip
+        job = make_job(tokenizer, [7], SamplingParams(max_tokens=50), ending(), n=3)
+        await generation.submit(job, cache_salt="", user="")
         with pytest.raises(EngineError, match="broken"):
             await generation.read_all()
         generation.close("error")
@@ -215,10 +225,8 @@ def test_a_request_is_observed_at_its_first_token_and_at_its_end(tokenizer: Toke
         engine = FakeEngine(lambda _: Script([9], burst=5))
         metrics = Metrics("m")
         generation = Generation(engine, metrics, arrived_s=0.0)
-        await generation.submit(
-            [7], SamplingParams(max_tokens=20), n=1, ending=ending(), priority=0, cache_salt="",
-            detokenizer=Detokenizer(tokenizer, [7], skip_special_tokens=True),
-        )  # fmt: skip
+        job = make_job(tokenizer, [7], SamplingParams(max_tokens=20), ending(), n=1)
+        await generation.submit(job, cache_salt="", user="")
         await generation.read_all()
         generation.close("abort")
         return metrics

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
 from pyserve.params import shown
-from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.tokenizer import Tokenizer
 
 PIECE_CHARS = 2**16
@@ -20,19 +19,6 @@ CUT_TOKENS = 32  # more than a cut through the text can add to its count
 MAX_TOKENIZE_CHARS = 2**20  # of one text, or CHARS_PER_TOKEN for each token of the context
 CHARS_PER_TOKEN = 8
 MAX_TOKENIZE_TOKENS = 2**20  # or the context
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What is submitted: all that takes time in proportion to it has been done, on a thread.
-
-    echo         what to show before its answers, "": nothing.
-    detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
-    """
-
-    token_ids: list[int]
-    echo: str
-    detokenizer: Detokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.api.generation.sampling import Resolver
+from pyserve.api.endpoints.sampling import Resolver
 from pyserve.api.wire.protocol import CompletionRequest
 from pyserve.client import EngineInfo
 from pyserve.errors import InvalidRequestError, NotBuiltError

@@ -5,9 +5,9 @@ Also everything about how an answer ends: stop strings, stop ids, EOS, the token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeVar
 
+from pyserve.api.generation.job import Ending
 from pyserve.api.wire.protocol import (
     MAX_N,
     MAX_STOP_CHARS,
@@ -31,22 +31,6 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 GREEDY_BELOW = 1e-5  # vLLM's threshold
 
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How the text of a sequence ends; the same for all sequences of a request.
-
-    stop           strings that end the answer, none of them empty.
-    include_stop   what ended the answer stays in its text.
-    eos_token_id   ends the answer without a stop_reason; None where EOS is ignored.
-    min_tokens     the text of so many output tokens is never part of a match of a stop string.
-    """
-
-    stop: list[str]
-    include_stop: bool
-    eos_token_id: int | None
-    min_tokens: int
 
 
 class Resolver:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.api.generation import prompts
+from pyserve.api.endpoints import prompts
 from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
 from tests.api.fakes import CONTEXT, Server

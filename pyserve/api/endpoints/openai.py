@@ -1,0 +1,215 @@
+"""What chat and text completions share: fields -> Job, and the words of their answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from pyserve import __version__
+from pyserve.api.endpoints.answer import Head
+from pyserve.api.endpoints.prompts import check_total
+from pyserve.api.endpoints.sampling import Resolver
+from pyserve.api.generation.generate import Choice
+from pyserve.api.generation.job import Job, Prompt
+from pyserve.api.generation.slices import Slices
+from pyserve.api.http.errors import error_body
+from pyserve.api.state import Loaded
+from pyserve.api.wire.encoding import encode_line
+from pyserve.api.wire.protocol import (
+    MAX_ECHO_CHARS,
+    MAX_NAME_CHARS,
+    MAX_PRIORITY,
+    MAX_SEQUENCES,
+    ChatChunk,
+    ChatResponse,
+    CompletionChunk,
+    CompletionResponse,
+    SamplingFields,
+    Usage,
+)
+from pyserve.errors import InvalidRequestError, RequestError
+from pyserve.params import shown
+from pyserve.text.parts import Part
+from pyserve.words import counted
+
+FINGERPRINT = f"pyserve-{__version__}"
+_DONE = b"data: [DONE]\n\n"
+_END = b"}\n\n"
+_HOLE = b"\0"  # a byte that no JSON holds
+
+
+async def make_job(
+    body: SamplingFields,
+    loaded: Loaded,
+    prompts: list[Prompt],
+    *,
+    prompt_name: str,
+    limit: tuple[str, int | None],
+    default_max_tokens: int | None,
+    ignored: list[str],
+    runs: bool = True,
+) -> Job:
+    """The Job of a request whose prompts have been read; everything else of it is checked here.
+
+    limit               the field that limits the output, and its value.
+    default_max_tokens  None: what the prompt leaves of the context.
+    ignored             fields that are known to have no effect.
+
+    Raises InvalidRequestError and NotBuiltError naming the field.
+    """
+    info = loaded.engine.info
+    request_id = _name("request_id", body.request_id)
+    cache_salt = _name("cache_salt", body.cache_salt)
+    resolver = Resolver(body, info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
+    _check_sequences(len(prompts), resolver.n)
+    priority = body.priority or 0
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
+            "priority",
+        )
+    limit_name, asked = limit
+    default = info.max_model_len if default_max_tokens is None else default_max_tokens
+    slices = Slices()
+    params = []
+    for prompt in prompts:
+        params.append(
+            resolver.params(
+                len(prompt.token_ids),
+                prompt_name=prompt_name,
+                max_tokens=asked if runs else 1,
+                limit_name=limit_name,
+                default=default,
+            )
+        )
+        await slices.rest()
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    check_total(num_tokens, n=resolver.n, param=prompt_name)
+    _check_echo(prompts, resolver.n)
+    granted = min(one.max_tokens for one in params)
+    options = body.stream_options if body.stream else None
+    include_usage = bool(options and options.include_usage)
+    continuous_usage = bool(options and options.continuous_usage_stats)
+    without_effect = {
+        "stream_options": body.stream_options is not None and not body.stream,  # usage comes anyway
+        "stream_options.continuous_usage_stats": continuous_usage and not include_usage,
+        "priority": priority and not info.has_priorities,
+        "cache_salt": cache_salt and not info.enable_prefix_caching,
+    }
+    return Job(
+        prompts=prompts,
+        params=params,
+        ending=resolver.ending,
+        n=resolver.n,
+        runs=runs,
+        is_streamed=bool(body.stream),
+        include_usage=include_usage,
+        continuous_usage=include_usage and continuous_usage,
+        priority=priority,
+        cache_salt=cache_salt,
+        request_id=request_id,
+        ignored=[*ignored, *(name for name, is_so in without_effect.items() if is_so)],
+        clamped=f"{limit_name}={granted}" if asked and asked > granted else "",
+    )
+
+
+def _name(field: str, value: str | None) -> str:
+    if value is not None and not 1 <= len(value) <= MAX_NAME_CHARS:
+        raise InvalidRequestError(
+            f"{field} must have 1 to {MAX_NAME_CHARS} characters, got {len(value)}", field
+        )
+    return value or ""
+
+
+def _check_sequences(num_prompts: int, n: int) -> None:
+    if num_prompts * n > MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"{counted(num_prompts, 'prompt')} times n {n} are {num_prompts * n} sequences, "
+            f"the limit is {MAX_SEQUENCES}",
+            "n",
+        )
+
+
+def _check_echo(prompts: list[Prompt], n: int) -> None:
+    num_chars = sum(len(prompt.echo) for prompt in prompts) * n
+    if num_chars > MAX_ECHO_CHARS:
+        raise InvalidRequestError(
+            f"echo would show {num_chars} characters of prompts, the limit is {MAX_ECHO_CHARS}",
+            "echo",
+        )
+
+
+def encode_whole(response: ChatResponse | CompletionResponse) -> bytes:
+    """A whole answer, choice by choice: encoding one keeps all other threads waiting."""
+    choices = b",".join([msgspec.json.encode(choice) for choice in response.choices])
+    rest = msgspec.json.encode(msgspec.structs.replace(response, choices=[]))
+    before, name, behind = rest.partition(b'"choices":[')  # quotes in a text are escaped
+    return b"".join((before, name, choices, behind))
+
+
+class OpenAIFrames(ABC):
+    """Chunks as server-sent events: what those of both endpoints have in common.
+
+    A chunk with a text and nothing else that is new is encoded once for each choice, with a hole
+    where the text comes; a token then costs the encoding of its text.
+    """
+
+    chunk_type: type[ChatChunk] | type[CompletionChunk]
+
+    def __init__(self, head: Head, job: Job) -> None:
+        self._head = head
+        self._has_end_usage = job.include_usage
+        self._has_usage = job.continuous_usage
+        self._cuts: dict[int, tuple[bytes, bytes]] = {}
+
+    @abstractmethod
+    def entry(self, choice: Choice, text: str, *, is_last: bool = False) -> Any:
+        """The element of `choices` with some more text."""
+
+    def first(self, choice: Choice) -> bytes:
+        """Nothing comes before the first text."""
+        return b""
+
+    def part(self, choice: Choice, part: Part) -> bytes:
+        """A part of an answer."""
+        cut = self._cuts.get(choice.index)
+        if cut is None:
+            entry = self.entry(choice, cast(str, msgspec.Raw(_HOLE)))
+            before, _, behind = self.chunk([entry]).partition(_HOLE)
+            cut = self._cuts[choice.index] = before, behind
+        frame = cut[0] + encode_line(part.text) + cut[1]
+        if self._has_usage:
+            usage = encode_line(choice.usage())
+            return b'%b,"usage":%b%b' % (frame.removesuffix(_END), usage, _END)
+        return frame
+
+    def finish(self, choice: Choice, last: Part | None) -> bytes:
+        """The end of a choice."""
+        entry = self.entry(choice, last.text if last else "", is_last=True)
+        usage = self.usage_so_far(choice)
+        return self.chunk([entry], usage=usage, system_fingerprint=FINGERPRINT)
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, with a last chunk of usage where that was asked for."""
+        if not self._has_end_usage:
+            return _DONE
+        return self.chunk([], usage=usage, system_fingerprint=FINGERPRINT) + _DONE
+
+    def failed(self, error: RequestError) -> bytes:
+        """An error object, and the end."""
+        return b"data: %b\n\n" % error_body(error) + _DONE
+
+    def usage_so_far(self, choice: Choice) -> Usage | UnsetType:
+        """What a frame of `choice` says of its tokens, where that was asked for."""
+        return choice.usage() if self._has_usage else UNSET
+
+    def chunk(self, choices: list[Any], **more: Any) -> bytes:
+        """One frame."""
+        head = self._head
+        chunk = self.chunk_type(
+            id=head.id, created=head.created, model=head.model, choices=choices, **more
+        )
+        return b"data: %b\n\n" % encode_line(chunk)

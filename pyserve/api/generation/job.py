@@ -1,0 +1,75 @@
+"""What is asked of the engine, whichever endpoint has been asked for it.
+
+Each endpoint checks its wire type and makes one Job of it; nothing behind this line knows a wire
+type of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pyserve.params import SamplingParams
+from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.parts import Plain, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is submitted: all that takes time in proportion to it has been done, on a thread.
+
+    echo         what to show before its answers, "": nothing.
+    detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
+    """
+
+    token_ids: list[int]
+    echo: str
+    detokenizer: Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the text of a sequence ends; the same for all sequences of a request.
+
+    stop           strings that end the answer, none of them empty.
+    include_stop   what ended the answer stays in its text.
+    eos_token_id   ends the answer without a stop_reason; None where EOS is ignored.
+    min_tokens     the text of so many output tokens is never part of a match of a stop string.
+    """
+
+    stop: list[str]
+    include_stop: bool
+    eos_token_id: int | None
+    min_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One request: every prompt is answered n times.
+
+    params            of each prompt.
+    make_stage        a stage for each answer, which turns its text into parts.
+    runs              False: the prompts are shown and nothing is generated.
+    is_streamed, include_usage, continuous_usage
+                      whether the answer is a stream, ends with the usage of all choices, and has
+                      the usage so far in every frame.
+    cache_salt        of the client: the prefix cache is shared only by requests with the same one.
+    request_id        of the client; "": the server's own.
+    ignored           fields of the request that had no effect.
+    clamped           "name=tokens" where the context cuts a token limit; "": it does not.
+    """
+
+    prompts: list[Prompt]
+    params: list[SamplingParams]
+    ending: Ending
+    n: int = 1
+    make_stage: Callable[[], Stage] = Plain
+    runs: bool = True
+    is_streamed: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    request_id: str = ""
+    ignored: list[str] = field(default_factory=list)
+    clamped: str = ""
