@@ -17,14 +17,17 @@ from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.runtime import LoopContext, str_join
 from jinja2.tests import TESTS
 
-from pyserve.text.template_limits import TemplateLimitError, active
+from pyserve.text.template_limits import ELEMENT, TemplateLimitError, active
 
 Filter = Callable[..., Any]
 
 MAX_PRECISION = 100
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
 MAX_TITLE_CHARS = 2**20
+MAX_NUMBER_CHARS = 2**16
 # Called by what instrument() puts into templates; no template can spell these names.
 TICK, EMIT, MADE, CONCAT = "pyserve tick", "pyserve emit", "pyserve made", "pyserve concat"
+TAKE, KEY = "pyserve take", "pyserve key"
 
 _NAMES = (
     "abs attr capitalize count d default dictsort e escape first float forceescape groupby int "
@@ -38,6 +41,8 @@ _BY_ITEM = frozenset(
     "unique".split()
 )
 _BY_CHARACTER = frozenset("capitalize lower title upper urlencode".split())
+_SORTING = frozenset("dictsort groupby sort".split())
+_NUMBERS = frozenset("float int".split())  # of a text; those of many digits are not taken anyway
 
 
 def make_filters() -> dict[str, Filter]:
@@ -47,7 +52,7 @@ def make_filters() -> dict[str, Filter]:
         filters[name] = _measured(name, FILTERS[name], check)
     own: dict[str, Filter] = {"join": _join, "sum": _sum, "tojson": _tojson, "list": _list}
     filters |= {name: _measured(name, function) for name, function in own.items()}
-    filters |= {TICK: _tick, EMIT: _emit, MADE: _made, CONCAT: _concat}
+    filters |= {TICK: _tick, EMIT: _emit, MADE: _made, CONCAT: _concat, TAKE: _take, KEY: _key}
     return filters
 
 
@@ -76,6 +81,10 @@ def _measured(name: str, function: Filter, check: Filter | None = None) -> Filte
         value = args[num_before] if len(args) > num_before else None
         if name in _BY_ITEM:
             meter.check_items(value)
+        if name in _SORTING:
+            meter.check_sorted(value)
+        elif name in _NUMBERS:
+            meter.check_length(value, MAX_NUMBER_CHARS)
         elif name in _BY_CHARACTER:
             meter.check_case(value)
         if check is not None:
@@ -104,7 +113,8 @@ def _check_indent(s: str, width: Any = 4, first: object = False, blank: object =
     meter = active()
     meter.check_width(width)
     columns = len(width) if isinstance(width, str) else max(int(width), 0)
-    meter.require(len(s) + columns * (1 + len(s.splitlines())))
+    num_lines = 1 + sum(map(s.count, LINE_ENDS))
+    meter.require(len(s) + columns * num_lines + ELEMENT * num_lines)
 
 
 def _check_replace(context: object, s: Any, old: Any, new: Any, count: object = None) -> None:
@@ -187,6 +197,8 @@ def _tojson(
     """Plain JSON: jinja's own filter escapes HTML."""
     meter = active()
     meter.weigh(value)
+    if ensure_ascii:
+        meter.check_escaped(value)
     meter.check_width(indent)
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
@@ -214,6 +226,15 @@ def _emit(num_chars: int) -> None:
 
 def _made(value: Any) -> Any:
     return active().made(value)
+
+
+def _take(value: Any) -> Any:
+    return active().take(value)
+
+
+def _key(value: Any) -> Any:
+    active().check_key(value)
+    return value
 
 
 def _concat(*values: Any) -> str:

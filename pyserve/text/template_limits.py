@@ -22,16 +22,18 @@ from itertools import islice
 from typing import Any
 
 MAX_RENDER_S = 5.0
-MAX_CHARS = 2**23  # of one value, beside twice what the request holds
+MAX_CHARS = 2**23  # of one value, or twice what the request holds
 MAX_OUTPUTS = 4  # times that: what all outputs are together, those of macros included
 MAX_MADE = 2**28  # of all values ever made, or
 MADE_OF_DATA = 32  # times what the request holds
 MAX_DEPTH = 100
 MAX_INT_BITS = 4096
-MAX_SET_CHARS = 1000  # that strip() looks for at each character
+MAX_SET_CHARS = 256  # that strip() looks for at each character
 MAX_SEARCH = 2**28  # of a text, times the characters that are looked for from its end
 MAX_CASE_CHARS = 2**21  # of a text beyond ASCII that changes its case, or is encoded
-MAX_KEY = 2**61 - 1  # of integers as keys: multiples of it all have one hash
+MAX_ESCAPED = 2**20  # of what is written so that each character may become ten
+MAX_SORTED = 2**15  # items
+MAX_KEY = 2**61 - 1  # of numbers as keys: multiples of it all have one hash
 MAX_FORMAT_CHARS = 2**16
 MAX_WIDTH = 10**5  # of padding, and of rows and columns
 ELEMENT = 32
@@ -40,11 +42,12 @@ CLOCK_EVERY = 16 * TICK
 MAX_KNOWN = 2**16
 
 _DIGITS = re.compile(r"\d+").findall
+_ESCAPES = re.compile(r"%(\([^)]*\))?[-#0 +.\d]*[ar]|![ar]").search
 _NESTED_SPEC = re.compile(r":[^{}]*\{").search
 _VIEWS = (KeysView, ValuesView, ItemsView)
 _CONTAINERS = (list, tuple, dict)
 
-_FROM_THE_END = frozenset("rfind rindex rpartition rsplit".split())
+_SEARCHES = frozenset("rfind rindex rpartition rsplit split".split())
 _CASES = frozenset("capitalize casefold lower swapcase title upper".split())
 
 # Methods that return no more than what they are called with, or can be measured first.
@@ -86,7 +89,7 @@ class Meter:
         self._known: dict[int, tuple[object, int]] = {}
         self.limit = MAX_MADE
         given = self.weigh(data)
-        self.limit = MAX_CHARS + 2 * given
+        self.limit = max(MAX_CHARS, 2 * given)
         self._made_limit = max(MAX_MADE, MADE_OF_DATA * given)
         self._output_left = MAX_OUTPUTS * self.limit
 
@@ -108,9 +111,12 @@ class Meter:
     def made(self, value: Any) -> Any:
         """`value`, which the template has just made."""
         self.weigh(value)
-        size = len(value) * ELEMENT if isinstance(value, _CONTAINERS) else 0
+        size = 0
         if isinstance(value, str):
             size = len(value)
+        elif isinstance(value, _CONTAINERS):
+            # A list of lists, as batch makes them, is more for Python's collector to go through.
+            size = ELEMENT * (len(value) + 2 * sum(isinstance(x, _CONTAINERS) for x in value))
         self._made += size
         if self._made > self._made_limit:
             raise TemplateLimitError(f"makes more than {self._made_limit} characters in all")
@@ -185,15 +191,36 @@ class Meter:
         if isinstance(value, str) and not value.isascii():
             self.check_length(value, MAX_CASE_CHARS)
 
-    def check_pairs(self, pairs: object) -> None:
-        """Before a dict is made of pairs: of keys that all have one hash it would take a square."""
-        if not isinstance(pairs, list | tuple):
-            return
+    def check_sorted(self, value: object) -> None:
+        """Before `value` is sorted, which nothing stops between two comparisons."""
+        if hasattr(value, "__len__") and len(value) > MAX_SORTED:
+            raise TemplateLimitError(f"sorts more than {MAX_SORTED} items")
+
+    def check_escaped(self, value: object) -> None:
+        """Before `value` is written in ASCII alone, or as Python writes it."""
+        if self.weigh(value) > MAX_ESCAPED:
+            raise TemplateLimitError(f"escapes more than {MAX_ESCAPED} characters")
+
+    def check_key(self, key: object) -> None:
+        """Before a key of a dict: keys that all have one hash would cost a square.
+
+        Texts have a hash that nobody can foresee. Of numbers and tuples anybody can compute some
+        that have the same.
+        """
+        self.tick(ELEMENT)
+        if isinstance(key, int | float) and abs(key) >= MAX_KEY:
+            raise TemplateLimitError(f"uses a number of {MAX_KEY} or more as a key")
+        if isinstance(key, tuple | range):
+            raise TemplateLimitError(f"uses a {type(key).__name__} as a key")
+
+    def take_pairs(self, source: Any) -> Any:
+        """What a dict is to be made of, as pairs whose keys have been checked."""
+        if isinstance(source, dict):
+            return source
+        pairs = [self.take(pair) for pair in self.take(source)]
         for pair in pairs:
-            self.tick(ELEMENT)
-            key = pair[0] if isinstance(pair, list | tuple) and pair else None
-            if isinstance(key, int | float) and abs(key) >= MAX_KEY:
-                raise TemplateLimitError(f"uses a number of {MAX_KEY} or more as a key")
+            self.check_key(pair[0] if pair else None)
+        return pairs
 
     def check_binop(self, operator: str, left: Any, right: Any) -> None:
         """Before `left operator right`."""
@@ -208,6 +235,8 @@ class Meter:
                     self.require(self.weigh(sequence) * max(count, 0))
         elif operator == "%" and isinstance(left, str):
             self.check_percent(left, right)
+        elif operator == "-" and isinstance(left, _VIEWS):  # a set of tuples, as in check_key
+            raise TemplateLimitError("subtracts from the keys or items of an object")
 
     def _check_numbers(self, operator: str, left: int, right: int) -> None:
         bits = max(self.weigh(left), self.weigh(right))  # each is small enough by itself
@@ -218,6 +247,9 @@ class Meter:
 
     def check_percent(self, text: str, values: Any) -> None:
         """Before `text % values`."""
+        self.check_length(text, MAX_FORMAT_CHARS)
+        if _ESCAPES(text):
+            self.check_escaped(values)
         if "*" in text and "%" in text:
             raise TemplateLimitError("takes a width from a value")
         self._check_fields(text, text.count("%"), self.weigh(values))
@@ -227,6 +259,8 @@ class Meter:
         self.check_length(text, MAX_FORMAT_CHARS)
         if _NESTED_SPEC(text):
             raise TemplateLimitError("takes a width from a value")
+        if _ESCAPES(text):
+            self.check_escaped(values)
         self._check_fields(text, text.count("{"), max(map(self.weigh, values), default=0))
 
     def _check_fields(self, text: str, num_fields: int, heaviest: int) -> None:
@@ -239,6 +273,14 @@ class Meter:
         """Before padding to so many columns."""
         if any(isinstance(width, int) and abs(width) > MAX_WIDTH for width in widths):
             raise TemplateLimitError(f"pads a value to more than {MAX_WIDTH} columns")
+
+    def check_pieces(self, text: str, separator: object, most: object = -1) -> None:
+        """Before `text.split(separator, most)`; white space is not counted."""
+        if isinstance(separator, str) and separator:
+            num_cuts = text.count(separator)
+            if isinstance(most, int) and most >= 0:
+                num_cuts = min(num_cuts, most)
+            self.require(ELEMENT * (1 + num_cuts))
 
     def check_length(self, value: object, limit: int = MAX_SET_CHARS) -> None:
         """Before work that goes through `value` more than once."""
@@ -289,11 +331,14 @@ class Meter:
             size = kwargs.get("tabsize", args[0] if args else 8)
             self.check_width(size)
             self.require(len(text) + text.count("\t") * max(size, 0))
-        elif name in _FROM_THE_END:
+        elif name in _SEARCHES:
             # From the end CPython compares at each place anew; from the beginning it does not.
             needle = args[0] if args else kwargs.get("sep")
-            if isinstance(needle, str) and len(text) * len(needle) > MAX_SEARCH:
+            is_far = isinstance(needle, str) and len(text) * len(needle) > MAX_SEARCH
+            if is_far and name != "split":
                 raise TemplateLimitError("looks for too long a text from the end of another")
+            if name in ("split", "rsplit"):
+                self.check_pieces(text, needle, args[1] if args[1:] else kwargs.get("maxsplit"))
         elif name in _CASES:
             self.check_case(text)
         elif name == "replace" and len(args) > 1:

@@ -22,10 +22,20 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from pyserve.errors import CheckpointError
-from pyserve.text.template_filters import CONCAT, EMIT, MADE, TICK, make_filters, make_tests
+from pyserve.text.template_filters import (
+    CONCAT,
+    EMIT,
+    KEY,
+    MADE,
+    TAKE,
+    TICK,
+    make_filters,
+    make_tests,
+)
 from pyserve.text.template_limits import Meter, TemplateLimitError, active, metering
 
 MAX_SOURCE_CHARS = 2**20
+MAX_CODE_CHARS = 2**18  # Python compiles them in 70 ms, in which no other thread runs
 LOOKUP = 32  # against the clock
 MAX_DATE_FORMAT_CHARS = 1000
 GLOBALS = frozenset(
@@ -49,11 +59,18 @@ def compile_template(source: str, name: str) -> tuple[jinja2.Template, frozenset
         )
     environment = _environment()
     try:
-        tree = environment.parse(source)
+        tree = _Instrument().visit(environment.parse(source))
+        # This computes what is constant, and what reports to a Meter is not: there is none yet.
         variables = frozenset(meta.find_undeclared_variables(tree))
-        tree = _Instrument().visit(tree)
-        with metering(Meter()):  # jinja computes what is constant
-            return environment.from_string(tree.set_environment(environment)), variables
+        with metering(Meter()):
+            code = environment.compile(tree.set_environment(environment), raw=True)
+        if len(code) > MAX_CODE_CHARS:
+            raise CheckpointError(
+                f"{name}: the chat template makes {len(code)} characters of Python, the limit is "
+                f"{MAX_CODE_CHARS}"
+            )
+        compiled = compile(code, "<template>", "exec")
+        return jinja2.Template.from_code(environment, compiled, environment.globals), variables
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"{name}: not a valid chat template: {error.message} (line {error.lineno})"
@@ -115,7 +132,20 @@ class _Instrument(NodeTransformer):
         return _filter(MADE, self.generic_visit(node), node)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        return _filter(MADE, self.generic_visit(node), node)
+        self.generic_visit(node)
+        for pair in node.items:
+            if not isinstance(pair.key, nodes.Const) or not isinstance(pair.key.value, str):
+                pair.key = _filter(KEY, pair.key, pair)
+        return _filter(MADE, node, node)
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        return self._with_few_arguments(node)
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
+        return self._with_few_arguments(node)
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        return self._with_few_arguments(node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
@@ -124,6 +154,12 @@ class _Instrument(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         return _filter(MADE, node, node) if isinstance(node.arg, nodes.Slice) else node
+
+    def _with_few_arguments(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        if node.dyn_args is not None:  # Python makes a tuple of them before anything is called
+            node.dyn_args = _filter(TAKE, node.dyn_args, node)
+        return cast(nodes.Node, node)
 
     def _with_tick(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
@@ -203,9 +239,7 @@ def _refuse_underscore(name: object) -> None:
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    for arg in args:
-        active().check_pairs(arg)
-    return dict(*args, **kwargs)
+    return dict(*map(active().take_pairs, args), **kwargs)
 
 
 def _raise_exception(message: object) -> NoReturn:

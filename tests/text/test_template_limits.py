@@ -8,10 +8,11 @@ from datetime import datetime
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pyserve.errors import ChatTemplateError, InvalidRequestError
+from pyserve.errors import ChatTemplateError, CheckpointError, InvalidRequestError
 from pyserve.text import template_probe
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.template_limits import MAX_CHARS, Meter, TemplateLimitError
+from pyserve.text.template_source import compile_template
 from pyserve.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -51,7 +52,7 @@ SLOW = [
     NUMBERS + "{% if x == y %}{% endif %}" * 1000,
     NUMBERS + "{% set z = x is eq(y) %}" * 1000,
     NUMBERS + "{% set s = 'a' * 8000000 %}{{ x|map('string')|select('in', s)|list }}",
-    "{% set d = {'a': 1} %}{{ range(99999)|sort(attribute='a,' * 9999)|list }}",
+    "{% set d = {'a': 1} %}{{ range(30000)|sort(attribute='a,' * 9999)|list }}",
     "{% set d = {'a': {'a': {}}} %}"
     "{{ range(99999)|map(attribute='a.' * 99999, default=d)|list|length }}",
 ]
@@ -337,12 +338,90 @@ def test_a_text_is_not_taken_apart_into_too_many_characters(name: str) -> None:
 
 
 def test_a_filter_that_compares_for_ever_is_stopped_in_time() -> None:
-    numbers = ",".join(str(number * (2**61 - 1)) for number in range(20000))
+    one = 2**61 - 1
     with pytest.raises(ChatTemplateError, match="longer than 0.3 s"):
-        render("{% set x = [" + numbers + "] %}{{ x|unique|list|length }}", time_limit_s=0.3)
+        render(f"{{{{ range(0, {one} * 90000, {one})|unique|list|length }}}}", time_limit_s=0.3)
 
 
 @pytest.mark.parametrize("form", ["x.lower()", "x|lower", "x.swapcase()", "x|title", "x|urlencode"])
 def test_cases_beyond_ascii_are_bounded(form: str) -> None:
     with pytest.raises(ChatTemplateError, match="uses a text of more than"):
         render("{% set x = '\u0130' * 4000000 %}{{ (" + form + ")|length }}")
+
+
+def crafted_pairs(count: int) -> list[tuple[int, int]]:
+    """Pairs of numbers that have one hash as tuples, by the formula of CPython's tuplehash."""
+    first, second, start, bits = 11400714785074694791, 14029467366897019727, 2870177450012600261, 64
+    pairs: list[tuple[int, int]] = []
+    for one in range(1, 16 * count):
+        mixed = (start + one * second) % 2**bits
+        mixed = ((mixed << 31 | mixed >> 33) * first) % 2**bits
+        other = (12345678901234567 - mixed) * pow(second, -1, 2**bits) % 2**bits
+        if other < 2**61 - 1 and len(pairs) < count:
+            pairs.append((one, other))
+    assert len(set(map(hash, pairs))) == 1 and len(pairs) == count
+    return pairs
+
+
+def test_keys_of_one_hash_are_refused_wherever_a_dict_or_a_set_is_made() -> None:
+    numbers = [number * (2**61 - 1) for number in range(3000)]
+    pairs = crafted_pairs(1000)
+    listed = ",".join(map(str, pairs))
+    for source, says in (
+        ("{{ {" + ",".join(f"{number}: 0" for number in numbers) + "}|length }}", "as a key"),
+        ("{{ {" + ",".join(f"{pair}: 0" for pair in pairs) + "}|length }}", "a tuple as a key"),
+        ("{{ dict([" + listed + "]|batch(2))|length }}", "a tuple as a key"),
+        ("{{ dict([{'a': " + str(2**61) + ", 'b': 0}.values()]) }}", "as a key"),
+        ("{{ {" + ",".join(f"{a}: {b}" for a, b in pairs) + "}.items() - [] }}", "subtracts from"),
+    ):
+        with pytest.raises(ChatTemplateError, match=says):
+            render(source)
+    made = "{{ {1: 'a', 'b': 2, none: 3, 1.5: 4, true: 5}|length }}{{ dict([('a', 1)], b=2).b }}"
+    assert render(made + "{{ dict({'a': 7}).a }}") == "427"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (X + "{% macro f() %}{% endmacro %}{{ f(*x) }}", "makes a value of more than"),
+        (X + "{{ cycler(*x) }}", "makes a value of more than"),
+        (X + "{{ x.split('a') }}", "makes a value of more than"),
+        (X + "{{ x.rsplit('a', 900000) }}", "makes a value of more than"),
+        (LINES + "{{ x|indent(0) }}", "makes a value of more than"),
+        (X + "{{ x.strip('b' * 500 ~ 'a') }}", "uses a text of more than 256"),
+        (X + "{{ x|int }}", "uses a text of more than"),
+        (X + "{{ x|float }}", "uses a text of more than"),
+        ("{{ ('%%' * 4000000) % () }}", "uses a text of more than"),
+        (X + "{{ '%a' % x }}", "escapes more than"),
+        (X + "{{ '%(a)-5r' % {'a': x} }}", "escapes more than"),
+        (X + "{{ '{!a}'.format(x) }}", "escapes more than"),
+        (X + "{{ x|tojson(ensure_ascii=true) }}", "escapes more than"),
+        ("{{ range(80000)|map('string')|batch(1)|list|sort }}", "sorts more than 32768"),
+        ("{{ range(80000)|list|groupby('real') }}", "sorts more than 32768"),
+    ],
+    ids=short,
+)
+def test_a_call_that_would_hold_the_lock_for_long_is_refused(source: str, says: str) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(ChatTemplateError, match=says) as caught:
+        render(source, time_limit_s=5.0)
+    assert not caught.value.is_timeout and time.monotonic() - began_s < 2.0
+
+
+def test_what_templates_do_with_long_messages_is_not_refused() -> None:
+    text = "line\n" * 200_000
+    source = (
+        "{% set c = messages[0].content %}{{ c.split('</think>')[-1]|length }} "
+        "{{ c.rsplit('e', 1)|length }} {{ c.split('\\n')|length }} {{ c|indent(2)|length }} "
+        "{{ (c|trim)|length }} {{ c|tojson|length }} {{ ('%s' % c)|length }}"
+    )
+    template = ChatTemplate(source, special_tokens={})
+    prompt = template.render([{"role": "user", "content": text}])
+    assert prompt == "1000000 2 200001 1399998 999999 1200002 1000000"
+
+
+def test_the_python_that_a_template_makes_is_bounded() -> None:
+    """Compiling it is one call into C too."""
+    with pytest.raises(CheckpointError, match="characters of Python, the limit is 262144"):
+        compile_template("{{a}}" * 13000, "chat_template")
+    compile_template("{{a}}" * 1000 + "x" * 100_000, "chat_template")
