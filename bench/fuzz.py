@@ -4,6 +4,7 @@
     python -m bench.fuzz --seed 7 -n 100000
     python -m bench.fuzz --url http://localhost:8000 --pid 1234 --log server.log
     python -m bench.fuzz --seed 7 --only 4711         # one case again: its bytes and its answer
+    python -m bench.fuzz --family template -n 500 -- --trust-request-chat-template
 
 Without --url a server is started in float32, in which greedy answers do not depend on batch mates
 (flags after `--` go to it). Exit code 1 where a check fails: a 5xx that is no 503, an answer that
@@ -266,7 +267,7 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
     try:
         after["held"] = await wait_idle(endpoint)
         after["health_s"] = max(ask_health(endpoint) for _ in range(20))
-        after["num_files"] = await _wait_files(pid, num_files)
+        after["num_files"] = await wait_files(pid, num_files)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         after["problem"] = f"the server does not answer afterwards: {error}"
     return {
@@ -288,7 +289,7 @@ def count_files(pid: int | None) -> int | None:
         return None
 
 
-async def _wait_files(pid: int | None, at_most: int | None) -> int | None:
+async def wait_files(pid: int | None, at_most: int | None) -> int | None:
     """How many are open once it is no more than `at_most`, or after CLOSE_TIMEOUT_S."""
     deadline_s = time.perf_counter() + CLOSE_TIMEOUT_S
     while True:

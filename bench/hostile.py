@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from bench.hostile_json import chat_body, hostile_fields, hostile_text
 from bench.hostile_large import large_request
+from bench.hostile_templates import hostile_chat
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 POSTS = (CHAT, COMPLETIONS, "/tokenize", "/detokenize")
@@ -433,6 +434,12 @@ def gone(rng: random.Random) -> Case:
                  patience_s=rng.choice([0.0, 0.02, 0.1]))  # fmt: skip
 
 
+def template(rng: random.Random) -> Case:
+    """What a chat template may do, of the request or with it, in one step that nothing stops."""
+    body, name = hostile_chat(rng)
+    return _case(name, post(rng.choice([CHAT, "/tokenize"]), body), wanted=(200, 400, 429))
+
+
 # name -> (weight, maker)
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "valid": (8, valid),
@@ -449,6 +456,7 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "abort": (1, abort),
     "silent": (1, silent),
     "large": (0.3, large),
+    "template": (0.5, template),
     "ended": (1, ended),
     "gone": (1, gone),
 }

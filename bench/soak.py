@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,9 @@ async def soak(
     await asyncio.gather(*(slot() for _ in range(args.concurrency)))
 
 
+Part = Callable[[Endpoint, Tally, np.random.Generator, argparse.Namespace, int], Awaitable[None]]
+
+
 async def send(
     endpoint: Endpoint, request: bytes, *, abort_after_s: float | None = None
 ) -> Reply | None:
@@ -219,7 +223,9 @@ async def wait_idle(endpoint: Endpoint) -> dict[str, float]:
         await asyncio.sleep(0.01)
 
 
-async def run_soak(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> dict[str, Any]:
+async def run_soak(
+    endpoint: Endpoint, pid: int | None, args: argparse.Namespace, part: Part = soak
+) -> dict[str, Any]:
     """PARTS equal parts, memory read after each; growth is counted from the end of the first.
 
     The device's memory is read before the first request too: nothing may be allocated after ready.
@@ -233,7 +239,7 @@ async def run_soak(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
     idle_s: list[float] = []
     started_s = time.perf_counter()
     for share in parts:
-        await soak(endpoint, tally, rng, args, share)
+        await part(endpoint, tally, rng, args, share)
         ended_s = time.perf_counter()
         held = await wait_idle(endpoint)
         idle_s.append(time.perf_counter() - ended_s)
@@ -398,7 +404,7 @@ def judge_streams(result: dict[str, Any], args: argparse.Namespace) -> list[str]
 
 def main(argv: list[str] | None = None) -> int:
     """0: every check passed; 1: one failed or the server could not be reached."""
-    parser = _parser()
+    parser = make_parser(__doc__)
     args = parser.parse_args(argv)
     if not 1 <= args.concurrency <= MAX_CONCURRENCY:
         parser.error(f"--concurrency must be in [1, {MAX_CONCURRENCY}], got {args.concurrency}")
@@ -451,9 +457,9 @@ def _figures(result: dict[str, Any]) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--url", help="a running server; default: start one")

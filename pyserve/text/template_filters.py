@@ -199,6 +199,8 @@ def _tojson(
     meter.weigh(value)
     if ensure_ascii:
         meter.check_escaped(value)
+    if sort_keys:
+        meter.check_sorted_keys(value)
     meter.check_width(indent)
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys

@@ -33,6 +33,7 @@ MAX_SEARCH = 2**28  # of a text, times the characters that are looked for from i
 MAX_CASE_CHARS = 2**21  # of a text beyond ASCII that changes its case, or is encoded
 MAX_ESCAPED = 2**20  # of what is written so that each character may become ten
 MAX_SORTED = 2**15  # items
+MAX_SORTED_CHARS = 2**21  # of items that hold others, which takes longer
 MAX_KEY = 2**61 - 1  # of numbers as keys: multiples of it all have one hash
 MAX_FORMAT_CHARS = 2**16
 MAX_WIDTH = 10**5  # of padding, and of rows and columns
@@ -42,10 +43,14 @@ CLOCK_EVERY = 16 * TICK
 MAX_KNOWN = 2**16
 
 _DIGITS = re.compile(r"\d+").findall
-_ESCAPES = re.compile(r"%(\([^)]*\))?[-#0 +.\d]*[ar]|![ar]").search
-_NESTED_SPEC = re.compile(r":[^{}]*\{").search
+# Each of these looks at a character once: with [^{}] in the last, ":" * 65536 took 15 s. A name in
+# parentheses may hold anything, an "a" behind it too.
+_PERCENT_ESCAPES = re.compile(r"%[-#0 +.\dhlL]*[ar(]").search
+_FORMAT_ESCAPES = re.compile(r"![ar]").search
+_NESTED_SPEC = re.compile(r":[^:{}]*\{").search
 _VIEWS = (KeysView, ValuesView, ItemsView)
 _CONTAINERS = (list, tuple, dict)
+_SIZED = (*_CONTAINERS, *_VIEWS, range, str)
 
 _SEARCHES = frozenset("rfind rindex rpartition rsplit split".split())
 _CASES = frozenset("capitalize casefold lower swapcase title upper".split())
@@ -193,7 +198,27 @@ class Meter:
 
     def check_sorted(self, value: object) -> None:
         """Before `value` is sorted, which nothing stops between two comparisons."""
-        if hasattr(value, "__len__") and len(value) > MAX_SORTED:
+        if isinstance(value, Iterator):
+            raise TemplateLimitError("sorts what is not made yet")
+        if not isinstance(value, _SIZED):
+            return
+        self._check_num_sorted(len(value))
+        items = value.values() if isinstance(value, dict) else value
+        if any(isinstance(item, _CONTAINERS) for item in items):
+            if self.weigh(value) > MAX_SORTED_CHARS:
+                raise TemplateLimitError(f"sorts lists of more than {MAX_SORTED_CHARS} characters")
+
+    def check_sorted_keys(self, value: object) -> None:
+        """Before the keys of every object in `value` are sorted."""
+        self.tick(ELEMENT)
+        if isinstance(value, dict):
+            self._check_num_sorted(len(value))
+        if isinstance(value, _CONTAINERS):
+            for item in value.values() if isinstance(value, dict) else value:
+                self.check_sorted_keys(item)
+
+    def _check_num_sorted(self, num_items: int) -> None:
+        if num_items > MAX_SORTED:
             raise TemplateLimitError(f"sorts more than {MAX_SORTED} items")
 
     def check_escaped(self, value: object) -> None:
@@ -204,13 +229,13 @@ class Meter:
     def check_key(self, key: object) -> None:
         """Before a key of a dict: keys that all have one hash would cost a square.
 
-        Texts have a hash that nobody can foresee. Of numbers and tuples anybody can compute some
-        that have the same.
+        Texts have a hash that nobody can foresee. Of large numbers, complex ones and tuples anybody
+        can compute some that have the same.
         """
         self.tick(ELEMENT)
         if isinstance(key, int | float) and abs(key) >= MAX_KEY:
             raise TemplateLimitError(f"uses a number of {MAX_KEY} or more as a key")
-        if isinstance(key, tuple | range):
+        if not isinstance(key, str | int | float | None):
             raise TemplateLimitError(f"uses a {type(key).__name__} as a key")
 
     def take_pairs(self, source: Any) -> Any:
@@ -235,8 +260,9 @@ class Meter:
                     self.require(self.weigh(sequence) * max(count, 0))
         elif operator == "%" and isinstance(left, str):
             self.check_percent(left, right)
-        elif operator == "-" and isinstance(left, _VIEWS):  # a set of tuples, as in check_key
-            raise TemplateLimitError("subtracts from the keys or items of an object")
+        elif operator == "-" and isinstance(left, _VIEWS) | isinstance(right, _VIEWS):
+            # On either side they make a set of what is on the left, as in check_key.
+            raise TemplateLimitError("subtracts with the keys or items of an object")
 
     def _check_numbers(self, operator: str, left: int, right: int) -> None:
         bits = max(self.weigh(left), self.weigh(right))  # each is small enough by itself
@@ -248,7 +274,7 @@ class Meter:
     def check_percent(self, text: str, values: Any) -> None:
         """Before `text % values`."""
         self.check_length(text, MAX_FORMAT_CHARS)
-        if _ESCAPES(text):
+        if _PERCENT_ESCAPES(text):
             self.check_escaped(values)
         if "*" in text and "%" in text:
             raise TemplateLimitError("takes a width from a value")
@@ -259,7 +285,7 @@ class Meter:
         self.check_length(text, MAX_FORMAT_CHARS)
         if _NESTED_SPEC(text):
             raise TemplateLimitError("takes a width from a value")
-        if _ESCAPES(text):
+        if _FORMAT_ESCAPES(text):
             self.check_escaped(values)
         self._check_fields(text, text.count("{"), max(map(self.weigh, values), default=0))
 

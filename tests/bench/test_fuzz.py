@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -10,6 +11,8 @@ from bench.answers import read_answers
 from bench.fuzz import run_case
 from bench.hostile import FAMILIES, Case, get, make_case
 from bench.hostile_large import MAKERS
+from bench.hostile_templates import MAKERS as TEMPLATE_MAKERS
+from bench.hostile_templates import crafted_pairs
 from bench.wire import Endpoint
 
 ERROR = b'{"error":{"message":"no","type":"BadRequestError","param":null,"code":400}}'
@@ -117,3 +120,14 @@ def test_one_family_alone() -> None:
     assert kinds == set(MAKERS)
     assert all(case.wanted == (200, 400, 429) or not case.num_answers for case in cases)
     assert max(len(case.request) for case in cases) < 2**25, "a body of 32 MB is a 413"
+
+
+def test_chats_against_templates() -> None:
+    cases = [make_case(3, number, "template") for number in range(300)]
+    assert {case.name for case in cases} == set(TEMPLATE_MAKERS)
+    assert all(case.wanted == (200, 400, 429) for case in cases)
+    bodies = [json.loads(case.request.partition(b"\r\n\r\n")[2]) for case in cases]
+    sources = [body["chat_template"] for body in bodies if "chat_template" in body]
+    assert sources and max(map(len, sources)) < 2**16, "a longer template is refused unread"
+    pairs = crafted_pairs(50, target=7)
+    assert len(set(pairs)) == 50 and len(set(map(hash, pairs))) == 1

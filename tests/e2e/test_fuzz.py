@@ -35,3 +35,17 @@ def test_large_requests_of_one_client_are_another_s_to_live_with(
         output = capsys.readouterr().out
         assert code == 0, output
         assert "40 cases" in output
+
+
+def test_what_templates_of_requests_do_is_not_felt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One call into C inside of one could hold the interpreter, and with it everybody."""
+    server_flags = ("--dtype", "float32", "--trust-request-chat-template")
+    with start_server(tmp_path / "log", *server_flags) as server:
+        flags = ["--url", server.url, "--pid", str(server.process.pid), "--log", str(server.log)]
+        flags += ["--max-growth-mib", "256", "--max-health-s", "5", "--max-gap-s", "20"]
+        code = main(["-n", "16", "-c", "4", "--seed", "3", "--family", "template", *flags])
+        output = capsys.readouterr().out
+        assert code == 0, output
+        assert "16 cases" in output

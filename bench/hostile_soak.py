@@ -1,0 +1,131 @@
+"""Does it leak while some of the clients are hostile? bench.soak, with a share of its slots theirs.
+
+    python -m bench.hostile_soak --seconds 1200 -c 10     # two of ten send hostile requests
+    python -m bench.hostile_soak --url http://localhost:8000 --pid 1234
+
+The hostile ones send cases of bench.hostile, of FAMILIES: what the largest requests hold, chats
+against the template, clients that leave or end their side. Exit code 1 where bench.soak's would be,
+where an answer to a hostile request is none of ours, or where files are open that were not before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import sys
+import tempfile
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench.fuzz import count_files, run_case, wait_files
+from bench.hostile import make_case
+from bench.report import environment, write_json
+from bench.server_process import ServerProcess, running_server
+from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak
+from bench.wire import Endpoint
+
+FAMILIES = ("large", "template", "gone", "ended", "abort", "silent", "field")
+
+
+class Hostile:
+    """The hostile clients of a soak: what they have sent, and what was wrong with the answers."""
+
+    def __init__(self, num_clients: int) -> None:
+        self.num_sent: Counter[str] = Counter()
+        self.problems: Counter[str] = Counter()
+        self._num_clients = num_clients
+        self._numbers = itertools.count()
+
+    async def part(
+        self,
+        endpoint: Endpoint,
+        tally: Tally,
+        rng: np.random.Generator,
+        args: argparse.Namespace,
+        share: int,
+    ) -> None:
+        """A part of the soak by the others, hostile requests for as long beside it."""
+        over = asyncio.Event()
+        clients = [
+            asyncio.create_task(self._send_until(over, endpoint, args.seed))
+            for _ in range(self._num_clients)
+        ]
+        await soak(endpoint, tally, rng, args, share)
+        over.set()
+        await asyncio.gather(*clients)
+
+    async def _send_until(self, over: asyncio.Event, endpoint: Endpoint, seed: int) -> None:
+        while not over.is_set():
+            number = next(self._numbers)
+            case = make_case(seed, number, FAMILIES[number % len(FAMILIES)])
+            _, problem, _ = await run_case(endpoint, case)
+            self.num_sent[case.family] += 1
+            if problem is not None:
+                self.problems[f"{case.family}: {case.name}: {problem}"] += 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: every check passed; 1: one failed or the server could not be reached."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--hostile-share", type=float, default=0.2, help="default %(default)s")
+    parser.set_defaults(max_growth_mib=5.0)
+    args = parser.parse_args(argv)
+    if not 2 <= args.concurrency <= MAX_CONCURRENCY:
+        parser.error(f"--concurrency must be in [2, {MAX_CONCURRENCY}], got {args.concurrency}")
+    if not 0 < args.hostile_share < 1:
+        parser.error(f"--hostile-share must be in (0, 1), got {args.hostile_share}")
+    if args.streams or args.num_requests < 10:
+        parser.error("--streams is bench.soak's, --num-requests must be at least 10")
+    place: AbstractContextManager[ServerProcess | None] = nullcontext(None)
+    if args.url is None:
+        place = running_server(args.flags, folder=Path(tempfile.gettempdir()))
+    try:
+        with place as server:
+            return _run(server, args)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
+    pid, url = args.pid, args.url
+    if server is not None:
+        server.wait_ready(600)
+        pid, url = server.pid, server.url
+    endpoint = Endpoint.parse(url, args.api_key)
+    num_hostile = max(round(args.concurrency * args.hostile_share), 1)
+    args.concurrency = max(args.concurrency - num_hostile, 1)
+    hostile = Hostile(num_hostile)
+    num_files = count_files(pid)
+    result: dict[str, Any] = asyncio.run(run_soak(endpoint, pid, args, hostile.part))
+    num_files_after = asyncio.run(wait_files(pid, num_files))
+    problems = judge_soak(result, args)
+    print(f"hostile requests of {num_hostile} clients: {dict(hostile.num_sent)}")
+    problems += [f"{count} hostile requests: {text}" for text, count in hostile.problems.items()]
+    if num_files is not None and num_files_after is not None:
+        print(f"open files: {num_files} before, {num_files_after} after")
+        if num_files_after > num_files:
+            problems.append(f"{num_files_after - num_files} open files more")
+    for problem in problems:
+        print(f"FAILED {problem}")
+    num_sent = sum(hostile.num_sent.values())
+    print(
+        f"= hostile soak: {'FAILED' if problems else 'nothing leaked'}; "
+        f"{result['num_complete']:,} complete, {result['num_aborted']:,} aborted, "
+        f"{num_sent:,} hostile in {result['wall_s']:.0f} s"
+    )
+    config = {name: str(value) for name, value in vars(args).items() if name != "api_key"}
+    about = environment(["pyserve", "torch"])
+    record = {"config": config, "environment": about, "result": result, "problems": problems}
+    write_json(args.json, msgspec.to_builtins({**record, "hostile": dict(hostile.num_sent)}))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
