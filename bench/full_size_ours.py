@@ -31,6 +31,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 from pyserve.ops import build
 from pyserve.params import SamplingParams
 
@@ -75,14 +76,14 @@ def load(folder: Path, device: torch.device) -> tuple[Decoder, dict[str, float]]
     started_s = time.perf_counter()
     with AnonymousPeak() as peak:
         decoder = load_model(
-            folder, config, dtype=torch.bfloat16, device=device, load_format="auto", seed=0,
+            folder, config, Placement(torch.bfloat16, device), load_format="auto", seed=0,
             progress=lambda done, total: None,
         )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started_s
     after = memory_of(os.getpid())
-    num_bytes = sum(place.view.nbytes for place in decoder.destinations().values())
+    num_bytes = sum(place.nbytes for place in decoder.destinations().values())
     return decoder, {
         "load_s": seconds,
         "weight_bytes": num_bytes,

@@ -37,9 +37,11 @@ from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import DeviceError, PlanError, StartupError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import check_checkpoint, load_model
+from pyserve.model.placement import META, Placement
 from pyserve.ops import build
 from pyserve.params import SamplingParams
 from pyserve.words import counted
@@ -138,7 +140,7 @@ def check_start(config: EngineConfig) -> Start:
     """
     start = plan_start(config)
     if config.load_format != "dummy":
-        check_checkpoint(config.model_path, start.model_config, dtype=start.dtype)
+        check_checkpoint(config.model_path, start.model_config)
     return start
 
 
@@ -160,11 +162,11 @@ def _plan(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, memory: Memory
 ) -> MemoryPlan:
     # Shapes without memory: what the weights will take, exactly.
-    shapes = Decoder(model_config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
+    shapes = build_model(model_config, Placement(dtype, META), max_model_len=1)
     return plan_memory(
         model_config,
         config,
-        weight_bytes=sum(place.view.nbytes for place in shapes.destinations().values()),
+        weight_bytes=sum(place.nbytes for place in shapes.destinations().values()),
         kv_specs=shapes.kv_specs(),
         itemsize=dtype.itemsize,
         memory=memory,
@@ -203,8 +205,7 @@ def _load(
     model = load_model(
         config.model_path,
         model_config,
-        dtype=dtype,
-        device=device,
+        Placement(dtype, device),
         load_format=config.load_format,
         seed=config.seed,
         progress=report,

@@ -30,6 +30,7 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.engine import Pending
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
+from pyserve.model.kv import KVCache
 from pyserve.ops import attention_plan, sample_workspace
 from pyserve.ops import step_layout as layout
 from pyserve.ops.build import Report, report_nothing
@@ -79,7 +80,7 @@ class StepExecutor:
         self._sampled = _zeros(num_slots, device=device)
         self._hidden = torch.empty(0, device=device)  # of the step that was forwarded last
         self._plan = ops.StepPlan.allocate(max_num_batched_tokens, num_slots, device)
-        self._kv_caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kv_caches: list[KVCache] = []
         self._views: dict[tuple[int, int, bool], tuple[ops.StepPlan, ForwardContext]] = {}
         # Longest query that counts as decoding; a step without a longer one is planned as such.
         self._decode_query_len = attention_plan.decode_query_len(
@@ -105,13 +106,8 @@ class StepExecutor:
             refuse_when_closed()
         self._kv_caches.clear()
         self._kv_caches += [
-            # Written once here, so that resident memory does not grow while serving.
-            (
-                _zeros(*shape, dtype=spec.dtype, device=self.device),
-                _zeros(*shape, dtype=spec.dtype, device=self.device),
-            )
+            spec.allocate(num_blocks, self._block_size, self.device)
             for spec in self._model.kv_specs()
-            for shape in [(num_blocks, self._block_size, spec.num_kv_heads, spec.head_dim)]
         ]
 
     def reset(self) -> None:

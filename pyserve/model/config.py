@@ -16,7 +16,7 @@ import msgspec
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
 from pyserve.model.fields import Fields
-from pyserve.model.registry import ARCHITECTURES, Architecture
+from pyserve.model.registry import ARCHITECTURES, QUANT_METHODS, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
 from pyserve.model.unknown_fields import Model, unknown_fields
 from pyserve.model_files import guarded, read_object
@@ -153,7 +153,7 @@ def _architecture_name(fields: Fields) -> str:
 
 def _refuse_unsupported(fields: Fields) -> None:
     for key in ("quantization_config", "compression_config"):
-        if fields.has(key):
+        if fields.has(key) and fields.quant_method(key) not in QUANT_METHODS:
             raise fields.refuse(key, "is not supported: no quantised checkpoints yet")
     for key in ("hidden_act", "hidden_activation"):
         if fields.string(key, default="silu") not in ("silu", "swish"):

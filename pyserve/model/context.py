@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyserve.model.kv import KVCache
 from pyserve.ops import AttentionPlan
 
 
@@ -20,8 +21,7 @@ class ForwardContext:
     cu_seqlens_q           int32 [num_rows + 1]: where each row's tokens begin
     seq_lens               int32 [num_rows]: tokens in the KV cache after this step
     block_table            int32 [num_slots, max_blocks_per_seq]
-    kv_caches              (key_cache, value_cache) of each layer,
-                           [num_blocks, block_size, num_kv_heads, head_dim]
+    kv_caches              of each layer, as its KVSpec says
     max_query_len          an upper bound of the rows' query lengths
     attention_plans        by window, of every window the layers have; empty on a CPU
     """
@@ -33,6 +33,6 @@ class ForwardContext:
     cu_seqlens_q: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
+    kv_caches: list[KVCache]
     max_query_len: int
     attention_plans: Mapping[int, AttentionPlan]

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from pyserve import ops
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.kv import KVSpec
 from pyserve.model.layers.attention import Attention
 from pyserve.model.layers.embedding import Embedding
-from pyserve.model.layers.linear import Linear
+from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.layers.rotary import cos_sin_table
+from pyserve.model.placement import Placement
 
 
 class DecoderLayer:
@@ -46,24 +46,22 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
+        placement: Placement,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         max_model_len: int | None = None,
     ) -> None:
+        assert placement.tp_size == 1 or placement.device.type == "meta", "ranks cannot compute yet"
         self.config = config
-        self.dtype = dtype
-        self.device = device
+        self.dtype = placement.dtype
+        self.device = placement.device
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
 
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(name, hidden_size, eps, dtype=dtype, device=device)
+            return RMSNorm(name, hidden_size, eps, placement)
 
-        self.embedding = Embedding(
-            "model.embed_tokens", config.vocab_size, hidden_size, dtype=dtype, device=device
-        )
+        self.embedding = Embedding("model.embed_tokens", config.vocab_size, hidden_size, placement)
         cos_sin = cos_sin_table(
-            config.rope, config.head_dim, max_model_len or config.max_model_len, device=device
+            config.rope, config.head_dim, max_model_len or config.max_model_len, device=self.device
         )
         names = [f"model.layers.{index}" for index in range(config.num_layers)]
         input_norms = [norm(f"{name}.input_layernorm") for name in names] + [norm("model.norm")]
@@ -73,34 +71,29 @@ class Decoder:
                 Attention(
                     f"{name}.self_attn",
                     config,
+                    placement,
                     window=config.windows[index],
                     cos_sin=cos_sin,
-                    dtype=dtype,
-                    device=device,
                 ),
                 norm(f"{name}.post_attention_layernorm"),
-                MLP(f"{name}.mlp", config, dtype=dtype, device=device),
+                MLP(f"{name}.mlp", config, placement),
                 input_norms[index + 1],
             )
             for index, name in enumerate(names)
         ]
-        self.head: Linear | None = None
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings:
+            self.head = Linear.tied(self.embedding.weight)
+        else:
             self.head = Linear(
-                {"lm_head": config.vocab_size},
-                hidden_size,
-                has_bias=False,
-                dtype=dtype,
-                device=device,
+                [Output("lm_head", config.vocab_size)], hidden_size, placement, shard="vocabulary"
             )
-        self._head_weight = self.head.weight if self.head else self.embedding.weight
 
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
         """Hidden states after the last norm, [num_tokens, hidden_size]; writes the KV caches."""
         residual = self.embedding(ctx.input_ids)
         hidden = self.first_norm(residual)
-        for layer, (key_cache, value_cache) in zip(self.layers, ctx.kv_caches, strict=True):
-            hidden = layer.attention(hidden, ctx, key_cache, value_cache)
+        for layer, cache in zip(self.layers, ctx.kv_caches, strict=True):
+            hidden = layer.attention(hidden, ctx, cache)
             hidden = layer.post_attention_norm.add(hidden, residual)
             hidden = layer.mlp(hidden)
             hidden = layer.next_norm.add(hidden, residual)
@@ -108,15 +101,11 @@ class Decoder:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [n, hidden_size] -> [n, vocab_size] in the model's dtype"""
-        return ops.linear(hidden, self._head_weight)
+        return self.head(hidden)
 
     def kv_specs(self) -> list[KVSpec]:
         """One per layer."""
-        config = self.config
-        return [
-            KVSpec(config.num_kv_heads, config.head_dim, self.dtype, window)
-            for window in config.windows
-        ]
+        return [layer.attention.kv_spec() for layer in self.layers]
 
     def destinations(self) -> Destinations:
         """Where each tensor of the checkpoint goes, by its name there. Tied heads have none."""
@@ -126,6 +115,4 @@ class Decoder:
             destinations |= layer.post_attention_norm.destinations()
             destinations |= layer.mlp.destinations()
             destinations |= layer.next_norm.destinations()
-        if self.head is not None:
-            destinations |= self.head.destinations()
-        return destinations
+        return destinations | self.head.destinations()

@@ -82,6 +82,12 @@ class Fields:
         """Keys whose values are objects."""
         return [key for key, value in self._raw.items() if isinstance(value, dict)]
 
+    def quant_method(self, key: str) -> str | None:
+        """What the object `key` says of itself; None where it says nothing or is no object."""
+        value = self._raw.get(key)
+        method = value.get("quant_method") if isinstance(value, dict) else None
+        return method if isinstance(method, str) else None
+
     def is_empty(self, key: str) -> bool:
         """True where the key is absent or holds null or an object without keys."""
         return self._raw.get(key) in (None, {})

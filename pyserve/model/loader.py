@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 
 from pyserve.errors import CheckpointError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.destination import Destinations
+from pyserve.model.destination import FLOATS, Destinations, finish_loading
+from pyserve.model.placement import META, Placement
 from pyserve.model.weights import (
-    TORCH_DTYPES,
     CheckpointReader,
     StoredTensor,
+    bytes_to_read,
     index_checkpoint,
     name_some,
 )
@@ -51,35 +53,36 @@ DUMMY_NOISE_LEN = 4_194_301
 def load_model(
     path: Path,
     config: ModelConfig,
+    placement: Placement,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
     load_format: str,
     seed: int,
     progress: Progress,
     max_model_len: int | None = None,
 ) -> Decoder:
-    """Build the decoder and fill it: from the safetensors files of the folder `path`, or, with
+    """Build the model and fill it: from the safetensors files of the folder `path`, or, with
     load_format "dummy", with weights drawn from `seed`.
 
     `progress` is called with bytes of the checkpoint, at least at the start and at the end.
     Raises CheckpointError naming the tensors that are missing, left over or of the wrong shape.
     """
     stored = None if load_format == "dummy" else _index(path, config)
-    decoder = Decoder(config, dtype=dtype, device=device, max_model_len=max_model_len)
-    destinations = decoder.destinations()
+    model = build_model(config, placement, max_model_len=max_model_len)
+    destinations = model.destinations()
     if stored is None:
-        fill = _fill_with_noise if device.type == "cpu" else _fill_with_noise_there
+        is_cpu = placement.device.type == "cpu"
+        fill = _fill_with_noise if is_cpu else _fill_with_noise_there
         fill(destinations, seed, progress)
-        return decoder
-    _check(stored, destinations, config)
-    _stream(stored, destinations, device, progress)
-    return decoder
+    else:
+        _check(stored, destinations, config)
+        _stream(stored, destinations, placement.device, progress)
+    finish_loading(destinations.values())
+    return model
 
 
-def check_checkpoint(path: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
+def check_checkpoint(path: Path, config: ModelConfig) -> None:
     """Names, shapes and dtypes of the folder's headers against `config`. Raises CheckpointError."""
-    shapes = Decoder(config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
+    shapes = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
     _check(_index(path, config), shapes.destinations(), config)
 
 
@@ -126,16 +129,16 @@ def _check(
             f"config.json: {name_some(left_over)}{_note_of_quantised(left_over)}"
         )
     for name, destination in destinations.items():
-        tensor, shape = stored[name], tuple(destination.view.shape)
-        if tensor.shape != shape:
+        tensor = stored[name]
+        if tensor.shape != destination.shape:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
-                f"config.json makes it {list(shape)}"
+                f"config.json makes it {list(destination.shape)}"
             )
-        if tensor.dtype not in TORCH_DTYPES:
+        if tensor.dtype not in destination.dtypes:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} is {tensor.dtype}, "
-                f"supported are {', '.join(TORCH_DTYPES)}"
+                f"supported are {', '.join(destination.dtypes)}"
             )
 
 
@@ -170,14 +173,18 @@ def _stream(
     stored: dict[str, StoredTensor], destinations: Destinations, device: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
-    wanted = [(stored[name], destination) for name, destination in destinations.items()]
+    wanted = [
+        (stored[name], part)
+        for name, destination in destinations.items()
+        for part in destination.parts
+    ]
     tied_head = None if HEAD_NAME in destinations else stored.get(HEAD_NAME)
-    total = sum(tensor.num_bytes for tensor, _ in wanted)
+    total = sum(bytes_to_read(tensor, part) for tensor, part in wanted)
     done = 0
     progress(done, total)
     with CheckpointReader(device=device) as reader:
-        for tensor, destination in sorted(wanted, key=lambda pair: (pair[0].file, pair[0].offset)):
-            for num_bytes in reader.copy(tensor, destination.view):
+        for tensor, part in sorted(wanted, key=lambda pair: (pair[0].file, pair[0].offset)):
+            for num_bytes in reader.copy(tensor, part):
                 done += num_bytes
                 progress(done, total)
         reader.wait()
@@ -188,7 +195,7 @@ def _stream(
 def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: torch.Tensor) -> None:
     """A head that is stored although it is tied must be the embedding: some checkpoints say tied
     and are not, and would answer nonsense."""
-    is_comparable = head.shape == tuple(embedding.shape) and head.dtype in TORCH_DTYPES
+    is_comparable = head.shape == tuple(embedding.shape) and head.dtype in FLOATS
     flat = embedding.view(-1)
     if not is_comparable or not all(
         torch.equal(flat[start : start + piece.numel()], piece.to(flat.device, flat.dtype))
@@ -202,33 +209,35 @@ def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: to
 
 def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Progress) -> None:
     """On a card, which makes noise as fast as it writes it. Another kind of card, other noise."""
-    total = sum(destination.view.nbytes for destination in destinations.values())
+    total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)
     device = next(iter(destinations.values())).view.device
     generator = torch.Generator(device).manual_seed(seed)
     for destination in destinations.values():
-        destination.view.normal_(destination.dummy_mean, DUMMY_STD, generator=generator)
-        done += destination.view.nbytes
+        for part in destination.parts:
+            part.view.normal_(destination.dummy_mean, DUMMY_STD, generator=generator)
+        done += destination.nbytes
     torch.cuda.synchronize(device)
     progress(done, total)
 
 
 def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) -> None:
-    total = sum(destination.view.nbytes for destination in destinations.values())
+    total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)
     noise = torch.randn(DUMMY_NOISE_LEN, generator=torch.Generator().manual_seed(seed))
     noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).view)
     starts = random.Random(seed)
     for destination in destinations.values():
-        flat = destination.view.view(-1)
-        filled = 0
-        while filled < flat.numel():
-            piece = noise[starts.randrange(DUMMY_NOISE_LEN) :][: flat.numel() - filled]
-            flat[filled : filled + piece.numel()].copy_(piece)
-            filled += piece.numel()
-        if destination.dummy_mean:
-            flat += destination.dummy_mean
-        done += flat.nbytes
+        for part in destination.parts:
+            flat = part.view.view(-1)
+            filled = 0
+            while filled < flat.numel():
+                piece = noise[starts.randrange(DUMMY_NOISE_LEN) :][: flat.numel() - filled]
+                flat[filled : filled + piece.numel()].copy_(piece)
+                filled += piece.numel()
+            if destination.dummy_mean:
+                flat += destination.dummy_mean
+        done += destination.nbytes
         progress(done, total)

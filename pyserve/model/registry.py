@@ -10,6 +10,11 @@ from typing import Literal
 
 import msgspec
 
+SchemeName = Literal["dense"]
+
+# `quant_method` of config.json -> the scheme of schemes.py that reads such a checkpoint.
+QUANT_METHODS: dict[str, SchemeName] = {}
+
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """What sets one architecture apart.

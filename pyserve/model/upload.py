@@ -49,13 +49,22 @@ class Upload:
         self._sent[self._next].synchronize()
         return self._buffers[self._next]
 
-    def send(self, piece: torch.Tensor, destination: torch.Tensor) -> None:
-        """Begin to copy `piece` [n], part of what `fill` gave, to `destination` [n]; converts."""
+    def send(
+        self, piece: torch.Tensor, destination: torch.Tensor,
+        columns: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """Begin to copy `piece`, part of what `fill` gave, to `destination`; converts.
+
+        columns   (first, number) of those that are wanted of a matrix; None: all there is, and the
+                  shapes are the same.
+        """
         assert self._landing is not None, "closed"
         with torch.cuda.stream(self._stream):
-            if piece.dtype != destination.dtype:
-                landing = self._landing[: piece.nbytes].view(piece.dtype)
+            if columns is not None or piece.dtype != destination.dtype:
+                landing = self._landing[: piece.nbytes].view(piece.dtype).view(piece.shape)
                 piece = landing.copy_(piece, non_blocking=True)
+            if columns is not None:
+                piece = piece.narrow(1, *columns)
             destination.copy_(piece, non_blocking=True)
             self._sent[self._next].record(self._stream)
 

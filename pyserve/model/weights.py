@@ -30,6 +30,7 @@ from pyserve.checkpoint_files import (
     read_weight_map,
 )
 from pyserve.errors import CheckpointError
+from pyserve.model.destination import Part
 from pyserve.model.upload import Upload
 from pyserve.model_files import decode_object, guarded, open_regular
 
@@ -48,6 +49,9 @@ DTYPE_BYTES = {
 }  # fmt: skip
 TORCH_DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
@@ -147,26 +151,55 @@ class CheckpointReader:
             self._upload.close()
         self._close()
 
-    def copy(self, tensor: StoredTensor, destination: torch.Tensor) -> Iterator[int]:
-        """Fill `destination`, contiguous and of the stored shape; converts dtypes. Yields the bytes
-        of each piece once it is there, or on its way to a card: `wait` before it is used. Reads
-        fastest in the order tensors are stored in.
+    def copy(self, tensor: StoredTensor, part: Part) -> Iterator[int]:
+        """Fill `part` of the tensor's destination; converts dtypes. Yields the bytes read of each
+        piece once it is there, or on its way to a card: `wait` before it is used. Reads fastest in
+        the order tensors are stored in. A slice along dim 1 reads all columns.
         """
-        flat = destination.view(-1)
-        if flat.is_cpu and flat.dtype == TORCH_DTYPES[tensor.dtype]:
+        view, dtype = part.view, TORCH_DTYPES[tensor.dtype]
+        if part.dim == 1 or not view.is_contiguous():
+            yield from self._copy_rows(tensor, part)
+            return
+        flat = view.view(-1)
+        begin = part.start * prod(tensor.shape[1:]) * dtype.itemsize
+        cuts = self._cut(begin, begin + flat.numel() * dtype.itemsize)
+        if flat.is_cpu and flat.dtype == dtype:
             # Nothing to convert: the file is read into the parameter itself.
             memory = flat.view(torch.uint8).numpy().data
-            for start, end in self._cut(tensor):
-                self._read(tensor, start, memory[start:end])
+            for start, end in cuts:
+                self._read(tensor, start, memory[start - begin : end - begin])
                 yield end - start
             return
-        for start, piece in self.pieces(tensor):
-            part = flat[start : start + piece.numel()]
-            if self._upload is None:
-                part.copy_(piece)
-            else:
-                self._upload.send(piece, part)
+        for start, piece in self._pieces(tensor, cuts):
+            first = start - begin // dtype.itemsize
+            self._put(piece, flat[first : first + piece.numel()])
             yield piece.nbytes
+
+    def _copy_rows(self, tensor: StoredTensor, part: Part) -> Iterator[int]:
+        """Whole rows of a matrix come through the buffer, whose columns lie apart in the view."""
+        assert len(tensor.shape) == 2, f"{tensor.name} is no matrix"
+        num_rows, num_columns = tensor.shape
+        row_bytes = tensor.num_bytes // max(1, num_rows)
+        first_row, num_wanted = (part.start, part.view.shape[0]) if part.dim == 0 else (0, num_rows)
+        rows_at_once = self._buffer_bytes // max(1, row_bytes)
+        assert rows_at_once, f"a row of {tensor.name} is larger than the buffer"
+        cuts = self._cut(
+            first_row * row_bytes, (first_row + num_wanted) * row_bytes, rows_at_once * row_bytes
+        )
+        columns = (part.start if part.dim == 1 else 0), part.view.shape[1]
+        for start, piece in self._pieces(tensor, cuts):
+            rows = piece.view(-1, num_columns)
+            row = start // max(1, num_columns) - first_row
+            self._put(rows, part.view[row : row + len(rows)], columns)
+            yield piece.nbytes
+
+    def _put(
+        self, piece: torch.Tensor, view: torch.Tensor, columns: tuple[int, int] | None = None
+    ) -> None:
+        if self._upload is not None:
+            self._upload.send(piece, view, columns)
+        else:
+            view.copy_(piece if columns is None else piece.narrow(1, *columns))
 
     def wait(self) -> None:
         """Until all that was copied has arrived."""
@@ -177,17 +210,23 @@ class CheckpointReader:
         """Yields (index of the first element, elements [n] in the stored dtype, on the host); a
         piece is valid until the next one is asked for.
         """
+        yield from self._pieces(tensor, self._cut(0, tensor.num_bytes))
+
+    def _pieces(
+        self, tensor: StoredTensor, cuts: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         dtype = TORCH_DTYPES[tensor.dtype]
-        for start, end in self._cut(tensor):
+        for start, end in cuts:
             buffer = self._buffer if self._upload is None else self._upload.fill()
             assert buffer is not None
             piece = buffer[: end - start]
             self._read(tensor, start, piece.numpy().data)
             yield start // dtype.itemsize, piece.view(dtype)
 
-    def _cut(self, tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-        for start in range(0, tensor.num_bytes, self._buffer_bytes):
-            yield start, min(start + self._buffer_bytes, tensor.num_bytes)
+    def _cut(self, begin: int, end: int, step: int | None = None) -> Iterator[tuple[int, int]]:
+        step = step or self._buffer_bytes
+        for start in range(begin, end, step):
+            yield start, min(start + step, end)
 
     def _read(self, tensor: StoredTensor, start: int, memory: memoryview) -> None:
         """Fill `memory` with the tensor's bytes from `start` on."""
@@ -213,6 +252,14 @@ class CheckpointReader:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def bytes_to_read(tensor: StoredTensor, part: Part) -> int:
+    """What `copy` takes from the file."""
+    if part.dim == 1 or not tensor.num_bytes:
+        return tensor.num_bytes
+    num_rows = tensor.shape[0] if tensor.shape else 1
+    return tensor.num_bytes // num_rows * (part.view.shape[0] if tensor.shape else 1)
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:

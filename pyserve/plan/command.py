@@ -210,7 +210,7 @@ def _read_headers(args: argparse.Namespace, folder: Path) -> tuple[ModelConfig, 
     if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return model, None
     if args.quantization is None:
-        check_checkpoint(folder, model, dtype=torch.bfloat16)
+        check_checkpoint(folder, model)
     return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())
 
 

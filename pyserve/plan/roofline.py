@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from pyserve.engine.planner import META
 from pyserve.errors import ConfigError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
+from pyserve.model.placement import META, Placement
 from pyserve.plan.cards import Card
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -47,6 +48,7 @@ class ModelSizes:
     head_params: int
     kv_specs: tuple[KVSpec, ...]
     num_heads: int
+    head_dim: int
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -68,7 +70,7 @@ def measure_model(
     tp_size   cards that share each layer. Raises ConfigError where they cannot.
     """
     shard = shard_model(model, tp_size)
-    shapes = Decoder(shard, dtype=dtype, device=META, max_model_len=1)
+    shapes = build_model(shard, Placement(dtype, META), max_model_len=1)
     views = _views(shapes)
     layers = [
         view for name, view in views.items() if view.dim() == 2 and name not in (EMBEDDING, HEAD)
@@ -80,7 +82,7 @@ def measure_model(
     # Embedding and head are shared by rows of the vocabulary, which shard_model leaves whole.
     whole = [view.nbytes for name, view in views.items() if name in (EMBEDDING, HEAD)]
     others = [view.nbytes for name, view in views.items() if name not in (EMBEDDING, HEAD)]
-    whole_model = Decoder(model, dtype=dtype, device=META, max_model_len=1)
+    whole_model = build_model(model, Placement(dtype, META), max_model_len=1)
     return ModelSizes(
         dtype=dtype,
         weight_bytes=sum(others) - dense_bytes + layer_bytes + -(-sum(whole) // tp_size),
@@ -91,6 +93,7 @@ def measure_model(
         head_params=-(-head.numel() // tp_size),
         kv_specs=tuple(shapes.kv_specs()),
         num_heads=shard.num_heads,
+        head_dim=shard.head_dim,
     )
 
 
@@ -153,15 +156,15 @@ def prefill_floor_s(sizes: ModelSizes, card: Card, num_tokens: int) -> float:
     """Seconds to the first token of a prompt, in one step: one row of it is sampled."""
     read_s = (sizes.layer_bytes + sizes.head_bytes) / (card.bandwidth_tb * 1e12)
     flop = 2 * (sizes.layer_params * num_tokens + sizes.head_params)
-    flop += _attention_flop(sizes.kv_specs, sizes.num_heads, num_tokens)
+    flop += _attention_flop(sizes.kv_specs, sizes.num_heads, sizes.head_dim, num_tokens)
     return max(read_s, flop / (card.bf16_tflops * 1e12))
 
 
-def _attention_flop(specs: Sequence[KVSpec], num_heads: int, num_tokens: int) -> int:
+def _attention_flop(specs: Sequence[KVSpec], num_heads: int, head_dim: int, num_tokens: int) -> int:
     """QK^T and PV over the pairs of tokens that see each other."""
     flop = 0
     for spec in specs:
         window = min(num_tokens, spec.window or num_tokens)
         num_pairs = window * (window + 1) // 2 + (num_tokens - window) * window
-        flop += 4 * num_heads * spec.head_dim * num_pairs
+        flop += 4 * num_heads * head_dim * num_pairs
     return flop

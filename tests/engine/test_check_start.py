@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from pyserve.checkpoint_files import LENGTH_BYTES, SINGLE_FILE
 from pyserve.engine.load import check_start
 from pyserve.errors import CheckpointError, PlanError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
-from pyserve.model.decoder import Decoder
+from pyserve.model.placement import Placement
 from tests.engine.tiny import CONFIG, engine_config, write_model
 
 
@@ -21,7 +22,7 @@ def write_headers(folder: Path, *, without: str | None = None) -> Path:
     """A model's folder as it is before the download: the weights' file has no data."""
     write_model(folder)
     config = ModelConfig.from_hf(CONFIG)
-    shapes = Decoder(config, dtype=torch.float32, device=torch.device("cpu"), max_model_len=1)
+    shapes = build_model(config, Placement(torch.float32, torch.device("cpu")), max_model_len=1)
     tensors = {
         name: torch.zeros(place.view.shape)
         for name, place in shapes.destinations().items()

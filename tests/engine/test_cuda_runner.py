@@ -28,6 +28,7 @@ from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.engine.after_the_end import stop_and_check
 from tests.engine.tiny import CONFIG, VOCAB_SIZE
@@ -123,7 +124,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     monkeypatch.setattr(cuda_runner, "torch", FakeTorch())
     monkeypatch.setattr(cuda_runner, "build", SimpleNamespace(host=lambda: FakeHost))
     model = load_model(
-        tmp_path, ModelConfig.from_hf(CONFIG), dtype=torch.float32, device=torch.device("cpu"),
+        tmp_path, ModelConfig.from_hf(CONFIG), Placement(torch.float32, torch.device("cpu")),
         load_format="dummy", seed=0, progress=lambda done, total: None,
     )  # fmt: skip
     executor = StepExecutor(

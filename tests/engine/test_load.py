@@ -20,6 +20,7 @@ from pyserve.engine.runner import StepExecutor
 from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.engine.tiny import CONFIG, VOCAB_SIZE, engine_config, write_model
 
@@ -147,7 +148,7 @@ def test_a_card_s_kv_cache_comes_last(
     monkeypatch.setattr(FakeCudaRunner, "used_bytes", used_bytes)
     before = CardMemory(2**30, 200 * 2**20)
     model = load_model(
-        tmp_path, ModelConfig.from_hf(CONFIG), dtype=torch.float32, device=torch.device("cpu"),
+        tmp_path, ModelConfig.from_hf(CONFIG), Placement(torch.float32, torch.device("cpu")),
         load_format="dummy", seed=0, progress=lambda done, total: None,
     )  # fmt: skip
     config = engine_config(tmp_path)

@@ -30,7 +30,7 @@ from pyserve.ops import attention_plan, sample_workspace
 from tests.engine.tiny import CONFIG, engine_config
 
 MODEL = ModelConfig.from_hf(CONFIG)  # 2 layers, 4 heads of 16, 2 KV heads, vocabulary of 97
-SPECS = [KVSpec(2, 16, torch.float32), KVSpec(2, 16, torch.float32)]
+SPECS = [KVSpec.of_heads(2, 16, torch.float32), KVSpec.of_heads(2, 16, torch.float32)]
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, head_dim, float32
 WEIGHT_BYTES = 1_000_000
 
@@ -82,7 +82,7 @@ def test_slots_are_as_many_as_a_step_has_tokens() -> None:
 
 def test_a_cpu_gets_512_mib_of_kv_by_default_but_at_least_one_sequence() -> None:
     assert plan(2**34, max_num_seqs=4096, max_num_batched_tokens=4096).num_blocks == 2**29 // 8192
-    wide = [KVSpec(64, 256, torch.float32)] * 64  # 128 MiB a block
+    wide = [KVSpec.of_heads(64, 256, torch.float32)] * 64  # 128 MiB a block
     result = plan_memory(
         MODEL, engine_config(Path("unused")), weight_bytes=0, kv_specs=wide, itemsize=4,
         memory=HostMemory(2**40),
@@ -175,7 +175,7 @@ def card_plan(card: CardMemory = BIG_CARD, **overrides: object) -> MemoryPlan:
         LLAMA,
         settings(**overrides),
         weight_bytes=LLAMA_WEIGHT_BYTES,
-        kv_specs=[KVSpec(8, 128, torch.bfloat16)] * 32,
+        kv_specs=[KVSpec.of_heads(8, 128, torch.bfloat16)] * 32,
         itemsize=2,
         memory=card,
     )
@@ -222,8 +222,8 @@ def test_each_window_has_its_attention_plan() -> None:
     def plan_bytes(*windows: int) -> int:
         model = msgspec.structs.replace(LLAMA, windows=windows)
         result = plan_memory(
-            model, settings(), weight_bytes=0, kv_specs=[KVSpec(8, 128, torch.bfloat16)] * 2,
-            itemsize=2, memory=BIG_CARD,
+            model, settings(), weight_bytes=0, itemsize=2, memory=BIG_CARD,
+            kv_specs=[KVSpec.of_heads(8, 128, torch.bfloat16)] * 2,
         )  # fmt: skip
         return dict(result.ledger)["attention plans"]
 
@@ -270,8 +270,8 @@ def test_a_card_that_others_hold_most_of() -> None:
 
 def test_a_tiny_model_gets_no_more_blocks_than_the_host_can_keep() -> None:
     result = plan_memory(
-        MODEL, settings(), weight_bytes=0, kv_specs=[KVSpec(1, 64, torch.bfloat16)], itemsize=2,
-        memory=BIG_CARD,
+        MODEL, settings(), weight_bytes=0, itemsize=2, memory=BIG_CARD,
+        kv_specs=[KVSpec.of_heads(1, 64, torch.bfloat16)],
     )  # fmt: skip
     assert result.num_blocks == MAX_BLOCKS
 

@@ -22,9 +22,11 @@ from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import EngineError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
+from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.engine.after_the_end import stop_and_check
 from tests.engine.driver import Driver, Reader
@@ -39,7 +41,7 @@ NAN_TOKEN = 13
 def make_decoder() -> Decoder:
     """Weights so large that the next token depends on all before it."""
     config = ModelConfig.from_hf(CONFIG)
-    decoder = Decoder(config, dtype=torch.float32, device=torch.device("cpu"))
+    decoder = build_model(config, Placement(torch.float32, torch.device("cpu")))
     generator = torch.Generator().manual_seed(5)
     for name, place in decoder.destinations().items():
         noise = torch.randn(place.view.shape, generator=generator)
@@ -322,7 +324,7 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
     plan = plan_memory(
         decoder.config,
         config,
-        weight_bytes=sum(place.view.nbytes for place in decoder.destinations().values()),
+        weight_bytes=sum(place.nbytes for place in decoder.destinations().values()),
         kv_specs=decoder.kv_specs(),
         itemsize=4,
         memory=HostMemory(2**30),
@@ -355,12 +357,12 @@ def _tensors(things: list[object]) -> Iterator[torch.Tensor]:
         thing = things.pop()
         if isinstance(thing, torch.Tensor):
             yield thing
+        elif isinstance(thing, (list, tuple)):
+            things += thing
         elif type(thing).__module__.startswith("pyserve.") and id(thing) not in seen:
             seen.add(id(thing))
             names = getattr(type(thing), "__slots__", None) or vars(thing)
             things += [getattr(thing, name) for name in names]
-        elif isinstance(thing, list):
-            things += thing
 
 
 def test_steps_execute_in_the_order_of_their_launch(decoder: Decoder) -> None:

@@ -27,6 +27,7 @@ from pyserve.engine.slots import SlotAllocator
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.model.oracle import VOCAB_SIZE, load_theirs, make_model, relative_error, rope
 
@@ -75,7 +76,7 @@ class Checkpoint:
         family, changes = MODELS[name]
         make_model(family, **changes).to(dtype).save_pretrained(folder)
         self.ours = load_model(
-            folder, ModelConfig.from_path(folder), dtype=dtype, device=DEVICE, load_format="auto",
+            folder, ModelConfig.from_path(folder), Placement(dtype, DEVICE), load_format="auto",
             seed=0, progress=lambda done, total: None,
         )  # fmt: skip
         self._plain = load_theirs(folder, dtype).to(DEVICE)

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from pyserve.errors import CheckpointError
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
+from pyserve.model.destination import Part
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 from pyserve.model.weights import BUFFER_BYTES, SLICE_BYTES, CheckpointReader, read_header
 
 CARD = torch.device("cuda", 0)
@@ -34,7 +36,7 @@ SHAPE = {
 
 def load_dummy(config: ModelConfig, seed: int) -> Decoder:
     return load_model(
-        Path("nowhere"), config, dtype=torch.bfloat16, device=CARD, load_format="dummy", seed=seed,
+        Path("nowhere"), config, Placement(torch.bfloat16, CARD), load_format="dummy", seed=seed,
         progress=lambda done, total: None,
     )  # fmt: skip
 
@@ -57,7 +59,7 @@ def test_tensors_arrive_converted_whatever_the_pieces(stored: torch.dtype, tmp_p
         }
         with CheckpointReader(4096, device=CARD) as reader:
             for name, destination in arrived.items():
-                num_bytes = sum(reader.copy(stored_tensors[name], destination))
+                num_bytes = sum(reader.copy(stored_tensors[name], Part(destination)))
                 assert num_bytes == tensors[name].nbytes
         for name, tensor in tensors.items():
             assert torch.equal(arrived[name].cpu(), tensor.to(dtype)), name
@@ -72,7 +74,7 @@ def test_pieces_of_full_size_are_read_by_many_threads(tmp_path: Path) -> None:
     save_file({"a": tensor.cpu()}, path)
     fused = torch.full((num_rows + 20, 2048), torch.nan, dtype=torch.bfloat16, device=CARD)
     with CheckpointReader(device=CARD) as reader:
-        for _ in reader.copy(read_header(path)[0], fused[10:-10]):
+        for _ in reader.copy(read_header(path)[0], Part(fused[10:-10])):
             pass
         reader.wait()
         assert torch.equal(fused[10:-10], tensor)
@@ -86,14 +88,14 @@ def test_the_buffers_are_given_back(tmp_path: Path) -> None:
     before = torch.cuda.memory_reserved(CARD)
     for _ in range(3):
         with CheckpointReader(device=CARD) as reader:
-            list(reader.copy(read_header(path)[0], torch.empty(1000, device=CARD)))
+            list(reader.copy(read_header(path)[0], Part(torch.empty(1000, device=CARD))))
             assert torch.cuda.memory_reserved(CARD) >= before + BUFFER_BYTES
     assert torch.cuda.memory_reserved(CARD) <= before + 2 * 2**20
     stored = read_header(path)[0]
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="became shorter"):
         with CheckpointReader(device=CARD) as reader:
-            list(reader.copy(stored, torch.empty(1000, device=CARD)))
+            list(reader.copy(stored, Part(torch.empty(1000, device=CARD))))
     assert torch.cuda.memory_reserved(CARD) <= before + 2 * 2**20
 
 
@@ -121,7 +123,7 @@ def test_dummy_weights_of_16_gb_take_seconds() -> None:
     began_s = time.monotonic()
     decoder = load_dummy(ModelConfig.from_hf(SHAPE | llama), 0)
     took_s = time.monotonic() - began_s
-    num_bytes = sum(place.view.nbytes for place in decoder.destinations().values())
+    num_bytes = sum(place.nbytes for place in decoder.destinations().values())
     assert num_bytes > 16e9
     assert took_s < 3.0
     reserved = torch.cuda.max_memory_reserved(CARD)
@@ -132,7 +134,9 @@ def test_dummy_weights_of_16_gb_take_seconds() -> None:
 
 BIG_TENSOR_SCRIPT = """
 import json, pathlib, re, sys, threading, time, torch
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
+from pyserve.model.placement import Placement
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
 
@@ -144,7 +148,7 @@ def status_bytes(key):
     return int(found[1]) * 1024 if found else 0
 
 # The checkpoint: random on the card, written through small pieces.
-decoder = Decoder(config, dtype=torch.bfloat16, device=device)
+decoder = build_model(config, Placement(torch.bfloat16, device))
 header, end = {}, 0
 for name, place in decoder.destinations().items():
     place.view.normal_()
@@ -168,7 +172,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 began_s = time.monotonic()
 loaded = load_model(
-    folder, config, dtype=torch.bfloat16, device=device, load_format="auto", seed=0,
+    folder, config, Placement(torch.bfloat16, device), load_format="auto", seed=0,
     progress=lambda done, total: None,
 )
 took_s = time.monotonic() - began_s
@@ -177,7 +181,7 @@ watcher.join()
 expected, arrived = decoder.destinations(), loaded.destinations()
 print(json.dumps({
     "is_equal": all(torch.equal(arrived[name].view, expected[name].view) for name in expected),
-    "largest_bytes": max(place.view.nbytes for place in expected.values()),
+    "largest_bytes": max(place.nbytes for place in expected.values()),
     "gb_per_s": end / 1e9 / took_s,
     "anonymous_bytes": peak["RssAnon"],
     "grown_bytes": peak["VmRSS"] - resident,

@@ -19,6 +19,7 @@ from pyserve.engine.slots import SlotAllocator
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.engine.tiny import VOCAB_SIZE, write_model
 
@@ -36,7 +37,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
         hidden_size=256, head_dim=64, intermediate_size=512,
     )  # fmt: skip
     model = load_model(
-        folder, ModelConfig.from_path(folder), dtype=torch.bfloat16, device=CARD,
+        folder, ModelConfig.from_path(folder), Placement(torch.bfloat16, CARD),
         load_format="dummy", seed=0, progress=lambda done, total: None,
     )  # fmt: skip
     for place in model.destinations().values():

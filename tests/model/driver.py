@@ -25,10 +25,10 @@ class Driver:
         self._table = self._table.view(num_seqs, blocks_per_seq)
         self.kv_caches = []
         for spec in decoder.kv_specs():
-            shape = (len(blocks), BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-            poison = float("nan")  # what nobody wrote must not be read
-            caches = [torch.full(shape, poison, dtype=spec.dtype) for _ in range(2)]
-            self.kv_caches.append((caches[0], caches[1]))
+            cache = spec.allocate(len(blocks), BLOCK_SIZE, torch.device("cpu"))
+            for tensor in cache:
+                tensor.fill_(float("nan"))  # what nobody wrote must not be read
+            self.kv_caches.append(cache)
         self._lens = [0] * num_seqs
 
     def step(self, new_tokens: dict[int, Sequence[int]], num_padding: int = 0) -> torch.Tensor:

@@ -27,6 +27,7 @@ from bench import full_size
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
 
 logging.disable_progress_bar()
 
@@ -148,8 +149,7 @@ def load_ours(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) 
     return load_model(
         folder,
         msgspec.structs.replace(ModelConfig.from_path(folder), **changes),
-        dtype=dtype,
-        device=torch.device("cpu"),
+        Placement(dtype, torch.device("cpu")),
         load_format="auto",
         seed=0,
         progress=lambda done, total: None,

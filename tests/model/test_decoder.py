@@ -106,5 +106,7 @@ def test_padding_writes_nothing(root: Path) -> None:
 
 def test_kv_specs_name_heads_dtype_and_windows(root: Path) -> None:
     specs = oracle.load_ours(checkpoint("qwen2-window", torch.bfloat16, root), torch.bfloat16)
-    assert specs.kv_specs() == [KVSpec(2, 16, torch.bfloat16, window) for window in (0, 17, 17)]
+    assert specs.kv_specs() == [
+        KVSpec.of_heads(2, 16, torch.bfloat16, window) for window in (0, 17, 17)
+    ]
     assert specs.kv_specs()[0].bytes_per_block(16) == 2 * 16 * 2 * 16 * 2

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file, save_model
 
 from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.errors import CheckpointError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import EMBEDDING_NAME, HEAD_NAME, check_checkpoint, load_model
+from pyserve.model.placement import Placement
+from pyserve.model.schemes import Dense
 from tests.model import oracle
 from tests.model.driver import Driver
 from tests.model.safetensors_files import entry
@@ -46,12 +49,18 @@ def load_dummy(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.fl
     return load_model(
         Path("nowhere"),
         config,
-        dtype=dtype,
-        device=CPU,
+        Placement(dtype, CPU),
         load_format="dummy",
         seed=seed,
         progress=lambda done, total: None,
     )
+
+
+def is_tied(decoder: Decoder) -> bool:
+    """The head multiplies by the embedding's matrix, and nothing is loaded for it."""
+    matrix = decoder.head.matrix
+    assert isinstance(matrix, Dense)
+    return matrix.weight is decoder.embedding.weight and HEAD_NAME not in decoder.destinations()
 
 
 def test_shards_and_one_file_hold_the_same_model(tmp_path: Path) -> None:
@@ -82,8 +91,7 @@ def test_progress_counts_the_bytes_of_the_checkpoint(folder: Path) -> None:
     load_model(
         folder,
         ModelConfig.from_path(folder),
-        dtype=torch.bfloat16,
-        device=CPU,
+        Placement(torch.bfloat16, CPU),
         load_format="safetensors",
         seed=0,
         progress=lambda done, total: seen.append((done, total)),
@@ -218,9 +226,9 @@ def test_a_tied_model_may_be_stored_under_its_heads_name(
     assert "lm_head.weight" in tensors and EMBEDDING_NAME not in tensors
     change(tmp_path, {HEAD_NAME: None, f"{prefix}{HEAD_NAME}": tensors[HEAD_NAME]})
     decoder = oracle.load_ours(tmp_path, dtype)
-    assert decoder.head is None
+    assert is_tied(decoder)
     assert torch.equal(decoder.embedding.weight, model.lm_head.weight.to(dtype))
-    check_checkpoint(tmp_path, decoder.config, dtype=dtype)
+    check_checkpoint(tmp_path, decoder.config)
     if dtype == torch.float32:
         prompt = list(range(20))
         theirs = oracle.their_logits(oracle.load_theirs(tmp_path, dtype), prompt, is_stepwise=False)
@@ -238,16 +246,16 @@ def test_one_matrix_for_two_must_be_said_in_the_config(name: str, tmp_path: Path
         assert word in str(refusal.value)
     config = ModelConfig.from_path(tmp_path)
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
-        check_checkpoint(tmp_path, config, dtype=torch.bfloat16)
+        check_checkpoint(tmp_path, config)
     tied = oracle.load_ours(tmp_path, tie_word_embeddings=True)
-    assert tied.head is None
+    assert is_tied(tied)
 
 
 def test_a_stored_head_must_be_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
     oracle.make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     embedding = load_file(tmp_path / SINGLE_FILE)["model.embed_tokens.weight"].clone()
     change(tmp_path, {"lm_head.weight": embedding})
-    assert oracle.load_ours(tmp_path, torch.bfloat16).head is None
+    assert is_tied(oracle.load_ours(tmp_path, torch.bfloat16))
     embedding[-1, -1] += 1
     for wrong in (embedding, embedding[:5].clone()):
         change(tmp_path, {"lm_head.weight": wrong})
@@ -290,7 +298,9 @@ def test_dummy_models_run(folder: Path) -> None:
 
 PEAK_SCRIPT = """
 import pathlib, re, sys, torch
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
+from pyserve.model.placement import Placement
 from pyserve.model.loader import EMBEDDING_NAME, HEAD_NAME, check_checkpoint, load_model
 folder, dtype = pathlib.Path(sys.argv[1]), getattr(torch, sys.argv[2])
 
@@ -299,10 +309,10 @@ def status_bytes(key):
 
 before = status_bytes("VmRSS")
 decoder = load_model(
-    folder, ModelConfig.from_path(folder), dtype=dtype, device=torch.device("cpu"),
+    folder, ModelConfig.from_path(folder), Placement(dtype, torch.device("cpu")),
     load_format="auto", seed=0, progress=lambda done, total: None,
 )
-weights = sum(destination.view.nbytes for destination in decoder.destinations().values())
+weights = sum(destination.nbytes for destination in decoder.destinations().values())
 print(weights, status_bytes("VmHWM") - before - weights)
 """
 
@@ -320,7 +330,7 @@ def test_loading_takes_little_memory_beside_the_weights(tmp_path: Path) -> None:
         "tie_word_embeddings": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    decoder = Decoder(ModelConfig.from_hf(config), dtype=torch.float32, device=CPU)
+    decoder = build_model(ModelConfig.from_hf(config), Placement(torch.float32, CPU))
     header, end = {}, 0
     for name, destination in decoder.destinations().items():
         shape, begin = list(destination.view.shape), end

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pyserve.checkpoint_files import INDEX_FILE, MAX_HEADER_BYTES
 from pyserve.errors import CheckpointError
+from pyserve.model.destination import Part
 from pyserve.model.weights import CheckpointReader, index_checkpoint, read_header
 from tests.model.safetensors_files import entry, write, write_raw
 
@@ -21,7 +22,7 @@ from tests.model.safetensors_files import entry, write, write_raw
 def fill(path: Path, name: str, destination: torch.Tensor, *, buffer_bytes: int = 64) -> None:
     stored = {tensor.name: tensor for tensor in read_header(path)}[name]
     with CheckpointReader(buffer_bytes) as reader:
-        assert sum(reader.copy(stored, destination)) == stored.num_bytes
+        assert sum(reader.copy(stored, Part(destination))) == stored.num_bytes
 
 
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
@@ -158,7 +159,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", {"a": entry("F32", [64], 0, 256)}, b"\0" * 256)
     (stored,) = read_header(path)
     with CheckpointReader(64) as reader:
-        steps = reader.copy(stored, torch.empty(64))
+        steps = reader.copy(stored, Part(torch.empty(64)))
         next(steps)
         os.truncate(path, 200)
         with pytest.raises(CheckpointError, match="became shorter"):

@@ -8,8 +8,10 @@ from pyserve import ops
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
-from pyserve.model.layers.linear import Linear
+from pyserve.model.kv import KVCache, KVSpec
+from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.layers.norm import RMSNorm
+from pyserve.model.placement import Placement
 
 
 class Attention:
@@ -18,48 +20,52 @@ class Attention:
     __slots__ = (
         "qkv", "o", "q_norm", "k_norm", "cos_sin", "_window", "_num_heads", "_num_kv_heads",
         "_head_dim", "_q_size", "_qkv_size", "_softmax_scale", "_q_norm_weight", "_k_norm_weight",
-        "_eps",
+        "_eps", "_dtype",
     )  # fmt: skip
 
     def __init__(
         self,
         name: str,
         config: ModelConfig,
+        placement: Placement,
         *,
         window: int,
         cos_sin: torch.Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         head_dim = config.head_dim
-        q_size = config.num_heads * head_dim
-        kv_size = config.num_kv_heads * head_dim
+        q_size = placement.share(config.num_heads, head_dim).size
+        kv_size = placement.share(config.num_kv_heads, head_dim).size
         self.qkv = Linear(
-            {f"{name}.q_proj": q_size, f"{name}.k_proj": kv_size, f"{name}.v_proj": kv_size},
+            [
+                Output(f"{name}.q_proj", config.num_heads, head_dim),
+                Output(f"{name}.k_proj", config.num_kv_heads, head_dim),
+                Output(f"{name}.v_proj", config.num_kv_heads, head_dim),
+            ],
             config.hidden_size,
+            placement,
             has_bias=config.qkv_bias,
-            dtype=dtype,
-            device=device,
+            shard="column",
         )
         self.o = Linear(
-            {f"{name}.o_proj": config.hidden_size},
-            q_size,
+            [Output(f"{name}.o_proj", config.hidden_size)],
+            config.num_heads * head_dim,
+            placement,
             has_bias=config.o_bias,
-            dtype=dtype,
-            device=device,
+            shard="row",
         )
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             eps = config.rms_norm_eps
-            self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, eps, placement)
+            self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, eps, placement)
         self.cos_sin = cos_sin
         self._q_norm_weight = self.q_norm.weight if self.q_norm else None
         self._k_norm_weight = self.k_norm.weight if self.k_norm else None
         self._eps = config.rms_norm_eps
+        self._dtype = placement.dtype
         self._window = window
-        self._num_heads = config.num_heads
-        self._num_kv_heads = config.num_kv_heads
+        self._num_heads = q_size // head_dim
+        self._num_kv_heads = kv_size // head_dim
         self._head_dim = head_dim
         self._q_size = q_size
         self._qkv_size = q_size + 2 * kv_size
@@ -69,10 +75,10 @@ class Attention:
         self,
         x: torch.Tensor,
         ctx: ForwardContext,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
+        cache: KVCache,
     ) -> torch.Tensor:
-        """x [num_tokens, hidden_size] -> the same shape"""
+        """x [num_tokens, hidden_size] -> the same shape; `cache` is what kv_spec says."""
+        key_cache, value_cache = cache
         num_tokens = x.shape[0]
         qkv = self.qkv(x)
         ops.rope_write_kv(
@@ -106,6 +112,9 @@ class Attention:
             plan=ctx.attention_plans.get(self._window),
         )
         return self.o(out.view(num_tokens, self._q_size))
+
+    def kv_spec(self) -> KVSpec:
+        return KVSpec.of_heads(self._num_kv_heads, self._head_dim, self._dtype, self._window)
 
     def destinations(self) -> Destinations:
         destinations = self.qkv.destinations() | self.o.destinations()

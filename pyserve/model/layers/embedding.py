@@ -5,24 +5,31 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from pyserve.model.destination import Destination, Destinations
+from pyserve.model.destination import Destination, Destinations, Part
+from pyserve.model.placement import Placement
 
 
 class Embedding:
-    """A row of `weight` per token id. Ids out of range are refused before a step gets here."""
+    """A row of `weight` per token id. Ids out of range are refused before a step gets here.
 
-    __slots__ = ("weight", "_name")
+    Ranks share the vocabulary as a Linear's "vocabulary" rule does, so that the matrix can be tied.
+    """
 
-    def __init__(
-        self, name: str, vocab_size: int, hidden_size: int, *, dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:  # fmt: skip
+    __slots__ = ("weight", "_name", "_shard", "_num_stored")
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, placement: Placement) -> None:
         self._name = name
-        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self._shard = placement.share_rounded_up(vocab_size)
+        shape = self._shard.size, hidden_size
+        self.weight = torch.empty(shape, dtype=placement.dtype, device=placement.device)
+        self._num_stored = max(0, min(self._shard.size, vocab_size - self._shard.start))
+        self.weight[self._num_stored :].zero_()
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids int32 [num_tokens] -> [num_tokens, hidden_size], freshly allocated"""
         return functional.embedding(input_ids, self.weight)
 
     def destinations(self) -> Destinations:
-        return {f"{self._name}.weight": Destination(self.weight)}
+        part = Part(self.weight[: self._num_stored], 0, self._shard.start)
+        shape = self._shard.whole, self.weight.shape[1]
+        return {f"{self._name}.weight": Destination(shape, (part,))}

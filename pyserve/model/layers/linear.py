@@ -2,49 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
-from pyserve import ops
 from pyserve.model.destination import Destination, Destinations
+from pyserve.model.placement import Placement, Shard
+from pyserve.model.schemes import SCHEMES, Dense, Rows, Scheme, row_destinations
+
+ShardRule = Literal["whole", "column", "row", "vocabulary"]
+
+
+class Output(NamedTuple):
+    """`num_units` times `unit_size` outputs of a Linear; ranks share units, such as heads.
+
+    name   the checkpoint's module. Outputs of one name are one tensor there, in the same order.
+    """
+
+    name: str
+    num_units: int
+    unit_size: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.num_units * self.unit_size
 
 
 class Linear:
-    """y = x W^T + b, dense.
+    """y = x W^T + b: the shape, and the Scheme that stores W and multiplies by it.
 
-    Owns its parameters and its scheme: what the checkpoint calls them and how they are stored.
-    `parts` maps the checkpoint's modules, in the order their outputs are stacked, to their output
-    sizes. A rule that shards the outputs or the inputs over ranks divides sizes here, and takes
-    its part of each tensor in `destinations`; nothing outside knows.
+    `outputs` stand one after the other in y. `shard` says what a rank holds:
+
+    whole        everything.
+    column       some units of each output: the ranks' y, put together, are y.
+    vocabulary   the same, of one output that need not divide: what is too much at the end of the
+                 last rank's y is 0.
+    row          some inputs: x is such a part, and the sum of the ranks' y is y. The bias is with
+                 rank 0.
     """
 
-    __slots__ = ("weight", "bias", "_parts")
+    __slots__ = ("matrix", "bias", "_rows", "_has_bias")
 
     def __init__(
         self,
-        parts: Mapping[str, int],
+        outputs: Sequence[Output],
         in_features: int,
+        placement: Placement,
         *,
-        has_bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        has_bias: bool = False,
+        shard: ShardRule = "whole",
     ) -> None:
-        out_features = sum(parts.values())
-        self._parts = parts
-        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.bias = torch.empty(out_features, dtype=dtype, device=device) if has_bias else None
+        columns = Shard(0, in_features, in_features)
+        if shard == "row":
+            columns = placement.share(in_features)
+        self._rows = tuple(_rows(outputs, placement, shard))
+        self._has_bias = has_bias
+        # Every output of a Linear is stored alike: its first name speaks for all.
+        scheme = SCHEMES[placement.scheme_of(outputs[0].name)]
+        self.matrix: Scheme = scheme(self._rows, columns, placement)
+        self.bias: torch.Tensor | None = None
+        if has_bias and (shard != "row" or placement.tp_rank == 0):
+            num_rows = sum(part.size for part in self._rows)
+            self.bias = torch.zeros(num_rows, dtype=placement.dtype, device=placement.device)
+
+    @classmethod
+    def tied(cls, weight: torch.Tensor) -> Linear:
+        """The dense Linear of a matrix that another layer owns and loads."""
+        linear = cls.__new__(cls)
+        linear.matrix, linear.bias = Dense.over(weight), None
+        linear._rows, linear._has_bias = (), False
+        return linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [num_tokens, in_features] -> [num_tokens, out_features]"""
-        return ops.linear(x, self.weight, self.bias)
+        """x [num_tokens, inputs here] -> [num_tokens, outputs here]"""
+        return self.matrix(x, self.bias)
 
     def destinations(self) -> Destinations:
-        destinations: Destinations = {}
-        start = 0
-        for name, size in self._parts.items():
-            destinations[f"{name}.weight"] = Destination(self.weight.narrow(0, start, size))
-            if self.bias is not None:
-                destinations[f"{name}.bias"] = Destination(self.bias.narrow(0, start, size))
-            start += size
+        destinations = self.matrix.destinations()
+        if self.bias is not None:
+            destinations |= row_destinations("bias", self.bias, self._rows)
+        elif self._has_bias:
+            destinations |= {
+                f"{part.name}.bias": Destination((part.whole,), ()) for part in self._rows
+            }
         return destinations
+
+
+def _rows(outputs: Sequence[Output], placement: Placement, shard: ShardRule) -> Iterator[Rows]:
+    for index, output in enumerate(outputs):
+        held = Shard(0, output.size, output.size)
+        if shard == "column":
+            held = placement.share(output.num_units, output.unit_size)
+        elif shard == "vocabulary":
+            held = placement.share_rounded_up(output.size)
+        same_name = [other.size for other in outputs if other.name == output.name]
+        before = sum(other.size for other in outputs[:index] if other.name == output.name)
+        num_stored = max(0, min(held.size, output.size - held.start))
+        yield Rows(output.name, sum(same_name), before + held.start, num_stored, held.size)

@@ -7,29 +7,28 @@ import torch
 from pyserve import ops
 from pyserve.model.config import ModelConfig
 from pyserve.model.destination import Destinations
-from pyserve.model.layers.linear import Linear
+from pyserve.model.layers.linear import Linear, Output
+from pyserve.model.placement import Placement
 
 
 class MLP:
     __slots__ = ("gate_up", "down")
 
-    def __init__(
-        self, name: str, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, config: ModelConfig, placement: Placement) -> None:
         size = config.intermediate_size
         self.gate_up = Linear(
-            {f"{name}.gate_proj": size, f"{name}.up_proj": size},
+            [Output(f"{name}.gate_proj", size), Output(f"{name}.up_proj", size)],
             config.hidden_size,
+            placement,
             has_bias=config.mlp_bias,
-            dtype=dtype,
-            device=device,
+            shard="column",
         )
         self.down = Linear(
-            {f"{name}.down_proj": config.hidden_size},
+            [Output(f"{name}.down_proj", config.hidden_size)],
             size,
+            placement,
             has_bias=config.mlp_bias,
-            dtype=dtype,
-            device=device,
+            shard="row",
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from pyserve import ops
 from pyserve.model.destination import Destination, Destinations
+from pyserve.model.placement import Placement
 
 
 class RMSNorm:
@@ -13,12 +14,10 @@ class RMSNorm:
 
     __slots__ = ("weight", "eps", "_name")
 
-    def __init__(
-        self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, size: int, eps: float, placement: Placement) -> None:
         self._name = name
         self.eps = eps
-        self.weight = torch.empty(size, dtype=dtype, device=device)
+        self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape"""
@@ -29,4 +28,4 @@ class RMSNorm:
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def destinations(self) -> Destinations:
-        return {f"{self._name}.weight": Destination(self.weight, dummy_mean=1.0)}
+        return {f"{self._name}.weight": Destination.whole(self.weight, dummy_mean=1.0)}

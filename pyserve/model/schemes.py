@@ -1,0 +1,96 @@
+"""How the matrix of a Linear is stored and multiplied: one class a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from pyserve import ops
+from pyserve.model.destination import Destination, Destinations, Part
+from pyserve.model.placement import Placement, Shard
+from pyserve.model.registry import SchemeName
+
+
+class Rows(NamedTuple):
+    """Outputs of a Linear that stand together, in the matrix and in the checkpoint.
+
+    name        the checkpoint's module; what follows counts rows of its tensors.
+    whole       all of them.
+    start, num  those that are held here.
+    size        rows of the matrix: beyond `num` they are padding.
+    """
+
+    name: str
+    whole: int
+    start: int
+    num: int
+    size: int
+
+
+class Scheme(Protocol):
+    """The matrix [sum of rows, columns.size] of a Linear.
+
+    Its constructor allocates. What is loaded is what `destinations` says: names, stored shapes and
+    dtypes, slices.
+    """
+
+    def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None: ...
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [num_tokens, columns.size] -> [num_tokens, sum of rows]"""
+
+    def destinations(self) -> Destinations: ...
+
+
+class Dense:
+    """`weight` holds plain numbers in the dtype that is computed in."""
+
+    __slots__ = ("weight", "_rows", "_columns")
+
+    def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None:
+        self._rows = rows
+        self._columns = columns
+        shape = sum(part.size for part in rows), columns.size
+        self.weight = torch.empty(shape, dtype=placement.dtype, device=placement.device)
+        if any(part.num < part.size for part in rows):
+            self.weight.zero_()  # padding
+
+    @classmethod
+    def over(cls, weight: torch.Tensor) -> Dense:
+        """Of a matrix that is loaded elsewhere."""
+        dense = cls.__new__(cls)
+        dense.weight, dense._rows, dense._columns = weight, (), Shard(0, 0, 0)
+        return dense
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return ops.linear(x, self.weight, bias)
+
+    def destinations(self) -> Destinations:
+        return row_destinations("weight", self.weight, self._rows, self._columns)
+
+
+SCHEMES: dict[SchemeName, type[Scheme]] = {"dense": Dense}
+
+
+def row_destinations(
+    kind: str, parameter: torch.Tensor, rows: Sequence[Rows], columns: Shard | None = None
+) -> Destinations:
+    """Of a parameter [rows] or [rows, columns]; `kind` is what follows the module's name in the
+    checkpoint. Rows of one name become parts of one tensor."""
+    destinations: Destinations = {}
+    begin = 0
+    for part in rows:
+        view = parameter.narrow(0, begin, part.num)
+        begin += part.size
+        name = f"{part.name}.{kind}"
+        shape: tuple[int, ...] = (part.whole,)
+        piece = Part(view, 0, part.start)
+        if columns is not None:
+            shape = part.whole, columns.whole
+            if columns.size != columns.whole:
+                piece = Part(view, 1, columns.start)
+        before = destinations[name].parts if name in destinations else ()
+        destinations[name] = Destination(shape, (*before, piece) if part.num else before)
+    return destinations

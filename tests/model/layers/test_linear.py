@@ -1,0 +1,212 @@
+"""Linear: what each rank holds and computes, against the whole, without communication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pyserve.model.destination import Destination, Destinations, Part, finish_loading
+from pyserve.model.layers import linear as linear_module
+from pyserve.model.layers.embedding import Embedding
+from pyserve.model.layers.linear import Linear, Output, ShardRule
+from pyserve.model.placement import META, Placement, Shard
+from pyserve.model.schemes import Dense, Rows
+from pyserve.model.weights import CheckpointReader, bytes_to_read, index_checkpoint
+
+CPU = torch.device("cpu")
+HIDDEN, HEAD_DIM = 24, 4
+TP_SIZES = (2, 4)
+QKV = [Output("q", 8, HEAD_DIM), Output("k", 2, HEAD_DIM), Output("v", 2, HEAD_DIM)]
+FUSED_QKV = [output._replace(name="qkv") for output in QKV]
+
+
+def place(tp_rank: int = 0, tp_size: int = 1, **rest: object) -> Placement:
+    return Placement(torch.float32, CPU, tp_rank=tp_rank, tp_size=tp_size, **rest)  # type: ignore[arg-type]
+
+
+def load(destinations: Destinations, folder: Path, buffer_bytes: int = 1024) -> None:
+    """From the file of the folder; a buffer that small cuts every tensor."""
+    stored = index_checkpoint(folder)
+    with CheckpointReader(buffer_bytes) as reader:
+        for name, destination in destinations.items():
+            assert stored[name].shape == destination.shape
+            for part in destination.parts:
+                assert sum(reader.copy(stored[name], part)) == bytes_to_read(stored[name], part)
+    finish_loading(destinations.values())
+
+
+def save(folder: Path, outputs: Sequence[Output], in_features: int, *, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in dict.fromkeys(output.name for output in outputs):
+        size = sum(output.size for output in outputs if output.name == name)
+        tensors[f"{name}.weight"] = torch.randn(size, in_features, generator=generator)
+        if has_bias:
+            tensors[f"{name}.bias"] = torch.randn(size, generator=generator)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def ranks(
+    folder: Path, outputs: Sequence[Output], in_features: int, tp_size: int, shard: ShardRule,
+    *, has_bias: bool,
+) -> list[Linear]:  # fmt: skip
+    made = []
+    for rank in range(tp_size):
+        linear = Linear(
+            outputs, in_features, place(rank, tp_size), has_bias=has_bias, shard=shard
+        )  # fmt: skip
+        load(linear.destinations(), folder)
+        made.append(linear)
+    return made
+
+
+def whole(folder: Path, outputs: Sequence[Output], in_features: int, *, has_bias: bool) -> Linear:
+    return ranks(folder, outputs, in_features, 1, "whole", has_bias=has_bias)[0]
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+@pytest.mark.parametrize("outputs", [QKV, FUSED_QKV], ids=["three", "fused"])
+def test_columns_put_together_are_the_whole(
+    outputs: list[Output], tp_size: int, tmp_path: Path
+) -> None:
+    """Two KV heads: with four ranks each is held by two of them."""
+    save(tmp_path, outputs, HIDDEN, has_bias=True)
+    x = torch.randn(5, HIDDEN)
+    sizes = [output.size for output in outputs]
+    q, k, v = whole(tmp_path, outputs, HIDDEN, has_bias=True)(x).split(sizes, dim=1)
+    made = ranks(tmp_path, outputs, HIDDEN, tp_size, "column", has_bias=True)
+    held = [place(0, tp_size).share(output.num_units, HEAD_DIM).size for output in outputs]
+    assert held == [8 * HEAD_DIM // tp_size, max(1, 2 // tp_size) * HEAD_DIM] + held[1:2]
+    parts = [linear(x).split(held, dim=1) for linear in made]
+    copies = max(1, tp_size // 2)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), q)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts[::copies]], 1), k)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts[::copies]], 1), v)
+    for rank, part in enumerate(parts):  # ranks that share a KV head hold the same one
+        first = rank // copies * copies
+        assert torch.equal(part[1], parts[first][1])
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_rows_add_up_to_the_whole(tp_size: int, has_bias: bool, tmp_path: Path) -> None:
+    outputs, in_features = [Output("o", 20)], 32
+    save(tmp_path, outputs, in_features, has_bias=has_bias)
+    x = torch.randn(5, in_features)
+    expected = whole(tmp_path, outputs, in_features, has_bias=has_bias)(x)
+    made = ranks(tmp_path, outputs, in_features, tp_size, "row", has_bias=has_bias)
+    pieces = x.split(in_features // tp_size, dim=1)
+    total = torch.stack([linear(piece) for linear, piece in zip(made, pieces, strict=True)]).sum(0)
+    torch.testing.assert_close(total, expected)
+    # A bias that another rank holds is known by its name and shape all the same.
+    names = {name for linear in made for name in linear.destinations()}
+    assert names == ({"o.weight", "o.bias"} if has_bias else {"o.weight"})
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+@pytest.mark.parametrize("vocab_size", [64, 61, 5])
+def test_a_vocabulary_need_not_divide(vocab_size: int, tp_size: int, tmp_path: Path) -> None:
+    outputs = [Output("head", vocab_size)]
+    save(tmp_path, outputs, HIDDEN, has_bias=False)
+    x = torch.randn(5, HIDDEN)
+    made = ranks(tmp_path, outputs, HIDDEN, tp_size, "vocabulary", has_bias=False)
+    logits = torch.cat([linear(x) for linear in made], 1)
+    expected = whole(tmp_path, outputs, HIDDEN, has_bias=False)(x)
+    torch.testing.assert_close(logits[:, :vocab_size], expected)
+    assert logits[:, vocab_size:].abs().sum() == 0
+    # The embedding that the head may be tied to holds the same rows.
+    for rank, linear in enumerate(made):
+        embedding = Embedding("head", vocab_size, HIDDEN, place(rank, tp_size))
+        load(embedding.destinations(), tmp_path)
+        assert torch.equal(Linear.tied(embedding.weight)(x), linear(x))
+
+
+def test_a_tied_linear_loads_nothing() -> None:
+    assert Linear.tied(torch.zeros(3, 4)).destinations() == {}
+
+
+def test_what_ranks_cannot_share_is_a_fault_of_ours() -> None:
+    for num_units, tp_size in ((3, 2), (3, 4), (6, 4)):
+        with pytest.raises(AssertionError, match=f"{num_units} among {tp_size} ranks"):
+            place(0, tp_size).share(num_units)
+
+
+class Turned:
+    """A scheme unlike Dense: stored transposed as integers, fused along dim 1, with a last step."""
+
+    num_finished = 0
+
+    def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None:
+        self._rows, self._columns = rows, columns
+        shape = columns.size, sum(part.size for part in rows)
+        self.stored = torch.full(shape, -1, dtype=torch.int32)
+        self.weight = torch.empty(shape, dtype=placement.dtype)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return x @ self.weight
+
+    def destinations(self) -> Destinations:
+        made: Destinations = {}
+        begin = 0
+        for part in self._rows:
+            view = self.stored.narrow(1, begin, part.size)
+            begin += part.size
+            piece = Part(view, 1, part.start)
+            if self._columns.size != self._columns.whole:
+                piece = Part(view, 0, self._columns.start)
+            shape = self._columns.whole, part.whole
+            made[f"{part.name}.qweight"] = Destination(
+                shape, (piece,), dtypes=("I32",), finish=self.finish
+            )
+        return made
+
+    def finish(self) -> None:
+        self.num_finished += 1
+        self.weight.copy_(self.stored * 0.5)
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Placement]:
+    monkeypatch.setattr(linear_module, "SCHEMES", {"dense": Dense, "turned": Turned})
+
+    def make(tp_rank: int = 0, tp_size: int = 1) -> Placement:
+        return place(tp_rank, tp_size, schemes={"gate": "turned", "down": "turned"})
+
+    return make
+
+
+def test_a_scheme_says_what_is_loaded_and_how(
+    turned: Callable[..., Placement], tmp_path: Path
+) -> None:
+    """Slices along either dimension, parts fused along the second one, integers, a last step."""
+    stored = {f"{name}.qweight": torch.randint(-9, 9, (HIDDEN, 8), dtype=torch.int32)
+              for name in ("gate", "up", "down")}  # fmt: skip
+    save_file(stored, tmp_path / "model.safetensors")
+    gate, up, down = (stored[f"{name}.qweight"] * 0.5 for name in ("gate", "up", "down"))
+    outputs = [Output("gate", 8), Output("up", 8)]
+    x = torch.randn(3, HIDDEN)
+    for tp_size in (1, *TP_SIZES):
+        gates, ups, sums = [], [], []
+        for rank in range(tp_size):
+            linear = Linear(outputs, HIDDEN, turned(rank, tp_size), shard="column")
+            load(linear.destinations(), tmp_path)
+            assert isinstance(linear.matrix, Turned)
+            assert linear.matrix.num_finished == 1, "once for two tensors"
+            here = linear(x).chunk(2, dim=1)
+            gates.append(here[0])
+            ups.append(here[1])
+            last = Linear([Output("down", 8)], HIDDEN, turned(rank, tp_size), shard="row")
+            load(last.destinations(), tmp_path)
+            sums.append(last(x.chunk(tp_size, dim=1)[rank]))
+        torch.testing.assert_close(torch.cat(gates, 1), x @ gate)
+        torch.testing.assert_close(torch.cat(ups, 1), x @ up)
+        torch.testing.assert_close(torch.stack(sums).sum(0), x @ down)
+
+
+def test_shapes_can_be_made_without_memory() -> None:
+    linear = Linear(QKV, HIDDEN, Placement(torch.bfloat16, META, tp_size=4), shard="column")
+    assert sum(place.nbytes for place in linear.destinations().values()) == 2 * 16 * HIDDEN
