@@ -168,7 +168,6 @@ cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
 cudaError_t launch_prefill_attention(const AttentionParams& params, Dtype dtype,
                                      cudaStream_t stream);
 // Decode, and prefill where a row may be too long for decode. max_query_len is read here only.
-cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype,
-                                   cudaStream_t stream);
+cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

@@ -19,6 +19,7 @@
 #include "gpu/attention/attention.h"
 #include "gpu/attention/merge.cuh"
 #include "gpu/attention/decode_loader.cuh"
+#include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/ptx.cuh"
 

@@ -11,22 +11,6 @@
 
 namespace pyserve::gpu {
 
-// True in all threads of the block that arrives last of `num_splits`; called by whole blocks, after
-// their writes of acc and stats. `flag` is one word of shared memory that nobody else uses
-// until the block's next __syncthreads().
-__device__ __forceinline__ bool arrives_last(int32_t* arrivals, int num_splits, int32_t* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier: orders the whole block's writes before its arrival
-    const bool last = atomicAdd(arrivals, 1) == num_splits - 1;
-    if (last) *arrivals = 0;  // for the next launch: nobody else arrives in this one
-    __threadfence();
-    *flag = last;
-  }
-  __syncthreads();
-  return *flag != 0;
-}
-
 // One packed row of the merged result, rounded to T; called by whole warps. Rows that see no key in
 // any split become zeros.
 template <class T, int kHeadDim, int kRows>

@@ -14,6 +14,7 @@
 #include <initializer_list>
 
 #include "gpu/attention/attention.h"
+#include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/ptx.cuh"
 
@@ -24,8 +25,8 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads >= kMaxDecodeRanges);  // a thread for each range
 constexpr int kBuckets = 256;                 // of prefill items by length
-constexpr int kRowCost = 1;          // KV tiles: what a decode row costs beyond its keys
-constexpr int kMinSplit = 2;         // KV tiles: no part of a split decode row is shorter
+constexpr int kRowCost = 1;                   // KV tiles: what a decode row costs beyond its keys
+constexpr int kMinSplit = 2;                  // KV tiles: no part of a split decode row is shorter
 constexpr int kMinPrefillChunk = 8;  // KV tiles: shorter parts cost more to merge than they save
 
 constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
@@ -44,32 +45,9 @@ struct Plan {
   int decode_items;  // offset
 };
 
-__device__ int64_t warp_inclusive_sum(int64_t value) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = 1; i < kWarpSize; i *= 2) {
-    const int64_t other = __shfl_up_sync(kFullMask, value, i);
-    if (lane >= i) value += other;
-  }
-  return value;
-}
-
-// Sum over the threads before this one; `total` is that over all. Called by the whole block.
-__device__ int64_t block_exclusive_sum(Shared& shared, int64_t value, int64_t& total) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t inclusive = warp_inclusive_sum(value);
-  __syncthreads();
-  if (lane == kWarpSize - 1) shared.warp_sums[warp] = inclusive;
-  __syncthreads();
-  const int64_t warps = warp_inclusive_sum(shared.warp_sums[lane]);
-  total = __shfl_sync(kFullMask, warps, kWarps - 1);
-  const int64_t before = __shfl_sync(kFullMask, warps, warp == 0 ? 0 : warp - 1);
-  return (warp == 0 ? 0 : before) + inclusive - value;
-}
-
-__device__ int64_t block_sum(Shared& shared, int64_t value) {
+__device__ int64_t sum_over_block(Shared& shared, int64_t value) {
   int64_t total;
-  block_exclusive_sum(shared, value, total);
+  block_exclusive_sum(shared.warp_sums, value, total);
   return total;
 }
 
@@ -232,7 +210,7 @@ __device__ int plan_decode(const Plan& plan, Shared& shared) {
   for (int row = thread; row < plan.p.num_rows; row += kThreads) {
     cost += DecodeRow(plan, row).cost(plan);
   }
-  const int64_t total = block_sum(shared, cost);
+  const int64_t total = sum_over_block(shared, cost);
   const int64_t wanted = total / kMinSplit;
   const Line line(total, wanted < 1                 ? 1
                          : wanted < plan.num_ranges ? static_cast<int>(wanted)
@@ -241,13 +219,13 @@ __device__ int plan_decode(const Plan& plan, Shared& shared) {
   for (int base = 0; base < plan.p.num_rows && total > 0; base += kThreads) {
     DecodeRow row(plan, base + thread);
     int64_t sum;
-    const int64_t before = block_exclusive_sum(shared, row.cost(plan), sum);
+    const int64_t before = block_exclusive_sum(shared.warp_sums, row.cost(plan), sum);
     row.place(plan, line, position + before);
     position += sum;
     row.count_items(plan, line);
     const int64_t partials = row.num_items > 1 ? row.num_items : 0;
     const int64_t counts =
-        block_exclusive_sum(shared, (int64_t{row.num_items} << 32) | partials, sum);
+        block_exclusive_sum(shared.warp_sums, (int64_t{row.num_items} << 32) | partials, sum);
     row.first_item = static_cast<int>(num_items + (counts >> 32));
     row.first_partial = static_cast<int>(num_partials + (counts & 0xffffffff));
     write_parts(plan, line, shared, row);
@@ -256,7 +234,7 @@ __device__ int plan_decode(const Plan& plan, Shared& shared) {
   }
   __syncthreads();
   int64_t all;
-  const int64_t start = block_exclusive_sum(shared, shared.range_items[thread], all);
+  const int64_t start = block_exclusive_sum(shared.warp_sums, shared.range_items[thread], all);
   if (thread < plan.num_ranges) plan.p.work[kDecodeStartsOffset + thread] = static_cast<int>(start);
   if (thread == 0) plan.p.work[kDecodeStartsOffset + plan.num_ranges] = static_cast<int>(all);
   return static_cast<int>(num_items);
@@ -287,8 +265,8 @@ __device__ void for_each_query_tile(const Plan& plan, Shared& shared, Fn&& fn) {
   const int thread = threadIdx.x;
   for (int base = 0; base < plan.p.num_rows; base += kThreads) {
     int64_t total;
-    const int64_t before =
-        block_exclusive_sum(shared, num_query_tiles(plan, row_at(plan, base + thread)), total);
+    const int64_t before = block_exclusive_sum(
+        shared.warp_sums, num_query_tiles(plan, row_at(plan, base + thread)), total);
     shared.row_tiles[thread] = static_cast<int>(before);
     if (thread == 0) shared.row_tiles[kThreads] = static_cast<int>(total);
     __syncthreads();
@@ -316,7 +294,7 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
     tiles += count;
     if (count > 0) longest = max(longest, divide_up(shape.seq_len, kKvTile));
   }
-  const int64_t num_tiles = block_sum(shared, tiles);
+  const int64_t num_tiles = sum_over_block(shared, tiles);
   if (num_tiles == 0) return 0;
   if (thread < kBuckets) shared.buckets[thread] = 0;
   if (thread == 0) shared.num_partials = 0;
@@ -332,7 +310,7 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
     int64_t kv_tiles = 0;
     for_each_query_tile(plan, shared,
                         [&](int, int, const QueryTile& tile) { kv_tiles += tile.num_kv_tiles; });
-    kv_tiles = block_sum(shared, kv_tiles);
+    kv_tiles = sum_over_block(shared, kv_tiles);
     chunk =
         max(kMinPrefillChunk, static_cast<int>((kv_tiles + plan.num_chunks - 1) / plan.num_chunks));
   }
@@ -346,8 +324,8 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
     atomicAdd(&shared.buckets[bucket_of(divide_up(tile.num_kv_tiles, splits))], splits);
   });
   int64_t num_items;
-  const int64_t before =
-      block_exclusive_sum(shared, thread < kBuckets ? shared.buckets[thread] : 0, num_items);
+  const int64_t before = block_exclusive_sum(
+      shared.warp_sums, thread < kBuckets ? shared.buckets[thread] : 0, num_items);
   __syncthreads();
   if (thread < kBuckets) shared.buckets[thread] = static_cast<int>(before);
   __syncthreads();

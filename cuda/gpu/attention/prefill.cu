@@ -20,6 +20,7 @@
 
 #include "gpu/attention/attention.h"
 #include "gpu/attention/merge.cuh"
+#include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/attention/prefill.cuh"
 #include "gpu/core/ptx.cuh"
@@ -446,8 +447,7 @@ cudaError_t launch_head_dim(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 }  // namespace prefill
 
-cudaError_t launch_prefill_attention(const AttentionParams& p, Dtype dtype,
-                                     cudaStream_t stream) {
+cudaError_t launch_prefill_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   return dispatch_half(dtype, [&]<class T>(T) { return prefill::launch_head_dim<T>(p, stream); });
 }
 

@@ -22,7 +22,7 @@ constexpr bool kHasSm90a = false;
 #endif
 
 struct Device {
-  int major, minor;    // compute capability
+  int major, minor;  // compute capability
   int num_sms;
   int smem_per_block;  // bytes of shared memory that a block may ask for
   int smem_per_sm;

@@ -1,4 +1,4 @@
-// Eight 16-bit elements at a time, the widest a thread loads; sums over neighbouring lanes.
+// Eight 16-bit elements at a time, the widest a thread loads.
 #pragma once
 
 #include <type_traits>
@@ -52,16 +52,6 @@ __device__ __forceinline__ T from_float(float x) {
   } else {
     return __float2half_rn(x);
   }
-}
-
-// The sum over each aligned group of kWidth lanes, in all of them, in an order of its own.
-template <int kWidth = kWarpSize>
-__device__ __forceinline__ float lane_sum(float x) {
-#pragma unroll
-  for (int distance = kWidth / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(kFullMask, x, distance);
-  }
-  return x;
 }
 
 // Whether rows that begin at `data`, `stride` elements apart, may be read 16 bytes at a time.

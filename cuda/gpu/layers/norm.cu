@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
 
@@ -18,16 +19,6 @@ namespace pyserve::gpu {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-
-// The sum over the CTA, in every thread.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float partial[kMaxThreads / kWarpSize];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  x = lane_sum(x);
-  if (lane == 0) partial[warp] = x;
-  __syncthreads();
-  return lane_sum(threadIdx.x % kWarpSize < blockDim.x / kWarpSize ? partial[lane] : 0.0f);
-}
 
 __device__ __forceinline__ float norm_factor(float squares, const NormParams& p) {
   return rsqrtf(squares / static_cast<float>(p.hidden) + p.eps);
@@ -70,7 +61,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormParams p) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) squares = fmaf(values[j], values[j], squares);
   }
-  const float factor = norm_factor(block_sum(squares), p);
+  const float factor = norm_factor(block_sum<kMaxThreads>(squares), p);
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
@@ -103,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_plain_kernel(NormParams p) {
     }
     squares = fmaf(value, value, squares);
   }
-  const float factor = norm_factor(block_sum(squares), p);
+  const float factor = norm_factor(block_sum<kMaxThreads>(squares), p);
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
     const float value = to_float(kAdd ? residual[i] : x[i]);
     out[i] = from_float<T>(value * factor * to_float(weight[i]));
@@ -145,8 +136,7 @@ cudaError_t launch_norm_as(const NormParams& p, cudaStream_t stream) {
 
 cudaError_t launch_norm(const NormParams& params, cudaStream_t stream) {
   if (params.num_rows == 0 || params.hidden == 0) return cudaSuccess;
-  return dispatch_half(params.dtype,
-                       [&]<class T>(T) { return launch_norm_as<T>(params, stream); });
+  return dispatch_half(params.dtype, [&]<class T>(T) { return launch_norm_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
 
@@ -231,8 +232,7 @@ cudaError_t launch_rope_as(const RopeParams& p, cudaStream_t stream) {
 
 cudaError_t launch_rope_write_kv(const RopeParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return cudaSuccess;
-  return dispatch_half(params.dtype,
-                       [&]<class T>(T) { return launch_rope_as<T>(params, stream); });
+  return dispatch_half(params.dtype, [&]<class T>(T) { return launch_rope_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

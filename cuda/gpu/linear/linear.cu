@@ -18,6 +18,7 @@
 
 #include <algorithm>
 
+#include "gpu/core/block.cuh"
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
@@ -216,7 +217,8 @@ cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStrea
   using Deep = Tiling<1, 128, 8, 4, kTokens>;
   using Small = Tiling<1, 64, 8, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
   static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
-  if (device.smem_per_block >= Tiling<1, 128, 8, 4, 8>::kSmem) {  // one tiling for all m of a device
+  // One tiling for all m of a device.
+  if (device.smem_per_block >= Tiling<1, 128, 8, 4, 8>::kSmem) {
     return launch_tiled<T, Deep>(p, device.num_sms, 1, stream);
   }
   return launch_tiled<T, Small>(p, device.num_sms, 1, stream);

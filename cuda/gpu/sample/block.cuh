@@ -2,7 +2,7 @@
 // sum passes a target, a sort of a short list. All sums are of integers: exact in any order.
 #pragma once
 
-#include "gpu/core/ptx.cuh"
+#include "gpu/core/block.cuh"
 #include "gpu/sample/row.cuh"
 
 namespace pyserve::gpu {
@@ -19,33 +19,6 @@ struct BlockShared {
   Crossing crossing;
 };
 
-__device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t x) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const uint64_t other = __shfl_up_sync(kFullMask, x, distance);
-    if (lane >= distance) x += other;
-  }
-  return x;
-}
-
-// The sum of x over the threads in front of this one; `total` is that over all.
-__device__ inline uint64_t block_exclusive_sum(uint64_t x, BlockShared& s, uint64_t& total) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const uint64_t inclusive = warp_inclusive_sum(x);
-  __syncthreads();  // readers of an earlier call are through
-  if (lane == kWarpSize - 1) s.warp_sums[warp] = inclusive;
-  __syncthreads();
-  uint64_t before = 0;
-  total = 0;
-#pragma unroll
-  for (int i = 0; i < kSampleWarps; ++i) {
-    if (i == warp) before = total;
-    total += s.warp_sums[i];
-  }
-  return before + inclusive - x;
-}
-
 // The first of n items at which the running sum of get(item) exceeds target_of(total), which must
 // be below the total. What get reads must be visible to the CTA.
 template <class Get, class TargetOf>
@@ -56,7 +29,7 @@ __device__ inline Crossing find_crossing(int n, BlockShared& s, const Get& get,
   uint64_t sum = 0, total;
 #pragma unroll 1
   for (int i = begin; i < end; ++i) sum += get(i);
-  uint64_t before = block_exclusive_sum(sum, s, total);
+  uint64_t before = block_exclusive_sum(s.warp_sums, sum, total);
   const uint64_t target = target_of(total);
   if (target >= before && target < before + sum) {
     int i = begin;

@@ -64,7 +64,7 @@ __device__ __forceinline__ int end_mass(Draw<T>& draw, DrawShared& s) {
   for (int i = bin + 1 + threadIdx.x; i < kCoarseBins; i += kSampleThreads) {
     if (s.masses()[i] != 0) bound += count_bound(i);
   }
-  block_exclusive_sum(bound, s.block, num_above);
+  block_exclusive_sum(s.block.warp_sums, bound, num_above);
   const uint64_t room = s.room, num_in_bin = count_bound(bin);
   if (num_in_bin <= room) {
     const bool is_short = num_above + num_in_bin <= room;

@@ -306,7 +306,7 @@ template <class T>
 __device__ __forceinline__ void list_largest(const Draw<T>& draw, float bound, const Share& share,
                                              DrawShared& s) {
   gather(draw.row, share.first_chunk, share.last_chunk, s,
-         [&](int, const float(&x)[kOctet], uint32_t(&bits)[kOctet]) {
+         [&](int, const float(&x)[kOctet], uint32_t (&bits)[kOctet]) {
            bool is_any = false;
 #pragma unroll
            for (int e = 0; e < kOctet; ++e) is_any |= x[e] >= bound;
@@ -347,18 +347,6 @@ __device__ __forceinline__ void draw_share(const Arguments& a, const Draw<T>& dr
       list[first + i] = s.list[i];
     }
   }
-}
-
-// Whether this CTA is the row's last to get here; if so it sees what all others have written.
-__device__ __forceinline__ bool arrives_last(SampleRowWork& work, int splits, DrawShared& s) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    s.is_last = atomicAdd(&work.num_arrived, 1u) == static_cast<uint32_t>(splits - 1);
-    __threadfence();
-  }
-  __syncthreads();
-  return s.is_last;
 }
 
 // The row's token, from what all its CTAs have left; one CTA.
@@ -430,7 +418,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Argument
     if (share.split != 0) return;
   } else {
     draw_share(a, draw, share, s);
-    if (a.splits > 1 && !arrives_last(work, a.splits, s)) return;
+    if (a.splits > 1 && !arrives_last(&work.num_arrived, a.splits, &s.is_last)) return;
   }
   const int token = end_row(a, shared_draw, share.row, s);
   if (threadIdx.x == 0) finish(a.p, static_cast<int>(blockIdx.x) / a.splits, token);
@@ -453,14 +441,14 @@ cudaError_t launch_sample(const SampleParams& params, cudaStream_t stream) {
   const int num_chunks = (params.vocab_size + kChunkTokens - 1) / kChunkTokens;
   int splits = 1;  // a power of two: lanes are folded by it
   while (splits < kMaxSplits && params.num_rows <= kMaxSplitRows &&
-         params.num_rows * splits * 2 <= 2 * device->num_sms && splits * 2 * kSampleWarps <= num_chunks) {
+         params.num_rows * splits * 2 <= 2 * device->num_sms &&
+         splits * 2 * kSampleWarps <= num_chunks) {
     splits *= 2;
   }
   const Arguments arguments{params, splits, (num_chunks + splits - 1) / splits,
                             static_cast<int>(sample_list_words(params.vocab_size))};
   if (params.dtype == Dtype::kFloat32) return launch_both<float>(arguments, stream);
-  return dispatch_half(params.dtype,
-                       [&]<class T>(T) { return launch_both<T>(arguments, stream); });
+  return dispatch_half(params.dtype, [&]<class T>(T) { return launch_both<T>(arguments, stream); });
 }
 
 }  // namespace pyserve::gpu

@@ -28,7 +28,7 @@ struct DrawShared {
   float top_p;
   int count;
   int token;
-  bool is_last;
+  int32_t is_last;
 
   // Where the running sum of weights must pass for the draw.
   __device__ uint64_t drawn_of(uint64_t total) const { return __umul64hi(random, total); }

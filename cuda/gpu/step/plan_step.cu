@@ -9,9 +9,10 @@
 #include <cfloat>
 
 #include "common/step.h"
+#include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
-#include "gpu/step/plan_step.h"
 #include "gpu/core/ptx.cuh"
+#include "gpu/step/plan_step.h"
 
 namespace pyserve::gpu {
 namespace {
@@ -41,8 +42,7 @@ struct Shared {
       uint32_t is_used[kMaxPlanSlots / 32];  // bit of each slot that has a row
     } rows;
   };
-  int64_t warp_tokens[kWarps];
-  int32_t warp_samples[kWarps];
+  int64_t warp_sums[kWarps];
   int64_t next;  // word of the next slot update
   bool has_counts;
 };
@@ -338,42 +338,10 @@ __device__ __forceinline__ int64_t kv_slot(const PlanStepParams& p, int64_t slot
   return p.block_table[slot * p.block_table_stride + index] * p.block_size + offset;
 }
 
-// Sums over the threads in front of this one, and over all.
-struct RowSums {
-  int64_t tokens, total_tokens;
-  int samples, total_samples;
-};
-
-__device__ inline RowSums sum_rows(int64_t tokens, int samples, Shared& s) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int64_t t = tokens;
-  int n = samples;
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int64_t other_t = __shfl_up_sync(kFullMask, t, distance);
-    const int other_n = __shfl_up_sync(kFullMask, n, distance);
-    if (lane >= distance) {
-      t += other_t;
-      n += other_n;
-    }
-  }
-  if (lane == kWarpSize - 1) {
-    s.warp_tokens[warp] = t;
-    s.warp_samples[warp] = n;
-  }
-  __syncthreads();
-  RowSums sums{t - tokens, 0, n - samples, 0};
-#pragma unroll 4
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) {
-      sums.tokens += s.warp_tokens[i];
-      sums.samples += s.warp_samples[i];
-    }
-    sums.total_tokens += s.warp_tokens[i];
-    sums.total_samples += s.warp_samples[i];
-  }
-  __syncthreads();
-  return sums;
-}
+// Tokens and samples of rows are summed up as one number. Of the kThreads rows that are summed at
+// once each has fewer than 2^31 tokens.
+constexpr int kSampleShift = 48;
+static_assert(int64_t{kThreads} << 31 < int64_t{1} << kSampleShift);
 
 // Everything of row r but the tokens of a row with several; all threads must call it.
 __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64_t r,
@@ -393,9 +361,12 @@ __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64
     const uint32_t bit = 1u << (slot % 32);
     require((atomicOr(&s.rows.is_used[slot / 32], bit) & bit) == 0);  // no other row is of it
   }
-  const RowSums sums = sum_rows(query_len, is_sampled ? 1 : 0, s);
+  int64_t total;
+  const int64_t before =
+      block_exclusive_sum(s.warp_sums, query_len + (int64_t{is_sampled} << kSampleShift), total);
+  constexpr int64_t kTokens = (int64_t{1} << kSampleShift) - 1;
   if (is_row) {
-    const int64_t begin = num_tokens + sums.tokens, end = begin + query_len;
+    const int64_t begin = num_tokens + (before & kTokens), end = begin + query_len;
     require(end <= step.num_tokens);
     int32_t* state = p.slots + slot * p.slots_stride;
     const int64_t start = state[kSlotNumComputed], seq_len = start + query_len;
@@ -416,13 +387,13 @@ __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64
     p.cu_seqlens_q[r + 1] = static_cast<int32_t>(end);
     if (r < kCachedRows) s.rows.begin[r + 1] = static_cast<int32_t>(end);
     if (is_sampled) {
-      int32_t* sample = p.sample_rows + 2 * (num_samples + static_cast<int64_t>(sums.samples));
+      int32_t* sample = p.sample_rows + 2 * (num_samples + (before >> kSampleShift));
       sample[0] = static_cast<int32_t>(end - 1);
       sample[1] = static_cast<int32_t>(slot);
     }
   }
-  num_tokens += sums.total_tokens;
-  num_samples += sums.total_samples;
+  num_tokens += total & kTokens;
+  num_samples += static_cast<int>(total >> kSampleShift);
 }
 
 // The tokens of rows with more than one.
