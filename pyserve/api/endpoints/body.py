@@ -13,41 +13,28 @@ from aiohttp import web
 from pyserve import __version__
 from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.state import ServerState
-from pyserve.api.wire import whole_numbers
 from pyserve.api.wire.json_size import check_structure
-from pyserve.api.wire.protocol import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    ContentPart,
-    Message,
-    StreamOptions,
-)
+from pyserve.api.wire.lenient import MAX_NAME_CHARS, MAX_NAMES, Lenient, Names, is_for_here
+from pyserve.api.wire.protocol import MAX_MESSAGES, MAX_PARTS, Message
 from pyserve.errors import InvalidRequestError, NotBuiltError
 from pyserve.features import Field, fields_of
 
 IGNORED_HEADER = "x-pyserve-ignored"
 SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
 UTF8_PIECE_BYTES = 2**20
-MAX_IGNORED_NAMES = 32
-MAX_IGNORED_NAME_CHARS = 64
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_LIST_KEYS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
-_PART_KEYS = msgspec.json.Decoder(list[str | dict[str, msgspec.Raw]])
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
-_NULL = b"null"
 
 
 class Wire(Generic[T]):
     """Decodes one request type; a Decoder is built once, as msgspec compiles the type."""
 
     def __init__(self, wire_type: type[T]) -> None:
-        self._type = wire_type
         self._decoder = msgspec.json.Decoder(wire_type)
-        self._known = frozenset(wire_type.__struct_fields__)
+        self._lenient = Lenient(wire_type)
         self._rows = fields_of(wire_type)
         self._unused = dict.fromkeys(self._rows)
 
@@ -71,10 +58,10 @@ class Wire(Generic[T]):
         """As `read`, from the bytes."""
         body = body.removeprefix(codecs.BOM_UTF8)  # Windows puts one before JSON
         try:
-            _check_utf8(body)  # msgspec skips over what it does not keep without looking at it
             check_structure(body, max_list_ids)
-            value = self._decode(body)
-            ignored = self._check_fields(value, _KEYS.decode(body))
+            value, ignored = self._decode(body)
+            _check_counts(getattr(value, "messages", None))
+            self._check_built(value, body, ignored)
         except UnicodeDecodeError:
             raise InvalidRequestError("the body is not valid UTF-8") from None
         except RecursionError:
@@ -86,52 +73,33 @@ class Wire(Generic[T]):
         if len(body) > SHORT_BODY_BYTES:
             # What nobody looks at would be kept for as long as the answer takes.
             value = msgspec.structs.replace(value, **self._unused)
-        return value, ignored
+        return value, ignored.names
 
-    def _decode(self, body: bytes) -> T:
+    def _decode(self, body: bytes) -> tuple[T, Names]:
+        """The value and its unknown fields: in one go, where nothing about it is unusual."""
+        unknown = Names()
         try:
-            return self._decoder.decode(body)
-        except msgspec.ValidationError as error:
-            if "got `float`" not in str(error):
+            return self._decoder.decode(body), unknown
+        except msgspec.DecodeError as error:
+            _check_utf8(body)  # msgspec has not looked at what is behind the error
+            if not isinstance(error, msgspec.ValidationError) or not is_for_here(error):
                 raise
-            return whole_numbers.decode(body, self._type)
+        return self._lenient.decode(body, unknown), unknown
 
-    def _check_fields(self, value: T, given: dict[str, msgspec.Raw]) -> list[str]:
-        ignored = _Names()
-        for name, raw in given.items():
-            if memoryview(raw) == _NULL:
+    def _check_built(self, value: T, body: bytes, ignored: Names) -> None:
+        """Refuse what is not built and asks for something, name what has no effect."""
+        refused = []
+        for name, row in self._rows.items():
+            said = getattr(value, name)
+            if said is None or row.is_neutral(said):
                 continue
-            row = self._rows.get(name)
-            if name not in self._known:
+            if row.is_ignored or (row.is_harmless and row.is_harmless(value)):
                 ignored.add(name)
-            elif row is not None:
-                said = getattr(value, name)
-                if row.is_neutral(said):
-                    continue
-                if not row.is_ignored and not (row.is_harmless and row.is_harmless(value)):
-                    check_built(row, said, name)
-                ignored.add(name)
-            elif name == "messages":
-                _check_counts(value.messages)  # type: ignore[attr-defined]
-                _name_inside_messages(raw, ignored)
-            elif name == "stream_options":
-                _name_unknown(_KEYS.decode(raw), StreamOptions, name, ignored)
-        return ignored.names
-
-
-class _Names:
-    """The first of some names, each once: as many as are shown, and one to tell of the others."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.names) > MAX_IGNORED_NAMES
-
-    def add(self, name: str) -> None:
-        if not self.is_full and name not in self.names:
-            self.names.append(name)
+            else:
+                refused.append(name)
+        if refused:  # the first in the client's order
+            name = next(name for name in msgspec.json.decode(body) if name in refused)
+            check_built(self._rows[name], getattr(value, name), name)
 
 
 def _check_content_type(request: web.Request) -> None:
@@ -157,11 +125,8 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     if not names:
         return {}
     unique = sorted(set(names))
-    shown = [
-        re.sub(r"[^A-Za-z0-9_.-]", "?", name[:MAX_IGNORED_NAME_CHARS])
-        for name in unique[:MAX_IGNORED_NAMES]
-    ]
-    if len(unique) > MAX_IGNORED_NAMES:
+    shown = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:MAX_NAME_CHARS]) for name in unique[:MAX_NAMES]]
+    if len(unique) > MAX_NAMES:
         shown.append("...")
     return {IGNORED_HEADER: ", ".join(shown)}
 
@@ -186,27 +151,6 @@ def _check_counts(messages: list[Message] | None) -> None:
         raise InvalidRequestError(
             f"messages hold {num_parts} content parts in all, the limit is {MAX_PARTS}", "messages"
         )
-
-
-def _name_inside_messages(raw: msgspec.Raw, ignored: _Names) -> None:
-    for message in _LIST_KEYS.decode(raw):
-        _name_unknown(message, Message, "messages", ignored)
-        content = memoryview(message.get("content", b""))
-        if bytes(content[:1]) == b"[":
-            for part in _PART_KEYS.decode(content):
-                if isinstance(part, dict):
-                    _name_unknown(part, ContentPart, "messages.content", ignored)
-
-
-def _name_unknown(
-    given: dict[str, msgspec.Raw], wire_type: type[msgspec.Struct], path: str, ignored: _Names
-) -> None:
-    known = wire_type.__struct_fields__
-    for name, raw in given.items():
-        if ignored.is_full:
-            return
-        if name not in known and memoryview(raw) != _NULL:
-            ignored.add(f"{path}.{name}")
 
 
 def _wrong_type(error: msgspec.ValidationError) -> InvalidRequestError:

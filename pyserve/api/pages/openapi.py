@@ -248,6 +248,7 @@ def schemas() -> dict[str, Schema]:
 def _finish_sent(schema: Schema, rows: Mapping[str, Field]) -> None:
     """Of what clients send: leave out what is not built, add bounds and descriptions."""
     properties: dict[str, Schema] = schema["properties"]
+    del schema["additionalProperties"]  # an unknown field is named, not refused
     for name in [name for name, row in rows.items() if not row.is_ignored]:
         del properties[name]
     for name, value in properties.items():

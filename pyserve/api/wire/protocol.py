@@ -33,12 +33,12 @@ ROLES_NOT_BUILT = ("tool", "function")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What chat and text completions have in common."""
 
     model: str | None = None
@@ -97,13 +97,13 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: str | None = None
 
 
-class ContentPart(msgspec.Struct, frozen=True):
+class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: str
     text: str | None = None
     refusal: str | None = None
 
 
-class Message(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     content: str | list[str | ContentPart] | None = None
     name: str | None = None
@@ -144,7 +144,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prompt_embeds: Any = None
 
 
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -166,7 +166,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     media_io_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokens: list[int]
     model: str | None = None
 

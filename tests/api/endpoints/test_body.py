@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from pyserve.api.endpoints import body as body_module
-from pyserve.api.endpoints.body import IGNORED_HEADER, MAX_IGNORED_NAMES, Wire, ignored_header
+from pyserve.api.endpoints.body import IGNORED_HEADER, Wire, ignored_header
+from pyserve.api.wire import lenient
+from pyserve.api.wire.lenient import MAX_NAMES
 from pyserve.api.wire.protocol import MAX_MESSAGES, ChatRequest, CompletionRequest
 from pyserve.errors import InvalidRequestError, NotBuiltError, RequestError
 from pyserve.features import fields_of
@@ -200,9 +202,9 @@ def test_fields_without_effect_are_named() -> None:
         user="u", metadata={"a": "b"}, store=True, service_tier="flex", foo=1,
         spaces_between_special_tokens=False, stream=True, stream_options={"include_x": True},
     )  # fmt: skip
-    assert ignored == [
-        "user", "metadata", "store", "service_tier", "foo", "spaces_between_special_tokens",
-        "stream_options.include_x",
+    assert sorted(ignored) == [
+        "foo", "metadata", "service_tier", "spaces_between_special_tokens", "store",
+        "stream_options.include_x", "user",
     ]  # fmt: skip
     assert chat(metadata={}, store=False, service_tier="auto")[1] == []
 
@@ -224,22 +226,53 @@ def test_the_header_is_short_and_clean() -> None:
     assert len(header) < 2500 and header.endswith(", ...")
 
 
+def test_an_ordinary_body_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*values: object) -> None:
+        raise AssertionError("decoded once more")
+
+    monkeypatch.setattr(lenient.Lenient, "decode", fail)
+    monkeypatch.setattr(body_module, "_check_utf8", fail)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "é"}], "name": None}]
+    body, ignored = chat(
+        messages=parts, model="m", stream=True, stream_options={"include_usage": True}, user="u"
+    )
+    assert body.stream and ignored == ["user"]
+    assert COMPLETION.decode(b'{"prompt": [[1, 2], [3]], "logit_bias": {"5": 1}}')[1] == []
+
+
+def test_a_number_out_of_range_is_named_beside_an_unknown_field() -> None:
+    with pytest.raises(InvalidRequestError, match="seed: number out of range") as caught:
+        CHAT.decode(PREFIX + b'"x": 1, "seed": ' + b"9" * 10_000 + b"}")
+    assert caught.value.param == "seed"
+
+
+def test_unknown_fields_leave_the_rest_as_it_is() -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a", "x": [1.5]}, "b"]}]
+    fields = {
+        "logit_bias": {"5": 1}, "chat_template_kwargs": {"a": [1, 2.5, {"b": None}]}, "seed": 3,
+        "stop_token_ids": [1, 2], "temperature": 1, "messages": messages,
+    }  # fmt: skip
+    plain, _ = chat(**json.loads(json.dumps(fields).replace(', "x": [1.5]', "")))
+    beside, ignored = chat(**fields, foo={"bar": 1})
+    assert repr(beside) == repr(plain) and sorted(ignored) == ["foo", "messages.content.x"]
+
+
 def test_no_more_names_are_kept_than_are_shown() -> None:
     messages = [{"role": "user", "content": "x", f"m{i}": 1} for i in range(1000)]
     fields = {f"k{i}": 1 for i in range(1000)}
     for data in ({"messages": messages}, {"messages": MESSAGES, **fields}):
         _, ignored = CHAT.decode(json.dumps(data).encode())
-        assert len(ignored) == MAX_IGNORED_NAMES + 1
+        assert len(ignored) == MAX_NAMES + 1
         assert ignored_header(ignored)[IGNORED_HEADER].endswith(", ...")
     with pytest.raises(NotBuiltError, match="tools"):  # is looked for behind them
         chat(**fields, tools=[{"type": "function"}])
 
 
 def test_messages_are_counted_before_they_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(raw: object, ignored: object) -> None:
+    def fail(*values: object) -> None:
         raise AssertionError("looked into")
 
-    monkeypatch.setattr(body_module, "_name_inside_messages", fail)
+    monkeypatch.setattr(lenient, "_settle", fail)
     with pytest.raises(InvalidRequestError, match=f"1 to {MAX_MESSAGES} messages, got 4097"):
         chat(messages=MESSAGES * 4097)
     with pytest.raises(InvalidRequestError, match="16385 content parts"):

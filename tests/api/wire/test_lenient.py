@@ -58,7 +58,7 @@ FIELDS = integer_fields()
 def decode(path: str, name: str, raw: str) -> Any:
     wire_type = REQUESTS[path]
     needed = NEEDED.get(wire_type, "") if name != "tokens" else ""
-    return Wire(wire_type)._decode(f'{{{needed}"{name}": {raw}}}'.encode())
+    return Wire(wire_type)._decode(f'{{{needed}"{name}": {raw}}}'.encode())[0]
 
 
 def test_the_table_is_whole() -> None:
