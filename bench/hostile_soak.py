@@ -27,10 +27,14 @@ from bench.fuzz import count_files, run_case, wait_files
 from bench.hostile import make_case
 from bench.report import environment, write_json
 from bench.server_process import ServerProcess, running_server
-from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak
-from bench.wire import Endpoint
+from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak, wait_idle
+from bench.wire import Endpoint, fetch
 
 FAMILIES = ("large", "template", "gone", "ended", "abort", "silent", "field")
+
+
+SETTLE_S = 3.0
+SETTLE_CHARS = 2**19
 
 
 class Hostile:
@@ -59,6 +63,12 @@ class Hostile:
         await soak(endpoint, tally, rng, args, share)
         over.set()
         await asyncio.gather(*clients)
+        await wait_idle(endpoint)
+        # Texts of clients that have left may still be worked on. What large requests have freed
+        # goes back to the system behind the next long text: what is read afterwards is held.
+        await asyncio.sleep(SETTLE_S)
+        text = {"prompt": "settle " * (SETTLE_CHARS // 7)}
+        await fetch(endpoint, "/tokenize", text)
 
     async def _send_until(self, over: asyncio.Event, endpoint: Endpoint, seed: int) -> None:
         while not over.is_set():

@@ -12,6 +12,11 @@ from bench.hostile_soak import main
 from bench.stub import StubConfig, running_stub
 
 
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostile_soak, "SETTLE_S", 0.0)
+
+
 def run_on(config: StubConfig, *flags: str) -> int:
     with running_stub(config) as (url, _):
         return main(["--url", url, "-n", "60", "-c", "5", "--max-growth-mib", "200", *flags])
