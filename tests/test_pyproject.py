@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from pyserve.api.http import http_protocol
+from pyserve.text.convert import MIN_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
@@ -42,6 +43,7 @@ def section(name: str) -> list[Requirement]:
 
 
 RUNTIME = section("dependencies")
+CONVERT = section("convert")
 TEST = section("test")
 
 
@@ -57,7 +59,7 @@ def bounds(requirement: Requirement) -> tuple[str | None, str | None]:
     return found.get(">="), found.get("<")
 
 
-@pytest.mark.parametrize("requirement", [*RUNTIME, *TEST], ids=lambda r: r.name)
+@pytest.mark.parametrize("requirement", [*RUNTIME, *CONVERT, *TEST], ids=lambda r: r.name)
 def test_ranges_have_a_floor_and_are_open_upwards(requirement: Requirement) -> None:
     floor, bound = bounds(requirement)
     assert floor is not None
@@ -66,13 +68,15 @@ def test_ranges_have_a_floor_and_are_open_upwards(requirement: Requirement) -> N
 
 @pytest.mark.parametrize("name", SECURITY_FLOORS)
 def test_floors_keep_known_faults_out(name: str) -> None:
-    (floor,) = (bounds(requirement)[0] for requirement in RUNTIME if requirement.name == name)
+    (floor,) = (
+        bounds(requirement)[0] for requirement in [*RUNTIME, *CONVERT] if requirement.name == name
+    )
     assert floor is not None
     assert Version(floor) >= Version(SECURITY_FLOORS[name])
     assert Version(metadata.version(name)) >= Version(SECURITY_FLOORS[name])
 
 
-@pytest.mark.parametrize("requirement", [*RUNTIME, *TEST], ids=lambda r: r.name)
+@pytest.mark.parametrize("requirement", [*RUNTIME, *CONVERT, *TEST], ids=lambda r: r.name)
 def test_constraints_pin_what_decides_whether_tests_pass(requirement: Requirement) -> None:
     """One version for each Python, within the range; torch's build is up to the index."""
     name = canonicalize_name(requirement.name)
@@ -85,6 +89,31 @@ def test_constraints_pin_what_decides_whether_tests_pass(requirement: Requiremen
         (pin,) = (p for p in pinned if p.marker is None or p.marker.evaluate(environment))
         (spec,) = pin.specifier
         assert spec.operator == "==" and spec.version in requirement.specifier
+
+
+def test_the_floor_of_transformers_holds_without_the_extra() -> None:
+    (requirement,) = (r for r in CONVERT if r.name == "transformers")
+    assert bounds(requirement)[0] == ".".join(map(str, MIN_TRANSFORMERS))
+    assert set(map(str, CONVERT)) <= set(map(str, TEST))
+
+
+def test_the_base_install_is_what_pyserve_imports() -> None:
+    imported = set()
+    for path in (ROOT / "pyserve").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                imported.add(node.module.partition(".")[0])
+    modules = {"pyyaml": "yaml"}
+    named = {modules.get(r.name, r.name.replace("-", "_")) for r in RUNTIME}
+    # ninja is a program, and the headers of pybind11 are for the compiler.
+    assert named - imported == {"ninja", "pybind11"}
+    others = {
+        name for name in imported - named - {"pyserve"} if name not in sys.stdlib_module_names
+    }
+    # Of aiohttp, and the three of the extra but protobuf, which only sentencepiece imports.
+    assert others == {"yarl", "transformers", "sentencepiece"}
 
 
 def test_the_readme_installs_with_the_constraints() -> None:

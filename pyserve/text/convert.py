@@ -1,7 +1,8 @@
 """A folder with vocab.json and merges.txt alone -> the tokenizer that transformers makes of them.
 
-The only place in `text` that imports transformers (and torch with it: seconds), so only cli.py
-imports this module, where a folder needs it. Code in the folder is never run.
+The only place that imports transformers (and torch with it: seconds), which the extra `convert`
+installs. So only cli.py imports this module, where a folder needs it. Code in the folder is never
+run.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import tokenizers
-from transformers import AutoTokenizer
 
 from pyserve.errors import CheckpointError
 from pyserve.model_files import guarded, reason_of
 from pyserve.text.sentencepiece_model import MODEL_FILE
 from pyserve.text.tokenizer import Converted
 from pyserve.text.tokenizer_json import TOKENIZER_FILE
+
+try:
+    from transformers import AutoTokenizer, __version__
+except ImportError:
+    __version__ = "0"
+
+MIN_TRANSFORMERS = (5, 3)  # older ones run code that a model's config names
 
 _SOURCES = ("vocab.json", "merges.txt")
 _REMEDY = f"--tokenizer names another folder that has {TOKENIZER_FILE}"
@@ -27,6 +34,12 @@ def convert_tokenizer(folder: Path) -> Converted:
         raise CheckpointError(
             f"{folder}: neither {TOKENIZER_FILE} nor {MODEL_FILE} nor {' + '.join(_SOURCES)}; "
             f"{_REMEDY}"
+        )
+    if tuple(map(int, __version__.split(".")[:2])) < MIN_TRANSFORMERS:
+        needed = ".".join(map(str, MIN_TRANSFORMERS))
+        raise CheckpointError(
+            f"{folder}: no {TOKENIZER_FILE}; to convert {' + '.join(_SOURCES)}, "
+            f"pip install 'transformers>={needed}', or {_REMEDY}"
         )
     try:
         with guarded(str(folder)):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,23 @@ def test_a_panic_of_the_library_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot convert .*--tokenizer names") as caught:
         convert_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "module", ["None", "types.SimpleNamespace(AutoTokenizer=None, __version__='5.2.1')"]
+)
+def test_without_transformers_it_says_what_to_install(tmp_path: Path, module: str) -> None:
+    """An older one would run code that a config names; the rest of pyserve needs none at all."""
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("")
+    code = (
+        f"import sys, types, pathlib\nsys.modules['transformers'] = {module}\n"
+        f"from pyserve import cli, errors\n"
+        f"try:\n    cli._tokenizer(pathlib.Path({str(tmp_path)!r}))\n"
+        "except errors.CheckpointError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == (
+        f"{tmp_path}: no tokenizer.json; to convert vocab.json + merges.txt, pip install "
+        "'transformers>=5.3', or --tokenizer names another folder that has tokenizer.json\n"
+    ), done.stderr
