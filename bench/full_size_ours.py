@@ -149,7 +149,10 @@ def generate(
     rows: list[torch.Tensor] = []
     while (step := engine.schedule()) is not None:
         output = engine.runner.run(step)
-        rows.append(decoder.compute_logits(hidden_states.pop()[: step.num_tokens]).cpu())
+        hidden = hidden_states.pop()[: step.num_tokens]
+        logits = hidden.new_empty(step.num_tokens, decoder.config.vocab_size)
+        decoder.compute_logits(hidden, logits)
+        rows.append(logits.cpu())
         engine.update(step, output)
     decoder.forward = forward  # type: ignore[method-assign]
     delta = stream.take()

@@ -67,7 +67,6 @@ class CudaRunner:
         device = executor.device
         torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._step_input = torch.zeros(executor.num_step_words, dtype=torch.int32, device=device)
         self._ring = deque(
             _RingEntry(
                 step_input=step_input,
@@ -75,7 +74,7 @@ class CudaRunner:
                 sampled=_pinned(executor.num_slots),
                 event=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
             )
-            for step_input in [_pinned(executor.num_step_words) for _ in range(RING_SIZE)]
+            for step_input in [_pinned(len(executor.step_input)) for _ in range(RING_SIZE)]
         )
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
@@ -143,15 +142,14 @@ class CudaRunner:
         self._completions.close()
         self._executor.close()
         self._ring.clear()
-        del self._step_input
 
     def _forward(self, step: Step, entry: _RingEntry) -> StepShape:
         num_words = pack(step, entry.words)
         shape = StepShape.of(entry.words)
         with torch.cuda.stream(self._stream):
             words = entry.step_input[:num_words]
-            self._step_input[:num_words].copy_(words, non_blocking=True)
-            self._executor.forward(shape, self._step_input)
+            self._executor.step_input[:num_words].copy_(words, non_blocking=True)
+            self._executor.forward(shape)
         return shape
 
     def _sample(self, shape: StepShape, entry: _RingEntry) -> None:

@@ -163,14 +163,8 @@ def _plan(
 ) -> MemoryPlan:
     # Shapes without memory: what the weights will take, exactly.
     shapes = build_model(model_config, Placement(dtype, META), max_model_len=1)
-    return plan_memory(
-        model_config,
-        config,
-        weight_bytes=sum(place.nbytes for place in shapes.destinations().values()),
-        kv_specs=shapes.kv_specs(),
-        itemsize=dtype.itemsize,
-        memory=memory,
-    )
+    weight_bytes = sum(place.nbytes for place in shapes.destinations().values())
+    return plan_memory(shapes, config, weight_bytes=weight_bytes, memory=memory)
 
 
 def _log_plan(config: EngineConfig, plan: MemoryPlan) -> None:

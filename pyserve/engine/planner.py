@@ -11,20 +11,14 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
 from pyserve.config import EngineConfig
-from pyserve.engine.batch import max_step_words
 from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.state import Ledger, StepLimits, state_ledger
 from pyserve.errors import ConfigError, PlanError
-from pyserve.model.config import ModelConfig
-from pyserve.model.kv import KVSpec
-from pyserve.ops import attention_plan, sample_workspace
-from pyserve.ops import step_layout as layout
+from pyserve.model.decoder import Decoder
 
 MIB = 2**20
 GIB = 2**30
-META = torch.device("meta")  # shapes without memory
 
 MAX_NUM_BATCHED_TOKENS = 2048  # where --max-num-batched-tokens is not given
 BIG_CARD_BYTES = 40 * 10**9
@@ -39,12 +33,6 @@ MAX_CONTEXT_BYTES = GIB
 MODULE_BYTES = 256 * MIB  # code loaded when it is first called, the matrix library's workspace
 TOLERANCE = 0.03  # of the ledger
 MIN_TOLERANCE_BYTES = 64 * MIB  # by which drivers differ
-
-FLOAT32_BYTES = 4
-PLAN_BYTES_PER_TOKEN = 4 + 4 + 8  # of ops.StepPlan: input_ids, positions, slot_mapping
-PLAN_BYTES_PER_ROW = 4 + 4 + 4 + 8 + 4  # row_slots, cu_seqlens_q, seq_lens, sample_rows, sampled
-
-Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +81,37 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, config: EngineConfig, *, weight_bytes: int, kv_specs: list[KVSpec],
-    itemsize: int, memory: Memory,
-) -> MemoryPlan:  # fmt: skip
-    """Share out `memory`.
+    model: Decoder, config: EngineConfig, *, weight_bytes: int, memory: Memory
+) -> MemoryPlan:
+    """Share out `memory` for `model`, made on the meta device.
 
-    `itemsize` is that of the compute dtype. Raises ConfigError where --max-model-len is more than
-    the model's context, PlanError with the ledger where it, or any context at all, does not fit.
+    Raises ConfigError where --max-model-len is more than the model's context, PlanError with the
+    ledger where it, or any context at all, does not fit.
     """
-    if config.max_model_len is not None and config.max_model_len > model.max_model_len:
+    longest_len = model.config.max_model_len
+    if config.max_model_len is not None and config.max_model_len > longest_len:
         raise ConfigError(
-            f"--max-model-len is {config.max_model_len}, the limit of this model is "
-            f"{model.max_model_len}"
+            f"--max-model-len is {config.max_model_len}, the limit of this model is {longest_len}"
         )
     block_size = config.block_size
-    shape = _step_shape(config, memory)
+    limits = _limits(config, memory, longest_len)
     allowed_bytes = _allowed_bytes(config, memory)
-    block_bytes = sum(spec.bytes_per_block(block_size) for spec in kv_specs)
-    parts = _constant_parts(model, shape, memory, weight_bytes=weight_bytes, itemsize=itemsize)
+    block_bytes = sum(spec.bytes_per_block(block_size) for spec in model.kv_specs())
 
     def fixed(max_model_len: int) -> Ledger:
-        return parts + _parts_by_length(model, shape, max_model_len, block_size=block_size)
+        """All but the KV cache."""
+        parts: Ledger = (
+            ("weights", weight_bytes),
+            ("rope table", model.bytes_per_position() * max_model_len),
+        )
+        if isinstance(memory, CardMemory):
+            parts = (
+                ("CUDA context", memory.context_bytes), ("CUDA modules", MODULE_BYTES), *parts
+            )  # fmt: skip
+        return parts + state_ledger(
+            model, replace(limits, max_model_len=max_model_len),
+            is_card=isinstance(memory, CardMemory),
+        )  # fmt: skip
 
     def room(max_model_len: int) -> int:
         """Blocks that fit beside everything else."""
@@ -122,7 +120,7 @@ def plan_memory(
             free_bytes = min(free_bytes, config.kv_cache_memory_bytes)
         return max(0, free_bytes) // block_bytes
 
-    wanted_len = config.max_model_len or model.max_model_len
+    wanted_len = config.max_model_len or longest_len
     max_model_len = wanted_len
     if room(wanted_len) * block_size < wanted_len:
         # The largest whole number of blocks that one sequence can have.
@@ -136,11 +134,11 @@ def plan_memory(
     num_blocks = room(max_model_len)
     if config.kv_cache_memory_bytes is None:
         one_seq = num_blocks_for(max_model_len, block_size)
-        num_blocks = min(num_blocks, _enough_blocks(shape, memory, one_seq, block_bytes))
+        num_blocks = min(num_blocks, _enough_blocks(limits, memory, one_seq, block_bytes))
     return MemoryPlan(
-        num_slots=shape.num_slots,
-        max_num_batched_tokens=shape.num_tokens,
-        logits_tile_rows=shape.logits_tile_rows,
+        num_slots=limits.num_slots,
+        max_num_batched_tokens=limits.num_tokens,
+        logits_tile_rows=limits.logits_tile_rows,
         max_model_len=max_model_len,
         num_blocks=num_blocks,
         block_bytes=block_bytes,
@@ -187,49 +185,6 @@ def is_ledger_true(plan: MemoryPlan, *, before: CardMemory, now: CardMemory) -> 
     return abs(difference) <= max(TOLERANCE * shown_bytes, MIN_TOLERANCE_BYTES), line
 
 
-def activation_bytes(
-    model: ModelConfig, num_tokens: int, itemsize: int, *, is_pooled: bool = False
-) -> int:
-    """What a forward of num_tokens tokens takes.
-
-    Residual, normed input and output of a block, and what the block holds in between: q, k, v and
-    the attention's output, or gate, up and their product. Pooled, as torch's memory on a card is:
-    what the attention gave back is too small for the MLP and stays.
-    """
-    q_size = model.num_heads * model.head_dim
-    kv_size = model.num_kv_heads * model.head_dim
-    attention = 3 * model.hidden_size + 2 * q_size + 2 * kv_size
-    between = 3 * model.intermediate_size
-    if is_pooled:
-        return num_tokens * itemsize * (attention + between)
-    return num_tokens * itemsize * max(attention, 2 * model.hidden_size + between)
-
-
-def logits_bytes(model: ModelConfig, num_rows: int, itemsize: int) -> int:
-    """A tile of logits and the hidden states it is made from."""
-    return num_rows * itemsize * (model.vocab_size + model.hidden_size)
-
-
-def slot_bytes(model: ModelConfig, num_slots: int, max_blocks_per_seq: int) -> int:
-    """Slot rows, block table and penalty counts."""
-    return num_slots * (4 * layout.SLOT_WORDS + 4 * max_blocks_per_seq + 2 * model.vocab_size)
-
-
-def step_buffer_bytes(
-    num_tokens: int, num_slots: int, *, max_model_len: int, block_size: int
-) -> int:
-    """The packed step and what the plan op derives from it."""
-    num_words = max_step_words(
-        num_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
-    )
-    return (
-        4 * num_words
-        + PLAN_BYTES_PER_TOKEN * num_tokens
-        + PLAN_BYTES_PER_ROW * num_slots
-        + 4  # cu_seqlens_q has one entry more
-    )
-
-
 def format_ledger(ledger: Iterable[tuple[str, int]]) -> str:
     """Aligned lines, a sum at the end."""
     rows = list(ledger)
@@ -237,16 +192,7 @@ def format_ledger(ledger: Iterable[tuple[str, int]]) -> str:
     return "\n".join(f"  {name:<16}{num_bytes / MIB:>12,.1f} MiB" for name, num_bytes in rows)
 
 
-@dataclass(frozen=True, slots=True)
-class _StepShape:
-    """The largest step."""
-
-    num_tokens: int
-    num_slots: int
-    logits_tile_rows: int
-
-
-def _step_shape(config: EngineConfig, memory: Memory) -> _StepShape:
+def _limits(config: EngineConfig, memory: Memory, max_model_len: int) -> StepLimits:
     num_tokens, tile_rows = MAX_NUM_BATCHED_TOKENS, LOGITS_TILE_ROWS
     if isinstance(memory, CardMemory):
         tile_rows = CARD_LOGITS_TILE_ROWS
@@ -254,7 +200,9 @@ def _step_shape(config: EngineConfig, memory: Memory) -> _StepShape:
             num_tokens = BIG_CARD_MAX_NUM_BATCHED_TOKENS
     num_tokens = config.max_num_batched_tokens or num_tokens
     num_slots = min(config.max_num_seqs, num_tokens)
-    return _StepShape(num_tokens, num_slots, min(tile_rows, num_slots))
+    return StepLimits(
+        num_slots, num_tokens, max_model_len, config.block_size, min(tile_rows, num_slots)
+    )
 
 
 def _allowed_bytes(config: EngineConfig, memory: Memory) -> int:
@@ -265,52 +213,11 @@ def _allowed_bytes(config: EngineConfig, memory: Memory) -> int:
     return max(0, allowed_bytes - memory.others_bytes)
 
 
-def _enough_blocks(shape: _StepShape, memory: Memory, one_seq: int, block_bytes: int) -> int:
+def _enough_blocks(limits: StepLimits, memory: Memory, one_seq: int, block_bytes: int) -> int:
     """The most blocks worth having; `one_seq` is the blocks of one whole context."""
     if isinstance(memory, CardMemory):
         return max(one_seq, MAX_BLOCKS)
-    return max(one_seq, min(shape.num_slots * one_seq, DEFAULT_KV_BYTES // block_bytes))
-
-
-def _constant_parts(
-    model: ModelConfig, shape: _StepShape, memory: Memory, *, weight_bytes: int, itemsize: int
-) -> Ledger:
-    """What does not depend on max_model_len."""
-    is_card = isinstance(memory, CardMemory)
-    parts = (
-        ("weights", weight_bytes),
-        ("activations", activation_bytes(model, shape.num_tokens, itemsize, is_pooled=is_card)),
-        ("logits", logits_bytes(model, shape.logits_tile_rows, itemsize)),
-    )
-    if not isinstance(memory, CardMemory):
-        return parts
-    work = attention_plan.allocate(
-        shape.num_tokens, shape.num_slots, num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, device=META,
-    )  # fmt: skip
-    sampling = sample_workspace.allocate(shape.logits_tile_rows, model.vocab_size, device=META)
-    return (
-        ("CUDA context", memory.context_bytes),
-        ("CUDA modules", MODULE_BYTES),
-        *parts,
-        ("attention plans", len(set(model.windows)) * (work.work.nbytes + work.workspace.nbytes)),
-        ("sampling", sampling.nbytes),
-    )
-
-
-def _parts_by_length(
-    model: ModelConfig, shape: _StepShape, max_model_len: int, *, block_size: int
-) -> Ledger:
-    """What depends on max_model_len, the KV cache apart."""
-    step_buffers = step_buffer_bytes(
-        shape.num_tokens, shape.num_slots, max_model_len=max_model_len, block_size=block_size
-    )
-    max_blocks_per_seq = num_blocks_for(max_model_len, block_size)
-    return (
-        ("rope table", FLOAT32_BYTES * max_model_len * model.head_dim),
-        ("slots", slot_bytes(model, shape.num_slots, max_blocks_per_seq)),
-        ("step buffers", step_buffers),
-    )
+    return max(one_seq, min(limits.num_slots * one_seq, DEFAULT_KV_BYTES // block_bytes))
 
 
 def _with_kv(fixed: Ledger, kv_bytes: int) -> Ledger:

@@ -12,33 +12,43 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pyserve import ops
-from pyserve.engine.batch import (
-    Step,
-    StepOutput,
-    StepShape,
-    max_step_words,
-    pack,
-    padded_size,
-)
-from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.batch import Step, StepOutput, StepShape, pack, padded_size
 from pyserve.engine.engine import Pending
+from pyserve.engine.state import StepLimits, StepState
+from pyserve.model.activations import Activations, Arena
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVCache
-from pyserve.ops import attention_plan, sample_workspace
-from pyserve.ops import step_layout as layout
 from pyserve.ops.build import Report, report_nothing
 
 
 def refuse_when_closed() -> NoReturn:
     """What every call that would need freed memory comes to."""
     raise RuntimeError("the runner is closed: it executes nothing any more")
+
+
+_Forward = tuple[ops.StepPlan, ForwardContext]
+
+
+class _Tile(NamedTuple):
+    """Rows that are sampled together.
+
+    last_tokens, slots   of each row: the index of its last token, and its slot; -1: padding.
+    """
+
+    last_tokens: torch.Tensor
+    slots: torch.Tensor
+    hidden_rows: torch.Tensor
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    sampled: torch.Tensor
 
 
 class StepExecutor:
@@ -64,41 +74,24 @@ class StepExecutor:
         self.max_num_tokens = max_num_batched_tokens
         self.num_slots = num_slots
         self.max_model_len = max_model_len
-        self.num_step_words = max_step_words(
-            max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
-        )
         self.device = model.device
         self._is_closed = False
         self._model = model
         self._block_size = block_size
-        self._logits_tile_rows = logits_tile_rows
-        device, config = model.device, model.config
-        max_blocks_per_seq = num_blocks_for(max_model_len, block_size)
-        self._slots = _zeros(num_slots, layout.SLOT_WORDS, device=device)
-        self._block_table = _zeros(num_slots, max_blocks_per_seq, device=device)
-        self._token_counts = _zeros(num_slots, config.vocab_size, dtype=torch.int16, device=device)
-        self._sampled = _zeros(num_slots, device=device)
-        self._hidden = torch.empty(0, device=device)  # of the step that was forwarded last
-        self._plan = ops.StepPlan.allocate(max_num_batched_tokens, num_slots, device)
-        self._kv_caches: list[KVCache] = []
-        self._views: dict[tuple[int, int, bool], tuple[ops.StepPlan, ForwardContext]] = {}
-        # Longest query that counts as decoding; a step without a longer one is planned as such.
-        self._decode_query_len = attention_plan.decode_query_len(
-            config.num_heads, config.num_kv_heads
+        limits = StepLimits(
+            num_slots, max_num_batched_tokens, max_model_len, block_size, logits_tile_rows
         )
-        self._attention_plans: dict[int, ops.AttentionPlan] = {}
-        self._sample_workspace: torch.Tensor | None = None
-        if device.type == "cuda":
-            self._attention_plans = {
-                window: attention_plan.allocate(
-                    max_num_batched_tokens, num_slots, num_heads=config.num_heads,
-                    num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, device=device,
-                )
-                for window in set(config.windows)
-            }  # fmt: skip
-            self._sample_workspace = sample_workspace.allocate(
-                min(logits_tile_rows, num_slots), config.vocab_size, device=device
-            )
+        self._state = StepState(model, limits, self.device, is_card=self.device.type == "cuda")
+        self._kv_caches: list[KVCache] = []
+        self._forwards: dict[tuple[int, int, bool], _Forward] = {}
+        self._activations: dict[int, Activations] = {}
+        self._tiles: dict[int, list[_Tile]] = {}
+        self._hidden: torch.Tensor | None = None  # of the step that was forwarded last
+
+    @property
+    def step_input(self) -> torch.Tensor:
+        """int32 [num_step_words] on the device: where `forward` reads the packed step."""
+        return self._state.step_input
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate, or replace, the KV cache: `num_blocks` blocks of every layer."""
@@ -114,36 +107,22 @@ class StepExecutor:
         """Forget every sequence, as a warm-up must."""
         if self._is_closed:
             refuse_when_closed()
-        self._slots.zero_()
-        self._block_table.zero_()
-        self._token_counts.zero_()
+        self._state.slots.zero_()
+        self._state.block_table.zero_()
+        self._state.token_counts.zero_()
 
-    def forward(self, shape: StepShape, step_input: torch.Tensor) -> None:
-        """Plan a step and run the model's layers on it.
-
-        step_input int32 [num_step_words] on the device: the packed step, then anything.
-        """
+    def forward(self, shape: StepShape) -> None:
+        """Plan the step that lies in step_input and run the model's layers on it."""
         if self._is_closed:
             refuse_when_closed()
+        state = self._state
         with torch.inference_mode():
-            plan, ctx = self._views_for(shape)
+            plan, ctx = self._forward_of(shape)
             ops.plan_step(
-                step_input,
-                self._slots,
-                self._block_table,
-                self._token_counts,
-                self._block_size,
-                plan,
-            )
-            for window, attention in self._attention_plans.items():
-                ops.plan_attention(
-                    ctx.cu_seqlens_q,
-                    ctx.seq_lens,
-                    attention,
-                    num_heads=self._model.config.num_heads,
-                    num_kv_heads=self._model.config.num_kv_heads,
-                    window=window,
-                )
+                state.step_input, state.slots, state.block_table, state.token_counts,
+                self._block_size, plan,
+            )  # fmt: skip
+            self._model.plan(ctx)
             self._hidden = self._model.forward(ctx)
 
     def sample(self, shape: StepShape) -> torch.Tensor:
@@ -153,22 +132,23 @@ class StepExecutor:
         """
         if self._is_closed:
             refuse_when_closed()
-        num_samples = padded_size(shape.num_samples, self.num_slots) if shape.num_samples else 0
+        assert self._hidden is not None, "nothing was forwarded"
+        state = self._state
         with torch.inference_mode():
-            # From num_samples on these are padding, (-1, -1): any hidden state will do for them.
-            sample_rows = self._plan.sample_rows[:num_samples]
-            for start in range(0, num_samples, self._logits_tile_rows):
-                rows = sample_rows[start : start + self._logits_tile_rows]
-                hidden = self._hidden.index_select(0, rows[:, 0].clamp_min(0))
+            for tile in self._tiles_of(shape.num_samples):
+                # For padding any hidden state will do.
+                torch.clamp_min(tile.last_tokens, 0, out=tile.hidden_rows)
+                torch.index_select(self._hidden, 0, tile.hidden_rows, out=tile.hidden)
+                self._model.compute_logits(tile.hidden, tile.logits)
                 ops.sample(
-                    self._model.compute_logits(hidden),
-                    rows[:, 1],
-                    self._slots,
-                    self._token_counts,
-                    workspace=self._sample_workspace,
-                    out=self._sampled[start : start + len(rows)],
+                    tile.logits,
+                    tile.slots,
+                    state.slots,
+                    state.token_counts,
+                    workspace=state.sample_workspace,
+                    out=tile.sampled,
                 )
-        return self._sampled
+        return state.sampled
 
     def close(self) -> None:
         """Drop the tensors. Harmless when called again."""
@@ -176,20 +156,26 @@ class StepExecutor:
             return
         self._is_closed = True
         self._kv_caches.clear()
-        self._views.clear()
-        self._attention_plans.clear()
-        del self._model, self._slots, self._block_table, self._token_counts, self._plan
-        del self._hidden
+        self._forwards.clear()
+        self._activations.clear()
+        self._tiles.clear()
+        del self._model, self._state, self._hidden
 
-    def _views_for(self, shape: StepShape) -> tuple[ops.StepPlan, ForwardContext]:
-        """The plan's tensors, padded to one of a few shapes, and the forward's view of them."""
+    def _forward_of(self, shape: StepShape) -> _Forward:
+        """What a step padded to one of a few shapes reads and writes, made once for each."""
         num_tokens = padded_size(shape.num_tokens, self.max_num_tokens)
         num_rows = padded_size(shape.num_rows, self.num_slots)
-        is_decode = shape.max_query_len <= self._decode_query_len
+        # A step without a longer query is planned as one that only decodes.
+        max_query_len = self._model.decode_query_len
+        is_decode = shape.max_query_len <= max_query_len
         key = num_tokens, num_rows, is_decode
-        views = self._views.get(key)
-        if views is None:
-            plan = self._plan.narrow(num_tokens, num_rows)
+        forward = self._forwards.get(key)
+        if forward is None:
+            state, activations = self._state, self._activations.get(num_tokens)
+            if activations is None:
+                activations = self._model.activations(Arena(state.activations), num_tokens)
+                self._activations[num_tokens] = activations
+            plan = state.plan.narrow(num_tokens, num_rows)
             ctx = ForwardContext(
                 input_ids=plan.input_ids,
                 positions=plan.positions,
@@ -197,13 +183,36 @@ class StepExecutor:
                 row_slots=plan.row_slots,
                 cu_seqlens_q=plan.cu_seqlens_q,
                 seq_lens=plan.seq_lens,
-                block_table=self._block_table,
+                block_table=state.block_table,
                 kv_caches=self._kv_caches,
-                max_query_len=self._decode_query_len if is_decode else num_tokens,
-                attention_plans=self._attention_plans,
+                max_query_len=max_query_len if is_decode else num_tokens,
+                attention_plans=state.attention_plans,
+                activations=activations,
             )
-            views = self._views[key] = plan, ctx
-        return views
+            forward = self._forwards[key] = plan, ctx
+        return forward
+
+    def _tiles_of(self, num_samples: int) -> list[_Tile]:
+        """The rows that are sampled from, padded, in pieces of which each has logits at once."""
+        num_rows = padded_size(num_samples, self.num_slots) if num_samples else 0
+        tiles = self._tiles.get(num_rows)
+        if tiles is None:
+            state = self._state
+            tiles = self._tiles[num_rows] = []
+            for start in range(0, num_rows, len(state.logits)):
+                end = min(start + len(state.logits), num_rows)
+                rows = state.plan.sample_rows[start:end]
+                tiles.append(
+                    _Tile(
+                        last_tokens=rows[:, 0],
+                        slots=rows[:, 1],
+                        hidden_rows=state.hidden_rows[: end - start],
+                        hidden=state.hidden[: end - start],
+                        logits=state.logits[: end - start],
+                        sampled=state.sampled[start:end],
+                    )
+                )
+        return tiles
 
 
 class CpuRunner:
@@ -219,8 +228,7 @@ class CpuRunner:
     def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:
         self._executor = executor
         self._is_closed = False
-        self._buffer = np.zeros(executor.num_step_words, np.int32)
-        self._step_input = torch.from_numpy(self._buffer)
+        self._buffer: NDArray[np.int32] = executor.step_input.numpy()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = ThreadPoolExecutor(
             1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
@@ -266,11 +274,12 @@ class CpuRunner:
         self._is_closed = True
         self._thread.shutdown()
         self._executor.close()
+        self._buffer = np.empty(0, np.int32)
 
     def _forward(self, step: Step) -> StepShape:
         pack(step, self._buffer)
         shape = StepShape.of(self._buffer)
-        self._executor.forward(shape, self._step_input)
+        self._executor.forward(shape)
         return shape
 
     def _sample(self, forward: Future[StepShape]) -> StepOutput:
@@ -278,8 +287,3 @@ class CpuRunner:
         shape = forward.result()
         sampled = self._executor.sample(shape).numpy()
         return StepOutput(sampled[: shape.num_samples, None].tolist())
-
-
-def _zeros(*shape: int, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """As torch.zeros, but its pages are there at once."""
-    return torch.empty(shape, dtype=dtype, device=device).zero_()

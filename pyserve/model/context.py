@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyserve.model.activations import Activations
 from pyserve.model.kv import KVCache
 from pyserve.ops import AttentionPlan
 
@@ -24,6 +25,7 @@ class ForwardContext:
     kv_caches              of each layer, as its KVSpec says
     max_query_len          an upper bound of the rows' query lengths
     attention_plans        by window, of every window the layers have; empty on a CPU
+    activations            of num_tokens tokens; the layers allocate nothing
     """
 
     input_ids: torch.Tensor
@@ -36,3 +38,4 @@ class ForwardContext:
     kv_caches: list[KVCache]
     max_query_len: int
     attention_plans: Mapping[int, AttentionPlan]
+    activations: Activations

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from pyserve import ops
+from pyserve.model.activations import Activations, Arena, LayerActivations
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
@@ -20,6 +22,7 @@ from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.layers.rotary import cos_sin_table
 from pyserve.model.placement import Placement
+from pyserve.ops import attention_plan
 
 
 class DecoderLayer:
@@ -88,20 +91,74 @@ class Decoder:
                 [Output("lm_head", config.vocab_size)], hidden_size, placement, shard="vocabulary"
             )
 
+    @property
+    def decode_query_len(self) -> int:
+        """The longest query that counts as decoding."""
+        return attention_plan.decode_query_len(self.config.num_heads, self.config.num_kv_heads)
+
+    def plan(self, ctx: ForwardContext) -> None:
+        """What is worked out once a step for all layers; before `forward`."""
+        for window, plan in ctx.attention_plans.items():
+            ops.plan_attention(
+                ctx.cu_seqlens_q,
+                ctx.seq_lens,
+                plan,
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+                window=window,
+            )
+
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
-        """Hidden states after the last norm, [num_tokens, hidden_size]; writes the KV caches."""
-        residual = self.embedding(ctx.input_ids)
-        hidden = self.first_norm(residual)
-        for layer, cache in zip(self.layers, ctx.kv_caches, strict=True):
-            hidden = layer.attention(hidden, ctx, cache)
-            hidden = layer.post_attention_norm.add(hidden, residual)
-            hidden = layer.mlp(hidden)
-            hidden = layer.next_norm.add(hidden, residual)
+        """Hidden states after the last norm, ctx.activations.hidden; writes the KV caches."""
+        hidden, residual, output, acts = ctx.activations
+        self.embedding(ctx.input_ids, residual)
+        self.first_norm(residual, hidden)
+        for layer, cache, (attention, mlp) in zip(self.layers, ctx.kv_caches, acts, strict=True):
+            layer.attention(hidden, ctx, cache, attention, output)
+            layer.post_attention_norm.add(output, residual, hidden)
+            layer.mlp(hidden, mlp, output)
+            layer.next_norm.add(output, residual, hidden)
         return hidden
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [n, hidden_size] -> [n, vocab_size] in the model's dtype"""
-        return self.head(hidden)
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype"""
+        self.head(hidden, out)
+
+    def activations(self, arena: Arena, num_tokens: int) -> Activations:
+        """Take what a forward of num_tokens tokens needs."""
+        hidden, residual, output = (
+            arena.take(num_tokens, self.config.hidden_size, dtype=self.dtype) for _ in range(3)
+        )
+        made: dict[tuple[int, ...], LayerActivations] = {}  # layers of the same sizes share them
+        layers = []
+        for layer in self.layers:
+            sizes = (*layer.attention.sizes, layer.mlp.gate_up.out_features)
+            if sizes not in made:
+                with arena.reused():
+                    attention = layer.attention.activations(arena, num_tokens)
+                with arena.reused():
+                    mlp = layer.mlp.activations(arena, num_tokens)
+                made[sizes] = attention, mlp
+            layers.append(made[sizes])
+        return Activations(hidden, residual, output, layers)
+
+    def attention_plans(
+        self, max_num_tokens: int, max_num_rows: int, device: torch.device
+    ) -> dict[int, ops.AttentionPlan]:
+        """By window: room for what `plan` works out for a step of that size on a card."""
+        config = self.config
+        return {
+            window: attention_plan.allocate(
+                max_num_tokens, max_num_rows, num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, device=device,
+            )
+            for window in set(config.windows)
+        }  # fmt: skip
+
+    def bytes_per_position(self) -> int:
+        """Of the tables that have a row for each position."""
+        tables = {id(layer.attention.cos_sin): layer.attention.cos_sin for layer in self.layers}
+        return sum(table.nbytes // len(table) for table in tables.values())
 
     def kv_specs(self) -> list[KVSpec]:
         """One per layer."""

@@ -38,8 +38,8 @@ class Scheme(Protocol):
 
     def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None: ...
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [num_tokens, columns.size] -> [num_tokens, sum of rows]"""
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
 
     def destinations(self) -> Destinations: ...
 
@@ -64,8 +64,8 @@ class Dense:
         dense.weight, dense._rows, dense._columns = weight, (), Shard(0, 0, 0)
         return dense
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return ops.linear(x, self.weight, bias)
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        ops.linear(x, self.weight, bias, out)
 
     def destinations(self) -> Destinations:
         return row_destinations("weight", self.weight, self._rows, self._columns)

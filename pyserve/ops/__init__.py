@@ -3,7 +3,8 @@
 `build.load_native` must have run. Shapes below: num_tokens is the tokens of a step, num_rows its
 rows (one per running sequence), padded ones included; a cache is
 [num_blocks, block_size, num_kv_heads, head_dim]. Float tensors of one call share one dtype, float32
-or bfloat16; sums are float32. The plain-torch meaning of each op is in reference.py.
+or bfloat16; sums are float32. The plain-torch meaning of each op is in reference.py. A result is
+written to `out` where that is given: a tensor of its shape that none of the inputs overlaps.
 """
 
 from __future__ import annotations
@@ -47,22 +48,26 @@ class _Ops:
 _ops: Any = _Ops()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019).
 
     x [..., hidden], rows may be strided; weight [hidden] -> [..., hidden].
     """
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     _ops.rms_norm(x, weight, eps, out)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
     """residual += x in place, rounded to its dtype; returns rms_norm(residual).
 
     x, residual [..., hidden]; weight [hidden] -> [..., hidden].
     """
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     _ops.add_rms_norm(x, residual, weight, eps, out)
     return out
 
@@ -104,7 +109,9 @@ def rope_write_kv(
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """x weight^T + bias: x [m, k], rows may be strided, weight [n, k], bias [n] -> [m, n].
 
     Up to FEW_ROWS rows a row's result does not depend on the others, nor on how many there are.
@@ -112,16 +119,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     num_rows = x.shape[0]
     if num_rows > FEW_ROWS[x.device.type, x.dtype]:
-        return functional.linear(x, weight, bias)
-    out = x.new_empty((num_rows, weight.shape[0]))
+        return functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]
+    if out is None:
+        out = x.new_empty((num_rows, weight.shape[0]))
     _ops.linear(x, weight, bias, out)
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020): gate_up [num_tokens, 2 n] = gate | up -> [num_tokens, n]."""
-    num_tokens, width = gate_up.shape
-    out = gate_up.new_empty(num_tokens, width // 2)
+    if out is None:
+        num_tokens, width = gate_up.shape
+        out = gate_up.new_empty(num_tokens, width // 2)
     _ops.silu_mul(gate_up, out)
     return out
 
@@ -139,6 +148,7 @@ def paged_attention(
     window: int = 0,
     max_query_len: int | None = None,
     plan: AttentionPlan | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over a paged KV cache, any mix of query lengths.
 
@@ -151,7 +161,8 @@ def paged_attention(
     On CUDA `plan` is what plan_attention made of these rows with this window, and max_query_len
     bounds their query lengths (None: num_tokens does); a CPU needs neither.
     """
-    out = torch.empty_like(q)
+    if out is None:
+        out = torch.empty_like(q)
     _ops.paged_attention(
         q,
         key_cache,
@@ -227,6 +238,18 @@ class StepPlan:
             sample_rows=zeros(max_num_rows, 2),
         )
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order in which plan_step takes them."""
+        return (
+            self.input_ids,
+            self.positions,
+            self.slot_mapping,
+            self.row_slots,
+            self.cu_seqlens_q,
+            self.seq_lens,
+            self.sample_rows,
+        )
+
     def narrow(self, num_tokens: int, num_rows: int) -> StepPlan:
         """Views of the first num_tokens tokens and num_rows rows."""
         return StepPlan(
@@ -262,13 +285,7 @@ def plan_step(
         block_table,
         token_counts,
         block_size,
-        plan.input_ids,
-        plan.positions,
-        plan.slot_mapping,
-        plan.row_slots,
-        plan.cu_seqlens_q,
-        plan.seq_lens,
-        plan.sample_rows,
+        *plan.tensors(),
     )
 
 

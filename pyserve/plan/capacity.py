@@ -52,7 +52,7 @@ class Capacity:
             gpu_memory_utilization=1.0,
             kv_cache_memory_bytes=num_blocks * self.plan.block_bytes,
         )
-        return _plan(self.model, config, self.sizes, UNLIMITED).total_bytes
+        return _plan(config, self.sizes, UNLIMITED).total_bytes
 
 
 def named_memory(card: Card) -> CardMemory:
@@ -73,18 +73,9 @@ def find_capacity(
     model: ModelConfig, config: EngineConfig, sizes: ModelSizes, memory: CardMemory
 ) -> Capacity:
     """Raises PlanError, with the ledger, where it does not fit."""
-    return Capacity(model, config, sizes, memory, _plan(model, config, sizes, memory))
+    return Capacity(model, config, sizes, memory, _plan(config, sizes, memory))
 
 
-def _plan(
-    model: ModelConfig, config: EngineConfig, sizes: ModelSizes, memory: CardMemory
-) -> MemoryPlan:
+def _plan(config: EngineConfig, sizes: ModelSizes, memory: CardMemory) -> MemoryPlan:
     """planner.plan_memory, as the server calls it."""
-    return plan_memory(
-        model,
-        config,
-        weight_bytes=sizes.weight_bytes,
-        kv_specs=list(sizes.kv_specs),
-        itemsize=sizes.dtype.itemsize,
-        memory=memory,
-    )
+    return plan_memory(sizes.shapes, config, weight_bytes=sizes.weight_bytes, memory=memory)

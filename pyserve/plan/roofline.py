@@ -33,6 +33,7 @@ class ModelSizes:
     """What one card of `tp_size` holds of a model and what a step reads there, from shapes alone.
 
     dtype           of what is computed, and of the KV cache
+    shapes          of one card's part of the layers, the vocabulary whole; on the meta device
     weight_bytes    of everything that is held
     num_params      of the whole model
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
@@ -40,6 +41,7 @@ class ModelSizes:
     """
 
     dtype: torch.dtype
+    shapes: Decoder
     weight_bytes: int
     num_params: int
     layer_bytes: int
@@ -85,6 +87,7 @@ def measure_model(
     whole_model = build_model(model, Placement(dtype, META), max_model_len=1)
     return ModelSizes(
         dtype=dtype,
+        shapes=shapes,
         weight_bytes=sum(others) - dense_bytes + layer_bytes + -(-sum(whole) // tp_size),
         num_params=sum(view.numel() for view in _views(whole_model).values()),
         layer_bytes=layer_bytes,

@@ -18,9 +18,10 @@ from pyserve.engine.load import build_engine
 from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
 from pyserve.engine.runner import StepExecutor
 from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
-from pyserve.model.placement import Placement
+from pyserve.model.placement import META, Placement
 from pyserve.params import SamplingParams
 from tests.engine.tiny import CONFIG, VOCAB_SIZE, engine_config, write_model
 
@@ -153,9 +154,8 @@ def test_a_card_s_kv_cache_comes_last(
     )  # fmt: skip
     config = engine_config(tmp_path)
     reports: list[tuple[str, int, int]] = []
-    plan = plan_memory(
-        model.config, config, weight_bytes=0, kv_specs=model.kv_specs(), itemsize=4, memory=before
-    )
+    shapes = build_model(model.config, Placement(torch.float32, META), max_model_len=1)
+    plan = plan_memory(shapes, config, weight_bytes=0, memory=before)
     executor = StepExecutor(
         model, block_size=16, num_slots=8, max_num_batched_tokens=64, max_model_len=256,
         logits_tile_rows=8,

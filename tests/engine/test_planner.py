@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pyserve.config import EngineConfig
-from pyserve.engine import planner
 from pyserve.engine.planner import (
     MAX_BLOCKS,
     MAX_CONTEXT_BYTES,
@@ -23,25 +22,25 @@ from pyserve.engine.planner import (
     is_ledger_true,
     plan_memory,
 )
+from pyserve.engine.state import activation_bytes
 from pyserve.errors import ConfigError, PlanError
+from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
-from pyserve.model.kv import KVSpec
+from pyserve.model.placement import META, Placement
 from pyserve.ops import attention_plan, sample_workspace
 from tests.engine.tiny import CONFIG, engine_config
 
 MODEL = ModelConfig.from_hf(CONFIG)  # 2 layers, 4 heads of 16, 2 KV heads, vocabulary of 97
-SPECS = [KVSpec.of_heads(2, 16, torch.float32), KVSpec.of_heads(2, 16, torch.float32)]
+SHAPES = build_model(MODEL, Placement(torch.float32, META), max_model_len=1)
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, head_dim, float32
 WEIGHT_BYTES = 1_000_000
 
 
 def plan(available_bytes: int = 2**30, **overrides: object) -> MemoryPlan:
     return plan_memory(
-        MODEL,
+        SHAPES,
         engine_config(Path("unused"), **overrides),
         weight_bytes=WEIGHT_BYTES,
-        kv_specs=SPECS,
-        itemsize=4,
         memory=HostMemory(available_bytes),
     )
 
@@ -56,9 +55,9 @@ def test_the_ledger_by_hand() -> None:
     assert result.num_blocks == 8 * 16, "every slot can hold a whole context"
     assert result.ledger == (
         ("weights", 1_000_000),
-        ("activations", 64 * 4 * (3 * 32 + 2 * 64 + 2 * 32)),
-        ("logits", 8 * 4 * (97 + 32)),
         ("rope table", 256 * 16 * 4),
+        ("activations", 64 * 4 * (3 * 32 + 2 * 64 + 2 * 32)),
+        ("logits", 8 * (4 * (97 + 32) + 4)),
         ("slots", 8 * (680 * 4 + 16 * 4 + 97 * 2)),
         ("step buffers", 4 * (16 + 7 * 8 + 64 + 2**16) + 64 * 16 + 8 * 24 + 4),
         ("KV cache", 128 * BLOCK_BYTES),
@@ -66,14 +65,15 @@ def test_the_ledger_by_hand() -> None:
 
 
 def test_the_mlp_is_the_larger_part_of_a_usual_layer() -> None:
-    model = ModelConfig.from_hf(CONFIG | {"intermediate_size": 100})
-    assert planner.activation_bytes(model, 10, 2) == 10 * 2 * (2 * 32 + 3 * 100)
+    config = ModelConfig.from_hf(CONFIG | {"intermediate_size": 100})
+    model = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
+    assert activation_bytes(model, 128) == 128 * 2 * (3 * 32 + 3 * 100)
 
 
 def test_logits_exist_a_tile_at_a_time() -> None:
     result = plan(2**34, max_num_seqs=4096, max_num_batched_tokens=4096)
     assert result.logits_tile_rows == 64
-    assert dict(result.ledger)["logits"] == 64 * 4 * (97 + 32)
+    assert dict(result.ledger)["logits"] == 64 * (4 * (97 + 32) + 4)
 
 
 def test_slots_are_as_many_as_a_step_has_tokens() -> None:
@@ -82,11 +82,14 @@ def test_slots_are_as_many_as_a_step_has_tokens() -> None:
 
 def test_a_cpu_gets_512_mib_of_kv_by_default_but_at_least_one_sequence() -> None:
     assert plan(2**34, max_num_seqs=4096, max_num_batched_tokens=4096).num_blocks == 2**29 // 8192
-    wide = [KVSpec.of_heads(64, 256, torch.float32)] * 64  # 128 MiB a block
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 256}
+    wide = ModelConfig.from_hf(CONFIG | heads | {"num_hidden_layers": 64})  # 128 MiB a block
     result = plan_memory(
-        MODEL, engine_config(Path("unused")), weight_bytes=0, kv_specs=wide, itemsize=4,
+        build_model(wide, Placement(torch.float32, META), max_model_len=1),
+        engine_config(Path("unused")),
+        weight_bytes=0,
         memory=HostMemory(2**40),
-    )  # fmt: skip
+    )
     assert result.num_blocks == 16 and result.max_model_len == 256
 
 
@@ -159,6 +162,7 @@ LLAMA = ModelConfig.from_hf(
         "max_position_embeddings": 131072,
     }
 )  # fmt: skip
+LLAMA_SHAPES = build_model(LLAMA, Placement(torch.bfloat16, META), max_model_len=1)
 LLAMA_WEIGHT_BYTES = 16_060_522_496
 LLAMA_BLOCK_BYTES = 16 * 32 * 2 * 8 * 128 * 2  # 2 MiB
 MIB, GIB = 2**20, 2**30
@@ -172,12 +176,7 @@ def settings(**overrides: object) -> EngineConfig:
 
 def card_plan(card: CardMemory = BIG_CARD, **overrides: object) -> MemoryPlan:
     return plan_memory(
-        LLAMA,
-        settings(**overrides),
-        weight_bytes=LLAMA_WEIGHT_BYTES,
-        kv_specs=[KVSpec.of_heads(8, 128, torch.bfloat16)] * 32,
-        itemsize=2,
-        memory=card,
+        LLAMA_SHAPES, settings(**overrides), weight_bytes=LLAMA_WEIGHT_BYTES, memory=card
     )
 
 
@@ -194,11 +193,11 @@ def test_the_ledger_of_a_card_by_hand() -> None:
         ("CUDA context", 600 * MIB),
         ("CUDA modules", MODULE_BYTES),
         ("weights", LLAMA_WEIGHT_BYTES),
-        ("activations", 8192 * 2 * (3 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)),
-        ("logits", 256 * 2 * (128256 + 4096)),
+        ("rope table", 131072 * 128 * 4),
+        ("activations", 8192 * 2 * (3 * 4096 + 3 * 14336)),
+        ("logits", 256 * (2 * (128256 + 4096) + 4)),
         ("attention plans", work.work.nbytes + work.workspace.nbytes),
         ("sampling", sampling.nbytes),
-        ("rope table", 131072 * 128 * 4),
         ("slots", 256 * (680 * 4 + 8192 * 4 + 128256 * 2)),
         ("step buffers", 4 * step_words + 8192 * 16 + 256 * 24 + 4),
     )
@@ -212,19 +211,15 @@ def test_the_sizes_of_a_step_follow_the_card_unless_they_are_given() -> None:
     assert card_plan(max_num_batched_tokens=100).max_num_batched_tokens == 100
     few = card_plan(max_num_seqs=3)
     assert (few.num_slots, few.logits_tile_rows) == (3, 3)
-    host = plan_memory(
-        MODEL, settings(), weight_bytes=0, kv_specs=SPECS, itemsize=4, memory=HostMemory(2**34)
-    )
+    host = plan_memory(SHAPES, settings(), weight_bytes=0, memory=HostMemory(2**34))
     assert (host.max_num_batched_tokens, host.logits_tile_rows) == (2048, 64)
 
 
 def test_each_window_has_its_attention_plan() -> None:
     def plan_bytes(*windows: int) -> int:
-        model = msgspec.structs.replace(LLAMA, windows=windows)
-        result = plan_memory(
-            model, settings(), weight_bytes=0, itemsize=2, memory=BIG_CARD,
-            kv_specs=[KVSpec.of_heads(8, 128, torch.bfloat16)] * 2,
-        )  # fmt: skip
+        config = msgspec.structs.replace(LLAMA, windows=windows, num_layers=2)
+        model = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
+        result = plan_memory(model, settings(), weight_bytes=0, memory=BIG_CARD)
         return dict(result.ledger)["attention plans"]
 
     assert plan_bytes(0, 512) == 2 * plan_bytes(0, 0) == 2 * plan_bytes(512, 512)
@@ -269,10 +264,9 @@ def test_a_card_that_others_hold_most_of() -> None:
 
 
 def test_a_tiny_model_gets_no_more_blocks_than_the_host_can_keep() -> None:
-    result = plan_memory(
-        MODEL, settings(), weight_bytes=0, itemsize=2, memory=BIG_CARD,
-        kv_specs=[KVSpec.of_heads(1, 64, torch.bfloat16)],
-    )  # fmt: skip
+    config = msgspec.structs.replace(MODEL, num_layers=1, num_kv_heads=1, head_dim=64)
+    model = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
+    result = plan_memory(model, settings(), weight_bytes=0, memory=BIG_CARD)
     assert result.num_blocks == MAX_BLOCKS
 
 

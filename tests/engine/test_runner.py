@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pyserve import ops
 from pyserve.client import EngineInfo, SequenceRequest
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepShape, max_update_words, pack
@@ -26,7 +28,7 @@ from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
-from pyserve.model.placement import Placement
+from pyserve.model.placement import META, Placement
 from pyserve.params import SamplingParams
 from tests.engine.after_the_end import stop_and_check
 from tests.engine.driver import Driver, Reader
@@ -172,7 +174,12 @@ def assert_near_tie(decoder: Decoder, reader: Reader, expected: Reader) -> None:
     logits: list[torch.Tensor] = []
     engine = make_engine(decoder)
     compute_logits = decoder.compute_logits
-    decoder.compute_logits = lambda hidden: logits.append(compute_logits(hidden)) or logits[-1]  # type: ignore[method-assign,func-returns-value]
+
+    def spy(hidden: torch.Tensor, out: torch.Tensor) -> None:
+        compute_logits(hidden, out)
+        logits.append(out.clone())
+
+    decoder.compute_logits = spy  # type: ignore[method-assign]
     try:
         engine.add(
             SequenceRequest(reader.prompt + reader.output[:index], SamplingParams(max_tokens=1))
@@ -278,9 +285,9 @@ def test_steps_run_in_a_few_padded_shapes(
         shapes.add((len(ctx.input_ids), len(ctx.row_slots)))
         return forward(ctx)
 
-    def spy_logits(hidden: torch.Tensor) -> torch.Tensor:
+    def spy_logits(hidden: torch.Tensor, out: torch.Tensor) -> None:
         num_rows.add(len(hidden))
-        return compute_logits(hidden)
+        compute_logits(hidden, out)
 
     num_rows: set[int] = set()
     monkeypatch.setattr(decoder, "forward", spy_forward)
@@ -307,8 +314,29 @@ def test_warm_up_meets_every_shape_in_its_budget(
     executor = runner._executor
     runner.warm_up(list(warmup_steps(executor))[::-1], budget_s=budget_s)
     assert shapes == [1, 2, 4, 8, 16, 32, 48, 50][:num_shapes]
-    assert not executor._slots.any() and not executor._token_counts.any()
+    assert not executor._state.slots.any() and not executor._state.token_counts.any()
     runner.close()
+
+
+def test_what_an_earlier_step_has_left_is_not_read(
+    decoder: Decoder, baseline: list[Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations and tiles of logits hold NaN whenever a step begins."""
+    engine = make_engine(decoder, budget=50)
+    runner = engine.runner
+    assert isinstance(runner, CpuRunner)
+    state = runner._executor._state
+    plan_step = ops.plan_step
+
+    def poison(*args: Any) -> None:
+        state.activations.fill_(0xFF)
+        state.logits.fill_(torch.nan)
+        state.hidden.fill_(torch.nan)
+        plan_step(*args)
+
+    monkeypatch.setattr(ops, "plan_step", poison)
+    readers = generate(engine)
+    assert [reader.output for reader in readers] == [reader.output for reader in baseline]
 
 
 def test_many_samples_go_through_logits_in_tiles(decoder: Decoder) -> None:
@@ -321,17 +349,15 @@ def test_many_samples_go_through_logits_in_tiles(decoder: Decoder) -> None:
 
 def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
     config = engine_config(Path("unused"))
-    plan = plan_memory(
-        decoder.config,
-        config,
-        weight_bytes=sum(place.nbytes for place in decoder.destinations().values()),
-        kv_specs=decoder.kv_specs(),
-        itemsize=4,
-        memory=HostMemory(2**30),
-    )
+    shapes = build_model(decoder.config, Placement(torch.float32, META), max_model_len=1)
+    weight_bytes = sum(place.nbytes for place in shapes.destinations().values())
+    plan = plan_memory(shapes, config, weight_bytes=weight_bytes, memory=HostMemory(2**30))
     assert config.max_num_batched_tokens is not None
     runner = make_runner(decoder, plan.num_blocks, config.max_num_batched_tokens)
     executor = runner._executor
+    for step in warmup_steps(executor):
+        runner.run(step)
+        executor.reset()
     ledger = dict(plan.ledger)
     parts = [*decoder.layers, decoder]
     weights = {
@@ -342,12 +368,17 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
     assert ledger["weights"] == sum(weights.values())
     assert ledger["rope table"] == decoder.layers[0].attention.cos_sin.nbytes
     assert ledger["KV cache"] == sum(k.nbytes + v.nbytes for k, v in executor._kv_caches)
-    slot_tensors = (executor._slots, executor._block_table, executor._token_counts)
-    assert ledger["slots"] == sum(tensor.nbytes for tensor in slot_tensors)
-    buffers = [getattr(executor._plan, name) for name in type(executor._plan).__slots__]
-    buffers.append(executor._sampled)
-    assert ledger["step buffers"] == runner._buffer.nbytes + sum(t.nbytes for t in buffers)
+    held = [value for name, value in vars(executor).items() if name != "_model"]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(held)}
+    assert sum(storages.values()) == plan.total_bytes - ledger["weights"] - ledger["rope table"]
+    assert tuple((name, ledger[name]) for name, _ in executor._state.ledger()) == (
+        executor._state.ledger()
+    )
     runner.close()
+
+
+def _storages(things: list[object]) -> Iterator[torch.UntypedStorage]:
+    return (tensor.untyped_storage() for tensor in _tensors(things))
 
 
 def _tensors(things: list[object]) -> Iterator[torch.Tensor]:
@@ -359,6 +390,8 @@ def _tensors(things: list[object]) -> Iterator[torch.Tensor]:
             yield thing
         elif isinstance(thing, (list, tuple)):
             things += thing
+        elif isinstance(thing, dict):
+            things += thing.values()
         elif type(thing).__module__.startswith("pyserve.") and id(thing) not in seen:
             seen.add(id(thing))
             names = getattr(type(thing), "__slots__", None) or vars(thing)
@@ -399,15 +432,14 @@ def test_bytes_and_their_shape_are_all_that_an_executor_needs(decoder: Decoder) 
         max_model_len=MAX_MODEL_LEN, logits_tile_rows=64,
     )  # fmt: skip
     rank.allocate_kv(128)
-    buffer = np.zeros(rank.num_step_words, np.int32)
+    buffer = np.zeros(len(rank.step_input), np.int32)
     for _ in range(20):
         step = engine.schedule()
         assert step is not None
-        received = np.zeros_like(buffer)
-        num_words = pack(step, buffer)
-        received[:num_words] = np.frombuffer(buffer[:num_words].tobytes(), np.int32)
+        received = np.frombuffer(buffer[: pack(step, buffer)].tobytes(), np.int32)
+        rank.step_input[: len(received)] = torch.tensor(received)
         shape = StepShape.of(received)
-        rank.forward(shape, torch.from_numpy(received))
+        rank.forward(shape)
         sampled = rank.sample(shape)[: shape.num_samples].tolist()
         output = engine.runner.run(step)
         assert output.token_ids == [[token_id] for token_id in sampled]
@@ -444,7 +476,7 @@ def test_a_closed_executor_tells_its_device_and_runs_nothing(decoder: Decoder) -
         executor.close()
     assert executor.device == decoder.device and executor.max_num_tokens == 16
     with pytest.raises(RuntimeError, match="closed"):
-        executor.forward(StepShape(1, 1, 1, 1), torch.zeros(100, dtype=torch.int32))
+        executor.forward(StepShape(1, 1, 1, 1))
     with pytest.raises(RuntimeError, match="closed"):
         executor.sample(StepShape(1, 1, 1, 1))
     with pytest.raises(RuntimeError, match="closed"):

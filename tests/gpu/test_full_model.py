@@ -153,9 +153,9 @@ def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence
     seqs: dict[int, Sequence] = {}
     compute_logits = decoder.compute_logits
 
-    def spy(hidden: Tensor) -> Tensor:
-        tiles.append(compute_logits(hidden))
-        return tiles[-1]
+    def spy(hidden: Tensor, out: Tensor) -> None:
+        compute_logits(hidden, out)
+        tiles.append(out.clone())
 
     def drain() -> None:
         while (step := engine.schedule()) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pyserve.model.activations import Arena
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 
@@ -66,6 +67,15 @@ class Driver:
             kv_caches=self.kv_caches,
             max_query_len=len(ids),
             attention_plans={},
+            activations=self.decoder.activations(self._arena(len(ids)), len(ids)),
         )
+        logits = torch.empty(len(ids), self.decoder.config.vocab_size, dtype=self.decoder.dtype)
         with torch.inference_mode():
-            return self.decoder.compute_logits(self.decoder.forward(context))
+            self.decoder.compute_logits(self.decoder.forward(context), logits)
+        return logits
+
+    def _arena(self, num_tokens: int) -> Arena:
+        """Memory that holds NaN, whatever is cut from it."""
+        endless = Arena.endless()
+        self.decoder.activations(endless, num_tokens)
+        return Arena(torch.full((endless.num_bytes,), 0xFF, dtype=torch.uint8))

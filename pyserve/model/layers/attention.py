@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyserve import ops
+from pyserve.model.activations import Arena, AttentionActivations
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
@@ -15,12 +16,15 @@ from pyserve.model.placement import Placement
 
 
 class Attention:
-    """One layer's attention; `window` as in ModelConfig.windows, `cos_sin` as layers/rotary.py."""
+    """One layer's attention; `window` as in ModelConfig.windows, `cos_sin` as layers/rotary.py.
+
+    sizes   heads, KV heads and head_dim here: layers with the same ones may share activations.
+    """
 
     __slots__ = (
-        "qkv", "o", "q_norm", "k_norm", "cos_sin", "_window", "_num_heads", "_num_kv_heads",
-        "_head_dim", "_q_size", "_qkv_size", "_softmax_scale", "_q_norm_weight", "_k_norm_weight",
-        "_eps", "_dtype",
+        "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "_window", "_num_heads",
+        "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale", "_q_norm_weight",
+        "_k_norm_weight", "_eps", "_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -67,22 +71,19 @@ class Attention:
         self._num_heads = q_size // head_dim
         self._num_kv_heads = kv_size // head_dim
         self._head_dim = head_dim
+        self.sizes = self._num_heads, self._num_kv_heads, head_dim
         self._q_size = q_size
-        self._qkv_size = q_size + 2 * kv_size
         self._softmax_scale = head_dim**-0.5
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        ctx: ForwardContext,
-        cache: KVCache,
-    ) -> torch.Tensor:
-        """x [num_tokens, hidden_size] -> the same shape; `cache` is what kv_spec says."""
+        self, x: torch.Tensor, ctx: ForwardContext, cache: KVCache, act: AttentionActivations,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is what kv_spec says."""
         key_cache, value_cache = cache
-        num_tokens = x.shape[0]
-        qkv = self.qkv(x)
+        self.qkv(x, act.qkv)
         ops.rope_write_kv(
-            qkv,
+            act.qkv,
             ctx.positions,
             self.cos_sin,
             ctx.slot_mapping,
@@ -94,12 +95,8 @@ class Attention:
             k_norm_weight=self._k_norm_weight,
             eps=self._eps,
         )
-        # One call where slicing and viewing would be two.
-        q = qkv.as_strided(
-            (num_tokens, self._num_heads, self._head_dim), (self._qkv_size, self._head_dim, 1)
-        )
-        out = ops.paged_attention(
-            q,
+        ops.paged_attention(
+            act.q,
             key_cache,
             value_cache,
             ctx.block_table,
@@ -110,8 +107,20 @@ class Attention:
             window=self._window,
             max_query_len=ctx.max_query_len,
             plan=ctx.attention_plans.get(self._window),
+            out=act.heads,
         )
-        return self.o(out.view(num_tokens, self._q_size))
+        self.o(act.joined, out)
+
+    def activations(self, arena: Arena, num_tokens: int) -> AttentionActivations:
+        (num_heads, _, head_dim), q_size = self.sizes, self._q_size
+        qkv = arena.take(num_tokens, self.qkv.out_features, dtype=self._dtype)
+        joined = arena.take(num_tokens, q_size, dtype=self._dtype)
+        return AttentionActivations(
+            qkv=qkv,
+            q=qkv[:, :q_size].view(num_tokens, num_heads, head_dim),
+            heads=joined.view(num_tokens, num_heads, head_dim),
+            joined=joined,
+        )
 
     def kv_spec(self) -> KVSpec:
         return KVSpec.of_heads(self._num_kv_heads, self._head_dim, self._dtype, self._window)

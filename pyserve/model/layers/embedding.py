@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from pyserve.model.destination import Destination, Destinations, Part
 from pyserve.model.placement import Placement
@@ -25,9 +24,9 @@ class Embedding:
         self._num_stored = max(0, min(self._shard.size, vocab_size - self._shard.start))
         self.weight[self._num_stored :].zero_()
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids int32 [num_tokens] -> [num_tokens, hidden_size], freshly allocated"""
-        return functional.embedding(input_ids, self.weight)
+    def __call__(self, input_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """input_ids int32 [num_tokens] -> out [num_tokens, hidden_size]"""
+        torch.index_select(self.weight, 0, input_ids, out=out)
 
     def destinations(self) -> Destinations:
         part = Part(self.weight[: self._num_stored], 0, self._shard.start)

@@ -42,7 +42,7 @@ class Linear:
                  rank 0.
     """
 
-    __slots__ = ("matrix", "bias", "_rows", "_has_bias")
+    __slots__ = ("matrix", "bias", "out_features", "_rows", "_has_bias")
 
     def __init__(
         self,
@@ -61,22 +61,23 @@ class Linear:
         # Every output of a Linear is stored alike: its first name speaks for all.
         scheme = SCHEMES[placement.scheme_of(outputs[0].name)]
         self.matrix: Scheme = scheme(self._rows, columns, placement)
+        self.out_features = sum(part.size for part in self._rows)  # here, of this rank
         self.bias: torch.Tensor | None = None
         if has_bias and (shard != "row" or placement.tp_rank == 0):
-            num_rows = sum(part.size for part in self._rows)
-            self.bias = torch.zeros(num_rows, dtype=placement.dtype, device=placement.device)
+            shape = self.out_features
+            self.bias = torch.zeros(shape, dtype=placement.dtype, device=placement.device)
 
     @classmethod
     def tied(cls, weight: torch.Tensor) -> Linear:
         """The dense Linear of a matrix that another layer owns and loads."""
         linear = cls.__new__(cls)
         linear.matrix, linear.bias = Dense.over(weight), None
-        linear._rows, linear._has_bias = (), False
+        linear.out_features, linear._rows, linear._has_bias = weight.shape[0], (), False
         return linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [num_tokens, inputs here] -> [num_tokens, outputs here]"""
-        return self.matrix(x, self.bias)
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x [num_tokens, inputs here] -> out [num_tokens, out_features]"""
+        self.matrix(x, self.bias, out)
 
     def destinations(self) -> Destinations:
         destinations = self.matrix.destinations()

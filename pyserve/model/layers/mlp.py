@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyserve import ops
+from pyserve.model.activations import Arena, MLPActivations
 from pyserve.model.config import ModelConfig
 from pyserve.model.destination import Destinations
 from pyserve.model.layers.linear import Linear, Output
@@ -12,10 +13,11 @@ from pyserve.model.placement import Placement
 
 
 class MLP:
-    __slots__ = ("gate_up", "down")
+    __slots__ = ("gate_up", "down", "_dtype")
 
     def __init__(self, name: str, config: ModelConfig, placement: Placement) -> None:
         size = config.intermediate_size
+        self._dtype = placement.dtype
         self.gate_up = Linear(
             [Output(f"{name}.gate_proj", size), Output(f"{name}.up_proj", size)],
             config.hidden_size,
@@ -31,9 +33,18 @@ class MLP:
             shard="row",
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [num_tokens, hidden_size] -> the same shape"""
-        return self.down(ops.silu_mul(self.gate_up(x)))
+    def __call__(self, x: torch.Tensor, act: MLPActivations, out: torch.Tensor) -> None:
+        """x [num_tokens, hidden_size] -> out, of the same shape"""
+        self.gate_up(x, act.gate_up)
+        ops.silu_mul(act.gate_up, act.activated)
+        self.down(act.activated, out)
+
+    def activations(self, arena: Arena, num_tokens: int) -> MLPActivations:
+        width = self.gate_up.out_features
+        return MLPActivations(
+            gate_up=arena.take(num_tokens, width, dtype=self._dtype),
+            activated=arena.take(num_tokens, width // 2, dtype=self._dtype),
+        )
 
     def destinations(self) -> Destinations:
         return self.gate_up.destinations() | self.down.destinations()

@@ -19,13 +19,13 @@ class RMSNorm:
         self.eps = eps
         self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., size] -> the same shape"""
-        return ops.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x [..., size] -> out, of the same shape"""
+        ops.rms_norm(x, self.weight, self.eps, out)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual += x in place, then the norm of residual."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
+        """residual += x in place, then the norm of residual -> out."""
+        ops.add_rms_norm(x, residual, self.weight, self.eps, out)
 
     def destinations(self) -> Destinations:
         return {f"{self._name}.weight": Destination.whole(self.weight, dummy_mean=1.0)}

@@ -39,6 +39,12 @@ def load(destinations: Destinations, folder: Path, buffer_bytes: int = 1024) -> 
     finish_loading(destinations.values())
 
 
+def apply(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    out = torch.full((len(x), linear.out_features), torch.nan, dtype=x.dtype)
+    linear(x, out)
+    return out
+
+
 def save(folder: Path, outputs: Sequence[Output], in_features: int, *, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -77,11 +83,11 @@ def test_columns_put_together_are_the_whole(
     save(tmp_path, outputs, HIDDEN, has_bias=True)
     x = torch.randn(5, HIDDEN)
     sizes = [output.size for output in outputs]
-    q, k, v = whole(tmp_path, outputs, HIDDEN, has_bias=True)(x).split(sizes, dim=1)
+    q, k, v = apply(whole(tmp_path, outputs, HIDDEN, has_bias=True), x).split(sizes, dim=1)
     made = ranks(tmp_path, outputs, HIDDEN, tp_size, "column", has_bias=True)
     held = [place(0, tp_size).share(output.num_units, HEAD_DIM).size for output in outputs]
     assert held == [8 * HEAD_DIM // tp_size, max(1, 2 // tp_size) * HEAD_DIM] + held[1:2]
-    parts = [linear(x).split(held, dim=1) for linear in made]
+    parts = [apply(linear, x).split(held, dim=1) for linear in made]
     copies = max(1, tp_size // 2)
     torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), q)
     torch.testing.assert_close(torch.cat([part[1] for part in parts[::copies]], 1), k)
@@ -97,10 +103,11 @@ def test_rows_add_up_to_the_whole(tp_size: int, has_bias: bool, tmp_path: Path) 
     outputs, in_features = [Output("o", 20)], 32
     save(tmp_path, outputs, in_features, has_bias=has_bias)
     x = torch.randn(5, in_features)
-    expected = whole(tmp_path, outputs, in_features, has_bias=has_bias)(x)
+    expected = apply(whole(tmp_path, outputs, in_features, has_bias=has_bias), x)
     made = ranks(tmp_path, outputs, in_features, tp_size, "row", has_bias=has_bias)
     pieces = x.split(in_features // tp_size, dim=1)
-    total = torch.stack([linear(piece) for linear, piece in zip(made, pieces, strict=True)]).sum(0)
+    results = [apply(linear, piece) for linear, piece in zip(made, pieces, strict=True)]
+    total = torch.stack(results).sum(0)
     torch.testing.assert_close(total, expected)
     # A bias that another rank holds is known by its name and shape all the same.
     names = {name for linear in made for name in linear.destinations()}
@@ -114,15 +121,15 @@ def test_a_vocabulary_need_not_divide(vocab_size: int, tp_size: int, tmp_path: P
     save(tmp_path, outputs, HIDDEN, has_bias=False)
     x = torch.randn(5, HIDDEN)
     made = ranks(tmp_path, outputs, HIDDEN, tp_size, "vocabulary", has_bias=False)
-    logits = torch.cat([linear(x) for linear in made], 1)
-    expected = whole(tmp_path, outputs, HIDDEN, has_bias=False)(x)
+    logits = torch.cat([apply(linear, x) for linear in made], 1)
+    expected = apply(whole(tmp_path, outputs, HIDDEN, has_bias=False), x)
     torch.testing.assert_close(logits[:, :vocab_size], expected)
     assert logits[:, vocab_size:].abs().sum() == 0
     # The embedding that the head may be tied to holds the same rows.
     for rank, linear in enumerate(made):
         embedding = Embedding("head", vocab_size, HIDDEN, place(rank, tp_size))
         load(embedding.destinations(), tmp_path)
-        assert torch.equal(Linear.tied(embedding.weight)(x), linear(x))
+        assert torch.equal(apply(Linear.tied(embedding.weight), x), apply(linear, x))
 
 
 def test_a_tied_linear_loads_nothing() -> None:
@@ -146,8 +153,8 @@ class Turned:
         self.stored = torch.full(shape, -1, dtype=torch.int32)
         self.weight = torch.empty(shape, dtype=placement.dtype)
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return x @ self.weight
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(x @ self.weight)
 
     def destinations(self) -> Destinations:
         made: Destinations = {}
@@ -196,12 +203,12 @@ def test_a_scheme_says_what_is_loaded_and_how(
             load(linear.destinations(), tmp_path)
             assert isinstance(linear.matrix, Turned)
             assert linear.matrix.num_finished == 1, "once for two tensors"
-            here = linear(x).chunk(2, dim=1)
+            here = apply(linear, x).chunk(2, dim=1)
             gates.append(here[0])
             ups.append(here[1])
             last = Linear([Output("down", 8)], HIDDEN, turned(rank, tp_size), shard="row")
             load(last.destinations(), tmp_path)
-            sums.append(last(x.chunk(tp_size, dim=1)[rank]))
+            sums.append(apply(last, x.chunk(tp_size, dim=1)[rank]))
         torch.testing.assert_close(torch.cat(gates, 1), x @ gate)
         torch.testing.assert_close(torch.cat(ups, 1), x @ up)
         torch.testing.assert_close(torch.stack(sums).sum(0), x @ down)

@@ -1,0 +1,122 @@
+"""StepState: every tensor of an executor but the KV cache, in one list.
+
+The executor makes it on its device, the planner on the meta device, where it takes no memory, to
+know what that will be. So a tensor that is added here is in the ledger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pyserve.engine.batch import max_step_words
+from pyserve.engine.block_manager import num_blocks_for
+from pyserve.model.activations import Arena
+from pyserve.model.decoder import Decoder
+from pyserve.ops import AttentionPlan, StepPlan, sample_workspace
+from pyserve.ops import step_layout as layout
+
+Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step, and the longest sequence.
+
+    num_slots         sequences that run at once, and rows of a step at most.
+    num_tokens        of a step at most.
+    logits_tile_rows  rows of logits that exist at once.
+    """
+
+    num_slots: int
+    num_tokens: int
+    max_model_len: int
+    block_size: int
+    logits_tile_rows: int
+
+    @property
+    def num_step_words(self) -> int:
+        return max_step_words(
+            self.num_tokens, self.num_slots, max_model_len=self.max_model_len,
+            block_size=self.block_size,
+        )  # fmt: skip
+
+
+class StepState:
+    """All tensors that steps read and write.
+
+    step_input        int32 [num_step_words]: the packed step, then anything
+    plan              what is derived from it, of the largest step
+    slots, block_table, token_counts
+                      as ops.plan_step takes them
+    sampled           int32 [num_slots]
+    logits, hidden, hidden_rows
+                      [logits_tile_rows, vocab_size], [.., hidden_size] and int32 [..]: of sampled
+                      rows, the last being where their hidden states lie
+    activations       uint8: memory of an Arena
+    attention_plans   by window; empty on a CPU
+    sample_workspace  None on a CPU
+    """
+
+    def __init__(
+        self, model: Decoder, limits: StepLimits, device: torch.device, *, is_card: bool
+    ) -> None:
+        self._parts: dict[str, list[torch.Tensor]] = {}
+        vocab_size, num_slots = model.config.vocab_size, limits.num_slots
+        tile_rows = min(limits.logits_tile_rows, num_slots)
+
+        def zeros(part: str, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            # Written at once, so that resident memory does not grow while serving.
+            return self._note(part, torch.empty(shape, dtype=dtype, device=device).zero_())
+
+        def empty(part: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return self._note(part, torch.empty(shape, dtype=dtype, device=device))
+
+        num_bytes = activation_bytes(model, limits.num_tokens)
+        self.activations = empty("activations", num_bytes, dtype=torch.uint8)
+        self.logits = empty("logits", tile_rows, vocab_size, dtype=model.dtype)
+        self.hidden = empty("logits", tile_rows, model.config.hidden_size, dtype=model.dtype)
+        self.hidden_rows = empty("logits", tile_rows, dtype=torch.int32)
+        self.attention_plans: dict[int, AttentionPlan] = {}
+        self.sample_workspace: torch.Tensor | None = None
+        if is_card:
+            self.attention_plans = model.attention_plans(limits.num_tokens, num_slots, device)
+            for attention in self.attention_plans.values():
+                self._note("attention plans", attention.work)
+                self._note("attention plans", attention.workspace)
+            self.sample_workspace = self._note(
+                "sampling", sample_workspace.allocate(tile_rows, vocab_size, device=device)
+            )
+        num_blocks = num_blocks_for(limits.max_model_len, limits.block_size)
+        self.slots = zeros("slots", num_slots, layout.SLOT_WORDS)
+        self.block_table = zeros("slots", num_slots, num_blocks)
+        self.token_counts = zeros("slots", num_slots, vocab_size, dtype=torch.int16)
+        self.step_input = zeros("step buffers", limits.num_step_words)
+        self.sampled = zeros("step buffers", num_slots)
+        self.plan = StepPlan.allocate(limits.num_tokens, num_slots, device)
+        for tensor in self.plan.tensors():
+            self._note("step buffers", tensor)
+
+    def ledger(self) -> Ledger:
+        """What the tensors take, by part."""
+        return tuple(
+            (part, sum(tensor.nbytes for tensor in tensors))
+            for part, tensors in self._parts.items()
+        )
+
+    def _note(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        self._parts.setdefault(part, []).append(tensor)
+        return tensor
+
+
+def state_ledger(model: Decoder, limits: StepLimits, *, is_card: bool) -> Ledger:
+    """What the state of a model on the meta device would take on a real one."""
+    return StepState(model, limits, model.device, is_card=is_card).ledger()
+
+
+def activation_bytes(model: Decoder, num_tokens: int) -> int:
+    """What the activations of a step of num_tokens tokens take."""
+    arena = Arena.endless()
+    model.activations(arena, num_tokens)
+    return arena.num_bytes
