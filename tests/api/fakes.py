@@ -143,6 +143,7 @@ class FakeEngine:
             raise UnavailableError("the server is shutting down")
         if self.error is not None:
             raise UnavailableError(self.error)
+        self.check_room(1)
         number = len(self.submitted)
         stream = SequenceStream(number, len(request.prompt_token_ids))
         item = Submitted(

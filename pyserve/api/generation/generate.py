@@ -141,9 +141,10 @@ class Generation:
         cache_salt  the server's own, made of the job's and the key's.
         user        with whom they share what is scarce.
         """
-        if job.runs:  # all of them or none
+        num_sequences = job.n * len(job.prompts)
+        if job.runs and num_sequences > 1:  # all of them or none; for one, submit asks itself
             num_tokens = job.n * sum(len(prompt.token_ids) for prompt in job.prompts)
-            self._engine.check_room(job.n * len(job.prompts), num_tokens=num_tokens, user=user)
+            self._engine.check_room(num_sequences, num_tokens=num_tokens, user=user)
         slices = Slices()
         for prompt, params in zip(job.prompts, job.params, strict=True):
             for sample_index in range(job.n):

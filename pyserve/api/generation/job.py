@@ -7,7 +7,9 @@ type of a request.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
@@ -43,8 +45,7 @@ class Ending:
     min_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One request: every prompt is answered n times.
 
     params            of each prompt.
@@ -71,5 +72,5 @@ class Job:
     priority: int = 0
     cache_salt: str = ""
     request_id: str = ""
-    ignored: list[str] = field(default_factory=list)
+    ignored: list[str] = []
     clamped: str = ""
