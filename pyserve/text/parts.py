@@ -15,7 +15,7 @@ import msgspec
 
 
 class Content(msgspec.Struct, frozen=True, gc=False):
-    """Text of the answer, never empty. What is known of its tokens, as logprobs, belongs here."""
+    """Text of the answer. What is known of its tokens, such as their logprobs, belongs here."""
 
     text: str
 

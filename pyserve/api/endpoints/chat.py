@@ -27,7 +27,7 @@ from pyserve.api.wire.protocol import (
     ChatRequest,
     ChatResponse,
 )
-from pyserve.text.parts import content_of
+from pyserve.text.parts import Part, content_of
 
 WIRE = Wire(ChatRequest)
 
@@ -79,9 +79,9 @@ class ChatFrames(OpenAIFrames):
             )
         return self.chunk([entry], usage=usage, prompt_token_ids=None, prompt_text=None)
 
-    def entry(self, choice: Choice, text: str, *, is_last: bool = False) -> ChatChunkChoice:
-        """The element of `choices` with some more text."""
-        delta = ChatDelta(content=text)
+    def entry(self, choice: Choice, part: Part, *, is_last: bool = False) -> ChatChunkChoice:
+        """The element of `choices` that has one part more, or the last one."""
+        delta = ChatDelta(content=part.text)
         if not is_last:
             return ChatChunkChoice(
                 index=choice.index, delta=delta, logprobs=None, finish_reason=None, token_ids=None

@@ -31,7 +31,7 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.errors import InvalidRequestError
 from pyserve.text.detokenizer import Detokenizer
-from pyserve.text.parts import content_of
+from pyserve.text.parts import Part, content_of
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
@@ -161,13 +161,13 @@ class CompletionFrames(OpenAIFrames):
 
     chunk_type = CompletionChunk
 
-    def entry(self, choice: Choice, text: str, *, is_last: bool = False) -> CompletionChunkChoice:
-        """The element of `choices` with some more text."""
+    def entry(self, choice: Choice, part: Part, *, is_last: bool = False) -> CompletionChunkChoice:
+        """The element of `choices` that has one part more, or the last one."""
         if not is_last:
-            return CompletionChunkChoice(index=choice.index, text=text)
+            return CompletionChunkChoice(index=choice.index, text=part.text)
         return CompletionChunkChoice(
             index=choice.index,
-            text=text,
+            text=part.text,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
         )

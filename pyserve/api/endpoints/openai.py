@@ -32,7 +32,7 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.params import shown
-from pyserve.text.parts import Part
+from pyserve.text.parts import Content, Part
 from pyserve.words import counted
 
 FINGERPRINT = f"pyserve-{__version__}"
@@ -166,8 +166,8 @@ class OpenAIFrames(ABC):
         self._cuts: dict[int, tuple[bytes, bytes]] = {}
 
     @abstractmethod
-    def entry(self, choice: Choice, text: str, *, is_last: bool = False) -> Any:
-        """The element of `choices` with some more text."""
+    def entry(self, choice: Choice, part: Part, *, is_last: bool = False) -> Any:
+        """The element of `choices` that has one part more, or the last one."""
 
     def first(self, choice: Choice) -> bytes:
         """Nothing comes before the first text."""
@@ -177,7 +177,7 @@ class OpenAIFrames(ABC):
         """A part of an answer."""
         cut = self._cuts.get(choice.index)
         if cut is None:
-            entry = self.entry(choice, cast(str, msgspec.Raw(_HOLE)))
+            entry = self.entry(choice, Content(cast(str, msgspec.Raw(_HOLE))))
             before, _, behind = self.chunk([entry]).partition(_HOLE)
             cut = self._cuts[choice.index] = before, behind
         frame = cut[0] + encode_line(part.text) + cut[1]
@@ -188,7 +188,7 @@ class OpenAIFrames(ABC):
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
         """The end of a choice."""
-        entry = self.entry(choice, last.text if last else "", is_last=True)
+        entry = self.entry(choice, last or Content(""), is_last=True)
         usage = self.usage_so_far(choice)
         return self.chunk([entry], usage=usage, system_fingerprint=FINGERPRINT)
 
