@@ -77,7 +77,7 @@ MODELS = {
 
 def write_checkpoint(folder: Path, model: Model, device: torch.device) -> None:
     """Config, tokenizer and random bfloat16 shards, made on the device."""
-    make_model(folder, model.preset, model.changes, with_weights=False)
+    make_model(folder, model.preset, model.changes, has_weights=False)
     config = make_config(model.preset, model.changes)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0

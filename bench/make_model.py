@@ -145,7 +145,7 @@ def make_config(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return {**PRESETS[preset], **ids, **overrides}
 
 
-def make_tokenizer(vocab_size: int, *, adds_bos: bool) -> Tokenizer:
+def make_tokenizer(vocab_size: int, *, has_bos: bool) -> Tokenizer:
     """Byte-level BPE with `vocab_size` tokens: bytes, generated merges, the special tokens last.
 
     Merges build every pair of letters, then each pair after a space, then strings of four. ASCII
@@ -165,7 +165,7 @@ def make_tokenizer(vocab_size: int, *, adds_bos: bool) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL_TOKENS])
-    if adds_bos:
+    if has_bos:
         bos_id = tokenizer.token_to_id(BOS)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
@@ -289,21 +289,21 @@ def make_model(
     preset: str,
     overrides: dict[str, Any],
     *,
-    with_weights: bool,
+    has_weights: bool,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write the whole folder; returns its config."""
     config = make_config(preset, overrides)
     folder.mkdir(parents=True, exist_ok=True)
-    adds_bos = config["model_type"] in ("llama", "mistral")
-    make_tokenizer(config["vocab_size"], adds_bos=adds_bos).save(str(folder / "tokenizer.json"))
+    has_bos = config["model_type"] in ("llama", "mistral")
+    make_tokenizer(config["vocab_size"], has_bos=has_bos).save(str(folder / "tokenizer.json"))
     _write_json(folder / "config.json", config)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS if adds_bos else None,
+        "bos_token": BOS if has_bos else None,
         "eos_token": EOS,
-        "add_bos_token": adds_bos,
+        "add_bos_token": has_bos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
         "chat_template": CHAT_TEMPLATE,
@@ -315,7 +315,7 @@ def make_model(
         "eos_token_id": [config["eos_token_id"], end_of_turn],
     }
     _write_json(folder / "generation_config.json", generation)
-    if with_weights:
+    if has_weights:
         write_weights(folder, config, seed=seed, shard_bytes=shard_bytes)
     return config
 
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = dict(args.set)
     try:
         config = make_model(
-            args.folder, args.preset, overrides, with_weights=args.weights, seed=args.seed
+            args.folder, args.preset, overrides, has_weights=args.weights, seed=args.seed
         )
     except ValueError as error:
         parser.error(str(error))

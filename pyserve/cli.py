@@ -169,7 +169,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
             token=token,
             download_dir=launch.download_dir,
             flag=flag,
-            with_weights=flag == "--model" and args.load_format != "dummy",
+            has_weights=flag == "--model" and args.load_format != "dummy",
             progress=lambda done, total: report("download", done, total),
             check=check,
         )
@@ -193,7 +193,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         template = ChatTemplate.load(tokenizer, override=launch.chat_template)
         defaults = GenerationDefaults.from_folder(
             _generation_folder(launch.generation_config, model_path),
-            sampling=launch.generation_config != "vllm",
+            has_sampling=launch.generation_config != "vllm",
         )
         from pyserve.engine.load import build_engine
 

@@ -75,11 +75,11 @@ def switch_names(parser: argparse.ArgumentParser) -> dict[str, tuple[str, bool]]
     return switches
 
 
-def _switch(switch: str, turns_on: bool, typed: str, value: str) -> str:
+def _switch(switch: str, is_on: bool, typed: str, value: str) -> str:
     if typed.endswith("="):
         if value.lower() not in _BOOL:
             raise ConfigError(
                 f"{typed[:-1]} is a switch: it takes true or false, not {value[:100]!r}"
             )
-        turns_on = turns_on == _BOOL[value.lower()]
-    return switch if turns_on else f"--no-{switch[2:]}"
+        is_on = is_on == _BOOL[value.lower()]
+    return switch if is_on else f"--no-{switch[2:]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -120,6 +121,21 @@ def test_no_wire_type_of_a_request_is_known_behind_the_job() -> None:
             assert not name.startswith("pyserve.api.wire") or name.endswith(
                 (".protocol.Usage", ".protocol.PromptTokensDetails")
             ), f"{path.name}: line {node.lineno}: {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Also not inside a room, or among the leaves."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in MODULES
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = {target for _, target in imports(ast.parse(path.read_text()))}
+        modules = {name if name in names else name.rpartition(".")[0] for name in found}
+        graph[name] = modules & names.keys() - {"pyserve"}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("pyserve.errors") < order.index("pyserve.cli")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -32,9 +32,9 @@ MAX_HEADERS_BYTES = 256 * 2**20  # of all files of a model; 200 shards of a larg
 LFS_POINTER, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
-def served_texts(listing: Listing, *, with_weights: bool) -> list[RemoteFile]:
+def served_texts(listing: Listing, *, has_weights: bool) -> list[RemoteFile]:
     """Everything but weights that is served from."""
-    patterns = (*TEXTS, INDEX_FILE) if with_weights else TEXTS
+    patterns = (*TEXTS, INDEX_FILE) if has_weights else TEXTS
     return [file for name, file in listing.files.items() if _is_among(name, patterns)]
 
 
@@ -62,10 +62,10 @@ def refuse_lfs_pointers(folder: Path, *, named: str) -> None:
             )
 
 
-def looks_whole(snapshot: Path, *, with_weights: bool) -> bool:
+def looks_whole(snapshot: Path, *, has_weights: bool) -> bool:
     if not any((snapshot / name).is_file() for name in TOKENIZERS):
         return False
-    if not with_weights:
+    if not has_weights:
         return True
     if not (snapshot / "config.json").is_file():
         return False

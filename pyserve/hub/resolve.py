@@ -61,11 +61,11 @@ class _Wanted:
     named: str  # how messages call it
     token: str | bool | None  # True: the one that `hf auth login` has kept must be there
     cache: RepoCache
-    with_weights: bool
+    has_weights: bool
 
     @property
     def kind(self) -> str:
-        return "model" if self.with_weights else "texts"
+        return "model" if self.has_weights else "texts"
 
     def client(self, revision: str) -> HubClient:
         headers = {"User-Agent": f"pyserve/{__version__}"}
@@ -94,7 +94,7 @@ def resolve_model(
     token: str | bool | None,
     download_dir: Path | None,
     flag: str = "--model",
-    with_weights: bool = True,
+    has_weights: bool = True,
     progress: Progress = lambda done, total: None,
     check: Check = lambda folder: None,
 ) -> Path:
@@ -102,7 +102,7 @@ def resolve_model(
 
     A repository is fetched into `download_dir`, or into the hub's own cache; what is there already
     is not fetched again.
-    with_weights   false: config and tokenizer files alone.
+    has_weights   false: config and tokenizer files alone.
     token          True: the one that `hf auth login` has kept; None: that one too, where it is.
     progress       bytes fetched, and of how many, on this thread.
     check          called before the first byte of weights is fetched, with a folder that holds
@@ -113,7 +113,7 @@ def resolve_model(
     folder = _local_folder(name, revision, flag)
     if folder is not None:
         return folder
-    wanted = _wanted(name, revision, token, download_dir, flag=flag, with_weights=with_weights)
+    wanted = _wanted(name, revision, token, download_dir, flag=flag, has_weights=has_weights)
     snapshot = _without_a_call(wanted)
     if snapshot is not None:
         return snapshot
@@ -154,7 +154,7 @@ def model_headers(
     if folder is not None:
         yield folder
         return
-    wanted = _wanted(name, revision, token, download_dir, flag=flag, with_weights=True)
+    wanted = _wanted(name, revision, token, download_dir, flag=flag, has_weights=True)
     snapshot = _without_a_call(wanted)
     if snapshot is not None:
         yield snapshot
@@ -217,7 +217,7 @@ def _local_folder(name: str, revision: str | None, flag: str) -> Path | None:
 
 def _wanted(
     name: str, revision: str | None, token: str | bool | None, download_dir: Path | None, *,
-    flag: str, with_weights: bool,
+    flag: str, has_weights: bool,
 ) -> _Wanted:  # fmt: skip
     if revision is not None and not REVISION.fullmatch(revision):
         raise ConfigError(f"--revision {revision!r} is no branch, tag or commit")
@@ -228,7 +228,7 @@ def _wanted(
         named=f"{flag} {name}",
         token=token,
         cache=RepoCache(root, name),
-        with_weights=with_weights,
+        has_weights=has_weights,
     )
 
 
@@ -260,11 +260,11 @@ def _all_there(wanted: _Wanted, listing: Listing) -> Path | None:
     Nothing has to be written for that: the cache may be read-only.
     """
     cache, commit = wanted.cache, listing.commit
-    texts = served_texts(listing, with_weights=wanted.with_weights)
+    texts = served_texts(listing, has_weights=wanted.has_weights)
     if not all(cache.has(commit, file) for file in texts):
         return None
     snapshot = cache.snapshot(commit)
-    weights = served_weights(listing, snapshot, named=wanted.named) if wanted.with_weights else []
+    weights = served_weights(listing, snapshot, named=wanted.named) if wanted.has_weights else []
     if not all(cache.has(commit, file) for file in weights):
         return None
     cache.note_whole(wanted.revision, commit, wanted.kind, texts + weights)
@@ -289,7 +289,7 @@ def _served_as_it_is(wanted: _Wanted) -> Path | None:
     """The commit that was last seen, where all that a start needs seems to be there."""
     commit = wanted.cache.commit_of(wanted.revision)
     if commit is None or not looks_whole(
-        wanted.cache.snapshot(commit), with_weights=wanted.with_weights
+        wanted.cache.snapshot(commit), has_weights=wanted.has_weights
     ):
         return None
     return wanted.cache.snapshot(commit)
@@ -301,9 +301,9 @@ async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: C
     snapshot = cache.snapshot(commit)
     async with wanted.client(wanted.revision) as client:
         download = Download(client, named=wanted.named, commit=commit, progress=progress)
-        texts = served_texts(listing, with_weights=wanted.with_weights)
+        texts = served_texts(listing, has_weights=wanted.has_weights)
         _check_sizes(wanted, texts)
-        weights = likely_weights(listing) if wanted.with_weights else []
+        weights = likely_weights(listing) if wanted.has_weights else []
         missing = _missing(cache, commit, texts)
         num_bytes = sum(part.missing_bytes for part in _missing(cache, commit, texts + weights))
         _check_disk(wanted, num_bytes)
@@ -311,7 +311,7 @@ async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: C
         await download.run(missing)
         for file in texts:
             _link(cache, commit, file)
-        if wanted.with_weights:
+        if wanted.has_weights:
             weights = served_weights(listing, snapshot, named=wanted.named)
             await _fetch_weights(wanted, client, download, weights, commit=commit, check=check)
     cache.note_whole(wanted.revision, commit, wanted.kind, texts + weights)

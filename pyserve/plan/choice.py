@@ -88,10 +88,10 @@ def _rank(choice: Choice) -> tuple[float, float, float]:
     return price, choice.count * choice.card.memory_mib, choice.count * choice.card.bandwidth_tb
 
 
-def choice_lines(choices: list[Choice], *, with_prices: bool) -> list[str]:
+def choice_lines(choices: list[Choice], *, has_prices: bool) -> list[str]:
     """A table of them, and what its columns mean."""
     header = ["cards", "GiB", "context", "at once", "tokens/s of one", "of all"]
-    header += ["$ a day", "$ per million"] if with_prices else []
+    header += ["$ a day", "$ per million"] if has_prices else []
     rows = [header]
     for choice in choices:
         longest = choice.capacity.longest_context(1)
@@ -104,7 +104,7 @@ def choice_lines(choices: list[Choice], *, with_prices: bool) -> list[str]:
                 f"{choice.num_seqs:,}",
                 f"{choice.tokens_per_s(1):,.0f}",
                 f"{choice.tokens_per_s(min(BATCH, choice.num_seqs)):,.0f}",
-                *(_prices(choice) if with_prices else []),
+                *(_prices(choice) if has_prices else []),
             ]
         )
     lines = [

@@ -84,7 +84,7 @@ def _which_card(
     lines.append(f"the known cards that hold it, {_tried(counts)}:")
     if card_here.has_card():
         lines.insert(1, f"  --gpu {HERE} tells more about the card of this machine")
-    return lines + choice_lines(choices, with_prices=bool(prices))
+    return lines + choice_lines(choices, has_prices=bool(prices))
 
 
 def _tried(counts: tuple[int, ...]) -> str:

@@ -135,7 +135,7 @@ def parse_layout(spec: Any) -> Layout:
             steps.append(_replace(part["pattern"]["String"], part["content"]))
         elif kind == "Metaspace" and not (has_bytes or is_fused):
             drops = part.get("prepend_scheme", "always") != "never"
-            steps.append(_metaspace(part["replacement"], drops_first=drops))
+            steps.append(_metaspace(part["replacement"], is_first_dropped=drops))
             flags["has_first"] = drops
         elif kind == "ByteLevel" and not (has_bytes or is_fused):
             flags["byte_level"] = is_fused = True
@@ -167,9 +167,9 @@ def _replace(pattern: str, content: str) -> Step:
     return lambda token, is_first: token.replace(pattern, content)
 
 
-def _metaspace(replacement: str, *, drops_first: bool) -> Step:
+def _metaspace(replacement: str, *, is_first_dropped: bool) -> Step:
     def step(token: str, is_first: bool) -> str:
-        return token.replace(replacement, "" if is_first and drops_first else " ")
+        return token.replace(replacement, "" if is_first and is_first_dropped else " ")
 
     return step
 

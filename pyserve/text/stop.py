@@ -19,11 +19,11 @@ class StopChecker:
 
     __slots__ = ("_automaton", "_include", "_state", "_held", "_matched")
 
-    def __init__(self, stop: Sequence[str], include_stop_str: bool) -> None:
+    def __init__(self, stop: Sequence[str], is_stop_kept: bool) -> None:
         """`stop` holds no empty string. A character of it takes about 300 bytes."""
         assert all(stop), "an empty stop string"
         self._automaton = _automaton(tuple(stop))
-        self._include = include_stop_str
+        self._include = is_stop_kept
         self._state = 0
         self._held = ""
         self._matched = False

@@ -127,18 +127,18 @@ class Tokenizer:
         add_tokens(
             backend, files, named,
             source=converted.source if converted else TOKENIZER_FILE,
-            as_written=converted is not None and converted.is_sentencepiece,
+            is_literal=converted is not None and converted.is_sentencepiece,
         )  # fmt: skip
         names = {name: str(token) for name, token in named.items()}
-        if found is not None and found.marks_special:
+        if found is not None and found.is_special_by_name:
             make_special(backend, [*names.values(), *map(str, extra_tokens(config))])
-        adds_bos = found is not None and found.adds_bos
-        if converted is not None or adds_bos:
-            adds_bos = config.get("add_bos_token", adds_bos) if converted else adds_bos
+        has_bos = found is not None and found.has_bos
+        if converted is not None or has_bos:
+            has_bos = config.get("add_bos_token", has_bos) if converted else has_bos
             adds_eos = converted is not None and config.get("add_eos_token")
             set_surroundings(
                 backend,
-                bos=names.get("bos_token") if adds_bos else None,
+                bos=names.get("bos_token") if has_bos else None,
                 eos=names.get("eos_token") if adds_eos else None,
             )
         else:
@@ -278,10 +278,10 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_folder(cls, folder: Path, *, sampling: bool = True) -> GenerationDefaults:
+    def from_folder(cls, folder: Path, *, has_sampling: bool = True) -> GenerationDefaults:
         """Read both files; either may be absent. Raises CheckpointError naming file and field.
 
-        Without `sampling` only the EOS list is read (`--generation-config vllm`).
+        Without `has_sampling` only the EOS list is read (`--generation-config vllm`).
         """
         path = folder / "generation_config.json"
         raw = read_object(path) or {}
@@ -289,7 +289,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         if not eos:
             config_path = folder / "config.json"
             eos = _eos_ids(config_path, (read_object(config_path) or {}).get("eos_token_id"))
-        if not sampling:
+        if not has_sampling:
             return cls(eos_token_ids=eos)
         top_k = _int_in(path, raw, "top_k", -1, INT32_MAX)
         return cls(

@@ -38,19 +38,19 @@ _QWEN_WORDS = (
 class TokenizerClass:
     """A class of transformers that builds its tokenizer itself.
 
-    rebuild          replaces the parts of a tokenizer that the class does not take from a file.
-    is_byte_level    the kind of vocabulary that it fits.
-    defaults         special tokens that it names where the config does not.
-    adds_bos         whether it adds BOS, whatever the file says; None: as the file says.
-    marks_special    makes all named and listed special tokens special ones.
-    prefix           where it puts a space, as of `prefix_of`.
+    rebuild             replaces the parts of a tokenizer that the class does not take from a file.
+    is_byte_level       the kind of vocabulary that it fits.
+    defaults            special tokens that it names where the config does not.
+    has_bos             whether it adds BOS, whatever the file says; None: as the file says.
+    is_special_by_name  all named and listed special tokens become special ones.
+    prefix              where it puts a space, as of `prefix_of`.
     """
 
     rebuild: Callable[[tokenizers.Tokenizer, Config], None]
     is_byte_level: bool
     defaults: Mapping[str, str] = field(default_factory=dict)
-    adds_bos: bool | None = None
-    marks_special: bool = False
+    has_bos: bool | None = None
+    is_special_by_name: bool = False
     prefix: Callable[[Config], str] = lambda config: "never"
 
 
@@ -124,23 +124,25 @@ def _code_llama_prefix(config: Config) -> str:
 
 
 def _as_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
-    _set_words(backend, _llama_prefix(config), strips=_has_prefix(config), unk_token=None)
+    _set_words(backend, _llama_prefix(config), is_stripped=_has_prefix(config), unk_token=None)
 
 
 def _as_code_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
     unk_token = str(config.get("unk_token") or "<unk>")
-    _set_words(backend, _code_llama_prefix(config), strips=True, unk_token=unk_token)
+    _set_words(backend, _code_llama_prefix(config), is_stripped=True, unk_token=unk_token)
 
 
 def _set_words(
-    backend: tokenizers.Tokenizer, scheme: str, *, strips: bool, unk_token: str | None
+    backend: tokenizers.Tokenizer, scheme: str, *, is_stripped: bool, unk_token: str | None
 ) -> None:
     """Words of a SentencePiece vocabulary: "▁" for spaces, bytes for unknown characters."""
     _set_model(backend, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strips else [])])
+    backend.decoder = decoders.Sequence(
+        [*steps, *([decoders.Strip(" ", 1, 0)] if is_stripped else [])]
+    )
 
 
 def _as_qwen(backend: tokenizers.Tokenizer, config: Config) -> None:
@@ -188,14 +190,14 @@ _CLASSES = {
         _as_code_llama,
         False,
         _LLAMA_NAMES | _CODE_NAMES,
-        adds_bos=True,
+        has_bos=True,
         prefix=_code_llama_prefix,
     ),
     "Qwen2Tokenizer": TokenizerClass(
         _as_qwen,
         True,
         dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT),
-        marks_special=True,
+        is_special_by_name=True,
     ),
     "GPT2Tokenizer": TokenizerClass(
         _as_gpt2, True, dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)

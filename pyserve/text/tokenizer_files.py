@@ -118,14 +118,14 @@ def add_tokens(
     named: Mapping[str, Token],
     *,
     source: str,
-    as_written: bool = False,
+    is_literal: bool = False,
 ) -> None:
     """Give the tokenizer the tokens that the files list or name and that it does not have.
 
     named   names and tokens, as of `named_tokens`. One to which no file gives an id takes the next
             one, as in transformers, but only where the model has an embedding for it.
     source  the file that `backend` comes from.
-    as_written  listed tokens are found in the text as it is, whatever their flags say.
+    is_literal  listed tokens are found in the text as it is, whatever their flags say.
 
     Raises CheckpointError naming both files and the token where two contradict each other.
     """
@@ -134,7 +134,7 @@ def add_tokens(
     names = {str(token) for token in named.values()}  # what has a name is a special token
     names |= {text for text, token in known.items() if token.special}  # and none ceases to be one
     new = [_made_special(item.token, names) for item in files.added]
-    backend.add_tokens([_with(token, normalized=False) for token in new] if as_written else new)
+    backend.add_tokens([_with(token, normalized=False) for token in new] if is_literal else new)
     for item in files.added:
         given = backend.token_to_id(item.token.content)
         if given != item.token_id:

@@ -21,7 +21,7 @@ TEXT = "Hello world, quite ordinary text: 3.14\n\t naïve 日本語 🤖<|turn|>
 
 @pytest.mark.parametrize("vocab_size", [260, 261, 1024, 128256])
 def test_tokenizer_has_the_asked_size_and_round_trips(vocab_size: int) -> None:
-    tokenizer = make_tokenizer(vocab_size, adds_bos=True)
+    tokenizer = make_tokenizer(vocab_size, has_bos=True)
     assert tokenizer.get_vocab_size() == vocab_size
     ids = tokenizer.encode(TEXT).ids
     assert ids[0] == tokenizer.token_to_id("<|begin|>") == vocab_size - 4
@@ -33,14 +33,14 @@ def test_tokenizer_has_the_asked_size_and_round_trips(vocab_size: int) -> None:
 
 def test_tokenizer_sizes_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="at least 260"):
-        make_tokenizer(259, adds_bos=True)
+        make_tokenizer(259, has_bos=True)
     with pytest.raises(ValueError, match="beyond"):
-        make_tokenizer(2_000_000, adds_bos=True)
+        make_tokenizer(2_000_000, has_bos=True)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_presets_are_read_by_transformers(preset: str, tmp_path: Path) -> None:
-    config = make_model(tmp_path, preset, {}, with_weights=False)
+    config = make_model(tmp_path, preset, {}, has_weights=False)
     loaded = AutoConfig.from_pretrained(tmp_path)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads"):
         assert getattr(loaded, name) == config[name]
@@ -66,7 +66,7 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
 @pytest.mark.parametrize("preset", ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"])
 def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "head_dim": 8, "tie_word_embeddings": preset == "qwen3-8b"}
-    make_model(tmp_path, preset, overrides, with_weights=True, shard_bytes=30_000)
+    make_model(tmp_path, preset, overrides, has_weights=True, shard_bytes=30_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, output_loading_info=True

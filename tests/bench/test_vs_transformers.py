@@ -22,7 +22,7 @@ STUB = (sys.executable, str(stub_path))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    make_model(folder, "tiny", {"torch_dtype": "float32"}, with_weights=True)
+    make_model(folder, "tiny", {"torch_dtype": "float32"}, has_weights=True)
     return folder
 
 

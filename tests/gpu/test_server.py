@@ -239,7 +239,7 @@ def test_no_card_is_visible() -> None:
 
 def test_a_head_dim_that_no_kernel_has(tmp_path: Path) -> None:
     changes = {"head_dim": 96, "hidden_size": 384}
-    make_model(tmp_path / "model", "tiny", changes, with_weights=False)
+    make_model(tmp_path / "model", "tiny", changes, has_weights=False)
     code, log = run_to_the_end(
         "--model", str(tmp_path / "model"), "--load-format", "dummy", "--device", "cuda"
     )
@@ -259,7 +259,7 @@ def test_float32_is_refused_by_name() -> None:
 def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config and tokenizer only."""
     folder = tmp_path_factory.mktemp("llama")
-    make_model(folder, "llama-3.1-8b", {}, with_weights=False)
+    make_model(folder, "llama-3.1-8b", {}, has_weights=False)
     return folder
 
 

@@ -40,7 +40,7 @@ def test_what_we_have_fetched_is_served_without_a_try_to_write(stub: HubStub, ca
     stub.close()
     with read_only(cache) as tried:
         assert fetch(cache) == folder
-        assert fetch(cache, with_weights=False) == folder
+        assert fetch(cache, has_weights=False) == folder
         with model_headers(REPO, revision=None, token=None, download_dir=cache) as found:
             assert found == folder
     assert tried == []

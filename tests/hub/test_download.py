@@ -92,7 +92,7 @@ def test_what_is_whole_needs_no_hub(stub: HubStub, tmp_path: Path, revision: str
     stub.seen.clear()
     assert fetch(tmp_path, revision=revision) == folder
     assert fetch(tmp_path, revision=stub.commit) == folder
-    assert fetch(tmp_path, revision=revision, with_weights=False) == folder
+    assert fetch(tmp_path, revision=revision, has_weights=False) == folder
     with headers(tmp_path, revision=revision) as found:
         assert found == folder
 
@@ -130,7 +130,7 @@ def test_offline(stub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert fetch(tmp_path) == folder
     (folder / WEIGHTS).unlink()
     assert "not whole in the cache" in refusal(tmp_path)
-    assert fetch(tmp_path, with_weights=False) == folder
+    assert fetch(tmp_path, has_weights=False) == folder
     assert not stub.seen
 
 

@@ -229,7 +229,7 @@ def test_generation_defaults(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", values | eos)
     defaults = GenerationDefaults.from_folder(tmp_path)
     assert defaults == GenerationDefaults(**values, eos_token_ids=(9, 8))
-    only_eos = GenerationDefaults.from_folder(tmp_path, sampling=False)
+    only_eos = GenerationDefaults.from_folder(tmp_path, has_sampling=False)
     assert only_eos == GenerationDefaults(eos_token_ids=(9, 8))
     write(tmp_path, "generation_config.json", {"top_k": -1, "temperature": None})
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults(
@@ -259,4 +259,4 @@ def test_bad_generation_defaults_name_file_field_and_remedy(
         GenerationDefaults.from_folder(tmp_path)
     assert len(str(refusal.value)) < 400
     if name != "eos_token_id":
-        GenerationDefaults.from_folder(tmp_path, sampling=False)
+        GenerationDefaults.from_folder(tmp_path, has_sampling=False)
