@@ -1,8 +1,8 @@
 """ModelConfig: what config.json says about a model, every field typed and checked.
 
-Reads the names of transformers 4 and 5. What the decoder cannot compute is refused by name: a wrong
-answer is worse than an error. Keys that change no result are not looked at; those that nobody here
-knows are kept by name. Imports no torch.
+Reads the names of transformers 4 and 5 by the family's row of registry.py. What the decoder cannot
+compute is refused by name: a wrong answer is worse than an error. Keys that change no result are
+not looked at; those that nobody here knows are kept by name. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ import msgspec
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
 from pyserve.model.fields import Fields
+from pyserve.model.layer_config import (
+    LAYER_KINDS,
+    Activation,
+    AttentionConfig,
+    LayerConfig,
+    LayerKind,
+    MLPConfig,
+    NormConfig,
+)
 from pyserve.model.registry import ARCHITECTURES, QUANT_METHODS, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
 from pyserve.model.unknown_fields import Model, unknown_fields
@@ -35,10 +44,10 @@ DEFAULT_MAX_WINDOW_LAYERS = 28  # likewise
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One decoder-only model.
 
+    final_norm       after the last layer.
     max_model_len    tokens the model supports, what its rope scaling adds included.
-    qkv_bias, o_bias, mlp_bias, qk_norm
-                     which optional parameters the layers have.
-    windows          sliding window of each layer: a token sees this many, itself included; 0: all.
+    embedding_scale  embeddings are multiplied by it.
+    logit_softcap    logits are softcap * tanh(logit / softcap); 0: no cap.
     dtype            of the checkpoint, as config.json says; transformers' default is float32.
     unknown_fields   of config.json, not used.
     """
@@ -46,20 +55,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: RopeConfig
+    layers: tuple[LayerConfig, ...]
+    final_norm: NormConfig
     max_model_len: int
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    windows: tuple[int, ...]
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0
     dtype: CheckpointDtype
     unknown_fields: tuple[str, ...] = ()
 
@@ -72,61 +73,124 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """From the contents of config.json. Raises ConfigError naming the key, value and limit."""
         with guarded("config.json"):
-            return cls._from_hf(raw)
+            name = _architecture_name(Fields(raw, "config.json"))
+            config = describe(raw, name, ARCHITECTURES[name])
+        if lacking := config.lacking():
+            raise ConfigError(f"config.json: {name} needs what is not built: {'; '.join(lacking)}")
+        return config
 
-    @classmethod
-    def _from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        fields = Fields(raw, "config.json")
-        name = _architecture_name(fields)
-        architecture = ARCHITECTURES[name]
-        _refuse_unsupported(fields)
-        num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
-        hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
-        num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
-        num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
-        head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
-        max_position = fields.integer("max_position_embeddings", 1, MAX_CONTEXT)
-        rope, max_model_len = rope_from_fields(fields, max_position)
-        if max_model_len > MAX_CONTEXT:
-            raise ConfigError(
-                f"config.json: rope scaling extends the context to {max_model_len} tokens, "
-                f"the limit is {MAX_CONTEXT}"
-            )
-        rms_norm_eps = fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6)
-        model = Model(
-            architecture=name,
-            window=architecture.window,
-            rope_type=rope.type,
-            values={
-                "head_dim": head_dim,
-                "hidden_size": hidden_size,
-                "rms_norm_eps": rms_norm_eps,
-                "rope_theta": rope.theta,
-                "softmax_scale": head_dim**-0.5,
-            },
+    @property
+    def num_heads(self) -> int:
+        """Of the layer that has most; likewise those below."""
+        return max(layer.attention.num_heads for layer in self.layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return max(layer.attention.num_kv_heads for layer in self.layers)
+
+    @property
+    def head_dim(self) -> int:
+        return max(layer.attention.head_dim for layer in self.layers)
+
+    @property
+    def intermediate_size(self) -> int:
+        return max(layer.mlp.size for layer in self.layers)
+
+    @property
+    def window_sizes(self) -> frozenset[int]:
+        """The sliding windows that layers have; 0 among them where one has none."""
+        return frozenset(layer.attention.window for layer in self.layers)
+
+    def lacking(self) -> list[str]:
+        """What it asks for that nothing here computes, in words, each once."""
+        lacks = dict.fromkeys(text for layer in self.layers for text in layer.lacking())
+        if self.embedding_scale != 1.0:
+            lacks[f"embeddings times {self.embedding_scale:g}"] = None
+        if self.logit_softcap:
+            lacks[f"logits capped at {self.logit_softcap:g}"] = None
+        return list(lacks)
+
+
+def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> ModelConfig:
+    """The model that config.json `raw` describes, read by a row of registry.py; whether all of it
+    can be computed is another question. Raises ConfigError naming the key, value and limit."""
+    fields = Fields(raw, "config.json")
+    _refuse_quantised(fields)
+    activation = _activation(fields, architecture)
+    hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
+    layers, max_model_len = _layers(fields, name, architecture, hidden_size, activation)
+    first = layers[0].attention
+    model = Model(
+        architecture=architecture,
+        rope_types=frozenset(layer.attention.rope.type for layer in layers),
+        values={
+            "head_dim": first.head_dim,
+            "hidden_size": hidden_size,
+            "rms_norm_eps": layers[0].norm.eps,
+            "rope_theta": first.rope.theta,
+            "softmax_scale": first.softmax_scale,
+        },
+    )
+    return ModelConfig(
+        architecture=name,
+        vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB_SIZE),
+        hidden_size=hidden_size,
+        layers=layers,
+        final_norm=layers[0].norm,
+        max_model_len=max_model_len,
+        tie_word_embeddings=fields.boolean(
+            "tie_word_embeddings", default=architecture.default_tied
+        ),
+        embedding_scale=hidden_size**0.5 if architecture.scales_embedding else 1.0,
+        logit_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
+        dtype=_dtype(fields),
+        unknown_fields=unknown_fields(raw, model),
+    )
+
+
+def _layers(
+    fields: Fields, name: str, architecture: Architecture, hidden_size: int, activation: Activation
+) -> tuple[tuple[LayerConfig, ...], int]:
+    """The layers, and the tokens of context that their rope tables give."""
+    num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+    num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+    num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
+    head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
+    ropes, max_model_len = _ropes(fields, architecture, head_dim)
+    norm = NormConfig(
+        eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6), offset=architecture.norm_offset
+    )
+    qkv_bias = _bias(fields, "attention_bias", name, architecture.attention_bias)
+    query_scale = float(head_dim)
+    if architecture.query_scale_key is not None:
+        query_scale = fields.number(architecture.query_scale_key, 1e-3, 1e6, default=query_scale)
+    mlp = MLPConfig(
+        size=fields.integer("intermediate_size", 1, MAX_WIDTH),
+        activation=activation,
+        has_bias=_bias(fields, "mlp_bias", name, architecture.mlp_bias),
+    )
+    windows = _windows(fields, architecture, num_layers, max_model_len)
+    by_window = {
+        window: LayerConfig(
+            attention=AttentionConfig(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                rope=ropes["sliding_attention" if window else "full_attention"],
+                softmax_scale=query_scale**-0.5,
+                softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
+                window=window,
+                qkv_bias=qkv_bias,
+                o_bias=qkv_bias and architecture.has_o_bias,
+                qk_norm=architecture.qk_norm,
+            ),
+            mlp=mlp,
+            norm=norm,
+            names=architecture.names,
         )
-        qkv_bias = _bias(fields, "attention_bias", name, architecture.attention_bias)
-        return cls(
-            architecture=name,
-            vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB_SIZE),
-            hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size", 1, MAX_WIDTH),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=rms_norm_eps,
-            rope=rope,
-            max_model_len=max_model_len,
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
-            qkv_bias=qkv_bias,
-            o_bias=qkv_bias and architecture.has_o_bias,
-            mlp_bias=_bias(fields, "mlp_bias", name, architecture.mlp_bias),
-            qk_norm=architecture.qk_norm,
-            windows=_windows(fields, architecture, num_layers, max_model_len),
-            dtype=_dtype(fields),
-            unknown_fields=unknown_fields(raw, model),
-        )
+        for window in windows
+    }
+    return tuple(by_window[window] for window in windows), max_model_len
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -151,13 +215,55 @@ def _architecture_name(fields: Fields) -> str:
     return names[0]
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_quantised(fields: Fields) -> None:
     for key in ("quantization_config", "compression_config"):
         if fields.has(key) and fields.quant_method(key) not in QUANT_METHODS:
             raise fields.refuse(key, "is not supported: no quantised checkpoints yet")
-    for key in ("hidden_act", "hidden_activation"):
-        if fields.string(key, default="silu") not in ("silu", "swish"):
-            raise fields.refuse(key, "must be silu")
+
+
+def _activation(fields: Fields, architecture: Architecture) -> Activation:
+    activations = architecture.activations
+    activation = next(iter(activations.values()))
+    for key in architecture.activation_keys:
+        name = fields.string(key, default=next(iter(activations)))
+        if name not in activations:
+            raise fields.refuse(key, f"must be {' or '.join(dict.fromkeys(activations.values()))}")
+        activation = activations[name]
+    return activation
+
+
+def _ropes(
+    fields: Fields, architecture: Architecture, head_dim: int
+) -> tuple[dict[LayerKind, RopeConfig], int]:
+    """The rotary embedding of each kind of layer, and the tokens of context that they give."""
+    max_position = fields.integer("max_position_embeddings", 1, MAX_CONTEXT)
+    ropes, lens = {}, []
+    for kind in LAYER_KINDS:
+        ropes[kind], max_model_len = rope_from_fields(
+            fields,
+            max_position,
+            layer_kind=kind if architecture.has_ropes_by_kind else None,
+            has_partial=architecture.has_partial_rotary,
+        )
+        if max_model_len > MAX_CONTEXT:
+            raise ConfigError(
+                f"config.json: rope scaling extends the context to {max_model_len} tokens, "
+                f"the limit is {MAX_CONTEXT}"
+            )
+        lens.append(max_model_len)
+        rotary_dim = int(head_dim * ropes[kind].partial_rotary_factor)
+        if rotary_dim % 2 or not rotary_dim:
+            raise ConfigError(
+                f"config.json: partial_rotary_factor must make an even number of the {head_dim} "
+                f"dimensions of a head, it makes {rotary_dim}"
+            )
+    return ropes, min(lens)
+
+
+def _softcap(fields: Fields, architecture: Architecture, key: str) -> float:
+    if not architecture.has_softcaps or not fields.has(key):
+        return 0.0
+    return fields.number(key, 1e-3, 1e6)
 
 
 def _num_kv_heads(fields: Fields, architecture: Architecture, num_heads: int) -> int:
@@ -206,16 +312,20 @@ def _windows(
 ) -> tuple[int, ...]:
     """The sliding window of each layer, from a rule of the family or from `layer_types`."""
     window = _window(fields, architecture, max_model_len)
-    first = 0
+    first, every = 0, 1
     if architecture.window == "upper":
         first = fields.integer(
             "max_window_layers", 0, MAX_CONTEXT, default=DEFAULT_MAX_WINDOW_LAYERS
         )
-    windows = tuple(window if layer >= first else 0 for layer in range(num_layers))
+    elif architecture.window == "alternate":
+        every = 2
+    windows = tuple(
+        window if layer >= first and layer % every == 0 else 0 for layer in range(num_layers)
+    )
     if not fields.has("layer_types"):
         return windows
     types = fields.strings("layer_types")
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+    if len(types) != num_layers or set(types) - set(LAYER_KINDS):
         raise fields.refuse(
             "layer_types", f"must be {num_layers} of full_attention and sliding_attention"
         )
@@ -229,7 +339,7 @@ def _windows(
 
 
 def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> int:
-    if architecture.window != "all":  # transformers' Mistral does not look at it
+    if architecture.window in ("none", "upper"):  # transformers' others do not look at it
         is_used = fields.boolean("use_sliding_window", default=architecture.window == "none")
         if not is_used:
             return 0

@@ -1,4 +1,4 @@
-"""Decoder: embedding, layers of attention and gated MLP with RMSNorm before each, output head.
+"""Decoder: embedding, layers of attention and gated MLP with RMSNorm around them, output head.
 
 One class for all rows of registry.py. The residual stream is one tensor, updated in place by the
 norms: each norm adds what the block before it returned. Layers are called in the plainest way, as
@@ -7,6 +7,9 @@ a small model's step is mostly these calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from pyserve import ops
@@ -14,7 +17,8 @@ from pyserve.model.activations import Activations, Arena, LayerActivations
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
-from pyserve.model.kv import KVSpec
+from pyserve.model.kv import KVCache, KVSpec
+from pyserve.model.layer_config import LayerConfig
 from pyserve.model.layers.attention import Attention
 from pyserve.model.layers.embedding import Embedding
 from pyserve.model.layers.linear import Linear, Output
@@ -26,64 +30,95 @@ from pyserve.ops import attention_plan
 
 
 class DecoderLayer:
-    """`next_norm` is the input norm of the layer above, or the model's last one."""
+    """Attention and MLP, and the norms around them.
 
-    __slots__ = ("attention", "post_attention_norm", "mlp", "next_norm")
+    What a layer does depends on its description and is settled once: `_enter` is the fused add and
+    norm, but in the first layer, which has nothing to add; `_attend` and `_transform` are the
+    blocks, each with the norm of what it returns where there is one.
+    """
+
+    __slots__ = ("attention", "mlp", "norms", "_enter", "_attend", "_between", "_transform")
 
     def __init__(
-        self, attention: Attention, post_attention_norm: RMSNorm, mlp: MLP, next_norm: RMSNorm
-    ) -> None:
-        self.attention = attention
-        self.post_attention_norm = post_attention_norm
-        self.mlp = mlp
-        self.next_norm = next_norm
+        self, name: str, config: LayerConfig, hidden_size: int, placement: Placement, *,
+        cos_sin: torch.Tensor, is_first: bool,
+    ) -> None:  # fmt: skip
+        def norm(norm_name: str) -> RMSNorm:
+            return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
+
+        self.attention = Attention(name, config, hidden_size, placement, cos_sin=cos_sin)
+        self.mlp = MLP(name, config, hidden_size, placement)
+        before = [norm(norm_name) for norm_name in config.names.norms_before]
+        after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
+        self.norms = before + after
+        self._enter = before[0].start if is_first else before[0].add
+        self._between = before[1].add
+        self._attend: Callable[..., None] = self.attention
+        self._transform: Callable[..., None] = self.mlp
+        if after:
+            self._attend = _normed(self.attention, after[0])
+            self._transform = _normed(self.mlp, after[1])
+
+    def __call__(
+        self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
+        hidden: torch.Tensor, residual: torch.Tensor, output: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """`output` holds what the layer below returned, not yet added to `residual`, and then what
+        this one returns; `hidden` is what a block reads. All are [num_tokens, hidden_size]."""
+        attention, mlp = activations
+        self._enter(output, residual, hidden)
+        self._attend(hidden, ctx, cache, attention, output)
+        self._between(output, residual, hidden)
+        self._transform(hidden, mlp, output)
+
+    def destinations(self) -> Destinations:
+        destinations = self.attention.destinations() | self.mlp.destinations()
+        for norm in self.norms:
+            destinations |= norm.destinations()
+        return destinations
+
+
+def _normed(block: Callable[..., None], norm: RMSNorm) -> Callable[..., None]:
+    """The block, then the norm of its output, which is the last argument."""
+
+    def run(*args: Any) -> None:
+        block(*args)
+        norm(args[-1], args[-1])
+
+    return run
 
 
 class Decoder:
-    """Parameters are allocated, not filled: see loader.py.
-
-    max_model_len bounds the positions that may come (a row of the rope table each); None: all that
-    the model supports.
-    """
+    """Parameters are allocated, not filled: see loader.py. Made by build_model."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        placement: Placement,
-        *,
-        max_model_len: int | None = None,
+        self, config: ModelConfig, placement: Placement, *, max_model_len: int | None = None
     ) -> None:
         assert placement.tp_size == 1 or placement.device.type == "meta", "ranks cannot compute yet"
+        assert not config.lacking(), config.lacking()
         self.config = config
         self.dtype = placement.dtype
         self.device = placement.device
-        hidden_size, eps = config.hidden_size, config.rms_norm_eps
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(name, hidden_size, eps, placement)
-
+        hidden_size = config.hidden_size
         self.embedding = Embedding("model.embed_tokens", config.vocab_size, hidden_size, placement)
-        cos_sin = cos_sin_table(
-            config.rope, config.head_dim, max_model_len or config.max_model_len, device=self.device
-        )
-        names = [f"model.layers.{index}" for index in range(config.num_layers)]
-        input_norms = [norm(f"{name}.input_layernorm") for name in names] + [norm("model.norm")]
-        self.first_norm = input_norms[0]
+        max_model_len = max_model_len or config.max_model_len
+        ropes = {(layer.attention.rope, layer.attention.rotary_dim) for layer in config.layers}
+        tables = {
+            (rope, rotary_dim): cos_sin_table(rope, rotary_dim, max_model_len, device=self.device)
+            for rope, rotary_dim in ropes
+        }
         self.layers = [
             DecoderLayer(
-                Attention(
-                    f"{name}.self_attn",
-                    config,
-                    placement,
-                    window=config.windows[index],
-                    cos_sin=cos_sin,
-                ),
-                norm(f"{name}.post_attention_layernorm"),
-                MLP(f"{name}.mlp", config, placement),
-                input_norms[index + 1],
+                f"model.layers.{index}",
+                layer,
+                hidden_size,
+                placement,
+                cos_sin=tables[layer.attention.rope, layer.attention.rotary_dim],
+                is_first=index == 0,
             )
-            for index, name in enumerate(names)
+            for index, layer in enumerate(config.layers)
         ]
+        self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
         if config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
         else:
@@ -110,14 +145,11 @@ class Decoder:
 
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
         """Hidden states after the last norm, ctx.activations.hidden; writes the KV caches."""
-        hidden, residual, output, acts = ctx.activations
+        hidden, residual, output, activations = ctx.activations
         self.embedding(ctx.input_ids, residual)
-        self.first_norm(residual, hidden)
-        for layer, cache, (attention, mlp) in zip(self.layers, ctx.kv_caches, acts, strict=True):
-            layer.attention(hidden, ctx, cache, attention, output)
-            layer.post_attention_norm.add(output, residual, hidden)
-            layer.mlp(hidden, mlp, output)
-            layer.next_norm.add(output, residual, hidden)
+        for layer, cache, own in zip(self.layers, ctx.kv_caches, activations, strict=True):
+            layer(ctx, cache, own, hidden, residual, output)
+        self.norm.add(output, residual, hidden)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
@@ -152,7 +184,7 @@ class Decoder:
                 max_num_tokens, max_num_rows, num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, device=device,
             )
-            for window in set(config.windows)
+            for window in config.window_sizes
         }  # fmt: skip
 
     def bytes_per_position(self) -> int:
@@ -166,10 +198,7 @@ class Decoder:
 
     def destinations(self) -> Destinations:
         """Where each tensor of the checkpoint goes, by its name there. Tied heads have none."""
-        destinations = self.embedding.destinations() | self.first_norm.destinations()
+        destinations = self.embedding.destinations()
         for layer in self.layers:
-            destinations |= layer.attention.destinations()
-            destinations |= layer.post_attention_norm.destinations()
-            destinations |= layer.mlp.destinations()
-            destinations |= layer.next_norm.destinations()
-        return destinations | self.head.destinations()
+            destinations |= layer.destinations()
+        return destinations | self.norm.destinations() | self.head.destinations()

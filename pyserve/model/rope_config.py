@@ -25,9 +25,11 @@ MAX_POSITION = 2**24
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding over the whole head.
+    """Rotary embedding.
 
     theta             base of the frequencies.
+    partial_rotary_factor
+                      how much of each head is rotated, from its first dimension on.
     factor            how many times original_max_position the context is stretched.
     original_max_position
                       tokens the model was first trained on.
@@ -48,29 +50,56 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    partial_rotary_factor: float = 1.0
 
 
-def rope_from_fields(config: Fields, max_position: int) -> tuple[RopeConfig, int]:
+def rope_from_fields(
+    config: Fields, max_position: int, *, layer_kind: str | None = None, has_partial: bool = False
+) -> tuple[RopeConfig, int]:
     """The rotary embedding, and the tokens of context it gives a model of `max_position`.
+
+    layer_kind    whose table it is where there is one for each kind of layer; None: there is one.
+    has_partial   whether partial_rotary_factor may be another than 1.
 
     Raises ConfigError for a type or a value that cannot be served, and for one that is said twice
     and differs: transformers 4 and 5 would each follow another one.
     """
-    tables = [_table(config, key) for key in ROPE_TABLES if not config.is_empty(key)]
-    if not tables:
-        return _rope(config, None, max_position)
-    ropes = [_rope(config, table, max_position) for table in tables]
+    keys = [key for key in ROPE_TABLES if not config.is_empty(key)]
+    tables = [_table(config, key, layer_kind) for key in keys] or [None]
+    ropes = []
+    for table in tables:
+        factor = _partial_rotary_factor(config, table, has_partial)
+        rope, max_model_len = _rope(config, table, max_position)
+        rope = msgspec.structs.replace(rope, partial_rotary_factor=factor)
+        ropes.append((rope, max_model_len))
     if ropes[0] != ropes[-1]:
         raise _contradiction(ropes[0][0], ropes[1][0])
     return ropes[0]
 
 
-def _table(config: Fields, key: str) -> Fields:
+def _table(config: Fields, key: str, layer_kind: str | None) -> Fields | None:
     fields = config.table(key)
     nested = fields.tables()
+    if nested and layer_kind is not None:
+        return fields.table(layer_kind)
     if nested:
         raise config.refuse(key, f"must be one table for all layers, not one for {nested[0]}")
     return fields
+
+
+def _partial_rotary_factor(config: Fields, rope: Fields | None, has_partial: bool) -> float:
+    """From the table or the top level."""
+    key, factors = "partial_rotary_factor", []
+    for fields in (config, rope):
+        if fields is not None:
+            factor = fields.number(key, 0, 1, default=1.0, nullable=True)
+            if factor != 1.0 and not has_partial:
+                raise fields.refuse(key, "must be 1")
+            if fields.has(key):
+                factors.append(factor)
+    if factors and rope is not None and factors[0] != factors[-1]:
+        raise rope.refuse(key, f"contradicts the top level's {factors[0]:g}")
+    return factors[0] if factors else 1.0
 
 
 def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
@@ -89,11 +118,6 @@ def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
 def _rope(config: Fields, rope: Fields | None, max_position: int) -> tuple[RopeConfig, int]:
     """As `rope_from_fields`, of one table."""
     theta = _theta(config, rope)
-    for fields in (config, rope):
-        if fields is None:
-            continue
-        if fields.number("partial_rotary_factor", 0, 1, default=1.0, nullable=True) != 1.0:
-            raise fields.refuse("partial_rotary_factor", "must be 1")
     kind = _rope_type(rope)
     if rope is None or kind == "default":
         if rope is not None and rope.number("factor", 0, 1e9, default=1.0, nullable=True) != 1.0:

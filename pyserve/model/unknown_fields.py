@@ -15,6 +15,7 @@ import msgspec
 
 from pyserve.errors import ConfigError
 from pyserve.model.fields import shown
+from pyserve.model.registry import Architecture
 from pyserve.model.rope_config import ROPE_TABLES, RopeType
 
 # Read elsewhere, or without effect on what is computed.
@@ -35,12 +36,6 @@ _KNOWN = frozenset(
     unsloth_version use_bfloat16 use_return_dict
     """.split()
 )
-# Read for some models only.
-_KNOWN_WITH_WINDOW: dict[str, frozenset[str]] = {
-    "none": frozenset({"use_sliding_window"}),
-    "all": frozenset(),
-    "upper": frozenset({"use_sliding_window", "max_window_layers"}),
-}
 _ORIGINAL_MAX_POSITION = "original_max_position_embeddings"
 _KNOWN_IN_ROPE: dict[RopeType, frozenset[str]] = {
     "default": frozenset(),
@@ -60,29 +55,25 @@ _KNOWN_IN_EVERY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_ro
 class _Row(msgspec.Struct, frozen=True):
     """Which values of a field ask for nothing else than is computed here.
 
-    neutral   these, and null, in all architectures but those in `instead`.
+    neutral   these, and null, where the architecture does not say others.
     same_as   the value of this name in Model.values.
-    instead   neutral values by architecture, where the plain form is another one.
     refuses_null
               null is not neutral: transformers takes it for false.
     """
 
     neutral: tuple[object, ...] = ()
     same_as: str | None = None
-    instead: dict[str, tuple[object, ...]] = {}
     refuses_null: bool = False
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """What a field may be compared with.
 
-    window   as Architecture.window.
     values   head_dim, hidden_size, rms_norm_eps, rope_theta, softmax_scale.
     """
 
-    architecture: str
-    window: str
-    rope_type: RopeType
+    architecture: Architecture
+    rope_types: frozenset[RopeType]
     values: dict[str, float]
 
 
@@ -93,9 +84,8 @@ _ONE = _Row((1,))
 _EMPTY = _Row(({},))
 _SILU = _Row(("silu", "swish"))
 _RMS = _Row(("rms", "rms_norm", "rmsnorm", "RMSNorm"))
-_QK_NORM = _Row((False,), instead={"Qwen3ForCausalLM": (True,)})
 
-# Other computations over the same tensors.
+# Fields that ask for another computation over the same tensors, unless their value is neutral.
 _CHANGING: dict[str, _Row] = {
     # positions
     "alibi": _OFF,
@@ -160,10 +150,10 @@ _CHANGING: dict[str, _Row] = {
     "qk_scale_factor": _ONE,
     "scale_attn_weights": _Row((True,)),
     "scale_attn_by_inverse_layer_idx": _OFF,
-    "qk_layer_norms": _QK_NORM,
-    "qk_layernorm": _QK_NORM,
-    "qk_norm": _QK_NORM,
-    "use_qk_norm": _QK_NORM,
+    "qk_layer_norms": _OFF,
+    "qk_layernorm": _OFF,
+    "qk_norm": _OFF,
+    "use_qk_norm": _OFF,
     # residual stream and norms
     "use_parallel_residual": _OFF,
     "parallel_residual": _OFF,
@@ -262,13 +252,28 @@ def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     Keys of a rope table follow its name and a point. Raises ConfigError for one that changes what
     the model computes.
     """
-    in_rope = _KNOWN_IN_EVERY_ROPE | _KNOWN_IN_ROPE[model.rope_type]
-    known = _KNOWN | _KNOWN_WITH_WINDOW[model.window] | in_rope & {_ORIGINAL_MAX_POSITION}
+    in_rope = _KNOWN_IN_EVERY_ROPE.union(*(_KNOWN_IN_ROPE[kind] for kind in model.rope_types))
+    known = _KNOWN | model.architecture.known_keys | in_rope & {_ORIGINAL_MAX_POSITION}
     names = set(_unknown(raw, "", known, _CHANGING, model))
     for table in ROPE_TABLES:
-        if isinstance(values := raw.get(table), dict):
-            names.update(_unknown(values, f"{table}.", in_rope, _CHANGING_IN_ROPE, model))
+        for prefix, values in _rope_tables(raw, table, model):
+            names.update(_unknown(values, prefix, in_rope, _CHANGING_IN_ROPE, model))
     return tuple(sorted(names))
+
+
+def _rope_tables(
+    raw: Mapping[str, Any], name: str, model: Model
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(prefix of its keys, a table): the one of this name, or those in it for kinds of layers."""
+    table = raw.get(name)
+    if not isinstance(table, dict):
+        return
+    kinds = [key for key, value in table.items() if isinstance(value, dict)]
+    if not kinds or not model.architecture.has_ropes_by_kind:
+        yield f"{name}.", table
+        return
+    for kind in kinds:
+        yield f"{name}.{kind}.", table[kind]
 
 
 def _unknown(
@@ -276,24 +281,25 @@ def _unknown(
     model: Model,
 ) -> Iterator[str]:  # fmt: skip
     for name, value in raw.items():
+        if name in known or name.startswith("_"):
+            continue
         row = changing.get(name)
         if row is None:
-            if name not in known and not name.startswith("_"):
-                yield f"{prefix}{name}"
-        elif not _is_neutral(value, row, model):
+            yield f"{prefix}{name}"
+        elif not _is_neutral(name, value, row, model):
             raise ConfigError(
                 f"config.json: {prefix}{name} is {shown(value)}, which changes what the model "
                 "computes and is not supported"
             )
 
 
-def _is_neutral(value: object, row: _Row, model: Model) -> bool:
+def _is_neutral(name: str, value: object, row: _Row, model: Model) -> bool:
     if value is None:
         return not row.refuses_null
     if row.same_as is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         return math.isclose(value, model.values[row.same_as], rel_tol=1e-6)
-    neutral = row.instead.get(model.architecture, row.neutral)
+    neutral = model.architecture.neutral.get(name, row.neutral)
     # true equals 1 in Python, but "num_experts": true is not one expert.
     return any(value == item and (value is not True or item is True) for item in neutral)

@@ -51,7 +51,7 @@ _ops: Any = _Ops()
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019).
 
-    x [..., hidden], rows may be strided; weight [hidden] -> [..., hidden].
+    x [..., hidden], rows may be strided; weight [hidden] -> [..., hidden]; out may be x itself.
     """
     if out is None:
         out = torch.empty_like(x)

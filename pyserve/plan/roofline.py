@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 import torch
+from msgspec.structs import replace
 
 from pyserve.errors import ConfigError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
+from pyserve.model.layer_config import LayerConfig
 from pyserve.model.placement import META, Placement
 from pyserve.plan.cards import Card
 
@@ -112,12 +113,20 @@ def shard_model(model: ModelConfig, tp_size: int) -> ModelConfig:
             f"heads and an intermediate size of {model.intermediate_size} can be shared by "
             f"{', '.join(map(str, tp_sizes(model)))} cards"
         )
-    return msgspec.structs.replace(
-        model,
-        num_heads=model.num_heads // tp_size,
-        num_kv_heads=max(1, model.num_kv_heads // tp_size),
-        intermediate_size=model.intermediate_size // tp_size,
-    )
+
+    def shard(layer: LayerConfig) -> LayerConfig:
+        attention, mlp = layer.attention, layer.mlp
+        return replace(
+            layer,
+            attention=replace(
+                attention,
+                num_heads=attention.num_heads // tp_size,
+                num_kv_heads=max(1, attention.num_kv_heads // tp_size),
+            ),
+            mlp=replace(mlp, size=mlp.size // tp_size),
+        )
+
+    return replace(model, layers=tuple(shard(layer) for layer in model.layers))
 
 
 def tp_sizes(model: ModelConfig) -> list[int]:

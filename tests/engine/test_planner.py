@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -29,6 +28,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.placement import META, Placement
 from pyserve.ops import attention_plan, sample_workspace
 from tests.engine.tiny import CONFIG, engine_config
+from tests.model.described import with_windows
 
 MODEL = ModelConfig.from_hf(CONFIG)  # 2 layers, 4 heads of 16, 2 KV heads, vocabulary of 97
 SHAPES = build_model(MODEL, Placement(torch.float32, META), max_model_len=1)
@@ -217,7 +217,7 @@ def test_the_sizes_of_a_step_follow_the_card_unless_they_are_given() -> None:
 
 def test_each_window_has_its_attention_plan() -> None:
     def plan_bytes(*windows: int) -> int:
-        config = msgspec.structs.replace(LLAMA, windows=windows, num_layers=2)
+        config = with_windows(LLAMA, *windows)
         model = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
         result = plan_memory(model, settings(), weight_bytes=0, memory=BIG_CARD)
         return dict(result.ledger)["attention plans"]
@@ -264,7 +264,8 @@ def test_a_card_that_others_hold_most_of() -> None:
 
 
 def test_a_tiny_model_gets_no_more_blocks_than_the_host_can_keep() -> None:
-    config = msgspec.structs.replace(MODEL, num_layers=1, num_kv_heads=1, head_dim=64)
+    tiny = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 64}
+    config = ModelConfig.from_hf(CONFIG | tiny)
     model = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
     result = plan_memory(model, settings(), weight_bytes=0, memory=BIG_CARD)
     assert result.num_blocks == MAX_BLOCKS

@@ -13,6 +13,7 @@ import pytest
 from pyserve.config import DEMO_MODEL
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.model.config import MAX_CONFIG_BYTES, ModelConfig
+from pyserve.model.layer_config import AttentionConfig, LayerConfig, MLPConfig, NormConfig
 from pyserve.model.rope_config import RopeConfig
 from tests.model import oracle
 
@@ -57,24 +58,30 @@ def test_codellama_with_the_names_of_its_time() -> None:
             "attention_dropout": 0.1,
         }
     )
+    norm = NormConfig(eps=1e-5)
+    layer = LayerConfig(
+        attention=AttentionConfig(
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            rope=RopeConfig(type="default", theta=1e6, original_max_position=16384),
+            softmax_scale=128**-0.5,
+            window=0,
+            qkv_bias=False,
+            o_bias=False,
+            qk_norm=False,
+        ),
+        mlp=MLPConfig(size=11008, activation="silu", has_bias=False),
+        norm=norm,
+    )
     assert config == ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=32016,
         hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(type="default", theta=1e6, original_max_position=16384),
+        layers=(layer,) * 32,
+        final_norm=norm,
         max_model_len=16384,
         tie_word_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        windows=(0,) * 32,
         dtype="bfloat16",
     )
 
@@ -122,7 +129,8 @@ def test_both_generations_of_names_mean_the_same(name: str, tmp_path: Path) -> N
     ],
 )
 def test_windows(raw: dict[str, Any], windows: tuple[int, ...]) -> None:
-    assert ModelConfig.from_hf(raw).windows == windows
+    layers = ModelConfig.from_hf(raw).layers
+    assert tuple(layer.attention.window for layer in layers) == windows
 
 
 @pytest.mark.parametrize(
@@ -137,8 +145,9 @@ def test_windows(raw: dict[str, Any], windows: tuple[int, ...]) -> None:
     ],
 )
 def test_biases(raw: dict[str, Any], biases: tuple[bool, bool, bool]) -> None:
-    config = ModelConfig.from_hf(raw)
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == biases
+    for layer in ModelConfig.from_hf(raw).layers:
+        attention = layer.attention
+        assert (attention.qkv_bias, attention.o_bias, layer.mlp.has_bias) == biases
 
 
 @pytest.mark.parametrize(
@@ -168,7 +177,12 @@ def test_rope_and_the_context_it_gives(
     changes: dict[str, Any], rope_type: str, max_model_len: int
 ) -> None:
     config = ModelConfig.from_hf(LLAMA | changes)
-    assert (config.rope.type, config.max_model_len) == (rope_type, max_model_len)
+    rope = config.layers[0].attention.rope
+    assert (rope.type, config.max_model_len) == (rope_type, max_model_len)
+
+
+def rope_of(raw: dict[str, Any]) -> RopeConfig:
+    return ModelConfig.from_hf(raw).layers[0].attention.rope
 
 
 def test_rope_theta_stands_inside_or_at_the_top_level() -> None:
@@ -178,8 +192,8 @@ def test_rope_theta_stands_inside_or_at_the_top_level() -> None:
         LLAMA | {"rope_theta": 500000, "rope_parameters": {"rope_theta": 5e5}},
         LLAMA | {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}},
     ):
-        assert ModelConfig.from_hf(raw).rope.theta == 5e5
-    assert ModelConfig.from_hf(LLAMA).rope.theta == 1e4
+        assert rope_of(raw).theta == 5e5
+    assert rope_of(LLAMA).theta == 1e4
 
 
 def test_qwen3_has_its_own_head_dim() -> None:

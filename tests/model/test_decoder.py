@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyserve.model.kv import KVSpec
 from tests.model import oracle
+from tests.model.described import with_windows
 from tests.model.driver import Driver
 from tests.model.oracle import CASES, VOCAB_SIZE, relative_error
 
@@ -74,9 +75,10 @@ def test_greedy_tokens_are_the_same(name: str, root: Path) -> None:
 def test_windows_matter_where_they_end(name: str, root: Path) -> None:
     folder = checkpoint(name, torch.float32, root)
     decoder = oracle.load_ours(folder)
-    window = max(decoder.config.windows)
+    window = max(decoder.config.window_sizes)
     limited = Driver(decoder).step({0: PROMPT})
-    unlimited = Driver(oracle.load_ours(folder, windows=(0, 0, 0))).step({0: PROMPT})
+    without = with_windows(decoder.config, 0, 0, 0)
+    unlimited = Driver(oracle.load_ours(folder, layers=without.layers)).step({0: PROMPT})
     torch.testing.assert_close(limited[:window], unlimited[:window])
     assert relative_error(limited[window:], unlimited[window:].double()) > 0.01
 

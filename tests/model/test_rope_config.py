@@ -25,8 +25,8 @@ def read(**changes: Any) -> ModelConfig:
 def test_an_empty_table_says_nothing(table: dict[str, Any], empty: dict[str, Any] | None) -> None:
     table = table | {"rope_theta": 5e5}
     plain = read(rope_parameters=table)
-    assert plain.rope.type == table["rope_type"]
-    assert plain.rope.theta == 5e5
+    assert plain.layers[0].attention.rope.type == table["rope_type"]
+    assert plain.layers[0].attention.rope.theta == 5e5
     assert read(rope_scaling=empty, rope_parameters=table) == plain
     assert read(rope_scaling=table, rope_parameters=empty) == plain
     assert read(rope_scaling=empty, rope_parameters=empty) == read()

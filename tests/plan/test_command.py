@@ -285,7 +285,7 @@ def test_one_of_several_cards_holds_its_part(tmp_path: Path) -> None:
     whole = sizes_on_card(model, config)
     for count in (2, 4, 8):
         part = sizes_on_card(model, config, tp_size=count)
-        norms = (2 * model.num_layers + 1) * model.hidden_size * 2
+        norms = (2 * len(model.layers) + 1) * model.hidden_size * 2
         assert (part.weight_bytes - norms) * count == whole.weight_bytes - norms
         assert part.kv_bytes_per_token * count == whole.kv_bytes_per_token
         assert part.num_params == whole.num_params

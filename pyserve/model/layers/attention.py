@@ -6,17 +6,17 @@ import torch
 
 from pyserve import ops
 from pyserve.model.activations import Arena, AttentionActivations
-from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.kv import KVCache, KVSpec
-from pyserve.model.layers.linear import Linear, Output
+from pyserve.model.layer_config import LayerConfig
+from pyserve.model.layers.linear import Linear, Output, fused_outputs
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.placement import Placement
 
 
 class Attention:
-    """One layer's attention; `window` as in ModelConfig.windows, `cos_sin` as layers/rotary.py.
+    """One layer's attention; `cos_sin` as layers/rotary.py makes it.
 
     sizes   heads, KV heads and head_dim here: layers with the same ones may share activations.
     """
@@ -28,30 +28,22 @@ class Attention:
     )  # fmt: skip
 
     def __init__(
-        self,
-        name: str,
-        config: ModelConfig,
-        placement: Placement,
-        *,
-        window: int,
+        self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement, *,
         cos_sin: torch.Tensor,
-    ) -> None:
+    ) -> None:  # fmt: skip
+        config, names = layer.attention, layer.names
+        name = f"{name}.{names.attention}"
         head_dim = config.head_dim
-        q_size = placement.share(config.num_heads, head_dim).size
-        kv_size = placement.share(config.num_kv_heads, head_dim).size
+        heads, kv_heads = (config.num_heads, head_dim), (config.num_kv_heads, head_dim)
         self.qkv = Linear(
-            [
-                Output(f"{name}.q_proj", config.num_heads, head_dim),
-                Output(f"{name}.k_proj", config.num_kv_heads, head_dim),
-                Output(f"{name}.v_proj", config.num_kv_heads, head_dim),
-            ],
-            config.hidden_size,
+            fused_outputs(name, names.qkv, [heads, kv_heads, kv_heads]),
+            hidden_size,
             placement,
             has_bias=config.qkv_bias,
             shard="column",
         )
         self.o = Linear(
-            [Output(f"{name}.o_proj", config.hidden_size)],
+            [Output(f"{name}.{names.o}", hidden_size)],
             config.num_heads * head_dim,
             placement,
             has_bias=config.o_bias,
@@ -59,21 +51,20 @@ class Attention:
         )
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            eps = config.rms_norm_eps
-            self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, eps, placement)
-            self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, eps, placement)
+            self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, layer.norm, placement)
+            self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, layer.norm, placement)
         self.cos_sin = cos_sin
         self._q_norm_weight = self.q_norm.weight if self.q_norm else None
         self._k_norm_weight = self.k_norm.weight if self.k_norm else None
-        self._eps = config.rms_norm_eps
+        self._eps = layer.norm.eps
         self._dtype = placement.dtype
-        self._window = window
-        self._num_heads = q_size // head_dim
-        self._num_kv_heads = kv_size // head_dim
+        self._window = config.window
+        self._q_size = placement.share(*heads).size
+        self._num_heads = self._q_size // head_dim
+        self._num_kv_heads = placement.share(*kv_heads).size // head_dim
         self._head_dim = head_dim
         self.sizes = self._num_heads, self._num_kv_heads, head_dim
-        self._q_size = q_size
-        self._softmax_scale = head_dim**-0.5
+        self._softmax_scale = config.softmax_scale
 
     def __call__(
         self, x: torch.Tensor, ctx: ForwardContext, cache: KVCache, act: AttentionActivations,

@@ -29,6 +29,15 @@ class Output(NamedTuple):
         return self.num_units * self.unit_size
 
 
+def fused_outputs(
+    prefix: str, names: Sequence[str], units: Sequence[tuple[int, int]]
+) -> list[Output]:
+    """Outputs of (num_units, unit_size) each, under a name each or all under the only one."""
+    if len(names) == 1:
+        names = [*names] * len(units)
+    return [Output(f"{prefix}.{name}", *sizes) for name, sizes in zip(names, units, strict=True)]
+
+
 class Linear:
     """y = x W^T + b: the shape, and the Scheme that stores W and multiplies by it.
 

@@ -6,30 +6,33 @@ import torch
 
 from pyserve import ops
 from pyserve.model.activations import Arena, MLPActivations
-from pyserve.model.config import ModelConfig
 from pyserve.model.destination import Destinations
-from pyserve.model.layers.linear import Linear, Output
+from pyserve.model.layer_config import LayerConfig
+from pyserve.model.layers.linear import Linear, Output, fused_outputs
 from pyserve.model.placement import Placement
 
 
 class MLP:
     __slots__ = ("gate_up", "down", "_dtype")
 
-    def __init__(self, name: str, config: ModelConfig, placement: Placement) -> None:
-        size = config.intermediate_size
+    def __init__(
+        self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement
+    ) -> None:
+        config, names = layer.mlp, layer.names
+        name = f"{name}.{names.mlp}"
         self._dtype = placement.dtype
         self.gate_up = Linear(
-            [Output(f"{name}.gate_proj", size), Output(f"{name}.up_proj", size)],
-            config.hidden_size,
+            fused_outputs(name, names.gate_up, [(config.size, 1)] * 2),
+            hidden_size,
             placement,
-            has_bias=config.mlp_bias,
+            has_bias=config.has_bias,
             shard="column",
         )
         self.down = Linear(
-            [Output(f"{name}.down_proj", config.hidden_size)],
-            size,
+            [Output(f"{name}.{names.down}", hidden_size)],
+            config.size,
             placement,
-            has_bias=config.mlp_bias,
+            has_bias=config.has_bias,
             shard="row",
         )
 

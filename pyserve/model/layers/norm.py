@@ -6,6 +6,7 @@ import torch
 
 from pyserve import ops
 from pyserve.model.destination import Destination, Destinations
+from pyserve.model.layer_config import NormConfig
 from pyserve.model.placement import Placement
 
 
@@ -14,14 +15,19 @@ class RMSNorm:
 
     __slots__ = ("weight", "eps", "_name")
 
-    def __init__(self, name: str, size: int, eps: float, placement: Placement) -> None:
+    def __init__(self, name: str, size: int, config: NormConfig, placement: Placement) -> None:
+        assert config.offset == 0.0, "the ops take the weight as it is stored"
         self._name = name
-        self.eps = eps
+        self.eps = config.eps
         self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x [..., size] -> out, of the same shape"""
+        """x [..., size] -> out, of the same shape; it may be x itself."""
         ops.rms_norm(x, self.weight, self.eps, out)
+
+    def start(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
+        """`add` where there is no x yet: in the first layer."""
+        ops.rms_norm(residual, self.weight, self.eps, out)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
         """residual += x in place, then the norm of residual -> out."""

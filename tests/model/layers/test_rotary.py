@@ -99,7 +99,8 @@ YARN_CORNERS = {
 
 def table_of(raw: dict[str, Any], num_rows: int | None = None) -> torch.Tensor:
     config = ModelConfig.from_hf(SHAPE | raw)
-    return cos_sin_table(config.rope, config.head_dim, num_rows or config.max_model_len, device=CPU)
+    rope = config.layers[0].attention.rope
+    return cos_sin_table(rope, config.head_dim, num_rows or config.max_model_len, device=CPU)
 
 
 def their_rows(raw: dict[str, Any], positions: list[int]) -> torch.Tensor:
@@ -171,9 +172,7 @@ def test_dynamic_ntk_uses_the_frequencies_of_a_sequence_ending_at_each_row() -> 
     plain = table_of(raw | {"rope_scaling": None})
     assert torch.equal(table[:64], plain)
     # Beyond the original context the frequencies really change.
-    unscaled = cos_sin_table(
-        ModelConfig.from_hf(SHAPE | raw | {"rope_scaling": None}).rope, 128, 128, device=CPU
-    )
+    unscaled = table_of(raw | {"rope_scaling": None}, 128)
     assert float((table[64:] - unscaled[64:]).abs().max()) > 0.1
 
 

@@ -1,0 +1,93 @@
+"""LayerConfig: one decoder layer described, the same for all families. Imports no torch.
+
+Rows of registry.py say how config.json is read into these; decoder.py makes layers of them. What
+they can say is more than the ops compute: `lacking` names the difference.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from pyserve.model.rope_config import RopeConfig
+
+Activation = Literal["silu", "gelu_tanh"]
+LayerKind = Literal["full_attention", "sliding_attention"]  # as `layer_types` of config.json
+LAYER_KINDS: tuple[LayerKind, ...] = ("full_attention", "sliding_attention")
+
+
+class LayerNames(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checkpoint calls a layer's modules.
+
+    qkv, gate_up   one name for each part, or one for all of them fused, in this order.
+    norms_before   of the attention and of the MLP.
+    norms_after    the same, of what they return, before it is added; none in most families.
+    """
+
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    o: str = "o_proj"
+    mlp: str = "mlp"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    norms_before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norms_after: tuple[str, str] | None = None
+
+
+class NormConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """RMSNorm. offset: added to the stored weight; 1 where a weight of 0 changes nothing."""
+
+    eps: float
+    offset: float = 0.0
+
+
+class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Attention of a layer.
+
+    window         tokens that a token sees, itself included; 0: all.
+    softmax_scale  of the scores, after which they are softcap * tanh(score / softcap); 0: no cap.
+    qk_norm        RMSNorm over each head of q and k before they are rotated.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    softmax_scale: float
+    softcap: float = 0.0
+    window: int = 0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+
+class MLPConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The gated MLP: down(activation(gate(x)) * up(x)), of `size` between."""
+
+    size: int
+    activation: Activation = "silu"
+    has_bias: bool = False
+
+
+class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    attention: AttentionConfig
+    mlp: MLPConfig
+    norm: NormConfig
+    names: LayerNames = LayerNames()
+
+    def lacking(self) -> list[str]:
+        """What it asks for that the ops do not compute, in words."""
+        lacks = []
+        if self.norm.offset:
+            lacks.append(f"norm weights stored less {self.norm.offset:g}")
+        if self.attention.softcap:
+            lacks.append(f"attention scores capped at {self.attention.softcap:g}")
+        if self.mlp.activation != "silu":
+            lacks.append(f"the activation {self.mlp.activation}")
+        return lacks
