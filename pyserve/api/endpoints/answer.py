@@ -18,7 +18,7 @@ from pyserve.api.http.delivery import json_response
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.http.keys import CLIENT, USER
 from pyserve.api.http.request_id import current as current_request_id
-from pyserve.api.state import ServerState
+from pyserve.api.state import STATE
 from pyserve.client import EngineClient
 from pyserve.errors import UnavailableError
 
@@ -77,15 +77,10 @@ class _Deadline:
 
 
 async def answer(
-    request: web.Request,
-    state: ServerState,
-    engine: EngineClient,
-    job: Job,
-    dialect: Dialect,
-    *,
-    arrived_s: float,
+    request: web.Request, engine: EngineClient, job: Job, dialect: Dialect, *, arrived_s: float
 ) -> web.StreamResponse:
     """Run `job`. Raises RequestError before the status is sent."""
+    state = request.app[STATE]
     head = Head(
         id=dialect.id_prefix + (job.request_id or current_request_id.get()),
         created=int(time.time()),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import msgspec
 from aiohttp import web
 
-from pyserve.api.endpoints.answer import Dialect, Head, answer
+from pyserve.api.endpoints.answer import Dialect, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.openai import (
-    FINGERPRINT,
     OpenAIFrames,
     encode_whole,
     make_job,
 )
-from pyserve.api.generation.generate import Choice, Generation
+from pyserve.api.generation.generate import Choice
 from pyserve.api.state import STATE
 from pyserve.api.wire.protocol import (
     ChatChoice,
@@ -56,7 +56,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         default_max_tokens=loaded.defaults.max_new_tokens,
         ignored=ignored,
     )
-    return await answer(request, state, loaded.engine, job, DIALECT, arrived_s=arrived_s)
+    return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 
 class ChatFrames(OpenAIFrames):
@@ -96,19 +96,6 @@ class ChatFrames(OpenAIFrames):
         )
 
 
-def _whole(head: Head, generation: Generation) -> bytes:
-    return encode_whole(
-        ChatResponse(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=[_choice(choice) for choice in generation.choices],
-            system_fingerprint=FINGERPRINT,
-            usage=generation.usage(),
-        )
-    )
-
-
 def _choice(choice: Choice) -> ChatChoice:
     return ChatChoice(
         index=choice.index,
@@ -118,4 +105,6 @@ def _choice(choice: Choice) -> ChatChoice:
     )
 
 
-DIALECT = Dialect(id_prefix="chatcmpl-", frames=ChatFrames, whole=_whole)
+DIALECT = Dialect(
+    id_prefix="chatcmpl-", frames=ChatFrames, whole=partial(encode_whole, ChatResponse, _choice)
+)

@@ -9,16 +9,15 @@ from typing import cast
 from aiohttp import web
 
 from pyserve.api.endpoints import prompts
-from pyserve.api.endpoints.answer import Dialect, Head, answer
+from pyserve.api.endpoints.answer import Dialect, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.openai import (
-    FINGERPRINT,
     OpenAIFrames,
     encode_whole,
     make_job,
 )
 from pyserve.api.endpoints.sampling import check_token_ids
-from pyserve.api.generation.generate import Choice, Generation
+from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Prompt
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.protocol import (
@@ -68,7 +67,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         ignored=ignored,
         runs=not (body.echo and body.max_tokens == 0),
     )
-    return await answer(request, state, loaded.engine, job, DIALECT, arrived_s=arrived_s)
+    return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 
 def _size(prompt: PromptField) -> int:
@@ -173,19 +172,6 @@ class CompletionFrames(OpenAIFrames):
         )
 
 
-def _whole(head: Head, generation: Generation) -> bytes:
-    return encode_whole(
-        CompletionResponse(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=[_choice(choice) for choice in generation.choices],
-            system_fingerprint=FINGERPRINT,
-            usage=generation.usage(),
-        )
-    )
-
-
 def _choice(choice: Choice) -> CompletionChoice:
     return CompletionChoice(
         index=choice.index,
@@ -195,4 +181,8 @@ def _choice(choice: Choice) -> CompletionChoice:
     )
 
 
-DIALECT = Dialect(id_prefix="cmpl-", frames=CompletionFrames, whole=_whole)
+DIALECT = Dialect(
+    id_prefix="cmpl-",
+    frames=CompletionFrames,
+    whole=partial(encode_whole, CompletionResponse, _choice),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
@@ -12,7 +13,7 @@ from pyserve import __version__
 from pyserve.api.endpoints.answer import Head
 from pyserve.api.endpoints.prompts import check_total
 from pyserve.api.endpoints.sampling import Resolver
-from pyserve.api.generation.generate import Choice
+from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job, Prompt
 from pyserve.api.generation.slices import Slices
 from pyserve.api.http.errors import error_body
@@ -23,8 +24,10 @@ from pyserve.api.wire.protocol import (
     MAX_NAME_CHARS,
     MAX_PRIORITY,
     MAX_SEQUENCES,
+    ChatChoice,
     ChatChunk,
     ChatResponse,
+    CompletionChoice,
     CompletionChunk,
     CompletionResponse,
     SamplingFields,
@@ -142,12 +145,24 @@ def _check_echo(prompts: list[Prompt], n: int) -> None:
         )
 
 
-def encode_whole(response: ChatResponse | CompletionResponse) -> bytes:
+def encode_whole(
+    response_type: type[ChatResponse] | type[CompletionResponse],
+    describe: Callable[[Choice], ChatChoice | CompletionChoice],
+    head: Head,
+    generation: Generation,
+) -> bytes:
     """A whole answer, choice by choice: encoding one keeps all other threads waiting."""
-    choices = b",".join([msgspec.json.encode(choice) for choice in response.choices])
-    rest = msgspec.json.encode(msgspec.structs.replace(response, choices=[]))
-    before, name, behind = rest.partition(b'"choices":[')  # quotes in a text are escaped
-    return b"".join((before, name, choices, behind))
+    response = response_type(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        choices=[],
+        system_fingerprint=FINGERPRINT,
+        usage=generation.usage(),
+    )
+    choices = b",".join([msgspec.json.encode(describe(choice)) for choice in generation.choices])
+    before, name, behind = msgspec.json.encode(response).partition(b'"choices":[')
+    return b"".join((before, name, choices, behind))  # quotes in a text are escaped
 
 
 class OpenAIFrames(ABC):

@@ -101,7 +101,7 @@ async def ask(request: web.Request) -> web.StreamResponse:
         is_streamed=body.streamed,
         ignored=ignored,
     )
-    return await answer(request, state, loaded.engine, job, DIALECT, arrived_s=time.monotonic())
+    return await answer(request, loaded.engine, job, DIALECT, arrived_s=time.monotonic())
 
 
 @pytest.fixture
