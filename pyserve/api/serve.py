@@ -44,8 +44,8 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     """Serve until SIGTERM or SIGINT, or until the engine gives up; returns the exit code.
 
     `load` runs on a thread of its own once the port is open, and may raise StartupError.
-    A thread that still loads when the server is told to stop ends with the process, and so does
-    all that an engine holds that has given up. Told to stop before it is ready, the exit code is 0
+    A thread that still loads when the server is told to stop ends with the process. So does all
+    that an engine holds which has given up. If told to stop before it is ready, the exit code is 0
     for SIGTERM and 130 for SIGINT.
     """
     with StopSignals() as signals, ExitStack() as stack:
@@ -183,7 +183,7 @@ class _Server:
         try:
             loaded = self._load(self._state.startup.report)
         except BaseException as error:  # whatever ends this thread must end the start
-            # Of a library in Rust it is no Exception, and would not be taken for a failed start.
+            # A panic of a library in Rust is no Exception; the start must still count as failed.
             failure = RuntimeError(repr(error)) if is_panic(error) else error
             finish = partial(_settle, loading, error=failure)
         else:

@@ -1,9 +1,9 @@
 """Text work on threads: templates, tokenising, large bodies. Bounded, and shared between clients.
 
-There are two lanes, short work and long work, and no lane gets all threads: short work passes long
-work and does not starve it. In a lane the clients take turns, whatever each has queued. Each
-connection has one request at work, so one piece of work. A client may hold as much as it leaves
-free: one alone half of the queue, and there is always room for another one.
+There are two lanes, for short work and for long work, and no lane gets all threads: short work
+passes long work and does not starve it. Within a lane the clients take turns, however much each has
+queued. A connection answers one request at a time, so it has one piece of work here. A client may
+queue no more than it leaves free: half of the queue if it is alone, so that another finds room.
 
 Everything here but the work itself runs on the event loop.
 """

@@ -43,7 +43,7 @@ class Wire(Generic[T]):
     ) -> tuple[T, list[str]]:
         """The request of an HTTP body and the names of its fields that have no effect.
 
-        max_list_ids  the most token ids that one list of them can do with.
+        max_list_ids  how many token ids one list may need, as check_structure has it.
 
         Raises RequestError: not JSON, a wrong type, too large, a field that is not built.
         """
@@ -76,12 +76,12 @@ class Wire(Generic[T]):
         return value, ignored.names
 
     def _decode(self, body: bytes) -> tuple[T, Names]:
-        """The value and its unknown fields: in one go, where nothing about it is unusual."""
+        """The value and the names of its unknown fields. An ordinary body is decoded once."""
         unknown = Names()
         try:
             return self._decoder.decode(body), unknown
         except msgspec.DecodeError as error:
-            _check_utf8(body)  # msgspec has not looked at what is behind the error
+            _check_utf8(body)  # msgspec has stopped at its own error, maybe before this one
             if not isinstance(error, msgspec.ValidationError) or not is_for_here(error):
                 raise
         return self._lenient.decode(body, unknown), unknown
@@ -103,10 +103,11 @@ class Wire(Generic[T]):
 
 
 def _check_content_type(request: web.Request) -> None:
-    """JSON, or nothing said; a web page of another origin has to say it.
+    """Refuse any Content-Type but JSON. None at all will do, unless a foreign web page asks.
 
-    Without the header a browser sends a page's request unasked, where it would first ask this
-    server (http/cors.py) with it: any page could run prompts through its visitors' browsers.
+    A browser sends a page's request without that header at once. With it the browser first asks
+    this server whether the page may (http/cors.py). Else any page could run prompts through its
+    visitors' browsers.
     """
     default = "" if is_foreign_page(request) else "application/json"
     content_type = request.headers.get("Content-Type", default)

@@ -106,8 +106,9 @@ def encode_any(
 def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param: str) -> None:
     """Refuse a text that has more tokens than the context, without tokenising all of it.
 
-    What passes has at most a few tokens too many, and is counted exactly later. So has a chat whose
-    special tokens are the template's alone: spelled out they count as one each, but are several.
+    What passes may have a few tokens too many; it is counted exactly later. A message that spells
+    out a special token is counted too low here: the name counts as one token, but it stays text in
+    a chat and becomes several.
     """
     check_chars(len(text), max_model_len=max_model_len, param=param)
     if len(text) <= PIECE_CHARS:
@@ -145,7 +146,7 @@ def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:
 
 
 def check_total(num_tokens: int, *, n: int, param: str) -> None:
-    """Bound the prompt tokens of all sequences of a request: each of them is the server's to hold.
+    """Bound the prompt tokens of all sequences of a request: the server holds all of them.
 
     num_tokens  of all prompts; each makes n sequences.
     """

@@ -24,12 +24,13 @@ from pyserve.words import counted
 LINES_PER_S, MAX_BURST_LINES = 50.0, 500.0
 MAX_PARAM_CHARS = 64
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
-# Of the request that this task answers: its error may still be on its way once it has its line.
+# Whether the request that this task answers has its line. An error may be raised after that; it
+# gets no second one.
 _has_ended: ContextVar[bool] = ContextVar("has_ended", default=False)
 
 
 class LineBudget:
-    """So many lines at once, then so many a second.
+    """Allows `max_burst_lines` at once, and `lines_per_s` after that.
 
     num_dropped  lines that there was no room for, since `pop_dropped`.
     """
@@ -53,7 +54,7 @@ class LineBudget:
         return True
 
     def pop_dropped(self) -> int:
-        """num_dropped, which begins again at 0."""
+        """Return num_dropped and set it to 0."""
         num_dropped, self.num_dropped = self.num_dropped, 0
         return num_dropped
 
@@ -105,9 +106,9 @@ class RequestLog:
         )
 
     def refused(self, request: web.BaseRequest, error: RequestError) -> None:
-        """The request has ended in `error`; nothing is said of it where `ended` has.
+        """The request has ended in `error`; no line where `ended` has written one.
 
-        A full queue is not for here: the engine sums its refusals up.
+        Refusals of a full queue have no lines: the engine counts them and logs the sum.
         """
         if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line():
             return

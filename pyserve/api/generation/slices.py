@@ -9,7 +9,7 @@ SLICE_S = 0.01
 
 
 class Slices:
-    """The others get their turn every SLICE_S: `rest` is awaited after each small part."""
+    """Await `rest` after each small part: every SLICE_S it lets other tasks run."""
 
     def __init__(self) -> None:
         self._ends_s = time.monotonic() + SLICE_S

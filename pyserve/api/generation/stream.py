@@ -22,7 +22,7 @@ from pyserve.errors import RequestError
 from pyserve.text.parts import Part
 
 COMMENT = b": keep-alive\n\n"
-SILENCE_S = 10.0  # then a comment goes out: proxies cut what says nothing
+SILENCE_S = 10.0  # then a comment goes out, as proxies cut silent connections
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",  # what compresses on the way would hold it back

@@ -1,4 +1,4 @@
-"""Bytes that all clients together hold of the server's memory, and each of them."""
+"""How many bytes of the server's memory clients hold: all together, and each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 class ByteBudget:
-    """So many bytes for all, of which one client may have `max_client_bytes`.
+    """`max_bytes` for all clients, of which one may have `max_client_bytes`.
 
-    A client is whoever the caller takes for one: an address, or an API key at an address.
+    The caller decides what a client is: an address, or an API key at an address.
     """
 
     def __init__(self, max_bytes: int, max_client_bytes: int) -> None:

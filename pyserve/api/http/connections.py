@@ -1,4 +1,4 @@
-"""All connections of one server: how many there are, which are let go, whose clients have gone.
+"""All connections of one server: how many there are, which are closed, whose clients have gone.
 
     accept -> [TLS handshake] -> idle -> request -> idle ...      counted from the accept on
 
@@ -59,7 +59,10 @@ class Connection(Protocol):
     def fileno(self) -> int: ...
 
     def probe(self, now_s: float) -> bool:
-        """Write what makes the machine of a client that has gone say so; True: the first time."""
+        """Write something, so that the machine of a client that has gone answers with a reset.
+
+        True the first time.
+        """
         ...
 
     def cut(self) -> None:
@@ -119,7 +122,7 @@ class Connections:
         self._all[connection] = None
 
     def touch(self, connection: Connection) -> None:
-        """It has begun or ended a request: all others are idler now."""
+        """It has begun or ended a request, so it comes last in the order of idleness."""
         if connection in self._all:
             self._all.move_to_end(connection)
 
@@ -136,7 +139,7 @@ class Connections:
         connection.cut()
 
     def close_idle(self) -> None:
-        """The server shuts down: let go of who asks nothing, wait less for who reads nothing."""
+        """The server shuts down: close idle connections, wait less for clients that do not read."""
         self.write_timeout_s = bounds.DRAIN_WRITE_TIMEOUT_S
         for connection in list(self._all):
             if connection.is_idle:
@@ -164,7 +167,7 @@ class Connections:
         self._unread.add(connection.client, -num_bytes)
 
     def check_unread(self, connection: Connection, num_bytes: int) -> None:
-        """Raise TooManyBytesError where an answer of `num_bytes` had better not be made now."""
+        """Raise TooManyBytesError where there is no room for an answer of `num_bytes` now."""
         if not self._make_room(connection.client, num_bytes, but=connection):
             raise TooManyBytesError(
                 f"{self._unread.num_bytes} bytes of answers wait for their clients to read them, "
@@ -198,7 +201,7 @@ class Connections:
             self._timer = None
 
     def _make_room(self, client: str, num_bytes: int, *, but: Connection) -> bool:
-        """Room for `num_bytes` of `client`, at the cost of whom takes nothing and holds most."""
+        """Make room for `num_bytes` of `client`: cut off who takes nothing and holds most."""
         if num_bytes > self._unread.max_bytes:
             return False
         while not self._unread.has_room(client, num_bytes):

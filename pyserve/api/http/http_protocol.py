@@ -171,7 +171,7 @@ class HttpProtocol(web.RequestHandler):
         self._connections.flow(self)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has ended its side, or is gone, which looks alike: it is asked by probes."""
+        """The client has ended its side or is gone. Both look the same; probes find out which."""
         if self.ends_both_ways or self.is_idle or self._is_receiving:
             return False  # closes the connection
         self.has_ended = True
@@ -251,7 +251,7 @@ class HttpProtocol(web.RequestHandler):
         return self._connections.unread(self, num_bytes)
 
     def check_unread(self, num_bytes: int) -> None:
-        """Raise TooManyBytesError where an answer of `num_bytes` had better not be made now."""
+        """Raise TooManyBytesError where there is no room for an answer of `num_bytes` now."""
         self._connections.check_unread(self, num_bytes)
 
     def handle_error(

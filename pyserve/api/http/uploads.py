@@ -1,7 +1,7 @@
-"""Request bodies on their way in: the memory of all of them is bounded, and each by size and time.
+"""Request bodies on their way in: bounded in memory all together, and in size and time each.
 
-What has come is counted, not what is announced: who announces much and sends nothing takes nothing
-from the others.
+Bytes are counted as they come, not as they are announced: a client that announces much and sends
+nothing takes nothing from the others.
 """
 
 from __future__ import annotations

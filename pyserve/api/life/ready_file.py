@@ -11,7 +11,7 @@ from pyserve.errors import StartupError
 
 
 class ReadyFile:
-    """Appears whole or not at all; one that a killed server has left goes at the next start."""
+    """Appears whole or not at all. The next start removes one that a killed server has left."""
 
     def __init__(self, path: Path | None) -> None:
         """Raises StartupError where there can be no such file."""

@@ -1,8 +1,8 @@
 """Signals that ask the server to stop; a second one ends the process at once.
 
-Ctrl-C (SIGINT), SIGTERM, SIGQUIT (some images' way to ask), and SIGHUP: the terminal has gone, as
-where an ssh session ends. A shell and the kernel may both send that, so it ends nothing by itself,
-and nohup's wish that it be ignored is kept.
+Ctrl-C (SIGINT), SIGTERM, SIGQUIT (which some images send to stop), and SIGHUP: the terminal has
+gone, for instance as an ssh session ended. A shell and the kernel may both send SIGHUP for that, so
+as a second signal it is ignored. Under nohup it is ignored altogether.
 
 They are handlers of the interpreter, not of the event loop, so that they hold before there is a
 loop, while it is stuck and after its end.
@@ -22,7 +22,7 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code of a command that Ctrl-C ends
 
 
 class StopSignals:
-    """In force while it is entered; entered on the main thread.
+    """A context manager, entered on the main thread: the handlers are set inside it.
 
     first  the signal that asked to stop, None where none has come.
     """

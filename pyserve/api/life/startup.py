@@ -21,7 +21,7 @@ class Phase:
     done: int
     total: int  # 0: unknown
     began_s: float
-    counted_s: float | None = None  # when nothing of `total` was done; None: when it began
+    counted_s: float | None = None  # when the count stood at 0; None: when the phase began
 
     @property
     def progress(self) -> float | None:
@@ -42,13 +42,13 @@ class Phase:
 
 
 class StopLoading(BaseException):
-    """Raised by a report to the thread that loads: the server is told to stop, end what runs."""
+    """Raised by a report in the thread that loads: the server has been told to stop."""
 
 
 class Startup:
-    """Phases of the start-up, told by the loading thread, shown by the event loop.
+    """The phases of the start-up: the loading thread reports them, the event loop shows them.
 
-    The first begins with the process, so that their sum is what the user has waited.
+    The first begins with the process, so that their sum is how long the user has waited.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,8 @@ class Startup:
     def report(self, name: str, done: int, total: int) -> None:
         """Called by one thread at a time; a new name ends the phase before it.
 
-        A report of nothing done starts the clock by which the speed is told. Raises StopLoading
-        once the start is given up.
+        The speed is counted from the last report with nothing done. Raises StopLoading once the
+        start is given up.
         """
         if self._is_given_up:
             raise StopLoading
@@ -92,7 +92,7 @@ class Startup:
         self.phase = replace(phase, done=done, total=total, counted_s=counted_s)
 
     def give_up(self) -> None:
-        """The next report raises: whoever loads lets go of what it holds."""
+        """Let the next report raise StopLoading, so that the loading thread ends."""
         self._is_given_up = True
 
     def finish(self) -> None:

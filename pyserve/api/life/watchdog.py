@@ -1,6 +1,6 @@
 """How late the event loop is: one timer that knows when it should have run.
 
-Whatever holds the loop (or the GIL) holds every stream; what is measured here is what they wait.
+Whatever blocks the loop, or holds the GIL, delays every stream by as much as is measured here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LoopWatchdog:
         self._arm(now)
 
     def forget(self) -> None:
-        """Begin anew: what comes from here on is another part of life."""
+        """Forget what was measured, for instance during the start-up."""
         self.max_lag_s = 0.0
         self.num_late = 0
         self._recent = (0.0, 0.0)

@@ -54,7 +54,7 @@ def measure(body: bytes) -> Structure:
 def check_structure(body: bytes, max_list_ids: int) -> None:
     """Refuse a body that holds too many values to decode.
 
-    max_list_ids  the most token ids that one list of them can do with; 0: there are no such lists.
+    max_list_ids  how many token ids one list may need, 0 where the request has no such lists.
 
     Raises InvalidRequestError.
     """

@@ -28,7 +28,7 @@ _SETTLED = frozenset({str, int, bool, type(None)})
 
 
 def is_for_here(error: msgspec.ValidationError) -> bool:
-    """Whether what a strict decoder says against a body may be no fault here."""
+    """Whether a body that a strict decoder has refused may pass here."""
     return "unknown field" in str(error) or "got `float`" in str(error)
 
 
@@ -67,7 +67,7 @@ class Names:
         return len(self.names) > MAX_NAMES
 
     def add(self, name: str) -> None:
-        """Where there is still place."""
+        """Keep `name`, unless it is known or there are enough."""
         if not self.is_full and name not in self.names:
             self.names.append(name)
 
