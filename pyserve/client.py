@@ -55,9 +55,10 @@ class SequenceStream:
     """Output of one sequence: written by the engine, read by one coroutine of the API.
 
     num_cached_tokens  prompt tokens from the prefix cache; set before the first token.
-    queued_s, scheduled_s, first_token_s, ended_s
-                       when the engine took it, first gave it a row, had its first token and said
-                       its last word, on the monotonic clock; 0 where that has not come.
+    queued_s           when the engine accepted it, on the monotonic clock as all of these.
+    scheduled_s        when it was in a step for the first time; 0 until then.
+    first_token_s      when its first token was sampled; 0 until then.
+    ended_s            when it finished or failed; 0 until then.
     """
 
     seq_id: int

@@ -127,7 +127,8 @@ class BlockManager:
             block_hash = seq.block_hashes[index]
             if self._pending.get(block_hash) is seq:
                 del self._pending[block_hash]
-            if block_hash not in self._block_of:  # else two computed the same: the first stays
+            # Where another sequence has computed the same block, the cache keeps the first.
+            if block_hash not in self._block_of:
                 block_id = seq.block_ids[index]
                 self._block_of[block_hash] = block_id
                 self._hash_of[block_id] = block_hash

@@ -191,7 +191,7 @@ class Engine:
                 self._finish(seq, "length")
         self.num_output_tokens += num_output_tokens
         self.num_steps += 1
-        # The other sequences have had their last token by the last update: they share its gap.
+        # All other tokens follow one of the last update: the time since then is their latency.
         num_gaps = num_output_tokens - num_first_tokens
         if num_gaps:
             self.histograms.inter_token_s.observe(now_s - self._last_update_s, num_gaps)

@@ -55,9 +55,9 @@ QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
 
 def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
-    progress("build", 0, 0)  # what there is to compile shows later
+    progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
-    start = plan_start(config)  # a refusal need not wait for a compiler
+    start = plan_start(config)  # before anything is compiled, so that a refusal comes at once
     device, model_config, dtype = start.device, start.model_config, start.dtype
     memory, plan = start.memory, start.plan
     if model_config.unknown_fields:
@@ -218,10 +218,10 @@ def _start_runner(
     executor: StepExecutor, config: EngineConfig, plan: MemoryPlan, memory: Memory,
     progress: Progress,
 ) -> tuple[Runner, MemoryPlan]:  # fmt: skip
-    """A runner with its KV cache, and the plan with that; progress of the phase warmup, in steps.
+    """A warm runner with its KV cache, and the plan with the blocks that the cache has got.
 
-    On a card the largest step runs first: the KV cache gets what is really free then. `memory` is
-    what there was before the model came.
+    On a card the largest step runs first, and the KV cache gets what is really free then. `memory`
+    is what there was before the model was loaded. progress counts the warm-up's steps.
     """
 
     def report(done: int, total: int) -> None:
@@ -246,7 +246,7 @@ def _start_runner(
 
 @contextmanager
 def _card_may_be_full(plan: MemoryPlan) -> Iterator[None]:
-    """What a card does not take is one line: others may have taken memory since it was planned."""
+    """Turns what fails on a card into one line: others may have taken memory since the plan."""
     try:
         yield
     except torch.OutOfMemoryError as error:

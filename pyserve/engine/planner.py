@@ -1,8 +1,8 @@
-"""What fits: every formula about memory, the only copy.
+"""What fits: the plan of all memory, made before anything is allocated.
 
-The ledger is weights + activations of the largest step + logits + slots + step buffers + rope table
-+ KV cache, on a card its CUDA context, modules and workspaces too: all of it computed before
-anything is allocated. On a card `fit_kv` then gives the KV cache what is really free.
+The ledger is the weights, the rope table, what state.py lists and the KV cache; on a card its CUDA
+context and modules too. No tensor's size is written down here: a model and a StepState on the meta
+device are asked for theirs. On a card `fit_kv` then gives the KV cache what is really free.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ LOGITS_TILE_ROWS = 64  # rows of logits that exist at once
 CARD_LOGITS_TILE_ROWS = 256  # so many rows read the output head once
 
 DEFAULT_KV_BYTES = 512 * MIB  # of the KV cache on a CPU, where one sequence does not need more
-MAX_BLOCKS = 2**19  # of the KV cache on a card: the host keeps some 200 bytes for each
-# What is in use before the model comes is up to this our CUDA context; what is beyond, others'.
+MAX_BLOCKS = 2**19  # of the KV cache on a card: each takes some 200 bytes of the host's memory
+# Of the memory that is in use before the model is loaded, so much at most is taken for our own CUDA
+# context. What is more belongs to other processes.
 MAX_CONTEXT_BYTES = GIB
 MODULE_BYTES = 256 * MIB  # code loaded when it is first called, the matrix library's workspace
 TOLERANCE = 0.03  # of the ledger
@@ -51,12 +52,12 @@ class CardMemory:
 
     @property
     def context_bytes(self) -> int:
-        """Of used_bytes before the model comes: ours."""
+        """Of used_bytes, before the model is loaded: what this process holds."""
         return min(self.used_bytes, MAX_CONTEXT_BYTES)
 
     @property
     def others_bytes(self) -> int:
-        """Of used_bytes before the model comes: what other processes hold."""
+        """Of used_bytes, before the model is loaded: what other processes hold."""
         return self.used_bytes - self.context_bytes
 
 

@@ -18,11 +18,11 @@ LIBRARIES = (
     ("libtorch_global_deps.so", os.RTLD_LAZY | os.RTLD_GLOBAL),
     ("libtorch.so", os.RTLD_LAZY),
 )
-READ_AHEAD = "libtorch_python.so"  # cannot be opened without the GIL: at least it is in memory
+READ_AHEAD = "libtorch_python.so"  # opening it needs the GIL, reading it into memory does not
 
 
 def preload_torch() -> None:
-    """Never raises: what is amiss with torch, `import torch` says best."""
+    """Never raises. Where torch cannot be loaded, `import torch` will tell why."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return

@@ -38,7 +38,8 @@ class Load(NamedTuple):
 class QueueBound:
     """Keeps the sequences of an engine, running and waiting, at num_slots + max_queue.
 
-    The slots count, as what has just come waits for the next step even where slots are free.
+    Running sequences count too: a sequence that has just come waits until the next step is
+    scheduled, even where slots are free.
 
     One user may have all of that while nobody else asks. Whoever comes then still gets in, up to an
     equal share of it: so all users together may have twice as much. One request may have half of

@@ -126,11 +126,13 @@ class Scheduler:
         return True
 
     def _level(self) -> None:
-        """Preempt one sequence of the user who has most, where one who has less finds no room.
+        """Preempt one sequence of the user who holds most slots, or most blocks, where a user who
+        holds fewer finds none.
 
-        A user with as many sequences as there are slots, or with all blocks, would else keep the
-        others waiting until one of them ends. Nothing is moved where the two would only change
-        places: so a prompt of a hundred sequences' size does not push out a hundred of them.
+        Otherwise a user with a sequence in every slot, or with all blocks, would keep the others
+        waiting until one of them ends. Nothing is preempted where the waiting user would then hold
+        as much as the other one does now: so a prompt as large as a hundred sequences does not
+        push out a hundred of them.
         """
         if max(self.num_running_of.values(), default=0) < 2:
             return

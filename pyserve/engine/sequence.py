@@ -38,13 +38,14 @@ class Sequence:
     root_hash        parent of the first block's hash: separates adapters and cache salts.
     generation       names the present stay in a slot; results of an earlier one are dropped.
     block_hashes     of the full blocks of token_ids hashed so far.
-    num_offered_blocks, next_offer_len
-                     leading blocks that the prefix cache has or was offered, and the length at
-                     which the next one is full.
+    num_offered_blocks
+                     leading blocks that have been offered to the prefix cache, or came from it.
+    next_offer_len   valid tokens from which on the block behind those is full.
     awaited_hash     a block that another sequence is computing; admission waits for it.
-    num_wanted_blocks  free blocks that the last vain attempt at admission asked for.
-    preempted_s      when it was preempted, as good as the time of its last token; 0 once it has
-                     had another.
+    num_wanted_blocks
+                     free blocks that its last attempt at admission needed and did not find.
+    preempted_s      when it was preempted; 0 once it has had another token since. The next token's
+                     latency is counted from here.
     """
 
     stream: SequenceStream

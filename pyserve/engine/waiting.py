@@ -18,7 +18,7 @@ _order = attrgetter("order")
 
 
 class WaitingQueue:
-    """One sorted list a user; a user with nothing in it has none."""
+    """A sorted list for each user who has sequences in it."""
 
     def __init__(self) -> None:
         self._lists: dict[str, list[Sequence]] = {}
@@ -49,10 +49,11 @@ class WaitingQueue:
         self._size = 0
 
     def in_turn(self, num_running: Mapping[str, int]) -> Iterator[Sequence]:
-        """Each once, as they are to be admitted: by priority, the fewest running, then age.
+        """All sequences in the order of admission: by priority, then by how few sequences of the
+        same user run, then by age.
 
-        num_running  user -> running sequences, absent: 0. It may change and a sequence that was
-                     yielded be removed before the next is asked for; nothing else.
+        num_running  user -> running sequences; 0 where the user is absent. Between two sequences
+                     it may change, and the one that was yielded last may be removed; nothing else.
         """
         heap = [_turn(own[0], 0, num_running) for own in self._lists.values()]
         heapq.heapify(heap)
@@ -61,7 +62,7 @@ class WaitingQueue:
             yield seq
             own = self._lists.get(seq.user, [])
             if index < len(own) and own[index] is seq:
-                index += 1  # it stays, and is passed
+                index += 1  # it was not admitted: the next of this user
             if index < len(own):
                 heapq.heapreplace(heap, _turn(own[index], index, num_running))
             else:
@@ -71,6 +72,7 @@ class WaitingQueue:
 def _turn(
     seq: Sequence, index: int, num_running: Mapping[str, int]
 ) -> tuple[int, int, int, int, Sequence]:
-    """Sorts whose turn it is; no two have the same arrival, so sequences are never compared."""
+    """The key of a sequence in the order of admission. No two sequences have the same arrival, so
+    the comparison never comes to the last two entries."""
     priority, arrival = seq.order
     return priority, num_running.get(seq.user, 0), arrival, index, seq

@@ -43,7 +43,7 @@ class _Ops:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         op = getattr(torch.ops.pyserve, name).default
-        # A step is mostly these calls: past the Python of OpOverload.__call__ they take 0.3 us less.
+        # OpOverload.__call__ is Python: 0.3 us of each call, and a step is mostly these calls.
         function: Callable[..., None] = getattr(op, "_op", op)
         setattr(self, name, function)
         return function
