@@ -116,6 +116,15 @@ def test_the_base_install_is_what_pyserve_imports() -> None:
     assert others == {"yarl", "transformers", "sentencepiece"}
 
 
+def test_every_folder_with_code_is_in_the_wheel() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^packages = \[(.*?)\]\n", text, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    folders = {path.parent for path in (ROOT / "pyserve").rglob("*.py")}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(re.findall(r'"(.+?)"', listed[1])) == packages | {"pyserve.demo", "pyserve.csrc"}
+
+
 def test_the_readme_installs_with_the_constraints() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"^## Test\n+```bash\n(.*?)```", text, re.MULTILINE | re.DOTALL)

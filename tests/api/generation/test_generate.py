@@ -196,6 +196,19 @@ def test_n_choices_read_through_one_wakeup(tokenizer: Tokenizer) -> None:
     assert usage.completion_tokens == sum(len(script.token_ids) for script in scripts)
 
 
+@pytest.mark.parametrize(("n", "asked"), [(1, [1]), (3, [3, 1, 1, 1])])
+def test_room_is_asked_for_all_sequences_before_the_first(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, n: int, asked: list[int]
+) -> None:
+    """Of one alone the engine asks itself, when it is submitted."""
+    seen: list[int] = []
+    monkeypatch.setattr(
+        FakeEngine, "check_room", lambda self, num_sequences, **more: seen.append(num_sequences)
+    )
+    generate(tokenizer, lambda _: Script([9, EOS]), ending(), n=n)
+    assert seen == asked
+
+
 def test_an_error_ends_the_request_and_aborts_the_rest(tokenizer: Tokenizer) -> None:
     engines: list[FakeEngine] = []
 
