@@ -1,4 +1,4 @@
-"""How a checkpoint's files are called, and how large what describes them may be. Without torch."""
+"""Names of a checkpoint's files, and limits of what describes them. Imports no torch."""
 
 from __future__ import annotations
 

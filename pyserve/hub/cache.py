@@ -3,8 +3,8 @@
     models--owner--name/blobs/ETAG          contents
                         snapshots/COMMIT/   links to them, by the names in the repository
                         refs/REVISION       the commit that a branch or tag was last seen at
-                        .pyserve/COMMIT.KIND  ours: what was fetched of a commit, written when whole
-    .locks/models--owner--name/         locks, and ours for a moment: headers of weights to come
+                        .pyserve/COMMIT.KIND  our note of what was fetched, once all is there
+    .locks/models--owner--name/         locks; for a moment, the headers of weights to be fetched
 
 Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
@@ -67,7 +67,7 @@ class RepoCache:
             self._set_ref(revision, commit)
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace_text(path, msgspec.json.encode({file.name: file.size for file in files}))
-        except OSError as error:  # a cache that is only read works, with one call at each start
+        except OSError as error:  # a read-only cache works too, but the hub is asked at each start
             log.get_logger().debug("no note in the cache: %s", error.strerror)
 
     def has(self, commit: str, file: RemoteFile) -> bool:
@@ -121,7 +121,7 @@ class RepoCache:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file, links followed; -1 where there is none."""
+    """Size in bytes of a regular file, following links; -1 where there is none."""
     try:
         return path.stat().st_size if path.is_file() else -1
     except OSError:
@@ -134,5 +134,5 @@ def _replace_text(path: Path, text: bytes) -> None:
         temporary.write_bytes(text)
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # a disk that is full keeps no halves
+        temporary.unlink(missing_ok=True)  # a full disk leaves no half-written file
         raise

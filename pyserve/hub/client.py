@@ -1,8 +1,9 @@
 """The hub's HTTP API: what a repository holds at one commit, and ranges of its files.
 
-Own requests, because huggingface_hub (2.4) starts a file from zero after a kill, takes a stall for
-an end, and brings another HTTP library in each of its major versions. Its headers, endpoint and
-token are used. What fails for a moment is tried again within bounds; all else is one StartupError.
+Own requests, because huggingface_hub (2.4) starts a file from zero after a kill, gives up where a
+connection stalls, and brings another HTTP library in each of its major versions. Its headers,
+endpoint and token are used. What fails for a moment is tried again within bounds; all else is one
+StartupError.
 API: https://huggingface.co/docs/hub/api
 """
 
@@ -23,14 +24,14 @@ from pyserve import log
 from pyserve.errors import ConfigError, StartupError
 from pyserve.hub.proxies import Proxy, settle_proxies
 
-STALL_S = 30.0  # without a byte
-MAX_FAILURES = 5  # in a row, without a byte between them
-BACKOFF_S = 1.0  # doubles
+STALL_S = 30.0  # without a byte: the connection is given up
+MAX_FAILURES = 5  # tries in a row that brought no byte
+BACKOFF_S = 1.0  # before the second try; it doubles with each
 MAX_WAIT_S = 300.0  # that the hub may ask for: its limits are counted over five minutes
 MAX_LISTING_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 2**50
 READ_BYTES = 2**20
-NUM_QUESTIONS = 8  # at once
+NUM_QUESTIONS = 8  # requests about single files at once
 IN_PART, OK = 206, 200
 MOVED = (301, 302, 303, 307, 308)
 
@@ -42,7 +43,7 @@ Write = Callable[[int, bytes], None]  # offset in the file, data
 
 
 class UnreachableError(StartupError):
-    """The hub did not answer, or only with faults of its own."""
+    """The hub did not answer, or only with server errors."""
 
 
 class RemoteFile(msgspec.Struct, frozen=True):
@@ -77,7 +78,7 @@ class _ModelInfo(msgspec.Struct):
 
 
 class _Transient(Exception):
-    """May work the next time; `wait_s` is what the hub asked for."""
+    """A fault that another try may get past; `wait_s`: what the hub asked us to wait."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -281,7 +282,7 @@ class HubClient:
     def _check_length(
         self, response: aiohttp.ClientResponse, file: RemoteFile, start: int, end: int
     ) -> None:
-        """What is sent must be the range that was asked for, of a file of the listed size."""
+        """Refuse an answer that is not the range asked for, of a file of the listed size."""
         if response.status == IN_PART:
             sent = response.headers.get("Content-Range", "")
             wanted = f"bytes {start}-{end - 1}/{file.size}"
@@ -306,7 +307,7 @@ class HubClient:
         return info
 
     async def _pause(self, what: str, error: Exception, failures: int) -> None:
-        """Before the next try. Raises UnreachableError where there is none."""
+        """Wait before the next try. Raises UnreachableError after the last one."""
         reason = _describe(error)
         if isinstance(error, aiohttp.ClientProxyConnectionError) and self._proxy is not None:
             reason = f"the proxy {self._proxy.address} ({self._proxy.variable}) cannot be reached"
@@ -334,13 +335,13 @@ class HubClient:
 
 
 def _listed(item: _Sibling) -> RemoteFile | None:
-    """A file of the list; None where it tells no size and checksum, or none that can be."""
+    """A file as the hub lists it; None where size or checksum are missing or impossible."""
     etag = item.lfs.sha256 if item.lfs is not None else item.blobId
     return _remote_file(item.rfilename, item.size, etag)
 
 
 def _described(name: str, headers: Mapping[str, str]) -> RemoteFile | None:
-    """A file as the answer to HEAD describes it; None as above."""
+    """A file as the answer to HEAD describes it; None likewise."""
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
     etag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
     return _remote_file(

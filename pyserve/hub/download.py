@@ -28,7 +28,7 @@ COUNT = struct.Struct("<Q")  # then for each part the bytes of it that are there
 HASH_BYTES = 8 * 2**20
 GIT_BLOB_CHARS = 40
 
-Progress = Callable[[int, int], None]  # bytes done, of
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class PartialFile:
@@ -56,7 +56,7 @@ class PartialFile:
         return start + self.done[index], min(start + PART_BYTES, self.file.size)
 
     def write(self, index: int, offset: int, data: bytes) -> None:
-        """The next bytes of a part: first they, then the word that they are there."""
+        """Write the next bytes of a part, and after them the journal's note of them."""
         if self._data_fd < 0:
             self._open()
         view = memoryview(data)
@@ -73,7 +73,7 @@ class PartialFile:
             self._open()
         is_sound = _digest(self._data_fd, self.file) == self.file.etag
         if is_sound:
-            # Before it has its name: after a power cut a blob of the right size could be of zeros.
+            # Before it gets its name: else a power cut may leave zeros of the right size under it.
             os.fdatasync(self._data_fd)
         self.close()
         if is_sound:
@@ -101,7 +101,7 @@ class PartialFile:
         os.pwrite(self._journal_fd, HEAD.pack(self.file.size, PART_BYTES) + words, 0)
 
     def _read_journal(self) -> list[int] | None:
-        """What is there already; None where that is nothing, or of another cut."""
+        """What an earlier run left; None where nothing is there, or parts of another size."""
         try:
             text = self._journal_path.read_bytes()
             if self._data_path.stat().st_size != self.file.size:
@@ -119,7 +119,7 @@ class PartialFile:
 
 
 class Download:
-    """Fetches files; `progress` hears of bytes fetched, of those that were missing at first."""
+    """Fetches files; `progress` gets the bytes fetched, and the bytes missing at the start."""
 
     def __init__(self, client: HubClient, *, named: str, commit: str, progress: Progress) -> None:
         self._client = client
@@ -138,7 +138,7 @@ class Download:
         self._progress(self.done, self._total)
 
     async def run(self, partials: Iterable[PartialFile]) -> None:
-        """Until all of them are blobs. Raises StartupError, and OSError of the disk."""
+        """Fetch until all of them are blobs. Raises StartupError, and OSError of the disk."""
         partials = list(partials)
         for partial in partials:
             self._add(partial)

@@ -25,7 +25,7 @@ TEXTS = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one makes a tokenizer
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each alone makes a tokenizer
 
 FIRST_BYTES = 64 * 1024  # most headers are shorter
 MAX_HEADERS_BYTES = 256 * 2**20  # of all files of a model; 200 shards of a large one have 20 MB
@@ -79,7 +79,7 @@ def looks_whole(snapshot: Path, *, has_weights: bool) -> bool:
 
 
 def likely_weights(listing: Listing) -> list[RemoteFile]:
-    """Before the index is here: what it will name."""
+    """What the index will probably name, before it is fetched."""
     if SINGLE_FILE in listing.files:
         return [listing.files[SINGLE_FILE]]
     return [
@@ -132,7 +132,7 @@ async def write_headers(
                     f"{named}: the headers of its {len(weights)} safetensors files have more than "
                     f"{MAX_HEADERS_BYTES} bytes"
                 )
-            # What is too long is refused by who reads the file.
+            # A header that is too long is refused where the file is read.
             if len(text) < end <= min(LENGTH_BYTES + MAX_HEADER_BYTES, file.size):
                 text += await client.read(file, len(text), end, commit=commit)
         with (folder / file.name).open("wb") as sink:

@@ -237,7 +237,7 @@ def _cached(wanted: _Wanted) -> Path | None:
     commit = wanted.cache.commit_of(wanted.revision)
     if commit is None:
         return None
-    # Whoever has the weights of a commit has its texts: they are fetched first.
+    # Texts are fetched before weights: a commit whose weights are here has its texts.
     kinds = {wanted.kind, "model"}
     if not any(wanted.cache.is_whole(commit, kind) for kind in kinds):
         return None
@@ -351,7 +351,7 @@ async def _check_headers(
     wanted: _Wanted, client: HubClient, weights: list[RemoteFile], *, commit: str, check: Check
 ) -> None:
     """Let `check` see the model before it is here."""
-    # In the cache, which is known to be writable here; where /tmp is, nobody knows.
+    # In the cache, which is known to be writable here; /tmp may be small or read-only.
     with tempfile.TemporaryDirectory(prefix="pyserve-", dir=wanted.cache.locks) as name:
         folder, snapshot = Path(name), wanted.cache.snapshot(commit)
         for text in snapshot.iterdir():
@@ -366,7 +366,7 @@ async def _check_headers(
 
 
 def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
-    """They are fetched before the model is looked at, and read into memory."""
+    """Raises CheckpointError where they are too large: they will be read into memory."""
     for file in texts:
         if file.size > MAX_TEXT_BYTES:
             raise CheckpointError(
@@ -396,7 +396,7 @@ def _link(cache: RepoCache, commit: str, file: RemoteFile) -> None:
 
 
 def _check_disk(wanted: _Wanted, num_bytes: int) -> None:
-    """All that will be written, against what is free now."""
+    """Raises StartupError where the disk has no room for all that will be written."""
     if not num_bytes:
         return
     folder = wanted.cache.root

@@ -81,7 +81,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_heads(self) -> int:
-        """Of the layer that has most; likewise those below."""
+        """The most that a layer has; so are those below."""
         return max(layer.attention.num_heads for layer in self.layers)
 
     @property
@@ -96,11 +96,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def intermediate_size(self) -> int:
         return max(layer.mlp.size for layer in self.layers)
 
-    @property
-    def window_sizes(self) -> frozenset[int]:
-        """The sliding windows that layers have; 0 among them where one has none."""
-        return frozenset(layer.attention.window for layer in self.layers)
-
     def lacking(self) -> list[str]:
         """What it asks for that nothing here computes, in words, each once."""
         lacks = dict.fromkeys(text for layer in self.layers for text in layer.lacking())
@@ -112,8 +107,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> ModelConfig:
-    """The model that config.json `raw` describes, read by a row of registry.py; whether all of it
-    can be computed is another question. Raises ConfigError naming the key, value and limit."""
+    """The model that config.json `raw` describes, read by a row of registry.py.
+
+    It may need more than is built: see ModelConfig.lacking. Raises ConfigError naming the key, the
+    value and the limit.
+    """
     fields = Fields(raw, "config.json")
     _refuse_quantised(fields)
     activation = _activation(fields, architecture)
@@ -169,17 +167,17 @@ def _layers(
         activation=activation,
         has_bias=_bias(fields, "mlp_bias", name, architecture.mlp_bias),
     )
-    windows = _windows(fields, architecture, num_layers, max_model_len)
-    by_window = {
-        window: LayerConfig(
+    window, kinds = _layer_kinds(fields, architecture, num_layers, max_model_len)
+    by_kind = {
+        kind: LayerConfig(
             attention=AttentionConfig(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
-                rope=ropes["sliding_attention" if window else "full_attention"],
+                rope=ropes[kind],
                 softmax_scale=query_scale**-0.5,
                 softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
-                window=window,
+                window=window if kind == "sliding_attention" else 0,
                 qkv_bias=qkv_bias,
                 o_bias=qkv_bias and architecture.has_o_bias,
                 qk_norm=architecture.qk_norm,
@@ -188,9 +186,9 @@ def _layers(
             norm=norm,
             names=architecture.names,
         )
-        for window in windows
+        for kind in LAYER_KINDS
     }
-    return tuple(by_window[window] for window in windows), max_model_len
+    return tuple(by_kind[kind] for kind in kinds), max_model_len
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -307,35 +305,38 @@ def _bias(
     return has_bias
 
 
-def _windows(
+def _layer_kinds(
     fields: Fields, architecture: Architecture, num_layers: int, max_model_len: int
-) -> tuple[int, ...]:
-    """The sliding window of each layer, from a rule of the family or from `layer_types`."""
+) -> tuple[int, tuple[LayerKind, ...]]:
+    """The sliding window, 0 where it would never end, and the layers that have one, from a rule of
+    the family or from `layer_types`."""
     window = _window(fields, architecture, max_model_len)
     first, every = 0, 1
-    if architecture.window == "upper":
+    if architecture.window == "none":
+        first = num_layers
+    elif architecture.window == "upper":
         first = fields.integer(
             "max_window_layers", 0, MAX_CONTEXT, default=DEFAULT_MAX_WINDOW_LAYERS
         )
     elif architecture.window == "alternate":
         every = 2
-    windows = tuple(
-        window if layer >= first and layer % every == 0 else 0 for layer in range(num_layers)
+    kinds: tuple[LayerKind, ...] = tuple(
+        "sliding_attention" if layer >= first and layer % every == 0 else "full_attention"
+        for layer in range(num_layers)
     )
     if not fields.has("layer_types"):
-        return windows
+        return window, kinds
     types = fields.strings("layer_types")
     if len(types) != num_layers or set(types) - set(LAYER_KINDS):
         raise fields.refuse(
             "layer_types", f"must be {num_layers} of full_attention and sliding_attention"
         )
-    typed = tuple(window if kind == "sliding_attention" else 0 for kind in types)
     if "sliding_attention" in types and not window:
         raise fields.refuse("layer_types", "names sliding_attention but there is no sliding_window")
     # transformers reads layer_types for the Qwen families only; elsewhere it must change nothing.
-    if architecture.window != "upper" and typed != windows:
+    if window and architecture.window != "upper" and tuple(types) != kinds:
         raise fields.refuse("layer_types", "contradicts sliding_window")
-    return typed
+    return window, tuple(cast(list[LayerKind], types))
 
 
 def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> int:

@@ -118,6 +118,11 @@ class Decoder:
             )
             for index, layer in enumerate(config.layers)
         ]
+        # Layers with the same window share an attention plan, and so must have the same sizes.
+        self._sizes_by_window = {
+            described.attention.window: layer.attention.sizes
+            for described, layer in zip(config.layers, self.layers, strict=True)
+        }
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
         if config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
@@ -129,17 +134,21 @@ class Decoder:
     @property
     def decode_query_len(self) -> int:
         """The longest query that counts as decoding."""
-        return attention_plan.decode_query_len(self.config.num_heads, self.config.num_kv_heads)
+        return min(
+            attention_plan.decode_query_len(num_heads, num_kv_heads)
+            for num_heads, num_kv_heads, _ in self._sizes_by_window.values()
+        )
 
     def plan(self, ctx: ForwardContext) -> None:
         """What is worked out once a step for all layers; before `forward`."""
         for window, plan in ctx.attention_plans.items():
+            num_heads, num_kv_heads, _ = self._sizes_by_window[window]
             ops.plan_attention(
                 ctx.cu_seqlens_q,
                 ctx.seq_lens,
                 plan,
-                num_heads=self.config.num_heads,
-                num_kv_heads=self.config.num_kv_heads,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
                 window=window,
             )
 
@@ -178,13 +187,12 @@ class Decoder:
         self, max_num_tokens: int, max_num_rows: int, device: torch.device
     ) -> dict[int, ops.AttentionPlan]:
         """By window: room for what `plan` works out for a step of that size on a card."""
-        config = self.config
         return {
             window: attention_plan.allocate(
-                max_num_tokens, max_num_rows, num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, device=device,
+                max_num_tokens, max_num_rows, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                head_dim=head_dim, device=device,
             )
-            for window in config.window_sizes
+            for window, (num_heads, num_kv_heads, head_dim) in self._sizes_by_window.items()
         }  # fmt: skip
 
     def bytes_per_position(self) -> int:

@@ -143,7 +143,7 @@ def _check(
 
 
 def _lacks(missing: Set[str], stored: dict[str, StoredTensor]) -> CheckpointError:
-    """The error for a checkpoint without the tensors of these names, and what it may be."""
+    """The error for a checkpoint without these tensors, with a likely cause."""
     text = f"the checkpoint lacks: {name_some(missing)}{_note_of_quantised(stored)}"
     pair = {HEAD_NAME, EMBEDDING_NAME}
     if len(missing & pair) == 1 and pair & stored.keys():
@@ -208,7 +208,7 @@ def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: to
 
 
 def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Progress) -> None:
-    """On a card, which makes noise as fast as it writes it. Another kind of card, other noise."""
+    """Drawn on the card, which is as fast as writing; another kind of card draws other numbers."""
     total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)

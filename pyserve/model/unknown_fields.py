@@ -112,7 +112,7 @@ _CHANGING: dict[str, _Row] = {
     "no_rope_layer_interval": _NONE,
     "use_mrope": _OFF,
     "use_dynamic_ntk": _OFF,
-    # who sees whom
+    # attention masks, and layers that share keys and values
     "is_causal": _Row((True,), refuses_null=True),
     "is_encoder_decoder": _OFF,
     "add_cross_attention": _OFF,

@@ -85,7 +85,7 @@ def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         if not os.path.exists(path):
             raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it")
         for tensor in read_header(path):
-            # A tensor that another file is listed for is not this file's to give.
+            # The index may list another file for this tensor; then that file's counts.
             if weight_map.get(tensor.name, file_name) == file_name:
                 tensors[tensor.name] = tensor
     missing = [name for name in weight_map if name not in tensors]
@@ -119,8 +119,7 @@ class CheckpointReader:
     """Streams stored tensors to `device` in pieces of at most `buffer_bytes`. A context manager: it
     holds an open file, and for a card threads and page-locked memory.
 
-    One buffer, two for a card, are all the host memory that a checkpoint takes besides destinations
-    there.
+    Besides parameters in host memory, a checkpoint takes one buffer of it, or two for a card.
     """
 
     def __init__(self, buffer_bytes: int = BUFFER_BYTES, *, device: torch.device = CPU) -> None:

@@ -21,10 +21,7 @@ UNLIMITED = CardMemory(total_bytes=2**50, used_bytes=CONTEXT_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """A model, the settings it would run with, a card's memory, and the plan for it.
-
-    model   what one card computes of it: roofline.shard_model's where several share the layers.
-    """
+    """A model, the settings it would run with, a card's memory, and the plan for it."""
 
     model: ModelConfig
     config: EngineConfig

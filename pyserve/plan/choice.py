@@ -12,7 +12,7 @@ from pyserve.errors import PlanError
 from pyserve.model.config import ModelConfig
 from pyserve.plan.capacity import Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card
-from pyserve.plan.roofline import decode_floor, shard_model, tp_sizes
+from pyserve.plan.roofline import decode_floor, tp_sizes
 from pyserve.plan.table import aligned
 
 COUNTS = (1, 2, 4)  # cards of one kind that are tried
@@ -69,12 +69,11 @@ def find_choices(
         if count not in tp_sizes(model):
             continue
         sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=count)
-        shard = shard_model(model, count)
         for card in CARDS:
             if card.name in found:
                 continue
             try:
-                capacity = find_capacity(shard, config, sizes, named_memory(card))
+                capacity = find_capacity(model, config, sizes, named_memory(card))
             except PlanError:
                 continue
             context = min(mean_context, capacity.plan.max_model_len)

@@ -31,7 +31,7 @@ from pyserve.ops import device as card_here
 from pyserve.plan.capacity import CUDA, Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card, find_card, find_card_that_is_here
 from pyserve.plan.choice import COUNTS, SECONDS_A_DAY, choice_lines, find_choices
-from pyserve.plan.roofline import decode_floor, prefill_floor_s, shard_model
+from pyserve.plan.roofline import decode_floor, prefill_floor_s
 from pyserve.plan.table import aligned
 
 HERE = "here"  # --gpu's word for the card of this machine
@@ -99,7 +99,7 @@ def _one_card(args: argparse.Namespace, model: ModelConfig, prices: dict[str, fl
     config = _engine_config(args)
     tp_size = args.tensor_parallel_size or 1
     sizes = sizes_on_card(model, config, is_int4=args.quantization == "awq", tp_size=tp_size)
-    capacity = find_capacity(shard_model(model, tp_size), config, sizes, place.memory)
+    capacity = find_capacity(model, config, sizes, place.memory)
     lines = [_model_line(args, model, sizes.num_params, sizes.dtype)]
     lines += _card_lines(place, tp_size)
     lines += _memory_lines(capacity, tp_size)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from msgspec.structs import replace
 
 from pyserve.errors import ConfigError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
-from pyserve.model.layer_config import LayerConfig
 from pyserve.model.placement import META, Placement
 from pyserve.plan.cards import Card
 
@@ -34,7 +33,7 @@ class ModelSizes:
     """What one card of `tp_size` holds of a model and what a step reads there, from shapes alone.
 
     dtype           of what is computed, and of the KV cache
-    shapes          of one card's part of the layers, the vocabulary whole; on the meta device
+    shapes          of one card's part, on the meta device
     weight_bytes    of everything that is held
     num_params      of the whole model
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
@@ -72,61 +71,38 @@ def measure_model(
 
     tp_size   cards that share each layer. Raises ConfigError where they cannot.
     """
-    shard = shard_model(model, tp_size)
-    shapes = build_model(shard, Placement(dtype, META), max_model_len=1)
-    views = _views(shapes)
-    layers = [
-        view for name, view in views.items() if view.dim() == 2 and name not in (EMBEDDING, HEAD)
-    ]
-    layer_params = sum(view.numel() for view in layers)
-    dense_bytes = sum(view.nbytes for view in layers)
-    layer_bytes = int(layer_params * INT4_BITS / 8) if is_int4 else dense_bytes
-    head = views.get(HEAD, views[EMBEDDING])
-    # Embedding and head are shared by rows of the vocabulary, which shard_model leaves whole.
-    whole = [view.nbytes for name, view in views.items() if name in (EMBEDDING, HEAD)]
-    others = [view.nbytes for name, view in views.items() if name not in (EMBEDDING, HEAD)]
-    whole_model = build_model(model, Placement(dtype, META), max_model_len=1)
-    return ModelSizes(
-        dtype=dtype,
-        shapes=shapes,
-        weight_bytes=sum(others) - dense_bytes + layer_bytes + -(-sum(whole) // tp_size),
-        num_params=sum(view.numel() for view in _views(whole_model).values()),
-        layer_bytes=layer_bytes,
-        layer_params=layer_params,
-        head_bytes=-(-head.nbytes // tp_size),
-        head_params=-(-head.numel() // tp_size),
-        kv_specs=tuple(shapes.kv_specs()),
-        num_heads=shard.num_heads,
-        head_dim=shard.head_dim,
-    )
-
-
-def shard_model(model: ModelConfig, tp_size: int) -> ModelConfig:
-    """The part of each layer that one of `tp_size` cards computes; the vocabulary stays whole.
-
-    KV heads fewer than cards are held by several of them. Raises ConfigError naming the sizes that
-    divide the heads.
-    """
     if tp_size not in tp_sizes(model):
         raise ConfigError(
             f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
             f"heads and an intermediate size of {model.intermediate_size} can be shared by "
             f"{', '.join(map(str, tp_sizes(model)))} cards"
         )
-
-    def shard(layer: LayerConfig) -> LayerConfig:
-        attention, mlp = layer.attention, layer.mlp
-        return replace(
-            layer,
-            attention=replace(
-                attention,
-                num_heads=attention.num_heads // tp_size,
-                num_kv_heads=max(1, attention.num_kv_heads // tp_size),
-            ),
-            mlp=replace(mlp, size=mlp.size // tp_size),
-        )
-
-    return replace(model, layers=tuple(shard(layer) for layer in model.layers))
+    # The first rank: no other holds more.
+    shapes = build_model(model, Placement(dtype, META, tp_size=tp_size), max_model_len=1)
+    tensors = shapes.destinations()
+    layers = [
+        tensor
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and name not in (EMBEDDING, HEAD)
+    ]
+    layer_params = sum(tensor.num_elements for tensor in layers)
+    dense_bytes = sum(tensor.nbytes for tensor in layers)
+    layer_bytes = int(layer_params * INT4_BITS / 8) if is_int4 else dense_bytes
+    head = tensors.get(HEAD, tensors[EMBEDDING])
+    num_heads, _, head_dim = shapes.layers[0].attention.sizes
+    return ModelSizes(
+        dtype=dtype,
+        shapes=shapes,
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()) - dense_bytes + layer_bytes,
+        num_params=sum(prod(tensor.shape) for tensor in tensors.values()),
+        layer_bytes=layer_bytes,
+        layer_params=layer_params,
+        head_bytes=head.nbytes,
+        head_params=head.num_elements,
+        kv_specs=tuple(shapes.kv_specs()),
+        num_heads=num_heads,
+        head_dim=head_dim,
+    )
 
 
 def tp_sizes(model: ModelConfig) -> list[int]:
@@ -138,11 +114,6 @@ def tp_sizes(model: ModelConfig) -> list[int]:
         and model.intermediate_size % size == 0
         and (model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0)
     ]
-
-
-def _views(shapes: Decoder) -> dict[str, torch.Tensor]:
-    """Every parameter by its name in a checkpoint."""
-    return {name: place.view for name, place in shapes.destinations().items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def test_greedy_tokens_are_the_same(name: str, root: Path) -> None:
 def test_windows_matter_where_they_end(name: str, root: Path) -> None:
     folder = checkpoint(name, torch.float32, root)
     decoder = oracle.load_ours(folder)
-    window = max(decoder.config.window_sizes)
+    window = max(layer.attention.window for layer in decoder.config.layers)
     limited = Driver(decoder).step({0: PROMPT})
     without = with_windows(decoder.config, 0, 0, 0)
     unlimited = Driver(oracle.load_ours(folder, layers=without.layers)).step({0: PROMPT})

@@ -173,6 +173,10 @@ def test_a_rope_table_for_each_kind_of_layer() -> None:
     decoder = build_model(config, Placement(torch.float32, META), max_model_len=8)
     tables_made = [layer.attention.cos_sin for layer in decoder.layers]
     assert tables_made[0] is tables_made[2] is not tables_made[1] is tables_made[3]
+    # A window that never ends changes nothing about the rotation.
+    wide = describe(raw | {"sliding_window": 4096}, "Phi3ForCausalLM", row)
+    assert [layer.attention.window for layer in wide.layers[:2]] == [0, 0]
+    assert [layer.attention.rope for layer in wide.layers[:2]] == [plain, scaled]
     with pytest.raises(ConfigError, match="one table for all layers, not one for full_attention"):
         describe(raw, "Phi3ForCausalLM", PHI3)
 
