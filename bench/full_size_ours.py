@@ -27,6 +27,7 @@ from pyserve.engine.engine import Engine, Runner
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.state import StepLimits
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
@@ -99,11 +100,13 @@ def make_engine(decoder: Decoder, *, max_model_len: int, max_num_batched_tokens:
     """An engine for one sequence of max_model_len tokens, ready to run."""
     executor = StepExecutor(
         decoder,
-        block_size=BLOCK_SIZE,
-        num_slots=NUM_SLOTS,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        logits_tile_rows=LOGITS_TILE_ROWS,
+        StepLimits(
+            block_size=BLOCK_SIZE,
+            num_slots=NUM_SLOTS,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            logits_tile_rows=LOGITS_TILE_ROWS,
+        ),
     )
     num_blocks = num_blocks_for(max_model_len, BLOCK_SIZE) + NUM_SLOTS
     runner: Runner

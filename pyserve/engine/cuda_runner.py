@@ -71,7 +71,7 @@ class CudaRunner:
             _RingEntry(
                 step_input=step_input,
                 words=step_input.numpy(),
-                sampled=_pinned(executor.num_slots),
+                sampled=_pinned(executor.limits.num_slots),
                 event=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
             )
             for step_input in [_pinned(len(executor.step_input)) for _ in range(RING_SIZE)]
@@ -88,7 +88,7 @@ class CudaRunner:
     def warm_up_largest(self) -> None:
         """Run the step that needs most memory, on a KV cache of one block."""
         self._allocate_kv(1)
-        self._run_and_wait(largest_step(self._executor))
+        self._run_and_wait(largest_step(self._executor.limits))
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
         """Allocate the KV cache for good, then run every shape once: after it, nothing is new.
@@ -96,7 +96,7 @@ class CudaRunner:
         report(done, total) counts the shapes.
         """
         self._allocate_kv(num_blocks)
-        steps = list(warmup_steps(self._executor))
+        steps = list(warmup_steps(self._executor.limits))
         for done, step in enumerate(steps):
             report(done, len(steps))
             self._run_and_wait(step)

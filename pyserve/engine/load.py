@@ -75,14 +75,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     with _card_may_be_full(plan):
         model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
         progress("warmup", 0, 0)
-        executor = StepExecutor(
-            model,
-            block_size=config.block_size,
-            num_slots=plan.num_slots,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            max_model_len=plan.max_model_len,
-            logits_tile_rows=plan.logits_tile_rows,
-        )
+        executor = StepExecutor(model, plan)
         runner, plan = _start_runner(executor, config, plan, memory, progress)
 
         def new_engine() -> Engine:
@@ -230,7 +223,7 @@ def _start_runner(
     if isinstance(memory, HostMemory):
         executor.allocate_kv(plan.num_blocks)
         cpu_runner = CpuRunner(executor, num_threads=host.num_threads())
-        smallest_first = list(warmup_steps(executor))[::-1]
+        smallest_first = list(warmup_steps(executor.limits))[::-1]
         cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S, report=report)
         return cpu_runner, plan
     runner = CudaRunner(executor)

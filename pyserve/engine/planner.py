@@ -64,14 +64,10 @@ class CardMemory:
 Memory = HostMemory | CardMemory
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan(StepLimits):
     """What to allocate. The KV cache is the ledger's last entry."""
 
-    num_slots: int
-    max_num_batched_tokens: int
-    logits_tile_rows: int
-    max_model_len: int  # tokens
     num_blocks: int
     block_bytes: int
     ledger: Ledger
@@ -138,9 +134,10 @@ def plan_memory(
         num_blocks = min(num_blocks, _enough_blocks(limits, memory, one_seq, block_bytes))
     return MemoryPlan(
         num_slots=limits.num_slots,
-        max_num_batched_tokens=limits.num_tokens,
-        logits_tile_rows=limits.logits_tile_rows,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=max_model_len,
+        block_size=block_size,
+        logits_tile_rows=limits.logits_tile_rows,
         num_blocks=num_blocks,
         block_bytes=block_bytes,
         ledger=_with_kv(fixed(max_model_len), num_blocks * block_bytes),
@@ -202,7 +199,11 @@ def _limits(config: EngineConfig, memory: Memory, max_model_len: int) -> StepLim
     num_tokens = config.max_num_batched_tokens or num_tokens
     num_slots = min(config.max_num_seqs, num_tokens)
     return StepLimits(
-        num_slots, num_tokens, max_model_len, config.block_size, min(tile_rows, num_slots)
+        num_slots=num_slots,
+        max_num_batched_tokens=num_tokens,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        logits_tile_rows=min(tile_rows, num_slots),
     )
 
 

@@ -54,33 +54,14 @@ class _Tile(NamedTuple):
 class StepExecutor:
     """Executes packed steps: each is one `forward` and then one `sample`.
 
-    After `close` the sizes and the device are still told; all else raises RuntimeError.
-
-    num_slots               sequences that run at once, and rows of a step at most.
-    max_num_batched_tokens  tokens of a step at most.
-    logits_tile_rows        rows of logits that exist at once.
+    After `close` the limits and the device are still told; all else raises RuntimeError.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        *,
-        block_size: int,
-        num_slots: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        logits_tile_rows: int,
-    ) -> None:
-        self.max_num_tokens = max_num_batched_tokens
-        self.num_slots = num_slots
-        self.max_model_len = max_model_len
+    def __init__(self, model: Decoder, limits: StepLimits) -> None:
+        self.limits = limits
         self.device = model.device
         self._is_closed = False
         self._model = model
-        self._block_size = block_size
-        limits = StepLimits(
-            num_slots, max_num_batched_tokens, max_model_len, block_size, logits_tile_rows
-        )
         self._state = StepState(model, limits, self.device, is_card=self.device.type == "cuda")
         self._kv_caches: list[KVCache] = []
         self._forwards: dict[tuple[int, int, bool], _Forward] = {}
@@ -90,7 +71,7 @@ class StepExecutor:
 
     @property
     def step_input(self) -> torch.Tensor:
-        """int32 [num_step_words] on the device: where `forward` reads the packed step."""
+        """int32 [max_step_words] on the device: where `forward` reads the packed step."""
         return self._state.step_input
 
     def allocate_kv(self, num_blocks: int) -> None:
@@ -99,7 +80,7 @@ class StepExecutor:
             refuse_when_closed()
         self._kv_caches.clear()
         self._kv_caches += [
-            spec.allocate(num_blocks, self._block_size, self.device)
+            spec.allocate(num_blocks, self.limits.block_size, self.device)
             for spec in self._model.kv_specs()
         ]
 
@@ -120,7 +101,7 @@ class StepExecutor:
             plan, ctx = self._forward_of(shape)
             ops.plan_step(
                 state.step_input, state.slots, state.block_table, state.token_counts,
-                self._block_size, plan,
+                self.limits.block_size, plan,
             )  # fmt: skip
             self._model.plan(ctx)
             self._hidden = self._model.forward(ctx)
@@ -163,8 +144,8 @@ class StepExecutor:
 
     def _forward_of(self, shape: StepShape) -> _Forward:
         """What a step padded to one of a few shapes reads and writes, made once for each."""
-        num_tokens = padded_size(shape.num_tokens, self.max_num_tokens)
-        num_rows = padded_size(shape.num_rows, self.num_slots)
+        num_tokens = padded_size(shape.num_tokens, self.limits.max_num_batched_tokens)
+        num_rows = padded_size(shape.num_rows, self.limits.num_slots)
         # A step without a longer query is planned as one that only decodes.
         max_query_len = self._model.decode_query_len
         is_decode = shape.max_query_len <= max_query_len
@@ -194,7 +175,7 @@ class StepExecutor:
 
     def _tiles_of(self, num_samples: int) -> list[_Tile]:
         """The rows that are sampled from, padded, in pieces of which each has logits at once."""
-        num_rows = padded_size(num_samples, self.num_slots) if num_samples else 0
+        num_rows = padded_size(num_samples, self.limits.num_slots) if num_samples else 0
         tiles = self._tiles.get(num_rows)
         if tiles is None:
             state = self._state

@@ -20,33 +20,27 @@ from pyserve.ops import step_layout as layout
 Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepLimits:
     """The largest step, and the longest sequence.
 
-    num_slots         sequences that run at once, and rows of a step at most.
-    num_tokens        of a step at most.
-    logits_tile_rows  rows of logits that exist at once.
+    num_slots               sequences that run at once, and rows of a step at most.
+    max_num_batched_tokens  tokens of a step at most.
+    max_model_len           tokens of a sequence, prompt and output together.
+    logits_tile_rows        rows of logits that exist at once.
     """
 
     num_slots: int
-    num_tokens: int
+    max_num_batched_tokens: int
     max_model_len: int
     block_size: int
     logits_tile_rows: int
-
-    @property
-    def num_step_words(self) -> int:
-        return max_step_words(
-            self.num_tokens, self.num_slots, max_model_len=self.max_model_len,
-            block_size=self.block_size,
-        )  # fmt: skip
 
 
 class StepState:
     """All tensors that steps read and write.
 
-    step_input        int32 [num_step_words]: the packed step, then anything
+    step_input        int32 [max_step_words]: the packed step, then anything
     plan              what is derived from it, of the largest step
     slots, block_table, token_counts
                       as ops.plan_step takes them
@@ -73,7 +67,8 @@ class StepState:
         def empty(part: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
             return self._note(part, torch.empty(shape, dtype=dtype, device=device))
 
-        num_bytes = activation_bytes(model, limits.num_tokens)
+        max_num_tokens, max_model_len = limits.max_num_batched_tokens, limits.max_model_len
+        num_bytes = activation_bytes(model, max_num_tokens)
         self.activations = empty("activations", num_bytes, dtype=torch.uint8)
         self.logits = empty("logits", tile_rows, vocab_size, dtype=model.dtype)
         self.hidden = empty("logits", tile_rows, model.config.hidden_size, dtype=model.dtype)
@@ -81,20 +76,23 @@ class StepState:
         self.attention_plans: dict[int, AttentionPlan] = {}
         self.sample_workspace: torch.Tensor | None = None
         if is_card:
-            self.attention_plans = model.attention_plans(limits.num_tokens, num_slots, device)
+            self.attention_plans = model.attention_plans(max_num_tokens, num_slots, device)
             for attention in self.attention_plans.values():
                 self._note("attention plans", attention.work)
                 self._note("attention plans", attention.workspace)
             self.sample_workspace = self._note(
                 "sampling", sample_workspace.allocate(tile_rows, vocab_size, device=device)
             )
-        num_blocks = num_blocks_for(limits.max_model_len, limits.block_size)
+        num_blocks = num_blocks_for(max_model_len, limits.block_size)
+        num_words = max_step_words(
+            max_num_tokens, num_slots, max_model_len=max_model_len, block_size=limits.block_size
+        )
         self.slots = zeros("slots", num_slots, layout.SLOT_WORDS)
         self.block_table = zeros("slots", num_slots, num_blocks)
         self.token_counts = zeros("slots", num_slots, vocab_size, dtype=torch.int16)
-        self.step_input = zeros("step buffers", limits.num_step_words)
+        self.step_input = zeros("step buffers", num_words)
         self.sampled = zeros("step buffers", num_slots)
-        self.plan = StepPlan.allocate(limits.num_tokens, num_slots, device)
+        self.plan = StepPlan.allocate(max_num_tokens, num_slots, device)
         for tensor in self.plan.tensors():
             self._note("step buffers", tensor)
 

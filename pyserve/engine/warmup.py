@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyserve.engine.batch import Step, padded_size
-from pyserve.engine.runner import StepExecutor
+from pyserve.engine.state import StepLimits
 
 
-def largest_step(executor: StepExecutor) -> Step:
+def largest_step(limits: StepLimits) -> Step:
     """The step with the most tokens, rows and samples."""
-    return _step(executor, executor.max_num_tokens)
+    return _step(limits, limits.max_num_batched_tokens)
 
 
-def warmup_steps(executor: StepExecutor) -> Iterator[Step]:
+def warmup_steps(limits: StepLimits) -> Iterator[Step]:
     """A step of every padded number of tokens, the largest first."""
-    num_tokens = executor.max_num_tokens
+    num_tokens = limits.max_num_batched_tokens
     while num_tokens > 0:
-        yield _step(executor, num_tokens)
-        num_tokens = _next_smaller(num_tokens, executor.max_num_tokens)
+        yield _step(limits, num_tokens)
+        num_tokens = _next_smaller(num_tokens, limits.max_num_batched_tokens)
 
 
 def _next_smaller(num_tokens: int, limit: int) -> int:
@@ -33,11 +33,11 @@ def _next_smaller(num_tokens: int, limit: int) -> int:
     return smaller
 
 
-def _step(executor: StepExecutor, num_tokens: int) -> Step:
+def _step(limits: StepLimits, num_tokens: int) -> Step:
     """Up to `num_tokens` tokens in as many rows as there may be, all of them sampled."""
-    num_rows = min(num_tokens, executor.num_slots)
+    num_rows = min(num_tokens, limits.num_slots)
     share, rest = divmod(num_tokens, num_rows)
-    query_lens = [min(share + (row < rest), executor.max_model_len) for row in range(num_rows)]
+    query_lens = [min(share + (row < rest), limits.max_model_len) for row in range(num_rows)]
     return Step(
         row_slots=list(range(num_rows)),
         query_lens=query_lens,

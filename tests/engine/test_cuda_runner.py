@@ -26,6 +26,7 @@ from pyserve.engine.engine import Engine
 from pyserve.engine.runner import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.state import StepLimits
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
@@ -128,9 +129,15 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
         load_format="dummy", seed=0, progress=lambda done, total: None,
     )  # fmt: skip
     executor = StepExecutor(
-        model, block_size=BLOCK_SIZE, num_slots=NUM_SLOTS, max_num_batched_tokens=32,
-        max_model_len=MAX_MODEL_LEN, logits_tile_rows=NUM_SLOTS,
-    )  # fmt: skip
+        model,
+        StepLimits(
+            block_size=BLOCK_SIZE,
+            num_slots=NUM_SLOTS,
+            max_num_batched_tokens=32,
+            max_model_len=MAX_MODEL_LEN,
+            logits_tile_rows=NUM_SLOTS,
+        ),
+    )
     executor.allocate_kv(NUM_BLOCKS)
     scheduler = Scheduler(
         BlockManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=False),

@@ -17,6 +17,7 @@ from pyserve.engine import host, load
 from pyserve.engine.load import build_engine
 from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
 from pyserve.engine.runner import StepExecutor
+from pyserve.engine.state import StepLimits
 from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
@@ -157,9 +158,15 @@ def test_a_card_s_kv_cache_comes_last(
     shapes = build_model(model.config, Placement(torch.float32, META), max_model_len=1)
     plan = plan_memory(shapes, config, weight_bytes=0, memory=before)
     executor = StepExecutor(
-        model, block_size=16, num_slots=8, max_num_batched_tokens=64, max_model_len=256,
-        logits_tile_rows=8,
-    )  # fmt: skip
+        model,
+        StepLimits(
+            block_size=16,
+            num_slots=8,
+            max_num_batched_tokens=64,
+            max_model_len=256,
+            logits_tile_rows=8,
+        ),
+    )
     with caplog.at_level(logging.INFO, "pyserve"):
         runner, fitted = load._start_runner(
             executor, config, plan, before, lambda *told: reports.append(told)
@@ -186,8 +193,8 @@ def test_what_a_card_does_not_take_is_a_line(
     error: Exception, expected: type[StartupError], message: str
 ) -> None:
     plan = MemoryPlan(
-        num_slots=1, max_num_batched_tokens=1, logits_tile_rows=1, max_model_len=1, num_blocks=1,
-        block_bytes=1, ledger=(("weights", 3 * 2**20),),
+        num_slots=1, max_num_batched_tokens=1, logits_tile_rows=1, max_model_len=1, block_size=1,
+        num_blocks=1, block_bytes=1, ledger=(("weights", 3 * 2**20),),
     )  # fmt: skip
     with pytest.raises(expected, match=message), load._card_may_be_full(plan):
         raise error

@@ -22,6 +22,7 @@ from pyserve.engine.planner import HostMemory, plan_memory
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.state import StepLimits
 from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import EngineError
 from pyserve.model.build import build_model
@@ -63,17 +64,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def limits(budget: int, logits_tile_rows: int) -> StepLimits:
+    return StepLimits(
+        block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=budget,
+        max_model_len=MAX_MODEL_LEN, logits_tile_rows=logits_tile_rows,
+    )  # fmt: skip
+
+
 def make_runner(
     decoder: Decoder, num_blocks: int, budget: int, logits_tile_rows: int = 64
 ) -> CpuRunner:
-    executor = StepExecutor(
-        decoder,
-        block_size=BLOCK_SIZE,
-        num_slots=8,
-        max_num_batched_tokens=budget,
-        max_model_len=MAX_MODEL_LEN,
-        logits_tile_rows=logits_tile_rows,
-    )
+    executor = StepExecutor(decoder, limits(budget, logits_tile_rows))
     executor.allocate_kv(num_blocks)
     return CpuRunner(executor, num_threads=1)
 
@@ -312,7 +313,7 @@ def test_warm_up_meets_every_shape_in_its_budget(
     monkeypatch.setattr(decoder, "forward", spy)
     runner = make_runner(decoder, 4, 50)
     executor = runner._executor
-    runner.warm_up(list(warmup_steps(executor))[::-1], budget_s=budget_s)
+    runner.warm_up(list(warmup_steps(executor.limits))[::-1], budget_s=budget_s)
     assert shapes == [1, 2, 4, 8, 16, 32, 48, 50][:num_shapes]
     assert not executor._state.slots.any() and not executor._state.token_counts.any()
     runner.close()
@@ -355,7 +356,7 @@ def test_memory_is_what_the_planner_says(decoder: Decoder) -> None:
     assert config.max_num_batched_tokens is not None
     runner = make_runner(decoder, plan.num_blocks, config.max_num_batched_tokens)
     executor = runner._executor
-    for step in warmup_steps(executor):
+    for step in warmup_steps(executor.limits):
         runner.run(step)
         executor.reset()
     ledger = dict(plan.ledger)
@@ -427,10 +428,7 @@ def test_bytes_and_their_shape_are_all_that_an_executor_needs(decoder: Decoder) 
     engine = make_engine(decoder)
     for prompt, params in requests():
         engine.add(SequenceRequest(prompt, params))
-    rank = StepExecutor(
-        decoder, block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=512,
-        max_model_len=MAX_MODEL_LEN, logits_tile_rows=64,
-    )  # fmt: skip
+    rank = StepExecutor(decoder, limits(512, 64))
     rank.allocate_kv(128)
     buffer = np.zeros(len(rank.step_input), np.int32)
     for _ in range(20):
@@ -468,13 +466,10 @@ def test_every_call_after_the_end_has_an_answer(decoder: Decoder) -> None:
 
 
 def test_a_closed_executor_tells_its_device_and_runs_nothing(decoder: Decoder) -> None:
-    executor = StepExecutor(
-        decoder, block_size=BLOCK_SIZE, num_slots=8, max_num_batched_tokens=16,
-        max_model_len=MAX_MODEL_LEN, logits_tile_rows=8,
-    )  # fmt: skip
+    executor = StepExecutor(decoder, limits(16, 8))
     for _ in range(2):
         executor.close()
-    assert executor.device == decoder.device and executor.max_num_tokens == 16
+    assert executor.device == decoder.device and executor.limits.max_num_batched_tokens == 16
     with pytest.raises(RuntimeError, match="closed"):
         executor.forward(StepShape(1, 1, 1, 1))
     with pytest.raises(RuntimeError, match="closed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ CONFIGS = {
     "windows": CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 20},
 }
 LIMITS = StepLimits(
-    num_slots=6, num_tokens=40, max_model_len=100, block_size=16, logits_tile_rows=4
+    num_slots=6, max_num_batched_tokens=40, max_model_len=100, block_size=16, logits_tile_rows=4
 )
 
 
@@ -48,5 +49,4 @@ def test_the_ledger_holds_every_tensor(name: str, is_card: bool) -> None:
 
 def test_a_tile_has_no_more_rows_than_there_are_slots() -> None:
     model = build_model(ModelConfig.from_hf(CONFIG), Placement(torch.float32, META))
-    limits = StepLimits(2, 40, 100, 16, logits_tile_rows=4)
-    assert len(StepState(model, limits, META, is_card=True).logits) == 2
+    assert len(StepState(model, replace(LIMITS, num_slots=2), META, is_card=True).logits) == 2

@@ -24,6 +24,7 @@ from pyserve.engine.runner import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.state import StepLimits
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
@@ -105,11 +106,13 @@ def make_engine(
 ) -> Engine:  # fmt: skip
     executor = StepExecutor(
         decoder,
-        block_size=BLOCK_SIZE,
-        num_slots=NUM_SLOTS,
-        max_num_batched_tokens=budget,
-        max_model_len=MAX_MODEL_LEN,
-        logits_tile_rows=4,
+        StepLimits(
+            block_size=BLOCK_SIZE,
+            num_slots=NUM_SLOTS,
+            max_num_batched_tokens=budget,
+            max_model_len=MAX_MODEL_LEN,
+            logits_tile_rows=4,
+        ),
     )
     runner = CudaRunner(executor)
     runner.allocate_kv(num_blocks)

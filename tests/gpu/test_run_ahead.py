@@ -16,6 +16,7 @@ from pyserve.engine.engine import Engine
 from pyserve.engine.runner import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.state import StepLimits
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
@@ -48,9 +49,15 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 def engine_for(decoder: Decoder, depth: int) -> AsyncEngine:
     executor = StepExecutor(
-        decoder, block_size=16, num_slots=NUM_SLOTS, max_num_batched_tokens=512,
-        max_model_len=MAX_MODEL_LEN, logits_tile_rows=NUM_SLOTS,
-    )  # fmt: skip
+        decoder,
+        StepLimits(
+            block_size=16,
+            num_slots=NUM_SLOTS,
+            max_num_batched_tokens=512,
+            max_model_len=MAX_MODEL_LEN,
+            logits_tile_rows=NUM_SLOTS,
+        ),
+    )
     runner = CudaRunner(executor)
     runner.run_ahead_depth = depth
     runner.allocate_kv(128)
