@@ -40,7 +40,15 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     max_tokens = body.max_completion_tokens or body.max_tokens or 1
-    conversation = await read_conversation(request, state, loaded, body, max_tokens=max_tokens)
+    conversation = await read_conversation(
+        request,
+        state,
+        loaded,
+        body,
+        max_tokens=max_tokens,
+        echo=bool(body.echo),
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
     ignored = [*ignored, *conversation.ignored]
     if body.echo and not conversation.prompt.echo:
         ignored.append("echo")

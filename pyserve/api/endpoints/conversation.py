@@ -67,10 +67,14 @@ async def read_conversation(
     body: ChatRequest | TokenizeRequest,
     *,
     max_tokens: int,
+    echo: bool = False,
+    skip_special_tokens: bool = True,
 ) -> Conversation:
     """The prompt that a chat template makes of the messages of `body`, which `request` holds.
 
-    max_tokens  of the answer, for which truncate_prompt_tokens -1 leaves room.
+    max_tokens           of the answer, for which truncate_prompt_tokens -1 leaves room.
+    echo                 show the assistant's last message before the answer.
+    skip_special_tokens  leave them out of the answer's text.
 
     Raises InvalidRequestError and NotBuiltError naming the field, ChatTemplateError.
     """
@@ -111,7 +115,11 @@ async def read_conversation(
             ignored.append("truncation_side")
         if any(message.name and not template.shows_name(message.role) for message in messages):
             ignored.append("messages.name")
-        return Conversation(_prompt(loaded, body, messages, token_ids), ignored)
+        detokenizer = Detokenizer(
+            loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens
+        )
+        shown = _echo(messages[-1]) if echo else ""
+        return Conversation(Prompt(token_ids, shown, detokenizer), ignored)
 
     def read_long() -> Conversation:
         measure()
@@ -128,22 +136,6 @@ async def read_conversation(
             if not error.is_timeout:
                 raise
     return await state.run_text(request, size, partial(read, MAX_RENDER_S), short=0)
-
-
-def _prompt(
-    loaded: Loaded,
-    body: ChatRequest | TokenizeRequest,
-    messages: list[Message],
-    token_ids: list[int],
-) -> Prompt:
-    if isinstance(body, TokenizeRequest):
-        return Prompt(token_ids, "", Detokenizer(loaded.tokenizer, skip_special_tokens=True))
-    skip_special_tokens = body.skip_special_tokens is not False
-    return Prompt(
-        token_ids,
-        _echo(messages[-1]) if body.echo else "",
-        Detokenizer(loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens),
-    )
 
 
 def _encode(
