@@ -56,22 +56,25 @@ struct View {
 
 enum class LastDim { kContiguous, kStrided };
 
-// View of a tensor with `dim` dims (-1: any, at least 1); cpu_view and cuda_view check the device.
-inline View view_of(const char* op, const char* name, const Tensor& tensor, int64_t dim,
-                    LastDim last_dim) {
-  View view{op,
-            name,
-            tensor.data_ptr(),
-            tensor.sizes().data(),
-            tensor.strides().data(),
-            tensor.dim(),
-            tensor.scalar_type()};
-  PYSERVE_CHECK(dim < 0 ? view.dim >= 1 : view.dim == dim, op, ": ", name, " has ", view.dim,
-                " dims, expected ", dim < 0 ? 1 : dim, dim < 0 ? " or more" : "");
-  PYSERVE_CHECK(last_dim == LastDim::kStrided || view.size(view.dim - 1) <= 1 ||
-                    view.stride(view.dim - 1) == 1,
-                op, ": the last dim of ", name, " must be contiguous");
-  return view;
+// The dtype of a tensor. Tensor::scalar_type() asks torch for the number of one dtype after the
+// other until it has found this one; these are asked for once.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  struct Known {
+    int32_t number;
+    ScalarType dtype;
+  };
+  static const Known all_known[] = {{aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+                                    {aoti_torch_dtype_float16(), ScalarType::Half},
+                                    {aoti_torch_dtype_int32(), ScalarType::Int},
+                                    {aoti_torch_dtype_float32(), ScalarType::Float},
+                                    {aoti_torch_dtype_int64(), ScalarType::Long},
+                                    {aoti_torch_dtype_int16(), ScalarType::Short}};
+  int32_t number = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  for (const Known& known : all_known) {
+    if (known.number == number) return known.dtype;
+  }
+  return tensor.scalar_type();
 }
 
 inline void check_dtype(const View& view, ScalarType dtype) {
@@ -80,18 +83,43 @@ inline void check_dtype(const View& view, ScalarType dtype) {
                 torch::headeronly::toString(view.dtype));
 }
 
-inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
-                     LastDim last_dim = LastDim::kContiguous) {
-  PYSERVE_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
-  return view_of(op, name, tensor, dim, last_dim);
-}
+enum class Place { kCpu, kCuda };
 
-inline View cpu_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
-                     ScalarType dtype, LastDim last_dim = LastDim::kContiguous) {
-  View view = cpu_view(op, name, tensor, dim, last_dim);
-  check_dtype(view, dtype);
-  return view;
-}
+// Reads the tensors of one call of an op, all of which must be in one place.
+struct ViewReader {
+  const char* op;
+  Place place;
+
+  // View of a tensor with `dim` dims (-1: any, at least 1).
+  View operator()(const char* name, const Tensor& tensor, int64_t dim,
+                  LastDim last_dim = LastDim::kContiguous) const {
+    const bool is_there = place == Place::kCpu ? tensor.is_cpu() : tensor.is_cuda();
+    PYSERVE_CHECK(is_there, op, ": ", name,
+                  place == Place::kCpu ? " must be on the CPU" : " must be on a CUDA device");
+    // Straight from the C functions: the methods of Tensor ask for the number of dims each time.
+    View view{op, name, nullptr, nullptr, nullptr, 0, dtype_of(tensor)};
+    int64_t *sizes = nullptr, *strides = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &view.data));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &view.dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+    view.sizes = sizes;
+    view.strides = strides;
+    PYSERVE_CHECK(dim < 0 ? view.dim >= 1 : view.dim == dim, op, ": ", name, " has ", view.dim,
+                  " dims, expected ", dim < 0 ? 1 : dim, dim < 0 ? " or more" : "");
+    PYSERVE_CHECK(last_dim == LastDim::kStrided || view.size(view.dim - 1) <= 1 ||
+                      view.stride(view.dim - 1) == 1,
+                  op, ": the last dim of ", name, " must be contiguous");
+    return view;
+  }
+
+  View operator()(const char* name, const Tensor& tensor, int64_t dim, ScalarType dtype,
+                  LastDim last_dim = LastDim::kContiguous) const {
+    const View view = (*this)(name, tensor, dim, last_dim);
+    check_dtype(view, dtype);
+    return view;
+  }
+};
 
 inline void check_size(const View& view, int64_t i, int64_t expected) {
   PYSERVE_CHECK(view.size(i) == expected, view.op, ": size ", i, " of ", view.name, " is ",

@@ -2,7 +2,7 @@
 // One pass over memory; rows are split over threads. exp has a relative error below 2e-7.
 #include <torch/csrc/stable/library.h>
 
-#include "../common/check.h"
+#include "../common/args/activation.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -23,12 +23,9 @@ void silu_mul_row(const T* gate, const T* up, T* out, int64_t n) {
 }
 
 void silu_mul_op(const Tensor& gate_up_tensor, const Tensor& out_tensor) {
-  const View gate_up = cpu_view("silu_mul", "gate_up", gate_up_tensor, 2);
-  const View out = cpu_view("silu_mul", "out", out_tensor, 2);
+  const SiluMulArgs args = silu_mul_args({"silu_mul", Place::kCpu}, gate_up_tensor, out_tensor);
+  const View &gate_up = args.gate_up, &out = args.out;
   const int64_t num_tokens = out.size(0), n = out.size(1);
-  check_size(gate_up, 0, num_tokens);
-  check_size(gate_up, 1, 2 * n);
-  check_same_dtype(out, gate_up);
   dispatch_float<float, Bf16>(gate_up, [&]<class T>(T) {
     parallel_for(num_tokens, static_cast<double>(n) * 0.5, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

@@ -19,7 +19,7 @@
 #include <optional>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/args/attention.h"
 #include "attention_tile.h"
 #include "parallel.h"
 #include "vec.h"
@@ -34,10 +34,9 @@ constexpr int64_t kDirectRows = 8;    // up to here a copy of the tile costs mor
 constexpr float kLowestMax = -1e30f;  // finite: -inf - -inf is NaN
 static_assert(kBlockRows % kRowGroup == 0);
 
-struct Params {
-  View q, key_cache, value_cache, block_table, out;
+struct Params : AttentionArgs {
   int64_t window;
-  int64_t group = 0, head_dim = 0, padded_dim = 0, block_size = 0;
+  int64_t group = 0, padded_dim = 0;
   float scale = 0;  // softmax_scale * log2(e)
 };
 
@@ -250,16 +249,12 @@ void attend(const Params& p, const WorkItem& item) {
 
 // ---- the op -------------------------------------------------------------------------------------
 
-struct Batch {
-  View row_slots, cu_seqlens_q, seq_lens;
-};
-
 // Checks row r and gives its query length; 0 for a padded row.
-int64_t checked_query_len(const Params& p, const Batch& batch, int64_t r) {
-  const int64_t begin = batch.cu_seqlens_q.ptr<int32_t>()[r];
-  const int64_t end = batch.cu_seqlens_q.ptr<int32_t>()[r + 1];
-  const int64_t slot = batch.row_slots.ptr<int32_t>()[r];
-  const int64_t seq_len = batch.seq_lens.ptr<int32_t>()[r];
+int64_t checked_query_len(const Params& p, int64_t r) {
+  const int64_t begin = p.cu_seqlens_q.ptr<int32_t>()[r];
+  const int64_t end = p.cu_seqlens_q.ptr<int32_t>()[r + 1];
+  const int64_t slot = p.row_slots.ptr<int32_t>()[r];
+  const int64_t seq_len = p.seq_lens.ptr<int32_t>()[r];
   PYSERVE_CHECK(begin >= 0 && begin <= end && end <= p.q.size(0), kOp, ": row ", r,
                 " has queries [", begin, ", ", end, ") of ", p.q.size(0));
   if (slot == -1 || begin == end) return 0;
@@ -289,19 +284,19 @@ int64_t kv_heads_per_item(const Params& p, int64_t num_rows) {
 }
 
 // Fills `items` and returns the estimated cost of all in nanoseconds.
-double make_items(const Params& p, const Batch& batch, std::vector<WorkItem>& items) {
-  const int64_t num_rows = batch.row_slots.size(0), num_kv_heads = p.key_cache.size(2);
+double make_items(const Params& p, std::vector<WorkItem>& items) {
+  const int64_t num_rows = p.row_slots.size(0), num_kv_heads = p.key_cache.size(2);
   double work = 0;
   items.clear();
   for (const bool is_decode : {false, true}) {
     const int64_t max_queries = std::max<int64_t>(1, kBlockRows / p.group);
     const int64_t max_heads = is_decode ? kv_heads_per_item(p, std::max<int64_t>(num_rows, 1)) : 1;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t query_len = checked_query_len(p, batch, r);
+      const int64_t query_len = checked_query_len(p, r);
       if (query_len == 0 || (query_len == 1) != is_decode) continue;
-      const int64_t slot = batch.row_slots.ptr<int32_t>()[r];
-      const int64_t begin = batch.cu_seqlens_q.ptr<int32_t>()[r];
-      const int64_t start = batch.seq_lens.ptr<int32_t>()[r] - query_len;
+      const int64_t slot = p.row_slots.ptr<int32_t>()[r];
+      const int64_t begin = p.cu_seqlens_q.ptr<int32_t>()[r];
+      const int64_t start = p.seq_lens.ptr<int32_t>()[r] - query_len;
       for (int64_t i = 0; i < query_len; i += max_queries) {
         const int64_t num_queries = std::min(max_queries, query_len - i);
         for (int64_t head = 0; head < num_kv_heads; head += max_heads) {
@@ -316,9 +311,9 @@ double make_items(const Params& p, const Batch& batch, std::vector<WorkItem>& it
 }
 
 template <class T>
-void attend_all(const Params& p, const Batch& batch) {
+void attend_all(const Params& p) {
   thread_local std::vector<WorkItem> items;
-  const double cost = make_items(p, batch, items);
+  const double cost = make_items(p, items);
   const auto count = static_cast<int64_t>(items.size());
   const int64_t workers = cost < kParallelCost ? 1 : std::min(num_threads(), count);
   const WorkItem* first = items.data();
@@ -330,45 +325,28 @@ void attend_all(const Params& p, const Batch& batch) {
   });
 }
 
-void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
-                     const Tensor& value_cache_tensor, const Tensor& block_table_tensor,
-                     const Tensor& row_slots_tensor, const Tensor& cu_seqlens_q_tensor,
-                     const Tensor& seq_lens_tensor, double softmax_scale, int64_t window,
+void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache,
+                     const Tensor& block_table, const Tensor& row_slots, const Tensor& cu_seqlens_q,
+                     const Tensor& seq_lens, double softmax_scale, int64_t window,
                      int64_t /*max_query_len*/, const std::optional<Tensor>& /*work*/,
-                     const std::optional<Tensor>& /*workspace*/, const Tensor& out_tensor) {
-  const Batch batch{cpu_view(kOp, "row_slots", row_slots_tensor, 1, ScalarType::Int),
-                    cpu_view(kOp, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int),
-                    cpu_view(kOp, "seq_lens", seq_lens_tensor, 1, ScalarType::Int)};
-  Params p{cpu_view(kOp, "q", q_tensor, 3),
-           cpu_view(kOp, "key_cache", key_cache_tensor, 4),
-           cpu_view(kOp, "value_cache", value_cache_tensor, 4),
-           cpu_view(kOp, "block_table", block_table_tensor, 2, ScalarType::Int),
-           cpu_view(kOp, "out", out_tensor, 3),
+                     const std::optional<Tensor>& /*workspace*/, const Tensor& out) {
+  Params p{{{kOp, Place::kCpu},
+            q,
+            key_cache,
+            value_cache,
+            block_table,
+            row_slots,
+            cu_seqlens_q,
+            seq_lens,
+            out},
            window};
-  p.head_dim = p.q.size(2);
-  p.block_size = p.key_cache.size(1);
-  const int64_t num_kv_heads = p.key_cache.size(2);
   PYSERVE_CHECK(p.head_dim > 0 && p.head_dim % 8 == 0 && p.head_dim <= kMaxHeadDim, kOp,
                 ": head_dim ", p.head_dim, " is not a multiple of 8 up to ", kMaxHeadDim);
-  PYSERVE_CHECK(num_kv_heads > 0 && p.q.size(1) % num_kv_heads == 0, kOp, ": ", p.q.size(1),
-                " heads are not a multiple of ", num_kv_heads, " KV heads");
-  PYSERVE_CHECK(softmax_scale > 0, kOp, ": softmax_scale ", softmax_scale, " must be positive");
-  PYSERVE_CHECK(p.block_size > 0 && window >= 0, kOp, ": block_size ", p.block_size, ", window ",
-                window);
-  p.group = p.q.size(1) / num_kv_heads;
-  PYSERVE_CHECK(p.group <= kBlockRows, kOp, ": ", p.group, " heads a KV head, at most ",
-                kBlockRows);
+  p.check(softmax_scale, window, kBlockRows);
+  p.group = p.num_heads / p.num_kv_heads;
   p.padded_dim = (p.head_dim + kLanes - 1) / kLanes * kLanes;
   p.scale = static_cast<float>(softmax_scale * 1.4426950408889634);
-  check_size(p.key_cache, 3, p.head_dim);
-  check_same_sizes(p.value_cache, p.key_cache);
-  check_same_sizes(p.out, p.q);
-  check_same_dtype(p.key_cache, p.q);
-  check_same_dtype(p.value_cache, p.q);
-  check_same_dtype(p.out, p.q);
-  check_size(batch.seq_lens, 0, batch.row_slots.size(0));
-  check_size(batch.cu_seqlens_q, 0, batch.row_slots.size(0) + 1);
-  dispatch_float<float, Bf16>(p.q, [&]<class T>(T) { attend_all<T>(p, batch); });
+  dispatch_float<float, Bf16>(p.q, [&]<class T>(T) { attend_all<T>(p); });
 }
 
 }  // namespace

@@ -6,11 +6,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/limits.h"
 #include "vec.h"
 
 namespace pyserve::attention {
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kBlockRows = 64;              // rows of one work item at most
 constexpr int kRowGroup = 4;                    // that share a load of K or V: what registers hold

@@ -22,14 +22,12 @@
 #include <unistd.h>
 #endif
 
-#include "../common/check.h"
+#include "../common/args/linear.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace pyserve {
 namespace {
-
-constexpr const char* kOp = "linear";
 
 // ---- products of elements -----------------------------------------------------------------------
 
@@ -341,29 +339,19 @@ void linear_any(const Shape& shape, const T* x, const T* weight, const T* bias, 
   });
 }
 
-void linear(const Tensor& x_tensor, const Tensor& weight_tensor,
-            const std::optional<Tensor>& bias_tensor, const Tensor& out_tensor) {
-  const View x = cpu_view(kOp, "x", x_tensor, 2);
-  const View weight = cpu_view(kOp, "weight", weight_tensor, 2);
-  const View out = cpu_view(kOp, "out", out_tensor, 2);
-  const Shape shape{x.size(0), weight.size(0), x.size(1),
-                    x.stride(0), weight.stride(0), out.stride(0)};
-  check_size(weight, 1, shape.k);
-  check_size(out, 0, shape.m);
-  check_size(out, 1, shape.n);
-  check_same_dtype(weight, x);
-  check_same_dtype(out, x);
-  const void* bias_data = nullptr;
-  if (bias_tensor.has_value()) {
-    const View bias = cpu_view(kOp, "bias", *bias_tensor, 1);
-    check_size(bias, 0, shape.n);
-    check_same_dtype(bias, x);
-    bias_data = bias.data;
-  }
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+            const Tensor& out) {
+  const LinearArgs args = linear_args({"linear", Place::kCpu}, x, weight, bias, out);
+  const Shape shape{.m = args.m(),
+                    .n = args.n(),
+                    .k = args.k(),
+                    .x_stride = args.x.stride(0),
+                    .weight_stride = args.weight.stride(0),
+                    .out_stride = args.out.stride(0)};
   if (shape.m == 0 || shape.n == 0) return;
-  dispatch_float<float, Bf16>(x, [&]<class T>(T) {
-    linear_any<T>(shape, x.ptr<T>(), weight.ptr<T>(), static_cast<const T*>(bias_data),
-                  out.ptr<T>());
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
+    linear_any<T>(shape, args.x.ptr<T>(), args.weight.ptr<T>(), static_cast<const T*>(args.bias),
+                  args.out.ptr<T>());
   });
 }
 

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "../common/check.h"
+#include "../common/args/norm.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -48,16 +48,15 @@ void scale_row(const T* x, const T* weight, float factor, T* out, int64_t n) {
 
 // With kAdd, x is added to `residual`, which is normed; else x is.
 template <class T, bool kAdd>
-void norm_rows(const View& x, const View* residual, const View& weight, double eps,
-               const View& out) {
+void norm_rows(const NormArgs& args, double eps) {
+  const View &x = args.x, &weight = args.weight, &out = args.out, &residual = args.residual;
   const int64_t n = x.size(x.dim - 1);
-  const Rows x_rows = rows_of(x), out_rows = rows_of(out);
-  const Rows residual_rows = kAdd ? rows_of(*residual) : Rows{};
+  const Rows x_rows = rows_of(x), out_rows = rows_of(out), residual_rows = rows_of(residual);
   const double cost = static_cast<double>(n) * (kAdd ? 0.4 : 0.2);
   parallel_for(x_rows.count, cost, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x_row = x.ptr<T>() + row * x_rows.stride;
-      T* residual_row = kAdd ? residual->ptr<T>() + row * residual_rows.stride : nullptr;
+      T* residual_row = kAdd ? residual.ptr<T>() + row * residual_rows.stride : nullptr;
       const float mean = squares<T, kAdd>(x_row, residual_row, n) / static_cast<float>(n);
       const float factor = 1.0f / std::sqrt(mean + static_cast<float>(eps));
       scale_row<T>(kAdd ? residual_row : x_row, weight.ptr<T>(), factor,
@@ -66,36 +65,17 @@ void norm_rows(const View& x, const View* residual, const View& weight, double e
   });
 }
 
-void check_norm(const View& x, const View& weight, const View& out) {
-  check_size(weight, 0, x.size(x.dim - 1));
-  check_same_dtype(weight, x);
-  check_same_dtype(out, x);
-  check_same_sizes(out, x);
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+  const NormArgs args = norm_args({"rms_norm", Place::kCpu}, x, nullptr, weight, out);
+  if (num_elements(args.x) == 0) return;
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, false>(args, eps); });
 }
 
-void rms_norm(const Tensor& x_tensor, const Tensor& weight_tensor, double eps,
-              const Tensor& out_tensor) {
-  const View x = cpu_view("rms_norm", "x", x_tensor, -1);
-  const View weight = cpu_view("rms_norm", "weight", weight_tensor, 1);
-  const View out = cpu_view("rms_norm", "out", out_tensor, -1);
-  check_norm(x, weight, out);
-  if (num_elements(x) == 0) return;
-  dispatch_float<float, Bf16>(
-      x, [&]<class T>(T) { norm_rows<T, false>(x, nullptr, weight, eps, out); });
-}
-
-void add_rms_norm(const Tensor& x_tensor, const Tensor& residual_tensor,
-                  const Tensor& weight_tensor, double eps, const Tensor& out_tensor) {
-  const View x = cpu_view("add_rms_norm", "x", x_tensor, -1);
-  const View residual = cpu_view("add_rms_norm", "residual", residual_tensor, -1);
-  const View weight = cpu_view("add_rms_norm", "weight", weight_tensor, 1);
-  const View out = cpu_view("add_rms_norm", "out", out_tensor, -1);
-  check_norm(x, weight, out);
-  check_same_dtype(residual, x);
-  check_same_sizes(residual, x);
-  if (num_elements(x) == 0) return;
-  dispatch_float<float, Bf16>(
-      x, [&]<class T>(T) { norm_rows<T, true>(x, &residual, weight, eps, out); });
+void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                  const Tensor& out) {
+  const NormArgs args = norm_args({"add_rms_norm", Place::kCpu}, x, &residual, weight, out);
+  if (num_elements(args.x) == 0) return;
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, true>(args, eps); });
 }
 
 }  // namespace

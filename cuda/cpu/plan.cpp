@@ -9,8 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "../common/check.h"
-#include "../common/step.h"
+#include "../common/args/plan_step.h"
 
 namespace pyserve {
 namespace {
@@ -41,7 +40,6 @@ struct Plan {
 };
 
 StepWords checked_words(const View& step_input, const Plan& plan) {
-  PLAN_CHECK(step_input.size(0) >= kHeaderWords, step_input.size(0), " words");
   StepWords step{step_input.ptr<int32_t>(), 0};
   PLAN_CHECK(step.header(kHeaderMagic) == kStepMagic, "magic");
   step.num_words = step.header(kHeaderNumWords);
@@ -257,30 +255,13 @@ void plan_step(const Tensor& step_input, const Tensor& slots_tensor, const Tenso
                const Tensor& token_counts, int64_t block_size, const Tensor& input_ids,
                const Tensor& positions, const Tensor& slot_mapping, const Tensor& row_slots,
                const Tensor& cu_seqlens_q, const Tensor& seq_lens, const Tensor& sample_rows) {
-  constexpr auto kInt = ScalarType::Int;
-  const Slots slots{cpu_view(kOp, "slots", slots_tensor, 2, kInt),
-                    cpu_view(kOp, "block_table", block_table, 2, kInt),
-                    cpu_view(kOp, "token_counts", token_counts, 2, ScalarType::Short), block_size};
-  const Plan plan{cpu_view(kOp, "input_ids", input_ids, 1, kInt),
-                  cpu_view(kOp, "positions", positions, 1, kInt),
-                  cpu_view(kOp, "slot_mapping", slot_mapping, 1, ScalarType::Long),
-                  cpu_view(kOp, "row_slots", row_slots, 1, kInt),
-                  cpu_view(kOp, "cu_seqlens_q", cu_seqlens_q, 1, kInt),
-                  cpu_view(kOp, "seq_lens", seq_lens, 1, kInt),
-                  cpu_view(kOp, "sample_rows", sample_rows, 2, kInt)};
-  PYSERVE_CHECK(block_size > 0, kOp, ": block_size ", block_size);
-  check_size(slots.slots, 1, kSlotWords);
-  check_size(slots.block_table, 0, slots.count());
-  check_size(slots.token_counts, 0, slots.count());
-  check_size(plan.positions, 0, plan.input_ids.size(0));
-  check_size(plan.slot_mapping, 0, plan.input_ids.size(0));
-  check_size(plan.seq_lens, 0, plan.row_slots.size(0));
-  check_size(plan.cu_seqlens_q, 0, plan.row_slots.size(0) + 1);
-  check_size(plan.sample_rows, 0, plan.row_slots.size(0));
-  check_size(plan.sample_rows, 1, 2);
-  PYSERVE_CHECK(rows_of(plan.sample_rows).stride == 2 || plan.sample_rows.size(0) <= 1, kOp,
-                ": sample_rows must be contiguous");
-  const StepWords step = checked_words(cpu_view(kOp, "step_input", step_input, 1, kInt), plan);
+  const PlanStepArgs args = plan_step_args(
+      {kOp, Place::kCpu}, step_input, slots_tensor, block_table, token_counts, block_size,
+      input_ids, positions, slot_mapping, row_slots, cu_seqlens_q, seq_lens, sample_rows);
+  const Slots slots{args.slots, args.block_table, args.token_counts, block_size};
+  const Plan plan{args.input_ids,    args.positions, args.slot_mapping, args.row_slots,
+                  args.cu_seqlens_q, args.seq_lens,  args.sample_rows};
+  const StepWords step = checked_words(args.step_input, plan);
   apply_updates(step, slots);
   plan_rows(step, slots, plan);
 }

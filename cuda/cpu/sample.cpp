@@ -19,9 +19,8 @@
 #include <memory>
 #include <optional>
 
-#include "../common/check.h"
+#include "../common/args/sample.h"
 #include "../common/philox.h"
-#include "../common/step.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -31,8 +30,7 @@ namespace {
 constexpr const char* kOp = "sample";
 constexpr float kGreedyTemperature = 1e-5f;  // below it a row is greedy
 constexpr int kWeightBits = 34;
-constexpr int64_t kMaxVocab = int64_t{1} << 19;  // sums of weights stay below 2^53
-constexpr int64_t kChunk = 4 * kLanes;           // tokens behind one partial sum of the draw
+constexpr int64_t kChunk = 4 * kLanes;  // tokens behind one partial sum of the draw
 
 struct Slot {
   int32_t* words;
@@ -431,14 +429,14 @@ void check_slot(const Slot& slot, int64_t vocab_size) {
 }
 
 template <class T>
-void sample_rows(const View& logits, const View& sample_slots, const View& slots,
-                 const View& token_counts, const View& sampled) {
-  const int64_t vocab_size = logits.size(1);
+void sample_rows(const SampleArgs& args) {
+  const View &logits = args.logits, &slots = args.slots, &token_counts = args.token_counts;
+  const int64_t vocab_size = args.vocab_size();
   const double cost = static_cast<double>(vocab_size) * 0.5;
   parallel_for(logits.size(0), cost, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t slot_id = sample_slots.ptr<int32_t>()[row * sample_slots.stride(0)];
-      int32_t& result = sampled.ptr<int32_t>()[row];
+      const int64_t slot_id = args.sample_slots.ptr<int32_t>()[row * args.sample_slots.stride(0)];
+      int32_t& result = args.sampled.ptr<int32_t>()[row];
       result = 0;
       if (slot_id < 0) continue;
       const Slot slot{slots.ptr<int32_t>() + slot_id * slots.stride(0)};
@@ -458,29 +456,15 @@ void sample_rows(const View& logits, const View& sample_slots, const View& slots
 void sample(const Tensor& logits_tensor, const Tensor& sample_slots_tensor,
             const Tensor& slots_tensor, const Tensor& token_counts_tensor,
             const std::optional<Tensor>& /*workspace*/, const Tensor& sampled_tensor) {
-  const View logits = cpu_view(kOp, "logits", logits_tensor, 2);
-  const View sample_slots =
-      cpu_view(kOp, "sample_slots", sample_slots_tensor, 1, ScalarType::Int, LastDim::kStrided);
-  const View slots = cpu_view(kOp, "slots", slots_tensor, 2, ScalarType::Int);
-  const View token_counts =
-      cpu_view(kOp, "token_counts", token_counts_tensor, 2, ScalarType::Short);
-  const View sampled = cpu_view(kOp, "sampled", sampled_tensor, 1, ScalarType::Int);
-  const int64_t num_samples = logits.size(0), vocab_size = logits.size(1);
-  PYSERVE_CHECK(vocab_size > 0 && vocab_size <= kMaxVocab, kOp, ": a vocabulary of ", vocab_size,
-                ", at most ", kMaxVocab);
-  check_size(sample_slots, 0, num_samples);
-  check_size(sampled, 0, num_samples);
-  check_size(slots, 1, kSlotWords);
-  check_size(token_counts, 0, slots.size(0));
-  check_size(token_counts, 1, vocab_size);
-  for (int64_t row = 0; row < num_samples; ++row) {
-    const int64_t slot = sample_slots.ptr<int32_t>()[row * sample_slots.stride(0)];
+  const SampleArgs args = sample_args({kOp, Place::kCpu}, logits_tensor, sample_slots_tensor,
+                                      slots_tensor, token_counts_tensor, sampled_tensor);
+  const View& slots = args.slots;
+  for (int64_t row = 0; row < args.num_rows(); ++row) {
+    const int64_t slot = args.sample_slots.ptr<int32_t>()[row * args.sample_slots.stride(0)];
     PYSERVE_CHECK(slot >= -1 && slot < slots.size(0), kOp, ": slot ", slot, " of ", slots.size(0));
-    if (slot >= 0) check_slot({slots.ptr<int32_t>() + slot * slots.stride(0)}, vocab_size);
+    if (slot >= 0) check_slot({slots.ptr<int32_t>() + slot * slots.stride(0)}, args.vocab_size());
   }
-  dispatch_float<float, Bf16>(logits, [&]<class T>(T) {
-    sample_rows<T>(logits, sample_slots, slots, token_counts, sampled);
-  });
+  dispatch_float<float, Bf16>(args.logits, [&]<class T>(T) { sample_rows<T>(args); });
 }
 
 }  // namespace

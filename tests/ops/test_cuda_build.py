@@ -184,6 +184,13 @@ torch.ops.load_library(sys.argv[1])
 x, out = torch.randn(3, 64), torch.empty(3, 64)
 torch.ops.pyserve.rms_norm(x, torch.ones(64), 1e-6, out)
 torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (64,), eps=1e-6))
+try:
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    torch.ops.pyserve.rms_norm.default.redispatch(cuda, x, torch.ones(64), 1e-6, out)
+except RuntimeError as error:
+    assert "rms_norm: x must be on a CUDA device" in str(error), error
+else:
+    raise AssertionError("a CUDA op took tensors of the CPU")
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 print([name for name in sys.argv[2:] if not has_kernel(f"pyserve::{name}", "CUDA")])
 """

@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 
+#include "common/args/attention.h"
 #include "gpu/attention/attention.h"
 #include "gpu/core/bind.h"
 
@@ -20,13 +21,6 @@ gpu::AttentionDevice device_of(const char* op) {
   const gpu::Device* device = nullptr;
   check_launch(op, gpu::current_device(&device));
   return gpu::attention_device(*device);
-}
-
-void check_heads(const char* op, int64_t num_heads, int64_t num_kv_heads) {
-  PYSERVE_CHECK(num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0, op, ": ",
-                num_heads, " heads are not a multiple of ", num_kv_heads, " KV heads");
-  PYSERVE_CHECK(num_heads / num_kv_heads <= gpu::kPrefillRows, op, ": ", num_heads / num_kv_heads,
-                " heads a KV head, at most ", gpu::kPrefillRows);
 }
 
 void check_contiguous(const View& view) {
@@ -45,48 +39,37 @@ void check_alignment(const View& view) {
 
 constexpr const char* kAttention = "paged_attention";
 
-void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
-                     const Tensor& value_cache_tensor, const Tensor& block_table_tensor,
-                     const Tensor& row_slots_tensor, const Tensor& cu_seqlens_q_tensor,
-                     const Tensor& seq_lens_tensor, double softmax_scale, int64_t window,
-                     int64_t max_query_len, const std::optional<Tensor>& work_tensor,
+void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache,
+                     const Tensor& block_table, const Tensor& row_slots_tensor,
+                     const Tensor& cu_seqlens_q, const Tensor& seq_lens_tensor,
+                     double softmax_scale, int64_t window, int64_t max_query_len,
+                     const std::optional<Tensor>& work_tensor,
                      const std::optional<Tensor>& workspace_tensor, const Tensor& out_tensor) {
   const char* op = kAttention;
   PYSERVE_CHECK(work_tensor.has_value() && workspace_tensor.has_value(), op,
                 ": CUDA needs a plan (work and workspace)");
-  const View q = cuda_view(op, "q", q_tensor, 3);
-  const View keys = cuda_view(op, "key_cache", key_cache_tensor, 4);
-  const View values = cuda_view(op, "value_cache", value_cache_tensor, 4);
-  const View blocks = cuda_view(op, "block_table", block_table_tensor, 2, ScalarType::Int);
-  const View row_slots = cuda_view(op, "row_slots", row_slots_tensor, 1, ScalarType::Int);
-  const View starts = cuda_view(op, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int);
-  const View seq_lens = cuda_view(op, "seq_lens", seq_lens_tensor, 1, ScalarType::Int);
-  const View work = cuda_view(op, "work", *work_tensor, 1, ScalarType::Int);
-  const View workspace = cuda_view(op, "workspace", *workspace_tensor, 1, ScalarType::Float);
-  const View out = cuda_view(op, "out", out_tensor, 3);
-
-  const int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
-  const int64_t num_rows = row_slots.size(0);
-  const int64_t block_size = keys.size(1), num_kv_heads = keys.size(2);
-  const gpu::Dtype dtype = half_dtype(q);
+  const ViewReader read{op, Place::kCuda};
+  const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots_tensor,
+                           cu_seqlens_q, seq_lens_tensor, out_tensor);
+  const View &keys = args.key_cache, &values = args.value_cache, &blocks = args.block_table;
+  const View work = read("work", *work_tensor, 1, ScalarType::Int);
+  const View workspace = read("workspace", *workspace_tensor, 1, ScalarType::Float);
+  const int64_t num_tokens = args.num_tokens, num_heads = args.num_heads;
+  const int64_t num_rows = args.num_rows, num_kv_heads = args.num_kv_heads;
+  const int64_t head_dim = args.head_dim, block_size = args.block_size;
+  const gpu::Dtype dtype = half_dtype(args.q);
   PYSERVE_CHECK(head_dim == 64 || head_dim == 128, op, ": head_dim ", head_dim,
                 " is neither 64 nor 128");
-  check_heads(op, num_heads, num_kv_heads);
   PYSERVE_CHECK(block_size > 0 && std::has_single_bit(static_cast<uint64_t>(block_size)), op,
                 ": block_size ", block_size, " is not a power of two");
-  PYSERVE_CHECK(softmax_scale > 0, op, ": softmax_scale ", softmax_scale, " must be positive");
   PYSERVE_CHECK(window >= 0 && max_query_len >= 0, op, ": window ", window, ", max_query_len ",
                 max_query_len);
-  check_size(keys, 3, head_dim);
-  check_same_sizes(values, keys);
-  check_same_sizes(out, q);
-  check_same_dtype(keys, q);
-  check_same_dtype(values, q);
-  check_same_dtype(out, q);
-  check_size(seq_lens, 0, num_rows);
-  check_size(starts, 0, num_rows + 1);
-  for (const View& view : {q, keys, values, out}) check_alignment(view);
-  for (const View& view : {row_slots, starts, seq_lens, work, workspace}) check_contiguous(view);
+  args.check(softmax_scale, window, gpu::kPrefillRows);
+  for (const View* view : {&args.q, &keys, &values, &args.out}) check_alignment(*view);
+  for (const View* view :
+       {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens, &work, &workspace}) {
+    check_contiguous(*view);
+  }
   // Positions, packed rows and indices of tokens are 32-bit on the device; offsets are not.
   PYSERVE_CHECK(std::max({num_tokens * num_heads, num_rows, blocks.size(0), keys.size(0),
                           blocks.size(1) * block_size}) < kMaxInt,
@@ -109,12 +92,12 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
                 " and ", workspace_words, " words");
 
   const gpu::AttentionParams params{
-      .q = q.data,
-      .q_token_stride = q.stride(0),
-      .q_head_stride = q.stride(1),
-      .out = out.data,
-      .out_token_stride = out.stride(0),
-      .out_head_stride = out.stride(1),
+      .q = args.q.data,
+      .q_token_stride = args.q.stride(0),
+      .q_head_stride = args.q.stride(1),
+      .out = args.out.data,
+      .out_token_stride = args.out.stride(0),
+      .out_head_stride = args.out.stride(1),
       .key_cache = keys.data,
       .key_block_stride = keys.stride(0),
       .key_token_stride = keys.stride(1),
@@ -125,9 +108,9 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
       .value_head_stride = values.stride(2),
       .block_table = blocks.ptr<int32_t>(),
       .block_table_stride = blocks.stride(0),
-      .row_slots = row_slots.ptr<int32_t>(),
-      .cu_seqlens_q = starts.ptr<int32_t>(),
-      .seq_lens = seq_lens.ptr<int32_t>(),
+      .row_slots = args.row_slots.ptr<int32_t>(),
+      .cu_seqlens_q = args.cu_seqlens_q.ptr<int32_t>(),
+      .seq_lens = args.seq_lens.ptr<int32_t>(),
       .num_tokens = static_cast<int32_t>(num_tokens),
       .num_rows = static_cast<int32_t>(num_rows),
       .num_heads = static_cast<int32_t>(num_heads),
@@ -144,7 +127,7 @@ void paged_attention(const Tensor& q_tensor, const Tensor& key_cache_tensor,
       .max_blocks_per_seq = static_cast<int32_t>(blocks.size(1)),
       .device = device,
   };
-  check_launch(op, gpu::launch_paged_attention(params, dtype, current_stream(q_tensor)));
+  check_launch(op, gpu::launch_paged_attention(params, dtype, current_stream(q)));
 }
 
 constexpr const char* kPlan = "plan_attention";
@@ -153,11 +136,12 @@ void plan_attention(const Tensor& cu_seqlens_q_tensor, const Tensor& seq_lens_te
                     int64_t num_heads, int64_t num_kv_heads, int64_t window,
                     const Tensor& work_tensor) {
   const char* op = kPlan;
-  const View starts = cuda_view(op, "cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int);
-  const View seq_lens = cuda_view(op, "seq_lens", seq_lens_tensor, 1, ScalarType::Int);
-  const View work = cuda_view(op, "work", work_tensor, 1, ScalarType::Int);
+  const ViewReader read{op, Place::kCuda};
+  const View starts = read("cu_seqlens_q", cu_seqlens_q_tensor, 1, ScalarType::Int);
+  const View seq_lens = read("seq_lens", seq_lens_tensor, 1, ScalarType::Int);
+  const View work = read("work", work_tensor, 1, ScalarType::Int);
   const int64_t num_rows = seq_lens.size(0);
-  check_heads(op, num_heads, num_kv_heads);
+  check_heads(op, num_heads, num_kv_heads, gpu::kPrefillRows);
   PYSERVE_CHECK(window >= 0, op, ": window ", window);
   check_size(starts, 0, num_rows + 1);
   for (const View& view : {starts, seq_lens, work}) check_contiguous(view);

@@ -1,4 +1,5 @@
-// What every bind*.cpp needs: views of CUDA tensors, torch's current stream, errors of a launch.
+// What every bind.cpp needs: torch's current stream, element types, errors of a launch. The checks
+// of an op's arguments are those of common/args, the same on every device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,20 +12,6 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace pyserve {
-
-// View of a tensor of a CUDA device with `dim` dims (-1: any, at least 1).
-inline View cuda_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
-                      LastDim last_dim = LastDim::kContiguous) {
-  PYSERVE_CHECK(tensor.is_cuda(), op, ": ", name, " must be on a CUDA device");
-  return view_of(op, name, tensor, dim, last_dim);
-}
-
-inline View cuda_view(const char* op, const char* name, const Tensor& tensor, int64_t dim,
-                      ScalarType dtype, LastDim last_dim = LastDim::kContiguous) {
-  View view = cuda_view(op, name, tensor, dim, last_dim);
-  check_dtype(view, dtype);
-  return view;
-}
 
 // The stream that torch launches on for the tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {

@@ -9,8 +9,6 @@
 
 namespace pyserve::gpu {
 
-constexpr int64_t kMaxRopeHeadDim = 256;
-
 struct RopeParams {
   void* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] = q | k | v
   int64_t qkv_stride;        // strides in elements

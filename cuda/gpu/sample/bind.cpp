@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "common/step.h"
+#include "common/args/sample.h"
 #include "gpu/core/bind.h"
 #include "gpu/sample/sample.h"
 
@@ -21,45 +21,33 @@ gpu::Dtype sample_dtype(const View& logits) {
   return gpu::Dtype::kFloat16;
 }
 
-void sample(const Tensor& logits_tensor, const Tensor& sample_slots_tensor,
-            const Tensor& slots_tensor, const Tensor& token_counts_tensor,
-            const std::optional<Tensor>& workspace_tensor, const Tensor& sampled_tensor) {
-  const View logits = cuda_view(kOp, "logits", logits_tensor, 2);
-  const View sample_slots =
-      cuda_view(kOp, "sample_slots", sample_slots_tensor, 1, ScalarType::Int, LastDim::kStrided);
-  const View slots = cuda_view(kOp, "slots", slots_tensor, 2, ScalarType::Int);
-  const View token_counts =
-      cuda_view(kOp, "token_counts", token_counts_tensor, 2, ScalarType::Short);
-  const View sampled = cuda_view(kOp, "sampled", sampled_tensor, 1, ScalarType::Int);
-  const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
-  PYSERVE_CHECK(vocab_size > 0 && vocab_size <= gpu::kMaxSampleVocab, kOp, ": a vocabulary of ",
-                vocab_size, ", at most ", gpu::kMaxSampleVocab);
+void sample(const Tensor& logits, const Tensor& sample_slots, const Tensor& slots,
+            const Tensor& token_counts, const std::optional<Tensor>& workspace_tensor,
+            const Tensor& sampled) {
+  const ViewReader read{kOp, Place::kCuda};
+  const SampleArgs args = sample_args(read, logits, sample_slots, slots, token_counts, sampled);
+  const int64_t num_rows = args.num_rows(), vocab_size = args.vocab_size();
   PYSERVE_CHECK(num_rows <= 1 << 20, kOp, ": ", num_rows, " rows, at most ", 1 << 20);
-  check_size(sample_slots, 0, num_rows);
-  check_size(sampled, 0, num_rows);
-  check_size(slots, 1, kSlotWords);
-  check_size(token_counts, 0, slots.size(0));
-  check_size(token_counts, 1, vocab_size);
   PYSERVE_CHECK(workspace_tensor.has_value(), kOp, ": needs a workspace on CUDA");
-  const View workspace = cuda_view(kOp, "workspace", *workspace_tensor, 1, ScalarType::Long);
+  const View workspace = read("workspace", *workspace_tensor, 1, ScalarType::Long);
   const int64_t wanted = gpu::sample_workspace_words(num_rows, vocab_size);
   PYSERVE_CHECK(workspace.size(0) >= wanted, kOp, ": a workspace of ", workspace.size(0),
                 " words for ", num_rows, " rows, needs ", wanted);
-  const gpu::SampleParams params{.logits = logits.data,
-                                 .logits_stride = logits.stride(0),
-                                 .dtype = sample_dtype(logits),
-                                 .sample_slots = sample_slots.ptr<int32_t>(),
-                                 .sample_slots_stride = sample_slots.stride(0),
-                                 .slots = slots.ptr<int32_t>(),
-                                 .slots_stride = slots.stride(0),
-                                 .num_slots = slots.size(0),
-                                 .token_counts = token_counts.ptr<int16_t>(),
-                                 .token_counts_stride = token_counts.stride(0),
-                                 .sampled = sampled.ptr<int32_t>(),
+  const gpu::SampleParams params{.logits = args.logits.data,
+                                 .logits_stride = args.logits.stride(0),
+                                 .dtype = sample_dtype(args.logits),
+                                 .sample_slots = args.sample_slots.ptr<int32_t>(),
+                                 .sample_slots_stride = args.sample_slots.stride(0),
+                                 .slots = args.slots.ptr<int32_t>(),
+                                 .slots_stride = args.slots.stride(0),
+                                 .num_slots = args.slots.size(0),
+                                 .token_counts = args.token_counts.ptr<int16_t>(),
+                                 .token_counts_stride = args.token_counts.stride(0),
+                                 .sampled = args.sampled.ptr<int32_t>(),
                                  .num_rows = static_cast<int32_t>(num_rows),
                                  .vocab_size = static_cast<int32_t>(vocab_size),
                                  .workspace = workspace.ptr<uint64_t>()};
-  check_launch(kOp, gpu::launch_sample(params, current_stream(logits_tensor)));
+  check_launch(kOp, gpu::launch_sample(params, current_stream(logits)));
 }
 
 }  // namespace

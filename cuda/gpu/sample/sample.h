@@ -25,12 +25,11 @@ struct SampleParams {
   uint64_t* workspace;  // sample_workspace_words of them, any content
 };
 
-constexpr int64_t kMaxSampleVocab = int64_t{1} << 19;  // sums of weights stay below 2^53
-constexpr int kMaxSplits = 32;                         // CTAs that share a row
-constexpr int kNumParts = 1024;                        // parts of a row whose maxima are kept
-constexpr int kMaxSplitRows = 128;                     // with more rows each has one CTA
-constexpr int kMinListWords = 1096;                    // bins of a mass histogram
-constexpr int kMaxListWords = 4096;                    // candidates, or sums of 256 tokens
+constexpr int kMaxSplits = 32;       // CTAs that share a row
+constexpr int kNumParts = 1024;      // parts of a row whose maxima are kept
+constexpr int kMaxSplitRows = 128;   // with more rows each has one CTA
+constexpr int kMinListWords = 1096;  // bins of a mass histogram
+constexpr int kMaxListWords = 4096;  // candidates, or sums of 256 tokens
 
 // What the CTAs of a row tell each other, in the workspace.
 struct SampleRowWork {

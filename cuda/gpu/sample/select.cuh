@@ -3,6 +3,7 @@
 // last id that is kept.
 #pragma once
 
+#include "common/limits.h"
 #include "gpu/sample/block.cuh"
 #include "gpu/sample/row.cuh"
 
@@ -16,7 +17,7 @@ constexpr int kIdBits = 19;
 constexpr int kWeightBits = 35;  // of a weight as an integer
 constexpr uint32_t kLastId = (1u << kIdBits) - 1;
 static_assert(kCoarseBins <= kMinListWords && kCoarseBins <= kLevelBins);
-static_assert(kMaxSampleVocab == int64_t{kLastId} + 1);
+static_assert(kMaxVocabSize == int64_t{kLastId} + 1);
 
 struct DrawShared {
   uint64_t list[kMaxListWords];

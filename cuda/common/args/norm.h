@@ -1,0 +1,30 @@
+// The arguments of rms_norm and add_rms_norm, checked.
+#pragma once
+
+#include "../check.h"
+
+namespace pyserve {
+
+struct NormArgs {
+  View x, weight, out;
+  View residual;  // x where there is none
+};
+
+// `residual` is null for rms_norm.
+inline NormArgs norm_args(const ViewReader& read, const Tensor& x, const Tensor* residual,
+                          const Tensor& weight, const Tensor& out) {
+  NormArgs args{read("x", x, -1), read("weight", weight, 1), read("out", out, -1), {}};
+  check_size(args.weight, 0, args.x.size(args.x.dim - 1));
+  check_same_dtype(args.weight, args.x);
+  check_same_dtype(args.out, args.x);
+  check_same_sizes(args.out, args.x);
+  args.residual = args.x;
+  if (residual != nullptr) {
+    args.residual = read("residual", *residual, -1);
+    check_same_dtype(args.residual, args.x);
+    check_same_sizes(args.residual, args.x);
+  }
+  return args;
+}
+
+}  // namespace pyserve

@@ -1,0 +1,11 @@
+// What the ops take at most, on every device. The Python twin is pyserve/limits.py.
+#pragma once
+
+#include <cstdint>
+
+namespace pyserve {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxVocabSize = int64_t{1} << 19;  // sums of weights of a row stay below 2^53
+
+}  // namespace pyserve
