@@ -65,6 +65,25 @@ def test_tensors_arrive_converted_whatever_the_pieces(stored: torch.dtype, tmp_p
             assert torch.equal(arrived[name].cpu(), tensor.to(dtype)), name
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_a_matrix_arrive(dim: int, stored: torch.dtype, tmp_path: Path) -> None:
+    """Slices along both dimensions, to rows that follow each other and to rows that do not."""
+    path = tmp_path / "model.safetensors"
+    tensor = torch.randn(977, 40).to(stored)
+    save_file({"a": tensor}, path)
+    wanted = tensor.narrow(dim, 7, 20)
+    for wide in (wanted.shape[1], wanted.shape[1] + 8):
+        shape = wanted.shape[0] + 2, wide
+        whole = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=CARD)
+        part = Part(whole[1:-1, : wanted.shape[1]], dim, 7)
+        with CheckpointReader(4096, device=CARD) as reader:
+            assert sum(reader.copy(read_header(path)[0], part))
+            reader.wait()
+        assert torch.equal(part.view.cpu(), wanted.to(torch.bfloat16))
+        assert int(whole.isnan().sum()) == whole.numel() - wanted.numel()
+
+
 def test_pieces_of_full_size_are_read_by_many_threads(tmp_path: Path) -> None:
     """Three buffers and a bit, into a slice of a larger matrix."""
     path = tmp_path / "model.safetensors"

@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 from pyserve.checkpoint_files import INDEX_FILE, MAX_HEADER_BYTES
 from pyserve.errors import CheckpointError
 from pyserve.model.destination import Part
-from pyserve.model.weights import CheckpointReader, index_checkpoint, read_header
+from pyserve.model.weights import (
+    CheckpointReader,
+    bytes_to_read,
+    index_checkpoint,
+    read_header,
+)
 from tests.model.safetensors_files import entry, write, write_raw
 
 
@@ -23,6 +28,24 @@ def fill(path: Path, name: str, destination: torch.Tensor, *, buffer_bytes: int 
     stored = {tensor.name: tensor for tensor in read_header(path)}[name]
     with CheckpointReader(buffer_bytes) as reader:
         assert sum(reader.copy(stored, Part(destination))) == stored.num_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "converted"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_part_of_a_matrix_goes_to_any_view(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Slices along both dimensions, to rows that follow each other and to rows that do not."""
+    tensor = torch.randn(37, 50)
+    save_file({"a": tensor, "b": torch.randn(3)}, tmp_path / "model.safetensors")
+    stored = index_checkpoint(tmp_path)["a"]
+    wanted = tensor.narrow(dim, 11, 20)
+    for wide in (wanted.shape[1], wanted.shape[1] + 7):
+        whole = torch.full((wanted.shape[0] + 2, wide), torch.nan, dtype=dtype)
+        part = Part(whole[1:-1, : wanted.shape[1]], dim, 11)
+        with CheckpointReader(1000) as reader:
+            assert sum(reader.copy(stored, part)) == bytes_to_read(stored, part)
+        assert bytes_to_read(stored, part) == (20 * 50 * 4 if dim == 0 else stored.num_bytes)
+        assert torch.equal(part.view, wanted.to(dtype))
+        assert int(whole.isnan().sum()) == whole.numel() - wanted.numel(), "nothing else is written"
 
 
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
