@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tarfile
 import time
@@ -12,6 +13,8 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent.parent / "bench" / "gpu_check.sh"
 INTERPRETER = """#!/usr/bin/env bash
+seen=$PYSERVE_CHECK_DIR/limits
+[[ $* != "-m pytest"* ]] || echo "$(tr '\\0' ' ' </proc/$PPID/cmdline)" >>"$seen"
 case "$*" in
   "-c "*load_native*) [ -z "${BROKEN_BUILD:-}" ] || { echo "norm.cu(3): error: what" && exit 1; } ;;
   "-m pytest"*test_norm.py) echo "FAILED tests/gpu/test_norm.py::test_a - assert 1 == 2"
@@ -86,3 +89,16 @@ def test_nothing_runs_where_the_build_fails(tmp_path: Path) -> None:
 def test_an_unknown_part(tmp_path: Path) -> None:
     code, printed = run(tmp_path, "bild")
     assert code == 64 and "no part bild" in printed
+
+
+@pytest.mark.parametrize("part, least_s", [("tests", 120), ("ptx80", 240)])
+def test_a_test_that_hangs_is_named_before_its_file_is_ended(
+    tmp_path: Path, part: str, least_s: int
+) -> None:
+    run(tmp_path, part)
+    lines = (tmp_path / "work" / "limits").read_text().splitlines()
+    assert lines
+    for line in lines:
+        found = re.match(r"timeout -k 5 (\d+) .* --timeout (\d+) ", line)
+        assert found is not None, line
+        assert least_s <= int(found[2]) < int(found[1]), line
