@@ -24,10 +24,8 @@ import re
 import socket
 import struct
 import sys
-import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +33,10 @@ from typing import Any
 from bench.answers import Answer, read_answers
 from bench.hostile import FAMILIES, Case, make_case
 from bench.neighbour import HealthPoller, Neighbour, Seen, ask_health
-from bench.report import environment, format_table, write_json
-from bench.server_process import ServerProcess, memory_of, running_server
+from bench.report import format_table
+from bench.server_process import memory_of
 from bench.soak import wait_idle
+from bench.trial import Trial, conclude, server_parser, try_server
 from bench.wire import Endpoint
 
 PARTS = 5
@@ -391,48 +390,23 @@ def _shown(data: bytes) -> str:
 def main(argv: list[str] | None = None) -> int:
     """0: every check passed; 1: one failed or the server could not be reached."""
     args = _parser().parse_args(argv)
-    place: Any = nullcontext(None)
-    if args.url is None:
-        flags = ["--dtype", "float32", *args.flags]
-        place = running_server(flags, folder=Path(tempfile.gettempdir()))
-    try:
-        with place as server:
-            return _run(server, args)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return try_server(args, lambda trial: _try(trial, args), ["--dtype", "float32"])
 
 
-def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
-    pid, url = args.pid, args.url
-    if server is not None:
-        server.wait_ready(600)
-        pid, url = server.pid, server.url
-    endpoint = Endpoint.parse(url)
+def _try(trial: Trial, args: argparse.Namespace) -> int:
     if args.only is not None:
-        return _run_one(endpoint, args)
-    result = asyncio.run(run_fuzz(endpoint, pid, args))
-    problems = judge(result, args.log if server is None else server.log, args)
-    for problem in problems[:MAX_FAILURES]:
-        print(f"FAILED {problem}")
+        return _run_one(trial.endpoint, args)
+    result = asyncio.run(run_fuzz(trial.endpoint, trial.pid, args))
+    problems = judge(result, trial.log or args.log, args)
     tally: Tally = result["tally"]
-    print(
-        f"= fuzz: {'FAILED' if problems else 'nothing hurt'}; seed {args.seed}, "
-        f"{tally.num_sent:,} cases, {tally.seen.num_streams} streams beside them"
-    )
-    config = {name: str(value) for name, value in vars(args).items()}
-    record = {
-        "config": config,
-        "environment": environment(["pyserve", "aiohttp"]),
-        "wall_s": result["wall_s"],
-        "rss_bytes": result["rss_bytes"],
-        "num_streams": tally.seen.num_streams,
-        "max_gap_s": tally.seen.max_gap_s,
-        "statuses": tally.statuses,
-        "problems": problems,
-    }
-    write_json(args.json, record)
-    return 1 if problems else 0
+    return conclude(
+        args, "fuzz", problems, good="nothing hurt", max_shown=MAX_FAILURES,
+        more=f"; seed {args.seed}, {tally.num_sent:,} cases, {tally.seen.num_streams} streams "
+        "beside them",
+        packages=["pyserve", "aiohttp"],
+        wall_s=result["wall_s"], rss_bytes=result["rss_bytes"], statuses=tally.statuses,
+        num_streams=tally.seen.num_streams, max_gap_s=tally.seen.max_gap_s,
+    )  # fmt: skip
 
 
 def _run_one(endpoint: Endpoint, args: argparse.Namespace) -> int:
@@ -444,12 +418,8 @@ def _run_one(endpoint: Endpoint, args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = server_parser(__doc__)
     add = parser.add_argument
-    add("--url", help="a running server; default: start one")
-    add("--pid", type=int, help="process whose memory and sockets are watched, with --url")
     add("-n", "--num-cases", type=int, default=20_000)
     add("-c", "--concurrency", type=int, default=32)
     add("--seed", type=int, default=0)
@@ -459,8 +429,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-gap-s", type=float, default=5.0, help="fail above (default %(default)s)")
     add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")
     add("--log", type=Path, help="its log, looked through for tracebacks, with --url")
-    add("--json", type=Path, metavar="FILE")
-    add("flags", nargs="*", help="after --: flags of the server that is started")
     return parser
 
 

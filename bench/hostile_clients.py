@@ -17,19 +17,17 @@ import json
 import resource
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from bench.hostile import get, post
 from bench.neighbour import NUM_TOKENS, QUESTIONS, HealthPoller, Neighbour, Seen
-from bench.report import environment, format_table, write_json
-from bench.server_process import ServerProcess, memory_of, running_server
+from bench.report import format_table
+from bench.server_process import memory_of
 from bench.soak import metrics, wait_idle
+from bench.trial import Trial, conclude, server_parser, try_server
 from bench.wire import Endpoint
 
 COMPLETIONS = "/v1/completions"
@@ -201,14 +199,14 @@ async def run_attack(
     return (peak - before) / MIB, problems
 
 
-def run(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> list[str]:
-    """Print a row for each attack; returns what is wrong."""
+def run(trial: Trial, args: argparse.Namespace) -> int:
+    """Print a row for each attack and the verdict; the exit code."""
     rows = [["attack", "streams", "longest gap s", "/health ms", "grown MiB"]]
     problems = []
     for attack in ATTACKS:
         name = attack.__name__
         seen = Seen()
-        grown_mib, found = asyncio.run(run_attack(endpoint, pid, attack, seen))
+        grown_mib, found = asyncio.run(run_attack(trial.endpoint, trial.pid, attack, seen))
         health_s = max(seen.health_s, default=0.0)
         figures = [f"{seen.max_gap_s:.2f}", f"{1e3 * health_s:.0f}", f"{grown_mib:.0f}"]
         rows.append([name, str(seen.num_streams), *figures])
@@ -220,10 +218,12 @@ def run(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> list[s
             found.append(f"memory grew by {grown_mib:.0f} MiB")
         problems += [f"{name}: {problem}" for problem in [*found, *seen.problems]]
     print(format_table(rows))
-    config = {name: str(value) for name, value in vars(args).items()}
-    record = {"config": config, "environment": environment(["pyserve", "aiohttp"])}
-    write_json(args.json, {**record, "rows": rows, "problems": problems})
-    return problems
+    if trial.log is not None and "Traceback" in trial.log.read_text(errors="replace"):
+        problems.append("a traceback in the server's log")
+    packages = ["pyserve", "aiohttp"]
+    return conclude(
+        args, "hostile clients", problems, good="nothing hurt", packages=packages, rows=rows
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,37 +231,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
-    place: Any = nullcontext(None)
-    if args.url is None:
-        place = running_server(["--dtype", "float32"], folder=Path(tempfile.gettempdir()))
-    try:
-        with place as server:
-            problems = _run_at(server, args)
-    except (OSError, RuntimeError) as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"FAILED {problem}")
-    print(f"= hostile clients: {'FAILED' if problems else 'nothing hurt'}")
-    return 1 if problems else 0
-
-
-def _run_at(server: ServerProcess | None, args: argparse.Namespace) -> list[str]:
-    if server is None:
-        return run(Endpoint.parse(args.url), args.pid, args)
-    server.wait_ready(600)
-    problems = run(Endpoint.parse(server.url), server.pid, args)
-    text = server.log.read_text(errors="replace")
-    return [*problems, "a traceback in the server's log"] if "Traceback" in text else problems
+    return try_server(args, lambda trial: run(trial, args), ["--dtype", "float32"])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = server_parser(__doc__)
     add = parser.add_argument
-    add("--url", help="a running server; default: start one")
-    add("--pid", type=int, help="process whose memory is watched, with --url")
-    add("--json", type=Path, metavar="FILE")
     add("--max-gap-s", type=float, default=0.5, help="fail above (default %(default)s)")
     add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")
     return parser

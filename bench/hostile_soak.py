@@ -14,20 +14,15 @@ import argparse
 import asyncio
 import itertools
 import sys
-import tempfile
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from bench.fuzz import count_files, run_case, wait_files
 from bench.hostile import make_case
-from bench.report import environment, write_json
-from bench.server_process import ServerProcess, running_server
 from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak, wait_idle
+from bench.trial import Trial, conclude, try_server
 from bench.wire import Endpoint, fetch
 
 FAMILIES = ("large", "template", "gone", "ended", "abort", "silent", "field")
@@ -92,23 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--hostile-share must be in (0, 1), got {args.hostile_share}")
     if args.streams or args.num_requests < 10:
         parser.error("--streams is bench.soak's, --num-requests must be at least 10")
-    place: AbstractContextManager[ServerProcess | None] = nullcontext(None)
-    if args.url is None:
-        place = running_server(args.flags, folder=Path(tempfile.gettempdir()))
-    try:
-        with place as server:
-            return _run(server, args)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return try_server(args, lambda trial: _run(trial, args))
 
 
-def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
-    pid, url = args.pid, args.url
-    if server is not None:
-        server.wait_ready(600)
-        pid, url = server.pid, server.url
-    endpoint = Endpoint.parse(url, args.api_key)
+def _run(trial: Trial, args: argparse.Namespace) -> int:
+    endpoint, pid = trial.endpoint, trial.pid
     num_hostile = max(round(args.concurrency * args.hostile_share), 1)
     args.concurrency = max(args.concurrency - num_hostile, 1)
     hostile = Hostile(num_hostile)
@@ -122,19 +105,20 @@ def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
         print(f"open files: {num_files} before, {num_files_after} after")
         if num_files_after > num_files:
             problems.append(f"{num_files_after - num_files} open files more")
-    for problem in problems:
-        print(f"FAILED {problem}")
-    num_sent = sum(hostile.num_sent.values())
-    print(
-        f"= hostile soak: {'FAILED' if problems else 'nothing leaked'}; "
-        f"{result['num_complete']:,} complete, {result['num_aborted']:,} aborted, "
-        f"{num_sent:,} hostile in {result['wall_s']:.0f} s"
+    more = (
+        f"; {result['num_complete']:,} complete, {result['num_aborted']:,} aborted, "
+        f"{sum(hostile.num_sent.values()):,} hostile in {result['wall_s']:.0f} s"
     )
-    config = {name: str(value) for name, value in vars(args).items() if name != "api_key"}
-    about = environment(["pyserve", "torch"])
-    record = {"config": config, "environment": about, "result": result, "problems": problems}
-    write_json(args.json, msgspec.to_builtins({**record, "hostile": dict(hostile.num_sent)}))
-    return 1 if problems else 0
+    sent = dict(hostile.num_sent)
+    return conclude(
+        args,
+        "hostile soak",
+        problems,
+        good="nothing leaked",
+        more=more,
+        result=result,
+        hostile=sent,
+    )
 
 
 if __name__ == "__main__":

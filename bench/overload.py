@@ -18,13 +18,9 @@ import argparse
 import asyncio
 import itertools
 import sys
-import tempfile
 import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,13 +28,12 @@ import numpy as np
 from bench.report import (
     LATENCY_HEADER,
     busy_remark,
-    environment,
     format_table,
     latency_row,
     summarize,
-    write_json,
 )
-from bench.server_process import ServerProcess, memory_of, running_server
+from bench.server_process import memory_of
+from bench.trial import Trial, conclude, server_parser, try_server
 from bench.wire import Connection, Endpoint, Reply, fetch
 
 MIB = 2**20
@@ -250,40 +245,22 @@ def render(full: Phase, over: Phase) -> str:
 def main(argv: list[str] | None = None) -> int:
     """0: every check passed; 1: one failed or the server could not be reached."""
     args = _parser().parse_args(argv)
-    place: AbstractContextManager[ServerProcess | None] = nullcontext(None)
-    if args.url is None:
-        limits = ["--max-num-seqs", str(args.max_num_seqs), "--max-queue", str(args.max_queue)]
-        place = running_server([*limits, *args.flags], folder=Path(tempfile.gettempdir()))
+    limits = ["--max-num-seqs", str(args.max_num_seqs), "--max-queue", str(args.max_queue)]
     print(busy_remark(), end="")
-    try:
-        with place as server:
-            pid, url = args.pid, args.url
-            if server is not None:
-                server.wait_ready(600)
-                pid, url = server.pid, server.url
-            full, over = asyncio.run(run(Endpoint.parse(url, args.api_key), pid, args))
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return try_server(args, lambda trial: _try(trial, args), limits)
+
+
+def _try(trial: Trial, args: argparse.Namespace) -> int:
+    full, over = asyncio.run(run(trial.endpoint, trial.pid, args))
     print(render(full, over))
+    result = {"full": full, "over": over}
     problems = judge(full, over, args)
-    for problem in problems:
-        print(f"FAILED {problem}")
-    print(f"= overload: {'FAILED' if problems else 'as it should be'}")
-    config = {name: str(value) for name, value in vars(args).items() if name != "api_key"}
-    result: dict[str, Any] = {"full": msgspec.to_builtins(full), "over": msgspec.to_builtins(over)}
-    about = environment(["pyserve", "torch"])
-    write_json(args.json, {"config": config, "environment": about, "result": result})
-    return 1 if problems else 0
+    return conclude(args, "overload", problems, good="as it should be", result=result)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = server_parser(__doc__)
     add = parser.add_argument
-    add("--url", help="a running server; default: start one")
-    add("--pid", type=int, help="process whose memory is watched, with --url")
     add("--api-key")
     add("--seconds", type=float, default=120.0, help="of overload (default %(default)g)")
     add("--warm-up-seconds", type=float, default=1.0)
@@ -298,8 +275,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-ratio", type=float, default=1.25, help="time to first token, overload to full")
     add("--max-growth-mib", type=float, default=16.0)
     add("--max-lag-s", type=float, default=0.1)
-    add("--json", type=Path, metavar="FILE")
-    add("flags", nargs="*", help="after --: flags of the server that is started")
     return parser
 
 

@@ -20,27 +20,22 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from bench.report import (
     LATENCY_HEADER,
-    environment,
     format_table,
     latency_row,
     summarize,
-    write_json,
 )
-from bench.server_process import ServerProcess, memory_of, running_server
+from bench.server_process import memory_of
+from bench.trial import Trial, conclude, server_parser, try_server
 from bench.wire import Connection, Endpoint, Reply, fetch, read_whole
 from bench.workload import WORDS
 
@@ -410,38 +405,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--concurrency must be in [1, {MAX_CONCURRENCY}], got {args.concurrency}")
     if args.num_requests < 10:
         parser.error(f"--num-requests must be at least 10, got {args.num_requests}")
-    place: AbstractContextManager[ServerProcess | None] = nullcontext(None)
-    if args.url is None:
-        place = running_server(args.flags, folder=Path(tempfile.gettempdir()))
-    try:
-        with place as server:
-            return _run(server, args)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return try_server(args, lambda trial: _run(trial, args))
 
 
-def _run(server: ServerProcess | None, args: argparse.Namespace) -> int:
-    pid = args.pid
-    url = args.url
-    if server is not None:
-        server.wait_ready(600)
-        pid, url = server.pid, server.url
-    endpoint = Endpoint.parse(url, args.api_key)
+def _run(trial: Trial, args: argparse.Namespace) -> int:
     if args.streams:
-        result = asyncio.run(run_streams(endpoint, args))
+        result = asyncio.run(run_streams(trial.endpoint, args))
         problems = judge_streams(result, args)
     else:
-        result = asyncio.run(run_soak(endpoint, pid, args))
+        result = asyncio.run(run_soak(trial.endpoint, trial.pid, args))
         problems = judge_soak(result, args)
-    for problem in problems:
-        print(f"FAILED {problem}")
-    print(f"= soak: {'FAILED' if problems else 'nothing leaked'}{_figures(result)}")
-    config = {name: str(value) for name, value in vars(args).items() if name != "api_key"}
-    about = environment(["pyserve", "torch"])
-    record = {"config": config, "environment": about, "result": result, "problems": problems}
-    write_json(args.json, msgspec.to_builtins(record))
-    return 1 if problems else 0
+    return conclude(
+        args, "soak", problems, good="nothing leaked", more=_figures(result), result=result
+    )
 
 
 def _figures(result: dict[str, Any]) -> str:
@@ -458,12 +434,9 @@ def _figures(result: dict[str, Any]) -> str:
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """As bench.hostile_soak has it too."""
+    parser = server_parser(description)
     add = parser.add_argument
-    add("--url", help="a running server; default: start one")
-    add("--pid", type=int, help="process whose memory is watched, with --url")
     add("--api-key")
     add("-n", "--num-requests", type=int, default=2000)
     add("--seconds", type=float, help="so long instead of so many requests")
@@ -478,8 +451,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=64, help="of a stream")
     add("--exact", action="store_true", help="every stream must equal its answer (float32)")
     add("--max-gap-s", type=float, default=2.0, help="fail above (default %(default)s)")
-    add("--json", type=Path, metavar="FILE")
-    add("flags", nargs="*", help="after --: flags of the server that is started")
     return parser
 
 
