@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C has ended
+from pyserve import INTERRUPTED
 
 
 def interrupt(*_: object) -> None:

@@ -107,7 +107,8 @@ NOT_YET = frozenset(
     api/app.py api/endpoints/openai.py api/life/listen.py api/endpoints/prompts.py
     api/generation/job.py api/generation/request_log.py api/pages/openapi.py
     engine/block_manager.py engine/engine.py engine/scheduler.py engine/sequence.py
-    model/config.py model/fields.py model/registry.py model/unknown_fields.py
+    model/config.py model/fields.py model/layer_config.py model/registry.py
+    model/unknown_fields.py
     ops/build.py ops/toolchain.py text/chat_template.py text/template_probe.py
     """.split()
 )

@@ -16,14 +16,14 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
-from pyserve import log
+from pyserve import INTERRUPTED, log
 from pyserve.api.app import build_app
 from pyserve.api.http.connections import Connections
 from pyserve.api.http.http_protocol import LAST_FRAMES_S, listening
 from pyserve.api.life.listen import Listener, listening_socket
 from pyserve.api.life.progress import show_progress
 from pyserve.api.life.ready_file import ReadyFile
-from pyserve.api.life.signals import INTERRUPTED, StopSignals
+from pyserve.api.life.signals import StopSignals
 from pyserve.api.life.startup import Report
 from pyserve.api.life.stats_log import log_statistics
 from pyserve.api.state import Loaded, ServerState

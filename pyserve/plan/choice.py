@@ -12,7 +12,7 @@ from pyserve.errors import PlanError
 from pyserve.model.config import ModelConfig
 from pyserve.plan.capacity import Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card
-from pyserve.plan.roofline import decode_floor, tp_sizes
+from pyserve.plan.roofline import decode_floor
 from pyserve.plan.table import aligned
 
 COUNTS = (1, 2, 4)  # cards of one kind that are tried
@@ -60,14 +60,12 @@ def find_choices(
 ) -> list[Choice]:  # fmt: skip
     """For each card the first of `counts` that holds the model, the cheapest or smallest first.
 
-    counts   in ascending order; those that cannot share the model's layers are passed over.
+    counts   in ascending order.
     prices   dollars a day of one card, by Card.name.
-    Raises ConfigError where no card can run the model at all.
+    Raises ConfigError where no card can run the model, or so many cannot share its layers.
     """
     found: dict[str, Choice] = {}
     for count in counts:
-        if count not in tp_sizes(model):
-            continue
         sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=count)
         for card in CARDS:
             if card.name in found:

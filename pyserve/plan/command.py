@@ -31,7 +31,7 @@ from pyserve.ops import device as card_here
 from pyserve.plan.capacity import CUDA, Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card, find_card, find_card_that_is_here
 from pyserve.plan.choice import COUNTS, SECONDS_A_DAY, choice_lines, find_choices
-from pyserve.plan.roofline import decode_floor, prefill_floor_s
+from pyserve.plan.roofline import decode_floor, prefill_floor_s, tp_sizes
 from pyserve.plan.table import aligned
 
 HERE = "here"  # --gpu's word for the card of this machine
@@ -69,9 +69,10 @@ def _which_card(
 ) -> list[str]:
     """Without --gpu: every known card that the model fits, one or several of its kind."""
     config = _engine_config(args)
-    counts = COUNTS if args.tensor_parallel_size is None else (args.tensor_parallel_size,)
+    counts = tuple(count for count in COUNTS if count in tp_sizes(model))
+    if args.tensor_parallel_size is not None:
+        counts = (args.tensor_parallel_size,)
     is_int4 = args.quantization == "awq"
-    sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=counts[0])
     choices = find_choices(
         model, config, counts=counts, is_int4=is_int4, mean_context=args.mean_context, prices=prices
     )
@@ -80,6 +81,7 @@ def _which_card(
             f"{args.model} fits none of the {len(CARDS)} known cards, {_tried(counts)}, with these "
             "settings; --gpu NAME tells what is missing"
         )
+    sizes = choices[0].capacity.sizes  # the whole model's dtype and parameters, as of each choice
     lines = [_model_line(args, model, sizes.num_params, sizes.dtype), ""]
     lines.append(f"the known cards that hold it, {_tried(counts)}:")
     if card_here.has_card():

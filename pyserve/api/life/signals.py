@@ -18,7 +18,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
-INTERRUPTED = 128 + signal.SIGINT  # exit code of a command that Ctrl-C ends
 
 
 class StopSignals:
