@@ -81,14 +81,14 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
 
 def _warn_of_exposure(config: ServerConfig) -> None:
     if not config.api_keys and config.uds is None and config.host not in LOOPBACK:
+        address = f"{config.host}:{config.port}"
         log.get_logger().warning(
-            "anyone who reaches %s:%d can use the model: pass --api-key KEY to require one",
-            config.host, config.port,
-        )  # fmt: skip
+            "anyone who reaches %s can use the model: pass --api-key KEY to require one", address
+        )
 
 
 def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
-    """What is plainly wrong with a path is said before the port opens, not minutes later."""
+    """Refuse paths that cannot work before the port opens, not minutes later."""
     launch = _launch_config(args)
     for flag, name in (("--model", launch.model), ("--tokenizer", launch.tokenizer)):
         if name is None:
@@ -181,7 +181,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         model_path = DEMO_MODEL
         if launch.model is not None:
             model_path = resolve(report, launch.model, revision=launch.revision, flag="--model")
-            report("start", 0, 0)  # what is imported and read from here on is no download
+            report("start", 0, 0)  # the time from here on is not the download's
         if not (model_path / "config.json").is_file():
             raise CheckpointError(
                 f"--model {launch.model}: there is no config.json in {model_path}"

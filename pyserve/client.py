@@ -76,7 +76,7 @@ class SequenceStream:
 
     @property
     def is_finished(self) -> bool:
-        """True once the engine has written its last word; unread tokens may remain."""
+        """True after `finish` or `fail`; tokens that nobody has read yet may remain."""
         return self._finish_reason is not None or self._error is not None
 
     def admit(self, num_cached_tokens: int) -> None:
@@ -133,9 +133,9 @@ class SequenceStream:
         return delta
 
     async def read(self) -> SequenceDelta:
-        """Wait for news and take all of it. Raises as `take` does.
+        """Wait for output and take all that there is. Raises as `take` does.
 
-        After the last word it is told again, at once.
+        After the end it returns the finish reason, or raises the error, again and at once.
         """
         while True:
             if not self.is_finished:
@@ -177,7 +177,7 @@ class EngineStats:
     output_tokens: int
     step_age_s: float  # age of the running step, 0 where none runs
     error: str | None  # why the engine has stopped; None while it is sound
-    step_deadline_s: float | None = None  # a longer step has hung; None: any is fine
+    step_deadline_s: float | None = None  # a step that takes longer has hung; None: no limit
     num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
     num_deferred: int = 0  # of the waiting, those that wait for an equal prompt's prefill
     num_nan_sequences: int = 0  # failed, as the model's output was not a number
@@ -185,9 +185,9 @@ class EngineStats:
 
 
 class EngineClient(Protocol):
-    """All the API sees of the engine. It is made, started, and stopped or gives up: its end.
+    """All that the API sees of the engine. An engine ends when it is stopped or gives up.
 
-    After the end every call has an answer: `info` and `stats` tell what they told last, with
+    After its end every call still has an answer: `info` and `stats` return their last values, with
     nothing running, waiting or held; `submit` and `check_room` raise UnavailableError with the
     reason; `abort` and another `stop` do nothing; `start` raises RuntimeError.
     """
@@ -215,9 +215,11 @@ class EngineClient(Protocol):
         ...
 
     def check_room(self, num_sequences: int, *, num_tokens: int = 0, user: str = "") -> None:
-        """Raises QueueFullError where so many more of `user`, with so many prompt tokens in all,
-        would be more than may wait, InvalidRequestError where they always would, and
-        UnavailableError where the engine has stopped. What passes can be submitted at once.
+        """Whether `user` may queue `num_sequences` more, with `num_tokens` prompt tokens in all.
+
+        Raises QueueFullError where the queue has no room for them now, InvalidRequestError where it
+        never will, and UnavailableError where the engine has stopped. What passes can be submitted
+        at once.
         """
         ...
 

@@ -54,7 +54,7 @@ def with_settings(path: Path, argv: list[str]) -> list[str]:
         parse(parser, plain_words(parser, added))
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    # Behind the command line: a list at its end would take the model for one of its own.
+    # After the command line: a list at the end of `added` would take the model for an item of its.
     return [*words(argv), *added]
 
 

@@ -68,7 +68,7 @@ class BodyTooLateError(RequestError):
 
 
 class QueueFullError(RequestError):
-    """429: as many sequences wait as may. Sent with Retry-After."""
+    """429: the queue is full. Sent with Retry-After."""
 
     status = 429
     type = "RateLimitError"
@@ -79,7 +79,7 @@ class QueueFullError(RequestError):
 
 
 class TooManyBytesError(RequestError):
-    """429: bodies or answers hold as much memory as they may. Sent with Retry-After."""
+    """429: bodies, or answers that nobody reads, fill their memory. Sent with Retry-After."""
 
     status = 429
     type = "RateLimitError"
@@ -110,9 +110,9 @@ class EngineError(RequestError):
 class ChatTemplateError(RequestError):
     """500: the model's chat template is broken, takes too long or makes too much.
 
-    No message is at fault, and all but chats can do without it.
+    The client's messages are not at fault, and everything but chats works without a template.
 
-    is_timeout  it has been given up for its time, and may do with more.
+    is_timeout  rendering took too long and was given up; with more time it might succeed.
     """
 
     status = 500

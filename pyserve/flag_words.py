@@ -1,4 +1,4 @@
-"""What is typed, in the one form that argparse reads: vLLM reads more forms than that.
+"""Turns what is typed into the one form that argparse reads; vLLM takes more forms than that:
 
 --max_model_len 5               --max-model-len 5
 --enable-lora=False             --no-enable-lora; so are --enable-lora false and --disable-lora
@@ -28,7 +28,7 @@ _TWINS = (("--enable-", "--disable-"), ("--disable-", "--enable-"))
 
 
 def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """`argv` as `parser` reads it; what is in that form already stays. Raises ConfigError."""
+    """`argv` in the form that `parser` reads. Raises ConfigError."""
     switches = switch_names(parser)
     words = argv[::-1]
     found: list[str] = []

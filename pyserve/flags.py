@@ -81,7 +81,7 @@ def words(argv: list[str]) -> list[str]:
 
 
 def _check_command(word: str) -> None:
-    """A command that is none must not be looked up on the hub as a model."""
+    """Refuse a mistyped command, which would be looked up on the hub as the name of a model."""
     if word.startswith("-") or os.path.isfile(os.path.join(word, "config.json")):
         return
     if word in COMMANDS_OF_VLLM:
@@ -95,7 +95,7 @@ def _check_command(word: str) -> None:
 
 
 def _asks_for_nothing(flag: Flag, value: object) -> bool:
-    """Of the value of a flag that is not built."""
+    """Whether the value of a flag that is not built is one that changes nothing."""
     if value is False or value in ("", "None", "{}", *flag.neutral):
         return True
     try:
@@ -105,7 +105,7 @@ def _asks_for_nothing(flag: Flag, value: object) -> bool:
 
 
 def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
-    """Raises ConfigError where a flag has taken the name of the model for one of its values."""
+    """Raises ConfigError where a list has taken the name of the model as its last value."""
     for action in parser._actions:
         value = said.get(action.dest)
         if not value or action.nargs not in ("+", "*", "?") or not action.option_strings:
@@ -127,7 +127,7 @@ def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """As `parser` says, but what is unknown is an error with the nearest name."""
     for word in argv:
-        if "\0" in word or not _is_encodable(word):  # no path of this system, nor anything else
+        if "\0" in word or not _is_encodable(word):  # no value of any flag has these
             raise ConfigError(f"{word[:100]!r} holds a character that no flag takes")
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -230,7 +230,7 @@ def _add_silent(parser: argparse.ArgumentParser, name: str, flag: Flag) -> None:
     options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
     if flag.form == SWITCH:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-    # That there is no value behind it is not worth an error of its own.
+    # A missing value is no error of its own: the flag is refused or ignored anyway.
     elif flag.form == LIST:
         parser.add_argument(*names, nargs="*", **options)
     else:

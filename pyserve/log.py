@@ -1,7 +1,7 @@
 """The one logging set-up: short lines on stderr; libraries are heard from WARNING on.
 
-Whoever logs never waits for whoever reads: lines are handed to a thread, and what does not fit its
-queue is left out and counted. A paused terminal or a log collector that hangs costs lines, not
+Logging never waits for the reader of the log: a thread writes the lines, and those that do not fit
+its queue are left out and counted. A paused terminal or a log collector that hangs costs lines, not
 answers.
 """
 
@@ -20,7 +20,8 @@ from typing import TextIO
 MAX_WAITING_LINES = 2_000
 MAX_WAITING_CHARS = 2**20
 FLUSH_S = 1.0  # how long an ending process waits for the reader of its last lines
-# A line that goes on is indented, so that text from outside cannot pass for a line of the log.
+# Before the second and later lines of a message: text from outside must not look like a line of the
+# log.
 CONTINUED = "    "
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -51,7 +52,10 @@ def flush(timeout_s: float = FLUSH_S) -> None:
 
 
 def draw(text: str, *, is_optional: bool = True) -> None:
-    """Write text as it is, such as a progress bar; is_optional: not where the reader is behind."""
+    """Write text as it is, such as a progress bar.
+
+    is_optional   it is left out while earlier text waits to be written.
+    """
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _QueueHandler):
             (handler.writer.offer if is_optional else handler.writer.put)(text)
@@ -109,7 +113,7 @@ class _Writer:
                 self._append(text)
 
     def offer(self, text: str) -> None:
-        """The same, but left out without a word where anything else still waits."""
+        """As `put`, but left out, and not counted, while anything else waits to be written."""
         with self._changed:
             if not self._texts and not self._is_writing:
                 self._append(text)
@@ -150,7 +154,7 @@ class _Writer:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """All of it, however long the reader takes; nothing where it has gone."""
+    """Write all of `text`, however long the reader takes; give up where the reader has gone."""
     try:
         number = stream.fileno()
     except (OSError, ValueError):  # a stream without a file, as tests have, or a closed one

@@ -1,7 +1,7 @@
 """What /metrics shows: vLLM's names, old and new, so that its dashboards work; ours as pyserve:.
 
 Gauges and token counters are read from the engine when somebody asks: nothing is counted twice.
-The engine observes once a step, the API once a sequence and once a request; nobody once a token.
+The engine observes once a step, the API once a sequence and once a request: never once a token.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Metrics(Collector):
         self._size_token_histograms(info.max_model_len)
 
     def watch_loop(self, lag_s: Callable[[], float]) -> None:
-        """Read how late the event loop has been of late."""
+        """Read how late the event loop has been, in seconds, from here on."""
         self._loop_lag_s = lag_s
 
     def observe_sequence(
@@ -101,7 +101,7 @@ class Metrics(Collector):
             self.request_time_per_output_token_s.observe(decode_s / (num_output_tokens - 1))
 
     def observe_prompt(self, n: int, max_output_tokens: int) -> None:
-        """Account for a prompt all of whose `n` choices have ended; the longest has that many."""
+        """Account for a prompt whose `n` choices have ended; max_output_tokens: of the longest."""
         self.params_n.observe(n)
         self.max_num_generation_tokens.observe(max_output_tokens)
 
@@ -161,14 +161,11 @@ class Metrics(Collector):
         yield self._counter(
             "vllm:request_success", "Finished sequences", "finished_reason", self.num_finished
         )
-        yield self._counter(
-            "pyserve:requests", "Requests that were submitted, by their end", "end",
-            self.num_requests,
-        )  # fmt: skip
-        yield self._counter(
-            "pyserve:http_responses", "Responses by status; streams count when they begin", "code",
-            {str(code): count for code, count in sorted(self.num_responses.items())},
-        )  # fmt: skip
+        text = "Requests that were submitted, by their end"
+        yield self._counter("pyserve:requests", text, "end", self.num_requests)
+        text = "Responses by status; streams count when they begin"
+        responses = {str(code): count for code, count in sorted(self.num_responses.items())}
+        yield self._counter("pyserve:http_responses", text, "code", responses)
 
     def _engine_gauges(self, stats: EngineStats, info: EngineInfo) -> Iterable[Metric]:
         usage = stats.num_blocks_used / info.num_blocks
@@ -212,11 +209,10 @@ class Metrics(Collector):
             counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
-        yield self._counter(
-            "vllm:prompt_tokens_by_source", "Prompt tokens, computed or found cached", "source",
-            {"local_compute": stats.prompt_tokens - stats.cached_tokens,
-             "local_cache_hit": stats.cached_tokens},
-        )  # fmt: skip
+        num_computed = stats.prompt_tokens - stats.cached_tokens
+        sources = {"local_compute": num_computed, "local_cache_hit": stats.cached_tokens}
+        text = "Prompt tokens, computed or found cached"
+        yield self._counter("vllm:prompt_tokens_by_source", text, "source", sources)
 
     def _engine_histograms(self, stats: EngineStats) -> Iterable[Metric]:
         steps = stats.steps

@@ -1,6 +1,6 @@
-"""The one way to read a file of a model: a stranger's, on which libraries fail in any way.
+"""The one way to read a file of a model. A stranger wrote it; libraries may fail on it in any way.
 
-Reads are of regular files and bounded: a pipe would never end, and /dev/zero would fill memory.
+Only regular files are read, and bounded: a pipe would never end, and /dev/zero would fill memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]").search
 
 @contextmanager
 def guarded(where: str) -> Iterator[None]:
-    """What a library makes of a stranger's file becomes a CheckpointError that names `where`.
+    """Turn what a library raises about a file into a CheckpointError that names `where`.
 
-    A panic of a library in Rust too, which is no Exception. Errors of ours pass as they are.
+    This includes a panic of a library in Rust, which is no Exception. Our own errors pass as they
+    are.
     """
     try:
         yield
@@ -41,7 +42,7 @@ def guarded(where: str) -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust has panicked. The class can be had by name only."""
+    """Whether a library in Rust has panicked. Its class cannot be imported: the name tells."""
     return type(error).__name__ == "PanicException"
 
 
@@ -111,7 +112,7 @@ def decode_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _refuse_surrogates(value: object, where: str) -> None:
-    """Halves of a character, which no library takes for text."""
+    """Refuse halves of a surrogate pair: no library accepts them in text."""
     if isinstance(value, str):
         try:
             value.encode()

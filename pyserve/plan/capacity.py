@@ -1,4 +1,4 @@
-"""Capacity: what of a model fits a card, by the planner's formulas on a card that is made up."""
+"""Capacity: what of a model fits a card, by the planner's formulas; the card need not be here."""
 
 from __future__ import annotations
 

@@ -55,9 +55,14 @@ class Choice:
 
 
 def find_choices(
-    model: ModelConfig, config: EngineConfig, *, counts: Iterable[int], is_int4: bool,
-    mean_context: int, prices: Mapping[str, float],
-) -> list[Choice]:  # fmt: skip
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    counts: Iterable[int],
+    is_int4: bool,
+    mean_context: int,
+    prices: Mapping[str, float],
+) -> list[Choice]:
     """For each card the first of `counts` that holds the model, the cheapest or smallest first.
 
     counts   in ascending order.

@@ -143,22 +143,32 @@ def _parser() -> flags.Parser:
         "(default: compare all cards that are known)",
     )
     parser.add_argument(
-        "--tensor-parallel-size", "-tp", type=int, choices=(1, 2, 4, 8),
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        choices=(1, 2, 4, 8),
         help="cards that share each layer; pyserve does not serve on several yet "
         "(default: one, or as few as it takes where cards are compared)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--quantization", "-q", choices=["awq"],
+        "--quantization",
+        "-q",
+        choices=["awq"],
         help="awq: what int4 weights in groups of 128 would take; pyserve does not serve them yet",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--mean-context", type=size, default=DEFAULT_MEAN_CONTEXT,
+        "--mean-context",
+        type=size,
+        default=DEFAULT_MEAN_CONTEXT,
         help=f"tokens behind each sequence in the table of rates ({DEFAULT_MEAN_CONTEXT})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--price-per-day", nargs="+", default=[], metavar="DOLLARS",
+        "--price-per-day",
+        nargs="+",
+        default=[],
+        metavar="DOLLARS",
         help='of the card in --gpu, or "RTX 4090=8.5" for each card whose price you know',
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -347,9 +357,12 @@ def _rate_lines(
         floor = decode_floor(capacity.sizes, card, batch=batch, context_len=mean_context)
         rate = batch / floor.seconds
         row = [
-            f"{batch:,}", f"{1 / floor.seconds:,.1f}", f"{rate:,.0f}",
-            f"{floor.seconds * 1000:.2f}", floor.bound,
-        ]  # fmt: skip
+            f"{batch:,}",
+            f"{1 / floor.seconds:,.1f}",
+            f"{rate:,.0f}",
+            f"{floor.seconds * 1000:.2f}",
+            floor.bound,
+        ]
         if price_per_day is not None:
             row.append(f"{price_per_day / SECONDS_A_DAY / rate * 1e6:,.3f}")
         rows.append(row)

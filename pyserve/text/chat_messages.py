@@ -1,7 +1,7 @@
 """Messages as clients send them -> messages in the form that a chat template expects.
 
-Which form that is, template_probe.py has found out; where a template raises all the same, the
-others that it may take are tried.
+template_probe.py has found out which form that is. Where the template raises all the same, the
+other forms that it may take are tried.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def attempts(messages: Sequence[Mapping[str, Any]], traits: Traits) -> Iterator[
 
 
 def _only(form: Form, traits: Traits) -> Traits:
-    """With content in one form wherever the template may take it, and never none."""
+    """`traits` with content in this form alone for roles that take it, and "" in place of none."""
     known = {"user": (form,), **traits.content_forms}
     forms = {role: (form,) if form in usable else usable for role, usable in known.items()}
     return replace(traits, content_forms=forms, absent="empty", absent_with_calls="empty")

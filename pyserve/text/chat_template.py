@@ -95,8 +95,8 @@ class ChatTemplate:
     def load(cls, tokenizer: Tokenizer, *, override: str | None = None) -> ChatTemplate:
         """The template of the tokenizer's folder, or `override`: a file's path or jinja source.
 
-        Raises ConfigError and CheckpointError on a fault of `override`; one of the model's is
-        logged, as all but chats can do without.
+        Raises ConfigError and CheckpointError on a fault of `override`. A fault of the model's own
+        template is only logged: everything but chats works without a template.
         """
         template = cls(
             {}, special_tokens=tokenizer.special_tokens, control_tokens=tokenizer.control_tokens
@@ -126,7 +126,7 @@ class ChatTemplate:
             return _Compiled(template, variables, probe(template, self._special_tokens), source)
 
     def unused(self, names: Iterable[str], *, has_tools: bool = False) -> list[str]:
-        """Those of the names of `template_kwargs` that the template does not look at."""
+        """The names in `template_kwargs` that the template does not look at."""
         known = self._choose(has_tools).variables
         return [name for name in names if name not in known]
 

@@ -58,7 +58,7 @@ class Detokenizer:
             self._pass_prompt(prompt_token_ids)
 
     def copy(self) -> Detokenizer:
-        """One for another text that goes on as this one would."""
+        """A detokenizer for another text that goes on from the same place."""
         return copy.copy(self)
 
     def push(self, token_ids: Sequence[int]) -> str:

@@ -134,7 +134,7 @@ def unused_noncharacters(count: int, value: Any, *, source: str) -> str:
 
 
 def _trie_pattern(tokens: Iterable[str]) -> str:
-    """A pattern of any of the tokens, the shortest where one begins another.
+    """A pattern that finds any of the tokens; of two that begin alike, the shorter.
 
     Nested by common beginnings: an alternation of a thousand reserved tokens would try each of
     them at every "<".

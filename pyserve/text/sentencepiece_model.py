@@ -1,4 +1,4 @@
-"""tokenizer.model -> the tokenizer that gives the ids of SentencePiece, held against it on a probe.
+"""tokenizer.model -> a tokenizer that gives SentencePiece's ids, which is checked on some texts.
 
 Merges are ranked by the pieces' scores: ranked by their ids, as transformers does for some classes,
 a run of spaces becomes other tokens, and so does all indented code. sentencepiece and protobuf are

@@ -29,7 +29,10 @@ class StopChecker:
         self._matched = False
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is settled, the stop string it ended with or None). The end once matched."""
+        """The text that is settled, and the stop string that ends it; None: the text goes on.
+
+        Not to be called after a stop string.
+        """
         assert not self._matched, "text after a stop string"
         automaton = self._automaton
         state, end, found = automaton.run(self._state, text)

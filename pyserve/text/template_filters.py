@@ -1,8 +1,8 @@
 """The filters and tests that chat templates get: jinja's, measured (template_limits.py).
 
-What jinja's filters would make item by item, when it is asked for, is made at once, so that it has
-a weight. Left out are filters for web pages, which no chat needs and whose cost nobody bounds:
-urlize, wordwrap, wordcount, striptags, xmlattr, pprint, filesizeformat.
+Where jinja's filters would make their items one by one, as they are asked for, these make a list at
+once, so that it can be weighed. Filters for web pages, which no chat needs, are left out: urlize,
+wordwrap, wordcount, striptags, xmlattr, pprint, filesizeformat.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ loops, calls, filters and operators report here (template_source.py puts the rep
 stopped from within; and whatever makes a value in one step of C, where nothing can stop it, is
 measured before it is made.
 
-Weights count characters; an element of a list or dict counts as ELEMENT of them, besides its own
-weight. They are of what printing a value would cost: a list that holds another one twice counts it
+The weight of a value is what printing it would cost, in characters. An element of a list or dict
+counts as ELEMENT characters besides its own weight; a list that holds another one twice counts it
 twice. No value's weight exceeds `limit`, so no single step takes longer than a fraction of a
 second.
 """

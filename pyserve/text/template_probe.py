@@ -53,8 +53,8 @@ _TOOL = {
 class Traits:
     """What a template expects of messages.
 
-    content_forms       role -> the forms of content that are shown; a role of which nothing is
-                        known is as the user, and that one as if it took text alone.
+    content_forms       role -> the forms of content that are shown. A role that is not here is
+                        treated as the user, and a user that is not here as one that takes text.
     absent              what an assistant's content is where there is none: None, no key or "".
     absent_with_calls   the same beside tool calls.
     arguments_as_text   a tool call's arguments must be JSON text, not an object.

@@ -49,7 +49,7 @@ class Converted:
 
     source            the file that its vocabulary comes from.
     names             special tokens that this file itself names, "bos_token" and so on.
-    is_sentencepiece  whether that is SentencePiece's own.
+    is_sentencepiece  whether that file is a SentencePiece model.
     """
 
     backend: tokenizers.Tokenizer
@@ -201,8 +201,8 @@ class Tokenizer:
         """Token ids of what ChatTemplate.render returned.
 
         add_special_tokens  put BOS and so on around it, also where the template wrote them.
-        max_tokens          where there are more, some of those beyond are left out: a special token
-                            that is spelled out makes several, so that a short text can make many.
+        max_tokens          beyond it some tokens may be left out. A special token that is spelled
+                            out makes several tokens, so that a short text can make many.
 
         Where a user's text spells a special token, the prompt is cut within it, so that it is
         encoded as the text it is. A plain str has no such cuts.
@@ -263,7 +263,7 @@ class Tokenizer:
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """What generation_config.json sets for requests that do not; None: nothing.
+    """Defaults of generation_config.json for what a request leaves out; None: it has none.
 
     eos_token_ids  ids that end an answer, primary first; from config.json where
                    generation_config.json has none.
@@ -306,9 +306,10 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    """Ids of the added tokens, but for single characters that the vocabulary has by itself.
+    """Ids of the added tokens, which read as they are written.
 
-    These are the byte-level alphabet: each is a byte that other texts need, whoever added it.
+    Not of single characters that the vocabulary has by itself. They are the byte-level alphabet:
+    each stands for a byte that other texts need, even where somebody has added it as a token.
     """
     id_of = backend.model.token_to_id
     added = backend.get_added_tokens_decoder()

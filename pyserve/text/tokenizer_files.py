@@ -122,9 +122,9 @@ def add_tokens(
 ) -> None:
     """Give the tokenizer the tokens that the files list or name and that it does not have.
 
-    named   names and tokens, as of `named_tokens`. One to which no file gives an id takes the next
-            one, as in transformers, but only where the model has an embedding for it.
-    source  the file that `backend` comes from.
+    named       names and tokens, as of `named_tokens`. One to which no file gives an id takes the
+                next one, as in transformers, but only where the model has an embedding for it.
+    source      the file that `backend` comes from.
     is_literal  listed tokens are found in the text as it is, whatever their flags say.
 
     Raises CheckpointError naming both files and the token where two contradict each other.
@@ -176,7 +176,7 @@ def warn_of_ids(
 
 
 def make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Make special tokens of those of these that the tokenizer has, found as they are written."""
+    """Turn those of the tokens that the tokenizer has into special ones, found as written."""
     backend.add_tokens(
         [
             AddedToken(token, special=True)

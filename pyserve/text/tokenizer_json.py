@@ -76,7 +76,7 @@ def read_backend(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def try_out(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """What panics at any text panics now, and not at each request.
+    """Use the tokenizer once: one that panics at any text must do so now, not at each request.
 
     path  of the file that the tokenizer comes from, for the error: a CheckpointError.
     """
@@ -103,7 +103,7 @@ def _encode(backend: tokenizers.Tokenizer) -> None:
 
 
 def _growth(step: Any) -> int:
-    """How many characters a section may make of one, roughly; of a post-processor: tokens."""
+    """Roughly how many characters a section may make of one; of a post-processor: tokens."""
     kind = step.get("type") if isinstance(step, dict) else None
     if kind == "Sequence":
         return prod(_growth(part) for name in _PARTS for part in step.get(name) or [])
