@@ -85,7 +85,7 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
         """What it asks for that the ops do not compute, in words."""
         lacks = []
         if self.norm.offset:
-            lacks.append(f"norm weights stored less {self.norm.offset:g}")
+            lacks.append(f"norms that multiply by the weight + {self.norm.offset:g}")
         if self.attention.softcap:
             lacks.append(f"attention scores capped at {self.attention.softcap:g}")
         if self.mlp.activation != "silu":

@@ -61,7 +61,6 @@ class Placement:
         return Shard(self.tp_rank * num_units // self.tp_size * unit_size, unit_size, whole)
 
     def share_rounded_up(self, num_units: int) -> Shard:
-        """As `share`, of units that need not divide: what ranks hold in all is more then, and the
-        excess, at the end, is padding."""
+        """As `share`, rounded up where units do not divide: the last ranks' excess is padding."""
         num_here = -(-num_units // self.tp_size)
         return Shard(self.tp_rank * num_here, num_here, num_units)

@@ -16,16 +16,16 @@ from pyserve.model.registry import SchemeName
 class Rows(NamedTuple):
     """Outputs of a Linear that stand together, in the matrix and in the checkpoint.
 
-    name        the checkpoint's module; what follows counts rows of its tensors.
-    whole       all of them.
-    start, num  those that are held here.
-    size        rows of the matrix: beyond `num` they are padding.
+    name        the checkpoint's module, whose tensors have `whole` rows.
+    start, num_stored
+                which of those are held here.
+    size        rows of the matrix; beyond `num_stored` they are padding.
     """
 
     name: str
     whole: int
     start: int
-    num: int
+    num_stored: int
     size: int
 
 
@@ -45,7 +45,7 @@ class Scheme(Protocol):
 
 
 class Dense:
-    """`weight` holds plain numbers in the dtype that is computed in."""
+    """`weight` holds plain numbers, in the dtype of the computation."""
 
     __slots__ = ("weight", "_rows", "_columns")
 
@@ -54,7 +54,7 @@ class Dense:
         self._columns = columns
         shape = sum(part.size for part in rows), columns.size
         self.weight = torch.empty(shape, dtype=placement.dtype, device=placement.device)
-        if any(part.num < part.size for part in rows):
+        if any(part.num_stored < part.size for part in rows):
             self.weight.zero_()  # padding
 
     @classmethod
@@ -82,7 +82,7 @@ def row_destinations(
     destinations: Destinations = {}
     begin = 0
     for part in rows:
-        view = parameter.narrow(0, begin, part.num)
+        view = parameter.narrow(0, begin, part.num_stored)
         begin += part.size
         name = f"{part.name}.{kind}"
         shape: tuple[int, ...] = (part.whole,)
@@ -92,5 +92,5 @@ def row_destinations(
             if columns.size != columns.whole:
                 piece = Part(view, 1, columns.start)
         before = destinations[name].parts if name in destinations else ()
-        destinations[name] = Destination(shape, (*before, piece) if part.num else before)
+        destinations[name] = Destination(shape, (*before, piece) if part.num_stored else before)
     return destinations

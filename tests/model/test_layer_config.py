@@ -130,7 +130,7 @@ def test_gemma2_is_a_row_and_what_it_lacks_is_named() -> None:
         assert layer.attention.softmax_scale == 144**-0.5 and layer.attention.softcap == 50.0
         assert layer.mlp.activation == "gelu_tanh" and layer.norm.offset == 1.0
     assert config.lacking() == [
-        "norm weights stored less 1",
+        "norms that multiply by the weight + 1",
         "attention scores capped at 50",
         "the activation gelu_tanh",
         "embeddings times 67.8823",
@@ -145,7 +145,7 @@ def test_a_row_that_lacks_something_is_refused_by_name(monkeypatch: pytest.Monke
     monkeypatch.setattr(config_module, "ARCHITECTURES", rows)
     with pytest.raises(ConfigError) as refusal:
         ModelConfig.from_hf(GEMMA2_27B)
-    for word in ("config.json: Gemma2ForCausalLM", "norm weights", "scores capped at 50",
+    for word in ("config.json: Gemma2ForCausalLM", "the weight + 1", "scores capped at 50",
                  "gelu_tanh", "embeddings times 67.88", "logits capped at 30"):  # fmt: skip
         assert word in str(refusal.value)
     with pytest.raises(ConfigError, match="hidden_activation must be gelu_tanh"):

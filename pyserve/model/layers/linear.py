@@ -45,10 +45,10 @@ class Linear:
 
     whole        everything.
     column       some units of each output: the ranks' y, put together, are y.
-    vocabulary   the same, of one output that need not divide: what is too much at the end of the
-                 last rank's y is 0.
-    row          some inputs: x is such a part, and the sum of the ranks' y is y. The bias is with
-                 rank 0.
+    vocabulary   as column, for one output that need not divide: the excess at the end of the last
+                 rank's y is 0.
+    row          some inputs: a rank gets that part of x, and the ranks' sums add up to y. The bias
+                 is with rank 0.
     """
 
     __slots__ = ("matrix", "bias", "out_features", "_rows", "_has_bias")
