@@ -207,7 +207,7 @@ def test_rendering_does_not_hold_the_loop() -> None:
 
 
 def test_every_series_of_the_board_exists() -> None:
-    folder = Path(pyserve.__file__).parent / "api" / "static"
+    folder = Path(pyserve.__file__).parent / "api" / "pages" / "static"
     board = json.loads((folder / "grafana.json").read_text())
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     expressions += [
