@@ -28,8 +28,7 @@ import torch
 
 from pyserve import config
 from pyserve.errors import BuildError
-from pyserve.ops import build_cache, fakes, reference, toolchain
-from pyserve.ops import device as card_device
+from pyserve.ops import build_cache, cuda_card, fakes, reference, toolchain
 from pyserve.ops.compile_estimate import NUM_LINKS, CompileEstimate, expected_seconds
 from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerError, Toolchain
 
@@ -112,9 +111,9 @@ class Card:
 
 
 def _current_card() -> Card:
-    card_device.check_cuda()
+    cuda_card.check_cuda()
     index = torch.cuda.current_device()
-    return Card(card_device.capability(index), card_device.driver_version())
+    return Card(cuda_card.capability(index), cuda_card.driver_version())
 
 
 @contextmanager

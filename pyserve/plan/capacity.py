@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyserve.config import EngineConfig
-from pyserve.engine import device as devices
+from pyserve.engine import devices
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.planner import MIB, CardMemory, MemoryPlan, plan_memory
 from pyserve.model.config import ModelConfig

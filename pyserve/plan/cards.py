@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pyserve.engine.planner import MIB
 from pyserve.errors import ConfigError
-from pyserve.ops.device import MIN_CAPABILITY
+from pyserve.ops.cuda_card import MIN_CAPABILITY
 
 # What cards of each kind of memory reach of the datasheet where somebody measured: 0.91 (3090) and
 # 0.93 (4090); 0.83 (A100), 0.87 (H100) and 0.88 (H200).

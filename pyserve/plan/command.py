@@ -18,7 +18,7 @@ import torch
 from pyserve import flags, log
 from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from pyserve.config import EngineConfig, env
-from pyserve.engine import device as devices
+from pyserve.engine import devices
 from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger
 from pyserve.errors import ConfigError, StartupError
 from pyserve.flag_rows import settings, size
@@ -27,7 +27,7 @@ from pyserve.hub.resolve import model_headers
 from pyserve.model.config import ModelConfig, read_config
 from pyserve.model.loader import check_checkpoint
 from pyserve.model.weights import index_checkpoint
-from pyserve.ops import device as card_here
+from pyserve.ops import cuda_card
 from pyserve.plan.capacity import CUDA, Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card, find_card, find_card_that_is_here
 from pyserve.plan.choice import COUNTS, SECONDS_A_DAY, choice_lines, find_choices
@@ -84,7 +84,7 @@ def _which_card(
     sizes = choices[0].capacity.sizes  # the whole model's dtype and parameters, as of each choice
     lines = [_model_line(args, model, sizes.num_params, sizes.dtype), ""]
     lines.append(f"the known cards that hold it, {_tried(counts)}:")
-    if card_here.has_card():
+    if cuda_card.has_card():
         lines.insert(1, f"  --gpu {HERE} tells more about the card of this machine")
     return lines + choice_lines(choices, has_prices=bool(prices))
 
@@ -259,9 +259,9 @@ def _place(wanted: str) -> Place:
     if wanted != HERE:
         card = find_card(wanted)
         return Place(card, card.name, named_memory(card))
-    if not card_here.has_card():
+    if not cuda_card.has_card():
         raise ConfigError(f"--gpu {HERE}: no NVIDIA card is here; name one, or leave --gpu out")
-    card_here.check_cuda()
+    cuda_card.check_cuda()
     name = torch.cuda.get_device_name(CUDA)
     memory = devices.card_memory(CUDA)
     try:

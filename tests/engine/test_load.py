@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from pyserve.client import EngineClient, EngineInfo, SequenceRequest
-from pyserve.engine import device as devices
-from pyserve.engine import host, load
+from pyserve.engine import devices, host, load
 from pyserve.engine.load import build_engine
 from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
 from pyserve.engine.runner import StepExecutor

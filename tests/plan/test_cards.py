@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyserve.errors import ConfigError
-from pyserve.ops.device import MIN_CAPABILITY
+from pyserve.ops.cuda_card import MIN_CAPABILITY
 from pyserve.plan.cards import CARDS, TOO_OLD, find_card, find_card_that_is_here
 
 

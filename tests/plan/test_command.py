@@ -14,10 +14,10 @@ from huggingface_hub import constants
 from bench.make_model import PRESETS
 from pyserve import cli
 from pyserve.config import DEMO_MODEL, EngineConfig
-from pyserve.engine import device as devices
+from pyserve.engine import devices
 from pyserve.engine.planner import MIB, CardMemory, format_ledger
 from pyserve.model.config import ModelConfig
-from pyserve.ops import device as card_here
+from pyserve.ops import cuda_card
 from pyserve.plan.capacity import (
     UNLIMITED,
     Capacity,
@@ -206,7 +206,7 @@ def test_a_model_that_no_card_runs(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_without_a_card_none_is_here(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card_here, "has_card", lambda: False)
+    monkeypatch.setattr(cuda_card, "has_card", lambda: False)
     message = refusal(caplog, write_config(tmp_path), "--gpu", "here")
     assert message == "--gpu here: no NVIDIA card is here; name one, or leave --gpu out"
 
@@ -216,8 +216,8 @@ def test_the_card_that_is_here(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = CardMemory(total_bytes=24_000 * MIB, used_bytes=2_000 * MIB)  # others hold 976 MiB
-    monkeypatch.setattr(card_here, "has_card", lambda: True)
-    monkeypatch.setattr(card_here, "check_cuda", lambda: None)
+    monkeypatch.setattr(cuda_card, "has_card", lambda: True)
+    monkeypatch.setattr(cuda_card, "check_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(devices, "card_memory", lambda device: shown)
     text = run(capsys, write_config(tmp_path), "--gpu", "here")
@@ -232,7 +232,7 @@ def test_the_card_that_is_here(
 def test_which_card_names_each_that_holds_the_model_and_how_many_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card_here, "has_card", lambda: False)
+    monkeypatch.setattr(cuda_card, "has_card", lambda: False)
     text = run(capsys, write_config(tmp_path))
     header, *rows = table(text, "the known cards that hold it, 1 or 2 or 4 of a kind:")
     assert "$ a day" not in header

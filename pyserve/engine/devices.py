@@ -15,7 +15,7 @@ from pyserve.engine.planner import CardMemory
 from pyserve.errors import ConfigError, StartupError
 from pyserve.limits import CUDA_HEAD_DIMS
 from pyserve.model.config import CheckpointDtype, ModelConfig
-from pyserve.ops import device as card
+from pyserve.ops import cuda_card
 
 CPU = torch.device("cpu")
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
@@ -29,12 +29,12 @@ def resolve_device(wanted: Device, *, is_demo: bool) -> torch.device:
     """
     if wanted == "cpu":
         return CPU
-    if wanted == "auto" and not card.has_card() and not DRIVER_VERSION.exists():
+    if wanted == "auto" and not cuda_card.has_card() and not DRIVER_VERSION.exists():
         say = log.get_logger().info if is_demo else log.get_logger().warning
         say("no NVIDIA card found: serving on the CPU")
         return CPU
     try:
-        card.check_cuda()
+        cuda_card.check_cuda()
     except StartupError as error:
         remedy = "" if "--device cpu" in str(error) else "; or pass --device cpu"
         raise StartupError(f"{error}{remedy}") from error
@@ -45,7 +45,7 @@ def describe(device: torch.device) -> str:
     """For the log: "cpu", or "cuda" and what the card is."""
     if device.type == "cpu":
         return "cpu"
-    major, minor = card.capability(device.index)
+    major, minor = cuda_card.capability(device.index)
     return f"cuda ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor})"
 
 

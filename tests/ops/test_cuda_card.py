@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyserve.errors import StartupError
-from pyserve.ops import device
+from pyserve.ops import cuda_card
 
 
 @pytest.fixture(autouse=True)
@@ -19,27 +19,27 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    monkeypatch.setattr(device, "driver_version", lambda: (12, 6))
-    monkeypatch.setattr(device, "has_card", lambda: True)
+    monkeypatch.setattr(cuda_card, "driver_version", lambda: (12, 6))
+    monkeypatch.setattr(cuda_card, "has_card", lambda: True)
 
 
 def reason() -> str:
     with pytest.raises(StartupError) as error:
-        device.check_cuda()
+        cuda_card.check_cuda()
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_card_that_will_do() -> None:
-    device.check_cuda()
-    assert device.capability() == (8, 0)
+    cuda_card.check_cuda()
+    assert cuda_card.capability() == (8, 0)
 
 
 def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert reason().startswith("an NVIDIA card is here, but torch ")
     assert "built without CUDA: install PyTorch's build for CUDA" in reason()
-    monkeypatch.setattr(device, "has_card", lambda: False)
+    monkeypatch.setattr(cuda_card, "has_card", lambda: False)
     assert reason().startswith("--device cuda needs an NVIDIA card, but torch ")
 
 
@@ -79,10 +79,10 @@ def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "driver_version", lambda: (12, 4))
+    monkeypatch.setattr(cuda_card, "driver_version", lambda: (12, 4))
     assert reason().startswith("the NVIDIA driver supports CUDA 12.4: update the NVIDIA driver")
 
 
 def test_no_such_card() -> None:
     with pytest.raises(StartupError, match="--device cuda:1: this machine has 1 usable NVIDIA"):
-        device.check_cuda(1)
+        cuda_card.check_cuda(1)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyserve.engine import device as devices
-from pyserve.engine.device import check_model, describe, resolve_device, resolve_dtype
+from pyserve.engine import devices
+from pyserve.engine.devices import check_model, describe, resolve_device, resolve_dtype
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.config import ModelConfig
-from pyserve.ops import device as card
+from pyserve.ops import cuda_card
 from tests.engine.tiny import CONFIG
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -34,8 +34,8 @@ def unusable_with_a_remedy() -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     def make(*, has_card: bool, check: Callable[[], None], has_driver: bool = False) -> None:
-        monkeypatch.setattr(card, "has_card", lambda: has_card)
-        monkeypatch.setattr(card, "check_cuda", check)
+        monkeypatch.setattr(cuda_card, "has_card", lambda: has_card)
+        monkeypatch.setattr(cuda_card, "check_cuda", check)
         (tmp_path / "driver").write_text("") if has_driver else None
         monkeypatch.setattr(devices, "DRIVER_VERSION", tmp_path / "driver")
 
@@ -129,6 +129,6 @@ def test_dtypes_of_a_card(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_log_says_what_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card 1")
-    monkeypatch.setattr(card, "capability", lambda index: (8, 9))
+    monkeypatch.setattr(cuda_card, "capability", lambda index: (8, 9))
     assert describe(CPU) == "cpu"
     assert describe(CUDA) == "cuda (Card 1, compute capability 8.9)"
