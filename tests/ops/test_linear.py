@@ -111,7 +111,11 @@ def test_no_rows_no_columns_nothing_to_sum(dtype: torch.dtype) -> None:
 def test_torch_takes_many_rows(dtype: torch.dtype) -> None:
     few = ops.FEW_ROWS["cpu", dtype]
     x, weight, bias = make(few + 1, 48, 96, dtype)
-    assert torch.equal(ops.linear(x, weight, bias), functional.linear(x, weight, bias))
+    for given in (bias, None):
+        expected = functional.linear(x, weight, given)
+        assert torch.equal(ops.linear(x, weight, given), expected)
+        out = torch.full_like(expected, torch.nan)
+        assert ops.linear(x, weight, given, out) is out and torch.equal(out, expected)
     assert torch.equal(ops.linear(x[:few], weight, bias), run(x[:few], weight, bias))
     assert torch.equal(ops.linear(x[:1], weight), run(x[:1], weight))
 
