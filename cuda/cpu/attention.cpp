@@ -229,7 +229,7 @@ void attend(const Params& p, const WorkItem& item) {
   find_tile<T>(p, item, tile, s);
   while (tile.n > 0) {
     Tile next{tile.first + tile.n, std::min(kTileKeys, end - tile.first - tile.n), 1 - tile.parity};
-    // The last tile has itself for its next: what is prefetched then is there already.
+    // After the last tile its own keys are prefetched again, which are in the cache already.
     if (next.n < tile.n) s.pointers[next.parity] = s.pointers[tile.parity];
     find_tile<T>(p, item, next, s);
     if (direct && p.head_dim == 64) {

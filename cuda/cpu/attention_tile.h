@@ -26,7 +26,7 @@ struct HeadRows {
   const T* operator[](int64_t k) const { return static_cast<const T*>(rows[k]) + offset; }
 };
 
-// Asks for a row that is read next: blocks lie anywhere, no hardware guesses them.
+// Asks for a row that is read next: blocks lie anywhere, so that the hardware cannot foresee them.
 template <class T, int kHeadDim>
 void prefetch(const T* row) {
   for (size_t line = 0; line < kHeadDim * sizeof(T); line += 64) {
@@ -35,8 +35,8 @@ void prefetch(const T* row) {
 }
 
 // ---- rows in float32 ----------------------------------------------------------------------------
-// Elements of a row lie in the order of load_pair, those behind the last whole pair of vectors in
-// their own, zeros behind the end: q, K, V and out have one dtype, so that the order is the same.
+// Elements of a row lie in the order of load_pair; those behind the last whole pair of vectors keep
+// their order, and zeros follow. q, K, V and out have one dtype, so that all have the same order.
 
 template <class T>
 void load_row(const T* in, int64_t n, float* out) {
@@ -138,8 +138,8 @@ inline void block_scores(const float* q, int64_t q_stride, const float* k_transp
 // ---- softmax and values -------------------------------------------------------------------------
 
 // Turns dot products into weights 2^(score * scale - row_max) under the row's new maximum; returns
-// how much what was summed up before shrinks. Keys outside [from, to) of the tile get weight 0.
-// The scale comes in here, in one fused operation: put into q it would cost a rounding an element.
+// the factor by which the row's earlier sums shrink. Keys outside [from, to) of the tile get weight
+// 0. The scale is applied here, in one fused operation: applied to q it would round each element.
 inline float softmax_row(float* scores, float scale, int64_t from, int64_t to, int64_t n,
                          float& row_max, float& row_sum) {
   const int64_t end = (n + kLanes - 1) / kLanes * kLanes;

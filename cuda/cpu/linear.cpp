@@ -193,8 +193,8 @@ void pack_x(const Shape& shape, const Bf16* x, float* packed) {
   }
 }
 
-// What a product of tiles leaves for 16 columns, and the columns it is of: the last panel of weight
-// starts early enough to be whole, its first columns belong to the panel before.
+// 16 columns of a product of tiles, and those of them that are stored. The last panel of weight
+// starts early enough to be whole; its first columns are stored by the panel before.
 struct Panel {
   int64_t first, begin, end;
 

@@ -32,7 +32,7 @@ void parallel_for(int64_t count, double cost, const Fn& fn) {
   auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const Fn*>(context))(begin, end);
   };
-  // Parts may have run: only failing is right, ops change their arguments in place.
+  // Some parts may have run and changed their arguments in place: trying again would be wrong.
   if (torch_parallel_for(0, count, grain, call, const_cast<Fn*>(&fn)) != 0) {
     throw std::runtime_error("a parallel region failed");
   }

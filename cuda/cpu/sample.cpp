@@ -155,7 +155,7 @@ Logits adjusted_logits(const T* logits, int64_t n, const Slot& slot, const int16
   return {out, scan(out, n)};
 }
 
-// The first index of a value that is there.
+// The index of the first element that is `value`; there is one.
 int64_t index_of(const float* x, int64_t n, float value) {
   int64_t i = 0;
   while (i + kChunk <= n) {

@@ -46,7 +46,7 @@ inline Vec load(const float* p) {
   return v;
 }
 
-// The compiler's own conversion takes three instructions where there is one.
+// The compiler's own conversion takes three instructions, where the CPU has a single one.
 inline UintVec widen(HalfVec half) {
 #if defined(__AVX512F__)
   // The masked form: the plain one has a warning of its own in gcc 12.

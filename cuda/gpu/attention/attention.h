@@ -54,7 +54,8 @@ constexpr int kMaxDecodeCtasPerSm = 2;
 constexpr int kMaxDecodeRanges = 1024;
 
 constexpr AttentionDevice attention_device(const Device& device) {
-  // A decode CTA needs 17.5 KB more than what is on its way; the driver keeps 1 KB for each.
+  // A decode CTA takes 64 KB for keys and values that are being copied and 16.5 KB besides; the
+  // driver keeps 1 KB for each CTA.
   return {device.num_sms, device.smem_per_sm >= 164 * 1024 ? 2 : 1};
 }
 
@@ -64,7 +65,8 @@ constexpr int num_decode_ranges(AttentionDevice device, int num_kv_heads) {
   return ranges < 1 ? 1 : ranges > kMaxDecodeRanges ? kMaxDecodeRanges : ranges;
 }
 
-// Below this many prefill query tiles their keys are split, into at most so many more items.
+// A step that has fewer prefill query tiles than this splits their keys, which makes at most this
+// many further items.
 constexpr int num_prefill_chunks(AttentionDevice device, int num_kv_heads) {
   const int chunks = (device.num_sms + num_kv_heads - 1) / num_kv_heads;
   return chunks < 1 ? 1 : chunks;
@@ -103,9 +105,9 @@ struct AttentionParams {
   int32_t block_size_log2;
   int32_t window;  // 0: none
   float softmax_scale;
-  int32_t max_query_len;  // an upper bound over the rows: where it fits decode, no prefill launch
+  int32_t max_query_len;  // no row has more queries; where decode takes so many, no prefill
   const int32_t* work;
-  float* workspace;  // zero at first; its layout is decode_partials' and prefill_partials'
+  float* workspace;  // zero at first; decode_partials and prefill_partials lie in it
   // What device code traps on: a slot, a block id or a sequence length that is out of range.
   int32_t num_slots, num_blocks, max_blocks_per_seq;
   AttentionDevice device;

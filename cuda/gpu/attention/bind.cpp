@@ -158,7 +158,7 @@ void plan_attention(const Tensor& cu_seqlens_q_tensor, const Tensor& seq_lens_te
       .work = work.ptr<int32_t>(),
       .work_words = work.size(0),
   };
-  // Beyond the items, whose number depends on the rows, the device itself checks.
+  // How many items there are depends on the rows: the kernel itself checks that they fit.
   const int num_ranges = gpu::num_decode_ranges(params.device, params.num_kv_heads);
   PYSERVE_CHECK(work.size(0) >= gpu::decode_items_offset(num_ranges), op, ": work ", work.size(0),
                 " is too small");

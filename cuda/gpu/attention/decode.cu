@@ -113,7 +113,8 @@ struct Rows {
     }
   }
 
-  // Online softmax: weights of s as the left operand of the second product; rescales what there is.
+  // Online softmax: makes the weights of s, as the left operand of the second product, and rescales
+  // the sums so far.
   __device__ void weigh(const float (&s)[2][4], float scale_log2, uint32_t (&weights)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -47,7 +47,7 @@ struct Work {
     query_len = d.p.cu_seqlens_q[item.row + 1] - first_query;
     seq_len = d.p.seq_lens[item.row];
     first_visible = d.p.window > 0 ? max(0, seq_len - query_len - d.p.window + 1) : 0;
-    // What would be out of bounds, or a plan of other rows, ends here.
+    // A plan that was made for other rows, or one that leads out of bounds, traps here.
     if (slot >= d.p.num_slots || first_query < 0 || query_len <= 0 ||
         query_len * d.group > kDecodeRows || first_query > d.p.num_tokens - query_len ||
         item.kv_end > seq_len ||
@@ -116,7 +116,7 @@ class Loader {
     const Work work(d_, next_item_++);
     tile_ = work.item.kv_begin;
     kv_end_ = work.item.kv_end;
-    // A padded row has no blocks: nothing of it is visible.
+    // A padded row has no blocks, so none of its keys is visible.
     first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
     blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
     look_up();
@@ -138,7 +138,7 @@ class Loader {
     stage += destination_;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int row = i * kRowsPerCopy;  // + copy_row_, which has other bits
+      const int row = i * kRowsPerCopy;  // copy_row_, added below, has none of these bits
       const int64_t row_offset = __shfl_sync(kFullMask, offset, row + copy_row_);
       cp_async_16((stage ^ (row % 8 * 16)) + row * L::kRowBytes, source + row_offset,
                   (visible >> row & 1) != 0);

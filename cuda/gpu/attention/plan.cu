@@ -148,7 +148,8 @@ struct DecodeRow {
     last_range = line.range_of(at + cost(plan) - 1);
   }
 
-  // First tile of the row that `range` has: what is left on one side of a cut must be worth it.
+  // First tile of the row that `range` has. A cut that would leave a part shorter than kMinSplit on
+  // one of its sides moves to the row's end there.
   __device__ int cut(const Plan& plan, const Line& line, int range) const {
     if (range <= first_range) return 0;
     if (range > last_range) return num_tiles;
@@ -157,8 +158,8 @@ struct DecodeRow {
     return num_tiles - tile < kMinSplit ? num_tiles : static_cast<int>(tile);
   }
 
-  // A part of the row for each range, but for those cut away at its begin and at its end: cuts
-  // between are further apart than the shortest part.
+  // Each range that the row touches gets a part of it, except the ranges at both ends whose part
+  // would be too short. Between them cuts are further apart than the shortest part.
   __device__ void count_items(const Plan& plan, const Line& line) {
     if (num_tiles == 0) return;
     int last = last_range;

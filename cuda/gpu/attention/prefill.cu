@@ -100,8 +100,8 @@ __device__ __forceinline__ bool has_row(int first_key, int end_key, int step_beg
   return threadIdx.x < 2 * C::kKeys && key >= first_key && key < end_key;
 }
 
-// The block that holds this thread's row; 0 where there is none. Checked by store_address: nothing
-// waits for it here.
+// The block that holds this thread's row; 0 where there is none. store_address checks it later, so
+// that nothing waits for the load here.
 template <class C>
 __device__ __forceinline__ int32_t find_block(const AttentionParams& p, const Geometry& g,
                                               int end_key, int step_begin) {
@@ -225,8 +225,8 @@ __device__ __forceinline__ void write_partial(const AttentionPartials& partials,
   }
 }
 
-// What merge_row of merge.cuh does, for all rows of the tile at once: row by row the
-// loads of so many would each wait for the one before.
+// Does what merge_row of merge.cuh does, for several rows at a time: taken one by one, the loads of
+// each of so many rows would wait for those of the row before.
 template <class C>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,
                                            const AttentionPartials& partials, int64_t first_buffer,
@@ -282,8 +282,8 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geome
   }
 }
 
-// The item's keys from the last step to the first; leaves the item in shared memory. False where
-// the row is padding: it is so in all items of the tile.
+// Attends to the item's keys from the last step to the first; leaves the item in shared memory.
+// False where the row is padding, which it then is in all items of the tile.
 template <class C>
 __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index, int kv_head,
                                        unsigned char* smem, Accumulator<C>& acc) {
@@ -295,7 +295,7 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
   const int warp_row = threadIdx.x / kWarpSize * C::kWarpRows;
   auto* positions = reinterpret_cast<int32_t*>(smem + C::kPositionOffset);
   if (threadIdx.x < kPrefillRows) {
-    // Rows beyond the last: as the last; warps that have none but such see no key.
+    // Rows beyond the last take the last one's position; a warp of only such rows sees no key.
     const int row = threadIdx.x;
     const int packed = g.first_packed + min(row, g.num_packed - 1);
     const bool has_work = row / C::kWarpRows * C::kWarpRows < g.num_packed;
@@ -324,7 +324,8 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
 
   for (; begin >= item.kv_begin; begin -= C::kKeys) {
     cp_async_wait<0>();
-    __syncthreads();  // the step has arrived, the one before it and its addresses are done with
+    // The step has arrived; the one before it and its addresses are no longer read.
+    __syncthreads();
     const int next = begin - C::kKeys, after_next = next - C::kKeys;
     int32_t block = 0;
     if (next >= item.kv_begin) {
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
   clear(acc);
   if (!attend<C>(p, item_index, kv_head, smem, acc)) return;
 
-  // Both made again: kept, they would take registers that the loop needs.
+  // Both are computed a second time: kept over the loop, they would take registers that it needs.
   const AttentionItem item = *reinterpret_cast<const AttentionItem*>(smem + C::kItemOffset);
   const Geometry g = make_geometry(p, item, kv_head);
   const int warp = threadIdx.x / kWarpSize;

@@ -48,7 +48,7 @@ __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
   return row * C::kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
-// What a step of keys is to the rows of one warp.
+// Which keys the rows of one warp see.
 struct WarpRange {
   int first_position, last_position, window;
   __device__ __forceinline__ bool sees(int begin, int end) const {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void mask_scores(Scores<C>& s, const int32_t* positio
       const int position = positions[m * 16 + half * 8 + lane / 4];
       const int first = window > 0 ? position - window + 1 : 0;
       const int num_visible = max(min(position + 1, end_key) - first, 0);
-      // Negative where before the first: huge as unsigned.
+      // A key before the first visible one has a negative offset, which is huge as unsigned.
       const uint32_t from_first = static_cast<uint32_t>(step_begin + lane % 4 * 2) - first;
 #pragma unroll
       for (int n = 0; n < C::kKeys / 8; ++n) {
@@ -169,7 +169,7 @@ __device__ __forceinline__ void mask_scores(Scores<C>& s, const int32_t* positio
   }
 }
 
-// Lets the running maximum follow where a row's scores exceed it by more than 2^kMaxLag.
+// Raises the running maxima of the warp's rows if a score exceeds its row's by more than kMaxLag.
 template <class C>
 __device__ __forceinline__ void update_max(Accumulator<C>& acc, const Scores<C>& s,
                                            float scale_log2) {

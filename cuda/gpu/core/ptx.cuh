@@ -86,8 +86,8 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
   return value;
 }
 
-// Leaves the compiler no memory of how `value` came about: what was made of it before, floats say,
-// is made again rather than held in registers.
+// Hides from the compiler how `value` was computed: what was derived from it before, its floats for
+// example, is derived again instead of being held in registers.
 __device__ __forceinline__ void forget_origin(uint4& value) {
   asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
 }

@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormParams p) {
   }
 }
 
-// Any alignment and any length. Each thread reads again only what it wrote itself.
+// Any alignment and any length. A thread reads again only elements that it wrote itself, so that no
+// barrier is needed.
 template <class T, bool kAdd>
 __global__ void __launch_bounds__(kMaxThreads) norm_plain_kernel(NormParams p) {
   const int64_t row = blockIdx.x;

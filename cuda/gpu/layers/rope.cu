@@ -2,7 +2,7 @@
 // before it where a weight is given, and the write of k and v to the paged KV cache.
 //
 // One CTA a token. A few lanes share a head: each takes the 8 elements at i and the 8 at i + half,
-// which turn into each other (elements behind rotary_dim are passed on in pairs of vectors alike).
+// which are rotated together (elements behind rotary_dim are copied, two vectors a lane as well).
 // The lane's place in a head is the same in all the heads it takes, so cosines, sines and norm
 // weights are read once. Heads that vectors do not fit take a plain kernel, one warp a head.
 // Numerics: float32 from load to store, one rounding. Floor: bytes, 4 an element of qkv.
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// What of a token does not depend on the head.
+// The parts of a token that are the same for all its heads.
 template <class T>
 struct Token {
   const float* cos_sin;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
     load_floats(token.cos_sin + kVec * place, cosines);
     load_floats(token.cos_sin + half + kVec * place, sines);
   }
-  // Every lane of a warp makes every round: norms shuffle.
+  // Every lane of a warp takes part in every round, because the norms exchange values by shuffles.
   for (int base = 0; base < num_all; base += kBatch * heads_at_once) {
     if (base > 0) load_heads(head);
 #pragma unroll

@@ -4,13 +4,14 @@
 // ring of its own in shared memory, filled by cp.async several stages ahead and across groups, so
 // that the loads never wait for a barrier: the card needs 32 KB and more in flight on every SM. A
 // stage holds the warp's piece of the weight rows and of up to 8 rows of x. Products are mma.sync
-// with weight as the 16-row operand and x as the 8 columns: 1 row of x costs what 8 do, and next to
-// nothing. A sum over k may be taken in any order as long as both operands agree, so lane t of a
-// quad takes 8 neighbours of k, 16 bytes, as its fragments of two products: no ldmatrix.
+// with weight as the 16-row operand and x as the 8 columns: 1 row of x costs as much as 8, and both
+// cost next to nothing. A sum over k may be taken in any order as long as both operands agree, so
+// lane t of a quad takes 8 neighbours of k, 16 bytes, as its fragments of two products, without
+// ldmatrix.
 // The warps' sums meet in shared memory and are added in the order of the warps.
 //
-// Numerics: float32 sums, then the bias, then one rounding. A column of an mma knows nothing of the
-// others and the tiling depends on n, k and the device alone: what else is in a batch never changes
+// Numerics: float32 sums, then the bias, then one rounding. The columns of an mma are independent
+// and the tiling depends on n, k and the device alone, so that what else is in a batch never changes
 // a row's result. More than 8 rows take a pass over the weight for every 8.
 // Floor: n * k * 2 bytes. Rows that are not 16-byte aligned take a plain kernel, one warp a result.
 // Source of the idea out^T = W x^T for few rows: Marlin (Frantar et al. 2024), llama.cpp.
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
     const bool finishes = token < num_tokens && row0 + row < p.n;
     float bias = 0.0f;
     if (finishes && p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[row0 + row]);
-    // Two buffers: one barrier a group is enough, the next group's stands between reuses.
+    // With two buffers one barrier a group is enough: the next group's comes before this buffer is
+    // written again.
     float* group_sums = all_sums + buffer * Tile::kSumFloats;
     put_sums<Tile>(group_sums + warp * Tile::kTokens * Tile::kSumStride, num_tokens, sums);
     __syncthreads();

@@ -48,8 +48,8 @@ __device__ __forceinline__ int end_list(const Draw<T>& draw, int n, DrawShared& 
   return draw_from_list(kept, s);
 }
 
-// From the mass of weights by their upper bits: adjustments what top-p keeps and draws, or, where
-// that is too much for a list, sets the weigher's threshold and gives -1.
+// From the mass of weights by their upper bits: lists what top-p keeps and draws from it; where
+// that does not fit the list, sets the weigher's threshold and gives -1.
 template <class T>
 __device__ __forceinline__ int end_mass(Draw<T>& draw, DrawShared& s) {
   const Crossing found =

@@ -189,7 +189,8 @@ struct SampleRow {
     if ((pairs[0] | pairs[1] | pairs[2] | pairs[3]) == 0) return;
     const float repetition = adjustments->repetition, frequency = adjustments->frequency;
     const float presence = adjustments->presence;
-    // Not unrolled, to have one division in the code: instead x and the counts turn by one.
+    // Not unrolled, so that the code has one division: x and the counts are rotated by one element
+    // instead of being indexed.
 #pragma unroll 1
     for (int e = 0; e < kOctet; ++e) {
       const uint32_t count = pairs[0] & 0xffffu, num_output = count & kMaxTokenCount;
@@ -209,7 +210,7 @@ struct SampleRow {
   }
 
   // Calls fn(chunk, octet, raw) for the chunks [first, last), each by a whole warp, a lane an
-  // octet. 32 bytes are asked for ahead.
+  // octet. A lane's next 32 bytes are on their way meanwhile.
   template <class Fn>
   __device__ __forceinline__ void visit_raw(int first, int last, const Fn& fn) const {
     constexpr int num_warps = kSampleWarps;

@@ -2,18 +2,17 @@
 // pyserve/ops/reference.py. What a row needs is decided on the device: any mix in one batch.
 //
 // Two launches; with few rows several CTAs share one (a contiguous range of tokens each) and the
-// last to arrive ends it. Nothing is sorted but short adjustments.
+// last to arrive ends it. Nothing is sorted but short lists.
 //   scan  the largest adjusted logit and where it is (a greedy row is done), whether one is NaN or
 //         +inf, and the maxima of 1,024 disjoint parts: the k-th largest of these is not above the
 //         k-th largest logit and hardly any more logits than k reach it.
-//   draw  top-k: adjustments the logits that reach that bound, sorts the list: exact, ties by
-//   index.
+//   draw  top-k: lists the logits that reach that bound and sorts the list: exact, ties by index.
 //         neither top-k nor top-p: sums of weights per 256 tokens, then inverse CDF.
 //         top-p alone: the mass of weights by their upper bits; then a list of the weights that
 //         matter, or, on flat rows, of those around the threshold, and the sums as above.
 // Where a list overflows (many equal logits, a huge k), radix selection with further passes over
 // the row works without one. A weight is round(exp((logit - max) / temperature) * 2^34): sums are
-// exact integers, so neither order nor division of work can show.
+// exact integers, so that the result depends neither on their order nor on who adds them up.
 //
 // Floor: bytes, the logits once; weights cost about 36 instructions a token, half of what is left.
 // Source of the threshold idea: radix select (Alabi et al. 2012); inverse CDF, no rejection.
@@ -206,7 +205,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Argument
       work.parts[2 * pair + 1] = to_key(scan.parts[1]);
     }
   }
-  if (a.splits > 1 && share.split == 0) {  // a mass histogram may be added to it
+  if (a.splits > 1 && share.split == 0) {  // draw may add a histogram of masses to the list
 #pragma unroll 1
     for (int i = threadIdx.x; i < kMinListWords; i += kSampleThreads)
       list_of(a.p, share.row, a.room)[i] = 0;
@@ -287,7 +286,8 @@ __device__ __forceinline__ Draw<T> draw_of(const SampleRow<T>& row, const int32_
           .top_k = top_k};
 }
 
-// A key that top_k parts reach and hardly more: to 11 bits of mantissa.
+// A bound that the maxima of at least top_k parts reach, and of hardly more; its
+// mantissa has 11 bits.
 __device__ __forceinline__ float top_k_bound(const SampleRowWork& work, int top_k) {
   static_assert(kNumParts == 2 * kSampleThreads);
   const uint32_t a = work.parts[threadIdx.x], b = work.parts[threadIdx.x + kSampleThreads];
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Argument
     return;
   }
   const Draw<T> draw = draw_of(row, slot, largest.value, a.room, s);
-  if (threadIdx.x == 0) shared_draw = draw;  // the end of a row is short of registers
+  if (threadIdx.x == 0) shared_draw = draw;  // end_row needs the registers
   __syncthreads();
   if (draw.path == Path::kRadix) {
     if (share.split != 0) return;
@@ -439,7 +439,7 @@ cudaError_t launch_sample(const SampleParams& params, cudaStream_t stream) {
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const int num_chunks = (params.vocab_size + kChunkTokens - 1) / kChunkTokens;
-  int splits = 1;  // a power of two: lanes are folded by it
+  int splits = 1;  // a power of two, because scan combines the parts of so many lanes
   while (splits < kMaxSplits && params.num_rows <= kMaxSplitRows &&
          params.num_rows * splits * 2 <= 2 * device->num_sms &&
          splits * 2 * kSampleWarps <= num_chunks) {

@@ -9,7 +9,8 @@
 
 namespace pyserve::gpu {
 
-constexpr uint32_t kWeightOne = 0x3f800000;  // bits of 1.0f: "offset" is a weight's bits above it
+// A weight's "offset" is its bits less those of 1.0f.
+constexpr uint32_t kWeightOne = 0x3f800000;
 constexpr int kCoarseShift = 18;             // offsets by their upper bits: 32 bins an octave
 constexpr int kCoarseBins = 34 * 32 + 1;     // up to 2^34
 constexpr int kLevelBins = 2048;             // of any histogram
@@ -24,7 +25,7 @@ struct DrawShared {
   Adjustments adjustments;
   BlockShared block;
   uint64_t random;
-  uint64_t left;  // of a selection: what is to be passed below what was found; one thread writes
+  uint64_t left;  // what a selection still wants below the items it has found; one thread writes
   int room;       // words of the list that are used
   float top_p;
   int count;
@@ -59,8 +60,8 @@ __device__ __forceinline__ float from_offset(int offset) {
   return __uint_as_float(static_cast<uint32_t>(offset) + kWeightOne);
 }
 
-// The number of tokens' mass that top_p asks for, at least 1: those are kept before whom, by
-// weight downwards, there is less.
+// The mass that top_p asks for, at least 1. In the order of falling weights a token is kept while
+// the mass in front of it is less than this.
 __device__ __forceinline__ uint64_t wanted_mass(float top_p, uint64_t total) {
   return static_cast<uint64_t>(
       ceil(__dmul_rn(static_cast<double>(top_p), static_cast<double>(total))));
@@ -68,7 +69,7 @@ __device__ __forceinline__ uint64_t wanted_mass(float top_p, uint64_t total) {
 
 enum class Measure { kWeight, kEqualKey, kEqualWeight };
 
-// What tokens count for.
+// How much each token counts in a sum.
 struct Weigher {
   float largest, factor, min_weight;
   uint32_t key_floor;
@@ -301,7 +302,8 @@ __device__ __forceinline__ int draw_from_list(int n, DrawShared& s) {
   return static_cast<int>(kLastId - static_cast<uint32_t>(s.list[drawn.item] >> kWeightBits));
 }
 
-// The item of a list of ranks by weight that is the last one kept: running mass passes `target`.
+// The last item that is kept of a list of ranks by weight: the first at which the running mass
+// exceeds `target`.
 template <class TargetOf>
 __device__ __forceinline__ Crossing find_in_list(int n, DrawShared& s, const TargetOf& target_of) {
   return find_crossing(

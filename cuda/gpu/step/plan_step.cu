@@ -24,7 +24,8 @@ constexpr int kHashBuckets = 4096;  // of block updates
 constexpr int kCachedRows = 4096;   // whose token ranges lie in shared memory
 constexpr int64_t kSlotUpdateHead = int64_t{kSlotUpdateWords} + kSlotHeaderWords;
 
-constexpr int kWindowWords = 4096;  // of the slot updates, staged to follow their chain
+// Words of the slot updates that are copied to shared memory, where one thread follows their chain.
+constexpr int kWindowWords = 4096;
 
 struct SlotUpdates {
   int32_t window[kWindowWords];
@@ -36,7 +37,7 @@ struct SlotUpdates {
 struct Shared {
   union {
     SlotUpdates updates;
-    uint32_t latest[kHashBuckets];  // block update + 1, by hash of its place
+    uint32_t latest[kHashBuckets];  // 1 + the last block update whose place has this hash
     struct {
       int32_t begin[kCachedRows + 1];        // first token of each row
       uint32_t is_used[kMaxPlanSlots / 32];  // bit of each slot that has a row
@@ -248,7 +249,7 @@ __device__ inline void rebuild_counts(const PlanStepParams& p, const Step& step,
   int16_t* counts = p.token_counts + u.slot * p.token_counts_stride;
   zero_counts(counts, p.vocab_size);
   __syncthreads();
-  // kMaxTokenCount tokens at a time: no 16-bit count can overflow before it is cut back.
+  // At most kMaxTokenCount tokens at a time: no 16-bit count overflows before it is cut back.
   for (int64_t begin = 0; begin < u.num_output; begin += kMaxTokenCount) {
     const int32_t* tokens = step.words + u.output() + begin;
     const int64_t n = min(u.num_output - begin, int64_t{kMaxTokenCount});
@@ -291,8 +292,8 @@ __device__ inline void apply_slot_updates(const PlanStepParams& p, const Step& s
 
 // ---- block updates ------------------------------------------------------------------------------
 
-// Of several updates of one place the last must win. Each thread takes one: it is the last if no
-// later one has its hash, else it looks through all later ones.
+// Of several updates of one place the last must win. Each thread takes one update: it is the last
+// if no later one has the same hash; else the thread looks through all later ones.
 __device__ inline void apply_block_updates(const PlanStepParams& p, const Step& step, Shared& s) {
   const int32_t* updates = step.words + step.block_updates_at;
   for (int64_t done = 0; done < step.num_block_updates; done += kBatch) {
@@ -343,7 +344,7 @@ __device__ __forceinline__ int64_t kv_slot(const PlanStepParams& p, int64_t slot
 constexpr int kSampleShift = 48;
 static_assert(int64_t{kThreads} << 31 < int64_t{1} << kSampleShift);
 
-// Everything of row r but the tokens of a row with several; all threads must call it.
+// Plans row r, except the tokens of a row that has several. All threads must call it.
 __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64_t r,
                                 int log2_block_size, int64_t& num_tokens, int& num_samples,
                                 Shared& s) {
@@ -359,7 +360,7 @@ __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64
     require(slot >= 0 && slot < p.num_slots);
     require(query_len > 0 && query_len <= min(step.num_tokens, step.max_query_len));
     const uint32_t bit = 1u << (slot % 32);
-    require((atomicOr(&s.rows.is_used[slot / 32], bit) & bit) == 0);  // no other row is of it
+    require((atomicOr(&s.rows.is_used[slot / 32], bit) & bit) == 0);  // no other row has this slot
   }
   int64_t total;
   const int64_t before =
