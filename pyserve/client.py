@@ -179,7 +179,7 @@ class EngineStats:
     error: str | None  # why the engine has stopped; None while it is sound
     step_deadline_s: float | None = None  # a step that takes longer has hung; None: no limit
     num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
-    num_deferred: int = 0  # of the waiting, those that wait for an equal prompt's prefill
+    num_awaiting: int = 0  # of the waiting, those that wait for an equal prompt's prefill
     num_nan_sequences: int = 0  # failed, as the model's output was not a number
     steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 

@@ -189,8 +189,8 @@ class Metrics(Collector):
             "Sequences that wait for room, or for the prefill of an equal prompt",
             labels=(*LABELS, "reason"),
         )
-        waiting.add_metric((*self._labels, "capacity"), stats.num_waiting - stats.num_deferred)
-        waiting.add_metric((*self._labels, "deferred"), stats.num_deferred)
+        waiting.add_metric((*self._labels, "capacity"), stats.num_waiting - stats.num_awaiting)
+        waiting.add_metric((*self._labels, "deferred"), stats.num_awaiting)
         yield waiting
 
     def _engine_counters(self, stats: EngineStats) -> Iterable[Metric]:

@@ -27,7 +27,7 @@ def stats(steps: StepHistograms) -> EngineStats:
     return EngineStats(
         num_running=3, num_waiting=6, num_blocks_used=16, num_preemptions=5, num_steps=9,
         prompt_tokens=200, cached_tokens=50, output_tokens=70, step_age_s=0.25, error=None,
-        num_device_allocations=7, num_deferred=2, num_nan_sequences=1, steps=steps,
+        num_device_allocations=7, num_awaiting=2, num_nan_sequences=1, steps=steps,
     )  # fmt: skip
 
 

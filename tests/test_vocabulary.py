@@ -34,6 +34,7 @@ BANNED: dict[str, tuple[str, ...]] = {
     "batch, StepInput": ("forward_input",),
     "prefill, decode, chunk": ("extend_tokens", "is_prefill"),
     "waiting, running": ("active",),
+    "awaited, of a block that another sequence computes": ("pending", "deferred"),
     "preempt": ("swap", "evict_seq"),
     "max_num_batched_tokens, max_num_seqs": ("max_extend_tokens", "max_running_req"),
     "block": ("page",),
@@ -61,6 +62,10 @@ EXCEPT: dict[str, dict[str, str]] = {
         "text/": "the environment that a thread renders in",
         "is_active": "of a thread of a block that has work",
         "api/generation/": "of a request's choices that have not ended",
+    },
+    "pending": {
+        "Pending": "a step between its launch and its result",
+        "kPending": "of a barrier",
     },
     "page": {
         "api/": "of HTML",
@@ -104,9 +109,6 @@ FOREIGN_NAMES = {
 # Files whose bools still have other names.
 NOT_YET = frozenset(
     """
-    api/app.py api/endpoints/openai.py api/life/listen.py api/endpoints/prompts.py
-    api/generation/job.py api/generation/request_log.py api/pages/openapi.py
-    engine/block_manager.py engine/engine.py engine/scheduler.py engine/sequence.py
     model/config.py model/fields.py model/layer_config.py model/registry.py
     model/unknown_fields.py
     ops/build.py ops/toolchain.py text/chat_template.py text/template_probe.py

@@ -43,7 +43,7 @@ class Route(NamedTuple):
     path: str
     handler: Handler
     is_public: bool = False
-    uses_model: bool = False
+    is_of_model: bool = False
     error_body: ErrorBody = error_body
 
 
@@ -65,12 +65,12 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 
 
 ROUTES = (
-    Route("POST", "/v1/chat/completions", chat_completions, uses_model=True),
-    Route("POST", "/v1/completions", completions, uses_model=True),
+    Route("POST", "/v1/chat/completions", chat_completions, is_of_model=True),
+    Route("POST", "/v1/completions", completions, is_of_model=True),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
-    Route("POST", "/tokenize", tokenize, uses_model=True),
-    Route("POST", "/detokenize", detokenize, uses_model=True),
+    Route("POST", "/tokenize", tokenize, is_of_model=True),
+    Route("POST", "/detokenize", detokenize, is_of_model=True),
     Route("GET", "/version", version),
     Route("GET", "/load", load),
     Route("GET", "/metrics", metrics),
@@ -96,7 +96,7 @@ def build_app(state: ServerState) -> web.Application:
     app[DOCUMENT] = Document(
         {(route.method, route.path): route.is_public for route in ROUTES},
         root_path=config.root_path,
-        needs_key=bool(config.api_keys),
+        has_key=bool(config.api_keys),
     )
     app.on_response_prepare.append(_sign)
     add_cors(app, config)
@@ -142,7 +142,7 @@ def _middleware(state: ServerState) -> Middleware:
         root_path=state.config.root_path,
     )
     public = {route.handler for route in ROUTES if route.is_public} | {site.redirect}
-    using_model = {route.handler for route in ROUTES if route.uses_model}
+    using_model = {route.handler for route in ROUTES if route.is_of_model}
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:

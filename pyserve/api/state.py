@@ -59,7 +59,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.watchdog = LoopWatchdog(lambda: self.num_in_flight)
-        self.request_log = RequestLog(log_arrivals=self.config.log_requests)
+        self.request_log = RequestLog(has_arrivals=self.config.log_requests)
         self.keys = Keys(self.config.api_keys, is_shared=self.config.share_prefix_cache)
 
     @property

@@ -113,7 +113,7 @@ class AsyncEngine:
             error=self._error,
             step_deadline_s=self._engine.runner.step_deadline_s,
             num_device_allocations=self._engine.runner.num_device_allocations,
-            num_deferred=scheduler.num_deferred,
+            num_awaiting=scheduler.num_awaiting,
             num_nan_sequences=self._engine.num_nan_sequences,
             steps=self._engine.histograms,
         )

@@ -2,7 +2,7 @@
 
 A full block whose token ids are known may be cached under a chained 128-bit keyed hash. Invariants
 (check_invariants): a block is free exactly when no sequence refers to it; a cached block is found
-by the hash of exactly its own contents; a pending hash belongs to a running sequence that has the
+by the hash of exactly its own contents; an awaited hash belongs to a running sequence that has the
 block and has yet to compute it. Only bookkeeping: no KV is touched here.
 """
 
@@ -50,7 +50,7 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         # What a cached block's hash was made from: parent hash and token ids.
         self._preimage_of: list[bytes | None] = [None] * num_blocks
-        self._pending: dict[bytes, Sequence] = {}
+        self._awaited: dict[bytes, Sequence] = {}
 
     @property
     def num_free(self) -> int:
@@ -61,9 +61,9 @@ class BlockManager:
         name, salt = adapter.encode(), cache_salt.encode("utf-8", "surrogatepass")
         return self._hash(len(name).to_bytes(4, "little") + name + salt)
 
-    def is_pending(self, block_hash: bytes) -> bool:
+    def is_awaited(self, block_hash: bytes) -> bool:
         """True while a running sequence is going to compute this block."""
-        return block_hash in self._pending
+        return block_hash in self._awaited
 
     def find_prefix(self, seq: Sequence) -> tuple[list[int], bytes | None]:
         """Blocks of the longest cached prefix, and the hash to wait for where it goes on.
@@ -84,7 +84,7 @@ class BlockManager:
             hits.append(block_id)
         awaited = None
         for block_hash in seq.block_hashes[len(hits) : limit]:
-            if block_hash not in self._pending:
+            if block_hash not in self._awaited:
                 break
             awaited = block_hash
         return hits, awaited
@@ -109,7 +109,7 @@ class BlockManager:
         if self._is_caching:
             seq.next_offer_len = (len(hits) + 1) * self.block_size
             for block_hash in seq.block_hashes[len(hits) :]:
-                self._pending.setdefault(block_hash, seq)
+                self._awaited.setdefault(block_hash, seq)
 
     def grow(self, seq: Sequence) -> int:
         """Append one new block to `seq` and return its id. There must be a free one."""
@@ -125,8 +125,8 @@ class BlockManager:
             if index == len(seq.block_hashes):
                 self._extend_hashes(seq)
             block_hash = seq.block_hashes[index]
-            if self._pending.get(block_hash) is seq:
-                del self._pending[block_hash]
+            if self._awaited.get(block_hash) is seq:
+                del self._awaited[block_hash]
             # Where another sequence has computed the same block, the cache keeps the first.
             if block_hash not in self._block_of:
                 block_id = seq.block_ids[index]
@@ -136,14 +136,14 @@ class BlockManager:
             seq.num_offered_blocks = index + 1
             seq.next_offer_len += self.block_size
 
-    def release(self, seq: Sequence, *, forget: bool = False) -> None:
-        """Take all blocks from `seq`. `forget`: what they hold must never be a hit again."""
+    def release(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
+        """Take all blocks from `seq`. has_bad_kv: what they hold must never be a hit again."""
         for block_hash in seq.block_hashes[seq.num_offered_blocks :]:
-            if self._pending.get(block_hash) is seq:
-                del self._pending[block_hash]
+            if self._awaited.get(block_hash) is seq:
+                del self._awaited[block_hash]
         # The tail goes first, so that it is reused before the prefix it depends on.
         for block_id in reversed(seq.block_ids):
-            if forget:
+            if has_bad_kv:
                 self._uncache(block_id)
             self._ref_counts[block_id] -= 1
             if not self._ref_counts[block_id]:
@@ -173,8 +173,8 @@ class BlockManager:
             assert preimage is not None and self._hash(preimage) == block_hash
         cached = [i for i, block_hash in enumerate(self._hash_of) if block_hash is not None]
         assert sorted(self._block_of.values()) == cached, "cached blocks"
-        for block_hash, owner in self._pending.items():
-            assert owner in running, "pending block of a sequence that does not run"
+        for block_hash, owner in self._awaited.items():
+            assert owner in running, "awaited block of a sequence that does not run"
             assert block_hash in owner.block_hashes[owner.num_offered_blocks :]
 
     def _take(self) -> int:

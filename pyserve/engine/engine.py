@@ -173,7 +173,7 @@ class Engine:
                 continue
             if token_ids == _NAN:
                 self.num_nan_sequences += 1
-                self._fail(seq, EngineError("the model's output was not a number"), forget=True)
+                self._fail(seq, EngineError("the model's output was not a number"), has_bad_kv=True)
                 continue
             if seq.next_offer_len <= seq_len:
                 offer(seq, seq_len)
@@ -240,13 +240,13 @@ class Engine:
         self._remove(seq)
         seq.stream.finish(reason, stop_token_id)
 
-    def _fail(self, seq: Sequence, error: PyserveError, *, forget: bool = False) -> None:
-        self._remove(seq, forget=forget)
+    def _fail(self, seq: Sequence, error: PyserveError, *, has_bad_kv: bool = False) -> None:
+        self._remove(seq, has_bad_kv=has_bad_kv)
         seq.stream.fail(error)
 
-    def _remove(self, seq: Sequence, *, forget: bool = False) -> None:
+    def _remove(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
         assert seq.status is not Status.FINISHED
-        self.scheduler.finish(seq, forget=forget)
+        self.scheduler.finish(seq, has_bad_kv=has_bad_kv)
         self.num_finished += 1
         size = Load(1, seq.num_prompt_tokens)
         self.load -= size

@@ -50,7 +50,7 @@ class Scheduler:
         self._max_update_words = max_update_words
 
     @property
-    def num_deferred(self) -> int:
+    def num_awaiting(self) -> int:
         """Waiting sequences that let others pass until an equal prompt has been computed."""
         return sum(seq.awaited_hash is not None for seq in self.waiting)
 
@@ -89,10 +89,10 @@ class Scheduler:
         step.num_tokens = self._max_num_batched_tokens - budget
         return step
 
-    def finish(self, seq: Sequence, *, forget: bool = False) -> None:
-        """Take `seq` out of its queue and free what it holds; `forget` as in BlockManager."""
+    def finish(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
+        """Take `seq` out of its queue and free what it holds; has_bad_kv as in BlockManager."""
         if seq.status is Status.RUNNING:
-            self._stop(seq, forget=forget)
+            self._stop(seq, has_bad_kv=has_bad_kv)
         else:
             self.waiting.remove(seq)
         seq.status = Status.FINISHED
@@ -155,7 +155,7 @@ class Scheduler:
                 self._preempt(victim)
                 return
 
-    def _stop(self, seq: Sequence, *, forget: bool = False) -> None:
+    def _stop(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
         """Take a running sequence from its slot and its blocks."""
         index = bisect_left(self.running, seq.order, key=_order)
         assert self.running[index] is seq
@@ -163,7 +163,7 @@ class Scheduler:
         self.num_running_of[seq.user] -= 1
         if not self.num_running_of[seq.user]:
             del self.num_running_of[seq.user]
-        self.blocks.release(seq, forget=forget)
+        self.blocks.release(seq, has_bad_kv=has_bad_kv)
         self.slots.release(seq)
 
     def _preempt(self, seq: Sequence) -> None:
@@ -187,7 +187,7 @@ class Scheduler:
         for seq in self.waiting.in_turn(self.num_running_of):
             if not (budget and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
                 break
-            if seq.awaited_hash is not None and blocks.is_pending(seq.awaited_hash):
+            if seq.awaited_hash is not None and blocks.is_awaited(seq.awaited_hash):
                 continue  # others may pass it
             # A block for each running sequence is kept back, or admitting would soon preempt.
             num_spare = blocks.num_free - len(self.running)
@@ -217,8 +217,8 @@ class Scheduler:
         seq.num_wanted_blocks = 0
         seq.num_computed_tokens = len(hits) * self.blocks.block_size
         seq.num_host_tokens = seq.num_tokens
-        if not seq.was_admitted:
-            seq.was_admitted = True
+        if not seq.is_admitted:
+            seq.is_admitted = True
             seq.stream.admit(seq.num_computed_tokens)
             self.num_prompt_tokens += seq.num_prompt_tokens
             self.num_cached_tokens += seq.num_computed_tokens

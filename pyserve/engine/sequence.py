@@ -71,7 +71,7 @@ class Sequence:
     next_offer_len: int = NEVER
     awaited_hash: bytes | None = None
     num_wanted_blocks: int = 0
-    was_admitted: bool = False
+    is_admitted: bool = False
     preempted_s: float = 0.0
 
     @property

@@ -32,7 +32,7 @@ class Detokenizer:
     """
 
     __slots__ = (
-        "_decoder", "_skip", "_piece_of", "_errors", "_pending",
+        "_decoder", "_skip", "_piece_of", "_errors", "_held",
         "_at_start", "_wants_first", "_strip_left", "_prompt_tail",
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ class Detokenizer:
         pieces = self._decoder.pieces(skip_special_tokens=skip_special_tokens)
         self._piece_of = pieces.__getitem__
         self._errors = self._decoder.errors
-        self._pending = b""  # the bytes of a character that is not complete
+        self._held = b""  # the bytes of a character that is not complete
         layout = self._decoder.layout
         self._wants_first = layout.has_first  # no token of the text has come yet
         self._strip_left = layout.strip_count  # characters at the text's start that may be dropped
@@ -65,20 +65,20 @@ class Detokenizer:
         """The text that these tokens complete; "" where they complete no character."""
         if self._at_start:
             return self._push_at_start(token_ids)
-        data = self._pending + b"".join(map(self._piece_of, token_ids))
+        data = self._held + b"".join(map(self._piece_of, token_ids))
         text, num_used = utf_8_decode(data, self._errors, False)
-        self._pending = data[num_used:]
+        self._held = data[num_used:]
         return text
 
     def flush(self) -> str:
         """The text held back, at the end of the output: an incomplete character reads U+FFFD."""
-        text, _ = utf_8_decode(self._pending, self._errors, True)
-        self._pending = b""
+        text, _ = utf_8_decode(self._held, self._errors, True)
+        self._held = b""
         return self._trim(text) if self._at_start else text
 
     def _push_at_start(self, token_ids: Sequence[int]) -> str:
         """`push` while a rule about the start of the text, or of the output, may still apply."""
-        data, index = self._pending, 0
+        data, index = self._held, 0
         while self._wants_first and index < len(token_ids):
             piece = self._decoder.first_piece(token_ids[index], skip_special_tokens=self._skip)
             index += 1
@@ -87,7 +87,7 @@ class Detokenizer:
                 self._wants_first = False
         data += b"".join(map(self._piece_of, token_ids[index:]))
         text, num_used = utf_8_decode(data, self._errors, False)
-        self._pending = data[num_used:]
+        self._held = data[num_used:]
         return self._trim(text)
 
     def _trim(self, text: str) -> str:
@@ -119,7 +119,7 @@ class Detokenizer:
             if len(tail) >= 3:  # the longest incomplete character
                 break
         _, num_used = utf_8_decode(tail, "replace", False)
-        self._pending = tail[num_used:]
-        if self._pending:
-            self._prompt_tail, _ = utf_8_decode(self._pending, self._errors, True)
+        self._held = tail[num_used:]
+        if self._held:
+            self._prompt_tail, _ = utf_8_decode(self._held, self._errors, True)
             self._at_start = True

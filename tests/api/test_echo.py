@@ -209,11 +209,11 @@ class WithBos:
 
 def test_special_tokens_around_a_text_survive() -> None:
     ids = [1, 10, 11, 12, 13, 2]
-    for limit, keeps_first, kept in (
+    for limit, is_start_kept, kept in (
         (4, False, [1, 12, 13, 2]), (4, True, [1, 10, 11, 2]), (6, False, ids), (9, False, ids),
         (3, False, [1, 13, 2]), (2, False, [13, 2]), (1, True, [1]),
     ):  # fmt: skip
-        cut = Truncation(limit, keeps_first)
+        cut = Truncation(limit, is_start_kept)
         assert cut.cut_text(WithBos(), ids, has_special_tokens=True) == kept  # type: ignore[arg-type]
     assert Truncation(2, False).cut_text(WithBos(), ids, has_special_tokens=False) == [13, 2]  # type: ignore[arg-type]
 

@@ -112,7 +112,7 @@ def test_contents_live_until_reuse_and_the_least_recently_used_goes_first() -> N
     taker, _ = run(blocks, [3] * 19)
     assert len(blocks.find_prefix(sequence(blocks, [1] * 9))[0]) == 1
     assert len(blocks.find_prefix(sequence(blocks, [2] * 9))[0]) == 2
-    blocks.release(taker, forget=True)
+    blocks.release(taker, has_bad_kv=True)
     assert blocks.find_prefix(sequence(blocks, [3] * 19))[0] == []
 
 
@@ -146,17 +146,17 @@ def test_a_block_that_is_being_computed_is_awaited() -> None:
     assert blocks.find_prefix(sequence(blocks, [99] * 9)) == ([], None)
     owner.num_computed_tokens = 9
     blocks.offer(owner, 9)
-    assert blocks.is_pending(awaited)
+    assert blocks.is_awaited(awaited)
     assert blocks.find_prefix(waiter) == (owner.block_ids[:2], awaited)
     owner.num_computed_tokens = 12
     blocks.offer(owner, 12)
-    assert not blocks.is_pending(awaited)
+    assert not blocks.is_awaited(awaited)
     assert blocks.find_prefix(waiter) == (owner.block_ids[:3], None)
     blocks.check_invariants([owner])
     last = owner.block_hashes[3]
-    assert blocks.is_pending(last)
+    assert blocks.is_awaited(last)
     blocks.release(owner)
-    assert not blocks.is_pending(last)
+    assert not blocks.is_awaited(last)
 
 
 def test_output_blocks_are_cached_when_they_are_full() -> None:
@@ -210,6 +210,6 @@ def test_random_operations_keep_the_invariants() -> None:
                 seq.token_ids += rng.choices(range(3), k=BLOCK_SIZE)
         elif running:
             seq = running.pop(rng.randrange(len(running)))
-            blocks.release(seq, forget=rng.random() < 0.1)
+            blocks.release(seq, has_bad_kv=rng.random() < 0.1)
         blocks.check_invariants(running)
     assert num_hits > 100

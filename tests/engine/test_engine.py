@@ -292,10 +292,10 @@ def test_equal_prompts_compute_their_prefix_once() -> None:
         driver.update()
         if engine.num_steps == 2:
             assert passing.is_finished, "others pass a sequence that waits for a prefix"
-            assert len(engine.scheduler.waiting) == engine.scheduler.num_deferred == 3
+            assert len(engine.scheduler.waiting) == engine.scheduler.num_awaiting == 3
     assert [reader.stream.num_cached_tokens for reader in readers] == [0, 28, 28, 28]
     assert num_prompt_tokens == 30 + 3 * 2 + 3
-    assert engine.scheduler.num_deferred == 0
+    assert engine.scheduler.num_awaiting == 0
     for reader in readers:
         check(reader)
     assert len({tuple(reader.output) for reader in readers}) == 4
@@ -306,11 +306,11 @@ def test_who_comes_later_passes_those_that_wait_for_a_prefix() -> None:
     driver = Driver(engine, 1)
     waiting = [driver.submit([1] * 9, SamplingParams(max_tokens=2, seed=i)) for i in range(3)]
     driver.launch()
-    assert engine.scheduler.num_deferred == 2
+    assert engine.scheduler.num_awaiting == 2
     later = driver.submit([2, 3], SamplingParams(max_tokens=1, seed=9))
     driver.launch()  # the prefix is in flight
     assert later.stream in [seq.stream for seq in engine.scheduler.running]
-    assert engine.scheduler.num_deferred == 2
+    assert engine.scheduler.num_awaiting == 2
     driver.drain()
     for reader in waiting:
         check(reader)

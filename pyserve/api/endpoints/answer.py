@@ -95,7 +95,7 @@ async def answer(
     try:
         salt = state.keys.cache_salt(request[USER], job.cache_salt)
         await generation.submit(job, cache_salt=salt, user=request[CLIENT])
-        if not job.runs:  # no queue bounds it
+        if not job.is_run:  # no queue bounds it
             num_chars = sum(len(choice.prefix) for choice in generation.choices)
             connection_of(request).check_unread(num_chars)
         state.request_log.arrived(request, generation)

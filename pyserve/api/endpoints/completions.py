@@ -65,7 +65,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         limit=("max_tokens", body.max_tokens),
         default_max_tokens=DEFAULT_MAX_TOKENS,
         ignored=ignored,
-        runs=not (body.echo and body.max_tokens == 0),
+        is_run=not (body.echo and body.max_tokens == 0),
     )
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 

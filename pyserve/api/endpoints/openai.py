@@ -53,7 +53,7 @@ async def make_job(
     limit: tuple[str, int | None],
     default_max_tokens: int | None,
     ignored: list[str],
-    runs: bool = True,
+    is_run: bool = True,
 ) -> Job:
     """The Job of a request whose prompts have been read; everything else of it is checked here.
 
@@ -83,7 +83,7 @@ async def make_job(
             resolver.params(
                 len(prompt.token_ids),
                 prompt_name=prompt_name,
-                max_tokens=asked if runs else 1,
+                max_tokens=asked if is_run else 1,
                 limit_name=limit_name,
                 default=default,
             )
@@ -95,10 +95,10 @@ async def make_job(
     granted = min(one.max_tokens for one in params)
     options = body.stream_options if body.stream else None
     include_usage = bool(options and options.include_usage)
-    continuous_usage = bool(options and options.continuous_usage_stats)
+    has_continuous_usage = bool(options and options.continuous_usage_stats)
     without_effect = {
         "stream_options": body.stream_options is not None and not body.stream,  # usage comes anyway
-        "stream_options.continuous_usage_stats": continuous_usage and not include_usage,
+        "stream_options.continuous_usage_stats": has_continuous_usage and not include_usage,
         "priority": priority and not info.has_priorities,
         "cache_salt": cache_salt and not info.enable_prefix_caching,
     }
@@ -107,10 +107,10 @@ async def make_job(
         params=params,
         ending=resolver.ending,
         n=resolver.n,
-        runs=runs,
+        is_run=is_run,
         is_streamed=bool(body.stream),
         include_usage=include_usage,
-        continuous_usage=include_usage and continuous_usage,
+        has_continuous_usage=include_usage and has_continuous_usage,
         priority=priority,
         cache_salt=cache_salt,
         request_id=request_id,
@@ -177,7 +177,7 @@ class OpenAIFrames(ABC):
     def __init__(self, head: Head, job: Job) -> None:
         self._head = head
         self._has_end_usage = job.include_usage
-        self._has_usage = job.continuous_usage
+        self._has_usage = job.has_continuous_usage
         self._cuts: dict[int, tuple[bytes, bytes]] = {}
 
     @abstractmethod

@@ -26,13 +26,13 @@ class Truncation:
     """truncate_prompt_tokens: the last, or first, so many tokens of each prompt are kept."""
 
     limit: int
-    keeps_first: bool
+    is_start_kept: bool
 
     def cut(self, token_ids: list[int]) -> list[int]:
         """Of a prompt given as token ids."""
         if len(token_ids) <= self.limit:
             return token_ids
-        return token_ids[: self.limit] if self.keeps_first else token_ids[-self.limit :]
+        return token_ids[: self.limit] if self.is_start_kept else token_ids[-self.limit :]
 
     def cut_text(
         self, tokenizer: Tokenizer, token_ids: list[int], *, has_special_tokens: bool
@@ -43,7 +43,7 @@ class Truncation:
         if len(token_ids) <= self.limit or room < 1:
             return self.cut(token_ids)
         inner = token_ids[len(before) : len(token_ids) - len(behind)]
-        kept = Truncation(room, self.keeps_first).cut(inner)
+        kept = Truncation(room, self.is_start_kept).cut(inner)
         return [*before, *kept, *behind]
 
 
@@ -70,7 +70,7 @@ def truncation(
             f"got {shown(num_tokens)}",
             "truncate_prompt_tokens",
         )
-    return Truncation(num_tokens, keeps_first=side == "right")
+    return Truncation(num_tokens, is_start_kept=side == "right")
 
 
 def encode(

@@ -51,7 +51,7 @@ class Resolver:
         eos_ids = [] if request.ignore_eos else _eos_token_ids(tokenizer, defaults, info)
         self.ending = Ending(
             stop=_stop_strings(request.stop),
-            include_stop=bool(request.include_stop_str_in_output),
+            is_stop_kept=bool(request.include_stop_str_in_output),
             eos_token_id=eos_ids[0] if eos_ids else None,
             min_tokens=request.min_tokens or 0,
         )

@@ -55,7 +55,7 @@ class Choice:
     def advance(self, delta: SequenceDelta) -> Sequence[Part]:
         """New parts of `delta`; sets finish_reason with the last of them."""
         token_ids = delta.token_ids
-        is_cut = delta.finish_reason == "stop" and not self.ending.include_stop
+        is_cut = delta.finish_reason == "stop" and not self.ending.is_stop_kept
         visible = token_ids[:-1] if is_cut else token_ids
         if self.stop_checker is None:
             text = self.detokenizer.push(visible)
@@ -142,7 +142,7 @@ class Generation:
         user        with whom they share what is scarce.
         """
         num_sequences = job.n * len(job.prompts)
-        if job.runs and num_sequences > 1:  # all of them or none; for one, submit asks itself
+        if job.is_run and num_sequences > 1:  # all of them or none; for one, submit asks itself
             num_tokens = job.n * sum(len(prompt.token_ids) for prompt in job.prompts)
             self._engine.check_room(num_sequences, num_tokens=num_tokens, user=user)
         slices = Slices()
@@ -150,7 +150,7 @@ class Generation:
             for sample_index in range(job.n):
                 await slices.rest()
                 own_params = msgspec.structs.replace(params, sample_index=sample_index)
-                if job.runs:
+                if job.is_run:
                     stream = self._engine.submit(
                         SequenceRequest(
                             prompt.token_ids, own_params, job.priority, cache_salt, user
@@ -174,7 +174,7 @@ class Generation:
             prefix=prompt.echo,
             ending=ending,
             detokenizer=prompt.detokenizer.copy(),
-            stop_checker=StopChecker(ending.stop, ending.include_stop) if ending.stop else None,
+            stop_checker=StopChecker(ending.stop, ending.is_stop_kept) if ending.stop else None,
             stage=job.make_stage(),
         )
         self.choices.append(choice)

@@ -34,13 +34,13 @@ class Ending:
     """How the text of a sequence ends; the same for all sequences of a request.
 
     stop           strings that end the answer, none of them empty.
-    include_stop   what ended the answer stays in its text.
+    is_stop_kept   what ended the answer stays in its text.
     eos_token_id   ends the answer without a stop_reason; None where EOS is ignored.
     min_tokens     the text of so many output tokens is never part of a match of a stop string.
     """
 
     stop: list[str]
-    include_stop: bool
+    is_stop_kept: bool
     eos_token_id: int | None
     min_tokens: int
 
@@ -50,8 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     params            of each prompt.
     make_stage        a stage for each answer, which turns its text into parts.
-    runs              False: the prompts are shown and nothing is generated.
-    is_streamed, include_usage, continuous_usage
+    is_run            False: the prompts are shown and nothing is generated.
+    is_streamed, include_usage, has_continuous_usage
                       whether the answer is a stream, ends with the usage of all choices, and has
                       the usage so far in every frame.
     cache_salt        of the client: the prefix cache is shared only by requests with the same one.
@@ -65,10 +65,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ending: Ending
     n: int = 1
     make_stage: Callable[[], Stage] = Plain
-    runs: bool = True
+    is_run: bool = True
     is_streamed: bool = False
     include_usage: bool = False
-    continuous_usage: bool = False
+    has_continuous_usage: bool = False
     priority: int = 0
     cache_salt: str = ""
     request_id: str = ""

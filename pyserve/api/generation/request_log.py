@@ -60,10 +60,10 @@ class LineBudget:
 
 
 class RequestLog:
-    """The lines of one server. log_arrivals: --enable-log-requests."""
+    """The lines of one server. has_arrivals: --enable-log-requests."""
 
-    def __init__(self, *, log_arrivals: bool) -> None:
-        self._log_arrivals = log_arrivals
+    def __init__(self, *, has_arrivals: bool) -> None:
+        self._has_arrivals = has_arrivals
         self._budget = LineBudget(LINES_PER_S, MAX_BURST_LINES)
 
     @property
@@ -77,7 +77,7 @@ class RequestLog:
 
     def arrived(self, request: web.BaseRequest, generation: Generation) -> None:
         """All sequences of a request have been queued."""
-        if not self._log_arrivals or not self._take_line():
+        if not self._has_arrivals or not self._take_line():
             return
         choice = generation.choices[0]
         num_prompts = sum(choice.sample_index == 0 for choice in generation.choices)

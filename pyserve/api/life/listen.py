@@ -43,7 +43,7 @@ def listening_socket(config: ServerConfig) -> Iterator[Listener]:
             yield Listener(sock, tls, f"unix:{config.uds}")
         return
     with listen(config.host, config.port) as sock:
-        yield Listener(sock, tls, url(config.host, sock, tls=tls is not None))
+        yield Listener(sock, tls, url(config.host, sock, is_tls=tls is not None))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,9 +72,9 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url(host: str, sock: socket.socket, *, tls: bool = False) -> str:
+def url(host: str, sock: socket.socket, *, is_tls: bool = False) -> str:
     """Where the server answers."""
-    scheme, port = "https" if tls else "http", sock.getsockname()[1]
+    scheme, port = "https" if is_tls else "http", sock.getsockname()[1]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 

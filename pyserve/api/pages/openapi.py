@@ -141,11 +141,11 @@ class Document:
     """
 
     def __init__(
-        self, routes: Mapping[tuple[str, str], bool], *, root_path: str, needs_key: bool
+        self, routes: Mapping[tuple[str, str], bool], *, root_path: str, has_key: bool
     ) -> None:
         self._routes = {(method, _plain(path)): public for (method, path), public in routes.items()}
         self._root_path = root_path
-        self._needs_key = needs_key
+        self._has_key = has_key
 
     @functools.cached_property
     def file(self) -> site.File:
@@ -180,7 +180,7 @@ class Document:
         return document
 
     def _operation(self, method: str, path: str, operation: Operation) -> Schema:
-        is_guarded = self._needs_key and not self._routes[method, path]
+        is_guarded = self._has_key and not self._routes[method, path]
         described: Schema = {
             "operationId": _operation_id(method, path),
             "summary": operation.summary,

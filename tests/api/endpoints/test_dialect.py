@@ -106,7 +106,7 @@ async def ask(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 def asked(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    row = app.Route("POST", PATH, ask, uses_model=True, error_body=error_body)
+    row = app.Route("POST", PATH, ask, is_of_model=True, error_body=error_body)
     monkeypatch.setattr(app, "ROUTES", (*app.ROUTES, row))
     with run_server(tokenizer_folder) as server:
         server.play("a. b c")

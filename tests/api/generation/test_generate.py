@@ -29,9 +29,9 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 
 def ending(
-    stop: list[str] | None = None, *, include_stop: bool = False, min_tokens: int = 0
+    stop: list[str] | None = None, *, is_stop_kept: bool = False, min_tokens: int = 0
 ) -> Ending:
-    return Ending(stop or [], include_stop, EOS, min_tokens)
+    return Ending(stop or [], is_stop_kept, EOS, min_tokens)
 
 
 def make_job(
@@ -111,7 +111,7 @@ def test_another_stop_id_is_the_reason(tokenizer: Tokenizer) -> None:
 def test_the_stop_token_s_text_can_stay(tokenizer: Tokenizer, skip: bool, text: str) -> None:
     ids = [*tokens(tokenizer, "Hello"), EOS]
     generation, _ = generate(
-        tokenizer, lambda _: Script(ids), ending(include_stop=True), skip_special_tokens=skip
+        tokenizer, lambda _: Script(ids), ending(is_stop_kept=True), skip_special_tokens=skip
     )
     assert content_of(generation.choices[0].parts) == text
 
@@ -139,7 +139,7 @@ def test_stop_strings(tokenizer: Tokenizer, stop: str, include: bool, burst: int
     generation, engine = generate(
         tokenizer,
         lambda _: Script(ids, burst=burst),
-        ending(["never", stop, "you?"], include_stop=include),
+        ending(["never", stop, "you?"], is_stop_kept=include),
     )
     (choice,) = generation.choices
     end = TEXT.index(stop) + (len(stop) if include else 0)

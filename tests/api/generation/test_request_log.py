@@ -129,7 +129,7 @@ class FakeRequest:
 
 
 def test_a_forged_field_name_cannot_break_the_line(caplog: pytest.LogCaptureFixture) -> None:
-    log = RequestLog(log_arrivals=False)
+    log = RequestLog(has_arrivals=False)
     request: Any = FakeRequest()
     log.refused(request, InvalidRequestError("x", "a\nERROR all is lost" + "x" * 200))
     (line,) = lines(caplog)
@@ -138,12 +138,12 @@ def test_a_forged_field_name_cannot_break_the_line(caplog: pytest.LogCaptureFixt
 
 def test_a_full_queue_is_summed_up_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     request: Any = FakeRequest()
-    RequestLog(log_arrivals=False).refused(request, QueueFullError("full", 1))
+    RequestLog(has_arrivals=False).refused(request, QueueFullError("full", 1))
     assert not lines(caplog)
 
 
 def test_a_flood_of_requests_is_no_flood_of_lines(caplog: pytest.LogCaptureFixture) -> None:
-    log = RequestLog(log_arrivals=False)
+    log = RequestLog(has_arrivals=False)
     request: Any = FakeRequest()
     error = InvalidRequestError("x", "n")
     while log.num_dropped < 30:

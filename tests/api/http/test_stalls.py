@@ -251,7 +251,7 @@ def test_what_has_no_body(large: Server, method: str, path: str) -> None:
 
 
 def test_every_route_is_measured() -> None:
-    posts = {route.path for route in ROUTES if route.uses_model}
+    posts = {route.path for route in ROUTES if route.is_of_model}
     assert posts == {path for path, _ in REQUESTS}
     assert {route.path for route in ROUTES} <= set(PATHS)
 

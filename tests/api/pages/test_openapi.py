@@ -31,9 +31,9 @@ def served(tokenizer_folder: Path) -> Iterator[Server]:
         yield server
 
 
-def document(needs_key: bool = True, root_path: str = "") -> Schema:
+def document(has_key: bool = True, root_path: str = "") -> Schema:
     routes = {(route.method, route.path): route.is_public for route in ROUTES}
-    return Document(routes, root_path=root_path, needs_key=needs_key).describe()
+    return Document(routes, root_path=root_path, has_key=has_key).describe()
 
 
 def references(value: object) -> Iterator[str]:
@@ -50,7 +50,7 @@ def references(value: object) -> Iterator[str]:
 def test_it_is_served_as_built(server: Server) -> None:
     status, headers, body = server.request("GET", "/openapi.json")
     assert status == 200 and headers["Content-Type"].startswith("application/json")
-    assert json.loads(body) == json.loads(msgspec.json.encode(document(needs_key=False)))
+    assert json.loads(body) == json.loads(msgspec.json.encode(document(has_key=False)))
 
 
 def test_every_route_is_described() -> None:
@@ -67,10 +67,10 @@ def test_every_route_is_described() -> None:
 def test_keys_are_asked_for_where_they_are_needed() -> None:
     public = {(route.method, route.path) for route in ROUTES if route.is_public}
     keys: list[Schema] = [{"bearer": []}, {"x-api-key": []}]
-    for needs_key in (True, False):
-        for path, item in document(needs_key)["paths"].items():
+    for has_key in (True, False):
+        for path, item in document(has_key)["paths"].items():
             for method, operation in item.items():
-                is_guarded = needs_key and (method.upper(), path) not in public
+                is_guarded = has_key and (method.upper(), path) not in public
                 assert operation["security"] == (keys if is_guarded else [])
                 assert ("401" in operation["responses"]) == is_guarded
     assert "servers" not in document()
@@ -331,7 +331,7 @@ class Bodies:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_bodies_get_an_answer_that_is_described(served: Server, seed: int) -> None:
-    described = document(needs_key=False)
+    described = document(has_key=False)
     bodies = Bodies(seed, described["components"]["schemas"])
     served.play("Hello", burst=8)
     posts = [
