@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     args = parser.parse_args(argv)
     build.load_native(
-        allow_reference=False,
+        is_reference_allowed=False,
         progress=lambda line: print(line, file=sys.stderr),
         device=args.device,
     )

@@ -362,7 +362,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     torch.set_num_threads(args.threads)
-    build.load_native(allow_reference=False, progress=print, device=args.device)
+    build.load_native(is_reference_allowed=False, progress=print, device=args.device)
     if args.device == "cuda":
         figures = gpu_ops.run(args.only, args.seconds)
         write_json(args.json, {**figures, **environment(["torch"])})

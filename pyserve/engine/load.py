@@ -64,7 +64,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
     _log_plan(config, plan)
     build.load_native(
-        allow_reference=config.allow_reference_ops,
+        is_reference_allowed=config.allow_reference_ops,
         progress=logger.info,
         device=_kind(device),
         report=lambda done, total: progress("build", done, total),

@@ -136,10 +136,8 @@ def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> M
         layers=layers,
         final_norm=layers[0].norm,
         max_model_len=max_model_len,
-        tie_word_embeddings=fields.boolean(
-            "tie_word_embeddings", default=architecture.default_tied
-        ),
-        embedding_scale=hidden_size**0.5 if architecture.scales_embedding else 1.0,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=architecture.is_tied),
+        embedding_scale=hidden_size**0.5 if architecture.is_embedding_scaled else 1.0,
         logit_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
         dtype=_dtype(fields),
         unknown_fields=unknown_fields(raw, model),
@@ -158,7 +156,7 @@ def _layers(
     norm = NormConfig(
         eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6), offset=architecture.norm_offset
     )
-    qkv_bias = _bias(fields, "attention_bias", name, architecture.attention_bias)
+    has_qkv_bias = _bias(fields, "attention_bias", name, architecture.attention_bias)
     query_scale = float(head_dim)
     if architecture.query_scale_key is not None:
         query_scale = fields.number(architecture.query_scale_key, 1e-3, 1e6, default=query_scale)
@@ -178,9 +176,9 @@ def _layers(
                 softmax_scale=query_scale**-0.5,
                 softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
                 window=window if kind == "sliding_attention" else 0,
-                qkv_bias=qkv_bias,
-                o_bias=qkv_bias and architecture.has_o_bias,
-                qk_norm=architecture.qk_norm,
+                has_qkv_bias=has_qkv_bias,
+                has_o_bias=has_qkv_bias and architecture.has_o_bias,
+                has_qk_norm=architecture.has_qk_norm,
             ),
             mlp=mlp,
             norm=norm,
@@ -267,7 +265,7 @@ def _softcap(fields: Fields, architecture: Architecture, key: str) -> float:
 def _num_kv_heads(fields: Fields, architecture: Architecture, num_heads: int) -> int:
     key = "num_key_value_heads"
     default = num_heads if fields.is_null(key) else architecture.default_kv_heads or num_heads
-    num_kv_heads = fields.integer(key, 1, MAX_HEADS, default=default, nullable=True)
+    num_kv_heads = fields.integer(key, 1, MAX_HEADS, default=default, is_nullable=True)
     if num_heads % num_kv_heads:
         raise ConfigError(
             f"config.json: {key} must divide num_attention_heads ({num_heads}), got "
@@ -284,8 +282,8 @@ def _head_dim(fields: Fields, architecture: Architecture, hidden_size: int, num_
         if hidden_size % num_heads:
             raise fields.refuse("num_attention_heads", f"must divide hidden_size ({hidden_size})")
         default = hidden_size // num_heads
-    nullable = architecture.default_head_dim is None
-    head_dim = fields.integer("head_dim", 1, MAX_WIDTH, default=default, nullable=nullable)
+    is_nullable = architecture.default_head_dim is None
+    head_dim = fields.integer("head_dim", 1, MAX_WIDTH, default=default, is_nullable=is_nullable)
     if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
         raise ConfigError(
             f"config.json: head_dim (or hidden_size / num_attention_heads) must be a multiple of "
@@ -358,7 +356,7 @@ def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> i
 
 def _dtype(fields: Fields) -> CheckpointDtype:
     key = "dtype" if fields.has("dtype") else "torch_dtype"
-    dtype = fields.string(key, default="float32", nullable=True).removeprefix("torch.")
+    dtype = fields.string(key, default="float32", is_nullable=True).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise fields.refuse(key, "must be float32, bfloat16 or float16")
     return cast(CheckpointDtype, dtype)

@@ -18,8 +18,8 @@ class Fields:
     where   how messages call the object, e.g. "config.json".
 
     A key that says null is not a key that is absent: transformers fills the class default only
-    for the latter. `nullable` is for the keys where null means the default too; a boolean that is
-    null is false, as it is in Python.
+    for the latter. `is_nullable` is for the keys where null means the default too; a boolean that
+    is null is false, as it is in Python.
     """
 
     __slots__ = ("_raw", "_where")
@@ -36,18 +36,24 @@ class Fields:
         return key in self._raw and self._raw[key] is None
 
     def integer(
-        self, key: str, low: int, high: int, *, default: int | None = None, nullable: bool = False
+        self,
+        key: str,
+        low: int,
+        high: int,
+        *,
+        default: int | None = None,
+        is_nullable: bool = False,
     ) -> int:
-        value = self._get(key, default, nullable)
+        value = self._get(key, default, is_nullable)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.refuse(key, f"must be an integer in [{low}, {high}]")
         return value
 
     def number(
         self, key: str, low: float, high: float, *, default: float | None = None,
-        nullable: bool = False,
+        is_nullable: bool = False,
     ) -> float:  # fmt: skip
-        value = self._get(key, default, nullable)
+        value = self._get(key, default, is_nullable)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # The bounds first: an integer of hundreds of digits is no float.
         if not is_number or not low <= value <= high or not math.isfinite(value):
@@ -60,8 +66,8 @@ class Fields:
             raise self.refuse(key, "must be true or false")
         return value
 
-    def string(self, key: str, *, default: str | None = None, nullable: bool = False) -> str:
-        value = self._get(key, default, nullable)
+    def string(self, key: str, *, default: str | None = None, is_nullable: bool = False) -> str:
+        value = self._get(key, default, is_nullable)
         if not isinstance(value, str):
             raise self.refuse(key, "must be a string")
         return value
@@ -96,13 +102,13 @@ class Fields:
         """The error for a value that is there but cannot be served; the caller raises it."""
         return ConfigError(f"{self._where}: {key} {rule}, got {shown(self._raw.get(key))}")
 
-    def _get(self, key: str, default: Any, nullable: bool = False) -> Any:
+    def _get(self, key: str, default: Any, is_nullable: bool = False) -> Any:
         value = self._raw.get(key)
         if value is not None:
             return value
         if default is None:
             raise ConfigError(f"{self._where}: {key} is missing")
-        return None if key in self._raw and not nullable else default
+        return None if key in self._raw and not is_nullable else default
 
 
 def shown(value: Any) -> str:

@@ -47,7 +47,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     window         tokens that a token sees, itself included; 0: all.
     softmax_scale  of the scores, after which they are softcap * tanh(score / softcap); 0: no cap.
-    qk_norm        RMSNorm over each head of q and k before they are rotated.
+    has_qk_norm    RMSNorm over each head of q and k before they are rotated.
     """
 
     num_heads: int
@@ -57,9 +57,9 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
     softmax_scale: float
     softcap: float = 0.0
     window: int = 0
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: bool = False
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    has_qk_norm: bool = False
 
     @property
     def rotary_dim(self) -> int:

@@ -29,17 +29,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     attention_bias    bias of q, k and v: by the config key of that name, or what it always is.
     has_o_bias        the output projection has a bias where q, k and v have one.
     mlp_bias          bias of gate, up and down: by the config key of that name, or never.
-    qk_norm           RMSNorm over each head of q and k before they are rotated.
+    has_qk_norm       RMSNorm over each head of q and k before they are rotated.
     window            which layers have a sliding window: none; all of them, whatever
                       `use_sliding_window` says; every second one from the first on; or "upper":
                       where that is true, those from `max_window_layers` on.
     names             of the tensors of a layer.
     activation_keys   each that is there must name one of `activations`.
-    default_tied      tie_word_embeddings where config.json does not say.
+    is_tied           tie_word_embeddings where config.json does not say.
     norm_offset       as NormConfig.offset.
     query_scale_key   its value ** -0.5 is the softmax scale; None: head_dim is that value.
     has_softcaps      attn_logit_softcapping and final_logit_softcapping are read.
-    scales_embedding  embeddings are multiplied by sqrt(hidden_size).
+    is_embedding_scaled
+                      embeddings are multiplied by sqrt(hidden_size).
     has_partial_rotary
                       partial_rotary_factor is read.
     has_ropes_by_kind rope_parameters may hold one table for each kind of layer.
@@ -54,18 +55,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     attention_bias: Literal["config", "always", "never"] = "never"
     has_o_bias: bool = False
     mlp_bias: Literal["config", "never"] = "never"
-    qk_norm: bool = False
+    has_qk_norm: bool = False
     window: Literal["none", "all", "alternate", "upper"] = "none"
     names: LayerNames = LayerNames()
     activation_keys: tuple[str, ...] = ("hidden_act", "hidden_activation")
     activations: Mapping[str, Activation] = msgspec.field(
         default_factory=lambda: {"silu": "silu", "swish": "silu"}
     )
-    default_tied: bool = False
+    is_tied: bool = False
     norm_offset: float = 0.0
     query_scale_key: str | None = None
     has_softcaps: bool = False
-    scales_embedding: bool = False
+    is_embedding_scaled: bool = False
     has_partial_rotary: bool = False
     has_ropes_by_kind: bool = False
     known_keys: frozenset[str] = frozenset()
@@ -98,7 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         default_head_dim=128,
         attention_bias="config",
         has_o_bias=True,
-        qk_norm=True,
+        has_qk_norm=True,
         window="upper",
         known_keys=_UPPER_KEYS,
         neutral=dict.fromkeys(_QK_NORM_KEYS, (True,)),

@@ -92,7 +92,7 @@ def _partial_rotary_factor(config: Fields, rope: Fields | None, has_partial: boo
     key, factors = "partial_rotary_factor", []
     for fields in (config, rope):
         if fields is not None:
-            factor = fields.number(key, 0, 1, default=1.0, nullable=True)
+            factor = fields.number(key, 0, 1, default=1.0, is_nullable=True)
             if factor != 1.0 and not has_partial:
                 raise fields.refuse(key, "must be 1")
             if fields.has(key):
@@ -120,7 +120,7 @@ def _rope(config: Fields, rope: Fields | None, max_position: int) -> tuple[RopeC
     theta = _theta(config, rope)
     kind = _rope_type(rope)
     if rope is None or kind == "default":
-        if rope is not None and rope.number("factor", 0, 1e9, default=1.0, nullable=True) != 1.0:
+        if rope is not None and rope.number("factor", 0, 1e9, default=1.0, is_nullable=True) != 1.0:
             raise rope.refuse("factor", 'has no meaning with rope_type "default"')
         return (
             RopeConfig(type="default", theta=theta, original_max_position=max_position),
@@ -164,7 +164,7 @@ def _rope_type(rope: Fields | None) -> RopeType:
     key = "rope_type" if rope.has("rope_type") else "type"
     if not rope.has(key) and rope.has("factor"):
         raise rope.refuse("rope_type", f"must be one of {', '.join(ROPE_TYPES)}")
-    kind = rope.string(key, default="default", nullable=True)
+    kind = rope.string(key, default="default", is_nullable=True)
     if kind not in ROPE_TYPES:
         raise rope.refuse(key, f"must be one of {', '.join(ROPE_TYPES)}")
     if rope.has("type") and rope.string("type") != kind:
@@ -199,7 +199,9 @@ def _llama3(config: Fields, rope: Fields, theta: float, max_position: int) -> Ro
 
 def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> RopeConfig:
     original = _original_max_position(config, rope, max_position)
-    factor = rope.number("factor", 1.0, MAX_FACTOR, default=max_position / original, nullable=True)
+    factor = rope.number(
+        "factor", 1.0, MAX_FACTOR, default=max_position / original, is_nullable=True
+    )
     attention_factor = _mscale(factor, 1.0)
     if rope.has("attention_factor"):
         attention_factor = rope.number("attention_factor", 0.0, 1e3)
@@ -208,8 +210,8 @@ def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> Rope
         mscale_all_dim = rope.number("mscale_all_dim", 0.0, 1e3)
         if mscale and mscale_all_dim:
             attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
-    beta_fast = rope.number("beta_fast", 0.0, 1e6, default=32.0, nullable=True) or 32.0
-    beta_slow = rope.number("beta_slow", 0.0, 1e6, default=1.0, nullable=True) or 1.0
+    beta_fast = rope.number("beta_fast", 0.0, 1e6, default=32.0, is_nullable=True) or 32.0
+    beta_slow = rope.number("beta_slow", 0.0, 1e6, default=1.0, is_nullable=True) or 1.0
     if beta_fast < beta_slow:
         raise rope.refuse("beta_fast", f"must be at least beta_slow ({beta_slow:g})")
     return RopeConfig(

@@ -57,13 +57,13 @@ class _Row(msgspec.Struct, frozen=True):
 
     neutral   these, and null, where the architecture does not say others.
     same_as   the value of this name in Model.values.
-    refuses_null
+    is_null_refused
               null is not neutral: transformers takes it for false.
     """
 
     neutral: tuple[object, ...] = ()
     same_as: str | None = None
-    refuses_null: bool = False
+    is_null_refused: bool = False
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +113,7 @@ _CHANGING: dict[str, _Row] = {
     "use_mrope": _OFF,
     "use_dynamic_ntk": _OFF,
     # attention masks, and layers that share keys and values
-    "is_causal": _Row((True,), refuses_null=True),
+    "is_causal": _Row((True,), is_null_refused=True),
     "is_encoder_decoder": _OFF,
     "add_cross_attention": _OFF,
     "use_bidirectional_attention": _OFF,
@@ -295,7 +295,7 @@ def _unknown(
 
 def _is_neutral(name: str, value: object, row: _Row, model: Model) -> bool:
     if value is None:
-        return not row.refuses_null
+        return not row.is_null_refused
     if row.same_as is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False

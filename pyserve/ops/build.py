@@ -54,7 +54,7 @@ def report_nothing(done: int, total: int) -> None:
 
 def load_native(
     *,
-    allow_reference: bool,
+    is_reference_allowed: bool,
     progress: Callable[[str], None],
     device: Device = "cpu",
     report: Report = report_nothing,
@@ -63,8 +63,8 @@ def load_native(
 
     Ops for the CPU are always there, those of the current CUDA card where `device` is cuda: the
     first call decides. progress gets lines for a user, report (done, total) of a compile, in parts
-    of its time. The twins of allow_reference serve on a CPU only. Raises StartupError where the
-    card cannot be used, BuildError where nothing can be found or compiled.
+    of its time. The twins, where is_reference_allowed, serve on a CPU only. Raises StartupError
+    where the card cannot be used, BuildError where nothing can be found or compiled.
     """
     global _mode, _host, _has_cuda
     with _lock:
@@ -75,7 +75,7 @@ def load_native(
                     _host = _load(folder)
                 _mode = "native"
             except BuildError as error:
-                if card is not None or not allow_reference:
+                if card is not None or not is_reference_allowed:
                     remedy = _CPU_REMEDY if card is None else _CUDA_REMEDY
                     raise BuildError(f"{error}; {remedy}") from error
                 progress(f"{error}; serving with the plain-torch ops: this is slow")
@@ -121,14 +121,16 @@ def _products(
     progress: Callable[[str], None], card: Card | None = None, report: Report = report_nothing
 ) -> Iterator[Path]:
     """Folder that holds both products; with the CUDA ops where a card is given."""
-    sanitize = config.env("PYSERVE_SANITIZE") is not None
+    is_sanitized = config.env("PYSERVE_SANITIZE") is not None
     packaged = Path(__file__).resolve().parent
-    unfit = "" if sanitize else _why_unfit(packaged, card)
-    if not sanitize and unfit is None:
+    unfit = "" if is_sanitized else _why_unfit(packaged, card)
+    if not is_sanitized and unfit is None:
         yield packaged
         return
     try:
-        native = toolchain.find_toolchain(config.env("CXX"), march="native", sanitize=sanitize)
+        native = toolchain.find_toolchain(
+            config.env("CXX"), march="native", is_sanitized=is_sanitized
+        )
         if card is not None:
             native = replace(native, cuda=_find_cuda_compiler(card))
         folder = _cache_dir() / "native" / _key(native)
@@ -195,7 +197,7 @@ def _why_unfit(packaged: Path, card: Card | None) -> str | None:
     except (OSError, ValueError):
         return ""
     cuda = manifest.get("cuda")  # earlier versions wrote none
-    sources = toolchain.source_hash(source_dir(), with_cuda=cuda is not None)
+    sources = toolchain.source_hash(source_dir(), has_cuda=cuda is not None)
     if manifest["sources"] != sources or manifest["soabi"] != sysconfig.get_config_var("SOABI"):
         return ""
     for name, size in manifest.get("sizes", {}).items():  # earlier versions wrote none
@@ -215,14 +217,14 @@ def _why_unfit(packaged: Path, card: Card | None) -> str | None:
         return f"the packaged CUDA ops ({', '.join(archs)}) are not {toolchain.ARCHS_VARIABLE}"
     if version[0] > card.driver[0]:
         return f"the packaged CUDA ops need a driver for CUDA {version[0]}"
-    if not covers(archs, card.capability, can_translate=version <= card.driver):
+    if not covers(archs, card.capability, is_ptx_readable=version <= card.driver):
         number = f"{card.capability[0]}.{card.capability[1]}"
         return f"the packaged CUDA ops ({', '.join(archs)}) are not for compute capability {number}"
     return None
 
 
-def covers(archs: Iterable[str], capability: tuple[int, int], *, can_translate: bool) -> bool:
-    """True where code for `archs` runs on a card; can_translate: its driver can read the PTX."""
+def covers(archs: Iterable[str], capability: tuple[int, int], *, is_ptx_readable: bool) -> bool:
+    """True where code for `archs` runs on a card; is_ptx_readable: its driver can read the PTX."""
     for arch in archs:
         number, _, ptx = arch.partition("-")
         major, minor = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
@@ -230,7 +232,7 @@ def covers(archs: Iterable[str], capability: tuple[int, int], *, can_translate: 
             if not ptx and (major, minor) == capability:
                 return True
         elif ptx:
-            if can_translate and (major, minor) <= capability:
+            if is_ptx_readable and (major, minor) <= capability:
                 return True
         elif major == capability[0] and minor <= capability[1]:
             return True
@@ -244,7 +246,7 @@ def _key(native: Toolchain) -> str:
     """
     cuda = native.cuda
     parts = (
-        toolchain.source_hash(source_dir(), with_cuda=cuda is not None),
+        toolchain.source_hash(source_dir(), has_cuda=cuda is not None),
         native.compiler,
         native.version(),
         *native.flags(),

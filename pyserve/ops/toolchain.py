@@ -130,7 +130,7 @@ class Toolchain:
 
     compiler: str
     march: str | None  # of -march; None leaves the compiler's default
-    sanitize: bool = False
+    is_sanitized: bool = False
     cuda: CudaCompiler | None = None
 
     def version(self) -> str:
@@ -140,7 +140,7 @@ class Toolchain:
     def flags(self) -> tuple[str, ...]:
         """Compiler flags of both products."""
         march = () if self.march is None else (f"-march={self.march}",)
-        return _COMMON_FLAGS + march + (_SANITIZE_FLAGS if self.sanitize else ())
+        return _COMMON_FLAGS + march + (_SANITIZE_FLAGS if self.is_sanitized else ())
 
     def ops_flags(self) -> tuple[str, ...]:
         """Further flags of `_ops`."""
@@ -156,16 +156,16 @@ class Toolchain:
 
     def link_flags(self) -> tuple[str, ...]:
         """Linker flags of both products; torch's libraries are in the process when _ops loads."""
-        sanitize = ("-fsanitize=address,undefined",) if self.sanitize else ()
+        sanitize = ("-fsanitize=address,undefined",) if self.is_sanitized else ()
         return ("-shared", *sanitize)
 
 
-def find_toolchain(cxx: str | None, *, march: str | None, sanitize: bool = False) -> Toolchain:
+def find_toolchain(cxx: str | None, *, march: str | None, is_sanitized: bool = False) -> Toolchain:
     """The C++ compiler: `cxx` (of the environment), else the system's. Raises CompileError."""
     for name in (cxx,) if cxx else ("c++", "g++", "clang++"):
         path = shutil.which(name)
         if path is not None:
-            return Toolchain(path, march, sanitize)
+            return Toolchain(path, march, is_sanitized)
     wanted = f"CXX={cxx} is not a program" if cxx else "no C++ compiler found"
     raise CompileError(f"{wanted}: install one (Debian, Ubuntu: apt install g++ python3-dev)")
 
@@ -220,21 +220,21 @@ def portable_march() -> str | None:
     return PORTABLE_X86 if platform.machine() == "x86_64" else None
 
 
-def source_files(source_dir: Path, *, with_cuda: bool) -> list[Path]:
+def source_files(source_dir: Path, *, has_cuda: bool) -> list[Path]:
     """Every file the products are made of, sorted."""
     return sorted(
         path
         for path in source_dir.rglob("*")
         if path.suffix in (".cpp", ".h", ".cu", ".cuh")
-        and (with_cuda or source_dir / "gpu" not in path.parents)
+        and (has_cuda or source_dir / "gpu" not in path.parents)
         and path.is_file()
     )
 
 
-def source_hash(source_dir: Path, *, with_cuda: bool) -> str:
+def source_hash(source_dir: Path, *, has_cuda: bool) -> str:
     """Hash of the sources' names and contents."""
     digest = hashlib.sha256()
-    for path in source_files(source_dir, with_cuda=with_cuda):
+    for path in source_files(source_dir, has_cuda=has_cuda):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(source_dir)} {len(content)}\n".encode())
         digest.update(content)

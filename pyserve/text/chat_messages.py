@@ -84,7 +84,7 @@ def _prepare_message(message: Mapping[str, Any], traits: Traits) -> dict[str, An
 
 
 def known_role(role: str, traits: Traits) -> str:
-    return "system" if role == "developer" and not traits.knows_developer else role
+    return "system" if role == "developer" and not traits.has_developer else role
 
 
 def _in_form(content: str | list[str] | None, forms: Sequence[Form]) -> str | list[Any]:
@@ -145,7 +145,7 @@ def _check_tool_calls(calls: Any, name: str) -> list[Any]:
 
 def _prepare_call(call: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     arguments: _Arguments = call["function"]["arguments"]
-    value = arguments.text if traits.arguments_as_text else arguments.value
+    value = arguments.text if traits.has_text_arguments else arguments.value
     return {**call, "function": {**call["function"], "arguments": value}}
 
 

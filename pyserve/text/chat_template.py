@@ -196,7 +196,7 @@ class ChatTemplate:
                         compiled,
                         data,
                         add_generation_prompt=add_generation_prompt,
-                        continues=continue_final_message,
+                        is_continued=continue_final_message,
                         time_limit_s=time_limit_s,
                         began_s=began_s,
                     )
@@ -213,15 +213,15 @@ class ChatTemplate:
         data: dict[str, Any],
         *,
         add_generation_prompt: bool,
-        continues: bool,
+        is_continued: bool,
         time_limit_s: float,
         began_s: float,
     ) -> ChatPrompt:
         is_guarded = self._guard.concerns(data)
         marks = ""
-        if is_guarded or continues:
+        if is_guarded or is_continued:
             marks = unused_noncharacters(3, data, source=compiled.source)
-        if continues:
+        if is_continued:
             _extend_final_text(data["messages"], marks[2] + _WIDE_SPACE)
         if is_guarded:
             data = self._guard.mark(data, marks)
@@ -240,7 +240,7 @@ class ChatTemplate:
             raise ChatTemplateError("the chat template recurses too deeply") from error
         except Exception as error:  # a template is code: anything can come out of it
             raise _refusal(error) from error
-        if continues:
+        if is_continued:
             text = _cut_at(text, marks[2])
         return self._guard.settle(text, marks[:2]) if is_guarded else ChatPrompt(text)
 

@@ -57,16 +57,16 @@ class Traits:
                         treated as the user, and a user that is not here as one that takes text.
     absent              what an assistant's content is where there is none: None, no key or "".
     absent_with_calls   the same beside tool calls.
-    arguments_as_text   a tool call's arguments must be JSON text, not an object.
-    knows_developer     the role developer has markup of its own.
+    has_text_arguments  a tool call's arguments must be JSON text, not an object.
+    has_developer       the role developer has markup of its own.
     named_roles         roles whose message.name is shown.
     """
 
     content_forms: Mapping[str, tuple[Form, ...]]
     absent: Absent = "empty"
     absent_with_calls: Absent = "empty"
-    arguments_as_text: bool = False
-    knows_developer: bool = False
+    has_text_arguments: bool = False
+    has_developer: bool = False
     named_roles: frozenset[str] = frozenset()
 
     def forms(self, role: str) -> tuple[Form, ...]:
@@ -91,8 +91,8 @@ class _Prober:
         self._find_forms("user")
         self._find_forms("system")
         self._find_forms("assistant")
-        arguments_as_text = self._wants_arguments_as_text()
-        if arguments_as_text:
+        has_text_arguments = self._wants_arguments_as_text()
+        if has_text_arguments:
             self._arguments = f'{{"{_KEY}": "{_VALUE}"}}'
         absent_with_calls = self._find_absent(_calls(self._arguments))
         self._find_forms("tool")
@@ -100,16 +100,16 @@ class _Prober:
             content_forms=self._forms,
             absent=self._find_absent({}),
             absent_with_calls=absent_with_calls,
-            arguments_as_text=arguments_as_text,
-            knows_developer=self._knows_developer(),
+            has_text_arguments=has_text_arguments,
+            has_developer=self._knows_developer(),
             named_roles=frozenset(filter(self._shows_name, ("system", "user", "assistant"))),
         )
 
-    def _render(self, messages: list[Message], *, with_tools: bool = False) -> str | None:
+    def _render(self, messages: list[Message], *, has_tools: bool = False) -> str | None:
         """The prompt; None where the template raises or costs too much."""
         if self._is_over:
             return None
-        tools = [_TOOL] if with_tools else None
+        tools = [_TOOL] if has_tools else None
         data = {**self._variables, "messages": messages, "tools": tools, "documents": None}
         try:
             with metering(Meter(MAX_PROBE_S, data=data, began_s=self._began_s)):
@@ -149,9 +149,9 @@ class _Prober:
 
     def _prompts(self, message: Message) -> Iterator[str | None]:
         """Without tools and with some: a template may want either."""
-        for with_tools in (False, True):
+        for has_tools in (False, True):
             for conversation in self._conversations(message):
-                yield self._render(conversation, with_tools=with_tools)
+                yield self._render(conversation, has_tools=has_tools)
 
     def _find_forms(self, role: str) -> None:
         fields = {"tool_call_id": _CALL_ID, "name": "qztool"} if role == "tool" else {}

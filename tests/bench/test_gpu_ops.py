@@ -15,7 +15,7 @@ from pyserve.ops import build, fakes
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sizes, the clock, and what only a card has; returns the ops that plan_attention stood for."""
-    build.load_native(allow_reference=False, progress=print)
+    build.load_native(is_reference_allowed=False, progress=print)
     sizes = {
         "DEVICE": torch.device("cpu"), "ROTATED_BYTES": 1, "COPY_BYTES": 1000, "GEMM_SIZE": 16,
         "VOCAB_SIZE": 100, "HIDDEN": 64, "INTERMEDIATE": 96, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,

@@ -9,4 +9,4 @@ from pyserve.ops import build
 
 @pytest.fixture(scope="session", autouse=True)
 def native() -> str:
-    return build.load_native(allow_reference=True, progress=lambda line: None)
+    return build.load_native(is_reference_allowed=True, progress=lambda line: None)

@@ -37,7 +37,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert compiler is not None
     command = [compiler, "-shared", "-fPIC", "-o", "libdriver.so", "driver.c"]
     subprocess.run(command, cwd=folder, check=True)
-    build.load_native(allow_reference=False, progress=print)
+    build.load_native(is_reference_allowed=False, progress=print)
     return str(folder / "libdriver.so")
 
 

@@ -36,4 +36,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def native_ops() -> None:
     """The compiled ops with their CUDA part; compiles them where nobody has."""
-    build.load_native(allow_reference=False, progress=print, device="cuda")
+    build.load_native(is_reference_allowed=False, progress=print, device="cuda")

@@ -121,7 +121,7 @@ import os
 import torch
 from pyserve.ops import build
 from tests.gpu.test_rope import make
-build.load_native(allow_reference=False, progress=print, device="cuda")
+build.load_native(is_reference_allowed=False, progress=print, device="cuda")
 case = make()
 case.{field}[-1] = {value}
 try:

@@ -12,7 +12,7 @@ from pyserve.ops import build
 
 @pytest.fixture(scope="session", autouse=True)
 def ops() -> None:
-    build.load_native(allow_reference=True, progress=print)
+    build.load_native(is_reference_allowed=True, progress=print)
 
 
 @pytest.fixture(scope="session", autouse=True)

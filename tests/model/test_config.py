@@ -67,9 +67,9 @@ def test_codellama_with_the_names_of_its_time() -> None:
             rope=RopeConfig(type="default", theta=1e6, original_max_position=16384),
             softmax_scale=128**-0.5,
             window=0,
-            qkv_bias=False,
-            o_bias=False,
-            qk_norm=False,
+            has_qkv_bias=False,
+            has_o_bias=False,
+            has_qk_norm=False,
         ),
         mlp=MLPConfig(size=11008, activation="silu", has_bias=False),
         norm=norm,
@@ -147,7 +147,7 @@ def test_windows(raw: dict[str, Any], windows: tuple[int, ...]) -> None:
 def test_biases(raw: dict[str, Any], biases: tuple[bool, bool, bool]) -> None:
     for layer in ModelConfig.from_hf(raw).layers:
         attention = layer.attention
-        assert (attention.qkv_bias, attention.o_bias, layer.mlp.has_bias) == biases
+        assert (attention.has_qkv_bias, attention.has_o_bias, layer.mlp.has_bias) == biases
 
 
 @pytest.mark.parametrize(

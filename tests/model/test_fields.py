@@ -15,9 +15,9 @@ FIELDS = Fields({"null": None, "text": "12", "yes": True, "whole": 3, "empty": {
 
 def test_absent_is_the_default_and_null_is_not() -> None:
     assert FIELDS.integer("absent", 1, 9, default=4) == 4
-    assert FIELDS.integer("null", 1, 9, default=4, nullable=True) == 4
-    assert FIELDS.number("null", 0, 1, default=0.5, nullable=True) == 0.5
-    assert FIELDS.string("null", default="a", nullable=True) == "a"
+    assert FIELDS.integer("null", 1, 9, default=4, is_nullable=True) == 4
+    assert FIELDS.number("null", 0, 1, default=0.5, is_nullable=True) == 0.5
+    assert FIELDS.string("null", default="a", is_nullable=True) == "a"
     # Python takes null for false, and so do models that test it.
     assert FIELDS.boolean("null", default=True) is False
     assert FIELDS.boolean("absent", default=True) is True

@@ -47,7 +47,7 @@ PHI3 = Architecture(
 GEMMA2 = Architecture(
     model_type="gemma2",
     default_head_dim=256,
-    default_tied=True,
+    is_tied=True,
     attention_bias="config",
     has_o_bias=True,
     window="alternate",
@@ -60,7 +60,7 @@ GEMMA2 = Architecture(
     norm_offset=1.0,
     query_scale_key="query_pre_attn_scalar",
     has_softcaps=True,
-    scales_embedding=True,
+    is_embedding_scaled=True,
     known_keys=frozenset(
         {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
     ),
@@ -247,7 +247,7 @@ def test_norms_after_the_blocks_compute_what_transformers_does(
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * 8  # sqrt(64)
     save_file(tensors, path)
     row = msgspec.structs.replace(
-        GEMMA2, norm_offset=0.0, scales_embedding=False, activations={"silu": "silu"}
+        GEMMA2, norm_offset=0.0, is_embedding_scaled=False, activations={"silu": "silu"}
     )
     decoder = load(tmp_path, row, monkeypatch)
     assert [layer.attention.window for layer in decoder.config.layers] == [12, 0, 12]

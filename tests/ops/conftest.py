@@ -25,7 +25,7 @@ CUDA_BUILD = Path(__file__).with_name("test_cuda_build.py")
 
 @pytest.fixture(scope="session", autouse=True)
 def native() -> None:
-    assert build.load_native(allow_reference=False, progress=print) == "native"
+    assert build.load_native(is_reference_allowed=False, progress=print) == "native"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

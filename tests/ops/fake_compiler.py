@@ -29,7 +29,7 @@ FAKE_NVCC_ANSWERS = """case $1 in
     echo '#$ LIBRARIES=  "-L{toolkit}/lib64/stubs" "-L{toolkit}/lib64"' >&2; exit;;
 esac
 """
-CPU_FILES = toolchain.source_files(build.source_dir(), with_cuda=False)
+CPU_FILES = toolchain.source_files(build.source_dir(), has_cuda=False)
 NUM_SOURCES = sum(path.suffix == ".cpp" for path in CPU_FILES)
 NUM_STEPS = NUM_SOURCES + 2  # compiler runs of a full build, with two links
 

@@ -112,7 +112,7 @@ def sample() -> None:
 
 
 if __name__ == "__main__":
-    build.load_native(allow_reference=False, progress=lambda line: None)
+    build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
     for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample):
         print(run.__name__, flush=True)

@@ -69,7 +69,7 @@ def test_another_compiler_source_or_flag_is_another_folder(
     keys.append(build._key(toolchain.Toolchain(str(other), "native")))
     other.write_text("#!/bin/sh\necho another compiler 2.1")
     keys.append(build._key(toolchain.Toolchain(str(other), "native")))
-    keys.append(build._key(toolchain.Toolchain(native.compiler, "native", sanitize=True)))
+    keys.append(build._key(toolchain.Toolchain(native.compiler, "native", is_sanitized=True)))
     keys.append(build._key(toolchain.Toolchain(native.compiler, None)))
     sources = folder / "cuda"
     shutil.copytree(build.source_dir(), sources)
@@ -165,7 +165,7 @@ def test_no_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packaged_products_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = {
-        "sources": toolchain.source_hash(build.source_dir(), with_cuda=False),
+        "sources": toolchain.source_hash(build.source_dir(), has_cuda=False),
         "soabi": sysconfig.get_config_var("SOABI"),
         "march": None,
         "cuda": None,
@@ -244,9 +244,9 @@ def test_a_changed_kernel_leaves_the_cpu_products(
 )
 def test_what_runs_on_which_card(archs: str, capability: tuple[int, int], expected: bool) -> None:
     names = archs.split(",") if archs else []
-    assert build.covers(names, capability, can_translate=True) == expected
+    assert build.covers(names, capability, is_ptx_readable=True) == expected
     without_ptx = [name for name in names if "ptx" not in name]
-    assert not build.covers(set(names) - set(without_ptx), capability, can_translate=False)
+    assert not build.covers(set(names) - set(without_ptx), capability, is_ptx_readable=False)
 
 
 def test_packaged_cuda_products_must_fit_the_card(
@@ -254,7 +254,7 @@ def test_packaged_cuda_products_must_fit_the_card(
 ) -> None:
     def why(card: build.Card | None, **cuda: object) -> str | None:
         manifest = {
-            "sources": toolchain.source_hash(build.source_dir(), with_cuda=bool(cuda)),
+            "sources": toolchain.source_hash(build.source_dir(), has_cuda=bool(cuda)),
             "soabi": sysconfig.get_config_var("SOABI"),
             "march": None,
             "cuda": cuda or None,
@@ -303,9 +303,9 @@ def test_the_twins_do_not_serve_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_products", fail)
     monkeypatch.setattr(build, "_current_card", lambda: HOPPER)
     with pytest.raises(BuildError, match="no luck; or pass --device cpu"):
-        build.load_native(allow_reference=True, progress=pytest.fail, device="cuda")
+        build.load_native(is_reference_allowed=True, progress=pytest.fail, device="cuda")
     with pytest.raises(BuildError, match="no luck; or pass --allow-reference-ops"):
-        build.load_native(allow_reference=False, progress=pytest.fail)
+        build.load_native(is_reference_allowed=False, progress=pytest.fail)
 
 
 def test_broken_products_are_a_build_error(folder: Path) -> None:
@@ -370,8 +370,8 @@ import torch
 from pyserve import ops
 from pyserve.ops import build
 lines = []
-assert build.load_native(allow_reference=True, progress=lines.append) == "reference"
-assert build.load_native(allow_reference=False, progress=lines.append) == "reference"
+assert build.load_native(is_reference_allowed=True, progress=lines.append) == "reference"
+assert build.load_native(is_reference_allowed=False, progress=lines.append) == "reference"
 assert len(lines) == 1 and "plain-torch ops: this is slow" in lines[0], lines
 x, weight = torch.randn(2, 3, 64), torch.randn(64)
 expected = torch.nn.functional.rms_norm(x, (64,), weight, 1e-6)

@@ -96,7 +96,7 @@ def test_the_wheel_needs_no_compiler_on_a_card(
     assert (packaged / toolchain.HOST_PRODUCT).exists()
     shipped = wheel.folder / "pyserve" / "csrc"
     used, own = (
-        {path.relative_to(folder) for path in toolchain.source_files(folder, with_cuda=True)}
+        {path.relative_to(folder) for path in toolchain.source_files(folder, has_cuda=True)}
         for folder in (wheel.sources, shipped)
     )
     assert used == own

@@ -63,7 +63,7 @@ def test_absent_content_is_an_assistants_alone() -> None:
 
 def test_arguments_in_the_form_that_the_template_takes() -> None:
     def arguments(as_text: bool) -> Any:
-        way = next(attempts(MESSAGES, Traits({}, arguments_as_text=as_text)))
+        way = next(attempts(MESSAGES, Traits({}, has_text_arguments=as_text)))
         return way[1]["tool_calls"][0]["function"]["arguments"]
 
     assert arguments(False) == {"a": 1}

@@ -144,7 +144,7 @@ def test_arguments_of_calls(show: str, as_text: bool) -> None:
         LOOP + "{% for call in m.tool_calls or [] %}{% set f = call.function %}"
         "{{ 'call ' }}" + show + "{% endfor %}{{ m.content or '' }}" + END
     )
-    assert traits(source).arguments_as_text is as_text
+    assert traits(source).has_text_arguments is as_text
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_arguments_of_calls(show: str, as_text: bool) -> None:
     ],
 )  # fmt: skip
 def test_the_developer(show: str, knows: bool) -> None:
-    assert traits(LOOP + show + "{{ m.content }}" + END).knows_developer is knows
+    assert traits(LOOP + show + "{{ m.content }}" + END).has_developer is knows
 
 
 def test_a_developer_whose_words_are_dropped_is_not_known() -> None:
     show = "{% if m.role != 'developer' %}{{ m.content }}{% endif %}"
-    assert not traits(LOOP + show + END).knows_developer
+    assert not traits(LOOP + show + END).has_developer
 
 
 def test_names() -> None:

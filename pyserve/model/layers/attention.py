@@ -39,18 +39,18 @@ class Attention:
             fused_outputs(name, names.qkv, [heads, kv_heads, kv_heads]),
             hidden_size,
             placement,
-            has_bias=config.qkv_bias,
+            has_bias=config.has_qkv_bias,
             shard="column",
         )
         self.o = Linear(
             [Output(f"{name}.{names.o}", hidden_size)],
             config.num_heads * head_dim,
             placement,
-            has_bias=config.o_bias,
+            has_bias=config.has_o_bias,
             shard="row",
         )
         self.q_norm = self.k_norm = None
-        if config.qk_norm:
+        if config.has_qk_norm:
             self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, layer.norm, placement)
             self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, layer.norm, placement)
         self.cos_sin = cos_sin
