@@ -56,7 +56,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
-    start = plan_start(config)  # before anything is compiled, so that a refusal comes at once
+    start = settle_start(config)  # before anything is compiled, so that a refusal comes at once
     device, model_config, dtype = start.device, start.model_config, start.dtype
     memory, plan = start.memory, start.plan
     if model_config.unknown_fields:
@@ -114,7 +114,7 @@ class Start:
     plan: MemoryPlan
 
 
-def plan_start(config: EngineConfig) -> Start:
+def settle_start(config: EngineConfig) -> Start:
     """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
     device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
     model_config = ModelConfig.from_path(config.model_path)
@@ -125,18 +125,18 @@ def plan_start(config: EngineConfig) -> Start:
 
 
 def check_start(config: EngineConfig) -> Start:
-    """What plan_start says, and the headers of the checkpoint against it. Raises StartupError.
+    """What settle_start says, and the headers of the checkpoint against it. Raises StartupError.
 
     Reads no weights: a folder with config.json and the headers in files of the right length, as
     they lie there before a download, is enough.
     """
-    start = plan_start(config)
+    start = settle_start(config)
     if config.load_format != "dummy":
         check_checkpoint(config.model_path, start.model_config)
     return start
 
 
-def _kind(device: torch.device) -> build.Device:
+def _kind(device: torch.device) -> build.DeviceKind:
     return "cuda" if device.type == "cuda" else "cpu"
 
 

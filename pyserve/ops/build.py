@@ -33,7 +33,7 @@ from pyserve.ops.compile_estimate import NUM_LINKS, CompileEstimate, expected_se
 from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerError, Toolchain
 
 Mode = Literal["native", "reference"]
-Device = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "cuda"]
 PRODUCTS = (toolchain.OPS_PRODUCT, toolchain.HOST_PRODUCT)
 MANIFEST_NAME = "native.json"  # beside products that setup.py built
 _CPU_REMEDY = "or pass --allow-reference-ops to serve slowly without"
@@ -56,7 +56,7 @@ def load_native(
     *,
     is_reference_allowed: bool,
     progress: Callable[[str], None],
-    device: Device = "cpu",
+    device: DeviceKind = "cpu",
     report: Report = report_nothing,
 ) -> Mode:
     """Make torch.ops.pyserve and `host()` usable. Harmless when called again, from any thread.
@@ -103,22 +103,22 @@ def source_dir() -> Path:
 
 
 @dataclass(frozen=True)
-class Card:
+class CudaCard:
     """What the CUDA ops must fit; versions as (9, 0)."""
 
     capability: tuple[int, int]
     driver: tuple[int, int]  # the newest CUDA that its driver supports
 
 
-def _current_card() -> Card:
+def _current_card() -> CudaCard:
     cuda_card.check_cuda()
     index = torch.cuda.current_device()
-    return Card(cuda_card.capability(index), cuda_card.driver_version())
+    return CudaCard(cuda_card.capability(index), cuda_card.driver_version())
 
 
 @contextmanager
 def _products(
-    progress: Callable[[str], None], card: Card | None = None, report: Report = report_nothing
+    progress: Callable[[str], None], card: CudaCard | None = None, report: Report = report_nothing
 ) -> Iterator[Path]:
     """Folder that holds both products; with the CUDA ops where a card is given."""
     is_sanitized = config.env("PYSERVE_SANITIZE") is not None
@@ -164,7 +164,7 @@ def _cached(
     yield folder
 
 
-def _find_cuda_compiler(card: Card) -> CudaCompiler:
+def _find_cuda_compiler(card: CudaCard) -> CudaCompiler:
     """The CUDA compiler for a card; where there is none, the error says how to get one."""
     try:
         return toolchain.find_cuda_compiler(
@@ -187,7 +187,7 @@ def _cache_dir() -> Path:
         raise BuildError("no home folder: set PYSERVE_CACHE to a writable one") from error
 
 
-def _why_unfit(packaged: Path, card: Card | None) -> str | None:
+def _why_unfit(packaged: Path, card: CudaCard | None) -> str | None:
     """None where the package holds products of these sources that this machine can run.
 
     Else the reason, in a user's words; empty where the package holds none of these sources.

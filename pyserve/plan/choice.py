@@ -21,7 +21,7 @@ SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class CardChoice:
     """`count` cards of one kind, and what the model could do there.
 
     price_per_day   in dollars, of all of them; None where it was not given
@@ -62,14 +62,14 @@ def find_choices(
     is_int4: bool,
     mean_context: int,
     prices: Mapping[str, float],
-) -> list[Choice]:
+) -> list[CardChoice]:
     """For each card the first of `counts` that holds the model, the cheapest or smallest first.
 
     counts   in ascending order.
     prices   dollars a day of one card, by Card.name.
     Raises ConfigError where no card can run the model, or so many cannot share its layers.
     """
-    found: dict[str, Choice] = {}
+    found: dict[str, CardChoice] = {}
     for count in counts:
         sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=count)
         for card in CARDS:
@@ -81,16 +81,16 @@ def find_choices(
                 continue
             context = min(mean_context, capacity.plan.max_model_len)
             price = prices[card.name] * count if card.name in prices else None
-            found[card.name] = Choice(card, count, capacity, context, price)
+            found[card.name] = CardChoice(card, count, capacity, context, price)
     return sorted(found.values(), key=_rank)
 
 
-def _rank(choice: Choice) -> tuple[float, float, float]:
+def _rank(choice: CardChoice) -> tuple[float, float, float]:
     price = math.inf if choice.price_per_day is None else choice.price_per_day
     return price, choice.count * choice.card.memory_mib, choice.count * choice.card.bandwidth_tb
 
 
-def choice_lines(choices: list[Choice], *, has_prices: bool) -> list[str]:
+def choice_lines(choices: list[CardChoice], *, has_prices: bool) -> list[str]:
     """A table of them, and what its columns mean."""
     header = ["cards", "GiB", "context", "at once", "tokens/s of one", "of all"]
     header += ["$ a day", "$ per million"] if has_prices else []
@@ -124,7 +124,7 @@ def choice_lines(choices: list[Choice], *, has_prices: bool) -> list[str]:
     return lines
 
 
-def _prices(choice: Choice) -> list[str]:
+def _prices(choice: CardChoice) -> list[str]:
     if choice.price_per_day is None or choice.price_per_million is None:
         return ["-", "-"]
     return [f"{choice.price_per_day:,.2f}", f"{choice.price_per_million:,.3f}"]

@@ -22,7 +22,7 @@ from typing import Any
 
 from pyserve.errors import CheckpointError
 
-Step = Callable[[str, bool], str]  # (token, is it the first of the text) -> token
+Rewrite = Callable[[str, bool], str]  # (token, is it the first of the text) -> token
 
 # Name of the codec error handler for byte fallback: one U+FFFD for each byte, as SentencePiece and
 # `tokenizers` have it ("replace" gives one for each cut-off character, as ByteLevel decoders do).
@@ -35,15 +35,15 @@ _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>").fullmatch
 class Layout:
     """What a `decoder` section says.
 
-    steps          rewrite a token's string, in order.
+    rewrites       change a token's string, in order.
     byte_level     characters stand for bytes, as in GPT-2.
     byte_fallback  tokens named <0x00> to <0xFF> are bytes.
     strip_char, strip_count
                    up to so many of these characters are dropped from the start of the whole text.
-    has_first      the steps treat the first token of a text in another way.
+    has_first      the rewrites treat the first token of a text in another way.
     """
 
-    steps: tuple[Step, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
     byte_level: bool = False
     byte_fallback: bool = False
     strip_char: str = ""
@@ -55,8 +55,8 @@ class Layout:
 
         is_plain  the token is written as it reads, also where characters stand for bytes.
         """
-        for step in self.steps:
-            token = step(token, is_first)
+        for rewrite in self.rewrites:
+            token = rewrite(token, is_first)
         # A vocabulary may hold plain text too, such as "<｜User｜>" not listed as an added token.
         if self.byte_level and not is_plain and _BYTE_OF_CHAR.keys() >= set(token):
             return bytes([_BYTE_OF_CHAR[char] for char in token])
@@ -124,18 +124,18 @@ class TokenDecoder:
 def parse_layout(spec: Any) -> Layout:
     """Read a `decoder` section (decoded JSON). Raises CheckpointError on one that is not local."""
     if spec is None:  # no decoder: tokens are joined by spaces
-        return Layout(steps=(_join_by_space,), has_first=True)
-    steps: list[Step] = []
+        return Layout(rewrites=(_join_by_space,), has_first=True)
+    rewrites: list[Rewrite] = []
     flags: dict[str, Any] = {}
     is_fused = False
     for part in _flatten(spec):
         kind = part.get("type")
         has_bytes = "byte_level" in flags or "byte_fallback" in flags
         if kind == "Replace" and "String" in part["pattern"] and not (has_bytes or is_fused):
-            steps.append(_replace(part["pattern"]["String"], part["content"]))
+            rewrites.append(_replace(part["pattern"]["String"], part["content"]))
         elif kind == "Metaspace" and not (has_bytes or is_fused):
             drops = part.get("prepend_scheme", "always") != "never"
-            steps.append(_metaspace(part["replacement"], is_first_dropped=drops))
+            rewrites.append(_metaspace(part["replacement"], is_first_dropped=drops))
             flags["has_first"] = drops
         elif kind == "ByteLevel" and not (has_bytes or is_fused):
             flags["byte_level"] = is_fused = True
@@ -150,7 +150,7 @@ def parse_layout(spec: Any) -> Layout:
                 f"tokenizer.json: the decoder {kind} is not supported"
                 + (" in this place of a Sequence" if spec.get("type") == "Sequence" else "")
             )
-    return Layout(steps=tuple(steps), **flags)
+    return Layout(rewrites=tuple(rewrites), **flags)
 
 
 def _flatten(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -163,15 +163,15 @@ def _join_by_space(token: str, is_first: bool) -> str:
     return token if is_first else " " + token
 
 
-def _replace(pattern: str, content: str) -> Step:
+def _replace(pattern: str, content: str) -> Rewrite:
     return lambda token, is_first: token.replace(pattern, content)
 
 
-def _metaspace(replacement: str, *, is_first_dropped: bool) -> Step:
-    def step(token: str, is_first: bool) -> str:
+def _metaspace(replacement: str, *, is_first_dropped: bool) -> Rewrite:
+    def rewrite(token: str, is_first: bool) -> str:
         return token.replace(replacement, "" if is_first and is_first_dropped else " ")
 
-    return step
+    return rewrite
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -43,7 +43,7 @@ with build._products(lambda line: print(line, flush=True)) as folder:
 
 def find_or_compile(
     progress: Callable[[str], None],
-    card: build.Card | None = None,
+    card: build.CudaCard | None = None,
     report: build.Report = build.report_nothing,
 ) -> Path:
     with build._products(progress, card, report) as products:

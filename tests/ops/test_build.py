@@ -191,7 +191,7 @@ def test_packaged_products_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatc
         assert "is damaged: install pyserve again" in str(build._why_unfit(folder, None))
 
 
-HOPPER = build.Card(capability=(9, 0), driver=(13, 0))
+HOPPER = build.CudaCard(capability=(9, 0), driver=(13, 0))
 
 
 def test_a_card_gets_its_own_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_a_card_gets_its_own_kernels(folder: Path, monkeypatch: pytest.MonkeyPat
     assert f"-L{folder}/cuda-13.0/lib " in log
     assert f"-isystem{folder}/cuda-13.0/include" in log
     assert find_or_compile(pytest.fail, HOPPER) == products
-    for other in (build.Card((8, 6), (13, 0)), None):
+    for other in (build.CudaCard((8, 6), (13, 0)), None):
         assert find_or_compile(lambda line: None, other) != products
 
 
@@ -252,7 +252,7 @@ def test_what_runs_on_which_card(archs: str, capability: tuple[int, int], expect
 def test_packaged_cuda_products_must_fit_the_card(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def why(card: build.Card | None, **cuda: object) -> str | None:
+    def why(card: build.CudaCard | None, **cuda: object) -> str | None:
         manifest = {
             "sources": toolchain.source_hash(build.source_dir(), has_cuda=bool(cuda)),
             "soabi": sysconfig.get_config_var("SOABI"),
@@ -266,12 +266,12 @@ def test_packaged_cuda_products_must_fit_the_card(
     assert why(None, version=[13, 0], archs=archs) is None
     assert why(HOPPER, version=[13, 0], archs=archs) is None
     assert why(HOPPER) == "the packaged ops are without CUDA"
-    old = build.Card((9, 0), (12, 8))
+    old = build.CudaCard((9, 0), (12, 8))
     assert why(old, version=[13, 0], archs=archs) == (
         "the packaged CUDA ops need a driver for CUDA 13"
     )
     assert why(old, version=[12, 9], archs=archs) is None
-    new = build.Card((10, 0), (12, 8))
+    new = build.CudaCard((10, 0), (12, 8))
     assert why(new, version=[12, 8], archs=archs) is None
     assert why(new, version=[12, 9], archs=archs) == (  # the driver does not know such PTX
         "the packaged CUDA ops (80, 90a, 89-ptx) are not for compute capability 10.0"
@@ -290,12 +290,12 @@ def test_no_cuda_compiler_is_one_line_with_the_remedy(
     with pytest.raises(BuildError, match="nvcc.*pip install .cuda-toolkit.nvcc,cccl.==13"):
         find_or_compile(pytest.fail, HOPPER)
     with pytest.raises(BuildError, match="install NVIDIA's CUDA toolkit 12.8, or install a wheel"):
-        find_or_compile(pytest.fail, build.Card((8, 0), (12, 8)))
+        find_or_compile(pytest.fail, build.CudaCard((8, 0), (12, 8)))
 
 
 def test_the_twins_do_not_serve_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(
-        progress: object, card: build.Card | None, report: object
+        progress: object, card: build.CudaCard | None, report: object
     ) -> AbstractContextManager[Path]:
         raise BuildError("no luck")
 

@@ -105,7 +105,7 @@ def test_the_wheel_needs_no_compiler_on_a_card(
     monkeypatch.setattr(build, "source_dir", lambda: shipped)
     driver = tuple(manifest["cuda"]["version"])
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (15, 1)):
-        assert build._why_unfit(packaged, build.Card(capability, driver)) is None
+        assert build._why_unfit(packaged, build.CudaCard(capability, driver)) is None
     assert build._why_unfit(packaged, None) is None
 
 

@@ -165,7 +165,7 @@ def test_a_file_named_after_an_architecture_is_compiled_for_it_alone(
         ("90", None, "90"),
     ):
         monkeypatch.setenv(toolchain.ARCHS_VARIABLE, archs)
-        products = find_or_compile(lambda line: None, build.Card((9, 0), (13, 0)))
+        products = find_or_compile(lambda line: None, build.CudaCard((9, 0), (13, 0)))
         text = (products / toolchain.NINJA_FILE).read_text()
         flags = dict(re.findall(r"build _ops/(\S+): .*\n.*\n  flags = (.*)", text))
         named = flags.pop("gpu_attention_made_up_sm90a.o", None)
