@@ -36,7 +36,7 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 MAX_BODY_BYTES = 32 * 2**20
 MAX_QUEUE = 2**20
 ALL = ("*",)
-SYNONYMS = {"half": "float16", "float": "float32"}  # of --dtype
+HALVES = {"half": "float16", "float": "float32"}  # of --dtype
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -65,26 +65,22 @@ class LaunchConfig:
         options={"action": "append"},
     )
     model: str | None = flag(
-        None, "a folder, or a name on the hub: org/name", shown="the demo model", read=str
+        None, "a folder, or a name on the hub: org/name", "the demo model", read=str
     )
     tokenizer: str | None = flag(
-        None, "folder or hub name of the tokenizer", shown="the model's", metavar="MODEL"
+        None, "folder or hub name of the tokenizer", "the model's", metavar="MODEL"
     )
-    revision: str | None = flag(
-        None, "branch, tag or commit on the hub", shown="main", metavar="REV"
-    )
-    download_dir: Path | None = flag(
-        None, "where downloads are kept", shown="HF_HOME", metavar="DIR"
-    )
+    revision: str | None = flag(None, "branch, tag or commit on the hub", "main", metavar="REV")
+    download_dir: Path | None = flag(None, "where downloads are kept", "HF_HOME", metavar="DIR")
     hf_token: str | bool | None = flag(
         None,
         "access token of the hub",
-        shown="HF_TOKEN, or hf auth login's",
+        "HF_TOKEN, or hf auth login's",
         metavar="TOKEN",
         options={"nargs": "?", "const": True},
     )
     chat_template: str | None = flag(
-        None, "file or text of another chat template", shown="model's", metavar="FILE"
+        None, "file or text of another chat template", "model's", metavar="FILE"
     )
     generation_config: str = flag(
         "auto",
@@ -119,16 +115,12 @@ class EngineConfig:
         "auto", "auto, safetensors or dummy: random weights", group="model", metavar="FORMAT"
     )
     dtype: Dtype = flag(
-        "auto",
-        "auto, float16, bfloat16 or float32",
-        group="model",
-        metavar="TYPE",
-        synonyms=SYNONYMS,
+        "auto", "auto, float16, bfloat16 or float32", group="model", metavar="TYPE", synonyms=HALVES
     )
     seed: int = flag(0, "of dummy weights", group="model", limits=(INT64_MIN, INT64_MAX))
     device: Device = flag("auto", "auto, cpu or cuda; auto: a card where there is one")
     max_model_len: int | None = flag(
-        None, "context: 4096, 32k", shown="what fits", read=context, limits=(1, 2**24)
+        None, "context: 4096, 32k", "what fits", read=context, limits=(1, 2**24)
     )
     gpu_memory_utilization: float = flag(
         0.9,
@@ -137,24 +129,14 @@ class EngineConfig:
         also="device-memory-utilization",
     )
     kv_cache_memory_bytes: int | None = flag(
-        None,
-        "KV cache at most: 4G (4 GiB)",
-        shown="what is left",
-        read=optional_size,
-        limits=(1, 2**50),
+        None, "KV cache at most: 4G (4 GiB)", "what is left", read=optional_size, limits=(1, 2**50)
     )
     max_num_seqs: int = flag(256, "run at once", limits=(1, 4096))
     max_num_batched_tokens: int | None = flag(
-        None,
-        "a step;",
-        shown="8192 on a card of 40 GB or more, else 2048",
-        read=size,
-        limits=(1, 2**20),
+        None, "a step;", "8192 on a card of 40 GB or more, else 2048", read=size, limits=(1, 2**20)
     )
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
-    enable_prefix_caching: bool = flag(
-        True, "do not keep what prompts have in common", shown="kept"
-    )
+    enable_prefix_caching: bool = flag(True, "do not keep what prompts have in common", "kept")
     scheduling_policy: Policy = flag(
         "fcfs", "fcfs: first come first served; or priority", metavar="POLICY"
     )
@@ -187,7 +169,7 @@ class ServerConfig:
     port: int = flag(8000, "0: any that is free", metavar="PORT", limits=(0, 65535))
     uds: Path | None = flag(None, "a Unix socket in place of host and port", metavar="PATH")
     ssl_certfile: Path | None = flag(None, "serve TLS with this chain (PEM)")
-    ssl_keyfile: Path | None = flag(None, "its key, no password", shown="in the chain")
+    ssl_keyfile: Path | None = flag(None, "its key, no password", "in the chain")
     api_keys: tuple[str, ...] = flag(
         (),
         "clients must send one of them",
@@ -198,7 +180,7 @@ class ServerConfig:
         options={"action": "append", "nargs": "+"},
     )
     share_prefix_cache: bool = flag(
-        False, "of several keys: one cache of prompts for all", shown="each its own"
+        False, "of several keys: one cache of prompts for all", "each its own"
     )
     served_model_names: tuple[str, ...] = flag(
         MISSING,
@@ -210,23 +192,15 @@ class ServerConfig:
         options={"nargs": "+"},
     )
     root_path: str = flag(
-        "", "prefix that a proxy leaves on, as /llm", shown="", metavar="PATH", read=url_prefix
+        "", "prefix that a proxy leaves on, as /llm", "", metavar="PATH", read=url_prefix
     )
     allowed_origins: tuple[str, ...] = flag(ALL, "CORS: list of web pages")
     allowed_methods: tuple[str, ...] = flag(ALL, "CORS: list of methods")
     allowed_headers: tuple[str, ...] = flag(ALL, "CORS: list of headers")
     allow_credentials: bool = flag(False, "CORS: cookies too; needs named origins")
     ready_file: Path | None = flag(None, "exists while the server is ready")
-    shutdown_timeout_s: float = flag(
-        30.0, "for requests to finish at the end", name="shutdown-timeout", metavar="S"
-    )
-    request_timeout_s: float = flag(
-        3600.0,
-        "a request takes at most, 0: any time",
-        name="request-timeout",
-        group=REQUESTS,
-        metavar="S",
-    )
+    shutdown_timeout_s: float = flag(30.0, "for requests to finish at the end")
+    request_timeout_s: float = flag(3600.0, "a request takes at most, 0: any time", group=REQUESTS)
     trust_request_chat_template: bool = flag(
         False, "run templates that requests bring", group=REQUESTS
     )

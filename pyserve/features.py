@@ -44,11 +44,11 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """Flags by name, fields of requests, and paths with all that is below them."""
+    """Flags by name, fields of requests, and words: paths, with all that is below them."""
 
     flags: Mapping[str, Flag] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
-    paths: tuple[str, ...] = ()
+    paths: str = ""
 
 
 def _uses_tools(request: Any) -> bool:
@@ -57,17 +57,14 @@ def _uses_tools(request: Any) -> bool:
 
 FEATURES: dict[str, Feature] = {
     "quantised weights": Feature(
-        flags={
-            **plain(JSON, "quantization-config"),
-            "quantization": Flag(VALUE, short="-q"),
-        },
+        flags={**plain(JSON, "quantization-config"), "quantization": Flag(VALUE, short="-q")}
     ),
     "quantised KV cache": Feature(
         flags={
             **plain(SWITCH, "calculate-kv-scales"),
             **plain(LIST, "kv-cache-dtype-skip-layers"),
             "kv-cache-dtype": Flag(VALUE, ("auto",)),
-        },
+        }
     ),
     "tools": Feature(
         flags={
@@ -75,37 +72,20 @@ FEATURES: dict[str, Feature] = {
             **plain(VALUE, "tool-call-parser tool-parser-plugin tool-server tool-strict-level"),
         },
         fields=(
-            Field(
-                "tools",
-                (CHAT, TOKENIZE),
-                ([],),
-                is_harmless=lambda request: request.tool_choice == "none",
-            ),
+            Field("tools", (CHAT, TOKENIZE), ([],), lambda r: r.tool_choice == "none"),
             Field(
                 "tool_choice",
                 (CHAT, TOKENIZE),
                 ("none",),
-                is_harmless=lambda request: request.tool_choice == "auto" and not request.tools,
+                lambda r: r.tool_choice == "auto" and not r.tools,
             ),
-            Field(
-                "parallel_tool_calls",
-                (CHAT,),
-                (True,),
-                is_harmless=lambda request: not _uses_tools(request),
-            ),
-            Field(
-                "functions",
-                (CHAT,),
-                ([],),
-                is_harmless=lambda request: request.function_call == "none",
-            ),
+            Field("parallel_tool_calls", (CHAT,), (True,), lambda r: not _uses_tools(r)),
+            Field("functions", (CHAT,), ([],), lambda r: r.function_call == "none"),
             Field(
                 "function_call",
                 (CHAT, MESSAGE),
                 ("none",),
-                is_harmless=lambda request: (
-                    request.function_call == "auto" and not request.functions
-                ),
+                lambda r: r.function_call == "auto" and not r.functions,
             ),
             Field("tool_calls", (MESSAGE,), ([],)),
             Field("tool_call_id", (MESSAGE,)),
@@ -134,7 +114,7 @@ FEATURES: dict[str, Feature] = {
                 "response_format",
                 (SAMPLING,),
                 ({"type": "text"},),
-                is_harmless=lambda request: request.response_format.get("type") == "text",
+                lambda r: r.response_format.get("type") == "text",
             ),
             Field("structured_outputs", (SAMPLING,)),
             Field("guided_json", (SAMPLING,)),
@@ -153,23 +133,13 @@ FEATURES: dict[str, Feature] = {
         },
         fields=(
             Field("logprobs", (CHAT, COMPLETION), (False,)),
-            Field(
-                "top_logprobs", (CHAT,), (0,), is_harmless=lambda request: request.logprobs is False
-            ),
+            Field("top_logprobs", (CHAT,), (0,), lambda r: r.logprobs is False),
             Field("prompt_logprobs", (SAMPLING,)),
-            Field(
-                "return_tokens_as_token_ids",
-                (SAMPLING,),
-                (False,),
-                is_harmless=lambda request: not request.logprobs,
-            ),
+            Field("return_tokens_as_token_ids", (SAMPLING,), (False,), lambda r: not r.logprobs),
         ),
     ),
     "token masks": Feature(
-        flags={
-            **plain(VALUE, "logits-processor-pattern"),
-            **plain(LIST, "logits-processors"),
-        },
+        flags={**plain(VALUE, "logits-processor-pattern"), **plain(LIST, "logits-processors")},
         fields=(
             Field("allowed_token_ids", (SAMPLING,)),
             Field("bad_words", (SAMPLING,), ([],)),
@@ -195,7 +165,7 @@ FEATURES: dict[str, Feature] = {
             "lora-dtype": Flag(VALUE, ("auto",)),
             "lora-extra-vocab-size": Flag(VALUE, ("256",)),
         },
-        paths=("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        paths="/v1/load_lora_adapter /v1/unload_lora_adapter",
     ),
     "prompt adapters": Feature(
         flags={
@@ -203,7 +173,7 @@ FEATURES: dict[str, Feature] = {
             **plain(LIST, "prompt-adapters"),
             "max-prompt-adapters": Flag(VALUE, ("1",)),
             "max-prompt-adapter-token": Flag(VALUE, ("0",)),
-        },
+        }
     ),
     "several GPUs": Feature(
         flags={
@@ -226,13 +196,13 @@ FEATURES: dict[str, Feature] = {
             "node-rank": Flag(VALUE, ("0",), short="-r"),
             "device-ids": Flag(VALUE, instead="set CUDA_VISIBLE_DEVICES"),
             "worker-cls": Flag(VALUE, ("auto",)),
-        },
+        }
     ),
     "mixtures of experts": Feature(
         flags={
             **plain(SWITCH, "enable-return-routed-experts"),
             "enable-expert-parallel": Flag(SWITCH, short="-ep"),
-        },
+        }
     ),
     "speculation": Feature(
         flags={
@@ -249,7 +219,7 @@ FEATURES: dict[str, Feature] = {
             "speculative-draft-tensor-parallel-size": Flag(VALUE, short="-spec-draft-tp"),
             "spec-decoding-acceptance-method": Flag(VALUE, ("rejection_sampler",)),
             "per-request-spec-decode-metrics": Flag(VALUE, ("none",)),
-        },
+        }
     ),
     "embeddings": Feature(
         flags={
@@ -258,22 +228,11 @@ FEATURES: dict[str, Feature] = {
             "runner": Flag(VALUE, ("auto", "generate")),
             "convert": Flag(VALUE, ("auto", "none")),
         },
-        paths=(
-            "/v1/embeddings",
-            "/v1/score",
-            "/v1/rerank",
-            "/v2/rerank",
-            "/v2/embed",
-            "/pooling",
-            "/classify",
-            "/rerank",
-            "/score",
-        ),
+        paths="/v1/embeddings /v1/score /v1/rerank /v2/rerank /v2/embed /pooling /classify "
+        "/rerank /score",
     ),
     "prompt embeddings": Feature(
-        flags={
-            **plain(SWITCH, "enable-prompt-embeds"),
-        },
+        flags={**plain(SWITCH, "enable-prompt-embeds")},
         fields=(Field("prompt_embeds", (COMPLETION,)),),
     ),
     "images, audio, video": Feature(
@@ -288,7 +247,7 @@ FEATURES: dict[str, Feature] = {
             Field("mm_processor_kwargs", (CHAT, TOKENIZE), ({},), is_ignored=True),
             Field("media_io_kwargs", (CHAT, TOKENIZE), ({},), is_ignored=True),
         ),
-        paths=("/v1/audio", "/v1/images"),
+        paths="/v1/audio /v1/images",
     ),
     "changed models": Feature(
         flags={
@@ -305,7 +264,7 @@ FEATURES: dict[str, Feature] = {
                 "model-class-overrides model-loader-extra-config",
             ),
             "model-impl": Flag(VALUE, ("auto", "vllm")),
-        },
+        }
     ),
     "defaults of requests": Feature(
         flags={
@@ -313,7 +272,7 @@ FEATURES: dict[str, Feature] = {
             **plain(JSON, "override-generation-config default-chat-template-kwargs"),
             "response-role": Flag(VALUE, ("assistant",)),
             "chat-template-content-format": Flag(VALUE, ("auto",)),
-        },
+        }
     ),
     "memory beyond the GPU": Feature(
         flags={
@@ -328,7 +287,7 @@ FEATURES: dict[str, Feature] = {
             "offload-group-size": Flag(VALUE, ("0",)),
         },
         fields=(Field("kv_transfer_params", (SAMPLING,)),),
-        paths=("/reset_prefix_cache", "/sleep", "/wake_up", "/is_sleeping"),
+        paths="/reset_prefix_cache /sleep /wake_up /is_sleeping",
     ),
     "scheduling": Feature(
         flags={
@@ -342,14 +301,14 @@ FEATURES: dict[str, Feature] = {
             "max-num-scheduled-tokens": Flag(VALUE, instead="use --max-num-batched-tokens"),
             "scheduler-cls": Flag(VALUE, ("vllm.core.scheduler.Scheduler",)),
             "stream-interval": Flag(VALUE, ("1",)),
-        },
+        }
     ),
     "TLS with clients' certificates": Feature(
         flags={
             **plain(SWITCH, "enable-ssl-refresh"),
             **plain(VALUE, "ssl-ca-certs ssl-ciphers"),
             "ssl-cert-reqs": Flag(VALUE, ("0",)),
-        },
+        }
     ),
     "logs and traces": Feature(
         flags={
@@ -360,7 +319,7 @@ FEATURES: dict[str, Feature] = {
             **plain(VALUE, "log-config-file otlp-traces-endpoint fingerprint-value"),
             **plain(JSON, "logging-config custom-histogram-buckets profiler-config"),
         },
-        paths=("/start_profile", "/stop_profile"),
+        paths="/start_profile /stop_profile",
     ),
     "plugins": Feature(
         flags={
@@ -374,56 +333,29 @@ FEATURES: dict[str, Feature] = {
             **plain(SWITCH, "grpc tokens-only enable-tokenizer-info-endpoint"),
             **plain(VALUE, "grpc-port"),
         },
-        paths=(
-            "/tokenizer_info",
-            "/inference",
-            "/invocations",
-            "/v1/chat/completions/batch",
-            "/v1/chat/completions/render",
-            "/v1/completions/render",
-        ),
+        paths="/tokenizer_info /inference /invocations /v1/chat/completions/batch "
+        "/v1/chat/completions/render /v1/completions/render",
     ),
-    "batches of files": Feature(
-        paths=("/v1/files", "/v1/batches"),
-    ),
-    "Responses": Feature(
-        paths=("/v1/responses",),
-    ),
-    "Messages": Feature(
-        paths=("/v1/messages",),
-    ),
+    "batches of files": Feature(paths="/v1/files /v1/batches"),
+    "Responses": Feature(paths="/v1/responses"),
+    "Messages": Feature(paths="/v1/messages"),
     "the rest of OpenAI's API": Feature(
-        paths=(
-            "/v1/moderations",
-            "/v1/assistants",
-            "/v1/threads",
-            "/v1/fine_tuning",
-            "/v1/realtime",
-        ),
+        paths="/v1/moderations /v1/assistants /v1/threads /v1/fine_tuning /v1/realtime"
     ),
     "beam search": Feature(
         fields=(
             Field("use_beam_search", (SAMPLING,), (False,)),
-            Field(
-                "length_penalty",
-                (SAMPLING,),
-                (1.0,),
-                is_harmless=lambda request: not request.use_beam_search,
-            ),
-        ),
+            Field("length_penalty", (SAMPLING,), (1.0,), lambda r: not r.use_beam_search),
+        )
     ),
     "ids and prompts in answers": Feature(
         fields=(
             Field("return_token_ids", (SAMPLING,), (False,)),
             Field("return_prompt_text", (CHAT,), (False,)),
-        ),
+        )
     ),
-    "filling in the middle": Feature(
-        fields=(Field("suffix", (COMPLETION,), ("",)),),
-    ),
-    "repetition detection": Feature(
-        fields=(Field("repetition_detection", (SAMPLING,)),),
-    ),
+    "filling in the middle": Feature(fields=(Field("suffix", (COMPLETION,), ("",)),)),
+    "repetition detection": Feature(fields=(Field("repetition_detection", (SAMPLING,)),)),
 }
 
 # Fields without effect on an answer, whatever is built.
@@ -436,7 +368,7 @@ NO_EFFECT = (
 )
 
 FLAGS = {name: flag for feature in FEATURES.values() for name, flag in feature.flags.items()}
-PATHS = tuple(path for feature in FEATURES.values() for path in feature.paths)
+PATHS = tuple(path for feature in FEATURES.values() for path in feature.paths.split())
 
 
 def fields_of(wire_type: type) -> dict[str, Field]:

@@ -28,7 +28,7 @@ _SIZE = re.compile(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One flag. What a row leaves out of name, group, read and choices follows from its field.
+    """One flag. Its name, group, read, metavar and choices follow from its field where left out.
 
     default      of the setting; the flag is a switch where it is a bool
     help         without the default, which --help adds in brackets: `shown` stands there, where it
@@ -45,9 +45,9 @@ class Row:
 
     default: Any
     help: str
+    shown: str | None = None
     name: str = ""
     group: str | None = None
-    shown: str | None = None
     metavar: str | None = None
     read: Callable[[str], Any] | None = None
     choices: tuple[str, ...] = ()
@@ -97,10 +97,10 @@ def _as_shown(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def flag(default: Any, help: str, **row: Any) -> Any:
+def flag(default: Any, help: str, shown: str | None = None, **row: Any) -> Any:
     """A dataclass's field that a flag sets; `row` are fields of Row. MISSING makes it required."""
     known = None if default is dataclasses.MISSING else default
-    metadata = {"row": Row(default=known, help=help, **row)}
+    metadata = {"row": Row(known, help, shown, **row)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -112,7 +112,7 @@ def rows_of(config_class: Any) -> dict[str, Row]:
     for field in dataclasses.fields(config_class):
         if "row" in field.metadata:
             row: Row = field.metadata["row"]
-            name = row.name or field.name.replace("_", "-")
+            name = row.name or field.name.removesuffix("_s").replace("_", "-")  # _s: seconds
             group = config_class.GROUP if row.group is None else row.group
             row = dataclasses.replace(row, name=name, group=group)
             rows[field.name] = _typed(row, types[field.name])
@@ -219,6 +219,7 @@ def assignment(text: str) -> tuple[str, str]:
 # The type of a setting -> what reads it, and what --help calls its value.
 _BY_TYPE: dict[type, tuple[Callable[[str], Any], str | None]] = {
     int: (int, "N"),
+    float: (float, "S"),
     str: (optional_text, None),
     Path: (path, "FILE"),
     tuple: (string_list, "JSON"),
