@@ -70,7 +70,7 @@ inline ScalarType dtype_of(const Tensor& tensor) {
                                     {aoti_torch_dtype_int64(), ScalarType::Long},
                                     {aoti_torch_dtype_int16(), ScalarType::Short}};
   int32_t number = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
   for (const Known& known : all_known) {
     if (known.number == number) return known.dtype;
   }
@@ -99,10 +99,10 @@ struct ViewReader {
     // Straight from the C functions: the methods of Tensor ask for the number of dims each time.
     View view{op, name, nullptr, nullptr, nullptr, 0, dtype_of(tensor)};
     int64_t *sizes = nullptr, *strides = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &view.data));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &view.dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &view.data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &view.dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
     view.sizes = sizes;
     view.strides = strides;
     PYSERVE_CHECK(dim < 0 ? view.dim >= 1 : view.dim == dim, op, ": ", name, " has ", view.dim,
