@@ -111,7 +111,7 @@ def make_engine(decoder: Decoder, *, max_model_len: int, max_num_batched_tokens:
     num_blocks = num_blocks_for(max_model_len, BLOCK_SIZE) + NUM_SLOTS
     runner: Runner
     if decoder.device.type == "cuda":
-        cuda_runner = CudaRunner(executor)
+        cuda_runner = CudaRunner(executor, is_eager=True)  # `generate` listens to its calls
         cuda_runner.allocate_kv(num_blocks)
         runner = cuda_runner
     else:

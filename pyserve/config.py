@@ -141,6 +141,7 @@ class EngineConfig:
         "fcfs", "fcfs: first come first served; or priority", metavar="POLICY"
     )
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
+    enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
     max_queue: int | None = flag(
         None,
         "wait at most, then 429",

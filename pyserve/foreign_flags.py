@@ -57,7 +57,7 @@ NO_MEANING: dict[str, Flag] = {
     # Of machinery that is not here. One name is misspelt in vLLM as well.
     **plain(
         SWITCH,
-        "enforce-eager disable-custom-all-reduce disable-fastapi-docs worker-use-ray "
+        "disable-custom-all-reduce disable-fastapi-docs worker-use-ray "
         "use-v2-block-manager async-scheduling multi-step-stream-outputs "
         "disable-async-output-proc enable-offline-docs ray-workers-use-nsight "
         "disable-mm-preprocessor-cache enable-mfu-metrics kv-cache-metrics "

@@ -70,8 +70,8 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "log-level": [(["debug"], "debug"), (["INFO"], "info"), (["CRITICAL"], "critical")],
 }  # fmt: skip
 OWN_SWITCHES = {
-    "enable-prefix-caching", "allow-reference-ops", "allow-credentials", "disable-log-stats",
-    "trust-request-chat-template", "enable-log-requests", "share-prefix-cache",
+    "enable-prefix-caching", "enforce-eager", "allow-reference-ops", "allow-credentials",
+    "disable-log-stats", "trust-request-chat-template", "enable-log-requests", "share-prefix-cache",
 }  # fmt: skip
 VLLM = sorted(vllm.SWITCHES | vllm.VALUES | vllm.LISTS | vllm.OBJECTS)
 

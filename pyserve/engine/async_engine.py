@@ -36,6 +36,7 @@ class AsyncEngine:
         self._depth = engine.runner.run_ahead_depth
         self._queue = QueueBound(max_queue=info.max_queue, num_slots=info.max_num_seqs)
         self._in_flight: deque[tuple[Step, asyncio.Future[StepOutput]]] = deque()
+        self._next_step: Step | None = None  # scheduled and not launched yet
         self._step_start_s = 0.0  # when the oldest step in flight began to run
         self._looked_s = 0.0  # when its time was looked at last
         self._num_failed_steps = 0
@@ -124,8 +125,10 @@ class AsyncEngine:
                 self._launch()
                 if self._in_flight:
                     await self._finish_step()
+                    self._launch(is_delivery_due=True)
                     if self._in_flight:
-                        # The next step runs already: let tokens go out before one more is launched.
+                        # The next step runs already: let tokens go out before the loop is kept
+                        # from it by a launch that takes milliseconds.
                         await asyncio.sleep(0)
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
@@ -145,12 +148,20 @@ class AsyncEngine:
         self._in_flight.clear()
         self._engine.runner.close()
 
-    def _launch(self) -> None:
-        """Launch steps until `depth` of them are ahead or there is nothing to run."""
+    def _launch(self, *, is_delivery_due: bool = False) -> None:
+        """Launch steps until `depth` of them are ahead or there is nothing to run.
+
+        is_delivery_due   tokens wait to go out: a step that takes its time to launch is left to the
+                          next call.
+        """
         while len(self._in_flight) <= self._depth:
-            step = self._engine.schedule()
+            step = self._next_step or self._engine.schedule()
             if step is None:
                 return
+            if is_delivery_due and not self._engine.runner.is_replayed(step):
+                self._next_step = step
+                return
+            self._next_step = None
             if not self._in_flight:
                 self._step_start_s = time.monotonic()
             self._in_flight.append((step, self._engine.runner.launch(step).sample()))

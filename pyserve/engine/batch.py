@@ -44,6 +44,13 @@ class Step:
     num_update_words: int = 0  # of the admitted sequences
     num_tokens: int = 0
 
+    @property
+    def shape(self) -> StepShape:
+        """As the header of the packed step will tell it."""
+        return StepShape(
+            self.num_tokens, len(self.row_slots), sum(self.row_samples), max(self.query_lens)
+        )
+
 
 @dataclass(slots=True, eq=False)
 class StepOutput:
@@ -102,6 +109,14 @@ def padded_size(count: int, limit: int) -> int:
         step = max(16, 1 << ((count - 1).bit_length() - 3))
         size = -(-count // step) * step
     return min(size, limit)
+
+
+def padded_sizes(limit: int) -> list[int]:
+    """All that padded_size makes of a count, the smallest first."""
+    sizes = [1]
+    while sizes[-1] < limit:
+        sizes.append(padded_size(sizes[-1] + 1, limit))
+    return sizes
 
 
 def max_update_words(max_model_len: int, block_size: int) -> int:

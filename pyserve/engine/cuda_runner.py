@@ -9,7 +9,10 @@ only when the step that used it has ended.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from pyserve.engine.batch import Step, StepOutput, StepShape, pack
 from pyserve.engine.engine import Pending
 from pyserve.engine.runner import StepExecutor, refuse_when_closed
-from pyserve.engine.warmup import largest_step, warmup_steps
+from pyserve.engine.warmup import graph_steps, largest_step, warmup_steps
 from pyserve.errors import DeviceError
 from pyserve.ops import build
 from pyserve.ops.build import Report, report_nothing
@@ -56,13 +59,19 @@ class CudaRunner:
     """Implements engine.Runner on the executor's CUDA device.
 
     One step runs while the next is being launched: the card does not wait for the host.
+
+    is_eager  do not record small steps, which makes launching one cost the host next to nothing.
     """
 
     run_ahead_depth = 1
 
-    def __init__(self, executor: StepExecutor, *, step_deadline_s: float = STEP_DEADLINE_S) -> None:
+    def __init__(
+        self, executor: StepExecutor, *, is_eager: bool = False,
+        step_deadline_s: float = STEP_DEADLINE_S,
+    ) -> None:  # fmt: skip
         self.step_deadline_s: float | None = step_deadline_s
         self._executor = executor
+        self._is_eager = is_eager
         self._is_closed = False
         device = executor.device
         torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream
@@ -91,15 +100,25 @@ class CudaRunner:
         self._run_and_wait(largest_step(self._executor.limits))
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
-        """Allocate the KV cache for good, then run every shape once: after it, nothing is new.
+        """Allocate the KV cache for good, then run every shape once and record the small ones:
+        after it, nothing is new.
 
         report(done, total) counts the shapes.
         """
         self._allocate_kv(num_blocks)
         steps = list(warmup_steps(self._executor.limits))
+        recorded: list[Step] = []
+        if not self._is_eager:
+            recorded += graph_steps(
+                self._executor.limits, num_blocks=num_blocks, vocab_size=self._executor.vocab_size
+            )
+        total = len(steps) + len(recorded)
         for done, step in enumerate(steps):
-            report(done, len(steps))
+            report(done, total)
             self._run_and_wait(step)
+        for done, step in enumerate(recorded, len(steps)):
+            report(done, total)
+            self._record(step)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver the results of later launches on `loop`."""
@@ -119,6 +138,9 @@ class CudaRunner:
             self._fail(entry, result, error)
             return Pending(lambda: result)
         return Pending(partial(self._launch_sampling, shape, entry, result))
+
+    def is_replayed(self, step: Step) -> bool:
+        return self._executor.has_graph(step.shape)
 
     def run(self, step: Step) -> StepOutput:
         if self._is_closed:
@@ -208,11 +230,30 @@ class CudaRunner:
         self._executor.allocate_kv(num_blocks)
         torch.cuda.synchronize(self._executor.device)
 
+    def _record(self, step: Step) -> None:
+        entry = self._ring[0]
+        num_words = pack(step, entry.words)
+        with torch.cuda.stream(self._stream), _no_collection():
+            self._executor.step_input[:num_words].copy_(entry.step_input[:num_words])
+            self._executor.record(StepShape.of(entry.words))
+
     def _run_and_wait(self, step: Step) -> None:
         with torch.cuda.stream(self._stream):
             self._executor.reset()
             self.run(step)
             self._executor.reset()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """While CUDA records: a tensor that the collector frees then would break the record."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _pinned(num_words: int) -> torch.Tensor:

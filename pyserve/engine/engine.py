@@ -59,6 +59,10 @@ class Runner(Protocol):
         """From here on steps are launched on `loop`, and their results come there."""
         ...
 
+    def is_replayed(self, step: Step) -> bool:
+        """Whether launching `step` costs the host next to nothing."""
+        ...
+
     def launch(self, step: Step) -> Pending:
         """Start `step` without waiting for it. What fails is in the result."""
         ...

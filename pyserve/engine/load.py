@@ -225,7 +225,7 @@ def _start_runner(
         smallest_first = list(warmup_steps(executor.limits))[::-1]
         cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S, report=report)
         return cpu_runner, plan
-    runner = CudaRunner(executor)
+    runner = CudaRunner(executor, is_eager=config.enforce_eager)
     runner.warm_up_largest()
     plan = fit_kv(plan, config, before=memory, now=devices.card_memory(executor.device))
     runner.allocate_kv(plan.num_blocks, report=report)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from pyserve.config import EngineConfig
 from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.graphs import graphs_bytes
 from pyserve.engine.state import Ledger, StepLimits, state_ledger
 from pyserve.errors import ConfigError, PlanError
 from pyserve.model.decoder import Decoder
@@ -32,6 +33,7 @@ MAX_BLOCKS = 2**19  # of the KV cache on a card: each takes some 200 bytes of th
 # context. What is more belongs to other processes.
 MAX_CONTEXT_BYTES = GIB
 MODULE_BYTES = 256 * MIB  # code loaded when it is first called, the matrix library's workspace
+GRAPHS = "CUDA graphs"  # in the ledger
 TOLERANCE = 0.03  # of the ledger
 MIN_TOLERANCE_BYTES = 64 * MIB  # by which drivers differ
 
@@ -94,6 +96,13 @@ def plan_memory(
     limits = _limits(config, memory, longest_len)
     allowed_bytes = _allowed_bytes(config, memory)
     block_bytes = sum(spec.bytes_per_block(block_size) for spec in model.kv_specs())
+    graph_bytes = 0
+    if not config.enforce_eager:
+        graph_bytes = graphs_bytes(
+            len(model.layers),
+            max_num_tokens=limits.max_num_batched_tokens,
+            num_slots=limits.num_slots,
+        )
 
     def fixed(max_model_len: int) -> Ledger:
         """All but the KV cache."""
@@ -103,8 +112,11 @@ def plan_memory(
         )
         if isinstance(memory, CardMemory):
             parts = (
-                ("CUDA context", memory.context_bytes), ("CUDA modules", MODULE_BYTES), *parts
-            )  # fmt: skip
+                ("CUDA context", memory.context_bytes),
+                ("CUDA modules", MODULE_BYTES),
+                (GRAPHS, graph_bytes),
+                *parts,
+            )
         return parts + state_ledger(
             model, replace(limits, max_model_len=max_model_len),
             is_card=isinstance(memory, CardMemory),
@@ -147,18 +159,20 @@ def plan_memory(
 def fit_kv(
     plan: MemoryPlan, config: EngineConfig, *, before: CardMemory, now: CardMemory
 ) -> MemoryPlan:
-    """`plan` with the KV blocks that a card has room for, all the rest being allocated.
+    """`plan` with the KV blocks that a card has room for, all but the records being allocated.
 
     before, now   what the card showed before the model came, and shows now.
     A context that nobody asked for shrinks with the blocks. Raises PlanError where --max-model-len
     does not fit any more.
     """
-    left_bytes = int(now.total_bytes * config.gpu_memory_utilization) - now.used_bytes
+    # The records are made on the KV cache, so after it.
+    used_bytes = now.used_bytes + dict(plan.ledger).get(GRAPHS, 0)
+    left_bytes = int(now.total_bytes * config.gpu_memory_utilization) - used_bytes
     num_blocks = min(plan.num_blocks, max(0, left_bytes) // plan.block_bytes)
     num_tokens = num_blocks * config.block_size
     wanted_len = plan.max_model_len if config.max_model_len is not None else 1
     if num_tokens < wanted_len:
-        unknown_bytes = now.used_bytes - before.others_bytes - _total(plan.ledger[:-1])
+        unknown_bytes = used_bytes - before.others_bytes - _total(plan.ledger[:-1])
         raise PlanError(
             f"a context of {wanted_len} tokens does not fit any more: {_gib(unknown_bytes)} of the "
             f"card went elsewhere while the model was loaded, see nvidia-smi; the plan was\n"

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from pyserve import ops
 from pyserve.engine.batch import Step, StepOutput, StepShape, pack, padded_size
 from pyserve.engine.engine import Pending
+from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache
 from pyserve.engine.state import StepLimits, StepState
+from pyserve.errors import DeviceError
 from pyserve.model.activations import Activations, Arena
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
@@ -35,6 +37,17 @@ def refuse_when_closed() -> NoReturn:
 
 
 _Forward = tuple[ops.StepPlan, ForwardContext]
+
+
+class _PaddedShape(NamedTuple):
+    """What a forward pass is run as.
+
+    is_decode  no row is longer than what counts as decoding.
+    """
+
+    num_tokens: int
+    num_rows: int
+    is_decode: bool
 
 
 class _Tile(NamedTuple):
@@ -54,6 +67,7 @@ class _Tile(NamedTuple):
 class StepExecutor:
     """Executes packed steps: each is one `forward` and then one `sample`.
 
+    Both are replayed where their shape was recorded (graphs.py), else called op by op.
     After `close` the limits and the device are still told; all else raises RuntimeError.
     """
 
@@ -62,12 +76,16 @@ class StepExecutor:
         self.device = model.device
         self._is_closed = False
         self._model = model
+        self.vocab_size = model.config.vocab_size
         self._state = StepState(model, limits, self.device, is_card=self.device.type == "cuda")
         self._kv_caches: list[KVCache] = []
-        self._forwards: dict[tuple[int, int, bool], _Forward] = {}
+        self._forwards: dict[_PaddedShape, _Forward] = {}
         self._activations: dict[int, Activations] = {}
         self._tiles: dict[int, list[_Tile]] = {}
-        self._hidden: torch.Tensor | None = None  # of the step that was forwarded last
+        self._graphs = GraphCache()
+        # [max_num_tokens, hidden_size], of the step that was forwarded last: they lie at the
+        # beginning of the activations, whatever its number of tokens.
+        self._hidden = self._activations_of(limits.max_num_batched_tokens).hidden
 
     @property
     def step_input(self) -> torch.Tensor:
@@ -92,19 +110,44 @@ class StepExecutor:
         self._state.block_table.zero_()
         self._state.token_counts.zero_()
 
+    def has_graph(self, shape: StepShape) -> bool:
+        """Whether launching the step costs the host next to nothing."""
+        return self._padded(shape) in self._graphs
+
+    def record(self, shape: StepShape) -> None:
+        """Record both launches of the step that lies in step_input, and try the records on it.
+
+        Called on a CUDA stream that is not the default one. Forgets every sequence. Raises
+        DeviceError where a replay gives other bits than the same launches op by op.
+        """
+        padded, num_samples = self._padded(shape), self._padded_samples(shape)
+        self.reset()
+        self.forward(shape)
+        hidden = self._hidden[: shape.num_tokens].clone()
+        sampled = self.sample(shape)[: shape.num_samples].clone()
+        if padded not in self._graphs:
+            self._graphs.record(padded, lambda: self._forward(padded))
+        if num_samples not in self._graphs:
+            self._graphs.record(num_samples, lambda: self._sample(num_samples))
+        self.reset()
+        self._hidden.fill_(torch.nan)
+        self._state.sampled.fill_(-1)
+        self.forward(shape)
+        is_same = torch.equal(self._hidden[: shape.num_tokens], hidden)
+        if not is_same or not torch.equal(self.sample(shape)[: shape.num_samples], sampled):
+            raise DeviceError(
+                f"a recorded step of {shape.num_tokens} tokens computes something else than the "
+                "same step launched op by op; --enforce-eager serves without records"
+            )
+        self.reset()
+
     def forward(self, shape: StepShape) -> None:
         """Plan the step that lies in step_input and run the model's layers on it."""
         if self._is_closed:
             refuse_when_closed()
-        state = self._state
-        with torch.inference_mode():
-            plan, ctx = self._forward_of(shape)
-            ops.plan_step(
-                state.step_input, state.slots, state.block_table, state.token_counts,
-                self.limits.block_size, plan,
-            )  # fmt: skip
-            self._model.plan(ctx)
-            self._hidden = self._model.forward(ctx)
+        padded = self._padded(shape)
+        if not self._graphs.replay(padded):
+            self._forward(padded)
 
     def sample(self, shape: StepShape) -> torch.Tensor:
         """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples].
@@ -113,10 +156,26 @@ class StepExecutor:
         """
         if self._is_closed:
             refuse_when_closed()
-        assert self._hidden is not None, "nothing was forwarded"
+        num_samples = self._padded_samples(shape)
+        if not self._graphs.replay(num_samples):
+            self._sample(num_samples)
+        return self._state.sampled
+
+    def _forward(self, padded: _PaddedShape) -> None:
         state = self._state
         with torch.inference_mode():
-            for tile in self._tiles_of(shape.num_samples):
+            plan, ctx = self._forward_of(padded)
+            ops.plan_step(
+                state.step_input, state.slots, state.block_table, state.token_counts,
+                self.limits.block_size, plan,
+            )  # fmt: skip
+            self._model.plan(ctx)
+            self._model.forward(ctx)
+
+    def _sample(self, num_samples: int) -> None:
+        state = self._state
+        with torch.inference_mode():
+            for tile in self._tiles_of(num_samples):
                 # For padding any hidden state will do.
                 torch.clamp_min(tile.last_tokens, 0, out=tile.hidden_rows)
                 torch.index_select(self._hidden, 0, tile.hidden_rows, out=tile.hidden)
@@ -129,7 +188,6 @@ class StepExecutor:
                     workspace=state.sample_workspace,
                     out=tile.sampled,
                 )
-        return state.sampled
 
     def close(self) -> None:
         """Drop the tensors. Harmless when called again."""
@@ -140,22 +198,35 @@ class StepExecutor:
         self._forwards.clear()
         self._activations.clear()
         self._tiles.clear()
+        self._graphs.clear()
         del self._model, self._state, self._hidden
 
-    def _forward_of(self, shape: StepShape) -> _Forward:
-        """What a step padded to one of a few shapes reads and writes, made once for each."""
+    def _padded(self, shape: StepShape) -> _PaddedShape:
+        """One of a few shapes, so that few records serve all small steps."""
         num_tokens = padded_size(shape.num_tokens, self.limits.max_num_batched_tokens)
-        num_rows = padded_size(shape.num_rows, self.limits.num_slots)
-        # A step without a longer query is planned as one that only decodes.
-        max_query_len = self._model.decode_query_len
-        is_decode = shape.max_query_len <= max_query_len
-        key = num_tokens, num_rows, is_decode
-        forward = self._forwards.get(key)
+        if self.device.type == "cuda" and num_tokens <= MAX_GRAPH_TOKENS:
+            num_rows = min(num_tokens, self.limits.num_slots)  # each has a token: there are no more
+        else:
+            num_rows = padded_size(shape.num_rows, self.limits.num_slots)
+        is_decode = shape.max_query_len <= self._model.decode_query_len
+        return _PaddedShape(num_tokens, num_rows, is_decode)
+
+    def _padded_samples(self, shape: StepShape) -> int:
+        return padded_size(shape.num_samples, self.limits.num_slots) if shape.num_samples else 0
+
+    def _activations_of(self, num_tokens: int) -> Activations:
+        activations = self._activations.get(num_tokens)
+        if activations is None:
+            activations = self._model.activations(Arena(self._state.activations), num_tokens)
+            self._activations[num_tokens] = activations
+        return activations
+
+    def _forward_of(self, padded: _PaddedShape) -> _Forward:
+        """What a forward pass reads and writes, made once for each shape."""
+        forward = self._forwards.get(padded)
         if forward is None:
-            state, activations = self._state, self._activations.get(num_tokens)
-            if activations is None:
-                activations = self._model.activations(Arena(state.activations), num_tokens)
-                self._activations[num_tokens] = activations
+            state = self._state
+            num_tokens, num_rows, is_decode = padded
             plan = state.plan.narrow(num_tokens, num_rows)
             ctx = ForwardContext(
                 input_ids=plan.input_ids,
@@ -166,16 +237,15 @@ class StepExecutor:
                 seq_lens=plan.seq_lens,
                 block_table=state.block_table,
                 kv_caches=self._kv_caches,
-                max_query_len=max_query_len if is_decode else num_tokens,
+                max_query_len=self._model.decode_query_len if is_decode else num_tokens,
                 attention_plans=state.attention_plans,
-                activations=activations,
+                activations=self._activations_of(num_tokens),
             )
-            forward = self._forwards[key] = plan, ctx
+            forward = self._forwards[padded] = plan, ctx
         return forward
 
-    def _tiles_of(self, num_samples: int) -> list[_Tile]:
-        """The rows that are sampled from, padded, in pieces of which each has logits at once."""
-        num_rows = padded_size(num_samples, self.limits.num_slots) if num_samples else 0
+    def _tiles_of(self, num_rows: int) -> list[_Tile]:
+        """The rows that are sampled from, in pieces of which each has logits at once."""
         tiles = self._tiles.get(num_rows)
         if tiles is None:
             state = self._state
@@ -237,6 +307,9 @@ class CpuRunner:
             self._executor.reset()
             self.run(step)
         self._executor.reset()
+
+    def is_replayed(self, step: Step) -> bool:
+        return False
 
     def launch(self, step: Step) -> Pending:
         if self._is_closed:

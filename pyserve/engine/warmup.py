@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyserve.engine.batch import Step, padded_size
+from pyserve.engine.batch import Step, padded_sizes
+from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.graphs import MAX_GRAPH_TOKENS
 from pyserve.engine.state import StepLimits
 
 
@@ -19,23 +21,43 @@ def largest_step(limits: StepLimits) -> Step:
 
 def warmup_steps(limits: StepLimits) -> Iterator[Step]:
     """A step of every padded number of tokens, the largest first."""
-    num_tokens = limits.max_num_batched_tokens
-    while num_tokens > 0:
+    for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
         yield _step(limits, num_tokens)
-        num_tokens = _next_smaller(num_tokens, limits.max_num_batched_tokens)
 
 
-def _next_smaller(num_tokens: int, limit: int) -> int:
-    """The next smaller number of tokens that is a padded size; 0 after the smallest."""
-    smaller = num_tokens - 1
-    while smaller > 0 and padded_size(smaller, limit) == num_tokens:
-        smaller -= 1
-    return smaller
+def graph_steps(limits: StepLimits, *, num_blocks: int, vocab_size: int) -> Iterator[Step]:
+    """Steps of every shape that is recorded, the largest first: as many rows as may be, and as few.
+
+    Unlike the others they compute something: each row has tokens and blocks of its own, so that a
+    record that does not do what its launches did is found out. Shapes that would need more than
+    num_blocks are left out: no step has them.
+    """
+    for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
+        if num_tokens > MAX_GRAPH_TOKENS:
+            continue
+        few_rows = -(-num_tokens // limits.max_model_len)
+        for num_rows in {min(num_tokens, limits.num_slots), few_rows}:
+            step = _step(limits, num_tokens, num_rows=num_rows)
+            if _use_blocks(step, limits.block_size, vocab_size) <= num_blocks:
+                yield step
 
 
-def _step(limits: StepLimits, num_tokens: int) -> Step:
+def _use_blocks(step: Step, block_size: int, vocab_size: int) -> int:
+    """Give each row blocks of its own, and each position a token; the number of blocks."""
+    num_blocks = 0
+    for slot, query_len in zip(step.row_slots, step.query_lens, strict=True):
+        first = num_blocks * block_size
+        step.host_tokens[slot] = [i % vocab_size for i in range(first, first + query_len)]
+        for index in range(num_blocks_for(query_len, block_size)):
+            step.block_updates += (slot, index, num_blocks)
+            num_blocks += 1
+    return num_blocks
+
+
+def _step(limits: StepLimits, num_tokens: int, *, num_rows: int | None = None) -> Step:
     """Up to `num_tokens` tokens in as many rows as there may be, all of them sampled."""
-    num_rows = min(num_tokens, limits.num_slots)
+    if num_rows is None:
+        num_rows = min(num_tokens, limits.num_slots)
     share, rest = divmod(num_tokens, num_rows)
     query_lens = [min(share + (row < rest), limits.max_model_len) for row in range(num_rows)]
     return Step(

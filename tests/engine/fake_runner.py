@@ -129,6 +129,7 @@ class FakeRunner:
     ) -> None:  # fmt: skip
         self.on_step: Callable[[Step], None] = lambda step: None
         self.nan_seeds: set[int] = set()
+        self.max_replayed_tokens = 0  # of a step that counts as replayed
         self.is_closed = False
         self._unsampled: Step | None = None
         self.run_ahead_depth = 0
@@ -147,6 +148,9 @@ class FakeRunner:
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self._refuse_when_closed()
         self.loop = loop
+
+    def is_replayed(self, step: Step) -> bool:
+        return step.num_tokens <= self.max_replayed_tokens
 
     def launch(self, step: Step) -> Pending:
         self._refuse_when_closed()

@@ -63,6 +63,9 @@ class HeldRunner:
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self.inner.attach(loop)
 
+    def is_replayed(self, step: Step) -> bool:
+        return self.inner.is_replayed(step)
+
     def launch(self, step: Step) -> Pending:
         return Pending(lambda: self._sample(step))
 
@@ -86,10 +89,12 @@ async def wait_for_step(held: HeldRunner) -> None:
         await asyncio.sleep(0.001)
 
 
+@pytest.mark.parametrize("max_replayed_tokens", [0, 4, 1000])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_64_streams_on_8_slots(depth: int) -> None:
+def test_64_streams_on_8_slots(depth: int, max_replayed_tokens: int) -> None:
     async def test() -> None:
         engine = make_engine(num_blocks=40)
+        fake(engine).max_replayed_tokens = max_replayed_tokens
         client: EngineClient = async_engine(engine, depth)
         client.start()
         prompts = [[i, 1, 2, 3, 4, 5] for i in range(64)]
@@ -104,6 +109,59 @@ def test_64_streams_on_8_slots(depth: int) -> None:
         assert stats.num_running == stats.num_waiting == stats.num_blocks_used == 0
         assert stats.output_tokens == sum(param.max_tokens for param in params)
         assert stats.prompt_tokens == 64 * 6 and stats.error is None
+        engine.check_invariants()
+        await client.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_what_is_replayed_is_launched_before_tokens_go_out(is_replayed: bool) -> None:
+    async def test() -> None:
+        engine = make_engine()
+        runner = fake(engine)
+        client = async_engine(engine, depth=1)
+        events: list[str] = []
+        runner.on_step = lambda step: events.append("launch")
+        runner.max_replayed_tokens = 1000 if is_replayed else 0
+        stream = client.submit(SequenceRequest([1, 2], SamplingParams(max_tokens=6, seed=0)))
+
+        async def read() -> None:
+            while (await stream.read()).finish_reason is None:
+                events.append("token")
+
+        reader = asyncio.create_task(read())
+        client.start()
+        await reader
+        # Two steps are ahead of the first token; then each token and one more launch take turns.
+        turns = ["launch", "token"] if is_replayed else ["token", "launch"]
+        assert events[: 2 + 2 * 3] == ["launch"] * 2 + turns * 3
+        await client.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("end", ["abort", "stop"])
+def test_a_step_that_waits_to_be_launched_when_its_sequence_ends(end: str) -> None:
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine, depth=1)
+        client.start()
+        stream = client.submit(SequenceRequest([1, 2], SamplingParams(max_tokens=90, seed=0)))
+        other = client.submit(SequenceRequest([3], SamplingParams(max_tokens=90, seed=5)))
+        await stream.read()
+        assert client._next_step is not None  # scheduled, and not launched yet
+        if end == "stop":
+            await client.stop()
+            assert fake(engine).is_closed
+            return
+        client.abort(stream)
+        assert (await read_all(stream))[1] == "abort"
+        again = client.submit(SequenceRequest([7] * 9, SamplingParams(max_tokens=20, seed=9)))
+        expected = expected_tokens([7] * 9, SamplingParams(max_tokens=20, seed=9))
+        assert await read_all(again) == (expected, "length")
+        expected = expected_tokens([3], SamplingParams(max_tokens=90, seed=5))
+        assert await read_all(other) == (expected, "length")
         engine.check_invariants()
         await client.stop()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyserve.config import EngineConfig
+from pyserve.engine.graphs import NODE_BYTES
 from pyserve.engine.planner import (
     MAX_BLOCKS,
     MAX_CONTEXT_BYTES,
@@ -192,6 +193,8 @@ def test_the_ledger_of_a_card_by_hand() -> None:
     assert result.ledger[:-1] == (
         ("CUDA context", 600 * MIB),
         ("CUDA modules", MODULE_BYTES),
+        # 20 numbers of tokens up to 512, two records each; 16 numbers of sampled rows.
+        ("CUDA graphs", NODE_BYTES * 10 * (2 * 20 * (32 + 1) + 16)),
         ("weights", LLAMA_WEIGHT_BYTES),
         ("rope table", 131072 * 128 * 4),
         ("activations", 8192 * 2 * (3 * 4096 + 3 * 14336)),
@@ -213,6 +216,13 @@ def test_the_sizes_of_a_step_follow_the_card_unless_they_are_given() -> None:
     assert (few.num_slots, few.logits_tile_rows) == (3, 3)
     host = plan_memory(SHAPES, settings(), weight_bytes=0, memory=HostMemory(2**34))
     assert (host.max_num_batched_tokens, host.logits_tile_rows) == (2048, 64)
+
+
+def test_without_graphs_the_kv_cache_has_their_memory() -> None:
+    eager = settings(enforce_eager=True)
+    plan = plan_memory(SHAPES, eager, weight_bytes=LLAMA_WEIGHT_BYTES, memory=BIG_CARD)
+    assert dict(plan.ledger)["CUDA graphs"] == 0
+    assert plan.num_blocks > card_plan().num_blocks
 
 
 def test_each_window_has_its_attention_plan() -> None:
@@ -274,7 +284,8 @@ def test_a_tiny_model_gets_no_more_blocks_than_the_host_can_keep() -> None:
 def test_the_kv_cache_gets_what_is_really_free() -> None:
     config = settings()
     result = card_plan()
-    rest = result.total_bytes - result.ledger[-1][1]
+    # All but the KV cache and the records that are made on it.
+    rest = result.total_bytes - result.ledger[-1][1] - dict(result.ledger)["CUDA graphs"]
     as_planned = CardMemory(140 * GIB, rest)
     assert fit_kv(result, config, before=BIG_CARD, now=as_planned) == result
     less = CardMemory(140 * GIB, rest - GIB)
@@ -288,7 +299,8 @@ def test_the_kv_cache_gets_what_is_really_free() -> None:
 
 def test_a_context_that_does_not_fit_any_more() -> None:
     # Others have taken all but 100 blocks since.
-    now = CardMemory(140 * GIB, int(0.9 * 140 * GIB) - 100 * LLAMA_BLOCK_BYTES)
+    graph_bytes = dict(card_plan().ledger)["CUDA graphs"]
+    now = CardMemory(140 * GIB, int(0.9 * 140 * GIB) - 100 * LLAMA_BLOCK_BYTES - graph_bytes)
     shrunk = fit_kv(card_plan(), settings(), before=BIG_CARD, now=now)
     assert (shrunk.num_blocks, shrunk.max_model_len) == (100, 1600)
     asked: dict[str, Any] = {"max_model_len": 1601}

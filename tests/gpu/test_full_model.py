@@ -114,7 +114,8 @@ def make_engine(
             logits_tile_rows=4,
         ),
     )
-    runner = CudaRunner(executor)
+    # Without records: `run` listens to the calls that compute logits.
+    runner = CudaRunner(executor, is_eager=True)
     runner.allocate_kv(num_blocks)
     if poison:
         for caches in executor._kv_caches:

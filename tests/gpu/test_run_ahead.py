@@ -47,7 +47,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return model
 
 
-def engine_for(decoder: Decoder, depth: int) -> AsyncEngine:
+def engine_for(decoder: Decoder, depth: int, *, is_eager: bool = False) -> AsyncEngine:
     executor = StepExecutor(
         decoder,
         StepLimits(
@@ -58,7 +58,7 @@ def engine_for(decoder: Decoder, depth: int) -> AsyncEngine:
             logits_tile_rows=NUM_SLOTS,
         ),
     )
-    runner = CudaRunner(executor)
+    runner = CudaRunner(executor, is_eager=is_eager)
     runner.run_ahead_depth = depth
     runner.allocate_kv(128)
     scheduler = Scheduler(

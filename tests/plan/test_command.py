@@ -98,7 +98,7 @@ def test_contexts_against_memory(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert fits == ["yes"] * (list(rows).index(longest) + 1) + ["no"] * (
         len(rows) - list(rows).index(longest) - 1
     )
-    assert rows["32,768"][0] == "20.1" and rows["32,768"][2:] == ["48.1", "no"]
+    assert rows["32,768"][0] == "20.2" and rows["32,768"][2:] == ["48.2", "no"]
 
 
 def test_bytes_for_a_context_are_the_ledger_of_exactly_that() -> None:
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_with_the_ledger(
 ) -> None:
     message = refusal(caplog, write_config(tmp_path), "--gpu", "4090", "--max-model-len", "64k")
     assert message.startswith("a context of 64000 tokens does not fit:")
-    assert "--max-model-len 41504 is the most that would" in message
+    assert "--max-model-len 41008 is the most that would" in message
     assert "KV cache" in message and "total" in message
 
 
