@@ -152,7 +152,6 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
     launch = _launch_config(args)
-    token = launch.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
 
     def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.hub.resolve import resolve_model
@@ -166,7 +165,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         return resolve_model(
             name,
             revision=revision,
-            token=token,
+            token=launch.token,
             download_dir=launch.download_dir,
             flag=flag,
             has_weights=flag == "--model" and args.load_format != "dummy",

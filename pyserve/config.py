@@ -97,6 +97,11 @@ class LaunchConfig:
         read=str.lower,
     )
 
+    @property
+    def token(self) -> str | bool | None:
+        """What the hub is asked with: hf_token, or that of the environment."""
+        return self.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

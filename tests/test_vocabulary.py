@@ -158,8 +158,12 @@ def test_names_of_the_kernels_use_the_terms(where: str) -> None:
     assert not list(synonyms(where, native_names(NATIVE[where].read_text())))
 
 
+def is_property(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "property" for decorator in node.decorator_list)
+
+
 def bools(tree: ast.AST) -> Iterator[str]:
-    """Arguments and fields whose type is bool, or bool and nothing else but None."""
+    """Arguments, fields and properties whose type is bool, or bool or None."""
     for node in ast.walk(tree):
         typed: list[tuple[str, ast.expr | None]] = []
         if isinstance(node, ast.arguments):
@@ -167,6 +171,8 @@ def bools(tree: ast.AST) -> Iterator[str]:
             typed = [(argument.arg, argument.annotation) for argument in given]
         elif isinstance(node, ast.AnnAssign):
             typed = [(ast.unparse(node.target), node.annotation)]
+        elif isinstance(node, ast.FunctionDef) and is_property(node):
+            typed = [(node.name, node.returns)]
         for name, annotation in typed:
             if annotation is not None and ast.unparse(annotation) in ("bool", "bool | None"):
                 yield name.rpartition(".")[2]

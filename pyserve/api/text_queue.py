@@ -51,7 +51,7 @@ class _Lane:
         self._waiting: dict[str, deque[_Work]] = {}
 
     @property
-    def may_begin(self) -> bool:
+    def is_ready(self) -> bool:
         return bool(self._waiting) and self.num_running < MAX_IN_LANE
 
     def add(self, work: _Work) -> None:
@@ -140,8 +140,8 @@ class TextQueue:
         """Give the threads that are free something to do."""
         loop = asyncio.get_running_loop()
         while self._short.num_running + self._long.num_running < NUM_THREADS:
-            lane = self._short if self._short.may_begin else self._long
-            if not lane.may_begin:
+            lane = self._short if self._short.is_ready else self._long
+            if not lane.is_ready:
                 return
             work = lane.take()
             work.has_begun = True

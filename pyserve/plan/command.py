@@ -17,7 +17,7 @@ import torch
 
 from pyserve import flags, log
 from pyserve.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from pyserve.config import EngineConfig, env
+from pyserve.config import EngineConfig, LaunchConfig
 from pyserve.engine import devices
 from pyserve.engine.planner import GIB, MIB, CardMemory, MemoryPlan, format_ledger
 from pyserve.errors import ConfigError, StartupError
@@ -200,9 +200,9 @@ def _prices(said: list[str], gpu: str | None) -> dict[str, float]:
 
 def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
     """The model, and the bytes of its weights' files; None where there are none to look at."""
-    token = args.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
+    launch = LaunchConfig(**settings(flags.LAUNCH, args))
     with model_headers(
-        args.model, revision=args.revision, token=token, download_dir=args.download_dir
+        args.model, revision=launch.revision, token=launch.token, download_dir=launch.download_dir
     ) as folder:
         try:
             return _read_headers(args, folder)

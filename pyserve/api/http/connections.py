@@ -35,7 +35,7 @@ class Connection(Protocol):
     is_unheard        a request runs, and nothing is read meanwhile.
     is_over           its client has ended its side, and all is answered.
     num_unsent_bytes  written, and not taken by the kernel yet.
-    ends_both_ways    its client cannot end one side alone (TLS).
+    is_tls            its client cannot end one side alone.
     """
 
     client: str
@@ -50,7 +50,7 @@ class Connection(Protocol):
     @property
     def num_unsent_bytes(self) -> int: ...
     @property
-    def ends_both_ways(self) -> bool: ...
+    def is_tls(self) -> bool: ...
 
     def is_expendable(self, now_s: float) -> bool:
         """Whether a new connection may have its place."""
@@ -239,7 +239,7 @@ class Connections:
                 connection.finish()
             elif connection.is_unheard:
                 by_fileno[connection.fileno()] = connection
-                is_end = select.POLLRDHUP if connection.ends_both_ways else 0
+                is_end = select.POLLRDHUP if connection.is_tls else 0
                 poll.register(connection.fileno(), is_end)
                 continue
             del self._unheard[connection]

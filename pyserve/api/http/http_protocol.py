@@ -106,7 +106,7 @@ class HttpProtocol(web.RequestHandler):
         return 0 if self._connection is None else self._connection.get_write_buffer_size()
 
     @property
-    def ends_both_ways(self) -> bool:
+    def is_tls(self) -> bool:
         connection = self._connection
         return connection is not None and connection.get_extra_info("sslcontext") is not None
 
@@ -172,7 +172,7 @@ class HttpProtocol(web.RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client has ended its side or is gone. Both look the same; probes find out which."""
-        if self.ends_both_ways or self.is_idle or self._is_receiving:
+        if self.is_tls or self.is_idle or self._is_receiving:
             return False  # closes the connection
         self.has_ended = True
         self._connections.watch(self)
