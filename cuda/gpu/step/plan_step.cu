@@ -350,7 +350,7 @@ __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64
                                 Shared& s) {
   const bool is_row = r < step.num_rows;
   const int32_t* row = step.words + step.rows_at + r * kRowWords;
-  int64_t slot = 0, query_len = 0, offset = 0;
+  int32_t slot = 0, query_len = 0, offset = 0;
   bool is_sampled = false;
   if (is_row) {
     slot = row[kRowSlot];
