@@ -78,7 +78,7 @@ class _ModelInfo(msgspec.Struct):
 
 
 class _Transient(Exception):
-    """A fault that another try may get past; `wait_s`: what the hub asked us to wait."""
+    """A fault that may be gone at the next try; `wait_s`: how long the hub asked us to wait."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -135,8 +135,10 @@ class HubClient:
         await self._session.close()
 
     async def listing(self, is_wanted: Callable[[str], bool]) -> Listing:
-        """Ask once what there is; of a mirror that lists names only, once more for each file whose
-        name `is_wanted`: others are left out. Raises StartupError: no such model, no token, no hub.
+        """All files, by one request. Raises StartupError: no such model, no token, no hub.
+
+        Where a mirror lists names only, each file whose name `is_wanted` is asked for by itself,
+        and the others are left out.
         """
         url = f"{self._endpoint}/api/models/{self._repo}/revision/{quote(self._revision, safe='')}"
         failures = 0
@@ -238,7 +240,7 @@ class HubClient:
         )
 
     async def _get(self, url: URL, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        """aiohttp drops the token where it is redirected to another host; so do we later."""
+        """GET without the token where `url` is on another host, as aiohttp does at a redirect."""
         assert self._session is not None
         await asyncio.sleep(max(0.0, self._resume_s - time.monotonic()))
         own = self._headers

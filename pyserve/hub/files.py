@@ -1,4 +1,4 @@
-"""Which files of a model are served from: in a listing of the hub, and in a folder."""
+"""Which files of a model the server reads: in a listing of the hub, and in a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LFS_POINTER, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/"
 
 
 def served_texts(listing: Listing, *, has_weights: bool) -> list[RemoteFile]:
-    """Everything but weights that is served from."""
+    """The files that the server reads beside the weights."""
     patterns = (*TEXTS, INDEX_FILE) if has_weights else TEXTS
     return [file for name, file in listing.files.items() if _is_among(name, patterns)]
 

@@ -145,8 +145,9 @@ def model_headers(
     download_dir: Path | None,
     flag: str = "--model",
 ) -> Iterator[Path]:
-    """A folder with what describes a model: its own where it is on this machine, else one for the
-    time being with config.json and safetensors files of the right length without their data.
+    """A folder with what describes a model: its own folder where it is on this machine.
+
+    Else a temporary one, with config.json and safetensors files of the right length without data.
 
     Raises StartupError that names `flag`.
     """
@@ -190,7 +191,7 @@ async def _fetch_headers(wanted: _Wanted, folder: Path) -> None:
 
 
 def _without_a_call(wanted: _Wanted) -> Path | None:
-    """What the cache holds whole; None where the hub must, and may, be asked."""
+    """The folder from the cache; None where it is not whole there and the hub may be asked."""
     snapshot = _cached(wanted)
     if snapshot is None and constants.HF_HUB_OFFLINE:
         return _without_the_hub(wanted, "HF_HUB_OFFLINE is set")
@@ -350,7 +351,7 @@ async def _fetch_weights(
 async def _check_headers(
     wanted: _Wanted, client: HubClient, weights: list[RemoteFile], *, commit: str, check: Check
 ) -> None:
-    """Let `check` see the model before it is here."""
+    """Let `check` see config.json and the headers before the weights are fetched."""
     # In the cache, which is known to be writable here; /tmp may be small or read-only.
     with tempfile.TemporaryDirectory(prefix="pyserve-", dir=wanted.cache.locks) as name:
         folder, snapshot = Path(name), wanted.cache.snapshot(commit)

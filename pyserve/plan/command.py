@@ -207,7 +207,7 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
         try:
             return _read_headers(args, folder)
         except StartupError as error:
-            # Of a model of the hub, nobody knows the folder.
+            # A model of the hub lies in a temporary folder: its name says more.
             if os.path.isdir(os.path.expanduser(args.model)):
                 raise
             line = str(error).replace(f"{folder}/", "").replace(str(folder), args.model)
