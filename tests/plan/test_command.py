@@ -296,6 +296,15 @@ def test_one_of_several_cards_holds_its_part(tmp_path: Path) -> None:
     assert parts[-1].shapes.layers[0].attention.sizes == (4, 1, 128)
 
 
+@pytest.mark.parametrize("dtype", ["float", "float32"])
+def test_a_dtype_that_no_card_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str
+) -> None:
+    for where in ([], ["--gpu", "4090"]):
+        message = refusal(caplog, write_config(tmp_path), "--dtype", dtype, *where)
+        assert message.startswith("--dtype float32 is not supported on an NVIDIA card")
+
+
 def test_heads_that_cannot_be_shared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_config(tmp_path, num_attention_heads=28, num_key_value_heads=4, head_dim=128)
     message = refusal(caplog, folder, "--gpu", "4090", "-tp", "8")
