@@ -66,7 +66,7 @@ class BuildNative(build_ext):
             env=os.environ,
         )
         manifest = {
-            "sources": toolchain.source_hash(SOURCES, with_cuda=cuda is not None),
+            "sources": toolchain.source_hash(SOURCES, has_cuda=cuda is not None),
             "soabi": sysconfig.get_config_var("SOABI"),
             "march": march,
             "cuda": None if cuda is None else {"version": cuda.version, "archs": cuda.archs},

@@ -28,6 +28,8 @@ from tests.ops.fake_compiler import (
 )
 from tests.read_only import read_only
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_compiles_once_and_says_so(folder: Path) -> None:
     lines: list[str] = []
@@ -391,3 +393,19 @@ def test_reference_mode_without_a_compiler(folder: Path) -> None:
         [sys.executable, "-c", REFERENCE_CHILD], env=env, capture_output=True, text=True
     )
     assert result.stdout == "ok\n", result.stderr
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_setup_leaves_what_fits_its_sources(folder: Path, has_cuda: bool) -> None:
+    env = {**os.environ, "CUDA_HOME": str(fake_nvcc(folder))}
+    if not has_cuda:
+        env[toolchain.ARCHS_VARIABLE] = "none"
+    places = ["--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *places]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    packaged = folder / "lib" / "pyserve" / "ops"
+    manifest = json.loads((packaged / build.MANIFEST_NAME).read_text())
+    assert manifest["sources"] == toolchain.source_hash(build.source_dir(), has_cuda=has_cuda)
+    assert (manifest["cuda"] is not None) == has_cuda
+    assert (packaged / toolchain.OPS_PRODUCT).exists()
