@@ -400,7 +400,7 @@ def test_setup_leaves_what_fits_its_sources(folder: Path, has_cuda: bool) -> Non
     env = {**os.environ, "CUDA_HOME": str(fake_nvcc(folder))}
     if not has_cuda:
         env[toolchain.ARCHS_VARIABLE] = "none"
-    places = ["--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    places = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"]
     command = [sys.executable, "setup.py", "-q", "build_ext", *places]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
