@@ -28,7 +28,7 @@ export PYSERVE_CACHE=$PYSERVE_CHECK_DIR/cache  # emptied by the part build
 llama="$PYSERVE_CHECK_DIR/llama-3.1-8b"
 ptx80_cache="$PYSERVE_CHECK_DIR/cache-ptx80"
 load='from pyserve.ops import build
-build.load_native(allow_reference=False, progress=print, device="cuda")'
+build.load_native(is_reference_allowed=False, progress=print, device="cuda")'
 
 # Seconds a part may take. sanitize and ptx80 may run beside each other on one card, from two calls
 # of this script: racecheck alone takes 175.

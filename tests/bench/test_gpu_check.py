@@ -8,6 +8,8 @@ import subprocess
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -102,3 +104,15 @@ def test_a_test_that_hangs_is_named_before_its_file_is_ended(
         found = re.match(r"timeout -k 5 (\d+) .* --timeout (\d+) ", line)
         assert found is not None, line
         assert least_s <= int(found[2]) < int(found[1]), line
+
+
+def test_the_lines_that_load_the_ops_are_valid() -> None:
+    found = re.search(r"^load='(.*?)'$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1].partition("build.load_native")[0], names)
+    with pytest.MonkeyPatch.context() as patch:
+        load = create_autospec(names["build"].load_native)
+        patch.setattr(names["build"], "load_native", load)
+        exec(found[1])
+    assert load.call_args.kwargs["device"] == "cuda"
