@@ -140,6 +140,12 @@ class EngineConfig:
     max_num_batched_tokens: int | None = flag(
         None, "a step;", "8192 on a card of 40 GB or more, else 2048", read=size, limits=(1, 2**20)
     )
+    target_itl_ms: int = flag(
+        40,
+        "time a step with prompts may take while answers run; 0: any",
+        metavar="MS",
+        limits=(0, 60_000),
+    )
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
     enable_prefix_caching: bool = flag(True, "do not keep what prompts have in common", "kept")
     scheduling_policy: Policy = flag(

@@ -175,8 +175,7 @@ class AsyncEngine:
             self._on_failed_step(step, error)
         else:
             self._num_failed_steps = 0
-            duration_s = time.monotonic() - self._step_start_s
-            self._engine.histograms.duration_s.observe(duration_s)
+            self._engine.note_duration(step, time.monotonic() - self._step_start_s)
             if self._refusal is None:
                 self._engine.update(step, output)
         self._in_flight.popleft()

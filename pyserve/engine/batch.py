@@ -43,6 +43,7 @@ class Step:
     slot_updates: list[bytes] = field(default_factory=list)
     num_update_words: int = 0  # of the admitted sequences
     num_tokens: int = 0
+    num_prompt_tokens: int = 0  # of them, in rows that do not decode
 
     @property
     def shape(self) -> StepShape:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 from pyserve.client import FinishReason, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.chunks import ChunkPacer
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
@@ -84,11 +85,12 @@ class Engine:
 
     max_model_len   tokens of a sequence, prompt and output together.
     vocab_size      token ids are in [0, vocab_size).
+    pacer           learns how large steps may be; None: as large as the token budget.
     """
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, *, max_model_len: int, vocab_size: int,
-        policy: Literal["fcfs", "priority"],
+        policy: Literal["fcfs", "priority"], pacer: ChunkPacer | None = None,
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.runner = runner
@@ -97,6 +99,9 @@ class Engine:
         self.num_finished = 0  # sequences that have ended, however they did
         self.num_nan_sequences = 0
         self.histograms = StepHistograms()
+        self._pacer = pacer
+        if pacer is not None:
+            scheduler.mixed_limit = pacer.limit
         self._last_update_s = 0.0
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -209,6 +214,13 @@ class Engine:
         else:
             self.histograms.inter_token_s.observe(now_s - seq.preempted_s)
         seq.preempted_s = 0.0
+
+    def note_duration(self, step: Step, duration_s: float) -> None:
+        """Learn from how long a step has taken, in seconds."""
+        self.histograms.duration_s.observe(duration_s)
+        if self._pacer is not None:
+            self._pacer.note(step, duration_s)
+            self.scheduler.mixed_limit = self._pacer.limit
 
     def fail_step(self, step: Step) -> None:
         """Account for a step whose execution raised: its sequences fail, the others go on."""

@@ -20,6 +20,7 @@ from pyserve.engine import devices, host
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.chunks import ChunkPacer
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine, Runner
 from pyserve.engine.planner import (
@@ -260,8 +261,11 @@ def _new_engine(config: EngineConfig, plan: MemoryPlan, runner: Runner, vocab_si
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_update_words=max_update_words(plan.max_model_len, config.block_size),
     )
+    pacer = None
+    if config.target_itl_ms:
+        pacer = ChunkPacer(config.target_itl_ms / 1e3, max_tokens=plan.max_num_batched_tokens)
     return Engine(
-        scheduler, runner, max_model_len=plan.max_model_len, vocab_size=vocab_size,
+        scheduler, runner, pacer=pacer, max_model_len=plan.max_model_len, vocab_size=vocab_size,
         policy=config.scheduling_policy,
     )  # fmt: skip
 

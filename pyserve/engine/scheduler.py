@@ -10,12 +10,13 @@ wait is up to WaitingQueue; where slots or blocks are short, a user who runs mor
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from operator import attrgetter
 
-from pyserve.engine.batch import Step
+from pyserve.engine.batch import Step, padded_sizes
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
+from pyserve.engine.chunks import MIN_CHUNK, share_out
 from pyserve.engine.sequence import Sequence, Status
 from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
 from pyserve.engine.waiting import WaitingQueue
@@ -46,7 +47,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of admitted sequences
         self.num_cached_tokens = 0  # of those, served by the prefix cache
+        self.mixed_limit = max_num_batched_tokens  # of a step with prompts and decoding: chunks.py
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._step_sizes = padded_sizes(max_num_batched_tokens)
         self._max_update_words = max_update_words
 
     @property
@@ -64,29 +67,35 @@ class Scheduler:
         if self.waiting:
             self._level()
         step = Step()
-        running = self.running
-        budget = self._max_num_batched_tokens
+        running, prompts = self.running, []
         num_preemptions = self.num_preemptions
         index = 0
         while index < len(running):
             seq = running[index]
             index += 1
-            query_len = seq.num_tokens - seq.num_computed_tokens
-            if query_len > 1:
-                # Every running sequence gets a token a step, however long the prompts before it.
-                query_len = min(query_len, budget - (len(running) - index))
+            if seq.num_tokens - seq.num_computed_tokens > 1:
+                prompts.append(seq)
             elif seq.num_tokens == seq.max_total_tokens:
-                continue  # its last token is in flight
-            if seq.num_computed_tokens + query_len > seq.kv_capacity and not self._grow(seq, step):
-                break
-            budget -= query_len
-            _add_row(step, seq, query_len)
+                pass  # its last token is in flight
+            elif seq.num_computed_tokens < seq.kv_capacity or self._grow(seq, step):
+                _add_row(step, seq, 1)
+        budget = limit = self._prompt_limit(len(step.seqs))
         if self.num_preemptions == num_preemptions:
-            budget = self._admit(step, budget)
+            # Half of it is the oldest prompt's; what waits has a part of the other, too.
+            budget -= self._admit(step, limit // (1, 2, 4)[min(len(prompts), 2)])
+        else:
+            prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
+        needs = [seq.num_tokens - seq.num_computed_tokens for seq in prompts]
+        shares = share_out(needs, budget, for_oldest=limit - limit // 2)
+        for seq, share in zip(prompts, shares, strict=True):
+            if share:
+                _add_row(step, seq, share)
+                budget -= share
         if not step.seqs:
             return None
         _fill(step)
-        step.num_tokens = self._max_num_batched_tokens - budget
+        step.num_prompt_tokens = limit - budget
+        step.num_tokens = sum(step.query_lens)
         return step
 
     def finish(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
@@ -111,6 +120,15 @@ class Scheduler:
             assert seq.num_in_flight_tokens >= 0
         self.slots.check_invariants(self.running)
         self.blocks.check_invariants(self.running)
+
+    def _prompt_limit(self, num_decoding: int) -> int:
+        """Tokens of prompts that a step may take beside num_decoding rows of one token."""
+        if not num_decoding:
+            return self._max_num_batched_tokens
+        # A step runs as one of a few sizes: what is beyond one would be paid up to the next.
+        index = bisect_right(self._step_sizes, self.mixed_limit) - 1
+        limit = max(self._step_sizes[index] - num_decoding, MIN_CHUNK)
+        return min(limit, self._max_num_batched_tokens - num_decoding)
 
     def _grow(self, seq: Sequence, step: Step) -> bool:
         """Give `seq` one more block; False where `seq` itself had to be preempted for want of it.
@@ -178,14 +196,14 @@ class Scheduler:
     def _admit(self, step: Step, budget: int) -> int:
         """Move waiting sequences into slots and rows, in turn, while there is room for them.
 
-        Returns the budget that is left.
+        Returns how many tokens their rows take, at most `budget`.
         """
-        blocks = self.blocks
+        blocks, left = self.blocks, budget
         if not self.waiting or not self.slots.num_free:
-            return budget
+            return 0
         num_looked_up = 0
         for seq in self.waiting.in_turn(self.num_running_of):
-            if not (budget and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
+            if not (left and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
                 break
             if seq.awaited_hash is not None and blocks.is_awaited(seq.awaited_hash):
                 continue  # others may pass it
@@ -204,8 +222,8 @@ class Scheduler:
             if seq.num_wanted_blocks > num_spare or step.num_update_words > self._max_update_words:
                 break
             self.waiting.remove(seq)
-            budget -= self._start(seq, hits, step, budget)
-        return budget
+            left -= self._start(seq, hits, step, left)
+        return budget - left
 
     def _start(self, seq: Sequence, hits: list[int], step: Step, budget: int) -> int:
         """Give `seq` its slot, blocks and first row; returns the tokens of that row."""

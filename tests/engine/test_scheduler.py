@@ -56,20 +56,68 @@ def test_a_long_prompt_ahead_does_not_starve_a_running_decode() -> None:
     engine.add(SequenceRequest([3] * 40, params(), priority=0))  # runs before it, in five chunks
     assert rows(run_step(engine)) == [(0, 1), (1, 7)]
     for _ in range(4):
-        assert rows(run_step(engine)) == [(1, 7), (0, 1)]
+        assert rows(run_step(engine)) == [(0, 1), (1, 7)]
     delta = decode.take()
     assert delta is not None and len(delta.token_ids) == 6
 
 
-def test_every_running_sequence_gets_a_token_in_a_full_house() -> None:
+def test_every_sequence_that_decodes_gets_a_token_in_a_full_house() -> None:
     engine = make_engine(num_slots=8, max_num_batched_tokens=8)
     for index in range(12):
         engine.add(SequenceRequest([index] * 20, params(6)))
-    while (step := engine.schedule()) is not None:
-        assert len(step.seqs) == len(engine.scheduler.running)
+    while True:
+        decoding = [
+            seq
+            for seq in engine.scheduler.running
+            if seq.num_computed_tokens >= seq.num_prompt_tokens
+        ]
+        step = engine.schedule()
+        if step is None:
+            break
+        assert all(seq in step.seqs for seq in decoding)
         assert sum(step.query_lens) == step.num_tokens <= 8
+        assert step.num_tokens == 8 or not engine.scheduler.waiting
         engine.update(step, engine.runner.run(step))
     assert engine.num_seqs == 0
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_to_end() -> None:
+    engine = make_engine(max_num_batched_tokens=17, max_model_len=512, num_blocks=200)
+    engine.add(SequenceRequest([1, 2], params(60)))
+    run_step(engine)
+    engine.add(SequenceRequest([3] * 300, params()))
+    assert rows(run_step(engine)) == [(0, 1), (1, 16)]
+    engine.add(SequenceRequest([4] * 12, params()))
+    assert rows(run_step(engine)) == [(0, 1), (2, 8), (1, 8)]  # half of it for who has waited
+    step = run_step(engine)  # the long one has its half, the short one the rest of its prompt
+    assert sorted(rows(step)) == [(0, 1), (1, 12), (2, 4)]
+    assert rows(run_step(engine)) == [(0, 1), (2, 1), (1, 15)]
+
+
+def test_a_long_prompt_gets_on_among_short_ones_without_end() -> None:
+    engine = make_engine(max_num_batched_tokens=16, max_model_len=512, num_blocks=200)
+    long = engine.add(SequenceRequest([3] * 200, params(1)))
+    num_steps = 0
+    while (delta := long.take()) is None or delta.finish_reason is None:
+        engine.add(SequenceRequest([num_steps] * 40, params(1)))
+        run_step(engine)
+        num_steps += 1
+    assert num_steps <= 200 / (16 / 2) + 1
+
+
+def test_a_step_that_others_decode_in_has_the_size_that_is_fast_enough() -> None:
+    engine = make_engine(max_num_batched_tokens=256, max_model_len=512, num_blocks=200)
+    engine.scheduler.mixed_limit = 70
+    engine.add(SequenceRequest([1] * 200, params(60)))
+    assert run_step(engine).num_tokens == 200  # nobody decodes
+    engine.add(SequenceRequest([2] * 200, params()))
+    engine.add(SequenceRequest([3] * 50, params()))
+    step = run_step(engine)
+    # 64 and not 70, which would run as 80; but a chunk has MIN_CHUNK tokens at least.
+    assert step.num_prompt_tokens == 64 and step.num_tokens == 65
+    engine.scheduler.mixed_limit = 100
+    step = run_step(engine)
+    assert step.num_tokens == 96 and step.num_prompt_tokens == 95
 
 
 def test_steady_decode_sends_no_tokens() -> None:
