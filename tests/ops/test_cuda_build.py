@@ -46,7 +46,8 @@ def smem_table(kernels: dict[str, Kernel]) -> str:
     ]
     for name, kernel in sorted(kernels.items()):
         static = max(kernel.static_smem.values())
-        fitting = [arch for arch, limit in SMEM_LIMITS.items() if kernel.smem(arch) <= limit]
+        fitting = [arch for arch in kernel.static_smem if kernel.smem(arch) <= SMEM_LIMITS[arch]]
+        fitting.sort(key=list(SMEM_LIMITS).index)
         cards = "all" if len(fitting) == len(SMEM_LIMITS) else ",".join(fitting)
         if static or kernel.dynamic_smem:
             lines.append(f"{static:8} {kernel.dynamic_smem:8}  {cards}  {name}")
@@ -126,7 +127,8 @@ def test_no_kernel_spills_or_uses_local_memory(wheel: Wheel, launched: dict[str,
     assert not bad, "\n".join(bad)
     assert num_frames >= len(SMEM_LIMITS) * 10
     for name, kernel in wheel.kernels.items():
-        assert kernel.static_smem.keys() >= SMEM_LIMITS.keys() - {"120"}, name
+        archs = kernel.static_smem.keys()
+        assert archs >= SMEM_LIMITS.keys() - {"120"} or archs == {"90a"}, name  # of *_sm90a.cu
 
 
 def test_every_kernel_bounds_its_block(wheel: Wheel) -> None:
@@ -156,6 +158,14 @@ def test_launchers_ask_each_card_for_what_it_has(
     # No instance is for nobody, and none with dynamic shared memory escapes this test.
     dynamic = {name for name, kernel in wheel.kernels.items() if kernel.dynamic_smem}
     assert set().union(*launched.values()) >= dynamic
+
+
+def test_a_kernel_of_one_card_stands_in_the_table_for_that_alone() -> None:
+    hopper = Kernel({"90a": 1024}, 200 * 1024)
+    every = Kernel(dict.fromkeys(reversed(CARDS), 2048))
+    large = Kernel(dict.fromkeys(CARDS, 0), 100 * 1024)
+    table = smem_table({"a": hopper, "b": every, "c": large}).splitlines()[3:]
+    assert [line.split()[2:] for line in table] == [["90a", "a"], ["all", "b"], ["80,90a", "c"]]
 
 
 def symbols(path: Path, which: str) -> dict[str, str]:
