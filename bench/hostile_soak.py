@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.fuzz import count_files, run_case, wait_files
+from bench.fuzz import WARM_PARTS, count_files, run_case, wait_files
 from bench.hostile import make_case
 from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak, wait_idle
 from bench.trial import Trial, conclude, try_server
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """0: every check passed; 1: one failed or the server could not be reached."""
     parser = make_parser(__doc__)
     parser.add_argument("--hostile-share", type=float, default=0.2, help="default %(default)s")
-    parser.set_defaults(max_growth_mib=5.0)
+    parser.set_defaults(max_growth_mib=5.0, warm_parts=WARM_PARTS)
     args = parser.parse_args(argv)
     if not 2 <= args.concurrency <= MAX_CONCURRENCY:
         parser.error(f"--concurrency must be in [2, {MAX_CONCURRENCY}], got {args.concurrency}")
