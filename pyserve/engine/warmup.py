@@ -1,7 +1,6 @@
 """Steps that no request asked for: they make a device ready for every shape that can come.
 
-They start from reset slots, and all rows are made of token 0 and block 0: what they write is read
-by nobody.
+They start from reset slots, and no request reads what they write.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ def warmup_steps(limits: StepLimits) -> Iterator[Step]:
 def graph_steps(limits: StepLimits, *, num_blocks: int, vocab_size: int) -> Iterator[Step]:
     """Steps of every shape that is recorded, the largest first: as many rows as may be, and as few.
 
-    Unlike the others they compute something: each row has tokens and blocks of its own, so that a
-    record that does not do what its launches did is found out. Shapes that would need more than
-    num_blocks are left out: no step has them.
+    The rows of the others are all made of token 0 and block 0. Here each has tokens and blocks of
+    its own, so that a record that does not do what its launches did is found out. Shapes that
+    would need more than num_blocks are left out, and run op by op where they come.
     """
     for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
         if num_tokens > MAX_GRAPH_TOKENS:
             continue
         few_rows = -(-num_tokens // limits.max_model_len)
-        for num_rows in {min(num_tokens, limits.num_slots), few_rows}:
+        for num_rows in {min(count, limits.num_slots) for count in (num_tokens, few_rows)}:
             step = _step(limits, num_tokens, num_rows=num_rows)
             if _use_blocks(step, limits.block_size, vocab_size) <= num_blocks:
                 yield step
