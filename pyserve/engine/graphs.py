@@ -37,9 +37,6 @@ class GraphCache:
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
 
