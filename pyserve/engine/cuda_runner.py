@@ -233,9 +233,12 @@ class CudaRunner:
     def _record(self, step: Step) -> None:
         entry = self._ring[0]
         num_words = pack(step, entry.words)
-        with torch.cuda.stream(self._stream), _no_collection():
-            self._executor.step_input[:num_words].copy_(entry.step_input[:num_words])
-            self._executor.record(StepShape.of(entry.words))
+        try:
+            with torch.cuda.stream(self._stream), _no_collection():
+                self._executor.step_input[:num_words].copy_(entry.step_input[:num_words])
+                self._executor.record(StepShape.of(entry.words))
+        except Exception as error:
+            raise self._explained(error) from None
 
     def _run_and_wait(self, step: Step) -> None:
         with torch.cuda.stream(self._stream):

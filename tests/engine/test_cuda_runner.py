@@ -27,6 +27,7 @@ from pyserve.engine.runner import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits
+from pyserve.errors import DeviceError
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
@@ -182,6 +183,26 @@ def test_a_step_that_cannot_be_launched_fails_alone(
                 engine.abort(stream)
 
     asyncio.run(asyncio.wait_for(run(), 60))
+    runner.close()
+
+
+def test_a_record_that_fails_says_whether_the_device_is_lost(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("as wanted")
+
+    monkeypatch.setattr(runner._executor, "record", fail)
+    with pytest.raises(RuntimeError, match="as wanted"):
+        runner.allocate_kv(NUM_BLOCKS)
+    monkeypatch.setattr(FakeStream, "synchronize", fail)
+    monkeypatch.setattr(runner, "_run_and_wait", lambda step: None)
+    with pytest.raises(DeviceError, match="the GPU failed: as wanted"):
+        runner.allocate_kv(NUM_BLOCKS)
+    monkeypatch.undo()
     runner.close()
 
 
