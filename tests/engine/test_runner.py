@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,17 @@ import torch
 
 from pyserve import ops
 from pyserve.client import EngineInfo, SequenceRequest
-from pyserve.engine import runner as runner_module
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepShape, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine
-from pyserve.engine.graphs import GraphCache
 from pyserve.engine.planner import HostMemory, plan_memory
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits
-from pyserve.engine.warmup import graph_steps, warmup_steps
-from pyserve.errors import DeviceError, EngineError
+from pyserve.engine.warmup import warmup_steps
+from pyserve.errors import EngineError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
@@ -466,54 +463,6 @@ def test_every_call_after_the_end_has_an_answer(decoder: Decoder) -> None:
         await stop_and_check(client, engine, stream)
 
     asyncio.run(asyncio.wait_for(run(), 60))
-
-
-class RepeatedLaunches(GraphCache):
-    """A record is the launch itself: a CPU records nothing."""
-
-    def record(self, key: Hashable, launch: Callable[[], object]) -> None:
-        self._graphs[key] = SimpleNamespace(replay=launch)  # type: ignore[assignment]
-
-
-def record_all(executor: StepExecutor) -> list[StepShape]:
-    shapes = []
-    for step in graph_steps(executor.limits, num_blocks=128, vocab_size=VOCAB_SIZE):
-        pack(step, executor.step_input.numpy())
-        executor.record(step.shape)
-        shapes.append(step.shape)
-    return shapes
-
-
-def test_records_are_held_against_the_launches(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "GraphCache", RepeatedLaunches)
-    poisoned = make_decoder()
-    poisoned.embedding.weight[NAN_TOKEN] = torch.nan
-    for model in (decoder, poisoned):
-        executor = StepExecutor(model, limits(64, 8))
-        executor.allocate_kv(128)
-        shapes = record_all(executor)
-        assert shapes and all(executor.has_graph(shape) for shape in shapes)
-        executor.close()
-    executor = StepExecutor(decoder, limits(64, 8))
-    executor.allocate_kv(128)
-    monkeypatch.setattr(RepeatedLaunches, "replay", lambda self, key: key in self)
-    with pytest.raises(DeviceError, match="computes something else than .*--enforce-eager"):
-        record_all(executor)
-    executor.close()
-
-
-def test_another_kv_cache_takes_the_records_of_the_first_with_it(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "GraphCache", RepeatedLaunches)
-    executor = StepExecutor(decoder, limits(16, 8))
-    executor.allocate_kv(128)
-    shapes = record_all(executor)
-    executor.allocate_kv(64)
-    assert shapes and not any(executor.has_graph(shape) for shape in shapes)
-    executor.close()
 
 
 def test_a_closed_executor_tells_its_device_and_runs_nothing(decoder: Decoder) -> None:

@@ -1,0 +1,78 @@
+"""What an executor records, where a launch that is called again stands in for a CUDA graph.
+
+Graphs themselves are in tests/gpu/test_graphs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pyserve.engine import runner
+from pyserve.engine.batch import StepShape, pack
+from pyserve.engine.graphs import GraphCache
+from pyserve.engine.runner import StepExecutor
+from pyserve.engine.warmup import graph_steps
+from pyserve.errors import DeviceError
+from pyserve.model.decoder import Decoder
+from tests.engine.test_runner import NAN_TOKEN, limits, make_decoder
+from tests.engine.tiny import VOCAB_SIZE
+
+NUM_BLOCKS = 128
+
+
+class RepeatedLaunches(GraphCache):
+    """A record is the launch itself."""
+
+    def record(self, key: Hashable, launch: Callable[[], object]) -> None:
+        self._graphs[key] = SimpleNamespace(replay=launch)  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GraphCache", RepeatedLaunches)
+
+
+def make_executor(model: Decoder) -> StepExecutor:
+    executor = StepExecutor(model, limits(64, 8))
+    executor.allocate_kv(NUM_BLOCKS)
+    return executor
+
+
+def record_all(executor: StepExecutor) -> list[StepShape]:
+    shapes = []
+    for step in graph_steps(executor.limits, num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE):
+        pack(step, executor.step_input.numpy())
+        executor.record(step.shape)
+        shapes.append(step.shape)
+    return shapes
+
+
+@pytest.mark.parametrize("has_nan", [False, True])
+def test_a_record_that_computes_the_same_is_kept(has_nan: bool) -> None:
+    model = make_decoder()
+    if has_nan:
+        model.embedding.weight[NAN_TOKEN] = torch.nan
+    executor = make_executor(model)
+    shapes = record_all(executor)
+    assert shapes and all(executor.has_graph(shape) for shape in shapes)
+    executor.close()
+
+
+def test_a_record_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RepeatedLaunches, "replay", lambda self, key: key in self)
+    executor = make_executor(make_decoder())
+    with pytest.raises(DeviceError, match="computes something else than .*--enforce-eager"):
+        record_all(executor)
+    executor.close()
+
+
+def test_another_kv_cache_takes_the_records_of_the_first_with_it() -> None:
+    executor = make_executor(make_decoder())
+    shapes = record_all(executor)
+    executor.allocate_kv(NUM_BLOCKS // 2)
+    assert shapes and not any(executor.has_graph(shape) for shape in shapes)
+    executor.close()
