@@ -153,6 +153,9 @@ class EngineConfig:
     )
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
     enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
+    trace: Path | None = flag(
+        None, "write what steps take as a Chrome trace", metavar="FILE", shown="no trace"
+    )
     max_queue: int | None = flag(
         None,
         "wait at most, then 429",

@@ -66,6 +66,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "ready-file": [(["/r"], Path("/r")), (["None"], None)],
     "shutdown-timeout": [(["3"], 3.0), (["0.5"], 0.5)],
     "target-itl-ms": [(["0"], 0), (["50"], 50)],
+    "trace": [(["a.json"], Path("a.json"))],
     "max-queue": [(["9"], 9)],
     "request-timeout": [(["7"], 7.0)],
     "log-level": [(["debug"], "debug"), (["INFO"], "info"), (["CRITICAL"], "critical")],

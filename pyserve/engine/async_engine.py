@@ -16,6 +16,7 @@ from pyserve.client import EngineInfo, EngineStats, SequenceRequest, SequenceStr
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine
 from pyserve.engine.queue_bound import Load, QueueBound
+from pyserve.engine.trace import Trace
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.words import counted
 
@@ -28,10 +29,13 @@ class AsyncEngine:
 
     `_task` is None until `start`; from `_refusal` on the engine is ending or has ended, and from
     `_error` on it has given up. The runner is closed when `_task` ends, unless its GPU is lost.
+
+    trace   is told where the time goes, and closed at the end.
     """
 
-    def __init__(self, engine: Engine, info: EngineInfo) -> None:
+    def __init__(self, engine: Engine, info: EngineInfo, trace: Trace | None = None) -> None:
         self._engine = engine
+        self._trace = trace
         self._info = info
         self._depth = engine.runner.run_ahead_depth
         self._queue = QueueBound(max_queue=info.max_queue, num_slots=info.max_num_seqs)
@@ -45,6 +49,10 @@ class AsyncEngine:
         self._task: asyncio.Task[None] | None = None
         self._refusal: str | None = None  # why nothing is accepted any more; set once
         self._error: str | None = None
+        if trace is not None:
+            trace.watch(engine, "schedule", "schedule")
+            trace.watch(self, "_launch_step", "launch")
+            trace.watch(engine, "update", "update")
         self._has_given_up = asyncio.Event()
 
     @property
@@ -129,7 +137,7 @@ class AsyncEngine:
                     if self._in_flight:
                         # The next step runs already: let tokens go out before the loop is kept
                         # from it by a launch that takes milliseconds.
-                        await asyncio.sleep(0)
+                        await self._deliver()
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
                     self._wakeup.clear()
@@ -137,6 +145,8 @@ class AsyncEngine:
         except Exception as error:  # a bug of ours: the books cannot be trusted any more
             log.get_logger().exception("the engine has stopped")
             self._give_up(f"the engine has stopped: {type(error).__name__}")
+        if self._trace is not None:
+            self._trace.close()
         results = [result for _, result in self._in_flight]
         if self._is_device_lost:
             # No step ends on a lost device, and no memory of it can be freed: the process must end.
@@ -164,7 +174,19 @@ class AsyncEngine:
             self._next_step = None
             if not self._in_flight:
                 self._step_start_s = time.monotonic()
-            self._in_flight.append((step, self._engine.runner.launch(step).sample()))
+            self._in_flight.append((step, self._launch_step(step)))
+
+    def _launch_step(self, step: Step) -> asyncio.Future[StepOutput]:
+        return self._engine.runner.launch(step).sample()
+
+    async def _deliver(self) -> None:
+        """Let everything else on the loop have its turn once."""
+        if self._trace is None:
+            await asyncio.sleep(0)
+            return
+        began_s = time.perf_counter()
+        await asyncio.sleep(0)
+        self._trace.span("deliver", began_s, time.perf_counter())
 
     async def _finish_step(self) -> None:
         """Await the oldest step in flight and deliver what it has sampled."""
@@ -175,7 +197,10 @@ class AsyncEngine:
             self._on_failed_step(step, error)
         else:
             self._num_failed_steps = 0
-            self._engine.note_duration(step, time.monotonic() - self._step_start_s)
+            duration_s = time.monotonic() - self._step_start_s
+            self._engine.note_duration(step, duration_s)
+            if self._trace is not None:
+                self._trace.step(step, duration_s)
             if self._refusal is None:
                 self._engine.update(step, output)
         self._in_flight.popleft()

@@ -35,6 +35,7 @@ from pyserve.engine.planner import (
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.trace import Trace
 from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import DeviceError, PlanError, StartupError
 from pyserve.model.build import build_model
@@ -57,6 +58,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
+    trace = Trace(config.trace) if config.trace else None
     start = settle_start(config)  # before anything is compiled, so that a refusal comes at once
     device, model_config, dtype = start.device, start.model_config, start.dtype
     memory, plan = start.memory, start.plan
@@ -101,7 +103,9 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
-    return AsyncEngine(new_engine(), info)
+    if trace is not None:
+        trace.watch(runner, "pack", "pack")
+    return AsyncEngine(new_engine(), info, trace)
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,6 +279,7 @@ class CpuRunner:
     the worker, most of it outside the GIL. `num_threads` is what one op may use.
     """
 
+    pack = staticmethod(pack)  # where a trace puts its timer
     run_ahead_depth = 0  # a step's successor would wait for the same cores
     step_deadline_s: float | None = None  # a long prompt may take minutes
 
@@ -337,7 +338,7 @@ class CpuRunner:
         self._buffer = np.empty(0, np.int32)
 
     def _forward(self, step: Step) -> StepShape:
-        pack(step, self._buffer)
+        self.pack(step, self._buffer)
         shape = StepShape.of(self._buffer)
         self._executor.forward(shape)
         return shape
