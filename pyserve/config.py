@@ -56,14 +56,9 @@ class LaunchConfig:
 
     config: Path | None = flag(None, "YAML of flags: 'port: 8000'; flags given win", group="")
     env: tuple[tuple[str, str], ...] = flag(
-        (),
-        "set a variable of the environment; repeatable",
-        group="",
-        shown="",
-        metavar="KEY=VALUE",
-        read=assignment,
-        options={"action": "append"},
-    )
+        (), "set a variable of the environment; repeatable", "", group="", metavar="KEY=VALUE",
+        read=assignment, options={"action": "append"},
+    )  # fmt: skip
     model: str | None = flag(
         None, "a folder, or a name on the hub: org/name", "the demo model", read=str
     )
@@ -73,29 +68,21 @@ class LaunchConfig:
     revision: str | None = flag(None, "branch, tag or commit on the hub", "main", metavar="REV")
     download_dir: Path | None = flag(None, "where downloads are kept", "HF_HOME", metavar="DIR")
     hf_token: str | bool | None = flag(
-        None,
-        "access token of the hub",
-        "HF_TOKEN, or hf auth login's",
-        metavar="TOKEN",
+        None, "access token of the hub", "HF_TOKEN, or hf auth login's", metavar="TOKEN",
         options={"nargs": "?", "const": True},
-    )
+    )  # fmt: skip
     chat_template: str | None = flag(
         None, "file or text of another chat template", "model's", metavar="FILE"
     )
     generation_config: str = flag(
-        "auto",
-        "sampling: auto: the model's defaults; vllm: none; a folder",
-        metavar="FROM",
+        "auto", "sampling: auto: the model's defaults; vllm: none; a folder", metavar="FROM",
         read=str,
-    )
+    )  # fmt: skip
     tensor_parallel_size: int = flag(1, "only 1 yet", group="engine", short="-tp")
     log_level: LogLevel = flag(
-        "info",
-        "debug, info, warning, error or critical",
-        group=REQUESTS,
-        metavar="LEVEL",
+        "info", "debug, info, warning, error or critical", group=REQUESTS, metavar="LEVEL",
         read=str.lower,
-    )
+    )  # fmt: skip
 
     @property
     def token(self) -> str | bool | None:
@@ -128,11 +115,9 @@ class EngineConfig:
         None, "context: 4096, 32k", "what fits", read=context, limits=(1, 2**24)
     )
     gpu_memory_utilization: float = flag(
-        0.9,
-        "of the card's memory, others' use included",
-        metavar="PART",
+        0.9, "of the card's memory, others' use included", metavar="PART",
         also="device-memory-utilization",
-    )
+    )  # fmt: skip
     kv_cache_memory_bytes: int | None = flag(
         None, "KV cache at most: 4G (4 GiB)", "what is left", read=optional_size, limits=(1, 2**50)
     )
@@ -141,11 +126,9 @@ class EngineConfig:
         None, "a step;", "8192 on a card of 40 GB or more, else 2048", read=size, limits=(1, 2**20)
     )
     target_itl_ms: int = flag(
-        40,
-        "time a step with prompts may take while answers run; 0: any",
-        metavar="MS",
+        40, "time a step with prompts may take while answers run; 0: any", metavar="MS",
         limits=(0, 60_000),
-    )
+    )  # fmt: skip
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
     enable_prefix_caching: bool = flag(True, "do not keep what prompts have in common", "kept")
     scheduling_policy: Policy = flag(
@@ -157,11 +140,7 @@ class EngineConfig:
         None, "write what steps take as a Chrome trace", metavar="FILE", shown="no trace"
     )
     max_queue: int | None = flag(
-        None,
-        "wait at most, then 429",
-        group=REQUESTS,
-        shown="4 x --max-num-seqs",
-        limits=(1, MAX_QUEUE),
+        None, "wait at most, then 429", "4 x --max-num-seqs", group=REQUESTS, limits=(1, MAX_QUEUE)
     )
 
     def __post_init__(self) -> None:
@@ -186,26 +165,16 @@ class ServerConfig:
     ssl_certfile: Path | None = flag(None, "serve TLS with this chain (PEM)")
     ssl_keyfile: Path | None = flag(None, "its key, no password", "in the chain")
     api_keys: tuple[str, ...] = flag(
-        (),
-        "clients must send one of them",
-        name="api-key",
-        shown="VLLM_API_KEY",
-        metavar="KEY",
-        read=key,
-        options={"action": "append", "nargs": "+"},
-    )
+        (), "clients must send one of them", "VLLM_API_KEY", name="api-key", metavar="KEY",
+        read=key, options={"action": "append", "nargs": "+"},
+    )  # fmt: skip
     share_prefix_cache: bool = flag(
         False, "of several keys: one cache of prompts for all", "each its own"
     )
     served_model_names: tuple[str, ...] = flag(
-        MISSING,
-        "what clients may call the model",
-        name="served-model-name",
-        shown="what --model says",
-        metavar="NAME",
-        read=str,
-        options={"nargs": "+"},
-    )
+        MISSING, "what clients may call the model", "what --model says", name="served-model-name",
+        metavar="NAME", read=str, options={"nargs": "+"},
+    )  # fmt: skip
     root_path: str = flag(
         "", "prefix that a proxy leaves on, as /llm", "", metavar="PATH", read=url_prefix
     )
@@ -220,18 +189,13 @@ class ServerConfig:
         False, "run templates that requests bring", group=REQUESTS
     )
     log_requests: bool = flag(
-        False,
-        "a line for each request's parameters, never texts",
-        name="enable-log-requests",
+        False, "a line for each request's parameters, never texts", name="enable-log-requests",
         group=REQUESTS,
-    )
+    )  # fmt: skip
     log_stats: bool = flag(
-        True,
-        "no line of statistics every 10 s",
-        name="disable-log-stats",
-        group=REQUESTS,
+        True, "no line of statistics every 10 s", name="disable-log-stats", group=REQUESTS,
         is_negated=True,
-    )
+    )  # fmt: skip
     max_body_bytes: int = MAX_BODY_BYTES
 
     def __post_init__(self) -> None:

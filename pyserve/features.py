@@ -51,10 +51,6 @@ class Feature:
     paths: str = ""
 
 
-def _uses_tools(request: Any) -> bool:
-    return bool(request.tools) and request.tool_choice != "none"
-
-
 FEATURES: dict[str, Feature] = {
     "quantised weights": Feature(
         flags={**plain(JSON, "quantization-config"), "quantization": Flag(VALUE, short="-q")}
@@ -73,20 +69,13 @@ FEATURES: dict[str, Feature] = {
         },
         fields=(
             Field("tools", (CHAT, TOKENIZE), ([],), lambda r: r.tool_choice == "none"),
-            Field(
-                "tool_choice",
-                (CHAT, TOKENIZE),
-                ("none",),
-                lambda r: r.tool_choice == "auto" and not r.tools,
-            ),
-            Field("parallel_tool_calls", (CHAT,), (True,), lambda r: not _uses_tools(r)),
+            Field("tool_choice", (CHAT, TOKENIZE), ("none",),
+                  lambda r: r.tool_choice == "auto" and not r.tools),
+            Field("parallel_tool_calls", (CHAT,), (True,),
+                  lambda r: not r.tools or r.tool_choice == "none"),
             Field("functions", (CHAT,), ([],), lambda r: r.function_call == "none"),
-            Field(
-                "function_call",
-                (CHAT, MESSAGE),
-                ("none",),
-                lambda r: r.function_call == "auto" and not r.functions,
-            ),
+            Field("function_call", (CHAT, MESSAGE), ("none",),
+                  lambda r: r.function_call == "auto" and not r.functions),
             Field("tool_calls", (MESSAGE,), ([],)),
             Field("tool_call_id", (MESSAGE,)),
         ),
@@ -110,12 +99,8 @@ FEATURES: dict[str, Feature] = {
             "guided-decoding-backend": Flag(VALUE, ("auto", "xgrammar")),
         },
         fields=(
-            Field(
-                "response_format",
-                (SAMPLING,),
-                ({"type": "text"},),
-                lambda r: r.response_format.get("type") == "text",
-            ),
+            Field("response_format", (SAMPLING,), ({"type": "text"},),
+                  lambda r: r.response_format.get("type") == "text"),
             Field("structured_outputs", (SAMPLING,)),
             Field("guided_json", (SAMPLING,)),
             Field("guided_regex", (SAMPLING,)),
@@ -148,16 +133,11 @@ FEATURES: dict[str, Feature] = {
     ),
     "adapters": Feature(
         flags={
-            **plain(
-                SWITCH,
-                "enable-lora fully-sharded-loras enable-lora-bias enable-mixed-moe-lora-format "
-                "enable-moe-shared-loras enable-tower-connector-lora",
-            ),
-            **plain(
-                VALUE,
-                "max-cpu-loras long-lora-scaling-factors max-lora-cls-labels "
-                "qlora-adapter-name-or-path",
-            ),
+            **plain(SWITCH, "enable-lora fully-sharded-loras enable-lora-bias "
+                            "enable-mixed-moe-lora-format enable-moe-shared-loras "
+                            "enable-tower-connector-lora"),
+            **plain(VALUE, "max-cpu-loras long-lora-scaling-factors max-lora-cls-labels "
+                           "qlora-adapter-name-or-path"),
             **plain(LIST, "lora-modules lora-target-modules"),
             **plain(JSON, "default-mm-loras"),
             "max-loras": Flag(VALUE, ("1",)),
@@ -207,14 +187,12 @@ FEATURES: dict[str, Feature] = {
     "speculation": Feature(
         flags={
             **plain(SWITCH, "speculative-disable-mqa-scorer disable-logprobs-during-spec-decoding"),
-            **plain(
-                VALUE,
-                "speculative-model num-speculative-tokens ngram-prompt-lookup-max "
-                "ngram-prompt-lookup-min spec-method spec-model spec-tokens "
-                "speculative-model-quantization speculative-max-model-len "
-                "speculative-disable-by-batch-size typical-acceptance-sampler-posterior-threshold "
-                "typical-acceptance-sampler-posterior-alpha",
-            ),
+            **plain(VALUE, "speculative-model num-speculative-tokens ngram-prompt-lookup-max "
+                           "ngram-prompt-lookup-min spec-method spec-model spec-tokens "
+                           "speculative-model-quantization speculative-max-model-len "
+                           "speculative-disable-by-batch-size "
+                           "typical-acceptance-sampler-posterior-threshold "
+                           "typical-acceptance-sampler-posterior-alpha"),
             "speculative-config": Flag(JSON, short="-sc"),
             "speculative-draft-tensor-parallel-size": Flag(VALUE, short="-spec-draft-tp"),
             "spec-decoding-acceptance-method": Flag(VALUE, ("rejection_sampler",)),
@@ -252,17 +230,11 @@ FEATURES: dict[str, Feature] = {
     "changed models": Feature(
         flags={
             **plain(SWITCH, "disable-sliding-window skip-tokenizer-init"),
-            **plain(
-                VALUE,
-                "rope-theta hf-config-path override-attention-dtype tokenizer-revision "
-                "code-revision",
-            ),
+            **plain(VALUE, "rope-theta hf-config-path override-attention-dtype "
+                           "tokenizer-revision code-revision"),
             **plain(LIST, "ignore-patterns"),
-            **plain(
-                JSON,
-                "rope-scaling hf-overrides override-neuron-config additional-config engram-config "
-                "model-class-overrides model-loader-extra-config",
-            ),
+            **plain(JSON, "rope-scaling hf-overrides override-neuron-config additional-config "
+                          "engram-config model-class-overrides model-loader-extra-config"),
             "model-impl": Flag(VALUE, ("auto", "vllm")),
         }
     ),
@@ -279,10 +251,8 @@ FEATURES: dict[str, Feature] = {
             **plain(SWITCH, "enable-sleep-mode"),
             **plain(VALUE, "kv-offloading-size"),
             **plain(LIST, "cpu-offload-params offload-params"),
-            **plain(
-                JSON,
-                "kv-transfer-config kv-events-config ec-transfer-config weight-transfer-config",
-            ),
+            **plain(JSON, "kv-transfer-config kv-events-config ec-transfer-config "
+                          "weight-transfer-config"),
             "cpu-offload-gb": Flag(VALUE, ("0",)),
             "offload-group-size": Flag(VALUE, ("0",)),
         },
@@ -312,10 +282,8 @@ FEATURES: dict[str, Feature] = {
     ),
     "logs and traces": Feature(
         flags={
-            **plain(
-                SWITCH,
-                "enable-log-outputs log-error-stack enable-per-request-metrics enable-trace-replay",
-            ),
+            **plain(SWITCH, "enable-log-outputs log-error-stack enable-per-request-metrics "
+                            "enable-trace-replay"),
             **plain(VALUE, "log-config-file otlp-traces-endpoint fingerprint-value"),
             **plain(JSON, "logging-config custom-histogram-buckets profiler-config"),
         },
@@ -356,7 +324,7 @@ FEATURES: dict[str, Feature] = {
     ),
     "filling in the middle": Feature(fields=(Field("suffix", (COMPLETION,), ("",)),)),
     "repetition detection": Feature(fields=(Field("repetition_detection", (SAMPLING,)),)),
-}
+}  # fmt: skip
 
 # Fields without effect on an answer, whatever is built.
 NO_EFFECT = (

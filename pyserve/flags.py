@@ -193,7 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Serve a model on the OpenAI API. Without a model: the bundled demo model.",
         epilog="Defaults stand in brackets. Other flags of vLLM are known: those without meaning "
         "here give a warning,\nthose not built yet an error. Every switch has a --no- form.",
-        formatter_class=_formatter,
+        formatter_class=_HelpLines,
         allow_abbrev=False,
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
@@ -208,10 +208,6 @@ def make_parser() -> argparse.ArgumentParser:
     for name, flag in (FLAGS | NO_MEANING).items():
         _add_silent(parser, name, flag)
     return parser
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return _HelpLines(prog)
 
 
 def add_flag(parser: argparse._ActionsContainer, row: Row) -> None:

@@ -79,29 +79,17 @@ _QK_NORM_KEYS = ("qk_layer_norms", "qk_layernorm", "qk_norm", "use_qk_norm")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
-        model_type="llama",
-        attention_bias="config",
-        has_o_bias=True,
-        mlp_bias="config",
+        model_type="llama", attention_bias="config", has_o_bias=True, mlp_bias="config",
         known_keys=frozenset({"use_sliding_window"}),
     ),
     "MistralForCausalLM": Architecture(model_type="mistral", default_kv_heads=8, window="all"),
     "Qwen2ForCausalLM": Architecture(
-        model_type="qwen2",
-        default_kv_heads=32,
-        attention_bias="always",
-        window="upper",
+        model_type="qwen2", default_kv_heads=32, attention_bias="always", window="upper",
         known_keys=_UPPER_KEYS,
     ),
     "Qwen3ForCausalLM": Architecture(
-        model_type="qwen3",
-        default_kv_heads=32,
-        default_head_dim=128,
-        attention_bias="config",
-        has_o_bias=True,
-        has_qk_norm=True,
-        window="upper",
-        known_keys=_UPPER_KEYS,
+        model_type="qwen3", default_kv_heads=32, default_head_dim=128, attention_bias="config",
+        has_o_bias=True, has_qk_norm=True, window="upper", known_keys=_UPPER_KEYS,
         neutral=dict.fromkeys(_QK_NORM_KEYS, (True,)),
     ),
-}
+}  # fmt: skip

@@ -85,164 +85,87 @@ _EMPTY = _Row(({},))
 _SILU = _Row(("silu", "swish"))
 _RMS = _Row(("rms", "rms_norm", "rmsnorm", "RMSNorm"))
 
+
+def _rows(row: _Row, names: str) -> dict[str, _Row]:
+    """One row for each of some names."""
+    return dict.fromkeys(names.split(), row)
+
+
 # Fields that ask for another computation over the same tensors, unless their value is neutral.
 _CHANGING: dict[str, _Row] = {
     # positions
-    "alibi": _OFF,
-    "use_alibi": _OFF,
+    **_rows(_OFF, "alibi use_alibi rope_interleave rope_interleaved rotary_interleaved use_mrope "
+                  "use_dynamic_ntk"),
     "position_embedding_type": _Row(("rope", "RoPE", "ROPE", "rotary")),
     "use_rope": _Row((True,)),
-    "rope_interleave": _OFF,
-    "rope_interleaved": _OFF,
-    "rotary_interleaved": _OFF,
-    "rope_pct": _ONE,
-    "rotary_pct": _ONE,
-    "rotary_percent": _ONE,
+    **_rows(_ONE, "rope_pct rotary_pct rotary_percent rope_ratio rope_scaling_factor"),
     "rotary_dim": _Row(same_as="head_dim"),
-    "rope_ratio": _ONE,
-    "rope_scaling_factor": _ONE,
-    "rope_base": _Row(same_as="rope_theta"),
-    "rotary_base": _Row(same_as="rope_theta"),
-    "rotary_emb_base": _Row(same_as="rope_theta"),
-    "global_rope_theta": _Row(same_as="rope_theta"),
-    "local_rope_theta": _Row(same_as="rope_theta"),
-    "rope_local_base_freq": _Row(same_as="rope_theta"),
-    "layer_rope_theta": _NEVER,
-    "no_rope_layers": _NEVER,
+    **_rows(_Row(same_as="rope_theta"), "rope_base rotary_base rotary_emb_base global_rope_theta "
+                                        "local_rope_theta rope_local_base_freq"),
+    **_rows(_NEVER, "layer_rope_theta no_rope_layers"),
     "no_rope_layer_interval": _NONE,
-    "use_mrope": _OFF,
-    "use_dynamic_ntk": _OFF,
     # attention masks, and layers that share keys and values
     "is_causal": _Row((True,), is_null_refused=True),
-    "is_encoder_decoder": _OFF,
-    "add_cross_attention": _OFF,
-    "use_bidirectional_attention": _OFF,
-    "prefix_lm": _OFF,
-    "attention_chunk_size": _NEVER,
-    "attention_window_size": _NEVER,
-    "sliding_window_pattern": _NEVER,
-    "sliding_window_size": _NEVER,
-    "global_attn_every_n_layers": _NEVER,
-    "attention_sinks": _NONE,
-    "attention_sink_size": _NONE,
-    "num_sink_tokens": _NONE,
-    "use_cla": _OFF,
+    **_rows(_OFF, "is_encoder_decoder add_cross_attention use_bidirectional_attention prefix_lm "
+                  "use_cla attention_k_eq_v"),
+    **_rows(_NEVER, "attention_chunk_size attention_window_size sliding_window_pattern "
+                    "sliding_window_size global_attn_every_n_layers kv_source_layers"),
+    **_rows(_NONE, "attention_sinks attention_sink_size num_sink_tokens num_kv_shared_layers"),
     "cla_share_factor": _ONE,
-    "num_kv_shared_layers": _NONE,
-    "kv_source_layers": _NEVER,
-    "attention_k_eq_v": _OFF,
     # scores
-    "attn_logit_softcapping": _NEVER,
-    "attn_temperature_tuning": _NONE,
+    **_rows(_NEVER, "attn_logit_softcapping log_scaling_n_floor clip_qkv"),
+    **_rows(_NONE, "attn_temperature_tuning llama_4_scaling_beta"),
     "llama_4_scaling": _EMPTY,
-    "llama_4_scaling_beta": _NONE,
-    "log_scaling_n_floor": _NEVER,
-    "use_logn_attn": _OFF,
-    "clip_qkv": _NEVER,
+    **_rows(_OFF, "use_logn_attn scale_attn_by_inverse_layer_idx qk_layer_norms qk_layernorm "
+                  "qk_norm use_qk_norm"),
     "query_pre_attn_scalar": _Row(same_as="head_dim"),
-    "attention_multiplier": _Row(same_as="softmax_scale"),
-    "attention_scale": _Row(same_as="softmax_scale"),
-    "softmax_scale": _Row(same_as="softmax_scale"),
-    "attention_in_multiplier": _ONE,
-    "attention_out_multiplier": _ONE,
-    "attention_value_scale": _ONE,
-    "key_multiplier": _ONE,
-    "qk_scale_factor": _ONE,
+    **_rows(_Row(same_as="softmax_scale"), "attention_multiplier attention_scale softmax_scale"),
+    **_rows(_ONE, "attention_in_multiplier attention_out_multiplier attention_value_scale "
+                  "key_multiplier qk_scale_factor"),
     "scale_attn_weights": _Row((True,)),
-    "scale_attn_by_inverse_layer_idx": _OFF,
-    "qk_layer_norms": _OFF,
-    "qk_layernorm": _OFF,
-    "qk_norm": _OFF,
-    "use_qk_norm": _OFF,
     # residual stream and norms
-    "use_parallel_residual": _OFF,
-    "parallel_residual": _OFF,
-    "parallel_attn": _OFF,
-    "new_decoder_architecture": _OFF,
-    "residual_multiplier": _ONE,
-    "residual_scale": _ONE,
+    **_rows(_OFF, "use_parallel_residual parallel_residual parallel_attn "
+                  "new_decoder_architecture norm_after post_norm use_post_norm sandwich_norm "
+                  "use_sandwich_norm apply_layernorm_1p layernorm_zero_centered_gamma "
+                  "zero_centered_gamma"),
+    **_rows(_ONE, "residual_multiplier residual_scale"),
     "scale_depth": _NEVER,
-    "norm_after": _OFF,
-    "post_norm": _OFF,
-    "use_post_norm": _OFF,
-    "sandwich_norm": _OFF,
-    "use_sandwich_norm": _OFF,
     "norm_type": _RMS,
-    "layer_norm_eps": _Row(same_as="rms_norm_eps"),
-    "layer_norm_epsilon": _Row(same_as="rms_norm_eps"),
-    "norm_eps": _Row(same_as="rms_norm_eps"),
-    "norm_epsilon": _Row(same_as="rms_norm_eps"),
-    "apply_layernorm_1p": _OFF,
-    "layernorm_zero_centered_gamma": _OFF,
-    "zero_centered_gamma": _OFF,
+    **_rows(
+        _Row(same_as="rms_norm_eps"), "layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon"
+    ),
     # MLP
-    "activation_function": _SILU,
-    "mlp_hidden_act": _SILU,
-    "activation_sparsity_pattern": _NEVER,
-    "mlp_gate_softcap": _NEVER,
-    "mlp_multipliers": _NEVER,
+    **_rows(_SILU, "activation_function mlp_hidden_act"),
+    **_rows(_NEVER, "activation_sparsity_pattern mlp_gate_softcap mlp_multipliers swiglu_limit "
+                    "swiglu_limits moe_intermediate_size"),
     "swiglu_alpha": _ONE,
-    "swiglu_limit": _NEVER,
-    "swiglu_limits": _NEVER,
-    "moe_intermediate_size": _NEVER,
-    "moe_num_experts": _Row((0, 1)),
-    "n_routed_experts": _Row((0, 1)),
-    "num_experts": _Row((0, 1)),
+    **_rows(_Row((0, 1)), "moe_num_experts n_routed_experts num_experts num_local_experts"),
     "num_experts_per_tok": _NONE,
-    "num_local_experts": _Row((0, 1)),
     # embedding and logits
-    "embedding_multiplier": _ONE,
-    "embedding_multiplier_scale": _ONE,
-    "embedding_scale": _ONE,
-    "scale_emb": _ONE,
-    "scale_embedding": _OFF,
+    **_rows(_ONE, "embedding_multiplier embedding_multiplier_scale embedding_scale scale_emb "
+                  "mup_width_scale logit_scale logits_scaling lm_head_multiplier "
+                  "output_multiplier output_multiplier_scale"),
+    **_rows(_OFF, "scale_embedding mup_enabled use_mup"),
     "dim_model_base": _Row(same_as="hidden_size"),
-    "mup_enabled": _OFF,
-    "use_mup": _OFF,
-    "mup_width_scale": _ONE,
-    "final_logit_softcapping": _NEVER,
-    "logit_softcapping": _NEVER,
-    "logits_soft_cap": _NEVER,
-    "logit_scale": _ONE,
-    "logits_scaling": _ONE,
-    "lm_head_multiplier": _ONE,
-    "output_multiplier": _ONE,
-    "output_multiplier_scale": _ONE,
+    **_rows(_NEVER, "final_logit_softcapping logit_softcapping logits_soft_cap"),
     # layers that differ from each other, or are run more than once
     "block_configs": _NEVER,
     "per_layer_config": _EMPTY,
-    "loop_num_passes": _ONE,
-    "n_recurrent_loops": _ONE,
-    "num_loops": _ONE,
-    "total_ut_steps": _ONE,
+    **_rows(_ONE, "loop_num_passes n_recurrent_loops num_loops total_ut_steps"),
     # models within the model
-    "audio_config": _EMPTY,
-    "language_config": _EMPTY,
-    "llm_config": _EMPTY,
-    "speech_config": _EMPTY,
-    "text_config": _EMPTY,
-    "thinker_config": _EMPTY,
-    "vision_config": _EMPTY,
+    **_rows(_EMPTY, "audio_config language_config llm_config speech_config text_config "
+                    "thinker_config vision_config"),
     # weights in another format
-    "load_in_4bit": _OFF,
-    "load_in_8bit": _OFF,
-    "quant_config": _EMPTY,
-    "quantization": _EMPTY,
-}
+    **_rows(_OFF, "load_in_4bit load_in_8bit"),
+    **_rows(_EMPTY, "quant_config quantization"),
+}  # fmt: skip
 # The same for keys within rope_scaling and rope_parameters.
 _CHANGING_IN_ROPE: dict[str, _Row] = {
-    "alpha": _ONE,
+    **_rows(_ONE, "alpha attn_factor extrapolation_factor rope_ratio"),
     "apply_yarn_scaling": _Row((True,)),
-    "attn_factor": _ONE,
-    "extrapolation_factor": _ONE,
     "llama_4_scaling_beta": _NONE,
-    "long_factor": _NEVER,
-    "long_mscale": _NEVER,
+    **_rows(_NEVER, "long_factor long_mscale mrope_section short_factor short_mscale"),
     "mrope_interleaved": _OFF,
-    "mrope_section": _NEVER,
-    "rope_ratio": _ONE,
-    "short_factor": _NEVER,
-    "short_mscale": _NEVER,
 }
 
 
