@@ -327,7 +327,7 @@ def step_cases(shape: Shape, num_rows: int) -> Iterator[Case]:
     num_words = ops.pack_step(buffer, *step, blocks, records)
     words = torch.from_numpy(buffer[:num_words])
     plan = ops.StepPlan.allocate(num_rows, num_rows, torch.device("cpu"))
-    outputs = [getattr(plan, name) for name in plan.__slots__]
+    outputs = list(plan)
     tables = (slots, table, counts, BLOCK_SIZE)
     num_bytes = 2 * words.nbytes
     for name, run, twin in (

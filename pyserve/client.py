@@ -197,14 +197,12 @@ class EngineClient(Protocol):
 
     def start(self) -> None:
         """Begin to step; called once, on the event loop. RuntimeError the second time."""
-        ...
 
     async def stop(self) -> None:
         """Fail what still runs, free threads and memory. `submit` raises from here on.
 
         Harmless when called again, also while it runs and before `start`.
         """
-        ...
 
     async def wait_stopped(self) -> str:
         """Why the engine has given up, once it has; waits for ever while it is sound.
@@ -212,7 +210,6 @@ class EngineClient(Protocol):
         By then it has failed every stream and `stats().error` says the same. `stop` alone does not
         end the wait.
         """
-        ...
 
     def check_room(self, num_sequences: int, *, num_tokens: int = 0, user: str = "") -> None:
         """Whether `user` may queue `num_sequences` more, with `num_tokens` prompt tokens in all.
@@ -221,13 +218,11 @@ class EngineClient(Protocol):
         never will, and UnavailableError where the engine has stopped. What passes can be submitted
         at once.
         """
-        ...
 
     def submit(self, request: SequenceRequest) -> SequenceStream:
         """Queue one sequence. Raises as `check_room` does, and InvalidRequestError where it can
         never fit.
         """
-        ...
 
     def abort(self, stream: SequenceStream) -> None:
         """End the sequence. Harmless after its end.
@@ -236,8 +231,6 @@ class EngineClient(Protocol):
         it. Its blocks are free for others within one step: by the end of the step in flight, if
         that computes it.
         """
-        ...
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap, raises nothing."""
-        ...

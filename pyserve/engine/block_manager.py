@@ -27,22 +27,14 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 class BlockManager:
     """Owns `num_blocks` blocks of `block_size` tokens.
 
-    `hash_key` (16 random bytes of this process unless a test gives them) makes hashes unpredictable
-    for whoever writes the prompts.
+    The key of its hashes is random: whoever writes the prompts cannot foresee them.
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        enable_prefix_caching: bool,
-        hash_key: bytes | None = None,
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._is_caching = enable_prefix_caching
-        self._key = secrets.token_bytes(HASH_BYTES) if hash_key is None else hash_key
+        self._key = secrets.token_bytes(HASH_BYTES)
         self._ref_counts = [0] * num_blocks
         # Least recently used first; blocks without reusable contents before all others.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))

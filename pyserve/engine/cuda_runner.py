@@ -65,12 +65,9 @@ class CudaRunner:
 
     pack = staticmethod(pack)  # where a trace puts its timer
     run_ahead_depth = 1
+    step_deadline_s: float | None = STEP_DEADLINE_S
 
-    def __init__(
-        self, executor: StepExecutor, *, is_eager: bool = False,
-        step_deadline_s: float = STEP_DEADLINE_S,
-    ) -> None:  # fmt: skip
-        self.step_deadline_s: float | None = step_deadline_s
+    def __init__(self, executor: StepExecutor, *, is_eager: bool = False) -> None:
         self._executor = executor
         self._is_eager = is_eager
         self._is_closed = False
@@ -222,7 +219,8 @@ class CudaRunner:
         try:
             self._stream.synchronize()  # also: what was launched still reads the ring's entry
         except RuntimeError as device_error:
-            return DeviceError(f"the GPU failed: {_first_line(device_error)}")
+            first_line, _, _ = str(device_error).partition("\n")
+            return DeviceError(f"the GPU failed: {first_line}")
         return error
 
     def _allocate_kv(self, num_blocks: int) -> None:
@@ -262,7 +260,3 @@ def _no_collection() -> Iterator[None]:
 
 def _pinned(num_words: int) -> torch.Tensor:
     return torch.zeros(num_words, dtype=torch.int32, pin_memory=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

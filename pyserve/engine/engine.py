@@ -58,23 +58,18 @@ class Runner(Protocol):
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """From here on steps are launched on `loop`, and their results come there."""
-        ...
 
     def is_replayed(self, step: Step) -> bool:
         """Whether launching `step` costs the host next to nothing."""
-        ...
 
     def launch(self, step: Step) -> Pending:
         """Start `step` without waiting for it. What fails is in the result."""
-        ...
 
     def run(self, step: Step) -> StepOutput:
         """Execute `step` and wait for it, while nothing is in flight; raises what has failed."""
-        ...
 
     def close(self) -> None:
         """Free threads and memory; nothing is in flight. Harmless when called again."""
-        ...
 
 
 _NAN = [-1]  # of a row, as StepOutput tells it

@@ -69,7 +69,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     build.load_native(
         is_reference_allowed=config.allow_reference_ops,
         progress=logger.info,
-        device=_kind(device),
+        device="cuda" if device.type == "cuda" else "cpu",
         report=lambda done, total: progress("build", done, total),
     )
     progress("build", 1, 1)
@@ -139,10 +139,6 @@ def check_start(config: EngineConfig) -> Start:
     if config.load_format != "dummy":
         check_checkpoint(config.model_path, start.model_config)
     return start
-
-
-def _kind(device: torch.device) -> build.DeviceKind:
-    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -182,13 +182,9 @@ class StepExecutor:
                 torch.index_select(self._hidden, 0, tile.hidden_rows, out=tile.hidden)
                 self._model.compute_logits(tile.hidden, tile.logits)
                 ops.sample(
-                    tile.logits,
-                    tile.slots,
-                    state.slots,
-                    state.token_counts,
-                    workspace=state.sample_workspace,
-                    out=tile.sampled,
-                )
+                    tile.logits, tile.slots, state.slots, state.token_counts,
+                    workspace=state.sample_workspace, out=tile.sampled,
+                )  # fmt: skip
 
     def close(self) -> None:
         """Drop the tensors. Harmless when called again."""

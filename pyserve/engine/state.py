@@ -93,7 +93,7 @@ class StepState:
         self.step_input = zeros("step buffers", num_words)
         self.sampled = zeros("step buffers", num_slots)
         self.plan = StepPlan.allocate(max_num_tokens, num_slots, device)
-        for tensor in self.plan.tensors():
+        for tensor in self.plan:
             self._note("step buffers", tensor)
 
     def ledger(self) -> Ledger:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,18 +99,9 @@ def rope_write_kv(
     sines, rotary_dim <= head_dim. Raises RuntimeError where a position or a slot is out of range.
     """
     _ops.rope_write_kv(
-        qkv,
-        positions,
-        cos_sin,
-        slot_mapping,
-        q_norm_weight,
-        k_norm_weight,
-        eps,
-        num_heads,
-        num_kv_heads,
-        key_cache,
-        value_cache,
-    )
+        qkv, positions, cos_sin, slot_mapping, q_norm_weight, k_norm_weight, eps, num_heads,
+        num_kv_heads, key_cache, value_cache,
+    )  # fmt: skip
 
 
 def linear(
@@ -168,20 +159,10 @@ def paged_attention(
     if out is None:
         out = torch.empty_like(q)
     _ops.paged_attention(
-        q,
-        key_cache,
-        value_cache,
-        block_table,
-        row_slots,
-        cu_seqlens_q,
-        seq_lens,
-        softmax_scale,
-        window,
-        q.shape[0] if max_query_len is None else max_query_len,
-        None if plan is None else plan.work,
-        None if plan is None else plan.workspace,
-        out,
-    )
+        q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q, seq_lens,
+        softmax_scale, window, q.shape[0] if max_query_len is None else max_query_len,
+        None if plan is None else plan.work, None if plan is None else plan.workspace, out,
+    )  # fmt: skip
     return out
 
 
@@ -209,12 +190,11 @@ def plan_attention(
     _ops.plan_attention(cu_seqlens_q, seq_lens, num_heads, num_kv_heads, window, plan.work)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What plan_step derives for one step. Padding: ids and positions 0, lengths 0, slots -1.
+class StepPlan(NamedTuple):
+    """What plan_step derives for one step, in the order in which it takes them.
 
-    cu_seqlens_q of padded rows is num_tokens. sample_rows holds, for each sampled row in row
-    order, (index of the row's last token, slot).
+    Padding: ids and positions 0, lengths 0, slots -1. cu_seqlens_q of padded rows is num_tokens.
+    sample_rows holds, for each sampled row in row order, (index of the row's last token, slot).
     """
 
     input_ids: Tensor  # int32 [num_tokens]
@@ -240,18 +220,6 @@ class StepPlan:
             cu_seqlens_q=zeros(max_num_rows + 1),
             seq_lens=zeros(max_num_rows),
             sample_rows=zeros(max_num_rows, 2),
-        )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order in which plan_step takes them."""
-        return (
-            self.input_ids,
-            self.positions,
-            self.slot_mapping,
-            self.row_slots,
-            self.cu_seqlens_q,
-            self.seq_lens,
-            self.sample_rows,
         )
 
     def narrow(self, num_tokens: int, num_rows: int) -> StepPlan:
@@ -283,14 +251,7 @@ def plan_step(
     Raises RuntimeError where the buffer is inconsistent or out of range; slots and block_table may
     then hold part of its updates.
     """
-    _ops.plan_step(
-        step_input,
-        slots,
-        block_table,
-        token_counts,
-        block_size,
-        *plan.tensors(),
-    )
+    _ops.plan_step(step_input, slots, block_table, token_counts, block_size, *plan)
 
 
 def sample(

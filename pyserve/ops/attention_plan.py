@@ -70,12 +70,9 @@ def allocate(
     else:
         num_sms = MAX_SMS
     num_work_words = work_words(
-        max_num_tokens,
-        max_num_rows,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        max_num_tokens, max_num_rows, num_heads=num_heads, num_kv_heads=num_kv_heads,
         num_sms=num_sms,
-    )
+    )  # fmt: skip
     num_workspace_words = workspace_words(num_kv_heads, head_dim, num_sms=num_sms)
     return AttentionPlan(
         work=torch.zeros(num_work_words, dtype=torch.int32, device=device),

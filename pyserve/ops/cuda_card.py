@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from pyserve.errors import StartupError
+from pyserve.ops.toolchain import MIN_CUDA, dotted
 
 MIN_CAPABILITY = (8, 0)  # Ampere: bfloat16, cp.async, 16-bit mma.sync of shape m16n8k16
-MIN_CUDA = (12, 6)
 _UPDATE_DRIVER = "update the NVIDIA driver, or rent a machine whose nvidia-smi shows CUDA"
 
 
@@ -42,15 +42,15 @@ def check_cuda(index: int = 0) -> None:
     found = capability(index)
     if found < MIN_CAPABILITY:
         raise StartupError(
-            f"{torch.cuda.get_device_name(index)} has compute capability {_dotted(found)}: "
-            f"{_dotted(MIN_CAPABILITY)} or later is needed (A100, RTX 30 and newer), "
+            f"{torch.cuda.get_device_name(index)} has compute capability {dotted(found)}: "
+            f"{dotted(MIN_CAPABILITY)} or later is needed (A100, RTX 30 and newer), "
             "or pass --device cpu"
         )
     driver = driver_version()
     if driver < MIN_CUDA:
         raise StartupError(
-            f"the NVIDIA driver supports CUDA {_dotted(driver)}: "
-            f"{_UPDATE_DRIVER} {_dotted(MIN_CUDA)} or later"
+            f"the NVIDIA driver supports CUDA {dotted(driver)}: "
+            f"{_UPDATE_DRIVER} {dotted(MIN_CUDA)} or later"
         )
 
 
@@ -74,7 +74,7 @@ def _init_failure(text: str) -> str:
         driver = (int(found[1]) // 1000, int(found[1]) % 1000 // 10) if found else (0, 0)
         other_torch = ""
         if driver >= MIN_CUDA:  # new enough for us, and for an older build of torch
-            other_torch = f"install PyTorch's build for CUDA {_dotted(MIN_CUDA)} (pytorch.org), or "
+            other_torch = f"install PyTorch's build for CUDA {dotted(MIN_CUDA)} (pytorch.org), or "
         return (
             f"the NVIDIA driver is too old for torch {torch.__version__}: {other_torch}"
             f"{_UPDATE_DRIVER} {torch.version.cuda} or later"
@@ -88,7 +88,3 @@ def _init_failure(text: str) -> str:
     if "No CUDA GPUs" in reason:
         return "no NVIDIA card is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES"
     return f"CUDA does not start: {reason.partition(' Compile with')[0]}; see nvidia-smi"
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"

@@ -8,23 +8,12 @@ from __future__ import annotations
 import torch
 
 OP_NAMES = (
-    "rms_norm",
-    "add_rms_norm",
-    "rope_write_kv",
-    "linear",
-    "silu_mul",
-    "paged_attention",
-    "plan_attention",
-    "plan_step",
-    "sample",
-)
+    "rms_norm", "add_rms_norm", "rope_write_kv", "linear", "silu_mul", "paged_attention",
+    "plan_attention", "plan_step", "sample",
+)  # fmt: skip
 
 
 def register_fakes() -> None:
     """Register the fakes; the schemas must be defined. Called once, by build.load_native."""
     for name in OP_NAMES:
-        torch.library.register_fake(f"pyserve::{name}", _returns_nothing)
-
-
-def _returns_nothing(*args: object) -> None:
-    return None
+        torch.library.register_fake(f"pyserve::{name}", lambda *args: None)

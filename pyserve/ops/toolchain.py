@@ -192,12 +192,12 @@ def find_cuda_compiler(
             reasons.append(f"{nvcc} does not say its version")
         elif version < MIN_CUDA:
             reasons.append(
-                f"nvcc {_dotted(version)} at {nvcc}: {_dotted(MIN_CUDA)} or later is needed"
+                f"nvcc {dotted(version)} at {nvcc}: {dotted(MIN_CUDA)} or later is needed"
             )
         elif driver is not None and version[0] > driver[0]:
             reasons.append(
-                f"nvcc {_dotted(version)} at {nvcc} is newer than the NVIDIA driver, "
-                f"which supports CUDA {_dotted(driver)}: update the driver"
+                f"nvcc {dotted(version)} at {nvcc} is newer than the NVIDIA driver, "
+                f"which supports CUDA {dotted(driver)}: update the driver"
             )
         else:
             archs = _archs(nvcc, version, wanted, capability)
@@ -213,6 +213,11 @@ def card_arch(capability: tuple[int, int], known: Collection[str]) -> str:
     if number == "90":
         return "90a"  # with the instructions that only Hopper has
     return number if number in known else "89-ptx"
+
+
+def dotted(version: tuple[int, int]) -> str:
+    """A version or a compute capability as people write it: "12.6"."""
+    return ".".join(map(str, version))
 
 
 def portable_march() -> str | None:
@@ -462,10 +467,6 @@ def _gencode(arch: str) -> str:
     if ptx:
         return f"arch=compute_{number},code=compute_{number}"
     return f"arch=compute_{_FRONT_ENDS.get(number, number)},code=sm_{number}"
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
 
 
 def _words(*words: str) -> str:

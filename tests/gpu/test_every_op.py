@@ -166,7 +166,7 @@ def test_plan_step() -> None:
         table = torch.zeros(num_slots, 4, dtype=torch.int32, device=DEVICE)
         counts = torch.zeros(num_slots, 100, dtype=torch.int16, device=DEVICE)
         plan = ops.StepPlan.allocate(32, 4, DEVICE)
-        outputs = [getattr(plan, name).fill_(-7) for name in plan.__slots__]
+        outputs = [tensor.fill_(-7) for tensor in plan]
         op(torch.from_numpy(buffer[:num_words]).to(DEVICE), slots, table, counts, 16, *outputs)
         results.append((slots, table, counts, *outputs))
     for actual, twin in zip(*results, strict=True):

@@ -4,7 +4,6 @@ none is run here."""
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from pyserve import ops
 from pyserve.ops import StepPlan, reference
 from pyserve.ops import step_layout as layout
 from tests.ops.step_inputs import SlotUpdate, Tables
-from tests.ops.test_plan_step import Step, poisoned_plan, random_step, small_step, tensors
+from tests.ops.test_plan_step import Step, poisoned_plan, random_step, small_step
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +39,7 @@ def on_cuda(tables: Tables) -> Tables:
 def check(step: Step, tables: Tables, num_tokens: int, num_rows: int) -> None:
     """Run the step on both devices; `tables` (CPU) is advanced."""
     words, device_tables = pack(step), on_cuda(tables)
-    plan = StepPlan(*(tensor.cuda() for tensor in tensors(poisoned_plan(num_tokens, num_rows))))
+    plan = StepPlan(*(tensor.cuda() for tensor in poisoned_plan(num_tokens, num_rows)))
     twin = poisoned_plan(num_tokens, num_rows)
     ops.plan_step(
         words.cuda(),
@@ -56,9 +55,9 @@ def check(step: Step, tables: Tables, num_tokens: int, num_rows: int) -> None:
         tables.block_table,
         tables.token_counts,
         tables.block_size,
-        *tensors(twin),
+        *twin,
     )
-    for mine, theirs in zip(tensors(plan), tensors(twin), strict=True):
+    for mine, theirs in zip(plan, twin, strict=True):
         assert torch.equal(mine.cpu(), theirs)
     assert torch.equal(device_tables.slots.cpu(), tables.slots)
     assert torch.equal(device_tables.block_table.cpu(), tables.block_table)
@@ -161,7 +160,7 @@ def test_refusals() -> None:
     words = pack(small_step())
     with pytest.raises(RuntimeError, match="step_input must be on a CUDA device"):
         ops.plan_step(words, *args, plan)
-    short = replace(plan, sample_rows=plan.sample_rows[:3])
+    short = plan._replace(sample_rows=plan.sample_rows[:3])
     with pytest.raises(RuntimeError, match="size 0 of sample_rows is 3, expected 4"):
         ops.plan_step(words.cuda(), *args, short)
     assert tables.slots[:, layout.SLOT_NUM_COMPUTED].sum() == 0

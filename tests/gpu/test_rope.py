@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops import oracle
-from tests.ops.test_rope import EPS, Case
+from tests.ops.test_rope import Case, check
 
 DTYPES = (torch.bfloat16, torch.float16)
 TENSORS = ("qkv", "positions", "cos_sin", "slot_mapping", "key_cache", "value_cache")
@@ -39,29 +38,6 @@ def make(
         value = getattr(case, name)
         setattr(case, name, None if value is None else value.cuda())
     return case
-
-
-def check(case: Case) -> None:
-    q, k, v = (part.clone() for part in case.heads())
-    exact_q, exact_k = q.double(), k.double()
-    if case.q_norm is not None:
-        exact_q = oracle.rms_norm(q, case.q_norm, EPS)
-    if case.k_norm is not None:
-        exact_k = oracle.rms_norm(k, case.k_norm, EPS)
-    exact_q = oracle.rotate(exact_q, case.positions, case.cos_sin)
-    exact_k = oracle.rotate(exact_k, case.positions, case.cos_sin)
-    twin = case.twin()
-    case.run()
-    oracle.assert_ratio(case.heads()[0], twin.heads()[0], exact_q)
-    assert torch.equal(case.heads()[1], k) and torch.equal(case.heads()[2], v)
-    written = case.slot_mapping >= 0
-    slots = case.slot_mapping[written]
-    keys, values = case.key_cache.flatten(0, 1), case.value_cache.flatten(0, 1)
-    oracle.assert_ratio(keys[slots], twin.key_cache.flatten(0, 1)[slots], exact_k[written])
-    assert torch.equal(values[slots], v[written])
-    untouched = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
-    untouched[slots] = False
-    assert bool((keys[untouched] == 7).all()) and bool((values[untouched] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -136,7 +136,7 @@ def test_out_of_every_op_is_written_in_full() -> None:
 def test_narrow_gives_views_of_the_first_rows() -> None:
     plan = ops.StepPlan.allocate(8, 4, torch.device("cpu"))
     part = plan.narrow(3, 2)
-    shapes = [tuple(getattr(part, name).shape) for name in ops.StepPlan.__slots__]
+    shapes = [tuple(getattr(part, name).shape) for name in ops.StepPlan._fields]
     assert shapes == [(3,), (3,), (3,), (2,), (3,), (2,), (2, 2)]
     part.sample_rows[1, 1] = 5
     assert plan.sample_rows[1, 1] == 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,21 +23,9 @@ def pack(step: Step) -> torch.Tensor:
 
 def poisoned_plan(num_tokens: int, num_rows: int) -> StepPlan:
     plan = StepPlan.allocate(num_tokens, num_rows, torch.device("cpu"))
-    for tensor in tensors(plan):
+    for tensor in plan:
         tensor.fill_(77)
     return plan
-
-
-def tensors(plan: StepPlan) -> tuple[torch.Tensor, ...]:
-    return (
-        plan.input_ids,
-        plan.positions,
-        plan.slot_mapping,
-        plan.row_slots,
-        plan.cu_seqlens_q,
-        plan.seq_lens,
-        plan.sample_rows,
-    )
 
 
 def run(words: torch.Tensor, tables: Tables, plan: StepPlan) -> None:
@@ -48,7 +35,7 @@ def run(words: torch.Tensor, tables: Tables, plan: StepPlan) -> None:
 
 def run_twin(words: torch.Tensor, tables: Tables, plan: StepPlan) -> None:
     args = (tables.slots, tables.block_table, tables.token_counts, tables.block_size)
-    reference.plan_step(words, *args, *tensors(plan))
+    reference.plan_step(words, *args, *plan)
 
 
 def small_step() -> Step:
@@ -154,7 +141,7 @@ def test_random_steps_equal_the_twin() -> None:
         run(words, tables, plan)
         run_twin(words, twin_tables, twin_plan)
         assert tables.equal(twin_tables)
-        for mine, theirs in zip(tensors(plan), tensors(twin_plan), strict=True):
+        for mine, theirs in zip(plan, twin_plan, strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -257,7 +244,7 @@ def test_words_beyond_the_step_are_not_read() -> None:
         function(buffer, tables, plan)
         function(words, expected_tables, expected)
         assert tables.equal(expected_tables)
-        assert all(map(torch.equal, tensors(plan), tensors(expected)))
+        assert all(map(torch.equal, plan, expected))
 
 
 def test_every_truncation_is_refused() -> None:
@@ -293,6 +280,6 @@ def test_mismatched_tables() -> None:
     tables.block_table = tables.block_table[:4]
     with pytest.raises(RuntimeError, match="size 0 of block_table is 4, expected 5"):
         run(pack(small_step()), tables, poisoned_plan(9, 4))
-    plan = replace(poisoned_plan(9, 4), sample_rows=torch.zeros(3, 2, dtype=torch.int32))
+    plan = poisoned_plan(9, 4)._replace(sample_rows=torch.zeros(3, 2, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="size 0 of sample_rows is 3, expected 4"):
         run(pack(small_step()), Tables.make(), plan)
