@@ -78,7 +78,9 @@ class RepoCache:
         return _size(self.blob(file.etag)) == file.size
 
     def link(self, commit: str, file: RemoteFile) -> None:
-        """Make a blob appear in the snapshot."""
+        """Make a blob appear in the snapshot, where it does not yet."""
+        if self.has(commit, file):
+            return
         path, blob = self.snapshot(commit) / file.name, self.blob(file.etag)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from urllib.parse import quote
 
 import aiohttp
@@ -125,12 +124,7 @@ class HubClient:
         )
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._session is not None
         await self._session.close()
 

@@ -41,7 +41,6 @@ from pyserve.model_files import MAX_TEXT_BYTES
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]{0,199}")
 TOKEN = re.compile(r"[!-~]{1,4096}")
-DEFAULT_REVISION = "main"
 
 
 MAX_TEXTS_BYTES = 512 * 2**20  # all of a model's together
@@ -67,7 +66,7 @@ class _Wanted:
     def kind(self) -> str:
         return "model" if self.has_weights else "texts"
 
-    def client(self, revision: str) -> HubClient:
+    def client(self) -> HubClient:
         headers = {"User-Agent": f"pyserve/{__version__}"}
         token = self.token
         if token is True or not (token or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN):
@@ -83,7 +82,7 @@ class _Wanted:
                 raise ConfigError("the access token of the hub holds spaces or special characters")
             headers["Authorization"] = f"Bearer {token.strip()}"
         return HubClient(
-            self.repo, revision, named=self.named, endpoint=constants.ENDPOINT, headers=headers
+            self.repo, self.revision, named=self.named, endpoint=constants.ENDPOINT, headers=headers
         )
 
 
@@ -138,19 +137,15 @@ def resolve_model(
 
 @contextmanager
 def model_headers(
-    name: str,
-    *,
-    revision: str | None,
-    token: str | bool | None,
-    download_dir: Path | None,
-    flag: str = "--model",
+    name: str, *, revision: str | None, token: str | bool | None, download_dir: Path | None
 ) -> Iterator[Path]:
     """A folder with what describes a model: its own folder where it is on this machine.
 
     Else a temporary one, with config.json and safetensors files of the right length without data.
 
-    Raises StartupError that names `flag`.
+    Raises StartupError that names --model.
     """
+    flag = "--model"
     folder = _local_folder(name, revision, flag)
     if folder is not None:
         yield folder
@@ -179,7 +174,7 @@ def model_headers(
 
 
 async def _fetch_headers(wanted: _Wanted, folder: Path) -> None:
-    async with wanted.client(wanted.revision) as client:
+    async with wanted.client() as client:
         listing = await client.listing(may_be_served)
         texts = [listing.files.get(name) for name in ("config.json", INDEX_FILE)]
         for file in filter(None, texts):
@@ -225,7 +220,7 @@ def _wanted(
     root = (download_dir or Path(constants.HF_HUB_CACHE)).expanduser()
     return _Wanted(
         repo=name,
-        revision=revision or DEFAULT_REVISION,
+        revision=revision or "main",
         named=f"{flag} {name}",
         token=token,
         cache=RepoCache(root, name),
@@ -251,7 +246,7 @@ def _cached(wanted: _Wanted) -> Path | None:
 
 
 async def _list(wanted: _Wanted) -> Listing:
-    async with wanted.client(wanted.revision) as client:
+    async with wanted.client() as client:
         return await client.listing(may_be_served)
 
 
@@ -289,18 +284,17 @@ def _without_the_hub(wanted: _Wanted, reason: str) -> Path:
 def _served_as_it_is(wanted: _Wanted) -> Path | None:
     """The commit that was last seen, where all that a start needs seems to be there."""
     commit = wanted.cache.commit_of(wanted.revision)
-    if commit is None or not looks_whole(
-        wanted.cache.snapshot(commit), has_weights=wanted.has_weights
-    ):
+    if commit is None:
         return None
-    return wanted.cache.snapshot(commit)
+    snapshot = wanted.cache.snapshot(commit)
+    return snapshot if looks_whole(snapshot, has_weights=wanted.has_weights) else None
 
 
 async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: Check) -> Path:
     """All that is missing of what the hub lists."""
     cache, commit = wanted.cache, listing.commit
     snapshot = cache.snapshot(commit)
-    async with wanted.client(wanted.revision) as client:
+    async with wanted.client() as client:
         download = Download(client, named=wanted.named, commit=commit, progress=progress)
         texts = served_texts(listing, has_weights=wanted.has_weights)
         _check_sizes(wanted, texts)
@@ -311,7 +305,7 @@ async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: C
         download.expect(num_bytes)
         await download.run(missing)
         for file in texts:
-            _link(cache, commit, file)
+            cache.link(commit, file)
         if wanted.has_weights:
             weights = served_weights(listing, snapshot, named=wanted.named)
             await _fetch_weights(wanted, client, download, weights, commit=commit, check=check)
@@ -345,7 +339,7 @@ async def _fetch_weights(
             size_text(num_bytes), took_s, size_text(num_bytes / took_s),
         )  # fmt: skip
     for file in weights:
-        _link(cache, commit, file)
+        cache.link(commit, file)
 
 
 async def _check_headers(
@@ -389,11 +383,6 @@ def _missing(cache: RepoCache, commit: str, files: list[RemoteFile]) -> list[Par
         if not cache.has(commit, file) and not cache.has_blob(file)
     }
     return [PartialFile(cache.blob(etag), file) for etag, file in missing.items()]
-
-
-def _link(cache: RepoCache, commit: str, file: RemoteFile) -> None:
-    if not cache.has(commit, file):
-        cache.link(commit, file)
 
 
 def _check_disk(wanted: _Wanted, num_bytes: int) -> None:

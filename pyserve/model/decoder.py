@@ -144,13 +144,9 @@ class Decoder:
         for window, plan in ctx.attention_plans.items():
             num_heads, num_kv_heads, _ = self._sizes_by_window[window]
             ops.plan_attention(
-                ctx.cu_seqlens_q,
-                ctx.seq_lens,
-                plan,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                window=window,
-            )
+                ctx.cu_seqlens_q, ctx.seq_lens, plan, num_heads=num_heads,
+                num_kv_heads=num_kv_heads, window=window,
+            )  # fmt: skip
 
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
         """Hidden states after the last norm, ctx.activations.hidden; writes the KV caches."""

@@ -36,14 +36,9 @@ class Fields:
         return key in self._raw and self._raw[key] is None
 
     def integer(
-        self,
-        key: str,
-        low: int,
-        high: int,
-        *,
-        default: int | None = None,
+        self, key: str, low: int, high: int, *, default: int | None = None,
         is_nullable: bool = False,
-    ) -> int:
+    ) -> int:  # fmt: skip
         value = self._get(key, default, is_nullable)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.refuse(key, f"must be an integer in [{low}, {high}]")

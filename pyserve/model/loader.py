@@ -118,10 +118,11 @@ def _check(
     missing = destinations.keys() - stored.keys()
     if missing:
         raise _lacks(missing, stored)
+    wanted = {*destinations, HEAD_NAME} if config.tie_word_embeddings else destinations.keys()
     left_over = {
         tensor.name
         for name, tensor in stored.items()
-        if name not in destinations and not _is_derived(tensor) and not _is_tied_head(name, config)
+        if name not in wanted and not _is_derived(tensor)
     }
     if left_over:
         raise CheckpointError(
@@ -163,10 +164,6 @@ def _is_derived(tensor: StoredTensor) -> bool:
     if len(tensor.shape) == MASK_DIMS and MASK_NAMES.fullmatch(tensor.name):
         return True
     return DERIVED_NAMES.fullmatch(tensor.name) is not None
-
-
-def _is_tied_head(name: str, config: ModelConfig) -> bool:
-    return name == HEAD_NAME and config.tie_word_embeddings
 
 
 def _stream(

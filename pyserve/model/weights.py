@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeGuard
 
 import torch
@@ -96,7 +96,7 @@ def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """Parse and check the header of one file. The tensors fill the rest of it without a gap."""
-    with guarded(str(path)), _open(path) as file:
+    with guarded(str(path)), closing(_open(path)) as file:
         file_bytes = os.fstat(file.fd).st_size
         if file_bytes < LENGTH_BYTES:
             raise CheckpointError(f"{path} is truncated: it has {file_bytes} bytes")
@@ -138,12 +138,7 @@ class CheckpointReader:
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._readers is not None:
             self._readers.shutdown()
         if self._upload is not None:
@@ -276,17 +271,6 @@ class _File:
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
-
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         os.close(self.fd)

@@ -74,32 +74,16 @@ class Attention:
         key_cache, value_cache = cache
         self.qkv(x, act.qkv)
         ops.rope_write_kv(
-            act.qkv,
-            ctx.positions,
-            self.cos_sin,
-            ctx.slot_mapping,
-            key_cache,
-            value_cache,
-            num_heads=self._num_heads,
-            num_kv_heads=self._num_kv_heads,
-            q_norm_weight=self._q_norm_weight,
-            k_norm_weight=self._k_norm_weight,
-            eps=self._eps,
-        )
+            act.qkv, ctx.positions, self.cos_sin, ctx.slot_mapping, key_cache, value_cache,
+            num_heads=self._num_heads, num_kv_heads=self._num_kv_heads,
+            q_norm_weight=self._q_norm_weight, k_norm_weight=self._k_norm_weight, eps=self._eps,
+        )  # fmt: skip
         ops.paged_attention(
-            act.q,
-            key_cache,
-            value_cache,
-            ctx.block_table,
-            ctx.row_slots,
-            ctx.cu_seqlens_q,
-            ctx.seq_lens,
-            softmax_scale=self._softmax_scale,
-            window=self._window,
-            max_query_len=ctx.max_query_len,
-            plan=ctx.attention_plans.get(self._window),
+            act.q, key_cache, value_cache, ctx.block_table, ctx.row_slots, ctx.cu_seqlens_q,
+            ctx.seq_lens, softmax_scale=self._softmax_scale, window=self._window,
+            max_query_len=ctx.max_query_len, plan=ctx.attention_plans.get(self._window),
             out=act.heads,
-        )
+        )  # fmt: skip
         self.o(act.joined, out)
 
     def activations(self, arena: Arena, num_tokens: int) -> AttentionActivations:
