@@ -48,16 +48,11 @@ def _by_datasheet(
     capability: tuple[int, int], *aliases: str, factor: float = OF_GDDR,
 ) -> Card:  # fmt: skip
     """A card nobody measured for us: the datasheet's GB/s and dense TFLOP/s, times the factors."""
+    source = f"datasheet x {factor:.2f} (bandwidth) and x {OF_FLOPS} (FLOP)"
     return Card(
-        name,
-        round(gib * 1024),
-        bandwidth_tb=gb_per_s * factor / 1000,
-        bf16_tflops=tflops * OF_FLOPS,
-        num_sms=num_sms,
-        capability=capability,
-        source=f"datasheet x {factor:.2f} (bandwidth) and x {OF_FLOPS} (FLOP)",
-        aliases=aliases,
-    )
+        name, round(gib * 1024), gb_per_s * factor / 1000, tflops * OF_FLOPS, num_sms, capability,
+        source, aliases,
+    )  # fmt: skip
 
 
 def _measured(
@@ -65,16 +60,11 @@ def _measured(
     capability: tuple[int, int], *aliases: str, by: str,
 ) -> Card:  # fmt: skip
     """A card whose bandwidth is known; TFLOP/s are the datasheet's, times the factor."""
+    source = f"bandwidth measured ({by}); FLOP: datasheet x {OF_FLOPS}"
     return Card(
-        name,
-        round(gib * 1024),
-        bandwidth_tb=bandwidth_tb,
-        bf16_tflops=tflops * OF_FLOPS,
-        num_sms=num_sms,
-        capability=capability,
-        source=f"bandwidth measured ({by}); FLOP: datasheet x {OF_FLOPS}",
-        aliases=aliases,
-    )
+        name, round(gib * 1024), bandwidth_tb, tflops * OF_FLOPS, num_sms, capability, source,
+        aliases,
+    )  # fmt: skip
 
 
 # TFLOP/s of a datasheet: dense bf16 accumulated in float32, which GeForce cards do at half rate.
@@ -162,7 +152,8 @@ def find_card(name: str, flag: str = "--gpu") -> Card:
     if len(meant) == 1:
         return next(card for card in CARDS if card.name in meant)
     if meant:
-        raise ConfigError(f"{flag} {name} may be any of: {_names(meant)}")
+        names = ", ".join(card.name for card in CARDS if card.name in meant)
+        raise ConfigError(f"{flag} {name} may be any of: {names}")
     near = difflib.get_close_matches(wanted, by_key, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(dict.fromkeys(by_key[key].name for key in near))}? "
     raise ConfigError(
@@ -187,7 +178,3 @@ def _key(name: str) -> str:
     """Letters and digits that tell cards apart."""
     text = re.sub(r"nvidia|geforce|tesla", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", text)
-
-
-def _names(names: set[str]) -> str:
-    return ", ".join(card.name for card in CARDS if card.name in names)

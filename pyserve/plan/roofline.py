@@ -130,8 +130,7 @@ def decode_floor(sizes: ModelSizes, card: Card, *, batch: int, context_len: int)
     compute_s = 2 * (sizes.layer_params + sizes.head_params) * batch / (card.bf16_tflops * 1e12)
     kv_s = batch * sizes.kv_bytes(context_len) / (card.bandwidth_tb * 1e12)
     return StepFloor(
-        seconds=max(read_s, compute_s) + kv_s,
-        bound="FLOP" if compute_s > read_s else "bandwidth",
+        seconds=max(read_s, compute_s) + kv_s, bound="FLOP" if compute_s > read_s else "bandwidth"
     )
 
 

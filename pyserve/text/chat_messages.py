@@ -137,7 +137,9 @@ def _check_tool_calls(calls: Any, name: str) -> list[Any]:
             raise InvalidRequestError(
                 f"{name}[{i}].function.arguments must be a JSON object", "messages"
             )
-        text = given if given and isinstance(given, str) else _to_json(arguments or {})
+        text = given
+        if not text or not isinstance(text, str):  # as `tojson` writes it
+            text = json.dumps(arguments or {}, ensure_ascii=False)
         arguments = _Arguments(arguments or {}, text)
         checked.append({**call, "function": {**function, "arguments": arguments}})
     return checked
@@ -156,7 +158,3 @@ def _parse_arguments(text: str, name: str) -> Any:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError) as error:
         raise InvalidRequestError(f"{name} is not JSON: {error}", "messages") from error
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # as `tojson` writes it

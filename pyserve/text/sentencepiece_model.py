@@ -106,7 +106,8 @@ def _tokenizer(model: Any, prefix: str) -> tokenizers.Tokenizer:
     """Where the prefix is "first", no space goes before a text that begins with one."""
     normal = model.normalizer_spec
     own = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
-    backend = tokenizers.Tokenizer(_bpe(model) if _is_bpe(model) else _unigram(model))
+    make = _bpe if model.trainer_spec.model_type == _BPE else _unigram
+    backend = tokenizers.Tokenizer(make(model))
     steps: list[normalizers.Normalizer] = []
     if normal.precompiled_charsmap:
         steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
@@ -115,9 +116,8 @@ def _tokenizer(model: Any, prefix: str) -> tokenizers.Tokenizer:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if normal.escape_whitespaces:
         steps.append(normalizers.Replace(" ", "▁"))
-    if (
-        normal.add_dummy_prefix and prefix == "always"
-    ):  # Metaspace adds none where the text begins with one
+    # Metaspace adds none where the text begins with one.
+    if normal.add_dummy_prefix and prefix == "always":
         steps.append(normalizers.Replace(Regex(r"\A▁"), "▁▁"))
     backend.normalizer = normalizers.Sequence(steps)
     words: list[pre_tokenizers.PreTokenizer] = []
@@ -136,10 +136,6 @@ def _tokenizer(model: Any, prefix: str) -> tokenizers.Tokenizer:
          for piece in model.pieces if piece.type == _CONTROL]
     )  # fmt: skip
     return backend
-
-
-def _is_bpe(model: Any) -> bool:
-    return bool(model.trainer_spec.model_type == _BPE)
 
 
 def _bpe(model: Any) -> models.BPE:

@@ -109,17 +109,12 @@ class _Instrument(NodeTransformer):
         num_chars = sum(len(c.data) for c in node.nodes if isinstance(c, nodes.TemplateData))
         return [_statement(EMIT, num_chars, node), node] if num_chars else [node]
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        return self._with_tick(node)
+    def visit_For(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _statement(TICK, 0, node))
+        return cast(nodes.Node, node)
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._with_tick(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._with_tick(node)
-
-    def visit_Block(self, node: nodes.Block) -> nodes.Node:
-        return self._with_tick(node)
+    visit_Macro = visit_CallBlock = visit_Block = visit_For
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -138,14 +133,13 @@ class _Instrument(NodeTransformer):
                 pair.key = _filter(KEY, pair.key, pair)
         return _filter(MADE, node, node)
 
-    def visit_Call(self, node: nodes.Call) -> nodes.Node:
-        return self._with_few_arguments(node)
+    def visit_Call(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        if node.dyn_args is not None:  # Python makes a tuple of them before anything is called
+            node.dyn_args = _filter(TAKE, node.dyn_args, node)
+        return cast(nodes.Node, node)
 
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        return self._with_few_arguments(node)
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Node:
-        return self._with_few_arguments(node)
+    visit_Filter = visit_Test = visit_Call
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
@@ -154,17 +148,6 @@ class _Instrument(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         return _filter(MADE, node, node) if isinstance(node.arg, nodes.Slice) else node
-
-    def _with_few_arguments(self, node: Any) -> nodes.Node:
-        self.generic_visit(node)
-        if node.dyn_args is not None:  # Python makes a tuple of them before anything is called
-            node.dyn_args = _filter(TAKE, node.dyn_args, node)
-        return cast(nodes.Node, node)
-
-    def _with_tick(self, node: Any) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, _statement(TICK, 0, node))
-        return cast(nodes.Node, node)
 
 
 def _statement(name: str, value: int, place: nodes.Node) -> nodes.Node:

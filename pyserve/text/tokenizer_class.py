@@ -187,11 +187,7 @@ _END_OF_TEXT = "<|endoftext|>"
 _CLASSES = {
     "LlamaTokenizer": TokenizerClass(_as_llama, False, _LLAMA_NAMES, prefix=_llama_prefix),
     "CodeLlamaTokenizer": TokenizerClass(
-        _as_code_llama,
-        False,
-        _LLAMA_NAMES | _CODE_NAMES,
-        has_bos=True,
-        prefix=_code_llama_prefix,
+        _as_code_llama, False, _LLAMA_NAMES | _CODE_NAMES, has_bos=True, prefix=_code_llama_prefix
     ),
     "Qwen2Tokenizer": TokenizerClass(
         _as_qwen,
