@@ -67,37 +67,33 @@ class BodyTooLateError(RequestError):
     type = "RequestTimeoutError"
 
 
-class QueueFullError(RequestError):
-    """429: the queue is full. Sent with Retry-After."""
-
-    status = 429
-    type = "RateLimitError"
+class RetryError(RequestError):
+    """What may be asked again after so many seconds, which Retry-After says."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class TooManyBytesError(RequestError):
-    """429: bodies, or answers that nobody reads, fill their memory. Sent with Retry-After."""
+class QueueFullError(RetryError):
+    """429: the queue is full."""
 
     status = 429
     type = "RateLimitError"
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+
+class TooManyBytesError(RetryError):
+    """429: bodies, or answers that nobody reads, fill their memory."""
+
+    status = 429
+    type = "RateLimitError"
 
 
-class UnavailableError(RequestError):
-    """503: not ready, draining, or the engine has stopped. Sent with Retry-After."""
+class UnavailableError(RetryError):
+    """503: not ready, draining, or the engine has stopped."""
 
     status = 503
     type = "ServiceUnavailableError"
-
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class EngineError(RequestError):

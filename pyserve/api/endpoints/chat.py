@@ -11,11 +11,7 @@ from aiohttp import web
 from pyserve.api.endpoints.answer import Dialect, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
-from pyserve.api.endpoints.openai import (
-    OpenAIFrames,
-    encode_whole,
-    make_job,
-)
+from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
 from pyserve.api.generation.generate import Choice
 from pyserve.api.state import STATE
 from pyserve.api.wire.protocol import (
@@ -33,7 +29,6 @@ WIRE = Wire(ChatRequest)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """The handler."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model_with_room(request)

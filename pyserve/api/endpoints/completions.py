@@ -11,11 +11,7 @@ from aiohttp import web
 from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.answer import Dialect, answer
 from pyserve.api.endpoints.body import Wire
-from pyserve.api.endpoints.openai import (
-    OpenAIFrames,
-    encode_whole,
-    make_job,
-)
+from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
 from pyserve.api.endpoints.sampling import check_token_ids
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Prompt
@@ -39,7 +35,6 @@ PromptField = str | list[str | int | list[int]]
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """The handler."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model_with_room(request)

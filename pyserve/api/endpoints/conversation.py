@@ -33,12 +33,7 @@ from pyserve.api.wire.protocol import (
     Message,
     TokenizeRequest,
 )
-from pyserve.errors import (
-    ChatTemplateError,
-    CheckpointError,
-    InvalidRequestError,
-    NotBuiltError,
-)
+from pyserve.errors import ChatTemplateError, CheckpointError, InvalidRequestError, NotBuiltError
 from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate

@@ -97,9 +97,7 @@ def encode_any(
     """Token ids of a text that need not fit the context. Raises InvalidRequestError."""
     check_size(len(text), max_model_len=max_model_len, param="prompt")
     return tokenizer.encode(
-        text,
-        add_special_tokens=add_special_tokens,
-        max_tokens=max_tokenize_tokens(max_model_len),
+        text, add_special_tokens=add_special_tokens, max_tokens=max_tokenize_tokens(max_model_len)
     )
 
 
@@ -117,17 +115,12 @@ def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param:
     for start in range(0, len(text), PIECE_CHARS):
         piece = text[start : start + PIECE_CHARS]
         num_tokens += max(tokenizer.count(piece, param=param) - CUT_TOKENS, 0)
-        check_tokens(num_tokens, max_model_len=max_model_len, param=param)
-
-
-def check_tokens(at_least: int, *, max_model_len: int, param: str) -> None:
-    """Refuse a prompt that has at least so many tokens, where the context has fewer."""
-    if at_least > max_model_len:
-        raise InvalidRequestError(
-            f"This model's maximum context length is {max_model_len} tokens: "
-            f"the prompt has at least {at_least}",
-            param,
-        )
+        if num_tokens > max_model_len:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {max_model_len} tokens: "
+                f"the prompt has at least {num_tokens}",
+                param,
+            )
 
 
 def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:

@@ -25,13 +25,9 @@ TOKENIZE = Wire(TokenizeRequest)
 DETOKENIZE = Wire(DetokenizeRequest)
 # Without effect on a plain text.
 OF_MESSAGES = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "documents",
-    "reasoning_effort",
-)
+    "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
+    "documents", "reasoning_effort",
+)  # fmt: skip
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
@@ -71,16 +67,10 @@ def _tokenize_text(loaded: Loaded, body: TokenizeRequest, text: str) -> list[int
     max_model_len = loaded.engine.info.max_model_len
     add_special_tokens = body.add_special_tokens is not False
     cut = truncation(
-        body.truncate_prompt_tokens,
-        body.truncation_side,
-        max_model_len=max_model_len,
-        max_tokens=1,
+        body.truncate_prompt_tokens, body.truncation_side, max_model_len=max_model_len, max_tokens=1
     )
     token_ids = encode_any(
-        loaded.tokenizer,
-        text,
-        add_special_tokens=add_special_tokens,
-        max_model_len=max_model_len,
+        loaded.tokenizer, text, add_special_tokens=add_special_tokens, max_model_len=max_model_len
     )
     if cut is None:
         return token_ids

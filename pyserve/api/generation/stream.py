@@ -35,21 +35,17 @@ class Frames(Protocol):
 
     def first(self, choice: Choice) -> bytes:
         """What comes before the first part of a choice."""
-        ...
 
     def part(self, choice: Choice, part: Part) -> bytes: ...
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
         """The end of a choice; it carries its last part, where there is one left."""
-        ...
 
     def end(self, usage: Usage) -> bytes:
         """The end of the stream, when all choices have ended; `usage` is theirs."""
-        ...
 
     def failed(self, error: RequestError) -> bytes:
         """The end of a stream that fails on the way."""
-        ...
 
 
 async def send(

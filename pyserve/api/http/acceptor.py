@@ -38,7 +38,6 @@ class Acceptor:
         self._opening: dict[asyncio.Task[None], Connection] = {}  # the oldest first
 
     def start(self) -> None:
-        """Begin to accept."""
         self._sock.setblocking(False)
         if self._sock.family != socket.AF_UNIX:
             _ask_silent_machines(self._sock)

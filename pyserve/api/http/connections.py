@@ -54,7 +54,6 @@ class Connection(Protocol):
 
     def is_expendable(self, now_s: float) -> bool:
         """Whether a new connection may have its place."""
-        ...
 
     def fileno(self) -> int: ...
 
@@ -63,15 +62,12 @@ class Connection(Protocol):
 
         True the first time.
         """
-        ...
 
     def cut(self) -> None:
         """Close it at once, whatever it does; what is unsent is dropped."""
-        ...
 
     def finish(self) -> None:
         """Close it once all is sent."""
-        ...
 
 
 class Connections:

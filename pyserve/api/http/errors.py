@@ -11,11 +11,10 @@ from pyserve.api.wire.encoding import encode_line
 from pyserve.api.wire.protocol import ErrorDetail, ErrorResponse
 from pyserve.errors import (
     EngineError,
-    QueueFullError,
     RequestError,
+    RetryError,
     TooManyBytesError,
     UnauthorizedError,
-    UnavailableError,
 )
 from pyserve.log import get_logger
 
@@ -35,7 +34,7 @@ def error_response(error: RequestError, to_body: ErrorBody = error_body) -> web.
     response = web.Response(
         status=error.status, body=to_body(error), content_type="application/json"
     )
-    if isinstance(error, UnavailableError | QueueFullError | TooManyBytesError):
+    if isinstance(error, RetryError):
         response.headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"

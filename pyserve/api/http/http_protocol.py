@@ -51,20 +51,10 @@ class HttpProtocol(web.RequestHandler):
     """
 
     __slots__ = (
-        "_connection",
-        "_connections",
-        "_head_timer",
-        "_is_receiving",
-        "_is_refused",
-        "_num_head_bytes",
-        "_slow_since_s",
-        "_was_probed",
-        "client",
-        "has_ended",
-        "on_probe",
-        "opening",
-        "request",
-    )
+        "_connection", "_connections", "_head_timer", "_is_receiving", "_is_refused",
+        "_num_head_bytes", "_slow_since_s", "_was_probed", "client", "has_ended", "on_probe",
+        "opening", "request",
+    )  # fmt: skip
 
     def __init__(self, manager: web.Server, *, connections: Connections, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -322,7 +312,9 @@ def _refusal(message: RawRequestMessage | _ErrInfo) -> RequestError | None:
     """Why a request that can be parsed is not taken; None: it is."""
     if isinstance(message, _ErrInfo):
         return None
-    if _head_bytes(message) > bounds.MAX_HEAD_BYTES:
+    num_bytes = len(message.path)
+    num_bytes += sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+    if num_bytes > bounds.MAX_HEAD_BYTES:
         return _head_too_large()
     if message.version not in (HttpVersion10, HttpVersion11):  # aiohttp would answer in the same
         return InvalidRequestError("only HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -334,12 +326,6 @@ def _refusal(message: RawRequestMessage | _ErrInfo) -> RequestError | None:
 
 def _head_too_large() -> RequestError:
     return InvalidRequestError(f"the headers are larger than {bounds.MAX_HEAD_BYTES} bytes")
-
-
-def _head_bytes(message: RawRequestMessage) -> int:
-    return len(message.path) + sum(
-        len(name) + len(value) + 4 for name, value in message.raw_headers
-    )
 
 
 def _head_error(error: BaseException | None) -> RequestError:

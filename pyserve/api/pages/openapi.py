@@ -83,31 +83,21 @@ _HEALTH = Operation("200 where a request would be taken now", {200: Ready, 503: 
 _HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
-        "Answer a conversation",
-        {200: ChatResponse},
-        ChatRequest,
-        ChatChunk,
+        "Answer a conversation", {200: ChatResponse}, ChatRequest, ChatChunk,
         {"messages": _HELLO, "max_tokens": 64},
     ),
     ("POST", "/v1/completions"): Operation(
-        "Continue a text",
-        {200: CompletionResponse},
-        CompletionRequest,
-        CompletionChunk,
+        "Continue a text", {200: CompletionResponse}, CompletionRequest, CompletionChunk,
         {"prompt": "The capital of France is", "max_tokens": 16},
     ),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
     ("POST", "/tokenize"): Operation(
-        "Token ids of a text, or of the prompt made from messages",
-        {200: TokenizeResponse},
-        TokenizeRequest,
-        example={"prompt": "Hello world"},
+        "Token ids of a text, or of the prompt made from messages", {200: TokenizeResponse},
+        TokenizeRequest, example={"prompt": "Hello world"},
     ),
     ("POST", "/detokenize"): Operation(
-        "The text of token ids",
-        {200: DetokenizeResponse},
-        DetokenizeRequest,
+        "The text of token ids", {200: DetokenizeResponse}, DetokenizeRequest,
         example={"tokens": [100, 101, 102]},
     ),
     ("GET", "/health"): _HEALTH,
@@ -118,7 +108,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/load"): Operation("Requests in flight", {200: Load}),
     ("GET", "/version"): Operation("The version of pyserve", {200: Version}),
     ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
-}
+}  # fmt: skip
 
 _WITHOUT_EFFECT = "Accepted without effect; named in the header x-pyserve-ignored."
 _ERRORS = {
@@ -219,7 +209,6 @@ DOCUMENT = web.AppKey("document", Document)
 
 
 async def openapi(request: web.Request) -> web.StreamResponse:
-    """The handler."""
     return site.reply(request, request.app[DOCUMENT].file)
 
 
