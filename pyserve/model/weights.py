@@ -41,17 +41,11 @@ NUM_READERS = 8
 SLICE_BYTES = 8 * 2**20  # read by one of them
 
 CPU = torch.device("cpu")
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-TORCH_DTYPES = {
+TORCH_DTYPES = {  # by the names of headers
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
@@ -306,7 +300,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_offset: int) -> StoredT
     if not isinstance(entry, dict):
         raise broken("its header entry must be an object")
     dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise broken(f"unknown dtype {str(dtype)[:80]}")
     shape = entry.get("shape")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
@@ -314,7 +308,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_offset: int) -> StoredT
     offsets = entry.get("data_offsets")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise broken("data_offsets must be [begin, end]")
-    num_bytes = prod(shape) * DTYPE_BYTES[dtype]
+    num_bytes = prod(shape) * TORCH_DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise broken(f"shape and dtype need {num_bytes} bytes, data_offsets give another number")
     return StoredTensor(name, dtype, tuple(shape), path, data_offset + offsets[0], num_bytes)

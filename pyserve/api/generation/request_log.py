@@ -81,29 +81,19 @@ class RequestLog:
             return
         choice = generation.choices[0]
         num_prompts = sum(choice.sample_index == 0 for choice in generation.choices)
-        get_logger().info(
-            "request %s %s arrived: %d prompt tokens, prompts=%d, n=%d%s",
-            current_request_id.get(),
-            request.path,
-            generation.usage().prompt_tokens,
-            num_prompts,
-            len(generation.choices) // num_prompts,
-            "".join(f", {name}={value}" for name, value in _settings(choice)),
-        )
+        n = len(generation.choices) // num_prompts
+        settings = "".join(f", {name}={value}" for name, value in _settings(choice))
+        num_tokens = generation.usage().prompt_tokens
+        text = f"arrived: {num_tokens} prompt tokens, prompts={num_prompts}, n={n}{settings}"
+        _say(request, text)
 
     def ended(self, request: web.BaseRequest, generation: Generation) -> None:
         """All choices have ended; nothing is said of a request that never had any."""
         if not generation.choices:
             return
         _has_ended.set(True)
-        if not self._take_line():
-            return
-        get_logger().info(
-            "request %s %s %s",
-            current_request_id.get(),
-            request.path,
-            describe(generation, time.monotonic()),
-        )
+        if self._take_line():
+            _say(request, describe(generation, time.monotonic()))
 
     def refused(self, request: web.BaseRequest, error: RequestError) -> None:
         """The request has ended in `error`; no line where `ended` has written one.
@@ -113,14 +103,7 @@ class RequestLog:
         if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line():
             return
         param = _UNSAFE.sub("?", (error.param or "-")[:MAX_PARAM_CHARS])
-        get_logger().info(
-            "request %s %s refused: %d %s, field %s",
-            current_request_id.get(),
-            request.path,
-            error.status,
-            error.type,
-            param,
-        )
+        _say(request, f"refused: {error.status} {error.type}, field {param}")
 
     def _take_line(self) -> bool:
         if not get_logger().isEnabledFor(logging.INFO):
@@ -130,6 +113,10 @@ class RequestLog:
         if num_dropped := self._budget.pop_dropped():
             get_logger().info("%s about requests left out", counted(num_dropped, "line"))
         return True
+
+
+def _say(request: web.BaseRequest, text: str) -> None:
+    get_logger().info("request %s %s %s", current_request_id.get(), request.path, text)
 
 
 def describe(generation: Generation, now: float) -> str:
