@@ -97,12 +97,11 @@ def read_settings(path: Path) -> dict[str, Value]:
 
 
 def _value(where: str, node: yaml.Node) -> Value:
-    if isinstance(node, yaml.SequenceNode):
-        if not all(isinstance(item, yaml.ScalarNode) for item in node.value) or not node.value:
-            raise ConfigError(f"{where} must be a value or a list of values, nothing nested")
-        return [_text(where, item) for item in node.value]
-    if not isinstance(node, yaml.ScalarNode):
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not items or not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise ConfigError(f"{where} must be a value or a list of values, nothing nested")
+    if isinstance(node, yaml.SequenceNode):
+        return [_text(where, item) for item in items]
     if node.tag == _NULL:
         raise ConfigError(f"{where} has no value")
     return node.value.lower() in _TRUE if node.tag == _BOOL else _text(where, node)

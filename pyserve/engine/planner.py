@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pyserve.config import EngineConfig
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.graphs import graphs_bytes
-from pyserve.engine.state import Ledger, StepLimits, state_ledger
+from pyserve.engine.state import Ledger, StepLimits, StepState
 from pyserve.errors import ConfigError, PlanError
 from pyserve.model.decoder import Decoder
 
@@ -117,10 +117,9 @@ def plan_memory(
                 (GRAPHS, graph_bytes),
                 *parts,
             )
-        return parts + state_ledger(
-            model, replace(limits, max_model_len=max_model_len),
-            is_card=isinstance(memory, CardMemory),
-        )  # fmt: skip
+        limits_here = replace(limits, max_model_len=max_model_len)
+        state = StepState(model, limits_here, is_card=isinstance(memory, CardMemory))
+        return parts + state.ledger()
 
     def room(max_model_len: int) -> int:
         """Blocks that fit beside everything else."""

@@ -77,7 +77,7 @@ class StepExecutor:
         self._is_closed = False
         self._model = model
         self.vocab_size = model.config.vocab_size
-        self._state = StepState(model, limits, self.device, is_card=self.device.type == "cuda")
+        self._state = StepState(model, limits, is_card=self.device.type == "cuda")
         self._kv_caches: list[KVCache] = []
         self._forwards: dict[_PaddedShape, _Forward] = {}
         self._activations: dict[int, Activations] = {}

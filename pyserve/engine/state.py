@@ -53,10 +53,9 @@ class StepState:
     sample_workspace  None on a CPU
     """
 
-    def __init__(
-        self, model: Decoder, limits: StepLimits, device: torch.device, *, is_card: bool
-    ) -> None:
+    def __init__(self, model: Decoder, limits: StepLimits, *, is_card: bool) -> None:
         self._parts: dict[str, list[torch.Tensor]] = {}
+        device = model.device
         vocab_size, num_slots = model.config.vocab_size, limits.num_slots
         tile_rows = min(limits.logits_tile_rows, num_slots)
 
@@ -76,7 +75,7 @@ class StepState:
         self.attention_plans: dict[int, AttentionPlan] = {}
         self.sample_workspace: torch.Tensor | None = None
         if is_card:
-            self.attention_plans = model.attention_plans(max_num_tokens, num_slots, device)
+            self.attention_plans = model.attention_plans(max_num_tokens, num_slots)
             for attention in self.attention_plans.values():
                 self._note("attention plans", attention.work)
                 self._note("attention plans", attention.workspace)
@@ -106,11 +105,6 @@ class StepState:
     def _note(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
         self._parts.setdefault(part, []).append(tensor)
         return tensor
-
-
-def state_ledger(model: Decoder, limits: StepLimits, *, is_card: bool) -> Ledger:
-    """What the state of a model on the meta device would take on a real one."""
-    return StepState(model, limits, model.device, is_card=is_card).ledger()
 
 
 def activation_bytes(model: Decoder, num_tokens: int) -> int:

@@ -180,13 +180,13 @@ class Decoder:
         return Activations(hidden, residual, output, layers)
 
     def attention_plans(
-        self, max_num_tokens: int, max_num_rows: int, device: torch.device
+        self, max_num_tokens: int, max_num_rows: int
     ) -> dict[int, ops.AttentionPlan]:
         """By window: room for what `plan` works out for a step of that size on a card."""
         return {
             window: attention_plan.allocate(
                 max_num_tokens, max_num_rows, num_heads=num_heads, num_kv_heads=num_kv_heads,
-                head_dim=head_dim, device=device,
+                head_dim=head_dim, device=self.device,
             )
             for window, (num_heads, num_kv_heads, head_dim) in self._sizes_by_window.items()
         }  # fmt: skip
