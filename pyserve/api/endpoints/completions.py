@@ -43,8 +43,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     if body.prompt is None:
         raise InvalidRequestError("prompt is missing", "prompt")
     cut = prompts.truncation(
-        body.truncate_prompt_tokens,
-        body.truncation_side,
+        body,
         max_model_len=loaded.engine.info.max_model_len,
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
     )

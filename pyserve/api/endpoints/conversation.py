@@ -80,12 +80,7 @@ async def read_conversation(
         )
     kwargs = body.chat_template_kwargs or {}
     max_model_len = loaded.engine.info.max_model_len
-    cut = prompts.truncation(
-        body.truncate_prompt_tokens,
-        body.truncation_side,
-        max_model_len=max_model_len,
-        max_tokens=max_tokens,
-    )
+    cut = prompts.truncation(body, max_model_len=max_model_len, max_tokens=max_tokens)
     source = _own_template(state, body.chat_template)
     effort = _effort_kwargs(body.reasoning_effort)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS
+from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS, SamplingFields, TokenizeRequest
 from pyserve.errors import InvalidRequestError
 from pyserve.params import shown
 from pyserve.text.tokenizer import Tokenizer
@@ -48,14 +48,15 @@ class Truncation:
 
 
 def truncation(
-    num_tokens: int | None, side: str | None, *, max_model_len: int, max_tokens: int
+    body: SamplingFields | TokenizeRequest, *, max_model_len: int, max_tokens: int
 ) -> Truncation | None:
-    """What the fields ask for; -1 keeps what leaves room for `max_tokens`.
+    """What the fields of `body` ask for; -1 keeps what leaves room for `max_tokens`.
 
     Where `max_tokens` fills the context, -1 cuts nothing: a prompt that fits is kept whole.
 
     Raises InvalidRequestError on a value out of range.
     """
+    num_tokens, side = body.truncate_prompt_tokens, body.truncation_side
     if side not in (None, "left", "right"):
         raise InvalidRequestError(
             f"truncation_side must be left or right, got {(side or '')[:40]}", "truncation_side"

@@ -66,9 +66,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 def _tokenize_text(loaded: Loaded, body: TokenizeRequest, text: str) -> list[int]:
     max_model_len = loaded.engine.info.max_model_len
     add_special_tokens = body.add_special_tokens is not False
-    cut = truncation(
-        body.truncate_prompt_tokens, body.truncation_side, max_model_len=max_model_len, max_tokens=1
-    )
+    cut = truncation(body, max_model_len=max_model_len, max_tokens=1)
     token_ids = encode_any(
         loaded.tokenizer, text, add_special_tokens=add_special_tokens, max_model_len=max_model_len
     )
