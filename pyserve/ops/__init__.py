@@ -77,19 +77,10 @@ def add_rms_norm(
 
 
 def rope_write_kv(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slot_mapping: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-) -> None:
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, key_cache: Tensor,
+    value_cache: Tensor, *, num_heads: int, num_kv_heads: int, q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
     """Rotary embedding (Su et al. 2021, NeoX halves) fused with the KV write.
 
     qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] = q | k | v. q is rotated in place;
@@ -131,20 +122,10 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    row_slots: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    *,
-    softmax_scale: float,
-    window: int = 0,
-    max_query_len: int | None = None,
-    plan: AttentionPlan | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, row_slots: Tensor,
+    cu_seqlens_q: Tensor, seq_lens: Tensor, *, softmax_scale: float, window: int = 0,
+    max_query_len: int | None = None, plan: AttentionPlan | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention over a paged KV cache, any mix of query lengths.
 
     q [num_tokens, num_heads, head_dim], strided views allowed -> the same shape.

@@ -31,18 +31,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
 
 
 def rope_write_kv(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slot_mapping: Tensor,
-    q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    key_cache: Tensor,
-    value_cache: Tensor,
-) -> None:
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor,
+    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, eps: float, num_heads: int,
+    num_kv_heads: int, key_cache: Tensor, value_cache: Tensor,
+) -> None:  # fmt: skip
     """Norm and rotate q in place, norm and rotate k, write k and v to their KV slots."""
     block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
@@ -75,20 +67,10 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
 
 
 def paged_attention(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    row_slots: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float,
-    window: int,
-    max_query_len: int,
-    work: Tensor | None,
-    workspace: Tensor | None,
-    out: Tensor,
-) -> None:
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, row_slots: Tensor,
+    cu_seqlens_q: Tensor, seq_lens: Tensor, softmax_scale: float, window: int, max_query_len: int,
+    work: Tensor | None, workspace: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
     """Causal attention of each row's queries over the KV of its slot. The last three before `out`
     only say how the work may be divided."""
     num_kv_heads, head_dim = key_cache.shape[2:]
@@ -246,19 +228,10 @@ def quantized_exp(x: Tensor) -> Tensor:
 
 
 def plan_step(
-    step_input: Tensor,
-    slots: Tensor,
-    block_table: Tensor,
-    token_counts: Tensor,
-    block_size: int,
-    input_ids: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    row_slots: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    sample_rows: Tensor,
-) -> None:
+    step_input: Tensor, slots: Tensor, block_table: Tensor, token_counts: Tensor, block_size: int,
+    input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, row_slots: Tensor,
+    cu_seqlens_q: Tensor, seq_lens: Tensor, sample_rows: Tensor,
+) -> None:  # fmt: skip
     """Apply a StepInput's updates to the slots and derive the batch metadata of the step."""
     words = step_input.tolist()
     header = _checked_header(words, input_ids.shape[0], row_slots.shape[0])
