@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
+from itertools import groupby
 from operator import attrgetter
 
 from pyserve.engine.batch import Step, padded_sizes
@@ -81,16 +82,11 @@ class Scheduler:
                 _add_row(step, seq, 1)
         budget = limit = self._prompt_limit(len(step.seqs))
         if self.num_preemptions == num_preemptions:
-            # Half of it is the oldest prompt's; what waits has a part of the other, too.
-            budget -= self._admit(step, limit // (1, 2, 4)[min(len(prompts), 2)])
+            budget -= self._admit(step, self._share_of_waiting(prompts, limit))
         else:
             prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
-        needs = [seq.num_tokens - seq.num_computed_tokens for seq in prompts]
-        shares = share_out(needs, budget, for_oldest=limit - limit // 2)
-        for seq, share in zip(prompts, shares, strict=True):
-            if share:
-                _add_row(step, seq, share)
-                budget -= share
+        for _, equals in groupby(prompts, key=_priority):  # they are sorted by it
+            budget -= _add_prompts(step, list(equals), budget, for_oldest=limit - limit // 2)
         if not step.seqs:
             return None
         _fill(step)
@@ -129,6 +125,19 @@ class Scheduler:
         index = bisect_right(self._step_sizes, self.mixed_limit) - 1
         limit = max(self._step_sizes[index] - num_decoding, MIN_CHUNK)
         return min(limit, self._max_num_batched_tokens - num_decoding)
+
+    def _share_of_waiting(self, prompts: list[Sequence], limit: int) -> int:
+        """Tokens of a step that sequences which wait may take, beside running `prompts`.
+
+        Half of it is the oldest prompt's, and the others have a part of the rest, too. Prompts of a
+        higher priority come before what waits, those of a lower one behind it.
+        """
+        if not self.waiting:
+            return 0
+        priority = _priority(next(self.waiting.in_turn(self.num_running_of)))
+        num_ahead = sum(_num_left(seq) for seq in prompts if _priority(seq) < priority)
+        num_equal = sum(_priority(seq) == priority for seq in prompts)
+        return max(limit - num_ahead, 0) // (1, 2, 4)[min(num_equal, 2)]
 
     def _grow(self, seq: Sequence, step: Step) -> bool:
         """Give `seq` one more block; False where `seq` itself had to be preempted for want of it.
@@ -246,6 +255,25 @@ class Scheduler:
         query_len = min(seq.num_tokens - seq.num_computed_tokens, budget)
         _add_row(step, seq, query_len)
         return query_len
+
+
+def _priority(seq: Sequence) -> int:
+    """Lower runs first."""
+    return seq.order[0]
+
+
+def _num_left(seq: Sequence) -> int:
+    """Tokens to compute before the next one can be sampled."""
+    return seq.num_tokens - seq.num_computed_tokens
+
+
+def _add_prompts(step: Step, prompts: list[Sequence], budget: int, *, for_oldest: int) -> int:
+    """Rows of prompts of one priority; returns how many tokens they take, at most `budget`."""
+    shares = share_out(list(map(_num_left, prompts)), budget, for_oldest=for_oldest)
+    for seq, share in zip(prompts, shares, strict=True):
+        if share:
+            _add_row(step, seq, share)
+    return sum(shares)
 
 
 def _add_row(step: Step, seq: Sequence, query_len: int) -> None:

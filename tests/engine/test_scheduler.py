@@ -409,3 +409,17 @@ def test_a_large_prompt_does_not_push_out_many_small_ones() -> None:
     assert engine.scheduler.num_preemptions == 0
     while engine.step():
         engine.check_invariants()
+
+
+def test_prompts_share_a_step_with_those_of_their_priority() -> None:
+    engine = make_engine(
+        max_num_batched_tokens=16, max_model_len=512, num_blocks=200, policy="priority"
+    )
+    engine.add(SequenceRequest([1] * 100, params(), priority=1))
+    assert rows(run_step(engine)) == [(0, 16)]
+    engine.add(SequenceRequest([2] * 40, params(1), priority=0))
+    engine.add(SequenceRequest([3] * 12, params(), priority=1))
+    assert rows(run_step(engine)) == [(1, 16)], "who waits comes before a lower priority"
+    assert rows(run_step(engine)) == [(1, 16)], "who runs comes before a lower priority"
+    assert rows(run_step(engine)) == [(2, 4), (1, 8), (0, 4)]
+    assert rows(run_step(engine)) == [(0, 8), (2, 8)]
