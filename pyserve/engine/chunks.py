@@ -2,8 +2,8 @@
 
 A chunk of a prompt keeps those that decode waiting for their next token, so its size follows a
 time: the next such step has the tokens that would have fitted the target at the rate of the last
-ones, which is that of this machine, this model and this load. A larger step never has a lower rate:
-the size is approached from below.
+ones, which is that of this machine, this model and this load. In a larger step more tokens share
+the reading of the weights, so from smaller ones the size is approached from below.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ class Scheduler:
         Half of it is the oldest prompt's, and the others have a part of the rest, too. Prompts of a
         higher priority come before what waits, those of a lower one behind it.
         """
-        if not self.waiting:
-            return 0
+        if not (self.waiting and prompts):
+            return limit
         priority = _priority(next(self.waiting.in_turn(self.num_running_of)))
         num_ahead = sum(_num_left(seq) for seq in prompts if _priority(seq) < priority)
         num_equal = sum(_priority(seq) == priority for seq in prompts)
