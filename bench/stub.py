@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 MODEL = "stub"
+MAX_TOKENS = 2**16  # of an answer, whatever is asked for: hostile clients ask for a billion
 
 
 class StubConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,7 +223,7 @@ async def _serve_until(stub: Stub, listener: socket.socket, stop: asyncio.Event)
 
 def _num_tokens(request: dict[str, Any], config: StubConfig) -> int:
     asked = request.get("max_tokens") or request.get("max_completion_tokens") or 16
-    return max(1, asked - config.short_by)
+    return max(1, min(asked, MAX_TOKENS) - config.short_by)
 
 
 def _pieces(request: dict[str, Any], config: StubConfig) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from bench import hostile_soak
+from bench.answers import Answer
+from bench.hostile import Case
 from bench.hostile_soak import main
 from bench.stub import StubConfig, running_stub
+from bench.wire import Endpoint
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +44,18 @@ def test_a_bad_answer_to_a_hostile_client_is_a_failure(
     async def two_more(pid: int | None, at_most: int | None) -> int:
         return 7
 
+    async def no_answer(endpoint: Endpoint, case: Case) -> tuple[list[Answer], str | None, bytes]:
+        await asyncio.sleep(0.001)
+        return [], "no answer at all", b""
+
+    monkeypatch.setattr(hostile_soak, "run_case", no_answer)
     monkeypatch.setattr(hostile_soak, "FAMILIES", ("field",))
     monkeypatch.setattr(hostile_soak, "count_files", lambda pid: 5)
     monkeypatch.setattr(hostile_soak, "wait_files", two_more)
     assert run_on(StubConfig()) == 1
     output = capsys.readouterr().out
     assert "FAILED 2 open files more" in output
-    assert "hostile requests: field" in output  # the stub takes what no server may
+    assert "hostile requests: field" in output and "no answer at all" in output
 
 
 @pytest.mark.parametrize("flags", [["-c", "1"], ["--hostile-share", "1"], ["--streams", "4"]])
