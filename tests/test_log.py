@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -92,6 +93,9 @@ def test_a_reader_that_stops_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb", buffering=0) as pipe:
         monkeypatch.setattr("sys.stderr", stream)
         log.setup("info")
+        # More than a pipe holds: from the first byte on, the thread waits for the reader.
+        log.get_logger().info("%s", "y" * 2**17)
+        assert select.select([pipe], [], [], 10.0)[0]
         began_s = time.monotonic()
         for number in range(10_000):
             log.get_logger().info("%06d %s", number, "x" * 200)
