@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,9 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.server_process import free_port
+
 ROOT = Path(__file__).parent.parent.parent
-
-
-def free_port() -> int:
-    """A port that nothing listens on, below those that the system gives to connections: one of
-    them could take it before the server does."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as sock, suppress(OSError):
-            sock.bind(("0.0.0.0", port))
-            return port
 
 
 @dataclass

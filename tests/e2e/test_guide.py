@@ -23,7 +23,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.conftest import ROOT, Server, free_port
+from bench.server_process import free_port
+from tests.e2e.conftest import ROOT, Server
 
 DEMO = ROOT / "pyserve" / "demo"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"

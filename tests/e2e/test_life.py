@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.e2e.conftest import ROOT, Server, free_port, start_server
+from bench.server_process import free_port
+from tests.e2e.conftest import ROOT, Server, start_server
 
 LONG: dict[str, Any] = {
     "model": "pyserve-demo", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.server_process import free_port
 from tests.api.tls_files import CERTIFICATE, KEY
-from tests.e2e.conftest import ROOT, free_port
+from tests.e2e.conftest import ROOT
 
 READY_TIMEOUT_S = 240
 PAGE = "https://chat.example"
