@@ -164,13 +164,17 @@ class CudaRunner:
         self._ring.clear()
 
     def _forward(self, step: Step, entry: _RingEntry) -> StepShape:
-        num_words = self.pack(step, entry.words)
-        shape = StepShape.of(entry.words)
         with torch.cuda.stream(self._stream):
-            words = entry.step_input[:num_words]
-            self._executor.step_input[:num_words].copy_(words, non_blocking=True)
+            shape = self._bring(step, entry)
             self._executor.forward(shape)
         return shape
+
+    def _bring(self, step: Step, entry: _RingEntry) -> StepShape:
+        """Pack the step and queue its copy to where the executor reads it."""
+        num_words = self.pack(step, entry.words)
+        words = entry.step_input[:num_words]
+        self._executor.step_input[:num_words].copy_(words, non_blocking=True)
+        return StepShape.of(entry.words)
 
     def _sample(self, shape: StepShape, entry: _RingEntry) -> None:
         with torch.cuda.stream(self._stream):
@@ -230,12 +234,9 @@ class CudaRunner:
         torch.cuda.synchronize(self._executor.device)
 
     def _record(self, step: Step) -> None:
-        entry = self._ring[0]
-        num_words = pack(step, entry.words)
         try:
             with torch.cuda.stream(self._stream), _no_collection():
-                self._executor.step_input[:num_words].copy_(entry.step_input[:num_words])
-                self._executor.record(StepShape.of(entry.words))
+                self._executor.record(self._bring(step, self._ring[0]))
         except Exception as error:
             raise self._explained(error) from None
 

@@ -20,9 +20,14 @@ NODE_BYTES = 4800
 NODES_PER_LAYER = 10
 
 
+def graph_sizes(max_num_tokens: int) -> list[int]:
+    """Padded numbers of tokens whose steps are recorded, the smallest first."""
+    return [size for size in padded_sizes(max_num_tokens) if size <= MAX_GRAPH_TOKENS]
+
+
 def graphs_bytes(num_layers: int, *, max_num_tokens: int, num_slots: int) -> int:
     """What the records of all shapes take on the card."""
-    num_sizes = sum(size <= MAX_GRAPH_TOKENS for size in padded_sizes(max_num_tokens))
+    num_sizes = len(graph_sizes(max_num_tokens))
     num_nodes = 2 * num_sizes * (num_layers + 1) + len(padded_sizes(num_slots))
     return NODE_BYTES * NODES_PER_LAYER * num_nodes
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from pyserve.engine.batch import Step, padded_sizes
 from pyserve.engine.block_manager import num_blocks_for
-from pyserve.engine.graphs import MAX_GRAPH_TOKENS
+from pyserve.engine.graphs import graph_sizes
 from pyserve.engine.state import StepLimits
 
 
@@ -31,9 +31,7 @@ def graph_steps(limits: StepLimits, *, num_blocks: int, vocab_size: int) -> Iter
     its own, so that a record that does not do what its launches did is found out. Shapes that
     would need more than num_blocks are left out, and run op by op where they come.
     """
-    for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
-        if num_tokens > MAX_GRAPH_TOKENS:
-            continue
+    for num_tokens in reversed(graph_sizes(limits.max_num_batched_tokens)):
         few_rows = -(-num_tokens // limits.max_model_len)
         for num_rows in {min(count, limits.num_slots) for count in (num_tokens, few_rows)}:
             step = _step(limits, num_tokens, num_rows=num_rows)
