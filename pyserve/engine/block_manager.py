@@ -12,7 +12,7 @@ import hashlib
 import secrets
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from pyserve.engine.sequence import NEVER, Sequence
 
@@ -65,13 +65,13 @@ class BlockManager:
         """
         if not self._is_caching:
             return [], None
-        while len(seq.block_hashes) < len(seq.token_ids) // self.block_size:
-            self._extend_hashes(seq)
+        self._extend_hashes(seq, len(seq.token_ids))
         limit = (len(seq.token_ids) - 1) // self.block_size
         hits: list[int] = []
-        for index in range(limit):
-            block_id = self._block_of.get(seq.block_hashes[index])
-            if block_id is None or self._preimage_of[block_id] != self._preimage(seq, index):
+        preimages = self._preimages(seq, 0, limit)
+        for block_hash, preimage in zip(seq.block_hashes, preimages, strict=False):
+            block_id = self._block_of.get(block_hash)
+            if block_id is None or self._preimage_of[block_id] != preimage:
                 break
             hits.append(block_id)
         awaited = None
@@ -115,7 +115,7 @@ class BlockManager:
         while seq.next_offer_len <= num_valid:
             index = seq.num_offered_blocks
             if index == len(seq.block_hashes):
-                self._extend_hashes(seq)
+                self._extend_hashes(seq, seq.next_offer_len)
             block_hash = seq.block_hashes[index]
             if self._awaited.get(block_hash) is seq:
                 del self._awaited[block_hash]
@@ -124,7 +124,7 @@ class BlockManager:
                 block_id = seq.block_ids[index]
                 self._block_of[block_hash] = block_id
                 self._hash_of[block_id] = block_hash
-                self._preimage_of[block_id] = self._preimage(seq, index)
+                (self._preimage_of[block_id],) = self._preimages(seq, index, index + 1)
             seq.num_offered_blocks = index + 1
             seq.next_offer_len += self.block_size
 
@@ -182,13 +182,23 @@ class BlockManager:
             self._hash_of[block_id] = None
             self._preimage_of[block_id] = None
 
-    def _extend_hashes(self, seq: Sequence) -> None:
-        seq.block_hashes.append(self._hash(self._preimage(seq, len(seq.block_hashes))))
+    def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
+        """Hash the full blocks of the first `num_tokens` tokens that are not hashed yet."""
+        hashes = seq.block_hashes
+        for preimage in self._preimages(seq, len(hashes), num_tokens // self.block_size):
+            hashes.append(self._hash(preimage))
 
-    def _preimage(self, seq: Sequence, index: int) -> bytes:
-        parent = seq.block_hashes[index - 1] if index else seq.root_hash
-        start = index * self.block_size
-        return parent + array("i", seq.token_ids[start : start + self.block_size]).tobytes()
+    def _preimages(self, seq: Sequence, first: int, end: int) -> Iterator[bytes]:
+        """What the hashes of blocks `first` to `end` are made from: parent hash and token ids.
+
+        Each parent is read when its turn comes, so the caller may append hashes as it goes on.
+        """
+        ids = array("i", seq.token_ids[first * self.block_size : end * self.block_size])
+        data, block_bytes = ids.tobytes(), ids.itemsize * self.block_size
+        for index in range(first, end):
+            parent = seq.block_hashes[index - 1] if index else seq.root_hash
+            start = (index - first) * block_bytes
+            yield parent + data[start : start + block_bytes]
 
     def _hash(self, preimage: bytes) -> bytes:
         return hashlib.blake2b(preimage, digest_size=HASH_BYTES, key=self._key).digest()

@@ -259,8 +259,9 @@ def test_a_sequence_too_large_for_now_waits_for_room() -> None:
 
 def test_admissions_of_one_step_fit_the_buffer() -> None:
     engine = make_engine(
-        num_blocks=20_000, num_slots=8, max_num_batched_tokens=60_000, max_model_len=9000
-    )
+        num_blocks=20_000, num_slots=8, max_num_batched_tokens=60_000, max_model_len=9000,
+        enable_prefix_caching=False,
+    )  # fmt: skip
     limit = max_update_words(9000, 4)
     penalised = SamplingParams(max_tokens=2, seed=1, presence_penalty=1.0)
     for index in range(8):
