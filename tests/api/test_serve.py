@@ -118,6 +118,31 @@ def test_a_signal_drains(tokenizer_folder: Path, number: signal.Signals) -> None
         assert process.popen.wait(START_S) == 0
 
 
+def test_a_connection_that_has_asked_nothing_yet_is_answered_while_others_drain(
+    tokenizer_folder: Path,
+) -> None:
+    """Accepted before the signal, its request comes behind it; one that has asked is closed."""
+    ask = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with start(tokenizer_folder, drain_s=START_S) as process:
+        wait_until(lambda: process.is_in("ready"), START_S)
+        idle = socket.create_connection(("127.0.0.1", process.port), timeout=10)
+        idle.sendall(ask)
+        assert b"200 OK" in idle.recv(65536)
+        new = socket.create_connection(("127.0.0.1", process.port), timeout=10)
+        begun = socket.create_connection(("127.0.0.1", process.port), timeout=10)
+        begun.sendall(ask[:9])
+        sock = process.stream(200)
+        process.popen.send_signal(signal.SIGTERM)
+        wait_until(lambda: process.is_in("draining"), START_S)
+        assert read_to_end(idle) == b""
+        new.sendall(ask)
+        begun.sendall(ask[9:])
+        for late in (new, begun):
+            assert b'"status":"draining"' in read_to_end(late)
+        assert b'"finish_reason":"length"' in read_to_end(sock)
+        assert process.popen.wait(START_S) == 0
+
+
 def test_what_does_not_finish_is_cut_off_with_an_error(tokenizer_folder: Path) -> None:
     with start(tokenizer_folder, drain_s=0.2) as process:
         wait_until(lambda: process.is_in("ready"), START_S)

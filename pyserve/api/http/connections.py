@@ -32,6 +32,7 @@ class Connection(Protocol):
     client            its address; "" where it has none.
     opening           done once it is open, its TLS handshake included.
     is_idle           no request has come that is not answered.
+    has_asked         a request has come, answered or not.
     is_unheard        a request runs, and nothing is read meanwhile.
     is_over           its client has ended its side, and all is answered.
     num_unsent_bytes  written, and not taken by the kernel yet.
@@ -40,6 +41,7 @@ class Connection(Protocol):
 
     client: str
     opening: Task[None] | None
+    has_asked: bool
 
     @property
     def is_idle(self) -> bool: ...
@@ -135,10 +137,13 @@ class Connections:
         connection.cut()
 
     def close_idle(self) -> None:
-        """The server shuts down: close idle connections, wait less for clients that do not read."""
+        """The server shuts down: close idle connections, wait less for clients that do not read.
+
+        On a new one the first request is under way: it is answered as long as others are.
+        """
         self.write_timeout_s = bounds.DRAIN_WRITE_TIMEOUT_S
         for connection in list(self._all):
-            if connection.is_idle:
+            if connection.is_idle and connection.has_asked:
                 connection.finish()
 
     def watch(self, connection: Connection) -> None:

@@ -47,13 +47,14 @@ class HttpProtocol(web.RequestHandler):
 
     request    the one that is being answered, from its handler on until its answer is written.
     on_probe   says something to the client in the answer that is under way; None: nothing can be.
+    has_asked  a request has come, answered or not.
     has_ended  the client sends nothing more, and waits for its answers or is gone.
     """
 
     __slots__ = (
         "_connection", "_connections", "_head_timer", "_is_receiving", "_is_refused",
-        "_num_head_bytes", "_slow_since_s", "_was_probed", "client", "has_ended", "on_probe",
-        "opening", "request",
+        "_num_head_bytes", "_slow_since_s", "_was_probed", "client", "has_asked", "has_ended",
+        "on_probe", "opening", "request",
     )  # fmt: skip
 
     def __init__(self, manager: web.Server, *, connections: Connections, **options: Any) -> None:
@@ -63,6 +64,7 @@ class HttpProtocol(web.RequestHandler):
         self.request: web.BaseRequest | None = None
         self.on_probe: Callable[[], None] | None = None
         self.has_ended = False
+        self.has_asked = False
         self._connections = connections
         self._connection: asyncio.Transport | None = None  # also when aiohttp has let go of it
         self._head_timer: asyncio.TimerHandle | None = None
@@ -178,6 +180,7 @@ class HttpProtocol(web.RequestHandler):
         if self.is_unheard:
             self._connections.watch(self)
         if len(self._messages) > num_known:
+            self.has_asked = True
             self._connections.touch(self)
             self._end_head()
             for number, (message, _) in enumerate(list(self._messages)):
