@@ -42,6 +42,7 @@ DEFAULT_MEAN_CONTEXT = 1024
 SHARED_FLAGS = (
     "revision", "download-dir", "hf-token", "dtype", "max-model-len", "max-num-seqs",
     "max-num-batched-tokens", "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes",
+    "enforce-eager",
 )  # fmt: skip
 
 

@@ -78,6 +78,10 @@ def test_the_ledger_is_what_the_server_would_plan(
     assert f"{capacity.plan.max_model_len:,} would be served" in text
     assert "8.03 G parameters, bfloat16, context 131,072" in text
     assert "24,084 MiB as CUDA shows it" in text
+    eager = run(capsys, "--model", write_config(tmp_path), "--gpu", "4090", "--enforce-eager")
+    without_graphs = capacity_of(enforce_eager=True)
+    assert format_ledger(without_graphs.plan.ledger) in eager
+    assert without_graphs.num_tokens > capacity.num_tokens
 
 
 def test_sequences_share_the_kv_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
