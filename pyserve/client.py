@@ -11,13 +11,53 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pyserve.errors import PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
 
+if TYPE_CHECKING:  # the port opens before anything as slow to import as numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class Constraint(Protocol):
+    """Which tokens one sequence may produce next: a grammar, words that are forbidden.
+
+    It knows the output tokens that it has accepted, all of them and in order. The calls for one
+    sequence never overlap; all but the properties may come from a thread that is not the event
+    loop's, and what takes long in them lets go of the interpreter's lock.
+
+    is_free      every token is allowed now, so no mask is needed: reasoning has not ended, no tool
+                 call has begun.
+    is_finished  nothing but an end may follow.
+    error        why it cannot go on, None while it can; the sequence fails with it, alone.
+    """
+
+    @property
+    def is_free(self) -> bool: ...
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+        """Write all of `words`, int32 [ceil(vocab_size / 32)] of the engine's vocab_size.
+
+        Bit t % 32 of word t // 32 says whether token t may come next. Stop tokens are tokens like
+        the others: their bits say whether the sequence may end here.
+        """
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """These output tokens have come, a stop token included. What is wrong goes to `error`."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` accepted ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +67,7 @@ class SequenceRequest:
     priority    lower runs first; of equal ones the user who runs the fewest, then the oldest.
     cache_salt  the prefix cache is shared by requests with the same one.
     user        with whom slots and places in the queue are shared.
+    constraint  of its output tokens; the engine alone uses it, and no two sequences share one.
     """
 
     prompt_token_ids: Sequence[int]
@@ -34,6 +75,7 @@ class SequenceRequest:
     priority: int = 0
     cache_salt: str = ""
     user: str = ""
+    constraint: Constraint | None = None
 
 
 @dataclass(slots=True)

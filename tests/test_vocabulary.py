@@ -45,7 +45,7 @@ BANNED: dict[str, tuple[str, ...]] = {
     "num_heads, softmax_scale, softcap": ("qo_heads", "sm_scale", "logit_cap"),
     "key_cache, value_cache": ("kv_pool", "kv_buffer", "k_pool", "v_pool"),
     "logits processor": ("filter", "warper"),
-    "grammar, bitmask, matcher": ("guided", "constraint"),
+    "constraint, of which a grammar is one; bitmask, matcher": ("guided",),
     "adapter, adapter_slot": ("lora_int_id",),
     "tp_rank, tp_size": ("(?<!tp_)rank", "world_size"),
     "finish_reason": ("eos_reason",),

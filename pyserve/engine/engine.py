@@ -20,7 +20,7 @@ from pyserve.engine.chunks import ChunkPacer
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
-from pyserve.errors import EngineError, InvalidRequestError, PyserveError
+from pyserve.errors import EngineError, InvalidRequestError, NotBuiltError, PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
 from pyserve.words import counted
@@ -125,6 +125,8 @@ class Engine:
         """Queue one sequence. Raises InvalidRequestError where it can never run."""
         params, user = request.params, request.user
         token_ids = list(request.prompt_token_ids)
+        if request.constraint is not None:
+            raise NotBuiltError("constraints on the output's tokens are not built yet")
         self._check(token_ids, params)
         seq_id = self._next_seq_id
         self._next_seq_id += 1

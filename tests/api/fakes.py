@@ -23,7 +23,14 @@ from pyserve.api.app import build_app
 from pyserve.api.http.connections import Connections
 from pyserve.api.http.http_protocol import listening
 from pyserve.api.state import Loaded, ServerState
-from pyserve.client import EngineClient, EngineInfo, EngineStats, SequenceRequest, SequenceStream
+from pyserve.client import (
+    Constraint,
+    EngineClient,
+    EngineInfo,
+    EngineStats,
+    SequenceRequest,
+    SequenceStream,
+)
 from pyserve.config import ServerConfig
 from pyserve.errors import EngineError, PyserveError, QueueFullError, UnavailableError
 from pyserve.metrics import Metrics
@@ -90,6 +97,7 @@ class Submitted:
     priority: int
     cache_salt: str
     user: str
+    constraint: Constraint | None
     stream: SequenceStream
     is_aborted: bool = False
     task: asyncio.Task[None] | None = None
@@ -148,7 +156,7 @@ class FakeEngine:
         stream = SequenceStream(number, len(request.prompt_token_ids))
         item = Submitted(
             list(request.prompt_token_ids), request.params, request.priority, request.cache_salt,
-            request.user, stream,
+            request.user, request.constraint, stream,
         )  # fmt: skip
         self.submitted.append(item)
         item.task = asyncio.get_running_loop().create_task(self._play(item, self.script(number)))

@@ -153,7 +153,12 @@ class Generation:
                 if job.is_run:
                     stream = self._engine.submit(
                         SequenceRequest(
-                            prompt.token_ids, own_params, job.priority, cache_salt, user
+                            prompt.token_ids,
+                            own_params,
+                            job.priority,
+                            cache_salt,
+                            user,
+                            job.make_constraint(),
                         )
                     )
                 else:  # the engine does not hear of it

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pyserve.client import Constraint
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.parts import Plain, Stage
@@ -45,11 +46,17 @@ class Ending:
     min_tokens: int
 
 
+def unconstrained() -> None:
+    """What Job.make_constraint is where every token is allowed."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One request: every prompt is answered n times.
 
     params            of each prompt.
     make_stage        a stage for each answer, which turns its text into parts.
+    make_constraint   a constraint for each answer, which says the tokens that it may have; None:
+                      all.
     is_run            False: the prompts are shown and nothing is generated.
     is_streamed, include_usage, has_continuous_usage
                       whether the answer is a stream, ends with the usage of all choices, and has
@@ -65,6 +72,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ending: Ending
     n: int = 1
     make_stage: Callable[[], Stage] = Plain
+    make_constraint: Callable[[], Constraint | None] = unconstrained
     is_run: bool = True
     is_streamed: bool = False
     include_usage: bool = False

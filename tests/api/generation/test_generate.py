@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pyserve.api.generation.generate import Generation
 from pyserve.api.generation.job import Ending, Job, Prompt
+from pyserve.client import Constraint
 from pyserve.errors import EngineError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
@@ -97,6 +101,31 @@ def test_eos_ends_without_a_reason_and_counts(tokenizer: Tokenizer, burst: int) 
     assert (usage.prompt_tokens, usage.completion_tokens) == (4, len(ids))
     assert usage.total_tokens == 4 + len(ids)
     assert usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_each_choice_has_a_constraint_of_its_own(tokenizer: Tokenizer) -> None:
+    class Anything:
+        is_free, is_finished, error = True, False, None
+
+        def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+            words.fill(-1)
+
+        def accept(self, token_ids: Sequence[int]) -> None: ...
+
+        def rollback(self, num_tokens: int) -> None: ...
+
+    async def submit(job: Job) -> list[Constraint | None]:
+        engine = FakeEngine(lambda _: Script([EOS]))
+        generation = Generation(engine, Metrics("m"), arrived_s=0.0)
+        await generation.submit(job, cache_salt="", user="")
+        generation.close("abort")
+        return [item.constraint for item in engine.submitted]
+
+    job = make_job(tokenizer, [7], SamplingParams(max_tokens=3), ending(), n=3)
+    assert asyncio.run(submit(job)) == [None, None, None]
+    constraints = asyncio.run(submit(msgspec.structs.replace(job, make_constraint=Anything)))
+    assert all(isinstance(constraint, Anything) for constraint in constraints)
+    assert len(set(map(id, constraints))) == 3
 
 
 def test_another_stop_id_is_the_reason(tokenizer: Tokenizer) -> None:
