@@ -13,7 +13,6 @@ percentile. Data is random.
 from __future__ import annotations
 
 import itertools
-import statistics
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
 from pyserve.ops import attention_plan, sample_workspace
@@ -80,69 +80,6 @@ class Ceilings:
     flops_per_us: float
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    us: float
-    spread_us: float
-    is_graph: bool  # else: eager calls, launches included
-
-
-def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
-    """Microseconds a call."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for run in sets:
-            run()  # handles, modules and attributes are made here, not while capturing
-        stream.synchronize()
-        start, end = _event(), _event()
-        start.record()
-        for run in sets:
-            run()
-        end.record()
-        end.synchronize()
-        once_us = max(start.elapsed_time(end) * 1e3 / len(sets), 1.0)
-    # A graph of a millisecond or more, so that events and its own start do not count.
-    calls = [run for run, _ in zip(itertools.cycle(sets), range(_num_calls(len(sets), once_us)))]
-    replay, is_graph = _captured(calls, stream)
-    times = []
-    num_replays = max(7, min(60, int(seconds * 1e6 / (once_us * len(calls)))))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            replay()
-        events = [(_event(), _event()) for _ in range(num_replays)]
-        for start, end in events:
-            start.record()
-            replay()
-            end.record()
-        stream.synchronize()
-    times = sorted(start.elapsed_time(end) * 1e3 / len(calls) for start, end in events)
-    tenth = len(times) // 10
-    return Timing(statistics.median(times), (times[-1 - tenth] - times[tenth]) / 2, is_graph)
-
-
-def _num_calls(num_sets: int, once_us: float) -> int:
-    """A multiple of num_sets that takes about 2 ms, of at most 400 calls."""
-    rounds = max(1, min(int(2000 / (once_us * num_sets)), 400 // num_sets))
-    return rounds * num_sets
-
-
-def _captured(
-    calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream
-) -> tuple[Callable[[], object], bool]:
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            for run in calls:
-                run()
-    except RuntimeError:  # not capturable: a fault of the op, which the table shows
-        return (lambda: [run() for run in calls]), False
-    return graph.replay, True
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
 def measure_ceilings(seconds: float) -> Ceilings:
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE).random_()
     copy_time_us = copy_us(torch.empty_like(source), source)
@@ -150,19 +87,6 @@ def measure_ceilings(seconds: float) -> Ceilings:
     a, b = _randn(GEMM_SIZE, GEMM_SIZE), _randn(GEMM_SIZE, GEMM_SIZE)
     gemm = time_sets([partial(torch.mm, a, b)], seconds)
     return Ceilings(2 * COPY_BYTES / copy_time_us, 2 * GEMM_SIZE**3 / gemm.us)
-
-
-def copy_us(destination: Tensor, source: Tensor, repeats: int = 10) -> float:
-    """Not in a graph: there the copy engine does it, at two thirds of the rate of a kernel."""
-    times = []
-    for _ in range(repeats):
-        begin, end = _event(), _event()
-        begin.record()
-        destination.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
 
 
 def _randn(*shape: int) -> Tensor:
@@ -339,6 +263,23 @@ def sample_cases() -> Iterator[Case]:
                 yield Case("sample", load, runs, logits[0].nbytes, target=target)
 
 
+def bitmask_cases() -> Iterator[Case]:
+    """A grammar allows a few tokens or nearly all; only what becomes -inf is written."""
+    for num_rows in (64, 1):
+        num_sets = _num_sets(num_rows * VOCAB_SIZE * 2)
+        logits = [_randn(num_rows, VOCAB_SIZE) for _ in range(num_sets)]
+        rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+        bits = 1 << torch.arange(32, device=DEVICE)
+        for name, share in (("0.1 % allowed", 0.001), ("99 % allowed", 0.99)):
+            is_allowed = torch.rand(num_rows, VOCAB_SIZE // 32, 32, device=DEVICE) < share
+            mask = torch.where(is_allowed, bits, 0).sum(-1).int()
+            runs: list[Callable[[], object]] = [
+                partial(ops.apply_bitmask, x, mask, rows) for x in logits
+            ]
+            num_bytes = mask.nbytes + 2 * int((~is_allowed).sum())
+            yield Case("apply_bitmask", f"{num_rows} x {VOCAB_SIZE}, {name}", runs, num_bytes)
+
+
 def _slots(num_slots: int, words: dict[int, float]) -> Tensor:
     slots = torch.zeros(num_slots, layout.SLOT_WORDS, dtype=torch.int32)
     real = slots.view(torch.float32)
@@ -384,6 +325,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "activation": activation_cases,
     "linear": linear_cases,
     "sample": sample_cases,
+    "bitmask": bitmask_cases,
     "plan": plan_cases,
 }
 

@@ -312,6 +312,24 @@ def sample_cases(shape: Shape, num_samples: int) -> Iterator[Case]:
         )
 
 
+def bitmask_cases(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[Case]:
+    """A grammar allows a few tokens, as inside a number, or nearly all, as inside a string."""
+    logits = torch.randn(num_rows, vocab_size).to(dtype)
+    rows = torch.arange(num_rows).int()
+    for name, share in (("0.1 % allowed", 0.001), ("99 % allowed", 0.99)):
+        # Tokens of a kind do not lie together: each bit is drawn for itself.
+        is_allowed = torch.rand(num_rows, -(-vocab_size // 32), 32) < share
+        mask = torch.where(is_allowed, 1 << torch.arange(32), 0).sum(-1).int()
+        num_forbidden = int((~is_allowed).sum())
+        yield Case(
+            "apply_bitmask",
+            f"{num_rows} x {vocab_size}, {name}",
+            partial(ops.apply_bitmask, logits, mask, rows),
+            partial(reference.apply_bitmask, logits, mask, rows),
+            mask.nbytes + num_forbidden * logits.element_size(),
+        )
+
+
 def step_cases(shape: Shape, num_rows: int) -> Iterator[Case]:
     """A decoding step whose tokens the host knows; each row's first block is set again."""
     buffer = np.zeros(64 * num_rows + 64, dtype=np.int32)
@@ -355,6 +373,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield from attention_cases(shape, dtype)
     for batch in shape.batches:
         yield from sample_cases(shape, batch)
+        yield from bitmask_cases(batch, shape.vocab_size, dtype)
         yield from step_cases(shape, batch)
 
 

@@ -30,4 +30,5 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def(
       "sample(Tensor logits, Tensor sample_slots, Tensor(a!) slots, Tensor(b!) token_counts, "
       "Tensor(c!)? workspace, Tensor(d!) sampled) -> ()");
+  m.def("apply_bitmask(Tensor(a!) logits, Tensor bitmask, Tensor rows) -> ()");
 }

@@ -256,6 +256,17 @@ def sample(
     return sampled
 
 
+def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    """Set the logits of tokens that a row's mask forbids to -inf, in place; others keep their bits.
+
+    logits [num_rows, vocab_size]; bitmask int32 [num_masked, num_words], num_words at most
+    ceil(vocab_size / 32): bit t % 32 of word t // 32 is set where token t is allowed, a token
+    behind the last word is not. rows int32 [num_masked], any stride: the row of logits that each
+    mask is for, all different; -1 masks none. Raises RuntimeError where a row is out of range.
+    """
+    _ops.apply_bitmask(logits, bitmask, rows)
+
+
 def pack_step(
     buffer: NDArray[np.int32],
     row_slots: list[int],

@@ -157,6 +157,20 @@ def sample(
             token_counts[slot, token_id] = _counted(int(token_counts[slot, token_id]))
 
 
+def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    """Set what the masks forbid, and what lies behind their end, to -inf."""
+    num_rows, vocab_size = logits.shape
+    token_ids = torch.arange(32 * bitmask.shape[1], device=logits.device)[:vocab_size]
+    for row, mask in zip(rows.tolist(), bitmask, strict=True):
+        if not -1 <= row < num_rows:
+            raise RuntimeError(f"apply_bitmask: row {row} of {num_rows}")
+        if row < 0:
+            continue
+        is_allowed = torch.zeros(vocab_size, dtype=torch.bool, device=logits.device)
+        is_allowed[: len(token_ids)] = (mask[token_ids // 32] >> token_ids % 32 & 1).bool()
+        logits[row].masked_fill_(~is_allowed, -torch.inf)
+
+
 def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor) -> int:
     """Token id drawn from logits [vocab], -1 where they hold NaN or +inf or all are -inf.
 

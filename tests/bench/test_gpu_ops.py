@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import gpu_ops
+from bench.gpu_timing import Timing
 from pyserve import ops
 from pyserve.ops import build, fakes
 
@@ -27,10 +28,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     planned: list[str] = []
     monkeypatch.setattr(ops, "plan_attention", lambda *args, **kwargs: planned.append("attention"))
 
-    def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> gpu_ops.Timing:
+    def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
         for run in sets:
             run()
-        return gpu_ops.Timing(us=2.0, spread_us=0.1, is_graph=True)
+        return Timing(us=2.0, spread_us=0.1, is_graph=True)
 
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
     monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)

@@ -111,10 +111,20 @@ def sample() -> None:
                 assert 0 <= int(sampled) < vocab_size
 
 
+def apply_bitmask() -> None:
+    for vocab_size in (1, 5, 17, 64, 100, 1003):
+        mask = torch.randint(-(2**31), 2**31, (2, -(-vocab_size // 32)), dtype=torch.int32)
+        mask[1] = 0
+        for dtype in DTYPES:
+            logits = guarded(torch.randn(2, vocab_size).to(dtype))
+            ops.apply_bitmask(logits, guarded(mask), guarded(torch.tensor([0, 1]).int()))
+            assert (logits[1] == -torch.inf).all()
+
+
 if __name__ == "__main__":
     build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
-    for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample):
+    for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample, apply_bitmask):
         print(run.__name__, flush=True)
         run()
     print("whole")

@@ -81,6 +81,7 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.ones(1, 2, dtype=torch.int32),
         ),
         "sample": (torch.randn(2, 20), _int(1, -1), slots, counts, None, _int(9, 9)),
+        "apply_bitmask": (torch.randn(3, 40), _int(5, -1, -2, 3).view(2, 2), _int(2, -1)),
     }
 
 

@@ -1,10 +1,12 @@
-// The sample op on CUDA: checks, then the kernels of sample.cu.
+// The ops on logits on CUDA: checks, then the kernels of sample.cu and bitmask.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
+#include "common/args/bitmask.h"
 #include "common/args/sample.h"
 #include "gpu/core/bind.h"
+#include "gpu/sample/bitmask.h"
 #include "gpu/sample/sample.h"
 
 namespace pyserve {
@@ -12,10 +14,10 @@ namespace {
 
 constexpr const char* kOp = "sample";
 
-gpu::Dtype sample_dtype(const View& logits) {
+gpu::Dtype logits_dtype(const View& logits) {
   if (logits.dtype == ScalarType::Float) return gpu::Dtype::kFloat32;
   if (logits.dtype == ScalarType::BFloat16) return gpu::Dtype::kBfloat16;
-  PYSERVE_CHECK(logits.dtype == ScalarType::Half, kOp,
+  PYSERVE_CHECK(logits.dtype == ScalarType::Half, logits.op,
                 ": logits must be float32, bfloat16 or float16, got ",
                 torch::headeronly::toString(logits.dtype));
   return gpu::Dtype::kFloat16;
@@ -35,7 +37,7 @@ void sample(const Tensor& logits, const Tensor& sample_slots, const Tensor& slot
                 " words for ", num_rows, " rows, needs ", wanted);
   const gpu::SampleParams params{.logits = args.logits.data,
                                  .logits_stride = args.logits.stride(0),
-                                 .dtype = sample_dtype(args.logits),
+                                 .dtype = logits_dtype(args.logits),
                                  .sample_slots = args.sample_slots.ptr<int32_t>(),
                                  .sample_slots_stride = args.sample_slots.stride(0),
                                  .slots = args.slots.ptr<int32_t>(),
@@ -50,7 +52,31 @@ void sample(const Tensor& logits, const Tensor& sample_slots, const Tensor& slot
   check_launch(kOp, gpu::launch_sample(params, current_stream(logits)));
 }
 
+void apply_bitmask(const Tensor& logits, const Tensor& bitmask, const Tensor& rows) {
+  constexpr const char* kBitmaskOp = "apply_bitmask";
+  const BitmaskArgs args = bitmask_args({kBitmaskOp, Place::kCuda}, logits, bitmask, rows);
+  const int64_t most = 65535;  // of a grid's second dim
+  PYSERVE_CHECK(args.num_masked() <= most && args.num_rows() <= 1 << 20, kBitmaskOp, ": ",
+                args.num_masked(), " masks for ", args.num_rows(), " rows, at most ", most, " for ",
+                1 << 20);
+  const gpu::BitmaskParams params{.logits = args.logits.data,
+                                  .logits_stride = args.logits.stride(0),
+                                  .dtype = logits_dtype(args.logits),
+                                  .bitmask = args.bitmask.ptr<int32_t>(),
+                                  .bitmask_stride = args.bitmask.stride(0),
+                                  .rows = args.rows.ptr<int32_t>(),
+                                  .rows_stride = args.rows.stride(0),
+                                  .num_rows = static_cast<int32_t>(args.num_rows()),
+                                  .num_masked = static_cast<int32_t>(args.num_masked()),
+                                  .num_words = static_cast<int32_t>(args.num_words()),
+                                  .vocab_size = static_cast<int32_t>(args.vocab_size())};
+  check_launch(kBitmaskOp, gpu::launch_bitmask(params, current_stream(logits)));
+}
+
 }  // namespace
 }  // namespace pyserve
 
-STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) { m.impl("sample", TORCH_BOX(&pyserve::sample)); }
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
+  m.impl("sample", TORCH_BOX(&pyserve::sample));
+  m.impl("apply_bitmask", TORCH_BOX(&pyserve::apply_bitmask));
+}
