@@ -15,7 +15,15 @@ from pathlib import Path
 
 from pyserve import log
 from pyserve.api.serve import Loaded, Report, run_server
-from pyserve.config import DEMO_MODEL, EngineConfig, LaunchConfig, ServerConfig, env
+from pyserve.config import (
+    DEMO_MODEL,
+    UNNAMED,
+    EngineConfig,
+    LaunchConfig,
+    ServerConfig,
+    env,
+    named_keys,
+)
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flag_rows import settings
 from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args
@@ -46,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_paths(args, server_config)
         load = _loader(args)
         _warn_of_exposure(server_config)
+        _tell_of_names(server_config)
         if launch.model is None:
             log.get_logger().info("no --model: this is the bundled demo model")
     except StartupError as error:
@@ -85,6 +94,13 @@ def _warn_of_exposure(config: ServerConfig) -> None:
         log.get_logger().warning(
             "anyone who reaches %s can use the model: pass --api-key KEY to require one", address
         )
+
+
+def _tell_of_names(config: ServerConfig) -> None:
+    """A key that holds a "=" was not meant to be a name and a key: show what became of it."""
+    users = dict.fromkeys(user for user, _ in named_keys(config.api_keys))
+    if any(not user.startswith(UNNAMED) for user in users):
+        log.get_logger().info("/metrics counts the use of API keys by name: %s", ", ".join(users))
 
 
 def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:

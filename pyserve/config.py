@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,11 +37,15 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 MAX_BODY_BYTES = 32 * 2**20
 MAX_QUEUE = 2**20
 ALL = ("*",)
+UNNAMED = "key-"  # and a number: who has a key without a name
 HALVES = {"half": "float16", "float": "float32"}  # of --dtype
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/,]+", re.IGNORECASE)
+_KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
+# A key made by `openssl rand -base64 32`: what stands before its last "=" is no name.
+_PADDED_BASE64 = re.compile(r"([A-Za-z0-9+/_-]{4}){5,}[A-Za-z0-9+/_-]{2}[A-Za-z0-9+/_=-]=")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
@@ -165,8 +170,8 @@ class ServerConfig:
     ssl_certfile: Path | None = flag(None, "serve TLS with this chain (PEM)")
     ssl_keyfile: Path | None = flag(None, "its key, no password", "in the chain")
     api_keys: tuple[str, ...] = flag(
-        (), "clients must send one of them", "VLLM_API_KEY", name="api-key", metavar="KEY",
-        read=key, options={"action": "append", "nargs": "+"},
+        (), "clients must send one; NAME=KEY: use by name", "VLLM_API_KEY", name="api-key",
+        metavar="KEY", read=key, options={"action": "append", "nargs": "+"},
     )  # fmt: skip
     share_prefix_cache: bool = flag(
         False, "of several keys: one cache of prompts for all", "each its own"
@@ -205,11 +210,7 @@ class ServerConfig:
         for name in self.served_model_names:
             if not name.isprintable():  # nor could a response hold it
                 raise ConfigError(f"--served-model-name {name!r} must be of printable characters")
-        if any(not key for key in self.api_keys):
-            raise ConfigError("--api-key must not be empty")
-        if any(key != key.strip() for key in self.api_keys):
-            # Headers are stripped of it, so that no client could ever match.
-            raise ConfigError("--api-key must not begin or end with white space")
+        named_keys(self.api_keys)
         for name, seconds in (
             ("--shutdown-timeout", self.shutdown_timeout_s),
             ("--request-timeout", self.request_timeout_s),
@@ -235,6 +236,34 @@ class ServerConfig:
             raise ConfigError(
                 "--allow-credentials needs --allowed-origins that names the origins instead of *"
             )
+
+
+def named_keys(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """User and key of each value of --api-key: NAME=KEY, or a KEY alone, whose user is "key-1" and
+    so on by its place. A name may have several keys.
+
+    Raises ConfigError, which never shows a key.
+    """
+    found: dict[str, str] = {}
+    for place, word in enumerate(words, 1):
+        user, key, shown = f"{UNNAMED}{place}", word, f"--api-key, value {place}:"
+        if "=" in word and not _PADDED_BASE64.fullmatch(word):
+            user, _, key = word.partition("=")
+            if not _KEY_NAME.fullmatch(user) or user.startswith(UNNAMED):
+                raise ConfigError(
+                    f"{shown} NAME=KEY needs a name of 1 to 32 letters, digits, '.', '_' and '-' "
+                    f"that does not begin with {UNNAMED}; a key that holds '=' needs a name too"
+                )
+            shown = f"--api-key {user}=...:"
+        if not key:
+            raise ConfigError(f"{shown} the key must not be empty")
+        if key != key.strip():
+            # Headers are stripped of it, so that no client could ever match.
+            raise ConfigError(f"{shown} the key must not begin or end with white space")
+        other = found.setdefault(key, user)
+        if other != user and not (other.startswith(UNNAMED) and user.startswith(UNNAMED)):
+            raise ConfigError(f"{shown} {other} has the same key; each name needs one of its own")
+    return tuple((user, key) for key, user in found.items())
 
 
 def env(name: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -34,6 +35,15 @@ LABELS = ("model_name", "engine")
 DEFAULT_MAX_TOKENS = 2**17  # of the token histograms, until an engine is watched
 
 
+@dataclass(slots=True)
+class KeyUsage:
+    """What the API keys of one name were used for: requests that ended, and their tokens."""
+
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+
 class Metrics(Collector):
     """All series of one server, in a registry of its own.
 
@@ -43,6 +53,7 @@ class Metrics(Collector):
     def __init__(self, model_name: str) -> None:
         self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)  # sequences
         self.num_requests = {"finished": 0, "aborted": 0, "failed": 0}  # that were submitted
+        self.usage_by_key: dict[str, KeyUsage] = {}
         self.num_responses: Counter[int] = Counter({200: 0, 400: 0, 429: 0, 500: 0, 503: 0})
         self.time_to_first_token_s = Histogram(FIRST_TOKEN_BUCKETS_S)
         self.request_time_per_output_token_s = Histogram(INTER_TOKEN_BUCKETS_S)
@@ -70,6 +81,24 @@ class Metrics(Collector):
     def watch_loop(self, lag_s: Callable[[], float]) -> None:
         """Read how late the event loop has been, in seconds, from here on."""
         self._loop_lag_s = lag_s
+
+    def count_usage_of(self, key_names: Iterable[str]) -> None:
+        """Show the use of the API keys of these names, and of no others, from here on."""
+        self.usage_by_key = {name: KeyUsage() for name in key_names}
+
+    def observe_usage(
+        self, key_name: str, *, num_prompt_tokens: int, num_output_tokens: int
+    ) -> None:
+        """Account for a request that was submitted and has ended, with a key of this name.
+
+        A prompt counts once, whatever its n, as in the answer's `usage`. Without API keys there is
+        nobody to account for.
+        """
+        usage = self.usage_by_key.get(key_name)
+        if usage is not None:
+            usage.num_requests += 1
+            usage.num_prompt_tokens += num_prompt_tokens
+            usage.num_output_tokens += num_output_tokens
 
     def observe_sequence(
         self,
@@ -166,6 +195,18 @@ class Metrics(Collector):
         text = "Responses by status; streams count when they begin"
         responses = {str(code): count for code, count in sorted(self.num_responses.items())}
         yield self._counter("pyserve:http_responses", text, "code", responses)
+
+        usage = self.usage_by_key
+        for name, text, values in (
+            ("requests", "Requests that were submitted and have ended",
+             {key_name: one.num_requests for key_name, one in usage.items()}),
+            ("prompt_tokens", "Prompt tokens of these requests",
+             {key_name: one.num_prompt_tokens for key_name, one in usage.items()}),
+            ("generation_tokens", "Output tokens of these requests",
+             {key_name: one.num_output_tokens for key_name, one in usage.items()}),
+        ):  # fmt: skip
+            text = f"{text}, by the name of the API key"
+            yield self._counter(f"pyserve:key_{name}", text, "key_name", values)
 
     def _engine_gauges(self, stats: EngineStats, info: EngineInfo) -> Iterable[Metric]:
         usage = stats.num_blocks_used / info.num_blocks

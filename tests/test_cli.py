@@ -280,6 +280,15 @@ def test_a_wrong_value_ends_before_the_port_opens() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_log_says_whose_use_of_keys_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pyserve")
+    cli._tell_of_names(server_config("--api-key", "s3cret"))
+    assert not caplog.records
+    cli._tell_of_names(server_config("--api-key", "alice=s3cret", "other", "alice=s3cret2"))
+    (record,) = caplog.records
+    assert record.getMessage().endswith("by name: alice, key-2")
+
+
 def test_public_address_without_key_warns(caplog: pytest.LogCaptureFixture) -> None:
     for argv in (["--host", "0.0.0.0"], ["--host", "::1"], ["--api-key", "k"], ["--uds", "x"]):
         cli._warn_of_exposure(server_config(*argv))

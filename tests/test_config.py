@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
-from pyserve.config import EngineConfig, ServerConfig, cache_dir
+from pyserve.config import EngineConfig, ServerConfig, cache_dir, named_keys
 from pyserve.errors import ConfigError
 
 
@@ -40,6 +41,15 @@ def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> N
         ("served_model_names", ("a\udcff",), "--served-model-name"),
         ("api_keys", ("",), "--api-key"),
         ("api_keys", ("k\n",), "--api-key"),
+        ("api_keys", ("k", "alice="), "--api-key alice=...: the key must not be empty"),
+        ("api_keys", ("alice= k",), "--api-key alice=...: the key must not begin or end"),
+        ("api_keys", ("=k",), "--api-key, value 1: NAME=KEY needs a name of 1 to 32 letters"),
+        ("api_keys", ("k", "a b=k"), "--api-key, value 2: NAME=KEY needs a name"),
+        ("api_keys", ("key-2=k",), "does not begin with key-"),
+        ("api_keys", (f"{'a' * 33}=k",), "--api-key, value 1: NAME=KEY needs a name"),
+        ("api_keys", ("a=k", "b=k"), "--api-key b=...: a has the same key"),
+        ("api_keys", ("k", "b=k"), "--api-key b=...: key-1 has the same key"),
+        ("api_keys", ("a=k", "k"), "--api-key, value 2: a has the same key"),
         ("shutdown_timeout_s", -1.0, "--shutdown-timeout"),
         ("shutdown_timeout_s", math.nan, "--shutdown-timeout"),
         ("request_timeout_s", -1.0, "--request-timeout"),
@@ -56,8 +66,40 @@ def test_engine_config_names_the_flag(field: str, value: object, flag: str) -> N
     ],
 )
 def test_server_config_names_the_flag(field: str, value: object, flag: str) -> None:
-    with pytest.raises(ConfigError, match=flag):
+    with pytest.raises(ConfigError, match=re.escape(flag)):
         ServerConfig(**{"served_model_names": ("m",), field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "users"),
+    [
+        ((), ()),
+        (("one", "two"), (("key-1", "one"), ("key-2", "two"))),
+        (("one", "one"), (("key-1", "one"),)),
+        (("alice=a", "two", "b.o_b-1=b=c=="),
+         (("alice", "a"), ("key-2", "two"), ("b.o_b-1", "b=c=="))),
+        (("alice=old", "alice=new"), (("alice", "old"), ("alice", "new"))),
+        # base64 of 16, 32 and 20 bytes, the last one in the alphabet for URLs, without a name
+        (("MDEyMzQ1Njc4OWFiY2RlZg==",), (("key-1", "MDEyMzQ1Njc4OWFiY2RlZg=="),)),
+        (("VGhpcyBpcyBhIGtleSBvZiB0aGlydHktdHdvIGJ5dC4=",),
+         (("key-1", "VGhpcyBpcyBhIGtleSBvZiB0aGlydHktdHdvIGJ5dC4="),)),
+        (("__-_MDEyMzQ1Njc4OWFiY2RlZgA=",), (("key-1", "__-_MDEyMzQ1Njc4OWFiY2RlZgA="),)),
+        (("a=MDEyMzQ1Njc4OWFiY2RlZg==",), (("a", "MDEyMzQ1Njc4OWFiY2RlZg=="),)),
+    ],
+)  # fmt: skip
+def test_a_key_has_a_name_or_a_number(
+    words: tuple[str, ...], users: tuple[tuple[str, str], ...]
+) -> None:
+    assert named_keys(words) == users
+
+
+@pytest.mark.parametrize(
+    "words", [("a b=s3cret",), ("a= s3cret",), ("a=s3cret", "b=s3cret"), ("s3cret=",), (" s3cret",)]
+)
+def test_no_message_shows_a_key(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        named_keys(words)
+    assert "s3cret" not in str(caught.value).replace("s3cret=...: the key must not be empty", "")
 
 
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pyserve.api.life.startup import Startup
 from pyserve.api.life.watchdog import LoopWatchdog
 from pyserve.api.text_queue import TextQueue
 from pyserve.client import EngineClient
-from pyserve.config import ServerConfig
+from pyserve.config import ServerConfig, named_keys
 from pyserve.errors import NotFoundError, UnavailableError
 from pyserve.metrics import Metrics
 from pyserve.text.chat_template import ChatTemplate
@@ -60,7 +60,9 @@ class ServerState:
     def __post_init__(self) -> None:
         self.watchdog = LoopWatchdog(lambda: self.num_in_flight)
         self.request_log = RequestLog(has_arrivals=self.config.log_requests)
-        self.keys = Keys(self.config.api_keys, is_shared=self.config.share_prefix_cache)
+        keys = named_keys(self.config.api_keys)
+        self.keys = Keys(keys, is_shared=self.config.share_prefix_cache)
+        self.metrics.count_usage_of(self.keys.users)
 
     @property
     def model_name(self) -> str:

@@ -150,7 +150,7 @@ def test_the_same_for_a_key_s_length_and_place(monkeypatch: pytest.MonkeyPatch) 
         return compare(a, b)
 
     monkeypatch.setattr("hmac.compare_digest", counting)
-    keys = Keys(("secret", "other"))
+    keys = Keys((("alice", "secret"), ("bob", "other")))
     for headers in (*WRONG_HEADERS, *RIGHT_HEADERS):
         num_compared.clear()
         sent = {name: value.strip() for name, value in headers.items()}

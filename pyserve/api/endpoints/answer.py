@@ -111,6 +111,13 @@ async def answer(
     finally:
         deadline.cancel()
         generation.close(reason)
+        if generation.choices:
+            usage = generation.usage()
+            state.metrics.observe_usage(
+                request[USER],
+                num_prompt_tokens=usage.prompt_tokens,
+                num_output_tokens=usage.completion_tokens,
+            )
         state.request_log.ended(request, generation)
     num_chars = sum(len(part.text) for choice in generation.choices for part in choice.parts)
     encode = partial(dialect.whole, head, generation)

@@ -1,4 +1,4 @@
-"""API keys: who asks. Each key is a user of its own, named by its place among --api-key.
+"""API keys: who asks. A user is a name with its keys, or a key without a name (config.py).
 
 What is scarce is shared between clients: the keys, or the addresses where all have the same key or
 none. A proxy is one address, whoever stands behind it: headers that name others can be forged.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Sequence
 from functools import lru_cache
 
 from aiohttp import web
@@ -20,15 +21,18 @@ CLIENT = web.RequestKey("client", str)  # likewise: with whom it shares what is 
 class Keys:
     """The API keys, compared in constant time.
 
+    keys        user and key of each.
     is_shared   users get the prefix cache of each other's prompts.
+    users       each once, in the order of their keys.
     """
 
-    def __init__(self, keys: tuple[str, ...], *, is_shared: bool = False) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, keys: Sequence[tuple[str, str]], *, is_shared: bool = False) -> None:
+        self._digests = [(user, hashlib.sha256(key.encode()).digest()) for user, key in keys]
         self._is_shared = is_shared
+        self.users = tuple(dict.fromkeys(user for user, _ in keys))
 
     def user(self, request: web.Request) -> str | None:
-        """Who asks: "1" for the first key, "" where no key is needed, None: nobody known.
+        """Who asks, "" where no key is needed, None: nobody known.
 
         The key comes as a Bearer token, as OpenAI's clients send it, or in x-api-key, as
         Anthropic's do.
@@ -36,15 +40,15 @@ class Keys:
         if not self._digests:
             return ""
         scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        by_bearer = self._place(bearer)
-        by_header = self._place(request.headers.get("x-api-key", ""))
+        by_bearer = self._user_of(bearer)
+        by_header = self._user_of(request.headers.get("x-api-key", ""))
         if scheme.lower() == "bearer" and by_bearer is not None:
             return by_bearer
         return by_header
 
     def client(self, request: web.Request, user: str) -> str:
         """Between whom the server is shared: `user` where there are several, else the address."""
-        return user if len(self._digests) > 1 else network(request.remote or "")
+        return user if len(self.users) > 1 else network(request.remote or "")
 
     def cache_salt(self, user: str, asked: str) -> str:
         """What keeps `user`'s prompts apart in the prefix cache, with the salt asked for.
@@ -52,18 +56,15 @@ class Keys:
         A prompt that is found there is answered sooner, and `cached_tokens` tells how much of it
         was: whoever shares the cache can find out what the others have asked.
         """
-        if len(self._digests) < 2 or self._is_shared:
+        if len(self.users) < 2 or self._is_shared:
             return asked
         return f"{user}\0{asked}"
 
-    def _place(self, key: str) -> str | None:
+    def _user_of(self, key: str) -> str | None:
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        places = [
-            str(place)
-            for place, known in enumerate(self._digests, 1)
-            if hmac.compare_digest(digest, known)
-        ]
-        return places[0] if places else None
+        # All are compared, so that the time does not tell which one it was.
+        users = [user for user, known in self._digests if hmac.compare_digest(digest, known)]
+        return users[0] if users else None
 
 
 @lru_cache(maxsize=4096)

@@ -6,29 +6,35 @@ from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
+from prometheus_client.parser import text_string_to_metric_families
 
 from pyserve.api.http.keys import Keys
 from tests.api.fakes import MODEL, run_server
 
+KEYS = (("alice", "one"), ("alice", "uno"), ("key-3", "two"))
 BODY = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
 
 
 @pytest.mark.parametrize(
     ("headers", "user"),
     [
-        ({"Authorization": "Bearer one"}, "1"),
-        ({"Authorization": "bearer  two "}, "2"),
-        ({"X-Api-Key": "two"}, "2"),
-        ({"Authorization": "Bearer two", "X-Api-Key": "one"}, "2"),
-        ({"Authorization": "Bearer wrong", "X-Api-Key": "one"}, "1"),
+        ({"Authorization": "Bearer one"}, "alice"),
+        ({"Authorization": "Bearer uno"}, "alice"),
+        ({"Authorization": "bearer  two "}, "key-3"),
+        ({"X-Api-Key": "two"}, "key-3"),
+        ({"Authorization": "Bearer two", "X-Api-Key": "one"}, "key-3"),
+        ({"Authorization": "Bearer wrong", "X-Api-Key": "one"}, "alice"),
+        ({"Authorization": "Bearer alice"}, None),  # a name is no key
+        ({"Authorization": "Bearer alice=one"}, None),
         ({"Authorization": "Bearer on"}, None),  # a key's beginning is not the key
         ({"Authorization": "Bearer one!"}, None),
         ({"Authorization": "Basic one"}, None),
         ({}, None),
     ],
 )
-def test_each_key_is_a_user(headers: dict[str, str], user: str | None) -> None:
-    keys = Keys(("one", "two"))
+def test_a_key_tells_the_user(headers: dict[str, str], user: str | None) -> None:
+    keys = Keys(KEYS)
+    assert keys.users == ("alice", "key-3")
     assert keys.user(make_mocked_request("GET", "/", headers=headers)) == user
 
 
@@ -37,7 +43,13 @@ def test_without_keys_everybody_is_one_user() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "is_shared", "num_salts"), [(("a", "b"), False, 2), (("a", "b"), True, 1)]
+    ("keys", "is_shared", "num_salts"),
+    [
+        (("a", "b"), False, 2),
+        (("a", "b"), True, 1),
+        (("u=a", "v=b"), False, 2),
+        (("u=a", "u=b"), False, 1),  # one user
+    ],
 )
 def test_users_do_not_share_the_prefix_cache_unless_told_to(
     tokenizer_folder: Path, keys: tuple[str, ...], is_shared: bool, num_salts: int
@@ -48,7 +60,7 @@ def test_users_do_not_share_the_prefix_cache_unless_told_to(
         salts: dict[str, set[str]] = {}
         for key in keys:
             for asked in ({}, {"cache_salt": "mine"}):
-                headers = {"Authorization": f"Bearer {key}"}
+                headers = {"Authorization": f"Bearer {key.rpartition('=')[2]}"}
                 status, _, reply = server.request(
                     "POST", "/v1/completions", {**BODY, **asked}, headers
                 )
@@ -64,7 +76,7 @@ def test_users_do_not_share_the_prefix_cache_unless_told_to(
 def test_nobody_gets_another_user_s_salt_by_asking_for_it(tokenizer_folder: Path) -> None:
     with run_server(tokenizer_folder, api_keys=("a", "b")) as server:
         server.play("x")
-        for key, asked in (("a", ""), ("b", "1\0"), ("b", "")):
+        for key, asked in (("a", ""), ("b", "key-1\0"), ("b", "")):
             body = {**BODY, **({"cache_salt": asked} if asked else {})}
             server.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {key}"})
         assert len({item.cache_salt for item in server.engine.submitted}) == 3
@@ -94,16 +106,55 @@ def test_one_key_and_none_share_what_clients_ask_for(tokenizer_folder: Path) -> 
 def test_a_client_is_an_address_where_all_have_one_key(address: str, client: str) -> None:
     request = make_mocked_request("GET", "/", headers={"X-Forwarded-For": "203.0.113.1"})
     request = request.clone(remote=address)
-    for keys in (Keys(()), Keys(("one",))):
+    for keys in (Keys(()), Keys(KEYS[2:]), Keys(KEYS[:2])):  # two keys of one user
         assert keys.client(request, "1") == client
-    assert Keys(("one", "two")).client(request, "2") == "2"
+    assert Keys(KEYS).client(request, "2") == "2"
 
 
 def test_the_engine_is_told_whose_a_sequence_is(tokenizer_folder: Path) -> None:
-    for keys, users in (((), ["127.0.0.1"] * 2), (("a", "b"), ["1", "2"])):
+    for keys, users in (((), ["127.0.0.1"] * 2), (("alice=a", "b"), ["alice", "key-2"])):
         with run_server(tokenizer_folder, api_keys=keys) as server:
             server.play("x")
             for key in ("a", "b"):
                 headers = {"Authorization": f"Bearer {key}"}
                 server.request("POST", "/v1/completions", BODY, headers)
             assert [item.user for item in server.engine.submitted] == users
+
+
+def test_usage_is_counted_by_the_name_of_the_key(tokenizer_folder: Path) -> None:
+    with run_server(tokenizer_folder, api_keys=("alice=s3cret", "alice=other", "plain")) as server:
+        server.play("x")
+        for key, fields in (
+            ("s3cret", {}), ("other", {"stream": True}), ("plain", {"n": 2}),
+            ("plain", {"max_tokens": -1}),  # refused: not submitted
+            ("wrong", {}), ("alice", {}),
+        ):  # fmt: skip
+            headers = {"Authorization": f"Bearer {key}"}
+            server.request("POST", "/v1/completions", {**BODY, **fields}, headers)
+        num_prompt_tokens = len(server.engine.submitted[0].prompt)
+        status, _, reply = server.request("GET", "/metrics", None, {"x-api-key": "plain"})
+    assert status == 200
+    text = reply.decode()
+    found = {
+        (sample.name, sample.labels["key_name"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "key_name" in sample.labels
+    }
+    assert num_prompt_tokens > 0
+    assert found == {
+        ("pyserve:key_requests_total", "alice"): 2,
+        ("pyserve:key_requests_total", "key-3"): 1,
+        ("pyserve:key_prompt_tokens_total", "alice"): 2 * num_prompt_tokens,
+        ("pyserve:key_prompt_tokens_total", "key-3"): num_prompt_tokens,
+        ("pyserve:key_generation_tokens_total", "alice"): 2 * 2,
+        ("pyserve:key_generation_tokens_total", "key-3"): 2 * 2,  # n
+    }
+    assert "s3cret" not in text and "plain" not in text
+
+
+def test_without_keys_nothing_is_counted_by_name(tokenizer_folder: Path) -> None:
+    with run_server(tokenizer_folder) as server:
+        server.play("x")
+        assert server.request("POST", "/v1/completions", BODY)[0] == 200
+        assert b"key_name" not in server.request("GET", "/metrics")[2]
