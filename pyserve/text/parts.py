@@ -1,26 +1,55 @@
 """Parts: what an answer is made of, once stop strings have settled its text.
 
 A stage takes the text of one answer as it comes and says what it is. `Plain` says that all of it is
-content. A parser of reasoning or of tool calls is another stage, in a file of its own here, and its
-part types join `Part`: `push` may hold text back until it knows what it is, and `flush` gives what
-is held when the text has ended.
+content. A parser of reasoning or of tool calls is another stage, in a file of its own here: `push`
+may hold text back until it knows what it is, and `flush` gives what is held when the text has
+ended. Stages are chained: what one of them takes for content is looked at by the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 
 class Content(msgspec.Struct, frozen=True, gc=False):
-    """Text of the answer. What is known of its tokens, such as their logprobs, belongs here."""
+    """Text of the answer.
+
+    tokens  what is known of the tokens that the text was made from, such as their logprobs, in
+            their order. A stage that holds text back or drops a marker passes them on with what it
+            gives next, be that without text: each token of an answer comes once.
+    """
 
     text: str
+    tokens: tuple[Any, ...] = ()
 
 
-Part = Content
+class Reasoning(msgspec.Struct, frozen=True, gc=False):
+    """Text of the thinking that comes before an answer. `tokens` as those of Content."""
+
+    text: str
+    tokens: tuple[Any, ...] = ()
+
+
+class ToolCall(msgspec.Struct, frozen=True, gc=False):
+    """A piece of the call of a tool.
+
+    index      of the call in its answer, from 0; the pieces of one call follow each other.
+    id, name   of the call and of its tool: in the first piece of a call, None in others.
+    arguments  the next characters of the JSON text of its arguments.
+    tokens     as those of Content.
+    """
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    tokens: tuple[Any, ...] = ()
+
+
+Part = Content | Reasoning | ToolCall
 
 
 class Stage(Protocol):
@@ -41,6 +70,56 @@ class Plain:
         return ()
 
 
+class Chain:
+    """Two stages as one: `second` gets the content that `first` finds."""
+
+    def __init__(self, first: Stage, second: Stage) -> None:
+        self._first = first
+        self._second = second
+
+    def push(self, content: Content) -> Sequence[Part]:
+        return self._pass_on(self._first.push(content))
+
+    def flush(self) -> Sequence[Part]:
+        return [*self._pass_on(self._first.flush()), *self._second.flush()]
+
+    def _pass_on(self, parts: Sequence[Part]) -> list[Part]:
+        passed: list[Part] = []
+        for part in parts:
+            if isinstance(part, Content):
+                passed += self._second.push(part)
+            else:
+                passed.append(part)
+        return passed
+
+
 def content_of(parts: Sequence[Part]) -> str:
     """The text of a whole answer."""
-    return "".join([part.text for part in parts])
+    return "".join([part.text for part in parts if isinstance(part, Content)])
+
+
+def reasoning_of(parts: Sequence[Part]) -> str:
+    """The text of the thinking of a whole answer."""
+    return "".join([part.text for part in parts if isinstance(part, Reasoning)])
+
+
+def tool_calls_of(parts: Sequence[Part]) -> list[ToolCall]:
+    """The calls of a whole answer, the pieces of each put together."""
+    calls: list[ToolCall] = []
+    arguments: list[list[str]] = []
+    for part in parts:
+        if not isinstance(part, ToolCall):
+            continue
+        if part.index == len(calls):
+            calls.append(part)
+            arguments.append([])
+        arguments[part.index].append(part.arguments)
+    return [
+        msgspec.structs.replace(call, arguments="".join(texts))
+        for call, texts in zip(calls, arguments, strict=True)
+    ]
+
+
+def num_chars(parts: Sequence[Part]) -> int:
+    """Characters of all texts of `parts`."""
+    return sum(len(p.arguments if isinstance(p, ToolCall) else p.text) for p in parts)

@@ -21,6 +21,7 @@ from pyserve.api.http.request_id import current as current_request_id
 from pyserve.api.state import STATE
 from pyserve.client import EngineClient
 from pyserve.errors import UnavailableError
+from pyserve.text.parts import num_chars
 
 CLAMPED_HEADER = "x-pyserve-clamped"
 LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
@@ -96,8 +97,8 @@ async def answer(
         salt = state.keys.cache_salt(request[USER], job.cache_salt)
         await generation.submit(job, cache_salt=salt, user=request[CLIENT])
         if not job.is_run:  # no queue bounds it
-            num_chars = sum(len(choice.prefix) for choice in generation.choices)
-            connection_of(request).check_unread(num_chars)
+            num_echoed = sum(len(choice.prefix) for choice in generation.choices)
+            connection_of(request).check_unread(num_echoed)
         state.request_log.arrived(request, generation)
         if job.is_streamed:
             frames = dialect.frames(head, job)
@@ -119,7 +120,7 @@ async def answer(
                 num_output_tokens=usage.completion_tokens,
             )
         state.request_log.ended(request, generation)
-    num_chars = sum(len(part.text) for choice in generation.choices for part in choice.parts)
+    size = sum(num_chars(choice.parts) for choice in generation.choices)
     encode = partial(dialect.whole, head, generation)
-    data = await state.run_text(request, num_chars, encode, short=SHORT_ANSWER, is_answer=True)
+    data = await state.run_text(request, size, encode, short=SHORT_ANSWER, is_answer=True)
     return json_response(data, headers)

@@ -7,14 +7,17 @@ from functools import partial
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
-from pyserve.api.endpoints.answer import Dialect, answer
+from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
 from pyserve.api.generation.generate import Choice
+from pyserve.api.generation.job import Job
 from pyserve.api.state import STATE
 from pyserve.api.wire.protocol import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -22,8 +25,19 @@ from pyserve.api.wire.protocol import (
     ChatMessage,
     ChatRequest,
     ChatResponse,
+    FunctionDelta,
+    MessageToolCall,
+    ToolCallDelta,
 )
-from pyserve.text.parts import Part, content_of
+from pyserve.text.parts import (
+    Content,
+    Part,
+    Reasoning,
+    ToolCall,
+    content_of,
+    reasoning_of,
+    tool_calls_of,
+)
 
 WIRE = Wire(ChatRequest)
 
@@ -67,6 +81,10 @@ class ChatFrames(OpenAIFrames):
 
     chunk_type = ChatChunk
 
+    def __init__(self, head: Head, job: Job) -> None:
+        super().__init__(head, job)
+        self._callers: set[int] = set()  # choices that have called a tool
+
     def first(self, choice: Choice) -> bytes:
         """Whose message it is, before any token of it is counted."""
         entry = ChatChunkChoice(
@@ -82,9 +100,12 @@ class ChatFrames(OpenAIFrames):
             )
         return self.chunk([entry], usage=usage, prompt_token_ids=None, prompt_text=None)
 
-    def entry(self, choice: Choice, part: Part, *, is_last: bool = False) -> ChatChunkChoice:
-        """The element of `choices` that has one part more, or the last one."""
-        delta = ChatDelta(content=part.text)
+    def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> ChatChunkChoice:
+        """The element of `choices` that has one part more, or the last one, if one is left."""
+        if isinstance(part, ToolCall):
+            self._callers.add(choice.index)
+        has_called = choice.index in self._callers
+        delta = _delta(part, has_called=has_called)
         if not is_last:
             return ChatChunkChoice(
                 index=choice.index, delta=delta, logprobs=None, finish_reason=None, token_ids=None
@@ -93,17 +114,54 @@ class ChatFrames(OpenAIFrames):
             index=choice.index,
             delta=delta,
             logprobs=None,
-            finish_reason=choice.finish_reason,
+            finish_reason=_finish_reason(choice, has_called=has_called),
             stop_reason=choice.stop_reason,
             token_ids=None,
         )
 
 
+def _delta(part: Part | None, *, has_called: bool) -> ChatDelta:
+    if isinstance(part, Content):
+        return ChatDelta(content=part.text)
+    if isinstance(part, Reasoning):
+        return ChatDelta(reasoning=part.text, reasoning_content=part.text)
+    if part is None:  # a message with calls has null for content that is empty
+        return ChatDelta() if has_called else ChatDelta(content="")
+    function = FunctionDelta(
+        name=UNSET if part.name is None else part.name, arguments=part.arguments
+    )
+    call = ToolCallDelta(index=part.index, function=function)
+    if part.id is not None:
+        call = ToolCallDelta(id=part.id, type="function", index=part.index, function=function)
+    return ChatDelta(tool_calls=[call])
+
+
+def _finish_reason(choice: Choice, *, has_called: bool) -> str | None:
+    if has_called and choice.finish_reason == "stop":
+        return choice.ending.call_reason
+    return choice.finish_reason
+
+
+def _message(parts: list[Part]) -> ChatMessage:
+    content, reasoning = content_of(parts), reasoning_of(parts) or None
+    calls = [
+        MessageToolCall(id=call.id or "", function=CalledFunction(call.name or "", call.arguments))
+        for call in tool_calls_of(parts)
+    ]
+    return ChatMessage(
+        content=None if not content and (reasoning or calls) else content,
+        tool_calls=calls or UNSET,
+        reasoning=reasoning,
+        reasoning_content=reasoning,
+    )
+
+
 def _choice(choice: Choice) -> ChatChoice:
+    message = _message(choice.parts)
     return ChatChoice(
         index=choice.index,
-        message=ChatMessage(content=content_of(choice.parts)),
-        finish_reason=choice.finish_reason,
+        message=message,
+        finish_reason=_finish_reason(choice, has_called=message.tool_calls is not UNSET),
         stop_reason=choice.stop_reason,
     )
 

@@ -26,7 +26,7 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.errors import InvalidRequestError
 from pyserve.text.detokenizer import Detokenizer
-from pyserve.text.parts import Part, content_of
+from pyserve.text.parts import Content, Part, content_of
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
@@ -154,13 +154,17 @@ class CompletionFrames(OpenAIFrames):
 
     chunk_type = CompletionChunk
 
-    def entry(self, choice: Choice, part: Part, *, is_last: bool = False) -> CompletionChunkChoice:
-        """The element of `choices` that has one part more, or the last one."""
+    def entry(
+        self, choice: Choice, part: Part | None, *, is_last: bool = False
+    ) -> CompletionChunkChoice:
+        """The element of `choices` that has one part more, or the last one, if one is left."""
+        assert part is None or isinstance(part, Content), "a completion is content only"
+        text = "" if part is None else part.text
         if not is_last:
-            return CompletionChunkChoice(index=choice.index, text=part.text)
+            return CompletionChunkChoice(index=choice.index, text=text)
         return CompletionChunkChoice(
             index=choice.index,
-            text=part.text,
+            text=text,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
         )

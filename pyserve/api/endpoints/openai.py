@@ -35,7 +35,7 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.params import shown
-from pyserve.text.parts import Content, Part
+from pyserve.text.parts import Content, Part, Reasoning
 from pyserve.words import counted
 
 FINGERPRINT = f"pyserve-{__version__}"
@@ -168,7 +168,7 @@ def encode_whole(
 class OpenAIFrames(ABC):
     """Chunks as server-sent events: what those of both endpoints have in common.
 
-    A chunk with a text and nothing else that is new is encoded once for each choice, with a hole
+    A chunk with a text and nothing else that is new is encoded once for each choice, with holes
     where the text comes; a token then costs the encoding of its text.
     """
 
@@ -178,11 +178,12 @@ class OpenAIFrames(ABC):
         self._head = head
         self._has_end_usage = job.include_usage
         self._has_usage = job.has_continuous_usage
-        self._cuts: dict[int, tuple[bytes, bytes]] = {}
+        self._cuts: dict[int, list[bytes]] = {}
+        self._reasoning_cuts: dict[int, list[bytes]] = {}
 
     @abstractmethod
-    def entry(self, choice: Choice, part: Part, *, is_last: bool = False) -> Any:
-        """The element of `choices` that has one part more, or the last one."""
+    def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> Any:
+        """The element of `choices` that has one part more, or the last one, if one is left."""
 
     def first(self, choice: Choice) -> bytes:
         """Nothing comes before the first text."""
@@ -190,12 +191,17 @@ class OpenAIFrames(ABC):
 
     def part(self, choice: Choice, part: Part) -> bytes:
         """A part of an answer."""
-        cut = self._cuts.get(choice.index)
-        if cut is None:
-            entry = self.entry(choice, Content(cast(str, msgspec.Raw(_HOLE))))
-            before, _, behind = self.chunk([entry]).partition(_HOLE)
-            cut = self._cuts[choice.index] = before, behind
-        frame = cut[0] + encode_line(part.text) + cut[1]
+        if type(part) is Content and not part.tokens:
+            cuts_of = self._cuts
+        elif type(part) is Reasoning and not part.tokens:
+            cuts_of = self._reasoning_cuts
+        else:
+            return self.chunk([self.entry(choice, part)], usage=self.usage_so_far(choice))
+        cuts = cuts_of.get(choice.index)
+        if cuts is None:
+            entry = self.entry(choice, type(part)(cast(str, msgspec.Raw(_HOLE))))
+            cuts = cuts_of[choice.index] = self.chunk([entry]).split(_HOLE)
+        frame = encode_line(part.text).join(cuts)
         if self._has_usage:
             usage = encode_line(choice.usage())
             return b'%b,"usage":%b%b' % (frame.removesuffix(_END), usage, _END)
@@ -203,7 +209,7 @@ class OpenAIFrames(ABC):
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
         """The end of a choice."""
-        entry = self.entry(choice, last or Content(""), is_last=True)
+        entry = self.entry(choice, last, is_last=True)
         usage = self.usage_so_far(choice)
         return self.chunk([entry], usage=usage, system_fingerprint=FINGERPRINT)
 

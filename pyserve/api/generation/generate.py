@@ -70,10 +70,12 @@ class Choice:
                 self.finish_reason = delta.finish_reason
                 if delta.stop_token_id != self.ending.eos_token_id:
                     self.stop_reason = delta.stop_token_id
-        if self.prefix:
-            text, self.prefix = self.prefix + text, ""
         parts = self.stage.push(Content(text)) if text else ()
-        return parts if self.finish_reason is None else [*parts, *self.stage.flush()]
+        if self.finish_reason is not None:
+            parts = [*parts, *self.stage.flush()]
+        if self.prefix:
+            parts, self.prefix = _with_prefix(self.prefix, parts), ""
+        return parts
 
     def usage(self) -> Usage:
         """Its tokens so far, and those of its prompt."""
@@ -259,6 +261,14 @@ class Generation:
             max_tokens=choice.params.max_tokens,
             e2e_s=time.monotonic() - self.arrived_s,
         )
+
+
+def _with_prefix(prefix: str, parts: Sequence[Part]) -> Sequence[Part]:
+    """An echoed prompt is content: no stage looks for reasoning or calls in it."""
+    if parts and isinstance(parts[0], Content):
+        first = msgspec.structs.replace(parts[0], text=prefix + parts[0].text)
+        return [first, *parts[1:]]
+    return [Content(prefix), *parts]
 
 
 def _usage(prompts: Sequence[SequenceStream], num_output_tokens: int) -> Usage:

@@ -38,12 +38,14 @@ class Ending:
     is_stop_kept   what ended the answer stays in its text.
     eos_token_id   ends the answer without a stop_reason; None where EOS is ignored.
     min_tokens     the text of so many output tokens is never part of a match of a stop string.
+    call_reason    the finish_reason of an answer that has ended by itself and calls tools.
     """
 
     stop: list[str]
     is_stop_kept: bool
     eos_token_id: int | None
     min_tokens: int
+    call_reason: str = "tool_calls"
 
 
 def unconstrained() -> None:

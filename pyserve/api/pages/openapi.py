@@ -225,9 +225,12 @@ def schemas() -> dict[str, Schema]:
     for name, schema in found.items():
         if name in rows:
             _finish_sent(schema, rows[name])
-        elif name not in {"ChatDelta", "ChatChunk", "ChatChunkChoice", "CompletionChunk",
-                          "NotReady"}:  # fmt: skip
-            schema["required"] = list(schema["properties"])  # a reply leaves nothing out
+        elif name != "NotReady":  # a reply has all fields but those that may be UNSET
+            always = schema.get("required", [])
+            schema["required"] = [
+                field for field, value in schema["properties"].items()
+                if field in always or "default" in value
+            ]  # fmt: skip
     for name, replaced in REPLACED.items():
         properties = {**found[name]["properties"], **replaced.get("properties", {})}
         found[name].update({**replaced, "properties": properties})

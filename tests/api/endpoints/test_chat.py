@@ -34,7 +34,7 @@ def test_a_whole_answer(server: Server) -> None:
             "index": 0,
             "message": {
                 "role": "assistant", "content": "Hello 😀", "refusal": None, "annotations": None,
-                "audio": None, "function_call": None,
+                "audio": None, "function_call": None, "reasoning": None, "reasoning_content": None,
             },
             "logprobs": None, "finish_reason": "stop", "stop_reason": None, "token_ids": None,
         }],

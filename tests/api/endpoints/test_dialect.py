@@ -57,6 +57,7 @@ class AskFrames:
         return f"event: begin\ndata: {self._id}\n\n".encode()
 
     def part(self, choice: Choice, part: Part) -> bytes:
+        assert isinstance(part, Content)
         return f"event: part\ndata: {part.text}\n\n".encode()
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
