@@ -141,3 +141,16 @@ class BuildError(StartupError):
 
 class PlanError(StartupError):
     """The model and its KV cache do not fit the memory they may use."""
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of the frames that `error`, which has been answered, was raised through.
+
+    An error that is kept where one of these frames can reach it, as by a future, is a cycle: what
+    the frames hold, the text of a prompt and its million tokens, would stay until the collector
+    comes by, which on a quiet server may be never.
+    """
+    seen: BaseException | None = error
+    while seen is not None and seen.__traceback__ is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__

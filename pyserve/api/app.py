@@ -30,7 +30,7 @@ from pyserve.api.pages import site
 from pyserve.api.pages.openapi import DOCUMENT, Document, openapi
 from pyserve.api.pages.unknown_paths import UnknownPaths
 from pyserve.api.state import STATE, ServerState
-from pyserve.errors import RequestError, UnauthorizedError
+from pyserve.errors import RequestError, UnauthorizedError, release_frames
 from pyserve.metrics import CONTENT_TYPE
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -166,6 +166,7 @@ def _middleware(state: ServerState) -> Middleware:
             if target in using_model:
                 state.request_log.refused(request, error)
             response = _error_response(request, error)
+            release_frames(error)
         except web.HTTPException as error:
             response = _router_error(request, error, unknown_paths)
         except ConnectionError:

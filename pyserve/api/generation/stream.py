@@ -18,7 +18,7 @@ from pyserve.api.http.delivery import write
 from pyserve.api.http.errors import log_unexpected
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.wire.protocol import Usage
-from pyserve.errors import RequestError
+from pyserve.errors import RequestError, release_frames
 from pyserve.text.parts import Part
 
 COMMENT = b": keep-alive\n\n"
@@ -65,6 +65,7 @@ async def send(
     except RequestError as error:
         generation.close("error")
         end = frames.failed(error)
+        release_frames(error)
     except ConnectionError:
         raise
     except Exception as error:

@@ -1,0 +1,58 @@
+"""What a refused request held is free once it is answered, without the cycle collector."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyserve.errors import EngineError, RequestError
+from tests.api.fakes import Script, Server, wait_until
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LONG = "word " * 2**20  # tokenised on a thread
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def num_held() -> int:
+    """Errors of requests that still hold the frames that they were raised in."""
+    return sum(
+        isinstance(o, RequestError) and o.__traceback__ is not None for o in gc.get_objects()
+    )
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": LONG}),
+        (COMPLETIONS, {"prompt": LONG, "max_tokens": 1}),
+        (COMPLETIONS, {"prompt": [1] * 50_000, "max_tokens": 1}),
+        (CHAT, {"messages": [{"role": "user", "content": LONG}]}),
+        (CHAT, b'{"messages": [' + b" " * 2**20 + b"}"),
+        (COMPLETIONS, {"prompt": "hi", "n": 0}),
+    ],
+    ids=["tokenize", "completions", "ids", "chat", "json", "short"],
+)
+def test_a_refusal_holds_nothing(server: Server, path: str, body: Any) -> None:
+    server.error(path, body)
+    wait_until(lambda: num_held() == 0)
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_failure_holds_nothing(server: Server, stream: bool) -> None:
+    server.engine.script = lambda number: Script([80], error=EngineError("a step failed"))
+    body = {"prompt": "hi", "stream": stream}
+    status, _, reply = server.request("POST", COMPLETIONS, body)
+    assert status == (200 if stream else 500) and b"a step failed" in reply
+    wait_until(lambda: num_held() == 0)
