@@ -1,0 +1,176 @@
+"""Python literals -> JSON, as they come.
+
+What models write for arguments: strings, which may go over several lines, numbers, True, False and
+None, lists and dicts, and the words of JSON for them. Nothing is evaluated; all else is a Fault.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pyserve.text.tool_parsers.json_text import MAX_DEPTH, MAX_SCALAR_CHARS, quoted
+from pyserve.text.tool_parsers.source import Ended, Fault, Reader, Sink, Source
+
+_CLOSER = {"{": "}", "[": "]"}
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+_WORDS |= {word: word for word in _WORDS.values()}
+_SCALAR_CHARS = re.compile(r"[-+._0-9A-Za-z]*")
+_NUMBER = re.compile(r"([-+]?)(?:([0-9]+(?:_[0-9]+)*)(\.[0-9]*)?|(\.[0-9]+))((?:[eE][-+]?[0-9]+)?)")
+_PLAIN = {quote: re.compile(rf"[^\\{quote}]*") for quote in "'\""}
+_ESCAPES = {
+    "n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0",
+    "\\": "\\", "'": "'", '"': '"', "/": "/", "\n": "",
+}  # fmt: skip
+_HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
+_HEX = re.compile(r"[0-9a-fA-F]*")
+
+
+def read_literal(source: Source, sink: Sink) -> Reader[None]:
+    """One literal, from its first character on; JSON goes to `sink`. Raises Fault."""
+    closers: list[str] = []
+    while True:
+        yield from source.skip_white()
+        char = yield from source.peek()
+        if char in _CLOSER:
+            sink(source.advance(1))
+            closers.append(_CLOSER[char])
+            if len(closers) > MAX_DEPTH:
+                raise Fault
+            yield from source.skip_white()
+            if (yield from source.peek()) != closers[-1]:
+                if char == "{":
+                    yield from _read_key(source, sink)
+                continue
+        elif char in "'\"":
+            yield from read_string(source, sink)
+        else:
+            sink((yield from _read_scalar(source)))
+        if not (yield from _read_behind(source, sink, closers)):
+            return
+
+
+def _read_behind(source: Source, sink: Sink, closers: list[str]) -> Reader[bool]:
+    """What follows a value, up to the next one; False: the outermost value has ended."""
+    while closers:
+        yield from source.skip_white()
+        has_comma = yield from source.accept(",")  # one may stand in front of the end
+        yield from source.skip_white()
+        if (yield from source.accept(closers[-1])):
+            sink(closers.pop())
+        elif has_comma:
+            sink(", ")
+            if closers[-1] == "}":
+                yield from _read_key(source, sink)
+            return True
+        else:
+            raise Fault
+    return False
+
+
+def _read_key(source: Source, sink: Sink) -> Reader[None]:
+    yield from read_string(source, sink)
+    yield from source.skip_white()
+    yield from source.expect(":")
+    sink(": ")
+
+
+def _read_scalar(source: Source) -> Reader[str]:
+    text = yield from source.run(_SCALAR_CHARS, MAX_SCALAR_CHARS)
+    word = _WORDS.get(text) or _json_number(text)
+    if word is None:
+        source.position -= len(text)
+        raise Fault
+    return word
+
+
+def _json_number(text: str) -> str | None:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    sign, whole, fraction, bare_fraction, exponent = match.groups()
+    whole = (whole or "0").replace("_", "").lstrip("0") or "0"
+    fraction = bare_fraction or fraction or ""
+    if fraction == ".":
+        fraction = ".0"
+    return f"{sign if sign == '-' else ''}{whole}{fraction}{exponent}"
+
+
+def read_string(source: Source, sink: Sink) -> Reader[None]:
+    """A string in any of Python's quotes, without a prefix."""
+    quote = yield from source.peek()
+    if quote not in "'\"":
+        raise Fault
+    source.advance(1)
+    end = quote
+    if (yield from source.peek()) == quote:  # empty, or the first of three
+        source.advance(1)
+        if not (yield from _follows(source, quote)):
+            sink('""')
+            return
+        source.advance(1)
+        end = 3 * quote
+    sink('"')
+    plain = _PLAIN[quote]
+    while True:
+        match = plain.match(source.text, source.position)
+        if match is not None and match[0]:
+            sink(quoted(source.advance(len(match[0]))))
+        char = yield from source.peek()
+        if char == "\\":
+            sink(quoted((yield from _read_escape(source))))
+        elif (yield from source.accept(end)):
+            sink('"')
+            return
+        else:
+            sink(quoted(source.advance(1)))
+
+
+def _follows(source: Source, char: str) -> Reader[bool]:
+    """Whether `char` is next; nothing need follow."""
+    while source.position == len(source.text):
+        if source.is_ended:
+            return False
+        yield
+    return source.text[source.position] == char
+
+
+def _read_escape(source: Source) -> Reader[str]:
+    """The character that an escape stands for; one that Python does not know stays as it is."""
+    while len(source.text) - source.position < 2:
+        if source.is_ended:
+            raise Ended
+        yield
+    char = source.text[source.position + 1]
+    num_digits = _HEX_DIGITS.get(char)
+    if num_digits is None:
+        source.advance(2)
+        return _ESCAPES.get(char, "\\" + char)
+    while True:
+        match = _HEX.match(source.text, source.position + 2)
+        digits = match[0] if match else ""
+        if len(digits) >= num_digits:
+            break
+        if source.position + 2 + len(digits) < len(source.text):
+            raise Fault
+        if source.is_ended:
+            raise Ended
+        yield
+    code = int(digits[:num_digits], 16)
+    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        raise Fault
+    source.advance(2 + num_digits)
+    return chr(code)
+
+
+def json_of(text: str) -> str | None:
+    """The JSON of a whole Python literal; None where it is not one."""
+    source = Source()
+    source.is_open = source.is_ended = True
+    source.feed(text.strip() + "\n")  # a scalar ends with what follows it
+    pieces: list[str] = []
+    try:
+        for _ in read_literal(source, pieces.append):
+            raise AssertionError("a whole text never waits")
+    except Fault:
+        return None
+    return "".join(pieces) if source.text[source.position :].strip() == "" else None
