@@ -83,7 +83,8 @@ class SequenceDelta:
     """What one sequence has produced since it was last read.
 
     token_ids          new output tokens, the stopping one included.
-    finish_reason      None while the sequence runs; the last delta carries it.
+    finish_reason      None while the sequence runs; the last delta carries it. "stop": by a stop
+                       token, or because nothing but one was allowed.
     stop_token_id      the id of stop_token_ids that ended the sequence, None otherwise.
     """
 

@@ -65,6 +65,7 @@ EXCEPT: dict[str, dict[str, str]] = {
     },
     "pending": {
         "Pending": "a step between its launch and its result",
+        "pending": "one of these",
         "kPending": "of a barrier",
     },
     "page": {

@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from pyserve import log
 from pyserve.client import EngineInfo, EngineStats, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
-from pyserve.engine.engine import Engine
+from pyserve.engine.engine import Engine, Pending
+from pyserve.engine.host import num_threads
+from pyserve.engine.masks import MaskWorkers
 from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.engine.trace import Trace
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
@@ -22,6 +25,15 @@ from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
 LOOK_S = 1.0  # how often the time of a running step is looked at
+
+
+@dataclass(slots=True, eq=False)
+class _Launched:
+    """A step in flight. result is None where its sampling waits for masks; then it is the last."""
+
+    step: Step
+    pending: Pending
+    result: asyncio.Future[StepOutput] | None
 
 
 class AsyncEngine:
@@ -39,7 +51,8 @@ class AsyncEngine:
         self._info = info
         self._depth = engine.runner.run_ahead_depth
         self._queue = QueueBound(max_queue=info.max_queue, num_slots=info.max_num_seqs)
-        self._in_flight: deque[tuple[Step, asyncio.Future[StepOutput]]] = deque()
+        self._masks = MaskWorkers(num_threads(), info.vocab_size)
+        self._in_flight: deque[_Launched] = deque()
         self._next_step: Step | None = None  # scheduled and not launched yet
         self._step_start_s = 0.0  # when the oldest step in flight began to run
         self._looked_s = 0.0  # when its time was looked at last
@@ -53,6 +66,7 @@ class AsyncEngine:
             trace.watch(engine, "schedule", "schedule")
             trace.watch(self, "_launch_step", "launch")
             trace.watch(engine, "update", "update")
+            trace.watch(self._masks, "fill_rows", "mask")
         self._has_given_up = asyncio.Event()
 
     @property
@@ -131,10 +145,12 @@ class AsyncEngine:
         try:
             while self._refusal is None:
                 self._launch()
-                if self._in_flight:
+                if self._waits_for_masks(0):
+                    await self._mask_and_sample()
+                elif self._in_flight:
                     await self._finish_step()
                     self._launch(is_delivery_due=True)
-                    if self._in_flight:
+                    if self._in_flight and not self._waits_for_masks(0):
                         # The next step runs already: let tokens go out before the loop is kept
                         # from it by a launch that takes milliseconds.
                         await self._deliver()
@@ -147,13 +163,14 @@ class AsyncEngine:
             self._give_up(f"the engine has stopped: {type(error).__name__}")
         if self._trace is not None:
             self._trace.close()
-        results = [result for _, result in self._in_flight]
+        self._masks.close()
         if self._is_device_lost:
             # No step ends on a lost device, and no memory of it can be freed: the process must end.
-            for result in results:
-                if not result.cancel():
-                    result.exception()  # asyncio would log one that nobody has asked for
+            for launched in self._in_flight:
+                if launched.result is not None and not launched.result.cancel():
+                    launched.result.exception()  # asyncio would log one that nobody asked for
             return
+        results = [launched.result or launched.pending.sample() for launched in self._in_flight]
         await asyncio.gather(*results, return_exceptions=True)
         self._in_flight.clear()
         self._engine.runner.close()
@@ -161,10 +178,12 @@ class AsyncEngine:
     def _launch(self, *, is_delivery_due: bool = False) -> None:
         """Launch steps until `depth` of them are ahead or there is nothing to run.
 
+        Nothing is launched behind a step that waits for its masks.
+
         is_delivery_due   tokens wait to go out: a step that takes its time to launch is left to the
                           next call.
         """
-        while len(self._in_flight) <= self._depth:
+        while len(self._in_flight) <= self._depth and not self._waits_for_masks(-1):
             step = self._next_step or self._engine.schedule()
             if step is None:
                 return
@@ -174,10 +193,27 @@ class AsyncEngine:
             self._next_step = None
             if not self._in_flight:
                 self._step_start_s = time.monotonic()
-            self._in_flight.append((step, self._launch_step(step)))
+            self._in_flight.append(self._launch_step(step))
 
-    def _launch_step(self, step: Step) -> asyncio.Future[StepOutput]:
-        return self._engine.runner.launch(step).sample()
+    def _launch_step(self, step: Step) -> _Launched:
+        pending = self._engine.runner.launch(step)
+        if self._engine.is_host_dependent(step):
+            return _Launched(step, pending, None)
+        return _Launched(step, pending, pending.sample())
+
+    def _waits_for_masks(self, index: int) -> bool:
+        """Whether the step in flight at `index`, 0 the oldest and -1 the last, does."""
+        return bool(self._in_flight) and self._in_flight[index].result is None
+
+    async def _mask_and_sample(self) -> None:
+        """Queue the rest of the oldest step: all tokens before it are known now."""
+        launched = self._in_flight[0]
+        masked_rows, failures = await self._masks.fill(launched.step, launched.pending.bitmask)
+        for (_, seq, generation), error in failures:
+            self._engine.fail_row(seq, generation, error)
+        launched.result = launched.pending.sample(masked_rows)
+        if not masked_rows:  # nothing was awaited
+            await self._deliver()
 
     async def _deliver(self) -> None:
         """Let everything else on the loop have its turn once."""
@@ -190,7 +226,8 @@ class AsyncEngine:
 
     async def _finish_step(self) -> None:
         """Await the oldest step in flight and deliver what it has sampled."""
-        step, result = self._in_flight[0]
+        step, result = self._in_flight[0].step, self._in_flight[0].result
+        assert result is not None
         try:
             output = await result
         except Exception as error:
@@ -221,8 +258,8 @@ class AsyncEngine:
             self._step_start_s = min(self._step_start_s + now_s - self._looked_s, now_s)
         self._looked_s = now_s
         if self._in_flight and now_s - self._step_start_s > deadline_s:
-            _, result = self._in_flight[0]
-            if not result.done():
+            result = self._in_flight[0].result
+            if result is not None and not result.done():
                 reason = f"the GPU hangs: a step has not ended after {deadline_s:.0f} s"
                 result.set_exception(DeviceError(reason))
         loop.call_later(min(LOOK_S, deadline_s), self._look, loop)

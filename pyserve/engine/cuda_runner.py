@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +83,9 @@ class CudaRunner:
             )
             for step_input in [_pinned(len(executor.step_input)) for _ in range(RING_SIZE)]
         )
+        # One of each is enough: the masks of a step are written when all before it have ended.
+        self._bitmask = _pinned(*executor.bitmask.shape)
+        self._masked_rows = _pinned(len(executor.masked_rows))
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,8 +137,9 @@ class CudaRunner:
             shape = self._forward(step, entry)
         except Exception as error:
             self._fail(entry, result, error)
-            return Pending(lambda: result)
-        return Pending(partial(self._launch_sampling, shape, entry, result))
+            return Pending(lambda masked_rows: result, self._bitmask.numpy())
+        sample = partial(self._launch_sampling, shape, entry, result)
+        return Pending(sample, self._bitmask.numpy())
 
     def is_replayed(self, step: Step) -> bool:
         return self._executor.has_graph(step.shape)
@@ -176,16 +180,27 @@ class CudaRunner:
         self._executor.step_input[:num_words].copy_(words, non_blocking=True)
         return StepShape.of(entry.words)
 
-    def _sample(self, shape: StepShape, entry: _RingEntry) -> None:
+    def _sample(self, shape: StepShape, entry: _RingEntry, masked_rows: Sequence[int] = ()) -> None:
         with torch.cuda.stream(self._stream):
-            entry.sampled.copy_(self._executor.sample(shape), non_blocking=True)
+            if masked_rows:
+                self._bring_masks(masked_rows)
+            sampled = self._executor.sample(shape, masked_rows)
+            entry.sampled.copy_(sampled, non_blocking=True)
             entry.event.record(self._stream)
 
+    def _bring_masks(self, masked_rows: Sequence[int]) -> None:
+        """Queue the copies of the masks, and of the rows they belong to."""
+        executor, num_rows = self._executor, len(masked_rows)
+        self._masked_rows.numpy()[:num_rows] = executor.tile_rows(masked_rows)
+        executor.masked_rows[:num_rows].copy_(self._masked_rows[:num_rows], non_blocking=True)
+        executor.bitmask[:num_rows].copy_(self._bitmask[:num_rows], non_blocking=True)
+
     def _launch_sampling(
-        self, shape: StepShape, entry: _RingEntry, result: asyncio.Future[StepOutput]
-    ) -> asyncio.Future[StepOutput]:
+        self, shape: StepShape, entry: _RingEntry, result: asyncio.Future[StepOutput],
+        masked_rows: Sequence[int],
+    ) -> asyncio.Future[StepOutput]:  # fmt: skip
         try:
-            self._sample(shape, entry)
+            self._sample(shape, entry, masked_rows)
         except Exception as error:
             self._fail(entry, result, error)
             return result
@@ -259,5 +274,5 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _pinned(num_words: int) -> torch.Tensor:
-    return torch.zeros(num_words, dtype=torch.int32, pin_memory=True)
+def _pinned(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32, pin_memory=True)

@@ -10,17 +10,22 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pyserve.client import FinishReason, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.chunks import ChunkPacer
+from pyserve.engine.masks import accept, is_host_dependent, too_short
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
-from pyserve.errors import EngineError, InvalidRequestError, NotBuiltError, PyserveError
+from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
 from pyserve.words import counted
@@ -30,14 +35,22 @@ from pyserve.words import counted
 class Pending:
     """A step whose forward pass is queued.
 
-    `sample` queues the rest of it: logits and draws. It is called once, before the next launch. A
-    step that needs nothing of the host in between is sampled as soon as it is launched.
-
-    A DeviceError in the result means that nothing runs any more; another exception, that the step
-    has failed and the next may be tried.
+    bitmask  int32 [num_slots, ceil(vocab_size / 32)] in host memory: where the masks of its rows
+             are written, when all steps before it have ended.
     """
 
-    sample: Callable[[], asyncio.Future[StepOutput]]
+    launch_sampling: Callable[[SequenceABC[int]], asyncio.Future[StepOutput]]
+    bitmask: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
+
+    def sample(self, masked_rows: SequenceABC[int] = ()) -> asyncio.Future[StepOutput]:
+        """Queue the rest of the step: logits and draws. Called once, before the next launch.
+
+        masked_rows  indices of sampled rows, ascending: bitmask[i] is the mask of masked_rows[i].
+
+        A DeviceError in the result means that nothing runs any more; another exception, that the
+        step has failed and the next may be tried.
+        """
+        return self.launch_sampling(masked_rows)
 
 
 class Runner(Protocol):
@@ -66,7 +79,10 @@ class Runner(Protocol):
         """Start `step` without waiting for it. What fails is in the result."""
 
     def run(self, step: Step) -> StepOutput:
-        """Execute `step` and wait for it, while nothing is in flight; raises what has failed."""
+        """Execute `step` and wait for it, while nothing is in flight; raises what has failed.
+
+        Nothing is masked.
+        """
 
     def close(self) -> None:
         """Free threads and memory; nothing is in flight. Harmless when called again."""
@@ -104,6 +120,7 @@ class Engine:
         self.load = Load()  # of all sequences that have not ended
         self.load_of: dict[str, Load] = {}  # user -> of theirs, where there are any
         self._seqs: dict[int, Sequence] = {}
+        self._num_constrained = 0  # sequences with a constraint
         self._next_seq_id = 0
         # Not `secrets`: a call of the system lets other threads take the interpreter's lock.
         self._seeds = random.Random()
@@ -114,10 +131,11 @@ class Engine:
         return len(self._seqs)
 
     def step(self) -> bool:
-        """Run one whole step; False where there was nothing to run."""
+        """Run one whole step, of sequences without constraints; False: there was nothing to run."""
         step = self.schedule()
         if step is None:
             return False
+        assert not self.is_host_dependent(step), "masks are filled on the event loop"
         self.update(step, self.runner.run(step))
         return True
 
@@ -125,8 +143,6 @@ class Engine:
         """Queue one sequence. Raises InvalidRequestError where it can never run."""
         params, user = request.params, request.user
         token_ids = list(request.prompt_token_ids)
-        if request.constraint is not None:
-            raise NotBuiltError("constraints on the output's tokens are not built yet")
         self._check(token_ids, params)
         seq_id = self._next_seq_id
         self._next_seq_id += 1
@@ -142,7 +158,9 @@ class Engine:
             root_hash=self.scheduler.blocks.root_hash(request.cache_salt),
             num_tokens=len(token_ids),
             user=user,
+            constraint=request.constraint,
         )
+        self._num_constrained += seq.constraint is not None
         size = Load(1, len(token_ids))
         self.load += size
         self.load_of[user] = self.load_of.get(user, Load()) + size
@@ -159,6 +177,10 @@ class Engine:
     def schedule(self) -> Step | None:
         """The next step to execute; None where there is nothing to run."""
         return self.scheduler.schedule()
+
+    def is_host_dependent(self, step: Step) -> bool:
+        """Whether sampling `step` must wait for update() of all steps before it."""
+        return self._num_constrained > 0 and is_host_dependent(step)
 
     def update(self, step: Step, output: StepOutput) -> None:
         """Account for an executed step: cache what it filled, deliver what it sampled.
@@ -185,6 +207,9 @@ class Engine:
                 offer(seq, seq_len)
             if token_ids is None:
                 continue
+            if seq.constraint is not None and (failed := accept(seq, token_ids)) is not None:
+                self._fail(seq, failed)
+                continue
             seq.token_ids += token_ids
             seq.stream.put(token_ids)
             num_output_tokens += len(token_ids)
@@ -195,6 +220,8 @@ class Engine:
                 self._finish(seq, "stop", token_ids[-1])
             elif len(seq.token_ids) == seq.max_total_tokens:
                 self._finish(seq, "length")
+            elif seq.constraint is not None and seq.constraint.is_finished:
+                self._end(seq)
         self.num_output_tokens += num_output_tokens
         self.num_steps += 1
         # All other tokens follow one of the last update: the time since then is their latency.
@@ -219,6 +246,11 @@ class Engine:
             self._pacer.note(step, duration_s)
             self.scheduler.mixed_limit = self._pacer.limit
 
+    def fail_row(self, seq: Sequence, generation: int, error: PyserveError) -> None:
+        """Fail the sequence of a row in flight alone, if it has not left its slot since."""
+        if seq.generation == generation and seq.stream.seq_id in self._seqs:
+            self._fail(seq, error)
+
     def fail_step(self, step: Step) -> None:
         """Account for a step whose execution raised: its sequences fail, the others go on."""
         for seq, generation in zip(step.seqs, step.generations, strict=True):
@@ -230,6 +262,7 @@ class Engine:
         for seq in self._seqs.values():
             seq.stream.fail(error)
         self._seqs.clear()
+        self._num_constrained = 0
         self.scheduler.waiting.clear()
         self.scheduler.running.clear()
         self.scheduler.num_running_of.clear()
@@ -242,10 +275,19 @@ class Engine:
         queued = [*self.scheduler.waiting, *self.scheduler.running]
         assert {id(seq) for seq in queued} == {id(seq) for seq in self._seqs.values()}
         assert len(queued) == len(self._seqs)
+        assert self._num_constrained == sum(seq.constraint is not None for seq in queued)
         assert not any(seq.stream.is_finished for seq in queued)
         assert self.load == sum(self.load_of.values(), Load())
         assert self.load == Load(len(queued), sum(seq.num_prompt_tokens for seq in queued))
         assert self.load_of.keys() == {seq.user for seq in queued}
+
+    def _end(self, seq: Sequence) -> None:
+        """The answer is whole, as its constraint says: nothing but a stop token could follow."""
+        error = too_short(seq)
+        if error is None:
+            self._finish(seq, "stop")
+        else:
+            self._fail(seq, error)
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, stop_token_id: int | None = None
@@ -261,6 +303,7 @@ class Engine:
         assert seq.status is not Status.FINISHED
         self.scheduler.finish(seq, has_bad_kv=has_bad_kv)
         self.num_finished += 1
+        self._num_constrained -= seq.constraint is not None
         size = Load(1, seq.num_prompt_tokens)
         self.load -= size
         self.load_of[seq.user] -= size

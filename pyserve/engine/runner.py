@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -150,16 +151,34 @@ class StepExecutor:
         if not self._graphs.replay(padded):
             self._forward(padded)
 
-    def sample(self, shape: StepShape) -> torch.Tensor:
+    @property
+    def bitmask(self) -> torch.Tensor:
+        """int32 [num_slots, ceil(vocab_size / 32)] on the device: where `sample` reads masks."""
+        return self._state.bitmask
+
+    @property
+    def masked_rows(self) -> torch.Tensor:
+        """int32 [num_slots] on the device: `tile_rows` of the masked rows, where it reads them."""
+        return self._state.masked_rows
+
+    def tile_rows(self, masked_rows: Sequence[int]) -> list[int]:
+        """The rows of their tiles that the sampled rows are."""
+        size = len(self._state.logits)
+        return [row % size for row in masked_rows]
+
+    def sample(self, shape: StepShape, masked_rows: Sequence[int] = ()) -> torch.Tensor:
         """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples].
+
+        masked_rows  ascending: the first entries of `bitmask` and `masked_rows` are theirs. Such a
+                     step is not replayed: its masks have no recorded shape.
 
         What is returned is overwritten by the next step.
         """
         if self._is_closed:
             refuse_when_closed()
         num_samples = self._padded_samples(shape)
-        if not self._graphs.replay(num_samples):
-            self._sample(num_samples)
+        if masked_rows or not self._graphs.replay(num_samples):
+            self._sample(num_samples, masked_rows)
         return self._state.sampled
 
     def _forward(self, padded: _PaddedShape) -> None:
@@ -173,14 +192,23 @@ class StepExecutor:
             self._model.plan(ctx)
             self._model.forward(ctx)
 
-    def _sample(self, num_samples: int) -> None:
+    def _sample(self, num_samples: int, masked_rows: Sequence[int] = ()) -> None:
         state = self._state
+        num_rows = num_masked = 0  # of the tiles before
         with torch.inference_mode():
             for tile in self._tiles_of(num_samples):
                 # For padding any hidden state will do.
                 torch.clamp_min(tile.last_tokens, 0, out=tile.hidden_rows)
                 torch.index_select(self._hidden, 0, tile.hidden_rows, out=tile.hidden)
                 self._model.compute_logits(tile.hidden, tile.logits)
+                num_rows += len(tile.sampled)
+                begin, num_masked = num_masked, bisect_left(masked_rows, num_rows)
+                if num_masked > begin:
+                    ops.apply_bitmask(
+                        tile.logits,
+                        state.bitmask[begin:num_masked],
+                        state.masked_rows[begin:num_masked],
+                    )
                 ops.sample(
                     tile.logits, tile.slots, state.slots, state.token_counts,
                     workspace=state.sample_workspace, out=tile.sampled,
@@ -283,6 +311,7 @@ class CpuRunner:
         self._executor = executor
         self._is_closed = False
         self._buffer: NDArray[np.int32] = executor.step_input.numpy()
+        self._bitmask: NDArray[np.int32] = executor.bitmask.numpy()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = ThreadPoolExecutor(
             1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
@@ -319,7 +348,8 @@ class CpuRunner:
             refuse_when_closed()
         assert self._loop is not None, "steps are launched on a loop"
         forward = self._thread.submit(self._forward, step)
-        return Pending(partial(self._loop.run_in_executor, self._thread, self._sample, forward))
+        sample = partial(self._loop.run_in_executor, self._thread, self._sample, forward)
+        return Pending(sample, self._bitmask)
 
     def run(self, step: Step) -> StepOutput:
         if self._is_closed:
@@ -331,7 +361,7 @@ class CpuRunner:
         self._is_closed = True
         self._thread.shutdown()
         self._executor.close()
-        self._buffer = np.empty(0, np.int32)
+        self._buffer = self._bitmask = np.empty(0, np.int32)
 
     def _forward(self, step: Step) -> StepShape:
         self.pack(step, self._buffer)
@@ -339,8 +369,11 @@ class CpuRunner:
         self._executor.forward(shape)
         return shape
 
-    def _sample(self, forward: Future[StepShape]) -> StepOutput:
+    def _sample(self, forward: Future[StepShape], masked_rows: Sequence[int] = ()) -> StepOutput:
         """`forward` has ended: the worker does one thing after another."""
         shape = forward.result()
-        sampled = self._executor.sample(shape).numpy()
+        if masked_rows:
+            rows = self._executor.tile_rows(masked_rows)
+            self._executor.masked_rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        sampled = self._executor.sample(shape, masked_rows).numpy()
         return StepOutput(sampled[: shape.num_samples, None].tolist())

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pyserve.client import SequenceStream
+from pyserve.client import Constraint, SequenceStream
 from pyserve.params import SamplingParams
 
 NO_SLOT = -1
@@ -44,6 +44,8 @@ class Sequence:
     awaited_hash     a block that another sequence is computing; admission waits for it.
     num_wanted_blocks
                      free blocks that its last attempt at admission needed and did not find.
+    constraint       which tokens may come next; None: any. It has accepted the output tokens that
+                     the host knows, no more and no fewer.
     preempted_s      when it was preempted; 0 once it has had another token since. The next token's
                      latency is counted from here.
     """
@@ -72,6 +74,7 @@ class Sequence:
     awaited_hash: bytes | None = None
     num_wanted_blocks: int = 0
     is_admitted: bool = False
+    constraint: Constraint | None = None
     preempted_s: float = 0.0
 
     @property

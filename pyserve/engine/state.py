@@ -12,6 +12,7 @@ import torch
 
 from pyserve.engine.batch import max_step_words
 from pyserve.engine.block_manager import num_blocks_for
+from pyserve.engine.masks import bitmask_words
 from pyserve.model.activations import Arena
 from pyserve.model.decoder import Decoder
 from pyserve.ops import AttentionPlan, StepPlan, sample_workspace
@@ -45,6 +46,8 @@ class StepState:
     slots, block_table, token_counts
                       as ops.plan_step takes them
     sampled           int32 [num_slots]
+    bitmask           int32 [num_slots, ceil(vocab_size / 32)]: masks of sampled rows
+    masked_rows       int32 [num_slots]: whose they are, as rows of a tile
     logits, hidden, hidden_rows
                       [logits_tile_rows, vocab_size], [.., hidden_size] and int32 [..]: of sampled
                       rows, the last being where their hidden states lie
@@ -91,6 +94,8 @@ class StepState:
         self.token_counts = zeros("slots", num_slots, vocab_size, dtype=torch.int16)
         self.step_input = zeros("step buffers", num_words)
         self.sampled = zeros("step buffers", num_slots)
+        self.bitmask = zeros("token masks", num_slots, bitmask_words(vocab_size))
+        self.masked_rows = zeros("token masks", num_slots)
         self.plan = StepPlan.allocate(max_num_tokens, num_slots, device)
         for tensor in self.plan:
             self._note("step buffers", tensor)

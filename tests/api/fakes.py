@@ -81,6 +81,7 @@ class Script:
 
     starts     a queued sequence never begins where False.
     error      it fails with this instead of going on to its limit.
+    is_whole   its end is the end of the answer, though it is no stop token.
     """
 
     token_ids: list[int]
@@ -88,6 +89,7 @@ class Script:
     burst: int = 1
     starts: bool = True
     error: PyserveError | None = None
+    is_whole: bool = False
 
 
 @dataclass
@@ -199,6 +201,8 @@ class FakeEngine:
                     stream.first_token_s = time.monotonic()
                 if token_id in params.stop_token_ids and position > params.min_tokens:
                     stream.finish("stop", token_id)
+                elif script.is_whole and position == len(script.token_ids):
+                    stream.finish("stop")
                 elif position == params.max_tokens:
                     stream.finish("length")
 

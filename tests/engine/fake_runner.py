@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyserve.engine.batch import Step, StepOutput, max_step_words, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine, Pending
+from pyserve.engine.masks import bitmask_words
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.ops import step_layout as layout
 from pyserve.params import SamplingParams
+from tests.engine.constraints import Rule
 
 VOCAB_SIZE = 64
 POISON = 0x7FFF_FFFF
 GREEDY_SEED = 0
+ALL_TOKENS = frozenset(range(VOCAB_SIZE))
+NO_MASKS: dict[int, NDArray[np.int32]] = {}
 
 
 def kv_hash(parent: int, token_id: int, position: int) -> int:
@@ -35,9 +40,12 @@ def kv_hash(parent: int, token_id: int, position: int) -> int:
 
 def draw(
     kv: Iterable[int], params: SamplingParams, seed: int, counts: tuple[frozenset[int], list[int]],
-    is_banned: bool,
+    is_banned: bool, allowed: Collection[int] = ALL_TOKENS,
 ) -> int:  # fmt: skip
-    """The token after `kv`; every sampling parameter has its influence."""
+    """The token after `kv`; every sampling parameter has its influence. -1: none is allowed."""
+    left = set(allowed) - set(params.stop_token_ids) if is_banned else allowed
+    if not left:
+        return -1
     kv = list(kv)
     key = [
         len(kv),
@@ -54,12 +62,14 @@ def draw(
     while True:
         digest = blake2b(data, digest_size=8).digest()
         token_id = int.from_bytes(digest, "little") % VOCAB_SIZE
-        if not (is_banned and token_id in params.stop_token_ids):
+        if token_id in left:
             return token_id
         data = digest
 
 
-def expected_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
+def expected_tokens(
+    prompt: list[int], params: SamplingParams, rule: Rule = lambda output: None
+) -> list[int]:
     """What a sequence with a given seed must produce, whatever happens around it."""
     assert params.seed is not None
     kv: list[int] = []
@@ -68,8 +78,9 @@ def expected_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
     output: list[int] = []
     while len(output) < params.max_tokens:
         token_id = draw(
-            kv, params, params.seed, (frozenset(prompt), output), len(output) < params.min_tokens
-        )
+            kv, params, params.seed, (frozenset(prompt), output), len(output) < params.min_tokens,
+            ALL_TOKENS if (allowed := rule(output)) is None else allowed,
+        )  # fmt: skip
         output.append(token_id)
         if token_id in params.stop_token_ids:
             break
@@ -144,6 +155,7 @@ class FakeRunner:
             max_num_batched_tokens, num_slots, max_model_len=max_model_len, block_size=block_size
         )
         self._buffer = np.zeros(num_words, np.int32)
+        self._bitmask = np.zeros((num_slots, bitmask_words(VOCAB_SIZE)), np.int32)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self._refuse_when_closed()
@@ -156,19 +168,21 @@ class FakeRunner:
         self._refuse_when_closed()
         assert self._unsampled is None, "launched before the last step was sampled"
         self._unsampled = step
-        return Pending(self._sample_step)
+        return Pending(self._sample_step, self._bitmask)
 
-    def run(self, step: Step) -> StepOutput:
+    def run(self, step: Step, masked_rows: Sequence[int] = ()) -> StepOutput:
         self._refuse_when_closed()
         self.on_step(step)
-        return StepOutput([[token_id] for token_id in self.execute(self.pack(step))])
+        masks = dict(zip(masked_rows, self._bitmask, strict=False))
+        return StepOutput([[token_id] for token_id in self.execute(self.pack(step), masks)])
 
-    def _sample_step(self) -> asyncio.Future[StepOutput]:
+    def _sample_step(self, masked_rows: Sequence[int]) -> asyncio.Future[StepOutput]:
+        assert list(masked_rows) == sorted(set(masked_rows))
         step, self._unsampled = self._unsampled, None
         assert step is not None, "sampled twice"
         future = self.loop.create_future()
         try:
-            self.loop.call_soon(future.set_result, self.run(step))
+            self.loop.call_soon(future.set_result, self.run(step, masked_rows))
         except Exception as error:
             self.loop.call_soon(future.set_exception, error)
         return future
@@ -184,8 +198,10 @@ class FakeRunner:
         """The words of `step`, in a buffer that the next call overwrites."""
         return self._buffer[: pack(step, self._buffer)]
 
-    def execute(self, words: np.ndarray) -> list[int]:
-        """Run one packed step."""
+    def execute(
+        self, words: np.ndarray, masks: Mapping[int, NDArray[np.int32]] = NO_MASKS
+    ) -> list[int]:
+        """Run one packed step; `masks` by sampled row."""
         num_rows, num_tokens, num_samples = words[1:4].tolist()
         assert words[layout.HEADER_NUM_WORDS] == len(words)
         assert 0 < num_tokens <= self._max_num_tokens and num_rows <= len(self._slots)
@@ -199,7 +215,7 @@ class FakeRunner:
         count = int(words[layout.HEADER_NUM_BLOCK_UPDATES])
         for slot, index, block_id in words[at : at + 3 * count].reshape(-1, 3):
             self._block_table[slot, index] = block_id
-        sampled = []
+        sampled: list[int] = []
         rows_at = int(words[layout.HEADER_ROWS_OFFSET])
         tokens_at = int(words[layout.HEADER_TOKENS_OFFSET])
         for row in words[rows_at : rows_at + 4 * num_rows].reshape(-1, 4).tolist():
@@ -214,7 +230,7 @@ class FakeRunner:
             num_tokens -= query_len
             kv = self._append(slot, state, token_ids)
             if is_sampled:
-                sampled.append(self._sample(state, kv))
+                sampled.append(self._sample(state, kv, masks.get(len(sampled))))
         assert num_tokens == 0 and num_samples == len(sampled)
         return sampled
 
@@ -237,16 +253,17 @@ class FakeRunner:
             position % self._block_size
         )
 
-    def _sample(self, state: FakeSlot, kv: list[int]) -> int:
+    def _sample(self, state: FakeSlot, kv: list[int], mask: NDArray[np.int32] | None) -> int:
         if state.seed in self.nan_seeds:
             state.last_token = 0
             return -1
         token_id = draw(
             kv, state.params, state.seed, (state.prompt, state.output),
             state.num_computed < state.min_total_len,
+            ALL_TOKENS if mask is None else {i for i in ALL_TOKENS if mask[i // 32] >> i % 32 & 1},
         )  # fmt: skip
-        state.last_token = token_id
-        if state.params.has_penalties:
+        state.last_token = max(token_id, 0)
+        if state.params.has_penalties and token_id >= 0:
             state.output.append(token_id)
         return token_id
 

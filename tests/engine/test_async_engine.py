@@ -67,7 +67,7 @@ class HeldRunner:
         return self.inner.is_replayed(step)
 
     def launch(self, step: Step) -> Pending:
-        return Pending(lambda: self._sample(step))
+        return Pending(lambda masked_rows: self._sample(step))
 
     def run(self, step: Step) -> StepOutput:
         return self.inner.run(step)

@@ -27,12 +27,14 @@ from pyserve.engine.runner import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits
-from pyserve.errors import DeviceError
+from pyserve.errors import DeviceError, EngineError
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.engine.after_the_end import stop_and_check
+from tests.engine.constraints import Scripted, always
+from tests.engine.test_async_engine import read_all
 from tests.engine.tiny import CONFIG, VOCAB_SIZE
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_SLOTS, MAX_MODEL_LEN = 32, 16, 4, 256
@@ -184,6 +186,80 @@ def test_a_step_that_cannot_be_launched_fails_alone(
 
     asyncio.run(asyncio.wait_for(run(), 60))
     runner.close()
+
+
+@pytest.mark.parametrize("tile_rows", [1, 3, NUM_SLOTS])
+def test_masks_are_brought_to_the_rows_that_they_are_of(engine: Engine, tile_rows: int) -> None:
+    """The device keeps its own copies, and a step without masks is not touched by the last ones."""
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+    state = runner._executor._state
+    state.logits, state.hidden = state.logits[:tile_rows], state.hidden[:tile_rows]
+
+    async def run() -> None:
+        info = EngineInfo(
+            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
+            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
+        )  # fmt: skip
+        client = AsyncEngine(engine, info)
+        client.start()
+        params = SamplingParams(max_tokens=20, temperature=0.0)
+        for numbers in ([0, None, 2, 3], [None, None, None, None], [None, 1, None, 2]):
+            constraints = [
+                None if number is None else Scripted(always(9 * number, 9 * number + 40))
+                for number in numbers
+            ]
+            streams = [
+                client.submit(SequenceRequest([1 + i] * 10, params, constraint=constraint))
+                for i, constraint in enumerate(constraints)
+            ]
+            for i, (stream, number) in enumerate(zip(streams, numbers, strict=True)):
+                token_ids, _ = await read_all(stream)
+                if number is not None:
+                    assert set(token_ids) <= {9 * number, 9 * number + 40}
+                else:
+                    alone = client.submit(SequenceRequest([1 + i] * 10, params))
+                    assert (await read_all(alone))[0] == token_ids
+        await client.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize("half", ["forward", "_sample"])
+def test_a_constrained_step_that_cannot_be_launched_fails_alone(
+    engine: Engine, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+    call, num_calls = getattr(runner._executor, half), 0
+
+    def fail_once(*args: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise RuntimeError("as wanted")
+        return call(*args)
+
+    monkeypatch.setattr(runner._executor, half, fail_once)
+
+    async def run() -> None:
+        info = EngineInfo(
+            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
+            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
+        )  # fmt: skip
+        client = AsyncEngine(engine, info)
+        client.start()
+        params = SamplingParams(max_tokens=20, temperature=0.0)
+        constraint = Scripted(lambda output: [3, 4])
+        with pytest.raises(EngineError):
+            await read_all(client.submit(SequenceRequest([1], params, constraint=constraint)))
+        assert constraint.history == []
+        again = client.submit(SequenceRequest([1], params, constraint=constraint))
+        token_ids, _ = await read_all(again)
+        assert constraint.history == token_ids and len(token_ids) == 20
+        await client.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_record_that_fails_says_whether_the_device_is_lost(

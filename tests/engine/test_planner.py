@@ -61,6 +61,7 @@ def test_the_ledger_by_hand() -> None:
         ("logits", 8 * (4 * (97 + 32) + 4)),
         ("slots", 8 * (680 * 4 + 16 * 4 + 97 * 2)),
         ("step buffers", 4 * (16 + 7 * 8 + 64 + 2**16) + 64 * 16 + 8 * 24 + 4),
+        ("token masks", 8 * 4 * (4 + 1)),
         ("KV cache", 128 * BLOCK_BYTES),
     )
 
@@ -203,6 +204,7 @@ def test_the_ledger_of_a_card_by_hand() -> None:
         ("sampling", sampling.nbytes),
         ("slots", 256 * (680 * 4 + 8192 * 4 + 128256 * 2)),
         ("step buffers", 4 * step_words + 8192 * 16 + 256 * 24 + 4),
+        ("token masks", 256 * 4 * (128256 // 32 + 1)),
     )
     allowed = int(0.9 * 140 * GIB)
     assert allowed - LLAMA_BLOCK_BYTES < result.total_bytes <= allowed, "KV takes what is left"

@@ -7,7 +7,7 @@ of the steps, between the forward pass and sampling, as a fault of one of our ow
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -44,10 +44,12 @@ def main() -> int:
     fault, trigger = FAULTS[sys.argv[1]], Path(sys.argv[2])
     sample = StepExecutor.sample
 
-    def broken(self: StepExecutor, shape: StepShape) -> torch.Tensor:
+    def broken(
+        self: StepExecutor, shape: StepShape, masked_rows: Sequence[int] = ()
+    ) -> torch.Tensor:
         if trigger.exists():
             fault(self.device)
-        return sample(self, shape)
+        return sample(self, shape, masked_rows)
 
     StepExecutor.sample = broken  # type: ignore[method-assign]
     CudaRunner.step_deadline_s = DEADLINE_S

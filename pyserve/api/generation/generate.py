@@ -55,7 +55,7 @@ class Choice:
     def advance(self, delta: SequenceDelta) -> Sequence[Part]:
         """New parts of `delta`; sets finish_reason with the last of them."""
         token_ids = delta.token_ids
-        is_cut = delta.finish_reason == "stop" and not self.ending.is_stop_kept
+        is_cut = delta.stop_token_id is not None and not self.ending.is_stop_kept
         visible = token_ids[:-1] if is_cut else token_ids
         if self.stop_checker is None:
             text = self.detokenizer.push(visible)

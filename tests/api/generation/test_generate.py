@@ -128,6 +128,18 @@ def test_each_choice_has_a_constraint_of_its_own(tokenizer: Tokenizer) -> None:
     assert len(set(map(id, constraints))) == 3
 
 
+@pytest.mark.parametrize("burst", BURSTS)
+def test_an_answer_that_is_whole_without_a_stop_token_loses_none(
+    tokenizer: Tokenizer, burst: int
+) -> None:
+    ids = tokens(tokenizer, TEXT)
+    generation, _ = generate(tokenizer, lambda _: Script(ids, burst=burst, is_whole=True), ending())
+    (choice,) = generation.choices
+    assert content_of(choice.parts) == TEXT
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", None)
+    assert generation.usage().completion_tokens == len(ids)
+
+
 def test_another_stop_id_is_the_reason(tokenizer: Tokenizer) -> None:
     ids = [*tokens(tokenizer, "Hello"), 5]
     generation, _ = generate(tokenizer, lambda _: Script(ids), ending())

@@ -65,7 +65,7 @@ class InstantRunner:
     def launch(self, step: Step) -> Pending:
         result = self.loop.create_future()
         self.loop.call_soon(result.set_result, self.run(step))
-        return Pending(lambda: result)
+        return Pending(lambda masked_rows: result)
 
     def run(self, step: Step) -> StepOutput:
         return StepOutput([[75] for _ in range(sum(step.row_samples))])
