@@ -138,7 +138,8 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 def _middleware(state: ServerState) -> Middleware:
     unknown_paths = UnknownPaths(
-        [(route.method, route.path) for route in ROUTES if "{" not in route.path],
+        [(route.method, route.path) for route in ROUTES if "{" not in route.path]
+        + [("GET", f"{site.STATIC}/{name}") for name in site.FILES],
         root_path=state.config.root_path,
     )
     public = {route.handler for route in ROUTES if route.is_public} | {site.redirect}

@@ -101,6 +101,7 @@ def test_while_starting(fresh: Server) -> None:
     status, _, body = fresh.request("GET", "/health")
     answer = json.loads(body)
     assert status == 503 and answer.pop("eta_s") is None
+    assert list(answer.pop("ended")) == ["start"]
     assert answer == {"status": "starting", "phase": "load", "progress": None}
     fresh.state.startup.report("load", 25, 100)
     answer = json.loads(fresh.request("GET", "/ping")[2])

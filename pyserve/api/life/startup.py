@@ -68,12 +68,16 @@ class Startup:
         return f"{' + '.join(parts)} = {sum(self._seconds.values()):.1f} s"
 
     def describe(self) -> dict[str, object]:
-        """Phase, progress in it (0 to 1) and seconds to its end, null where unknown."""
+        """Phase, progress in it (0 to 1) and seconds to its end, null where unknown.
+
+        Then the phases that have ended, in their order, with their seconds.
+        """
         phase = self.phase
         return {
             "phase": phase.name,
             "progress": phase.progress,
             "eta_s": phase.eta_s(time.monotonic()),
+            "ended": {name: round(seconds, 1) for name, seconds in list(self._seconds.items())},
         }
 
     def report(self, name: str, done: int, total: int) -> None:

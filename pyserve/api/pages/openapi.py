@@ -47,12 +47,16 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotReady(msgspec.Struct, frozen=True, kw_only=True):
-    """While starting: the phase, how much of it is done (0 to 1), seconds to its end."""
+    """While starting: the phase, how much of it is done (0 to 1), seconds to its end.
+
+    ended  the seconds of the phases before it.
+    """
 
     status: str
     phase: str | None = None
     progress: float | None = None
     eta_s: float | None = None
+    ended: dict[str, float] = {}
     reason: str | None = None
 
 

@@ -15,7 +15,7 @@ from pyserve.api.pages import site
 from tests.api.fakes import Server, run_server, wait_until
 from tests.api.tls_files import CERTIFICATE, KEY
 
-BUNDLE = "swagger-ui-bundle.js"
+BUNDLE = "vendor/swagger-ui-bundle.js"
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "tls"])

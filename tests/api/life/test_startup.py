@@ -12,9 +12,12 @@ from pyserve.api.life.startup import Startup, StopLoading
 
 def test_progress_and_eta() -> None:
     startup = Startup()
-    assert startup.describe() == {"phase": "start", "progress": None, "eta_s": None}
+    assert startup.describe() == {"phase": "start", "progress": None, "eta_s": None, "ended": {}}
     startup.report("load", 0, 100)
-    assert startup.describe() == {"phase": "load", "progress": 0.0, "eta_s": None}
+    described = startup.describe()
+    ended = described.pop("ended")
+    assert isinstance(ended, dict) and list(ended) == ["start"] and ended["start"] >= 0.0
+    assert described == {"phase": "load", "progress": 0.0, "eta_s": None}
     startup.report("load", 50, 100)
     began_s = startup.phase.began_s
     assert startup.phase.eta_s(began_s + 3.0) == 3.0
@@ -30,12 +33,15 @@ def test_the_clock_of_the_speed_starts_with_the_counting(monkeypatch: pytest.Mon
     assert startup.phase.progress is None and startup.phase.eta_s(now_s) is None
     now_s = 130.0  # the card has been looked at meanwhile
     startup.report("build", 0, 40)
-    assert startup.describe() == {"phase": "build", "progress": 0.0, "eta_s": None}
+    ended = {"start": round(100.0 - startup._began_s, 1)}
+    assert startup.describe() == {
+        "phase": "build", "progress": 0.0, "eta_s": None, "ended": ended,
+    }  # fmt: skip
     now_s = 140.0
     startup.report("build", 10, 40)
-    assert startup.describe() == {"phase": "build", "progress": 0.25, "eta_s": 30.0}
+    assert startup.describe()["progress"] == 0.25 and startup.describe()["eta_s"] == 30.0
     startup.report("build", 10, 20)  # less is left to do than was thought
-    assert startup.describe() == {"phase": "build", "progress": 0.5, "eta_s": 10.0}
+    assert startup.describe()["progress"] == 0.5 and startup.describe()["eta_s"] == 10.0
     assert startup.phase.began_s == 100.0
 
 

@@ -1,0 +1,82 @@
+// An answer's Markdown as elements. What a model says is not trusted: HTML in it is shown as text,
+// and what the renderer makes passes a sanitiser that knows these tags and attributes only. Nothing
+// that loads by itself (images, styles, frames) is among them.
+import { copy, fromTemplate, part } from "./dom.js";
+
+const { marked, DOMPurify } = window;
+const ALLOWED = {
+  ALLOWED_TAGS: ["a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6",
+    "hr", "li", "ol", "p", "pre", "strong", "table", "tbody", "td", "th", "thead", "tr"],
+  ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
+  ALLOW_DATA_ATTR: false,
+  ALLOW_ARIA_ATTR: false,
+  ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"], // no addresses: not held against the line above
+  RETURN_DOM_FRAGMENT: true,
+};
+
+const escape = (text) => text.replace(/[&<>"]/g, (char) => `&#${char.charCodeAt(0)};`);
+
+marked.use({
+  gfm: true,
+  breaks: true,
+  renderer: {
+    html: ({ text }) => escape(text),
+    image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || href)}</a>`,
+    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
+  },
+});
+
+/**
+ * Show `text` in `box`. Its blocks (paragraphs, lists, code) that have not changed since the last
+ * call stay as they are, so that a growing answer costs its last block and a selection survives.
+ */
+export function show(box, text) {
+  let position = 0;
+  for (const token of marked.lexer(text)) {
+    if (token.type === "space") continue;
+    const old = box.children[position];
+    if (old?.source !== token.raw) {
+      const block = render(token);
+      if (old) old.replaceWith(block);
+      else box.append(block);
+    }
+    position += 1;
+  }
+  while (box.children.length > position) box.lastElementChild.remove();
+}
+
+function render(token) {
+  const block = document.createElement("div");
+  block.source = token.raw;
+  block.append(DOMPurify.sanitize(marked.parser([token]), ALLOWED));
+  for (const link of block.querySelectorAll("a")) {
+    link.target = "_blank";
+    link.rel = "noopener noreferrer nofollow";
+  }
+  for (const table of block.querySelectorAll("table")) wrap(table, "table");
+  for (const pre of block.querySelectorAll("pre")) addCopy(pre);
+  return block;
+}
+
+function wrap(element, className) {
+  const box = document.createElement("div");
+  box.className = className;
+  element.replaceWith(box);
+  box.append(element);
+}
+
+function addCopy(pre) {
+  const language = pre.querySelector("code")?.className.replace("language-", "");
+  const box = makeCode(language || "text", pre.textContent.replace(/\n$/, ""));
+  pre.replaceWith(box);
+}
+
+/** A block of code with its language and a button that copies it. */
+export function makeCode(language, text) {
+  const box = fromTemplate("code-block");
+  part(box, "language").textContent = language;
+  part(box, "code").textContent = text;
+  part(box, "copy").addEventListener("click", (event) => copy(text, event.currentTarget));
+  return box;
+}

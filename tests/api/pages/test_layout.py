@@ -1,0 +1,100 @@
+"""How the page looks, in a real browser: what is in view, what can be read, in which colours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.api.fakes import Server
+from tests.api.pages.browser import MISSING, PROGRAM, Tab
+from tests.api.pages.visit import DESKTOP, DONE, PHONE, ask, say
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_the_input_stays_in_view_and_the_answer_scrolls(
+    tab: Tab, server: Server, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    info = replace(server.engine.info, max_model_len=8192)
+    monkeypatch.setattr(server.engine, "info", info)
+    tab.view(*size)
+    server.play("Hello world, how are you?\n\n" * 6 + "```\n" + "x" * 60 + "\n```\n")
+    for number in range(1, 11):
+        ask(tab, "hello", num_answers=number)
+    assert not tab.run("$$('.failure').some(e => e.checkVisibility())")
+    distance = "(e => e.scrollHeight - e.clientHeight - e.scrollTop)($('#scroll'))"
+    tab.wait(f"{distance} < 2")
+    for selector in ("#text", "#send", "#open-settings"):
+        box = tab.run(f"$('{selector}').getBoundingClientRect().toJSON()")
+        assert box["top"] >= 0 and box["left"] >= 0, selector
+        assert box["bottom"] <= size[1] and box["right"] <= size[0], selector
+    assert tab.run("document.documentElement.scrollHeight") <= size[1]
+    assert tab.run("document.documentElement.scrollWidth") <= size[0]
+    assert tab.run("$('#scroll').scrollWidth") <= size[0]
+    # What the reader scrolls back to stays while an answer comes.
+    server.play("Hello world, how are you?\n\n" * 100, eos=False, delay_s=0.01)
+    say(tab, "more")
+    tab.wait(f"{DONE.format(10)} && $('.pending > .prose').innerText.length > 100")
+    tab.wait(f"{distance} < 50")
+    tab.run("$('#scroll').scrollTop -= 300")
+    tab.wait("!$('#jump').hidden")
+    top = tab.run("$('#scroll').scrollTop")
+    before = tab.run("$('.pending > .prose').innerText.length")
+    tab.wait(f"$('.pending > .prose').innerText.length > {before + 50}")
+    assert tab.run("$('#scroll').scrollTop") == top
+    tab.click("#jump")
+    tab.wait(f"{distance} < 2 && $('#jump').hidden")
+    tab.press("Escape")
+    tab.wait(DONE.format(11))
+
+
+def test_markdown_and_the_copy_button(tab: Tab, server: Server) -> None:
+    code = "def f():\n    return '<b>'"
+    server.play(
+        f"# Title\n\n**bold** `x<y`\n\n```python\n{code}\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n"
+    )
+    ask(tab, "hi")
+    assert tab.text(".prose h1") == "Title" and tab.text(".prose strong") == "bold"
+    assert tab.text(".prose p code") == "x<y"
+    assert tab.run("$('.prose .code code').textContent") == code
+    assert tab.text(".prose .code-head span") == "python"
+    assert tab.run("getComputedStyle($('td:last-child')).textAlign") == "right"
+    # Without navigator.clipboard, as over plain HTTP from another machine.
+    tab.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    tab.run("addEventListener('copy', () => { window.copied = document.activeElement.value })")
+    tab.click(".prose .code-head button")
+    tab.wait("$('.prose .code-head button').innerText === 'Copied'")
+    assert tab.run("copied") == code
+
+
+def test_light_and_dark(tab: Tab) -> None:
+    back = "getComputedStyle(document.body).backgroundColor"
+    light = tab.run(back)
+    tab.view(*PHONE, is_dark=True)
+    assert tab.run(back) != light
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_everything_has_a_name(tab: Tab, server: Server, size: tuple[int, int]) -> None:
+    tab.view(*size)
+    ask(tab, "hi")
+    tab.click("#open-settings")
+    tab.call("Accessibility.enable")
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    roles = {"button", "textbox", "spinbutton", "combobox", "link", "checkbox", "log", "dialog"}
+    named = [node for node in nodes if node.get("role", {}).get("value") in roles]
+    assert len(named) > 10
+    assert all(node["name"]["value"] for node in named if not node["ignored"])
+
+
+def test_the_side_panel_on_a_phone(tab: Tab, server: Server) -> None:
+    tab.view(*PHONE)
+    ask(tab, "hi")
+    assert not tab.is_seen("#side")
+    tab.click("#open-side")
+    tab.wait("$('#side').checkVisibility()")
+    tab.click("#new")
+    tab.wait("!$('#side').checkVisibility()")
+    assert tab.is_seen("#empty")
