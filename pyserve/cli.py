@@ -28,6 +28,7 @@ from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flag_rows import settings
 from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args
 from pyserve.text.chat_template import ChatTemplate, read_override
+from pyserve.text.reasoning import ReasoningParser, check_name
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tokenizer_json import TOKENIZER_FILE
 
@@ -118,6 +119,7 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
     if launch.chat_template is not None:
         read_override(launch.chat_template)
+    check_name(config.reasoning_parser)
     if launch.generation_config not in ("auto", "vllm"):
         _generation_folder(launch.generation_config, DEMO_MODEL)
     if launch.download_dir is not None and _nearest_folder(launch.download_dir) is None:
@@ -168,6 +170,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
     launch = _launch_config(args)
+    reasoning_parser = _server_config(args).reasoning_parser
 
     def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.hub.resolve import resolve_model
@@ -213,6 +216,12 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         from pyserve.engine.load import build_engine
 
         engine = build_engine(_engine_config(args, model_path), progress=report)
-        return Loaded(tokenizer=tokenizer, chat_template=template, defaults=defaults, engine=engine)
+        return Loaded(
+            tokenizer=tokenizer,
+            chat_template=template,
+            defaults=defaults,
+            engine=engine,
+            reasoning=ReasoningParser.named(reasoning_parser, tokenizer),
+        )
 
     return load

@@ -193,6 +193,9 @@ class ServerConfig:
     trust_request_chat_template: bool = flag(
         False, "run templates that requests bring", group=REQUESTS
     )
+    reasoning_parser: str | None = flag(
+        None, "thinking apart: deepseek_r1, qwen3, mistral, ...", group=REQUESTS, metavar="NAME"
+    )
     log_requests: bool = flag(
         False, "a line for each request's parameters, never texts", name="enable-log-requests",
         group=REQUESTS,

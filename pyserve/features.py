@@ -82,16 +82,11 @@ FEATURES: dict[str, Feature] = {
     ),
     "reasoning": Feature(
         flags={
-            **plain(SWITCH, "enable-reasoning"),
             **plain(VALUE, "reasoning-parser-plugin"),
             **plain(JSON, "reasoning-config reasoning-effort-map"),
-            "reasoning-parser": Flag(VALUE, ("none",)),
             "anthropic-disabled-thinking-effort": Flag(VALUE, ("auto",)),
         },
-        fields=(
-            Field("include_reasoning", (CHAT,), (True,)),
-            Field("thinking_token_budget", (CHAT,), (-1,)),
-        ),
+        fields=(Field("thinking_token_budget", (CHAT,), (-1,)),),
     ),
     "structured outputs": Feature(
         flags={

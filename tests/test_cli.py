@@ -68,7 +68,7 @@ def test_the_server_s_flags_reach_its_config(tmp_path: Path) -> None:
         "m", "--uds", "/run/x.sock", "--root-path", "/llm/", "--ssl-certfile", "c", "--ssl-keyfile",
         "k", "--allowed-origins", '["https://a.org"]', "--allowed-methods", '["POST"]',
         "--allowed-headers", '["X-A"]', "--allow-credentials", "--ready-file", "r",
-        "--request-timeout", "7", "--trust-request-chat-template",
+        "--request-timeout", "7", "--trust-request-chat-template", "--reasoning-parser", "qwen3",
         "--enable-log-requests", "--api-key", "a", "--api-key=b",
     )  # fmt: skip
     assert (config.uds, config.root_path) == (Path("/run/x.sock"), "/llm")
@@ -76,7 +76,7 @@ def test_the_server_s_flags_reach_its_config(tmp_path: Path) -> None:
     assert config.allowed_origins == ("https://a.org",) and config.allow_credentials
     assert (config.allowed_methods, config.allowed_headers) == (("POST",), ("X-A",))
     assert (config.ready_file, config.request_timeout_s) == (Path("r"), 7.0)
-    assert config.trust_request_chat_template
+    assert config.trust_request_chat_template and config.reasoning_parser == "qwen3"
     assert (config.log_requests, config.api_keys) == (True, ("a", "b"))
     engine = cli._engine_config(parse_args(["m", "--max-queue", "9"]), Path("/m"))
     assert engine.max_queue == 9
@@ -187,6 +187,7 @@ def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> 
         (["--tokenizer", "/" + "x" * 300], "neither a folder nor a name"),
         (["--chat-template", "x" * 300], "--chat-template .*cannot be read: File name too long"),
         (["--chat-template", "/dev/null"], "not a regular file"),
+        (["--reasoning-parser", "qwen4"], "must be one of deepseek_r1, .*, none, got qwen4"),
         (["--generation-config", "x" * 300], "--generation-config"),
         (["--ready-file", "/tmp/" + "x" * 300 + "/y"], "--ready-file"),
     ):

@@ -63,6 +63,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "allowed-origins": [(['["*"]'], ["*"])],
     "allowed-methods": [(['["GET", "POST"]'], ["GET", "POST"])],
     "allowed-headers": [(["[]"], [])],
+    "reasoning-parser": [(["qwen3"], "qwen3"), (["None"], None), ([""], None)],
     "ready-file": [(["/r"], Path("/r")), (["None"], None)],
     "shutdown-timeout": [(["3"], 3.0), (["0.5"], 0.5)],
     "target-itl-ms": [(["0"], 0), (["50"], 50)],

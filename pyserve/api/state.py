@@ -21,6 +21,7 @@ from pyserve.config import ServerConfig, named_keys
 from pyserve.errors import NotFoundError, UnavailableError
 from pyserve.metrics import Metrics
 from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 MAX_RETRY_AFTER_S = 60
@@ -31,12 +32,16 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What `load` hands over: all the API needs of a model. The engine is not started yet."""
+    """What `load` hands over: all the API needs of a model. The engine is not started yet.
+
+    reasoning  None: thinking is not told from the rest.
+    """
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     defaults: GenerationDefaults
     engine: EngineClient
+    reasoning: ReasoningParser | None = None
 
 
 @dataclass(slots=True, eq=False)

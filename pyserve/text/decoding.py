@@ -18,6 +18,7 @@ import codecs
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pyserve.errors import CheckpointError
@@ -96,15 +97,28 @@ class TokenDecoder:
         self._id_to_token = id_to_token
         self._plain_token_ids = plain_token_ids
         self._special_token_ids = special_token_ids
-        self._pieces = (Pieces(self._make_all), Pieces(self._make_without_special))
+        self._all_pieces = Pieces(self._make_all)
+        # By the special tokens that are skipped; parsers show a few, the same for all texts.
+        self._other_pieces: dict[frozenset[int], Pieces] = {}
 
-    def pieces(self, *, skip_special_tokens: bool) -> Pieces:
-        """Bytes of each token; those of special tokens are empty if they are skipped."""
-        return self._pieces[skip_special_tokens]
+    def pieces(self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> Pieces:
+        """Bytes of each token; those of special tokens are empty if they are skipped.
 
-    def first_piece(self, token_id: int, *, skip_special_tokens: bool) -> bytes | None:
+        shown  special tokens that are not skipped in any case.
+        """
+        if not skip_special_tokens:
+            return self._all_pieces
+        skipped = self._special_token_ids - shown
+        if skipped not in self._other_pieces:
+            make = partial(self._make_without, skipped)
+            self._other_pieces[skipped] = Pieces(make)
+        return self._other_pieces[skipped]
+
+    def first_piece(
+        self, token_id: int, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()
+    ) -> bytes | None:
         """Bytes of a token at the start of a text; None where it is skipped or has no token."""
-        if skip_special_tokens and token_id in self._special_token_ids:
+        if skip_special_tokens and token_id in self._special_token_ids - shown:
             return None
         return self._piece(token_id, is_first=True)
 
@@ -117,8 +131,8 @@ class TokenDecoder:
     def _make_all(self, token_id: int) -> bytes | None:
         return self._piece(token_id, is_first=False)
 
-    def _make_without_special(self, token_id: int) -> bytes | None:
-        return b"" if token_id in self._special_token_ids else self._make_all(token_id)
+    def _make_without(self, skipped: frozenset[int], token_id: int) -> bytes | None:
+        return b"" if token_id in skipped else self._make_all(token_id)
 
 
 def parse_layout(spec: Any) -> Layout:

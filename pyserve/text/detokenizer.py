@@ -29,10 +29,12 @@ class Detokenizer:
     prompt_token_ids decide how the output's first characters read: SentencePiece drops a space at
     the start of a text, not in its middle, and a prompt may end within a character. A character
     that the output completes belongs to the output.
+
+    shown are special tokens that are not skipped in any case.
     """
 
     __slots__ = (
-        "_decoder", "_skip", "_piece_of", "_errors", "_held",
+        "_decoder", "_skip", "_shown", "_piece_of", "_errors", "_held",
         "_at_start", "_wants_first", "_strip_left", "_prompt_tail",
     )  # fmt: skip
 
@@ -42,10 +44,12 @@ class Detokenizer:
         prompt_token_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self._decoder = tokenizer.decoder
         self._skip = skip_special_tokens
-        pieces = self._decoder.pieces(skip_special_tokens=skip_special_tokens)
+        self._shown = shown
+        pieces = self._decoder.pieces(skip_special_tokens=skip_special_tokens, shown=shown)
         self._piece_of = pieces.__getitem__
         self._errors = self._decoder.errors
         self._held = b""  # the bytes of a character that is not complete
@@ -60,6 +64,12 @@ class Detokenizer:
     def copy(self) -> Detokenizer:
         """A detokenizer for another text that goes on from the same place."""
         return copy.copy(self)
+
+    def hide(self, token_ids: frozenset[int]) -> None:
+        """From here on these tokens are not among those of `shown`."""
+        self._shown -= token_ids
+        pieces = self._decoder.pieces(skip_special_tokens=self._skip, shown=self._shown)
+        self._piece_of = pieces.__getitem__
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; "" where they complete no character."""
@@ -80,7 +90,9 @@ class Detokenizer:
         """`push` while a rule about the start of the text, or of the output, may still apply."""
         data, index = self._held, 0
         while self._wants_first and index < len(token_ids):
-            piece = self._decoder.first_piece(token_ids[index], skip_special_tokens=self._skip)
+            piece = self._decoder.first_piece(
+                token_ids[index], skip_special_tokens=self._skip, shown=self._shown
+            )
             index += 1
             if piece is not None:
                 data += piece

@@ -3,7 +3,7 @@
 A stage takes the text of one answer as it comes and says what it is. `Plain` says that all of it is
 content. A parser of reasoning or of tool calls is another stage, in a file of its own here: `push`
 may hold text back until it knows what it is, and `flush` gives what is held when the text has
-ended. Stages are chained: what one of them takes for content is looked at by the next.
+ended. Thinking comes first (reasoning.py); what it leaves as content goes to the stage of the job.
 """
 
 from __future__ import annotations
@@ -70,27 +70,28 @@ class Plain:
         return ()
 
 
-class Chain:
-    """Two stages as one: `second` gets the content that `first` finds."""
+def pass_on(parts: Sequence[Part], stage: Stage) -> list[Part]:
+    """What another stage has found, its content as `stage` sees it."""
+    passed: list[Part] = []
+    for part in parts:
+        if isinstance(part, Content):
+            passed += stage.push(part)
+        else:
+            passed.append(part)
+    return passed
 
-    def __init__(self, first: Stage, second: Stage) -> None:
-        self._first = first
-        self._second = second
 
-    def push(self, content: Content) -> Sequence[Part]:
-        return self._pass_on(self._first.push(content))
-
-    def flush(self) -> Sequence[Part]:
-        return [*self._pass_on(self._first.flush()), *self._second.flush()]
-
-    def _pass_on(self, parts: Sequence[Part]) -> list[Part]:
-        passed: list[Part] = []
-        for part in parts:
-            if isinstance(part, Content):
-                passed += self._second.push(part)
-            else:
-                passed.append(part)
-        return passed
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """The same parts, with texts of one kind that follow each other in one part."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if isinstance(part, ToolCall) or isinstance(last, ToolCall) or type(part) is not type(last):
+            found.append(part)
+        elif last is not None:
+            text, tokens = last.text + part.text, last.tokens + part.tokens
+            found[-1] = type(part)(text, tokens)
+    return found
 
 
 def content_of(parts: Sequence[Part]) -> str:

@@ -36,6 +36,7 @@ from pyserve.errors import EngineError, PyserveError, QueueFullError, Unavailabl
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 MODEL = "org/tiny"
@@ -307,14 +308,15 @@ def run_server(
     tokenizer = Tokenizer.from_folder(folder)
     fake = FakeEngine(lambda number: Script([1]))
     engine = other or fake
+    settings = ServerConfig(served_model_names=(MODEL, "alias"), **config)
     loaded = Loaded(
         tokenizer=tokenizer,
         chat_template=ChatTemplate.load(tokenizer),
         defaults=GenerationDefaults(eos_token_ids=(0,)),
         engine=engine,
+        reasoning=ReasoningParser.named(settings.reasoning_parser, tokenizer),
     )
     sock = socket.create_server(("127.0.0.1", 0))
-    settings = ServerConfig(served_model_names=(MODEL, "alias"), **config)
     state = ServerState(settings, Metrics(MODEL), loaded=loaded, status="ready")
     state.metrics.watch(engine.stats, engine.info)
     loop = asyncio.new_event_loop()

@@ -41,6 +41,20 @@ def test_texts_in_context_token_by_token(tokenizer: Tokenizer, skip: bool) -> No
             assert stream(tokenizer, prompt, [[i] for i in ids], skip=skip) == expected
 
 
+def test_special_tokens_that_are_shown_in_any_case(tokenizer: Tokenizer) -> None:
+    special = sorted(tokenizer.special_token_ids)
+    rng = random.Random(1)
+    for _ in range(300):
+        shown = frozenset(rng.sample(special, rng.randrange(len(special) + 1)))
+        ids = rng.choices([*special, *range(tokenizer.vocab_size)], k=rng.randrange(8))
+        hidden = tokenizer.special_token_ids - shown
+        kept = [token_id for token_id in ids if token_id not in hidden]
+        text = Detokenizer(tokenizer, skip_special_tokens=True, shown=shown)
+        pieces = [text.push([token_id]) for token_id in ids]
+        expected = tokenizer.decode(kept, skip_special_tokens=False)
+        assert "".join(pieces) + text.flush() == expected
+
+
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_ids_any_split_any_prompt(tokenizer: Tokenizer, skip: bool, seed: int) -> None:

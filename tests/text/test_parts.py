@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyserve.text.parts import (
-    Chain,
     Content,
     Part,
     Plain,
     Reasoning,
     ToolCall,
     content_of,
+    joined,
     num_chars,
+    pass_on,
     reasoning_of,
     tool_calls_of,
 )
@@ -30,28 +31,6 @@ def test_plain_text_is_content_as_it_comes() -> None:
     assert content_of(parts) == "Hello world"
 
 
-class UpToDot:
-    """Text up to the first dot is reasoning; the last character of a push waits."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._has_ended = False
-
-    def push(self, content: Content) -> Sequence[Part]:
-        text = self._held + content.text
-        if self._has_ended:
-            return [content]
-        before, dot, behind = text.partition(".")
-        if dot:
-            self._has_ended, self._held = True, ""
-            return [Reasoning(before), Content(behind)] if behind else [Reasoning(before)]
-        self._held = text[-1:]
-        return [Reasoning(text[:-1])]
-
-    def flush(self) -> Sequence[Part]:
-        return [] if self._has_ended else [Content(self._held)]
-
-
 class Shout:
     """Holds everything until the end."""
 
@@ -66,12 +45,23 @@ class Shout:
         return [Content(self._held.upper())]
 
 
-def test_the_second_stage_gets_what_the_first_takes_for_content() -> None:
-    chain = Chain(UpToDot(), Shout())
-    parts = [*chain.push(Content("a.b")), *chain.push(Content("c")), *chain.flush()]
-    assert parts == [Reasoning("a"), Content("BC")]
-    chain = Chain(UpToDot(), Shout())  # what the first still holds goes through the second
-    assert [*chain.push(Content("ab")), *chain.flush()] == [Reasoning("a"), Content("B")]
+def test_a_stage_gets_only_what_another_takes_for_content() -> None:
+    stage = Shout()
+    assert pass_on([Reasoning("a"), Content("b")], stage) == [Reasoning("a")]
+    assert pass_on([Content("c"), ToolCall(0, "id", "f")], stage) == [ToolCall(0, "id", "f")]
+    assert stage.flush() == [Content("BC")]
+
+
+def test_texts_of_one_kind_are_joined_in_their_order() -> None:
+    parts: list[Part] = [
+        Reasoning("a", (1,)), Reasoning("b", (2, 3)), Content("c"), Content(""), Reasoning("d"),
+        ToolCall(0, "id", "f"), ToolCall(0, arguments="{"), Content("e"), Content("f", (4,)),
+    ]  # fmt: skip
+    assert joined(parts) == [
+        Reasoning("ab", (1, 2, 3)), Content("c"), Reasoning("d"), ToolCall(0, "id", "f"),
+        ToolCall(0, arguments="{"), Content("ef", (4,)),
+    ]  # fmt: skip
+    assert joined([]) == []
 
 
 def test_whole_answers_gather_the_parts() -> None:

@@ -25,6 +25,7 @@ from pyserve.api.wire.protocol import (
     ChatMessage,
     ChatRequest,
     ChatResponse,
+    CompletionTokensDetails,
     FunctionDelta,
     MessageToolCall,
     ToolCallDelta,
@@ -61,6 +62,13 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     ignored = [*ignored, *conversation.ignored]
     if body.echo and not conversation.prompt.echo:
         ignored.append("echo")
+    make_reasoning = None
+    if loaded.reasoning is not None:
+        is_hidden = body.include_reasoning is False
+        opening = conversation.opening
+        make_reasoning = partial(loaded.reasoning.stage, opening, is_hidden=is_hidden)
+    elif body.include_reasoning is False:
+        ignored.append("include_reasoning")
     limit = "max_tokens", body.max_tokens
     if body.max_completion_tokens is not None:
         limit = "max_completion_tokens", body.max_completion_tokens
@@ -72,6 +80,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         limit=limit,
         default_max_tokens=loaded.defaults.max_new_tokens,
         ignored=ignored,
+        make_reasoning=make_reasoning,
     )
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
@@ -95,8 +104,12 @@ class ChatFrames(OpenAIFrames):
         )
         usage = self.usage_so_far(choice)
         if usage:
+            details = usage.completion_tokens_details and CompletionTokensDetails(0)
             usage = msgspec.structs.replace(
-                usage, completion_tokens=0, total_tokens=usage.prompt_tokens
+                usage,
+                completion_tokens=0,
+                total_tokens=usage.prompt_tokens,
+                completion_tokens_details=details,
             )
         return self.chunk([entry], usage=usage, prompt_token_ids=None, prompt_text=None)
 

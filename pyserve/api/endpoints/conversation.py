@@ -38,6 +38,7 @@ from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.reasoning import Opening
 from pyserve.text.template_limits import MAX_RENDER_S
 
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
@@ -49,10 +50,15 @@ _UNBUILT = fields_of(Message)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The prompt of a chat, and the names of fields that the template does not look at."""
+    """The prompt of a chat.
+
+    ignored  names of fields that the template does not look at.
+    opening  where the prompt leaves the thinking of the answer.
+    """
 
     prompt: Prompt
     ignored: list[str]
+    opening: Opening = "unsaid"
 
 
 async def read_conversation(
@@ -105,11 +111,19 @@ async def read_conversation(
             ignored.append("truncation_side")
         if any(message.name and not template.shows_name(message.role) for message in messages):
             ignored.append("messages.name")
+        parser = loaded.reasoning
         detokenizer = Detokenizer(
-            loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens
+            loaded.tokenizer,
+            token_ids,
+            skip_special_tokens=skip_special_tokens,
+            shown=frozenset() if parser is None else parser.marker_ids,
         )
         shown = _echo(messages[-1]) if echo else ""
-        return Conversation(Prompt(token_ids, shown, detokenizer), ignored)
+        prompt = Prompt(token_ids, shown, detokenizer)
+        if parser is None:
+            return Conversation(prompt, ignored)
+        continued = _echo(messages[-1]) if body.continue_final_message else None
+        return Conversation(prompt, ignored, parser.opening(token_ids, continued=continued))
 
     def read_long() -> Conversation:
         measure()

@@ -36,6 +36,7 @@ from pyserve.api.wire.protocol import (
 from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.params import shown
 from pyserve.text.parts import Content, Part, Reasoning
+from pyserve.text.reasoning import ReasoningStage
 from pyserve.words import counted
 
 FINGERPRINT = f"pyserve-{__version__}"
@@ -54,12 +55,14 @@ async def make_job(
     default_max_tokens: int | None,
     ignored: list[str],
     is_run: bool = True,
+    make_reasoning: Callable[[], ReasoningStage] | None = None,
 ) -> Job:
     """The Job of a request whose prompts have been read; everything else of it is checked here.
 
     limit               the field that limits the output, and its value.
     default_max_tokens  None: what the prompt leaves of the context.
     ignored             fields that are known to have no effect.
+    make_reasoning      as Job has it.
 
     Raises InvalidRequestError and NotBuiltError naming the field.
     """
@@ -107,6 +110,7 @@ async def make_job(
         params=params,
         ending=resolver.ending,
         n=resolver.n,
+        make_reasoning=make_reasoning,
         is_run=is_run,
         is_streamed=bool(body.stream),
         include_usage=include_usage,

@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from pyserve.api.generation.job import Ending, Job, Prompt
 from pyserve.api.generation.slices import Slices
-from pyserve.api.wire.protocol import PromptTokensDetails, Usage
+from pyserve.api.wire.protocol import CompletionTokensDetails, PromptTokensDetails, Usage
 from pyserve.client import EngineClient, SequenceDelta, SequenceRequest, SequenceStream
 from pyserve.errors import RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
-from pyserve.text.parts import Content, Part, Stage
+from pyserve.text.parts import Content, Part, Stage, joined, pass_on
+from pyserve.text.reasoning import ReasoningStage
 from pyserve.text.stop import StopChecker
 
 
@@ -33,6 +35,8 @@ class Choice:
 
     num_tokens counts the output tokens up to the one that ended the answer, and no further.
     first_token_s is when its first tokens were read here, 0 before.
+    thinking tells the thinking from the rest, until it is over; None: then, or where none is told.
+    num_reasoning_tokens are those of the thinking and its markers; None: where none is told.
     prefix is shown before its text: the prompt that is to be echoed, until it has been.
     parts are those of a whole answer; a stream keeps none.
     """
@@ -45,7 +49,9 @@ class Choice:
     detokenizer: Detokenizer
     stop_checker: StopChecker | None
     stage: Stage
+    thinking: ReasoningStage | None = None
     num_tokens: int = 0
+    num_reasoning_tokens: int | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     first_token_s: float = 0.0
@@ -57,11 +63,17 @@ class Choice:
         token_ids = delta.token_ids
         is_cut = delta.stop_token_id is not None and not self.ending.is_stop_kept
         visible = token_ids[:-1] if is_cut else token_ids
-        if self.stop_checker is None:
+        was_thinking = self.thinking is not None
+        parts: Sequence[Part] = ()
+        if self.stop_checker is None and not was_thinking:
             text = self.detokenizer.push(visible)
             self.num_tokens += len(token_ids)
         else:
-            text = self._advance_checked(self.stop_checker, visible)
+            text = ""
+            if was_thinking:
+                parts = self._think(visible)
+            else:
+                text = self._advance_checked(visible)
             if self.finish_reason is None:
                 self.num_tokens += len(token_ids) - len(visible)
         if delta.finish_reason is not None and self.finish_reason is None:
@@ -70,7 +82,10 @@ class Choice:
                 self.finish_reason = delta.finish_reason
                 if delta.stop_token_id != self.ending.eos_token_id:
                     self.stop_reason = delta.stop_token_id
-        parts = self.stage.push(Content(text)) if text else ()
+        if was_thinking:
+            parts = [*parts, *(self._tell(text) if text else ()), *self._end_thinking()]
+        elif text:
+            parts = self.stage.push(Content(text))
         if self.finish_reason is not None:
             parts = [*parts, *self.stage.flush()]
         if self.prefix:
@@ -79,15 +94,47 @@ class Choice:
 
     def usage(self) -> Usage:
         """Its tokens so far, and those of its prompt."""
-        return _usage([self.stream], self.num_tokens)
+        return _usage([self.stream], [self])
 
-    def _advance_checked(self, checker: StopChecker, token_ids: list[int]) -> str:
+    def _think(self, token_ids: list[int]) -> list[Part]:
+        # Token by token: the thinking is counted up to the token that ends it.
+        parts: list[Part] = []
+        for token_id in token_ids:
+            text = self._advance_checked([token_id])
+            if text:
+                parts += self._tell(text)
+            if self.finish_reason is not None:
+                break
+        return joined(parts)
+
+    def _tell(self, text: str) -> Sequence[Part]:
+        """What the next text of an answer that may be thinking has become."""
+        thinking = self.thinking
+        if thinking is None:
+            return self.stage.push(Content(text))
+        parts = pass_on(thinking.push(Content(text)), self.stage)
+        if thinking.is_over:
+            self.thinking = None
+            self.num_reasoning_tokens = self.num_tokens if thinking.has_begun else 0
+            self.detokenizer.hide(thinking.marker_ids)
+        return parts
+
+    def _end_thinking(self) -> Sequence[Part]:
+        """What thinking still holds, where the answer ends within it."""
+        thinking = self.thinking
+        if thinking is None:
+            return ()
+        self.num_reasoning_tokens = self.num_tokens if thinking.has_begun else 0
+        return () if self.finish_reason is None else pass_on(thinking.flush(), self.stage)
+
+    def _advance_checked(self, token_ids: list[int]) -> str:
         # Token by token: usage ends with the token that completed the stop string.
+        checker = self.stop_checker
         text = ""
         for token_id in token_ids:
             self.num_tokens += 1
             piece = self.detokenizer.push([token_id])
-            if self.num_tokens <= self.ending.min_tokens:
+            if checker is None or self.num_tokens <= self.ending.min_tokens:
                 text += piece
                 continue
             text += self._check(checker, piece)
@@ -183,6 +230,8 @@ class Generation:
             detokenizer=prompt.detokenizer.copy(),
             stop_checker=StopChecker(ending.stop, ending.is_stop_kept) if ending.stop else None,
             stage=job.make_stage(),
+            thinking=job.make_reasoning() if job.make_reasoning is not None else None,
+            num_reasoning_tokens=0 if job.make_reasoning is not None else None,
         )
         self.choices.append(choice)
         self.active.append(choice)
@@ -229,8 +278,7 @@ class Generation:
     def usage(self) -> Usage:
         """Tokens of all choices so far; a prompt counts once, whatever its n."""
         return _usage(
-            [choice.stream for choice in self.choices if choice.sample_index == 0],
-            sum(choice.num_tokens for choice in self.choices),
+            [choice.stream for choice in self.choices if choice.sample_index == 0], self.choices
         )
 
     def close(self, reason: str) -> None:
@@ -271,8 +319,12 @@ def _with_prefix(prefix: str, parts: Sequence[Part]) -> Sequence[Part]:
     return [Content(prefix), *parts]
 
 
-def _usage(prompts: Sequence[SequenceStream], num_output_tokens: int) -> Usage:
+def _usage(prompts: Sequence[SequenceStream], choices: Sequence[Choice]) -> Usage:
     num_prompt_tokens = sum(stream.num_prompt_tokens for stream in prompts)
+    num_output_tokens = sum(choice.num_tokens for choice in choices)
+    details: CompletionTokensDetails | UnsetType = UNSET
+    if choices and choices[0].num_reasoning_tokens is not None:
+        details = CompletionTokensDetails(sum(c.num_reasoning_tokens or 0 for c in choices))
     return Usage(
         prompt_tokens=num_prompt_tokens,
         total_tokens=num_prompt_tokens + num_output_tokens,
@@ -280,4 +332,5 @@ def _usage(prompts: Sequence[SequenceStream], num_output_tokens: int) -> Usage:
         prompt_tokens_details=PromptTokensDetails(
             cached_tokens=sum(stream.num_cached_tokens for stream in prompts)
         ),
+        completion_tokens_details=details,
     )

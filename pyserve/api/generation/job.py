@@ -15,6 +15,7 @@ from pyserve.client import Constraint
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.parts import Plain, Stage
+from pyserve.text.reasoning import ReasoningStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One request: every prompt is answered n times.
 
     params            of each prompt.
-    make_stage        a stage for each answer, which turns its text into parts.
+    make_reasoning    for each answer what tells its thinking from the rest; None: nothing does.
+    make_stage        a stage for each answer, which turns its text, without thinking, into parts.
     make_constraint   a constraint for each answer, which says the tokens that it may have; None:
                       all.
     is_run            False: the prompts are shown and nothing is generated.
@@ -73,6 +75,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     params: list[SamplingParams]
     ending: Ending
     n: int = 1
+    make_reasoning: Callable[[], ReasoningStage] | None = None
     make_stage: Callable[[], Stage] = Plain
     make_constraint: Callable[[], Constraint | None] = unconstrained
     is_run: bool = True

@@ -119,6 +119,7 @@ DESCRIPTIONS = {
     "chat_template_kwargs": "Variables for the chat template.",
     "documents": "For chat templates that show documents.",
     "reasoning_effort": "For chat templates with the variable reasoning_effort or enable_thinking.",
+    "include_reasoning": "false: what the model thinks is left out; only with --reasoning-parser.",
     "return_token_strs": "Also the tokens as they stand in the vocabulary.",
     "priority": "Lower goes first; only with --scheduling-policy priority.",
     "cache_salt": "The prefix cache is shared only by requests with the same one.",

@@ -1,0 +1,214 @@
+"""Thinking that a model writes down before its answer: text -> reasoning and content.
+
+A format is a row: the markers around the thinking. Whether it has begun is read from the end of the
+prompt, where some templates write the opening marker themselves, and others close the thinking at
+once to turn it off; else from the start of the answer. Without an opening marker in either place
+there is no thinking: a model that answers at once has answered. White space around the markers
+stays, as in vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from pyserve.errors import ConfigError
+from pyserve.text.parts import Content, Part, Reasoning
+from pyserve.text.tokenizer import Tokenizer
+
+MAX_LEADING_SPACE = 64  # characters in front of an opening marker
+TAIL_TOKENS = 48  # of a prompt, in which its last marker is looked for
+
+# Where a prompt leaves the answer: within thinking, behind it, or neither.
+Opening = Literal["open", "closed", "unsaid"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """No marker of a format is part of another one.
+
+    starts     each opens the thinking.
+    ends       each closes it; the first one is what closes it by force.
+    next_ends  close it too, and belong to what follows.
+    """
+
+    starts: tuple[str, ...]
+    ends: tuple[str, ...]
+    next_ends: tuple[str, ...] = ()
+
+
+_THINK = ReasoningFormat(("<think>",), ("</think>",))
+_THINK_OR_CALL = ReasoningFormat(("<think>",), ("</think>",), ("<tool_call>",))
+FORMATS: dict[str, ReasoningFormat] = {
+    **dict.fromkeys(
+        ("deepseek_r1", "deepseek_v3", "deepseek_v4", "glm45", "glm47", "holo2", "minimax_m2",
+         "olmo3", "poolside_v1", "step3"),
+        _THINK,
+    ),
+    **dict.fromkeys(("mimo", "qwen3"), _THINK_OR_CALL),
+    "granite": ReasoningFormat(
+        ("Here is my thought process:", "Here's my thought process:"),
+        ("Here is my response:", "Here's my response:"),
+    ),
+    "kimi_k2": ReasoningFormat(("<think>",), ("</think>",), ("<|tool_calls_section_begin|>",)),
+    "mistral": ReasoningFormat(("[THINK]",), ("[/THINK]",)),
+    "seed_oss": ReasoningFormat(("<seed:think>",), ("</seed:think>",)),
+}  # fmt: skip
+
+
+class ReasoningParser:
+    """A format and the tokenizer of the model that writes it.
+
+    marker_ids  markers that are special tokens: a text shows them while it is looked at for them.
+    """
+
+    def __init__(self, name: str, tokenizer: Tokenizer) -> None:
+        """`name` is one of FORMATS."""
+        self.format = FORMATS[name]
+        self._tokenizer = tokenizer
+        markers = (*self.format.starts, *self.format.ends, *self.format.next_ends)
+        ids = {tokenizer.token_to_id(marker) for marker in markers}
+        self.marker_ids = tokenizer.special_token_ids & ids
+
+    @classmethod
+    def named(cls, name: str | None, tokenizer: Tokenizer) -> ReasoningParser | None:
+        """That of a name that `check_name` lets pass."""
+        return cls(name, tokenizer) if name in FORMATS else None
+
+    def opening(self, prompt_token_ids: Sequence[int], *, continued: str | None = None) -> Opening:
+        """Where a prompt leaves the answer. `continued`: the text of the message it goes on with.
+
+        Only the end of a prompt is looked at: earlier messages may hold markers too.
+        """
+        format = self.format
+        tail = self._tokenizer.decode(prompt_token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
+        tail = tail.rstrip()
+        if tail.endswith(format.starts):
+            return "open"
+        if tail.endswith(format.ends):
+            return "closed"
+        if continued is None or not continued.strip():
+            return "unsaid"
+        start = max(map(continued.rfind, format.starts))
+        end = max(map(continued.rfind, format.ends))
+        return "open" if start > end else "closed"
+
+    def stage(self, opening: Opening, *, is_hidden: bool = False) -> ReasoningStage:
+        """For one answer. is_hidden: the thinking is read and not shown."""
+        return ReasoningStage(self.format, opening, self.marker_ids, is_hidden=is_hidden)
+
+
+class ReasoningStage:
+    """Tells the thinking of one answer from the rest; the result is the same however text is cut.
+
+    is_over     nothing but content comes any more.
+    has_begun   the answer, or the prompt, has opened the thinking.
+    marker_ids  special tokens that need not be shown any more when it is over.
+    """
+
+    def __init__(
+        self,
+        format: ReasoningFormat,
+        opening: Opening,
+        marker_ids: frozenset[int] = frozenset(),
+        *,
+        is_hidden: bool = False,
+    ) -> None:
+        self.is_over = opening == "closed"
+        self.has_begun = opening == "open"
+        self.marker_ids = marker_ids
+        self._format = format
+        self._is_hidden = is_hidden
+        self._is_at_start = not self.is_over
+        self._held = ""
+        self._tokens: tuple[Any, ...] = ()
+        self._ends = (*format.ends, *format.next_ends)
+        self._find_end = re.compile("|".join(map(re.escape, self._ends))).search
+
+    def push(self, content: Content) -> Sequence[Part]:
+        if self.is_over and not self._tokens:
+            return (content,)
+        self._tokens += content.tokens
+        text, self._held = self._held + content.text, ""
+        parts = self._read(text)
+        if self._is_hidden and self.has_begun:
+            shown: list[Part] = [part for part in parts if isinstance(part, Content)]
+            if not self.is_over and len(shown) < len(parts):
+                self._tokens = content.tokens if self._held else ()
+            parts = shown
+        return self._with_tokens(parts)
+
+    def flush(self) -> Sequence[Part]:
+        text, self._held = self._held, ""
+        if self.has_begun and not self.is_over:
+            if self._is_hidden:
+                return ()
+            return self._with_tokens([Reasoning(text)] if text or self._tokens else [])
+        return self._with_tokens([Content(text)] if text or self._tokens else [])
+
+    def _read(self, text: str) -> list[Part]:
+        """The parts that are settled; the rest of the text is held."""
+        if self._is_at_start:
+            behind = self._pass_start(text)
+            if behind is None:
+                self._held = text
+                return []
+            text = behind
+            self._is_at_start = False
+        if self.is_over:
+            return [Content(text)] if text else []
+        match = self._find_end(text)
+        if match is None:
+            num_settled = len(text) - overlap(text, self._ends)
+            self._held = text[num_settled:]
+            return [Reasoning(text[:num_settled])] if num_settled else []
+        self.is_over = True
+        before = text[: match.start()]
+        behind = text[match.start() if match[0] in self._format.next_ends else match.end() :]
+        parts: list[Part] = [Reasoning(before)] if before else []
+        return [*parts, Content(behind)] if behind else parts
+
+    def _pass_start(self, text: str) -> str | None:
+        """What follows an opening marker, or all, where there is none; None: more must come."""
+        stripped = text.lstrip()
+        if len(text) - len(stripped) <= MAX_LEADING_SPACE:
+            for marker in self._format.starts:
+                if stripped.startswith(marker):
+                    self.has_begun = True
+                    return stripped[len(marker) :]
+            for marker in self._format.ends:  # thinking that was never opened is no thinking
+                if stripped.startswith(marker) and not self.has_begun:
+                    self.is_over = True
+                    return stripped[len(marker) :]
+            markers = (*self._format.starts, *self._format.ends)
+            if any(marker.startswith(stripped) for marker in markers):
+                return None
+        self.is_over = not self.has_begun
+        return text
+
+    def _with_tokens(self, parts: list[Part]) -> list[Part]:
+        """`parts` with what is known of their tokens, on the last of them."""
+        if self._tokens and parts:
+            parts[-1] = msgspec.structs.replace(parts[-1], tokens=self._tokens)
+            self._tokens = ()
+        return parts
+
+
+def overlap(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a marker, and not all of it."""
+    longest = max(map(len, markers)) - 1
+    for start in range(max(len(text) - longest, 0), len(text)):
+        if any(marker.startswith(text[start:]) for marker in markers):
+            return len(text) - start
+    return 0
+
+
+def check_name(name: str | None) -> None:
+    """Raises ConfigError where no format has this name, and it is not "none"."""
+    if name is not None and name not in FORMATS and name != "none":
+        names = ", ".join([*sorted(FORMATS), "none"])
+        raise ConfigError(f"--reasoning-parser must be one of {names}, got {name[:100]}")

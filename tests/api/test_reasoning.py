@@ -1,0 +1,232 @@
+"""A server with --reasoning-parser: thinking streamed and whole, counted, hidden, cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from tests.api.fakes import TEMPLATE, Script, Server, make_tokenizer_folder, run_server
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+OPENS = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+ASKS = TEMPLATE + "{{ '<think>\n\n</think>\n\n' if enable_thinking is false else '' }}"
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer_folder: Path) -> Iterator[Server]:
+    config: dict[str, Any] = {"reasoning_parser": "deepseek_r1"}
+    with run_server(tokenizer_folder, trust_request_chat_template=True, **config) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """[THINK] and [/THINK] are special tokens."""
+    folder = make_tokenizer_folder(tmp_path_factory.mktemp("reasoning") / "special")
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    tokens = [AddedToken(token, special=True) for token in ("[THINK]", "[/THINK]")]
+    backend.add_special_tokens(tokens)
+    backend.save(str(folder / "tokenizer.json"))
+    with run_server(folder, reasoning_parser="mistral") as running:
+        yield running
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"messages": MESSAGES, **fields}
+
+
+def texts(server: Server, **fields: Any) -> tuple[str | None, str | None]:
+    """Reasoning and content of the whole answer, and of the stream, which must be the same."""
+    whole = server.post(CHAT, ask(**fields))
+    (choice,) = whole["choices"]
+    message = choice["message"]
+    assert message["reasoning"] == message["reasoning_content"]
+    role, *frames, usage = server.frames(CHAT, ask(stream_options=USAGE, **fields))
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert role["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    deltas = [frame["choices"][0]["delta"] for frame in frames]
+    for delta in deltas:
+        assert set(delta) in ({"content"}, {"reasoning", "reasoning_content"})
+        assert delta.get("reasoning") == delta.get("reasoning_content")
+    for name in ("reasoning", "content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == (message[name] or "")
+    assert frames[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    assert usage["usage"] == frames[-1]["usage"] == whole["usage"]
+    counts = [f["usage"]["completion_tokens_details"]["reasoning_tokens"] for f in frames]
+    assert counts == sorted(counts)
+    return message["reasoning"], message["content"]
+
+
+def num_reasoning_tokens(server: Server, **fields: Any) -> int:
+    usage = server.post(CHAT, ask(**fields))["usage"]
+    count: int = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert 0 <= count <= usage["completion_tokens"]
+    return count
+
+
+@pytest.mark.parametrize("burst", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("said", "reasoning", "content"),
+    [
+        ("<think>\nHello 漢\n</think>\n\nworld", "\nHello 漢\n", "\n\nworld"),
+        ("<think>\n\n</think>\n\nworld", "\n\n", "\n\nworld"),
+        ("<think>Hello</think>", "Hello", None),
+        ("<think>Hello", "Hello", None),
+        ("Hello world", None, "Hello world"),
+        ("1 < 2", None, "1 < 2"),
+        ("", None, ""),
+    ],
+)
+def test_thinking_and_answer(
+    server: Server, burst: int, said: str, reasoning: str | None, content: str | None
+) -> None:
+    server.play(said, burst=burst)
+    assert texts(server) == (reasoning, content)
+
+
+def test_the_tokens_of_the_thinking_are_counted(server: Server) -> None:
+    def num_tokens(text: str) -> int:
+        return len(server.tokenizer.encode(text, add_special_tokens=False))
+
+    thinking = "<think>\nHello 漢\n</think>"
+    for burst in (1, 4, 1000):
+        server.play(thinking + "\n\nworld", burst=burst)
+        assert num_reasoning_tokens(server) == num_tokens(thinking)
+        server.play("Hello world", burst=burst)
+        assert num_reasoning_tokens(server) == 0
+        server.play("<think>Hello", burst=burst)
+        assert num_reasoning_tokens(server) == num_tokens("<think>Hello") + 1  # and EOS
+    server.play(thinking)
+    usage = server.post(CHAT, ask(n=3, temperature=1))["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 3 * num_tokens(thinking)
+
+
+def test_thinking_that_is_cut_off(server: Server) -> None:
+    server.play("<think>Hello world, how are you?</think>x")
+    ids = server.tokenizer.encode("<think>Hello world", add_special_tokens=False)
+    assert texts(server, max_tokens=len(ids)) == ("Hello world", None)
+    choice = server.post(CHAT, ask(max_tokens=len(ids)))["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert num_reasoning_tokens(server, max_tokens=len(ids)) == len(ids)
+
+
+def test_stop_strings_end_the_thinking_too(server: Server) -> None:
+    for burst in (1, 1000):
+        server.play("<think>Hello world, how</think> are you", burst=burst)
+        assert texts(server, stop=["world"]) == ("Hello ", None)
+        assert texts(server, stop=["</think>"]) == ("Hello world, how", None)
+        assert texts(server, stop=[" are"]) == ("Hello world, how", None)
+        assert texts(server, stop=["you"]) == ("Hello world, how", " are ")
+        assert texts(server, stop=["you"], include_stop_str_in_output=True)[1] == " are you"
+        assert texts(server, stop=["think>H"]) == (None, "<")
+
+
+def test_templates_that_open_and_close_the_thinking(server: Server) -> None:
+    server.play("Hello</think>world")
+    assert texts(server, chat_template=OPENS) == ("Hello", "world")
+    assert texts(server) == (None, "Hello</think>world")
+    server.play("Hello")
+    assert texts(server, chat_template=OPENS) == ("Hello", None)
+    server.play("<think>\nHello</think>world")
+    assert texts(server, chat_template=OPENS) == ("\nHello", "world")
+    server.play("Hello")
+    off: dict[str, Any] = {"chat_template": ASKS}
+    for fields in (
+        {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"},
+    ):  # fmt: skip
+        assert texts(server, **off, **fields) == (None, "Hello")
+        assert num_reasoning_tokens(server, **off, **fields) == 0
+    server.play("<think>Hello</think>world")
+    for fields in ({}, {"reasoning_effort": "high"}):
+        assert texts(server, **off, **fields) == ("Hello", "world")
+
+
+def test_a_message_that_goes_on(server: Server) -> None:
+    def go_on(text: str) -> dict[str, Any]:
+        messages = [*MESSAGES, {"role": "assistant", "content": text}]
+        fields = {"messages": messages, "continue_final_message": True}
+        return {**fields, "add_generation_prompt": False}
+
+    server.play(" so</think>Hello")
+    assert texts(server, **go_on("<think>And")) == (" so", "Hello")
+    server.play("Hello")
+    assert texts(server, **go_on("<think>And</think>")) == (None, "Hello")
+    server.play("<think>Hello")
+    assert texts(server, **go_on("The tag is")) == (None, "<think>Hello")
+    server.play(" so</think>Hello")  # what is echoed is not read again
+    assert texts(server, **go_on("<think>And"), echo=True) == (" so", "<think>AndHello")
+
+
+def test_earlier_thinking_in_the_prompt_means_nothing(server: Server) -> None:
+    messages = [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>a</think>b"},
+        {"role": "user", "content": "<think>"},
+    ]  # fmt: skip
+    server.play("<think>Hello</think>world")
+    assert texts(server, messages=messages) == ("Hello", "world")
+    server.play("Hello")
+    assert texts(server, messages=messages) == (None, "Hello")
+
+
+def test_thinking_that_nobody_wants_to_see(server: Server) -> None:
+    server.play("<think>Hello</think>world")
+    shown = num_reasoning_tokens(server)
+    assert texts(server, include_reasoning=False) == (None, "world")
+    assert num_reasoning_tokens(server, include_reasoning=False) == shown > 0
+    server.play("<think>Hello")
+    assert texts(server, include_reasoning=False) == (None, "")
+
+
+def test_hiding_what_is_not_told_apart_is_named(shared_server: Server, server: Server) -> None:
+    for asked, value, ignored in (
+        (shared_server, False, "include_reasoning"), (shared_server, True, None),
+        (server, False, None), (server, True, None),
+    ):  # fmt: skip
+        asked.play("Hello")
+        _, headers, _ = asked.request("POST", CHAT, ask(include_reasoning=value))
+        assert headers.get("x-pyserve-ignored") == ignored
+
+
+def test_a_server_without_a_parser_shows_it_all(shared_server: Server) -> None:
+    shared_server.play("<think>Hello</think>world")
+    answer = shared_server.post(CHAT, ask())
+    message = answer["choices"][0]["message"]
+    assert message["content"] == "<think>Hello</think>world" and message["reasoning"] is None
+    assert "completion_tokens_details" not in answer["usage"]
+
+
+def test_a_completion_is_text_whatever_it_holds(server: Server) -> None:
+    server.play("<think>Hello</think>world")
+    answer = server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 100})
+    assert answer["choices"][0]["text"] == "<think>Hello</think>world"
+    assert "completion_tokens_details" not in answer["usage"]
+
+
+def test_choices_think_for_themselves(server: Server) -> None:
+    said = ["<think>Hello</think>world", "Hello", "<think>"]
+    encoded = [server.tokenizer.encode(text, add_special_tokens=False) for text in said]
+    server.engine.submitted.clear()
+    server.engine.script = lambda number: Script([*encoded[number % 3], 2])
+    messages = [c["message"] for c in server.post(CHAT, ask(n=3, temperature=1))["choices"]]
+    assert [(m["reasoning"], m["content"]) for m in messages] == [
+        ("Hello", "world"), (None, "Hello"), (None, ""),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("burst", [1, 2, 1000])
+def test_markers_that_are_special_tokens(special: Server, burst: int) -> None:
+    special.play("[THINK]Hello[/THINK] world[/THINK]<|im_start|>", burst=burst)
+    assert texts(special) == ("Hello", " world")
+    shown = (" world[/THINK]<|im_start|><|im_end|>", " world[/THINK]<|im_start|>")
+    assert texts(special, skip_special_tokens=False)[1] in shown
+    special.play("Hello[/THINK] world", burst=burst)
+    assert texts(special) == (None, "Hello world")
+    special.play("[THINK]Hello <|im_start|>world", burst=burst)
+    assert texts(special) == ("Hello world", None)
