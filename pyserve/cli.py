@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # A spinning libgomp would starve the event loop of its core; read when libgomp is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A text would be handed on to a pool of threads, one a core, that nothing of ours bounds.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return run_server(server_config, load)
 
 

@@ -133,6 +133,22 @@ def test_variables_are_set_before_they_are_read(monkeypatch: pytest.MonkeyPatch)
     assert seen[0][0].api_keys == ("new",) and seen[0][1] == "a=b"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_a_text_is_tokenised_by_the_thread_that_asks() -> None:
+    program = (
+        "import os; from pyserve import cli; from pyserve.config import DEMO_MODEL; "
+        "cli.run_server = lambda config, load: 0; assert cli.main([]) == 0; "
+        "tokenizer = cli._tokenizer(DEMO_MODEL); before = len(os.listdir('/proc/self/task')); "
+        "tokenizer.encode('word ' * 10_000, add_special_tokens=False); "
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     "text", ["A", "=x", "A B=c", "1A=b", "A-B=c", "é=1", "LD_PRELOAD=x", "PYTHONPATH=x"]
 )

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pyserve.api.allocator import give_back
 from pyserve.errors import QueueFullError
 
 NUM_THREADS = 3
@@ -29,9 +29,6 @@ MAX_WAITING_BYTES = 2**27  # of the bodies they are about
 TRIM_BYTES = 2**18  # work on so much leaves 50 MB and more to the allocator
 
 R = TypeVar("R")
-
-# glibc keeps what a thread has freed for that thread: a million characters, tokenised, left 300 MB.
-_give_back: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @dataclass(slots=True, eq=False)
@@ -175,7 +172,6 @@ def _trimmed(function: Callable[[], R]) -> Callable[[], R]:
         try:
             return function()
         finally:
-            if _give_back is not None:
-                _give_back(0)
+            give_back()
 
     return call

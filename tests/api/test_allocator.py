@@ -1,0 +1,49 @@
+"""What a thread has freed goes back to the system, the end of its arena too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pyserve.api import allocator
+
+NUM_MIB = 40
+PROGRAM = f"""
+import ctypes, threading
+from pyserve.api.allocator import give_back
+
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+def work():
+    # Once so much has been freed at once, glibc keeps twice as much in each arena.
+    libc.free(libc.malloc(31 * 2**20))
+    places = (ctypes.c_void_p * ({NUM_MIB} * 256))()
+    for i in range(len(places)):
+        places[i] = libc.malloc(4000)  # more than the cache of a thread takes
+        ctypes.memset(places[i], 1, 4000)
+    for i in reversed(range(len(places))):
+        libc.free(places[i])
+    libc.malloc_trim(0)
+    kept = resident_mib()
+    give_back()
+    print(kept - resident_mib())
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not allocator._is_glibc, reason="the C library is not glibc")
+def test_the_end_of_an_arena_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.9 * NUM_MIB
