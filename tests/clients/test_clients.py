@@ -1,0 +1,135 @@
+"""Client libraries of others, each in an environment of its own, against the demo model.
+
+    python -m pytest -m network tests/clients -s
+    python -m pytest -m network tests/clients -s -k langchain
+
+Environments are made below PYSERVE_CLIENTS, a folder that is kept, or in a folder of the test's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench.server_process import ServerProcess, running_server
+
+SCRIPTS = Path(__file__).parent / "scripts"
+MODEL = "pyserve-demo"
+FLAGS: tuple[str, ...] = ()
+# Checks of what the server refuses by name; one that is served is to be taken out.
+NOT_BUILT = {"tools", "tools_stream", "parse", "structured", "json_schema", "object"}
+INSTALL_TIMEOUT_S, SCRIPT_TIMEOUT_S = 900, 300
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A script of `scripts`, and the packages it needs: of npm where it is a .mjs."""
+
+    script: str
+    packages: tuple[str, ...]
+
+    @property
+    def is_npm(self) -> bool:
+        return self.script.endswith(".mjs")
+
+
+CLIENTS = {
+    "openai": Client("openai_python.py", ("openai",)),
+    "openai-npm": Client("openai_npm.mjs", ("openai", "zod")),
+    "langchain": Client("langchain_openai_.py", ("langchain-openai",)),
+    "instructor": Client("instructor_.py", ("instructor",)),
+    "litellm": Client("litellm_.py", ("litellm",)),
+    "pydantic-ai": Client("pydantic_ai_.py", ("pydantic-ai-slim[openai]",)),
+    "openai-agents": Client("openai_agents.py", ("openai-agents",)),
+    "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+}
+
+
+def prepare(client: Client, folder: Path) -> list[str]:
+    """Make the environment in `folder` where it is not there; the command that runs the script."""
+    mark = folder / "done"
+    if client.is_npm:
+        program = shutil.which("node")
+        if program is None or shutil.which("npm") is None:
+            pytest.skip("there is no node with npm")
+        command = [program, str(folder / client.script)]
+        steps = [["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder)]]
+    else:
+        python = folder / "bin" / "python"
+        command = [str(python), str(SCRIPTS / client.script)]
+        steps = [
+            [sys.executable, "-m", "venv", "--clear", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet"],
+        ]
+    if not mark.is_file():
+        steps[-1] += client.packages
+        folder.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            subprocess.run(step, check=True, timeout=INSTALL_TIMEOUT_S)
+        mark.touch()
+    if client.is_npm:  # packages are looked for beside the script
+        for name in ("checks.mjs", client.script):
+            shutil.copy(SCRIPTS / name, folder / name)
+    return command
+
+
+def run_script(command: Sequence[str], url: str) -> dict[str, str | None]:
+    """Check -> its error, None where there is none. AssertionError where the script fails."""
+    # Nothing of this environment: neither our packages nor somebody's key or proxy.
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    environment = {**kept, "PYSERVE_CLIENT_URL": url, "PYSERVE_CLIENT_MODEL": MODEL}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=SCRIPT_TIMEOUT_S
+    )
+    print(done.stdout, done.stderr[-5000:], sep="\n")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+    checks = [json.loads(line.removeprefix("CHECK ")) for line in lines]
+    assert done.returncode == 0 and checks, done.stderr[-2000:]
+    return {check["name"]: check["error"] for check in checks}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with running_server(["--dtype", "float32", "--device", "cpu", *FLAGS]) as running:
+        running.wait_ready(240)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kept = os.environ.get("PYSERVE_CLIENTS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("clients")
+
+
+@pytest.mark.network
+@pytest.mark.timeout(INSTALL_TIMEOUT_S + SCRIPT_TIMEOUT_S)
+@pytest.mark.parametrize("name", CLIENTS)
+def test_client(name: str, server: ServerProcess, environments: Path) -> None:
+    client = CLIENTS[name]
+    errors = run_script(prepare(client, environments / name), server.url)
+    refused = {check for check, error in errors.items() if error and "is not built yet" in error}
+    assert refused == NOT_BUILT & set(errors)
+    assert not {check: error for check, error in errors.items() if error and check not in refused}
+
+
+def test_a_failed_check_and_a_failed_script_are_seen() -> None:
+    good = "import sys; sys.path.insert(0, sys.argv[1]); from checks import main\n"
+    good += "def a(): pass\nasync def b(): assert 0, 'x'\nmain(a, b)"
+    found = run_script([sys.executable, "-c", good, str(SCRIPTS)], "http://127.0.0.1:1")
+    assert found == {"a": None, "b": "AssertionError: x"}
+    for program in ("print('nothing')", "print('CHECK {}'); raise SystemExit(1)"):
+        with pytest.raises((AssertionError, KeyError)):
+            run_script([sys.executable, "-c", program], "http://127.0.0.1:1")
+
+
+def test_every_script_has_its_client() -> None:
+    scripts = {path.name for path in SCRIPTS.iterdir() if path.suffix in (".py", ".mjs")}
+    assert scripts == {client.script for client in CLIENTS.values()} | {"checks.py", "checks.mjs"}
