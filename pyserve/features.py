@@ -118,13 +118,9 @@ FEATURES: dict[str, Feature] = {
             Field("return_tokens_as_token_ids", (SAMPLING,), (False,), lambda r: not r.logprobs),
         ),
     ),
-    "token masks": Feature(
+    "logits processors": Feature(
         flags={**plain(VALUE, "logits-processor-pattern"), **plain(LIST, "logits-processors")},
-        fields=(
-            Field("allowed_token_ids", (SAMPLING,)),
-            Field("bad_words", (SAMPLING,), ([],)),
-            Field("logits_processors", (SAMPLING,), ([],)),
-        ),
+        fields=(Field("logits_processors", (SAMPLING,), ([],)),),
     ),
     "adapters": Feature(
         flags={

@@ -14,6 +14,7 @@ CUDA_HEAD_DIMS: Final = (64, 128)
 MAX_GROUP: Final = 64  # heads a KV head
 
 # Sampling.
+MAX_BAD_WORDS: Final = 128
 MAX_VOCAB_SIZE: Final = 2**19
 MAX_LOGIT_BIAS: Final = 300  # entries of a sequence, all of them in its slot's row
 MAX_STOP_TOKEN_IDS: Final = 64  # likewise

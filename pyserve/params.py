@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from pyserve.errors import InvalidRequestError
-from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 MAX_TOP_K = 2**31 - 1
 INT32_MAX = 2**31 - 1
@@ -36,6 +36,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens        output tokens at most, at least 1.
     min_tokens        stop_token_ids cannot be sampled before this many output tokens.
     stop_token_ids    ids that end the sequence; the id itself is the last output token.
+    allowed_token_ids no other token is sampled, a stop token neither; None: all are allowed.
+    bad_words         token ids of each, and none of them empty: the last may not follow the others
+                      in the output.
 
     Raises InvalidRequestError naming the field, the value and the limit.
     """
@@ -53,6 +56,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     sample_index: int = 0
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature != 0.0:
@@ -85,6 +90,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 f"the limit is {MAX_STOP_TOKEN_IDS}",
                 "stop_token_ids",
             )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError(
+                "allowed_token_ids is empty: it must allow at least 1 token", "allowed_token_ids"
+            )
+        if len(self.bad_words) > 2 * MAX_BAD_WORDS:  # at the beginning of a text and inside one
+            raise InvalidRequestError(
+                f"bad_words make {len(self.bad_words)} token sequences, "
+                f"the limit is {2 * MAX_BAD_WORDS}",
+                "bad_words",
+            )
+        if not all(self.bad_words):
+            raise InvalidRequestError("bad_words holds one of no tokens", "bad_words")
 
     @property
     def has_penalties(self) -> bool:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pyserve.errors import InvalidRequestError
-from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import SamplingParams
 
 ACCEPTED = [
@@ -16,7 +16,8 @@ ACCEPTED = [
     {"frequency_penalty": 2.0}, {"repetition_penalty": 0.01}, {"temperature": 0.01},
     {"seed": -(2**63)},
     {"seed": 2**63 - 1}, {"min_tokens": 8}, {"logit_bias": {3: -100.0, 4: 100.0}},
-    {"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS))},
+    {"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS))}, {"allowed_token_ids": (3,)},
+    {"bad_words": ((1, 2), (3,)) * MAX_BAD_WORDS},
 ]  # fmt: skip
 REFUSED = [
     {"temperature": -0.1}, {"temperature": 1e-300}, {"top_p": 1e-300},
@@ -26,7 +27,8 @@ REFUSED = [
     {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan}, {"max_tokens": 0},
     {"min_tokens": -1}, {"min_tokens": 9}, {"seed": 2**63}, {"logit_bias": {3: 100.5}},
     {"logit_bias": {3: math.nan}}, {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0)},
-    {"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS + 1))},
+    {"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS + 1))}, {"allowed_token_ids": ()},
+    {"bad_words": ((1,),) * (2 * MAX_BAD_WORDS + 1)}, {"bad_words": ((1,), ())},
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from pyserve.engine.masks import accept, is_host_dependent, too_short
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
+from pyserve.engine.token_masks import constraint_of
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
@@ -158,7 +160,7 @@ class Engine:
             root_hash=self.scheduler.blocks.root_hash(request.cache_salt),
             num_tokens=len(token_ids),
             user=user,
-            constraint=request.constraint,
+            constraint=constraint_of(params, request.constraint, self._vocab_size),
         )
         self._num_constrained += seq.constraint is not None
         size = Load(1, len(token_ids))
@@ -314,18 +316,17 @@ class Engine:
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty, at least 1 token is needed", "prompt")
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
-            raise InvalidRequestError(
-                f"the prompt holds token id {wrong}, the model's are in [0, {self._vocab_size})",
-                "prompt",
-            )
-        for token_id in params.logit_bias:
-            if not 0 <= token_id < self._vocab_size:
+        for name, ids in (
+            ("prompt", token_ids),
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids),
+            ("bad_words", list(chain.from_iterable(params.bad_words))),
+        ):
+            if ids and not (0 <= min(ids) and max(ids) < self._vocab_size):
+                wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
                 raise InvalidRequestError(
-                    f"logit_bias names token id {token_id}, "
-                    f"the model's are in [0, {self._vocab_size})",
-                    "logit_bias",
+                    f"{name} holds token id {wrong}, the model's are in [0, {self._vocab_size})",
+                    name,
                 )
         num_tokens = len(token_ids) + params.max_tokens
         if num_tokens > self._max_model_len:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from openai import OpenAI
 
@@ -178,6 +179,35 @@ def test_penalties_bias_and_minimum_tokens_have_an_effect(client: OpenAI) -> Non
         max_tokens=60, extra_body={"min_tokens": 50},
     )  # fmt: skip
     assert longer.usage is not None and longer.usage.completion_tokens >= 50
+
+
+def test_tokens_and_words_that_are_not_allowed_do_not_come(server: Server, client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Hello!"}]
+
+    def chat(**fields: Any) -> str:
+        answer = client.chat.completions.create(
+            model="pyserve-demo", messages=messages, temperature=0, max_tokens=12,
+            extra_body=fields,
+        )  # fmt: skip
+        return answer.choices[0].message.content or ""
+
+    plain = chat()
+    word = max(re.findall(r"[a-z]+", plain), key=len)
+    for words in ([word], [word, plain.split()[0]]):
+        text = chat(bad_words=words)
+        assert text and not any(re.search(rf"\b{bad}\b", text) for bad in words)
+    body = {"prompt": "yes no", "add_special_tokens": False}
+    token_ids = json.loads(server.request("POST", "/tokenize", json.dumps(body).encode())[1])
+    allowed = chat(allowed_token_ids=token_ids["tokens"])
+    assert allowed and set(allowed) <= set("yes no")
+    stream = client.chat.completions.create(
+        model="pyserve-demo", messages=messages, temperature=0, max_tokens=12, stream=True,
+        extra_body={"allowed_token_ids": token_ids["tokens"]},
+    )  # fmt: skip
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == allowed
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 5, and after 0 tokens"):
+        chat(allowed_token_ids=[3], stop_token_ids=[3], min_tokens=5)
+    assert chat() == plain
 
 
 def test_port_opens_at_once_and_health_answers_all_through_the_start(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from pyserve.api.generation.job import Ending
 from pyserve.api.wire.protocol import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS_CHARS,
     MAX_N,
     MAX_STOP_CHARS,
     MAX_STOP_CHARS_IN_ALL,
@@ -17,7 +19,7 @@ from pyserve.api.wire.protocol import (
 )
 from pyserve.client import EngineInfo
 from pyserve.errors import InvalidRequestError, NotBuiltError
-from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
     MAX_TEMPERATURE,
     MAX_TOP_K,
@@ -66,6 +68,8 @@ class Resolver:
         check_token_ids(asked, info.vocab_size, "stop_token_ids")
         self._stop_token_ids = tuple(dict.fromkeys([*eos_ids, *asked]))
         self._logit_bias = _logit_bias(request.logit_bias, info.vocab_size)
+        self._allowed_token_ids = _allowed(request.allowed_token_ids, info.vocab_size)
+        self._bad_words = _bad_words(request.bad_words or [], tokenizer, info.vocab_size)
         self._temperature = self._resolve_temperature()
         self._top_k = _top_k(_first(request.top_k, defaults.top_k, 0))
         self._top_p = _top_p(_first(request.top_p, defaults.top_p, 1.0))
@@ -119,6 +123,8 @@ class Resolver:
             seed=None if seed == -1 else seed,
             min_tokens=min_tokens,
             stop_token_ids=self._stop_token_ids,
+            allowed_token_ids=self._allowed_token_ids,
+            bad_words=self._bad_words,
         )
 
     def _resolve_temperature(self) -> float:
@@ -215,6 +221,50 @@ def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, fl
             )
         bias[int(key)] = value
     return bias
+
+
+def _allowed(token_ids: list[int] | None, vocab_size: int) -> tuple[int, ...] | None:
+    if token_ids is None:
+        return None
+    if not token_ids:
+        raise InvalidRequestError(
+            "allowed_token_ids must hold at least 1 token id, got 0", "allowed_token_ids"
+        )
+    check_token_ids(token_ids, vocab_size, "allowed_token_ids")
+    return tuple(token_ids)
+
+
+def _bad_words(
+    words: list[str], tokenizer: Tokenizer, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word at the beginning of a text and, where they differ, behind a space."""
+    name = "bad_words"
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequestError(
+            f"{name} has {len(words)} words, the limit is {MAX_BAD_WORDS}", name
+        )
+    for word in words:
+        if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
+            raise InvalidRequestError(
+                f"each of {name} must have 1 to {MAX_BAD_WORD_CHARS} characters, got {len(word)}",
+                name,
+            )
+    num_chars = sum(map(len, words))
+    if num_chars > MAX_BAD_WORDS_CHARS:
+        raise InvalidRequestError(
+            f"{name} has {num_chars} characters in all, the limit is {MAX_BAD_WORDS_CHARS}", name
+        )
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = word.lstrip()
+        first = tokenizer.encode(bare or word, add_special_tokens=False, param=name)
+        found[tuple(first)] = None
+        if bare:
+            inside = tokenizer.encode(" " + bare, add_special_tokens=False, param=name)
+            if inside[-len(first) :] != first:  # else the space is a token of its own
+                found[tuple(inside)] = None
+    # What the model cannot say needs no ban.
+    return tuple(ids for ids in found if ids and max(ids) < vocab_size)
 
 
 def _first(asked: Number | None, default: Number | None, neutral: Number) -> Number:

@@ -10,6 +10,8 @@ from typing import Any
 
 from pyserve.api.wire.protocol import (
     EFFORTS,
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS_CHARS,
     MAX_DOCUMENTS,
     MAX_MESSAGES,
     MAX_N,
@@ -23,7 +25,7 @@ from pyserve.api.wire.protocol import (
     MAX_TEMPLATE_KWARGS,
     ROLES,
 )
-from pyserve.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
     INT64_MAX,
     INT64_MIN,
@@ -64,6 +66,13 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "stop_token_ids": {
         "array": {"maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", **_ID}}
     },
+    "allowed_token_ids": {"array": {"minItems": 1, "items": {"type": "integer", **_ID}}},
+    "bad_words": {
+        "array": {
+            "maxItems": MAX_BAD_WORDS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_BAD_WORD_CHARS},
+        }
+    },
     "logit_bias": {
         "object": {
             "maxProperties": MAX_LOGIT_BIAS,
@@ -103,6 +112,10 @@ DESCRIPTIONS = {
     "stop": "Ends the answer, which does not hold it; at most "
     f"{MAX_STOP_CHARS_IN_ALL} characters in all.",
     "stop_token_ids": "Ids that end the answer, beside the model's own.",
+    "allowed_token_ids": "No other token is sampled: without the model's EOS among them the answer "
+    "goes on to max_tokens.",
+    "bad_words": "Words whose tokens never come one after another in the answer; at most "
+    f"{MAX_BAD_WORDS_CHARS} characters in all.",
     "include_stop_str_in_output": "Leave in the answer what ended it.",
     "ignore_eos": "Go on to max_tokens.",
     "stream": "Answer as server-sent events.",

@@ -20,6 +20,8 @@ MAX_REQUEST_TOKENS = 2**22  # prompt tokens of all sequences of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000  # of one stop string
 MAX_STOP_CHARS_IN_ALL = 2**13  # each takes 300 bytes and half a microsecond
+MAX_BAD_WORD_CHARS = 256  # of one of bad_words
+MAX_BAD_WORDS_CHARS = 2**12  # of all of them, each of which is tokenised twice
 MAX_ECHO_CHARS = 2**22  # of the prompts that one request shows again, each n times
 MAX_DOCUMENTS = 1024
 MAX_TEMPLATE_KWARGS = 64
@@ -55,6 +57,8 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
@@ -81,8 +85,6 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     guided_whitespace_pattern: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None

@@ -97,7 +97,7 @@ SAMPLES: dict[str, Any] = {
     "parallel_tool_calls": False, "functions": [{"name": "f"}], "function_call": {"name": "f"},
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
     "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a",
-    "use_beam_search": True, "length_penalty": 0.5, "allowed_token_ids": [1], "bad_words": ["a"],
+    "use_beam_search": True, "length_penalty": 0.5,
     "logits_processors": ["a"], "return_tokens_as_token_ids": True, "return_token_ids": True,
     "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
     "repetition_detection": {"min_count": 2}, "thinking_token_budget": 5,

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from pyserve.api.endpoints.sampling import Resolver
-from pyserve.api.wire.protocol import CompletionRequest
+from pyserve.api.wire.protocol import MAX_BAD_WORDS_CHARS, CompletionRequest
 from pyserve.client import EngineInfo
 from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.limits import MAX_BAD_WORDS
 from pyserve.params import SamplingParams
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
@@ -217,3 +218,56 @@ def test_ignore_eos_keeps_the_request_s_own(tokenizer: Tokenizer) -> None:
 def test_a_single_stop_string_is_a_list(tokenizer: Tokenizer) -> None:
     assert resolver(tokenizer, stop="ab").ending.stop == ["ab"]
     assert resolver(tokenizer).ending.stop == []
+
+
+def test_a_bad_word_is_one_at_the_beginning_and_one_behind_a_space(tokenizer: Tokenizer) -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    got = params(tokenizer, bad_words=["fox", "  lazy dog", "\n", "fox"]).bad_words
+    assert got == (ids("fox"), ids(" fox"), ids("lazy dog"), ids(" lazy dog"), ids("\n"))
+    assert len(ids(" fox")) == 1 and len(ids("fox")) == 2
+    assert params(tokenizer, bad_words=[]).bad_words == ()
+
+
+def test_a_space_that_is_a_token_of_its_own_makes_no_other_word() -> None:
+    class Spaced:
+        def encode(self, text: str, **_: object) -> list[int]:
+            return [{" ": 1}.get(char, 500 if char == "X" else 9) for char in text]
+
+    def words(*given: str) -> tuple[tuple[int, ...], ...]:
+        request = CompletionRequest(bad_words=list(given), ignore_eos=True)
+        resolved = Resolver(request, INFO, tokenizer=Spaced(), defaults=NO_DEFAULTS)  # type: ignore[arg-type]
+        return resolved.params(
+            1, prompt_name="prompt", max_tokens=1, limit_name="max_tokens", default=1
+        ).bad_words
+
+    assert words("ab") == ((9, 9),)
+    assert words("aX", "b") == ((9,),)  # the model has no token 500
+
+
+def test_allowed_token_ids(tokenizer: Tokenizer) -> None:
+    assert params(tokenizer).allowed_token_ids is None
+    assert params(tokenizer, allowed_token_ids=[5, 399]).allowed_token_ids == (5, 399)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"allowed_token_ids": []}, "allowed_token_ids must hold at least 1 token id, got 0"),
+        ({"allowed_token_ids": [1, 400]}, "holds token id 400, ids must be in .0, 399."),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids holds token id -1"),
+        ({"bad_words": [""]}, "each of bad_words must have 1 to 256 characters, got 0"),
+        ({"bad_words": ["a" * 257]}, "each of bad_words must have 1 to 256 characters, got 257"),
+        ({"bad_words": ["a"] * (MAX_BAD_WORDS + 1)}, "bad_words has 129 words, the limit is 128"),
+        (
+            {"bad_words": ["a" * 256] * (MAX_BAD_WORDS_CHARS // 256) + ["b"]},
+            "bad_words has 4097 characters in all, the limit is 4096",
+        ),
+        ({"bad_words": ["\ud800"]}, "bad_words"),
+    ],
+)
+def test_masks_out_of_range(tokenizer: Tokenizer, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        params(tokenizer, **fields)
+    assert caught.value.param == next(iter(fields))

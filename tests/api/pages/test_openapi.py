@@ -154,12 +154,14 @@ def test_bounds_are_the_real_ones(server: Server, name: str, value: Any, is_with
         ("stop", ["a", "a" * 1001, ""]),
         ("stop", [["a"] * 64, ["a"] * 65, ["a", ""], ["a" * 1001]]),
         ("stop_token_ids", [[0] * 60, [0] * 65, [-1]]),
+        ("allowed_token_ids", [list(range(400)), [], [1, -1]]),
+        ("bad_words", [["a" * 256, "b", " c"], ["a"] * 129, ["a", ""], ["a" * 257]]),
         ("logit_bias", [{str(i): 100 for i in range(300)}, {str(i): 0 for i in range(301)},
                         {"x": 1}, {"-1": 1}, {"1": 100.1}, {"1": -100.1}]),
         ("messages", [MESSAGES * 8, [], [{"role": "nobody", "content": "hi"}],
                       [{"role": "user", "content": [{"type": "nothing"}]}]]),
     ],
-    ids=["string", "strings", "ids", "bias", "messages"],
+    ids=["string", "strings", "ids", "allowed", "words", "bias", "messages"],
 )  # fmt: skip
 def test_bounds_of_lists(server: Server, name: str, values: list[Any]) -> None:
     """The first of `values` is within what the schema says, the others are not."""

@@ -1,0 +1,130 @@
+"""The constraints that sampling parameters are: allowed_token_ids and bad_words.
+
+Each implements client.Constraint, as a grammar does; a sequence that has several is held to all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyserve.client import Constraint
+from pyserve.params import SamplingParams
+
+
+class AllowedTokens:
+    """No token but these, whatever has come. An end must be among them to be possible."""
+
+    is_free = is_finished = False
+    error: str | None = None
+
+    def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
+        is_allowed = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+        is_allowed[np.fromiter(token_ids, np.int64, len(token_ids))] = True
+        self._words = np.packbits(is_allowed, bitorder="little").view(np.int32)
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+        words[:] = self._words
+
+    def accept(self, token_ids: Sequence[int]) -> None: ...
+
+    def rollback(self, num_tokens: int) -> None: ...
+
+
+class BadWords:
+    """The last token of each word may not follow its other tokens in the output.
+
+    Words of one token are never allowed. As in vLLM, what counts is how a word is tokenised, not
+    its letters.
+    """
+
+    is_finished = False
+    error: str | None = None
+
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        self._output: list[int] = []
+        self._never = [last for *beginning, last in words if not beginning]
+        # token -> words whose last token but one it is: their beginnings and last tokens
+        self._after: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
+        for *beginning, last in words:
+            if beginning:
+                self._after[beginning[-1]].append((beginning, last))
+
+    @property
+    def is_free(self) -> bool:
+        return not self._never and not self._ends()
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+        words.fill(-1)
+        bits = words.view(np.uint32)
+        for token_id in (*self._never, *self._ends()):
+            bits[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        self._output += token_ids
+
+    def rollback(self, num_tokens: int) -> None:
+        del self._output[len(self._output) - num_tokens :]
+
+    def _ends(self) -> list[int]:
+        """Last tokens of words whose other tokens are the last ones of the output."""
+        output = self._output
+        if not output or output[-1] not in self._after:
+            return []
+        return [
+            last
+            for beginning, last in self._after[output[-1]]
+            if output[-len(beginning) :] == beginning
+        ]
+
+
+class All:
+    """Several constraints at once: what none of them forbids."""
+
+    def __init__(self, parts: Sequence[Constraint]) -> None:
+        self._parts = parts
+
+    @property
+    def is_free(self) -> bool:
+        return all(part.is_free for part in self._parts)
+
+    @property
+    def is_finished(self) -> bool:
+        return any(part.is_finished for part in self._parts)
+
+    @property
+    def error(self) -> str | None:
+        return next((part.error for part in self._parts if part.error is not None), None)
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+        first, *others = [part for part in self._parts if not part.is_free]
+        first.fill_bitmask(words)
+        scratch = np.empty_like(words) if others else words
+        for part in others:
+            part.fill_bitmask(scratch)
+            words &= scratch
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        for part in self._parts:
+            part.accept(token_ids)
+
+    def rollback(self, num_tokens: int) -> None:
+        for part in self._parts:
+            part.rollback(num_tokens)
+
+
+def constraint_of(
+    params: SamplingParams, beside: Constraint | None, vocab_size: int
+) -> Constraint | None:
+    """What `params` and the constraint `beside` them demand together; None: nothing."""
+    parts: list[Constraint] = []
+    if params.allowed_token_ids is not None:
+        parts.append(AllowedTokens(params.allowed_token_ids, vocab_size))
+    if params.bad_words:
+        parts.append(BadWords(params.bad_words))
+    if beside is not None:
+        parts.append(beside)
+    return All(parts) if len(parts) > 1 else parts[0] if parts else None
