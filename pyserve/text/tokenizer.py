@@ -250,6 +250,10 @@ class Tokenizer:
         assert num_before is not None, "post_processor holds a text once"
         return outer[:num_before], outer[num_before + len(inner) :]
 
+    def encode_inner(self, text: str) -> list[int]:
+        """Token ids of text that stands within another, without special tokens around it."""
+        return self._encode_continuation(text, self.encode("\n", add_special_tokens=False))
+
     def _encode_continuation(self, text: str, anchor: list[int]) -> list[int]:
         """Encode text that does not start a prompt.
 

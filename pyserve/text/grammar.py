@@ -1,0 +1,283 @@
+"""Structured outputs: what a request asks for -> which tokens may come next.
+
+llguidance is the engine. Compiling happens on a thread of its own with a large stack, as the engine
+recurses, and everything that is known to take long in it, or too much memory, is refused before
+(grammar_schema, grammar_pattern, grammar_lark). A blow-up that only shows while an answer is made
+ends that answer alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits
+
+from pyserve.errors import InvalidRequestError, UnavailableError
+from pyserve.text.grammar_constraint import GrammarConstraint, shortened
+from pyserve.text.grammar_json import WHITESPACE, schema_text
+from pyserve.text.grammar_lark import to_lark
+from pyserve.text.grammar_pattern import PatternError, engine_pattern
+from pyserve.text.grammar_schema import engine_schema
+from pyserve.text.grammar_tags import tags_to_lark
+from pyserve.text.grammar_vocabulary import Vocabulary
+
+MAX_SPEC_BYTES = 2**18
+MAX_CHOICES = 10_000
+MAX_COMPILE_S = 3.0
+MAX_LATE = 2  # compiles that went on after their time
+STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
+MAX_CACHED = 64  # grammars
+MAX_CACHED_BYTES = 2**27  # estimated
+BYTES_PER_CHAR = 64  # of a grammar's text, compiled
+TRIAL_TOKENS = 8
+MAX_LEXER_STATES = 20_000  # a kilobyte or two each, of one sequence
+MAX_GRAMMAR_SIZE = 200_000  # symbols
+
+_SPECIAL_IN_REGEX = frozenset(r"\.+*?()|[]{}^$#&-~/ ")
+
+
+class Spec(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """What is asked for. Exactly one of these classes; `param` is the field that asks."""
+
+    param: str
+
+
+class JsonSchema(Spec, frozen=True, tag=True):
+    """A JSON value that is valid by a schema.
+
+    whitespace                 a pattern; "" for none, None for what models like to write.
+    has_additional_properties  of objects whose schema does not say.
+    """
+
+    schema: Any
+    whitespace: str | None = None
+    has_additional_properties: bool = True
+
+
+class Regex(Spec, frozen=True, tag=True):
+    """A text that a regular expression matches in whole."""
+
+    pattern: str
+
+
+class Choice(Spec, frozen=True, tag=True):
+    """One of some texts."""
+
+    texts: list[str]
+
+
+class Grammar(Spec, frozen=True, tag=True):
+    """A text of a grammar, in Lark or GBNF."""
+
+    text: str
+
+
+class Tags(Spec, frozen=True, tag=True):
+    """Structural tags, as grammar_tags has them."""
+
+    tags: dict[str, Any]
+    whitespace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A grammar; `constraint` makes one for each sequence, and takes microseconds."""
+
+    vocabulary: Vocabulary
+    num_bytes: int  # estimated
+    _matcher: LLMatcher = field(repr=False)
+
+    def constraint(self, *, free_until: str | Sequence[int] | None = None) -> GrammarConstraint:
+        """For one sequence.
+
+        free_until  what ends the reasoning that comes first, as text or as token ids; None: there
+                    is none.
+        """
+        matcher = self._matcher.deep_copy()
+        return GrammarConstraint(self.vocabulary, matcher, free_until)
+
+
+class GrammarCache:
+    """Grammars that have been compiled, the last used kept; of one vocabulary. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._grammars: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, key: bytes) -> Compiled | None:
+        with self._lock:
+            found = self._grammars.get(key)
+            if found is not None:
+                self._grammars.move_to_end(key)
+            return found
+
+    def put(self, key: bytes, compiled: Compiled) -> None:
+        with self._lock:
+            if key in self._grammars or compiled.num_bytes > MAX_CACHED_BYTES // 4:
+                return
+            self._grammars[key] = compiled
+            self._num_bytes += compiled.num_bytes
+            while len(self._grammars) > MAX_CACHED or self._num_bytes > MAX_CACHED_BYTES:
+                self._num_bytes -= self._grammars.popitem(last=False)[1].num_bytes
+
+
+def compile_grammar(
+    spec: Spec, vocabulary: Vocabulary, *, cache: GrammarCache | None = None
+) -> Compiled:
+    """What a spec allows; called on a worker thread, as it may take seconds.
+
+    Raises InvalidRequestError for spec.param where it cannot be enforced, allows nothing or takes
+    too long, and UnavailableError while earlier ones that took too long still run.
+    """
+    key = spec_key(spec)
+    found = cache.get(key) if cache is not None else None
+    if found is not None:
+        return found
+    matcher, num_bytes = _runner.run(lambda: _compile(spec, vocabulary), spec.param)
+    compiled = Compiled(vocabulary, num_bytes, matcher)
+    if cache is not None:
+        cache.put(key, compiled)
+    return compiled
+
+
+def spec_key(spec: Spec) -> bytes:
+    """Equal for equal specs. Raises InvalidRequestError where one is too large."""
+    encoded = msgspec.json.encode(spec)
+    if len(encoded) > MAX_SPEC_BYTES:
+        raise InvalidRequestError(
+            f"{spec.param} takes {len(encoded)} bytes, the limit is {MAX_SPEC_BYTES}", spec.param
+        )
+    return hashlib.blake2b(encoded, digest_size=20).digest()
+
+
+def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
+    table = vocabulary.table
+    text = _source(spec, vocabulary)
+    matcher = LLMatcher(table, text, log_level=0, limits=_LIMITS)
+    if matcher.is_error():
+        raise InvalidRequestError(
+            f"{spec.param} cannot be enforced: {shortened(matcher.get_error())}", spec.param
+        )
+    _try_out(matcher.deep_copy(), vocabulary, spec.param)
+    return matcher, 2**16 + BYTES_PER_CHAR * len(text)
+
+
+def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> None:
+    """Go a few tokens into the grammar: one that allows nothing, or blows up at once, is refused
+    here and not in the middle of an answer.
+    """
+    rng = random.Random(0)
+    for _ in range(TRIAL_TOKENS):
+        if matcher.is_stopped() and not matcher.is_error():
+            return
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or not mask:
+            reason = shortened(matcher.get_error())
+            raise InvalidRequestError(f"{param} allows nothing, or is too complex: {reason}", param)
+        matcher.consume_token(_some_bit(mask, vocabulary.vocab_size, rng))
+
+
+def _some_bit(mask: int, num_bits: int, rng: random.Random) -> int:
+    """The first bit that is set from a random place on."""
+    start = rng.randrange(num_bits)
+    rest = mask >> start or mask
+    return ((rest & -rest).bit_length() - 1) + (start if mask >> start else 0)
+
+
+_LIMITS = LLParserLimits(
+    max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False
+)
+
+
+def _source(spec: Spec, vocabulary: Vocabulary) -> str:
+    """The grammar as the engine takes it."""
+    if isinstance(spec, JsonSchema):
+        schema = engine_schema(
+            spec.schema,
+            param=spec.param,
+            has_additional_properties=spec.has_additional_properties,
+        )
+        white = WHITESPACE if spec.whitespace is None else spec.whitespace
+        return LLMatcher.grammar_from_json_schema(schema_text(schema, white))
+    if isinstance(spec, Regex):
+        try:
+            return LLMatcher.grammar_from_regex(engine_pattern(spec.pattern))
+        except PatternError as error:
+            raise InvalidRequestError(f"{spec.param}: {error}", spec.param) from None
+    if isinstance(spec, Choice):
+        if not 1 <= len(spec.texts) <= MAX_CHOICES:
+            raise InvalidRequestError(
+                f"{spec.param} must list 1 to {MAX_CHOICES} texts, got {len(spec.texts)}",
+                spec.param,
+            )
+        return LLMatcher.grammar_from_regex("|".join(map(_literal, spec.texts)))
+    if isinstance(spec, Grammar):
+        return LLMatcher.grammar_from_lark(
+            to_lark(spec.text, has_token=vocabulary.has_token, param=spec.param)
+        )
+    assert isinstance(spec, Tags)
+    return LLMatcher.grammar_from_lark(
+        tags_to_lark(
+            spec.tags,
+            special_tokens=vocabulary.special_tokens,
+            param=spec.param,
+            whitespace=WHITESPACE if spec.whitespace is None else spec.whitespace,
+        )
+    )
+
+
+def _literal(text: str) -> str:
+    return "".join(["\\" + char if char in _SPECIAL_IN_REGEX else char for char in text])
+
+
+R = TypeVar("R")
+
+
+class _Runner:
+    """Runs compiles on threads with a large stack, each for a limited time."""
+
+    def __init__(self) -> None:
+        self._starting = threading.Lock()  # the size of stacks is the whole process's
+        self._late: list[threading.Thread] = []
+
+    def run(self, function: Callable[[], R], param: str) -> R:
+        results: list[R] = []
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                results.append(function())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call, name="pyserve-grammar", daemon=True)
+        with self._starting:
+            self._late = [one for one in self._late if one.is_alive()]
+            if len(self._late) >= MAX_LATE:
+                raise UnavailableError("earlier grammars still compile, try again in a minute", 60)
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(before)
+        thread.join(MAX_COMPILE_S)
+        if thread.is_alive():
+            with self._starting:
+                self._late.append(thread)
+            raise InvalidRequestError(
+                f"{param} takes longer than {MAX_COMPILE_S:g} s to compile", param
+            )
+        if errors:
+            raise errors[0]
+        return results[0]
+
+
+_runner = _Runner()

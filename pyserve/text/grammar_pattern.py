@@ -1,0 +1,171 @@
+"""Regular expressions of requests -> those of the grammar engine, which are Rust's.
+
+Schemas and clients write ECMAScript's or Python's. What these read in another way is rewritten or
+refused: a bracket inside a class, classes of Unicode, lookarounds. What would blow up is refused
+by the size that a pattern has once its repeats are written out.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_PATTERN_CHARS = 20_000
+MAX_PATTERN_SIZE = 20_000  # characters and classes, repeats written out
+MAX_GROUPS_DEPTH = 100
+
+_COUNT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+_BRACED = re.compile(r"\\[uxpP]\{\w+\}")
+_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
+_IN_CLASS = {"[": r"\[", "&": r"\&", "~": r"\~"}  # set operations in Rust, plain elsewhere
+_GROUP = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>|[a-zA-Z]+(?:-[a-zA-Z]+)?[:)])")
+
+
+class PatternError(ValueError):
+    """What is wrong with a pattern, without its place in a request."""
+
+
+class PatternSizeError(PatternError):
+    """It would blow up."""
+
+
+def engine_pattern(pattern: str) -> str:
+    """The same pattern as the engine reads it. Raises PatternError."""
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise PatternSizeError(
+            f"the pattern has {len(pattern)} characters, the limit is {MAX_PATTERN_CHARS}"
+        )
+    return _Reader(pattern).read()
+
+
+class _Reader:
+    """One pass; a group's size is that of its atoms, each times its repeats."""
+
+    def __init__(self, pattern: str) -> None:
+        self._text = pattern
+        self._at = 0
+        self._out: list[str] = []
+        self._sizes = [0]  # of the groups that are open
+        self._last = 0  # the size of the last atom, counted in its group already
+
+    def read(self) -> str:
+        while self._at < len(self._text):
+            self._step(self._text[self._at])
+            if self._sizes[-1] > MAX_PATTERN_SIZE:
+                raise PatternSizeError(
+                    "the pattern's repeats, written out, have more than "
+                    f"{MAX_PATTERN_SIZE} characters"
+                )
+        if len(self._sizes) > 1:
+            raise PatternError("a group of the pattern is not closed")
+        return "".join(self._out)
+
+    def _step(self, char: str) -> None:
+        if char == "\\":
+            self._escape(is_in_class=False)
+            self._atom(1)
+        elif char == "[":
+            self._class()
+            self._atom(1)
+        elif char == "(":
+            self._open()
+        elif char == ")":
+            if len(self._sizes) == 1:
+                raise PatternError("the pattern closes a group that is not open")
+            self._take(1)
+            self._atom(self._sizes.pop())
+        elif char == "{" and (match := _COUNT.match(self._text, self._at)):
+            self._repeat(match)
+        elif self._text.startswith("{,", self._at):
+            raise PatternError(
+                "the pattern has {,N}, which languages read in two ways: write {0,N}"
+            )
+        else:
+            if char in "{}":  # ECMAScript reads a lone brace as itself
+                self._out.append("\\")
+            self._take(1)
+            self._atom(char not in "*+?|^$")
+
+    def _take(self, count: int) -> None:
+        self._out.append(self._text[self._at : self._at + count])
+        self._at += count
+
+    def _atom(self, size: int) -> None:
+        if size:
+            self._last = size
+            self._sizes[-1] += size
+
+    def _open(self) -> None:
+        self._take(1)
+        if self._text.startswith("?", self._at):
+            match = _GROUP.match(self._text, self._at)
+            if match is None:
+                shown = self._text[self._at - 1 : self._at + 3]
+                raise PatternError(
+                    f"the pattern's group {shown} cannot be enforced (no lookaround, conditions "
+                    "or references)"
+                )
+            self._take(len(match[0]))
+            if match[0].endswith(")"):  # flags alone
+                return
+        if len(self._sizes) > MAX_GROUPS_DEPTH:
+            raise PatternSizeError(
+                f"the pattern's groups are nested deeper than {MAX_GROUPS_DEPTH}"
+            )
+        self._sizes.append(0)
+
+    def _repeat(self, match: re.Match[str]) -> None:
+        digits = [number for number in match.groups() if number]
+        if any(len(number) > 6 for number in digits):
+            raise PatternSizeError(f"the pattern repeats {match[0][:40]} times, which is too often")
+        times = max(map(int, digits))
+        self._sizes[-1] += self._last * max(times - 1, 0)
+        self._last *= max(times, 1)
+        self._take(len(match[0]))
+
+    def _escape(self, *, is_in_class: bool) -> None:
+        char = self._text[self._at + 1 : self._at + 2]
+        if match := _BRACED.match(self._text, self._at):
+            self._take(len(match[0]))
+            return
+        if not char:
+            raise PatternError("the pattern ends with a backslash")
+        if char in "bB" and not is_in_class:
+            raise PatternError(f"the pattern's word boundary \\{char} cannot be enforced")
+        if char in "123456789k" and not is_in_class:
+            raise PatternError(f"the pattern's reference \\{char} cannot be enforced")
+        if char in _CLASSES:  # without Unicode's digits and letters, as in ECMAScript
+            self._out.append(_CLASSES[char] if is_in_class else f"[{_CLASSES[char]}]")
+        elif char.lower() in _CLASSES and not is_in_class:
+            self._out.append(f"[^{_CLASSES[char.lower()]}]")
+        elif char in "bBDW" and is_in_class:
+            raise PatternError(f"the pattern's \\{char} inside brackets cannot be enforced")
+        elif char == "0":
+            self._out.append(r"\x00")
+        elif ord(char) > 127:
+            self._out.append(char)
+        else:
+            self._out.append("\\" + char)
+        self._at += 2
+
+    def _class(self) -> None:
+        start = self._at
+        self._take(2 if self._text.startswith("[^", start) else 1)
+        if self._text.startswith("]", self._at):
+            raise PatternError(
+                r"the pattern's class begins with ], which languages read in two ways: write \]"
+            )
+        while self._at < len(self._text):
+            char = self._text[self._at]
+            if char == "]":
+                self._take(1)
+                return
+            if char == "\\":
+                self._escape(is_in_class=True)
+            elif self._text.startswith("--", self._at):
+                raise PatternError(r"the pattern has -- inside brackets: write \-")
+            elif char in _IN_CLASS:
+                self._out.append(_IN_CLASS[char])
+                self._at += 1
+            else:
+                self._take(1)
+        raise PatternError("a class of the pattern, [..., is not closed")

@@ -1,0 +1,425 @@
+"""JSON Schemas of requests -> schemas that the grammar engine enforces to the letter.
+
+The engine (llguidance) reads most of draft 2020-12 and refuses much of what it cannot enforce, but
+not all of it, and it does not say where. So a schema is walked here first. What comes out is a
+schema of our own making: references lead to definitions by number, notes are gone, older drafts'
+words are today's, patterns are the engine's. What cannot be enforced is an error that names the
+JSON pointer of the keyword.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from pyserve.errors import InvalidRequestError
+from pyserve.params import INT64_MAX, INT64_MIN
+from pyserve.text.grammar_analysis import can_end, check_meeting
+from pyserve.text.grammar_formats import FORMATS
+from pyserve.text.grammar_pattern import PatternError, engine_pattern
+
+MAX_DEPTH = 64  # of schemas within schemas, in the document
+MAX_SCHEMAS = 10_000  # those that are referred to count once
+MAX_DEFINITIONS = 1000
+MAX_VALUES = 20_000  # of all enums
+MAX_OPTIONAL = 400  # properties of one object: the engine's parser holds five times as many states
+MAX_LENGTH = 100_000  # minLength, maxLength
+MAX_ITEMS = 10_000  # minItems, maxItems, minProperties, maxProperties
+MAX_MULTIPLE = 10_000  # the engine's automaton has so many states
+MAX_PATTERNS = 12  # in patternProperties of one object
+MAX_EXACT = 2**53  # integers up to here are exact as floats, which the engine computes with
+MAX_INTEGER = 9 * 10**18  # a bound in place of the extremes of int64, which the engine overflows at
+MAX_SHOWN = 60  # characters of a value in an error
+
+Schema = dict[str, Any]
+
+TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
+# Without effect on what is valid.
+NOTES = frozenset(
+    "title description default examples example deprecated readOnly writeOnly $comment $schema $id "
+    "id $anchor $defs definitions $vocabulary contentMediaType contentEncoding contentSchema "
+    "discriminator xml externalDocs nullable additionalItems x-guidance".split()
+)
+# Of JSON Schema, any draft.
+NOT_ENFORCED = frozenset(
+    "not if then else contains minContains maxContains uniqueItems propertyNames "
+    "dependentRequired dependentSchemas dependencies unevaluatedItems unevaluatedProperties "
+    "$dynamicRef $dynamicAnchor $recursiveRef $recursiveAnchor extends disallow "
+    "divisibleBy".split()
+)
+NEUTRAL: Mapping[str, object] = {"uniqueItems": False, "minContains": 0}
+OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
+
+
+def engine_schema(
+    schema: object, *, param: str, place: str = "", has_additional_properties: bool = True
+) -> Schema | bool:
+    """What the engine is given for a schema. Raises InvalidRequestError for `param`.
+
+    place                      where in that field the schema is, for the error.
+    has_additional_properties  an object whose schema does not say so may have properties that the
+                               schema does not name.
+    """
+    return _Walk(schema, param, place, has_additional_properties).run()
+
+
+class _Walk:
+    """One schema's way through. A pointer names a place in it; "" is the whole."""
+
+    def __init__(
+        self, root: object, param: str, place: str, has_additional_properties: bool
+    ) -> None:
+        self._root = root
+        self._place = place
+        self._has_additional_properties = has_additional_properties
+        self._param = param
+        self._num_schemas = 0
+        self._num_values = 0
+        self._names: dict[str, str] = {}  # pointer of a definition -> its name in the result
+        self._pointers: list[str] = []  # of the definitions, whose names are their places here
+        self._num_walked = 0  # of them
+        self._definitions: dict[str, Schema | bool] = {}
+        is_old = isinstance(root, dict) and any(
+            draft in str(root.get("$schema", "")) for draft in OLD_DRAFTS
+        )
+        self._has_prefix_items = not is_old
+        self._keywords: dict[str, Callable[[Schema, str, str], Schema]] = {
+            "$ref": self._ref,
+            "type": self._type,
+            "enum": self._enum,
+            "const": self._const,
+            "properties": self._named,
+            "patternProperties": self._named,
+            "additionalProperties": self._inner,
+            "items": self._items,
+            "prefixItems": self._prefix_items,
+            "required": self._required,
+            "pattern": self._pattern,
+            "format": self._format,
+            "multipleOf": self._multiple,
+            **dict.fromkeys(("allOf", "anyOf", "oneOf"), self._several),
+            **dict.fromkeys(("minLength", "maxLength"), self._length),
+            **dict.fromkeys(("minItems", "maxItems", "maxProperties"), self._count),
+            "minProperties": self._min_properties,
+            **dict.fromkeys(
+                ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._bound
+            ),
+        }
+
+    def run(self) -> Schema | bool:
+        root = self._schema(self._root, "", 0)
+        while self._num_walked < len(self._pointers):
+            pointer = self._pointers[self._num_walked]
+            self._definitions[str(self._num_walked)] = self._schema(self._at(pointer), pointer, 0)
+            self._num_walked += 1
+        if not isinstance(root, dict):
+            if not root:
+                self._refuse("", "false allows nothing")
+            return root
+        check_meeting(root, self._definitions, self._refuse)
+        if not can_end(root, self._definitions):
+            self._refuse("", "no finite value is valid: what it needs is false, or holds itself")
+        return {**root, "$defs": self._definitions} if self._definitions else root
+
+    def _refuse(self, pointer: str, reason: str) -> None:
+        where = f" at {pointer}" if pointer else ""
+        raise InvalidRequestError(f"{self._param}{self._place}{where}: {reason}", self._param)
+
+    def _schema(self, schema: object, pointer: str, depth: int) -> Schema | bool:
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            self._refuse(pointer, f"a schema must be an object or a boolean, got {_shown(schema)}")
+        assert isinstance(schema, dict)
+        self._num_schemas += 1
+        if self._num_schemas > MAX_SCHEMAS:
+            self._refuse(pointer, f"there are more than {MAX_SCHEMAS} schemas in this one")
+        if depth > MAX_DEPTH:
+            self._refuse(pointer, f"schemas are nested deeper than {MAX_DEPTH}")
+        self._depth = depth
+        result: Schema = {}
+        for keyword, value in schema.items():
+            place = f"{pointer}/{_escaped(keyword)}"
+            read = self._keywords.get(keyword)
+            if read is not None:
+                self._depth = depth
+                for name, new in read(schema, keyword, place).items():
+                    if name == "allOf" and name in result:
+                        new = [*result[name], *new]
+                    result[name] = new
+            elif keyword in NOT_ENFORCED and NEUTRAL.get(keyword, self) != value:
+                self._refuse(place, f"{keyword} cannot be enforced, leave it out")
+            elif keyword == "$id" and pointer and isinstance(value, str):
+                self._refuse(place, "only the outermost schema may have an id of its own")
+        if "properties" in result and not self._has_additional_properties:
+            result.setdefault("additionalProperties", False)
+        return result
+
+    def _inside(self, schema: object, place: str, depth: int) -> Schema | bool:
+        return self._schema(schema, place, depth + 1)
+
+    # Each reads one keyword of `schema` and returns what takes its place.
+
+    def _ref(self, schema: Schema, keyword: str, place: str) -> Schema:
+        return {"$ref": "#/$defs/" + self._definition(schema[keyword], place)}
+
+    def _definition(self, reference: object, place: str) -> str:
+        """The name in the result of what is referred to."""
+        root_id = self._root.get("$id") if isinstance(self._root, dict) else None
+        if not isinstance(reference, str):
+            self._refuse(place, f"must be a string, got {_shown(reference)}")
+        assert isinstance(reference, str)
+        if isinstance(root_id, str) and root_id and reference.startswith(root_id):
+            reference = reference.removeprefix(root_id) or "#"
+        pointer = unquote(reference[1:])
+        if not reference.startswith("#") or (pointer and not pointer.startswith("/")):
+            self._refuse(place, f"must point into this schema as #/$defs/name, got "
+                                f"{_shown(reference)}")  # fmt: skip
+        pointer = pointer.removesuffix("/") if pointer == "/" else pointer
+        if pointer not in self._names:
+            if len(self._names) >= MAX_DEFINITIONS:
+                self._refuse(place, f"there are more than {MAX_DEFINITIONS} definitions in use")
+            try:
+                self._at(pointer)
+            except (LookupError, ValueError):
+                self._refuse(place, f"there is nothing at {_shown(reference)}")
+            self._names[pointer] = str(len(self._names))
+            self._pointers.append(pointer)
+        return self._names[pointer]
+
+    def _at(self, pointer: str) -> object:
+        """What `pointer` leads to. Raises LookupError, ValueError."""
+        value = self._root
+        for part in pointer.split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(value, list):
+                value = value[int(part)]
+            elif isinstance(value, dict):
+                value = value[part]
+            else:
+                raise LookupError(part)
+        return value
+
+    def _type(self, schema: Schema, keyword: str, place: str) -> Schema:
+        value = schema[keyword]
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not names or not TYPES.issuperset(
+            name if isinstance(name, str) else "" for name in names
+        ):  # fmt: skip
+            self._refuse(
+                place, f"must be one or several of {', '.join(sorted(TYPES))}, got {_shown(value)}"
+            )
+        return {"type": value}
+
+    def _enum(self, schema: Schema, keyword: str, place: str) -> Schema:
+        values = schema[keyword]
+        if not isinstance(values, list) or not values:
+            self._refuse(place, f"must be a list of values, got {_shown(values)}")
+        self._num_values += len(values)
+        if self._num_values > MAX_VALUES:
+            self._refuse(place, f"all enums together have more than {MAX_VALUES} values")
+        for value in values:
+            self._check_value(value, place, 0)
+        return {"enum": values}
+
+    def _const(self, schema: Schema, keyword: str, place: str) -> Schema:
+        self._check_value(schema[keyword], place, 0)
+        return {"const": schema[keyword]}
+
+    def _check_value(self, value: object, place: str, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            self._refuse(place, f"is nested deeper than {MAX_DEPTH}")
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                self._check_value(item, place, depth + 1)
+        elif isinstance(value, int | float) and not abs(value) <= MAX_EXACT:
+            self._refuse(place, f"numbers must be within 2**53, got {_shown(value)}")
+
+    def _named(self, schema: Schema, keyword: str, place: str) -> Schema:
+        named = schema[keyword]
+        if not isinstance(named, dict):
+            self._refuse(place, f"must be an object of schemas, got {_shown(named)}")
+        depth, result = self._depth, {}
+        for name, inner in named.items():
+            inner_place = f"{place}/{_escaped(name)}"
+            if keyword == "patternProperties":
+                name = self._read_pattern(name, inner_place)
+            result[name] = self._inside(inner, inner_place, depth)
+        if keyword == "properties":
+            needed = _names_in(schema.get("required"))
+            num_optional = len(named.keys() - needed)
+            if num_optional > MAX_OPTIONAL:
+                self._refuse(place, f"has {num_optional} properties that are not required, the "
+                                    f"limit is {MAX_OPTIONAL}")  # fmt: skip
+        elif len(result) > MAX_PATTERNS:
+            self._refuse(place, f"has {len(result)} patterns, the limit is {MAX_PATTERNS}")
+        return {keyword: result}
+
+    def _inner(self, schema: Schema, keyword: str, place: str) -> Schema:
+        return {keyword: self._inside(schema[keyword], place, self._depth)}
+
+    def _items(self, schema: Schema, keyword: str, place: str) -> Schema:
+        depth = self._depth
+        if not isinstance(schema[keyword], list):
+            return self._inner(schema, keyword, place)
+        result = self._list(schema[keyword], place, "prefixItems")
+        if "additionalItems" in schema:  # the word of older drafts, which goes with such a list
+            place = place.removesuffix("items") + "additionalItems"
+            result["items"] = self._inside(schema["additionalItems"], place, depth)
+        return result
+
+    def _prefix_items(self, schema: Schema, keyword: str, place: str) -> Schema:
+        if not self._has_prefix_items or isinstance(schema.get("items"), list):
+            self._refuse(place, "prefixItems is not a word of this schema's draft; use items")
+        if schema[keyword] == []:
+            return {}
+        return self._list(schema[keyword], place, keyword)
+
+    def _several(self, schema: Schema, keyword: str, place: str) -> Schema:
+        depth = self._depth
+        result = self._list(schema[keyword], place, keyword)
+        if keyword == "oneOf":  # the engine shows that branches exclude each other, not references
+            result[keyword] = [self._inlined(branch, place, depth) for branch in result[keyword]]
+        return result
+
+    def _inlined(self, branch: Schema | bool, place: str, depth: int) -> Schema | bool:
+        """The branch of a oneOf, or in place of a reference what it leads to."""
+        num_followed = 0
+        while isinstance(branch, dict) and branch.keys() == {"$ref"}:
+            number = int(branch["$ref"].rpartition("/")[2])
+            num_followed += 1
+            if num_followed > MAX_DEPTH:
+                break
+            branch = self._inside(self._at(self._pointers[number]), place, depth)
+        return branch
+
+    def _list(self, value: object, place: str, keyword: str) -> Schema:
+        if not isinstance(value, list) or not value:
+            self._refuse(place, f"must be a list of schemas, got {_shown(value)}")
+        assert isinstance(value, list)
+        depth = self._depth
+        return {
+            keyword: [
+                self._inside(inner, f"{place}/{index}", depth) for index, inner in enumerate(value)
+            ]
+        }
+
+    def _required(self, schema: Schema, keyword: str, place: str) -> Schema:
+        value = schema[keyword]
+        if not isinstance(value, list) or len(_names_in(value)) < len(value):
+            self._refuse(place, f"must be a list of different names, got {_shown(value)}")
+        return {keyword: value}
+
+    def _read_pattern(self, pattern: object, place: str) -> str:
+        if not isinstance(pattern, str):
+            self._refuse(place, f"must be a string, got {_shown(pattern)}")
+        assert isinstance(pattern, str)
+        try:
+            return engine_pattern(pattern)
+        except PatternError as error:
+            self._refuse(place, str(error))
+            raise AssertionError from None
+
+    def _pattern(self, schema: Schema, keyword: str, place: str) -> Schema:
+        return {keyword: self._read_pattern(schema[keyword], place)}
+
+    def _format(self, schema: Schema, keyword: str, place: str) -> Schema:
+        """Formats are of strings; of other types they are notes, such as OpenAPI's int32."""
+        name = schema[keyword]
+        types = schema.get("type")
+        if types is not None and types != "string" and "string" not in types:
+            return {}
+        if not isinstance(name, str) or name not in FORMATS:
+            self._refuse(
+                place, f"must be one of {', '.join(sorted(FORMATS))}, got {_shown(name)}; leave it "
+                "out, or write a pattern"
+            )  # fmt: skip
+        pattern = FORMATS[name]
+        return {keyword: name} if pattern is None else {"allOf": [{"pattern": pattern}]}
+
+    def _number(self, value: object, place: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._refuse(place, f"must be a number, got {_shown(value)}")
+        assert isinstance(value, int | float)
+        if isinstance(value, float) and not math.isfinite(value):
+            self._refuse(place, f"must be a finite number, got {_shown(value)}")
+        return value
+
+    def _whole(self, schema: Schema, keyword: str, place: str, limit: int) -> Schema:
+        value = self._number(schema[keyword], place)
+        if value != int(value) or not 0 <= value <= limit:
+            self._refuse(place, f"must be a whole number in [0, {limit}], got {_shown(value)}")
+        return {keyword: int(value)}
+
+    def _length(self, schema: Schema, keyword: str, place: str) -> Schema:
+        return self._whole(schema, keyword, place, MAX_LENGTH)
+
+    def _count(self, schema: Schema, keyword: str, place: str) -> Schema:
+        return self._whole(schema, keyword, place, MAX_ITEMS)
+
+    def _min_properties(self, schema: Schema, keyword: str, place: str) -> Schema:
+        """The engine counts a name that comes twice as two properties."""
+        result = self._whole(schema, keyword, place, MAX_ITEMS)
+        if result[keyword] <= len(_names_in(schema.get("required"))):
+            return {}
+        if result[keyword] > 1:
+            self._refuse(
+                place, "beyond the number of required properties, minProperties above 1 cannot be "
+                "enforced"
+            )  # fmt: skip
+        return result
+
+    def _multiple(self, schema: Schema, keyword: str, place: str) -> Schema:
+        value = self._number(schema[keyword], place)
+        digits = f"{value:.12f}".rstrip("0").partition(".")[2] if value != int(value) else ""
+        scaled = round(value * 10 ** len(digits))
+        if not 0 < scaled <= MAX_MULTIPLE or scaled / 10 ** len(digits) != value:
+            self._refuse(
+                place, f"must be above 0 and have no more than {MAX_MULTIPLE} as its digits, got "
+                f"{_shown(value)}"
+            )  # fmt: skip
+        return {keyword: value}
+
+    def _bound(self, schema: Schema, keyword: str, place: str) -> Schema:
+        """Draft 4 has exclusiveMinimum: true beside minimum."""
+        value = schema[keyword]
+        is_exclusive = keyword.startswith("exclusive")
+        plain = keyword.removeprefix("exclusive").lower() if is_exclusive else keyword
+        strict = "exclusive" + plain.capitalize()
+        if is_exclusive and isinstance(value, bool):
+            return {}
+        value = self._number(value, place)
+        if not is_exclusive and schema.get(strict) is True:
+            keyword = strict
+        if abs(value) > MAX_EXACT:
+            extreme = INT64_MIN if plain == "minimum" else INT64_MAX
+            if value != extreme or schema.get("type") != "integer" or keyword != plain:
+                self._refuse(place, f"must be within 2**53, got {_shown(value)}")
+            return {keyword: MAX_INTEGER if value > 0 else -MAX_INTEGER}
+        if value and abs(value) < 1e-9:
+            self._refuse(place, f"must be 0 or at least 1e-9 from it, got {_shown(value)}")
+        return {keyword: value}
+
+
+def _names_in(required: object) -> set[str]:
+    """The names that `required` lists, {} where it does not list any."""
+    if not isinstance(required, list):
+        return set()
+    return {name for name in required if isinstance(name, str)}
+
+
+def _escaped(name: str) -> str:
+    """A name as a part of a pointer."""
+    name = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value) if not isinstance(value, str) else f'"{value[: MAX_SHOWN + 1]}"'
+    return text if len(text) <= MAX_SHOWN + 2 else text[:MAX_SHOWN] + "..."

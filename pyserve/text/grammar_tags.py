@@ -1,0 +1,244 @@
+"""Structural tags -> Lark: text that turns into something structured where a trigger comes.
+
+A format is an object with a type, as vLLM takes them in response_format and structured_outputs:
+
+    const_string         value
+    json_schema          json_schema
+    regex                pattern
+    any_text             text that ends where what follows it begins
+    sequence, or         elements
+    tag                  begin, content, end
+    triggered_tags       triggers, tags; at_least_one, stop_after_first
+    tags_with_separator  tags, separator; at_least_one, stop_after_first
+
+and the older form is {"structures": [{begin, schema, end}], "triggers": [...]}, which is
+triggered_tags. Where begin, end, a trigger or a value spells a special token of the model, that
+token is meant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pyserve.errors import InvalidRequestError
+from pyserve.text.grammar_json import WHITESPACE, schema_text
+from pyserve.text.grammar_pattern import PatternError, engine_pattern
+from pyserve.text.grammar_schema import engine_schema
+
+MAX_FORMATS = 500
+MAX_DEPTH = 16
+MAX_TEXT_CHARS = 1000  # of begin, end and so on
+
+Format = dict[str, Any]
+
+
+def tags_to_lark(
+    tags: Format, *, special_tokens: Mapping[str, int], param: str, whitespace: str = WHITESPACE
+) -> str:
+    """The grammar of a format, or of the older form. Raises InvalidRequestError for `param`.
+
+    special_tokens  string -> id, of the model.
+    whitespace      between the tokens of JSON, as schema_text has it.
+    """
+    return _Writer(special_tokens, param, whitespace).write(tags)
+
+
+class _Writer:
+    """Collects one rule for each format."""
+
+    def __init__(self, special_tokens: Mapping[str, int], param: str, whitespace: str) -> None:
+        self._special_tokens = special_tokens
+        names = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._param = param
+        self._whitespace = whitespace
+        self._rules: list[str] = []
+        self._num_formats = 0
+        self._writers = {
+            "const_string": self._const,
+            "json_schema": self._json_schema,
+            "regex": self._regex,
+            "any_text": self._any_text,
+            "sequence": self._sequence,
+            "or": self._or,
+            "tag": self._tag,
+            "triggered_tags": self._triggered,
+            "tags_with_separator": self._separated,
+        }
+
+    def write(self, tags: Format) -> str:
+        if "structures" in tags:
+            tags = self._from_old(tags)
+            place = ""
+        else:
+            tags, place = tags.get("format", tags), "/format" if "format" in tags else ""
+        start = self._format(tags, place, 0)
+        return "\n".join(
+            ["%llguidance {}", f"start: {start}", *self._rules, r"TEXT: /(.|\n)*/", ""]
+        )
+
+    def _from_old(self, tags: Format) -> Format:
+        structures = self._objects(tags, "structures", "")
+        return {
+            "type": "triggered_tags",
+            "triggers": tags.get("triggers"),
+            "tags": [
+                {
+                    "begin": structure.get("begin"),
+                    "content": {"type": "json_schema", "json_schema": structure.get("schema", {})},
+                    "end": structure.get("end"),
+                }
+                for structure in structures
+            ],
+        }
+
+    def _refuse(self, place: str, reason: str) -> InvalidRequestError:
+        where = f" at {place}" if place else ""
+        return InvalidRequestError(f"{self._param}{where}: {reason}", self._param)
+
+    def _format(self, format_: object, place: str, depth: int) -> str:
+        if not isinstance(format_, dict):
+            raise self._refuse(place, "must be an object with a type")
+        self._num_formats += 1
+        if depth > MAX_DEPTH or self._num_formats > MAX_FORMATS:
+            raise self._refuse(
+                place, f"there are more than {MAX_FORMATS} formats, or {MAX_DEPTH} within another"
+            )
+        kind = format_.get("type")
+        writer = self._writers.get(kind) if isinstance(kind, str) else None
+        if writer is None:
+            raise self._refuse(
+                f"{place}/type", f"must be one of {', '.join(self._writers)}, got {kind!r:.60}"
+            )
+        return writer(format_, place, depth)
+
+    def _rule(self, body: str, options: str = "") -> str:
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def _string(self, format_: Format, name: str, place: str) -> str:
+        value = format_.get(name)
+        if not isinstance(value, str) or len(value) > MAX_TEXT_CHARS:
+            raise self._refuse(
+                f"{place}/{name}", f"must be a text of at most {MAX_TEXT_CHARS} characters"
+            )
+        return value
+
+    def _objects(self, format_: Format, name: str, place: str) -> list[Any]:
+        value = format_.get(name)
+        if not isinstance(value, list) or not 1 <= len(value) <= MAX_FORMATS:
+            raise self._refuse(
+                f"{place}/{name}", f"must be a list of 1 to {MAX_FORMATS}, got {value!r:.60}"
+            )
+        for index, item in enumerate(value):
+            if not isinstance(item, dict):
+                raise self._refuse(f"{place}/{name}/{index}", "must be an object")
+        return value
+
+    def _literal(self, text: str) -> str:
+        """Text, and special tokens where it spells them."""
+        parts, start = [], 0
+        for match in self._special.finditer(text):
+            if match.start() > start:
+                parts.append(json.dumps(text[start : match.start()]))
+            parts.append(f"<[{self._special_tokens[match[0]]}]>")
+            start = match.end()
+        if start < len(text):
+            parts.append(json.dumps(text[start:]))
+        return " ".join(parts) or '""'
+
+    def _const(self, format_: Format, place: str, depth: int) -> str:
+        return self._literal(self._string(format_, "value", place))
+
+    def _json_schema(self, format_: Format, place: str, depth: int) -> str:
+        schema = format_.get("json_schema", True)
+        checked = engine_schema(schema, param=self._param, place=f" at {place}/json_schema")
+        return self._rule(f"%json {schema_text(checked, self._whitespace)}")
+
+    def _regex(self, format_: Format, place: str, depth: int) -> str:
+        try:
+            pattern = engine_pattern(self._string(format_, "pattern", place))
+        except PatternError as error:
+            raise self._refuse(f"{place}/pattern", str(error)) from None
+        pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern).replace("\n", r"\n")
+        return self._rule(f"/{pattern}/")
+
+    def _any_text(self, format_: Format, place: str, depth: int) -> str:
+        return "TEXT"
+
+    def _sequence(self, format_: Format, place: str, depth: int) -> str:
+        elements = self._objects(format_, "elements", place)
+        return "(" + " ".join(self._each(elements, f"{place}/elements", depth)) + ")"
+
+    def _or(self, format_: Format, place: str, depth: int) -> str:
+        elements = self._objects(format_, "elements", place)
+        return "(" + " | ".join(self._each(elements, f"{place}/elements", depth)) + ")"
+
+    def _each(self, elements: list[Any], place: str, depth: int) -> list[str]:
+        return [
+            self._format(item, f"{place}/{index}", depth + 1) for index, item in enumerate(elements)
+        ]
+
+    def _tag(self, format_: Format, place: str, depth: int, begun: str = "") -> str:
+        """A tag, of which `begun` has been written already."""
+        begin = self._string(format_, "begin", place).removeprefix(begun)
+        end = self._string(format_, "end", place)
+        content = format_.get("content")
+        before = self._literal(begin) if begin else ""
+        if isinstance(content, dict) and content.get("type") == "any_text" and end:
+            plain = self._special.search(end)
+            if plain is None:  # the text ends with the first `end` in it
+                lazy = self._rule(f"TEXT {self._literal(end)}", "[lazy]")
+                return self._rule(f"{before} {lazy}")
+        inner = self._format(content, f"{place}/content", depth + 1)
+        after = self._literal(end) if end else ""
+        return self._rule(f"{before} {inner} {after}")
+
+    def _triggered(self, format_: Format, place: str, depth: int) -> str:
+        tags = self._objects(format_, "tags", place)
+        triggers = format_.get("triggers")
+        if not isinstance(triggers, list) or not 1 <= len(triggers) <= MAX_FORMATS or not all(
+            isinstance(trigger, str) and 0 < len(trigger) <= MAX_TEXT_CHARS for trigger in triggers
+        ):  # fmt: skip
+            raise self._refuse(f"{place}/triggers", "must be a list of texts, none of them empty")
+        groups: dict[str, list[str]] = {trigger: [] for trigger in triggers}
+        for index, tag in enumerate(tags):
+            tag_place = f"{place}/tags/{index}"
+            begin = self._string(tag, "begin", tag_place)
+            matching = [trigger for trigger in triggers if begin.startswith(trigger)]
+            if len(matching) != 1:
+                raise self._refuse(
+                    f"{tag_place}/begin", f"must begin with one of the triggers, got {begin!r:.60}"
+                )
+            groups[matching[0]].append(self._tag(tag, tag_place, depth + 1, begun=matching[0]))
+        bodies = [self._group(trigger, tags) for trigger, tags in groups.items() if tags]
+        any_group = "(" + " | ".join(bodies) + ")"
+        if format_.get("stop_after_first"):
+            return any_group if format_.get("at_least_one") else f"({any_group} | TEXT)"
+        return f"({any_group}{'+' if format_.get('at_least_one') else '*'} TEXT)"
+
+    def _group(self, trigger: str, tags: list[str]) -> str:
+        """Text up to a trigger, then one of the tags that begin with it."""
+        special = self._special.search(trigger)
+        if special is None:
+            head = self._rule(f"TEXT {self._literal(trigger)}", "[lazy]")
+        else:
+            head = f"TEXT {self._literal(trigger)}"
+        return self._rule(f"{head} ({' | '.join(tags)})")
+
+    def _separated(self, format_: Format, place: str, depth: int) -> str:
+        tags = self._objects(format_, "tags", place)
+        separator = self._string(format_, "separator", place)
+        bodies = [
+            self._tag(tag, f"{place}/tags/{index}", depth + 1) for index, tag in enumerate(tags)
+        ]
+        any_tag = "(" + " | ".join(bodies) + ")"
+        some = any_tag
+        if not format_.get("stop_after_first"):
+            between = self._literal(separator) if separator else ""
+            some = f"({any_tag} ({between} {any_tag})*)"
+        return some if format_.get("at_least_one") else f"{some}?"

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from pyserve.errors import InvalidRequestError, UnavailableError
+from pyserve.text import grammar
+from pyserve.text.grammar import (
+    MAX_CACHED,
+    MAX_CHOICES,
+    MAX_SPEC_BYTES,
+    Choice,
+    GrammarCache,
+    JsonSchema,
+    Regex,
+    Spec,
+    compile_grammar,
+)
+from tests.text.grammars import text_of, vocabulary
+
+
+def choice(*texts: str) -> Choice:
+    return Choice(param="c", texts=list(texts))
+
+
+def test_one_of_the_choices() -> None:
+    texts = ["yes", "y+e(s)?", "no\nnever", "é😀", "a b#&-~/\\"]
+    assert {text_of(choice(*texts), seed) for seed in range(60)} == set(texts)
+
+
+@pytest.mark.parametrize("texts", [[], ["x"] * (MAX_CHOICES + 1)])
+def test_choices_have_a_number(texts: list[str]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^c must list 1 to {MAX_CHOICES} texts"):
+        compile_grammar(choice(*texts), vocabulary())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        choice("x" * MAX_SPEC_BYTES),
+        Regex(param="c", pattern="x" * MAX_SPEC_BYTES),
+        JsonSchema(param="c", schema={"description": "x" * MAX_SPEC_BYTES}),
+    ],
+)
+def test_what_is_too_large_is_refused_by_its_bytes(spec: Spec) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^c takes .* bytes, the limit is {2**18}"):
+        compile_grammar(spec, vocabulary())
+
+
+def test_equal_specs_are_compiled_once() -> None:
+    cache = GrammarCache()
+    first = compile_grammar(JsonSchema(param="s", schema={"enum": [1]}), vocabulary(), cache=cache)
+    again = compile_grammar(JsonSchema(param="s", schema={"enum": [1]}), vocabulary(), cache=cache)
+    other = compile_grammar(JsonSchema(param="t", schema={"enum": [1]}), vocabulary(), cache=cache)
+    typed = compile_grammar(JsonSchema(param="s", schema={"enum": [True]}), vocabulary(),
+                            cache=cache)  # fmt: skip
+    assert first is again
+    assert len({id(first), id(other), id(typed)}) == 3
+
+
+def test_the_cache_keeps_what_was_used_last() -> None:
+    cache = GrammarCache()
+    first = compile_grammar(choice("first"), vocabulary(), cache=cache)
+    for number in range(MAX_CACHED - 1):
+        compile_grammar(choice(str(number)), vocabulary(), cache=cache)
+    assert compile_grammar(choice("first"), vocabulary(), cache=cache) is first
+    second = compile_grammar(choice("0"), vocabulary(), cache=cache)
+    compile_grammar(choice("one more"), vocabulary(), cache=cache)  # takes the place of "1"
+    assert compile_grammar(choice("first"), vocabulary(), cache=cache) is first
+    assert compile_grammar(choice("0"), vocabulary(), cache=cache) is second
+
+
+def test_the_cache_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = GrammarCache()
+    first = compile_grammar(choice("first"), vocabulary(), cache=cache)
+    monkeypatch.setattr(grammar, "MAX_CACHED_BYTES", 4 * first.num_bytes)
+    kept = [compile_grammar(choice(str(number)), vocabulary(), cache=cache) for number in range(4)]
+    assert compile_grammar(choice("first"), vocabulary(), cache=cache) is not first
+    assert compile_grammar(choice("3"), vocabulary(), cache=cache) is kept[3]
+    large = choice(*(f"{number:04}" for number in range(3000)))
+    compiled = compile_grammar(large, vocabulary(), cache=cache)
+    assert compile_grammar(large, vocabulary(), cache=cache) is not compiled
+
+
+def test_compiling_leaves_the_size_of_stacks_as_it_was() -> None:
+    before = threading.stack_size()
+    compile_grammar(choice("x"), vocabulary())
+    assert threading.stack_size() == before
+
+
+def test_a_compile_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that goes on behind it is waited for by nobody; of many of them no more are begun."""
+    release = threading.Event()
+    monkeypatch.setattr(grammar, "MAX_COMPILE_S", 0.02)
+    monkeypatch.setattr(grammar, "_compile", lambda spec, vocab: release.wait(30))
+    try:
+        for _ in range(grammar.MAX_LATE):
+            with pytest.raises(InvalidRequestError, match="^c takes longer than 0.02 s to compile"):
+                compile_grammar(choice("x"), vocabulary())
+        with pytest.raises(UnavailableError, match="earlier grammars still compile"):
+            compile_grammar(choice("x"), vocabulary())
+    finally:
+        release.set()
+        monkeypatch.undo()
+    for _ in range(100):
+        try:
+            compile_grammar(choice("x"), vocabulary())
+            break
+        except UnavailableError:
+            time.sleep(0.05)
+    else:
+        pytest.fail("the threads have ended, and grammars are still refused")
+
+
+def test_nothing_finite_and_nothing_at_all() -> None:
+    for schema in ({"enum": ["a"], "const": "b"}, {"type": "integer", "minimum": 2, "maximum": 1},
+                   {"anyOf": [False, False]}, {"type": "object", "required": ["a"],
+                    "additionalProperties": False}, {"type": "string", "enum": [1]}):  # fmt: skip
+        with pytest.raises(
+            InvalidRequestError, match="^s (cannot be enforced|allows nothing)|^s: no finite value"
+        ):
+            compile_grammar(JsonSchema(param="s", schema=schema), vocabulary())
