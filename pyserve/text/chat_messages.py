@@ -14,10 +14,9 @@ from typing import Any
 import msgspec
 
 from pyserve.errors import InvalidRequestError, NotBuiltError
-from pyserve.text.template_probe import FORMS, Absent, Form, Traits
+from pyserve.text.template_probe import FORMS, REASONING, Absent, Form, Traits, thinking_part
 
 PART_TYPES = ("text", "refusal")  # of message content
-REASONING = ("reasoning_content", "reasoning", "thinking")  # clients and templates use any of them
 
 
 def attempts(messages: Sequence[Mapping[str, Any]], traits: Traits) -> Iterator[list[Any]]:
@@ -80,6 +79,9 @@ def _prepare_message(message: Mapping[str, Any], traits: Traits) -> dict[str, An
         del prepared["content"]
     elif absent != "null":
         prepared["content"] = _in_form(content, traits.forms(prepared["role"]))
+    if traits.reasoning == "part" and message.get(REASONING[0]):
+        parts = _in_form(content, ("parts",)) if content else []
+        prepared["content"] = [thinking_part(message[REASONING[0]]), *parts]
     return prepared
 
 

@@ -135,6 +135,10 @@ class ChatTemplate:
         traits = self._choose(has_tools).traits
         return known_role(role, traits) in traits.named_roles
 
+    def shows_reasoning(self, *, has_tools: bool = False) -> bool:
+        """Whether the template shows the thinking of an assistant's message in any place."""
+        return self._choose(has_tools).traits.reasoning is not None
+
     def _choose(self, has_tools: bool) -> _Compiled:
         """The template for a request; raises where there is none, or none that can be used."""
         is_special = has_tools and (_TOOL_USE in self._compiled or _TOOL_USE in self.faults)
@@ -250,7 +254,7 @@ def _extend_final_text(messages: list[Any], mark: str) -> None:
     content = messages[-1].get("content")
     if isinstance(content, str):
         messages[-1]["content"] = content + mark
-    elif content:
+    elif content and "text" in content[-1]:
         content[-1]["text"] += mark
     else:
         raise InvalidRequestError(

@@ -64,14 +64,14 @@ class ReasoningParser:
     """A format and the tokenizer of the model that writes it.
 
     marker_ids  markers that are special tokens: a text shows them while it is looked at for them.
+                Not those of what follows, such as calls: whoever reads that shows them.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         """`name` is one of FORMATS."""
         self.format = FORMATS[name]
         self._tokenizer = tokenizer
-        markers = (*self.format.starts, *self.format.ends, *self.format.next_ends)
-        ids = {tokenizer.token_to_id(marker) for marker in markers}
+        ids = {tokenizer.token_to_id(m) for m in (*self.format.starts, *self.format.ends)}
         self.marker_ids = tokenizer.special_token_ids & ids
 
     @classmethod

@@ -22,11 +22,14 @@ MAX_PROBE_S = 2.0  # for all probes of one template; those of real models take 1
 
 Form = Literal["text", "parts"]
 Absent = Literal["null", "missing", "empty"]
+ReasoningPlace = Literal["field", "part"]
 Message = dict[str, Any]
 
 FORMS: tuple[Form, ...] = ("text", "parts")
 # None first: it is what clients send, and templates that tell it from "" write another turn for it.
 ABSENT: tuple[Absent, ...] = ("null", "missing", "empty")
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # clients and templates use any of them
 
 _FIRST, _SECOND = "qzfirst", "qzsecond"
 _KEY, _VALUE = "qzkey", "qzvalue"
@@ -60,6 +63,8 @@ class Traits:
     has_text_arguments  a tool call's arguments must be JSON text, not an object.
     has_developer       the role developer has markup of its own.
     named_roles         roles whose message.name is shown.
+    reasoning           where an assistant's thinking of earlier turns is looked for: in fields of
+                        the message or in parts of its content; None: it is not shown.
     """
 
     content_forms: Mapping[str, tuple[Form, ...]]
@@ -68,6 +73,7 @@ class Traits:
     has_text_arguments: bool = False
     has_developer: bool = False
     named_roles: frozenset[str] = frozenset()
+    reasoning: ReasoningPlace | None = None
 
     def forms(self, role: str) -> tuple[Form, ...]:
         return self.content_forms.get(role) or self.content_forms.get("user") or FORMS[:1]
@@ -103,6 +109,7 @@ class _Prober:
             has_text_arguments=has_text_arguments,
             has_developer=self._knows_developer(),
             named_roles=frozenset(filter(self._shows_name, ("system", "user", "assistant"))),
+            reasoning=self._find_reasoning(),
         )
 
     def _render(self, messages: list[Message], *, has_tools: bool = False) -> str | None:
@@ -200,12 +207,31 @@ class _Prober:
                 return True
         return False
 
+    def _find_reasoning(self) -> ReasoningPlace | None:
+        """Many templates show only the thinking that led to a call, or that of the last turn."""
+        in_fields = self._say("assistant", **dict.fromkeys(REASONING, _SECOND))
+        as_part = {**in_fields, "content": [thinking_part(_SECOND), *_content("parts", [_FIRST])]}
+        ways: tuple[tuple[ReasoningPlace, Message, tuple[str, ...]], ...] = (
+            ("field", in_fields, (_SECOND,)), ("part", as_part, (_FIRST, _SECOND)),
+        )  # fmt: skip
+        for place, message, marks in ways:
+            for calls in ({}, _calls(self._arguments)):
+                prompts = self._prompts({**message, **calls})
+                if any(_shows(prompt, *marks) for prompt in prompts):
+                    return place
+        return None
+
     def _shows_name(self, role: str) -> bool:
         prompts = self._prompts(self._say(role, name=_NAME))
         return any(_shows(prompt, _NAME) for prompt in prompts)
 
 
-def _content(form: Form, texts: Sequence[str]) -> str | list[Message]:
+def thinking_part(text: str) -> Message:
+    """A part of an assistant's content, as the templates of Mistral have it."""
+    return {"type": "thinking", "thinking": text}
+
+
+def _content(form: Form, texts: Sequence[str]) -> Any:
     if form == "text":
         return " ".join(texts)
     return [{"type": "text", "text": text} for text in texts]

@@ -176,6 +176,24 @@ def test_names() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("show", "place"),
+    [
+        ("{{ m.content }}", None),
+        ("<think>{{ m.reasoning_content }}</think>{{ m.content }}", "field"),
+        ("{{ m.thinking }}{{ m.content }}", "field"),
+        ("{% if m.tool_calls %}{{ m.reasoning }}{% endif %}{{ m.content }}", "field"),
+        ("{% if loop.last %}{{ m.reasoning_content }}{% endif %}{{ m.content }}", "field"),
+        ("{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+         "{% if p.type == 'thinking' %}[THINK]{{ p.thinking }}[/THINK]{% else %}{{ p.text }}"
+         "{% endif %}{% endfor %}{% endif %}", "part"),
+        ("{{ m.content.split('</think>')[-1] }}", None),
+    ],
+)  # fmt: skip
+def test_where_thinking_is_looked_for(show: str, place: str | None) -> None:
+    assert traits(LOOP + show + END).reasoning == place
+
+
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 

@@ -40,6 +40,7 @@ from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.reasoning import Opening
 from pyserve.text.template_limits import MAX_RENDER_S
+from pyserve.text.template_probe import REASONING
 
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
@@ -111,6 +112,7 @@ async def read_conversation(
             ignored.append("truncation_side")
         if any(message.name and not template.shows_name(message.role) for message in messages):
             ignored.append("messages.name")
+        ignored += _unshown_reasoning(template, messages)
         parser = loaded.reasoning
         detokenizer = Detokenizer(
             loaded.tokenizer,
@@ -294,6 +296,10 @@ def _plain(message: Message, path: str) -> dict[str, Any]:
         plain["content"] = [p if isinstance(p, str) else msgspec.structs.asdict(p) for p in content]
     if message.name is not None:
         plain["name"] = message.name
+    if message.role == "assistant" and (
+        reasoning := message.reasoning_content or message.reasoning
+    ):
+        plain[REASONING[0]] = reasoning
     return plain
 
 
@@ -305,7 +311,18 @@ def _texts(message: Message) -> list[str]:
 
 
 def _num_chars(message: Message) -> int:
-    return sum(map(len, _texts(message)))
+    reasoning = message.reasoning_content or message.reasoning or ""
+    return sum(map(len, _texts(message))) + len(reasoning)
+
+
+def _unshown_reasoning(template: ChatTemplate, messages: list[Message]) -> list[str]:
+    """Names of the fields with thinking that the template does not look at."""
+    is_shown = template.shows_reasoning()
+    return [
+        f"messages.{name}"
+        for name in ("reasoning", "reasoning_content")
+        if any(getattr(m, name) and not (is_shown and m.role == "assistant") for m in messages)
+    ]
 
 
 def _echo(message: Message) -> str:

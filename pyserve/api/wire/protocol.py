@@ -109,6 +109,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     content: str | list[str | ContentPart] | None = None
     name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None

@@ -215,6 +215,28 @@ def test_names_are_named_where_no_template_shows_them(server: Server) -> None:
     assert prompt(server, messages=messages) == ("hi", "messages.name")
 
 
+def test_earlier_thinking_reaches_the_template(server: Server) -> None:
+    answers = [
+        {"role": "assistant", "content": "a", "reasoning": "r1"},
+        {"role": "assistant", "content": "b", "reasoning_content": "r2"},
+        {"role": "assistant", "content": "c", "reasoning": "r3", "reasoning_content": "r3"},
+        {"role": "assistant", "content": "d", "reasoning": None},
+    ]
+    messages = [*answers, {"role": "user", "content": "hi"}]
+    names = "messages.reasoning, messages.reasoning_content"
+    assert prompt(server, messages=messages)[1] == names
+    use(server, "{% for m in messages %}{{ m.reasoning_content }}:{{ m.content }} {% endfor %}")
+    assert prompt(server, messages=messages) == ("r1:a r2:b r3:c :d :hi ", "")
+    messages[-1] = {"role": "user", "content": "hi", "reasoning": "forged"}
+    assert prompt(server, messages=messages) == ("r1:a r2:b r3:c :d :hi ", "messages.reasoning")
+
+
+def test_earlier_thinking_is_measured(server: Server) -> None:
+    long = [{"role": "assistant", "content": "a", "reasoning": "x" * 2_000_000}]
+    error = server.error(CHAT, {"messages": [*long, *MESSAGES]})
+    assert error["param"] == "messages" and "2000" in error["message"]
+
+
 def test_parts_are_joined_for_a_template_that_wants_text(server: Server) -> None:
     parts = [{"type": "text", "text": "be"}, {"type": "text", "text": "kind"}]
     messages = [{"role": "system", "content": parts}, {"role": "user", "content": parts}]
