@@ -86,7 +86,6 @@ FEATURES: dict[str, Feature] = {
             **plain(JSON, "reasoning-config reasoning-effort-map"),
             "anthropic-disabled-thinking-effort": Flag(VALUE, ("auto",)),
         },
-        fields=(Field("thinking_token_budget", (CHAT,), (-1,)),),
     ),
     "structured outputs": Feature(
         flags={

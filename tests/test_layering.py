@@ -18,6 +18,7 @@ LEAVES = {
     "config",
     "params",
     "client",
+    "constraints",
     "model_files",
     "checkpoint_files",
     "errors",

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyserve.client import Constraint
+from pyserve.constraints import all_of
 from pyserve.params import SamplingParams
 
 
@@ -81,41 +82,6 @@ class BadWords:
         ]
 
 
-class All:
-    """Several constraints at once: what none of them forbids."""
-
-    def __init__(self, parts: Sequence[Constraint]) -> None:
-        self._parts = parts
-
-    @property
-    def is_free(self) -> bool:
-        return all(part.is_free for part in self._parts)
-
-    @property
-    def is_finished(self) -> bool:
-        return any(part.is_finished for part in self._parts)
-
-    @property
-    def error(self) -> str | None:
-        return next((part.error for part in self._parts if part.error is not None), None)
-
-    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
-        first, *others = [part for part in self._parts if not part.is_free]
-        first.fill_bitmask(words)
-        scratch = np.empty_like(words) if others else words
-        for part in others:
-            part.fill_bitmask(scratch)
-            words &= scratch
-
-    def accept(self, token_ids: Sequence[int]) -> None:
-        for part in self._parts:
-            part.accept(token_ids)
-
-    def rollback(self, num_tokens: int) -> None:
-        for part in self._parts:
-            part.rollback(num_tokens)
-
-
 def constraint_of(
     params: SamplingParams, beside: Constraint | None, vocab_size: int
 ) -> Constraint | None:
@@ -125,6 +91,4 @@ def constraint_of(
         parts.append(AllowedTokens(params.allowed_token_ids, vocab_size))
     if params.bad_words:
         parts.append(BadWords(params.bad_words))
-    if beside is not None:
-        parts.append(beside)
-    return All(parts) if len(parts) > 1 else parts[0] if parts else None
+    return all_of([*parts, beside])

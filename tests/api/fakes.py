@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from openai import OpenAI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -108,7 +109,10 @@ class Submitted:
 
 @dataclass
 class FakeEngine:
-    """EngineClient that plays scripts; stop ids and limits end a sequence as in the real one."""
+    """EngineClient that plays scripts; stop ids and limits end a sequence as in the real one.
+
+    Where a constraint forbids the next token of a script, one that it allows comes before it.
+    """
 
     script: Callable[[int], Script]
     info: EngineInfo = field(
@@ -186,7 +190,7 @@ class FakeEngine:
         if not script.starts:
             return
         stream.admit(self.num_cached_tokens)
-        position = 0
+        position = num_tokens = 0
         while True:
             await asyncio.sleep(script.delay_s)
             for _ in range(script.burst):
@@ -195,17 +199,35 @@ class FakeEngine:
                 if position == len(script.token_ids) and script.error is not None:
                     stream.fail(script.error)
                     return
-                token_id = script.token_ids[position % len(script.token_ids)]
-                position += 1
+                wanted = script.token_ids[position % len(script.token_ids)]
+                token_id = self._constrained(item.constraint, wanted)
+                position += token_id == wanted
+                num_tokens += 1
                 stream.put([token_id])
-                if position == 1:
+                if num_tokens == 1:
                     stream.first_token_s = time.monotonic()
-                if token_id in params.stop_token_ids and position > params.min_tokens:
+                if token_id in params.stop_token_ids and num_tokens > params.min_tokens:
                     stream.finish("stop", token_id)
                 elif script.is_whole and position == len(script.token_ids):
                     stream.finish("stop")
-                elif position == params.max_tokens:
+                elif num_tokens == params.max_tokens:
                     stream.finish("length")
+                elif item.constraint is not None and item.constraint.is_finished:
+                    stream.finish("stop")
+
+    def _constrained(self, constraint: Constraint | None, wanted: int) -> int:
+        """The token that the script wants or, where that is not allowed, the first one that is."""
+        token_id = wanted
+        if constraint is not None and not constraint.is_free:
+            words = np.zeros(-(-self.info.vocab_size // 32), np.int32)
+            constraint.fill_bitmask(words)
+            is_allowed = np.unpackbits(words.view(np.uint8), bitorder="little")
+            token_id = wanted if is_allowed[wanted] else int(is_allowed.argmax())
+            assert is_allowed[token_id], "nothing is allowed"
+        if constraint is not None:
+            constraint.accept([token_id])
+            assert constraint.error is None, constraint.error
+        return token_id
 
 
 class Server:

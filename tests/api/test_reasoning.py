@@ -230,3 +230,43 @@ def test_markers_that_are_special_tokens(special: Server, burst: int) -> None:
     assert texts(special) == (None, "Hello world")
     special.play("[THINK]Hello <|im_start|>world", burst=burst)
     assert texts(special) == ("Hello world", None)
+
+
+@pytest.mark.parametrize("burst", [1, 1000])
+def test_a_budget_closes_the_thinking(server: Server, special: Server, burst: int) -> None:
+    server.play("<think>\nThe quick brown fox jumps over the lazy dog.", burst=burst)
+    whole, _ = texts(server)
+    for budget in (0, 3, 8):
+        reasoning, content = texts(server, thinking_token_budget=budget)
+        assert whole == f"{reasoning or ''}{content}" and bool(reasoning) == (budget > 0)
+    assert texts(server, thinking_token_budget=500) == texts(server) == (whole, None)
+    assert texts(server, thinking_token_budget=-1) == (whole, None)
+    count = num_reasoning_tokens(server, thinking_token_budget=3)
+    assert 3 < count < num_reasoning_tokens(server)
+    special.play("[THINK]The quick brown fox jumps over the lazy dog.", burst=burst)
+    reasoning, content = texts(special, thinking_token_budget=4)
+    assert reasoning and content and num_reasoning_tokens(special, thinking_token_budget=4) == 6
+
+
+def test_a_budget_of_every_choice_is_its_own(server: Server) -> None:
+    server.play("<think>The quick brown fox jumps over the lazy dog.")
+    answer = server.post(CHAT, ask(n=3, temperature=1, thinking_token_budget=5))
+    messages = [choice["message"] for choice in answer["choices"]]
+    assert len(messages) == 3 and messages[0]["reasoning"] and messages[0]["content"]
+    assert all(message == messages[0] for message in messages)
+
+
+def test_a_budget_out_of_range_or_without_thinking(server: Server, tokenizer_folder: Path) -> None:
+    server.play("Hi")
+    error = server.error(CHAT, ask(thinking_token_budget=-2))
+    assert error["param"] == "thinking_token_budget"
+    assert "must be at least 0, or -1 for none, got -2" in error["message"]
+    closed = {"chat_template": ASKS, "chat_template_kwargs": {"enable_thinking": False}}
+    status, headers, _ = server.request("POST", CHAT, ask(thinking_token_budget=4, **closed))
+    assert status == 200 and headers["x-pyserve-ignored"] == "thinking_token_budget"
+    with run_server(tokenizer_folder) as plain:
+        plain.play("Hi")
+        error = plain.error(CHAT, ask(thinking_token_budget=4))
+        assert error["param"] == "thinking_token_budget"
+        assert "--reasoning-parser" in error["message"]
+        assert plain.request("POST", CHAT, ask(thinking_token_budget=-1))[0] == 200

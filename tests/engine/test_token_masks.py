@@ -11,7 +11,7 @@ import pytest
 
 from pyserve.client import SequenceRequest
 from pyserve.engine.masks import bitmask_words
-from pyserve.engine.token_masks import All, AllowedTokens, BadWords, constraint_of
+from pyserve.engine.token_masks import AllowedTokens, BadWords, constraint_of
 from pyserve.errors import InvalidRequestError
 from pyserve.params import SamplingParams
 from tests.engine.constraints import Rule, Scripted, always, windows
@@ -89,21 +89,6 @@ def test_words_of_several_tokens_need_a_mask_only_where_one_could_end() -> None:
     assert constraint.is_free
     constraint.rollback(1)
     assert not constraint.is_free
-
-
-def test_several_constraints_allow_what_all_of_them_do() -> None:
-    scripted = Scripted(lambda output: None if output == [1] else [1, 2, 40], end=3)
-    both = All([scripted, BadWords([(1, 2), (40,)])])
-    assert not both.is_free and allowed_by(both) == {1, 2}
-    both.accept([1])
-    assert not both.is_free and allowed_by(both) == ALL_TOKENS - {2, 40}  # one of them is free
-    both.accept([1, 2])
-    assert both.is_finished and both.error is None and scripted.history == [1, 1, 2]
-    both.rollback(2)
-    assert not both.is_finished and scripted.history == [1]
-    broken = All([BadWords([(1, 2)]), Scripted(always(1), broken_at=1)])
-    broken.accept([1])
-    assert broken.error == "as scripted"
 
 
 def test_what_asks_for_nothing_is_no_constraint() -> None:

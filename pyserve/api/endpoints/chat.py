@@ -13,6 +13,7 @@ from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
+from pyserve.api.endpoints.thinking import makes_thinking_budget
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Job
 from pyserve.api.state import STATE
@@ -69,6 +70,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         make_reasoning = partial(loaded.reasoning.stage, opening, is_hidden=is_hidden)
     elif body.include_reasoning is False:
         ignored.append("include_reasoning")
+    make_constraint = makes_thinking_budget(
+        body.thinking_token_budget, loaded, conversation, ignored
+    )
     limit = "max_tokens", body.max_tokens
     if body.max_completion_tokens is not None:
         limit = "max_completion_tokens", body.max_completion_tokens
@@ -81,6 +85,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         default_max_tokens=loaded.defaults.max_new_tokens,
         ignored=ignored,
         make_reasoning=make_reasoning,
+        make_constraint=make_constraint,
     )
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 

@@ -33,6 +33,8 @@ from pyserve.api.wire.protocol import (
     SamplingFields,
     Usage,
 )
+from pyserve.client import Constraint
+from pyserve.constraints import unconstrained
 from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.params import shown
 from pyserve.text.parts import Content, Part, Reasoning
@@ -56,13 +58,15 @@ async def make_job(
     ignored: list[str],
     is_run: bool = True,
     make_reasoning: Callable[[], ReasoningStage] | None = None,
+    make_constraint: Callable[[], Constraint | None] = unconstrained,
 ) -> Job:
     """The Job of a request whose prompts have been read; everything else of it is checked here.
 
     limit               the field that limits the output, and its value.
     default_max_tokens  None: what the prompt leaves of the context.
     ignored             fields that are known to have no effect.
-    make_reasoning      as Job has it.
+    make_reasoning, make_constraint
+                        as Job has them.
 
     Raises InvalidRequestError and NotBuiltError naming the field.
     """
@@ -111,6 +115,7 @@ async def make_job(
         ending=resolver.ending,
         n=resolver.n,
         make_reasoning=make_reasoning,
+        make_constraint=make_constraint,
         is_run=is_run,
         is_streamed=bool(body.stream),
         include_usage=include_usage,

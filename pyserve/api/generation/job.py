@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pyserve.client import Constraint
+from pyserve.constraints import unconstrained
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.parts import Plain, Stage
@@ -47,10 +48,6 @@ class Ending:
     eos_token_id: int | None
     min_tokens: int
     call_reason: str = "tool_calls"
-
-
-def unconstrained() -> None:
-    """What Job.make_constraint is where every token is allowed."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -86,6 +86,7 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "truncate_prompt_tokens": {"integer": {"minimum": -1, "not": {"const": 0}}},
     "truncation_side": {"string": {"enum": ["left", "right"]}},
     "reasoning_effort": {"string": {"enum": list(EFFORTS)}},
+    "thinking_token_budget": {"integer": {"minimum": -1}},
     "role": {"string": {"enum": list(ROLES)}},
     "type": {"string": {"enum": list(PART_TYPES)}},
     "tokens": {"array": {"items": {"type": "integer", **_ID}}},
@@ -132,6 +133,8 @@ DESCRIPTIONS = {
     "chat_template_kwargs": "Variables for the chat template.",
     "documents": "For chat templates that show documents.",
     "reasoning_effort": "For chat templates with the variable reasoning_effort or enable_thinking.",
+    "thinking_token_budget": "Behind so many tokens of thinking it is closed; -1: never. Only with "
+    "--reasoning-parser.",
     "include_reasoning": "false: what the model thinks is left out; only with --reasoning-parser.",
     "return_token_strs": "Also the tokens as they stand in the vocabulary.",
     "priority": "Lower goes first; only with --scheduling-policy priority.",

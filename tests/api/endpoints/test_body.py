@@ -100,7 +100,7 @@ SAMPLES: dict[str, Any] = {
     "use_beam_search": True, "length_penalty": 0.5,
     "logits_processors": ["a"], "return_tokens_as_token_ids": True, "return_token_ids": True,
     "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
-    "repetition_detection": {"min_count": 2}, "thinking_token_budget": 5,
+    "repetition_detection": {"min_count": 2},
 }  # fmt: skip
 
 
