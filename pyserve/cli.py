@@ -28,9 +28,12 @@ from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flag_rows import settings
 from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args
 from pyserve.text.chat_template import ChatTemplate, read_override
-from pyserve.text.reasoning import ReasoningParser, check_name
+from pyserve.text.reasoning import ReasoningParser
+from pyserve.text.reasoning import check_name as check_reasoning_parser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tokenizer_json import TOKENIZER_FILE
+from pyserve.text.tool_parsers.registry import ToolFormat
+from pyserve.text.tool_parsers.registry import check_name as check_tool_parser
 
 DEMO_MODEL_NAME = "pyserve-demo"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -121,7 +124,8 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
     if launch.chat_template is not None:
         read_override(launch.chat_template)
-    check_name(config.reasoning_parser)
+    check_reasoning_parser(config.reasoning_parser)
+    check_tool_parser(config.tool_call_parser)
     if launch.generation_config not in ("auto", "vllm"):
         _generation_folder(launch.generation_config, DEMO_MODEL)
     if launch.download_dir is not None and _nearest_folder(launch.download_dir) is None:
@@ -172,7 +176,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
     launch = _launch_config(args)
-    reasoning_parser = _server_config(args).reasoning_parser
+    config = _server_config(args)
 
     def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
         from pyserve.hub.resolve import resolve_model
@@ -223,7 +227,8 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
             chat_template=template,
             defaults=defaults,
             engine=engine,
-            reasoning=ReasoningParser.named(reasoning_parser, tokenizer),
+            reasoning=ReasoningParser.named(config.reasoning_parser, tokenizer),
+            tools=ToolFormat.named(config.tool_call_parser, tokenizer),
         )
 
     return load

@@ -196,6 +196,13 @@ class ServerConfig:
     reasoning_parser: str | None = flag(
         None, "thinking apart: deepseek_r1, qwen3, mistral, ...", group=REQUESTS, metavar="NAME"
     )
+    enable_auto_tool_choice: bool = flag(
+        False, "let the model decide to call tools", group=REQUESTS
+    )
+    tool_call_parser: str | None = flag(
+        None, "how it writes calls: hermes, mistral, llama3_json, ...", "none", group=REQUESTS,
+        metavar="NAME",
+    )  # fmt: skip
     log_requests: bool = flag(
         False, "a line for each request's parameters, never texts", name="enable-log-requests",
         group=REQUESTS,
@@ -224,6 +231,8 @@ class ServerConfig:
             raise ConfigError(f"--root-path must be a path such as /llm, got {self.root_path!r}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser")
         self._check_cors()
 
     def _check_cors(self) -> None:

@@ -63,21 +63,11 @@ FEATURES: dict[str, Feature] = {
         }
     ),
     "tools": Feature(
-        flags={
-            **plain(SWITCH, "enable-auto-tool-choice exclude-tools-when-tool-choice-none"),
-            **plain(VALUE, "tool-call-parser tool-parser-plugin tool-server tool-strict-level"),
-        },
+        flags=plain(VALUE, "tool-parser-plugin tool-server tool-strict-level"),
         fields=(
-            Field("tools", (CHAT, TOKENIZE), ([],), lambda r: r.tool_choice == "none"),
-            Field("tool_choice", (CHAT, TOKENIZE), ("none",),
-                  lambda r: r.tool_choice == "auto" and not r.tools),
-            Field("parallel_tool_calls", (CHAT,), (True,),
-                  lambda r: not r.tools or r.tool_choice == "none"),
             Field("functions", (CHAT,), ([],), lambda r: r.function_call == "none"),
             Field("function_call", (CHAT, MESSAGE), ("none",),
                   lambda r: r.function_call == "auto" and not r.functions),
-            Field("tool_calls", (MESSAGE,), ([],)),
-            Field("tool_call_id", (MESSAGE,)),
         ),
     ),
     "reasoning": Feature(

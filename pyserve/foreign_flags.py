@@ -41,12 +41,13 @@ def plain(form: str, names: str) -> dict[str, Flag]:
 # Flags whose effect pyserve always has, or that steer machinery it does not have.
 NO_MEANING: dict[str, Flag] = {
     # Always so here: a keep-alive line every 10 s, a hash of 128 bits and a key for each block.
-    # What a reasoning parser needs is its name.
+    # Tools stay out of the prompt where tool_choice is none. What a reasoning parser needs is its
+    # name.
     **plain(
         SWITCH,
         "enable-chunked-prefill enable-prompt-tokens-details enable-request-id-headers "
         "enable-server-load-tracking language-model-only disable-frontend-multiprocessing "
-        "enable-reasoning",
+        "enable-reasoning exclude-tools-when-tool-choice-none",
     ),
     **plain(VALUE, "sse-keep-alive-interval prefix-caching-hash-algo config-format"),
     # Never so here: code of a model does not run, prompts and outputs are not logged, there is no

@@ -64,6 +64,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "allowed-methods": [(['["GET", "POST"]'], ["GET", "POST"])],
     "allowed-headers": [(["[]"], [])],
     "reasoning-parser": [(["qwen3"], "qwen3"), (["None"], None), ([""], None)],
+    "tool-call-parser": [(["hermes"], "hermes"), (["None"], None), ([""], None)],
     "ready-file": [(["/r"], Path("/r")), (["None"], None)],
     "shutdown-timeout": [(["3"], 3.0), (["0.5"], 0.5)],
     "target-itl-ms": [(["0"], 0), (["50"], 50)],
@@ -73,6 +74,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "log-level": [(["debug"], "debug"), (["INFO"], "info"), (["CRITICAL"], "critical")],
 }  # fmt: skip
 OWN_SWITCHES = {
+    "enable-auto-tool-choice",
     "enable-prefix-caching", "enforce-eager", "allow-reference-ops", "allow-credentials",
     "disable-log-stats", "trust-request-chat-template", "enable-log-requests", "share-prefix-cache",
 }  # fmt: skip

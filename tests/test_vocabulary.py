@@ -94,6 +94,7 @@ BOOL_PREFIXES = ("is_", "has_")
 # Bools of formats that are not ours, by file or folder: their names are given.
 FOREIGN_BOOLS: dict[str, str] = {
     "api/wire/protocol.py": "OpenAI's and vLLM's request fields",
+    "api/wire/tools.py": "OpenAI's fields of a tool",
     "api/endpoints/models.py": "OpenAI's permissions of a model",
     "config.py": "vLLM's flags",
     "model/rope_config.py": "keys of rope_parameters",

@@ -23,6 +23,7 @@ from pyserve.metrics import Metrics
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+from pyserve.text.tool_parsers.registry import ToolFormat
 
 MAX_RETRY_AFTER_S = 60
 SHORT_TEXT_CHARS = 4000  # tokenised on the event loop: about a millisecond
@@ -35,6 +36,7 @@ class Loaded:
     """What `load` hands over: all the API needs of a model. The engine is not started yet.
 
     reasoning  None: thinking is not told from the rest.
+    tools      how the model writes calls of tools; None: none are looked for.
     """
 
     tokenizer: Tokenizer
@@ -42,6 +44,7 @@ class Loaded:
     defaults: GenerationDefaults
     engine: EngineClient
     reasoning: ReasoningParser | None = None
+    tools: ToolFormat | None = None
 
 
 @dataclass(slots=True, eq=False)

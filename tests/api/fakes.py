@@ -39,6 +39,7 @@ from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+from pyserve.text.tool_parsers.registry import ToolFormat
 
 MODEL = "org/tiny"
 CONTEXT = 512
@@ -337,6 +338,7 @@ def run_server(
         defaults=GenerationDefaults(eos_token_ids=(0,)),
         engine=engine,
         reasoning=ReasoningParser.named(settings.reasoning_parser, tokenizer),
+        tools=ToolFormat.named(settings.tool_call_parser, tokenizer),
     )
     sock = socket.create_server(("127.0.0.1", 0))
     state = ServerState(settings, Metrics(MODEL), loaded=loaded, status="ready")

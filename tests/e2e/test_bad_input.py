@@ -54,8 +54,8 @@ BODIES: list[tuple[str, str, bytes, int, str]] = [
     ("seed out of range", CHAT, raw(messages=MESSAGES, seed=2**64), 400, "seed"),
     ("stop token out of range", CHAT, raw(messages=MESSAGES, stop_token_ids=[2**40]), 400,
      "stop_token_ids"),
-    ("tools are not built", CHAT, raw(messages=MESSAGES, tools=[{"type": "function", "function": {
-        "name": "f"}}]), 400, "tools"),
+    ("tools without a parser", CHAT, raw(messages=MESSAGES, tools=[{"type": "function",
+        "function": {"name": "f"}}]), 400, "--tool-call-parser"),
     ("logprobs are not built", CHAT, raw(messages=MESSAGES, logprobs=True), 400, "logprobs"),
     ("json is not built", CHAT, raw(messages=MESSAGES, response_format={"type": "json_object"}),
      400, "response_format"),

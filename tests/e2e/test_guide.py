@@ -2,7 +2,7 @@
 
 The model names are the guide's: they stand for copies of the demo model in the working folder, of
 which the config promises a longer context. Its docker and pip lines are not run here. What belongs
-to later versions (tools, structured output, adapters, AWQ, several cards) is refused by name.
+to later versions (structured output, adapters, AWQ, several cards) is refused by name.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ START_LINES = {
     "token": f"vllm serve {LLAMA} --host 0.0.0.0 --env HUGGING_FACE_HUB_TOKEN=hf_xxxxx",
     "less memory": f"vllm serve {MISTRAL} --gpu-memory-utilization 0.8 --max-model-len 4096 "
     "--max-num-seqs 64",
+    "tools": f"vllm serve {MISTRAL} --host 0.0.0.0 --enable-auto-tool-choice "
+    "--tool-call-parser mistral",
 }
 # The line -> the flag that is named.
 REFUSED_LINES = {
     f"vllm serve {MISTRAL} --host 0.0.0.0 --quantization awq": "--quantization",
-    f"vllm serve {MISTRAL} --host 0.0.0.0 --enable-auto-tool-choice --tool-call-parser mistral":
-        "--enable-auto-tool-choice",
     f"vllm serve {LLAMA} --host 0.0.0.0 --enable-lora --lora-modules sql-adapter=path/to/sql-lora "
     "code-adapter=path/to/code-lora chat-adapter=path/to/chat-lora --max-lora-rank 64":
         "--enable-lora",
@@ -227,24 +227,16 @@ def test_stream_by_sdk(client: OpenAI) -> None:
     assert "".join(piece for piece in pieces if piece)
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [TOOL], "tool_choice": "auto"},
         {"response_format": {
             "type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}},
     ],
-    ids=["tools", "schema"],
+    ids=["schema"],
 )  # fmt: skip
 def test_requests_of_later_versions_are_refused_by_name(
     client: OpenAI, fields: dict[str, Any]

@@ -14,6 +14,7 @@ from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
 from pyserve.api.endpoints.thinking import makes_thinking_budget
+from pyserve.api.endpoints.tools import check_parser, read_tools
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Job
 from pyserve.api.state import STATE
@@ -51,16 +52,19 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     max_tokens = body.max_completion_tokens or body.max_tokens or 1
+    tools = read_tools(body)
+    check_parser(tools, loaded.tools, has_auto=state.config.enable_auto_tool_choice)
     conversation = await read_conversation(
         request,
         state,
         loaded,
         body,
         max_tokens=max_tokens,
+        tools=tools,
         echo=bool(body.echo),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
-    ignored = [*ignored, *conversation.ignored]
+    ignored = [*ignored, *tools.ignored, *conversation.ignored]
     if body.echo and not conversation.prompt.echo:
         ignored.append("echo")
     make_reasoning = None
@@ -87,6 +91,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         make_reasoning=make_reasoning,
         make_constraint=make_constraint,
     )
+    if tools.mode != "none" and loaded.tools is not None:
+        job = msgspec.structs.replace(job, make_stage=tools.make_stage(loaded.tools))
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES, check_built
+from pyserve.api.endpoints.tools import ToolUse, arguments_in, check_calls, plain_call
 from pyserve.api.generation.job import Prompt
 from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import SHORT_TEXT_CHARS, Loaded, ServerState
@@ -33,6 +34,7 @@ from pyserve.api.wire.protocol import (
     Message,
     TokenizeRequest,
 )
+from pyserve.api.wire.tools import MAX_SCHEMA_NESTING
 from pyserve.errors import ChatTemplateError, CheckpointError, InvalidRequestError, NotBuiltError
 from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
@@ -69,12 +71,14 @@ async def read_conversation(
     body: ChatRequest | TokenizeRequest,
     *,
     max_tokens: int,
+    tools: ToolUse,
     echo: bool = False,
     skip_special_tokens: bool = True,
 ) -> Conversation:
     """The prompt that a chat template makes of the messages of `body`, which `request` holds.
 
     max_tokens           of the answer, for which truncate_prompt_tokens -1 leaves room.
+    tools                those of `body`; what their calls are marked with is shown in the answer.
     echo                 show the assistant's last message before the answer.
     skip_special_tokens  leave them out of the answer's text.
 
@@ -92,8 +96,9 @@ async def read_conversation(
     effort = _effort_kwargs(body.reasoning_effort)
 
     def measure() -> int:
-        num_chars = sum(map(_num_chars, messages)) + _check_kwargs(kwargs)
+        num_chars = _check_messages(messages) + _check_kwargs(kwargs)
         num_chars += _check_documents(body.documents or [])
+        num_chars += _measure(tools.shown, "tools", limit=MAX_SCHEMA_NESTING)
         prompts.check_chars(num_chars, max_model_len=max_model_len, param="messages")
         return num_chars + MESSAGE_CHARS * len(messages)
 
@@ -101,27 +106,23 @@ async def read_conversation(
         template = loaded.chat_template
         if source is not None:
             template = _compile(template, source)
-        unused = template.unused({**effort, **kwargs})
+        ignored = _check_template(template, tools)
+        unused = template.unused({**effort, **kwargs}, has_tools=bool(tools.shown))
         used_effort = {n: effort[n] for n in effort if n not in kwargs and n not in unused}
-        variables = {**used_effort, **kwargs}
-        token_ids = _encode(loaded, template, body, messages, variables, cut, time_limit_s)
-        ignored = [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
+        used = {**used_effort, **kwargs}
+        token_ids = _encode(loaded, template, body, messages, tools.shown, used, cut, time_limit_s)
+        ignored += [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
         if effort and not used_effort:
             ignored.append("reasoning_effort")
         if cut is None and body.truncation_side is not None:
             ignored.append("truncation_side")
-        if any(message.name and not template.shows_name(message.role) for message in messages):
-            ignored.append("messages.name")
-        ignored += _unshown_reasoning(template, messages)
+        ignored += _not_shown(template, messages, tools)
         parser = loaded.reasoning
+        markers = _marker_ids(loaded, tools)
         detokenizer = Detokenizer(
-            loaded.tokenizer,
-            token_ids,
-            skip_special_tokens=skip_special_tokens,
-            shown=frozenset() if parser is None else parser.marker_ids,
+            loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens, shown=markers
         )
-        shown = _echo(messages[-1]) if echo else ""
-        prompt = Prompt(token_ids, shown, detokenizer)
+        prompt = Prompt(token_ids, _echo(messages[-1]) if echo else "", detokenizer)
         if parser is None:
             return Conversation(prompt, ignored)
         continued = _echo(messages[-1]) if body.continue_final_message else None
@@ -149,6 +150,7 @@ def _encode(
     template: ChatTemplate,
     body: ChatRequest | TokenizeRequest,
     messages: list[Message],
+    tools: list[dict[str, Any]],
     variables: Mapping[str, Any],
     cut: prompts.Truncation | None,
     time_limit_s: float,
@@ -159,6 +161,7 @@ def _encode(
     try:
         text = template.render(
             plain,
+            tools,
             add_generation_prompt=(
                 not continues if add_generation_prompt is None else add_generation_prompt
             ),
@@ -192,6 +195,40 @@ def _encode(
     if not ids:
         raise InvalidRequestError("messages make an empty prompt", "messages")
     return ids
+
+
+def _marker_ids(loaded: Loaded, tools: ToolUse) -> frozenset[int]:
+    """Special tokens that the text of an answer shows to its parsers."""
+    ids: frozenset[int] = frozenset()
+    if loaded.reasoning is not None:
+        ids |= loaded.reasoning.marker_ids
+    if loaded.tools is not None and tools.mode != "none":
+        ids |= loaded.tools.marker_ids
+    return ids
+
+
+def _not_shown(template: ChatTemplate, messages: list[Message], tools: ToolUse) -> list[str]:
+    """The names of fields of messages that the template does not show."""
+    has_tools = bool(tools.shown)
+    without_effect = {
+        "messages.name": lambda m: m.name and not template.shows_name(m.role, has_tools=has_tools),
+        "messages.tool_call_id": lambda m: m.tool_call_id and m.role != "tool",
+    }
+    names = [name for name, is_so in without_effect.items() if any(map(is_so, messages))]
+    return names + _unshown_reasoning(template, messages, has_tools=has_tools)
+
+
+def _check_template(template: ChatTemplate, tools: ToolUse) -> list[str]:
+    """The names of fields that the template does not show. Raises where a model would need them."""
+    if not tools.shown or not template.unused(["tools"], has_tools=True):
+        return []
+    if tools.mode == "auto":
+        raise InvalidRequestError(
+            "the chat template does not show tools, so that the model would not know of them: "
+            "--chat-template gives another, and tool_choice none leaves them out",
+            "tools",
+        )
+    return ["tools"]
 
 
 def _effort_kwargs(effort: str | None) -> dict[str, Any]:
@@ -232,6 +269,13 @@ def _compile(template: ChatTemplate, source: str) -> ChatTemplate:
         raise InvalidRequestError(str(error), "chat_template") from error
 
 
+def _check_messages(messages: list[Message]) -> int:
+    """Bound the arguments of calls; returns the characters in messages."""
+    check_calls(messages)
+    num_chars = _measure(arguments_in(messages), "messages", limit=MAX_SCHEMA_NESTING)
+    return num_chars + sum(map(_num_chars, messages))
+
+
 def _check_kwargs(kwargs: Mapping[str, Any]) -> int:
     """Bound chat_template_kwargs; returns the characters in them."""
     name = "chat_template_kwargs"
@@ -256,22 +300,22 @@ def _check_documents(documents: list[str | dict[str, Any]]) -> int:
     return _measure(documents, "documents")
 
 
-def _measure(value: object, name: str, depth: int = 0) -> int:
-    """Characters and values in JSON-like data that is not nested too deeply."""
-    if depth > MAX_NESTING:
-        raise InvalidRequestError(f"{name} is nested deeper than {MAX_NESTING}", name)
+def _measure(value: object, name: str, *, limit: int = MAX_NESTING, depth: int = 0) -> int:
+    """Characters and values in JSON-like data that is not nested deeper than `limit`."""
+    if depth > limit:
+        raise InvalidRequestError(f"{name} is nested deeper than {limit}", name)
+    inner = partial(_measure, name=name, limit=limit, depth=depth + 1)
     if isinstance(value, dict):
-        items = value.items()
-        return sum(len(key) + 1 + _measure(item, name, depth + 1) for key, item in items)
+        return sum(len(key) + 1 + inner(item) for key, item in value.items())
     if isinstance(value, list):
-        return sum(1 + _measure(item, name, depth + 1) for item in value)
+        return sum(1 + inner(item) for item in value)
     if isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
         raise InvalidRequestError(f"{name} holds an integer of more than 64 bits", name)
     return len(value) if isinstance(value, str) else 1
 
 
 def _plain(message: Message, path: str) -> dict[str, Any]:
-    """What the template gets to see: the role, the text or its parts, and the name.
+    """What the template gets to see: the role, the text or its parts, the name and the calls.
 
     Parts are checked by ChatTemplate.
     """
@@ -300,6 +344,10 @@ def _plain(message: Message, path: str) -> dict[str, Any]:
         reasoning := message.reasoning_content or message.reasoning
     ):
         plain[REASONING[0]] = reasoning
+    if message.tool_calls:
+        plain["tool_calls"] = list(map(plain_call, message.tool_calls))
+    if message.role == "tool" and message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
     return plain
 
 
@@ -315,9 +363,11 @@ def _num_chars(message: Message) -> int:
     return sum(map(len, _texts(message))) + len(reasoning)
 
 
-def _unshown_reasoning(template: ChatTemplate, messages: list[Message]) -> list[str]:
+def _unshown_reasoning(
+    template: ChatTemplate, messages: list[Message], *, has_tools: bool
+) -> list[str]:
     """Names of the fields with thinking that the template does not look at."""
-    is_shown = template.shows_reasoning()
+    is_shown = template.shows_reasoning(has_tools=has_tools)
     return [
         f"messages.{name}"
         for name in ("reasoning", "reasoning_content")

@@ -11,6 +11,7 @@ from pyserve.api.endpoints.body import Wire, ignored_header
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.prompts import encode_any, max_tokenize_tokens, truncation
 from pyserve.api.endpoints.sampling import check_token_ids
+from pyserve.api.endpoints.tools import read_tools
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.protocol import (
@@ -26,7 +27,7 @@ DETOKENIZE = Wire(DetokenizeRequest)
 # Without effect on a plain text.
 OF_MESSAGES = (
     "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
-    "documents", "reasoning_effort",
+    "documents", "reasoning_effort", "tools", "tool_choice",
 )  # fmt: skip
 
 
@@ -40,9 +41,12 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
     max_model_len = loaded.engine.info.max_model_len
     if body.messages is not None:
-        conversation = await read_conversation(request, state, loaded, body, max_tokens=1)
+        tools = read_tools(body)
+        conversation = await read_conversation(
+            request, state, loaded, body, max_tokens=1, tools=tools
+        )
         token_ids = conversation.prompt.token_ids
-        ignored = [*ignored, *conversation.ignored]
+        ignored = [*ignored, *tools.ignored, *conversation.ignored]
     else:
         ignored = [*ignored, *(n for n in OF_MESSAGES if getattr(body, n) not in (None, {}, []))]
         if body.truncate_prompt_tokens is None and body.truncation_side is not None:

@@ -33,6 +33,7 @@ from pyserve.api.wire.protocol import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from pyserve.api.wire.tools import SENT
 from pyserve.features import Field, fields_of
 
 Schema = dict[str, Any]
@@ -223,7 +224,7 @@ def schemas() -> dict[str, Schema]:
         types.update(filter(None, (operation.body, operation.chunk, *operation.replies.values())))
     ordered = sorted(types, key=lambda wire_type: wire_type.__name__)
     _, found = msgspec.json.schema_components(ordered, ref_template=_REF)
-    sent: list[type[msgspec.Struct]] = [StreamOptions, Message, ContentPart]
+    sent: list[type[msgspec.Struct]] = [StreamOptions, Message, ContentPart, *SENT]
     sent += [operation.body for operation in OPERATIONS.values() if operation.body]
     rows = {wire_type.__name__: fields_of(wire_type) for wire_type in sent}
     for name, schema in found.items():

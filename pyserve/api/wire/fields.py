@@ -25,6 +25,7 @@ from pyserve.api.wire.protocol import (
     MAX_TEMPLATE_KWARGS,
     ROLES,
 )
+from pyserve.api.wire.tools import MAX_TOOLS, TOOL_CHOICES
 from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
     INT64_MAX,
@@ -81,6 +82,8 @@ BOUNDS: dict[str, dict[str, Schema]] = {
         }
     },
     "messages": {"array": {"minItems": 1, "maxItems": MAX_MESSAGES}},
+    "tools": {"array": {"maxItems": MAX_TOOLS}},
+    "tool_choice": {"string": {"enum": list(TOOL_CHOICES)}},
     "documents": {"array": {"maxItems": MAX_DOCUMENTS}},
     "chat_template_kwargs": {"object": {"maxProperties": MAX_TEMPLATE_KWARGS}},
     "truncate_prompt_tokens": {"integer": {"minimum": -1, "not": {"const": 0}}},
@@ -136,6 +139,11 @@ DESCRIPTIONS = {
     "thinking_token_budget": "Behind so many tokens of thinking it is closed; -1: never. Only with "
     "--reasoning-parser.",
     "include_reasoning": "false: what the model thinks is left out; only with --reasoning-parser.",
+    "tools": "What the model may call; shown to it by the chat template.",
+    "tool_choice": "auto, where there are tools, none, or a function's name.",
+    "parallel_tool_calls": "false keeps the first call only.",
+    "tool_calls": "Calls of an earlier answer.",
+    "tool_call_id": "Of a message with the role tool: the call that it answers.",
     "return_token_strs": "Also the tokens as they stand in the vocabulary.",
     "priority": "Lower goes first; only with --scheduling-policy priority.",
     "cache_salt": "The prefix cache is shared only by requests with the same one.",
@@ -144,6 +152,7 @@ DESCRIPTIONS = {
     "skip_special_tokens": "Leave special tokens out of the text.",
 }
 
+_FUNCTION = {"properties": {"type": {"enum": ["function"]}}}
 _IDS = {"type": "array", "items": {"type": "integer", **_ID}, "minItems": 1}
 _TEXT = {"type": "string", "minLength": 1}
 _LISTED = {"type": "array", "minItems": 1, "maxItems": MAX_SEQUENCES}
@@ -171,6 +180,9 @@ REPLACED: dict[str, Schema] = {
             for name, kind in (("prompt", "string"), ("messages", "array"))
         ],
     },
+    "Tool": _FUNCTION,
+    "ToolChoice": _FUNCTION,
+    "MessageCall": {"properties": {"type": {"enum": ["function", None]}}},
     "Message": {
         "anyOf": [  # only the assistant may have said nothing
             {"properties": {"role": {"const": "assistant"}}},

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from pyserve.api.wire.tools import MessageCall, Tool, ToolChoice
+
 MAX_MESSAGES = 4096
 MAX_PARTS = 4 * MAX_MESSAGES  # content parts of all messages
 MAX_NAME_CHARS = 512  # cache_salt, request_id
@@ -30,8 +32,8 @@ MAX_TEMPLATE_CHARS = 2**16  # of a chat template in a request
 MAX_NESTING = 16  # of lists and objects in template kwargs and documents
 MAX_PRIORITY = 2**31 - 1
 # A fixed set: templates put the role into their markup, where any other text could forge some.
-ROLES = ("system", "developer", "user", "assistant")
-ROLES_NOT_BUILT = ("tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES_NOT_BUILT = ("function",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -111,7 +113,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[MessageCall] | None = None
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None
 
@@ -128,8 +130,8 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
 
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
@@ -164,8 +166,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     reasoning_effort: str | None = None
 
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | ToolChoice | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
 

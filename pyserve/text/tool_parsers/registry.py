@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from pyserve.errors import ConfigError
+from pyserve.text.tokenizer import Tokenizer
 from pyserve.text.tool_parsers.json_formats import FORMATS, JsonParser
 from pyserve.text.tool_parsers.pythonic import PythonicParser
 from pyserve.text.tool_parsers.qwen3_coder import QwenCoderParser
@@ -27,3 +31,32 @@ def literals(name: str) -> tuple[str, ...]:
         return FORMATS[name].literals
     parser = _CLASSES[name]
     return (*parser.markers, *parser.starts, *parser.closers)
+
+
+def check_name(name: str | None) -> None:
+    """Raises ConfigError where --tool-call-parser names no parser."""
+    if name is not None and name not in NAMES:
+        raise ConfigError(f"--tool-call-parser must be one of {', '.join(NAMES)}, got {name[:80]}")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """A format together with the model that writes it.
+
+    marker_ids  special tokens that mark calls, which the text must show to the parser.
+    """
+
+    name: str
+    marker_ids: frozenset[int]
+
+    @classmethod
+    def named(cls, name: str | None, tokenizer: Tokenizer) -> ToolFormat | None:
+        """None where no parser is named."""
+        if name is None:
+            return None
+        ids = {tokenizer.token_to_id(literal) for literal in literals(name)}
+        return cls(name, tokenizer.special_token_ids & ids)
+
+    def stage(self, tools: Tools) -> Parser:
+        """A parser for one answer."""
+        return make_parser(self.name, tools)

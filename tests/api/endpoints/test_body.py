@@ -82,19 +82,21 @@ def test_a_byte_order_mark_is_skipped() -> None:
 def test_what_nobody_looks_at_is_not_kept_of_a_large_body() -> None:
     """It would be in memory for as long as the answer takes, up to 32 MB a request."""
     many = ["x" * 1000] * 100
-    body, ignored = chat(user="u" * 100_000, metadata={"x": many}, tools=many, tool_choice="none")
-    assert (body.user, body.metadata, body.tools, body.tool_choice) == (None, None, None, None)
-    assert sorted(ignored) == ["metadata", "tools", "user"]
+    functions = [{"name": name} for name in many]
+    body, ignored = chat(
+        user="u" * 100_000, metadata={"x": many}, functions=functions, function_call="none"
+    )
+    assert (body.user, body.metadata, body.functions, body.function_call) == (None,) * 4
+    assert sorted(ignored) == ["functions", "metadata", "user"]
     with pytest.raises(NotBuiltError):
-        chat(tools=many)
+        chat(functions=functions)
     text, ignored = COMPLETION.decode(json.dumps({"prompt": "hi", "user": "u" * 100_000}).encode())
     assert (text.prompt, text.user, ignored) == ("hi", None, ["user"])
 
 
 SAMPLES: dict[str, Any] = {
     "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
-    "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
-    "parallel_tool_calls": False, "functions": [{"name": "f"}], "function_call": {"name": "f"},
+    "functions": [{"name": "f"}], "function_call": {"name": "f"},
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
     "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a",
     "use_beam_search": True, "length_penalty": 0.5,
@@ -106,7 +108,6 @@ SAMPLES: dict[str, Any] = {
 
 # What makes them ask for something.
 BESIDE: dict[str, dict[str, Any]] = {
-    "parallel_tool_calls": {"tools": SAMPLES["tools"]},
     "return_tokens_as_token_ids": {"logprobs": True},
     "length_penalty": {"use_beam_search": True},
 }
@@ -134,16 +135,7 @@ def test_fields_of_completions(name: str, value: object) -> None:
         COMPLETION.decode(json.dumps({"prompt": "x", name: value}).encode())
 
 
-TOOLS = SAMPLES["tools"]
 ASKS_FOR_NOTHING: list[tuple[dict[str, Any], list[str]]] = [
-    ({"tools": TOOLS, "tool_choice": "none"}, ["tools"]),
-    ({"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False},
-     ["tools", "parallel_tool_calls"]),
-    ({"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
-     ["tool_choice", "parallel_tool_calls"]),
-    ({"tool_choice": "auto"}, ["tool_choice"]),
-    ({"tool_choice": "none", "parallel_tool_calls": True}, []),
-    ({"parallel_tool_calls": False}, ["parallel_tool_calls"]),
     ({"functions": [{"name": "f"}], "function_call": "none"}, ["functions"]),
     ({"function_call": "auto"}, ["function_call"]),
     ({"logprobs": False, "top_logprobs": 5}, ["top_logprobs"]),
@@ -171,10 +163,6 @@ def test_what_asks_for_nothing_is_accepted_and_named(
 @pytest.mark.parametrize(
     ("fields", "refused"),
     [
-        ({"tools": TOOLS}, "tools"),
-        ({"tools": TOOLS, "tool_choice": "auto"}, "tools"),
-        ({"tool_choice": "auto", "tools": TOOLS}, "tool_choice"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions"),
         ({"top_logprobs": 5}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 5}, "logprobs"),
@@ -263,8 +251,8 @@ def test_no_more_names_are_kept_than_are_shown() -> None:
         _, ignored = CHAT.decode(json.dumps(data).encode())
         assert len(ignored) == MAX_NAMES + 1
         assert ignored_header(ignored)[IGNORED_HEADER].endswith(", ...")
-    with pytest.raises(NotBuiltError, match="tools"):  # is looked for behind them
-        chat(**fields, tools=[{"type": "function"}])
+    with pytest.raises(NotBuiltError, match="functions"):  # is looked for behind them
+        chat(**fields, functions=[{"name": "f"}])
 
 
 def test_messages_are_counted_before_they_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ BUILT = frozenset(
     "include_stop_str_in_output ignore_eos min_tokens skip_special_tokens stream stream_options "
     "priority cache_salt request_id best_of add_special_tokens messages prompt tokens echo "
     "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message "
-    "chat_template chat_template_kwargs documents return_token_strs reasoning_effort".split()
+    "chat_template chat_template_kwargs documents return_token_strs reasoning_effort "
+    "tools tool_choice parallel_tool_calls include_reasoning allowed_token_ids bad_words".split()
 )
 
 
@@ -52,5 +53,5 @@ def test_a_row_is_of_the_type_it_names() -> None:
     """The same name may work in one request and be refused in another."""
     assert fields_of(ChatRequest)["logprobs"].neutral == (False,)
     assert "suffix" in fields_of(CompletionRequest) and "suffix" not in fields_of(ChatRequest)
-    assert set(fields_of(Message)) == {"tool_calls", "tool_call_id", "function_call"}
+    assert set(fields_of(Message)) == {"function_call"}
     assert not fields_of(DetokenizeRequest) and not fields_of(StreamOptions)

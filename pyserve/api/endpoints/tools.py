@@ -1,0 +1,194 @@
+"""Tools of a request: what the prompt shows of them, and how the answer's calls are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from pyserve.api.wire.protocol import ChatRequest, Message, TokenizeRequest
+from pyserve.api.wire.tools import (
+    MAX_TOOL_CALLS,
+    MAX_TOOL_NAME_CHARS,
+    MAX_TOOLS,
+    TOOL_CHOICES,
+    MessageCall,
+    Tool,
+    ToolChoice,
+)
+from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.text.parts import Stage
+from pyserve.text.tool_parsers.registry import ToolFormat
+from pyserve.text.tool_parsers.stage import MAX_CALLS, Tools
+
+_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_TOOL_NAME_CHARS}}}")
+_NEEDS_AUTO = (
+    '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+)
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request, checked.
+
+    shown    as a chat template gets them; empty: the prompt has none.
+    mode     of tool_choice; none: what looks like a call is text.
+    name     of the only tool that may be called; "": any.
+    ignored  fields that have no effect.
+    """
+
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    mode: Literal["none", "auto", "required"] = "none"
+    name: str = ""
+    max_calls: int = MAX_CALLS
+    ignored: list[str] = field(default_factory=list)
+
+    def make_stage(self, format: ToolFormat) -> Callable[[], Stage]:
+        """Makes what finds the calls in an answer."""
+        parameters = {
+            tool["function"]["name"]: tool["function"]["parameters"] for tool in self.shown
+        }
+        return partial(format.stage, Tools(parameters, self.max_calls))
+
+
+def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
+    """What is asked of the tools, whatever the server can do with it.
+
+    Raises InvalidRequestError naming the field.
+    """
+    tools = body.tools or []
+    shown = _check_tools(tools)
+    choice = body.tool_choice
+    is_alone = isinstance(body, ChatRequest) and body.parallel_tool_calls is False
+    if isinstance(choice, ToolChoice):
+        name = _check_named(choice, shown)
+    elif choice not in (None, *TOOL_CHOICES):
+        raise InvalidRequestError(
+            f"tool_choice must be one of {', '.join(TOOL_CHOICES)} or name a function, "
+            f"got {str(choice)[:40]}",
+            "tool_choice",
+        )
+    else:
+        name = ""
+    if not tools or choice == "none":
+        if choice == "required":
+            raise InvalidRequestError("tool_choice: required needs tools", "tool_choice")
+        without_effect = {
+            "tools": bool(tools),
+            "tool_choice": choice == "auto",
+            "parallel_tool_calls": is_alone,
+        }
+        return ToolUse(ignored=[field for field, is_so in without_effect.items() if is_so])
+    strict = [tool for tool in tools if tool.function is not None and tool.function.strict]
+    return ToolUse(
+        shown=shown,
+        mode="required" if name or choice == "required" else "auto",
+        name=name,
+        max_calls=1 if is_alone or name else MAX_CALLS,
+        ignored=["tools.function.strict"] if strict else [],
+    )
+
+
+def check_parser(use: ToolUse, format: ToolFormat | None, *, has_auto: bool) -> None:
+    """Refuse what the server was not started for."""
+    if use.mode == "auto" and not (format and has_auto):
+        raise InvalidRequestError(_NEEDS_AUTO, "tool_choice")
+    if use.mode == "required":
+        raise NotBuiltError(
+            "tool_choice: only none and auto are built yet, not required and named tools",
+            "tool_choice",
+        )
+
+
+def _check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As templates get them: without what is not said, in the order that models know."""
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequestError(
+            f"tools has {len(tools)} entries, the limit is {MAX_TOOLS}", "tools"
+        )
+    shown: dict[str, dict[str, Any]] = {}
+    for i, tool in enumerate(tools):
+        path = f"tools[{i}]"
+        if tool.type != "function":
+            raise InvalidRequestError(
+                f"{path}.type must be function, got {tool.type[:40]}", f"{path}.type"
+            )
+        function = tool.function
+        if function is None:
+            raise InvalidRequestError(f"{path}.function is missing", f"{path}.function")
+        name = function.name
+        if not _NAME.fullmatch(name):
+            raise InvalidRequestError(
+                f"{path}.function.name must be 1 to {MAX_TOOL_NAME_CHARS} letters, digits or "
+                f"_ . : / -, got {name[:40]!r}",
+                f"{path}.function.name",
+            )
+        if name in shown:
+            raise InvalidRequestError(
+                f"{path}.function.name: two tools are called {name[:80]}", f"{path}.function.name"
+            )
+        description = function.description
+        parameters = _NO_PARAMETERS if function.parameters is None else function.parameters
+        shown[name] = {
+            "type": "function",
+            "function": {
+                "name": name,
+                **({} if description is None else {"description": description}),
+                "parameters": parameters,
+            },
+        }
+    return list(shown.values())
+
+
+def _check_named(choice: ToolChoice, shown: Sequence[dict[str, Any]]) -> str:
+    if choice.type != "function":
+        raise InvalidRequestError(
+            f"tool_choice.type must be function, got {choice.type[:40]}", "tool_choice.type"
+        )
+    if choice.function is None:
+        raise InvalidRequestError("tool_choice.function is missing", "tool_choice.function")
+    name = choice.function.name
+    if not shown:
+        raise InvalidRequestError("tool_choice: a named tool needs tools", "tool_choice")
+    if all(tool["function"]["name"] != name for tool in shown):
+        raise InvalidRequestError(
+            f"tool_choice.function.name: no tool is called {name[:80]}", "tool_choice.function.name"
+        )
+    return name
+
+
+def check_calls(messages: Sequence[Message]) -> None:
+    """Refuse calls where none may be, and too many of them."""
+    num_calls = sum(len(message.tool_calls or ()) for message in messages)
+    if num_calls > MAX_TOOL_CALLS:
+        raise InvalidRequestError(
+            f"messages hold {num_calls} tool calls in all, the limit is {MAX_TOOL_CALLS}",
+            "messages",
+        )
+    for i, message in enumerate(messages):
+        if message.tool_calls and message.role != "assistant":
+            path = f"messages[{i}].tool_calls"
+            raise InvalidRequestError(f"{path}: only the assistant calls tools", path)
+        for j, call in enumerate(message.tool_calls or ()):
+            if call.type not in (None, "function"):
+                path = f"messages[{i}].tool_calls[{j}].type"
+                raise InvalidRequestError(f"{path} must be function, got {call.type[:40]}", path)
+
+
+def plain_call(call: MessageCall) -> dict[str, Any]:
+    """As templates get it; chat_messages.py brings the arguments into the template's form."""
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    plain: dict[str, Any] = {"type": "function", "function": function}
+    return plain if call.id is None else {"id": call.id, **plain}
+
+
+def arguments_in(messages: Sequence[Message]) -> list[Any]:
+    """What the calls of messages hold, to be measured."""
+    return [
+        [call.id or "", call.function.name, call.function.arguments or ""]
+        for message in messages
+        for call in message.tool_calls or ()
+    ]

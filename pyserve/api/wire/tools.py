@@ -1,0 +1,51 @@
+"""Wire types of tools: what clients send."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+MAX_TOOLS = 1024
+TOOL_CHOICES = ("none", "auto", "required")
+MAX_TOOL_CALLS = 4096  # of all messages of a request
+MAX_TOOL_NAME_CHARS = 256
+MAX_SCHEMA_NESTING = 64  # of lists and objects in a tool's parameters
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: str
+    function: Function | None = None
+
+
+class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: str
+    function: NamedFunction | None = None
+
+
+class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call in a message of the assistant that a client sends back."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: str | None = None
+    index: int | None = None
+
+
+SENT = (Function, Tool, NamedFunction, ToolChoice, FunctionCall, MessageCall)

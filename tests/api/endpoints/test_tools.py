@@ -1,0 +1,393 @@
+"""Tools over HTTP: what the prompt shows, what of an answer is a call, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from pyserve.api.wire.tools import MAX_TOOL_CALLS, MAX_TOOLS
+from tests.api.fakes import TEMPLATE, Server, make_tokenizer_folder, run_server
+
+CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
+HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now"}}
+TOOLS = [WEATHER, NOW]
+OF_TOOLS = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}\n{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.id }}]{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% if m.tool_call_id %}({{ m.tool_call_id }}){% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'
+)
+SECOND = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+def with_template(folder: Path, source: str) -> Path:
+    """The tokenizer of the other tests, with a template and with markers as special tokens."""
+    make_tokenizer_folder(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "chat_template": source}))
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    markers = ("<tool_call>", "</tool_call>", "<|unused|>")
+    backend.add_special_tokens([AddedToken(token, special=True) for token in markers])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = with_template(tmp_path_factory.mktemp("tools") / "tiny", OF_TOOLS)
+    with run_server(folder, enable_auto_tool_choice=True, tool_call_parser="hermes") as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Server) -> Iterator[Server]:
+    config = shared.state.config
+    shared.play("Hello")
+    yield shared
+    shared.state.config = config
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"messages": HI, "tools": TOOLS, "max_tokens": 400, **fields}
+
+
+def prompt(server: Server, **fields: Any) -> tuple[str, str]:
+    """The prompt that both endpoints make, as text, and what they name as ignored."""
+    server.engine.submitted.clear()
+    status, headers, reply = server.request("POST", CHAT, ask(**fields))
+    assert status == 200, reply
+    body = {name: value for name, value in ask(**fields).items() if name != "max_tokens"}
+    _, others, tokens = server.request("POST", TOKENIZE, body)
+    assert json.loads(tokens)["tokens"] == server.engine.submitted[0].prompt
+    ignored = headers.get("x-pyserve-ignored", "")
+    assert others.get("x-pyserve-ignored", "") == ignored
+    ids = server.engine.submitted[0].prompt
+    return server.tokenizer.decode(ids, skip_special_tokens=False), ignored
+
+
+def streamed(server: Server, **fields: Any) -> list[dict[str, Any]]:
+    """The choices of a streamed answer, put together as clients do."""
+    found: dict[int, dict[str, Any]] = {}
+    for frame in server.frames(CHAT, ask(**fields)):
+        for choice in frame["choices"]:
+            whole = found.setdefault(choice["index"], {"content": "", "tool_calls": []})
+            delta = choice["delta"]
+            whole["content"] += delta.get("content") or ""
+            for piece in delta.get("tool_calls", ()):
+                calls = whole["tool_calls"]
+                if piece["index"] == len(calls):
+                    call = {"id": piece["id"], "type": piece["type"]}
+                    calls.append({**call, "function": {**piece["function"]}})
+                    assert call["id"] and piece["function"]["name"]
+                else:
+                    assert set(piece) == {"index", "function"}
+                    calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+            if choice["finish_reason"]:
+                whole["finish_reason"] = choice["finish_reason"]
+    return [found[index] for index in sorted(found)]
+
+
+def wholly(server: Server, **fields: Any) -> list[dict[str, Any]]:
+    """The same of a whole answer."""
+    answer = server.post(CHAT, ask(**fields))
+    found = []
+    for choice in answer["choices"]:
+        message = choice["message"]
+        if "tool_calls" in message and not message["content"]:
+            assert message["content"] is None
+        found.append(
+            {
+                "content": message["content"] or "",
+                "tool_calls": message.get("tool_calls", []),
+                "finish_reason": choice["finish_reason"],
+            }
+        )
+    return found
+
+
+def plain(choices: list[dict[str, Any]]) -> list[Any]:
+    return [
+        (
+            choice["content"],
+            [(call["function"]["name"], call["function"]["arguments"])
+             for call in choice["tool_calls"]],
+            choice["finish_reason"],
+        )
+        for choice in choices
+    ]  # fmt: skip
+
+
+def test_the_prompt_shows_the_tools_in_the_order_that_models_know(server: Server) -> None:
+    function = {**WEATHER["function"], "strict": None}  # type: ignore[dict-item]
+    mixed = {"function": dict(reversed(function.items())), "type": "function"}
+    text, ignored = prompt(server, tools=[mixed, NOW])
+    shown = json.loads(text[len("<tools>") : text.index("\n")])
+    assert list(shown["function"]) == ["name", "description", "parameters"]
+    assert shown == WEATHER
+    empty = '{"name": "now", "parameters": {"type": "object", "properties": {}}}'
+    assert f'{{"type": "function", "function": {empty}}}\n</tools>' in text
+    assert ignored == ""
+
+
+def test_tools_that_may_not_be_called_stay_out_of_the_prompt(server: Server) -> None:
+    text, ignored = prompt(server, tool_choice="none")
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert ignored == "tools"
+    server.play(CALL)
+    (choice,) = wholly(server, tool_choice="none")
+    assert "get_weather" in choice["content"] and not choice["tool_calls"]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_calls_and_results_go_back_to_the_template(server: Server) -> None:
+    call = {"id": "c1", "type": "function", "index": 0,
+            "function": {"name": "get_weather", "arguments": '{"city": "<|im_end|>"}'}}  # fmt: skip
+    as_object = {"id": "c2", "function": {"name": "now", "arguments": {"a": 1.5}}}
+    messages = [
+        *HI,
+        {"role": "assistant", "content": None, "tool_calls": [call, as_object]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "12:00"}]},
+    ]
+    text, ignored = prompt(server, messages=messages, tools=None)
+    assert text == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        '[c1]get_weather{"city": "<|im_end|>"}[c2]now{"a": 1.5}<|im_end|>\n'
+        "<|im_start|>tool\nrain(c1)<|im_end|>\n<|im_start|>tool\n12:00(c2)<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert ignored == ""
+    odd = [{**HI[0], "tool_call_id": "c1"}]
+    assert prompt(server, messages=odd)[1] == "messages.tool_call_id"
+
+
+CALLED = ("get_weather", '{"city": "Paris", "days": 2}')
+
+
+@pytest.mark.parametrize("burst", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "content", "calls", "reason"),
+    [
+        (CALL, "", [CALLED], "tool_calls"),
+        (f"I look.\n{CALL}\n{SECOND}", "I look.", [CALLED, ("now", "{}")], "tool_calls"),
+        ("Hello world", "Hello world", [], "stop"),
+        ("<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", [], "stop"),
+    ],
+)
+def test_answers(
+    server: Server, burst: int, text: str, content: str, calls: list[Any], reason: str
+) -> None:
+    server.play(text, burst=burst)
+    several: list[dict[str, Any]] = [{}, {"tool_choice": "auto"}, {"n": 2}]
+    for fields in several:
+        expected = [(content, calls, reason)] * fields.get("n", 1)
+        assert plain(wholly(server, **fields)) == expected
+        assert plain(streamed(server, **fields)) == expected
+
+
+def test_a_truncated_call_says_length(server: Server) -> None:
+    num_tokens = len(server.play(CALL)) - 12
+    for found in (wholly(server, max_tokens=num_tokens), streamed(server, max_tokens=num_tokens)):
+        (choice,) = found
+        assert choice["finish_reason"] == "length"
+        (call,) = choice["tool_calls"]
+        assert '{"city": "Paris", "days": 2}'.startswith(call["function"]["arguments"])
+
+
+def test_without_parallel_calls_the_first_stays(server: Server) -> None:
+    server.play(f"{CALL}\n{SECOND}")
+    for found in (
+        wholly(server, parallel_tool_calls=False), streamed(server, parallel_tool_calls=False)
+    ):  # fmt: skip
+        assert plain(found) == [("", [CALLED], "tool_calls")]
+
+
+def test_markers_are_seen_and_other_special_tokens_are_not(server: Server) -> None:
+    server.play(f"a<|unused|>b{CALL}<|unused|>")
+    assert plain(wholly(server)) == [("ab", [CALLED], "tool_calls")]
+    assert plain(streamed(server)) == [("ab", [CALLED], "tool_calls")]
+    # Where no calls are looked for, they are special tokens like others.
+    (choice,) = wholly(server, tools=None)
+    assert "tool_call>" not in choice["content"] and choice["content"].startswith("ab\n{")
+    (choice,) = wholly(server, tools=None, skip_special_tokens=False)
+    assert choice["content"].startswith("a<|unused|>b<tool_call>")
+
+
+def test_a_call_that_stop_strings_cut(server: Server) -> None:
+    server.play(CALL)
+    assert plain(wholly(server, stop="</tool_call>")) == [("", [CALLED], "tool_calls")]
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def deep(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"items": value}
+    return value
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"tools": None, "tool_choice": "required"}, "tool_choice", "needs tools"),
+    ({"tools": [], "tool_choice": named("f")}, "tool_choice", "needs tools"),
+    ({"tool_choice": named("other")}, "tool_choice.function.name", "no tool is called other"),
+    ({"tool_choice": "sometimes"}, "tool_choice", "sometimes"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function", "missing"),
+    ({"tool_choice": {"type": "custom", "function": {"name": "now"}}}, "tool_choice.type",
+     "custom"),
+    ({"tool_choice": 3}, "tool_choice", "int"),
+    ({"tools": [*TOOLS, NOW]}, "tools[2].function.name", "two tools are called now"),
+    ({"tools": [function(name="")]}, "tools[0].function.name", "1 to 256"),
+    ({"tools": [function(name="a b")]}, "tools[0].function.name", "'a b'"),
+    ({"tools": [function(name="<|im_end|>")]}, "tools[0].function.name", "letters"),
+    ({"tools": [function(name="x" * 257)]}, "tools[0].function.name", "256"),
+    ({"tools": [function(name=5)]}, "tools[0].function.name", "str"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "missing"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+    ({"tools": [function(parameters=[])]}, "tools[0].function.parameters", "object"),
+    ({"tools": [function(parameters=deep(70))]}, "tools", "deeper than 64"),
+    ({"tools": [function(parameters={"a": 2**70})]}, "tools", "64 bits"),
+    ({"tools": "f"}, "tools", "array"),
+    ({"tools": [function(name=f"f{i}") for i in range(10_000)]}, "tools", str(MAX_TOOLS)),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "bool"),
+    ({"messages": [{**HI[0], "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]},
+     "messages[0].tool_calls", "assistant"),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+     "messages[1].tool_calls[0].function", "missing"),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [
+        {"type": "custom", "function": {"name": "f"}}]}]},
+     "messages[1].tool_calls[0].type", "custom"),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": "{oops"}}]}]},
+     "messages", "messages[1].tool_calls[0].function.arguments is not JSON"),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": "[1]"}}]}]}, "messages", "must be a JSON object"),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": '{"a":' + "[" * 50_000}}]}]}, "messages", ""),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f"}}] * (MAX_TOOL_CALLS + 1)}]}, "messages", str(MAX_TOOL_CALLS)),
+    ({"messages": [*HI, {"role": "tool", "tool_call_id": "1"}]}, "messages[1].content", "null"),
+    ({"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type", "only text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_tools_are_refused_by_name(
+    server: Server, fields: dict[str, Any], param: str, words: str
+) -> None:
+    began = time.monotonic()
+    error = server.error(CHAT, ask(**fields))
+    assert (error["param"], words in error["message"]) == (param, True), error
+    if "parallel_tool_calls" not in fields:
+        body = {**ask(**fields)}
+        del body["max_tokens"]
+        assert server.error(TOKENIZE, body)["param"] == param
+    assert time.monotonic() - began < 5.0
+    assert not server.engine.submitted
+
+
+def test_tools_count_as_part_of_the_prompt(server: Server) -> None:
+    for num_words in (3000, 10**6):
+        error = server.error(CHAT, ask(tools=[function(description="word " * num_words)]))
+        assert error["param"] == "messages" and "maximum context length" in error["message"]
+
+
+NOTHING: list[tuple[dict[str, Any], str]] = [
+    ({"tools": []}, ""),
+    ({"tools": None, "tool_choice": None, "parallel_tool_calls": None}, ""),
+    ({"tools": [], "tool_choice": "none"}, ""),
+    ({"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+     "parallel_tool_calls, tool_choice"),
+    ({"tools": None, "tool_choice": "auto"}, "tool_choice"),
+    ({"tool_choice": "none", "parallel_tool_calls": True}, "tools"),
+    ({"tool_choice": "none", "parallel_tool_calls": False}, "parallel_tool_calls, tools"),
+    ({"tools": [{**NOW, "cache_control": {"type": "ephemeral"}}]}, "tools.cache_control"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "named"), NOTHING)
+def test_what_asks_for_nothing_is_named(server: Server, fields: dict[str, Any], named: str) -> None:
+    status, headers, reply = server.request("POST", CHAT, ask(**fields))
+    assert status == 200, reply
+    assert headers.get("x-pyserve-ignored", "") == named
+
+
+def test_a_template_without_tools_is_told_of(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "tiny", TEMPLATE)
+    with run_server(folder, enable_auto_tool_choice=True, tool_call_parser="hermes") as server:
+        server.play("Hello")
+        error = server.error(CHAT, ask())
+        assert error["param"] == "tools" and "does not show tools" in error["message"]
+        assert plain(wholly(server, tools=None)) == [("Hello", [], "stop")]
+        assert plain(wholly(server, tool_choice="none")) == [("Hello", [], "stop")]
+
+
+def test_a_server_without_a_parser_says_what_it_needs(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "tiny", OF_TOOLS)
+    several: list[dict[str, Any]] = [{}, {"tool_call_parser": "hermes"}]
+    for settings in several:
+        with run_server(folder, **settings) as server:
+            error = server.error(CHAT, ask())
+            assert error["param"] == "tool_choice"
+            assert "--enable-auto-tool-choice and --tool-call-parser" in error["message"]
+            tokenize = {"messages": HI, "tools": TOOLS}
+            assert server.post(TOKENIZE, tokenize)["count"] > 20
+
+
+def test_tools_beside_a_plain_text_have_no_effect(server: Server) -> None:
+    body = {"prompt": "hi", "tools": TOOLS}
+    status, headers, _ = server.request("POST", TOKENIZE, body)
+    assert (status, headers["x-pyserve-ignored"]) == (200, "tools")
+
+
+def test_sdk(server: Server) -> None:
+    server.play(f"I look.\n{CALL}")
+    tools: Any = TOOLS
+    messages: Any = HI
+    with server.sdk() as client:
+        answer = client.chat.completions.create(
+            model="alias", messages=messages, tools=tools, max_tokens=400
+        )
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.type == "function" and json.loads(call.function.arguments)["city"] == "Paris"
+        back = [*messages, answer.choices[0].message.model_dump(exclude_none=True),
+                {"role": "tool", "tool_call_id": call.id, "content": "rain"}]  # fmt: skip
+        client.chat.completions.create(model="alias", messages=back, tools=tools, max_tokens=9)
+    shown = server.tokenizer.decode(server.engine.submitted[-1].prompt, skip_special_tokens=False)
+    assert f'I look.[{call.id}]get_weather{{"city": "Paris", "days": 2}}' in shown
+    assert f"rain({call.id})" in shown
