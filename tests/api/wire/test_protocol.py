@@ -26,7 +26,8 @@ BUILT = frozenset(
     "priority cache_salt request_id best_of add_special_tokens messages prompt tokens echo "
     "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message "
     "chat_template chat_template_kwargs documents return_token_strs reasoning_effort "
-    "tools tool_choice parallel_tool_calls include_reasoning allowed_token_ids bad_words".split()
+    "tools tool_choice parallel_tool_calls include_reasoning allowed_token_ids bad_words "
+    "thinking_token_budget".split()
 )
 
 
