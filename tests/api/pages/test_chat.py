@@ -10,7 +10,7 @@ import pytest
 from pyserve.errors import EngineError
 from tests.api.fakes import Script, Server, run_server, wait_until
 from tests.api.pages.browser import MISSING, PROGRAM, Browser, Tab
-from tests.api.pages.visit import DONE, ask, last_prompt, open_page, say
+from tests.api.pages.visit import ANSWER, DONE, ask, last_prompt, open_page, say
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 
@@ -68,6 +68,54 @@ def test_edit_and_answer_again(tab: Tab, server: Server) -> None:
     assert tab.run("$$('.message').length") == 2
     prompt = last_prompt(server)
     assert "changed" in prompt and "world" not in prompt and "First" not in prompt
+
+
+def test_what_an_edit_took_away_comes_back(tab: Tab, server: Server) -> None:
+    server.play("First")
+    ask(tab, "hello")
+    server.play("Second")
+    ask(tab, "world", num_answers=2)
+    assert not tab.is_seen("#earlier")
+    server.play("Third")
+    tab.click(".user [data-part='edit']")
+    tab.type("other ")
+    tab.press("Enter")
+    tab.wait(f"{DONE.format(1)} && document.body.innerText.includes('Third')")
+    tab.reload()
+    tab.wait(DONE.format(1))
+    tab.click("#earlier button")
+    tab.wait(DONE.format(2))
+    assert "First" in tab.text("#messages") and "Second" in tab.text("#messages")
+    tab.click("#earlier button")  # and forth
+    tab.wait(DONE.format(1))
+    assert "Third" in tab.text("#messages")
+    ask(tab, "more", num_answers=2)
+    assert not tab.is_seen("#earlier")
+
+
+def test_an_answer_that_was_cut_off_goes_on(tab: Tab, server: Server) -> None:
+    server.play("Hello world. ", eos=False)
+    tab.run("localStorage.setItem('pyserve:/:settings', '{\"max_tokens\": \"5\"}')")
+    tab.reload()
+    ask(tab, "hi")
+    assert "Cut off" in tab.text(".note")
+    begun = tab.text(ANSWER)
+    server.play(" The end")
+    tab.click("[data-part=goOn]")
+    tab.wait(f"{DONE.format(1)} && $('.assistant').innerText.includes('The end')")
+    assert tab.text(ANSWER).startswith(begun.rstrip())
+    prompt = last_prompt(server)
+    assert prompt.rstrip().endswith(begun.rstrip()) and prompt.count("assistant") == 1
+
+
+def test_what_is_selected_survives_the_next_answer(tab: Tab, server: Server) -> None:
+    server.play("The quick brown fox")
+    ask(tab, "hi")
+    server.play("Second", delay_s=0.2)
+    say(tab, "more")
+    tab.run(f"getSelection().selectAllChildren($('{ANSWER}'))")
+    tab.wait(DONE.format(2))
+    assert tab.run("getSelection().toString().trim()") == "The quick brown fox"
 
 
 def test_a_failed_message_is_kept_for_another_try(tab: Tab, server: Server) -> None:

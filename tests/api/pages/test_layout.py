@@ -69,6 +69,16 @@ def test_markdown_and_the_copy_button(tab: Tab, server: Server) -> None:
     assert tab.run("copied") == code
 
 
+def test_formulas_and_html_are_shown_as_they_are_written(tab: Tab, server: Server) -> None:
+    formula = "\\[\n\\frac{a_1}{b*c*d}\n\\]"
+    html = "<ul>\n  <li>x\n</ul>"
+    server.play(f"So \\(a_1 * b_1\\) and $$x_2$$:\n\n{formula}\n\n$5 or $6\n\n{html}")
+    ask(tab, "hi")
+    codes = tab.run("$$('.prose code').map(e => e.textContent)")
+    assert codes == ["\\(a_1 * b_1\\)", "$$x_2$$", formula]
+    assert "$5 or $6" in tab.text(".assistant") and html in tab.text(".assistant")
+
+
 def test_light_and_dark(tab: Tab) -> None:
     back = "getComputedStyle(document.body).backgroundColor"
     light = tab.run(back)

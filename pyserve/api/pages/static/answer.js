@@ -36,8 +36,10 @@ export async function fill(message, messages, fields, signal, onChange) {
 
 function take(message, frame, clock) {
   if (frame.headers) {
-    const ignored = frame.headers.get("x-pyserve-ignored");
-    if (ignored) message.ignored = ignored;
+    for (const name of ["ignored", "clamped"]) {
+      const value = frame.headers.get(`x-pyserve-${name}`);
+      if (value) message[name] = value;
+    }
     return;
   }
   const now = performance.now() - clock.beganMs;

@@ -17,8 +17,8 @@ export let current = store.create();
 /** Show `conversation`; `id` is in the address, so that a reload finds it again. */
 export function open(conversation) {
   current = conversation;
-  const hash = conversation.messages.length ? `#${conversation.id}` : " ";
-  history.replaceState(null, "", hash === " " ? location.pathname + location.search : hash);
+  const isEmpty = conversation.messages.length === 0;
+  history.replaceState(null, "", isEmpty ? location.pathname : `#${conversation.id}`);
   rebuild();
   toEnd();
   onList();
@@ -38,12 +38,18 @@ export function stop(conversation = current) {
 
 export const isAnswering = (conversation) => running.has(conversation);
 
+// Messages only come and go at the end: the elements of those that stay are left alone, with what
+// is selected or unfolded in them.
 function rebuild() {
-  const actions = { edit, again, answerTools };
-  views = new Map(current.messages.map((message) => [message, makeView(message, actions)]));
-  $("messages").replaceChildren(...[...views.values()].map((view) => view.element));
+  const old = views;
+  views = new Map(current.messages.map((message) =>
+    [message, old.get(message) ?? makeView(message, { edit, again, goOn, answerTools })]));
+  for (const [message, view] of old) if (!views.has(message)) view.element.remove();
   const last = current.messages.at(-1);
-  if (last?.toolCalls?.length && !last.isPending && !last.error) views.get(last).askForResults();
+  for (const [message, view] of views) {
+    if (!view.element.isConnected) $("messages").append(view.element);
+    view.setLast?.(message === last);
+  }
   showState();
 }
 
@@ -56,30 +62,50 @@ function showState() {
   $("empty").hidden = !isReady || current.messages.length > 0;
   $("messages").setAttribute("aria-busy", String(isBusy));
   $("messages").classList.toggle("busy", isBusy);
+  $("earlier").hidden = isBusy || !current.earlier;
 }
 
-async function ask() {
+// `answer` is the last message: a new one, or one that goes on.
+async function ask(answer, messages, fields) {
   const conversation = current;
-  const fields = settings.fields();
-  const messages = toRequest(conversation.messages, settings.system());
-  const answer = makeAnswer();
   const controller = new AbortController();
-  conversation.messages.push(answer);
+  const beganMs = performance.now();
+  let savedMs = beganMs;
   running.set(conversation, controller);
   keep(conversation);
   open(conversation);
-  let savedMs = performance.now();
-  await fill(answer, messages, fields, controller.signal, () => {
+  const show = () => {
     views.get(answer)?.update();
-    if (conversation === current) showLive(answer);
+    if (conversation === current) showLive(answer, performance.now() - beganMs);
+  };
+  const clock = setInterval(show, 1000);
+  await fill(answer, messages, fields, controller.signal, () => {
+    show();
     if (performance.now() - savedMs < SAVE_EVERY_MS) return;
     savedMs = performance.now();
     keep(conversation);
   });
-  running.delete(conversation);
+  clearInterval(clock);
+  if (running.get(conversation) === controller) running.delete(conversation);
   keep(conversation);
   if (conversation === current) rebuild();
   onList();
+}
+
+function askAnew() {
+  const messages = toRequest(current.messages, settings.system());
+  const answer = makeAnswer();
+  current.messages.push(answer);
+  ask(answer, messages, settings.fields());
+}
+
+function goOn(answer) {
+  if (!isReady || running.has(current)) return;
+  const messages = toRequest(current.messages, settings.system());
+  answer.isPending = true;
+  for (const name of ["finish", "error", "stats"]) delete answer[name];
+  const fields = { continue_final_message: true, add_generation_prompt: false };
+  ask(answer, messages, { ...settings.fields(), ...fields });
 }
 
 function keep(conversation) {
@@ -88,19 +114,21 @@ function keep(conversation) {
   $("hint").classList.toggle("unsaved", !isKept);
 }
 
-function showLive({ stats, isPending }) {
+function showLive({ stats, isPending }, ms) {
   const rate = stats?.rate ? `, ${stats.rate.toFixed(0)} tokens/s` : "";
-  $("live").textContent = isPending && stats ? `${stats.outputTokens} tokens${rate}` : "";
+  const wait = ms < 1000 ? "" : `waiting ${Math.floor(ms / 1000)} s`;
+  const text = stats ? `${stats.outputTokens} tokens${rate}` : wait;
+  $("live").textContent = isPending ? text : "";
 }
 
 function send(text) {
-  if (running.has(current) || !isReady) return;
   current.title ||= text.trim().slice(0, 80);
   current.messages.push({ role: "user", content: text });
-  ask();
+  askAnew();
 }
 
 function edit(message, text) {
+  if (!isReady) return;
   cut(message);
   if (current.messages.length === 0) current.title = "";
   send(text);
@@ -109,20 +137,30 @@ function edit(message, text) {
 function again(message) {
   if (!isReady) return;
   cut(message);
-  ask();
+  askAnew();
 }
 
 function answerTools(message, results) {
+  if (!isReady || running.has(current)) return;
+  delete current.earlier;
   message.toolCalls.forEach((call, index) =>
     current.messages.push({ role: "tool", toolCallId: call.id, content: results[index] }));
-  ask();
+  askAnew();
 }
 
-/** Take `message` and all after it away; what runs among them is stopped. */
+/** Take `message` and all after it away, for another version; this one can be had back. */
 function cut(message) {
   stop();
   running.delete(current);
+  const isFailure = message.error && !message.content && message === current.messages.at(-1);
+  if (!isFailure) current.earlier = [...current.messages];
   current.messages.length = current.messages.indexOf(message);
+}
+
+function backToEarlier() {
+  [current.messages, current.earlier] = [current.earlier, current.messages];
+  keep(current);
+  open(current);
 }
 
 /** Take the composer and its keys into use; `whenChanged` is called as conversations change. */
@@ -145,9 +183,11 @@ export function start(whenChanged) {
     const value = text.value;
     text.value = "";
     resize();
+    delete current.earlier;
     send(value);
   });
   $("stop").addEventListener("click", () => stop());
+  $("earlier").addEventListener("click", backToEarlier);
   addEventListener("keydown", (event) => {
     const isElsewhere = document.querySelector("dialog[open], [popover]:popover-open");
     if (event.key === "Escape" && !isElsewhere) stop();

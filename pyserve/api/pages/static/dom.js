@@ -12,16 +12,20 @@ export function part(root, name) {
   return root.querySelector(`[data-part="${name}"]`);
 }
 
-/** A function that runs `action` at most once a frame, however often it is called. */
-export function onceAFrame(action) {
+/** A function that runs `action` soon, and for a fifth of the time at most, however often called. */
+export function seldom(action) {
   let isQueued = false;
+  let tookMs = 0;
+  const run = () => {
+    isQueued = false;
+    const beganMs = performance.now();
+    action();
+    tookMs = performance.now() - beganMs;
+  };
   return () => {
     if (isQueued) return;
     isQueued = true;
-    requestAnimationFrame(() => {
-      isQueued = false;
-      action();
-    });
+    setTimeout(() => requestAnimationFrame(run), 4 * tookMs);
   };
 }
 

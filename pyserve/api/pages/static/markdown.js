@@ -17,11 +17,34 @@ const ALLOWED = {
 
 const escape = (text) => text.replace(/[&<>"]/g, (char) => `&#${char.charCodeAt(0)};`);
 
+// Formulas are shown as they are written: as Markdown they would lose backslashes and underscores.
+const MATH = {
+  inline: { begin: /\\[([]|\$\$/, whole: /^(?:\\\(.{1,999}?\\\)|\\\[.{1,999}?\\\]|\$\$.{1,999}?\$\$)/ },
+  block: { begin: /\n(?:\\\[|\$\$)/, whole: /^(?:\\\[[^]{1,1999}?\\\]|\$\$[^]{1,1999}?\$\$)[ \t]*(?:\n|$)/ },
+};
+
+function math(level) {
+  const { begin, whole } = MATH[level];
+  const name = `${level}Math`;
+  const wrap = level === "block" ? (html) => `<p class="raw">${html}</p>` : (html) => html;
+  return {
+    name,
+    level,
+    start: (text) => text.match(begin)?.index,
+    tokenizer(text) {
+      const raw = text.match(whole)?.[0];
+      return raw && { type: name, raw, text: raw.trim() };
+    },
+    renderer: ({ text }) => wrap(`<code>${escape(text)}</code>`),
+  };
+}
+
 marked.use({
   gfm: true,
   breaks: true,
+  extensions: [math("inline"), math("block")],
   renderer: {
-    html: ({ text }) => escape(text),
+    html: ({ text, block }) => (block ? `<p class="raw">${escape(text.trim())}</p>` : escape(text)),
     image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || href)}</a>`,
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
@@ -54,12 +77,12 @@ function render(token) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
   }
-  for (const table of block.querySelectorAll("table")) wrap(table, "table");
+  for (const table of block.querySelectorAll("table")) putInto(table, "table");
   for (const pre of block.querySelectorAll("pre")) addCopy(pre);
   return block;
 }
 
-function wrap(element, className) {
+function putInto(element, className) {
   const box = document.createElement("div");
   box.className = className;
   element.replaceWith(box);

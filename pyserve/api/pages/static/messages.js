@@ -1,10 +1,10 @@
 // One view for each kind of message: what it looks like, from the message alone.
-import { copy, fromTemplate, onceAFrame, part } from "./dom.js";
+import { copy, fromTemplate, seldom, part } from "./dom.js";
 import { show } from "./markdown.js";
 
 const THINKING = /^\s*<think>([^]*?)(?:<\/think>\s*|$)/; // of a server without a reasoning parser
 
-/** The view of `message`; `actions` are edit, again and answerTools, each given the message. */
+/** The view of `message`; `actions` are edit, again, goOn and answerTools, given the message. */
 export function makeView(message, actions) {
   if (message.role === "user") return new UserView(message, actions);
   if (message.role === "tool") return new ToolView(message);
@@ -55,11 +55,11 @@ class AssistantView {
     this.message = message;
     this.actions = actions;
     this.element = fromTemplate("assistant-message");
-    this.update = onceAFrame(() => this.render());
+    this.update = seldom(() => this.render());
     part(this.element, "copy").addEventListener("click", (event) =>
       copy(split(message).content, event.currentTarget));
-    for (const name of ["again", "retry"]) {
-      part(this.element, name).addEventListener("click", () => actions.again(message));
+    for (const [name, action] of [["again", "again"], ["retry", "again"], ["goOn", "goOn"]]) {
+      part(this.element, name).addEventListener("click", () => actions[action](message));
     }
     this.render();
   }
@@ -78,7 +78,9 @@ class AssistantView {
     part(element, "failure").hidden = !message.error;
     part(element, "failure-text").textContent = message.error ?? "";
     part(element, "copy").hidden = !content;
-    part(element, "note").textContent = notesOn(message);
+    part(element, "note-text").textContent = notesOn(message);
+    part(element, "note").hidden = part(element, "note-text").textContent === "";
+    part(element, "goOn").hidden = !canGoOn(message);
     part(element, "stats").textContent = measured(message.stats);
     part(element, "stats").title = promptOf(message.stats);
     element.classList.toggle("pending", isWaiting);
@@ -95,7 +97,17 @@ class AssistantView {
     });
   }
 
-  /** Ask for the results of the tools; only the last message of a conversation does. */
+  /** Show what only the last message of a conversation has: its tools' results are asked for. */
+  setLast(isLast) {
+    const { toolCalls, isPending, error } = this.message;
+    this.element.classList.toggle("last", isLast);
+    const isAsking = isLast && toolCalls.length > 0 && !isPending && !error;
+    if (isAsking && !this.form) this.askForResults();
+    if (isAsking) return;
+    this.form?.remove();
+    this.form = null;
+  }
+
   askForResults() {
     const form = fromTemplate("tool-results");
     const fields = this.message.toolCalls.map((call) => {
@@ -111,7 +123,8 @@ class AssistantView {
       event.preventDefault();
       this.actions.answerTools(this.message, fields.map((field) => field.value));
     });
-    part(this.element, "tools").append(form);
+    part(this.element, "tools").after(form);
+    this.form = form;
   }
 }
 
@@ -137,17 +150,25 @@ function measured(stats) {
   if (!stats) return "";
   const rate = stats.rate ? `${stats.rate.toFixed(stats.rate < 10 ? 1 : 0)} tokens/s · ` : "";
   const first = stats.firstMs === null ? "" : ` · first after ${seconds(stats.firstMs)}`;
-  return `${rate}${stats.outputTokens} tokens${first}`;
+  const text = `${rate}${stats.outputTokens} tokens${first}`;
+  return text.replace(/(?<!·) (?!·)/g, "\u00a0"); // a narrow screen breaks it between its parts
 }
 
 function promptOf(stats) {
   return stats ? `prompt: ${stats.promptTokens} tokens, ${stats.cachedTokens} of them cached` : "";
 }
 
-function notesOn({ finish, ignored, error }) {
+/** Whether the server can be asked to write on where an answer has ended. */
+function canGoOn(message) {
+  const isCut = message.finish === "length" || message.finish === "stopped" || message.error;
+  return isCut && message.content !== "" && !message.isPending && split(message).reasoning === "";
+}
+
+function notesOn({ finish, ignored, clamped, error }) {
   const notes = [];
   if (finish === "length") notes.push("Cut off: the limit of tokens, or of the context, is reached.");
   if (finish === "stopped" && !error) notes.push("Stopped.");
+  if (clamped) notes.push(`Cut to what fits: ${clamped}.`);
   if (ignored) notes.push(`Without effect here: ${ignored}.`);
   return notes.join(" ");
 }

@@ -90,7 +90,7 @@ function load(name) {
   try {
     const found = JSON.parse(localStorage.getItem(name));
     if (!Array.isArray(found.messages)) return;
-    for (const message of found.messages) {
+    for (const message of [...found.messages, ...(found.earlier ?? [])]) {
       if (!message.isPending) continue;
       delete message.isPending;
       message.error = "the page was closed before the answer was whole";
