@@ -32,7 +32,7 @@ from typing import Any
 
 from bench.answers import Answer, read_answers
 from bench.hostile import FAMILIES, Case, make_case
-from bench.neighbour import HealthPoller, Neighbour, Seen, ask_health
+from bench.neighbour import Neighbour, Seen, ask_health
 from bench.report import format_table
 from bench.server_process import memory_of
 from bench.soak import wait_idle
@@ -48,6 +48,7 @@ MAX_FAILURES = 20  # kinds of them
 MAX_FAILED_CASES = 1000
 CLOSE_TIMEOUT_S = 15.0
 SHOWN_BYTES = 1000
+SMALL_ANSWER_BYTES, LOOK_PAUSE_S = 2**16, 0.1
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -61,6 +62,7 @@ class Exchange(asyncio.Protocol):
         self.done = asyncio.get_running_loop().create_future()
         self.transport: asyncio.Transport | None = None
         self.broken: str | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -69,10 +71,18 @@ class Exchange(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.received += data
         limit = self.case.abort_bytes
-        wanted = self.case.num_answers
         if limit is not None and len(self.received) >= limit:
             self._end()
-        elif wanted and len(self.answers()[0]) >= wanted:
+        elif len(self.received) <= SMALL_ANSWER_BYTES:
+            self._look()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LOOK_PAUSE_S, self._look)
+
+    def _look(self) -> None:
+        """Whether enough has come: all of it is read again, so not at each piece of 30 MB."""
+        self._timer = None
+        wanted = self.case.num_answers
+        if wanted and len(self.answers()[0]) >= wanted:
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -244,9 +254,8 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
     tally = Tally()
     await wait_idle(endpoint)
     num_files = count_files(pid)
-    neighbour, poller = Neighbour(endpoint, tally.seen), HealthPoller(endpoint, tally.seen)
+    neighbour = Neighbour(endpoint, tally.seen)
     await neighbour.start()
-    poller.start()
     rss_bytes: list[int] = []
     started_s = time.perf_counter()
     bounds = [args.num_cases * part // PARTS for part in range(PARTS + 1)]
@@ -258,7 +267,6 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
     finally:
         wall_s = time.perf_counter() - started_s
         await neighbour.stop()
-        poller.stop()
     for failure in tally.failures.values():
         _, problem, _ = await run_case(endpoint, failure.case)
         failure.again = problem or "nothing wrong"

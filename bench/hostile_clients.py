@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from bench.hostile import get, post
-from bench.neighbour import NUM_TOKENS, QUESTIONS, HealthPoller, Neighbour, Seen
+from bench.neighbour import NUM_TOKENS, QUESTIONS, Neighbour, Seen
 from bench.report import format_table
 from bench.server_process import memory_of
 from bench.soak import metrics, wait_idle
@@ -181,9 +181,8 @@ async def run_attack(
     endpoint: Endpoint, pid: int | None, attack: Callable[[Target], str | None], seen: Seen
 ) -> tuple[float, list[str]]:
     """MiB that the server has grown by at most, and what is wrong; the neighbour adds to `seen`."""
-    neighbour, poller = Neighbour(endpoint, seen), HealthPoller(endpoint, seen)
+    neighbour = Neighbour(endpoint, seen)
     await neighbour.start()
-    poller.start()
     before = memory_of(pid).rss_bytes if pid is not None else 0
     peak = before
     running = asyncio.create_task(asyncio.to_thread(attack, Target(endpoint.host, endpoint.port)))
@@ -191,7 +190,6 @@ async def run_attack(
         await asyncio.wait([running], timeout=0.1)
         peak = max(peak, memory_of(pid).rss_bytes if pid is not None else 0)
     await neighbour.stop()
-    poller.stop()
     problem = running.result()
     problems = [] if problem is None else [problem]
     held = await wait_idle(endpoint)

@@ -1,13 +1,19 @@
-"""An innocent neighbour of hostile clients: streams that stay exact, a /health that answers."""
+"""An innocent neighbour of hostile clients: streams that stay exact, a /health that answers.
+
+It lives in a process of its own: where a hostile client has to read 30 MB, the loop and the lock of
+its process stand still for a second, which was taken for the server's.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import itertools
+import multiprocessing
 import threading
 import time
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 from bench.soak import send
 from bench.wire import Endpoint
@@ -31,52 +37,123 @@ class Seen:
         if not self.has_enough:
             self.problems.append(problem)
 
+    def add(self, other: Seen) -> None:
+        """What was seen since the last time."""
+        self.num_streams += other.num_streams
+        self.max_gap_s = max(self.max_gap_s, other.max_gap_s)
+        self.health_s += other.health_s
+        for problem in other.problems:
+            self.blame(problem)
+
     @property
     def has_enough(self) -> bool:
         return len(self.problems) >= MAX_PROBLEMS
 
 
 class Neighbour:
-    """Greedy streams of known prompts, one after the other, each compared with its answer alone."""
+    """Streams and asks /health in another process, and adds to `seen` what that sees."""
 
     def __init__(self, endpoint: Endpoint, seen: Seen) -> None:
-        self._endpoint = endpoint
         self._seen = seen
-        self._expected: list[str] = []
-        self._tasks: list[asyncio.Task[None]] = []
-        self._is_over = False
+        context = multiprocessing.get_context("spawn")
+        self._pipe, self._other_end = context.Pipe()
+        self._process = context.Process(target=_live, args=(endpoint, self._other_end), daemon=True)
+        self._reader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """RuntimeError where one stream alone fails."""
+        self._process.start()
+        self._other_end.close()
+        error = await asyncio.to_thread(self._receive)
+        if error is not None:
+            raise RuntimeError(f"one stream alone fails: {error}")
+        self._reader = asyncio.create_task(asyncio.to_thread(self._read))
+
+    async def stop(self) -> None:
+        assert self._reader is not None, "not started"
+        try:
+            self._pipe.send(None)
+        except OSError:
+            pass  # it has died, which the reader says
+        await self._reader
+        await asyncio.to_thread(self._process.join)
+        self._pipe.close()
+
+    def _receive(self) -> Seen | str | None:
+        try:
+            received: Seen | str | None = self._pipe.recv()
+        except EOFError:
+            return "the neighbour's process has died"
+        return received
+
+    def _read(self) -> None:
+        while (received := self._receive()) is not None:
+            if isinstance(received, str):
+                self._seen.blame(received)
+                return
+            self._seen.add(received)
+
+
+def _live(endpoint: Endpoint, pipe: Connection) -> None:
+    """What the process does: say None or an error, then what it sees until told to stop, None."""
+    try:
+        asyncio.run(_Streams(endpoint, pipe).run())
+    except (OSError, RuntimeError) as error:
+        pipe.send(str(error))
+
+
+class _Streams:
+    """Greedy streams of known prompts, one after the other, each compared with its answer alone."""
+
+    def __init__(self, endpoint: Endpoint, pipe: Connection) -> None:
+        self._endpoint = endpoint
+        self._pipe = pipe
+        self._expected: list[str] = []
+        self._is_over = False
+
+    async def run(self) -> None:
         for number in range(len(QUESTIONS)):
             reply = await send(self._endpoint, self._request(number))
             if reply is None or reply.error is not None:
-                raise RuntimeError(f"one stream alone fails: {reply.error if reply else ''}")
+                self._pipe.send(reply.error if reply else "no answer")
+                return
             self._expected.append(reply.texts[0])
-        self._tasks = [
-            asyncio.create_task(self._stream_on(number)) for number in range(len(QUESTIONS))
-        ]
+        self._pipe.send(None)
+        poller = HealthPoller(self._endpoint)
+        poller.start()
+        streams = [self._stream_on(number, poller) for number in range(len(QUESTIONS))]
+        over = asyncio.create_task(asyncio.to_thread(self._pipe.recv))
+        over.add_done_callback(self._end)
+        await asyncio.gather(over, *streams)
+        poller.stop()
+        self._pipe.send(poller.take())
+        self._pipe.send(None)
 
-    async def stop(self) -> None:
+    def _end(self, over: asyncio.Task[None]) -> None:
         self._is_over = True
-        await asyncio.gather(*self._tasks)
 
-    async def _stream_on(self, number: int) -> None:
-        seen = self._seen
-        while not self._is_over and not seen.has_enough:
-            reply = await send(self._endpoint, self._request(number))
-            assert reply is not None
-            seen.num_streams += 1
-            question = QUESTIONS[number]
-            if reply.error is not None:
-                seen.blame(f"{question!r}: {reply.error}")
-            elif reply.num_output_tokens != NUM_TOKENS:
-                seen.blame(f"{question!r}: {reply.num_output_tokens} tokens")
-            elif reply.texts[0] != self._expected[number]:
-                seen.blame(f"{question!r}: {reply.texts[0]!r}, alone {self._expected[number]!r}")
-            times = [reply.started_s, *reply.chunk_times]
-            gaps = [after - before for before, after in itertools.pairwise(times)]
-            seen.max_gap_s = max(seen.max_gap_s, *gaps, 0.0)
+    async def _stream_on(self, number: int, poller: HealthPoller) -> None:
+        num_failed = 0
+        while not self._is_over and num_failed < MAX_PROBLEMS:
+            seen = poller.take()
+            await self._stream(number, seen)
+            num_failed += bool(seen.problems)
+            self._pipe.send(seen)
+
+    async def _stream(self, number: int, seen: Seen) -> None:
+        reply = await send(self._endpoint, self._request(number))
+        assert reply is not None
+        seen.num_streams += 1
+        question = QUESTIONS[number]
+        if reply.error is not None:
+            seen.blame(f"{question!r}: {reply.error}")
+        elif reply.num_output_tokens != NUM_TOKENS:
+            seen.blame(f"{question!r}: {reply.num_output_tokens} tokens")
+        elif reply.texts[0] != self._expected[number]:
+            seen.blame(f"{question!r}: {reply.texts[0]!r}, alone {self._expected[number]!r}")
+        times = [reply.started_s, *reply.chunk_times]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        seen.max_gap_s = max(seen.max_gap_s, *gaps, 0.0)
 
     def _request(self, number: int) -> bytes:
         body = {
@@ -91,20 +168,26 @@ class Neighbour:
 
 
 class HealthPoller(threading.Thread):
-    """Asks /health from a thread of its own: the loop here is as busy as the server."""
+    """Asks /health from a thread of its own."""
 
-    def __init__(self, endpoint: Endpoint, seen: Seen) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(daemon=True)
         self._endpoint = endpoint
-        self._seen = seen
+        self._seen = Seen()
         self._over = threading.Event()
 
     def run(self) -> None:
         while not self._over.wait(HEALTH_PAUSE_S):
             try:
-                self._seen.health_s.append(ask_health(self._endpoint))
+                health_s = ask_health(self._endpoint)
+                self._seen.health_s.append(health_s)
             except (OSError, http.client.HTTPException, RuntimeError) as error:
                 self._seen.blame(f"/health: {error}")
+
+    def take(self) -> Seen:
+        """What it has seen since the last call."""
+        seen, self._seen = self._seen, Seen()
+        return seen
 
     def stop(self) -> None:
         self._over.set()

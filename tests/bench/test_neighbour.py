@@ -1,0 +1,67 @@
+"""The neighbour sees what the server does, and not what is done to the process of the bench."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from bench.neighbour import Neighbour, Seen
+from bench.stub import StubConfig, running_stub, running_stub_processes
+from bench.wire import Endpoint
+
+BUSY_S = 1.5
+
+
+def watch(url: str, *, busy_s: float = 0.0, num_streams: int = 4) -> Seen:
+    """What it sees while this process stands still for `busy_s`, and until it has had streams."""
+    seen = Seen()
+
+    async def run() -> None:
+        neighbour = Neighbour(Endpoint.parse(url), seen)
+        await neighbour.start()
+        time.sleep(busy_s)
+        deadline_s = time.monotonic() + 30
+        while seen.num_streams < num_streams and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        await neighbour.stop()
+
+    asyncio.run(run())
+    return seen
+
+
+def test_a_busy_bench_is_no_gap() -> None:
+    with running_stub_processes(1, StubConfig(delay_s=0.002)) as url:
+        seen = watch(url, busy_s=BUSY_S)
+    assert seen.num_streams >= 4
+    assert 0 < seen.max_gap_s < BUSY_S / 2
+    # The stub has no /health: that is seen, and nothing else is wrong.
+    assert all(problem.startswith("/health") for problem in seen.problems)
+
+
+def test_a_slow_server_is_a_gap() -> None:
+    with running_stub(StubConfig(delay_s=0.05)) as (url, _):
+        assert watch(url, num_streams=1).max_gap_s >= 0.04
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (StubConfig(short_by=1), "63 tokens"),
+        (StubConfig(spoil_every=5), "alone"),
+        (StubConfig(break_every=5), ""),
+    ],
+)
+def test_what_is_wrong_with_a_stream_is_seen(config: StubConfig, problem: str) -> None:
+    with running_stub(config) as (url, _):
+        problems = [text for text in watch(url).problems if not text.startswith("/health")]
+    assert problems and problem in problems[0]
+
+
+def test_a_server_that_fails_at_once_is_an_error() -> None:
+    with (
+        running_stub(StubConfig(fail_every=1)) as (url, _),
+        pytest.raises(RuntimeError, match="one stream alone fails"),
+    ):
+        watch(url)
