@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import msgspec
@@ -126,8 +127,7 @@ class ReasoningStage:
         self._is_at_start = not self.is_over
         self._held = ""
         self._tokens: tuple[Any, ...] = ()
-        self._ends = (*format.ends, *format.next_ends)
-        self._find_end = re.compile("|".join(map(re.escape, self._ends))).search
+        self._find_end = _pattern((*format.ends, *format.next_ends)).search
 
     def push(self, content: Content) -> Sequence[Part]:
         if self.is_over and not self._tokens:
@@ -163,11 +163,12 @@ class ReasoningStage:
             return [Content(text)] if text else []
         match = self._find_end(text)
         if match is None:
-            num_settled = len(text) - overlap(text, self._ends)
-            self._held = text[num_settled:]
-            return [Reasoning(text[:num_settled])] if num_settled else []
-        self.is_over = True
+            return [Reasoning(text)] if text else []
         before = text[: match.start()]
+        if match["whole"] is None:
+            self._held = match[0]
+            return [Reasoning(before)] if before else []
+        self.is_over = True
         behind = text[match.start() if match[0] in self._format.next_ends else match.end() :]
         parts: list[Part] = [Reasoning(before)] if before else []
         return [*parts, Content(behind)] if behind else parts
@@ -198,13 +199,12 @@ class ReasoningStage:
         return parts
 
 
-def overlap(text: str, markers: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is the beginning of a marker, and not all of it."""
-    longest = max(map(len, markers)) - 1
-    for start in range(max(len(text) - longest, 0), len(text)):
-        if any(marker.startswith(text[start:]) for marker in markers):
-            return len(text) - start
-    return 0
+@cache
+def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the first marker, as the group "whole", or the beginning of one at the text's end."""
+    whole = "|".join(map(re.escape, markers))
+    begun = "|".join(re.escape(m[:size]) for m in markers for size in range(len(m) - 1, 0, -1))
+    return re.compile(f"(?P<whole>{whole})|(?:{begun})\\Z")
 
 
 def check_name(name: str | None) -> None:

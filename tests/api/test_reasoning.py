@@ -95,17 +95,24 @@ def test_the_tokens_of_the_thinking_are_counted(server: Server) -> None:
     def num_tokens(text: str) -> int:
         return len(server.tokenizer.encode(text, add_special_tokens=False))
 
-    thinking = "<think>\nHello 漢\n</think>"
+    marker = num_tokens("</think>")  # of several tokens here; the last of them ends the thinking
     for burst in (1, 4, 1000):
-        server.play(thinking + "\n\nworld", burst=burst)
-        assert num_reasoning_tokens(server) == num_tokens(thinking)
+        server.play("<think>\nHello 漢\n</think>\n\nworld", burst=burst)
+        assert num_reasoning_tokens(server) == num_tokens("\nHello 漢\n") + marker - 1
         server.play("Hello world", burst=burst)
         assert num_reasoning_tokens(server) == 0
         server.play("<think>Hello", burst=burst)
-        assert num_reasoning_tokens(server) == num_tokens("<think>Hello") + 1  # and EOS
-    server.play(thinking)
+        assert num_reasoning_tokens(server) == num_tokens("Hello")
+    server.play("<think>Hello</think>")
     usage = server.post(CHAT, ask(n=3, temperature=1))["usage"]
-    assert usage["completion_tokens_details"]["reasoning_tokens"] == 3 * num_tokens(thinking)
+    expected = 3 * (num_tokens("Hello") + marker - 1)
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == expected
+
+
+def test_markers_of_one_token_are_not_counted(special: Server) -> None:
+    special.play("[THINK]Hello[/THINK] world")
+    num_tokens = len(special.tokenizer.encode("Hello", add_special_tokens=False))
+    assert num_reasoning_tokens(special) == num_tokens
 
 
 def test_thinking_that_is_cut_off(server: Server) -> None:
@@ -114,7 +121,8 @@ def test_thinking_that_is_cut_off(server: Server) -> None:
     assert texts(server, max_tokens=len(ids)) == ("Hello world", None)
     choice = server.post(CHAT, ask(max_tokens=len(ids)))["choices"][0]
     assert choice["finish_reason"] == "length"
-    assert num_reasoning_tokens(server, max_tokens=len(ids)) == len(ids)
+    opened = server.tokenizer.encode("<think>", add_special_tokens=False)
+    assert num_reasoning_tokens(server, max_tokens=len(ids)) == len(ids) - len(opened)
 
 
 def test_stop_strings_end_the_thinking_too(server: Server) -> None:
@@ -245,7 +253,7 @@ def test_a_budget_closes_the_thinking(server: Server, special: Server, burst: in
     assert 3 < count < num_reasoning_tokens(server)
     special.play("[THINK]The quick brown fox jumps over the lazy dog.", burst=burst)
     reasoning, content = texts(special, thinking_token_budget=4)
-    assert reasoning and content and num_reasoning_tokens(special, thinking_token_budget=4) == 6
+    assert reasoning and content and num_reasoning_tokens(special, thinking_token_budget=4) == 4
 
 
 def test_a_budget_of_every_choice_is_its_own(server: Server) -> None:

@@ -20,7 +20,6 @@ from pyserve.text.reasoning import (
     ReasoningParser,
     ReasoningStage,
     check_name,
-    overlap,
 )
 from pyserve.text.tokenizer import Tokenizer
 from tests.api.fakes import make_tokenizer_folder
@@ -170,13 +169,6 @@ def test_no_marker_of_a_format_is_part_of_another_one() -> None:
         for marker in markers:
             assert marker == marker.strip() and marker, name
             assert [other for other in markers if marker in other] == [marker], name
-
-
-def test_overlap_is_the_longest_beginning_at_the_end() -> None:
-    assert overlap("abc", ["cd", "bcd", "x"]) == 2
-    assert overlap("abc", ["abc"]) == 0
-    assert overlap("aab", ["abab"]) == 2
-    assert overlap("", ["ab"]) == overlap("xyz", ["ab"]) == 0
 
 
 def test_names() -> None:

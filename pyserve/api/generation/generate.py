@@ -36,7 +36,7 @@ class Choice:
     num_tokens counts the output tokens up to the one that ended the answer, and no further.
     first_token_s is when its first tokens were read here, 0 before.
     thinking tells the thinking from the rest, until it is over; None: then, or where none is told.
-    num_reasoning_tokens are those of the thinking and its markers; None: where none is told.
+    num_reasoning_tokens are those between the markers of the thinking; None: where none is told.
     prefix is shown before its text: the prompt that is to be echoed, until it has been.
     parts are those of a whole answer; a stream keeps none.
     """
@@ -83,7 +83,10 @@ class Choice:
                 if delta.stop_token_id != self.ending.eos_token_id:
                     self.stop_reason = delta.stop_token_id
         if was_thinking:
-            parts = [*parts, *(self._tell(text) if text else ()), *self._end_thinking()]
+            if text:
+                parts = [*parts, *self._tell(text)]
+            if self.thinking is not None and self.finish_reason is not None:
+                parts = [*parts, *pass_on(self.thinking.flush(), self.stage)]
         elif text:
             parts = self.stage.push(Content(text))
         if self.finish_reason is not None:
@@ -97,35 +100,31 @@ class Choice:
         return _usage([self.stream], [self])
 
     def _think(self, token_ids: list[int]) -> list[Part]:
-        # Token by token: the thinking is counted up to the token that ends it.
+        # Token by token: those between the one that opens the thinking and the one that ends it.
         parts: list[Part] = []
         for token_id in token_ids:
+            thinking = self.thinking
+            has_begun = thinking is not None and thinking.has_begun
             text = self._advance_checked([token_id])
             if text:
                 parts += self._tell(text)
+            if has_begun and self.thinking is not None:
+                self.num_reasoning_tokens = (self.num_reasoning_tokens or 0) + 1
             if self.finish_reason is not None:
                 break
-        return joined(parts)
+        return joined(parts) if len(parts) > 1 else parts
 
     def _tell(self, text: str) -> Sequence[Part]:
         """What the next text of an answer that may be thinking has become."""
         thinking = self.thinking
         if thinking is None:
             return self.stage.push(Content(text))
-        parts = pass_on(thinking.push(Content(text)), self.stage)
-        if thinking.is_over:
-            self.thinking = None
-            self.num_reasoning_tokens = self.num_tokens if thinking.has_begun else 0
-            self.detokenizer.hide(thinking.marker_ids)
-        return parts
-
-    def _end_thinking(self) -> Sequence[Part]:
-        """What thinking still holds, where the answer ends within it."""
-        thinking = self.thinking
-        if thinking is None:
-            return ()
-        self.num_reasoning_tokens = self.num_tokens if thinking.has_begun else 0
-        return () if self.finish_reason is None else pass_on(thinking.flush(), self.stage)
+        parts = thinking.push(Content(text))
+        if not thinking.is_over:
+            return parts
+        self.thinking = None
+        self.detokenizer.hide(thinking.marker_ids)
+        return pass_on(parts, self.stage)
 
     def _advance_checked(self, token_ids: list[int]) -> str:
         # Token by token: usage ends with the token that completed the stop string.
