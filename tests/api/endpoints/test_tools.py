@@ -244,6 +244,21 @@ def test_a_call_that_stop_strings_cut(server: Server) -> None:
     assert plain(wholly(server, stop="</tool_call>")) == [("", [CALLED], "tool_calls")]
 
 
+def test_thinking_comes_first_and_calls_in_it_are_none(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "tiny", OF_TOOLS)
+    flags: dict[str, Any] = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    with run_server(folder, reasoning_parser="deepseek_r1", **flags) as server:
+        server.play(f"<think>I might {SECOND}</think>\n\n{CALL}")
+        for n in (1, 2):
+            assert plain(wholly(server, n=n)) == [("", [CALLED], "tool_calls")] * n
+            assert plain(streamed(server, n=n)) == [("", [CALLED], "tool_calls")] * n
+        message = server.post(CHAT, ask())["choices"][0]["message"]
+        assert "I might" in message["reasoning"] and "now" in message["reasoning"]
+        frames = server.frames(CHAT, ask())
+        thought = "".join(f["choices"][0]["delta"].get("reasoning", "") for f in frames)
+        assert thought == message["reasoning"]
+
+
 def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
