@@ -1,9 +1,10 @@
 """Text work on threads: templates, tokenising, large bodies. Bounded, and shared between clients.
 
 There are two lanes, for short work and for long work, and no lane gets all threads: short work
-passes long work and does not starve it. Within a lane the clients take turns, however much each has
-queued. A connection answers one request at a time, so it has one piece of work here. A client may
-queue no more than it leaves free: half of the queue if it is alone, so that another finds room.
+passes long work and does not starve it. A step wants cores too: on two, a lane has one thread.
+Within a lane the clients take turns, however much each has queued. A connection answers one request
+at a time, so it has one piece of work here. A client may queue no more than it leaves free: half of
+the queue if it is alone, so that another finds room.
 
 Everything here but the work itself runs on the event loop.
 """
@@ -18,11 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pyserve import host
 from pyserve.api.allocator import give_back
 from pyserve.errors import QueueFullError
 
-NUM_THREADS = 3
-MAX_IN_LANE = 2  # of them
+MAX_IN_LANE = 2  # threads of one lane; there is one more
 MAX_SHORT_BYTES = 2**16  # tens of milliseconds
 MAX_WAITING = 4096  # pieces of work, those under way too
 MAX_WAITING_BYTES = 2**27  # of the bodies they are about
@@ -43,13 +44,14 @@ class _Work:
 class _Lane:
     """Work that waits, by client; the first of the clients is the next one served."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_running: int) -> None:
         self.num_running = 0
+        self._max_running = max_running
         self._waiting: dict[str, deque[_Work]] = {}
 
     @property
     def is_ready(self) -> bool:
-        return bool(self._waiting) and self.num_running < MAX_IN_LANE
+        return bool(self._waiting) and self.num_running < self._max_running
 
     def add(self, work: _Work) -> None:
         self._waiting.setdefault(work.client, deque()).append(work)
@@ -71,11 +73,18 @@ class _Lane:
 
 
 class TextQueue:
-    """The threads and what waits for them. `close` must be called."""
+    """The threads and what waits for them. `close` must be called.
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "pyserve-text")
-        self._short, self._long = _Lane(), _Lane()
+    num_cores  that there are; None: those of this machine.
+    """
+
+    def __init__(self, num_cores: int | None = None) -> None:
+        # Two long texts at once took a step's cores and the interpreter's lock from it: of streams
+        # beside them the longest gap was 0.25 to 1.3 s on two cores, beside one 0.15 to 0.23.
+        in_lane = max(1, min(MAX_IN_LANE, (num_cores or host.num_cores()) - 1))
+        self._num_threads = in_lane + 1
+        self._threads = ThreadPoolExecutor(self._num_threads, "pyserve-text")
+        self._short, self._long = _Lane(in_lane), _Lane(in_lane)
         self._num_held, self._num_bytes_held = 0, 0
         self._held: dict[str, tuple[int, int]] = {}  # client -> pieces of work and their bytes
 
@@ -136,7 +145,7 @@ class TextQueue:
     def _begin(self) -> None:
         """Give the threads that are free something to do."""
         loop = asyncio.get_running_loop()
-        while self._short.num_running + self._long.num_running < NUM_THREADS:
+        while self._short.num_running + self._long.num_running < self._num_threads:
             lane = self._short if self._short.is_ready else self._long
             if not lane.is_ready:
                 return

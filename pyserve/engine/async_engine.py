@@ -16,11 +16,11 @@ from pyserve import log
 from pyserve.client import EngineInfo, EngineStats, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
-from pyserve.engine.host import num_threads
 from pyserve.engine.masks import MaskWorkers
 from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.engine.trace import Trace
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
+from pyserve.host import num_threads
 from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops

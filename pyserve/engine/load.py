@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pyserve import log
+from pyserve import host, log
 from pyserve.client import EngineInfo, SequenceRequest
 from pyserve.config import DEMO_MODEL, EngineConfig
-from pyserve.engine import devices, host
+from pyserve.engine import devices
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager

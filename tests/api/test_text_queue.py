@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pyserve.api import text_queue
-from pyserve.api.text_queue import MAX_SHORT_BYTES, NUM_THREADS, TextQueue
+from pyserve.api.text_queue import MAX_IN_LANE, MAX_SHORT_BYTES, TextQueue
 from pyserve.errors import QueueFullError
 
 LONG = MAX_SHORT_BYTES + 1
@@ -36,9 +36,11 @@ class Held:
         return function
 
 
-def run(test: Callable[[TextQueue, Held], Coroutine[Any, Any, None]]) -> None:
+def run(
+    test: Callable[[TextQueue, Held], Coroutine[Any, Any, None]], *, num_cores: int = 8
+) -> None:
     async def whole() -> None:
-        queue, held = TextQueue(), Held()
+        queue, held = TextQueue(num_cores), Held()
         try:
             await asyncio.wait_for(test(queue, held), 20)
         finally:
@@ -74,6 +76,24 @@ def test_long_work_leaves_room_for_short_work() -> None:
     run(test)
 
 
+@pytest.mark.parametrize(("num_cores", "num_long"), [(1, 1), (2, 1), (3, 2), (64, 2)])
+def test_long_work_leaves_a_core_to_the_steps(num_cores: int, num_long: int) -> None:
+    async def test(queue: TextQueue, held: Held) -> None:
+        tasks = [
+            asyncio.ensure_future(queue.run(held.work("long"), client=f"c{i}", num_bytes=LONG))
+            for i in range(3)
+        ]
+        assert await queue.run(lambda: "at once", client="c0", num_bytes=10) == "at once"
+        await until(lambda: len(held.begun) == num_long)
+        await asyncio.sleep(0.05)
+        assert len(held.begun) == num_long
+        for _ in tasks:
+            held.gate.release()
+        await asyncio.gather(*tasks)
+
+    run(test, num_cores=num_cores)
+
+
 def test_short_work_does_not_starve_long_work() -> None:
     async def test(queue: TextQueue, held: Held) -> None:
         tasks = [
@@ -83,7 +103,7 @@ def test_short_work_does_not_starve_long_work() -> None:
         tasks.append(
             asyncio.ensure_future(queue.run(held.work("long"), client="a", num_bytes=LONG))
         )
-        await until(lambda: len(held.begun) == NUM_THREADS)
+        await until(lambda: len(held.begun) == MAX_IN_LANE + 1)
         assert "long" in held.begun
         for _ in tasks:
             held.gate.release()

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from pyserve import host
 from pyserve.client import EngineClient, EngineInfo, SequenceRequest
-from pyserve.engine import devices, host, load
+from pyserve.engine import devices, load
 from pyserve.engine.load import build_engine
 from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
 from pyserve.engine.runner import StepExecutor

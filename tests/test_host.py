@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.engine import host
+from pyserve import host
 
 GIB = 2**30
 

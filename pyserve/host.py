@@ -16,6 +16,11 @@ def num_threads() -> int:
     wanted = env("OMP_NUM_THREADS")
     if wanted is not None and wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
+    return num_cores()
+
+
+def num_cores() -> int:
+    """The usable cores: those it may run on, or a container's share of them, rounded."""
     cores = len(os.sched_getaffinity(0))
     quota, _, period = (_read(CGROUP / "cpu.max") or "max").partition(" ")
     if quota.isdecimal() and period.isdecimal():
