@@ -134,7 +134,7 @@ part_memory() {  # each alone on the card: they measure speed, and all of the me
 
 part_ops() {  # a process per group: a CUDA error ends its own only
   local group failed=0
-  for group in norm,rope,activation,plan,linear attention sample,bitmask; do
+  for group in norm,rope,activation,plan,linear attention sample,bitmask,logprobs; do
     "$PYTHON" -m bench.ops --device cuda --only "$group" --json "$LOGS/ops-${group%%,*}.json" ||
       failed=1
   done

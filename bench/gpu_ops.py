@@ -280,6 +280,21 @@ def bitmask_cases() -> Iterator[Case]:
             yield Case("apply_bitmask", f"{num_rows} x {VOCAB_SIZE}, {name}", runs, num_bytes)
 
 
+def logprobs_cases() -> Iterator[Case]:
+    """Every row asks."""
+    for num_rows in (64, 1):
+        num_sets = _num_sets(num_rows * VOCAB_SIZE * 2)
+        logits = [_randn(num_rows, VOCAB_SIZE) for _ in range(num_sets)]
+        rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+        words = torch.zeros(num_rows, ops.LOGPROB_WORDS, dtype=torch.int32, device=DEVICE)
+        out = ops.LogprobRows.of(words)
+        runs: list[Callable[[], object]] = [
+            partial(ops.logprobs, x, rows, rows, out) for x in logits
+        ]
+        num_bytes = logits[0].nbytes + words.nbytes
+        yield Case("logprobs", f"{num_rows} x {VOCAB_SIZE}", runs, num_bytes)
+
+
 def _slots(num_slots: int, words: dict[int, float]) -> Tensor:
     slots = torch.zeros(num_slots, layout.SLOT_WORDS, dtype=torch.int32)
     real = slots.view(torch.float32)
@@ -326,6 +341,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "linear": linear_cases,
     "sample": sample_cases,
     "bitmask": bitmask_cases,
+    "logprobs": logprobs_cases,
     "plan": plan_cases,
 }
 

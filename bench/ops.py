@@ -330,6 +330,20 @@ def bitmask_cases(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterato
         )
 
 
+def logprobs_cases(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Every row asks."""
+    logits = (torch.randn(num_rows, vocab_size) * 2).to(dtype)
+    rows = torch.arange(num_rows).int()
+    out = ops.LogprobRows.of(torch.zeros(num_rows, ops.LOGPROB_WORDS, dtype=torch.int32))
+    yield Case(
+        "logprobs",
+        f"{num_rows} x {vocab_size}",
+        partial(ops.logprobs, logits, rows, rows, out),
+        partial(reference.logprobs, logits, rows, rows, True, *out[1:]),
+        logits.nbytes + out.words.nbytes,
+    )
+
+
 def step_cases(shape: Shape, num_rows: int) -> Iterator[Case]:
     """A decoding step whose tokens the host knows; each row's first block is set again."""
     buffer = np.zeros(64 * num_rows + 64, dtype=np.int32)
@@ -374,6 +388,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     for batch in shape.batches:
         yield from sample_cases(shape, batch)
         yield from bitmask_cases(batch, shape.vocab_size, dtype)
+        yield from logprobs_cases(batch, shape.vocab_size, dtype)
         yield from step_cases(shape, batch)
 
 

@@ -31,4 +31,8 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "sample(Tensor logits, Tensor sample_slots, Tensor(a!) slots, Tensor(b!) token_counts, "
       "Tensor(c!)? workspace, Tensor(d!) sampled) -> ()");
   m.def("apply_bitmask(Tensor(a!) logits, Tensor bitmask, Tensor rows) -> ()");
+  m.def(
+      "logprobs(Tensor logits, Tensor rows, Tensor token_ids, bool is_normalized, "
+      "Tensor(a!) token_logprobs, Tensor(b!) token_ranks, Tensor(c!) top_ids, "
+      "Tensor(d!) top_logprobs) -> ()");
 }

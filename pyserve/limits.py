@@ -16,5 +16,6 @@ MAX_GROUP: Final = 64  # heads a KV head
 # Sampling.
 MAX_BAD_WORDS: Final = 128
 MAX_VOCAB_SIZE: Final = 2**19
+TOP_LOGPROBS: Final = 20  # most likely tokens that are told of a row, whatever was asked
 MAX_LOGIT_BIAS: Final = 300  # entries of a sequence, all of them in its slot's row
 MAX_STOP_TOKEN_IDS: Final = 64  # likewise

@@ -77,6 +77,8 @@ EXCEPT: dict[str, dict[str, str]] = {
     "(?<!tp_)rank": {
         "text/sentencepiece_model.py": "of a merge, as BPE calls it",
         "plan/choice.py": "the order of a list",
+        "token_rank": "how many tokens are no less likely, as logprobs tell it",
+        "token_ranks": "likewise",
         "cuda/gpu/": "of a logit among others, and of a thread among those that sum",
     },
     "gpu": {

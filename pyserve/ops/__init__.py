@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pyserve.limits import TOP_LOGPROBS
 from pyserve.ops import build
 
 # Rows up to which `linear` is our own op, by device and dtype.
@@ -265,6 +266,41 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
     mask is for, all different; -1 masks none. Raises RuntimeError where a row is out of range.
     """
     _ops.apply_bitmask(logits, bitmask, rows)
+
+
+class LogprobRows(NamedTuple):
+    """What `logprobs` tells of rows; all of it lies in one tensor, for one copy."""
+
+    words: Tensor  # int32 [num_asked, LOGPROB_WORDS]: the four below, side by side
+    token_logprobs: Tensor  # float32 [num_asked]
+    token_ranks: Tensor  # int32 [num_asked]
+    top_ids: Tensor  # int32 [num_asked, TOP_LOGPROBS]
+    top_logprobs: Tensor  # float32 [num_asked, TOP_LOGPROBS]
+
+    @classmethod
+    def of(cls, words: Tensor) -> LogprobRows:
+        """Views of `words`."""
+        reals, end = words.view(torch.float32), 2 + TOP_LOGPROBS
+        return cls(words, reals[:, 0], words[:, 1], words[:, 2:end], reals[:, end:])
+
+
+LOGPROB_WORDS = 2 + 2 * TOP_LOGPROBS
+
+
+def logprobs(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, out: LogprobRows, *, is_normalized: bool = True
+) -> None:
+    """Tell of some rows how likely a token is, and the TOP_LOGPROBS most likely ones.
+
+    logits [num_rows, vocab_size]; rows int32 [num_asked]: the row of logits that each row of `out`
+    is about, -1 for none; token_ids int32 [num_rows]: the token of each row of logits, -1 for none;
+    both with any stride. To `out` go the token's log-softmax, its rank (1 + the number of tokens
+    with a larger logit; 0 and -inf without a token), and the largest, in descending order, of equal
+    ones the lower id first; -1 and -inf where the vocabulary has no more. Without is_normalized
+    they are the logits themselves. A NaN counts as -inf; where no logit is finite, or one is inf,
+    all logarithms are -inf. Raises RuntimeError where a row or a token id is out of range.
+    """
+    _ops.logprobs(logits, rows, token_ids, is_normalized, *out[1:])
 
 
 def pack_step(

@@ -9,7 +9,7 @@ import torch
 
 OP_NAMES = (
     "rms_norm", "add_rms_norm", "rope_write_kv", "linear", "silu_mul", "paged_attention",
-    "plan_attention", "plan_step", "sample", "apply_bitmask",
+    "plan_attention", "plan_step", "sample", "apply_bitmask", "logprobs",
 )  # fmt: skip
 
 

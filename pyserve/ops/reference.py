@@ -15,6 +15,7 @@ from torch import Tensor
 from pyserve import limits
 from pyserve.ops import step_layout as layout
 from pyserve.ops.philox import philox4x32
+from pyserve.ops.step_checks import check_sampling, checked_header, require
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy
 
@@ -171,6 +172,40 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
         logits[row].masked_fill_(~is_allowed, -torch.inf)
 
 
+def logprobs(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, is_normalized: bool, token_logprobs: Tensor,
+    token_ranks: Tensor, top_ids: Tensor, top_logprobs: Tensor,
+) -> None:  # fmt: skip
+    """The log-softmax of a token, its rank, and the most likely tokens, of some rows."""
+    num_rows, vocab_size = logits.shape
+    num_top = min(limits.TOP_LOGPROBS, vocab_size)
+    for tensor, nothing in ((token_ranks, 0), (top_ids, -1)):
+        tensor.fill_(nothing)
+    for tensor in (token_logprobs, top_logprobs):
+        tensor.fill_(-torch.inf)
+    for asked, row in enumerate(rows.tolist()):
+        if not -1 <= row < num_rows:
+            raise RuntimeError(f"logprobs: row {row} of {num_rows}")
+        if row < 0:
+            continue
+        token_id = int(token_ids[row])
+        if not -1 <= token_id < vocab_size:
+            raise RuntimeError(f"logprobs: token id {token_id}, the vocabulary {vocab_size}")
+        values = logits[row].float()
+        values = torch.where(values.isnan(), -torch.inf, values)
+        order = torch.sort(values, descending=True, stable=True).indices
+        if token_id >= 0:
+            token_ranks[asked] = 1 + (values > values[token_id]).sum()
+        if is_normalized and bool(values.max().isfinite()):
+            values = values.log_softmax(0)
+        elif is_normalized:
+            values = torch.full_like(values, -torch.inf)
+        if token_id >= 0:
+            token_logprobs[asked] = values[token_id]
+        top_ids[asked, :num_top] = order[:num_top].int()
+        top_logprobs[asked, :num_top] = values[order[:num_top]]
+
+
 def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor) -> int:
     """Token id drawn from logits [vocab], -1 where they hold NaN or +inf or all are -inf.
 
@@ -248,16 +283,16 @@ def plan_step(
 ) -> None:  # fmt: skip
     """Apply a StepInput's updates to the slots and derive the batch metadata of the step."""
     words = step_input.tolist()
-    header = _checked_header(words, input_ids.shape[0], row_slots.shape[0])
+    header = checked_header(words, input_ids.shape[0], row_slots.shape[0])
     at = header[layout.HEADER_SLOT_UPDATES_OFFSET]
     for _ in range(header[layout.HEADER_NUM_SLOT_UPDATES]):
         at = _apply_slot_update(step_input, at, slots, token_counts)
     at = header[layout.HEADER_BLOCK_UPDATES_OFFSET]
     for _ in range(header[layout.HEADER_NUM_BLOCK_UPDATES]):
         slot, index, block_id = words[at : at + layout.BLOCK_UPDATE_WORDS]
-        _require(0 <= slot < block_table.shape[0], f"block update of slot {slot}")
-        _require(0 <= index < block_table.shape[1], f"block update of index {index}")
-        _require(block_id >= 0, f"block update with block id {block_id}")
+        require(0 <= slot < block_table.shape[0], f"block update of slot {slot}")
+        require(0 <= index < block_table.shape[1], f"block update of index {index}")
+        require(block_id >= 0, f"block update with block id {block_id}")
         block_table[slot, index] = block_id
         at += layout.BLOCK_UPDATE_WORDS
 
@@ -273,22 +308,22 @@ def plan_step(
     for row in range(header[layout.HEADER_NUM_ROWS]):
         at = header[layout.HEADER_ROWS_OFFSET] + row * layout.ROW_WORDS
         slot, query_len, tokens_offset, is_sampled = words[at : at + layout.ROW_WORDS]
-        _require(0 <= slot < slots.shape[0] and slot not in seen, f"row {row} of slot {slot}")
+        require(0 <= slot < slots.shape[0] and slot not in seen, f"row {row} of slot {slot}")
         seen.add(slot)
         end = begin + query_len
         most = min(header[layout.HEADER_MAX_QUERY_LEN], header[layout.HEADER_NUM_TOKENS] - begin)
-        _require(0 < query_len <= most, f"row {row}'s length")
+        require(0 < query_len <= most, f"row {row}'s length")
         if tokens_offset == -1:
-            _require(query_len == 1, f"row {row} has no host tokens but {query_len} tokens")
+            require(query_len == 1, f"row {row} has no host tokens but {query_len} tokens")
             token_ids = [int(slots[slot, layout.SLOT_LAST_TOKEN])]
         else:
-            _require(0 <= tokens_offset <= num_host_tokens - query_len, f"row {row}'s tokens")
+            require(0 <= tokens_offset <= num_host_tokens - query_len, f"row {row}'s tokens")
             first = tokens_at + tokens_offset
             token_ids = words[first : first + query_len]
-        _require(all(0 <= t < vocab_size for t in token_ids), f"a token id of row {row}")
+        require(all(0 <= t < vocab_size for t in token_ids), f"a token id of row {row}")
         start = int(slots[slot, layout.SLOT_NUM_COMPUTED])
         seq_len = start + query_len
-        _require(start >= 0 and seq_len <= max_len, f"row {row}'s sequence length {seq_len}")
+        require(start >= 0 and seq_len <= max_len, f"row {row}'s sequence length {seq_len}")
         position = torch.arange(start, seq_len, dtype=torch.int32, device=positions.device)
         blocks = block_table[slot, (position // block_size).long()].long()
         input_ids[begin:end] = torch.tensor(token_ids, dtype=torch.int32)
@@ -303,8 +338,8 @@ def plan_step(
             sample_rows[num_samples, 1] = slot
             num_samples += 1
         begin = end
-    _require(begin == header[layout.HEADER_NUM_TOKENS], "num_tokens is not the sum of the rows")
-    _require(num_samples == header[layout.HEADER_NUM_SAMPLES], "num_samples is not that of rows")
+    require(begin == header[layout.HEADER_NUM_TOKENS], "num_tokens is not the sum of the rows")
+    require(num_samples == header[layout.HEADER_NUM_SAMPLES], "num_samples is not that of rows")
 
 
 def pack_step(
@@ -398,66 +433,31 @@ def _counted(count: int) -> int:
     return count if is_full else count + 1
 
 
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise RuntimeError(f"plan_step: bad step input: {what}")
-
-
-def _checked_header(words: list[int], max_num_tokens: int, max_num_rows: int) -> list[int]:
-    """The header, once its counts and offsets are known to lie inside the buffer."""
-    _require(len(words) >= layout.HEADER_WORDS, f"{len(words)} words")
-    header = words[: layout.HEADER_WORDS]
-    _require(header[layout.HEADER_MAGIC] == layout.STEP_MAGIC, "magic")
-    num_words = header[layout.HEADER_NUM_WORDS]
-    _require(layout.HEADER_WORDS <= num_words <= len(words), "num_words")
-    num_rows, num_tokens = header[layout.HEADER_NUM_ROWS], header[layout.HEADER_NUM_TOKENS]
-    _require(0 <= num_rows <= max_num_rows, f"{num_rows} rows, room for {max_num_rows}")
-    _require(0 <= num_tokens <= max_num_tokens, f"{num_tokens} tokens, room for {max_num_tokens}")
-    _require(0 <= header[layout.HEADER_NUM_SAMPLES] <= num_rows, "num_samples")
-    sections = (
-        (layout.HEADER_ROWS_OFFSET, num_rows * layout.ROW_WORDS),
-        (layout.HEADER_TOKENS_OFFSET, 0),
-        (
-            layout.HEADER_BLOCK_UPDATES_OFFSET,
-            header[layout.HEADER_NUM_BLOCK_UPDATES] * layout.BLOCK_UPDATE_WORDS,
-        ),
-        (
-            layout.HEADER_SLOT_UPDATES_OFFSET,
-            header[layout.HEADER_NUM_SLOT_UPDATES] * layout.SLOT_UPDATE_WORDS,
-        ),
-    )
-    end = layout.HEADER_WORDS
-    for offset_word, size in sections:
-        _require(end <= header[offset_word] <= num_words - size and size >= 0, "section")
-        end = header[offset_word] + size
-    return header
-
-
 def _apply_slot_update(step_input: Tensor, at: int, slots: Tensor, token_counts: Tensor) -> int:
     """Apply the slot update at word `at`; returns where the next one starts."""
     record = step_input[at:]
     head = layout.SLOT_UPDATE_WORDS + layout.SLOT_HEADER_WORDS
-    _require(len(record) >= head, "slot update beyond the buffer")
+    require(len(record) >= head, "slot update beyond the buffer")
     num_words, slot, num_prompt, num_output = record[: layout.SLOT_UPDATE_WORDS].tolist()
     row = record[layout.SLOT_UPDATE_WORDS : head]
     num_bias, num_stop = int(row[layout.SLOT_NUM_BIAS]), int(row[layout.SLOT_NUM_STOP])
     vocab_size = token_counts.shape[1]
-    _require(0 <= slot < slots.shape[0], f"slot update of slot {slot}")
-    _require(0 <= num_bias <= limits.MAX_LOGIT_BIAS, f"{num_bias} biases")
-    _require(0 <= num_stop <= limits.MAX_STOP_TOKEN_IDS, f"{num_stop} stop ids")
-    _require(num_prompt >= 0 and num_output >= 0, "slot update's token counts")
+    require(0 <= slot < slots.shape[0], f"slot update of slot {slot}")
+    require(0 <= num_bias <= limits.MAX_LOGIT_BIAS, f"{num_bias} biases")
+    require(0 <= num_stop <= limits.MAX_STOP_TOKEN_IDS, f"{num_stop} stop ids")
+    require(num_prompt >= 0 and num_output >= 0, "slot update's token counts")
     expected = head + 2 * num_bias + num_stop + num_prompt + num_output
-    _require(num_words == expected <= len(record), f"slot update of {num_words} words")
+    require(num_words == expected <= len(record), f"slot update of {num_words} words")
     parts: list[Tensor] = []
     for size in (num_bias, num_bias, num_stop, num_prompt, num_output):
         parts.append(record[head : head + size])
         head += size
     bias_ids, bias_values, stop_ids, prompt, output = parts
     for ids in (bias_ids, stop_ids, prompt, output):
-        _require(bool(((ids >= 0) & (ids < vocab_size)).all()), "a token id of a slot update")
-    _require(-1 <= int(row[layout.SLOT_LAST_TOKEN]) < vocab_size, "a slot's last token")
-    _require(int(row[layout.SLOT_NUM_COMPUTED]) >= 0, "a slot's num_computed")
-    _check_sampling(row, bias_values)
+        require(bool(((ids >= 0) & (ids < vocab_size)).all()), "a token id of a slot update")
+    require(-1 <= int(row[layout.SLOT_LAST_TOKEN]) < vocab_size, "a slot's last token")
+    require(int(row[layout.SLOT_NUM_COMPUTED]) >= 0, "a slot's num_computed")
+    check_sampling(row, bias_values)
     slots[slot].zero_()
     slots[slot, : layout.SLOT_HEADER_WORDS] = row
     slots[slot, layout.SLOT_BIAS_IDS :][:num_bias] = bias_ids
@@ -468,20 +468,3 @@ def _apply_slot_update(step_input: Tensor, at: int, slots: Tensor, token_counts:
         counts[prompt.long()] += layout.IN_PROMPT
         token_counts[slot] = counts.to(torch.int16)
     return at + int(num_words)
-
-
-def _check_sampling(row: Tensor, bias_values: Tensor) -> None:
-    """Reals of a slot update that no sampler could work with."""
-    real = row.view(torch.float32)
-    tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-    for name, word, low, high in (
-        ("temperature", layout.SLOT_TEMPERATURE, 0.0, huge),
-        ("top_p", layout.SLOT_TOP_P, tiny, 1.0),
-        ("min_p", layout.SLOT_MIN_P, 0.0, 1.0),
-        ("repetition penalty", layout.SLOT_REPETITION_PENALTY, tiny, huge),
-        ("presence penalty", layout.SLOT_PRESENCE_PENALTY, -huge, huge),
-        ("frequency penalty", layout.SLOT_FREQUENCY_PENALTY, -huge, huge),
-    ):
-        _require(low <= float(real[word]) <= high, f"{name} {float(real[word])}")
-    _require(int(row[layout.SLOT_TOP_K]) >= 0, "top_k")
-    _require(bool(bias_values.view(torch.float32).isfinite().all()), "logit bias")

@@ -121,10 +121,21 @@ def apply_bitmask() -> None:
             assert (logits[1] == -torch.inf).all()
 
 
+def logprobs() -> None:
+    for vocab_size in (1, 5, 17, 64, 100, 1003):
+        for dtype in DTYPES:
+            out = ops.LogprobRows.of(guarded(torch.ones(2, ops.LOGPROB_WORDS, dtype=torch.int32)))
+            logits = guarded(torch.randn(2, vocab_size).to(dtype))
+            both = guarded(torch.tensor([0, 1]).int())
+            ops.logprobs(logits, both, guarded(torch.tensor([0, vocab_size - 1]).int()), out)
+            assert ((out.token_ranks >= 1) & (out.token_ranks <= vocab_size)).all()
+
+
 if __name__ == "__main__":
     build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
-    for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample, apply_bitmask):
+    for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample, apply_bitmask,
+                logprobs):  # fmt: skip
         print(run.__name__, flush=True)
         run()
     print("whole")

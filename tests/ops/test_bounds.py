@@ -15,4 +15,4 @@ def test_nothing_is_touched_behind_the_end() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, f"the last of {done.stdout.split()}: {done.stderr[-2000:]}"
-    assert done.stdout.endswith("apply_bitmask\nwhole\n")
+    assert done.stdout.endswith("logprobs\nwhole\n")

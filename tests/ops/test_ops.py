@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve import ops
+from pyserve import limits, ops
 from pyserve.ops import fakes, reference
 from pyserve.ops import step_layout as layout
 
@@ -82,6 +82,16 @@ def op_args() -> dict[str, tuple[Any, ...]]:
         ),
         "sample": (torch.randn(2, 20), _int(1, -1), slots, counts, None, _int(9, 9)),
         "apply_bitmask": (torch.randn(3, 40), _int(5, -1, -2, 3).view(2, 2), _int(2, -1)),
+        "logprobs": (
+            torch.randn(3, 40),
+            _int(2, -1),
+            _int(7, 8, 9),
+            True,
+            torch.ones(2),
+            _int(5, 5),
+            torch.ones(2, limits.TOP_LOGPROBS, dtype=torch.int32),
+            torch.ones(2, limits.TOP_LOGPROBS),
+        ),
     }
 
 
@@ -124,7 +134,7 @@ def test_fakes_touch_no_memory(name: str) -> None:
 
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
-    for name in ("rms_norm", "linear", "silu_mul", "paged_attention", "sample"):
+    for name in ("rms_norm", "linear", "silu_mul", "paged_attention", "sample", "logprobs"):
         args = op_args()[name]
         results = []
         for garbage in (3, 99):

@@ -1,12 +1,15 @@
-// The ops on logits on CUDA: checks, then the kernels of sample.cu and bitmask.cu.
+// The ops on logits on CUDA: checks, then the kernels of sample.cu, bitmask.cu and
+// logprobs.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
 #include "common/args/bitmask.h"
+#include "common/args/logprobs.h"
 #include "common/args/sample.h"
 #include "gpu/core/bind.h"
 #include "gpu/sample/bitmask.h"
+#include "gpu/sample/logprobs.h"
 #include "gpu/sample/sample.h"
 
 namespace pyserve {
@@ -73,10 +76,41 @@ void apply_bitmask(const Tensor& logits, const Tensor& bitmask, const Tensor& ro
   check_launch(kBitmaskOp, gpu::launch_bitmask(params, current_stream(logits)));
 }
 
+void logprobs(const Tensor& logits, const Tensor& rows, const Tensor& token_ids, bool is_normalized,
+              const Tensor& token_logprobs, const Tensor& token_ranks, const Tensor& top_ids,
+              const Tensor& top_logprobs) {
+  constexpr const char* kLogprobsOp = "logprobs";
+  const LogprobsArgs args = logprobs_args({kLogprobsOp, Place::kCuda}, logits, rows, token_ids,
+                                          token_logprobs, token_ranks, top_ids, top_logprobs);
+  PYSERVE_CHECK(args.num_asked() <= 1 << 20 && args.num_rows() <= 1 << 20, kLogprobsOp, ": ",
+                args.num_asked(), " of ", args.num_rows(), " rows, at most ", 1 << 20);
+  const gpu::LogprobsParams params{.logits = args.logits.data,
+                                   .logits_stride = args.logits.stride(0),
+                                   .dtype = logits_dtype(args.logits),
+                                   .rows = args.rows.ptr<int32_t>(),
+                                   .rows_stride = args.rows.stride(0),
+                                   .token_ids = args.token_ids.ptr<int32_t>(),
+                                   .token_ids_stride = args.token_ids.stride(0),
+                                   .token_logprobs = args.token_logprobs.ptr<float>(),
+                                   .token_logprobs_stride = args.token_logprobs.stride(0),
+                                   .token_ranks = args.token_ranks.ptr<int32_t>(),
+                                   .token_ranks_stride = args.token_ranks.stride(0),
+                                   .top_ids = args.top_ids.ptr<int32_t>(),
+                                   .top_ids_stride = args.top_ids.stride(0),
+                                   .top_logprobs = args.top_logprobs.ptr<float>(),
+                                   .top_logprobs_stride = args.top_logprobs.stride(0),
+                                   .num_rows = static_cast<int32_t>(args.num_rows()),
+                                   .num_asked = static_cast<int32_t>(args.num_asked()),
+                                   .vocab_size = static_cast<int32_t>(args.vocab_size()),
+                                   .is_normalized = is_normalized};
+  check_launch(kLogprobsOp, gpu::launch_logprobs(params, current_stream(logits)));
+}
+
 }  // namespace
 }  // namespace pyserve
 
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("sample", TORCH_BOX(&pyserve::sample));
   m.impl("apply_bitmask", TORCH_BOX(&pyserve::apply_bitmask));
+  m.impl("logprobs", TORCH_BOX(&pyserve::logprobs));
 }

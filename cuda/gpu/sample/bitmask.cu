@@ -2,7 +2,8 @@
 //
 // A thread has one byte of the mask, 8 tokens, at a time: a warp reads 32 bytes of it and covers
 // 256 neighbouring logits. Logits are never read; 8 forbidden ones are one store of 16 bytes (two
-// where they are float32), allowed ones are not touched. Tokens behind the mask's end are forbidden.
+// where they are float32), allowed ones are not touched. What lies behind the mask's end is
+// forbidden.
 // Floor: bytes, 1/8 a token for the mask and an element for each token that is forbidden.
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"

@@ -41,6 +41,20 @@ __device__ inline Crossing find_crossing(int n, BlockShared& s, const Get& get,
   return s.crossing;
 }
 
+// A bound that at least k of the threads' keys (row.cuh), two of each, reach and hardly more; its
+// mantissa has 11 bits.
+__device__ inline float kth_bound(uint32_t a, uint32_t b, int k) {
+  uint32_t bound = 0;
+#pragma unroll 1
+  for (int bit = 31; bit >= 12; --bit) {
+    const uint32_t candidate = bound | 1u << bit;
+    const int count = __syncthreads_count(a >= candidate) + __syncthreads_count(b >= candidate);
+    if (count >= k) bound = candidate;
+    if (count == k) break;
+  }
+  return from_key(max(bound, to_key(-kInfinity)));
+}
+
 // Sorts n different numbers, largest first; n is rounded up to a power of two, for which the list
 // must have room, with zeros. Bitonic (Batcher 1968).
 __device__ inline void sort_descending(uint64_t* list, int n) {

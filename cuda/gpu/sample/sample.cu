@@ -286,20 +286,10 @@ __device__ __forceinline__ Draw<T> draw_of(const SampleRow<T>& row, const int32_
           .top_k = top_k};
 }
 
-// A bound that the maxima of at least top_k parts reach, and of hardly more; its
-// mantissa has 11 bits.
+// A bound that the maxima of at least top_k parts reach, and of hardly more.
 __device__ __forceinline__ float top_k_bound(const SampleRowWork& work, int top_k) {
   static_assert(kNumParts == 2 * kSampleThreads);
-  const uint32_t a = work.parts[threadIdx.x], b = work.parts[threadIdx.x + kSampleThreads];
-  uint32_t bound = 0;
-#pragma unroll 1
-  for (int bit = 31; bit >= 12; --bit) {
-    const uint32_t candidate = bound | 1u << bit;
-    const int count = __syncthreads_count(a >= candidate) + __syncthreads_count(b >= candidate);
-    if (count >= top_k) bound = candidate;
-    if (count == top_k) break;
-  }
-  return from_key(max(bound, to_key(-kInfinity)));
+  return kth_bound(work.parts[threadIdx.x], work.parts[threadIdx.x + kSampleThreads], top_k);
 }
 
 template <class T>
