@@ -208,11 +208,16 @@ class AsyncEngine:
     async def _mask_and_sample(self) -> None:
         """Queue the rest of the oldest step: all tokens before it are known now."""
         launched = self._in_flight[0]
-        masked_rows, failures = await self._masks.fill(launched.step, launched.pending.bitmask)
-        for (_, seq, generation), error in failures:
-            self._engine.fail_row(seq, generation, error)
-        launched.result = launched.pending.sample(masked_rows)
-        if not masked_rows:  # nothing was awaited
+        filling = self._masks.fill(launched.step, launched.pending.bitmask)
+        if filling.masked_rows:
+            await self._deliver()
+            if self._refusal is None and len(self._in_flight) <= self._depth:
+                # So that it can be launched as soon as this one is sampled.
+                self._next_step = self._next_step or self._engine.schedule()
+            for (_, seq, generation), error in await filling.wait():
+                self._engine.fail_row(seq, generation, error)
+        launched.result = launched.pending.sample(filling.masked_rows)
+        if not filling.masked_rows:
             await self._deliver()
 
     async def _deliver(self) -> None:

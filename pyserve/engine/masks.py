@@ -101,6 +101,27 @@ def too_short(seq: Sequence) -> PyserveError | None:
     )
 
 
+class Filling(NamedTuple):
+    """Masks that threads are filling.
+
+    masked_rows  the row of each among the sampled ones, in ascending order.
+    """
+
+    masked_rows: list[int]
+    chunks: list[list[MaskedRow]]
+    errors: list[asyncio.Future[list[PyserveError | None]]]
+
+    async def wait(self) -> list[Failure]:
+        """Until they are filled; the sequences that cannot go on, whose draws do not matter."""
+        errors = await asyncio.gather(*self.errors)
+        return [
+            Failure(row, failed)
+            for chunk, chunk_errors in zip(self.chunks, errors, strict=True)
+            for row, error in zip(chunk, chunk_errors, strict=True)
+            if (failed := _error_of(row.seq) or error) is not None
+        ]
+
+
 class MaskWorkers:
     """Threads that fill masks; there are none before the first is needed."""
 
@@ -110,33 +131,19 @@ class MaskWorkers:
         # Of the last word, the bits that stand for tokens.
         self._last_bits = np.uint32(2 ** ((vocab_size - 1) % 32 + 1) - 1)
 
-    async def fill(self, step: Step, bitmask: NDArray[np.int32]) -> tuple[list[int], list[Failure]]:
-        """Fill the first masks of `bitmask`, int32 [num_slots, ceil(vocab_size / 32)].
-
-        Returns the row of each of them among the sampled ones, in ascending order, and the
-        sequences that cannot go on; what the rows of these draw does not matter.
-        """
+    def fill(self, step: Step, bitmask: NDArray[np.int32]) -> Filling:
+        """Begin to fill the first masks of `bitmask`, int32 [num_slots, ceil(vocab_size / 32)]."""
         rows = masked_rows(step)
-        if not rows:
-            return [], []
         loop, num_chunks = asyncio.get_running_loop(), -(-len(rows) // MIN_ROWS)
         num_chunks = min(num_chunks, self._num_threads)
         chunks = [rows[i::num_chunks] for i in range(num_chunks)]
-        errors = await asyncio.gather(
-            *(
-                loop.run_in_executor(
-                    self._pool, self.fill_rows, chunk, bitmask[i : len(rows) : num_chunks]
-                )
-                for i, chunk in enumerate(chunks)
+        errors = [
+            loop.run_in_executor(
+                self._pool, self.fill_rows, chunk, bitmask[i : len(rows) : num_chunks]
             )
-        )
-        failures = [
-            Failure(row, failed)
-            for chunk, chunk_errors in zip(chunks, errors, strict=True)
-            for row, error in zip(chunk, chunk_errors, strict=True)
-            if (failed := _error_of(row.seq) or error) is not None
+            for i, chunk in enumerate(chunks)
         ]
-        return [row.row for row in rows], failures
+        return Filling([row.row for row in rows], chunks, errors)
 
     def fill_rows(
         self, rows: SequenceABC[MaskedRow], bitmask: NDArray[np.int32]

@@ -8,13 +8,24 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyserve.client import SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
-from pyserve.engine.masks import MaskWorkers
+from pyserve.engine.masks import Failure, MaskWorkers
 from pyserve.errors import RequestError
 from pyserve.params import SamplingParams
 from tests.engine.constraints import Scripted
+
+
+async def fill(
+    workers: MaskWorkers, step: Step, bitmask: NDArray[np.int32]
+) -> tuple[list[int], list[Failure]]:
+    """The rows of `step` that are masked, and the sequences that cannot go on."""
+    filling = workers.fill(step, bitmask)
+    return filling.masked_rows, await filling.wait()
 
 
 @dataclass
@@ -96,7 +107,7 @@ class Driver:
         if not isinstance(pending, Pending):
             return False
         masked_rows, failures = self._loop.run_until_complete(
-            self._masks.fill(step, pending.bitmask)
+            fill(self._masks, step, pending.bitmask)
         )
         for row, error in failures:
             self.engine.fail_row(row.seq, row.generation, error)

@@ -14,7 +14,7 @@ from pyserve.engine.masks import MaskWorkers, is_host_dependent, masked_rows
 from pyserve.errors import EngineError, InvalidRequestError
 from pyserve.params import SamplingParams
 from tests.engine.constraints import Rule, Scripted, always, windows
-from tests.engine.driver import Driver, Reader
+from tests.engine.driver import Driver, Reader, fill
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
 
 RULE = windows(VOCAB_SIZE, 3)
@@ -265,7 +265,7 @@ def test_bits_beyond_the_vocabulary_allow_nothing() -> None:
         driver.launch()
         workers = MaskWorkers(1, vocab_size)
         bitmask = np.full((8, 2), -1, np.int32)
-        rows, failures = asyncio.run(workers.fill(driver.in_flight[0][0], bitmask))
+        rows, failures = asyncio.run(fill(workers, driver.in_flight[0][0], bitmask))
         assert rows == [0] and bool(failures) != is_left
         bits = np.unpackbits(bitmask[0].view(np.uint8), bitorder="little")
         assert np.flatnonzero(bits).tolist() == list(range(60, vocab_size))
@@ -285,7 +285,7 @@ def test_masks_of_many_rows_are_shared_out_and_keep_their_places() -> None:
     for num_threads in (1, 3, 8):
         workers = MaskWorkers(num_threads, VOCAB_SIZE)
         bitmask = np.zeros((30, 2), np.int32)
-        rows, failures = asyncio.run(workers.fill(step, bitmask))
+        rows, failures = asyncio.run(fill(workers, step, bitmask))
         assert rows == [row for row in range(30) if row % 3 and row != 4] and not failures
         for row, words in zip(rows, bitmask, strict=False):
             assert words.view(np.uint32).tolist() == [1 << row, 1 << row]

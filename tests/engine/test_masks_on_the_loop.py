@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from pathlib import Path
@@ -43,6 +44,45 @@ def test_streams_with_and_without_constraints(depth: int) -> None:
             assert token_ids == expected_tokens([i, 1, 2, 3], params[i], rule)
             assert reason == "length"
         engine.check_invariants()
+        await client.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_aborts_and_preemptions_leave_constraints_as_their_outputs_are(depth: int) -> None:
+    async def one(client: AsyncEngine, rng: random.Random) -> str:
+        prompt = [rng.randrange(4)] * rng.randrange(1, 30)
+        params = SamplingParams(max_tokens=rng.randrange(1, 30), seed=rng.randrange(9))
+        constraint = Scripted(RULE) if rng.random() < 0.7 else None
+        rule = RULE if constraint else lambda output: None
+        num_reads = rng.randrange(40)  # before it is aborted
+        for _ in range(rng.randrange(50)):
+            await asyncio.sleep(0)
+        stream = client.submit(SequenceRequest(prompt, params, constraint=constraint))
+        output: list[int] = []
+        while True:
+            delta = await stream.read()
+            output += delta.token_ids
+            num_reads -= 1
+            if not num_reads:
+                client.abort(stream)
+            if delta.finish_reason is not None:
+                break
+        assert output == expected_tokens(prompt, params, rule)[: len(output)]
+        assert constraint is None or constraint.history == output
+        return delta.finish_reason
+
+    async def test() -> None:
+        engine = make_engine(num_blocks=20, num_slots=6, max_num_batched_tokens=14)
+        client = async_engine(engine, depth)
+        client.start()
+        reasons = await asyncio.gather(
+            *(one(client, random.Random(f"{depth} {i}")) for i in range(150))
+        )
+        assert set(reasons) == {"length", "abort"}
+        engine.check_invariants()
+        assert engine.scheduler.num_preemptions > 10 and client.stats().num_blocks_used == 0
         await client.stop()
 
     run(test())
@@ -130,6 +170,28 @@ def test_the_loop_is_free_and_an_abort_counts_while_masks_are_filled(depth: int)
         assert await read_all(beside) == (expected_tokens([3], PARAMS, RULE), "length")
         assert held.history == [] and client.stats().num_blocks_used == 0
         engine.check_invariants()
+        await client.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_next_step_is_scheduled_while_masks_are_filled(depth: int) -> None:
+    """Where it would be launched before the result of this one is known, and else not."""
+
+    async def test() -> None:
+        engine = make_engine()
+        client = async_engine(engine, depth)
+        client.start()
+        gate = Gate()
+        constraint = Scripted(RULE, on_fill=gate)
+        stream = client.submit(SequenceRequest([1, 2], PARAMS, constraint=constraint))
+        await gate.reached()
+        await asyncio.sleep(0.01)
+        assert (client._next_step is not None) == (depth > 0)
+        assert len(client._in_flight) == 1  # it is not launched before
+        gate.opened.set()
+        assert await read_all(stream) == (expected_tokens([1, 2], PARAMS, RULE), "length")
         await client.stop()
 
     run(test())
