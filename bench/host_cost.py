@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pyserve.client import SequenceRequest, SequenceStream
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import Tokenizer
 
 NUM_STREAMS = 64
@@ -57,13 +59,24 @@ class _Engine:
 
 
 async def token_us(
-    tokenizer: Tokenizer, stop: list[str], make_frames: Callable[[Job], Frames] | None, steps: int
+    tokenizer: Tokenizer,
+    stop: list[str],
+    make_frames: Callable[[Job], Frames] | None,
+    steps: int,
+    *,
+    thinks: bool = False,
 ) -> float:
     """Microseconds of one token in put, read and, where there are any, frames."""
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     prompt = Prompt(ids, "", Detokenizer(tokenizer, ids, skip_special_tokens=True))
     params = SamplingParams(max_tokens=steps + 1)
-    job = Job(prompts=[prompt], params=[params], ending=Ending(stop, False, None, 0))
+    parser = ReasoningParser("deepseek_r1", tokenizer)
+    job = Job(
+        prompts=[prompt],
+        params=[params],
+        ending=Ending(stop, False, None, 0),
+        make_reasoning=partial(parser.stage, "open") if thinks else None,
+    )
     pairs = []
     for _ in range(NUM_STREAMS):
         generation = Generation(_Engine(), Metrics("m"), arrived_s=0.0)  # type: ignore[arg-type]
@@ -110,6 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, stop, make in kinds:
         costs = [asyncio.run(token_us(tokenizer, stop, make, args.steps)) for _ in range(args.runs)]
         rows.append([name, f"{min(costs):.2f}"])
+    chat = kinds[2][2]
+    costs = [
+        asyncio.run(token_us(tokenizer, [], chat, args.steps, thinks=True))
+        for _ in range(args.runs)
+    ]
+    rows.append(["of thinking, with its chat frame", f"{min(costs):.2f}"])
     print(format_table(rows))
     rows = [["a body", "bytes", "us"]]
     for name, wire, value in BODIES:
