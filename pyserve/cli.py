@@ -222,7 +222,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         from pyserve.engine.load import build_engine
 
         engine = build_engine(_engine_config(args, model_path), progress=report)
-        return Loaded(
+        loaded = Loaded(
             tokenizer=tokenizer,
             chat_template=template,
             defaults=defaults,
@@ -230,5 +230,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
             reasoning=ReasoningParser.named(config.reasoning_parser, tokenizer),
             tools=ToolFormat.named(config.tool_call_parser, tokenizer),
         )
+        loaded.grammars.prepare()
+        return loaded
 
     return load

@@ -77,22 +77,15 @@ FEATURES: dict[str, Feature] = {
             "anthropic-disabled-thinking-effort": Flag(VALUE, ("auto",)),
         },
     ),
-    "structured outputs": Feature(
+    "settings of structured outputs": Feature(
         flags={
-            **plain(JSON, "structured-outputs-config"),
-            "guided-decoding-backend": Flag(VALUE, ("auto", "xgrammar")),
+            "structured-outputs-config": Flag(
+                JSON,
+                tuple(f'{{"backend": "{name}"}}' for name in ("auto", "xgrammar", "guidance",
+                                                              "outlines")),
+                instead="give disable_any_whitespace and the like in requests",
+            ),
         },
-        fields=(
-            Field("response_format", (SAMPLING,), ({"type": "text"},),
-                  lambda r: r.response_format.get("type") == "text"),
-            Field("structured_outputs", (SAMPLING,)),
-            Field("guided_json", (SAMPLING,)),
-            Field("guided_regex", (SAMPLING,)),
-            Field("guided_choice", (SAMPLING,)),
-            Field("guided_grammar", (SAMPLING,)),
-            Field("guided_decoding_backend", (SAMPLING,), is_ignored=True),
-            Field("guided_whitespace_pattern", (SAMPLING,), is_ignored=True),
-        ),
     ),
     "logprobs": Feature(
         flags={
@@ -311,6 +304,7 @@ NO_EFFECT = (
     Field("user", (SAMPLING,), is_ignored=True),
     Field("metadata", (SAMPLING,), ({},), is_ignored=True),
     Field("store", (SAMPLING,), (False,), is_ignored=True),
+    Field("guided_decoding_backend", (SAMPLING,), is_ignored=True),
     Field("service_tier", (SAMPLING,), ("auto", "default"), is_ignored=True),
     Field("spaces_between_special_tokens", (SAMPLING,), (True,), is_ignored=True),
 )

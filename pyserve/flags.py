@@ -7,7 +7,9 @@ meaning here is accepted with a warning, and an unknown one is an error with the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import json
 import os
 from typing import Any, NoReturn
 
@@ -17,7 +19,7 @@ from pyserve.errors import ConfigError
 from pyserve.features import FLAGS
 from pyserve.flag_rows import REQUESTS, Row, rows_of
 from pyserve.flag_words import plain_words
-from pyserve.foreign_flags import LIST, NO_MEANING, SWITCH, Flag
+from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 
 COMMANDS = ("serve", "plan", "help")
 COMMANDS_OF_VLLM = (
@@ -96,6 +98,9 @@ def _check_command(word: str) -> None:
 
 def _asks_for_nothing(flag: Flag, value: object) -> bool:
     """Whether the value of a flag that is not built is one that changes nothing."""
+    if flag.form == JSON and isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.dumps(json.loads(value))
     if value is False or value in ("", "None", "{}", *flag.neutral):
         return True
     try:

@@ -81,7 +81,8 @@ NO_MEANING: dict[str, Flag] = {
         VALUE,
         "swap-space num-scheduler-steps preemption-mode distributed-executor-backend "
         "max-seq-len-to-capture max-parallel-loading-workers attention-backend "
-        "tokenizer-pool-size tokenizer-mode num-lookahead-slots scheduler-delay-factor "
+        "guided-decoding-backend tokenizer-pool-size tokenizer-mode num-lookahead-slots "
+        "scheduler-delay-factor "
         "performance-mode fingerprint-mode h11-max-incomplete-event-size h11-max-header-count "
         "show-hidden-metrics-for-version tokenizer-pool-type "
         "intial-incremental-detokenization-offset all2all-backend cp-kv-cache-interleave-size "

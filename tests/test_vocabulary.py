@@ -73,7 +73,10 @@ EXCEPT: dict[str, dict[str, str]] = {
         "hub/": "of a long list that HTTP gives in parts",
     },
     "filter": {"text/": "Jinja's word"},
-    "guided": {"api/wire/": "fields of older clients"},
+    "guided": {
+        "api/wire/": "fields of older clients",
+        "api/endpoints/structured.py": "the same",
+    },
     "(?<!tp_)rank": {
         "text/sentencepiece_model.py": "of a merge, as BPE calls it",
         "plan/choice.py": "the order of a list",

@@ -21,6 +21,7 @@ from pyserve.config import ServerConfig, named_keys
 from pyserve.errors import NotFoundError, UnavailableError
 from pyserve.metrics import Metrics
 from pyserve.text.chat_template import ChatTemplate
+from pyserve.text.grammar import Grammars
 from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tool_parsers.registry import ToolFormat
@@ -45,6 +46,11 @@ class Loaded:
     engine: EngineClient
     reasoning: ReasoningParser | None = None
     tools: ToolFormat | None = None
+    grammars: Grammars = field(init=False)
+
+    def __post_init__(self) -> None:
+        grammars = Grammars.of(self.tokenizer, self.defaults, self.engine.info.vocab_size)
+        object.__setattr__(self, "grammars", grammars)
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ import hashlib
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,13 +20,14 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits
 
 from pyserve.errors import InvalidRequestError, UnavailableError
-from pyserve.text.grammar_constraint import GrammarConstraint, shortened
+from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint, shortened
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 from pyserve.text.grammar_schema import engine_schema
 from pyserve.text.grammar_tags import tags_to_lark
 from pyserve.text.grammar_vocabulary import Vocabulary
+from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
@@ -34,8 +35,9 @@ MAX_COMPILE_S = 3.0
 MAX_LATE = 2  # compiles that went on after their time
 STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
 MAX_CACHED = 64  # grammars
-MAX_CACHED_BYTES = 2**27  # estimated
-BYTES_PER_CHAR = 64  # of a grammar's text, compiled
+MAX_CACHED_BYTES = 2**26  # estimated
+MIN_BYTES = 2**19  # of a compiled grammar, and more for each character of its text
+BYTES_PER_CHAR = 128
 TRIAL_TOKENS = 8
 MAX_LEXER_STATES = 20_000  # a kilobyte or two each, of one sequence
 MAX_GRAMMAR_SIZE = 200_000  # symbols
@@ -94,14 +96,9 @@ class Compiled:
     num_bytes: int  # estimated
     _matcher: LLMatcher = field(repr=False)
 
-    def constraint(self, *, free_until: str | Sequence[int] | None = None) -> GrammarConstraint:
-        """For one sequence.
-
-        free_until  what ends the reasoning that comes first, as text or as token ids; None: there
-                    is none.
-        """
-        matcher = self._matcher.deep_copy()
-        return GrammarConstraint(self.vocabulary, matcher, free_until)
+    def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
+        """For one sequence, whose thinking is free if there is any; None: there is none."""
+        return GrammarConstraint(self.vocabulary, self._matcher.deep_copy(), free_until)
 
 
 class GrammarCache:
@@ -127,6 +124,34 @@ class GrammarCache:
             self._num_bytes += compiled.num_bytes
             while len(self._grammars) > MAX_CACHED or self._num_bytes > MAX_CACHED_BYTES:
                 self._num_bytes -= self._grammars.popitem(last=False)[1].num_bytes
+
+
+class Grammars:
+    """Those of one model."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._cache = GrammarCache()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, defaults: GenerationDefaults, vocab_size: int) -> Grammars:
+        """What ends an answer is what ends it elsewhere too."""
+        named = [tokenizer.eos_token_id, *defaults.eos_token_ids]
+        eos_token_ids = [token_id for token_id in named if token_id is not None]
+        return cls(Vocabulary(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids))
+
+    def get(self, spec: Spec) -> Compiled | None:
+        """What `spec` was compiled to before; takes microseconds. Raises as spec_key does."""
+        return self._cache.get(spec_key(spec))
+
+    def compile(self, spec: Spec) -> Compiled:
+        """As compile_grammar has it."""
+        return compile_grammar(spec, self.vocabulary, cache=self._cache)
+
+    def prepare(self) -> None:
+        """Build the table of tokens now, where nobody waits for the interpreter's lock."""
+        if self.vocabulary.eos_token_ids:
+            self.vocabulary.table()
 
 
 def compile_grammar(
@@ -159,7 +184,7 @@ def spec_key(spec: Spec) -> bytes:
 
 
 def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
-    table = vocabulary.table
+    table = vocabulary.table()
     text = _source(spec, vocabulary)
     matcher = LLMatcher(table, text, log_level=0, limits=_LIMITS)
     if matcher.is_error():
@@ -167,7 +192,7 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
             f"{spec.param} cannot be enforced: {shortened(matcher.get_error())}", spec.param
         )
     _try_out(matcher.deep_copy(), vocabulary, spec.param)
-    return matcher, 2**16 + BYTES_PER_CHAR * len(text)
+    return matcher, MIN_BYTES + BYTES_PER_CHAR * len(text)
 
 
 def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> None:

@@ -18,7 +18,7 @@ def check_meeting(
     Counted from above: where schemas are joined, what is worst in one of them may meet what is
     worst in the others.
     """
-    known: dict[str, tuple[int, int]] = {}  # of definitions; of one that holds itself, 0 meanwhile
+    known: dict[str, tuple[int, int]] = {}  # of definitions
 
     def worst(schema: Schema | bool) -> tuple[int, int]:
         """Patterns, and multiples, that a value in a value of `schema` must match."""
@@ -29,11 +29,7 @@ def check_meeting(
         parts += map(worst, schema.get("allOf", ()))
         parts += (_most(list(map(worst, schema[k]))) for k in ("anyOf", "oneOf") if k in schema)
         if "$ref" in schema:
-            name = schema["$ref"].rpartition("/")[2]
-            if name not in known:
-                known[name] = 0, 0
-                known[name] = worst(definitions[name])
-            parts.append(known[name])
+            parts.append(known.get(_name(schema), (0, 0)))  # unknown: it holds itself
         patterns, multiples = (sum(part[i] for part in parts) for i in (0, 1))
         if patterns > MAX_MEETING:
             refuse("", f"{patterns} patterns may meet on one string, the limit is {MAX_MEETING}")
@@ -41,20 +37,9 @@ def check_meeting(
             refuse("", "several multipleOf may meet on one number, which cannot be enforced")
         return patterns, multiples
 
+    for name in _inner_first(definitions):
+        known[name] = worst(definitions[name])
     worst(root)
-
-
-def _most(counts: list[tuple[int, int]]) -> tuple[int, int]:
-    return max(count[0] for count in counts), max(count[1] for count in counts)
-
-
-def _within(schema: Schema) -> list[Schema | bool]:
-    """Schemas of what is in a value of `schema`."""
-    inner: list[Schema | bool] = list(schema.get("prefixItems", ()))
-    for keyword in ("properties", "patternProperties"):
-        inner += schema.get(keyword, {}).values()
-    inner += [schema[keyword] for keyword in ("items", "additionalProperties") if keyword in schema]
-    return inner
 
 
 def can_end(root: Schema, definitions: Mapping[str, Schema | bool]) -> bool:
@@ -64,7 +49,7 @@ def can_end(root: Schema, definitions: Mapping[str, Schema | bool]) -> bool:
     def ends(schema: Schema | bool) -> bool:
         if not isinstance(schema, dict):
             return schema
-        if "$ref" in schema and schema["$ref"].rpartition("/")[2] not in ending:
+        if "$ref" in schema and _name(schema) not in ending:
             return False
         if not all(map(ends, schema.get("allOf", ()))):
             return False
@@ -81,8 +66,62 @@ def can_end(root: Schema, definitions: Mapping[str, Schema | bool]) -> bool:
             return all(map(ends, first[:needed])) and (needed <= len(first) or ends(rest))
         return True
 
-    while True:
-        new = {name for name in definitions.keys() - ending if ends(definitions[name])}
-        if not new:
-            return ends(root)
-        ending |= new
+    order = _inner_first(definitions)
+    num_before = -1
+    while len(ending) > num_before:
+        num_before = len(ending)
+        ending.update(name for name in order if name not in ending and ends(definitions[name]))
+    return ends(root)
+
+
+def _inner_first(definitions: Mapping[str, Schema | bool]) -> list[str]:
+    """Names, each behind those it refers to, but where they refer to one another in a circle."""
+    order: list[str] = []
+    seen: set[str] = set()
+    for first in definitions:
+        stack = [(first, iter((first,)))]
+        while stack:
+            name, inner = stack[-1]
+            following = next((other for other in inner if other not in seen), None)
+            if following is not None:
+                seen.add(following)
+                stack.append((following, iter(_references(definitions[following]))))
+            else:
+                stack.pop()
+                if stack:
+                    order.append(name)
+    return order
+
+
+def _references(schema: Schema | bool) -> list[str]:
+    """Names of the definitions that a schema refers to."""
+    found = []
+    stack = [schema]
+    while stack:
+        schema = stack.pop()
+        if isinstance(schema, dict):
+            if "$ref" in schema:
+                found.append(_name(schema))
+            stack += _within(schema)
+            for keyword in ("allOf", "anyOf", "oneOf"):
+                stack += schema.get(keyword, ())
+    return found
+
+
+def _name(schema: Schema) -> str:
+    """Of the definition that a schema with $ref leads to."""
+    name: str = schema["$ref"].rpartition("/")[2]
+    return name
+
+
+def _most(counts: list[tuple[int, int]]) -> tuple[int, int]:
+    return max(count[0] for count in counts), max(count[1] for count in counts)
+
+
+def _within(schema: Schema) -> list[Schema | bool]:
+    """Schemas of what is in a value of `schema`."""
+    inner: list[Schema | bool] = list(schema.get("prefixItems", ()))
+    for keyword in ("properties", "patternProperties"):
+        inner += schema.get(keyword, {}).values()
+    inner += [schema[keyword] for keyword in ("items", "additionalProperties") if keyword in schema]
+    return inner

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from llguidance import LLMatcher
 
@@ -16,31 +17,55 @@ if TYPE_CHECKING:
 MAX_ERROR_CHARS = 300
 
 
+@dataclass(frozen=True, slots=True)
+class FreeUntil:
+    """The part of an answer that comes before what a grammar says: its thinking, say.
+
+    ends       texts, or special tokens, that end it.
+    next_ends  end it too, and are the grammar's first text.
+    starts     of an answer that need not have such a part: it has one if it begins with one of
+               these, and else the grammar holds from its first token. (): it has one.
+    """
+
+    ends: tuple[str, ...]
+    next_ends: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
+
+
 class GrammarConstraint:
-    """client.Constraint of a grammar."""
+    """client.Constraint of a grammar, and of free text in front of what it says.
+
+    While an answer may begin with free text and has not, it is `undecided`: the first token of
+    each opening is allowed beside what the grammar allows. Such a token leads to `opening`, where
+    only the rest of the openings may follow.
+    """
 
     def __init__(
-        self, vocabulary: Vocabulary, matcher: LLMatcher, free_until: str | Sequence[int] | None
+        self, vocabulary: Vocabulary, matcher: LLMatcher, free_until: FreeUntil | None
     ) -> None:
-        self._table = vocabulary.table
+        self._table = vocabulary.table()
+        self._vocabulary = vocabulary
         self._pieces = vocabulary.pieces
-        self._vocab_size = vocabulary.vocab_size
-        self._eos_token_ids = frozenset(vocabulary.eos_token_ids)
         self._matcher = matcher
         self._error: str | None = None
-        self._end = free_until.encode() if isinstance(free_until, str) else None
-        self._end_ids = [] if free_until is None or self._end is not None else list(free_until)
-        self._free: list[int] = []  # tokens before the end of the reasoning
-        self._is_free = bool(self._end or self._end_ids)
+        self._free: list[int] = []  # tokens of the free text and its opening
         self._used: list[int] = []  # of each token: how many the matcher has had of it, -1: free
+        self._ends = tuple(end.encode() for end in free_until.ends) if free_until else ()
+        self._next_ends = tuple(end.encode() for end in free_until.next_ends) if free_until else ()
+        self._max_end = max(map(len, (*self._ends, *self._next_ends)), default=0)
+        self._starts = vocabulary.encode_all(free_until.starts) if free_until else []
+        self._first: Literal["undecided", "free", "grammar"] = (
+            "undecided" if self._starts else "free" if free_until else "grammar"
+        )
+        self._phase: Literal["undecided", "opening", "free", "grammar"] = self._first
 
     @property
     def is_free(self) -> bool:
-        return self._is_free
+        return self._phase == "free"
 
     @property
     def is_finished(self) -> bool:
-        return not self._is_free and self._error is None and self._matcher.is_stopped()
+        return self._phase == "grammar" and self._error is None and self._matcher.is_stopped()
 
     @property
     def error(self) -> str | None:
@@ -48,25 +73,39 @@ class GrammarConstraint:
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         """As client.Constraint has it. Lets go of the interpreter's lock."""
-        if self._is_free or self._error is not None:
+        if self._phase == "free" or self._error is not None:
             words.fill(-1)
             return
-        address = words.__array_interface__["data"][0]
-        self._matcher.unsafe_compute_mask_ptr(address, words.nbytes)
-        self._check("no token can follow")
+        if self._phase == "opening":
+            words.fill(0)
+        else:
+            address = words.__array_interface__["data"][0]
+            self._matcher.unsafe_compute_mask_ptr(address, words.nbytes)
+            self._check("no token can follow")
+        if self._phase != "grammar":
+            at = len(self._free)
+            for start in self._starts:
+                if start[:at] == self._free:
+                    bits = words.view("uint32")
+                    bits[start[at] >> 5] |= 1 << (start[at] & 31)
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """As client.Constraint has it."""
         for token_id in token_ids:
-            if not 0 <= token_id < self._vocab_size:
+            if not 0 <= token_id < self._vocabulary.vocab_size:
                 self._fail(f"{token_id} is not a token")
                 self._used.append(0)
-            elif self._is_free:
+            elif self._phase == "undecided":
+                self._decide(token_id)
+            elif self._phase == "grammar":
+                self._used.append(self._consume([token_id]))
+            else:
                 self._used.append(-1)
                 self._free.append(token_id)
-                self._look_for_end()
-            else:
-                self._used.append(self._consume([token_id]))
+                if self._phase == "opening":
+                    self._look_for_start()
+                else:
+                    self._look_for_end()
 
     def rollback(self, num_tokens: int) -> None:
         """As client.Constraint has it. What went wrong is not forgotten."""
@@ -77,19 +116,69 @@ class GrammarConstraint:
                 num_used += used
                 continue
             self._free.pop()
-            if not self._is_free:  # this token ended the reasoning
-                self._is_free = True
+            if self._phase == "grammar":  # what this token began has come to nothing
                 num_used = 0
                 self._matcher.reset()
+            self._phase = "free"
+            if len(self._free) < max(map(len, self._starts), default=0):
+                self._look_for_start()
+        if not self._used:
+            self._phase = self._first
         if num_used and self._error is None and not self._matcher.rollback(num_used):
             self._check("tokens cannot be taken back")
+
+    def _decide(self, token_id: int) -> None:
+        """The first token: of the grammar if that allows it, else of an opening."""
+        if self._matcher.validate_tokens([token_id]):
+            self._phase = "grammar"
+            self._used.append(self._consume([token_id]))
+            return
+        self._used.append(-1)
+        self._free.append(token_id)
+        self._look_for_start()
+
+    def _look_for_start(self) -> None:
+        """Are the tokens so far a whole opening, a part of one, or neither?"""
+        parts = [start[: len(self._free)] for start in self._starts]
+        if any(self._free[: len(start)] == start for start in self._starts):
+            self._phase = "free"
+        elif self._free in parts:
+            self._phase = "opening"
+        else:
+            self._fail("the grammar does not allow the token that has come")
+
+    def _look_for_end(self) -> None:
+        """After a token of free text: has that ended, and what of the token is beyond the end?"""
+        recent = self._free[-self._max_end :]
+        pieces = [self._pieces[token_id] for token_id in recent]
+        tail = b"".join(pieces)
+        for end in (*self._ends, *self._next_ends):
+            at = tail.find(end, max(0, len(tail) - len(pieces[-1]) - len(end) + 1))
+            if at < 0:
+                continue
+            self._phase = "grammar"
+            if end in self._ends:
+                at += len(end)
+                at += len(tail) - at - len(tail[at:].lstrip())  # no grammar expects white space
+            if tail[at:]:
+                self._consume(self._tokens_from(at, tail, recent))
+            return
+
+    def _tokens_from(self, at: int, tail: bytes, recent: list[int]) -> list[int]:
+        """The tokens from a byte on: those that have come, where one begins there."""
+        start = 0
+        for index, token_id in enumerate(recent):
+            if start == at:
+                return recent[index:]
+            start += len(self._pieces[token_id])
+        return self._table.tokenize_bytes(tail[at:])
 
     def _consume(self, token_ids: list[int]) -> int:
         """How many of them the matcher has taken."""
         if self._error is not None:
             return 0
         if self._matcher.is_stopped():  # the end has come; whatever follows it is dropped
-            if not self._eos_token_ids.issuperset(token_ids):
+            if not set(self._vocabulary.eos_token_ids).issuperset(token_ids):
                 self._fail("a token has come behind the end of the grammar")
             return 0
         if not self._matcher.consume_tokens(token_ids):
@@ -97,29 +186,13 @@ class GrammarConstraint:
             return 0
         return len(token_ids)
 
-    def _look_for_end(self) -> None:
-        """After a token of the reasoning: has it ended, and what of the token is beyond the end?"""
-        if self._end_ids:
-            self._is_free = self._free[-len(self._end_ids) :] != self._end_ids
-            return
-        assert self._end is not None
-        recent = [self._pieces[token_id] for token_id in self._free[-len(self._end) - 1 :]]
-        tail, last = b"".join(recent), recent[-1]
-        at = tail.find(self._end, max(0, len(tail) - len(last) - len(self._end) + 1))
-        if at < 0:
-            return
-        self._is_free = False
-        rest = tail[at + len(self._end) :].lstrip()
-        if rest:
-            self._consume(self._table.tokenize_bytes(rest))
-
     def _check(self, reason: str) -> None:
         if self._matcher.is_error():
             self._fail(f"{reason}: {shortened(self._matcher.get_error())}")
 
     def _fail(self, reason: str) -> None:
         if self._error is None:
-            self._error = f"the structured output cannot go on: {reason}"
+            self._error = reason
 
 
 def shortened(error: str) -> str:

@@ -10,7 +10,7 @@ JSON pointer of the keyword.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -24,6 +24,7 @@ MAX_DEPTH = 64  # of schemas within schemas, in the document
 MAX_SCHEMAS = 10_000  # those that are referred to count once
 MAX_DEFINITIONS = 1000
 MAX_VALUES = 20_000  # of all enums
+MAX_PROPERTIES = 2000  # of one object, required ones included; compile time is quadratic in them
 MAX_OPTIONAL = 400  # properties of one object: the engine's parser holds five times as many states
 MAX_LENGTH = 100_000  # minLength, maxLength
 MAX_ITEMS = 10_000  # minItems, maxItems, minProperties, maxProperties
@@ -31,6 +32,7 @@ MAX_MULTIPLE = 10_000  # the engine's automaton has so many states
 MAX_PATTERNS = 12  # in patternProperties of one object
 MAX_EXACT = 2**53  # integers up to here are exact as floats, which the engine computes with
 MAX_INTEGER = 9 * 10**18  # a bound in place of the extremes of int64, which the engine overflows at
+MAX_POINTER_CHARS = 500  # in an error
 MAX_SHOWN = 60  # characters of a value in an error
 
 Schema = dict[str, Any]
@@ -124,6 +126,8 @@ class _Walk:
         return {**root, "$defs": self._definitions} if self._definitions else root
 
     def _refuse(self, pointer: str, reason: str) -> None:
+        if len(pointer) > MAX_POINTER_CHARS:
+            pointer = f"{pointer[: MAX_POINTER_CHARS // 2]}...{pointer[-MAX_POINTER_CHARS // 2 :]}"
         where = f" at {pointer}" if pointer else ""
         raise InvalidRequestError(f"{self._param}{self._place}{where}: {reason}", self._param)
 
@@ -248,6 +252,7 @@ class _Walk:
                 name = self._read_pattern(name, inner_place)
             result[name] = self._inside(inner, inner_place, depth)
         if keyword == "properties":
+            self._check_number_of_properties(named, place)
             needed = _names_in(schema.get("required"))
             num_optional = len(named.keys() - needed)
             if num_optional > MAX_OPTIONAL:
@@ -310,7 +315,12 @@ class _Walk:
         value = schema[keyword]
         if not isinstance(value, list) or len(_names_in(value)) < len(value):
             self._refuse(place, f"must be a list of different names, got {_shown(value)}")
+        self._check_number_of_properties(value, place)
         return {keyword: value}
+
+    def _check_number_of_properties(self, names: Collection[str], place: str) -> None:
+        if len(names) > MAX_PROPERTIES:
+            self._refuse(place, f"has {len(names)} properties, the limit is {MAX_PROPERTIES}")
 
     def _read_pattern(self, pattern: object, place: str) -> str:
         if not isinstance(pattern, str):

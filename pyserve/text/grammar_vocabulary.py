@@ -10,6 +10,8 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
 
+MIN_FORCED_CHARS = 256
+
 
 class Vocabulary:
     """A model's tokens as the engine has them.
@@ -37,7 +39,10 @@ class Vocabulary:
         """Whether the id has a text; ids of a padded vocabulary have none."""
         return bool(self.pieces[token_id])
 
-    @property
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        """Token ids of each text as a part of another; special tokens are parsed."""
+        return [ids for text in texts if (ids := self.tokenizer.encode_inner(text))]
+
     def table(self) -> LLTokenizer:
         """Built when it is first asked for: a fifth of a second for 128k tokens, of which another
         one holds the interpreter's lock. Raises InvalidRequestError where nothing can end.
@@ -77,7 +82,10 @@ class _Tokens(TokenizerWrapper):
         self._max_bytes = max(map(len, self._ids), default=1)
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text that a grammar forces, as the model would write it."""
+        """Ids of a text that a grammar forces, as the model would write it; of a long one, ids of
+        its beginning: the first one counts, the rest shows where that ends.
+        """
+        text = text[: max(MIN_FORCED_CHARS, 4 * self._max_bytes)]
         wanted = text.encode()
         ids = self._tokenizer.encode_inner(text)
         if b"".join([self.tokens[token_id] for token_id in ids]) == wanted:

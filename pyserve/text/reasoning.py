@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from pyserve.errors import ConfigError
+from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.parts import Content, Part, Reasoning
 from pyserve.text.tokenizer import Tokenizer
 
@@ -97,6 +98,13 @@ class ReasoningParser:
         start = max(map(continued.rfind, format.starts))
         end = max(map(continued.rfind, format.ends))
         return "open" if start > end else "closed"
+
+    def free_until(self, opening: Opening) -> FreeUntil | None:
+        """The thinking in front of an answer that a grammar constrains; None: there is none."""
+        if opening == "closed":
+            return None
+        starts = self.format.starts if opening == "unsaid" else ()
+        return FreeUntil(self.format.ends, self.format.next_ends, starts)
 
     def stage(self, opening: Opening, *, is_hidden: bool = False) -> ReasoningStage:
         """For one answer. is_hidden: the thinking is read and not shown."""

@@ -140,7 +140,7 @@ def test_a_grammar_behind_thinking_of_a_bounded_length(decoder: Decoder, depth: 
     run = Run(make_driver(decoder, depth, 128))
     for number in range(8):
         budget = ThinkingBudget(2 * number, partial(parser.stage, "open"), detokenizer, end_ids)
-        grammar = compiled.constraint(free_until=end)
+        grammar = compiled.constraint(free_until=parser.free_until("open"))
         run.add(
             number, all_of([budget, grammar]), bad_words=(bad,),
             min_tokens=2 * number,

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from pyserve.client import Constraint
 from pyserve.errors import InvalidRequestError
 from pyserve.text.grammar import Choice, Grammar, JsonSchema, Regex, Spec, compile_grammar
-from pyserve.text.grammar_constraint import GrammarConstraint
+from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_vocabulary import Vocabulary
 from pyserve.text.tokenizer import Tokenizer
 from tests.text.grammars import PADDING, allowed, answer, vocabulary
@@ -26,8 +25,8 @@ OBJECT = JsonSchema(
 )
 
 
-def make(spec: Spec, **options: object) -> GrammarConstraint:
-    return compile_grammar(spec, vocabulary()).constraint(**options)  # type: ignore[arg-type]
+def make(spec: Spec, free_until: FreeUntil | None = None) -> GrammarConstraint:
+    return compile_grammar(spec, vocabulary()).constraint(free_until=free_until)
 
 
 def ids(text: str) -> list[int]:
@@ -120,7 +119,7 @@ def test_a_token_that_is_not_allowed_is_an_error() -> None:
     constraint = make(OBJECT)
     constraint.accept(ids("x"))
     assert constraint.error is not None
-    assert constraint.error.startswith("the structured output cannot go on: ")
+    assert constraint.error.startswith("the grammar does not allow the token")
     words = np.zeros((vocabulary().vocab_size + 31) // 32, np.int32)
     constraint.fill_bitmask(words)  # of a sequence that is about to fail
     constraint.accept(ids("{"))
@@ -169,33 +168,30 @@ def test_rolling_back_leads_to_the_same_place(spec: Spec) -> None:
 
 
 END = "</think>"
+AB = Regex(param="r", pattern="[ab]{4}")
 
 
-def by_text() -> GrammarConstraint:
-    return make(Regex(param="r", pattern="[ab]{4}"), free_until=END)
+def texts_of(constraint: Constraint) -> set[str]:
+    tokenizer = vocabulary().tokenizer
+    return {
+        tokenizer.decode([int(i)], skip_special_tokens=False)
+        for i in allowed(constraint, vocabulary())
+    }
 
 
-def by_tokens() -> GrammarConstraint:
-    return make(Regex(param="r", pattern="[ab]{4}"), free_until=ids(END))
-
-
-@pytest.mark.parametrize("make_it", [by_text, by_tokens])
-def test_free_until_the_reasoning_ends(make_it: Callable[[], GrammarConstraint]) -> None:
+def test_free_until_the_thinking_ends() -> None:
     vocab = vocabulary()
-    constraint = make_it()
-    thoughts = ids("I think </thin so")
+    constraint = make(AB, free_until=FreeUntil(ends=("</other>", END)))
     end = ids(END)
     assert constraint.is_free
     assert len(allowed(constraint, vocab)) >= vocab.vocab_size
-    constraint.accept([*thoughts, *end[:-1]])
+    constraint.accept([*ids("I think </thin so"), *end[:-1]])
     assert constraint.is_free
     constraint.accept(end[-1:])
     assert not constraint.is_free
     first = state(constraint)
-    texts = {vocab.tokenizer.decode([int(i)], skip_special_tokens=False)
-             for i in allowed(constraint, vocab)}  # fmt: skip
-    assert texts
-    assert all(set(text) <= {"a", "b"} for text in texts)
+    assert texts_of(constraint)
+    assert all(set(text) <= {"a", "b"} for text in texts_of(constraint))
     constraint.accept(ids("ab"))
     constraint.rollback(len(ids("ab")))
     assert state(constraint) == first
@@ -206,19 +202,64 @@ def test_free_until_the_reasoning_ends(make_it: Callable[[], GrammarConstraint])
     assert state(constraint) == first
     constraint.accept(ids("abba"))
     assert constraint.is_finished
+    assert constraint.error is None
+
+
+def test_what_ends_the_thinking_may_be_the_first_of_the_grammar() -> None:
+    spec = Regex(param="r", pattern="<call>[ab]")
+    free_until = FreeUntil(ends=(END,), next_ends=("<call>",))
+    for text in ("thinking <call>", f"thinking {END}<call>"):
+        constraint = make(spec, free_until=free_until)
+        constraint.accept(ids(text))
+        assert constraint.error is None
+        assert texts_of(constraint) == {"a", "b"}
+
+
+@pytest.mark.parametrize("start", ["<think>", "think:", "Hm"])
+def test_an_answer_may_begin_with_thinking_or_without(start: str) -> None:
+    free_until = FreeUntil(ends=(END,), starts=(start, "other"))
+    at_once, thinks = make(AB, free_until=free_until), make(AB, free_until=free_until)
+    begin = state(at_once)
+    first_tokens = {ids(start)[0], ids("other")[0]}
+    plain = set(allowed(make(AB), vocabulary()))
+    assert set(allowed(at_once, vocabulary())) == plain | first_tokens
+    at_once.accept(ids("ab"))
+    assert state(at_once)[3] == tuple(rest_of("ab"))
+    at_once.rollback(len(ids("ab")))
+    assert state(at_once) == begin
+    for token_id in ids(start):
+        assert not thinks.is_free
+        assert token_id in allowed(thinks, vocabulary())
+        thinks.accept([token_id])
+    assert thinks.is_free
+    thinks.accept(ids("all right" + END))
+    assert state(thinks)[3] == tuple(rest_of(""))
+    num_tokens = len(ids(start)) + len(ids("all right" + END))
+    thinks.rollback(num_tokens - 1)
+    thinks.accept([*ids(start)[1:], *ids("all right" + END)])
+    assert state(thinks)[3] == tuple(rest_of(""))
+    thinks.rollback(num_tokens)
+    assert state(thinks) == begin
+    thinks.accept(ids("x"))
+    assert thinks.error is not None
+
+
+def rest_of(text: str) -> list[int]:
+    """What may follow `text` in AB."""
+    constraint = make(AB)
+    constraint.accept(ids(text))
+    return list(allowed(constraint, vocabulary()))
 
 
 @pytest.mark.parametrize("behind", ["", "a", "ab", "\n\n", " \nb"])
 def test_what_stands_behind_the_end_in_its_token_counts(behind: str, byte_level: Tokenizer) -> None:
     """White space there does not; a model writes it and no grammar expects it."""
-    token_id = byte_level.token_to_id("Hi")
     vocab = Vocabulary(byte_level, vocab_size=byte_level.vocab_size, eos_token_ids=[0])
-    spec = Regex(param="r", pattern="[ab]{2}")
-    compiled = compile_grammar(spec, vocab)
+    compiled = compile_grammar(Regex(param="r", pattern="[ab]{2}"), vocab)
     vocab.pieces[1] = f"k>{behind}".encode()
-    constraint = compiled.constraint(free_until="think>")
+    constraint = compiled.constraint(free_until=FreeUntil(ends=("think>",)))
     constraint.accept([*byte_level.encode_inner("so thin"), 1])
-    assert token_id is None or not constraint.is_free
+    assert not constraint.is_free
     fresh = compiled.constraint()
     fresh.accept(byte_level.encode_inner(behind.strip()))
     assert list(allowed(constraint, vocab)) == list(allowed(fresh, vocab))

@@ -66,6 +66,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"format": "iri"}, "/format", "must be one of"),
     ({"type": ["string", "null"], "format": "regex"}, "/format", "must be one of"),
     ({"required": "a"}, "/required", "list of different names"),
+    ({"required": [f"p{i}" for i in range(2001)]}, "/required", "2001 properties, the limit is"),
     ({"properties": []}, "/properties", "must be an object of schemas"),
     ({"properties": {"a": 1}}, "/properties/a", "must be an object or a boolean"),
     ({"properties": {f"p{i}": {} for i in range(MAX_OPTIONAL + 1)}}, "/properties", "the limit is"),

@@ -13,6 +13,7 @@ from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
+from pyserve.api.endpoints.structured import read_constraint
 from pyserve.api.endpoints.thinking import makes_thinking_budget
 from pyserve.api.endpoints.tools import check_parser, read_tools
 from pyserve.api.generation.generate import Choice
@@ -32,6 +33,7 @@ from pyserve.api.wire.protocol import (
     MessageToolCall,
     ToolCallDelta,
 )
+from pyserve.constraints import makes_all_of
 from pyserve.text.parts import (
     Content,
     Part,
@@ -67,19 +69,21 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     ignored = [*ignored, *tools.ignored, *conversation.ignored]
     if body.echo and not conversation.prompt.echo:
         ignored.append("echo")
-    make_reasoning = None
+    make_reasoning = free_until = None
     if loaded.reasoning is not None:
         is_hidden = body.include_reasoning is False
         opening = conversation.opening
         make_reasoning = partial(loaded.reasoning.stage, opening, is_hidden=is_hidden)
+        free_until = loaded.reasoning.free_until(opening)
     elif body.include_reasoning is False:
         ignored.append("include_reasoning")
-    make_constraint = makes_thinking_budget(
-        body.thinking_token_budget, loaded, conversation, ignored
-    )
+    makes_budget = makes_thinking_budget(body.thinking_token_budget, loaded, conversation, ignored)
     limit = "max_tokens", body.max_tokens
     if body.max_completion_tokens is not None:
         limit = "max_completion_tokens", body.max_completion_tokens
+    makes_grammar = await read_constraint(
+        request, state, loaded, body, ignored=ignored, free_until=free_until
+    )
     job = await make_job(
         body,
         loaded,
@@ -89,7 +93,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         default_max_tokens=loaded.defaults.max_new_tokens,
         ignored=ignored,
         make_reasoning=make_reasoning,
-        make_constraint=make_constraint,
+        make_constraint=makes_all_of([makes_budget, makes_grammar]),
     )
     if tools.mode != "none" and loaded.tools is not None:
         job = msgspec.structs.replace(job, make_stage=tools.make_stage(loaded.tools))

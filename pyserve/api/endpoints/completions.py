@@ -13,6 +13,7 @@ from pyserve.api.endpoints.answer import Dialect, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
 from pyserve.api.endpoints.sampling import check_token_ids
+from pyserve.api.endpoints.structured import read_constraint
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Prompt
 from pyserve.api.state import STATE, Loaded
@@ -51,6 +52,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
         ignored = [*ignored, "truncation_side"]
     read = partial(_read_prompts, loaded, body, body.prompt, cut)
     read_prompts = await state.run_text(request, _size(body.prompt), read)
+    ignored = [*ignored]
+    make_constraint = await read_constraint(request, state, loaded, body, ignored=ignored)
     job = await make_job(
         body,
         loaded,
@@ -60,6 +63,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         ignored=ignored,
         is_run=not (body.echo and body.max_tokens == 0),
+        make_constraint=make_constraint,
     )
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 

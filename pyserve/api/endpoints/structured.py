@@ -1,0 +1,172 @@
+"""Structured outputs: the fields that ask for them -> one spec -> a constraint for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pyserve.api.state import Loaded, ServerState
+from pyserve.api.wire.protocol import ResponseFormat, SamplingFields, StructuredOutputs
+from pyserve.client import Constraint
+from pyserve.constraints import unconstrained
+from pyserve.errors import InvalidRequestError
+from pyserve.text.grammar import Choice, Grammar, JsonSchema, Regex, Spec, Tags
+from pyserve.text.grammar_constraint import FreeUntil
+from pyserve.text.grammar_json import whitespace_of
+
+RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+ANY_OBJECT = {"type": "object"}
+OF_WHITE_SPACE = "guided_whitespace_pattern"
+
+
+async def read_constraint(
+    request: web.Request,
+    state: ServerState,
+    loaded: Loaded,
+    body: SamplingFields,
+    *,
+    ignored: list[str],
+    free_until: FreeUntil | None = None,
+) -> Callable[[], Constraint | None]:
+    """Makes a constraint for each answer, as Job.make_constraint.
+
+    ignored     takes the names of fields that have no effect.
+    free_until  what comes before the structured part of an answer; None: nothing.
+
+    A grammar that is not known yet is compiled on a thread, when it is the client's turn.
+
+    Raises InvalidRequestError naming the field, QueueFullError, UnavailableError.
+    """
+    spec = read_spec(body, ignored)
+    if spec is None:
+        return unconstrained
+    compiled = loaded.grammars.get(spec)
+    if compiled is None:
+        size = len(msgspec.json.encode(spec))
+        compiled = await state.run_text(
+            request, size, partial(loaded.grammars.compile, spec), short=0
+        )
+    return partial(compiled.constraint, free_until=free_until)
+
+
+def read_spec(body: SamplingFields, ignored: list[str]) -> Spec | None:
+    """The one thing that is asked for. Raises InvalidRequestError where there are two."""
+    specs = [*_of_response_format(body.response_format), *_of_structured(body.structured_outputs)]
+    specs += _of_guided(body)
+    if len(specs) > 1:
+        first, second = specs[0].param, specs[1].param
+        raise InvalidRequestError(
+            f"{first} and {second} both ask for a structured output: leave one of them out", second
+        )
+    if body.guided_whitespace_pattern is not None and body.guided_json is None:
+        ignored.append(OF_WHITE_SPACE)
+    return specs[0] if specs else None
+
+
+def _of_response_format(format_: ResponseFormat | None) -> list[Spec]:
+    name = "response_format"
+    if format_ is None or format_.type == "text":
+        return []
+    if format_.type == "json_object":
+        return [JsonSchema(param=name, schema=ANY_OBJECT)]
+    if format_.type == "json_schema":
+        inner = format_.json_schema
+        if inner is None or inner.schema is None:
+            missing = f"{name}.json_schema" + ("" if inner is None else ".schema")
+            raise InvalidRequestError(f"{missing} is missing", missing)
+        return [JsonSchema(param=f"{name}.json_schema.schema", schema=inner.schema)]
+    if format_.type == "structural_tag":
+        if format_.format is not None:
+            return [Tags(param=f"{name}.format", tags=format_.format)]
+        if format_.structures is None:
+            raise InvalidRequestError(f"{name}.format is missing", f"{name}.format")
+        tags = {"structures": format_.structures, "triggers": format_.triggers}
+        return [Tags(param=name, tags=tags)]
+    raise InvalidRequestError(
+        f"{name}.type must be one of {', '.join(RESPONSE_FORMATS)}, got {format_.type[:60]}",
+        f"{name}.type",
+    )
+
+
+def _of_structured(asked: StructuredOutputs | None) -> list[Spec]:
+    if asked is None:
+        return []
+    name = "structured_outputs"
+    white = None
+    if asked.whitespace_pattern is not None:
+        white = whitespace_of(asked.whitespace_pattern, param=f"{name}.whitespace_pattern")
+    if asked.disable_any_whitespace:
+        white = ""
+    has_others = not asked.disable_additional_properties
+    specs: list[Spec] = []
+    if asked.json is not None:
+        param = f"{name}.json"
+        schema = _schema(asked.json, param)
+        specs.append(
+            JsonSchema(
+                param=param, schema=schema, whitespace=white, has_additional_properties=has_others
+            )
+        )
+    if asked.json_object:
+        specs.append(JsonSchema(param=f"{name}.json_object", schema=ANY_OBJECT, whitespace=white))
+    specs += _texts(name + ".", asked.regex, asked.choice, asked.grammar)
+    if asked.structural_tag is not None:
+        param = f"{name}.structural_tag"
+        tags = _json(asked.structural_tag, param)
+        if not isinstance(tags, dict):
+            raise InvalidRequestError(f"{param} must be an object", param)
+        specs.append(Tags(param=param, tags=tags, whitespace=white))
+    if not specs:
+        raise InvalidRequestError(
+            f"{name} must have one of json, json_object, regex, choice, grammar and structural_tag",
+            name,
+        )
+    return specs
+
+
+def _of_guided(body: SamplingFields) -> list[Spec]:
+    specs: list[Spec] = []
+    if body.guided_json is not None:
+        white = None
+        if body.guided_whitespace_pattern is not None:
+            white = whitespace_of(body.guided_whitespace_pattern, param=OF_WHITE_SPACE)
+        schema = _schema(body.guided_json, "guided_json")
+        specs.append(JsonSchema(param="guided_json", schema=schema, whitespace=white))
+    return specs + _texts("guided_", body.guided_regex, body.guided_choice, body.guided_grammar)
+
+
+def _texts(
+    prefix: str, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> list[Spec]:
+    specs: list[Spec] = []
+    if regex is not None:
+        specs.append(Regex(param=f"{prefix}regex", pattern=_not_empty(regex, f"{prefix}regex")))
+    if choice is not None:
+        specs.append(Choice(param=f"{prefix}choice", texts=choice))
+    if grammar is not None:
+        specs.append(Grammar(param=f"{prefix}grammar", text=grammar))
+    return specs
+
+
+def _not_empty(text: str, param: str) -> str:
+    if not text:
+        raise InvalidRequestError(f"{param} must not be empty", param)
+    return text
+
+
+def _schema(given: object, param: str) -> Any:
+    """A schema that may be given as the text of its JSON."""
+    return _json(given, param) if isinstance(given, str) else given
+
+
+def _json(text: object, param: str) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        raise InvalidRequestError(f"{param} is not valid JSON", param) from None
