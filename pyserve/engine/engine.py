@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Literal, Protocol
 
 import numpy as np
@@ -26,7 +25,7 @@ from pyserve.engine.masks import accept, is_host_dependent, too_short
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence, Status
-from pyserve.engine.token_masks import constraint_of
+from pyserve.engine.token_masks import check_token_ids, constraint_of
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
@@ -146,6 +145,7 @@ class Engine:
         params, user = request.params, request.user
         token_ids = list(request.prompt_token_ids)
         self._check(token_ids, params)
+        constraint = constraint_of(params, request.constraint, self._vocab_size)
         seq_id = self._next_seq_id
         self._next_seq_id += 1
         seq = Sequence(
@@ -160,7 +160,7 @@ class Engine:
             root_hash=self.scheduler.blocks.root_hash(request.cache_salt),
             num_tokens=len(token_ids),
             user=user,
-            constraint=constraint_of(params, request.constraint, self._vocab_size),
+            constraint=constraint,
         )
         self._num_constrained += seq.constraint is not None
         size = Load(1, len(token_ids))
@@ -316,18 +316,8 @@ class Engine:
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty, at least 1 token is needed", "prompt")
-        for name, ids in (
-            ("prompt", token_ids),
-            ("logit_bias", params.logit_bias),
-            ("allowed_token_ids", params.allowed_token_ids),
-            ("bad_words", list(chain.from_iterable(params.bad_words))),
-        ):
-            if ids and not (0 <= min(ids) and max(ids) < self._vocab_size):
-                wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
-                raise InvalidRequestError(
-                    f"{name} holds token id {wrong}, the model's are in [0, {self._vocab_size})",
-                    name,
-                )
+        check_token_ids("prompt", token_ids, self._vocab_size)
+        check_token_ids("logit_bias", params.logit_bias, self._vocab_size)
         num_tokens = len(token_ids) + params.max_tokens
         if num_tokens > self._max_model_len:
             raise InvalidRequestError(

@@ -6,13 +6,17 @@ Each implements client.Constraint, as a grammar does; a sequence that has severa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyserve.client import Constraint
 from pyserve.constraints import all_of
+from pyserve.engine.masks import bitmask_words
+from pyserve.errors import InvalidRequestError
 from pyserve.params import SamplingParams
 
 
@@ -22,10 +26,9 @@ class AllowedTokens:
     is_free = is_finished = False
     error: str | None = None
 
-    def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
-        is_allowed = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
-        is_allowed[np.fromiter(token_ids, np.int64, len(token_ids))] = True
-        self._words = np.packbits(is_allowed, bitorder="little").view(np.int32)
+    def __init__(self, token_ids: tuple[int, ...], vocab_size: int) -> None:
+        """Raises InvalidRequestError where one is not in [0, vocab_size)."""
+        self._words = _words_of(token_ids, vocab_size)
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         words[:] = self._words
@@ -33,6 +36,24 @@ class AllowedTokens:
     def accept(self, token_ids: Sequence[int]) -> None: ...
 
     def rollback(self, num_tokens: int) -> None: ...
+
+
+@lru_cache(maxsize=2)  # the choices of a request share them: 10 ms for 100k ids
+def _words_of(token_ids: tuple[int, ...], vocab_size: int) -> NDArray[np.int32]:
+    """The mask that allows these tokens alone."""
+    check_token_ids("allowed_token_ids", token_ids, vocab_size)
+    is_allowed = np.zeros(32 * bitmask_words(vocab_size), np.bool_)
+    is_allowed[np.fromiter(token_ids, np.int64, len(token_ids))] = True
+    return np.packbits(is_allowed, bitorder="little").view(np.int32)
+
+
+def check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """Refuse ids that the model has not; `name` is the field that holds them."""
+    if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
+        wrong = next(i for i in token_ids if not 0 <= i < vocab_size)
+        raise InvalidRequestError(
+            f"{name} holds token id {wrong}, the model's are in [0, {vocab_size})", name
+        )
 
 
 class BadWords:
@@ -85,10 +106,14 @@ class BadWords:
 def constraint_of(
     params: SamplingParams, beside: Constraint | None, vocab_size: int
 ) -> Constraint | None:
-    """What `params` and the constraint `beside` them demand together; None: nothing."""
+    """What `params` and the constraint `beside` them demand together; None: nothing.
+
+    Raises InvalidRequestError where they name a token that the model has not.
+    """
     parts: list[Constraint] = []
     if params.allowed_token_ids is not None:
         parts.append(AllowedTokens(params.allowed_token_ids, vocab_size))
     if params.bad_words:
+        check_token_ids("bad_words", list(chain.from_iterable(params.bad_words)), vocab_size)
         parts.append(BadWords(params.bad_words))
     return all_of([*parts, beside])

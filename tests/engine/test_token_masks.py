@@ -52,7 +52,7 @@ def allowed_beside(
 def test_allowed_tokens_and_no_others(vocab_size: int) -> None:
     rng = random.Random(vocab_size)
     token_ids = rng.sample(range(vocab_size), -(-vocab_size // 3))
-    constraint = AllowedTokens([*token_ids, token_ids[0]], vocab_size)
+    constraint = AllowedTokens((*token_ids, token_ids[0]), vocab_size)
     assert not constraint.is_free and not constraint.is_finished
     for _ in range(2):
         assert allowed_by(constraint, vocab_size) == set(token_ids)
