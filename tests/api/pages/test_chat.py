@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyserve.errors import EngineError
+from tests.api.endpoints.test_tools import CALL, OF_TOOLS, TOOLS, with_template
 from tests.api.fakes import Script, Server, run_server, wait_until
 from tests.api.pages.browser import MISSING, PROGRAM, Browser, Tab
 from tests.api.pages.visit import ANSWER, DONE, ask, last_prompt, open_page, say
@@ -152,6 +155,7 @@ def test_a_server_that_has_gone(browser: Browser, tokenizer_folder: Path) -> Non
         kept = "$('#text').value + document.body.innerText"
         assert "are you there" in tab.run(kept)
         tab.wait("$('#status').className === 'bad'")
+        assert tab.text("#trouble") == "The server does not answer."
 
 
 STUB = """
@@ -210,8 +214,44 @@ def test_thinking_is_folded_and_tool_calls_are_shown(tab: Tab) -> None:
     assert tab.text(".tool-call b") == "weather"
 
 
+def test_tools_and_thinking_of_the_server(browser: Browser, tmp_path: Path) -> None:
+    parsers: dict[str, Any] = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    folder = with_template(tmp_path / "tiny", OF_TOOLS)
+    with (
+        run_server(folder, enable_auto_tool_choice=True, **parsers) as server,
+        browser.tab() as tab,
+    ):
+        server.engine.info = replace(server.engine.info, max_model_len=2048)
+        server.play(f"<think>\nWhich city?\n</think>\n\nLet me look.\n{CALL}", delay_s=0.002)
+        kept = json.dumps({"tools": json.dumps(TOOLS)})
+        open_page(tab, server)
+        tab.run(f"localStorage.setItem('pyserve:/:settings', {json.dumps(kept)})")
+        tab.reload()
+        ask(tab, "Weather in Paris?")
+        assert '"name": "get_weather"' in last_prompt(server)
+        tab.click("summary")
+        tab.wait("$('[data-part=reasoning]').checkVisibility()")
+        assert tab.text("[data-part=reasoning]").strip() == "Which city?"
+        assert tab.text(ANSWER).strip() == "Let me look."
+        assert tab.text(".tool-call b") == "get_weather"
+        assert json.loads(tab.text(".tool-call pre")) == {"city": "Paris", "days": 2}
+        server.play("<think>\n\n</think>\n\nIt is sunny.")
+        tab.run("$('.tool-results textarea').value = 'sunny, 21'")
+        tab.click(".tool-results button")
+        tab.wait(f"{DONE.format(2)} && document.body.innerText.includes('It is sunny.')")
+        assert "sunny, 21" in last_prompt(server) and "Which city?" not in last_prompt(server)
+        assert tab.problems == []
+
+
 def test_thinking_without_a_parser_is_folded_too(tab: Tab, server: Server) -> None:
     server.play("<think>\nHm, well.\n</think>\n\nFour")
     ask(tab, "two and two")
     assert tab.text(".assistant > .prose") == "Four"
+    assert not tab.is_seen("[data-part=reasoning]")
     assert tab.run("$('[data-part=reasoning]').textContent").strip() == "Hm, well."
+
+
+def test_thoughts_alone_are_not_folded(tab: Tab, server: Server) -> None:
+    server.play("<think>\nHm, well, let me see.")
+    ask(tab, "two and two")
+    assert tab.text("[data-part=reasoning]").strip() == "Hm, well, let me see."

@@ -113,14 +113,14 @@ def test_progress_before_ready(browser: Browser, tokenizer_folder: Path) -> None
         startup.report("build", 0, 0)
         tab.open(f"http://127.0.0.1:{server.port}/")
         tab.wait("$('#phases [aria-current]')")
-        assert "Compile the native code" in tab.text("#phases [aria-current]")
+        assert "Compile for this machine" in tab.text("#phases [aria-current]")
         assert tab.run("$('#progress').position") == -1  # unknown
         startup.report("load", 25, 100)
         tab.wait("$('#phases [aria-current]').innerText.includes('25 %')")
         assert "Load the weights" in tab.text("#phases [aria-current]")
         assert tab.run("$('#progress').value") == 0.25
         done = tab.run("$$('#phases .done').map(e => e.innerText)")
-        assert [text.split()[0] for text in done] == ["Start", "Compile"]
+        assert [text.split()[0] for text in done] == ["Start:", "Compile"]
         assert all(text.endswith(" s") for text in done)
         assert tab.run("document.title") == "pyserve: load"
         assert tab.run("$('#send').disabled")

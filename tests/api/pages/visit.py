@@ -12,7 +12,7 @@ ANSWER = ".assistant > [data-part=content]"
 
 def open_page(tab: Tab, server: Server, path: str = "/") -> None:
     tab.open(f"http://127.0.0.1:{server.port}{path}")
-    tab.wait("$('#status').className === 'good'")
+    tab.wait("$('#status').className === 'good' && !$('#send').disabled")
 
 
 def say(tab: Tab, text: str) -> None:

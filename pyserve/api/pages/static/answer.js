@@ -79,7 +79,7 @@ function measure(usage, { firstMs, lastMs }) {
     promptTokens: usage.prompt_tokens,
     cachedTokens: usage.prompt_tokens_details?.cached_tokens ?? 0,
     firstMs,
-    rate: count > 1 && decodeMs > 0 ? (count - 1) * 1000 / decodeMs : null,
+    rate: count > 1 && decodeMs > 5 ? (count - 1) * 1000 / decodeMs : null,
   };
 }
 

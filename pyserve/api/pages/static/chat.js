@@ -100,7 +100,7 @@ function askAnew() {
 }
 
 function goOn(answer) {
-  if (!isReady || running.has(current)) return;
+  if (running.has(current)) return;
   const messages = toRequest(current.messages, settings.system());
   answer.isPending = true;
   for (const name of ["finish", "error", "stats"]) delete answer[name];
@@ -128,20 +128,18 @@ function send(text) {
 }
 
 function edit(message, text) {
-  if (!isReady) return;
   cut(message);
   if (current.messages.length === 0) current.title = "";
   send(text);
 }
 
 function again(message) {
-  if (!isReady) return;
   cut(message);
   askAnew();
 }
 
 function answerTools(message, results) {
-  if (!isReady || running.has(current)) return;
+  if (running.has(current)) return;
   delete current.earlier;
   message.toolCalls.forEach((call, index) =>
     current.messages.push({ role: "tool", toolCallId: call.id, content: results[index] }));

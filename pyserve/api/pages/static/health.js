@@ -5,7 +5,7 @@ import { $ } from "./dom.js";
 const PHASES = {
   start: "Start",
   download: "Download the model",
-  build: "Compile the native code, once for this machine",
+  build: "Compile for this machine, once",
   load: "Load the weights",
 };
 const READY_MS = 5000;
@@ -13,7 +13,7 @@ const STARTING_MS = 500;
 
 /** Ask again and again; `onReady` is told whether the server takes requests. */
 export async function follow(onReady) {
-  let health = { status: "no answer from the server" };
+  let health = { status: "no answer", reason: "The server does not answer." };
   try {
     health = await (await fetch("health", { cache: "no-store" })).json();
   } catch {
@@ -27,7 +27,9 @@ export async function follow(onReady) {
 function show(health) {
   const isReady = health.status === "ready";
   const isStarting = health.status === "starting";
-  $("status").textContent = health.reason ? `${health.status}: ${health.reason}` : health.status;
+  $("status").textContent = health.status;
+  $("trouble").textContent = health.reason ?? "";
+  $("trouble").hidden = !health.reason;
   $("status").className = isReady ? "good" : isStarting ? "busy" : "bad";
   $("starting").hidden = !isStarting;
   document.title = isStarting ? `pyserve: ${health.phase}` : "pyserve";
@@ -40,7 +42,7 @@ function showPhases({ phase, progress, eta_s: etaS, ended }) {
   const after = order.slice(order.indexOf(phase) + 1).filter((name) => !(name in ended));
   const items = [...before, phase, ...after].map((name) => {
     const item = document.createElement("li");
-    const note = name === phase ? percent(progress) : name in ended ? ` ${ended[name]} s` : "";
+    const note = name === phase ? percent(progress) : name in ended ? `: ${ended[name].toFixed(1)} s` : "";
     item.textContent = (PHASES[name] ?? name) + note;
     if (name === phase) item.setAttribute("aria-current", "step");
     else if (name in ended) item.className = "done";
@@ -52,4 +54,4 @@ function showPhases({ phase, progress, eta_s: etaS, ended }) {
   $("eta").textContent = etaS === null ? "" : `About ${Math.ceil(etaS)} s to the end of this phase.`;
 }
 
-const percent = (progress) => (progress === null ? "" : ` ${Math.floor(progress * 100)} %`);
+const percent = (progress) => (progress === null ? "" : `: ${Math.floor(progress * 100)} %`);

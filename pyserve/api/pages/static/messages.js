@@ -71,6 +71,9 @@ class AssistantView {
     const hasNothing = !content && !reasoning && message.toolCalls.length === 0;
     part(element, "thinking").hidden = !reasoning;
     part(element, "thinking-title").textContent = thinkingTitle(message, isThinking);
+    if (!isWaiting && reasoning && !content && message.toolCalls.length === 0) {
+      part(element, "thinking").open = true; // there is nothing else to read
+    }
     show(part(element, "reasoning"), reasoning);
     show(part(element, "content"), content);
     this.renderTools();
@@ -78,6 +81,7 @@ class AssistantView {
     part(element, "failure").hidden = !message.error;
     part(element, "failure-text").textContent = message.error ?? "";
     part(element, "copy").hidden = !content;
+    part(element, "again").hidden = Boolean(message.error); // there is "Try again" then
     part(element, "note-text").textContent = notesOn(message);
     part(element, "note").hidden = part(element, "note-text").textContent === "";
     part(element, "goOn").hidden = !canGoOn(message);
