@@ -113,7 +113,7 @@ class Engine:
         self.histograms = StepHistograms()
         self._pacer = pacer
         if pacer is not None:
-            scheduler.mixed_limit = pacer.limit
+            scheduler.mixed_limit, scheduler.alone_limit = pacer.limit, pacer.alone_limit
         self._last_update_s = 0.0
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -247,6 +247,7 @@ class Engine:
         if self._pacer is not None:
             self._pacer.note(step, duration_s)
             self.scheduler.mixed_limit = self._pacer.limit
+            self.scheduler.alone_limit = self._pacer.alone_limit
 
     def fail_row(self, seq: Sequence, generation: int, error: PyserveError) -> None:
         """Fail the sequence of a row in flight alone, if it has not left its slot since."""

@@ -49,6 +49,7 @@ class Scheduler:
         self.num_prompt_tokens = 0  # of admitted sequences
         self.num_cached_tokens = 0  # of those, served by the prefix cache
         self.mixed_limit = max_num_batched_tokens  # of a step with prompts and decoding: chunks.py
+        self.alone_limit = max_num_batched_tokens  # of one with prompts alone
         self._max_num_batched_tokens = max_num_batched_tokens
         self._step_sizes = padded_sizes(max_num_batched_tokens)
         self._max_update_words = max_update_words
@@ -119,10 +120,9 @@ class Scheduler:
 
     def _prompt_limit(self, num_decoding: int) -> int:
         """Tokens of prompts that a step may take beside num_decoding rows of one token."""
-        if not num_decoding:
-            return self._max_num_batched_tokens
         # A step runs as one of a few sizes: what is beyond one would be paid up to the next.
-        index = bisect_right(self._step_sizes, self.mixed_limit) - 1
+        limit = self.mixed_limit if num_decoding else self.alone_limit
+        index = bisect_right(self._step_sizes, limit) - 1
         limit = max(self._step_sizes[index] - num_decoding, MIN_CHUNK)
         return min(limit, self._max_num_batched_tokens - num_decoding)
 

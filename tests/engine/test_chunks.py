@@ -60,6 +60,20 @@ def test_a_prompt_alone_teaches_what_the_next_may_take() -> None:
     assert pacer.limit == pytest.approx(0.030 / 23e-6, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("machine", "limit"), [(H200, 8192), (RTX_3090, 0.4 / 230e-6), (TOO_SLOW, 0.4 / 1e-3)]
+)
+def test_prompts_alone_keep_who_comes_next_waiting_for_less_than_half_a_second(
+    machine: Machine, limit: float
+) -> None:
+    pacer = ChunkPacer(0.030, max_tokens=8192)
+    assert pacer.alone_limit == 8192
+    for _ in range(10):
+        step = step_of(0, pacer.alone_limit)
+        pacer.note(step, machine.seconds(step))
+    assert pacer.alone_limit == pytest.approx(limit, rel=0.15)
+
+
 def test_prompts_get_on_where_decoding_alone_misses_the_target() -> None:
     pacer = ChunkPacer(0.030, max_tokens=MAX_TOKENS)
     times = run(pacer, TOO_SLOW, 4, 40)

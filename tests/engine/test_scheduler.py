@@ -120,6 +120,13 @@ def test_a_step_that_others_decode_in_has_the_size_that_is_fast_enough() -> None
     assert step.num_tokens == 96 and step.num_prompt_tokens == 95
 
 
+def test_prompts_alone_have_the_size_that_is_fast_enough_for_who_comes_next() -> None:
+    engine = make_engine(max_num_batched_tokens=256, max_model_len=512, num_blocks=200)
+    engine.scheduler.alone_limit = 100
+    engine.add(SequenceRequest([1] * 200, params()))
+    assert [run_step(engine).num_tokens for _ in range(3)] == [96, 96, 8]
+
+
 def test_steady_decode_sends_no_tokens() -> None:
     engine = make_engine(num_blocks=64, block_size=16)
     for index in range(4):
