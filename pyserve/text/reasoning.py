@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from pyserve.errors import ConfigError
+from pyserve.log import get_logger
 from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.parts import Content, Part, Reasoning
 from pyserve.text.tokenizer import Tokenizer
@@ -78,8 +79,17 @@ class ReasoningParser:
 
     @classmethod
     def named(cls, name: str | None, tokenizer: Tokenizer) -> ReasoningParser | None:
-        """That of a name that `check_name` lets pass."""
-        return cls(name, tokenizer) if name in FORMATS else None
+        """That of a name that `check_name` lets pass; the log says where it does not suit."""
+        if name not in FORMATS:
+            return None
+        parser = cls(name, tokenizer)
+        start = parser.format.starts[0]
+        if " " not in start and tokenizer.token_to_id(start) is None:
+            get_logger().warning(
+                "--reasoning-parser %s looks for %s, which is no token of this model: it may think "
+                "between other markers, or not at all", name, start,
+            )  # fmt: skip
+        return parser
 
     def opening(self, prompt_token_ids: Sequence[int], *, continued: str | None = None) -> Opening:
         """Where a prompt leaves the answer. `continued`: the text of the message it goes on with.

@@ -278,3 +278,51 @@ def test_a_budget_out_of_range_or_without_thinking(server: Server, tokenizer_fol
         assert error["param"] == "thinking_token_budget"
         assert "--reasoning-parser" in error["message"]
         assert plain.request("POST", CHAT, ask(thinking_token_budget=-1))[0] == 200
+
+
+@pytest.fixture(scope="module")
+def calling(tokenizer_folder: Path) -> Iterator[Server]:
+    """Thinking ends where a call begins, too."""
+    config: dict[str, Any] = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    config |= {"reasoning_parser": "qwen3", "trust_request_chat_template": True}
+    with run_server(tokenizer_folder, **config) as running:
+        yield running
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "<think>"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("burst", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("said", "reasoning", "content", "num_calls"),
+    [
+        (f"<think>\nSo\n</think>\n\n{CALL}", "\nSo\n", None, 1),
+        (f"<think>So</think>I see. {CALL}\n{CALL}", "So", "I see.", 2),
+        (f"<think>So {CALL}", "So ", None, 1),
+        (f"<think>So <tool_calls></think>{CALL}", "So <tool_calls>", None, 1),
+        (CALL, None, None, 1),
+        ("<think>So</think>Hi", "So", "Hi", 0),
+        ("<think>So <tool_ca", "So <tool_ca", None, 0),
+    ],
+)
+def test_thinking_before_calls(
+    calling: Server, burst: int, said: str, reasoning: str | None, content: str | None,
+    num_calls: int,
+) -> None:  # fmt: skip
+    calling.play(said, burst=burst)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    asked = ask(tools=tools, chat_template=TEMPLATE + "{% if tools %}{% endif %}")
+    (choice,) = calling.post(CHAT, asked)["choices"]
+    message = choice["message"]
+    assert (message["reasoning"], message["content"]) == (reasoning, content)
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    assert calls == [{"name": "f", "arguments": '{"x": "<think>"}'}] * num_calls
+    assert choice["finish_reason"] == ("tool_calls" if num_calls else "stop")
+    _, *frames = calling.frames(CHAT, asked)
+    deltas = [frame["choices"][0]["delta"] for frame in frames]
+    for name in ("reasoning", "content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == (message[name] or "")
+    pieces = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    for index, call in enumerate(calls):
+        texts = [c["function"]["arguments"] for c in pieces if c["index"] == index]
+        assert "".join(texts) == call["arguments"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,3 +152,27 @@ def test_answers_without_thinking_and_calls(client: OpenAI) -> None:
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
     call: Any = choice.message.tool_calls[0]
     assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "París"}')
+
+
+@pytest.mark.parametrize("budget", [-1, 8])
+def test_a_schema_holds_behind_the_thinking(client: OpenAI, budget: int) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"speed": {"type": "number"}, "unit": {"enum": ["m/s", "km/h"]}},
+        "required": ["speed", "unit"],
+        "additionalProperties": False,
+    }
+    json_schema = {"name": "answer", "schema": schema}
+    fields = {
+        **GREEDY, "response_format": {"type": "json_schema", "json_schema": json_schema},
+        "extra_body": {"thinking_token_budget": budget},
+    }  # fmt: skip
+    message: Any = client.chat.completions.create(**fields).choices[0].message
+    assert message.reasoning
+    answer = json.loads(message.content)
+    assert answer.keys() == {"speed", "unit"} and answer["unit"] in ("m/s", "km/h")
+    assert streamed(client, **fields)[:2] == (message.reasoning, message.content)
+    person = [{"role": "user", "content": "Extraer: John Smith, 30 años, ingeniero de software"}]
+    unthought: Any = client.chat.completions.create(**{**fields, "messages": person})
+    message = unthought.choices[0].message  # where nothing is thought the schema holds at once
+    assert json.loads(message.content).keys() == {"speed", "unit"}

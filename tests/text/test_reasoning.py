@@ -196,6 +196,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_folder(make_tokenizer_folder(tmp_path_factory.mktemp("plain")))
 
 
+def test_a_parser_that_does_not_suit_the_model_is_named(
+    special: Tokenizer, plain: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ReasoningParser.named(None, plain) is ReasoningParser.named("none", plain) is None
+    for name, tokenizer in (("mistral", special), ("granite", plain)):
+        assert ReasoningParser.named(name, tokenizer) is not None
+    assert not caplog.records
+    parser = ReasoningParser.named("mistral", plain)
+    assert parser is not None and parser.format == FORMATS["mistral"]
+    assert "mistral looks for [THINK], which is no token" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("prompt", "continued", "opening"),
     [
