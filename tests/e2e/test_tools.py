@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from openai import OpenAI
@@ -102,6 +103,42 @@ def test_several_answers_call_each(client: OpenAI) -> None:
     )
     ids = [call.id for choice in response.choices for call in choice.message.tool_calls or ()]
     assert len(ids) >= 2 and len(set(ids)) == len(ids)
+
+
+POEM: Any = [{"role": "user", "content": "Escribe un poema"}]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("choice", ["required", "named", "strict"])
+def test_calls_that_must_be_valid_are(
+    client: OpenAI, choice: str, temperature: float, is_streamed: bool
+) -> None:
+    function = {**TOOLS[0]["function"]}
+    function["parameters"] = {**function["parameters"], "additionalProperties": False}
+    fields: dict[str, Any] = {"messages": POEM, "tool_choice": "required"}
+    if choice == "named":
+        fields["tool_choice"] = {"type": "function", "function": {"name": "get_weather"}}
+    if choice == "strict":
+        function["strict"] = True
+        fields = {"messages": QUESTION, "tool_choice": "auto"}
+    tools: Any = [{"type": "function", "function": function}]
+    answer: Any = client.chat.completions.create(
+        model=MISTRAL, tools=tools, max_tokens=400,
+        temperature=temperature, seed=7, stream=is_streamed, **fields,
+    )  # fmt: skip
+    if is_streamed:
+        choices = [one for chunk in answer for one in chunk.choices]
+        pieces = [piece for one in choices for piece in one.delta.tool_calls or ()]
+        texts = ["".join(p.function.arguments or "" for p in pieces if p.index == 0)]
+        reason = choices[-1].finish_reason
+    else:
+        (one,) = answer.choices
+        texts = [call.function.arguments for call in one.message.tool_calls]
+        reason = one.finish_reason
+    assert reason == ("stop" if choice == "named" else "tool_calls")
+    for text in texts:
+        jsonschema.validate(json.loads(text), function["parameters"])
 
 
 def test_tools_that_may_not_be_called(client: OpenAI) -> None:

@@ -15,7 +15,8 @@ from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
 from pyserve.api.endpoints.structured import read_constraint
 from pyserve.api.endpoints.thinking import makes_thinking_budget
-from pyserve.api.endpoints.tools import check_parser, read_tools
+from pyserve.api.endpoints.tool_grammar import hold_to_tools
+from pyserve.api.endpoints.tools import read_tools, with_parser
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Job
 from pyserve.api.state import STATE
@@ -54,8 +55,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
     max_tokens = body.max_completion_tokens or body.max_tokens or 1
-    tools = read_tools(body)
-    check_parser(tools, loaded.tools, has_auto=state.config.enable_auto_tool_choice)
+    has_auto = state.config.enable_auto_tool_choice
+    tools = with_parser(read_tools(body), loaded.tools, has_auto=has_auto)
+    tools, grammar = await hold_to_tools(request, state, loaded, body, tools)
     conversation = await read_conversation(
         request,
         state,
@@ -81,9 +83,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     limit = "max_tokens", body.max_tokens
     if body.max_completion_tokens is not None:
         limit = "max_completion_tokens", body.max_completion_tokens
-    makes_grammar = await read_constraint(
-        request, state, loaded, body, ignored=ignored, free_until=free_until
-    )
+    if grammar is None:
+        makes_grammar = await read_constraint(
+            request, state, loaded, body, ignored=ignored, free_until=free_until
+        )
+    else:
+        makes_grammar = partial(grammar.constraint, free_until=free_until)
     job = await make_job(
         body,
         loaded,
@@ -95,8 +100,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         make_reasoning=make_reasoning,
         make_constraint=makes_all_of([makes_budget, makes_grammar]),
     )
-    if tools.mode != "none" and loaded.tools is not None:
-        job = msgspec.structs.replace(job, make_stage=tools.make_stage(loaded.tools))
+    job = tools.apply(job)
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 

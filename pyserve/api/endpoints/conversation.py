@@ -202,8 +202,8 @@ def _marker_ids(loaded: Loaded, tools: ToolUse) -> frozenset[int]:
     ids: frozenset[int] = frozenset()
     if loaded.reasoning is not None:
         ids |= loaded.reasoning.marker_ids
-    if loaded.tools is not None and tools.mode != "none":
-        ids |= loaded.tools.marker_ids
+    if tools.format is not None:
+        ids |= tools.format.marker_ids
     return ids
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import msgspec
+
+from pyserve.api.generation.job import Job
 from pyserve.api.wire.protocol import ChatRequest, Message, TokenizeRequest
 from pyserve.api.wire.tools import (
     MAX_TOOL_CALLS,
@@ -18,8 +21,7 @@ from pyserve.api.wire.tools import (
     Tool,
     ToolChoice,
 )
-from pyserve.errors import InvalidRequestError, NotBuiltError
-from pyserve.text.parts import Stage
+from pyserve.errors import InvalidRequestError
 from pyserve.text.tool_parsers.registry import ToolFormat
 from pyserve.text.tool_parsers.stage import MAX_CALLS, Tools
 
@@ -37,6 +39,8 @@ class ToolUse:
     shown    as a chat template gets them; empty: the prompt has none.
     mode     of tool_choice; none: what looks like a call is text.
     name     of the only tool that may be called; "": any.
+    strict   names of tools whose arguments are to be held to their schemas.
+    format   that calls are written in; None: none are looked for.
     ignored  fields that have no effect.
     """
 
@@ -44,14 +48,26 @@ class ToolUse:
     mode: Literal["none", "auto", "required"] = "none"
     name: str = ""
     max_calls: int = MAX_CALLS
+    strict: frozenset[str] = frozenset()
+    format: ToolFormat | None = None
     ignored: list[str] = field(default_factory=list)
 
-    def make_stage(self, format: ToolFormat) -> Callable[[], Stage]:
-        """Makes what finds the calls in an answer."""
-        parameters = {
-            tool["function"]["name"]: tool["function"]["parameters"] for tool in self.shown
-        }
-        return partial(format.stage, Tools(parameters, self.max_calls))
+    @property
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Tool name -> JSON schema of its arguments."""
+        functions = [tool["function"] for tool in self.shown]
+        return {function["name"]: function["parameters"] for function in functions}
+
+    def apply(self, job: Job) -> Job:
+        """The same request, its answers read for calls."""
+        if self.format is None:
+            return job
+        tools = Tools(self.parameters, self.max_calls)
+        ending = job.ending
+        if self.name:  # OpenAI and vLLM say so where the client has named the tool
+            ending = replace(ending, call_reason="stop")
+        make_stage = partial(self.format.stage, tools)
+        return msgspec.structs.replace(job, make_stage=make_stage, ending=ending)
 
 
 def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
@@ -82,25 +98,22 @@ def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
             "parallel_tool_calls": is_alone,
         }
         return ToolUse(ignored=[field for field, is_so in without_effect.items() if is_so])
-    strict = [tool for tool in tools if tool.function is not None and tool.function.strict]
     return ToolUse(
         shown=shown,
         mode="required" if name or choice == "required" else "auto",
         name=name,
         max_calls=1 if is_alone or name else MAX_CALLS,
-        ignored=["tools.function.strict"] if strict else [],
+        strict=frozenset(
+            tool.function.name for tool in tools if tool.function and tool.function.strict
+        ),
     )
 
 
-def check_parser(use: ToolUse, format: ToolFormat | None, *, has_auto: bool) -> None:
-    """Refuse what the server was not started for."""
+def with_parser(use: ToolUse, format: ToolFormat | None, *, has_auto: bool) -> ToolUse:
+    """As the server was started. Raises InvalidRequestError where that does not do."""
     if use.mode == "auto" and not (format and has_auto):
         raise InvalidRequestError(_NEEDS_AUTO, "tool_choice")
-    if use.mode == "required":
-        raise NotBuiltError(
-            "tool_choice: only none and auto are built yet, not required and named tools",
-            "tool_choice",
-        )
+    return use if use.mode == "none" else replace(use, format=format)
 
 
 def _check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:

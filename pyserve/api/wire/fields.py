@@ -140,7 +140,8 @@ DESCRIPTIONS = {
     "--reasoning-parser.",
     "include_reasoning": "false: what the model thinks is left out; only with --reasoning-parser.",
     "tools": "What the model may call; shown to it by the chat template.",
-    "tool_choice": "auto, where there are tools, none, or a function's name.",
+    "tool_choice": "auto is the default; required and a function's name make the answer a "
+    "call; none keeps tools out of the prompt.",
     "parallel_tool_calls": "false keeps the first call only.",
     "tool_calls": "Calls of an earlier answer.",
     "tool_call_id": "Of a message with the role tool: the call that it answers.",

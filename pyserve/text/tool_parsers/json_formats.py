@@ -32,6 +32,22 @@ class Maybe:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What a model that is held to a format writes, to the letter but for names and arguments.
+
+    call     around the arguments of one call; the first has `NAME` where the name stands.
+    around   all calls of an answer.
+    between  two calls.
+    trigger  the beginning of all that, by which a call is told from other text; "": there is none.
+    """
+
+    call: tuple[str, str]
+    around: tuple[str, str] = ("", "")
+    between: str = ""
+    trigger: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """How calls are written. White space may stand between all of its pieces.
 
@@ -42,6 +58,7 @@ class Format:
     separator  may stand between calls.
     header     another form of call: literals, and NAME, CALL_ID and ARGUMENTS, in their order.
     make_id    ids as the format's own templates want them.
+    written    the form that grammars hold models to; the first whose tokens the model has.
     """
 
     markers: tuple[str, ...] = ()
@@ -52,6 +69,7 @@ class Format:
     separator: str = ""
     header: tuple[str | Maybe, ...] = ()
     make_id: Callable[[], str] = plain_id
+    written: tuple[Written, ...] = ()
 
     @property
     def literals(self) -> tuple[str, ...]:
@@ -62,30 +80,70 @@ class Format:
 
 
 _BEGIN, _END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+_ALL, _ALL_END, _SEP = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁sep｜>"
+_IN_JSON = ('{"name": "NAME", "arguments": ', "}")
 FORMATS: dict[str, Format] = {
-    "hermes": Format(markers=("<tool_call>",), closers=("</tool_call>",), objects="{["),
-    "granite": Format(
-        markers=("<|tool_call|>", "<tool_call>"), closers=("</tool_call>",), bare="[", objects="[{"
+    "hermes": Format(
+        markers=("<tool_call>",),
+        closers=("</tool_call>",),
+        objects="{[",
+        written=(
+            Written(
+                ('<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>"),
+                between="\n", trigger="<tool_call>",
+            ),
+        ),
     ),
-    "llama3_json": Format(markers=("<|python_tag|>",), bare="{", objects="{[", separator=";"),
+    "granite": Format(
+        markers=("<|tool_call|>", "<tool_call>"),
+        closers=("</tool_call>",),
+        bare="[",
+        objects="[{",
+        written=tuple(
+            Written(_IN_JSON, (f"{marker}[", "]"), ", ", marker)
+            for marker in ("<|tool_call|>", "<tool_call>")
+        ),
+    ),
+    "llama3_json": Format(
+        markers=("<|python_tag|>",),
+        bare="{",
+        objects="{[",
+        separator=";",
+        written=(Written(('{"name": "NAME", "parameters": ', "}"), between="; "),),
+    ),
     "phi4_mini_json": Format(
-        markers=("functools", "<|tool_call|>"), closers=("<|/tool_call|>",), objects="["
+        markers=("functools", "<|tool_call|>"),
+        closers=("<|/tool_call|>",),
+        objects="[",
+        written=(Written(_IN_JSON, ("functools[", "]"), ", ", "functools["),),
     ),
     "mistral": Format(
         markers=("[TOOL_CALLS]",),
         objects="[{",
         header=(NAME, Maybe("[CALL_ID]", (CALL_ID,)), Maybe("[ARGS]"), ARGUMENTS),
         make_id=mistral_id,
-    ),
-    "deepseek_v3": Format(
-        markers=("<｜tool▁calls▁begin｜>",),
-        starts=(_BEGIN,),
-        closers=("<｜tool▁calls▁end｜>",),
-        header=(
-            _BEGIN, Maybe("function<｜tool▁sep｜>"), NAME, Maybe("<｜tool▁sep｜>"),
-            Maybe("```json"), ARGUMENTS, Maybe("```"), Maybe(_END),
+        written=(
+            Written(("[TOOL_CALLS]NAME[ARGS]", ""), trigger="[TOOL_CALLS]"),
+            Written(_IN_JSON, ("[TOOL_CALLS] [", "]"), ", ", "[TOOL_CALLS]"),
         ),
     ),
+    "deepseek_v3": Format(
+        markers=(_ALL,),
+        starts=(_BEGIN,),
+        closers=(_ALL_END,),
+        header=(
+            _BEGIN, Maybe(f"function{_SEP}"), NAME, Maybe(_SEP), Maybe("```json"), ARGUMENTS,
+            Maybe("```"), Maybe(_END),
+        ),
+        written=(
+            Written(
+                (f"{_BEGIN}function{_SEP}NAME\n```json\n", f"\n```{_END}"),
+                (_ALL, _ALL_END), "\n", _ALL,
+            ),
+        ),
+    ),
+    # Of no model's own: what those are held to whose arguments are no JSON.
+    "json": Format(bare="[", objects="[", written=(Written(_IN_JSON, ("[", "]"), ", "),)),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyserve.errors import ConfigError
 from pyserve.text.tokenizer import Tokenizer
-from pyserve.text.tool_parsers.json_formats import FORMATS, JsonParser
+from pyserve.text.tool_parsers.json_formats import FORMATS, JsonParser, Written
 from pyserve.text.tool_parsers.pythonic import PythonicParser
 from pyserve.text.tool_parsers.qwen3_coder import QwenCoderParser
 from pyserve.text.tool_parsers.stage import Parser, Tools
@@ -15,7 +15,8 @@ _CLASSES: dict[str, type[PythonicParser] | type[QwenCoderParser]] = {
     "pythonic": PythonicParser,
     "qwen3_coder": QwenCoderParser,
 }
-NAMES = tuple(sorted([*FORMATS, *_CLASSES]))
+PLAIN_JSON = "json"
+NAMES = tuple(sorted([*FORMATS.keys() - {PLAIN_JSON}, *_CLASSES]))
 
 
 def make_parser(name: str, tools: Tools) -> Parser:
@@ -44,10 +45,12 @@ class ToolFormat:
     """A format together with the model that writes it.
 
     marker_ids  special tokens that mark calls, which the text must show to the parser.
+    written     what a grammar holds the model to; None: it cannot be held to this format.
     """
 
     name: str
-    marker_ids: frozenset[int]
+    marker_ids: frozenset[int] = frozenset()
+    written: Written | None = None
 
     @classmethod
     def named(cls, name: str | None, tokenizer: Tokenizer) -> ToolFormat | None:
@@ -55,8 +58,26 @@ class ToolFormat:
         if name is None:
             return None
         ids = {tokenizer.token_to_id(literal) for literal in literals(name)}
-        return cls(name, tokenizer.special_token_ids & ids)
+        return cls(name, tokenizer.special_token_ids & ids, _written(name, tokenizer))
+
+    def held(self) -> ToolFormat:
+        """The format that a grammar can hold the model to: this one, or plain JSON."""
+        return self if self.written is not None else JSON_FORMAT
 
     def stage(self, tools: Tools) -> Parser:
         """A parser for one answer."""
         return make_parser(self.name, tools)
+
+
+JSON_FORMAT = ToolFormat(PLAIN_JSON, written=FORMATS[PLAIN_JSON].written[0])
+
+
+def _written(name: str, tokenizer: Tokenizer) -> Written | None:
+    """The form whose marks are tokens of the model; the last where none has such."""
+    several = FORMATS[name].written if name in FORMATS else ()
+    for written in several[:-1]:
+        text = written.around[0] + written.call[0]
+        marks = [literal for literal in literals(name) if literal in text]
+        if all(tokenizer.token_to_id(mark) is not None for mark in marks):
+            return written
+    return several[-1] if several else None

@@ -9,53 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
 
 from pyserve.api.wire.tools import MAX_TOOL_CALLS, MAX_TOOLS
-from tests.api.fakes import TEMPLATE, Server, make_tokenizer_folder, run_server
-
-CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
-HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
-}
-NOW = {"type": "function", "function": {"name": "now"}}
-TOOLS = [WEATHER, NOW]
-OF_TOOLS = (
-    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}\n{% endfor %}</tools>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.id }}]{{ c.function.name }}"
-    "{{ c.function.arguments | tojson }}{% endfor %}"
-    "{% if m.tool_call_id %}({{ m.tool_call_id }}){% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.api.fakes import TEMPLATE, Server, run_server
+from tests.api.tool_talk import (
+    CALL,
+    CHAT,
+    HI,
+    NOW,
+    OF_TOOLS,
+    SECOND,
+    TOKENIZE,
+    TOOLS,
+    WEATHER,
+    ask,
+    named,
+    plain,
+    streamed,
+    wholly,
+    with_template,
 )
-CALL = (
-    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'
-)
-SECOND = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-
-
-def with_template(folder: Path, source: str) -> Path:
-    """The tokenizer of the other tests, with a template and with markers as special tokens."""
-    make_tokenizer_folder(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "chat_template": source}))
-    backend = Backend.from_file(str(folder / "tokenizer.json"))
-    markers = ("<tool_call>", "</tool_call>", "<|unused|>")
-    backend.add_special_tokens([AddedToken(token, special=True) for token in markers])
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +46,6 @@ def server(shared: Server) -> Iterator[Server]:
     shared.state.config = config
 
 
-def ask(**fields: Any) -> dict[str, Any]:
-    return {"messages": HI, "tools": TOOLS, "max_tokens": 400, **fields}
-
-
 def prompt(server: Server, **fields: Any) -> tuple[str, str]:
     """The prompt that both endpoints make, as text, and what they name as ignored."""
     server.engine.submitted.clear()
@@ -89,58 +58,6 @@ def prompt(server: Server, **fields: Any) -> tuple[str, str]:
     assert others.get("x-pyserve-ignored", "") == ignored
     ids = server.engine.submitted[0].prompt
     return server.tokenizer.decode(ids, skip_special_tokens=False), ignored
-
-
-def streamed(server: Server, **fields: Any) -> list[dict[str, Any]]:
-    """The choices of a streamed answer, put together as clients do."""
-    found: dict[int, dict[str, Any]] = {}
-    for frame in server.frames(CHAT, ask(**fields)):
-        for choice in frame["choices"]:
-            whole = found.setdefault(choice["index"], {"content": "", "tool_calls": []})
-            delta = choice["delta"]
-            whole["content"] += delta.get("content") or ""
-            for piece in delta.get("tool_calls", ()):
-                calls = whole["tool_calls"]
-                if piece["index"] == len(calls):
-                    call = {"id": piece["id"], "type": piece["type"]}
-                    calls.append({**call, "function": {**piece["function"]}})
-                    assert call["id"] and piece["function"]["name"]
-                else:
-                    assert set(piece) == {"index", "function"}
-                    calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
-            if choice["finish_reason"]:
-                whole["finish_reason"] = choice["finish_reason"]
-    return [found[index] for index in sorted(found)]
-
-
-def wholly(server: Server, **fields: Any) -> list[dict[str, Any]]:
-    """The same of a whole answer."""
-    answer = server.post(CHAT, ask(**fields))
-    found = []
-    for choice in answer["choices"]:
-        message = choice["message"]
-        if "tool_calls" in message and not message["content"]:
-            assert message["content"] is None
-        found.append(
-            {
-                "content": message["content"] or "",
-                "tool_calls": message.get("tool_calls", []),
-                "finish_reason": choice["finish_reason"],
-            }
-        )
-    return found
-
-
-def plain(choices: list[dict[str, Any]]) -> list[Any]:
-    return [
-        (
-            choice["content"],
-            [(call["function"]["name"], call["function"]["arguments"])
-             for call in choice["tool_calls"]],
-            choice["finish_reason"],
-        )
-        for choice in choices
-    ]  # fmt: skip
 
 
 def test_the_prompt_shows_the_tools_in_the_order_that_models_know(server: Server) -> None:
@@ -257,10 +174,6 @@ def test_thinking_comes_first_and_calls_in_it_are_none(tmp_path: Path) -> None:
         frames = server.frames(CHAT, ask())
         thought = "".join(f["choices"][0]["delta"].get("reasoning", "") for f in frames)
         assert thought == message["reasoning"]
-
-
-def named(name: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name}}
 
 
 def function(**fields: Any) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""tool_choice required, a named tool and strict tools -> a grammar that the answer is held to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pyserve.api.endpoints.structured import read_spec
+from pyserve.api.endpoints.tools import ToolUse
+from pyserve.api.state import Loaded, ServerState
+from pyserve.api.wire.protocol import ChatRequest
+from pyserve.errors import InvalidRequestError
+from pyserve.text.grammar import Compiled, Grammars, JsonSchema, Spec, Tags
+from pyserve.text.grammar_schema import engine_schema
+from pyserve.text.tool_parsers.json_formats import Written
+from pyserve.text.tool_parsers.registry import JSON_FORMAT
+from pyserve.text.tool_parsers.tags import Tag, may_call, must_call
+
+Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of tools, by name
+
+MAX_TRIALS_S = 3.0  # for finding out which of several tools cannot be enforced
+STRICT = "tools.function.strict"
+ANY_ARGUMENTS: Mapping[str, Any] = {"type": "object"}
+
+
+async def hold_to_tools(
+    request: web.Request, state: ServerState, loaded: Loaded, body: ChatRequest, use: ToolUse
+) -> tuple[ToolUse, Compiled | None]:
+    """The tools of `body`, less those that cannot be enforced, and what its answers are held to.
+
+    None: nothing, as far as tools go. Where there is something, it stands for what else the request
+    asks of an answer's form, too.
+
+    A tool whose schema cannot be enforced is left out of the prompt too, and named as ignored;
+    where no other is left, the request is refused.
+
+    Raises InvalidRequestError naming the field, QueueFullError, UnavailableError.
+    """
+    is_forced = use.mode == "required"
+    form = read_spec(body, []) if use.mode != "none" else None
+    if is_forced and form is not None:
+        raise InvalidRequestError(
+            f"tool_choice and {form.param} both say what the answer is: leave one of them out",
+            "tool_choice",
+        )
+    use = replace(use, format=(use.format or JSON_FORMAT).held()) if is_forced else use
+    written = use.format.written if use.format is not None else None
+    if form is not None and not _may_be_beside_calls(form, written):
+        return replace(use, ignored=[*use.ignored, "tools"]), None  # an answer has that form
+    if not is_forced and form is None:
+        if not use.strict:
+            return use, None
+        if written is None or not written.trigger:
+            return replace(use, ignored=[*use.ignored, STRICT]), None
+    assert written is not None
+
+    def make_tags(schemas: Schemas) -> Tag:
+        is_single = use.max_calls == 1
+        if is_forced:
+            return must_call(written, schemas, is_single=is_single)
+        if isinstance(form, JsonSchema):
+            calls = must_call(written, schemas, is_single=is_single)
+            schema = {"type": "json_schema", "json_schema": form.schema}
+            return {"type": "or", "elements": [calls, schema]}
+        return may_call(written, schemas, is_single=is_single)
+
+    schemas = {
+        name: schema if is_forced or name in use.strict else ANY_ARGUMENTS
+        for name, schema in use.parameters.items()
+        if use.name in ("", name)
+    }
+    compile_all = partial(_compile, loaded.grammars, make_tags, schemas, list(use.parameters))
+    size = len(msgspec.json.encode(schemas))
+    compiled, refused = await state.run_text(request, size, compile_all, short=0)
+    kept = [tool for tool in use.shown if tool["function"]["name"] not in refused]
+    ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
+    return replace(use, shown=kept, ignored=ignored), compiled
+
+
+def _may_be_beside_calls(form: Spec, written: Written | None) -> bool:
+    """Whether a grammar can say: calls, or else this."""
+    if written is None or not isinstance(form, JsonSchema):
+        return False
+    return form.has_additional_properties and form.whitespace is None
+
+
+def _compile(
+    grammars: Grammars, make_tags: Callable[[Schemas], Tag], schemas: Schemas, names: list[str]
+) -> tuple[Compiled, list[str]]:
+    """The grammar of all that can be enforced, and the names of the others.
+
+    names  of all tools, in the order of the request.
+    """
+    fields = {name: f"tools[{names.index(name)}].function.parameters" for name in schemas}
+    refused: dict[str, InvalidRequestError] = {}
+
+    def try_each(trial: Callable[[str], object]) -> dict[str, Mapping[str, Any]]:
+        began_s = time.monotonic()
+        for name in schemas.keys() - refused.keys():
+            try:
+                trial(name)
+            except InvalidRequestError as error:
+                refused[name] = InvalidRequestError(
+                    f"the tool {name}: {error.message}", fields[name]
+                )
+            if time.monotonic() - began_s > MAX_TRIALS_S:
+                raise InvalidRequestError("tools take too long to compile", "tools")
+        if len(refused) == len(schemas):
+            raise next(refused[name] for name in names if name in refused)
+        return {name: schema for name, schema in schemas.items() if name not in refused}
+
+    def compile_one(name: str) -> None:
+        grammars.compile(Tags(param=fields[name], tags=make_tags({name: schemas[name]})))
+
+    kept = try_each(lambda name: engine_schema(schemas[name], param=fields[name]))
+    try:
+        compiled = grammars.compile(Tags(param="tools", tags=make_tags(kept)))
+    except InvalidRequestError:
+        fewer = try_each(compile_one)
+        if len(fewer) == len(kept):
+            raise  # each of them alone would do
+        compiled = grammars.compile(Tags(param="tools", tags=make_tags(fewer)))
+    return compiled, [name for name in names if name in refused]

@@ -1,0 +1,88 @@
+"""Calls of tools as structural tags: what a grammar holds a model to (text/grammar_tags.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyserve.text.tool_parsers.json_formats import NAME, Written
+
+Tag = dict[str, Any]
+
+# Parts of a schema that may have properties of their own.
+_COMBINED = {"$ref", "anyOf", "oneOf", "allOf", "patternProperties", "unevaluatedProperties", "if"}
+
+
+def must_call(
+    written: Written, parameters: Mapping[str, Mapping[str, Any]], *, is_single: bool
+) -> Tag:
+    """Nothing but calls, one at least.
+
+    parameters  tool name -> JSON schema of its arguments.
+    is_single   one at most, too.
+    """
+    return _whole(written, parameters, is_single=is_single)
+
+
+def may_call(
+    written: Written, parameters: Mapping[str, Mapping[str, Any]], *, is_single: bool
+) -> Tag:
+    """Any text, in which what begins as a call is one. The format must have a trigger."""
+    trigger = written.trigger
+    if written.around[0]:
+        whole = _whole(written, parameters, is_single=is_single, begun=trigger)
+        tags = [{"begin": trigger, "content": whole, "end": ""}]
+    else:
+        tags = _calls(written, parameters)
+    return {
+        "type": "triggered_tags",
+        "triggers": [trigger],
+        "tags": tags,
+    }
+
+
+def _whole(
+    written: Written,
+    parameters: Mapping[str, Mapping[str, Any]],
+    *,
+    is_single: bool,
+    begun: str = "",
+) -> Tag:
+    """All calls, and what stands around them but for `begun`."""
+    calls = {
+        "type": "tags_with_separator",
+        "tags": _calls(written, parameters),
+        "separator": written.between,
+        "at_least_one": True,
+        "stop_after_first": is_single,
+    }
+    before, behind = written.around
+    texts = [_text(before.removeprefix(begun)), calls, _text(behind)]
+    return {"type": "sequence", "elements": [one for one in texts if one is not None]}
+
+
+def _calls(written: Written, parameters: Mapping[str, Mapping[str, Any]]) -> list[Tag]:
+    begin, end = written.call
+    return [
+        {
+            "begin": begin.replace(NAME, name),
+            "content": {"type": "json_schema", "json_schema": _as_object(schema)},
+            "end": end,
+        }
+        for name, schema in parameters.items()
+    ]
+
+
+def _text(value: str) -> Tag | None:
+    return {"type": "const_string", "value": value} if value else None
+
+
+def _as_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments are an object, also where the schema does not say so, and have the names that it
+    lists: what a function does not know fails in the client.
+    """
+    if _COMBINED & schema.keys():
+        return schema
+    if "properties" in schema:
+        schema = {"additionalProperties": False, **schema}
+    return {"type": "object", **schema}

@@ -1,0 +1,218 @@
+"""tool_choice required, named and strict tools: whatever the model says, it is a valid call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tests.api.fakes import TEMPLATE, Server, run_server
+from tests.api.tool_talk import (
+    CALL,
+    CHAT,
+    NOW,
+    OF_TOOLS,
+    TOOLS,
+    WEATHER,
+    ask,
+    named,
+    plain,
+    streamed,
+    wholly,
+    with_template,
+)
+
+AUTO: dict[str, Any] = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+TEXT = "I would rather not call anything."
+CLOSED = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5},
+          "days": {"enum": [1, 2]}}, "required": ["city", "days"],
+          "additionalProperties": False}  # fmt: skip
+STRICT = {"type": "function",
+          "function": {"name": "get_weather", "parameters": CLOSED, "strict": True}}  # fmt: skip
+BAD = {"type": "function", "function": {
+    "name": "odd", "strict": True,
+    "parameters": {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}},
+}}  # fmt: skip
+FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": CLOSED}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_template(tmp_path_factory.mktemp("held") / "tiny", OF_TOOLS)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with run_server(folder, **AUTO) as running:
+        yield running
+
+
+def valid_calls(choice: dict[str, Any], tools: list[Any]) -> list[str]:
+    """Names of the calls, whose arguments are checked."""
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    names = []
+    for call in choice["tool_calls"]:
+        name = call["function"]["name"]
+        jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[name] or {})
+        names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("text", [TEXT, CALL, '{"name": ', "<tool_call>{}"])
+def test_required(server: Server, text: str) -> None:
+    server.play(text, burst=4)
+    tools = [STRICT, NOW]
+    for read in (wholly, streamed):
+        for n in (1, 2):
+            choices = read(server, tools=tools, tool_choice="required", n=n)
+            assert len(choices) == n
+            for choice in choices:
+                assert choice["finish_reason"] == "tool_calls" and choice["content"] == ""
+                assert valid_calls(choice, tools)
+
+
+@pytest.mark.parametrize("text", [TEXT, CALL])
+def test_a_named_tool_is_called_once(server: Server, text: str) -> None:
+    server.play(text, burst=4)
+    for read in (wholly, streamed):
+        (choice,) = read(server, tools=[STRICT, NOW], tool_choice=named("now"))
+        assert valid_calls(choice, [STRICT, NOW]) == ["now"]
+        assert choice["finish_reason"] == "stop"  # as OpenAI and vLLM have it
+        (choice,) = read(server, tools=[STRICT, NOW], tool_choice=named("get_weather"))
+        assert valid_calls(choice, [STRICT, NOW]) == ["get_weather"]
+
+
+def test_without_parallel_calls_there_is_one(server: Server) -> None:
+    server.play(f"{CALL}\n{CALL}")
+    fields = {"tools": [WEATHER], "tool_choice": "required"}
+    assert len(wholly(server, **fields)[0]["tool_calls"]) == 2
+    assert len(wholly(server, **fields, parallel_tool_calls=False)[0]["tool_calls"]) == 1
+
+
+def test_strict_tools_are_held_to_their_schema_once_called(server: Server) -> None:
+    tools = [STRICT, NOW]
+    server.play(TEXT, burst=4)
+    assert plain(wholly(server, tools=tools)) == [(TEXT, [], "stop")]
+    text = (
+        'Well. <tool_call>\n{"name": "get_weather", "arguments": {"town": "Paris"}}\n</tool_call>'
+    )
+    server.play(text, burst=4)
+    for read in (wholly, streamed):
+        (choice,) = read(server, tools=tools)
+        assert choice["content"].startswith("Well.") and valid_calls(choice, tools)
+    # Without strict the arguments are the model's.
+    (choice,) = wholly(server)
+    assert choice["tool_calls"][0]["function"]["arguments"] == '{"town": "Paris"}'
+
+
+def test_a_schema_for_the_answer_leaves_calls_possible(server: Server) -> None:
+    fields = {"tools": TOOLS, "response_format": FORMAT}
+    server.play(CALL, burst=4)
+    for read in (wholly, streamed):
+        assert plain(read(server, **fields)) == [
+            ("", [("get_weather", '{"city": "Paris", "days": 2}')], "tool_calls")
+        ]
+    server.play('{"city": "Rome", "days": 7', burst=4)
+    (choice,) = wholly(server, **fields)
+    jsonschema.validate(json.loads(choice["content"]), CLOSED)
+    assert not choice["tool_calls"]
+    server.play("yes", burst=4)
+    status, headers, reply = server.request(
+        "POST", CHAT, ask(structured_outputs={"choice": ["yes", "no"]})
+    )
+    assert status == 200 and headers["x-pyserve-ignored"] == "tools"
+    assert json.loads(reply)["choices"][0]["message"]["content"] == "yes"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+        {"guided_choice": ["a"]},
+    ],
+)
+def test_calls_that_must_come_rule_out_another_form(server: Server, fields: dict[str, Any]) -> None:
+    for choice in ("required", named("now")):
+        error = server.error(CHAT, ask(tool_choice=choice, **fields))
+        assert error["param"] == "tool_choice"
+        assert next(iter(fields)) in error["message"]
+
+
+def test_only_the_tool_that_cannot_be_enforced_is_left_out(server: Server) -> None:
+    for fields in ({"tool_choice": "required"}, {}):
+        server.play(CALL, burst=4)
+        server.engine.submitted.clear()
+        body = ask(tools=[BAD, WEATHER], **fields)
+        status, headers, reply = server.request("POST", CHAT, body)
+        assert status == 200, reply
+        named_calls = json.loads(reply)["choices"][0]["message"]["tool_calls"]
+        assert {call["function"]["name"] for call in named_calls} == {"get_weather"}
+        assert headers["x-pyserve-ignored"] == "tools.odd"
+        shown = server.tokenizer.decode(
+            server.engine.submitted[0].prompt, skip_special_tokens=False
+        )
+        assert "get_weather" in shown and "odd" not in shown
+    for refused in ({"tools": [BAD]}, {"tools": [WEATHER, BAD], "tool_choice": named("odd")}):
+        error = server.error(CHAT, ask(**{"tool_choice": "required", **refused}))
+        place = f"tools[{len(refused['tools']) - 1}].function.parameters"
+        assert error["param"] == place
+        assert "the tool odd" in error["message"] and "/properties/a" in error["message"]
+
+
+def test_it_needs_no_parser_and_no_template(tmp_path: Path) -> None:
+    """Who must call a tool can be made to in JSON, whatever the model's own form."""
+    folder = with_template(tmp_path / "tiny", TEMPLATE)
+    settings: list[dict[str, Any]] = [{}, {"tool_call_parser": "qwen3_coder"}]
+    for flags in settings:
+        with run_server(folder, **flags) as server:
+            server.play(TEXT, burst=4)
+            for choice in ("required", named("get_weather")):
+                (found,) = wholly(server, tools=[STRICT], tool_choice=choice)
+                assert set(valid_calls(found, [STRICT])) == {"get_weather"}
+            status, headers, _ = server.request(
+                "POST", CHAT, ask(tools=[STRICT], tool_choice="required")
+            )
+            assert (status, headers["x-pyserve-ignored"]) == (200, "tools")  # not in the prompt
+
+
+def test_strict_is_named_where_calls_have_no_mark(folder: Path) -> None:
+    flags = {**AUTO, "tool_call_parser": "llama3_json"}
+    with run_server(folder, **flags) as server:
+        server.play(TEXT, burst=4)
+        status, headers, _ = server.request("POST", CHAT, ask(tools=[STRICT]))
+        assert (status, headers["x-pyserve-ignored"]) == (200, "tools.function.strict")
+        (choice,) = wholly(server, tools=[STRICT], tool_choice="required")
+        assert set(valid_calls(choice, [STRICT])) == {"get_weather"}
+
+
+def test_thinking_is_free(folder: Path) -> None:
+    with run_server(folder, reasoning_parser="deepseek_r1", **AUTO) as server:
+        server.play(f"<think>Hm, no.</think>\n\n{TEXT}", burst=4)
+        for read in (wholly, streamed):
+            (choice,) = read(server, tools=[STRICT], tool_choice="required")
+            assert set(valid_calls(choice, [STRICT])) == {"get_weather"}
+            assert choice["finish_reason"] == "tool_calls" and choice["content"] == ""
+        message = server.post(CHAT, ask(tools=[STRICT], tool_choice="required"))
+        assert "Hm, no." in message["choices"][0]["message"]["reasoning"]
+
+
+def test_many_tools_take_little_time(server: Server) -> None:
+    def tool(i: int) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": f"f{i}", "parameters": {
+            "type": "object", "properties": {f"a{i}": {"type": "string"}}}}}  # fmt: skip
+
+    server.play(TEXT, burst=4)
+    for count in (200, 700):
+        began = time.monotonic()
+        tools = [tool(i) for i in range(count)]
+        for t in tools:
+            del t["function"]["parameters"]["type"]  # shorter
+        status, _, reply = server.request("POST", CHAT, ask(tools=tools, tool_choice="required"))
+        assert status == 400 and json.loads(reply)["error"]["param"] in ("messages", "tools")
+        assert time.monotonic() - began < 5.0
