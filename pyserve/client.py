@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from pyserve.errors import PyserveError
 from pyserve.histogram import StepHistograms
@@ -78,6 +78,21 @@ class SequenceRequest:
     constraint: Constraint | None = None
 
 
+class TokenLogprobs(NamedTuple):
+    """How likely a token is where it stands, before masks, biases, penalties and temperature.
+
+    logprob                the natural logarithm of its probability; -inf where that is 0.
+    token_rank             1 + the number of tokens that are more likely.
+    top_ids, top_logprobs  the most likely tokens, in falling order: limits.TOP_LOGPROBS of them,
+                           however many were asked for; -1 behind the last of the vocabulary.
+    """
+
+    logprob: float
+    token_rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 @dataclass(slots=True)
 class SequenceDelta:
     """What one sequence has produced since it was last read.
@@ -86,11 +101,13 @@ class SequenceDelta:
     finish_reason      None while the sequence runs; the last delta carries it. "stop": by a stop
                        token, or because nothing but one was allowed.
     stop_token_id      the id of stop_token_ids that ended the sequence, None otherwise.
+    logprobs           of each of the tokens, where they were asked for.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +119,8 @@ class SequenceStream:
     scheduled_s        when it was in a step for the first time; 0 until then.
     first_token_s      when its first token was sampled; 0 until then.
     ended_s            when it finished or failed; 0 until then.
+    prompt_logprobs    of the prompt's tokens from the second on, where they were asked for: all of
+                       them before the first output token.
     """
 
     seq_id: int
@@ -111,6 +130,8 @@ class SequenceStream:
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     ended_s: float = 0.0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _stop_token_id: int | None = None
@@ -127,10 +148,12 @@ class SequenceStream:
         self.num_cached_tokens = num_cached_tokens
         self.scheduled_s = time.monotonic()
 
-    def put(self, token_ids: list[int]) -> None:
-        """Engine side: append output tokens and wake the reader."""
+    def put(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
+        """Engine side: append output tokens, with the logprobs of each or none; wake the reader."""
         assert not self.is_finished, "token after the end"
         self._token_ids += token_ids
+        if logprobs is not None:
+            self._logprobs += logprobs
         self._wakeup.set()
 
     def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> None:
@@ -168,6 +191,8 @@ class SequenceStream:
             raise self._error
         delta = SequenceDelta(self._token_ids)
         self._token_ids = []
+        if self._logprobs:
+            delta.logprobs, self._logprobs = self._logprobs, []
         if self._error is not None:
             self._wakeup.set()  # the next call raises
         else:

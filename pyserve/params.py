@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from pyserve.errors import InvalidRequestError
-from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, TOP_LOGPROBS
 
 MAX_TOP_K = 2**31 - 1
 INT32_MAX = 2**31 - 1
@@ -39,6 +39,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     allowed_token_ids no other token is sampled, a stop token neither; None: all are allowed.
     bad_words         token ids of each, and none of them empty: the last may not follow the others
                       in the output.
+    num_logprobs, num_prompt_logprobs
+                      how many of the most likely tokens are told beside each output token, and
+                      beside each prompt token; None: nothing is told.
 
     Raises InvalidRequestError naming the field, the value and the limit.
     """
@@ -58,6 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature != 0.0:
@@ -74,6 +79,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            num = getattr(self, name)
+            if num is not None:
+                _check(name, num, 0, TOP_LOGPROBS)
         _check("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             _check("seed", self.seed, INT64_MIN, INT64_MAX)
@@ -102,6 +111,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             )
         if not all(self.bad_words):
             raise InvalidRequestError("bad_words holds one of no tokens", "bad_words")
+
+    @property
+    def has_logprobs(self) -> bool:
+        """True where anything is asked about how likely tokens are."""
+        return self.num_logprobs is not None or self.num_prompt_logprobs is not None
 
     @property
     def has_penalties(self) -> bool:

@@ -14,11 +14,37 @@ import numpy as np
 import numpy.typing as npt
 
 from pyserve import ops
+from pyserve.client import TokenLogprobs
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.sequence import Sequence
 from pyserve.ops import step_layout as layout
 
 MIN_UPDATE_WORDS = 2**16  # room for the slot and block updates of many short sequences
+
+
+class Asked(NamedTuple):
+    """What a step is asked about how likely tokens are (asked.py).
+
+    sampled_rows    of the sampled rows, ascending.
+    prompt_rows     of the step's tokens: those behind which a token of a prompt comes.
+    next_token_ids  that token.
+    """
+
+    sampled_rows: list[int]
+    prompt_rows: list[int]
+    next_token_ids: list[int]
+
+
+NOTHING_ASKED = Asked([], [], [])
+
+
+class PromptSpan(NamedTuple):
+    """A row's part of Asked.prompt_rows: positions of its sequence from `begin` on."""
+
+    seq: Sequence
+    generation: int
+    begin: int
+    num_rows: int
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +55,7 @@ class Step:
     row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates
                         as ops.pack_step takes them.
     seq_lens            tokens of the sequence whose KV is valid once the step has run.
+    asked, prompt_spans as asked.py fills them; NOTHING_ASKED and none where nobody asks.
     """
 
     seqs: list[Sequence] = field(default_factory=list)
@@ -45,6 +72,9 @@ class Step:
     num_tokens: int = 0
     num_prompt_tokens: int = 0  # of them, in rows that do not decode
 
+    asked: Asked = NOTHING_ASKED
+    prompt_spans: list[PromptSpan] = field(default_factory=list)
+
     @property
     def shape(self) -> StepShape:
         """As the header of the packed step will tell it."""
@@ -58,11 +88,14 @@ class StepOutput:
     """What a step has sampled.
 
     token_ids  of each sampled row, in row order; [-1] where its logits are NaN.
-    logprobs   None: nothing computes them yet.
+    logprobs   of the sampled rows that ask, in row order; None where the step is asked nothing.
+    prompt_logprobs
+               of Asked.prompt_rows; likewise.
     """
 
     token_ids: list[list[int]]
-    logprobs: None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class StepShape(NamedTuple):

@@ -66,6 +66,8 @@ class BlockManager:
         if not self._is_caching:
             return [], None
         self._extend_hashes(seq, len(seq.token_ids))
+        if seq.has_untold_prompt:
+            return [], None
         limit = (len(seq.token_ids) - 1) // self.block_size
         hits: list[int] = []
         preimages = self._preimages(seq, 0, limit)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyserve.engine.batch import Step, StepOutput, StepShape, pack
+from pyserve.engine.batch import Asked, Step, StepOutput, StepShape, pack
 from pyserve.engine.engine import Pending
 from pyserve.engine.runner import StepExecutor, refuse_when_closed
 from pyserve.engine.warmup import graph_steps, largest_step, warmup_steps
@@ -40,17 +40,21 @@ class _RingEntry:
     step_input: torch.Tensor  # int32 [num_step_words], pinned
     words: NDArray[np.int32]  # the same memory
     sampled: torch.Tensor  # int32 [num_slots], pinned
+    asked: torch.Tensor  # of the executor's size, as all below, pinned
+    told: torch.Tensor
     event: torch.cuda.Event
 
-    def output(self, shape: StepShape) -> StepOutput:
+    def token_ids(self, shape: StepShape) -> list[list[int]]:
         """What was sampled, once the step has ended."""
-        return StepOutput(self.sampled.numpy()[: shape.num_samples, None].tolist())
+        token_ids: list[list[int]] = self.sampled.numpy()[: shape.num_samples, None].tolist()
+        return token_ids
 
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
     step_id: int
     shape: StepShape
+    asked: Asked
     entry: _RingEntry
     result: asyncio.Future[StepOutput]
 
@@ -79,6 +83,8 @@ class CudaRunner:
                 step_input=step_input,
                 words=step_input.numpy(),
                 sampled=_pinned(executor.limits.num_slots),
+                asked=_pinned(*executor.asked.shape),
+                told=_pinned(*executor.told.shape),
                 event=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
             )
             for step_input in [_pinned(len(executor.step_input)) for _ in range(RING_SIZE)]
@@ -138,7 +144,7 @@ class CudaRunner:
         except Exception as error:
             self._fail(entry, result, error)
             return Pending(lambda masked_rows: result, self._bitmask.numpy())
-        sample = partial(self._launch_sampling, shape, entry, result)
+        sample = partial(self._launch_sampling, shape, step.asked, entry, result)
         return Pending(sample, self._bitmask.numpy())
 
     def is_replayed(self, step: Step) -> bool:
@@ -150,11 +156,11 @@ class CudaRunner:
         entry = self._ring[0]
         try:
             shape = self._forward(step, entry)
-            self._sample(shape, entry)
+            self._sample(shape, step.asked, entry)
             entry.event.synchronize()
         except Exception as error:
             raise self._explained(error) from None
-        return entry.output(shape)
+        return self._output(shape, step.asked, entry)
 
     def close(self) -> None:
         """Free the memory; nothing is in flight."""
@@ -180,13 +186,29 @@ class CudaRunner:
         self._executor.step_input[:num_words].copy_(words, non_blocking=True)
         return StepShape.of(entry.words)
 
-    def _sample(self, shape: StepShape, entry: _RingEntry, masked_rows: Sequence[int] = ()) -> None:
+    def _sample(
+        self, shape: StepShape, asked: Asked, entry: _RingEntry, masked_rows: Sequence[int] = ()
+    ) -> None:
+        executor = self._executor
         with torch.cuda.stream(self._stream):
             if masked_rows:
                 self._bring_masks(masked_rows)
-            sampled = self._executor.sample(shape, masked_rows)
+            if any(asked):
+                executor.pack_asked(asked, entry.asked.numpy())
+                executor.asked.copy_(entry.asked, non_blocking=True)
+            sampled = executor.sample(shape, masked_rows, asked)
             entry.sampled.copy_(sampled, non_blocking=True)
+            num_slots = executor.limits.num_slots
+            for first, count in (
+                (0, len(asked.sampled_rows)), (num_slots, len(asked.prompt_rows))
+            ):  # fmt: skip
+                if count:
+                    rows = slice(first, first + count)
+                    entry.told[rows].copy_(executor.told[rows], non_blocking=True)
             entry.event.record(self._stream)
+
+    def _output(self, shape: StepShape, asked: Asked, entry: _RingEntry) -> StepOutput:
+        return self._executor.output(entry.token_ids(shape), asked, entry.told.numpy())
 
     def _bring_masks(self, masked_rows: Sequence[int]) -> None:
         """Queue the copies of the masks, and of the rows they belong to."""
@@ -196,17 +218,17 @@ class CudaRunner:
         executor.bitmask[:num_rows].copy_(self._bitmask[:num_rows], non_blocking=True)
 
     def _launch_sampling(
-        self, shape: StepShape, entry: _RingEntry, result: asyncio.Future[StepOutput],
-        masked_rows: Sequence[int],
+        self, shape: StepShape, asked: Asked, entry: _RingEntry,
+        result: asyncio.Future[StepOutput], masked_rows: Sequence[int],
     ) -> asyncio.Future[StepOutput]:  # fmt: skip
         try:
-            self._sample(shape, entry, masked_rows)
+            self._sample(shape, asked, entry, masked_rows)
         except Exception as error:
             self._fail(entry, result, error)
             return result
         step_id = self._next_step_id
         self._next_step_id += 1
-        self._in_flight.append(_InFlight(step_id, shape, entry, result))
+        self._in_flight.append(_InFlight(step_id, shape, asked, entry, result))
         self._completions.watch(step_id, entry.event.cuda_event)
         return result
 
@@ -230,7 +252,7 @@ class CudaRunner:
         elif error:
             step.result.set_exception(DeviceError(f"the GPU failed: {error}"))
         else:
-            step.result.set_result(step.entry.output(step.shape))
+            step.result.set_result(self._output(step.shape, step.asked, step.entry))
         self._ring.append(step.entry)
 
     def _explained(self, error: Exception) -> Exception:

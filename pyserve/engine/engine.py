@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyserve.client import FinishReason, SequenceRequest, SequenceStream
+from pyserve.engine.asked import ask, put_prompt_logprobs
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.chunks import ChunkPacer
@@ -122,6 +123,7 @@ class Engine:
         self.load_of: dict[str, Load] = {}  # user -> of theirs, where there are any
         self._seqs: dict[int, Sequence] = {}
         self._num_constrained = 0  # sequences with a constraint
+        self._num_asking = 0  # sequences whose logprobs are asked for
         self._next_seq_id = 0
         # Not `secrets`: a call of the system lets other threads take the interpreter's lock.
         self._seeds = random.Random()
@@ -163,6 +165,7 @@ class Engine:
             constraint=constraint,
         )
         self._num_constrained += seq.constraint is not None
+        self._num_asking += params.has_logprobs
         size = Load(1, len(token_ids))
         self.load += size
         self.load_of[user] = self.load_of.get(user, Load()) + size
@@ -178,7 +181,10 @@ class Engine:
 
     def schedule(self) -> Step | None:
         """The next step to execute; None where there is nothing to run."""
-        return self.scheduler.schedule()
+        step = self.scheduler.schedule()
+        if self._num_asking and step is not None:
+            ask(step)
+        return step
 
     def is_host_dependent(self, step: Step) -> bool:
         """Whether sampling `step` must wait for update() of all steps before it."""
@@ -190,7 +196,9 @@ class Engine:
         Rows whose sequence has left its slot since (aborted, preempted, finished) are dropped.
         """
         offer = self.scheduler.blocks.offer
-        sampled = iter(output.token_ids)
+        sampled, told = iter(output.token_ids), iter(output.logprobs or ())
+        if step.prompt_spans:
+            put_prompt_logprobs(step, output)
         num_output_tokens = 0
         num_first_tokens = 0  # since their sequences were admitted
         now_s = time.monotonic()
@@ -199,6 +207,8 @@ class Engine:
             strict=True,
         ):  # fmt: skip
             token_ids = next(sampled) if is_sampled else None
+            is_told = is_sampled and seq.params.num_logprobs is not None
+            logprobs = [next(told)] if is_told else None
             if seq.generation != generation:
                 continue
             if token_ids == _NAN:
@@ -213,7 +223,7 @@ class Engine:
                 self._fail(seq, failed)
                 continue
             seq.token_ids += token_ids
-            seq.stream.put(token_ids)
+            seq.stream.put(token_ids, logprobs)
             num_output_tokens += len(token_ids)
             if host_tokens is not None:
                 num_first_tokens += 1
@@ -265,7 +275,7 @@ class Engine:
         for seq in self._seqs.values():
             seq.stream.fail(error)
         self._seqs.clear()
-        self._num_constrained = 0
+        self._num_constrained = self._num_asking = 0
         self.scheduler.waiting.clear()
         self.scheduler.running.clear()
         self.scheduler.num_running_of.clear()
@@ -279,6 +289,7 @@ class Engine:
         assert {id(seq) for seq in queued} == {id(seq) for seq in self._seqs.values()}
         assert len(queued) == len(self._seqs)
         assert self._num_constrained == sum(seq.constraint is not None for seq in queued)
+        assert self._num_asking == sum(seq.params.has_logprobs for seq in queued)
         assert not any(seq.stream.is_finished for seq in queued)
         assert self.load == sum(self.load_of.values(), Load())
         assert self.load == Load(len(queued), sum(seq.num_prompt_tokens for seq in queued))
@@ -307,6 +318,7 @@ class Engine:
         self.scheduler.finish(seq, has_bad_kv=has_bad_kv)
         self.num_finished += 1
         self._num_constrained -= seq.constraint is not None
+        self._num_asking -= seq.params.has_logprobs
         size = Load(1, seq.num_prompt_tokens)
         self.load -= size
         self.load_of[seq.user] -= size

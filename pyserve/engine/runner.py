@@ -20,7 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from pyserve import ops
-from pyserve.engine.batch import Step, StepOutput, StepShape, pack, padded_size
+from pyserve.engine.asked import pack_asked, read_told
+from pyserve.engine.batch import (
+    NOTHING_ASKED,
+    Asked,
+    Step,
+    StepOutput,
+    StepShape,
+    pack,
+    padded_size,
+)
 from pyserve.engine.engine import Pending
 from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache
 from pyserve.engine.state import StepLimits, StepState
@@ -166,19 +175,47 @@ class StepExecutor:
         size = len(self._state.logits)
         return [row % size for row in masked_rows]
 
-    def sample(self, shape: StepShape, masked_rows: Sequence[int] = ()) -> torch.Tensor:
+    @property
+    def asked(self) -> torch.Tensor:
+        """int32 on the device: where `sample` reads which rows are asked; pack_asked writes it."""
+        return self._state.asked
+
+    @property
+    def told(self) -> torch.Tensor:
+        """int32 [.., LOGPROB_WORDS] on the device: where `sample` leaves what read_told reads."""
+        return self._state.told
+
+    def pack_asked(self, asked: Asked, words: NDArray[np.int32]) -> None:
+        """Write to `words`, of the size of `asked`, what `sample` is to find there."""
+        rows = asked._replace(sampled_rows=self.tile_rows(asked.sampled_rows))
+        pack_asked(rows, words, num_slots=self.limits.num_slots)
+
+    def output(
+        self, token_ids: list[list[int]], asked: Asked, told: NDArray[np.int32]
+    ) -> StepOutput:
+        """`told` is what `told` holds when the step has ended."""
+        if not any(asked):
+            return StepOutput(token_ids)
+        output = read_told(asked, told, num_slots=self.limits.num_slots)
+        output.token_ids = token_ids
+        return output
+
+    def sample(
+        self, shape: StepShape, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
+    ) -> torch.Tensor:
         """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples].
 
         masked_rows  ascending: the first entries of `bitmask` and `masked_rows` are theirs. Such a
                      step is not replayed: its masks have no recorded shape.
+        asked        lies in `asked` too, with tile_rows of its sampled rows; not replayed either.
 
         What is returned is overwritten by the next step.
         """
         if self._is_closed:
             refuse_when_closed()
         num_samples = self._padded_samples(shape)
-        if masked_rows or not self._graphs.replay(num_samples):
-            self._sample(num_samples, masked_rows)
+        if masked_rows or any(asked) or not self._graphs.replay(num_samples):
+            self._sample(num_samples, masked_rows, asked)
         return self._state.sampled
 
     def _forward(self, padded: _PaddedShape) -> None:
@@ -192,10 +229,13 @@ class StepExecutor:
             self._model.plan(ctx)
             self._model.forward(ctx)
 
-    def _sample(self, num_samples: int, masked_rows: Sequence[int] = ()) -> None:
+    def _sample(
+        self, num_samples: int, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
+    ) -> None:
         state = self._state
-        num_rows = num_masked = 0  # of the tiles before
+        num_rows = num_masked = num_asked = 0  # of the tiles before
         with torch.inference_mode():
+            self._tell_prompts(len(asked.prompt_rows))
             for tile in self._tiles_of(num_samples):
                 # For padding any hidden state will do.
                 torch.clamp_min(tile.last_tokens, 0, out=tile.hidden_rows)
@@ -203,6 +243,10 @@ class StepExecutor:
                 self._model.compute_logits(tile.hidden, tile.logits)
                 num_rows += len(tile.sampled)
                 begin, num_masked = num_masked, bisect_left(masked_rows, num_rows)
+                first, num_asked = num_asked, bisect_left(asked.sampled_rows, num_rows)
+                raw_logits = tile.logits
+                if num_masked > begin and num_asked > first:
+                    raw_logits = state.raw_logits[: len(tile.logits)].copy_(tile.logits)
                 if num_masked > begin:
                     ops.apply_bitmask(
                         tile.logits,
@@ -213,6 +257,32 @@ class StepExecutor:
                     tile.logits, tile.slots, state.slots, state.token_counts,
                     workspace=state.sample_workspace, out=tile.sampled,
                 )  # fmt: skip
+                if num_asked > first:
+                    ops.logprobs(
+                        raw_logits,
+                        state.asked[first:num_asked],
+                        tile.sampled,
+                        ops.LogprobRows.of(state.told[first:num_asked]),
+                    )
+
+    def _tell_prompts(self, count: int) -> None:
+        """Logprobs of the tokens behind `count` rows of hidden states, a tile at a time."""
+        state = self._state
+        limit, max_num_tokens = self.limits.num_slots, self.limits.max_num_batched_tokens
+        rows = state.asked[limit : limit + max_num_tokens]
+        next_token_ids = state.asked[limit + max_num_tokens :]
+        for begin in range(0, count, len(state.logits)):
+            end = min(begin + len(state.logits), count)
+            size = end - begin
+            hidden, logits = state.hidden[:size], state.logits[:size]
+            torch.index_select(self._hidden, 0, rows[begin:end], out=hidden)
+            self._model.compute_logits(hidden, logits)
+            ops.logprobs(
+                logits,
+                state.tile_row_ids[:size],
+                next_token_ids[begin:end],
+                ops.LogprobRows.of(state.told[limit + begin : limit + end]),
+            )
 
     def close(self) -> None:
         """Drop the tensors. Harmless when called again."""
@@ -348,13 +418,16 @@ class CpuRunner:
             refuse_when_closed()
         assert self._loop is not None, "steps are launched on a loop"
         forward = self._thread.submit(self._forward, step)
-        sample = partial(self._loop.run_in_executor, self._thread, self._sample, forward)
+        sample = partial(
+            self._loop.run_in_executor, self._thread, self._sample, forward, step.asked
+        )
         return Pending(sample, self._bitmask)
 
     def run(self, step: Step) -> StepOutput:
         if self._is_closed:
             refuse_when_closed()
-        return self._thread.submit(self._sample, self._thread.submit(self._forward, step)).result()
+        forward = self._thread.submit(self._forward, step)
+        return self._thread.submit(self._sample, forward, step.asked).result()
 
     def close(self) -> None:
         """End the worker and drop the tensors; nothing is in flight."""
@@ -369,11 +442,16 @@ class CpuRunner:
         self._executor.forward(shape)
         return shape
 
-    def _sample(self, forward: Future[StepShape], masked_rows: Sequence[int] = ()) -> StepOutput:
+    def _sample(
+        self, forward: Future[StepShape], asked: Asked, masked_rows: Sequence[int] = ()
+    ) -> StepOutput:
         """`forward` has ended: the worker does one thing after another."""
         shape = forward.result()
         if masked_rows:
             rows = self._executor.tile_rows(masked_rows)
             self._executor.masked_rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-        sampled = self._executor.sample(shape, masked_rows).numpy()
-        return StepOutput(sampled[: shape.num_samples, None].tolist())
+        if any(asked):
+            self._executor.pack_asked(asked, self._executor.asked.numpy())
+        sampled = self._executor.sample(shape, masked_rows, asked).numpy()
+        token_ids = sampled[: shape.num_samples, None].tolist()
+        return self._executor.output(token_ids, asked, self._executor.told.numpy())

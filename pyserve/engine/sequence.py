@@ -78,6 +78,14 @@ class Sequence:
     preempted_s: float = 0.0
 
     @property
+    def has_untold_prompt(self) -> bool:
+        """Whether logits of its prompt are still wanted: none of it may come from a cache then."""
+        return (
+            self.params.num_prompt_logprobs is not None
+            and len(self.stream.prompt_logprobs) < self.num_prompt_tokens - 1
+        )
+
+    @property
     def num_in_flight_tokens(self) -> int:
         """Placeholders: tokens sampled by steps whose results the host has not seen."""
         return self.num_tokens - len(self.token_ids)

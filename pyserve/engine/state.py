@@ -15,7 +15,7 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.masks import bitmask_words
 from pyserve.model.activations import Arena
 from pyserve.model.decoder import Decoder
-from pyserve.ops import AttentionPlan, StepPlan, sample_workspace
+from pyserve.ops import LOGPROB_WORDS, AttentionPlan, StepPlan, sample_workspace
 from pyserve.ops import step_layout as layout
 
 Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
@@ -51,6 +51,11 @@ class StepState:
     logits, hidden, hidden_rows
                       [logits_tile_rows, vocab_size], [.., hidden_size] and int32 [..]: of sampled
                       rows, the last being where their hidden states lie
+    raw_logits        as logits: what they were before masks, where they are asked for
+    tile_row_ids      int32 [logits_tile_rows]: 0, 1, ..
+    asked             int32 [num_slots + 2 * max_num_batched_tokens]: sampled rows that are asked,
+                      as rows of their tiles; tokens of prompts that are; the tokens behind these
+    told              int32 [num_slots + max_num_batched_tokens, LOGPROB_WORDS]: the answers
     activations       uint8: memory of an Arena
     attention_plans   by window; empty on a CPU
     sample_workspace  None on a CPU
@@ -75,6 +80,11 @@ class StepState:
         self.logits = empty("logits", tile_rows, vocab_size, dtype=model.dtype)
         self.hidden = empty("logits", tile_rows, model.config.hidden_size, dtype=model.dtype)
         self.hidden_rows = empty("logits", tile_rows, dtype=torch.int32)
+        self.raw_logits = empty("logprobs", tile_rows, vocab_size, dtype=model.dtype)
+        self.tile_row_ids = zeros("logprobs", tile_rows)
+        torch.arange(tile_rows, dtype=torch.int32, out=self.tile_row_ids)
+        self.asked = zeros("logprobs", num_slots + 2 * max_num_tokens)
+        self.told = zeros("logprobs", num_slots + max_num_tokens, LOGPROB_WORDS)
         self.attention_plans: dict[int, AttentionPlan] = {}
         self.sample_workspace: torch.Tensor | None = None
         if is_card:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pyserve import cli
-from pyserve.engine.batch import StepShape
+from pyserve.engine.batch import NOTHING_ASKED, Asked, StepShape
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.runner import StepExecutor
 
@@ -45,11 +45,12 @@ def main() -> int:
     sample = StepExecutor.sample
 
     def broken(
-        self: StepExecutor, shape: StepShape, masked_rows: Sequence[int] = ()
-    ) -> torch.Tensor:
+        self: StepExecutor, shape: StepShape, masked_rows: Sequence[int] = (),
+        asked: Asked = NOTHING_ASKED,
+    ) -> torch.Tensor:  # fmt: skip
         if trigger.exists():
             fault(self.device)
-        return sample(self, shape, masked_rows)
+        return sample(self, shape, masked_rows, asked)
 
     StepExecutor.sample = broken  # type: ignore[method-assign]
     CudaRunner.step_deadline_s = DEADLINE_S

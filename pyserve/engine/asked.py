@@ -1,0 +1,86 @@
+"""Which rows of a step are asked how likely tokens are, and what becomes of the answers.
+
+Sampled rows tell of the token that they draw, tokens of a prompt of the token behind them. The
+logits are the model's own, before masks, biases, penalties and temperature. A step in which nobody
+asks has nothing here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyserve.client import TokenLogprobs
+from pyserve.engine.batch import Asked, PromptSpan, Step, StepOutput
+from pyserve.limits import TOP_LOGPROBS
+
+_TOP_END = 2 + TOP_LOGPROBS
+
+
+def ask(step: Step) -> None:
+    """Note in `step` what its sequences want to know."""
+    asked, spans = Asked([], [], []), []
+    num_sampled = first_token = 0
+    for seq, generation, query_len, seq_len, is_sampled in zip(
+        step.seqs, step.generations, step.query_lens, step.seq_lens, step.row_samples, strict=True
+    ):
+        if is_sampled:
+            if seq.params.num_logprobs is not None:
+                asked.sampled_rows.append(num_sampled)
+            num_sampled += 1
+        if seq.params.num_prompt_logprobs is not None:
+            start = seq_len - query_len
+            begin = max(start, len(seq.stream.prompt_logprobs))
+            end = min(seq_len, seq.num_prompt_tokens - 1)
+            if begin < end:
+                first_row = first_token + begin - start
+                asked.prompt_rows.extend(range(first_row, first_row + end - begin))
+                asked.next_token_ids.extend(seq.token_ids[begin + 1 : end + 1])
+                spans.append(PromptSpan(seq, generation, begin, end - begin))
+        first_token += query_len
+    step.asked, step.prompt_spans = asked, spans
+
+
+def put_prompt_logprobs(step: Step, output: StepOutput) -> None:
+    """Deliver what an executed step tells of prompts."""
+    told = iter(output.prompt_logprobs or ())
+    for seq, generation, begin, num_rows in step.prompt_spans:
+        entries = [next(told) for _ in range(num_rows)]
+        if seq.generation == generation:
+            # A sequence that resumes computes again what it has told already.
+            seq.stream.prompt_logprobs += entries[len(seq.stream.prompt_logprobs) - begin :]
+
+
+def pack_asked(asked: Asked, words: NDArray[np.int32], *, num_slots: int) -> None:
+    """Write `asked` where an executor reads it: as StepState.asked says."""
+    num_prompt_rows = (len(words) - num_slots) // 2
+    at = 0
+    for ids, room in (
+        (asked.sampled_rows, num_slots),
+        (asked.prompt_rows, num_prompt_rows),
+        (asked.next_token_ids, num_prompt_rows),
+    ):
+        words[at : at + len(ids)] = ids
+        at += room
+
+
+def read_told(asked: Asked, words: NDArray[np.int32], *, num_slots: int) -> StepOutput:
+    """What an executor has left in StepState.told, as a StepOutput without tokens."""
+    sampled = words[: len(asked.sampled_rows)]
+    prompts = words[num_slots : num_slots + len(asked.prompt_rows)]
+    return StepOutput([], _read(sampled), _read(prompts))
+
+
+def _read(words: NDArray[np.int32]) -> list[TokenLogprobs]:
+    """Rows of ops.LogprobRows.words."""
+    reals = words.view(np.float32)
+    return [
+        TokenLogprobs(*entry)
+        for entry in zip(
+            reals[:, 0].tolist(),
+            words[:, 1].tolist(),
+            words[:, 2:_TOP_END].tolist(),
+            reals[:, _TOP_END:].tolist(),
+            strict=True,
+        )
+    ]
