@@ -49,10 +49,17 @@ def tools():
     assert "18" in with_tools.invoke([*messages, message, result]).content
 
 
-def structured():
-    for method in ("json_schema", "function_calling"):
-        person = model.with_structured_output(Person, method=method).invoke(PERSON)
-        is_john(person.name, person.age)
+def extract(method):
+    person = model.with_structured_output(Person, method=method).invoke(PERSON)
+    is_john(person.name, person.age)
 
 
-main(chat, stream, chat_async, tools, structured)
+def json_schema():
+    extract("json_schema")
+
+
+def function_calling():
+    extract("function_calling")
+
+
+main(chat, stream, chat_async, tools, json_schema, function_calling)

@@ -1,6 +1,9 @@
 """litellm, by its provider hosted_vllm and by that of OpenAI."""
 
 import json
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it fetches prices from the network
 
 import litellm
 from checks import (
