@@ -227,24 +227,28 @@ def test_stream_by_sdk(client: OpenAI) -> None:
     assert "".join(piece for piece in pieces if piece)
 
 
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"response_format": {
-            "type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}},
-    ],
-    ids=["schema"],
-)  # fmt: skip
-def test_requests_of_later_versions_are_refused_by_name(
-    client: OpenAI, fields: dict[str, Any]
-) -> None:
-    messages: Any = [{"role": "user", "content": "¿Cuál es el clima en París?"}]
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MISTRAL, messages=messages, **fields)
-    assert caught.value.param in fields and "not built" in str(caught.value)
+def test_a_person_by_schema(client: OpenAI) -> None:
+    schema: dict[str, object] = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "age": {"type": "integer"},
+            "occupation": {"type": "string"},
+        },
+        "required": ["name", "age", "occupation"],
+    }
+    response = client.chat.completions.create(
+        model=MISTRAL,
+        messages=[
+            {"role": "user", "content": "Extraer: John Smith, 30 años, ingeniero de software"}
+        ],
+        response_format={
+            "type": "json_schema", "json_schema": {"name": "person", "schema": schema},
+        },
+        temperature=0,
+    )  # fmt: skip
+    person = json.loads(response.choices[0].message.content or "")
+    assert person == {"name": "John Smith", "age": 30, "occupation": "ingeniero de software"}
 
 
 @pytest.mark.parametrize("adapter", ["sql-adapter", "code-adapter"])
