@@ -238,6 +238,18 @@ def test_not_built_flags_that_ask_for_nothing_are_accepted(
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    "words",
+    [['{"backend":"xgrammar"}'], ['{ "backend" : "auto" }'], [".backend", "guidance"]],
+)
+def test_the_engine_of_structured_outputs_may_be_named(words: list[str]) -> None:
+    name = "--structured-outputs-config"
+    given = [name + words[0], words[1]] if words[0].startswith(".") else [name, *words]
+    assert parse_args(["m", *given]).model == "m"
+    with pytest.raises(ConfigError, match="give disable_any_whitespace and the like in requests"):
+        parse_args(["m", name, '{"disable_any_whitespace": true}'])
+
+
 @pytest.mark.parametrize("flag", sorted(NO_MEANING))
 def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture) -> None:
     words = [] if NO_MEANING[flag].form == SWITCH else ["1"]

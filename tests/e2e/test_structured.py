@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import time
 from typing import Any
 
 import jsonschema
+import msgspec
 import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
+
+from tests.e2e.conftest import Server
+from tests.text.hostile_grammars import makers
 
 MODEL = "pyserve-demo"
 MESSAGES: Any = [{"role": "user", "content": "John Smith is 30 years old and lives in Paris."}]
@@ -119,3 +125,31 @@ def test_what_cannot_be_enforced_is_a_400(client: OpenAI) -> None:
             client.chat.completions.create(
                 model=MODEL, messages=MESSAGES, response_format=bad, stream=stream
             )
+
+
+FIELDS = {"JsonSchema": "guided_json", "Regex": "guided_regex", "Choice": "guided_choice",
+          "Grammar": "guided_grammar"}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_meant_to_hurt_is_answered(server: Server, seed: int) -> None:
+    """Each with 400 or a result, in time, while others are served."""
+    for number in range(len(makers(random.Random(0)))):
+        spec = makers(random.Random(f"{seed} {number}"))[number]()
+        kind, value = type(spec).__name__, msgspec.to_builtins(spec)
+        if kind == "Tags":
+            fields = {"structured_outputs": {"structural_tag": json.dumps(value["tags"])}}
+        else:
+            names = ("schema", "pattern", "texts", "text")
+            fields = {FIELDS[kind]: next(value[name] for name in names if name in value)}
+        body = json.dumps({"prompt": "x", "max_tokens": 8, "temperature": 1, **fields}).encode()
+        start = time.monotonic()
+        status, reply = server.request("POST", "/v1/completions", body)
+        took_s = time.monotonic() - start
+        assert status in (200, 400), (status, reply[:300])
+        assert took_s < 5, (took_s, body[:200])
+        if status == 400:
+            message = json.loads(reply)["error"]["message"]
+            assert len(message) < 1200, message
+            assert "Traceback" not in message and "thread" not in message, message
+    assert server.get("/health")[0] == 200

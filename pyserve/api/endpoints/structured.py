@@ -14,7 +14,7 @@ from pyserve.api.wire.protocol import ResponseFormat, SamplingFields, Structured
 from pyserve.client import Constraint
 from pyserve.constraints import unconstrained
 from pyserve.errors import InvalidRequestError
-from pyserve.text.grammar import Choice, Grammar, JsonSchema, Regex, Spec, Tags
+from pyserve.text.grammar import Choice, Compiled, Grammar, JsonSchema, Regex, Spec, Tags
 from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_json import whitespace_of
 
@@ -44,13 +44,20 @@ async def read_constraint(
     spec = read_spec(body, ignored)
     if spec is None:
         return unconstrained
+    compiled = await compile_spec(request, state, loaded, spec)
+    return partial(compiled.constraint, free_until=free_until)
+
+
+async def compile_spec(
+    request: web.Request, state: ServerState, loaded: Loaded, spec: Spec
+) -> Compiled:
+    """As read_constraint has it. Raises the same."""
     compiled = loaded.grammars.get(spec)
     if compiled is None:
         size = len(msgspec.json.encode(spec))
-        compiled = await state.run_text(
-            request, size, partial(loaded.grammars.compile, spec), short=0
-        )
-    return partial(compiled.constraint, free_until=free_until)
+        compile = partial(loaded.grammars.compile, spec)
+        compiled = await state.run_text(request, size, compile, short=0)
+    return compiled
 
 
 def read_spec(body: SamplingFields, ignored: list[str]) -> Spec | None:

@@ -120,6 +120,20 @@ DESCRIPTIONS = {
     "goes on to max_tokens.",
     "bad_words": "Words whose tokens never come one after another in the answer; at most "
     f"{MAX_BAD_WORDS_CHARS} characters in all.",
+    "response_format": "The answer is text, a JSON object, JSON valid by a schema, or text with "
+    "structural tags. What cannot be enforced is refused by its JSON pointer.",
+    "structured_outputs": "One of json (a schema), json_object, regex, choice, grammar (Lark or "
+    "GBNF) and structural_tag: what the answer is, in whole.",
+    "strict": "A schema is enforced either way.",
+    "disable_any_whitespace": "JSON without white space; else at most a space, or a line break "
+    "with its indentation, at each place.",
+    "disable_additional_properties": "Of objects whose schema does not say so.",
+    "whitespace_pattern": "Of spaces, tabs and line breaks; at most 32 where it has no end.",
+    "guided_json": "As structured_outputs.json.",
+    "guided_regex": "As structured_outputs.regex.",
+    "guided_choice": "As structured_outputs.choice.",
+    "guided_grammar": "As structured_outputs.grammar.",
+    "guided_whitespace_pattern": "As structured_outputs.whitespace_pattern, with guided_json.",
     "include_stop_str_in_output": "Leave in the answer what ended it.",
     "ignore_eos": "Go on to max_tokens.",
     "stream": "Answer as server-sent events.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from pyserve.api.endpoints.structured import read_spec
 from pyserve.api.wire.protocol import ChatRequest, CompletionRequest
 from pyserve.errors import InvalidRequestError
 from pyserve.text.grammar import Choice, Grammar, JsonSchema, Regex, Spec, Tags
-from tests.api.fakes import MODEL, Server
+from tests.api.fakes import MODEL, Server, run_server
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 OBJECT = {"type": "object"}
@@ -165,3 +166,46 @@ def test_two_that_ask_for_the_same_are_two() -> None:
     request = CompletionRequest(prompt="x", guided_regex="a", guided_grammar="b")
     with pytest.raises(InvalidRequestError, match="guided_regex and guided_grammar both"):
         read_spec(request, [])
+
+
+@pytest.mark.parametrize(("prompt_ends_with", "is_free"), [("<think>\n", True), ("", False)])
+def test_behind_a_reasoning_parser_the_thinking_is_free(
+    tokenizer_folder: Path, prompt_ends_with: str, is_free: bool
+) -> None:
+    """A prompt that opens the thinking; and one that leaves it to the answer, both ways open."""
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "well" + prompt_ends_with},
+    ]
+    begun = {"add_generation_prompt": False, "continue_final_message": True}
+    with run_server(tokenizer_folder, reasoning_parser="deepseek_r1") as server:
+        tokenizer = server.tokenizer
+        messages = messages if is_free else messages[:1]
+        fields = {**(begun if is_free else {}), "structured_outputs": {"choice": ["yes", "no"]}}
+        server.play("Hello")
+        server.post(CHAT, {"model": MODEL, "messages": messages, **fields})
+        (item,) = server.engine.submitted
+        constraint = item.constraint
+        assert constraint is not None
+        constraint.rollback(1000)  # the engine of the tests has played an answer
+        assert constraint.is_free is is_free
+        thinking = "a thought</think>" if is_free else "<think>a thought</think>"
+        constraint.accept(tokenizer.encode(thinking, add_special_tokens=False))
+        assert (constraint.is_free, constraint.is_finished, constraint.error) == (
+            False,
+            False,
+            None,
+        )
+        constraint.accept(tokenizer.encode("yes", add_special_tokens=False))
+        assert constraint.is_finished
+
+
+def test_without_thinking_the_answer_may_begin_at_once(tokenizer_folder: Path) -> None:
+    with run_server(tokenizer_folder, reasoning_parser="deepseek_r1") as server:
+        server.play("Hello")
+        server.post(CHAT, {**BODIES[0][1], **structured(choice=["yes", "no"])})
+        (item,) = server.engine.submitted
+        assert item.constraint is not None
+        item.constraint.rollback(1000)
+        item.constraint.accept(server.tokenizer.encode("no", add_special_tokens=False))
+        assert item.constraint.is_finished
