@@ -44,8 +44,9 @@ class Tab:
     dialogs     texts of alert() and confirm(); each is answered with yes
     """
 
-    def __init__(self, browser: Browser, session: str) -> None:
+    def __init__(self, browser: Browser, session: str, context: str) -> None:
         self.session = session
+        self.context = context
         self._browser = browser
         self.requested: list[str] = []
         self.problems: list[str] = []
@@ -180,23 +181,27 @@ class Browser:
         self._tabs: dict[str, Tab] = {}
 
     @contextmanager
-    def tab(self) -> Iterator[Tab]:
-        """A page in a context of its own: nothing is kept from the one before."""
-        context = self.call("Target.createBrowserContext", {})["browserContextId"]
-        target = self.call(
-            "Target.createTarget", {"url": "about:blank", "browserContextId": context}
-        )
-        attached = self.call(
-            "Target.attachToTarget", {"targetId": target["targetId"], "flatten": True}
-        )
-        session = attached["sessionId"]
-        tab = self._tabs[session] = Tab(self, session)
+    def tab(self, beside: Tab | None = None) -> Iterator[Tab]:
+        """A page that finds nothing kept of others, but for what is kept of the one `beside`."""
+        context = beside.context if beside else self._make_context()
+        blank = {"url": "about:blank", "browserContextId": context}
+        target = self.call("Target.createTarget", blank)["targetId"]
+        attach = {"targetId": target, "flatten": True}
+        session = self.call("Target.attachToTarget", attach)["sessionId"]
+        tab = self._tabs[session] = Tab(self, session, context)
         try:
             tab.watch()
             yield tab
         finally:
             del self._tabs[session]
-            self.call("Target.disposeBrowserContext", {"browserContextId": context})
+            if beside:
+                self.call("Target.closeTarget", {"targetId": target})
+            else:
+                self.call("Target.disposeBrowserContext", {"browserContextId": context})
+
+    def _make_context(self) -> str:
+        context: str = self.call("Target.createBrowserContext", {})["browserContextId"]
+        return context
 
     def send(self, method: str, params: dict[str, Any], session: str | None = None) -> int:
         """Send a command without waiting for its answer; its number."""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.api.fakes import MODEL, Server, run_server
 from tests.api.pages.browser import MISSING, PROGRAM, Browser, Tab
-from tests.api.pages.visit import DONE, ask, last_prompt, open_page, say
+from tests.api.pages.visit import DESKTOP, DONE, ask, last_prompt, open_page, say
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 
@@ -62,6 +62,41 @@ def test_what_is_kept_is_bounded(tab: Tab, server: Server) -> None:
     tab.wait(DONE.format(2))
     assert tab.text(".assistant:last-child").count("Hello world.") == 30
     assert not tab.run("$('#hint').classList.contains('unsaved')")
+
+
+def test_two_tabs_have_the_same_conversations(tab: Tab, browser: Browser, server: Server) -> None:
+    ask(tab, "from the first")
+    with browser.tab(beside=tab) as other:
+        other.view(*DESKTOP)
+        open_page(other, server)
+        other.click(".entry [data-part='open']")
+        ask(other, "from the second", num_answers=2)
+        tab.wait(DONE.format(2))
+        assert "from the second" in tab.text("#messages")
+        tab.call("Page.bringToFront")  # a hidden tab draws nothing
+        ask(tab, "and the first again", num_answers=3)
+        assert "from the second" in last_prompt(server)
+        other.call("Page.bringToFront")
+        other.wait(DONE.format(3))
+        tab.call("Page.bringToFront")
+        tab.click(".entry [data-part='delete']")
+        other.wait("$$('.entry').length === 0 && $$('.message').length === 0")
+
+
+def test_a_browser_that_keeps_nothing(browser: Browser, server: Server) -> None:
+    throws = "{ get() { throw new DOMException('denied', 'SecurityError') } }"
+    with browser.tab() as tab:
+        tab.view(*DESKTOP)
+        for name in ("localStorage", "sessionStorage"):
+            source = f"Object.defineProperty(window, '{name}', {throws})"
+            tab.call("Page.addScriptToEvaluateOnNewDocument", source=source)
+        open_page(tab, server)
+        ask(tab, "hi")
+        tab.click("#new")
+        ask(tab, "there")
+        assert tab.run("$$('.entry').length") == 2  # as long as the page is open
+        assert tab.run("$('#hint').classList.contains('unsaved')")
+        assert tab.problems == []
 
 
 def test_an_answer_that_a_reload_cut_off_is_kept(tab: Tab, server: Server) -> None:

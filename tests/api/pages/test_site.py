@@ -73,7 +73,8 @@ def test_the_page_is_small_with_all_that_it_loads() -> None:
     for name in LINK.findall((FOLDER / "page.html").read_text()):
         if name.startswith("static/") and not name.endswith(".json"):
             names.add(name.removeprefix("static/"))
-    names |= {path.name for path in OURS if not path.name.startswith("docs.")}
+    ours = {path.name for path in OURS if not path.name.startswith("docs.")}
+    assert names >= ours  # the browser is told of all of them at once, not of one by the other
     assert {"vendor/marked.umd.js", "vendor/purify.min.js", "chat.css", "answer.js"} <= names
     assert sum((FOLDER / name).stat().st_size for name in names) < MAX_PAGE_BYTES
 
@@ -93,6 +94,14 @@ def test_every_file_has_a_path_and_other_names_teach(server: Server) -> None:
         assert server.request("GET", f"/static/{name}")[0] == 404
     status, headers, _ = server.request("POST", "/static/page.js")
     assert (status, headers["Allow"]) == (405, "GET, HEAD")
+
+
+def test_every_file_is_in_the_wheel() -> None:
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    row = re.search(r'^"pyserve\.api\.pages" = (\[.+\])$', text, re.M)
+    assert row is not None
+    packed = {path for pattern in json.loads(row[1]) for path in FOLDER.parent.glob(pattern)}
+    assert packed >= {path for path in FOLDER.rglob("*") if path.is_file()}
 
 
 def test_the_page_while_starting_and_with_a_key(tokenizer_folder: Path) -> None:

@@ -1,5 +1,5 @@
 // How the page asks the server: the API key, errors in its words, and an answer frame by frame.
-import { keep, read } from "./store.js";
+import { keep, keepInTab, read, readOfTab } from "./store.js";
 
 export class ApiError extends Error {
   constructor(status, message) {
@@ -8,7 +8,7 @@ export class ApiError extends Error {
   }
 }
 
-let key = sessionStorage.getItem("pyserve:key") ?? read("key") ?? "";
+let key = readOfTab("key") ?? read("key") ?? "";
 const onKeyWanted = [];
 
 export const hasKey = () => key !== "";
@@ -21,9 +21,8 @@ export function whenKeyIsWanted(action) {
 /** Use `value` from now on, in this tab or, where `isKept`, in this browser. */
 export function setKey(value, isKept) {
   key = value;
-  if (value && !isKept) sessionStorage.setItem("pyserve:key", value);
-  else sessionStorage.removeItem("pyserve:key");
-  keep("key", isKept ? value : null);
+  keepInTab("key", value && !isKept ? value : null);
+  keep("key", value && isKept ? value : null);
 }
 
 /** The response to a GET of `path`. Raises ApiError for any but a success. */

@@ -25,6 +25,12 @@ export function open(conversation) {
   if (matchMedia("(hover: hover)").matches) $("text").focus();
 }
 
+/** Another tab has changed or deleted a conversation. */
+export function refresh(id) {
+  if (id === current.id) open(store.find(id) ?? store.create());
+  else onList();
+}
+
 /** Whether the server would answer now. */
 export function setReady(value) {
   isReady = value;

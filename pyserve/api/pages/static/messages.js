@@ -134,7 +134,8 @@ class AssistantView {
 
 /** Enter alone sends; with Shift, or while an input method composes, it does not. */
 export function isSend(event) {
-  return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  const isComposing = event.isComposing || event.keyCode === 229; // the latter in Safari
+  return event.key === "Enter" && !event.shiftKey && !isComposing;
 }
 
 /** Content and reasoning of an answer. */

@@ -60,7 +60,7 @@ $("key-form").addEventListener("submit", async (event) => {
   if ($("key-form").hidden) $("text").focus();
 });
 
-store.follow(sidebar.show);
+store.follow(chat.refresh, chat.isAnswering);
 settings.start(sidebar.forgetAll);
 sidebar.start();
 chat.start(sidebar.show);

@@ -37,6 +37,14 @@ box.addEventListener("click", (event) => {
   if (event.target.closest("summary")) isFollowing = false;
 });
 
+// Where a keyboard on the screen lies over the page instead of making it smaller, as on iOS.
+visualViewport?.addEventListener("resize", () => {
+  if (visualViewport.scale !== 1) return; // zoomed by hand
+  const isCovered = visualViewport.height < innerHeight - 1;
+  document.body.style.height = isCovered ? `${visualViewport.height}px` : "";
+  if (isCovered) scrollTo(0, 0);
+});
+
 const observer = new ResizeObserver(follow);
 observer.observe(box);
 observer.observe($("messages"));

@@ -10,24 +10,50 @@ const MAX_CONVERSATIONS = 100;
 const PREFIX = `pyserve:${new URL(".", location.href).pathname}:`;
 const CHAT = `${PREFIX}chat:`;
 const conversations = new Map();
+const storage = available("localStorage");
+const tabStorage = available("sessionStorage");
+
+// A browser that keeps nothing raises at the mention of it.
+function available(name) {
+  try {
+    return window[name];
+  } catch {
+    return null;
+  }
+}
+
+/** What this tab alone keeps, until it is closed; null where there is nothing. */
+export function readOfTab(name) {
+  return tabStorage?.getItem(PREFIX + name) ?? null;
+}
+
+/** Keep a text in this tab alone; null forgets it. */
+export function keepInTab(name, text) {
+  if (text === null) tabStorage?.removeItem(PREFIX + name);
+  else tabStorage?.setItem(PREFIX + name, text);
+}
 
 /** A kept value, null where there is none. */
 export function read(name) {
   try {
-    return JSON.parse(localStorage.getItem(PREFIX + name));
+    return JSON.parse(storage?.getItem(PREFIX + name) ?? null);
   } catch {
-    return null; // of another version of this page, or the browser keeps nothing
+    return null; // of another version of this page
   }
 }
 
-/** Keep a value; null forgets it. False where the browser has no room. */
+/** Keep a value; null forgets it. */
 export function keep(name, value) {
+  if (value === null) storage?.removeItem(PREFIX + name);
+  else write(PREFIX + name, JSON.stringify(value));
+}
+
+function write(name, text) {
   try {
-    if (value === null) localStorage.removeItem(PREFIX + name);
-    else localStorage.setItem(PREFIX + name, JSON.stringify(value));
+    storage.setItem(name, text);
     return true;
   } catch {
-    return false;
+    return false; // no room, or a browser that keeps nothing
   }
 }
 
@@ -48,50 +74,38 @@ export function create() {
   return { id, title: "", updated: Date.now(), messages: [] };
 }
 
-/** Keep `conversation`. False where not even it alone finds room. */
+/** Keep `conversation`, at the expense of the oldest others. False where there is no room for it. */
 export function save(conversation) {
   conversation.updated = Date.now();
   conversations.set(conversation.id, conversation);
   const text = JSON.stringify(conversation);
-  dropOldest(conversation.id, text.length);
-  for (;;) {
-    try {
-      localStorage.setItem(CHAT + conversation.id, text);
-      return true;
-    } catch {
-      const oldest = list().findLast((other) => other !== conversation);
-      if (!oldest) return false;
-      remove(oldest.id);
-    }
+  if (storage === null || text.length > MAX_CHARS) return false;
+  const others = list().filter((other) => other !== conversation);
+  let numChars = text.length;
+  others.forEach(({ id }, index) => {
+    numChars += storage.getItem(CHAT + id)?.length ?? 0;
+    if (numChars > MAX_CHARS || index + 2 > MAX_CONVERSATIONS) remove(id);
+  });
+  while (!write(CHAT + conversation.id, text)) {
+    const oldest = others.pop();
+    if (!oldest) return false;
+    remove(oldest.id);
   }
+  return true;
 }
 
 export function remove(id) {
   conversations.delete(id);
-  try {
-    localStorage.removeItem(CHAT + id);
-  } catch {
-    // nothing was kept
-  }
+  storage?.removeItem(CHAT + id);
 }
 
-function dropOldest(id, numChars) {
-  let total = numChars;
-  let count = 1;
-  for (const other of list()) {
-    if (other.id === id) continue;
-    total += localStorage.getItem(CHAT + other.id)?.length ?? 0;
-    count += 1;
-    if (total > MAX_CHARS || count > MAX_CONVERSATIONS) remove(other.id);
-  }
-}
-
-function load(name) {
+// `isFirst`: the page has just been opened, so that no answer is on its way any more.
+function load(name, isFirst) {
   try {
-    const found = JSON.parse(localStorage.getItem(name));
+    const found = JSON.parse(storage.getItem(name));
     if (!Array.isArray(found.messages)) return;
     for (const message of [...found.messages, ...(found.earlier ?? [])]) {
-      if (!message.isPending) continue;
+      if (!message.isPending || !isFirst) continue;
       delete message.isPending;
       message.error = "the page was closed before the answer was whole";
     }
@@ -101,18 +115,18 @@ function load(name) {
   }
 }
 
-/** Read all that is kept; then follow what other tabs change, calling `onChange`. */
-export function follow(onChange) {
-  try {
-    for (const name of Object.keys(localStorage)) if (name.startsWith(CHAT)) load(name);
-  } catch {
-    // the browser keeps nothing
-  }
+/**
+ * Read all that is kept; then follow what other tabs do to it, calling `onChange` with a
+ * conversation's id. One that `isBusy` here stays as it is here.
+ */
+export function follow(onChange, isBusy) {
+  for (const name of Object.keys(storage ?? {})) if (name.startsWith(CHAT)) load(name, true);
   addEventListener("storage", ({ key, newValue }) => {
     if (!key?.startsWith(CHAT)) return;
     const id = key.slice(CHAT.length);
+    if (isBusy(conversations.get(id))) return;
     if (newValue === null) conversations.delete(id);
-    else if (!conversations.has(id)) load(key);
-    onChange();
+    else load(key, false);
+    onChange(id);
   });
 }
