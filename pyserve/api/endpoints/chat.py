@@ -57,7 +57,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     max_tokens = body.max_completion_tokens or body.max_tokens or 1
     has_auto = state.config.enable_auto_tool_choice
     tools = with_parser(read_tools(body), loaded.tools, has_auto=has_auto)
-    tools, grammar = await hold_to_tools(request, state, loaded, body, tools)
+    tools, held = await hold_to_tools(request, state, loaded, body, tools)
     conversation = await read_conversation(
         request,
         state,
@@ -83,12 +83,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     limit = "max_tokens", body.max_tokens
     if body.max_completion_tokens is not None:
         limit = "max_completion_tokens", body.max_completion_tokens
-    if grammar is None:
+    if held is None:
         makes_grammar = await read_constraint(
             request, state, loaded, body, ignored=ignored, free_until=free_until
         )
     else:
-        makes_grammar = partial(grammar.constraint, free_until=free_until)
+        makes_grammar = held.makes(free_until)
     job = await make_job(
         body,
         loaded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from pyserve.api.endpoints.structured import read_spec
 from pyserve.api.endpoints.tools import ToolUse
 from pyserve.api.state import Loaded, ServerState
 from pyserve.api.wire.protocol import ChatRequest
+from pyserve.client import Constraint
 from pyserve.errors import InvalidRequestError
 from pyserve.text.grammar import Compiled, Grammars, JsonSchema, Spec, Tags
+from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_schema import engine_schema
 from pyserve.text.tool_parsers.json_formats import Written
 from pyserve.text.tool_parsers.registry import JSON_FORMAT
@@ -24,14 +26,38 @@ from pyserve.text.tool_parsers.tags import Tag, may_call, must_call
 
 Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of tools, by name
 
-MAX_TRIALS_S = 3.0  # for finding out which of several tools cannot be enforced
+MAX_TRIALS_S = 1.0  # for finding out which of several tools cannot be enforced
 STRICT = "tools.function.strict"
 ANY_ARGUMENTS: Mapping[str, Any] = {"type": "object"}
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What an answer is held to.
+
+    trigger  what begins a call, where other text is free, which needs no mask then; "": it is not.
+    """
+
+    compiled: Compiled
+    trigger: str = ""
+
+    def makes(self, free_until: FreeUntil | None) -> Callable[[], Constraint]:
+        """Makes the constraint of each answer.
+
+        free_until  the thinking in front of an answer. Where there may be none, a trigger in it is
+                    taken for a call's.
+        """
+        if self.trigger and free_until is None:
+            free_until = FreeUntil(ends=(), next_ends=(self.trigger,))
+        elif self.trigger and free_until is not None and free_until.starts:
+            next_ends = (self.trigger, *free_until.next_ends)
+            free_until = FreeUntil(free_until.ends, next_ends)
+        return partial(self.compiled.constraint, free_until=free_until)
+
+
 async def hold_to_tools(
     request: web.Request, state: ServerState, loaded: Loaded, body: ChatRequest, use: ToolUse
-) -> tuple[ToolUse, Compiled | None]:
+) -> tuple[ToolUse, Held | None]:
     """The tools of `body`, less those that cannot be enforced, and what its answers are held to.
 
     None: nothing, as far as tools go. Where there is something, it stands for what else the request
@@ -59,6 +85,7 @@ async def hold_to_tools(
         if written is None or not written.trigger:
             return replace(use, ignored=[*use.ignored, STRICT]), None
     assert written is not None
+    is_triggered = not is_forced and form is None
 
     def make_tags(schemas: Schemas) -> Tag:
         is_single = use.max_calls == 1
@@ -80,7 +107,8 @@ async def hold_to_tools(
     compiled, refused = await state.run_text(request, size, compile_all, short=0)
     kept = [tool for tool in use.shown if tool["function"]["name"] not in refused]
     ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
-    return replace(use, shown=kept, ignored=ignored), compiled
+    held = Held(compiled, written.trigger if is_triggered else "")
+    return replace(use, shown=kept, ignored=ignored), held
 
 
 def _may_be_beside_calls(form: Spec, written: Written | None) -> bool:
@@ -119,9 +147,12 @@ def _compile(
         grammars.compile(Tags(param=fields[name], tags=make_tags({name: schemas[name]})))
 
     kept = try_each(lambda name: engine_schema(schemas[name], param=fields[name]))
+    began_s = time.monotonic()
     try:
         compiled = grammars.compile(Tags(param="tools", tags=make_tags(kept)))
     except InvalidRequestError:
+        if time.monotonic() - began_s > MAX_TRIALS_S:
+            raise
         fewer = try_each(compile_one)
         if len(fewer) == len(kept):
             raise  # each of them alone would do

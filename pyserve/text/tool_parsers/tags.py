@@ -34,11 +34,7 @@ def may_call(
         tags = [{"begin": trigger, "content": whole, "end": ""}]
     else:
         tags = _calls(written, parameters)
-    return {
-        "type": "triggered_tags",
-        "triggers": [trigger],
-        "tags": tags,
-    }
+    return {"type": "triggered_tags", "triggers": [trigger], "tags": tags}
 
 
 def _whole(

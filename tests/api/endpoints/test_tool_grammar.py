@@ -110,6 +110,70 @@ def test_strict_tools_are_held_to_their_schema_once_called(server: Server) -> No
     assert choice["tool_calls"][0]["function"]["arguments"] == '{"town": "Paris"}'
 
 
+def test_before_a_call_nothing_is_masked(server: Server, folder: Path) -> None:
+    """A mask costs a step of its own."""
+
+    def is_free(running: Server) -> bool:
+        running.play(TEXT, burst=4)
+        assert plain(wholly(running, tools=[STRICT])) == [(TEXT, [], "stop")]
+        constraint = running.engine.submitted[-1].constraint
+        assert constraint is not None
+        return constraint.is_free
+
+    assert is_free(server)
+    with run_server(folder, reasoning_parser="deepseek_r1", **AUTO) as thinking:
+        assert is_free(thinking)
+        wrong = CALL.replace('"city": "Paris", "days": 2', '"town": "Paris"')
+        for before in ("", "<think>Hm.</think>"):
+            thinking.play(before + wrong, burst=4)
+            (choice,) = wholly(thinking, tools=[STRICT])
+            assert valid_calls(choice, [STRICT]) == ["get_weather"]
+
+
+def deep(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        value = {"type": "object", "properties": {"a": value}}
+    return value
+
+
+HOSTILE: list[dict[str, Any]] = [
+    {"type": "string", "pattern": "(a+)+$"},
+    {"type": "string", "pattern": "a{1,50}" * 40},
+    {"type": "string", "pattern": "x" * 20_000},
+    {"type": "string", "pattern": "(a|b)*" * 500},
+    {"type": "string", "pattern": "("},
+    {"type": "string", "maxLength": 10**9},
+    {"enum": [f"value {i}" for i in range(8000)]},
+    {"enum": ["\0"]},
+    {"$ref": "#"},
+    {"$ref": "#/nowhere"},
+    {"allOf": [{"pattern": f"[a-{c}]*x"} for c in "bcdefghijklmnopqrs"]},
+    {"type": "array", "items": {"type": "integer"}, "minItems": 10**7},
+    deep(25),
+    {"type": "nothing"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", HOSTILE, ids=[str(i) for i in range(len(HOSTILE))])
+def test_hostile_schemas_cost_one_tool(schema: dict[str, Any], server: Server) -> None:
+    """An answer or a refusal within 5 s; beside it another tool goes on working."""
+    tool = {"type": "function", "function": {
+        "name": "odd", "parameters": {"type": "object", "properties": {"a": schema}}}}  # fmt: skip
+    server.play(CALL, burst=4)
+    for tools in ([tool], [tool, STRICT]):
+        began = time.monotonic()
+        body = {"messages": [{"role": "user", "content": "hi"}], "tools": tools, "max_tokens": 40,
+                "tool_choice": "required"}  # fmt: skip
+        status, headers, reply = server.request("POST", CHAT, body)
+        assert time.monotonic() - began < 5.0
+        assert status in (200, 400), reply
+        if status == 400:
+            assert json.loads(reply)["error"]["param"].startswith(("tools", "messages"))
+        elif "tools.odd" in headers.get("x-pyserve-ignored", ""):
+            assert len(tools) == 2
+
+
 def test_a_schema_for_the_answer_leaves_calls_possible(server: Server) -> None:
     fields = {"tools": TOOLS, "response_format": FORMAT}
     server.play(CALL, burst=4)

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 
 from pyserve.text.grammar import Tags, compile_grammar
+from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.parts import Content, content_of, tool_calls_of
 from pyserve.text.tool_parsers.json_formats import FORMATS, Written
 from pyserve.text.tool_parsers.registry import JSON_FORMAT, PLAIN_JSON, ToolFormat, make_parser
@@ -67,20 +68,23 @@ def test_calls_that_must_come(name: str, written: Written, is_single: bool) -> N
 @pytest.mark.parametrize(
     ("name", "written"), TRIGGERED, ids=lambda v: v if isinstance(v, str) else ""
 )
-def test_calls_that_may_come(name: str, written: Written) -> None:
+@pytest.mark.parametrize("is_triggered", [False, True])
+def test_calls_that_may_come(name: str, written: Written, is_triggered: bool) -> None:
     """Text is free, and what begins as a call goes on as one."""
     vocab = vocabulary()
+    free_until = FreeUntil(ends=(), next_ends=(written.trigger,)) if is_triggered else None
     compiled = compile_grammar(tags(may_call(written, SCHEMAS, is_single=False)), vocab)
 
     def play(text: str) -> Any:
-        constraint = compiled.constraint()
+        constraint = compiled.constraint(free_until=free_until)
         constraint.accept(vocab.tokenizer.encode_inner(text))
         return constraint
 
     ends = set(vocab.eos_token_ids)
     assert ends & set(allowed(play("Just {text}, [1]"), vocab))
+    assert play("Just {text}, [1]").is_free is is_triggered
     begun = play("Well. " + written.trigger)
-    assert begun.error is None and not ends & set(allowed(begun, vocab))
+    assert begun.error is None and not begun.is_free and not ends & set(allowed(begun, vocab))
     begin, end = written.call
     arguments = '{"city": "Paris", "days": 2}'
     call = begin.replace("NAME", "get_weather") + arguments + end
@@ -88,6 +92,8 @@ def test_calls_that_may_come(name: str, written: Written) -> None:
     whole = play(text)
     assert whole.error is None and ends & set(allowed(whole, vocab))
     assert [one.arguments for one in calls_in(name, text)[1]] == [arguments]
+    again = play(f"{text} And {text}")
+    assert again.error is None and ends & set(allowed(again, vocab))
     for wrong in ('{"city": "Paris", "days": 9}', '{"days": "2"}'):
         assert play(text.replace(arguments, wrong)).error is not None
 
