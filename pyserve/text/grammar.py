@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pyserve.errors import InvalidRequestError, UnavailableError
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint, shortened
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
-from pyserve.text.grammar_schema import engine_schema
+from pyserve.text.grammar_schema import engine_schema, offending_pointer
 from pyserve.text.grammar_tags import tags_to_lark
 from pyserve.text.grammar_vocabulary import Vocabulary
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
@@ -175,12 +175,32 @@ def compile_grammar(
 
 def spec_key(spec: Spec) -> bytes:
     """Equal for equal specs. Raises InvalidRequestError where one is too large."""
-    encoded = msgspec.json.encode(spec)
-    if len(encoded) > MAX_SPEC_BYTES:
+    # Encoding holds the interpreter's lock, so that what is far too large is seen before.
+    values = [getattr(spec, name) for name in spec.__struct_fields__]
+    num_bytes = _size(values)
+    if num_bytes <= MAX_SPEC_BYTES:
+        encoded = msgspec.json.encode(spec)
+        num_bytes = len(encoded)
+    if num_bytes > MAX_SPEC_BYTES:
         raise InvalidRequestError(
-            f"{spec.param} takes {len(encoded)} bytes, the limit is {MAX_SPEC_BYTES}", spec.param
+            f"{spec.param} takes {num_bytes} bytes or more, the limit is {MAX_SPEC_BYTES}",
+            spec.param,
         )
     return hashlib.blake2b(encoded, digest_size=20).digest()
+
+
+def _size(values: list[Any]) -> int:
+    """Characters and values in what is decoded JSON, until they are too many."""
+    stack, size = values, 0
+    while stack and size <= MAX_SPEC_BYTES:
+        value = stack.pop()
+        size += len(value) if isinstance(value, str) else 1
+        if isinstance(value, dict):
+            size += sum(map(len, value))
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+    return size
 
 
 def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
@@ -188,11 +208,22 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
     text = _source(spec, vocabulary)
     matcher = LLMatcher(table, text, log_level=0, limits=_LIMITS)
     if matcher.is_error():
+        reason = matcher.get_error()
+        where = _place_of(spec, reason, table) if isinstance(spec, JsonSchema) else ""
         raise InvalidRequestError(
-            f"{spec.param} cannot be enforced: {shortened(matcher.get_error())}", spec.param
+            f"{spec.param}{where} cannot be enforced: {shortened(reason)}", spec.param
         )
     _try_out(matcher.deep_copy(), vocabulary, spec.param)
     return matcher, MIN_BYTES + BYTES_PER_CHAR * len(text)
+
+
+def _place_of(spec: JsonSchema, reason: str, table: LLTokenizer) -> str:
+    def compile(schema: dict[str, Any]) -> str:
+        text = LLMatcher.grammar_from_json_schema(schema_text(schema))
+        return LLMatcher(table, text, log_level=0, limits=_LIMITS).get_error()
+
+    pointer = offending_pointer(spec.schema, reason, compile)
+    return f" at {pointer}" if pointer else ""
 
 
 def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> None:

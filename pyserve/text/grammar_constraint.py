@@ -197,5 +197,6 @@ class GrammarConstraint:
 
 def shortened(error: str) -> str:
     """The first line of what the engine says, without its own notes."""
-    lines = [line.strip() for line in error.splitlines() if not line.startswith("<")]
+    lines = [line.strip() for line in error.splitlines()]
+    lines = [line for line in lines if not line.startswith(("<", "while processing"))]
     return " ".join(filter(None, lines))[:MAX_ERROR_CHARS]

@@ -10,7 +10,8 @@ JSON pointer of the keyword.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -32,6 +33,7 @@ MAX_MULTIPLE = 10_000  # the engine's automaton has so many states
 MAX_PATTERNS = 12  # in patternProperties of one object
 MAX_EXACT = 2**53  # integers up to here are exact as floats, which the engine computes with
 MAX_INTEGER = 9 * 10**18  # a bound in place of the extremes of int64, which the engine overflows at
+MAX_SEARCH_S = 0.5  # for the place of what the engine refuses
 MAX_POINTER_CHARS = 500  # in an error
 MAX_SHOWN = 60  # characters of a value in an error
 
@@ -67,6 +69,31 @@ def engine_schema(
     return _Walk(schema, param, place, has_additional_properties).run()
 
 
+def offending_pointer(schema: object, error: str, compile: Callable[[Schema], str]) -> str:
+    """Where in a schema is what the engine refuses with `error`; "" where that cannot be told.
+
+    compile  what the engine says of a schema that engine_schema has made, "" where it takes it.
+
+    The innermost schema that is refused alone, and its keyword if that is refused alone.
+    """
+    walk = _Walk(schema, "", "", True)
+    walk.run()
+    definitions = walk.definitions
+    until_s = time.monotonic() + MAX_SEARCH_S
+    for pointer, written, names in walk.innermost_first():
+        if time.monotonic() > until_s:
+            break
+        if _first_line(compile({**written, "$defs": definitions})) != _first_line(error):
+            continue
+        for name, value in written.items():
+            alone = {"type": written["type"]} if "type" in written else {}
+            said = compile({**alone, name: value, "$defs": definitions})
+            if name in names and _first_line(said) == _first_line(error):
+                return f"{pointer}/{_escaped(name)}"
+        return pointer
+    return ""
+
+
 class _Walk:
     """One schema's way through. A pointer names a place in it; "" is the whole."""
 
@@ -82,7 +109,10 @@ class _Walk:
         self._names: dict[str, str] = {}  # pointer of a definition -> its name in the result
         self._pointers: list[str] = []  # of the definitions, whose names are their places here
         self._num_walked = 0  # of them
-        self._definitions: dict[str, Schema | bool] = {}
+        self.definitions: dict[str, Schema | bool] = {}
+        # Pointers, what was made of the schemas there, their keywords; from inner to outer ones.
+        self._nodes: list[tuple[str, Schema, Collection[str]]] = []
+        self._starts = [0]  # of the nodes of each definition, behind those of the root
         is_old = isinstance(root, dict) and any(
             draft in str(root.get("$schema", "")) for draft in OLD_DRAFTS
         )
@@ -114,16 +144,22 @@ class _Walk:
         root = self._schema(self._root, "", 0)
         while self._num_walked < len(self._pointers):
             pointer = self._pointers[self._num_walked]
-            self._definitions[str(self._num_walked)] = self._schema(self._at(pointer), pointer, 0)
+            self._starts.append(len(self._nodes))
+            self.definitions[str(self._num_walked)] = self._schema(self._at(pointer), pointer, 0)
             self._num_walked += 1
         if not isinstance(root, dict):
             if not root:
                 self._refuse("", "false allows nothing")
             return root
-        check_meeting(root, self._definitions, self._refuse)
-        if not can_end(root, self._definitions):
+        check_meeting(root, self.definitions, self._refuse)
+        if not can_end(root, self.definitions):
             self._refuse("", "no finite value is valid: what it needs is false, or holds itself")
-        return {**root, "$defs": self._definitions} if self._definitions else root
+        return {**root, "$defs": self.definitions} if self.definitions else root
+
+    def innermost_first(self) -> Iterator[tuple[str, Schema, Collection[str]]]:
+        """Schemas, pointers and keywords; definitions first, the last found of them first."""
+        for start, end in reversed(list(zip(self._starts, [*self._starts[1:], None], strict=True))):
+            yield from self._nodes[start:end]
 
     def _refuse(self, pointer: str, reason: str) -> None:
         if len(pointer) > MAX_POINTER_CHARS:
@@ -159,6 +195,7 @@ class _Walk:
                 self._refuse(place, "only the outermost schema may have an id of its own")
         if "properties" in result and not self._has_additional_properties:
             result.setdefault("additionalProperties", False)
+        self._nodes.append((pointer, result, schema.keys()))
         return result
 
     def _inside(self, schema: object, place: str, depth: int) -> Schema | bool:
@@ -411,6 +448,10 @@ class _Walk:
         if value and abs(value) < 1e-9:
             self._refuse(place, f"must be 0 or at least 1e-9 from it, got {_shown(value)}")
         return {keyword: value}
+
+
+def _first_line(error: str) -> str:
+    return error.partition("\n")[0]
 
 
 def _names_in(required: object) -> set[str]:

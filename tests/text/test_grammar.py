@@ -45,7 +45,7 @@ def test_choices_have_a_number(texts: list[str]) -> None:
     ],
 )
 def test_what_is_too_large_is_refused_by_its_bytes(spec: Spec) -> None:
-    with pytest.raises(InvalidRequestError, match=f"^c takes .* bytes, the limit is {2**18}"):
+    with pytest.raises(InvalidRequestError, match=f"^c takes .* bytes or more, .* {2**18}"):
         compile_grammar(spec, vocabulary())
 
 
@@ -119,6 +119,7 @@ def test_nothing_finite_and_nothing_at_all() -> None:
                    {"anyOf": [False, False]}, {"type": "object", "required": ["a"],
                     "additionalProperties": False}, {"type": "string", "enum": [1]}):  # fmt: skip
         with pytest.raises(
-            InvalidRequestError, match="^s (cannot be enforced|allows nothing)|^s: no finite value"
+            InvalidRequestError,
+            match="^s( at /enum)? (cannot be|allows)|^s: no finite",
         ):
             compile_grammar(JsonSchema(param="s", schema=schema), vocabulary())

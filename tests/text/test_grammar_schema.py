@@ -170,12 +170,29 @@ def test_one_of_with_references_is_told_apart_by_a_constant() -> None:
     assert {text_of(spec, seed) for seed in range(12)} == {'{"kind":"cat"}', '{"kind":"dog"}'}
 
 
-def test_one_of_that_cannot_be_told_apart_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="s cannot be enforced: oneOf"):
-        compile_grammar(
-            JsonSchema(param="s", schema={"oneOf": [{"minLength": 1}, {"maxLength": 3}]}),
-            vocabulary(),
-        )
+REFUSED_BY_THE_ENGINE: list[tuple[Any, str, str]] = [
+    ({"oneOf": [{"minLength": 1}, {"maxLength": 3}]}, " at /oneOf", "oneOf"),
+    ({"properties": {"a": {"type": "array", "items": {"oneOf": [{}, {}]}}}},
+     " at /properties/a/items/oneOf", "oneOf"),
+    ({"$defs": {"x": {"type": "string", "pattern": "a$b"}}, "type": "object", "properties": {
+        "ok": {"pattern": "^a$"}, "a": {"$ref": "#/$defs/x"}}}, " at /$defs/x/pattern", "a$b"),
+    ({"anyOf": [{"type": "integer", "minimum": 2, "maximum": 1}, {"pattern": r"\p{Nonsense}"}]},
+     " at /anyOf/1/pattern", "Nonsense"),
+    ({"type": "array", "items": {"type": "string", "allOf": [
+        {"pattern": f".*[{c}].*"} for c in "abcdefgh"]},
+      "minItems": 1}, " at /items/allOf", "regex"),
+    ({"type": "integer", "minimum": 2, "maximum": 1}, "", "minimum"),
+    ({"patternProperties": {"a": {"type": "null"}, "b": {"type": "boolean"}}},
+     " at /patternProperties", "disjoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "where", "reason"), REFUSED_BY_THE_ENGINE)
+def test_what_the_engine_refuses_is_found(schema: Any, where: str, reason: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        compile_grammar(JsonSchema(param="s", schema=schema), vocabulary())
+    assert str(caught.value).startswith(f"s{where} cannot be enforced: "), str(caught.value)
+    assert reason in str(caught.value)
 
 
 def test_a_day_that_does_not_exist_is_not_a_date() -> None:

@@ -9,12 +9,23 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from pyserve.api.endpoints.body import SHORT_BODY_BYTES
+from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import Loaded, ServerState
 from pyserve.api.wire.protocol import ResponseFormat, SamplingFields, StructuredOutputs
 from pyserve.client import Constraint
 from pyserve.constraints import unconstrained
 from pyserve.errors import InvalidRequestError
-from pyserve.text.grammar import Choice, Compiled, Grammar, JsonSchema, Regex, Spec, Tags
+from pyserve.text.grammar import (
+    MAX_SPEC_BYTES,
+    Choice,
+    Compiled,
+    Grammar,
+    JsonSchema,
+    Regex,
+    Spec,
+    Tags,
+)
 from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_json import whitespace_of
 
@@ -52,11 +63,11 @@ async def compile_spec(
     request: web.Request, state: ServerState, loaded: Loaded, spec: Spec
 ) -> Compiled:
     """As read_constraint has it. Raises the same."""
-    compiled = loaded.grammars.get(spec)
+    num_bytes = request[NUM_BODY_BYTES]
+    compiled = loaded.grammars.get(spec) if num_bytes <= SHORT_BODY_BYTES else None
     if compiled is None:
-        size = len(msgspec.json.encode(spec))
         compile = partial(loaded.grammars.compile, spec)
-        compiled = await state.run_text(request, size, compile, short=0)
+        compiled = await state.run_text(request, num_bytes, compile, short=0)
     return compiled
 
 
@@ -173,6 +184,10 @@ def _schema(given: object, param: str) -> Any:
 def _json(text: object, param: str) -> Any:
     if not isinstance(text, str):
         return text
+    if len(text) > MAX_SPEC_BYTES:
+        raise InvalidRequestError(
+            f"{param} has {len(text)} characters, the limit is {MAX_SPEC_BYTES}", param
+        )
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeError):
