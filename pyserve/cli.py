@@ -215,6 +215,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
             tokenizer_path = resolve(report, launch.tokenizer, revision=None, flag="--tokenizer")
         tokenizer = _tokenizer(tokenizer_path)
         template = ChatTemplate.load(tokenizer, override=launch.chat_template)
+        template.check_defaults(config.default_chat_template_kwargs or {})
         defaults = GenerationDefaults.from_folder(
             _generation_folder(launch.generation_config, model_path),
             has_sampling=launch.generation_config != "vllm",

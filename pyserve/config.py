@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from pyserve.flag_rows import (
     assignment,
     context,
     flag,
+    json_object,
     key,
     optional_size,
     rows_of,
@@ -80,7 +81,7 @@ class LaunchConfig:
         None, "file or text of another chat template", "model's", metavar="FILE"
     )
     generation_config: str = flag(
-        "auto", "sampling: auto: the model's defaults; vllm: none; a folder", metavar="FROM",
+        "auto", "sampling: auto: as the model says; vllm: none; a folder", metavar="FROM",
         read=str,
     )  # fmt: skip
     tensor_parallel_size: int = flag(1, "only 1 yet", group="engine", short="-tp")
@@ -131,7 +132,7 @@ class EngineConfig:
         None, "a step;", "8192 on a card of 40 GB or more, else 2048", read=size, limits=(1, 2**20)
     )
     target_itl_ms: int = flag(
-        40, "time a step with prompts may take while answers run; 0: any", metavar="MS",
+        40, "a step with prompts may take while answers run; 0: any", metavar="MS",
         limits=(0, 60_000),
     )  # fmt: skip
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
@@ -202,6 +203,10 @@ class ServerConfig:
     tool_call_parser: str | None = flag(
         None, "how it writes calls: hermes, mistral, llama3_json, ...", "none", group=REQUESTS,
         metavar="NAME",
+    )  # fmt: skip
+    default_chat_template_kwargs: Mapping[str, Any] | None = flag(
+        None, "of every chat: '{\"enable_thinking\": false}'", group=REQUESTS, metavar="{}",
+        read=json_object,
     )  # fmt: skip
     log_requests: bool = flag(
         False, "a line for each request's parameters, never texts", name="enable-log-requests",

@@ -214,7 +214,7 @@ FEATURES: dict[str, Feature] = {
     "defaults of requests": Feature(
         flags={
             **plain(SWITCH, "enable-force-include-usage"),
-            **plain(JSON, "override-generation-config default-chat-template-kwargs"),
+            **plain(JSON, "override-generation-config"),
             "response-role": Flag(VALUE, ("assistant",)),
             "chat-template-content-format": Flag(VALUE, ("auto",)),
         }

@@ -202,6 +202,21 @@ def string_list(text: str) -> list[str]:
     return value
 
 
+def json_object(text: str) -> dict[str, Any] | None:
+    """A JSON object, or as optional_text."""
+    if optional_text(text) is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON object such as '{{\"a\": true}}', got {text[:200]}"
+        )
+    return value
+
+
 def assignment(text: str) -> tuple[str, str]:
     """KEY=VALUE; the value is never shown: it may be a secret."""
     name, equals, value = text.partition("=")

@@ -2,7 +2,8 @@
 
 --max_model_len 5               --max-model-len 5
 --enable-lora=False             --no-enable-lora; so are --enable-lora false and --disable-lora
---hf-overrides.rope.theta 1     --hf-overrides={"rope.theta": "1"}, where the flag takes JSON
+--hf-overrides.rope.theta 1     --hf-overrides={"rope.theta": "1"}, where the flag takes JSON;
+                                of our own, {"rope": {"theta": 1}}, and several of them as one
 --help=all                      --help
 """
 
@@ -10,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from pyserve.errors import ConfigError
 from pyserve.features import FLAGS
 from pyserve.foreign_flags import JSON, NO_MEANING
 
 _OBJECTS = {name: flag for name, flag in (FLAGS | NO_MEANING).items() if flag.form == JSON}
-DICTIONARIES = set(_OBJECTS)
+_OWN_OBJECTS = ("default-chat-template-kwargs",)
+DICTIONARIES = {*_OBJECTS, *_OWN_OBJECTS}
 
 # -O was once a name of --compilation-config.
-_TAKE_JSON = {"-O", *(f"--{name}" for name in _OBJECTS)} | {
+_TAKE_JSON = {"-O", *(f"--{name}" for name in DICTIONARIES)} | {
     flag.short for flag in _OBJECTS.values() if flag.short
 }
 
@@ -32,10 +35,11 @@ def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     switches = switch_names(parser)
     words = argv[::-1]
     found: list[str] = []
+    entries: dict[str, dict[str, Any]] = {}
     while words:
         word = words.pop()
         if word == "--":
-            return [*found, word, *reversed(words)]
+            return [*found, *_as_words(entries), word, *reversed(words)]
         name, equals, value = word.partition("=")
         head, dot, path = name.partition(".")
         if head.startswith("--"):
@@ -45,7 +49,11 @@ def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
                 if not words:
                     raise ConfigError(f"{name[:100]} needs a value")
                 value = words.pop()
-            found.append(f"{head}={json.dumps({path: value})}")
+            if head[2:] in _OWN_OBJECTS:
+                entries.setdefault(head, {})
+                _enter(entries[head], path.split("."), value)
+            else:
+                found.append(f"{head}={json.dumps({path: value})}")
         elif head in switches and not dot:
             if not equals and words and words[-1].lower() in _BOOL:
                 equals, value = "=", words.pop()
@@ -54,7 +62,22 @@ def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
             found.append(head)
         else:
             found.append(f"{head}{dot}{path}{equals}{value}")
-    return found
+    return [*found, *_as_words(entries)]
+
+
+def _enter(entries: dict[str, Any], path: list[str], text: str) -> None:
+    """Put a value in its place: what JSON it is, else the text itself."""
+    for key in path[:-1]:
+        inner = entries.setdefault(key, {})
+        entries = inner if isinstance(inner, dict) else entries
+    try:
+        entries[path[-1]] = json.loads(text)
+    except (ValueError, RecursionError):
+        entries[path[-1]] = text
+
+
+def _as_words(entries: dict[str, dict[str, Any]]) -> list[str]:
+    return [f"{head}={json.dumps(value)}" for head, value in entries.items()]
 
 
 def switch_names(parser: argparse.ArgumentParser) -> dict[str, tuple[str, bool]]:

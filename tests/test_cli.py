@@ -279,6 +279,8 @@ def test_generation_config_must_exist(tmp_path: Path) -> None:
         (["-z"], "unknown flag -z"),
         (["--allowed-origins", "*"], "must be a JSON list"),
         (["--allowed-origins", "[1]"], "must be a JSON list"),
+        (["--default-chat-template-kwargs", "[1]"], "must be a JSON object"),
+        (["--default-chat-template-kwargs", "{a: 1}"], "must be a JSON object"),
         (["a", "b"], "unexpected argument 'b'"),
     ],
 )  # fmt: skip

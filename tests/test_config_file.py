@@ -138,6 +138,9 @@ def test_settings_as_vllm_has_them(file: Path, caplog: pytest.LogCaptureFixture)
     assert (args.hf_token, args.kv_cache_memory_bytes, args.model) == (True, 2**32, "org/m")
     assert args.enable_log_requests is False
     assert "--compilation-config has no meaning" in caplog.text
+    file.write_text("default-chat-template-kwargs: {enable_thinking: false, a: {b: [1]}}")
+    args = parse_args(with_settings(file, ["org/m"]))
+    assert args.default_chat_template_kwargs == {"enable_thinking": False, "a": {"b": [1]}}
     file.write_text("hf-overrides: {a: 1}")
     with pytest.raises(ConfigError, match="--hf-overrides is not built yet"):
         parse_args(with_settings(file, []))

@@ -63,6 +63,9 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "allowed-origins": [(['["*"]'], ["*"])],
     "allowed-methods": [(['["GET", "POST"]'], ["GET", "POST"])],
     "allowed-headers": [(["[]"], [])],
+    "default-chat-template-kwargs": [
+        (['{"a": [1]}'], {"a": [1]}), (["{}"], {}), (["None"], None), ([""], None),
+    ],
     "reasoning-parser": [(["qwen3"], "qwen3"), (["None"], None), ([""], None)],
     "tool-call-parser": [(["hermes"], "hermes"), (["None"], None), ([""], None)],
     "ready-file": [(["/r"], Path("/r")), (["None"], None)],
@@ -173,7 +176,7 @@ def test_every_form_of_a_value_of_vllm(name: str) -> None:
             assert value_of(name, spelt) is True
 
 
-@pytest.mark.parametrize("name", sorted(vllm.OBJECTS))
+@pytest.mark.parametrize("name", sorted(vllm.OBJECTS - set(OWN)))
 def test_every_form_of_an_object_of_vllm(name: str) -> None:
     text = '{"a_b": {"c": 1.5}}'
     for spelt in spellings(name):
@@ -181,6 +184,20 @@ def test_every_form_of_an_object_of_vllm(name: str) -> None:
         for words in ([f"{spelt}.a_b.c", "1.5"], [f"{spelt}.a_b.c=1.5"]):
             assert json.loads(str(value_of(name, *words))) == {"a_b.c": "1.5"}
         assert json.loads(str(value_of(name, f"{spelt}.a+", "x,y"))) == {"a+": "x,y"}
+    with pytest.raises(ConfigError, match=f"--{name}.a needs a value"):
+        read([f"--{name}.a"])
+
+
+def test_every_form_of_an_object_of_ours() -> None:
+    name = "default-chat-template-kwargs"
+    for spelt in spellings(name):
+        assert (
+            value_of(name, spelt, '{"a_b": 1}')
+            == value_of(name, f'{spelt}={{"a_b": 1}}')
+            == ({"a_b": 1})
+        )
+        words = [f"{spelt}.a_b.c", "false", f"{spelt}.a_b.d=x", f"{spelt}.e", "1.5"]
+        assert value_of(name, *words) == {"a_b": {"c": False, "d": "x"}, "e": 1.5}
     with pytest.raises(ConfigError, match=f"--{name}.a needs a value"):
         read([f"--{name}.a"])
 

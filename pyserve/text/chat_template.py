@@ -125,6 +125,23 @@ class ChatTemplate:
             template, variables = compile_template(source, origin)
             return _Compiled(template, variables, probe(template, self._special_tokens), source)
 
+    def reserved(self, names: Iterable[str]) -> frozenset[str]:
+        """The names that no `template_kwargs` may have."""
+        return (_OWN_NAMES | self._special_tokens.keys()) & set(names)
+
+    def check_defaults(self, names: Iterable[str]) -> None:
+        """Names of variables that every chat gets: ConfigError where one is reserved, and a line in
+        the log about those that the template does not look at.
+        """
+        flag = "--default-chat-template-kwargs"
+        if reserved := self.reserved(names):
+            raise ConfigError(f"{flag} must not hold {min(reserved)}")
+        known = {name for each in self._compiled.values() for name in each.variables}
+        if unused := sorted(set(names) - known):
+            get_logger().warning(
+                "%s: the chat template does not look at %s", flag, ", ".join(unused)
+            )
+
     def unused(self, names: Iterable[str], *, has_tools: bool = False) -> list[str]:
         """The names in `template_kwargs` that the template does not look at."""
         known = self._choose(has_tools).variables
@@ -179,7 +196,7 @@ class ChatTemplate:
                 "continue_final_message",
             )
         kwargs = dict(template_kwargs or {})
-        if reserved := (_OWN_NAMES | self._special_tokens.keys()) & kwargs.keys():
+        if reserved := self.reserved(kwargs):
             raise InvalidRequestError(
                 f"chat_template_kwargs must not hold {min(reserved)}", "chat_template_kwargs"
             )

@@ -447,3 +447,16 @@ def test_whose_names_the_template_shows() -> None:
     assert make(source).shows_name("user") and not make(source).shows_name("assistant")
     of_tools = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
     assert not make(CHATML + of_tools).shows_name("user")
+
+
+def test_variables_for_every_chat_are_checked_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    template = make(CHATML)
+    template.check_defaults({"thinking": True})
+    assert not caplog.records
+    template.check_defaults({"thinking": True, "style": 1, "mood": 2})
+    assert "the chat template does not look at mood, style" in caplog.text
+    for name in ("messages", "bos_token", "raise_exception"):
+        with pytest.raises(ConfigError, match=f"--default-chat-template-kwargs .* hold {name}"):
+            template.check_defaults({name: 1})

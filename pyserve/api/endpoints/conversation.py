@@ -90,6 +90,7 @@ async def read_conversation(
             f"messages must hold 1 to {MAX_MESSAGES} messages, got 0", "messages"
         )
     kwargs = body.chat_template_kwargs or {}
+    defaults = state.config.default_chat_template_kwargs or {}
     max_model_len = loaded.engine.info.max_model_len
     cut = prompts.truncation(body, max_model_len=max_model_len, max_tokens=max_tokens)
     source = _own_template(state, body.chat_template)
@@ -109,7 +110,7 @@ async def read_conversation(
         ignored = _check_template(template, tools)
         unused = template.unused({**effort, **kwargs}, has_tools=bool(tools.shown))
         used_effort = {n: effort[n] for n in effort if n not in kwargs and n not in unused}
-        used = {**used_effort, **kwargs}
+        used = {**defaults, **used_effort, **kwargs}
         token_ids = _encode(loaded, template, body, messages, tools.shown, used, cut, time_limit_s)
         ignored += [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
         if effort and not used_effort:

@@ -215,6 +215,22 @@ def test_names_are_named_where_no_template_shows_them(server: Server) -> None:
     assert prompt(server, messages=messages) == ("hi", "messages.name")
 
 
+def test_what_the_server_says_of_every_chat(server: Server) -> None:
+    use(server, SHOWN + "|{{ a }}")
+    server.state.config = dataclasses.replace(
+        server.state.config, default_chat_template_kwargs={"enable_thinking": False, "a": 1}
+    )
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, "|False|1"),
+        ({"chat_template_kwargs": {"a": 2}}, "|False|2"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "|True|1"),
+        ({"reasoning_effort": "high"}, "high|True|1"),
+        ({"reasoning_effort": "none"}, "none|False|1"),
+    )
+    for fields, text in cases:
+        assert prompt(server, **fields) == (text, "")
+
+
 def test_earlier_thinking_reaches_the_template(server: Server) -> None:
     answers = [
         {"role": "assistant", "content": "a", "reasoning": "r1"},
