@@ -8,7 +8,7 @@ import pytest
 
 from tests.api.fakes import Server
 from tests.api.pages.browser import MISSING, PROGRAM, Tab
-from tests.api.pages.visit import DESKTOP, DONE, PHONE, ask, say
+from tests.api.pages.visit import ANSWER, DESKTOP, DONE, PHONE, ask, say
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 
@@ -69,6 +69,22 @@ def test_markdown_and_the_copy_button(tab: Tab, server: Server) -> None:
     assert tab.run("copied") == code
 
 
+def test_all_of_markdown_is_shown(tab: Tab, server: Server) -> None:
+    server.play(
+        "## a\n\n*b* __c__ ~~d~~ <x@y.org>\n\n- e\n  1. f\n- [x] g\n\n> h\n\n---\n\n3. i\n\n"
+        "[j](http://k.org 'l')\\\nm\n\n###### n\n"
+    )
+    ask(tab, "hi")
+    found = tab.run(f"$$('{ANSWER} *').map(e => e.tagName.toLowerCase())")
+    assert set(found) == {
+        "a", "blockquote", "br", "del", "div", "em", "h2", "h6", "hr", "li", "ol", "p", "strong",
+        "ul",
+    }  # fmt: skip
+    assert tab.run("$('.prose ol[start]').start") == 3
+    assert tab.run("$$('.prose a').map(e => e.href)") == ["mailto:x@y.org", "http://k.org/"]
+    assert "☑ g" in tab.text(ANSWER)
+
+
 def test_formulas_and_html_are_shown_as_they_are_written(tab: Tab, server: Server) -> None:
     formula = "\\[\n\\frac{a_1}{b*c*d}\n\\]"
     html = "<ul>\n  <li>x\n</ul>"
@@ -108,3 +124,9 @@ def test_the_side_panel_on_a_phone(tab: Tab, server: Server) -> None:
     tab.click("#new")
     tab.wait("!$('#side').checkVisibility()")
     assert tab.is_seen("#empty")
+
+
+def test_the_docs_are_drawn(tab: Tab, server: Server) -> None:
+    tab.open(f"http://127.0.0.1:{server.port}/docs")
+    tab.wait("$$('.opblock').length > 10")
+    assert "/v1/chat/completions" in tab.text(".swagger-ui")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.api.fakes import MODEL, Server, run_server
 from tests.api.pages.browser import MISSING, PROGRAM, Browser, Tab
-from tests.api.pages.visit import DESKTOP, DONE, ask, last_prompt, open_page, say
+from tests.api.pages.visit import ANSWER, DESKTOP, DONE, ask, last_prompt, open_page, say
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 
@@ -192,6 +192,7 @@ def test_settings_are_sent_and_kept(tab: Tab, server: Server) -> None:
     tab.click("#settings button[value=save]")
     tab.wait("!$('#settings').open")
     assert tab.run("getComputedStyle(document.body).colorScheme") == "dark"
+    assert tab.run("$('#open-settings').classList.contains('set')")
     for number in (2, 3):
         ask(tab, "hi", num_answers=number)
         params = server.engine.submitted[-1].params
@@ -211,3 +212,13 @@ def test_the_load_is_plotted(tab: Tab, server: Server) -> None:
     assert tab.run("$('[data-series=kv] polyline').points.length") >= 1
     tab.press("Escape")
     tab.wait(f"{running} === '0'")
+
+
+def test_of_several_choices_the_first_is_shown(tab: Tab, server: Server) -> None:
+    kept = json.dumps({"extra": '{"n": 2}'})
+    tab.run(f"localStorage.setItem('pyserve:/:settings', {json.dumps(kept)})")
+    tab.reload()
+    server.play("The quick brown fox")
+    ask(tab, "hi")
+    assert len(server.engine.submitted) == 2
+    assert tab.text(ANSWER).strip() == "The quick brown fox"

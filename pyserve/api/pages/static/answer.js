@@ -43,7 +43,7 @@ function take(message, frame, clock) {
     return;
   }
   const now = performance.now() - clock.beganMs;
-  const choice = frame.choices?.[0];
+  const choice = frame.choices?.find(({ index }) => index === 0); // others where n was asked for
   if (choice) {
     const delta = choice.delta ?? {};
     const reasoning = delta.reasoning_content ?? delta.reasoning ?? "";

@@ -41,13 +41,16 @@ function isObject(value) {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function showTheme() {
+function showValues() {
   document.documentElement.dataset.theme = values.theme ?? "";
+  const isSet = names.some((name) => name !== "theme" && values[name]?.trim());
+  $("open-settings").classList.toggle("set", isSet);
+  $("open-settings").title = isSet ? "Settings (some are set)" : "Settings";
 }
 
 /** Take the dialog into use; `forgetAll` deletes all conversations. */
 export function start(forgetAll) {
-  showTheme();
+  showValues();
   $("open-settings").addEventListener("click", () => {
     for (const name of names) form.elements[name].value = values[name] ?? "";
     $("forget-key").hidden = !hasKey();
@@ -61,7 +64,7 @@ export function start(forgetAll) {
     if (event.submitter?.value !== "save") return;
     values = Object.fromEntries(names.map((name) => [name, form.elements[name].value]));
     keep("settings", values);
-    showTheme();
+    showValues();
   });
   $("forget").addEventListener("click", () => {
     if (confirm("Delete all conversations of this browser?")) forgetAll();

@@ -11,6 +11,7 @@ function entry(conversation) {
   const row = fromTemplate("conversation-link");
   const title = conversation.title || "Untitled";
   part(row, "open").textContent = title;
+  part(row, "open").title = title;
   part(row, "delete").setAttribute("aria-label", `Delete ${title}`);
   row.classList.toggle("answering", chat.isAnswering(conversation));
   if (conversation === chat.current) part(row, "open").setAttribute("aria-current", "true");
