@@ -16,7 +16,7 @@ from aiohttp import web
 
 from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES, check_built
-from pyserve.api.endpoints.tools import ToolUse, arguments_in, check_calls, plain_call
+from pyserve.api.endpoints.tools import ToolUse, arguments_in, check_calls, plain_calls
 from pyserve.api.generation.job import Prompt
 from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import SHORT_TEXT_CHARS, Loaded, ServerState
@@ -43,6 +43,7 @@ from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.reasoning import Opening
 from pyserve.text.template_limits import MAX_RENDER_S
 from pyserve.text.template_probe import REASONING
+from pyserve.text.tool_parsers.registry import ToolFormat
 
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
@@ -156,7 +157,7 @@ def _encode(
     cut: prompts.Truncation | None,
     time_limit_s: float,
 ) -> list[int]:
-    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    plain = [_plain(message, f"messages[{i}]", loaded.tools) for i, message in enumerate(messages)]
     continues = bool(body.continue_final_message)
     add_generation_prompt = body.add_generation_prompt
     try:
@@ -315,7 +316,7 @@ def _measure(value: object, name: str, *, limit: int = MAX_NESTING, depth: int =
     return len(value) if isinstance(value, str) else 1
 
 
-def _plain(message: Message, path: str) -> dict[str, Any]:
+def _plain(message: Message, path: str, format: ToolFormat | None) -> dict[str, Any]:
     """What the template gets to see: the role, the text or its parts, the name and the calls.
 
     Parts are checked by ChatTemplate.
@@ -345,11 +346,7 @@ def _plain(message: Message, path: str) -> dict[str, Any]:
         reasoning := message.reasoning_content or message.reasoning
     ):
         plain[REASONING[0]] = reasoning
-    if message.tool_calls:
-        plain["tool_calls"] = list(map(plain_call, message.tool_calls))
-    if message.role == "tool" and message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
-    return plain
+    return {**plain, **plain_calls(message, format)}
 
 
 def _texts(message: Message) -> list[str]:

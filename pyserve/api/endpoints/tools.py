@@ -191,11 +191,26 @@ def check_calls(messages: Sequence[Message]) -> None:
                 raise InvalidRequestError(f"{path} must be function, got {call.type[:40]}", path)
 
 
-def plain_call(call: MessageCall) -> dict[str, Any]:
-    """As templates get it; chat_messages.py brings the arguments into the template's form."""
-    function = {"name": call.function.name, "arguments": call.function.arguments}
-    plain: dict[str, Any] = {"type": "function", "function": function}
-    return plain if call.id is None else {"id": call.id, **plain}
+def plain_calls(message: Message, format: ToolFormat | None) -> dict[str, Any]:
+    """What templates get of a message's calls, or of the call that it answers.
+
+    chat_messages.py brings the arguments into the template's form.
+    """
+
+    def fitted(call_id: str) -> str:
+        return call_id if format is None else format.fitted_id(call_id)
+
+    def plain(call: MessageCall) -> dict[str, Any]:
+        function = {"name": call.function.name, "arguments": call.function.arguments}
+        ids = {} if call.id is None else {"id": fitted(call.id)}
+        return {**ids, "type": "function", "function": function}
+
+    shown: dict[str, Any] = {}
+    if message.tool_calls:
+        shown["tool_calls"] = list(map(plain, message.tool_calls))
+    if message.role == "tool" and message.tool_call_id is not None:
+        shown["tool_call_id"] = fitted(message.tool_call_id)
+    return shown
 
 
 def arguments_in(messages: Sequence[Message]) -> list[Any]:

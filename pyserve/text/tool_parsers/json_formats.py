@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
 from pyserve.text.tool_parsers.json_text import read_string, read_value
 from pyserve.text.tool_parsers.source import Fault, Reader
-from pyserve.text.tool_parsers.stage import MAX_NAME_CHARS, Parser, Tools, mistral_id, plain_id
+from pyserve.text.tool_parsers.stage import MAX_NAME_CHARS, Parser, Tools, short_id
 
 NAME, CALL_ID, ARGUMENTS = "NAME", "CALL_ID", "ARGUMENTS"  # steps of a header
 MAX_KEY_CHARS = 64
@@ -57,7 +57,8 @@ class Format:
                "[" a list of such. Several objects may follow each other.
     separator  may stand between calls.
     header     another form of call: literals, and NAME, CALL_ID and ARGUMENTS, in their order.
-    make_id    ids as the format's own templates want them.
+    num_id_chars
+               ids have so many letters or digits, as templates want them; 0: any id will do.
     written    the form that grammars hold models to; the first whose tokens the model has.
     """
 
@@ -68,7 +69,7 @@ class Format:
     objects: str = ""
     separator: str = ""
     header: tuple[str | Maybe, ...] = ()
-    make_id: Callable[[], str] = plain_id
+    num_id_chars: int = 0
     written: tuple[Written, ...] = ()
 
     @property
@@ -121,7 +122,7 @@ FORMATS: dict[str, Format] = {
         markers=("[TOOL_CALLS]",),
         objects="[{",
         header=(NAME, Maybe("[CALL_ID]", (CALL_ID,)), Maybe("[ARGS]"), ARGUMENTS),
-        make_id=mistral_id,
+        num_id_chars=9,
         written=(
             Written(("[TOOL_CALLS]NAME[ARGS]", ""), trigger="[TOOL_CALLS]"),
             Written(_IN_JSON, ("[TOOL_CALLS] [", "]"), ", ", "[TOOL_CALLS]"),
@@ -168,7 +169,8 @@ class JsonParser(Parser):
     def __init__(self, tools: Tools, format: Format) -> None:
         self.markers, self.starts = format.markers, format.starts
         self.bare, self.closers = format.bare, format.closers
-        self.make_id = format.make_id
+        if format.num_id_chars:
+            self.make_id = partial(short_id, format.num_id_chars)
         self._format = format
         super().__init__(tools)
 

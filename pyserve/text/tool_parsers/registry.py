@@ -9,7 +9,7 @@ from pyserve.text.tokenizer import Tokenizer
 from pyserve.text.tool_parsers.json_formats import FORMATS, JsonParser, Written
 from pyserve.text.tool_parsers.pythonic import PythonicParser
 from pyserve.text.tool_parsers.qwen3_coder import QwenCoderParser
-from pyserve.text.tool_parsers.stage import Parser, Tools
+from pyserve.text.tool_parsers.stage import Parser, Tools, fitted_id
 
 _CLASSES: dict[str, type[PythonicParser] | type[QwenCoderParser]] = {
     "pythonic": PythonicParser,
@@ -63,6 +63,11 @@ class ToolFormat:
     def held(self) -> ToolFormat:
         """The format that a grammar can hold the model to: this one, or plain JSON."""
         return self if self.written is not None else JSON_FORMAT
+
+    def fitted_id(self, given: str) -> str:
+        """The id of a call in a client's messages, in the form that the model's template wants."""
+        row = FORMATS.get(self.name)
+        return fitted_id(given, row.num_id_chars) if row is not None else given
 
     def stage(self, tools: Tools) -> Parser:
         """A parser for one answer."""

@@ -9,6 +9,7 @@ and the text goes on as content from there.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import string
@@ -26,6 +27,7 @@ MAX_CALLS = 128  # of one answer; what follows is content
 MAX_FAULTS = 256  # of one answer: beginnings that are no calls, each looked at twice
 MAX_NAME_CHARS = 256
 MAX_WHITE_CHARS = 1024  # held back until it is known whether a call follows
+_ID_CHARS = string.ascii_letters + string.digits
 _WHITE = re.compile(f"[{WHITE}]*")
 _CLOSING = re.compile(rf"[{WHITE}\]}}]*")
 
@@ -34,9 +36,16 @@ def plain_id() -> str:
     return f"chatcmpl-tool-{uuid.uuid4().hex}"
 
 
-def mistral_id() -> str:
-    """Nine letters or digits: Mistral's templates refuse any other id."""
-    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+def short_id(num_chars: int) -> str:
+    """So many letters or digits: Mistral's templates refuse any id that is not nine of them."""
+    return "".join(secrets.choice(_ID_CHARS) for _ in range(num_chars))
+
+
+def fitted_id(given: str, num_chars: int) -> str:
+    """The same id in that form, also where it was made by another server."""
+    if num_chars == 0 or (len(given) == num_chars and set(given) <= set(_ID_CHARS)):
+        return given
+    return hashlib.blake2b(given.encode(), digest_size=num_chars).hexdigest()[:num_chars]
 
 
 @dataclass(frozen=True, slots=True)

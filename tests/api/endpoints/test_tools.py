@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_calls_and_results_go_back_to_the_template(server: Server) -> None:
     assert ignored == ""
     odd = [{**HI[0], "tool_call_id": "c1"}]
     assert prompt(server, messages=odd)[1] == "messages.tool_call_id"
+
+
+def test_ids_of_other_servers_fit_mistrals_templates(tmp_path: Path) -> None:
+    """They refuse a conversation with any other id: nine letters or digits."""
+    folder = with_template(tmp_path / "tiny", OF_TOOLS)
+    with run_server(folder, tool_call_parser="mistral") as server:
+        shown = []
+        for call_id in ("call_0123456789abcdef", "aB3456789"):
+            call = {"id": call_id, "function": {"name": "now", "arguments": "{}"}}
+            messages = [*HI, {"role": "assistant", "tool_calls": [call]},
+                        {"role": "tool", "tool_call_id": call_id, "content": "x"}]  # fmt: skip
+            ids = server.post(TOKENIZE, {"messages": messages})["tokens"]
+            text = server.tokenizer.decode(ids, skip_special_tokens=False)
+            (first,) = re.findall(r"\[(\w{9})\]now", text)
+            assert f"x({first})" in text
+            shown.append(first)
+        assert shown[1] == "aB3456789" != shown[0]
 
 
 CALLED = ("get_weather", '{"city": "Paris", "days": 2}')
