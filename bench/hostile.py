@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.hostile_grammars import hostile_grammar
 from bench.hostile_json import chat_body, hostile_fields, hostile_text
 from bench.hostile_large import large_request
 from bench.hostile_templates import hostile_chat
@@ -440,6 +441,12 @@ def template(rng: random.Random) -> Case:
     return _case(name, post(rng.choice([CHAT, "/tokenize"]), body), wanted=(200, 400, 429))
 
 
+def grammar(rng: random.Random) -> Case:
+    """What a schema, a pattern or a tool may ask of the compiler of grammars and of the masks."""
+    path, body, name = hostile_grammar(rng)
+    return _case(name, post(path, body), wanted=(200, 400, 429))
+
+
 # name -> (weight, maker)
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "valid": (8, valid),
@@ -457,6 +464,7 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "silent": (1, silent),
     "large": (0.3, large),
     "template": (0.5, template),
+    "grammar": (0.5, grammar),
     "ended": (1, ended),
     "gone": (1, gone),
 }
