@@ -10,6 +10,7 @@ import pytest
 from bench.answers import read_answers
 from bench.fuzz import run_case
 from bench.hostile import FAMILIES, Case, get, make_case
+from bench.hostile_grammars import MAKERS as GRAMMAR_MAKERS
 from bench.hostile_large import MAKERS
 from bench.hostile_templates import MAKERS as TEMPLATE_MAKERS
 from bench.hostile_templates import crafted_pairs
@@ -131,3 +132,13 @@ def test_chats_against_templates() -> None:
     assert sources and max(map(len, sources)) < 2**16, "a longer template is refused unread"
     pairs = crafted_pairs(50, target=7)
     assert len(set(pairs)) == 50 and len(set(map(hash, pairs))) == 1
+
+
+def test_hostile_grammars() -> None:
+    cases = [make_case(3, number, "grammar") for number in range(400)]
+    assert {case.name.partition(",")[0] for case in cases} == set(GRAMMAR_MAKERS)
+    assert all(case.wanted == (200, 400, 429) for case in cases)
+    bodies = [json.loads(case.request.partition(b"\r\n\r\n")[2]) for case in cases]
+    used = {name for body in bodies for name in body}
+    assert {"response_format", "structured_outputs", "tools", "tool_choice"} <= used
+    assert {"guided_json", "guided_regex", "guided_choice", "guided_grammar"} <= used
