@@ -148,7 +148,7 @@ class ReasoningStage:
         self._find_end = _pattern((*format.ends, *format.next_ends)).search
 
     def push(self, content: Content) -> Sequence[Part]:
-        if self.is_over and not self._tokens:
+        if self.is_over:
             return (content,)
         self._tokens += content.tokens
         text, self._held = self._held + content.text, ""
@@ -210,7 +210,12 @@ class ReasoningStage:
         return text
 
     def _with_tokens(self, parts: list[Part]) -> list[Part]:
-        """`parts` with what is known of their tokens, on the last of them."""
+        """`parts` with what is known of their tokens, on the last of them.
+
+        Nothing is kept once the thinking is over: nobody may ask this stage again.
+        """
+        if self._tokens and self.is_over and not parts:
+            parts = [Content("")]
         if self._tokens and parts:
             parts[-1] = msgspec.structs.replace(parts[-1], tokens=self._tokens)
             self._tokens = ()

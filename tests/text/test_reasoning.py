@@ -135,6 +135,18 @@ def test_random_texts_of_pieces_of_markers(name: str) -> None:
                 assert texts_of(parts_of(ReasoningStage(format, opening), cut)) == whole, cut
 
 
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_no_token_is_kept_once_the_thinking_is_over(is_hidden: bool) -> None:
+    stage = ReasoningStage(R1, "unsaid", is_hidden=is_hidden)
+    assert stage.push(Content("<think>", (1,))) == []
+    shown = [] if is_hidden else [Reasoning("a", (1, 2))]
+    assert stage.push(Content("a", (2,))) == shown
+    assert stage.push(Content("</thi", (3,))) == stage.push(Content("", (4,))) == []
+    assert stage.push(Content("nk>", (5,))) == [Content("", (3, 4, 5))]
+    stage = ReasoningStage(R1, "unsaid", is_hidden=is_hidden)
+    assert stage.push(Content("</think>", (1,))) == [Content("", (1,))]
+
+
 def test_thinking_is_not_held_back() -> None:
     stage = ReasoningStage(R1, "unsaid")
     assert stage.push(Content("<think>")) == []
