@@ -69,8 +69,10 @@ def test_the_server_s_flags_reach_its_config(tmp_path: Path) -> None:
         "k", "--allowed-origins", '["https://a.org"]', "--allowed-methods", '["POST"]',
         "--allowed-headers", '["X-A"]', "--allow-credentials", "--ready-file", "r",
         "--request-timeout", "7", "--trust-request-chat-template", "--reasoning-parser", "qwen3",
-        "--enable-log-requests", "--api-key", "a", "--api-key=b",
+        "--enable-log-requests", "--api-key", "a", "--api-key=b", "--enable-auto-tool-choice",
+        "--tool-call-parser", "hermes",
     )  # fmt: skip
+    assert (config.enable_auto_tool_choice, config.tool_call_parser) == (True, "hermes")
     assert (config.uds, config.root_path) == (Path("/run/x.sock"), "/llm")
     assert (config.ssl_certfile, config.ssl_keyfile) == (Path("c"), Path("k"))
     assert config.allowed_origins == ("https://a.org",) and config.allow_credentials
@@ -157,6 +159,11 @@ def test_variables_that_cannot_be_set(text: str, capsys: pytest.CaptureFixture[s
         parse_args(["--env", text])
 
 
+def test_calls_need_a_parser() -> None:
+    with pytest.raises(ConfigError, match="--enable-auto-tool-choice needs --tool-call-parser"):
+        server_config("m", "--enable-auto-tool-choice")
+
+
 def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert parse_args(["--uds=~/s"]).uds == Path("/home/me/s")
@@ -204,6 +211,7 @@ def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> 
         (["--chat-template", "x" * 300], "--chat-template .*cannot be read: File name too long"),
         (["--chat-template", "/dev/null"], "not a regular file"),
         (["--reasoning-parser", "qwen4"], "must be one of deepseek_r1, .*, none, got qwen4"),
+        (["--tool-call-parser", "json"], "must be one of deepseek_v3, .*hermes.*, got json"),
         (["--generation-config", "x" * 300], "--generation-config"),
         (["--ready-file", "/tmp/" + "x" * 300 + "/y"], "--ready-file"),
     ):
