@@ -9,6 +9,7 @@ ended. Thinking comes first (reasoning.py); what it leaves as content goes to th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, groupby
 from typing import Any, Protocol
 
 import msgspec
@@ -84,13 +85,16 @@ def pass_on(parts: Sequence[Part], stage: Stage) -> list[Part]:
 def joined(parts: Sequence[Part]) -> list[Part]:
     """The same parts, with texts of one kind that follow each other in one part."""
     found: list[Part] = []
-    for part in parts:
-        last = found[-1] if found else None
-        if isinstance(part, ToolCall) or isinstance(last, ToolCall) or type(part) is not type(last):
-            found.append(part)
-        elif last is not None:
-            text, tokens = last.text + part.text, last.tokens + part.tokens
-            found[-1] = type(part)(text, tokens)
+    for _, group in groupby(parts, type):
+        alike = list(group)
+        first = alike[0]
+        if isinstance(first, ToolCall) or len(alike) == 1:
+            found += alike
+            continue
+        # At once: one after the other would copy the text each time.
+        text = "".join([part.text for part in alike if not isinstance(part, ToolCall)])
+        tokens = tuple(chain.from_iterable(part.tokens for part in alike))
+        found.append(type(first)(text, tokens))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from pyserve.text.parts import (
@@ -62,6 +63,14 @@ def test_texts_of_one_kind_are_joined_in_their_order() -> None:
         ToolCall(0, arguments="{"), Content("ef", (4,)),
     ]  # fmt: skip
     assert joined([]) == []
+
+
+def test_joining_many_parts_takes_time_in_proportion_to_them() -> None:
+    parts = [Reasoning("abcd ", (i,)) for i in range(100_000)]  # all that a slow reader left
+    began_s = time.monotonic()
+    (part,) = joined(parts)
+    assert time.monotonic() - began_s < 2.0  # 35 s, where each was put behind the ones before
+    assert part == Reasoning("abcd " * 100_000, tuple(range(100_000)))
 
 
 def test_whole_answers_gather_the_parts() -> None:
