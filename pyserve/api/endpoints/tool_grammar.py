@@ -13,11 +13,12 @@ from aiohttp import web
 
 from pyserve.api.endpoints.structured import read_spec
 from pyserve.api.endpoints.tools import ToolUse
+from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import Loaded, ServerState
 from pyserve.api.wire.protocol import ChatRequest
 from pyserve.client import Constraint
 from pyserve.errors import InvalidRequestError
-from pyserve.text.grammar import Compiled, Grammars, JsonSchema, Spec, Tags
+from pyserve.text.grammar import MAX_SPEC_BYTES, Compiled, Grammars, JsonSchema, Spec, Tags
 from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_schema import engine_schema
 from pyserve.text.tool_parsers.json_formats import Written
@@ -103,7 +104,7 @@ async def hold_to_tools(
         if use.name in ("", name)
     }
     compile_all = partial(_compile, loaded.grammars, make_tags, schemas, list(use.parameters))
-    size = len(msgspec.json.encode(schemas))
+    size = request[NUM_BODY_BYTES]
     compiled, refused = await state.run_text(request, size, compile_all, short=0)
     kept = [tool for tool in use.shown if tool["function"]["name"] not in refused]
     ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
@@ -125,6 +126,13 @@ def _compile(
 
     names  of all tools, in the order of the request.
     """
+    num_bytes = len(msgspec.json.encode(schemas))
+    if num_bytes > MAX_SPEC_BYTES:  # before each of them is looked at
+        raise InvalidRequestError(
+            f"tools: the parameters to be enforced take {num_bytes} bytes, the limit is "
+            f"{MAX_SPEC_BYTES}",
+            "tools",
+        )
     fields = {name: f"tools[{names.index(name)}].function.parameters" for name in schemas}
     refused: dict[str, InvalidRequestError] = {}
 

@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from pyserve.text.grammar import MAX_SPEC_BYTES
 from tests.api.fakes import TEMPLATE, Server, run_server
 from tests.api.tool_talk import (
     CALL,
@@ -172,6 +173,19 @@ def test_hostile_schemas_cost_one_tool(schema: dict[str, Any], server: Server) -
             assert json.loads(reply)["error"]["param"].startswith(("tools", "messages"))
         elif "tools.odd" in headers.get("x-pyserve-ignored", ""):
             assert len(tools) == 2
+
+
+def test_schemas_are_bounded_in_bytes(server: Server) -> None:
+    """In all, before each is looked at."""
+    for count in (1000, 20_000):
+        values = [f"{i}" * 200 for i in range(count)]
+        parameters = {"type": "object", "properties": {"a": {"enum": values}}}
+        tool = {"type": "function", "function": {"name": "large", "parameters": parameters}}
+        for choice in ("required", named("large")):
+            began = time.monotonic()
+            error = server.error(CHAT, ask(tools=[tool], tool_choice=choice))
+            assert error["param"] == "tools" and str(MAX_SPEC_BYTES) in error["message"]
+            assert time.monotonic() - began < 5.0
 
 
 def test_a_schema_for_the_answer_leaves_calls_possible(server: Server) -> None:
