@@ -179,7 +179,12 @@ def spec_key(spec: Spec) -> bytes:
     values = [getattr(spec, name) for name in spec.__struct_fields__]
     num_bytes = _size(values)
     if num_bytes <= MAX_SPEC_BYTES:
-        encoded = msgspec.json.encode(spec)
+        try:
+            encoded = msgspec.json.encode(spec)
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                f"{spec.param} is not Unicode text: it holds a lone surrogate", spec.param
+            ) from None
         num_bytes = len(encoded)
     if num_bytes > MAX_SPEC_BYTES:
         raise InvalidRequestError(

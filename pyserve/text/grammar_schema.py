@@ -21,7 +21,7 @@ from pyserve.text.grammar_analysis import can_end, check_meeting
 from pyserve.text.grammar_formats import FORMATS
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 
-MAX_DEPTH = 64  # of schemas within schemas, in the document
+MAX_DEPTH = 56  # of schemas within schemas, each of two levels of JSON: the engine reads 127
 MAX_SCHEMAS = 10_000  # those that are referred to count once
 MAX_DEFINITIONS = 1000
 MAX_VALUES = 20_000  # of all enums
@@ -235,7 +235,7 @@ class _Walk:
         value = self._root
         for part in pointer.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(value, list):
+            if isinstance(value, list) and part.isdecimal():
                 value = value[int(part)]
             elif isinstance(value, dict):
                 value = value[part]

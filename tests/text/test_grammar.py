@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -12,12 +13,14 @@ from pyserve.text.grammar import (
     MAX_CHOICES,
     MAX_SPEC_BYTES,
     Choice,
+    Grammar,
     GrammarCache,
     JsonSchema,
     Regex,
     Spec,
     compile_grammar,
 )
+from pyserve.text.grammar_schema import MAX_DEPTH
 from tests.text.grammars import text_of, vocabulary
 
 
@@ -47,6 +50,27 @@ def test_choices_have_a_number(texts: list[str]) -> None:
 def test_what_is_too_large_is_refused_by_its_bytes(spec: Spec) -> None:
     with pytest.raises(InvalidRequestError, match=f"^c takes .* bytes or more, .* {2**18}"):
         compile_grammar(spec, vocabulary())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        choice("\ud800"),
+        Regex(param="c", pattern="\ud800"),
+        Grammar(param="c", text='start: "\ud800"'),
+        JsonSchema(param="c", schema={"properties": {"\udfff": {}}}),
+    ],
+)
+def test_half_a_character_is_refused(spec: Spec) -> None:
+    with pytest.raises(InvalidRequestError, match="^c is not Unicode text"):
+        compile_grammar(spec, vocabulary())
+
+
+def test_the_deepest_schema_compiles() -> None:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(MAX_DEPTH):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    compile_grammar(JsonSchema(param="s", schema=schema), vocabulary())
 
 
 def test_equal_specs_are_compiled_once() -> None:

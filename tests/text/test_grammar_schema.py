@@ -39,6 +39,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"$ref": "https://example.org/x"}, "/$ref", "must point into this schema"),
     ({"$ref": "file:///etc/passwd"}, "/$ref", "must point into this schema"),
     ({"$ref": 7}, "/$ref", "must be a string"),
+    ({"$ref": "#/a/-1", "a": [{}]}, "/$ref", "nothing at"),
+    ({"$ref": "#/a/x", "a": "x"}, "/$ref", "nothing at"),
     ({"type": "strin"}, "/type", "must be one or several of"),
     ({"type": []}, "/type", "must be one or several of"),
     ({"type": [["string"]]}, "/type", "must be one or several of"),
