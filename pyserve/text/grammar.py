@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pyserve.errors import InvalidRequestError, UnavailableError
-from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint, shortened
+from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
+from pyserve.text.grammar_matcher import Matcher, shortened
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 from pyserve.text.grammar_schema import engine_schema, offending_pointer
 from pyserve.text.grammar_tags import tags_to_lark
@@ -32,6 +33,7 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
 MAX_COMPILE_S = 3.0
+MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
 MAX_LATE = 2  # compiles that went on after their time
 STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
 MAX_CACHED = 64  # grammars
@@ -88,17 +90,34 @@ class Tags(Spec, frozen=True, tag=True):
     whitespace: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Compiled:
-    """A grammar; `constraint` makes one for each sequence, and takes microseconds."""
+    """A grammar; `constraint` makes one for each sequence, and takes microseconds.
 
-    vocabulary: Vocabulary
-    num_bytes: int  # estimated
-    _matcher: LLMatcher = field(repr=False)
+    num_bytes     estimated.
+    is_exhausted  an answer has found that what all of them share is full.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, text: str, matcher: LLMatcher, compile_s: float
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.num_bytes = MIN_BYTES + BYTES_PER_CHAR * len(text)
+        self.is_exhausted = False
+        self._text = text
+        self._matcher = matcher
+        self._compile_s = compile_s
 
     def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
         """For one sequence, whose thinking is free if there is any; None: there is none."""
-        return GrammarConstraint(self.vocabulary, self._matcher.deep_copy(), free_until)
+        matcher = Matcher(self._matcher.deep_copy(), self._renew)
+        return GrammarConstraint(self.vocabulary, matcher, free_until)
+
+    def _renew(self) -> LLMatcher | None:
+        self.is_exhausted = True
+        if self._compile_s > MAX_RENEWAL_S:  # a step of all sequences waits for it
+            return None
+        table = self.vocabulary.table()
+        return _runner.run(lambda: _matcher_of(table, self._text), "the grammar")
 
 
 class GrammarCache:
@@ -112,14 +131,17 @@ class GrammarCache:
     def get(self, key: bytes) -> Compiled | None:
         with self._lock:
             found = self._grammars.get(key)
-            if found is not None:
-                self._grammars.move_to_end(key)
+            if found is None or found.is_exhausted:
+                return None
+            self._grammars.move_to_end(key)
             return found
 
     def put(self, key: bytes, compiled: Compiled) -> None:
         with self._lock:
-            if key in self._grammars or compiled.num_bytes > MAX_CACHED_BYTES // 4:
+            if compiled.num_bytes > MAX_CACHED_BYTES // 4:
                 return
+            before = self._grammars.pop(key, None)
+            self._num_bytes -= before.num_bytes if before is not None else 0
             self._grammars[key] = compiled
             self._num_bytes += compiled.num_bytes
             while len(self._grammars) > MAX_CACHED or self._num_bytes > MAX_CACHED_BYTES:
@@ -166,8 +188,7 @@ def compile_grammar(
     found = cache.get(key) if cache is not None else None
     if found is not None:
         return found
-    matcher, num_bytes = _runner.run(lambda: _compile(spec, vocabulary), spec.param)
-    compiled = Compiled(vocabulary, num_bytes, matcher)
+    compiled = _runner.run(lambda: _compile(spec, vocabulary), spec.param)
     if cache is not None:
         cache.put(key, compiled)
     return compiled
@@ -208,10 +229,12 @@ def _size(values: list[Any]) -> int:
     return size
 
 
-def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
+def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
     table = vocabulary.table()
     text = _source(spec, vocabulary)
-    matcher = LLMatcher(table, text, log_level=0, limits=_LIMITS)
+    begun_s = time.monotonic()
+    matcher = _matcher_of(table, text)
+    compile_s = time.monotonic() - begun_s
     if matcher.is_error():
         reason = matcher.get_error()
         where = _place_of(spec, reason, table) if isinstance(spec, JsonSchema) else ""
@@ -219,13 +242,17 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> tuple[LLMatcher, int]:
             f"{spec.param}{where} cannot be enforced: {shortened(reason)}", spec.param
         )
     _try_out(matcher.deep_copy(), vocabulary, spec.param)
-    return matcher, MIN_BYTES + BYTES_PER_CHAR * len(text)
+    return Compiled(vocabulary, text, matcher, compile_s)
+
+
+def _matcher_of(table: LLTokenizer, text: str) -> LLMatcher:
+    return LLMatcher(table, text, log_level=0, limits=_LIMITS)
 
 
 def _place_of(spec: JsonSchema, reason: str, table: LLTokenizer) -> str:
     def compile(schema: dict[str, Any]) -> str:
         text = LLMatcher.grammar_from_json_schema(schema_text(schema))
-        return LLMatcher(table, text, log_level=0, limits=_LIMITS).get_error()
+        return _matcher_of(table, text).get_error()
 
     pointer = offending_pointer(spec.schema, reason, compile)
     return f" at {pointer}" if pointer else ""

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llguidance import LLMatcher
-
+from pyserve.text.grammar_matcher import Matcher
 from pyserve.text.grammar_vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-MAX_ERROR_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class GrammarConstraint:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, matcher: LLMatcher, free_until: FreeUntil | None
+        self, vocabulary: Vocabulary, matcher: Matcher, free_until: FreeUntil | None
     ) -> None:
         self._table = vocabulary.table()
         self._vocabulary = vocabulary
@@ -65,7 +62,7 @@ class GrammarConstraint:
 
     @property
     def is_finished(self) -> bool:
-        return self._phase == "grammar" and self._error is None and self._matcher.is_stopped()
+        return self._phase == "grammar" and self._error is None and self._matcher.is_stopped
 
     @property
     def error(self) -> str | None:
@@ -79,9 +76,7 @@ class GrammarConstraint:
         if self._phase == "opening":
             words.fill(0)
         else:
-            address = words.__array_interface__["data"][0]
-            self._matcher.unsafe_compute_mask_ptr(address, words.nbytes)
-            self._check("no token can follow")
+            self._check("no token can follow", self._matcher.fill_bitmask(words))
         if self._phase != "grammar":
             at = len(self._free)
             for start in self._starts:
@@ -124,12 +119,12 @@ class GrammarConstraint:
                 self._look_for_start()
         if not self._used:
             self._phase = self._first
-        if num_used and self._error is None and not self._matcher.rollback(num_used):
-            self._check("tokens cannot be taken back")
+        if num_used and self._error is None:
+            self._check("tokens cannot be taken back", self._matcher.rollback(num_used))
 
     def _decide(self, token_id: int) -> None:
         """The first token: of the grammar if that allows it, else of an opening."""
-        if self._matcher.validate_tokens([token_id]):
+        if self._matcher.allows(token_id):
             self._phase = "grammar"
             self._used.append(self._consume([token_id]))
             return
@@ -177,26 +172,18 @@ class GrammarConstraint:
         """How many of them the matcher has taken."""
         if self._error is not None:
             return 0
-        if self._matcher.is_stopped():  # the end has come; whatever follows it is dropped
+        if self._matcher.is_stopped:  # the end has come; whatever follows it is dropped
             if not set(self._vocabulary.eos_token_ids).issuperset(token_ids):
                 self._fail("a token has come behind the end of the grammar")
             return 0
-        if not self._matcher.consume_tokens(token_ids):
-            self._check("the grammar does not allow the token that has come")
-            return 0
-        return len(token_ids)
+        error = self._matcher.consume(token_ids)
+        self._check("the grammar does not allow the token that has come", error)
+        return 0 if error else len(token_ids)
 
-    def _check(self, reason: str) -> None:
-        if self._matcher.is_error():
-            self._fail(f"{reason}: {shortened(self._matcher.get_error())}")
+    def _check(self, reason: str, error: str) -> None:
+        if error:
+            self._fail(f"{reason}: {error}")
 
     def _fail(self, reason: str) -> None:
         if self._error is None:
             self._error = reason
-
-
-def shortened(error: str) -> str:
-    """The first line of what the engine says, without its own notes."""
-    lines = [line.strip() for line in error.splitlines()]
-    lines = [line for line in lines if not line.startswith(("<", "while processing"))]
-    return " ".join(filter(None, lines))[:MAX_ERROR_CHARS]

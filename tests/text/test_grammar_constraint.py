@@ -5,10 +5,21 @@ import random
 
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 
 from pyserve.client import Constraint
 from pyserve.errors import InvalidRequestError
-from pyserve.text.grammar import Choice, Grammar, JsonSchema, Regex, Spec, compile_grammar
+from pyserve.text import grammar, grammar_matcher
+from pyserve.text.grammar import (
+    Choice,
+    Compiled,
+    Grammar,
+    GrammarCache,
+    JsonSchema,
+    Regex,
+    Spec,
+    compile_grammar,
+)
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_vocabulary import Vocabulary
 from pyserve.text.tokenizer import Tokenizer
@@ -280,3 +291,67 @@ def test_a_model_without_an_end_takes_no_grammar() -> None:
     vocab = Vocabulary(vocabulary().tokenizer, vocab_size=5000, eos_token_ids=[])
     with pytest.raises(InvalidRequestError, match="need a token that ends an answer"):
         compile_grammar(OBJECT, vocab)
+
+
+HARD = "(a|b)*a(a|b){18}"  # its automaton has 2**19 states, of which no answer sees many
+
+
+def run_on(compiled: Compiled, rng: random.Random, num_tokens: int) -> GrammarConstraint:
+    constraint = compiled.constraint()
+    ends = vocabulary().eos_token_ids
+    for _ in range(num_tokens):
+        choices = [i for i in allowed(constraint, vocabulary()) if i not in ends]
+        if constraint.error is not None:
+            break
+        constraint.accept([int(choices[rng.randrange(len(choices))])])
+    return constraint
+
+
+def test_answers_to_one_grammar_do_not_use_up_what_they_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = LLParserLimits(max_lexer_states=2000, verbose_errors=False)
+    monkeypatch.setattr(grammar, "_LIMITS", limits)
+    cache = GrammarCache()
+    spec = Regex(param="r", pattern=HARD)
+    compiled = compile_grammar(spec, vocabulary(), cache=cache)
+    rng = random.Random(7)
+    early = [compiled.constraint() for _ in range(3)]
+    token_ids = ids("ab" * 30)
+    for constraint in early:
+        constraint.accept(token_ids)
+    before = list(allowed(early[0], vocabulary()))
+    while not compiled.is_exhausted:
+        assert run_on(compiled, rng, 60).error is None
+    for constraint in early:  # they go on, and back, as if nothing had been
+        assert list(allowed(constraint, vocabulary())) == before
+        constraint.accept(ids("ba"))
+        constraint.rollback(len(ids("ba")))
+        assert list(allowed(constraint, vocabulary())) == before
+        assert constraint.error is None
+    again = compile_grammar(spec, vocabulary(), cache=cache)
+    assert again is not compiled
+    assert not again.is_exhausted
+    assert run_on(again, rng, 60).error is None
+
+
+def test_what_is_too_complex_alone_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = LLParserLimits(max_lexer_states=250, verbose_errors=False)
+    monkeypatch.setattr(grammar, "_LIMITS", limits)
+    compiled = compile_grammar(Regex(param="r", pattern=HARD), vocabulary())
+    constraint = run_on(compiled, random.Random(1), 2000)
+    assert constraint.error is not None
+    assert "too many states" in constraint.error
+    other = run_on(compile_grammar(AB, vocabulary()), random.Random(1), 2)
+    assert other.error is None
+
+
+def test_few_answers_go_on_alone_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_matcher, "MAX_ALONE", 0)
+    limits = LLParserLimits(max_lexer_states=500, verbose_errors=False)
+    monkeypatch.setattr(grammar, "_LIMITS", limits)
+    compiled = compile_grammar(Regex(param="r", pattern=HARD), vocabulary())
+    rng = random.Random(7)
+    while (error := run_on(compiled, rng, 60).error) is None:
+        pass
+    assert "too many states" in error
