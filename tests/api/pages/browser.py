@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -28,7 +29,7 @@ OPTIONS = (
     "--disable-extensions", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
-TIMEOUT_S = 20.0
+TIMEOUT_S = 40.0  # on a busy machine
 KEYS = {"Enter": ("Enter", 13, "\r"), "Escape": ("Escape", 27, ""), "Tab": ("Tab", 9, "")}
 
 
@@ -156,8 +157,9 @@ class Tab:
         try:
             return self.run(f"Boolean({condition})") is True
         except BrowserError as error:
-            if "context" in str(error) or "TypeError" in str(error):
-                return False  # between two pages, or the element is not there yet
+            # Between two pages, or the element is not there yet.
+            if re.search("context|navigated|TypeError", str(error)):
+                return False
             raise
 
 
