@@ -31,9 +31,12 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.grammar import Choice, JsonSchema, compile_grammar
+from pyserve.text.grammar_vocabulary import Vocabulary
 from pyserve.text.sentencepiece_model import convert_model
 from pyserve.text.tokenizer import Tokenizer
 from tests.text import samples
+from tests.text.grammars import answer
 
 pytestmark = pytest.mark.network
 
@@ -284,6 +287,37 @@ def test_broken_bytes_read_as_in_sentencepiece(real: Tokenizer) -> None:
     for _ in range(3000):
         ids = [start, *(rng.choice(rng.choice([byte_ids, byte_ids, words])) for _ in range(12))]
         assert real.decode(ids, skip_special_tokens=True) == processor.decode(ids)
+
+
+def test_structured_outputs(real: Tokenizer) -> None:
+    """Random answers are valid, and what a grammar forces is written as encoding has it."""
+    assert real.eos_token_id is not None
+    vocab = Vocabulary(real, vocab_size=real.vocab_size + 100, eos_token_ids=[real.eos_token_id])
+    start = time.perf_counter()
+    vocab.table()
+    table_s = time.perf_counter() - start
+    schema = {
+        "type": "object",
+        "properties": {
+            "ein Name": {"type": "string", "maxLength": 9},
+            "漢字": {"const": "Größe 😀"},
+        },
+        "required": ["ein Name", "漢字"],
+        "additionalProperties": False,
+    }
+    spec = JsonSchema(param="s", schema=schema, whitespace="")
+    compiled = compile_grammar(spec, vocab)
+    rng = random.Random(3)
+    for _ in range(5):
+        constraint = compiled.constraint()
+        ids, has_ended = answer(constraint, vocab, rng, 300)
+        assert has_ended and not real.special_token_ids & set(ids)
+        value = json.loads(real.decode(ids, skip_special_tokens=False))
+        assert value["漢字"] == "Größe 😀" and len(value["ein Name"]) <= 9
+    forced = compile_grammar(Choice(param="c", texts=["Structured outputs, of course"]), vocab)
+    ids, _ = answer(forced.constraint(), vocab, rng, 300)
+    assert ids == real.encode_inner("Structured outputs, of course")
+    print(f" table {table_s:.2f} s", end="")
 
 
 def test_speed(real: Tokenizer) -> None:
