@@ -27,6 +27,7 @@ from pyserve.flag_rows import (
     size,
     url_prefix,
 )
+from pyserve.limits import TOP_LOGPROBS
 from pyserve.params import INT64_MAX, INT64_MIN
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -208,6 +209,13 @@ class ServerConfig:
         None, "of every chat: '{\"enable_thinking\": false}'", group=REQUESTS, metavar="{}",
         read=json_object,
     )  # fmt: skip
+    max_logprobs: int = flag(
+        TOP_LOGPROBS, "most likely tokens a request may ask for", group=REQUESTS,
+        limits=(0, TOP_LOGPROBS),
+    )  # fmt: skip
+    return_tokens_as_token_ids: bool = flag(
+        False, "logprobs name tokens by id: token_id:5", group=REQUESTS
+    )
     log_requests: bool = flag(
         False, "a line for each request's parameters, never texts", name="enable-log-requests",
         group=REQUESTS,

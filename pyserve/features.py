@@ -87,18 +87,11 @@ FEATURES: dict[str, Feature] = {
             ),
         },
     ),
-    "logprobs": Feature(
+    "logprobs of processed logits": Feature(
         flags={
-            **plain(SWITCH, "return-tokens-as-token-ids return-sampling-mask"),
+            **plain(SWITCH, "return-sampling-mask"),
             "logprobs-mode": Flag(VALUE, ("raw_logprobs",)),
-            "max-logprobs": Flag(VALUE, ignored="requests for logprobs are refused"),
-        },
-        fields=(
-            Field("logprobs", (CHAT, COMPLETION), (False,)),
-            Field("top_logprobs", (CHAT,), (0,), lambda r: r.logprobs is False),
-            Field("prompt_logprobs", (SAMPLING,)),
-            Field("return_tokens_as_token_ids", (SAMPLING,), (False,), lambda r: not r.logprobs),
-        ),
+        }
     ),
     "logits processors": Feature(
         flags={**plain(VALUE, "logits-processor-pattern"), **plain(LIST, "logits-processors")},
@@ -289,12 +282,7 @@ FEATURES: dict[str, Feature] = {
             Field("length_penalty", (SAMPLING,), (1.0,), lambda r: not r.use_beam_search),
         )
     ),
-    "ids and prompts in answers": Feature(
-        fields=(
-            Field("return_token_ids", (SAMPLING,), (False,)),
-            Field("return_prompt_text", (CHAT,), (False,)),
-        )
-    ),
+    "prompts in answers": Feature(fields=(Field("return_prompt_text", (CHAT,), (False,)),)),
     "filling in the middle": Feature(fields=(Field("suffix", (COMPLETION,), ("",)),)),
     "repetition detection": Feature(fields=(Field("repetition_detection", (SAMPLING,)),)),
 }  # fmt: skip

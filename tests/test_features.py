@@ -13,9 +13,11 @@ from pyserve.api.endpoints.body import Wire
 from pyserve.api.pages.openapi import schemas
 from pyserve.api.wire.protocol import ChatRequest, CompletionRequest
 from pyserve.errors import NotBuiltError
-from pyserve.features import FEATURES, FLAGS, NO_EFFECT, PATHS, Feature, Field, fields_of
+from pyserve.features import FEATURES, FLAGS, NO_EFFECT, PATHS, Feature, Field
 
-BODY = json.dumps({"messages": [{"role": "user", "content": "x"}], "logprobs": True}).encode()
+BODY = json.dumps(
+    {"messages": [{"role": "user", "content": "x"}], "use_beam_search": True}
+).encode()
 
 
 def test_everything_belongs_to_one_feature() -> None:
@@ -29,29 +31,29 @@ def test_everything_belongs_to_one_feature() -> None:
 
 
 def test_a_feature_is_switched_on_by_taking_its_rows_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotBuiltError, match="logprobs is not built yet"):
+    with pytest.raises(NotBuiltError, match="use_beam_search is not built yet"):
         Wire(ChatRequest).decode(BODY)
-    assert "logprobs" not in schemas()["ChatRequest"]["properties"]
-    monkeypatch.delitem(features.FEATURES, "logprobs")
+    assert "use_beam_search" not in schemas()["ChatRequest"]["properties"]
+    monkeypatch.delitem(features.FEATURES, "beam search")
     request, ignored = Wire(ChatRequest).decode(BODY)
-    assert request.logprobs is True and ignored == []
+    assert request.use_beam_search is True and ignored == []
     for name in ("ChatRequest", "CompletionRequest"):
-        assert {"logprobs", "prompt_logprobs"} <= set(schemas()[name]["properties"])
+        assert {"use_beam_search", "length_penalty"} <= set(schemas()[name]["properties"])
 
 
 def test_a_field_may_be_built_for_one_endpoint_first(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tuple(
-        Field("logprobs", ("CompletionRequest",), (False,)) if row.name == "logprobs" else row
-        for row in FEATURES["logprobs"].fields
+        Field(row.name, ("CompletionRequest",)) if row.name == "use_beam_search" else row
+        for row in FEATURES["beam search"].fields
     )
-    monkeypatch.setitem(features.FEATURES, "logprobs", Feature(fields=rows))
-    assert Wire(ChatRequest).decode(BODY)[0].logprobs is True
-    with pytest.raises(NotBuiltError, match="logprobs is not built yet"):
-        Wire(CompletionRequest).decode(b'{"prompt": "x", "logprobs": 1}')
+    monkeypatch.setitem(features.FEATURES, "beam search", Feature(fields=rows))
+    assert Wire(ChatRequest).decode(BODY)[0].use_beam_search is True
+    with pytest.raises(NotBuiltError, match="use_beam_search is not built yet"):
+        Wire(CompletionRequest).decode(b'{"prompt": "x", "use_beam_search": true}')
 
 
 @pytest.mark.parametrize(
     ("value", "is_neutral"), [(None, True), (False, True), (0, False), (True, False), ("", False)]
 )
 def test_neutral_values_count_by_their_type(value: object, is_neutral: bool) -> None:
-    assert fields_of(ChatRequest)["logprobs"].is_neutral(value) is is_neutral
+    assert Field("x", ("ChatRequest",), (False,)).is_neutral(value) is is_neutral

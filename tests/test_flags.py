@@ -73,11 +73,12 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "target-itl-ms": [(["0"], 0), (["50"], 50)],
     "trace": [(["a.json"], Path("a.json"))],
     "max-queue": [(["9"], 9)],
+    "max-logprobs": [(["5"], 5), (["0"], 0)],
     "request-timeout": [(["7"], 7.0)],
     "log-level": [(["debug"], "debug"), (["INFO"], "info"), (["CRITICAL"], "critical")],
 }  # fmt: skip
 OWN_SWITCHES = {
-    "enable-auto-tool-choice",
+    "enable-auto-tool-choice", "return-tokens-as-token-ids",
     "enable-prefix-caching", "enforce-eager", "allow-reference-ops", "allow-credentials",
     "disable-log-stats", "trust-request-chat-template", "enable-log-requests", "share-prefix-cache",
 }  # fmt: skip
@@ -277,8 +278,6 @@ def test_flags_without_meaning_warn(flag: str, caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["m", "--max-logprobs", "5"], "--max-logprobs has no effect yet: requests for logprobs"),
-        (["m", "--max-logprobs=-1"], "--max-logprobs has no effect yet"),
         (["m", "--seed", "0"], "--seed has no effect"),
         (["--revision", "v1"], "--revision has no effect without --model"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import math
 import socket
 import ssl
 import threading
@@ -31,9 +32,11 @@ from pyserve.client import (
     EngineStats,
     SequenceRequest,
     SequenceStream,
+    TokenLogprobs,
 )
 from pyserve.config import ServerConfig
 from pyserve.errors import EngineError, PyserveError, QueueFullError, UnavailableError
+from pyserve.limits import TOP_LOGPROBS
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
@@ -191,6 +194,9 @@ class FakeEngine:
         if not script.starts:
             return
         stream.admit(self.num_cached_tokens)
+        if params.num_prompt_logprobs is not None:
+            rest = item.prompt[1:]
+            stream.prompt_logprobs += [logprobs_of(i, place) for place, i in enumerate(rest, 1)]
         position = num_tokens = 0
         while True:
             await asyncio.sleep(script.delay_s)
@@ -204,7 +210,8 @@ class FakeEngine:
                 token_id = self._constrained(item.constraint, wanted)
                 position += token_id == wanted
                 num_tokens += 1
-                stream.put([token_id])
+                asks = params.num_logprobs is not None
+                stream.put([token_id], [logprobs_of(token_id, num_tokens)] if asks else None)
                 if num_tokens == 1:
                     stream.first_token_s = time.monotonic()
                 if token_id in params.stop_token_ids and num_tokens > params.min_tokens:
@@ -229,6 +236,15 @@ class FakeEngine:
             constraint.accept([token_id])
             assert constraint.error is None, constraint.error
         return token_id
+
+
+def logprobs_of(token_id: int, place: int) -> TokenLogprobs:
+    """Made up: the token has rank 2, the ids 0, its own, 1, 2, ... are the most likely ones."""
+    others = [i for i in range(TOP_LOGPROBS + 1) if i != token_id]
+    ids = [others[0], token_id, *others[1 : TOP_LOGPROBS - 1]]
+    logprobs = [-float(place) - i / 8 for i in range(TOP_LOGPROBS)]
+    logprobs[-1] = -math.inf
+    return TokenLogprobs(logprobs[1], 2, ids, logprobs)
 
 
 class Server:

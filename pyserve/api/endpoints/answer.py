@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pyserve.api.endpoints.body import ignored_header
 from pyserve.api.generation import stream
-from pyserve.api.generation.generate import Generation
+from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job
 from pyserve.api.http.delivery import json_response
 from pyserve.api.http.http_protocol import connection_of
@@ -25,6 +25,7 @@ from pyserve.text.parts import num_chars
 
 CLAMPED_HEADER = "x-pyserve-clamped"
 LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
+TOKEN_CHARS = 512  # what encoding the logprobs of a token takes
 SHORT_ANSWER = 2**17  # characters encoded on the event loop: a millisecond
 
 
@@ -77,6 +78,14 @@ class _Deadline:
             self._request.transport.abort()
 
 
+def _size(choice: Choice) -> int:
+    """What encoding a choice takes, in characters of text."""
+    num_tokens = sum(len(part.tokens) for part in choice.parts)
+    if choice.words is not None:
+        num_tokens += len(choice.stream.prompt_logprobs)
+    return num_chars(choice.parts) + TOKEN_CHARS * num_tokens
+
+
 async def answer(
     request: web.Request, engine: EngineClient, job: Job, dialect: Dialect, *, arrived_s: float
 ) -> web.StreamResponse:
@@ -120,7 +129,7 @@ async def answer(
                 num_output_tokens=usage.completion_tokens,
             )
         state.request_log.ended(request, generation)
-    size = sum(num_chars(choice.parts) for choice in generation.choices)
+    size = sum(map(_size, generation.choices))
     encode = partial(dialect.whole, head, generation)
     data = await state.run_text(request, size, encode, short=SHORT_ANSWER, is_answer=True)
     return json_response(data, headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -12,14 +13,23 @@ from msgspec import UNSET
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.conversation import read_conversation
-from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
+from pyserve.api.endpoints.logprobs import read_chat_tokens
+from pyserve.api.endpoints.openai import (
+    OpenAIFrames,
+    encode_whole,
+    make_job,
+    prompt_fields,
+    told_of,
+)
 from pyserve.api.endpoints.structured import read_constraint
 from pyserve.api.endpoints.thinking import makes_thinking_budget
 from pyserve.api.endpoints.tool_grammar import hold_to_tools
 from pyserve.api.endpoints.tools import read_tools, with_parser
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Job
+from pyserve.api.generation.told import Told
 from pyserve.api.state import STATE
+from pyserve.api.wire.logprobs import ChatLogprobs
 from pyserve.api.wire.protocol import (
     CalledFunction,
     ChatChoice,
@@ -89,6 +99,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         )
     else:
         makes_grammar = held.makes(free_until)
+    tokens = read_chat_tokens(body, state, loaded, ignored)
     job = await make_job(
         body,
         loaded,
@@ -99,6 +110,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         ignored=ignored,
         make_reasoning=make_reasoning,
         make_constraint=makes_all_of([makes_budget, makes_grammar]),
+        tokens=tokens,
     )
     job = tools.apply(job)
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
@@ -130,7 +142,8 @@ class ChatFrames(OpenAIFrames):
                 total_tokens=usage.prompt_tokens,
                 completion_tokens_details=details,
             )
-        return self.chunk([entry], usage=usage, prompt_token_ids=None, prompt_text=None)
+        ids = prompt_fields(choice).get("prompt_token_ids")
+        return self.chunk([entry], usage=usage, prompt_token_ids=ids, prompt_text=None)
 
     def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> ChatChunkChoice:
         """The element of `choices` that has one part more, or the last one, if one is left."""
@@ -138,17 +151,22 @@ class ChatFrames(OpenAIFrames):
             self._callers.add(choice.index)
         has_called = choice.index in self._callers
         delta = _delta(part, has_called=has_called)
+        logprobs, token_ids = _tokens(choice, part.tokens if part is not None else ())
         if not is_last:
             return ChatChunkChoice(
-                index=choice.index, delta=delta, logprobs=None, finish_reason=None, token_ids=None
+                index=choice.index,
+                delta=delta,
+                logprobs=logprobs,
+                finish_reason=None,
+                token_ids=token_ids,
             )
         return ChatChunkChoice(
             index=choice.index,
             delta=delta,
-            logprobs=None,
+            logprobs=logprobs,
             finish_reason=_finish_reason(choice, has_called=has_called),
             stop_reason=choice.stop_reason,
-            token_ids=None,
+            token_ids=token_ids,
         )
 
 
@@ -188,16 +206,29 @@ def _message(parts: list[Part]) -> ChatMessage:
     )
 
 
+def _tokens(choice: Choice, tokens: Sequence[Told]) -> tuple[ChatLogprobs | None, list[int] | None]:
+    """What is told of tokens: their logprobs, and their ids."""
+    words = choice.words
+    if words is None or not tokens:
+        return None, None
+    return words.chat(tokens), words.ids(tokens)
+
+
 def _choice(choice: Choice) -> ChatChoice:
     message = _message(choice.parts)
+    logprobs, token_ids = _tokens(choice, told_of(choice.parts))
     return ChatChoice(
         index=choice.index,
         message=message,
+        logprobs=logprobs,
+        token_ids=token_ids,
         finish_reason=_finish_reason(choice, has_called=message.tool_calls is not UNSET),
         stop_reason=choice.stop_reason,
     )
 
 
 DIALECT = Dialect(
-    id_prefix="chatcmpl-", frames=ChatFrames, whole=partial(encode_whole, ChatResponse, _choice)
+    id_prefix="chatcmpl-",
+    frames=ChatFrames,
+    whole=partial(encode_whole, ChatResponse, _choice, describe_prompt=prompt_fields),
 )

@@ -9,13 +9,20 @@ from typing import cast
 from aiohttp import web
 
 from pyserve.api.endpoints import prompts
-from pyserve.api.endpoints.answer import Dialect, answer
+from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
-from pyserve.api.endpoints.openai import OpenAIFrames, encode_whole, make_job
+from pyserve.api.endpoints.logprobs import read_completion_tokens
+from pyserve.api.endpoints.openai import (
+    OpenAIFrames,
+    encode_whole,
+    make_job,
+    prompt_fields,
+    told_of,
+)
 from pyserve.api.endpoints.sampling import check_token_ids
 from pyserve.api.endpoints.structured import read_constraint
 from pyserve.api.generation.generate import Choice
-from pyserve.api.generation.job import Prompt
+from pyserve.api.generation.job import Job, Prompt
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.protocol import (
     MAX_SEQUENCES,
@@ -28,6 +35,7 @@ from pyserve.api.wire.protocol import (
 from pyserve.errors import InvalidRequestError
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.parts import Content, Part, content_of
+from pyserve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
@@ -54,6 +62,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     read_prompts = await state.run_text(request, _size(body.prompt), read)
     ignored = [*ignored]
     make_constraint = await read_constraint(request, state, loaded, body, ignored=ignored)
+    tokens = read_completion_tokens(body, state, loaded, ignored)
+    is_shown_only = bool(body.echo) and body.max_tokens == 0
+    is_run = not is_shown_only or tokens.num_prompt_logprobs is not None
     job = await make_job(
         body,
         loaded,
@@ -62,7 +73,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
         limit=("max_tokens", body.max_tokens),
         default_max_tokens=DEFAULT_MAX_TOKENS,
         ignored=ignored,
-        is_run=not (body.echo and body.max_tokens == 0),
+        is_run=is_run,
+        is_prompt_only=is_shown_only and is_run,
+        tokens=tokens,
         make_constraint=make_constraint,
     )
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
@@ -90,10 +103,28 @@ def _read_prompts(
         echoes = cast("list[str]", texts)
     else:
         echoes = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in token_ids]
+    is_told = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
     return [
-        Prompt(ids, echo, Detokenizer(tokenizer, ids, skip_special_tokens=skip))
+        Prompt(
+            ids,
+            echo,
+            Detokenizer(tokenizer, ids, skip_special_tokens=skip),
+            _offsets(tokenizer, ids, len(echo), skip) if is_told else None,
+        )
         for ids, echo in zip(token_ids, echoes, strict=True)
     ]
+
+
+def _offsets(
+    tokenizer: Tokenizer, token_ids: list[int], num_chars: int, skip_special_tokens: bool
+) -> list[int]:
+    """Where the text of each token of a prompt begins in it, which has so many characters."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    offsets, end = [], 0
+    for token_id in token_ids:
+        offsets.append(min(end, num_chars))
+        end += len(detokenizer.push([token_id]))
+    return offsets
 
 
 def _tokenize(
@@ -158,26 +189,50 @@ class CompletionFrames(OpenAIFrames):
 
     chunk_type = CompletionChunk
 
+    def __init__(self, head: Head, job: Job) -> None:
+        super().__init__(head, job)
+        self._begun: set[int] = set()  # choices whose prompt's ids have been shown
+
     def entry(
         self, choice: Choice, part: Part | None, *, is_last: bool = False
     ) -> CompletionChunkChoice:
         """The element of `choices` that has one part more, or the last one, if one is left."""
         assert part is None or isinstance(part, Content), "a completion is content only"
         text = "" if part is None else part.text
+        logprobs = prompt_token_ids = token_ids = None
+        if choice.words is not None and part is not None:
+            logprobs = choice.words.completion(part.tokens) if part.tokens else None
+            token_ids = choice.words.ids(part.tokens)
+            if choice.words.has_ids and choice.index not in self._begun:
+                self._begun.add(choice.index)
+                prompt_token_ids = list(choice.prompt_token_ids)
         if not is_last:
-            return CompletionChunkChoice(index=choice.index, text=text)
+            return CompletionChunkChoice(
+                index=choice.index,
+                text=text,
+                logprobs=logprobs,
+                token_ids=token_ids,
+                prompt_token_ids=prompt_token_ids,
+            )
         return CompletionChunkChoice(
             index=choice.index,
             text=text,
+            logprobs=logprobs,
+            token_ids=token_ids,
+            prompt_token_ids=prompt_token_ids,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
         )
 
 
 def _choice(choice: Choice) -> CompletionChoice:
+    words, tokens = choice.words, told_of(choice.parts)
     return CompletionChoice(
         index=choice.index,
         text=content_of(choice.parts),
+        logprobs=words.completion(tokens) if words is not None else None,
+        token_ids=words.ids(tokens) if words is not None else None,
+        **prompt_fields(choice),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -11,11 +11,13 @@ from msgspec import UNSET, UnsetType
 
 from pyserve import __version__
 from pyserve.api.endpoints.answer import Head
+from pyserve.api.endpoints.logprobs import NO_TOKENS, AskedTokens
 from pyserve.api.endpoints.prompts import check_total
 from pyserve.api.endpoints.sampling import Resolver
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job, Prompt
 from pyserve.api.generation.slices import Slices
+from pyserve.api.generation.told import Told
 from pyserve.api.http.errors import error_body
 from pyserve.api.state import Loaded
 from pyserve.api.wire.encoding import encode_line
@@ -59,13 +61,16 @@ async def make_job(
     is_run: bool = True,
     make_reasoning: Callable[[], ReasoningStage] | None = None,
     make_constraint: Callable[[], Constraint | None] = unconstrained,
+    tokens: AskedTokens = NO_TOKENS,
+    is_prompt_only: bool = False,
 ) -> Job:
     """The Job of a request whose prompts have been read; everything else of it is checked here.
 
     limit               the field that limits the output, and its value.
     default_max_tokens  None: what the prompt leaves of the context.
     ignored             fields that are known to have no effect.
-    make_reasoning, make_constraint
+    tokens              what is asked of tokens.
+    make_reasoning, make_constraint, is_run, is_prompt_only
                         as Job has them.
 
     Raises InvalidRequestError and NotBuiltError naming the field.
@@ -75,26 +80,20 @@ async def make_job(
     cache_salt = _name("cache_salt", body.cache_salt)
     resolver = Resolver(body, info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
     _check_sequences(len(prompts), resolver.n)
-    priority = body.priority or 0
-    if abs(priority) > MAX_PRIORITY:
-        raise InvalidRequestError(
-            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
-            "priority",
-        )
+    priority = _priority(body.priority or 0)
     limit_name, asked = limit
     default = info.max_model_len if default_max_tokens is None else default_max_tokens
     slices = Slices()
     params = []
     for prompt in prompts:
-        params.append(
-            resolver.params(
-                len(prompt.token_ids),
-                prompt_name=prompt_name,
-                max_tokens=asked if is_run else 1,
-                limit_name=limit_name,
-                default=default,
-            )
+        own = resolver.params(
+            len(prompt.token_ids),
+            prompt_name=prompt_name,
+            max_tokens=asked if is_run and not is_prompt_only else 1,
+            limit_name=limit_name,
+            default=default,
         )
+        params.append(tokens.apply(own))
         await slices.rest()
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     check_total(num_tokens, n=resolver.n, param=prompt_name)
@@ -116,7 +115,9 @@ async def make_job(
         n=resolver.n,
         make_reasoning=make_reasoning,
         make_constraint=make_constraint,
+        words=tokens.words,
         is_run=is_run,
+        is_prompt_only=is_prompt_only,
         is_streamed=bool(body.stream),
         include_usage=include_usage,
         has_continuous_usage=include_usage and has_continuous_usage,
@@ -134,6 +135,15 @@ def _name(field: str, value: str | None) -> str:
             f"{field} must have 1 to {MAX_NAME_CHARS} characters, got {len(value)}", field
         )
     return value or ""
+
+
+def _priority(priority: int) -> int:
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
+            "priority",
+        )
+    return priority
 
 
 def _check_sequences(num_prompts: int, n: int) -> None:
@@ -154,11 +164,35 @@ def _check_echo(prompts: list[Prompt], n: int) -> None:
         )
 
 
+def told_of(parts: Sequence[Part]) -> list[Told]:
+    """The tokens of an answer's parts."""
+    return [token for part in parts for token in part.tokens]
+
+
+def prompt_fields(choice: Choice) -> dict[str, Any]:
+    """prompt_logprobs and prompt_token_ids of the prompt of a choice, where they are told."""
+    words = choice.words
+    if words is None:
+        return {}
+    token_ids = choice.prompt_token_ids
+    return {
+        "prompt_logprobs": words.prompt(token_ids, choice.stream.prompt_logprobs),
+        "prompt_token_ids": list(token_ids) if words.has_ids else None,
+    }
+
+
+def nothing_of_prompt(choice: Choice) -> dict[str, Any]:
+    """Where the choices tell of their prompts themselves."""
+    return {}
+
+
 def encode_whole(
     response_type: type[ChatResponse] | type[CompletionResponse],
     describe: Callable[[Choice], ChatChoice | CompletionChoice],
     head: Head,
     generation: Generation,
+    *,
+    describe_prompt: Callable[[Choice], dict[str, Any]] = nothing_of_prompt,
 ) -> bytes:
     """A whole answer, choice by choice: encoding one keeps all other threads waiting."""
     response = response_type(
@@ -168,6 +202,7 @@ def encode_whole(
         choices=[],
         system_fingerprint=FINGERPRINT,
         usage=generation.usage(),
+        **describe_prompt(generation.choices[0]),
     )
     choices = b",".join([msgspec.json.encode(describe(choice)) for choice in generation.choices])
     before, name, behind = msgspec.json.encode(response).partition(b'"choices":[')

@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from pyserve.api.generation.job import Ending, Job, Prompt
 from pyserve.api.generation.slices import Slices
+from pyserve.api.generation.told import Told, ToldTokens
 from pyserve.api.wire.protocol import CompletionTokensDetails, PromptTokensDetails, Usage
 from pyserve.client import EngineClient, SequenceDelta, SequenceRequest, SequenceStream
 from pyserve.errors import RequestError
@@ -37,7 +39,10 @@ class Choice:
     first_token_s is when its first tokens were read here, 0 before.
     thinking tells the thinking from the rest, until it is over; None: then, or where none is told.
     num_reasoning_tokens are those between the markers of the thinking; None: where none is told.
-    prefix is shown before its text: the prompt that is to be echoed, until it has been.
+    prefix is shown before its text: the prompt that is to be echoed, until it has been, and
+    prefix_offsets are those of its tokens, where they are told.
+    told holds what is told of its tokens, words says how; None: nothing is.
+    is_prompt_only: what is generated is not shown, nor counted.
     parts are those of a whole answer; a stream keeps none.
     """
 
@@ -56,16 +61,25 @@ class Choice:
     stop_reason: int | str | None = None
     first_token_s: float = 0.0
     prefix: str = ""
+    prompt_token_ids: Sequence[int] = ()
+    prefix_offsets: list[int] | None = None
+    told: ToldTokens | None = None
+    words: Any = None
+    is_prompt_only: bool = False
     parts: list[Part] = field(default_factory=list)
 
     def advance(self, delta: SequenceDelta) -> Sequence[Part]:
         """New parts of `delta`; sets finish_reason with the last of them."""
-        token_ids = delta.token_ids
+        if self.is_prompt_only:
+            delta = SequenceDelta([], delta.finish_reason and "length")
+        token_ids, told = delta.token_ids, self.told
+        if told is not None:
+            told.expect(delta.logprobs)
         is_cut = delta.stop_token_id is not None and not self.ending.is_stop_kept
         visible = token_ids[:-1] if is_cut else token_ids
         was_thinking = self.thinking is not None
         parts: Sequence[Part] = ()
-        if self.stop_checker is None and not was_thinking:
+        if self.stop_checker is None and not was_thinking and told is None:
             text = self.detokenizer.push(visible)
             self.num_tokens += len(token_ids)
         else:
@@ -82,18 +96,34 @@ class Choice:
                 self.finish_reason = delta.finish_reason
                 if delta.stop_token_id != self.ending.eos_token_id:
                     self.stop_reason = delta.stop_token_id
+                if told is not None:
+                    told.end(token_ids[len(visible) :])
+        has_news = bool(text) or (told is not None and told.is_due)
         if was_thinking:
-            if text:
+            if has_news:
                 parts = [*parts, *self._tell(text)]
             if self.thinking is not None and self.finish_reason is not None:
                 parts = [*parts, *pass_on(self.thinking.flush(), self.stage)]
-        elif text:
-            parts = self.stage.push(Content(text))
+        elif has_news:
+            parts = self.stage.push(self._content(text))
         if self.finish_reason is not None:
             parts = [*parts, *self.stage.flush()]
-        if self.prefix:
-            parts, self.prefix = _with_prefix(self.prefix, parts), ""
+        if self.prefix or self.prefix_offsets is not None:
+            parts = _with_prefix(Content(self.prefix, self._prompt_tokens()), parts)
+            self.prefix, self.prefix_offsets = "", None
         return parts
+
+    def _content(self, text: str) -> Content:
+        """Text that is settled, with what is told of its tokens."""
+        return Content(text) if self.told is None else Content(text, self.told.settle(len(text)))
+
+    def _prompt_tokens(self) -> tuple[Told, ...]:
+        """What is told of the tokens of an echoed prompt."""
+        if self.prefix_offsets is None:
+            return ()
+        logprobs = (None, *self.stream.prompt_logprobs)
+        told = zip(self.prompt_token_ids, self.prefix_offsets, logprobs, strict=True)
+        return tuple(Told(*token, is_prompt=True) for token in told)
 
     def usage(self) -> Usage:
         """Its tokens so far, and those of its prompt."""
@@ -118,8 +148,8 @@ class Choice:
         """What the next text of an answer that may be thinking has become."""
         thinking = self.thinking
         if thinking is None:
-            return self.stage.push(Content(text))
-        parts = thinking.push(Content(text))
+            return self.stage.push(self._content(text))
+        parts = thinking.push(self._content(text))
         if not thinking.is_over:
             return parts
         self.thinking = None
@@ -133,6 +163,8 @@ class Choice:
         for token_id in token_ids:
             self.num_tokens += 1
             piece = self.detokenizer.push([token_id])
+            if self.told is not None:
+                self.told.push(token_id, len(piece))
             if checker is None or self.num_tokens <= self.ending.min_tokens:
                 text += piece
                 continue
@@ -225,6 +257,11 @@ class Generation:
             stream=stream,
             params=params,
             prefix=prompt.echo,
+            prompt_token_ids=prompt.token_ids,
+            prefix_offsets=prompt.offsets,
+            told=None if job.words is None else ToldTokens(len(prompt.echo)),
+            words=job.words,
+            is_prompt_only=job.is_prompt_only,
             ending=ending,
             detokenizer=prompt.detokenizer.copy(),
             stop_checker=StopChecker(ending.stop, ending.is_stop_kept) if ending.stop else None,
@@ -310,12 +347,9 @@ class Generation:
         )
 
 
-def _with_prefix(prefix: str, parts: Sequence[Part]) -> Sequence[Part]:
+def _with_prefix(prefix: Content, parts: Sequence[Part]) -> Sequence[Part]:
     """An echoed prompt is content: no stage looks for reasoning or calls in it."""
-    if parts and isinstance(parts[0], Content):
-        first = msgspec.structs.replace(parts[0], text=prefix + parts[0].text)
-        return [first, *parts[1:]]
-    return [Content(prefix), *parts]
+    return joined([prefix, *parts[:1]]) + list(parts[1:])
 
 
 def _usage(prompts: Sequence[SequenceStream], choices: Sequence[Choice]) -> Usage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -25,11 +26,13 @@ class Prompt:
 
     echo         what to show before its answers, "": nothing.
     detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
+    offsets      where the text of each token begins in `echo`, in characters; None: it is not told.
     """
 
     token_ids: list[int]
     echo: str
     detokenizer: Detokenizer
+    offsets: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     make_stage        a stage for each answer, which turns its text, without thinking, into parts.
     make_constraint   a constraint for each answer, which says the tokens that it may have; None:
                       all.
+    words             how the endpoint tells of the answers' tokens; None: it does not.
     is_run            False: the prompts are shown and nothing is generated.
+    is_prompt_only    the prompts are run and nothing is shown of what is generated.
     is_streamed, include_usage, has_continuous_usage
                       whether the answer is a stream, ends with the usage of all choices, and has
                       the usage so far in every frame.
@@ -75,7 +80,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     make_reasoning: Callable[[], ReasoningStage] | None = None
     make_stage: Callable[[], Stage] = Plain
     make_constraint: Callable[[], Constraint | None] = unconstrained
+    words: Any = None
     is_run: bool = True
+    is_prompt_only: bool = False
     is_streamed: bool = False
     include_usage: bool = False
     has_continuous_usage: bool = False

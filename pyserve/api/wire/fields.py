@@ -26,7 +26,7 @@ from pyserve.api.wire.protocol import (
     ROLES,
 )
 from pyserve.api.wire.tools import MAX_TOOLS, TOOL_CHOICES
-from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, TOP_LOGPROBS
 from pyserve.params import (
     INT64_MAX,
     INT64_MIN,
@@ -39,6 +39,7 @@ from pyserve.text.chat_messages import PART_TYPES
 Schema = dict[str, Any]
 
 _ID = {"minimum": 0, "maximum": 2**31 - 1}
+_LOGPROBS = {"minimum": 0, "maximum": TOP_LOGPROBS}
 _NAME = {"string": {"minLength": 1, "maxLength": MAX_NAME_CHARS}}
 _STOP = {"minLength": 1, "maxLength": MAX_STOP_CHARS}
 # field -> JSON type -> keywords
@@ -57,6 +58,9 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "presence_penalty": {"number": {"minimum": -2, "maximum": 2}},
     "frequency_penalty": {"number": {"minimum": -2, "maximum": 2}},
     "seed": {"integer": {"minimum": INT64_MIN, "maximum": INT64_MAX}},
+    "logprobs": {"integer": _LOGPROBS},
+    "top_logprobs": {"integer": _LOGPROBS},
+    "prompt_logprobs": {"integer": _LOGPROBS},
     "priority": {"integer": {"minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY}},
     "cache_salt": _NAME,
     "request_id": _NAME,

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from pyserve.api.wire.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from pyserve.api.wire.tools import MessageCall, Tool, ToolChoice
 
 MAX_MESSAGES = 4096
@@ -248,10 +249,10 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
     stop_reason: int | str | None
-    token_ids: None = None
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,20 +264,20 @@ class ChatResponse(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: None = None
     system_fingerprint: str
     usage: Usage
-    prompt_logprobs: None = None
-    prompt_token_ids: None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
     kv_transfer_params: None = None
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None
     stop_reason: int | str | None
-    token_ids: None = None
-    prompt_logprobs: None = None
-    prompt_token_ids: None = None
+    token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -316,10 +317,10 @@ class ChatDelta(msgspec.Struct, frozen=True):
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None | UnsetType = UNSET
-    token_ids: None | UnsetType = UNSET
+    token_ids: list[int] | None | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -332,18 +333,18 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType = UNSET
     system_fingerprint: str | UnsetType = UNSET
-    prompt_token_ids: None | UnsetType = UNSET
+    prompt_token_ids: list[int] | None | UnsetType = UNSET
     prompt_text: None | UnsetType = UNSET
 
 
 class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    token_ids: None = None
-    prompt_token_ids: None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):

@@ -95,18 +95,16 @@ def test_what_nobody_looks_at_is_not_kept_of_a_large_body() -> None:
 
 
 SAMPLES: dict[str, Any] = {
-    "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
     "functions": [{"name": "f"}], "function_call": {"name": "f"},
     "use_beam_search": True, "length_penalty": 0.5,
-    "logits_processors": ["a"], "return_tokens_as_token_ids": True, "return_token_ids": True,
-    "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
+    "logits_processors": ["a"], "return_prompt_text": True, "kv_transfer_params": {"a": 1},
+    "vllm_xargs": {"a": 1},
     "repetition_detection": {"min_count": 2},
 }  # fmt: skip
 
 
 # What makes them ask for something.
 BESIDE: dict[str, dict[str, Any]] = {
-    "return_tokens_as_token_ids": {"logprobs": True},
     "length_penalty": {"use_beam_search": True},
 }
 
@@ -125,9 +123,7 @@ def test_every_chat_field_that_is_not_built_is_tried() -> None:
     assert {name for name, row in rows.items() if not row.is_ignored} == SAMPLES.keys()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("suffix", "x"), ("logprobs", 0), ("prompt_embeds", "AAAA")]
-)
+@pytest.mark.parametrize(("name", "value"), [("suffix", "x"), ("prompt_embeds", "AAAA")])
 def test_fields_of_completions(name: str, value: object) -> None:
     with pytest.raises(NotBuiltError, match=name):
         COMPLETION.decode(json.dumps({"prompt": "x", name: value}).encode())
@@ -136,9 +132,6 @@ def test_fields_of_completions(name: str, value: object) -> None:
 ASKS_FOR_NOTHING: list[tuple[dict[str, Any], list[str]]] = [
     ({"functions": [{"name": "f"}], "function_call": "none"}, ["functions"]),
     ({"function_call": "auto"}, ["function_call"]),
-    ({"logprobs": False, "top_logprobs": 5}, ["top_logprobs"]),
-    ({"logprobs": False, "top_logprobs": 0}, []),
-    ({"return_tokens_as_token_ids": True}, ["return_tokens_as_token_ids"]),
     ({"response_format": {"type": "text", "json_schema": None}}, []),
     ({"response_format": {"type": "text", "json_schema": {"name": "x", "lax": 1}}},
      ["response_format.json_schema.lax"]),
@@ -163,22 +156,12 @@ def test_what_asks_for_nothing_is_accepted_and_named(
     ("fields", "refused"),
     [
         ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions"),
-        ({"top_logprobs": 5}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 5}, "logprobs"),
     ],
 )
 def test_what_asks_for_something_is_refused(fields: dict[str, Any], refused: str) -> None:
     with pytest.raises(NotBuiltError) as caught:
         chat(**fields)
     assert caught.value.param == refused
-
-
-def test_logprobs_of_completions_may_be_switched_off() -> None:
-    body, ignored = COMPLETION.decode(b'{"prompt": "x", "logprobs": false}')
-    assert not body.logprobs and ignored == []
-    for value in (b"0", b"5", b"true"):
-        with pytest.raises(NotBuiltError, match="logprobs"):
-            COMPLETION.decode(b'{"prompt": "x", "logprobs": %b}' % value)
 
 
 def test_fields_without_effect_are_named() -> None:

@@ -139,6 +139,8 @@ def test_bounds_are_the_real_ones(server: Server, name: str, value: Any, is_with
     body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 1, name: value}
     if name == "max_completion_tokens":
         del body["max_tokens"]
+    if name == "top_logprobs":
+        body["logprobs"] = True
     status, _, reply = server.request("POST", CHAT, body)
     if is_within:
         assert status == 200, reply

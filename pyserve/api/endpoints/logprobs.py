@@ -1,0 +1,95 @@
+"""Fields about the tokens of an answer and of its prompt: logprobs, and ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from pyserve.api.endpoints.token_words import TokenWords
+from pyserve.api.state import Loaded, ServerState
+from pyserve.api.wire.protocol import ChatRequest, CompletionRequest, SamplingFields
+from pyserve.errors import InvalidRequestError
+from pyserve.params import SamplingParams, shown
+
+
+@dataclass(frozen=True, slots=True)
+class AskedTokens:
+    """What a request wants to know of tokens.
+
+    num_logprobs, num_prompt_logprobs  as SamplingParams has them.
+    words                              None: the answer tells of no tokens.
+    """
+
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    words: TokenWords | None = None
+
+    def apply(self, params: SamplingParams) -> SamplingParams:
+        if self.num_logprobs is None and self.num_prompt_logprobs is None:
+            return params
+        return msgspec.structs.replace(
+            params,
+            num_logprobs=self.num_logprobs,
+            num_prompt_logprobs=self.num_prompt_logprobs,
+        )
+
+
+NO_TOKENS = AskedTokens()
+
+
+def read_chat_tokens(
+    body: ChatRequest, state: ServerState, loaded: Loaded, ignored: list[str]
+) -> AskedTokens:
+    """Of a chat. What has no effect is added to `ignored`; raises InvalidRequestError."""
+    limit = state.config.max_logprobs
+    num_top = _checked("top_logprobs", body.top_logprobs, limit)
+    if num_top and body.logprobs is None:
+        raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    if num_top and not body.logprobs:
+        ignored.append("top_logprobs")
+    return _asked(body, state, loaded, ignored, num_top=(num_top or 0) if body.logprobs else None)
+
+
+def read_completion_tokens(
+    body: CompletionRequest, state: ServerState, loaded: Loaded, ignored: list[str]
+) -> AskedTokens:
+    """Of a text completion, likewise; its echo tells of the prompt's tokens too."""
+    if body.logprobs is True:
+        raise InvalidRequestError("logprobs must be a number of tokens, got true", "logprobs")
+    asked = None if body.logprobs is False else body.logprobs
+    num_top = _checked("logprobs", asked, state.config.max_logprobs)
+    return _asked(body, state, loaded, ignored, num_top=num_top, has_echo=bool(body.echo))
+
+
+def _asked(
+    body: SamplingFields, state: ServerState, loaded: Loaded, ignored: list[str], *,
+    num_top: int | None, has_echo: bool = False,
+) -> AskedTokens:  # fmt: skip
+    num_prompt_top = _checked("prompt_logprobs", body.prompt_logprobs, state.config.max_logprobs)
+    if num_prompt_top is not None and body.stream:
+        raise InvalidRequestError("prompt_logprobs needs stream: false", "prompt_logprobs")
+    if body.return_tokens_as_token_ids and num_top is None:
+        ignored.append("return_tokens_as_token_ids")
+    has_ids = bool(body.return_token_ids)
+    if num_top is None and num_prompt_top is None and not has_ids:
+        return NO_TOKENS
+    is_by_id = body.return_tokens_as_token_ids
+    words = TokenWords(
+        loaded.tokenizer.decoder,
+        num_top=num_top,
+        num_prompt_top=num_prompt_top,
+        has_ids=has_ids,
+        is_by_id=state.config.return_tokens_as_token_ids if is_by_id is None else is_by_id,
+    )
+    echoed = num_top if has_echo else None
+    asked = [num for num in (num_prompt_top, echoed) if num is not None]
+    return AskedTokens(num_top, max(asked, default=None), words)
+
+
+def _checked(name: str, num: int | None, limit: int) -> int | None:
+    if num is not None and not 0 <= num <= limit:
+        raise InvalidRequestError(
+            f"{name} must be in [0, {limit}] (--max-logprobs), got {shown(num)}", name
+        )
+    return num

@@ -1,0 +1,42 @@
+"""Wire types of what answers tell of their tokens: OpenAI's and vLLM's names."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """`bytes` are those of the token alone, which may be part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, gc=False):
+    content: list[TokenLogprob]
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Lists of one length. The first token of an echoed prompt has null for both logprobs."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, gc=False):
+    logprob: float
+    token_rank: int = msgspec.field(name="rank")
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
