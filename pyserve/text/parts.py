@@ -83,18 +83,18 @@ def pass_on(parts: Sequence[Part], stage: Stage) -> list[Part]:
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
-    """The same parts, with texts of one kind that follow each other in one part."""
+    """The same parts, with those of one kind, or one call, that follow each other in one part."""
     found: list[Part] = []
-    for _, group in groupby(parts, type):
+    for _, group in groupby(parts, lambda p: (type(p), p.index if isinstance(p, ToolCall) else 0)):
         alike = list(group)
         first = alike[0]
-        if isinstance(first, ToolCall) or len(alike) == 1:
-            found += alike
-            continue
-        # At once: one after the other would copy the text each time.
-        text = "".join([part.text for part in alike if not isinstance(part, ToolCall)])
-        tokens = tuple(chain.from_iterable(part.tokens for part in alike))
-        found.append(type(first)(text, tokens))
+        if len(alike) > 1:
+            # At once: one after the other would copy the text each time.
+            tokens = tuple(chain.from_iterable(part.tokens for part in alike))
+            texts = [part.arguments if isinstance(part, ToolCall) else part.text for part in alike]
+            name = "arguments" if isinstance(first, ToolCall) else "text"
+            first = msgspec.structs.replace(first, tokens=tokens, **{name: "".join(texts)})
+        found.append(first)
     return found
 
 

@@ -56,11 +56,12 @@ def test_a_stage_gets_only_what_another_takes_for_content() -> None:
 def test_texts_of_one_kind_are_joined_in_their_order() -> None:
     parts: list[Part] = [
         Reasoning("a", (1,)), Reasoning("b", (2, 3)), Content("c"), Content(""), Reasoning("d"),
-        ToolCall(0, "id", "f"), ToolCall(0, arguments="{"), Content("e"), Content("f", (4,)),
+        ToolCall(0, "id", "f"), ToolCall(0, arguments="{", tokens=(5,)), ToolCall(1, "x", "g"),
+        Content("e"), Content("f", (4,)),
     ]  # fmt: skip
     assert joined(parts) == [
-        Reasoning("ab", (1, 2, 3)), Content("c"), Reasoning("d"), ToolCall(0, "id", "f"),
-        ToolCall(0, arguments="{"), Content("ef", (4,)),
+        Reasoning("ab", (1, 2, 3)), Content("c"), Reasoning("d"),
+        ToolCall(0, "id", "f", "{", (5,)), ToolCall(1, "x", "g"), Content("ef", (4,)),
     ]  # fmt: skip
     assert joined([]) == []
 

@@ -17,10 +17,11 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, ClassVar
 
-from pyserve.text.parts import Content, Part, ToolCall, content_of
+import msgspec
+
+from pyserve.text.parts import Content, Part, ToolCall, joined
 from pyserve.text.tool_parsers.source import WHITE, Ended, Fault, Reader, Source
 
 MAX_CALLS = 128  # of one answer; what follows is content
@@ -152,16 +153,12 @@ class Parser(ABC):
 
     def _take(self) -> list[Part]:
         """The parts of one push, neighbours of one kind put together."""
-        parts = self._parts if len(self._parts) < 2 else _joined(self._parts)
+        parts = self._parts if len(self._parts) < 2 else joined(self._parts)
         self._parts = []
         if self._tokens and (parts or self.source.is_ended):
-            tokens, self._tokens = self._tokens, ()
-            for i, part in enumerate(parts):
-                if isinstance(part, Content):
-                    parts[i] = Content(part.text, tokens)
-                    break
-            else:
-                parts.insert(0, Content("", tokens))
+            first = parts[0] if parts else Content("")
+            parts[:1] = [msgspec.structs.replace(first, tokens=self._tokens)]
+            self._tokens = ()
         return parts
 
     def _read(self) -> Reader[None]:
@@ -277,16 +274,3 @@ class Parser(ABC):
             self.say(rest)
         elif rest:
             self._deliver(len(source.text))
-
-
-def _joined(parts: Sequence[Part]) -> list[Part]:
-    joined: list[Part] = []
-    for index, group in groupby(parts, lambda p: p.index if isinstance(p, ToolCall) else -1):
-        several = list(group)
-        first = several[0]
-        if isinstance(first, ToolCall):
-            pieces = [part.arguments for part in several if isinstance(part, ToolCall)]
-            joined.append(ToolCall(index, first.id, first.name, "".join(pieces)))
-        else:
-            joined.append(Content(content_of(several)))
-    return joined

@@ -189,8 +189,10 @@ def test_tokens_come_once_and_in_order() -> None:
     stage = make_parser("hermes", Tools())
     parts = [p for i, char in enumerate(text) for p in stage.push(Content(char, (i,)))]
     parts += stage.flush()
-    tokens = [t for part in parts if isinstance(part, Content) for t in part.tokens]
-    assert tokens == list(range(len(text)))
+    assert [token for part in parts for token in part.tokens] == list(range(len(text)))
+    of_call = [t for part in parts if isinstance(part, ToolCall) for t in part.tokens]
+    assert text.index("{") in of_call and text.index("Look") not in of_call
+    assert all(part.tokens and part != Content("", part.tokens) for part in parts)
     assert content_of(parts) == "Look: done"
 
 
