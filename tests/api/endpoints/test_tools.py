@@ -174,6 +174,26 @@ def test_markers_are_seen_and_other_special_tokens_are_not(server: Server) -> No
     assert choice["content"].startswith("a<|unused|>b<tool_call>")
 
 
+def test_logprobs_of_all_tokens_come_once(server: Server) -> None:
+    server.play(f"I look.\n{CALL}\n{SECOND}", burst=3)
+    for fields in ({}, {"parallel_tool_calls": False}):
+        body = ask(logprobs=True, return_token_ids=True, **fields)
+        (whole,) = server.post(CHAT, body)["choices"]
+        tokens: list[str] = []
+        ids: list[int] = []
+        for frame in server.frames(CHAT, body):
+            for choice in frame["choices"]:
+                told = choice["logprobs"]
+                tokens += [one["token"] for one in told["content"]] if told else []
+                ids += choice.get("token_ids") or []
+                if told and choice["delta"].get("tool_calls"):
+                    assert "content" not in choice["delta"]
+        assert tokens == [one["token"] for one in whole["logprobs"]["content"]]
+        assert ids == whole["token_ids"]
+        text = server.tokenizer.decode(ids, skip_special_tokens=False)
+        assert text.startswith(f"I look.\n{CALL}\n{SECOND}")
+
+
 def test_a_call_that_stop_strings_cut(server: Server) -> None:
     server.play(CALL)
     assert plain(wholly(server, stop="</tool_call>")) == [("", [CALLED], "tool_calls")]
