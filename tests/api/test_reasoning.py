@@ -289,6 +289,7 @@ def calling(tokenizer_folder: Path) -> Iterator[Server]:
         yield running
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "<think>"}}\n</tool_call>'
 
 
@@ -310,8 +311,7 @@ def test_thinking_before_calls(
     num_calls: int,
 ) -> None:  # fmt: skip
     calling.play(said, burst=burst)
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    asked = ask(tools=tools, chat_template=TEMPLATE + "{% if tools %}{% endif %}")
+    asked = ask(tools=TOOLS, chat_template=TEMPLATE + "{% if tools %}{% endif %}")
     (choice,) = calling.post(CHAT, asked)["choices"]
     message = choice["message"]
     assert (message["reasoning"], message["content"]) == (reasoning, content)
@@ -326,3 +326,30 @@ def test_thinking_before_calls(
     for index, call in enumerate(calls):
         texts = [c["function"]["arguments"] for c in pieces if c["index"] == index]
         assert "".join(texts) == call["arguments"]
+
+
+@pytest.mark.parametrize("burst", [1, 3, 1000])
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_logprobs_of_thinking_and_answer(calling: Server, burst: int, is_shown: bool) -> None:
+    """Each token once and in its order, streamed as whole; of hidden thinking none is told."""
+    for said in (
+        "<think>\nHello 漢\n</think>\n\nworld", "<think>Hello", "Hello world", f"<think>So {CALL}",
+    ):  # fmt: skip
+        ids = calling.play(said, burst=burst)
+        fields: dict[str, Any] = {"tools": TOOLS, "chat_template": TEMPLATE + "{{ tools or '' }}"}
+        asked = ask(logprobs=True, return_token_ids=True, include_reasoning=is_shown, **fields)
+        (choice,) = calling.post(CHAT, asked)["choices"]
+        entries = (choice["logprobs"] or {}).get("content", [])  # null where none is shown
+        shown = [
+            entry
+            for frame in calling.frames(CHAT, asked)
+            for entry in (frame["choices"][0]["logprobs"] or {}).get("content", [])
+        ]
+        assert shown == entries
+        said_bytes = [byte for entry in entries for byte in entry["bytes"]]
+        if is_shown or "<think>" not in said:
+            assert len(entries) == len(ids)
+            assert bytes(said_bytes).decode().removesuffix("<|im_end|>") == said
+        else:
+            hidden = "Hello" if "Hello" in said else "So"
+            assert len(entries) < len(ids) and hidden not in bytes(said_bytes).decode()
