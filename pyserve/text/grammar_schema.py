@@ -32,6 +32,7 @@ MAX_ITEMS = 10_000  # minItems, maxItems, minProperties, maxProperties
 MAX_MULTIPLE = 10_000  # the engine's automaton has so many states
 MAX_PATTERNS = 12  # in patternProperties of one object
 MAX_EXACT = 2**53  # integers up to here are exact as floats, which the engine computes with
+MIN_BOUND = 1e-9  # of numbers, but for 0
 MAX_INTEGER = 9 * 10**18  # a bound in place of the extremes of int64, which the engine overflows at
 MAX_SEARCH_S = 0.5  # for the place of what the engine refuses
 MAX_POINTER_CHARS = 500  # in an error
@@ -445,8 +446,12 @@ class _Walk:
             if value != extreme or schema.get("type") != "integer" or keyword != plain:
                 self._refuse(place, f"must be within 2**53, got {_shown(value)}")
             return {keyword: MAX_INTEGER if value > 0 else -MAX_INTEGER}
-        if value and abs(value) < 1e-9:
-            self._refuse(place, f"must be 0 or at least 1e-9 from it, got {_shown(value)}")
+        if value and abs(value) < MIN_BOUND:
+            self._refuse(place, f"must be 0 or at least {MIN_BOUND} from it, got {_shown(value)}")
+        if keyword == strict and schema.get("type") != "integer":
+            # The engine lets some of these pass: 0 above 0 and below 1, 1 above 1 and below 1.5.
+            step = max(MIN_BOUND, abs(value) * 1e-14)  # tens of what a float tells apart
+            return {"allOf": [{plain: value + step if plain == "minimum" else value - step}]}
         return {keyword: value}
 
 
