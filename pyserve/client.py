@@ -83,14 +83,19 @@ class TokenLogprobs(NamedTuple):
 
     logprob                the natural logarithm of its probability; -inf where that is 0.
     token_rank             1 + the number of tokens that are more likely.
-    top_ids, top_logprobs  the most likely tokens, in falling order: limits.TOP_LOGPROBS of them,
-                           however many were asked for; -1 behind the last of the vocabulary.
+    top_ids, top_logprobs  the most likely tokens, in falling order: as many as were asked for; -1
+                           behind the last of the vocabulary.
     """
 
     logprob: float
     token_rank: int
     top_ids: list[int]
     top_logprobs: list[float]
+
+    def best(self, num: int | None) -> TokenLogprobs:
+        """The same with the first `num` most likely tokens alone."""
+        logprob, token_rank, ids, logprobs = self
+        return TokenLogprobs(logprob, token_rank, ids[:num], logprobs[:num])
 
 
 @dataclass(slots=True)

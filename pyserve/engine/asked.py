@@ -48,7 +48,9 @@ def put_prompt_logprobs(step: Step, output: StepOutput) -> None:
         entries = [next(told) for _ in range(num_rows)]
         if seq.generation == generation:
             # A sequence that resumes computes again what it has told already.
-            seq.stream.prompt_logprobs += entries[len(seq.stream.prompt_logprobs) - begin :]
+            num_top = seq.params.num_prompt_logprobs
+            new = entries[len(seq.stream.prompt_logprobs) - begin :]
+            seq.stream.prompt_logprobs += [entry.best(num_top) for entry in new]
 
 
 def pack_asked(asked: Asked, words: NDArray[np.int32], *, num_slots: int) -> None:

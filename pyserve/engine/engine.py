@@ -208,7 +208,7 @@ class Engine:
         ):  # fmt: skip
             token_ids = next(sampled) if is_sampled else None
             is_told = is_sampled and seq.params.num_logprobs is not None
-            logprobs = [next(told)] if is_told else None
+            logprobs = [next(told).best(seq.params.num_logprobs)] if is_told else None
             if seq.generation != generation:
                 continue
             if token_ids == _NAN:

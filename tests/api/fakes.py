@@ -196,7 +196,9 @@ class FakeEngine:
         stream.admit(self.num_cached_tokens)
         if params.num_prompt_logprobs is not None:
             rest = item.prompt[1:]
-            stream.prompt_logprobs += [logprobs_of(i, place) for place, i in enumerate(rest, 1)]
+            told = [logprobs_of(i, place) for place, i in enumerate(rest, 1)]
+            num_top = params.num_prompt_logprobs
+            stream.prompt_logprobs += [entry.best(num_top) for entry in told]
         position = num_tokens = 0
         while True:
             await asyncio.sleep(script.delay_s)
@@ -211,7 +213,8 @@ class FakeEngine:
                 position += token_id == wanted
                 num_tokens += 1
                 asks = params.num_logprobs is not None
-                stream.put([token_id], [logprobs_of(token_id, num_tokens)] if asks else None)
+                entry = logprobs_of(token_id, num_tokens).best(params.num_logprobs)
+                stream.put([token_id], [entry] if asks else None)
                 if num_tokens == 1:
                     stream.first_token_s = time.monotonic()
                 if token_id in params.stop_token_ids and num_tokens > params.min_tokens:

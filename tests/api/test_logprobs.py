@@ -300,6 +300,21 @@ def test_refusals(
     assert error["param"] == param and words in error["message"]
 
 
+def test_what_is_told_of_prompts_is_bounded(server: Server) -> None:
+    """Each token of a prompt costs a kilobyte, and it costs a client next to nothing to send."""
+    server.play("Hi")
+    prompts = [[5] * 400] * 200
+    for fields, param in (
+        ({"logprobs": 20, "echo": True}, "logprobs"),
+        ({"prompt_logprobs": 20}, "prompt_logprobs"),
+    ):
+        error = server.error(COMPLETIONS, {"prompt": prompts, "max_tokens": 1, **fields})
+        assert error["param"] == param
+        assert "80000 prompt tokens times n 1 times 21 logprobs" in error["message"]
+    assert not server.engine.submitted
+    server.post(COMPLETIONS, {"prompt": prompts[:4], "max_tokens": 1, "prompt_logprobs": 20})
+
+
 def test_what_asks_for_nothing_is_named(server: Server) -> None:
     for fields, named in (
         ({"logprobs": False, "top_logprobs": 5}, "top_logprobs"),

@@ -12,6 +12,8 @@ from pyserve.api.wire.protocol import ChatRequest, CompletionRequest, SamplingFi
 from pyserve.errors import InvalidRequestError
 from pyserve.params import SamplingParams, shown
 
+MAX_PROMPT_LOGPROBS = 2**20  # of one request; each takes about 100 bytes, and as many in the answer
+
 
 @dataclass(frozen=True, slots=True)
 class AskedTokens:
@@ -19,11 +21,13 @@ class AskedTokens:
 
     num_logprobs, num_prompt_logprobs  as SamplingParams has them.
     words                              None: the answer tells of no tokens.
+    prompt_name                        the field that asks for those of the prompt.
     """
 
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     words: TokenWords | None = None
+    prompt_name: str = "prompt_logprobs"
 
     def apply(self, params: SamplingParams) -> SamplingParams:
         if self.num_logprobs is None and self.num_prompt_logprobs is None:
@@ -33,6 +37,19 @@ class AskedTokens:
             num_logprobs=self.num_logprobs,
             num_prompt_logprobs=self.num_prompt_logprobs,
         )
+
+    def check_prompts(self, num_tokens: int, *, n: int) -> None:
+        """Bound what is told of prompts of so many tokens in all: the server holds all of it."""
+        if self.num_prompt_logprobs is None:
+            return
+        num_told = num_tokens * n * (self.num_prompt_logprobs + 1)
+        if num_told > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequestError(
+                f"{self.prompt_name}: {num_tokens} prompt tokens times n {n} times "
+                f"{self.num_prompt_logprobs + 1} logprobs each are {num_told}, the limit is "
+                f"{MAX_PROMPT_LOGPROBS}",
+                self.prompt_name,
+            )
 
 
 NO_TOKENS = AskedTokens()
@@ -84,7 +101,8 @@ def _asked(
     )
     echoed = num_top if has_echo else None
     asked = [num for num in (num_prompt_top, echoed) if num is not None]
-    return AskedTokens(num_top, max(asked, default=None), words)
+    prompt_name = "prompt_logprobs" if echoed is None else "logprobs"
+    return AskedTokens(num_top, max(asked, default=None), words, prompt_name)
 
 
 def _checked(name: str, num: int | None, limit: int) -> int | None:

@@ -97,6 +97,7 @@ async def make_job(
         await slices.rest()
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     check_total(num_tokens, n=resolver.n, param=prompt_name)
+    tokens.check_prompts(num_tokens, n=resolver.n)
     _check_echo(prompts, resolver.n)
     granted = min(one.max_tokens for one in params)
     options = body.stream_options if body.stream else None
