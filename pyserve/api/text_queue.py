@@ -1,10 +1,10 @@
 """Text work on threads: templates, tokenising, large bodies. Bounded, and shared between clients.
 
 There are two lanes, for short work and for long work, and no lane gets all threads: short work
-passes long work and does not starve it. A step wants cores too: on two, a lane has one thread.
-Within a lane the clients take turns, however much each has queued. A connection answers one request
-at a time, so it has one piece of work here. A client may queue no more than it leaves free: half of
-the queue if it is alone, so that another finds room.
+passes long work and does not starve it. A step wants cores too: on two there is one long work at a
+time. Within a lane the clients take turns, however much each has queued. A connection answers one
+request at a time, so it has one piece of work here. A client may queue no more than it leaves free:
+half of the queue if it is alone, so that another finds room.
 
 Everything here but the work itself runs on the event loop.
 """
@@ -23,7 +23,8 @@ from pyserve import host
 from pyserve.api.allocator import give_back
 from pyserve.errors import QueueFullError
 
-MAX_IN_LANE = 2  # threads of one lane; there is one more
+NUM_THREADS = 3
+MAX_IN_LANE = 2  # of them
 MAX_SHORT_BYTES = 2**16  # tens of milliseconds
 MAX_WAITING = 4096  # pieces of work, those under way too
 MAX_WAITING_BYTES = 2**27  # of the bodies they are about
@@ -81,10 +82,9 @@ class TextQueue:
     def __init__(self, num_cores: int | None = None) -> None:
         # Two long texts at once took a step's cores and the interpreter's lock from it: of streams
         # beside them the longest gap was 0.25 to 1.3 s on two cores, beside one 0.15 to 0.23.
-        in_lane = max(1, min(MAX_IN_LANE, (num_cores or host.num_cores()) - 1))
-        self._num_threads = in_lane + 1
-        self._threads = ThreadPoolExecutor(self._num_threads, "pyserve-text")
-        self._short, self._long = _Lane(in_lane), _Lane(in_lane)
+        num_long = max(1, min(MAX_IN_LANE, (num_cores or host.num_cores()) - 1))
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "pyserve-text")
+        self._short, self._long = _Lane(MAX_IN_LANE), _Lane(num_long)
         self._num_held, self._num_bytes_held = 0, 0
         self._held: dict[str, tuple[int, int]] = {}  # client -> pieces of work and their bytes
 
@@ -145,7 +145,7 @@ class TextQueue:
     def _begin(self) -> None:
         """Give the threads that are free something to do."""
         loop = asyncio.get_running_loop()
-        while self._short.num_running + self._long.num_running < self._num_threads:
+        while self._short.num_running + self._long.num_running < NUM_THREADS:
             lane = self._short if self._short.is_ready else self._long
             if not lane.is_ready:
                 return

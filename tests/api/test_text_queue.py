@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pyserve.api import text_queue
-from pyserve.api.text_queue import MAX_IN_LANE, MAX_SHORT_BYTES, TextQueue
+from pyserve.api.text_queue import MAX_SHORT_BYTES, NUM_THREADS, TextQueue
 from pyserve.errors import QueueFullError
 
 LONG = MAX_SHORT_BYTES + 1
@@ -85,8 +85,14 @@ def test_long_work_leaves_a_core_to_the_steps(num_cores: int, num_long: int) -> 
         ]
         assert await queue.run(lambda: "at once", client="c0", num_bytes=10) == "at once"
         await until(lambda: len(held.begun) == num_long)
+        tasks += [
+            asyncio.ensure_future(queue.run(held.work("short"), client="c0", num_bytes=10))
+            for _ in range(3)
+        ]
+        await until(lambda: len(held.begun) == min(num_long + 2, NUM_THREADS))
         await asyncio.sleep(0.05)
-        assert len(held.begun) == num_long
+        assert held.begun.count("long") == num_long
+        assert held.begun.count("short") == min(2, NUM_THREADS - num_long)
         for _ in tasks:
             held.gate.release()
         await asyncio.gather(*tasks)
@@ -103,7 +109,7 @@ def test_short_work_does_not_starve_long_work() -> None:
         tasks.append(
             asyncio.ensure_future(queue.run(held.work("long"), client="a", num_bytes=LONG))
         )
-        await until(lambda: len(held.begun) == MAX_IN_LANE + 1)
+        await until(lambda: len(held.begun) == NUM_THREADS)
         assert "long" in held.begun
         for _ in tasks:
             held.gate.release()
