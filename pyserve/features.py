@@ -276,12 +276,6 @@ FEATURES: dict[str, Feature] = {
     "the rest of OpenAI's API": Feature(
         paths="/v1/moderations /v1/assistants /v1/threads /v1/fine_tuning /v1/realtime"
     ),
-    "beam search": Feature(
-        fields=(
-            Field("use_beam_search", (SAMPLING,), (False,)),
-            Field("length_penalty", (SAMPLING,), (1.0,), lambda r: not r.use_beam_search),
-        )
-    ),
     "prompts in answers": Feature(fields=(Field("return_prompt_text", (CHAT,), (False,)),)),
     "filling in the middle": Feature(fields=(Field("suffix", (COMPLETION,), ("",)),)),
     "repetition detection": Feature(fields=(Field("repetition_detection", (SAMPLING,)),)),

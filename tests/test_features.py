@@ -16,7 +16,7 @@ from pyserve.errors import NotBuiltError
 from pyserve.features import FEATURES, FLAGS, NO_EFFECT, PATHS, Feature, Field
 
 BODY = json.dumps(
-    {"messages": [{"role": "user", "content": "x"}], "use_beam_search": True}
+    {"messages": [{"role": "user", "content": "x"}], "repetition_detection": {}}
 ).encode()
 
 
@@ -31,25 +31,22 @@ def test_everything_belongs_to_one_feature() -> None:
 
 
 def test_a_feature_is_switched_on_by_taking_its_rows_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotBuiltError, match="use_beam_search is not built yet"):
+    with pytest.raises(NotBuiltError, match="repetition_detection is not built yet"):
         Wire(ChatRequest).decode(BODY)
-    assert "use_beam_search" not in schemas()["ChatRequest"]["properties"]
-    monkeypatch.delitem(features.FEATURES, "beam search")
+    assert "repetition_detection" not in schemas()["ChatRequest"]["properties"]
+    monkeypatch.delitem(features.FEATURES, "repetition detection")
     request, ignored = Wire(ChatRequest).decode(BODY)
-    assert request.use_beam_search is True and ignored == []
+    assert request.repetition_detection == {} and ignored == []
     for name in ("ChatRequest", "CompletionRequest"):
-        assert {"use_beam_search", "length_penalty"} <= set(schemas()[name]["properties"])
+        assert "repetition_detection" in schemas()[name]["properties"]
 
 
 def test_a_field_may_be_built_for_one_endpoint_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = tuple(
-        Field(row.name, ("CompletionRequest",)) if row.name == "use_beam_search" else row
-        for row in FEATURES["beam search"].fields
-    )
-    monkeypatch.setitem(features.FEATURES, "beam search", Feature(fields=rows))
-    assert Wire(ChatRequest).decode(BODY)[0].use_beam_search is True
-    with pytest.raises(NotBuiltError, match="use_beam_search is not built yet"):
-        Wire(CompletionRequest).decode(b'{"prompt": "x", "use_beam_search": true}')
+    rows = (Field("repetition_detection", ("CompletionRequest",)),)
+    monkeypatch.setitem(features.FEATURES, "repetition detection", Feature(fields=rows))
+    assert Wire(ChatRequest).decode(BODY)[0].repetition_detection == {}
+    with pytest.raises(NotBuiltError, match="repetition_detection is not built yet"):
+        Wire(CompletionRequest).decode(b'{"prompt": "x", "repetition_detection": {}}')
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from pyserve.api.endpoints.body import ignored_header
 from pyserve.api.generation import stream
+from pyserve.api.generation.beam import BeamGeneration
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job
 from pyserve.api.http.delivery import json_response
@@ -99,7 +100,8 @@ async def answer(
     headers = ignored_header(job.ignored)
     if job.clamped:
         headers[CLAMPED_HEADER] = job.clamped
-    generation = Generation(engine, state.metrics, arrived_s=arrived_s)
+    kind = Generation if job.beam is None else BeamGeneration
+    generation = kind(engine, state.metrics, arrived_s=arrived_s)
     reason = "abort"
     deadline = _Deadline(request, generation, state.config.request_timeout_s)
     try:

@@ -30,11 +30,13 @@ class AskedTokens:
     prompt_name: str = "prompt_logprobs"
 
     def apply(self, params: SamplingParams) -> SamplingParams:
+        """`params` that ask for it, beside what they ask for already."""
         if self.num_logprobs is None and self.num_prompt_logprobs is None:
             return params
+        asked = self.num_logprobs
         return msgspec.structs.replace(
             params,
-            num_logprobs=self.num_logprobs,
+            num_logprobs=params.num_logprobs if asked is None else asked,
             num_prompt_logprobs=self.num_prompt_logprobs,
         )
 

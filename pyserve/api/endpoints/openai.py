@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from pyserve import __version__
 from pyserve.api.endpoints.answer import Head
+from pyserve.api.endpoints.beam import check_beam_work, read_beam
 from pyserve.api.endpoints.logprobs import NO_TOKENS, AskedTokens
 from pyserve.api.endpoints.prompts import check_total
 from pyserve.api.endpoints.sampling import Resolver
@@ -76,10 +77,10 @@ async def make_job(
     Raises InvalidRequestError and NotBuiltError naming the field.
     """
     info = loaded.engine.info
-    request_id = _name("request_id", body.request_id)
     cache_salt = _name("cache_salt", body.cache_salt)
     resolver = Resolver(body, info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
-    _check_sequences(len(prompts), resolver.n)
+    beam = read_beam(body, width=resolver.best_of, make_constraint=make_constraint, ignored=ignored)
+    _check_sequences(len(prompts), resolver.best_of)
     priority = _priority(body.priority or 0)
     limit_name, asked = limit
     default = info.max_model_len if default_max_tokens is None else default_max_tokens
@@ -95,10 +96,9 @@ async def make_job(
         )
         params.append(tokens.apply(own))
         await slices.rest()
-    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    check_total(num_tokens, n=resolver.n, param=prompt_name)
-    tokens.check_prompts(num_tokens, n=resolver.n)
-    _check_echo(prompts, resolver.n)
+    beam = beam if is_run and not is_prompt_only else None
+    check_beam_work(beam, prompts, params, limit_name)
+    _check_size(prompts, resolver.best_of, prompt_name, tokens)
     granted = min(one.max_tokens for one in params)
     options = body.stream_options if body.stream else None
     include_usage = bool(options and options.include_usage)
@@ -114,6 +114,8 @@ async def make_job(
         params=params,
         ending=resolver.ending,
         n=resolver.n,
+        best_of=resolver.best_of,
+        beam=beam,
         make_reasoning=make_reasoning,
         make_constraint=make_constraint,
         words=tokens.words,
@@ -124,7 +126,7 @@ async def make_job(
         has_continuous_usage=include_usage and has_continuous_usage,
         priority=priority,
         cache_salt=cache_salt,
-        request_id=request_id,
+        request_id=_name("request_id", body.request_id),
         ignored=[*ignored, *(name for name, is_so in without_effect.items() if is_so)],
         clamped=f"{limit_name}={granted}" if asked and asked > granted else "",
     )
@@ -156,7 +158,10 @@ def _check_sequences(num_prompts: int, n: int) -> None:
         )
 
 
-def _check_echo(prompts: list[Prompt], n: int) -> None:
+def _check_size(prompts: list[Prompt], n: int, prompt_name: str, tokens: AskedTokens) -> None:
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    check_total(num_tokens, n=n, param=prompt_name)
+    tokens.check_prompts(num_tokens, n=n)
     num_chars = sum(len(prompt.echo) for prompt in prompts) * n
     if num_chars > MAX_ECHO_CHARS:
         raise InvalidRequestError(
@@ -205,7 +210,7 @@ def encode_whole(
         usage=generation.usage(),
         **describe_prompt(generation.choices[0]),
     )
-    choices = b",".join([msgspec.json.encode(describe(choice)) for choice in generation.choices])
+    choices = b",".join([msgspec.json.encode(describe(choice)) for choice in generation.shown()])
     before, name, behind = msgspec.json.encode(response).partition(b'"choices":[')
     return b"".join((before, name, choices, behind))  # quotes in a text are escaped
 

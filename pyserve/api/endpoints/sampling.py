@@ -18,7 +18,7 @@ from pyserve.api.wire.protocol import (
     SamplingFields,
 )
 from pyserve.client import EngineInfo
-from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.errors import InvalidRequestError
 from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
     MAX_TEMPERATURE,
@@ -36,7 +36,10 @@ Number = TypeVar("Number", int, float)
 
 
 class Resolver:
-    """Resolves the sampling fields of one request; raises InvalidRequestError naming the field."""
+    """Resolves the sampling fields of one request; raises InvalidRequestError naming the field.
+
+    n, best_of  choices of each prompt, and sequences from which they are chosen.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class Resolver:
         self._request = request
         self._info = info
         self._defaults = defaults
-        self.n = _choices(request)
+        self.n, self.best_of = _choices(request)
         eos_ids = [] if request.ignore_eos else _eos_token_ids(tokenizer, defaults, info)
         self.ending = Ending(
             stop=_stop_strings(request.stop),
@@ -125,6 +128,7 @@ class Resolver:
             stop_token_ids=self._stop_token_ids,
             allowed_token_ids=self._allowed_token_ids,
             bad_words=self._bad_words,
+            num_logprobs=0 if self.best_of > self.n else None,
         )
 
     def _resolve_temperature(self) -> float:
@@ -135,9 +139,10 @@ class Resolver:
                 "temperature",
             )
         if temperature < GREEDY_BELOW:
-            if self.n > 1:
+            if self.best_of > 1 and not self._request.use_beam_search:
+                name = "n" if self.n > 1 else "best_of"
                 raise InvalidRequestError(
-                    f"n must be 1 when temperature is 0 (greedy), got {self.n}", "n"
+                    f"{name} must be 1 when temperature is 0 (greedy), got {self.best_of}", name
                 )
             return 0.0
         return max(temperature, MIN_TEMPERATURE)
@@ -177,14 +182,22 @@ def _eos_token_ids(
     return [token_id for token_id in named if token_id is not None and token_id < info.vocab_size]
 
 
-def _choices(request: SamplingFields) -> int:
+def _choices(request: SamplingFields) -> tuple[int, int]:
+    """n and best_of."""
     n = 1 if request.n is None else request.n
     if not 1 <= n <= MAX_N:
         raise InvalidRequestError(f"n must be in [1, {MAX_N}], got {shown(n)}", "n")
-    if request.best_of not in (None, n):
-        best_of = shown(request.best_of)
-        raise NotBuiltError(f"best_of {best_of} beside n {n} is not built yet", "best_of")
-    return n
+    best_of = n if request.best_of is None else request.best_of
+    if not n <= best_of <= MAX_N:
+        raise InvalidRequestError(
+            f"best_of must be in [{n}, {MAX_N}], and at least n, got {shown(best_of)}", "best_of"
+        )
+    if best_of > n and request.stream:
+        raise InvalidRequestError(
+            f"best_of must be n where the answer is a stream: got best_of {best_of} and n {n}",
+            "best_of",
+        )
+    return n, best_of
 
 
 def _stop_strings(stop: str | list[str] | None) -> list[str]:

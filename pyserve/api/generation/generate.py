@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -36,6 +36,7 @@ class Choice:
     """One sequence of a request and the parts it has become.
 
     num_tokens counts the output tokens up to the one that ended the answer, and no further.
+    cumulative_logprob is of those that were counted, where their logprobs come.
     first_token_s is when its first tokens were read here, 0 before.
     thinking tells the thinking from the rest, until it is over; None: then, or where none is told.
     num_reasoning_tokens are those between the markers of the thinking; None: where none is told.
@@ -56,6 +57,7 @@ class Choice:
     stage: Stage
     thinking: ReasoningStage | None = None
     num_tokens: int = 0
+    cumulative_logprob: float = 0.0
     num_reasoning_tokens: int | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -205,6 +207,7 @@ class Generation:
         self._metrics = metrics
         self._wakeup = asyncio.Event()
         self._interruption: RequestError | None = None
+        self._num_shown = 0  # of the choices of each prompt; 0: all
 
     def wake(self) -> None:
         """Let `read` return, empty where there is no news."""
@@ -221,13 +224,15 @@ class Generation:
         cache_salt  the server's own, made of the job's and the key's.
         user        with whom they share what is scarce.
         """
-        num_sequences = job.n * len(job.prompts)
+        num_run = max(job.n, job.best_of)
+        self._num_shown = job.n
+        num_sequences = num_run * len(job.prompts)
         if job.is_run and num_sequences > 1:  # all of them or none; for one, submit asks itself
-            num_tokens = job.n * sum(len(prompt.token_ids) for prompt in job.prompts)
+            num_tokens = num_run * sum(len(prompt.token_ids) for prompt in job.prompts)
             self._engine.check_room(num_sequences, num_tokens=num_tokens, user=user)
         slices = Slices()
         for prompt, params in zip(job.prompts, job.params, strict=True):
-            for sample_index in range(job.n):
+            for sample_index in range(num_run):
                 await slices.rest()
                 own_params = msgspec.structs.replace(params, sample_index=sample_index)
                 if job.is_run:
@@ -287,15 +292,18 @@ class Generation:
             raise
 
     def _take_news(self) -> list[tuple[Choice, Sequence[Part]]]:
-        if self._interruption is not None:
-            raise self._interruption
+        self._check_interruption()
         news = []
         has_ended = False
         for choice in self.active:
             delta = choice.stream.take()
             if delta is None:
                 continue
+            num_before = choice.num_tokens
             news.append((choice, choice.advance(delta)))
+            if delta.logprobs is not None:
+                counted = delta.logprobs[: choice.num_tokens - num_before]
+                choice.cumulative_logprob += sum(entry.logprob for entry in counted)
             if not choice.first_token_s and delta.token_ids:
                 self._note_first_token(choice)
             if choice.finish_reason is not None:
@@ -311,8 +319,22 @@ class Generation:
             for choice, parts in await self.read():
                 choice.parts += parts
 
+    def shown(self) -> list[Choice]:
+        """The choices of a whole answer: of each prompt the most likely, as best_of has it.
+
+        How likely is the mean logprob of their tokens.
+        """
+        shown: list[Choice] = []
+        for _, group in groupby(self.choices, _prompt_of):
+            choices = list(group)
+            if 0 < self._num_shown < len(choices):
+                best = sorted(choices, key=_mean_logprob, reverse=True)[: self._num_shown]
+                choices = [replace(c, index=len(shown) + i) for i, c in enumerate(best)]
+            shown += choices
+        return shown
+
     def usage(self) -> Usage:
-        """Tokens of all choices so far; a prompt counts once, whatever its n."""
+        """Tokens of all choices so far, shown or not; a prompt counts once, whatever its n."""
         return _usage(
             [choice.stream for choice in self.choices if choice.sample_index == 0], self.choices
         )
@@ -328,9 +350,13 @@ class Generation:
         self.active = []
         self.end = "finished" if not running else "aborted" if reason == "abort" else "failed"
         self._metrics.num_requests[self.end] += 1
-        for _, group in groupby(self.choices, lambda choice: choice.index - choice.sample_index):
+        for _, group in groupby(self.choices, _prompt_of):
             num_tokens = [choice.num_tokens for choice in group]
             self._metrics.observe_prompt(len(num_tokens), max(num_tokens))
+
+    def _check_interruption(self) -> None:
+        if self._interruption is not None:
+            raise self._interruption
 
     def _note_first_token(self, choice: Choice) -> None:
         choice.first_token_s = time.monotonic()
@@ -345,6 +371,15 @@ class Generation:
             max_tokens=choice.params.max_tokens,
             e2e_s=time.monotonic() - self.arrived_s,
         )
+
+
+def _prompt_of(choice: Choice) -> int:
+    """The same for all choices of one prompt."""
+    return choice.index - choice.sample_index
+
+
+def _mean_logprob(choice: Choice) -> float:
+    return choice.cumulative_logprob / max(choice.num_tokens, 1)
 
 
 def _with_prefix(prefix: Content, parts: Sequence[Part]) -> Sequence[Part]:

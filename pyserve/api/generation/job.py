@@ -53,10 +53,26 @@ class Ending:
     call_reason: str = "tool_calls"
 
 
+@dataclass(frozen=True, slots=True)
+class BeamSearch:
+    """How the answers to a prompt are searched for.
+
+    width           beams that are followed.
+    length_penalty  the exponent of the length that a beam's logprob is divided by: above 0 it is
+                    for long answers, below 0 against them.
+    """
+
+    width: int
+    length_penalty: float
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One request: every prompt is answered n times.
 
     params            of each prompt.
+    best_of           so many sequences answer a prompt, at least n, of which the n most likely are
+                      shown; 0: n, and all are.
+    beam              the answers are searched for; None: they are sampled.
     make_reasoning    for each answer what tells its thinking from the rest; None: nothing does.
     make_stage        a stage for each answer, which turns its text, without thinking, into parts.
     make_constraint   a constraint for each answer, which says the tokens that it may have; None:
@@ -77,6 +93,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     params: list[SamplingParams]
     ending: Ending
     n: int = 1
+    best_of: int = 0
+    beam: BeamSearch | None = None
     make_reasoning: Callable[[], ReasoningStage] | None = None
     make_stage: Callable[[], Stage] = Plain
     make_constraint: Callable[[], Constraint | None] = unconstrained

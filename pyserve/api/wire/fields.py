@@ -12,7 +12,9 @@ from pyserve.api.wire.protocol import (
     EFFORTS,
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS_CHARS,
+    MAX_BEAM_WIDTH,
     MAX_DOCUMENTS,
+    MAX_LENGTH_PENALTY,
     MAX_MESSAGES,
     MAX_N,
     MAX_NAME_CHARS,
@@ -48,6 +50,8 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "max_completion_tokens": {"integer": {"minimum": 1}},
     "min_tokens": {"integer": {"minimum": 0}},
     "n": {"integer": {"minimum": 1, "maximum": MAX_N}},
+    "best_of": {"integer": {"minimum": 1, "maximum": MAX_N}},
+    "length_penalty": {"number": {"minimum": -MAX_LENGTH_PENALTY, "maximum": MAX_LENGTH_PENALTY}},
     "temperature": {"number": {"minimum": 0, "maximum": 2}},
     "top_p": {"number": {"exclusiveMinimum": 0, "maximum": 1}},
     "top_k": {"integer": {"minimum": -1, "maximum": MAX_TOP_K}},
@@ -109,7 +113,13 @@ DESCRIPTIONS = {
     "max_completion_tokens": "As max_tokens, and before it where both are given.",
     "min_tokens": "No stop before so many output tokens; at most max_tokens.",
     "n": f"Choices for each prompt; at most {MAX_SEQUENCES} in one request, 1 where greedy.",
-    "best_of": "Must equal n.",
+    "best_of": "At least n: so many are generated for each prompt, and the n with the highest mean "
+    "logprob are the choices; not with stream. With use_beam_search the width.",
+    "use_beam_search": "Search for the most likely answers instead of sampling, with best_of or n "
+    f"beams, at most {MAX_BEAM_WIDTH}. Not with stream, stop, penalties, biases or anything that "
+    "says what an answer must be.",
+    "length_penalty": "Of use_beam_search: the logprob of a beam is divided by the length of "
+    "prompt and answer to this power.",
     "temperature": "0 is greedy.",
     "top_k": "The so many most likely tokens; 0 and -1 keep all.",
     "top_p": "The most likely tokens whose probability reaches so much.",

@@ -13,12 +13,16 @@ from msgspec import UNSET, UnsetType
 
 from pyserve.api.wire.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from pyserve.api.wire.tools import MessageCall, Tool, ToolChoice
+from pyserve.limits import TOP_LOGPROBS
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4 * MAX_MESSAGES  # content parts of all messages
 MAX_NAME_CHARS = 512  # cache_salt, request_id
 MAX_SEQUENCES = 2048  # n times the prompts of one request
 MAX_N = 128
+MAX_BEAM_WIDTH = TOP_LOGPROBS // 2  # each beam is continued by twice as many tokens
+MAX_BEAM_TOKENS = 2**27  # those of prompts and beams, in all rounds of one request together
+MAX_LENGTH_PENALTY = 10  # and the same below 0
 MAX_REQUEST_TOKENS = 2**22  # prompt tokens of all sequences of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000  # of one stop string

@@ -96,7 +96,6 @@ def test_what_nobody_looks_at_is_not_kept_of_a_large_body() -> None:
 
 SAMPLES: dict[str, Any] = {
     "functions": [{"name": "f"}], "function_call": {"name": "f"},
-    "use_beam_search": True, "length_penalty": 0.5,
     "logits_processors": ["a"], "return_prompt_text": True, "kv_transfer_params": {"a": 1},
     "vllm_xargs": {"a": 1},
     "repetition_detection": {"min_count": 2},
@@ -104,9 +103,7 @@ SAMPLES: dict[str, Any] = {
 
 
 # What makes them ask for something.
-BESIDE: dict[str, dict[str, Any]] = {
-    "length_penalty": {"use_beam_search": True},
-}
+BESIDE: dict[str, dict[str, Any]] = {}
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
@@ -135,7 +132,6 @@ ASKS_FOR_NOTHING: list[tuple[dict[str, Any], list[str]]] = [
     ({"response_format": {"type": "text", "json_schema": None}}, []),
     ({"response_format": {"type": "text", "json_schema": {"name": "x", "lax": 1}}},
      ["response_format.json_schema.lax"]),
-    ({"length_penalty": 0.5, "use_beam_search": False}, ["length_penalty"]),
     ({"guided_decoding_backend": "xgrammar", "guided_regex": "a"}, ["guided_decoding_backend"]),
     ({"mm_processor_kwargs": {"a": 1}, "media_io_kwargs": {}}, ["mm_processor_kwargs"]),
     ({"safety_identifier": "u", "prompt_cache_key": "k", "verbosity": "low",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pyserve.api.endpoints.sampling import Resolver
 from pyserve.api.wire.protocol import MAX_BAD_WORDS_CHARS, CompletionRequest
 from pyserve.client import EngineInfo
-from pyserve.errors import InvalidRequestError, NotBuiltError
+from pyserve.errors import InvalidRequestError
 from pyserve.limits import MAX_BAD_WORDS
 from pyserve.params import SamplingParams
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
@@ -181,8 +182,27 @@ def test_greedy_takes_one_choice(tokenizer: Tokenizer) -> None:
 
 def test_best_of(tokenizer: Tokenizer) -> None:
     assert resolver(tokenizer, n=2, best_of=2).n == 2
-    with pytest.raises(NotBuiltError, match="best_of 3"):
-        resolver(tokenizer, n=2, best_of=3)
+    assert params(tokenizer, n=2, best_of=2).num_logprobs is None
+    assert params(tokenizer, n=2, best_of=3).num_logprobs == 0  # how likely each of them is
+    found = resolver(tokenizer, n=2, best_of=3)
+    assert (found.n, found.best_of) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n": 2, "best_of": 1}, "best_of must be in [2, 128], and at least n, got 1"),
+        ({"best_of": 0}, "best_of must be in [1, 128], and at least n, got 0"),
+        ({"best_of": 129}, "best_of must be in [1, 128], and at least n, got 129"),
+        ({"best_of": 2, "stream": True}, "best_of must be n where the answer is a stream"),
+        ({"best_of": 2, "temperature": 0}, "best_of must be 1 when temperature is 0 (greedy)"),
+    ],
+)
+def test_bad_best_of(tokenizer: Tokenizer, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(words)) as caught:
+        params(tokenizer, **fields)
+    assert caught.value.param == "best_of"
+    assert resolver(tokenizer, best_of=2, n=2, stream=True).n == 2
 
 
 def test_stop_ids_primary_eos_first_each_once(tokenizer: Tokenizer) -> None:

@@ -29,7 +29,7 @@ BUILT = frozenset(
     "tools tool_choice parallel_tool_calls include_reasoning allowed_token_ids bad_words "
     "thinking_token_budget logprobs top_logprobs prompt_logprobs return_tokens_as_token_ids "
     "return_token_ids response_format structured_outputs guided_json guided_regex guided_choice "
-    "guided_grammar guided_whitespace_pattern".split()
+    "guided_grammar guided_whitespace_pattern use_beam_search length_penalty".split()
 )
 
 
