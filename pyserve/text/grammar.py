@@ -41,6 +41,7 @@ MAX_CACHED_BYTES = 2**26  # estimated
 MIN_BYTES = 2**19  # of a compiled grammar, and more for each character of its text
 BYTES_PER_CHAR = 128
 TRIAL_TOKENS = 8
+MAX_MASK_S = 0.1  # in the trial: tens of times what those of large schemas take at first
 MAX_LEXER_STATES = 20_000  # a kilobyte or two each, of one sequence
 MAX_GRAMMAR_SIZE = 200_000  # symbols
 
@@ -259,14 +260,22 @@ def _place_of(spec: JsonSchema, reason: str, table: LLTokenizer) -> str:
 
 
 def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> None:
-    """Go a few tokens into the grammar: one that allows nothing, or blows up at once, is refused
-    here and not in the middle of an answer.
+    """Go a few tokens into the grammar: one that allows nothing, blows up at once, or takes so long
+    for a mask that all answers of a step wait for it, is refused here and not in the middle of one.
     """
     rng = random.Random(0)
     for _ in range(TRIAL_TOKENS):
         if matcher.is_stopped() and not matcher.is_error():
             return
+        began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        took_s = time.thread_time() - began_s
+        if took_s > MAX_MASK_S:
+            raise InvalidRequestError(
+                f"{param} is too complex: to find the tokens that may come next takes "
+                f"{1e3 * took_s:.0f} ms, the limit is {1e3 * MAX_MASK_S:.0f} ms",
+                param,
+            )
         if matcher.is_error() or not mask:
             reason = shortened(matcher.get_error())
             raise InvalidRequestError(f"{param} allows nothing, or is too complex: {reason}", param)

@@ -104,7 +104,7 @@ class Matcher:
 
 
 def shortened(error: str) -> str:
-    """The first line of what the engine says, without its own notes."""
-    lines = [line.strip() for line in error.splitlines()]
+    """What the engine says in a line, without its own notes and a trace through itself."""
+    lines = [line.strip() for line in error.partition("<backtrace>")[0].splitlines()]
     lines = [line for line in lines if not line.startswith(("<", "while processing"))]
     return " ".join(filter(None, lines))[:MAX_ERROR_CHARS]

@@ -377,7 +377,7 @@ class _Walk:
         """Formats are of strings; of other types they are notes, such as OpenAPI's int32."""
         name = schema[keyword]
         types = schema.get("type")
-        if types is not None and types != "string" and "string" not in types:
+        if isinstance(types, str | list) and types != "string" and "string" not in types:
             return {}
         if not isinstance(name, str) or name not in FORMATS:
             self._refuse(

@@ -32,6 +32,21 @@ MAX_FORMATS = 500
 MAX_DEPTH = 16
 MAX_TEXT_CHARS = 1000  # of begin, end and so on
 
+_OF_TAGS = frozenset(("at_least_one", "stop_after_first"))
+_FIELDS: Mapping[str, frozenset[str]] = {  # of each type of format
+    "const_string": frozenset(("value",)),
+    "json_schema": frozenset(("json_schema",)),
+    "regex": frozenset(("pattern",)),
+    "any_text": frozenset(),
+    "sequence": frozenset(("elements",)),
+    "or": frozenset(("elements",)),
+    "tag": frozenset(("begin", "content", "end")),
+    "triggered_tags": frozenset(("triggers", "tags")) | _OF_TAGS,
+    "tags_with_separator": frozenset(("tags", "separator")) | _OF_TAGS,
+}
+_NEW, _OLD = frozenset(("format",)), frozenset(("structures", "triggers"))
+_STRUCTURE = frozenset(("begin", "schema", "end"))
+
 Format = dict[str, Any]
 
 
@@ -71,10 +86,13 @@ class _Writer:
 
     def write(self, tags: Format) -> str:
         if "structures" in tags:
-            tags = self._from_old(tags)
-            place = ""
+            self._check_names(tags, _OLD, "")
+            tags, place = self._from_old(tags), ""
+        elif "format" in tags:
+            self._check_names(tags, _NEW, "")
+            tags, place = tags["format"], "/format"
         else:
-            tags, place = tags.get("format", tags), "/format" if "format" in tags else ""
+            place = ""
         start = self._format(tags, place, 0)
         return "\n".join(
             ["%llguidance {}", f"start: {start}", *self._rules, r"TEXT: /(.|\n)*/", ""]
@@ -82,6 +100,8 @@ class _Writer:
 
     def _from_old(self, tags: Format) -> Format:
         structures = self._objects(tags, "structures", "")
+        for index, structure in enumerate(structures):
+            self._check_names(structure, _STRUCTURE, f"/structures/{index}")
         return {
             "type": "triggered_tags",
             "triggers": tags.get("triggers"),
@@ -113,7 +133,18 @@ class _Writer:
             raise self._refuse(
                 f"{place}/type", f"must be one of {', '.join(self._writers)}, got {kind!r:.60}"
             )
+        assert isinstance(kind, str)
+        self._check_names(format_, _FIELDS[kind], place)
         return writer(format_, place, depth)
+
+    def _check_names(self, given: Format, known: frozenset[str], place: str) -> None:
+        """A field that is not known may be a rule, which would not be enforced."""
+        for name in given:
+            if name != "type" and name not in known:
+                raise self._refuse(
+                    place, f"there may be {', '.join(sorted(known)) or 'no field'} here beside "
+                    f"type, got {name:.40}"
+                )  # fmt: skip
 
     def _rule(self, body: str, options: str = "") -> str:
         name = f"r{len(self._rules)}"
@@ -127,6 +158,12 @@ class _Writer:
                 f"{place}/{name}", f"must be a text of at most {MAX_TEXT_CHARS} characters"
             )
         return value
+
+    def _is_so(self, format_: Format, name: str, place: str) -> bool:
+        value = format_.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._refuse(f"{place}/{name}", f"must be true or false, got {value!r:.60}")
+        return bool(value)
 
     def _objects(self, format_: Format, name: str, place: str) -> list[Any]:
         value = format_.get(name)
@@ -185,6 +222,9 @@ class _Writer:
 
     def _tag(self, format_: Format, place: str, depth: int, begun: str = "") -> str:
         """A tag, of which `begun` has been written already."""
+        self._check_names(format_, _FIELDS["tag"], place)
+        if format_.get("type", "tag") != "tag":
+            raise self._refuse(f"{place}/type", f"must be tag, got {format_['type']!r:.60}")
         begin = self._string(format_, "begin", place).removeprefix(begun)
         end = self._string(format_, "end", place)
         content = format_.get("content")
@@ -217,9 +257,10 @@ class _Writer:
             groups[matching[0]].append(self._tag(tag, tag_place, depth + 1, begun=matching[0]))
         bodies = [self._group(trigger, tags) for trigger, tags in groups.items() if tags]
         any_group = "(" + " | ".join(bodies) + ")"
-        if format_.get("stop_after_first"):
-            return any_group if format_.get("at_least_one") else f"({any_group} | TEXT)"
-        return f"({any_group}{'+' if format_.get('at_least_one') else '*'} TEXT)"
+        is_needed = self._is_so(format_, "at_least_one", place)
+        if self._is_so(format_, "stop_after_first", place):
+            return any_group if is_needed else f"({any_group} | TEXT)"
+        return f"({any_group}{'+' if is_needed else '*'} TEXT)"
 
     def _group(self, trigger: str, tags: list[str]) -> str:
         """Text up to a trigger, then one of the tags that begin with it."""
@@ -238,7 +279,7 @@ class _Writer:
         ]
         any_tag = "(" + " | ".join(bodies) + ")"
         some = any_tag
-        if not format_.get("stop_after_first"):
+        if not self._is_so(format_, "stop_after_first", place):
             between = self._literal(separator) if separator else ""
             some = f"({any_tag} ({between} {any_tag})*)"
-        return some if format_.get("at_least_one") else f"{some}?"
+        return some if self._is_so(format_, "at_least_one", place) else f"{some}?"

@@ -73,6 +73,20 @@ def test_the_deepest_schema_compiles() -> None:
     compile_grammar(JsonSchema(param="s", schema=schema), vocabulary())
 
 
+def test_what_takes_long_for_one_mask_is_refused() -> None:
+    """All answers of a step wait for its slowest mask."""
+    slow = Grammar(param="c", text="start: " + '("a"?)' * 8000)
+    with pytest.raises(InvalidRequestError, match="^c is too complex: .* limit is 100 ms"):
+        compile_grammar(slow, vocabulary())
+
+
+def test_an_error_of_the_engine_has_no_trace() -> None:
+    broken = Grammar(param="c", text='start: a "b"\na[lazy]: /.*/')
+    with pytest.raises(InvalidRequestError, match="^c allows nothing, or is too complex") as caught:
+        compile_grammar(broken, vocabulary())
+    assert "unknown" not in caught.value.message
+
+
 def test_equal_specs_are_compiled_once() -> None:
     cache = GrammarCache()
     first = compile_grammar(JsonSchema(param="s", schema={"enum": [1]}), vocabulary(), cache=cache)

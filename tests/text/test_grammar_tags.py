@@ -37,7 +37,7 @@ def can_end(constraint: GrammarConstraint) -> bool:
     return vocabulary().eos_token_ids[0] in allowed(constraint, vocabulary())
 
 
-OLD = {"type": "structural_tag", "triggers": ["<fn="], "structures": [
+OLD: dict[str, Any] = {"type": "structural_tag", "triggers": ["<fn="], "structures": [
     {"begin": "<fn=weather>", "schema": COUNT, "end": "</fn>"}]}  # fmt: skip
 
 
@@ -125,6 +125,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**TRIGGERED, "tags": [{**WEATHER, "content": {"type": "json_schema", "json_schema":
       {"not": {}}}}]}, "/tags/0/content/json_schema at /not: not cannot be enforced"),
     ({"type": "regex", "pattern": "(?=a)"}, "at /pattern: "),
+    ({"type": "any_text", "excludes": ["x"]}, "there may be no field here beside type, got excl"),
+    ({"format": TRIGGERED, "triggers": ["<"]}, "there may be format here beside type, got trigg"),
+    ({**OLD, "structures": [{**OLD["structures"][0], "x": 1}]}, "at /structures/0: there may be"),
+    ({**TRIGGERED, "tags": [{**WEATHER, "style": "x"}]}, "at /tags/0: there may be begin, content"),
+    ({**TRIGGERED, "tags": [{**WEATHER, "type": "or"}]}, "at /tags/0/type: must be tag, got 'or'"),
+    ({**TRIGGERED, "at_least_one": "no"}, "at /at_least_one: must be true or false, got 'no'"),
     ({"type": "const_string", "value": "x" * 2000}, "at /value: must be a text of at most"),
 ]  # fmt: skip
 

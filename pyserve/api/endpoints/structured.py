@@ -30,6 +30,10 @@ from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_json import whitespace_of
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+_TYPE_OF = {
+    "json_schema": "json_schema", "format": "structural_tag", "structures": "structural_tag",
+    "triggers": "structural_tag",
+}  # fmt: skip
 ANY_OBJECT = {"type": "object"}
 OF_WHITE_SPACE = "guided_whitespace_pattern"
 
@@ -73,7 +77,10 @@ async def compile_spec(
 
 def read_spec(body: SamplingFields, ignored: list[str]) -> Spec | None:
     """The one thing that is asked for. Raises InvalidRequestError where there are two."""
-    specs = [*_of_response_format(body.response_format), *_of_structured(body.structured_outputs)]
+    specs = [
+        *_of_response_format(body.response_format),
+        *_of_structured(body.structured_outputs, ignored),
+    ]
     specs += _of_guided(body)
     if len(specs) > 1:
         first, second = specs[0].param, specs[1].param
@@ -87,7 +94,16 @@ def read_spec(body: SamplingFields, ignored: list[str]) -> Spec | None:
 
 def _of_response_format(format_: ResponseFormat | None) -> list[Spec]:
     name = "response_format"
-    if format_ is None or format_.type == "text":
+    if format_ is None:
+        return []
+    for field, type_ in _TYPE_OF.items():
+        if getattr(format_, field) is not None and format_.type != type_:
+            raise InvalidRequestError(
+                f"{name}.{field} goes with the type {type_}, got {format_.type[:60]}: leave one of "
+                "them out",
+                f"{name}.{field}",
+            )
+    if format_.type == "text":
         return []
     if format_.type == "json_object":
         return [JsonSchema(param=name, schema=ANY_OBJECT)]
@@ -99,6 +115,12 @@ def _of_response_format(format_: ResponseFormat | None) -> list[Spec]:
         return [JsonSchema(param=f"{name}.json_schema.schema", schema=inner.schema)]
     if format_.type == "structural_tag":
         if format_.format is not None:
+            if format_.structures is not None or format_.triggers is not None:
+                raise InvalidRequestError(
+                    f"{name}.format and {name}.structures both say what the answer is: leave one "
+                    "of them out",
+                    f"{name}.format",
+                )
             return [Tags(param=f"{name}.format", tags=format_.format)]
         if format_.structures is None:
             raise InvalidRequestError(f"{name}.format is missing", f"{name}.format")
@@ -110,7 +132,7 @@ def _of_response_format(format_: ResponseFormat | None) -> list[Spec]:
     )
 
 
-def _of_structured(asked: StructuredOutputs | None) -> list[Spec]:
+def _of_structured(asked: StructuredOutputs | None, ignored: list[str]) -> list[Spec]:
     if asked is None:
         return []
     name = "structured_outputs"
@@ -143,6 +165,14 @@ def _of_structured(asked: StructuredOutputs | None) -> list[Spec]:
             f"{name} must have one of json, json_object, regex, choice, grammar and structural_tag",
             name,
         )
+    is_json = not isinstance(specs[0], Regex | Choice | Grammar)
+    without_effect = {
+        "whitespace_pattern": asked.whitespace_pattern is not None
+        and (not is_json or bool(asked.disable_any_whitespace)),
+        "disable_any_whitespace": bool(asked.disable_any_whitespace) and not is_json,
+        "disable_additional_properties": not has_others and asked.json is None,
+    }
+    ignored += [f"{name}.{field}" for field, is_so in without_effect.items() if is_so]
     return specs
 
 

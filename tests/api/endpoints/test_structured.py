@@ -102,6 +102,15 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (json_schema({"type": "array", "uniqueItems": True}), "response_format.json_schema.schema",
      "response_format.json_schema.schema at /uniqueItems: uniqueItems cannot be enforced"),
     (response_format("structural_tag"), "response_format.format", "is missing"),
+    (response_format("text", json_schema={"name": "x", "schema": SCHEMA}),
+     "response_format.json_schema", "goes with the type json_schema, got text"),
+    (response_format("json_object", triggers=["<"]), "response_format.triggers", "goes with"),
+    ({"response_format": {**json_schema(SCHEMA)["response_format"], "format": {}}},
+     "response_format.format", "goes with the type structural_tag"),
+    (response_format("structural_tag", format={"type": "any_text"}, structures=[]),
+     "response_format.format", "both say what the answer is"),
+    (json_schema({"format": "date", "type": 5}), "response_format.json_schema.schema",
+     "at /type: must be one or several of"),
     (response_format("structural_tag", format={"type": "x"}), "response_format.format",
      "response_format.format at /type: must be one of"),
     ({"response_format": {}}, "response_format.type", "is missing"),
@@ -126,6 +135,24 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (structured(structural_tag="[]"), "structured_outputs.structural_tag", "must be an object"),
     (structured(json={}, whitespace_pattern="("), "structured_outputs.whitespace_pattern", ""),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"regex": "a", "whitespace_pattern": " "}, ["whitespace_pattern"]),
+        ({"choice": ["a"], "disable_any_whitespace": True}, ["disable_any_whitespace"]),
+        ({"json_object": True, "disable_additional_properties": True},
+         ["disable_additional_properties"]),
+        ({"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
+         ["whitespace_pattern"]),
+    ],
+)  # fmt: skip
+def test_settings_of_another_kind_are_named(fields: dict[str, Any], names: list[str]) -> None:
+    ignored: list[str] = []
+    request = msgspec.convert({"messages": [], **structured(**fields)}, ChatRequest)
+    assert read_spec(request, ignored) is not None
+    assert ignored == [f"structured_outputs.{name}" for name in names]
 
 
 @pytest.mark.parametrize(("fields", "param", "reason"), REFUSED)
