@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyserve.api.generation.beam import BeamGeneration, Search
 from pyserve.api.generation.job import BeamSearch, Ending, Job, Prompt
-from pyserve.client import EngineClient, EngineInfo
+from pyserve.client import EngineClient, EngineInfo, SequenceRequest
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.errors import EngineError, QueueFullError, UnavailableError
 from pyserve.metrics import Metrics
@@ -350,3 +350,38 @@ def test_on_a_model_as_transformers_searches(
         pad_token_id=0,
     )  # fmt: skip
     assert [one[1] for one in found[0]] == sequences[:, len(prompt) :].tolist()
+
+
+def test_a_neighbour_is_served_meanwhile_and_leaving_frees_the_blocks(tokenizer: Tokenizer) -> None:
+    """With more beams than slots, of one user, beside an answer of another."""
+    build.load_native(is_reference_allowed=True, progress=lambda line: None)
+    info = EngineInfo(
+        max_model_len=256, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=4, num_blocks=128,
+        dtype="float32", device="cpu",
+    )  # fmt: skip
+    prompts = [[number, 4, 5] for number in range(3)]
+    job = make_job(tokenizer, BeamSearch(10, 1.0), n=10, prompts=prompts, max_tokens=200)
+
+    async def search() -> None:
+        inner = make_engine(make_decoder(), caching=True)
+        engine = AsyncEngine(inner, info)
+        engine.start()
+        task = asyncio.get_running_loop().create_task(searched(engine, job, user="searcher"))
+        while inner.num_finished < 30:
+            await asyncio.sleep(0.001)
+        before = inner.num_finished
+        params = SamplingParams(max_tokens=12, temperature=0.0)
+        stream = engine.submit(SequenceRequest([9, 8, 7], params, user="other"))
+        while not stream.is_finished:
+            await stream.read()
+        # Of 8 slots it has one at once: 12 steps of 7 sequences that take a step each.
+        assert inner.num_finished - before < 12 * 8 * 2
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while engine.stats().num_running + engine.stats().num_blocks_used:
+            await asyncio.sleep(0.001)
+        inner.check_invariants()
+        await engine.stop()
+
+    run(search())
