@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.client import EngineInfo, SequenceRequest
+from pyserve.client import EngineInfo, SequenceRequest, SequenceStream, TokenLogprobs
 from pyserve.engine import cuda_runner
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
@@ -220,6 +220,52 @@ def test_masks_are_brought_to_the_rows_that_they_are_of(engine: Engine, tile_row
                 else:
                     alone = client.submit(SequenceRequest([1 + i] * 10, params))
                     assert (await read_all(alone))[0] == token_ids
+        await client.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize("tile_rows", [1, 3, NUM_SLOTS])
+def test_logprobs_come_back_to_the_rows_that_ask(engine: Engine, tile_rows: int) -> None:
+    """While the next step is in flight, beside masks, and with prompts in several chunks."""
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+    state = runner._executor._state
+    state.logits, state.hidden = state.logits[:tile_rows], state.hidden[:tile_rows]
+
+    async def told_of(stream: SequenceStream) -> list[TokenLogprobs]:
+        told: list[TokenLogprobs] = []
+        while True:
+            delta = await stream.read()
+            told += delta.logprobs or []
+            if delta.finish_reason is not None:
+                return [*stream.prompt_logprobs, *told]
+
+    async def run() -> None:
+        info = EngineInfo(
+            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
+            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
+        )  # fmt: skip
+        client = AsyncEngine(engine, info)
+        client.start()
+
+        def submit(number: int) -> SequenceStream:
+            params = SamplingParams(
+                max_tokens=20, temperature=0.0, num_logprobs=None if number == 1 else 5,
+                num_prompt_logprobs=2 if number > 1 else None,
+            )  # fmt: skip
+            constraint = Scripted(always(9, 40)) if number == 2 else None
+            prompt = [1 + number] * (10 + 10 * number)
+            return client.submit(SequenceRequest(prompt, params, constraint=constraint))
+
+        together = [submit(number) for number in range(NUM_SLOTS)]
+        told = [await told_of(stream) for stream in together]
+        assert [len(entries) for entries in told] == [20, 0, 29 + 20, 39 + 20]
+        for number, entries in enumerate(told):
+            alone = await told_of(submit(number))
+            for entry, expected in zip(entries, alone, strict=True):
+                assert entry.logprob == pytest.approx(expected.logprob, abs=1e-4)
+                assert entry.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-4)
         await client.stop()
 
     asyncio.run(asyncio.wait_for(run(), 60))
