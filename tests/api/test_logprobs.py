@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.api.fakes import Server, logprobs_of, make_tokenizer_folder, run_server
+from tests.api.fakes import TEMPLATE, Server, logprobs_of, make_tokenizer_folder, run_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ASK = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}
@@ -332,6 +333,28 @@ def test_the_servers_own_limit(tmp_path: Any) -> None:
         own.play("Hi")
         assert own.error(CHAT, {**ASK, "top_logprobs": 4})["param"] == "top_logprobs"
         own.post(CHAT, {**ASK, "top_logprobs": 3})
+
+
+@pytest.mark.parametrize("burst", [1, 3, 50])
+def test_thinking_and_calls_tell_of_every_token_once(tmp_path: Any, burst: int) -> None:
+    """Markers are tokens of the answer, too, though no text shows them."""
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    text = f"<think>One, two.</think>Well: {call}"
+    function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    flags = {"reasoning_parser": "qwen3", "tool_call_parser": "hermes"}
+    folder = make_tokenizer_folder(tmp_path / "m")
+    config = folder / "tokenizer_config.json"
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
+    with run_server(folder, **flags, enable_auto_tool_choice=True) as own:
+        for body in (ASK, {**ASK, "tools": [function]}):
+            token_ids = own.play(text, burst=burst)
+            expected = [chat_entry(own, i, place, 2) for place, i in enumerate(token_ids, 1)]
+            (choice,) = own.post(CHAT, body)["choices"]
+            assert choice["message"]["reasoning"] == "One, two."
+            assert choice["logprobs"]["content"] == expected
+            own.play(text, burst=burst)
+            assert gathered(own.frames(CHAT, body))[1] == expected
 
 
 def test_the_sdk_reads_them(server: Server) -> None:
