@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from bench.hostile_grammars import hostile_grammar
 from bench.hostile_json import chat_body, hostile_fields, hostile_text
 from bench.hostile_large import large_request
+from bench.hostile_structured import hostile_structure
 from bench.hostile_templates import hostile_chat
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -447,6 +448,12 @@ def grammar(rng: random.Random) -> Case:
     return _case(name, post(path, body), wanted=(200, 400, 429))
 
 
+def structured(rng: random.Random) -> Case:
+    """Schemas, patterns, grammars and tools that would take an engine of grammars long."""
+    path, body, name, wanted = hostile_structure(rng)
+    return _case(name, post(path, body), wanted=wanted)
+
+
 # name -> (weight, maker)
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "valid": (8, valid),
@@ -464,6 +471,7 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case]]] = {
     "silent": (1, silent),
     "large": (0.3, large),
     "template": (0.5, template),
+    "structured": (0.5, structured),
     "grammar": (0.5, grammar),
     "ended": (1, ended),
     "gone": (1, gone),

@@ -12,6 +12,7 @@ from bench.fuzz import run_case
 from bench.hostile import FAMILIES, Case, get, make_case
 from bench.hostile_grammars import MAKERS as GRAMMAR_MAKERS
 from bench.hostile_large import MAKERS
+from bench.hostile_structured import MAKERS as STRUCTURED_MAKERS
 from bench.hostile_templates import MAKERS as TEMPLATE_MAKERS
 from bench.hostile_templates import crafted_pairs
 from bench.wire import Endpoint
@@ -142,3 +143,15 @@ def test_hostile_grammars() -> None:
     used = {name for body in bodies for name in body}
     assert {"response_format", "structured_outputs", "tools", "tool_choice"} <= used
     assert {"guided_json", "guided_regex", "guided_choice", "guided_grammar"} <= used
+
+
+def test_structured_outputs_are_asked_for_in_every_way() -> None:
+    cases = [make_case(3, number, "structured") for number in range(400)]
+    assert {case.name for case in cases} == set(STRUCTURED_MAKERS)
+    bodies = [json.loads(case.request.partition(b"\r\n\r\n")[2]) for case in cases]
+    fields = {field for body in bodies for field in body}
+    assert fields >= {
+        "tools", "response_format", "structured_outputs", "guided_json", "guided_regex",
+        "guided_choice", "guided_grammar", "allowed_token_ids", "bad_words", "prompt", "messages",
+    }  # fmt: skip
+    assert {case.wanted for case in cases} == {(400, 429, 503), (200, 400, 429, 503)}
