@@ -341,7 +341,7 @@ def test_thinking_and_calls_tell_of_every_token_once(tmp_path: Any, burst: int) 
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
     text = f"<think>One, two.</think>Well: {call}"
     function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    flags = {"reasoning_parser": "qwen3", "tool_call_parser": "hermes"}
+    flags: dict[str, Any] = {"reasoning_parser": "qwen3", "tool_call_parser": "hermes"}
     folder = make_tokenizer_folder(tmp_path / "m")
     config = folder / "tokenizer_config.json"
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE
