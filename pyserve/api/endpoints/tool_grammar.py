@@ -136,7 +136,10 @@ def _compile(
     fields = {name: f"tools[{names.index(name)}].function.parameters" for name in schemas}
     refused: dict[str, InvalidRequestError] = {}
 
-    def try_each(trial: Callable[[str], object]) -> dict[str, Mapping[str, Any]]:
+    def try_each(
+        trial: Callable[[str], object], late: InvalidRequestError
+    ) -> dict[str, Mapping[str, Any]]:
+        """The schemas that pass. Raises `late` where that takes too long to find out."""
         began_s = time.monotonic()
         for name in schemas.keys() - refused.keys():
             try:
@@ -146,7 +149,7 @@ def _compile(
                     f"the tool {name}: {error.message}", fields[name]
                 )
             if time.monotonic() - began_s > MAX_TRIALS_S:
-                raise InvalidRequestError("tools take too long to compile", "tools")
+                raise late
         if len(refused) == len(schemas):
             raise next(refused[name] for name in names if name in refused)
         return {name: schema for name, schema in schemas.items() if name not in refused}
@@ -154,14 +157,15 @@ def _compile(
     def compile_one(name: str) -> None:
         grammars.compile(Tags(param=fields[name], tags=make_tags({name: schemas[name]})))
 
-    kept = try_each(lambda name: engine_schema(schemas[name], param=fields[name]))
+    late = InvalidRequestError("tools take too long to compile", "tools")
+    kept = try_each(lambda name: engine_schema(schemas[name], param=fields[name]), late)
     began_s = time.monotonic()
     try:
         compiled = grammars.compile(Tags(param="tools", tags=make_tags(kept)))
-    except InvalidRequestError:
+    except InvalidRequestError as error:
         if time.monotonic() - began_s > MAX_TRIALS_S:
             raise
-        fewer = try_each(compile_one)
+        fewer = try_each(compile_one, error)  # there may be too many of them, each sound
         if len(fewer) == len(kept):
             raise  # each of them alone would do
         compiled = grammars.compile(Tags(param="tools", tags=make_tags(fewer)))

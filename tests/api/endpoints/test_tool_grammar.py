@@ -280,6 +280,15 @@ def test_thinking_is_free(folder: Path) -> None:
         assert "Hm, no." in message["choices"][0]["message"]["reasoning"]
 
 
+def test_too_many_tools_are_refused_by_their_number(server: Server) -> None:
+    """Each of them could be enforced, which is not what takes long."""
+    parameters = {"type": "object", "properties": {}}
+    tools = [{"type": "function", "function": {"name": f"f{index}", "parameters": parameters}}
+             for index in range(600)]  # fmt: skip
+    error = server.error(CHAT, ask(tools=tools, tool_choice="required"))
+    assert error["param"] == "tools" and "500" in error["message"]
+
+
 def test_many_tools_take_little_time(server: Server) -> None:
     def tool(i: int) -> dict[str, Any]:
         return {"type": "function", "function": {"name": f"f{i}", "parameters": {
