@@ -23,7 +23,7 @@ from pyserve.errors import InvalidRequestError, UnavailableError
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
-from pyserve.text.grammar_matcher import Matcher, shortened
+from pyserve.text.grammar_matcher import MAX_MASK_S, TOO_SLOW, Matcher, Pace, shortened
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 from pyserve.text.grammar_schema import engine_schema, offending_pointer
 from pyserve.text.grammar_tags import tags_to_lark
@@ -41,9 +41,10 @@ MAX_CACHED_BYTES = 2**26  # estimated
 MIN_BYTES = 2**19  # of a compiled grammar, and more for each character of its text
 BYTES_PER_CHAR = 128
 TRIAL_TOKENS = 8
-MAX_MASK_S = 0.1  # in the trial: tens of times what those of large schemas take at first
+MAX_STEP_MASKS_S = 0.3  # of the answers to one request, together
 MAX_LEXER_STATES = 20_000  # a kilobyte or two each, of one sequence
 MAX_GRAMMAR_SIZE = 200_000  # symbols
+MAX_STEP_FUEL = 50_000  # of the lexer, for one mask: a blow-up ends within 20 ms, not 400
 
 _SPECIAL_IN_REGEX = frozenset(r"\.+*?()|[]{}^$#&-~/ ")
 
@@ -96,21 +97,38 @@ class Compiled:
 
     num_bytes     estimated.
     is_exhausted  an answer has found that what all of them share is full.
+
+    compile_s, mask_s  what it took to compile it, and one mask in its trial.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, text: str, matcher: LLMatcher, compile_s: float
-    ) -> None:
+        self, vocabulary: Vocabulary, text: str, matcher: LLMatcher, *, compile_s: float,
+        mask_s: float,
+    ) -> None:  # fmt: skip
         self.vocabulary = vocabulary
         self.num_bytes = MIN_BYTES + BYTES_PER_CHAR * len(text)
         self.is_exhausted = False
         self._text = text
         self._matcher = matcher
         self._compile_s = compile_s
+        self._mask_s = mask_s
+        self._pace = Pace()
+
+    def check_pace(self, param: str, *, n: int = 1) -> None:
+        """Raise InvalidRequestError where the masks of n answers would keep all others waiting."""
+        if self._pace.is_too_slow:
+            raise InvalidRequestError(f"{param}: {TOO_SLOW}", param)
+        if n > 1 and n * self._mask_s > MAX_STEP_MASKS_S:
+            raise InvalidRequestError(
+                f"{param} is too complex for {n} answers at once: to find the tokens that may come "
+                f"next takes {1e3 * self._mask_s:.1f} ms for each, the limit is "
+                f"{1e3 * MAX_STEP_MASKS_S:.0f} ms for all",
+                "n",
+            )
 
     def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
         """For one sequence, whose thinking is free if there is any; None: there is none."""
-        matcher = Matcher(self._matcher.deep_copy(), self._renew)
+        matcher = Matcher(self._matcher.deep_copy(), self._renew, self._pace)
         return GrammarConstraint(self.vocabulary, matcher, free_until)
 
     def _renew(self) -> LLMatcher | None:
@@ -242,8 +260,8 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
         raise InvalidRequestError(
             f"{spec.param}{where} cannot be enforced: {shortened(reason)}", spec.param
         )
-    _try_out(matcher.deep_copy(), vocabulary, spec.param)
-    return Compiled(vocabulary, text, matcher, compile_s)
+    mask_s = _try_out(matcher.deep_copy(), vocabulary, spec.param)
+    return Compiled(vocabulary, text, matcher, compile_s=compile_s, mask_s=mask_s)
 
 
 def _matcher_of(table: LLTokenizer, text: str) -> LLMatcher:
@@ -259,17 +277,20 @@ def _place_of(spec: JsonSchema, reason: str, table: LLTokenizer) -> str:
     return f" at {pointer}" if pointer else ""
 
 
-def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> None:
+def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> float:
     """Go a few tokens into the grammar: one that allows nothing, blows up at once, or takes so long
     for a mask that all answers of a step wait for it, is refused here and not in the middle of one.
+    Returns the seconds of work that the masks behind the first have taken, on average.
     """
     rng = random.Random(0)
+    masks_s: list[float] = []
     for _ in range(TRIAL_TOKENS):
         if matcher.is_stopped() and not matcher.is_error():
-            return
+            break
         began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         took_s = time.thread_time() - began_s
+        masks_s.append(took_s)
         if took_s > MAX_MASK_S:
             raise InvalidRequestError(
                 f"{param} is too complex: to find the tokens that may come next takes "
@@ -280,6 +301,8 @@ def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> None:
             reason = shortened(matcher.get_error())
             raise InvalidRequestError(f"{param} allows nothing, or is too complex: {reason}", param)
         matcher.consume_token(_some_bit(mask, vocabulary.vocab_size, rng))
+    later_s = masks_s[1:]
+    return sum(later_s) / len(later_s) if later_s else 0.0
 
 
 def _some_bit(mask: int, num_bits: int, rng: random.Random) -> int:
@@ -290,8 +313,9 @@ def _some_bit(mask: int, num_bits: int, rng: random.Random) -> int:
 
 
 _LIMITS = LLParserLimits(
-    max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False
-)
+    max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE,
+    step_lexer_fuel=MAX_STEP_FUEL, verbose_errors=False,
+)  # fmt: skip
 
 
 def _source(spec: Spec, vocabulary: Vocabulary) -> str:

@@ -9,6 +9,7 @@ states of its own, and only what is too complex by itself ends.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MAX_MASK_S = 0.1  # of work: tens of times what those of large schemas take at first
 MAX_ALONE = 64  # answers with states of their own, of up to 15 MB each
 MAX_ERROR_CHARS = 300
+TOO_SLOW = (
+    "the grammar is too complex: to find the tokens that may come next has taken more than "
+    f"{1e3 * MAX_MASK_S:.0f} ms"
+)
 
 _OF_SHARED = ("lexer error", "panic", "Poison")  # what may be wrong with the states that are shared
 
@@ -30,15 +36,30 @@ _alone: WeakSet[Matcher] = WeakSet()
 _lock = threading.Lock()
 
 
+class Pace:
+    """Of a grammar: whether a mask of any of its answers has taken too long.
+
+    Then no further one is asked for, whichever answer it would be of: all sequences of a step wait
+    for its masks.
+    """
+
+    def __init__(self) -> None:
+        self.is_too_slow = False
+
+
 class Matcher:
     """Never used by two threads at once; `error` is told by the calls that find it.
 
     renew  makes a matcher at the beginning of the same grammar that shares nothing; None where
            that takes too long. Raises RequestError.
+    pace   of the grammar.
     """
 
-    def __init__(self, shared: LLMatcher, renew: Callable[[], LLMatcher | None]) -> None:
+    def __init__(
+        self, shared: LLMatcher, renew: Callable[[], LLMatcher | None], pace: Pace
+    ) -> None:
         self._inner = shared
+        self._pace = pace
         self._renew: Callable[[], LLMatcher | None] | None = renew
         self._given: list[int] = []
         self._is_broken = False  # what it shared is; it goes on alone when a mask is asked for
@@ -50,11 +71,23 @@ class Matcher:
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> str:
         """As client.Constraint has it; why it cannot, "" where it can."""
+        if self._pace.is_too_slow:
+            return TOO_SLOW
+        began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
+        error = self._fill(words, began_s)
+        if time.thread_time() - began_s > MAX_MASK_S:
+            self._pace.is_too_slow = True
+            return TOO_SLOW
+        return error
+
+    def _fill(self, words: NDArray[np.int32], began_s: float) -> str:
         address = words.__array_interface__["data"][0]
         if not self._is_broken:
             self._inner.unsafe_compute_mask_ptr(address, words.nbytes)
         if self._is_broken or self._inner.is_error():
-            if not self._go_on_alone():
+            # What has taken long to fail would take as long again.
+            is_quick = time.thread_time() - began_s < MAX_MASK_S / 4
+            if not (is_quick and self._go_on_alone()):
                 return shortened(self._inner.get_error())
             self._inner.unsafe_compute_mask_ptr(address, words.nbytes)
         return shortened(self._inner.get_error())

@@ -21,7 +21,7 @@ from pyserve.text.grammar import (
     compile_grammar,
 )
 from pyserve.text.grammar_schema import MAX_DEPTH
-from tests.text.grammars import text_of, vocabulary
+from tests.text.grammars import allowed, text_of, vocabulary
 
 
 def choice(*texts: str) -> Choice:
@@ -161,3 +161,46 @@ def test_nothing_finite_and_nothing_at_all() -> None:
             match="^s( at /enum)? (cannot be|allows)|^s: no finite",
         ):
             compile_grammar(JsonSchema(param="s", schema=schema), vocabulary())
+
+
+def test_a_mask_that_takes_long_is_the_last_of_its_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sequences of a step wait for it: 128 answers to one grammar may not each take so long."""
+    compiled = compile_grammar(Regex(param="r", pattern="[ab]{9}"), vocabulary())
+    slow, other = compiled.constraint(), compiled.constraint()
+    compiled.check_pace("r", n=128)
+    monkeypatch.setattr("pyserve.text.grammar_matcher.MAX_MASK_S", 0.0)
+    allowed(slow, vocabulary())
+    assert slow.error is not None and "has taken more than" in slow.error
+    monkeypatch.undo()
+    allowed(other, vocabulary())
+    assert other.error == slow.error
+    with pytest.raises(InvalidRequestError, match="r: the grammar is too complex"):
+        compiled.check_pace("r")
+
+
+@pytest.mark.parametrize("num_optional", [2000, 5000])
+def test_a_blow_up_behind_the_trial_ends_soon(num_optional: int) -> None:
+    pattern = "[b-d]{60}" + "a?" * num_optional
+    compiled = compile_grammar(Regex(param="r", pattern=pattern), vocabulary())
+    constraint, longest_s = compiled.constraint(), 0.0
+    for _ in range(60):
+        began_s = time.thread_time()
+        choices = allowed(constraint, vocabulary())
+        longest_s = max(longest_s, time.thread_time() - began_s)
+        if constraint.error is not None:
+            break
+        constraint.accept([int(choices[0])])
+    assert constraint.error is not None
+    assert "too many expressions" in constraint.error or "has taken more than" in constraint.error
+    assert longest_s < 0.5  # it took a second before, and again for each answer
+
+
+def test_choices_share_what_masks_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyserve.text.grammar.MAX_STEP_MASKS_S", 1e-6)
+    compiled = compile_grammar(Regex(param="r", pattern="[ab]{9}"), vocabulary())
+    compiled.check_pace("r")
+    with pytest.raises(
+        InvalidRequestError, match="r is too complex for 2 answers at once"
+    ) as caught:
+        compiled.check_pace("r", n=2)
+    assert caught.value.param == "n"

@@ -60,6 +60,7 @@ async def read_constraint(
     if spec is None:
         return unconstrained
     compiled = await compile_spec(request, state, loaded, spec)
+    compiled.check_pace(spec.param, n=max(body.n or 1, body.best_of or 1))
     return partial(compiled.constraint, free_until=free_until)
 
 

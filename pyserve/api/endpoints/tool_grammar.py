@@ -106,6 +106,7 @@ async def hold_to_tools(
     compile_all = partial(_compile, loaded.grammars, make_tags, schemas, list(use.parameters))
     size = request[NUM_BODY_BYTES]
     compiled, refused = await state.run_text(request, size, compile_all, short=0)
+    compiled.check_pace("tools", n=max(body.n or 1, body.best_of or 1))
     kept = [tool for tool in use.shown if tool["function"]["name"] not in refused]
     ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
     held = Held(compiled, written.trigger if is_triggered else "")
