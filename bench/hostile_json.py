@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "guided_regex": ("1", '"("', '"a{1,999999999}"', '"(?=a)b"', "[]"),
     "guided_choice": ("1", '"x"', "[1]", "[null]"),
     "guided_grammar": ("1", '"%%%"', '"root ::= nowhere"', "[]"),
-    "use_beam_search": ("true", "1"),
+    "use_beam_search": ("1", "[]"),
     "bad_words": ("1", "[1]", '[""]', "{}"),
     "allowed_token_ids": _NOT_IDS,
     "kv_transfer_params": ("1", '{"a":1}'),
@@ -101,7 +101,7 @@ PROMPT_REFUSED: dict[str, tuple[str, ...]] = {
                r'"\ud800"', "[[[1]]]"),
     "suffix": ('"x"', "1"),
     "logprobs": ('"x"', "-2", "1000000", "1.5", "true"),
-    "best_of": ('"x"', "5", "0", _BIG),
+    "best_of": ('"x"', "129", "0", _BIG),
 }  # fmt: skip
 TOKENIZE_REFUSED: dict[str, tuple[str, ...]] = {
     "prompt": ("1", "[]", "{}", "true", "null", r'"\ud800"'),

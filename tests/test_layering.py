@@ -31,6 +31,7 @@ LEAVES = {
     "config_file",
     "foreign_flags",
     "histogram",
+    "allocator",
     "host",
     "limits",
     "words",

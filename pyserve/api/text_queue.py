@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pyserve import host
-from pyserve.api.allocator import give_back
+from pyserve.allocator import give_back
 from pyserve.errors import QueueFullError
 
 NUM_THREADS = 3

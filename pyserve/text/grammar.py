@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from pyserve.errors import InvalidRequestError, UnavailableError
+from pyserve.allocator import give_back, used_bytes
+from pyserve.errors import InvalidRequestError, RequestError, UnavailableError, release_frames
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
-from pyserve.text.grammar_matcher import MAX_MASK_S, TOO_SLOW, Matcher, Pace, shortened
+from pyserve.text.grammar_matcher import MAX_MASK_S, TOO_SLOW, Matcher, Shared, shortened
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 from pyserve.text.grammar_schema import engine_schema, offending_pointer
 from pyserve.text.grammar_tags import tags_to_lark
@@ -34,6 +35,7 @@ MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
 MAX_COMPILE_S = 3.0
 MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
+LONG_S = 0.01  # a compile of more work has built what is worth to give back
 MAX_LATE = 2  # compiles that went on after their time
 STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
 MAX_CACHED = 64  # grammars
@@ -95,28 +97,33 @@ class Tags(Spec, frozen=True, tag=True):
 class Compiled:
     """A grammar; `constraint` makes one for each sequence, and takes microseconds.
 
-    num_bytes     estimated.
+    num_bytes     estimated, or measured where that is more.
     is_exhausted  an answer has found that what all of them share is full.
 
     compile_s, mask_s  what it took to compile it, and one mask in its trial.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, text: str, matcher: LLMatcher, *, compile_s: float,
-        mask_s: float,
+        self, vocabulary: Vocabulary, text: str, matcher: LLMatcher, *, num_bytes: int,
+        compile_s: float, mask_s: float,
     ) -> None:  # fmt: skip
         self.vocabulary = vocabulary
-        self.num_bytes = MIN_BYTES + BYTES_PER_CHAR * len(text)
+        self.num_bytes = max(MIN_BYTES + BYTES_PER_CHAR * len(text), num_bytes)
         self.is_exhausted = False
         self._text = text
-        self._matcher = matcher
+        self._shared = Shared(matcher)
         self._compile_s = compile_s
         self._mask_s = mask_s
-        self._pace = Pace()
+
+    @property
+    def is_stale(self) -> bool:
+        """The next request compiles it anew; one that is too slow would be so again."""
+        is_dropped = self._shared.matcher is None and not self._shared.is_too_slow
+        return self.is_exhausted or is_dropped
 
     def check_pace(self, param: str, *, n: int = 1) -> None:
         """Raise InvalidRequestError where the masks of n answers would keep all others waiting."""
-        if self._pace.is_too_slow:
+        if self._shared.is_too_slow:
             raise InvalidRequestError(f"{param}: {TOO_SLOW}", param)
         if n > 1 and n * self._mask_s > MAX_STEP_MASKS_S:
             raise InvalidRequestError(
@@ -128,7 +135,10 @@ class Compiled:
 
     def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
         """For one sequence, whose thinking is free if there is any; None: there is none."""
-        matcher = Matcher(self._matcher.deep_copy(), self._renew, self._pace)
+        shared = self._shared.matcher
+        if shared is None:
+            raise InvalidRequestError("an answer to the same grammar has failed: it is too complex")
+        matcher = Matcher(shared.deep_copy(), self._renew, self._shared)
         return GrammarConstraint(self.vocabulary, matcher, free_until)
 
     def _renew(self) -> LLMatcher | None:
@@ -150,7 +160,7 @@ class GrammarCache:
     def get(self, key: bytes) -> Compiled | None:
         with self._lock:
             found = self._grammars.get(key)
-            if found is None or found.is_exhausted:
+            if found is None or found.is_stale:
                 return None
             self._grammars.move_to_end(key)
             return found
@@ -251,7 +261,7 @@ def _size(values: list[Any]) -> int:
 def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
     table = vocabulary.table()
     text = _source(spec, vocabulary)
-    begun_s = time.monotonic()
+    begun_s, num_bytes_before = time.monotonic(), used_bytes()
     matcher = _matcher_of(table, text)
     compile_s = time.monotonic() - begun_s
     if matcher.is_error():
@@ -261,7 +271,11 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
             f"{spec.param}{where} cannot be enforced: {shortened(reason)}", spec.param
         )
     mask_s = _try_out(matcher.deep_copy(), vocabulary, spec.param)
-    return Compiled(vocabulary, text, matcher, compile_s=compile_s, mask_s=mask_s)
+    # What others allocate meanwhile counts too: then it is not kept, and compiled again.
+    num_bytes = used_bytes() - num_bytes_before
+    return Compiled(
+        vocabulary, text, matcher, num_bytes=num_bytes, compile_s=compile_s, mask_s=mask_s
+    )
 
 
 def _matcher_of(table: LLTokenizer, text: str) -> LLMatcher:
@@ -378,6 +392,10 @@ class _Runner:
                 results.append(function())
             except BaseException as error:
                 errors.append(error)
+                if isinstance(error, RequestError):
+                    release_frames(error)  # they hold what was compiled
+            if time.thread_time() > LONG_S:
+                give_back()  # the arena of this thread will serve none for long
 
         thread = threading.Thread(target=call, name="pyserve-grammar", daemon=True)
         with self._starting:

@@ -36,15 +36,22 @@ _alone: WeakSet[Matcher] = WeakSet()
 _lock = threading.Lock()
 
 
-class Pace:
-    """Of a grammar: whether a mask of any of its answers has taken too long.
+class Shared:
+    """What all answers to a grammar begin with.
 
-    Then no further one is asked for, whichever answer it would be of: all sequences of a step wait
-    for its masks.
+    matcher      at the beginning of the grammar; None once it is of no use: its states may take
+                 hundreds of megabytes, and the next answer would fail with them too.
+    is_too_slow  a mask has taken too long. No further one is asked for, whichever answer it would
+                 be of, as all sequences of a step wait for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher: LLMatcher | None = matcher
         self.is_too_slow = False
+
+    def drop(self, *, is_too_slow: bool = False) -> None:
+        self.matcher = None
+        self.is_too_slow |= is_too_slow
 
 
 class Matcher:
@@ -52,14 +59,13 @@ class Matcher:
 
     renew  makes a matcher at the beginning of the same grammar that shares nothing; None where
            that takes too long. Raises RequestError.
-    pace   of the grammar.
     """
 
     def __init__(
-        self, shared: LLMatcher, renew: Callable[[], LLMatcher | None], pace: Pace
+        self, inner: LLMatcher, renew: Callable[[], LLMatcher | None], shared: Shared
     ) -> None:
-        self._inner = shared
-        self._pace = pace
+        self._inner = inner
+        self._shared = shared
         self._renew: Callable[[], LLMatcher | None] | None = renew
         self._given: list[int] = []
         self._is_broken = False  # what it shared is; it goes on alone when a mask is asked for
@@ -71,12 +77,12 @@ class Matcher:
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> str:
         """As client.Constraint has it; why it cannot, "" where it can."""
-        if self._pace.is_too_slow:
+        if self._shared.is_too_slow:
             return TOO_SLOW
         began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
         error = self._fill(words, began_s)
         if time.thread_time() - began_s > MAX_MASK_S:
-            self._pace.is_too_slow = True
+            self._shared.drop(is_too_slow=True)
             return TOO_SLOW
         return error
 
@@ -86,8 +92,9 @@ class Matcher:
             self._inner.unsafe_compute_mask_ptr(address, words.nbytes)
         if self._is_broken or self._inner.is_error():
             # What has taken long to fail would take as long again.
-            is_quick = time.thread_time() - began_s < MAX_MASK_S / 4
+            is_quick = time.thread_time() - began_s < MAX_MASK_S / 10
             if not (is_quick and self._go_on_alone()):
+                self._shared.drop()
                 return shortened(self._inner.get_error())
             self._inner.unsafe_compute_mask_ptr(address, words.nbytes)
         return shortened(self._inner.get_error())

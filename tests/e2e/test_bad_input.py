@@ -69,7 +69,8 @@ BODIES: list[tuple[str, str, bytes, int, str]] = [
      "reasoning-parser"),
     ("tools without a parser", CHAT, raw(messages=MESSAGES, tools=[{"type": "function",
         "function": {"name": "f"}}]), 400, "--tool-call-parser"),
-    ("logprobs are not built", CHAT, raw(messages=MESSAGES, logprobs=True), 400, "logprobs"),
+    ("too many logprobs", CHAT, raw(messages=MESSAGES, logprobs=True, top_logprobs=21), 400,
+     "top_logprobs"),
     ("schema without a schema", CHAT, raw(messages=MESSAGES, response_format={
         "type": "json_schema"}), 400, "response_format"),
     ("empty prompt", COMPLETIONS, raw(prompt=""), 400, "prompt"),

@@ -204,3 +204,24 @@ def test_choices_share_what_masks_may_take(monkeypatch: pytest.MonkeyPatch) -> N
     ) as caught:
         compiled.check_pace("r", n=2)
     assert caught.value.param == "n"
+
+
+def test_what_takes_much_memory_is_not_kept() -> None:
+    cache = GrammarCache()
+    spec = Regex(param="r", pattern="a?" * 9999)  # 20 KB of text make 190 MB
+    compiled = compile_grammar(spec, vocabulary(), cache=cache)
+    assert compiled.num_bytes > 2**24 and cache.get(grammar.spec_key(spec)) is None
+
+
+def test_a_grammar_whose_states_are_of_no_use_is_let_go() -> None:
+    cache = GrammarCache()
+    spec = Regex(param="r", pattern="[b-d]{60}" + "a?" * 2000)
+    compiled = compile_grammar(spec, vocabulary(), cache=cache)
+    constraint = compiled.constraint()
+    while constraint.error is None:
+        choices = allowed(constraint, vocabulary())
+        if constraint.error is None:
+            constraint.accept([int(choices[0])])
+    assert cache.get(grammar.spec_key(spec)) is None
+    with pytest.raises(InvalidRequestError, match="an answer to the same grammar has failed"):
+        compiled.constraint()

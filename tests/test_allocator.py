@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from pyserve.api import allocator
+from pyserve import allocator
 
 NUM_MIB = 40
 PROGRAM = f"""
 import ctypes, threading
-from pyserve.api.allocator import give_back
+from pyserve.allocator import give_back
 
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -47,3 +47,12 @@ def test_the_end_of_an_arena_goes_back() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0.9 * NUM_MIB
+
+
+@pytest.mark.skipif(not hasattr(allocator._libc, "mallinfo2"), reason="needs glibc 2.33")
+def test_used_bytes_are_those_that_are_allocated() -> None:
+    before = allocator.used_bytes()
+    held = bytearray(2**27)
+    assert 2**27 <= allocator.used_bytes() - before < 2**28
+    del held
+    assert allocator.used_bytes() - before < 2**26

@@ -1,4 +1,4 @@
-"""Gives back to the system what long text work has freed.
+"""Gives back to the system what long text work has freed, and tells what is allocated.
 
 glibc keeps what a thread has freed in an arena of that thread. malloc_trim returns the pages within
 an arena, but the free end of an arena only in the main one: in the others up to 64 MB each stayed,
@@ -22,6 +22,22 @@ MMAP_BYTES: Final = 2**25
 _libc = ctypes.CDLL(None)
 _is_glibc = hasattr(_libc, "gnu_get_libc_version")
 _lock = threading.Lock()  # of the threshold
+
+
+class _Info(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+if hasattr(_libc, "mallinfo2"):
+    _libc.mallinfo2.restype = _Info
 if _is_glibc:
     _libc.malloc.argtypes, _libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     _libc.free.argtypes, _libc.free.restype = [ctypes.c_void_p], None
@@ -39,3 +55,11 @@ def give_back() -> None:
         _libc.malloc_trim(0)
         _libc.mallopt(TRIM_THRESHOLD, KEEP_BYTES)
         _libc.mallopt(MMAP_THRESHOLD, MMAP_BYTES)
+
+
+def used_bytes() -> int:
+    """What the process has allocated and not freed; 0 with a C library that does not tell."""
+    if not hasattr(_libc, "mallinfo2"):
+        return 0
+    info = _libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
