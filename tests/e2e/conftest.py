@@ -21,6 +21,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench.server_process import free_port
 
 ROOT = Path(__file__).parent.parent.parent
+# The guide's tool.
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Obtener el clima actual de una ciudad",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Nombre de la ciudad"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import WEATHER, Server, start_server
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
 PROBLEM = "Resolver: Si un tren viaja 120km en 1.5 horas, ¿cuál es su velocidad en m/s?"
@@ -21,21 +21,6 @@ ASKED: dict[str, Any] = {
     "temperature": 0.6,
 }  # fmt: skip
 GREEDY: dict[str, Any] = {**ASKED, "temperature": 0}
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Obtener el clima actual de una ciudad",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "description": "Nombre de la ciudad"},
-                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
-            },
-            "required": ["city"],
-        },
-    },
-}
 
 
 @contextmanager

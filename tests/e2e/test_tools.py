@@ -11,26 +11,10 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import WEATHER, Server, start_server
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
-TOOLS: Any = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Obtener el clima actual de una ciudad",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string", "description": "Nombre de la ciudad"},
-                    "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
-                },
-                "required": ["city"],
-            },
-        },
-    }
-]
+TOOLS: Any = [WEATHER]
 QUESTION: Any = [{"role": "user", "content": "¿Cuál es el clima en París?"}]
 
 

@@ -154,6 +154,17 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     )  # fmt: skip
 
 
+def start(engine: Engine) -> AsyncEngine:
+    """`engine` on the loop that runs."""
+    info = EngineInfo(
+        max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
+        block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
+    )  # fmt: skip
+    client = AsyncEngine(engine, info)
+    client.start()
+    return client
+
+
 def test_a_step_that_cannot_be_launched_fails_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,12 +208,7 @@ def test_masks_are_brought_to_the_rows_that_they_are_of(engine: Engine, tile_row
     state.logits, state.hidden = state.logits[:tile_rows], state.hidden[:tile_rows]
 
     async def run() -> None:
-        info = EngineInfo(
-            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
-            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
-        )  # fmt: skip
-        client = AsyncEngine(engine, info)
-        client.start()
+        client = start(engine)
         params = SamplingParams(max_tokens=20, temperature=0.0)
         for numbers in ([0, None, 2, 3], [None, None, None, None], [None, 1, None, 2]):
             constraints = [
@@ -242,12 +248,7 @@ def test_logprobs_come_back_to_the_rows_that_ask(engine: Engine, tile_rows: int)
                 return [*stream.prompt_logprobs, *told]
 
     async def run() -> None:
-        info = EngineInfo(
-            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
-            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
-        )  # fmt: skip
-        client = AsyncEngine(engine, info)
-        client.start()
+        client = start(engine)
 
         def submit(number: int) -> SequenceStream:
             params = SamplingParams(
@@ -289,12 +290,7 @@ def test_a_constrained_step_that_cannot_be_launched_fails_alone(
     monkeypatch.setattr(runner._executor, half, fail_once)
 
     async def run() -> None:
-        info = EngineInfo(
-            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
-            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
-        )  # fmt: skip
-        client = AsyncEngine(engine, info)
-        client.start()
+        client = start(engine)
         params = SamplingParams(max_tokens=20, temperature=0.0)
         constraint = Scripted(lambda output: [3, 4])
         with pytest.raises(EngineError):
@@ -350,12 +346,7 @@ def test_a_step_that_nobody_waits_for_any_more_may_still_end(engine: Engine) -> 
 
 def test_every_call_after_the_end_has_an_answer(engine: Engine) -> None:
     async def run() -> None:
-        info = EngineInfo(
-            max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS,
-            block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cuda",
-        )  # fmt: skip
-        client = AsyncEngine(engine, info)
-        client.start()
+        client = start(engine)
         stream = client.submit(
             SequenceRequest([1] * 10, SamplingParams(max_tokens=200, temperature=0.0))
         )
