@@ -152,20 +152,12 @@ class ChatFrames(OpenAIFrames):
         has_called = choice.index in self._callers
         delta = _delta(part, has_called=has_called)
         logprobs, token_ids = _tokens(choice, part.tokens if part is not None else ())
-        if not is_last:
-            return ChatChunkChoice(
-                index=choice.index,
-                delta=delta,
-                logprobs=logprobs,
-                finish_reason=None,
-                token_ids=token_ids,
-            )
         return ChatChunkChoice(
             index=choice.index,
             delta=delta,
             logprobs=logprobs,
-            finish_reason=_finish_reason(choice, has_called=has_called),
-            stop_reason=choice.stop_reason,
+            finish_reason=_finish_reason(choice, has_called=has_called) if is_last else None,
+            stop_reason=choice.stop_reason if is_last else UNSET,
             token_ids=token_ids,
         )
 

@@ -206,22 +206,14 @@ class CompletionFrames(OpenAIFrames):
             if choice.words.has_ids and choice.index not in self._begun:
                 self._begun.add(choice.index)
                 prompt_token_ids = list(choice.prompt_token_ids)
-        if not is_last:
-            return CompletionChunkChoice(
-                index=choice.index,
-                text=text,
-                logprobs=logprobs,
-                token_ids=token_ids,
-                prompt_token_ids=prompt_token_ids,
-            )
         return CompletionChunkChoice(
             index=choice.index,
             text=text,
             logprobs=logprobs,
             token_ids=token_ids,
             prompt_token_ids=prompt_token_ids,
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
+            finish_reason=choice.finish_reason if is_last else None,
+            stop_reason=choice.stop_reason if is_last else None,
         )
 
 
