@@ -28,6 +28,7 @@ class Field:
     is_harmless   whether any other value asks for nothing in this request: it is named in the
                   header x-pyserve-ignored
     is_ignored    it is always named there and never refused
+    instead       what to send in its place
     """
 
     name: str
@@ -35,6 +36,7 @@ class Field:
     neutral: tuple[object, ...] = ()
     is_harmless: Callable[[Any], bool] | None = None
     is_ignored: bool = False
+    instead: str = "leave it out"
 
     def is_neutral(self, value: object) -> bool:
         """By type too: 0 == False, but `logprobs: 0` asks for something and `false` does not."""
@@ -65,9 +67,14 @@ FEATURES: dict[str, Feature] = {
     "tools": Feature(
         flags=plain(VALUE, "tool-parser-plugin tool-server tool-strict-level"),
         fields=(
-            Field("functions", (CHAT,), ([],), lambda r: r.function_call == "none"),
-            Field("function_call", (CHAT, MESSAGE), ("none",),
-                  lambda r: r.function_call == "auto" and not r.functions),
+            # OpenAI's older words for tools, which vLLM has never served.
+            Field("functions", (CHAT,), ([],), lambda r: r.function_call == "none",
+                  instead="send tools, which stands for it"),
+            Field("function_call", (CHAT,), ("none",),
+                  lambda r: r.function_call == "auto" and not r.functions,
+                  instead="send tool_choice, which stands for it"),
+            Field("function_call", (MESSAGE,), ("none",),
+                  instead="send tool_calls, which stands for it"),
         ),
     ),
     "reasoning": Feature(
@@ -276,7 +283,6 @@ FEATURES: dict[str, Feature] = {
     "the rest of OpenAI's API": Feature(
         paths="/v1/moderations /v1/assistants /v1/threads /v1/fine_tuning /v1/realtime"
     ),
-    "prompts in answers": Feature(fields=(Field("return_prompt_text", (CHAT,), (False,)),)),
     "filling in the middle": Feature(fields=(Field("suffix", (COMPLETION,), ("",)),)),
     "repetition detection": Feature(fields=(Field("repetition_detection", (SAMPLING,)),)),
 }  # fmt: skip

@@ -15,7 +15,8 @@ TOOLS = [{"type": "function", "function": {"name": "get", "parameters": {"type":
 USAGE = {"include_usage": True}
 SAID = '<think>So</think>Hi <tool_call>\n{"name": "get", "arguments": {"x": 1}}\n</tool_call>'
 
-STRING, INTEGER = "a string", "an integer"
+STRING, INTEGER, NUMBER = "a string", "an integer", "a number"
+SEVERAL, RATED = "a list of integers", "numbers by name"
 HEAD = (("id", STRING), ("object", "chat.completion.chunk"), ("created", INTEGER), ("model", MODEL))
 TEXT_HEAD = (("id", STRING), ("object", "text_completion"), *HEAD[2:])
 FINGERPRINT = ("system_fingerprint", STRING)
@@ -29,10 +30,16 @@ FIRST_CALL = (
 MORE_CALL = (("index", 0), ("function", (("arguments", STRING),)))
 
 
-def chat(delta: Any, *more: Any, reason: Any = None, ended: tuple[Any, ...] = ()) -> Any:
+def chat(
+    delta: Any,
+    *more: Any,
+    logprobs: Any = None,
+    reason: Any = None,
+    ended: tuple[Any, ...] = (),
+) -> Any:
     """A chat frame of one choice; `more` is at the top, `ended` behind the finish reason."""
     choice = (
-        ("index", 0), ("delta", delta), ("logprobs", None), ("finish_reason", reason), *ended,
+        ("index", 0), ("delta", delta), ("logprobs", logprobs), ("finish_reason", reason), *ended,
     )  # fmt: skip
     return (*HEAD, ("choices", [choice]), *more)
 
@@ -58,11 +65,34 @@ SHAPES = {
 }  # fmt: skip
 
 
-def text(*more: Any, reason: Any = None) -> Any:
+TOLD = (("token", STRING), ("logprob", NUMBER), ("bytes", SEVERAL))
+LOGPROBS = (("content", [(*TOLD, ("top_logprobs", [TOLD]))]),)
+TOLD_IDS = (("token_ids", SEVERAL),)
+# With logprobs, top_logprobs 1, return_token_ids and return_prompt_text.
+TOLD_SHAPES = {
+    "role": chat(
+        (("role", "assistant"), ("content", "")),
+        ("prompt_token_ids", SEVERAL), ("prompt_text", STRING),
+    ),
+    "content": chat((("content", STRING),), logprobs=LOGPROBS, ended=TOLD_IDS),
+    "stop": chat(
+        (("content", STRING),), FINGERPRINT, logprobs=LOGPROBS, reason="stop",
+        ended=(("stop_reason", None), *TOLD_IDS),
+    ),
+}  # fmt: skip
+
+
+def text(
+    *more: Any,
+    logprobs: Any = None,
+    reason: Any = None,
+    token_ids: Any = None,
+    prompt_token_ids: Any = None,
+) -> Any:
     """A frame of a completion."""
     choice = (
-        ("index", 0), ("text", STRING), ("logprobs", None), ("finish_reason", reason),
-        ("stop_reason", None), ("token_ids", None), ("prompt_token_ids", None),
+        ("index", 0), ("text", STRING), ("logprobs", logprobs), ("finish_reason", reason),
+        ("stop_reason", None), ("token_ids", token_ids), ("prompt_token_ids", prompt_token_ids),
     )  # fmt: skip
     return (*TEXT_HEAD, ("choices", [choice]), *more)
 
@@ -73,18 +103,33 @@ TEXT_SHAPES = {
     "length": text(FINGERPRINT, reason="length"),
     "usage": (*TEXT_HEAD, ("choices", []), ("usage", (*COUNTS, DETAILS)), FINGERPRINT),
 }
+TEXT_LOGPROBS = (
+    ("text_offset", SEVERAL), ("token_logprobs", [NUMBER]), ("tokens", [STRING]),
+    ("top_logprobs", [RATED]),
+)  # fmt: skip
+TEXT_TOLD_SHAPES = {
+    "first": text(logprobs=TEXT_LOGPROBS, token_ids=SEVERAL, prompt_token_ids=SEVERAL),
+    "text": text(logprobs=TEXT_LOGPROBS, token_ids=SEVERAL),
+    "length": text(FINGERPRINT, logprobs=TEXT_LOGPROBS, token_ids=SEVERAL, reason="length"),
+}
 
 
 def shape_of(value: Any, expected: Any) -> Any:
     """`value` in the words of `expected`, where it fits them; else as it is."""
+    if expected == SEVERAL and isinstance(value, list) and {type(v) for v in value} == {int}:
+        return expected
+    if expected == RATED and isinstance(value, dict) and {*map(type, value.values())} == {float}:
+        return expected
     if isinstance(value, dict):
         inner = dict(expected) if isinstance(expected, tuple) else {}
         return tuple((key, shape_of(item, inner.get(key))) for key, item in value.items())
     if isinstance(value, list):
         like = expected if isinstance(expected, list) else []
         return [shape_of(item, like[i] if i < len(like) else None) for i, item in enumerate(value)]
-    if (isinstance(value, str) and expected == STRING) or (
-        type(value) is int and expected == INTEGER
+    if (
+        (isinstance(value, str) and expected == STRING)
+        or (type(value) is int and expected == INTEGER)
+        or (type(value) is float and expected == NUMBER)
     ):
         return expected
     return value
@@ -142,6 +187,16 @@ def test_completion_frames(server: Server) -> None:
     check(server.frames(COMPLETIONS, asked), ["text", "length"], TEXT_SHAPES)
     asked = {"prompt": "hi", "max_tokens": 99, "stream_options": USAGE}
     check(server.frames(COMPLETIONS, asked), ["text", "stop", "usage"], TEXT_SHAPES)
+
+
+def test_frames_that_tell_of_tokens(server: Server) -> None:
+    server.play("Hello world")
+    asked = ask(logprobs=True, top_logprobs=1, return_token_ids=True, return_prompt_text=True)
+    check(server.frames(CHAT, asked), ["role", "content", "stop"], TOLD_SHAPES)
+    server.play("Hello world, how are you?")
+    told = {"prompt": "hi", "max_tokens": 3, "return_token_ids": True, "logprobs": 1}
+    frames = server.frames(COMPLETIONS, told)
+    check(frames, ["first", "text", "length"], TEXT_TOLD_SHAPES)
 
 
 def test_usage_in_every_frame(parsing: Server) -> None:

@@ -118,7 +118,9 @@ def _check_content_type(request: web.Request) -> None:
 def check_built(row: Field, value: object, path: str) -> None:
     """Refuse the value of a field that is not built unless it asks for nothing."""
     if not row.is_neutral(value):
-        raise NotBuiltError(f"{path} is not built yet in pyserve {__version__}, leave it out", path)
+        raise NotBuiltError(
+            f"{path} is not built yet in pyserve {__version__}, {row.instead}", path
+        )
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -69,14 +70,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     tools = with_parser(read_tools(body), loaded.tools, has_auto=has_auto)
     tools, held = await hold_to_tools(request, state, loaded, body, tools)
     conversation = await read_conversation(
-        request,
-        state,
-        loaded,
-        body,
-        max_tokens=max_tokens,
-        tools=tools,
-        echo=bool(body.echo),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        request, state, loaded, body, max_tokens=max_tokens, tools=tools
     )
     ignored = [*ignored, *tools.ignored, *conversation.ignored]
     if body.echo and not conversation.prompt.echo:
@@ -143,7 +137,8 @@ class ChatFrames(OpenAIFrames):
                 completion_tokens_details=details,
             )
         ids = prompt_fields(choice).get("prompt_token_ids")
-        return self.chunk([entry], usage=usage, prompt_token_ids=ids, prompt_text=None)
+        text = choice.prompt_text
+        return self.chunk([entry], usage=usage, prompt_token_ids=ids, prompt_text=text)
 
     def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> ChatChunkChoice:
         """The element of `choices` that has one part more, or the last one, if one is left."""
@@ -219,8 +214,12 @@ def _choice(choice: Choice) -> ChatChoice:
     )
 
 
+def _prompt_fields(choice: Choice) -> dict[str, Any]:
+    return {**prompt_fields(choice), "prompt_text": choice.prompt_text}
+
+
 DIALECT = Dialect(
     id_prefix="chatcmpl-",
     frames=ChatFrames,
-    whole=partial(encode_whole, ChatResponse, _choice, describe_prompt=prompt_fields),
+    whole=partial(encode_whole, ChatResponse, _choice, describe_prompt=_prompt_fields),
 )

@@ -73,15 +73,11 @@ async def read_conversation(
     *,
     max_tokens: int,
     tools: ToolUse,
-    echo: bool = False,
-    skip_special_tokens: bool = True,
 ) -> Conversation:
     """The prompt that a chat template makes of the messages of `body`, which `request` holds.
 
-    max_tokens           of the answer, for which truncate_prompt_tokens -1 leaves room.
-    tools                those of `body`; what their calls are marked with is shown in the answer.
-    echo                 show the assistant's last message before the answer.
-    skip_special_tokens  leave them out of the answer's text.
+    max_tokens  of the answer, for which truncate_prompt_tokens -1 leaves room.
+    tools       those of `body`; what their calls are marked with is shown in the answer.
 
     Raises InvalidRequestError and NotBuiltError naming the field, ChatTemplateError.
     """
@@ -119,12 +115,8 @@ async def read_conversation(
         if cut is None and body.truncation_side is not None:
             ignored.append("truncation_side")
         ignored += _not_shown(template, messages, tools)
+        prompt = _prompt(loaded, body, messages[-1], tools, token_ids)
         parser = loaded.reasoning
-        markers = _marker_ids(loaded, tools)
-        detokenizer = Detokenizer(
-            loaded.tokenizer, token_ids, skip_special_tokens=skip_special_tokens, shown=markers
-        )
-        prompt = Prompt(token_ids, _echo(messages[-1]) if echo else "", detokenizer)
         if parser is None:
             return Conversation(prompt, ignored)
         continued = _echo(messages[-1]) if body.continue_final_message else None
@@ -197,6 +189,30 @@ def _encode(
     if not ids:
         raise InvalidRequestError("messages make an empty prompt", "messages")
     return ids
+
+
+def _prompt(
+    loaded: Loaded,
+    body: ChatRequest | TokenizeRequest,
+    last: Message,
+    tools: ToolUse,
+    token_ids: list[int],
+) -> Prompt:
+    """What is submitted, and what of it the answers show."""
+    tokenizer = loaded.tokenizer
+    if not isinstance(body, ChatRequest):
+        return Prompt(token_ids, "", Detokenizer(tokenizer, token_ids, skip_special_tokens=True))
+    detokenizer = Detokenizer(
+        tokenizer,
+        token_ids,
+        skip_special_tokens=body.skip_special_tokens is not False,
+        shown=_marker_ids(loaded, tools),
+    )
+    echo = _echo(last) if body.echo else ""
+    text = None
+    if body.return_prompt_text:
+        text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return Prompt(token_ids, echo, detokenizer, text=text)
 
 
 def _marker_ids(loaded: Loaded, tools: ToolUse) -> frozenset[int]:
@@ -323,7 +339,9 @@ def _plain(message: Message, path: str, format: ToolFormat | None) -> dict[str, 
     """
     if message.role in ROLES_NOT_BUILT:
         raise NotBuiltError(
-            f"{path}.role: the role {message.role} is not built yet", f"{path}.role"
+            f"{path}.role: the role {message.role} is not built yet, send the role tool, which "
+            "stands for it",
+            f"{path}.role",
         )
     if message.role not in ROLES:
         raise InvalidRequestError(

@@ -31,8 +31,8 @@ from pyserve.text.grammar_json import whitespace_of
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 _TYPE_OF = {
-    "json_schema": "json_schema", "format": "structural_tag", "structures": "structural_tag",
-    "triggers": "structural_tag",
+    "json_schema": "json_schema", "schema": "json_object", "format": "structural_tag",
+    "structures": "structural_tag", "triggers": "structural_tag",
 }  # fmt: skip
 ANY_OBJECT = {"type": "object"}
 OF_WHITE_SPACE = "guided_whitespace_pattern"
@@ -107,6 +107,8 @@ def _of_response_format(format_: ResponseFormat | None) -> list[Spec]:
     if format_.type == "text":
         return []
     if format_.type == "json_object":
+        if format_.schema is not None:  # as llama.cpp, Together and others have it
+            return [JsonSchema(param=f"{name}.schema", schema=format_.schema)]
         return [JsonSchema(param=name, schema=ANY_OBJECT)]
     if format_.type == "json_schema":
         inner = format_.json_schema

@@ -42,6 +42,7 @@ class Choice:
     num_reasoning_tokens are those between the markers of the thinking; None: where none is told.
     prefix is shown before its text: the prompt that is to be echoed, until it has been, and
     prefix_offsets are those of its tokens, where they are told.
+    prompt_text is that of its prompt, where it is told.
     told holds what is told of its tokens, words says how; None: nothing is.
     is_prompt_only: what is generated is not shown, nor counted.
     parts are those of a whole answer; a stream keeps none.
@@ -64,6 +65,7 @@ class Choice:
     first_token_s: float = 0.0
     prefix: str = ""
     prompt_token_ids: Sequence[int] = ()
+    prompt_text: str | None = None
     prefix_offsets: list[int] | None = None
     told: ToldTokens | None = None
     words: Any = None
@@ -263,6 +265,7 @@ class Generation:
             params=params,
             prefix=prompt.echo,
             prompt_token_ids=prompt.token_ids,
+            prompt_text=prompt.text,
             prefix_offsets=prompt.offsets,
             told=None if job.words is None else ToldTokens(len(prompt.echo)),
             words=job.words,

@@ -27,12 +27,14 @@ class Prompt:
     echo         what to show before its answers, "": nothing.
     detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
     offsets      where the text of each token begins in `echo`, in characters; None: it is not told.
+    text         what the model is given, where it is told; None: it is not.
     """
 
     token_ids: list[int]
     echo: str
     detokenizer: Detokenizer
     offsets: list[int] | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

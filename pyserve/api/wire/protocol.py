@@ -57,6 +57,7 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: str
     json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | bool | None = None
     format: dict[str, Any] | None = None
     structures: list[Any] | None = None
     triggers: list[Any] | None = None
@@ -270,6 +271,7 @@ class ChatResponse(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
     kv_transfer_params: None = None
 
 
@@ -338,7 +340,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType = UNSET
     system_fingerprint: str | UnsetType = UNSET
     prompt_token_ids: list[int] | None | UnsetType = UNSET
-    prompt_text: None | UnsetType = UNSET
+    prompt_text: str | None | UnsetType = UNSET
 
 
 class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -96,8 +96,7 @@ def test_what_nobody_looks_at_is_not_kept_of_a_large_body() -> None:
 
 SAMPLES: dict[str, Any] = {
     "functions": [{"name": "f"}], "function_call": {"name": "f"},
-    "logits_processors": ["a"], "return_prompt_text": True, "kv_transfer_params": {"a": 1},
-    "vllm_xargs": {"a": 1},
+    "logits_processors": ["a"], "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
     "repetition_detection": {"min_count": 2},
 }  # fmt: skip
 
@@ -149,13 +148,17 @@ def test_what_asks_for_nothing_is_accepted_and_named(
 
 
 @pytest.mark.parametrize(
-    ("fields", "refused"),
+    ("fields", "refused", "instead"),
     [
-        ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions"),
+        ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions", "send tools"),
+        ({"function_call": {"name": "f"}}, "function_call", "send tool_choice"),
+        ({"logits_processors": ["x"]}, "logits_processors", "leave it out"),
     ],
 )
-def test_what_asks_for_something_is_refused(fields: dict[str, Any], refused: str) -> None:
-    with pytest.raises(NotBuiltError) as caught:
+def test_what_asks_for_something_is_refused(
+    fields: dict[str, Any], refused: str, instead: str
+) -> None:
+    with pytest.raises(NotBuiltError, match=instead) as caught:
         chat(**fields)
     assert caught.value.param == refused
 

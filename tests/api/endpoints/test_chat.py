@@ -43,7 +43,8 @@ def test_a_whole_answer(server: Server) -> None:
             "prompt_tokens": len(prompt), "total_tokens": len(prompt) + len(ids),
             "completion_tokens": len(ids), "prompt_tokens_details": {"cached_tokens": 5},
         },
-        "prompt_logprobs": None, "prompt_token_ids": None, "kv_transfer_params": None,
+        "prompt_logprobs": None, "prompt_token_ids": None, "prompt_text": None,
+        "kv_transfer_params": None,
     }  # fmt: skip
 
 
@@ -70,6 +71,15 @@ def test_the_stream_is_the_same_answer(server: Server) -> None:
     text = "".join(frame["choices"][0]["delta"]["content"] for frame in [*deltas, finish])
     assert text == whole["choices"][0]["message"]["content"] == "Hello 😀"
     assert usage["choices"] == [] and usage["usage"] == whole["usage"]
+
+
+def test_the_prompt_is_told_as_the_model_gets_it(server: Server) -> None:
+    for n in (1, 2):
+        asked = ask(return_prompt_text=True, n=n)
+        assert server.post(PATH, asked)["prompt_text"] == PROMPT
+        roles = [f for f in server.frames(PATH, asked) if "role" in f["choices"][0]["delta"]]
+        assert [role["prompt_text"] for role in roles] == [PROMPT] * n
+    assert server.frames(PATH, ask(return_prompt_text=False))[0]["prompt_text"] is None
 
 
 def test_no_usage_chunk_unless_asked(server: Server) -> None:
