@@ -7,17 +7,13 @@
 #include "gpu/layers/activation.h"
 
 #include "gpu/core/launch.cuh"
+#include "gpu/core/silu.cuh"
 #include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
 constexpr int kThreads = 128;
-
-__device__ __forceinline__ float silu_mul(float gate, float up) {
-  constexpr float kLog2E = 1.44269504f;
-  return __fdividef(gate, 1.0f + exp2_approx(-gate * kLog2E)) * up;
-}
 
 // Width: elements a thread takes, kVec or 1. CTA = token * tiles + tile.
 template <class T, int kWidth>
