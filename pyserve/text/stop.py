@@ -8,6 +8,7 @@ no more. An Aho-Corasick automaton (1975) makes the work linear in the text, wha
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -27,6 +28,10 @@ class StopChecker:
         self._state = 0
         self._held = ""
         self._matched = False
+
+    def copy(self) -> StopChecker:
+        """A checker for another text that begins as this one."""
+        return copy.copy(self)
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that is settled, and the stop string that ends it; None: the text goes on.

@@ -47,8 +47,12 @@ def entry_of(row: NDArray[np.float64], token_id: int | None = None) -> TokenLogp
 def plain_beam_search(
     logprobs_of: LogprobsOf, prompt: list[int], *, width: int, n: int, max_tokens: int,
     ends: Sequence[int] = (), min_tokens: int = 0, length_penalty: float = 1.0,
+    is_cut: Callable[[list[int]], bool] = lambda token_ids: False,
 ) -> list[Found]:  # fmt: skip
-    """The n best of all beams that were ever whole, after max_tokens rounds."""
+    """The n best of all beams that were ever whole, after max_tokens rounds.
+
+    is_cut  whether an output's last token completes a stop string.
+    """
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     found: list[Found] = []
     for _ in range(max_tokens):
@@ -57,7 +61,10 @@ def plain_beam_search(
             row = logprobs_of(prompt + token_ids)
             for token_id in np.argsort(-row, kind="stable")[: 2 * width].tolist():
                 sequence = total + float(row[token_id]), [*token_ids, token_id]
-                if token_id not in ends:
+                if token_id not in ends and is_cut(sequence[1]):
+                    length = len(prompt) + len(sequence[1])
+                    found.append((sequence[0] / length**length_penalty, sequence[1], True))
+                elif token_id not in ends:
                     longer.append(sequence)
                 elif len(token_ids) >= min_tokens:
                     length = len(prompt) + len(token_ids)

@@ -198,3 +198,25 @@ def test_async_client_runs_side_by_side(server: Server) -> None:
 
     answers = asyncio.run(run())
     assert len(set(answers)) == 1 and "Paris" in answers[0]
+
+
+def test_beam_search(client: OpenAI, server: Server) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "prompt": "Why is the sky", "max_tokens": 8}
+    fields["logprobs"] = 1
+    more: dict[str, Any] = {"ignore_eos": True}
+
+    def likelihood(choice: Any) -> float:
+        return float(sum(choice.logprobs.token_logprobs))
+
+    greedy = client.completions.create(**fields, temperature=0, extra_body=more).choices[0]
+    more |= {"use_beam_search": True}
+    beams = client.completions.create(**fields, n=4, extra_body=more).choices
+    likelihoods = [likelihood(choice) for choice in beams]
+    assert likelihoods == sorted(likelihoods, reverse=True)  # all of one length
+    assert likelihoods[0] >= likelihood(greedy) - 0.05  # another batch rounds 16 bits otherwise
+    assert len({choice.text for choice in beams}) == 4
+    stop = beams[0].text[2:5]
+    cut = client.completions.create(**fields, n=4, stop=stop, extra_body=more).choices
+    ended = [choice for choice in cut if choice.finish_reason == "stop"]
+    assert ended and not any(stop in choice.text for choice in cut)
+    server.wait_idle()

@@ -17,11 +17,9 @@ from pyserve.params import SamplingParams, shown
 
 # What sampling alone needs.
 WITHOUT_EFFECT = ("temperature", "top_p", "top_k", "min_p", "seed")
-# What changes how likely a token is, and what ends an answer that the search would go on with:
-# field -> values, beside null, that ask for nothing.
+# What changes how likely a token is: field -> values, beside null, that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
     "stream": (False,),
-    "stop": ("", []),
     "repetition_penalty": (1.0,),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),

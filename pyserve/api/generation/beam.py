@@ -22,21 +22,44 @@ from pyserve.client import EngineClient, SequenceRequest, SequenceStream, TokenL
 from pyserve.errors import QueueFullError, RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
+from pyserve.text.detokenizer import Detokenizer
+from pyserve.text.stop import StopChecker
 
 ROOM_POLL_S = 0.05  # between two attempts at a full queue
 
 
 @dataclass(frozen=True, slots=True)
-class Beam:
-    """A beginning of an answer, or a whole one: then stop_token_id is its last token.
+class BeamText:
+    """The text of a beam, looked at for stop strings.
 
-    logprobs  of each of its tokens.
+    num_passed  further tokens whose text is not looked at.
+    """
+
+    detokenizer: Detokenizer
+    checker: StopChecker
+    num_passed: int = 0
+
+    def longer(self, token_id: int) -> tuple[BeamText, bool]:
+        """The text with one token more, and whether that completes a stop string."""
+        longer = BeamText(self.detokenizer.copy(), self.checker.copy(), self.num_passed - 1)
+        text = longer.detokenizer.push([token_id])
+        return longer, self.num_passed <= 0 and longer.checker.push(text)[1] is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """A beginning of an answer, or a whole one.
+
+    logprobs       of each of its tokens.
+    stop_token_id  its last token, where that ends it.
+    text           None where there are no stop strings.
     """
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     stop_token_id: int | None = None
+    text: BeamText | None = None
 
 
 @dataclass(slots=True)
@@ -59,7 +82,8 @@ class Search:
     def advance(self, entries: Sequence[TokenLogprobs]) -> None:
         """A round: `entries` are of the token behind each live beam.
 
-        A stop token ends a beam where it is among the 2 * width most likely tokens behind it.
+        A stop token, or one that completes a stop string, ends a beam where it is among the
+        2 * width most likely tokens behind it.
         """
         candidates: list[Beam] = []
         ended = self.ended[:]
@@ -73,6 +97,9 @@ class Search:
                 is_stop = token_id in self.params.stop_token_ids
                 if is_stop and not may_stop:
                     continue
+                text, is_cut = beam.text, False
+                if text is not None and not is_stop:
+                    text, is_cut = text.longer(token_id)
                 own = entry._replace(logprob=logprob, token_rank=place)
                 own = own.best(self.params.num_logprobs or 0)
                 longer = Beam(
@@ -80,8 +107,9 @@ class Search:
                     [*beam.logprobs, own],
                     beam.cumulative_logprob + logprob,
                     token_id if is_stop else None,
+                    text,
                 )
-                (ended if is_stop else candidates).append(longer)
+                (ended if is_stop or is_cut else candidates).append(longer)
         candidates.sort(key=lambda beam: -beam.cumulative_logprob)
         self.live = candidates[: self.settings.width]
         ended.sort(key=self.score, reverse=True)
@@ -150,6 +178,10 @@ class BeamGeneration(Generation):
                 stream = SequenceStream(-1, len(prompt.token_ids))
                 self._add(job, prompt, own_params, stream)
             search = Search(job.beam, len(prompt.token_ids), params, job.n)
+            if job.ending.stop:
+                checker = StopChecker(job.ending.stop, job.ending.is_stop_kept)
+                text = BeamText(prompt.detokenizer.copy(), checker, job.ending.min_tokens)
+                search.live = [Beam(text=text)]
             self._answers.append(_Answers(prompt, search, self.choices[-job.n :]))
             await self._slices.rest()
         await self._begin_round()
@@ -241,7 +273,10 @@ class BeamGeneration(Generation):
 
 
 def _show(answers: _Answers) -> None:
-    """Put the best beams into the streams of the choices; without a beam left one stays empty."""
+    """Put the best beams into the streams of the choices; without a beam left one stays empty.
+
+    A choice finds the stop string in its text by itself.
+    """
     for choice, beam in zip_longest(answers.choices, answers.search.best()):
         if beam is None:
             choice.stream.finish("length")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,43 @@ def test_settings_of_its_end(beams: Server) -> None:
     assert shown(answer) == wanted(beams, prompt=PROMPT, ends=(*EOS, 7), min_tokens=2)
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("min_tokens", [0, 2])
+@pytest.mark.parametrize("stop", [["e"], ["o", "an", "th", "ri", "x"]])
+def test_stop_strings_end_beams(
+    beams: Server, stop: list[str], min_tokens: int, is_kept: bool
+) -> None:
+    decode = partial(beams.tokenizer.decode, skip_special_tokens=True)
+
+    def end_of(token_ids: list[int]) -> tuple[int, str] | None:
+        """Where the first stop string ends, and which it is."""
+        text, start = decode(token_ids), len(decode(token_ids[:min_tokens]))
+        ends = [(text.find(s, start) + len(s), s) for s in stop if s in text[start:]]
+        return min(ends, default=None)
+
+    fields = {"stop": stop, "min_tokens": min_tokens, "include_stop_str_in_output": is_kept}
+    settings: Any = {"width": 8, "n": 8, "max_tokens": 6, "ends": EOS, "min_tokens": min_tokens}
+    body = {**BEAM, **fields, "n": 8, "max_tokens": 6}
+    answer = beams.post(COMPLETIONS, body)
+    assert isinstance(beams.engine, LikelyEngine)
+    found = plain_beam_search(
+        beams.engine.logprobs_of, PROMPT, **settings,
+        is_cut=lambda token_ids: end_of(token_ids) is not None,
+    )  # fmt: skip
+    reasons = set()
+    for choice, (_, ids, is_end) in zip(answer["choices"], found, strict=True):
+        text, cut = decode(ids[:-1] if ids[-1] in EOS else ids), end_of(ids)
+        if cut is not None:
+            text = text[: cut[0] - (0 if is_kept else len(cut[1]))]
+        assert choice["text"] == text
+        assert choice["finish_reason"] == ("stop" if is_end else "length")
+        other = 0 if ids[-1] == 0 else None  # of the two stop tokens one is the model's main one
+        assert choice["stop_reason"] == (cut[1] if cut is not None else other)
+        reasons.add(choice["stop_reason"])
+    assert len(reasons) > 1  # some end by a stop string, and others do not
+    assert answer["usage"]["completion_tokens"] == sum(len(ids) for _, ids, _ in found)
+
+
 def test_best_of_is_the_width(beams: Server) -> None:
     answer = beams.post(COMPLETIONS, {**BEAM, "n": 2, "best_of": 10})
     assert shown(answer) == wanted(beams, prompt=PROMPT, width=10, n=2)
@@ -129,8 +167,6 @@ def test_a_length_penalty_without_a_search_is_named(server: Server) -> None:
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stream": True}, "stream"),
-    ({"stop": "a"}, "stop"),
-    ({"stop": ["a"]}, "stop"),
     ({"repetition_penalty": 1.1}, "repetition_penalty"),
     ({"presence_penalty": 0.5}, "presence_penalty"),
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
