@@ -10,7 +10,9 @@
 #include <cstddef>
 #include <utility>
 
+#include "gpu/core/device.h"
 #include "gpu/core/dtype.h"
+#include "gpu/core/pdl.cuh"
 
 namespace pyserve::gpu {
 
@@ -27,6 +29,39 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+// Whether this file's kernels have the instructions of pdl.cuh in the code that `device` runs. The
+// driver translates code of another major version from what may be older PTX, without them.
+constexpr bool is_chained_on(const Device& device) {
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch >= 900 && arch / 100 == device.major &&
+        arch <= 100 * device.major + 10 * device.minor) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// As launch, for a kernel that keeps the rules of pdl.cuh: it may start while the kernel before it
+// in the stream still runs.
+template <class... Params, class... Args>
+cudaError_t launch_chained(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
+                           cudaStream_t stream, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = is_chained_on(*device) ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
