@@ -1,0 +1,89 @@
+// Barriers in shared memory that count arrivals and bytes (sm_90): how warps with different tasks,
+// and the copies of tma.cuh, wait for each other. One is 8 bytes, addressed by its 32-bit window
+// address, and has phases 0, 1, 0, ...: a phase ends when as many have arrived as it was made for
+// and all announced bytes are there.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gpu/core/ptx.cuh"
+
+namespace pyserve::gpu {
+
+// By one thread, before any other use; then barriers_ready() and a barrier of the block.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(num_arrivals)
+               : "memory");
+}
+
+// Makes the barriers this thread has set up visible to the copy engine.
+__device__ __forceinline__ void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and announces that copies will bring `bytes` in this phase.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+
+// Whether `phase` has ended; sleeps a little before it says no.
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t has_ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(has_ended)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return has_ended != 0;
+}
+
+// Waits until `phase` has ended. A new barrier is in phase 0, so that its phase 1 counts as ended:
+// who fills a ring waits for phase 1 of each "empty" barrier first, who reads it for phase 0.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {
+#ifdef PYSERVE_BOUNDED_WAITS  // of test programs: a wait without end becomes an error
+  for (uint32_t polls = 0; !mbarrier_try_wait(barrier, phase); ++polls) {
+    if (polls == 1u << 22) __trap();
+  }
+#else
+  while (!mbarrier_try_wait(barrier, phase)) {
+  }
+#endif
+}
+
+// Barrier `id` (1 .. 15; 0 is __syncthreads) of `num_threads` threads of whole warps: waits for all.
+__device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// Counts towards `num_threads` without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// A place in a ring of kNumStages, and the phase of that stage's barrier that its user waits for.
+template <int kNumStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kNumStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+}  // namespace pyserve::gpu

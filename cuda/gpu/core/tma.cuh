@@ -1,0 +1,118 @@
+// Copies of boxes of a tensor to shared memory by the copy engine (sm_90's TMA). One thread starts a
+// copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and is
+// counted too.
+//
+// All boxes here have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh reads: the
+// 16-byte chunk c of row r lies at chunk c ^ (r % 8), where rows count from a 1024-byte boundary.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "gpu/core/dtype.h"
+#include "gpu/core/ptx.cuh"
+
+namespace pyserve::gpu {
+
+// ---- host ---------------------------------------------------------------------------------------
+
+// A tensor of 16-bit elements and the box that one copy takes of it; dimension 0 is contiguous.
+// Kernels take the encoded map as `const __grid_constant__ CUtensorMap`.
+template <int kRank>
+struct TensorBox {
+  const void* data;          // aligned to 16 bytes
+  uint64_t sizes[kRank];     // elements
+  int64_t strides[kRank];    // elements; [0] is 1, the others are multiples of 8
+  uint32_t box_sizes[kRank];  // elements, at most 256; [0] is 64
+};
+
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found once: so that nothing links against the driver.
+inline cudaError_t find_encode_tensor_map(EncodeTensorMap* function) {
+  static std::atomic<EncodeTensorMap> known{nullptr};
+  *function = known.load(std::memory_order_relaxed);
+  if (*function != nullptr) return cudaSuccess;
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                             cudaEnableDefault, &result);
+  if (error != cudaSuccess) return error;
+  if (result != cudaDriverEntryPointSuccess || found == nullptr) return cudaErrorNotSupported;
+  *function = reinterpret_cast<EncodeTensorMap>(found);
+  known.store(*function, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+// Encodes `box` for tma_load; no device work. cudaErrorInvalidValue where TMA cannot address it.
+template <int kRank>
+cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensorMap* map) {
+  EncodeTensorMap encode = nullptr;
+  if (const cudaError_t error = find_encode_tensor_map(&encode); error != cudaSuccess) return error;
+  cuuint64_t sizes[kRank], strides[kRank];
+  cuuint32_t boxes[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) {
+    sizes[i] = box.sizes[i];
+    boxes[i] = box.box_sizes[i];
+    steps[i] = 1;
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(box.strides[i]) * 2;
+  }
+  const CUresult result = encode(
+      map,
+      dtype == Dtype::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      kRank, const_cast<void*>(box.data), sizes, strides, boxes, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// ---- device -------------------------------------------------------------------------------------
+
+// Orders this thread's ordinary accesses of shared memory before what the copy engine and wgmma do
+// there after the next barrier.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Starts the copy of the box at the given element coordinates (dimension 0 first) to `destination`,
+// in shared memory and aligned to 128 bytes. `barrier` must expect its bytes.
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+                                         uint32_t barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+                                         uint32_t barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+                                         uint32_t barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// Byte offset of 16-byte chunk `chunk` (0 .. 7) of row `row` in a tile as tma_load leaves it.
+__device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,199 @@
+// Matrix products of a warpgroup (sm_90a's wgmma): four warps, the first at a multiple of four,
+// compute d[64][n] (+)= a[64][16] b[16][n] in float32 from 16-bit a and b. b lies in shared memory,
+// a there or in registers. All 128 threads execute each call, together.
+//
+// Order of calls: wgmma_fence(); products; wgmma_commit(); wgmma_wait<pending>(). Between the first
+// product and the wait nobody may touch d, or a in registers: keep_registers() on both sides of
+// them keeps the compiler from moving accesses across.
+//
+// Fragments: a thread (warp w, lane l of the group) holds of d, at d[4 * j + i] with i in 0 .. 3,
+// row 16 w + l / 4 + i / 2 * 8 and column 8 j + l % 4 * 2 + i % 2. a in registers is the fragment of
+// mma.sync m16n8k16: what pack_pair makes of d[8 k + 0, 1], [2, 3], [4, 5], [6, 7] is a of columns
+// 16 k .. 16 k + 15.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace pyserve::gpu {
+
+// ---- operands in shared memory -----------------------------------------------------------------
+// A tile is made of panels with rows of 128 bytes (64 elements) and the swizzle of tma.cuh, each
+// aligned to 1024 bytes. Which way the rows run is the operand's major dimension.
+
+constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+
+__device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t leading_bytes,
+                                                    uint32_t stride_bytes) {
+  return kSwizzle128 | static_cast<uint64_t>((address & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32;
+}
+
+// An operand whose rows run along k, as weights [n, k], activations [m, k] and keys [n, k] lie: one
+// panel is [rows of m or n][64 of k]. The next 16 of k are 32 bytes further: advance_descriptor.
+__device__ __forceinline__ uint64_t k_major_descriptor(uint32_t address) {
+  return make_descriptor(address, 16, 1024);  // the first is not read: 64 of k are one row
+}
+
+// An operand whose rows run along m or n, as values [k, n] lie: one panel is [rows of k][64 of n],
+// the next 64 of n are `panel_bytes` further, the next 16 of k 2048 bytes.
+__device__ __forceinline__ uint64_t mn_major_descriptor(uint32_t address, uint32_t panel_bytes) {
+  return make_descriptor(address, panel_bytes, 1024);
+}
+
+__device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
+}
+
+enum class Major { kK, kMN };
+
+// ---- order -------------------------------------------------------------------------------------
+
+// Before the first product of a group: orders accesses of its registers before it.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+// Waits until at most `kPending` of the newest groups are incomplete.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+
+template <class Register, int kCount>
+__device__ __forceinline__ void keep_registers(Register (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<Register, float>) {
+      asm volatile("" : "+f"(r[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(r[i])::"memory");
+    }
+  }
+}
+
+// Registers of each thread of this warpgroup from now on, a multiple of 8. The kernel needs
+// __launch_bounds__(threads, 1), and the sum over its warps must stay within what it began with.
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+#define PYSERVE_NAMES_0 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PYSERVE_NAMES_32 \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PYSERVE_NAMES_64 \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PYSERVE_NAMES_96 \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, " \
+  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+  "%124, %125, %126, %127"
+#define PYSERVE_DATA_8(d, i)                                                             \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define PYSERVE_DATA_32(d, i) \
+  PYSERVE_DATA_8(d, i), PYSERVE_DATA_8(d, i + 8), PYSERVE_DATA_8(d, i + 16), PYSERVE_DATA_8(d, i + 24)
+
+#define PYSERVE_NAMES_N64 PYSERVE_NAMES_0
+#define PYSERVE_NAMES_N128 PYSERVE_NAMES_N64 ", " PYSERVE_NAMES_32
+#define PYSERVE_NAMES_N256 PYSERVE_NAMES_N128 ", " PYSERVE_NAMES_64 ", " PYSERVE_NAMES_96
+#define PYSERVE_DATA_N64(d) PYSERVE_DATA_32(d, 0)
+#define PYSERVE_DATA_N128(d) PYSERVE_DATA_N64(d), PYSERVE_DATA_32(d, 32)
+#define PYSERVE_DATA_N256(d) PYSERVE_DATA_N128(d), PYSERVE_DATA_32(d, 64), PYSERVE_DATA_32(d, 96)
+
+// Operands after d: of SS %A, %B the descriptors, %C whether d is added; of RS %A .. %D the
+// registers of a, %E the descriptor of b, %F whether d is added; the last is b's major dimension.
+#define PYSERVE_WGMMA_SS(N, TYPE, A, B, C, D)                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #C ", 0;\n"                                 \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"             \
+               PYSERVE_NAMES_N##N "}, %" #A ", %" #B ", p, 1, 1, 0, %" #D ";\n}\n"              \
+               : PYSERVE_DATA_N##N(d)                                                           \
+               : "l"(a), "l"(b), "r"(static_cast<int>(is_added)), "n"(kMajor == Major::kMN))
+#define PYSERVE_WGMMA_RS(N, TYPE, A, B, C, D, E, F, G)                                          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #F ", 0;\n"                                 \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"             \
+               PYSERVE_NAMES_N##N "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E               \
+               ", p, 1, 1, %" #G ";\n}\n"                                                       \
+               : PYSERVE_DATA_N##N(d)                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                            \
+                 "r"(static_cast<int>(is_added)), "n"(kMajor == Major::kMN))
+#define PYSERVE_WGMMA(TYPE)                                          \
+  if constexpr (kCount == 32) {                                      \
+    PYSERVE_WGMMA_SS(64, TYPE, 32, 33, 34, 35);                      \
+  } else if constexpr (kCount == 64) {                               \
+    PYSERVE_WGMMA_SS(128, TYPE, 64, 65, 66, 67);                     \
+  } else {                                                           \
+    PYSERVE_WGMMA_SS(256, TYPE, 128, 129, 130, 131);                 \
+  }
+
+// d (+)= a b with both operands in shared memory: a runs along k, b as kMajor says; n is twice the
+// size of d: 64, 128 or 256. d is overwritten unless is_added.
+template <class T, Major kMajor, int kCount>
+__device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool is_added) {
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    PYSERVE_WGMMA("bf16")
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    PYSERVE_WGMMA("f16")
+  }
+}
+
+#undef PYSERVE_WGMMA
+#define PYSERVE_WGMMA(TYPE)                                          \
+  if constexpr (kCount == 32) {                                      \
+    PYSERVE_WGMMA_RS(64, TYPE, 32, 33, 34, 35, 36, 37, 38);          \
+  } else if constexpr (kCount == 64) {                               \
+    PYSERVE_WGMMA_RS(128, TYPE, 64, 65, 66, 67, 68, 69, 70);         \
+  } else {                                                           \
+    PYSERVE_WGMMA_RS(256, TYPE, 128, 129, 130, 131, 132, 133, 134);  \
+  }
+
+// The same with a in registers.
+template <class T, Major kMajor, int kCount>
+__device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
+                                      bool is_added) {
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    PYSERVE_WGMMA("bf16")
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    PYSERVE_WGMMA("f16")
+  }
+}
+
+#undef PYSERVE_WGMMA
+#undef PYSERVE_WGMMA_RS
+#undef PYSERVE_WGMMA_SS
+#undef PYSERVE_DATA_N256
+#undef PYSERVE_DATA_N128
+#undef PYSERVE_DATA_N64
+#undef PYSERVE_NAMES_N256
+#undef PYSERVE_NAMES_N128
+#undef PYSERVE_NAMES_N64
+#undef PYSERVE_DATA_32
+#undef PYSERVE_DATA_8
+#undef PYSERVE_NAMES_96
+#undef PYSERVE_NAMES_64
+#undef PYSERVE_NAMES_32
+#undef PYSERVE_NAMES_0
+
+}  // namespace pyserve::gpu
