@@ -151,7 +151,8 @@ def read_kernels(log: str, objects: Path) -> dict[str, Kernel]:
 
 
 def short_name(signature: str) -> str:
-    """linear_kernel<T, Tiling<1, 64> > of a demangled signature."""
+    """linear_kernel<T, Epilogue 0, Tiling<1, 64> > of a demangled signature."""
     name = signature.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = re.sub(r"\(([\w:]+)\)(\d)", r"\1 \2", name)  # an enumerator
     name = re.sub(r"\b(\w+::)+", "", re.sub(r"__half|__nv_bfloat16", "T", name))
     return name.partition("(")[0]

@@ -15,6 +15,7 @@
 namespace {
 
 using pyserve::gpu::Dtype;
+using pyserve::gpu::Epilogue;
 
 int capability, num_sms, smem_per_block, smem_per_sm, num_questions;
 std::map<const void*, std::string>& names() {  // of kernels, by their host functions
@@ -39,7 +40,10 @@ void launch_linears() {
       p.out_stride = p.n = 6144;
       p.m = m;
       p.dtype = dtype;
-      require(launch_linear(p, nullptr), "linear", m, 0);
+      for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
+        p.epilogue = epilogue;
+        require(launch_linear(p, nullptr), "linear", m, 0);
+      }
     }
   }
 }

@@ -31,13 +31,11 @@ struct RowTile {
   static constexpr bool kIsPaired = kEpilogue == Epilogue::kSiluMul;
   static constexpr int kColumns = kIsPaired ? kRows / 2 : kRows;  // of out
 
-  // The row of weight at place `row` of the tile, and whether there is one.
+  // The row of weight at place `row` of the tile, -1 where there is none.
   static __device__ __forceinline__ int64_t weight_row(int64_t column, int row, int64_t n) {
-    if constexpr (kIsPaired) return column + row % kColumns + (row < kColumns ? 0 : n);
-    return column + row;
-  }
-  static __device__ __forceinline__ bool is_valid(int64_t column, int row, int64_t n) {
-    return column + row % kColumns < n;
+    const int64_t result = column + row % kColumns;
+    if (result >= n) return -1;
+    return row < kColumns ? result : n + result;
   }
 };
 

@@ -9,8 +9,9 @@
 // lane t of a quad takes 8 neighbours of k, 16 bytes, as its fragments of two products, without
 // ldmatrix.
 // The warps' sums meet in shared memory and are added in the order of the warps.
+// With a gate and an up half of the 16 rows are of each, so that a CTA has both sums of a result.
 //
-// Numerics: float32 sums, then the bias, then one rounding. The columns of an mma are independent
+// Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The columns of an mma are independent
 // and the tiling depends on n, k and the device alone, so that what else is in a batch never changes
 // a row's result. More than 8 rows take a pass over the weight for every 8.
 // Floor: n * k * 2 bytes. Rows that are not 16-byte aligned take a plain kernel, one warp a result.
@@ -23,6 +24,7 @@
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
+#include "gpu/linear/epilogue.cuh"
 
 namespace pyserve::gpu {
 namespace {
@@ -56,18 +58,19 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return row * Tile::kRowBytes + ((chunk ^ ((row & 1) << 2)) * 16);
 }
 
-// Copies columns [k0, k0 + kDepth) of rows [row, row + kCount) of a matrix, zeros outside of it.
-template <class Tile, int kCount>
+// Copies columns [k0, k0 + kDepth) of kCount rows of a matrix, zeros beyond k and for a row that is
+// not there: row_of gives the row for each place, negative for none.
+template <class Tile, int kCount, class RowOf>
 __device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* matrix, int64_t stride,
-                                          int64_t row, int64_t num_rows, int64_t k0, int64_t k) {
+                                          int64_t k0, int64_t k, RowOf row_of) {
   constexpr int kPieces = kCount * Tile::kChunks;
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int piece = 0; piece < kPieces; piece += kWarpSize) {
     const int r = (piece + lane) / Tile::kChunks, chunk = (piece + lane) % Tile::kChunks;
-    const int64_t column = k0 + chunk * kVec;
-    const bool valid = row + r < num_rows && column < k;
-    const uint16_t* source = valid ? matrix + (row + r) * stride + column : matrix;
+    const int64_t row = row_of(r), column = k0 + chunk * kVec;
+    const bool valid = row >= 0 && column < k;
+    const uint16_t* source = valid ? matrix + row * stride + column : matrix;
     if (piece + kWarpSize <= kPieces || piece + lane < kPieces) {
       cp_async_16(to + chunk_offset<Tile>(r, chunk), source, valid);
     }
@@ -121,8 +124,9 @@ __device__ __forceinline__ void put_sums(float* to, int num_tokens,
 }
 
 // m <= kTokens, k > 0, x and weight aligned.
-template <class T, class Tile>
+template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) {
+  using Rows = RowTile<kEpilogue, Tile::kRows>;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   const int warp = threadIdx.x / kWarpSize;
   const int num_tokens = static_cast<int>(p.m);
@@ -131,22 +135,25 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
       reinterpret_cast<float*>(dynamic_smem + Tile::kWarps * Tile::kStages * Tile::kStageBytes);
   const auto* x = static_cast<const uint16_t*>(p.x);
   const auto* weight = static_cast<const uint16_t*>(p.weight);
-  const int64_t first_row = int64_t{blockIdx.x} * Tile::kRows;
-  const int64_t row_step = int64_t{gridDim.x} * Tile::kRows;
+  const int64_t first_column = int64_t{blockIdx.x} * Rows::kColumns;  // of out
+  const int64_t column_step = int64_t{gridDim.x} * Rows::kColumns;
   constexpr int64_t kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
 
-  int64_t fetch_row = first_row, fetch_k = 0;
+  int64_t fetch_column = first_column, fetch_k = 0;
   auto fetch = [&](int stage) {  // the next piece of the CTA's work, if there is one
-    if (fetch_row < p.n) {
+    if (fetch_column < p.n) {
       const uint32_t to = smem_address(ring) + stage * Tile::kStageBytes;
       const int64_t k0 = fetch_k + warp * Tile::kDepth;
-      copy_rows<Tile, Tile::kRows>(to, weight, p.weight_stride, fetch_row, p.n, k0, p.k);
-      copy_rows<Tile, Tile::kTokens>(to + Tile::kRows * Tile::kRowBytes, x, p.x_stride, 0, p.m, k0,
-                                     p.k);
+      copy_rows<Tile, Tile::kRows>(to, weight, p.weight_stride, k0, p.k, [&](int r) {
+        return Rows::weight_row(fetch_column, r, p.n);
+      });
+      copy_rows<Tile, Tile::kTokens>(
+          to + Tile::kRows * Tile::kRowBytes, x, p.x_stride, k0, p.k,
+          [&](int r) { return r < num_tokens ? int64_t{r} : -1; });
       fetch_k += kStepDepth;
       if (fetch_k >= p.k) {
         fetch_k = 0;
-        fetch_row += row_step;
+        fetch_column += column_step;
       }
     }
     cp_async_commit();
@@ -154,7 +161,7 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(stage);
 
   int stage = 0, buffer = 0;
-  for (int64_t row0 = first_row; row0 < p.n; row0 += row_step) {
+  for (int64_t column0 = first_column; column0 < p.n; column0 += column_step) {
     float sums[Tile::kRowTiles][4] = {};
     for (int64_t k0 = 0; k0 < p.k; k0 += kStepDepth) {
       cp_async_wait<Tile::kStages - 2>();
@@ -163,22 +170,32 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, num_tokens, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    const int token = threadIdx.x / Tile::kRows, row = threadIdx.x % Tile::kRows;
-    const bool finishes = token < num_tokens && row0 + row < p.n;
-    float bias = 0.0f;
-    if (finishes && p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[row0 + row]);
+    const int token = threadIdx.x / Rows::kColumns, row = threadIdx.x % Rows::kColumns;
+    const int64_t column = column0 + row;
+    const bool finishes = token < num_tokens && column < p.n;
+    T* target = static_cast<T*>(p.out) + token * p.out_stride + column;
+    float bias = 0.0f, other = 0.0f;  // read here, so that they come while the warps wait
+    if (finishes && p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[column]);
+    if (finishes && kEpilogue == Epilogue::kAdd) other = to_float(*target);
+    if (finishes && Rows::kIsPaired && p.bias != nullptr) {
+      other = to_float(static_cast<const T*>(p.bias)[p.n + column]);
+    }
     // With two buffers one barrier a group is enough: the next group's comes before this buffer is
     // written again.
     float* group_sums = all_sums + buffer * Tile::kSumFloats;
     put_sums<Tile>(group_sums + warp * Tile::kTokens * Tile::kSumStride, num_tokens, sums);
     __syncthreads();
     if (finishes) {
-      float sum = 0.0f;
+      auto sum_of = [&](int place) {
+        float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < Tile::kWarps; ++w) {
-        sum += group_sums[(w * Tile::kTokens + token) * Tile::kSumStride + row];
-      }
-      static_cast<T*>(p.out)[token * p.out_stride + row0 + row] = from_float<T>(sum + bias);
+        for (int w = 0; w < Tile::kWarps; ++w) {
+          sum += group_sums[(w * Tile::kTokens + token) * Tile::kSumStride + place];
+        }
+        return sum;
+      };
+      if (Rows::kIsPaired) other += sum_of(row + Rows::kColumns);
+      *target = from_float<T>(finish<kEpilogue>(sum_of(row) + bias, other));
     }
     buffer ^= 1;
   }
@@ -186,54 +203,63 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
 }
 
 // One warp a result; any alignment and any k.
-template <class T>
+template <class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t index = int64_t{blockIdx.x} * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
   if (index >= p.m * p.n) return;
-  const int64_t token = index % p.m, row = index / p.m;
+  const int64_t token = index % p.m, column = index / p.m;
   const T* x = static_cast<const T*>(p.x) + token * p.x_stride;
-  const T* weight = static_cast<const T*>(p.weight) + row * p.weight_stride;
-  float sum = 0.0f;
-  for (int64_t i = lane; i < p.k; i += kWarpSize) {
-    sum = fmaf(to_float(x[i]), to_float(weight[i]), sum);
-  }
-  sum = lane_sum(sum);
-  if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[row]);
-  if (lane == 0) static_cast<T*>(p.out)[token * p.out_stride + row] = from_float<T>(sum);
+  auto sum_of = [&](int64_t row) {
+    const T* weight = static_cast<const T*>(p.weight) + row * p.weight_stride;
+    float sum = 0.0f;
+    for (int64_t i = lane; i < p.k; i += kWarpSize) {
+      sum = fmaf(to_float(x[i]), to_float(weight[i]), sum);
+    }
+    sum = lane_sum(sum);
+    return p.bias == nullptr ? sum : sum + to_float(static_cast<const T*>(p.bias)[row]);
+  };
+  const float sum = sum_of(column);
+  float other = 0.0f;
+  if constexpr (kEpilogue == Epilogue::kSiluMul) other = sum_of(p.n + column);
+  T* target = static_cast<T*>(p.out) + token * p.out_stride + column;
+  if (lane != 0) return;
+  if constexpr (kEpilogue == Epilogue::kAdd) other = to_float(*target);
+  *target = from_float<T>(finish<kEpilogue>(sum, other));
 }
 
 // Launches for p.m <= kTokens; `ctas_per_sm` CTAs are meant to be on an SM at once.
-template <class T, class Tile>
+template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_tiled(const LinearParams& p, int num_sms, int ctas_per_sm, cudaStream_t stream) {
-  constexpr auto kKernel = linear_kernel<T, Tile>;
+  constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
-  const int64_t num_groups = (p.n + Tile::kRows - 1) / Tile::kRows;
+  constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
+  const int64_t num_groups = (p.n + kColumns - 1) / kColumns;
   const auto grid = static_cast<unsigned>(std::min<int64_t>(num_groups, num_sms * ctas_per_sm));
   return launch(kKernel, grid, Tile::kThreads, Tile::kSmem, stream, p);
 }
 
-template <class T, int kTokens>
+template <class T, Epilogue kEpilogue, int kTokens>
 cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStream_t stream) {
   using Deep = Tiling<1, 128, 8, 4, kTokens>;
   using Small = Tiling<1, 64, 8, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
   static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
   // One tiling for all m of a device.
   if (device.smem_per_block >= Tiling<1, 128, 8, 4, 8>::kSmem) {
-    return launch_tiled<T, Deep>(p, device.num_sms, 1, stream);
+    return launch_tiled<T, kEpilogue, Deep>(p, device.num_sms, 1, stream);
   }
-  return launch_tiled<T, Small>(p, device.num_sms, 1, stream);
+  return launch_tiled<T, kEpilogue, Small>(p, device.num_sms, 1, stream);
 }
 
 constexpr int64_t kMaxTokens = 8;
 
-template <class T>
-cudaError_t launch_linear_as(const LinearParams& params, cudaStream_t stream) {
+template <class T, Epilogue kEpilogue>
+cudaError_t launch_few_rows_as(const LinearParams& params, cudaStream_t stream) {
   if (params.k == 0 || params.k % kVec != 0 || !is_vec_aligned(params.x, params.x_stride) ||
       !is_vec_aligned(params.weight, params.weight_stride)) {
     const int64_t num_ctas = (params.m * params.n + 7) / 8;
-    return launch(linear_plain_kernel<T>, static_cast<unsigned>(num_ctas), 256, 0, stream, params);
+    return launch(linear_plain_kernel<T, kEpilogue>, static_cast<unsigned>(num_ctas), 256, 0, stream, params);
   }
   const Device* device = nullptr;
   cudaError_t error = current_device(&device);
@@ -242,19 +268,21 @@ cudaError_t launch_linear_as(const LinearParams& params, cudaStream_t stream) {
     p.x = static_cast<const T*>(params.x) + token * params.x_stride;
     p.out = static_cast<T*>(params.out) + token * params.out_stride;
     p.m = std::min(params.m - token, kMaxTokens);
-    error = p.m == 1   ? launch_tokens<T, 1>(p, *device, stream)
-            : p.m <= 4 ? launch_tokens<T, 4>(p, *device, stream)
-                       : launch_tokens<T, 8>(p, *device, stream);
+    error = p.m == 1   ? launch_tokens<T, kEpilogue, 1>(p, *device, stream)
+            : p.m <= 4 ? launch_tokens<T, kEpilogue, 4>(p, *device, stream)
+                       : launch_tokens<T, kEpilogue, 8>(p, *device, stream);
   }
   return error;
 }
 
 }  // namespace
 
-cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
-  if (params.m == 0 || params.n == 0) return cudaSuccess;
-  return dispatch_half(params.dtype,
-                       [&]<class T>(T) { return launch_linear_as<T>(params, stream); });
+cudaError_t launch_few_rows(const LinearParams& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&]<class T>(T) {
+    return dispatch_epilogue(params.epilogue, [&](auto epilogue) {
+      return launch_few_rows_as<T, decltype(epilogue)::value>(params, stream);
+    });
+  });
 }
 
 }  // namespace pyserve::gpu

@@ -32,6 +32,11 @@ struct LinearParams {
   int64_t weight_rows() const { return epilogue == Epilogue::kSiluMul ? 2 * n : n; }
 };
 
+// By the kernel that dispatch.h chooses. Any shape, alignment and number of rows; out overlaps none
+// of the inputs.
 cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream);
+
+// linear.cu; m and n are not 0. Any alignment, made for m <= 8.
+cudaError_t launch_few_rows(const LinearParams& params, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

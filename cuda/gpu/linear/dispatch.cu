@@ -1,0 +1,75 @@
+// The table of linear's kernels, and the call of the one that it names.
+#include "gpu/linear/dispatch.h"
+
+#include <cstdint>
+
+namespace pyserve::gpu {
+namespace {
+
+constexpr int kAnyCard = 1000;
+
+// A kernel is taken for cards of compute capability [first_card, last_card], 10 x major + minor, and
+// for these shapes, where it is faster than cuBLAS and than the kernels below it.
+struct Choice {
+  LinearKernel kernel;
+  int first_card, last_card;
+  int64_t first_m, last_m;
+  int64_t first_n, first_k;  // at least
+};
+
+// From the first row that fits. The figures are bench.gpu_ops'.
+constexpr Choice kChoices[] = {
+    // On an H200, us, own / cuBLAS at 1 row: 14.0 / 15.5 for [6144, 4096], 10.1 / 12.6 for
+    // [4096, 4096], 56.2 / 56.7 for [28672, 4096], 29.1 / 31.1 for [4096, 14336]; at 8 rows
+    // 14.2 / 15.7, 10.2 / 12.4, 57.8 / 57.2, 29.7 / 31.6.
+    {LinearKernel::kFewRows, 80, kAnyCard, 1, 8, 0, 0},
+};
+
+bool fits(const Choice& choice, const LinearParams& p, int card) {
+  return card >= choice.first_card && card <= choice.last_card && p.m >= choice.first_m &&
+         p.m <= choice.last_m && p.n >= choice.first_n && p.k >= choice.first_k;
+}
+
+// Whether the kernel can: what it asks of alignment and of tails.
+bool can_serve(LinearKernel kernel, const LinearParams& p) {
+  switch (kernel) {
+    case LinearKernel::kNone:
+      return false;
+    case LinearKernel::kFewRows:
+      return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+LinearKernel choose_linear(const LinearParams& params, const Device& device) {
+  for (const Choice& choice : kChoices) {
+    if (fits(choice, params, 10 * device.major + device.minor) &&
+        can_serve(choice.kernel, params)) {
+      return choice.kernel;
+    }
+  }
+  return LinearKernel::kNone;
+}
+
+cudaError_t serves_linear(const LinearParams& params, bool* serves) {
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  *serves = choose_linear(params, *device) != LinearKernel::kNone;
+  return cudaSuccess;
+}
+
+cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
+  if (params.m == 0 || params.n == 0) return cudaSuccess;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  switch (choose_linear(params, *device)) {
+    case LinearKernel::kNone:  // not the fastest, but right
+    case LinearKernel::kFewRows:
+      return launch_few_rows(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace pyserve::gpu
