@@ -43,7 +43,9 @@ from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.reasoning import Opening
 from pyserve.text.template_limits import MAX_RENDER_S
 from pyserve.text.template_probe import REASONING
-from pyserve.text.tool_parsers.registry import ToolFormat
+from pyserve.text.told_tools import in_words
+from pyserve.text.tool_parsers.json_formats import Written
+from pyserve.text.tool_parsers.registry import JSON_FORMAT, ToolFormat
 
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
@@ -104,12 +106,11 @@ async def read_conversation(
         template = loaded.chat_template
         if source is not None:
             template = _compile(template, source)
-        ignored = _check_template(template, tools)
         unused = template.unused({**effort, **kwargs}, has_tools=bool(tools.shown))
         used_effort = {n: effort[n] for n in effort if n not in kwargs and n not in unused}
         used = {**defaults, **used_effort, **kwargs}
-        token_ids = _encode(loaded, template, body, messages, tools.shown, used, cut, time_limit_s)
-        ignored += [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
+        token_ids = _encode(loaded, template, body, messages, tools, used, cut, time_limit_s)
+        ignored = [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
         if effort and not used_effort:
             ignored.append("reasoning_effort")
         if cut is None and body.truncation_side is not None:
@@ -144,18 +145,22 @@ def _encode(
     template: ChatTemplate,
     body: ChatRequest | TokenizeRequest,
     messages: list[Message],
-    tools: list[dict[str, Any]],
+    tools: ToolUse,
     variables: Mapping[str, Any],
     cut: prompts.Truncation | None,
     time_limit_s: float,
 ) -> list[int]:
     plain = [_plain(message, f"messages[{i}]", loaded.tools) for i, message in enumerate(messages)]
+    written = _told_form(template, tools, loaded.tools)
+    if written is not None:
+        has_system = template.shows_system(has_tools=True)
+        plain = in_words(plain, tools.shown, written, has_system=has_system)
     continues = bool(body.continue_final_message)
     add_generation_prompt = body.add_generation_prompt
     try:
         text = template.render(
             plain,
-            tools,
+            tools.shown,
             add_generation_prompt=(
                 not continues if add_generation_prompt is None else add_generation_prompt
             ),
@@ -236,17 +241,22 @@ def _not_shown(template: ChatTemplate, messages: list[Message], tools: ToolUse) 
     return names + _unshown_reasoning(template, messages, has_tools=has_tools)
 
 
-def _check_template(template: ChatTemplate, tools: ToolUse) -> list[str]:
-    """The names of fields that the template does not show. Raises where a model would need them."""
+def _told_form(template: ChatTemplate, tools: ToolUse, format: ToolFormat | None) -> Written | None:
+    """How calls are written, where the template does not show tools; None: it does, or need not.
+
+    format  the server's, in which it finds calls.
+    """
     if not tools.shown or not template.unused(["tools"], has_tools=True):
-        return []
-    if tools.mode == "auto":
+        return None
+    format = format or JSON_FORMAT
+    written = (format if tools.mode == "auto" else format.held()).written
+    if written is None:
         raise InvalidRequestError(
-            "the chat template does not show tools, so that the model would not know of them: "
-            "--chat-template gives another, and tool_choice none leaves them out",
+            f"the chat template does not show tools, and --tool-call-parser {format.name} has no "
+            "form that the model could be told in words: --chat-template gives another template",
             "tools",
         )
-    return ["tools"]
+    return written
 
 
 def _effort_kwargs(effort: str | None) -> dict[str, Any]:

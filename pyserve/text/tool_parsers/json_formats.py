@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,6 +46,12 @@ class Written:
     around: tuple[str, str] = ("", "")
     between: str = ""
     trigger: str = ""
+
+    def text(self, calls: Sequence[tuple[str, str]]) -> str:
+        """What is written for calls: pairs of a name and its arguments as JSON."""
+        begin, end = self.call
+        written = [begin.replace(NAME, name) + arguments + end for name, arguments in calls]
+        return self.around[0] + self.between.join(written) + self.around[1]
 
 
 @dataclass(frozen=True, slots=True)

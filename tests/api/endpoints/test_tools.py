@@ -313,14 +313,30 @@ def test_what_asks_for_nothing_is_named(server: Server, fields: dict[str, Any], 
     assert headers.get("x-pyserve-ignored", "") == named
 
 
-def test_a_template_without_tools_is_told_of(tmp_path: Path) -> None:
+def test_a_model_whose_template_shows_no_tools_is_told_of_them(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "tiny", TEMPLATE)
     with run_server(folder, enable_auto_tool_choice=True, tool_call_parser="hermes") as server:
-        server.play("Hello")
+        server.play(CALL)
+        text, ignored = prompt(server)
+        assert ignored == "" and text.startswith("<|im_start|>system\nYou can call these functions")
+        assert json.dumps(WEATHER["function"]) in text and '"name": "now"' in text
+        assert '<tool_call>\n{"name": "FUNCTION", "arguments": {' in text
+        assert text.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+        ((content, (call,), reason),) = plain(wholly(server))
+        assert (content, reason) == ("", "tool_calls") and call[0] == "get_weather"
+        assert "You can call" not in prompt(server, tools=None)[0]
+        assert "You can call" not in prompt(server, tool_choice="none")[0]
+        forced, ignored = prompt(server, tool_choice="required")
+        assert (forced, ignored) == (text, "")
+
+
+def test_a_form_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "tiny", TEMPLATE)
+    with run_server(folder, enable_auto_tool_choice=True, tool_call_parser="pythonic") as server:
         error = server.error(CHAT, ask())
-        assert error["param"] == "tools" and "does not show tools" in error["message"]
-        assert plain(wholly(server, tools=None)) == [("Hello", [], "stop")]
-        assert plain(wholly(server, tool_choice="none")) == [("Hello", [], "stop")]
+        assert error["param"] == "tools" and "pythonic has no form" in error["message"]
+        server.play("[]")
+        assert '[{"name": "FUNCTION"' in prompt(server, tool_choice="required")[0]
 
 
 def test_a_server_without_a_parser_says_what_it_needs(tmp_path: Path) -> None:

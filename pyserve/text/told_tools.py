@@ -1,0 +1,96 @@
+"""Tools for a model whose chat template shows none: told in words, calls and results as text.
+
+Many templates are older than tools, that of Mistral-7B-Instruct-v0.2 for one. The model is told of
+the functions, and of the form that the server finds calls in, where it would be told of its task.
+Whether it follows is up to the model; a grammar can hold it to the form (tool_parsers/tags.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pyserve.text.tool_parsers.json_formats import Written
+
+Message = dict[str, Any]
+Content = str | list[Any] | None
+
+FUNCTIONS = "You can call these functions:"
+FORM = "To call one, write only this, with its name and arguments:"
+WHEN = "Else answer in words."
+
+
+def in_words(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    written: Written,
+    *,
+    has_system: bool,
+) -> list[Message]:
+    """The messages, not changed themselves, with all that a template without tools leaves out.
+
+    messages    as a chat template gets them.
+    tools       the same; at least one.
+    written     how calls are written.
+    has_system  the template shows a message of the role system.
+    """
+    told = _without_calls(messages, written)
+    functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
+    example = written.text([("FUNCTION", '{"PARAMETER": "VALUE"}')])
+    text = "\n".join([FUNCTIONS, *functions, FORM, example, WHEN])
+    at = next((i for i, message in enumerate(told) if message["role"] == "user"), 0)
+    if told and told[0]["role"] in ("system", "developer"):
+        told[0] = {**told[0], "content": _joined(told[0]["content"], text)}
+    elif has_system or not told or told[at]["role"] != "user":
+        told.insert(0, {"role": "system" if has_system else "user", "content": text})
+    else:
+        told[at] = {**told[at], "content": _joined(text, told[at]["content"])}
+    return told
+
+
+def _without_calls(messages: Sequence[Message], written: Written) -> list[Message]:
+    """Calls as the text that the model wrote, results as what a user says.
+
+    Templates that want users and assistants to take turns get them so: results of several calls are
+    one message, together with what the user says behind them.
+    """
+    told: list[Message] = []
+    names: dict[str, str] = {}  # of functions, by the ids of their calls
+    is_result = False
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        names |= {call.get("id", ""): call["function"]["name"] for call in calls}
+        was_result, is_result = is_result, message["role"] == "tool"
+        if calls:
+            text = written.text([_name_and_arguments(call["function"]) for call in calls])
+            kept = {name: value for name, value in message.items() if name != "tool_calls"}
+            message = {**kept, "content": _joined(message["content"], text)}
+        elif is_result:
+            name = names.get(message.get("tool_call_id", ""), message.get("name", ""))
+            head = f"Result of {name}:" if name else "Result:"
+            message = {"role": "user", "content": _joined(head, message["content"], "\n")}
+        if was_result and message["role"] == "user":
+            before = told.pop()["content"]
+            message = {**message, "content": _joined(before, message["content"])}
+        told.append(message)
+    return told
+
+
+def _name_and_arguments(function: Mapping[str, Any]) -> tuple[str, str]:
+    given = function.get("arguments") or {}
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return function["name"], text
+
+
+def _joined(first: Content, second: Content, between: str = "\n\n") -> Content:
+    """Two contents as one; parts stay parts."""
+    if not first or not second:
+        return first or second
+    if isinstance(first, str) and isinstance(second, str):
+        return first + between + second
+    return [*_parts(first), *_parts(second)]
+
+
+def _parts(content: str | list[Any]) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
