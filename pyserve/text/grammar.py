@@ -20,11 +20,27 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pyserve.allocator import give_back, used_bytes
-from pyserve.errors import InvalidRequestError, RequestError, UnavailableError, release_frames
+from pyserve.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    RequestError,
+    UnavailableError,
+    release_frames,
+)
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
-from pyserve.text.grammar_matcher import MAX_MASK_S, TOO_SLOW, Matcher, Shared, shortened
+from pyserve.text.grammar_matcher import (
+    MAX_ALL_BYTES,
+    MAX_MASK_S,
+    MAX_TOKEN_S,
+    TOO_SLOW,
+    Matcher,
+    Shared,
+    is_memory_full,
+    measure_all,
+    shortened,
+)
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 from pyserve.text.grammar_schema import engine_schema, offending_pointer
 from pyserve.text.grammar_tags import tags_to_lark
@@ -39,11 +55,13 @@ LONG_S = 0.01  # a compile of more work has built what is worth to give back
 MAX_LATE = 2  # compiles that went on after their time
 STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
 MAX_CACHED = 64  # grammars
-MAX_CACHED_BYTES = 2**26  # estimated
-MIN_BYTES = 2**19  # of a compiled grammar, and more for each character of its text
+MAX_CACHED_BYTES = 2**25  # estimated, with the states that answers have added
+MAX_BYTES = MAX_ALL_BYTES // 4  # of one grammar
+MIN_BYTES = 2**18  # of a compiled grammar, and more for each character of its text
 BYTES_PER_CHAR = 128
+BYTES_PER_S = 1.2e9  # of work to compile one, at most: 240 to 650 MB have been measured
 TRIAL_TOKENS = 8
-MAX_STEP_MASKS_S = 0.3  # of the answers to one request, together
+MAX_STEP_S = 0.1  # of work in a step, of the answers to one request together
 MAX_LEXER_STATES = 20_000  # a kilobyte or two each, of one sequence
 MAX_GRAMMAR_SIZE = 200_000  # symbols
 MAX_STEP_FUEL = 50_000  # of the lexer, for one mask: a blow-up ends within 20 ms, not 400
@@ -97,23 +115,28 @@ class Tags(Spec, frozen=True, tag=True):
 class Compiled:
     """A grammar; `constraint` makes one for each sequence, and takes microseconds.
 
-    num_bytes     estimated, or measured where that is more.
     is_exhausted  an answer has found that what all of them share is full.
 
-    compile_s, mask_s  what it took to compile it, and one mask in its trial.
+    num_bytes           of what its compile has left, estimated.
+    compile_s, token_s  what it took to compile it, and takes to go on by one token.
     """
 
     def __init__(
         self, vocabulary: Vocabulary, text: str, matcher: LLMatcher, *, num_bytes: int,
-        compile_s: float, mask_s: float,
+        compile_s: float, token_s: float,
     ) -> None:  # fmt: skip
         self.vocabulary = vocabulary
-        self.num_bytes = max(MIN_BYTES + BYTES_PER_CHAR * len(text), num_bytes)
         self.is_exhausted = False
         self._text = text
-        self._shared = Shared(matcher)
+        self._num_bytes = num_bytes
+        self._shared = Shared(matcher, num_bytes)
         self._compile_s = compile_s
-        self._mask_s = mask_s
+        self._token_s = token_s
+
+    @property
+    def num_bytes(self) -> int:
+        """Estimated, with the states that answers have added."""
+        return self._shared.num_bytes
 
     @property
     def is_stale(self) -> bool:
@@ -122,31 +145,30 @@ class Compiled:
         return self.is_exhausted or is_dropped
 
     def check_pace(self, param: str, *, n: int = 1) -> None:
-        """Raise InvalidRequestError where the masks of n answers would keep all others waiting."""
+        """Raise InvalidRequestError where n answers at once would keep all others waiting."""
         if self._shared.is_too_slow:
             raise InvalidRequestError(f"{param}: {TOO_SLOW}", param)
-        if n > 1 and n * self._mask_s > MAX_STEP_MASKS_S:
+        if n > 1 and n * self._token_s > MAX_STEP_S:
             raise InvalidRequestError(
                 f"{param} is too complex for {n} answers at once: to find the tokens that may come "
-                f"next takes {1e3 * self._mask_s:.1f} ms for each, the limit is "
-                f"{1e3 * MAX_STEP_MASKS_S:.0f} ms for all",
+                f"next takes {1e3 * self._token_s:.1f} ms for each, the limit is "
+                f"{1e3 * MAX_STEP_S:.0f} ms for all",
                 "n",
             )
 
     def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
         """For one sequence, whose thinking is free if there is any; None: there is none."""
-        shared = self._shared.matcher
-        if shared is None:
+        if self._shared.matcher is None:
             raise InvalidRequestError("an answer to the same grammar has failed: it is too complex")
-        matcher = Matcher(shared.deep_copy(), self._renew, self._shared)
-        return GrammarConstraint(self.vocabulary, matcher, free_until)
+        return GrammarConstraint(self.vocabulary, Matcher(self._renew, self._shared), free_until)
 
-    def _renew(self) -> LLMatcher | None:
+    def _renew(self) -> Shared | None:
         self.is_exhausted = True
         if self._compile_s > MAX_RENEWAL_S:  # a step of all sequences waits for it
             return None
         table = self.vocabulary.table()
-        return _runner.run(lambda: _matcher_of(table, self._text), "the grammar")
+        matcher = _runner.run(lambda: _matcher_of(table, self._text), "the grammar")
+        return Shared(matcher, self._num_bytes)
 
 
 class GrammarCache:
@@ -155,7 +177,6 @@ class GrammarCache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._grammars: OrderedDict[bytes, Compiled] = OrderedDict()
-        self._num_bytes = 0
 
     def get(self, key: bytes) -> Compiled | None:
         with self._lock:
@@ -163,18 +184,24 @@ class GrammarCache:
             if found is None or found.is_stale:
                 return None
             self._grammars.move_to_end(key)
+            self._shrink()  # answers have added states since
             return found
 
     def put(self, key: bytes, compiled: Compiled) -> None:
         with self._lock:
-            if compiled.num_bytes > MAX_CACHED_BYTES // 4:
-                return
-            before = self._grammars.pop(key, None)
-            self._num_bytes -= before.num_bytes if before is not None else 0
             self._grammars[key] = compiled
-            self._num_bytes += compiled.num_bytes
-            while len(self._grammars) > MAX_CACHED or self._num_bytes > MAX_CACHED_BYTES:
-                self._num_bytes -= self._grammars.popitem(last=False)[1].num_bytes
+            self._grammars.move_to_end(key)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Let go of what is too large by now, then of what was used longest ago."""
+        sizes = {key: compiled.num_bytes for key, compiled in self._grammars.items()}
+        for key, size in sizes.items():
+            if size > MAX_CACHED_BYTES // 4:
+                del self._grammars[key]
+        num_bytes = sum(map(sizes.__getitem__, self._grammars))
+        while len(self._grammars) > MAX_CACHED or num_bytes > MAX_CACHED_BYTES:
+            num_bytes -= sizes[self._grammars.popitem(last=False)[0]]
 
 
 class Grammars:
@@ -211,12 +238,19 @@ def compile_grammar(
     """What a spec allows; called on a worker thread, as it may take seconds.
 
     Raises InvalidRequestError for spec.param where it cannot be enforced, allows nothing or takes
-    too long, and UnavailableError while earlier ones that took too long still run.
+    too long, UnavailableError while earlier ones that took too long still run, and QueueFullError
+    while those of other requests take all of the memory for them.
     """
     key = spec_key(spec)
     found = cache.get(key) if cache is not None else None
     if found is not None:
         return found
+    measure_all()
+    if is_memory_full():
+        raise QueueFullError(
+            f"the grammars of the requests that run take more than {MAX_ALL_BYTES // 2**20} MB, "
+            "try again in 1 s"
+        )
     compiled = _runner.run(lambda: _compile(spec, vocabulary), spec.param)
     if cache is not None:
         cache.put(key, compiled)
@@ -261,7 +295,8 @@ def _size(values: list[Any]) -> int:
 def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
     table = vocabulary.table()
     text = _source(spec, vocabulary)
-    begun_s, num_bytes_before = time.monotonic(), used_bytes()
+    num_bytes_before, worked_before_s = used_bytes(), time.thread_time()
+    begun_s = time.monotonic()
     matcher = _matcher_of(table, text)
     compile_s = time.monotonic() - begun_s
     if matcher.is_error():
@@ -270,11 +305,19 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
         raise InvalidRequestError(
             f"{spec.param}{where} cannot be enforced: {shortened(reason)}", spec.param
         )
-    mask_s = _try_out(matcher.deep_copy(), vocabulary, spec.param)
-    # What others allocate meanwhile counts too: then it is not kept, and compiled again.
-    num_bytes = used_bytes() - num_bytes_before
+    token_s = _try_out(matcher, vocabulary, spec.param)
+    # Others allocate meanwhile, too, and not all work makes states: the lower of two upper bounds.
+    most = int(BYTES_PER_S * (time.thread_time() - worked_before_s))
+    num_bytes = min(used_bytes() - num_bytes_before, most)
+    num_bytes = max(MIN_BYTES + BYTES_PER_CHAR * len(text), num_bytes)
+    if num_bytes > MAX_BYTES:
+        raise InvalidRequestError(
+            f"{spec.param} is too complex: compiled, it takes {num_bytes // 2**20} MB, the limit "
+            f"is {MAX_BYTES // 2**20}",
+            spec.param,
+        )
     return Compiled(
-        vocabulary, text, matcher, num_bytes=num_bytes, compile_s=compile_s, mask_s=mask_s
+        vocabulary, text, matcher, num_bytes=num_bytes, compile_s=compile_s, token_s=token_s
     )
 
 
@@ -293,30 +336,42 @@ def _place_of(spec: JsonSchema, reason: str, table: LLTokenizer) -> str:
 
 def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> float:
     """Go a few tokens into the grammar: one that allows nothing, blows up at once, or takes so long
-    for a mask that all answers of a step wait for it, is refused here and not in the middle of one.
-    Returns the seconds of work that the masks behind the first have taken, on average.
+    for a token that all answers of a step wait for it, is refused here and not in the middle of an
+    answer. Returns the seconds of work for a mask and its token, on average, once their states are
+    there.
     """
     rng = random.Random(0)
-    masks_s: list[float] = []
+    first = matcher.deep_copy()
+    token_ids: list[int] = []
     for _ in range(TRIAL_TOKENS):
-        if matcher.is_stopped() and not matcher.is_error():
+        if first.is_stopped() and not first.is_error():
             break
         began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
-        mask = int.from_bytes(matcher.compute_bitmask(), "little")
-        took_s = time.thread_time() - began_s
-        masks_s.append(took_s)
-        if took_s > MAX_MASK_S:
-            raise InvalidRequestError(
-                f"{param} is too complex: to find the tokens that may come next takes "
-                f"{1e3 * took_s:.0f} ms, the limit is {1e3 * MAX_MASK_S:.0f} ms",
-                param,
-            )
-        if matcher.is_error() or not mask:
-            reason = shortened(matcher.get_error())
+        mask = int.from_bytes(first.compute_bitmask(), "little")
+        _check_work(time.thread_time() - began_s, MAX_MASK_S, param)
+        if first.is_error() or not mask:
+            reason = shortened(first.get_error())
             raise InvalidRequestError(f"{param} allows nothing, or is too complex: {reason}", param)
-        matcher.consume_token(_some_bit(mask, vocabulary.vocab_size, rng))
-    later_s = masks_s[1:]
-    return sum(later_s) / len(later_s) if later_s else 0.0
+        token_ids.append(_some_bit(mask, vocabulary.vocab_size, rng))
+        first.consume_token(token_ids[-1])
+    second, worked_s = matcher.deep_copy(), 0.0
+    for token_id in token_ids:
+        began_s = time.thread_time()
+        second.compute_bitmask()
+        second.consume_token(token_id)
+        took_s = time.thread_time() - began_s
+        _check_work(took_s, MAX_TOKEN_S, param)
+        worked_s += took_s
+    return worked_s / max(len(token_ids), 1)
+
+
+def _check_work(took_s: float, limit_s: float, param: str) -> None:
+    if took_s > limit_s:
+        raise InvalidRequestError(
+            f"{param} is too complex: to find the tokens that may come next takes "
+            f"{1e3 * took_s:.0f} ms, the limit is {1e3 * limit_s:.0f} ms",
+            param,
+        )
 
 
 def _some_bit(mask: int, num_bits: int, rng: random.Random) -> int:
@@ -328,7 +383,7 @@ def _some_bit(mask: int, num_bits: int, rng: random.Random) -> int:
 
 _LIMITS = LLParserLimits(
     max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE,
-    step_lexer_fuel=MAX_STEP_FUEL, verbose_errors=False,
+    step_lexer_fuel=MAX_STEP_FUEL, verbose_errors=True,  # for state_cost
 )  # fmt: skip
 
 

@@ -4,10 +4,14 @@ All answers to a grammar share the states of its lexer, which makes the first of
 others not. The states of some grammars have no end that is in reach, and the engine bounds their
 number: then all that share them stand still. So an answer that stands still goes on, once, with
 states of its own, and only what is too complex by itself ends.
+
+What grammars take together, with their states, is bounded here (MAX_ALL_BYTES). The engine does not
+tell bytes, but what the states have cost it to make, in units of its own: it stands in its errors.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -23,35 +27,91 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_MASK_S = 0.1  # of work: tens of times what those of large schemas take at first
-MAX_ALONE = 64  # answers with states of their own, of up to 15 MB each
+MAX_TOKEN_S = 0.005  # of a mask and of the token behind it, whose states are there
+MAX_CONSUME_S = 0.02  # of one token, for which the event loop waits
+MAX_ALL_BYTES = 2**28  # of the grammars that are in use or kept
+BYTES_PER_COST = 32  # of states: 3 to 30 for those that take much, up to 60 of few
+MAX_UNMEASURED_S = 0.005  # of work, which makes 3 MB of states at most
+NO_TOKEN = 2**31  # an id that no model has
 MAX_ERROR_CHARS = 300
 TOO_SLOW = (
-    "the grammar is too complex: to find the tokens that may come next has taken more than "
-    f"{1e3 * MAX_MASK_S:.0f} ms"
+    "the grammar is too complex: to find the tokens that may come next takes longer than the limit "
+    f"of {1e3 * MAX_MASK_S:.0f} ms for one, {1e3 * MAX_TOKEN_S:.0f} ms for each of many"
+)
+FULL = (
+    "the grammars in use have more states than their memory of "
+    f"{MAX_ALL_BYTES // 2**20} MB holds, and this one adds to them"
 )
 
 _OF_SHARED = ("lexer error", "panic", "Poison")  # what may be wrong with the states that are shared
 
-_alone: WeakSet[Matcher] = WeakSet()
+
+_all: WeakSet[Shared] = WeakSet()
 _lock = threading.Lock()
 
 
 class Shared:
     """What all answers to a grammar begin with.
 
-    matcher      at the beginning of the grammar; None once it is of no use: its states may take
-                 hundreds of megabytes, and the next answer would fail with them too.
-    is_too_slow  a mask has taken too long. No further one is asked for, whichever answer it would
-                 be of, as all sequences of a step wait for it.
+    matcher        at the beginning of the grammar; None once it is of no use: its states may take
+                   hundreds of megabytes, and the next answer would fail with them too.
+    num_bytes      that it took when it was compiled, and then what it takes with the states that
+                   answers have added, estimated when that was measured.
+    unmeasured_s   work since.
+    is_too_slow    a mask has taken too long. No further one is asked for, whichever answer it would
+                   be of, as all sequences of a step wait for it.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
         self.matcher: LLMatcher | None = matcher
+        self.num_bytes = num_bytes
+        self.unmeasured_s = 0.0
         self.is_too_slow = False
+        self._cost = state_cost(matcher)
+        with _lock:
+            _all.add(self)
+
+    def measure(self) -> None:
+        """Takes a fraction of a millisecond where answers have gone on since the last time."""
+        matcher = self.matcher
+        if matcher is None or not self.unmeasured_s:
+            return
+        self.unmeasured_s = 0.0
+        cost = state_cost(matcher)
+        self.num_bytes += BYTES_PER_COST * max(cost - self._cost, 0)
+        self._cost = max(cost, self._cost)
 
     def drop(self, *, is_too_slow: bool = False) -> None:
         self.matcher = None
         self.is_too_slow |= is_too_slow
+
+
+def is_memory_full() -> bool:
+    """Whether all grammars that are in use or kept take more together than they may."""
+    with _lock:
+        return sum([one.num_bytes for one in _all]) > MAX_ALL_BYTES
+
+
+def measure_all() -> None:
+    """Shared.measure of each that there is."""
+    with _lock:
+        each = list(_all)
+    for one in each:
+        one.measure()
+
+
+def state_cost(matcher: LLMatcher) -> int:
+    """What the states that `matcher` shares have cost to make, in the engine's units: a hundred or
+    so for each. An error tells it, which a copy of the matcher is given. 0 where it does not.
+    """
+    copy = matcher.deep_copy()
+    copy.compute_bitmask()
+    copy.consume_token(NO_TOKEN)
+    found = _COST.search(copy.get_error())
+    return int(found[1]) if found else 0
+
+
+_COST = re.compile(r'"lexer_cost": (\d+)')
 
 
 class Matcher:
@@ -61,13 +121,14 @@ class Matcher:
            that takes too long. Raises RequestError.
     """
 
-    def __init__(
-        self, inner: LLMatcher, renew: Callable[[], LLMatcher | None], shared: Shared
-    ) -> None:
-        self._inner = inner
-        self._shared = shared
-        self._renew: Callable[[], LLMatcher | None] | None = renew
+    def __init__(self, renew: Callable[[], Shared | None], shared: Shared) -> None:
+        assert shared.matcher is not None
+        self._inner: LLMatcher = shared.matcher.deep_copy()
+        self._shared = shared  # with the answers to the same grammar
+        self._own: Shared | None = None  # with none
+        self._renew: Callable[[], Shared | None] | None = renew
         self._given: list[int] = []
+        self._worked_s = 0.0
         self._is_broken = False  # what it shared is; it goes on alone when a mask is asked for
 
     @property
@@ -81,10 +142,27 @@ class Matcher:
             return TOO_SLOW
         began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
         error = self._fill(words, began_s)
-        if time.thread_time() - began_s > MAX_MASK_S:
+        return self._note(time.thread_time() - began_s, MAX_MASK_S) or error or self._measure()
+
+    def _note(self, worked_s: float, max_s: float) -> str:
+        """A call has worked so long, and may for max_s: what is wrong with that, "" if nothing."""
+        self._worked_s += worked_s
+        (self._own or self._shared).unmeasured_s += worked_s
+        # All sequences of a step wait for each mask, and the event loop for each token.
+        if worked_s > max_s or self._worked_s > MAX_MASK_S + MAX_TOKEN_S * len(self._given):
             self._shared.drop(is_too_slow=True)
             return TOO_SLOW
-        return error
+        return ""
+
+    def _measure(self) -> str:
+        """From time to time: what the states take; why no more of them may be made, "" if so."""
+        shared = self._own or self._shared
+        if shared.unmeasured_s > MAX_UNMEASURED_S:
+            shared.measure()
+            if is_memory_full():
+                self._shared.drop()
+                return FULL
+        return ""
 
     def _fill(self, words: NDArray[np.int32], began_s: float) -> str:
         address = words.__array_interface__["data"][0]
@@ -105,8 +183,13 @@ class Matcher:
     def consume(self, token_ids: list[int]) -> str:
         """Go on by these tokens; why it cannot, "" where it can."""
         self._given += token_ids
-        if self._is_broken or self._inner.consume_tokens(token_ids):
+        if self._is_broken:
             return ""
+        began_s = time.thread_time()
+        is_taken = self._inner.consume_tokens(token_ids)
+        error = self._note(time.thread_time() - began_s, MAX_CONSUME_S)
+        if error or is_taken:
+            return error
         error = self._inner.get_error()
         if self._renew is not None and any(word in error for word in _OF_SHARED):
             self._is_broken = True
@@ -127,24 +210,23 @@ class Matcher:
 
     def _go_on_alone(self) -> bool:
         renew, self._renew = self._renew, None
-        with _lock:
-            if renew is None or len(_alone) >= MAX_ALONE:
-                return False
-            _alone.add(self)
-        try:
-            matcher = renew()
-        except RequestError:
-            matcher = None
-        if matcher is None:
+        if renew is None or is_memory_full():
             return False
-        self._inner = matcher
+        try:
+            own = renew()
+        except RequestError:
+            own = None
+        if own is None or own.matcher is None:
+            return False
+        self._own, self._inner = own, own.matcher.deep_copy()
         self._is_broken = False
-        matcher.consume_tokens(self._given)
+        self._inner.consume_tokens(self._given)
         return True
 
 
 def shortened(error: str) -> str:
     """What the engine says in a line, without its own notes and a trace through itself."""
-    lines = [line.strip() for line in error.partition("<backtrace>")[0].splitlines()]
+    told = error.partition("<backtrace>")[0].partition("<state>")[0]
+    lines = [line.strip() for line in told.splitlines()]
     lines = [line for line in lines if not line.startswith(("<", "while processing"))]
     return " ".join(filter(None, lines))[:MAX_ERROR_CHARS]

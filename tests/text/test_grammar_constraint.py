@@ -346,12 +346,15 @@ def test_what_is_too_complex_alone_ends_alone(monkeypatch: pytest.MonkeyPatch) -
     assert other.error is None
 
 
-def test_few_answers_go_on_alone_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_matcher, "MAX_ALONE", 0)
+def test_no_answer_goes_on_alone_where_states_take_all_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     limits = LLParserLimits(max_lexer_states=500, verbose_errors=False)
     monkeypatch.setattr(grammar, "_LIMITS", limits)
     compiled = compile_grammar(Regex(param="r", pattern=HARD), vocabulary())
     rng = random.Random(7)
+    monkeypatch.setattr(grammar_matcher, "MAX_ALL_BYTES", 0)
+    monkeypatch.setattr(grammar_matcher, "MAX_UNMEASURED_S", 1.0)
     while (error := run_on(compiled, rng, 60).error) is None:
         pass
     assert "too many states" in error
