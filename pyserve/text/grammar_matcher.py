@@ -224,8 +224,18 @@ class Matcher:
         return True
 
 
+# How what the engine says begins, where it speaks of its own settings -> the same for a client.
+_SAID = {
+    "oneOf constraints are not supported": "its branches may hold together, as far as can be told: "
+    "use anyOf, or give the branches a property that is required and has another const in each"
+}
+
+
 def shortened(error: str) -> str:
     """What the engine says in a line, without its own notes and a trace through itself."""
+    for begin, said in _SAID.items():
+        if error.startswith(begin):
+            return said
     told = error.partition("<backtrace>")[0].partition("<state>")[0]
     lines = [line.strip() for line in told.splitlines()]
     lines = [line for line in lines if not line.startswith(("<", "while processing"))]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from pyserve.errors import InvalidRequestError
@@ -20,6 +20,7 @@ from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.grammar_analysis import can_end, check_meeting
 from pyserve.text.grammar_formats import FORMATS
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
+from pyserve.text.grammar_rewrites import NOTES, RewriteError, rewritten
 
 MAX_DEPTH = 56  # of schemas within schemas, each of two levels of JSON: the engine reads 127
 MAX_SCHEMAS = 10_000  # those that are referred to count once
@@ -41,20 +42,14 @@ MAX_SHOWN = 60  # characters of a value in an error
 Schema = dict[str, Any]
 
 TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
-# Without effect on what is valid.
-NOTES = frozenset(
-    "title description default examples example deprecated readOnly writeOnly $comment $schema $id "
-    "id $anchor $defs definitions $vocabulary contentMediaType contentEncoding contentSchema "
-    "discriminator xml externalDocs nullable additionalItems x-guidance".split()
-)
 # Of JSON Schema, any draft.
 NOT_ENFORCED = frozenset(
-    "not if then else contains minContains maxContains uniqueItems propertyNames "
+    "not if then else contains minContains maxContains "
     "dependentRequired dependentSchemas dependencies unevaluatedItems unevaluatedProperties "
     "$dynamicRef $dynamicAnchor $recursiveRef $recursiveAnchor extends disallow "
     "divisibleBy".split()
 )
-NEUTRAL: Mapping[str, object] = {"uniqueItems": False, "minContains": 0}
+NEUTRAL: Mapping[str, object] = {"minContains": 0}
 OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
@@ -162,7 +157,7 @@ class _Walk:
         for start, end in reversed(list(zip(self._starts, [*self._starts[1:], None], strict=True))):
             yield from self._nodes[start:end]
 
-    def _refuse(self, pointer: str, reason: str) -> None:
+    def _refuse(self, pointer: str, reason: str) -> NoReturn:
         if len(pointer) > MAX_POINTER_CHARS:
             pointer = f"{pointer[: MAX_POINTER_CHARS // 2]}...{pointer[-MAX_POINTER_CHARS // 2 :]}"
         where = f" at {pointer}" if pointer else ""
@@ -173,7 +168,6 @@ class _Walk:
             return schema
         if not isinstance(schema, dict):
             self._refuse(pointer, f"a schema must be an object or a boolean, got {_shown(schema)}")
-        assert isinstance(schema, dict)
         self._num_schemas += 1
         if self._num_schemas > MAX_SCHEMAS:
             self._refuse(pointer, f"there are more than {MAX_SCHEMAS} schemas in this one")
@@ -196,8 +190,29 @@ class _Walk:
                 self._refuse(place, "only the outermost schema may have an id of its own")
         if "properties" in result and not self._has_additional_properties:
             result.setdefault("additionalProperties", False)
+        result = self._rewritten(schema, result, pointer)
         self._nodes.append((pointer, result, schema.keys()))
         return result
+
+    def _rewritten(self, schema: Schema, result: Schema, pointer: str) -> Schema:
+        def read_pattern(pattern: object, keyword: str) -> str:
+            return self._read_pattern(pattern, f"{pointer}/{keyword}")
+
+        def follow(inner: object) -> object:
+            for _ in range(MAX_DEPTH):
+                if not isinstance(inner, dict) or inner.keys() - NOTES != {"$ref"}:
+                    break
+                number = int(self._definition(inner["$ref"], pointer))
+                inner = self._at(self._pointers[number])
+            return inner
+
+        try:
+            new = rewritten(schema, result, follow=follow, read_pattern=read_pattern)
+        except RewriteError as error:
+            self._refuse(f"{pointer}/{error.keyword}", str(error))
+        if "enum" in new and "enum" not in result:
+            self._count_values(sum(map(len, new["enum"])), pointer)
+        return new
 
     def _inside(self, schema: object, place: str, depth: int) -> Schema | bool:
         return self._schema(schema, place, depth + 1)
@@ -212,7 +227,6 @@ class _Walk:
         root_id = self._root.get("$id") if isinstance(self._root, dict) else None
         if not isinstance(reference, str):
             self._refuse(place, f"must be a string, got {_shown(reference)}")
-        assert isinstance(reference, str)
         if isinstance(root_id, str) and root_id and reference.startswith(root_id):
             reference = reference.removeprefix(root_id) or "#"
         pointer = unquote(reference[1:])
@@ -259,12 +273,15 @@ class _Walk:
         values = schema[keyword]
         if not isinstance(values, list) or not values:
             self._refuse(place, f"must be a list of values, got {_shown(values)}")
-        self._num_values += len(values)
-        if self._num_values > MAX_VALUES:
-            self._refuse(place, f"all enums together have more than {MAX_VALUES} values")
+        self._count_values(len(values), place)
         for value in values:
             self._check_value(value, place, 0)
         return {"enum": values}
+
+    def _count_values(self, number: int, place: str) -> None:
+        self._num_values += number
+        if self._num_values > MAX_VALUES:
+            self._refuse(place, f"all enums together have more than {MAX_VALUES} values")
 
     def _const(self, schema: Schema, keyword: str, place: str) -> Schema:
         self._check_value(schema[keyword], place, 0)
@@ -341,7 +358,6 @@ class _Walk:
     def _list(self, value: object, place: str, keyword: str) -> Schema:
         if not isinstance(value, list) or not value:
             self._refuse(place, f"must be a list of schemas, got {_shown(value)}")
-        assert isinstance(value, list)
         depth = self._depth
         return {
             keyword: [
@@ -363,12 +379,10 @@ class _Walk:
     def _read_pattern(self, pattern: object, place: str) -> str:
         if not isinstance(pattern, str):
             self._refuse(place, f"must be a string, got {_shown(pattern)}")
-        assert isinstance(pattern, str)
         try:
             return engine_pattern(pattern)
         except PatternError as error:
             self._refuse(place, str(error))
-            raise AssertionError from None
 
     def _pattern(self, schema: Schema, keyword: str, place: str) -> Schema:
         return {keyword: self._read_pattern(schema[keyword], place)}
@@ -390,7 +404,6 @@ class _Walk:
     def _number(self, value: object, place: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self._refuse(place, f"must be a number, got {_shown(value)}")
-        assert isinstance(value, int | float)
         if isinstance(value, float) and not math.isfinite(value):
             self._refuse(place, f"must be a finite number, got {_shown(value)}")
         return value

@@ -1,0 +1,165 @@
+"""Keywords that the grammar engine does not read, said in those it does: exactly or not at all.
+
+uniqueItems     of an array whose items are a few values: all lists that there can be.
+propertyNames   an enum or a pattern: the only properties.
+oneOf           of names, one of which is required: that one, and none of the others.
+patternProperties that overlap
+                and have the same schema: one pattern.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from itertools import permutations
+from math import perm
+from typing import Any
+
+Schema = dict[str, Any]
+
+MAX_LISTS = 2000  # of different items: all those of six values
+MAX_CHOICES = 16  # branches of such a oneOf
+
+# Without effect on what is valid.
+NOTES = frozenset(
+    "title description default examples example deprecated readOnly writeOnly $comment $schema $id "
+    "id $anchor $defs definitions $vocabulary contentMediaType contentEncoding contentSchema "
+    "discriminator xml externalDocs nullable additionalItems x-guidance".split()
+)
+_SYNTAX = re.compile(r"[\\^$.|?*+()\[\]{}]")  # of patterns
+_ONLY_NAMES = (
+    "propertyNames cannot be enforced unless it is an enum or a pattern, and stands without "
+    "properties and patternProperties: leave it out"
+)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int,), "boolean": (bool,), "null": (type(None),)
+}  # fmt: skip
+
+
+class RewriteError(ValueError):
+    """Why a keyword cannot be enforced."""
+
+    def __init__(self, keyword: str, reason: str) -> None:
+        super().__init__(reason)
+        self.keyword = keyword
+
+
+def rewritten(
+    schema: Schema,
+    result: Schema,
+    *,
+    follow: Callable[[object], object],
+    read_pattern: Callable[[object, str], str],
+) -> Schema:
+    """`result`, with what these keywords of a schema ask for.
+
+    result        what else of the schema the engine is given.
+    follow        what a schema that is only a reference leads to; any other as it is.
+    read_pattern  a pattern of this keyword's as the engine reads it.
+
+    Raises RewriteError.
+    """
+    if schema.get("uniqueItems", False) is not False:
+        result = _unique_items(schema, result, follow)
+    if len(result.get("patternProperties", ())) > 1:
+        result = {**result, "patternProperties": _joined(result["patternProperties"])}
+    if "propertyNames" in schema:
+        pattern = _names_pattern(follow(schema["propertyNames"]))
+        if pattern is None or {"properties", "patternProperties"} & result.keys():
+            raise RewriteError("propertyNames", _ONLY_NAMES)
+        pattern = read_pattern(pattern, "propertyNames")
+        others = result.get("additionalProperties", True)
+        result |= {"patternProperties": {pattern: others}, "additionalProperties": False}
+    return _one_required(schema, result)
+
+
+def _unique_items(schema: Schema, result: Schema, follow: Callable[[object], object]) -> Schema:
+    least, most = result.get("minItems", 0), result.get("maxItems")
+    if most is not None and most <= 1:
+        return result
+    known = {"type", "items", "minItems", "maxItems", "uniqueItems"}
+    values = _values(follow(schema.get("items")))
+    is_plain = schema.get("type") == "array" and not schema.keys() - NOTES - known
+    if values is None or not is_plain:
+        raise RewriteError(
+            "uniqueItems",
+            "uniqueItems cannot be enforced but in an array with nothing else than items that are "
+            "a few values (enum), or with a maxItems of 1: leave it out",
+        )
+    lengths = range(least, min(len(values), len(values) if most is None else most) + 1)
+    num_lists = 0
+    for length in lengths:
+        num_lists += perm(len(values), length)
+        if num_lists > MAX_LISTS:
+            raise RewriteError(
+                "uniqueItems",
+                f"there are more than {MAX_LISTS} lists of different items, for which uniqueItems "
+                "cannot be enforced: give a smaller maxItems, or leave it out",
+            )
+    if not num_lists:
+        raise RewriteError("minItems", f"there are no {least} different items")
+    return {"enum": [list(some) for length in lengths for some in permutations(values, length)]}
+
+
+def _values(schema: object) -> list[Any] | None:
+    """All values that a schema allows, each once; None: they are not a few texts and integers."""
+    if not isinstance(schema, dict) or schema.keys() - NOTES - {"type", "enum", "const"}:
+        return None
+    several = {"boolean": [True, False], "null": [None]}.get(str(schema.get("type")))
+    if "enum" in schema:
+        several = schema["enum"]
+    if "const" in schema:
+        several = [schema["const"]]
+    if not isinstance(several, list) or "enum" in schema and "const" in schema:
+        return None
+    types = schema.get("type", list(_TYPES))
+    allowed = {kind for name in (types if isinstance(types, list) else [types])
+               for kind in _TYPES.get(str(name), ())}  # fmt: skip
+    if any(type(value) not in (str, int, bool, type(None)) for value in several):
+        return None
+    fitting = {(type(value), value): value for value in several if type(value) in allowed}
+    return list(fitting.values())
+
+
+def _names_pattern(names: object) -> object:
+    """A pattern for the names of properties; None: a schema asks for something else."""
+    if not isinstance(names, dict) or names.get("type", "string") != "string":
+        return None
+    asked = names.keys() - NOTES - {"type"}
+    if asked == {"pattern"}:
+        return names["pattern"]
+    texts = [text for text in _values(names) or () if isinstance(text, str)]
+    escaped = [_SYNTAX.sub(r"\\\g<0>", text) for text in texts]
+    return f"^(?:{'|'.join(escaped)})$" if escaped else None
+
+
+def _joined(schemas: Mapping[str, Schema | bool]) -> dict[str, Schema | bool]:
+    """Patterns that have the same schema are one: the engine wants them disjoint."""
+    alike: dict[str, list[str]] = {}
+    for pattern, schema in schemas.items():
+        alike.setdefault(json.dumps(schema, sort_keys=True), []).append(pattern)
+    joined = {}
+    for some in alike.values():
+        pattern = "|".join(f"(?:{one})" for one in some) if len(some) > 1 else some[0]
+        joined[pattern] = schemas[some[0]]
+    return joined
+
+
+def _one_required(schema: Schema, result: Schema) -> Schema:
+    branches = result.get("oneOf", ())
+    names = [branch["required"][0] for branch in branches if _is_one_name(branch)]
+    if not 1 < len(set(names)) == len(branches) <= MAX_CHOICES or schema.get("type") != "object":
+        return result
+    choices = [
+        {"required": [name], "properties": {other: False for other in names if other != name}}
+        for name in names
+    ]
+    kept = {keyword: value for keyword, value in result.items() if keyword != "oneOf"}
+    return {**kept, "allOf": [*kept.get("allOf", ()), {"anyOf": choices}]}
+
+
+def _is_one_name(branch: Schema | bool) -> bool:
+    if not isinstance(branch, dict) or branch.get("type", "object") != "object":
+        return False
+    return branch.keys() - {"type"} == {"required"} and len(branch["required"]) == 1
