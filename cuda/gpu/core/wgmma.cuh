@@ -81,7 +81,9 @@ __device__ __forceinline__ void keep_registers(Register (&r)[kCount]) {
 }
 
 // Registers of each thread of this warpgroup from now on, a multiple of 8. The kernel needs
-// __launch_bounds__(threads, 1), and the sum over its warps must stay within what it began with.
+// __launch_bounds__(threads, 1), and the sum over its warps must stay within what it began with. The
+// compiler follows only if warpgroups that differ in this share no code, and a trap is shared: only
+// one side of the branch may have any. Else it spills, and serialises the products (C7512).
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
