@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, int num_heads, int num_kv_heads, "
       "Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual) -> ()");
+  m.def("linear_silu_mul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("serves_linear(Tensor weight, int m, int epilogue) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "

@@ -1,5 +1,5 @@
 // silu_mul (Shazeer 2020): out = gate / (1 + exp(-gate)) * up, gate_up [num_tokens, 2 * n].
-// One pass over memory; rows are split over threads. exp has a relative error below 2e-7.
+// One pass over memory; rows are split over threads.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/args/activation.h"
@@ -8,8 +8,6 @@
 
 namespace pyserve {
 namespace {
-
-inline Vec silu_mul(Vec gate, Vec up) { return gate / (1.0f + exp(-gate)) * up; }
 
 template <class T>
 void silu_mul_row(const T* gate, const T* up, T* out, int64_t n) {

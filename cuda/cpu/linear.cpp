@@ -1,4 +1,5 @@
-// linear for few rows of x: out[t, j] = sum over i of x[t, i] * weight[j, i], plus bias[j].
+// linear for few rows of x: out[t, j] = sum over i of x[t, i] * weight[j, i], plus bias[j]; and what
+// the epilogues of linear_add and linear_silu_mul make of these sums (common/epilogue.h).
 //   x [m, k], weight [n, k], bias [n], out [m, n]; weight lies as in the checkpoint
 //
 // With few rows the work is to stream the weight once, as fast as memory gives it. Threads split n.
@@ -7,7 +8,7 @@
 //           x is transposed in pairs; 64 columns by 16 rows of x, or 32 by 32, at once.
 //   blocks  the rest. kLanes sums at once: 4 (then 2, then 1) rows of x by kLanes / 4 (2, 1) of
 //           weight, each sum one vector of partial sums over all of k, added up as a tree.
-// Numerics: float32 sums, then the bias, then one rounding. The order of a sum does not depend on
+// Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The order of a sum does not depend on
 // m, block or thread: what else is in a batch never changes a row's result. bfloat16 denormals
 // count as 0 where the CPU's own bfloat16 products are used.
 #include <torch/csrc/stable/library.h>
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __AMX_BF16__
@@ -68,15 +70,28 @@ struct Shape {
   int64_t m, n, k, x_stride, weight_stride, out_stride;
 };
 
-// Output columns [column, column + kLanes / kTokens) of kTokens rows; `x` and `out` are at the
-// first of them. Columns from n on are computed from the last row of weight and not stored.
+// weight [n, k] and bias [n], which may be null.
+template <class T>
+struct Matrix {
+  const T* weight;
+  const T* bias;
+
+  // Of what lies behind the first n rows: the rows of up.
+  Matrix up(const Shape& shape) const {
+    return {weight + shape.n * shape.weight_stride, bias != nullptr ? bias + shape.n : nullptr};
+  }
+};
+
+// The sums, bias included, of columns [column, column + kLanes / kTokens) of kTokens rows, token by
+// token. Columns from n on are computed from the last row of weight.
 template <class T, int kTokens>
-void block(const Shape& shape, const T* x, const T* weight, const T* bias, int64_t column, T* out) {
+[[gnu::always_inline]] inline Vec block_sums(const Shape& shape, const T* x,
+                                             const Matrix<T>& matrix, int64_t column) {
   constexpr int kRows = kLanes / kTokens;
   using D = Dot<T>;
   const T* rows[kRows];
   for (int r = 0; r < kRows; ++r) {
-    rows[r] = weight + std::min(column + r, shape.n - 1) * shape.weight_stride;
+    rows[r] = matrix.weight + std::min(column + r, shape.n - 1) * shape.weight_stride;
   }
   Vec sums[kLanes] = {};
   auto step = [&](auto&& read, int64_t i) {
@@ -96,15 +111,34 @@ void block(const Shape& shape, const T* x, const T* weight, const T* bias, int64
   for (; i + D::kStep <= shape.k; i += D::kStep) step([](const T* p) { return D::read(p); }, i);
   if (i < shape.k) step([&](const T* p) { return D::read_first(p, shape.k - i); }, i);
 
-  const int64_t count = std::min<int64_t>(kRows, shape.n - column);
   float added[kLanes] = {};
-  if (bias != nullptr) {
+  if (matrix.bias != nullptr) {
+    const int64_t count = std::min<int64_t>(kRows, shape.n - column);
     for (int t = 0; t < kTokens; ++t) {
-      for (int64_t r = 0; r < count; ++r) added[t * kRows + r] = to_float(bias[column + r]);
+      for (int64_t r = 0; r < count; ++r) added[t * kRows + r] = to_float(matrix.bias[column + r]);
     }
   }
+  return sum_rows(sums) + load(added);
+}
+
+// Output columns [column, column + kLanes / kTokens) of kTokens rows, up to n; `x` and `out` are at
+// the first of them.
+template <Epilogue kEpilogue, class T, int kTokens>
+void block(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t column, T* out) {
+  constexpr int kRows = kLanes / kTokens;
+  const int64_t count = std::min<int64_t>(kRows, shape.n - column);
+  Vec result = block_sums<T, kTokens>(shape, x, matrix, column);
+  if constexpr (kEpilogue == Epilogue::kAdd) {
+    T residual[kLanes] = {};
+    for (int t = 0; t < kTokens; ++t) {
+      std::memcpy(residual + t * kRows, out + t * shape.out_stride + column, count * sizeof(T));
+    }
+    result = load(residual) + result;
+  } else if constexpr (kEpilogue == Epilogue::kSiluMul) {
+    result = silu_mul(result, block_sums<T, kTokens>(shape, x, matrix.up(shape), column));
+  }
   T rounded[kLanes];
-  store(rounded, sum_rows(sums) + load(added));
+  store(rounded, result);
   for (int t = 0; t < kTokens; ++t) {
     T* to = out + t * shape.out_stride + column;
     if (count == kRows) {
@@ -116,29 +150,30 @@ void block(const Shape& shape, const T* x, const T* weight, const T* bias, int64
 }
 
 // kLanes columns, or those up to n, of kTokens rows.
-template <class T, int kTokens>
-void block_row(const Shape& shape, const T* x, const T* weight, const T* bias, int64_t column,
-               T* out) {
+template <Epilogue kEpilogue, class T, int kTokens>
+void block_row(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t column, T* out) {
   constexpr int kRows = kLanes / kTokens;
   const int64_t end = std::min(column + kLanes, shape.n);
-  for (; column < end; column += kRows) block<T, kTokens>(shape, x, weight, bias, column, out);
+  for (; column < end; column += kRows) {
+    block<kEpilogue, T, kTokens>(shape, x, matrix, column, out);
+  }
 }
 
 // kLanes columns of all rows.
-template <class T>
-void block_columns(const Shape& shape, const T* x, const T* weight, const T* bias, int64_t column,
+template <Epilogue kEpilogue, class T>
+void block_columns(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t column,
                    T* out) {
   for (int64_t t = 0; t < shape.m;) {
     const T* from = x + t * shape.x_stride;
     T* to = out + t * shape.out_stride;
     if (t + 4 <= shape.m) {
-      block_row<T, 4>(shape, from, weight, bias, column, to);
+      block_row<kEpilogue, T, 4>(shape, from, matrix, column, to);
       t += 4;
     } else if (t + 2 <= shape.m) {
-      block_row<T, 2>(shape, from, weight, bias, column, to);
+      block_row<kEpilogue, T, 2>(shape, from, matrix, column, to);
       t += 2;
     } else {
-      block_row<T, 1>(shape, from, weight, bias, column, to);
+      block_row<kEpilogue, T, 1>(shape, from, matrix, column, to);
       t += 1;
     }
   }
@@ -152,8 +187,6 @@ constexpr int64_t kTileRows = 16;             // of weight, and of x
 constexpr int64_t kTileDepth = 32;            // of k
 constexpr int64_t kPackedTile = 16 * kLanes;  // floats, each holding a pair of bfloat16
 static_assert(kLanes == kTileRows);
-
-constexpr int64_t kGroupColumns = 4 * kTileRows;  // what a thread takes at once
 
 // Asks Linux for the tile registers, once for the process.
 bool may_use_tiles() {
@@ -204,36 +237,87 @@ struct Panel {
         end(std::min(column + kTileRows, n)) {}
 };
 
-// out[t0 + t, panel] = sums[column][t] + bias, rounded.
-void store_panel(const Shape& shape, const float* sums, const Panel& panel, const Bf16* bias,
-                 int64_t t0, Bf16* out) {
-  if (panel.begin >= panel.end || t0 >= shape.m) return;
-  Vec rows[kLanes];
+// rows[t] = sums[column][t] + bias
+void panel_rows(const float* sums, const Panel& panel, const Bf16* bias, Vec* rows) {
   for (int r = 0; r < kLanes; ++r) rows[r] = load(sums + r * kLanes);
   transpose(rows);
-  const Vec added = bias != nullptr ? load(bias + panel.first) : Vec{};
+  if (bias == nullptr) return;
+  for (int r = 0; r < kLanes; ++r) rows[r] += load(bias + panel.first);
+}
+
+// out[t0 + t, panel] = what the epilogue makes of sums[column][t] + bias, rounded. `up_sums` are
+// those of the rows of up, with kSiluMul.
+template <Epilogue kEpilogue>
+void store_panel(const Shape& shape, const float* sums, const float* up_sums, const Panel& panel,
+                 const Matrix<Bf16>& matrix, int64_t t0, Bf16* out) {
+  if (panel.begin >= panel.end || t0 >= shape.m) return;
+  Vec rows[kLanes], up[kLanes];
+  panel_rows(sums, panel, matrix.bias, rows);
+  if constexpr (kEpilogue == Epilogue::kSiluMul) {
+    panel_rows(up_sums, panel, matrix.up(shape).bias, up);
+  }
   for (int64_t t = 0; t < std::min(kTileRows, shape.m - t0); ++t) {
     Bf16* row = out + (t0 + t) * shape.out_stride;
+    Vec result = rows[t];
+    if constexpr (kEpilogue == Epilogue::kSiluMul) result = silu_mul(result, up[t]);
     if (panel.begin == panel.first) {
-      store(row + panel.first, rows[t] + added);
-    } else {
-      Bf16 rounded[kLanes];
-      store(rounded, rows[t] + added);
+      if constexpr (kEpilogue == Epilogue::kAdd) result = load(row + panel.first) + result;
+      store(row + panel.first, result);
+    } else {  // the columns before `begin` may be another thread's
+      Bf16 rounded[kLanes] = {};
+      if constexpr (kEpilogue == Epilogue::kAdd) {
+        std::memcpy(rounded + (panel.begin - panel.first), row + panel.begin,
+                    (panel.end - panel.begin) * sizeof(Bf16));
+        result = load(rounded) + result;
+      }
+      store(rounded, result);
       std::memcpy(row + panel.begin, rounded + (panel.begin - panel.first),
                   (panel.end - panel.begin) * sizeof(Bf16));
     }
   }
 }
 
-// Columns [column, column + 64) of rows [t0, t0 + 16) of x.
-void tiles_4x1(const Shape& shape, const float* packed, const Bf16* weight, const Bf16* bias,
-               int64_t column, int64_t t0, Bf16* out) {
-  const Panel panels[4] = {{column, shape.n},
-                           {column + kTileRows, shape.n},
-                           {column + 2 * kTileRows, shape.n},
-                           {column + 3 * kTileRows, shape.n}};
-  const Bf16* rows[4];
-  for (int p = 0; p < 4; ++p) rows[p] = weight + panels[p].first * shape.weight_stride;
+// The panels of weight that kCount tiles multiply by at once: those of neighbouring columns of out
+// or, with kSiluMul, kCount / 2 of gate and then those of up.
+template <Epilogue kEpilogue, int kCount>
+struct Panels {
+  static constexpr bool kIsPaired = kEpilogue == Epilogue::kSiluMul;
+  static constexpr int kColumnPanels = kIsPaired ? kCount / 2 : kCount;
+  static constexpr int64_t kColumns = kColumnPanels * kTileRows;  // of out
+
+  Panel columns[kColumnPanels];
+  const Bf16* rows[kCount];
+
+  Panels(const Shape& shape, const Matrix<Bf16>& matrix, int64_t column)
+      : Panels(shape, matrix, column, std::make_integer_sequence<int, kColumnPanels>{}) {}
+
+  // Stores what kCount tiles of the rows [t0, t0 + 16) of x have summed up.
+  void store(const Shape& shape, const float (&sums)[kCount][kTileRows * kLanes],
+             const Matrix<Bf16>& matrix, int64_t t0, Bf16* out) const {
+    for (int p = 0; p < kColumnPanels; ++p) {
+      const float* up = kIsPaired ? sums[kColumnPanels + p] : nullptr;
+      store_panel<kEpilogue>(shape, sums[p], up, columns[p], matrix, t0, out);
+    }
+  }
+
+ private:
+  template <int... kPanel>
+  Panels(const Shape& shape, const Matrix<Bf16>& matrix, int64_t column,
+         std::integer_sequence<int, kPanel...>)
+      : columns{Panel(column + kPanel * kTileRows, shape.n)...} {
+    for (int p = 0; p < kCount; ++p) {
+      const Bf16* weight = p < kColumnPanels ? matrix.weight : matrix.up(shape).weight;
+      rows[p] = weight + columns[p % kColumnPanels].first * shape.weight_stride;
+    }
+  }
+};
+
+// 4 panels by rows [t0, t0 + 16) of x.
+template <Epilogue kEpilogue>
+void tiles_4x1(const Shape& shape, const float* packed, const Matrix<Bf16>& matrix, int64_t column,
+               int64_t t0, Bf16* out) {
+  const Panels<kEpilogue, 4> panels(shape, matrix, column);
+  const auto& rows = panels.rows;
   const int64_t stride = shape.weight_stride * static_cast<int64_t>(sizeof(Bf16));
   const float* x = packed + t0 * shape.k / 2;
   _tile_zero(0);
@@ -256,15 +340,15 @@ void tiles_4x1(const Shape& shape, const float* packed, const Bf16* weight, cons
   _tile_stored(1, sums[1], 64);
   _tile_stored(2, sums[2], 64);
   _tile_stored(3, sums[3], 64);
-  for (int p = 0; p < 4; ++p) store_panel(shape, sums[p], panels[p], bias, t0, out);
+  panels.store(shape, sums, matrix, t0, out);
 }
 
-// Columns [column, column + 32) of rows [t0, t0 + 32) of x.
-void tiles_2x2(const Shape& shape, const float* packed, const Bf16* weight, const Bf16* bias,
-               int64_t column, int64_t t0, Bf16* out) {
-  const Panel panels[2] = {{column, shape.n}, {column + kTileRows, shape.n}};
-  const Bf16* rows[2];
-  for (int p = 0; p < 2; ++p) rows[p] = weight + panels[p].first * shape.weight_stride;
+// 2 panels by rows [t0, t0 + 32) of x.
+template <Epilogue kEpilogue>
+void tiles_2x2(const Shape& shape, const float* packed, const Matrix<Bf16>& matrix, int64_t column,
+               int64_t t0, Bf16* out) {
+  const Panels<kEpilogue, 2> panels(shape, matrix, column);
+  const auto& rows = panels.rows;
   const int64_t stride = shape.weight_stride * static_cast<int64_t>(sizeof(Bf16));
   const float* x0 = packed + t0 * shape.k / 2;
   const float* x1 = x0 + kTileRows * shape.k / 2;
@@ -277,39 +361,39 @@ void tiles_2x2(const Shape& shape, const float* packed, const Bf16* weight, cons
     _tile_loadd(6, x0, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, x1, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 4, 7);
     _tile_loadd(5, rows[1] + i, stride);
-    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  alignas(64) float sums[4][kTileRows * kLanes];
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
-  for (int p = 0; p < 4; ++p) {
-    store_panel(shape, sums[p], panels[p / 2], bias, t0 + p % 2 * kTileRows, out);
-  }
+  alignas(64) float sums[2][2][kTileRows * kLanes];  // of the first rows of x, of the second
+  _tile_stored(0, sums[0][0], 64);
+  _tile_stored(1, sums[0][1], 64);
+  _tile_stored(2, sums[1][0], 64);
+  _tile_stored(3, sums[1][1], 64);
+  panels.store(shape, sums[0], matrix, t0, out);
+  panels.store(shape, sums[1], matrix, t0 + kTileRows, out);
 }
 
-void linear_tiles(const Shape& shape, const Bf16* x, const Bf16* weight, const Bf16* bias,
-                  double cost, Bf16* out) {
+template <Epilogue kEpilogue>
+void linear_tiles(const Shape& shape, const Bf16* x, const Matrix<Bf16>& matrix, double cost,
+                  Bf16* out) {
+  constexpr int64_t kColumns = Panels<kEpilogue, 4>::kColumns;  // what a thread takes at once
   thread_local std::vector<float> packed_x;
   packed_x.resize((shape.m + kTileRows - 1) / kTileRows * kTileRows * shape.k / 2);
   float* packed = packed_x.data();
   pack_x(shape, x, packed);
-  const int64_t num_groups = (shape.n + kGroupColumns - 1) / kGroupColumns;
-  parallel_for(num_groups, cost * kGroupColumns, [&](int64_t begin, int64_t end) {
+  const int64_t num_groups = (shape.n + kColumns - 1) / kColumns;
+  parallel_for(num_groups, cost * kColumns, [&](int64_t begin, int64_t end) {
     const TileRegisters registers;
     asm volatile("" ::: "memory");  // loads of tiles come after the stores that fill packed
-    for (int64_t column = begin * kGroupColumns; column < end * kGroupColumns;
-         column += kGroupColumns) {
+    for (int64_t column = begin * kColumns; column < end * kColumns; column += kColumns) {
       int64_t t = 0;
       for (; t + kTileRows < shape.m; t += 2 * kTileRows) {
-        tiles_2x2(shape, packed, weight, bias, column, t, out);
-        tiles_2x2(shape, packed, weight, bias, column + 2 * kTileRows, t, out);
+        tiles_2x2<kEpilogue>(shape, packed, matrix, column, t, out);
+        tiles_2x2<kEpilogue>(shape, packed, matrix, column + kColumns / 2, t, out);
       }
-      if (t < shape.m) tiles_4x1(shape, packed, weight, bias, column, t, out);
+      if (t < shape.m) tiles_4x1<kEpilogue>(shape, packed, matrix, column, t, out);
     }
   });
 }
@@ -319,14 +403,16 @@ void linear_tiles(const Shape& shape, const Bf16* x, const Bf16* weight, const B
 // ---- the op -------------------------------------------------------------------------------------
 
 // The factors of both costs are measured: nanoseconds a byte of weight, and a byte and row of x.
-template <class T>
-void linear_any(const Shape& shape, const T* x, const T* weight, const T* bias, T* out) {
-  const auto bytes = static_cast<double>(shape.k * sizeof(T));  // of a column's weight
+template <Epilogue kEpilogue, class T>
+void linear_any(const Shape& shape, const T* x, const Matrix<T>& matrix, T* out) {
+  // Of a column's weight.
+  const auto bytes = static_cast<double>(shape.k * sizeof(T) * rows_per_column(kEpilogue));
   const auto rows = static_cast<double>(shape.m);
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<T, Bf16>) {
     if (shape.k % kTileDepth == 0 && shape.n >= kTileRows && may_use_tiles()) {
-      return linear_tiles(shape, x, weight, bias, bytes * (0.035 + 0.0007 * rows), out);
+      const double cost = bytes * (0.035 + 0.0007 * rows);
+      return linear_tiles<kEpilogue>(shape, x, matrix, cost, out);
     }
   }
 #endif
@@ -334,14 +420,15 @@ void linear_any(const Shape& shape, const T* x, const T* weight, const T* bias, 
   const double cost = kLanes * bytes * (0.035 + 0.008 * rows);
   parallel_for(num_panels, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      block_columns<T>(shape, x, weight, bias, i * kLanes, out);
+      block_columns<kEpilogue, T>(shape, x, matrix, i * kLanes, out);
     }
   });
 }
 
-void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-            const Tensor& out) {
-  const LinearArgs args = linear_args({"linear", Place::kCpu}, x, weight, bias, out);
+template <Epilogue kEpilogue>
+void linear(const char* op, const Tensor& x, const Tensor& weight,
+            const std::optional<Tensor>& bias, const Tensor& out) {
+  const LinearArgs args = linear_args({op, Place::kCpu}, kEpilogue, x, weight, bias, out);
   const Shape shape{.m = args.m(),
                     .n = args.n(),
                     .k = args.k(),
@@ -350,12 +437,31 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
                     .out_stride = args.out.stride(0)};
   if (shape.m == 0 || shape.n == 0) return;
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
-    linear_any<T>(shape, args.x.ptr<T>(), args.weight.ptr<T>(), static_cast<const T*>(args.bias),
-                  args.out.ptr<T>());
+    const Matrix<T> matrix{args.weight.ptr<T>(), static_cast<const T*>(args.bias)};
+    linear_any<kEpilogue, T>(shape, args.x.ptr<T>(), matrix, args.out.ptr<T>());
   });
+}
+
+void linear_store(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const Tensor& out) {
+  linear<Epilogue::kStore>("linear", x, weight, bias, out);
+}
+
+void linear_add(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const Tensor& residual) {
+  linear<Epilogue::kAdd>("linear_add", x, weight, bias, residual);
+}
+
+void linear_silu_mul(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& out) {
+  linear<Epilogue::kSiluMul>("linear_silu_mul", x, weight, bias, out);
 }
 
 }  // namespace
 }  // namespace pyserve
 
-STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) { m.impl("linear", TORCH_BOX(&pyserve::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("linear", TORCH_BOX(&pyserve::linear_store));
+  m.impl("linear_add", TORCH_BOX(&pyserve::linear_add));
+  m.impl("linear_silu_mul", TORCH_BOX(&pyserve::linear_silu_mul));
+}

@@ -267,4 +267,7 @@ inline Vec exp(Vec x) {
   return p * pow2_of_shifted(shifted);
 }
 
+// silu(gate) * up (Shazeer 2020); exp has a relative error below 2e-7.
+inline Vec silu_mul(Vec gate, Vec up) { return gate / (1.0f + exp(-gate)) * up; }
+
 }  // namespace pyserve

@@ -74,12 +74,12 @@ LayerActivations = tuple[AttentionActivations, MLPActivations]
 
 
 class Activations(NamedTuple):
-    """Of a decoder, [num_tokens, hidden_size] each.
+    """Of a decoder, [num_tokens, hidden_size] each but where said.
 
     hidden     what a block reads; at the end, the hidden states after the last norm. It lies at the
                beginning of the arena, whatever the number of tokens.
     residual   the residual stream
-    output     of the block
+    output     of a block that does not add to the residual itself; empty where all do
     layers     of each layer: one memory for all, and for a layer's attention and its MLP
     """
 

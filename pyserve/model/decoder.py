@@ -1,8 +1,8 @@
 """Decoder: embedding, layers of attention and gated MLP with RMSNorm around them, output head.
 
-One class for all rows of registry.py. The residual stream is one tensor, updated in place by the
-norms: each norm adds what the block before it returned. Layers are called in the plainest way, as
-a small model's step is mostly these calls.
+One class for all rows of registry.py. The residual stream is one tensor, updated in place: a block
+adds to it itself, or the next norm adds what the block returned, where something stands between.
+Layers are called in the plainest way, as a small model's step is mostly these calls.
 """
 
 from __future__ import annotations
@@ -32,27 +32,30 @@ from pyserve.ops import attention_plan
 class DecoderLayer:
     """Attention and MLP, and the norms around them.
 
-    What a layer does depends on its description and is settled once: `_enter` is the fused add and
-    norm, but in the first layer, which has nothing to add; `_attend` and `_transform` are the
-    blocks, each with the norm of what it returns where there is one.
+    What a layer does depends on its description and is settled once: `_enter` and `_between` are
+    norms, fused with the add where the block below has not added itself; `_attend` and `_transform`
+    are the blocks, each with the norm of what it returns where there is one.
     """
 
     __slots__ = ("attention", "mlp", "norms", "_enter", "_attend", "_between", "_transform")
 
     def __init__(
         self, name: str, config: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor, is_first: bool,
+        cos_sin: torch.Tensor, has_to_add: bool,
     ) -> None:  # fmt: skip
         def norm(norm_name: str) -> RMSNorm:
             return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
 
-        self.attention = Attention(name, config, hidden_size, placement, cos_sin=cos_sin)
-        self.mlp = MLP(name, config, hidden_size, placement)
+        has_norm_after = config.names.norms_after is not None
+        self.attention = Attention(
+            name, config, hidden_size, placement, cos_sin=cos_sin, has_norm_after=has_norm_after
+        )
+        self.mlp = MLP(name, config, hidden_size, placement, has_norm_after=has_norm_after)
         before = [norm(norm_name) for norm_name in config.names.norms_before]
         after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
         self.norms = before + after
-        self._enter = before[0].start if is_first else before[0].add
-        self._between = before[1].add
+        self._enter = before[0].add if has_to_add else before[0].read
+        self._between = before[1].read if self.attention.is_adding else before[1].add
         self._attend: Callable[..., None] = self.attention
         self._transform: Callable[..., None] = self.mlp
         if after:
@@ -63,13 +66,14 @@ class DecoderLayer:
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
         hidden: torch.Tensor, residual: torch.Tensor, output: torch.Tensor,
     ) -> None:  # fmt: skip
-        """`output` holds what the layer below returned, not yet added to `residual`, and then what
-        this one returns; `hidden` is what a block reads. All are [num_tokens, hidden_size]."""
+        """`output` is what a block returns that does not add to `residual` itself: on entry that of
+        the layer below. `hidden` is what a block reads. All are [num_tokens, hidden_size]."""
         attention, mlp = activations
         self._enter(output, residual, hidden)
-        self._attend(hidden, ctx, cache, attention, output)
+        attended = residual if self.attention.is_adding else output
+        self._attend(hidden, ctx, cache, attention, attended)
         self._between(output, residual, hidden)
-        self._transform(hidden, mlp, output)
+        self._transform(hidden, mlp, residual if self.mlp.is_adding else output)
 
     def destinations(self) -> Destinations:
         destinations = self.attention.destinations() | self.mlp.destinations()
@@ -107,23 +111,24 @@ class Decoder:
             (rope, rotary_dim): cos_sin_table(rope, rotary_dim, max_model_len, device=self.device)
             for rope, rotary_dim in ropes
         }
-        self.layers = [
-            DecoderLayer(
-                f"model.layers.{index}",
-                layer,
-                hidden_size,
-                placement,
-                cos_sin=tables[layer.attention.rope, layer.attention.rotary_dim],
-                is_first=index == 0,
-            )
-            for index, layer in enumerate(config.layers)
-        ]
+        self.layers: list[DecoderLayer] = []
+        has_to_add = False  # what the layer below returned
+        for index, layer in enumerate(config.layers):
+            cos_sin = tables[layer.attention.rope, layer.attention.rotary_dim]
+            self.layers.append(
+                DecoderLayer(
+                    f"model.layers.{index}", layer, hidden_size, placement, cos_sin=cos_sin,
+                    has_to_add=has_to_add,
+                )
+            )  # fmt: skip
+            has_to_add = not self.layers[-1].mlp.is_adding
         # Layers with the same window share an attention plan, and so must have the same sizes.
         self._sizes_by_window = {
             described.attention.window: layer.attention.sizes
             for described, layer in zip(config.layers, self.layers, strict=True)
         }
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
+        self._leave = self.norm.add if has_to_add else self.norm.read
         if config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
         else:
@@ -154,7 +159,7 @@ class Decoder:
         self.embedding(ctx.input_ids, residual)
         for layer, cache, own in zip(self.layers, ctx.kv_caches, activations, strict=True):
             layer(ctx, cache, own, hidden, residual, output)
-        self.norm.add(output, residual, hidden)
+        self._leave(output, residual, hidden)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
@@ -163,8 +168,10 @@ class Decoder:
 
     def activations(self, arena: Arena, num_tokens: int) -> Activations:
         """Take what a forward of num_tokens tokens needs."""
+        is_adding = all(layer.attention.is_adding and layer.mlp.is_adding for layer in self.layers)
         hidden, residual, output = (
-            arena.take(num_tokens, self.config.hidden_size, dtype=self.dtype) for _ in range(3)
+            arena.take(length, self.config.hidden_size, dtype=self.dtype)
+            for length in (num_tokens, num_tokens, 0 if is_adding else num_tokens)
         )
         made: dict[tuple[int, ...], LayerActivations] = {}  # layers of the same sizes share them
         layers = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +34,9 @@ class Scheme(Protocol):
 
     Its constructor allocates. What is loaded is what `destinations` says: names, stored shapes and
     dtypes, slices.
+
+    A scheme may be an AddingScheme or an ActivatingScheme too: where it is not, what is plain
+    stands in.
     """
 
     def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None: ...
@@ -42,6 +45,25 @@ class Scheme(Protocol):
         """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
 
     def destinations(self) -> Destinations: ...
+
+
+@runtime_checkable
+class AddingScheme(Protocol):
+    """One that can add to the residual where it multiplies."""
+
+    def add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
+        """residual += x W^T + bias in place; shapes as those of a Scheme's call"""
+
+
+@runtime_checkable
+class ActivatingScheme(Protocol):
+    """One that can activate what it multiplies, of a matrix whose rows are gate, then up."""
+
+    def silu_mul(
+        self, x: torch.Tensor, bias: torch.Tensor | None, gate_up: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """silu(gate) * up -> out [num_tokens, sum of rows / 2]; gate_up, with room for both, may be
+        written too"""
 
 
 class Dense:
@@ -66,6 +88,14 @@ class Dense:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         ops.linear(x, self.weight, bias, out)
+
+    def add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
+        ops.linear_add(x, self.weight, bias, residual)
+
+    def silu_mul(
+        self, x: torch.Tensor, bias: torch.Tensor | None, gate_up: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        ops.linear_silu_mul(x, self.weight, bias, out, gate_up)
 
     def destinations(self) -> Destinations:
         return row_destinations("weight", self.weight, self._rows, self._columns)

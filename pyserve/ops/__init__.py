@@ -22,21 +22,15 @@ from torch.nn import functional
 from pyserve.limits import TOP_LOGPROBS
 from pyserve.ops import build
 
-# Rows up to which `linear` is our own op, by device and dtype.
-# On a CPU, one pass over the demo model's 33 matrices in bfloat16, one thread, us, own / torch:
+# Rows up to which `linear` and its like are our own ops on a CPU. For a card cuda/gpu/linear/
+# dispatch.cu says it.
+# One pass over the demo model's 33 matrices in bfloat16, one thread, us, own / torch:
 # 610 / 1400 at 1 row, 660 / 1490 at 16, 1240 / 1940 at 64; equal at 128. In float32 equal up to 16
 # rows; at 32 torch takes 3/4 of the time.
-# On an H200, us, own / cuBLAS at 1 row: 14.0 / 15.5 for [6144, 4096], 10.1 / 12.6 for [4096, 4096],
-# 56.2 / 56.7 for [28672, 4096], 29.1 / 31.1 for [4096, 14336]; at 8 rows 14.2 / 15.7, 10.2 / 12.4,
-# 57.8 / 57.2, 29.7 / 31.6. Every further 8 rows read the weights once more.
-FEW_ROWS = {
-    ("cpu", torch.bfloat16): 64,
-    ("cpu", torch.float32): 16,
-    ("cuda", torch.bfloat16): 8,
-    ("cuda", torch.float16): 8,
-}
-# The same, by what is told fastest of a tensor.
-_FEW_ROWS = {(device == "cuda", dtype): rows for (device, dtype), rows in FEW_ROWS.items()}
+FEW_ROWS = {torch.bfloat16: 64, torch.float32: 16}
+
+_STORE, _ADD, _SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
+_served: dict[tuple[object, ...], bool] = {}  # what dispatch.cu said, by shapes and epilogue
 
 
 class _Ops:
@@ -96,6 +90,17 @@ def rope_write_kv(
     )  # fmt: skip
 
 
+def _is_own(x: Tensor, weight: Tensor, epilogue: int) -> bool:
+    """Whether our own op is the fastest for these rows."""
+    if not x.is_cuda:
+        return x.shape[0] <= FEW_ROWS[x.dtype]
+    key = x.shape[0], weight.shape, weight.dtype, epilogue
+    is_served = _served.get(key)
+    if is_served is None:
+        is_served = _served[key] = _ops.serves_linear(weight, x.shape[0], epilogue)
+    return is_served
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -104,13 +109,39 @@ def linear(
     Up to FEW_ROWS rows a row's result does not depend on the others, nor on how many there are.
     Beyond, torch (oneDNN, which compiles and keeps code for every m it meets) may round otherwise.
     """
-    num_rows = x.shape[0]
-    if num_rows > _FEW_ROWS[x.is_cuda, x.dtype]:
+    if not _is_own(x, weight, _STORE):
         return functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]
     if out is None:
-        out = x.new_empty((num_rows, weight.shape[0]))
+        out = x.new_empty((x.shape[0], weight.shape[0]))
     _ops.linear(x, weight, bias, out)
     return out
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """residual += x weight^T + bias in place, rounded once; shapes as in `linear`.
+
+    Where torch takes it, a bias is rounded into the residual before.
+    """
+    if _is_own(x, weight, _ADD):
+        _ops.linear_add(x, weight, bias, residual)
+        return
+    if bias is not None:
+        residual += bias
+    residual.addmm_(x, weight.t())
+
+
+def linear_silu_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gate_up: Tensor
+) -> None:
+    """silu(gate) * up of gate | up = x weight^T + bias, rounded once.
+
+    x [m, k], weight [2 n, k], bias [2 n], out [m, n]; gate_up [m, 2 n] is room for where it takes
+    two calls, and a rounding between them.
+    """
+    if _is_own(x, weight, _SILU_MUL):
+        _ops.linear_silu_mul(x, weight, bias, out)
+    else:
+        silu_mul(linear(x, weight, bias, gate_up), out)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:

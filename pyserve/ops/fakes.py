@@ -1,6 +1,7 @@
 """Fake (shape-only) implementations of the ops, for FakeTensor tracing and `opcheck`.
 
-All ops write into tensors they are given and return nothing, so each fake only has to exist.
+All ops write into tensors they are given and return nothing, so each fake only has to exist; but
+serves_linear, which says what there is.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import torch
 
 OP_NAMES = (
-    "rms_norm", "add_rms_norm", "rope_write_kv", "linear", "silu_mul", "paged_attention",
-    "plan_attention", "plan_step", "sample", "apply_bitmask", "logprobs",
+    "rms_norm", "add_rms_norm", "rope_write_kv", "linear", "linear_add",
+    "linear_silu_mul", "serves_linear", "silu_mul", "paged_attention", "plan_attention",
+    "plan_step", "sample", "apply_bitmask", "logprobs",
 )  # fmt: skip
 
 
 def register_fakes() -> None:
     """Register the fakes; the schemas must be defined. Called once, by build.load_native."""
     for name in OP_NAMES:
-        torch.library.register_fake(f"pyserve::{name}", lambda *args: None)
+        result = True if name == "serves_linear" else None
+        torch.library.register_fake(f"pyserve::{name}", lambda *args, result=result: result)

@@ -61,6 +61,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     out.copy_(product if bias is None else product + bias.float())
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """residual += x weight^T + bias, rounded once."""
+    product = x.float() @ weight.float().T
+    residual.copy_(residual.float() + (product if bias is None else product + bias.float()))
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = silu(gate) * up of gate | up = x weight^T + bias, rounded once."""
+    product = x.float() @ weight.float().T
+    silu_mul(product if bias is None else product + bias.float(), out)
+
+
+def serves_linear(weight: Tensor, m: int, epilogue: int) -> bool:
+    """Whether an own kernel is the fastest: there is no other here."""
+    return True
+
+
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """out = gate * sigmoid(gate) * up (Shazeer 2020)."""
     gate, up = gate_up.float().chunk(2, dim=-1)

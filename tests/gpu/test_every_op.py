@@ -76,6 +76,23 @@ def test_linear(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
     torch.ops.pyserve.linear.default(x, weight, bias, out)
     reference.linear(x, weight, bias, twin)
     assert_close(out, twin)
+    residual = randn(num_rows, n + 1, dtype=dtype)[:, :n]
+    twin.copy_(residual)
+    torch.ops.pyserve.linear_add.default(x, weight, bias, residual)
+    reference.linear_add(x, weight, bias, twin)
+    assert_close(residual, twin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 9])
+@pytest.mark.parametrize(("n", "k"), [(96, 256), (40, 1024), (33, 72)])
+def test_linear_silu_mul(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
+    x, weight = randn(num_rows, k, dtype=dtype), randn(2 * n, k, dtype=dtype) / 8
+    bias = randn(2 * n, dtype=dtype) if num_rows % 2 == 0 else None
+    out, twin = nan(num_rows, n, dtype=dtype), nan(num_rows, n, dtype=dtype)
+    torch.ops.pyserve.linear_silu_mul.default(x, weight, bias, out)
+    reference.linear_silu_mul(x, weight, bias, twin)
+    assert_close(out, twin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,5 @@
-"""linear on CUDA: ratio rule on odd shapes; a row's result depends on nothing but the row."""
+"""linear, linear_add and linear_silu_mul on CUDA: ratio rule on odd shapes; a row's result depends
+on nothing but the row."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyserve import ops
+from pyserve.ops import reference
 from tests.ops import oracle
 
 DTYPES = (torch.bfloat16, torch.float16)
+OPS = ("linear", "linear_add", "linear_silu_mul")
 ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33)
 # (n, k): sizes of models; tails of n and k; few long rows; k not a multiple of 8 (plain kernel).
 SHAPES = [
@@ -26,69 +30,101 @@ SHAPES = [
 ]
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The op itself, whatever the number of rows, into memory that holds NaN."""
-    out = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
-    torch.ops.pyserve.linear(x, weight, bias, out)
+def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, op: str = "linear") -> Tensor:
+    """The op itself, whatever the number of rows, into memory that holds NaN, or `residual`."""
+    n = len(weight) // 2 if op == "linear_silu_mul" else len(weight)
+    out = torch.full((x.shape[0], n), float("nan"), dtype=x.dtype, device="cuda")
+    if op == "linear_add":
+        out = residual(len(x), n, x.dtype)
+    getattr(torch.ops.pyserve, op)(x, weight, bias, out)
     return out
 
 
-def make(num_rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def residual(num_rows: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Equal rows, so that tests of rows that move see the same in all."""
+    torch.manual_seed(n)
+    return (3 * torch.randn(n, device="cuda")).to(dtype).repeat(num_rows, 1)
+
+
+def make(
+    num_rows: int, n: int, k: int, dtype: torch.dtype, op: str = "linear"
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(n + k)
+    n = 2 * n if op == "linear_silu_mul" else n
     x, weight, bias = (
         torch.randn(shape, device="cuda").to(dtype) for shape in [(num_rows, k), (n, k), (n,)]
     )
-    return x, weight, bias
+    # Sums of the size that a model's have: a product of two may not leave float16.
+    return x, weight / 8 if op == "linear_silu_mul" else weight, bias
 
 
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> Tensor:
+    sums = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    if op == "linear_add":
+        return residual(len(x), sums.shape[1], x.dtype).double() + sums
+    return oracle.silu_mul(sums) if op == "linear_silu_mul" else sums
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
-    x, weight, bias = make(max(ROW_COUNTS), n, k, dtype)
-    product = x.double() @ weight.double().T
-    plain = (x.float() @ weight.float().T).to(dtype)
-    plain_biased = (x.float() @ weight.float().T + bias.float()).to(dtype)
-    for num_rows in ROW_COUNTS:
-        part = x[:num_rows]
-        oracle.assert_ratio(run(part, weight), plain[:num_rows], product[:num_rows])
-        exact = (product + bias.double())[:num_rows]
-        oracle.assert_ratio(run(part, weight, bias), plain_biased[:num_rows], exact)
+def test_linear(n: int, k: int, dtype: torch.dtype, op: str) -> None:
+    x, weight, bias = make(max(ROW_COUNTS), n, k, dtype, op)
+    for given in (bias, None):
+        plain = residual(len(x), n, dtype)
+        getattr(reference, op)(x, weight, given, plain)
+        wanted = exact(x, weight, given, op)
+        for num_rows in ROW_COUNTS:
+            result = run(x[:num_rows], weight, given, op)
+            oracle.assert_ratio(result, plain[:num_rows], wanted[:num_rows])
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_a_row_does_not_depend_on_its_batch_mates(n: int, k: int, dtype: torch.dtype) -> None:
-    x, weight, bias = make(max(ROW_COUNTS), n, k, dtype)
-    together = run(x, weight, bias)
-    for num_rows in ROW_COUNTS:
-        assert torch.equal(run(x[:num_rows], weight, bias), together[:num_rows])
-        assert torch.equal(run(x[-num_rows:], weight, bias), together[-num_rows:])
+def test_a_row_does_not_depend_on_its_batch_mates(
+    n: int, k: int, dtype: torch.dtype, op: str
+) -> None:
+    """Among as many as one kernel is made for."""
+    for counts in (range(1, 9), (9, 16, 33)):
+        x, weight, bias = make(max(counts), n, k, dtype, op)
+        together = run(x, weight, bias, op)
+        for num_rows in counts:
+            assert torch.equal(run(x[:num_rows], weight, bias, op), together[:num_rows])
+            assert torch.equal(run(x[-num_rows:], weight, bias, op), together[-num_rows:])
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_rows(dtype: torch.dtype) -> None:
-    x, weight, bias = make(19, 96, 128, dtype)
-    expected = run(x[:, 32:96].contiguous(), weight[:, 64:].contiguous(), bias)
+def test_strided_rows(dtype: torch.dtype, op: str) -> None:
+    x, weight, bias = make(19, 96, 128, dtype, op)
+    expected = run(x[:, 32:96].contiguous(), weight[:, 64:].contiguous(), bias, op)
     wide = torch.full((19, 100), float("nan"), dtype=dtype, device="cuda")
     out = wide[:, 2:98]
-    torch.ops.pyserve.linear(x[:, 32:96], weight[:, 64:], bias, out)
+    if op == "linear_add":
+        out.copy_(residual(19, 96, dtype))
+    getattr(torch.ops.pyserve, op)(x[:, 32:96], weight[:, 64:], bias, out)
     assert torch.equal(out, expected)
     assert bool(wide[:, :2].isnan().all()) and bool(wide[:, 98:].isnan().all())
-    assert torch.equal(run(x[::2, 32:96], weight[:, 64:], bias), expected[::2])
+    every_other = run(x[::4, 32:96], weight[:, 64:], bias, op)
+    assert torch.equal(every_other, run(x[::4, 32:96].contiguous(), weight[:, 64:], bias, op))
     # Not aligned to 16 bytes: the plain kernel, other rounding.
-    exact = x[:, 31:95].double() @ weight[:, 63:127].double().T
-    plain = (x[:, 31:95].float() @ weight[:, 63:127].float().T).to(dtype)
-    oracle.assert_ratio(run(x[:, 31:95], weight[:, 63:127]), plain, exact)
+    odd_x, odd_weight = x[:, 31:95], weight[:, 63:127]
+    plain = residual(19, 96, dtype)
+    getattr(reference, op)(odd_x, odd_weight, None, plain)
+    oracle.assert_ratio(run(odd_x, odd_weight, op=op), plain, exact(odd_x, odd_weight, None, op))
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (33, 50)])
-def test_a_row_of_nan_or_inf_stays_alone(n: int, k: int) -> None:
-    x, weight, bias = make(20, n, k, torch.bfloat16)
-    expected = run(x, weight, bias)
+def test_a_row_of_nan_or_inf_stays_alone(n: int, k: int, op: str) -> None:
+    x, weight, bias = make(20, n, k, torch.bfloat16, op)
+    expected = run(x, weight, bias, op)
     x[3, 0], x[17, 1] = float("nan"), float("inf")
-    result = run(x, weight, bias)
+    result = run(x, weight, bias, op)
     assert bool(result[3].isnan().all())
-    assert not bool(result[17].isfinite().any())
+    if op != "linear_silu_mul":  # there -inf may become 0
+        assert not bool(result[17].isfinite().any())
     others = [row for row in range(20) if row not in (3, 17)]
     assert torch.equal(result[others], expected[others])
 
@@ -97,19 +133,45 @@ def test_no_rows_no_columns_nothing_to_sum() -> None:
     def ones(*shape: int) -> Tensor:
         return torch.ones(shape, device="cuda", dtype=torch.bfloat16)
 
-    assert run(ones(0, 32), ones(16, 32)).shape == (0, 16)
-    assert run(ones(2, 32), ones(0, 32)).shape == (2, 0)
+    for op in OPS:
+        n = 8 if op == "linear_silu_mul" else 16
+        assert run(ones(0, 32), ones(16, 32), op=op).shape == (0, n)
+        assert run(ones(2, 32), ones(0, 32), op=op).shape == (2, 0)
     bias = torch.arange(16, device="cuda").bfloat16()
     assert torch.equal(run(ones(2, 0), ones(16, 0), bias), bias.expand(2, 16))
+    added = run(ones(2, 0), ones(16, 0), bias, "linear_add")
+    assert torch.equal(added, residual(2, 16, torch.bfloat16) + bias)
 
 
-def test_in_a_graph() -> None:
-    x, weight, bias = make(1, 1024, 512, torch.bfloat16)
-    expected, out = run(x, weight, bias), torch.empty(1, 1024, device="cuda").bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 64, 65, 200, 512, 2048])
+def test_what_serves_any_number_of_rows(num_rows: int, dtype: torch.dtype) -> None:
+    """The wrappers, with own kernels and cuBLAS behind them: no worse than twice plain torch."""
+    for op in OPS:
+        x, weight, bias = make(num_rows, 512, 1024, dtype, op)
+        for given in (None, bias):
+            out = residual(num_rows, 512, dtype)
+            if op == "linear":
+                ops.linear(x, weight, given, out)
+            elif op == "linear_add":
+                ops.linear_add(x, weight, given, out)
+            else:
+                gate_up = torch.empty(num_rows, 1024, dtype=dtype, device="cuda")
+                ops.linear_silu_mul(x, weight, given, out, gate_up)
+            # Two roundings at most, of values no larger than twice the result's largest.
+            two = 2 * torch.finfo(dtype).eps
+            wanted = exact(x, weight, given, op)
+            assert bool((out.double() - wanted).abs().max() <= two * wanted.abs().max())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_in_a_graph(op: str) -> None:
+    x, weight, bias = make(1, 1024, 512, torch.bfloat16, op)
+    expected, out = run(x, weight, bias, op), residual(1, 1024, torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.ops.pyserve.linear(x, weight, bias, out)
-    out.fill_(float("nan"))
+        getattr(torch.ops.pyserve, op)(x, weight, bias, out)
+    out.copy_(residual(1, 1024, torch.bfloat16))
     graph.replay()
     assert torch.equal(out, expected)
 
@@ -124,3 +186,16 @@ def test_refusals() -> None:
         run(x, weight.half())
     with pytest.raises(RuntimeError, match="x must be bfloat16 or float16, got Float"):
         run(x.float(), weight.float())
+    with pytest.raises(RuntimeError, match="size 1 of residual is 3, expected 4"):
+        torch.ops.pyserve.linear_add(x, weight, None, x.new_empty(2, 3))
+    with pytest.raises(RuntimeError, match="linear_silu_mul: size 0 of weight is 4, expected 8"):
+        torch.ops.pyserve.linear_silu_mul(x, weight, None, x.new_empty(2, 4))
+    with pytest.raises(RuntimeError, match="serves_linear: epilogue 3"):
+        torch.ops.pyserve.serves_linear(weight, 1, 3)
+
+
+def test_own_kernels_serve_few_rows() -> None:
+    _, weight, _ = make(1, 4096, 4096, torch.bfloat16)
+    for epilogue in range(3):
+        assert all(torch.ops.pyserve.serves_linear(weight, m, epilogue) for m in range(1, 9))
+        assert not torch.ops.pyserve.serves_linear(weight, 100_000, epilogue)

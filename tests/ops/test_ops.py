@@ -50,21 +50,17 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             cache[1],
         ),
         "linear": (torch.randn(3, 24), torch.randn(5, 24), torch.randn(5), torch.empty(3, 5)),
+        "linear_add": (torch.randn(3, 24), torch.randn(5, 24), torch.randn(5), torch.randn(3, 5)),
+        "linear_silu_mul": (
+            torch.randn(3, 24),
+            torch.randn(10, 24),
+            torch.randn(10),
+            torch.empty(3, 5),
+        ),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "paged_attention": (
-            torch.randn(3, 4, 8),
-            cache[0],
-            cache[1],
-            table,
-            _int(1, 0, -1),
-            _int(0, 1, 3, 3),
-            _int(9, 2, 0),
-            0.3,
-            0,
-            3,
-            None,
-            None,
-            torch.empty(3, 4, 8),
+            torch.randn(3, 4, 8), cache[0], cache[1], table, _int(1, 0, -1), _int(0, 1, 3, 3),
+            _int(9, 2, 0), 0.3, 0, 3, None, None, torch.empty(3, 4, 8),
         ),
         "plan_step": (
             header,
@@ -92,10 +88,11 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.ones(2, limits.TOP_LOGPROBS, dtype=torch.int32),
             torch.ones(2, limits.TOP_LOGPROBS),
         ),
-    }
+    }  # fmt: skip
 
 
-CPU_OP_NAMES = [name for name in fakes.OP_NAMES if name != "plan_attention"]  # CUDA has all
+# CUDA has all.
+CPU_OP_NAMES = [name for name in fakes.OP_NAMES if name not in ("plan_attention", "serves_linear")]
 
 
 @pytest.mark.parametrize("name", CPU_OP_NAMES)
@@ -134,7 +131,8 @@ def test_fakes_touch_no_memory(name: str) -> None:
 
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
-    for name in ("rms_norm", "linear", "silu_mul", "paged_attention", "sample", "logprobs"):
+    names = ("rms_norm", "linear", "linear_silu_mul", "silu_mul")
+    for name in (*names, "paged_attention", "sample", "logprobs"):
         args = op_args()[name]
         results = []
         for garbage in (3, 99):

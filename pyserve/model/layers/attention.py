@@ -10,7 +10,7 @@ from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.kv import KVCache, KVSpec
 from pyserve.model.layer_config import LayerConfig
-from pyserve.model.layers.linear import Linear, Output, fused_outputs
+from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.placement import Placement
 
@@ -18,18 +18,20 @@ from pyserve.model.placement import Placement
 class Attention:
     """One layer's attention; `cos_sin` as layers/rotary.py makes it.
 
-    sizes   heads, KV heads and head_dim here: layers with the same ones may share activations.
+    sizes      heads, KV heads and head_dim here: layers with the same ones may share activations.
+    is_adding  it adds to its `out`, the residual stream, instead of overwriting it. So it does
+               where no norm comes before that and its last Linear can.
     """
 
     __slots__ = (
-        "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "_window", "_num_heads",
-        "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale", "_q_norm_weight",
-        "_k_norm_weight", "_eps", "_dtype",
+        "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "is_adding", "_project", "_window",
+        "_num_heads", "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale",
+        "_q_norm_weight", "_k_norm_weight", "_eps", "_dtype",
     )  # fmt: skip
 
     def __init__(
         self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor,
+        cos_sin: torch.Tensor, has_norm_after: bool,
     ) -> None:  # fmt: skip
         config, names = layer.attention, layer.names
         name = f"{name}.{names.attention}"
@@ -49,6 +51,8 @@ class Attention:
             has_bias=config.has_o_bias,
             shard="row",
         )
+        self.is_adding = self.o.has_add and not has_norm_after
+        self._project: Apply = self.o.add if self.is_adding else self.o
         self.q_norm = self.k_norm = None
         if config.has_qk_norm:
             self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, layer.norm, placement)
@@ -84,7 +88,7 @@ class Attention:
             max_query_len=ctx.max_query_len, plan=ctx.attention_plans.get(self._window),
             out=act.heads,
         )  # fmt: skip
-        self.o(act.joined, out)
+        self._project(act.joined, out)
 
     def activations(self, arena: Arena, num_tokens: int) -> AttentionActivations:
         (num_heads, _, head_dim), q_size = self.sizes, self._q_size

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 
 from pyserve.model.destination import Destination, Destinations
 from pyserve.model.placement import Placement, Shard
-from pyserve.model.schemes import SCHEMES, Dense, Rows, Scheme, row_destinations
+from pyserve.model.schemes import (
+    SCHEMES,
+    ActivatingScheme,
+    AddingScheme,
+    Dense,
+    Rows,
+    Scheme,
+    row_destinations,
+)
+
+Apply = Callable[[torch.Tensor, torch.Tensor], None]  # of a Linear to x, into what follows
 
 ShardRule = Literal["whole", "column", "row", "vocabulary"]
 
@@ -49,9 +59,14 @@ class Linear:
                  rank's y is 0.
     row          some inputs: a rank gets that part of x, and the ranks' sums add up to y. The bias
                  is with rank 0.
+
+    `add` and `silu_mul` are there where a step between would find no place: not where the scheme
+    cannot, nor where an adapter's part or the other ranks' is still to come.
     """
 
-    __slots__ = ("matrix", "bias", "out_features", "_rows", "_has_bias")
+    __slots__ = (
+        "matrix", "bias", "out_features", "has_add", "has_silu_mul", "_rows", "_has_bias",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -71,6 +86,12 @@ class Linear:
         scheme = SCHEMES[placement.scheme_of(outputs[0].name)]
         self.matrix: Scheme = scheme(self._rows, columns, placement)
         self.out_features = sum(part.size for part in self._rows)  # here, of this rank
+        has_adapters = placement.num_adapter_slots > 0
+        is_sum_partial = shard == "row" and placement.tp_size > 1
+        self.has_add = (
+            isinstance(self.matrix, AddingScheme) and not has_adapters and not is_sum_partial
+        )
+        self.has_silu_mul = isinstance(self.matrix, ActivatingScheme) and not has_adapters
         self.bias: torch.Tensor | None = None
         if has_bias and (shard != "row" or placement.tp_rank == 0):
             shape = self.out_features
@@ -82,11 +103,23 @@ class Linear:
         linear = cls.__new__(cls)
         linear.matrix, linear.bias = Dense.over(weight), None
         linear.out_features, linear._rows, linear._has_bias = weight.shape[0], (), False
+        linear.has_add = linear.has_silu_mul = False
         return linear
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x [num_tokens, inputs here] -> out [num_tokens, out_features]"""
         self.matrix(x, self.bias, out)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """residual [num_tokens, out_features] += y in place; where `has_add`."""
+        self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
+
+    def silu_mul(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """silu(gate) * up -> out [num_tokens, out_features / 2], where y is gate, then up.
+
+        Where `has_silu_mul`; gate_up has room for y.
+        """
+        self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
 
     def destinations(self) -> Destinations:
         destinations = self.matrix.destinations()

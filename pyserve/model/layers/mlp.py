@@ -8,16 +8,20 @@ from pyserve import ops
 from pyserve.model.activations import Arena, MLPActivations
 from pyserve.model.destination import Destinations
 from pyserve.model.layer_config import LayerConfig
-from pyserve.model.layers.linear import Linear, Output, fused_outputs
+from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
 from pyserve.model.placement import Placement
 
 
 class MLP:
-    __slots__ = ("gate_up", "down", "_dtype")
+    """`is_adding`: it adds to its `out`, the residual stream, instead of overwriting it. So it does
+    where no norm comes before that and its last Linear can."""
+
+    __slots__ = ("gate_up", "down", "is_adding", "_activate", "_project", "_dtype")
 
     def __init__(
-        self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement
-    ) -> None:
+        self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement, *,
+        has_norm_after: bool,
+    ) -> None:  # fmt: skip
         config, names = layer.mlp, layer.names
         name = f"{name}.{names.mlp}"
         self._dtype = placement.dtype
@@ -35,12 +39,18 @@ class MLP:
             has_bias=config.has_bias,
             shard="row",
         )
+        self._activate = self.gate_up.silu_mul if self.gate_up.has_silu_mul else self._two_calls
+        self.is_adding = self.down.has_add and not has_norm_after
+        self._project: Apply = self.down.add if self.is_adding else self.down
 
     def __call__(self, x: torch.Tensor, act: MLPActivations, out: torch.Tensor) -> None:
         """x [num_tokens, hidden_size] -> out, of the same shape"""
-        self.gate_up(x, act.gate_up)
-        ops.silu_mul(act.gate_up, act.activated)
-        self.down(act.activated, out)
+        self._activate(x, act.gate_up, act.activated)
+        self._project(act.activated, out)
+
+    def _two_calls(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        self.gate_up(x, gate_up)
+        ops.silu_mul(gate_up, out)
 
     def activations(self, arena: Arena, num_tokens: int) -> MLPActivations:
         width = self.gate_up.out_features

@@ -25,8 +25,8 @@ class RMSNorm:
         """x [..., size] -> out, of the same shape; it may be x itself."""
         ops.rms_norm(x, self.weight, self.eps, out)
 
-    def start(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
-        """`add` where there is no x yet: in the first layer."""
+    def read(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
+        """`add` where x is in the residual already, or where there is none: in the first layer."""
         ops.rms_norm(residual, self.weight, self.eps, out)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:

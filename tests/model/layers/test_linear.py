@@ -214,6 +214,33 @@ def test_a_scheme_says_what_is_loaded_and_how(
         torch.testing.assert_close(torch.stack(sums).sum(0), x @ down)
 
 
+def test_what_stands_between_is_not_skipped(turned: Callable[..., Placement]) -> None:
+    """Ranks' sums are added up before they are whole; a scheme need not have an epilogue."""
+    for tp_size in (1, 2):
+        down = Linear([Output("down_too", HIDDEN)], HIDDEN, turned(0, tp_size), shard="row")
+        assert down.has_add == (tp_size == 1)
+        gate_up = Linear([Output("up", 8), Output("too", 8)], HIDDEN, turned(0, tp_size))
+        assert gate_up.has_silu_mul and gate_up.has_add
+        other = Linear([Output("gate", 8), Output("up", 8)], HIDDEN, turned(0, tp_size))
+        assert not other.has_add and not other.has_silu_mul
+
+
+def test_adding_and_activating_are_what_is_called_plainly() -> None:
+    torch.manual_seed(0)
+    gate_up = Linear([Output("gate", 8), Output("up", 8)], HIDDEN, place(), has_bias=True)
+    gate_up.matrix.weight.normal_()  # type: ignore[attr-defined]
+    assert gate_up.bias is not None
+    gate_up.bias.normal_()
+    x, residual = torch.randn(3, HIDDEN), torch.randn(3, 16)
+    expected = residual + apply(gate_up, x)
+    gate_up.add(x, residual)
+    torch.testing.assert_close(residual, expected)
+    gate, up = apply(gate_up, x).chunk(2, 1)
+    activated = torch.full((3, 8), torch.nan)
+    gate_up.silu_mul(x, torch.empty(3, 16), activated)
+    torch.testing.assert_close(activated, torch.nn.functional.silu(gate) * up)
+
+
 def test_shapes_can_be_made_without_memory() -> None:
     linear = Linear(QKV, HIDDEN, Placement(torch.bfloat16, META, tp_size=4), shard="column")
     assert sum(place.nbytes for place in linear.destinations().values()) == 2 * 16 * HIDDEN
