@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -24,6 +25,7 @@ from openai import OpenAI
 
 from bench.server_process import free_port
 from tests.e2e.conftest import ROOT, Server, start_server
+from tests.e2e.slow_client import check_beside_a_slow_client
 
 LONG: dict[str, Any] = {
     "model": "pyserve-demo", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True,
@@ -81,6 +83,12 @@ def test_64_concurrent_streams_are_right_and_none_starves(server: Server) -> Non
     ]
     assert not wrong, wrong[:2]
     assert max(gap for _, gap in together) < 10.0
+    server.wait_idle()
+
+
+def test_a_client_of_one_byte_a_second_among_255_others(server: Server) -> None:
+    server.wait_idle()
+    asyncio.run(asyncio.wait_for(check_beside_a_slow_client(server.port), 60))
     server.wait_idle()
 
 

@@ -47,7 +47,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return model
 
 
-def engine_for(decoder: Decoder, depth: int, *, is_eager: bool = False) -> AsyncEngine:
+def engine_for(
+    decoder: Decoder, depth: int, *, is_eager: bool = False, num_blocks: int = 128
+) -> AsyncEngine:
     executor = StepExecutor(
         decoder,
         StepLimits(
@@ -60,9 +62,9 @@ def engine_for(decoder: Decoder, depth: int, *, is_eager: bool = False) -> Async
     )
     runner = CudaRunner(executor, is_eager=is_eager)
     runner.run_ahead_depth = depth
-    runner.allocate_kv(128)
+    runner.allocate_kv(num_blocks)
     scheduler = Scheduler(
-        BlockManager(128, 16, enable_prefix_caching=False),
+        BlockManager(num_blocks, 16, enable_prefix_caching=False),
         SlotAllocator(NUM_SLOTS),
         max_num_batched_tokens=512,
         max_update_words=max_update_words(MAX_MODEL_LEN, 16),
@@ -72,7 +74,7 @@ def engine_for(decoder: Decoder, depth: int, *, is_eager: bool = False) -> Async
     )
     info = EngineInfo(
         max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SLOTS, block_size=16,
-        num_blocks=128, dtype="bfloat16", device="cuda",
+        num_blocks=num_blocks, dtype="bfloat16", device="cuda",
     )  # fmt: skip
     return AsyncEngine(engine, info)
 

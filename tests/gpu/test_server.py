@@ -6,6 +6,7 @@ Plain HTTP, no SDK: the machine with the card may have none.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import torch
 
 from bench.make_model import make_model
 from bench.server_process import PYSERVE, ServerProcess, running_server
+from tests.e2e.slow_client import check_beside_a_slow_client
 from tests.gpu.broken_server import DEADLINE_S
 
 ROOT = Path(__file__).parent.parent.parent
@@ -165,6 +167,17 @@ def test_64_at_once_are_right_and_take_no_memory_from_the_card(server: ServerPro
     assert metric(server, "pyserve:device_allocations") == before
     assert metric(server, "vllm:num_requests_running") == 0
     assert metric(server, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_a_client_of_one_byte_a_second_among_255_others(server: ServerProcess) -> None:
+    before = metric(server, "pyserve:device_allocations")
+    asyncio.run(asyncio.wait_for(check_beside_a_slow_client(server.port), 60))
+    deadline = time.monotonic() + 10
+    while metric(server, "vllm:num_requests_running"):
+        assert time.monotonic() < deadline, "the slow client's request still runs"
+        time.sleep(0.01)
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0
+    assert metric(server, "pyserve:device_allocations") == before
 
 
 def test_a_prompt_seen_before_comes_from_the_cache(server: ServerProcess) -> None:
