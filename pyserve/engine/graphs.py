@@ -8,6 +8,7 @@ and run call by call where it has none. Nothing else knows the difference.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 
 import torch
 
@@ -56,8 +57,12 @@ class GraphCache:
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             launch()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            # A launch that failed may have made the capture void, and its end would say only that.
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
         self._graphs[key] = graph
 
     def replay(self, key: Hashable) -> bool:

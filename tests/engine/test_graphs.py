@@ -76,3 +76,29 @@ def test_another_kv_cache_takes_the_records_of_the_first_with_it() -> None:
     executor.allocate_kv(NUM_BLOCKS // 2)
     assert shapes and not any(executor.has_graph(shape) for shape in shapes)
     executor.close()
+
+
+class VoidGraph:
+    """A CUDA graph whose capture a failed launch has made void."""
+
+    num_ended = 0
+
+    def capture_begin(self, **options: object) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        VoidGraph.num_ended += 1
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_launch_that_fails_says_why_and_not_what_became_of_the_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def launch() -> None:
+        raise ValueError("a shape that no kernel has")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", VoidGraph)
+    cache = GraphCache()
+    with pytest.raises(ValueError, match="no kernel has"):
+        cache.record("key", launch)
+    assert VoidGraph.num_ended == 1 and "key" not in cache
