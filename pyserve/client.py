@@ -155,7 +155,7 @@ class SequenceStream:
 
     def put(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         """Engine side: append output tokens, with the logprobs of each or none; wake the reader."""
-        assert not self.is_finished, "token after the end"
+        assert self._finish_reason is None and self._error is None, "token after the end"
         self._token_ids += token_ids
         if logprobs is not None:
             self._logprobs += logprobs

@@ -74,13 +74,16 @@ class Step:
 
     asked: Asked = NOTHING_ASKED
     prompt_spans: list[PromptSpan] = field(default_factory=list)
+    _shape: StepShape | None = None
 
     @property
     def shape(self) -> StepShape:
-        """As the header of the packed step will tell it."""
-        return StepShape(
-            self.num_tokens, len(self.row_slots), sum(self.row_samples), max(self.query_lens)
-        )
+        """As the header of the packed step will tell it. From the first call on, no row changes."""
+        if self._shape is None:
+            self._shape = StepShape(
+                self.num_tokens, len(self.row_slots), sum(self.row_samples), max(self.query_lens)
+            )
+        return self._shape
 
 
 @dataclass(slots=True, eq=False)

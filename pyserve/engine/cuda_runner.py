@@ -107,18 +107,21 @@ class CudaRunner:
         self._run_and_wait(largest_step(self._executor.limits))
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
-        """Allocate the KV cache for good, then run every shape once and record the small ones:
-        after it, nothing is new.
+        """Allocate the KV cache for good, then run every shape, and record the small ones: after
+        it, nothing is new.
 
         report(done, total) counts the shapes.
         """
         self._allocate_kv(num_blocks)
-        steps = list(warmup_steps(self._executor.limits))
         recorded: list[Step] = []
         if not self._is_eager:
             recorded += graph_steps(
                 self._executor.limits, num_blocks=num_blocks, vocab_size=self._executor.vocab_size
             )
+        are_run = {step.num_tokens for step in recorded}  # when they are recorded
+        steps = [
+            step for step in warmup_steps(self._executor.limits) if step.num_tokens not in are_run
+        ]
         total = len(steps) + len(recorded)
         for done, step in enumerate(steps):
             report(done, total)
@@ -184,7 +187,7 @@ class CudaRunner:
         num_words = self.pack(step, entry.words)
         words = entry.step_input[:num_words]
         self._executor.step_input[:num_words].copy_(words, non_blocking=True)
-        return StepShape.of(entry.words)
+        return step.shape
 
     def _sample(
         self, shape: StepShape, asked: Asked, entry: _RingEntry, masked_rows: Sequence[int] = ()

@@ -438,9 +438,8 @@ class CpuRunner:
 
     def _forward(self, step: Step) -> StepShape:
         self.pack(step, self._buffer)
-        shape = StepShape.of(self._buffer)
-        self._executor.forward(shape)
-        return shape
+        self._executor.forward(step.shape)
+        return step.shape
 
     def _sample(
         self, forward: Future[StepShape], asked: Asked, masked_rows: Sequence[int] = ()

@@ -71,16 +71,17 @@ class Scheduler:
         step = Step()
         running, prompts = self.running, []
         num_preemptions = self.num_preemptions
-        index = 0
-        while index < len(running):
-            seq = running[index]
-            index += 1
-            if seq.num_tokens - seq.num_computed_tokens > 1:
+        for seq in running:  # of which _grow may take the last ones
+            num_tokens, num_computed = seq.num_tokens, seq.num_computed_tokens
+            if num_tokens - num_computed > 1:
                 prompts.append(seq)
-            elif seq.num_tokens == seq.max_total_tokens:
+            elif num_tokens == seq.max_total_tokens:
                 pass  # its last token is in flight
-            elif seq.num_computed_tokens < seq.kv_capacity or self._grow(seq, step):
-                _add_row(step, seq, 1)
+            elif num_computed < seq.kv_capacity or self._grow(seq, step):
+                step.seqs.append(seq)
+                seq.num_computed_tokens = num_tokens
+                seq.num_tokens = num_tokens + 1  # a placeholder, as in _add_row
+        step.query_lens += [1] * len(step.seqs)
         budget = limit = self._prompt_limit(len(step.seqs))
         if self.num_preemptions == num_preemptions:
             budget -= self._admit(step, self._share_of_waiting(prompts, limit))

@@ -27,6 +27,7 @@ def test_pack_passes_every_list_on() -> None:
         row_samples=[False, True],
         block_updates=[4, 0, 6],
         slot_updates=[record.tobytes()],
+        num_tokens=4,
     )
     buffer = np.full(100, -7, np.int32)
     num_words = pack(step, buffer)
@@ -41,6 +42,7 @@ def test_pack_passes_every_list_on() -> None:
     assert buffer[30:50].tolist() == record.tolist()
     assert (buffer[num_words:] == -7).all()
     assert StepShape.of(buffer) == StepShape(4, num_rows=2, num_samples=1, max_query_len=3)
+    assert step.shape == StepShape.of(buffer) and step.shape is step.shape  # worked out once
 
 
 @pytest.mark.parametrize(

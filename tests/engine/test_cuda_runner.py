@@ -324,6 +324,27 @@ def test_a_record_that_fails_says_whether_the_device_is_lost(
     runner.close()
 
 
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_a_shape_that_is_recorded_is_not_run_for_its_own_sake(
+    engine: Engine, is_eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 4 slots, 32 tokens at most and blocks enough all shapes are small enough to record."""
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+    runner._is_eager = is_eager
+    run, recorded = list[int](), list[int]()
+    monkeypatch.setattr(runner, "_run_and_wait", lambda step: run.append(step.num_tokens))
+    monkeypatch.setattr(runner, "_record", lambda step: recorded.append(step.num_tokens))
+    runner.allocate_kv(NUM_BLOCKS)
+    assert run == ([32, 16, 8, 4, 2, 1] if is_eager else [])
+    assert sorted(set(recorded)) == ([] if is_eager else [1, 2, 4, 8, 16, 32])
+    recorded.clear()
+    runner.allocate_kv(2)  # too few blocks for the large ones
+    assert set(run) | set(recorded) == {1, 2, 4, 8, 16, 32}
+    assert not set(run[6 * is_eager :]) & set(recorded)
+    runner.close()
+
+
 def test_a_step_that_nobody_waits_for_any_more_may_still_end(engine: Engine) -> None:
     runner = engine.runner
     problems: list[object] = []
