@@ -11,6 +11,8 @@
 
 namespace pyserve::gpu {
 
+using pyserve::Epilogue;
+
 struct LinearParams {
   const void* x;  // [m, k]; strides in elements, the last dim contiguous
   int64_t x_stride;
