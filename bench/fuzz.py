@@ -36,8 +36,9 @@ from bench.neighbour import Neighbour, Seen, ask_health
 from bench.report import format_table
 from bench.server_process import memory_of
 from bench.soak import wait_idle
+from bench.suspects import Suspects
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.wire import Endpoint
+from bench.wire import Endpoint, fetch
 
 PARTS = 5
 WARM_PARTS = 2  # allocators fill up: growth is counted from the end of these
@@ -47,6 +48,8 @@ MAX_SLOW = 200  # connections that wait, beside the others
 MAX_FAILURES = 20  # kinds of them
 MAX_FAILED_CASES = 1000
 CLOSE_TIMEOUT_S = 15.0
+SETTLE_S = 3.0
+SETTLE_CHARS = 2**19  # the server gives back what is free behind a text that is so long
 SHOWN_BYTES = 1000
 SMALL_ANSWER_BYTES, LOOK_PAUSE_S = 2**16, 0.1
 _RESET = struct.pack("ii", 1, 0)
@@ -135,6 +138,7 @@ class Tally:
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)  # by kind
     seen: Seen = field(default_factory=Seen)
+    suspects: Suspects = field(default_factory=Suspects)
 
     def add(self, case: Case, status: str, problem: str | None, answer: bytes) -> None:
         self.num_sent += 1
@@ -222,7 +226,8 @@ async def fuzz(endpoint: Endpoint, tally: Tally, numbers: range, args: argparse.
     waiting: set[asyncio.Task[None]] = set()
 
     async def one(case: Case) -> None:
-        answers, problem, received = await run_case(endpoint, case)
+        with tally.suspects.watch(case):
+            answers, problem, received = await run_case(endpoint, case)
         status = str(answers[-1].status) if answers else "none"
         tally.add(case, status, problem, received)
 
@@ -263,6 +268,7 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
         for first, end in itertools.pairwise(bounds):
             await fuzz(endpoint, tally, range(first, end), args)
             if pid is not None and Path(f"/proc/{pid}").exists():
+                await settle(endpoint)
                 rss_bytes.append(memory_of(pid).rss_bytes)
     finally:
         wall_s = time.perf_counter() - started_s
@@ -284,6 +290,14 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
         "num_files": num_files,
         "after": after,
     }
+
+
+async def settle(endpoint: Endpoint) -> None:
+    """Wait until nothing is under way and what was freed has gone back to the system: what the
+    server takes afterwards is held.
+    """
+    await asyncio.sleep(SETTLE_S)  # texts of clients that have left may still be worked on
+    await fetch(endpoint, "/tokenize", {"prompt": "settle " * (SETTLE_CHARS // 7)})
 
 
 def count_files(pid: int | None) -> int | None:
@@ -324,6 +338,7 @@ def judge(result: dict[str, Any], log: Path | None, args: argparse.Namespace) ->
         f"streams, longest gap {seen.max_gap_s:.2f} s; /health: {len(seen.health_s)} answers, "
         f"slowest {1e3 * worst_health_s:.0f} ms"
     )
+    print("\n".join(tally.suspects.describe(seen.gaps)))
     problems = [
         f"{f.count} cases, the first {f.case.number} ({f.case.family}): {f.problem}"
         for f in tally.failures.values()

@@ -19,17 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.fuzz import WARM_PARTS, count_files, run_case, wait_files
+from bench.fuzz import WARM_PARTS, count_files, run_case, settle, wait_files
 from bench.hostile import make_case
 from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak, wait_idle
 from bench.trial import Trial, conclude, try_server
-from bench.wire import Endpoint, fetch
+from bench.wire import Endpoint
 
 FAMILIES = ("large", "template", "gone", "ended", "abort", "silent", "field")
-
-
-SETTLE_S = 3.0
-SETTLE_CHARS = 2**19
 
 
 class Hostile:
@@ -59,11 +55,7 @@ class Hostile:
         over.set()
         await asyncio.gather(*clients)
         await wait_idle(endpoint)
-        # Texts of clients that have left may still be worked on. What large requests have freed
-        # goes back to the system behind the next long text: what is read afterwards is held.
-        await asyncio.sleep(SETTLE_S)
-        text = {"prompt": "settle " * (SETTLE_CHARS // 7)}
-        await fetch(endpoint, "/tokenize", text)
+        await settle(endpoint)
 
     async def _send_until(self, over: asyncio.Event, endpoint: Endpoint, seed: int) -> None:
         while not over.is_set():

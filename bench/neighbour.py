@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -22,16 +23,47 @@ QUESTIONS = ("What is the capital of France?", "Escribe un poema", "Explain grav
 NUM_TOKENS = 64
 HEALTH_PAUSE_S = 0.1
 MAX_PROBLEMS = 20
+MAX_GAPS = 10
+MIN_GAP_S = 0.02
+TICK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """While a stream stood still.
+
+    began_s, ended_s  of time.perf_counter, which is one clock for all processes of a machine.
+    late_s            at most, by which the neighbour's own process was woken late meanwhile: then
+                      it is the machine that was busy.
+    before            what came at its end.
+    """
+
+    began_s: float
+    ended_s: float
+    late_s: float
+    before: str
+
+    @property
+    def length_s(self) -> float:
+        return self.ended_s - self.began_s
 
 
 @dataclass(slots=True)
 class Seen:
-    """What the neighbour has seen so far."""
+    """What the neighbour has seen so far; of the gaps the longest, that first."""
 
     num_streams: int = 0
-    max_gap_s: float = 0.0
+    gaps: list[Gap] = field(default_factory=list)
     health_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def max_gap_s(self) -> float:
+        return self.gaps[0].length_s if self.gaps else 0.0
+
+    def add_gaps(self, gaps: list[Gap]) -> None:
+        longest = sorted([*self.gaps, *gaps], key=lambda gap: -gap.length_s)
+        self.gaps = longest[:MAX_GAPS]
 
     def blame(self, problem: str) -> None:
         if not self.has_enough:
@@ -40,7 +72,7 @@ class Seen:
     def add(self, other: Seen) -> None:
         """What was seen since the last time."""
         self.num_streams += other.num_streams
-        self.max_gap_s = max(self.max_gap_s, other.max_gap_s)
+        self.add_gaps(other.gaps)
         self.health_s += other.health_s
         for problem in other.problems:
             self.blame(problem)
@@ -110,6 +142,7 @@ class _Streams:
         self._pipe = pipe
         self._expected: list[str] = []
         self._is_over = False
+        self._lateness = Lateness()
 
     async def run(self) -> None:
         for number in range(len(QUESTIONS)):
@@ -124,7 +157,9 @@ class _Streams:
         streams = [self._stream_on(number, poller) for number in range(len(QUESTIONS))]
         over = asyncio.create_task(asyncio.to_thread(self._pipe.recv))
         over.add_done_callback(self._end)
+        ticks = asyncio.create_task(self._lateness.run())
         await asyncio.gather(over, *streams)
+        ticks.cancel()
         poller.stop()
         self._pipe.send(poller.take())
         self._pipe.send(None)
@@ -152,8 +187,14 @@ class _Streams:
         elif reply.texts[0] != self._expected[number]:
             seen.blame(f"{question!r}: {reply.texts[0]!r}, alone {self._expected[number]!r}")
         times = [reply.started_s, *reply.chunk_times]
-        gaps = [after - before for before, after in itertools.pairwise(times)]
-        seen.max_gap_s = max(seen.max_gap_s, *gaps, 0.0)
+        pairs = enumerate(itertools.pairwise(times))
+        seen.add_gaps(
+            [
+                Gap(began_s, ended_s, self._lateness.between(began_s, ended_s), f"token {index}")
+                for index, (began_s, ended_s) in pairs
+                if ended_s - began_s > MIN_GAP_S or index == 0
+            ]
+        )
 
     def _request(self, number: int) -> bytes:
         body = {
@@ -165,6 +206,26 @@ class _Streams:
             "stream_options": {"include_usage": True},
         }
         return self._endpoint.encode("POST", "/v1/chat/completions", body)
+
+
+class Lateness:
+    """By how much this process is woken late."""
+
+    def __init__(self) -> None:
+        self._late: deque[tuple[float, float]] = deque(maxlen=10_000)  # when, and by how much
+
+    async def run(self) -> None:
+        while True:
+            began_s = time.perf_counter()
+            await asyncio.sleep(TICK_S)
+            now_s = time.perf_counter()
+            if now_s - began_s > 2 * TICK_S:
+                self._late.append((now_s, now_s - began_s - TICK_S))
+
+    def between(self, began_s: float, ended_s: float) -> float:
+        """Seconds at most."""
+        return max((late_s for at_s, late_s in self._late
+                    if began_s <= at_s <= ended_s + late_s), default=0.0)  # fmt: skip
 
 
 class HealthPoller(threading.Thread):

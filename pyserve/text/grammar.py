@@ -12,21 +12,14 @@ import hashlib
 import random
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections import OrderedDict, deque
+from typing import Any
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from pyserve.allocator import give_back, used_bytes
-from pyserve.errors import (
-    InvalidRequestError,
-    QueueFullError,
-    RequestError,
-    UnavailableError,
-    release_frames,
-)
+from pyserve.allocator import used_bytes
+from pyserve.errors import InvalidRequestError, QueueFullError
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
@@ -42,6 +35,7 @@ from pyserve.text.grammar_matcher import (
     shortened,
 )
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
+from pyserve.text.grammar_runner import TooLongError, run_bounded
 from pyserve.text.grammar_schema import engine_schema, offending_pointer
 from pyserve.text.grammar_tags import tags_to_lark
 from pyserve.text.grammar_vocabulary import Vocabulary
@@ -49,11 +43,8 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
-MAX_COMPILE_S = 3.0
 MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
-LONG_S = 0.01  # a compile of more work has built what is worth to give back
-MAX_LATE = 2  # compiles that went on after their time
-STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
+MAX_TOO_LONG = 1000  # that are remembered
 MAX_CACHED = 64  # grammars
 MAX_CACHED_BYTES = 2**25  # estimated, with the states that answers have added
 MAX_BYTES = MAX_ALL_BYTES // 4  # of one grammar
@@ -167,14 +158,18 @@ class Compiled:
         if self._compile_s > MAX_RENEWAL_S:  # a step of all sequences waits for it
             return None
         table = self.vocabulary.table()
-        matcher = _runner.run(lambda: _matcher_of(table, self._text), "the grammar")
+        matcher = run_bounded(lambda: _matcher_of(table, self._text), "the grammar")
         return Shared(matcher, self._num_bytes)
 
 
 class GrammarCache:
-    """Grammars that have been compiled, the last used kept; of one vocabulary. Thread-safe."""
+    """Grammars that have been compiled, the last used kept; of one vocabulary. Thread-safe.
+
+    too_long  keys of those that took too long: to try one again would take a core for as long.
+    """
 
     def __init__(self) -> None:
+        self.too_long: deque[bytes] = deque(maxlen=MAX_TOO_LONG)
         self._lock = threading.Lock()
         self._grammars: OrderedDict[bytes, Compiled] = OrderedDict()
 
@@ -245,13 +240,20 @@ def compile_grammar(
     found = cache.get(key) if cache is not None else None
     if found is not None:
         return found
+    if cache is not None and key in cache.too_long:
+        raise TooLongError(spec.param)
     measure_all()
     if is_memory_full():
         raise QueueFullError(
             f"the grammars of the requests that run take more than {MAX_ALL_BYTES // 2**20} MB, "
             "try again in 1 s"
         )
-    compiled = _runner.run(lambda: _compile(spec, vocabulary), spec.param)
+    try:
+        compiled = run_bounded(lambda: _compile(spec, vocabulary), spec.param)
+    except TooLongError:
+        if cache is not None:
+            cache.too_long.append(key)
+        raise
     if cache is not None:
         cache.put(key, compiled)
     return compiled
@@ -426,52 +428,3 @@ def _source(spec: Spec, vocabulary: Vocabulary) -> str:
 
 def _literal(text: str) -> str:
     return "".join(["\\" + char if char in _SPECIAL_IN_REGEX else char for char in text])
-
-
-R = TypeVar("R")
-
-
-class _Runner:
-    """Runs compiles on threads with a large stack, each for a limited time."""
-
-    def __init__(self) -> None:
-        self._starting = threading.Lock()  # the size of stacks is the whole process's
-        self._late: list[threading.Thread] = []
-
-    def run(self, function: Callable[[], R], param: str) -> R:
-        results: list[R] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                results.append(function())
-            except BaseException as error:
-                errors.append(error)
-                if isinstance(error, RequestError):
-                    release_frames(error)  # they hold what was compiled
-            if time.thread_time() > LONG_S:
-                give_back()  # the arena of this thread will serve none for long
-
-        thread = threading.Thread(target=call, name="pyserve-grammar", daemon=True)
-        with self._starting:
-            self._late = [one for one in self._late if one.is_alive()]
-            if len(self._late) >= MAX_LATE:
-                raise UnavailableError("earlier grammars still compile, try again in a minute", 60)
-            before = threading.stack_size(STACK_BYTES)
-            try:
-                thread.start()
-            finally:
-                threading.stack_size(before)
-        thread.join(MAX_COMPILE_S)
-        if thread.is_alive():
-            with self._starting:
-                self._late.append(thread)
-            raise InvalidRequestError(
-                f"{param} takes longer than {MAX_COMPILE_S:g} s to compile", param
-            )
-        if errors:
-            raise errors[0]
-        return results[0]
-
-
-_runner = _Runner()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import hostile_soak
+from bench import fuzz, hostile_soak
 from bench.answers import Answer
 from bench.hostile import Case
 from bench.hostile_soak import main
@@ -18,7 +18,7 @@ from bench.wire import Endpoint
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostile_soak, "SETTLE_S", 0.0)
+    monkeypatch.setattr(fuzz, "SETTLE_S", 0.0)
 
 
 def run_on(config: StubConfig, *flags: str) -> int:

@@ -42,7 +42,11 @@ def test_a_busy_bench_is_no_gap() -> None:
 
 def test_a_slow_server_is_a_gap() -> None:
     with running_stub(StubConfig(delay_s=0.05)) as (url, _):
-        assert watch(url, num_streams=1).max_gap_s >= 0.04
+        began_s = time.perf_counter()
+        seen = watch(url, num_streams=1)
+    assert seen.max_gap_s >= 0.04
+    assert began_s < seen.gaps[0].began_s < seen.gaps[0].ended_s < time.perf_counter()
+    assert seen.gaps[0].before.startswith("token ")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from typing import Any
 
 import pytest
 
 from pyserve.allocator import used_bytes
-from pyserve.errors import InvalidRequestError, QueueFullError, UnavailableError
+from pyserve.errors import InvalidRequestError, QueueFullError
 from pyserve.text import grammar
 from pyserve.text.grammar import (
     MAX_CACHED,
@@ -123,36 +122,6 @@ def test_the_cache_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     large = choice(*(f"{number:04}" for number in range(3000)))
     compiled = compile_grammar(large, vocabulary(), cache=cache)
     assert compile_grammar(large, vocabulary(), cache=cache) is not compiled
-
-
-def test_compiling_leaves_the_size_of_stacks_as_it_was() -> None:
-    before = threading.stack_size()
-    compile_grammar(choice("x"), vocabulary())
-    assert threading.stack_size() == before
-
-
-def test_a_compile_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that goes on behind it is waited for by nobody; of many of them no more are begun."""
-    release = threading.Event()
-    monkeypatch.setattr(grammar, "MAX_COMPILE_S", 0.02)
-    monkeypatch.setattr(grammar, "_compile", lambda spec, vocab: release.wait(30))
-    try:
-        for _ in range(grammar.MAX_LATE):
-            with pytest.raises(InvalidRequestError, match="^c takes longer than 0.02 s to compile"):
-                compile_grammar(choice("x"), vocabulary())
-        with pytest.raises(UnavailableError, match="earlier grammars still compile"):
-            compile_grammar(choice("x"), vocabulary())
-    finally:
-        release.set()
-        monkeypatch.undo()
-    for _ in range(100):
-        try:
-            compile_grammar(choice("x"), vocabulary())
-            break
-        except UnavailableError:
-            time.sleep(0.05)
-    else:
-        pytest.fail("the threads have ended, and grammars are still refused")
 
 
 def test_nothing_finite_and_nothing_at_all() -> None:

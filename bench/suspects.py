@@ -1,0 +1,57 @@
+"""Which cases were under way while a neighbour's stream stood still."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bench.hostile import Case
+from bench.neighbour import Gap
+
+COSTLY = frozenset({"large", "template", "structured", "grammar", "abort", "gone"})
+LONG_S = 0.1  # that a case of another family takes before it is of interest
+MAX_KEPT = 100_000
+MAX_SHOWN = 12
+SHOWN_GAPS = 3
+
+
+class Suspects:
+    """Cases that ask for much work or took long, and when."""
+
+    def __init__(self) -> None:
+        self._ended: deque[tuple[float, float, Case]] = deque(maxlen=MAX_KEPT)
+
+    @contextmanager
+    def watch(self, case: Case) -> Iterator[None]:
+        """While `case` is under way."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            ended_s = time.perf_counter()
+            if case.family in COSTLY or ended_s - began_s > LONG_S:
+                kept = Case(case.number, case.family, case.name, [])  # without its bytes
+                self._ended.append((began_s, ended_s, kept))
+
+    def around(self, gap: Gap) -> list[Case]:
+        """Those under way during a part of it, the costly ones first, then who began last."""
+        found = [
+            (case.family not in COSTLY, -began_s, case)
+            for began_s, ended_s, case in self._ended
+            if began_s < gap.ended_s and ended_s > gap.began_s
+        ]
+        return [case for *_, case in sorted(found, key=lambda one: one[:2])]
+
+    def describe(self, gaps: Sequence[Gap]) -> list[str]:
+        """A line for each of the longest gaps, and one for each case beside it."""
+        lines = []
+        for gap in gaps[:SHOWN_GAPS]:
+            cases = self.around(gap)
+            lines.append(
+                f"a gap of {gap.length_s:.2f} s before {gap.before}, in which the neighbour's own "
+                f"process was late by up to {gap.late_s:.2f} s; {len(cases)} cases beside it"
+            )
+            lines += [f"  {one.number} ({one.family}: {one.name})" for one in cases[:MAX_SHOWN]]
+        return lines
