@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pyserve.engine.batch import Step
-from pyserve.engine.chunks import MIN_CHUNK, MIN_SAMPLE, ChunkPacer, share_out
+from pyserve.engine.chunks import FIRST_LIMIT, MIN_CHUNK, MIN_SAMPLE, ChunkPacer, share_out
 
 MAX_TOKENS = 8192
 
@@ -61,13 +61,13 @@ def test_a_prompt_alone_teaches_what_the_next_may_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "limit"), [(H200, 8192), (RTX_3090, 0.4 / 230e-6), (TOO_SLOW, 0.4 / 1e-3)]
+    ("machine", "limit"), [(H200, 8192), (RTX_3090, 0.2 / 230e-6), (TOO_SLOW, 0.2 / 1e-3)]
 )
 def test_prompts_alone_keep_who_comes_next_waiting_for_less_than_half_a_second(
     machine: Machine, limit: float
 ) -> None:
     pacer = ChunkPacer(0.030, max_tokens=8192)
-    assert pacer.alone_limit == 8192
+    assert pacer.alone_limit == FIRST_LIMIT
     for _ in range(10):
         step = step_of(0, pacer.alone_limit)
         pacer.note(step, machine.seconds(step))
