@@ -168,6 +168,29 @@ def linear_cases() -> Iterator[Case]:
             yield Case("  cuBLAS", load, other, num_bytes, 2 * num_rows * n * k)
 
 
+def epilogue_cases() -> Iterator[Case]:
+    """A layer's last two products with what follows them, as `ops` has them done."""
+    for num_rows in (1, 8, 64, 256):
+        num_bytes = 2 * (HIDDEN * INTERMEDIATE + num_rows * (INTERMEDIATE + 2 * HIDDEN))
+        num_flops = 2 * num_rows * HIDDEN * INTERMEDIATE
+        residual, x = torch.zeros_like(_randn(num_rows, HIDDEN)), _randn(num_rows, INTERMEDIATE)
+        runs: list[Callable[[], object]] = [
+            partial(ops.linear_add, x, _randn(HIDDEN, INTERMEDIATE), None, residual)
+            for _ in range(_num_sets(num_bytes))
+        ]
+        load = f"{num_rows} x {INTERMEDIATE} -> {HIDDEN} (down)"
+        yield Case("linear_add", load, runs, num_bytes, num_flops)
+        num_bytes += 2 * HIDDEN * INTERMEDIATE
+        x, gate_up = _randn(num_rows, HIDDEN), _randn(num_rows, 2 * INTERMEDIATE)
+        out = torch.empty_like(gate_up[:, :INTERMEDIATE]).contiguous()
+        runs = [
+            partial(ops.linear_silu_mul, x, _randn(2 * INTERMEDIATE, HIDDEN), None, out, gate_up)
+            for _ in range(_num_sets(num_bytes))
+        ]
+        load = f"{num_rows} x {HIDDEN} -> {INTERMEDIATE} (gate_up)"
+        yield Case("linear_silu_mul", load, runs, num_bytes, 2 * num_flops)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of (query_len, seq_len), and what says so on the card."""
@@ -339,6 +362,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "rope": rope_cases,
     "activation": activation_cases,
     "linear": linear_cases,
+    "linear_epilogues": epilogue_cases,
     "sample": sample_cases,
     "bitmask": bitmask_cases,
     "logprobs": logprobs_cases,

@@ -180,6 +180,33 @@ def linear_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[
         )
 
 
+def epilogue_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Products with what follows them; their twins are torch's product and our op for the rest."""
+    hidden, size = shape.hidden, shape.intermediate
+    x, wide = torch.randn(num_tokens, hidden).to(dtype), torch.randn(num_tokens, size).to(dtype)
+    down, residual = torch.randn(hidden, size).to(dtype), torch.zeros(num_tokens, hidden).to(dtype)
+    gate_up, both = torch.randn(2 * size, hidden).to(dtype), torch.empty(num_tokens, 2 * size)
+    both = both.to(dtype)
+    yield Case(
+        "linear_add",
+        f"{num_tokens} x {size} -> {hidden}",
+        partial(ops.linear_add, wide, down, None, residual),
+        lambda: residual.add_(functional.linear(wide, down)),
+        down.nbytes + wide.nbytes + 2 * residual.nbytes,
+        2 * num_tokens * size * hidden,
+        dtype,
+    )
+    yield Case(
+        "linear_silu_mul",
+        f"{num_tokens} x {hidden} -> {size}",
+        partial(ops.linear_silu_mul, x, gate_up, None, torch.empty_like(wide), both),
+        lambda: ops.silu_mul(functional.linear(x, gate_up)),
+        gate_up.nbytes + x.nbytes + wide.nbytes,
+        4 * num_tokens * size * hidden,
+        dtype,
+    )
+
+
 def activation_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
     gate_up = torch.randn(num_tokens, 2 * shape.intermediate).to(dtype)
     out = torch.empty(num_tokens, shape.intermediate, dtype=dtype)
@@ -382,6 +409,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     for num_tokens in (*shape.batches, shape.prefill):
         yield from norm_cases(shape, num_tokens, dtype)
         yield from linear_cases(shape, num_tokens, dtype)
+        yield from epilogue_cases(shape, num_tokens, dtype)
         yield from rope_cases(shape, num_tokens, dtype)
         yield from activation_cases(shape, num_tokens, dtype)
     yield from attention_cases(shape, dtype)

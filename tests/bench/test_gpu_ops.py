@@ -43,6 +43,7 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
+    names.remove("serves_linear")  # which computes nothing
     assert {result["op"] for result in results} == {*names, "cuBLAS"}
     assert tiny
     for result in results:

@@ -49,6 +49,14 @@ def linear() -> None:
                 torch.ops.pyserve.linear(x, weight, bias, out)
                 expected = x.double() @ weight.double().T + bias.double()
                 torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.2)
+                torch.ops.pyserve.linear_add(x, weight, bias, out)
+                torch.testing.assert_close(out.double(), 2 * expected, rtol=0.02, atol=0.4)
+                if n % 2 == 0:
+                    half = guarded(torch.zeros(num_rows, n // 2, dtype=dtype))
+                    torch.ops.pyserve.linear_silu_mul(x, weight, bias, half)
+                    gate, up = expected.chunk(2, 1)
+                    expected = torch.nn.functional.silu(gate) * up
+                    torch.testing.assert_close(half.double(), expected, rtol=0.04, atol=0.4)
 
 
 def rms_norm() -> None:
