@@ -4,6 +4,7 @@ A format is an object with a type, as vLLM takes them in response_format and str
 
     const_string         value
     json_schema          json_schema
+    arguments            form, json_schema: an object as tool_parsers/arguments.py writes it
     regex                pattern
     any_text             text that ends where what follows it begins
     sequence, or         elements
@@ -27,6 +28,8 @@ from pyserve.errors import InvalidRequestError
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_pattern import PatternError, engine_pattern
 from pyserve.text.grammar_schema import engine_schema
+from pyserve.text.tool_parsers.arguments import Member, UnsayableError, members_of
+from pyserve.text.tool_parsers.tagged_values import END_VALUE
 
 MAX_FORMATS = 500
 MAX_DEPTH = 16
@@ -36,6 +39,7 @@ _OF_TAGS = frozenset(("at_least_one", "stop_after_first"))
 _FIELDS: Mapping[str, frozenset[str]] = {  # of each type of format
     "const_string": frozenset(("value",)),
     "json_schema": frozenset(("json_schema",)),
+    "arguments": frozenset(("form", "json_schema")),
     "regex": frozenset(("pattern",)),
     "any_text": frozenset(),
     "sequence": frozenset(("elements",)),
@@ -75,6 +79,7 @@ class _Writer:
         self._writers = {
             "const_string": self._const,
             "json_schema": self._json_schema,
+            "arguments": self._arguments,
             "regex": self._regex,
             "any_text": self._any_text,
             "sequence": self._sequence,
@@ -192,9 +197,54 @@ class _Writer:
         return self._literal(self._string(format_, "value", place))
 
     def _json_schema(self, format_: Format, place: str, depth: int) -> str:
-        schema = format_.get("json_schema", True)
+        return self._json(format_.get("json_schema", True), place)
+
+    def _json(self, schema: object, place: str) -> str:
         checked = engine_schema(schema, param=self._param, place=f" at {place}/json_schema")
         return self._rule(f"%json {schema_text(checked, self._whitespace)}")
+
+    def _arguments(self, format_: Format, place: str, depth: int) -> str:
+        schema, form = format_.get("json_schema"), format_.get("form")
+        if form not in ("python", "tags") or not isinstance(schema, dict):
+            raise self._refuse(place, "must have the form python or tags, and a json_schema")
+        try:
+            members = members_of(form, schema)
+        except UnsayableError as error:
+            raise self._refuse(f"{place}/json_schema", str(error)) from None
+        if form == "python":
+            return self._python_arguments(members, place)
+        if members is None:
+            name, value = self._rule(r"/[^<>\n]+/"), self._bare_text()
+            return self._rule(f'("<parameter=" {name} ">" {value} "\\n")*')
+        tagged = [self._tagged(member, place) for member in members]
+        return self._rule(" ".join(tagged) or '""')
+
+    def _python_arguments(self, members: list[Member] | None, place: str) -> str:
+        """Commas stand between those that come: `first` is what follows none, `rest` some."""
+        if members is None:
+            one = self._rule(f"/[A-Za-z_][A-Za-z0-9_]*=/ {self._json(True, place)}")
+            return self._rule(f'({one} (", " {one})*)?')
+        first = rest = '""'
+        for member in reversed(members):
+            one = f"{self._literal(member.name + '=')} {self._json(member.schema, place)} {rest}"
+            first = self._rule(one if member.is_needed else f"{one} | {first}")
+            rest = self._rule(f'", " {one}' if member.is_needed else f'", " {one} | {rest}')
+        return first
+
+    def _tagged(self, member: Member, place: str) -> str:
+        begin = self._literal(f"<parameter={member.name}>\n")
+        if member.is_text:
+            body = f'{self._bare_text()} "\\n"'
+        else:
+            texts = " | ".join(self._literal(text + "\n") for text in member.texts)
+            value = f"({texts})" if texts else f'{self._json(member.schema, place)} "\\n"'
+            body = f"{value} {self._literal(END_VALUE + chr(10))}"
+        rule = self._rule(f"{begin} {body}")
+        return rule if member.is_needed else f"{rule}?"
+
+    def _bare_text(self) -> str:
+        """Any text, up to what ends it."""
+        return self._rule(f"TEXT {self._literal(END_VALUE)}", "[lazy]")
 
     def _regex(self, format_: Format, place: str, depth: int) -> str:
         try:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyserve.text.tool_parsers.json_formats import Written
+from pyserve.text.tool_parsers.written import Written
 
 Message = dict[str, Any]
 Content = str | list[Any] | None

@@ -44,8 +44,8 @@ from pyserve.text.reasoning import Opening
 from pyserve.text.template_limits import MAX_RENDER_S
 from pyserve.text.template_probe import REASONING
 from pyserve.text.told_tools import in_words
-from pyserve.text.tool_parsers.json_formats import Written
 from pyserve.text.tool_parsers.registry import JSON_FORMAT, ToolFormat
+from pyserve.text.tool_parsers.written import Written
 
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
@@ -151,7 +151,7 @@ def _encode(
     time_limit_s: float,
 ) -> list[int]:
     plain = [_plain(message, f"messages[{i}]", loaded.tools) for i, message in enumerate(messages)]
-    written = _told_form(template, tools, loaded.tools)
+    written = _told_form(template, tools)
     if written is not None:
         has_system = template.shows_system(has_tools=True)
         plain = in_words(plain, tools.shown, written, has_system=has_system)
@@ -241,22 +241,11 @@ def _not_shown(template: ChatTemplate, messages: list[Message], tools: ToolUse) 
     return names + _unshown_reasoning(template, messages, has_tools=has_tools)
 
 
-def _told_form(template: ChatTemplate, tools: ToolUse, format: ToolFormat | None) -> Written | None:
-    """How calls are written, where the template does not show tools; None: it does, or need not.
-
-    format  the server's, in which it finds calls.
-    """
+def _told_form(template: ChatTemplate, tools: ToolUse) -> Written | None:
+    """How calls are written, where the template does not show tools; None: it does, or need not."""
     if not tools.shown or not template.unused(["tools"], has_tools=True):
         return None
-    format = format or JSON_FORMAT
-    written = (format if tools.mode == "auto" else format.held()).written
-    if written is None:
-        raise InvalidRequestError(
-            f"the chat template does not show tools, and --tool-call-parser {format.name} has no "
-            "form that the model could be told in words: --chat-template gives another template",
-            "tools",
-        )
-    return written
+    return (tools.format or JSON_FORMAT).written
 
 
 def _effort_kwargs(effort: str | None) -> dict[str, Any]:

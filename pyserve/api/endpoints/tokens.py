@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import msgspec
@@ -11,6 +12,7 @@ from pyserve.api.endpoints.body import Wire, ignored_header
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.prompts import encode_any, max_tokenize_tokens, truncation
 from pyserve.api.endpoints.sampling import check_token_ids
+from pyserve.api.endpoints.tool_grammar import in_words
 from pyserve.api.endpoints.tools import read_tools
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, Loaded
@@ -41,7 +43,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
     max_model_len = loaded.engine.info.max_model_len
     if body.messages is not None:
-        tools = read_tools(body)
+        tools = in_words(replace(read_tools(body), format=loaded.tools))
         conversation = await read_conversation(
             request, state, loaded, body, max_tokens=1, tools=tools
         )

@@ -21,14 +21,13 @@ from pyserve.errors import InvalidRequestError
 from pyserve.text.grammar import MAX_SPEC_BYTES, Compiled, Grammars, JsonSchema, Spec, Tags
 from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_schema import engine_schema
-from pyserve.text.tool_parsers.json_formats import Written
 from pyserve.text.tool_parsers.registry import JSON_FORMAT
-from pyserve.text.tool_parsers.tags import Tag, may_call, must_call
+from pyserve.text.tool_parsers.tags import Tag, may_call, must_call, without_words
+from pyserve.text.tool_parsers.written import Written
 
 Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of tools, by name
 
 MAX_TRIALS_S = 1.0  # for finding out which of several tools cannot be enforced
-STRICT = "tools.function.strict"
 ANY_ARGUMENTS: Mapping[str, Any] = {"type": "object"}
 
 
@@ -76,15 +75,12 @@ async def hold_to_tools(
             f"tool_choice and {form.param} both say what the answer is: leave one of them out",
             "tool_choice",
         )
-    use = replace(use, format=(use.format or JSON_FORMAT).held()) if is_forced else use
+    use = in_words(use)
     written = use.format.written if use.format is not None else None
     if form is not None and not _may_be_beside_calls(form, written):
         return replace(use, ignored=[*use.ignored, "tools"]), None  # an answer has that form
-    if not is_forced and form is None:
-        if not use.strict:
-            return use, None
-        if written is None or not written.trigger:
-            return replace(use, ignored=[*use.ignored, STRICT]), None
+    if not is_forced and form is None and not use.strict:
+        return use, None
     assert written is not None
     is_triggered = not is_forced and form is None
 
@@ -111,6 +107,25 @@ async def hold_to_tools(
     ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
     held = Held(compiled, written.trigger if is_triggered else "")
     return replace(use, shown=kept, ignored=ignored), held
+
+
+def in_words(use: ToolUse) -> ToolUse:
+    """`use` in a form that a grammar has words for, as far as the schemas go.
+
+    Calls that must come are plain JSON where the model's own form has none for one of the tools. A
+    strict tool that it has none for may be called with any arguments, and is named as ignored.
+    """
+    format = use.format or JSON_FORMAT
+    is_forced = use.mode == "required"
+    names = use.strict
+    if is_forced:
+        names = frozenset([use.name] if use.name else use.parameters)
+    held = {name: schema for name, schema in use.parameters.items() if name in names}
+    unsaid = without_words(format.written, held).keys()
+    if is_forced:
+        return replace(use, format=JSON_FORMAT if unsaid else format)
+    ignored = [*use.ignored, *(f"tools.{name}.strict" for name in unsaid)]
+    return replace(use, strict=use.strict - unsaid, ignored=ignored)
 
 
 def _may_be_beside_calls(form: Spec, written: Written | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,8 +11,9 @@ import msgspec
 from pyserve.text.tool_parsers.json_text import read_string, read_value
 from pyserve.text.tool_parsers.source import Fault, Reader
 from pyserve.text.tool_parsers.stage import MAX_NAME_CHARS, Parser, Tools, short_id
+from pyserve.text.tool_parsers.written import NAME, Written
 
-NAME, CALL_ID, ARGUMENTS = "NAME", "CALL_ID", "ARGUMENTS"  # steps of a header
+CALL_ID, ARGUMENTS = "CALL_ID", "ARGUMENTS"  # steps of a header, as NAME is
 MAX_KEY_CHARS = 64
 MAX_NESTED = 2  # {"type": "function", "function": {"name": ...}}
 
@@ -30,28 +30,6 @@ class Maybe:
 
     literal: str
     steps: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a model that is held to a format writes, to the letter but for names and arguments.
-
-    call     around the arguments of one call; the first has `NAME` where the name stands.
-    around   all calls of an answer.
-    between  two calls.
-    trigger  the beginning of all that, by which a call is told from other text; "": there is none.
-    """
-
-    call: tuple[str, str]
-    around: tuple[str, str] = ("", "")
-    between: str = ""
-    trigger: str = ""
-
-    def text(self, calls: Sequence[tuple[str, str]]) -> str:
-        """What is written for calls: pairs of a name and its arguments as JSON."""
-        begin, end = self.call
-        written = [begin.replace(NAME, name) + arguments + end for name, arguments in calls]
-        return self.around[0] + self.between.join(written) + self.around[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +95,7 @@ FORMATS: dict[str, Format] = {
         bare="{",
         objects="{[",
         separator=";",
-        written=(Written(('{"name": "NAME", "parameters": ', "}"), between="; "),),
+        written=(Written(('{"name": "NAME", "parameters": ', "}"), between="; ", bare="{"),),
     ),
     "phi4_mini_json": Format(
         markers=("functools", "<|tool_call|>"),

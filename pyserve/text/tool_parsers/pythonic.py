@@ -8,6 +8,7 @@ from pyserve.text.tool_parsers.json_text import quoted
 from pyserve.text.tool_parsers.python_text import read_literal
 from pyserve.text.tool_parsers.source import Fault, Reader
 from pyserve.text.tool_parsers.stage import MAX_NAME_CHARS, Parser
+from pyserve.text.tool_parsers.written import Written
 
 _NAME_CHARS = re.compile(r"[A-Za-z0-9_.]*")
 
@@ -19,6 +20,7 @@ class PythonicParser(Parser):
     bare = "["
     closers = ("<|python_end|>",)
     is_rest_json = False
+    written = (Written(("NAME(", ")"), ("[", "]"), ", ", bare="[", form="python"),)
 
     def read_calls(self, *, is_bare: bool) -> Reader[None]:
         source = self.source

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import msgspec
 
 from pyserve.text.tool_parsers.json_text import quoted
-from pyserve.text.tool_parsers.python_text import json_of
 from pyserve.text.tool_parsers.source import MAX_HELD_CHARS, Ended, Fault, Reader
 from pyserve.text.tool_parsers.stage import MAX_NAME_CHARS, Parser
+from pyserve.text.tool_parsers.tagged_values import END_VALUE, as_json, types_of
+from pyserve.text.tool_parsers.written import Written
 
 _NAME_CHARS = re.compile(r"[^<>\n]*")
-_FUNCTION, _PARAMETER, _END_VALUE = "<function=", "<parameter=", "</parameter>"
+_FUNCTION, _PARAMETER = "<function=", "<parameter="
 _END_FUNCTION = "</function>"
 # What stands before a value's end that may be the end's beginning: "\n</param".
-_BEGINNINGS = tuple(f"\n{_END_VALUE}"[:n] for n in range(len(_END_VALUE), 0, -1))
-_BEGINNINGS += tuple(_END_VALUE[:n] for n in range(len(_END_VALUE) - 1, 0, -1))
+_BEGINNINGS = tuple(f"\n{END_VALUE}"[:n] for n in range(len(END_VALUE), 0, -1))
+_BEGINNINGS += tuple(END_VALUE[:n] for n in range(len(END_VALUE) - 1, 0, -1))
 
 
 class QwenCoderParser(Parser):
@@ -39,6 +37,12 @@ class QwenCoderParser(Parser):
     starts = (_FUNCTION,)
     closers = ("</tool_call>",)
     is_rest_json = False
+    written = (
+        Written(
+            ("<tool_call>\n<function=NAME>\n", "</function>\n</tool_call>"),
+            between="\n", trigger=_FUNCTION, form="tags",
+        ),
+    )  # fmt: skip
 
     def read_calls(self, *, is_bare: bool) -> Reader[None]:
         while True:
@@ -64,7 +68,7 @@ class QwenCoderParser(Parser):
             yield from source.expect(">")
             self.say(f'{before}"{quoted(key)}": ')
             before = ", "
-            types = _types(properties.get(key) if isinstance(properties, Mapping) else None)
+            types = types_of(properties.get(key) if isinstance(properties, Mapping) else None)
             if types == {"string"}:
                 yield from self._read_text()
             else:
@@ -79,10 +83,10 @@ class QwenCoderParser(Parser):
         yield from source.peek()
         yield from source.accept("\n")
         while True:
-            end = source.text.find(_END_VALUE, source.position)
+            end = source.text.find(END_VALUE, source.position)
             if end >= 0:
                 text = source.advance(end - source.position)
-                source.advance(len(_END_VALUE))
+                source.advance(len(END_VALUE))
                 self.say(quoted(text.removesuffix("\n")) + '"')
                 return
             if source.is_ended:
@@ -94,8 +98,8 @@ class QwenCoderParser(Parser):
 
     def _read_other(self, types: frozenset[str]) -> Reader[None]:
         source = self.source
-        while (length := source.text.find(_END_VALUE, source.position) - source.position) < 0:
-            if len(source.text) - source.position > MAX_HELD_CHARS + len(_END_VALUE):
+        while (length := source.text.find(END_VALUE, source.position) - source.position) < 0:
+            if len(source.text) - source.position > MAX_HELD_CHARS + len(END_VALUE):
                 raise Fault
             if source.is_ended:
                 raise Ended
@@ -103,52 +107,5 @@ class QwenCoderParser(Parser):
         if length > MAX_HELD_CHARS:
             raise Fault
         value = source.advance(length)
-        source.advance(len(_END_VALUE))
-        self.say(_as_json(value, types))
-
-
-def _types(schema: Any) -> frozenset[str]:
-    """The JSON types that a schema allows; empty: it does not say."""
-    if not isinstance(schema, Mapping):
-        return frozenset()
-    said = schema.get("type")
-    if isinstance(said, str):
-        return frozenset([said])
-    if isinstance(said, list):
-        return frozenset(name for name in said if isinstance(name, str))
-    if isinstance(schema.get("enum"), list):
-        kinds = {_type_of(value) for value in schema["enum"]}
-        return frozenset(kinds)
-    several = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(several, list):
-        return frozenset().union(*(_types(one) for one in several[:64]))
-    return frozenset()
-
-
-def _type_of(value: Any) -> str:
-    names = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
-    return names.get(type(value), "array" if isinstance(value, list) else "object")
-
-
-def _as_json(value: str, types: frozenset[str]) -> str:
-    """The value as JSON of one of these types, where it can be one; else a string."""
-    text = value.strip()
-    found = _json_in(text)
-    if found is not None:
-        kind = _type_of(msgspec.json.decode(found))
-        is_number = kind == "integer" and "number" in types
-        if kind in types or is_number or not types and kind != "string":
-            return found
-    return f'"{quoted(value.removeprefix(chr(10)).removesuffix(chr(10)))}"'
-
-
-def _json_in(text: str) -> str | None:
-    """JSON as it stands, or that of a Python literal."""
-    for candidate in (text, json_of(text)):
-        try:
-            if candidate is not None:
-                msgspec.json.decode(candidate)
-                return candidate
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            continue
-    return None
+        source.advance(len(END_VALUE))
+        self.say(as_json(value, types))

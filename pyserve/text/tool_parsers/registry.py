@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from pyserve.errors import ConfigError
 from pyserve.text.tokenizer import Tokenizer
-from pyserve.text.tool_parsers.json_formats import FORMATS, JsonParser, Written
+from pyserve.text.tool_parsers.json_formats import FORMATS, JsonParser
 from pyserve.text.tool_parsers.pythonic import PythonicParser
 from pyserve.text.tool_parsers.qwen3_coder import QwenCoderParser
 from pyserve.text.tool_parsers.stage import Parser, Tools, fitted_id
+from pyserve.text.tool_parsers.written import Written
 
 _CLASSES: dict[str, type[PythonicParser] | type[QwenCoderParser]] = {
     "pythonic": PythonicParser,
@@ -45,12 +46,12 @@ class ToolFormat:
     """A format together with the model that writes it.
 
     marker_ids  special tokens that mark calls, which the text must show to the parser.
-    written     what a grammar holds the model to; None: it cannot be held to this format.
+    written     what a grammar holds the model to.
     """
 
     name: str
+    written: Written
     marker_ids: frozenset[int] = frozenset()
-    written: Written | None = None
 
     @classmethod
     def named(cls, name: str | None, tokenizer: Tokenizer) -> ToolFormat | None:
@@ -58,11 +59,7 @@ class ToolFormat:
         if name is None:
             return None
         ids = {tokenizer.token_to_id(literal) for literal in literals(name)}
-        return cls(name, tokenizer.special_token_ids & ids, _written(name, tokenizer))
-
-    def held(self) -> ToolFormat:
-        """The format that a grammar can hold the model to: this one, or plain JSON."""
-        return self if self.written is not None else JSON_FORMAT
+        return cls(name, _written(name, tokenizer), tokenizer.special_token_ids & ids)
 
     def fitted_id(self, given: str) -> str:
         """The id of a call in a client's messages, in the form that the model's template wants."""
@@ -74,15 +71,15 @@ class ToolFormat:
         return make_parser(self.name, tools)
 
 
-JSON_FORMAT = ToolFormat(PLAIN_JSON, written=FORMATS[PLAIN_JSON].written[0])
+JSON_FORMAT = ToolFormat(PLAIN_JSON, FORMATS[PLAIN_JSON].written[0])
 
 
-def _written(name: str, tokenizer: Tokenizer) -> Written | None:
+def _written(name: str, tokenizer: Tokenizer) -> Written:
     """The form whose marks are tokens of the model; the last where none has such."""
-    several = FORMATS[name].written if name in FORMATS else ()
+    several = FORMATS[name].written if name in FORMATS else _CLASSES[name].written
     for written in several[:-1]:
         text = written.around[0] + written.call[0]
         marks = [literal for literal in literals(name) if literal in text]
         if all(tokenizer.token_to_id(mark) is not None for mark in marks):
             return written
-    return several[-1] if several else None
+    return several[-1]

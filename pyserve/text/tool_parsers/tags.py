@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pyserve.text.tool_parsers.json_formats import NAME, Written
+from pyserve.text.tool_parsers.arguments import UnsayableError, check_sayable
+from pyserve.text.tool_parsers.written import NAME, Written
 
 Tag = dict[str, Any]
 
@@ -27,13 +28,18 @@ def must_call(
 def may_call(
     written: Written, parameters: Mapping[str, Mapping[str, Any]], *, is_single: bool
 ) -> Tag:
-    """Any text, in which what begins as a call is one. The format must have a trigger."""
+    """Any text, in which what begins as a call is one: by the trigger, or at the start."""
     trigger = written.trigger
+    if not trigger:
+        calls = _whole(written, parameters, is_single=is_single)
+        text = {"type": "regex", "pattern": rf"[ \t\r\n]*([^ \t\r\n\{written.bare}](.|\n)*)?"}
+        return {"type": "or", "elements": [calls, text]}
     if written.around[0]:
         whole = _whole(written, parameters, is_single=is_single, begun=trigger)
         tags = [{"begin": trigger, "content": whole, "end": ""}]
     else:
-        tags = _calls(written, parameters)
+        begun = written.call[0].partition(trigger)[0]  # markup, which is text here
+        tags = _calls(written, parameters, begun=begun)
     return {"type": "triggered_tags", "triggers": [trigger], "tags": tags}
 
 
@@ -57,12 +63,28 @@ def _whole(
     return {"type": "sequence", "elements": [one for one in texts if one is not None]}
 
 
-def _calls(written: Written, parameters: Mapping[str, Mapping[str, Any]]) -> list[Tag]:
+def without_words(written: Written, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Names of functions whose calls cannot be held to this form -> why."""
+    found = {}
+    for name, schema in parameters.items():
+        try:
+            check_sayable(written.form, name, _as_object(schema))
+        except UnsayableError as error:
+            found[name] = str(error)
+    return found
+
+
+def _calls(
+    written: Written, parameters: Mapping[str, Mapping[str, Any]], *, begun: str = ""
+) -> list[Tag]:
     begin, end = written.call
+    kind = {"type": "json_schema"}
+    if written.form != "json":
+        kind = {"type": "arguments", "form": written.form}
     return [
         {
-            "begin": begin.replace(NAME, name),
-            "content": {"type": "json_schema", "json_schema": _as_object(schema)},
+            "begin": begin.removeprefix(begun).replace(NAME, name),
+            "content": {**kind, "json_schema": _as_object(schema)},
             "end": end,
         }
         for name, schema in parameters.items()

@@ -262,13 +262,47 @@ def test_it_needs_no_parser_and_no_template(tmp_path: Path) -> None:
             assert '"name": "get_weather"' in told  # in words
 
 
-def test_strict_is_named_where_calls_have_no_mark(folder: Path) -> None:
-    flags = {**AUTO, "tool_call_parser": "llama3_json"}
+# A form -> how a model begins to call in it with arguments that are wrong.
+WRONG_CALLS = {
+    "llama3_json": '{"name": "get_weather", "parameters": {"town": "Paris"}}',
+    "pythonic": '[get_weather(town="Paris")]',
+    "qwen3_coder": "Well. <tool_call>\n<function=get_weather>\n<parameter=town>\nParis\n",
+}
+IN_TAGS = {
+    "type": "object",
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"enum": [1, 2]}},
+}
+
+
+@pytest.mark.parametrize("parser", WRONG_CALLS)
+def test_strict_tools_in_forms_of_their_own(folder: Path, parser: str) -> None:
+    function = {"name": "get_weather", "parameters": IN_TAGS, "strict": True}
+    strict = {"type": "function", "function": function}
+    with run_server(folder, **{**AUTO, "tool_call_parser": parser}) as server:
+        server.play(TEXT, burst=4)
+        assert plain(wholly(server, tools=[strict, NOW])) == [(TEXT, [], "stop")]
+        status, headers, _ = server.request("POST", CHAT, ask(tools=[strict, NOW]))
+        assert status == 200 and "x-pyserve-ignored" not in headers
+        server.play(WRONG_CALLS[parser], burst=4)
+        for read in (wholly, streamed):
+            (choice,) = read(server, tools=[strict, NOW])
+            assert valid_calls(choice, [strict, NOW])[:1] == ["get_weather"]
+            server.play(TEXT, burst=4)
+            fields = {"tool_choice": "required", "parallel_tool_calls": False}
+            (choice,) = read(server, tools=[strict, NOW], **fields)
+            assert valid_calls(choice, [strict, NOW]) and choice["content"] == ""
+            server.play(WRONG_CALLS[parser], burst=4)
+
+
+def test_strict_is_named_where_a_form_has_no_words_for_a_schema(folder: Path) -> None:
+    flags = {**AUTO, "tool_call_parser": "qwen3_coder"}
     with run_server(folder, **flags) as server:
         server.play(TEXT, burst=4)
         status, headers, _ = server.request("POST", CHAT, ask(tools=[STRICT]))
-        assert (status, headers["x-pyserve-ignored"]) == (200, "tools.function.strict")
-        (choice,) = wholly(server, tools=[STRICT], tool_choice="required")
+        assert (status, headers["x-pyserve-ignored"]) == (200, "tools.get_weather.strict")
+        (choice,) = wholly(server, tools=[STRICT], tool_choice="required")  # in plain JSON
         assert set(valid_calls(choice, [STRICT])) == {"get_weather"}
 
 

@@ -330,13 +330,18 @@ def test_a_model_whose_template_shows_no_tools_is_told_of_them(tmp_path: Path) -
         assert (forced, ignored) == (text, "")
 
 
-def test_a_form_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parser", "form"),
+    [
+        ("pythonic", '[FUNCTION(PARAMETER="VALUE")]'),
+        ("qwen3_coder", "<function=FUNCTION>\n<parameter=PARAMETER>\nVALUE\n</parameter>\n"),
+    ],
+)
+def test_every_form_can_be_told(tmp_path: Path, parser: str, form: str) -> None:
     folder = with_template(tmp_path / "tiny", TEMPLATE)
-    with run_server(folder, enable_auto_tool_choice=True, tool_call_parser="pythonic") as server:
-        error = server.error(CHAT, ask())
-        assert error["param"] == "tools" and "pythonic has no form" in error["message"]
-        server.play("[]")
-        assert '[{"name": "FUNCTION"' in prompt(server, tool_choice="required")[0]
+    with run_server(folder, enable_auto_tool_choice=True, tool_call_parser=parser) as server:
+        server.play("No.")
+        assert form in prompt(server)[0]
 
 
 def test_a_server_without_a_parser_says_what_it_needs(tmp_path: Path) -> None:
