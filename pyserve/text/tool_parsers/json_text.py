@@ -10,10 +10,8 @@ import json
 import re
 
 from pyserve.text.tool_parsers.source import Ended, Fault, Reader, Sink, Source
+from pyserve.text.tool_parsers.values import MAX_SCALAR_CHARS, ValueReader
 
-MAX_DEPTH = 64  # of lists and objects
-MAX_SCALAR_CHARS = 512  # of a number
-_CLOSER = {"{": "}", "[": "]"}
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _SCALAR_CHARS = re.compile(r"[-+.0-9A-Za-z]*")
 _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
@@ -28,69 +26,44 @@ def quoted(text: str) -> str:
 
 def read_value(source: Source, sink: Sink) -> Reader[None]:
     """One value, from its first character on. Raises Fault at what is not JSON."""
-    closers: list[str] = []
-    while True:
-        first = yield from source.peek()
-        if first in _CLOSER:
-            sink(source.advance(1))
-            closers.append(_CLOSER[first])
-            if len(closers) > MAX_DEPTH:
-                raise Fault
-            yield from _white(source, sink)
-            if (yield from source.peek()) != closers[-1]:
-                if first == "{":
-                    yield from _read_key(source, sink)
-                continue
-        elif first == '"':
-            yield from read_string(source, sink)
-        else:
-            sink((yield from _read_scalar(source)))
-        if not (yield from _read_behind(source, sink, closers)):
-            return
+    yield from _JsonReader(source, sink).read()
 
 
-def _read_behind(source: Source, sink: Sink, closers: list[str]) -> Reader[bool]:
-    """What follows a value, up to the next one; False: nothing, the outermost value has ended."""
-    while closers:
-        yield from _white(source, sink)
-        char = yield from source.peek()
-        if char == closers[-1]:
-            sink(source.advance(1))
-            closers.pop()
-        elif char == ",":
-            sink(source.advance(1))
-            yield from _white(source, sink)
-            if closers[-1] == "}":
-                yield from _read_key(source, sink)
-            return True
-        else:
+class _JsonReader(ValueReader):
+    def white(self) -> Reader[None]:
+        white = yield from self.source.skip_white()
+        if white:
+            self.sink(white)
+
+    def comma(self, closer: str) -> Reader[bool]:
+        char = yield from self.source.peek()
+        if char == closer:
+            return False
+        if char != ",":
             raise Fault
-    return False
+        self.sink(self.source.advance(1))
+        yield from self.white()
+        return True
 
+    def key(self) -> Reader[None]:
+        yield from self.string()
+        yield from self.white()
+        if (yield from self.source.peek()) != ":":
+            raise Fault
+        self.sink(self.source.advance(1))
+        yield from self.white()
 
-def _white(source: Source, sink: Sink) -> Reader[None]:
-    white = yield from source.skip_white()
-    if white:
-        sink(white)
+    def string(self) -> Reader[None]:
+        yield from read_string(self.source, self.sink)
 
-
-def _read_key(source: Source, sink: Sink) -> Reader[None]:
-    """A key, its colon and the white space behind it."""
-    yield from read_string(source, sink)
-    yield from _white(source, sink)
-    if (yield from source.peek()) != ":":
-        raise Fault
-    sink(source.advance(1))
-    yield from _white(source, sink)
-
-
-def _read_scalar(source: Source) -> Reader[str]:
-    start = source.position - source.settled
-    text = yield from source.run(_SCALAR_CHARS, MAX_SCALAR_CHARS)
-    if not _SCALAR.fullmatch(text):
-        source.position = source.settled + start
-        raise Fault
-    return text
+    def scalar(self) -> Reader[None]:
+        source = self.source
+        start = source.position - source.settled
+        text = yield from source.run(_SCALAR_CHARS, MAX_SCALAR_CHARS)
+        if not _SCALAR.fullmatch(text):
+            source.position = source.settled + start
+            raise Fault
+        self.sink(text)
 
 
 def read_string(source: Source, sink: Sink) -> Reader[None]:

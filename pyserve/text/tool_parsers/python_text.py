@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-from pyserve.text.tool_parsers.json_text import MAX_DEPTH, MAX_SCALAR_CHARS, quoted
+from pyserve.text.tool_parsers.json_text import quoted
 from pyserve.text.tool_parsers.source import Ended, Fault, Reader, Sink, Source
+from pyserve.text.tool_parsers.values import MAX_SCALAR_CHARS, ValueReader
 
-_CLOSER = {"{": "}", "[": "]"}
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _WORDS |= {word: word for word in _WORDS.values()}
 _SCALAR_CHARS = re.compile(r"[-+._0-9A-Za-z]*")
@@ -27,60 +27,43 @@ _HEX = re.compile(r"[0-9a-fA-F]*")
 
 def read_literal(source: Source, sink: Sink) -> Reader[None]:
     """One literal, from its first character on; JSON goes to `sink`. Raises Fault."""
-    closers: list[str] = []
-    while True:
-        yield from source.skip_white()
-        char = yield from source.peek()
-        if char in _CLOSER:
-            sink(source.advance(1))
-            closers.append(_CLOSER[char])
-            if len(closers) > MAX_DEPTH:
-                raise Fault
-            yield from source.skip_white()
-            if (yield from source.peek()) != closers[-1]:
-                if char == "{":
-                    yield from _read_key(source, sink)
-                continue
-        elif char in "'\"":
-            yield from read_string(source, sink)
-        else:
-            sink((yield from _read_scalar(source)))
-        if not (yield from _read_behind(source, sink, closers)):
-            return
-
-
-def _read_behind(source: Source, sink: Sink, closers: list[str]) -> Reader[bool]:
-    """What follows a value, up to the next one; False: the outermost value has ended."""
-    while closers:
-        yield from source.skip_white()
-        has_comma = yield from source.accept(",")  # one may stand in front of the end
-        yield from source.skip_white()
-        if (yield from source.accept(closers[-1])):
-            sink(closers.pop())
-        elif has_comma:
-            sink(", ")
-            if closers[-1] == "}":
-                yield from _read_key(source, sink)
-            return True
-        else:
-            raise Fault
-    return False
-
-
-def _read_key(source: Source, sink: Sink) -> Reader[None]:
-    yield from read_string(source, sink)
     yield from source.skip_white()
-    yield from source.expect(":")
-    sink(": ")
+    yield from _LiteralReader(source, sink).read()
 
 
-def _read_scalar(source: Source) -> Reader[str]:
-    text = yield from source.run(_SCALAR_CHARS, MAX_SCALAR_CHARS)
-    word = _WORDS.get(text) or _json_number(text)
-    if word is None:
-        source.position -= len(text)
-        raise Fault
-    return word
+class _LiteralReader(ValueReader):
+    quotes = "'\""
+
+    def white(self) -> Reader[None]:
+        yield from self.source.skip_white()
+
+    def comma(self, closer: str) -> Reader[bool]:
+        has_comma = yield from self.source.accept(",")  # one may stand in front of the end
+        yield from self.source.skip_white()
+        if (yield from self.source.peek()) == closer:
+            return False
+        if not has_comma:
+            raise Fault
+        self.sink(", ")
+        return True
+
+    def key(self) -> Reader[None]:
+        yield from self.string()
+        yield from self.source.skip_white()
+        yield from self.source.expect(":")
+        self.sink(": ")
+        yield from self.source.skip_white()
+
+    def string(self) -> Reader[None]:
+        yield from read_string(self.source, self.sink)
+
+    def scalar(self) -> Reader[None]:
+        text = yield from self.source.run(_SCALAR_CHARS, MAX_SCALAR_CHARS)
+        word = _WORDS.get(text) or _json_number(text)
+        if word is None:
+            self.source.position -= len(text)
+            raise Fault
+        self.sink(word)
 
 
 def _json_number(text: str) -> str | None:

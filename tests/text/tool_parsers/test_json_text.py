@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from pyserve.text.tool_parsers.json_text import MAX_SCALAR_CHARS, read_value
+from pyserve.text.tool_parsers.json_text import read_value
 from pyserve.text.tool_parsers.source import Fault, Source
+from pyserve.text.tool_parsers.values import MAX_SCALAR_CHARS
 
 
 def read(text: str, *, size: int | None = None) -> tuple[str, str]:
