@@ -47,6 +47,7 @@ CLIENTS = {
     "litellm": Client("litellm_.py", ("litellm",)),
     "pydantic-ai": Client("pydantic_ai_.py", ("pydantic-ai-slim[openai]",)),
     "openai-agents": Client("openai_agents.py", ("openai-agents",)),
+    "lm-eval": Client("lm_eval_.py", ("lm-eval[api]", "transformers")),
     "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
 }
 
