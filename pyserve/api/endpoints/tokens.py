@@ -43,7 +43,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
     max_model_len = loaded.engine.info.max_model_len
     if body.messages is not None:
-        tools = in_words(replace(read_tools(body), format=loaded.tools))
+        tools = replace(read_tools(body), format=loaded.tools)
+        tools = await in_words(request, state, tools)
         conversation = await read_conversation(
             request, state, loaded, body, max_tokens=1, tools=tools
         )

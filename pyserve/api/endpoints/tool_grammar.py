@@ -75,7 +75,7 @@ async def hold_to_tools(
             f"tool_choice and {form.param} both say what the answer is: leave one of them out",
             "tool_choice",
         )
-    use = in_words(use)
+    use = await in_words(request, state, use)
     written = use.format.written if use.format is not None else None
     if form is not None and not _may_be_beside_calls(form, written):
         return replace(use, ignored=[*use.ignored, "tools"]), None  # an answer has that form
@@ -109,22 +109,32 @@ async def hold_to_tools(
     return replace(use, shown=kept, ignored=ignored), held
 
 
-def in_words(use: ToolUse) -> ToolUse:
+async def in_words(request: web.Request, state: ServerState, use: ToolUse) -> ToolUse:
     """`use` in a form that a grammar has words for, as far as the schemas go.
 
     Calls that must come are plain JSON where the model's own form has none for one of the tools. A
     strict tool that it has none for may be called with any arguments, and is named as ignored.
+
+    Raises InvalidRequestError naming the field, QueueFullError, UnavailableError.
     """
-    format = use.format or JSON_FORMAT
     is_forced = use.mode == "required"
+    format = use.format or JSON_FORMAT
     names = use.strict
     if is_forced:
+        use = replace(use, format=format)
         names = frozenset([use.name] if use.name else use.parameters)
     held = {name: schema for name, schema in use.parameters.items() if name in names}
-    unsaid = without_words(format.written, held).keys()
+    if format.written.form == "json" or not held:
+        return use
+
+    def look() -> frozenset[str]:
+        _check_bytes(held)
+        return frozenset(without_words(format.written, held))
+
+    unsaid = await state.run_text(request, request[NUM_BODY_BYTES], look, short=0)
     if is_forced:
-        return replace(use, format=JSON_FORMAT if unsaid else format)
-    ignored = [*use.ignored, *(f"tools.{name}.strict" for name in unsaid)]
+        return replace(use, format=JSON_FORMAT) if unsaid else use
+    ignored = [*use.ignored, *(f"tools.{name}.strict" for name in use.parameters if name in unsaid)]
     return replace(use, strict=use.strict - unsaid, ignored=ignored)
 
 
@@ -135,6 +145,17 @@ def _may_be_beside_calls(form: Spec, written: Written | None) -> bool:
     return form.has_additional_properties and form.whitespace is None
 
 
+def _check_bytes(schemas: Schemas) -> None:
+    """Before each of them is looked at."""
+    num_bytes = len(msgspec.json.encode(schemas))
+    if num_bytes > MAX_SPEC_BYTES:
+        raise InvalidRequestError(
+            f"tools: the parameters to be enforced take {num_bytes} bytes, the limit is "
+            f"{MAX_SPEC_BYTES}",
+            "tools",
+        )
+
+
 def _compile(
     grammars: Grammars, make_tags: Callable[[Schemas], Tag], schemas: Schemas, names: list[str]
 ) -> tuple[Compiled, list[str]]:
@@ -142,13 +163,7 @@ def _compile(
 
     names  of all tools, in the order of the request.
     """
-    num_bytes = len(msgspec.json.encode(schemas))
-    if num_bytes > MAX_SPEC_BYTES:  # before each of them is looked at
-        raise InvalidRequestError(
-            f"tools: the parameters to be enforced take {num_bytes} bytes, the limit is "
-            f"{MAX_SPEC_BYTES}",
-            "tools",
-        )
+    _check_bytes(schemas)
     fields = {name: f"tools[{names.index(name)}].function.parameters" for name in schemas}
     refused: dict[str, InvalidRequestError] = {}
 

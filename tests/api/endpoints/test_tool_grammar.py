@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,6 +305,34 @@ def test_strict_is_named_where_a_form_has_no_words_for_a_schema(folder: Path) ->
         assert (status, headers["x-pyserve-ignored"]) == (200, "tools.get_weather.strict")
         (choice,) = wholly(server, tools=[STRICT], tool_choice="required")  # in plain JSON
         assert set(valid_calls(choice, [STRICT])) == {"get_weather"}
+
+
+@pytest.mark.parametrize("num_values", [4000, 60_000])
+def test_large_schemas_in_such_a_form_do_not_hold_up_others(folder: Path, num_values: int) -> None:
+    values = {"type": "object", "properties": {"a": {"enum": [f"{i}x" for i in range(num_values)]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": values, "strict": True}}
+    with run_server(folder, **{**AUTO, "tool_call_parser": "qwen3_coder"}) as server:
+        server.play(TEXT, burst=4)
+        latencies_s: list[float] = []
+        is_done = threading.Event()
+
+        def poll() -> None:
+            while not is_done.wait(0.01):
+                asked_s = time.monotonic()
+                server.request("GET", "/health")
+                latencies_s.append(time.monotonic() - asked_s)
+
+        poller = threading.Thread(target=poll)
+        poller.start()
+        began_s = time.monotonic()
+        try:
+            error = server.error(CHAT, ask(tools=[tool]))
+        finally:
+            is_done.set()
+            poller.join()
+        assert time.monotonic() - began_s < 5
+        assert error["param"] in ("tools", "messages")
+        assert max(latencies_s, default=0) < 0.5  # far above what is measured, 20 ms
 
 
 def test_thinking_is_free(folder: Path) -> None:
