@@ -105,8 +105,9 @@ async def hold_to_tools(
     compiled.check_pace("tools", n=max(body.n or 1, body.best_of or 1))
     kept = [tool for tool in use.shown if tool["function"]["name"] not in refused]
     ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
-    held = Held(compiled, written.trigger if is_triggered else "")
-    return replace(use, shown=kept, ignored=ignored), held
+    trigger = written.trigger if is_triggered else ""
+    use = replace(use, shown=kept, ignored=ignored, is_held_by_marker=bool(trigger))
+    return use, Held(compiled, trigger)
 
 
 async def in_words(request: web.Request, state: ServerState, use: ToolUse) -> ToolUse:

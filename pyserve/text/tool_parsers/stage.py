@@ -56,11 +56,13 @@ class Tools:
     parameters  name -> JSON schema of its arguments.
     max_calls   further calls are dropped: 1 without parallel_tool_calls.
     make_id     the id of a call that the text gives none.
+    is_marked   a grammar knows calls by their markers, so that nothing else begins one.
     """
 
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_calls: int = MAX_CALLS
     make_id: Callable[[], str] | None = None
+    is_marked: bool = False
 
 
 class Parser(ABC):
@@ -82,6 +84,8 @@ class Parser(ABC):
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
+        if tools.is_marked:
+            self.bare = ""
         self.source = Source()
         self._begin = re.compile("|".join(map(re.escape, self.begins)) or "(?!)")
         self._beginnings = {text[:n] for text in self.begins for n in range(1, len(text))}

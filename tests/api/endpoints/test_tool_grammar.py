@@ -297,6 +297,20 @@ def test_strict_tools_in_forms_of_their_own(folder: Path, parser: str) -> None:
             server.play(WRONG_CALLS[parser], burst=4)
 
 
+def test_what_no_grammar_has_held_is_no_strict_call(folder: Path) -> None:
+    """Granite's calls may come without their marker, by which the grammar would know them."""
+    call = '[{"name": "get_weather", "arguments": {"town": "Paris"}}]'
+    with run_server(folder, **{**AUTO, "tool_call_parser": "granite"}) as server:
+        server.play(call, burst=4)
+        assert plain(wholly(server, tools=[STRICT])) == [(call, [], "stop")]
+        for read in (wholly, streamed):
+            server.play(f"<tool_call>{call}", burst=4)
+            (choice,) = read(server, tools=[STRICT])
+            assert valid_calls(choice, [STRICT])
+        server.play(call, burst=4)
+        assert wholly(server)[0]["tool_calls"]  # without strict it is one
+
+
 def test_strict_is_named_where_a_form_has_no_words_for_a_schema(folder: Path) -> None:
     flags = {**AUTO, "tool_call_parser": "qwen3_coder"}
     with run_server(folder, **flags) as server:
