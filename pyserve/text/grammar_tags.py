@@ -34,6 +34,7 @@ from pyserve.text.tool_parsers.tagged_values import END_VALUE
 MAX_FORMATS = 500
 MAX_DEPTH = 16
 MAX_TEXT_CHARS = 1000  # of begin, end and so on
+MAX_SCHEMA_CHARS = 2**21  # of all schemas, each with the definitions that it uses
 
 _OF_TAGS = frozenset(("at_least_one", "stop_after_first"))
 _FIELDS: Mapping[str, frozenset[str]] = {  # of each type of format
@@ -76,6 +77,8 @@ class _Writer:
         self._whitespace = whitespace
         self._rules: list[str] = []
         self._num_formats = 0
+        self._num_chars = 0
+        self._json_rules: dict[str, str] = {}  # schema -> its rule
         self._writers = {
             "const_string": self._const,
             "json_schema": self._json_schema,
@@ -201,7 +204,16 @@ class _Writer:
 
     def _json(self, schema: object, place: str) -> str:
         checked = engine_schema(schema, param=self._param, place=f" at {place}/json_schema")
-        return self._rule(f"%json {schema_text(checked, self._whitespace)}")
+        text = schema_text(checked, self._whitespace)
+        self._num_chars += len(text)
+        if self._num_chars > MAX_SCHEMA_CHARS:
+            raise self._refuse(
+                place, f"all schemas, each with the definitions that it uses, take more than "
+                f"{MAX_SCHEMA_CHARS} characters"
+            )  # fmt: skip
+        if text not in self._json_rules:
+            self._json_rules[text] = self._rule(f"%json {text}")
+        return self._json_rules[text]
 
     def _arguments(self, format_: Format, place: str, depth: int) -> str:
         schema, form = format_.get("json_schema"), format_.get("form")

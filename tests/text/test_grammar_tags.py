@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -152,3 +153,32 @@ def test_too_many_and_too_deep() -> None:
     many = {"type": "sequence", "elements": [{"type": "any_text"}] * 501}
     with pytest.raises(InvalidRequestError, match="must be a list of 1 to"):
         compile_grammar(spec(many), vocabulary())
+
+
+LARGE = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(390)}}
+SHARED = {"X": {"type": "object", "properties": {f"p{i}": LARGE for i in range(12)}}}
+HOSTILE: list[tuple[Any, str]] = [
+    ({f"a{i}": {"type": "string"} for i in range(201)}, "more than 200 properties"),
+    ({f"a{i}": {"$ref": "#/$defs/X"} for i in range(200)}, "take more than 2097152 characters"),
+]
+
+
+@pytest.mark.parametrize("form", ["python", "tags"])
+@pytest.mark.parametrize(("properties", "reason"), HOSTILE, ids=["many", "shared"])
+def test_hostile_arguments(form: str, properties: Any, reason: str) -> None:
+    schema = {"type": "object", "properties": properties, "$defs": SHARED}
+    began_s = time.monotonic()
+    with pytest.raises(InvalidRequestError, match=reason):
+        compile_grammar(
+            spec({"type": "arguments", "form": form, "json_schema": schema}), vocabulary()
+        )
+    assert time.monotonic() - began_s < 5
+
+
+def test_arguments_need_a_form_and_a_schema() -> None:
+    several: list[dict[str, Any]] = [
+        {"form": "xml", "json_schema": {}}, {"form": "tags"}, {"json_schema": {}},
+    ]  # fmt: skip
+    for fields in several:
+        with pytest.raises(InvalidRequestError, match="must have the form python or tags"):
+            compile_grammar(spec({"type": "arguments", **fields}), vocabulary())

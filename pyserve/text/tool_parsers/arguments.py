@@ -22,6 +22,7 @@ from pyserve.text.tool_parsers.tagged_values import END_VALUE, as_json, types_of
 Form = Literal["json", "python", "tags"]
 Schema = Mapping[str, Any]
 
+MAX_MEMBERS = 200  # of one call
 MAX_FOLLOWED = 8  # references from one to another
 _FUNCTION_NAME = {"python": re.compile(r"[A-Za-z0-9_.]+"), "tags": re.compile(r"[^<>\n]+")}
 _NAME = {
@@ -77,6 +78,8 @@ def members_of(form: Form, schema: Schema) -> list[Member] | None:
         return None
     if not isinstance(properties, dict) or not set(needed) <= properties.keys():
         raise UnsayableError("each property must have a schema")
+    if len(properties) > MAX_MEMBERS:
+        raise UnsayableError(f"there are more than {MAX_MEMBERS} properties")
     members = []
     for name, inner in properties.items():
         if not _NAME[form].fullmatch(name):

@@ -97,6 +97,7 @@ UNSAYABLE: list[tuple[Form, str, Any]] = [
     ("python", "f", an_object(properties={}, required=["a"])),
     ("python", "f", an_object(additionalProperties={"type": "integer"})),
     ("python", "f", {"type": "string"}),
+    ("tags", "f", an_object(properties={f"a{i}": {"type": "string"} for i in range(201)})),
 ]
 
 
