@@ -4,8 +4,9 @@
     python -m bench.hostile_soak --url http://localhost:8000 --pid 1234
 
 The hostile ones send cases of bench.hostile, of FAMILIES: what the largest requests hold, chats
-against the template, clients that leave or end their side. Exit code 1 where bench.soak's would be,
-where an answer to a hostile request is none of ours, or where files are open that were not before.
+against the template, schemas and grammars, clients that leave or end their side. Exit code 1 where
+bench.soak's would be, where an answer to a hostile request is none of ours, or where files are open
+that were not before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak
 from bench.trial import Trial, conclude, try_server
 from bench.wire import Endpoint
 
-FAMILIES = ("large", "template", "gone", "ended", "abort", "silent", "field")
+FAMILIES = (
+    "large", "template", "gone", "ended", "abort", "silent", "field", "grammar", "structured",
+)  # fmt: skip
 
 
 class Hostile:

@@ -46,9 +46,9 @@ MAX_CHOICES = 10_000
 MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
 MAX_TOO_LONG = 1000  # that are remembered
 MAX_CACHED = 64  # grammars
-MAX_CACHED_BYTES = 2**25  # estimated, with the states that answers have added
+MAX_CACHED_BYTES = 2**24  # estimated, with the states that answers have added; one has half at most
 MAX_BYTES = MAX_ALL_BYTES // 4  # of one grammar
-MIN_BYTES = 2**18  # of a compiled grammar, and more for each character of its text
+MIN_BYTES = 2**17  # of a compiled grammar, and more for each character of its text
 BYTES_PER_CHAR = 128
 BYTES_PER_S = 1.2e9  # of work to compile one, at most: 240 to 650 MB have been measured
 TRIAL_TOKENS = 8
@@ -192,7 +192,7 @@ class GrammarCache:
         """Let go of what is too large by now, then of what was used longest ago."""
         sizes = {key: compiled.num_bytes for key, compiled in self._grammars.items()}
         for key, size in sizes.items():
-            if size > MAX_CACHED_BYTES // 4:
+            if size > MAX_CACHED_BYTES // 2:
                 del self._grammars[key]
         num_bytes = sum(map(sizes.__getitem__, self._grammars))
         while len(self._grammars) > MAX_CACHED or num_bytes > MAX_CACHED_BYTES:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyserve.api.app import ROUTES
@@ -30,11 +31,13 @@ from pyserve.api.wire.protocol import (
     MAX_STOP_STRINGS,
     MAX_TEMPLATE_KWARGS,
 )
+from pyserve.api.wire.tools import MAX_TOOLS
 from pyserve.client import EngineInfo
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepOutput, max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine, Pending
+from pyserve.engine.masks import bitmask_words
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from tests.api.fakes import PADDED_VOCAB, Server, run_server
@@ -50,11 +53,14 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 class InstantRunner:
-    """Every token is an "h", at once."""
+    """Every token is an "h", at once, or the first that a mask allows."""
 
     run_ahead_depth = 1
     step_deadline_s: float | None = None
     num_device_allocations = 0
+
+    def __init__(self) -> None:
+        self.bitmask = np.empty((NUM_SLOTS, bitmask_words(PADDED_VOCAB)), np.int32)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -63,12 +69,19 @@ class InstantRunner:
         return True
 
     def launch(self, step: Step) -> Pending:
-        result = self.loop.create_future()
-        self.loop.call_soon(result.set_result, self.run(step))
-        return Pending(lambda masked_rows: result)
+        def sample(masked_rows: Sequence[int]) -> asyncio.Future[StepOutput]:
+            result = self.loop.create_future()
+            self.loop.call_soon(result.set_result, self.run(step, masked_rows))
+            return result
 
-    def run(self, step: Step) -> StepOutput:
-        return StepOutput([[75] for _ in range(sum(step.row_samples))])
+        return Pending(sample, self.bitmask)
+
+    def run(self, step: Step, masked_rows: Sequence[int] = ()) -> StepOutput:
+        rows = [[75] for _ in range(sum(step.row_samples))]
+        for row, words in zip(masked_rows, self.bitmask, strict=False):
+            allowed = np.unpackbits(words.view(np.uint8), bitorder="little")
+            rows[row] = [int(np.argmax(allowed))]
+        return StepOutput(rows)
 
     def close(self) -> None:
         pass
@@ -129,6 +142,19 @@ def costly_fields() -> dict[str, Any]:
     }
 
 
+def held(schema: object, **fields: object) -> bytes:
+    wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return say("x", response_format=wrapped, **fields)
+
+
+def tools(num_tools: int) -> list[dict[str, Any]]:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    return [
+        {"type": "function", "function": {"name": f"f{i}", "parameters": schema}}
+        for i in range(num_tools)
+    ]
+
+
 ECHO = ("the quick brown fox 漢 " * MAX_ECHO_CHARS)[: MAX_ECHO_CHARS // MAX_N]
 PART = {"type": "text", "text": "x"}
 # (route, what is large) -> the body, and the status that it gets where that is not 200
@@ -146,6 +172,26 @@ REQUESTS: dict[tuple[str, str], Callable[[], bytes]] = {
     ),
     (CHAT, "metadata"): lambda: say("x", metadata={"a": ["x" * 50] * (MAX_JSON_VALUES - 20)}),
     (CHAT, "n"): lambda: say("x", n=MAX_N, **costly_fields()),
+    (CHAT, "properties"): lambda: held(
+        {
+            "type": "object", "required": [f"p{i}" for i in range(1999)],
+            "properties": {f"p{i}": {"type": "integer"} for i in range(1999)},
+        },
+        n=MAX_N,
+    ),
+    (CHAT, "an enum"): lambda: held({"enum": [f"h{i}" for i in range(19_000)]}, n=MAX_N),
+    (CHAT, "tools"): lambda: say(
+        "x", tools=tools(MAX_TOOLS // 4), tool_choice="required", n=MAX_N
+    ),
+    (COMPLETIONS, "a choice"): lambda: complete(
+        "x", guided_choice=["h" * 9 + str(i) for i in range(9999)], n=MAX_N, temperature=1
+    ),
+    (COMPLETIONS, "a long grammar"): lambda: complete(
+        "x", guided_grammar='start: "' + "h" * 60_000 + '"'
+    ),
+    (COMPLETIONS, "what may be left out"): lambda: complete(
+        "x", guided_grammar="root ::= " + '"h"? ' * 800, n=10, temperature=1
+    ),
     (COMPLETIONS, "text"): lambda: complete("the quick brown fox " * 20_000),
     (COMPLETIONS, "texts"): lambda: complete(["the quick brown fox " * 400] * MAX_SEQS),
     (COMPLETIONS, "prompts of ids"): lambda: complete(ids(MAX_BODY_IDS // 3000, 3000)),
