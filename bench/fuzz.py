@@ -48,6 +48,7 @@ MAX_SLOW = 200  # connections that wait, beside the others
 MAX_FAILURES = 20  # kinds of them
 MAX_FAILED_CASES = 1000
 CLOSE_TIMEOUT_S = 15.0
+PANIC = 'start: a "b"\na[lazy]: /.*/'
 SETTLE_S = 3.0
 SETTLE_CHARS = 2**19  # the server gives back what is free behind a text that is so long
 SHOWN_BYTES = 1000
@@ -257,6 +258,7 @@ async def fuzz(endpoint: Endpoint, tally: Tally, numbers: range, args: argparse.
 async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """PARTS equal parts, memory read after each; then what is left of them is looked at."""
     tally = Tally()
+    await warm_up(endpoint)
     await wait_idle(endpoint)
     num_files = count_files(pid)
     neighbour = Neighbour(endpoint, tally.seen)
@@ -290,6 +292,13 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
         "num_files": num_files,
         "after": after,
     }
+
+
+async def warm_up(endpoint: Endpoint) -> None:
+    """Have the engine of grammars panic, as some cases do: at the first time it reads the symbols
+    of its library for a trace, and keeps the 36 MB that they take.
+    """
+    await fetch(endpoint, "/v1/completions", {"prompt": "x", "guided_grammar": PANIC})
 
 
 async def settle(endpoint: Endpoint) -> None:

@@ -87,6 +87,26 @@ def _stop(rng: random.Random, scale: float) -> Large:
     return CHAT, _say("x", n=64, stop=stop, logit_bias=bias), True
 
 
+def _logprobs(rng: random.Random, scale: float) -> Large:
+    n = int(127 * scale) + 1
+    fields = {"logprobs": 20, "max_tokens": 1000, "ignore_eos": True, "temperature": 1}
+    return COMPLETIONS, {"prompt": "x", "n": n, "stream": rng.random() < 0.5, **fields}, True
+
+
+def _prompt_logprobs(rng: random.Random, scale: float) -> Large:
+    prompt = [i % NUM_IDS for i in range(int(4000 * scale) + 1)]
+    fields: dict[str, Any] = {"prompt": [prompt] * rng.choice([1, 8]), "max_tokens": 1}
+    if rng.random() < 0.5:
+        return COMPLETIONS, {**fields, "prompt_logprobs": 20}, True
+    return COMPLETIONS, {**fields, "logprobs": 20, "echo": True}, True
+
+
+def _beams(rng: random.Random, scale: float) -> Large:
+    width = int(63 * scale) + 1
+    fields = {"use_beam_search": True, "best_of": width, "n": width, "temperature": 0}
+    return COMPLETIONS, {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, **fields}, True
+
+
 def _values(rng: random.Random, scale: float) -> Large:
     name = rng.choice(["documents", "chat_template_kwargs", "metadata"])
     unit: Any = rng.choice([1, "x", [], {}, {"a": 1}])
@@ -104,4 +124,7 @@ MAKERS: dict[str, Callable[[random.Random, float], Large]] = {
     "echo": _echo,
     "stop strings": _stop,
     "values": _values,
+    "log probabilities": _logprobs,
+    "log probabilities of a prompt": _prompt_logprobs,
+    "beams": _beams,
 }

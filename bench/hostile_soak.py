@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.fuzz import WARM_PARTS, count_files, run_case, settle, wait_files
+from bench.fuzz import WARM_PARTS, count_files, run_case, settle, wait_files, warm_up
 from bench.hostile import make_case
 from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak, wait_idle
 from bench.trial import Trial, conclude, try_server
@@ -49,6 +49,7 @@ class Hostile:
         share: int,
     ) -> None:
         """A part of the soak by the others, hostile requests for as long beside it."""
+        await warm_up(endpoint)
         over = asyncio.Event()
         clients = [
             asyncio.create_task(self._send_until(over, endpoint, args.seed))
