@@ -63,6 +63,14 @@ FORMATS: dict[str, ReasoningFormat] = {
 }  # fmt: skip
 
 
+def opened_thinking(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> str:
+    """The <think> that a prompt ends with, and the white space behind it; "": it does not."""
+    tail = tokenizer.decode(prompt_token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
+    marker = _THINK.starts[0]
+    end = len(tail.rstrip())
+    return tail[end - len(marker) :] if tail[:end].endswith(marker) else ""
+
+
 class ReasoningParser:
     """A format and the tokenizer of the model that writes it.
 

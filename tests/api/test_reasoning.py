@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from tests.api.fakes import TEMPLATE, Script, Server, make_tokenizer_folder, run_server
+from tests.api.tool_talk import with_template
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -89,6 +91,45 @@ def test_thinking_and_answer(
 ) -> None:
     server.play(said, burst=burst)
     assert texts(server) == (reasoning, content)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """No parser, and a template that opens the thinking itself, as DeepSeek-R1's do."""
+    folder = with_template(tmp_path_factory.mktemp("opens") / "tiny", OPENS)
+    with run_server(folder, trust_request_chat_template=True) as running:
+        yield running
+
+
+def shown(server: Server, **fields: Any) -> str:
+    """The content of the whole answer, and of the stream, which must be the same."""
+    (choice,) = server.post(CHAT, ask(**fields))["choices"]
+    frames = server.frames(CHAT, ask(**fields))
+    pieces = [frame["choices"][0]["delta"].get("content", "") for frame in frames]
+    assert "".join(pieces) == choice["message"]["content"]
+    content: str = choice["message"]["content"]
+    return content
+
+
+def test_without_a_parser_the_marker_of_the_template_is_shown(plain: Server) -> None:
+    for burst in (1, 1000):
+        plain.play("Hm.</think>Four", burst=burst)
+        assert shown(plain) == "<think>\nHm.</think>Four"
+        assert shown(plain, n=1, logprobs=True) == "<think>\nHm.</think>Four"
+    usage = plain.post(CHAT, ask())["usage"]
+    expected = plain.tokenizer.encode("Hm.</think>Four", add_special_tokens=False)
+    assert usage["completion_tokens"] == len(expected) + 1  # and the one that ends it
+
+
+def test_no_marker_is_shown_that_the_template_has_not_written_now(plain: Server) -> None:
+    plain.play("Four")
+    assert shown(plain, chat_template=TEMPLATE) == "Four"
+    assert shown(plain, add_generation_prompt=False) == "Four"
+    begun = [*MESSAGES, {"role": "assistant", "content": "I <think>"}]
+    assert shown(plain, messages=begun, continue_final_message=True) == "Four"
+    plain.play('{"a": 1}')
+    answer = shown(plain, response_format={"type": "json_object"})
+    assert json.loads(answer) == {"a": 1}
 
 
 def test_the_tokens_of_the_thinking_are_counted(server: Server) -> None:

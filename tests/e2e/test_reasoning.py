@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from pyserve.config import DEMO_MODEL
 from tests.e2e.conftest import WEATHER, Server, start_server
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
@@ -71,6 +72,21 @@ def test_the_guide_s_own_parse_of_the_text(tmp_path: Path) -> None:
         assert "80 km/h" in thinking and "22.2 m/s" in answer and "<" not in answer
         reasoning, content, _ = streamed(sdk, **ASKED)
         assert reasoning == "" and parse_as_the_guide(content) == (thinking, answer)
+
+
+def test_the_guide_s_parse_where_the_template_opens_the_thinking(tmp_path: Path) -> None:
+    """As those of DeepSeek-R1 do today: the model does not write <think> itself."""
+    template = tmp_path / "opens.jinja"
+    source = (DEMO_MODEL / "chat_template.jinja").read_text()
+    opening = "{%- if add_generation_prompt -%}{{- '<think>\\n' -}}{%- endif -%}"
+    template.write_text(source.rstrip() + opening)
+    flags = ("--chat-template", str(template))
+    with started(tmp_path / "log", *flags) as server, server.client() as sdk:
+        content = sdk.chat.completions.create(**GREEDY).choices[0].message.content
+        thinking, answer = parse_as_the_guide(content)
+        assert content.count("<think>") == 1 and "80 km/h" in thinking
+        assert "22.2 m/s" in answer and "<" not in answer
+        assert streamed(sdk, **GREEDY)[:2] == ("", content)
 
 
 def test_the_train_problem_whole_and_streamed(client: OpenAI) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ from pyserve.api.wire.protocol import (
     MessageToolCall,
     ToolCallDelta,
 )
-from pyserve.constraints import makes_all_of
+from pyserve.constraints import makes_all_of, unconstrained
 from pyserve.text.parts import (
     Content,
     Part,
@@ -93,11 +94,14 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         )
     else:
         makes_grammar = held.makes(free_until)
+    prompt = conversation.prompt
+    if makes_grammar is unconstrained:  # else the answer has a form of its own
+        prompt = replace(prompt, echo=prompt.echo + conversation.opened)
     tokens = read_chat_tokens(body, state, loaded, ignored)
     job = await make_job(
         body,
         loaded,
-        [conversation.prompt],
+        [prompt],
         prompt_name="messages",
         limit=limit,
         default_max_tokens=loaded.defaults.max_new_tokens,

@@ -40,7 +40,7 @@ from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.detokenizer import Detokenizer
-from pyserve.text.reasoning import Opening
+from pyserve.text.reasoning import Opening, opened_thinking
 from pyserve.text.template_limits import MAX_RENDER_S
 from pyserve.text.template_probe import REASONING
 from pyserve.text.told_tools import in_words
@@ -60,11 +60,13 @@ class Conversation:
 
     ignored  names of fields that the template does not look at.
     opening  where the prompt leaves the thinking of the answer.
+    opened   the marker with which the template has opened it, where no parser reads the answer.
     """
 
     prompt: Prompt
     ignored: list[str]
     opening: Opening = "unsaid"
+    opened: str = ""
 
 
 async def read_conversation(
@@ -119,7 +121,9 @@ async def read_conversation(
         prompt = _prompt(loaded, body, messages[-1], tools, token_ids)
         parser = loaded.reasoning
         if parser is None:
-            return Conversation(prompt, ignored)
+            is_begun = body.add_generation_prompt is not False and not body.continue_final_message
+            opened = opened_thinking(loaded.tokenizer, token_ids) if is_begun else ""
+            return Conversation(prompt, ignored, opened=opened)
         continued = _echo(messages[-1]) if body.continue_final_message else None
         return Conversation(prompt, ignored, parser.opening(token_ids, continued=continued))
 
