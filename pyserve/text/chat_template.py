@@ -147,9 +147,9 @@ class ChatTemplate:
         known = self._choose(has_tools).variables
         return [name for name in names if name not in known]
 
-    def shows_system(self, *, has_tools: bool = False) -> bool:
-        """Whether the template shows a message of the role system."""
-        return "system" in self._choose(has_tools).traits.content_forms
+    def shows_role(self, role: str, *, has_tools: bool = False) -> bool:
+        """Whether the template shows a message of the role system or tool."""
+        return role in self._choose(has_tools).traits.content_forms
 
     def shows_name(self, role: str, *, has_tools: bool = False) -> bool:
         """Whether the template shows the name of a message of this role."""

@@ -35,7 +35,7 @@ def in_words(
     written     how calls are written.
     has_system  the template shows a message of the role system.
     """
-    told = _without_calls(messages, written)
+    told = calls_in_words(messages, written)
     functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
     example = written.text([("FUNCTION", '{"PARAMETER": "VALUE"}')])
     text = "\n".join([FUNCTIONS, *functions, FORM, example, WHEN])
@@ -49,7 +49,7 @@ def in_words(
     return told
 
 
-def _without_calls(messages: Sequence[Message], written: Written) -> list[Message]:
+def calls_in_words(messages: Sequence[Message], written: Written) -> list[Message]:
     """Calls as the text that the model wrote, results as what a user says.
 
     Templates that want users and assistants to take turns get them so: results of several calls are

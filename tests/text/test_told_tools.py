@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pyserve.text.chat_template import ChatTemplate
-from pyserve.text.told_tools import in_words
+from pyserve.text.told_tools import calls_in_words, in_words
 from pyserve.text.tool_parsers.json_formats import FORMATS
 
 TOOLS = [
@@ -107,9 +107,13 @@ def test_a_result_of_an_unknown_call() -> None:
 
 def test_a_template_that_knows_two_roles_renders_all_of_it() -> None:
     template = ChatTemplate(STRICT, special_tokens={})
-    assert template.unused(["tools"]) and not template.shows_system()
+    assert template.unused(["tools"]) and not template.shows_role("system")
     answer: dict[str, Any] = {"role": "assistant", "content": "21 °C."}
     for messages in ([USER], [USER, CALLS, *RESULTS], [USER, CALLS, *RESULTS, answer, USER]):
         text = template.render(told(messages), add_generation_prompt=True)
         assert text.count("[INST]") == 1 + (len(messages) > 1) + (len(messages) > 4)
         assert text.count("You can call") == 1
+    assert not template.shows_role("tool")
+    assert "[INST] Result of now" in template.render(
+        calls_in_words([USER, CALLS, RESULTS[1]], MISTRAL)
+    )

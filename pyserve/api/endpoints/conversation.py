@@ -43,9 +43,8 @@ from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.reasoning import Opening, opened_thinking
 from pyserve.text.template_limits import MAX_RENDER_S
 from pyserve.text.template_probe import REASONING
-from pyserve.text.told_tools import in_words
+from pyserve.text.told_tools import calls_in_words, in_words
 from pyserve.text.tool_parsers.registry import JSON_FORMAT, ToolFormat
-from pyserve.text.tool_parsers.written import Written
 
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
@@ -155,10 +154,7 @@ def _encode(
     time_limit_s: float,
 ) -> list[int]:
     plain = [_plain(message, f"messages[{i}]", loaded.tools) for i, message in enumerate(messages)]
-    written = _told_form(template, tools)
-    if written is not None:
-        has_system = template.shows_system(has_tools=True)
-        plain = in_words(plain, tools.shown, written, has_system=has_system)
+    plain = _told(plain, template, tools, loaded.tools)
     continues = bool(body.continue_final_message)
     add_generation_prompt = body.add_generation_prompt
     try:
@@ -245,11 +241,26 @@ def _not_shown(template: ChatTemplate, messages: list[Message], tools: ToolUse) 
     return names + _unshown_reasoning(template, messages, has_tools=has_tools)
 
 
-def _told_form(template: ChatTemplate, tools: ToolUse) -> Written | None:
-    """How calls are written, where the template does not show tools; None: it does, or need not."""
-    if not tools.shown or not template.unused(["tools"], has_tools=True):
-        return None
-    return (tools.format or JSON_FORMAT).written
+def _told(
+    messages: list[dict[str, Any]],
+    template: ChatTemplate,
+    tools: ToolUse,
+    format: ToolFormat | None,
+) -> list[dict[str, Any]]:
+    """Messages with tools, their calls and results in words, where the template shows no such.
+
+    format  the server's, that earlier calls were in.
+    """
+    if tools.shown:
+        if not template.unused(["tools"], has_tools=True):
+            return messages
+        has_system = template.shows_role("system", has_tools=True)
+        written = (tools.format or JSON_FORMAT).written
+        return in_words(messages, tools.shown, written, has_system=has_system)
+    has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+    if not has_calls or template.shows_role("tool"):
+        return messages
+    return calls_in_words(messages, (format or JSON_FORMAT).written)
 
 
 def _effort_kwargs(effort: str | None) -> dict[str, Any]:

@@ -344,6 +344,27 @@ def test_every_form_can_be_told(tmp_path: Path, parser: str, form: str) -> None:
         assert form in prompt(server)[0]
 
 
+def test_earlier_calls_are_told_of_where_no_tools_are_given_any_more(tmp_path: Path) -> None:
+    """As an agent asks for the last answer; templates of two roles refuse the role tool."""
+    turns = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.role }}: {{ m.content }}\n"
+        "{% endfor %}"
+    )
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    said = [
+        *HI, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "noon"},
+    ]  # fmt: skip
+    folder = with_template(tmp_path / "tiny", turns)
+    with run_server(folder, enable_auto_tool_choice=True, tool_call_parser="hermes") as server:
+        server.play("Noon.")
+        written = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        expected = f"user: hi\nassistant: {written}\nuser: Result of now:\nnoon\n"
+        for fields in ({"tools": None}, {"tool_choice": "none"}):
+            assert prompt(server, messages=said, **fields)[0] == expected
+
+
 def test_a_server_without_a_parser_says_what_it_needs(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "tiny", OF_TOOLS)
     several: list[dict[str, Any]] = [{}, {"tool_call_parser": "hermes"}]
