@@ -226,7 +226,7 @@ class _Writer:
         if form == "python":
             return self._python_arguments(members, place)
         if members is None:
-            name, value = self._rule(r"/[^<>\n]+/"), self._bare_text()
+            name, value = self._rule(r"/[^<>\n]{1,64}/"), self._bare_text()
             return self._rule(f'("<parameter=" {name} ">" {value} "\\n")*')
         tagged = [self._tagged(member, place) for member in members]
         return self._rule(" ".join(tagged) or '""')
@@ -234,7 +234,7 @@ class _Writer:
     def _python_arguments(self, members: list[Member] | None, place: str) -> str:
         """Commas stand between those that come: `first` is what follows none, `rest` some."""
         if members is None:
-            one = self._rule(f"/[A-Za-z_][A-Za-z0-9_]*=/ {self._json(True, place)}")
+            one = self._rule(f"/[A-Za-z_][A-Za-z0-9_]{{0,63}}=/ {self._json(True, place)}")
             return self._rule(f'({one} (", " {one})*)?')
         first = rest = '""'
         for member in reversed(members):

@@ -182,3 +182,15 @@ def test_arguments_need_a_form_and_a_schema() -> None:
     for fields in several:
         with pytest.raises(InvalidRequestError, match="must have the form python or tags"):
             compile_grammar(spec({"type": "arguments", **fields}), vocabulary())
+
+
+@pytest.mark.parametrize(("form", "begin"), [("python", ""), ("tags", "<parameter=")])
+def test_names_of_any_arguments_are_bounded(form: str, begin: str) -> None:
+    """Longer ones are none to the parsers."""
+    tags = {"type": "arguments", "form": form, "json_schema": {"type": "object"}}
+    vocab = vocabulary()
+    compiled = compile_grammar(spec(tags), vocab)
+    for length, is_allowed in ((64, True), (65, False)):
+        constraint = compiled.constraint()
+        constraint.accept(vocab.tokenizer.encode_inner(begin + "x" * length))
+        assert (constraint.error is None) is is_allowed
