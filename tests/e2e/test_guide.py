@@ -2,7 +2,7 @@
 
 The model names are the guide's: they stand for copies of the demo model in the working folder, of
 which the config promises a longer context. Its docker and pip lines are not run here. What belongs
-to later versions (structured output, adapters, AWQ, several cards) is refused by name.
+to later versions (adapters, AWQ, several cards) is refused by name.
 """
 
 from __future__ import annotations
