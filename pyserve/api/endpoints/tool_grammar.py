@@ -105,9 +105,9 @@ async def hold_to_tools(
     compiled.check_pace("tools", n=max(body.n or 1, body.best_of or 1))
     kept = [tool for tool in use.shown if tool["function"]["name"] not in refused]
     ignored = [*use.ignored, *(f"tools.{name}" for name in refused)]
-    trigger = written.trigger if is_triggered else ""
-    use = replace(use, shown=kept, ignored=ignored, is_held_by_marker=bool(trigger))
-    return use, Held(compiled, trigger)
+    trigger = written.trigger if is_triggered else None
+    use = replace(use, shown=kept, ignored=ignored, trigger=trigger)
+    return use, Held(compiled, trigger or "")
 
 
 async def in_words(request: web.Request, state: ServerState, use: ToolUse) -> ToolUse:

@@ -41,8 +41,7 @@ class ToolUse:
     name     of the only tool that may be called; "": any.
     strict   names of tools whose arguments are to be held to their schemas.
     format   that calls are written in; None: none are looked for.
-    is_held_by_marker
-             what stands behind a marker is held to a call, and nothing else is one.
+    trigger  as Tools has it.
     ignored  fields that have no effect.
     """
 
@@ -52,7 +51,7 @@ class ToolUse:
     max_calls: int = MAX_CALLS
     strict: frozenset[str] = frozenset()
     format: ToolFormat | None = None
-    is_held_by_marker: bool = False
+    trigger: str | None = None
     ignored: list[str] = field(default_factory=list)
 
     @property
@@ -65,7 +64,7 @@ class ToolUse:
         """The same request, its answers read for calls."""
         if self.format is None:
             return job
-        tools = Tools(self.parameters, self.max_calls, is_marked=self.is_held_by_marker)
+        tools = Tools(self.parameters, self.max_calls, trigger=self.trigger)
         ending = job.ending
         if self.name:  # OpenAI and vLLM say so where the client has named the tool
             ending = replace(ending, call_reason="stop")

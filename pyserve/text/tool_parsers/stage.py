@@ -56,13 +56,14 @@ class Tools:
     parameters  name -> JSON schema of its arguments.
     max_calls   further calls are dropped: 1 without parallel_tool_calls.
     make_id     the id of a call that the text gives none.
-    is_marked   a grammar knows calls by their markers, so that nothing else begins one.
+    trigger     a grammar knows calls by this, or "" by how the answer begins, so that nothing else
+                is one; None: no grammar does.
     """
 
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_calls: int = MAX_CALLS
     make_id: Callable[[], str] | None = None
-    is_marked: bool = False
+    trigger: str | None = None
 
 
 class Parser(ABC):
@@ -84,13 +85,15 @@ class Parser(ABC):
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
-        if tools.is_marked:
+        if tools.trigger:
             self.bare = ""
         self.source = Source()
-        self._begin = re.compile("|".join(map(re.escape, self.begins)) or "(?!)")
-        self._beginnings = {text[:n] for text in self.begins for n in range(1, len(text))}
-        self._max_begin = max(map(len, self.begins), default=1)
-        first = "".join(sorted({re.escape(text[0]) for text in self.begins}))
+        self._begin_of = self._begins_by_text()
+        texts = tuple(self._begin_of)
+        self._begin = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
+        self._max_begin = max(map(len, texts), default=1)
+        first = "".join(sorted({re.escape(text[0]) for text in texts}))
         self._search_first = re.compile(f"[{first}]" if first else "(?!)").search
         self._parts: list[Part] = []
         self._tokens: tuple[Any, ...] = ()
@@ -103,6 +106,16 @@ class Parser(ABC):
     @property
     def begins(self) -> tuple[str, ...]:
         return (*self.markers, *self.starts)
+
+    def _begins_by_text(self) -> dict[str, str]:
+        """What is looked for -> what of `begins` that is, or begins with."""
+        trigger = self.tools.trigger
+        if trigger is None:
+            return {text: text for text in self.begins}
+        if trigger in self.starts:  # markers may stand in front of it, and are markup then
+            return {text: text for text in (*self.markers, trigger)}
+        marker = next((text for text in self.markers if trigger.startswith(text)), None)
+        return {} if marker is None else {trigger: marker}
 
     @abstractmethod
     def read_calls(self, *, is_bare: bool) -> Reader[None]:
@@ -229,7 +242,7 @@ class Parser(ABC):
         self._deliver(content_end)
         if found is not None:
             source.position = end
-            return found[0]
+            return self._begin_of[found[0]]
         if source.is_ended and not self._is_after_call:
             self._deliver(end)
         return None

@@ -297,18 +297,32 @@ def test_strict_tools_in_forms_of_their_own(folder: Path, parser: str) -> None:
             server.play(WRONG_CALLS[parser], burst=4)
 
 
-def test_what_no_grammar_has_held_is_no_strict_call(folder: Path) -> None:
-    """Granite's calls may come without their marker, by which the grammar would know them."""
-    call = '[{"name": "get_weather", "arguments": {"town": "Paris"}}]'
-    with run_server(folder, **{**AUTO, "tool_call_parser": "granite"}) as server:
-        server.play(call, burst=4)
-        assert plain(wholly(server, tools=[STRICT])) == [(call, [], "stop")]
+_LIST = '[{"name": "get_weather", "arguments": {"town": "Paris"}}]'
+_DEEPSEEK = (
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+    '{"town": "Paris"}\n```<｜tool▁call▁end｜>'
+)
+# A form -> a call by which the grammar does not know calls, and one by which it does, both wrong.
+UNKNOWN_CALLS = {
+    "granite": (_LIST, f"<tool_call>{_LIST}"),
+    "phi4_mini_json": (f"functools {_LIST}", f"functools{_LIST}"),
+    "llama3_json": (f"A <|python_tag|>{_LIST[1:-1]}", _LIST[1:-1]),
+    "pythonic": ('A <|python_start|>[get_weather(town="x")]', '[get_weather(town="x")]'),
+    "deepseek_v3": (_DEEPSEEK, f"<｜tool▁calls▁begin｜>{_DEEPSEEK}"),
+}
+
+
+@pytest.mark.parametrize("parser", UNKNOWN_CALLS)
+def test_what_no_grammar_has_held_is_no_strict_call(folder: Path, parser: str) -> None:
+    unknown, known = UNKNOWN_CALLS[parser]
+    with run_server(folder, **{**AUTO, "tool_call_parser": parser}) as server:
+        server.play(unknown, burst=4)
+        assert plain(wholly(server, tools=[STRICT])) == [(unknown, [], "stop")]
+        assert wholly(server)[0]["tool_calls"]  # without strict it is one
         for read in (wholly, streamed):
-            server.play(f"<tool_call>{call}", burst=4)
+            server.play(known, burst=4)
             (choice,) = read(server, tools=[STRICT])
             assert valid_calls(choice, [STRICT])
-        server.play(call, burst=4)
-        assert wholly(server)[0]["tool_calls"]  # without strict it is one
 
 
 def test_strict_is_named_where_a_form_has_no_words_for_a_schema(folder: Path) -> None:
