@@ -22,15 +22,8 @@ from torch.nn import functional
 from pyserve.limits import TOP_LOGPROBS
 from pyserve.ops import build
 
-# Rows up to which `linear` and its like are our own ops on a CPU. For a card cuda/gpu/linear/
-# dispatch.cu says it.
-# One pass over the demo model's 33 matrices in bfloat16, one thread, us, own / torch:
-# 610 / 1400 at 1 row, 660 / 1490 at 16, 1240 / 1940 at 64; equal at 128. In float32 equal up to 16
-# rows; at 32 torch takes 3/4 of the time.
-FEW_ROWS = {torch.bfloat16: 64, torch.float32: 16}
-
 _STORE, _ADD, _SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
-_served: dict[tuple[object, ...], bool] = {}  # what dispatch.cu said, by shapes and epilogue
+_served: dict[tuple[object, ...], bool] = {}  # what serves_linear said, by shapes and epilogue
 
 
 class _Ops:
@@ -91,10 +84,11 @@ def rope_write_kv(
 
 
 def _is_own(x: Tensor, weight: Tensor, epilogue: int) -> bool:
-    """Whether our own op is the fastest for these rows."""
-    if not x.is_cuda:
-        return x.shape[0] <= FEW_ROWS[x.dtype]
-    key = x.shape[0], weight.shape, weight.dtype, epilogue
+    """Whether our own op is the fastest for these rows.
+
+    On a card cuda/gpu/linear/dispatch.cu says it, on a CPU cuda/cpu/linear.cpp.
+    """
+    key = x.shape[0], weight.shape, weight.dtype, weight.is_cuda, epilogue
     is_served = _served.get(key)
     if is_served is None:
         is_served = _served[key] = _ops.serves_linear(weight, x.shape[0], epilogue)
@@ -106,8 +100,9 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias: x [m, k], rows may be strided, weight [n, k], bias [n] -> [m, n].
 
-    Up to FEW_ROWS rows a row's result does not depend on the others, nor on how many there are.
-    Beyond, torch (oneDNN, which compiles and keeps code for every m it meets) may round otherwise.
+    Of few rows (64, in float32 16) none depends on the others, nor on how many there are. Beyond,
+    torch may round otherwise (oneDNN, which compiles and keeps code for every m it meets), or where
+    the CPU has no bfloat16 products of its own, our op with sums in another order.
     """
     if not _is_own(x, weight, _STORE):
         return functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyserve import ops
-from pyserve.ops import reference
+from pyserve.ops import reference, toolchain
 from tests.ops import oracle
 
 ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 48, 49, 64)
 # (n, k): whole tiles of AMX; a last panel that overlaps; neither n nor k a multiple of anything.
 SHAPES = [(64, 64), (16, 32), (130, 96), (77, 256), (512, 256), (1, 1), (3, 7), (33, 50), (99, 259)]
 OPS = ("linear", "linear_add", "linear_silu_mul")
+FEW_ROWS = {torch.bfloat16: 64, torch.float32: 16}  # that are served on every CPU
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, op: str = "linear") -> Tensor:
@@ -147,23 +148,37 @@ def test_no_rows_no_columns_nothing_to_sum(dtype: torch.dtype) -> None:
     assert torch.equal(run(x, weight, bias, "linear_add"), residual(2, 16, dtype) + bias)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_torch_takes_many_rows(dtype: torch.dtype) -> None:
-    few = ops.FEW_ROWS[dtype]
-    x, weight, bias = make(few + 1, 48, 96, dtype)
-    for given in (bias, None):
-        expected = functional.linear(x, weight, given)
-        assert torch.equal(ops.linear(x, weight, given), expected)
-        out = torch.full_like(expected, torch.nan)
-        assert ops.linear(x, weight, given, out) is out and torch.equal(out, expected)
-    assert torch.equal(ops.linear(x[:few], weight, bias), run(x[:few], weight, bias))
-    assert torch.equal(ops.linear(x[:1], weight), run(x[:1], weight))
+def is_served(weight: Tensor, num_rows: int) -> bool:
+    return bool(torch.ops.pyserve.serves_linear(weight, num_rows, 0))
+
+
+@pytest.mark.parametrize(("dtype", "few"), FEW_ROWS.items())
+def test_what_is_not_served_is_torch_s(dtype: torch.dtype, few: int) -> None:
+    """Many rows are, in float32, and in bfloat16 on a CPU that has products of it."""
+    for num_rows in (1, few, few + 1, 5 * few):
+        x, weight, bias = make(num_rows, 48, 96, dtype)
+        is_own = is_served(weight, num_rows)
+        assert is_own or num_rows > few
+        assert dtype == torch.bfloat16 or is_own == (num_rows <= few)
+        for given in (bias, None):
+            expected = run(x, weight, given) if is_own else functional.linear(x, weight, given)
+            assert torch.equal(ops.linear(x, weight, given), expected)
+            out = torch.full_like(expected, torch.nan)
+            assert ops.linear(x, weight, given, out) is out and torch.equal(out, expected)
+
+
+def test_a_cpu_that_torch_has_nothing_fast_for_is_served() -> None:
+    flags = set(toolchain.cpu_identity().split())
+    if "avx512f" in flags and "avx512_bf16" not in flags:
+        assert is_served(torch.empty(8, 8, dtype=torch.bfloat16), 10_000)
+    if "amx_bf16" in flags or "avx512_bf16" in flags:
+        assert not is_served(torch.empty(8, 8, dtype=torch.bfloat16), 65)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_few_rows_are_one_call_and_many_are_torch_s(dtype: torch.dtype, has_bias: bool) -> None:
-    few = ops.FEW_ROWS[dtype]
+    few = FEW_ROWS[dtype]
     for num_rows in (1, few, few + 1, 4 * few):
         x, weight, bias = make(num_rows, 48, 96, dtype)
         given = bias if has_bias else None
@@ -174,7 +189,7 @@ def test_few_rows_are_one_call_and_many_are_torch_s(dtype: torch.dtype, has_bias
         oracle.assert_ratio(
             out, plain, exact(x, weight, given, "linear_add"), plain_float32_error=1e-2
         )
-        if num_rows <= few:
+        if is_served(weight, num_rows):
             assert torch.equal(out, run(x, weight, given, "linear_add"))
         x, weight, bias = make(num_rows, 48, 96, dtype, op="linear_silu_mul")
         given = bias if has_bias else None
@@ -185,7 +200,7 @@ def test_few_rows_are_one_call_and_many_are_torch_s(dtype: torch.dtype, has_bias
         oracle.assert_ratio(
             out, plain, exact(x, weight, given, "linear_silu_mul"), plain_float32_error=1e-2
         )
-        if num_rows <= few:
+        if is_served(weight, num_rows):
             assert torch.equal(out, run(x, weight, given, "linear_silu_mul"))
             assert bool(gate_up.isnan().all())
 
