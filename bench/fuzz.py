@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import http.client
 import itertools
+import math
 import os
 import re
 import socket
@@ -49,7 +50,7 @@ MAX_FAILURES = 20  # kinds of them
 MAX_FAILED_CASES = 1000
 CLOSE_TIMEOUT_S = 15.0
 PANIC = 'start: a "b"\na[lazy]: /.*/'
-SETTLE_S = 3.0
+SETTLE_S, MAX_SETTLES = 3.0, 5
 SETTLE_CHARS = 2**19  # the server gives back what is free behind a text that is so long
 SHOWN_BYTES = 1000
 SMALL_ANSWER_BYTES, LOOK_PAUSE_S = 2**16, 0.1
@@ -270,7 +271,7 @@ async def run_fuzz(endpoint: Endpoint, pid: int | None, args: argparse.Namespace
         for first, end in itertools.pairwise(bounds):
             await fuzz(endpoint, tally, range(first, end), args)
             if pid is not None and Path(f"/proc/{pid}").exists():
-                await settle(endpoint)
+                await settle(endpoint, pid)
                 rss_bytes.append(memory_of(pid).rss_bytes)
     finally:
         wall_s = time.perf_counter() - started_s
@@ -301,12 +302,20 @@ async def warm_up(endpoint: Endpoint) -> None:
     await fetch(endpoint, "/v1/completions", {"prompt": "x", "guided_grammar": PANIC})
 
 
-async def settle(endpoint: Endpoint) -> None:
+async def settle(endpoint: Endpoint, pid: int | None) -> None:
     """Wait until nothing is under way and what was freed has gone back to the system: what the
     server takes afterwards is held.
     """
-    await asyncio.sleep(SETTLE_S)  # texts of clients that have left may still be worked on
-    await fetch(endpoint, "/tokenize", {"prompt": "settle " * (SETTLE_CHARS // 7)})
+    before = math.inf
+    for _ in range(MAX_SETTLES):
+        await asyncio.sleep(SETTLE_S)  # texts of clients that have left may still be worked on
+        await fetch(endpoint, "/tokenize", {"prompt": "settle " * (SETTLE_CHARS // 7)})
+        if pid is None or not Path(f"/proc/{pid}").exists():
+            return
+        now = memory_of(pid).rss_bytes
+        if now > before - MIB:
+            return
+        before = now
 
 
 def count_files(pid: int | None) -> int | None:

@@ -34,10 +34,11 @@ FAMILIES = (
 class Hostile:
     """The hostile clients of a soak: what they have sent, and what was wrong with the answers."""
 
-    def __init__(self, num_clients: int) -> None:
+    def __init__(self, num_clients: int, pid: int | None) -> None:
         self.num_sent: Counter[str] = Counter()
         self.problems: Counter[str] = Counter()
         self._num_clients = num_clients
+        self._pid = pid
         self._numbers = itertools.count()
 
     async def part(
@@ -59,7 +60,7 @@ class Hostile:
         over.set()
         await asyncio.gather(*clients)
         await wait_idle(endpoint)
-        await settle(endpoint)
+        await settle(endpoint, self._pid)
 
     async def _send_until(self, over: asyncio.Event, endpoint: Endpoint, seed: int) -> None:
         while not over.is_set():
@@ -90,7 +91,7 @@ def _run(trial: Trial, args: argparse.Namespace) -> int:
     endpoint, pid = trial.endpoint, trial.pid
     num_hostile = max(round(args.concurrency * args.hostile_share), 1)
     args.concurrency = max(args.concurrency - num_hostile, 1)
-    hostile = Hostile(num_hostile)
+    hostile = Hostile(num_hostile, pid)
     num_files = count_files(pid)
     result: dict[str, Any] = asyncio.run(run_soak(endpoint, pid, args, hostile.part))
     num_files_after = asyncio.run(wait_files(pid, num_files))

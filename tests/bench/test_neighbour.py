@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bench.neighbour import Neighbour, Seen
+from bench.neighbour import Lateness, Neighbour, Seen
 from bench.stub import StubConfig, running_stub, running_stub_processes
 from bench.wire import Endpoint
 
@@ -69,3 +69,20 @@ def test_a_server_that_fails_at_once_is_an_error() -> None:
         pytest.raises(RuntimeError, match="one stream alone fails"),
     ):
         watch(url)
+
+
+def test_a_process_that_is_woken_late_knows() -> None:
+    lateness = Lateness()
+
+    async def run() -> float:
+        ticks = asyncio.create_task(lateness.run())
+        await asyncio.sleep(0.05)
+        began_s = time.perf_counter()
+        time.sleep(0.2)  # as if the machine had no core for it
+        await asyncio.sleep(0.05)
+        ticks.cancel()
+        return began_s
+
+    began_s = asyncio.run(run())
+    assert 0.1 < lateness.between(began_s, began_s + 0.2) < BUSY_S
+    assert lateness.between(began_s + 1, began_s + 2) == 0
