@@ -13,9 +13,15 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "rope_write_kv(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, Tensor slot_mapping, "
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, int num_heads, int num_kv_heads, "
       "Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual) -> ()");
-  m.def("linear_silu_mul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor? x_squares=None, "
+      "float eps=0.0) -> ()");
+  m.def(
+      "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, "
+      "Tensor? norm_weight=None, Tensor(b!)? scaled=None, Tensor(c!)? squares=None) -> ()");
+  m.def(
+      "linear_silu_mul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, "
+      "Tensor? x_squares=None, float eps=0.0) -> ()");
   m.def("serves_linear(Tensor weight, int m, int epilogue) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

@@ -12,7 +12,8 @@
 // than these few here, too: linear_many.h.
 // Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The order of a sum
 // does not depend on block or thread, nor on m while it is small: what else is in such a batch
-// never changes a row's result. bfloat16 denormals count as 0 where the CPU's own bfloat16 products are used.
+// never changes a row's result. bfloat16 denormals count as 0 where the CPU's own bfloat16 products
+// are used.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -28,6 +29,7 @@
 
 #include "../common/args/linear.h"
 #include "linear_many.h"
+#include "linear_norm.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -69,7 +71,7 @@ struct Dot<Bf16> {
 
 // ---- blocks -------------------------------------------------------------------------------------
 
-// The sums, bias included, of columns [column, column + kLanes / kTokens) of kTokens rows, token by
+// The sums, factors and bias included, of columns [column, column + kLanes / kTokens) of kTokens rows, token by
 // token. Columns from n on are computed from the last row of weight.
 template <class T, int kTokens>
 [[gnu::always_inline]] inline Vec block_sums(const Shape& shape, const T* x,
@@ -105,7 +107,13 @@ template <class T, int kTokens>
       for (int64_t r = 0; r < count; ++r) added[t * kRows + r] = to_float(matrix.bias[column + r]);
     }
   }
-  return sum_rows(sums) + load(added);
+  Vec result = sum_rows(sums);
+  if (matrix.factors != nullptr) {
+    float factors[kLanes];
+    for (int i = 0; i < kLanes; ++i) factors[i] = matrix.factors[i / kRows];
+    result *= load(factors);
+  }
+  return result + load(added);
 }
 
 // Output columns [column, column + kLanes / kTokens) of kTokens rows, up to n; `x` and `out` are at
@@ -138,7 +146,9 @@ void block(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t colu
 
 // kLanes columns, or those up to n, of kTokens rows.
 template <Epilogue kEpilogue, class T, int kTokens>
-void block_row(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t column, T* out) {
+void block_row(const Shape& shape, const T* x, Matrix<T> matrix, int64_t t, int64_t column,
+               T* out) {
+  if (matrix.factors != nullptr) matrix.factors += t;
   constexpr int kRows = kLanes / kTokens;
   const int64_t end = std::min(column + kLanes, shape.n);
   for (; column < end; column += kRows) {
@@ -154,13 +164,13 @@ void block_columns(const Shape& shape, const T* x, const Matrix<T>& matrix, int6
     const T* from = x + t * shape.x_stride;
     T* to = out + t * shape.out_stride;
     if (t + 4 <= shape.m) {
-      block_row<kEpilogue, T, 4>(shape, from, matrix, column, to);
+      block_row<kEpilogue, T, 4>(shape, from, matrix, t, column, to);
       t += 4;
     } else if (t + 2 <= shape.m) {
-      block_row<kEpilogue, T, 2>(shape, from, matrix, column, to);
+      block_row<kEpilogue, T, 2>(shape, from, matrix, t, column, to);
       t += 2;
     } else {
-      block_row<kEpilogue, T, 1>(shape, from, matrix, column, to);
+      block_row<kEpilogue, T, 1>(shape, from, matrix, t, column, to);
       t += 1;
     }
   }
@@ -224,12 +234,16 @@ struct Panel {
         end(std::min(column + kTileRows, n)) {}
 };
 
-// rows[t] = sums[column][t] + bias
-void panel_rows(const float* sums, const Panel& panel, const Bf16* bias, Vec* rows) {
+// rows[t] = sums[column][t] * factor + bias, of `count` rows of x from t0 on
+void panel_rows(const float* sums, const Panel& panel, const Matrix<Bf16>& matrix, int64_t t0,
+                int64_t count, Vec* rows) {
   for (int r = 0; r < kLanes; ++r) rows[r] = load(sums + r * kLanes);
   transpose(rows);
-  if (bias == nullptr) return;
-  for (int r = 0; r < kLanes; ++r) rows[r] += load(bias + panel.first);
+  if (matrix.factors != nullptr) {
+    for (int64_t r = 0; r < count; ++r) rows[r] *= matrix.factors[t0 + r];
+  }
+  if (matrix.bias == nullptr) return;
+  for (int r = 0; r < kLanes; ++r) rows[r] += load(matrix.bias + panel.first);
 }
 
 // out[t0 + t, panel] = what the epilogue makes of sums[column][t] + bias, rounded. `up_sums` are
@@ -239,11 +253,12 @@ void store_panel(const Shape& shape, const float* sums, const float* up_sums, co
                  const Matrix<Bf16>& matrix, int64_t t0, Bf16* out) {
   if (panel.begin >= panel.end || t0 >= shape.m) return;
   Vec rows[kLanes], up[kLanes];
-  panel_rows(sums, panel, matrix.bias, rows);
+  const int64_t count = std::min(kTileRows, shape.m - t0);
+  panel_rows(sums, panel, matrix, t0, count, rows);
   if constexpr (kEpilogue == Epilogue::kSiluMul) {
-    panel_rows(up_sums, panel, matrix.up(shape).bias, up);
+    panel_rows(up_sums, panel, matrix.up(shape), t0, count, up);
   }
-  for (int64_t t = 0; t < std::min(kTileRows, shape.m - t0); ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     Bf16* row = out + (t0 + t) * shape.out_stride;
     Vec result = rows[t];
     if constexpr (kEpilogue == Epilogue::kSiluMul) result = silu_mul(result, up[t]);
@@ -406,7 +421,9 @@ void linear_any(const Shape& shape, const T* x, const Matrix<T>& matrix, T* out)
   const int64_t num_panels = (shape.n + kLanes - 1) / kLanes;
   const double cost = kLanes * bytes * (0.035 + 0.008 * rows);
   if constexpr (std::is_same_v<T, Bf16> && !kHasProducts) {
-    if (shape.m > kFewBf16Rows) return linear_many<kEpilogue>(shape, x, matrix, out);
+    if (shape.m > kFewBf16Rows && matrix.factors == nullptr) {
+      return linear_many<kEpilogue>(shape, x, matrix, out);
+    }
   }
   parallel_for(num_panels, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -416,9 +433,7 @@ void linear_any(const Shape& shape, const T* x, const Matrix<T>& matrix, T* out)
 }
 
 template <Epilogue kEpilogue>
-void linear(const char* op, const Tensor& x, const Tensor& weight,
-            const std::optional<Tensor>& bias, const Tensor& out) {
-  const LinearArgs args = linear_args({op, Place::kCpu}, kEpilogue, x, weight, bias, out);
+void run(const LinearArgs& args, double eps) {
   const Shape shape{.m = args.m(),
                     .n = args.n(),
                     .k = args.k(),
@@ -426,25 +441,38 @@ void linear(const char* op, const Tensor& x, const Tensor& weight,
                     .weight_stride = args.weight.stride(0),
                     .out_stride = args.out.stride(0)};
   if (shape.m == 0 || shape.n == 0) return;
+  const std::vector<float> factors = norm_factors(args, eps);
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
-    const Matrix<T> matrix{args.weight.ptr<T>(), static_cast<const T*>(args.bias)};
+    const Matrix<T> matrix{args.weight.ptr<T>(), static_cast<const T*>(args.bias),
+                           factors.empty() ? nullptr : factors.data()};
     linear_any<kEpilogue, T>(shape, args.x.ptr<T>(), matrix, args.out.ptr<T>());
+    if (args.norm_weight != nullptr) scale_for_norm<T>(args);
   });
 }
 
-void linear_store(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                  const Tensor& out) {
-  linear<Epilogue::kStore>("linear", x, weight, bias, out);
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+            const Tensor& out, const std::optional<Tensor>& x_squares, double eps) {
+  const ViewReader read{"linear", Place::kCpu};
+  LinearArgs args = linear_args(read, Epilogue::kStore, x, weight, bias, out);
+  read_x_squares(read, x_squares, args);
+  run<Epilogue::kStore>(args, eps);
 }
 
 void linear_add(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Tensor& residual) {
-  linear<Epilogue::kAdd>("linear_add", x, weight, bias, residual);
+                const Tensor& residual, const std::optional<Tensor>& norm_weight,
+                const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares) {
+  const ViewReader read{"linear_add", Place::kCpu};
+  LinearArgs args = linear_args(read, Epilogue::kAdd, x, weight, bias, residual);
+  read_norm(read, norm_weight, scaled, squares, args);
+  run<Epilogue::kAdd>(args, 0.0);
 }
 
 void linear_silu_mul(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& out) {
-  linear<Epilogue::kSiluMul>("linear_silu_mul", x, weight, bias, out);
+                     const Tensor& out, const std::optional<Tensor>& x_squares, double eps) {
+  const ViewReader read{"linear_silu_mul", Place::kCpu};
+  LinearArgs args = linear_args(read, Epilogue::kSiluMul, x, weight, bias, out);
+  read_x_squares(read, x_squares, args);
+  run<Epilogue::kSiluMul>(args, eps);
 }
 
 // Whether torch is not faster where m rows are multiplied by `weight`.
@@ -461,7 +489,7 @@ bool serves_linear(const Tensor& weight, int64_t m, int64_t /*epilogue*/) {
 }  // namespace pyserve
 
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
-  m.impl("linear", TORCH_BOX(&pyserve::linear_store));
+  m.impl("linear", TORCH_BOX(&pyserve::linear));
   m.impl("linear_add", TORCH_BOX(&pyserve::linear_add));
   m.impl("linear_silu_mul", TORCH_BOX(&pyserve::linear_silu_mul));
   m.impl("serves_linear", TORCH_BOX(&pyserve::serves_linear));

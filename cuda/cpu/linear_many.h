@@ -28,15 +28,18 @@ struct Shape {
   int64_t m, n, k, x_stride, weight_stride, out_stride;
 };
 
-// weight [n, k] and bias [n], which may be null.
+// weight [n, k], bias [n], and what the sums of each row of x are multiplied by, [m]. The last two
+// may be null.
 template <class T>
 struct Matrix {
   const T* weight;
   const T* bias;
+  const float* factors = nullptr;
 
   // Of what lies behind the first n rows: the rows of up.
   Matrix up(const Shape& shape) const {
-    return {weight + shape.n * shape.weight_stride, bias != nullptr ? bias + shape.n : nullptr};
+    return {weight + shape.n * shape.weight_stride, bias != nullptr ? bias + shape.n : nullptr,
+            factors};
   }
 };
 

@@ -80,10 +80,13 @@ class Activations(NamedTuple):
                beginning of the arena, whatever the number of tokens.
     residual   the residual stream
     output     of a block that does not add to the residual itself; empty where all do
+    squares    what makes a norm a factor: float32 [num_tokens, num_squares(hidden_size)], of few
+               tokens; None where norms are calls of their own
     layers     of each layer: one memory for all, and for a layer's attention and its MLP
     """
 
     hidden: torch.Tensor
     residual: torch.Tensor
     output: torch.Tensor
+    squares: torch.Tensor | None
     layers: list[LayerActivations]

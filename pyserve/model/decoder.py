@@ -37,11 +37,14 @@ class DecoderLayer:
     are the blocks, each with the norm of what it returns where there is one.
     """
 
-    __slots__ = ("attention", "mlp", "norms", "_enter", "_attend", "_between", "_transform")
+    __slots__ = (
+        "attention", "mlp", "norms", "has_norm_factors", "_enter", "_attend", "_between",
+        "_transform", "_norm_after_attention", "_is_first",
+    )  # fmt: skip
 
     def __init__(
         self, name: str, config: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor, has_to_add: bool,
+        cos_sin: torch.Tensor, has_to_add: bool, is_first: bool,
     ) -> None:  # fmt: skip
         def norm(norm_name: str) -> RMSNorm:
             return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
@@ -56,6 +59,8 @@ class DecoderLayer:
         self.norms = before + after
         self._enter = before[0].add if has_to_add else before[0].read
         self._between = before[1].read if self.attention.is_adding else before[1].add
+        self.has_norm_factors = self.attention.has_norm_factors and self.mlp.has_norm_factors
+        self._norm_after_attention, self._is_first = before[1], is_first
         self._attend: Callable[..., None] = self.attention
         self._transform: Callable[..., None] = self.mlp
         if after:
@@ -74,6 +79,31 @@ class DecoderLayer:
         self._attend(hidden, ctx, cache, attention, attended)
         self._between(output, residual, hidden)
         self._transform(hidden, mlp, residual if self.mlp.is_adding else output)
+
+    def call_of_few(
+        self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
+        hidden: torch.Tensor, residual: torch.Tensor, squares: torch.Tensor,
+        next_norm: RMSNorm | None,
+    ) -> None:  # fmt: skip
+        """As a call, for few tokens: norms are factors between the Linears (has_norm_factors).
+
+        `hidden` is the residual times the next norm's weight, `squares` the sums of its squares:
+        on entry for this layer's first norm, then for `next_norm`, the first of the layer above.
+        """
+        attention, mlp = activations
+        if self._is_first:
+            self._enter(hidden, residual, hidden)
+            self.attention.qkv(hidden, attention.qkv)
+        else:
+            self.attention.qkv.of_scaled(hidden, squares, self.norms[0].eps, attention.qkv)
+        self.attention.attend(ctx, cache, attention)
+        norm = self._norm_after_attention
+        self.attention.o.add_for_norm(attention.joined, residual, norm.weight, hidden, squares)
+        self.mlp.gate_up.silu_mul_of_scaled(hidden, squares, norm.eps, mlp.activated)
+        if next_norm is None:
+            self.mlp.down.add(mlp.activated, residual)
+        else:
+            self.mlp.down.add_for_norm(mlp.activated, residual, next_norm.weight, hidden, squares)
 
     def destinations(self) -> Destinations:
         destinations = self.attention.destinations() | self.mlp.destinations()
@@ -118,7 +148,7 @@ class Decoder:
             self.layers.append(
                 DecoderLayer(
                     f"model.layers.{index}", layer, hidden_size, placement, cos_sin=cos_sin,
-                    has_to_add=has_to_add,
+                    has_to_add=has_to_add, is_first=index == 0,
                 )
             )  # fmt: skip
             has_to_add = not self.layers[-1].mlp.is_adding
@@ -128,6 +158,7 @@ class Decoder:
             for described, layer in zip(config.layers, self.layers, strict=True)
         }
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
+        self._max_norm_rows = ops.MAX_NORM_ROWS if self.device.type == "cuda" else 0
         self._leave = self.norm.add if has_to_add else self.norm.read
         if config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
@@ -155,8 +186,16 @@ class Decoder:
 
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
         """Hidden states after the last norm, ctx.activations.hidden; writes the KV caches."""
-        hidden, residual, output, activations = ctx.activations
+        hidden, residual, output, squares, activations = ctx.activations
         self.embedding(ctx.input_ids, residual)
+        if squares is not None:
+            norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
+            for layer, cache, own, norm in zip(
+                self.layers, ctx.kv_caches, activations, norms, strict=True
+            ):
+                layer.call_of_few(ctx, cache, own, hidden, residual, squares, norm)
+            self._leave(output, residual, hidden)
+            return hidden
         for layer, cache, own in zip(self.layers, ctx.kv_caches, activations, strict=True):
             layer(ctx, cache, own, hidden, residual, output)
         self._leave(output, residual, hidden)
@@ -173,6 +212,13 @@ class Decoder:
             arena.take(length, self.config.hidden_size, dtype=self.dtype)
             for length in (num_tokens, num_tokens, 0 if is_adding else num_tokens)
         )
+        squares = None
+        if all(layer.has_norm_factors for layer in self.layers):
+            width = ops.num_squares(self.config.hidden_size)
+            num_rows = min(num_tokens, ops.MAX_NORM_ROWS)  # whatever the step: the planner's too
+            room = arena.take(num_rows, width, dtype=torch.float32)
+            if num_tokens <= self._max_norm_rows:
+                squares = room
         made: dict[tuple[int, ...], LayerActivations] = {}  # layers of the same sizes share them
         layers = []
         for layer in self.layers:
@@ -184,7 +230,7 @@ class Decoder:
                     mlp = layer.mlp.activations(arena, num_tokens)
                 made[sizes] = attention, mlp
             layers.append(made[sizes])
-        return Activations(hidden, residual, output, layers)
+        return Activations(hidden, residual, output, squares, layers)
 
     def attention_plans(
         self, max_num_tokens: int, max_num_rows: int

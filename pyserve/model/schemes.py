@@ -66,6 +66,26 @@ class ActivatingScheme(Protocol):
         written too"""
 
 
+@runtime_checkable
+class NormingScheme(AddingScheme, ActivatingScheme, Protocol):
+    """One between two of which a norm can be a factor, for few rows: ops.linear_add_for_norm."""
+
+    def add_for_norm(
+        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
+        norm_weight: torch.Tensor, scaled: torch.Tensor, squares: torch.Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def of_scaled(
+        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        squares: torch.Tensor, eps: float,
+    ) -> None: ...  # fmt: skip
+
+    def silu_mul_of_scaled(
+        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        squares: torch.Tensor, eps: float,
+    ) -> None: ...  # fmt: skip
+
+
 class Dense:
     """`weight` holds plain numbers, in the dtype of the computation."""
 
@@ -96,6 +116,24 @@ class Dense:
         self, x: torch.Tensor, bias: torch.Tensor | None, gate_up: torch.Tensor, out: torch.Tensor
     ) -> None:
         ops.linear_silu_mul(x, self.weight, bias, out, gate_up)
+
+    def add_for_norm(
+        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
+        norm_weight: torch.Tensor, scaled: torch.Tensor, squares: torch.Tensor,
+    ) -> None:  # fmt: skip
+        ops.linear_add_for_norm(x, self.weight, bias, residual, norm_weight, scaled, squares)
+
+    def of_scaled(
+        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        squares: torch.Tensor, eps: float,
+    ) -> None:  # fmt: skip
+        ops.linear_of_scaled(x, self.weight, bias, out, squares, eps)
+
+    def silu_mul_of_scaled(
+        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        squares: torch.Tensor, eps: float,
+    ) -> None:  # fmt: skip
+        ops.linear_silu_mul_of_scaled(x, self.weight, bias, out, squares, eps)
 
     def destinations(self) -> Destinations:
         return row_destinations("weight", self.weight, self._rows, self._columns)

@@ -15,6 +15,11 @@ from torch import Tensor
 from pyserve import limits
 from pyserve.ops import step_layout as layout
 from pyserve.ops.philox import philox4x32
+from pyserve.ops.reference_linear import linear as linear
+from pyserve.ops.reference_linear import linear_add as linear_add
+from pyserve.ops.reference_linear import linear_silu_mul as linear_silu_mul
+from pyserve.ops.reference_linear import serves_linear as serves_linear
+from pyserve.ops.reference_linear import silu_mul as silu_mul
 from pyserve.ops.step_checks import check_sampling, checked_header, require
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy
@@ -53,35 +58,6 @@ def rope_write_kv(
     blocks, offsets = slot_mapping[written] // block_size, slot_mapping[written] % block_size
     key_cache[blocks, offsets] = rotated_k[written].to(key_cache.dtype)
     value_cache[blocks, offsets] = v[written].to(value_cache.dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = x weight^T + bias."""
-    product = x.float() @ weight.float().T
-    out.copy_(product if bias is None else product + bias.float())
-
-
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
-    """residual += x weight^T + bias, rounded once."""
-    product = x.float() @ weight.float().T
-    residual.copy_(residual.float() + (product if bias is None else product + bias.float()))
-
-
-def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = silu(gate) * up of gate | up = x weight^T + bias, rounded once."""
-    product = x.float() @ weight.float().T
-    silu_mul(product if bias is None else product + bias.float(), out)
-
-
-def serves_linear(weight: Tensor, m: int, epilogue: int) -> bool:
-    """Whether an own kernel is the fastest: there is no other here."""
-    return True
-
-
-def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """out = gate * sigmoid(gate) * up (Shazeer 2020)."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def paged_attention(

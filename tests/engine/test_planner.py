@@ -57,7 +57,7 @@ def test_the_ledger_by_hand() -> None:
     assert result.ledger == (
         ("weights", 1_000_000),
         ("rope table", 256 * 16 * 4),
-        ("activations", 64 * 4 * (2 * 32 + 2 * 64 + 2 * 32)),
+        ("activations", 64 * 4 * (2 * 32 + 2 * 64 + 2 * 32) + 256),  # sums of squares
         ("logits", 8 * (4 * (97 + 32) + 4)),
         ("logprobs", 4 * (8 * 97 + 8 + 8 + 2 * 64 + (8 + 64) * 42)),
         ("slots", 8 * (680 * 4 + 16 * 4 + 97 * 2)),
@@ -199,7 +199,7 @@ def test_the_ledger_of_a_card_by_hand() -> None:
         ("CUDA graphs", NODE_BYTES * 10 * (2 * 20 * (32 + 1) + 16)),
         ("weights", LLAMA_WEIGHT_BYTES),
         ("rope table", 131072 * 128 * 4),
-        ("activations", 8192 * 2 * (2 * 4096 + 3 * 14336)),
+        ("activations", 8192 * 2 * (2 * 4096 + 3 * 14336) + 8 * 4096 // 16 * 4),
         ("logits", 256 * (2 * (128256 + 4096) + 4)),
         ("logprobs", 256 * 2 * 128256 + 4 * (256 + 256 + 2 * 8192 + (256 + 8192) * 42)),
         ("attention plans", work.work.nbytes + work.workspace.nbytes),

@@ -69,6 +69,7 @@ def test_layers_share_one_memory_and_the_last_hidden_state_has_one_place() -> No
         assert attention.q.shape == attention.heads.shape == (num_tokens, 4, 16)
         assert attention.joined.shape == (num_tokens, 64) and attention.joined.is_contiguous()
         assert acts.output.numel() == 0, "every block adds to the residual itself"
+        assert acts.squares is None, "a CPU's norms are calls of their own"
         written = [acts.hidden, acts.residual]
         for pair in ((attention.qkv, attention.joined), (mlp.gate_up, mlp.activated)):
             spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*written, *pair))
@@ -165,3 +166,43 @@ def test_what_a_scheme_declines_is_done_plainly(
         assert len(output) == (num_tokens if {"o_proj", "down_proj"} & set(names) else 0)
         results.append(Driver(decoder).step({0: range(num_tokens)}))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+def test_norms_of_few_tokens_may_be_factors(num_tokens: int, dtype: torch.dtype) -> None:
+    """As on a card: six calls a layer, and the logits of norms that are calls of their own."""
+    names: list[Counter[str]] = []
+    logits = []
+    for most in (0, 8):
+        for num_layers in (1, 4):
+            torch.manual_seed(3)
+            decoder = make_decoder(num_layers, dtype)
+            decoder._max_norm_rows = most
+            with Calls() as calls:
+                result = Driver(decoder).step({0: range(num_tokens)})
+            names.append(calls.names)
+        logits.append(result)
+    one, four = (
+        Counter({name: count for name, count in calls.items() if "pyserve" in name})
+        for calls in names[2:]
+    )
+    assert {name: (four[name] - one[name]) / 3 for name in four if four[name] != one[name]} == {
+        "pyserve.linear.default": 1.0,
+        "pyserve.rope_write_kv.default": 1.0,
+        "pyserve.paged_attention.default": 1.0,
+        "pyserve.linear_add.default": 2.0,
+        "pyserve.linear_silu_mul.default": 1.0,
+    }
+    plain, few = logits
+    error = (few.double() - plain.double()).norm() / plain.double().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert not torch.equal(plain, few) or dtype == torch.bfloat16, "another order of rounding"
+
+
+def test_norms_of_many_tokens_are_calls_of_their_own() -> None:
+    decoder = make_decoder(2)
+    decoder._max_norm_rows = 8
+    for num_tokens in (8, 9):
+        squares = decoder.activations(Arena.endless(), num_tokens).squares
+        assert (squares is None) == (num_tokens > 8)

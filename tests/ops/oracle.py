@@ -25,8 +25,9 @@ def assert_ratio(
         return
     largest = exact[finite].abs().max()
     plain_error = (plain.double() - exact)[finite].abs().max()
-    rounding = 0.0 if plain.dtype == torch.float32 else torch.finfo(plain.dtype).eps / 2
-    plain_allowed = (plain_float32_error + rounding) * largest
+    info = torch.finfo(plain.dtype)
+    rounding = 0.0 if plain.dtype == torch.float32 else info.eps / 2
+    plain_allowed = (plain_float32_error + rounding) * largest + rounding * info.smallest_normal
     assert plain_error <= plain_allowed, f"plain: {plain_error:.3g}, allowed {plain_allowed:.3g}"
     error = (actual.double() - exact)[finite].abs().max()
     allowed = 2 * plain_error + 1e-6 * largest

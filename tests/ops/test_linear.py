@@ -225,3 +225,50 @@ def test_refusals() -> None:
         torch.ops.pyserve.linear_silu_mul(x, weight, None, torch.empty(2, 4))
     with pytest.raises(RuntimeError, match="size 0 of bias is 2, expected 4"):
         torch.ops.pyserve.linear_silu_mul(x, weight, bias[:2], torch.empty(2, 2))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (64, 64), (130, 96), (33, 50), (7, 9), (520, 256)])
+def test_a_norm_between_two_linears_may_be_a_factor(n: int, k: int, dtype: torch.dtype) -> None:
+    """The first adds to the residual of n columns, the second multiplies its norm."""
+    eps = 1e-5
+    x, weight, bias = make(8, n, k, dtype)
+    norm_weight = 1 + torch.randn(n, device=x.device).to(dtype) / 4
+    for num_rows in (1, 2, 3, 5, 8):
+        given = residual(8, n, dtype)[:num_rows].contiguous()
+        torch.ops.pyserve.linear_add(x[:num_rows], weight, bias, given)
+        added = residual(8, n, dtype)[:num_rows].contiguous()
+        wide = torch.full((num_rows, n + 8), torch.nan, dtype=dtype, device=x.device)
+        squares = torch.full((num_rows, ops.num_squares(n)), torch.nan, device=x.device)
+        ops.linear_add_for_norm(
+            x[:num_rows], weight, bias, added, norm_weight, wide[:, :n], squares
+        )
+        assert torch.equal(added, given), "the residual is what it is without a norm"
+        assert torch.equal(wide[:, :n], (added.float() * norm_weight.float()).to(dtype))
+        assert bool(wide[:, n:].isnan().all())
+        mean = added.double().square().mean(1, keepdim=True)
+        torch.testing.assert_close(squares.double().sum(1, keepdim=True) / n, mean)
+        normed = wide[:, :n].double() / (mean + eps).sqrt()
+        for op, width in (("linear", 40), ("linear_silu_mul", 20)):
+            torch.manual_seed(1)
+            second = (torch.randn(40, n, device=x.device) / n**0.5).to(dtype)
+            second_bias = torch.randn(40, device=x.device).to(dtype)
+            sums = normed @ second.double().T + second_bias.double()
+            wanted = oracle.silu_mul(sums) if op == "linear_silu_mul" else sums
+            out = torch.full((num_rows, width), torch.nan, dtype=dtype, device=x.device)
+            call = ops.linear_of_scaled if op == "linear" else ops.linear_silu_mul_of_scaled
+            call(wide[:, :n], second, second_bias, out, squares, eps)
+            oracle.assert_ratio(out, wanted.to(dtype), wanted, plain_float32_error=3e-6)
+
+
+def test_refusals_of_norms() -> None:
+    x, weight, _ = make(2, 24, 8, oracle.DTYPES[0])
+    out, squares = run(x, weight), torch.ones(2, 1, device=x.device)
+    with pytest.raises(RuntimeError, match="size 1 of x_squares is 2, expected 1"):
+        torch.ops.pyserve.linear(x, weight, None, out, squares.expand(2, 2).contiguous(), 1e-5)
+    with pytest.raises(RuntimeError, match="x_squares must be Float, got Int"):
+        torch.ops.pyserve.linear(x, weight, None, out, squares.int(), 1e-5)
+    with pytest.raises(RuntimeError, match="norm_weight, scaled and squares go together"):
+        torch.ops.pyserve.linear_add(x, weight, None, out, weight[:, 0].contiguous())
+    with pytest.raises(RuntimeError, match="size 1 of squares is 1, expected 2"):
+        ops.linear_add_for_norm(x, weight, None, out, weight[:, 0].contiguous(), out + 1, squares)

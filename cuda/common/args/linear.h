@@ -8,9 +8,22 @@
 
 namespace pyserve {
 
+// Sums of squares, float32 [m, num_squares(columns)]; null: no norm.
+struct Squares {
+  float* data = nullptr;
+  int64_t stride = 0;
+
+  float* row(int64_t t) const { return data + t * stride; }
+};
+
 struct LinearArgs {
   View x, weight, out;
   const void* bias = nullptr;  // null: none
+  Squares x_squares;           // of the norm that is a factor of the sums
+  // With kAdd: the norm that follows, what it makes of out, and the sums that its factor needs.
+  const void* norm_weight = nullptr;  // null: none
+  View scaled;
+  Squares squares;
 
   int64_t m() const { return x.size(0); }
   int64_t n() const { return out.size(1); }
@@ -39,6 +52,39 @@ inline LinearArgs linear_args(const ViewReader& read, Epilogue epilogue, const T
     args.bias = view.data;
   }
   return args;
+}
+
+inline Squares squares_of(const ViewReader& read, const char* name, const Tensor& tensor, int64_t m,
+                          int64_t columns) {
+  const View view = read(name, tensor, 2, ScalarType::Float);
+  check_size(view, 0, m);
+  check_size(view, 1, num_squares(columns));
+  return {view.ptr<float>(), view.stride(0)};
+}
+
+inline void read_x_squares(const ViewReader& read, const std::optional<Tensor>& x_squares,
+                           LinearArgs& args) {
+  if (x_squares.has_value()) {
+    args.x_squares = squares_of(read, "x_squares", *x_squares, args.m(), args.k());
+  }
+}
+
+// All three or none.
+inline void read_norm(const ViewReader& read, const std::optional<Tensor>& norm_weight,
+                      const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares,
+                      LinearArgs& args) {
+  PYSERVE_CHECK(norm_weight.has_value() == scaled.has_value() &&
+                    norm_weight.has_value() == squares.has_value(),
+                read.op, ": norm_weight, scaled and squares go together");
+  if (!norm_weight.has_value()) return;
+  const View weight = read("norm_weight", *norm_weight, 1);
+  check_size(weight, 0, args.n());
+  check_same_dtype(weight, args.x);
+  args.norm_weight = weight.data;
+  args.scaled = read("scaled", *scaled, 2);
+  check_same_sizes(args.scaled, args.out);
+  check_same_dtype(args.scaled, args.x);
+  args.squares = squares_of(read, "squares", *squares, args.m(), args.n());
 }
 
 }  // namespace pyserve

@@ -10,41 +10,56 @@
 namespace pyserve {
 namespace {
 
-gpu::LinearParams params_of(const LinearArgs& args, Epilogue epilogue) {
-  return {.x = args.x.data,
-          .x_stride = args.x.stride(0),
-          .weight = args.weight.data,
-          .weight_stride = args.weight.stride(0),
-          .bias = args.bias,
-          .out = args.out.data,
-          .out_stride = args.out.stride(0),
-          .m = args.m(),
-          .n = args.n(),
-          .k = args.k(),
-          .dtype = half_dtype(args.x),
-          .epilogue = epilogue};
-}
-
-template <Epilogue kEpilogue>
-void run(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-         const Tensor& out) {
-  const LinearArgs args = linear_args({op, Place::kCuda}, kEpilogue, x, weight, bias, out);
-  check_launch(op, gpu::launch_linear(params_of(args, kEpilogue), current_stream(x)));
+void launch(const ViewReader& read, const LinearArgs& args, Epilogue epilogue, double eps,
+            cudaStream_t stream) {
+  gpu::LinearParams params{.x = args.x.data,
+                           .x_stride = args.x.stride(0),
+                           .weight = args.weight.data,
+                           .weight_stride = args.weight.stride(0),
+                           .bias = args.bias,
+                           .out = args.out.data,
+                           .out_stride = args.out.stride(0),
+                           .m = args.m(),
+                           .n = args.n(),
+                           .k = args.k(),
+                           .dtype = half_dtype(args.x),
+                           .epilogue = epilogue,
+                           .x_squares = args.x_squares.data,
+                           .x_squares_stride = args.x_squares.stride,
+                           .eps = static_cast<float>(eps)};
+  if (args.norm_weight != nullptr) {
+    params.norm_weight = args.norm_weight;
+    params.scaled = args.scaled.data;
+    params.scaled_stride = args.scaled.stride(0);
+    params.squares = args.squares.data;
+    params.squares_stride = args.squares.stride;
+  }
+  check_launch(read.op, gpu::launch_linear(params, stream));
 }
 
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-            const Tensor& out) {
-  run<Epilogue::kStore>("linear", x, weight, bias, out);
+            const Tensor& out, const std::optional<Tensor>& x_squares, double eps) {
+  const ViewReader read{"linear", Place::kCuda};
+  LinearArgs args = linear_args(read, Epilogue::kStore, x, weight, bias, out);
+  read_x_squares(read, x_squares, args);
+  launch(read, args, Epilogue::kStore, eps, current_stream(x));
 }
 
 void linear_add(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Tensor& residual) {
-  run<Epilogue::kAdd>("linear_add", x, weight, bias, residual);
+                const Tensor& residual, const std::optional<Tensor>& norm_weight,
+                const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares) {
+  const ViewReader read{"linear_add", Place::kCuda};
+  LinearArgs args = linear_args(read, Epilogue::kAdd, x, weight, bias, residual);
+  read_norm(read, norm_weight, scaled, squares, args);
+  launch(read, args, Epilogue::kAdd, 0.0, current_stream(x));
 }
 
 void linear_silu_mul(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& out) {
-  run<Epilogue::kSiluMul>("linear_silu_mul", x, weight, bias, out);
+                     const Tensor& out, const std::optional<Tensor>& x_squares, double eps) {
+  const ViewReader read{"linear_silu_mul", Place::kCuda};
+  LinearArgs args = linear_args(read, Epilogue::kSiluMul, x, weight, bias, out);
+  read_x_squares(read, x_squares, args);
+  launch(read, args, Epilogue::kSiluMul, eps, current_stream(x));
 }
 
 // Whether linear, or the op of another epilogue, is faster than cuBLAS for m rows of x.

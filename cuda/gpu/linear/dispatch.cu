@@ -44,6 +44,7 @@ bool can_serve(LinearKernel kernel, const LinearParams& p) {
 }  // namespace
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {
+  if (params.has_norm()) return LinearKernel::kFewRows;
   for (const Choice& choice : kChoices) {
     if (fits(choice, params, 10 * device.major + device.minor) &&
         can_serve(choice.kernel, params)) {

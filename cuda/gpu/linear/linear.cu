@@ -123,11 +123,39 @@ __device__ __forceinline__ void put_sums(float* to, int num_tokens,
   }
 }
 
+// What the norm before multiplies the sums of a row of x by; all lanes of a warp call it.
+__device__ __forceinline__ float norm_factor(const LinearParams& p, int64_t token) {
+  if (p.x_squares == nullptr) return 1.0f;
+  const int64_t count = (p.k + kSquaresColumns - 1) / kSquaresColumns;
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    sum += p.x_squares[token * p.x_squares_stride + i];
+  }
+  return rsqrtf(lane_sum(sum) / static_cast<float>(p.k) + p.eps);
+}
+
+// What the norm that follows needs of one result, `value`, of a row's 16 neighbours that 16 lanes
+// hold; all lanes of a warp call it.
+template <class T>
+__device__ __forceinline__ void put_norm(const LinearParams& p, T value, float weight,
+                                         int64_t token, int64_t column, bool is_valid) {
+  static_assert(kSquaresColumns == 16);
+  const float x = to_float(value);
+  if (is_valid) {
+    static_cast<T*>(p.scaled)[token * p.scaled_stride + column] = from_float<T>(x * weight);
+  }
+  const float sum = lane_sum<kSquaresColumns>(is_valid ? x * x : 0.0f);
+  if (is_valid && column % kSquaresColumns == 0) {
+    p.squares[token * p.squares_stride + column / kSquaresColumns] = sum;
+  }
+}
+
 // m <= kTokens, k > 0, x and weight aligned.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  __shared__ float factors[Tile::kTokens];
   const int warp = threadIdx.x / kWarpSize;
   const int num_tokens = static_cast<int>(p.m);
   unsigned char* ring = dynamic_smem + warp * Tile::kStages * Tile::kStageBytes;
@@ -159,9 +187,31 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
     cp_async_commit();
   };
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(stage);
+  if (warp < num_tokens) {  // read behind the first group's barrier
+    const float factor = norm_factor(p, warp);
+    if (threadIdx.x % kWarpSize == 0) factors[warp] = factor;
+  }
 
-  int stage = 0, buffer = 0;
+  int stage = 0, buffer = 0, place = threadIdx.x;
   for (int64_t column0 = first_column; column0 < p.n; column0 += column_step) {
+    // The result that this thread finishes, if one. Of a few, another warp has them in every group:
+    // what a warp does there delays its copies.
+    const int token = place / Rows::kColumns, row = place % Rows::kColumns;
+    place = (place + kWarpSize) % Tile::kThreads;
+    const int64_t column = column0 + row;
+    const bool finishes = token < num_tokens && column < p.n;
+    T* target = static_cast<T*>(p.out) + token * p.out_stride + column;
+    // Asked for early and looked at late: nothing waits for them.
+    T bias{}, other{}, norm_weight{};
+    if (finishes && p.bias != nullptr) bias = static_cast<const T*>(p.bias)[column];
+    if (finishes && kEpilogue == Epilogue::kAdd) other = *target;
+    if (finishes && Rows::kIsPaired && p.bias != nullptr) {
+      other = static_cast<const T*>(p.bias)[p.n + column];
+    }
+    if (finishes && kEpilogue == Epilogue::kAdd && p.norm_weight != nullptr) {
+      norm_weight = static_cast<const T*>(p.norm_weight)[column];
+    }
+
     float sums[Tile::kRowTiles][4] = {};
     for (int64_t k0 = 0; k0 < p.k; k0 += kStepDepth) {
       cp_async_wait<Tile::kStages - 2>();
@@ -170,32 +220,31 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, num_tokens, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    const int token = threadIdx.x / Rows::kColumns, row = threadIdx.x % Rows::kColumns;
-    const int64_t column = column0 + row;
-    const bool finishes = token < num_tokens && column < p.n;
-    T* target = static_cast<T*>(p.out) + token * p.out_stride + column;
-    float bias = 0.0f, other = 0.0f;  // read here, so that they come while the warps wait
-    if (finishes && p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[column]);
-    if (finishes && kEpilogue == Epilogue::kAdd) other = to_float(*target);
-    if (finishes && Rows::kIsPaired && p.bias != nullptr) {
-      other = to_float(static_cast<const T*>(p.bias)[p.n + column]);
-    }
     // With two buffers one barrier a group is enough: the next group's comes before this buffer is
     // written again.
     float* group_sums = all_sums + buffer * Tile::kSumFloats;
     put_sums<Tile>(group_sums + warp * Tile::kTokens * Tile::kSumStride, num_tokens, sums);
     __syncthreads();
+    T result{};
     if (finishes) {
-      auto sum_of = [&](int place) {
+      const float factor = factors[token];
+      auto sum_of = [&](int weight_row) {
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < Tile::kWarps; ++w) {
-          sum += group_sums[(w * Tile::kTokens + token) * Tile::kSumStride + place];
+          sum += group_sums[(w * Tile::kTokens + token) * Tile::kSumStride + weight_row];
         }
-        return sum;
+        return sum * factor;
       };
-      if (Rows::kIsPaired) other += sum_of(row + Rows::kColumns);
-      *target = from_float<T>(finish<kEpilogue>(sum_of(row) + bias, other));
+      float operand = to_float(other);
+      if (Rows::kIsPaired) operand += sum_of(row + Rows::kColumns);
+      result = from_float<T>(finish<kEpilogue>(sum_of(row) + to_float(bias), operand));
+      *target = result;
+    }
+    if constexpr (kEpilogue == Epilogue::kAdd) {
+      if (p.norm_weight != nullptr) {
+        put_norm(p, result, to_float(norm_weight), token, column, finishes);
+      }
     }
     buffer ^= 1;
   }
@@ -210,6 +259,7 @@ __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
   if (index >= p.m * p.n) return;
   const int64_t token = index % p.m, column = index / p.m;
   const T* x = static_cast<const T*>(p.x) + token * p.x_stride;
+  const float factor = norm_factor(p, token);
   auto sum_of = [&](int64_t row) {
     const T* weight = static_cast<const T*>(p.weight) + row * p.weight_stride;
     float sum = 0.0f;
@@ -217,6 +267,7 @@ __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
       sum = fmaf(to_float(x[i]), to_float(weight[i]), sum);
     }
     sum = lane_sum(sum);
+    sum *= factor;
     return p.bias == nullptr ? sum : sum + to_float(static_cast<const T*>(p.bias)[row]);
   };
   const float sum = sum_of(column);
@@ -258,8 +309,10 @@ template <class T, Epilogue kEpilogue>
 cudaError_t launch_few_rows_as(const LinearParams& params, cudaStream_t stream) {
   if (params.k == 0 || params.k % kVec != 0 || !is_vec_aligned(params.x, params.x_stride) ||
       !is_vec_aligned(params.weight, params.weight_stride)) {
+    if (params.norm_weight != nullptr) return cudaErrorInvalidValue;
     const int64_t num_ctas = (params.m * params.n + 7) / 8;
-    return launch(linear_plain_kernel<T, kEpilogue>, static_cast<unsigned>(num_ctas), 256, 0, stream, params);
+    return launch(linear_plain_kernel<T, kEpilogue>, static_cast<unsigned>(num_ctas), 256, 0,
+                  stream, params);
   }
   const Device* device = nullptr;
   cudaError_t error = current_device(&device);
@@ -267,6 +320,11 @@ cudaError_t launch_few_rows_as(const LinearParams& params, cudaStream_t stream) 
     LinearParams p = params;
     p.x = static_cast<const T*>(params.x) + token * params.x_stride;
     p.out = static_cast<T*>(params.out) + token * params.out_stride;
+    if (p.x_squares != nullptr) p.x_squares += token * p.x_squares_stride;
+    if (p.norm_weight != nullptr) {
+      p.scaled = static_cast<T*>(params.scaled) + token * params.scaled_stride;
+      p.squares += token * p.squares_stride;
+    }
     p.m = std::min(params.m - token, kMaxTokens);
     error = p.m == 1   ? launch_tokens<T, kEpilogue, 1>(p, *device, stream)
             : p.m <= 4 ? launch_tokens<T, kEpilogue, 4>(p, *device, stream)

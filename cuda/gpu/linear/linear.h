@@ -25,6 +25,19 @@ struct LinearParams {
   Dtype dtype;  // 16 bits
   Epilogue epilogue = Epilogue::kStore;
 
+  // The norm before, as a factor of the sums (common/epilogue.h): by linear.cu alone.
+  const float* x_squares = nullptr;  // [m, num_squares(k)], or null
+  int64_t x_squares_stride = 0;
+  float eps = 0.0f;
+  // With kAdd, the norm that follows: by linear.cu alone, k and rows aligned.
+  const void* norm_weight = nullptr;  // [n], or null
+  void* scaled = nullptr;             // [m, n]
+  int64_t scaled_stride = 0;
+  float* squares = nullptr;  // [m, num_squares(n)]
+  int64_t squares_stride = 0;
+
+  bool has_norm() const { return x_squares != nullptr || norm_weight != nullptr; }
+
   int64_t weight_rows() const { return rows_per_column(epilogue) * n; }
 };
 

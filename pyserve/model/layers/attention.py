@@ -75,8 +75,18 @@ class Attention:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is what kv_spec says."""
-        key_cache, value_cache = cache
         self.qkv(x, act.qkv)
+        self.attend(ctx, cache, act)
+        self._project(act.joined, out)
+
+    @property
+    def has_norm_factors(self) -> bool:
+        """Whether the norms before and behind can be factors."""
+        return self.qkv.has_norm_factor and self.is_adding and self.o.has_norm_factor
+
+    def attend(self, ctx: ForwardContext, cache: KVCache, act: AttentionActivations) -> None:
+        """What stands between the two Linears: act.qkv -> act.joined."""
+        key_cache, value_cache = cache
         ops.rope_write_kv(
             act.qkv, ctx.positions, self.cos_sin, ctx.slot_mapping, key_cache, value_cache,
             num_heads=self._num_heads, num_kv_heads=self._num_kv_heads,
@@ -88,7 +98,6 @@ class Attention:
             max_query_len=ctx.max_query_len, plan=ctx.attention_plans.get(self._window),
             out=act.heads,
         )  # fmt: skip
-        self._project(act.joined, out)
 
     def activations(self, arena: Arena, num_tokens: int) -> AttentionActivations:
         (num_heads, _, head_dim), q_size = self.sizes, self._q_size

@@ -14,6 +14,7 @@ from pyserve.model.schemes import (
     ActivatingScheme,
     AddingScheme,
     Dense,
+    NormingScheme,
     Rows,
     Scheme,
     row_destinations,
@@ -61,11 +62,13 @@ class Linear:
                  is with rank 0.
 
     `add` and `silu_mul` are there where a step between would find no place: not where the scheme
-    cannot, nor where an adapter's part or the other ranks' is still to come.
+    cannot, nor where an adapter's part or the other ranks' is still to come. Where
+    `has_norm_factor`, so are those that leave a norm to be a factor, for ops.MAX_NORM_ROWS.
     """
 
     __slots__ = (
-        "matrix", "bias", "out_features", "has_add", "has_silu_mul", "_rows", "_has_bias",
+        "matrix", "bias", "out_features", "has_add", "has_silu_mul", "has_norm_factor", "_rows",
+        "_has_bias",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +95,10 @@ class Linear:
             isinstance(self.matrix, AddingScheme) and not has_adapters and not is_sum_partial
         )
         self.has_silu_mul = isinstance(self.matrix, ActivatingScheme) and not has_adapters
+        is_aligned = columns.size % 8 == 0  # as the card's kernel for few rows asks
+        self.has_norm_factor = (
+            isinstance(self.matrix, NormingScheme) and is_aligned and not has_adapters
+        )
         self.bias: torch.Tensor | None = None
         if has_bias and (shard != "row" or placement.tp_rank == 0):
             shape = self.out_features
@@ -103,7 +110,7 @@ class Linear:
         linear = cls.__new__(cls)
         linear.matrix, linear.bias = Dense.over(weight), None
         linear.out_features, linear._rows, linear._has_bias = weight.shape[0], (), False
-        linear.has_add = linear.has_silu_mul = False
+        linear.has_add = linear.has_silu_mul = linear.has_norm_factor = False
         return linear
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -120,6 +127,27 @@ class Linear:
         Where `has_silu_mul`; gate_up has room for y.
         """
         self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
+
+    def add_for_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor,
+        scaled: torch.Tensor, squares: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """`add`, and what a norm of the residual needs -> scaled, squares; where `has_add` too."""
+        matrix: NormingScheme = self.matrix  # type: ignore[assignment]
+        matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
+
+    def of_scaled(
+        self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """y of what the norm would make, given `scaled` as x and `squares`."""
+        self.matrix.of_scaled(x, self.bias, out, squares, eps)  # type: ignore[attr-defined]
+
+    def silu_mul_of_scaled(
+        self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """`silu_mul` of what the norm would make; where `has_silu_mul` too."""
+        matrix: NormingScheme = self.matrix  # type: ignore[assignment]
+        matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
 
     def destinations(self) -> Destinations:
         destinations = self.matrix.destinations()

@@ -48,6 +48,12 @@ class MLP:
         self._activate(x, act.gate_up, act.activated)
         self._project(act.activated, out)
 
+    @property
+    def has_norm_factors(self) -> bool:
+        """Whether the norms before and behind can be factors."""
+        is_before = self.gate_up.has_norm_factor and self.gate_up.has_silu_mul
+        return is_before and self.is_adding and self.down.has_norm_factor
+
     def _two_calls(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         self.gate_up(x, gate_up)
         ops.silu_mul(gate_up, out)

@@ -1,0 +1,51 @@
+// A norm between two linears as a factor (common/epilogue.h): what linear.cpp does for it beside the
+// products. It is here for what a card does to be served and tested on a CPU, where it pays for one
+// row alone.
+#pragma once
+
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "../common/args/linear.h"
+#include "vec.h"
+
+namespace pyserve {
+namespace {
+
+// What the norm before multiplies the sums of each row by; empty where there is none.
+inline std::vector<float> norm_factors(const LinearArgs& args, double eps) {
+  if (args.x_squares.data == nullptr) return {};
+  std::vector<float> factors(args.m());
+  for (int64_t t = 0; t < args.m(); ++t) {
+    const float* row = args.x_squares.row(t);
+    const float sum = std::accumulate(row, row + num_squares(args.k()), 0.0f);
+    const float mean = sum / static_cast<float>(args.k());
+    factors[t] = 1.0f / std::sqrt(mean + static_cast<float>(eps));
+  }
+  return factors;
+}
+
+// Makes of what stands in out what the norm that follows needs.
+template <class T>
+void scale_for_norm(const LinearArgs& args) {
+  const T* weight = static_cast<const T*>(args.norm_weight);
+  for (int64_t t = 0; t < args.m(); ++t) {
+    const T* row = args.out.ptr<T>() + t * args.out.stride(0);
+    T* scaled = args.scaled.ptr<T>() + t * args.scaled.stride(0);
+    for (int64_t first = 0; first < args.n(); first += kSquaresColumns) {
+      const int64_t last = std::min(first + kSquaresColumns, args.n());
+      Vec squares{};
+      for (int64_t i = first; i < last; i += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, last - i);
+        const Vec value = load_first(row + i, count);
+        squares = fma(value, value, squares);
+        store_first(scaled + i, value * load_first(weight + i, count), count);
+      }
+      args.squares.row(t)[first / kSquaresColumns] = sum(squares);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyserve
