@@ -115,7 +115,8 @@ def linear(
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     """residual += x weight^T + bias in place, rounded once; shapes as in `linear`.
 
-    Where torch takes it, a bias is rounded into the residual before.
+    Where torch takes it, a bias is rounded into the residual before, and cuBLAS may round the
+    product before it adds it: as a linear and an add would.
     """
     if _is_own(x, weight, _ADD):
         _ops.linear_add(x, weight, bias, residual)
