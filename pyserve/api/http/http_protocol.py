@@ -151,6 +151,8 @@ class HttpProtocol(web.RequestHandler):
         self._connection = None
         self._end_head()
         super().connection_lost(exc)
+        # What broke is in cycles with its error: the bodies behind would stay for the collector.
+        self._messages.clear()
 
     def pause_writing(self) -> None:
         super().pause_writing()
