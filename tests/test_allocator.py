@@ -10,9 +10,9 @@ import pytest
 from pyserve import allocator
 
 NUM_MIB = 40
-PROGRAM = f"""
+PROGRAM = """
 import ctypes, threading
-from pyserve.allocator import give_back
+from pyserve.allocator import {function}
 
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -25,7 +25,7 @@ def resident_mib():
 def work():
     # Once so much has been freed at once, glibc keeps twice as much in each arena.
     libc.free(libc.malloc(31 * 2**20))
-    places = (ctypes.c_void_p * ({NUM_MIB} * 256))()
+    places = (ctypes.c_void_p * ({num_mib} * 256))()
     for i in range(len(places)):
         places[i] = libc.malloc(4000)  # more than the cache of a thread takes
         ctypes.memset(places[i], 1, 4000)
@@ -33,7 +33,7 @@ def work():
         libc.free(places[i])
     libc.malloc_trim(0)
     kept = resident_mib()
-    give_back()
+    {function}()
     print(kept - resident_mib())
 
 thread = threading.Thread(target=work)
@@ -43,8 +43,10 @@ thread.join()
 
 
 @pytest.mark.skipif(not allocator._is_glibc, reason="the C library is not glibc")
-def test_the_end_of_an_arena_goes_back() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+@pytest.mark.parametrize("function", ["give_back", "cut_end"])
+def test_the_end_of_an_arena_goes_back(function: str) -> None:
+    program = PROGRAM.format(function=function, num_mib=NUM_MIB)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0.9 * NUM_MIB
 

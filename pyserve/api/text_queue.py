@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pyserve import host
-from pyserve.allocator import give_back
+from pyserve.allocator import cut_end, give_back
 from pyserve.errors import QueueFullError
 
 NUM_THREADS = 3
@@ -29,6 +29,7 @@ MAX_SHORT_BYTES = 2**16  # tens of milliseconds
 MAX_WAITING = 4096  # pieces of work, those under way too
 MAX_WAITING_BYTES = 2**27  # of the bodies they are about
 TRIM_BYTES = 2**18  # work on so much leaves 50 MB and more to the allocator
+CUT_BYTES = 2**14  # and on so much 3 MB
 
 R = TypeVar("R")
 
@@ -152,7 +153,7 @@ class TextQueue:
             work = lane.take()
             work.has_begun = True
             lane.num_running += 1
-            call = _trimmed(work.function) if work.num_bytes >= TRIM_BYTES else work.function
+            call = _trimmed(work.function, work.num_bytes)
 
             def on_end(future: Future[Any], work: _Work = work) -> None:
                 with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -174,13 +175,15 @@ class TextQueue:
             self._begin()
 
 
-def _trimmed(function: Callable[[], R]) -> Callable[[], R]:
+def _trimmed(function: Callable[[], R], num_bytes: int) -> Callable[[], R]:
     """`function`, and then what it has freed goes back to the system."""
+    if num_bytes < CUT_BYTES:
+        return function
 
     def call() -> R:
         try:
             return function()
         finally:
-            give_back()
+            give_back() if num_bytes >= TRIM_BYTES else cut_end()
 
     return call
