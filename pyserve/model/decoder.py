@@ -152,13 +152,14 @@ class Decoder:
                 )
             )  # fmt: skip
             has_to_add = not self.layers[-1].mlp.is_adding
+        self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
         # Layers with the same window share an attention plan, and so must have the same sizes.
         self._sizes_by_window = {
             described.attention.window: layer.attention.sizes
             for described, layer in zip(config.layers, self.layers, strict=True)
         }
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
-        self._max_norm_rows = ops.MAX_NORM_ROWS if self.device.type == "cuda" else 0
+        self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
         self._leave = self.norm.add if has_to_add else self.norm.read
         if config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
@@ -189,9 +190,8 @@ class Decoder:
         hidden, residual, output, squares, activations = ctx.activations
         self.embedding(ctx.input_ids, residual)
         if squares is not None:
-            norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
-            for layer, cache, own, norm in zip(
-                self.layers, ctx.kv_caches, activations, norms, strict=True
+            for layer, norm, cache, own in zip(
+                self.layers, self._next_norms, ctx.kv_caches, activations, strict=True
             ):
                 layer.call_of_few(ctx, cache, own, hidden, residual, squares, norm)
             self._leave(output, residual, hidden)

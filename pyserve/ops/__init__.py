@@ -146,6 +146,12 @@ def linear_silu_mul(
 MAX_NORM_ROWS = 8
 
 
+def max_norm_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows up to which norms are factors, 0 for never: float16 might not hold what is not divided
+    by its root mean square yet."""
+    return MAX_NORM_ROWS if device.type == "cuda" and dtype == torch.bfloat16 else 0
+
+
 def num_squares(columns: int) -> int:
     """Sums of squares of a row: one for each 16 columns, cuda/common/epilogue.h."""
     return -(-columns // 16)

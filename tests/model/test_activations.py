@@ -16,6 +16,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.placement import META, Placement
 from pyserve.model.schemes import Dense
+from pyserve.ops import max_norm_rows
 from tests.engine.tiny import CONFIG
 from tests.model.driver import Driver
 
@@ -206,3 +207,12 @@ def test_norms_of_many_tokens_are_calls_of_their_own() -> None:
     for num_tokens in (8, 9):
         squares = decoder.activations(Arena.endless(), num_tokens).squares
         assert (squares is None) == (num_tokens > 8)
+
+
+def test_norms_are_factors_on_a_card_where_the_dtype_has_the_range() -> None:
+    most = {
+        (device, dtype): max_norm_rows(torch.device(device), dtype)
+        for device in ("cuda", "cpu", "meta")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    }
+    assert {key for key, rows in most.items() if rows} == {("cuda", torch.bfloat16)}
