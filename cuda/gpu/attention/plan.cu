@@ -356,6 +356,8 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
 
 __global__ void __launch_bounds__(kThreads) plan_attention_kernel(Plan plan) {
   __shared__ Shared shared;
+  pdl_wait();
+  pdl_launch_dependents();
   const int num_decode = plan_decode(plan, shared);
   const int64_t offset = plan.decode_items + int64_t{num_decode} * kItemWords;
   const int num_prefill = plan_prefill(plan, shared, offset);
@@ -377,7 +379,7 @@ cudaError_t launch_plan_attention(const AttentionPlanParams& params, cudaStream_
   plan.num_ranges = num_decode_ranges(params.device, params.num_kv_heads);
   plan.decode_items = decode_items_offset(plan.num_ranges);
   plan.num_chunks = num_prefill_chunks(params.device, params.num_kv_heads);
-  return launch(plan_attention_kernel, 1, kThreads, 0, stream, plan);
+  return launch_chained(plan_attention_kernel, 1, kThreads, 0, stream, plan);
 }
 
 }  // namespace pyserve::gpu

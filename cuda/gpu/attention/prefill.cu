@@ -376,6 +376,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
   // items come longest first for all heads at once.
   const int kv_head = blockIdx.x;
   const int item_index = blockIdx.y;
+  pdl_wait();
+  pdl_launch_dependents();
   if (item_index >= p.work[kWorkNumPrefillItems]) return;
   Accumulator<C> acc;
   clear(acc);
@@ -411,7 +413,8 @@ cudaError_t launch_config(const AttentionParams& p, cudaStream_t stream) {
       max_prefill_items(p.device, p.num_tokens, p.num_rows, p.num_heads, p.num_kv_heads);
   if (items > 65535) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(items));
-  return launch(kKernel, grid, dim3(C::kThreads), C::kSmemBytes, stream, p, prefill_partials(p));
+  return launch_chained(kKernel, grid, dim3(C::kThreads), C::kSmemBytes, stream, p,
+                        prefill_partials(p));
 }
 
 // Whether two blocks fit one SM; each takes 1 KB more than it asks for.

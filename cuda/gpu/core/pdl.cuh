@@ -15,8 +15,10 @@
 //    between two of them (norms, activations, embedding). So behind a long kernel, which begins its
 //    work when all before it is complete, the next one may read what is older than it even before
 //    its wait, past L1 (ld.global.cg, cp.async.cg); only attention does so, behind linear or rope.
-// 5. A kernel that is to start beside another one takes at most 113 KB of an SM's shared memory,
-//    all its blocks there together. A larger one waits and triggers all the same.
+// 5. A kernel whose blocks are as many as the SMs takes more than half of an SM's shared memory. A
+//    smaller one may get two blocks on one SM and none on another, because the SMs become free one
+//    by one: the linears of a step were 25 % slower so. Blocks of which any number may share an SM
+//    are best small, to start beside the kernel in front.
 //
 // A kernel that has neither call, as those of torch and cuBLAS, may stand anywhere in a step: it is
 // launched the usual way, after all before it, and the one behind it starts when it is complete.

@@ -20,6 +20,8 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, unsigned tiles) {
   const int64_t token = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t column = (tile * kThreads + threadIdx.x) * kWidth;
+  pdl_launch_dependents();
+  pdl_wait();
   if (column >= p.n) return;
   const T* gate = static_cast<const T*>(p.gate_up) + token * p.gate_up_stride + column;
   T* out = static_cast<T*>(p.out) + token * p.out_stride + column;
@@ -39,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, uns
 template <class T, int kWidth>
 cudaError_t launch_width(const SiluMulParams& p, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>((p.n + kThreads * kWidth - 1) / (kThreads * kWidth));
-  return launch(silu_mul_kernel<T, kWidth>, static_cast<unsigned>(p.num_tokens * tiles), kThreads,
-                0, stream, p, tiles);
+  return launch_chained(silu_mul_kernel<T, kWidth>, static_cast<unsigned>(p.num_tokens * tiles),
+                        kThreads, 0, stream, p, tiles);
 }
 
 template <class T>

@@ -2,7 +2,7 @@
 // where with a residual x is first added to it, rounded.
 //
 // One CTA a row, 16 elements a thread, held in registers between the sum and the scaling: a row is
-// read once. The norm weight is asked for before the sum, so that its latency hides behind it. One
+// read once. The norm weight is asked for first, while the kernel before may still run. One
 // barrier. Rows that cannot be read 16 bytes at a time, or are longer than 16,384, take a plain
 // kernel that reads them twice.
 // Numerics: float32, one rounding at the store; the order of the sum depends on `hidden` alone.
@@ -33,14 +33,20 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormParams p) {
   const T* weight = static_cast<const T*>(p.weight);
   const int num_vecs = static_cast<int>(p.hidden / kVec);
   uint4 held[kVecs], added[kVecs], weights[kVecs];
+  pdl_launch_dependents();
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int vec = threadIdx.x + i * blockDim.x;
-    held[i] = added[i] = weights[i] = uint4{};
+    weights[i] = vec < num_vecs ? load_vec(weight + vec * kVec) : uint4{};
+  }
+  pdl_wait();
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int vec = threadIdx.x + i * blockDim.x;
+    held[i] = added[i] = uint4{};
     if (vec < num_vecs) {
       held[i] = load_vec(x + vec * kVec);
       if constexpr (kAdd) added[i] = load_vec(residual + vec * kVec);
-      weights[i] = load_vec(weight + vec * kVec);
     }
   }
   float squares = 0.0f;
@@ -86,6 +92,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_plain_kernel(NormParams p) {
   T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
   const T* weight = static_cast<const T*>(p.weight);
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  pdl_launch_dependents();
+  pdl_wait();
   float squares = 0.0f;
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
     float value = to_float(x[i]);
@@ -111,8 +119,8 @@ unsigned threads_for(int64_t num_items, int64_t each) {
 
 template <class T, bool kAdd, int kVecs>
 cudaError_t launch_vecs(const NormParams& p, cudaStream_t stream) {
-  return launch(norm_kernel<T, kAdd, kVecs>, static_cast<unsigned>(p.num_rows),
-                threads_for(p.hidden / kVec, kVecs), 0, stream, p);
+  return launch_chained(norm_kernel<T, kAdd, kVecs>, static_cast<unsigned>(p.num_rows),
+                        threads_for(p.hidden / kVec, kVecs), 0, stream, p);
 }
 
 template <class T, bool kAdd>
@@ -123,8 +131,8 @@ cudaError_t launch_norm_as(const NormParams& p, cudaStream_t stream) {
   if (is_aligned && p.hidden <= 2 * kVec * kMaxThreads) {
     return launch_vecs<T, kAdd, 2>(p, stream);
   }
-  return launch(norm_plain_kernel<T, kAdd>, static_cast<unsigned>(p.num_rows),
-                threads_for(p.hidden, 8), 0, stream, p);
+  return launch_chained(norm_plain_kernel<T, kAdd>, static_cast<unsigned>(p.num_rows),
+                        threads_for(p.hidden, 8), 0, stream, p);
 }
 
 template <class T>

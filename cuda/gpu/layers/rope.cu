@@ -12,6 +12,7 @@
 
 #include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
+#include "gpu/core/rotate.cuh"
 #include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
@@ -88,6 +89,8 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
   const int num_turned = p.num_heads + p.num_kv_heads, num_all = num_turned + p.num_kv_heads;
   const int heads_at_once = blockDim.x / kLanes;
 
+  pdl_wait();
+  pdl_launch_dependents();
   uint4 packed[kBatch][2];
   auto load_heads = [&](int head) {
     const T* row = static_cast<const T*>(p.qkv) + blockIdx.x * p.qkv_stride;
@@ -134,9 +137,9 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
         if (is_turned) {
 #pragma unroll
           for (int j = 0; j < kVec; ++j) {
-            const float x = a[j], y = b[j];
-            a[j] = x * cosines[j] - y * sines[j];
-            b[j] = y * cosines[j] + x * sines[j];
+            const float2 turned = rotate(a[j], b[j], cosines[j], sines[j]);
+            a[j] = turned.x;
+            b[j] = turned.y;
           }
         }
         packed[i][0] = pack<T>(a);
@@ -151,6 +154,8 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
 // Any head_dim, rotary_dim and alignment: one warp a head, one element at a time.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
+  pdl_wait();
+  pdl_launch_dependents();
   const Token<T> token(p, blockIdx.x);
   const int lane = threadIdx.x % kWarpSize, half = p.rotary_dim / 2;
   const int num_turned = p.num_heads + p.num_kv_heads, num_all = num_turned + p.num_kv_heads;
@@ -178,10 +183,10 @@ __global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
     };
     // In place: a lane reads both elements of its pair before it writes them.
     for (int i = lane; i < half; i += kWarpSize) {
-      const float x = normed(i), y = normed(half + i);
-      const float cosine = token.cos_sin[i], sine = token.cos_sin[half + i];
-      target[i] = from_float<T>(x * cosine - y * sine);
-      target[half + i] = from_float<T>(y * cosine + x * sine);
+      const float2 turned =
+          rotate(normed(i), normed(half + i), token.cos_sin[i], token.cos_sin[half + i]);
+      target[i] = from_float<T>(turned.x);
+      target[half + i] = from_float<T>(turned.y);
     }
     for (int i = p.rotary_dim + lane; i < p.head_dim; i += kWarpSize) {
       target[i] = from_float<T>(normed(i));
@@ -206,8 +211,8 @@ cudaError_t launch_lanes(const RopeParams& p, cudaStream_t stream) {
   const int num_heads = p.num_heads + 2 * p.num_kv_heads;
   const int threads = (num_heads * kLanes + kBatch - 1) / kBatch;
   const int whole_warps = (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
-  return launch(rope_kernel<T, kLanes, kBatch, kNorm>, static_cast<unsigned>(p.num_tokens),
-                std::min(whole_warps, kMaxThreads), 0, stream, p);
+  return launch_chained(rope_kernel<T, kLanes, kBatch, kNorm>, static_cast<unsigned>(p.num_tokens),
+                        std::min(whole_warps, kMaxThreads), 0, stream, p);
 }
 
 template <class T, int kLanes>
@@ -220,8 +225,8 @@ cudaError_t launch_lanes(const RopeParams& p, cudaStream_t stream) {
 template <class T>
 cudaError_t launch_rope_as(const RopeParams& p, cudaStream_t stream) {
   if (!is_aligned(p)) {
-    return launch(rope_plain_kernel<T>, static_cast<unsigned>(p.num_tokens), kMaxThreads, 0, stream,
-                  p);
+    return launch_chained(rope_plain_kernel<T>, static_cast<unsigned>(p.num_tokens), kMaxThreads, 0,
+                          stream, p);
   }
   if (p.head_dim <= 64) return launch_lanes<T, 4>(p, stream);
   if (p.head_dim <= 128) return launch_lanes<T, 8>(p, stream);

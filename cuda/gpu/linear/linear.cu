@@ -2,18 +2,20 @@
 //
 // A CTA takes groups of 16 (or 32) rows of weight, grid apart; its warps split k. Every warp has a
 // ring of its own in shared memory, filled by cp.async several stages ahead and across groups, so
-// that the loads never wait for a barrier: the card needs 32 KB and more in flight on every SM. A
-// stage holds the warp's piece of the weight rows and of up to 8 rows of x. Products are mma.sync
-// with weight as the 16-row operand and x as the 8 columns: 1 row of x costs as much as 8, and both
-// cost next to nothing. A sum over k may be taken in any order as long as both operands agree, so
-// lane t of a quad takes 8 neighbours of k, 16 bytes, as its fragments of two products, without
-// ldmatrix.
+// that the loads never wait for a barrier. A stage holds the warp's piece of the weight rows and of
+// up to 8 rows of x. The ring is filled with weights before the kernel waits for the one that makes
+// x, so that memory stays busy from one linear to the next. It is more than half of what an SM has:
+// two CTAs of one linear on an SM, beside an SM with none, cost an H200 a fifth of the rate.
+// Products are mma.sync with weight as the 16-row operand and x as the 8 columns: 1 row of x costs
+// as much as 8, and both cost next to nothing. A sum over k may be taken in any order as long as
+// both operands agree, so lane t of a quad takes 8 neighbours of k, 16 bytes, as its fragments of
+// two products, without ldmatrix.
 // The warps' sums meet in shared memory and are added in the order of the warps.
 // With a gate and an up half of the 16 rows are of each, so that a CTA has both sums of a result.
 //
-// Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The columns of an mma are independent
-// and the tiling depends on n, k and the device alone, so that what else is in a batch never changes
-// a row's result. More than 8 rows take a pass over the weight for every 8.
+// Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The columns of an
+// mma are independent and the tiling depends on n, k and the device alone, so that what else is in
+// a batch never changes a row's result. More than 8 rows take a pass over the weight for every 8.
 // Floor: n * k * 2 bytes. Rows that are not 16-byte aligned take a plain kernel, one warp a result.
 // Source of the idea out^T = W x^T for few rows: Marlin (Frantar et al. 2024), llama.cpp.
 #include "gpu/linear/linear.h"
@@ -167,26 +169,40 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
   const int64_t column_step = int64_t{gridDim.x} * Rows::kColumns;
   constexpr int64_t kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
 
-  int64_t fetch_column = first_column, fetch_k = 0;
-  auto fetch = [&](int stage) {  // the next piece of the CTA's work, if there is one
-    if (fetch_column < p.n) {
+  struct Piece {  // of the CTA's work
+    int64_t column, k;
+  };
+  // Starts to copy a piece, if there is one, and goes on to the next.
+  const auto fetch = [&](Piece& piece, int stage, bool has_weight, bool has_x) {
+    if (piece.column < p.n) {
       const uint32_t to = smem_address(ring) + stage * Tile::kStageBytes;
-      const int64_t k0 = fetch_k + warp * Tile::kDepth;
-      copy_rows<Tile, Tile::kRows>(to, weight, p.weight_stride, k0, p.k, [&](int r) {
-        return Rows::weight_row(fetch_column, r, p.n);
-      });
-      copy_rows<Tile, Tile::kTokens>(
-          to + Tile::kRows * Tile::kRowBytes, x, p.x_stride, k0, p.k,
-          [&](int r) { return r < num_tokens ? int64_t{r} : -1; });
-      fetch_k += kStepDepth;
-      if (fetch_k >= p.k) {
-        fetch_k = 0;
-        fetch_column += column_step;
+      const int64_t k0 = piece.k + warp * Tile::kDepth;
+      if (has_weight) {
+        copy_rows<Tile, Tile::kRows>(to, weight, p.weight_stride, k0, p.k, [&](int r) {
+          return Rows::weight_row(piece.column, r, p.n);
+        });
+      }
+      if (has_x) {
+        copy_rows<Tile, Tile::kTokens>(
+            to + Tile::kRows * Tile::kRowBytes, x, p.x_stride, k0, p.k,
+            [&](int r) { return r < num_tokens ? int64_t{r} : -1; });
+      }
+      piece.k += kStepDepth;
+      if (piece.k >= p.k) {
+        piece.k = 0;
+        piece.column += column_step;
       }
     }
     cp_async_commit();
   };
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(stage);
+  Piece next{first_column, 0};
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
+  pdl_wait();
+  pdl_launch_dependents();
+  next = {first_column, 0};
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
   if (warp < num_tokens) {  // read behind the first group's barrier
     const float factor = norm_factor(p, warp);
     if (threadIdx.x % kWarpSize == 0) factors[warp] = factor;
@@ -214,9 +230,9 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
 
     float sums[Tile::kRowTiles][4] = {};
     for (int64_t k0 = 0; k0 < p.k; k0 += kStepDepth) {
-      cp_async_wait<Tile::kStages - 2>();
+      cp_async_wait<Tile::kStages - 2>();  // of groups, the first stages have two each
       __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
-      fetch(stage == 0 ? Tile::kStages - 1 : stage - 1);
+      fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, num_tokens, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
@@ -254,6 +270,8 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
 // One warp a result; any alignment and any k.
 template <class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
+  pdl_wait();
+  pdl_launch_dependents();
   const int lane = threadIdx.x % kWarpSize;
   const int64_t index = int64_t{blockIdx.x} * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
   if (index >= p.m * p.n) return;
@@ -279,16 +297,16 @@ __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
   *target = from_float<T>(finish<kEpilogue>(sum, other));
 }
 
-// Launches for p.m <= kTokens; `ctas_per_sm` CTAs are meant to be on an SM at once.
+// Launches for p.m <= kTokens, one CTA an SM.
 template <class T, Epilogue kEpilogue, class Tile>
-cudaError_t launch_tiled(const LinearParams& p, int num_sms, int ctas_per_sm, cudaStream_t stream) {
+cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
   constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
   const int64_t num_groups = (p.n + kColumns - 1) / kColumns;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(num_groups, num_sms * ctas_per_sm));
-  return launch(kKernel, grid, Tile::kThreads, Tile::kSmem, stream, p);
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(num_groups, num_sms));
+  return launch_chained(kKernel, grid, Tile::kThreads, Tile::kSmem, stream, p);
 }
 
 template <class T, Epilogue kEpilogue, int kTokens>
@@ -296,11 +314,11 @@ cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStrea
   using Deep = Tiling<1, 128, 8, 4, kTokens>;
   using Small = Tiling<1, 64, 8, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
   static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
-  // One tiling for all m of a device.
+  // One depth for all m of a device, which says in what order a sum is taken.
   if (device.smem_per_block >= Tiling<1, 128, 8, 4, 8>::kSmem) {
-    return launch_tiled<T, kEpilogue, Deep>(p, device.num_sms, 1, stream);
+    return launch_tiled<T, kEpilogue, Deep>(p, device.num_sms, stream);
   }
-  return launch_tiled<T, kEpilogue, Small>(p, device.num_sms, 1, stream);
+  return launch_tiled<T, kEpilogue, Small>(p, device.num_sms, stream);
 }
 
 constexpr int64_t kMaxTokens = 8;
@@ -311,8 +329,8 @@ cudaError_t launch_few_rows_as(const LinearParams& params, cudaStream_t stream) 
       !is_vec_aligned(params.weight, params.weight_stride)) {
     if (params.norm_weight != nullptr) return cudaErrorInvalidValue;
     const int64_t num_ctas = (params.m * params.n + 7) / 8;
-    return launch(linear_plain_kernel<T, kEpilogue>, static_cast<unsigned>(num_ctas), 256, 0,
-                  stream, params);
+    return launch_chained(linear_plain_kernel<T, kEpilogue>, static_cast<unsigned>(num_ctas), 256,
+                          0, stream, params);
   }
   const Device* device = nullptr;
   cudaError_t error = current_device(&device);

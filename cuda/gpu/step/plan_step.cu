@@ -440,6 +440,7 @@ __device__ inline void pad(const PlanStepParams& p, const Step& step) {
 __global__ void __launch_bounds__(kThreads)
     plan_step_kernel(PlanStepParams p, int log2_block_size) {
   __shared__ Shared s;
+  pdl_launch_dependents();  // nothing to wait for: it is launched the usual way, behind a copy
   const Step step = checked_step(p);
   require(step.num_samples >= 0 && step.num_samples <= step.num_rows);
   if (step.num_slot_updates > 0) apply_slot_updates(p, step, s);
