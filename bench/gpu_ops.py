@@ -7,7 +7,8 @@ Calls are captured in a CUDA graph, so that launches cost what they cost in one,
 of the inputs that the L2 cache holds no answer; where that would take more than MAX_SETS copies
 (activations of a few rows, which come from L2 in a real step too) it is those. `us` is the median
 over replays of a graph, divided by its calls; `+-` half the distance from the 10th to the 90th
-percentile. Data is random.
+percentile. Data is random. From sm_90 on a call may begin while the one before it ends, in a graph
+of one op as well: what an op costs in a step, the chains of gpu_chains.py tell.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench import gpu_chains
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
@@ -43,6 +45,8 @@ MATRICES = {
     "lm_head": (128256, 4096),
 }  # fmt: skip
 ROWS = (8192, 64, 1)
+CHAIN_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 384)
+LAYERS = ((1, 512), (8, 512), (16, 512), (64, 384), (256, 384))  # rows, context of each
 DECODES = ((8, 32768), (16, 4096), (64, 1024), (256, 512), (1, 1024))
 PREFILLS = {
     "prefill 8192": [(8192, 8192)],
@@ -221,35 +225,40 @@ class Rows:
 
 
 def attention_case(
-    load: str, rows: Sequence[tuple[int, int]], target: tuple[str, float] | None
-) -> Case:
+    load: str, rows: Sequence[tuple[int, int]], target: tuple[str, float] | None, *,
+    has_rope: bool = False,
+) -> Case:  # fmt: skip
+    """has_rope: the op that does rope_write_kv's work too, for rows of decode."""
     made = Rows.of(rows)
     blocks = [-(-seq_len // BLOCK_SIZE) for _, seq_len in rows]
     kv_shape = (sum(blocks), BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     num_kv = sum(seq_len for _, seq_len in rows)
     num_bytes = (2 * num_kv * NUM_KV_HEADS + 2 * made.num_tokens * NUM_HEADS) * HEAD_DIM * 2
     slots = torch.arange(len(rows), dtype=torch.int32, device=DEVICE)
+    cos_sin = torch.ones(max(length for _, length in rows), HEAD_DIM, device=DEVICE)
     runs: list[Callable[[], object]] = []
     for _ in range(_num_sets(num_bytes)):
         table = torch.zeros(len(rows), max(blocks), dtype=torch.int32, device=DEVICE)
         ids = torch.randperm(sum(blocks), device=DEVICE).int()
         for row, part in enumerate(ids.split(blocks)):
             table[row, : len(part)] = part
-        runs.append(
-            partial(
-                ops.paged_attention, _randn(made.num_tokens, NUM_HEADS, HEAD_DIM),
-                _randn(*kv_shape), _randn(*kv_shape), table, slots, made.starts, made.seq_lens,
-                softmax_scale=HEAD_DIM**-0.5, max_query_len=made.max_query_len, plan=made.plan,
-            )
-        )  # fmt: skip
+        qkv = _randn(made.num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
+        rest = _randn(*kv_shape), _randn(*kv_shape), table, slots, made.starts, made.seq_lens
+        op = partial(ops.paged_attention, qkv[:, :NUM_HEADS], max_query_len=made.max_query_len)
+        if has_rope:
+            op = partial(ops.rope_attention, qkv[:, :NUM_HEADS], qkv.flatten(1), cos_sin)
+        runs.append(partial(op, *rest, softmax_scale=HEAD_DIM**-0.5, plan=made.plan))
     pairs = sum(n * (2 * length - n + 1) // 2 for n, length in rows)  # visible (query, key)
-    return Case("attention", load, runs, num_bytes, 4 * pairs * NUM_HEADS * HEAD_DIM, target)
+    name = "rope_attention" if has_rope else "attention"
+    return Case(name, load, runs, num_bytes, 4 * pairs * NUM_HEADS * HEAD_DIM, target)
 
 
 def attention_cases() -> Iterator[Case]:
     loads = {f"decode {batch} x {length}": [(1, length)] * batch for batch, length in DECODES}
     for load, rows in {**loads, **PREFILLS}.items():
         yield attention_case(load, rows, TARGETS.get(load))
+    for load, rows in loads.items():
+        yield attention_case(load, rows, None, has_rope=True)
 
 
 SAMPLERS: dict[str, dict[int, float]] = {
@@ -356,6 +365,15 @@ def plan_cases() -> Iterator[Case]:
         yield Case("plan_attention", load, [rows.plan_attention], 8 * num_rows)
 
 
+def chain_cases() -> Iterator[Case]:
+    """At 1 row a layer's matrices are read at 90 % of what a copy moves, or faster."""
+    shape = gpu_chains.Shape(HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEVICE)
+    linears = gpu_chains.linear_chains(shape, CHAIN_ROWS)
+    for chain in itertools.chain(linears, gpu_chains.layer_chains(shape, LAYERS)):
+        target = ("%", 90.0) if chain.load.startswith("1 rows") else None
+        yield Case(chain.name, chain.load, chain.runs, chain.num_bytes, chain.num_flops, target)
+
+
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention_cases,
     "norm": norm_cases,
@@ -363,6 +381,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "activation": activation_cases,
     "linear": linear_cases,
     "linear_epilogues": epilogue_cases,
+    "chain": chain_cases,
     "sample": sample_cases,
     "bitmask": bitmask_cases,
     "logprobs": logprobs_cases,

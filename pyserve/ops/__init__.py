@@ -221,6 +221,28 @@ def paged_attention(
     return out
 
 
+def rope_attention(
+    q: Tensor, qkv: Tensor, cos_sin: Tensor, key_cache: Tensor, value_cache: Tensor,
+    block_table: Tensor, row_slots: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, *,
+    softmax_scale: float, plan: AttentionPlan, window: int = 0, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """rope_write_kv, then paged_attention, in one kernel: for steps that are all decode, CUDA only.
+
+    qkv, cos_sin [max_position, head_dim] (all of a head is turned) and what goes to the caches are
+    those of rope_write_kv, all others those of paged_attention. q is the view of qkv; it stays as
+    it is. No row has more queries than attention_plan.decode_query_len. What the kernels in front
+    of the last one wrote is read while that one still runs: q, k and v are the last one's work,
+    the plan, the block table and the keys of earlier steps are not.
+    """
+    if out is None:
+        out = torch.empty_like(q)
+    _ops.rope_attention(
+        q, qkv, cos_sin, key_cache, value_cache, block_table, row_slots, cu_seqlens_q, seq_lens,
+        softmax_scale, window, plan.work, plan.workspace, out,
+    )  # fmt: skip
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """How paged_attention of a step divides its work over a CUDA device, and room for its parts.

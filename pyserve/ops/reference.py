@@ -90,6 +90,34 @@ def paged_attention(
         out[begin:end].copy_(result.reshape(end - begin, -1, head_dim))
 
 
+def rope_attention(
+    q: Tensor, qkv: Tensor, cos_sin: Tensor, key_cache: Tensor, value_cache: Tensor,
+    block_table: Tensor, row_slots: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor,
+    softmax_scale: float, window: int, work: Tensor, workspace: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """rope_write_kv of every row's tokens, on a copy of qkv; then paged_attention."""
+    starts, lens, table = cu_seqlens_q.tolist(), seq_lens.tolist(), block_table.tolist()
+    (num_tokens, num_heads, head_dim), block_size = q.shape, key_cache.shape[1]
+    positions = torch.zeros(num_tokens, dtype=torch.int32, device=q.device)
+    slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=q.device)
+    for row, slot in enumerate(row_slots.tolist()):
+        context = lens[row] - (starts[row + 1] - starts[row])
+        for i, token in enumerate(range(starts[row], starts[row + 1])):
+            positions[token] = context + i
+            if slot >= 0:
+                block, offset = divmod(context + i, block_size)
+                slots[token] = table[slot][block] * block_size + offset
+    turned = qkv.clone()
+    rope_write_kv(
+        turned, positions, cos_sin, slots, None, None, 0.0, num_heads, key_cache.shape[2],
+        key_cache, value_cache,
+    )  # fmt: skip
+    paged_attention(
+        turned[:, : num_heads * head_dim].view_as(q), key_cache, value_cache, block_table,
+        row_slots, cu_seqlens_q, seq_lens, softmax_scale, window, 0, work, workspace, out,
+    )  # fmt: skip
+
+
 def plan_attention(
     cu_seqlens_q: Tensor,
     seq_lens: Tensor,

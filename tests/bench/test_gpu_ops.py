@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from pyserve.ops import build, fakes
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Sizes, the clock, and what only a card has; returns the ops that plan_attention stood for."""
+    """Sizes, the clock, and what only a card has; returns the ops that stood in."""
     build.load_native(is_reference_allowed=False, progress=print)
     sizes = {
         "DEVICE": torch.device("cpu"), "ROTATED_BYTES": 1, "COPY_BYTES": 1000, "GEMM_SIZE": 16,
         "VOCAB_SIZE": 100, "HIDDEN": 64, "INTERMEDIATE": 96, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
         "HEAD_DIM": 16, "MATRICES": {"o": (32, 64)}, "ROWS": (6, 1), "DECODES": ((2, 33),),
-        "PREFILLS": {"prefill 40": [(40, 40)]},
+        "PREFILLS": {"prefill 40": [(40, 40)]}, "CHAIN_ROWS": (1, 3), "LAYERS": ((2, 33),),
     }  # fmt: skip
     for name, value in sizes.items():
         monkeypatch.setattr(gpu_ops, name, value)
     planned: list[str] = []
-    monkeypatch.setattr(ops, "plan_attention", lambda *args, **kwargs: planned.append("attention"))
+    for name in ("plan_attention", "rope_attention"):
+        monkeypatch.setattr(ops, name, partial(lambda op, *_, **__: planned.append(op), name))
 
     def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
         for run in sets:
@@ -44,8 +46,8 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     names.remove("serves_linear")  # which computes nothing
-    assert {result["op"] for result in results} == {*names, "cuBLAS"}
-    assert tiny
+    assert {result["op"] for result in results} == {*names, "cuBLAS", "linear chain", "layer"}
+    assert set(tiny) == {"plan_attention", "rope_attention"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0

@@ -64,6 +64,11 @@ void launch_attentions() {
       p.head_dim = head_dim;
       for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
         require(launch_paged_attention(p, dtype, nullptr), "attention", num_kv_heads, head_dim);
+        float cos_sin = 0.0f;
+        pyserve::gpu::DecodeRope rope{};
+        rope.cos_sin = &cos_sin;
+        require(launch_rope_decode_attention(p, rope, dtype, nullptr), "rope attention",
+                num_kv_heads, head_dim);
       }
     }
   }
@@ -122,6 +127,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int byte
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
+  if (config->numAttrs != 0 && capability < 90) return cudaErrorInvalidValue;  // no such launches
   const dim3 grid = config->gridDim, block = config->blockDim;
   const size_t bytes = config->dynamicSmemBytes;
   if (bytes > 48 * 1024 && (!allowed.count(kernel) || bytes > allowed[kernel])) {

@@ -199,3 +199,23 @@ def test_refusals() -> None:
     case.k_norm = torch.ones(63)
     with pytest.raises(RuntimeError, match="k_norm_weight is 63, expected 64"):
         case.run()
+
+
+def test_the_twin_of_rope_attention_is_rope_write_kv_and_paged_attention() -> None:
+    case = Case.make(num_tokens=3, num_heads=4, num_kv_heads=2, head_dim=64)
+    lens, starts = torch.tensor([5, 18]).int(), torch.tensor([0, 2, 3]).int()
+    table, row_slots = torch.tensor([[3, 0], [2, 5]]).int(), torch.tensor([1, 0]).int()
+    case.positions = torch.tensor([3, 4, 17]).int()
+    case.slot_mapping = torch.tensor([2 * 16 + 3, 2 * 16 + 4, 0 * 16 + 1])
+    q, qkv = case.heads()[0], case.qkv.clone()
+    rows, none = (table, row_slots, starts, lens), torch.empty(0)
+    caches = case.key_cache.clone(), case.value_cache.clone()
+    twin = torch.empty(q.shape)
+    reference.rope_attention(q, case.qkv, case.cos_sin, *caches, *rows, 0.125, 16, none, none, twin)
+    assert torch.equal(case.qkv, qkv)
+    case.run()
+    torch.testing.assert_close(caches, (case.key_cache, case.value_cache))
+    out = ops.paged_attention(
+        q, case.key_cache, case.value_cache, *rows, softmax_scale=0.125, window=16
+    )
+    torch.testing.assert_close(twin, out)

@@ -113,6 +113,17 @@ struct AttentionParams {
   AttentionDevice device;
 };
 
+// What decode attention needs to do the work of rope_write_kv itself, for steps without prefill:
+// q is turned as it is loaded, and the keys and values of this step, turned, come from qkv and go to
+// the caches. All of head_dim is turned.
+struct DecodeRope {
+  const void* keys;  // of token 0, KV head 0, in qkv; strides in elements
+  const void* values;
+  int64_t token_stride;  // head_dim from head to head
+  const float* cos_sin;  // [max_position, head_dim] = cosines | sines
+  int64_t cos_sin_stride, max_position;
+};
+
 // Partial results of one of the two kernels, in the workspace. The splits of a query tile have
 // consecutive partial buffers, so split 0 has buffer item.partial - item.split.
 struct AttentionPartials {
@@ -169,6 +180,11 @@ cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
                                     cudaStream_t stream);
 cudaError_t launch_prefill_attention(const AttentionParams& params, Dtype dtype,
                                      cudaStream_t stream);
+// Decode for a step of which every row is decode's, q not turned yet. What a kernel of the step
+// wrote, other than q, keys and values, was complete when the kernel in front began its work: the
+// plan, the block table and the caches are read while that one still runs.
+cudaError_t launch_rope_decode_attention(const AttentionParams& params, const DecodeRope& rope,
+                                         Dtype dtype, cudaStream_t stream);
 // Decode, and prefill where a row may be too long for decode. max_query_len is read here only.
 cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// The CUDA side of paged_attention and plan_attention: arguments are checked and handed to the
-// kernels of decode.cu, prefill.cu and plan.cu.
+// The CUDA side of paged_attention, rope_attention and plan_attention: arguments are checked and
+// handed to the kernels of decode.cu, prefill.cu and plan.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -37,27 +37,17 @@ void check_alignment(const View& view) {
   PYSERVE_CHECK(aligned, view.op, ": ", view.name, " is not aligned to 16 bytes in all its rows");
 }
 
-constexpr const char* kAttention = "paged_attention";
-
-void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache,
-                     const Tensor& block_table, const Tensor& row_slots_tensor,
-                     const Tensor& cu_seqlens_q, const Tensor& seq_lens_tensor,
-                     double softmax_scale, int64_t window, int64_t max_query_len,
-                     const std::optional<Tensor>& work_tensor,
-                     const std::optional<Tensor>& workspace_tensor, const Tensor& out_tensor) {
-  const char* op = kAttention;
-  PYSERVE_CHECK(work_tensor.has_value() && workspace_tensor.has_value(), op,
-                ": CUDA needs a plan (work and workspace)");
-  const ViewReader read{op, Place::kCuda};
-  const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots_tensor,
-                           cu_seqlens_q, seq_lens_tensor, out_tensor);
+// Checks what paged_attention is given and finds out what its kernels are told.
+gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArgs& args,
+                                      double softmax_scale, int64_t window, int64_t max_query_len,
+                                      const Tensor& work_tensor, const Tensor& workspace_tensor) {
+  const char* op = read.op;
   const View &keys = args.key_cache, &values = args.value_cache, &blocks = args.block_table;
-  const View work = read("work", *work_tensor, 1, ScalarType::Int);
-  const View workspace = read("workspace", *workspace_tensor, 1, ScalarType::Float);
+  const View work = read("work", work_tensor, 1, ScalarType::Int);
+  const View workspace = read("workspace", workspace_tensor, 1, ScalarType::Float);
   const int64_t num_tokens = args.num_tokens, num_heads = args.num_heads;
   const int64_t num_rows = args.num_rows, num_kv_heads = args.num_kv_heads;
   const int64_t head_dim = args.head_dim, block_size = args.block_size;
-  const gpu::Dtype dtype = half_dtype(args.q);
   PYSERVE_CHECK(head_dim == 64 || head_dim == 128, op, ": head_dim ", head_dim,
                 " is neither 64 nor 128");
   PYSERVE_CHECK(block_size > 0 && std::has_single_bit(static_cast<uint64_t>(block_size)), op,
@@ -74,7 +64,6 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
   PYSERVE_CHECK(std::max({num_tokens * num_heads, num_rows, blocks.size(0), keys.size(0),
                           blocks.size(1) * block_size}) < kMaxInt,
                 op, ": more than 2^31 positions, blocks or packed rows");
-  if (num_tokens == 0 || num_rows == 0) return;
 
   const gpu::AttentionDevice device = device_of(op);
   const int kv_heads = static_cast<int>(num_kv_heads);
@@ -91,7 +80,7 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
                 work.size(0), " and workspace ", workspace.size(0), " must have ", work_words,
                 " and ", workspace_words, " words");
 
-  const gpu::AttentionParams params{
+  return {
       .q = args.q.data,
       .q_token_stride = args.q.stride(0),
       .q_head_stride = args.q.stride(1),
@@ -127,7 +116,59 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
       .max_blocks_per_seq = static_cast<int32_t>(blocks.size(1)),
       .device = device,
   };
-  check_launch(op, gpu::launch_paged_attention(params, dtype, current_stream(q)));
+}
+
+void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache,
+                     const Tensor& block_table, const Tensor& row_slots, const Tensor& cu_seqlens_q,
+                     const Tensor& seq_lens, double softmax_scale, int64_t window,
+                     int64_t max_query_len, const std::optional<Tensor>& work,
+                     const std::optional<Tensor>& workspace, const Tensor& out) {
+  const ViewReader read{"paged_attention", Place::kCuda};
+  PYSERVE_CHECK(work.has_value() && workspace.has_value(), read.op,
+                ": CUDA needs a plan (work and workspace)");
+  const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q,
+                           seq_lens, out);
+  const gpu::Dtype dtype = half_dtype(args.q);
+  const gpu::AttentionParams params =
+      attention_params(read, args, softmax_scale, window, max_query_len, *work, *workspace);
+  if (args.num_tokens == 0 || args.num_rows == 0) return;
+  check_launch(read.op, gpu::launch_paged_attention(params, dtype, current_stream(q)));
+}
+
+void rope_attention(const Tensor& q, const Tensor& qkv_tensor, const Tensor& cos_sin_tensor,
+                    const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+                    const Tensor& row_slots, const Tensor& cu_seqlens_q, const Tensor& seq_lens,
+                    double softmax_scale, int64_t window, const Tensor& work,
+                    const Tensor& workspace, const Tensor& out) {
+  const ViewReader read{"rope_attention", Place::kCuda};
+  const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q,
+                           seq_lens, out);
+  const View qkv = read("qkv", qkv_tensor, 2);
+  const View cos_sin = read("cos_sin", cos_sin_tensor, 2, ScalarType::Float);
+  const gpu::Dtype dtype = half_dtype(args.q);
+  check_heads(read.op, args.num_heads, args.num_kv_heads, gpu::kDecodeRows);
+  const int64_t max_query_len = gpu::kDecodeRows / (args.num_heads / args.num_kv_heads);
+  const gpu::AttentionParams params =
+      attention_params(read, args, softmax_scale, window, max_query_len, work, workspace);
+  const int64_t num_heads = args.num_heads, num_kv_heads = args.num_kv_heads;
+  const int64_t head_dim = args.head_dim;
+  check_same_dtype(qkv, args.q);
+  check_alignment(qkv);
+  check_size(qkv, 0, args.num_tokens);
+  check_size(qkv, 1, (num_heads + 2 * num_kv_heads) * head_dim);
+  check_size(cos_sin, 1, head_dim);
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(cos_sin.data) % 16 == 0 && cos_sin.stride(0) % 4 == 0,
+                read.op, ": cos_sin is not aligned to 16 bytes in all its rows");
+  if (args.num_tokens == 0 || args.num_rows == 0) return;
+  const auto* rows = static_cast<const uint16_t*>(qkv.data);
+  const gpu::DecodeRope rope{.keys = rows + num_heads * head_dim,
+                             .values = rows + (num_heads + num_kv_heads) * head_dim,
+                             .token_stride = qkv.stride(0),
+                             .cos_sin = cos_sin.ptr<float>(),
+                             .cos_sin_stride = cos_sin.stride(0),
+                             .max_position = cos_sin.size(0)};
+  check_launch(read.op,
+               gpu::launch_rope_decode_attention(params, rope, dtype, current_stream(q)));
 }
 
 constexpr const char* kPlan = "plan_attention";
@@ -170,5 +211,6 @@ void plan_attention(const Tensor& cu_seqlens_q_tensor, const Tensor& seq_lens_te
 
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("paged_attention", TORCH_BOX(&pyserve::paged_attention));
+  m.impl("rope_attention", TORCH_BOX(&pyserve::rope_attention));
   m.impl("plan_attention", TORCH_BOX(&pyserve::plan_attention));
 }

@@ -19,9 +19,11 @@
 #include "gpu/attention/attention.h"
 #include "gpu/attention/merge.cuh"
 #include "gpu/attention/decode_loader.cuh"
+#include "gpu/attention/new_key.cuh"
 #include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/ptx.cuh"
+#include "gpu/core/rotate.cuh"
 
 namespace pyserve::gpu {
 namespace {
@@ -78,6 +80,31 @@ struct Rows {
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+    }
+  }
+
+  // Turns q: element i and the one half a head behind it lie in the same lane.
+  __device__ void turn(const Decode& d) {
+    constexpr int kHalf = kHeadDim / 2;
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* cos_sin = cos_sin_of(d, position[half]) + column;
+#pragma unroll
+      for (int i = 0; i < kHalf / 16; ++i) {
+#pragma unroll
+        for (int j = half; j < 4; j += 2) {
+          const int at = i * 16 + j / 2 * 8;
+          const float2 cosines = *reinterpret_cast<const float2*>(cos_sin + at);
+          const float2 sines = *reinterpret_cast<const float2*>(cos_sin + kHalf + at);
+          uint32_t &first = q[i][j], &second = q[i + kHalf / 16][j];
+          const float2 x = unpack_pair<T>(first), y = unpack_pair<T>(second);
+          const float2 even = rotate(x.x, y.x, cosines.x, sines.x);
+          const float2 odd = rotate(x.y, y.y, cosines.y, sines.y);
+          first = pack_pair<T>(even.x, odd.x);
+          second = pack_pair<T>(even.y, odd.y);
+        }
+      }
     }
   }
 
@@ -254,7 +281,9 @@ __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, k
 }
 
 // Grid: (num_kv_heads, ranges): the CTAs that read one stretch of memory start together.
-template <class T, int kHeadDim, int kStages>
+// kRope: the work of rope_write_kv is done here. What stands in front is then a linear, and plan,
+// block table and the keys of earlier steps are read while it still runs.
+template <class T, int kHeadDim, int kStages, bool kRope>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ Decode d) {
   using L = Layout<T, kHeadDim, kStages>;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -262,13 +291,19 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   MergeArea& area = *reinterpret_cast<MergeArea*>(dynamic_smem + L::kCacheBytes);
   const uint32_t cache = smem_address(dynamic_smem) + warp * L::kWarpBytes;
 
-  if (d.p.work[kWorkNumDecodeRanges] != static_cast<int>(gridDim.y))
+  if constexpr (!kRope) pdl_wait();
+  const int first_item = __ldcg(d.p.work + kDecodeStartsOffset + range);
+  const int last_item = __ldcg(d.p.work + kDecodeStartsOffset + range + 1);
+  if (__ldcg(d.p.work + kWorkNumDecodeRanges) != static_cast<int>(gridDim.y)) {
     __trap();  // not planned for this device
-  const int first_item = d.p.work[kDecodeStartsOffset + range];
-  const int last_item = d.p.work[kDecodeStartsOffset + range + 1];
-  if (first_item == last_item) return;
+  }
+  if (first_item == last_item) {
+    // An idle block makes room at once: that some wait is enough for the grid to end in its turn.
+    if (kRope && range == 0) pdl_wait();
+    return;
+  }
 
-  Loader<T, kHeadDim, kStages> loader(d, kv_head, first_item, last_item);
+  Loader<T, kHeadDim, kStages, kRope> loader(d, kv_head, first_item, last_item);
   const uint32_t end_stage = cache + L::kWarpBytes;
   uint32_t write_stage = cache, read_stage = cache;
   const auto after = [&](uint32_t stage) {
@@ -279,11 +314,20 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     loader.issue(write_stage);
     write_stage = after(write_stage);
   }
+  if constexpr (kRope) pdl_wait();
+  pdl_launch_dependents();
   Rows<T, kHeadDim> rows;
 #pragma unroll 1
   for (int index = first_item; index < last_item; ++index) {
     const Work work(d, index);
+    NewKey<T, kHeadDim> new_key(d, kv_head);
+    if constexpr (kRope) {
+      if (work.seq_len > d.rope.max_position) __trap();
+      const int key = first_new_key(work, 0);
+      if (key >= 0) new_key.load(work, key);
+    }
     rows.begin(d, work, kv_head);
+    if constexpr (kRope) rows.turn(d);
     // Keys that all queries of the row see need no mask.
     const int unmasked_begin = d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
     const int unmasked_end = work.seq_len - work.query_len + 1;
@@ -294,9 +338,27 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 
       cp_async_wait<2 * kStages - 1>();
       __syncwarp();
+      const int first_key = tile + warp * kWarpKeys;
+      if constexpr (kRope) {
+        if (new_key.position() >= first_key && new_key.position() < first_key + kWarpKeys) {
+          cp_async_wait<2 * kStages - 2>();
+          __syncwarp();  // zeros have been put where it goes
+          while (true) {
+            new_key.store(dynamic_smem + (read_stage - smem_address(dynamic_smem)),
+                          new_key.position() - first_key, L::kPartBytes);
+            const int next = first_new_key(work, new_key.position() + 1);
+            if (next < 0) {
+              new_key.forget();
+              break;
+            }
+            new_key.load(work, next);
+            if (next >= first_key + kWarpKeys) break;
+          }
+          __syncwarp();
+        }
+      }
       float s[2][4];
       rows.score(s, read_stage);
-      const int first_key = tile + warp * kWarpKeys;
       if (first_key < unmasked_begin || first_key + kWarpKeys > unmasked_end) {
         rows.mask(s, first_key, d.p.window);
       }
@@ -313,14 +375,14 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   }
 }
 
-template <class T, int kHeadDim, int kStages>
+template <class T, int kHeadDim, int kStages, bool kRope>
 cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
-  constexpr auto kKernel = decode_kernel<T, kHeadDim, kStages>;
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kStages, kRope>;
   constexpr int kSmemBytes =
       Layout<T, kHeadDim, kStages>::kCacheBytes + static_cast<int>(sizeof(MergeArea));
   const cudaError_t error = allow_smem<kKernel, kSmemBytes>();
   if (error != cudaSuccess) return error;
-  return launch(kKernel, grid, kThreads, kSmemBytes, stream, d);
+  return launch_chained(kKernel, grid, kThreads, kSmemBytes, stream, d);
 }
 
 template <class T, int kHeadDim>
@@ -328,7 +390,9 @@ cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
   // On an H200 two CTAs of 64 KB are up to 10 % faster than two of 96 KB, and fit every card.
   constexpr int kDecodeCacheBytes = 64 * 1024;
   constexpr int kTileBytes = 2 * kKvTile * kHeadDim * static_cast<int>(sizeof(T));
-  return launch_decode<T, kHeadDim, kDecodeCacheBytes / kTileBytes>(d, grid, stream);
+  constexpr int kStages = kDecodeCacheBytes / kTileBytes;
+  return d.rope.cos_sin != nullptr ? launch_decode<T, kHeadDim, kStages, true>(d, grid, stream)
+                                   : launch_decode<T, kHeadDim, kStages, false>(d, grid, stream);
 }
 
 template <class T>
@@ -340,18 +404,24 @@ cudaError_t launch_decode(const Decode& d, dim3 grid, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
-                                    cudaStream_t stream) {
+cudaError_t launch_rope_decode_attention(const AttentionParams& params, const DecodeRope& rope,
+                                         Dtype dtype, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
   const int num_ranges = num_decode_ranges(params.device, params.num_kv_heads);
   Decode d{};
   d.p = params;
   d.partials = decode_partials(params);
+  d.rope = rope;
   d.group = params.num_heads / params.num_kv_heads;
   d.items_offset = decode_items_offset(num_ranges);
   d.scale_log2 = params.softmax_scale * kLog2E;
   const dim3 grid(params.num_kv_heads, num_ranges);
   return dispatch_half(dtype, [&]<class T>(T) { return launch_decode<T>(d, grid, stream); });
+}
+
+cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
+                                    cudaStream_t stream) {
+  return launch_rope_decode_attention(params, DecodeRope{}, dtype, stream);
 }
 
 cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype,

@@ -26,6 +26,7 @@ static_assert(kWarpKeys == 16 && kDecodeRows == 16);
 struct Decode {
   AttentionParams p;
   AttentionPartials partials;
+  DecodeRope rope;  // zero where rope_write_kv has done its work
   int group;
   int items_offset;  // in p.work
   float scale_log2;  // softmax_scale * log2(e)
@@ -40,12 +41,12 @@ struct Work {
   __device__ Work(const Decode& d, int index) {
     const int4* words =
         reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
-    const int4 head = words[0], tail = words[1];
+    const int4 head = __ldcg(words), tail = __ldcg(words + 1);
     item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
-    slot = d.p.row_slots[item.row];
-    first_query = d.p.cu_seqlens_q[item.row];
-    query_len = d.p.cu_seqlens_q[item.row + 1] - first_query;
-    seq_len = d.p.seq_lens[item.row];
+    slot = __ldcg(d.p.row_slots + item.row);
+    first_query = __ldcg(d.p.cu_seqlens_q + item.row);
+    query_len = __ldcg(d.p.cu_seqlens_q + item.row + 1) - first_query;
+    seq_len = __ldcg(d.p.seq_lens + item.row);
     first_visible = d.p.window > 0 ? max(0, seq_len - query_len - d.p.window + 1) : 0;
     // A plan that was made for other rows, or one that leads out of bounds, traps here.
     if (slot >= d.p.num_slots || first_query < 0 || query_len <= 0 ||
@@ -67,7 +68,8 @@ struct Layout {
 };
 
 // Copies one warp's part of tile after tile, through the items of its CTA.
-template <class T, int kHeadDim, int kStages>
+// With kRope only the keys of earlier steps, and it may begin before pdl_wait(), past L1.
+template <class T, int kHeadDim, int kStages, bool kRope>
 class Loader {
   using L = Layout<T, kHeadDim, kStages>;
   static constexpr int kChunksPerRow = kHeadDim / kChunk;
@@ -96,11 +98,11 @@ class Loader {
       // Each lane finds one key; its row is copied by several.
       if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
       const int64_t block = block_, token = key() & ((1 << d_.p.block_size_log2) - 1);
-      const unsigned visible = __ballot_sync(kFullMask, is_visible(key())) >> copy_row_;
-      copy(stage, keys_, block * d_.p.key_block_stride + token * d_.p.key_token_stride, visible);
+      const unsigned copied = __ballot_sync(kFullMask, is_copied(key())) >> copy_row_;
+      copy(stage, keys_, block * d_.p.key_block_stride + token * d_.p.key_token_stride, copied);
       cp_async_commit();
       copy(stage + L::kPartBytes, values_,
-           block * d_.p.value_block_stride + token * d_.p.value_token_stride, visible);
+           block * d_.p.value_block_stride + token * d_.p.value_token_stride, copied);
       cp_async_commit();
       tile_ += kKvTile;
       look_up();
@@ -116,7 +118,8 @@ class Loader {
     const Work work(d_, next_item_++);
     tile_ = work.item.kv_begin;
     kv_end_ = work.item.kv_end;
-    // A padded row has no blocks, so none of its keys is visible.
+    copy_end_ = kRope ? min(kv_end_, work.seq_len - work.query_len) : kv_end_;
+    // A padded row has no blocks, so none of its keys is copied.
     first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
     blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
     look_up();
@@ -127,21 +130,21 @@ class Loader {
     return tile_ + threadIdx.x / kWarpSize * kWarpKeys + threadIdx.x % kWarpKeys;
   }
 
-  __device__ bool is_visible(int key) const { return key >= first_visible_ && key < kv_end_; }
+  __device__ bool is_copied(int key) const { return key >= first_visible_ && key < copy_end_; }
 
   // Reads ahead: the block of the next tile's key.
   __device__ void look_up() {
-    block_ = is_visible(key()) ? blocks_[key() >> d_.p.block_size_log2] : 0;
+    block_ = is_copied(key()) ? __ldcg(blocks_ + (key() >> d_.p.block_size_log2)) : 0;
   }
 
-  __device__ void copy(uint32_t stage, const T* source, int64_t offset, unsigned visible) const {
+  __device__ void copy(uint32_t stage, const T* source, int64_t offset, unsigned copied) const {
     stage += destination_;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = i * kRowsPerCopy;  // copy_row_, added below, has none of these bits
       const int64_t row_offset = __shfl_sync(kFullMask, offset, row + copy_row_);
       cp_async_16((stage ^ (row % 8 * 16)) + row * L::kRowBytes, source + row_offset,
-                  (visible >> row & 1) != 0);
+                  (copied >> row & 1) != 0);
     }
   }
 
@@ -151,6 +154,7 @@ class Loader {
   const int32_t* blocks_ = nullptr;
   int next_item_, last_item_;
   int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // of the current item
+  int copy_end_ = 0;
   int block_ = 0;                                  // of key()
   int copy_row_;                                   // row of a copy that this lane does a chunk of
   uint32_t destination_;

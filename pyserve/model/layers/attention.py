@@ -13,6 +13,7 @@ from pyserve.model.layer_config import LayerConfig
 from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.placement import Placement
+from pyserve.ops.attention_plan import decode_query_len
 
 
 class Attention:
@@ -26,7 +27,7 @@ class Attention:
     __slots__ = (
         "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "is_adding", "_project", "_window",
         "_num_heads", "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale",
-        "_q_norm_weight", "_k_norm_weight", "_eps", "_dtype",
+        "_q_norm_weight", "_k_norm_weight", "_eps", "_dtype", "_rope_query_len",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +70,9 @@ class Attention:
         self._head_dim = head_dim
         self.sizes = self._num_heads, self._num_kv_heads, head_dim
         self._softmax_scale = config.softmax_scale
+        # Steps without longer queries leave rope_write_kv's work to the attention kernel.
+        is_fused = self.q_norm is None and cos_sin.is_cuda and cos_sin.shape[1] == head_dim
+        self._rope_query_len = decode_query_len(*self.sizes[:2]) if is_fused else 0
 
     def __call__(
         self, x: torch.Tensor, ctx: ForwardContext, cache: KVCache, act: AttentionActivations,
@@ -87,17 +91,25 @@ class Attention:
     def attend(self, ctx: ForwardContext, cache: KVCache, act: AttentionActivations) -> None:
         """What stands between the two Linears: act.qkv -> act.joined."""
         key_cache, value_cache = cache
-        ops.rope_write_kv(
-            act.qkv, ctx.positions, self.cos_sin, ctx.slot_mapping, key_cache, value_cache,
-            num_heads=self._num_heads, num_kv_heads=self._num_kv_heads,
-            q_norm_weight=self._q_norm_weight, k_norm_weight=self._k_norm_weight, eps=self._eps,
-        )  # fmt: skip
-        ops.paged_attention(
-            act.q, key_cache, value_cache, ctx.block_table, ctx.row_slots, ctx.cu_seqlens_q,
-            ctx.seq_lens, softmax_scale=self._softmax_scale, window=self._window,
-            max_query_len=ctx.max_query_len, plan=ctx.attention_plans.get(self._window),
-            out=act.heads,
-        )  # fmt: skip
+        plan = ctx.attention_plans.get(self._window)
+        if plan is not None and ctx.max_query_len <= self._rope_query_len:
+            ops.rope_attention(
+                act.q, act.qkv, self.cos_sin, key_cache, value_cache, ctx.block_table,
+                ctx.row_slots, ctx.cu_seqlens_q, ctx.seq_lens, softmax_scale=self._softmax_scale,
+                window=self._window, plan=plan, out=act.heads,
+            )  # fmt: skip
+        else:
+            ops.rope_write_kv(
+                act.qkv, ctx.positions, self.cos_sin, ctx.slot_mapping, key_cache, value_cache,
+                num_heads=self._num_heads, num_kv_heads=self._num_kv_heads,
+                q_norm_weight=self._q_norm_weight, k_norm_weight=self._k_norm_weight,
+                eps=self._eps,
+            )  # fmt: skip
+            ops.paged_attention(
+                act.q, key_cache, value_cache, ctx.block_table, ctx.row_slots, ctx.cu_seqlens_q,
+                ctx.seq_lens, softmax_scale=self._softmax_scale, window=self._window,
+                max_query_len=ctx.max_query_len, plan=plan, out=act.heads,
+            )  # fmt: skip
 
     def activations(self, arena: Arena, num_tokens: int) -> AttentionActivations:
         (num_heads, _, head_dim), q_size = self.sizes, self._q_size
