@@ -160,7 +160,7 @@ def linear_cases() -> Iterator[Case]:
     """Our op at more rows than `ops.linear` gives it, and cuBLAS: where do they cross?"""
     for name, (n, k) in MATRICES.items():
         weights = [_randn(n, k) for _ in range(_num_sets(n * k * 2))]
-        for num_rows in (1, 2, 4, 8):
+        for num_rows in (1, 2, 4, 8, 16, 32, 64):
             num_bytes = n * k * 2 + num_rows * (n + k) * 2
             xs = [_randn(num_rows, k) for _ in weights]
             out = torch.empty(num_rows, n, dtype=torch.bfloat16, device=DEVICE)
