@@ -174,7 +174,7 @@ def linear_cases() -> Iterator[Case]:
 
 def epilogue_cases() -> Iterator[Case]:
     """A layer's last two products with what follows them, as `ops` has them done."""
-    for num_rows in (1, 8, 64, 256):
+    for num_rows in (1, 8, 64, 96, 128, 192, 256, 512, 2048):
         num_bytes = 2 * (HIDDEN * INTERMEDIATE + num_rows * (INTERMEDIATE + 2 * HIDDEN))
         num_flops = 2 * num_rows * HIDDEN * INTERMEDIATE
         residual, x = torch.zeros_like(_randn(num_rows, HIDDEN)), _randn(num_rows, INTERMEDIATE)

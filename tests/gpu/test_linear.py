@@ -164,6 +164,31 @@ def test_what_serves_any_number_of_rows(num_rows: int, dtype: torch.dtype) -> No
             assert bool((out.double() - wanted).abs().max() <= two * wanted.abs().max())
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="the kernel for many rows is Hopper's",
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(14336, 4096), (14344, 4104), (8192, 3072)])
+def test_many_rows_of_a_gated_mlp(n: int, k: int, dtype: torch.dtype) -> None:
+    """Whole and cut tiles of rows, columns and k, with and without a bias; equal bits each time."""
+    num_served = 0
+    x, weight, bias = make(1000, n, k, dtype, "linear_silu_mul")
+    weight, bias = weight / 4, bias / 4
+    for num_rows in (65, 100, 128, 129, 200, 256, 300, 384, 511, 512, 1000):
+        if not torch.ops.pyserve.serves_linear(weight, num_rows, 2):
+            continue
+        num_served += 1
+        for given in (bias, None):
+            part = x[:num_rows]
+            plain = torch.empty(num_rows, n, dtype=dtype, device="cuda")
+            reference.linear_silu_mul(part, weight, given, plain)
+            result = run(part, weight, given, "linear_silu_mul")
+            oracle.assert_ratio(result, plain, exact(part, weight, given, "linear_silu_mul"))
+            assert torch.equal(run(part, weight, given, "linear_silu_mul"), result)
+    assert num_served >= 3
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_in_a_graph(op: str) -> None:
     x, weight, bias = make(1, 1024, 512, torch.bfloat16, op)

@@ -45,24 +45,40 @@ constexpr bool is_chained_on(const Device& device) {
 }
 
 // As launch, for a kernel that keeps the rules of pdl.cuh: it may start while the kernel before it
-// in the stream still runs.
+// in the stream still runs. Of more than 1, `cluster` neighbours each run at the same time and can
+// reach each other's shared memory; is_chained_on the device must hold then.
 template <class... Params, class... Args>
-cudaError_t launch_chained(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
-                           cudaStream_t stream, Args&&... args) {
+cudaError_t launch_chained_clusters(void (*kernel)(Params...), dim3 grid, unsigned cluster,
+                                    dim3 block, size_t smem_bytes, cudaStream_t stream,
+                                    Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = is_chained_on(*device) ? 1 : 0;
+  config.attrs = attributes;
+  if (is_chained_on(*device)) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch_chained(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
+                           cudaStream_t stream, Args&&... args) {
+  return launch_chained_clusters(kernel, grid, 1, block, smem_bytes, stream,
+                                 std::forward<Args>(args)...);
 }
 
 // Allows `kKernel` this much dynamic shared memory, once in a process. Every kernel that has any

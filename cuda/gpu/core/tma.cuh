@@ -110,6 +110,34 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// How long L2 is to keep what a copy reads: the words of createpolicy for all of it.
+enum class L2Hint : uint64_t {
+  kNormal = 0x1000000000000000,
+  kEvictFirst = 0x12f0000000000000,
+  kEvictLast = 0x14f0000000000000,
+};
+
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+                                         uint32_t barrier, int c0, int c1, L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
+// The same to every CTA of the cluster whose bit is set in `ctas`: to the same place of each one's
+// shared memory, counted by its barrier in the same place as `barrier`.
+__device__ __forceinline__ void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
+                                                   uint32_t barrier, int c0, int c1, uint16_t ctas,
+                                                   L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(ctas), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
 // Byte offset of 16-byte chunk `chunk` (0 .. 7) of row `row` in a tile as tma_load leaves it.
 __device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);

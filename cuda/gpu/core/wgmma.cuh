@@ -95,31 +95,49 @@ __device__ __forceinline__ void give_registers() {
 
 // ---- products ----------------------------------------------------------------------------------
 
-#define PYSERVE_NAMES_0 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PYSERVE_NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define PYSERVE_NAMES_16 \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
+  "%28, %29, %30, %31"
 #define PYSERVE_NAMES_32 \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
+  "%44, %45, %46, %47"
+#define PYSERVE_NAMES_48 \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+  "%60, %61, %62, %63"
 #define PYSERVE_NAMES_64 \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, " \
+  "%76, %77, %78, %79"
+#define PYSERVE_NAMES_80 \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, " \
+  "%92, %93, %94, %95"
 #define PYSERVE_NAMES_96 \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, " \
-  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+  "%108, %109, %110, %111"
+#define PYSERVE_NAMES_112 \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 #define PYSERVE_DATA_8(d, i)                                                             \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define PYSERVE_DATA_32(d, i) \
-  PYSERVE_DATA_8(d, i), PYSERVE_DATA_8(d, i + 8), PYSERVE_DATA_8(d, i + 16), PYSERVE_DATA_8(d, i + 24)
+#define PYSERVE_DATA_16(d, i) PYSERVE_DATA_8(d, i), PYSERVE_DATA_8(d, i + 8)
 
-#define PYSERVE_NAMES_N64 PYSERVE_NAMES_0
-#define PYSERVE_NAMES_N128 PYSERVE_NAMES_N64 ", " PYSERVE_NAMES_32
-#define PYSERVE_NAMES_N256 PYSERVE_NAMES_N128 ", " PYSERVE_NAMES_64 ", " PYSERVE_NAMES_96
-#define PYSERVE_DATA_N64(d) PYSERVE_DATA_32(d, 0)
-#define PYSERVE_DATA_N128(d) PYSERVE_DATA_N64(d), PYSERVE_DATA_32(d, 32)
-#define PYSERVE_DATA_N256(d) PYSERVE_DATA_N128(d), PYSERVE_DATA_32(d, 64), PYSERVE_DATA_32(d, 96)
+#define PYSERVE_NAMES_N32 PYSERVE_NAMES_0
+#define PYSERVE_NAMES_N64 PYSERVE_NAMES_N32 ", " PYSERVE_NAMES_16
+#define PYSERVE_NAMES_N96 PYSERVE_NAMES_N64 ", " PYSERVE_NAMES_32
+#define PYSERVE_NAMES_N128 PYSERVE_NAMES_N96 ", " PYSERVE_NAMES_48
+#define PYSERVE_NAMES_N160 PYSERVE_NAMES_N128 ", " PYSERVE_NAMES_64
+#define PYSERVE_NAMES_N192 PYSERVE_NAMES_N160 ", " PYSERVE_NAMES_80
+#define PYSERVE_NAMES_N224 PYSERVE_NAMES_N192 ", " PYSERVE_NAMES_96
+#define PYSERVE_NAMES_N256 PYSERVE_NAMES_N224 ", " PYSERVE_NAMES_112
+#define PYSERVE_DATA_N32(d) PYSERVE_DATA_16(d, 0)
+#define PYSERVE_DATA_N64(d) PYSERVE_DATA_N32(d), PYSERVE_DATA_16(d, 16)
+#define PYSERVE_DATA_N96(d) PYSERVE_DATA_N64(d), PYSERVE_DATA_16(d, 32)
+#define PYSERVE_DATA_N128(d) PYSERVE_DATA_N96(d), PYSERVE_DATA_16(d, 48)
+#define PYSERVE_DATA_N160(d) PYSERVE_DATA_N128(d), PYSERVE_DATA_16(d, 64)
+#define PYSERVE_DATA_N192(d) PYSERVE_DATA_N160(d), PYSERVE_DATA_16(d, 80)
+#define PYSERVE_DATA_N224(d) PYSERVE_DATA_N192(d), PYSERVE_DATA_16(d, 96)
+#define PYSERVE_DATA_N256(d) PYSERVE_DATA_N224(d), PYSERVE_DATA_16(d, 112)
 
 // Operands after d: of SS %A, %B the descriptors, %C whether d is added; of RS %A .. %D the
 // registers of a, %E the descriptor of b, %F whether d is added; the last is b's major dimension.
@@ -142,15 +160,17 @@ __device__ __forceinline__ void give_registers() {
     PYSERVE_WGMMA_SS(64, TYPE, 32, 33, 34, 35);                      \
   } else if constexpr (kCount == 64) {                               \
     PYSERVE_WGMMA_SS(128, TYPE, 64, 65, 66, 67);                     \
+  } else if constexpr (kCount == 112) {                              \
+    PYSERVE_WGMMA_SS(224, TYPE, 112, 113, 114, 115);                 \
   } else {                                                           \
     PYSERVE_WGMMA_SS(256, TYPE, 128, 129, 130, 131);                 \
   }
 
 // d (+)= a b with both operands in shared memory: a runs along k, b as kMajor says; n is twice the
-// size of d: 64, 128 or 256. d is overwritten unless is_added.
+// size of d: 64, 128, 224 or 256. d is overwritten unless is_added.
 template <class T, Major kMajor, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool is_added) {
-  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  static_assert(kCount == 32 || kCount == 64 || kCount == 112 || kCount == 128);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PYSERVE_WGMMA("bf16")
   } else {
@@ -169,7 +189,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
     PYSERVE_WGMMA_RS(256, TYPE, 128, 129, 130, 131, 132, 133, 134);  \
   }
 
-// The same with a in registers.
+// The same with a in registers; n is 64, 128 or 256.
 template <class T, Major kMajor, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
                                       bool is_added) {
@@ -186,16 +206,30 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4]
 #undef PYSERVE_WGMMA_RS
 #undef PYSERVE_WGMMA_SS
 #undef PYSERVE_DATA_N256
+#undef PYSERVE_DATA_N224
+#undef PYSERVE_DATA_N192
+#undef PYSERVE_DATA_N160
 #undef PYSERVE_DATA_N128
+#undef PYSERVE_DATA_N96
 #undef PYSERVE_DATA_N64
+#undef PYSERVE_DATA_N32
 #undef PYSERVE_NAMES_N256
+#undef PYSERVE_NAMES_N224
+#undef PYSERVE_NAMES_N192
+#undef PYSERVE_NAMES_N160
 #undef PYSERVE_NAMES_N128
+#undef PYSERVE_NAMES_N96
 #undef PYSERVE_NAMES_N64
-#undef PYSERVE_DATA_32
+#undef PYSERVE_NAMES_N32
+#undef PYSERVE_DATA_16
 #undef PYSERVE_DATA_8
+#undef PYSERVE_NAMES_112
 #undef PYSERVE_NAMES_96
+#undef PYSERVE_NAMES_80
 #undef PYSERVE_NAMES_64
+#undef PYSERVE_NAMES_48
 #undef PYSERVE_NAMES_32
+#undef PYSERVE_NAMES_16
 #undef PYSERVE_NAMES_0
 
 }  // namespace pyserve::gpu

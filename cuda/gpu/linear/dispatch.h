@@ -9,6 +9,7 @@ namespace pyserve::gpu {
 enum class LinearKernel : int32_t {
   kNone,     // cuBLAS is faster: the caller's to call
   kFewRows,  // linear.cu: up to 8 rows in one pass over the weight, more in several
+  kGemmSm90a,  // gemm_sm90a.cu: more than 64 rows
 };
 
 // What is fastest for these shapes on this card. With null pointers: for tensors aligned as torch
