@@ -311,11 +311,11 @@ cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream
 
 template <class T, Epilogue kEpilogue, int kTokens>
 cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStream_t stream) {
-  using Deep = Tiling<1, 128, 8, 4, kTokens>;
+  // One depth for all m, which says in what order a sum is taken.
+  using Deep = Tiling<1, 64, 8, kTokens == 1 ? 10 : kTokens == 4 ? 9 : 8, kTokens>;
   using Small = Tiling<1, 64, 8, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
   static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
-  // One depth for all m of a device, which says in what order a sum is taken.
-  if (device.smem_per_block >= Tiling<1, 128, 8, 4, 8>::kSmem) {
+  if (device.smem_per_block >= Tiling<1, 64, 8, 8, 8>::kSmem) {
     return launch_tiled<T, kEpilogue, Deep>(p, device.num_sms, stream);
   }
   return launch_tiled<T, kEpilogue, Small>(p, device.num_sms, stream);
