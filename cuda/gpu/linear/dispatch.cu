@@ -25,9 +25,9 @@ constexpr Choice kChoices[] = {
     // [4096, 4096], 56.2 / 56.7 for [28672, 4096], 29.1 / 31.1 for [4096, 14336]; at 8 rows
     // 14.2 / 15.7, 10.2 / 12.4, 57.8 / 57.2, 29.7 / 31.6.
     {LinearKernel::kFewRows, 80, kAnyCard, 1, 8, 0, 0},
-    // On an H200, us, own / cuBLAS, which silu_mul has to follow, for silu of [28672, 4096]: 60 / 64 at
-    // 96 rows, 60 / 68 at 128, 86 / 91-95 at 256, 130 / 128 at 384, 174 / 163 at 512, 660 / 688 at
-    // 2,048; silu_mul takes 5 to 50 more.
+    // On an H200, us, own / cuBLAS, which silu_mul has to follow, for silu of [28672, 4096]: 60 / 64
+    // at 96 rows, 60 / 67 at 128, 76 / 77 at 192, 86-93 / 90-95 at 256, 131 / 127 at 384, 173 / 162 at
+    // 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048; silu_mul takes 4 to 50 more.
     {LinearKernel::kGemmSm90a, 90, 90, 65, 2048, 2048, 1024},
 };
 

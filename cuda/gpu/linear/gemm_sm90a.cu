@@ -99,8 +99,8 @@ struct Tiling {
   constexpr int cluster() const { return share_weight * share_x * split; }
 };
 
-// What of them is worth having, by bench.gpu_ops: for kSiluMul alone. With the other epilogues cuBLAS
-// has nothing to add, and is as fast or faster at the shapes of an 8B model.
+// What of them is worth having: for kSiluMul alone. With the other epilogues cuBLAS leaves nothing to
+// be fused and is as fast at most shapes of an 8B model (bench/notes.md).
 constexpr Epilogue kServed = Epilogue::kSiluMul;
 constexpr auto kTilings = std::to_array<Tiling>({
     {2, 256, 1, 2, 1}, {2, 256, 1, 1, 1}, {2, 224, 1, 2, 1}, {2, 224, 1, 1, 1}, {3, 128, 1, 1, 1},
@@ -210,10 +210,11 @@ cudaError_t launch_best(const LinearParams& p, const Device& device, cudaStream_
   return error;
 }
 
-// Microseconds that cuBLAS takes, and silu_mul after it: what it reached on an H200 where its tiles
-// fit the shape.
+// Microseconds that cuBLAS takes, and silu_mul after it: what it reached on an H200 for 8B matrices,
+// 560 TFLOP/s at 160 rows and up to 750 at 512 and more, where its tiles fit the shape.
 double other_us(const LinearParams& p) {
-  const double products = 2e-6 / 680 * p.m * p.weight_rows() * p.k;
+  const double tflops = std::min(680.0, 480 + 0.65 * p.m);
+  const double products = 2e-6 / tflops * p.m * p.weight_rows() * p.k;
   const double bytes = 2e-6 / 3.7 * p.weight_rows() * p.k;
   const double silu_mul = 3 + 6e-6 / 3.5 * p.m * p.n;
   return 2 + std::max(products, bytes) + silu_mul;
