@@ -273,17 +273,20 @@ SAMPLERS: dict[str, dict[int, float]] = {
 
 def sample_cases() -> Iterator[Case]:
     """Peaked logits, as a trained model's: 20 tokens hold most of the mass; top-p on flat ones too:
-    nearly the whole vocabulary is in the nucleus."""
+    nearly the whole vocabulary is in the nucleus, in which few or all may weigh the same."""
     for num_rows in (256, 64, 1):
         ids = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
         counts = torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.int16, device=DEVICE)
         workspace = sample_workspace.allocate(num_rows, VOCAB_SIZE, device=counts.device)
         flat = [_randn(num_rows, VOCAB_SIZE) for _ in range(_num_sets(num_rows * VOCAB_SIZE * 2))]
         peaked = [logits * 2 for logits in flat]
+        flatter = [logits * 0.1 for logits in flat[:1]]
+        equal = [torch.zeros_like(logits) for logits in flat[:1]]
         for sharp in peaked:
             sharp[:, :20] += torch.linspace(12, 4, 20, device=DEVICE)
         for name, words in SAMPLERS.items():
-            for kind, logits in (("", peaked), (", flat", flat)):
+            kinds = {"": peaked, ", flat": flat, ", flatter": flatter, ", equal": equal}
+            for kind, logits in kinds.items():
                 if kind and name != "top-p 0.9":
                     continue
                 slots = _slots(num_rows, words)
@@ -341,8 +344,8 @@ def _slots(num_slots: int, words: dict[int, float]) -> Tensor:
 
 
 def plan_cases() -> Iterator[Case]:
-    """Each step sets its slots again, so that it can be run any number of times."""
-    loads = {"256 rows of 1 token": [1] * 256, "8192 tokens, 8 rows": [1024] * 8}
+    """Each step admits its rows, and so sets its slots again: it can be run any number of times."""
+    loads = {"256 rows admitted": [1] * 256, "8192 tokens, 8 rows admitted": [1024] * 8}
     for load, query_lens in loads.items():
         num_rows, num_tokens = len(query_lens), sum(query_lens)
         buffer = np.zeros(2 * num_tokens + 64 * num_rows + 64, dtype=np.int32)

@@ -12,7 +12,7 @@ _MAX_SPLITS = 32  # CTAs that share a row
 _NUM_PARTS = 1024  # parts of a row whose maxima are kept
 _ROW_WORDS = _MAX_SPLITS + 2 + _NUM_PARTS // 2
 _MAX_SPLIT_ROWS = 128  # with more rows each has one CTA, which keeps its list in shared memory
-_MIN_LIST_WORDS, _MAX_LIST_WORDS = 1096, 4096
+_MIN_LIST_WORDS, _MAX_LIST_WORDS = 2248, 4096
 
 
 def sample_workspace_words(num_rows: int, vocab_size: int) -> int:

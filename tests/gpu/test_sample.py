@@ -135,6 +135,42 @@ def test_equal_logits(dtype: torch.dtype) -> None:
         check(ties, [*range(6)], tables)
 
 
+def shaped_logits(shape: str, num_rows: int, vocab_size: int) -> Tensor:
+    """Rows for top-p alone: what is in the nucleus, and how many weigh what the last of it does."""
+    noise = torch.randn(num_rows, vocab_size, device="cuda")
+    if shape == "two values":  # of which one or the other is at the threshold
+        return torch.where(torch.rand_like(noise) < 0.3, 3.0, 0.0)
+    if shape == "few huge":
+        noise[:, ::4001] += 12.0
+        return noise
+    if shape == "few finite":
+        return noise.masked_fill(torch.rand_like(noise) > 0.002, -INF)
+    scale = {"flat": 1.0, "flatter": 0.1, "flattest": 0.001, "equal": 0.0, "peaked": 4.0}
+    return noise * scale[shape] if shape in scale else (noise * 2).round()
+
+
+@pytest.mark.parametrize("num_rows", [1, 6, 140])
+@pytest.mark.parametrize(
+    "shape",
+    ["flat", "flatter", "flattest", "equal", "peaked", "ties", "two values", "few huge",
+     "few finite"],
+)  # fmt: skip
+def test_top_p_alone(shape: str, num_rows: int) -> None:
+    vocab_size = 20_000 if num_rows > 6 else 128_256
+    top_ps = [0.9, 0.1, 0.999, 0.5, 0.9999999, 0.01, 0.7]
+    for draw, dtype in enumerate(DTYPES):
+        torch.manual_seed(draw)
+        logits = shaped_logits(shape, num_rows, vocab_size).to(dtype)
+        updates = [
+            SlotUpdate(
+                slot=row, temperature=(1.0, 0.6, 1.7)[row % 3], top_p=top_ps[(row + draw) % 7],
+                min_p=0.02 * (row % 5 == 4), seed=row, num_computed=draw,
+            )
+            for row in range(num_rows)
+        ]  # fmt: skip
+        check(logits, [*range(num_rows)], tables_of(updates, vocab_size))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_bad_logits_fail_their_row_alone(bad: float) -> None:
     for position in (0, 10_000, 19_999):

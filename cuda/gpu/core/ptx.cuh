@@ -77,10 +77,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// 16 bytes that are read once and were not written by this kernel: not kept in L1.
+// 16 bytes that are read once: not kept in L1. Not by ld.global.nc: pdl.cuh.
 __device__ __forceinline__ uint4 load_streaming(const void* source) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(source));
   return value;

@@ -1,12 +1,12 @@
-// How a row that is not greedy ends, by one CTA: from a list of its largest logits, from its mass
-// by weight, or by radix selection.
+// How a row that is not greedy ends, by one CTA: from a list of its largest logits, or by radix
+// selection; nucleus.cuh has top-p alone.
 #pragma once
 
 #include "gpu/sample/select.cuh"
 
 namespace pyserve::gpu {
 
-enum class Path { kList, kMass, kSums, kRadix };
+enum class Path { kList, kNucleus, kSums, kRadix };
 
 // Everything the draw of a row needs.
 template <class T>
@@ -46,44 +46,6 @@ __device__ __forceinline__ int end_list(const Draw<T>& draw, int n, DrawShared& 
            1;
   }
   return draw_from_list(kept, s);
-}
-
-// From the mass of weights by their upper bits: lists what top-p keeps and draws from it; where
-// that does not fit the list, sets the weigher's threshold and gives -1.
-template <class T>
-__device__ __forceinline__ int end_mass(Draw<T>& draw, DrawShared& s) {
-  const Crossing found =
-      find_bin(kCoarseBins, s, [&](uint64_t total) { return wanted_mass(s.top_p, total) - 1; });
-  const int bin = found.item;
-  const auto count_bound = [&](int i) {  // how many weights the bin may hold
-    const float most = static_cast<float>(s.masses()[i]) / from_offset(i << kCoarseShift);
-    return static_cast<uint64_t>(most * 1.0001f + 1.0f);
-  };
-  uint64_t bound = 0, num_above;
-#pragma unroll 1
-  for (int i = bin + 1 + threadIdx.x; i < kCoarseBins; i += kSampleThreads) {
-    if (s.masses()[i] != 0) bound += count_bound(i);
-  }
-  block_exclusive_sum(s.block.warp_sums, bound, num_above);
-  const uint64_t room = s.room, num_in_bin = count_bound(bin);
-  if (num_in_bin <= room) {
-    const bool is_short = num_above + num_in_bin <= room;
-    if (threadIdx.x == 0) {
-      s.left = wanted_mass(s.top_p, found.total) - (is_short ? 0 : found.before);
-    }
-    const int last = is_short ? kCoarseBins : bin;
-    gather_weights(draw.row, draw.weigher, bin << kCoarseShift, ((last + 1) << kCoarseShift) - 1,
-                   s);
-    const int n = s.count;
-    sort_descending(s.list, n);
-    const Crossing end = find_in_list(n, s, [&](uint64_t) { return s.left - 1; });
-    if (is_short) return draw_from_list(end.item + 1, s);
-    draw.weigher.weight_floor = __uint_as_float(bits_of(s.list[end.item]));
-    draw.weigher.last_weight_id = id_of(s.list[end.item]);
-  } else {
-    select_thresholds(draw, s);
-  }
-  return -1;
 }
 
 }  // namespace pyserve::gpu

@@ -47,8 +47,9 @@ __device__ __forceinline__ float quantized_exp(float x) {
   x = fmaxf(x, -30.0f);
   const float shifted = __fadd_rn(__fmul_rn(x, 1.44269504088896341f), kRoundShift);
   const float n = __fsub_rn(shifted, kRoundShift);
+  // n times the first constant is exact, so that fusing it with the sum changes nothing.
   const float r =
-      __fsub_rn(__fsub_rn(x, __fmul_rn(n, 0.693359375f)), __fmul_rn(n, -2.12194440e-4f));
+      __fsub_rn(__fmaf_rn(n, -0.693359375f, x), __fmul_rn(n, -2.12194440e-4f));
   float p = 1.9875691500e-4f;
   p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
   p = __fadd_rn(__fmul_rn(p, r), 8.3334519073e-3f);
@@ -71,6 +72,17 @@ struct WeightSum {
     const float h = __fsub_rn(__fmaf_rn(weight, 0x1p-17f, kRoundShift), kRoundShift);
     high = __fadd_rn(high, h);
     low = __fadd_rn(low, __fmaf_rn(h, -0x1p17f, weight));
+  }
+
+  // As add, and the weight times `share`, 0 or 1, to `other`.
+  __device__ __forceinline__ void add(float weight, float share, WeightSum& other) {
+    constexpr float kRoundShift = 12582912.0f;
+    const float h = __fsub_rn(__fmaf_rn(weight, 0x1p-17f, kRoundShift), kRoundShift);
+    const float l = __fmaf_rn(h, -0x1p17f, weight);
+    high = __fadd_rn(high, h);
+    low = __fadd_rn(low, l);
+    other.high = __fmaf_rn(h, share, other.high);
+    other.low = __fmaf_rn(l, share, other.low);
   }
 
   __device__ __forceinline__ uint64_t value() const {

@@ -8,8 +8,8 @@
 //         k-th largest logit and hardly any more logits than k reach it.
 //   draw  top-k: lists the logits that reach that bound and sorts the list: exact, ties by index.
 //         neither top-k nor top-p: sums of weights per 256 tokens, then inverse CDF.
-//         top-p alone: the mass of weights by their upper bits; then a list of the weights that
-//         matter, or, on flat rows, of those around the threshold, and the sums as above.
+//         top-p alone: counts of logits by their distance from the largest, which tell roughly
+//         where the threshold is; then the sums as above and a list of the weights around it.
 // Where a list overflows (many equal logits, a huge k), radix selection with further passes over
 // the row works without one. A weight is round(exp((logit - max) / temperature) * 2^34): sums are
 // exact integers, so that the result depends neither on their order nor on who adds them up.
@@ -20,7 +20,7 @@
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/sample/sample.h"
-#include "gpu/sample/end.cuh"
+#include "gpu/sample/nucleus.cuh"
 
 namespace pyserve::gpu {
 namespace {
@@ -184,6 +184,8 @@ template <class T>
 __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Arguments a) {
   __shared__ Adjustments adjustments;
   __shared__ Largest warp_largest[kSampleWarps];
+  pdl_wait();
+  pdl_launch_dependents();
   const Share share = share_of(a);
   int64_t slot_id;
   const int32_t* slot = slot_of(a.p, share.row, &slot_id);
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Argument
       work.parts[2 * pair + 1] = to_key(scan.parts[1]);
     }
   }
-  if (a.splits > 1 && share.split == 0) {  // draw may add a histogram of masses to the list
+  if (a.splits > 1 && share.split == 0) {  // draw may add a histogram of exponents to the list
 #pragma unroll 1
     for (int i = threadIdx.x; i < kMinListWords; i += kSampleThreads)
       list_of(a.p, share.row, a.room)[i] = 0;
@@ -222,6 +224,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Argument
     if (share.split == 0) {
       work.num_arrived = 0;
       work.num_listed = 0;
+      work.mass = 0;
     }
   }
 }
@@ -278,7 +281,7 @@ __device__ __forceinline__ Draw<T> draw_of(const SampleRow<T>& row, const int32_
   }
   __syncthreads();
   const Path path = top_k > 0      ? (is_short_top_k(top_k) ? Path::kList : Path::kRadix)
-                    : top_p < 1.0f ? Path::kMass
+                    : top_p < 1.0f ? Path::kNucleus
                                    : Path::kSums;
   return {.row = row,
           .weigher = Weigher::make(largest, factor, min_weight),
@@ -315,14 +318,19 @@ __device__ __forceinline__ void draw_share(const Arguments& a, const Draw<T>& dr
   uint64_t* list = a.splits > 1 ? list_of(a.p, share.row, a.room) : s.list;
   if (draw.path == Path::kSums) {
     sum_chunks(draw.row, share.first_chunk, share.last_chunk, draw.weigher, list);
-  } else if (draw.path == Path::kMass) {
-    mass_histogram(draw.row, share.first_chunk, share.last_chunk, draw.weigher, kCoarseShift, 11, 0,
-                   s);
+  } else if (draw.path == Path::kNucleus) {
+    if (a.splits == 1) {
+      count_exponents<false>(draw.row, share.first_chunk, share.last_chunk, draw.weigher, s);
+      return;
+    }
+    uint64_t total;
+    const uint64_t mass =
+        count_exponents<true>(draw.row, share.first_chunk, share.last_chunk, draw.weigher, s);
+    block_exclusive_sum(s.block.warp_sums, mass, total);
+    if (threadIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(&work.mass), total);
 #pragma unroll 1
-    for (int i = threadIdx.x; a.splits > 1 && i < kCoarseBins; i += kSampleThreads) {
-      if (s.masses()[i] != 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(&list[i]), s.masses()[i]);
-      }
+    for (int i = threadIdx.x; i < kExponentBins; i += kSampleThreads) {
+      if (s.low()[i] != 0) atomicAdd(&reinterpret_cast<uint32_t*>(list)[i], s.low()[i]);
     }
   } else if (draw.path == Path::kList) {
     list_largest(draw, top_k_bound(work, draw.top_k), share, s);
@@ -351,29 +359,28 @@ __device__ __forceinline__ int end_row(const Arguments& a, Draw<T>& draw, int ro
       s.list[i] = __ldcg(&list[i]);
     }
     __syncthreads();
-    return locate(draw.row, draw.weigher, s.list, s, target_of);
+    return locate(draw.row, draw.weigher, s, [&](int i) { return s.list[i]; }, target_of);
   }
-  if (draw.path == Path::kMass) {
+  if (draw.path == Path::kNucleus) {
 #pragma unroll 1
-    for (int i = threadIdx.x; a.splits > 1 && i < kCoarseBins; i += kSampleThreads) {
-      s.masses()[i] = __ldcg(&list[i]);
+    for (int i = threadIdx.x; a.splits > 1 && i < kMinListWords; i += kSampleThreads) {
+      s.list[i] = __ldcg(&list[i]);
     }
     __syncthreads();
-    const int token = end_mass(draw, s);
+    const uint64_t mass = a.splits > 1 ? __ldcg(&work_of(a.p, row).mass) : 0;
+    const int token = end_nucleus(draw, mass, s);
     if (token >= 0) return token;
-  } else {
-    if (draw.path == Path::kList) {
-      const int n = a.splits > 1 ? __ldcg(&work_of(a.p, row).num_listed) : s.count;
-      if (n <= a.room) {
+  } else if (draw.path == Path::kList) {
+    const int n = a.splits > 1 ? __ldcg(&work_of(a.p, row).num_listed) : s.count;
+    if (n <= a.room) {
 #pragma unroll 1
-        for (int i = threadIdx.x; a.splits > 1 && i < n; i += kSampleThreads) {
-          s.list[i] = __ldcg(&list[i]);
-        }
-        return end_list(draw, n, s);
+      for (int i = threadIdx.x; a.splits > 1 && i < n; i += kSampleThreads) {
+        s.list[i] = __ldcg(&list[i]);
       }
+      return end_list(draw, n, s);
     }
-    select_thresholds(draw, s);
   }
+  select_thresholds(draw, s);
   return sum_and_locate(draw.row, draw.weigher, s, target_of);
 }
 
@@ -381,6 +388,8 @@ template <class T>
 __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Arguments a) {
   __shared__ DrawShared s;
   __shared__ Draw<T> shared_draw;
+  pdl_wait();
+  pdl_launch_dependents();
   const Share share = share_of(a);
   int64_t slot_id;
   const int32_t* slot = slot_of(a.p, share.row, &slot_id);
@@ -417,9 +426,10 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Argument
 template <class T>
 cudaError_t launch_both(const Arguments& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(a.p.num_rows * a.splits));
-  const cudaError_t error = launch(&sample_scan_kernel<T>, grid, kSampleThreads, 0, stream, a);
+  const cudaError_t error =
+      launch_chained(&sample_scan_kernel<T>, grid, kSampleThreads, 0, stream, a);
   if (error != cudaSuccess) return error;
-  return launch(&sample_draw_kernel<T>, grid, kSampleThreads, 0, stream, a);
+  return launch_chained(&sample_draw_kernel<T>, grid, kSampleThreads, 0, stream, a);
 }
 
 }  // namespace

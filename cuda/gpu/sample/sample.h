@@ -28,7 +28,7 @@ struct SampleParams {
 constexpr int kMaxSplits = 32;       // CTAs that share a row
 constexpr int kNumParts = 1024;      // parts of a row whose maxima are kept
 constexpr int kMaxSplitRows = 128;   // with more rows each has one CTA
-constexpr int kMinListWords = 1096;  // bins of a mass histogram
+constexpr int kMinListWords = 2248;  // two bins of a histogram of exponents each
 constexpr int kMaxListWords = 4096;  // candidates, or sums of 256 tokens
 
 // What the CTAs of a row tell each other, in the workspace.
@@ -39,7 +39,7 @@ struct SampleRowWork {
   } partial[kMaxSplits];
   uint32_t num_arrived;  // CTAs that are through with the row
   uint32_t num_listed;
-  uint64_t unused;
+  uint64_t mass;  // sum of the weights, where top-p alone is asked for
   uint32_t parts[kNumParts];  // ordered keys of the parts' maxima
 };
 constexpr int64_t kSampleRowWords = sizeof(SampleRowWork) / sizeof(uint64_t);

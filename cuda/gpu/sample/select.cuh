@@ -79,23 +79,43 @@ struct Weigher {
   float least, most;  // exponents outside may be taken to weigh 0
   Measure measure;
 
-  // Filtered by min-p only. Below -24.3 all weights are 0.
+  static constexpr float kLeastExponent = -24.3f;  // below all weights are 0
+
+  // Filtered by min-p only.
   static __device__ __forceinline__ Weigher make(float largest, float factor, float min_weight) {
     return {largest, factor,    min_weight, 0,    INT32_MAX,
-            0.0f,    INT32_MAX, -24.3f,     0.0f, Measure::kWeight};
+            0.0f,    INT32_MAX, kLeastExponent, 0.0f, Measure::kWeight};
   }
 
   // Undoes limit.
   __device__ __forceinline__ void unlimit() {
-    least = -24.3f;
+    least = kLeastExponent;
     most = 0.0f;
   }
 
   // Leaves weights whose offsets lie outside of [first, last] undecided: some may count as 0.
   __device__ __forceinline__ void limit(int first, int last) {
     constexpr float kMargin = 1e-3f;  // far more than logf and quantized_exp can be off
-    least = fmaxf(logf((from_offset(first) - 0.5f) * 0x1p-34f) - kMargin, -24.3f);
+    least = fmaxf(logf((from_offset(first) - 0.5f) * 0x1p-34f) - kMargin, kLeastExponent);
     most = fminf(logf((from_offset(last) + 0.5f) * 0x1p-34f) + kMargin, 0.0f);
+  }
+
+  // Weights filtered by min-p only; false where all are 0.
+  __device__ __forceinline__ bool weigh(const float (&x)[kOctet], float (&out)[kOctet]) const {
+    float highest = -kInfinity;
+#pragma unroll
+    for (int e = 0; e < kOctet; ++e) {
+      out[e] = __fmul_rn(__fsub_rn(x[e], largest), factor);
+      highest = fmaxf(highest, out[e]);
+    }
+    const bool is_any = highest >= kLeastExponent;
+#pragma unroll
+    for (int e = 0; e < kOctet; ++e) out[e] = is_any ? quantized_exp(out[e]) : 0.0f;
+    if (min_weight > 0.0f) {
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) out[e] = out[e] < min_weight ? 0.0f : out[e];
+    }
+    return is_any;
   }
 
   __device__ __forceinline__ void operator()(int octet, const float (&x)[kOctet],
@@ -152,14 +172,13 @@ __device__ __forceinline__ void sum_chunks(const SampleRow<T>& row, int first, i
   });
 }
 
-// The token at which the running sum of what `weigher` measures, whose chunk sums these are,
-// exceeds target_of(total).
-template <class T, class TargetOf>
+// The token at which the running sum of what `weigher` measures, which is sum_of(chunk) in each
+// chunk, exceeds target_of(total).
+template <class T, class SumOf, class TargetOf>
 __device__ __forceinline__ int locate(const SampleRow<T>& row, const Weigher& weigher,
-                                      const uint64_t* sums, DrawShared& s,
+                                      DrawShared& s, const SumOf& sum_of,
                                       const TargetOf& target_of) {
-  const Crossing chunk = find_crossing(
-      row.num_chunks(), s.block, [&](int i) { return sums[i]; }, target_of);
+  const Crossing chunk = find_crossing(row.num_chunks(), s.block, sum_of, target_of);
   if (threadIdx.x < kWarpSize) {
     const int octet = chunk.item * kWarpSize + threadIdx.x;
     float x[kOctet], weights[kOctet];
@@ -196,7 +215,7 @@ __device__ __forceinline__ int sum_and_locate(const SampleRow<T>& row, const Wei
   __syncthreads();
   sum_chunks(row, 0, row.num_chunks(), weigher, s.list);
   __syncthreads();
-  return locate(row, weigher, s.list, s, target_of);
+  return locate(row, weigher, s, [&](int i) { return s.list[i]; }, target_of);
 }
 
 // Adds up weights by (offset >> shift) % kLevelBins where offset >> shift + bits is `prefix`.
@@ -208,19 +227,36 @@ __device__ __forceinline__ void mass_histogram(const SampleRow<T>& row, int firs
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * kLevelBins; i += kSampleThreads) s.low()[i] = 0;
   __syncthreads();
+  const auto add = [&](int level, uint64_t mass) {
+    const int bin = level & ((1 << bits) - 1);
+    const uint32_t low = static_cast<uint32_t>(mass);
+    const uint32_t before = atomicAdd(&s.low()[bin], low);
+    const uint32_t high = static_cast<uint32_t>(mass >> 32) + (before + low < before ? 1u : 0u);
+    if (high != 0) atomicAdd(&s.high()[bin], high);
+  };
   row.visit(first, last, [&](int, int octet, const float(&x)[kOctet]) {
     float weights[kOctet];
     weigher(octet, x, weights);
+    // Equal logits all have one bin: 256 of them are added as one, not one after another.
+    const int level = __shfl_sync(kFullMask, offset_of(weights[0]) >> shift, 0);
+    bool is_level = true;
+    WeightSum sum;
+#pragma unroll
+    for (int e = 0; e < kOctet; ++e) {
+      is_level &= offset_of(weights[e]) >> shift == level;
+      sum.add(weights[e]);
+    }
+    if (__all_sync(kFullMask, is_level)) {
+      if (level >> bits != prefix) return;
+      const uint64_t mass = sum.warp_total();
+      if (threadIdx.x % kWarpSize == 0) add(level, mass);
+      return;
+    }
 #pragma unroll
     for (int e = 0; e < kOctet; ++e) {
       const int offset = offset_of(weights[e]);
       if (offset < 0 || offset >> (shift + bits) != prefix) continue;
-      const int bin = (offset >> shift) & ((1 << bits) - 1);
-      const uint64_t weight = static_cast<uint64_t>(weights[e]);
-      const uint32_t low = static_cast<uint32_t>(weight);
-      const uint32_t before = atomicAdd(&s.low()[bin], low);
-      const uint32_t high = static_cast<uint32_t>(weight >> 32) + (before + low < before ? 1u : 0u);
-      if (high != 0) atomicAdd(&s.high()[bin], high);
+      add(offset >> shift, static_cast<uint64_t>(weights[e]));
     }
   });
   __syncthreads();
@@ -261,28 +297,6 @@ __device__ __forceinline__ void gather(const SampleRow<T>& row, int first, int l
     }
   });
   __syncthreads();
-}
-
-// Lists the weights whose offset lies in [first, last].
-template <class T>
-__device__ __forceinline__ void gather_weights(const SampleRow<T>& row, Weigher& weigher, int first,
-                                               int last, DrawShared& s) {
-  weigher.limit(first, last);
-  gather(row, 0, row.num_chunks(), s,
-         [&](int octet, const float(&x)[kOctet], uint32_t(&bits)[kOctet]) {
-           float weights[kOctet];
-           weigher(octet, x, weights);
-           bool is_any = false;
-#pragma unroll
-           for (int e = 0; e < kOctet; ++e) {
-             const int offset = offset_of(weights[e]);
-             const bool is_in = offset >= first && offset <= last;
-             bits[e] = is_in ? __float_as_uint(weights[e]) : 0;
-             is_any |= is_in;
-           }
-           return is_any;
-         });
-  weigher.unlimit();
 }
 
 // The draw from the first n ranks (by weight) of the list, by inverse CDF in order of ids.
