@@ -1,38 +1,23 @@
 // plan_step: applies a packed StepInput (common/step.h) to the slots and derives the batch metadata
 // of the step. Nothing of the buffer is trusted: what the CPU op refuses is a trap here.
 //
-// One CTA, so that the phases can follow each other: slot updates (a warp each; the token counts of
-// one slot by all threads), block updates, rows (a thread each, prefix sums of their lengths), the
-// tokens of rows with more than one (a thread each, its row by binary search). Updates of one place
-// count in their order: the last one wins.
+// One CTA, so that the phases can follow each other: slot updates (slot_updates.cuh), block
+// updates, rows (a thread each, prefix sums of their lengths), the tokens of rows with more than
+// one (a thread each, its row by binary search). Updates of one place count in their order: the
+// last one wins.
 // Floor: the latency of about four dependent loads.
-#include <cfloat>
-
 #include "common/step.h"
 #include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/ptx.cuh"
 #include "gpu/step/plan_step.h"
+#include "gpu/step/slot_updates.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBatch = kThreads;    // updates that are applied at once
 constexpr int kHashBuckets = 4096;  // of block updates
 constexpr int kCachedRows = 4096;   // whose token ranges lie in shared memory
-constexpr int64_t kSlotUpdateHead = int64_t{kSlotUpdateWords} + kSlotHeaderWords;
-
-// Words of the slot updates that are copied to shared memory, where one thread follows their chain.
-constexpr int kWindowWords = 4096;
-
-struct SlotUpdates {
-  int32_t window[kWindowWords];
-  int32_t offset[kBatch];  // words
-  int32_t slot[kBatch];
-  bool has_penalties[kBatch];
-};
 
 struct Shared {
   union {
@@ -44,21 +29,6 @@ struct Shared {
     } rows;
   };
   int64_t warp_sums[kWarps];
-  int64_t next;  // word of the next slot update
-  bool has_counts;
-};
-
-__device__ __forceinline__ void require(bool condition) {
-  if (!condition) __trap();
-}
-
-// Header words, checked: sections lie inside the buffer and in order.
-struct Step {
-  const int32_t* words;
-  int64_t magic;
-  int64_t num_words, num_rows, num_tokens, num_samples;
-  int64_t rows_at, tokens_at, block_updates_at, slot_updates_at;
-  int64_t num_block_updates, num_slot_updates, max_query_len;
 };
 
 __device__ inline Step checked_step(const PlanStepParams& p) {
@@ -90,204 +60,6 @@ __device__ inline Step checked_step(const PlanStepParams& p) {
   section(step.block_updates_at, step.num_block_updates, kBlockUpdateWords);
   section(step.slot_updates_at, step.num_slot_updates, kSlotUpdateWords);
   return step;
-}
-
-// ---- slot updates -------------------------------------------------------------------------------
-
-// Where the parts of one slot update lie, in words of the buffer.
-struct SlotUpdate {
-  int64_t at, num_words;
-  int64_t slot, num_bias, num_stop, num_prompt, num_output;
-
-  __device__ int64_t header() const { return at + kSlotUpdateWords; }
-  __device__ int64_t bias_ids() const { return at + kSlotUpdateHead; }
-  __device__ int64_t bias_values() const { return bias_ids() + num_bias; }
-  __device__ int64_t stop_ids() const { return bias_values() + num_bias; }
-  __device__ int64_t prompt() const { return stop_ids() + num_stop; }
-  __device__ int64_t output() const { return prompt() + num_prompt; }
-};
-
-__device__ inline SlotUpdate slot_update_at(const Step& step, int64_t at) {
-  const int32_t* record = step.words + at;
-  const int32_t* header = record + kSlotUpdateWords;
-  return {at,
-          record[kSlotUpdateNumWords],
-          record[kSlotUpdateSlot],
-          header[kSlotNumBias],
-          header[kSlotNumStop],
-          record[kSlotUpdateNumPromptTokens],
-          record[kSlotUpdateNumOutputTokens]};
-}
-
-// Finds the records of up to kBatch updates from s.next on; they are chained by their lengths.
-__device__ inline void find_updates(const Step& step, int count, Shared& s) {
-  const int64_t begin = s.next;
-  const int num_staged = static_cast<int>(min(step.num_words - begin, int64_t{kWindowWords}));
-  for (int i = threadIdx.x; i < num_staged; i += kThreads) {
-    s.updates.window[i] = step.words[begin + i];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t at = begin;
-    for (int i = 0; i < count; ++i) {
-      require(at + kSlotUpdateHead <= step.num_words);
-      s.updates.offset[i] = static_cast<int32_t>(at);
-      const int64_t word = at + kSlotUpdateNumWords;
-      const int64_t size =
-          word - begin < num_staged ? s.updates.window[word - begin] : step.words[word];
-      require(size >= kSlotUpdateHead && size <= step.num_words - at);
-      at += size;
-    }
-    s.next = at;
-    s.has_counts = false;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int32_t* record = step.words + s.updates.offset[i];
-    s.updates.slot[i] = record[kSlotUpdateSlot];
-    s.updates.has_penalties[i] = record[int{kSlotUpdateWords} + int{kSlotHasPenalties}] != 0;
-    if (s.updates.has_penalties[i]) s.has_counts = true;
-  }
-  __syncthreads();
-}
-
-__device__ inline void check_ids(const int32_t* ids, int64_t n, int64_t vocab_size, int rank,
-                                 int num_threads) {
-  for (int64_t i = rank; i < n; i += num_threads) require(ids[i] >= 0 && ids[i] < vocab_size);
-}
-
-__device__ inline void check_sampling(const int32_t* header) {
-  auto check = [&](int word, float low, float high) {
-    const float value = __int_as_float(header[word]);
-    require(value >= low && value <= high);  // a NaN fails
-  };
-  check(kSlotTemperature, 0.0f, FLT_MAX);
-  check(kSlotTopP, FLT_MIN, 1.0f);
-  check(kSlotMinP, 0.0f, 1.0f);
-  check(kSlotRepetitionPenalty, FLT_MIN, FLT_MAX);
-  check(kSlotPresencePenalty, -FLT_MAX, FLT_MAX);
-  check(kSlotFrequencyPenalty, -FLT_MAX, FLT_MAX);
-  require(header[kSlotTopK] >= 0);
-}
-
-// Whether a later update of this batch replaces what update i does to its slot; a whole warp.
-__device__ inline bool is_replaced(const SlotUpdates& updates, int i, int count,
-                                   bool only_by_counts) {
-  bool found = false;
-  for (int j = i + 1 + static_cast<int>(threadIdx.x % kWarpSize); j < count; j += kWarpSize) {
-    found |= updates.slot[j] == updates.slot[i] && (updates.has_penalties[j] || !only_by_counts);
-  }
-  return __any_sync(kFullMask, found) != 0;
-}
-
-// Checks update i and writes its slot row; a whole warp.
-__device__ inline void apply_slot_update(const PlanStepParams& p, const Step& step, int i,
-                                         int count, const SlotUpdates& updates) {
-  const int lane = threadIdx.x % kWarpSize;
-  const SlotUpdate u = slot_update_at(step, updates.offset[i]);
-  require(u.slot >= 0 && u.slot < p.num_slots);
-  require(u.num_bias >= 0 && u.num_bias <= kMaxLogitBias);
-  require(u.num_stop >= 0 && u.num_stop <= kMaxStopTokenIds);
-  require(u.num_prompt >= 0 && u.num_output >= 0);
-  require(u.num_words ==
-          kSlotUpdateHead + 2 * u.num_bias + u.num_stop + u.num_prompt + u.num_output);
-  const int32_t* header = step.words + u.header();
-  require(header[kSlotLastToken] >= -1 && header[kSlotLastToken] < p.vocab_size);
-  require(header[kSlotNumComputed] >= 0);
-  check_sampling(header);
-  check_ids(step.words + u.bias_ids(), u.num_bias, p.vocab_size, lane, kWarpSize);
-  check_ids(step.words + u.stop_ids(), u.num_stop + u.num_prompt + u.num_output, p.vocab_size, lane,
-            kWarpSize);
-  for (int64_t j = lane; j < u.num_bias; j += kWarpSize) {
-    const float value = __int_as_float(step.words[u.bias_values() + j]);
-    require(value >= -FLT_MAX && value <= FLT_MAX);
-  }
-  if (is_replaced(updates, i, count, false)) return;
-  int32_t* row = p.slots + u.slot * p.slots_stride;
-  for (int word = lane; word < kSlotWords; word += kWarpSize) {
-    int32_t value = 0;
-    if (word < kSlotHeaderWords) {
-      value = header[word];
-    } else if (word < kSlotBiasValues) {
-      const int at = word - kSlotBiasIds;
-      if (at < u.num_bias) value = step.words[u.bias_ids() + at];
-    } else if (word < kSlotStopIds) {
-      const int at = word - kSlotBiasValues;
-      if (at < u.num_bias) value = step.words[u.bias_values() + at];
-    } else if (word - kSlotStopIds < u.num_stop) {
-      value = step.words[u.stop_ids() + word - kSlotStopIds];
-    }
-    row[word] = value;
-  }
-}
-
-// The 32-bit word that holds a count, and where in it. Where the tensor's size is odd, the last
-// word reaches 2 bytes beyond it, inside its allocation; those are left as they are.
-struct CountWord {
-  uint32_t* word;
-  int shift;
-};
-
-__device__ __forceinline__ CountWord count_word(int16_t* counts, int32_t token) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(counts + token);
-  return {reinterpret_cast<uint32_t*>(address & ~uintptr_t{3}), static_cast<int>(address % 4) * 8};
-}
-
-__device__ inline void zero_counts(int16_t* counts, int64_t n) {
-  const int64_t num_head =
-      min(static_cast<int64_t>(-reinterpret_cast<uintptr_t>(counts) % 16 / 2), n);
-  const int64_t num_vecs = (n - num_head) / 8;
-  uint4* vecs = reinterpret_cast<uint4*>(counts + num_head);
-  for (int64_t i = threadIdx.x; i < num_head; i += kThreads) counts[i] = 0;
-  for (int64_t i = threadIdx.x; i < num_vecs; i += kThreads) vecs[i] = uint4{};
-  for (int64_t i = num_head + num_vecs * 8 + threadIdx.x; i < n; i += kThreads) counts[i] = 0;
-}
-
-// Counts the output's tokens, saturating, and marks the prompt's; all threads.
-__device__ inline void rebuild_counts(const PlanStepParams& p, const Step& step,
-                                      const SlotUpdate& u) {
-  int16_t* counts = p.token_counts + u.slot * p.token_counts_stride;
-  zero_counts(counts, p.vocab_size);
-  __syncthreads();
-  // At most kMaxTokenCount tokens at a time: no 16-bit count overflows before it is cut back.
-  for (int64_t begin = 0; begin < u.num_output; begin += kMaxTokenCount) {
-    const int32_t* tokens = step.words + u.output() + begin;
-    const int64_t n = min(u.num_output - begin, int64_t{kMaxTokenCount});
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const CountWord at = count_word(counts, tokens[i]);
-      atomicAdd(at.word, 1u << at.shift);
-    }
-    __syncthreads();
-    if (u.num_output <= kMaxTokenCount) break;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      if (counts[tokens[i]] < 0) counts[tokens[i]] = kMaxTokenCount;
-    }
-    __syncthreads();
-  }
-  for (int64_t i = threadIdx.x; i < u.num_prompt; i += kThreads) {
-    const CountWord at = count_word(counts, step.words[u.prompt() + i]);
-    atomicOr(at.word, 0x8000u << at.shift);
-  }
-  __syncthreads();
-}
-
-__device__ inline void apply_slot_updates(const PlanStepParams& p, const Step& step, Shared& s) {
-  if (threadIdx.x == 0) s.next = step.slot_updates_at;
-  for (int64_t done = 0; done < step.num_slot_updates; done += kBatch) {
-    __syncthreads();
-    const int count = static_cast<int>(min(step.num_slot_updates - done, int64_t{kBatch}));
-    find_updates(step, count, s);
-    for (int i = threadIdx.x / kWarpSize; i < count; i += kWarps) {
-      apply_slot_update(p, step, i, count, s.updates);
-    }
-    __syncthreads();
-    if (!s.has_counts) continue;
-    for (int i = 0; i < count; ++i) {
-      if (!s.updates.has_penalties[i] || is_replaced(s.updates, i, count, true)) continue;
-      rebuild_counts(p, step, slot_update_at(step, s.updates.offset[i]));
-    }
-  }
-  __syncthreads();
 }
 
 // ---- block updates ------------------------------------------------------------------------------
@@ -443,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
   pdl_launch_dependents();  // nothing to wait for: it is launched the usual way, behind a copy
   const Step step = checked_step(p);
   require(step.num_samples >= 0 && step.num_samples <= step.num_rows);
-  if (step.num_slot_updates > 0) apply_slot_updates(p, step, s);
+  if (step.num_slot_updates > 0) apply_slot_updates(p, step, s.updates);
   if (step.num_block_updates > 0) apply_block_updates(p, step, s);
   for (int i = threadIdx.x; i < (p.num_slots + 31) / 32; i += kThreads) s.rows.is_used[i] = 0;
   if (threadIdx.x == 0) s.rows.begin[0] = p.cu_seqlens_q[0] = 0;
