@@ -86,9 +86,11 @@ def rope_write_kv(
 def _is_own(x: Tensor, weight: Tensor, epilogue: int) -> bool:
     """Whether our own op is the fastest for these rows.
 
-    On a card cuda/gpu/linear/dispatch.cu says it, on a CPU cuda/cpu/linear.cpp.
+    On a card cuda/gpu/linear/dispatch.cu says it; on a CPU cuda/cpu/linear.cpp, for all shapes.
     """
-    key = x.shape[0], weight.shape, weight.dtype, weight.is_cuda, epilogue
+    key: tuple[object, ...] = x.shape[0], x.dtype
+    if x.is_cuda:
+        key = *key, weight.shape, epilogue
     is_served = _served.get(key)
     if is_served is None:
         is_served = _served[key] = _ops.serves_linear(weight, x.shape[0], epilogue)
