@@ -479,7 +479,7 @@ void linear_silu_mul(const Tensor& x, const Tensor& weight, const std::optional<
 // One pass over the demo model's 33 matrices in bfloat16, one thread with AMX, us, own / torch:
 // 610 / 1400 at 1 row, 660 / 1490 at 16, 1240 / 1940 at 64; equal at 128. In float32 equal up to 16
 // rows; at 32 torch takes 3/4 of the time. With AVX2 alone 1024 rows by [1152, 256] in bfloat16
-// take 5.2 / 34 ms, and 5.6 widened by torch; with AVX-512 but no products of bfloat16 2.9 / 7.1.
+// take 5.2 / 34 ms, and 5.6 widened by torch; with AVX-512 but no products of bfloat16 3.1 / 7.2.
 bool serves_linear(const Tensor& weight, int64_t m, int64_t /*epilogue*/) {
   const bool is_float = weight.scalar_type() == ScalarType::Float;
   return m <= (is_float ? kFewFloatRows : kFewBf16Rows) || !(is_float || kHasProducts);
