@@ -57,7 +57,7 @@ PREFILLS = {
 TARGETS = {
     "decode 8 x 32768": ("%", 80.0),
     "decode 16 x 4096": ("%", 65.0),
-    "prefill 8192": ("TFLOP/s", 250.0),
+    "prefill 8192": ("TFLOP/s", 520.0),
 }
 
 

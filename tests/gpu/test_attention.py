@@ -234,6 +234,14 @@ def test_long_prefill(head_dim: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_short_prompts(dtype: torch.dtype, head_dim: int) -> None:
+    """More work than the card has multiprocessors, so that blocks go from one to the next."""
+    rows = [(17 + 5 * i, 17 + 5 * i + i % 3 * 50) for i in range(24)]
+    check(Case.make(rows, num_heads=32, num_kv_heads=8, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_long_decode(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     rows = [(1, 40000), (1, 1), (2, 20001), (1, 333), (1, 64)]

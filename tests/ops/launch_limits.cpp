@@ -64,15 +64,18 @@ void launch_attentions() {
   p.max_query_len = 1024;
   for (int num_kv_heads : {1, 8, 32}) {
     for (int head_dim : {64, 128}) {
-      p.num_kv_heads = num_kv_heads;
-      p.head_dim = head_dim;
-      for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
-        require(launch_paged_attention(p, dtype, nullptr), "attention", num_kv_heads, head_dim);
-        float cos_sin = 0.0f;
-        pyserve::gpu::DecodeRope rope{};
-        rope.cos_sin = &cos_sin;
-        require(launch_rope_decode_attention(p, rope, dtype, nullptr), "rope attention",
-                num_kv_heads, head_dim);
+      for (int block_size_log2 : {4, 5}) {  // of which one kernel serves only the first
+        p.num_kv_heads = num_kv_heads;
+        p.head_dim = head_dim;
+        p.block_size_log2 = block_size_log2;
+        for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+          require(launch_paged_attention(p, dtype, nullptr), "attention", num_kv_heads, head_dim);
+          float cos_sin = 0.0f;
+          pyserve::gpu::DecodeRope rope{};
+          rope.cos_sin = &cos_sin;
+          require(launch_rope_decode_attention(p, rope, dtype, nullptr), "rope attention",
+                  num_kv_heads, head_dim);
+        }
       }
     }
   }

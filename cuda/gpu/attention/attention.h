@@ -180,6 +180,10 @@ cudaError_t launch_decode_attention(const AttentionParams& params, Dtype dtype,
                                     cudaStream_t stream);
 cudaError_t launch_prefill_attention(const AttentionParams& params, Dtype dtype,
                                      cudaStream_t stream);
+// prefill.cu's work on a card with is_hopper(), where prefill_sm90a_serves (prefill_sm90a.cu).
+bool prefill_sm90a_serves(const AttentionParams& params);
+cudaError_t launch_prefill_attention_sm90a(const AttentionParams& params, Dtype dtype,
+                                           cudaStream_t stream);
 // Decode for a step of which every row is decode's, q not turned yet. What a kernel of the step
 // wrote, other than q, keys and values, was complete when the kernel in front began its work: the
 // plan, the block table and the caches are read while that one still runs.

@@ -19,73 +19,26 @@
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
-#include "gpu/attention/merge.cuh"
 #include "gpu/core/block.cuh"
+#include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
+#include "gpu/core/pdl.cuh"
 #include "gpu/attention/prefill.cuh"
+#include "gpu/attention/prefill_item.cuh"
 #include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 namespace prefill {
 namespace {
 
-// What a block works on; the same in all its threads.
-struct Geometry {
-  int32_t kv_head, group;
-  int32_t slot;
-  int32_t query_begin;   // token of the row's first query
-  int32_t context;       // position of that query
-  int32_t first_packed;  // packed row of the row that is the tile's first
-  int32_t num_packed;    // of the tile
-  int32_t first_key;     // the lowest key that any query of the tile sees
-};
-
-__device__ __forceinline__ Geometry make_geometry(const AttentionParams& p,
-                                                  const AttentionItem& item, int kv_head) {
-  Geometry g;
-  g.kv_head = kv_head;
-  g.group = p.num_heads / p.num_kv_heads;
-  g.slot = p.row_slots[item.row];
-  g.query_begin = p.cu_seqlens_q[item.row];
-  const int query_len = p.cu_seqlens_q[item.row + 1] - g.query_begin;
-  const int seq_len = p.seq_lens[item.row];
-  g.context = seq_len - query_len;
-  const bool in_range = g.slot < p.num_slots && g.context >= 0 && g.query_begin >= 0 &&
-                        g.query_begin + query_len <= p.num_tokens &&
-                        seq_len <= static_cast<int64_t>(p.max_blocks_per_seq) << p.block_size_log2;
-  if (g.slot >= 0 && !in_range) __trap();
-  g.first_packed = item.query_tile * kPrefillRows;
-  g.num_packed = min(kPrefillRows, query_len * g.group - g.first_packed);
-  const int first_position = g.context + g.first_packed / g.group;
-  g.first_key = p.window > 0 ? max(item.kv_begin, first_position - p.window + 1) : item.kv_begin;
-  return g;
-}
-
-__device__ __forceinline__ AttentionItem load_item(const AttentionParams& p, int index) {
-  return reinterpret_cast<const AttentionItem*>(p.work + p.work[kWorkPrefillItemsOffset])[index];
-}
-
-// Where packed row `row` of the tile goes.
-template <class T>
-__device__ __forceinline__ T* output_row(const AttentionParams& p, const Geometry& g, int row) {
-  const int packed = g.first_packed + row;
-  const int64_t token = g.query_begin + packed / g.group;
-  const int64_t head = g.kv_head * g.group + packed % g.group;
-  return static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-}
-
 // Starts the copy of the tile's queries; zeros in rows beyond the last.
 template <class C>
 __device__ __forceinline__ void copy_queries(const AttentionParams& p, const Geometry& g,
                                              uint32_t smem) {
-  const auto* q = static_cast<const typename C::T*>(p.q);
   const int chunk = threadIdx.x % 8;
   for (int row = threadIdx.x / 8; row < kPrefillRows; row += C::kThreads / 8) {
     const bool valid = row < g.num_packed;
-    const int packed = g.first_packed + (valid ? row : 0);
-    const int64_t token = g.query_begin + packed / g.group;
-    const int64_t head = g.kv_head * g.group + packed % g.group;
-    const auto* source = q + token * p.q_token_stride + head * p.q_head_stride + chunk * 8;
+    const auto* source = query_row<typename C::T>(p, g, valid ? row : 0) + chunk * 8;
 #pragma unroll
     for (int c = 0; c < C::kHeadDim / 8; c += 8) {
       cp_async_16(smem + swizzled<C>(row, chunk + c), source + c * 8, valid);
@@ -225,63 +178,6 @@ __device__ __forceinline__ void write_partial(const AttentionPartials& partials,
   }
 }
 
-// Does what merge_row of merge.cuh does, for several rows at a time: taken one by one, the loads of
-// each of so many rows would wait for those of the row before.
-template <class C>
-__device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,
-                                           const AttentionPartials& partials, int64_t first_buffer,
-                                           int num_splits, unsigned char* smem) {
-  constexpr int kRowsAtOnce = 4, kLanes = C::kHeadDim / 4;  // lanes of a row: four columns each
-  const int64_t split_rows = static_cast<int64_t>(p.num_kv_heads) * kPrefillRows;
-  const auto* stats = reinterpret_cast<const float2*>(partials.stats) + first_buffer * kPrefillRows;
-  const auto* acc =
-      reinterpret_cast<const float4*>(partials.acc) + first_buffer * kPrefillRows * kLanes;
-  auto* scales = reinterpret_cast<float2*>(smem);  // of each row: largest score, 1 / sum of weights
-  if (threadIdx.x < g.num_packed) {
-    float largest = kNoMax, sum = 0.0f;
-#pragma unroll 4
-    for (int split = 0; split < num_splits; ++split) {
-      largest = fmaxf(largest, __ldcg(stats + split * split_rows + threadIdx.x).x);
-    }
-#pragma unroll 4
-    for (int split = 0; split < num_splits; ++split) {
-      const float2 part = __ldcg(stats + split * split_rows + threadIdx.x);
-      sum += exp2_approx(part.x - largest) * part.y;
-    }
-    scales[threadIdx.x] = make_float2(largest, sum == 0.0f ? 0.0f : 1.0f / sum);
-  }
-  __syncthreads();
-  constexpr int kStep = C::kThreads / kLanes;  // rows between those of a thread
-  const int lane = threadIdx.x % kLanes;
-  for (int base = threadIdx.x / kLanes; base < g.num_packed; base += kRowsAtOnce * kStep) {
-    float4 total[kRowsAtOnce] = {};
-#pragma unroll 2
-    for (int split = 0; split < num_splits; ++split) {
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        const int row = min(base + i * kStep, g.num_packed - 1);
-        const int64_t at = split * split_rows + row;
-        const float weight = exp2_approx(__ldcg(stats + at).x - scales[row].x);
-        const float4 part = __ldcg(acc + at * kLanes + lane);
-        total[i].x += weight * part.x;
-        total[i].y += weight * part.y;
-        total[i].z += weight * part.z;
-        total[i].w += weight * part.w;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      const int row = base + i * kStep;
-      if (row >= g.num_packed) break;
-      using T = typename C::T;
-      const float scale = scales[row].y;
-      *reinterpret_cast<uint2*>(output_row<T>(p, g, row) + lane * 4) =
-          make_uint2(pack_pair<T>(total[i].x * scale, total[i].y * scale),
-                     pack_pair<T>(total[i].z * scale, total[i].w * scale));
-    }
-  }
-}
-
 // Attends to the item's keys from the last step to the first; leaves the item in shared memory.
 // False where the row is padding, which it then is in all items of the tile.
 template <class C>
@@ -289,7 +185,7 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
                                        unsigned char* smem, Accumulator<C>& acc) {
   const AttentionItem item = load_item(p, item_index);
   const Geometry g = make_geometry(p, item, kv_head);
-  if (g.slot < 0 || g.num_packed <= 0) return false;
+  if (g.is_empty()) return false;
   const uint32_t base = smem_address(smem);
   auto* addresses = reinterpret_cast<int64_t*>(smem + C::kAddressOffset);
   const int warp_row = threadIdx.x / kWarpSize * C::kWarpRows;
@@ -372,6 +268,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
     prefill_kernel(const AttentionParams p, const AttentionPartials partials) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   unsigned char* smem = dynamic_smem;
+  pdl_wait();
+  pdl_launch_dependents();
   // The heads of an item are neighbours: rows of the caches lie beside each other by head, and
   // items come longest first for all heads at once.
   const int kv_head = blockIdx.x;
@@ -401,7 +299,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
       partials.arrivals + static_cast<int64_t>(first_partial) * p.num_kv_heads + kv_head;
   auto* flag = reinterpret_cast<int32_t*>(smem + C::kFlagOffset);
   if (!arrives_last(arrivals, item.num_splits, flag)) return;
-  merge_rows<C>(p, g, partials, buffer - item.split * p.num_kv_heads, item.num_splits, smem);
+  merge_rows<typename C::T, C::kHeadDim, C::kThreads>(
+      p, g, partials, buffer - item.split * p.num_kv_heads, item.num_splits, 0, g.num_packed,
+      threadIdx.x, reinterpret_cast<float2*>(smem), [] { __syncthreads(); });
 }
 
 template <class C>
@@ -452,6 +352,13 @@ cudaError_t launch_head_dim(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace prefill
 
 cudaError_t launch_prefill_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
+  if constexpr (kHasSm90a) {
+    const Device* device = nullptr;
+    if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+    if (device->is_hopper() && prefill_sm90a_serves(p)) {
+      return launch_prefill_attention_sm90a(p, dtype, stream);
+    }
+  }
   return dispatch_half(dtype, [&]<class T>(T) { return prefill::launch_head_dim<T>(p, stream); });
 }
 

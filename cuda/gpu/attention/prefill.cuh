@@ -9,12 +9,11 @@
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
+#include "gpu/attention/prefill_item.cuh"
 #include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu::prefill {
 
-constexpr float kNoMax = -1e30f;  // finite: a row that has seen no key needs no special case
-constexpr float kMaxLag = 8.0f;   // log2; weights stay below 2^8, far inside float16
 constexpr int kStages = 2;
 
 template <class Element, int kDim, int kWarpsPerBlock, int kKeysPerStep>

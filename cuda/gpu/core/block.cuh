@@ -70,21 +70,29 @@ __device__ __forceinline__ Int block_exclusive_sum(Int (&warp_sums)[kWarps],
   return before + inclusive - x;
 }
 
-// Whether this block is the last of `count` to arrive; if so it sees what all others wrote before.
-// All threads call it. `flag` is a word of shared memory that nobody else uses until the block's
-// next barrier. `arrivals` is zero before the first block arrives and after the last has.
-template <class Int>
-__device__ __forceinline__ bool arrives_last(Int* arrivals, int count, int32_t* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier: orders the whole block's writes before its arrival
+// Whether these threads are the last of `count` such groups to arrive; if so they see what all
+// others wrote before. All of a group call it, one with is_first; `sync` is the group's barrier.
+// `flag` is a word of shared memory that nobody else uses until the group's next barrier.
+// `arrivals` is zero before the first group arrives and after the last has.
+template <class Int, class Sync>
+__device__ __forceinline__ bool arrives_last(Int* arrivals, int count, int32_t* flag, bool is_first,
+                                             Sync&& sync) {
+  sync();
+  if (is_first) {
+    __threadfence();  // after the barrier: orders the whole group's writes before its arrival
     const bool last = atomicAdd(arrivals, Int{1}) == static_cast<Int>(count - 1);
     if (last) *arrivals = 0;  // for the next launch: nobody else arrives in this one
     __threadfence();
     *flag = last;
   }
-  __syncthreads();
+  sync();
   return *flag != 0;
+}
+
+// The same of whole blocks.
+template <class Int>
+__device__ __forceinline__ bool arrives_last(Int* arrivals, int count, int32_t* flag) {
+  return arrives_last(arrivals, count, flag, threadIdx.x == 0, [] { __syncthreads(); });
 }
 
 }  // namespace pyserve::gpu

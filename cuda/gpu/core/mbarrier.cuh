@@ -29,8 +29,9 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 
 // Arrives, and announces that copies will bring `bytes` in this phase.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier),
-               "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;\n"
+               :
+               : "r"(barrier), "r"(bytes)
                : "memory");
 }
 
@@ -55,8 +56,9 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
 #ifdef PYSERVE_BOUNDED_WAITS  // of test programs: a wait without end becomes an error
   for (uint32_t polls = 0; !mbarrier_try_wait(barrier, phase); ++polls) {
     asm volatile(  // a store to address 0; a trap would make take_registers (wgmma.cuh) void
-        "{\n.reg .pred p;\nsetp.eq.b32 p, %0, 0x400000;\n@p st.global.u32 [%1], %0;\n}\n" ::"r"(polls),
-        "l"(uint64_t{0}));
+        "{\n.reg .pred p;\nsetp.eq.b32 p, %0, 0x400000;\n@p st.global.u32 [%1], %0;\n}\n"
+        :
+        : "r"(polls), "l"(uint64_t{0}));
   }
 #else
   while (!mbarrier_try_wait(barrier, phase)) {
@@ -64,7 +66,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
 #endif
 }
 
-// Barrier `id` (1 .. 15; 0 is __syncthreads) of `num_threads` threads of whole warps: waits for all.
+// Barrier `id` (1 .. 15; 0 is __syncthreads) of `num_threads` threads of whole warps: waits for
+// all.
 __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
 }

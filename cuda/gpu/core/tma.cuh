@@ -1,9 +1,9 @@
-// Copies of boxes of a tensor to shared memory by the copy engine (sm_90's TMA). One thread starts a
-// copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and is
-// counted too.
+// Copies of boxes of a tensor to shared memory by the copy engine (sm_90's TMA). One thread starts
+// a copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and
+// is counted too.
 //
-// All boxes here have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh reads: the
-// 16-byte chunk c of row r lies at chunk c ^ (r % 8), where rows count from a 1024-byte boundary.
+// All boxes here have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh reads:
+// the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte boundary.
 #pragma once
 
 #include <cuda.h>
@@ -23,9 +23,9 @@ namespace pyserve::gpu {
 // Kernels take the encoded map as `const __grid_constant__ CUtensorMap`.
 template <int kRank>
 struct TensorBox {
-  const void* data;          // aligned to 16 bytes
-  uint64_t sizes[kRank];     // elements
-  int64_t strides[kRank];    // elements; [0] is 1, the others are multiples of 8
+  const void* data;           // aligned to 16 bytes
+  uint64_t sizes[kRank];      // elements
+  int64_t strides[kRank];     // elements; [0] is 1, the others are multiples of 8
   uint32_t box_sizes[kRank];  // elements, at most 256; [0] is 64
 };
 
@@ -38,8 +38,8 @@ inline cudaError_t find_encode_tensor_map(EncodeTensorMap* function) {
   if (*function != nullptr) return cudaSuccess;
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                             cudaEnableDefault, &result);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                             12000, cudaEnableDefault, &result);
   if (error != cudaSuccess) return error;
   if (result != cudaDriverEntryPointSuccess || found == nullptr) return cudaErrorNotSupported;
   *function = reinterpret_cast<EncodeTensorMap>(found);
@@ -58,12 +58,14 @@ cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensor
     sizes[i] = box.sizes[i];
     boxes[i] = box.box_sizes[i];
     steps[i] = 1;
-    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(box.strides[i]) * 2;
+    if (i == 0) continue;
+    // Where there is but one, torch may give any stride.
+    strides[i - 1] = box.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(box.strides[i]) * 2;
   }
+  const CUtensorMapDataType type = dtype == Dtype::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result = encode(
-      map,
-      dtype == Dtype::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      kRank, const_cast<void*>(box.data), sizes, strides, boxes, steps,
+      map, type, kRank, const_cast<void*>(box.data), sizes, strides, boxes, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -135,6 +137,15 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;\n" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(ctas), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+                                         uint32_t barrier, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 

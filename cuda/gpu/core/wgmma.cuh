@@ -7,9 +7,9 @@
 // them keeps the compiler from moving accesses across.
 //
 // Fragments: a thread (warp w, lane l of the group) holds of d, at d[4 * j + i] with i in 0 .. 3,
-// row 16 w + l / 4 + i / 2 * 8 and column 8 j + l % 4 * 2 + i % 2. a in registers is the fragment of
-// mma.sync m16n8k16: what pack_pair makes of d[8 k + 0, 1], [2, 3], [4, 5], [6, 7] is a of columns
-// 16 k .. 16 k + 15.
+// row 16 w + l / 4 + i / 2 * 8 and column 8 j + l % 4 * 2 + i % 2. a in registers is the fragment
+// of mma.sync m16n8k16: what pack_pair makes of d[8 k + 0, 1], [2, 3], [4, 5], [6, 7] is a of
+// columns 16 k .. 16 k + 15.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,7 +40,7 @@ __device__ __forceinline__ uint64_t k_major_descriptor(uint32_t address) {
 }
 
 // An operand whose rows run along m or n, as values [k, n] lie: one panel is [rows of k][64 of n],
-// the next 64 of n are `panel_bytes` further, the next 16 of k 2048 bytes.
+// the next 64 of n are `panel_bytes` further. A product reads 16 rows of each panel.
 __device__ __forceinline__ uint64_t mn_major_descriptor(uint32_t address, uint32_t panel_bytes) {
   return make_descriptor(address, panel_bytes, 1024);
 }
@@ -81,9 +81,9 @@ __device__ __forceinline__ void keep_registers(Register (&r)[kCount]) {
 }
 
 // Registers of each thread of this warpgroup from now on, a multiple of 8. The kernel needs
-// __launch_bounds__(threads, 1), and the sum over its warps must stay within what it began with. The
-// compiler follows only if warpgroups that differ in this share no code, and a trap is shared: only
-// one side of the branch may have any. Else it spills, and serialises the products (C7512).
+// __launch_bounds__(threads, 1), and the sum over its warps must stay within what it began with.
+// The compiler follows only if warpgroups that differ in this share no code, and a trap is shared:
+// only one side of the branch may have any. Else it spills, and serialises the products (C7512).
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));

@@ -1,0 +1,162 @@
+// What the two prefill kernels (prefill.cu, prefill_sm90a.cu) share: where an item's rows and keys
+// lie, and how the parts of a query tile whose keys were split are put together.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gpu/attention/attention.h"
+#include "gpu/core/ptx.cuh"
+
+namespace pyserve::gpu::prefill {
+
+constexpr float kNoMax = -1e30f;  // finite: a row that has seen no key needs no special case
+constexpr float kMaxLag = 8.0f;   // log2; weights stay below 2^8, far inside float16
+
+// What a block works on; the same in all its threads.
+struct Geometry {
+  int32_t kv_head, group;
+  int32_t slot;
+  int32_t query_begin;   // token of the row's first query
+  int32_t context;       // position of that query
+  int32_t first_packed;  // packed row of the row that is the tile's first
+  int32_t num_packed;    // of the tile
+  int32_t first_key;     // the lowest key that any query of the tile sees
+
+  // A padded row: nothing to do, in all items of the tile.
+  __device__ __forceinline__ bool is_empty() const { return slot < 0 || num_packed <= 0; }
+};
+
+// Traps where the row's slot or lengths are out of range, if kIsChecked.
+template <bool kIsChecked = true>
+__device__ __forceinline__ Geometry make_geometry(const AttentionParams& p,
+                                                  const AttentionItem& item, int kv_head) {
+  Geometry g;
+  g.kv_head = kv_head;
+  g.group = p.num_heads / p.num_kv_heads;
+  g.slot = p.row_slots[item.row];
+  g.query_begin = p.cu_seqlens_q[item.row];
+  const int query_len = p.cu_seqlens_q[item.row + 1] - g.query_begin;
+  const int seq_len = p.seq_lens[item.row];
+  g.context = seq_len - query_len;
+  const bool in_range = g.slot < p.num_slots && g.context >= 0 && g.query_begin >= 0 &&
+                        g.query_begin + query_len <= p.num_tokens &&
+                        seq_len <= static_cast<int64_t>(p.max_blocks_per_seq) << p.block_size_log2;
+  if (kIsChecked && g.slot >= 0 && !in_range) __trap();
+  g.first_packed = item.query_tile * kPrefillRows;
+  g.num_packed = min(kPrefillRows, query_len * g.group - g.first_packed);
+  const int first_position = g.context + g.first_packed / g.group;
+  g.first_key = p.window > 0 ? max(item.kv_begin, first_position - p.window + 1) : item.kv_begin;
+  return g;
+}
+
+__device__ __forceinline__ AttentionItem load_item(const AttentionParams& p, int index) {
+  return reinterpret_cast<const AttentionItem*>(p.work + p.work[kWorkPrefillItemsOffset])[index];
+}
+
+// Where packed row `row` of the tile comes from in q, and goes in out.
+template <class T>
+__device__ __forceinline__ const T* query_row(const AttentionParams& p, const Geometry& g,
+                                              int row) {
+  const int packed = g.first_packed + row;
+  const int64_t token = g.query_begin + packed / g.group;
+  const int64_t head = g.kv_head * g.group + packed % g.group;
+  return static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
+}
+
+template <class T>
+__device__ __forceinline__ T* output_row(const AttentionParams& p, const Geometry& g, int row) {
+  const int packed = g.first_packed + row;
+  const int64_t token = g.query_begin + packed / g.group;
+  const int64_t head = g.kv_head * g.group + packed % g.group;
+  return static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+}
+
+// Where packed rows first_row, first_row + step, .. of a tile lie in q or out (elements): found
+// without a division for each, which would take longer than the copy of the row.
+struct RowWalk {
+  int64_t offset, step, wrap;
+  int32_t head, head_step, group;
+
+  __device__ __forceinline__ RowWalk(const Geometry& g, int first_row, int num_step,
+                                     int64_t token_stride, int64_t head_stride)
+      : group(g.group) {
+    const int packed = g.first_packed + first_row;
+    head = packed % group;
+    head_step = num_step % group;
+    offset = (g.query_begin + packed / group) * token_stride +
+             static_cast<int64_t>(g.kv_head * group + head) * head_stride;
+    step = num_step / group * token_stride + head_step * head_stride;
+    wrap = token_stride - group * head_stride;
+  }
+
+  __device__ __forceinline__ void advance() {
+    offset += step;
+    head += head_step;
+    if (head >= group) {
+      head -= group;
+      offset += wrap;
+    }
+  }
+};
+
+// Does what merge_row of merge.cuh does, for rows first_row .. end_row - 1 of a tile at once, by
+// kThreads >= that many threads: taken one by one, the loads of each of so many rows would wait for
+// those of the row before. `scales` is shared memory for kPrefillRows pairs, `sync` the barrier of
+// these threads.
+template <class T, int kHeadDim, int kThreads, class Sync>
+__device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,
+                                           const AttentionPartials& partials, int64_t first_buffer,
+                                           int num_splits, int first_row, int end_row, int thread,
+                                           float2* scales, Sync&& sync) {
+  constexpr int kRowsAtOnce = 4, kLanes = kHeadDim / 4;  // lanes of a row: four columns each
+  const int64_t split_rows = static_cast<int64_t>(p.num_kv_heads) * kPrefillRows;
+  const auto* stats = reinterpret_cast<const float2*>(partials.stats) + first_buffer * kPrefillRows;
+  const auto* acc =
+      reinterpret_cast<const float4*>(partials.acc) + first_buffer * kPrefillRows * kLanes;
+  if (const int row = first_row + thread; row < end_row) {
+    float largest = kNoMax, sum = 0.0f;
+#pragma unroll 4
+    for (int split = 0; split < num_splits; ++split) {
+      largest = fmaxf(largest, __ldcg(stats + split * split_rows + row).x);
+    }
+#pragma unroll 4
+    for (int split = 0; split < num_splits; ++split) {
+      const float2 part = __ldcg(stats + split * split_rows + row);
+      sum += exp2_approx(part.x - largest) * part.y;
+    }
+    scales[row] = make_float2(largest, sum == 0.0f ? 0.0f : 1.0f / sum);  // the largest score
+  }
+  sync();
+  constexpr int kStep = kThreads / kLanes;  // rows between those of a thread
+  const int lane = thread % kLanes;
+  for (int base = first_row + thread / kLanes; base < end_row; base += kRowsAtOnce * kStep) {
+    float4 total[kRowsAtOnce] = {};
+#pragma unroll 2
+    for (int split = 0; split < num_splits; ++split) {
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const int row = min(base + i * kStep, end_row - 1);
+        const int64_t at = split * split_rows + row;
+        const float weight = exp2_approx(__ldcg(stats + at).x - scales[row].x);
+        const float4 part = __ldcg(acc + at * kLanes + lane);
+        total[i].x += weight * part.x;
+        total[i].y += weight * part.y;
+        total[i].z += weight * part.z;
+        total[i].w += weight * part.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int row = base + i * kStep;
+      if (row >= end_row) break;
+      const float scale = scales[row].y;
+      *reinterpret_cast<uint2*>(output_row<T>(p, g, row) + lane * 4) =
+          make_uint2(pack_pair<T>(total[i].x * scale, total[i].y * scale),
+                     pack_pair<T>(total[i].z * scale, total[i].w * scale));
+    }
+  }
+}
+
+}  // namespace pyserve::gpu::prefill
