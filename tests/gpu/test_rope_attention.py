@@ -159,7 +159,7 @@ def test_is_its_twin(head_dim: int) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     case = Case.make([(1, 20)], (4, 2, 64), torch.bfloat16)
     short = replace(case, cos_sin=case.cos_sin[:, :32])
-    with pytest.raises(RuntimeError, match="rope_attention: cos_sin"):
+    with pytest.raises(RuntimeError, match="rope_attention: size 1 of cos_sin is 32, expected 64"):
         short.fused()
     with pytest.raises(RuntimeError, match="17 heads a KV head, at most 16"):
         Case.make([(1, 20)], (17, 1, 64), torch.bfloat16).fused()
