@@ -10,6 +10,12 @@ from bench.fuzz import main
 from tests.e2e.conftest import start_server
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits of memory here are wide: no need to wait until all of it has been given back."""
+    monkeypatch.setattr("bench.fuzz.SETTLE_S", 0.2)
+
+
 def test_hostile_requests_hurt_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # float32: greedy answers do not depend on what else is in the batch.
     with start_server(tmp_path / "log", "--dtype", "float32") as server:
