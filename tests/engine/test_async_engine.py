@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.client import EngineClient, EngineInfo, SequenceRequest, SequenceStream
+from pyserve.client import EngineClient, EngineInfo, SequenceRequest
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
@@ -20,6 +20,7 @@ from pyserve.errors import (
 )
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
+from tests.engine.hard_moments import read_all
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -38,15 +39,6 @@ def async_engine(engine: Engine, depth: int = 0, max_queue: int = 1024) -> Async
 def fake(engine: Engine) -> FakeRunner:
     assert isinstance(engine.runner, FakeRunner)
     return engine.runner
-
-
-async def read_all(stream: SequenceStream) -> tuple[list[int], str]:
-    token_ids: list[int] = []
-    while True:
-        delta = await stream.read()
-        token_ids += delta.token_ids
-        if delta.finish_reason is not None:
-            return token_ids, delta.finish_reason
 
 
 class HeldRunner:
