@@ -34,7 +34,7 @@ from pyserve.model.placement import Placement
 from pyserve.params import SamplingParams
 from tests.engine.after_the_end import stop_and_check
 from tests.engine.constraints import Scripted, always
-from tests.engine.test_async_engine import read_all
+from tests.engine.hard_moments import read_all
 from tests.engine.tiny import CONFIG, VOCAB_SIZE
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_SLOTS, MAX_MODEL_LEN = 32, 16, 4, 256

@@ -16,11 +16,11 @@ from pyserve.engine.batch import Step, StepOutput
 from pyserve.errors import DeviceError, EngineError, UnavailableError
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import expected_tokens, make_engine
+from tests.engine.hard_moments import read_all
 from tests.engine.test_async_engine import (
     HeldRunner,
     async_engine,
     fake,
-    read_all,
     run,
     wait_for_step,
 )

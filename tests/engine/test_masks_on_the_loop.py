@@ -19,7 +19,8 @@ from pyserve.errors import EngineError, UnavailableError
 from pyserve.params import SamplingParams
 from tests.engine.constraints import Scripted, windows
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
-from tests.engine.test_async_engine import async_engine, fake, read_all, run
+from tests.engine.hard_moments import read_all
+from tests.engine.test_async_engine import async_engine, fake, run
 from tests.engine.test_trace import read
 
 RULE = windows(VOCAB_SIZE, 3)

@@ -17,7 +17,8 @@ from pyserve.engine.trace import STEPS, Trace
 from pyserve.errors import StartupError
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import make_engine
-from tests.engine.test_async_engine import async_engine, read_all
+from tests.engine.hard_moments import read_all
+from tests.engine.test_async_engine import async_engine
 
 
 def read(path: Path) -> list[dict[str, Any]]:
