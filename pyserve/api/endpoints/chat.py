@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +13,13 @@ from msgspec import UNSET
 
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
-from pyserve.api.endpoints.conversation import read_conversation
-from pyserve.api.endpoints.logprobs import read_chat_tokens
+from pyserve.api.endpoints.chat_job import chat_job
 from pyserve.api.endpoints.openai import (
     OpenAIFrames,
     encode_whole,
-    make_job,
     prompt_fields,
     told_of,
 )
-from pyserve.api.endpoints.structured import read_constraint
-from pyserve.api.endpoints.thinking import makes_thinking_budget
-from pyserve.api.endpoints.tool_grammar import hold_to_tools
-from pyserve.api.endpoints.tools import read_tools, with_parser
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Job
 from pyserve.api.generation.told import Told
@@ -46,7 +39,6 @@ from pyserve.api.wire.protocol import (
     MessageToolCall,
     ToolCallDelta,
 )
-from pyserve.constraints import makes_all_of, unconstrained
 from pyserve.text.parts import (
     Content,
     Part,
@@ -66,51 +58,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     loaded = state.model_with_room(request)
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
-    max_tokens = body.max_completion_tokens or body.max_tokens or 1
-    has_auto = state.config.enable_auto_tool_choice
-    tools = with_parser(read_tools(body), loaded.tools, has_auto=has_auto)
-    tools, held = await hold_to_tools(request, state, loaded, body, tools)
-    conversation = await read_conversation(
-        request, state, loaded, body, max_tokens=max_tokens, tools=tools
-    )
-    ignored = [*ignored, *tools.ignored, *conversation.ignored]
-    if body.echo and not conversation.prompt.echo:
-        ignored.append("echo")
-    make_reasoning = free_until = None
-    if loaded.reasoning is not None:
-        is_hidden = body.include_reasoning is False
-        opening = conversation.opening
-        make_reasoning = partial(loaded.reasoning.stage, opening, is_hidden=is_hidden)
-        free_until = loaded.reasoning.free_until(opening)
-    elif body.include_reasoning is False:
-        ignored.append("include_reasoning")
-    makes_budget = makes_thinking_budget(body.thinking_token_budget, loaded, conversation, ignored)
-    limit = "max_tokens", body.max_tokens
-    if body.max_completion_tokens is not None:
-        limit = "max_completion_tokens", body.max_completion_tokens
-    if held is None:
-        makes_grammar = await read_constraint(
-            request, state, loaded, body, ignored=ignored, free_until=free_until
-        )
-    else:
-        makes_grammar = held.makes(free_until)
-    prompt = conversation.prompt
-    if makes_grammar is unconstrained:  # else the answer has a form of its own
-        prompt = replace(prompt, echo=prompt.echo + conversation.opened)
-    tokens = read_chat_tokens(body, state, loaded, ignored)
-    job = await make_job(
-        body,
-        loaded,
-        [prompt],
-        prompt_name="messages",
-        limit=limit,
-        default_max_tokens=loaded.defaults.max_new_tokens,
-        ignored=ignored,
-        make_reasoning=make_reasoning,
-        make_constraint=makes_all_of([makes_budget, makes_grammar]),
-        tokens=tokens,
-    )
-    job = tools.apply(job)
+    job = await chat_job(request, state, loaded, body, ignored=ignored)
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 
