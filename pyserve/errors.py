@@ -28,6 +28,21 @@ class InvalidRequestError(RequestError):
     """400: a value is missing, of the wrong type or out of range."""
 
 
+class ContextError(InvalidRequestError):
+    """400: the prompt alone does not fit the context.
+
+    said        how long it is.
+    num_tokens  that it has, at least.
+    """
+
+    def __init__(self, said: str, param: str, *, num_tokens: int, max_model_len: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens: {said}", param
+        )
+        self.num_tokens = num_tokens
+        self.max_model_len = max_model_len
+
+
 class NotBuiltError(RequestError):
     """400: a field of the wire format that this version does not implement yet."""
 

@@ -182,19 +182,21 @@ def _middleware(state: ServerState) -> Middleware:
 
 
 def _error_response(request: web.Request, error: RequestError) -> web.Response:
-    """In the words of the route that was asked."""
-    handler = request.match_info.handler
-    to_body = next((r.error_body for r in ROUTES if r.handler is handler), error_body)
-    return error_response(error, to_body)
+    """In the words of the route that was asked, or that the path lies under."""
+    path = request.path.removeprefix(request.app[STATE].config.root_path)
+    under = (r.error_body for r in ROUTES if f"{path}/".startswith(f"{r.path}/"))
+    return error_response(error, next(under, error_body))
 
 
 def _router_error(
     request: web.Request, error: web.HTTPException, unknown_paths: UnknownPaths
 ) -> web.Response:
     if isinstance(error, web.HTTPMethodNotAllowed):
-        response = error_response(unknown_paths.wrong_method(request, error.allowed_methods))
+        response = _error_response(
+            request, unknown_paths.wrong_method(request, error.allowed_methods)
+        )
         response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
         return response
     if isinstance(error, web.HTTPNotFound):
-        return error_response(unknown_paths.not_found(request))
-    return error_response(log_unexpected(error))
+        return _error_response(request, unknown_paths.not_found(request))
+    return _error_response(request, log_unexpected(error))

@@ -35,7 +35,13 @@ from pyserve.api.wire.protocol import (
     TokenizeRequest,
 )
 from pyserve.api.wire.tools import MAX_SCHEMA_NESTING
-from pyserve.errors import ChatTemplateError, CheckpointError, InvalidRequestError, NotBuiltError
+from pyserve.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    ContextError,
+    InvalidRequestError,
+    NotBuiltError,
+)
 from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
@@ -186,8 +192,11 @@ def _encode(
         text, add_special_tokens=add_special_tokens, max_tokens=max_tokens
     )
     if len(ids) > max_tokens:
-        raise InvalidRequestError(
-            f"messages make at least {len(ids)} tokens, the limit is {max_tokens}", "messages"
+        raise ContextError(
+            f"messages make at least {len(ids)}",
+            "messages",
+            num_tokens=len(ids),
+            max_model_len=max_tokens,
         )
     if cut is not None:
         ids = cut.cut_text(loaded.tokenizer, ids, has_special_tokens=add_special_tokens)

@@ -18,6 +18,7 @@ from pyserve.api.endpoints.sampling import Resolver
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job, Prompt
 from pyserve.api.generation.slices import Slices
+from pyserve.api.generation.stream import COMMENT
 from pyserve.api.generation.told import Told
 from pyserve.api.http.errors import error_body
 from pyserve.api.state import Loaded
@@ -272,6 +273,10 @@ class OpenAIFrames(ABC):
     def failed(self, error: RequestError) -> bytes:
         """An error object, and the end."""
         return b"data: %b\n\n" % error_body(error) + _DONE
+
+    def keep_alive(self, choices: Sequence[Choice]) -> bytes:
+        """A comment, which clients pass over."""
+        return COMMENT
 
     def usage_so_far(self, choice: Choice) -> Usage | UnsetType:
         """What a frame of `choice` says of its tokens, where that was asked for."""

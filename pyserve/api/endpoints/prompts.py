@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS, SamplingFields, TokenizeRequest
-from pyserve.errors import InvalidRequestError
+from pyserve.errors import ContextError, InvalidRequestError
 from pyserve.params import shown
 from pyserve.text.tokenizer import Tokenizer
 
@@ -117,10 +117,11 @@ def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param:
         piece = text[start : start + PIECE_CHARS]
         num_tokens += max(tokenizer.count(piece, param=param) - CUT_TOKENS, 0)
         if num_tokens > max_model_len:
-            raise InvalidRequestError(
-                f"This model's maximum context length is {max_model_len} tokens: "
+            raise ContextError(
                 f"the prompt has at least {num_tokens}",
                 param,
+                num_tokens=num_tokens,
+                max_model_len=max_model_len,
             )
 
 
@@ -132,10 +133,11 @@ def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:
     """
     limit = max_tokenize_chars(max_model_len)
     if num_chars > limit:
-        raise InvalidRequestError(
-            f"This model's maximum context length is {max_model_len} tokens: "
+        raise ContextError(
             f"the prompt has {num_chars} characters, more than {limit}",
             param,
+            num_tokens=num_chars // CHARS_PER_TOKEN,
+            max_model_len=max_model_len,
         )
 
 

@@ -18,7 +18,7 @@ from pyserve.api.wire.protocol import (
     SamplingFields,
 )
 from pyserve.client import EngineInfo
-from pyserve.errors import InvalidRequestError
+from pyserve.errors import ContextError, InvalidRequestError
 from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pyserve.params import (
     MAX_TEMPERATURE,
@@ -95,10 +95,11 @@ class Resolver:
         left = max_model_len - num_prompt_tokens
         if left < 1:
             full = ", which leaves none for the answer" if left == 0 else ""
-            raise InvalidRequestError(
-                f"This model's maximum context length is {max_model_len} tokens: "
+            raise ContextError(
                 f"the prompt has {num_prompt_tokens}{full}",
                 prompt_name,
+                num_tokens=num_prompt_tokens,
+                max_model_len=max_model_len,
             )
         if max_tokens is not None and max_tokens < 1:
             raise InvalidRequestError(

@@ -7,7 +7,7 @@ sequences, which are bounded.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from aiohttp import HttpVersion11, web
@@ -46,6 +46,9 @@ class Frames(Protocol):
 
     def failed(self, error: RequestError) -> bytes:
         """The end of a stream that fails on the way."""
+
+    def keep_alive(self, choices: Sequence[Choice]) -> bytes:
+        """What goes out where nothing else has for SILENCE_S; COMMENT where there are no words."""
 
 
 async def send(
@@ -130,7 +133,9 @@ async def _send_choices(
                     *earlier, last = parts or (None,)
                     chunks += [frames.part(choice, part) for part in earlier if part is not None]
                     chunks.append(frames.finish(choice, last))
-            data = b"".join(chunks) or (COMMENT if heartbeat.is_due else b"")
+            data = b"".join(chunks)
+            if not data and heartbeat.is_due:
+                data = frames.keep_alive(generation.choices)
             if data:
                 await write(request, response, data)
                 heartbeat.note()

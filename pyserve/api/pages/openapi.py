@@ -74,25 +74,38 @@ class Version(msgspec.Struct, frozen=True):
     version: str
 
 
+_CHUNKS = (
+    "server-sent events, each a line `data: ` and a {chunks}, at the end `data: [DONE]`. Where it "
+    "fails on the way, one frame holds an {error}."
+)
+
+
 class Operation(NamedTuple):
-    """A route in the document. `replies` are the wire types beside the errors; None is text."""
+    """A route in the document.
+
+    replies  the wire types beside the errors; None is text.
+    chunks   those of a streamed answer, and `stream` how they come.
+    error    that of a refusal.
+    """
 
     summary: str
     replies: Mapping[int, type[msgspec.Struct] | None]
     body: type[msgspec.Struct] | None = None
-    chunk: type[msgspec.Struct] | None = None
+    chunks: tuple[type[msgspec.Struct], ...] = ()
     example: Mapping[str, object] | None = None
+    stream: str = _CHUNKS
+    error: type[msgspec.Struct] = ErrorResponse
 
 
 _HEALTH = Operation("200 where a request would be taken now", {200: Ready, 503: NotReady})
 _HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
-        "Answer a conversation", {200: ChatResponse}, ChatRequest, ChatChunk,
+        "Answer a conversation", {200: ChatResponse}, ChatRequest, (ChatChunk,),
         {"messages": _HELLO, "max_tokens": 64},
     ),
     ("POST", "/v1/completions"): Operation(
-        "Continue a text", {200: CompletionResponse}, CompletionRequest, CompletionChunk,
+        "Continue a text", {200: CompletionResponse}, CompletionRequest, (CompletionChunk,),
         {"prompt": "The capital of France is", "max_tokens": 16},
     ),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
@@ -204,9 +217,11 @@ class Document:
                     }
                 },
             }
-        if operation.chunk is not None:
+        if operation.chunks:
             errors.add(429)
-        described["responses"].update((str(status), _error(status)) for status in sorted(errors))
+        described["responses"].update(
+            (str(status), _error(status, operation.error)) for status in sorted(errors)
+        )
         return described
 
 
@@ -219,9 +234,10 @@ async def openapi(request: web.Request) -> web.StreamResponse:
 
 def schemas() -> dict[str, Schema]:
     """components.schemas: every wire type, without what is not built."""
-    types: set[type[msgspec.Struct]] = {ErrorResponse}
+    types: set[type[msgspec.Struct]] = set()
     for operation in OPERATIONS.values():
-        types.update(filter(None, (operation.body, operation.chunk, *operation.replies.values())))
+        types |= {operation.error, *operation.chunks}
+        types.update(filter(None, (operation.body, *operation.replies.values())))
     ordered = sorted(types, key=lambda wire_type: wire_type.__name__)
     _, found = msgspec.json.schema_components(ordered, ref_template=_REF)
     sent: list[type[msgspec.Struct]] = [StreamOptions, Message, ContentPart, *SENT]
@@ -266,26 +282,27 @@ def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Sche
     described: Schema = {"description": "The answer", "headers": headers, "content": content}
     if operation.body is not None:
         headers["x-pyserve-ignored"] = _header("Fields of the request that had no effect")
-    if operation.chunk is not None:
+    if operation.chunks:
         headers["x-pyserve-clamped"] = _header(
             "max_tokens=N: N is what the prompt leaves of the context, and less than was asked for"
         )
-    if operation.chunk is not None:
-        name = operation.chunk.__name__
+    if operation.chunks:
+        words = operation.stream.format(
+            chunks=" or ".join(chunk.__name__ for chunk in operation.chunks),
+            error=operation.error.__name__,
+        )
         described["description"] = (
-            f"The answer; with `stream` server-sent events, each a line `data: ` and a {name}, "
-            "at the end `data: [DONE]`. Where it fails on the way, one frame holds an "
-            "ErrorResponse. Lines that begin with a colon keep proxies awake."
+            f"The answer; with `stream` {words} Lines that begin with a colon keep proxies awake."
         )
         event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
     return described
 
 
-def _error(status: int) -> Schema:
+def _error(status: int, wire_type: type[msgspec.Struct]) -> Schema:
     described: Schema = {
         "description": _ERRORS[status],
-        "content": {"application/json": {"schema": _reference(ErrorResponse)}},
+        "content": {"application/json": {"schema": _reference(wire_type)}},
     }
     if status in _RETRYING:
         described["headers"] = {"Retry-After": _header("Seconds", "integer")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.sampling import Resolver
+from pyserve.api.generation import stream
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job, Prompt
 from pyserve.api.state import STATE
@@ -68,6 +68,9 @@ class AskFrames:
 
     def failed(self, error: RequestError) -> bytes:
         return f"event: failed\ndata: {error.message}\n\n".encode()
+
+    def keep_alive(self, choices: Sequence[Choice]) -> bytes:
+        return b"event: wait\ndata: \n\n"
 
 
 def whole(head: Head, generation: Generation) -> bytes:
@@ -149,8 +152,22 @@ def test_errors_in_its_own_words(asked: Server) -> None:
 def test_other_routes_keep_theirs(asked: Server) -> None:
     error = asked.error("/v1/completions", {"prompt": "hi", "max_tokens": 0})
     assert error["param"] == "max_tokens"
-    connection = http.client.HTTPConnection("127.0.0.1", asked.port, timeout=10)
-    connection.request("GET", PATH)
-    reply = connection.getresponse()
-    assert reply.status == 405 and set(json.loads(reply.read())) == {"error"}
-    connection.close()
+    assert asked.error("/v1/asks", {}, 404)["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", PATH, 405), ("POST", f"{PATH}/more", 404), ("POST", f"{PATH}/", 400)],
+)
+def test_what_lies_under_a_route_speaks_as_it_does(
+    asked: Server, method: str, path: str, status: int
+) -> None:
+    got, _, reply = asked.request(method, path)
+    assert got == status and set(json.loads(reply)) == {"trouble"}
+
+
+def test_a_silent_stream_in_its_own_words(asked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SILENCE_S", 0.02)
+    asked.play("a.", delay_s=0.2)
+    found = events(asked, {"question": "x"})
+    assert found[0] == ("wait", "") and ("part", "a.") in found
