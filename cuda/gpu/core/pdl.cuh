@@ -11,8 +11,8 @@
 //    residuals, counters and the KV cache come after it, unless 4 says otherwise.
 // 3. What a kernel of the chain writes is not read by ld.global.nc, also after the wait.
 // 4. pdl_launch_dependents() is called by every thread: straight after the wait by kernels that run
-//    for long (linear, attention, rope, plans, sampling), at the start by those that are short
-//    between two of them (norms, activations, embedding). So behind a long kernel, which begins its
+//    for long (linear, attention, rope, plans, sampling, logprobs), at the start by those that are
+//    short between two of them (norms, activations, masks). So behind a long kernel, which begins its
 //    work when all before it is complete, the next one may read what is older than it even before
 //    its wait, past L1 (ld.global.cg, cp.async.cg); only attention does so, behind linear or rope.
 // 5. A kernel whose blocks are as many as the SMs takes more than half of an SM's shared memory. A

@@ -28,6 +28,8 @@ struct MinusInf {
 template <class T>
 __global__ void __launch_bounds__(kThreads) bitmask_kernel(BitmaskParams p) {
   using Inf = MinusInf<T>;
+  pdl_launch_dependents();
+  pdl_wait();
   const int row = p.rows[blockIdx.y * p.rows_stride];
   if (row < -1 || row >= p.num_rows) __trap();
   if (row < 0) return;
@@ -66,7 +68,7 @@ cudaError_t launch_bitmask(const BitmaskParams& params, cudaStream_t stream) {
   constexpr int kTokens = kThreads * kBytes * kVec;
   const dim3 grid((params.vocab_size + kTokens - 1) / kTokens, params.num_masked);
   const auto launch_as = [&]<class T>(T) {
-    return launch(bitmask_kernel<T>, grid, kThreads, 0, stream, params);
+    return launch_chained(bitmask_kernel<T>, grid, kThreads, 0, stream, params);
   };
   if (params.dtype == Dtype::kFloat32) return launch_as(float{});
   return dispatch_half(params.dtype, launch_as);

@@ -125,6 +125,8 @@ __device__ __forceinline__ void select_top(const SampleRow<T>& row, float bound,
 template <class T>
 __global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(LogprobsParams p) {
   __shared__ LogprobsShared s;
+  pdl_wait();
+  pdl_launch_dependents();
   const int asked = blockIdx.x, row_index = p.rows[asked * p.rows_stride];
   if (row_index < -1 || row_index >= p.num_rows) __trap();
   int32_t* top_ids = p.top_ids + asked * p.top_ids_stride;
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(LogprobsPar
 cudaError_t launch_logprobs(const LogprobsParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(params.num_asked));
   const auto launch_as = [&]<class T>(T) {
-    return launch(logprobs_kernel<T>, grid, kSampleThreads, 0, stream, params);
+    return launch_chained(logprobs_kernel<T>, grid, kSampleThreads, 0, stream, params);
   };
   if (params.dtype == Dtype::kFloat32) return launch_as(float{});
   return dispatch_half(params.dtype, launch_as);
