@@ -17,6 +17,7 @@ from pyserve.foreign_flags import JSON, LIST, SWITCH, VALUE, Flag, plain
 # Wire types of requests; both kinds of completions have the fields of SAMPLING.
 SAMPLING, CHAT, COMPLETION = "SamplingFields", "ChatRequest", "CompletionRequest"
 TOKENIZE, MESSAGE = "TokenizeRequest", "Message"
+RESPONSES = "ResponsesRequest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +279,13 @@ FEATURES: dict[str, Feature] = {
         "/v1/chat/completions/render /v1/completions/render",
     ),
     "batches of files": Feature(paths="/v1/files /v1/batches"),
-    "Responses": Feature(paths="/v1/responses"),
+    "Responses": Feature(
+        fields=(
+            Field("conversation", (RESPONSES,), instead="send previous_response_id"),
+            Field("prompt", (RESPONSES,), instead="send instructions and input"),
+        ),
+        paths="/v1/responses/compact /v1/conversations",
+    ),
     "Messages": Feature(paths="/v1/messages"),
     "the rest of OpenAI's API": Feature(
         paths="/v1/moderations /v1/assistants /v1/threads /v1/fine_tuning /v1/realtime"
@@ -293,7 +300,10 @@ NO_EFFECT = (
     Field("metadata", (SAMPLING,), ({},), is_ignored=True),
     Field("store", (SAMPLING,), (False,), is_ignored=True),
     Field("guided_decoding_backend", (SAMPLING,), is_ignored=True),
-    Field("service_tier", (SAMPLING,), ("auto", "default"), is_ignored=True),
+    Field("service_tier", (SAMPLING, RESPONSES), ("auto", "default"), is_ignored=True),
+    Field("max_tool_calls", (RESPONSES,), is_ignored=True),  # of tools that a server runs itself
+    Field("client_metadata", (RESPONSES,), ({},), is_ignored=True),
+    Field("stream_options", (RESPONSES,), ({}, {"include_obfuscation": False}), is_ignored=True),
     Field("spaces_between_special_tokens", (SAMPLING,), (True,), is_ignored=True),
 )
 

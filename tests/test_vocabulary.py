@@ -99,6 +99,8 @@ BOOL_PREFIXES = ("is_", "has_")
 # Bools of formats that are not ours, by file or folder: their names are given.
 FOREIGN_BOOLS: dict[str, str] = {
     "api/wire/protocol.py": "OpenAI's and vLLM's request fields",
+    "api/wire/responses.py": "the same of the Responses API",
+    "api/wire/responses_answer.py": "what its objects say",
     "api/wire/tools.py": "OpenAI's fields of a tool",
     "api/endpoints/models.py": "OpenAI's permissions of a model",
     "config.py": "vLLM's flags",

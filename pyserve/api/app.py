@@ -19,6 +19,7 @@ from pyserve.api.endpoints.chat import chat_completions
 from pyserve.api.endpoints.completions import completions
 from pyserve.api.endpoints.health import health, health_live
 from pyserve.api.endpoints.models import list_models, retrieve_model
+from pyserve.api.endpoints.responses import create_response
 from pyserve.api.endpoints.tokens import detokenize, tokenize
 from pyserve.api.http import request_id
 from pyserve.api.http.cors import add_cors
@@ -67,6 +68,7 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 ROUTES = (
     Route("POST", "/v1/chat/completions", chat_completions, is_of_model=True),
     Route("POST", "/v1/completions", completions, is_of_model=True),
+    Route("POST", "/v1/responses", create_response, is_of_model=True),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
     Route("POST", "/tokenize", tokenize, is_of_model=True),

@@ -45,11 +45,13 @@ class Dialect:
 
     frames  of a stream.
     whole   the JSON of a whole answer.
+    keep    takes that JSON before it is sent.
     """
 
     id_prefix: str
     frames: Callable[[Head, Job], stream.Frames]
     whole: Callable[[Head, Generation], bytes]
+    keep: Callable[[Head, bytes], None] = lambda head, data: None
 
 
 class _Deadline:
@@ -134,4 +136,5 @@ async def answer(
     size = sum(map(_size, generation.choices))
     encode = partial(dialect.whole, head, generation)
     data = await state.run_text(request, size, encode, short=SHORT_ANSWER, is_answer=True)
+    dialect.keep(head, data)
     return json_response(data, headers)

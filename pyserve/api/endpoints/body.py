@@ -67,7 +67,7 @@ class Wire(Generic[T]):
         except RecursionError:
             raise InvalidRequestError("the body is nested too deeply") from None
         except msgspec.ValidationError as error:
-            raise _wrong_type(error) from None
+            raise wrong_type(error) from None
         except msgspec.DecodeError as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
         if len(body) > SHORT_BODY_BYTES:
@@ -156,10 +156,13 @@ def _check_counts(messages: list[Message] | None) -> None:
         )
 
 
-def _wrong_type(error: msgspec.ValidationError) -> InvalidRequestError:
+def wrong_type(error: msgspec.ValidationError, prefix: str = "") -> InvalidRequestError:
+    """What a decoder has found wrong, by the name of the field; `prefix`: where the value was."""
     text = str(error).replace("Object", "the body")
     match = _PATH.search(text)
     path = match.group(1) if match else ""
+    if prefix:
+        path = prefix + ("" if not path or path.startswith("[") else ".") + path
     reason = (text[: match.start()] if match else text).replace("`", "")
     missing = re.fullmatch(r"the body missing required field (\w+)", reason)
     if missing:

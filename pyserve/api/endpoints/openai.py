@@ -236,6 +236,10 @@ class OpenAIFrames(ABC):
     def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> Any:
         """The element of `choices` that has one part more, or the last one, if one is left."""
 
+    def begin(self) -> bytes:
+        """Nothing comes before the first step."""
+        return b""
+
     def first(self, choice: Choice) -> bytes:
         """Nothing comes before the first text."""
         return b""

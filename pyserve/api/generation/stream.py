@@ -33,6 +33,9 @@ HEADERS = {
 class Frames(Protocol):
     """The frames of one answer in the words of one endpoint, as bytes that end in a blank line."""
 
+    def begin(self) -> bytes:
+        """What comes at once, while all choices wait for their turn; may be empty."""
+
     def first(self, choice: Choice) -> bytes:
         """What comes before the first part of a choice."""
 
@@ -63,6 +66,8 @@ async def send(
         response.force_close()  # no chunked coding there: the end of the connection ends the stream
     await response.prepare(request)
     try:
+        if begin := frames.begin():
+            await write(request, response, begin)
         await _send_choices(request, response, generation, frames)
         end = frames.end(generation.usage())
     except RequestError as error:

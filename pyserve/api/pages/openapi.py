@@ -33,6 +33,8 @@ from pyserve.api.wire.protocol import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from pyserve.api.wire.responses import ResponsesRequest
+from pyserve.api.wire.responses_answer import Event, Response
 from pyserve.api.wire.tools import SENT
 from pyserve.features import Field, fields_of
 
@@ -78,6 +80,11 @@ _CHUNKS = (
     "server-sent events, each a line `data: ` and a {chunks}, at the end `data: [DONE]`. Where it "
     "fails on the way, one frame holds an {error}."
 )
+_EVENTS = (
+    "server-sent events, each a line `event: `, which names its type, and a line `data: ` with a "
+    "{chunks}; the last one has the whole response. Where it fails on the way, the last two are "
+    "response.failed and error."
+)
 
 
 class Operation(NamedTuple):
@@ -107,6 +114,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation(
         "Continue a text", {200: CompletionResponse}, CompletionRequest, (CompletionChunk,),
         {"prompt": "The capital of France is", "max_tokens": 16},
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "Answer a conversation, in OpenAI's newer words", {200: Response}, ResponsesRequest,
+        (Event,), {"input": "What is the capital of France?", "max_output_tokens": 64}, _EVENTS,
     ),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),

@@ -53,6 +53,9 @@ class AskFrames:
     def __init__(self, head: Head, job: Job) -> None:
         self._id = head.id
 
+    def begin(self) -> bytes:
+        return b""
+
     def first(self, choice: Choice) -> bytes:
         return f"event: begin\ndata: {self._id}\n\n".encode()
 

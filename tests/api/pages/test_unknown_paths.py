@@ -63,8 +63,8 @@ def message(method: str, path: str, root_path: str = "") -> str:
         ("GET", "/api/tags", "use GET /v1/models"),
         ("GET", "/healthz", "use GET /health"),
         ("POST", "/v1/tokenize", "use POST /tokenize"),
-        ("POST", "/v1/responses", "/v1/responses is not built yet in pyserve " + __version__),
-        ("GET", "/v1/responses/resp_1", "/v1/responses is not built yet"),
+        ("POST", "/v1/threads", "/v1/threads is not built yet in pyserve " + __version__),
+        ("GET", "/v1/threads/thread_1", "/v1/threads is not built yet"),
         ("POST", "/v1/messages/count_tokens?beta=true", "/v1/messages is not built yet"),
         ("POST", "/embeddings", "/v1/embeddings is not built yet"),
         ("POST", "/v1/chat/completions/batch", "/v1/chat/completions/batch is not built yet"),
@@ -124,14 +124,14 @@ def test_a_wrong_verb_is_told_the_right_one(server: Server) -> None:
 
 def test_one_line_for_each_path(fresh: Server, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        for path in ("/chat/completions", "/v1/responses", "/favicon.ico"):
+        for path in ("/chat/completions", "/v1/threads", "/favicon.ico"):
             fresh.request("POST", path, {"a": "secret"}, {"X-Request-Id": "find-me"})
     fresh.request("GET", "/v1/models")
     assert [line for line in caplog.messages if "there is no" in line] == [
         "request find-me: there is no POST /chat/completions here: "
         f"the API is under /v1, use POST {CHAT}",
-        "request find-me: there is no POST /v1/responses here: "
-        f"/v1/responses is not built yet in pyserve {__version__}",
+        "request find-me: there is no POST /v1/threads here: "
+        f"/v1/threads is not built yet in pyserve {__version__}",
     ]
 
 

@@ -1,0 +1,388 @@
+"""Parts -> the items, the events and the whole of a response.
+
+The items of an answer are put together in one place, whether it is streamed or not: a stream tells
+of each step of it, and a whole answer of none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from pyserve.api.endpoints.answer import Head
+from pyserve.api.endpoints.responses_items import of_arguments
+from pyserve.api.endpoints.responses_request import Asked, shown_again
+from pyserve.api.endpoints.responses_tools import ToolName
+from pyserve.api.generation.generate import Choice, Generation
+from pyserve.api.generation.job import Job
+from pyserve.api.generation.stream import COMMENT
+from pyserve.api.wire.encoding import encode_line
+from pyserve.api.wire.logprobs import TokenLogprob
+from pyserve.api.wire.protocol import ErrorDetail, Usage
+from pyserve.api.wire.responses_answer import (
+    Event,
+    IncompleteDetails,
+    OutputCall,
+    OutputCustomCall,
+    OutputItem,
+    OutputMessage,
+    OutputReasoning,
+    OutputText,
+    ReasoningText,
+    Response,
+    ResponseError,
+    ResponseUsage,
+    SummaryText,
+)
+from pyserve.errors import QueueFullError, RequestError
+from pyserve.text.parts import Part, Reasoning, ToolCall, joined
+
+Kind = Literal["message", "reasoning", "function_call", "custom_tool_call"]
+Tell = Callable[..., None]  # an event's type, and what it has besides
+
+ID_PREFIX = "resp_"
+PREFIXES = {
+    "message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
+    "function_call_output": "fco", "custom_tool_call_output": "ctco",
+}  # fmt: skip
+
+
+def item_id(kind: str, response_id: str, place: int) -> str:
+    """Of an item of a response: it says of which response, so that a reference can be found."""
+    return f"{PREFIXES.get(kind, 'item')}_{response_id.removeprefix(ID_PREFIX)}{place:04x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """What is said of one response, from its first event to its last.
+
+    temperature, top_p  those that it is sampled with.
+    is_kept             it is stored.
+    keep                takes the JSON of the whole response when it has ended, before it is sent.
+    """
+
+    asked: Asked
+    temperature: float
+    top_p: float
+    is_kept: bool
+    keep: Callable[[Head, bytes], None]
+
+    def response(self, head: Head, output: Sequence[OutputItem], **fields: Any) -> Response:
+        """The response object; `fields` say how far it is."""
+        return Response(
+            id=head.id,
+            created_at=head.created,
+            model=head.model,
+            output=list(output),
+            store=self.is_kept,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            **shown_again(self.asked.body),
+            **fields,
+        )
+
+    def ended(
+        self, head: Head, output: Sequence[OutputItem], usage: Usage, reason: str
+    ) -> Response:
+        """The response at its end; `reason`: the finish reason of its sequence."""
+        status = status_of(reason)
+        return self.response(
+            head,
+            output,
+            status=status,
+            completed_at=int(time.time()) if status == "completed" else None,
+            incomplete_details=(
+                IncompleteDetails("max_output_tokens") if status == "incomplete" else None
+            ),
+            usage=ResponseUsage.of(usage),
+        )
+
+
+def status_of(reason: str | None) -> str:
+    """Of a response, or of its last item."""
+    return {"length": "incomplete", "abort": "cancelled"}.get(reason or "", "completed")
+
+
+def _tell_nobody(type: str, **fields: Any) -> None:
+    """A whole answer has no events."""
+
+
+class Output:
+    """The items of one answer, as its parts come.
+
+    items  those that are done.
+    """
+
+    def __init__(self, response_id: str, asked: Asked, tell: Tell = _tell_nobody) -> None:
+        self.items: list[OutputItem] = []
+        self._response_id = response_id
+        self._names = asked.tools.names
+        self._has_summaries = asked.has_summaries
+        self._tell = tell
+        self._open: _OpenItem | None = None
+        self._held: list[TokenLogprob] = []  # of tokens without a text, until one follows
+
+    def push(self, choice: Choice, part: Part) -> None:
+        """The next part."""
+        if isinstance(part, ToolCall):
+            self._push_call(part)
+        elif isinstance(part, Reasoning):
+            if part.text:
+                self._push_reasoning(part.text)
+        else:
+            told = choice.words.chat(part.tokens) if choice.words and part.tokens else None
+            logprobs = told.content if told is not None else []
+            self._push_text(part.text, logprobs)
+
+    def end(self, reason: str | None) -> None:
+        """No part comes any more. An answer without any says nothing in a message."""
+        if self._open is None and not self.items:
+            self._open_item("message")
+        self._close(status_of(reason))
+
+    def _push_text(self, text: str, logprobs: list[TokenLogprob]) -> None:
+        self._held += logprobs
+        is_open = self._open is not None and self._open.kind == "message"
+        if not text and not (is_open and self._held):
+            return
+        logprobs, self._held = self._held, []
+        item = self._open_item("message")
+        item.texts.append(text)
+        item.logprobs += logprobs
+        self._tell_delta("response.output_text.delta", item, text, logprobs=logprobs)
+
+    def _push_reasoning(self, text: str) -> None:
+        item = self._open_item("reasoning")
+        item.texts.append(text)
+        self._tell_delta(f"response.{self._thought}.delta", item, text)
+
+    def _push_call(self, part: ToolCall) -> None:
+        item = self._open
+        if part.name is not None or item is None or item.call is None:
+            name = self._names.get(part.name or "", ToolName(part.name or "", None))
+            kind: Kind = "custom_tool_call" if name.is_custom else "function_call"
+            item = self._open_item(kind, part, name)
+        if not part.arguments:
+            return
+        item.texts.append(part.arguments)
+        if item.kind == "function_call":  # a plain text is known when its JSON is whole
+            self._tell_delta("response.function_call_arguments.delta", item, part.arguments)
+
+    @property
+    def _thought(self) -> str:
+        return "reasoning_summary_text" if self._has_summaries else "reasoning_text"
+
+    def _open_item(
+        self, kind: Kind, call: ToolCall | None = None, name: ToolName | None = None
+    ) -> _OpenItem:
+        """The open item, where it is of this kind and no other call; else a new one."""
+        if self._open is not None and self._open.kind == kind and call is None:
+            return self._open
+        self._close("completed")
+        index = len(self.items)
+        item = _OpenItem(kind, item_id(kind, self._response_id, index), index, call=call, name=name)
+        self._open = item
+        self._tell(
+            "response.output_item.added",
+            output_index=index,
+            item=self._item(item, "in_progress", is_new=True),
+        )
+        self._tell_part("added", item, "")
+        return item
+
+    def _close(self, status: str) -> None:
+        item, self._open = self._open, None
+        if item is None:
+            return
+        text = "".join(item.texts)
+        if item.kind == "message":
+            self._tell(
+                "response.output_text.done", item_id=item.id, output_index=item.index,
+                content_index=0, text=text, logprobs=item.logprobs,
+            )  # fmt: skip
+        elif item.kind == "reasoning":
+            self._tell(
+                f"response.{self._thought}.done", item_id=item.id, output_index=item.index,
+                text=text, **self._place(item),
+            )  # fmt: skip
+        elif item.kind == "function_call":
+            assert item.name is not None
+            self._tell(
+                "response.function_call_arguments.done", item_id=item.id, output_index=item.index,
+                name=item.name.name, arguments=text,
+            )  # fmt: skip
+        else:
+            plain = of_arguments(text)
+            self._tell_delta("response.custom_tool_call_input.delta", item, plain)
+            self._tell(
+                "response.custom_tool_call_input.done", item_id=item.id, output_index=item.index,
+                input=plain,
+            )  # fmt: skip
+        self._tell_part("done", item, text)
+        done = self._item(item, status)
+        self._tell("response.output_item.done", output_index=item.index, item=done)
+        self.items.append(done)
+
+    def _tell_delta(self, type: str, item: _OpenItem, delta: str, **fields: Any) -> None:
+        self._tell(
+            type, item_id=item.id, output_index=item.index, delta=delta, **self._place(item),
+            **fields,
+        )  # fmt: skip
+
+    def _tell_part(self, step: str, item: _OpenItem, text: str) -> None:
+        """Texts are parts of their items, calls are not."""
+        if item.call is not None:
+            return
+        name = "reasoning_summary_part" if "summary_index" in self._place(item) else "content_part"
+        part: OutputText | ReasoningText | SummaryText
+        if item.kind == "message":
+            part = OutputText(text=text, logprobs=item.logprobs if step == "done" else [])
+        else:
+            part = SummaryText(text) if self._has_summaries else ReasoningText(text)
+        self._tell(
+            f"response.{name}.{step}", item_id=item.id, output_index=item.index, part=part,
+            **self._place(item),
+        )  # fmt: skip
+
+    def _place(self, item: _OpenItem) -> dict[str, int]:
+        """Of a text within its item: there is one."""
+        if item.call is not None:
+            return {}
+        if item.kind == "reasoning" and self._has_summaries:
+            return {"summary_index": 0}
+        return {"content_index": 0}
+
+    def _item(self, item: _OpenItem, status: str, *, is_new: bool = False) -> OutputItem:
+        text = "".join(item.texts)
+        if item.kind == "message":
+            content = [] if is_new else [OutputText(text=text, logprobs=item.logprobs)]
+            return OutputMessage(id=item.id, status=status, content=content)
+        if item.kind == "reasoning":
+            if self._has_summaries:
+                summary = [] if is_new else [SummaryText(text)]
+                return OutputReasoning(id=item.id, status=status, summary=summary)
+            thought = [] if is_new else [ReasoningText(text)]
+            return OutputReasoning(id=item.id, status=status, summary=[], content=thought)
+        assert item.call is not None and item.name is not None
+        named: dict[str, Any] = {
+            "id": item.id, "status": status, "call_id": item.call.id or item.id,
+            "name": item.name.name, "namespace": item.name.namespace or msgspec.UNSET,
+        }  # fmt: skip
+        if item.kind == "function_call":
+            return OutputCall(**named, arguments=text)
+        return OutputCustomCall(**named, input="" if is_new else of_arguments(text))
+
+
+@dataclass(slots=True)
+class _OpenItem:
+    """An item that is being put together: its text, or the arguments of its call."""
+
+    kind: Kind
+    id: str
+    index: int
+    texts: list[str]
+    logprobs: list[TokenLogprob]
+    call: ToolCall | None
+    name: ToolName | None
+
+    def __init__(
+        self, kind: Kind, id: str, index: int, *, call: ToolCall | None, name: ToolName | None
+    ) -> None:
+        self.kind, self.id, self.index, self.call, self.name = kind, id, index, call, name
+        self.texts, self.logprobs = [], []
+
+
+class ResponseFrames:
+    """Events, each with its name and the next number; there is no [DONE]."""
+
+    def __init__(self, answering: Answering, head: Head, job: Job) -> None:
+        self._answering = answering
+        self._head = head
+        self._number = 0
+        self._frames: list[bytes] = []
+        self._output = Output(head.id, answering.asked, self._tell)
+        self._reason: str | None = None
+
+    def begin(self) -> bytes:
+        """The response's id, before its turn has come."""
+        response = self._answering.response(self._head, [], status="in_progress")
+        self._tell("response.created", response=response)
+        self._tell("response.in_progress", response=response)
+        return self._take()
+
+    def first(self, choice: Choice) -> bytes:
+        """Nothing comes before the first part of the one choice."""
+        return b""
+
+    def part(self, choice: Choice, part: Part) -> bytes:
+        """A part of the answer: none, one or several events."""
+        self._output.push(choice, part)
+        return self._take()
+
+    def finish(self, choice: Choice, last: Part | None) -> bytes:
+        """The end of the last item."""
+        if last is not None:
+            self._output.push(choice, last)
+        self._reason = choice.finish_reason
+        self._output.end(self._reason)
+        return self._take()
+
+    def end(self, usage: Usage) -> bytes:
+        """The whole response, as a whole answer is."""
+        answering, head = self._answering, self._head
+        reason = self._reason or "stop"
+        response = answering.ended(head, self._output.items, usage, reason)
+        if answering.is_kept:
+            answering.keep(head, msgspec.json.encode(response))
+        self._tell(f"response.{response.status}", response=response)
+        return self._take()
+
+    def failed(self, error: RequestError) -> bytes:
+        """The response has failed, and an error, which is what some clients look for."""
+        response = self._answering.response(
+            self._head, self._output.items, status="failed", error=response_error(error)
+        )
+        self._tell("response.failed", response=response)
+        detail = ErrorDetail(error.message, error.type, error.param, error.status)
+        self._tell(
+            "error", code=response_error(error).code, message=error.message, param=error.param,
+            error=detail,
+        )  # fmt: skip
+        return self._take()
+
+    def keep_alive(self, choices: Sequence[Choice]) -> bytes:
+        """A comment: no event stands for silence."""
+        return COMMENT
+
+    def _tell(self, type: str, **fields: Any) -> None:
+        event = Event(type=type, sequence_number=self._number, **fields)
+        self._number += 1
+        self._frames.append(b"event: %b\ndata: %b\n\n" % (type.encode(), encode_line(event)))
+
+    def _take(self) -> bytes:
+        frames, self._frames = self._frames, []
+        return b"".join(frames)
+
+
+def response_error(error: RequestError) -> ResponseError:
+    """In OpenAI's codes: what may be tried again, and what may not."""
+    code = "invalid_prompt" if error.status < 429 else "server_error"
+    if isinstance(error, QueueFullError):
+        code = "rate_limit_exceeded"
+    return ResponseError(code, error.message)
+
+
+def encode_response(answering: Answering, head: Head, generation: Generation) -> bytes:
+    """A whole answer."""
+    choice = generation.choices[0]
+    output = Output(head.id, answering.asked)
+    for part in joined(choice.parts):
+        output.push(choice, part)
+    output.end(choice.finish_reason)
+    reason = choice.finish_reason or "stop"
+    response = answering.ended(head, output.items, generation.usage(), reason)
+    return msgspec.json.encode(response)

@@ -1,0 +1,249 @@
+"""A ResponsesRequest -> a ChatRequest, and what its answer needs to know of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pyserve.api.endpoints.renamed import Renamed, Rule
+from pyserve.api.endpoints.responses_items import TurnReader, Turns
+from pyserve.api.endpoints.responses_tools import OwnTools, read_own_tools
+from pyserve.api.wire.lenient import MAX_NAME_CHARS, Names
+from pyserve.api.wire.protocol import ChatRequest, JsonSchemaFormat, ResponseFormat
+from pyserve.api.wire.responses import (
+    FORMATS,
+    LOGPROBS,
+    MAX_KEY_CHARS,
+    MAX_LABEL_CHARS,
+    MAX_PAIRS,
+    MAX_VALUE_CHARS,
+    SUMMARIES,
+    TRUNCATIONS,
+    Object,
+    ReasoningOptions,
+    ResponsesRequest,
+    TextOptions,
+)
+from pyserve.errors import InvalidRequestError
+
+# Fields with one name, and one meaning, in both.
+_SAME = (
+    "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos",
+    "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "structured_outputs",
+    "priority", "cache_salt", "stream", "parallel_tool_calls", "top_logprobs",
+    "chat_template_kwargs", "include_reasoning", "thinking_token_budget",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, read.
+
+    chat     the same as a chat.
+    tools    those of the answer's calls.
+    renamed  names of the chat's fields as the client has them.
+    ignored  fields without effect that the chat knows nothing of.
+    """
+
+    body: ResponsesRequest
+    chat: ChatRequest
+    tools: OwnTools
+    renamed: Renamed
+    ignored: list[str]
+
+    @property
+    def has_summaries(self) -> bool:
+        """What the model thinks is shown as summaries, which is all that some clients show."""
+        return self.body.reasoning is not None and self.body.reasoning.summary is not None
+
+
+def read_request(body: ResponsesRequest, history: Sequence[Object], own: Sequence[Object]) -> Asked:
+    """`body` as a chat.
+
+    history  items of the responses before it.
+    own      its own items.
+
+    Raises InvalidRequestError naming the field.
+    """
+    _check_labels(body)
+    unknown = Names()
+    reader = TurnReader(unknown)
+    if body.instructions:
+        reader.instruct(body.instructions)
+    for item in history:
+        reader.read(item, "previous_response_id")
+    for i, item in enumerate(own):
+        reader.read(item, f"input[{i}]")
+    turns = reader.turns()
+    if not turns.messages:
+        raise InvalidRequestError("input must hold at least one item", "input")
+    tools = read_own_tools(body.tools or [], body.tool_choice, unknown)
+    reasoning = body.reasoning or ReasoningOptions()
+    text = body.text or TextOptions()
+    has_logprobs = _read_include(body.include or [], unknown)
+    if reasoning.summary not in (None, *SUMMARIES):
+        raise InvalidRequestError(
+            f"reasoning.summary must be one of {', '.join(SUMMARIES)}, got "
+            f"{reasoning.summary[:40]}",
+            "reasoning.summary",
+        )
+    for name, value in (
+        ("text.verbosity", text.verbosity),
+        ("reasoning.generate_summary", reasoning.generate_summary),
+    ):
+        if value is not None:
+            unknown.add(name)
+    chat = ChatRequest(
+        messages=turns.messages,
+        max_tokens=body.max_output_tokens,
+        continue_final_message=True if turns.is_continued else None,
+        add_generation_prompt=False if turns.is_continued else None,
+        truncate_prompt_tokens=-1 if _is_cut(body.truncation) else None,
+        logprobs=True if has_logprobs else False if body.top_logprobs else None,
+        reasoning_effort=reasoning.effort,
+        response_format=_response_format(text),
+        tools=tools.tools or None,
+        tool_choice=tools.choice,
+        **{name: getattr(body, name) for name in _SAME},
+    )
+    return Asked(body, chat, tools, Renamed(_rules(turns, tools)), unknown.names)
+
+
+def own_items(given: str | list[Object] | None) -> list[Object]:
+    """The items of `input`; a text is what the user says. Raises InvalidRequestError."""
+    if given is None:
+        raise InvalidRequestError("input is missing", "input")
+    if isinstance(given, list):
+        return given
+    content = [{"type": "input_text", "text": given}]
+    return [{"type": "message", "role": "user", "content": content}]
+
+
+def _response_format(text: TextOptions) -> ResponseFormat | None:
+    asked = text.format
+    if asked is None:
+        return None
+    if asked.type not in FORMATS:
+        raise InvalidRequestError(
+            f"text.format.type must be one of {', '.join(FORMATS)}, got {asked.type[:40]}",
+            "text.format.type",
+        )
+    if asked.type != "json_schema":
+        return ResponseFormat(asked.type, schema=asked.schema)
+    if asked.schema is None:
+        raise InvalidRequestError("text.format.schema is missing", "text.format.schema")
+    schema = JsonSchemaFormat(asked.name or "", asked.schema, asked.description, asked.strict)
+    return ResponseFormat("json_schema", schema)
+
+
+def _read_include(include: Sequence[str], unknown: Names) -> bool:
+    """Whether logprobs are asked for; nothing else can be told of an answer."""
+    for name in include:
+        if name != LOGPROBS:
+            unknown.add(f"include.{name[:MAX_NAME_CHARS]}")
+    return LOGPROBS in include
+
+
+def _is_cut(truncation: str | None) -> bool:
+    if truncation not in (None, *TRUNCATIONS):
+        raise InvalidRequestError(
+            f"truncation must be one of {', '.join(TRUNCATIONS)}, got {truncation[:40]}",
+            "truncation",
+        )
+    return truncation == "auto"
+
+
+def _check_labels(body: ResponsesRequest) -> None:
+    """Bound what is shown again in every event that has the response."""
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        value = getattr(body, name)
+        if value is not None and len(value) > MAX_LABEL_CHARS:
+            raise InvalidRequestError(
+                f"{name} has {len(value)} characters, the limit is {MAX_LABEL_CHARS}", name
+            )
+    metadata = body.metadata or {}
+    if len(metadata) > MAX_PAIRS:
+        raise InvalidRequestError(
+            f"metadata has {len(metadata)} entries, the limit is {MAX_PAIRS}", "metadata"
+        )
+    for key, value in metadata.items():
+        if len(key) > MAX_KEY_CHARS or len(value) > MAX_VALUE_CHARS:
+            raise InvalidRequestError(
+                f"metadata: a key has {MAX_KEY_CHARS} characters at most and a value "
+                f"{MAX_VALUE_CHARS}, got {len(key)} and {len(value)}",
+                "metadata",
+            )
+
+
+def _rules(turns: Turns, tools: OwnTools) -> list[Rule]:
+    """The chat's names -> this API's."""
+
+    def path(paths: Sequence[str], index: str, group: str) -> str:
+        place = int(index)
+        return paths[place] if place < len(paths) else group
+
+    def of_message(found: re.Match[str]) -> str:
+        return path(turns.paths, found[1], found[0])
+
+    def of_call(found: re.Match[str]) -> str:
+        return turns.call_paths.get((int(found[1]), int(found[2])), found[0])
+
+    def of_tool(found: re.Match[str]) -> str:
+        return path(tools.paths, found[1], found[0])
+
+    return [
+        (r"messages\[(\d+)\]\.tool_calls\[(\d+)\](?:\.function)?", of_call),
+        (r"messages\[(\d+)\]", of_message),
+        (r"\bmessages\.tool_call_id\b", "input.call_id"),
+        (r"\bmessages\.reasoning_content\b", "input.reasoning"),
+        (r"\bmessages\b", "input"),
+        (r"tools\[(\d+)\](?:\.function)?", of_tool),
+        (r"\btool_choice\.function\b", "tool_choice"),
+        (r"\bmax_tokens\b", "max_output_tokens"),
+        (r"\bresponse_format\.json_schema\b", "text.format"),
+        (r"\bresponse_format\b", "text.format"),
+        (r"\breasoning_effort\b", "reasoning.effort"),
+        (r"\btruncate_prompt_tokens\b", "truncation"),
+        (r"\blogprobs: true\b", f"include: {LOGPROBS}"),
+    ]  # fmt: skip
+
+
+def shown_again(body: ResponsesRequest) -> dict[str, Any]:
+    """Fields that the response repeats."""
+    reasoning = body.reasoning or ReasoningOptions()
+    text = _without_none(body.text) if body.text is not None else {}
+    choice = body.tool_choice
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
+        "safety_identifier": body.safety_identifier,
+        "text": {**text, "format": text.get("format", {"type": "text"})},
+        "tool_choice": "auto" if choice is None else _without_none(choice),
+        "tools": body.tools or [],
+        "top_logprobs": body.top_logprobs or 0,
+        "truncation": body.truncation or "disabled",
+        "user": body.user,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "background": bool(body.background),
+    }
+
+
+def _without_none(value: object) -> Any:
+    """JSON values of a wire type, without fields that were not given."""
+    plain = msgspec.to_builtins(value)
+    if not isinstance(plain, dict):
+        return plain
+    given = {key: item for key, item in plain.items() if item is not None}
+    return {k: _without_none(v) if isinstance(v, dict) and k == "format" else v
+            for k, v in given.items()}  # fmt: skip
