@@ -82,7 +82,8 @@ class StepState:
         self.hidden_rows = empty("logits", tile_rows, dtype=torch.int32)
         self.raw_logits = empty("logprobs", tile_rows, vocab_size, dtype=model.dtype)
         self.tile_row_ids = zeros("logprobs", tile_rows)
-        torch.arange(tile_rows, dtype=torch.int32, out=self.tile_row_ids)
+        # On the meta device an arange of torch would first import sympy, which takes half a second.
+        self.tile_row_ids.copy_(torch.arange(tile_rows, dtype=torch.int32))
         self.asked = zeros("logprobs", num_slots + 2 * max_num_tokens)
         self.told = zeros("logprobs", num_slots + max_num_tokens, LOGPROB_WORDS)
         self.attention_plans: dict[int, AttentionPlan] = {}

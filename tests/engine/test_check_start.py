@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,14 @@ def test_tensors_are_held_against_the_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lacks: model.norm.weight"):
         check_start(engine_config(tmp_path, load_format="auto"))
     assert check_start(engine_config(tmp_path, load_format="dummy")).plan.num_blocks > 0
+
+
+def test_a_plan_leaves_torch_s_symbols_alone() -> None:
+    """Of the meta device: what torch has written in Python there imports sympy, 480 modules."""
+    program = (
+        "import sys; from pyserve.config import DEMO_MODEL, EngineConfig; "
+        "from pyserve.engine.load import settle_start; "
+        "settle_start(EngineConfig(model_path=DEMO_MODEL, device='cpu')); "
+        "assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
