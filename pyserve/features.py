@@ -286,7 +286,7 @@ FEATURES: dict[str, Feature] = {
         ),
         paths="/v1/responses/compact /v1/conversations",
     ),
-    "Messages": Feature(paths="/v1/messages"),
+    "Messages": Feature(paths="/v1/messages/batches"),
     "the rest of OpenAI's API": Feature(
         paths="/v1/moderations /v1/assistants /v1/threads /v1/fine_tuning /v1/realtime"
     ),

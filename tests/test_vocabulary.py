@@ -102,6 +102,7 @@ FOREIGN_BOOLS: dict[str, str] = {
     "api/wire/responses.py": "the same of the Responses API",
     "api/wire/responses_answer.py": "what its objects say",
     "api/wire/tools.py": "OpenAI's fields of a tool",
+    "api/wire/messages.py": "Anthropic's fields",
     "api/endpoints/models.py": "OpenAI's permissions of a model",
     "config.py": "vLLM's flags",
     "model/rope_config.py": "keys of rope_parameters",

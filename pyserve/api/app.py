@@ -18,6 +18,8 @@ from pyserve import __version__
 from pyserve.api.endpoints.chat import chat_completions
 from pyserve.api.endpoints.completions import completions
 from pyserve.api.endpoints.health import health, health_live
+from pyserve.api.endpoints.messages import count_tokens, messages
+from pyserve.api.endpoints.messages_answer import error_body as messages_error
 from pyserve.api.endpoints.models import list_models, retrieve_model
 from pyserve.api.endpoints.responses import create_response
 from pyserve.api.endpoints.tokens import detokenize, tokenize
@@ -69,6 +71,11 @@ ROUTES = (
     Route("POST", "/v1/chat/completions", chat_completions, is_of_model=True),
     Route("POST", "/v1/completions", completions, is_of_model=True),
     Route("POST", "/v1/responses", create_response, is_of_model=True),
+    Route("POST", "/v1/messages", messages, is_of_model=True, error_body=messages_error),
+    Route(
+        "POST", "/v1/messages/count_tokens", count_tokens, is_of_model=True,
+        error_body=messages_error,
+    ),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
     Route("POST", "/tokenize", tokenize, is_of_model=True),
@@ -86,7 +93,7 @@ ROUTES = (
     # The same for every server of this version, so nothing to hide; /docs could not show it else.
     Route("GET", "/openapi.json", openapi, is_public=True),
     Route("GET", site.STATIC_PATH, site.static, is_public=True),
-)
+)  # fmt: skip
 PAGES = (site.index, site.docs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 from aiohttp import web
@@ -17,6 +17,15 @@ from pyserve import __version__
 from pyserve.api.endpoints.models import Model, ModelList
 from pyserve.api.pages import site
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS, REPLACED
+from pyserve.api.wire.messages import (
+    MESSAGES_SENT,
+    CountTokensRequest,
+    CountTokensResponse,
+    MessagesErrorResponse,
+    MessagesEvent,
+    MessagesRequest,
+    MessagesResponse,
+)
 from pyserve.api.wire.protocol import (
     ChatChunk,
     ChatRequest,
@@ -85,6 +94,10 @@ _EVENTS = (
     "{chunks}; the last one has the whole response. Where it fails on the way, the last two are "
     "response.failed and error."
 )
+_MESSAGE_EVENTS = (
+    "server-sent events: `event: ` with its type, and `data: ` with one of {chunks}. Where it "
+    "fails on the way, the last one is `error`, an {error}; while nothing comes there are pings."
+)
 
 
 class Operation(NamedTuple):
@@ -118,6 +131,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/responses"): Operation(
         "Answer a conversation, in OpenAI's newer words", {200: Response}, ResponsesRequest,
         (Event,), {"input": "What is the capital of France?", "max_output_tokens": 64}, _EVENTS,
+    ),
+    ("POST", "/v1/messages"): Operation(
+        "Answer a conversation, in Anthropic's words", {200: MessagesResponse}, MessagesRequest,
+        get_args(MessagesEvent), {"max_tokens": 64, "messages": _HELLO}, _MESSAGE_EVENTS,
+        MessagesErrorResponse,
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "The tokens of its prompt", {200: CountTokensResponse}, CountTokensRequest,
+        example={"messages": _HELLO}, error=MessagesErrorResponse,
     ),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
@@ -251,7 +273,9 @@ def schemas() -> dict[str, Schema]:
         types.update(filter(None, (operation.body, *operation.replies.values())))
     ordered = sorted(types, key=lambda wire_type: wire_type.__name__)
     _, found = msgspec.json.schema_components(ordered, ref_template=_REF)
-    sent: list[type[msgspec.Struct]] = [StreamOptions, Message, ContentPart, *SENT]
+    sent: list[type[msgspec.Struct]] = [
+        StreamOptions, Message, ContentPart, *SENT, *MESSAGES_SENT,
+    ]  # fmt: skip
     sent += [operation.body for operation in OPERATIONS.values() if operation.body]
     rows = {wire_type.__name__: fields_of(wire_type) for wire_type in sent}
     for name, schema in found.items():

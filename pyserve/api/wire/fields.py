@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyserve.api.wire.messages import (
+    FORMAT_TYPES,
+    MIN_THINKING_TOKENS,
+    THINKING_DISPLAYS,
+    THINKING_TYPES,
+    TOOL_CHOICE_TYPES,
+    TURN_ROLES,
+)
 from pyserve.api.wire.protocol import (
     EFFORTS,
     MAX_BAD_WORD_CHARS,
@@ -185,6 +193,13 @@ _FUNCTION = {"properties": {"type": {"enum": ["function"]}}}
 _IDS = {"type": "array", "items": {"type": "integer", **_ID}, "minItems": 1}
 _TEXT = {"type": "string", "minLength": 1}
 _LISTED = {"type": "array", "minItems": 1, "maxItems": MAX_SEQUENCES}
+_ANY_TYPE = {"type": {"type": "string"}}  # what it may be depends on where it stands
+
+
+def _one_of(values: tuple[str, ...]) -> Schema:
+    return {"type": "string", "enum": list(values)}
+
+
 # wire type -> what takes the place of its part of the schema
 REPLACED: dict[str, Schema] = {
     "CompletionRequest": {
@@ -224,4 +239,30 @@ REPLACED: dict[str, Schema] = {
             for kind in PART_TYPES
         ],
     },
+    "Turn": {"properties": {"role": _one_of(TURN_ROLES)}},
+    "Block": {"properties": _ANY_TYPE},
+    "ResultBlock": {"properties": _ANY_TYPE},
+    "MessagesTool": {
+        "properties": {
+            "type": {
+                "anyOf": [{"type": "string"}, {"type": "null"}],
+                "description": "custom, or none; a tool of any other type is left out.",
+            }
+        },
+    },
+    "MessagesToolChoice": {"properties": {"type": _one_of(TOOL_CHOICE_TYPES)}},
+    "Thinking": {
+        "properties": {
+            "type": _one_of(THINKING_TYPES),
+            "budget_tokens": {
+                "anyOf": [{"type": "integer", "minimum": MIN_THINKING_TOKENS}, {"type": "null"}],
+                "description": "Less than max_tokens.",
+            },
+            "display": {
+                "anyOf": [_one_of(THINKING_DISPLAYS), {"type": "null"}],
+                "description": "omitted: the thinking is in the signature alone.",
+            },
+        },
+    },
+    "OutputFormat": {"properties": {"type": _one_of(FORMAT_TYPES)}},
 }  # fmt: skip

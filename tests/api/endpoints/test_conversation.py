@@ -398,7 +398,7 @@ def test_spelled_control_tokens_are_counted_as_what_they_become(
         messages = [{"role": "user", "content": "<|im_end|>" * 100_000}]
         for path in ("/v1/chat/completions", "/tokenize"):
             error = server.error(path, {"messages": messages})
-            assert error["param"] == "messages" and "the limit is 131072" in error["message"]
+            assert error["param"] == "messages" and "is 131072 tokens" in error["message"]
             assert num_tokens < 1.5 * 2**17
             num_tokens = 0
         cut = {"messages": messages, "truncate_prompt_tokens": 4}

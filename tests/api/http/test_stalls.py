@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from pyserve.api.app import ROUTES
+from pyserve.api.endpoints.messages_turns import hidden
 from pyserve.api.http.bounds import MAX_FIELD_BYTES
 from pyserve.api.wire.json_size import MAX_BODY_IDS, MAX_JSON_VALUES
 from pyserve.api.wire.protocol import (
@@ -50,6 +51,8 @@ NUM_SLOTS = 256
 MAX_SEQS = 640  # of one request: half of the slots and a queue of 1,024
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
 
 
 class InstantRunner:
@@ -127,6 +130,10 @@ def complete(prompt: object, **fields: object) -> bytes:
     return json.dumps({"prompt": prompt, "max_tokens": 2, **fields}).encode()
 
 
+def respond(given: object) -> bytes:
+    return json.dumps({"input": given, "max_output_tokens": 2}).encode()
+
+
 def ids(num_prompts: int, length: int) -> list[list[int]]:
     return [[100 + i % 300] * (length - 1) + [i % 300] for i in range(num_prompts)]
 
@@ -155,8 +162,21 @@ def tools(num_tools: int) -> list[dict[str, Any]]:
     ]
 
 
+def results(num_results: int, num_blocks: int) -> list[dict[str, Any]]:
+    calls = [
+        {"type": "tool_use", "id": f"c{i}", "name": "f", "input": {}} for i in range(num_results)
+    ]
+    told = [
+        {"type": "tool_result", "tool_use_id": call["id"], "content": [PART] * num_blocks}
+        for call in calls
+    ]
+    user = {"role": "user", "content": "x"}
+    return [user, {"role": "assistant", "content": calls}, {"role": "user", "content": told}]
+
+
 ECHO = ("the quick brown fox 漢 " * MAX_ECHO_CHARS)[: MAX_ECHO_CHARS // MAX_N]
 PART = {"type": "text", "text": "x"}
+HIDDEN = {"type": "thinking", "thinking": "", "signature": hidden("quick brown fox " * 10_000)}
 # (route, what is large) -> the body, and the status that it gets where that is not 200
 REQUESTS: dict[tuple[str, str], Callable[[], bytes]] = {
     (CHAT, "text"): lambda: say("the quick brown fox " * 20_000),
@@ -215,6 +235,16 @@ REQUESTS: dict[tuple[str, str], Callable[[], bytes]] = {
     (COMPLETIONS, "streamed echo"): lambda: complete(
         ECHO, n=MAX_N, temperature=1, echo=True, max_tokens=0, stream=True
     ),  # fmt: skip
+    (RESPONSES, "text"): lambda: respond("the quick brown fox " * 20_000),
+    (RESPONSES, "items"): lambda: respond([{"role": "user", "content": "x"}] * MAX_MESSAGES),
+    (MESSAGES, "blocks"): lambda: chat([{"role": "user", "content": [PART] * MAX_PARTS}]),
+    (MESSAGES, "blocks in results"): lambda: chat(results(40, 400)),
+    (MESSAGES, "thinking that was not shown"): lambda: chat(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": [HIDDEN]}]
+    ),
+    (COUNT_TOKENS, "turns"): lambda: chat(
+        [{"role": "user", "content": [{**PART, "cache_control": None}]}] * MAX_MESSAGES
+    ),
     ("/tokenize", "text"): lambda: json.dumps(
         {"prompt": "x" * 2**20, "return_token_strs": True}
     ).encode(),
