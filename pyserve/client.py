@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pyserve.errors import PyserveError
 from pyserve.histogram import StepHistograms
@@ -22,6 +22,20 @@ if TYPE_CHECKING:  # the port opens before anything as slow to import as numpy
     from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class MaskFiller(Protocol):
+    """Fills the masks of several constraints of its kind in one call, on any thread, and lets go of
+    the interpreter's lock for most of it.
+    """
+
+    def key(self, constraint: Any) -> object:
+        """Masks of constraints with the same one cannot be filled side by side."""
+
+    def fill(
+        self, constraints: Sequence[Any], rows: Sequence[int], bitmask: NDArray[np.int32]
+    ) -> None:
+        """Row rows[i] of `bitmask`, int32 [.., ceil(vocab_size / 32)], as constraints[i] would."""
 
 
 class Constraint(Protocol):
@@ -35,6 +49,7 @@ class Constraint(Protocol):
                  call has begun.
     is_finished  nothing but an end may follow.
     error        why it cannot go on, None while it can; the sequence fails with it, alone.
+    filler       what fills its next mask together with others; None: fill_bitmask alone does.
     """
 
     @property
@@ -45,6 +60,9 @@ class Constraint(Protocol):
 
     @property
     def error(self) -> str | None: ...
+
+    @property
+    def filler(self) -> MaskFiller | None: ...
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         """Write all of `words`, int32 [ceil(vocab_size / 32)] of the engine's vocab_size.

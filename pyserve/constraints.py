@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # as in client.py
 class AllOf:
     """Implements client.Constraint: what none of its parts forbids."""
 
+    filler = None
+
     def __init__(self, parts: Sequence[Constraint]) -> None:
         self._parts = parts
 

@@ -209,7 +209,7 @@ class AsyncEngine:
         """Queue the rest of the oldest step: all tokens before it are known now."""
         launched = self._in_flight[0]
         filling = self._masks.fill(launched.step, launched.pending.bitmask)
-        if filling.masked_rows:
+        if filling.rows:
             await self._deliver()
             if self._refusal is None and len(self._in_flight) <= self._depth:
                 # So that it can be launched as soon as this one is sampled.
@@ -217,7 +217,7 @@ class AsyncEngine:
             for (_, seq, generation), error in await filling.wait():
                 self._engine.fail_row(seq, generation, error)
         launched.result = launched.pending.sample(filling.masked_rows)
-        if not filling.masked_rows:
+        if not filling.rows:
             await self._deliver()
 
     async def _deliver(self) -> None:

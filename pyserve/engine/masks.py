@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyserve import log
+from pyserve.client import Constraint, MaskFiller
 from pyserve.engine.batch import Step
 from pyserve.engine.sequence import Sequence
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.words import counted
 
 MAX_THREADS = 8
-MIN_ROWS = 4  # of a thread: handing over fewer takes longer than filling them
+MIN_ROWS = 8  # of a thread: handing over fewer takes longer than filling them
 
 
 class MaskedRow(NamedTuple):
@@ -104,21 +105,27 @@ def too_short(seq: Sequence) -> PyserveError | None:
 class Filling(NamedTuple):
     """Masks that threads are filling.
 
-    masked_rows  the row of each among the sampled ones, in ascending order.
+    rows    that are masked, in the order of their masks.
+    errors  of each thread: the rows that cannot go on, by their place in `rows`, and why.
     """
 
-    masked_rows: list[int]
-    chunks: list[list[MaskedRow]]
-    errors: list[asyncio.Future[list[PyserveError | None]]]
+    rows: list[MaskedRow]
+    errors: list[asyncio.Future[dict[int, PyserveError]]]
+
+    @property
+    def masked_rows(self) -> list[int]:
+        """The row of each among the sampled ones, ascending."""
+        return [row.row for row in self.rows]
 
     async def wait(self) -> list[Failure]:
         """Until they are filled; the sequences that cannot go on, whose draws do not matter."""
-        errors = await asyncio.gather(*self.errors)
+        errors: dict[int, PyserveError] = {}
+        for future in self.errors:
+            errors |= await future
         return [
             Failure(row, failed)
-            for chunk, chunk_errors in zip(self.chunks, errors, strict=True)
-            for row, error in zip(chunk, chunk_errors, strict=True)
-            if (failed := _error_of(row.seq) or error) is not None
+            for index, row in enumerate(self.rows)
+            if (failed := _error_of(row.seq) or errors.get(index)) is not None
         ]
 
 
@@ -134,33 +141,48 @@ class MaskWorkers:
     def fill(self, step: Step, bitmask: NDArray[np.int32]) -> Filling:
         """Begin to fill the first masks of `bitmask`, int32 [num_slots, ceil(vocab_size / 32)]."""
         rows = masked_rows(step)
-        loop, num_chunks = asyncio.get_running_loop(), -(-len(rows) // MIN_ROWS)
-        num_chunks = min(num_chunks, self._num_threads)
-        chunks = [rows[i::num_chunks] for i in range(num_chunks)]
+        loop = asyncio.get_running_loop()
+        seqs = [row.seq for row in rows]
         errors = [
-            loop.run_in_executor(
-                self._pool, self.fill_rows, chunk, bitmask[i : len(rows) : num_chunks]
-            )
-            for i, chunk in enumerate(chunks)
+            loop.run_in_executor(self._pool, self.fill_rows, seqs, share, bitmask)
+            for share in _shares(seqs, min(self._num_threads, -(-len(seqs) // MIN_ROWS)))
         ]
-        return Filling([row.row for row in rows], chunks, errors)
+        return Filling(rows, errors)
 
     def fill_rows(
-        self, rows: SequenceABC[MaskedRow], bitmask: NDArray[np.int32]
-    ) -> list[PyserveError | None]:
-        """On a thread: the masks of some rows, and what each fails with where nothing is left."""
-        return [self._fill_row(row.seq, words) for row, words in zip(rows, bitmask, strict=True)]
+        self, seqs: SequenceABC[Sequence], rows: SequenceABC[int], bitmask: NDArray[np.int32]
+    ) -> dict[int, PyserveError]:
+        """On a thread: `rows` of `bitmask` for the sequences there; the errors of those that have
+        nothing left.
+        """
+        errors: dict[int, PyserveError] = {}
+        fillers: dict[int, tuple[MaskFiller, list[int]]] = {}
+        for row in rows:
+            constraint = _constraint_of(seqs[row])
+            filler = constraint.filler
+            if filler is not None:
+                fillers.setdefault(id(filler), (filler, []))[1].append(row)
+                continue
+            try:
+                constraint.fill_bitmask(bitmask[row])
+            except Exception:
+                errors[row] = _broken("fill_bitmask")
+        for filler, its_rows in fillers.values():
+            try:
+                filler.fill([seqs[row].constraint for row in its_rows], its_rows, bitmask)
+            except Exception:
+                errors |= dict.fromkeys(its_rows, _broken("fill_bitmask"))
+        for row in rows:
+            if row not in errors and (error := self._trim(seqs[row], bitmask[row])) is not None:
+                errors[row] = error
+        return errors
 
     def close(self) -> None:
         """End the threads. Harmless when called again."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _fill_row(self, seq: Sequence, words: NDArray[np.int32]) -> PyserveError | None:
-        assert seq.constraint is not None
-        try:
-            seq.constraint.fill_bitmask(words)
-        except Exception:
-            return _broken("fill_bitmask")
+    def _trim(self, seq: Sequence, words: NDArray[np.int32]) -> PyserveError | None:
+        """Leave the bits of tokens that may come next; why there is none, if so."""
         bits = words.view(np.uint32)
         bits[-1] &= self._last_bits
         if not bits.any():
@@ -168,7 +190,7 @@ class MaskWorkers:
                 "the constraints on the answer contradict each other, or its grammar has no end: "
                 f"no token is allowed after {counted(_num_output_tokens(seq), 'output token')}"
             )
-        error = too_short(seq)
+        error = too_short(seq) if seq.params.min_tokens else None
         if error is not None:  # the device masks these, too: is anything left beside them?
             for token_id in seq.stop_token_ids:
                 bits[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
@@ -176,13 +198,35 @@ class MaskWorkers:
         return None
 
 
+def _shares(seqs: SequenceABC[Sequence], num_threads: int) -> list[list[int]]:
+    """Each thread's part of the indices of `seqs`: about as many, and what cannot be done side by
+    side together.
+    """
+    if num_threads <= 1:
+        return [list(range(len(seqs)))] if seqs else []
+    groups: dict[object, list[int]] = {}
+    for index, seq in enumerate(seqs):
+        constraint = _constraint_of(seq)
+        filler = constraint.filler
+        key = index if filler is None else (id(filler), id(filler.key(constraint)))
+        groups.setdefault(key, []).append(index)
+    shares: list[list[int]] = [[] for _ in range(min(num_threads, len(groups)))]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(shares, key=len).extend(group)
+    return shares
+
+
 def _num_output_tokens(seq: Sequence) -> int:
     return len(seq.token_ids) - seq.num_prompt_tokens
 
 
-def _error_of(seq: Sequence) -> PyserveError | None:
+def _constraint_of(seq: Sequence) -> Constraint:
     assert seq.constraint is not None
-    error = seq.constraint.error
+    return seq.constraint
+
+
+def _error_of(seq: Sequence) -> PyserveError | None:
+    error = _constraint_of(seq).error
     return None if error is None else InvalidRequestError(f"the answer cannot go on: {error}")
 
 

@@ -25,6 +25,7 @@ class AllowedTokens:
 
     is_free = is_finished = False
     error: str | None = None
+    filler = None
 
     def __init__(self, token_ids: tuple[int, ...], vocab_size: int) -> None:
         """Raises InvalidRequestError where one is not in [0, vocab_size)."""
@@ -65,6 +66,7 @@ class BadWords:
 
     is_finished = False
     error: str | None = None
+    filler = None
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         self._output: list[int] = []

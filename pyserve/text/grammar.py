@@ -19,7 +19,8 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pyserve.allocator import used_bytes
-from pyserve.errors import InvalidRequestError, QueueFullError
+from pyserve.errors import InvalidRequestError, QueueFullError, RequestError
+from pyserve.host import num_threads
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
@@ -44,6 +45,8 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
 MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
+MAX_COPIES = 8  # of a grammar
+MAX_COPY_S = 0.001  # of masks in a step, by one copy: more are worth another one
 MAX_TOO_LONG = 1000  # that are remembered
 MAX_CACHED = 64  # grammars
 MAX_CACHED_BYTES = 2**24  # estimated, with the states that answers have added; one has half at most
@@ -106,6 +109,10 @@ class Tags(Spec, frozen=True, tag=True):
 class Compiled:
     """A grammar; `constraint` makes one for each sequence, and takes microseconds.
 
+    Masks that use the same states are filled one after the other. Where those of the answers that
+    run would take long, there are copies of the grammar, and new answers begin with the one that
+    has the fewest.
+
     is_exhausted  an answer has found that what all of them share is full.
 
     num_bytes           of what its compile has left, estimated.
@@ -120,24 +127,28 @@ class Compiled:
         self.is_exhausted = False
         self._text = text
         self._num_bytes = num_bytes
-        self._shared = Shared(matcher, num_bytes)
+        self._copies = [Shared(matcher, num_bytes, mask_s=token_s)]
         self._compile_s = compile_s
         self._token_s = token_s
 
     @property
     def num_bytes(self) -> int:
-        """Estimated, with the states that answers have added."""
-        return self._shared.num_bytes
+        """Of all copies, estimated, with the states that answers have added."""
+        return sum([copy.num_bytes for copy in self._copies])
 
     @property
     def is_stale(self) -> bool:
         """The next request compiles it anew; one that is too slow would be so again."""
-        is_dropped = self._shared.matcher is None and not self._shared.is_too_slow
-        return self.is_exhausted or is_dropped
+        is_dropped = any(copy.matcher is None for copy in self._copies)
+        return self.is_exhausted or (is_dropped and not self._is_too_slow)
+
+    @property
+    def _is_too_slow(self) -> bool:
+        return self._copies[0].is_too_slow
 
     def check_pace(self, param: str, *, n: int = 1) -> None:
         """Raise InvalidRequestError where n answers at once would keep all others waiting."""
-        if self._shared.is_too_slow:
+        if self._is_too_slow:
             raise InvalidRequestError(f"{param}: {TOO_SLOW}", param)
         if n > 1 and n * self._token_s > MAX_STEP_S:
             raise InvalidRequestError(
@@ -147,11 +158,33 @@ class Compiled:
                 "n",
             )
 
+    def wants_copy(self, n: int) -> bool:
+        """Whether n more answers should find another copy, which takes as long as a compile."""
+        copies = self._copies
+        num_answers = n + sum([len(copy.answers) for copy in copies])
+        mask_s = max(copy.mask_s for copy in copies)
+        if num_answers * mask_s <= len(copies) * MAX_COPY_S or self._compile_s > MAX_RENEWAL_S:
+            return False
+        return len(copies) < min(MAX_COPIES, num_threads())
+
+    def add_copies(self, n: int) -> None:
+        """Until n more answers want none."""
+        table = self.vocabulary.table()
+        while self.wants_copy(n) and not is_memory_full():
+            first = self._copies[0]
+            try:
+                matcher = run_bounded(lambda: _matcher_of(table, self._text), "the grammar")
+            except RequestError:  # those that there are serve as well, more slowly
+                return
+            copy = Shared(matcher, self._num_bytes, mask_s=first.mask_s, copy_of=first)
+            self._copies.append(copy)
+
     def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
         """For one sequence, whose thinking is free if there is any; None: there is none."""
-        if self._shared.matcher is None:
+        copy = min(self._copies, key=lambda copy: len(copy.answers))
+        if copy.matcher is None:
             raise InvalidRequestError("an answer to the same grammar has failed: it is too complex")
-        return GrammarConstraint(self.vocabulary, Matcher(self._renew, self._shared), free_until)
+        return GrammarConstraint(self.vocabulary, Matcher(self._renew, copy), free_until)
 
     def _renew(self) -> Shared | None:
         self.is_exhausted = True
@@ -159,7 +192,7 @@ class Compiled:
             return None
         table = self.vocabulary.table()
         matcher = run_bounded(lambda: _matcher_of(table, self._text), "the grammar")
-        return Shared(matcher, self._num_bytes)
+        return Shared(matcher, self._num_bytes, mask_s=self._token_s)
 
 
 class GrammarCache:
@@ -213,13 +246,18 @@ class Grammars:
         eos_token_ids = [token_id for token_id in named if token_id is not None]
         return cls(Vocabulary(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids))
 
-    def get(self, spec: Spec) -> Compiled | None:
-        """What `spec` was compiled to before; takes microseconds. Raises as spec_key does."""
-        return self._cache.get(spec_key(spec))
+    def get(self, spec: Spec, *, n: int = 1) -> Compiled | None:
+        """What `spec` was compiled to before; takes microseconds. None where n answers should wait
+        for `compile`. Raises as spec_key does.
+        """
+        found = self._cache.get(spec_key(spec))
+        return None if found is None or found.wants_copy(n) else found
 
-    def compile(self, spec: Spec) -> Compiled:
-        """As compile_grammar has it."""
-        return compile_grammar(spec, self.vocabulary, cache=self._cache)
+    def compile(self, spec: Spec, *, n: int = 1) -> Compiled:
+        """For n answers at once. As compile_grammar has it."""
+        compiled = compile_grammar(spec, self.vocabulary, cache=self._cache)
+        compiled.add_copies(n)
+        return compiled
 
     def prepare(self) -> None:
         """Build the table of tokens now, where nobody waits for the interpreter's lock."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pyserve.text.grammar_matcher import Matcher
+from pyserve.text.grammar_matcher import Matcher, MatcherBatch
 from pyserve.text.grammar_vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -27,6 +27,31 @@ class FreeUntil:
     ends: tuple[str, ...]
     next_ends: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
+
+
+class GrammarFiller:
+    """client.MaskFiller of constraints whose masks are what their grammars say."""
+
+    def __init__(self) -> None:
+        self._batch = MatcherBatch()
+
+    def key(self, constraint: GrammarConstraint) -> object:
+        return constraint._matcher.states
+
+    def fill(
+        self,
+        constraints: Sequence[GrammarConstraint],
+        rows: Sequence[int],
+        bitmask: NDArray[np.int32],
+    ) -> None:
+        matchers = [constraint._matcher for constraint in constraints]
+        errors = self._batch.fill(matchers, rows, bitmask)
+        for constraint, error in zip(constraints, errors, strict=True):
+            if error:
+                constraint._fail(f"no token can follow: {error}")
+
+
+_FILLER = GrammarFiller()
 
 
 class GrammarConstraint:
@@ -67,6 +92,10 @@ class GrammarConstraint:
     @property
     def error(self) -> str | None:
         return self._error
+
+    @property
+    def filler(self) -> GrammarFiller | None:
+        return _FILLER if self._phase == "grammar" and self._error is None else None
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         """As client.Constraint has it. Lets go of the interpreter's lock."""

@@ -7,6 +7,10 @@ states of its own, and only what is too complex by itself ends.
 
 What grammars take together, with their states, is bounded here (MAX_ALL_BYTES). The engine does not
 tell bytes, but what the states have cost it to make, in units of its own: it stands in its errors.
+
+It holds a lock over the states while it fills a mask with them: masks of one grammar are filled one
+after the other, on however many threads. So a grammar whose masks take long is there several times
+(grammar.Compiled), and answers that share nothing are filled side by side.
 """
 
 from __future__ import annotations
@@ -14,11 +18,11 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 
 from pyserve.errors import RequestError
 
@@ -29,8 +33,13 @@ if TYPE_CHECKING:
 MAX_MASK_S = 0.1  # of work: tens of times what those of large schemas take at first
 MAX_TOKEN_S = 0.005  # of a mask and of the token behind it, whose states are there
 MAX_CONSUME_S = 0.02  # of one token, for which the event loop waits
+MAX_CALL_S = 0.01  # of a call that fills masks of several answers, at the pace of the last ones
+MIN_CALL_ROWS = 8  # fewer take longer to hand over than to fill
+LONG_CALL_S = 0.025
+WATCHED_EVERY = 8  # calls that took too long, of which the batch behind one is watched
 MAX_ALL_BYTES = 2**28  # of the grammars that are in use or kept
 BYTES_PER_COST = 32  # of states: 3 to 30 for those that take much, up to 60 of few
+MASKS_OF_MEAN = 64  # the last ones, whose time counts
 MAX_UNMEASURED_S = 0.005  # of work, which makes 3 MB of states at most
 NO_TOKEN = 2**31  # an id that no model has
 MAX_ERROR_CHARS = 300
@@ -51,7 +60,7 @@ _lock = threading.Lock()
 
 
 class Shared:
-    """What all answers to a grammar begin with.
+    """What the answers to a grammar begin with, all of them or those to one of its copies.
 
     matcher        at the beginning of the grammar; None once it is of no use: its states may take
                    hundreds of megabytes, and the next answer would fail with them too.
@@ -59,17 +68,33 @@ class Shared:
                    answers have added, estimated when that was measured.
     unmeasured_s   work since.
     is_too_slow    a mask has taken too long. No further one is asked for, whichever answer it would
-                   be of, as all sequences of a step wait for it.
+                   be of, as all sequences of a step wait for it; the same for all copies.
+    answers        that go on with these states.
+    mask_s         seconds of work that one of the last masks has taken on average, above 0.
     """
 
-    def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, num_bytes: int, *, mask_s: float, copy_of: Shared | None = None
+    ) -> None:
         self.matcher: LLMatcher | None = matcher
         self.num_bytes = num_bytes
         self.unmeasured_s = 0.0
-        self.is_too_slow = False
+        self.answers: WeakSet[Matcher] = WeakSet()
+        self._first = copy_of or self
+        self._is_too_slow = False
+        self.mask_s = max(mask_s, 1e-6)
         self._cost = state_cost(matcher)
         with _lock:
             _all.add(self)
+
+    @property
+    def is_too_slow(self) -> bool:
+        return self._first._is_too_slow
+
+    def note_mask(self, worked_s: float) -> None:
+        """A mask has taken so long."""
+        self.unmeasured_s += worked_s
+        self.mask_s += (worked_s - self.mask_s) / MASKS_OF_MEAN
 
     def measure(self) -> None:
         """Takes a fraction of a millisecond where answers have gone on since the last time."""
@@ -83,7 +108,7 @@ class Shared:
 
     def drop(self, *, is_too_slow: bool = False) -> None:
         self.matcher = None
-        self.is_too_slow |= is_too_slow
+        self._first._is_too_slow |= is_too_slow
 
 
 def is_memory_full() -> bool:
@@ -130,6 +155,7 @@ class Matcher:
         self._given: list[int] = []
         self._worked_s = 0.0
         self._is_broken = False  # what it shared is; it goes on alone when a mask is asked for
+        shared.answers.add(self)
 
     @property
     def is_stopped(self) -> bool:
@@ -141,13 +167,37 @@ class Matcher:
         if self._shared.is_too_slow:
             return TOO_SLOW
         began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
-        error = self._fill(words, began_s)
-        return self._note(time.thread_time() - began_s, MAX_MASK_S) or error or self._measure()
+        if not self._is_broken:
+            self._inner.unsafe_compute_mask_ptr(_address(words), words.nbytes)
+        error = self._recover(words, time.thread_time() - began_s)
+        worked_s = time.thread_time() - began_s
+        self.states.note_mask(worked_s)
+        return self._note(worked_s, MAX_MASK_S) or error or self._measure()
+
+    @property
+    def states(self) -> Shared:
+        """Masks by the same ones are filled one after the other."""
+        return self._own or self._shared
+
+    @property
+    def inner(self) -> LLMatcher:
+        """Fills its next mask, unless it is_alone."""
+        return self._inner
+
+    @property
+    def is_alone(self) -> bool:
+        """Its next mask is filled by fill_bitmask."""
+        return self._is_broken or self._own is not None or self._shared.is_too_slow
+
+    def note_filled(self, words: NDArray[np.int32], worked_s: float) -> str:
+        """`inner` has filled `words`, in about so long. As fill_bitmask."""
+        self._shared.note_mask(worked_s)
+        self._worked_s += min(worked_s, MAX_TOKEN_S)  # more may be another's doing
+        return (self._inner.is_error() and self._recover(words, worked_s)) or self._measure()
 
     def _note(self, worked_s: float, max_s: float) -> str:
         """A call has worked so long, and may for max_s: what is wrong with that, "" if nothing."""
         self._worked_s += worked_s
-        (self._own or self._shared).unmeasured_s += worked_s
         # All sequences of a step wait for each mask, and the event loop for each token.
         if worked_s > max_s or self._worked_s > MAX_MASK_S + MAX_TOKEN_S * len(self._given):
             self._shared.drop(is_too_slow=True)
@@ -156,25 +206,24 @@ class Matcher:
 
     def _measure(self) -> str:
         """From time to time: what the states take; why no more of them may be made, "" if so."""
-        shared = self._own or self._shared
-        if shared.unmeasured_s > MAX_UNMEASURED_S:
-            shared.measure()
+        if self.states.unmeasured_s > MAX_UNMEASURED_S:
+            self.states.measure()
             if is_memory_full():
                 self._shared.drop()
                 return FULL
         return ""
 
-    def _fill(self, words: NDArray[np.int32], began_s: float) -> str:
-        address = words.__array_interface__["data"][0]
-        if not self._is_broken:
-            self._inner.unsafe_compute_mask_ptr(address, words.nbytes)
-        if self._is_broken or self._inner.is_error():
-            # What has taken long to fail would take as long again.
-            is_quick = time.thread_time() - began_s < MAX_MASK_S / 10
-            if not (is_quick and self._go_on_alone()):
-                self._shared.drop()
-                return shortened(self._inner.get_error())
-            self._inner.unsafe_compute_mask_ptr(address, words.nbytes)
+    def _recover(self, words: NDArray[np.int32], worked_s: float) -> str:
+        """Where `words` could not be filled, for which it has worked so long: fill them alone. As
+        fill_bitmask.
+        """
+        if not (self._is_broken or self._inner.is_error()):
+            return ""
+        # What has taken long to fail would take as long again.
+        if not (worked_s < MAX_MASK_S / 10 and self._go_on_alone()):
+            self._shared.drop()
+            return shortened(self._inner.get_error())
+        self._inner.unsafe_compute_mask_ptr(_address(words), words.nbytes)
         return shortened(self._inner.get_error())
 
     def allows(self, token_id: int) -> bool:
@@ -187,7 +236,9 @@ class Matcher:
             return ""
         began_s = time.thread_time()
         is_taken = self._inner.consume_tokens(token_ids)
-        error = self._note(time.thread_time() - began_s, MAX_CONSUME_S)
+        worked_s = time.thread_time() - began_s
+        self.states.unmeasured_s += worked_s
+        error = self._note(worked_s, MAX_CONSUME_S)
         if error or is_taken:
             return error
         error = self._inner.get_error()
@@ -222,6 +273,65 @@ class Matcher:
         self._is_broken = False
         self._inner.consume_tokens(self._given)
         return True
+
+
+class MatcherBatch:
+    """Fills masks of many answers in few calls, which want the interpreter's lock at their ends
+    alone: between two calls of a mask each, the event loop would have it, and keep it for long.
+
+    A call tells how long all of its masks have taken. Where that is long, the masks of the next
+    batch are a call each, so that a grammar that takes too long is found.
+    """
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()  # its executor: that works on a thread of its own
+        self._num_long = 0
+
+    def fill(
+        self, matchers: Sequence[Matcher], rows: Sequence[int], bitmask: NDArray[np.int32]
+    ) -> list[str]:
+        """Row rows[i] of `bitmask` for matchers[i]; what Matcher.fill_bitmask says of each."""
+        errors = [""] * len(matchers)
+        is_watched = self._num_long % WATCHED_EVERY == 1
+        self._num_long += is_watched
+        part: list[int] = []  # of a call: as many as end in time, at the pace of the last ones
+        part_s = 0.0
+        for i, matcher in enumerate(matchers):
+            if is_watched or matcher.is_alone:
+                errors[i] = matcher.fill_bitmask(bitmask[rows[i]])
+                continue
+            part.append(i)
+            part_s += matcher.states.mask_s
+            if part_s > MAX_CALL_S and len(part) >= MIN_CALL_ROWS:
+                self._fill_part(part, part_s, matchers, rows, bitmask, errors)
+                part, part_s = [], 0.0
+        if part:
+            self._fill_part(part, part_s, matchers, rows, bitmask, errors)
+        return errors
+
+    def _fill_part(
+        self, part: Sequence[int], expected_s: float, matchers: Sequence[Matcher],
+        rows: Sequence[int], bitmask: NDArray[np.int32], errors: list[str],
+    ) -> None:  # fmt: skip
+        """One call for matchers[i] of each i in `part`."""
+        executor: LLExecutor | None = getattr(self._of_thread, "executor", None)
+        if executor is None:
+            executor = self._of_thread.executor = LLExecutor(1)
+        began_s = time.perf_counter()
+        executor.unsafe_compute_mask_ptr(
+            [(matchers[i].inner, rows[i]) for i in part],
+            _address(bitmask), bitmask[0].nbytes, len(bitmask),
+        )  # fmt: skip
+        worked_s = time.perf_counter() - began_s
+        self._num_long += worked_s > LONG_CALL_S
+        for i in part:
+            share_s = worked_s * matchers[i].states.mask_s / expected_s
+            errors[i] = matchers[i].note_filled(bitmask[rows[i]], share_s)
+
+
+def _address(words: NDArray[np.int32]) -> int:
+    address: int = words.__array_interface__["data"][0]
+    return address
 
 
 # How what the engine says begins, where it speaks of its own settings -> the same for a client.

@@ -24,6 +24,7 @@ class ThinkingBudget:
     """
 
     is_finished = False
+    filler = None
     error: str | None = None
 
     def __init__(

@@ -22,6 +22,8 @@ class Scripted:
     on_fill      called by fill_bitmask.
     """
 
+    filler = None
+
     def __init__(
         self, rule: Rule, *, end: int | None = None, broken_at: int | None = None,
         on_fill: Callable[[], None] = lambda: None,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import threading
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pyserve.engine.engine import Engine
 from pyserve.engine.masks import MaskWorkers, is_host_dependent, masked_rows
@@ -290,4 +292,54 @@ def test_masks_of_many_rows_are_shared_out_and_keep_their_places() -> None:
         for row, words in zip(rows, bitmask, strict=False):
             assert words.view(np.uint32).tolist() == [1 << row, 1 << row]
         workers.close()
+    driver.drain()
+
+
+def test_what_cannot_be_filled_side_by_side_is_filled_on_one_thread() -> None:
+    class Filler:
+        def __init__(self) -> None:
+            self.calls: list[tuple[int, list[int]]] = []
+
+        def key(self, constraint: Keyed) -> object:
+            return constraint.group
+
+        def fill(
+            self, constraints: list[Keyed], rows: list[int], bitmask: NDArray[np.int32]
+        ) -> None:
+            self.calls.append((threading.get_ident(), [int(c.group) for c in constraints]))
+            for constraint, row in zip(constraints, rows, strict=True):
+                constraint.fill_bitmask(bitmask[row])
+                if constraint.group == broken:
+                    raise ValueError("a bug")
+
+    class Keyed(Scripted):
+        filler: Filler | None = None
+        group = 0.0
+
+    class Key(float):
+        """Two groups with the same number are still two."""
+
+    engine = make_engine(num_slots=40, num_blocks=100, max_num_batched_tokens=40)
+    driver, filler, broken = Driver(engine, 0), Filler(), -1.0
+    keys = [Key(i) for i in range(4)]
+    for number in range(40):
+        constraint = Keyed(always(number))
+        if number % 5:
+            constraint.filler, constraint.group = filler, keys[number % 4]
+        driver.submit([1], SamplingParams(max_tokens=1), constraint)
+    driver.launch()
+    workers, bitmask = MaskWorkers(8, VOCAB_SIZE), np.zeros((40, 2), np.int32)
+    rows, failures = asyncio.run(fill(workers, driver.in_flight[0][0], bitmask))
+    assert rows == list(range(40)) and not failures
+    for row, words in enumerate(bitmask.view(np.uint64)):
+        assert words.tolist() == [1 << row]
+    assert len(filler.calls) > 1
+    groups = [group for _, call in filler.calls for group in set(call)]
+    assert sorted(groups) == [0, 1, 2, 3], "a group in two calls"
+    broken = 2.0
+    _, failures = asyncio.run(fill(workers, driver.in_flight[0][0], bitmask))
+    (with_it,) = [call for _, call in filler.calls[-len(groups) :] if 2 in call][-1:]
+    assert len(failures) == len(with_it)
+    assert all(isinstance(failure.error, EngineError) for failure in failures)
+    workers.close()
     driver.drain()

@@ -59,19 +59,20 @@ async def read_constraint(
     spec = read_spec(body, ignored)
     if spec is None:
         return unconstrained
-    compiled = await compile_spec(request, state, loaded, spec)
-    compiled.check_pace(spec.param, n=max(body.n or 1, body.best_of or 1))
+    n = max(body.n or 1, body.best_of or 1)
+    compiled = await compile_spec(request, state, loaded, spec, n=n)
+    compiled.check_pace(spec.param, n=n)
     return partial(compiled.constraint, free_until=free_until)
 
 
 async def compile_spec(
-    request: web.Request, state: ServerState, loaded: Loaded, spec: Spec
+    request: web.Request, state: ServerState, loaded: Loaded, spec: Spec, *, n: int = 1
 ) -> Compiled:
-    """As read_constraint has it. Raises the same."""
+    """For n answers at once. As read_constraint has it. Raises the same."""
     num_bytes = request[NUM_BODY_BYTES]
-    compiled = loaded.grammars.get(spec) if num_bytes <= SHORT_BODY_BYTES else None
+    compiled = loaded.grammars.get(spec, n=n) if num_bytes <= SHORT_BODY_BYTES else None
     if compiled is None:
-        compile = partial(loaded.grammars.compile, spec)
+        compile = partial(loaded.grammars.compile, spec, n=n)
         compiled = await state.run_text(request, num_bytes, compile, short=0)
     return compiled
 
