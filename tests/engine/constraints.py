@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from pyserve.client import MaskFiller
+
 Rule = Callable[[Sequence[int]], Collection[int] | None]  # the output so far -> tokens; None: all
 
 
@@ -22,7 +24,7 @@ class Scripted:
     on_fill      called by fill_bitmask.
     """
 
-    filler = None
+    filler: MaskFiller | None = None
 
     def __init__(
         self, rule: Rule, *, end: int | None = None, broken_at: int | None = None,

@@ -313,7 +313,6 @@ def test_what_cannot_be_filled_side_by_side_is_filled_on_one_thread() -> None:
                     raise ValueError("a bug")
 
     class Keyed(Scripted):
-        filler: Filler | None = None
         group = 0.0
 
     class Key(float):
