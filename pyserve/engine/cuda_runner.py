@@ -78,6 +78,9 @@ class CudaRunner:
         device = executor.device
         torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Masks go to the device while it runs the forward pass that was queued before them.
+        self._mask_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._masks_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._ring = deque(
             _RingEntry(
                 step_input=step_input,
@@ -214,11 +217,16 @@ class CudaRunner:
         return self._executor.output(entry.token_ids(shape), asked, entry.told.numpy())
 
     def _bring_masks(self, masked_rows: Sequence[int]) -> None:
-        """Queue the copies of the masks, and of the rows they belong to."""
+        """Queue the copies of the masks, and of the rows they belong to: no step that is not over
+        reads what they replace.
+        """
         executor, num_rows = self._executor, len(masked_rows)
         self._masked_rows.numpy()[:num_rows] = executor.tile_rows(masked_rows)
-        executor.masked_rows[:num_rows].copy_(self._masked_rows[:num_rows], non_blocking=True)
-        executor.bitmask[:num_rows].copy_(self._bitmask[:num_rows], non_blocking=True)
+        with torch.cuda.stream(self._mask_stream):
+            executor.masked_rows[:num_rows].copy_(self._masked_rows[:num_rows], non_blocking=True)
+            executor.bitmask[:num_rows].copy_(self._bitmask[:num_rows], non_blocking=True)
+            self._masks_event.record(self._mask_stream)
+        self._stream.wait_event(self._masks_event)
 
     def _launch_sampling(
         self, shape: StepShape, asked: Asked, entry: _RingEntry,

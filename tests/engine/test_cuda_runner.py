@@ -43,13 +43,17 @@ NUM_BLOCKS, BLOCK_SIZE, NUM_SLOTS, MAX_MODEL_LEN = 32, 16, 4, 256
 class FakeEvent:
     """What has been enqueued on a CPU has ended."""
 
-    cuda_event = 0
+    def __init__(self, blocking: bool = False) -> None:
+        self._is_blocking = blocking
+        self.is_recorded = False
 
-    def __init__(self, blocking: bool) -> None:
-        assert blocking
+    @property
+    def cuda_event(self) -> int:
+        assert self._is_blocking, "a thread would spin on it"
+        return 0
 
     def record(self, stream: object) -> None:
-        pass
+        self.is_recorded = True
 
     def synchronize(self) -> None:
         pass
@@ -61,6 +65,9 @@ class FakeStream:
 
     def synchronize(self) -> None:
         pass
+
+    def wait_event(self, event: FakeEvent) -> None:
+        assert event.is_recorded, "waits for nothing"
 
 
 class FakeCuda:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -304,7 +305,7 @@ def test_what_cannot_be_filled_side_by_side_is_filled_on_one_thread() -> None:
             return constraint.group
 
         def fill(
-            self, constraints: list[Keyed], rows: list[int], bitmask: NDArray[np.int32]
+            self, constraints: Sequence[Keyed], rows: Sequence[int], bitmask: NDArray[np.int32]
         ) -> None:
             self.calls.append((threading.get_ident(), [int(c.group) for c in constraints]))
             for constraint, row in zip(constraints, rows, strict=True):
