@@ -111,8 +111,7 @@ class CudaRunner:
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
         """Allocate the KV cache for good, then run every shape, and record the small ones: after
-        it, nothing is new. A shape that is not recorded is run through one layer of each kind: the
-        others would call the same again, and all together take more than a second of a large model.
+        it, nothing is new.
 
         report(done, total) counts the shapes.
         """
@@ -129,7 +128,7 @@ class CudaRunner:
         total = len(steps) + len(recorded)
         for done, step in enumerate(steps):
             report(done, total)
-            self._run_and_wait(step, is_warmup=True)
+            self._run_and_wait(step)
         for done, step in enumerate(recorded, len(steps)):
             report(done, total)
             self._record(step)
@@ -158,7 +157,16 @@ class CudaRunner:
         return self._executor.has_graph(step.shape)
 
     def run(self, step: Step) -> StepOutput:
-        return self._run(step)
+        if self._is_closed:
+            refuse_when_closed()
+        entry = self._ring[0]
+        try:
+            shape = self._forward(step, entry)
+            self._sample(shape, step.asked, entry)
+            entry.event.synchronize()
+        except Exception as error:
+            raise self._explained(error) from None
+        return self._output(shape, step.asked, entry)
 
     def close(self) -> None:
         """Free the memory; nothing is in flight."""
@@ -171,22 +179,10 @@ class CudaRunner:
         self._executor.close()
         self._ring.clear()
 
-    def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
-        if self._is_closed:
-            refuse_when_closed()
-        entry = self._ring[0]
-        try:
-            shape = self._forward(step, entry, is_warmup=is_warmup)
-            self._sample(shape, step.asked, entry)
-            entry.event.synchronize()
-        except Exception as error:
-            raise self._explained(error) from None
-        return self._output(shape, step.asked, entry)
-
-    def _forward(self, step: Step, entry: _RingEntry, *, is_warmup: bool = False) -> StepShape:
+    def _forward(self, step: Step, entry: _RingEntry) -> StepShape:
         with torch.cuda.stream(self._stream):
             shape = self._bring(step, entry)
-            self._executor.forward(shape, is_warmup=is_warmup)
+            self._executor.forward(shape)
         return shape
 
     def _bring(self, step: Step, entry: _RingEntry) -> StepShape:
@@ -292,10 +288,10 @@ class CudaRunner:
         except Exception as error:
             raise self._explained(error) from None
 
-    def _run_and_wait(self, step: Step, *, is_warmup: bool = False) -> None:
+    def _run_and_wait(self, step: Step) -> None:
         with torch.cuda.stream(self._stream):
             self._executor.reset()
-            self._run(step, is_warmup=is_warmup)
+            self.run(step)
             self._executor.reset()
 
 

@@ -14,22 +14,47 @@ from typing import Any
 import msgspec
 
 from pyserve.errors import InvalidRequestError, NotBuiltError
-from pyserve.text.template_probe import FORMS, REASONING, Absent, Form, Traits, thinking_part
+from pyserve.text.template_probe import (
+    FORMS,
+    REASONING,
+    Absent,
+    Form,
+    Place,
+    Traits,
+    thinking_part,
+)
+from pyserve.text.turn_order import has_system, in_order, is_late_system
 
 PART_TYPES = ("text", "refusal")  # of message content
 
 
-def attempts(messages: Sequence[Mapping[str, Any]], traits: Traits) -> Iterator[list[Any]]:
-    """The messages in the form that the template expects, then in others that it may take."""
+def attempts(
+    messages: Sequence[Mapping[str, Any]], traits: Traits
+) -> Iterator[tuple[list[Any], str]]:
+    """The messages in the form that the template expects, then in others that it may take; and what
+    was done to their order, as turn_order.in_order has it.
+    """
     if not messages:
         raise InvalidRequestError("messages must hold at least one message", "messages")
     checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    tried: list[Traits] = []
-    for way in (traits, *(_only(form, traits) for form in FORMS)):
-        prepared = _prepare(checked, way)
-        if all(prepared != _prepare(checked, other) for other in tried):
-            yield prepared
-        tried.append(way)
+    ordered, done = in_order(checked, traits.refused)
+    is_kept = not _is_dropped(checked, traits.dropped)
+    for each, what in ((checked, ""), (ordered, done)):
+        if not (is_kept if each is checked else done):
+            continue
+        tried: list[Traits] = []
+        for way in (traits, *(_only(form, traits) for form in FORMS)):
+            prepared = _prepare(each, way)
+            if all(prepared != _prepare(each, other) for other in tried):
+                yield prepared, what
+            tried.append(way)
+
+
+def _is_dropped(messages: Sequence[Mapping[str, Any]], dropped: frozenset[Place]) -> bool:
+    """Whether the template would leave out a system message without a word."""
+    if "system" in dropped and has_system(messages):
+        return True
+    return "late system" in dropped and is_late_system(messages)
 
 
 def _only(form: Form, traits: Traits) -> Traits:

@@ -209,7 +209,7 @@ class ChatTemplate:
         began_s = time.monotonic()
         refusal: InvalidRequestError | None = None
         try:
-            for prepared in attempts(messages, compiled.traits):
+            for prepared, merged in attempts(messages, compiled.traits):
                 data = {
                     "messages": prepared,
                     "tools": list(tools) if tools else None,
@@ -217,7 +217,7 @@ class ChatTemplate:
                     **kwargs,
                 }
                 try:
-                    return self._render(
+                    prompt = self._render(
                         compiled,
                         data,
                         add_generation_prompt=add_generation_prompt,
@@ -225,6 +225,8 @@ class ChatTemplate:
                         time_limit_s=time_limit_s,
                         began_s=began_s,
                     )
+                    prompt.merged = merged
+                    return prompt
                 except InvalidRequestError as error:
                     refusal = refusal or error
         except RecursionError as error:

@@ -26,14 +26,20 @@ PIECE_CHARS = 2**18  # a few milliseconds
 
 
 class ChatPrompt(str):
-    """A rendered prompt. `breaks`: ascending positions where the text must be cut to encode it."""
+    """A rendered prompt.
 
-    __slots__ = ("breaks",)
+    breaks  ascending positions where the text must be cut to encode it.
+    merged  what was done to the order of the messages, as turn_order.in_order has it.
+    """
+
+    __slots__ = ("breaks", "merged")
     breaks: tuple[int, ...]
+    merged: str
 
     def __new__(cls, text: str, breaks: tuple[int, ...] = ()) -> ChatPrompt:
         prompt = super().__new__(cls, text)
         prompt.breaks = breaks
+        prompt.merged = ""
         return prompt
 
 

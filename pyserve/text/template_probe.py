@@ -23,6 +23,9 @@ MAX_PROBE_S = 2.0  # for all probes of one template; those of real models take 1
 Form = Literal["text", "parts"]
 Absent = Literal["null", "missing", "empty"]
 ReasoningPlace = Literal["field", "part"]
+# Messages that a template may not take where they stand: a system message at the start, and behind
+# others; one of a user behind another one, and behind the result of a call.
+Place = Literal["system", "late system", "row", "user behind result"]
 Message = dict[str, Any]
 
 FORMS: tuple[Form, ...] = ("text", "parts")
@@ -65,6 +68,8 @@ class Traits:
     named_roles         roles whose message.name is shown.
     reasoning           where an assistant's thinking of earlier turns is looked for: in fields of
                         the message or in parts of its content; None: it is not shown.
+    refused             what it raises at, or does not show.
+    dropped             of these what it does not show, and does not raise at either.
     """
 
     content_forms: Mapping[str, tuple[Form, ...]]
@@ -74,6 +79,8 @@ class Traits:
     has_developer: bool = False
     named_roles: frozenset[str] = frozenset()
     reasoning: ReasoningPlace | None = None
+    refused: frozenset[Place] = frozenset()
+    dropped: frozenset[Place] = frozenset()
 
     def forms(self, role: str) -> tuple[Form, ...]:
         return self.content_forms.get(role) or self.content_forms.get("user") or FORMS[:1]
@@ -102,7 +109,10 @@ class _Prober:
             self._arguments = f'{{"{_KEY}": "{_VALUE}"}}'
         absent_with_calls = self._find_absent(_calls(self._arguments))
         self._find_forms("tool")
+        refused, dropped = self._find_refused()
         return Traits(
+            refused=refused,
+            dropped=dropped,
             content_forms=self._forms,
             absent=self._find_absent({}),
             absent_with_calls=absent_with_calls,
@@ -220,6 +230,39 @@ class _Prober:
                 if any(_shows(prompt, *marks) for prompt in prompts):
                     return place
         return None
+
+    def _find_refused(self) -> tuple[frozenset[Place], frozenset[Place]]:
+        """What the template refuses, and what of that it drops without a word."""
+        refused: set[Place] = set()
+        dropped: set[Place] = set()
+        user, answer = self._say("user"), self._say("assistant")
+        system, again = self._say("system", _FIRST), self._say("user", _FIRST)
+        called = [user, self._say("assistant", **_calls(self._arguments)), self._result()]
+        head = [self._say("system")] if "system" in self._forms else []
+        places: dict[Place, tuple[list[Message], ...]] = {
+            "system": ([system, user],),
+            "late system": ([*head, user, answer, system, user], [*head, user, system]),
+            "row": ([*head, user, again],),
+            "user behind result": ([*head, *called, again],),
+        }
+        everything = [system, user, again, system, answer, system, *called, again, system]
+        if "user" not in self._forms or self._shows_all(everything):
+            return frozenset(), frozenset()
+        for place, conversations in places.items():
+            for messages in conversations:
+                prompts = [self._render(messages, has_tools=has) for has in (False, True)]
+                if any(_shows(prompt, _FIRST) for prompt in prompts):
+                    continue
+                refused.add(place)
+                if any(prompt is not None for prompt in prompts):
+                    dropped.add(place)
+        return frozenset(refused), frozenset(dropped)
+
+    def _shows_all(self, messages: list[Message]) -> bool:
+        """Whether every mark in a conversation is shown, as most templates do."""
+        num_marks = sum(_FIRST in str(message["content"]) for message in messages)
+        prompt = self._render(messages)
+        return _shows(prompt, _FIRST) and (prompt or "").casefold().count(_FIRST) >= num_marks
 
     def _shows_name(self, role: str) -> bool:
         prompts = self._prompts(self._say(role, name=_NAME))

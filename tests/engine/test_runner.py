@@ -304,13 +304,13 @@ def test_warm_up_meets_every_shape_in_its_budget(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch, budget_s: float, num_shapes: int
 ) -> None:
     shapes: list[int] = []
-    warm_up = decoder.warm_up
+    forward = decoder.forward
 
-    def spy(ctx: ForwardContext) -> None:
+    def spy(ctx: ForwardContext) -> torch.Tensor:
         shapes.append(len(ctx.input_ids))
-        warm_up(ctx)
+        return forward(ctx)
 
-    monkeypatch.setattr(decoder, "warm_up", spy)
+    monkeypatch.setattr(decoder, "forward", spy)
     runner = make_runner(decoder, 4, 50)
     executor = runner._executor
     runner.warm_up(list(warmup_steps(executor.limits))[::-1], budget_s=budget_s)

@@ -25,7 +25,7 @@ def parts(*texts: str) -> list[dict[str, str]]:
 
 def contents(traits: Traits) -> list[list[Any]]:
     before = copy.deepcopy(MESSAGES)
-    found = [[m.get("content", "no key") for m in way] for way in attempts(MESSAGES, traits)]
+    found = [[m.get("content", "no key") for m in way] for way, _ in attempts(MESSAGES, traits)]
     assert MESSAGES == before
     return found
 
@@ -57,13 +57,14 @@ def test_where_nothing_is_known_text_comes_first() -> None:
 def test_absent_content_is_an_assistants_alone() -> None:
     traits = Traits({}, absent="null", absent_with_calls="missing")
     roles = [{"role": role, "content": None} for role in ("assistant", "user", "system", "tool")]
-    assert [m["content"] for m in next(attempts(roles, traits))] == [None, "", "", ""]
-    assert "content" not in next(attempts([{"role": "assistant", "tool_calls": [CALL]}], traits))[0]
+    assert [m["content"] for m in next(attempts(roles, traits))[0]] == [None, "", "", ""]
+    (message,), _ = next(attempts([{"role": "assistant", "tool_calls": [CALL]}], traits))
+    assert "content" not in message
 
 
 def test_arguments_in_the_form_that_the_template_takes() -> None:
     def arguments(as_text: bool) -> Any:
-        way = next(attempts(MESSAGES, Traits({}, has_text_arguments=as_text)))
+        way, _ = next(attempts(MESSAGES, Traits({}, has_text_arguments=as_text)))
         return way[1]["tool_calls"][0]["function"]["arguments"]
 
     assert arguments(False) == {"a": 1}

@@ -10,7 +10,7 @@ from functools import partial
 
 from aiohttp import web
 
-from pyserve.api.endpoints.body import ignored_header
+from pyserve.api.endpoints.body import ignored_header, merged_header
 from pyserve.api.generation import stream
 from pyserve.api.generation.beam import BeamGeneration
 from pyserve.api.generation.generate import Choice, Generation
@@ -99,7 +99,7 @@ async def answer(
         created=int(time.time()),
         model=state.model_name,
     )
-    headers = ignored_header(job.ignored)
+    headers = ignored_header(job.ignored) | merged_header(job.merged)
     if job.clamped:
         headers[CLAMPED_HEADER] = job.clamped
     kind = Generation if job.beam is None else BeamGeneration

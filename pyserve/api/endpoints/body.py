@@ -20,6 +20,7 @@ from pyserve.errors import InvalidRequestError, NotBuiltError
 from pyserve.features import Field, fields_of
 
 IGNORED_HEADER = "x-pyserve-ignored"
+MERGED_HEADER = "x-pyserve-merged"
 SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
 UTF8_PIECE_BYTES = 2**20
 
@@ -132,6 +133,11 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     if len(unique) > MAX_NAMES:
         shown.append("...")
     return {IGNORED_HEADER: ", ".join(shown)}
+
+
+def merged_header(merged: str) -> dict[str, str]:
+    """The header that says what was done to the order of messages; none where nothing was."""
+    return {MERGED_HEADER: merged} if merged else {}
 
 
 def _check_utf8(body: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from pyserve.api.endpoints.conversation import read_conversation
@@ -82,4 +83,4 @@ async def chat_job(
         make_constraint=makes_all_of([makes_budget, makes_grammar]),
         tokens=tokens,
     )
-    return tools.apply(job)
+    return tools.apply(msgspec.structs.replace(job, merged=conversation.merged))

@@ -66,12 +66,14 @@ class Conversation:
     ignored  names of fields that the template does not look at.
     opening  where the prompt leaves the thinking of the answer.
     opened   the marker with which the template has opened it, where no parser reads the answer.
+    merged   what was done to the order of the messages, as turn_order.in_order has it.
     """
 
     prompt: Prompt
     ignored: list[str]
     opening: Opening = "unsaid"
     opened: str = ""
+    merged: str = ""
 
 
 async def read_conversation(
@@ -116,7 +118,9 @@ async def read_conversation(
         unused = template.unused({**effort, **kwargs}, has_tools=bool(tools.shown))
         used_effort = {n: effort[n] for n in effort if n not in kwargs and n not in unused}
         used = {**defaults, **used_effort, **kwargs}
-        token_ids = _encode(loaded, template, body, messages, tools, used, cut, time_limit_s)
+        token_ids, merged = _encode(
+            loaded, template, body, messages, tools, used, cut, time_limit_s
+        )
         ignored = [f"chat_template_kwargs.{name}" for name in unused if name in kwargs]
         if effort and not used_effort:
             ignored.append("reasoning_effort")
@@ -128,9 +132,10 @@ async def read_conversation(
         if parser is None:
             is_begun = body.add_generation_prompt is not False and not body.continue_final_message
             opened = opened_thinking(loaded.tokenizer, token_ids) if is_begun else ""
-            return Conversation(prompt, ignored, opened=opened)
+            return Conversation(prompt, ignored, opened=opened, merged=merged)
         continued = _echo(messages[-1]) if body.continue_final_message else None
-        return Conversation(prompt, ignored, parser.opening(token_ids, continued=continued))
+        opening = parser.opening(token_ids, continued=continued)
+        return Conversation(prompt, ignored, opening, merged=merged)
 
     def read_long() -> Conversation:
         measure()
@@ -158,7 +163,8 @@ def _encode(
     variables: Mapping[str, Any],
     cut: prompts.Truncation | None,
     time_limit_s: float,
-) -> list[int]:
+) -> tuple[list[int], str]:
+    """The prompt, and what was done to the order of the messages."""
     plain = [_plain(message, f"messages[{i}]", loaded.tools) for i, message in enumerate(messages)]
     plain = _told(plain, template, tools, loaded.tools)
     continues = bool(body.continue_final_message)
@@ -202,7 +208,7 @@ def _encode(
         ids = cut.cut_text(loaded.tokenizer, ids, has_special_tokens=add_special_tokens)
     if not ids:
         raise InvalidRequestError("messages make an empty prompt", "messages")
-    return ids
+    return ids, text.merged
 
 
 def _prompt(

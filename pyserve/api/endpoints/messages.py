@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from pyserve.api.endpoints.answer import answer
-from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire, ignored_header
+from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire, ignored_header, merged_header
 from pyserve.api.endpoints.chat_job import chat_job
 from pyserve.api.endpoints.messages_answer import dialect
 from pyserve.api.endpoints.messages_request import Read, read_request
@@ -42,7 +42,8 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
     state.check_model_name(body.model)
     _, job = await _job(request, loaded, body, ignored)
     count = CountTokensResponse(len(job.prompts[0].token_ids))
-    return json_response(msgspec.json.encode(count), ignored_header(job.ignored))
+    headers = ignored_header(job.ignored) | merged_header(job.merged)
+    return json_response(msgspec.json.encode(count), headers)
 
 
 async def _job(

@@ -8,7 +8,7 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
-from pyserve.api.endpoints.body import Wire, ignored_header
+from pyserve.api.endpoints.body import Wire, ignored_header, merged_header
 from pyserve.api.endpoints.conversation import read_conversation
 from pyserve.api.endpoints.prompts import encode_any, max_tokenize_tokens, truncation
 from pyserve.api.endpoints.sampling import check_token_ids
@@ -42,13 +42,14 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("exactly one of prompt and messages must be given", "prompt")
     max_model_len = loaded.engine.info.max_model_len
+    merged = ""
     if body.messages is not None:
         tools = replace(read_tools(body), format=loaded.tools)
         tools = await in_words(request, state, tools)
         conversation = await read_conversation(
             request, state, loaded, body, max_tokens=1, tools=tools
         )
-        token_ids = conversation.prompt.token_ids
+        token_ids, merged = conversation.prompt.token_ids, conversation.merged
         ignored = [*ignored, *tools.ignored, *conversation.ignored]
     else:
         ignored = [*ignored, *(n for n in OF_MESSAGES if getattr(body, n) not in (None, {}, []))]
@@ -67,7 +68,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         return msgspec.json.encode(response)
 
     data = await state.run_text(request, len(token_ids), encode, is_answer=True)
-    return json_response(data, ignored_header(ignored))
+    return json_response(data, ignored_header(ignored) | merged_header(merged))
 
 
 def _tokenize_text(loaded: Loaded, body: TokenizeRequest, text: str) -> list[int]:

@@ -88,6 +88,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt        of the client: the prefix cache is shared only by requests with the same one.
     request_id        of the client; "": the server's own.
     ignored           fields of the request that had no effect.
+    merged            what was done to the order of the messages, as turn_order.in_order has it.
     clamped           "name=tokens" where the context cuts a token limit; "": it does not.
     """
 
@@ -110,4 +111,5 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     request_id: str = ""
     ignored: list[str] = []
+    merged: str = ""
     clamped: str = ""

@@ -317,6 +317,10 @@ def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Sche
     described: Schema = {"description": "The answer", "headers": headers, "content": content}
     if operation.body is not None:
         headers["x-pyserve-ignored"] = _header("Fields of the request that had no effect")
+        headers["x-pyserve-merged"] = _header(
+            "What was done to messages for a chat template that does not take their order: system "
+            "messages are text of users, turns are put together"
+        )
     if operation.chunks:
         headers["x-pyserve-clamped"] = _header(
             "max_tokens=N: N is what the prompt leaves of the context, and less than was asked for"

@@ -14,6 +14,7 @@ import pytest
 
 from pyserve.text.chat_template import ChatTemplate
 from tests.api.fakes import MODEL, TEMPLATE, Server, run_server
+from tests.text.test_turn_order import IN_TURNS
 
 CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
@@ -80,6 +81,23 @@ def test_both_ends_exclude_each_other(server: Server) -> None:
     for path in (CHAT, TOKENIZE):
         error = server.error(path, {"messages": ANSWERED, **flags})
         assert error["param"] == "continue_final_message" and "exclude" in error["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, "/v1/responses", "/v1/messages"])
+def test_what_was_done_to_the_order_is_said(server: Server, path: str) -> None:
+    """The same in every dialect."""
+    use(server, IN_TURNS)
+    turns = [*MESSAGES, {"role": "system", "content": "be kind"}]
+    name = "input" if path == "/v1/responses" else "messages"
+    fields = {"max_tokens": 8} if path == "/v1/messages" else {}
+    server.engine.submitted.clear()
+    status, headers, reply = server.request("POST", path, {name: turns, **fields})
+    assert (status, headers.get("x-pyserve-merged")) == (200, "system, turns"), reply
+    text = server.tokenizer.encode("[I]hi\n\nbe kind[/I]", add_special_tokens=False)
+    ids = [item.prompt for item in server.engine.submitted] or [json.loads(reply)["tokens"]]
+    assert ids == [text]
+    _, headers, _ = server.request("POST", path, {name: turns[:1], **fields})
+    assert "x-pyserve-merged" not in headers
 
 
 def test_a_developer_is_a_system_where_the_template_knows_none(server: Server) -> None:
