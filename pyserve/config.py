@@ -209,6 +209,13 @@ class ServerConfig:
         None, "of every chat: '{\"enable_thinking\": false}'", group=REQUESTS, metavar="{}",
         read=json_object,
     )  # fmt: skip
+    response_store_bytes: int = flag(
+        2**28, "stored responses, in all; 0: none is stored", "256M",
+        name="response-store-size", group=REQUESTS, metavar="SIZE", read=size, limits=(0, 2**40),
+    )  # fmt: skip
+    response_store_age_s: float = flag(
+        86400.0, "a stored one is kept since it was used", group=REQUESTS
+    )
     max_logprobs: int = flag(
         TOP_LOGPROBS, "most likely tokens a request may ask for", group=REQUESTS,
         limits=(0, TOP_LOGPROBS),
@@ -237,6 +244,7 @@ class ServerConfig:
         for name, seconds in (
             ("--shutdown-timeout", self.shutdown_timeout_s),
             ("--request-timeout", self.request_timeout_s),
+            ("--response-store-age", self.response_store_age_s),
         ):
             if not 0.0 <= seconds < math.inf:
                 raise ConfigError(f"{name} must be at least 0 seconds, got {seconds}")

@@ -68,6 +68,7 @@ class Metrics(Collector):
         self._stats: Callable[[], EngineStats] | None = None
         self._info: EngineInfo | None = None
         self._loop_lag_s: Callable[[], float] | None = None
+        self._responses: Callable[[], tuple[int, int, int]] | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -81,6 +82,12 @@ class Metrics(Collector):
     def watch_loop(self, lag_s: Callable[[], float]) -> None:
         """Read how late the event loop has been, in seconds, from here on."""
         self._loop_lag_s = lag_s
+
+    def watch_responses(self, sizes: Callable[[], tuple[int, int, int]]) -> None:
+        """Read how many responses are stored, in how many bytes, and how many more run in the
+        background, from here on.
+        """
+        self._responses = sizes
 
     def count_usage_of(self, key_names: Iterable[str]) -> None:
         """Show the use of the API keys of these names, and of no others, from here on."""
@@ -148,6 +155,13 @@ class Metrics(Collector):
                 "How late the event loop was at worst, in the last half minute",
                 self._loop_lag_s(),
             )
+        if self._responses is not None:
+            num_stored, num_bytes, num_running = self._responses()
+            text = "Responses that clients may come back to"
+            yield self._gauge("pyserve:stored_responses", text, num_stored)
+            yield self._gauge("pyserve:stored_response_bytes", "Bytes of these", num_bytes)
+            text = "Responses that run in the background"
+            yield self._gauge("pyserve:background_responses", text, num_running)
         if self._stats is not None and self._info is not None:
             stats = self._stats()
             yield from self._engine_gauges(stats, self._info)

@@ -75,6 +75,8 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "max-queue": [(["9"], 9)],
     "max-logprobs": [(["5"], 5), (["0"], 0)],
     "request-timeout": [(["7"], 7.0)],
+    "response-store-size": [(["0"], 0), (["1G"], 2**30)],
+    "response-store-age": [(["60"], 60.0)],
     "log-level": [(["debug"], "debug"), (["INFO"], "info"), (["CRITICAL"], "critical")],
 }  # fmt: skip
 OWN_SWITCHES = {

@@ -50,8 +50,8 @@ ALLOWED = {
 }
 # Inside the API: a room, or a file beside them, imports only itself and what stands left of it.
 API_ROOMS = (
-    "wire", "http", "life", "generation", "allocator", "text_queue", "state", "endpoints", "pages",
-    "app", "serve",
+    "wire", "http", "store", "life", "generation", "allocator", "text_queue", "state", "endpoints",
+    "pages", "app", "serve",
 )  # fmt: skip
 OF_THE_PACKAGE = {"__version__", "INTERRUPTED"}  # in pyserve/__init__.py, which imports nothing
 TORCH_FREE = {"api", "text", "hub", "demo"} | LEAVES

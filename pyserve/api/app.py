@@ -21,7 +21,14 @@ from pyserve.api.endpoints.health import health, health_live
 from pyserve.api.endpoints.messages import count_tokens, messages
 from pyserve.api.endpoints.messages_answer import error_body as messages_error
 from pyserve.api.endpoints.models import list_models, retrieve_model
-from pyserve.api.endpoints.responses import create_response
+from pyserve.api.endpoints.responses import (
+    cancel_response,
+    count_input_tokens,
+    create_response,
+    delete_response,
+    list_input_items,
+    retrieve_response,
+)
 from pyserve.api.endpoints.tokens import detokenize, tokenize
 from pyserve.api.http import request_id
 from pyserve.api.http.cors import add_cors
@@ -76,6 +83,11 @@ ROUTES = (
         "POST", "/v1/messages/count_tokens", count_tokens, is_of_model=True,
         error_body=messages_error,
     ),
+    Route("POST", "/v1/responses/input_tokens", count_input_tokens, is_of_model=True),
+    Route("GET", "/v1/responses/{response_id}", retrieve_response),
+    Route("DELETE", "/v1/responses/{response_id}", delete_response),
+    Route("POST", "/v1/responses/{response_id}/cancel", cancel_response),
+    Route("GET", "/v1/responses/{response_id}/input_items", list_input_items),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
     Route("POST", "/tokenize", tokenize, is_of_model=True),
@@ -123,7 +135,7 @@ def build_app(state: ServerState) -> web.Application:
 def _spellings(path: str, handler: Handler) -> list[tuple[str, Handler]]:
     """A path with a slash at its end and without: clients add one, or leave it out."""
     other = path[:-1] if path.endswith("/") else f"{path}/"
-    if not other or "{" in path:
+    if not other or ":" in path or handler is site.static:  # a pattern that takes slashes, a file
         return [(path, handler)]
     return [(path, handler), (other, site.redirect if handler in PAGES else handler)]
 

@@ -15,6 +15,8 @@ from pyserve.api.http.keys import CLIENT, Keys
 from pyserve.api.http.uploads import Uploads
 from pyserve.api.life.startup import Startup
 from pyserve.api.life.watchdog import LoopWatchdog
+from pyserve.api.store.background import Runs
+from pyserve.api.store.responses import ResponseStore
 from pyserve.api.text_queue import TextQueue
 from pyserve.client import EngineClient
 from pyserve.config import ServerConfig, named_keys
@@ -67,6 +69,8 @@ class ServerState:
     uploads: Uploads = field(default_factory=Uploads)
     request_log: RequestLog = field(init=False)
     keys: Keys = field(init=False)
+    responses: ResponseStore = field(init=False)
+    runs: Runs = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _text_queue: TextQueue = field(default_factory=TextQueue)
@@ -77,6 +81,12 @@ class ServerState:
         keys = named_keys(self.config.api_keys)
         self.keys = Keys(keys, is_shared=self.config.share_prefix_cache)
         self.metrics.count_usage_of(self.keys.users)
+        config = self.config
+        self.responses = ResponseStore(config.response_store_bytes, config.response_store_age_s)
+        self.runs = Runs(config.response_store_bytes)
+        self.metrics.watch_responses(
+            lambda: (self.responses.num_responses, self.responses.num_bytes, len(self.runs))
+        )
 
     @property
     def model_name(self) -> str:
@@ -158,6 +168,7 @@ class ServerState:
     def close(self) -> None:
         """Let go of the threads; what they still do is not waited for."""
         self._text_queue.close()
+        self.responses.close()
 
 
 STATE = web.AppKey("state", ServerState)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,13 +57,13 @@ class Dialect:
 
 class _Deadline:
     """Ends a request that takes longer than `timeout_s`, 0 for none: with an error that says so,
-    and where the client does not even take that, with its connection.
+    and where the client does not even take that, by `cut`.
     """
 
-    def __init__(self, request: web.Request, generation: Generation, timeout_s: float) -> None:
-        self._request = request
+    def __init__(self, generation: Generation, timeout_s: float, cut: Callable[[], None]) -> None:
         self._generation = generation
         self._timeout_s = timeout_s
+        self._cut = cut
         self._timer: asyncio.TimerHandle | None = None
         if timeout_s:
             self._timer = asyncio.get_running_loop().call_later(timeout_s, self._interrupt)
@@ -74,11 +75,7 @@ class _Deadline:
     def _interrupt(self) -> None:
         reason = f"the request has taken longer than {self._timeout_s:g} s (--request-timeout)"
         self._generation.interrupt(UnavailableError(reason))
-        self._timer = asyncio.get_running_loop().call_later(LAST_WRITE_S, self._abort)
-
-    def _abort(self) -> None:
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        self._timer = asyncio.get_running_loop().call_later(LAST_WRITE_S, self._cut)
 
 
 def _size(choice: Choice) -> int:
@@ -89,34 +86,31 @@ def _size(choice: Choice) -> int:
     return num_chars(choice.parts) + TOKEN_CHARS * num_tokens
 
 
-async def answer(
-    request: web.Request, engine: EngineClient, job: Job, dialect: Dialect, *, arrived_s: float
-) -> web.StreamResponse:
-    """Run `job`. Raises RequestError before the status is sent."""
+@asynccontextmanager
+async def generating(
+    request: web.Request,
+    engine: EngineClient,
+    job: Job,
+    *,
+    arrived_s: float,
+    cut: Callable[[], None],
+) -> AsyncIterator[Generation]:
+    """`job`, submitted; at the end what still runs of it is aborted, and it is accounted for.
+
+    cut  what to do where it takes too long, and what waits for it does not go on.
+
+    Raises RequestError where it is not taken.
+    """
     state = request.app[STATE]
-    head = Head(
-        id=dialect.id_prefix + (job.request_id or current_request_id.get()),
-        created=int(time.time()),
-        model=state.model_name,
-    )
-    headers = ignored_header(job.ignored) | merged_header(job.merged)
-    if job.clamped:
-        headers[CLAMPED_HEADER] = job.clamped
     kind = Generation if job.beam is None else BeamGeneration
     generation = kind(engine, state.metrics, arrived_s=arrived_s)
     reason = "abort"
-    deadline = _Deadline(request, generation, state.config.request_timeout_s)
+    deadline = _Deadline(generation, state.config.request_timeout_s, cut)
     try:
         salt = state.keys.cache_salt(request[USER], job.cache_salt)
         await generation.submit(job, cache_salt=salt, user=request[CLIENT])
-        if not job.is_run:  # no queue bounds it
-            num_echoed = sum(len(choice.prefix) for choice in generation.choices)
-            connection_of(request).check_unread(num_echoed)
         state.request_log.arrived(request, generation)
-        if job.is_streamed:
-            frames = dialect.frames(head, job)
-            return await stream.send(request, generation, frames, headers=headers)
-        await generation.read_all()
+        yield generation
     except ConnectionError:
         raise  # the client has gone
     except Exception:
@@ -133,8 +127,54 @@ async def answer(
                 num_output_tokens=usage.completion_tokens,
             )
         state.request_log.ended(request, generation)
-    size = sum(map(_size, generation.choices))
-    encode = partial(dialect.whole, head, generation)
-    data = await state.run_text(request, size, encode, short=SHORT_ANSWER, is_answer=True)
+
+
+async def answer(
+    request: web.Request, engine: EngineClient, job: Job, dialect: Dialect, *, arrived_s: float
+) -> web.StreamResponse:
+    """Run `job`. Raises RequestError before the status is sent."""
+    head = make_head(request, job, dialect.id_prefix)
+    headers = answer_headers(job)
+
+    def cut() -> None:
+        if request.transport is not None:
+            request.transport.abort()
+
+    running = generating(request, engine, job, arrived_s=arrived_s, cut=cut)
+    async with running as generation:
+        if not job.is_run:  # no queue bounds it
+            num_echoed = sum(len(choice.prefix) for choice in generation.choices)
+            connection_of(request).check_unread(num_echoed)
+        if job.is_streamed:
+            live = stream.Live(generation, dialect.frames(head, job))
+            return await stream.send(request, live, headers=headers)
+        await generation.read_all()
+    data = await encode_whole(request, generation, partial(dialect.whole, head, generation))
     dialect.keep(head, data)
     return json_response(data, headers)
+
+
+def make_head(request: web.Request, job: Job, id_prefix: str) -> Head:
+    """What all objects of the answer to `job` say."""
+    return Head(
+        id=id_prefix + (job.request_id or current_request_id.get()),
+        created=int(time.time()),
+        model=request.app[STATE].model_name,
+    )
+
+
+def answer_headers(job: Job) -> dict[str, str]:
+    """Those that tell what became of fields of the request."""
+    headers = ignored_header(job.ignored) | merged_header(job.merged)
+    if job.clamped:
+        headers[CLAMPED_HEADER] = job.clamped
+    return headers
+
+
+async def encode_whole(
+    request: web.Request, generation: Generation, encode: Callable[[], bytes]
+) -> bytes:
+    """The JSON of a generation that has ended, on a thread where that takes long."""
+    size = sum(map(_size, generation.choices))
+    state = request.app[STATE]
+    return await state.run_text(request, size, encode, short=SHORT_ANSWER, is_answer=True)

@@ -1,29 +1,39 @@
-"""POST /v1/responses: items -> Job, parts -> items and events."""
+"""POST /v1/responses: items -> Job, parts -> items and events; and what has become of responses."""
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
 from aiohttp import web
 
+from pyserve.api.endpoints import responses_background
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire
 from pyserve.api.endpoints.chat_job import chat_job
-from pyserve.api.endpoints.responses_answer import (
+from pyserve.api.endpoints.responses_answer import Answering, ResponseFrames, encode_response
+from pyserve.api.endpoints.responses_history import (
     ID_PREFIX,
-    Answering,
-    ResponseFrames,
-    encode_response,
+    History,
+    gather,
+    identified,
 )
 from pyserve.api.endpoints.responses_request import Asked, own_items, read_request
 from pyserve.api.generation.job import Job
+from pyserve.api.http.delivery import json_response
+from pyserve.api.http.keys import USER
 from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import STATE, Loaded, ServerState
-from pyserve.api.wire.responses import ResponsesRequest
+from pyserve.api.store.responses import StoredResponse
+from pyserve.api.wire.responses import Object, ResponsesRequest
+from pyserve.api.wire.responses_answer import Deleted, InputItems, InputTokens
+from pyserve.errors import InvalidRequestError
 
+MAX_LISTED, NUM_LISTED = 100, 20  # input items of one answer
 WIRE = Wire(ResponsesRequest)
 
 
@@ -33,22 +43,156 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     loaded = state.model_with_room(request)
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
-    read = partial(read_request, body, [], own_items(body.input))
-    asked = await state.run_text(request, request[NUM_BODY_BYTES], read, short=SHORT_BODY_BYTES)
+    is_kept = body.store is not False and state.responses.is_on
+    if body.background and not is_kept:
+        raise InvalidRequestError(
+            "background needs store: true, and a server that stores responses "
+            "(--response-store-size)",
+            "background",
+        )
+    if body.store and not is_kept:
+        ignored = [*ignored, "store"]
+    hex_id = uuid.uuid4().hex  # nobody else can guess it, and no two are alike
+    asked, given = await _read(request, state, body, ID_PREFIX + hex_id if is_kept else "")
+
+    def keep(head: Head, data: bytes, events: Sequence[bytes] = ()) -> None:
+        if is_kept:
+            stored = StoredResponse(head.id, body.previous_response_id, data, given, events)
+            state.responses.put(request[USER], stored)
+
     with asked.renamed.errors():
         job = await _job(request, state, loaded, asked, ignored)
+        job = msgspec.structs.replace(job, request_id=hex_id)
         params = job.params[0]
-        answering = Answering(asked, params.temperature, params.top_p, False, _forget)
+        answering = Answering(asked, params.temperature, params.top_p, is_kept, keep)
+        if body.background:
+            return await responses_background.start(
+                request, loaded.engine, job, answering, arrived_s=arrived_s
+            )
         dialect = Dialect(
             id_prefix=ID_PREFIX,
             frames=partial(ResponseFrames, answering),
             whole=partial(encode_response, answering),
+            keep=keep,
         )
         return await answer(request, loaded.engine, job, dialect, arrived_s=arrived_s)
 
 
-def _forget(head: Head, data: bytes) -> None:
-    """Nothing is stored."""
+async def count_input_tokens(request: web.Request) -> web.StreamResponse:
+    """How long the prompt of a response would be."""
+    state = request.app[STATE]
+    loaded = state.model()
+    body, ignored = await WIRE.read(request, state)
+    state.check_model_name(body.model)
+    asked, _ = await _read(request, state, body, "")
+    with asked.renamed.errors():
+        job = await _job(request, state, loaded, asked, ignored)
+    return json_response(InputTokens(input_tokens=len(job.prompts[0].token_ids)))
+
+
+async def retrieve_response(request: web.Request) -> web.StreamResponse:
+    """A response, or its events: those behind `starting_after`."""
+    state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
+    run = state.runs.get(user, name)
+    is_streamed = request.query.get("stream", "false").lower() in ("true", "1")
+    if not is_streamed:
+        if run is not None:
+            return json_response(run.describe(run.status))
+        return json_response(state.responses.get(user, name).answer)
+    first = _number(request, "starting_after", default=-1, limits=(-1, 2**31 - 1)) + 1
+    events = run.events if run is not None else state.responses.get(user, name).events
+    if not events and not (run is not None and run.is_streamed):
+        raise InvalidRequestError(
+            "stream: only a response with background: true and stream: true is streamed again",
+            "stream",
+        )
+    return await responses_background.follow(request, events, run, first=first)
+
+
+async def delete_response(request: web.Request) -> web.StreamResponse:
+    """Forget a response; one that runs is stopped."""
+    state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
+    run = state.runs.get(user, name)
+    if run is not None:
+        run.is_wanted = False
+        await run.cancel()
+    else:
+        state.responses.delete(user, name)
+    return json_response(Deleted(id=name))
+
+
+async def cancel_response(request: web.Request) -> web.StreamResponse:
+    """Stop a response in the background. One that has ended stays as it is."""
+    state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
+    run = state.runs.get(user, name)
+    if run is not None:
+        await run.cancel()
+    data = state.responses.get(user, name).answer
+    if not msgspec.json.decode(data, type=_Kind).background:
+        raise InvalidRequestError("Cannot cancel a synchronous response.", "response_id")
+    return json_response(data)
+
+
+async def list_input_items(request: web.Request) -> web.StreamResponse:
+    """What a response was asked with, a part at a time; the newest item first."""
+    state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
+    limit = _number(request, "limit", default=NUM_LISTED, limits=(1, MAX_LISTED))
+    order, after = request.query.get("order", "desc"), request.query.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequestError(f"order must be asc or desc, got {order[:40]}", "order")
+    given = state.responses.get(user, name).input
+
+    def list_items() -> bytes:
+        items: list[Object] = msgspec.json.decode(given)
+        if order == "desc":
+            items.reverse()
+        ids = [str(item["id"]) for item in items]
+        first = 0
+        if after is not None:
+            if after not in ids:
+                raise InvalidRequestError(f"after: no item has the id {after[:80]}", "after")
+            first = ids.index(after) + 1
+        shown = slice(first, first + limit)
+        listed = InputItems(
+            data=items[shown],
+            first_id=next(iter(ids[shown]), None),
+            last_id=next(reversed(ids[shown]), None),
+            has_more=first + limit < len(items),
+        )
+        return msgspec.json.encode(listed)
+
+    return json_response(
+        await state.run_text(request, len(given), list_items, short=SHORT_BODY_BYTES)
+    )
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    background: bool
+
+
+async def _read(
+    request: web.Request, state: ServerState, body: ResponsesRequest, response_id: str
+) -> tuple[Asked, bytes]:
+    """`body` with what it goes on with, and its items as they are stored under `response_id`.
+
+    Raises RequestError naming the field.
+    """
+    items = own_items(body.input)
+    history = gather(
+        state.responses, request[USER], body, items, max_bytes=state.config.max_body_bytes
+    )
+    # The prompt is of all that was said, so that long ones are worked on where long bodies are.
+    request[NUM_BODY_BYTES] += history.num_bytes
+    read = partial(_read_all, body, history, items, response_id)
+    return await state.run_text(request, request[NUM_BODY_BYTES], read, short=SHORT_BODY_BYTES)
+
+
+def _read_all(
+    body: ResponsesRequest, history: History, items: Sequence[Object], response_id: str
+) -> tuple[Asked, bytes]:
+    own = history.resolve(items)
+    asked = read_request(body, history.items(), own)
+    return asked, msgspec.json.encode(identified(own, response_id)) if response_id else b""
 
 
 async def _job(
@@ -59,7 +203,18 @@ async def _job(
     job = await chat_job(request, state, loaded, asked.chat, ignored=ignored)
     return msgspec.structs.replace(
         job,
-        request_id=uuid.uuid4().hex,  # nobody else can guess it, and no two are alike
         ignored=list(map(asked.renamed, job.ignored)),
         clamped=asked.renamed(job.clamped),
     )
+
+
+def _number(request: web.Request, name: str, *, default: int, limits: tuple[int, int]) -> int:
+    """A number of the query."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    low, high = limits
+    number = int(text) if re.fullmatch(r"-?[0-9]{1,10}", text) else low - 1
+    if not low <= number <= high:
+        raise InvalidRequestError(f"{name} must be in [{low}, {high}], got {text[:40]}", name)
+    return number

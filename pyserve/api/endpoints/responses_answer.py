@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
 from pyserve.api.endpoints.answer import Head
+from pyserve.api.endpoints.responses_history import item_id
 from pyserve.api.endpoints.responses_items import of_arguments
 from pyserve.api.endpoints.responses_request import Asked, shown_again
 from pyserve.api.endpoints.responses_tools import ToolName
@@ -44,16 +45,11 @@ from pyserve.text.parts import Part, Reasoning, ToolCall, joined
 Kind = Literal["message", "reasoning", "function_call", "custom_tool_call"]
 Tell = Callable[..., None]  # an event's type, and what it has besides
 
-ID_PREFIX = "resp_"
-PREFIXES = {
-    "message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
-    "function_call_output": "fco", "custom_tool_call_output": "ctco",
-}  # fmt: skip
 
+class Keep(Protocol):
+    """Takes the JSON of a response that has ended, and its events where they may be read again."""
 
-def item_id(kind: str, response_id: str, place: int) -> str:
-    """Of an item of a response: it says of which response, so that a reference can be found."""
-    return f"{PREFIXES.get(kind, 'item')}_{response_id.removeprefix(ID_PREFIX)}{place:04x}"
+    def __call__(self, head: Head, data: bytes, events: Sequence[bytes] = ()) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +58,14 @@ class Answering:
 
     temperature, top_p  those that it is sampled with.
     is_kept             it is stored.
-    keep                takes the JSON of the whole response when it has ended, before it is sent.
+    keep                is called before the whole response is sent.
     """
 
     asked: Asked
     temperature: float
     top_p: float
     is_kept: bool
-    keep: Callable[[Head, bytes], None]
+    keep: Keep
 
     def response(self, head: Head, output: Sequence[OutputItem], **fields: Any) -> Response:
         """The response object; `fields` say how far it is."""
@@ -103,7 +99,7 @@ class Answering:
 
 
 def status_of(reason: str | None) -> str:
-    """Of a response, or of its last item."""
+    """Of a response that has ended so."""
     return {"length": "incomplete", "abort": "cancelled"}.get(reason or "", "completed")
 
 
@@ -142,7 +138,7 @@ class Output:
         """No part comes any more. An answer without any says nothing in a message."""
         if self._open is None and not self.items:
             self._open_item("message")
-        self._close(status_of(reason))
+        self._close("completed" if status_of(reason) == "completed" else "incomplete")
 
     def _push_text(self, text: str, logprobs: list[TokenLogprob]) -> None:
         self._held += logprobs
@@ -346,6 +342,8 @@ class ResponseFrames:
         response = self._answering.response(
             self._head, self._output.items, status="failed", error=response_error(error)
         )
+        if self._answering.is_kept:
+            self._answering.keep(self._head, msgspec.json.encode(response))
         self._tell("response.failed", response=response)
         detail = ErrorDetail(error.message, error.type, error.param, error.status)
         self._tell(
@@ -353,6 +351,12 @@ class ResponseFrames:
             error=detail,
         )  # fmt: skip
         return self._take()
+
+    def cancelled(self, usage: Usage) -> bytes:
+        """The JSON of a response that its client has stopped."""
+        self._output.end("abort")
+        response = self._answering.ended(self._head, self._output.items, usage, "abort")
+        return msgspec.json.encode(response)
 
     def keep_alive(self, choices: Sequence[Choice]) -> bytes:
         """A comment: no event stands for silence."""

@@ -44,6 +44,7 @@ _SAME = (
 class Asked:
     """A request, read.
 
+    body     without its input, which the chat has.
     chat     the same as a chat.
     tools    those of the answer's calls.
     renamed  names of the chat's fields as the client has them.
@@ -111,6 +112,7 @@ def read_request(body: ResponsesRequest, history: Sequence[Object], own: Sequenc
         tool_choice=tools.choice,
         **{name: getattr(body, name) for name in _SAME},
     )
+    body = msgspec.structs.replace(body, input=None)
     return Asked(body, chat, tools, Renamed(_rules(turns, tools)), unknown.names)
 
 

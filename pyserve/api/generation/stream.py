@@ -54,32 +54,116 @@ class Frames(Protocol):
         """What goes out where nothing else has for SILENCE_S; COMMENT where there are no words."""
 
 
-async def send(
-    request: web.Request, generation: Generation, frames: Frames, *, headers: dict[str, str]
-) -> web.StreamResponse:
-    """Answer with the stream of `generation`, from the 200 to its end.
+class Source(Protocol):
+    """Where a stream comes from.
 
-    What fails from here on becomes the last frame, as the status is already sent.
+    is_over  what `read` has returned last is its end.
     """
+
+    is_over: bool
+
+    async def read(self) -> bytes:
+        """What is to be sent next; empty where it has only been woken."""
+
+    def wake(self) -> None:
+        """Let `read` return."""
+
+    def keep_alive(self) -> bytes:
+        """What is to be sent where nothing else is."""
+
+    def fail(self, error: Exception) -> bytes:
+        """The stream ends here, with this."""
+
+
+class Live:
+    """The stream of a generation that runs, in the words of its endpoint."""
+
+    def __init__(self, generation: Generation, frames: Frames) -> None:
+        self.is_over = False
+        self.wake = generation.wake
+        self._generation = generation
+        self._frames = frames
+        self._has_begun = self._has_first = False
+
+    async def read(self) -> bytes:
+        """As Source has it. What fails from here on becomes the end of the stream."""
+        try:
+            return await self._read()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            return self.fail(error)
+
+    def keep_alive(self) -> bytes:
+        """In the words of the endpoint."""
+        return self._frames.keep_alive(self._generation.choices)
+
+    def fail(self, error: Exception) -> bytes:
+        """In the words of the endpoint."""
+        self.is_over = True
+        self._generation.close("error")
+        if not isinstance(error, RequestError):
+            return self._frames.failed(log_unexpected(error))
+        end = self._frames.failed(error)
+        release_frames(error)
+        return end
+
+    async def _read(self) -> bytes:
+        generation, frames = self._generation, self._frames
+        if not self._has_begun:
+            self._has_begun = True
+            if begin := frames.begin():
+                return begin
+        if not generation.active:
+            end = frames.end(generation.usage())
+            self.is_over = True
+            return end
+        news = await generation.read()
+        chunks: list[bytes] = []
+        if news and not self._has_first:
+            self._has_first = True
+            chunks += map(frames.first, generation.choices)
+        for choice, parts in news:
+            if choice.finish_reason is None:
+                for part in parts:
+                    chunks.append(frames.part(choice, part))
+            else:
+                *earlier, last = parts or (None,)
+                chunks += [frames.part(choice, part) for part in earlier if part is not None]
+                chunks.append(frames.finish(choice, last))
+        return b"".join(chunks)
+
+
+async def send(
+    request: web.Request, source: Source, *, headers: dict[str, str]
+) -> web.StreamResponse:
+    """Answer with a stream, from the 200 to its end."""
     response = web.StreamResponse(headers={**HEADERS, **headers})
     if request.version < HttpVersion11:
         response.force_close()  # no chunked coding there: the end of the connection ends the stream
     await response.prepare(request)
+    heartbeat = _Heartbeat(source.wake)
+    connection = connection_of(request)
+    connection.on_probe = heartbeat.hurry
     try:
-        if begin := frames.begin():
-            await write(request, response, begin)
-        await _send_choices(request, response, generation, frames)
-        end = frames.end(generation.usage())
-    except RequestError as error:
-        generation.close("error")
-        end = frames.failed(error)
-        release_frames(error)
-    except ConnectionError:
-        raise
-    except Exception as error:
-        generation.close("error")
-        end = frames.failed(log_unexpected(error))
-    await response.write_eof(end)
+        while True:
+            data = await source.read()
+            if source.is_over:
+                break
+            if not data and heartbeat.is_due:
+                data = source.keep_alive()
+            if not data:
+                continue
+            try:
+                await write(request, response, data)
+            except RequestError as error:
+                data = source.fail(error)
+                break
+            heartbeat.note()
+    finally:
+        connection.on_probe = None
+        heartbeat.stop()
+    await response.write_eof(data)
     return response
 
 
@@ -114,36 +198,3 @@ class _Heartbeat:
             self._wake()
             rest_s = SILENCE_S
         self._timer = self._loop.call_later(rest_s, self._beat)
-
-
-async def _send_choices(
-    request: web.Request, response: web.StreamResponse, generation: Generation, frames: Frames
-) -> None:
-    has_begun = False
-    heartbeat = _Heartbeat(generation.wake)
-    connection = connection_of(request)
-    connection.on_probe = heartbeat.hurry
-    try:
-        while generation.active:
-            news = await generation.read()
-            chunks: list[bytes] = []
-            if news and not has_begun:
-                has_begun = True
-                chunks += map(frames.first, generation.choices)
-            for choice, parts in news:
-                if choice.finish_reason is None:
-                    for part in parts:
-                        chunks.append(frames.part(choice, part))
-                else:
-                    *earlier, last = parts or (None,)
-                    chunks += [frames.part(choice, part) for part in earlier if part is not None]
-                    chunks.append(frames.finish(choice, last))
-            data = b"".join(chunks)
-            if not data and heartbeat.is_due:
-                data = frames.keep_alive(generation.choices)
-            if data:
-                await write(request, response, data)
-                heartbeat.note()
-    finally:
-        connection.on_probe = None
-        heartbeat.stop()

@@ -7,6 +7,7 @@ types do not say of a field stands in wire/fields.py.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -43,7 +44,13 @@ from pyserve.api.wire.protocol import (
     TokenizeResponse,
 )
 from pyserve.api.wire.responses import ResponsesRequest
-from pyserve.api.wire.responses_answer import Event, Response
+from pyserve.api.wire.responses_answer import (
+    Deleted,
+    Event,
+    InputItems,
+    InputTokens,
+    Response,
+)
 from pyserve.api.wire.tools import SENT
 from pyserve.features import Field, fields_of
 
@@ -141,6 +148,21 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "The tokens of its prompt", {200: CountTokensResponse}, CountTokensRequest,
         example={"messages": _HELLO}, error=MessagesErrorResponse,
     ),
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        "How many tokens the prompt of a response has", {200: InputTokens}, ResponsesRequest,
+        example={"input": "Hello world"},
+    ),
+    ("GET", "/v1/responses/{response_id}"): Operation(
+        "A stored response; with ?stream=true the events of one that is streamed in the "
+        "background, behind ?starting_after=N", {200: Response},
+    ),
+    ("DELETE", "/v1/responses/{response_id}"): Operation("Forget it", {200: Deleted}),
+    ("POST", "/v1/responses/{response_id}/cancel"): Operation(
+        "Stop a response in the background", {200: Response}
+    ),
+    ("GET", "/v1/responses/{response_id}/input_items"): Operation(
+        "What it was asked with: ?limit=20&order=desc&after=ID", {200: InputItems}
+    ),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
     ("POST", "/tokenize"): Operation(
@@ -234,10 +256,11 @@ class Document:
         errors = {401} if is_guarded else set()
         if path.startswith("/v1") or operation.body is not None:
             errors |= {500, 503}
-        if path.endswith("{model}"):
+        if names := re.findall(r"{(\w+)}", path):
             errors.add(404)
             described["parameters"] = [
-                {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in names
             ]
         if operation.body is not None:
             errors |= {400, 404, 413}

@@ -182,7 +182,7 @@ def test_a_failure_on_the_way(talking: Server) -> None:
 def told(parts: list[Part], body: ResponsesRequest) -> tuple[list[dict[str, Any]], list[Any]]:
     """The events of parts that come one by one, and the items of the same parts at once."""
     asked = read_request(body, [], [USER])
-    answering = Answering(asked, 1.0, 1.0, False, lambda head, data: None)
+    answering = Answering(asked, 1.0, 1.0, False, lambda head, data, events=(): None)
     head = Head("resp_0", 1, "m")
     choice = cast(Choice, SimpleNamespace(words=None, finish_reason="stop"))
     frames = ResponseFrames(answering, head, cast(Job, None))

@@ -1,0 +1,211 @@
+"""Responses in the background: generated without a client, polled, read late, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import msgspec
+from aiohttp import web
+
+from pyserve.api.endpoints.answer import (
+    Head,
+    answer_headers,
+    encode_whole,
+    generating,
+    make_head,
+)
+from pyserve.api.endpoints.responses_answer import Answering, ResponseFrames, encode_response
+from pyserve.api.endpoints.responses_history import ID_PREFIX
+from pyserve.api.generation import stream
+from pyserve.api.generation.generate import Generation
+from pyserve.api.generation.job import Job
+from pyserve.api.http.delivery import json_response
+from pyserve.api.http.errors import log_unexpected
+from pyserve.api.http.keys import CLIENT, USER
+from pyserve.api.state import STATE
+from pyserve.api.store.background import Run
+from pyserve.client import EngineClient
+from pyserve.errors import RequestError, release_frames
+
+NUM_AT_ONCE = 256  # events of one write
+_END = b"\n\n"
+
+
+async def start(
+    request: web.Request,
+    engine: EngineClient,
+    job: Job,
+    answering: Answering,
+    *,
+    arrived_s: float,
+) -> web.StreamResponse:
+    """Let `job` run, and answer with what is known of it, or with its events as they come.
+
+    Raises RequestError where it is not taken.
+    """
+    request.app[STATE].runs.check_room(request[CLIENT])
+    head = make_head(request, job, ID_PREFIX)
+
+    def describe(status: str) -> bytes:
+        return msgspec.json.encode(answering.response(head, [], status=status))
+
+    run = Run(head.id, request[USER], request[CLIENT], describe, job.is_streamed)
+    work = _Work(request, engine, job, answering, head, run)
+    run.task = asyncio.create_task(work.do(arrived_s))
+    await asyncio.shield(work.started)
+    headers = answer_headers(job)
+    if job.is_streamed:
+        return await follow(request, run.events, run, headers=headers)
+    return json_response(describe("queued"), headers)
+
+
+class _Work:
+    """A run, from its submission to its end.
+
+    started  its sequence is queued, or has been refused.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        engine: EngineClient,
+        job: Job,
+        answering: Answering,
+        head: Head,
+        run: Run,
+    ) -> None:
+        self._request, self._engine, self._job = request, engine, job
+        self._state = request.app[STATE]
+        self._head, self._run = head, run
+        self._store = answering.keep
+        self._answering = replace(answering, keep=self._keep)
+        self._frames = ResponseFrames(self._answering, head, job)
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Where the client has gone meanwhile, nobody else asks for its error.
+        self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def do(self, arrived_s: float) -> None:
+        """All of it. What goes wrong becomes the response."""
+        run = self._run
+        self._state.enter()
+        try:
+            await self._generate(arrived_s)
+        except asyncio.CancelledError:
+            pass  # _generate has said so
+        except Exception as error:
+            known = error if isinstance(error, RequestError) else log_unexpected(error)
+            if not self.started.done():
+                self.started.set_exception(known)
+            else:
+                self._append(self._frames.failed(known))
+            release_frames(error)
+        finally:
+            self._state.leave()
+            if self._state.runs.get(run.user, run.id) is run:
+                self._state.runs.remove(run)
+                if run.answer and run.is_wanted:
+                    self._store(self._head, run.answer, run.events)
+
+    async def _generate(self, arrived_s: float) -> None:
+        run, job = self._run, self._job
+        running = generating(self._request, self._engine, job, arrived_s=arrived_s, cut=run.wake)
+        async with running as generation:
+            first = generation.choices[0].stream
+            run.has_begun = lambda: first.scheduled_s > 0.0
+            self._state.runs.add(run)
+            self.started.set_result(None)
+            try:
+                if job.is_streamed:
+                    await self._gather_events(generation)
+                    return
+                await generation.read_all()
+            except asyncio.CancelledError:
+                generation.close("abort")
+                self._keep(self._head, self._cancelled(generation))
+                raise
+        encode = partial(encode_response, self._answering, self._head, generation)
+        self._keep(self._head, await encode_whole(self._request, generation, encode))
+
+    async def _gather_events(self, generation: Generation) -> None:
+        live = stream.Live(generation, self._frames)
+        while not live.is_over:
+            self._append(await live.read())
+            try:
+                self._state.runs.check_events(self._run)
+            except RequestError as error:
+                if not live.is_over:
+                    self._append(live.fail(error))
+
+    def _append(self, data: bytes) -> None:
+        if self._run.is_streamed:
+            frames = data.split(_END)[:-1]
+            self._state.runs.append(self._run, [frame + _END for frame in frames])
+
+    def _cancelled(self, generation: Generation) -> bytes:
+        """What there is of it."""
+        if self._job.is_streamed:
+            return self._frames.cancelled(generation.usage())
+        return encode_response(self._answering, self._head, generation)
+
+    def _keep(self, head: Head, data: bytes, events: Sequence[bytes] = ()) -> None:
+        """Stored when its last event has come."""
+        self._run.answer = data
+
+
+async def follow(
+    request: web.Request,
+    events: Sequence[bytes],
+    run: Run | None,
+    *,
+    first: int = 0,
+    headers: dict[str, str] | None = None,
+) -> web.StreamResponse:
+    """Answer with the events of a response from `first` on; `run`: None where it has ended."""
+    follower = _Follower(events, run, first)
+    if run is not None:
+        run.readers.add(follower.news)
+    try:
+        return await stream.send(request, follower, headers=headers or {})
+    finally:
+        if run is not None:
+            run.readers.discard(follower.news)
+
+
+class _Follower:
+    """Events as far as they have come, and as they come; a Source."""
+
+    def __init__(self, events: Sequence[bytes], run: Run | None, first: int) -> None:
+        self.is_over = False
+        self.news = asyncio.Event()
+        self._events = events
+        self._run = run
+        self._next = first
+
+    async def read(self) -> bytes:
+        """Some of those that have come since."""
+        run = self._run
+        if self._next >= len(self._events):
+            if run is None or run.is_over:
+                self.is_over = True
+                return b""
+            await self.news.wait()
+        self.news.clear()
+        events = self._events[self._next : self._next + NUM_AT_ONCE]
+        self._next += len(events)
+        return b"".join(events)
+
+    def wake(self) -> None:
+        """Let `read` return."""
+        self.news.set()
+
+    def keep_alive(self) -> bytes:
+        """A comment."""
+        return stream.COMMENT
+
+    def fail(self, error: Exception) -> bytes:
+        """Its client is too slow; the response goes on."""
+        self.is_over = True
+        return b""

@@ -1,0 +1,136 @@
+"""What a response goes on with: the responses before it, and items of others that it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pyserve.api.store.responses import ResponseStore, StoredResponse
+from pyserve.api.wire.responses import Object, ResponsesRequest
+from pyserve.errors import InvalidRequestError, NotFoundError
+
+ID_PREFIX = "resp_"
+PREFIXES = {
+    "message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
+    "function_call_output": "fco", "custom_tool_call_output": "ctco",
+}  # fmt: skip
+FIRST_INPUT = 0x8000  # the place of the first item of a response's input; output has those below
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})[0-9a-f]{4}")
+
+
+def item_id(kind: object, response_id: str, place: int) -> str:
+    """Of an item of a response: it says of which one, so that a reference can be found."""
+    prefix = PREFIXES.get(kind, "item") if isinstance(kind, str) else "msg"
+    return f"{prefix}_{response_id.removeprefix(ID_PREFIX)}{place:04x}"
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    output: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Stored responses that a request goes on with.
+
+    chain     those before it, the oldest first.
+    referred  id of an item -> the response that has it.
+    """
+
+    chain: Sequence[StoredResponse] = ()
+    referred: dict[str, StoredResponse] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        stored = {response.id: response for response in (*self.chain, *self.referred.values())}
+        return sum(len(response.answer) + len(response.input) for response in stored.values())
+
+    def items(self) -> list[Object]:
+        """All that was said before."""
+        return [item for response in self.chain for item in _items_of(response)]
+
+    def resolve(self, items: Sequence[Object]) -> list[Object]:
+        """`items`, with those that they refer to in their place.
+
+        Raises NotFoundError naming the field.
+        """
+        known: dict[str, dict[str, Object]] = {}
+        found = []
+        for i, item in enumerate(items):
+            name = reference_of(item)
+            if name is not None:
+                response = self.referred[name]
+                if response.id not in known:
+                    known[response.id] = {one["id"]: one for one in _items_of(response)}
+                if name not in known[response.id]:
+                    raise _no_item(name, i)
+                item = known[response.id][name]
+            found.append(item)
+        return found
+
+
+def gather(
+    store: ResponseStore,
+    user: str,
+    body: ResponsesRequest,
+    items: Sequence[Object],
+    *,
+    max_bytes: int,
+) -> History:
+    """What `body` goes on with; its bytes are looked at later.
+
+    Raises NotFoundError and InvalidRequestError naming the field.
+    """
+    chain: Sequence[StoredResponse] = ()
+    if body.previous_response_id is not None:
+        chain = store.chain(user, body.previous_response_id)
+    referred = {}
+    for i, item in enumerate(items):
+        name = reference_of(item)
+        if name is not None and name not in referred:
+            match = _ITEM_ID.fullmatch(name)
+            try:
+                referred[name] = store.get(user, ID_PREFIX + match[1] if match else name)
+            except NotFoundError:
+                raise _no_item(name, i) from None
+    history = History(chain, referred)
+    if history.num_bytes > max_bytes:
+        param = "previous_response_id" if chain else "input"
+        raise InvalidRequestError(
+            f"{param}: the responses before this one have {history.num_bytes} bytes, the limit is "
+            f"{max_bytes}",
+            param,
+        )
+    return history
+
+
+def reference_of(item: Object) -> str | None:
+    """The id of another item that stands for it; None: this is the item itself."""
+    kind, name = item.get("type"), item.get("id")
+    if kind not in (None, "item_reference") or "role" in item or not isinstance(name, str):
+        return None
+    return name
+
+
+def identified(items: Sequence[Object], response_id: str) -> list[Object]:
+    """The items of a response's input as they are stored: each has its kind and an id."""
+    found = []
+    for i, item in enumerate(items):
+        kind = item.get("type") or "message"
+        name = item.get("id")
+        if not isinstance(name, str) or not name:
+            name = item_id(kind, response_id, FIRST_INPUT + i)
+        found.append({**item, "type": kind, "id": name})
+    return found
+
+
+def _items_of(response: StoredResponse) -> list[Object]:
+    own: list[Object] = msgspec.json.decode(response.input)
+    return own + msgspec.json.decode(response.answer, type=_Answer).output
+
+
+def _no_item(name: str, place: int) -> NotFoundError:
+    return NotFoundError(f"Item with id '{name[:80]}' not found.", f"input[{place}].id")
