@@ -111,7 +111,8 @@ class CudaRunner:
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
         """Allocate the KV cache for good, then run every shape, and record the small ones: after
-        it, nothing is new.
+        it, nothing is new. A shape that is not recorded is run through one layer of each kind: the
+        others would call the same again, and all together take more than a second of a large model.
 
         report(done, total) counts the shapes.
         """
@@ -128,7 +129,7 @@ class CudaRunner:
         total = len(steps) + len(recorded)
         for done, step in enumerate(steps):
             report(done, total)
-            self._run_and_wait(step)
+            self._run_and_wait(step, is_warmup=True)
         for done, step in enumerate(recorded, len(steps)):
             report(done, total)
             self._record(step)
@@ -157,16 +158,7 @@ class CudaRunner:
         return self._executor.has_graph(step.shape)
 
     def run(self, step: Step) -> StepOutput:
-        if self._is_closed:
-            refuse_when_closed()
-        entry = self._ring[0]
-        try:
-            shape = self._forward(step, entry)
-            self._sample(shape, step.asked, entry)
-            entry.event.synchronize()
-        except Exception as error:
-            raise self._explained(error) from None
-        return self._output(shape, step.asked, entry)
+        return self._run(step)
 
     def close(self) -> None:
         """Free the memory; nothing is in flight."""
@@ -179,10 +171,22 @@ class CudaRunner:
         self._executor.close()
         self._ring.clear()
 
-    def _forward(self, step: Step, entry: _RingEntry) -> StepShape:
+    def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
+        if self._is_closed:
+            refuse_when_closed()
+        entry = self._ring[0]
+        try:
+            shape = self._forward(step, entry, is_warmup=is_warmup)
+            self._sample(shape, step.asked, entry)
+            entry.event.synchronize()
+        except Exception as error:
+            raise self._explained(error) from None
+        return self._output(shape, step.asked, entry)
+
+    def _forward(self, step: Step, entry: _RingEntry, *, is_warmup: bool = False) -> StepShape:
         with torch.cuda.stream(self._stream):
             shape = self._bring(step, entry)
-            self._executor.forward(shape)
+            self._executor.forward(shape, is_warmup=is_warmup)
         return shape
 
     def _bring(self, step: Step, entry: _RingEntry) -> StepShape:
@@ -288,10 +292,10 @@ class CudaRunner:
         except Exception as error:
             raise self._explained(error) from None
 
-    def _run_and_wait(self, step: Step) -> None:
+    def _run_and_wait(self, step: Step, *, is_warmup: bool = False) -> None:
         with torch.cuda.stream(self._stream):
             self._executor.reset()
-            self.run(step)
+            self._run(step, is_warmup=is_warmup)
             self._executor.reset()
 
 

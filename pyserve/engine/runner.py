@@ -152,13 +152,16 @@ class StepExecutor:
             )
         self.reset()
 
-    def forward(self, shape: StepShape) -> None:
-        """Plan the step that lies in step_input and run the model's layers on it."""
+    def forward(self, shape: StepShape, *, is_warmup: bool = False) -> None:
+        """Plan the step that lies in step_input and run the model's layers on it.
+
+        is_warmup  as Decoder.warm_up.
+        """
         if self._is_closed:
             refuse_when_closed()
         padded = self._padded(shape)
-        if not self._graphs.replay(padded):
-            self._forward(padded)
+        if is_warmup or not self._graphs.replay(padded):
+            self._forward(padded, is_warmup=is_warmup)
 
     @property
     def bitmask(self) -> torch.Tensor:
@@ -218,7 +221,7 @@ class StepExecutor:
             self._sample(num_samples, masked_rows, asked)
         return self._state.sampled
 
-    def _forward(self, padded: _PaddedShape) -> None:
+    def _forward(self, padded: _PaddedShape, *, is_warmup: bool = False) -> None:
         state = self._state
         with torch.inference_mode():
             plan, ctx = self._forward_of(padded)
@@ -227,7 +230,7 @@ class StepExecutor:
                 self.limits.block_size, plan,
             )  # fmt: skip
             self._model.plan(ctx)
-            self._model.forward(ctx)
+            (self._model.warm_up if is_warmup else self._model.forward)(ctx)
 
     def _sample(
         self, num_samples: int, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
@@ -399,15 +402,16 @@ class CpuRunner:
     def warm_up(
         self, steps: Sequence[Step], *, budget_s: float, report: Report = report_nothing
     ) -> None:
-        """Run `steps` until `budget_s` are spent: matrix libraries compile a shape they first meet,
-        and keep what they compiled. report(done, total) counts the steps."""
+        """Run `steps` until `budget_s` are spent, through one layer of each kind: matrix libraries
+        compile a shape they first meet, and keep what they compiled. report(done, total) counts the
+        steps."""
         deadline_s = time.monotonic() + budget_s
         for done, step in enumerate(steps):
             report(done, len(steps))
             if time.monotonic() > deadline_s:
                 break
             self._executor.reset()
-            self.run(step)
+            self._run(step, is_warmup=True)
         self._executor.reset()
 
     def is_replayed(self, step: Step) -> bool:
@@ -424,10 +428,7 @@ class CpuRunner:
         return Pending(sample, self._bitmask)
 
     def run(self, step: Step) -> StepOutput:
-        if self._is_closed:
-            refuse_when_closed()
-        forward = self._thread.submit(self._forward, step)
-        return self._thread.submit(self._sample, forward, step.asked).result()
+        return self._run(step)
 
     def close(self) -> None:
         """End the worker and drop the tensors; nothing is in flight."""
@@ -436,9 +437,15 @@ class CpuRunner:
         self._executor.close()
         self._buffer = self._bitmask = np.empty(0, np.int32)
 
-    def _forward(self, step: Step) -> StepShape:
+    def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
+        if self._is_closed:
+            refuse_when_closed()
+        forward = self._thread.submit(self._forward, step, is_warmup=is_warmup)
+        return self._thread.submit(self._sample, forward, step.asked).result()
+
+    def _forward(self, step: Step, *, is_warmup: bool = False) -> StepShape:
         self.pack(step, self._buffer)
-        self._executor.forward(step.shape)
+        self._executor.forward(step.shape, is_warmup=is_warmup)
         return step.shape
 
     def _sample(

@@ -7,7 +7,7 @@ Layers are called in the plainest way, as a small model's step is mostly these c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,18 @@ class DecoderLayer:
         return destinations
 
 
+def _one_of_each_kind(layers: Sequence[LayerConfig]) -> list[int]:
+    """Indices of layers that call, together, whatever all layers call, with the same shapes.
+
+    What a layer calls follows from its description and that of the layer below, which may have left
+    it something to add, and from whether it is the first or the last.
+    """
+    below = [None, *layers[:-1]]
+    last = len(layers) - 1
+    kinds = [(layer, below[i], i == last) for i, layer in enumerate(layers)]
+    return [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
+
+
 def _normed(block: Callable[..., None], norm: RMSNorm) -> Callable[..., None]:
     """The block, then the norm of its output, which is the last argument."""
 
@@ -153,6 +165,8 @@ class Decoder:
             )  # fmt: skip
             has_to_add = not self.layers[-1].mlp.is_adding
         self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
+        self._all_layers = range(len(self.layers))
+        self._one_of_each_kind = _one_of_each_kind(config.layers)
         # Layers with the same window share an attention plan, and so must have the same sizes.
         self._sizes_by_window = {
             described.attention.window: layer.attention.sizes
@@ -187,17 +201,23 @@ class Decoder:
 
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
         """Hidden states after the last norm, ctx.activations.hidden; writes the KV caches."""
+        return self._forward(ctx, self._all_layers)
+
+    def warm_up(self, ctx: ForwardContext) -> None:
+        """Call, with the same shapes, whatever `forward` calls, in few layers; what comes out means
+        nothing."""
+        self._forward(ctx, self._one_of_each_kind)
+
+    def _forward(self, ctx: ForwardContext, indices: Sequence[int]) -> torch.Tensor:
         hidden, residual, output, squares, activations = ctx.activations
         self.embedding(ctx.input_ids, residual)
-        if squares is not None:
-            for layer, norm, cache, own in zip(
-                self.layers, self._next_norms, ctx.kv_caches, activations, strict=True
-            ):
+        for index in indices:
+            layer, cache, own = self.layers[index], ctx.kv_caches[index], activations[index]
+            if squares is None:
+                layer(ctx, cache, own, hidden, residual, output)
+            else:
+                norm = self._next_norms[index]
                 layer.call_of_few(ctx, cache, own, hidden, residual, squares, norm)
-            self._leave(output, residual, hidden)
-            return hidden
-        for layer, cache, own in zip(self.layers, ctx.kv_caches, activations, strict=True):
-            layer(ctx, cache, own, hidden, residual, output)
         self._leave(output, residual, hidden)
         return hidden
 

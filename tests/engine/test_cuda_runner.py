@@ -19,7 +19,7 @@ import torch
 from pyserve.client import EngineInfo, SequenceRequest, SequenceStream, TokenLogprobs
 from pyserve.engine import cuda_runner
 from pyserve.engine.async_engine import AsyncEngine
-from pyserve.engine.batch import max_update_words
+from pyserve.engine.batch import Step, max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine
@@ -179,7 +179,7 @@ def test_a_step_that_cannot_be_launched_fails_alone(
     runner = engine.runner
     assert isinstance(runner, CudaRunner)
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("as wanted")
 
     async def run() -> None:
@@ -287,12 +287,12 @@ def test_a_constrained_step_that_cannot_be_launched_fails_alone(
     assert isinstance(runner, CudaRunner)
     call, num_calls = getattr(runner._executor, half), 0
 
-    def fail_once(*args: object) -> object:
+    def fail_once(*args: object, **kwargs: object) -> object:
         nonlocal num_calls
         num_calls += 1
         if num_calls == 1:
             raise RuntimeError("as wanted")
-        return call(*args)
+        return call(*args, **kwargs)
 
     monkeypatch.setattr(runner._executor, half, fail_once)
 
@@ -324,7 +324,7 @@ def test_a_record_that_fails_says_whether_the_device_is_lost(
     with pytest.raises(RuntimeError, match="as wanted"):
         runner.allocate_kv(NUM_BLOCKS)
     monkeypatch.setattr(FakeStream, "synchronize", fail)
-    monkeypatch.setattr(runner, "_run_and_wait", lambda step: None)
+    monkeypatch.setattr(runner, "_run_and_wait", lambda step, is_warmup: None)
     with pytest.raises(DeviceError, match="the GPU failed: as wanted"):
         runner.allocate_kv(NUM_BLOCKS)
     monkeypatch.undo()
@@ -340,7 +340,12 @@ def test_a_shape_that_is_recorded_is_not_run_for_its_own_sake(
     assert isinstance(runner, CudaRunner)
     runner._is_eager = is_eager
     run, recorded = list[int](), list[int]()
-    monkeypatch.setattr(runner, "_run_and_wait", lambda step: run.append(step.num_tokens))
+
+    def note(step: Step, *, is_warmup: bool) -> None:
+        assert is_warmup, "the whole of a large model takes a second for all shapes"
+        run.append(step.num_tokens)
+
+    monkeypatch.setattr(runner, "_run_and_wait", note)
     monkeypatch.setattr(runner, "_record", lambda step: recorded.append(step.num_tokens))
     runner.allocate_kv(NUM_BLOCKS)
     assert run == ([32, 16, 8, 4, 2, 1] if is_eager else [])

@@ -304,13 +304,13 @@ def test_warm_up_meets_every_shape_in_its_budget(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch, budget_s: float, num_shapes: int
 ) -> None:
     shapes: list[int] = []
-    forward = decoder.forward
+    warm_up = decoder.warm_up
 
-    def spy(ctx: ForwardContext) -> torch.Tensor:
+    def spy(ctx: ForwardContext) -> None:
         shapes.append(len(ctx.input_ids))
-        return forward(ctx)
+        warm_up(ctx)
 
-    monkeypatch.setattr(decoder, "forward", spy)
+    monkeypatch.setattr(decoder, "warm_up", spy)
     runner = make_runner(decoder, 4, 50)
     executor = runner._executor
     runner.warm_up(list(warmup_steps(executor.limits))[::-1], budget_s=budget_s)

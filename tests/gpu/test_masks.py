@@ -81,9 +81,9 @@ def test_only_a_masked_sampling_is_launched_op_by_op(
     def record(name: str) -> None:
         call = getattr(executor, name)
 
-        def recorded(*args: object) -> None:
+        def recorded(*args: object, **kwargs: object) -> None:
             calls.append(name)
-            call(*args)
+            call(*args, **kwargs)
 
         monkeypatch.setattr(executor, name, recorded)
 
