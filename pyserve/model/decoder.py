@@ -26,6 +26,7 @@ from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.layers.rotary import cos_sin_table
 from pyserve.model.placement import Placement
+from pyserve.model.schemes import Scheme
 from pyserve.ops import attention_plan
 
 
@@ -66,6 +67,12 @@ class DecoderLayer:
         if after:
             self._attend = _normed(self.attention, after[0])
             self._transform = _normed(self.mlp, after[1])
+
+    @property
+    def schemes(self) -> tuple[type[Scheme], ...]:
+        """How its matrices are stored."""
+        linears = (self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down)
+        return tuple(type(linear.matrix) for linear in linears)
 
     def __call__(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
@@ -112,15 +119,15 @@ class DecoderLayer:
         return destinations
 
 
-def _one_of_each_kind(layers: Sequence[LayerConfig]) -> list[int]:
+def _one_of_each_kind(described: Sequence[object]) -> list[int]:
     """Indices of layers that call, together, whatever all layers call, with the same shapes.
 
     What a layer calls follows from its description and that of the layer below, which may have left
     it something to add, and from whether it is the first or the last.
     """
-    below = [None, *layers[:-1]]
-    last = len(layers) - 1
-    kinds = [(layer, below[i], i == last) for i, layer in enumerate(layers)]
+    below = [None, *described[:-1]]
+    last = len(described) - 1
+    kinds = [(layer, below[i], i == last) for i, layer in enumerate(described)]
     return [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
 
 
@@ -166,7 +173,9 @@ class Decoder:
             has_to_add = not self.layers[-1].mlp.is_adding
         self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
         self._all_layers = range(len(self.layers))
-        self._one_of_each_kind = _one_of_each_kind(config.layers)
+        self._one_of_each_kind = _one_of_each_kind(
+            [(layer, made.schemes) for layer, made in zip(config.layers, self.layers, strict=True)]
+        )
         # Layers with the same window share an attention plan, and so must have the same sizes.
         self._sizes_by_window = {
             described.attention.window: layer.attention.sizes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyserve.model import schemes
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
@@ -17,6 +18,7 @@ from pyserve.model.placement import Placement
 from tests.engine.tiny import CONFIG
 from tests.model.described import with_windows
 from tests.model.driver import Driver
+from tests.model.test_activations import Plain
 
 LAYERS = ModelConfig.from_hf(CONFIG | {"num_hidden_layers": 6})
 
@@ -40,21 +42,27 @@ def _described(value: object) -> object:
     return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
 
 
+PLAIN = {f"model.layers.{index}.mlp.down_proj": "plain" for index in (0, 2, 3)}
+
+
 @pytest.mark.parametrize("num_tokens", [1, 6, 40])
 @pytest.mark.parametrize("most", [0, 8], ids=["norms", "factors"])
 @pytest.mark.parametrize(
-    ("config", "indices"),
-    [(LAYERS, [0, 1, 5]), (with_windows(LAYERS, 9, 9, 0, 9, 0, 9, 9, 9), [0, 1, 2, 3, 7])],
-    ids=["alike", "windows"],
+    ("config", "stored", "indices"),
+    [
+        (LAYERS, {}, [0, 1, 5]),
+        (with_windows(LAYERS, 9, 9, 0, 9, 0, 9, 9, 9), {}, [0, 1, 2, 3, 7]),
+        (LAYERS, PLAIN, [0, 1, 2, 3, 5]),
+    ],
+    ids=["alike", "windows", "schemes"],
 )
 def test_whatever_is_called_is_called(
-    config: ModelConfig,
-    indices: list[int],
-    most: int,
-    num_tokens: int,
+    config: ModelConfig, stored: dict[str, Any], indices: list[int], most: int, num_tokens: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoder = build_model(config, Placement(torch.bfloat16, torch.device("cpu")))
+) -> None:  # fmt: skip
+    monkeypatch.setitem(schemes.SCHEMES, "plain", Plain)  # type: ignore[misc]
+    placement = Placement(torch.bfloat16, torch.device("cpu"), schemes=stored)
+    decoder = build_model(config, placement)
     for place in decoder.destinations().values():
         place.view.normal_(0, 0.1)
     decoder._max_norm_rows = most  # as on a card, where norms of few tokens are factors
@@ -79,9 +87,9 @@ def test_whatever_is_called_is_called(
         driver.step({0: range(num_tokens)})
     assert warmup.counts.keys() == whole.counts.keys()
     assert warmup.counts.total() < whole.counts.total()
-    assert ran == indices == _one_of_each_kind(config.layers)
+    assert ran == indices
 
 
 def test_a_layer_alone_is_of_every_kind() -> None:
-    assert _one_of_each_kind(LAYERS.layers[:1]) == [0]
-    assert _one_of_each_kind(LAYERS.layers[:2]) == [0, 1]
+    assert _one_of_each_kind("a") == [0]
+    assert _one_of_each_kind("aa") == [0, 1]
