@@ -39,7 +39,7 @@ from bench.server_process import memory_of
 from bench.soak import wait_idle
 from bench.suspects import Suspects
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.wire import Endpoint, fetch
+from pyserve.http_client import Endpoint, fetch
 
 PARTS = 5
 WARM_PARTS = 2  # allocators fill up: growth is counted from the end of these

@@ -28,7 +28,7 @@ from bench.report import format_table
 from bench.server_process import memory_of
 from bench.soak import metrics, wait_idle
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 COMPLETIONS = "/v1/completions"
 MIB = 2**20

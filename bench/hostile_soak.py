@@ -24,7 +24,7 @@ from bench.fuzz import WARM_PARTS, count_files, run_case, settle, wait_files, wa
 from bench.hostile import make_case
 from bench.soak import MAX_CONCURRENCY, Tally, judge_soak, make_parser, run_soak, soak, wait_idle
 from bench.trial import Trial, conclude, try_server
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 FAMILIES = (
     "large", "template", "gone", "ended", "abort", "silent", "field", "grammar", "structured",

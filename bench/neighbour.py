@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from bench.soak import send
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 QUESTIONS = ("What is the capital of France?", "Escribe un poema", "Explain gravity.")
 NUM_TOKENS = 64

@@ -34,7 +34,7 @@ from bench.report import (
 )
 from bench.server_process import memory_of
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.wire import Connection, Endpoint, Reply, fetch
+from pyserve.http_client import Connection, Endpoint, Reply, fetch
 
 MIB = 2**20
 POLL_S = 0.2

@@ -30,8 +30,8 @@ from bench.report import (
     write_json,
 )
 from bench.stub import MODEL, StubConfig, running_stub_processes
-from bench.wire import Endpoint, fetch
 from bench.workload import LoadSpec, RequestRecord, WorkerReport, run_load
+from pyserve.http_client import Endpoint, fetch
 
 BUSY_LIMIT = 0.7  # a client process busier than this is measured along with the server
 WARMUP_NUMBER = 2**32  # first number of the warm-up's requests

@@ -36,8 +36,8 @@ from bench.report import (
 )
 from bench.server_process import memory_of
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.wire import Connection, Endpoint, Reply, fetch, read_whole
 from bench.workload import WORDS
+from pyserve.http_client import Connection, Endpoint, Reply, fetch, read_whole
 
 MAX_CONCURRENCY = 64
 PARTS = 5
@@ -173,7 +173,7 @@ async def send(
     """One exchange on a connection of its own; None where its socket was closed before the end."""
     started_s = time.perf_counter()
     try:
-        connection = await Connection.open(endpoint, keep_text=True)
+        connection = await Connection.open(endpoint, has_text=True)
     except OSError as error:
         return Reply(started_s, ended_s=time.perf_counter(), error=f"cannot connect: {error}")
     exchange = asyncio.ensure_future(

@@ -15,7 +15,7 @@ import msgspec
 
 from bench.report import environment, write_json
 from bench.server_process import ServerProcess, running_server
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 READY_TIMEOUT_S = 600.0
 

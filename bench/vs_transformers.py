@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from bench.report import busy_remark, environment, format_table, write_json
 from bench.server_process import PYSERVE, running_server
-from bench.wire import Connection, Endpoint, Reply, read_whole
+from pyserve.http_client import Connection, Endpoint, Reply, read_whole
 
 DEMO_MODEL = Path(__file__).parent.parent / "pyserve" / "demo"
 TARGETS = {1: 2.0, 16: 5.0}  # batch -> pyserve's tokens a second over transformers'
@@ -94,7 +94,7 @@ class Server:
             if stream:
                 body["stream_options"] = {"include_usage": True}
             requests.append(self._endpoint.encode("POST", "/v1/completions", body))
-        connections = [await Connection.open(self._endpoint, keep_text=True) for _ in prompts]
+        connections = [await Connection.open(self._endpoint, has_text=True) for _ in prompts]
         started_s = time.perf_counter()
         replies = await asyncio.gather(
             *(

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.wire import Connection, Endpoint, Reply
+from pyserve.http_client import Connection, Endpoint, Reply
 
 # One token each in common vocabularies, after a space.
 WORDS = (

@@ -1,8 +1,8 @@
 """Command line: flags in, one frozen config each for the engine and the server out.
 
 `python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same; `pyserve plan` only
-computes what fits. This is the only module that imports inside functions: the port must open before
-torch is imported.
+computes what fits, `pyserve run-batch` answers a file. This is the only module that imports inside
+functions: the port must open before torch is imported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pyserve.api.serve import Loaded, Report, run_server
 from pyserve.config import (
     DEMO_MODEL,
     UNNAMED,
+    BatchConfig,
     EngineConfig,
     LaunchConfig,
     ServerConfig,
@@ -26,7 +27,7 @@ from pyserve.config import (
 )
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flag_rows import settings
-from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args
+from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args, split_batch
 from pyserve.text.chat_template import ChatTemplate, read_override
 from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.reasoning import check_name as check_reasoning_parser
@@ -43,13 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the server until it is told to stop; returns the process's exit code."""
     log.setup("info")
     argv = sys.argv[1:] if argv is None else argv
+    batch: BatchConfig | None = None
     try:
-        if argv[:2] in (["help", "plan"], ["plan", "help"]):
-            argv = ["plan", "--help"]
+        if len(argv) == 2 and "help" in argv:
+            argv = [*(word for word in argv if word != "help"), "--help"]
         if argv[:1] == ["plan"]:
             from pyserve.plan.command import main as plan
 
             return plan(argv[1:])
+        if argv[:1] == ["run-batch"]:
+            batch, argv = split_batch(argv[1:])
         args = parse_args(_with_file(argv))
         launch = _launch_config(args)
         log.setup(launch.log_level)
@@ -57,18 +61,28 @@ def main(argv: list[str] | None = None) -> int:
         server_config = _server_config(args)
         _check_paths(args, server_config)
         load = _loader(args)
-        _warn_of_exposure(server_config)
-        _tell_of_names(server_config)
+        if batch is None or batch.enable_metrics:
+            _warn_of_exposure(server_config)
+            _tell_of_names(server_config)
         if launch.model is None:
             log.get_logger().info("no --model: this is the bundled demo model")
+        _prepare_threads()
+        if batch is not None:
+            from pyserve.api.run_batch import run_batch
+
+            return run_batch(batch, server_config, load)
     except StartupError as error:
         log.get_logger().error("%s", error)
         return 2
-    # A spinning libgomp would starve the event loop of its core; read when libgomp is loaded.
+    return run_server(server_config, load)
+
+
+def _prepare_threads() -> None:
+    """Of libraries, by variables that are read when these are loaded."""
+    # A spinning libgomp would starve the event loop of its core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A text would be handed on to a pool of threads, one a core, that nothing of ours bounds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return run_server(server_config, load)
 
 
 def _with_file(argv: list[str]) -> list[str]:

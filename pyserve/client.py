@@ -82,10 +82,11 @@ class Constraint(Protocol):
 class SequenceRequest:
     """One sequence to generate.
 
-    priority    lower runs first; of equal ones the user who runs the fewest, then the oldest.
-    cache_salt  the prefix cache is shared by requests with the same one.
-    user        with whom slots and places in the queue are shared.
-    constraint  of its output tokens; the engine alone uses it, and no two sequences share one.
+    priority       lower runs first; of equal ones the user who runs the fewest, then the oldest.
+    cache_salt     the prefix cache is shared by requests with the same one.
+    user           with whom slots and places in the queue are shared.
+    constraint     of its output tokens; the engine alone uses it, and no two sequences share one.
+    is_background  it comes after all that are not, whatever the policy, and is preempted for them.
     """
 
     prompt_token_ids: Sequence[int]
@@ -94,6 +95,7 @@ class SequenceRequest:
     cache_salt: str = ""
     user: str = ""
     constraint: Constraint | None = None
+    is_background: bool = False
 
 
 class TokenLogprobs(NamedTuple):

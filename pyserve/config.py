@@ -271,6 +271,28 @@ class ServerConfig:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """What `run-batch` reads and writes. None stands for: max_inflight: a few more than run at
+    once; output_tmp_dir: the folder of the output.
+    """
+
+    GROUP = "batch"
+
+    input_file: Path = flag(MISSING, "JSONL of requests", "", short="-i")
+    output_file: Path = flag(MISSING, "JSONL of answers, in the same order", "", short="-o")
+    max_inflight: int | None = flag(
+        None, "lines that are asked at once", "5/4 of --max-num-seqs", limits=(1, 4096)
+    )
+    output_tmp_dir: Path | None = flag(
+        None, "where answers gather until all are there", "that of -o", metavar="DIR"
+    )
+    enable_metrics: bool = flag(False, "serve on --host and --port meanwhile, for /metrics")
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+
+
 def named_keys(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """User and key of each value of --api-key: NAME=KEY, or a KEY alone, whose user is "key-1" and
     so on by its place. A name may have several keys.
@@ -312,7 +334,7 @@ def cache_dir() -> Path:
     return Path(env("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyserve"
 
 
-def _check_limits(config: LaunchConfig | EngineConfig | ServerConfig) -> None:
+def _check_limits(config: LaunchConfig | EngineConfig | ServerConfig | BatchConfig) -> None:
     config_class: Any = type(config)
     for field, row in rows_of(config_class).items():
         value = getattr(config, field)

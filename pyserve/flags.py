@@ -14,21 +14,21 @@ import os
 from typing import Any, NoReturn
 
 from pyserve import __version__, log
-from pyserve.config import EngineConfig, LaunchConfig, ServerConfig
+from pyserve.config import BatchConfig, EngineConfig, LaunchConfig, ServerConfig
 from pyserve.errors import ConfigError
 from pyserve.features import FLAGS
-from pyserve.flag_rows import REQUESTS, Row, rows_of
+from pyserve.flag_rows import REQUESTS, Row, rows_of, settings
 from pyserve.flag_words import plain_words
 from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 
-COMMANDS = ("serve", "plan", "help")
+COMMANDS = ("serve", "plan", "run-batch", "help")
 COMMANDS_OF_VLLM = (
-    "chat", "complete", "bench", "collect-env", "run-batch", "launch", "snapshot", "preload",
-    "download-kernels",
+    "chat", "complete", "bench", "collect-env", "launch", "snapshot", "preload", "download-kernels",
 )  # fmt: skip
 
 GROUPS = ("model", "engine", "server", REQUESTS)  # of --help
 LAUNCH, ENGINE, SERVER = rows_of(LaunchConfig), rows_of(EngineConfig), rows_of(ServerConfig)
+BATCH = rows_of(BatchConfig)
 ROWS = {row.name: row for rows in (LAUNCH, ENGINE, SERVER) for row in rows.values()}
 
 _HELP_WIDTH, _HELP_COLUMN = 100, 38
@@ -69,6 +69,31 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         )
     args.api_key = [key for keys in args.api_key or () for key in keys]
     return args
+
+
+def split_batch(argv: list[str]) -> tuple[BatchConfig, list[str]]:
+    """What `run-batch` is told of its files, and its other arguments, those of the server.
+
+    Raises ConfigError naming the flag at fault.
+    """
+    parser = Parser(
+        prog="python -m pyserve run-batch",
+        usage="python -m pyserve run-batch -i FILE -o FILE [--model MODEL] [flags]",
+        description="Answer a file of requests without serving a port; killed, the same command "
+        "goes on where it was.",
+        epilog="Every flag of the server (python -m pyserve --help) is one here too.\n"
+        "Exit codes: 0: every line is answered; 3: some of the answers are errors; 1: the same "
+        "command goes on with the rest; 2: a wrong flag.",
+        formatter_class=_HelpLines,
+        allow_abbrev=False,
+    )
+    for row in BATCH.values():
+        add_flag(parser, row)
+    args, others = parser.parse_known_args(plain_words(parser, argv))
+    for name, short in (("input_file", "-i"), ("output_file", "-o")):
+        if getattr(args, name) is None:
+            raise ConfigError(f"run-batch needs {short} FILE (see run-batch --help)")
+    return BatchConfig(**settings(BATCH, args)), others
 
 
 def words(argv: list[str]) -> list[str]:
@@ -194,7 +219,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m pyserve",
         usage="python -m pyserve [serve] [--model MODEL] [flags]\n"
-        "       python -m pyserve plan --model MODEL   (what fits a card; see plan --help)",
+        "       python -m pyserve plan --model MODEL   (what fits a card; see plan --help)\n"
+        "       python -m pyserve run-batch -i FILE -o FILE   (requests of a file; see its --help)",
         description="Serve a model on the OpenAI API. Without a model: the bundled demo model.",
         epilog="Defaults stand in brackets. Other flags of vLLM are known: those without meaning "
         "here give a warning,\nthose not built yet an error. Every switch has a --no- form.",

@@ -328,7 +328,7 @@ def test_several_values_of_one_flag() -> None:
         (["plann", "--model", "x"], "unknown command 'plann', did you mean plan?"),
         (["PLAN"], "did you mean plan?"),
         (["hlep"], "did you mean help?"),
-        (["bench", "serve"], "pyserve has no command 'bench', only serve, plan, help"),
+        (["bench", "serve"], "pyserve has no command 'bench', only serve, plan, run-batch, help"),
         (["chat"], "pyserve has no command 'chat'"),
         (["a", "--model", "b"], "the model is given twice"),
     ],
@@ -361,3 +361,20 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_args(argv)
     assert ended.value.code == 0 and "--max-model-len" in capsys.readouterr().out
+
+
+def test_the_files_of_a_batch_are_told_from_the_server_s_flags() -> None:
+    batch, others = flags.split_batch(
+        ["org/m", "-i", "a", "--output_file=b", "--max-num-seqs", "7", "--enable-metrics",
+         "--max_inflight=3", "-tp", "1"]
+    )  # fmt: skip
+    assert (batch.input_file, batch.output_file, batch.max_inflight) == (Path("a"), Path("b"), 3)
+    assert batch.enable_metrics and others == ["org/m", "--max-num-seqs", "7", "-tp", "1"]
+    for argv, message in (
+        (["-i", "a"], "run-batch needs -o FILE"),
+        (["-o", "a"], "run-batch needs -i FILE"),
+        (["-i", "a", "-o", "b", "--max-inflight", "0"], "--max-inflight must be in [1, 4096]"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            flags.split_batch(argv)
+        assert message in str(caught.value)

@@ -35,7 +35,8 @@ from pyserve.api.http.cors import add_cors
 from pyserve.api.http.delivery import deliver, json_response
 from pyserve.api.http.errors import ErrorBody, error_body, error_response, log_unexpected
 from pyserve.api.http.http_protocol import connection_of
-from pyserve.api.http.keys import CLIENT, USER
+from pyserve.api.http.inner import client_of
+from pyserve.api.http.keys import CLIENT, IS_BACKGROUND, USER
 from pyserve.api.pages import site
 from pyserve.api.pages.openapi import DOCUMENT, Document, openapi
 from pyserve.api.pages.unknown_paths import UnknownPaths
@@ -171,7 +172,11 @@ def _middleware(state: ServerState) -> Middleware:
         target = request.match_info.handler
         state.request_log.begin()
         try:
-            if target not in public:
+            inner_user = connection_of(request).inner_user
+            if inner_user is not None:
+                request[USER], request[CLIENT] = inner_user, client_of(inner_user)
+                request[IS_BACKGROUND] = True
+            elif target not in public:
                 user = state.keys.user(request)
                 if user is None:
                     raise UnauthorizedError("the API key is missing or wrong")

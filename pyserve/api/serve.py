@@ -11,15 +11,16 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyserve import INTERRUPTED, log
 from pyserve.api.app import build_app
 from pyserve.api.http.connections import Connections
-from pyserve.api.http.http_protocol import LAST_FRAMES_S, listening
+from pyserve.api.http.http_protocol import LAST_FRAMES_S, Serving, listening
+from pyserve.api.http.inner import InnerClient
 from pyserve.api.life.listen import Listener, listening_socket
 from pyserve.api.life.progress import show_progress
 from pyserve.api.life.ready_file import ReadyFile
@@ -37,11 +38,30 @@ from pyserve.words import counted
 
 LOADER_GRACE_S = 1.0  # for a thread that loads, to end a compiler and remove half a file
 
-__all__ = ["Loaded", "Report", "run_server"]
+__all__ = ["Loaded", "Ready", "Report", "Work", "run_server"]
 
 
-def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
+class Ready(NamedTuple):
+    """What work beside the server, or in its place, is given: it begins when the server is ready.
+
+    ask  makes a client of the server's own, for a user.
+    """
+
+    loaded: Loaded
+    ask: Callable[[str], InnerClient]
+
+
+Work = Callable[[Ready], Awaitable[int]]
+
+
+def run_server(
+    config: ServerConfig, load: Callable[[Report], Loaded], work: Work | None = None, *,
+    is_listening: bool = True,
+) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, or until the engine gives up; returns the exit code.
+
+    `work`, where there is some, ends the server when it returns, with its exit code. Told to stop
+    meanwhile, it is cancelled, and the exit code is that of a process that the signal has ended.
 
     `load` runs on a thread of its own once the port is open, and may raise StartupError.
     A thread that still loads when the server is told to stop ends with the process. So does all
@@ -51,12 +71,14 @@ def run_server(config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
     with StopSignals() as signals, ExitStack() as stack:
         try:
             ready_file = ReadyFile(config.ready_file)
-            listener = stack.enter_context(listening_socket(config))
+            listener = None
+            if is_listening:
+                listener = stack.enter_context(listening_socket(config))
         except StartupError as error:
             get_logger().error("%s", error)
             return 1
         stack.callback(ready_file.remove)
-        server = _Server(config, load, listener, ready_file=ready_file, signals=signals)
+        server = _Server(config, load, listener, ready_file=ready_file, signals=signals, work=work)
         code = asyncio.run(server.run())
         stack.close()
         if server.must_exit:
@@ -72,14 +94,15 @@ class _Server:
     """One run from the open port to the exit code."""
 
     def __init__(
-        self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener, *,
-        ready_file: ReadyFile, signals: StopSignals,
+        self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener | None, *,
+        ready_file: ReadyFile, signals: StopSignals, work: Work | None = None,
     ) -> None:  # fmt: skip
         self._config = config
         self._load = load
         self._listener = listener
         self._ready_file = ready_file
         self._signals = signals
+        self._work = work
         self._state = ServerState(config, Metrics(config.served_model_names[0]))
         self._stop = asyncio.Event()
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
@@ -98,16 +121,16 @@ class _Server:
         self._signals.watch(self._on_told)
         self._state.watchdog.start()
         try:
-            async with listening(
-                build_app(self._state), self._listener.sock, tls=self._listener.tls
-            ) as connections:
-                return await self._live(connections)
+            listener = self._listener
+            sock, tls = (None, None) if listener is None else (listener.sock, listener.tls)
+            async with listening(build_app(self._state), sock, tls=tls) as serving:
+                return await self._live(serving)
         finally:
             self._state.watchdog.stop()
             self._state.close()
             self._signals.forget()
 
-    async def _live(self, connections: Connections) -> int:
+    async def _live(self, serving: Serving) -> int:
         state = self._state
         try:
             loaded = await self._wait_loaded()
@@ -120,7 +143,8 @@ class _Server:
             state.metrics.watch_loop(lambda: state.watchdog.recent_lag_s)
             state.loaded = loaded
             state.status = "ready"
-            self._ready_file.write(url=self._listener.url, model=state.model_name)
+            url = "no port, for its work alone" if self._listener is None else self._listener.url
+            self._ready_file.write(url=url, model=state.model_name)
         except StartupError as error:
             get_logger().error("%s", error)
             return 1
@@ -132,18 +156,40 @@ class _Server:
         get_logger().info("the start took %s", state.startup.explain())
         get_logger().info(
             "pyserve is ready on %s (model %s, %.1f s)",
-            self._listener.url,
+            url,
             state.model_name,
             state.startup.elapsed_s,
         )
         if self._config.log_stats:
             self._statistics = asyncio.create_task(log_statistics(loaded.engine, state.metrics))
-        failure = await self._wait_told_or_failed(loaded.engine)
+        working = self._begin_work(loaded, serving)
+        failure = await self._wait_told_or_failed(loaded.engine, working)
+        code = await self._end_work(working)
         if failure is not None:
             await self._fail(loaded.engine, failure)
             return 1
-        is_clean = await self._drain(loaded.engine, connections)
-        return 0 if is_clean and loaded.engine.stats().error is None else 1
+        is_clean = await self._drain(loaded.engine, serving.connections)
+        return code if is_clean and loaded.engine.stats().error is None else 1
+
+    def _begin_work(self, loaded: Loaded, serving: Serving) -> asyncio.Task[int] | None:
+        if self._work is None:
+            return None
+        ready = Ready(loaded, partial(InnerClient, serving.make_protocol))
+        return asyncio.ensure_future(self._work(ready))
+
+    async def _end_work(self, working: asyncio.Task[int] | None) -> int:
+        """The exit code, as far as it is up to the work."""
+        if working is None:
+            return 0
+        working.cancel()
+        await asyncio.wait([working])
+        if working.cancelled():
+            return 0 if self._signals.first is None else 128 + self._signals.first
+        error = working.exception()
+        if error is not None:
+            get_logger().error("the work failed unexpectedly", exc_info=error)
+            return 1
+        return working.result()
 
     async def _wait_loaded(self) -> Loaded | None:
         """What `load` returned, or None where the server is told to stop before."""
@@ -164,12 +210,15 @@ class _Server:
             return None
         return self._loading.result()
 
-    async def _wait_told_or_failed(self, engine: EngineClient) -> str | None:
-        """Until the server is told to stop, or the engine has given up: then why."""
+    async def _wait_told_or_failed(
+        self, engine: EngineClient, working: asyncio.Task[int] | None
+    ) -> str | None:
+        """Until the server is told to stop, its work is done, or the engine has given up: why."""
         stop = asyncio.create_task(self._stop.wait())
         failure = asyncio.create_task(engine.wait_stopped())
         try:
-            await asyncio.wait([stop, failure], return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {stop, failure, *([working] if working else [])}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
             failure.cancel()

@@ -91,6 +91,7 @@ class Runner(Protocol):
 
 
 _NAN = [-1]  # of a row, as StepOutput tells it
+BACKGROUND_PRIORITY = 2**31  # behind all that a request may ask for
 
 
 class Engine:
@@ -156,7 +157,7 @@ class Engine:
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             max_total_tokens=len(token_ids) + params.max_tokens,
-            order=(request.priority if self._has_priorities else 0, seq_id),
+            order=(self._priority(request), seq_id),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=frozenset(i for i in params.stop_token_ids if 0 <= i < self._vocab_size),
             root_hash=self.scheduler.blocks.root_hash(request.cache_salt),
@@ -178,6 +179,11 @@ class Engine:
         seq = self._seqs.get(stream.seq_id)
         if seq is not None:
             self._finish(seq, "abort")
+
+    def _priority(self, request: SequenceRequest) -> int:
+        if request.is_background:
+            return BACKGROUND_PRIORITY
+        return request.priority if self._has_priorities else 0
 
     def schedule(self) -> Step | None:
         """The next step to execute; None where there is nothing to run."""

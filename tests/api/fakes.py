@@ -368,7 +368,7 @@ def run_server(
 
     async def serve() -> None:
         engine.start()
-        async with listening(build_app(state), sock, tls=tls) as connections:
+        async with listening(build_app(state), sock, tls=tls) as (connections, _):
             server.connections = connections
             started.set()
             await stop.wait()

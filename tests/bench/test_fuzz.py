@@ -15,7 +15,7 @@ from bench.hostile_large import MAKERS
 from bench.hostile_structured import MAKERS as STRUCTURED_MAKERS
 from bench.hostile_templates import MAKERS as TEMPLATE_MAKERS
 from bench.hostile_templates import crafted_pairs
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 ERROR = b'{"error":{"message":"no","type":"BadRequestError","param":null,"code":400}}'
 

@@ -13,7 +13,7 @@ from bench.answers import Answer
 from bench.hostile import Case
 from bench.hostile_soak import main
 from bench.stub import StubConfig, running_stub
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 
 from bench.neighbour import Lateness, Neighbour, Seen
 from bench.stub import StubConfig, running_stub, running_stub_processes
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 BUSY_S = 1.5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.wire import Endpoint
+from pyserve.http_client import Endpoint
 
 
 def test_a_running_server_is_tried_as_it_is() -> None:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from pyserve.api.endpoints.body import ignored_header, merged_header
@@ -18,7 +19,7 @@ from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import Job
 from pyserve.api.http.delivery import json_response
 from pyserve.api.http.http_protocol import connection_of
-from pyserve.api.http.keys import CLIENT, USER
+from pyserve.api.http.keys import CLIENT, IS_BACKGROUND, USER
 from pyserve.api.http.request_id import current as current_request_id
 from pyserve.api.state import STATE
 from pyserve.client import EngineClient
@@ -102,6 +103,8 @@ async def generating(
     Raises RequestError where it is not taken.
     """
     state = request.app[STATE]
+    if request.get(IS_BACKGROUND):
+        job = msgspec.structs.replace(job, is_background=True)
     kind = Generation if job.beam is None else BeamGeneration
     generation = kind(engine, state.metrics, arrived_s=arrived_s)
     reason = "abort"

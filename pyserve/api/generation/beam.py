@@ -171,7 +171,9 @@ class BeamGeneration(Generation):
         width = job.beam.width
         num_tokens = width * sum(len(prompt.token_ids) for prompt in job.prompts)
         self._engine.check_room(width * len(job.prompts), num_tokens=num_tokens, user=user)
-        self._request = SequenceRequest((), self._request.params, job.priority, cache_salt, user)
+        self._request = SequenceRequest(
+            (), self._request.params, job.priority, cache_salt, user, None, job.is_background
+        )
         for prompt, params in zip(job.prompts, job.params, strict=True):
             for sample_index in range(job.n):
                 own_params = msgspec.structs.replace(params, sample_index=sample_index)

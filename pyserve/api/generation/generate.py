@@ -246,6 +246,7 @@ class Generation:
                             cache_salt,
                             user,
                             job.make_constraint(),
+                            job.is_background,
                         )
                     )
                 else:  # the engine does not hear of it

@@ -85,6 +85,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_streamed, include_usage, has_continuous_usage
                       whether the answer is a stream, ends with the usage of all choices, and has
                       the usage so far in every frame.
+    is_background     it gives way to all that is not.
     cache_salt        of the client: the prefix cache is shared only by requests with the same one.
     request_id        of the client; "": the server's own.
     ignored           fields of the request that had no effect.
@@ -108,6 +109,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     has_continuous_usage: bool = False
     priority: int = 0
+    is_background: bool = False
     cache_salt: str = ""
     request_id: str = ""
     ignored: list[str] = []

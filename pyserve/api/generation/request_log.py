@@ -2,7 +2,8 @@
 
 Lines hold numbers and names of fields, never a text of the client's: no prompt, no stop string, no
 message of an error, which may quote one. A flood of requests is no flood of lines: what comes too
-fast is counted, and the next line says how many.
+fast is counted, and the next line says how many. The lines of a batch have none: their errors are
+in its files.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextvars import ContextVar
 from aiohttp import web
 
 from pyserve.api.generation.generate import Choice, Generation
+from pyserve.api.http.keys import IS_BACKGROUND
 from pyserve.api.http.request_id import current as current_request_id
 from pyserve.errors import QueueFullError, RequestError
 from pyserve.log import get_logger
@@ -77,7 +79,7 @@ class RequestLog:
 
     def arrived(self, request: web.BaseRequest, generation: Generation) -> None:
         """All sequences of a request have been queued."""
-        if not self._has_arrivals or not self._take_line():
+        if not self._has_arrivals or not self._take_line(request):
             return
         choice = generation.choices[0]
         num_prompts = sum(choice.sample_index == 0 for choice in generation.choices)
@@ -92,7 +94,7 @@ class RequestLog:
         if not generation.choices:
             return
         _has_ended.set(True)
-        if self._take_line():
+        if self._take_line(request):
             _say(request, describe(generation, time.monotonic()))
 
     def refused(self, request: web.BaseRequest, error: RequestError) -> None:
@@ -100,13 +102,13 @@ class RequestLog:
 
         Refusals of a full queue have no lines: the engine counts them and logs the sum.
         """
-        if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line():
+        if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line(request):
             return
         param = _UNSAFE.sub("?", (error.param or "-")[:MAX_PARAM_CHARS])
         _say(request, f"refused: {error.status} {error.type}, field {param}")
 
-    def _take_line(self) -> bool:
-        if not get_logger().isEnabledFor(logging.INFO):
+    def _take_line(self, request: web.BaseRequest) -> bool:
+        if request.get(IS_BACKGROUND) or not get_logger().isEnabledFor(logging.INFO):
             return False
         if not self._budget.take(time.monotonic()):
             return False

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import EMPTY_PAYLOAD, HttpVersion10, HttpVersion11, http_parser, web
 from aiohttp.http import RawRequestMessage
@@ -49,12 +49,13 @@ class HttpProtocol(web.RequestHandler):
     on_probe   says something to the client in the answer that is under way; None: nothing can be.
     has_asked  a request has come, answered or not.
     has_ended  the client sends nothing more, and waits for its answers or is gone.
+    inner_user whom the server asks itself for: see inner.py; None: it is a client's connection.
     """
 
     __slots__ = (
         "_connection", "_connections", "_head_timer", "_is_receiving", "_is_refused",
         "_num_head_bytes", "_slow_since_s", "_was_probed", "client", "has_asked", "has_ended",
-        "on_probe", "opening", "request",
+        "inner_user", "on_probe", "opening", "request",
     )  # fmt: skip
 
     def __init__(self, manager: web.Server, *, connections: Connections, **options: Any) -> None:
@@ -65,6 +66,7 @@ class HttpProtocol(web.RequestHandler):
         self.on_probe: Callable[[], None] | None = None
         self.has_ended = False
         self.has_asked = False
+        self.inner_user: str | None = None
         self._connections = connections
         self._connection: asyncio.Transport | None = None  # also when aiohttp has let go of it
         self._head_timer: asyncio.TimerHandle | None = None
@@ -166,7 +168,8 @@ class HttpProtocol(web.RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client has ended its side or is gone. Both look the same; probes find out which."""
-        if self.is_tls or self.is_idle or self._is_receiving:
+        is_gone = self.inner_user is not None  # the server never ends one side alone
+        if is_gone or self.is_tls or self.is_idle or self._is_receiving:
             return False  # closes the connection
         self.has_ended = True
         self._connections.watch(self)
@@ -280,11 +283,21 @@ def connection_of(request: web.BaseRequest) -> HttpProtocol:
     return protocol
 
 
+class Serving(NamedTuple):
+    """An application that is served: its connections, and what makes one more."""
+
+    connections: Connections
+    make_protocol: Callable[[], HttpProtocol]
+
+
 @asynccontextmanager
 async def listening(
-    app: web.Application, sock: socket.socket, *, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[Connections]:
-    """Serve `app` on a listening socket, TCP or Unix; at the end all connections are closed."""
+    app: web.Application, sock: socket.socket | None, *, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Serving]:
+    """Serve `app` on a listening socket, TCP or Unix, or only to itself where that is None.
+
+    At the end all connections are closed.
+    """
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         get_logger().warning(_PYTHON_PARSER)
     # A client that leaves cancels its handler: that is what frees its sequences.
@@ -303,12 +316,14 @@ async def listening(
     }
     connections = Connections(is_tls=tls is not None)
     make = partial(HttpProtocol, runner.server, connections=connections, **options)
-    acceptor = Acceptor(sock, connections, make, tls=tls)
-    acceptor.start()
+    acceptor = None if sock is None else Acceptor(sock, connections, make, tls=tls)
+    if acceptor is not None:
+        acceptor.start()
     try:
-        yield connections
+        yield Serving(connections, make)
     finally:
-        acceptor.stop()
+        if acceptor is not None:
+            acceptor.stop()
         await runner.cleanup()
         connections.close()
 

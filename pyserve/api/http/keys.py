@@ -16,6 +16,7 @@ from aiohttp import web
 
 USER = web.RequestKey("user", str)  # of a request that was let in
 CLIENT = web.RequestKey("client", str)  # likewise: with whom it shares what is scarce
+IS_BACKGROUND = web.RequestKey("is_background", bool)  # it gives way to all others
 
 
 class Keys:

@@ -1,4 +1,4 @@
-"""How a start shows its progress: one bar that moves on a terminal, plain lines elsewhere."""
+"""Progress of a start, or of a batch: one bar that moves on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from pyserve import log
 from pyserve.api.life.startup import Phase, Startup
@@ -17,13 +19,30 @@ IN_BYTES = ("download", "load")  # phases whose figures are bytes; others count 
 CLEAR_LINE = "\r\x1b[K"
 
 
+class Shown(NamedTuple):
+    """What a line says: how far it is, 0 to 1 and None where that is unknown, and words."""
+
+    progress: float | None
+    words: str
+
+    def with_bar(self) -> str:
+        """The words after a bar."""
+        filled = round(BAR_CHARS * (self.progress or 0.0))
+        return f"[{'#' * filled + '.' * (BAR_CHARS - filled)}] {self.words}"
+
+
 async def show_progress(startup: Startup) -> None:
-    """Until it is cancelled, on stderr."""
+    """Of a start, until it is cancelled, on stderr."""
+    await show(lambda now_s: Shown(startup.phase.progress, describe(startup.phase, now_s)))
+
+
+async def show(look: Callable[[float], Shown]) -> None:
+    """What `look` says at a time, in monotonic seconds; until it is cancelled, on stderr."""
     if sys.stderr.isatty():
-        await _draw_bar(startup)
+        await _draw_bar(look)
     while True:
         await asyncio.sleep(LINE_INTERVAL_S)
-        log.get_logger().info("%s", describe(startup.phase, time.monotonic()))
+        log.get_logger().info("%s", look(time.monotonic()).words)
 
 
 def describe(phase: Phase, now_s: float) -> str:
@@ -43,13 +62,6 @@ def describe(phase: Phase, now_s: float) -> str:
     return f"{phase.name}: {', '.join(figures)}"
 
 
-def draw(phase: Phase, now_s: float) -> str:
-    """The same after a bar."""
-    filled = round(BAR_CHARS * (phase.progress or 0.0))
-    bar = "#" * filled + "." * (BAR_CHARS - filled)
-    return f"[{bar}] {describe(phase, now_s)}"
-
-
 class _ClearsLine(logging.Handler):
     """Takes the bar away before the line of the handler after it."""
 
@@ -57,12 +69,12 @@ class _ClearsLine(logging.Handler):
         log.draw(CLEAR_LINE, is_optional=False)
 
 
-async def _draw_bar(startup: Startup) -> None:
+async def _draw_bar(look: Callable[[float], Shown]) -> None:
     clears = _ClearsLine()
     log.get_logger().addHandler(clears)  # comes before the root's
     try:
         while True:
-            log.draw(CLEAR_LINE + draw(startup.phase, time.monotonic()))
+            log.draw(CLEAR_LINE + look(time.monotonic()).with_bar())
             await asyncio.sleep(BAR_INTERVAL_S)
     finally:
         log.get_logger().removeHandler(clears)

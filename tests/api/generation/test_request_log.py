@@ -124,7 +124,7 @@ def test_a_higher_level_silences_them(quiet: Server, caplog: pytest.LogCaptureFi
     assert not lines(caplog)
 
 
-class FakeRequest:
+class FakeRequest(dict[Any, Any]):
     path = "/v1/completions"
 
 

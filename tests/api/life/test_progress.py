@@ -15,11 +15,15 @@ import pytest
 
 from pyserve import log
 from pyserve.api.life import progress
-from pyserve.api.life.progress import CLEAR_LINE, describe, draw, show_progress
+from pyserve.api.life.progress import CLEAR_LINE, Shown, describe, show_progress
 from pyserve.api.life.ready_file import ReadyFile
 from pyserve.api.life.startup import Phase, Startup
 from pyserve.errors import StartupError
 from pyserve.log import get_logger
+
+
+def draw(phase: Phase, now_s: float) -> str:
+    return Shown(phase.progress, describe(phase, now_s)).with_bar()
 
 
 def test_a_phase_in_words() -> None:

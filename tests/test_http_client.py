@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from bench.stub import StubConfig, running_stub
-from bench.wire import Connection, Endpoint, Reply, fetch, read_whole
+from pyserve.http_client import Connection, Endpoint, Reply, fetch, read_whole
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
 FRAMES = (
@@ -37,7 +37,7 @@ def exchange_with(serve: Callable[[asyncio.StreamWriter], Awaitable[None]]) -> R
 
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        connection = await Connection.open(Endpoint("127.0.0.1", port), keep_text=True)
+        connection = await Connection.open(Endpoint("127.0.0.1", port), has_text=True)
         request = Endpoint("127.0.0.1", port).encode("GET", "/")
         reply = await connection.exchange(request, started_s=0.0, timeout_s=5)
         connection.close()
@@ -69,7 +69,7 @@ def test_every_split_of_the_bytes_reads_the_same(chunk_size: int, segment_size: 
     stream = HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunked(FRAMES, chunk_size)
 
     async def main() -> tuple[Reply, Connection]:
-        connection = Connection(keep_text=True)
+        connection = Connection(has_text=True)
         connection.connection_made(FakeTransport())
         task = asyncio.create_task(connection.exchange(b"", started_s=0.0, timeout_s=5))
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 and SSE client, built to cost little beside the server it measures.
+"""A small HTTP/1.1 and SSE client, built to cost little beside the server it talks to.
 
 One `Connection` carries one exchange at a time and is kept alive between exchanges. Bytes are
 parsed where they arrive (asyncio.Protocol); no task runs per frame. Every reply ends in a `Reply`:
@@ -8,9 +8,12 @@ success or `error`, never an exception and never silence.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -111,34 +114,47 @@ class Endpoint:
         prefix = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts.hostname, port, prefix, is_tls, api_key)
 
-    def encode(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """One whole HTTP request."""
-        payload = b"" if body is None else msgspec.json.encode(body)
+    def encode(
+        self, method: str, path: str, body: dict[str, Any] | bytes | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> bytes:  # fmt: skip
+        """One whole HTTP request; a body of bytes is JSON already."""
+        payload = body if isinstance(body, bytes) else b""
+        if isinstance(body, dict):
+            payload = msgspec.json.encode(body)
         lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {self.host}:{self.port}"]
         if self.api_key:
             lines.append(f"Authorization: Bearer {self.api_key}")
         if body is not None:
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + payload
 
 
 class Connection(asyncio.Protocol):
-    """One TCP connection; at most one exchange in flight."""
+    """One connection; at most one exchange in flight."""
 
-    def __init__(self, *, keep_text: bool) -> None:
-        self._keep_text = keep_text
+    def __init__(self, *, has_text: bool) -> None:
+        self._has_text = has_text
         self._transport: asyncio.Transport | None = None
         self._reply: Reply | None = None
         self._finished: asyncio.Future[None] | None = None
         self._reset_parser()
 
     @classmethod
-    async def open(cls, endpoint: Endpoint, *, keep_text: bool = False) -> Connection:
+    async def open(cls, endpoint: Endpoint, *, has_text: bool = False) -> Connection:
         loop = asyncio.get_running_loop()
         context = ssl.create_default_context() if endpoint.is_tls else None
         _, connection = await loop.create_connection(
-            lambda: cls(keep_text=keep_text), endpoint.host, endpoint.port, ssl=context
+            lambda: cls(has_text=has_text), endpoint.host, endpoint.port, ssl=context
         )
+        return connection
+
+    @classmethod
+    async def over(cls, sock: socket.socket) -> Connection:
+        """Over a socket that is connected already."""
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: cls(has_text=False), sock=sock)
         return connection
 
     @property
@@ -150,8 +166,11 @@ class Connection(asyncio.Protocol):
         """The exchange in flight, as far as it has come."""
         return self._reply
 
-    async def exchange(self, request: bytes, *, started_s: float, timeout_s: float) -> Reply:
-        """Send `request`, wait for the end of its answer. Cancelling closes the socket."""
+    async def exchange(self, request: bytes, *, started_s: float, timeout_s: float | None) -> Reply:
+        """Send `request`, wait for the end of its answer; None: however long that takes.
+
+        Cancelling closes the socket.
+        """
         assert self._reply is None, "one exchange at a time"
         reply = self._reply = Reply(started_s)
         self._reset_parser()
@@ -317,7 +336,7 @@ class Connection(asyncio.Protocol):
         for choice in frame.choices:
             if choice.finish_reason is not None:
                 reply.finish_reasons[choice.index] = choice.finish_reason
-            if self._keep_text:
+            if self._has_text:
                 text = choice.delta.content if choice.delta is not None else choice.text
                 reply.texts[choice.index] = reply.texts.get(choice.index, "") + (text or "")
 
@@ -376,7 +395,7 @@ async def fetch(
     """One exchange on a connection of its own, GET without a body and POST with one."""
     started_s = time.perf_counter()
     try:
-        connection = await asyncio.wait_for(Connection.open(endpoint, keep_text=True), timeout_s)
+        connection = await asyncio.wait_for(Connection.open(endpoint, has_text=True), timeout_s)
     except (OSError, asyncio.TimeoutError) as error:
         reason = str(error) or f"no connection after {timeout_s:g} s"
         return Reply(started_s, ended_s=time.perf_counter(), error=reason)
