@@ -27,7 +27,7 @@ from typing import Any
 
 from bench.report import busy_remark, environment, format_table, write_json
 from bench.server_process import ServerProcess, memory_of, running_server
-from bench.workload import LoadSpec, run_load
+from pyserve.remote.workload import LoadSpec, run_load
 
 MODULES = ("pyserve", "pyserve.api.serve")
 INSTALLED_SCRIPT = Path(__file__).with_name("installed.py")

@@ -30,8 +30,8 @@ from bench.report import (
     write_json,
 )
 from bench.stub import MODEL, StubConfig, running_stub_processes
-from bench.workload import LoadSpec, RequestRecord, WorkerReport, run_load
 from pyserve.http_client import Endpoint, fetch
+from pyserve.remote.workload import LoadSpec, WorkerReport, run_load, time_per_output_token
 
 BUSY_LIMIT = 0.7  # a client process busier than this is measured along with the server
 WARMUP_NUMBER = 2**32  # first number of the warm-up's requests
@@ -100,13 +100,6 @@ def aggregate(reports: list[WorkerReport]) -> dict[str, Any]:
         "client_cpu_s": sum(report.cpu_s for report in reports),
         "max_late_s": max(r.late_s for r in records),
     }
-
-
-def time_per_output_token(record: RequestRecord) -> float | None:
-    """(last - first) / (n - 1) seconds; None where one frame held everything."""
-    if record.first_s is None or record.last_s is None or not record.gaps:
-        return None
-    return (record.last_s - record.first_s) / (record.num_output_tokens - 1)
 
 
 def render(spec: LoadSpec, result: dict[str, Any]) -> str:

@@ -36,8 +36,8 @@ from bench.report import (
 )
 from bench.server_process import memory_of
 from bench.trial import Trial, conclude, server_parser, try_server
-from bench.workload import WORDS
 from pyserve.http_client import Connection, Endpoint, Reply, fetch, read_whole
+from pyserve.remote.workload import WORDS
 
 MAX_CONCURRENCY = 64
 PARTS = 5

@@ -1,8 +1,8 @@
 """Command line: flags in, one frozen config each for the engine and the server out.
 
 `python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same; `pyserve plan` only
-computes what fits, `pyserve run-batch` answers a file. This is the only module that imports inside
-functions: the port must open before torch is imported.
+computes what fits, `run-batch` answers a file, `chat`, `complete` and `bench` ask a running server.
+This is the only module that imports inside functions: the port must open before torch is imported.
 """
 
 from __future__ import annotations
@@ -52,6 +52,14 @@ def main(argv: list[str] | None = None) -> int:
             from pyserve.plan.command import main as plan
 
             return plan(argv[1:])
+        if argv[:1] in (["chat"], ["complete"]):
+            from pyserve.remote.talk import main as talk
+
+            return talk(argv[0], argv[1:])
+        if argv[:1] == ["bench"]:
+            from pyserve.remote.bench import main as bench
+
+            return bench(argv[1:])
         if argv[:1] == ["run-batch"]:
             batch, argv = split_batch(argv[1:])
         args = parse_args(_with_file(argv))

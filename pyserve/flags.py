@@ -21,10 +21,8 @@ from pyserve.flag_rows import REQUESTS, Row, rows_of, settings
 from pyserve.flag_words import plain_words
 from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 
-COMMANDS = ("serve", "plan", "run-batch", "help")
-COMMANDS_OF_VLLM = (
-    "chat", "complete", "bench", "collect-env", "launch", "snapshot", "preload", "download-kernels",
-)  # fmt: skip
+COMMANDS = ("serve", "plan", "run-batch", "chat", "complete", "bench", "help")
+COMMANDS_OF_VLLM = ("collect-env", "launch", "snapshot", "preload", "download-kernels")
 
 GROUPS = ("model", "engine", "server", REQUESTS)  # of --help
 LAUNCH, ENGINE, SERVER = rows_of(LaunchConfig), rows_of(EngineConfig), rows_of(ServerConfig)
@@ -220,7 +218,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m pyserve",
         usage="python -m pyserve [serve] [--model MODEL] [flags]\n"
         "       python -m pyserve plan --model MODEL   (what fits a card; see plan --help)\n"
-        "       python -m pyserve run-batch -i FILE -o FILE   (requests of a file; see its --help)",
+        "       python -m pyserve run-batch -i FILE -o FILE   (requests of a file)\n"
+        "       python -m pyserve chat | complete | bench serve   (ask a running server)",
         description="Serve a model on the OpenAI API. Without a model: the bundled demo model.",
         epilog="Defaults stand in brackets. Other flags of vLLM are known: those without meaning "
         "here give a warning,\nthose not built yet an error. Every switch has a --no- form.",

@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -34,10 +34,12 @@ class Usage(msgspec.Struct):
 
 
 class Message(msgspec.Struct):
-    """A chat delta or a whole chat message."""
+    """A chat delta or a whole chat message; servers call its thinking one or the other."""
 
     role: str | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class Choice(msgspec.Struct):
@@ -134,19 +136,29 @@ class Endpoint:
 class Connection(asyncio.Protocol):
     """One connection; at most one exchange in flight."""
 
-    def __init__(self, *, has_text: bool) -> None:
+    def __init__(
+        self, *, has_text: bool, on_choices: Callable[[list[Choice]], None] | None = None
+    ) -> None:
         self._has_text = has_text
+        self._on_choices = on_choices
         self._transport: asyncio.Transport | None = None
         self._reply: Reply | None = None
         self._finished: asyncio.Future[None] | None = None
         self._reset_parser()
 
     @classmethod
-    async def open(cls, endpoint: Endpoint, *, has_text: bool = False) -> Connection:
+    async def open(
+        cls, endpoint: Endpoint, *, has_text: bool = False,
+        on_choices: Callable[[list[Choice]], None] | None = None,
+    ) -> Connection:  # fmt: skip
+        """Raises OSError. `on_choices` is called with what each frame of a stream holds."""
         loop = asyncio.get_running_loop()
         context = ssl.create_default_context() if endpoint.is_tls else None
         _, connection = await loop.create_connection(
-            lambda: cls(has_text=has_text), endpoint.host, endpoint.port, ssl=context
+            lambda: cls(has_text=has_text, on_choices=on_choices),
+            endpoint.host,
+            endpoint.port,
+            ssl=context,
         )
         return connection
 
@@ -331,6 +343,8 @@ class Connection(asyncio.Protocol):
             reply.error = f"error in the stream: {_error_text(payload)}"
         if not frame.choices:
             return
+        if self._on_choices is not None:
+            self._on_choices(frame.choices)
         if _carries_tokens(frame.choices):
             reply.chunk_times.append(now)
         for choice in frame.choices:

@@ -188,7 +188,7 @@ def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [a.option_strings[0] for a in make_parser()._actions if a.help != argparse.SUPPRESS]
     assert len(shown) == len(flags) - 1  # but -h
     assert all(re.match(r"  --\S.*\S  +\S", line) for line in lines if line.startswith("  --"))
-    assert not [line for line in lines if line.startswith("     ") and "plan" not in line]
+    assert not [line for line in lines if line.startswith("     ") and "python -m" not in line]
     assert {"--enable-log-requests", "--no-enable-prefix-caching"} <= {*shown}
 
 

@@ -328,8 +328,8 @@ def test_several_values_of_one_flag() -> None:
         (["plann", "--model", "x"], "unknown command 'plann', did you mean plan?"),
         (["PLAN"], "did you mean plan?"),
         (["hlep"], "did you mean help?"),
-        (["bench", "serve"], "pyserve has no command 'bench', only serve, plan, run-batch, help"),
-        (["chat"], "pyserve has no command 'chat'"),
+        (["launch"], "pyserve has no command 'launch', only serve, plan, run-batch, chat, "),
+        (["snapshot"], "pyserve has no command 'snapshot'"),
         (["a", "--model", "b"], "the model is given twice"),
     ],
 )

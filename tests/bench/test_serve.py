@@ -9,9 +9,14 @@ import msgspec
 import pytest
 
 from bench.report import format_ms, format_table, summarize
-from bench.serve import aggregate, main, measure, render, time_per_output_token
+from bench.serve import aggregate, main, measure, render
 from bench.stub import MODEL, StubConfig, running_stub
-from bench.workload import LoadSpec, RequestRecord, WorkerReport
+from pyserve.remote.workload import (
+    LoadSpec,
+    RequestRecord,
+    WorkerReport,
+    time_per_output_token,
+)
 
 RECORD = RequestRecord(
     number=0, started_s=10.0, ended_s=11.5, first_s=10.5, last_s=11.4, gaps=[0.3, 0.3, 0.3],

@@ -34,7 +34,10 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     models                 one is drawn per request; none: the field is left out.
     input_len, output_len  tokens, inclusive range (equal ends: fixed).
     shared_prefix_len      the first tokens (words) of every prompt, the same for all.
+    prompts                texts that are asked in turn; none: they are made up.
     request_rate           arrivals a second; None: closed loop at `concurrency`.
+    burstiness             shape of the gamma distribution of the gaps between arrivals: 1 is a
+                           Poisson process, less makes bursts, more an even stream.
     first_number           the number of the first request: warm-up takes others than the run.
     """
 
@@ -49,7 +52,9 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int = 32000
     num_requests: int = 3
     concurrency: int = 1
+    prompts: tuple[str, ...] = ()
     request_rate: float | None = None
+    burstiness: float = 1.0
     seed: int = 0
     first_number: int = 0
     ignore_eos: bool = True
@@ -79,6 +84,13 @@ class RequestRecord(msgspec.Struct, frozen=True):
     error: str | None
 
 
+def time_per_output_token(record: RequestRecord) -> float | None:
+    """(last - first) / (n - 1) seconds; None where one frame held everything."""
+    if record.first_s is None or record.last_s is None or not record.gaps:
+        return None
+    return (record.last_s - record.first_s) / (record.num_output_tokens - 1)
+
+
 class WorkerReport(msgspec.Struct, frozen=True):
     """One client process: its requests and how busy it was between the first and the last.
 
@@ -98,7 +110,7 @@ def build_request(spec: LoadSpec, number: int) -> tuple[str, dict[str, Any]]:
     output_len = int(rng.integers(spec.output_len[0], spec.output_len[1] + 1))
     prefix_len = min(spec.shared_prefix_len, input_len)
     prefix_rng = np.random.default_rng([spec.seed])
-    is_ids = not (spec.is_chat or spec.is_text)
+    is_ids = not (spec.is_chat or spec.is_text or spec.prompts)
     size = spec.vocab_size if is_ids else len(WORDS)
     prefix = prefix_rng.integers(0, size, spec.shared_prefix_len)[:prefix_len].tolist()
     ids = prefix + rng.integers(0, size, input_len - prefix_len).tolist()
@@ -112,7 +124,10 @@ def build_request(spec: LoadSpec, number: int) -> tuple[str, dict[str, Any]]:
         body["model"] = spec.models[int(rng.integers(0, len(spec.models)))]
     if spec.ignore_eos:
         body["ignore_eos"] = True
-    text = "" if is_ids else " ".join(WORDS[i] for i in ids)
+    if spec.prompts:
+        text = spec.prompts[number % len(spec.prompts)]
+    else:
+        text = "" if is_ids else " ".join(WORDS[i] for i in ids)
     if spec.is_chat:
         body["messages"] = [{"role": "user", "content": text}]
     else:
@@ -122,10 +137,14 @@ def build_request(spec: LoadSpec, number: int) -> tuple[str, dict[str, Any]]:
 
 
 def arrival_times(spec: LoadSpec) -> np.ndarray:
-    """Seconds after the start at which each request is sent (open loop): a Poisson process."""
+    """Seconds after the start at which each request is sent (open loop)."""
     assert spec.request_rate is not None
     rng = np.random.default_rng([spec.seed, 2**40])
-    gaps = rng.exponential(1.0 / spec.request_rate, spec.num_requests)
+    if spec.burstiness == 1.0:
+        gaps = rng.exponential(1.0 / spec.request_rate, spec.num_requests)
+    else:
+        scale = 1.0 / (spec.request_rate * spec.burstiness)
+        gaps = rng.gamma(spec.burstiness, scale, spec.num_requests)
     gaps[0] = 0.0
     return np.cumsum(gaps)
 
@@ -137,9 +156,9 @@ def run_load(spec: LoadSpec, num_processes: int) -> list[WorkerReport]:
         num_processes = min(num_processes, spec.concurrency)
     counter = context.Value("q", 0)
     workers = []
-    for rank in range(num_processes):
+    for worker_number in range(num_processes):
         ours, theirs = context.Pipe()
-        args = (spec, rank, num_processes, counter, theirs)
+        args = (spec, worker_number, num_processes, counter, theirs)
         process = context.Process(target=_worker, args=args, daemon=True)
         process.start()
         theirs.close()
@@ -161,12 +180,14 @@ def run_load(spec: LoadSpec, num_processes: int) -> list[WorkerReport]:
                 process.kill()
 
 
-def _worker(spec: LoadSpec, rank: int, num_processes: int, counter: Any, pipe: Any) -> None:
-    pipe.send(rank)
+def _worker(
+    spec: LoadSpec, worker_number: int, num_processes: int, counter: Any, pipe: Any
+) -> None:
+    pipe.send(worker_number)
     start_s = pipe.recv()
     gc.freeze()
     gc.disable()  # a pause of the client would be read as one of the server
-    report = asyncio.run(_Client(spec).run(rank, num_processes, counter, start_s))
+    report = asyncio.run(_Client(spec).run(worker_number, num_processes, counter, start_s))
     pipe.send_bytes(msgspec.msgpack.encode(report))
 
 
@@ -181,18 +202,18 @@ class _Client:
         self.num_resent = 0
 
     async def run(
-        self, rank: int, num_processes: int, counter: Any, start_s: float
+        self, worker_number: int, num_processes: int, counter: Any, start_s: float
     ) -> WorkerReport:
         spec = self.spec
         await asyncio.sleep(max(0.0, start_s - time.perf_counter()))
         cpu_s, wall_s = time.process_time(), time.perf_counter()
         if spec.request_rate is None:
             num_slots = spec.concurrency // num_processes
-            num_slots += rank < spec.concurrency % num_processes
+            num_slots += worker_number < spec.concurrency % num_processes
             await asyncio.gather(*(self._slot(counter) for _ in range(num_slots)))
         else:
             due_s = start_s + arrival_times(spec)
-            mine = range(rank, spec.num_requests, num_processes)
+            mine = range(worker_number, spec.num_requests, num_processes)
             await asyncio.gather(*(self._arrival(number, float(due_s[number])) for number in mine))
         cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
         for connection in self.idle:

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from bench.stub import MODEL, StubConfig, running_stub
-from bench.workload import LoadSpec, arrival_times, build_request, run_load
+from pyserve.remote.workload import LoadSpec, arrival_times, build_request, run_load
 
 SPEC = LoadSpec(url="http://127.0.0.1:1", models=(MODEL,))
 
