@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from bench.server_process import ServerProcess, running_server
+from tests.clients.agents import AGENTS
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MODEL = "pyserve-demo"
@@ -42,6 +43,8 @@ class Client:
 CLIENTS = {
     "openai": Client("openai_python.py", ("openai",)),
     "openai-npm": Client("openai_npm.mjs", ("openai", "zod")),
+    "anthropic": Client("anthropic_python.py", ("anthropic",)),
+    "anthropic-npm": Client("anthropic_npm.mjs", ("@anthropic-ai/sdk",)),
     "langchain": Client("langchain_openai_.py", ("langchain-openai",)),
     "instructor": Client("instructor_.py", ("instructor",)),
     "litellm": Client("litellm_.py", ("litellm",)),
@@ -80,11 +83,11 @@ def prepare(client: Client, folder: Path) -> list[str]:
     return command
 
 
-def run_script(command: Sequence[str], url: str) -> dict[str, str | None]:
+def run_script(command: Sequence[str], url: str, **more: str) -> dict[str, str | None]:
     """Check -> its error, None where there is none. AssertionError where the script fails."""
     # Nothing of this environment: neither our packages nor somebody's key or proxy.
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
-    environment = {**kept, "PYSERVE_CLIENT_URL": url, "PYSERVE_CLIENT_MODEL": MODEL}
+    environment = {**kept, "PYSERVE_CLIENT_URL": url, "PYSERVE_CLIENT_MODEL": MODEL, **more}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=SCRIPT_TIMEOUT_S
     )
@@ -114,6 +117,21 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_client(name: str, server: ServerProcess, environments: Path) -> None:
     client = CLIENTS[name]
     errors = run_script(prepare(client, environments / name), server.url)
+    assert not {check: error for check, error in errors.items() if error}
+
+
+@pytest.mark.network
+@pytest.mark.timeout(INSTALL_TIMEOUT_S + SCRIPT_TIMEOUT_S)
+@pytest.mark.parametrize("name", AGENTS)
+def test_agent(name: str, environments: Path) -> None:
+    """In a network of its own, as agents speak to their makers' servers too."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare")
+    folder = environments / name
+    prepare(Client("checks.mjs", (AGENTS[name].package,)), folder)
+    program = [sys.executable, "-m", "tests.clients.agents", name, str(folder)]
+    cache = {k: v for k, v in os.environ.items() if k == "PYSERVE_CACHE"}
+    errors = run_script(["unshare", "-rn", *program], "", **cache)
     assert not {check: error for check, error in errors.items() if error}
 
 

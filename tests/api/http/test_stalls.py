@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pyserve.api.app import ROUTES
@@ -33,15 +32,9 @@ from pyserve.api.wire.protocol import (
     MAX_TEMPLATE_KWARGS,
 )
 from pyserve.api.wire.tools import MAX_TOOLS
-from pyserve.client import EngineInfo
 from pyserve.engine.async_engine import AsyncEngine
-from pyserve.engine.batch import Step, StepOutput, max_update_words
-from pyserve.engine.block_manager import BlockManager
-from pyserve.engine.engine import Engine, Pending
-from pyserve.engine.masks import bitmask_words
-from pyserve.engine.scheduler import Scheduler
-from pyserve.engine.slots import SlotAllocator
 from tests.api.fakes import PADDED_VOCAB, Server, run_server
+from tests.api.instant import make_engine
 
 MAX_STALL_S = 0.1
 NUM_TRIES = 5
@@ -51,70 +44,14 @@ NUM_SLOTS = 256
 MAX_SEQS = 640  # of one request: half of the slots and a queue of 1,024
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-RESPONSES = "/v1/responses"
+RESPONSES, INPUT_TOKENS = "/v1/responses", "/v1/responses/input_tokens"
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
-
-
-class InstantRunner:
-    """Every token is an "h", at once, or the first that a mask allows."""
-
-    run_ahead_depth = 1
-    step_deadline_s: float | None = None
-    num_device_allocations = 0
-
-    def __init__(self) -> None:
-        self.bitmask = np.empty((NUM_SLOTS, bitmask_words(PADDED_VOCAB)), np.int32)
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-
-    def is_replayed(self, step: Step) -> bool:
-        return True
-
-    def launch(self, step: Step) -> Pending:
-        def sample(masked_rows: Sequence[int]) -> asyncio.Future[StepOutput]:
-            result = self.loop.create_future()
-            self.loop.call_soon(result.set_result, self.run(step, masked_rows))
-            return result
-
-        return Pending(sample, self.bitmask)
-
-    def run(self, step: Step, masked_rows: Sequence[int] = ()) -> StepOutput:
-        rows = [[75] for _ in range(sum(step.row_samples))]
-        for row, words in zip(masked_rows, self.bitmask, strict=False):
-            allowed = np.unpackbits(words.view(np.uint8), bitorder="little")
-            rows[row] = [int(np.argmax(allowed))]
-        return StepOutput(rows)
-
-    def close(self) -> None:
-        pass
-
-
-def make_engine() -> AsyncEngine:
-    num_blocks, block_size = 40_000, 16
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size, enable_prefix_caching=True),
-        SlotAllocator(NUM_SLOTS),
-        max_num_batched_tokens=8192,
-        max_update_words=max_update_words(CONTEXT, block_size),
-    )
-    engine = Engine(
-        scheduler,
-        InstantRunner(),
-        max_model_len=CONTEXT,
-        vocab_size=PADDED_VOCAB,
-        policy="fcfs",
-    )
-    info = EngineInfo(
-        max_model_len=CONTEXT, vocab_size=PADDED_VOCAB, max_num_seqs=NUM_SLOTS,
-        block_size=block_size, num_blocks=num_blocks, dtype="float32", device="cpu",
-    )  # fmt: skip
-    return AsyncEngine(engine, info)
 
 
 @pytest.fixture(scope="module")
 def large(tokenizer_folder: Path) -> Iterator[Server]:
-    with run_server(tokenizer_folder, other=make_engine()) as server:
+    engine = make_engine(PADDED_VOCAB, max_model_len=CONTEXT, num_slots=NUM_SLOTS, kind=AsyncEngine)
+    with run_server(tokenizer_folder, other=engine) as server:
         yield server
 
 
@@ -237,6 +174,7 @@ REQUESTS: dict[tuple[str, str], Callable[[], bytes]] = {
     ),  # fmt: skip
     (RESPONSES, "text"): lambda: respond("the quick brown fox " * 20_000),
     (RESPONSES, "items"): lambda: respond([{"role": "user", "content": "x"}] * MAX_MESSAGES),
+    (INPUT_TOKENS, "text"): lambda: respond("the quick brown fox " * 20_000),
     (MESSAGES, "blocks"): lambda: chat([{"role": "user", "content": [PART] * MAX_PARTS}]),
     (MESSAGES, "blocks in results"): lambda: chat(results(40, 400)),
     (MESSAGES, "thinking that was not shown"): lambda: chat(
