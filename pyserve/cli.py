@@ -2,7 +2,8 @@
 
 `python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same; `pyserve plan` only
 computes what fits, `run-batch` answers a file, `chat`, `complete` and `bench` ask a running server.
-This is the only module that imports inside functions: the port must open before torch is imported.
+This is the only module that imports inside functions: a flag is refused, and the first line said,
+before what serves is imported, and the port is open before torch is.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pyserve import log
-from pyserve.api.serve import Loaded, Report, run_server
+from pyserve import __version__, collector, log
 from pyserve.config import (
     DEMO_MODEL,
     UNNAMED,
@@ -28,13 +29,11 @@ from pyserve.config import (
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.flag_rows import settings
 from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args, split_batch
-from pyserve.text.chat_template import ChatTemplate, read_override
-from pyserve.text.reasoning import ReasoningParser
-from pyserve.text.reasoning import check_name as check_reasoning_parser
-from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
-from pyserve.text.tokenizer_json import TOKENIZER_FILE
-from pyserve.text.tool_parsers.registry import ToolFormat
-from pyserve.text.tool_parsers.registry import check_name as check_tool_parser
+
+if TYPE_CHECKING:
+    from pyserve.api.serve import Loaded, Report
+    from pyserve.engine.preload import Preload
+    from pyserve.text.tokenizer import Tokenizer
 
 DEMO_MODEL_NAME = "pyserve-demo"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -67,14 +66,20 @@ def main(argv: list[str] | None = None) -> int:
         log.setup(launch.log_level)
         os.environ.update(launch.env)
         server_config = _server_config(args)
+        _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
         _check_paths(args, server_config)
-        load = _loader(args)
+        name = server_config.served_model_names[0]
+        log.get_logger().info("pyserve %s is starting (model %s)", __version__, name)
         if batch is None or batch.enable_metrics:
             _warn_of_exposure(server_config)
             _tell_of_names(server_config)
         if launch.model is None:
             log.get_logger().info("no --model: this is the bundled demo model")
         _prepare_threads()
+        with collector.imports():
+            from pyserve.api.serve import run_server
+        _check_text(launch, server_config)
+        load = _loader(args)
         if batch is not None:
             from pyserve.api.run_batch import run_batch
 
@@ -144,10 +149,6 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         has_config = os.path.isfile(os.path.join(path, "config.json"))
         if flag == "--model" and os.path.isdir(path) and not has_config:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
-    if launch.chat_template is not None:
-        read_override(launch.chat_template)
-    check_reasoning_parser(config.reasoning_parser)
-    check_tool_parser(config.tool_call_parser)
     if launch.generation_config not in ("auto", "vllm"):
         _generation_folder(launch.generation_config, DEMO_MODEL)
     if launch.download_dir is not None and _nearest_folder(launch.download_dir) is None:
@@ -157,6 +158,18 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         os.path.isdir(ready_file) or not os.path.isdir(ready_file.parent)
     ):
         raise ConfigError(f"--ready-file {ready_file} must be a file in a folder that exists")
+
+
+def _check_text(launch: LaunchConfig, config: ServerConfig) -> None:
+    """The same for what is said of the model's texts."""
+    from pyserve.text.chat_template import read_override
+    from pyserve.text.reasoning import check_name as check_reasoning_parser
+    from pyserve.text.tool_parsers.registry import check_name as check_tool_parser
+
+    if launch.chat_template is not None:
+        read_override(launch.chat_template)
+    check_reasoning_parser(config.reasoning_parser)
+    check_tool_parser(config.tool_call_parser)
 
 
 def _nearest_folder(path: Path) -> Path | None:
@@ -172,6 +185,9 @@ def _engine_config(args: argparse.Namespace, model_path: Path) -> EngineConfig:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
+    from pyserve.text.tokenizer import Tokenizer
+    from pyserve.text.tokenizer_json import TOKENIZER_FILE
+
     if (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.from_folder(folder)
     from pyserve.text.sentencepiece_model import MODEL_FILE, convert_model
@@ -196,64 +212,86 @@ def _generation_folder(choice: str, model_path: Path) -> Path:
 
 def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
-    _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
-    launch = _launch_config(args)
-    config = _server_config(args)
-
-    def resolve(report: Report, name: str, *, revision: str | None, flag: str) -> Path:
-        from pyserve.hub.resolve import resolve_model
-
-        def check(folder: Path) -> None:
-            """Refuse before the download what would be refused after it."""
-            from pyserve.engine.load import check_start
-
-            check_start(_engine_config(args, folder))
-
-        return resolve_model(
-            name,
-            revision=revision,
-            token=launch.token,
-            download_dir=launch.download_dir,
-            flag=flag,
-            has_weights=flag == "--model" and args.load_format != "dummy",
-            progress=lambda done, total: report("download", done, total),
-            check=check,
-        )
+    from pyserve.engine.preload import Preload
 
     def load(report: Report) -> Loaded:
-        from pyserve.engine.preload import preload_torch
-
-        preload_torch()
-        model_path = DEMO_MODEL
-        if launch.model is not None:
-            model_path = resolve(report, launch.model, revision=launch.revision, flag="--model")
-            report("start", 0, 0)  # the time from here on is not the download's
-        if not (model_path / "config.json").is_file():
-            raise CheckpointError(
-                f"--model {launch.model}: there is no config.json in {model_path}"
-            )
-        tokenizer_path = model_path
-        if launch.tokenizer is not None:
-            tokenizer_path = resolve(report, launch.tokenizer, revision=None, flag="--tokenizer")
-        tokenizer = _tokenizer(tokenizer_path)
-        template = ChatTemplate.load(tokenizer, override=launch.chat_template)
-        template.check_defaults(config.default_chat_template_kwargs or {})
-        defaults = GenerationDefaults.from_folder(
-            _generation_folder(launch.generation_config, model_path),
-            has_sampling=launch.generation_config != "vllm",
-        )
-        from pyserve.engine.load import build_engine
-
-        engine = build_engine(_engine_config(args, model_path), progress=report)
-        loaded = Loaded(
-            tokenizer=tokenizer,
-            chat_template=template,
-            defaults=defaults,
-            engine=engine,
-            reasoning=ReasoningParser.named(config.reasoning_parser, tokenizer),
-            tools=ToolFormat.named(config.tool_call_parser, tokenizer),
-        )
-        loaded.grammars.prepare()
-        return loaded
+        preload = Preload(with_card=args.device != "cpu")
+        try:
+            return _load(args, report, preload)
+        finally:
+            preload.end()
 
     return load
+
+
+def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
+    from pyserve.api.state import Loaded
+    from pyserve.text.chat_template import ChatTemplate
+    from pyserve.text.reasoning import ReasoningParser
+    from pyserve.text.tokenizer import GenerationDefaults
+    from pyserve.text.tool_parsers.registry import ToolFormat
+
+    launch = _launch_config(args)
+    config = _server_config(args)
+    model_path = DEMO_MODEL
+    if launch.model is not None:
+        model_path = _resolve(args, report, preload, flag="--model", revision=launch.revision)
+        report("start", 0, 0)  # the time from here on is not the download's
+    if not (model_path / "config.json").is_file():
+        raise CheckpointError(f"--model {launch.model}: there is no config.json in {model_path}")
+    tokenizer_path = model_path
+    if launch.tokenizer is not None:
+        tokenizer_path = _resolve(args, report, preload, flag="--tokenizer", revision=None)
+    # The interpreter's lock is held for most of it, and free while torch's libraries are mapped.
+    tokenizer = _tokenizer(tokenizer_path)
+    template = ChatTemplate.load(tokenizer, override=launch.chat_template)
+    template.check_defaults(config.default_chat_template_kwargs or {})
+    defaults = GenerationDefaults.from_folder(
+        _generation_folder(launch.generation_config, model_path),
+        has_sampling=launch.generation_config != "vllm",
+    )
+    preload.wait()
+    with collector.imports():
+        from pyserve.engine.load import build_engine
+
+    loaded = Loaded(
+        tokenizer=tokenizer,
+        chat_template=template,
+        defaults=defaults,
+        engine=build_engine(_engine_config(args, model_path), progress=report),
+        reasoning=ReasoningParser.named(config.reasoning_parser, tokenizer),
+        tools=ToolFormat.named(config.tool_call_parser, tokenizer),
+    )
+    loaded.grammars.prepare()
+    return loaded
+
+
+def _resolve(
+    args: argparse.Namespace, report: Report, preload: Preload, *, flag: str, revision: str | None
+) -> Path:
+    """The folder of the model or the tokenizer that `flag` names, downloaded where it must be."""
+    from pyserve.hub.resolve import resolve_model
+
+    launch = _launch_config(args)
+    is_model = flag == "--model"
+    name = launch.model if is_model else launch.tokenizer
+    assert name is not None
+
+    def check(folder: Path) -> None:
+        """Refuse before the download what would be refused after it."""
+        preload.wait()
+        with collector.imports():
+            from pyserve.engine.load import check_start
+
+        check_start(_engine_config(args, folder))
+
+    return resolve_model(
+        name,
+        revision=revision,
+        token=launch.token,
+        download_dir=launch.download_dir,
+        flag=flag,
+        has_weights=is_model and args.load_format != "dummy",
+        progress=lambda done, total: report("download", done, total),
+        check=check,
+    )

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from pyserve import cli
+from pyserve.api import serve
 from pyserve.config import EngineConfig, ServerConfig
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.flags import make_parser, parse_args
@@ -128,7 +129,7 @@ def test_variables_are_set_before_they_are_read(monkeypatch: pytest.MonkeyPatch)
         seen.append((config, os.environ.get("PYSERVE_TEST_B")))
         return 0
 
-    monkeypatch.setattr(cli, "run_server", run_server)
+    monkeypatch.setattr(serve, "run_server", run_server)
     monkeypatch.setenv("VLLM_API_KEY", "old")
     monkeypatch.setenv("PYSERVE_TEST_B", "old")
     assert cli.main(["--env", "VLLM_API_KEY=new", "--env=PYSERVE_TEST_B=a=b"]) == 0
@@ -138,8 +139,9 @@ def test_variables_are_set_before_they_are_read(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_a_text_is_tokenised_by_the_thread_that_asks() -> None:
     program = (
-        "import os; from pyserve import cli; from pyserve.config import DEMO_MODEL; "
-        "cli.run_server = lambda config, load: 0; assert cli.main([]) == 0; "
+        "import os; from pyserve import cli; from pyserve.api import serve; "
+        "from pyserve.config import DEMO_MODEL; "
+        "serve.run_server = lambda config, load: 0; assert cli.main([]) == 0; "
         "tokenizer = cli._tokenizer(DEMO_MODEL); before = len(os.listdir('/proc/self/task')); "
         "tokenizer.encode('word ' * 10_000, add_special_tokens=False); "
         "print(len(os.listdir('/proc/self/task')) - before)"
@@ -217,7 +219,9 @@ def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> 
     ):
         args = parse_args(argv)
         with pytest.raises(ConfigError, match=message):
-            cli._check_paths(args, cli._server_config(args))
+            config = cli._server_config(args)
+            cli._check_paths(args, config)
+            cli._check_text(cli._launch_config(args), config)
     args = parse_args(
         ["org/name", "--download-dir", nowhere, "--chat-template", "{{ messages }}",
          "--ready-file", str(tmp_path / "ready")]

@@ -32,6 +32,7 @@ LEAVES = {
     "foreign_flags",
     "histogram",
     "allocator",
+    "collector",
     "host",
     "limits",
     "words",

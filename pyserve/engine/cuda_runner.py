@@ -9,10 +9,8 @@ only when the step that used it has ended.
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyserve import collector
 from pyserve.engine.batch import Asked, Step, StepOutput, StepShape, pack
 from pyserve.engine.engine import Pending
+from pyserve.engine.preload import DRIVER_LIBRARY
 from pyserve.engine.runner import StepExecutor, refuse_when_closed
 from pyserve.engine.warmup import graph_steps, largest_step, warmup_steps
 from pyserve.errors import DeviceError
@@ -30,7 +30,6 @@ from pyserve.ops.build import Report, report_nothing
 
 RING_SIZE = 4  # steps in flight at most
 STEP_DEADLINE_S = 60.0  # many times what the largest step takes on the slowest card
-DRIVER_LIBRARY = "libcuda.so.1"
 
 
 @dataclass(slots=True, eq=False)
@@ -287,7 +286,8 @@ class CudaRunner:
 
     def _record(self, step: Step) -> None:
         try:
-            with torch.cuda.stream(self._stream), _no_collection():
+            # A tensor that the collector freed while CUDA records would break the record.
+            with torch.cuda.stream(self._stream), collector.paused():
                 self._executor.record(self._bring(step, self._ring[0]))
         except Exception as error:
             raise self._explained(error) from None
@@ -297,18 +297,6 @@ class CudaRunner:
             self._executor.reset()
             self._run(step, is_warmup=is_warmup)
             self._executor.reset()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """While CUDA records: a tensor that the collector frees then would break the record."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _pinned(*shape: int) -> torch.Tensor:

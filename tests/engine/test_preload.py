@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.engine.preload import preload_torch
+from pyserve.engine import preload
+from pyserve.engine.preload import Preload, preload_torch
 
 PROGRAM = """
 import sys, threading, time
@@ -62,3 +63,54 @@ def test_a_missing_or_broken_torch_is_left_to_its_import(
     spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     preload_torch()
+
+
+DRIVER = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+static int said(const char* what, int device) {
+  FILE* file = fopen(getenv("PYSERVE_TEST_CALLS"), "a");
+  fprintf(file, "%s %d\\n", what, device);
+  return fclose(file);
+}
+int cuInit(unsigned flags) { return said("init", (int)flags) || FAILS; }
+int cuDeviceGet(int* device, int ordinal) { *device = ordinal + 7; return said("get", ordinal); }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  usleep(50000);
+  *context = (void*)1;
+  return said("retain", device);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("with_card", "fails", "calls"),
+    [
+        (True, 0, ["init 0", "get 0", "retain 7"]),
+        (True, 100, ["init 0"]),  # CUDA_ERROR_NO_DEVICE
+        (False, 0, []),
+    ],
+)
+def test_the_first_card_gets_the_context_that_torch_will_use(
+    with_card: bool, fails: int, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, said = tmp_path / "libdriver.so", tmp_path / "calls"
+    source = DRIVER.replace("FAILS", str(fails)).encode()
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(driver)]
+    subprocess.run(compiler, input=source, check=True)
+    said.touch()
+    monkeypatch.setenv("PYSERVE_TEST_CALLS", str(said))
+    monkeypatch.setattr(preload, "DRIVER_LIBRARY", str(driver))
+    monkeypatch.setattr(preload, "preload_torch", lambda: None)
+    started = Preload(with_card=with_card)
+    started.wait()
+    started.end()
+    assert said.read_text().splitlines() == calls
+
+
+def test_a_machine_without_a_driver_has_nothing_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preload, "DRIVER_LIBRARY", "libcuda-of-nobody.so.1")
+    started = Preload(with_card=True)
+    started.end()
+    assert started._card is None
