@@ -1,6 +1,6 @@
 """Coding agents of others in print mode, in a network of their own that has loopback alone:
 
-    unshare -rn python -m tests.clients.agents claude-code FOLDER
+    unshare -rn python -m tests.clients.agents claude-code FOLDER   # or codex
 
 FOLDER has the agent's npm package. The server is the real one but for the model, which is told what
 to say: to read a file, by the agent's own tool, and then what is in it. So what the agent prints
@@ -104,7 +104,7 @@ class Agent:
 
     package: str
     read: Callable[[Path], tuple[str, dict[str, Any]]]
-    command: Callable[[Path], list[str]]
+    command: Callable[[Path, str], list[str]]
     environment: Callable[[str], dict[str, str]]
 
 
@@ -112,7 +112,7 @@ AGENTS = {
     "claude-code": Agent(
         package="@anthropic-ai/claude-code",
         read=lambda path: ("Read", {"file_path": str(path)}),
-        command=lambda folder: [
+        command=lambda folder, url: [
             str(folder / "node_modules/.bin/claude"), "--model", MODEL, "--allowedTools", "Read",
             "--output-format", "json", "-p",
         ],
@@ -123,6 +123,19 @@ AGENTS = {
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
             "DISABLE_AUTOUPDATER": "1",
         },
+    ),
+    "codex": Agent(
+        package="@openai/codex",
+        read=lambda path: ("exec_command", {"cmd": f"cat {path}"}),
+        command=lambda folder, url: [
+            str(folder / "node_modules/.bin/codex"), "exec", "--skip-git-repo-check",
+            "--dangerously-bypass-approvals-and-sandbox", "--model", MODEL,
+            "-c", 'model_provider="pyserve"',
+            "-c", 'model_providers.pyserve.name="pyserve"',
+            "-c", f'model_providers.pyserve.base_url="{url}/v1"',
+            "-c", 'model_providers.pyserve.wire_api="responses"',
+        ],
+        environment=lambda url: {},
     ),
 }  # fmt: skip
 
@@ -159,7 +172,7 @@ def ask(
         template = loaded.chat_template.with_source(source, origin="test")
         server.state.loaded = replace(loaded, chat_template=template)
         done = subprocess.run(
-            [*agent.command(folder), "What is the word in note.txt?"],
+            [*agent.command(folder, _url(server)), "What is the word in note.txt?"],
             env={
                 "PATH": os.environ["PATH"], "HOME": str(home), "TERM": "dumb",
                 **agent.environment(_url(server)),

@@ -45,13 +45,17 @@ CLIENTS = {
     "openai-npm": Client("openai_npm.mjs", ("openai", "zod")),
     "anthropic": Client("anthropic_python.py", ("anthropic",)),
     "anthropic-npm": Client("anthropic_npm.mjs", ("@anthropic-ai/sdk",)),
+    "openai-npm-responses": Client("openai_npm_responses.mjs", ("openai", "zod")),
     "langchain": Client("langchain_openai_.py", ("langchain-openai",)),
+    "langchain-responses": Client("langchain_responses.py", ("langchain-openai",)),
     "instructor": Client("instructor_.py", ("instructor",)),
     "litellm": Client("litellm_.py", ("litellm",)),
     "pydantic-ai": Client("pydantic_ai_.py", ("pydantic-ai-slim[openai]",)),
     "openai-agents": Client("openai_agents.py", ("openai-agents",)),
+    "openai-agents-responses": Client("openai_agents_responses.py", ("openai-agents",)),
     "lm-eval": Client("lm_eval_.py", ("lm-eval[api]", "transformers")),
     "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+    "ai-sdk-openai": Client("ai_sdk_openai.mjs", ("ai", "@ai-sdk/openai", "zod")),
 }
 
 
