@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with an NVIDIA card, in one go.
 #
-#   bench/gpu_check.sh                        what ends within 8 minutes: all but sanitize and ptx80
+#   bench/gpu_check.sh                        what ends within 8 minutes: all but masks, sanitize and ptx80
 #   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
 #
 # Every part has a time limit and a log of its own; one that fails does not stop the next, and the
@@ -39,6 +39,7 @@ limit_of() {
     ops) echo 60 ;;
     logits) echo 150 ;;
     serve) echo 160 ;;
+    masks) echo 200 ;;
     faults) echo 160 ;;
     soak) echo $((SOAK_S + 60)) ;;
     sanitize | ptx80) echo 350 ;;
@@ -154,6 +155,13 @@ part_serve() {
   ensure_llama || return 1
   "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$LOGS" --json "$LOGS/serve.json" \
     -- --device cuda
+}
+
+part_masks() {  # of random weights: what they cost does not depend on the model
+  local shapes="$PYSERVE_CHECK_DIR/llama-shapes"
+  "$PYTHON" -m bench.make_model llama-3.1-8b "$shapes" &&
+    "$PYTHON" -m bench.gpu_masks --model "$shapes" --out "$LOGS" --json "$LOGS/masks.json" \
+      -- --device cuda --load-format dummy
 }
 
 part_faults() { run_tests faults 155 tests/gpu/test_server.py; }

@@ -54,14 +54,18 @@ HEADER = (
 )
 
 
-def measure(url: str, load: tuple[int, int, int], out: Path) -> dict[str, Any]:
-    """bench.serve's figures. RuntimeError with its last words where it ends badly."""
+def measure(
+    url: str, load: tuple[int, int, int], out: Path, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """bench.serve's figures, with the fields of `body` in each request. RuntimeError with its last
+    words where it ends badly.
+    """
     input_len, output_len, concurrency = load
     path = out / f"serve-{input_len}-{output_len}-{concurrency}.json"
     command = [
         sys.executable, "-m", "bench.serve", "--url", url, "--vocab-size", str(VOCAB_SIZE),
         "--input-len", str(input_len), "--output-len", str(output_len), "-c", str(concurrency),
-        "--json", str(path),
+        "--json", str(path), "--extra-body", json.dumps(body or {}),
     ]  # fmt: skip
     path.unlink(missing_ok=True)
     try:
