@@ -29,13 +29,23 @@ class MaskFiller(Protocol):
     the interpreter's lock for most of it.
     """
 
-    def key(self, constraint: Any) -> object:
-        """Masks of constraints with the same one cannot be filled side by side."""
+    def work(self, constraint: Any) -> tuple[object, float]:
+        """What its mask is made from, by one thread at a time, and about how many seconds that
+        takes.
+        """
 
     def fill(
-        self, constraints: Sequence[Any], rows: Sequence[int], bitmask: NDArray[np.int32]
+        self,
+        constraints: Sequence[Any],
+        rows: Sequence[int],
+        bitmask: NDArray[np.int32],
+        *,
+        is_alone: bool,
     ) -> None:
-        """Row rows[i] of `bitmask`, int32 [.., ceil(vocab_size / 32)], as constraints[i] would."""
+        """Row rows[i] of `bitmask`, int32 [.., ceil(vocab_size / 32)], as constraints[i] would.
+
+        is_alone  no other thread fills masks now.
+        """
 
 
 class Constraint(Protocol):

@@ -24,6 +24,7 @@ from pyserve.host import num_threads
 from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
+MAX_MASKS_S = 0.002  # that the loop sleeps for masks
 LOOK_S = 1.0  # how often the time of a running step is looked at
 
 
@@ -206,18 +207,24 @@ class AsyncEngine:
         return bool(self._in_flight) and self._in_flight[index].result is None
 
     async def _mask_and_sample(self) -> None:
-        """Queue the rest of the oldest step: all tokens before it are known now."""
+        """Queue the rest of the oldest step: all tokens before it are known now.
+
+        Its masks come before all else on the loop, as the device waits for them, but not for long.
+        """
         launched = self._in_flight[0]
         filling = self._masks.fill(launched.step, launched.pending.bitmask)
-        if filling.rows:
+        is_delivered = not filling.is_soon_over(MAX_MASKS_S)
+        if is_delivered:
             await self._deliver()
-            if self._refusal is None and len(self._in_flight) <= self._depth:
-                # So that it can be launched as soon as this one is sampled.
-                self._next_step = self._next_step or self._engine.schedule()
-            for (_, seq, generation), error in await filling.wait():
-                self._engine.fail_row(seq, generation, error)
+        if self._refusal is None and len(self._in_flight) <= self._depth:
+            # So that it can be launched as soon as this one is sampled.
+            self._next_step = self._next_step or self._engine.schedule()
+        for (_, seq, generation), error in await filling.wait():
+            self._engine.fail_row(seq, generation, error)
         launched.result = launched.pending.sample(filling.masked_rows)
-        if not filling.rows:
+        if not is_delivered:
+            if self._refusal is None:
+                self._launch(is_delivery_due=True)
             await self._deliver()
 
     async def _deliver(self) -> None:

@@ -8,8 +8,10 @@ while the forward pass runs and the event loop delivers tokens.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence as SequenceABC
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.words import counted
 
 MAX_THREADS = 8
-MIN_ROWS = 8  # of a thread: handing over fewer takes longer than filling them
+MIN_SHARE_S = 0.002  # of a thread: two on less than that are in each other's way
+OTHER_MASK_S = 3e-5  # of constraints that do not tell
 
 
 class MaskedRow(NamedTuple):
@@ -110,18 +113,23 @@ class Filling(NamedTuple):
     """
 
     rows: list[MaskedRow]
-    errors: list[asyncio.Future[dict[int, PyserveError]]]
+    errors: list[Future[dict[int, PyserveError]]]
 
     @property
     def masked_rows(self) -> list[int]:
         """The row of each among the sampled ones, ascending."""
         return [row.row for row in self.rows]
 
+    def is_soon_over(self, timeout_s: float) -> bool:
+        """Whether they are filled within so long; the calling thread sleeps until then."""
+        return not wait(self.errors, timeout_s).not_done
+
     async def wait(self) -> list[Failure]:
         """Until they are filled; the sequences that cannot go on, whose draws do not matter."""
         errors: dict[int, PyserveError] = {}
         for future in self.errors:
-            errors |= await future
+            found = future.result() if future.done() else await asyncio.wrap_future(future)
+            errors.update(found)
         return [
             Failure(row, failed)
             for index, row in enumerate(self.rows)
@@ -141,17 +149,15 @@ class MaskWorkers:
     def fill(self, step: Step, bitmask: NDArray[np.int32]) -> Filling:
         """Begin to fill the first masks of `bitmask`, int32 [num_slots, ceil(vocab_size / 32)]."""
         rows = masked_rows(step)
-        loop = asyncio.get_running_loop()
         seqs = [row.seq for row in rows]
-        errors = [
-            loop.run_in_executor(self._pool, self.fill_rows, seqs, share, bitmask)
-            for share in _shares(seqs, min(self._num_threads, -(-len(seqs) // MIN_ROWS)))
-        ]
-        return Filling(rows, errors)
+        shares = _shares(seqs, self._num_threads)
+        fill = partial(self.fill_rows, seqs, bitmask, is_alone=len(shares) == 1)
+        return Filling(rows, [self._pool.submit(fill, share) for share in shares])
 
     def fill_rows(
-        self, seqs: SequenceABC[Sequence], rows: SequenceABC[int], bitmask: NDArray[np.int32]
-    ) -> dict[int, PyserveError]:
+        self, seqs: SequenceABC[Sequence], bitmask: NDArray[np.int32], rows: SequenceABC[int], *,
+        is_alone: bool,
+    ) -> dict[int, PyserveError]:  # fmt: skip
         """On a thread: `rows` of `bitmask` for the sequences there; the errors of those that have
         nothing left.
         """
@@ -169,7 +175,8 @@ class MaskWorkers:
                 errors[row] = _broken("fill_bitmask")
         for filler, its_rows in fillers.values():
             try:
-                filler.fill([seqs[row].constraint for row in its_rows], its_rows, bitmask)
+                constraints = [seqs[row].constraint for row in its_rows]
+                filler.fill(constraints, its_rows, bitmask, is_alone=is_alone)
             except Exception:
                 errors |= dict.fromkeys(its_rows, _broken("fill_bitmask"))
         for row in rows:
@@ -198,21 +205,28 @@ class MaskWorkers:
         return None
 
 
-def _shares(seqs: SequenceABC[Sequence], num_threads: int) -> list[list[int]]:
-    """Each thread's part of the indices of `seqs`: about as many, and what cannot be done side by
-    side together.
+def _shares(seqs: SequenceABC[Sequence], max_threads: int) -> list[list[int]]:
+    """Each thread's part of the indices of `seqs`: about as much work, and what cannot be done side
+    by side together.
     """
-    if num_threads <= 1:
-        return [list(range(len(seqs)))] if seqs else []
-    groups: dict[object, list[int]] = {}
+    groups: dict[object, tuple[float, list[int]]] = {}  # seconds, indices
+    total_s = 0.0
     for index, seq in enumerate(seqs):
-        constraint = _constraint_of(seq)
-        filler = constraint.filler
-        key = index if filler is None else (id(filler), id(filler.key(constraint)))
-        groups.setdefault(key, []).append(index)
-    shares: list[list[int]] = [[] for _ in range(min(num_threads, len(groups)))]
-    for group in sorted(groups.values(), key=len, reverse=True):
-        min(shares, key=len).extend(group)
+        constraint, key, mask_s = _constraint_of(seq), index, OTHER_MASK_S
+        if (filler := constraint.filler) is not None:
+            source, mask_s = filler.work(constraint)
+            key = id(source)
+        group_s, group = groups.get(key, (0.0, []))
+        group.append(index)
+        groups[key] = group_s + mask_s, group
+        total_s += mask_s
+    num_threads = min(max_threads, len(groups), math.ceil(total_s / MIN_SHARE_S))
+    loads = [0.0] * num_threads
+    shares: list[list[int]] = [[] for _ in loads]
+    for group_s, group in sorted(groups.values(), reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += group_s
+        shares[least] += group
     return shares
 
 

@@ -35,17 +35,20 @@ class GrammarFiller:
     def __init__(self) -> None:
         self._batch = MatcherBatch()
 
-    def key(self, constraint: GrammarConstraint) -> object:
-        return constraint._matcher.states
+    def work(self, constraint: GrammarConstraint) -> tuple[object, float]:
+        states = constraint._matcher.states
+        return states, states.mask_s
 
     def fill(
         self,
         constraints: Sequence[GrammarConstraint],
         rows: Sequence[int],
         bitmask: NDArray[np.int32],
+        *,
+        is_alone: bool,
     ) -> None:
         matchers = [constraint._matcher for constraint in constraints]
-        errors = self._batch.fill(matchers, rows, bitmask)
+        errors = self._batch.fill(matchers, rows, bitmask, is_alone=is_alone)
         for constraint, error in zip(constraints, errors, strict=True):
             if error:
                 constraint._fail(f"no token can follow: {error}")

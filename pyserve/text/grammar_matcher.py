@@ -34,6 +34,7 @@ MAX_MASK_S = 0.1  # of work: tens of times what those of large schemas take at f
 MAX_TOKEN_S = 0.005  # of a mask and of the token behind it, whose states are there
 MAX_CONSUME_S = 0.02  # of one token, for which the event loop waits
 MAX_CALL_S = 0.01  # of a call that fills masks of several answers, at the pace of the last ones
+QUICK_S = 0.002  # as AsyncEngine waits
 MIN_CALL_ROWS = 8  # fewer take longer to hand over than to fill
 LONG_CALL_S = 0.025
 WATCHED_EVERY = 8  # calls that took too long, of which the batch behind one is watched
@@ -84,6 +85,7 @@ class Shared:
         self._is_too_slow = False
         self.mask_s = max(mask_s, 1e-6)
         self._cost = state_cost(matcher)
+        self._measuring_s = 0.0  # that it took the last time
         with _lock:
             _all.add(self)
 
@@ -96,13 +98,19 @@ class Shared:
         self.unmeasured_s += worked_s
         self.mask_s += (worked_s - self.mask_s) / MASKS_OF_MEAN
 
+    @property
+    def is_measure_due(self) -> bool:
+        """To measure takes a tenth of the work at most."""
+        return self.unmeasured_s > max(MAX_UNMEASURED_S, 10 * self._measuring_s)
+
     def measure(self) -> None:
         """Takes a fraction of a millisecond where answers have gone on since the last time."""
         matcher = self.matcher
         if matcher is None or not self.unmeasured_s:
             return
-        self.unmeasured_s = 0.0
+        self.unmeasured_s, began_s = 0.0, time.perf_counter()
         cost = state_cost(matcher)
+        self._measuring_s = time.perf_counter() - began_s
         self.num_bytes += BYTES_PER_COST * max(cost - self._cost, 0)
         self._cost = max(cost, self._cost)
 
@@ -193,7 +201,9 @@ class Matcher:
         """`inner` has filled `words`, in about so long. As fill_bitmask."""
         self._shared.note_mask(worked_s)
         self._worked_s += min(worked_s, MAX_TOKEN_S)  # more may be another's doing
-        return (self._inner.is_error() and self._recover(words, worked_s)) or self._measure()
+        if self._inner.is_error() and (error := self._recover(words, worked_s)):
+            return error
+        return self._measure()
 
     def _note(self, worked_s: float, max_s: float) -> str:
         """A call has worked so long, and may for max_s: what is wrong with that, "" if nothing."""
@@ -206,7 +216,7 @@ class Matcher:
 
     def _measure(self) -> str:
         """From time to time: what the states take; why no more of them may be made, "" if so."""
-        if self.states.unmeasured_s > MAX_UNMEASURED_S:
+        if self.states.is_measure_due:
             self.states.measure()
             if is_memory_full():
                 self._shared.drop()
@@ -276,11 +286,12 @@ class Matcher:
 
 
 class MatcherBatch:
-    """Fills masks of many answers in few calls, which want the interpreter's lock at their ends
-    alone: between two calls of a mask each, the event loop would have it, and keep it for long.
+    """Fills masks of many answers.
 
-    A call tells how long all of its masks have taken. Where that is long, the masks of the next
-    batch are a call each, so that a grammar that takes too long is found.
+    A call for one mask takes the interpreter's lock again at its end. Where other threads want it,
+    the event loop or those that fill masks too, many masks are filled in one call, which costs as
+    much as some quick ones. It tells how long they have taken together; where that is long, each
+    mask of the next batch is a call, so that a grammar that takes too long is found.
     """
 
     def __init__(self) -> None:
@@ -288,10 +299,15 @@ class MatcherBatch:
         self._num_long = 0
 
     def fill(
-        self, matchers: Sequence[Matcher], rows: Sequence[int], bitmask: NDArray[np.int32]
-    ) -> list[str]:
-        """Row rows[i] of `bitmask` for matchers[i]; what Matcher.fill_bitmask says of each."""
+        self, matchers: Sequence[Matcher], rows: Sequence[int], bitmask: NDArray[np.int32], *,
+        is_alone: bool,
+    ) -> list[str]:  # fmt: skip
+        """Row rows[i] of `bitmask` for matchers[i]; what Matcher.fill_bitmask says of each.
+
+        is_alone  no other thread fills masks, and the event loop waits for these for QUICK_S.
+        """
         errors = [""] * len(matchers)
+        max_single_s = QUICK_S if is_alone else 0.0
         is_watched = self._num_long % WATCHED_EVERY == 1
         self._num_long += is_watched
         part: list[int] = []  # of a call: as many as end in time, at the pace of the last ones
@@ -303,30 +319,44 @@ class MatcherBatch:
             part.append(i)
             part_s += matcher.states.mask_s
             if part_s > MAX_CALL_S and len(part) >= MIN_CALL_ROWS:
-                self._fill_part(part, part_s, matchers, rows, bitmask, errors)
+                self._fill_part(
+                    part, part_s, part_s < max_single_s, matchers, rows, bitmask, errors
+                )
                 part, part_s = [], 0.0
         if part:
-            self._fill_part(part, part_s, matchers, rows, bitmask, errors)
+            self._fill_part(part, part_s, part_s < max_single_s, matchers, rows, bitmask, errors)
         return errors
 
     def _fill_part(
-        self, part: Sequence[int], expected_s: float, matchers: Sequence[Matcher],
-        rows: Sequence[int], bitmask: NDArray[np.int32], errors: list[str],
+        self, part: Sequence[int], expected_s: float, is_single: bool,
+        matchers: Sequence[Matcher], rows: Sequence[int], bitmask: NDArray[np.int32],
+        errors: list[str],
     ) -> None:  # fmt: skip
-        """One call for matchers[i] of each i in `part`."""
+        """For matchers[i] of each i in `part`, in one call or a single one for each."""
+        engines = [(matchers[i].inner, rows[i]) for i in part]
+        address, num_bytes = _address(bitmask), bitmask[0].nbytes
+        if is_single:
+            began_s = time.thread_time()
+            for inner, row in engines:
+                inner.unsafe_compute_mask_ptr(address + row * num_bytes, num_bytes)
+            worked_s = time.thread_time() - began_s
+        else:
+            began_s = time.perf_counter()
+            self._executor().unsafe_compute_mask_ptr(engines, address, num_bytes, len(bitmask))
+            worked_s = time.perf_counter() - began_s
+        self._num_long += worked_s > LONG_CALL_S
+        ratio = worked_s / expected_s
+        for i in part:
+            matcher = matchers[i]
+            error = matcher.note_filled(bitmask[rows[i]], ratio * matcher.states.mask_s)
+            if error:
+                errors[i] = error
+
+    def _executor(self) -> LLExecutor:
         executor: LLExecutor | None = getattr(self._of_thread, "executor", None)
         if executor is None:
             executor = self._of_thread.executor = LLExecutor(1)
-        began_s = time.perf_counter()
-        executor.unsafe_compute_mask_ptr(
-            [(matchers[i].inner, rows[i]) for i in part],
-            _address(bitmask), bitmask[0].nbytes, len(bitmask),
-        )  # fmt: skip
-        worked_s = time.perf_counter() - began_s
-        self._num_long += worked_s > LONG_CALL_S
-        for i in part:
-            share_s = worked_s * matchers[i].states.mask_s / expected_s
-            errors[i] = matchers[i].note_filled(bitmask[rows[i]], share_s)
+        return executor
 
 
 def _address(words: NDArray[np.int32]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import lru_cache
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -11,6 +12,7 @@ from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
 
 MIN_FORCED_CHARS = 256
+MAX_FORCED_TEXTS = 1024  # that are remembered: a megabyte or two
 
 
 class Vocabulary:
@@ -80,12 +82,18 @@ class _Tokens(TokenizerWrapper):
             if piece and token_id not in special:
                 self._ids.setdefault(piece, token_id)
         self._max_bytes = max(map(len, self._ids), default=1)
+        self._ids_of = lru_cache(MAX_FORCED_TEXTS)(self._encode)
 
     def __call__(self, text: str) -> list[int]:
         """Ids of a text that a grammar forces, as the model would write it; of a long one, ids of
         its beginning: the first one counts, the rest shows where that ends.
+
+        It is asked for in the midst of masks, again and again for the same texts: the names in an
+        object. To encode one takes ten times as long as the rest of a mask.
         """
-        text = text[: max(MIN_FORCED_CHARS, 4 * self._max_bytes)]
+        return self._ids_of(text[: max(MIN_FORCED_CHARS, 4 * self._max_bytes)])
+
+    def _encode(self, text: str) -> list[int]:
         wanted = text.encode()
         ids = self._tokenizer.encode_inner(text)
         if b"".join([self.tokens[token_id] for token_id in ids]) == wanted:

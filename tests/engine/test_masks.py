@@ -301,12 +301,14 @@ def test_what_cannot_be_filled_side_by_side_is_filled_on_one_thread() -> None:
         def __init__(self) -> None:
             self.calls: list[tuple[int, list[int]]] = []
 
-        def key(self, constraint: Keyed) -> object:
-            return constraint.group
+        def work(self, constraint: Keyed) -> tuple[object, float]:
+            return constraint.group, 1.0
 
         def fill(
-            self, constraints: Sequence[Keyed], rows: Sequence[int], bitmask: NDArray[np.int32]
-        ) -> None:
+            self, constraints: Sequence[Keyed], rows: Sequence[int], bitmask: NDArray[np.int32], *,
+            is_alone: bool,
+        ) -> None:  # fmt: skip
+            assert not is_alone
             self.calls.append((threading.get_ident(), [int(c.group) for c in constraints]))
             for constraint, row in zip(constraints, rows, strict=True):
                 constraint.fill_bitmask(bitmask[row])

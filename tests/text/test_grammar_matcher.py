@@ -32,22 +32,26 @@ def masks(num_rows: int) -> NDArray[np.int32]:
     return np.full((num_rows, (vocabulary().vocab_size + 31) // 32), 7, np.int32)
 
 
-def fill(constraints: list[GrammarConstraint], bitmask: NDArray[np.int32]) -> None:
+def fill(
+    constraints: list[GrammarConstraint], bitmask: NDArray[np.int32], *, is_alone: bool = False
+) -> None:
     """Mask i goes to row 2 * i."""
     filler = constraints[0].filler
     assert filler is not None
-    filler.fill(constraints, range(0, 2 * len(constraints), 2), bitmask)
+    filler.fill(constraints, range(0, 2 * len(constraints), 2), bitmask, is_alone=is_alone)
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
 @pytest.mark.parametrize("max_call_s", [1.0, 0.0])
 def test_masks_of_many_are_what_each_would_be(
-    max_call_s: float, monkeypatch: pytest.MonkeyPatch
+    max_call_s: float, is_alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pyserve.text.grammar_matcher.MAX_CALL_S", max_call_s)
+    monkeypatch.setattr("pyserve.text.grammar_matcher.QUICK_S", 9.0)
     grammars = Grammars(vocabulary())
     constraints = [started(grammars.compile(SPECS[i % 2]), i) for i in range(30)]
     together, alone = masks(60), masks(60)
-    fill(constraints, together)
+    fill(constraints, together, is_alone=is_alone)
     for i, constraint in enumerate(constraints):
         constraint.fill_bitmask(alone[2 * i])
         assert constraint.error is None
@@ -101,7 +105,9 @@ def test_a_grammar_whose_masks_take_long_has_copies(monkeypatch: pytest.MonkeyPa
     assert grammars.get(SPECS[1]) is first and grammars.get(SPECS[0]) is None
     constraints = [grammars.compile(SPECS[1]).constraint() for _ in range(12)]
     assert all(constraint.filler is not None for constraint in constraints)
-    keys = [constraint.filler.key(constraint) for constraint in constraints if constraint.filler]
+    keys = [
+        constraint.filler.work(constraint)[0] for constraint in constraints if constraint.filler
+    ]
     counts = {id(key): keys.count(key) for key in keys}
     assert len(counts) == 4 and max(counts.values()) <= 4
     assert first.num_bytes == 4 * num_bytes
@@ -151,7 +157,7 @@ def test_copies_are_filled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
     groups: dict[int, list[int]] = {}
     for i, constraint in enumerate(constraints):
         assert constraint.filler is not None
-        groups.setdefault(id(constraint.filler.key(constraint)), []).append(i)
+        groups.setdefault(id(constraint.filler.work(constraint)[0]), []).append(i)
         constraint.fill_bitmask(alone[2 * i])
     assert len(groups) == 3
 
@@ -159,7 +165,7 @@ def test_copies_are_filled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
         its = [constraints[i] for i in group]
         for _ in range(20):
             assert its[0].filler is not None
-            its[0].filler.fill(its, [2 * i for i in group], together)
+            its[0].filler.fill(its, [2 * i for i in group], together, is_alone=False)
 
     threads = [threading.Thread(target=work, args=(group,)) for group in groups.values()]
     for thread in threads:
