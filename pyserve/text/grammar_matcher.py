@@ -81,7 +81,7 @@ class Shared:
         self.num_bytes = num_bytes
         self.unmeasured_s = 0.0
         self.answers: WeakSet[Matcher] = WeakSet()
-        self._first = copy_of or self
+        self._copy_of = copy_of  # None: of nothing; itself, it would live until it is collected
         self._is_too_slow = False
         self.mask_s = max(mask_s, 1e-6)
         self._cost = state_cost(matcher)
@@ -91,7 +91,7 @@ class Shared:
 
     @property
     def is_too_slow(self) -> bool:
-        return self._first._is_too_slow
+        return (self._copy_of or self)._is_too_slow
 
     def note_mask(self, worked_s: float) -> None:
         """A mask has taken so long."""
@@ -116,7 +116,7 @@ class Shared:
 
     def drop(self, *, is_too_slow: bool = False) -> None:
         self.matcher = None
-        self._first._is_too_slow |= is_too_slow
+        (self._copy_of or self)._is_too_slow |= is_too_slow
 
 
 def is_memory_full() -> bool:

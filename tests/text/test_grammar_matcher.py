@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyserve.text.grammar import Compiled, Grammars, JsonSchema, Regex, Spec
+from pyserve.text.grammar import Compiled, Grammars, JsonSchema, Regex, Spec, compile_grammar
 from pyserve.text.grammar_constraint import GrammarConstraint
 from tests.text.grammars import allowed, vocabulary
 
@@ -173,3 +175,18 @@ def test_copies_are_filled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.join()
     assert np.array_equal(together, alone)
+
+
+def test_a_grammar_that_nobody_has_any_more_is_freed_at_once() -> None:
+    """Its states may take hundreds of megabytes, and the collector comes late."""
+    compiled = compile_grammar(SPECS[0], vocabulary())
+    constraint = compiled.constraint()
+    fill([constraint], masks(2))
+    shared = weakref.ref(constraint.filler.work(constraint)[0]) if constraint.filler else None
+    assert shared is not None and shared() is not None
+    gc.disable()
+    try:
+        del compiled, constraint
+        assert shared() is None
+    finally:
+        gc.enable()
