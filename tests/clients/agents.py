@@ -46,8 +46,17 @@ SYSTEM_FIRST = (  # as Qwen's newest
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
     "{{ raise_exception('system first') }}{% endif %}{% endfor %}"
 )
-# What stands before the template of the demo model.
-DEMANDS = {"as it is": "", "system first": SYSTEM_FIRST, "turns": SYSTEM_FIRST + TAKE_TURNS}
+BARE = (  # as that of Mistral-7B-Instruct-v0.2: no system, no tools
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('take turns') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OWN = (DEMO_MODEL / TEMPLATE_FILE).read_text()
+TEMPLATES = {
+    "as it is": OWN, "system first": SYSTEM_FIRST + OWN, "turns": SYSTEM_FIRST + TAKE_TURNS + OWN,
+    "bare": BARE,
+}  # fmt: skip
 SECRET = re.compile(r"secret-[0-9a-f]{16}")
 
 
@@ -141,7 +150,7 @@ AGENTS = {
 
 
 def ask(
-    agent: Agent, folder: Path, home: Path, demand: str
+    agent: Agent, folder: Path, home: Path, source: str
 ) -> tuple[str, str, list[SequenceStream]]:
     """What the agent prints, the secret of the file, and the streams of what it asked for."""
     secret = f"secret-{secrets.token_hex(8)}"
@@ -168,7 +177,6 @@ def ask(
     ) as server:
         loaded = server.state.loaded
         assert loaded is not None
-        source = demand + (DEMO_MODEL / TEMPLATE_FILE).read_text()
         template = loaded.chat_template.with_source(source, origin="test")
         server.state.loaded = replace(loaded, chat_template=template)
         done = subprocess.run(
@@ -187,22 +195,22 @@ def _url(server: Server) -> str:
     return f"http://127.0.0.1:{server.port}"
 
 
-def check(name: str, folder: Path, demand: str) -> dict[str, bool]:
+def check(name: str, folder: Path, template: str) -> dict[str, bool]:
     with tempfile.TemporaryDirectory() as home:
-        printed, secret, streams = ask(AGENTS[name], folder, Path(home), DEMANDS[demand])
+        printed, secret, streams = ask(AGENTS[name], folder, Path(home), TEMPLATES[template])
     prompts = [(stream.num_prompt_tokens, stream.num_cached_tokens) for stream in streams]
     print(f"prompt and cached tokens of each request: {prompts}")
     return {
-        f"the result is used, {demand}": secret in printed,
-        f"the second turn is cached, {demand}": len(prompts) > 1
+        f"the result is used, {template}": secret in printed,
+        f"the second turn is cached, {template}": len(prompts) > 1
         and prompts[-1][1] >= MIN_CACHED * prompts[-2][0],
     }
 
 
 def main(name: str, folder: Path) -> int:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for demand in DEMANDS:
-        for what, is_so in check(name, folder, demand).items():
+    for template in TEMPLATES:
+        for what, is_so in check(name, folder, template).items():
             line = {"name": what, "error": None if is_so else "it is not so"}
             print("CHECK " + json.dumps(line), flush=True)
     return 0
