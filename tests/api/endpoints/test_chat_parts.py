@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pyserve.api.endpoints import chat
+from pyserve.api.endpoints import chat_job
 from pyserve.api.endpoints.openai import make_job
 from pyserve.api.generation.job import Job
 from pyserve.text.parts import Content, Part, Reasoning, ToolCall
@@ -45,7 +45,7 @@ def say(monkeypatch: pytest.MonkeyPatch, parts: Sequence[Part], **ending: Any) -
             job, make_stage=lambda: Says(parts), ending=replace(job.ending, **ending)
         )
 
-    monkeypatch.setattr(chat, "make_job", make)
+    monkeypatch.setattr(chat_job, "make_job", make)
 
 
 def ask(**fields: Any) -> dict[str, Any]:
