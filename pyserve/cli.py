@@ -215,7 +215,7 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     from pyserve.engine.preload import Preload
 
     def load(report: Report) -> Loaded:
-        preload = Preload(with_card=args.device != "cpu")
+        preload = Preload(is_card_wanted=args.device != "cpu")
         try:
             return _load(args, report, preload)
         finally:

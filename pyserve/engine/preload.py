@@ -30,14 +30,14 @@ class Preload:
     """Runs on two threads from its making on. Nothing of it can fail: where torch or the card
     cannot be used, torch will tell why.
 
-    with_card  make the CUDA context of the first card as well, which takes the driver 0.2 s and
-               more: it is the one that torch uses.
+    is_card_wanted  make the CUDA context of the first card as well, the one that torch will use,
+                    which takes the driver 0.2 s and more.
     """
 
-    def __init__(self, *, with_card: bool) -> None:
+    def __init__(self, *, is_card_wanted: bool) -> None:
         self._card: threading.Thread | None = None
         self._libraries = threading.Thread(
-            target=self._run, args=(with_card,), name="preload", daemon=True
+            target=self._run, args=(is_card_wanted,), name="preload", daemon=True
         )
         self._libraries.start()
 
@@ -51,10 +51,10 @@ class Preload:
         if self._card is not None:
             self._card.join(CARD_GRACE_S)
 
-    def _run(self, with_card: bool) -> None:
+    def _run(self, is_card_wanted: bool) -> None:
         # The linker opens one library at a time: the driver's first, which takes a moment, so that
         # it starts the card while torch's are being mapped.
-        if with_card and (driver := _open_driver()) is not None:
+        if is_card_wanted and (driver := _open_driver()) is not None:
             self._card = threading.Thread(target=_open_card, args=(driver,), daemon=True)
             self._card.start()
         preload_torch()

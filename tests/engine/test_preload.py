@@ -85,7 +85,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 
 
 @pytest.mark.parametrize(
-    ("with_card", "fails", "calls"),
+    ("is_card_wanted", "fails", "calls"),
     [
         (True, 0, ["init 0", "get 0", "retain 7"]),
         (True, 100, ["init 0"]),  # CUDA_ERROR_NO_DEVICE
@@ -93,7 +93,11 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
     ],
 )
 def test_the_first_card_gets_the_context_that_torch_will_use(
-    with_card: bool, fails: int, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_card_wanted: bool,
+    fails: int,
+    calls: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver, said = tmp_path / "libdriver.so", tmp_path / "calls"
     source = DRIVER.replace("FAILS", str(fails)).encode()
@@ -103,7 +107,7 @@ def test_the_first_card_gets_the_context_that_torch_will_use(
     monkeypatch.setenv("PYSERVE_TEST_CALLS", str(said))
     monkeypatch.setattr(preload, "DRIVER_LIBRARY", str(driver))
     monkeypatch.setattr(preload, "preload_torch", lambda: None)
-    started = Preload(with_card=with_card)
+    started = Preload(is_card_wanted=is_card_wanted)
     started.wait()
     started.end()
     assert said.read_text().splitlines() == calls
@@ -111,6 +115,6 @@ def test_the_first_card_gets_the_context_that_torch_will_use(
 
 def test_a_machine_without_a_driver_has_nothing_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preload, "DRIVER_LIBRARY", "libcuda-of-nobody.so.1")
-    started = Preload(with_card=True)
+    started = Preload(is_card_wanted=True)
     started.end()
     assert started._card is None
