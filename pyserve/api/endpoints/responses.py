@@ -67,7 +67,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         answering = Answering(asked, params.temperature, params.top_p, is_kept, keep)
         if body.background:
             return await responses_background.start(
-                request, loaded.engine, job, answering, arrived_s=arrived_s
+                request, loaded.engine, job, answering, given, arrived_s=arrived_s
             )
         dialect = Dialect(
             id_prefix=ID_PREFIX,
@@ -140,7 +140,8 @@ async def list_input_items(request: web.Request) -> web.StreamResponse:
     order, after = request.query.get("order", "desc"), request.query.get("after")
     if order not in ("asc", "desc"):
         raise InvalidRequestError(f"order must be asc or desc, got {order[:40]}", "order")
-    given = state.responses.get(user, name).input
+    run = state.runs.get(user, name)
+    given = run.input if run is not None else state.responses.get(user, name).input
 
     def list_items() -> bytes:
         items: list[Object] = msgspec.json.decode(given)
@@ -177,7 +178,13 @@ async def _read(
 
     Raises RequestError naming the field.
     """
-    items = own_items(body.input)
+    items = own_items(body)
+    previous = body.previous_response_id
+    if previous is not None and state.runs.get(request[USER], previous) is not None:
+        raise InvalidRequestError(
+            f"previous_response_id: {previous} runs in the background and has not ended",
+            "previous_response_id",
+        )
     history = gather(
         state.responses, request[USER], body, items, max_bytes=state.config.max_body_bytes
     )

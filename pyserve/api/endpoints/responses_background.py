@@ -39,10 +39,13 @@ async def start(
     engine: EngineClient,
     job: Job,
     answering: Answering,
+    given: bytes,
     *,
     arrived_s: float,
 ) -> web.StreamResponse:
     """Let `job` run, and answer with what is known of it, or with its events as they come.
+
+    given  its input, as it is stored.
 
     Raises RequestError where it is not taken.
     """
@@ -52,7 +55,7 @@ async def start(
     def describe(status: str) -> bytes:
         return msgspec.json.encode(answering.response(head, [], status=status))
 
-    run = Run(head.id, request[USER], request[CLIENT], describe, job.is_streamed)
+    run = Run(head.id, request[USER], request[CLIENT], given, describe, job.is_streamed)
     work = _Work(request, engine, job, answering, head, run)
     run.task = asyncio.create_task(work.do(arrived_s))
     await asyncio.shield(work.started)

@@ -116,10 +116,13 @@ def read_request(body: ResponsesRequest, history: Sequence[Object], own: Sequenc
     return Asked(body, chat, tools, Renamed(_rules(turns, tools)), unknown.names)
 
 
-def own_items(given: str | list[Object] | None) -> list[Object]:
+def own_items(body: ResponsesRequest) -> list[Object]:
     """The items of `input`; a text is what the user says. Raises InvalidRequestError."""
+    given = body.input
     if given is None:
-        raise InvalidRequestError("input is missing", "input")
+        if body.previous_response_id is None:
+            raise InvalidRequestError("input is missing", "input")
+        return []
     if isinstance(given, list):
         return given
     content = [{"type": "input_text", "text": given}]

@@ -18,6 +18,7 @@ class Run:
     """A response in the background, until it has ended and is stored.
 
     user, client  whose it is, and with whom it shares what is scarce.
+    input         its own items, as JSON.
     describe      its JSON, with a status.
     has_begun     whether it has left the queue.
     is_streamed   its events are kept.
@@ -29,6 +30,7 @@ class Run:
     id: str
     user: str
     client: str
+    input: bytes
     describe: Callable[[str], bytes]
     is_streamed: bool
     has_begun: Callable[[], bool] = lambda: False

@@ -35,6 +35,7 @@ from pyserve.api.wire.protocol import (
     MAX_TEMPLATE_KWARGS,
     ROLES,
 )
+from pyserve.api.wire.responses import LOGPROBS, MAX_LABEL_CHARS, MAX_PAIRS, TRUNCATIONS
 from pyserve.api.wire.tools import MAX_TOOLS, TOOL_CHOICES
 from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, TOP_LOGPROBS
 from pyserve.params import (
@@ -108,6 +109,10 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "thinking_token_budget": {"integer": {"minimum": -1}},
     "role": {"string": {"enum": list(ROLES)}},
     "type": {"string": {"enum": list(PART_TYPES)}},
+    "max_output_tokens": {"integer": {"minimum": 1}},
+    "truncation": {"string": {"enum": list(TRUNCATIONS)}},
+    "safety_identifier": {"string": {"maxLength": MAX_LABEL_CHARS}},
+    "prompt_cache_key": {"string": {"maxLength": MAX_LABEL_CHARS}},
     "tokens": {"array": {"items": {"type": "integer", **_ID}}},
     "chat_template": {"string": {"maxLength": MAX_TEMPLATE_CHARS}},
 }
@@ -185,6 +190,21 @@ DESCRIPTIONS = {
     "priority": "Lower goes first; only with --scheduling-policy priority.",
     "cache_salt": "The prefix cache is shared only by requests with the same one.",
     "request_id": "Becomes part of the answer's id.",
+    "input": "What the user says, or items: messages, thinking, calls of tools and what they gave, "
+    "references to items of stored responses. Those of other kinds are passed over.",
+    "instructions": "What the system says first; not carried over to the next response.",
+    "max_output_tokens": "Output tokens at most, as max_tokens of a chat.",
+    "text": "What the answer's text is: text, a JSON object, or JSON valid by a schema.",
+    "reasoning": "effort as reasoning_effort of a chat; with a summary, what the model thinks is "
+    "told as one.",
+    "include": f"{LOGPROBS} alone has an effect.",
+    "store": "false: the response cannot be asked for again.",
+    "previous_response_id": "Go on with a stored response and all those before it.",
+    "background": "Answer at once and generate without a client; needs store.",
+    "truncation": "auto cuts the beginning of a prompt that is too long.",
+    "metadata": f"Shown again in the response; at most {MAX_PAIRS} entries.",
+    "safety_identifier": "Shown again in the response.",
+    "prompt_cache_key": "Shown again in the response; prompts are cached either way.",
     "add_special_tokens": "Let the tokenizer add its own; true for text, false for messages.",
     "skip_special_tokens": "Leave special tokens out of the text.",
 }

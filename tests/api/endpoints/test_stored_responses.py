@@ -131,8 +131,10 @@ def test_a_conversation_goes_on(talking: Server) -> None:
         "<|im_start|>assistant\nNoon<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+    again = {"previous_response_id": second["id"]}
+    assert talking.post(RESPONSES, again)["output"]  # nothing new is said
     get(talking, first["id"], method="DELETE")
-    error = talking.error(RESPONSES, ask(previous_response_id=second["id"]), 404)
+    error = talking.error(RESPONSES, ask(**again), 404)
     assert error["message"] == f"Response with id '{first['id']}' not found."
 
 
@@ -211,10 +213,15 @@ def test_another_key_s_response_is_not_there(keyed: Server) -> None:
 
 
 def test_a_response_in_the_background(talking: Server) -> None:
-    talking.play("Hello world", delay_s=0.01)
+    talking.play("Hello world", delay_s=0.1)
     queued = talking.post(RESPONSES, ask(**BACKGROUND))
     assert (queued["status"], queued["output"], queued["background"]) == ("queued", [], True)
     assert get(talking, queued["id"])["status"] in ("queued", "in_progress")
+    assert [item["role"] for item in get(talking, f"{queued['id']}/input_items")["data"]] == [
+        "user"
+    ]
+    error = talking.error(RESPONSES, ask(previous_response_id=queued["id"]))
+    assert "has not ended" in error["message"] and error["param"] == "previous_response_id"
     assert "pyserve:background_responses" in talking.request("GET", "/metrics")[2].decode()
     done = wait_ended(talking, queued["id"])
     assert (
