@@ -9,6 +9,10 @@ import msgspec
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3}) [\x20-\x7e]*")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t\x20-\x7e\x80-\xff]*)")
+# Of a stream whose events have names.
+_LAST_EVENTS = (
+    b"message_stop", b"error", b"response.completed", b"response.incomplete",
+)  # fmt: skip
 _LEAKS = (b"Traceback", b"/pyserve/", b'.py"', b" object at 0x", b"<class", b"site-packages")
 
 
@@ -23,7 +27,21 @@ class ErrorBody(msgspec.Struct, forbid_unknown_fields=True):
     error: ErrorDetail
 
 
+class NamedError(msgspec.Struct, forbid_unknown_fields=True):
+    message: str
+    type: str
+
+
+class MessagesErrorBody(msgspec.Struct, tag_field="type", tag="error", forbid_unknown_fields=True):
+    """As /v1/messages has it."""
+
+    error: NamedError
+    request_id: str
+
+
 _decode_error = msgspec.json.Decoder(ErrorBody).decode
+_decode_messages_error = msgspec.json.Decoder(MessagesErrorBody).decode
+_MESSAGES_ERROR = b'{"type":"error"'
 _decode = msgspec.json.Decoder().decode
 
 
@@ -64,11 +82,15 @@ class Answer:
 
     def _error_problem(self, request: bytes) -> str | None:
         assert self.body is not None
+        error: ErrorDetail | NamedError
         try:
-            error = _decode_error(self.body).error
+            if self.body.startswith(_MESSAGES_ERROR):
+                error = _decode_messages_error(self.body).error
+            else:
+                error = _decode_error(self.body).error
         except msgspec.MsgspecError as wrong:
             return f"status {self.status} without an error object of ours: {wrong}"
-        if error.code != self.status:
+        if isinstance(error, ErrorDetail) and error.code != self.status:
             return f"code {error.code} in an answer of status {self.status}"
         if not error.message or not error.type:
             return "an error without a message or a type"
@@ -155,10 +177,16 @@ def _read_chunks(data: bytes, start: int) -> tuple[bytes, int] | None:
 
 
 def _check_stream(body: bytes) -> None:
-    """Frames of JSON, then [DONE]. Raises ValueError or a MsgspecError."""
+    """Frames of JSON, then [DONE]; or events that say their names, then one that is the last.
+
+    Raises ValueError or a MsgspecError.
+    """
     frames = body.split(b"\n\n")
     if frames.pop():
         raise ValueError("it does not end with a blank line")
+    if body.startswith(b"event: "):
+        _check_events(frames)
+        return
     last = b""
     for frame in frames:
         if frame.startswith(b":"):  # a comment
@@ -172,3 +200,16 @@ def _check_stream(body: bytes) -> None:
             _decode(last)
     if last != b"[DONE]":
         raise ValueError("no [DONE]")
+
+
+def _check_events(frames: list[bytes]) -> None:
+    name = b""
+    for frame in frames:
+        head, _, data = frame.partition(b"\ndata: ")
+        if name in _LAST_EVENTS or not head.startswith(b"event: ") or b"\n" in data:
+            raise ValueError(f"no event, or one after the last: {frame[:80]!r}")
+        name = head.removeprefix(b"event: ")
+        if _decode(data)["type"] != name.decode():
+            raise ValueError(f"an event of another type than {name.decode()}")
+    if name not in _LAST_EVENTS:
+        raise ValueError("the last event is missing")

@@ -19,7 +19,7 @@ from bench.hostile_structured import hostile_structure
 from bench.hostile_templates import hostile_chat
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-POSTS = (CHAT, COMPLETIONS, "/tokenize", "/detokenize")
+POSTS = (CHAT, COMPLETIONS, "/v1/messages", "/tokenize", "/detokenize")
 GETS = ("/health", "/ping", "/version", "/v1/models", "/metrics")
 PATIENCE_S = 0.2
 BIG_HEADER_BYTES = 20_000  # more than any server takes
@@ -100,6 +100,7 @@ def valid(rng: random.Random) -> Case:
     bodies: dict[str, dict[str, object]] = {
         CHAT: {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 3},
         COMPLETIONS: {"prompt": "La capital de Francia es", "max_tokens": 3},
+        "/v1/messages": {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 3},
         "/tokenize": {"prompt": "Hello world"},
         "/detokenize": {"tokens": [rng.randrange(200) for _ in range(8)]},
     }
@@ -111,7 +112,7 @@ def valid(rng: random.Random) -> Case:
 
 def field(rng: random.Random) -> Case:
     """A body whose JSON is sound but whose fields are not."""
-    path = rng.choices(POSTS, [5, 4, 1, 1])[0]
+    path = rng.choices(POSTS, [5, 4, 3, 1, 1])[0]
     body, name, wanted, is_costly = hostile_fields(rng, path)
     case = _case(f"{path} {name}", post(path, body), wanted=wanted)
     if is_costly:
@@ -122,7 +123,7 @@ def field(rng: random.Random) -> Case:
 def text(rng: random.Random) -> Case:
     """A body that is no JSON, no UTF-8, too deep or too wide."""
     body, name, wanted = hostile_text(rng)
-    return _case(name, post(rng.choice((CHAT, COMPLETIONS)), body), wanted=wanted)
+    return _case(name, post(rng.choice((CHAT, COMPLETIONS, "/v1/messages")), body), wanted=wanted)
 
 
 HEADERS = (

@@ -12,6 +12,7 @@ MESSAGES = '[{"role":"user","content":"Hello!"}]'
 BASES = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": "2"},
     "/v1/completions": {"prompt": '"Hello"', "max_tokens": "2"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": "2"},
     "/tokenize": {"prompt": '"Hello"'},
     "/detokenize": {"tokens": "[5,6,7]"},
 }
@@ -119,7 +120,64 @@ TOKENIZE_REFUSED: dict[str, tuple[str, ...]] = {
     "add_special_tokens": _NOT_A_BOOL,
 }
 DETOKENIZE_REFUSED: dict[str, tuple[str, ...]] = {"tokens": ("null", *_NOT_IDS)}
+_TURN = '[{"role":"user","content":[%s]}]'
+_ANSWERED = (
+    '[{"role":"user","content":"x"},{"role":"assistant","content":[%s]},'
+    '{"role":"user","content":[%s]}]'
+)
+_USE = '{"type":"tool_use","id":"a","name":"f","input":{}}'
+# Blocks of /v1/messages where they may not stand, whose ids do not match, or that hold too much.
+ANTHROPIC_REFUSED: dict[str, tuple[str, ...]] = {
+    "messages": (
+        "1", '"x"', "{}", "null", "[]", "[1]", "[{}]", '[{"role":"user"}]', MESSAGES[:-1] + ",0]",
+        '[{"role":"tool","content":"x"}]', '[{"role":"user","content":null}]', _TURN % "",
+        *(_TURN % block for block in (
+            "1", "{}", '{"type":1}', '{"type":"x"}', '{"type":"text"}', '{"type":"text","text":1}',
+            '{"type":"image"}', '{"type":"document","source":{"type":"base64","data":"AA=="}}',
+            _USE, '{"type":"thinking","thinking":"x"}', '{"type":"server_tool_use"}',
+            '{"type":"tool_result"}', '{"type":"tool_result","tool_use_id":"a","content":"x"}',
+            r'{"type":"text","text":"\ud800"}',
+        )),
+        '[{"role":"user","content":"x"},{"role":"assistant","content":[' + _USE + "]}]",
+        *(_ANSWERED % (use, block) for use, block in (
+            (_USE, '{"type":"tool_result","tool_use_id":"b"}'),
+            (_USE, '{"type":"tool_result","tool_use_id":"a","content":[{"type":"image"}]}'),
+            (_USE, '{"type":"tool_result","tool_use_id":"a","content":{"type":"text"}}'),
+            (_USE, '{"type":"tool_result","tool_use_id":"a","is_error":"x"}'),
+            ('{"type":"tool_use","id":"","name":"f"}', '{"type":"text","text":"x"}'),
+            ('{"type":"tool_use","id":"a","name":"f","input":[]}', '{"type":"text","text":"x"}'),
+            ('{"type":"tool_use","id":"a","name":"f","input":{"a":' + _BIG + "}}",
+             '{"type":"text","text":"x"}'),
+            ('{"type":"tool_use","id":"a","name":"f","input":' + '{"a":' * 80 + "1" + "}" * 81,
+             '{"type":"text","text":"x"}'),
+            ('{"type":"thinking","thinking":"","signature":"pyserve:%"}',
+             '{"type":"text","text":"x"}'),
+        )),
+    ),
+    "max_tokens": (*_NOT_A_COUNT, "-1", "0", "null"),
+    "system": ("1", "{}", "[1]", '[{"type":"image"}]', '[{"type":"text"}]'),
+    "thinking": ("1", '"enabled"', "{}", '{"type":"x"}', '{"type":"enabled"}',
+                 '{"type":"enabled","budget_tokens":1023}',
+                 '{"type":"enabled","budget_tokens":1024}',  # which is more than max_tokens
+                 '{"type":"enabled","budget_tokens":' + _BIG + "}",
+                 '{"type":"adaptive","display":"x"}'),
+    "output_config": ("1", '{"effort":"x"}', '{"effort":1}', '{"format":{}}',
+                      '{"format":{"type":"x"}}', '{"format":{"type":"json_schema"}}',
+                      '{"format":{"type":"json_schema","schema":{"type":"x"}}}'),
+    "tool_choice": ("1", '"auto"', "{}", '{"type":"x"}', '{"type":"any"}', '{"type":"tool"}',
+                    '{"type":"tool","name":"x"}'),
+    "tools": ("1", "{}", "[1]", '[{"name":"a"}]', '[{"input_schema":{}}]',
+              '[{"name":"a b","input_schema":{}}]', '[{"name":"a","input_schema":1}]',
+              '[{"name":"a","input_schema":{}},{"name":"a","input_schema":{}}]',
+              "[" + ",".join(['{"type":"x"}'] * 1025) + "]"),
+    "stop_sequences": ("1", '"x"', "{}", "[1]", '[""]', "[" + ",".join(['"x"'] * 65) + "]"),
+    "chat_template_kwargs": ("1", "[]", '{"messages":1}'),
+    **{name: REFUSED[name] for name in (
+        "temperature", "top_p", "top_k", "stream", "cache_salt",
+    )},
+}  # fmt: skip
 REFUSED_BY_PATH = {
+    "/v1/messages": ANTHROPIC_REFUSED,
     "/v1/chat/completions": {**REFUSED, **CHAT_REFUSED},
     "/v1/completions": {**REFUSED, **PROMPT_REFUSED},
     "/tokenize": TOKENIZE_REFUSED,

@@ -17,6 +17,7 @@ from bench.hostile_templates import MAKERS as TEMPLATE_MAKERS
 from bench.hostile_templates import crafted_pairs
 from pyserve.http_client import Endpoint
 
+EVENTS = "Content-Type: text/event-stream"
 ERROR = b'{"error":{"message":"no","type":"BadRequestError","param":null,"code":400}}'
 
 
@@ -56,6 +57,10 @@ def test_cases_come_from_the_seed_alone() -> None:
 def test_sound_answers_pass() -> None:
     assert problem_of(answer(400, ERROR)) is None
     assert problem_of(answer(200, b"{}", "Content-Type: application/json")) is None
+    named = b'{"type":"error","error":{"type":"x","message":"no"},"request_id":"r"}'
+    assert problem_of(answer(400, named)) is None
+    events = b'event: ping\ndata: {"type":"ping"}\n\nevent: error\ndata: ' + named + b"\n\n"
+    assert problem_of(answer(200, events, EVENTS)) is None
     stream = b": wait\n\ndata: {}\n\ndata: [DONE]\n\n"
     chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(stream), stream)
     head = (
@@ -86,6 +91,10 @@ def test_sound_answers_pass() -> None:
         (answer(200, b"{", "Content-Type: application/json"), "no application/json"),
         (answer(200, b"data: {}\n\n", "Content-Type: text/event-stream"), "no [DONE]"),
         (answer(200, b"data: {\n\n", "Content-Type: text/event-stream"), "text/event-stream"),
+        (answer(200, b'event: a\ndata: {"type":"a"}\n\n', EVENTS), "the last event is missing"),
+        (answer(200, b'event: a\ndata: {"type":"b"}\n\n', EVENTS), "of another type"),
+        (answer(200, b"event: a\ndata: {\n\n", EVENTS), "text/event-stream"),
+        (answer(400, b'{"type":"error","error":{}}'), "error object"),
         (answer(400, ERROR) * 2, "2 answers, asked for 1"),
         (answer(401, ERROR.replace(b"400", b"401")), "status 401, may be 400 or 404"),
     ],
