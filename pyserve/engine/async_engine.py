@@ -24,7 +24,7 @@ from pyserve.host import num_threads
 from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
-MAX_MASKS_S = 0.002  # that the loop sleeps for masks
+MAX_MASKS_S = 0.004  # that the loop sleeps for masks
 LOOK_S = 1.0  # how often the time of a running step is looked at
 
 

@@ -25,7 +25,8 @@ from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.words import counted
 
 MAX_THREADS = 8
-MIN_SHARE_S = 0.002  # of a thread: two on less than that are in each other's way
+MIN_SHARE_S = 0.004  # of a thread
+MIN_MASK_S = 5e-5  # on average, for two threads: they hand the interpreter's lock to each other
 OTHER_MASK_S = 3e-5  # of constraints that do not tell
 
 
@@ -221,6 +222,8 @@ def _shares(seqs: SequenceABC[Sequence], max_threads: int) -> list[list[int]]:
         groups[key] = group_s + mask_s, group
         total_s += mask_s
     num_threads = min(max_threads, len(groups), math.ceil(total_s / MIN_SHARE_S))
+    if total_s < len(seqs) * MIN_MASK_S:
+        num_threads = min(num_threads, 1)
     loads = [0.0] * num_threads
     shares: list[list[int]] = [[] for _ in loads]
     for group_s, group in sorted(groups.values(), reverse=True):

@@ -45,8 +45,9 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
 MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
+MIN_SIDE_BY_SIDE_S = 5e-5  # of a mask: shorter ones take longer on two threads than on one
 MAX_COPIES = 8  # of a grammar
-MAX_COPY_S = 0.002  # of masks in a step, by one copy: more are worth another one
+MAX_COPY_S = 0.004  # of masks in a step, by one copy: more are worth another one
 MAX_TOO_LONG = 1000  # that are remembered
 MAX_CACHED = 64  # grammars
 MAX_CACHED_BYTES = 2**24  # estimated, with the states that answers have added; one has half at most
@@ -163,6 +164,8 @@ class Compiled:
         copies = self._copies
         num_answers = n + sum([len(copy.answers) for copy in copies])
         mask_s = max(copy.mask_s for copy in copies)
+        if mask_s < MIN_SIDE_BY_SIDE_S:
+            return False
         if num_answers * mask_s <= len(copies) * MAX_COPY_S or self._compile_s > MAX_RENEWAL_S:
             return False
         return len(copies) < min(MAX_COPIES, num_threads())

@@ -19,6 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -34,13 +35,13 @@ MAX_MASK_S = 0.1  # of work: tens of times what those of large schemas take at f
 MAX_TOKEN_S = 0.005  # of a mask and of the token behind it, whose states are there
 MAX_CONSUME_S = 0.02  # of one token, for which the event loop waits
 MAX_CALL_S = 0.01  # of a call that fills masks of several answers, at the pace of the last ones
-QUICK_S = 0.002  # as AsyncEngine waits
+QUICK_S = 0.004  # as AsyncEngine waits
 MIN_CALL_ROWS = 8  # fewer take longer to hand over than to fill
 LONG_CALL_S = 0.025
 WATCHED_EVERY = 8  # calls that took too long, of which the batch behind one is watched
 MAX_ALL_BYTES = 2**28  # of the grammars that are in use or kept
 BYTES_PER_COST = 32  # of states: 3 to 30 for those that take much, up to 60 of few
-MASKS_OF_MEAN = 64  # the last ones, whose time counts
+MASKS_OF_MEAN = 64  # the last ones, whose time counts; in place of that of the trial
 MAX_UNMEASURED_S = 0.005  # of work, which makes 3 MB of states at most
 NO_TOKEN = 2**31  # an id that no model has
 MAX_ERROR_CHARS = 300
@@ -83,7 +84,7 @@ class Shared:
         self.answers: WeakSet[Matcher] = WeakSet()
         self._copy_of = copy_of  # None: of nothing; itself, it would live until it is collected
         self._is_too_slow = False
-        self.mask_s = max(mask_s, 1e-6)
+        self.mask_s, self._num_masks = max(mask_s, 1e-6), 0
         self._cost = state_cost(matcher)
         self._measuring_s = 0.0  # that it took the last time
         with _lock:
@@ -96,7 +97,8 @@ class Shared:
     def note_mask(self, worked_s: float) -> None:
         """A mask has taken so long."""
         self.unmeasured_s += worked_s
-        self.mask_s += (worked_s - self.mask_s) / MASKS_OF_MEAN
+        self._num_masks = min(self._num_masks + 1, MASKS_OF_MEAN)
+        self.mask_s += (worked_s - self.mask_s) / self._num_masks
 
     @property
     def is_measure_due(self) -> bool:
@@ -307,9 +309,10 @@ class MatcherBatch:
         is_alone  no other thread fills masks, and the event loop waits for these for QUICK_S.
         """
         errors = [""] * len(matchers)
-        max_single_s = QUICK_S if is_alone else 0.0
+        single_until_s = time.perf_counter() + QUICK_S if is_alone else 0.0
         is_watched = self._num_long % WATCHED_EVERY == 1
         self._num_long += is_watched
+        call = partial(self._fill_part, single_until_s, matchers, rows, bitmask, errors)
         part: list[int] = []  # of a call: as many as end in time, at the pace of the last ones
         part_s = 0.0
         for i, matcher in enumerate(matchers):
@@ -319,37 +322,35 @@ class MatcherBatch:
             part.append(i)
             part_s += matcher.states.mask_s
             if part_s > MAX_CALL_S and len(part) >= MIN_CALL_ROWS:
-                self._fill_part(
-                    part, part_s, part_s < max_single_s, matchers, rows, bitmask, errors
-                )
+                call(part)
                 part, part_s = [], 0.0
         if part:
-            self._fill_part(part, part_s, part_s < max_single_s, matchers, rows, bitmask, errors)
+            call(part)
         return errors
 
     def _fill_part(
-        self, part: Sequence[int], expected_s: float, is_single: bool,
-        matchers: Sequence[Matcher], rows: Sequence[int], bitmask: NDArray[np.int32],
-        errors: list[str],
+        self, single_until_s: float, matchers: Sequence[Matcher], rows: Sequence[int],
+        bitmask: NDArray[np.int32], errors: list[str], part: Sequence[int],
     ) -> None:  # fmt: skip
-        """For matchers[i] of each i in `part`, in one call or a single one for each."""
+        """For matchers[i] of each i in `part`: a call for each until then, one for the others."""
         engines = [(matchers[i].inner, rows[i]) for i in part]
         address, num_bytes = _address(bitmask), bitmask[0].nbytes
-        if is_single:
-            began_s = time.thread_time()
-            for inner, row in engines:
-                inner.unsafe_compute_mask_ptr(address + row * num_bytes, num_bytes)
-            worked_s = time.thread_time() - began_s
-        else:
+        num_single, began_s = 0, time.thread_time()
+        for inner, row in engines:
+            if time.perf_counter() >= single_until_s:
+                break
+            inner.unsafe_compute_mask_ptr(address + row * num_bytes, num_bytes)
+            num_single += 1
+        worked_s = time.thread_time() - began_s
+        if others := engines[num_single:]:
             began_s = time.perf_counter()
-            self._executor().unsafe_compute_mask_ptr(engines, address, num_bytes, len(bitmask))
-            worked_s = time.perf_counter() - began_s
+            self._executor().unsafe_compute_mask_ptr(others, address, num_bytes, len(bitmask))
+            worked_s += time.perf_counter() - began_s
         self._num_long += worked_s > LONG_CALL_S
-        ratio = worked_s / expected_s
-        for i in part:
-            matcher = matchers[i]
-            error = matcher.note_filled(bitmask[rows[i]], ratio * matcher.states.mask_s)
-            if error:
+        expected_s = [matchers[i].states.mask_s for i in part]
+        ratio = worked_s / sum(expected_s)
+        for i, mask_s in zip(part, expected_s, strict=True):
+            if error := matchers[i].note_filled(bitmask[rows[i]], ratio * mask_s):
                 errors[i] = error
 
     def _executor(self) -> LLExecutor:

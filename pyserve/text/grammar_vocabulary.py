@@ -11,6 +11,15 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
 
+# Where all of such a text may come next, its tokens are allowed together and not one after the
+# other, each inside the next. As many as the engine has of itself, and as large; it has none for
+# letters, of which `[a-z ]{2000}` is made, say: a mask took 450 us and takes 4.
+SLICES = [
+    "[a-z]{1,10}",
+    "[a-z ]{1,10}",
+    r'[^"\\\x00-\x1F\x7F]{1,10}',
+    r'[^"\\\x00-\x1F\x7F]+',
+]
 MIN_FORCED_CHARS = 256
 MAX_FORCED_TEXTS = 1024  # that are remembered: a megabyte or two
 
@@ -59,6 +68,7 @@ class Vocabulary:
                 self._table = LLTokenizer(
                     _Tokens(self.tokenizer, self.vocab_size, self.eos_token_ids),
                     eos_token=self.eos_token_ids,
+                    slices=SLICES,
                 )
             return self._table
 

@@ -43,13 +43,13 @@ def fill(
     filler.fill(constraints, range(0, 2 * len(constraints), 2), bitmask, is_alone=is_alone)
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
+@pytest.mark.parametrize(("is_alone", "quick_s"), [(True, 9.0), (True, 2e-4), (False, 9.0)])
 @pytest.mark.parametrize("max_call_s", [1.0, 0.0])
 def test_masks_of_many_are_what_each_would_be(
-    max_call_s: float, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+    max_call_s: float, is_alone: bool, quick_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pyserve.text.grammar_matcher.MAX_CALL_S", max_call_s)
-    monkeypatch.setattr("pyserve.text.grammar_matcher.QUICK_S", 9.0)
+    monkeypatch.setattr("pyserve.text.grammar_matcher.QUICK_S", quick_s)
     grammars = Grammars(vocabulary())
     constraints = [started(grammars.compile(SPECS[i % 2]), i) for i in range(30)]
     together, alone = masks(60), masks(60)
@@ -102,6 +102,7 @@ def test_a_grammar_whose_masks_take_long_has_copies(monkeypatch: pytest.MonkeyPa
     num_bytes = first.num_bytes
     monkeypatch.setattr("pyserve.text.grammar.num_threads", lambda: 4)
     monkeypatch.setattr("pyserve.text.grammar.MAX_COPY_S", 1e-12)
+    monkeypatch.setattr("pyserve.text.grammar.MIN_SIDE_BY_SIDE_S", 0.0)
     assert grammars.get(SPECS[1]) is None
     assert grammars.compile(SPECS[1]) is first
     assert grammars.get(SPECS[1]) is first and grammars.get(SPECS[0]) is None
@@ -131,6 +132,9 @@ def test_no_copy_is_made_where_masks_are_quick_or_a_compile_takes_long(
     constraints = [compiled.constraint() for _ in range(64)]
     assert grammars.get(SPECS[0]) is compiled and len(constraints) == 64
     monkeypatch.setattr("pyserve.text.grammar.MAX_COPY_S", 1e-12)
+    monkeypatch.setattr("pyserve.text.grammar.MIN_SIDE_BY_SIDE_S", 1.0)
+    assert grammars.get(SPECS[0]) is compiled
+    monkeypatch.setattr("pyserve.text.grammar.MIN_SIDE_BY_SIDE_S", 0.0)
     assert grammars.get(SPECS[0]) is None
     monkeypatch.setattr("pyserve.text.grammar.MAX_RENEWAL_S", 0.0)
     assert grammars.get(SPECS[0]) is compiled
@@ -139,6 +143,7 @@ def test_no_copy_is_made_where_masks_are_quick_or_a_compile_takes_long(
 def test_what_is_too_slow_is_so_in_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyserve.text.grammar.num_threads", lambda: 4)
     monkeypatch.setattr("pyserve.text.grammar.MAX_COPY_S", 1e-12)
+    monkeypatch.setattr("pyserve.text.grammar.MIN_SIDE_BY_SIDE_S", 0.0)
     grammars = Grammars(vocabulary())
     constraints = [grammars.compile(SPECS[1]).constraint() for _ in range(4)]
     monkeypatch.setattr("pyserve.text.grammar_matcher.MAX_MASK_S", 0.0)
@@ -153,6 +158,7 @@ def test_copies_are_filled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
     """On as many threads, and as they would be on one."""
     monkeypatch.setattr("pyserve.text.grammar.num_threads", lambda: 3)
     monkeypatch.setattr("pyserve.text.grammar.MAX_COPY_S", 1e-12)
+    monkeypatch.setattr("pyserve.text.grammar.MIN_SIDE_BY_SIDE_S", 0.0)
     grammars = Grammars(vocabulary())
     constraints = [started(grammars.compile(SPECS[1]), i) for i in range(24)]
     together, alone = masks(48), masks(48)
