@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pyserve.errors import ConfigError
 from pyserve.flag_rows import (
+    BATCHES,
     REQUESTS,
     assignment,
     context,
@@ -222,6 +223,19 @@ class ServerConfig:
     )  # fmt: skip
     return_tokens_as_token_ids: bool = flag(
         False, "logprobs name tokens by id: token_id:5", group=REQUESTS
+    )
+    batch_dir: Path | None = flag(
+        None, "keep files and batches of clients in this folder", "no batches", group=BATCHES,
+        metavar="DIR",
+    )  # fmt: skip
+    batch_max_file_bytes: int = flag(
+        200 * 2**20, "of one file: 200M", "200M", group=BATCHES, read=size, limits=(1, 2**40),
+    )  # fmt: skip
+    batch_max_total_bytes: int = flag(
+        10 * 2**30, "of all files and batches", "10G", group=BATCHES, read=size, limits=(1, 2**50),
+    )  # fmt: skip
+    batch_max_inflight: int | None = flag(
+        None, "lines that are asked at once", "--max-num-seqs", group=BATCHES, limits=(1, 4096)
     )
     log_requests: bool = flag(
         False, "a line for each request's parameters, never texts", name="enable-log-requests",

@@ -278,7 +278,6 @@ FEATURES: dict[str, Feature] = {
         paths="/tokenizer_info /inference /invocations /v1/chat/completions/batch "
         "/v1/chat/completions/render /v1/completions/render",
     ),
-    "batches of files": Feature(paths="/v1/files /v1/batches"),
     "Responses": Feature(
         fields=(
             Field("conversation", (RESPONSES,), instead="send previous_response_id"),

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-REQUESTS = "requests and logs"  # a group of --help
+REQUESTS, BATCHES = "requests and logs", "batches"  # groups of --help
 
 # Read by the C library, the loader or the interpreter before pyserve is.
 READ_TOO_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")

@@ -17,14 +17,14 @@ from pyserve import __version__, log
 from pyserve.config import BatchConfig, EngineConfig, LaunchConfig, ServerConfig
 from pyserve.errors import ConfigError
 from pyserve.features import FLAGS
-from pyserve.flag_rows import REQUESTS, Row, rows_of, settings
+from pyserve.flag_rows import BATCHES, REQUESTS, Row, rows_of, settings
 from pyserve.flag_words import plain_words
 from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 
 COMMANDS = ("serve", "plan", "run-batch", "chat", "complete", "bench", "help")
 COMMANDS_OF_VLLM = ("collect-env", "launch", "snapshot", "preload", "download-kernels")
 
-GROUPS = ("model", "engine", "server", REQUESTS)  # of --help
+GROUPS = ("model", "engine", "server", REQUESTS, BATCHES)  # of --help
 LAUNCH, ENGINE, SERVER = rows_of(LaunchConfig), rows_of(EngineConfig), rows_of(ServerConfig)
 BATCH = rows_of(BatchConfig)
 ROWS = {row.name: row for rows in (LAUNCH, ENGINE, SERVER) for row in rows.values()}

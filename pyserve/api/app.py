@@ -15,8 +15,21 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from pyserve import __version__
+from pyserve.api.endpoints.batches import (
+    cancel_batch,
+    create_batch,
+    list_batches,
+    retrieve_batch,
+)
 from pyserve.api.endpoints.chat import chat_completions
 from pyserve.api.endpoints.completions import completions
+from pyserve.api.endpoints.files import (
+    delete_file,
+    file_content,
+    list_files,
+    retrieve_file,
+    upload_file,
+)
 from pyserve.api.endpoints.health import health, health_live
 from pyserve.api.endpoints.messages import count_tokens, messages
 from pyserve.api.endpoints.messages_answer import error_body as messages_error
@@ -89,6 +102,15 @@ ROUTES = (
     Route("DELETE", "/v1/responses/{response_id}", delete_response),
     Route("POST", "/v1/responses/{response_id}/cancel", cancel_response),
     Route("GET", "/v1/responses/{response_id}/input_items", list_input_items),
+    Route("POST", "/v1/files", upload_file),
+    Route("GET", "/v1/files", list_files),
+    Route("GET", "/v1/files/{file_id}", retrieve_file),
+    Route("DELETE", "/v1/files/{file_id}", delete_file),
+    Route("GET", "/v1/files/{file_id}/content", file_content),
+    Route("POST", "/v1/batches", create_batch),
+    Route("GET", "/v1/batches", list_batches),
+    Route("GET", "/v1/batches/{batch_id}", retrieve_batch),
+    Route("POST", "/v1/batches/{batch_id}/cancel", cancel_batch),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
     Route("POST", "/tokenize", tokenize, is_of_model=True),

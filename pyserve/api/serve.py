@@ -74,11 +74,13 @@ def run_server(
             listener = None
             if is_listening:
                 listener = stack.enter_context(listening_socket(config))
+            stack.callback(ready_file.remove)
+            server = _Server(
+                config, load, listener, ready_file=ready_file, signals=signals, work=work
+            )
         except StartupError as error:
             get_logger().error("%s", error)
             return 1
-        stack.callback(ready_file.remove)
-        server = _Server(config, load, listener, ready_file=ready_file, signals=signals, work=work)
         code = asyncio.run(server.run())
         stack.close()
         if server.must_exit:
@@ -104,6 +106,7 @@ class _Server:
         self._signals = signals
         self._work = work
         self._state = ServerState(config, Metrics(config.served_model_names[0]))
+        self._state.open_batches()
         self._stop = asyncio.Event()
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
         self._loading: asyncio.Future[Loaded] | None = None
@@ -162,20 +165,19 @@ class _Server:
         )
         if self._config.log_stats:
             self._statistics = asyncio.create_task(log_statistics(loaded.engine, state.metrics))
-        working = self._begin_work(loaded, serving)
+        ready = Ready(loaded, partial(InnerClient, serving.make_protocol))
+        if state.batches is not None:
+            state.batches.start(loaded.engine, ready.ask)
+        working = asyncio.ensure_future(self._work(ready)) if self._work else None
         failure = await self._wait_told_or_failed(loaded.engine, working)
+        if state.batches is not None:
+            await state.batches.stop()
         code = await self._end_work(working)
         if failure is not None:
             await self._fail(loaded.engine, failure)
             return 1
         is_clean = await self._drain(loaded.engine, serving.connections)
         return code if is_clean and loaded.engine.stats().error is None else 1
-
-    def _begin_work(self, loaded: Loaded, serving: Serving) -> asyncio.Task[int] | None:
-        if self._work is None:
-            return None
-        ready = Ready(loaded, partial(InnerClient, serving.make_protocol))
-        return asyncio.ensure_future(self._work(ready))
 
     async def _end_work(self, working: asyncio.Task[int] | None) -> int:
         """The exit code, as far as it is up to the work."""

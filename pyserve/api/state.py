@@ -10,6 +10,8 @@ from typing import Literal, TypeVar
 
 from aiohttp import web
 
+from pyserve.api.batches.service import BatchService
+from pyserve.api.batches.store import Store
 from pyserve.api.generation.request_log import RequestLog
 from pyserve.api.http.keys import CLIENT, Keys
 from pyserve.api.http.uploads import Uploads
@@ -67,6 +69,7 @@ class ServerState:
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
     uploads: Uploads = field(default_factory=Uploads)
+    batches: BatchService | None = None  # None: --batch-dir is not given
     request_log: RequestLog = field(init=False)
     keys: Keys = field(init=False)
     responses: ResponseStore = field(init=False)
@@ -86,6 +89,24 @@ class ServerState:
         self.runs = Runs(config.response_store_bytes)
         self.metrics.watch_responses(
             lambda: (self.responses.num_responses, self.responses.num_bytes, len(self.runs))
+        )
+
+    def open_batches(self) -> None:
+        """Read --batch-dir, where it is given. Raises StartupError."""
+        config = self.config
+        if config.batch_dir is None:
+            return
+        store = Store(
+            config.batch_dir,
+            max_file_bytes=config.batch_max_file_bytes,
+            max_bytes=config.batch_max_total_bytes,
+        )
+        self.batches = BatchService(
+            store,
+            owner_of=self.keys.owner,
+            users=self.keys.users,
+            max_inflight=config.batch_max_inflight,
+            max_body_bytes=config.max_body_bytes,
         )
 
     @property
@@ -169,6 +190,8 @@ class ServerState:
         """Let go of the threads; what they still do is not waited for."""
         self._text_queue.close()
         self.responses.close()
+        if self.batches is not None:
+            self.batches.close()
 
 
 STATE = web.AppKey("state", ServerState)

@@ -25,7 +25,7 @@ from pyserve.engine.chunks import ChunkPacer
 from pyserve.engine.masks import accept, is_host_dependent, too_short
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
-from pyserve.engine.sequence import Sequence, Status
+from pyserve.engine.sequence import BACKGROUND_PRIORITY, Sequence, Status
 from pyserve.engine.token_masks import check_token_ids, constraint_of
 from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.histogram import StepHistograms
@@ -91,7 +91,6 @@ class Runner(Protocol):
 
 
 _NAN = [-1]  # of a row, as StepOutput tells it
-BACKGROUND_PRIORITY = 2**31  # behind all that a request may ask for
 
 
 class Engine:

@@ -4,7 +4,8 @@ There is no prefill and no decode: each sequence has num_computed_tokens that ca
 num_tokens, within a token budget a step. Chunks, prefix hits, resumption after preemption and
 mixed batches are this one path. The running sequences are sorted by Sequence.order; the last one is
 the youngest, and the one that is preempted where memory is short. Whose turn it is of those that
-wait is up to WaitingQueue; where slots or blocks are short, a user who runs more gives way.
+wait is up to WaitingQueue; where slots or blocks are short, what is background gives way, and then
+a user who runs more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, islice, takewhile
 from operator import attrgetter
 
 from pyserve.engine.batch import Step, padded_sizes
@@ -67,6 +68,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, already accounted for; None where there is nothing to run."""
         if self.waiting:
+            self._give_way()
             self._level()
         step = Step()
         running, prompts = self.running, []
@@ -152,6 +154,23 @@ class Scheduler:
                 return False
         step.block_updates += (seq.slot, len(seq.block_ids), self.blocks.grow(seq))
         return True
+
+    def _give_way(self) -> None:
+        """Preempt background sequences, as many as others that wait want the slots or blocks of."""
+        if not (self.running and self.running[-1].is_background):
+            return  # they are the last of running
+        others = takewhile(_is_in_front, self.waiting.in_turn(self.num_running_of))
+        num_slots, num_blocks = self.slots.num_free, self.blocks.num_free - len(self.running)
+        for seq in list(islice(others, self.slots.num_slots)):
+            if seq.awaited_hash is not None:
+                continue
+            while num_slots < 1 or num_blocks < seq.num_wanted_blocks:
+                victim = self.running[-1]
+                num_slots, num_blocks = num_slots + 1, num_blocks + len(victim.block_ids) + 1
+                self._preempt(victim)
+                if not (self.running and self.running[-1].is_background):
+                    return
+            num_slots, num_blocks = num_slots - 1, num_blocks - seq.num_wanted_blocks
 
     def _level(self) -> None:
         """Preempt one sequence of the user who holds most slots, or most blocks, where a user who
@@ -261,6 +280,10 @@ class Scheduler:
 def _priority(seq: Sequence) -> int:
     """Lower runs first."""
     return seq.order[0]
+
+
+def _is_in_front(seq: Sequence) -> bool:
+    return not seq.is_background
 
 
 def _num_left(seq: Sequence) -> int:

@@ -19,6 +19,7 @@ from pyserve.params import SamplingParams
 
 NO_SLOT = -1
 NEVER = 2**62  # a length that no sequence reaches
+BACKGROUND_PRIORITY = 2**31  # behind all that a request may ask for
 
 
 class Status(Enum):
@@ -76,6 +77,11 @@ class Sequence:
     is_admitted: bool = False
     constraint: Constraint | None = None
     preempted_s: float = 0.0
+
+    @property
+    def is_background(self) -> bool:
+        """It gives way to all that are not."""
+        return self.order[0] >= BACKGROUND_PRIORITY
 
     @property
     def has_untold_prompt(self) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer as Backend
 from pyserve.api.app import build_app
 from pyserve.api.http.connections import Connections
 from pyserve.api.http.http_protocol import listening
+from pyserve.api.http.inner import InnerClient
 from pyserve.api.state import Loaded, ServerState
 from pyserve.client import (
     Constraint,
@@ -361,6 +363,7 @@ def run_server(
     )
     sock = socket.create_server(("127.0.0.1", 0))
     state = ServerState(settings, Metrics(MODEL), loaded=loaded, status="ready")
+    state.open_batches()
     state.metrics.watch(engine.stats, engine.info)
     loop = asyncio.new_event_loop()
     started, stop = threading.Event(), asyncio.Event()
@@ -368,10 +371,17 @@ def run_server(
 
     async def serve() -> None:
         engine.start()
-        async with listening(build_app(state), sock, tls=tls) as (connections, _):
+        async with listening(build_app(state), sock, tls=tls) as (
+            connections,
+            make_protocol,
+        ):
             server.connections = connections
+            if state.batches is not None:
+                state.batches.start(engine, partial(InnerClient, make_protocol))
             started.set()
             await stop.wait()
+            if state.batches is not None:
+                await state.batches.stop()
         await engine.stop()
         tasks = [item.task for item in fake.submitted if item.task is not None]
         for task in tasks:

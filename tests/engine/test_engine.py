@@ -94,7 +94,10 @@ def test_random_operations(depth: int, policy: str, caching: bool, num_operation
                 assert params.seed is not None
                 fake(engine).nan_seeds.add(params.seed)
             for _ in range(rng.choice([1, 1, 1, 3])):
-                driver.submit(prompt, params, priority=rng.randrange(3), user=rng.choice("abbb"))
+                driver.submit(
+                    prompt, params, priority=rng.randrange(3), user=rng.choice("abbb"),
+                    is_background=rng.random() < 0.2,
+                )  # fmt: skip
         elif choice < 0.14 and driver.readers:
             engine.abort(rng.choice(driver.readers).stream)
         elif choice < 0.57:

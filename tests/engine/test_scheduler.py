@@ -151,6 +151,43 @@ def test_first_come_first_served() -> None:
     assert order == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_what_is_background_gives_way(policy: str) -> None:
+    engine = make_engine(num_slots=2, policy=policy)
+    batch = [
+        engine.add(SequenceRequest([i] * 5, params(9), -9, user="batch", is_background=True))
+        for i in range(4)
+    ]
+    engine.step()
+    assert [seq.user for seq in engine.scheduler.running] == ["batch", "batch"]
+    alice = [engine.add(SequenceRequest([i] * 5, params(3), 5, user="alice")) for i in (7, 8)]
+    engine.step()
+    assert [seq.user for seq in engine.scheduler.running] == ["alice", "alice"]
+    assert engine.scheduler.num_preemptions == 2
+    while not all(stream.is_finished for stream in alice):
+        assert not any(stream.is_finished for stream in batch), "it goes on behind the others"
+        engine.step()
+    while engine.step():
+        pass
+    assert all(stream.is_finished for stream in batch) and engine.scheduler.num_preemptions == 2
+
+
+def test_what_is_background_gives_up_the_blocks_that_are_wanted() -> None:
+    engine = make_engine(num_blocks=12, num_slots=4, max_model_len=40)
+    for index in range(3):
+        request = SequenceRequest([index] * 9, params(20), user="batch", is_background=True)
+        engine.add(request)
+    engine.step()
+    engine.add(SequenceRequest([7] * 17, params(9), user="alice"))
+    for _ in range(2):  # the first attempt finds out how many blocks it takes
+        engine.step()
+        engine.scheduler.check_invariants()
+    users = [seq.user for seq in engine.scheduler.running]
+    assert users[0] == "alice" and "batch" in users
+    while engine.step():
+        engine.scheduler.check_invariants()
+
+
 def test_by_priority() -> None:
     engine = make_engine(num_slots=1, policy="priority")
     priorities = [2, 0, 1, 0]

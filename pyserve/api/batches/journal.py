@@ -68,6 +68,11 @@ class Journal:
         """Of the input."""
         return len(self._offsets)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return self._end
+
     def is_done(self, number: int) -> bool:
         return self._offsets[number] >= 0
 

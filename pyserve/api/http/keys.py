@@ -14,6 +14,8 @@ from functools import lru_cache
 
 from aiohttp import web
 
+from pyserve.config import UNNAMED
+
 USER = web.RequestKey("user", str)  # of a request that was let in
 CLIENT = web.RequestKey("client", str)  # likewise: with whom it shares what is scarce
 IS_BACKGROUND = web.RequestKey("is_background", bool)  # it gives way to all others
@@ -50,6 +52,17 @@ class Keys:
     def client(self, request: web.Request, user: str) -> str:
         """Between whom the server is shared: `user` where there are several, else the address."""
         return user if len(self.users) > 1 else network(request.remote or "")
+
+    def owner(self, user: str) -> str:
+        """What names `user` in files that outlive this process.
+
+        A user without a name is named by its place among the keys, which another key may have next
+        time: so it is by the key itself, of which a digest tells nothing.
+        """
+        if not user.startswith(UNNAMED):
+            return user
+        digests = [digest.hex() for known, digest in self._digests if known == user]
+        return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()[:32]}"
 
     def cache_salt(self, user: str, asked: str) -> str:
         """What keeps `user`'s prompts apart in the prefix cache, with the salt asked for.

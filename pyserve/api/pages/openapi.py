@@ -17,6 +17,14 @@ from aiohttp import web
 from pyserve import __version__
 from pyserve.api.endpoints.models import Model, ModelList
 from pyserve.api.pages import site
+from pyserve.api.wire.batches import (
+    Batch,
+    BatchList,
+    BatchRequest,
+    FileDeleted,
+    FileList,
+    FileObject,
+)
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS, REPLACED
 from pyserve.api.wire.messages import (
     MESSAGES_SENT,
@@ -113,6 +121,7 @@ class Operation(NamedTuple):
     replies  the wire types beside the errors; None is text.
     chunks   those of a streamed answer, and `stream` how they come.
     error    that of a refusal.
+    is_form  its body is a form with a file.
     """
 
     summary: str
@@ -122,6 +131,7 @@ class Operation(NamedTuple):
     example: Mapping[str, object] | None = None
     stream: str = _CHUNKS
     error: type[msgspec.Struct] = ErrorResponse
+    is_form: bool = False
 
 
 _HEALTH = Operation("200 where a request would be taken now", {200: Ready, 503: NotReady})
@@ -163,6 +173,22 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/v1/responses/{response_id}/input_items"): Operation(
         "What it was asked with: ?limit=20&order=desc&after=ID", {200: InputItems}
     ),
+    ("POST", "/v1/files"): Operation(
+        "Keep a file for a batch, as multipart/form-data with purpose and file", {200: FileObject},
+        is_form=True,
+    ),
+    ("GET", "/v1/files"): Operation("The files: limit, after, order, purpose", {200: FileList}),
+    ("GET", "/v1/files/{file_id}"): Operation("One of them", {200: FileObject}),
+    ("DELETE", "/v1/files/{file_id}"): Operation("Forget it", {200: FileDeleted}),
+    ("GET", "/v1/files/{file_id}/content"): Operation("What it holds", {200: None}),
+    ("POST", "/v1/batches"): Operation(
+        "Answer a file of requests, behind all others", {200: Batch}, BatchRequest,
+        example={"input_file_id": "file-...", "endpoint": "/v1/chat/completions",
+                 "completion_window": "24h"},
+    ),
+    ("GET", "/v1/batches"): Operation("The batches, by limit and after", {200: BatchList}),
+    ("GET", "/v1/batches/{batch_id}"): Operation("What has become of it", {200: Batch}),
+    ("POST", "/v1/batches/{batch_id}/cancel"): Operation("End it", {200: Batch}),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
     ("POST", "/tokenize"): Operation(
@@ -194,6 +220,21 @@ _ERRORS = {
     503: "Starting, shutting down, or out of time",
 }
 _RETRYING = (429, 503)
+_FORM: Schema = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["purpose", "file"],
+                "properties": {
+                    "purpose": {"const": "batch"},
+                    "file": {"type": "string", "format": "binary"},
+                },
+            }
+        }
+    },
+}
 _REF = "#/components/schemas/{name}"
 
 
@@ -262,6 +303,9 @@ class Document:
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                 for name in names
             ]
+        if operation.is_form:
+            errors |= {400, 413}
+            described["requestBody"] = _FORM
         if operation.body is not None:
             errors |= {400, 404, 413}
             described["requestBody"] = {

@@ -1,0 +1,339 @@
+"""Batches of clients beside their requests: one of each owner at a time, in the back row.
+
+    validating -> in_progress -> finalizing -> completed
+        |             |-> cancelling -> cancelled
+        |-> failed    |-> expired
+
+Every line takes the road of an HTTP request (work.py, http/inner.py), as background: it gives way
+to all that clients ask themselves. The answers gather in a journal. What had not ended when the
+process did goes on when the next one is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pyserve.api.batches.journal import Journal, JournalError, has_failed, open_input
+from pyserve.api.batches.lines import (
+    BadLineError,
+    BatchLine,
+    lines_of,
+    make_output,
+    max_line_bytes,
+    read_line,
+)
+from pyserve.api.batches.store import ENDED, StorageError, Store
+from pyserve.api.batches.work import BatchWork, EngineStoppedError
+from pyserve.api.http.inner import InnerClient
+from pyserve.api.wire.batches import Batch, BatchError, BatchErrors, RequestCounts
+from pyserve.client import EngineClient
+from pyserve.errors import InvalidRequestError
+from pyserve.log import get_logger
+
+WINDOW_S = 24 * 3600
+MAX_LINES = 50_000  # OpenAI's bound
+MAX_SHOWN_ERRORS = 20  # of an input that is refused
+MAX_UNFINISHED = 100  # of one owner
+_EXPIRED = (
+    b'{"error":{"message":"the batch has expired before this line was asked",'
+    b'"type":"BatchExpiredError","param":null,"code":"batch_expired"}}'
+)
+
+
+class BatchService:
+    """The store, and the tasks that answer its batches; it lives on the event loop.
+
+    owner_of  user -> what stays the same of its key from one process to the next.
+    """
+
+    def __init__(
+        self, store: Store, *, owner_of: Callable[[str], str], users: tuple[str, ...],
+        max_inflight: int | None, max_body_bytes: int,
+    ) -> None:  # fmt: skip
+        self.store = store
+        self.owner_of = owner_of
+        self._users = {owner_of(user): user for user in users or ("",)}
+        self._max_inflight = max_inflight
+        self._max_body_bytes = max_body_bytes
+        self._engine: EngineClient | None = None
+        self._ask: Callable[[str], InnerClient] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by owner
+        self._journals: dict[str, Journal] = {}  # by batch
+        self._working: dict[str, asyncio.Task[None]] = {}  # likewise: what a cancel ends
+        self._running: set[str] = set()  # batches whose turn it is
+
+    def start(self, engine: EngineClient, ask: Callable[[str], InnerClient]) -> None:
+        """The model is ready: go on with what is left."""
+        self._engine, self._ask = engine, ask
+        for owner in {owner for owner, _ in self.store.unfinished()}:
+            self._begin(owner)
+
+    async def stop(self) -> None:
+        """Leave everything as it is, for the next process."""
+        self._ask = None
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def close(self) -> None:
+        self.store.close()
+
+    # -- what clients ask --------------------------------------------------------------------------
+
+    async def create(self, owner: str, batch: Batch) -> None:
+        """Keep a new batch and let it run in its turn. Raises RequestError."""
+        unfinished = [other for other, _ in self.store.unfinished() if other == owner]
+        if len(unfinished) >= MAX_UNFINISHED:
+            raise InvalidRequestError(
+                f"{len(unfinished)} batches of yours have not ended, the limit is {MAX_UNFINISHED}"
+            )
+        self.store.check_room(self.store.file(owner, batch.input_file_id).bytes)
+        await self._save(owner, batch)
+        self._begin(owner)
+
+    async def cancel(self, owner: str, id: str) -> Batch:
+        """Raises NotFoundError, and InvalidRequestError where it has ended."""
+        batch = self.store.batch(owner, id)
+        if batch.status in (*ENDED, "finalizing"):
+            raise InvalidRequestError(f"{id} is {batch.status} and cannot be cancelled")
+        if batch.status != "cancelling":
+            batch = _moved(batch, "cancelling")
+            if id not in self._running:  # it waits for its turn, and has answered nothing
+                batch = _moved(batch, "cancelled")
+            await self._save(owner, batch)
+        working = self._working.get(id)
+        if working is not None:
+            working.cancel()
+        return self.shown(batch)
+
+    def shown(self, batch: Batch) -> Batch:
+        """With the counts of this moment."""
+        journal = self._journals.get(batch.id)
+        if journal is None:
+            return batch
+        return msgspec.structs.replace(batch, request_counts=_counts(journal))
+
+    # -- what runs ---------------------------------------------------------------------------------
+
+    def _begin(self, owner: str) -> None:
+        if self._ask is not None and owner not in self._tasks:
+            task = asyncio.ensure_future(self._run_all(owner))
+            self._tasks[owner] = task
+            task.add_done_callback(partial(self._ended, owner))
+
+    def _ended(self, owner: str, task: asyncio.Task[None]) -> None:
+        del self._tasks[owner]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            get_logger().error("batches have stopped unexpectedly", exc_info=error)
+
+    async def _run_all(self, owner: str) -> None:
+        while True:
+            batch = next((b for other, b in self.store.unfinished() if other == owner), None)
+            if batch is None:
+                return
+            self._running.add(batch.id)
+            try:
+                await self._run(owner, batch)
+            except EngineStoppedError:
+                return  # the next process goes on with it
+            except (JournalError, StorageError, OSError) as error:
+                get_logger().error("%s: %s", batch.id, error)
+                self.store.journal_path(batch.id).unlink(missing_ok=True)
+                await self._fail(owner, batch.id, [BatchError(code="storage", message=str(error))])
+            finally:
+                self._running.discard(batch.id)
+
+    async def _run(self, owner: str, batch: Batch) -> None:
+        """From where it is to its end."""
+        if owner not in self._users:
+            error = BatchError(code="no_key", message="the API key that made it is no longer one")
+            await self._fail(owner, batch.id, [error])
+            return
+        source = self.store.content_path(batch.input_file_id)
+        digest, num_lines, errors = await asyncio.to_thread(
+            self._look_through, source, batch.endpoint
+        )
+        if batch.status == "validating":
+            if errors:
+                await self._fail(owner, batch.id, errors)
+                return
+            # A cancel may have come meanwhile.
+            batch = self.store.batch(owner, batch.id)
+        journal = await asyncio.to_thread(
+            Journal, self.store.journal_path(batch.id), input_digest=digest, num_lines=num_lines
+        )
+        self._journals[batch.id] = journal
+        try:
+            if batch.status == "validating":
+                batch = _moved(batch, "in_progress")
+                await self._save(owner, batch)
+            end = await self._answer(owner, batch, journal, source)
+            await self._finish(owner, batch.id, journal, end)
+        finally:
+            del self._journals[batch.id]
+            self._count_journals()
+            journal.close()
+        self.store.journal_path(batch.id).unlink(missing_ok=True)
+
+    async def _answer(self, owner: str, batch: Batch, journal: Journal, source: Path) -> Any:
+        """Ask what is left; the status that the batch ends in."""
+        if batch.status in ("cancelling", "finalizing"):
+            return "cancelled" if batch.status == "cancelling" else "completed"
+        assert self._engine is not None and self._ask is not None
+        with open_input(source) as file:
+            work = BatchWork(
+                journal, file, partial(self._ask, self._users[owner]), engine=self._engine,
+                max_inflight=self._max_inflight or self._engine.info.max_num_seqs,
+                max_body_bytes=self._max_body_bytes, check=self._check_room,
+            )  # fmt: skip
+            working = asyncio.ensure_future(work.run())
+            self._working[batch.id] = working
+            try:
+                left_s = max(batch.expires_at - time.time(), 0.0)
+                await asyncio.wait([working], timeout=left_s)
+            finally:
+                del self._working[batch.id]
+                is_over = working.done() and not working.cancelled()
+                working.cancel()
+                await asyncio.wait([working])
+            if is_over:
+                working.result()
+                return "completed"
+            if self.store.batch(owner, batch.id).status == "cancelling":
+                return "cancelled"
+            file.seek(0)
+            await asyncio.to_thread(self._expire, journal, file)
+            return "expired"
+
+    def _check_room(self, line: BatchLine) -> None:
+        self._count_journals()
+        self.store.check_room(0)
+
+    def _count_journals(self) -> None:
+        journals = sum(journal.num_bytes for journal in self._journals.values())
+        self.store.num_written_bytes = journals
+
+    def _expire(self, journal: Journal, file: Any) -> None:
+        """Answer what was not asked with that."""
+        for number, data in lines_of(file, max_bytes=max_line_bytes(self._max_body_bytes)):
+            if not journal.is_done(number):
+                custom_id = read_line(data, max_body_bytes=self._max_body_bytes).custom_id
+                line = make_output(custom_id, "", 408, _EXPIRED)
+                journal.put(number, line, has_failed=True)
+
+    async def _finish(self, owner: str, id: str, journal: Journal, end: Any) -> None:
+        """Its two files, then its last status."""
+        batch = self.store.batch(owner, id)
+        if end == "completed" and batch.status != "finalizing":
+            batch = _moved(batch, "finalizing")
+            await self._save(owner, batch)
+        ids = [batch.output_file_id, batch.error_file_id]
+        for index, (name, is_wanted) in enumerate(
+            (("output", lambda line: not has_failed(line)), ("error", has_failed))
+        ):
+            if ids[index] is None:
+                ids[index] = await asyncio.to_thread(
+                    self._write_file, owner, journal, f"{id}_{name}.jsonl", is_wanted
+                )
+        batch = msgspec.structs.replace(
+            self.store.batch(owner, id), output_file_id=ids[0], error_file_id=ids[1],
+            request_counts=_counts(journal),
+        )  # fmt: skip
+        await self._save(owner, _moved(batch, end))
+        get_logger().info("%s: %s, %d of %d lines answered, %d failed", id, end, journal.num_done,
+                          journal.num_lines, journal.num_failed)  # fmt: skip
+
+    def _write_file(
+        self, owner: str, journal: Journal, filename: str, is_wanted: Callable[[bytes], bool]
+    ) -> str | None:
+        """On a thread: the id of the file; None where there would be nothing in it."""
+        path = self.store.new_path()
+        num_lines = journal.copy(path, is_wanted)
+        if not num_lines:
+            path.unlink()
+            return None
+        return self.store.add_file(owner, path, filename=filename, purpose="batch_output").id
+
+    async def _fail(self, owner: str, id: str, errors: list[BatchError]) -> None:
+        batch = msgspec.structs.replace(
+            self.store.batch(owner, id), errors=BatchErrors(data=errors)
+        )
+        await self._save(owner, _moved(batch, "failed"))
+        get_logger().info("%s: failed: %s", id, errors[0].code)
+
+    async def _save(self, owner: str, batch: Batch) -> None:
+        try:
+            await asyncio.to_thread(self.store.save, owner, batch)
+        except OSError as error:
+            raise StorageError(f"the batch cannot be kept: {error.strerror}") from None
+
+    def _look_through(self, source: Path, endpoint: str) -> tuple[str, int, list[BatchError]]:
+        """On a thread: digest, number of lines and what is wrong with them."""
+        errors: list[BatchError] = []
+        ids: set[bytes] = set()
+        digest = hashlib.sha256()
+        num_lines = 0
+        with open_input(source) as file:
+            for number, data in lines_of(file, max_bytes=max_line_bytes(self._max_body_bytes)):
+                digest.update(data)
+                num_lines += 1
+                if len(errors) < MAX_SHOWN_ERRORS and num_lines <= MAX_LINES:
+                    error = self._wrong(data, endpoint, ids)
+                    if error is not None:
+                        errors.append(msgspec.structs.replace(error, line=number + 1))
+        if not num_lines:
+            errors.append(BatchError(code="empty_file", message="the file has no lines"))
+        if num_lines > MAX_LINES:
+            message = f"the file has {num_lines} lines, the limit is {MAX_LINES}"
+            errors.insert(0, BatchError(code="too_many_lines", message=message))
+        return digest.hexdigest(), num_lines, errors
+
+    def _wrong(self, data: bytes, endpoint: str, ids: set[bytes]) -> BatchError | None:
+        try:
+            line = read_line(data, max_body_bytes=self._max_body_bytes)
+        except BadLineError as error:
+            param = error.error.param
+            code = "invalid_json_line" if param is None else f"invalid_{param}"
+            return BatchError(code=code, message=str(error), param=param)
+        if line.url.rstrip("/") != endpoint:
+            message = f"url is {line.url[:100]}, the batch's endpoint is {endpoint}"
+            return BatchError(code="mismatched_url", message=message, param="url")
+        known = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16)
+        if known.digest() in ids:
+            message = f"custom_id {line.custom_id[:100]} is that of another line"
+            return BatchError(code="duplicate_custom_id", message=message, param="custom_id")
+        ids.add(known.digest())
+        return None
+
+
+def new_batch(
+    id: str, *, endpoint: str, input_file_id: str, metadata: dict[str, str] | None
+) -> Batch:
+    now = int(time.time())
+    return Batch(
+        id=id, endpoint=endpoint, input_file_id=input_file_id, created_at=now,
+        expires_at=now + WINDOW_S, metadata=metadata,
+    )  # fmt: skip
+
+
+def _moved(batch: Batch, status: Any) -> Batch:
+    """In its next status, from now on."""
+    return msgspec.structs.replace(batch, status=status, **{f"{status}_at": int(time.time())})
+
+
+def _counts(journal: Journal) -> RequestCounts:
+    return RequestCounts(
+        total=journal.num_lines,
+        completed=journal.num_done - journal.num_failed,
+        failed=journal.num_failed,
+    )

@@ -1,0 +1,222 @@
+"""Files and batches of clients in one folder, each with its owner; they outlive the process.
+
+    lock                     held while a server has the folder
+    files/<id>, <id>.json    what a client has sent, or a batch has written; what is known of it
+    batches/<id>.json        a batch; beside it <id>.journal, its answers while it runs
+    new/                     what is not whole yet: emptied at the start
+
+A description is written whole under another name and takes its place at once, and the content of a
+file is there before its description is: what a kill leaves is whole, or is removed at the start.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from pyserve.api.batches.journal import sync_folder
+from pyserve.api.wire.batches import Batch, FileObject
+from pyserve.errors import InvalidRequestError, NotFoundError, RequestError, StartupError
+from pyserve.log import get_logger
+
+OVERHEAD_BYTES = 4096  # that each file and batch counts for beside its content
+MIN_FREE_BYTES = 2**26  # that are left on the disk for others
+ENDED = ("failed", "completed", "expired", "cancelled")
+_ID = re.compile(r"(file|batch)[-_][0-9a-f]{32}")
+
+T = TypeVar("T")
+
+
+class StorageError(RequestError):
+    """507: the folder, or the disk under it, is full."""
+
+    status = 507
+    type = "InsufficientStorageError"
+
+
+class _OwnedFile(msgspec.Struct, frozen=True):
+    owner: str
+    file: FileObject
+
+
+class _OwnedBatch(msgspec.Struct, frozen=True):
+    owner: str
+    batch: Batch
+
+
+class Store:
+    """The folder. It is read once; from then on what is asked is answered from memory.
+
+    max_bytes  of all files, journals and descriptions.
+    """
+
+    def __init__(self, folder: Path, *, max_file_bytes: int, max_bytes: int) -> None:
+        """Raises StartupError: the folder cannot be used, or another server has it."""
+        self.folder = folder
+        self.max_file_bytes = max_file_bytes
+        self.max_bytes = max_bytes
+        self._files: dict[str, _OwnedFile] = {}
+        self._batches: dict[str, _OwnedBatch] = {}
+        self.num_written_bytes = 0  # of journals, and of files on their way
+        try:
+            for name in ("files", "batches", "new"):
+                (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartupError(f"--batch-dir {folder}: {os.strerror(error.errno or 0)}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read()
+        except OSError as error:
+            os.close(self._lock)
+            is_held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            reason = "another server has it" if is_held else os.strerror(error.errno or 0)
+            raise StartupError(f"--batch-dir {folder}: {reason}") from None
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    @property
+    def num_bytes(self) -> int:
+        """That count against max_bytes."""
+        files = sum(owned.file.bytes + OVERHEAD_BYTES for owned in self._files.values())
+        return files + OVERHEAD_BYTES * len(self._batches) + self.num_written_bytes
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise StorageError where `num_bytes` more are too many for the folder or its disk."""
+        if self.num_bytes + num_bytes + OVERHEAD_BYTES > self.max_bytes:
+            raise StorageError(
+                f"files and batches take {self.num_bytes} bytes, with {num_bytes} more than the "
+                f"{self.max_bytes} that they may (--batch-max-total-bytes); delete some"
+            )
+        free = shutil.disk_usage(self.folder).free
+        if free - num_bytes < MIN_FREE_BYTES:
+            raise StorageError(f"the disk has {free} bytes left, {num_bytes} more are too many")
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def new_path(self) -> Path:
+        """Where a file may be written until it is whole."""
+        return self.folder / "new" / secrets.token_hex(16)
+
+    def add_file(self, owner: str, path: Path, *, filename: str, purpose: str) -> FileObject:
+        """Keep what is at `path`, which has been written whole. Raises OSError."""
+        file = FileObject(
+            id=f"file-{secrets.token_hex(16)}", bytes=path.stat().st_size,
+            created_at=int(time.time()), filename=filename, purpose=purpose,
+        )  # fmt: skip
+        os.replace(path, self.content_path(file.id))
+        sync_folder(self.folder / "files")
+        try:
+            self._write("files", file.id, _OwnedFile(owner, file))
+        except OSError:
+            self.content_path(file.id).unlink(missing_ok=True)
+            raise
+        self._files[file.id] = _OwnedFile(owner, file)
+        return file
+
+    def file(self, owner: str, id: str) -> FileObject:
+        """Raises NotFoundError where `owner` has none of this id."""
+        return _own(self._files, owner, id, "file").file
+
+    def files(self, owner: str) -> list[FileObject]:
+        """The newest first."""
+        return [owned.file for owned in reversed(self._files.values()) if owned.owner == owner]
+
+    def content_path(self, id: str) -> Path:
+        return self.folder / "files" / id
+
+    def delete_file(self, owner: str, id: str) -> None:
+        """Raises NotFoundError, OSError, and RequestError while a batch needs the file."""
+        _own(self._files, owner, id, "file")
+        for owned in self._batches.values():
+            if owned.batch.input_file_id == id and owned.batch.status not in ENDED:
+                raise InvalidRequestError(
+                    f"it is the input of {owned.batch.id}, which has not ended"
+                )
+        (self.folder / "files" / f"{id}.json").unlink(missing_ok=True)
+        self.content_path(id).unlink(missing_ok=True)
+        del self._files[id]
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    def save(self, owner: str, batch: Batch) -> None:
+        """Keep a new batch, or what has become of it. Raises OSError."""
+        self._write("batches", batch.id, _OwnedBatch(owner, batch))
+        self._batches[batch.id] = _OwnedBatch(owner, batch)
+
+    def batch(self, owner: str, id: str) -> Batch:
+        """Raises NotFoundError where `owner` has none of this id."""
+        return _own(self._batches, owner, id, "batch").batch
+
+    def batches(self, owner: str) -> list[Batch]:
+        """The newest first."""
+        return [owned.batch for owned in reversed(self._batches.values()) if owned.owner == owner]
+
+    def unfinished(self) -> list[tuple[str, Batch]]:
+        """Owner and batch, the oldest first."""
+        every = [(owned.owner, owned.batch) for owned in self._batches.values()]
+        return [(owner, batch) for owner, batch in every if batch.status not in ENDED]
+
+    def journal_path(self, id: str) -> Path:
+        return self.folder / "batches" / f"{id}.journal"
+
+    # -- the disk ----------------------------------------------------------------------------------
+
+    def _write(self, kind: str, id: str, value: object) -> None:
+        path = self.new_path()
+        try:
+            with path.open("wb") as file:
+                file.write(msgspec.json.encode(value))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path, self.folder / kind / f"{id}.json")
+            sync_folder(self.folder / kind)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+    def _read(self) -> None:
+        for path in (self.folder / "new").iterdir():
+            path.unlink()
+        files = self._described("files", _OwnedFile)
+        files.sort(key=lambda item: item.file.created_at)
+        for owned in files:
+            if self.content_path(owned.file.id).is_file():
+                self._files[owned.file.id] = owned
+        batches = self._described("batches", _OwnedBatch)
+        batches.sort(key=lambda item: item.batch.created_at)
+        self._batches = {owned.batch.id: owned for owned in batches}
+        for path in (self.folder / "files").iterdir():
+            if _ID.fullmatch(path.name) and path.name not in self._files:
+                path.unlink()  # its description was never written, or is removed
+        for path in (self.folder / "batches").glob("*.journal"):
+            found = self._batches.get(path.stem)
+            if found is None or found.batch.status in ENDED:
+                path.unlink()
+
+    def _described(self, kind: str, owned_type: type[T]) -> list[T]:
+        found = []
+        for path in (self.folder / kind).glob("*.json"):
+            try:
+                found.append(msgspec.json.decode(path.read_bytes(), type=owned_type))
+            except msgspec.MsgspecError:
+                get_logger().warning("%s is not readable and is left out", path)
+        return found
+
+
+def _own(table: dict[str, T], owner: str, id: str, what: str) -> T:
+    found = table.get(id)
+    # Another's is as one that does not exist: nobody learns which ids there are.
+    if found is None or found.owner != owner:  # type: ignore[attr-defined]
+        raise NotFoundError(f"No such {what}: {id[:100]}", "id")
+    return found

@@ -1,0 +1,80 @@
+"""/v1/batches: a file of requests, answered in the back row while others are answered at once."""
+
+from __future__ import annotations
+
+import secrets
+
+from aiohttp import web
+
+from pyserve.api.batches.lines import BATCH_PATHS
+from pyserve.api.batches.service import new_batch
+from pyserve.api.endpoints.body import Wire, ignored_header
+from pyserve.api.endpoints.files import part_of, service_of
+from pyserve.api.http.delivery import json_response
+from pyserve.api.state import STATE
+from pyserve.api.wire.batches import BatchList, BatchRequest
+from pyserve.errors import InvalidRequestError
+
+WIRE = Wire(BatchRequest)
+MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # of metadata
+
+
+async def create_batch(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    body, ignored = await WIRE.read(request, request.app[STATE])
+    if body.endpoint not in BATCH_PATHS:
+        raise InvalidRequestError(
+            f"endpoint must be one of {', '.join(BATCH_PATHS)}, got {body.endpoint[:100]}",
+            "endpoint",
+        )
+    if body.completion_window != "24h":
+        raise InvalidRequestError(
+            f"completion_window must be 24h, got {body.completion_window[:50]}", "completion_window"
+        )
+    _check_metadata(body.metadata or {})
+    file = batches.store.file(owner, body.input_file_id)
+    if file.purpose != "batch":
+        raise InvalidRequestError(
+            f"input_file_id must be a file of purpose batch, not {file.purpose}", "input_file_id"
+        )
+    batch = new_batch(
+        f"batch_{secrets.token_hex(16)}",
+        endpoint=body.endpoint,
+        input_file_id=file.id,
+        metadata=body.metadata,
+    )
+    await batches.create(owner, batch)
+    return json_response(batch, ignored_header(ignored))
+
+
+async def list_batches(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    data, has_more = part_of(batches.store.batches(owner), request)
+    data = [batches.shown(batch) for batch in data]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return json_response(BatchList(data=data, first_id=first, last_id=last, has_more=has_more))
+
+
+async def retrieve_batch(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    batch = batches.store.batch(owner, request.match_info["batch_id"])
+    return json_response(batches.shown(batch))
+
+
+async def cancel_batch(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    return json_response(await batches.cancel(owner, request.match_info["batch_id"]))
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    if len(metadata) > MAX_PAIRS:
+        raise InvalidRequestError(
+            f"metadata has {len(metadata)} pairs, the limit is {MAX_PAIRS}", "metadata"
+        )
+    for key, value in metadata.items():
+        if len(key) > MAX_KEY_CHARS or len(value) > MAX_VALUE_CHARS:
+            raise InvalidRequestError(
+                f"metadata takes keys of {MAX_KEY_CHARS} characters and values of "
+                f"{MAX_VALUE_CHARS}, got {len(key)} and {len(value)}",
+                "metadata",
+            )

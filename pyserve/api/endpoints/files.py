@@ -1,0 +1,231 @@
+"""/v1/files: what batches read and write, streamed to and from the folder of --batch-dir."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar
+
+from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from pyserve.api.batches.service import BatchService
+from pyserve.api.batches.store import StorageError, Store
+from pyserve.api.endpoints.body import ignored_header
+from pyserve.api.http.bounds import PIECE_BYTES
+from pyserve.api.http.cors import is_foreign_page
+from pyserve.api.http.delivery import json_response
+from pyserve.api.http.http_protocol import connection_of
+from pyserve.api.http.keys import USER
+from pyserve.api.state import STATE
+from pyserve.api.wire.batches import FileDeleted, FileList, FileObject
+from pyserve.errors import BodyTooLargeError, BodyTooLateError, InvalidRequestError
+
+OF_THE_FORM = 2**16  # bytes of a form beside its file
+SILENCE_S = 30.0  # of an upload
+CHUNK_BYTES = 2**18  # written at once
+MAX_FILENAME_CHARS = 255
+MAX_FIELD_BYTES = 1024
+MAX_PARTS = 16
+MAX_LISTED, LISTED = 10_000, 100
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+N = TypeVar("N", bound=_Named)
+
+
+def service_of(request: web.Request) -> tuple[BatchService, str]:
+    """The batches of this server and who asks. Raises InvalidRequestError where they are off."""
+    batches = request.app[STATE].batches
+    if batches is None:
+        raise InvalidRequestError(
+            "files and batches are off: start the server with --batch-dir DIR, which keeps them"
+        )
+    return batches, batches.owner_of(request[USER])
+
+
+async def upload_file(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    store = batches.store
+    if is_foreign_page(request):  # a form needs no leave of the server's: see cors.py
+        raise InvalidRequestError("a page of another host may not upload files")
+    announced = request.content_length or 0
+    if announced > store.max_file_bytes + OF_THE_FORM:
+        raise _too_large(store)
+    store.check_room(announced)
+    path = store.new_path()
+    upload = _Upload(store, path)
+    try:
+        with connection_of(request).receiving():
+            await upload.read(request)
+        if upload.purpose is None or upload.filename is None:
+            missing = "purpose" if upload.purpose is None else "file"
+            raise InvalidRequestError(f"{missing} is missing", missing)
+        file = await asyncio.to_thread(
+            store.add_file, owner, path, filename=upload.filename, purpose=upload.purpose
+        )
+    except OSError as error:
+        raise StorageError(f"the file cannot be kept: {os.strerror(error.errno or 0)}") from None
+    finally:
+        store.num_written_bytes -= upload.num_bytes
+        path.unlink(missing_ok=True)
+    return json_response(file, ignored_header(upload.ignored))
+
+
+async def list_files(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    purpose = request.query.get("purpose")
+    files = [f for f in batches.store.files(owner) if purpose in (None, f.purpose)]
+    if request.query.get("order") == "asc":
+        files.reverse()
+    data, has_more = part_of(files, request)
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return json_response(FileList(data=data, first_id=first, last_id=last, has_more=has_more))
+
+
+async def retrieve_file(request: web.Request) -> web.StreamResponse:
+    return json_response(_file(request))
+
+
+async def file_content(request: web.Request) -> web.StreamResponse:
+    batches, _ = service_of(request)
+    file = _file(request)
+    response = web.StreamResponse(headers={"X-Content-Type-Options": "nosniff"})
+    response.content_type = "application/octet-stream"
+    response.content_length = file.bytes
+    try:
+        source = batches.store.content_path(file.id).open("rb")
+    except OSError as error:
+        raise StorageError(f"it cannot be read: {os.strerror(error.errno or 0)}") from None
+    with source:
+        await response.prepare(request)
+        while request.method != "HEAD" and (data := await asyncio.to_thread(_read, source)):
+            for start in range(0, len(data), PIECE_BYTES):
+                await response.write(data[start : start + PIECE_BYTES])
+                await request.writer.drain()
+    await response.write_eof()
+    return response
+
+
+async def delete_file(request: web.Request) -> web.StreamResponse:
+    batches, owner = service_of(request)
+    id = request.match_info["file_id"]
+    batches.store.delete_file(owner, id)
+    return json_response(FileDeleted(id=id))
+
+
+def part_of(items: Sequence[N], request: web.Request) -> tuple[list[N], bool]:
+    """Those behind `after`, `limit` at most, and whether there are more. Raises RequestError."""
+    text = request.query.get("limit", str(LISTED))
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_LISTED:
+        raise InvalidRequestError(f"limit must be in [1, {MAX_LISTED}], got {text[:50]}", "limit")
+    after, start = request.query.get("after"), 0
+    if after:
+        ids = [item.id for item in items]
+        if after not in ids:
+            raise InvalidRequestError(f"after: there is no {after[:100]}", "after")
+        start = ids.index(after) + 1
+    found = list(items[start : start + int(text)])
+    return found, start + len(found) < len(items)
+
+
+def _file(request: web.Request) -> FileObject:
+    batches, owner = service_of(request)
+    return batches.store.file(owner, request.match_info["file_id"])
+
+
+def _read(source: BinaryIO) -> bytes:
+    return source.read(CHUNK_BYTES)
+
+
+def _too_large(store: Store) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"the file is larger than {store.max_file_bytes} bytes (--batch-max-file-bytes)", "file"
+    )
+
+
+class _Upload:
+    """A form on its way in: its file goes to `path` as it comes, in memory there is one chunk.
+
+    num_bytes  written, and counted by the store until the file is kept or given up.
+    """
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self.filename: str | None = None
+        self.purpose: str | None = None
+        self.ignored: list[str] = []
+        self.num_bytes = 0
+        self._store = store
+        self._path = path
+
+    async def read(self, request: web.Request) -> None:
+        """Raises RequestError, OSError."""
+        try:
+            await self._read_parts(request)
+        except asyncio.TimeoutError:
+            raise BodyTooLateError(f"nothing of the body has come for {SILENCE_S:.0f} s") from None
+        except (ValueError, AssertionError, RuntimeError, HttpProcessingError, LookupError):
+            raise InvalidRequestError("the body is no valid multipart/form-data") from None
+        except web.RequestPayloadError:
+            raise InvalidRequestError("the body is cut off or badly encoded") from None
+
+    async def _read_parts(self, request: web.Request) -> None:
+        if not request.content_type == "multipart/form-data":
+            raise InvalidRequestError("the Content-Type must be multipart/form-data")
+        reader = await request.multipart()
+        for _ in range(MAX_PARTS):
+            part = await asyncio.wait_for(reader.next(), SILENCE_S)
+            if part is None:
+                return
+            if not isinstance(part, BodyPartReader):
+                raise InvalidRequestError("a form inside a form is not supported")
+            if part.name == "file":
+                await self._keep(part)
+            elif part.name == "purpose":
+                self.purpose = (await self._text(part)).decode("utf-8", "replace")
+                if self.purpose != "batch":
+                    raise InvalidRequestError(
+                        f"purpose must be batch, got {self.purpose[:100]}", "purpose"
+                    )
+            else:
+                await self._text(part)
+                self.ignored.append(part.name or "?")
+        raise InvalidRequestError(f"the form has more than {MAX_PARTS} parts")
+
+    async def _text(self, part: BodyPartReader) -> bytes:
+        text = b""
+        while data := await asyncio.wait_for(part.read_chunk(), SILENCE_S):
+            text += data
+            if len(text) > MAX_FIELD_BYTES:
+                raise InvalidRequestError(
+                    f"{(part.name or '?')[:100]} has more than {MAX_FIELD_BYTES} bytes"
+                )
+        return text
+
+    async def _keep(self, part: BodyPartReader) -> None:
+        if self.filename is not None:
+            raise InvalidRequestError("the form has two files", "file")
+        encoding = part.headers.get("Content-Transfer-Encoding", "binary").lower()
+        if encoding not in ("binary", "8bit"):
+            raise InvalidRequestError("the file must be sent as it is, without a transfer encoding")
+        self.filename = (part.filename or "file")[:MAX_FILENAME_CHARS]
+        with self._path.open("wb") as sink:
+            while data := await asyncio.wait_for(part.read_chunk(CHUNK_BYTES), SILENCE_S):
+                if self.num_bytes + len(data) > self._store.max_file_bytes:
+                    raise _too_large(self._store)
+                self._store.check_room(len(data))
+                self.num_bytes += len(data)
+                self._store.num_written_bytes += len(data)
+                await asyncio.to_thread(sink.write, data)
+            await asyncio.to_thread(_sync, sink)
+
+
+def _sync(sink: BinaryIO) -> None:
+    sink.flush()
+    os.fsync(sink.fileno())
