@@ -225,8 +225,12 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
 
 
 def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
+    from concurrent.futures import ThreadPoolExecutor
+
     from pyserve.api.state import Loaded
+    from pyserve.model.config import ModelConfig
     from pyserve.text.chat_template import ChatTemplate
+    from pyserve.text.grammar import Grammars
     from pyserve.text.reasoning import ReasoningParser
     from pyserve.text.tokenizer import GenerationDefaults
     from pyserve.text.tool_parsers.registry import ToolFormat
@@ -250,20 +254,26 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
         _generation_folder(launch.generation_config, model_path),
         has_sampling=launch.generation_config != "vllm",
     )
+    vocab_size = ModelConfig.from_path(model_path).vocab_size
     preload.wait()
     with collector.imports():
         from pyserve.engine.load import build_engine
 
-    loaded = Loaded(
+    with ThreadPoolExecutor(1, "grammars") as pool:
+        # It holds the interpreter's lock, which weights and a card's steps leave free for long.
+        grammars = Grammars.of(tokenizer, defaults, vocab_size)
+        preparing = pool.submit(grammars.prepare)
+        engine = build_engine(_engine_config(args, model_path), progress=report)
+        preparing.result()
+    return Loaded(
         tokenizer=tokenizer,
         chat_template=template,
         defaults=defaults,
-        engine=build_engine(_engine_config(args, model_path), progress=report),
+        engine=engine,
         reasoning=ReasoningParser.named(config.reasoning_parser, tokenizer),
         tools=ToolFormat.named(config.tool_call_parser, tokenizer),
+        prepared=grammars,
     )
-    loaded.grammars.prepare()
-    return loaded
 
 
 def _resolve(

@@ -8,16 +8,19 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from pyserve import cli
 from pyserve.api import serve
-from pyserve.config import EngineConfig, ServerConfig
+from pyserve.config import DEMO_MODEL, EngineConfig, ServerConfig
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.flags import make_parser, parse_args
+from pyserve.model.config import ModelConfig
+from pyserve.text.grammar import Grammars
 from tests.text import samples
 
 
@@ -270,6 +273,28 @@ def test_a_tokenizer_is_read_or_converted_by_what_the_folder_has(tmp_path: Path)
         cli._tokenizer(tmp_path)
     backend.save(str(tmp_path / "tokenizer.json"))  # goes before all
     assert cli._tokenizer(tmp_path).encode("the fox", add_special_tokens=True) == expected
+
+
+def test_grammars_are_prepared_beside_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab_size = ModelConfig.from_path(DEMO_MODEL).vocab_size
+    is_prepared = threading.Event()
+
+    def build_engine(config: EngineConfig, *, progress: object) -> SimpleNamespace:
+        assert is_prepared.wait(30), "nobody prepares while this is under way"
+        return SimpleNamespace(info=SimpleNamespace(vocab_size=vocab_size))
+
+    def broken(self: Grammars) -> None:
+        is_prepared.set()
+        raise MemoryError
+
+    load = cli._loader(parse_args([]))
+    monkeypatch.setattr("pyserve.engine.load.build_engine", build_engine)
+    monkeypatch.setattr(Grammars, "prepare", lambda self: is_prepared.set())
+    loaded = load(lambda phase, done, total: None)
+    assert loaded.grammars.vocabulary.vocab_size == vocab_size
+    monkeypatch.setattr(Grammars, "prepare", broken)
+    with pytest.raises(MemoryError):
+        load(lambda phase, done, total: None)
 
 
 def test_generation_config_must_exist(tmp_path: Path) -> None:

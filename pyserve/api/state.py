@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Literal, TypeVar
 
 from aiohttp import web
@@ -42,6 +42,7 @@ class Loaded:
 
     reasoning  None: thinking is not told from the rest.
     tools      how the model writes calls of tools; None: none are looked for.
+    prepared   its grammars, where they have been made before the engine was.
     """
 
     tokenizer: Tokenizer
@@ -50,10 +51,13 @@ class Loaded:
     engine: EngineClient
     reasoning: ReasoningParser | None = None
     tools: ToolFormat | None = None
+    prepared: InitVar[Grammars | None] = None
     grammars: Grammars = field(init=False)
 
-    def __post_init__(self) -> None:
-        grammars = Grammars.of(self.tokenizer, self.defaults, self.engine.info.vocab_size)
+    def __post_init__(self, prepared: Grammars | None) -> None:
+        vocab_size = self.engine.info.vocab_size
+        grammars = prepared or Grammars.of(self.tokenizer, self.defaults, vocab_size)
+        assert grammars.vocabulary.vocab_size == vocab_size
         object.__setattr__(self, "grammars", grammars)
 
 
