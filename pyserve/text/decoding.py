@@ -58,9 +58,11 @@ class Layout:
         """
         for rewrite in self.rewrites:
             token = rewrite(token, is_first)
-        # A vocabulary may hold plain text too, such as "<｜User｜>" not listed as an added token.
-        if self.byte_level and not is_plain and _BYTE_OF_CHAR.keys() >= set(token):
-            return bytes([_BYTE_OF_CHAR[char] for char in token])
+        if self.byte_level and not is_plain:
+            try:
+                return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
+            except KeyError:
+                pass  # plain text in a vocabulary, such as "<｜User｜>" that is not an added token
         if self.byte_fallback and (match := _FALLBACK_BYTE(token)):
             return bytes([int(match[1], 16)])
         return token.encode()
