@@ -96,6 +96,7 @@ class MessagesFrames:
         self._read = read
         self._has_begun = False
         self._block: object = None  # the key of the open one
+        self._shown: type[Part] | None = None  # what the open one is made of, where that is text
         self._index = -1  # of it
         self._before = b""  # what comes before the text of its deltas
         self._thinking: list[str] = []  # of it, where it is not shown
@@ -128,6 +129,8 @@ class MessagesFrames:
         return b"".join(map(self.first, choices)) + _frame(Ping())
 
     def part(self, choice: Choice, part: Part) -> bytes:
+        if part.__class__ is self._shown and not isinstance(part, ToolCall) and part.text:
+            return b"%b%b}}\n\n" % (self._before, encode_line(part.text))  # as most are
         key = _key(part)
         if key is None:
             return b""
@@ -157,6 +160,8 @@ class MessagesFrames:
 
     def _start(self, key: object, part: Part) -> bytes:
         self._block = key
+        is_shown = isinstance(part, Content) or not self._read.has_omitted_thinking
+        self._shown = type(part) if is_shown and not isinstance(part, ToolCall) else None
         self._index += 1
         block: AnswerBlock
         kind, field = "text_delta", "text"
@@ -183,7 +188,7 @@ class MessagesFrames:
             signature = hidden("".join(self._thinking)) if self._thinking else SIGNATURE
             self._thinking.clear()
             signed = _frame(BlockDelta(self._index, SignatureDelta(signature)))
-        self._block = None
+        self._block = self._shown = None
         return signed + _frame(BlockStop(self._index))
 
 

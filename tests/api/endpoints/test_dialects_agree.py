@@ -22,8 +22,8 @@ from pyserve.text.parts import (
     reasoning_of,
     tool_calls_of,
 )
-from tests.api.endpoints.test_messages_answer import events, put_together
 from tests.api.fakes import Server, run_server
+from tests.api.message_talk import events, put_together
 from tests.api.response_talk import built, stream
 from tests.api.tool_talk import streamed as chat_streamed
 from tests.text.tool_parsers.answers import some_cuts

@@ -12,8 +12,8 @@ import pytest
 from pyserve.api.endpoints.messages_turns import hidden
 from pyserve.api.generation import stream
 from pyserve.errors import EngineError
-from tests.api.endpoints.test_messages_answer import events, put_together
 from tests.api.fakes import CONTEXT, MODEL, Script, Server, run_server
+from tests.api.message_talk import events, put_together
 from tests.api.tool_talk import CALL, SECOND, with_template
 
 PATH, COUNT = "/v1/messages", "/v1/messages/count_tokens"

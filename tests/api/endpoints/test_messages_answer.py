@@ -34,6 +34,7 @@ from pyserve.errors import (
     UnavailableError,
 )
 from pyserve.text.parts import Content, Part, Reasoning, ToolCall, num_chars
+from tests.api.message_talk import events, put_together
 from tests.text.tool_parsers.answers import every_cut, some_cuts
 
 HEAD = Head("msg_1", 0, "m")
@@ -79,51 +80,10 @@ def streamed(parts: Sequence[Part], asked: Read, **how: Any) -> list[tuple[str, 
     return events(sent)
 
 
-def events(sent: bytes) -> list[tuple[str, dict[str, Any]]]:
-    assert sent.endswith(b"\n\n")
-    found = []
-    for frame in sent.decode().removesuffix("\n\n").split("\n\n"):
-        name, data = frame.split("\n")
-        value = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {value['type']}"
-        found.append((value.pop("type"), value))
-    return found
-
-
 def wholly(parts: Sequence[Part], asked: Read, **how: Any) -> dict[str, Any]:
     generation = SimpleNamespace(choices=[ended(parts, **how)], usage=lambda: USAGE)
     whole: dict[str, Any] = json.loads(dialect(asked).whole(HEAD, cast(Generation, generation)))
     return whole
-
-
-def put_together(found: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The message of a stream, put together as Anthropic's client does; checks the order."""
-    assert [name for name, _ in found[-2:]] == ["message_delta", "message_stop"]
-    (name, start), *middle = found[:-2]
-    assert name == "message_start"
-    message: dict[str, Any] = start["message"]
-    is_open, arguments = False, ""
-    for name, data in middle:
-        assert data["index"] == len(message["content"]) - (name != "content_block_start")
-        assert is_open == (name != "content_block_start")
-        if name == "content_block_start":
-            message["content"].append(data["content_block"])
-            is_open, arguments = True, ""
-        elif name == "content_block_stop":
-            is_open = False
-            if arguments:
-                message["content"][-1]["input"] = json.loads(arguments)
-        else:
-            delta = data["delta"]
-            kind = delta.pop("type")
-            ((field, text),) = delta.items()
-            if kind == "input_json_delta":
-                arguments += text
-            else:
-                message["content"][-1][field] += text
-    assert not is_open
-    message |= found[-2][1]["delta"] | {"usage": found[-2][1]["usage"]}
-    return message
 
 
 def block(index: int, started: dict[str, Any], *deltas: dict[str, Any]) -> list[Any]:
