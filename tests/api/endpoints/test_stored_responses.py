@@ -213,16 +213,19 @@ def test_another_key_s_response_is_not_there(keyed: Server) -> None:
 
 
 def test_a_response_in_the_background(talking: Server) -> None:
-    talking.play("Hello world", delay_s=0.1)
+    talking.play("Hello", eos=False, delay_s=0.05)
+    endless = talking.post(RESPONSES, ask(**BACKGROUND))["id"]
+    assert get(talking, endless)["status"] in ("queued", "in_progress")
+    (item,) = get(talking, f"{endless}/input_items")["data"]
+    assert (item["role"], item["content"][0]["text"]) == ("user", "hi")
+    error = talking.error(RESPONSES, ask(previous_response_id=endless))
+    assert "has not ended" in error["message"] and error["param"] == "previous_response_id"
+    metrics = talking.request("GET", "/metrics")[2].decode()
+    assert 'pyserve:background_responses{engine="0",model_name="org/tiny"} 1.0' in metrics
+    get(talking, endless, method="DELETE")
+    talking.play("Hello world")
     queued = talking.post(RESPONSES, ask(**BACKGROUND))
     assert (queued["status"], queued["output"], queued["background"]) == ("queued", [], True)
-    assert get(talking, queued["id"])["status"] in ("queued", "in_progress")
-    assert [item["role"] for item in get(talking, f"{queued['id']}/input_items")["data"]] == [
-        "user"
-    ]
-    error = talking.error(RESPONSES, ask(previous_response_id=queued["id"]))
-    assert "has not ended" in error["message"] and error["param"] == "previous_response_id"
-    assert "pyserve:background_responses" in talking.request("GET", "/metrics")[2].decode()
     done = wait_ended(talking, queued["id"])
     assert (
         done["status"] == "completed" and done["output"][0]["content"][0]["text"] == "Hello world"
@@ -392,15 +395,20 @@ def test_the_store_is_bounded_in_bytes() -> None:
 def test_the_store_forgets_what_is_old() -> None:
     async def run() -> None:
         store = ResponseStore(10**6, 0.1)
+        began_s = time.monotonic()
         store.put("alice", make("a"))
-        await asyncio.sleep(0.06)
         store.put("bob", make("b"))
-        await asyncio.sleep(0.06)  # nobody has asked for anything
-        assert store.num_responses == 1 and has(store, "bob", "b")
-        await asyncio.sleep(0.06)
-        assert has(store, "bob", "b")  # it was used meanwhile
-        await asyncio.sleep(0.15)
-        assert store.num_responses == store.num_bytes == 0
+        while store.num_responses:  # nobody asks for anything
+            await asyncio.sleep(0.01)
+            assert time.monotonic() - began_s < 10.0
+        assert time.monotonic() - began_s >= 0.1 and store.num_bytes == 0
+        store = ResponseStore(10**6, 3600.0)
+        response = make("a")
+        store.put("alice", response)
+        used_s = response.used_s
+        await asyncio.sleep(0.01)
+        assert store.get("alice", "a").used_s > used_s  # which makes it young again
+        store.close()
 
     asyncio.run(run())
 
