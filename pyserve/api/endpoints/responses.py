@@ -23,6 +23,7 @@ from pyserve.api.endpoints.responses_history import (
     identified,
 )
 from pyserve.api.endpoints.responses_request import Asked, own_items, read_request
+from pyserve.api.generation import stream
 from pyserve.api.generation.job import Job
 from pyserve.api.http.delivery import json_response
 from pyserve.api.http.keys import USER
@@ -31,7 +32,7 @@ from pyserve.api.state import STATE, Loaded, ServerState
 from pyserve.api.store.responses import StoredResponse
 from pyserve.api.wire.responses import Object, ResponsesRequest
 from pyserve.api.wire.responses_answer import Deleted, InputItems, InputTokens
-from pyserve.errors import InvalidRequestError
+from pyserve.errors import ContextError, InvalidRequestError, RequestError
 
 MAX_LISTED, NUM_LISTED = 100, 20  # input items of one answer
 WIRE = Wire(ResponsesRequest)
@@ -60,18 +61,28 @@ async def create_response(request: web.Request) -> web.StreamResponse:
             stored = StoredResponse(head.id, body.previous_response_id, data, given, events)
             state.responses.put(request[USER], stored)
 
+    try:
+        with asked.renamed.errors():
+            job = await _job(request, state, loaded, asked, ignored)
+    except ContextError as error:
+        if not body.stream:
+            raise
+        state.request_log.refused(request, error)
+        head = Head(ID_PREFIX + hex_id, int(time.time()), state.model_name)
+        temperature = 1.0 if body.temperature is None else body.temperature
+        answering = Answering(asked, temperature, body.top_p or 1.0, is_kept, keep)
+        return await _send_failed(request, ResponseFrames(answering, head), error)
+    job = msgspec.structs.replace(job, request_id=hex_id)
+    params = job.params[0]
+    answering = Answering(asked, params.temperature, params.top_p, is_kept, keep)
     with asked.renamed.errors():
-        job = await _job(request, state, loaded, asked, ignored)
-        job = msgspec.structs.replace(job, request_id=hex_id)
-        params = job.params[0]
-        answering = Answering(asked, params.temperature, params.top_p, is_kept, keep)
         if body.background:
             return await responses_background.start(
                 request, loaded.engine, job, answering, given, arrived_s=arrived_s
             )
         dialect = Dialect(
             id_prefix=ID_PREFIX,
-            frames=partial(ResponseFrames, answering),
+            frames=lambda head, job: ResponseFrames(answering, head),
             whole=partial(encode_response, answering),
             keep=keep,
         )
@@ -200,6 +211,18 @@ def _read_all(
     own = history.resolve(items)
     asked = read_request(body, history.items(), own)
     return asked, msgspec.json.encode(identified(own, response_id)) if response_id else b""
+
+
+async def _send_failed(
+    request: web.Request, frames: ResponseFrames, error: RequestError
+) -> web.StreamResponse:
+    """A stream that has failed before its first token.
+
+    So OpenAI's tell that a conversation is too long: an agent then shortens it, where a 400 would
+    be its end.
+    """
+    said = stream.Said(frames.begin() + frames.failed(error))
+    return await stream.send(request, said, headers={})
 
 
 async def _job(

@@ -19,7 +19,6 @@ from pyserve.api.endpoints.responses_items import of_arguments
 from pyserve.api.endpoints.responses_request import Asked, shown_again
 from pyserve.api.endpoints.responses_tools import ToolName
 from pyserve.api.generation.generate import Choice, Generation
-from pyserve.api.generation.job import Job
 from pyserve.api.generation.stream import COMMENT
 from pyserve.api.wire.encoding import encode_line
 from pyserve.api.wire.logprobs import TokenLogprob
@@ -39,7 +38,7 @@ from pyserve.api.wire.responses_answer import (
     ResponseUsage,
     SummaryText,
 )
-from pyserve.errors import QueueFullError, RequestError
+from pyserve.errors import ContextError, QueueFullError, RequestError
 from pyserve.text.parts import Part, Reasoning, ToolCall, joined
 
 Kind = Literal["message", "reasoning", "function_call", "custom_tool_call"]
@@ -295,7 +294,7 @@ class _OpenItem:
 class ResponseFrames:
     """Events, each with its name and the next number; there is no [DONE]."""
 
-    def __init__(self, answering: Answering, head: Head, job: Job) -> None:
+    def __init__(self, answering: Answering, head: Head) -> None:
         self._answering = answering
         self._head = head
         self._number = 0
@@ -377,6 +376,8 @@ def response_error(error: RequestError) -> ResponseError:
     code = "invalid_prompt" if error.status < 429 else "server_error"
     if isinstance(error, QueueFullError):
         code = "rate_limit_exceeded"
+    if isinstance(error, ContextError):
+        code = "context_length_exceeded"
     return ResponseError(code, error.message)
 
 

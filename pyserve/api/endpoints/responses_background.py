@@ -85,7 +85,7 @@ class _Work:
         self._head, self._run = head, run
         self._store = answering.keep
         self._answering = replace(answering, keep=self._keep)
-        self._frames = ResponseFrames(self._answering, head, job)
+        self._frames = ResponseFrames(self._answering, head)
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Where the client has gone meanwhile, nobody else asks for its error.
         self.started.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -134,6 +134,30 @@ class Live:
         return b"".join(chunks)
 
 
+class Said:
+    """A stream that is known before it is sent."""
+
+    def __init__(self, data: bytes) -> None:
+        self.is_over = False
+        self._data = data
+
+    async def read(self) -> bytes:
+        """All of it."""
+        self.is_over = True
+        return self._data
+
+    def wake(self) -> None:
+        """Nothing is waited for."""
+
+    def keep_alive(self) -> bytes:
+        """Nor is it silent."""
+        return COMMENT
+
+    def fail(self, error: Exception) -> bytes:
+        """It is sent at once."""
+        return b""
+
+
 async def send(
     request: web.Request, source: Source, *, headers: dict[str, str]
 ) -> web.StreamResponse:

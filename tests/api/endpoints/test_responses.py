@@ -14,7 +14,6 @@ from pyserve.api.endpoints.answer import Head
 from pyserve.api.endpoints.responses_answer import Answering, Output, ResponseFrames
 from pyserve.api.endpoints.responses_request import read_request
 from pyserve.api.generation.generate import Choice
-from pyserve.api.generation.job import Job
 from pyserve.api.wire.protocol import PromptTokensDetails, Usage
 from pyserve.api.wire.responses import MAX_ITEMS, ResponsesRequest
 from pyserve.errors import EngineError
@@ -185,7 +184,7 @@ def told(parts: list[Part], body: ResponsesRequest) -> tuple[list[dict[str, Any]
     answering = Answering(asked, 1.0, 1.0, False, lambda head, data, events=(): None)
     head = Head("resp_0", 1, "m")
     choice = cast(Choice, SimpleNamespace(words=None, finish_reason="stop"))
-    frames = ResponseFrames(answering, head, cast(Job, None))
+    frames = ResponseFrames(answering, head)
     data = frames.begin() + b"".join(frames.part(choice, part) for part in parts)
     data += frames.finish(choice, None) + frames.end(Usage(1, 2, 1, PromptTokensDetails(0)))
     output = Output("resp_0", asked)
@@ -379,10 +378,21 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "param", "said"), HOSTILE, ids=lambda value: str(value)[:40])
 def test_bad_input(talking: Server, fields: dict[str, Any], param: str, said: str) -> None:
-    for streamed in (False, True):
+    is_too_long = "context length" in said
+    for streamed in (False,) if is_too_long else (False, True):
         error = talking.error(RESPONSES, ask(stream=streamed, **{**fields}))
         assert (error["param"] or "") == param and said in error["message"], error
     assert talking.post(RESPONSES, ask())["status"] == "completed"
+
+
+def test_a_stream_tells_that_the_conversation_is_too_long(talking: Server) -> None:
+    """In OpenAI's code for it, which lets an agent shorten it and go on."""
+    events = stream(talking, ask(input="fox " * 5000))
+    assert kinds(events) == [*BEGIN, "failed", "error"]
+    error = events[-2]["response"]["error"]
+    assert error["code"] == events[-1]["code"] == "context_length_exceeded"
+    assert f"maximum context length is {CONTEXT} tokens" in error["message"]
+    assert events[-1]["param"] == "input"
 
 
 def test_ignored_fields_are_named(talking: Server) -> None:
