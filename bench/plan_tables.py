@@ -45,7 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 80, "num_attention_heads": 64,
     },
 }  # fmt: skip
-# Their layers' matrices in int4 (groups of 128), as AWQ stores them.
+AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
+# Their layers' matrices too are in the table as AWQ stores them.
 INT4 = ("Mistral-7B", "Llama-3.1-8B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B")
 CONTEXTS = (4096, 8192, 16384, 32768, 131072)
 NO = "-"
@@ -72,8 +73,8 @@ def models() -> Iterator[Row]:
         model = ModelConfig.from_hf(raw)
         yield Row(name, model, sizes_on_card(model, _config()))
     for name in INT4:
-        model = ModelConfig.from_hf(SHAPES[name])
-        yield Row(f"{name} AWQ", model, sizes_on_card(model, _config(), is_int4=True))
+        model = ModelConfig.from_hf(SHAPES[name] | {"quantization_config": AWQ})
+        yield Row(f"{name} AWQ", model, sizes_on_card(model, _config()))
 
 
 def memory_table(models: Sequence[Row]) -> str:

@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "linear_silu_mul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, "
       "Tensor? x_squares=None, float eps=0.0) -> ()");
   m.def("serves_linear(Tensor weight, int m, int epilogue) -> bool");
+  m.def("linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
+  m.def("serves_linear_w4a16(Tensor packed, int m) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "

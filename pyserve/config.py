@@ -24,6 +24,7 @@ from pyserve.flag_rows import (
     json_object,
     key,
     optional_size,
+    quantization,
     rows_of,
     size,
     url_prefix,
@@ -34,6 +35,7 @@ from pyserve.params import INT64_MAX, INT64_MIN
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+Quantized = Literal["awq", "gptq", "compressed-tensors"]
 Policy = Literal["fcfs", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -117,6 +119,10 @@ class EngineConfig:
     dtype: Dtype = flag(
         "auto", "auto, float16, bfloat16 or float32", group="model", metavar="TYPE", synonyms=HALVES
     )
+    quantization: Quantized | None = flag(
+        None, "awq, gptq or compressed-tensors; awq: of a 16-bit model too, as it is loaded",
+        "what config.json says", group="model", metavar="METHOD", read=quantization, short="-q",
+    )  # fmt: skip
     seed: int = flag(0, "of dummy weights", group="model", limits=(INT64_MIN, INT64_MAX))
     device: Device = flag("auto", "auto, cpu or cuda; auto: a card where there is one")
     max_model_len: int | None = flag(

@@ -55,9 +55,7 @@ class Feature:
 
 
 FEATURES: dict[str, Feature] = {
-    "quantised weights": Feature(
-        flags={**plain(JSON, "quantization-config"), "quantization": Flag(VALUE, short="-q")}
-    ),
+    "quantised weights": Feature(flags=plain(JSON, "quantization-config")),
     "quantised KV cache": Feature(
         flags={
             **plain(SWITCH, "calculate-kv-scales"),

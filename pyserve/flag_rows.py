@@ -162,6 +162,14 @@ def optional_size(text: str) -> int | None:
     return None if text in ("", "None") else size(text)
 
 
+def quantization(text: str) -> str | None:
+    """awq, gptq or compressed-tensors, by vLLM's names for kernels too; or as optional_text."""
+    method = text.removesuffix("_marlin")
+    if method not in ("", "None", "awq", "gptq", "compressed-tensors"):
+        raise argparse.ArgumentTypeError(f"must be awq, gptq or compressed-tensors, got {text}")
+    return None if method in ("", "None") else method
+
+
 def path(text: str) -> Path | None:
     """A path, with ~ for the home folder: shells expand it only at the start of a word.
 

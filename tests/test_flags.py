@@ -43,6 +43,10 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
         (["1m"], 10**6), (["1M"], 2**20), (["auto"], None), (["Auto"], None), (["-1"], None),
     ],
     "gpu-memory-utilization": [(["0.5"], 0.5)],
+    "quantization": [
+        (["awq"], "awq"), (["awq_marlin"], "awq"), (["gptq_marlin"], "gptq"), (["None"], None),
+        (["compressed-tensors"], "compressed-tensors"), ([""], None),
+    ],
     "kv-cache-memory-bytes": [
         (["1000"], 1000), (["1G"], 2**30), (["1g"], 10**9), (["1.5g"], 1_500_000_000),
         (["2T"], 2**41), (["500m"], 500_000_000), (["None"], None), ([""], None),

@@ -43,6 +43,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.model.placement import META, Placement
+from pyserve.model.quantization import AT_LOAD
 from pyserve.ops import build
 from pyserve.params import SamplingParams
 from pyserve.words import counted
@@ -65,6 +66,11 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     if model_config.unknown_fields:
         names = ", ".join(name[:40] for name in model_config.unknown_fields[:10])
         logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
+    if model_config.quantization == AT_LOAD:
+        logger.warning(
+            "rounding the weights to 4 bits as they are loaded: a calibrated AWQ checkpoint of the "
+            "model answers better"
+        )
     _log_plan(config, plan)
     build.load_native(
         is_reference_allowed=config.allow_reference_ops,
@@ -122,7 +128,7 @@ class Start:
 def settle_start(config: EngineConfig) -> Start:
     """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
     device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
-    model_config = ModelConfig.from_path(config.model_path)
+    model_config = ModelConfig.from_path(config.model_path).quantised_as(config.quantization)
     devices.check_model(model_config, device)
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     memory = _memory(device)

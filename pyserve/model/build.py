@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.placement import Placement
@@ -16,4 +18,5 @@ def build_model(
     all that the model supports. An architecture that is another algorithm, not another
     description, is another class here.
     """
+    placement = replace(placement, quantization=config.quantization)
     return Decoder(config, placement, max_model_len=max_model_len)

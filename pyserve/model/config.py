@@ -25,7 +25,8 @@ from pyserve.model.layer_config import (
     MLPConfig,
     NormConfig,
 )
-from pyserve.model.registry import ARCHITECTURES, QUANT_METHODS, Architecture
+from pyserve.model.quantization import Method, Quantization, agreed, read_quantization
+from pyserve.model.registry import ARCHITECTURES, Architecture
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
 from pyserve.model.unknown_fields import Model, unknown_fields
 from pyserve.model_files import guarded, read_object
@@ -49,6 +50,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     embedding_scale  embeddings are multiplied by it.
     logit_softcap    logits are softcap * tanh(logit / softcap); 0: no cap.
     dtype            of the checkpoint, as config.json says; transformers' default is float32.
+    quantization     of the matrices; None: they are plain numbers.
     unknown_fields   of config.json, not used.
     """
 
@@ -62,6 +64,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     embedding_scale: float = 1.0
     logit_softcap: float = 0.0
     dtype: CheckpointDtype
+    quantization: Quantization | None = None
     unknown_fields: tuple[str, ...] = ()
 
     @classmethod
@@ -96,6 +99,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def intermediate_size(self) -> int:
         return max(layer.mlp.size for layer in self.layers)
 
+    def quantised_as(self, method: Method | None) -> ModelConfig:
+        """With what --quantization `method` makes of it. Raises ConfigError where they disagree."""
+        return msgspec.structs.replace(self, quantization=agreed(self.quantization, method))
+
     def lacking(self) -> list[str]:
         """What it asks for that nothing here computes, in words, each once."""
         lacks = dict.fromkeys(text for layer in self.layers for text in layer.lacking())
@@ -113,7 +120,7 @@ def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> M
     value and the limit.
     """
     fields = Fields(raw, "config.json")
-    _refuse_quantised(fields)
+    quantization = read_quantization(fields)
     activation = _activation(fields, architecture)
     hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
     layers, max_model_len = _layers(fields, name, architecture, hidden_size, activation)
@@ -140,6 +147,7 @@ def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> M
         embedding_scale=hidden_size**0.5 if architecture.is_embedding_scaled else 1.0,
         logit_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
         dtype=_dtype(fields),
+        quantization=quantization,
         unknown_fields=unknown_fields(raw, model),
     )
 
@@ -209,12 +217,6 @@ def _architecture_name(fields: Fields) -> str:
     if fields.string("model_type", default=model_type) != model_type:
         raise fields.refuse("model_type", f"must be {model_type} for {names[0]}")
     return names[0]
-
-
-def _refuse_quantised(fields: Fields) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if fields.has(key) and fields.quant_method(key) not in QUANT_METHODS:
-            raise fields.refuse(key, "is not supported: no quantised checkpoints yet")
 
 
 def _activation(fields: Fields, architecture: Architecture) -> Activation:

@@ -150,6 +150,7 @@ class Decoder:
         assert placement.tp_size == 1 or placement.device.type == "meta", "ranks cannot compute yet"
         assert not config.lacking(), config.lacking()
         self.config = config
+        self.scratch = placement.scratch
         self.dtype = placement.dtype
         self.device = placement.device
         hidden_size = config.hidden_size
@@ -272,6 +273,16 @@ class Decoder:
             )
             for window, (num_heads, num_kv_heads, head_dim) in self._sizes_by_window.items()
         }  # fmt: skip
+
+    def layer_linears(self) -> list[Linear]:
+        """Those whose matrices every step reads, whatever its rows: all but the head."""
+        return [
+            linear
+            for layer in self.layers
+            for linear in (
+                layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
+            )
+        ]  # fmt: skip
 
     def bytes_per_position(self) -> int:
         """Of the tables that have a row for each position."""

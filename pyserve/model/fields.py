@@ -83,11 +83,19 @@ class Fields:
         """Keys whose values are objects."""
         return [key for key, value in self._raw.items() if isinstance(value, dict)]
 
-    def quant_method(self, key: str) -> str | None:
-        """What the object `key` says of itself; None where it says nothing or is no object."""
+    def lists_of_strings(self, key: str) -> list[list[str]]:
+        value = self._get(key, None)
+        if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
+            raise self.refuse(key, "must be a list of lists of strings")
+        if not all(isinstance(word, str) for item in value for word in item):
+            raise self.refuse(key, "must be a list of lists of strings")
+        return value
+
+    def inner_string(self, key: str, inner: str) -> str | None:
+        """What the object `key` says of `inner`; None where it says nothing or is no object."""
         value = self._raw.get(key)
-        method = value.get("quant_method") if isinstance(value, dict) else None
-        return method if isinstance(method, str) else None
+        text = value.get(inner) if isinstance(value, dict) else None
+        return text if isinstance(text, str) else None
 
     def is_empty(self, key: str) -> bool:
         """True where the key is absent or holds null or an object without keys."""

@@ -18,7 +18,7 @@ from pyserve.errors import CheckpointError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.destination import FLOATS, Destinations, finish_loading
+from pyserve.model.destination import FLOATS, Destinations, Part, Sink, finish_loading
 from pyserve.model.placement import META, Placement
 from pyserve.model.weights import (
     CheckpointReader,
@@ -115,9 +115,10 @@ def _plain_name(name: str) -> str:
 def _check(
     stored: dict[str, StoredTensor], destinations: Destinations, config: ModelConfig
 ) -> None:
-    missing = destinations.keys() - stored.keys()
+    needed = {name for name, place in destinations.items() if not place.is_optional}
+    missing = needed - stored.keys()
     if missing:
-        raise _lacks(missing, stored)
+        raise _lacks(missing, stored, config)
     wanted = {*destinations, HEAD_NAME} if config.tie_word_embeddings else destinations.keys()
     left_over = {
         tensor.name
@@ -130,11 +131,13 @@ def _check(
             f"config.json: {name_some(left_over)}{_note_of_quantised(left_over)}"
         )
     for name, destination in destinations.items():
-        tensor = stored[name]
+        tensor = stored.get(name)
+        if tensor is None:
+            continue
         if tensor.shape != destination.shape:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
-                f"config.json makes it {list(destination.shape)}"
+                f"config.json makes it {list(destination.shape)}{_note_of_groups(config)}"
             )
         if tensor.dtype not in destination.dtypes:
             raise CheckpointError(
@@ -143,9 +146,21 @@ def _check(
             )
 
 
-def _lacks(missing: Set[str], stored: dict[str, StoredTensor]) -> CheckpointError:
+def _lacks(
+    missing: Set[str], stored: dict[str, StoredTensor], config: ModelConfig
+) -> CheckpointError:
     """The error for a checkpoint without these tensors, with a likely cause."""
-    text = f"the checkpoint lacks: {name_some(missing)}{_note_of_quantised(stored)}"
+    text = f"the checkpoint lacks: {name_some(missing)}"
+    if config.quantization is None:
+        text += _note_of_quantised(stored)
+    for name in sorted(missing):
+        plain = f"{name.rpartition('.')[0]}.weight"
+        if config.quantization is not None and plain in stored:
+            text += (
+                f"; {plain} is there, a plain matrix, but config.json says that it is quantised "
+                f"({config.quantization.method})"
+            )
+            break
     pair = {HEAD_NAME, EMBEDDING_NAME}
     if len(missing & pair) == 1 and pair & stored.keys():
         text += (
@@ -157,7 +172,15 @@ def _lacks(missing: Set[str], stored: dict[str, StoredTensor]) -> CheckpointErro
 
 def _note_of_quantised(names: Iterable[str]) -> str:
     name = next((name for name in names if QUANTISED_NAMES.fullmatch(name)), None)
-    return "" if name is None else f"; {name} is of a quantised checkpoint: not supported yet"
+    if name is None:
+        return ""
+    return f"; {name} is of a quantised matrix, which config.json does not say it is"
+
+
+def _note_of_groups(config: ModelConfig) -> str:
+    if config.quantization is None or config.quantization.storage == "plain":
+        return ""
+    return f", in groups of {config.quantization.group_size}"
 
 
 def _is_derived(tensor: StoredTensor) -> bool:
@@ -170,18 +193,21 @@ def _stream(
     stored: dict[str, StoredTensor], destinations: Destinations, device: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
-    wanted = [
-        (stored[name], part)
-        for name, destination in destinations.items()
-        for part in destination.parts
-    ]
+    wanted: list[tuple[StoredTensor, Part | Sink]] = []
+    for name, destination in destinations.items():
+        if name in stored:
+            sinks = () if destination.sink is None else (destination.sink,)
+            wanted += [(stored[name], part) for part in (*destination.parts, *sinks)]
     tied_head = None if HEAD_NAME in destinations else stored.get(HEAD_NAME)
     total = sum(bytes_to_read(tensor, part) for tensor, part in wanted)
     done = 0
     progress(done, total)
     with CheckpointReader(device=device) as reader:
         for tensor, part in sorted(wanted, key=lambda pair: (pair[0].file, pair[0].offset)):
-            for num_bytes in reader.copy(tensor, part):
+            read = (
+                reader.feed(tensor, part) if isinstance(part, Sink) else reader.copy(tensor, part)
+            )
+            for num_bytes in read:
                 done += num_bytes
                 progress(done, total)
         reader.wait()
@@ -212,6 +238,8 @@ def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Prog
     device = next(iter(destinations.values())).view.device
     generator = torch.Generator(device).manual_seed(seed)
     for destination in destinations.values():
+        if destination.dummy is not None:
+            destination.dummy(generator)
         for part in destination.parts:
             part.view.normal_(destination.dummy_mean, DUMMY_STD, generator=generator)
         done += destination.nbytes
@@ -223,10 +251,13 @@ def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) 
     total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)
-    noise = torch.randn(DUMMY_NOISE_LEN, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(DUMMY_NOISE_LEN, generator=generator)
     noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).view)
     starts = random.Random(seed)
     for destination in destinations.values():
+        if destination.dummy is not None:
+            destination.dummy(generator)
         for part in destination.parts:
             flat = part.view.view(-1)
             filled = 0

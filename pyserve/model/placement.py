@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from pyserve.model.quantization import Quantization
 from pyserve.model.registry import SchemeName
 
 META = torch.device("meta")  # shapes without memory
@@ -21,13 +22,55 @@ class Shard(NamedTuple):
     whole: int
 
 
+class Rows(NamedTuple):
+    """Outputs of a Linear that stand together, in the matrix and in the checkpoint.
+
+    name        the checkpoint's module, whose tensors have `whole` rows.
+    start, num_stored
+                which of those are held here.
+    size        rows of the matrix; beyond `num_stored` they are padding.
+    """
+
+    name: str
+    whole: int
+    start: int
+    num_stored: int
+    size: int
+
+
+class Scratch:
+    """Room for what a call of a Linear needs while it runs: one for all, as they follow each other.
+
+    num_bytes   the most that any of them has reserved.
+    """
+
+    __slots__ = ("num_bytes", "_memory")
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._memory: torch.Tensor | None = None
+
+    def reserve(self, num_bytes: int) -> None:
+        """Before the first call."""
+        assert self._memory is None, "too late"
+        self.num_bytes = max(self.num_bytes, num_bytes)
+
+    def of(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[num_bytes / size of an element], the same memory each time."""
+        if self._memory is None:
+            self._memory = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+        return self._memory.view(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """What a layer must know to allocate its parameters.
 
     dtype, device      of what is computed.
     schemes            how a module's matrix is stored, by the module's name in the checkpoint;
-                       "dense" where it is not named.
+                       as `quantization` says where it is not named.
+    quantization       of the model; None: its matrices are "dense".
+    scratch            of all its Linears.
     tp_rank, tp_size   this rank of those that share each layer. Only shapes can be made for more
                        than one: nothing adds up what the ranks compute yet.
     num_adapter_slots  adapters that a Linear holds beside its matrix: none yet.
@@ -36,6 +79,8 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     schemes: Mapping[str, SchemeName] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    scratch: Scratch = field(default_factory=Scratch)
     tp_rank: int = 0
     tp_size: int = 1
     num_adapter_slots: int = 0
@@ -45,7 +90,8 @@ class Placement:
         assert self.num_adapter_slots == 0, "no Linear holds adapters yet"
 
     def scheme_of(self, name: str) -> SchemeName:
-        return self.schemes.get(name, "dense")
+        is_quantised = self.quantization is not None and self.quantization.covers(name)
+        return self.schemes.get(name, "w4a16" if is_quantised else "dense")
 
     def share(self, num_units: int, unit_size: int = 1) -> Shard:
         """This rank's part of `num_units` units, such as heads, that cannot be cut.

@@ -13,10 +13,7 @@ import msgspec
 
 from pyserve.model.layer_config import Activation, LayerNames
 
-SchemeName = Literal["dense"]
-
-# `quant_method` of config.json -> the scheme of schemes.py that reads such a checkpoint.
-QUANT_METHODS: dict[str, SchemeName] = {}
+SchemeName = Literal["dense", "w4a16"]
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from pyserve import ops
 from pyserve.model.destination import Destination, Destinations, Part
-from pyserve.model.placement import Placement, Shard
+from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.registry import SchemeName
-
-
-class Rows(NamedTuple):
-    """Outputs of a Linear that stand together, in the matrix and in the checkpoint.
-
-    name        the checkpoint's module, whose tensors have `whole` rows.
-    start, num_stored
-                which of those are held here.
-    size        rows of the matrix; beyond `num_stored` they are padding.
-    """
-
-    name: str
-    whole: int
-    start: int
-    num_stored: int
-    size: int
+from pyserve.model.w4a16 import W4A16
 
 
 class Scheme(Protocol):
@@ -40,6 +25,10 @@ class Scheme(Protocol):
     """
 
     def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read where it multiplies."""
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
@@ -106,6 +95,10 @@ class Dense:
         dense.weight, dense._rows, dense._columns = weight, (), Shard(0, 0, 0)
         return dense
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         ops.linear(x, self.weight, bias, out)
 
@@ -139,7 +132,7 @@ class Dense:
         return row_destinations("weight", self.weight, self._rows, self._columns)
 
 
-SCHEMES: dict[SchemeName, type[Scheme]] = {"dense": Dense}
+SCHEMES: dict[SchemeName, type[Scheme]] = {"dense": Dense, "w4a16": W4A16}
 
 
 def row_destinations(

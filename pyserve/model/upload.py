@@ -6,6 +6,7 @@ memory, and given back to the system at the end, which torch's own page-locked m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,16 @@ class Upload:
                 piece = piece.narrow(1, *columns)
             destination.copy_(piece, non_blocking=True)
             self._sent[self._next].record(self._stream)
+
+    def hand_over(self, piece: torch.Tensor, put: Callable[[torch.Tensor], None]) -> None:
+        """Begin to copy `piece`, part of what `fill` gave, and call put with what will be there: it
+        must be used on the current stream only."""
+        assert self._landing is not None, "closed"
+        with torch.cuda.stream(self._stream):
+            landing = self._landing[: piece.nbytes].view(piece.dtype).view(piece.shape)
+            landing.copy_(piece, non_blocking=True)
+            self._sent[self._next].record(self._stream)
+            put(landing)
 
     def wait(self) -> None:
         """Until all that was sent has arrived."""

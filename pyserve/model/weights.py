@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,7 +31,7 @@ from pyserve.checkpoint_files import (
     read_weight_map,
 )
 from pyserve.errors import CheckpointError
-from pyserve.model.destination import Part
+from pyserve.model.destination import Part, Sink
 from pyserve.model.upload import Upload
 from pyserve.model_files import decode_object, guarded, open_regular
 
@@ -39,6 +40,7 @@ BUFFER_BYTES = 64 * 2**20
 # One thread copies 3 to 8 GB/s out of the page cache, a card takes 25 to 50.
 NUM_READERS = 8
 SLICE_BYTES = 8 * 2**20  # read by one of them
+SINK_BYTES = 16 * 2**20  # handed over at once: a sink makes copies of it
 
 CPU = torch.device("cpu")
 TORCH_DTYPES = {  # by the names of headers
@@ -181,6 +183,30 @@ class CheckpointReader:
             self._put(rows, part.view[row : row + len(rows)], columns)
             yield piece.nbytes
 
+    def feed(self, tensor: StoredTensor, sink: Sink) -> Iterator[int]:
+        """Give all rows of the tensor to the sink, on the device. Yields as `copy`."""
+        num_rows = tensor.shape[0] if tensor.shape else 1
+        row_bytes = tensor.num_bytes // max(1, num_rows)
+        limit = min(self._buffer_bytes, SINK_BYTES)
+        num_steps = max(1, limit // max(1, row_bytes * sink.row_step))
+        rows_at_once = num_steps * sink.row_step
+        if rows_at_once * row_bytes > self._buffer_bytes:
+            raise CheckpointError(f"{tensor.file}: the rows of {tensor.name} are too long")
+        cuts = self._cut(0, tensor.num_bytes, rows_at_once * row_bytes)
+        for first_row, (_, piece) in zip(
+            range(0, num_rows, rows_at_once), self._pieces(tensor, cuts), strict=True
+        ):
+            rows = piece.view(-1, *tensor.shape[1:])
+            put = partial(sink.put, first_row)
+            try:
+                if self._upload is not None:
+                    self._upload.hand_over(rows, put)
+                else:
+                    put(rows)
+            except CheckpointError as error:
+                raise CheckpointError(f"{tensor.file}: {tensor.name} {error}") from error
+            yield piece.nbytes
+
     def _put(
         self, piece: torch.Tensor, view: torch.Tensor, columns: tuple[int, int] | None = None
     ) -> None:
@@ -242,9 +268,9 @@ class CheckpointReader:
             self._file = None
 
 
-def bytes_to_read(tensor: StoredTensor, part: Part) -> int:
-    """What `copy` takes from the file."""
-    if part.dim == 1 or not tensor.num_bytes:
+def bytes_to_read(tensor: StoredTensor, part: Part | Sink) -> int:
+    """What `copy` or `feed` takes from the file."""
+    if isinstance(part, Sink) or part.dim == 1 or not tensor.num_bytes:
         return tensor.num_bytes
     num_rows = tensor.shape[0] if tensor.shape else 1
     return tensor.num_bytes // num_rows * (part.view.shape[0] if tensor.shape else 1)

@@ -1,7 +1,7 @@
 """Fake (shape-only) implementations of the ops, for FakeTensor tracing and `opcheck`.
 
 All ops write into tensors they are given and return nothing, so each fake only has to exist; but
-serves_linear, which says what there is.
+those that say what there is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 
 OP_NAMES = (
     "rms_norm", "add_rms_norm", "rope_write_kv", "linear", "linear_add",
-    "linear_silu_mul", "serves_linear", "silu_mul", "paged_attention", "rope_attention",
+    "linear_silu_mul", "serves_linear", "linear_w4a16", "dequantise_w4a16", "serves_linear_w4a16",
+    "silu_mul", "paged_attention", "rope_attention",
     "plan_attention", "plan_step", "sample", "apply_bitmask", "logprobs",
 )  # fmt: skip
 
@@ -18,5 +19,5 @@ OP_NAMES = (
 def register_fakes() -> None:
     """Register the fakes; the schemas must be defined. Called once, by build.load_native."""
     for name in OP_NAMES:
-        result = True if name == "serves_linear" else None
+        result = True if name.startswith("serves_") else None
         torch.library.register_fake(f"pyserve::{name}", lambda *args, result=result: result)

@@ -15,10 +15,13 @@ from torch import Tensor
 from pyserve import limits
 from pyserve.ops import step_layout as layout
 from pyserve.ops.philox import philox4x32
+from pyserve.ops.reference_linear import dequantise_w4a16 as dequantise_w4a16
 from pyserve.ops.reference_linear import linear as linear
 from pyserve.ops.reference_linear import linear_add as linear_add
 from pyserve.ops.reference_linear import linear_silu_mul as linear_silu_mul
+from pyserve.ops.reference_linear import linear_w4a16 as linear_w4a16
 from pyserve.ops.reference_linear import serves_linear as serves_linear
+from pyserve.ops.reference_linear import serves_linear_w4a16 as serves_linear_w4a16
 from pyserve.ops.reference_linear import silu_mul as silu_mul
 from pyserve.ops.step_checks import check_sampling, checked_header, require
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyserve.ops import w4a16
+
 SQUARES_COLUMNS = 16  # of the residual, whose sum of squares is one number: common/epilogue.h
 
 
@@ -50,6 +52,22 @@ def _linear_float32(
 
 def serves_linear(weight: Tensor, m: int, epilogue: int) -> bool:
     """Whether an own kernel is the fastest: there is no other here."""
+    return True
+
+
+def linear_w4a16(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """linear of the matrix that w4a16.py describes."""
+    weight = w4a16.dequantised(packed, out.shape[1], x.shape[1])
+    out.copy_(_linear_float32(x, weight, bias))
+
+
+def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:
+    """out = the matrix, each element rounded once."""
+    out.copy_(w4a16.dequantised(packed, *out.shape))
+
+
+def serves_linear_w4a16(packed: Tensor, m: int) -> bool:
+    """As serves_linear."""
     return True
 
 

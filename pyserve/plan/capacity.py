@@ -57,13 +57,11 @@ def named_memory(card: Card) -> CardMemory:
     return CardMemory(total_bytes=card.memory_mib * MIB, used_bytes=CONTEXT_BYTES)
 
 
-def sizes_on_card(
-    model: ModelConfig, config: EngineConfig, *, is_int4: bool = False, tp_size: int = 1
-) -> ModelSizes:
+def sizes_on_card(model: ModelConfig, config: EngineConfig, *, tp_size: int = 1) -> ModelSizes:
     """Raises ConfigError where a card cannot run the model, its dtype or one of tp_size parts."""
     devices.check_model(model, CUDA)
     dtype = devices.resolve_dtype(config.dtype, model.dtype, CUDA)
-    return measure_model(model, dtype, is_int4=is_int4, tp_size=tp_size)
+    return measure_model(model, dtype, tp_size=tp_size)
 
 
 def find_capacity(

@@ -59,7 +59,6 @@ def find_choices(
     config: EngineConfig,
     *,
     counts: Iterable[int],
-    is_int4: bool,
     mean_context: int,
     prices: Mapping[str, float],
 ) -> list[CardChoice]:
@@ -71,7 +70,7 @@ def find_choices(
     """
     found: dict[str, CardChoice] = {}
     for count in counts:
-        sizes = sizes_on_card(model, config, is_int4=is_int4, tp_size=count)
+        sizes = sizes_on_card(model, config, tp_size=count)
         for card in CARDS:
             if card.name in found:
                 continue

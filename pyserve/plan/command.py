@@ -10,9 +10,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
 
 from pyserve import flags, log
@@ -24,7 +22,7 @@ from pyserve.errors import ConfigError, StartupError
 from pyserve.flag_rows import settings, size
 from pyserve.flag_words import plain_words
 from pyserve.hub.resolve import model_headers
-from pyserve.model.config import ModelConfig, read_config
+from pyserve.model.config import ModelConfig
 from pyserve.model.loader import check_checkpoint
 from pyserve.model.weights import index_checkpoint
 from pyserve.ops import cuda_card
@@ -40,9 +38,9 @@ CONTEXTS = tuple(2**power for power in range(11, 21))  # of the table of memory:
 DEFAULT_MEAN_CONTEXT = 1024
 # What `plan` takes as the server does.
 SHARED_FLAGS = (
-    "revision", "download-dir", "hf-token", "dtype", "max-model-len", "max-num-seqs",
-    "max-num-batched-tokens", "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes",
-    "enforce-eager",
+    "revision", "download-dir", "hf-token", "dtype", "quantization", "max-model-len",
+    "max-num-seqs", "max-num-batched-tokens", "block-size", "gpu-memory-utilization",
+    "kv-cache-memory-bytes", "enforce-eager",
 )  # fmt: skip
 
 
@@ -73,9 +71,8 @@ def _which_card(
     counts = tuple(count for count in COUNTS if count in tp_sizes(model))
     if args.tensor_parallel_size is not None:
         counts = (args.tensor_parallel_size,)
-    is_int4 = args.quantization == "awq"
     choices = find_choices(
-        model, config, counts=counts, is_int4=is_int4, mean_context=args.mean_context, prices=prices
+        model, config, counts=counts, mean_context=args.mean_context, prices=prices
     )
     if not choices:
         raise ConfigError(
@@ -101,7 +98,7 @@ def _one_card(args: argparse.Namespace, model: ModelConfig, prices: dict[str, fl
     place = _place(args.gpu)
     config = _engine_config(args)
     tp_size = args.tensor_parallel_size or 1
-    sizes = sizes_on_card(model, config, is_int4=args.quantization == "awq", tp_size=tp_size)
+    sizes = sizes_on_card(model, config, tp_size=tp_size)
     capacity = find_capacity(model, config, sizes, place.memory)
     lines = [_model_line(args, model, sizes.num_params, sizes.dtype)]
     lines += _card_lines(place, tp_size)
@@ -150,12 +147,6 @@ def _parser() -> flags.Parser:
         choices=(1, 2, 4, 8),
         help="cards that share each layer; pyserve does not serve on several yet "
         "(default: one, or as few as it takes where cards are compared)",
-    )
-    parser.add_argument(
-        "--quantization",
-        "-q",
-        choices=["awq"],
-        help="awq: what int4 weights in groups of 128 would take; pyserve does not serve them yet",
     )
     parser.add_argument(
         "--mean-context",
@@ -216,35 +207,17 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
 
 
 def _read_headers(args: argparse.Namespace, folder: Path) -> tuple[ModelConfig, int | None]:
-    raw = read_config(folder)
-    if args.quantization == "awq":
-        raw = _without_awq(raw)
-    model = ModelConfig.from_hf(raw)
+    config = _engine_config(args)
+    model = ModelConfig.from_path(folder).quantised_as(config.quantization)
     if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return model, None
-    if args.quantization is None:
-        check_checkpoint(folder, model)
+    check_checkpoint(folder, model)
     return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     shape = settings(flags.ENGINE, args)
     return EngineConfig(**shape, model_path=Path(args.model), device="cuda")
-
-
-def _without_awq(raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json as that of the model before AWQ, where it was quantised in the way we count."""
-    stored = raw.get("quantization_config")
-    if stored is None:
-        return raw
-    keys = ("quant_method", "bits", "group_size")
-    found = tuple(stored.get(key) for key in keys) if isinstance(stored, dict) else None
-    if found != ("awq", 4, 128):
-        raise ConfigError(
-            "config.json: --quantization awq counts 4 bits in groups of 128, quantization_config "
-            f"says {msgspec.json.encode(stored).decode()[:80]}"
-        )
-    return {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +252,8 @@ def _model_line(
         f"{args.model}: {model.architecture}, {num_params / 1e9:.2f} G parameters, "
         f"{str(dtype).removeprefix('torch.')}, context {model.max_model_len:,}"
     )
-    if args.quantization == "awq":
-        line += ", its layers' matrices in int4 as AWQ's: NOT SERVED YET, sizes only"
+    if model.quantization is not None:
+        line += f", {model.quantization.words()}"
     return line
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -21,10 +20,6 @@ from pyserve.model.kv import KVSpec
 from pyserve.model.placement import META, Placement
 from pyserve.plan.cards import Card
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-# AWQ, int4 in groups of 128: a 16-bit scale and a 4-bit zero point a group.
-INT4_BITS = 4 + (16 + 4) / 128
 TP_SIZES = (1, 2, 4, 8)  # cards of one machine that share each layer
 
 
@@ -64,10 +59,8 @@ class ModelSizes:
         )
 
 
-def measure_model(
-    model: ModelConfig, dtype: torch.dtype, *, is_int4: bool = False, tp_size: int = 1
-) -> ModelSizes:
-    """Sizes of `model` in `dtype`; is_int4: its layers' matrices as AWQ would store them.
+def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -> ModelSizes:
+    """Sizes of `model`, computed in `dtype`.
 
     tp_size   cards that share each layer. Raises ConfigError where they cannot.
     """
@@ -79,26 +72,18 @@ def measure_model(
         )
     # The first rank: no other holds more.
     shapes = build_model(model, Placement(dtype, META, tp_size=tp_size), max_model_len=1)
-    tensors = shapes.destinations()
-    layers = [
-        tensor
-        for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and name not in (EMBEDDING, HEAD)
-    ]
-    layer_params = sum(tensor.num_elements for tensor in layers)
-    dense_bytes = sum(tensor.nbytes for tensor in layers)
-    layer_bytes = int(layer_params * INT4_BITS / 8) if is_int4 else dense_bytes
-    head = tensors.get(HEAD, tensors[EMBEDDING])
+    tensors = shapes.destinations().values()
+    linears = shapes.layer_linears()
     num_heads, _, head_dim = shapes.layers[0].attention.sizes
     return ModelSizes(
         dtype=dtype,
         shapes=shapes,
-        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()) - dense_bytes + layer_bytes,
-        num_params=sum(prod(tensor.shape) for tensor in tensors.values()),
-        layer_bytes=layer_bytes,
-        layer_params=layer_params,
-        head_bytes=head.nbytes,
-        head_params=head.num_elements,
+        weight_bytes=sum(tensor.nbytes for tensor in tensors),
+        num_params=sum(tensor.num_params for tensor in tensors),
+        layer_bytes=sum(linear.matrix.nbytes for linear in linears),
+        layer_params=sum(linear.num_params for linear in linears),
+        head_bytes=shapes.head.matrix.nbytes,
+        head_params=shapes.head.num_params,
         kv_specs=tuple(shapes.kv_specs()),
         num_heads=num_heads,
         head_dim=head_dim,

@@ -161,7 +161,7 @@ def test_a_quantised_checkpoint_is_called_one(folder: Path) -> None:
         oracle.load_ours(folder)
     change(folder, {f"{name}.weight": torch.ones(96, 64), f"{name}.qweight": None})
     change(folder, {f"{name}.weight_scale": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"weight_scale is of a quantised checkpoint"):
+    with pytest.raises(CheckpointError, match=r"weight_scale is of a quantised matrix"):
         oracle.load_ours(folder)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyserve import limits, ops
-from pyserve.ops import fakes, reference
+from pyserve.ops import fakes, reference, w4a16
 from pyserve.ops import step_layout as layout
 
 
@@ -33,6 +33,8 @@ def op_args() -> dict[str, tuple[Any, ...]]:
     counts = torch.zeros(3, 20, dtype=torch.int16)
     table = torch.zeros(3, 2, dtype=torch.int32)
     x = torch.randn(2, 3, 24)
+    packed = torch.zeros(w4a16.packed_shape(10, 64, 32), dtype=torch.int32)
+    w4a16.fill_with_noise(packed, 10, 64, 1.0, torch.Generator().manual_seed(0))
     return {
         "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x)),
         "add_rms_norm": (x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x)),
@@ -61,6 +63,8 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.randn(3, 24), torch.randn(10, 24), torch.randn(10), torch.empty(3, 5),
             20 * (torch.rand(3, 2) + 1), 1e-5,
         ),
+        "linear_w4a16": (torch.randn(3, 64), packed, torch.randn(10), torch.empty(3, 10)),
+        "dequantise_w4a16": (packed, torch.empty(10, 64)),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "paged_attention": (
             torch.randn(3, 4, 8), cache[0], cache[1], table, _int(1, 0, -1), _int(0, 1, 3, 3),
@@ -96,7 +100,7 @@ def op_args() -> dict[str, tuple[Any, ...]]:
 
 
 # CUDA has all; serves_linear is not an op on tensors: tests/ops/test_linear.py has it.
-CUDA_OP_NAMES = {"plan_attention", "rope_attention", "serves_linear"}
+CUDA_OP_NAMES = {"plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16"}
 CPU_OP_NAMES = [name for name in fakes.OP_NAMES if name not in CUDA_OP_NAMES]
 
 
@@ -136,7 +140,10 @@ def test_fakes_touch_no_memory(name: str) -> None:
 
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
-    last = ("rms_norm", "silu_mul", "paged_attention", "sample", "logprobs")
+    last = (
+        "rms_norm", "silu_mul", "paged_attention", "sample", "logprobs", "linear_w4a16",
+        "dequantise_w4a16",
+    )  # fmt: skip
     for name in (*last, "linear", "linear_silu_mul"):
         args = op_args()[name]
         out = args[-1 if name in last else 3]

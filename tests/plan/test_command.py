@@ -146,19 +146,23 @@ def test_a_batch_that_does_not_fit_is_the_largest_that_does(
     assert len(rows[0]) == 5, "no price, no column of it"
 
 
-def test_awq_is_sized_and_said_not_to_be_served(
+def test_awq_is_sized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_config(tmp_path)
     assert "does not fit" in refusal(caplog, folder, "--gpu", "3060")
     text = run(capsys, folder, "--gpu", "3060", "--quantization", "awq")
-    assert "NOT SERVED YET" in text and re.search(r"weights +5,462\.5 MiB", text)
+    assert "rounded to 4 bits as it is loaded" in text and "NOT SERVED" not in text
+    assert re.search(r"weights +5,540\.5 MiB", text), text
     stored = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
     folder = write_config(tmp_path, quantization_config=stored)
-    assert run(capsys, folder, "--gpu", "3060", "-q", "awq") == text
-    assert "no quantised checkpoints yet" in refusal(caplog, folder, "--gpu", "3060")
-    folder = write_config(tmp_path, quantization_config=stored | {"group_size": 64})
-    assert "groups of 128" in refusal(caplog, folder, "--gpu", "3060", "-q", "awq")
+    of_a_checkpoint = run(capsys, folder, "--gpu", "3060")
+    assert "4-bit awq in groups of 128" in of_a_checkpoint
+    assert of_a_checkpoint.splitlines()[1:] == text.splitlines()[1:]
+    assert run(capsys, folder, "--gpu", "3060", "-q", "awq") == of_a_checkpoint
+    assert "is awq; leave the flag out" in refusal(caplog, folder, "--gpu", "3060", "-q", "gptq")
+    folder = write_config(tmp_path, quantization_config=stored | {"bits": 8})
+    assert "bits must be 4, got 8" in refusal(caplog, folder, "--gpu", "3060")
 
 
 def test_what_does_not_fit_is_refused_with_the_ledger(
@@ -182,7 +186,7 @@ def test_what_does_not_fit_is_refused_with_the_ledger(
         (["MODEL", "--gpu", "4090", "--price-per-day", "nan"], "--price-per-day must be in"),
         (["MODEL", "--gpu", "4090", "--mean-context", "0"], "--mean-context must be at least 1"),
         (["MODEL", "--gpu", "4090", "--max-num-seqs", "0"], "--max-num-seqs must be in"),
-        (["MODEL", "--gpu", "4090", "--quantization", "gptq"], "choose from"),
+        (["MODEL", "--gpu", "4090", "--quantization", "fp8"], "must be awq, gptq or"),
         (["MODEL", "--gpu", "4090", "--max-model-len", "1Q"], "must be a number such as 4096"),
         (["MODEL", "--price-per-day", "8"], "--price-per-day 8: of which card?"),
         (

@@ -7,15 +7,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from pyserve.errors import ConfigError
 from pyserve.model.destination import Destination, Destinations
-from pyserve.model.placement import Placement, Shard
+from pyserve.model.placement import Placement, Rows, Shard
+from pyserve.model.registry import SchemeName
 from pyserve.model.schemes import (
     SCHEMES,
     ActivatingScheme,
     AddingScheme,
     Dense,
     NormingScheme,
-    Rows,
     Scheme,
     row_destinations,
 )
@@ -67,8 +68,8 @@ class Linear:
     """
 
     __slots__ = (
-        "matrix", "bias", "out_features", "has_add", "has_silu_mul", "has_norm_factor", "_rows",
-        "_has_bias",
+        "matrix", "bias", "in_features", "out_features", "has_add", "has_silu_mul",
+        "has_norm_factor", "_rows", "_has_bias",
     )  # fmt: skip
 
     def __init__(
@@ -85,10 +86,11 @@ class Linear:
             columns = placement.share(in_features)
         self._rows = tuple(_rows(outputs, placement, shard))
         self._has_bias = has_bias
-        # Every output of a Linear is stored alike: its first name speaks for all.
-        scheme = SCHEMES[placement.scheme_of(outputs[0].name)]
-        self.matrix: Scheme = scheme(self._rows, columns, placement)
-        self.out_features = sum(part.size for part in self._rows)  # here, of this rank
+        self.matrix: Scheme = SCHEMES[_scheme_of(outputs, placement)](
+            self._rows, columns, placement
+        )
+        self.in_features = columns.size  # here, of this rank, as the next
+        self.out_features = sum(part.size for part in self._rows)
         has_adapters = placement.num_adapter_slots > 0
         is_sum_partial = shard == "row" and placement.tp_size > 1
         self.has_add = (
@@ -109,7 +111,8 @@ class Linear:
         """The dense Linear of a matrix that another layer owns and loads."""
         linear = cls.__new__(cls)
         linear.matrix, linear.bias = Dense.over(weight), None
-        linear.out_features, linear._rows, linear._has_bias = weight.shape[0], (), False
+        linear.out_features, linear.in_features = weight.shape
+        linear._rows, linear._has_bias = (), False
         linear.has_add = linear.has_silu_mul = linear.has_norm_factor = False
         return linear
 
@@ -149,6 +152,11 @@ class Linear:
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
 
+    @property
+    def num_params(self) -> int:
+        """Of the matrix, here."""
+        return self.out_features * self.in_features
+
     def destinations(self) -> Destinations:
         destinations = self.matrix.destinations()
         if self.bias is not None:
@@ -158,6 +166,19 @@ class Linear:
                 f"{part.name}.bias": Destination((part.whole,), ()) for part in self._rows
             }
         return destinations
+
+
+def _scheme_of(outputs: Sequence[Output], placement: Placement) -> SchemeName:
+    """How the outputs of a Linear are stored: alike. Raises ConfigError where they are not."""
+    first = outputs[0].name
+    scheme = placement.scheme_of(first)
+    for output in outputs:
+        if placement.scheme_of(output.name) != scheme:
+            raise ConfigError(
+                f"config.json: of {first} and {output.name}, which are multiplied as one matrix, "
+                "one is quantised and the other is not: not supported"
+            )
+    return scheme
 
 
 def _rows(outputs: Sequence[Output], placement: Placement, shard: ShardRule) -> Iterator[Rows]:

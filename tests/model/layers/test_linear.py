@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pyserve.errors import ConfigError
 from pyserve.model.destination import Destination, Destinations, Part, finish_loading
 from pyserve.model.layers import linear as linear_module
 from pyserve.model.layers.embedding import Embedding
 from pyserve.model.layers.linear import Linear, Output, ShardRule
-from pyserve.model.placement import META, Placement, Shard
-from pyserve.model.schemes import Dense, Rows
+from pyserve.model.placement import META, Placement, Rows, Shard
+from pyserve.model.schemes import Dense
 from pyserve.model.weights import CheckpointReader, bytes_to_read, index_checkpoint
 
 CPU = torch.device("cpu")
@@ -181,7 +182,7 @@ def turned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Placement]:
     monkeypatch.setattr(linear_module, "SCHEMES", {"dense": Dense, "turned": Turned})
 
     def make(tp_rank: int = 0, tp_size: int = 1) -> Placement:
-        return place(tp_rank, tp_size, schemes={"gate": "turned", "down": "turned"})
+        return place(tp_rank, tp_size, schemes=dict.fromkeys(("gate", "other", "down"), "turned"))
 
     return make
 
@@ -191,10 +192,10 @@ def test_a_scheme_says_what_is_loaded_and_how(
 ) -> None:
     """Slices along either dimension, parts fused along the second one, integers, a last step."""
     stored = {f"{name}.qweight": torch.randint(-9, 9, (HIDDEN, 8), dtype=torch.int32)
-              for name in ("gate", "up", "down")}  # fmt: skip
+              for name in ("gate", "other", "down")}  # fmt: skip
     save_file(stored, tmp_path / "model.safetensors")
-    gate, up, down = (stored[f"{name}.qweight"] * 0.5 for name in ("gate", "up", "down"))
-    outputs = [Output("gate", 8), Output("up", 8)]
+    gate, up, down = (stored[f"{name}.qweight"] * 0.5 for name in ("gate", "other", "down"))
+    outputs = [Output("gate", 8), Output("other", 8)]
     x = torch.randn(3, HIDDEN)
     for tp_size in (1, *TP_SIZES):
         gates, ups, sums = [], [], []
@@ -221,7 +222,7 @@ def test_what_stands_between_is_not_skipped(turned: Callable[..., Placement]) ->
         assert down.has_add == (tp_size == 1)
         gate_up = Linear([Output("up", 8), Output("too", 8)], HIDDEN, turned(0, tp_size))
         assert gate_up.has_silu_mul and gate_up.has_add
-        other = Linear([Output("gate", 8), Output("up", 8)], HIDDEN, turned(0, tp_size))
+        other = Linear([Output("gate", 8), Output("other", 8)], HIDDEN, turned(0, tp_size))
         assert not other.has_add and not other.has_silu_mul
 
 
@@ -244,3 +245,8 @@ def test_adding_and_activating_are_what_is_called_plainly() -> None:
 def test_shapes_can_be_made_without_memory() -> None:
     linear = Linear(QKV, HIDDEN, Placement(torch.bfloat16, META, tp_size=4), shard="column")
     assert sum(place.nbytes for place in linear.destinations().values()) == 2 * 16 * HIDDEN
+
+
+def test_outputs_that_are_not_stored_alike(turned: Callable[..., Placement]) -> None:
+    with pytest.raises(ConfigError, match="gate and plain, which are multiplied as one matrix"):
+        Linear([Output("gate", 8), Output("plain", 8)], HIDDEN, turned())

@@ -1,0 +1,419 @@
+// linear of a matrix of 4-bit integers, for few rows of x, and the matrix as plain numbers.
+//   out[t, j] = sum over i of x[t, i] * W[j, i], plus bias[j];  W = (q - z) * s
+//   x [m, k], packed (pyserve/ops/w4a16.py), bias [n], out [m, n]
+//
+// The work is to stream the matrix once, as fast as memory gives it. Threads split the strips of 16
+// rows. The 16 words that hold two rows of a block are read at once, and each of their 8 nibbles is
+// turned into q - z by a table of 16 where the CPU has one (AVX-512), else by arithmetic; x lies in
+// the order of these words, and its rows are taken 4 (then 2, then 1) at a time. Products of bfloat16
+// where the CPU has them, else of float32.
+// Numerics: q - z is exact; float32 sums over a group, times the scale, summed over the groups, then
+// the lanes as a tree, the bias, and one rounding. What else is in a batch never changes a row.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "../common/args/linear_w4a16.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace pyserve {
+namespace {
+
+constexpr int kRowWords = 16;  // of a block, of two of its rows
+constexpr int kChunks = kRowWords / kLanes;
+// Words that are asked for ahead of their use: a strip is one stream, which the CPU would follow page
+// by page only. One thread, one row by [14336, 4096]: 3.8 ms with it, 7.9 without.
+constexpr int64_t kAhead = 2048;
+
+// ---- q - z, and products ------------------------------------------------------------------------
+
+// For each zero point q - z of all q.
+struct Differences {
+  alignas(64) float rows[16][16];
+
+  constexpr Differences() : rows() {
+    for (int z = 0; z < 16; ++z) {
+      for (int q = 0; q < 16; ++q) rows[z][q] = static_cast<float>(q - z);
+    }
+  }
+};
+constexpr Differences kDifferences;
+
+inline UintVec load_words(const uint32_t* p) {
+  UintVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// What of a word's nibbles a table of two groups looks at: which of the two is the lane's.
+inline __attribute__((unused)) UintVec step_bit(uint32_t bit) {
+  UintVec bits = {};
+  for (int lane = 0; lane < kLanes; ++lane) bits[lane] = lane % 4 >= 2 ? bit : 0;
+  return bits;
+}
+
+// Products of float32: each nibble of a word is one. Where a block has two groups, kRecords, the
+// lanes of steps 0 and 1 are of the first, those of 2 and 3 of the second.
+template <class T, int kRecords>
+struct Product {
+  static constexpr int kParts = 4;  // of 16 columns each: nibbles h, h + 2, h + 4, h + 6
+  using X = float;                  // x as it is read: [block][part][kRowWords]
+  using Part = Vec;
+
+#ifdef __AVX512F__
+  __m512 first, second;
+  Product(uint32_t z0, uint32_t z1)
+      : first(_mm512_load_ps(kDifferences.rows[z0])),
+        second(_mm512_load_ps(kDifferences.rows[z1])) {}
+  Vec decode(UintVec words) const {
+    if constexpr (kRecords == 1) {  // the table looks at the lowest 4 bits
+      return std::bit_cast<Vec>(_mm512_maskz_permutexvar_ps(
+          0xffff, std::bit_cast<__m512i>(words), first));
+    }
+    const auto index = std::bit_cast<__m512i>((words & 15u) | step_bit(16));
+    return std::bit_cast<Vec>(_mm512_permutex2var_ps(first, index, second));
+  }
+#else
+  Vec zero;
+  Product(uint32_t z0, uint32_t z1) : zero(splat(static_cast<float>(z0))) {
+    for (int lane = 0; kRecords == 2 && lane < kLanes; ++lane) {
+      if (lane % 4 >= 2) zero[lane] = static_cast<float>(z1);
+    }
+  }
+  Vec decode(UintVec words) const {
+    return __builtin_convertvector(std::bit_cast<IntVec>(words & 15u), Vec) - zero;
+  }
+#endif
+
+  static Part read(const X* p) { return load(p); }
+  static Vec add(Vec sums, Part a, Part b) { return fma(a, b, sums); }
+
+  // `count` columns of a block of x, those behind them 0.
+  static void arrange(const T* x, int64_t count, X* to) {
+    for (int part = 0; part < kParts; ++part) {
+      for (int lane = 0; lane < kRowWords; ++lane) {
+        const int column = 16 * (lane % 4) + 8 * (part % 2) + 2 * (lane / 4) + part / 2;
+        to[part * kRowWords + lane] = column < count ? to_float(x[column]) : 0.0f;
+      }
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+// For each zero point q - z of all q in bfloat16, which holds them; twice, for a table of 32.
+struct Bf16Differences {
+  alignas(64) uint16_t rows[16][32];
+
+  constexpr Bf16Differences() : rows() {
+    for (int z = 0; z < 16; ++z) {
+      for (int q = 0; q < 32; ++q) {
+        const auto value = static_cast<float>(q % 16 - z);
+        rows[z][q] = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
+      }
+    }
+  }
+};
+constexpr Bf16Differences kBf16Differences;
+
+// Products of pairs of bfloat16: nibbles i and i + 4.
+template <int kRecords>
+struct Product<Bf16, kRecords> {
+  static constexpr int kParts = 2;  // of 32 columns each
+  using X = uint32_t;               // a pair: [block][part][kRowWords]
+  using Part = __m512bh;
+
+  __m512i table;
+  Product(uint32_t z0, uint32_t z1) : table(_mm512_load_si512(kBf16Differences.rows[z0])) {
+    if constexpr (kRecords == 2) {
+      table = _mm512_mask_blend_epi64(0xf0, table, _mm512_load_si512(kBf16Differences.rows[z1]));
+    }
+  }
+  // The table looks at the lowest 5 bits of each half.
+  Part decode(UintVec words) const {
+    if constexpr (kRecords == 2) words = (words & 0x000f000fu) | step_bit(0x00100010);
+    return std::bit_cast<Part>(_mm512_permutexvar_epi16(std::bit_cast<__m512i>(words), table));
+  }
+
+  static Part read(const X* p) {
+    Part part;
+    std::memcpy(&part, p, sizeof part);
+    return part;
+  }
+  static Vec add(Vec sums, Part a, Part b) {
+    return std::bit_cast<Vec>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sums), a, b));
+  }
+
+  static void arrange(const Bf16* x, int64_t count, X* to) {
+    for (int u = 0; u < kParts; ++u) {
+      for (int lane = 0; lane < kRowWords; ++lane) {
+        const int column = 16 * (lane % 4) + 8 * u + 2 * (lane / 4);
+        X pair = 0;
+        if (column < count) std::memcpy(&pair, x + column, sizeof pair);
+        to[u * kRowWords + lane] = pair;
+      }
+    }
+  }
+};
+#endif
+
+// ---- strips -------------------------------------------------------------------------------------
+
+// What the records of a unit say of a row.
+template <int kRecords>
+struct RowRecord {
+  uint32_t z0, z1;
+  Vec scale;
+
+  RowRecord(const uint32_t* records, int row) {
+    const uint32_t first = records[row], last = records[(kRecords - 1) * kW4RecordWords + row];
+    z0 = first & 15;
+    z1 = last & 15;
+    scale = splat(std::bit_cast<float>(first & ~kW4ZeroMask));
+    if constexpr (kRecords == 2) {
+      const Vec other = splat(std::bit_cast<float>(last & ~kW4ZeroMask));
+      scale = step_bit(1) == 1u ? other : scale;
+    }
+  }
+};
+
+// totals[t][r] += the unit's part of row r of the strip by row t of x.
+template <class T, int kTokens, int kBlocks, int kRecords>
+[[gnu::always_inline]] inline void add_unit(const uint32_t* words,
+                                            const typename Product<T, kRecords>::X* x,
+                                            int64_t x_stride,
+                                            Vec (&totals)[kTokens][kStripRows]) {
+  using P = Product<T, kRecords>;
+  const uint32_t* records = words + kBlocks * kW4BlockWords;
+#pragma GCC unroll 1
+  for (int g = 0; g < 8; ++g) {
+    __builtin_prefetch(words + kAhead + g * kBlocks * kRowWords);
+    if (kBlocks == 2) __builtin_prefetch(words + kAhead + g * kBlocks * kRowWords + kRowWords);
+    const RowRecord<kRecords> upper(records, g), lower(records, 8 + g);
+    const P of_upper(upper.z0, upper.z1), of_lower(lower.z0, lower.z1);
+    Vec sums[kTokens][2] = {};
+#pragma GCC unroll 2
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChunks; ++c) {
+        const UintVec row = load_words(words + b * kW4BlockWords + g * kRowWords + c * kLanes);
+#pragma GCC unroll 4
+        for (int part = 0; part < P::kParts; ++part) {
+          const auto first = of_upper.decode(row >> (8 * part));
+          const auto second = of_lower.decode(row >> (8 * part + 4));
+          const int64_t at = (b * P::kParts + part) * kRowWords + c * kLanes;
+#pragma GCC unroll 4
+          for (int t = 0; t < kTokens; ++t) {
+            const auto from = P::read(x + t * x_stride + at);
+            sums[t][0] = P::add(sums[t][0], first, from);
+            sums[t][1] = P::add(sums[t][1], second, from);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      totals[t][g] = fma(upper.scale, sums[t][0], totals[t][g]);
+      totals[t][8 + g] = fma(lower.scale, sums[t][1], totals[t][8 + g]);
+    }
+  }
+}
+
+template <class T>
+struct W4Shape {
+  int64_t m, n, k, out_stride;
+  W4Matrix matrix;
+  const T* bias;  // may be null
+};
+
+// out[t, rows of the strip] for kTokens rows of x, which lie x_stride apart.
+template <class T, int kTokens, int kBlocks, int kRecords>
+void strip_rows(const W4Shape<T>& shape, int64_t strip,
+                const typename Product<T, kRecords>::X* x, int64_t x_stride, T* out) {
+  constexpr int64_t kUnitWords = kBlocks * kW4BlockWords + kRecords * kW4RecordWords;
+  constexpr int64_t kUnitX = kBlocks * Product<T, kRecords>::kParts * kRowWords;
+  const uint32_t* words = shape.matrix.words + strip * shape.matrix.num_units * kUnitWords;
+  Vec totals[kTokens][kStripRows] = {};
+  for (int64_t unit = 0; unit < shape.matrix.num_units; ++unit) {
+    add_unit<T, kTokens, kBlocks, kRecords>(words + unit * kUnitWords, x + unit * kUnitX, x_stride,
+                                            totals);
+  }
+  const int64_t row = strip * kStripRows;
+  const auto count = static_cast<int>(std::min(kStripRows, shape.n - row));
+  for (int t = 0; t < kTokens; ++t) {
+    for (int r = 0; r < count; r += kLanes) {
+      Vec sums = sum_rows(totals[t] + r);
+      const int num_here = std::min(kLanes, count - r);
+      if (shape.bias != nullptr) sums += load_first(shape.bias + row + r, num_here);
+      T rounded[kLanes];
+      store(rounded, sums);
+      std::memcpy(out + t * shape.out_stride + row + r, rounded, num_here * sizeof(T));
+    }
+  }
+}
+
+// x as Product reads it, [m][columns of all units].
+template <class T, int kRecords>
+void arrange_x(const W4Shape<T>& shape, const T* x, int64_t x_stride, int64_t row_size,
+               typename Product<T, kRecords>::X* to) {
+  using P = Product<T, kRecords>;
+  const double cost = 1.0 * static_cast<double>(shape.k);  // nanoseconds, measured
+  parallel_for(shape.m, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      auto* block = to + t * row_size;
+      for (int64_t i = 0; i < row_size * kW4BlockColumns / (P::kParts * kRowWords);
+           i += kW4BlockColumns, block += P::kParts * kRowWords) {
+        P::arrange(x + t * x_stride + i, shape.k - i, block);
+      }
+    }
+  });
+}
+
+template <class T, int kBlocks, int kRecords>
+void linear_strips(const W4Shape<T>& shape, const T* x, int64_t x_stride, T* out) {
+  using P = Product<T, kRecords>;
+  const int64_t row_size = shape.matrix.num_units * kBlocks * P::kParts * kRowWords;
+  thread_local std::vector<typename P::X> arranged;
+  arranged.resize(shape.m * row_size);
+  const auto* rows = arranged.data();
+  arrange_x<T, kRecords>(shape, x, x_stride, row_size, arranged.data());
+  // Measured: nanoseconds a byte of the matrix, and a byte and row of x.
+  const auto bytes = static_cast<double>(shape.matrix.strip_words() * sizeof(uint32_t));
+  const double cost = bytes * (0.06 + 0.03 * static_cast<double>(shape.m));
+  parallel_for(shape.matrix.num_strips, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      int64_t t = 0;
+      for (; t + 4 <= shape.m; t += 4) {
+        strip_rows<T, 4, kBlocks, kRecords>(shape, strip, rows + t * row_size, row_size,
+                                            out + t * shape.out_stride);
+      }
+      if (t + 2 <= shape.m) {
+        strip_rows<T, 2, kBlocks, kRecords>(shape, strip, rows + t * row_size, row_size,
+                                            out + t * shape.out_stride);
+        t += 2;
+      }
+      if (t < shape.m) {
+        strip_rows<T, 1, kBlocks, kRecords>(shape, strip, rows + t * row_size, row_size,
+                                            out + t * shape.out_stride);
+      }
+    }
+  });
+}
+
+// ---- the matrix as plain numbers ----------------------------------------------------------------
+
+// The 64 columns of a block for row r of the strip. `scaled` is (q - z) * s of all q, for the first
+// and the last group of the block.
+template <class T>
+void write_row(const uint32_t* block, int r, const T (&scaled)[2][16], int64_t count, T* out) {
+  const uint32_t* words = block + r % 8 * kRowWords;
+  T row[kW4BlockColumns];
+  for (int s = 0; s < 4; ++s) {
+    const T* table = scaled[s / 2];
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t word = words[4 * t + s] >> (r < 8 ? 0 : 4);
+      for (int u = 0; u < 2; ++u) {
+        row[16 * s + 8 * u + 2 * t] = table[(word >> (8 * u)) & 15];
+        row[16 * s + 8 * u + 2 * t + 1] = table[(word >> (8 * u + 16)) & 15];
+      }
+    }
+  }
+  std::memcpy(out, row, std::min(count, kW4BlockColumns) * sizeof(T));
+}
+
+#ifdef __AVX512BF16__
+// The same by two tables of 32: pairs in the order of words, then in that of columns.
+inline void write_row(const uint32_t* block, int r, const Bf16 (&scaled)[2][16], int64_t count,
+                      Bf16* out) {
+  const __m512i table = _mm512_loadu_si512(scaled);
+  const UintVec words = load_words(block + r % 8 * kRowWords) >> (r < 8 ? 0 : 4);
+  const UintVec bit = step_bit(0x00100010);
+  const auto decode = [&](UintVec part) {
+    const auto index = std::bit_cast<__m512i>((part & 0x000f000fu) | bit);
+    return _mm512_permutexvar_epi16(index, table);
+  };
+  const __m512i first = decode(words), second = decode(words >> 8);
+  // Pair 8 s + 4 u + t of the columns is lane 4 t + s of those of u; 16 more say the second.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  __m512i halves[2] = {
+      _mm512_permutex2var_epi32(first, order, second),
+      _mm512_permutex2var_epi32(first, _mm512_add_epi32(order, _mm512_set1_epi32(2)), second)};
+  std::memcpy(out, halves, std::min(count, kW4BlockColumns) * sizeof(Bf16));
+}
+#endif
+
+template <class T>
+void scale_row(const uint32_t* record, int r, T (&scaled)[16]) {
+  const float scale = std::bit_cast<float>(record[r] & ~kW4ZeroMask);
+  const float* differences = kDifferences.rows[record[r] & 15];
+  for (int q = 0; q < 16; q += kLanes) store(scaled + q, load(differences + q) * scale);
+}
+
+template <class T>
+void dequantise_strip(const W4Matrix& matrix, int64_t strip, int64_t num_rows, int64_t k,
+                      int64_t stride, T* out) {
+  const W4Format& format = matrix.format;
+  const uint32_t* words = matrix.words + strip * matrix.strip_words();
+  for (int64_t unit = 0; unit < matrix.num_units; ++unit, words += format.unit_words()) {
+    const uint32_t* records = words + format.unit_blocks * kW4BlockWords;
+    for (int r = 0; r < num_rows; ++r) {
+      alignas(64) T scaled[2][16];
+      scale_row(records, r, scaled[0]);
+      scale_row(records + (format.unit_records - 1) * kW4RecordWords, r, scaled[1]);
+      for (int64_t b = 0; b < format.unit_blocks; ++b) {
+        const int64_t column = unit * format.unit_columns() + b * kW4BlockColumns;
+        write_row(words + b * kW4BlockWords, r, scaled, k - column, out + r * stride + column);
+      }
+    }
+  }
+}
+
+// ---- the ops ------------------------------------------------------------------------------------
+
+void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                  const Tensor& out) {
+  const LinearW4Args args =
+      linear_w4_args(ViewReader{"linear_w4a16", Place::kCpu}, x, packed, bias, out);
+  if (args.m() == 0 || args.n() == 0) return;
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
+    const W4Shape<T> shape{args.m(), args.n(), args.k(), args.out.stride(0), args.matrix,
+                           static_cast<const T*>(args.bias)};
+    const T* from = args.x.ptr<T>();
+    T* to = args.out.ptr<T>();
+    const int64_t stride = args.x.stride(0);
+    if (args.matrix.format.group_size == 32) return linear_strips<T, 1, 2>(shape, from, stride, to);
+    if (args.matrix.format.group_size == 64) return linear_strips<T, 1, 1>(shape, from, stride, to);
+    linear_strips<T, 2, 1>(shape, from, stride, to);
+  });
+}
+
+void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
+  const DequantiseW4Args args =
+      dequantise_w4_args(ViewReader{"dequantise_w4a16", Place::kCpu}, packed, out);
+  const int64_t n = args.out.size(0), k = args.out.size(1);
+  const auto cost = 0.3 * static_cast<double>(kStripRows * k);  // nanoseconds, measured
+  dispatch_float<float, Bf16>(args.out, [&]<class T>(T) {
+    parallel_for(args.matrix.num_strips, cost, [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t row = strip * kStripRows, stride = args.out.stride(0);
+        dequantise_strip<T>(args.matrix, strip, std::min(kStripRows, n - row), k, stride,
+                            args.out.ptr<T>() + row * stride);
+      }
+    });
+  });
+}
+
+// Whether linear_w4a16 is faster for m rows than a product with the matrix as plain numbers.
+bool serves_linear_w4a16(const Tensor& /*packed*/, int64_t m) { return m <= 16; }
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("linear_w4a16", TORCH_BOX(&pyserve::linear_w4a16));
+  m.impl("dequantise_w4a16", TORCH_BOX(&pyserve::dequantise_w4a16));
+  m.impl("serves_linear_w4a16", TORCH_BOX(&pyserve::serves_linear_w4a16));
+}
