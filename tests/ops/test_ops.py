@@ -33,8 +33,7 @@ def op_args() -> dict[str, tuple[Any, ...]]:
     counts = torch.zeros(3, 20, dtype=torch.int16)
     table = torch.zeros(3, 2, dtype=torch.int32)
     x = torch.randn(2, 3, 24)
-    packed = torch.zeros(w4a16.packed_shape(10, 64, 32), dtype=torch.int32)
-    w4a16.fill_with_noise(packed, 10, 64, 1.0, torch.Generator().manual_seed(0))
+    packed = _packed(10, 64)
     return {
         "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x)),
         "add_rms_norm": (x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x)),
@@ -97,6 +96,12 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.ones(2, limits.TOP_LOGPROBS),
         ),
     }  # fmt: skip
+
+
+def _packed(n: int, k: int) -> torch.Tensor:
+    packed = torch.zeros(w4a16.packed_shape(n, k, 32), dtype=torch.int32)
+    w4a16.fill_with_noise(packed, n, k, 1.0, torch.Generator().manual_seed(0))
+    return packed
 
 
 # CUDA has all; serves_linear is not an op on tensors: tests/ops/test_linear.py has it.

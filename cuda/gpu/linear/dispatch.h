@@ -19,4 +19,8 @@ LinearKernel choose_linear(const LinearParams& params, const Device& device);
 // Whether launch_linear is the faster way, on the current device.
 cudaError_t serves_linear(const LinearParams& params, bool* serves);
 
+// Whether a kernel multiplies m rows by 4-bit integers (pyserve/ops/w4a16.py) faster than they are
+// made plain numbers (w4a16.h) and multiplied. There is none yet.
+constexpr bool serves_linear_w4a16(int64_t /*m*/) { return false; }
+
 }  // namespace pyserve::gpu

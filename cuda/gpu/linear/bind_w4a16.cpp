@@ -1,0 +1,43 @@
+// The ops of 4-bit integers on CUDA: checks, then the kernel.
+#include <torch/csrc/stable/library.h>
+
+#include "common/args/linear_w4a16.h"
+#include "gpu/core/bind.h"
+#include "gpu/linear/dispatch.h"
+#include "gpu/linear/w4a16.h"
+
+namespace pyserve {
+namespace {
+
+void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
+  const ViewReader read{"dequantise_w4a16", Place::kCuda};
+  const DequantiseW4Args args = dequantise_w4_args(read, packed, out);
+  const W4Matrix& matrix = args.matrix;
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(matrix.words) % 16 == 0, read.op,
+                ": packed must be aligned to 16 bytes");
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.out.data) % 4 == 0 && args.out.stride(0) % 2 == 0,
+                read.op, ": the rows of out must be aligned to 4 bytes");
+  const gpu::DequantiseW4Params params{.packed = matrix.words,
+                                       .num_units = matrix.num_units,
+                                       .unit_blocks = static_cast<int>(matrix.format.unit_blocks),
+                                       .unit_records = static_cast<int>(matrix.format.unit_records),
+                                       .unit_words = static_cast<int>(matrix.format.unit_words()),
+                                       .out = args.out.data,
+                                       .out_stride = args.out.stride(0),
+                                       .num_rows = args.out.size(0),
+                                       .k = args.out.size(1),
+                                       .dtype = half_dtype(args.out)};
+  check_launch(read.op, gpu::launch_dequantise_w4a16(params, current_stream(packed)));
+}
+
+bool serves_linear_w4a16(const Tensor& /*packed*/, int64_t m) {
+  return gpu::serves_linear_w4a16(m);
+}
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
+  m.impl("dequantise_w4a16", TORCH_BOX(&pyserve::dequantise_w4a16));
+  m.impl("serves_linear_w4a16", TORCH_BOX(&pyserve::serves_linear_w4a16));
+}

@@ -1,0 +1,86 @@
+"""4-bit integers on CUDA: every number of a matrix, products by slices of it, a checkpoint that is
+loaded there, a step that is replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyserve import ops
+from pyserve.model.config import ModelConfig
+from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
+from pyserve.ops import w4a16
+from tests.model import quantised
+from tests.ops import oracle
+
+CARD = torch.device("cuda")
+DTYPES = (torch.bfloat16, torch.float16)
+SHAPES = [(64, 256, 128), (24, 384, 64), (35, 96, 32), (4096, 4096, 128), (6144, 1024, 64)]
+
+
+def make_packed(n: int, k: int, group_size: int) -> Tensor:
+    shape = w4a16.packed_shape(n, k, group_size)
+    packed = torch.zeros(shape, dtype=torch.int32, device=CARD)
+    w4a16.fill_with_noise(packed, n, k, 0.02, torch.Generator(CARD).manual_seed(n + k))
+    return packed
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_every_number(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+    packed = make_packed(n, k, group_size)
+    wide = torch.full((n, k + 4), float("nan"), dtype=dtype, device=CARD)
+    torch.ops.pyserve.dequantise_w4a16(packed, wide[:, :k])
+    assert torch.equal(wide[:, :k], w4a16.dequantised(packed, n, k).to(dtype))
+    assert bool(wide[:, k:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 64, 300])
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_linear(n: int, k: int, group_size: int, num_rows: int, dtype: torch.dtype) -> None:
+    packed = make_packed(n, k, group_size)
+    weight = w4a16.dequantised(packed, n, k)
+    x, bias = torch.randn(num_rows, k, device=CARD).to(dtype), torch.randn(n, device=CARD).to(dtype)
+    scratch = torch.full((max(16, n // 32 * 16) * k,), float("nan"), dtype=dtype, device=CARD)
+    for given in (bias, None):
+        out = torch.full((num_rows, n), float("nan"), dtype=dtype, device=CARD)
+        ops.linear_w4a16(x, packed, given, out, scratch)
+        exact = x.double() @ weight.double().T + (0 if given is None else given.double())
+        plain = torch.nn.functional.linear(x, weight.to(dtype), given)
+        oracle.assert_ratio(out, plain, exact, plain_float32_error=1e-2)
+
+
+def test_a_product_is_recorded_and_replayed() -> None:
+    packed = make_packed(4096, 1024, 128)
+    x = torch.randn(3, 1024, device=CARD).bfloat16()
+    out, scratch = torch.empty(3, 4096, device=CARD).bfloat16(), torch.empty(2**20, device=CARD)
+    scratch = scratch.bfloat16()
+    ops.linear_w4a16(x, packed, None, out, scratch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.linear_w4a16(x, packed, None, out, scratch)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    replayed = out.clone()
+    ops.linear_w4a16(x, packed, None, out, scratch)
+    assert torch.equal(replayed, out)
+
+
+@pytest.mark.parametrize("kind", ["awq-gemm", "awq-gemv", "gptq", "symmetric", "asymmetric"])
+def test_what_is_loaded_there_is_what_is_loaded_here(kind: str, tmp_path: Path) -> None:
+    quantised.save(tmp_path, quantised.formats(32)[kind], 32)
+    loaded = [
+        load_model(
+            tmp_path, ModelConfig.from_path(tmp_path), Placement(torch.float16, device),
+            load_format="auto", seed=0, progress=lambda done, total: None,
+        )
+        for device in (torch.device("cpu"), CARD)
+    ]  # fmt: skip
+    for here, there in zip(*(decoder.layer_linears() for decoder in loaded), strict=True):
+        assert torch.equal(here.matrix.packed, there.matrix.packed.cpu())  # type: ignore[attr-defined]
