@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import gpu_chains
+from bench import gpu_chains, w4a16
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
@@ -193,6 +193,11 @@ def epilogue_cases() -> Iterator[Case]:
         ]
         load = f"{num_rows} x {HIDDEN} -> {INTERMEDIATE} (gate_up)"
         yield Case("linear_silu_mul", load, runs, num_bytes, 2 * num_flops)
+
+
+def w4a16_cases() -> Iterator[Case]:
+    for product in w4a16.products(MATRICES, DEVICE, _num_sets):
+        yield Case(product.name, product.load, product.runs, product.num_bytes, product.num_flops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +389,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "activation": activation_cases,
     "linear": linear_cases,
     "linear_epilogues": epilogue_cases,
+    "w4a16": w4a16_cases,
     "chain": chain_cases,
     "sample": sample_cases,
     "bitmask": bitmask_cases,

@@ -210,8 +210,13 @@ def linear_w4a16(
         begin, strips = strip * w4a16.STRIP_ROWS, packed[strip : strip + num_strips]
         end = min(n, begin + len(strips) * w4a16.STRIP_ROWS)
         weight = scratch[: (end - begin) * k].view(end - begin, k)
-        _ops.dequantise_w4a16(strips, weight)
+        dequantise_w4a16(strips, weight)
         linear(x, weight, None if bias is None else bias[begin:end], out[:, begin:end])
+
+
+def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:
+    """W as plain numbers, each rounded once -> out [n, k]; rows may be strided."""
+    _ops.dequantise_w4a16(packed, out)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:

@@ -83,4 +83,4 @@ def test_what_is_loaded_there_is_what_is_loaded_here(kind: str, tmp_path: Path) 
         for device in (torch.device("cpu"), CARD)
     ]  # fmt: skip
     for here, there in zip(*(decoder.layer_linears() for decoder in loaded), strict=True):
-        assert torch.equal(here.matrix.packed, there.matrix.packed.cpu())  # type: ignore[attr-defined]
+        assert torch.equal(here.matrix.packed, there.matrix.packed.cpu())

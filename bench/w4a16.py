@@ -1,0 +1,55 @@
+"""Products with matrices of 4-bit integers, for bench.ops and bench.gpu_ops: what is measured, and
+its bytes. The integers are random: zeros would be too kind to a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.gpu_chains import Chain
+from pyserve import ops
+from pyserve.ops import w4a16
+
+SLICE_BYTES = 24 * 2**20  # of plain numbers at a time, as model/w4a16.py has them on a card
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def random_packed(n: int, k: int, device: torch.device) -> Tensor:
+    """In the largest groups that divide k."""
+    group_size = next(size for size in reversed(w4a16.GROUP_SIZES) if k % size == 0)
+    packed = torch.zeros(w4a16.packed_shape(n, k, group_size), dtype=torch.int32, device=device)
+    w4a16.fill_with_noise(packed, n, k, 0.02, torch.Generator(device).manual_seed(n))
+    return packed
+
+
+def products(
+    matrices: Mapping[str, tuple[int, int]], device: torch.device,
+    num_sets: Callable[[int], int], rows: Sequence[int] = ROWS,
+) -> Iterator[Chain]:  # fmt: skip
+    """Each matrix [n, k] by so many rows, in bfloat16, and a slice of it made plain numbers."""
+    for name, (n, k) in matrices.items():
+        matrix_bytes = random_packed(n, k, device).nbytes
+        made = [random_packed(n, k, device) for _ in range(num_sets(matrix_bytes))]
+        num_strips = max(1, min(made[0].shape[0], SLICE_BYTES // (2 * k * w4a16.STRIP_ROWS)))
+        num_rows = min(n, num_strips * w4a16.STRIP_ROWS)
+        scratch = torch.empty(num_rows * k, dtype=torch.bfloat16, device=device)
+        runs: list[Callable[[], object]] = [
+            partial(ops.dequantise_w4a16, packed[:num_strips], scratch.view(num_rows, k))
+            for packed in made
+        ]
+        num_bytes = made[0][:num_strips].nbytes + scratch.nbytes
+        yield Chain("dequantise_w4a16", f"{num_rows} x {k} ({name})", runs, num_bytes, 0)
+        for m in rows:
+            x = torch.randn(m, k, device=device).bfloat16()
+            out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+            runs = [
+                partial(ops.linear_w4a16, x, packed, None, out, scratch.view(-1)) for packed in made
+            ]
+            num_bytes = matrix_bytes + x.nbytes + out.nbytes
+            yield Chain(
+                "linear_w4a16", f"{m} x {k} -> {n} ({name})", runs, num_bytes, 2 * m * n * k
+            )
