@@ -16,7 +16,7 @@ from pyserve.foreign_flags import JSON, LIST, SWITCH, VALUE, Flag, plain
 
 # Wire types of requests; both kinds of completions have the fields of SAMPLING.
 SAMPLING, CHAT, COMPLETION = "SamplingFields", "ChatRequest", "CompletionRequest"
-TOKENIZE, MESSAGE = "TokenizeRequest", "Message"
+TOKENIZE = "TokenizeRequest"
 RESPONSES = "ResponsesRequest"
 
 
@@ -65,16 +65,6 @@ FEATURES: dict[str, Feature] = {
     ),
     "tools": Feature(
         flags=plain(VALUE, "tool-parser-plugin tool-server tool-strict-level"),
-        fields=(
-            # OpenAI's older words for tools, which vLLM has never served.
-            Field("functions", (CHAT,), ([],), lambda r: r.function_call == "none",
-                  instead="send tools, which stands for it"),
-            Field("function_call", (CHAT,), ("none",),
-                  lambda r: r.function_call == "auto" and not r.functions,
-                  instead="send tool_choice, which stands for it"),
-            Field("function_call", (MESSAGE,), ("none",),
-                  instead="send tool_calls, which stands for it"),
-        ),
     ),
     "reasoning": Feature(
         flags={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from msgspec import UNSET
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.chat_job import chat_job
+from pyserve.api.endpoints.functions import with_tools
 from pyserve.api.endpoints.openai import (
     OpenAIFrames,
     encode_whole,
@@ -58,8 +60,18 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     loaded = state.model_with_room(request)
     body, ignored = await WIRE.read(request, state)
     state.check_model_name(body.model)
-    job = await chat_job(request, state, loaded, body, ignored=ignored)
-    return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
+    asked = with_tools(body)
+    with asked.renamed.errors():
+        job = await chat_job(request, state, loaded, asked.body, ignored=ignored)
+    ignored = [*asked.ignored, *map(asked.renamed, job.ignored)]
+    job = msgspec.structs.replace(job, ignored=list(dict.fromkeys(ignored)))
+    dialect = DIALECT
+    if asked.is_asked:
+        dialect = FUNCTIONS
+        if job.ending.call_reason == "tool_calls":
+            ending = replace(job.ending, call_reason="function_call")
+            job = msgspec.structs.replace(job, ending=ending)
+    return await answer(request, loaded.engine, job, dialect, arrived_s=arrived_s)
 
 
 class ChatFrames(OpenAIFrames):
@@ -107,6 +119,17 @@ class ChatFrames(OpenAIFrames):
             stop_reason=choice.stop_reason if is_last else UNSET,
             token_ids=token_ids,
         )
+
+
+class FunctionFrames(ChatFrames):
+    """The same, of answers that call a function and not a tool."""
+
+    def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> ChatChunkChoice:
+        entry = super().entry(choice, part, is_last=is_last)
+        if not entry.delta.tool_calls:
+            return entry
+        delta = ChatDelta(function_call=entry.delta.tool_calls[0].function)
+        return msgspec.structs.replace(entry, delta=delta)
 
 
 def _delta(part: Part | None, *, has_called: bool) -> ChatDelta:
@@ -166,6 +189,15 @@ def _choice(choice: Choice) -> ChatChoice:
     )
 
 
+def _function_choice(choice: Choice) -> ChatChoice:
+    told = _choice(choice)
+    if not told.message.tool_calls:
+        return told
+    called = told.message.tool_calls[0].function
+    message = msgspec.structs.replace(told.message, tool_calls=UNSET, function_call=called)
+    return msgspec.structs.replace(told, message=message)
+
+
 def _prompt_fields(choice: Choice) -> dict[str, Any]:
     return {**prompt_fields(choice), "prompt_text": choice.prompt_text}
 
@@ -174,4 +206,9 @@ DIALECT = Dialect(
     id_prefix="chatcmpl-",
     frames=ChatFrames,
     whole=partial(encode_whole, ChatResponse, _choice, describe_prompt=_prompt_fields),
+)
+FUNCTIONS = Dialect(
+    id_prefix="chatcmpl-",
+    frames=FunctionFrames,
+    whole=partial(encode_whole, ChatResponse, _function_choice, describe_prompt=_prompt_fields),
 )

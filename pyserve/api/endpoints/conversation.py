@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from pyserve.api.endpoints import prompts
-from pyserve.api.endpoints.body import SHORT_BODY_BYTES, check_built
+from pyserve.api.endpoints.body import SHORT_BODY_BYTES
 from pyserve.api.endpoints.tools import ToolUse, arguments_in, check_calls, plain_calls
 from pyserve.api.generation.job import Prompt
 from pyserve.api.http.uploads import NUM_BODY_BYTES
@@ -29,7 +29,6 @@ from pyserve.api.wire.protocol import (
     MAX_TEMPLATE_KWARGS,
     MAX_TEMPLATE_KWARGS_CHARS,
     ROLES,
-    ROLES_NOT_BUILT,
     ChatRequest,
     Message,
     TokenizeRequest,
@@ -40,9 +39,7 @@ from pyserve.errors import (
     CheckpointError,
     ContextError,
     InvalidRequestError,
-    NotBuiltError,
 )
-from pyserve.features import fields_of
 from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.detokenizer import Detokenizer
@@ -55,8 +52,6 @@ from pyserve.text.tool_parsers.registry import JSON_FORMAT, ToolFormat
 MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
 SHORT_RENDER_S = 0.02  # on the event loop
 MAX_TEMPLATES = 8  # of requests, kept compiled
-
-_UNBUILT = fields_of(Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +85,7 @@ async def read_conversation(
     max_tokens  of the answer, for which truncate_prompt_tokens -1 leaves room.
     tools       those of `body`; what their calls are marked with is shown in the answer.
 
-    Raises InvalidRequestError and NotBuiltError naming the field, ChatTemplateError.
+    Raises InvalidRequestError naming the field, ChatTemplateError.
     """
     messages = body.messages or []
     if not messages:
@@ -366,19 +361,11 @@ def _plain(message: Message, path: str, format: ToolFormat | None) -> dict[str, 
 
     Parts are checked by ChatTemplate.
     """
-    if message.role in ROLES_NOT_BUILT:
-        raise NotBuiltError(
-            f"{path}.role: the role {message.role} is not built yet, send the role tool, which "
-            "stands for it",
-            f"{path}.role",
-        )
     if message.role not in ROLES:
         raise InvalidRequestError(
             f"{path}.role must be one of {', '.join(ROLES)}, got {message.role[:40]}",
             f"{path}.role",
         )
-    for name, row in _UNBUILT.items():
-        check_built(row, getattr(message, name), f"{path}.{name}")
     content = message.content
     if content is None and message.role != "assistant":
         raise InvalidRequestError(

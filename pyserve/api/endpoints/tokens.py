@@ -10,6 +10,7 @@ from aiohttp import web
 
 from pyserve.api.endpoints.body import Wire, ignored_header, merged_header
 from pyserve.api.endpoints.conversation import read_conversation
+from pyserve.api.endpoints.functions import renamed, with_tool_messages
 from pyserve.api.endpoints.prompts import encode_any, max_tokenize_tokens, truncation
 from pyserve.api.endpoints.sampling import check_token_ids
 from pyserve.api.endpoints.tool_grammar import in_words
@@ -44,11 +45,13 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     max_model_len = loaded.engine.info.max_model_len
     merged = ""
     if body.messages is not None:
-        tools = replace(read_tools(body), format=loaded.tools)
-        tools = await in_words(request, state, tools)
-        conversation = await read_conversation(
-            request, state, loaded, body, max_tokens=1, tools=tools
-        )
+        body, places = with_tool_messages(body)
+        with renamed(places).errors():
+            tools = replace(read_tools(body), format=loaded.tools)
+            tools = await in_words(request, state, tools)
+            conversation = await read_conversation(
+                request, state, loaded, body, max_tokens=1, tools=tools
+            )
         token_ids, merged = conversation.prompt.token_ids, conversation.merged
         ignored = [*ignored, *tools.ignored, *conversation.ignored]
     else:

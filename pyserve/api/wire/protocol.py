@@ -12,7 +12,14 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from pyserve.api.wire.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
-from pyserve.api.wire.tools import MessageCall, Tool, ToolChoice
+from pyserve.api.wire.tools import (
+    Function,
+    FunctionCall,
+    MessageCall,
+    NamedFunction,
+    Tool,
+    ToolChoice,
+)
 from pyserve.limits import TOP_LOGPROBS
 
 MAX_MESSAGES = 4096
@@ -38,7 +45,6 @@ MAX_NESTING = 16  # of lists and objects in template kwargs and documents
 MAX_PRIORITY = 2**31 - 1
 # A fixed set: templates put the role into their markup, where any other text could forge some.
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ROLES_NOT_BUILT = ("function",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -148,7 +154,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning_content: str | None = None
     tool_calls: list[MessageCall] | None = None
     tool_call_id: str | None = None
-    function_call: dict[str, Any] | None = None
+    function_call: FunctionCall | None = None
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
@@ -166,8 +172,8 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: str | dict[str, Any] | None = None
+    functions: list[Function] | None = None
+    function_call: str | NamedFunction | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
     include_reasoning: bool | None = None
@@ -245,7 +251,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
     annotations: None = None
     audio: None = None
-    function_call: None = None
+    function_call: CalledFunction | None = None
     tool_calls: list[MessageToolCall] | UnsetType = UNSET
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -318,6 +324,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
     reasoning: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    function_call: FunctionDelta | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):

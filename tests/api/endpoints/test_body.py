@@ -82,20 +82,16 @@ def test_a_byte_order_mark_is_skipped() -> None:
 def test_what_nobody_looks_at_is_not_kept_of_a_large_body() -> None:
     """It would be in memory for as long as the answer takes, up to 32 MB a request."""
     many = ["x" * 1000] * 100
-    functions = [{"name": name} for name in many]
-    body, ignored = chat(
-        user="u" * 100_000, metadata={"x": many}, functions=functions, function_call="none"
-    )
-    assert (body.user, body.metadata, body.functions, body.function_call) == (None,) * 4
-    assert sorted(ignored) == ["functions", "metadata", "user"]
+    body, ignored = chat(user="u" * 100_000, metadata={"x": many})
+    assert (body.user, body.metadata) == (None, None)
+    assert sorted(ignored) == ["metadata", "user"]
     with pytest.raises(NotBuiltError):
-        chat(functions=functions)
+        chat(logits_processors=many)
     text, ignored = COMPLETION.decode(json.dumps({"prompt": "hi", "user": "u" * 100_000}).encode())
     assert (text.prompt, text.user, ignored) == ("hi", None, ["user"])
 
 
 SAMPLES: dict[str, Any] = {
-    "functions": [{"name": "f"}], "function_call": {"name": "f"},
     "logits_processors": ["a"], "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
     "repetition_detection": {"min_count": 2},
 }  # fmt: skip
@@ -126,8 +122,6 @@ def test_fields_of_completions(name: str, value: object) -> None:
 
 
 ASKS_FOR_NOTHING: list[tuple[dict[str, Any], list[str]]] = [
-    ({"functions": [{"name": "f"}], "function_call": "none"}, ["functions"]),
-    ({"function_call": "auto"}, ["function_call"]),
     ({"response_format": {"type": "text", "json_schema": None}}, []),
     ({"response_format": {"type": "text", "json_schema": {"name": "x", "lax": 1}}},
      ["response_format.json_schema.lax"]),
@@ -150,8 +144,6 @@ def test_what_asks_for_nothing_is_accepted_and_named(
 @pytest.mark.parametrize(
     ("fields", "refused", "instead"),
     [
-        ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions", "send tools"),
-        ({"function_call": {"name": "f"}}, "function_call", "send tool_choice"),
         ({"logits_processors": ["x"]}, "logits_processors", "leave it out"),
     ],
 )
@@ -230,8 +222,8 @@ def test_no_more_names_are_kept_than_are_shown() -> None:
         _, ignored = CHAT.decode(json.dumps(data).encode())
         assert len(ignored) == MAX_NAMES + 1
         assert ignored_header(ignored)[IGNORED_HEADER].endswith(", ...")
-    with pytest.raises(NotBuiltError, match="functions"):  # is looked for behind them
-        chat(**fields, functions=[{"name": "f"}])
+    with pytest.raises(NotBuiltError, match="logits_processors"):  # is looked for behind them
+        chat(**fields, logits_processors=["x"])
 
 
 def test_messages_are_counted_before_they_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
