@@ -1,27 +1,23 @@
-"""Gives back to the system what long text work has freed, and tells what is allocated.
+"""Has the system's allocator give back what was freed, and tells what is allocated.
 
-glibc keeps what a thread has freed in an arena of that thread. malloc_trim returns the pages within
-an arena, but the free end of an arena only in the main one: in the others up to 64 MB each stayed,
-more or less of it after each long text. The end is cut when something large is freed next to it,
-down to a threshold that glibc moves by itself; here it is lowered for a moment.
+glibc keeps what a thread has freed in an arena of that thread, and moves by itself what it keeps:
+once a block of 32 MB was freed, all smaller ones lie in the arenas, and the free end of each arena
+stays up to 64 MB, more or less of it behind each long text. So both are fixed here, before anything
+large is freed. What lies free between things that are held, in pages, goes back by `trim`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 from typing import Final
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
-CUT_BYTES: Final = 2**17
-# Once one is set, glibc moves neither: these are where it moves them in a server under load. Lower
-# ones would have the tensors of each step on a CPU come from the system and go back to it.
-KEEP_BYTES: Final = 2**26
-MMAP_BYTES: Final = 2**25
+MAX_FAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # of mallopt, from malloc.h
+# That an arena may keep at its end, and from which on a block is not taken from an arena but from
+# the system. At a quarter of it steps on a CPU would take memory from the system and give it back.
+KEEP_BYTES: Final = 2**20
 
 _libc = ctypes.CDLL(None)
 _is_glibc = hasattr(_libc, "gnu_get_libc_version")
-_lock = threading.Lock()  # of the threshold
 
 
 class _Info(ctypes.Structure):
@@ -38,33 +34,22 @@ class _Info(ctypes.Structure):
 
 if hasattr(_libc, "mallinfo2"):
     _libc.mallinfo2.restype = _Info
-if _is_glibc:
-    _libc.malloc.argtypes, _libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    _libc.free.argtypes, _libc.free.restype = [ctypes.c_void_p], None
 
 
-def give_back() -> None:
-    """Return what is free in all arenas, and the end of that of this thread. Takes milliseconds to
-    tens of them, without the interpreter's lock. Does nothing with another C library.
-    """
-    _cut_end(is_all_trimmed=True)
-
-
-def cut_end() -> None:
-    """Return the free end of the arena of this thread; takes next to nothing where it is small."""
-    _cut_end(is_all_trimmed=False)
-
-
-def _cut_end(*, is_all_trimmed: bool) -> None:
-    if not _is_glibc:
-        return
-    with _lock:
-        _libc.mallopt(TRIM_THRESHOLD, CUT_BYTES)
-        _libc.free(_libc.malloc(CUT_BYTES))
-        if is_all_trimmed:
-            _libc.malloc_trim(0)
+def fix_thresholds() -> None:
+    """To be called once, at the start. Does nothing with another C library, as `trim` does."""
+    if _is_glibc:
+        _libc.mallopt(MAX_FAST, 0)
         _libc.mallopt(TRIM_THRESHOLD, KEEP_BYTES)
-        _libc.mallopt(MMAP_THRESHOLD, MMAP_BYTES)
+        _libc.mallopt(MMAP_THRESHOLD, KEEP_BYTES)
+
+
+def trim() -> None:
+    """Return the free pages within all arenas. Takes milliseconds to tens of them, without the
+    interpreter's lock, and holds one arena after another while it does.
+    """
+    if _is_glibc:
+        _libc.malloc_trim(0)
 
 
 def used_bytes() -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyserve import __version__, collector, log
+from pyserve import __version__, allocator, collector, log
 from pyserve.config import (
     DEMO_MODEL,
     UNNAMED,
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         if launch.model is None:
             log.get_logger().info("no --model: this is the bundled demo model")
         _prepare_threads()
+        allocator.fix_thresholds()
         with collector.imports():
             from pyserve.api.serve import run_server
         _check_text(launch, server_config)

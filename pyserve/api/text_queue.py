@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pyserve import host
-from pyserve.allocator import cut_end, give_back
+from pyserve.allocator import trim
 from pyserve.errors import QueueFullError
 
 NUM_THREADS = 3
@@ -28,8 +28,7 @@ MAX_IN_LANE = 2  # of them
 MAX_SHORT_BYTES = 2**16  # tens of milliseconds
 MAX_WAITING = 4096  # pieces of work, those under way too
 MAX_WAITING_BYTES = 2**27  # of the bodies they are about
-TRIM_BYTES = 2**18  # work on so much leaves 50 MB and more to the allocator
-CUT_BYTES = 2**14  # and on so much 3 MB
+TRIM_BYTES = 2**18  # work on so much leaves tens of megabytes to the allocator
 
 R = TypeVar("R")
 
@@ -176,14 +175,14 @@ class TextQueue:
 
 
 def _trimmed(function: Callable[[], R], num_bytes: int) -> Callable[[], R]:
-    """`function`, and then what it has freed goes back to the system."""
-    if num_bytes < CUT_BYTES:
+    """`function`, and then what long work has freed goes back to the system."""
+    if num_bytes < TRIM_BYTES:
         return function
 
     def call() -> R:
         try:
             return function()
         finally:
-            give_back() if num_bytes >= TRIM_BYTES else cut_end()
+            trim()
 
     return call

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pyserve.allocator import give_back
+from pyserve.allocator import trim
 from pyserve.errors import InvalidRequestError, RequestError, UnavailableError, release_frames
 
 MAX_COMPILE_S = 3.0  # of work
@@ -51,7 +51,7 @@ class _Runner:
                 if isinstance(error, RequestError):
                     release_frames(error)  # they hold what was compiled
             if time.thread_time() > LONG_S:
-                give_back()  # the arena of this thread will serve none for long
+                trim()  # the arena of this thread will serve none for long
 
         thread = threading.Thread(target=call, name="pyserve-grammar", daemon=True)
         with self._starting:
@@ -72,7 +72,7 @@ class _Runner:
                 self._late.append(thread)
             raise TooLongError(param)
         if errors:
-            raise errors[0]
+            raise errors.pop()  # one that this frame held would hold this frame, and its results
         return results[0]
 
 
