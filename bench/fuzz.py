@@ -52,6 +52,7 @@ CLOSE_TIMEOUT_S = 15.0
 PANIC = 'start: a "b"\na[lazy]: /.*/'
 SETTLE_S, MAX_SETTLES = 3.0, 5
 SETTLE_CHARS = 2**19  # the server gives back what is free behind a text that is so long
+SETTLE_GRAMMARS = 64  # the server keeps so many, of whatever sizes the cases had
 SHOWN_BYTES = 1000
 SMALL_ANSWER_BYTES, LOOK_PAUSE_S = 2**16, 0.1
 _RESET = struct.pack("ii", 1, 0)
@@ -304,8 +305,11 @@ async def warm_up(endpoint: Endpoint) -> None:
 
 async def settle(endpoint: Endpoint, pid: int | None) -> None:
     """Wait until nothing is under way and what was freed has gone back to the system: what the
-    server takes afterwards is held.
+    server takes afterwards is held, and its grammars are always the same small ones.
     """
+    for number in range(SETTLE_GRAMMARS):
+        body = {"prompt": "x", "max_tokens": 1, "guided_choice": [f"settle {number}"]}
+        await fetch(endpoint, "/v1/completions", body)
     before = math.inf
     for _ in range(MAX_SETTLES):
         await asyncio.sleep(SETTLE_S)  # texts of clients that have left may still be worked on
