@@ -56,9 +56,9 @@ class Running:
         finally:
             connection.close()
 
-    def stop(self) -> str:
-        """SIGTERM must end it cleanly; what it has logged."""
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> str:
+        """The signal must end it cleanly; what it has logged."""
+        self.process.send_signal(number)
         assert self.process.wait(20) == 0, self.log.read_text()
         return self.log.read_text()
 
@@ -110,7 +110,7 @@ def test_a_unix_socket_a_prefix_and_a_file_of_flags(tmp_path: Path) -> None:
             Authorization="Bearer sesame",
         )  # fmt: skip
         assert "Paris" in json.loads(body)["choices"][0]["message"]["content"]
-        log = running.stop()
+        log = running.stop(signal.SIGQUIT)
     assert f"pyserve is ready on unix:{path} (model mine" in log
     assert not path.exists()
 
