@@ -55,14 +55,11 @@ def has_system(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 def _without_late_system(messages: list[Message], *, has_first: bool) -> list[Message]:
     """System messages as users', but for those at the start, which become one."""
-    found: list[Message] = []
-    for message in messages:
-        is_system = message["role"] in _SYSTEM
-        if is_system and has_first and all(m["role"] in _SYSTEM for m in found):
-            found = [_joined(found[0], message)] if found else [message]
-        else:
-            found.append({**message, "role": "user"} if is_system else message)
-    return found
+    first = 0
+    while has_first and first < len(messages) and messages[first]["role"] in _SYSTEM:
+        first += 1
+    others = [{**m, "role": "user"} if m["role"] in _SYSTEM else m for m in messages[first:]]
+    return [_joined(messages[:first]), *others] if first else others
 
 
 def _results_first(messages: list[Message]) -> list[Message]:
@@ -84,30 +81,35 @@ def _results_first(messages: list[Message]) -> list[Message]:
 
 def _joined_where(messages: list[Message], *pairs: tuple[str, str]) -> list[Message]:
     """Neighbours with the roles of one of `pairs` are one message, with the role of the first."""
-    found: list[Message] = []
+    groups: list[list[Message]] = []
     for message in messages:
-        if found and (found[-1]["role"], message["role"]) in pairs:
-            found[-1] = _joined(found[-1], message)
+        if groups and (groups[-1][0]["role"], message["role"]) in pairs:
+            groups[-1].append(message)
         else:
-            found.append(message)
-    return found
+            groups.append([message])
+    return list(map(_joined, groups))
 
 
-def _joined(first: Message, second: Message) -> Message:
-    joined = {**second, **first, "content": _contents(first["content"], second["content"])}
-    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+def _joined(messages: list[Message]) -> Message:
+    """At once: one after the other would copy the text each time."""
+    first = messages[0]
+    if len(messages) == 1:
+        return first
+    contents = [message["content"] for message in messages if message["content"]]
+    joined = {**first, "content": _contents(contents) if contents else first["content"]}
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
     if calls:
         joined["tool_calls"] = calls
     for name in REASONING:
-        if name in first and name in second:
-            joined[name] = first[name] + BETWEEN + second[name]
+        texts = [message[name] for message in messages if message.get(name)]
+        if texts:
+            joined[name] = BETWEEN.join(texts)
     return joined
 
 
-def _contents(first: str | list[str] | None, second: str | list[str] | None) -> Any:
-    if not first or not second:
-        return first or second
-    if isinstance(first, str) and isinstance(second, str):
-        return first + BETWEEN + second
-    return [*([first] if isinstance(first, str) else first),
-            *([second] if isinstance(second, str) else second)]  # fmt: skip
+def _contents(contents: list[str | list[str]]) -> str | list[str]:
+    """Texts as one text; parts stay parts."""
+    texts = [content for content in contents if isinstance(content, str)]
+    if len(texts) == len(contents):
+        return BETWEEN.join(texts)
+    return [text for c in contents for text in ([c] if isinstance(c, str) else c)]

@@ -48,6 +48,7 @@ CLIENTS = {
     "openai-npm-responses": Client("openai_npm_responses.mjs", ("openai", "zod")),
     "langchain": Client("langchain_openai_.py", ("langchain-openai",)),
     "langchain-responses": Client("langchain_responses.py", ("langchain-openai",)),
+    "langchain-anthropic": Client("langchain_anthropic_.py", ("langchain-anthropic",)),
     "instructor": Client("instructor_.py", ("instructor",)),
     "litellm": Client("litellm_.py", ("litellm",)),
     "pydantic-ai": Client("pydantic_ai_.py", ("pydantic-ai-slim[openai]",)),
@@ -55,6 +56,7 @@ CLIENTS = {
     "openai-agents-responses": Client("openai_agents_responses.py", ("openai-agents",)),
     "lm-eval": Client("lm_eval_.py", ("lm-eval[api]", "transformers")),
     "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+    "ai-sdk-anthropic": Client("ai_sdk_anthropic.mjs", ("ai", "@ai-sdk/anthropic", "zod")),
     "ai-sdk-openai": Client("ai_sdk_openai.mjs", ("ai", "@ai-sdk/openai", "zod")),
 }
 

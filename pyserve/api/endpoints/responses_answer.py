@@ -39,10 +39,14 @@ from pyserve.api.wire.responses_answer import (
     SummaryText,
 )
 from pyserve.errors import ContextError, QueueFullError, RequestError
-from pyserve.text.parts import Part, Reasoning, ToolCall, joined
+from pyserve.text.parts import Content, Part, Reasoning, ToolCall, joined
 
 Kind = Literal["message", "reasoning", "function_call", "custom_tool_call"]
 Tell = Callable[..., None]  # an event's type, and what it has besides
+_MADE_OF: dict[Kind, type[Part]] = {
+    "message": Content, "reasoning": Reasoning, "function_call": ToolCall,
+}  # fmt: skip
+_HOLE = b"\0"  # a byte that no JSON holds
 
 
 class Keep(Protocol):
@@ -121,8 +125,24 @@ class Output:
         self._open: _OpenItem | None = None
         self._held: list[TokenLogprob] = []  # of tokens without a text, until one follows
 
+    def extend(self, part: Part) -> _OpenItem | None:
+        """The open item, where `part` is nothing but more of its text, which it then has."""
+        item = self._open
+        if item is None or part.__class__ is not item.made_of or part.tokens or self._held:
+            return None
+        if not isinstance(part, ToolCall):
+            text = part.text
+        elif part.name is None:
+            text = part.arguments
+        else:
+            return None
+        if not text:
+            return None
+        item.texts.append(text)
+        return item
+
     def push(self, choice: Choice, part: Part) -> None:
-        """The next part."""
+        """The next part, whatever it is."""
         if isinstance(part, ToolCall):
             self._push_call(part)
         elif isinstance(part, Reasoning):
@@ -148,12 +168,12 @@ class Output:
         item = self._open_item("message")
         item.texts.append(text)
         item.logprobs += logprobs
-        self._tell_delta("response.output_text.delta", item, text, logprobs=logprobs)
+        self._tell(delta=text, **{**self.delta_of(item), "logprobs": logprobs})
 
     def _push_reasoning(self, text: str) -> None:
         item = self._open_item("reasoning")
         item.texts.append(text)
-        self._tell_delta(f"response.{self._thought}.delta", item, text)
+        self._tell(delta=text, **self.delta_of(item))
 
     def _push_call(self, part: ToolCall) -> None:
         item = self._open
@@ -165,7 +185,7 @@ class Output:
             return
         item.texts.append(part.arguments)
         if item.kind == "function_call":  # a plain text is known when its JSON is whole
-            self._tell_delta("response.function_call_arguments.delta", item, part.arguments)
+            self._tell(delta=part.arguments, **self.delta_of(item))
 
     @property
     def _thought(self) -> str:
@@ -212,7 +232,7 @@ class Output:
             )  # fmt: skip
         else:
             plain = of_arguments(text)
-            self._tell_delta("response.custom_tool_call_input.delta", item, plain)
+            self._tell(delta=plain, **self.delta_of(item))
             self._tell(
                 "response.custom_tool_call_input.done", item_id=item.id, output_index=item.index,
                 input=plain,
@@ -222,11 +242,17 @@ class Output:
         self._tell("response.output_item.done", output_index=item.index, item=done)
         self.items.append(done)
 
-    def _tell_delta(self, type: str, item: _OpenItem, delta: str, **fields: Any) -> None:
-        self._tell(
-            type, item_id=item.id, output_index=item.index, delta=delta, **self._place(item),
-            **fields,
-        )  # fmt: skip
+    def delta_of(self, item: _OpenItem) -> dict[str, Any]:
+        """The event that more of its text is, but for that."""
+        kind = {
+            "message": "output_text", "reasoning": self._thought,
+            "function_call": "function_call_arguments",
+            "custom_tool_call": "custom_tool_call_input",
+        }[item.kind]  # fmt: skip
+        return {
+            "type": f"response.{kind}.delta", "item_id": item.id, "output_index": item.index,
+            **self._place(item), **({"logprobs": []} if item.kind == "message" else {}),
+        }  # fmt: skip
 
     def _tell_part(self, step: str, item: _OpenItem, text: str) -> None:
         """Texts are parts of their items, calls are not."""
@@ -274,7 +300,10 @@ class Output:
 
 @dataclass(slots=True)
 class _OpenItem:
-    """An item that is being put together: its text, or the arguments of its call."""
+    """An item that is being put together: its text, or the arguments of its call.
+
+    made_of  parts that are more of it, each an event.
+    """
 
     kind: Kind
     id: str
@@ -290,6 +319,10 @@ class _OpenItem:
         self.kind, self.id, self.index, self.call, self.name = kind, id, index, call, name
         self.texts, self.logprobs = [], []
 
+    @property
+    def made_of(self) -> type[Part] | None:
+        return _MADE_OF.get(self.kind)
+
 
 class ResponseFrames:
     """Events, each with its name and the next number; there is no [DONE]."""
@@ -301,6 +334,8 @@ class ResponseFrames:
         self._frames: list[bytes] = []
         self._output = Output(head.id, answering.asked, self._tell)
         self._reason: str | None = None
+        self._cut_item: _OpenItem | None = None
+        self._cuts: list[bytes] = []  # of a delta of this item: its number and text come between
 
     def begin(self) -> bytes:
         """The response's id, before its turn has come."""
@@ -315,8 +350,15 @@ class ResponseFrames:
 
     def part(self, choice: Choice, part: Part) -> bytes:
         """A part of the answer: none, one or several events."""
-        self._output.push(choice, part)
-        return self._take()
+        item = self._output.extend(part)
+        if item is None:
+            self._output.push(choice, part)
+            return self._take()
+        if item is not self._cut_item:
+            self._cut(item)
+        number, self._number = self._number, self._number + 1
+        before, between, behind = self._cuts
+        return b"%b%d%b%b%b" % (before, number, between, encode_line(item.texts[-1]), behind)
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
         """The end of the last item."""
@@ -360,6 +402,14 @@ class ResponseFrames:
     def keep_alive(self, choices: Sequence[Choice]) -> bytes:
         """A comment: no event stands for silence."""
         return COMMENT
+
+    def _cut(self, item: _OpenItem) -> None:
+        """Encode a delta of `item` once, with holes."""
+        hole: Any = msgspec.Raw(_HOLE)
+        fields = self._output.delta_of(item)
+        data = encode_line(Event(sequence_number=hole, delta=hole, **fields))
+        self._cuts = (b"event: %b\ndata: %b\n\n" % (fields["type"].encode(), data)).split(_HOLE)
+        self._cut_item = item
 
     def _tell(self, type: str, **fields: Any) -> None:
         event = Event(type=type, sequence_number=self._number, **fields)

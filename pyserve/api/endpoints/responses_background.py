@@ -125,12 +125,12 @@ class _Work:
                     await self._gather_events(generation)
                     return
                 await generation.read_all()
+                encode = partial(encode_response, self._answering, self._head, generation)
+                self._keep(self._head, await encode_whole(self._request, generation, encode))
             except asyncio.CancelledError:
                 generation.close("abort")
                 self._keep(self._head, self._cancelled(generation))
                 raise
-        encode = partial(encode_response, self._answering, self._head, generation)
-        self._keep(self._head, await encode_whole(self._request, generation, encode))
 
     async def _gather_events(self, generation: Generation) -> None:
         live = stream.Live(generation, self._frames)
