@@ -30,6 +30,8 @@ from pyserve.log import get_logger
 
 OVERHEAD_BYTES = 4096  # that each file and batch counts for beside its content
 MIN_FREE_BYTES = 2**26  # that are left on the disk for others
+MAX_FILES = 10_000
+MAX_BATCHES = 10_000  # then the oldest that has ended is forgotten: no client can delete one
 ENDED = ("failed", "completed", "expired", "cancelled")
 _ID = re.compile(r"(file|batch)[-_][0-9a-f]{32}")
 
@@ -67,6 +69,7 @@ class Store:
         self._files: dict[str, _OwnedFile] = {}
         self._batches: dict[str, _OwnedBatch] = {}
         self.num_written_bytes = 0  # of journals, and of files on their way
+        self._num_kept_bytes = 0
         try:
             for name in ("files", "batches", "new"):
                 (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,8 +91,8 @@ class Store:
     @property
     def num_bytes(self) -> int:
         """That count against max_bytes."""
-        files = sum(owned.file.bytes + OVERHEAD_BYTES for owned in self._files.values())
-        return files + OVERHEAD_BYTES * len(self._batches) + self.num_written_bytes
+        num_described = len(self._files) + len(self._batches)
+        return self._num_kept_bytes + OVERHEAD_BYTES * num_described + self.num_written_bytes
 
     def check_room(self, num_bytes: int) -> None:
         """Raise StorageError where `num_bytes` more are too many for the folder or its disk."""
@@ -101,6 +104,11 @@ class Store:
         free = shutil.disk_usage(self.folder).free
         if free - num_bytes < MIN_FREE_BYTES:
             raise StorageError(f"the disk has {free} bytes left, {num_bytes} more are too many")
+
+    def check_count(self) -> None:
+        """Raise StorageError where there may not be one more file."""
+        if len(self._files) >= MAX_FILES:
+            raise StorageError(f"there are {MAX_FILES} files, the limit; delete some")
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -122,6 +130,7 @@ class Store:
             self.content_path(file.id).unlink(missing_ok=True)
             raise
         self._files[file.id] = _OwnedFile(owner, file)
+        self._num_kept_bytes += file.bytes
         return file
 
     def file(self, owner: str, id: str) -> FileObject:
@@ -137,7 +146,7 @@ class Store:
 
     def delete_file(self, owner: str, id: str) -> None:
         """Raises NotFoundError, OSError, and RequestError while a batch needs the file."""
-        _own(self._files, owner, id, "file")
+        file = _own(self._files, owner, id, "file").file
         for owned in self._batches.values():
             if owned.batch.input_file_id == id and owned.batch.status not in ENDED:
                 raise InvalidRequestError(
@@ -146,6 +155,7 @@ class Store:
         (self.folder / "files" / f"{id}.json").unlink(missing_ok=True)
         self.content_path(id).unlink(missing_ok=True)
         del self._files[id]
+        self._num_kept_bytes -= file.bytes
 
     # -- batches -----------------------------------------------------------------------------------
 
@@ -153,6 +163,12 @@ class Store:
         """Keep a new batch, or what has become of it. Raises OSError."""
         self._write("batches", batch.id, _OwnedBatch(owner, batch))
         self._batches[batch.id] = _OwnedBatch(owner, batch)
+        if len(self._batches) > MAX_BATCHES:
+            ended = (id for id, owned in self._batches.items() if owned.batch.status in ENDED)
+            oldest = next(ended, batch.id)
+            if oldest != batch.id:
+                del self._batches[oldest]
+                (self.folder / "batches" / f"{oldest}.json").unlink(missing_ok=True)
 
     def batch(self, owner: str, id: str) -> Batch:
         """Raises NotFoundError where `owner` has none of this id."""
@@ -193,6 +209,7 @@ class Store:
         for owned in files:
             if self.content_path(owned.file.id).is_file():
                 self._files[owned.file.id] = owned
+                self._num_kept_bytes += owned.file.bytes
         batches = self._described("batches", _OwnedBatch)
         batches.sort(key=lambda item: item.batch.created_at)
         self._batches = {owned.batch.id: owned for owned in batches}

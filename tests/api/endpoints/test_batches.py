@@ -308,6 +308,23 @@ def test_without_a_folder_it_says_how_to_get_one(server: Server) -> None:
         assert status == 400 and "--batch-dir" in error["error"]["message"]
 
 
+def test_old_batches_are_forgotten_and_files_are_counted(
+    batching: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "MAX_BATCHES", 2)
+    monkeypatch.setattr(stores, "MAX_FILES", 3)
+    ids = [ended(batching, begin(batching, b"\n"))["id"] for _ in range(3)]
+    assert [b["id"] for b in ask(batching, "GET", "/v1/batches")[1]["data"]] == ids[:0:-1]
+    status, error = upload(batching, b"x")
+    assert status == 507 and "3 files, the limit" in error["error"]["message"]
+    assert batching.state.batches is not None
+    store = batching.state.batches.store
+    assert store.num_bytes == 3 * (1 + 4096) + 2 * 4096
+    for file in ask(batching, "GET", "/v1/files")[1]["data"]:
+        assert ask(batching, "DELETE", f"/v1/files/{file['id']}")[1]["deleted"]
+    assert store.num_bytes == 2 * 4096
+
+
 def test_one_server_a_folder(tokenizer_folder: Path, tmp_path: Path) -> None:
     store = stores.Store(tmp_path, max_file_bytes=1, max_bytes=1)
     with pytest.raises(StartupError, match="another server has it"):
