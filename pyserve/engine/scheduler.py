@@ -19,11 +19,12 @@ from operator import attrgetter
 from pyserve.engine.batch import Step, padded_sizes
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.chunks import MIN_CHUNK, share_out
-from pyserve.engine.sequence import Sequence, Status
+from pyserve.engine.sequence import BACKGROUND_PRIORITY, Sequence, Status
 from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
 from pyserve.engine.waiting import WaitingQueue
 from pyserve.ops import step_layout as layout
 
+BACKGROUND_PART = 16  # of the slots, one in so many rows beside others
 MAX_LOOKUPS = 2**12  # of blocks in the prefix cache, in one step: 8 ms of the event loop
 
 _order = attrgetter("order")
@@ -73,7 +74,8 @@ class Scheduler:
         step = Step()
         running, prompts = self.running, []
         num_preemptions = self.num_preemptions
-        for seq in running:  # of which _grow may take the last ones
+        num_rows, num_more = self._num_rows()
+        for seq in islice(running, num_rows):  # of which _grow may take the last ones
             num_tokens, num_computed = seq.num_tokens, seq.num_computed_tokens
             if num_tokens - num_computed > 1:
                 prompts.append(seq)
@@ -86,7 +88,7 @@ class Scheduler:
         step.query_lens += [1] * len(step.seqs)
         budget = limit = self._prompt_limit(len(step.seqs))
         if self.num_preemptions == num_preemptions:
-            budget -= self._admit(step, self._share_of_waiting(prompts, limit))
+            budget -= self._admit(step, self._share_of_waiting(prompts, limit), num_more)
         else:
             prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
         for _, equals in groupby(prompts, key=_priority):  # they are sorted by it
@@ -155,6 +157,22 @@ class Scheduler:
         step.block_updates += (seq.slot, len(seq.block_ids), self.blocks.grow(seq))
         return True
 
+    def _num_rows(self) -> tuple[int, int]:
+        """How many of `running` the next step may have, and how many more in the background.
+
+        Beside others the background has few rows, as each makes the step longer; what it holds, it
+        keeps. Alone it has all.
+        """
+        running = self.running
+        first = bisect_left(running, (BACKGROUND_PRIORITY, 0), key=_order)
+        has_others = first > 0 or any(
+            not seq.is_background for seq in islice(self.waiting.in_turn(self.num_running_of), 1)
+        )
+        if not has_others:
+            return len(running), self.slots.num_slots
+        most = max(self.slots.num_slots // BACKGROUND_PART, 1)
+        return min(first + most, len(running)), most - (len(running) - first)
+
     def _give_way(self) -> None:
         """Preempt background sequences, as many as others that wait want the slots or blocks of."""
         if not (self.running and self.running[-1].is_background):
@@ -222,8 +240,10 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(seq)
 
-    def _admit(self, step: Step, budget: int) -> int:
+    def _admit(self, step: Step, budget: int, num_background: int) -> int:
         """Move waiting sequences into slots and rows, in turn, while there is room for them.
+
+        num_background  sequences in the background that may be among them.
 
         Returns how many tokens their rows take, at most `budget`.
         """
@@ -234,6 +254,10 @@ class Scheduler:
         for seq in self.waiting.in_turn(self.num_running_of):
             if not (left and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
                 break
+            if seq.is_background:
+                if num_background < 1:
+                    break  # behind it there are only others of them
+                num_background -= 1
             if seq.awaited_hash is not None and blocks.is_awaited(seq.awaited_hash):
                 continue  # others may pass it
             # A block for each running sequence is kept back, or admitting would soon preempt.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 
 import pytest
 
@@ -184,6 +185,23 @@ def test_what_is_background_gives_up_the_blocks_that_are_wanted() -> None:
         engine.scheduler.check_invariants()
     users = [seq.user for seq in engine.scheduler.running]
     assert users[0] == "alice" and "batch" in users
+    while engine.step():
+        engine.scheduler.check_invariants()
+
+
+def test_what_is_background_has_few_rows_beside_others_and_loses_nothing() -> None:
+    engine = make_engine(num_slots=32, num_blocks=200, max_num_batched_tokens=64)
+    for index in range(32):
+        engine.add(SequenceRequest([index] * 3, params(30), user="batch", is_background=True))
+    while len(engine.scheduler.running) < 32 or engine.scheduler.running[-1].num_tokens < 6:
+        engine.step()
+    alice = engine.add(SequenceRequest([7] * 4, params(5), user="alice"))
+    while not alice.is_finished:
+        step = run_step(engine)
+        users = Counter(seq.user for seq in step.seqs)
+        assert users["batch"] <= 2 and users["alice"] <= 1
+    assert engine.scheduler.num_preemptions == 1, "its slot, and no more"
+    assert len(run_step(engine).seqs) >= 31, "alone it has all rows again"
     while engine.step():
         engine.scheduler.check_invariants()
 
