@@ -69,6 +69,12 @@ def test_ctrl_c_during_the_imports(module: str) -> None:
     assert lines[-1].endswith("interrupted")
 
 
+def test_the_first_line_comes_before_what_serves_is_imported() -> None:
+    with process("--device", "cpu", "--port", "0", python=("-X", "importtime")) as popen:
+        seen = read_until(popen, b"is starting (model pyserve-demo)\n")
+    assert not re.search(rb"\| +(aiohttp|tokenizers|jinja2|torch)\n", seen)
+
+
 @pytest.mark.parametrize("delay_s", [0.3, 1.0])
 def test_ctrl_c_during_plan(delay_s: float) -> None:
     """It imports torch on the main thread."""

@@ -13,8 +13,8 @@ from typing import Protocol
 from aiohttp import HttpVersion11, web
 
 from pyserve.api.generation.generate import Choice, Generation
-from pyserve.api.http.bounds import PROBE_S
-from pyserve.api.http.delivery import write
+from pyserve.api.http.bounds import PIECE_BYTES, PROBE_S
+from pyserve.api.http.delivery import write_large
 from pyserve.api.http.errors import log_unexpected
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.wire.protocol import Usage
@@ -166,6 +166,7 @@ async def send(
     if request.version < HttpVersion11:
         response.force_close()  # no chunked coding there: the end of the connection ends the stream
     await response.prepare(request)
+    write_frame = request.writer.write  # what response.write comes to, two coroutines further
     heartbeat = _Heartbeat(source.wake)
     connection = connection_of(request)
     connection.on_probe = heartbeat.hurry
@@ -178,11 +179,14 @@ async def send(
                 data = source.keep_alive()
             if not data:
                 continue
-            try:
-                await write(request, response, data)
-            except RequestError as error:
-                data = source.fail(error)
-                break
+            if len(data) <= PIECE_BYTES:
+                await write_frame(data)
+            else:
+                try:
+                    await write_large(request, response, data)
+                except RequestError as error:
+                    data = source.fail(error)
+                    break
             heartbeat.note()
     finally:
         connection.on_probe = None

@@ -28,11 +28,8 @@ async def deliver(request: web.Request, response: web.StreamResponse) -> web.Str
     return response
 
 
-async def write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    """Write `data` to a stream that has begun; one that has no room for it ends here."""
-    if len(data) <= PIECE_BYTES:
-        await response.write(data)
-        return
+async def write_large(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Write `data`, more than PIECE_BYTES, to a stream; one that has no room for it ends here."""
     with connection_of(request).unread(len(data)):
         await _write_pieces(request, response, data)
 
