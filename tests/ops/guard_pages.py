@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyserve import ops
-from pyserve.ops import build
+from pyserve.ops import build, w4a16
 from tests.ops import test_attention, test_rope
 from tests.ops.step_inputs import SlotUpdate
 from tests.ops.test_sample import tables_of
@@ -57,6 +57,23 @@ def linear() -> None:
                     gate, up = expected.chunk(2, 1)
                     expected = torch.nn.functional.silu(gate) * up
                     torch.testing.assert_close(half.double(), expected, rtol=0.04, atol=0.4)
+
+
+def linear_w4a16() -> None:
+    for n, k, size in [(16, 128, 128), (3, 64, 64), (33, 96, 32), (24, 256, 128), (99, 32, 32)]:
+        packed = torch.zeros(w4a16.packed_shape(n, k, size), dtype=torch.int32)
+        w4a16.fill_with_noise(packed, n, k, 1.0, None)
+        packed, weight = guarded(packed), w4a16.dequantised(packed, n, k)
+        for dtype in DTYPES:
+            plain = guarded(torch.zeros(n, k, dtype=dtype))
+            torch.ops.pyserve.dequantise_w4a16(packed, plain)
+            assert torch.equal(plain, weight.to(dtype))
+            for num_rows in (1, 2, 3, 5):
+                x, bias = (guarded(torch.randn(s).to(dtype)) for s in ((num_rows, k), (n,)))
+                out = guarded(torch.zeros(num_rows, n, dtype=dtype))
+                torch.ops.pyserve.linear_w4a16(x, packed, bias, out)
+                expected = x.double() @ weight.double().T + bias.double()
+                torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.2)
 
 
 def rms_norm() -> None:
@@ -142,8 +159,8 @@ def logprobs() -> None:
 if __name__ == "__main__":
     build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
-    for run in (linear, rms_norm, silu_mul, rope_write_kv, paged_attention, sample, apply_bitmask,
-                logprobs):  # fmt: skip
+    for run in (linear, linear_w4a16, rms_norm, silu_mul, rope_write_kv, paged_attention, sample,
+                apply_bitmask, logprobs):  # fmt: skip
         print(run.__name__, flush=True)
         run()
     print("whole")
