@@ -141,7 +141,13 @@ class Plain(Dense):
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
 @pytest.mark.parametrize(
-    "declining", [("o_proj",), ("down_proj",), ("gate_proj",), ("o_proj", "down_proj", "gate_proj")]
+    "declining",
+    [
+        ("o_proj",),
+        ("down_proj",),
+        ("gate_proj", "up_proj"),
+        ("o_proj", "down_proj", "gate_proj", "up_proj"),
+    ],
 )
 def test_what_a_scheme_declines_is_done_plainly(
     declining: tuple[str, ...], num_tokens: int, monkeypatch: pytest.MonkeyPatch
