@@ -207,6 +207,16 @@ DESCRIPTIONS = {
     "prompt_cache_key": "Shown again in the response; prompts are cached either way.",
     "add_special_tokens": "Let the tokenizer add its own; true for text, false for messages.",
     "skip_special_tokens": "Leave special tokens out of the text.",
+    "system": "What the model is told first; a text, or blocks of text.",
+    "stop_sequences": "As stop in a chat: each ends the answer, which does not hold it.",
+    "thinking": "Without it the model is asked not to think, and what it thinks is not shown.",
+    "output_config": "effort: how much to think; format: a JSON schema for the answer.",
+    "input_schema": "JSON schema of the arguments; a tool without one is refused.",
+    "defer_loading": "true: shown to the model once a tool_reference names it.",
+    "disable_parallel_tool_use": "true keeps the first call only.",
+    "tool_use_id": "Of a tool_result: the call that it answers, which must stand before it.",
+    "is_error": "true: the result begins with Error: in the prompt.",
+    "signature": "Of a thinking: what came with it; it brings back a thinking that was not shown.",
 }
 
 _FUNCTION = {"properties": {"type": {"enum": ["function"]}}}
@@ -260,7 +270,15 @@ REPLACED: dict[str, Schema] = {
         ],
     },
     "Turn": {"properties": {"role": _one_of(TURN_ROLES)}},
-    "Block": {"properties": _ANY_TYPE},
+    "Block": {
+        "properties": {
+            **_ANY_TYPE,
+            "thinking": {
+                "anyOf": [{"type": "string"}, {"type": "null"}], "default": None,
+                "description": "Of a thinking: what the model thought.",
+            },
+        },
+    },
     "ResultBlock": {"properties": _ANY_TYPE},
     "MessagesTool": {
         "properties": {
