@@ -264,6 +264,7 @@ class EngineInfo:
     has_priorities: bool = False  # scheduling_policy is "priority": submit's priority counts
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9  # as configured
+    has_logits: bool = False  # in place of log probabilities
 
 
 @dataclass(frozen=True, slots=True)

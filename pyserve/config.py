@@ -36,6 +36,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Quantized = Literal["awq", "gptq", "compressed-tensors"]
+LogprobsMode = Literal["raw_logprobs", "raw_logits"]
 Policy = Literal["fcfs", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -144,6 +145,9 @@ class EngineConfig:
         limits=(0, 60_000),
     )  # fmt: skip
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
+    logprobs_mode: LogprobsMode = flag(
+        "raw_logprobs", "what logprobs are; logits are not compared by best_of and beams"
+    )
     enable_prefix_caching: bool = flag(True, "do not keep what prompts have in common", "kept")
     scheduling_policy: Policy = flag(
         "fcfs", "fcfs: first come first served; or priority", metavar="POLICY"

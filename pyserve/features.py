@@ -84,10 +84,7 @@ FEATURES: dict[str, Feature] = {
         },
     ),
     "logprobs of processed logits": Feature(
-        flags={
-            **plain(SWITCH, "return-sampling-mask"),
-            "logprobs-mode": Flag(VALUE, ("raw_logprobs",)),
-        }
+        flags=plain(SWITCH, "return-sampling-mask"),
     ),
     "logits processors": Feature(
         flags={**plain(VALUE, "logits-processor-pattern"), **plain(LIST, "logits-processors")},

@@ -83,7 +83,8 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     with _card_may_be_full(plan):
         model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
         progress("warmup", 0, 0)
-        executor = StepExecutor(model, plan)
+        has_logits = config.logprobs_mode == "raw_logits"
+        executor = StepExecutor(model, plan, has_logits=has_logits)
         runner, plan = _start_runner(executor, config, plan, memory, progress)
 
         def new_engine() -> Engine:
@@ -108,6 +109,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         has_priorities=config.scheduling_policy == "priority",
         enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        has_logits=has_logits,
     )
     if trace is not None:
         trace.watch(runner, "pack", "pack")

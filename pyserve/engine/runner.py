@@ -79,10 +79,13 @@ class StepExecutor:
 
     Both are replayed where their shape was recorded (graphs.py), else called op by op.
     After `close` the limits and the device are still told; all else raises RuntimeError.
+
+    has_logits  logprobs that are asked for are the logits, not their log-softmax.
     """
 
-    def __init__(self, model: Decoder, limits: StepLimits) -> None:
+    def __init__(self, model: Decoder, limits: StepLimits, *, has_logits: bool = False) -> None:
         self.limits = limits
+        self._has_logits = has_logits
         self.device = model.device
         self._is_closed = False
         self._model = model
@@ -266,6 +269,7 @@ class StepExecutor:
                         state.asked[first:num_asked],
                         tile.sampled,
                         ops.LogprobRows.of(state.told[first:num_asked]),
+                        is_normalized=not self._has_logits,
                     )
 
     def _tell_prompts(self, count: int) -> None:
@@ -285,6 +289,7 @@ class StepExecutor:
                 state.tile_row_ids[:size],
                 next_token_ids[begin:end],
                 ops.LogprobRows.of(state.told[limit + begin : limit + end]),
+                is_normalized=not self._has_logits,
             )
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -333,6 +334,16 @@ def test_the_servers_own_limit(tmp_path: Any) -> None:
         own.play("Hi")
         assert own.error(CHAT, {**ASK, "top_logprobs": 4})["param"] == "top_logprobs"
         own.post(CHAT, {**ASK, "top_logprobs": 3})
+
+
+def test_logits_are_not_compared(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine, "info", replace(server.engine.info, has_logits=True))
+    server.play("Hello")
+    asked: list[dict[str, Any]] = [{"best_of": 2}, {"n": 2, "use_beam_search": True}]
+    for fields in asked:
+        error = server.error(COMPLETIONS, {"prompt": "x", "max_tokens": 9, **fields})
+        assert error["param"] in fields and "--logprobs-mode raw_logprobs" in error["message"]
+    assert server.post(CHAT, {**ASK, "n": 2, "best_of": 2})["choices"][1]["logprobs"]
 
 
 @pytest.mark.parametrize("burst", [1, 3, 50])

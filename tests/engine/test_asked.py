@@ -64,9 +64,11 @@ def oracle(decoder: Decoder) -> LlamaForCausalLM:
 
 
 @torch.inference_mode()
-def check(oracle: LlamaForCausalLM, reader: Told) -> None:
+def check(oracle: LlamaForCausalLM, reader: Told, *, has_logits: bool = False) -> None:
     token_ids = torch.tensor([reader.prompt + reader.output])
-    exact = oracle(token_ids).logits[0].double().log_softmax(-1)
+    exact = oracle(token_ids).logits[0].double()
+    if not has_logits:
+        exact = exact.log_softmax(-1)
     prompt = reader.stream.prompt_logprobs
     assert len(prompt) == len(reader.prompt) - 1
     assert len(reader.logprobs) == len(reader.output)
@@ -111,11 +113,12 @@ def test_as_transformers_has_it(
             assert not reader.stream.prompt_logprobs
 
 
+@pytest.mark.parametrize("has_logits", [False, True])
 def test_they_are_those_before_masks_biases_and_penalties(
-    decoder: Decoder, oracle: LlamaForCausalLM
+    decoder: Decoder, oracle: LlamaForCausalLM, has_logits: bool
 ) -> None:
     for tile_rows in (1, 64):
-        engine = make_engine(decoder, logits_tile_rows=tile_rows)
+        engine = make_engine(decoder, logits_tile_rows=tile_rows, has_logits=has_logits)
         driver = Driver(engine, 1)
         params = SamplingParams(
             max_tokens=20, temperature=0.5, seed=1, logit_bias={3: 9.0}, frequency_penalty=1.0
@@ -128,7 +131,7 @@ def test_they_are_those_before_masks_biases_and_penalties(
         driver.drain()
         engine.runner.close()
         for reader in readers:
-            check(oracle, reader)
+            check(oracle, reader, has_logits=has_logits)
         assert any(entry.token_rank > 5 for reader in readers for entry in reader.logprobs)
 
 

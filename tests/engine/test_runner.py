@@ -72,16 +72,17 @@ def limits(budget: int, logits_tile_rows: int) -> StepLimits:
 
 
 def make_runner(
-    decoder: Decoder, num_blocks: int, budget: int, logits_tile_rows: int = 64
-) -> CpuRunner:
-    executor = StepExecutor(decoder, limits(budget, logits_tile_rows))
+    decoder: Decoder, num_blocks: int, budget: int, logits_tile_rows: int = 64, *,
+    has_logits: bool = False,
+) -> CpuRunner:  # fmt: skip
+    executor = StepExecutor(decoder, limits(budget, logits_tile_rows), has_logits=has_logits)
     executor.allocate_kv(num_blocks)
     return CpuRunner(executor, num_threads=1)
 
 
 def make_engine(
     decoder: Decoder, *, num_blocks: int = 128, budget: int = 512, caching: bool = False,
-    logits_tile_rows: int = 64,
+    logits_tile_rows: int = 64, has_logits: bool = False,
 ) -> Engine:  # fmt: skip
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=caching),
@@ -90,7 +91,8 @@ def make_engine(
         max_update_words=max_update_words(MAX_MODEL_LEN, BLOCK_SIZE),
     )
     return Engine(
-        scheduler, make_runner(decoder, num_blocks, budget, logits_tile_rows),
+        scheduler,
+        make_runner(decoder, num_blocks, budget, logits_tile_rows, has_logits=has_logits),
         max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, policy="fcfs",
     )  # fmt: skip
 

@@ -85,6 +85,8 @@ def _asked(
     body: SamplingFields, state: ServerState, loaded: Loaded, ignored: list[str], *,
     num_top: int | None, has_echo: bool = False,
 ) -> AskedTokens:  # fmt: skip
+    if loaded.engine.info.has_logits:
+        _check_comparing(body)
     num_prompt_top = _checked("prompt_logprobs", body.prompt_logprobs, state.config.max_logprobs)
     if num_prompt_top is not None and body.stream:
         raise InvalidRequestError("prompt_logprobs needs stream: false", "prompt_logprobs")
@@ -105,6 +107,21 @@ def _asked(
     asked = [num for num in (num_prompt_top, echoed) if num is not None]
     prompt_name = "prompt_logprobs" if echoed is None else "logprobs"
     return AskedTokens(num_top, max(asked, default=None), words, prompt_name)
+
+
+def _check_comparing(body: SamplingFields) -> None:
+    """Refuse what compares answers by the logarithms of their probabilities: there are none."""
+    asked = {
+        "use_beam_search": bool(body.use_beam_search),
+        "best_of": (body.best_of or 1) > (body.n or 1),
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise InvalidRequestError(
+                f"{name} compares answers by log probabilities: the server would have to be "
+                "started with --logprobs-mode raw_logprobs",
+                name,
+            )
 
 
 def _checked(name: str, num: int | None, limit: int) -> int | None:
