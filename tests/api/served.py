@@ -1,7 +1,7 @@
 """A server process around the scripted engine, for tests of start, signals and exit codes.
 
 Arguments: port, folder of the tokenizer, what `load` does (held: until the folder has a file
-go-<port>), seconds to drain.
+go-<port>), seconds to drain; maybe a folder for batches.
 """
 
 from __future__ import annotations
@@ -81,5 +81,6 @@ if __name__ == "__main__":
         host="127.0.0.1",
         port=int(sys.argv[1]),
         shutdown_timeout_s=float(sys.argv[4]),
+        batch_dir=Path(sys.argv[5]) if len(sys.argv) > 5 else None,
     )
     sys.exit(run_server(settings, load))

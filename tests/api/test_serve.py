@@ -60,11 +60,12 @@ class Process:
 
 
 @contextmanager
-def start(folder: Path, how: str = "well", drain_s: float = 10) -> Iterator[Process]:
+def start(folder: Path, how: str = "well", drain_s: float = 10, *more: str) -> Iterator[Process]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     log_path = folder.parent / f"log-{port}"
     command = [sys.executable, "-m", "tests.api.served", str(port), str(folder), how, str(drain_s)]
+    command += more
     with log_path.open("w") as sink:
         popen = subprocess.Popen(command, stdout=sink, stderr=sink, text=True, cwd=ROOT)
     try:

@@ -221,7 +221,7 @@ class BatchService:
 
     def _count_journals(self) -> None:
         journals = sum(journal.num_bytes for journal in self._journals.values())
-        self.store.num_written_bytes = journals
+        self.store.num_journal_bytes = journals
 
     def _expire(self, journal: Journal, file: Any) -> None:
         """Answer what was not asked with that."""

@@ -68,7 +68,8 @@ class Store:
         self.max_bytes = max_bytes
         self._files: dict[str, _OwnedFile] = {}
         self._batches: dict[str, _OwnedBatch] = {}
-        self.num_written_bytes = 0  # of journals, and of files on their way
+        self.num_upload_bytes = 0  # of files on their way
+        self.num_journal_bytes = 0
         self._num_kept_bytes = 0
         try:
             for name in ("files", "batches", "new"):
@@ -92,7 +93,8 @@ class Store:
     def num_bytes(self) -> int:
         """That count against max_bytes."""
         num_described = len(self._files) + len(self._batches)
-        return self._num_kept_bytes + OVERHEAD_BYTES * num_described + self.num_written_bytes
+        num_growing = self.num_upload_bytes + self.num_journal_bytes
+        return self._num_kept_bytes + OVERHEAD_BYTES * num_described + num_growing
 
     def check_room(self, num_bytes: int) -> None:
         """Raise StorageError where `num_bytes` more are too many for the folder or its disk."""

@@ -74,7 +74,7 @@ async def upload_file(request: web.Request) -> web.StreamResponse:
     except OSError as error:
         raise StorageError(f"the file cannot be kept: {os.strerror(error.errno or 0)}") from None
     finally:
-        store.num_written_bytes -= upload.num_bytes
+        store.num_upload_bytes -= upload.num_bytes
         path.unlink(missing_ok=True)
     return json_response(file, ignored_header(upload.ignored))
 
@@ -222,7 +222,7 @@ class _Upload:
                     raise _too_large(self._store)
                 self._store.check_room(len(data))
                 self.num_bytes += len(data)
-                self._store.num_written_bytes += len(data)
+                self._store.num_upload_bytes += len(data)
                 await asyncio.to_thread(sink.write, data)
             await asyncio.to_thread(_sync, sink)
 

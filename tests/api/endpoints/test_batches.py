@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection as Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pyserve.api.batches import store as stores
 from pyserve.api.batches.journal import JournalError
 from pyserve.errors import StartupError
 from tests.api.fakes import Script, Server, run_server, wait_until
+from tests.api.test_serve import START_S, Process, start
 
 KEYS = ("alice=secret-a", "bob=secret-b")
 ALICE = {"Authorization": "Bearer secret-a"}
@@ -208,6 +209,46 @@ def test_it_goes_on_after_a_restart(tokenizer_folder: Path, tmp_path: Path) -> N
         assert list((tmp_path / "batches" / "new").iterdir()) == []
 
 
+def wait_ready(process: Process) -> Connection:
+    wait_until(lambda: process.is_in("ready"), START_S)
+    return Connection("127.0.0.1", process.port, timeout=20)
+
+
+def call(connection: Connection, method: str, path: str, body: Any = None) -> Any:
+    """The JSON of a reply; bytes are a form."""
+    is_form = isinstance(body, bytes)
+    kind = "multipart/form-data; boundary=B" if is_form else "application/json"
+    data = body if is_form or body is None else json.dumps(body)
+    connection.request(method, path, data, {"Content-Type": kind})
+    return json.loads(connection.getresponse().read())
+
+
+def test_killed_it_answers_each_line_once(tokenizer_folder: Path, tmp_path: Path) -> None:
+    form = b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--B\r\n'
+    form += b'Content-Disposition: form-data; name="file"; filename="in"\r\n\r\n'
+    path = ""
+    for is_last in (False, True):
+        with start(tokenizer_folder, "well", 10, str(tmp_path / "batches")) as process:
+            connection = wait_ready(process)
+            if not path:
+                file = call(connection, "POST", "/v1/files", form + lines(60) + b"\r\n--B--\r\n")
+                body = {"input_file_id": file["id"], "endpoint": "/v1/completions"}
+                path = "/v1/batches/" + call(connection, "POST", "/v1/batches", body)["id"]
+            while True:
+                batch = call(connection, "GET", path)
+                if batch["status"] == "completed" or (
+                    not is_last and batch["request_counts"]["completed"] >= 12
+                ):
+                    break
+                time.sleep(0.01)
+            process.popen.kill()
+            connection.close()
+    assert batch["status"] == "completed" and batch["error_file_id"] is None
+    content = (tmp_path / "batches" / "files" / batch["output_file_id"]).read_text()
+    ids = [json.loads(line)["custom_id"] for line in content.splitlines()]
+    assert ids == [f"r-{n}" for n in range(60)]
+
+
 def test_it_expires_with_what_it_has(batching: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyserve.api.batches.service.WINDOW_S", 1)
     batching.engine.script = lambda number: Script([80], delay_s=0.0 if number == 0 else 9.0)
@@ -271,7 +312,7 @@ def test_what_is_too_much(batching: Server) -> None:
         assert upload(batching, b"x" * 100_000)[0] == 200
     status, error = upload(batching, b"x" * 99_999)
     assert status == 507 and "--batch-max-total-bytes" in error["error"]["message"]
-    connection = http.client.HTTPConnection("127.0.0.1", batching.port, timeout=20)
+    connection = Connection("127.0.0.1", batching.port, timeout=20)
     connection.putrequest("POST", "/v1/files")
     for name, value in {**ALICE, "Content-Type": "multipart/form-data; boundary=B"}.items():
         connection.putheader(name, value)
