@@ -58,6 +58,7 @@ PEOPLE = {
         "required": ["name", "age"],
     },
 }
+WORDS = "the quick brown fox jumps over the last dog and then " * 37
 SPECS: tuple[tuple[str, Spec, str], ...] = (
     (
         "an array of {name, age}",
@@ -67,7 +68,7 @@ SPECS: tuple[tuple[str, Spec, str], ...] = (
     (
         "[a-z ]{2000}",
         Regex(param="regex", pattern="[a-z ]{2000}"),
-        "the quick brown fox jumps over the lazy dog and then " * 37,
+        WORDS,
     ),
 )
 
@@ -236,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--sampling-ms", type=float, default=0.35)
     add("--steps", type=int, default=300)
     add("--runs", type=int, default=3)
+    add("--pattern", metavar="REGEX", help="of `the quick brown fox ...`, in place of the others")
     args = parser.parse_args(argv)
     print(busy_remark(), end="")
     build.load_native(is_reference_allowed=False, progress=lambda line: None, device="cpu")
@@ -247,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     vocabulary = Vocabulary(tokenizer, vocab_size=args.vocab_size, eos_token_ids=[eos])
     grammars = Grammars(vocabulary)
     kinds: list[tuple[str, Spec | None, str]] = [("no constraint", None, SPECS[0][2]), *SPECS]
+    if args.pattern is not None:
+        kinds[1:] = [(args.pattern, Regex(param="regex", pattern=args.pattern), WORDS)]
     head = ["a step of the clock", "ms: median", "p90", "idle before S: median", "p90", "before F"]
     rows = [head]
     for _ in range(args.runs):
