@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+
+from pyserve.environment import cpu_name, first_line, version_of
 
 PERCENTILES = (50, 90, 99)
 
@@ -66,14 +65,14 @@ def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "commit": first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": list(os.getloadavg()),
-        "gpu": _first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
-        "packages": {name: _version(name) for name in packages},
+        "gpu": first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+        "packages": {name: version_of(name) for name in packages},
     }
 
 
@@ -89,26 +88,3 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
     """Write `data` indented where a path was asked for."""
     if path is not None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _first_line(*command: str) -> str | None:
-    """First line a program prints; None where it is absent or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    lines = done.stdout.splitlines()
-    return lines[0].strip() if done.returncode == 0 and lines else None
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
             from pyserve.remote.talk import main as talk
 
             return talk(argv[0], argv[1:])
+        if argv == ["collect-env"]:
+            from pyserve.environment import describe_machine
+
+            print("\n".join(f"{name}: {value}" for name, value in describe_machine()))
+            return 0
         if argv[:1] == ["bench"]:
             from pyserve.remote.bench import main as bench
 

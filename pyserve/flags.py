@@ -21,8 +21,8 @@ from pyserve.flag_rows import BATCHES, REQUESTS, Row, rows_of, settings
 from pyserve.flag_words import plain_words
 from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 
-COMMANDS = ("serve", "plan", "run-batch", "chat", "complete", "bench", "help")
-COMMANDS_OF_VLLM = ("collect-env", "launch", "snapshot", "preload", "download-kernels")
+COMMANDS = ("serve", "plan", "run-batch", "chat", "complete", "bench", "collect-env", "help")
+COMMANDS_OF_VLLM = ("launch", "snapshot", "preload", "download-kernels")
 
 GROUPS = ("model", "engine", "server", REQUESTS, BATCHES)  # of --help
 LAUNCH, ENGINE, SERVER = rows_of(LaunchConfig), rows_of(EngineConfig), rows_of(ServerConfig)

@@ -37,6 +37,7 @@ LEAVES = {
     "limits",
     "words",
     "http_client",
+    "environment",
 }
 # room -> rooms it may import besides itself and the leaves
 ALLOWED = {

@@ -1,0 +1,88 @@
+"""What a machine is, for `pyserve collect-env` and the benches: nothing is imported for it.
+
+No value of a variable of the environment is told that may be a secret.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from pyserve import __version__
+
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH",
+             "OMP_NUM_THREADS", "PYSERVE_CACHE", "PYSERVE_CUDA_ARCHS")  # fmt: skip
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "VLLM_API_KEY")
+PROGRAM_TIMEOUT_S = 20.0
+
+
+def describe_machine() -> list[tuple[str, str]]:
+    """Name and value of what a report of a fault should tell, in the order of a page."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap")
+    rows = [
+        ("pyserve", __version__),
+        ("python", platform.python_version()),
+        ("platform", platform.platform()),
+        ("CPU", cpu_name()),
+        ("cores", str(len(os.sched_getaffinity(0)))),
+        ("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"),
+        ("GPU", first_line(*query, "--format=csv,noheader") or "none that nvidia-smi knows"),
+        ("g++", first_line("g++", "--version") or "not found"),
+        ("nvcc", last_line("nvcc", "--version") or "not found"),
+    ]
+    for name in _packages():
+        rows.append((name, version_of(name) or "not installed"))
+    rows += [(name, os.environ[name]) for name in VARIABLES if name in os.environ]
+    return rows + [(name, "is set") for name in SECRETS if os.environ.get(name)]
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def first_line(*command: str) -> str | None:
+    """The first line a program prints; None where it is absent, hangs or fails."""
+    return next(iter(_lines(*command)), None)
+
+
+def last_line(*command: str) -> str | None:
+    """Likewise the last."""
+    return next(reversed(_lines(*command)), None)
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _packages() -> list[str]:
+    """What pyserve depends on; without its metadata, in a bare checkout, torch alone."""
+    try:
+        found = metadata.requires("pyserve") or []
+    except metadata.PackageNotFoundError:
+        found = ["torch"]
+    return [re.split(r"[^A-Za-z0-9._-]", text)[0] for text in found if "extra ==" not in text]
+
+
+def _lines(*command: str) -> list[str]:
+    if shutil.which(command[0]) is None:
+        return []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
