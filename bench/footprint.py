@@ -45,6 +45,14 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(took, cpu, len(sys.modules) - before, int("torch" in sys.modules), peak)
 """
 
+_BYTECODE_PROGRAM = """
+import importlib.util, os, sys
+for name in sys.argv[1:]:
+    spec = importlib.util.find_spec(name)
+    if spec is not None and not os.path.isfile(spec.cached or ""):
+        print(name)
+"""
+
 
 @dataclass(slots=True)
 class Start:
@@ -92,6 +100,16 @@ def import_cost(python: str, module: str, runs: int) -> dict[str, float]:
         "imports_torch": int(has_torch),
         "peak_bytes": int(peak_kib) * 1024,
     }
+
+
+def without_bytecode(python: str, packages: Sequence[str]) -> list[str]:
+    """Those that Python compiles anew at every start: they were installed without bytecode, and
+    PYTHONDONTWRITEBYTECODE or a folder that is only read keeps it from writing any."""
+    done = subprocess.run(
+        [python, "-c", _BYTECODE_PROGRAM, *packages],
+        capture_output=True, text=True, cwd=tempfile.gettempdir(), check=True,
+    )  # fmt: skip
+    return done.stdout.split()
 
 
 def installed(python: str) -> dict[str, Any]:
@@ -293,7 +311,10 @@ def _measure(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]
     costs = {module: import_cost(args.python, module, args.runs) for module in MODULES}
     packages = installed(args.python)
     print(_render_static(costs, packages))
-    result: dict[str, Any] = {"import": costs, "installed": packages}
+    bare = without_bytecode(args.python, ("pyserve", "torch", "aiohttp"))
+    if bare:
+        print(f"\nwithout bytecode, compiled anew at every start: {', '.join(bare)}")
+    result: dict[str, Any] = {"import": costs, "installed": packages, "without_bytecode": bare}
     if args.no_start:
         return result
     if args.cold_build:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.footprint import import_cost, installed, main, measure_start
+from bench.footprint import import_cost, installed, main, measure_start, without_bytecode
 from bench.installed import closure, file_bytes, report
 from bench.server_process import memory_of, running_server
 from bench.stub import __file__ as stub_path
@@ -53,6 +54,18 @@ def test_bytes_are_those_of_the_files_that_exist(site: Path) -> None:
     (app,) = [d for d in metadata.distributions(path=[str(site)]) if d.metadata["Name"] == "app"]
     described = os.path.getsize(site / "app-1.0.dist-info" / "METADATA")
     assert file_bytes(app) == 10 + described
+
+
+def test_what_lies_without_bytecode_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("compiled", "bare"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    py_compile.compile(str(tmp_path / "compiled.py"))
+    assert without_bytecode(sys.executable, ("compiled", "bare", "absent")) == ["bare"]
 
 
 def test_the_installation_of_this_interpreter() -> None:
