@@ -113,28 +113,6 @@ class _Walk:
             draft in str(root.get("$schema", "")) for draft in OLD_DRAFTS
         )
         self._has_prefix_items = not is_old
-        self._keywords: dict[str, Callable[[Schema, str, str], Schema]] = {
-            "$ref": self._ref,
-            "type": self._type,
-            "enum": self._enum,
-            "const": self._const,
-            "properties": self._named,
-            "patternProperties": self._named,
-            "additionalProperties": self._inner,
-            "items": self._items,
-            "prefixItems": self._prefix_items,
-            "required": self._required,
-            "pattern": self._pattern,
-            "format": self._format,
-            "multipleOf": self._multiple,
-            **dict.fromkeys(("allOf", "anyOf", "oneOf"), self._several),
-            **dict.fromkeys(("minLength", "maxLength"), self._length),
-            **dict.fromkeys(("minItems", "maxItems", "maxProperties"), self._count),
-            "minProperties": self._min_properties,
-            **dict.fromkeys(
-                ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._bound
-            ),
-        }
 
     def run(self) -> Schema | bool:
         root = self._schema(self._root, "", 0)
@@ -177,10 +155,10 @@ class _Walk:
         result: Schema = {}
         for keyword, value in schema.items():
             place = f"{pointer}/{_escaped(keyword)}"
-            read = self._keywords.get(keyword)
+            read = _KEYWORDS.get(keyword)
             if read is not None:
                 self._depth = depth
-                for name, new in read(schema, keyword, place).items():
+                for name, new in read(self, schema, keyword, place).items():
                     if name == "allOf" and name in result:
                         new = [*result[name], *new]
                     result[name] = new
@@ -466,6 +444,29 @@ class _Walk:
             step = max(MIN_BOUND, abs(value) * 1e-14)  # tens of what a float tells apart
             return {"allOf": [{plain: value + step if plain == "minimum" else value - step}]}
         return {keyword: value}
+
+
+# Of the class: a walk that held its own methods would be left to the collector, with its schema.
+_KEYWORDS: dict[str, Callable[[_Walk, Schema, str, str], Schema]] = {
+    "$ref": _Walk._ref,
+    "type": _Walk._type,
+    "enum": _Walk._enum,
+    "const": _Walk._const,
+    "properties": _Walk._named,
+    "patternProperties": _Walk._named,
+    "additionalProperties": _Walk._inner,
+    "items": _Walk._items,
+    "prefixItems": _Walk._prefix_items,
+    "required": _Walk._required,
+    "pattern": _Walk._pattern,
+    "format": _Walk._format,
+    "multipleOf": _Walk._multiple,
+    **dict.fromkeys(("allOf", "anyOf", "oneOf"), _Walk._several),
+    **dict.fromkeys(("minLength", "maxLength"), _Walk._length),
+    **dict.fromkeys(("minItems", "maxItems", "maxProperties"), _Walk._count),
+    "minProperties": _Walk._min_properties,
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _Walk._bound),
+}
 
 
 def _first_line(error: str) -> str:

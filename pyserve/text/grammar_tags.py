@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyserve.errors import InvalidRequestError
@@ -79,18 +79,6 @@ class _Writer:
         self._num_formats = 0
         self._num_chars = 0
         self._json_rules: dict[str, str] = {}  # schema -> its rule
-        self._writers = {
-            "const_string": self._const,
-            "json_schema": self._json_schema,
-            "arguments": self._arguments,
-            "regex": self._regex,
-            "any_text": self._any_text,
-            "sequence": self._sequence,
-            "or": self._or,
-            "tag": self._tag,
-            "triggered_tags": self._triggered,
-            "tags_with_separator": self._separated,
-        }
 
     def write(self, tags: Format) -> str:
         if "structures" in tags:
@@ -136,14 +124,14 @@ class _Writer:
                 place, f"there are more than {MAX_FORMATS} formats, or {MAX_DEPTH} within another"
             )
         kind = format_.get("type")
-        writer = self._writers.get(kind) if isinstance(kind, str) else None
+        writer = _WRITERS.get(kind) if isinstance(kind, str) else None
         if writer is None:
             raise self._refuse(
-                f"{place}/type", f"must be one of {', '.join(self._writers)}, got {kind!r:.60}"
+                f"{place}/type", f"must be one of {', '.join(_WRITERS)}, got {kind!r:.60}"
             )
         assert isinstance(kind, str)
         self._check_names(format_, _FIELDS[kind], place)
-        return writer(format_, place, depth)
+        return writer(self, format_, place, depth)
 
     def _check_names(self, given: Format, known: frozenset[str], place: str) -> None:
         """A field that is not known may be a rule, which would not be enforced."""
@@ -345,3 +333,17 @@ class _Writer:
             between = self._literal(separator) if separator else ""
             some = f"({any_tag} ({between} {any_tag})*)"
         return some if self._is_so(format_, "at_least_one", place) else f"{some}?"
+
+
+_WRITERS: Mapping[str, Callable[[_Writer, Format, str, int], str]] = {
+    "const_string": _Writer._const,
+    "json_schema": _Writer._json_schema,
+    "arguments": _Writer._arguments,
+    "regex": _Writer._regex,
+    "any_text": _Writer._any_text,
+    "sequence": _Writer._sequence,
+    "or": _Writer._or,
+    "tag": _Writer._tag,
+    "triggered_tags": _Writer._triggered,
+    "tags_with_separator": _Writer._separated,
+}

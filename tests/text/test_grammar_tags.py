@@ -167,12 +167,12 @@ HOSTILE: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("properties", "reason"), HOSTILE, ids=["many", "shared"])
 def test_hostile_arguments(form: str, properties: Any, reason: str) -> None:
     schema = {"type": "object", "properties": properties, "$defs": SHARED}
-    began_s = time.monotonic()
+    began_s = time.process_time()  # the machine may be busy
     with pytest.raises(InvalidRequestError, match=reason):
         compile_grammar(
             spec({"type": "arguments", "form": form, "json_schema": schema}), vocabulary()
         )
-    assert time.monotonic() - began_s < 5
+    assert time.process_time() - began_s < 5
 
 
 def test_arguments_need_a_form_and_a_schema() -> None:
