@@ -34,10 +34,4 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void store_cluster(uint32_t address, const float* values) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(values[0]),
-               "f"(values[1]), "f"(values[2]), "f"(values[3])
-               : "memory");
-}
-
 }  // namespace pyserve::gpu

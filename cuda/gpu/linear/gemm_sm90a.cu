@@ -1,15 +1,15 @@
-// linear for more than 64 rows on Hopper (sm_90a): wgmma on tiles that the copy engine brings, see
-// gemm_sm90a.cuh. What is here: the kernel, which of its tilings a shape gets, the launch.
+// linear_silu_mul for more than 64 rows on Hopper (sm_90a): wgmma on tiles that the copy engine
+// brings, see gemm_sm90a.cuh. With the other epilogues cuBLAS leaves nothing to be fused and is as
+// fast at most shapes (bench/notes.md). Here: the kernel, which tiling a shape gets, the launch.
 //
 // The work of 65 to some 200 rows is to stream the weight, of more to multiply. What costs beside
 // that is tiles that do not fill the SMs evenly: so there are several, and estimate_us() tells which
 // is best for a shape. An H200's L2 gives some 9.5 TB/s, which tiles of 128 rows would need all of:
 // where there are two of them, one copy brings the weight to both.
 //
-// Numerics: float32 sums over k in blocks of 16, of a divided k in the order of its parts, then the
-// epilogue, one rounding. The tiling depends on m, n, k and the device, never on the data: equal
+// Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. The tiling depends on m, n, k and the device, never on the data: equal
 // calls give equal bits. A row's result may differ between numbers of rows.
-// Floor: 4 n k bytes, or 4 m n k operations, with kSiluMul.
+// Floor: 4 n k bytes, or 4 m n k operations.
 #include "gpu/linear/gemm_sm90a.cuh"
 
 #include <algorithm>
@@ -30,80 +30,58 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     gemm_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
   Ring<Tile> ring{smem_address(dynamic_smem), {}};
-  const Place at = Place::of(a);
-  const int num_mates = a.share_weight + a.share_x - 1;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&a.weight);
     prefetch_tensor_map(&a.x);
     Ring<Tile> each = ring;
     for (int i = 0; i < Tile::kStages; ++i, each.place.advance()) {
       mbarrier_init(each.full(), 1);
-      mbarrier_init(each.empty(), Tile::kGroups * 4 * num_mates);
+      mbarrier_init(each.empty(), Tile::kGroups * 4 * a.mates);
     }
     barriers_ready();
   }
   cluster_sync();
-  Schedule schedule(a, a.share_weight * a.share_x * Tile::kSplit);
+  const int rank = static_cast<int>(cluster_rank());
+  Schedule schedule(a);
   if (threadIdx.x < kWarpgroup) {
     give_registers<Tile::kProducerRegisters>();
     if (threadIdx.x == 0) {
-      produce<Tile>(a, ring, at, schedule);
+      produce<Tile>(a, ring, rank, schedule);
     } else {
       pdl_wait();
       pdl_launch_dependents();
     }
     __syncwarp();
     cluster_sync();
-    if (Tile::kSplit > 1) cluster_sync();
   } else {
     take_registers<Tile::kGroupRegisters>();
     const int lane = threadIdx.x % kWarpSize;
-    int mate = at.rank_of(a, lane, at.column_rank, at.part);
-    if (lane >= a.share_weight) {
-      const int other = lane - a.share_weight;
-      mate = at.rank_of(a, at.row_rank, other + (other >= at.column_rank), at.part);
-    }
-    const bool is_releasing = lane < num_mates;
-    const uint32_t mate_barriers = cluster_address(ring.barriers(), is_releasing ? mate : 0);
+    const bool is_releasing = lane < a.mates;
+    const uint32_t mate_barriers = cluster_address(ring.barriers(), is_releasing ? lane : 0);
     pdl_wait();
     pdl_launch_dependents();
-    int first, count, row, column;
-    part_of_k<Tile>(a, at.part, first, count);
+    const int count = num_blocks(a);
     float sums[Tile::kSums];
-    if constexpr (Tile::kSplit > 1) {
-      schedule.place<Tile>(a, at, row, column);
+    for (; schedule.has_more(); schedule.advance()) {
+      int row, column;
+      schedule.place<Tile>(a, rank, row, column);
       multiply<Tile>(ring, count, mate_barriers, is_releasing, sums);
-      cluster_sync();
-      reduce<Tile>(a, ring.base, at, sums);
-#pragma unroll
-      for (int slice = 0; slice < Tile::kSplit; ++slice) {
-        if (slice == at.part) finish_slice<Tile>(a, row, column, slice, sums);
-      }
-    } else {
-      for (; schedule.has_more(); schedule.advance()) {
-        schedule.place<Tile>(a, at, row, column);
-        multiply<Tile>(ring, count, mate_barriers, is_releasing, sums);
-        finish_slice<Tile>(a, row, column, 0, sums);
-      }
-      cluster_sync();
+      finish_tile<Tile>(a, row, column, sums);
     }
+    cluster_sync();  // a mate may still send here, or tell what it has read
   }
 }
 
-// How a shape is cut: a Tile, and how many of them a cluster is.
+// How a shape is cut: a Tile, and how many of them share the weight.
 struct Tiling {
-  int groups, columns, split;
-  int share_weight, share_x;
+  int groups, columns;
+  int mates;
 
   constexpr int rows() const { return 64 * groups; }
-  constexpr int cluster() const { return share_weight * share_x * split; }
 };
 
-// What of them is worth having: for kSiluMul alone. With the other epilogues cuBLAS leaves nothing to
-// be fused and is as fast at most shapes of an 8B model (bench/notes.md).
-constexpr Epilogue kServed = Epilogue::kSiluMul;
 constexpr auto kTilings = std::to_array<Tiling>({
-    {2, 256, 1, 2, 1}, {2, 256, 1, 1, 1}, {2, 224, 1, 2, 1}, {2, 224, 1, 1, 1}, {3, 128, 1, 1, 1},
+    {2, 256, 2}, {2, 256, 1}, {2, 224, 2}, {2, 224, 1}, {3, 128, 1},
 });
 
 int pieces(int64_t whole, int part) { return static_cast<int>((whole + part - 1) / part); }
@@ -113,15 +91,11 @@ struct Grid {
   int rows, columns;
 
   Grid(const Tiling& t, const LinearParams& p)
-      : rows(pieces(p.m, t.rows() * t.share_weight)),
-        columns(pieces(p.weight_rows(), t.columns * t.share_x)) {}
+      : rows(pieces(p.m, t.rows() * t.mates)), columns(pieces(p.weight_rows(), t.columns)) {}
 };
 
-// How many clusters of this many CTAs, one on an SM, run at a time: a GPC has some 16 SMs, of which
-// a cluster of four leaves some unused.
-int num_resident(const Device& device, int cluster) {
-  return cluster <= 2 ? device.num_sms / cluster : device.num_sms / cluster - 3;
-}
+// How many clusters, a CTA on an SM, run at a time.
+int num_resident(const Device& device, int mates) { return device.num_sms / mates; }
 
 // Microseconds that a tiling takes: the longest of three, and a fifth of the next, as they hinder
 // each other. Fits what an H200 took for 8B matrices at 96 to 2,048 rows to some 5 %.
@@ -132,13 +106,12 @@ double estimate_us(const Tiling& t, const LinearParams& p, const Device& device)
   constexpr double kMemoryBytes = 2440;      // a clock
   const Grid grid(t, p);
   const double clusters = static_cast<double>(grid.rows) * grid.columns;
-  const double waves = std::ceil(clusters / num_resident(device, t.cluster()));
-  const double stages = pieces(p.k, kDepth * t.split);
-  const double stage_bytes =
-      (1.0 * t.rows() / t.share_x + 1.0 * t.columns / t.share_weight) * kDepth * 2;
+  const double waves = std::ceil(clusters / num_resident(device, t.mates));
+  const double stages = pieces(p.k, kDepth);
+  const double stage_bytes = (t.rows() + 1.0 * t.columns / t.mates) * kDepth * 2;
   double clocks[] = {
-      waves * (stages * t.rows() * t.columns * kDepth / kProducts + (t.split == 1 ? 2500 : 5000)),
-      clusters * t.cluster() * stages * stage_bytes / (kL2Bytes * device.num_sms),
+      waves * (stages * t.rows() * t.columns * kDepth / kProducts + 2500),
+      clusters * t.mates * stages * stage_bytes / (kL2Bytes * device.num_sms),
       2.0 * p.weight_rows() * p.k / kMemoryBytes,
   };
   std::sort(clocks, clocks + 3);
@@ -161,8 +134,7 @@ cudaError_t launch_tile(const LinearParams& p, const Tiling& tiling, const Devic
          .k = static_cast<int>(p.k),
          .num_row_tiles = grid.rows,
          .num_column_tiles = grid.columns,
-         .share_weight = tiling.share_weight,
-         .share_x = tiling.share_x,
+         .mates = tiling.mates,
          .weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal};
   auto encode = [&](const void* data, int64_t rows, int64_t stride, int box_rows, CUtensorMap* map) {
     return encode_tensor_map<2>({.data = data,
@@ -175,13 +147,11 @@ cudaError_t launch_tile(const LinearParams& p, const Tiling& tiling, const Devic
   if (error != cudaSuccess) return error;
   error = encode(p.weight, p.weight_rows(), p.weight_stride, Tile::kColumns / 2, &a.weight);
   if (error != cudaSuccess) return error;
-  int num_clusters = grid.rows * grid.columns;
-  if (Tile::kSplit == 1) {
-    num_clusters = std::min(num_clusters, num_resident(device, tiling.cluster()));
-  }
-  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.cluster()),
-                                 static_cast<unsigned>(tiling.cluster()), Tile::kThreads,
-                                 Tile::kSmem, stream, a);
+  const int num_clusters =
+      std::min(grid.rows * grid.columns, num_resident(device, tiling.mates));
+  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.mates),
+                                 static_cast<unsigned>(tiling.mates), Tile::kThreads, Tile::kSmem,
+                                 stream, a);
 }
 
 // The tiling of least estimate, by its place.
@@ -203,7 +173,7 @@ cudaError_t launch_best(const LinearParams& p, const Device& device, cudaStream_
   cudaError_t error = cudaErrorInvalidValue;
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr Tiling kTiling = kTilings[kI];
-    using OneTile = Tile<T, kServed, kTiling.groups, kTiling.columns, kTiling.split>;
+    using OneTile = Tile<T, kTiling.groups, kTiling.columns>;
     if (kI == best) error = launch_tile<OneTile>(p, kTiling, device, stream);
   };
   (launch_if(std::integral_constant<size_t, kIndex>{}), ...);

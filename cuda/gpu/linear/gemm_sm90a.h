@@ -1,4 +1,4 @@
-// linear for many rows on Hopper: gemm_sm90a.cu, which only builds for sm_90a have (kHasSm90a).
+// linear_silu_mul for many rows on Hopper: gemm_sm90a.cu, which only builds for sm_90a have (kHasSm90a).
 #pragma once
 
 #include "gpu/core/device.h"
@@ -10,10 +10,10 @@ namespace pyserve::gpu {
 // Whether launch_gemm_sm90a can: kSiluMul, on rows of 16-byte vectors.
 inline bool can_gemm_sm90a(const LinearParams& p) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // coordinates of tensor maps have 32 bits
-  return p.epilogue == Epilogue::kSiluMul && !p.has_norm() && p.k >= 512 && p.k % kVec == 0 && p.n % kVec == 0 && p.m < kLimit && p.n < kLimit &&
-         p.k < kLimit && is_vec_aligned(p.x, p.x_stride) &&
-         is_vec_aligned(p.weight, p.weight_stride) && is_vec_aligned(p.out, p.out_stride) &&
-         reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
+  return p.epilogue == Epilogue::kSiluMul && !p.has_norm() && p.k >= 512 && p.k % kVec == 0 &&
+         p.n % kVec == 0 && p.m < kLimit && p.n < kLimit && p.k < kLimit &&
+         is_vec_aligned(p.x, p.x_stride) && is_vec_aligned(p.weight, p.weight_stride) &&
+         is_vec_aligned(p.out, p.out_stride) && reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
 }
 
 // Whether its tiles fit the shape well enough to be faster than cuBLAS, by estimate.
