@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with an NVIDIA card, in one go.
 #
-#   bench/gpu_check.sh                        what ends within 8 minutes: all but masks, sanitize and ptx80
+#   bench/gpu_check.sh                        what ends within 8 minutes: without masks, rows, sanitize, ptx80
 #   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
 #
 # Every part has a time limit and a log of its own; one that fails does not stop the next, and the
@@ -36,7 +36,7 @@ limit_of() {
   case $1 in
     build | prepare) echo 240 ;;
     tests | memory) echo 180 ;;
-    ops) echo 60 ;;
+    ops | rows) echo 60 ;;
     logits) echo 150 ;;
     serve) echo 160 ;;
     masks) echo 200 ;;
@@ -140,6 +140,10 @@ part_ops() {  # a process per group: a CUDA error ends its own only
       failed=1
   done
   return $failed
+}
+
+part_rows() {  # which kernel is to take 9 to 32 rows of a linear, and whether 1 to 8 are as before
+  "$PYTHON" -m bench.ops --device cuda --only few_rows --seconds 0.05 --json "$LOGS/rows.json"
 }
 
 part_logits() {

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import gpu_chains, w4a16
+from bench import gpu_chains, gpu_rows, w4a16
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
@@ -174,7 +174,7 @@ def linear_cases() -> Iterator[Case]:
 
 def epilogue_cases() -> Iterator[Case]:
     """A layer's last two products with what follows them, as `ops` has them done."""
-    for num_rows in (1, 8, 64, 96, 128, 192, 256, 512, 2048):
+    for num_rows in (1, 8, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192):
         num_bytes = 2 * (HIDDEN * INTERMEDIATE + num_rows * (INTERMEDIATE + 2 * HIDDEN))
         num_flops = 2 * num_rows * HIDDEN * INTERMEDIATE
         residual, x = torch.zeros_like(_randn(num_rows, HIDDEN)), _randn(num_rows, INTERMEDIATE)
@@ -193,11 +193,16 @@ def epilogue_cases() -> Iterator[Case]:
         ]
         load = f"{num_rows} x {HIDDEN} -> {INTERMEDIATE} (gate_up)"
         yield Case("linear_silu_mul", load, runs, num_bytes, 2 * num_flops)
+        runs = [
+            partial(_two_calls, x, _randn(2 * INTERMEDIATE, HIDDEN), gate_up, out)
+            for _ in range(_num_sets(num_bytes))
+        ]
+        yield Case("  cuBLAS and silu_mul", load, runs, num_bytes, 2 * num_flops)
 
 
-def w4a16_cases() -> Iterator[Case]:
-    for product in w4a16.products(MATRICES, DEVICE, _num_sets):
-        yield Case(product.name, product.load, product.runs, product.num_bytes, product.num_flops)
+def _two_calls(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
+    functional.linear(x, weight, out=gate_up)  # type: ignore[call-arg]
+    ops.silu_mul(gate_up, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,9 +378,18 @@ def plan_cases() -> Iterator[Case]:
         yield Case("plan_attention", load, [rows.plan_attention], 8 * num_rows)
 
 
+def _layer_shape() -> gpu_chains.Shape:
+    return gpu_chains.Shape(HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEVICE)
+
+
+def cases_of(chains: Iterator[gpu_chains.Chain]) -> Iterator[Case]:
+    for chain in chains:
+        yield Case(chain.name, chain.load, chain.runs, chain.num_bytes, chain.num_flops)
+
+
 def chain_cases() -> Iterator[Case]:
     """At 1 row a layer's matrices are read at 90 % of what a copy moves, or faster."""
-    shape = gpu_chains.Shape(HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEVICE)
+    shape = _layer_shape()
     linears = gpu_chains.linear_chains(shape, CHAIN_ROWS)
     for chain in itertools.chain(linears, gpu_chains.layer_chains(shape, LAYERS)):
         target = ("%", 90.0) if chain.load.startswith("1 rows") else None
@@ -389,8 +403,9 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "activation": activation_cases,
     "linear": linear_cases,
     "linear_epilogues": epilogue_cases,
-    "w4a16": w4a16_cases,
+    "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, _num_sets)),
     "chain": chain_cases,
+    "few_rows": lambda: cases_of(gpu_rows.few_row_chains(_layer_shape())),
     "sample": sample_cases,
     "bitmask": bitmask_cases,
     "logprobs": logprobs_cases,
@@ -445,8 +460,7 @@ def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
     for name, cases in GROUPS.items():
         if not any(part in name for part in only):
             continue
-        rows = [["op", "load", "floor us", "us", "+-", "GB/s", "TFLOP/s", "% of floor", "ratio"]]
-        rows[0][0] = name
+        rows = [[name, "load", "floor us", "us", "+-", "GB/s", "TFLOP/s", "% of floor", "ratio"]]
         verdicts = []
         try:
             for case in cases():
@@ -472,7 +486,8 @@ def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
         if is_lost():
             print("FAILED: the card takes no more work in this process")
             break
-    print_crossing(results)
+    gpu_rows.print_crossing(results, MATRICES)
+    gpu_rows.print_winners(results)
     return {"ceilings": asdict(ceilings), "results": results, "errors": errors}
 
 
@@ -483,17 +498,3 @@ def is_lost() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def print_crossing(results: Sequence[dict[str, Any]]) -> None:
-    """One line a matrix: us of our linear over cuBLAS's, by rows."""
-    own = {r["load"]: r["us"] for r in results if r["op"] == "linear" and "us" in r}
-    other = {r["load"]: r["us"] for r in results if r["op"] == "cuBLAS"}
-    for name in MATRICES:
-        pairs = [
-            f"{load.split()[0]}: {own[load]:.1f}/{other[load]:.1f}"
-            for load in own
-            if load.endswith(f"({name})") and load in other
-        ]
-        if pairs:
-            print(f"= linear {name}, us of ours / cuBLAS by rows: {', '.join(pairs)}")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {}
     rows: list[str] = []
     problems: list[str] = []
+    server_of = running_server
+    if args.few_rows:
+        command = (sys.executable, "-m", "bench.few_rows_server", str(args.few_rows))
+        server_of = partial(running_server, command=command)
     try:
-        with running_server(flags) as server:
+        with server_of(flags) as server:
             times = server.wait_ready(READY_TIMEOUT_S)
             print(f"= server ready after {times.ready_s:.1f} s: {_phases(times.phases)}")
             for load in args.loads:
@@ -160,6 +165,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loads", nargs="+", type=_load, default=[*DEFAULT_LOADS], metavar="IN/OUTxC")
     add("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder of each load's JSON")
     add("--json", type=Path, metavar="FILE")
+    add("--few-rows", type=int, metavar="ROWS", help="start bench.few_rows_server with it")
     add("flags", nargs="*", help="after --: further flags of the server")
     return parser.parse_args(argv)
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import gpu_ops
+from bench import gpu_ops, gpu_rows
 from bench.gpu_timing import Timing
 from pyserve import ops
 from pyserve.ops import build, fakes
@@ -35,6 +35,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             run()
         return Timing(us=2.0, spread_us=0.1, is_graph=True)
 
+    monkeypatch.setattr(gpu_rows, "ROWS", (2, 9, 33))
+    monkeypatch.setattr(gpu_rows, "cut_in_groups", lambda *_: planned.append("try_few_rows"))
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
     monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)
     return planned
@@ -45,13 +47,28 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
-    names -= {"serves_linear", "serves_linear_w4a16"}  # which compute nothing
-    assert {result["op"] for result in results} == {*names, "cuBLAS", "linear chain", "layer"}
-    assert set(tiny) == {"plan_attention", "rope_attention"}
+    names -= {"serves_linear", "serves_linear_w4a16", "try_few_rows"}  # which compute nothing
+    ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 32 a group", "own, 16 a group"}
+    assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
+    assert set(tiny) == {"plan_attention", "rope_attention", "try_few_rows"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0
     assert "= linear o, us of ours / cuBLAS by rows: 1: 2.0/2.0, 2: 2.0/2.0" in printed
+    assert "= 33 rows, us, fastest (cuBLAS): qkv cuBLAS 2.0 (2.0); o cuBLAS" in printed
+
+
+def test_the_fastest_way_by_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    def result(rows: int, part: str, op: str, us: float) -> dict[str, object]:
+        return {"load": f"{rows} rows, {part} and what follows", "op": op, "us": us}
+
+    times = [result(16, "o", "cuBLAS", 12.5), result(16, "o", "own, 32 a group", 8.04)]
+    times += [result(64, "layer", "cuBLAS", 126), {"load": "1 rows, 4 matrices", "op": "x"}]
+    gpu_rows.print_winners([*times, {"op": "failed", "error": "what"}])
+    assert capsys.readouterr().out.splitlines() == [
+        "= 16 rows, us, fastest (cuBLAS): o own, 32 a group 8.0 (12.5)",
+        "= 64 rows, us, fastest (cuBLAS): layer cuBLAS 126.0 (126.0)",
+    ]
 
 
 def test_an_op_that_fails_is_named_and_the_others_measured(

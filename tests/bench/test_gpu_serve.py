@@ -37,8 +37,8 @@ def stub(
     given: list[str] = []
 
     @contextmanager
-    def running_server(flags: list[str]) -> Iterator[Started]:
-        given.extend(flags)
+    def running_server(flags: list[str], command: tuple[str, ...] = ()) -> Iterator[Started]:
+        given.extend([*command, *flags])
         (tmp_path / "log").write_text("a line of the server\n")
         with running_stub(request.param) as (url, _):
             yield Started(url, os.getpid(), tmp_path / "log")
@@ -67,6 +67,12 @@ def test_a_row_for_each_load(
     assert not sent["is_chat"] and not sent["is_text"] and sent["request_rate"] is None
     assert json.loads((tmp_path / "serve-16-4-3.json").read_text())["config"]["num_requests"] == 6
     assert len(json.loads((tmp_path / "all.json").read_text())["results"]) == 2
+
+
+@pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
+def test_another_server_for_more_rows(stub: list[str], tmp_path: Path) -> None:
+    assert run(tmp_path, "--few-rows", "16", "--loads", "16/4x1") == 0
+    assert stub[1:4] == ["-m", "bench.few_rows_server", "16"]
 
 
 @pytest.mark.parametrize("stub", [StubConfig(fail_every=4)], indirect=True)

@@ -67,7 +67,7 @@ def test_silu_mul(dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 2, 4, 9])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 9, 30])
 @pytest.mark.parametrize(("n", "k"), [(96, 256), (40, 1024), (33, 72)])
 def test_linear(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
     x, weight = randn(num_rows, k, dtype=dtype), randn(n, k, dtype=dtype)
@@ -84,7 +84,7 @@ def test_linear(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 2, 4, 9])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 9, 30])
 @pytest.mark.parametrize(("n", "k"), [(96, 256), (40, 1024), (33, 72)])
 def test_linear_silu_mul(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
     x, weight = randn(num_rows, k, dtype=dtype), randn(2 * n, k, dtype=dtype) / 8

@@ -3,6 +3,8 @@ on nothing but the row."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from tests.ops import oracle
 
 DTYPES = (torch.bfloat16, torch.float16)
 OPS = ("linear", "linear_add", "linear_silu_mul")
-ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33)
+ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33)
 # (n, k): sizes of models; tails of n and k; few long rows; k not a multiple of 8 (plain kernel).
 SHAPES = [
     (4096, 4096),
@@ -65,6 +67,14 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> Tensor:
     return oracle.silu_mul(sums) if op == "linear_silu_mul" else sums
 
 
+@pytest.fixture
+def try_few_rows() -> Iterator[Callable[[int, int], None]]:
+    """try_few_rows(max_rows, group_rows) for one test."""
+    weight = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda")
+    yield lambda *trial: torch.ops.pyserve.try_few_rows(weight, *trial)
+    torch.ops.pyserve.try_few_rows(weight, 0, 0)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -85,13 +95,29 @@ def test_linear(n: int, k: int, dtype: torch.dtype, op: str) -> None:
 def test_a_row_does_not_depend_on_its_batch_mates(
     n: int, k: int, dtype: torch.dtype, op: str
 ) -> None:
-    """Among as many as one kernel is made for."""
-    for counts in (range(1, 9), (9, 16, 33)):
-        x, weight, bias = make(max(counts), n, k, dtype, op)
-        together = run(x, weight, bias, op)
-        for num_rows in counts:
-            assert torch.equal(run(x[:num_rows], weight, bias, op), together[:num_rows])
-            assert torch.equal(run(x[-num_rows:], weight, bias, op), together[-num_rows:])
+    """Nor on the tiling that so many rows get."""
+    x, weight, bias = make(37, n, k, dtype, op)
+    together = run(x, weight, bias, op)
+    for num_rows in range(1, 37):
+        assert torch.equal(run(x[:num_rows], weight, bias, op), together[:num_rows])
+        assert torch.equal(run(x[-num_rows:], weight, bias, op), together[-num_rows:])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (6144, 512), (8488, 64)])
+def test_groups_of_16_and_32_weight_rows_give_the_same(
+    n: int, k: int, dtype: torch.dtype, op: str, try_few_rows: Callable[[int, int], None]
+) -> None:
+    """Whole groups, and what is left: none, half a group or one for a part of the SMs."""
+    x, weight, bias = make(16, n, k, dtype, op)
+    for num_rows in (9, 13, 16):
+        results = []
+        for group_rows in (16, 32):
+            try_few_rows(0, group_rows)
+            results.append(run(x[:num_rows], weight, bias, op))
+        assert torch.equal(*results)
+        assert bool(results[0].isfinite().all())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -173,9 +199,9 @@ def test_what_serves_any_number_of_rows(num_rows: int, dtype: torch.dtype) -> No
 def test_many_rows_of_a_gated_mlp(n: int, k: int, dtype: torch.dtype) -> None:
     """Whole and cut tiles of rows, columns and k, with and without a bias; equal bits each time."""
     num_served = 0
-    x, weight, bias = make(1000, n, k, dtype, "linear_silu_mul")
+    x, weight, bias = make(4100, n, k, dtype, "linear_silu_mul")
     weight, bias = weight / 4, bias / 4
-    for num_rows in (65, 100, 128, 129, 200, 256, 300, 384, 511, 512, 1000):
+    for num_rows in (65, 100, 128, 129, 200, 256, 300, 384, 511, 512, 1000, 2049, 4100):
         if not torch.ops.pyserve.serves_linear(weight, num_rows, 2):
             continue
         num_served += 1
@@ -217,6 +243,10 @@ def test_refusals() -> None:
         torch.ops.pyserve.linear_silu_mul(x, weight, None, x.new_empty(2, 4))
     with pytest.raises(RuntimeError, match="serves_linear: epilogue 3"):
         torch.ops.pyserve.serves_linear(weight, 1, 3)
+    with pytest.raises(RuntimeError, match="try_few_rows: max_rows is 33, at most 32"):
+        torch.ops.pyserve.try_few_rows(weight, 33, 0)
+    with pytest.raises(RuntimeError, match="try_few_rows: group_rows is 8, not 0, 16 or 32"):
+        torch.ops.pyserve.try_few_rows(weight, 16, 8)
 
 
 def test_own_kernels_serve_few_rows() -> None:
@@ -226,17 +256,31 @@ def test_own_kernels_serve_few_rows() -> None:
         assert not torch.ops.pyserve.serves_linear(weight, 100_000, epilogue)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="one pass over the weight for more than 8 rows is Hopper's",
+)
+def test_more_rows_are_served_where_a_measurement_asks(
+    try_few_rows: Callable[[int, int], None],
+) -> None:
+    _, weight, _ = make(1, 4096, 4096, torch.bfloat16)
+    for max_rows in (16, 32, 0):
+        try_few_rows(max_rows, 0)
+        served = [m for m in range(1, 65) if torch.ops.pyserve.serves_linear(weight, m, 0)]
+        assert served == list(range(1, max(max_rows, 8) + 1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (2120, 512), (1536, 14336), (24, 64), (8, 8)])
 def test_a_norm_between_two_linears_may_be_a_factor(n: int, k: int, dtype: torch.dtype) -> None:
     """The first adds to the residual of n columns, the second multiplies its norm."""
     eps = 1e-5
-    x, weight, bias = make(8, n, k, dtype)
+    x, weight, bias = make(33, n, k, dtype)
     norm_weight = 1 + torch.randn(n, device=x.device).to(dtype) / 4
-    for num_rows in (1, 2, 3, 5, 8):
-        given = residual(8, n, dtype)[:num_rows].contiguous()
+    for num_rows in (1, 2, 3, 5, 8, 9, 16, 17, 32, 33):
+        given = residual(33, n, dtype)[:num_rows].contiguous()
         torch.ops.pyserve.linear_add(x[:num_rows], weight, bias, given)
-        added = residual(8, n, dtype)[:num_rows].contiguous()
+        added = residual(33, n, dtype)[:num_rows].contiguous()
         wide = torch.full((num_rows, n + 8), torch.nan, dtype=dtype, device=x.device)
         squares = torch.full((num_rows, ops.num_squares(n)), torch.nan, device=x.device)
         ops.linear_add_for_norm(

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "gpu/attention/attention.h"
-#include "gpu/linear/linear.h"
+#include "gpu/linear/dispatch.h"
 
 namespace {
 
@@ -35,8 +35,9 @@ void require(cudaError_t error, const char* what, int64_t m, int head_dim) {
 void launch_linears() {
   alignas(16) static char memory[16];
   std::vector<int64_t> row_counts = {65, 96, 128, 192, 256, 384, 512, 1024, 2048};
-  for (int64_t m = 1; m <= 20; ++m) row_counts.push_back(m);
+  for (int64_t m = 1; m <= 40; ++m) row_counts.push_back(m);
   for (const int64_t m : row_counts) {
+    pyserve::gpu::linear_trial().group_rows = m % 2 == 0 ? 16 : 0;
     for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
       pyserve::gpu::LinearParams p{};
       p.x = p.weight = p.out = memory;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "gpu/linear/few_rows_sm90a.h"
 #include "gpu/linear/gemm_sm90a.h"
 
 namespace pyserve::gpu {
@@ -17,6 +18,7 @@ struct Choice {
   int first_card, last_card;
   int64_t first_m, last_m;
   int64_t first_n, first_k;  // at least
+  bool is_on_trial = false;  // not measured: for a LinearTrial alone
 };
 
 // From the first row that fits. The figures are bench.gpu_ops'.
@@ -25,6 +27,7 @@ constexpr Choice kChoices[] = {
     // [4096, 4096], 56.2 / 56.7 for [28672, 4096], 29.1 / 31.1 for [4096, 14336]; at 8 rows
     // 14.2 / 15.7, 10.2 / 12.4, 57.8 / 57.2, 29.7 / 31.6.
     {LinearKernel::kFewRows, 80, kAnyCard, 1, 8, 0, 0},
+    {LinearKernel::kFewRows, 90, 90, 9, kMaxRowsSm90a, 0, 0, true},
     // On an H200, us, own / cuBLAS, which silu_mul has to follow, for silu of [28672, 4096]: 60 / 64
     // at 96 rows, 60 / 67 at 128, 76 / 77 at 192, 86-93 / 90-95 at 256, 131 / 127 at 384, 173 / 162 at
     // 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048; silu_mul takes 4 to 50 more.
@@ -32,6 +35,7 @@ constexpr Choice kChoices[] = {
 };
 
 bool fits(const Choice& choice, const LinearParams& p, int card) {
+  if (choice.is_on_trial && p.m > linear_trial().max_rows) return false;
   return card >= choice.first_card && card <= choice.last_card && p.m >= choice.first_m &&
          p.m <= choice.last_m && p.n >= choice.first_n && p.k >= choice.first_k;
 }
@@ -51,6 +55,11 @@ bool can_serve(LinearKernel kernel, const LinearParams& p, const Device& device)
 }
 
 }  // namespace
+
+LinearTrial& linear_trial() {
+  static LinearTrial trial{};
+  return trial;
+}
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {
   if (params.has_norm()) return LinearKernel::kFewRows;

@@ -8,13 +8,20 @@ namespace pyserve::gpu {
 
 enum class LinearKernel : int32_t {
   kNone,     // cuBLAS is faster: the caller's to call
-  kFewRows,  // linear.cu: up to 8 rows in one pass over the weight, more in several
+  kFewRows,  // linear.cu: one pass over the weight for 8 rows, on Hopper 32, more for more
   kGemmSm90a,  // gemm_sm90a.cu: more than 64 rows
 };
 
 // What is fastest for these shapes on this card. With null pointers: for tensors aligned as torch
 // allocates them.
 LinearKernel choose_linear(const LinearParams& params, const Device& device);
+
+// What a measurement asks for in this process, while nothing is launched; zeros: nothing.
+struct LinearTrial {
+  int64_t max_rows;  // kFewRows up to so many rows, though nobody knows that it is the fastest
+  int group_rows;    // of weight, 16 or 32, in a group of few_rows.cuh where it has the choice
+};
+LinearTrial& linear_trial();
 
 // Whether launch_linear is the faster way, on the current device.
 cudaError_t serves_linear(const LinearParams& params, bool* serves);

@@ -30,13 +30,6 @@ template <Epilogue kEpilogue, int kRows>
 struct RowTile {
   static constexpr bool kIsPaired = kEpilogue == Epilogue::kSiluMul;
   static constexpr int kColumns = kIsPaired ? kRows / 2 : kRows;  // of out
-
-  // The row of weight at place `row` of the tile, -1 where there is none.
-  static __device__ __forceinline__ int64_t weight_row(int64_t column, int row, int64_t n) {
-    const int64_t result = column + row % kColumns;
-    if (result >= n) return -1;
-    return row < kColumns ? result : n + result;
-  }
 };
 
 // Calls fn(std::integral_constant<Epilogue, ...>{}).

@@ -7,8 +7,9 @@
 // is best for a shape. An H200's L2 gives some 9.5 TB/s, which tiles of 128 rows would need all of:
 // where there are two of them, one copy brings the weight to both.
 //
-// Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. The tiling depends on m, n, k and the device, never on the data: equal
-// calls give equal bits. A row's result may differ between numbers of rows.
+// Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. The tiling depends
+// on m, n, k and the device, never on the data: equal calls give equal bits. A row's result may
+// differ between numbers of rows.
 // Floor: 4 n k bytes, or 4 m n k operations.
 #include "gpu/linear/gemm_sm90a.cuh"
 

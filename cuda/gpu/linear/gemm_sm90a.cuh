@@ -1,11 +1,11 @@
-// The parts of linear_silu_mul's matrix product on Hopper: which tile (Schedule), copies into a ring
-// (produce), products (multiply), results (finish_tile).
+// The parts of linear_silu_mul's matrix product on Hopper: which tile (Schedule), copies into a
+// ring (produce), products (multiply), results (finish_tile).
 //
 // A CTA computes kRows x kColumns sums, one producer thread and kGroups warpgroups of 64 rows each.
 // A cluster is `mates` CTAs, 1 or 2: tiles of rows that read the same weight, of which each brings
 // a share from L2 and sends it to both.
-// A tile's columns are two halves, of gate rows n0.. and of the up rows of the same columns, so that
-// a thread holds both sums of a result.
+// A tile's columns are two halves, of gate rows n0.. and of the up rows of the same columns, so
+// that a thread holds both sums of a result.
 #pragma once
 
 #include "gpu/core/cluster.cuh"

@@ -1,0 +1,395 @@
+// linear for few rows of x: the work is to stream the weight once, as fast as memory gives it.
+//
+// A CTA takes groups of 16 or 32 rows of weight; its warps split k. Every warp has a ring of its
+// own in shared memory, filled by cp.async several stages ahead and across groups, so that the
+// loads never wait for a barrier. A stage holds the warp's piece of the weight rows and of all rows
+// of x: x is read as often as there are groups, which is why 9 rows of it and more meet 32 of
+// weight. The ring is filled with weights before the kernel waits for the one that makes x, so that
+// memory stays busy from one linear to the next. It is more than half of what an SM has: two CTAs of
+// one linear on an SM, beside an SM with none, cost an H200 a fifth of the rate.
+// Products are mma.sync with weight as the 16-row operand and x as the 8 columns: 1 row of x costs
+// as much as 8, and both cost next to nothing beside what issues the copies.
+// The warps' sums meet in shared memory and are added in the order of the warps.
+// With a gate and an up half of the rows are of each, so that a CTA has both sums of a result.
+//
+// Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The columns of an
+// mma are independent and every Tiling takes a sum in the same order, so that what else is in a
+// batch never changes a row's result.
+// Floor: n * k * 2 bytes.
+// Source of the idea out^T = W x^T for few rows: Marlin (Frantar et al. 2024), llama.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include "gpu/core/block.cuh"
+#include "gpu/core/device.h"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
+#include "gpu/linear/epilogue.cuh"
+
+namespace pyserve::gpu {
+
+// How a CTA cuts its work. kTokens: rows of x it has room for.
+template <int kRowTiles_, int kStages_, int kTokens_>
+struct Tiling {
+  static constexpr int kRowTiles = kRowTiles_;  // of 16 weight rows, in a group
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = kTokens_;
+  // One depth and number of warps for all: they say in what order a sum is taken.
+  static constexpr int kDepth = 64;  // of k, in a stage of one warp
+  static constexpr int kWarps = 8;
+
+  static constexpr int kRows = 16 * kRowTiles;
+  static constexpr int kTokenTiles = (kTokens + 7) / 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kChunks = kDepth / kVec;  // 16-byte pieces of a row
+  static constexpr int kRowBytes = kDepth * 2;
+  static constexpr int kStageBytes = (kRows + kTokens) * kRowBytes;
+
+  // Sums meet in a buffer that holds so many tokens, one pass after another. With two buffers one
+  // barrier a group is enough: the next group's comes before this buffer is written again.
+  static constexpr int kPassTokens = kTokens < 16 ? kTokens : 16;
+  static constexpr int kPasses = kTokens / kPassTokens;
+  static constexpr int kBuffers = kTokens <= 8 ? 2 : 1;
+  static constexpr int kSumStride = kRows + 4;  // of a token; keeps a warp's stores apart
+  static constexpr int kSumFloats = kWarps * kPassTokens * kSumStride;
+  static constexpr int kSmem = kWarps * kStages * kStageBytes + kBuffers * kSumFloats * 4;
+
+  static constexpr int kLaneRows = kWarpSize / kChunks;  // of a stage, that a warp copies at once
+  static_assert(kTokens <= 8 || kTokens % 16 == 0);
+};
+
+// The groups of a CTA, each by its first result's column: whole groups, the grid apart, then an
+// even share, in tiles of 16 weight rows, of what is left. Worked out where the kernel is launched.
+struct Shares {
+  int whole_end;    // column behind the whole groups
+  int tiles, more;  // of a share: `more` CTAs have one beyond `tiles`
+
+  Shares(int64_t n, int columns, int tile_columns, int num_ctas) {
+    const int64_t step = int64_t{columns} * num_ctas;
+    whole_end = static_cast<int>(n / step * step);
+    const int left = static_cast<int>((n - whole_end + tile_columns - 1) / tile_columns);
+    tiles = left / num_ctas;
+    more = left % num_ctas;
+  }
+};
+
+template <class Rows, class Tile>
+struct Groups {
+  int n, step, whole_end, share_begin, share_end;
+
+  __device__ Groups(const Shares& shares, int n)
+      : n(n), step(static_cast<int>(gridDim.x) * Rows::kColumns), whole_end(shares.whole_end) {
+    constexpr int kTileColumns = Rows::kColumns / Tile::kRowTiles;
+    const int cta = static_cast<int>(blockIdx.x);
+    const int count = shares.tiles + (cta < shares.more);
+    const int begin = cta * shares.tiles + min(cta, shares.more);
+    share_begin = count == 0 ? n : whole_end + begin * kTileColumns;
+    share_end = min(n, share_begin + count * kTileColumns);
+  }
+  __device__ int first() const {
+    return or_share(static_cast<int>(blockIdx.x) * Rows::kColumns);
+  }
+  // The column of the next group, n behind the last one.
+  __device__ int next(int column) const {
+    return column < whole_end ? or_share(column + step) : n;
+  }
+  __device__ int end(int column) const {
+    return column < whole_end ? column + Rows::kColumns : share_end;
+  }
+
+ private:
+  __device__ int or_share(int column) const {
+    return column < whole_end ? column : share_begin;
+  }
+};
+
+// Where chunk `chunk` of row `row` lies in a stage: the same one of 8 rows lies in different banks.
+template <class Tile>
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+  return row * Tile::kRowBytes + (chunk ^ (row & 7)) * 16;
+}
+
+// Copies this lane's chunks of a tile of kCount rows: `from`, and those of each kLaneRows-th row
+// after it, of `num_rows` that there are from it on; zeros where the columns are not in k. What lies
+// in a stage for rows that are not there only comes to sums that nobody stores.
+template <class Tile, int kCount>
+__device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* from, int64_t stride,
+                                          int num_rows, bool is_in_k) {
+  static_assert(Tile::kLaneRows == 4);
+#pragma unroll
+  for (int i = 0; i < kCount; i += Tile::kLaneRows) {
+    const uint32_t place = (to ^ (i & 4) * 16) + i * Tile::kRowBytes;  // chunk_offset of row + i
+    if (i < num_rows) cp_async_16(place, from, is_in_k);
+    from += Tile::kLaneRows * stride;
+  }
+}
+
+template <class Tile>
+using Sums = float[Tile::kRowTiles][Tile::kTokenTiles][4];
+
+// sums += weight x^T over one stage, which lies at this address of shared memory.
+template <class T, class Tile>
+__device__ __forceinline__ void multiply_stage(uint32_t stage, Sums<Tile>& sums) {
+  const int lane = threadIdx.x % kWarpSize;
+  const uint32_t weight = stage + chunk_offset<Tile>(lane % 16, lane / 16);
+  // Columns beyond the tokens are not stored.
+  const uint32_t x = stage + Tile::kRows * Tile::kRowBytes +
+                     chunk_offset<Tile>(min(lane % 8, Tile::kTokens - 1), lane / 8);
+#pragma unroll
+  for (int chunk = 0; chunk < Tile::kChunks; chunk += 4) {
+    uint32_t columns[Tile::kTokenTiles][4];
+#pragma unroll
+    for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
+      ldmatrix_x4(columns[tokens], (x ^ chunk * 16) + 8 * tokens * Tile::kRowBytes);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+        uint32_t rows[4];
+        ldmatrix_x4(rows, (weight ^ (chunk + 2 * half) * 16) + 16 * tile * Tile::kRowBytes);
+#pragma unroll
+        for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
+          mma_16816<T>(sums[tile][tokens], rows, columns[tokens][2 * half],
+                       columns[tokens][2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
+// Leaves a warp's sums of a pass at `to` [token of the pass][row].
+template <class Tile>
+__device__ __forceinline__ void put_sums(float* to, int pass, int num_tokens,
+                                         const Sums<Tile>& sums) {
+  constexpr int kTiles = (Tile::kPassTokens + 7) / 8;
+  const int lane = threadIdx.x % kWarpSize, group = lane / 4;
+#pragma unroll
+  for (int tokens = 0; tokens < kTiles; ++tokens) {
+    const int place = 8 * tokens + lane % 4 * 2, token = pass * Tile::kPassTokens + place;
+#pragma unroll
+    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+      const float(&sum)[4] = sums[tile][pass * kTiles + tokens];
+      float* row = to + place * Tile::kSumStride + 16 * tile + group;
+      if (token < num_tokens) {
+        row[0] = sum[0];
+        row[8] = sum[2];
+      }
+      if (token + 1 < num_tokens) {
+        row[Tile::kSumStride] = sum[1];
+        row[Tile::kSumStride + 8] = sum[3];
+      }
+    }
+  }
+}
+
+// What the norm before multiplies the sums of a row of x by; all lanes of a warp call it.
+__device__ __forceinline__ float norm_factor(const LinearParams& p, int64_t token) {
+  if (p.x_squares == nullptr) return 1.0f;
+  const int64_t count = (p.k + kSquaresColumns - 1) / kSquaresColumns;
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    sum += p.x_squares[token * p.x_squares_stride + i];
+  }
+  return rsqrtf(lane_sum(sum) / static_cast<float>(p.k) + p.eps);
+}
+
+// What the norm that follows needs of one result, `value`, of a row's 16 neighbours that 16 lanes
+// hold; all lanes of a warp call it.
+template <class T>
+__device__ __forceinline__ void put_norm(const LinearParams& p, T value, float weight,
+                                         int64_t token, int64_t column, bool is_valid) {
+  static_assert(kSquaresColumns == 16);
+  const float x = to_float(value);
+  if (is_valid) {
+    static_cast<T*>(p.scaled)[token * p.scaled_stride + column] = from_float<T>(x * weight);
+  }
+  const float sum = lane_sum<kSquaresColumns>(is_valid ? x * x : 0.0f);
+  if (is_valid && column % kSquaresColumns == 0) {
+    p.squares[token * p.squares_stride + column / kSquaresColumns] = sum;
+  }
+}
+
+// A result that a thread finishes. What it needs is asked for early and looked at late: nothing
+// waits for it.
+template <class T>
+struct Result {
+  T* target;
+  int token, row;  // of the tile's columns
+  bool is_valid;
+  T bias{}, other{}, norm_weight{};
+
+  template <Epilogue kEpilogue>
+  __device__ __forceinline__ void ask(const LinearParams& p, int column, int end) {
+    is_valid = token < p.m && column < end;
+    target = static_cast<T*>(p.out) + token * p.out_stride + column;
+    if (is_valid && p.bias != nullptr) bias = static_cast<const T*>(p.bias)[column];
+    if (is_valid && kEpilogue == Epilogue::kAdd) other = *target;
+    if (is_valid && kEpilogue == Epilogue::kSiluMul && p.bias != nullptr) {
+      other = static_cast<const T*>(p.bias)[p.n + column];
+    }
+    if (is_valid && kEpilogue == Epilogue::kAdd && p.norm_weight != nullptr) {
+      norm_weight = static_cast<const T*>(p.norm_weight)[column];
+    }
+  }
+};
+
+// m <= kTokens, k > 0, x and weight aligned; 2 n and k are ints.
+template <class T, Epilogue kEpilogue, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
+  using Rows = RowTile<kEpilogue, Tile::kRows>;
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  __shared__ float factors[Tile::kTokens];
+  const int warp = threadIdx.x / kWarpSize;
+  const int num_tokens = static_cast<int>(p.m);
+  const int lane = threadIdx.x % kWarpSize;
+  const int n = static_cast<int>(p.n), k = static_cast<int>(p.k);
+  const uint32_t ring =
+      smem_address(dynamic_smem) + warp * Tile::kStages * Tile::kStageBytes;
+  float* all_sums =
+      reinterpret_cast<float*>(dynamic_smem + Tile::kWarps * Tile::kStages * Tile::kStageBytes);
+  const auto* x = static_cast<const uint16_t*>(p.x);
+  const auto* weight = static_cast<const uint16_t*>(p.weight);
+  const Groups<Rows, Tile> groups(shares, n);
+  constexpr int kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
+
+  // Where this lane copies in a stage, and from: the first row, and the first column of k.
+  const int lane_row = lane / Tile::kChunks, lane_chunk = lane % Tile::kChunks;
+  const int lane_k = warp * Tile::kDepth + lane_chunk * kVec;
+  const uint32_t lane_to = ring + chunk_offset<Tile>(lane_row, lane_chunk);
+  struct Piece {  // of the CTA's work: where a group begins, and a place in k
+    int column, k;
+    int num_rows;  // from the lane's first row on: of one half of the tile
+    const uint16_t *weight, *x;
+  };
+  const auto piece_at = [&](int column) -> Piece {
+    return {column, 0, groups.end(column) - column - lane_row,
+            weight + p.weight_stride * (column + lane_row) + lane_k,
+            x + p.x_stride * lane_row + lane_k};
+  };
+  // Starts to copy a piece, if there is one, and goes on to the next.
+  const auto fetch = [&](Piece& piece, int stage, bool has_weight, bool has_x) {
+    if (piece.column < n) {
+      const uint32_t to = lane_to + stage * Tile::kStageBytes;
+      const bool is_in_k = piece.k + lane_k < k;
+      if (has_weight) {
+        const uint16_t* from = is_in_k ? piece.weight : weight;
+        copy_rows<Tile, Rows::kColumns>(to, from, p.weight_stride, piece.num_rows, is_in_k);
+        if (Rows::kIsPaired) {
+          copy_rows<Tile, Rows::kColumns>(to + Rows::kColumns * Tile::kRowBytes,
+                                          from + p.weight_stride * n, p.weight_stride,
+                                          piece.num_rows, is_in_k);
+        }
+      }
+      if (has_x) {
+        copy_rows<Tile, Tile::kTokens>(to + Tile::kRows * Tile::kRowBytes, is_in_k ? piece.x : x,
+                                       p.x_stride, num_tokens - lane_row, is_in_k);
+      }
+      piece.k += kStepDepth;
+      piece.weight += kStepDepth;
+      piece.x += kStepDepth;
+      if (piece.k >= k) piece = piece_at(groups.next(piece.column));
+    }
+    cp_async_commit();
+  };
+  Piece next = piece_at(groups.first());
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
+  pdl_wait();
+  pdl_launch_dependents();
+  next = piece_at(groups.first());
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
+  for (int token = warp; token < num_tokens; token += Tile::kWarps) {
+    const float factor = norm_factor(p, token);  // read behind the first group's barrier
+    if (lane == 0) factors[token] = factor;
+  }
+
+  constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  static_assert(Tile::kPasses == 1 || kPassResults % Tile::kThreads == 0);
+  int stage = 0, buffer = 0, place = threadIdx.x;
+  for (int column0 = groups.first(); column0 < n; column0 = groups.next(column0)) {
+    Result<T> results[Tile::kPasses][kResults];
+#pragma unroll
+    for (int pass = 0; pass < Tile::kPasses; ++pass) {
+#pragma unroll
+      for (int i = 0; i < kResults; ++i) {
+        Result<T>& result = results[pass][i];
+        const int index = place + i * Tile::kThreads;
+        result.token = pass * Tile::kPassTokens + index / Rows::kColumns;
+        result.row = index % Rows::kColumns;
+        result.template ask<kEpilogue>(p, column0 + result.row, groups.end(column0));
+      }
+    }
+    // Of a few results, other warps have them in every group: what a warp does there delays its
+    // copies.
+    place = (place + kWarpSize) % Tile::kThreads;
+
+    Sums<Tile> sums = {};
+#pragma unroll 1
+    for (int k0 = 0; k0 < k; k0 += kStepDepth) {
+      cp_async_wait<Tile::kStages - 2>();  // of groups, the first stages have two each
+      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
+      multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, sums);
+      stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    }
+#pragma unroll
+    for (int pass = 0; pass < Tile::kPasses; ++pass) {
+      if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+      float* group_sums = all_sums + buffer * Tile::kSumFloats;
+      put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, num_tokens,
+                     sums);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kResults; ++i) {
+        const Result<T>& result = results[pass][i];
+        T value{};
+        if (result.is_valid) {
+          const float factor = factors[result.token];
+          auto sum_of = [&](int weight_row) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < Tile::kWarps; ++w) {
+              const int token = w * Tile::kPassTokens + result.token - pass * Tile::kPassTokens;
+              sum += group_sums[token * Tile::kSumStride + weight_row];
+            }
+            return sum * factor;
+          };
+          float operand = to_float(result.other);
+          if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
+          const float sum = sum_of(result.row) + to_float(result.bias);
+          value = from_float<T>(finish<kEpilogue>(sum, operand));
+          *result.target = value;
+        }
+        if constexpr (kEpilogue == Epilogue::kAdd) {
+          if (p.norm_weight != nullptr) {
+            put_norm(p, value, to_float(result.norm_weight), result.token, column0 + result.row,
+                     result.is_valid);
+          }
+        }
+      }
+      buffer = (buffer + 1) % Tile::kBuffers;
+    }
+  }
+  cp_async_wait<0>();
+}
+
+// Launches for p.m <= kTokens, one CTA an SM.
+template <class T, Epilogue kEpilogue, class Tile>
+cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
+  constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;
+  const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
+  if (error != cudaSuccess) return error;
+  constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
+  constexpr int kTileColumns = kColumns / Tile::kRowTiles;
+  const int64_t num_tiles = (p.n + kTileColumns - 1) / kTileColumns;
+  const int num_ctas = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
+  const Shares shares(p.n, kColumns, kTileColumns, num_ctas);
+  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
+                        stream, p, shares);
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,43 @@
+"""The CUDA kernel for few rows of a linear, its source compiled for a CPU: few_rows.cpp."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from pyserve.ops import toolchain
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = ROOT / "cuda" / "gpu" / "linear" / "few_rows.cuh"
+SHARED = "extern __shared__ __align__(128) unsigned char dynamic_smem[];"
+MACHINE_SHARED = "unsigned char* dynamic_smem = machine::shared;"
+WAIT = "cp_async_wait<Tile::kStages - 2>"
+NUM_ROUNDS = 2
+
+
+def run(folder: Path, changes: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The kernel in all of its tilings, with pieces of its text changed."""
+    source = KERNEL.read_text()
+    for text, other in {SHARED: MACHINE_SHARED, **changes}.items():
+        assert source.count(text) == 1, text
+        source = source.replace(text, other)
+    kept = re.sub(r"^(#include|#pragma|namespace|}  // namespace).*\n", "", source, flags=re.M)
+    (folder / "few_rows.inc").write_text(kept)
+    compiler = toolchain.find_toolchain(os.environ.get("CXX"), march=None).compiler
+    program = folder / "few_rows"
+    flags = ["-std=c++20", "-O1", f"-I{folder}"]
+    file = Path(__file__).with_name("few_rows.cpp")
+    subprocess.run([compiler, *flags, file, "-o", program], check=True)
+    command = [str(program), str(NUM_ROUNDS)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_every_tiling_gives_the_sums_of_float64(tmp_path: Path) -> None:
+    done = run(tmp_path, {})
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_a_kernel_that_reads_too_early_is_found_out(tmp_path: Path) -> None:
+    assert run(tmp_path, {WAIT: WAIT.replace("2", "1")}).returncode == 1
