@@ -30,8 +30,9 @@ constexpr Choice kChoices[] = {
     {LinearKernel::kFewRows, 90, 90, 9, kMaxRowsSm90a, 0, 0, true},
     // On an H200, us, own / cuBLAS, which silu_mul has to follow, for silu of [28672, 4096]: 60 / 64
     // at 96 rows, 60 / 67 at 128, 76 / 77 at 192, 86-93 / 90-95 at 256, 131 / 127 at 384, 173 / 162 at
-    // 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048; silu_mul takes 4 to 50 more.
-    {LinearKernel::kGemmSm90a, 90, 90, 65, 2048, 2048, 1024},
+    // 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048; silu_mul takes 4 to 50 more. More rows are
+    // worked on 2,048 after the other, so as often as that.
+    {LinearKernel::kGemmSm90a, 90, 90, 65, 16384, 2048, 1024},
 };
 
 bool fits(const Choice& choice, const LinearParams& p, int card) {
