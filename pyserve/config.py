@@ -121,8 +121,8 @@ class EngineConfig:
         "auto", "auto, float16, bfloat16 or float32", group="model", metavar="TYPE", synonyms=HALVES
     )
     quantization: Quantized | None = flag(
-        None, "awq, gptq or compressed-tensors; awq: of a 16-bit model too, as it is loaded",
-        "what config.json says", group="model", metavar="METHOD", read=quantization, short="-q",
+        None, "awq, gptq, compressed-tensors; awq: at loading too",
+        "as the model", group="model", metavar="METHOD", read=quantization, short="-q",
     )  # fmt: skip
     seed: int = flag(0, "of dummy weights", group="model", limits=(INT64_MIN, INT64_MAX))
     device: Device = flag("auto", "auto, cpu or cuda; auto: a card where there is one")
@@ -146,7 +146,7 @@ class EngineConfig:
     )  # fmt: skip
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
     logprobs_mode: LogprobsMode = flag(
-        "raw_logprobs", "what logprobs are; logits are not compared by best_of and beams"
+        "raw_logprobs", "what logprobs are: these or raw_logits", metavar="MODE"
     )
     enable_prefix_caching: bool = flag(True, "do not keep what prompts have in common", "kept")
     scheduling_policy: Policy = flag(
