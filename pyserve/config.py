@@ -121,8 +121,8 @@ class EngineConfig:
         "auto", "auto, float16, bfloat16 or float32", group="model", metavar="TYPE", synonyms=HALVES
     )
     quantization: Quantized | None = flag(
-        None, "awq, gptq, compressed-tensors; awq: at loading too",
-        "as the model", group="model", metavar="METHOD", read=quantization, short="-q",
+        None, "awq (16-bit models too), gptq, compressed-tensors",
+        "model's", group="model", metavar="METHOD", read=quantization, short="-q",
     )  # fmt: skip
     seed: int = flag(0, "of dummy weights", group="model", limits=(INT64_MIN, INT64_MAX))
     device: Device = flag("auto", "auto, cpu or cuda; auto: a card where there is one")
