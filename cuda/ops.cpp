@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("try_few_rows(Tensor weight, int max_rows, int group_rows) -> ()");
   m.def("linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
-  m.def("serves_linear_w4a16(Tensor packed, int m) -> bool");
+  m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "

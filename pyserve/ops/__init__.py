@@ -200,7 +200,7 @@ def linear_w4a16(
     key = x.shape[0], x.dtype, packed.shape if x.is_cuda else None
     is_served = _served.get(key)
     if is_served is None:
-        is_served = _served[key] = _ops.serves_linear_w4a16(packed, x.shape[0])
+        is_served = _served[key] = _ops.serves_linear_w4a16(x, packed)
     if is_served:
         _ops.linear_w4a16(x, packed, bias, out)
         return

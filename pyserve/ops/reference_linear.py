@@ -66,7 +66,7 @@ def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:
     out.copy_(w4a16.dequantised(packed, *out.shape))
 
 
-def serves_linear_w4a16(packed: Tensor, m: int) -> bool:
+def serves_linear_w4a16(x: Tensor, packed: Tensor) -> bool:
     """As serves_linear."""
     return True
 

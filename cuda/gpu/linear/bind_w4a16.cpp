@@ -30,8 +30,9 @@ void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
   check_launch(read.op, gpu::launch_dequantise_w4a16(params, current_stream(packed)));
 }
 
-bool serves_linear_w4a16(const Tensor& /*packed*/, int64_t m) {
-  return gpu::serves_linear_w4a16(m);
+bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
+  const View rows = ViewReader{"serves_linear_w4a16", Place::kCuda}("x", x, 2);
+  return gpu::serves_linear_w4a16(rows.size(0));
 }
 
 }  // namespace
