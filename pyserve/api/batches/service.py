@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -37,6 +37,9 @@ from pyserve.api.wire.batches import Batch, BatchError, BatchErrors, RequestCoun
 from pyserve.client import EngineClient
 from pyserve.errors import InvalidRequestError
 from pyserve.log import get_logger
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 WINDOW_S = 24 * 3600
 MAX_LINES = 50_000  # OpenAI's bound
@@ -92,25 +95,22 @@ class BatchService:
 
     async def create(self, owner: str, batch: Batch) -> None:
         """Keep a new batch and let it run in its turn. Raises RequestError."""
-        unfinished = [other for other, _ in self.store.unfinished() if other == owner]
-        if len(unfinished) >= MAX_UNFINISHED:
-            raise InvalidRequestError(
-                f"{len(unfinished)} batches of yours have not ended, the limit is {MAX_UNFINISHED}"
-            )
-        self.store.check_room(self.store.file(owner, batch.input_file_id).bytes)
-        await self._save(owner, batch)
+        await self._keeping(self._add, owner, batch)
         self._begin(owner)
 
     async def cancel(self, owner: str, id: str) -> Batch:
         """Raises NotFoundError, and InvalidRequestError where it has ended."""
-        batch = self.store.batch(owner, id)
-        if batch.status in (*ENDED, "finalizing"):
-            raise InvalidRequestError(f"{id} is {batch.status} and cannot be cancelled")
-        if batch.status != "cancelling":
+
+        def cancelled(batch: Batch) -> Batch:
+            if batch.status in (*ENDED, "finalizing"):
+                raise InvalidRequestError(f"{id} is {batch.status} and cannot be cancelled")
+            if batch.status == "cancelling":
+                return batch
+            is_waiting = batch.status == "validating" and id not in self._running
             batch = _moved(batch, "cancelling")
-            if id not in self._running:  # it waits for its turn, and has answered nothing
-                batch = _moved(batch, "cancelled")
-            await self._save(owner, batch)
+            return _moved(batch, "cancelled") if is_waiting else batch  # it has answered nothing
+
+        batch = await self._change(owner, id, cancelled)
         working = self._working.get(id)
         if working is not None:
             working.cancel()
@@ -126,13 +126,15 @@ class BatchService:
     # -- what runs ---------------------------------------------------------------------------------
 
     def _begin(self, owner: str) -> None:
-        if self._ask is not None and owner not in self._tasks:
+        last = self._tasks.get(owner)
+        if self._ask is not None and (last is None or last.done()):
             task = asyncio.ensure_future(self._run_all(owner))
             self._tasks[owner] = task
             task.add_done_callback(partial(self._ended, owner))
 
     def _ended(self, owner: str, task: asyncio.Task[None]) -> None:
-        del self._tasks[owner]
+        if self._tasks[owner] is task:
+            del self._tasks[owner]
         if not task.cancelled() and (error := task.exception()) is not None:
             get_logger().error("batches have stopped unexpectedly", exc_info=error)
 
@@ -163,22 +165,18 @@ class BatchService:
         digest, num_lines, errors = await asyncio.to_thread(
             self._look_through, source, batch.endpoint
         )
-        if batch.status == "validating":
-            if errors:
-                await self._fail(owner, batch.id, errors)
-                return
-            # A cancel may have come meanwhile.
-            batch = self.store.batch(owner, batch.id)
+        if batch.status == "validating" and errors:
+            await self._fail(owner, batch.id, errors)
+            return
         journal = await asyncio.to_thread(
             Journal, self.store.journal_path(batch.id), input_digest=digest, num_lines=num_lines
         )
         self._journals[batch.id] = journal
         try:
-            if batch.status == "validating":
-                batch = _moved(batch, "in_progress")
-                await self._save(owner, batch)
-            end = await self._answer(owner, batch, journal, source)
-            await self._finish(owner, batch.id, journal, end)
+            batch = await self._change(owner, batch.id, _begun)  # a cancel may have come meanwhile
+            if batch.status not in ENDED:
+                end = await self._answer(owner, batch, journal, source)
+                await self._finish(owner, batch.id, journal, end)
         finally:
             del self._journals[batch.id]
             self._count_journals()
@@ -198,6 +196,8 @@ class BatchService:
             )  # fmt: skip
             working = asyncio.ensure_future(work.run())
             self._working[batch.id] = working
+            if self.store.batch(owner, batch.id).status == "cancelling":
+                working.cancel()  # it has come before there was anything to end
             try:
                 left_s = max(batch.expires_at - time.time(), 0.0)
                 await asyncio.wait([working], timeout=left_s)
@@ -233,10 +233,19 @@ class BatchService:
 
     async def _finish(self, owner: str, id: str, journal: Journal, end: Any) -> None:
         """Its two files, then its last status."""
-        batch = self.store.batch(owner, id)
-        if end == "completed" and batch.status != "finalizing":
-            batch = _moved(batch, "finalizing")
-            await self._save(owner, batch)
+
+        def finalizing(batch: Batch) -> Batch:
+            is_next = end == "completed" and batch.status == "in_progress"
+            return _moved(batch, "finalizing") if is_next else batch
+
+        def finished(batch: Batch) -> Batch:
+            last = "cancelled" if batch.status == "cancelling" else end
+            batch = msgspec.structs.replace(
+                batch, output_file_id=ids[0], error_file_id=ids[1], request_counts=_counts(journal)
+            )
+            return _moved(batch, last)
+
+        batch = await self._change(owner, id, finalizing)
         ids = [batch.output_file_id, batch.error_file_id]
         for index, (name, is_wanted) in enumerate(
             (("output", lambda line: not has_failed(line)), ("error", has_failed))
@@ -245,13 +254,9 @@ class BatchService:
                 ids[index] = await asyncio.to_thread(
                     self._write_file, owner, journal, f"{id}_{name}.jsonl", is_wanted
                 )
-        batch = msgspec.structs.replace(
-            self.store.batch(owner, id), output_file_id=ids[0], error_file_id=ids[1],
-            request_counts=_counts(journal),
-        )  # fmt: skip
-        await self._save(owner, _moved(batch, end))
-        get_logger().info("%s: %s, %d of %d lines answered, %d failed", id, end, journal.num_done,
-                          journal.num_lines, journal.num_failed)  # fmt: skip
+        batch = await self._change(owner, id, finished)
+        get_logger().info("%s: %s, %d of %d lines answered, %d failed", id, batch.status,
+                          journal.num_done, journal.num_lines, journal.num_failed)  # fmt: skip
 
     def _write_file(
         self, owner: str, journal: Journal, filename: str, is_wanted: Callable[[bytes], bool]
@@ -265,15 +270,34 @@ class BatchService:
         return self.store.add_file(owner, path, filename=filename, purpose="batch_output").id
 
     async def _fail(self, owner: str, id: str, errors: list[BatchError]) -> None:
-        batch = msgspec.structs.replace(
-            self.store.batch(owner, id), errors=BatchErrors(data=errors)
-        )
-        await self._save(owner, _moved(batch, "failed"))
+        def failed(batch: Batch) -> Batch:
+            if batch.status in ENDED:
+                return batch
+            batch = msgspec.structs.replace(batch, errors=BatchErrors(data=errors))
+            return _moved(batch, "failed")
+
+        await self._change(owner, id, failed)
         get_logger().info("%s: failed: %s", id, errors[0].code)
 
-    async def _save(self, owner: str, batch: Batch) -> None:
+    def _add(self, owner: str, batch: Batch) -> None:
+        """On a thread: keep a new batch. Raises RequestError, OSError."""
+        with self.store.changing:
+            num_unfinished = sum(other == owner for other, _ in self.store.unfinished())
+            if num_unfinished >= MAX_UNFINISHED:
+                raise InvalidRequestError(
+                    f"{num_unfinished} batches of yours have not ended, "
+                    f"the limit is {MAX_UNFINISHED}"
+                )
+            self.store.check_room(self.store.file(owner, batch.input_file_id).bytes)
+            self.store.save(owner, batch)
+
+    async def _change(self, owner: str, id: str, change: Callable[[Batch], Batch]) -> Batch:
+        """As Store.change has it, but StorageError in place of OSError."""
+        return await self._keeping(self.store.change, owner, id, change)
+
+    async def _keeping(self, keep: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            await asyncio.to_thread(self.store.save, owner, batch)
+            return await asyncio.to_thread(keep, *args, **kwargs)
         except OSError as error:
             raise StorageError(f"the batch cannot be kept: {error.strerror}") from None
 
@@ -324,6 +348,10 @@ def new_batch(
         id=id, endpoint=endpoint, input_file_id=input_file_id, created_at=now,
         expires_at=now + WINDOW_S, metadata=metadata,
     )  # fmt: skip
+
+
+def _begun(batch: Batch) -> Batch:
+    return _moved(batch, "in_progress") if batch.status == "validating" else batch
 
 
 def _moved(batch: Batch, status: Any) -> Batch:

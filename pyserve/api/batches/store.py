@@ -17,7 +17,9 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,6 +61,7 @@ class Store:
     """The folder. It is read once; from then on what is asked is answered from memory.
 
     max_bytes  of all files, journals and descriptions.
+    changing   held while a batch is changed.
     """
 
     def __init__(self, folder: Path, *, max_file_bytes: int, max_bytes: int) -> None:
@@ -71,6 +74,7 @@ class Store:
         self.num_upload_bytes = 0  # of files on their way
         self.num_journal_bytes = 0
         self._num_kept_bytes = 0
+        self.changing = threading.RLock()
         try:
             for name in ("files", "batches", "new"):
                 (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -141,7 +145,9 @@ class Store:
 
     def files(self, owner: str) -> list[FileObject]:
         """The newest first."""
-        return [owned.file for owned in reversed(self._files.values()) if owned.owner == owner]
+        return [
+            owned.file for owned in reversed(list(self._files.values())) if owned.owner == owner
+        ]
 
     def content_path(self, id: str) -> Path:
         return self.folder / "files" / id
@@ -149,7 +155,7 @@ class Store:
     def delete_file(self, owner: str, id: str) -> None:
         """Raises NotFoundError, OSError, and RequestError while a batch needs the file."""
         file = _own(self._files, owner, id, "file").file
-        for owned in self._batches.values():
+        for owned in list(self._batches.values()):
             if owned.batch.input_file_id == id and owned.batch.status not in ENDED:
                 raise InvalidRequestError(
                     f"it is the input of {owned.batch.id}, which has not ended"
@@ -163,14 +169,27 @@ class Store:
 
     def save(self, owner: str, batch: Batch) -> None:
         """Keep a new batch, or what has become of it. Raises OSError."""
-        self._write("batches", batch.id, _OwnedBatch(owner, batch))
-        self._batches[batch.id] = _OwnedBatch(owner, batch)
-        if len(self._batches) > MAX_BATCHES:
-            ended = (id for id, owned in self._batches.items() if owned.batch.status in ENDED)
-            oldest = next(ended, batch.id)
-            if oldest != batch.id:
-                del self._batches[oldest]
-                (self.folder / "batches" / f"{oldest}.json").unlink(missing_ok=True)
+        with self.changing:
+            self._write("batches", batch.id, _OwnedBatch(owner, batch))
+            self._batches[batch.id] = _OwnedBatch(owner, batch)
+            if len(self._batches) > MAX_BATCHES:
+                ended = (id for id, owned in self._batches.items() if owned.batch.status in ENDED)
+                oldest = next(ended, batch.id)
+                if oldest != batch.id:
+                    del self._batches[oldest]
+                    (self.folder / "batches" / f"{oldest}.json").unlink(missing_ok=True)
+
+    def change(self, owner: str, id: str, change: Callable[[Batch], Batch]) -> Batch:
+        """Keep what `change` makes of a batch as it is now: nobody undoes what another has done.
+
+        Raises NotFoundError, OSError, and what `change` raises.
+        """
+        with self.changing:
+            batch = self.batch(owner, id)
+            changed = change(batch)
+            if changed is not batch:
+                self.save(owner, changed)
+        return changed
 
     def batch(self, owner: str, id: str) -> Batch:
         """Raises NotFoundError where `owner` has none of this id."""
@@ -178,11 +197,12 @@ class Store:
 
     def batches(self, owner: str) -> list[Batch]:
         """The newest first."""
-        return [owned.batch for owned in reversed(self._batches.values()) if owned.owner == owner]
+        every = reversed(list(self._batches.values()))
+        return [owned.batch for owned in every if owned.owner == owner]
 
     def unfinished(self) -> list[tuple[str, Batch]]:
         """Owner and batch, the oldest first."""
-        every = [(owned.owner, owned.batch) for owned in self._batches.values()]
+        every = [(owned.owner, owned.batch) for owned in list(self._batches.values())]
         return [(owner, batch) for owner, batch in every if batch.status not in ENDED]
 
     def journal_path(self, id: str) -> Path:
@@ -192,9 +212,10 @@ class Store:
 
     def _write(self, kind: str, id: str, value: object) -> None:
         path = self.new_path()
+        data = msgspec.json.encode(value)
         try:
             with path.open("wb") as file:
-                file.write(msgspec.json.encode(value))
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path, self.folder / kind / f"{id}.json")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
-from aiohttp import BodyPartReader, web
+from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from pyserve.api.batches.service import BatchService
@@ -29,6 +30,7 @@ CHUNK_BYTES = 2**18  # written at once
 MAX_FILENAME_CHARS = 255
 MAX_FIELD_BYTES = 1024
 MAX_PARTS = 16
+MAX_LINES = 1024  # of a form, beside what is in its parts
 MAX_LISTED, LISTED = 10_000, 100
 
 
@@ -124,7 +126,8 @@ async def delete_file(request: web.Request) -> web.StreamResponse:
 def part_of(items: Sequence[N], request: web.Request) -> tuple[list[N], bool]:
     """Those behind `after`, `limit` at most, and whether there are more. Raises RequestError."""
     text = request.query.get("limit", str(LISTED))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_LISTED:
+    limit = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+    if not 1 <= limit <= MAX_LISTED:
         raise InvalidRequestError(f"limit must be in [1, {MAX_LISTED}], got {text[:50]}", "limit")
     after, start = request.query.get("after"), 0
     if after:
@@ -132,7 +135,7 @@ def part_of(items: Sequence[N], request: web.Request) -> tuple[list[N], bool]:
         if after not in ids:
             raise InvalidRequestError(f"after: there is no {after[:100]}", "after")
         start = ids.index(after) + 1
-    found = list(items[start : start + int(text)])
+    found = list(items[start : start + limit])
     return found, start + len(found) < len(items)
 
 
@@ -179,7 +182,8 @@ class _Upload:
     async def _read_parts(self, request: web.Request) -> None:
         if not request.content_type == "multipart/form-data":
             raise InvalidRequestError("the Content-Type must be multipart/form-data")
-        reader = await request.multipart()
+        content = cast(StreamReader, _FewLines(request.content))
+        reader = MultipartReader(request.headers, content)
         for _ in range(MAX_PARTS):
             part = await asyncio.wait_for(reader.next(), SILENCE_S)
             if part is None:
@@ -215,7 +219,10 @@ class _Upload:
         encoding = part.headers.get("Content-Transfer-Encoding", "binary").lower()
         if encoding not in ("binary", "8bit"):
             raise InvalidRequestError("the file must be sent as it is, without a transfer encoding")
-        self.filename = (part.filename or "file")[:MAX_FILENAME_CHARS]
+        name = (part.filename or "file")[:MAX_FILENAME_CHARS]
+        self.filename = name.encode(
+            "utf-8", "replace"
+        ).decode()  # surrogates: bytes that are not UTF-8
         with self._path.open("wb") as sink:
             while data := await asyncio.wait_for(part.read_chunk(CHUNK_BYTES), SILENCE_S):
                 if self.num_bytes + len(data) > self._store.max_file_bytes:
@@ -225,6 +232,27 @@ class _Upload:
                 self._store.num_upload_bytes += len(data)
                 await asyncio.to_thread(sink.write, data)
             await asyncio.to_thread(_sync, sink)
+
+
+class _FewLines:
+    """A body of which so many lines are read as lines.
+
+    What stands before a form may be long, and its reader passes over the lines that have come
+    without giving others their turn.
+    """
+
+    def __init__(self, content: StreamReader) -> None:
+        self._content = content
+        self._num_lines = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._content, name)
+
+    async def readline(self, **options: Any) -> bytes:
+        self._num_lines += 1
+        if self._num_lines > MAX_LINES:
+            raise InvalidRequestError(f"the form has more than {MAX_LINES} lines beside its parts")
+        return await self._content.readline(**options)
 
 
 def _sync(sink: BinaryIO) -> None:

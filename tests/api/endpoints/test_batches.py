@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection as Connection
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from typing import Any
 import openai
 import pytest
 
+from pyserve.api.batches import service
 from pyserve.api.batches import store as stores
-from pyserve.api.batches.journal import JournalError
+from pyserve.api.batches.journal import Journal, JournalError
 from pyserve.errors import StartupError
 from tests.api.fakes import Script, Server, run_server, wait_until
 from tests.api.test_serve import START_S, Process, start
@@ -293,6 +296,7 @@ def test_a_full_disk_leaves_nothing_half(batching: Server, monkeypatch: pytest.M
          "a form inside a form"),
         (b'--B\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n' * 20 + b"--B--\r\n", 400,
          "more than 16 parts"),
+        (b"\n" * 50_000, 400, "more than 1024 lines"),
     ],
 )  # fmt: skip
 def test_forms_that_are_none(batching: Server, body: bytes, status: int, words: str) -> None:
@@ -301,6 +305,16 @@ def test_forms_that_are_none(batching: Server, body: bytes, status: int, words: 
     assert upload(batching, b"x")[0] == 200, "the next one is served"
     assert batching.state.batches is not None
     assert list((batching.state.batches.store.folder / "new").iterdir()) == []
+
+
+def test_a_name_that_is_no_utf8(batching: Server) -> None:
+    body = b"".join([
+        b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n',
+        b'--B\r\nContent-Disposition: form-data; name="file"; filename="\xff.jsonl"\r\n\r\nx\r\n',
+        b"--B--\r\n",
+    ])  # fmt: skip
+    status, file = send(batching, body)
+    assert status == 200 and file["filename"] == "?.jsonl", file
 
 
 def test_what_is_too_much(batching: Server) -> None:
@@ -322,6 +336,41 @@ def test_what_is_too_much(batching: Server) -> None:
     connection.close()
 
 
+def test_a_cancel_is_never_undone(batching: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while the batch is opened, which takes a while."""
+    batching.engine.script = lambda number: Script([80])
+    is_opening, may_open = threading.Event(), threading.Event()
+
+    class SlowJournal(Journal):
+        def __init__(self, path: Path, **options: Any) -> None:
+            is_opening.set()
+            assert may_open.wait(20)
+            super().__init__(path, **options)
+
+    monkeypatch.setattr(service, "Journal", SlowJournal)
+    id = begin(batching, lines(3))
+    assert is_opening.wait(20)
+    assert ask(batching, "POST", f"/v1/batches/{id}/cancel")[1]["status"] == "cancelling"
+    may_open.set()
+    batch = ended(batching, id)
+    assert (batch["status"], batch["output_file_id"]) == ("cancelled", None)
+    assert batching.engine.submitted == []
+
+
+def test_many_at_once_are_counted(batching: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    batching.engine.script = lambda number: Script([80], delay_s=0.05)
+    monkeypatch.setattr(service, "MAX_UNFINISHED", 2)
+    file = upload(batching, lines(1, max_tokens=500))[1]
+    body = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, batching, "POST", "/v1/batches", body) for _ in range(8)]
+    answers = [future.result() for future in asked]
+    assert sorted(status for status, _ in answers) == [200] * 2 + [400] * 6
+    for status, batch in answers:
+        if status == 200:
+            ask(batching, "POST", f"/v1/batches/{batch['id']}/cancel")
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -339,7 +388,8 @@ def test_batches_that_are_refused(batching: Server, change: dict[str, Any], para
     body = {"input_file_id": file["id"], "endpoint": "/v1/completions", **change}
     status, error = ask(batching, "POST", "/v1/batches", body)
     assert (status, error["error"]["param"]) == (400, param), error
-    for query in ("limit=0", "limit=x", "limit=99999999999", "after=x"):
+    for query in ("limit=0", "limit=x", "limit=99999999999", "limit=1" + "0" * 5000, "after=x",
+                  "limit=000000001" + "9" * 5000):  # fmt: skip
         assert ask(batching, "GET", f"/v1/files?{query}")[0] == 400
 
 
