@@ -5,8 +5,9 @@
 // The work is to stream the matrix once, as fast as memory gives it. Threads split the strips of 16
 // rows. The 16 words that hold two rows of a block are read at once, and each of their 8 nibbles is
 // turned into q - z by a table of 16 where the CPU has one (AVX-512), else by arithmetic; x lies in
-// the order of these words, and its rows are taken 4 (then 2, then 1) at a time. Products of bfloat16
-// where the CPU has them, else of float32.
+// the order of these words, as float32, and its rows are taken 4 (then 2, then 1) at a time. Products
+// of bfloat16, where the CPU has them, were no faster: 4.0 / 2.4 ms at one row by [14336, 4096], 26 /
+// 21 at 16 (Intel with AMX, one thread): one a cycle, of two elements each, against two of float32.
 // Numerics: q - z is exact; float32 sums over a group, times the scale, summed over the groups, then
 // the lanes as a tree, the bias, and one rounding. What else is in a batch never changes a row.
 #include <torch/csrc/stable/library.h>
@@ -102,63 +103,6 @@ struct Product {
     }
   }
 };
-
-#ifdef __AVX512BF16__
-// For each zero point q - z of all q in bfloat16, which holds them; twice, for a table of 32.
-struct Bf16Differences {
-  alignas(64) uint16_t rows[16][32];
-
-  constexpr Bf16Differences() : rows() {
-    for (int z = 0; z < 16; ++z) {
-      for (int q = 0; q < 32; ++q) {
-        const auto value = static_cast<float>(q % 16 - z);
-        rows[z][q] = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
-      }
-    }
-  }
-};
-constexpr Bf16Differences kBf16Differences;
-
-// Products of pairs of bfloat16: nibbles i and i + 4.
-template <int kRecords>
-struct Product<Bf16, kRecords> {
-  static constexpr int kParts = 2;  // of 32 columns each
-  using X = uint32_t;               // a pair: [block][part][kRowWords]
-  using Part = __m512bh;
-
-  __m512i table;
-  Product(uint32_t z0, uint32_t z1) : table(_mm512_load_si512(kBf16Differences.rows[z0])) {
-    if constexpr (kRecords == 2) {
-      table = _mm512_mask_blend_epi64(0xf0, table, _mm512_load_si512(kBf16Differences.rows[z1]));
-    }
-  }
-  // The table looks at the lowest 5 bits of each half.
-  Part decode(UintVec words) const {
-    if constexpr (kRecords == 2) words = (words & 0x000f000fu) | step_bit(0x00100010);
-    return std::bit_cast<Part>(_mm512_permutexvar_epi16(std::bit_cast<__m512i>(words), table));
-  }
-
-  static Part read(const X* p) {
-    Part part;
-    std::memcpy(&part, p, sizeof part);
-    return part;
-  }
-  static Vec add(Vec sums, Part a, Part b) {
-    return std::bit_cast<Vec>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sums), a, b));
-  }
-
-  static void arrange(const Bf16* x, int64_t count, X* to) {
-    for (int u = 0; u < kParts; ++u) {
-      for (int lane = 0; lane < kRowWords; ++lane) {
-        const int column = 16 * (lane % 4) + 8 * u + 2 * (lane / 4);
-        X pair = 0;
-        if (column < count) std::memcpy(&pair, x + column, sizeof pair);
-        to[u * kRowWords + lane] = pair;
-      }
-    }
-  }
-};
-#endif
 
 // ---- strips -------------------------------------------------------------------------------------
 
@@ -430,8 +374,8 @@ void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
 
 // Whether linear_w4a16 is faster for the rows of x than a product with the matrix as plain numbers.
 // One thread with AMX, [14336, 4096] in bfloat16, ms of CPU time, integers / plain numbers made of
-// them by 4 MB: 4 / 17 at 1 row, 7.5 / 17 at 4, 14 / 17-20 at 8, 26 / 16-20 at 16; as it lies in
-// bfloat16 14.5 at each. In float32 47 / 142 at 32 rows.
+// them by 4 MB: 2.4 / 17 at 1 row, 21 / 16-20 at 16; where it lies in bfloat16 14.5 at each. In
+// float32 47 / 142 at 32 rows.
 bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
   const View rows = ViewReader{"serves_linear_w4a16", Place::kCpu}("x", x, 2);
 #ifdef __AMX_BF16__

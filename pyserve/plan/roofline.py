@@ -18,6 +18,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
 from pyserve.model.placement import META, Placement
+from pyserve.ops.w4a16 import unit_columns
 from pyserve.plan.cards import Card
 
 TP_SIZES = (1, 2, 4, 8)  # cards of one machine that share each layer
@@ -98,7 +99,18 @@ def tp_sizes(model: ModelConfig) -> list[int]:
         if model.num_heads % size == 0
         and model.intermediate_size % size == 0
         and (model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0)
+        and _are_groups_whole(model, size)
     ]
+
+
+def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
+    """Whether ranks get whole groups of the matrices whose columns they share."""
+    if model.quantization is None or tp_size == 1:
+        return True
+    widths = {layer.mlp.size for layer in model.layers}
+    widths |= {layer.attention.num_heads * layer.attention.head_dim for layer in model.layers}
+    units = {width: unit_columns(model.quantization.group_of(width)) for width in widths}
+    return all(width % (tp_size * unit) == 0 for width, unit in units.items())
 
 
 @dataclass(frozen=True, slots=True)

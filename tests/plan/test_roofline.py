@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bench.make_model import PRESETS
+from pyserve.errors import ConfigError
 from pyserve.model.config import ModelConfig
 from pyserve.plan.cards import Card, find_card
-from pyserve.plan.roofline import decode_floor, measure_model, prefill_floor_s
+from pyserve.plan.roofline import decode_floor, measure_model, prefill_floor_s, tp_sizes
 from tests.engine.tiny import CONFIG
 
 LLAMA = ModelConfig.from_hf(PRESETS["llama-3.1-8b"])
@@ -86,3 +87,13 @@ def test_a_window_bounds_what_is_read_and_computed() -> None:
     assert prefill_floor_s(windowed, EVEN, 200) * 1e12 == pytest.approx(
         linear + pairs * (16 * 17 / 2 + 184 * 16)
     )
+
+
+def test_cards_share_whole_groups() -> None:
+    model = ModelConfig.from_hf(CONFIG | {"hidden_size": 256, "intermediate_size": 256,
+                                          "num_attention_heads": 8, "num_key_value_heads": 8,
+                                          "head_dim": 32})  # fmt: skip
+    assert tp_sizes(model) == [1, 2, 4, 8]
+    assert tp_sizes(model.quantised_as("awq")) == [1, 2]
+    with pytest.raises(ConfigError, match="can be shared by 1, 2 cards"):
+        measure_model(model.quantised_as("awq"), torch.half, tp_size=4)
