@@ -75,7 +75,11 @@ class _Talk:
 
     def say(self, text: str) -> bool:
         """Whether it was answered; what went wrong is told on stderr."""
-        reply = self._ask(self.body(text))
+        try:
+            reply = self._ask(self.body(text))
+        except UnicodeEncodeError:  # bytes of the terminal or of a flag, which Python has escaped
+            print("error: the text is not valid UTF-8", file=sys.stderr)
+            return False
         print(flush=True)
         answer = reply.texts.get(0, "")
         self.heard(text, answer)
@@ -108,6 +112,7 @@ class _Talk:
 
     async def _exchange(self, body: dict[str, Any]) -> Reply:
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _canceller())
+        request = self._endpoint.encode("POST", self.path, body)
         started_s = time.perf_counter()
         reply = Reply(started_s)
         try:
@@ -121,7 +126,6 @@ class _Talk:
         except asyncio.CancelledError:
             reply.error = "aborted"
             return reply
-        request = self._endpoint.encode("POST", self.path, body)
         exchange = asyncio.ensure_future(
             connection.exchange(request, started_s=started_s, timeout_s=None)
         )

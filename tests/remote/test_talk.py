@@ -71,6 +71,15 @@ def test_what_cannot_be_asked(
     assert words in caplog.text
 
 
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_a_text_that_is_no_utf8(
+    stub: tuple[str, Stub], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    url, _ = stub
+    assert main([command, "--url", url, "-q", os.fsdecode(b"\xff")]) == 1
+    assert "error: the text is not valid UTF-8" in capsys.readouterr().err
+
+
 def test_an_error_of_the_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with running_stub(StubConfig(fail_every=1)) as (url, _):
         assert main(["complete", "--url", url, "--quick", "x"]) == 1

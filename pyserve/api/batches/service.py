@@ -311,14 +311,16 @@ class BatchService:
             for number, data in lines_of(file, max_bytes=max_line_bytes(self._max_body_bytes)):
                 digest.update(data)
                 num_lines += 1
-                if len(errors) < MAX_SHOWN_ERRORS and num_lines <= MAX_LINES:
+                if num_lines > MAX_LINES:  # each further one takes its time from the others
+                    break
+                if len(errors) < MAX_SHOWN_ERRORS:
                     error = self._wrong(data, endpoint, ids)
                     if error is not None:
                         errors.append(msgspec.structs.replace(error, line=number + 1))
         if not num_lines:
             errors.append(BatchError(code="empty_file", message="the file has no lines"))
         if num_lines > MAX_LINES:
-            message = f"the file has {num_lines} lines, the limit is {MAX_LINES}"
+            message = f"the file has more than {MAX_LINES} lines"
             errors.insert(0, BatchError(code="too_many_lines", message=message))
         return digest.hexdigest(), num_lines, errors
 

@@ -166,6 +166,18 @@ def test_an_input_that_is_wrong_fails_with_its_lines(batching: Server) -> None:
     assert batching.engine.submitted == []
 
 
+def test_an_input_of_too_many_lines(batching: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_LINES", 2)
+    batch = ended(batching, begin(batching, lines(3)))
+    assert batch["status"] == "failed"
+    (error,) = batch["errors"]["data"]
+    assert (error["code"], error["message"]) == (
+        "too_many_lines", "the file has more than 2 lines"
+    )  # fmt: skip
+    batching.engine.script = lambda number: Script([80])
+    assert ended(batching, begin(batching, lines(2)))["status"] == "completed"
+
+
 def test_cancelled_it_keeps_what_it_has(batching: Server) -> None:
     batching.engine.script = lambda number: Script([80], delay_s=0.0 if number == 0 else 0.05)
     first = begin(batching, lines(5, max_tokens=500))
