@@ -17,8 +17,8 @@ import fcntl
 import os
 from array import array
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
@@ -217,7 +217,7 @@ def _failed(path: Path, error: OSError) -> JournalError:
     return JournalError(f"{path}: {os.strerror(error.errno or 0)}")
 
 
-def open_input(path: Path) -> BinaryIO:
+def open_input(path: Path) -> BufferedReader:
     """Raises JournalError."""
     try:
         return path.open("rb")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import codecs
 import secrets
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import msgspec
 
@@ -123,7 +124,7 @@ def answer_of(line: BatchLine, request_id: str, reply: Reply) -> bytes:
     return make_output(line.custom_id, request_id, reply.status, reply.body)
 
 
-def lines_of(file: BinaryIO, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+def lines_of(file: BufferedReader[Any], *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank with their numbers, from 0.
 
     Of a line that is longer than `max_bytes` the first of them, and one more.
@@ -139,6 +140,17 @@ def lines_of(file: BinaryIO, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
         if data.strip():
             yield number, data
             number += 1
+        else:
+            _pass_over_blanks(file)
+
+
+def _pass_over_blanks(file: BufferedReader[Any]) -> None:
+    """A buffer at a time: line by line a file of nothing else would hold the interpreter's lock."""
+    while ahead := file.peek():
+        num_blanks = len(ahead) - len(ahead.lstrip())
+        file.read(num_blanks)
+        if num_blanks < len(ahead):
+            break
 
 
 def max_line_bytes(max_body_bytes: int) -> int:

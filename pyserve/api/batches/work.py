@@ -12,7 +12,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from io import BufferedReader
 
 from pyserve.api.batches.journal import FSYNC_S, Journal
 from pyserve.api.batches.lines import (
@@ -47,7 +47,7 @@ class BatchWork:
     """
 
     def __init__(
-        self, journal: Journal, file: BinaryIO, make_client: Callable[[], InnerClient], *,
+        self, journal: Journal, file: BufferedReader, make_client: Callable[[], InnerClient], *,
         engine: EngineClient, max_inflight: int, max_body_bytes: int,
         check: Callable[[BatchLine], None] = lambda line: None,
     ) -> None:  # fmt: skip

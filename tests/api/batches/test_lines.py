@@ -27,12 +27,28 @@ def refused(data: bytes) -> BadLineError:
 
 
 def test_a_line_too_long_is_not_held() -> None:
-    file = io.BytesIO(b"a\n" + b"x" * 5000 + b"\n\n  \nb\n" + b"y" * 50)
+    text = b"a\n" + b"x" * 5000 + b"\n\n  \nb\n" + b"y" * 50
+    file = io.BufferedReader(io.BytesIO(text))
     lines = lines_of(file, max_bytes=10)
     assert some_lines(lines) == [(0, b"a\n"), (1, b"x" * 11), (2, b"b\n"), (3, b"y" * 11)]
     assert some_lines(lines) == []
     error = refused(b"x" * (1001 + LINE_HEAD_BYTES))
     assert "longer than" in str(error) and error.custom_id is None
+
+
+def test_a_file_of_blank_lines_is_passed_over_by_the_buffer() -> None:
+    """Line by line it held the interpreter's lock, and other streams waited."""
+    num_lines = 0
+
+    class Counting(io.BufferedReader):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            nonlocal num_lines
+            num_lines += 1
+            return super().readline(size)
+
+    file = Counting(io.BytesIO(b"a\n" + b" \n" * 10**6 + b" b\n"))
+    assert list(lines_of(file, max_bytes=10)) == [(0, b"a\n"), (1, b"b\n")]
+    assert num_lines == 4
 
 
 @pytest.mark.parametrize(
