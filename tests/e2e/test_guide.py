@@ -44,10 +44,10 @@ START_LINES = {
     "--max-num-seqs 64",
     "tools": f"vllm serve {MISTRAL} --host 0.0.0.0 --enable-auto-tool-choice "
     "--tool-call-parser mistral",
+    "4 bits": f"vllm serve {MISTRAL} --host 0.0.0.0 --quantization awq",
 }
 # The line -> the flag that is named.
 REFUSED_LINES = {
-    f"vllm serve {MISTRAL} --host 0.0.0.0 --quantization awq": "--quantization",
     f"vllm serve {LLAMA} --host 0.0.0.0 --enable-lora --lora-modules sql-adapter=path/to/sql-lora "
     "code-adapter=path/to/code-lora chat-adapter=path/to/chat-lora --max-lora-rank 64":
         "--enable-lora",
