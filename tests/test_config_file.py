@@ -131,7 +131,7 @@ def test_settings_as_vllm_has_them(file: Path, caplog: pytest.LogCaptureFixture)
           pass_config: {fuse: true}
           level: 3
         hf_overrides: {}
-        quantization: false
+        tool-parser-plugin: false
         """
     )
     args = parse_args(with_settings(file, ["org/m"]))
@@ -150,6 +150,6 @@ def test_settings_as_vllm_has_them(file: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_flags_that_are_not_built_are_named_from_a_file_too(file: Path) -> None:
-    file.write_text("quantization: awq\ntrust-remote-code: true")
-    with pytest.raises(ConfigError, match="--quantization is not built yet"):
+    file.write_text("tool-parser-plugin: a.py\ntrust-remote-code: true")
+    with pytest.raises(ConfigError, match="--tool-parser-plugin is not built yet"):
         parse_args(with_settings(file, []))

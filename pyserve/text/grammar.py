@@ -391,10 +391,11 @@ def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> float:
             break
         began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
         mask = int.from_bytes(first.compute_bitmask(), "little")
-        _check_work(time.thread_time() - began_s, MAX_MASK_S, param)
-        if first.is_error() or not mask:
+        took_s = time.thread_time() - began_s
+        if first.is_error() or not mask:  # the reason, whatever time the engine took to say it
             reason = shortened(first.get_error())
             raise InvalidRequestError(f"{param} allows nothing, or is too complex: {reason}", param)
+        _check_work(took_s, MAX_MASK_S, param)
         token_ids.append(_some_bit(mask, vocabulary.vocab_size, rng))
         first.consume_token(token_ids[-1])
     second, worked_s = matcher.deep_copy(), 0.0
