@@ -30,10 +30,11 @@ INSTALL_TIMEOUT_S, SCRIPT_TIMEOUT_S = 900, 300
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A script of `scripts`, and the packages it needs: of npm where it is a .mjs."""
+    """A script of `scripts`, the packages it needs (of npm for a .mjs), and its arguments."""
 
     script: str
     packages: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
 
     @property
     def is_npm(self) -> bool:
@@ -46,18 +47,18 @@ CLIENTS = {
     "anthropic": Client("anthropic_python.py", ("anthropic",)),
     "anthropic-npm": Client("anthropic_npm.mjs", ("@anthropic-ai/sdk",)),
     "openai-npm-responses": Client("openai_npm_responses.mjs", ("openai", "zod")),
-    "langchain": Client("langchain_openai_.py", ("langchain-openai",)),
-    "langchain-responses": Client("langchain_responses.py", ("langchain-openai",)),
-    "langchain-anthropic": Client("langchain_anthropic_.py", ("langchain-anthropic",)),
+    "langchain": Client("langchain_.py", ("langchain-openai",), ("chat",)),
+    "langchain-responses": Client("langchain_.py", ("langchain-openai",), ("responses",)),
+    "langchain-anthropic": Client("langchain_.py", ("langchain-anthropic",), ("anthropic",)),
     "instructor": Client("instructor_.py", ("instructor",)),
     "litellm": Client("litellm_.py", ("litellm",)),
     "pydantic-ai": Client("pydantic_ai_.py", ("pydantic-ai-slim[openai]",)),
     "openai-agents": Client("openai_agents.py", ("openai-agents",)),
-    "openai-agents-responses": Client("openai_agents_responses.py", ("openai-agents",)),
+    "openai-agents-responses": Client("openai_agents.py", ("openai-agents",), ("responses",)),
     "lm-eval": Client("lm_eval_.py", ("lm-eval[api]", "transformers")),
-    "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
-    "ai-sdk-anthropic": Client("ai_sdk_anthropic.mjs", ("ai", "@ai-sdk/anthropic", "zod")),
-    "ai-sdk-openai": Client("ai_sdk_openai.mjs", ("ai", "@ai-sdk/openai", "zod")),
+    "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod"), ("compatible",)),
+    "ai-sdk-anthropic": Client("ai_sdk.mjs", ("ai", "@ai-sdk/anthropic", "zod"), ("anthropic",)),
+    "ai-sdk-openai": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai", "zod"), ("openai",)),
 }
 
 
@@ -86,7 +87,7 @@ def prepare(client: Client, folder: Path) -> list[str]:
     if client.is_npm:  # packages are looked for beside the script
         for name in ("checks.mjs", client.script):
             shutil.copy(SCRIPTS / name, folder / name)
-    return command
+    return [*command, *client.arguments]
 
 
 def run_script(command: Sequence[str], url: str, **more: str) -> dict[str, str | None]:

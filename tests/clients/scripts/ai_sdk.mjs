@@ -1,12 +1,22 @@
-// Vercel's AI SDK with its provider for OpenAI-compatible servers: text, stream, tools, an object.
-import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+// Vercel's AI SDK: text, stream, tools, an object; the argument says by which of its providers.
 import { Output, generateText, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 import { API_KEY, BASE_URL, CAPITAL, MODEL, PERSON, WEATHER, contains, equal, main } from "./checks.mjs";
 
-const provider = createOpenAICompatible({
-  name: "pyserve", baseURL: BASE_URL, apiKey: API_KEY, supportsStructuredOutputs: true,
-});
+const server = { baseURL: BASE_URL, apiKey: API_KEY };
+const PROVIDERS = {
+  async compatible() {
+    const { createOpenAICompatible } = await import("@ai-sdk/openai-compatible");
+    return createOpenAICompatible({ name: "pyserve", supportsStructuredOutputs: true, ...server });
+  },
+  async openai() { // which speaks /v1/responses
+    return (await import("@ai-sdk/openai")).createOpenAI(server);
+  },
+  async anthropic() {
+    return (await import("@ai-sdk/anthropic")).createAnthropic(server);
+  },
+};
+const provider = await PROVIDERS[process.argv[2]]();
 const options = { model: provider(MODEL), temperature: 0, maxOutputTokens: 100, maxRetries: 0 };
 const asked = [];
 const get_weather = tool({

@@ -1,9 +1,14 @@
-"""openai-agents over chat completions: plain, streamed, with a tool, with a schema."""
+"""openai-agents: plain, streamed, with a tool, with a schema; over chat completions, or what the
+argument says.
+"""
+
+import sys
 
 from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
     Runner,
     function_tool,
     set_tracing_disabled,
@@ -14,6 +19,8 @@ from pydantic import BaseModel
 
 set_tracing_disabled(True)
 asked = []
+is_responses = sys.argv[1:] == ["responses"]
+Model = OpenAIResponsesModel if is_responses else OpenAIChatCompletionsModel
 
 
 class Person(BaseModel):
@@ -32,7 +39,7 @@ def get_weather(city: str) -> str:
 def agent(**options):
     client = AsyncOpenAI(base_url=BASE_URL, api_key=API_KEY, max_retries=0)
     return Agent(
-        name="assistant", model=OpenAIChatCompletionsModel(model=MODEL, openai_client=client),
+        name="assistant", model=Model(model=MODEL, openai_client=client),
         model_settings=ModelSettings(temperature=0, max_tokens=100), **options,
     )  # fmt: skip
 
@@ -53,9 +60,23 @@ async def tools():
     assert asked == ["Paris"] and "18" in answer, (asked, answer)
 
 
+async def streamed_tools():
+    asked.clear()
+    result = Runner.run_streamed(agent(tools=[get_weather]), WEATHER)
+    async for _ in result.stream_events():
+        pass
+    assert asked == ["Paris"] and "18" in result.final_output, (asked, result.final_output)
+
+
+async def go_on():
+    first = await Runner.run(agent(), CAPITAL)
+    second = await Runner.run(agent(), "Thank you!", previous_response_id=first.last_response_id)
+    assert second.final_output
+
+
 async def structured():
     person = (await Runner.run(agent(output_type=Person), PERSON)).final_output
     is_john(person.name, person.age)
 
 
-main(chat, stream, tools, structured)
+main(chat, stream, tools, streamed_tools, structured, *([go_on] if is_responses else []))

@@ -1,21 +1,28 @@
-"""LangChain's ChatAnthropic: plain, streamed, with tools, with a schema."""
+"""LangChain: plain, streamed, with tools, with a schema; the argument says by which client."""
 
 import os
+import sys
 
-from checks import API_KEY, CAPITAL, MODEL, PERSON, WEATHER, is_john, is_paris, main
-from langchain_anthropic import ChatAnthropic
+from checks import API_KEY, BASE_URL, CAPITAL, MODEL, PERSON, WEATHER, is_john, is_paris, main
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel
 
-model = ChatAnthropic(
-    base_url=os.environ["PYSERVE_CLIENT_URL"],
-    api_key=API_KEY,
-    model=MODEL,
-    temperature=0,
-    max_tokens=100,
-    max_retries=0,
-)
+
+def make_model(client):
+    options = {"api_key": API_KEY, "model": MODEL, "temperature": 0, "max_tokens": 100}
+    if client == "anthropic":
+        from langchain_anthropic import ChatAnthropic
+
+        url = os.environ["PYSERVE_CLIENT_URL"]
+        return ChatAnthropic(base_url=url, max_retries=0, **options)
+    from langchain_openai import ChatOpenAI
+
+    is_responses = client == "responses"
+    return ChatOpenAI(base_url=BASE_URL, max_retries=0, use_responses_api=is_responses, **options)
+
+
+model = make_model(sys.argv[1])
 
 
 class Person(BaseModel):
@@ -38,6 +45,10 @@ def chat():
 
 def stream():
     assert "".join(piece.text for piece in model.stream(CAPITAL)) == model.invoke(CAPITAL).text
+
+
+async def chat_async():
+    is_paris((await model.ainvoke(CAPITAL)).text)
 
 
 def tools():
@@ -63,4 +74,4 @@ def function_calling():
     extract("function_calling")
 
 
-main(chat, stream, tools, json_schema, function_calling)
+main(chat, stream, chat_async, tools, json_schema, function_calling)
