@@ -293,7 +293,8 @@ class EngineClient(Protocol):
 
     After its end every call still has an answer: `info` and `stats` return their last values, with
     nothing running, waiting or held; `submit` and `check_room` raise UnavailableError with the
-    reason; `abort` and another `stop` do nothing; `start` raises RuntimeError.
+    reason; `abort`, `reset_prefix_cache` and another `stop` do nothing; `start` raises
+    RuntimeError.
     """
 
     @property
@@ -334,6 +335,12 @@ class EngineClient(Protocol):
         The stream finishes with reason "abort" before this returns, and nothing more is put into
         it. Its blocks are free for others within one step: by the end of the step in flight, if
         that computes it.
+        """
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the prompts and answers so far: what is submitted from here on is computed.
+
+        What runs goes on with the blocks that it has.
         """
 
     def stats(self) -> EngineStats:

@@ -34,6 +34,7 @@ from pyserve.api.endpoints.health import health, health_live
 from pyserve.api.endpoints.messages import count_tokens, messages
 from pyserve.api.endpoints.messages_answer import error_body as messages_error
 from pyserve.api.endpoints.models import list_models, retrieve_model
+from pyserve.api.endpoints.operators import reset_prefix_cache
 from pyserve.api.endpoints.responses import (
     cancel_response,
     count_input_tokens,
@@ -115,6 +116,7 @@ ROUTES = (
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
     Route("POST", "/tokenize", tokenize, is_of_model=True),
     Route("POST", "/detokenize", detokenize, is_of_model=True),
+    Route("POST", "/reset_prefix_cache", reset_prefix_cache),
     Route("GET", "/version", version),
     Route("GET", "/load", load),
     Route("GET", "/metrics", metrics),

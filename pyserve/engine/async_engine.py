@@ -120,6 +120,9 @@ class AsyncEngine:
     def abort(self, stream: SequenceStream) -> None:
         self._engine.abort(stream)
 
+    def reset_prefix_cache(self) -> None:
+        self._engine.scheduler.blocks.forget()
+
     def stats(self) -> EngineStats:
         scheduler = self._engine.scheduler
         num_blocks_used = scheduler.blocks.num_blocks - scheduler.blocks.num_free

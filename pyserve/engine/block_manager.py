@@ -149,6 +149,12 @@ class BlockManager:
         seq.num_offered_blocks = 0
         seq.next_offer_len = NEVER
 
+    def forget(self) -> None:
+        """Empty the prefix cache. Blocks that sequences hold stay theirs, and are hits no more."""
+        self._block_of.clear()
+        self._hash_of = [None] * self.num_blocks
+        self._preimage_of = [None] * self.num_blocks
+
     def check_invariants(self, running: Collection[Sequence]) -> None:
         """Assert that the bookkeeping agrees with the running sequences. Slow, for tests."""
         counts = [0] * self.num_blocks

@@ -132,6 +132,7 @@ class FakeEngine:
     is_started: bool = False
     is_stopped: bool = False
     num_cached_tokens: int = 0
+    num_resets: int = 0
     room: int | None = None  # sequences it takes; None: any number
     gave_up: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -179,6 +180,9 @@ class FakeEngine:
         if not stream.is_finished:
             self.submitted[stream.seq_id].is_aborted = True
             stream.finish("abort")
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     def stats(self) -> EngineStats:
         num_running = len(self.running())

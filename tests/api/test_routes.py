@@ -226,6 +226,21 @@ def test_load_counts_what_is_in_flight(server: Server) -> None:
         assert json.loads(server.request("GET", "/load")[2]) == {"server_load": 1}
 
 
+def test_the_prefix_cache_is_reset_with_the_key_and_not_by_a_page(guarded: Server) -> None:
+    path = guarded.state.config.root_path + "/reset_prefix_cache"
+    num_before = guarded.engine.num_resets
+    assert guarded.request("POST", path)[0] == 401
+    key = {"Authorization": "Bearer secret"}
+    status, _, body = guarded.request("POST", path, headers={**key, "Origin": "http://other"})
+    assert (status, guarded.engine.num_resets) == (400, num_before) and b"another host" in body
+    status, _, body = guarded.request("POST", path, headers=key)
+    assert (status, json.loads(body)) == (200, {"success": True})
+    assert guarded.engine.num_resets == num_before + 1
+    guarded.state.status = "draining"
+    assert guarded.request("POST", path, headers=key)[0] == 503
+    guarded.state.status = "ready"
+
+
 def test_a_request_keeps_its_id(guarded: Server) -> None:
     given = "trace-1:a/b=c+d.e_f@g"
     server_headers = {"X-Request-Id": given, "Authorization": "Bearer secret"}

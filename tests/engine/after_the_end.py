@@ -38,6 +38,7 @@ async def stop_and_check(client: EngineClient, engine: Engine, stream: SequenceS
             while True:  # after what it had delivered
                 await asyncio.wait_for(stream.read(), 5)
         client.abort(stream)
+        client.reset_prefix_cache()
         with pytest.raises(RuntimeError, match="started once"):
             client.start()
         await asyncio.wait_for(client.stop(), 5)

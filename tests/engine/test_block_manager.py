@@ -47,6 +47,19 @@ def run(
     return seq, hits
 
 
+def test_what_is_forgotten_is_computed_again_and_found_again() -> None:
+    blocks = manager()
+    token_ids = list(range(11))
+    running, _ = run(blocks, token_ids)
+    blocks.forget()
+    blocks.check_invariants([running])
+    second, hits = run(blocks, token_ids, running)
+    assert hits == []
+    blocks.release(running)
+    _, hits = run(blocks, token_ids, second)
+    assert hits == second.block_ids[:2]
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "num_hit_tokens"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)]
 )

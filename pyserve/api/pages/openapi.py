@@ -96,6 +96,10 @@ class Load(msgspec.Struct, frozen=True):
     server_load: int
 
 
+class Done(msgspec.Struct, frozen=True):
+    success: bool
+
+
 class Version(msgspec.Struct, frozen=True):
     version: str
 
@@ -205,6 +209,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/ping"): _HEALTH,
     ("POST", "/ping"): _HEALTH,
     ("GET", "/load"): Operation("Requests in flight", {200: Load}),
+    ("POST", "/reset_prefix_cache"): Operation(
+        "Forget the prompts so far, so that the next ones are computed", {200: Done}
+    ),
     ("GET", "/version"): Operation("The version of pyserve", {200: Version}),
     ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
 }  # fmt: skip
