@@ -216,7 +216,7 @@ FEATURES: dict[str, Feature] = {
             "offload-group-size": Flag(VALUE, ("0",)),
         },
         fields=(Field("kv_transfer_params", (SAMPLING,)),),
-        paths="/reset_prefix_cache /sleep /wake_up /is_sleeping",
+        paths="/sleep /wake_up /is_sleeping",
     ),
     "scheduling": Feature(
         flags={

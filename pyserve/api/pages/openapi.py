@@ -97,7 +97,7 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    success: bool
+    is_done: bool = msgspec.field(name="success")
 
 
 class Version(msgspec.Struct, frozen=True):
