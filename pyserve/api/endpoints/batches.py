@@ -10,13 +10,13 @@ from pyserve.api.batches.lines import BATCH_PATHS
 from pyserve.api.batches.service import new_batch
 from pyserve.api.endpoints.body import Wire, ignored_header
 from pyserve.api.endpoints.files import part_of, service_of
+from pyserve.api.endpoints.metadata import check_metadata
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE
 from pyserve.api.wire.batches import BatchList, BatchRequest
 from pyserve.errors import InvalidRequestError
 
 WIRE = Wire(BatchRequest)
-MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # of metadata
 
 
 async def create_batch(request: web.Request) -> web.StreamResponse:
@@ -31,7 +31,7 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError(
             f"completion_window must be 24h, got {body.completion_window[:50]}", "completion_window"
         )
-    _check_metadata(body.metadata or {})
+    check_metadata(body.metadata or {})
     file = batches.store.file(owner, body.input_file_id)
     if file.purpose != "batch":
         raise InvalidRequestError(
@@ -64,17 +64,3 @@ async def retrieve_batch(request: web.Request) -> web.StreamResponse:
 async def cancel_batch(request: web.Request) -> web.StreamResponse:
     batches, owner = service_of(request)
     return json_response(await batches.cancel(owner, request.match_info["batch_id"]))
-
-
-def _check_metadata(metadata: dict[str, str]) -> None:
-    if len(metadata) > MAX_PAIRS:
-        raise InvalidRequestError(
-            f"metadata has {len(metadata)} pairs, the limit is {MAX_PAIRS}", "metadata"
-        )
-    for key, value in metadata.items():
-        if len(key) > MAX_KEY_CHARS or len(value) > MAX_VALUE_CHARS:
-            raise InvalidRequestError(
-                f"metadata takes keys of {MAX_KEY_CHARS} characters and values of "
-                f"{MAX_VALUE_CHARS}, got {len(key)} and {len(value)}",
-                "metadata",
-            )

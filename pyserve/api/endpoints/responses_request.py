@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from pyserve.api.endpoints.metadata import check_metadata
 from pyserve.api.endpoints.renamed import Renamed, Rule
 from pyserve.api.endpoints.responses_items import TurnReader, Turns
 from pyserve.api.endpoints.responses_tools import OwnTools, read_own_tools
@@ -17,10 +18,7 @@ from pyserve.api.wire.protocol import ChatRequest, JsonSchemaFormat, ResponseFor
 from pyserve.api.wire.responses import (
     FORMATS,
     LOGPROBS,
-    MAX_KEY_CHARS,
     MAX_LABEL_CHARS,
-    MAX_PAIRS,
-    MAX_VALUE_CHARS,
     SUMMARIES,
     TRUNCATIONS,
     Object,
@@ -171,18 +169,7 @@ def _check_labels(body: ResponsesRequest) -> None:
             raise InvalidRequestError(
                 f"{name} has {len(value)} characters, the limit is {MAX_LABEL_CHARS}", name
             )
-    metadata = body.metadata or {}
-    if len(metadata) > MAX_PAIRS:
-        raise InvalidRequestError(
-            f"metadata has {len(metadata)} entries, the limit is {MAX_PAIRS}", "metadata"
-        )
-    for key, value in metadata.items():
-        if len(key) > MAX_KEY_CHARS or len(value) > MAX_VALUE_CHARS:
-            raise InvalidRequestError(
-                f"metadata: a key has {MAX_KEY_CHARS} characters at most and a value "
-                f"{MAX_VALUE_CHARS}, got {len(key)} and {len(value)}",
-                "metadata",
-            )
+    check_metadata(body.metadata or {})
 
 
 def _rules(turns: Turns, tools: OwnTools) -> list[Rule]:
