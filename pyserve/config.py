@@ -36,7 +36,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Quantized = Literal["awq", "gptq", "compressed-tensors"]
-LogprobsMode = Literal["raw_logprobs", "raw_logits"]
+LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 Policy = Literal["fcfs", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -146,7 +146,7 @@ class EngineConfig:
     )  # fmt: skip
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
     logprobs_mode: LogprobsMode = flag(
-        "raw_logprobs", "what logprobs are: these or raw_logits", metavar="MODE"
+        "raw_logprobs", "raw_ or processed_ (CPU), logprobs or logits", metavar="MODE"
     )
     enable_prefix_caching: bool = flag(True, "do not keep what prompts have in common", "kept")
     scheduling_policy: Policy = flag(

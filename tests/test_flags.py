@@ -82,7 +82,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "batch-max-total-bytes": [(["2G"], 2**31)],
     "batch-max-inflight": [(["3"], 3)],
     "max-logprobs": [(["5"], 5), (["0"], 0)],
-    "logprobs-mode": [(["raw_logits"], "raw_logits")],
+    "logprobs-mode": [(["processed_logits"], "processed_logits")],
     "request-timeout": [(["7"], 7.0)],
     "response-store-size": [(["0"], 0), (["1G"], 2**30)],
     "response-store-age": [(["60"], 60.0)],

@@ -1,8 +1,8 @@
 """Which rows of a step are asked how likely tokens are, and what becomes of the answers.
 
 Sampled rows tell of the token that they draw, tokens of a prompt of the token behind them. The
-logits are the model's own, before masks, biases, penalties and temperature. A step in which nobody
-asks has nothing here.
+logits are the model's own, before masks, biases, penalties and temperature, where the mode of
+logprobs says nothing else. A step in which nobody asks has nothing here.
 """
 
 from __future__ import annotations

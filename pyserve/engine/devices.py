@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pyserve import log
-from pyserve.config import Device, Dtype
+from pyserve.config import Device, Dtype, LogprobsMode
 from pyserve.engine.planner import CardMemory
 from pyserve.errors import ConfigError, StartupError
 from pyserve.limits import CUDA_HEAD_DIMS
@@ -74,6 +74,15 @@ def check_model(model: ModelConfig, device: torch.device) -> None:
         raise ConfigError(
             f"config.json: head_dim (or hidden_size / num_attention_heads) is {model.head_dim}, "
             f"supported on an NVIDIA card are {supported}; --device cpu serves it"
+        )
+
+
+def check_logprobs_mode(mode: LogprobsMode, device: torch.device) -> None:
+    """Raise ConfigError where logprobs are to be told in a way that has no kernel on `device`."""
+    if device.type == "cuda" and mode.startswith("processed"):
+        raise ConfigError(
+            f"--logprobs-mode {mode} is not built yet on an NVIDIA card: use raw_logprobs or "
+            "raw_logits, or pass --device cpu"
         )
 
 

@@ -83,8 +83,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     with _card_may_be_full(plan):
         model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
         progress("warmup", 0, 0)
-        has_logits = config.logprobs_mode == "raw_logits"
-        executor = StepExecutor(model, plan, has_logits=has_logits)
+        executor = StepExecutor(model, plan, logprobs_mode=config.logprobs_mode)
         runner, plan = _start_runner(executor, config, plan, memory, progress)
 
         def new_engine() -> Engine:
@@ -109,7 +108,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         has_priorities=config.scheduling_policy == "priority",
         enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        has_logits=has_logits,
+        has_logits=config.logprobs_mode.endswith("logits"),
     )
     if trace is not None:
         trace.watch(runner, "pack", "pack")
@@ -132,6 +131,7 @@ def settle_start(config: EngineConfig) -> Start:
     device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
     model_config = ModelConfig.from_path(config.model_path).quantised_as(config.quantization)
     devices.check_model(model_config, device)
+    devices.check_logprobs_mode(config.logprobs_mode, device)
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     memory = _memory(device)
     return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyserve import ops
+from pyserve.config import LogprobsMode
 from pyserve.engine.asked import pack_asked, read_told
 from pyserve.engine.batch import (
     NOTHING_ASKED,
@@ -39,6 +40,7 @@ from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVCache
 from pyserve.ops.build import Report, report_nothing
+from pyserve.ops.reference_sample import processed_logits
 
 
 def refuse_when_closed() -> NoReturn:
@@ -80,12 +82,15 @@ class StepExecutor:
     Both are replayed where their shape was recorded (graphs.py), else called op by op.
     After `close` the limits and the device are still told; all else raises RuntimeError.
 
-    has_logits  logprobs that are asked for are the logits, not their log-softmax.
+    logprobs_mode  what is told where logprobs are asked for. The processed ones are on a CPU alone.
     """
 
-    def __init__(self, model: Decoder, limits: StepLimits, *, has_logits: bool = False) -> None:
+    def __init__(
+        self, model: Decoder, limits: StepLimits, *, logprobs_mode: LogprobsMode = "raw_logprobs"
+    ) -> None:
         self.limits = limits
-        self._has_logits = has_logits
+        self._has_logits = logprobs_mode.endswith("logits")
+        self._is_processed = logprobs_mode.startswith("processed")
         self.device = model.device
         self._is_closed = False
         self._model = model
@@ -250,14 +255,18 @@ class StepExecutor:
                 num_rows += len(tile.sampled)
                 begin, num_masked = num_masked, bisect_left(masked_rows, num_rows)
                 first, num_asked = num_asked, bisect_left(asked.sampled_rows, num_rows)
-                raw_logits = tile.logits
-                if num_masked > begin and num_asked > first:
-                    raw_logits = state.raw_logits[: len(tile.logits)].copy_(tile.logits)
+                asked_rows, told_logits = state.asked[first:num_asked], tile.logits
+                if num_masked > begin and num_asked > first and not self._is_processed:
+                    told_logits = state.raw_logits[: len(tile.logits)].copy_(tile.logits)
                 if num_masked > begin:
                     ops.apply_bitmask(
                         tile.logits,
                         state.bitmask[begin:num_masked],
                         state.masked_rows[begin:num_masked],
+                    )
+                if num_asked > first and self._is_processed:
+                    told_logits = processed_logits(
+                        tile.logits, asked_rows, tile.slots, state.slots, state.token_counts
                     )
                 ops.sample(
                     tile.logits, tile.slots, state.slots, state.token_counts,
@@ -265,8 +274,8 @@ class StepExecutor:
                 )  # fmt: skip
                 if num_asked > first:
                     ops.logprobs(
-                        raw_logits,
-                        state.asked[first:num_asked],
+                        told_logits,
+                        asked_rows,
                         tile.sampled,
                         ops.LogprobRows.of(state.told[first:num_asked]),
                         is_normalized=not self._has_logits,

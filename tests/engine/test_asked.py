@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyserve.client import SequenceRequest, SequenceStream, TokenLogprobs
+from pyserve.config import LogprobsMode
 from pyserve.engine.batch import NOTHING_ASKED
 from pyserve.limits import TOP_LOGPROBS
 from pyserve.model.decoder import Decoder
@@ -113,12 +114,12 @@ def test_as_transformers_has_it(
             assert not reader.stream.prompt_logprobs
 
 
-@pytest.mark.parametrize("has_logits", [False, True])
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits"])
 def test_they_are_those_before_masks_biases_and_penalties(
-    decoder: Decoder, oracle: LlamaForCausalLM, has_logits: bool
+    decoder: Decoder, oracle: LlamaForCausalLM, mode: LogprobsMode
 ) -> None:
     for tile_rows in (1, 64):
-        engine = make_engine(decoder, logits_tile_rows=tile_rows, has_logits=has_logits)
+        engine = make_engine(decoder, logits_tile_rows=tile_rows, logprobs_mode=mode)
         driver = Driver(engine, 1)
         params = SamplingParams(
             max_tokens=20, temperature=0.5, seed=1, logit_bias={3: 9.0}, frequency_penalty=1.0
@@ -131,14 +132,77 @@ def test_they_are_those_before_masks_biases_and_penalties(
         driver.drain()
         engine.runner.close()
         for reader in readers:
-            check(oracle, reader, has_logits=has_logits)
+            check(oracle, reader, has_logits=mode == "raw_logits")
         assert any(entry.token_rank > 5 for reader in readers for entry in reader.logprobs)
 
 
-def test_asking_changes_no_token(decoder: Decoder) -> None:
+def processed(row: torch.Tensor, reader: Told, num_output: int) -> torch.Tensor:
+    """What the token behind so many of the output is drawn from, of the model's logits `row`."""
+    params, output = reader.params, reader.output[:num_output]
+    if isinstance(reader.constraint, Scripted):
+        allowed = reader.constraint.rule(output)
+        for token_id in range(VOCAB_SIZE):
+            if allowed is not None and token_id not in allowed:
+                row[token_id] = -torch.inf
+    for token_id, bias in params.logit_bias.items():
+        row[token_id] += bias
+    if num_output < params.min_tokens:
+        row[list(params.stop_token_ids)] = -torch.inf
+    for token_id in {*reader.prompt, *output}:
+        factor = params.repetition_penalty
+        row[token_id] *= factor if row[token_id] < 0 else 1 / factor
+    for token_id in set(output):
+        row[token_id] -= params.presence_penalty
+        row[token_id] -= params.frequency_penalty * output.count(token_id)
+    if params.temperature == 0.0:
+        return row
+    row /= params.temperature
+    if params.top_k:
+        row[row < row.topk(params.top_k).values[-1]] = -torch.inf
+    likely = row.softmax(-1)
+    row[likely < params.min_p * likely.max()] = -torch.inf
+    mass, order = row.softmax(-1).sort(descending=True)
+    row[order[mass.cumsum(-1) - mass >= params.top_p]] = -torch.inf
+    return row
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits"])
+def test_the_processed_ones_are_what_is_drawn_from(
+    decoder: Decoder, oracle: LlamaForCausalLM, mode: LogprobsMode
+) -> None:
+    engine = make_engine(decoder, logits_tile_rows=3, logprobs_mode=mode)
+    driver = Driver(engine, 1)
+    masked = Scripted(windows(VOCAB_SIZE, 9))
+    readers = [
+        told(driver, prompt, params, constraint=masked if number == 1 else None)
+        for number, (prompt, params) in enumerate(requests())
+    ]
+    driver.drain()
+    engine.runner.close()
+    num_left_out = 0
+    for reader in readers:
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([reader.prompt + reader.output])).logits[0].double()
+        for at, entry in enumerate(reader.logprobs):
+            row = processed(logits[len(reader.prompt) - 1 + at].clone(), reader, at)
+            if mode == "processed_logprobs":
+                row = row.log_softmax(-1)
+            assert entry.logprob == pytest.approx(float(row[reader.output[at]]), abs=2e-4)
+            best = row.topk(TOP_LOGPROBS).values.tolist()
+            assert entry.top_logprobs == pytest.approx(best, abs=2e-4)
+            num_left_out += best[-1] == -torch.inf
+        # Nothing is done to a prompt's: nothing is drawn there.
+        exact = logits if mode == "processed_logits" else logits.log_softmax(-1)
+        for at, entry in enumerate(reader.stream.prompt_logprobs):
+            assert entry.logprob == pytest.approx(float(exact[at, reader.prompt[at + 1]]), abs=2e-4)
+    assert num_left_out > 50
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_asking_changes_no_token(decoder: Decoder, mode: LogprobsMode) -> None:
     outputs = []
     for asks in (False, True):
-        engine = make_engine(decoder)
+        engine = make_engine(decoder, logprobs_mode=mode)
         driver = Driver(engine, 0)
         for prompt, params in requests():
             driver.submit(prompt, asking(params) if asks else params)

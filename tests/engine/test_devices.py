@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from pyserve.engine import devices
-from pyserve.engine.devices import check_model, describe, resolve_device, resolve_dtype
+from pyserve.engine.devices import (
+    check_logprobs_mode,
+    check_model,
+    describe,
+    resolve_device,
+    resolve_dtype,
+)
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.config import ModelConfig
 from pyserve.ops import cuda_card
@@ -132,3 +138,10 @@ def test_the_log_says_what_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_card, "capability", lambda index: (8, 9))
     assert describe(CPU) == "cpu"
     assert describe(CUDA) == "cuda (Card 1, compute capability 8.9)"
+
+
+def test_a_card_refuses_processed_logprobs_by_name() -> None:
+    check_logprobs_mode("processed_logits", CPU)
+    check_logprobs_mode("raw_logits", CUDA)
+    with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs is not built yet"):
+        check_logprobs_mode("processed_logprobs", CUDA)

@@ -14,6 +14,7 @@ import torch
 
 from pyserve import ops
 from pyserve.client import EngineInfo, SequenceRequest
+from pyserve.config import LogprobsMode
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepShape, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
@@ -73,16 +74,16 @@ def limits(budget: int, logits_tile_rows: int) -> StepLimits:
 
 def make_runner(
     decoder: Decoder, num_blocks: int, budget: int, logits_tile_rows: int = 64, *,
-    has_logits: bool = False,
+    logprobs_mode: LogprobsMode = "raw_logprobs",
 ) -> CpuRunner:  # fmt: skip
-    executor = StepExecutor(decoder, limits(budget, logits_tile_rows), has_logits=has_logits)
+    executor = StepExecutor(decoder, limits(budget, logits_tile_rows), logprobs_mode=logprobs_mode)
     executor.allocate_kv(num_blocks)
     return CpuRunner(executor, num_threads=1)
 
 
 def make_engine(
     decoder: Decoder, *, num_blocks: int = 128, budget: int = 512, caching: bool = False,
-    logits_tile_rows: int = 64, has_logits: bool = False,
+    logits_tile_rows: int = 64, logprobs_mode: LogprobsMode = "raw_logprobs",
 ) -> Engine:  # fmt: skip
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=caching),
@@ -92,7 +93,7 @@ def make_engine(
     )
     return Engine(
         scheduler,
-        make_runner(decoder, num_blocks, budget, logits_tile_rows, has_logits=has_logits),
+        make_runner(decoder, num_blocks, budget, logits_tile_rows, logprobs_mode=logprobs_mode),
         max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, policy="fcfs",
     )  # fmt: skip
 
