@@ -1,11 +1,12 @@
-"""Do responses that clients leave behind take room for ever? Created by the thousand, and left.
+"""Do responses and messages that clients leave behind take room for ever? By the thousand.
 
     python -m bench.left_behind                      # 100,000, with a store of 8 MB
     python -m bench.left_behind -n 5000 -c 16 --json left.json
     python -m bench.left_behind --url http://localhost:8000 --pid 1234
 
-A fifth each: a stream and a whole answer whose client goes on the way, a response in the background
-and one that streams there, both never fetched, and one that is stored and not asked for again.
+A seventh each: a streamed and a whole response whose client goes on the way, a response in the
+background and one that streams there, both never fetched, one that is stored and not asked for
+again, and a streamed and a whole message whose client goes.
 Exit code 1 where bench.soak's would be: something still runs or holds KV blocks, or memory grew
 after the first fifth; and where a response is still in the background or the store is over its
 bound at the end.
@@ -37,33 +38,41 @@ STORE_MIB = 8
 NUM_REQUESTS = 100_000
 TIMEOUT_S, BUSY_PAUSE_S = 120.0, 0.2
 STORED_BYTES, RUNNING = "pyserve:stored_response_bytes", "pyserve:background_responses"
-# Fields of a response, and whether its client goes before its end.
-KINDS: dict[str, tuple[dict[str, Any], bool]] = {
-    "stream, left": ({"stream": True}, True),
-    "whole, left": ({}, True),
-    "background": ({"background": True}, False),
-    "stream in the background, left": ({"background": True, "stream": True}, True),
-    "stored": ({}, False),
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+# Where it is sent, fields of it, and whether its client goes before its end.
+KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "stream, left": (RESPONSES, {"stream": True}, True),
+    "whole, left": (RESPONSES, {}, True),
+    "background": (RESPONSES, {"background": True}, False),
+    "stream in the background, left": (RESPONSES, {"background": True, "stream": True}, True),
+    "stored": (RESPONSES, {}, False),
+    "streamed message, left": (MESSAGES, {"stream": True}, True),
+    "whole message, left": (MESSAGES, {}, True),
 }
+
+
+def make_body(path: str, fields: dict[str, Any], question: str, num_tokens: int) -> dict[str, Any]:
+    """A request of `path` for `num_tokens` tokens about `question`."""
+    if path == MESSAGES:
+        messages = [{"role": "user", "content": question}]
+        return {"messages": messages, "max_tokens": num_tokens, **fields}
+    return {"input": question, "max_output_tokens": num_tokens, **fields}
 
 
 async def leave(
     endpoint: Endpoint, tally: Tally, rng: np.random.Generator, args: argparse.Namespace, share: int
 ) -> None:
-    """`share` responses from `args.concurrency` slots."""
+    """`share` requests from `args.concurrency` slots."""
     remaining = iter(range(share))
 
     async def slot() -> None:
         for number in remaining:
-            fields, is_left = list(KINDS.values())[number % len(KINDS)]
-            body = {
-                "input": str(rng.choice(QUESTIONS)),
-                "max_output_tokens": int(rng.integers(1, 33)),
-                **fields,
-            }
+            path, fields, is_left = list(KINDS.values())[number % len(KINDS)]
+            question = str(rng.choice(QUESTIONS))
+            body = make_body(path, fields, question, int(rng.integers(1, 33)))
             delay_s = float(rng.uniform(0.0, 0.05)) if is_left else None
             tally.num_sent += 1
-            while (status := await _send(endpoint, body, delay_s)) == 429:
+            while (status := await _send(endpoint, path, body, delay_s)) == 429:
                 await asyncio.sleep(BUSY_PAUSE_S)
             if status == 200:
                 tally.num_complete += 1
@@ -76,11 +85,13 @@ async def leave(
     await _wait_background(endpoint)
 
 
-async def _send(endpoint: Endpoint, body: dict[str, Any], delay_s: float | None) -> int | None:
+async def _send(
+    endpoint: Endpoint, path: str, body: dict[str, Any], delay_s: float | None
+) -> int | None:
     """The status of an answer that has come whole; None: it was left before that."""
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
     try:
-        request = endpoint.encode("POST", "/v1/responses", body, {"Connection": "close"})
+        request = endpoint.encode("POST", path, body, {"Connection": "close"})
         writer.write(request)
         timeout_s = TIMEOUT_S if delay_s is None else delay_s
         reply = await asyncio.wait_for(reader.read(-1), timeout_s)
