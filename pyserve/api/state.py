@@ -104,6 +104,7 @@ class ServerState:
             config.batch_dir,
             max_file_bytes=config.batch_max_file_bytes,
             max_bytes=config.batch_max_total_bytes,
+            num_owners=len(self.keys.users),
         )
         self.batches = BatchService(
             store,

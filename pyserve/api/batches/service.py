@@ -30,7 +30,7 @@ from pyserve.api.batches.lines import (
     max_line_bytes,
     read_line,
 )
-from pyserve.api.batches.store import ENDED, StorageError, Store
+from pyserve.api.batches.store import ENDED, FILES_OF_A_BATCH, StorageError, Store
 from pyserve.api.batches.work import BatchWork, EngineStoppedError
 from pyserve.api.http.inner import InnerClient
 from pyserve.api.wire.batches import Batch, BatchError, BatchErrors, RequestCounts
@@ -288,6 +288,7 @@ class BatchService:
                     f"{num_unfinished} batches of yours have not ended, "
                     f"the limit is {MAX_UNFINISHED}"
                 )
+            self.store.check_count(owner, FILES_OF_A_BATCH)
             self.store.check_room(self.store.file(owner, batch.input_file_id).bytes)
             self.store.save(owner, batch)
 

@@ -32,7 +32,8 @@ from pyserve.log import get_logger
 
 OVERHEAD_BYTES = 4096  # that each file and batch counts for beside its content
 MIN_FREE_BYTES = 2**26  # that are left on the disk for others
-MAX_FILES = 10_000
+MAX_FILES = 10_000  # of all owners: each may have its part of them
+FILES_OF_A_BATCH = 2  # that it writes: its answers and its errors
 MAX_BATCHES = 10_000  # then the oldest that has ended is forgotten: no client can delete one
 ENDED = ("failed", "completed", "expired", "cancelled")
 _ID = re.compile(r"(file|batch)[-_][0-9a-f]{32}")
@@ -60,15 +61,19 @@ class _OwnedBatch(msgspec.Struct, frozen=True):
 class Store:
     """The folder. It is read once; from then on what is asked is answered from memory.
 
-    max_bytes  of all files, journals and descriptions.
-    changing   held while a batch is changed.
+    max_bytes   of all files, journals and descriptions.
+    num_owners  that share MAX_FILES.
+    changing    held while a batch is changed.
     """
 
-    def __init__(self, folder: Path, *, max_file_bytes: int, max_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, *, max_file_bytes: int, max_bytes: int, num_owners: int = 1
+    ) -> None:
         """Raises StartupError: the folder cannot be used, or another server has it."""
         self.folder = folder
         self.max_file_bytes = max_file_bytes
         self.max_bytes = max_bytes
+        self._num_owners = max(num_owners, 1)
         self._files: dict[str, _OwnedFile] = {}
         self._batches: dict[str, _OwnedBatch] = {}
         self.num_upload_bytes = 0  # of files on their way
@@ -111,10 +116,20 @@ class Store:
         if free - num_bytes < MIN_FREE_BYTES:
             raise StorageError(f"the disk has {free} bytes left, {num_bytes} more are too many")
 
-    def check_count(self) -> None:
-        """Raise StorageError where there may not be one more file."""
-        if len(self._files) >= MAX_FILES:
-            raise StorageError(f"there are {MAX_FILES} files, the limit; delete some")
+    def check_count(self, owner: str, num_files: int = 1) -> None:
+        """Raise StorageError where `owner` may not have `num_files` more.
+
+        Those that its batches are still to write count as if they were there, so that no answers
+        are lost for the want of a place.
+        """
+        limit = MAX_FILES // self._num_owners
+        num_own = sum(owned.owner == owner for owned in list(self._files.values()))
+        num_due = FILES_OF_A_BATCH * sum(other == owner for other, _ in self.unfinished())
+        if num_own + num_due + num_files > limit:
+            raise StorageError(
+                f"there are {num_own} files, and {num_due} that batches are to write, with "
+                f"{num_files} more than the limit of {limit}; delete some"
+            )
 
     # -- files -------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ async def upload_file(request: web.Request) -> web.StreamResponse:
     announced = request.content_length or 0
     if announced > store.max_file_bytes + OF_THE_FORM:
         raise _too_large(store)
-    store.check_count()
+    store.check_count(owner)
     store.check_room(announced)
     path = store.new_path()
     upload = _Upload(store, path)

@@ -415,17 +415,23 @@ def test_old_batches_are_forgotten_and_files_are_counted(
     batching: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "MAX_BATCHES", 2)
-    monkeypatch.setattr(stores, "MAX_FILES", 3)
+    monkeypatch.setattr(stores, "MAX_FILES", 10)  # of the two who have a key
     ids = [ended(batching, begin(batching, b"\n"))["id"] for _ in range(3)]
     assert [b["id"] for b in ask(batching, "GET", "/v1/batches")[1]["data"]] == ids[:0:-1]
+    status, file = upload(batching, b"x")
+    body = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    status, error = ask(batching, "POST", "/v1/batches", body)
+    assert status == 507 and "with 2 more than the limit of 5" in error["error"]["message"]
+    assert upload(batching, b"x")[0] == 200
     status, error = upload(batching, b"x")
-    assert status == 507 and "3 files, the limit" in error["error"]["message"]
+    assert status == 507 and "5 files, and 0 that batches" in error["error"]["message"]
+    assert upload(batching, b"x", BOB)[0] == 200
     assert batching.state.batches is not None
     store = batching.state.batches.store
-    assert store.num_bytes == 3 * (1 + 4096) + 2 * 4096
+    assert store.num_bytes == 6 * (1 + 4096) + 2 * 4096
     for file in ask(batching, "GET", "/v1/files")[1]["data"]:
         assert ask(batching, "DELETE", f"/v1/files/{file['id']}")[1]["deleted"]
-    assert store.num_bytes == 2 * 4096
+    assert store.num_bytes == 1 + 4096 + 2 * 4096
 
 
 def test_one_server_a_folder(tokenizer_folder: Path, tmp_path: Path) -> None:
