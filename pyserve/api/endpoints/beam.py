@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
 # Whatever else makes a constraint: the first of them that is given is named.
 CONSTRAINING = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "thinking_token_budget", "response_format", "tools",
+    "thinking_token_budget", "response_format", "tool_choice", "tools",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def read_beam(
         if value is not None and value not in neutral:
             _refuse(name)
     if make_constraint() is not None:
-        given = [name for name in CONSTRAINING if getattr(body, name, None) is not None]
+        given = [name for name in CONSTRAINING if getattr(body, name, None) not in (None, "auto")]
         _refuse(given[0] if given else "tool_choice")
     if width > MAX_BEAM_WIDTH:
         name = "n" if body.best_of is None else "best_of"

@@ -99,7 +99,7 @@ async def hold_to_tools(
         for name, schema in use.parameters.items()
         if use.name in ("", name)
     }
-    compile_all = partial(_compile, loaded.grammars, make_tags, schemas, list(use.parameters))
+    compile_all = partial(_compile, loaded.grammars, make_tags, schemas, use.places)
     size = request[NUM_BODY_BYTES]
     compiled, refused = await state.run_text(request, size, compile_all, short=0)
     compiled.check_pace("tools", n=max(body.n or 1, body.best_of or 1))
@@ -158,14 +158,17 @@ def _check_bytes(schemas: Schemas) -> None:
 
 
 def _compile(
-    grammars: Grammars, make_tags: Callable[[Schemas], Tag], schemas: Schemas, names: list[str]
+    grammars: Grammars,
+    make_tags: Callable[[Schemas], Tag],
+    schemas: Schemas,
+    places: Mapping[str, int],
 ) -> tuple[Compiled, list[str]]:
     """The grammar of all that can be enforced, and the names of the others.
 
-    names  of all tools, in the order of the request.
+    places  of all tools in the request, by name.
     """
     _check_bytes(schemas)
-    fields = {name: f"tools[{names.index(name)}].function.parameters" for name in schemas}
+    fields = {name: f"tools[{places[name]}].function.parameters" for name in schemas}
     refused: dict[str, InvalidRequestError] = {}
 
     def try_each(
@@ -183,7 +186,7 @@ def _compile(
             if time.monotonic() - began_s > MAX_TRIALS_S:
                 raise late
         if len(refused) == len(schemas):
-            raise next(refused[name] for name in names if name in refused)
+            raise next(refused[name] for name in places if name in refused)
         return {name: schema for name, schema in schemas.items() if name not in refused}
 
     def compile_one(name: str) -> None:
@@ -201,4 +204,4 @@ def _compile(
         if len(fewer) == len(kept):
             raise  # each of them alone would do
         compiled = grammars.compile(Tags(param="tools", tags=make_tags(fewer)))
-    return compiled, [name for name in names if name in refused]
+    return compiled, [name for name in places if name in refused]

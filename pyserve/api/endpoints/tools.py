@@ -13,6 +13,7 @@ import msgspec
 from pyserve.api.generation.job import Job
 from pyserve.api.wire.protocol import ChatRequest, Message, TokenizeRequest
 from pyserve.api.wire.tools import (
+    ALLOWED_MODES,
     MAX_TOOL_CALLS,
     MAX_TOOL_NAME_CHARS,
     MAX_TOOLS,
@@ -37,6 +38,7 @@ class ToolUse:
     """The tools of a request, checked.
 
     shown    as a chat template gets them; empty: the prompt has none.
+    places   their names, and where in the request they are.
     mode     of tool_choice; none: what looks like a call is text.
     name     of the only tool that may be called; "": any.
     strict   names of tools whose arguments are to be held to their schemas.
@@ -46,6 +48,7 @@ class ToolUse:
     """
 
     shown: list[dict[str, Any]] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
     mode: Literal["none", "auto", "required"] = "none"
     name: str = ""
     max_calls: int = MAX_CALLS
@@ -79,7 +82,10 @@ def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
     """
     tools = body.tools or []
     shown = _check_tools(tools)
+    places = {tool["function"]["name"]: i for i, tool in enumerate(shown)}
     choice = body.tool_choice
+    if isinstance(choice, ToolChoice) and choice.type == "allowed_tools":
+        shown, choice = _allowed(choice, shown)
     is_alone = isinstance(body, ChatRequest) and body.parallel_tool_calls is False
     if isinstance(choice, ToolChoice):
         name = _check_named(choice, shown)
@@ -102,6 +108,7 @@ def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
         return ToolUse(ignored=[field for field, is_so in without_effect.items() if is_so])
     return ToolUse(
         shown=shown,
+        places=places,
         mode="required" if name or choice == "required" else "auto",
         name=name,
         max_calls=1 if is_alone or name else MAX_CALLS,
@@ -118,15 +125,15 @@ def with_parser(use: ToolUse, format: ToolFormat | None, *, has_auto: bool) -> T
     return use if use.mode == "none" else replace(use, format=format)
 
 
-def _check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def _check_tools(tools: Sequence[Tool], param: str = "tools") -> list[dict[str, Any]]:
     """As templates get them: without what is not said, in the order that models know."""
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError(
-            f"tools has {len(tools)} entries, the limit is {MAX_TOOLS}", "tools"
+            f"{param} has {len(tools)} entries, the limit is {MAX_TOOLS}", param
         )
     shown: dict[str, dict[str, Any]] = {}
     for i, tool in enumerate(tools):
-        path = f"tools[{i}]"
+        path = f"{param}[{i}]"
         if tool.type != "function":
             raise InvalidRequestError(
                 f"{path}.type must be function, got {tool.type[:40]}", f"{path}.type"
@@ -158,10 +165,35 @@ def _check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return list(shown.values())
 
 
+def _allowed(
+    choice: ToolChoice, shown: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], str]:
+    """The tools that the client allows, and the mode: the others are not shown either."""
+    path = "tool_choice.allowed_tools"
+    if choice.allowed_tools is None:
+        raise InvalidRequestError(f"{path} is missing", path)
+    mode, tools = choice.allowed_tools.mode, choice.allowed_tools.tools
+    if mode not in ALLOWED_MODES:
+        raise InvalidRequestError(
+            f"{path}.mode must be {' or '.join(ALLOWED_MODES)}, got {mode[:40]}", f"{path}.mode"
+        )
+    if not tools:
+        raise InvalidRequestError(f"{path}.tools must hold at least 1 tool, got 0", f"{path}.tools")
+    names = {tool["function"]["name"] for tool in _check_tools(tools, f"{path}.tools")}
+    kept = [tool for tool in shown if tool["function"]["name"] in names]
+    missing = names - {tool["function"]["name"] for tool in kept}
+    if missing:
+        raise InvalidRequestError(
+            f"{path}.tools: no tool is called {min(missing)[:80]}", f"{path}.tools"
+        )
+    return kept, mode
+
+
 def _check_named(choice: ToolChoice, shown: Sequence[dict[str, Any]]) -> str:
     if choice.type != "function":
         raise InvalidRequestError(
-            f"tool_choice.type must be function, got {choice.type[:40]}", "tool_choice.type"
+            f"tool_choice.type must be function or allowed_tools, got {choice.type[:40]}",
+            "tool_choice.type",
         )
     if choice.function is None:
         raise InvalidRequestError("tool_choice.function is missing", "tool_choice.function")

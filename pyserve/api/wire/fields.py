@@ -36,7 +36,7 @@ from pyserve.api.wire.protocol import (
     ROLES,
 )
 from pyserve.api.wire.responses import LOGPROBS, MAX_LABEL_CHARS, MAX_PAIRS, TRUNCATIONS
-from pyserve.api.wire.tools import MAX_TOOLS, TOOL_CHOICES
+from pyserve.api.wire.tools import ALLOWED_MODES, MAX_TOOLS, TOOL_CHOICES
 from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, TOP_LOGPROBS
 from pyserve.params import (
     INT64_MAX,
@@ -182,7 +182,7 @@ DESCRIPTIONS = {
     "include_reasoning": "false: what the model thinks is left out; only with --reasoning-parser.",
     "tools": "What the model may call; shown to it by the chat template.",
     "tool_choice": "auto is the default; required and a function's name make the answer a "
-    "call; none keeps tools out of the prompt.",
+    "call; none keeps tools out of the prompt; allowed_tools shows some of them alone.",
     "parallel_tool_calls": "false keeps the first call only.",
     "tool_calls": "Calls of an earlier answer.",
     "tool_call_id": "Of a message with the role tool: the call that it answers.",
@@ -255,7 +255,8 @@ REPLACED: dict[str, Schema] = {
         ],
     },
     "Tool": _FUNCTION,
-    "ToolChoice": _FUNCTION,
+    "ToolChoice": {"properties": {"type": {"enum": ["function", "allowed_tools"]}}},
+    "AllowedTools": {"properties": {"mode": {"enum": list(ALLOWED_MODES)}}},
     "MessageCall": {"properties": {"type": {"enum": ["function", None]}}},
     "Message": {
         "anyOf": [  # only the assistant may have said nothing

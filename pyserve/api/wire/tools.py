@@ -8,6 +8,7 @@ import msgspec
 
 MAX_TOOLS = 1024
 TOOL_CHOICES = ("none", "auto", "required")
+ALLOWED_MODES = ("auto", "required")
 MAX_TOOL_CALLS = 4096  # of all messages of a request
 MAX_TOOL_NAME_CHARS = 256
 MAX_SCHEMA_NESTING = 64  # of lists and objects in a tool's parameters
@@ -29,9 +30,17 @@ class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 
+class AllowedTools(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a request's tools those that it may call, by their names alone."""
+
+    mode: str
+    tools: list[Tool]
+
+
 class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: str
     function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,4 +57,4 @@ class MessageCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index: int | None = None
 
 
-SENT = (Function, Tool, NamedFunction, ToolChoice, FunctionCall, MessageCall)
+SENT = (Function, Tool, NamedFunction, AllowedTools, ToolChoice, FunctionCall, MessageCall)

@@ -83,6 +83,16 @@ def test_tools_that_may_not_be_called_stay_out_of_the_prompt(server: Server) -> 
     assert choice["finish_reason"] == "stop"
 
 
+def test_only_what_is_allowed_is_shown(server: Server) -> None:
+    text, ignored = prompt(server, tool_choice=allowed("auto", "now"))
+    assert '"now"' in text and "get_weather" not in text and ignored == ""
+    (choice,) = wholly(server, tool_choice=allowed("required", "now"))
+    assert [call["function"]["name"] for call in choice["tool_calls"]] == ["now"]
+    tools = [NOW, function(parameters={"not": {}})]
+    error = server.error(CHAT, ask(tools=tools, tool_choice=allowed("required", "f")))
+    assert error["param"] == "tools[1].function.parameters"
+
+
 def test_calls_and_results_go_back_to_the_template(server: Server) -> None:
     call = {"id": "c1", "type": "function", "index": 0,
             "function": {"name": "get_weather", "arguments": '{"city": "<|im_end|>"}'}}  # fmt: skip
@@ -218,6 +228,11 @@ def function(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", **fields}}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [function(name=name) for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def deep(depth: int) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for _ in range(depth):
@@ -234,6 +249,14 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": {"type": "custom", "function": {"name": "now"}}}, "tool_choice.type",
      "custom"),
     ({"tool_choice": 3}, "tool_choice", "int"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "missing"),
+    ({"tool_choice": allowed("none", "now")}, "tool_choice.allowed_tools.mode", "none"),
+    ({"tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "got 0"),
+    ({"tool_choice": allowed("auto", "now", "x")}, "tool_choice.allowed_tools.tools",
+     "no tool is called x"),
+    ({"tool_choice": allowed("auto", "a b")}, "tool_choice.allowed_tools.tools[0].function.name",
+     "'a b'"),
+    ({"tools": [], "tool_choice": allowed("auto", "x")}, "tool_choice.allowed_tools.tools", "x"),
     ({"tools": [*TOOLS, NOW]}, "tools[2].function.name", "two tools are called now"),
     ({"tools": [function(name="")]}, "tools[0].function.name", "1 to 256"),
     ({"tools": [function(name="a b")]}, "tools[0].function.name", "'a b'"),
