@@ -5,26 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
+from math import prod
 from typing import Any
 
 MAX_MEETING = 12  # patterns that one string must match: its compile doubles with each
+MAX_COMBINED = 200_000  # schemas, each counted once for every combination of branches it is in
 
 Schema = dict[str, Any]
 
 
-def check_meeting(
+def check_cost(
     root: Schema, definitions: Mapping[str, Schema | bool], refuse: Callable[[str, str], None]
 ) -> None:
-    """Refuse strings that more than MAX_MEETING patterns may meet on, numbers likewise.
+    """Refuse what the engine would compile for minutes.
 
-    Counted from above: where schemas are joined, what is worst in one of them may meet what is
-    worst in the others.
+    Strings that more than MAX_MEETING patterns may meet on, numbers likewise: counted from above,
+    as where schemas are joined, what is worst in one of them may meet what is worst in the others.
+
+    Too many combinations of branches: of parts that hold together it joins each branch of one with
+    each of the others, and in every one of these it walks through all that is within.
     """
-    known: dict[str, tuple[int, int]] = {}  # of definitions
-    worst = partial(_worst, known=known, refuse=refuse)
+    meeting: dict[str, tuple[int, int]] = {}  # of definitions
+    combinations: dict[str, tuple[int, int]] = {}
+    worst = partial(_worst, known=meeting, refuse=refuse)
+    combined = partial(_combined, known=combinations, refuse=refuse)
     for name in _inner_first(definitions):
-        known[name] = worst(definitions[name])
+        meeting[name] = worst(definitions[name])
+        combinations[name] = combined(definitions[name])
     worst(root)
+    combined(root)
 
 
 def can_end(root: Schema, definitions: Mapping[str, Schema | bool]) -> bool:
@@ -61,6 +70,33 @@ def _worst(
     if multiples > 1:
         refuse("", "several multipleOf may meet on one number, which cannot be enforced")
     return patterns, multiples
+
+
+def _combined(
+    schema: Schema | bool,
+    *,
+    known: Mapping[str, tuple[int, int]],
+    refuse: Callable[[str, str], None],
+) -> tuple[int, int]:
+    """Branches that `schema` has once they are joined, and schemas in all of these together."""
+    if not isinstance(schema, dict):
+        return 1, 1
+    combined = partial(_combined, known=known, refuse=refuse)
+    parts = [(1, 1 + sum(combined(inner)[1] for inner in _within(schema)))]
+    parts += map(combined, schema.get("allOf", ()))
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            branches = list(map(combined, schema[keyword]))
+            parts.append((sum(b[0] for b in branches), sum(b[1] for b in branches)))
+    if "$ref" in schema:
+        num_branches, num_schemas = known.get(_name(schema), (1, 1))
+        parts.append((num_branches, num_schemas if len(schema) > 1 else 1))  # alone it is shared
+    num_branches = prod(part[0] for part in parts)
+    num_schemas = sum(num * (num_branches // max(own, 1)) for own, num in parts)
+    if num_schemas > MAX_COMBINED:
+        refuse("", f"its anyOf, oneOf and allOf have more than {MAX_COMBINED} combinations, as "
+                   "what is within one of them or beside it counts in each")  # fmt: skip
+    return num_branches, num_schemas
 
 
 def _ends(schema: Schema | bool, *, ending: AbstractSet[str]) -> bool:

@@ -8,6 +8,7 @@ by the size that a pattern has once its repeats are written out.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 MAX_PATTERN_CHARS = 20_000
 MAX_PATTERN_SIZE = 20_000  # characters and classes, repeats written out
@@ -18,6 +19,19 @@ _BRACED = re.compile(r"\\[uxpP]\{\w+\}")
 _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
 _IN_CLASS = {"[": r"\[", "&": r"\&", "~": r"\~"}  # set operations in Rust, plain elsewhere
 _GROUP = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>|[a-zA-Z]+(?:-[a-zA-Z]+)?[:)])")
+_LOOKAHEAD = "(?="
+# What older versions of pydantic and Zod write, and what says the same: not a lone sign or point;
+# no two points in a row.
+_DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
+_EMAIL = (
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
+    r"[A-Za-z]{2,}$"
+)
+SAME = {
+    _DECIMAL: r"^[+-]?(?:\d+\.?\d*|\.\d+)$",
+    _EMAIL: r"^(?:[A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+-]@"
+    r"(?:[A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+}
 
 
 class PatternError(ValueError):
@@ -35,6 +49,60 @@ def engine_pattern(pattern: str) -> str:
             f"the pattern has {len(pattern)} characters, the limit is {MAX_PATTERN_CHARS}"
         )
     return _Reader(pattern).read()
+
+
+def without_lookaheads(pattern: str) -> list[str]:
+    """Patterns that a string must all match in place of one that begins with such conditions.
+
+    `^(?=A)(?=B)C` looks three times at the beginning of the string.
+    """
+    pattern = SAME.get(pattern, pattern)
+    if not pattern.startswith("^" + _LOOKAHEAD):
+        return [pattern]
+    parts, rest = [], pattern[1:]
+    while rest.startswith(_LOOKAHEAD):
+        end = _group_end(rest)
+        parts.append(f"^(?:{rest[len(_LOOKAHEAD) : end - 1]})")
+        rest = rest[end:]
+        if not end or rest[:1] in ("*", "+", "?", "{"):
+            return [pattern]
+    # Of several branches only the first one has the conditions.
+    return [pattern] if _has_branches(rest) else [f"^{rest}", *parts]
+
+
+def _group_end(text: str) -> int:
+    """Behind the group that `text` begins with; 0 where that is not closed."""
+    depth = 0
+    for at, char in _syntax(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0:
+            return at + 1
+    return 0
+
+
+def _has_branches(text: str) -> bool:
+    depth = 0
+    for _, char in _syntax(text):
+        depth += (char == "(") - (char == ")")
+        if char == "|" and depth == 0:
+            return True
+    return False
+
+
+def _syntax(text: str) -> Iterator[tuple[int, str]]:
+    """Characters that are neither escaped nor in a class, and where they are."""
+    at, is_in_class = 0, False
+    while at < len(text):
+        char = text[at]
+        if char == "\\":
+            at += 1
+        elif is_in_class:
+            is_in_class = char != "]"
+        elif char == "[":
+            is_in_class = True
+        else:
+            yield at, char
+        at += 1
 
 
 class _Reader:

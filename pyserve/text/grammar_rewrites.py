@@ -1,7 +1,12 @@
 """Keywords that the grammar engine does not read, said in those it does: exactly or not at all.
 
 uniqueItems     of an array whose items are a few values: all lists that there can be.
-propertyNames   an enum or a pattern: the only properties.
+propertyNames   an enum, a pattern, a format or lengths: the only properties; or any string.
+not             of everything: nothing. Of objects with some properties: one of these is missing.
+dependentRequired, dependencies
+                on other names alone: the property is missing, or they are there.
+unevaluatedProperties, unevaluatedItems
+                where no other schema can have looked at them: those that are not named.
 oneOf           of names, one of which is required: that one, and none of the others.
 patternProperties that overlap
                 and have the same schema: one pattern.
@@ -16,10 +21,14 @@ from itertools import permutations
 from math import perm
 from typing import Any
 
+from pyserve.text.grammar_formats import format_pattern
+
 Schema = dict[str, Any]
 
 MAX_LISTS = 2000  # of different items: all those of six values
-MAX_CHOICES = 16  # branches of such a oneOf
+MAX_CHOICES = 16  # branches of such a oneOf, properties of such a not
+MAX_DEPENDENT = 4  # properties that need others: the engine tries all that may be there or not
+MAX_NAME_LENGTH = 1000  # in propertyNames
 
 # Without effect on what is valid.
 NOTES = frozenset(
@@ -29,8 +38,13 @@ NOTES = frozenset(
 )
 _SYNTAX = re.compile(r"[\\^$.|?*+()\[\]{}]")  # of patterns
 _ONLY_NAMES = (
-    "propertyNames cannot be enforced unless it is an enum or a pattern, and stands without "
-    "properties and patternProperties: leave it out"
+    "propertyNames cannot be enforced unless it is an enum, a pattern, a format or "
+    "lengths, and stands without properties and patternProperties: leave it out"
+)
+# Schemas in place of this one, which may have looked at what is left.
+_IN_PLACE = frozenset(
+    "allOf anyOf oneOf not if then else $ref $dynamicRef $recursiveRef dependentSchemas "
+    "dependencies contains".split()
 )
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int,), "boolean": (bool,), "null": (type(None),)
@@ -64,14 +78,85 @@ def rewritten(
         result = _unique_items(schema, result, follow)
     if len(result.get("patternProperties", ())) > 1:
         result = {**result, "patternProperties": _joined(result["patternProperties"])}
-    if "propertyNames" in schema:
-        pattern = _names_pattern(follow(schema["propertyNames"]))
+    names = follow(schema.get("propertyNames", True))
+    if not _allows_all_names(names):
+        pattern = _names_pattern(names)
         if pattern is None or {"properties", "patternProperties"} & result.keys():
             raise RewriteError("propertyNames", _ONLY_NAMES)
         pattern = read_pattern(pattern, "propertyNames")
         others = result.get("additionalProperties", True)
         result |= {"patternProperties": {pattern: others}, "additionalProperties": False}
-    return _one_required(schema, result)
+    if "if" in schema and {"then", "else"} & schema.keys():
+        raise _left_out("if")
+    result = _unevaluated(schema, _one_required(schema, result))
+    others = [*_dependent(schema), *_negated(schema)]
+    return {**result, "allOf": [*result.get("allOf", ()), *others]} if others else result
+
+
+def allows_nothing(schema: Schema) -> bool:
+    """Whether a schema is the negation of one that everything is valid by."""
+    negated = schema.get("not", False)
+    return negated is True or isinstance(negated, dict) and not negated.keys() - NOTES
+
+
+def _left_out(keyword: str) -> RewriteError:
+    return RewriteError(keyword, f"{keyword} cannot be enforced, leave it out")
+
+
+def _unevaluated(schema: Schema, result: Schema) -> Schema:
+    for keyword, named in (("unevaluatedProperties", "additionalProperties"),
+                           ("unevaluatedItems", "items")):  # fmt: skip
+        value = schema.get(keyword, True)
+        if value is True or named in schema and not isinstance(schema[named], list):
+            continue
+        if value is not False or _IN_PLACE & schema.keys() or named in result:
+            raise _left_out(keyword)
+        result = {**result, named: False}
+    return result
+
+
+def _dependent(schema: Schema) -> list[Schema]:
+    """For each property that needs others: it is missing, or they are there."""
+    found = []
+    for keyword in ("dependentRequired", "dependencies", "dependentSchemas"):
+        needed = schema.get(keyword, {})
+        if not isinstance(needed, dict):
+            raise _left_out(keyword)
+        for name, others in needed.items():
+            if others is True or others in ([], {}):
+                continue
+            if keyword == "dependentSchemas" or not _are_names(others):
+                raise _left_out(keyword)
+            found.append({"anyOf": [_without(name), {"required": [name, *others]}]})
+            if len(found) > MAX_DEPENDENT or schema.get("type") != "object":
+                raise RewriteError(
+                    keyword,
+                    f"{keyword} cannot be enforced but in a schema with the type object, for "
+                    f"{MAX_DEPENDENT} properties at most: leave it out",
+                )
+    return found
+
+
+def _negated(schema: Schema) -> list[Schema]:
+    """What cannot be valid is an object with some properties: one of them is missing."""
+    negated = schema.get("not", False)
+    if negated is False:
+        return []
+    if not isinstance(negated, dict) or negated.keys() - NOTES - {"type"} != {"required"}:
+        raise _left_out("not")
+    names = negated["required"]
+    is_plain = negated.get("type", "object") == schema.get("type") == "object"
+    if not is_plain or not _are_names(names) or not 0 < len(names) <= MAX_CHOICES:
+        raise _left_out("not")
+    return [{"anyOf": list(map(_without, names))}]
+
+
+def _without(name: str) -> Schema:
+    return {"properties": {name: False}}
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _unique_items(schema: Schema, result: Schema, follow: Callable[[object], object]) -> Schema:
@@ -122,6 +207,12 @@ def _values(schema: object) -> list[Any] | None:
     return list(fitting.values())
 
 
+def _allows_all_names(names: object) -> bool:
+    if not isinstance(names, dict):
+        return names is True
+    return not names.keys() - NOTES - {"type"} and names.get("type", "string") == "string"
+
+
 def _names_pattern(names: object) -> object:
     """A pattern for the names of properties; None: a schema asks for something else."""
     if not isinstance(names, dict) or names.get("type", "string") != "string":
@@ -129,6 +220,13 @@ def _names_pattern(names: object) -> object:
     asked = names.keys() - NOTES - {"type"}
     if asked == {"pattern"}:
         return names["pattern"]
+    if asked == {"format"}:
+        return format_pattern(names["format"])
+    if asked and not asked - {"minLength", "maxLength"}:
+        least, most = names.get("minLength", 0), names.get("maxLength", "")
+        lengths = [length for length in (least, most) if length != ""]
+        if all(type(length) is int and 0 <= length <= MAX_NAME_LENGTH for length in lengths):
+            return rf"^[\s\S]{{{least},{most}}}$"
     texts = [text for text in _values(names) or () if isinstance(text, str)]
     escaped = [_SYNTAX.sub(r"\\\g<0>", text) for text in texts]
     return f"^(?:{'|'.join(escaped)})$" if escaped else None

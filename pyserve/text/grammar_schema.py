@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from pyserve.errors import InvalidRequestError
 from pyserve.params import INT64_MAX, INT64_MIN
-from pyserve.text.grammar_analysis import can_end, check_meeting
-from pyserve.text.grammar_formats import FORMATS
-from pyserve.text.grammar_pattern import PatternError, engine_pattern
-from pyserve.text.grammar_rewrites import NOTES, RewriteError, rewritten
+from pyserve.text.grammar_analysis import can_end, check_cost
+from pyserve.text.grammar_formats import FORMATS, format_schema
+from pyserve.text.grammar_pattern import PatternError, engine_pattern, without_lookaheads
+from pyserve.text.grammar_rewrites import NOTES, RewriteError, allows_nothing, rewritten
 
 MAX_DEPTH = 56  # of schemas within schemas, each of two levels of JSON: the engine reads 127
 MAX_SCHEMAS = 10_000  # those that are referred to count once
@@ -44,12 +44,9 @@ Schema = dict[str, Any]
 TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 # Of JSON Schema, any draft.
 NOT_ENFORCED = frozenset(
-    "not if then else contains minContains maxContains "
-    "dependentRequired dependentSchemas dependencies unevaluatedItems unevaluatedProperties "
-    "$dynamicRef $dynamicAnchor $recursiveRef $recursiveAnchor extends disallow "
+    "contains $dynamicRef $dynamicAnchor $recursiveRef $recursiveAnchor extends disallow "
     "divisibleBy".split()
 )
-NEUTRAL: Mapping[str, object] = {"minContains": 0}
 OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
@@ -125,7 +122,7 @@ class _Walk:
             if not root:
                 self._refuse("", "false allows nothing")
             return root
-        check_meeting(root, self.definitions, self._refuse)
+        check_cost(root, self.definitions, self._refuse)
         if not can_end(root, self.definitions):
             self._refuse("", "no finite value is valid: what it needs is false, or holds itself")
         return {**root, "$defs": self.definitions} if self.definitions else root
@@ -144,6 +141,8 @@ class _Walk:
     def _schema(self, schema: object, pointer: str, depth: int) -> Schema | bool:
         if isinstance(schema, bool):
             return schema
+        if isinstance(schema, dict) and allows_nothing(schema):
+            return False
         if not isinstance(schema, dict):
             self._refuse(pointer, f"a schema must be an object or a boolean, got {_shown(schema)}")
         self._num_schemas += 1
@@ -162,7 +161,7 @@ class _Walk:
                     if name == "allOf" and name in result:
                         new = [*result[name], *new]
                     result[name] = new
-            elif keyword in NOT_ENFORCED and NEUTRAL.get(keyword, self) != value:
+            elif keyword in NOT_ENFORCED:
                 self._refuse(place, f"{keyword} cannot be enforced, leave it out")
             elif keyword == "$id" and pointer and isinstance(value, str):
                 self._refuse(place, "only the outermost schema may have an id of its own")
@@ -363,7 +362,13 @@ class _Walk:
             self._refuse(place, str(error))
 
     def _pattern(self, schema: Schema, keyword: str, place: str) -> Schema:
-        return {keyword: self._read_pattern(schema[keyword], place)}
+        pattern = schema[keyword]
+        parts = without_lookaheads(pattern) if isinstance(pattern, str) else [pattern]
+        own, *others = [self._read_pattern(part, place) for part in parts]
+        return {
+            keyword: own,
+            **({"allOf": [{keyword: other} for other in others]} if others else {}),
+        }
 
     def _format(self, schema: Schema, keyword: str, place: str) -> Schema:
         """Formats are of strings; of other types they are notes, such as OpenAPI's int32."""
@@ -371,13 +376,13 @@ class _Walk:
         types = schema.get("type")
         if isinstance(types, str | list) and types != "string" and "string" not in types:
             return {}
-        if not isinstance(name, str) or name not in FORMATS:
+        found = format_schema(name, schema)
+        if found is None:
             self._refuse(
                 place, f"must be one of {', '.join(sorted(FORMATS))}, got {_shown(name)}; leave it "
                 "out, or write a pattern"
             )  # fmt: skip
-        pattern = FORMATS[name]
-        return {keyword: name} if pattern is None else {"allOf": [{"pattern": pattern}]}
+        return found
 
     def _number(self, value: object, place: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):

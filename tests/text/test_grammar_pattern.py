@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import re
 
 import pytest
@@ -10,8 +11,10 @@ from pyserve.text.grammar_json import whitespace_of
 from pyserve.text.grammar_pattern import (
     MAX_GROUPS_DEPTH,
     MAX_PATTERN_CHARS,
+    SAME,
     PatternError,
     engine_pattern,
+    without_lookaheads,
 )
 from tests.text.grammars import text_of, vocabulary
 
@@ -96,3 +99,28 @@ def test_white_space_of_a_client_gets_an_end(pattern: str, expected: str) -> Non
 def test_other_white_space_is_refused(pattern: str) -> None:
     with pytest.raises(InvalidRequestError, match="^p"):
         whitespace_of(pattern, param="p")
+
+
+@pytest.mark.parametrize("pattern", [*SAME, "^(?=.*[A-Z])(?=x|.+y$)[a-zA-Z]+$", "^(?=a)"])
+def test_conditions_at_the_beginning_are_patterns_of_their_own(pattern: str) -> None:
+    parts = without_lookaheads(pattern)
+    assert not any("(?=" in part or "(?!" in part for part in parts)
+    rng = random.Random(1)
+    num_matching = 0
+    for _ in range(20_000):
+        text = "".join(rng.choices("aA1.@-+'xy", k=rng.randint(0, 8)))
+        if rng.random() < 0.5:
+            text += "@a.aA"
+        matches = re.search(pattern, text) is not None
+        assert matches is all(re.search(part, text) for part in parts), text
+        num_matching += matches
+    assert num_matching > 20
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^(?=a", "^(?=a)b|c", "^(?=a)?b", "^(?!a)b", "(?=a)b", "^(?=[)]"]
+)
+def test_other_conditions_stay(pattern: str) -> None:
+    assert without_lookaheads(pattern) == [pattern]
+    with pytest.raises(PatternError):
+        engine_pattern(pattern)

@@ -17,6 +17,7 @@ COLOURS = {"type": "string", "enum": ["red", "green", "blue"]}
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 DEFINED = {"$defs": {"Colour": {**COLOURS, "title": "Colour"}}}
 REFERENCE = {"$ref": "#/$defs/Colour"}
+A_B = {"a": INTEGER, "b": INTEGER}
 EIGHT = {"enum": list("abcdefgh")}
 
 
@@ -24,8 +25,8 @@ def unique(**fields: Any) -> dict[str, Any]:
     return {"type": "array", "uniqueItems": True, **fields}
 
 
-def an_object(**fields: Any) -> dict[str, Any]:
-    return {"type": "object", **fields}
+def an_object(others: dict[str, Any] | None = None, /, **fields: Any) -> dict[str, Any]:
+    return {"type": "object", **(others or {}), **fields}
 
 
 def one_of(*names: str) -> list[Any]:
@@ -63,6 +64,37 @@ ENFORCED: list[tuple[Any, list[Any]]] = [
                oneOf=one_of("a", "b")), CHOICES),
     (an_object(patternProperties={"^r": INTEGER, "e$": INTEGER}, additionalProperties=False),
      OBJECTS),
+    # Zod writes this for every record.
+    (an_object(propertyNames={"type": "string", "title": "x"}, additionalProperties=INTEGER),
+     OBJECTS),
+    (an_object(propertyNames={"type": "string"}, properties={"red": STRING}), OBJECTS),
+    (an_object(propertyNames={"minLength": 2, "maxLength": 3}), [*OBJECTS, {"r": 1}, {"éé": 1}]),
+    (an_object(propertyNames={"format": "date"}), [{}, {"2026-02-28": 1}, {"2026-02-30": 1}]),
+    (an_object(propertyNames={"format": "uuid"}),
+     [{}, {"f81d4fae-7dec-11d0-a765-00a0c91e6bf6": 1}, {"f81d4fae": 1}]),
+    (an_object(properties={"a": {"not": {}}, "b": {"not": False}}), CHOICES),
+    (an_object({"not": {"required": ["a"]}}), CHOICES),
+    (an_object({"not": {"required": ["a", "b"], "type": "object"}}, properties=A_B), CHOICES),
+    (an_object({"not": {"required": ["a", "b"]}}, properties=A_B, additionalProperties=False,
+               required=["b"]), CHOICES),
+    (an_object(dependentRequired={"a": ["b"]}), CHOICES),
+    (an_object(dependentRequired={"a": ["b"], "c": [], "b": ["a"]}, properties=A_B), CHOICES),
+    (an_object(dependentRequired={"a": ["b", "c"], "b": ["c"]}, properties=A_B), CHOICES),
+    (an_object(dependentSchemas={"a": True, "b": {}}), CHOICES),
+    (an_object(properties=A_B, unevaluatedProperties=False), CHOICES),
+    (an_object(patternProperties={"^r": INTEGER}, unevaluatedProperties=False), OBJECTS),
+    (an_object(additionalProperties=INTEGER, unevaluatedProperties=False), OBJECTS),
+    (an_object(unevaluatedProperties=True), OBJECTS),
+    ({"type": "array", "prefixItems": [INTEGER], "unevaluatedItems": False}, [[], [1], [1, 2]]),
+    ({"type": "array", "items": INTEGER, "unevaluatedItems": False}, [[], [1], [1, 2], ["a"]]),
+    ({"allOf": [an_object(properties={"a": INTEGER}, unevaluatedProperties=False)]}, CHOICES),
+    # Each without the other that it goes with.
+    ({"type": "integer", "if": {"minimum": 5}}, [1, 6]),
+    ({"type": "integer", "then": {"minimum": 5}, "else": False}, [1, 6]),
+    ({"type": "array", "maxContains": 1, "minContains": 1}, [[], [1, 2]]),
+    ({"type": "string", "pattern": "^(?=.*[A-Z])(?=.*\\d)[A-Za-z\\d]{3,}$"},
+     ["a1B", "abc", "A1", "AB1x", "1b2", "A1-"]),
+    ({"type": "string", "pattern": "^(?=a|b)(?=[)(]|..)", "maxLength": 3}, ["ab", "b", "cb", "a)"]),
 ]  # fmt: skip
 
 
@@ -70,10 +102,13 @@ ENFORCED: list[tuple[Any, list[Any]]] = [
 def test_what_passes_is_what_is_valid(schema: Any, values: list[Any]) -> None:
     vocab = vocabulary()
     compiled = compile_grammar(JsonSchema(param="s", schema=schema), vocab)
-    validator = jsonschema.Draft202012Validator(schema)
+    validator = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
     for value in values:
         constraint = compiled.constraint()
-        constraint.accept(vocab.tokenizer.encode_inner(json.dumps(value)))
+        written = json.dumps(value, ensure_ascii=False)
+        constraint.accept(vocab.tokenizer.encode_inner(written))
         has_passed = constraint.error is None and (
             constraint.is_finished or vocab.eos_token_ids[0] in allowed(constraint, vocab)
         )
@@ -94,10 +129,35 @@ REFUSED: list[tuple[Any, str, str]] = [
     (unique(items={"enum": list(range(9000))}, minItems=4000), "/uniqueItems", "more than 2000"),
     (unique(items=COLOURS, minItems=4), "/minItems", "there are no 4 different items"),
     ({"uniqueItems": "yes", "type": "array"}, "/uniqueItems", "cannot be enforced but in an array"),
-    (an_object(propertyNames={"maxLength": 3}), "/propertyNames", "an enum or a pattern"),
-    (an_object(propertyNames=INTEGER), "/propertyNames", "an enum or a pattern"),
-    (an_object(propertyNames=False), "/propertyNames", "an enum or a pattern"),
-    (an_object(propertyNames={"enum": [1]}), "/propertyNames", "an enum or a pattern"),
+    (an_object(propertyNames={"maxLength": -3}), "/propertyNames", "unless it is an enum"),
+    (an_object(propertyNames={"maxLength": 1001}), "/propertyNames", "unless it is an enum"),
+    (an_object(propertyNames={"format": "email"}), "/propertyNames", "unless it is an enum"),
+    (an_object(propertyNames={"format": [1]}), "/propertyNames", "unless it is an enum"),
+    (an_object(propertyNames=INTEGER), "/propertyNames", "unless it is an enum"),
+    (an_object(propertyNames=False), "/propertyNames", "unless it is an enum"),
+    (an_object(propertyNames={"enum": [1]}), "/propertyNames", "unless it is an enum"),
+    (an_object({"not": STRING}), "/not", "not cannot be enforced"),
+    (an_object({"not": {"required": []}}), "/not", "not cannot be enforced"),
+    (an_object({"not": {"required": "a"}}), "/not", "not cannot be enforced"),
+    (an_object({"not": {"required": ["a"], "type": "array"}}), "/not", "not cannot be enforced"),
+    ({"not": {"required": ["a"]}}, "/not", "not cannot be enforced"),
+    ({"not": 7}, "/not", "not cannot be enforced"),
+    (an_object({"if": {}, "else": False}), "/if", "if cannot be enforced"),
+    ({"dependentRequired": {"a": ["b"]}}, "/dependentRequired", "with the type object"),
+    (an_object(dependentRequired={c: ["x"] for c in "abcde"}), "/dependentRequired", "for 4 prop"),
+    (an_object(dependentRequired={"a": [1]}), "/dependentRequired", "cannot be enforced"),
+    (an_object(dependentRequired=["a"]), "/dependentRequired", "cannot be enforced"),
+    (an_object(dependencies={"a": {"required": ["b"]}}), "/dependencies", "cannot be enforced"),
+    (an_object(dependentSchemas={"a": False}), "/dependentSchemas", "cannot be enforced"),
+    (an_object(unevaluatedProperties=INTEGER), "/unevaluatedProperties", "cannot be enforced"),
+    (an_object(allOf=[{"properties": A_B}], unevaluatedProperties=False), "/unevaluatedProperties",
+     "cannot be enforced"),
+    ({"type": "array", "items": [INTEGER], "additionalItems": STRING, "unevaluatedItems": False},
+     "/unevaluatedItems", "cannot be enforced"),
+    ({"pattern": "^(?=a)b|c"}, "/pattern", "lookaround"),
+    ({"pattern": "^(?=a)*b"}, "/pattern", "lookaround"),
+    ({"pattern": "^(?=ab"}, "/pattern", "lookaround"),
+    ({"pattern": "^a(?=b)"}, "/pattern", "lookaround"),
     (an_object(propertyNames=COLOURS, properties={"a": INTEGER}), "/propertyNames", "without"),
     (an_object(propertyNames={"pattern": "(?=a)"}), "/propertyNames", "lookaround"),
     (an_object(oneOf=one_of("a", "a")), "/oneOf", "its branches may hold together"),

@@ -124,7 +124,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**TRIGGERED, "triggers": []}, "at /triggers: must be a list"),
     ({**TRIGGERED, "triggers": ["<x"]}, "at /tags/0/begin: must begin with one of the triggers"),
     ({**TRIGGERED, "tags": [{**WEATHER, "content": {"type": "json_schema", "json_schema":
-      {"not": {}}}}]}, "/tags/0/content/json_schema at /not: not cannot be enforced"),
+      {"not": 1}}}]}, "/tags/0/content/json_schema at /not: not cannot be enforced"),
     ({"type": "regex", "pattern": "(?=a)"}, "at /pattern: "),
     ({"type": "any_text", "excludes": ["x"]}, "there may be no field here beside type, got excl"),
     ({"format": TRIGGERED, "triggers": ["<"]}, "there may be format here beside type, got trigg"),

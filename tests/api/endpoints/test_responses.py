@@ -358,7 +358,7 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
         {"type": "function", "name": "x"}]}}, "tool_choice.tools[0].name", "no tool is called x"),
     ({"text": {"format": {"type": "x"}}}, "text.format.type", "got x"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "is missing"),
-    ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}},
+    ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": 1}}}},
      "text.format.schema", "cannot be enforced"),
     ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
      "structured_outputs.regex", "text.format and structured_outputs.regex both"),

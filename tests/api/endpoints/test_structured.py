@@ -109,7 +109,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (response_format("json_object", triggers=["<"]), "response_format.triggers", "goes with"),
     (response_format("json_schema", schema=SCHEMA), "response_format.schema",
      "goes with the type json_object, got json_schema"),
-    (response_format("json_object", schema={"not": {}}), "response_format.schema",
+    (response_format("json_object", schema={"not": 1}), "response_format.schema",
      "response_format.schema at /not: not cannot be enforced"),
     ({"response_format": {**json_schema(SCHEMA)["response_format"], "format": {}}},
      "response_format.format", "goes with the type structural_tag"),
