@@ -31,6 +31,12 @@ STEP_BUCKETS_S = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0,
     2.5, 5.0, 10.0,
 )  # fmt: skip
+# As prometheus-fastapi-instrumentator has them, under whose names HTTP requests are shown.
+HTTP_BUCKETS_S = (0.1, 0.5, 1.0)
+HTTP_FINE_BUCKETS_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0,
+    7.5, 10.0, 30.0, 60.0,
+)  # fmt: skip
 
 
 def token_buckets(max_tokens: int) -> tuple[float, ...]:

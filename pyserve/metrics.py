@@ -73,6 +73,10 @@ class Metrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
+    def add(self, collector: Collector) -> None:
+        """Show the series of `collector` too."""
+        self._registry.register(collector)
+
     def watch(self, stats: Callable[[], EngineStats], info: EngineInfo) -> None:
         """Read the engine's figures from here on; without it they are absent."""
         self._stats = stats

@@ -48,6 +48,7 @@ from pyserve.api.http import request_id
 from pyserve.api.http.cors import add_cors
 from pyserve.api.http.delivery import deliver, json_response
 from pyserve.api.http.errors import ErrorBody, error_body, error_response, log_unexpected
+from pyserve.api.http.http_metrics import STATUS
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.http.inner import client_of
 from pyserve.api.http.keys import CLIENT, IS_BACKGROUND, USER
@@ -132,6 +133,7 @@ ROUTES = (
     Route("GET", site.STATIC_PATH, site.static, is_public=True),
 )  # fmt: skip
 PAGES = (site.index, site.docs)
+_ANTHROPIC = tuple(f"{route.path}/" for route in ROUTES if route.error_body is messages_error)
 
 
 def build_app(state: ServerState) -> web.Application:
@@ -169,16 +171,22 @@ def _spellings(path: str, handler: Handler) -> list[tuple[str, Handler]]:
 async def _serve(request: web.Request, handler: Handler) -> web.StreamResponse:
     request_id.begin(request)
     connection_of(request).request = request
-    response = await handler(request)
-    try:
-        return await deliver(request, response)
-    except RequestError as error:
-        return _error_response(request, error)
+    with request.app[STATE].http_metrics.measured(request):
+        response = await handler(request)
+        try:
+            response = await deliver(request, response)
+        except RequestError as error:
+            response = _error_response(request, error)
+        request[STATUS] = response.status
+        return response
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "pyserve"  # aiohttp would name itself and Python, with versions
     response.headers[request_id.HEADER] = request_id.current.get()
+    if _is_anthropic(request):
+        response.headers[request_id.ANTHROPIC_HEADER] = request_id.current.get()
+    request[STATUS] = response.status  # of a stream, whose client may leave before it returns
     request.app[STATE].metrics.num_responses[response.status] += 1
 
 
@@ -232,10 +240,13 @@ def _middleware(state: ServerState) -> Middleware:
 
 
 def _error_response(request: web.Request, error: RequestError) -> web.Response:
-    """In the words of the route that was asked, or that the path lies under."""
+    return error_response(error, messages_error if _is_anthropic(request) else error_body)
+
+
+def _is_anthropic(request: web.Request) -> bool:
+    """Whether a route of Anthropic's dialect was asked, or the path lies under one."""
     path = request.path.removeprefix(request.app[STATE].config.root_path)
-    under = (r.error_body for r in ROUTES if f"{path}/".startswith(f"{r.path}/"))
-    return error_response(error, next(under, error_body))
+    return f"{path}/".startswith(_ANTHROPIC)
 
 
 def _router_error(

@@ -13,6 +13,7 @@ from aiohttp import web
 from pyserve.api.batches.service import BatchService
 from pyserve.api.batches.store import Store
 from pyserve.api.generation.request_log import RequestLog
+from pyserve.api.http.http_metrics import HttpMetrics
 from pyserve.api.http.keys import CLIENT, Keys
 from pyserve.api.http.uploads import Uploads
 from pyserve.api.life.startup import Startup
@@ -75,6 +76,7 @@ class ServerState:
     uploads: Uploads = field(default_factory=Uploads)
     batches: BatchService | None = None  # None: --batch-dir is not given
     request_log: RequestLog = field(init=False)
+    http_metrics: HttpMetrics = field(init=False)
     keys: Keys = field(init=False)
     responses: ResponseStore = field(init=False)
     runs: Runs = field(init=False)
@@ -84,6 +86,8 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.watchdog = LoopWatchdog(lambda: self.num_in_flight)
+        self.http_metrics = HttpMetrics(self.config.root_path)
+        self.metrics.add(self.http_metrics)
         self.request_log = RequestLog(has_arrivals=self.config.log_requests)
         keys = named_keys(self.config.api_keys)
         self.keys = Keys(keys, is_shared=self.config.share_prefix_cache)

@@ -14,7 +14,9 @@ from pyserve.api.http import request_id
 from pyserve.config import ServerConfig
 
 METHODS = "GET, HEAD, POST"
-EXPOSED = "Retry-After, X-Request-Id, x-pyserve-clamped, x-pyserve-ignored, x-pyserve-merged"
+EXPOSED = (
+    "Retry-After, X-Request-Id, request-id, x-pyserve-clamped, x-pyserve-ignored, x-pyserve-merged"
+)
 MAX_AGE_S = 600
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from aiohttp import web
 
 HEADER = "X-Request-Id"
+ANTHROPIC_HEADER = "request-id"  # where Anthropic's SDKs look for it
 MAX_CHARS = 128
 # What a log line, a header and a file name can all hold; anything else is replaced, not refused:
 # proxies write this header too, and the answer says which id the request has got.

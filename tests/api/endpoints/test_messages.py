@@ -67,6 +67,7 @@ def post(server: Server, body: object, path: str = PATH) -> tuple[dict[str, Any]
     """The answer, and the names of what had no effect."""
     status, headers, reply = server.request("POST", path, body)
     assert status == 200, reply
+    assert headers["request-id"] == headers["X-Request-Id"]
     names = headers.get("x-pyserve-ignored", "")
     return json.loads(reply), names.split(", ") if names else []
 
@@ -80,9 +81,10 @@ def prompt(server: Server, *turns: dict[str, Any], **fields: Any) -> str:
 
 
 def error(server: Server, body: object, status: int = 400, path: str = PATH) -> str:
-    got, _, reply = server.request("POST", path, body)
+    got, headers, reply = server.request("POST", path, body)
     assert got == status, reply
     said = json.loads(reply)
+    assert headers["request-id"] == headers["X-Request-Id"] == said["request_id"]
     assert set(said) == {"type", "error", "request_id"} and set(said["error"]) == {
         "type", "message",
     }  # fmt: skip
