@@ -50,6 +50,13 @@ def test_the_button_stops_too(tab: Tab, server: Server) -> None:
     wait_until(lambda: server.engine.submitted[0].is_aborted)
 
 
+def test_an_answer_that_comes_at_once_with_code_can_be_copied(tab: Tab, server: Server) -> None:
+    """The button of its code is not taken for its own."""
+    server.play("Look:\n\n```python\nx = 1\n```\n", burst=100)
+    ask(tab, "hi")
+    assert tab.run("$$('.assistant [data-part=copy]').map((one) => one.hidden)") == [False, False]
+
+
 def test_edit_and_answer_again(tab: Tab, server: Server) -> None:
     server.play("First")
     ask(tab, "hello")

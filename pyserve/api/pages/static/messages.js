@@ -56,7 +56,8 @@ class AssistantView {
     this.actions = actions;
     this.element = fromTemplate("assistant-message");
     this.update = seldom(() => this.render());
-    part(this.element, "copy").addEventListener("click", (event) =>
+    this.copyButton = part(this.element, "copy"); // later a block of code in the answer has one, too
+    this.copyButton.addEventListener("click", (event) =>
       copy(split(message).content, event.currentTarget));
     for (const [name, action] of [["again", "again"], ["retry", "again"], ["goOn", "goOn"]]) {
       part(this.element, name).addEventListener("click", () => actions[action](message));
@@ -80,7 +81,7 @@ class AssistantView {
     part(element, "waiting").hidden = !isWaiting || !hasNothing;
     part(element, "failure").hidden = !message.error;
     part(element, "failure-text").textContent = message.error ?? "";
-    part(element, "copy").hidden = !content;
+    this.copyButton.hidden = !content;
     part(element, "again").hidden = Boolean(message.error); // there is "Try again" then
     part(element, "note-text").textContent = notesOn(message);
     part(element, "note").hidden = part(element, "note-text").textContent === "";
