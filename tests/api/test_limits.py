@@ -209,11 +209,18 @@ def test_a_request_without_any_news_ends_in_time_too(tokenizer_folder: Path) -> 
 def test_who_does_not_even_take_the_error_is_cut_off(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 streams of 8 s and more, of which a full socket holds the first few tokens."""
+    """Its time is over once tokens gather because the socket is full, and no sooner."""
     monkeypatch.setattr(answer, "LAST_WRITE_S", 0.2)
-    with run_server(tokenizer_folder, request_timeout_s=3.0) as server:
+    real, deadlines = answer._Deadline, []
+
+    def deadline(*args: Any) -> answer._Deadline:
+        deadlines.append(real(*args))
+        return deadlines[-1]
+
+    monkeypatch.setattr(answer, "_Deadline", deadline)
+    with run_server(tokenizer_folder, request_timeout_s=0) as server:
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        server.engine.script = lambda number: Script([80], 0.02)
+        server.engine.script = lambda number: Script([80], 0.05)
         data = json.dumps({**LONG, "n": 64, "stream": True}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
         with socket.socket() as sock:
@@ -221,7 +228,10 @@ def test_who_does_not_even_take_the_error_is_cut_off(
             sock.connect(("127.0.0.1", server.port))
             sock.sendall(head.encode() + data)
             wait_until(lambda: len(server.engine.submitted) == 64)
-            wait_until(lambda: server.state.num_in_flight == 0, timeout_s=30.0)
+            streams = [item.stream for item in server.engine.submitted]
+            wait_until(lambda: all(len(stream._token_ids) >= 10 for stream in streams))
+            server.loop.call_soon_threadsafe(deadlines[0]._interrupt)
+            wait_until(lambda: server.state.num_in_flight == 0)
             assert all(item.is_aborted for item in server.engine.submitted), "none has ended"
             received = read_to_end(sock)
             assert received.startswith(b"HTTP/1.1 200 ") and b"[DONE]" not in received

@@ -53,7 +53,7 @@ def open_request(server: Server, body: dict[str, Any]) -> socket.socket:
     return sock
 
 
-def wait_until(condition: Any, timeout_s: float = 5.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "condition not met in time"
