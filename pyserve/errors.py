@@ -111,6 +111,13 @@ class UnavailableError(RetryError):
     type = "ServiceUnavailableError"
 
 
+class AbortedError(RequestError):
+    """499: the operator has ended it. No status at which SDKs ask again by themselves."""
+
+    status = 499
+    type = "AbortedError"
+
+
 class EngineError(RequestError):
     """500: a step failed under this request, or its logits were not numbers."""
 

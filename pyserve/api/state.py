@@ -12,6 +12,7 @@ from aiohttp import web
 
 from pyserve.api.batches.service import BatchService
 from pyserve.api.batches.store import Store
+from pyserve.api.generation.generate import Generation
 from pyserve.api.generation.request_log import RequestLog
 from pyserve.api.http.http_metrics import HttpMetrics
 from pyserve.api.http.keys import CLIENT, Keys
@@ -73,6 +74,7 @@ class ServerState:
     status: Literal["starting", "ready", "draining", "failed"] = "starting"
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
+    generations: dict[Generation, str] = field(default_factory=dict)  # what runs, and its id
     uploads: Uploads = field(default_factory=Uploads)
     batches: BatchService | None = None  # None: --batch-dir is not given
     request_log: RequestLog = field(init=False)

@@ -9,6 +9,7 @@ import re
 import socket
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from aiohttp.test_utils import make_mocked_request
 from pyserve.api import app
 from pyserve.api.app import ROUTES, build_app
 from pyserve.api.http.keys import Keys
-from tests.api.fakes import MODEL, Server, run_server
+from tests.api.fakes import MODEL, Server, run_server, wait_until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -239,6 +240,53 @@ def test_the_prefix_cache_is_reset_with_the_key_and_not_by_a_page(guarded: Serve
     guarded.state.status = "draining"
     assert guarded.request("POST", path, headers=key)[0] == 503
     guarded.state.status = "ready"
+
+
+def test_requests_are_aborted_by_id_or_all(server: Server) -> None:
+    """Also one whose client reads nothing: nothing of it runs on."""
+    path, completions = "/abort_requests", "/v1/completions"
+    server.play("Hello", starts=False)
+    streams = {"chat": CHAT, "completion": completions, "message": "/v1/messages",
+               "response": "/v1/responses"}  # fmt: skip
+    body = {"messages": MESSAGES, "input": "hi", "prompt": "hi", "max_tokens": 50}
+    fields = {CHAT: ("messages", "max_tokens"), completions: ("prompt", "max_tokens"),
+              "/v1/messages": ("messages", "max_tokens"), "/v1/responses": ("input",)}  # fmt: skip
+
+    def ask(id: str) -> tuple[int, str]:
+        sent = {name: body[name] for name in fields[streams[id]]}
+        sent |= {"model": MODEL, "stream": id != "completion"}
+        status, _, reply = server.request("POST", streams[id], sent, {"X-Request-Id": id})
+        return status, reply.decode()
+
+    def abort(body: object) -> object:
+        status, _, reply = server.request("POST", path, body)
+        assert status == 200, reply
+        return json.loads(reply)
+
+    with ThreadPoolExecutor() as pool:
+        answers = {id: pool.submit(ask, id) for id in streams}
+        wait_until(lambda: len(server.state.generations) == 4)
+        assert abort({"request_ids": ["chatcmpl-nobody", "hat"]}) == {
+            "status": "aborted", "aborted": 0,
+        }  # fmt: skip
+        assert abort({"request_ids": ["chatcmpl-chat", "message"]}) == {
+            "status": "aborted", "aborted": 2,
+        }  # fmt: skip
+        assert len(server.engine.running()) == 2
+        for id, words in (("chat", "data: [DONE]"), ("message", "event: error")):
+            status, text = answers[id].result(10)
+            assert status == 200 and "operator" in text and words in text
+        assert abort(None) == {"status": "aborted", "aborted": 2}
+        assert server.engine.running() == []
+        status, text = answers["completion"].result(10)
+        assert status == 499 and json.loads(text)["error"]["type"] == "AbortedError"
+        status, text = answers["response"].result(10)
+        assert "event: response.failed" in text and "operator" in text
+    wait_until(lambda: not server.state.generations)
+    assert abort({"request_ids": []}) == {"status": "aborted", "aborted": 0}
+    for wrong in ({"request_ids": "chat"}, {"request_ids": [1]}):
+        assert server.error(path, wrong)["param"].startswith("request_ids")
+    assert server.request("POST", path, headers={"Origin": "http://other"})[0] == 400
 
 
 def test_a_request_keeps_its_id(guarded: Server) -> None:

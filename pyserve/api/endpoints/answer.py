@@ -23,7 +23,7 @@ from pyserve.api.http.keys import CLIENT, IS_BACKGROUND, USER
 from pyserve.api.http.request_id import current as current_request_id
 from pyserve.api.state import STATE
 from pyserve.client import EngineClient
-from pyserve.errors import UnavailableError
+from pyserve.errors import AbortedError, UnavailableError
 from pyserve.text.parts import num_chars
 
 CLAMPED_HEADER = "x-pyserve-clamped"
@@ -112,16 +112,18 @@ async def generating(
     try:
         salt = state.keys.cache_salt(request[USER], job.cache_salt)
         await generation.submit(job, cache_salt=salt, user=request[CLIENT])
+        state.generations[generation] = job.request_id or current_request_id.get()
         state.request_log.arrived(request, generation)
         yield generation
-    except ConnectionError:
-        raise  # the client has gone
+    except (AbortedError, ConnectionError):
+        raise  # the operator has ended it, or the client has gone
     except Exception:
         reason = "error"
         raise
     finally:
         deadline.cancel()
         generation.close(reason)
+        state.generations.pop(generation, None)
         if generation.choices:
             usage = generation.usage()
             state.metrics.observe_usage(

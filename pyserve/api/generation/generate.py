@@ -22,7 +22,7 @@ from pyserve.api.generation.slices import Slices
 from pyserve.api.generation.told import Told, ToldTokens
 from pyserve.api.wire.protocol import CompletionTokensDetails, PromptTokensDetails, Usage
 from pyserve.client import EngineClient, SequenceDelta, SequenceRequest, SequenceStream
-from pyserve.errors import RequestError
+from pyserve.errors import AbortedError, RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
@@ -219,6 +219,12 @@ class Generation:
         """Let `read` raise `error`, now or when it is called next."""
         self._interruption = error
         self._wakeup.set()
+
+    def abort(self, error: AbortedError) -> None:
+        """As `interrupt`, and what it holds is free at once, whether its client reads or not."""
+        self.interrupt(error)
+        for choice in self.active:
+            self._engine.abort(choice.stream)
 
     async def submit(self, job: Job, *, cache_salt: str, user: str) -> None:
         """Queue all sequences of `job`. Raises what EngineClient.check_room and submit raise.

@@ -18,7 +18,7 @@ from pyserve.api.http.delivery import write_large
 from pyserve.api.http.errors import log_unexpected
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.wire.protocol import Usage
-from pyserve.errors import RequestError, release_frames
+from pyserve.errors import AbortedError, RequestError, release_frames
 from pyserve.text.parts import Part
 
 COMMENT = b": keep-alive\n\n"
@@ -101,7 +101,7 @@ class Live:
     def fail(self, error: Exception) -> bytes:
         """In the words of the endpoint."""
         self.is_over = True
-        self._generation.close("error")
+        self._generation.close("abort" if isinstance(error, AbortedError) else "error")
         if not isinstance(error, RequestError):
             return self._frames.failed(log_unexpected(error))
         end = self._frames.failed(error)

@@ -36,6 +36,7 @@ from pyserve.api.wire.messages import (
     MessagesResponse,
 )
 from pyserve.api.wire.protocol import (
+    AbortRequest,
     ChatChunk,
     ChatRequest,
     ChatResponse,
@@ -98,6 +99,11 @@ class Load(msgspec.Struct, frozen=True):
 
 class Done(msgspec.Struct, frozen=True):
     is_done: bool = msgspec.field(name="success")
+
+
+class Aborted(msgspec.Struct, frozen=True):
+    status: str
+    aborted: int
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -211,6 +217,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/load"): Operation("Requests in flight", {200: Load}),
     ("POST", "/reset_prefix_cache"): Operation(
         "Forget the prompts so far, so that the next ones are computed", {200: Done}
+    ),
+    ("POST", "/abort_requests"): Operation(
+        "End requests by the ids of their answers, or all of them: they end in an error",
+        {200: Aborted}, AbortRequest, example={"request_ids": ["chatcmpl-..."]},
     ),
     ("GET", "/version"): Operation("The version of pyserve", {200: Version}),
     ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
