@@ -109,7 +109,7 @@ def _beams(rng: random.Random, scale: float) -> Large:
 
 def _values(rng: random.Random, scale: float) -> Large:
     name = rng.choice(["documents", "chat_template_kwargs", "metadata"])
-    unit: Any = rng.choice([1, "x", [], {}, {"a": 1}])
+    unit: Any = rng.choice([1, "x", [], {}, {"a": 1}, 1e308])
     values = [unit] * int(2**15 * scale)
     return CHAT, _say("x", **{name: values if name == "documents" else {"a": values}}), False
 

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyserve"
 LEAVES = {
+    "any_json",
     "config",
     "params",
     "client",

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from pyserve import any_json
 from pyserve.errors import InvalidRequestError, NotBuiltError
 from pyserve.text.template_probe import (
     FORMS,
@@ -182,6 +183,6 @@ def _parse_arguments(text: str, name: str) -> Any:
     if not text.strip():
         return {}
     try:
-        return msgspec.json.decode(text)
+        return any_json.decode(text)
     except (msgspec.DecodeError, UnicodeError) as error:
         raise InvalidRequestError(f"{name} is not JSON: {error}", "messages") from error

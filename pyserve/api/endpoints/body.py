@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import re
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
 
-from pyserve import __version__
+from pyserve import __version__, any_json
 from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.state import ServerState
 from pyserve.api.wire.json_size import check_structure
@@ -34,7 +34,7 @@ class Wire(Generic[T]):
     """Decodes one request type; a Decoder is built once, as msgspec compiles the type."""
 
     def __init__(self, wire_type: type[T]) -> None:
-        self._decoder = msgspec.json.Decoder(wire_type)
+        self._decoder = msgspec.json.Decoder(wire_type, float_hook=any_json.read_float)
         self._lenient = Lenient(wire_type)
         self._rows = fields_of(wire_type)
         self._unused = dict.fromkeys(self._rows)
@@ -62,6 +62,7 @@ class Wire(Generic[T]):
             check_structure(body, max_list_ids)
             value, ignored = self._decode(body)
             _check_counts(getattr(value, "messages", None))
+            _check_bias(getattr(value, "logit_bias", None))
             self._check_built(value, body, ignored)
         except UnicodeDecodeError:
             raise InvalidRequestError("the body is not valid UTF-8") from None
@@ -99,7 +100,7 @@ class Wire(Generic[T]):
             else:
                 refused.append(name)
         if refused:  # the first in the client's order
-            name = next(name for name in msgspec.json.decode(body) if name in refused)
+            name = next(name for name in any_json.decode(body) if name in refused)
             check_built(self._rows[name], getattr(value, name), name)
 
 
@@ -160,6 +161,14 @@ def _check_counts(messages: list[Message] | None) -> None:
         raise InvalidRequestError(
             f"messages hold {num_parts} content parts in all, the limit is {MAX_PARTS}", "messages"
         )
+
+
+def _check_bias(bias: dict[str, Any] | None) -> None:
+    """Refuse values that are no numbers; the limit on how many there may be is sampling's."""
+    try:
+        msgspec.convert(bias, dict[str, float] | None)
+    except msgspec.ValidationError as error:
+        raise wrong_type(error, "logit_bias") from None
 
 
 def wrong_type(error: msgspec.ValidationError, prefix: str = "") -> InvalidRequestError:

@@ -11,6 +11,7 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
+from pyserve import any_json
 from pyserve.api.endpoints import responses_background
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire
@@ -155,7 +156,7 @@ async def list_input_items(request: web.Request) -> web.StreamResponse:
     given = run.input if run is not None else state.responses.get(user, name).input
 
     def list_items() -> bytes:
-        items: list[Object] = msgspec.json.decode(given)
+        items: list[Object] = any_json.decode(given)
         if order == "desc":
             items.reverse()
         ids = [str(item["id"]) for item in items]

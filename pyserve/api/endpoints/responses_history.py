@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from pyserve import any_json
 from pyserve.api.store.responses import ResponseStore, StoredResponse
 from pyserve.api.wire.responses import Object, ResponsesRequest
 from pyserve.errors import InvalidRequestError, NotFoundError
@@ -128,7 +129,7 @@ def identified(items: Sequence[Object], response_id: str) -> list[Object]:
 
 
 def _items_of(response: StoredResponse) -> list[Object]:
-    own: list[Object] = msgspec.json.decode(response.input)
+    own: list[Object] = any_json.decode(response.input)
     return own + msgspec.json.decode(response.answer, type=_Answer).output
 
 

@@ -5,7 +5,7 @@ Also everything about how an answer ends: stop strings, stop ids, EOS, the token
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyserve.api.generation.job import Ending
 from pyserve.api.wire.protocol import (
@@ -221,7 +221,7 @@ def _stop_strings(stop: str | list[str] | None) -> list[str]:
     return strings
 
 
-def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
+def _logit_bias(given: dict[str, Any] | None, vocab_size: int) -> dict[int, float]:
     if given and len(given) > MAX_LOGIT_BIAS:  # before each of them is looked at
         raise InvalidRequestError(
             f"logit_bias has {len(given)} entries, the limit is {MAX_LOGIT_BIAS}", "logit_bias"
@@ -233,7 +233,7 @@ def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, fl
                 f"logit_bias: keys must be token ids in [0, {vocab_size - 1}], got {key[:40]}",
                 "logit_bias",
             )
-        bias[int(key)] = value
+        bias[int(key)] = float(value)
     return bias
 
 

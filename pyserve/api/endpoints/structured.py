@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from pyserve import any_json
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES
 from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import Loaded, ServerState
@@ -223,6 +224,6 @@ def _json(text: object, param: str) -> Any:
             f"{param} has {len(text)} characters, the limit is {MAX_SPEC_BYTES}", param
         )
     try:
-        return msgspec.json.decode(text)
+        return any_json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeError):
         raise InvalidRequestError(f"{param} is not valid JSON", param) from None

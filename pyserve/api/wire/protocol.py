@@ -94,7 +94,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None  # numbers: body.py
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
