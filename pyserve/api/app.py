@@ -241,7 +241,10 @@ def _middleware(state: ServerState) -> Middleware:
 
 
 def _error_response(request: web.Request, error: RequestError) -> web.Response:
-    return error_response(error, messages_error if _is_anthropic(request) else error_body)
+    """In the words of the route that was asked, or that the path lies under."""
+    path = request.path.removeprefix(request.app[STATE].config.root_path)
+    under = (r.error_body for r in ROUTES if f"{path}/".startswith(f"{r.path}/"))
+    return error_response(error, next(under, error_body))
 
 
 def _is_anthropic(request: web.Request) -> bool:
