@@ -16,7 +16,13 @@ from pyserve.errors import InvalidRequestError
 PIECE_BYTES = 2**18
 MAX_JSON_VALUES = 2**17  # of one body, beside lists of token ids; keys count too
 MAX_JSON_CONTAINERS = 2**15  # of these lists and objects, which cost five times as much
+# In a row, as many as a double can have before its point. An integer takes the square of its digits
+# to read: 31 MB of such with 4,300 half a second.
+MAX_DIGITS = 309
 MAX_BODY_IDS = 2**20  # token ids of a body, or the context's, which one prompt may have
+
+_DIGITS_AS_0 = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG_NUMBER = b"0" * (MAX_DIGITS + 1)
 
 
 @dataclass(slots=True)
@@ -29,6 +35,7 @@ class Structure:
     num_commas: int = 0
     num_brackets: int = 0  # [ and {
     num_strings: int = 0
+    has_long_number: bool = False  # of more than MAX_DIGITS in one piece
 
 
 def measure(body: bytes) -> Structure:
@@ -47,6 +54,7 @@ def measure(body: bytes) -> Structure:
         num_quotes += len(runs) - 1
         found.num_commas += outside.count(b",")
         found.num_brackets += outside.count(b"[") + outside.count(b"{")
+        found.has_long_number |= _LONG_NUMBER in outside.translate(_DIGITS_AS_0)
     found.num_strings = (num_quotes + 1) // 2
     return found
 
@@ -72,3 +80,5 @@ def check_structure(body: bytes, max_list_ids: int) -> None:
             raise InvalidRequestError(
                 f"the body holds more than {limit} values, the limit for this request"
             )
+    if found.has_long_number:
+        raise InvalidRequestError(f"the body holds a number of more than {MAX_DIGITS} digits")

@@ -11,6 +11,7 @@ import pytest
 from pyserve.api.wire import json_size
 from pyserve.api.wire.json_size import (
     MAX_BODY_IDS,
+    MAX_DIGITS,
     MAX_JSON_CONTAINERS,
     MAX_JSON_VALUES,
     Structure,
@@ -87,3 +88,12 @@ def test_lists_of_ids_may_hold_what_the_context_does() -> None:
     endless = b'{"prompt":[' + b",".join([b"7"] * (MAX_REQUEST_TOKENS + MAX_JSON_VALUES + 2))
     with pytest.raises(InvalidRequestError, match=f"{MAX_REQUEST_TOKENS + MAX_JSON_VALUES} values"):
         check_structure(endless, 2**24)
+
+
+@pytest.mark.parametrize("digit", ["1", "9", "0.1"])
+def test_a_number_of_too_many_digits(digit: str) -> None:
+    padding = " " * MAX_JSON_CONTAINERS
+    digits = digit + digit[-1] * (MAX_DIGITS - 1)
+    check_structure(f'{{"a":{digits},"b":"{digits * 9}"}}{padding}'.encode(), 0)
+    with pytest.raises(InvalidRequestError, match="a number of more than 309 digits"):
+        check_structure(f'{{"a":{digits}{digits[-1]}}}{padding}'.encode(), 0)
