@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pyserve.ops import build
+from tests.model.conftest import one_thread
+
+__all__ = ["one_thread"]  # a fixture
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -86,12 +86,14 @@ def check(oracle: LlamaForCausalLM, reader: Told, *, has_logits: bool = False) -
         assert len(set(entry.top_ids)) == num_top
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+EVERYTHING = {"num_blocks": 17, "budget": 11, "caching": True, "logits_tile_rows": 1}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"budget": 9}, {"logits_tile_rows": 3}, {"caching": True},
-     {"num_blocks": 17, "budget": 11, "caching": True, "logits_tile_rows": 1}],
-    ids=["batch", "chunks", "tiles", "caching", "everything"],
+    ("settings", "depth"),
+    [({}, 1), ({"budget": 9}, 0), ({"logits_tile_rows": 3}, 1), ({"caching": True}, 0),
+     (EVERYTHING, 0), (EVERYTHING, 1)],
+    ids=["batch", "chunks", "tiles", "caching", "everything", "everything ahead"],
 )  # fmt: skip
 def test_as_transformers_has_it(
     settings: dict[str, int], depth: int, decoder: Decoder, oracle: LlamaForCausalLM

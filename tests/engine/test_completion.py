@@ -113,7 +113,7 @@ def test_close_leaves_a_hanging_event_behind(driver: str, events: list[Event]) -
     time.sleep(0.05)
     began = time.monotonic()
     thread.close()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 20
     events[0].end()  # the thread is still there and may end now
 
 

@@ -66,8 +66,8 @@ def random_prompt(rng: random.Random, driver: Driver, max_len: int) -> list[int]
 
 @pytest.mark.parametrize(
     ("depth", "policy", "caching", "num_operations"),
-    [(0, "fcfs", True, 10_000), (1, "fcfs", True, 10_000), (1, "priority", True, 5000),
-     (1, "fcfs", False, 5000)],
+    [(0, "fcfs", True, 4000), (1, "fcfs", True, 4000), (1, "priority", True, 3000),
+     (1, "fcfs", False, 3000)],
 )  # fmt: skip
 def test_random_operations(depth: int, policy: str, caching: bool, num_operations: int) -> None:
     """Submit, abort, launch and update in any order, failing steps, NaN."""

@@ -20,7 +20,7 @@ from pyserve.params import SamplingParams
 from tests.engine.constraints import Scripted, windows
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
 from tests.engine.hard_moments import read_all
-from tests.engine.test_async_engine import async_engine, fake, run
+from tests.engine.test_async_engine import async_engine, fake, run, settle
 from tests.engine.test_trace import read
 
 RULE = windows(VOCAB_SIZE, 3)
@@ -145,7 +145,7 @@ class Gate:
 
     def __call__(self) -> None:
         self.is_reached.set()
-        assert self.opened.wait(10)
+        assert self.opened.wait(60)
 
     async def reached(self) -> None:
         while not self.is_reached.is_set():
@@ -188,7 +188,7 @@ def test_the_next_step_is_scheduled_while_masks_are_filled(depth: int) -> None:
         constraint = Scripted(RULE, on_fill=gate)
         stream = client.submit(SequenceRequest([1, 2], PARAMS, constraint=constraint))
         await gate.reached()
-        await asyncio.sleep(0.01)
+        await settle()
         assert (client._next_step is not None) == (depth > 0)
         assert len(client._in_flight) == 1  # it is not launched before
         gate.opened.set()

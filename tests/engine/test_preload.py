@@ -43,7 +43,7 @@ print(took, worst)
 
 def test_the_libraries_are_mapped_and_other_threads_run_meanwhile() -> None:
     best = 1.0
-    for _ in range(4):  # a busy machine may hold the other thread in one of them
+    for _ in range(10):  # a busy machine may hold the other thread in one of them
         done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         took_s, worst_s = map(float, done.stdout.split())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.ops import build
+from pyserve.ops import build, build_cache, toolchain
 from tests.ops import cuda_wheel
 from tests.ops.fake_compiler import FAKE_COMPILER
 
@@ -44,7 +44,9 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the fake compiler in force and an empty cache."""
+    """A folder with the fake compiler in force and an empty cache, looked at often."""
+    monkeypatch.setattr(toolchain, "TICK_S", 0.05)
+    monkeypatch.setattr(build_cache, "WAIT_POLL_S", 0.05)
     compiler = tmp_path / "c++"
     compiler.write_text(FAKE_COMPILER.format(folder=tmp_path))
     compiler.chmod(0o755)

@@ -2,7 +2,8 @@
 // barriers, and what a warp does together is done when all of its lanes are there. A copy lands
 // when it is started, threads in any order, or only when it is waited for: the kernel must not see
 // the difference. Results are held against float64 sums. "few_rows.inc" is the kernel's file, as
-// test_few_rows.py prepares it. Prints what is wrong; its exit code is 1 then.
+// test_few_rows.py prepares it. Prints what is wrong; its exit code is 1 then. Its second argument
+// is how many groups of copies too few the kernel waits for in its loop.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -62,6 +63,7 @@ Barrier block_barrier;
 std::array<Barrier, kThreads / kLanes> warp_barriers;
 uint32_t exchanged[kThreads][6];  // what a lane shows to the others
 bool lands_late = false;
+size_t num_early = 0;  // groups that the kernel's loop does not wait for
 std::mt19937 random(1);
 std::vector<unsigned char> memory;  // shared
 unsigned char* shared = nullptr;
@@ -210,9 +212,9 @@ void cp_async_commit() {
 }
 
 template <size_t kPending>
-void cp_async_wait() {
+void cp_async_wait(size_t num_early = 0) {
   auto& groups = machine::threads[machine::current].groups;
-  for (; groups.size() > kPending; groups.pop_front()) {
+  for (; groups.size() > kPending + num_early; groups.pop_front()) {
     if (!machine::lands_late) continue;
     std::for_each(groups.front().begin(), groups.front().end(), machine::land);
   }
@@ -421,6 +423,7 @@ int check_all(int num_rounds) {
 
 int main(int, char** argv) {
   const int n = std::atoi(argv[1]);
+  machine::num_early = std::atoi(argv[2]);
   const int num_bad = check_all<Tiling<2, 4, 16>>(n) + check_all<Tiling<1, 6, 16>>(n) +
                       check_all<Tiling<2, 3, 32>>(n) + check_all<Tiling<1, 10, 1>>(n) +
                       check_all<Tiling<1, 9, 4>>(n) + check_all<Tiling<1, 8, 8>>(n) +

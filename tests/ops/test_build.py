@@ -20,6 +20,7 @@ from pyserve.ops import build, build_cache, toolchain
 from tests.ops.fake_compiler import (
     NUM_SOURCES,
     NUM_STEPS,
+    WAIT_S,
     fake_nvcc,
     find_or_compile,
     num_runs,
@@ -103,7 +104,7 @@ def test_two_processes_at_once_compile_once(folder: Path) -> None:
     assert second.stdout is not None
     assert second.stdout.readline().startswith("waiting for another process")
     (folder / "hold").unlink()
-    outputs = [child.communicate(timeout=30)[0].splitlines()[-1] for child in (first, second)]
+    outputs = [child.communicate(timeout=WAIT_S)[0].splitlines()[-1] for child in (first, second)]
     assert outputs[0] == outputs[1] and num_runs(folder) == NUM_STEPS
 
 
@@ -112,7 +113,7 @@ def test_a_killed_builder_leaves_no_lock(folder: Path) -> None:
     child = start_child()
     wait_for_runs(folder)
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.communicate(timeout=WAIT_S)
     (folder / "hold").unlink()
     products = find_or_compile(lambda line: None)
     assert (products / build_cache.MARK_NAME).exists()

@@ -26,6 +26,6 @@ def test_many_rows_without_products_of_bfloat16(tmp_path: Path) -> None:
         compiler.compiler, *compiler.flags(), *compiler.ops_flags(), f"-I{ROOT / 'cuda'}",
         str(Path(__file__).with_name("linear_many.cpp")), "-o", str(program),
     ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=120)
-    done = subprocess.run([program], check=True, timeout=60, capture_output=True, text=True)
+    subprocess.run(command, check=True, timeout=250)
+    done = subprocess.run([program], check=True, timeout=250, capture_output=True, text=True)
     assert 0.5 < float(done.stdout) < 1.01

@@ -14,6 +14,7 @@ import pytest
 from pyserve.ops import build, toolchain
 from tests.ops.fake_compiler import (
     NUM_STEPS,
+    WAIT_S,
     fake_nvcc,
     find_or_compile,
     num_runs,
@@ -51,7 +52,7 @@ def test_who_waits_for_another_process_hears_how_far_it_is(folder: Path) -> None
 
     lines: list[str] = []
     find_or_compile(lines.append, report=note)
-    first.communicate(timeout=30)
+    first.communicate(timeout=WAIT_S)
     assert lines == ["waiting for another process that compiles the native ops ..."]
     assert reports[0][0] == 0 < reports[2][0] < reports[2][1]
     assert num_runs(folder) == NUM_STEPS
@@ -64,7 +65,7 @@ def test_no_compiler_outlives_its_builder(folder: Path, number: signal.Signals) 
     wait_for_runs(folder)
     assert processes_of(folder)
     child.send_signal(number)
-    child.communicate(timeout=30)
+    child.communicate(timeout=WAIT_S)
     wait_for(lambda: not processes_of(folder))
 
 

@@ -179,7 +179,8 @@ def test_copies_are_filled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert np.array_equal(together, alone)
 
 

@@ -34,7 +34,7 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     yield release
     release.set()
     monkeypatch.undo()
-    for _ in range(100):
+    for _ in range(1200):
         try:
             compile_grammar(choice("x"), vocabulary())
             return

@@ -68,9 +68,9 @@ def test_texts_of_one_kind_are_joined_in_their_order() -> None:
 
 def test_joining_many_parts_takes_time_in_proportion_to_them() -> None:
     parts = [Reasoning("abcd ", (i,)) for i in range(100_000)]  # all that a slow reader left
-    began_s = time.monotonic()
+    began_s = time.thread_time()
     (part,) = joined(parts)
-    assert time.monotonic() - began_s < 2.0  # 35 s, where each was put behind the ones before
+    assert time.thread_time() - began_s < 2.0  # 35 s, where each was put behind the ones before
     assert part == Reasoning("abcd " * 100_000, tuple(range(100_000)))
 
 

@@ -18,7 +18,7 @@ from pyserve.text.template_source import compile_template
 from pyserve.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
-TIME_LIMIT_S = 0.2
+TIME_LIMIT_S = 0.05  # of templates that would go on for ever
 X = "{% set x = 'a' * 8000000 %}"
 LINES = r"{% set x = '\n' * 8000000 %}"
 TABS = r"{% set x = '\t' * 8000000 %}"
@@ -36,7 +36,7 @@ def double(start: str, step: str) -> str:
     return DOUBLE.replace("START", start).replace("STEP", step)
 
 
-def render(source: str, time_limit_s: float = TIME_LIMIT_S) -> str:
+def render(source: str, time_limit_s: float = 60.0) -> str:
     template = ChatTemplate(source, special_tokens={})
     return template.render(MESSAGES, time_limit_s=time_limit_s)
 
@@ -137,7 +137,7 @@ LARGE = [
 @pytest.fixture(autouse=True)
 def _short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of an endless template would take their whole time in each test."""
-    monkeypatch.setattr(template_probe, "MAX_PROBE_S", 0.1)
+    monkeypatch.setattr(template_probe, "MAX_PROBE_S", 0.02)
 
 
 def short(source: str) -> str:
@@ -147,17 +147,17 @@ def short(source: str) -> str:
 @pytest.mark.parametrize("source", SLOW, ids=short)
 def test_an_endless_template_is_stopped_in_time(source: str) -> None:
     template = ChatTemplate(source, special_tokens={})
-    began = time.monotonic()
-    with pytest.raises(ChatTemplateError, match="takes longer than 0.2 s") as caught:
+    began_s = time.thread_time()
+    with pytest.raises(ChatTemplateError, match="takes longer than 0.05 s") as caught:
         template.render(MESSAGES, time_limit_s=TIME_LIMIT_S)
     assert caught.value.is_timeout and caught.value.status == 500
-    assert time.monotonic() - began < TIME_LIMIT_S + 2.0  # the machine may be busy
+    assert time.thread_time() - began_s < TIME_LIMIT_S + 2.0
 
 
 @pytest.mark.parametrize("source", LARGE, ids=short)
 def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
     with pytest.raises(ChatTemplateError) as caught:
-        render(source, time_limit_s=10.0)
+        render(source)
     assert not caught.value.is_timeout
 
 
@@ -234,9 +234,9 @@ def test_a_thousand_messages_take_milliseconds() -> None:
     messages = [{"role": "user", "content": "hello " * 20}] * 1000
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        began_s = time.thread_time()
         template.render(messages)
-        times.append(time.perf_counter() - began)
+        times.append(time.thread_time() - began_s)
     assert min(times) < 0.1
 
 
@@ -311,10 +311,10 @@ SLOW_IN_C = [
 @pytest.mark.parametrize("source", SLOW_IN_C)
 @pytest.mark.parametrize("method", ["rfind", "rindex", "rsplit", "rpartition"])
 def test_a_search_from_the_end_is_bounded(source: str, method: str) -> None:
-    began_s = time.monotonic()
+    began_s = time.thread_time()
     with pytest.raises(ChatTemplateError, match="too long a text from the end"):
         render(source.replace("METHOD", method))
-    assert time.monotonic() - began_s < 1.0
+    assert time.thread_time() - began_s < 1.0
 
 
 def test_a_search_from_the_end_as_templates_make_it() -> None:
@@ -323,7 +323,7 @@ def test_a_search_from_the_end_as_templates_make_it() -> None:
 
 
 def test_numbers_of_one_hash_make_no_dict() -> None:
-    pairs = ",".join(f"({number * (2**61 - 1)},0)" for number in range(3000))
+    pairs = ",".join(f"({number * (2**61 - 1)},0)" for number in range(300))
     for source in (f"{{{{ dict([{pairs}])|length }}}}", f"{{% set x = namespace([{pairs}]) %}}"):
         with pytest.raises(ChatTemplateError, match="as a key"):
             render(source)
@@ -334,16 +334,17 @@ def test_numbers_of_one_hash_make_no_dict() -> None:
     "name", ["sort", "unique|list", "groupby('a')", "slice(3)|list", "batch(3)|list", "min", "max"]
 )
 def test_a_text_is_not_taken_apart_into_too_many_characters(name: str) -> None:
-    began_s = time.monotonic()
-    with pytest.raises(ChatTemplateError):
+    began_s = time.thread_time()
+    with pytest.raises(ChatTemplateError) as caught:
         render("{% set x = 'a b ' * 2000000 %}{{ (x|" + name + ")|length }}")
-    assert time.monotonic() - began_s < 1.0
+    assert not caught.value.is_timeout and time.thread_time() - began_s < 1.0
 
 
 def test_a_filter_that_compares_for_ever_is_stopped_in_time() -> None:
     one = 2**61 - 1
-    with pytest.raises(ChatTemplateError, match="longer than 0.3 s"):
-        render(f"{{{{ range(0, {one} * 90000, {one})|unique|list|length }}}}", time_limit_s=0.3)
+    with pytest.raises(ChatTemplateError, match="longer than 0.05 s"):
+        source = f"{{{{ range(0, {one} * 90000, {one})|unique|list|length }}}}"
+        render(source, TIME_LIMIT_S)
 
 
 @pytest.mark.parametrize("form", ["x.lower()", "x|lower", "x.swapcase()", "x|title", "x|urlencode"])
@@ -353,8 +354,8 @@ def test_cases_beyond_ascii_are_bounded(form: str) -> None:
 
 
 def test_keys_of_one_hash_are_refused_wherever_a_dict_or_a_set_is_made() -> None:
-    numbers = [number * (2**61 - 1) for number in range(3000)]
-    pairs = crafted_pairs(1000)
+    numbers = [number * (2**61 - 1) for number in range(300)]
+    pairs = crafted_pairs(100)
     assert len(set(map(hash, pairs))) == 1
     listed = ",".join(map(str, pairs))
     for source, says in (
@@ -404,7 +405,7 @@ def test_keys_of_one_hash_are_refused_wherever_a_dict_or_a_set_is_made() -> None
 def test_a_call_that_would_hold_the_lock_for_long_is_refused(source: str, says: str) -> None:
     began_s = time.thread_time()
     with pytest.raises(ChatTemplateError, match=says) as caught:
-        render(source, time_limit_s=60.0)
+        render(source)
     assert not caught.value.is_timeout and time.thread_time() - began_s < 2.0
 
 

@@ -209,10 +209,10 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
     ],
 )
 def test_probes_have_limits_and_never_raise(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    monkeypatch.setattr(template_probe, "MAX_PROBE_S", 0.2)
-    began_s = time.monotonic()
+    monkeypatch.setattr(template_probe, "MAX_PROBE_S", 0.05)
+    began_s = time.thread_time()
     assert traits(source) == Traits({})
-    assert time.monotonic() - began_s < 0.2 + 2.0  # the machine may be busy
+    assert time.thread_time() - began_s < 0.05 + 2.0
 
 
 def num_probes(monkeypatch: pytest.MonkeyPatch, source: str) -> int:
