@@ -69,7 +69,7 @@ def test_a_mixed_batch_draws_what_is_allowed(depth: int, num_blocks: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("depth", "num_operations"), [(0, 7000), (1, 4000), (2, 4000)]
+    ("depth", "num_operations"), [(0, 10_000), (1, 4000), (2, 4000)]
 )  # fmt: skip
 def test_random_operations(depth: int, num_operations: int) -> None:
     """Submit, abort, launch, sample and update in any order, failing steps, broken constraints."""

@@ -17,7 +17,6 @@ SHARED = "extern __shared__ __align__(128) unsigned char dynamic_smem[];"
 MACHINE_SHARED = "unsigned char* dynamic_smem = machine::shared;"
 WAIT = "cp_async_wait<Tile::kStages - 2>()"
 MACHINE_WAIT = "cp_async_wait<Tile::kStages - 2>(machine::num_early)"
-NUM_ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +36,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "few_rows"
 
 
-def run(program: Path, num_early: int) -> subprocess.CompletedProcess[str]:
-    command = [str(program), str(NUM_ROUNDS), str(num_early)]
+def run(program: Path, num_rounds: int, num_early: int) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(num_rounds), str(num_early)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def test_every_tiling_gives_the_sums_of_float64(program: Path) -> None:
-    done = run(program, 0)
+    done = run(program, 2, 0)  # copies land late in the first, at once in the second
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 def test_a_kernel_that_reads_too_early_is_found_out(program: Path) -> None:
-    assert run(program, 1).returncode == 1
+    assert run(program, 1, 1).returncode == 1

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-NUM_ROUNDS = 6
+NUM_ROUNDS = 7
 MAX_COMPILE_S = 5.0
 MAX_FILL_S = 1.0
 MAX_GROWTH_MIB = 96  # what the allocator keeps of the largest of them moves up and down by half

@@ -14,7 +14,7 @@ from pyserve.text.grammar import JsonSchema, compile_grammar
 from tests.text.grammars import answer, vocabulary
 
 NUM_SCHEMAS = 100
-NUM_ANSWERS = 2
+NUM_ANSWERS = 3
 
 STRINGS: list[dict[str, Any]] = [
     {"type": "string"},
