@@ -264,6 +264,7 @@ class EngineInfo:
     has_priorities: bool = False  # scheduling_policy is "priority": submit's priority counts
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9  # as configured
+    has_sleep: bool = False  # it can give its memory back and take it again
     has_logits: bool = False  # in place of log probabilities
 
 
@@ -284,6 +285,7 @@ class EngineStats:
     step_deadline_s: float | None = None  # a step that takes longer has hung; None: no limit
     num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
     num_awaiting: int = 0  # of the waiting, those that wait for an equal prompt's prefill
+    sleep_level: int = 0  # 0: awake; 1: without a KV cache; 2: without weights, too
     num_nan_sequences: int = 0  # failed, as the model's output was not a number
     steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 
@@ -292,9 +294,9 @@ class EngineClient(Protocol):
     """All that the API sees of the engine. An engine ends when it is stopped or gives up.
 
     After its end every call still has an answer: `info` and `stats` return their last values, with
-    nothing running, waiting or held; `submit` and `check_room` raise UnavailableError with the
-    reason; `abort`, `reset_prefix_cache` and another `stop` do nothing; `start` raises
-    RuntimeError.
+    nothing running, waiting or held; `submit`, `check_room`, `sleep` and `wake_up` raise
+    UnavailableError with the reason; `abort`, `reset_prefix_cache` and another `stop` do nothing;
+    `start` raises RuntimeError.
     """
 
     @property
@@ -341,6 +343,18 @@ class EngineClient(Protocol):
         """Forget the prompts and answers so far: what is submitted from here on is computed.
 
         What runs goes on with the blocks that it has.
+        """
+
+    async def sleep(self, level: int) -> None:
+        """Give memory back, where `info.has_sleep`: 1 the KV cache, 2 the weights as well.
+
+        Returns when it has, or when `wake_up` was called meanwhile. What runs is queued again and
+        goes on after `wake_up`; what is submitted meanwhile waits, too. Raises UnavailableError.
+        """
+
+    async def wake_up(self) -> None:
+        """Take the memory again. Returns when it has. Harmless where it is awake. Raises as
+        `sleep` does.
         """
 
     def stats(self) -> EngineStats:

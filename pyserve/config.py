@@ -161,6 +161,11 @@ class EngineConfig:
         None, "wait at most, then 429", "4 x --max-num-seqs", group=REQUESTS, limits=(1, MAX_QUEUE)
     )
 
+    idle_sleep_min: float = flag(
+        0.0, "CPU: minutes without work, then asleep; 0: never",
+        name="idle-sleep", metavar="MIN", limits=(0, 10**6),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         _check_limits(self)
         if self.block_size & (self.block_size - 1):

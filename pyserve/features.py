@@ -207,7 +207,6 @@ FEATURES: dict[str, Feature] = {
     ),
     "memory beyond the GPU": Feature(
         flags={
-            **plain(SWITCH, "enable-sleep-mode"),
             **plain(VALUE, "kv-offloading-size"),
             **plain(LIST, "cpu-offload-params offload-params"),
             **plain(JSON, "kv-transfer-config kv-events-config ec-transfer-config "
@@ -216,7 +215,6 @@ FEATURES: dict[str, Feature] = {
             "offload-group-size": Flag(VALUE, ("0",)),
         },
         fields=(Field("kv_transfer_params", (SAMPLING,)),),
-        paths="/sleep /wake_up /is_sleeping",
     ),
     "scheduling": Feature(
         flags={

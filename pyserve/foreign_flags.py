@@ -47,7 +47,7 @@ NO_MEANING: dict[str, Flag] = {
         SWITCH,
         "enable-chunked-prefill enable-prompt-tokens-details enable-request-id-headers "
         "enable-server-load-tracking language-model-only disable-frontend-multiprocessing "
-        "enable-reasoning exclude-tools-when-tool-choice-none",
+        "enable-reasoning enable-sleep-mode exclude-tools-when-tool-choice-none",
     ),
     **plain(VALUE, "sse-keep-alive-interval prefix-caching-hash-algo config-format"),
     # Never so here: code of a model does not run, prompts and outputs are not logged, there is no

@@ -32,6 +32,7 @@ from pyserve.histogram import (
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 LABELS = ("model_name", "engine")
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 DEFAULT_MAX_TOKENS = 2**17  # of the token histograms, until an engine is watched
 
 
@@ -243,6 +244,14 @@ class Metrics(Collector):
              stats.step_age_s),
         ):  # fmt: skip
             yield self._gauge(name, text, value)
+        state = GaugeMetricFamily(
+            "vllm:engine_sleep_state",
+            "1 for the state that it is in, 0 for the others",
+            labels=(*LABELS, "sleep_state"),
+        )
+        for level, name in enumerate(SLEEP_STATES):
+            state.add_metric((*self._labels, name), level == stats.sleep_level)
+        yield state
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
             "Sequences that wait for room, or for the prefill of an equal prompt",

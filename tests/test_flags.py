@@ -77,6 +77,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "target-itl-ms": [(["0"], 0), (["50"], 50)],
     "trace": [(["a.json"], Path("a.json"))],
     "max-queue": [(["9"], 9)],
+    "idle-sleep": [(["5"], 5.0), (["0.5"], 0.5)],
     "batch-dir": [(["/b"], Path("/b")), (["None"], None)],
     "batch-max-file-bytes": [(["1000"], 1000), (["1M"], 2**20)],
     "batch-max-total-bytes": [(["2G"], 2**31)],

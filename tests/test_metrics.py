@@ -65,6 +65,9 @@ def test_engine_figures_under_old_and_new_names() -> None:
         "capacity": 4,
         "deferred": 2,
     }
+    assert by_label(found, "vllm:engine_sleep_state", "sleep_state") == {
+        "awake": 1, "weights_offloaded": 0, "discard_all": 0,
+    }  # fmt: skip
     assert values["vllm:num_requests_swapped"] == values["vllm:cpu_cache_usage_perc"] == 0
     assert values["vllm:kv_cache_usage_perc"] == values["vllm:gpu_cache_usage_perc"] == 0.25
     assert values["vllm:gpu_prefix_cache_hit_rate"] == 0.25

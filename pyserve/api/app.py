@@ -34,7 +34,13 @@ from pyserve.api.endpoints.health import health, health_live
 from pyserve.api.endpoints.messages import count_tokens, messages
 from pyserve.api.endpoints.messages_answer import error_body as messages_error
 from pyserve.api.endpoints.models import list_models, retrieve_model
-from pyserve.api.endpoints.operators import abort_requests, reset_prefix_cache
+from pyserve.api.endpoints.operators import (
+    abort_requests,
+    is_sleeping,
+    reset_prefix_cache,
+    sleep,
+    wake_up,
+)
 from pyserve.api.endpoints.responses import (
     cancel_response,
     count_input_tokens,
@@ -119,6 +125,9 @@ ROUTES = (
     Route("POST", "/detokenize", detokenize, is_of_model=True),
     Route("POST", "/reset_prefix_cache", reset_prefix_cache),
     Route("POST", "/abort_requests", abort_requests),
+    Route("POST", "/sleep", sleep),
+    Route("POST", "/wake_up", wake_up),
+    Route("GET", "/is_sleeping", is_sleeping),
     Route("GET", "/version", version),
     Route("GET", "/load", load),
     Route("GET", "/metrics", metrics),

@@ -18,6 +18,7 @@ from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.masks import MaskWorkers
 from pyserve.engine.queue_bound import Load, QueueBound
+from pyserve.engine.sleep import AWAKE, Sleep
 from pyserve.engine.trace import Trace
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.host import num_threads
@@ -44,9 +45,14 @@ class AsyncEngine:
     `_error` on it has given up. The runner is closed when `_task` ends, unless its GPU is lost.
 
     trace   is told where the time goes, and closed at the end.
+    sleep   how it sleeps, where it can.
     """
 
-    def __init__(self, engine: Engine, info: EngineInfo, trace: Trace | None = None) -> None:
+    def __init__(
+        self, engine: Engine, info: EngineInfo, trace: Trace | None = None,
+        sleep: Sleep | None = None,
+    ) -> None:  # fmt: skip
+        self._sleep = sleep or Sleep()
         self._engine = engine
         self._trace = trace
         self._info = info
@@ -114,6 +120,7 @@ class AsyncEngine:
     def submit(self, request: SequenceRequest) -> SequenceStream:
         self.check_room(1, num_tokens=len(request.prompt_token_ids), user=request.user)
         stream = self._engine.add(request)
+        self._sleep.note_work()
         self._wakeup.set()
         return stream
 
@@ -122,6 +129,21 @@ class AsyncEngine:
 
     def reset_prefix_cache(self) -> None:
         self._engine.scheduler.blocks.forget()
+
+    async def sleep(self, level: int) -> None:
+        await self._move(level)
+
+    async def wake_up(self) -> None:
+        await self._move(AWAKE)
+
+    async def _move(self, level: int) -> None:
+        if self._refusal is None:
+            self._sleep.want(level)
+            self._wakeup.set()
+            while self._refusal is None and self._sleep.is_on_its_way(level):
+                await self._sleep.news()
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal)
 
     def stats(self) -> EngineStats:
         scheduler = self._engine.scheduler
@@ -143,11 +165,15 @@ class AsyncEngine:
             num_awaiting=scheduler.num_awaiting,
             num_nan_sequences=self._engine.num_nan_sequences,
             steps=self._engine.histograms,
+            sleep_level=self._sleep.level,
         )
 
     async def _run(self) -> None:
         try:
             while self._refusal is None:
+                if self._sleep.wanted and not self._in_flight and self._next_step is None:
+                    await self._rest()
+                    continue
                 self._launch()
                 if self._waits_for_masks(0):
                     await self._mask_and_sample()
@@ -161,7 +187,7 @@ class AsyncEngine:
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
                     self._wakeup.clear()
-                    await self._wakeup.wait()
+                    await self._sleep.wait_for_work(self._wakeup)
         except Exception as error:  # a bug of ours: the books cannot be trusted any more
             log.get_logger().exception("the engine has stopped")
             self._give_up(f"the engine has stopped: {type(error).__name__}")
@@ -179,6 +205,20 @@ class AsyncEngine:
         self._in_flight.clear()
         self._engine.runner.close()
 
+    async def _rest(self) -> None:
+        """Sleep, from level to level, until it is to be awake again: nothing is in flight."""
+        self._engine.scheduler.preempt_all()
+        while self._refusal is None:
+            await self._sleep.go()
+            if self._sleep.is_awake:
+                return
+            if not self._sleep.is_behind:
+                self._wakeup.clear()
+                await self._wakeup.wait()
+
+    def _schedule(self) -> Step | None:
+        return None if self._sleep.wanted else self._engine.schedule()
+
     def _launch(self, *, is_delivery_due: bool = False) -> None:
         """Launch steps until `depth` of them are ahead or there is nothing to run.
 
@@ -188,7 +228,7 @@ class AsyncEngine:
                           next call.
         """
         while len(self._in_flight) <= self._depth and not self._waits_for_masks(-1):
-            step = self._next_step or self._engine.schedule()
+            step = self._next_step or self._schedule()
             if step is None:
                 return
             if is_delivery_due and not self._engine.runner.is_replayed(step):
@@ -221,7 +261,7 @@ class AsyncEngine:
             await self._deliver()
         if self._refusal is None and len(self._in_flight) <= self._depth:
             # So that it can be launched as soon as this one is sampled.
-            self._next_step = self._next_step or self._engine.schedule()
+            self._next_step = self._next_step or self._schedule()
         for (_, seq, generation), error in await filling.wait():
             self._engine.fail_row(seq, generation, error)
         launched.result = launched.pending.sample(filling.masked_rows)
@@ -306,3 +346,4 @@ class AsyncEngine:
             self._refusal = reason
             self._engine.fail_all(error(reason))
             self._wakeup.set()
+            self._sleep.tell()

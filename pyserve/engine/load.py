@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,10 +35,11 @@ from pyserve.engine.planner import (
 )
 from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
+from pyserve.engine.sleep import HostSleeper, Sleep
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.trace import Trace
 from pyserve.engine.warmup import warmup_steps
-from pyserve.errors import DeviceError, PlanError, StartupError
+from pyserve.errors import ConfigError, DeviceError, PlanError, StartupError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
@@ -96,6 +98,10 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
             "the model's context of %d tokens does not fit in memory: serving %d",
             model_config.max_model_len, plan.max_model_len,
         )  # fmt: skip
+    sleeper = None
+    if isinstance(memory, HostMemory):
+        read = partial(_load, config, model_config, dtype, device, plan=plan, progress=_say_nothing)
+        sleeper = HostSleeper(executor, plan.num_blocks, read)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         vocab_size=model_config.vocab_size,
@@ -108,11 +114,13 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         has_priorities=config.scheduling_policy == "priority",
         enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        has_sleep=sleeper is not None,
         has_logits=config.logprobs_mode.endswith("logits"),
     )
     if trace is not None:
         trace.watch(runner, "pack", "pack")
-    return AsyncEngine(new_engine(), info, trace)
+    sleep = Sleep(sleeper, idle_s=60 * config.idle_sleep_min)
+    return AsyncEngine(new_engine(), info, trace, sleep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +140,8 @@ def settle_start(config: EngineConfig) -> Start:
     model_config = ModelConfig.from_path(config.model_path).quantised_as(config.quantization)
     devices.check_model(model_config, device)
     devices.check_logprobs_mode(config.logprobs_mode, device)
+    if config.idle_sleep_min and device.type == "cuda":
+        raise ConfigError("--idle-sleep is not built yet for a GPU: leave it out")
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     memory = _memory(device)
     return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
@@ -213,6 +223,10 @@ def _load(
         devices.describe(device),
     )  # fmt: skip
     return model
+
+
+def _say_nothing(phase: str, done: int, total: int) -> None:
+    """Of a model that is read again."""
 
 
 def _start_runner(

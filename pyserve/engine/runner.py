@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, NoReturn
@@ -120,6 +120,20 @@ class StepExecutor:
             spec.allocate(num_blocks, self.limits.block_size, self.device)
             for spec in self._model.kv_specs()
         ]
+
+    def free_kv(self) -> None:
+        """Free the KV cache; nothing runs until `allocate_kv`."""
+        self._graphs.clear()
+        self._kv_caches.clear()
+
+    def drop_model(self) -> None:
+        """Free the weights; nothing runs until `take_model`. Harmless when called again."""
+        vars(self).pop("_model", None)
+
+    def take_model(self, load: Callable[[], Decoder]) -> None:
+        """Compute with what `load` makes, the same model again, where it was dropped."""
+        if not hasattr(self, "_model"):
+            self._model = load()
 
     def reset(self) -> None:
         """Forget every sequence, as a warm-up must."""
@@ -311,7 +325,8 @@ class StepExecutor:
         self._activations.clear()
         self._tiles.clear()
         self._graphs.clear()
-        del self._model, self._state, self._hidden
+        self.drop_model()
+        del self._state, self._hidden
 
     def _padded(self, shape: StepShape) -> _PaddedShape:
         """One of a few shapes, so that few records serve all small steps."""

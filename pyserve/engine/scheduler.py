@@ -108,6 +108,12 @@ class Scheduler:
             self.waiting.remove(seq)
         seq.status = Status.FINISHED
 
+    def preempt_all(self) -> None:
+        """Queue again what runs, and forget the prefix cache: the KV cache goes, nothing runs."""
+        for seq in list(reversed(self.running)):
+            self._preempt(seq)
+        self.blocks.forget()
+
     def check_invariants(self) -> None:
         """Assert that queues, slots and blocks agree. Slow, for tests."""
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):

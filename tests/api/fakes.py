@@ -133,6 +133,7 @@ class FakeEngine:
     is_stopped: bool = False
     num_cached_tokens: int = 0
     num_resets: int = 0
+    sleep_level: int = 0
     room: int | None = None  # sequences it takes; None: any number
     gave_up: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -184,12 +185,18 @@ class FakeEngine:
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
 
+    async def sleep(self, level: int) -> None:
+        self.sleep_level = level
+
+    async def wake_up(self) -> None:
+        self.sleep_level = 0
+
     def stats(self) -> EngineStats:
         num_running = len(self.running())
         return EngineStats(
             num_running=num_running, num_waiting=0, num_blocks_used=16 * num_running,
             num_preemptions=1, num_steps=2, prompt_tokens=100, cached_tokens=25, output_tokens=50,
-            step_age_s=0.0, error=self.error,
+            step_age_s=0.0, error=self.error, sleep_level=self.sleep_level,
         )  # fmt: skip
 
     def running(self) -> list[Submitted]:

@@ -10,6 +10,7 @@ import socket
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,38 @@ def test_the_prefix_cache_is_reset_with_the_key_and_not_by_a_page(guarded: Serve
     guarded.state.status = "draining"
     assert guarded.request("POST", path, headers=key)[0] == 503
     guarded.state.status = "ready"
+
+
+def test_it_sleeps_for_who_asks_with_the_key(guarded: Server) -> None:
+    root_path, key = guarded.state.config.root_path, {"Authorization": "Bearer secret"}
+
+    def ask(method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
+        status, _, body = guarded.request(method, root_path + path, headers=key | headers)
+        return status, json.loads(body)
+
+    assert ask("GET", "/is_sleeping") == (200, {"is_sleeping": False})
+    status, answer = ask("POST", "/sleep")
+    assert status == 400 and "on a GPU" in answer["error"]["message"]
+    guarded.engine.info = replace(guarded.engine.info, has_sleep=True)
+    for path, param in (
+        ("/sleep?level=0", "level"), ("/sleep?level=x", "level"), ("/sleep?mode=wait", "mode"),
+        ("/wake_up?tags=weights", "tags"),
+    ):  # fmt: skip
+        status, answer = ask("POST", path)
+        assert (status, answer["error"]["param"]) == (400, param)
+    assert ask("POST", "/sleep", Origin="http://other")[0] == 400
+    assert guarded.request("POST", f"{root_path}/sleep")[0] == 401
+    assert ask("GET", "/is_sleeping")[1] == {"is_sleeping": False}
+    assert ask("POST", "/sleep?level=2&mode=abort") == (200, {"status": "sleeping", "level": 2})
+    assert ask("GET", "/is_sleeping")[1] == {"is_sleeping": True}
+    assert guarded.request("GET", f"{root_path}/health")[0] == 200
+    state = guarded.request("GET", f"{root_path}/metrics", headers=key)[2].decode()
+    assert re.search(r'vllm:engine_sleep_state{.*sleep_state="discard_all"} 1', state)
+    assert ask("POST", "/wake_up?tags=weights&tags=kv_cache") == (
+        200, {"status": "awake", "tags": ["weights", "kv_cache"]},
+    )  # fmt: skip
+    assert ask("POST", "/sleep") == (200, {"status": "sleeping", "level": 1})
+    assert ask("POST", "/wake_up") == (200, {"status": "awake", "tags": None})
 
 
 def test_requests_are_aborted_by_id_or_all(server: Server) -> None:

@@ -9,13 +9,15 @@ from aiohttp import web
 from pyserve.api.endpoints.body import Wire, ignored_header
 from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.http.delivery import json_response
-from pyserve.api.state import STATE
+from pyserve.api.state import STATE, ServerState
 from pyserve.api.wire.protocol import AbortRequest
-from pyserve.errors import AbortedError, InvalidRequestError
+from pyserve.client import EngineClient
+from pyserve.errors import AbortedError, InvalidRequestError, NotBuiltError
 from pyserve.log import get_logger
 from pyserve.words import counted
 
 ABORT = Wire(AbortRequest)
+TAGS = {"weights", "kv_cache"}  # of /wake_up
 # What answers put before the id of their request.
 _PREFIX = re.compile(r"(chatcmpl-|cmpl-|msg_|resp_)")
 
@@ -42,6 +44,59 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
         body, ignored = await ABORT.read(request, state)
         wanted = {_PREFIX.sub("", id, count=1) for id in body.request_ids or ()}
         wanted |= set(body.request_ids or ())
+    num_aborted = _abort(state, wanted)
+    return json_response({"status": "aborted", "aborted": num_aborted}, ignored_header(ignored))
+
+
+async def sleep(request: web.Request) -> web.StreamResponse:
+    """Give memory back and answer when it is: what runs is kept, as in vLLM's mode=keep, and goes
+    on after /wake_up; what comes meanwhile waits in the queue. mode=abort ends what runs first.
+    """
+    _check_page(request)
+    engine = _sleeping_engine(request)
+    level = _one_of(request, "level", "1", ("1", "2"))
+    if _one_of(request, "mode", "keep", ("keep", "abort")) == "abort":
+        _abort(request.app[STATE], set())
+    await engine.sleep(int(level))
+    return json_response({"status": "sleeping", "level": engine.stats().sleep_level})
+
+
+async def wake_up(request: web.Request) -> web.StreamResponse:
+    """Take the memory again and answer when it is there."""
+    _check_page(request)
+    engine = _sleeping_engine(request)
+    tags = request.query.getall("tags", [])
+    if tags and set(tags) != TAGS:
+        raise InvalidRequestError(
+            "tags must be weights and kv_cache, both, or left out: one alone is not supported",
+            "tags",
+        )
+    await engine.wake_up()
+    return json_response({"status": "awake", "tags": tags or None})
+
+
+async def is_sleeping(request: web.Request) -> web.StreamResponse:
+    """Whether it does, at any level."""
+    engine = request.app[STATE].model().engine
+    return json_response({"is_sleeping": engine.stats().sleep_level > 0})
+
+
+def _sleeping_engine(request: web.Request) -> EngineClient:
+    engine = request.app[STATE].model().engine
+    if not engine.info.has_sleep:
+        raise NotBuiltError("to sleep is not built yet for a server on a GPU")
+    return engine
+
+
+def _one_of(request: web.Request, name: str, default: str, values: tuple[str, ...]) -> str:
+    value = request.query.get(name, default)
+    if value not in values:
+        raise InvalidRequestError(f"{name} must be {' or '.join(values)}, got {value[:50]}", name)
+    return value
+
+
+def _abort(state: ServerState, wanted: set[str]) -> int:
+    """End the requests of these ids, all of them where there are none; how many."""
     aborted = [
         generation
         for generation, id in list(state.generations.items())
@@ -50,7 +105,7 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
     for generation in aborted:
         generation.abort(AbortedError("the operator of this server has ended the request"))
     get_logger().info("%s aborted by /abort_requests", counted(len(aborted), "request"))
-    return json_response({"status": "aborted", "aborted": len(aborted)}, ignored_header(ignored))
+    return len(aborted)
 
 
 def _check_page(request: web.Request) -> None:

@@ -106,6 +106,20 @@ class Aborted(msgspec.Struct, frozen=True):
     aborted: int
 
 
+class Sleeping(msgspec.Struct, frozen=True):
+    status: str
+    level: int
+
+
+class Awake(msgspec.Struct, frozen=True):
+    status: str
+    tags: list[str] | None
+
+
+class IsSleeping(msgspec.Struct, frozen=True):
+    is_sleeping: bool
+
+
 class Version(msgspec.Struct, frozen=True):
     version: str
 
@@ -222,6 +236,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "End requests by the ids of their answers, or all of them: they end in an error",
         {200: Aborted}, AbortRequest, example={"request_ids": ["chatcmpl-..."]},
     ),
+    ("POST", "/sleep"): Operation(
+        "Free the KV cache (?level=1) or the weights as well (?level=2); requests wait meanwhile, "
+        "or end first (?mode=abort)",
+        {200: Sleeping},
+    ),
+    ("POST", "/wake_up"): Operation("Go on", {200: Awake}),
+    ("GET", "/is_sleeping"): Operation("Whether it sleeps", {200: IsSleeping}),
     ("GET", "/version"): Operation("The version of pyserve", {200: Version}),
     ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
 }  # fmt: skip
