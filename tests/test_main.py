@@ -66,7 +66,8 @@ def test_ctrl_c_during_the_imports(module: str) -> None:
     # The last line of the imports may be broken off by ours, or by one that the start has to say.
     said = re.compile(r".*(interrupted|(\d\d:){2}\d\d (INFO|WARNING) .*)")
     assert [line for line in lines if not said.fullmatch(line)] == []
-    assert lines[-1].endswith("interrupted")
+    # It may have come to the handler of the start, which says it in other words.
+    assert lines[-1].endswith(("interrupted", "told to stop while starting"))
 
 
 def test_the_first_line_comes_before_what_serves_is_imported() -> None:

@@ -23,7 +23,10 @@ import openai
 import pytest
 from openai import OpenAI
 
+from bench.hostile_clients import Target, run_attack
+from bench.neighbour import Seen
 from bench.server_process import free_port
+from pyserve.http_client import Endpoint
 from tests.e2e.conftest import ROOT, Server, start_server
 from tests.e2e.slow_client import check_beside_a_slow_client
 
@@ -358,9 +361,20 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
     try:
         with start_server(pipe) as server:
             body = json.dumps({"prompt": "Hello", "max_tokens": 8}).encode()
-            for _ in range(20):
-                assert server.request("POST", "/v1/completions", body)[0] == 200
-            assert server.request("GET", "/health/live")[0] == 200
+            seen = Seen()
+
+            def write_logs(_: Target) -> str | None:
+                deadline_s = time.monotonic() + 30
+                while seen.num_streams < 6 and time.monotonic() < deadline_s:
+                    for _ in range(20):
+                        assert server.request("POST", "/v1/completions", body)[0] == 200
+                return None
+
+            _, problems = asyncio.run(
+                run_attack(Endpoint.parse(server.url), None, write_logs, seen)
+            )
+            assert problems + seen.problems == [] and seen.num_streams >= 6
+            assert seen.max_gap_s < 5.0, "of a log that blocks there is no end"
             began_s = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
