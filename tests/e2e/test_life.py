@@ -363,7 +363,7 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
             body = json.dumps({"prompt": "Hello", "max_tokens": 8}).encode()
             seen = Seen()
 
-            def write_logs(_: Target) -> str | None:
+            def write_logs(target: Target) -> str | None:
                 deadline_s = time.monotonic() + 30
                 while seen.num_streams < 6 and time.monotonic() < deadline_s:
                     for _ in range(20):
