@@ -5,14 +5,15 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pyserve, m) {
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out, float offset=0.0) -> ()");
   m.def(
-      "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, Tensor(b!) out) "
-      "-> ()");
+      "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, Tensor(b!) out, "
+      "float offset=0.0) -> ()");
   m.def(
       "rope_write_kv(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, Tensor slot_mapping, "
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, int num_heads, int num_kv_heads, "
-      "Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()");
+      "Tensor(b!) key_cache, Tensor(c!) value_cache, float norm_offset=0.0, "
+      "Tensor? q_scales=None) -> ()");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor? x_squares=None, "
       "float eps=0.0) -> ()");
@@ -28,10 +29,12 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
   m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
+  m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "
       "Tensor row_slots, Tensor cu_seqlens_q, Tensor seq_lens, float softmax_scale, int window, "
-      "int max_query_len, Tensor? work, Tensor(a!)? workspace, Tensor(b!) out) -> ()");
+      "int max_query_len, Tensor? work, Tensor(a!)? workspace, Tensor(b!) out, "
+      "float softcap=0.0) -> ()");
   m.def(
       "rope_attention(Tensor q, Tensor qkv, Tensor cos_sin, Tensor(a!) key_cache, "
       "Tensor(b!) value_cache, Tensor block_table, Tensor row_slots, Tensor cu_seqlens_q, "

@@ -1,4 +1,5 @@
-// silu_mul (Shazeer 2020): out = gate / (1 + exp(-gate)) * up, gate_up [num_tokens, 2 * n].
+// silu_mul: out = gate / (1 + exp(-gate)) * up (Shazeer 2020), and gelu_tanh_mul, which has the tanh
+// approximation of gelu in its place; gate_up [num_tokens, 2 * n].
 // One pass over memory; rows are split over threads.
 #include <torch/csrc/stable/library.h>
 
@@ -9,32 +10,44 @@
 namespace pyserve {
 namespace {
 
-template <class T>
-void silu_mul_row(const T* gate, const T* up, T* out, int64_t n) {
+template <class T, class Fn>
+void activate_row(const T* gate, const T* up, T* out, int64_t n, const Fn& fn) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store(out + i, silu_mul(load(gate + i), load(up + i)));
-  }
+  for (; i + kLanes <= n; i += kLanes) store(out + i, fn(load(gate + i), load(up + i)));
   if (i < n) {
-    store_first(out + i, silu_mul(load_first(gate + i, n - i), load_first(up + i, n - i)), n - i);
+    store_first(out + i, fn(load_first(gate + i, n - i), load_first(up + i, n - i)), n - i);
   }
 }
 
-void silu_mul_op(const Tensor& gate_up_tensor, const Tensor& out_tensor) {
-  const SiluMulArgs args = silu_mul_args({"silu_mul", Place::kCpu}, gate_up_tensor, out_tensor);
+// fn(gate, up) of each element.
+template <class Fn>
+void activate(const ActivationArgs& args, const Fn& fn) {
   const View &gate_up = args.gate_up, &out = args.out;
   const int64_t num_tokens = out.size(0), n = out.size(1);
   dispatch_float<float, Bf16>(gate_up, [&]<class T>(T) {
     parallel_for(num_tokens, static_cast<double>(n) * 0.5, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* gate = gate_up.ptr<T>() + row * gate_up.stride(0);
-        silu_mul_row<T>(gate, gate + n, out.ptr<T>() + row * out.stride(0), n);
+        activate_row<T>(gate, gate + n, out.ptr<T>() + row * out.stride(0), n, fn);
       }
     });
   });
 }
 
+void silu_mul_op(const Tensor& gate_up, const Tensor& out) {
+  activate(activation_args({"silu_mul", Place::kCpu}, gate_up, out),
+           [](Vec gate, Vec up) { return silu_mul(gate, up); });
+}
+
+void gelu_tanh_mul_op(const Tensor& gate_up, const Tensor& out) {
+  activate(activation_args({"gelu_tanh_mul", Place::kCpu}, gate_up, out),
+           [](Vec gate, Vec up) { return gelu_tanh_mul(gate, up); });
+}
+
 }  // namespace
 }  // namespace pyserve
 
-STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) { m.impl("silu_mul", TORCH_BOX(&pyserve::silu_mul_op)); }
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("silu_mul", TORCH_BOX(&pyserve::silu_mul_op));
+  m.impl("gelu_tanh_mul", TORCH_BOX(&pyserve::gelu_tanh_mul_op));
+}

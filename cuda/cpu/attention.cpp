@@ -1,4 +1,5 @@
-// paged_attention: causal softmax(q k^T * scale) v over a paged KV cache, any mix of query lengths.
+// paged_attention: causal softmax(q k^T * scale) v over a paged KV cache, any mix of query lengths;
+// with a softcap, softmax(softcap * tanh(q k^T * scale / softcap)).
 //   q, out [num_tokens, num_heads, head_dim]
 //   caches [num_blocks, block_size, num_kv_heads, head_dim]
 //
@@ -37,7 +38,8 @@ static_assert(kBlockRows % kRowGroup == 0);
 struct Params : AttentionArgs {
   int64_t window;
   int64_t group = 0, padded_dim = 0;
-  float scale = 0;  // softmax_scale * log2(e)
+  float scale = 0;      // of the scores, log2(e) included; of the capped ones where they are
+  float cap_scale = 0;  // of the scores before tanh; 0: they are not capped
 };
 
 struct WorkItem {
@@ -110,18 +112,25 @@ HeadTile<T> head_tile(const Params& p, const Pointers& pointers, int64_t head) {
 }
 
 template <class T, int kHeadDim, int kRows>
-void direct_rows(const HeadTile<T>& here, const HeadTile<T>& next, int64_t n, float scale,
+void direct_rows(const Params& p, const HeadTile<T>& here, const HeadTile<T>& next, int64_t n,
                  int64_t row, Scratch& s) {
   float* scores = s.scores + row * kTileKeys;
   direct_scores<T, kHeadDim, kRows>(s.q + row * kHeadDim, here.keys, next.keys, n, scores);
   for (int r = 0; r < kRows; ++r) {
-    s.rescale[row + r] =
-        softmax_row(scores + r * kTileKeys, scale, 0, n, n, s.row_max[row + r], s.row_sum[row + r]);
+    if (p.cap_scale != 0) cap_scores(scores + r * kTileKeys, p.cap_scale, n);
+    s.rescale[row + r] = softmax_row(scores + r * kTileKeys, p.scale, 0, n, n, s.row_max[row + r],
+                                     s.row_sum[row + r]);
   }
   for (int64_t k = 0; k < n; ++k) prefetch<T, kHeadDim>(next.values[k]);
-  for (int column = 0; column < kHeadDim; column += kColumns * kLanes) {
+  constexpr int kWhole = kHeadDim / (kColumns * kLanes) * (kColumns * kLanes);
+  for (int column = 0; column < kWhole; column += kColumns * kLanes) {
     add_values<T, kRows, kColumns>(scores, s.rescale + row, here.values, n, column,
                                    s.acc + row * kHeadDim, kHeadDim);
+  }
+  if constexpr (kWhole < kHeadDim) {
+    static_assert(kHeadDim - kWhole == 2 * kLanes);
+    add_values<T, kRows, 2>(scores, s.rescale + row, here.values, n, kWhole, s.acc + row * kHeadDim,
+                            kHeadDim);
   }
 }
 
@@ -136,17 +145,17 @@ void direct_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratc
     int64_t row = head * p.group;
     const int64_t end = row + p.group;
     for (; row + 4 <= end; row += 4) {
-      direct_rows<T, kHeadDim, 4>(here, next, tile.n, p.scale, row, s);
+      direct_rows<T, kHeadDim, 4>(p, here, next, tile.n, row, s);
     }
     switch (end - row) {
       case 3:
-        direct_rows<T, kHeadDim, 3>(here, next, tile.n, p.scale, row, s);
+        direct_rows<T, kHeadDim, 3>(p, here, next, tile.n, row, s);
         break;
       case 2:
-        direct_rows<T, kHeadDim, 2>(here, next, tile.n, p.scale, row, s);
+        direct_rows<T, kHeadDim, 2>(p, here, next, tile.n, row, s);
         break;
       case 1:
-        direct_rows<T, kHeadDim, 1>(here, next, tile.n, p.scale, row, s);
+        direct_rows<T, kHeadDim, 1>(p, here, next, tile.n, row, s);
         break;
       default:
         break;
@@ -175,6 +184,7 @@ void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t
       const int64_t to = std::clamp<int64_t>(position + 1 - tile.first, 0, tile.n);
       const int64_t from =
           p.window > 0 ? std::clamp<int64_t>(position + 1 - p.window - tile.first, 0, to) : 0;
+      if (p.cap_scale != 0) cap_scores(s.scores + r * kTileKeys, p.cap_scale, tile.n);
       s.rescale[r] = softmax_row(s.scores + r * kTileKeys, p.scale, from, to, tile.n, s.row_max[r],
                                  s.row_sum[r]);
     }
@@ -212,16 +222,33 @@ void load_queries(const Params& p, const WorkItem& item, int64_t num_rows, Scrat
   }
 }
 
+// The direct way for this head_dim; null where there is none.
+template <class T>
+auto direct_way(const Params& p) -> decltype(&direct_tile<T, 64>) {
+  switch (p.head_dim) {
+    case 64:
+      return direct_tile<T, 64>;
+    case 96:
+      return direct_tile<T, 96>;
+    case 128:
+      return direct_tile<T, 128>;
+    case 256:
+      return direct_tile<T, 256>;
+    default:
+      return nullptr;
+  }
+}
+
 // Whether rows of one query go the direct way.
 bool is_direct(const Params& p) {
-  return p.group <= kDirectRows && (p.head_dim == 64 || p.head_dim == 128);
+  return p.group <= kDirectRows && direct_way<float>(p) != nullptr;
 }
 
 template <class T>
 void attend(const Params& p, const WorkItem& item) {
   Scratch& s = thread_scratch();
   const int64_t num_rows = item.num_queries * item.num_kv_heads * p.group;
-  const bool direct = item.num_queries == 1 && is_direct(p);
+  const auto direct = item.num_queries == 1 && is_direct(p) ? direct_way<T>(p) : nullptr;
   load_queries<T>(p, item, num_rows, s);
   const int64_t end = item.position + item.num_queries;
   const int64_t begin = p.window > 0 ? std::max<int64_t>(0, item.position + 1 - p.window) : 0;
@@ -232,10 +259,8 @@ void attend(const Params& p, const WorkItem& item) {
     // After the last tile its own keys are prefetched again, which are in the cache already.
     if (next.n < tile.n) s.pointers[next.parity] = s.pointers[tile.parity];
     find_tile<T>(p, item, next, s);
-    if (direct && p.head_dim == 64) {
-      direct_tile<T, 64>(p, item, tile, s);
-    } else if (direct) {
-      direct_tile<T, 128>(p, item, tile, s);
+    if (direct != nullptr) {
+      direct(p, item, tile, s);
     } else {
       block_tile<T>(p, item, tile, num_rows, s);
     }
@@ -329,7 +354,8 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
                      const Tensor& block_table, const Tensor& row_slots, const Tensor& cu_seqlens_q,
                      const Tensor& seq_lens, double softmax_scale, int64_t window,
                      int64_t /*max_query_len*/, const std::optional<Tensor>& /*work*/,
-                     const std::optional<Tensor>& /*workspace*/, const Tensor& out) {
+                     const std::optional<Tensor>& /*workspace*/, const Tensor& out,
+                     double softcap) {
   Params p{{{kOp, Place::kCpu},
             q,
             key_cache,
@@ -342,10 +368,11 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
            window};
   PYSERVE_CHECK(p.head_dim > 0 && p.head_dim % 8 == 0 && p.head_dim <= kMaxHeadDim, kOp,
                 ": head_dim ", p.head_dim, " is not a multiple of 8 up to ", kMaxHeadDim);
-  p.check(softmax_scale, window, kBlockRows);
+  p.check(softmax_scale, window, softcap, kBlockRows);
   p.group = p.num_heads / p.num_kv_heads;
   p.padded_dim = (p.head_dim + kLanes - 1) / kLanes * kLanes;
-  p.scale = static_cast<float>(softmax_scale * 1.4426950408889634);
+  p.scale = static_cast<float>((softcap > 0 ? softcap : softmax_scale) * 1.4426950408889634);
+  if (softcap > 0) p.cap_scale = static_cast<float>(softmax_scale / softcap);
   dispatch_float<float, Bf16>(p.q, [&]<class T>(T) { attend_all<T>(p); });
 }
 

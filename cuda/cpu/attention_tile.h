@@ -137,6 +137,11 @@ inline void block_scores(const float* q, int64_t q_stride, const float* k_transp
 
 // ---- softmax and values -------------------------------------------------------------------------
 
+// scores[k] = tanh(scores[k] * scale), in whole vectors: what lies behind the n keys is masked later.
+inline void cap_scores(float* scores, float scale, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes) store(scores + k, tanh(load(scores + k) * scale));
+}
+
 // Turns dot products into weights 2^(score * scale - row_max) under the row's new maximum; returns
 // the factor by which the row's earlier sums shrink. Keys outside [from, to) of the tile get weight
 // 0. The scale is applied here, in one fused operation: applied to q it would round each element.

@@ -1,4 +1,5 @@
-// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * weight.
+// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * (weight +
+// offset).
 // Rows are split over threads; a row is read from memory once, and again from the L1 cache to be
 // scaled. Sums are float32 in kLanes * 2 partial sums, rounding happens once, at the store.
 #include <torch/csrc/stable/library.h>
@@ -38,17 +39,20 @@ float squares(const T* x, T* residual, int64_t n) {
 }
 
 template <class T>
-void scale_row(const T* x, const T* weight, float factor, T* out, int64_t n) {
+void scale_row(const T* x, const T* weight, float offset, float factor, T* out, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i) * factor * load(weight + i));
+  for (; i + kLanes <= n; i += kLanes) {
+    store(out + i, load(x + i) * factor * (load(weight + i) + offset));
+  }
   if (i < n) {
-    store_first(out + i, load_first(x + i, n - i) * factor * load_first(weight + i, n - i), n - i);
+    const Vec scale = load_first(weight + i, n - i) + offset;
+    store_first(out + i, load_first(x + i, n - i) * factor * scale, n - i);
   }
 }
 
 // With kAdd, x is added to `residual`, which is normed; else x is.
 template <class T, bool kAdd>
-void norm_rows(const NormArgs& args, double eps) {
+void norm_rows(const NormArgs& args, double eps, double offset) {
   const View &x = args.x, &weight = args.weight, &out = args.out, &residual = args.residual;
   const int64_t n = x.size(x.dim - 1);
   const Rows x_rows = rows_of(x), out_rows = rows_of(out), residual_rows = rows_of(residual);
@@ -59,23 +63,23 @@ void norm_rows(const NormArgs& args, double eps) {
       T* residual_row = kAdd ? residual.ptr<T>() + row * residual_rows.stride : nullptr;
       const float mean = squares<T, kAdd>(x_row, residual_row, n) / static_cast<float>(n);
       const float factor = 1.0f / std::sqrt(mean + static_cast<float>(eps));
-      scale_row<T>(kAdd ? residual_row : x_row, weight.ptr<T>(), factor,
+      scale_row<T>(kAdd ? residual_row : x_row, weight.ptr<T>(), static_cast<float>(offset), factor,
                    out.ptr<T>() + row * out_rows.stride, n);
     }
   });
 }
 
-void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out, double offset) {
   const NormArgs args = norm_args({"rms_norm", Place::kCpu}, x, nullptr, weight, out);
   if (num_elements(args.x) == 0) return;
-  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, false>(args, eps); });
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, false>(args, eps, offset); });
 }
 
 void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                  const Tensor& out) {
+                  const Tensor& out, double offset) {
   const NormArgs args = norm_args({"add_rms_norm", Place::kCpu}, x, &residual, weight, out);
   if (num_elements(args.x) == 0) return;
-  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, true>(args, eps); });
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, true>(args, eps, offset); });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // rope_write_kv: rotary embedding (Su et al. 2021, NeoX halves), per-head RMSNorm of q and k before
-// it where a weight is given, and the write of k and v to the paged KV cache.
+// it where a weight is given, a factor for q by its position, and the write of k and v to the paged
+// KV cache.
 //   qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] = q | k | v; q is written in place
 //   cos_sin float32 [max_position, rotary_dim] = cosines | sines
 // Tokens are split over threads. A head is normed and rotated in a float32 buffer on the stack and
@@ -20,7 +21,7 @@ constexpr const char* kOp = "rope_write_kv";
 
 struct Heads {
   int64_t num_heads, num_kv_heads, head_dim, rotary_half;
-  float eps;
+  float eps, norm_offset;
 };
 
 // One head in float32; the buffer has room for a whole last vector.
@@ -36,16 +37,18 @@ void load_head(const T* in, int64_t n, Head& head) {
 }
 
 template <class T>
-void norm_head(const T* weight, float eps, int64_t n, Head& head) {
+void norm_head(const T* weight, float offset, float eps, int64_t n, Head& head) {
   Vec squares = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) squares = fma(load(head.x + i), load(head.x + i), squares);
   if (i < n) squares = fma(load(head.x + i), load(head.x + i), squares);  // zeros behind the end
   const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps);
   for (i = 0; i + kLanes <= n; i += kLanes) {
-    store(head.x + i, load(head.x + i) * factor * load(weight + i));
+    store(head.x + i, load(head.x + i) * factor * (load(weight + i) + offset));
   }
-  if (i < n) store(head.x + i, load(head.x + i) * factor * load_first(weight + i, n - i));
+  if (i < n) {
+    store(head.x + i, load(head.x + i) * factor * (load_first(weight + i, n - i) + offset));
+  }
 }
 
 void rotate_head(const float* cos, const float* sin, int64_t half, Head& head) {
@@ -72,13 +75,17 @@ void store_head(const Head& head, int64_t n, T* out) {
 }
 
 template <class T>
-void rope_head(const T* in, const void* norm_weight, const float* cos_sin, const Heads& p, T* out) {
+void rope_head(const T* in, const void* norm_weight, const float* cos_sin, float scale,
+               const Heads& p, T* out) {
   Head head;
   load_head(in, p.head_dim, head);
   if (norm_weight != nullptr) {
-    norm_head(static_cast<const T*>(norm_weight), p.eps, p.head_dim, head);
+    norm_head(static_cast<const T*>(norm_weight), p.norm_offset, p.eps, p.head_dim, head);
   }
   rotate_head(cos_sin, cos_sin + p.rotary_half, p.rotary_half, head);
+  if (scale != 1.0f) {
+    for (int64_t i = 0; i < p.head_dim; i += kLanes) store(head.x + i, load(head.x + i) * scale);
+  }
   store_head(head, p.head_dim, out);
 }
 
@@ -93,10 +100,12 @@ void rope_tokens(const RopeArgs& args, const Heads& p) {
       T* q = qkv.ptr<T>() + token * qkv.stride(0);
       const T* k = q + p.num_heads * p.head_dim;
       const T* v = k + p.num_kv_heads * p.head_dim;
-      const float* row =
-          cos_sin.ptr<float>() + args.positions.ptr<int32_t>()[token] * cos_sin.stride(0);
+      const int64_t position = args.positions.ptr<int32_t>()[token];
+      const float* row = cos_sin.ptr<float>() + position * cos_sin.stride(0);
+      const float q_scale = args.q_scales == nullptr ? 1.0f : args.q_scales[position];
       for (int64_t head = 0; head < p.num_heads; ++head) {
-        rope_head(q + head * p.head_dim, args.q_norm_weight, row, p, q + head * p.head_dim);
+        rope_head(q + head * p.head_dim, args.q_norm_weight, row, q_scale, p,
+                  q + head * p.head_dim);
       }
       const int64_t slot = args.slot_mapping.ptr<int64_t>()[token];
       if (slot < 0) continue;
@@ -105,7 +114,7 @@ void rope_tokens(const RopeArgs& args, const Heads& p) {
       T* value =
           value_cache.ptr<T>() + block * value_cache.stride(0) + offset * value_cache.stride(1);
       for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-        rope_head(k + head * p.head_dim, args.k_norm_weight, row, p,
+        rope_head(k + head * p.head_dim, args.k_norm_weight, row, 1.0f, p,
                   key + head * key_cache.stride(2));
         std::memcpy(value + head * value_cache.stride(2), v + head * p.head_dim,
                     p.head_dim * sizeof(T));
@@ -129,13 +138,18 @@ void check_ranges(const RopeArgs& args) {
 void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
                    const Tensor& slot_mapping, const std::optional<Tensor>& q_norm_weight,
                    const std::optional<Tensor>& k_norm_weight, double eps, int64_t num_heads,
-                   int64_t num_kv_heads, const Tensor& key_cache, const Tensor& value_cache) {
+                   int64_t num_kv_heads, const Tensor& key_cache, const Tensor& value_cache,
+                   double norm_offset, const std::optional<Tensor>& q_scales) {
   const RopeArgs args =
       rope_args({kOp, Place::kCpu}, qkv, positions, cos_sin, slot_mapping, q_norm_weight,
-                k_norm_weight, num_heads, num_kv_heads, key_cache, value_cache);
+                k_norm_weight, num_heads, num_kv_heads, key_cache, value_cache, q_scales);
   check_ranges(args);
-  const Heads heads{num_heads, num_kv_heads, args.head_dim(), args.rotary_dim() / 2,
-                    static_cast<float>(eps)};
+  const Heads heads{num_heads,
+                    num_kv_heads,
+                    args.head_dim(),
+                    args.rotary_dim() / 2,
+                    static_cast<float>(eps),
+                    static_cast<float>(norm_offset)};
   dispatch_float<float, Bf16>(args.qkv, [&]<class T>(T) { rope_tokens<T>(args, heads); });
 }
 

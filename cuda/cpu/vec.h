@@ -270,4 +270,24 @@ inline Vec exp(Vec x) {
 // silu(gate) * up (Shazeer 2020); exp has a relative error below 2e-7.
 inline Vec silu_mul(Vec gate, Vec up) { return gate / (1.0f + exp(-gate)) * up; }
 
+// gelu(gate) * up by the tanh approximation (Hendrycks and Gimpel 2016): x (1 + tanh(u)) / 2 is
+// x / (1 + e^(-2u)), where u = sqrt(2/pi) (x + 0.044715 x^3).
+inline Vec gelu_tanh_mul(Vec gate, Vec up) {
+  const Vec twice_u = gate * fma(gate * gate, splat(0.0713548163f), splat(1.59576912f));
+  return gate / (1.0f + exp(-twice_u)) * up;
+}
+
+// tanh(x), relative error below 3e-7: 1 - 2 / (e^2x + 1), or where that cancels the polynomial of the
+// Cephes library's tanhf (Moshier 1989).
+inline Vec tanh(Vec x) {
+  const Vec square = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = fma(p, square, splat(2.06390887954e-2f));
+  p = fma(p, square, splat(-5.37397155531e-2f));
+  p = fma(p, square, splat(1.33314422036e-1f));
+  p = fma(p, square, splat(-3.33332819422e-1f));
+  const Vec near = fma(p * square, x, x), far = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+  return square < 0.390625f ? near : far;
+}
+
 }  // namespace pyserve

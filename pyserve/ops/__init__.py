@@ -40,34 +40,39 @@ class _Ops:
 _ops: Any = _Ops()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019).
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, offset: float = 0.0
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dim (Zhang and Sennrich 2019).
 
     x [..., hidden], rows may be strided; weight [hidden] -> [..., hidden]; out may be x itself.
+    An offset other than 0 is computed on a CPU only.
     """
     if out is None:
         out = torch.empty_like(x)
-    _ops.rms_norm(x, weight, eps, out)
+    _ops.rms_norm(x, weight, eps, out, offset)
     return out
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
-) -> Tensor:
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None,
+    offset: float = 0.0,
+) -> Tensor:  # fmt: skip
     """residual += x in place, rounded to its dtype; returns rms_norm(residual).
 
-    x, residual [..., hidden]; weight [hidden] -> [..., hidden].
+    x, residual [..., hidden]; weight [hidden], offset as in rms_norm -> [..., hidden].
     """
     if out is None:
         out = torch.empty_like(x)
-    _ops.add_rms_norm(x, residual, weight, eps, out)
+    _ops.add_rms_norm(x, residual, weight, eps, out, offset)
     return out
 
 
 def rope_write_kv(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, key_cache: Tensor,
     value_cache: Tensor, *, num_heads: int, num_kv_heads: int, q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None, eps: float = 0.0,
+    k_norm_weight: Tensor | None = None, eps: float = 0.0, norm_offset: float = 0.0,
+    q_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rotary embedding (Su et al. 2021, NeoX halves) fused with the KV write.
 
@@ -75,11 +80,13 @@ def rope_write_kv(
     rotated k, and v, go to the caches at slot_mapping (int64 [num_tokens], -1 writes nothing); k
     and v in qkv stay as they are. With a norm weight [head_dim], q or k is RMS-normed per head
     first. positions int32 [num_tokens]; cos_sin float32 [max_position, rotary_dim], cosines then
-    sines, rotary_dim <= head_dim. Raises RuntimeError where a position or a slot is out of range.
+    sines, rotary_dim <= head_dim. q_scales float32 [max_position]: what all of a rotated q is
+    multiplied by. norm_offset as offset in rms_norm; a CPU alone computes it, and q_scales. Raises
+    RuntimeError where a position or a slot is out of range.
     """
     _ops.rope_write_kv(
         qkv, positions, cos_sin, slot_mapping, q_norm_weight, k_norm_weight, eps, num_heads,
-        num_kv_heads, key_cache, value_cache,
+        num_kv_heads, key_cache, value_cache, norm_offset, q_scales,
     )  # fmt: skip
 
 
@@ -228,10 +235,23 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def gelu_tanh_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """gelu(gate) * up by the tanh approximation (Hendrycks and Gimpel 2016); shapes as silu_mul.
+
+    On a CPU only.
+    """
+    if out is None:
+        num_tokens, width = gate_up.shape
+        out = gate_up.new_empty(num_tokens, width // 2)
+    _ops.gelu_tanh_mul(gate_up, out)
+    return out
+
+
 def paged_attention(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, row_slots: Tensor,
     cu_seqlens_q: Tensor, seq_lens: Tensor, *, softmax_scale: float, window: int = 0,
     max_query_len: int | None = None, plan: AttentionPlan | None = None, out: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Causal attention over a paged KV cache, any mix of query lengths.
 
@@ -240,7 +260,8 @@ def paged_attention(
     row; cu_seqlens_q int32 [num_rows + 1]; seq_lens int32 [num_rows], KV tokens of the row with
     this step's. Query i of a row sits at position seq_len - query_len + i and sees the keys up to
     its position, with window > 0 only the last `window` of them. Tokens of no row (padding) leave
-    their output undefined. head_dim: a multiple of 8, at most 256; on CUDA 64 or 128.
+    their output undefined. head_dim: a multiple of 8, at most 256; on CUDA 64 or 128. With softcap
+    > 0, on a CPU only, scaled scores become softcap * tanh(score / softcap).
     On CUDA `plan` is what plan_attention made of these rows with this window, and max_query_len
     bounds their query lengths (None: num_tokens does); a CPU needs neither.
     """
@@ -250,6 +271,7 @@ def paged_attention(
         q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q, seq_lens,
         softmax_scale, window, q.shape[0] if max_query_len is None else max_query_len,
         None if plan is None else plan.work, None if plan is None else plan.workspace, out,
+        softcap,
     )  # fmt: skip
     return out
 

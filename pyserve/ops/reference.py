@@ -15,6 +15,7 @@ from torch import Tensor
 from pyserve import limits
 from pyserve.ops import step_layout as layout
 from pyserve.ops.reference_linear import dequantise_w4a16 as dequantise_w4a16
+from pyserve.ops.reference_linear import gelu_tanh_mul as gelu_tanh_mul
 from pyserve.ops.reference_linear import linear as linear
 from pyserve.ops.reference_linear import linear_add as linear_add
 from pyserve.ops.reference_linear import linear_silu_mul as linear_silu_mul
@@ -30,23 +31,26 @@ from pyserve.ops.reference_sample import sample as sample
 from pyserve.ops.step_checks import check_sampling, checked_header, require
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
-    out.copy_(_rms_norm_float32(x, weight, eps))
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, offset: float = 0.0) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * (weight + offset) (Zhang and Sennrich 2019)."""
+    out.copy_(_rms_norm_float32(x, weight, eps, offset))
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, offset: float = 0.0
+) -> None:
     """residual += x, rounded to its dtype; out = rms_norm(residual)."""
     residual.copy_(residual.float() + x.float())
-    out.copy_(_rms_norm_float32(residual, weight, eps))
+    out.copy_(_rms_norm_float32(residual, weight, eps, offset))
 
 
 def rope_write_kv(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor,
     q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, eps: float, num_heads: int,
-    num_kv_heads: int, key_cache: Tensor, value_cache: Tensor,
+    num_kv_heads: int, key_cache: Tensor, value_cache: Tensor, norm_offset: float = 0.0,
+    q_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Norm and rotate q in place, norm and rotate k, write k and v to their KV slots."""
+    """Norm, rotate and scale q in place, norm and rotate k, write k and v to their KV slots."""
     block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
     q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
@@ -57,8 +61,9 @@ def rope_write_kv(
     if bool(((slot_mapping < -1) | (slot_mapping >= num_kv_slots)).any()):
         raise RuntimeError(f"rope_write_kv: a KV slot is outside [-1, {num_kv_slots})")
     rows = cos_sin[positions.long()].unsqueeze(1)
-    q.copy_(_rotate(_norm_heads(q, q_norm_weight, eps), rows))
-    rotated_k = _rotate(_norm_heads(k, k_norm_weight, eps), rows)
+    rotated_q = _rotate(_norm_heads(q, q_norm_weight, eps, norm_offset), rows)
+    q.copy_(rotated_q if q_scales is None else rotated_q * q_scales[positions.long(), None, None])
+    rotated_k = _rotate(_norm_heads(k, k_norm_weight, eps, norm_offset), rows)
     written = slot_mapping >= 0
     blocks, offsets = slot_mapping[written] // block_size, slot_mapping[written] % block_size
     key_cache[blocks, offsets] = rotated_k[written].to(key_cache.dtype)
@@ -68,7 +73,7 @@ def rope_write_kv(
 def paged_attention(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, row_slots: Tensor,
     cu_seqlens_q: Tensor, seq_lens: Tensor, softmax_scale: float, window: int, max_query_len: int,
-    work: Tensor | None, workspace: Tensor | None, out: Tensor,
+    work: Tensor | None, workspace: Tensor | None, out: Tensor, softcap: float = 0.0,
 ) -> None:  # fmt: skip
     """Causal attention of each row's queries over the KV of its slot. The last three before `out`
     only say how the work may be divided."""
@@ -85,6 +90,8 @@ def paged_attention(
         values = value_cache[blocks].reshape(-1, num_kv_heads, head_dim)[:seq_len].float()
         queries = q[begin:end].float().view(end - begin, num_kv_heads, group, head_dim)
         scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * softmax_scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
         query_positions = torch.arange(seq_len - (end - begin), seq_len, device=q.device)[:, None]
         key_positions = torch.arange(seq_len, device=q.device)[None, :]
         visible = key_positions <= query_positions
@@ -124,13 +131,9 @@ def rope_attention(
 
 
 def plan_attention(
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    window: int,
+    cu_seqlens_q: Tensor, seq_lens: Tensor, num_heads: int, num_kv_heads: int, window: int,
     work: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """The simplest valid plan: one range, no split. What any plan must satisfy is in the tests."""
     decode_rows, prefill_rows, kv_tile, num_ranges = 16, 128, 64, 1  # attention/attention.h
     group, starts = num_heads // num_kv_heads, cu_seqlens_q.tolist()
@@ -277,13 +280,13 @@ def pack_step(
     return num_words
 
 
-def _rms_norm_float32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+def _rms_norm_float32(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    x, scale = x.float(), weight.float() + offset
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * scale
 
 
-def _norm_heads(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x.float() if weight is None else _rms_norm_float32(x, weight, eps)
+def _norm_heads(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    return x.float() if weight is None else _rms_norm_float32(x, weight, eps, offset)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plain-torch twins of the linear ops and of the activation: see reference.py."""
+"""Plain-torch twins of the linear ops and of the activations: see reference.py."""
 
 from __future__ import annotations
 
@@ -75,3 +75,9 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """out = gate * sigmoid(gate) * up (Shazeer 2020)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def gelu_tanh_mul(gate_up: Tensor, out: Tensor) -> None:
+    """out = gelu(gate) * up by the tanh approximation (Hendrycks and Gimpel 2016)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,14 +36,20 @@ def assert_ratio(
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.double().chunk(2, -1)
     return gate / (1 + (-gate).exp()) * up
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, -1)
+    inner = (2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return gate * (1 + inner.tanh()) / 2 * up
 
 
 def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
@@ -53,7 +61,9 @@ def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float = 0.0
+) -> Tensor:
     """One sequence: q [query_len, num_heads, head_dim], k, v [seq_len, num_kv_heads, head_dim]."""
     query_len, num_heads, _ = q.shape
     seq_len, num_kv_heads, _ = k.shape
@@ -61,7 +71,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Ten
     v = v.double().repeat_interleave(num_heads // num_kv_heads, 1).transpose(0, 1)
     distance = torch.arange(seq_len - query_len, seq_len)[:, None] - torch.arange(seq_len)
     hidden = (distance < 0) | ((distance >= window) if window else torch.tensor(False))
-    scores = (q.double().transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(
-        hidden, float("-inf")
-    )
+    scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(hidden, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1)

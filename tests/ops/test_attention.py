@@ -28,6 +28,7 @@ class Case:
     window: int
     keys: list[Tensor]
     values: list[Tensor]
+    softcap: float = 0.0
 
     @classmethod
     def make(
@@ -41,6 +42,7 @@ class Case:
         window: int = 0,
         dtype: torch.dtype = torch.float32,
         spread: float = 1.0,
+        softcap: float = 0.0,
     ) -> Case:
         torch.manual_seed(len(rows) + head_dim)
         num_tokens = sum(query_len for query_len, _ in rows)
@@ -78,6 +80,7 @@ class Case:
             window=window,
             keys=keys,
             values=values,
+            softcap=softcap,
         )
 
     def run(self) -> Tensor:
@@ -91,6 +94,7 @@ class Case:
             self.seq_lens,
             softmax_scale=self.scale,
             window=self.window,
+            softcap=self.softcap,
         )
 
     def twin(self) -> Tensor:
@@ -109,6 +113,7 @@ class Case:
             None,
             None,
             out,
+            self.softcap,
         )
         return out
 
@@ -118,7 +123,9 @@ class Case:
         for row, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             begin, end = starts[row], starts[row + 1]
             if len(k):
-                out[begin:end] = oracle.attention(self.q[begin:end], k, v, self.scale, self.window)
+                out[begin:end] = oracle.attention(
+                    self.q[begin:end], k, v, self.scale, self.window, self.softcap
+                )
         return out
 
     def float32_error(self) -> float:
@@ -151,7 +158,7 @@ def test_head_dims(dtype: torch.dtype, head_dim: int) -> None:
 )
 def test_groups(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     num_heads, num_kv_heads = heads
-    for head_dim in (64, 128):
+    for head_dim in (64, 96, 128, 256):
         check(
             Case.make(
                 [(1, 90), (9, 33), (1, 128), (1, 2)],
@@ -175,6 +182,20 @@ def test_blocks_before_the_window_are_not_touched() -> None:
     case.block_table[case.row_slots[1].long(), : 151 // 16] = 10**6
     check_against = case.exact()
     torch.testing.assert_close(case.run().double(), check_against, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_capped_scores(dtype: torch.dtype, head_dim: int) -> None:
+    """Scores below, around and far beyond the cap, in decode rows and others."""
+    for softcap, spread in ((50.0, 1.0), (3.0, 4.0), (1.5, 400.0)):
+        for window in (0, 30):
+            check(
+                Case.make(
+                    MIX, head_dim=head_dim, dtype=dtype, softcap=softcap, spread=spread,
+                    window=window,
+                )
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 7, 16, 256])
@@ -312,6 +333,8 @@ def test_hostile_metadata() -> None:
         Case.make([(1, 3)], head_dim=12).run()
     with pytest.raises(RuntimeError, match="5 heads are not a multiple of 2 KV heads"):
         Case.make([(1, 3)], num_heads=5).run()
+    with pytest.raises(RuntimeError, match="softcap -1.0+ must be 0 or more"):
+        Case.make([(1, 3)], softcap=-1.0).run()
     bad = case()
     bad.value_cache = bad.value_cache.bfloat16()
     with pytest.raises(RuntimeError, match="value_cache is BFloat16, q is Float"):

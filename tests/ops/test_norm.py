@@ -23,6 +23,9 @@ def test_rms_norm(dtype: torch.dtype, hidden: int, scale: float) -> None:
         plain = torch.empty_like(x)
         reference.rms_norm(x, weight, 1e-6, plain)
         oracle.assert_ratio(ops.rms_norm(x, weight, 1e-6), plain, oracle.rms_norm(x, weight, 1e-6))
+        reference.rms_norm(x, weight, 1e-6, plain, 1.0)
+        exact = oracle.rms_norm(x, weight, 1e-6, 1.0)
+        oracle.assert_ratio(ops.rms_norm(x, weight, 1e-6, offset=1.0), plain, exact)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -38,6 +41,10 @@ def test_add_rms_norm(dtype: torch.dtype, hidden: int) -> None:
     assert torch.equal(twin_residual, exact_residual)
     assert torch.equal(residual, twin_residual)  # one addition, rounded once: no tolerance
     oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5))
+    reference.add_rms_norm(x, twin_residual, weight, 1e-5, plain, 1.0)
+    out = ops.add_rms_norm(x, residual, weight, 1e-5, offset=1.0)
+    assert torch.equal(residual, twin_residual)
+    oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5, 1.0))
 
 
 def test_strided_rows_and_leading_dims() -> None:

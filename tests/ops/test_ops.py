@@ -35,8 +35,10 @@ def op_args() -> dict[str, tuple[Any, ...]]:
     x = torch.randn(2, 3, 24)
     packed = _packed(10, 64)
     return {
-        "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x)),
-        "add_rms_norm": (x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x)),
+        "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x), 0.5),
+        "add_rms_norm": (
+            x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x), 0.5
+        ),
         "rope_write_kv": (
             torch.randn(3, 8 * 8),
             _int(0, 1, 2),
@@ -49,6 +51,8 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             2,
             cache[0],
             cache[1],
+            1.0,
+            torch.rand(9),
         ),
         "linear": (
             torch.randn(3, 24), torch.randn(5, 24), torch.randn(5), torch.empty(3, 5),
@@ -65,9 +69,10 @@ def op_args() -> dict[str, tuple[Any, ...]]:
         "linear_w4a16": (torch.randn(3, 64), packed, torch.randn(10), torch.empty(3, 10)),
         "dequantise_w4a16": (packed, torch.empty(10, 64)),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
+        "gelu_tanh_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "paged_attention": (
             torch.randn(3, 4, 8), cache[0], cache[1], table, _int(1, 0, -1), _int(0, 1, 3, 3),
-            _int(9, 2, 0), 0.3, 0, 3, None, None, torch.empty(3, 4, 8),
+            _int(9, 2, 0), 0.3, 0, 3, None, None, torch.empty(3, 4, 8), 2.0,
         ),
         "plan_step": (
             header,
@@ -148,12 +153,14 @@ def test_fakes_touch_no_memory(name: str) -> None:
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
     last = (
-        "rms_norm", "silu_mul", "paged_attention", "sample", "logprobs", "linear_w4a16",
-        "dequantise_w4a16",
+        "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "linear_w4a16", "dequantise_w4a16",
     )  # fmt: skip
-    for name in (*last, "linear", "linear_silu_mul"):
+    places = dict.fromkeys(last, -1) | {
+        "rms_norm": 3, "linear": 3, "linear_silu_mul": 3, "paged_attention": 12
+    }  # fmt: skip
+    for name, place in places.items():
         args = op_args()[name]
-        out = args[-1 if name in last else 3]
+        out = args[place]
         results = []
         for garbage in (3, 99):
             out.fill_(garbage)

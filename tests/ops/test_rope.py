@@ -28,6 +28,8 @@ class Case:
     num_kv_heads: int
     q_norm: Tensor | None
     k_norm: Tensor | None
+    norm_offset: float = 0.0
+    q_scales: Tensor | None = None
 
     @classmethod
     def make(
@@ -75,6 +77,8 @@ class Case:
             q_norm_weight=self.q_norm,
             k_norm_weight=self.k_norm,
             eps=EPS,
+            norm_offset=self.norm_offset,
+            q_scales=self.q_scales,
         )
 
     def twin(self) -> Case:
@@ -90,6 +94,8 @@ class Case:
             self.num_kv_heads,
             self.q_norm,
             self.k_norm,
+            self.norm_offset,
+            self.q_scales,
         )
         reference.rope_write_kv(
             copy.qkv,
@@ -103,6 +109,8 @@ class Case:
             copy.num_kv_heads,
             copy.key_cache,
             copy.value_cache,
+            copy.norm_offset,
+            copy.q_scales,
         )
         return copy
 
@@ -117,10 +125,12 @@ def check(case: Case) -> None:
     q, k, v = (part.clone() for part in case.heads())
     exact_q, exact_k = q.double(), k.double()
     if case.q_norm is not None:
-        exact_q = oracle.rms_norm(q, case.q_norm, EPS)
+        exact_q = oracle.rms_norm(q, case.q_norm, EPS, case.norm_offset)
     if case.k_norm is not None:
-        exact_k = oracle.rms_norm(k, case.k_norm, EPS)
+        exact_k = oracle.rms_norm(k, case.k_norm, EPS, case.norm_offset)
     exact_q = oracle.rotate(exact_q, case.positions, case.cos_sin)
+    if case.q_scales is not None:
+        exact_q = exact_q * case.q_scales[case.positions.long(), None, None].double()
     exact_k = oracle.rotate(exact_k, case.positions, case.cos_sin)
     twin = case.twin()
     case.run()
@@ -146,6 +156,19 @@ def test_rope_write_kv(dtype: torch.dtype, head_dim: int, norm: bool) -> None:
 @pytest.mark.parametrize("rotary_dim", [2, 20, 32, 62])
 def test_partial_rotation(rotary_dim: int) -> None:
     check(Case.make(rotary_dim=rotary_dim, norm=True))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("head_dim", [24, 256])
+def test_norms_with_an_offset_and_queries_scaled_by_position(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    case = Case.make(head_dim=head_dim, rotary_dim=16, dtype=dtype, norm=True)
+    case.norm_offset, case.q_scales = 1.0, torch.rand(MAX_POSITION) + 0.5
+    check(case)
+    case.q_scales = torch.rand(MAX_POSITION - 1)
+    with pytest.raises(RuntimeError, match="q_scales is 299, expected 300"):
+        case.run()
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 90])

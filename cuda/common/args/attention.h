@@ -37,9 +37,10 @@ struct AttentionArgs {
         block_size(key_cache.size(1)),
         num_kv_heads(key_cache.size(2)) {}
 
-  void check(double softmax_scale, int64_t window, int64_t max_group) const {
+  void check(double softmax_scale, int64_t window, double softcap, int64_t max_group) const {
     check_heads(q.op, num_heads, num_kv_heads, max_group);
     PYSERVE_CHECK(softmax_scale > 0, q.op, ": softmax_scale ", softmax_scale, " must be positive");
+    PYSERVE_CHECK(softcap >= 0, q.op, ": softcap ", softcap, " must be 0 or more");
     PYSERVE_CHECK(block_size > 0 && window >= 0, q.op, ": block_size ", block_size, ", window ",
                   window);
     check_size(key_cache, 3, head_dim);

@@ -13,6 +13,7 @@ struct RopeArgs {
   View qkv, positions, cos_sin, slot_mapping, key_cache, value_cache;
   const void* q_norm_weight = nullptr;  // null: no norm
   const void* k_norm_weight = nullptr;
+  const float* q_scales = nullptr;  // [max_position]; null: q is not scaled
 
   int64_t num_tokens() const { return qkv.size(0); }
   int64_t head_dim() const { return key_cache.size(3); }
@@ -33,8 +34,8 @@ inline RopeArgs rope_args(const ViewReader& read, const Tensor& qkv, const Tenso
                           const Tensor& cos_sin, const Tensor& slot_mapping,
                           const std::optional<Tensor>& q_norm_weight,
                           const std::optional<Tensor>& k_norm_weight, int64_t num_heads,
-                          int64_t num_kv_heads, const Tensor& key_cache,
-                          const Tensor& value_cache) {
+                          int64_t num_kv_heads, const Tensor& key_cache, const Tensor& value_cache,
+                          const std::optional<Tensor>& q_scales) {
   RopeArgs args{read("qkv", qkv, 2),
                 read("positions", positions, 1, ScalarType::Int),
                 read("cos_sin", cos_sin, 2, ScalarType::Float),
@@ -57,6 +58,11 @@ inline RopeArgs rope_args(const ViewReader& read, const Tensor& qkv, const Tenso
                 " must be even and at most head_dim ", head_dim);
   args.q_norm_weight = head_norm_weight(read, "q_norm_weight", q_norm_weight, args);
   args.k_norm_weight = head_norm_weight(read, "k_norm_weight", k_norm_weight, args);
+  if (q_scales.has_value()) {
+    const View scales = read("q_scales", *q_scales, 1, ScalarType::Float);
+    check_size(scales, 0, args.cos_sin.size(0));
+    args.q_scales = scales.ptr<float>();
+  }
   return args;
 }
 

@@ -54,7 +54,7 @@ gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArg
                 ": block_size ", block_size, " is not a power of two");
   PYSERVE_CHECK(window >= 0 && max_query_len >= 0, op, ": window ", window, ", max_query_len ",
                 max_query_len);
-  args.check(softmax_scale, window, gpu::kPrefillRows);
+  args.check(softmax_scale, window, 0, gpu::kPrefillRows);
   for (const View* view : {&args.q, &keys, &values, &args.out}) check_alignment(*view);
   for (const View* view :
        {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens, &work, &workspace}) {
@@ -122,8 +122,10 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
                      const Tensor& block_table, const Tensor& row_slots, const Tensor& cu_seqlens_q,
                      const Tensor& seq_lens, double softmax_scale, int64_t window,
                      int64_t max_query_len, const std::optional<Tensor>& work,
-                     const std::optional<Tensor>& workspace, const Tensor& out) {
+                     const std::optional<Tensor>& workspace, const Tensor& out, double softcap) {
   const ViewReader read{"paged_attention", Place::kCuda};
+  PYSERVE_CHECK(softcap == 0, read.op, ": a softcap, ", softcap,
+                ", is computed on the CPU only so far");
   PYSERVE_CHECK(work.has_value() && workspace.has_value(), read.op,
                 ": CUDA needs a plan (work and workspace)");
   const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q,

@@ -17,8 +17,14 @@ namespace {
 
 // ---- norm ---------------------------------------------------------------------------------------
 
+void check_no_offset(const char* op, double offset) {
+  PYSERVE_CHECK(offset == 0, op, ": an offset of the norm's weight, ", offset,
+                ", is computed on the CPU only so far");
+}
+
 void norm(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
-          const Tensor& out) {
+          const Tensor& out, double offset) {
+  check_no_offset(op, offset);
   const NormArgs args = norm_args({op, Place::kCuda}, x, residual, weight, out);
   const gpu::Dtype dtype = half_dtype(args.x);
   if (num_elements(args.x) == 0) return;
@@ -38,13 +44,13 @@ void norm(const char* op, const Tensor& x, const Tensor* residual, const Tensor&
   check_launch(op, gpu::launch_norm(params, current_stream(x)));
 }
 
-void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
-  norm("rms_norm", x, nullptr, weight, eps, out);
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out, double offset) {
+  norm("rms_norm", x, nullptr, weight, eps, out, offset);
 }
 
 void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                  const Tensor& out) {
-  norm("add_rms_norm", x, &residual, weight, eps, out);
+                  const Tensor& out, double offset) {
+  norm("add_rms_norm", x, &residual, weight, eps, out, offset);
 }
 
 // ---- rope_write_kv ------------------------------------------------------------------------------
@@ -54,10 +60,13 @@ constexpr const char* kRope = "rope_write_kv";
 void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
                    const Tensor& slot_mapping, const std::optional<Tensor>& q_norm_weight,
                    const std::optional<Tensor>& k_norm_weight, double eps, int64_t num_heads,
-                   int64_t num_kv_heads, const Tensor& key_cache, const Tensor& value_cache) {
+                   int64_t num_kv_heads, const Tensor& key_cache, const Tensor& value_cache,
+                   double norm_offset, const std::optional<Tensor>& q_scales) {
+  check_no_offset(kRope, norm_offset);
+  PYSERVE_CHECK(!q_scales.has_value(), kRope, ": q_scales are computed on the CPU only so far");
   const RopeArgs args =
       rope_args({kRope, Place::kCuda}, qkv, positions, cos_sin, slot_mapping, q_norm_weight,
-                k_norm_weight, num_heads, num_kv_heads, key_cache, value_cache);
+                k_norm_weight, num_heads, num_kv_heads, key_cache, value_cache, q_scales);
   const View &keys = args.key_cache, &values = args.value_cache;
   const gpu::RopeParams params{.qkv = args.qkv.data,
                                .qkv_stride = args.qkv.stride(0),
@@ -92,7 +101,7 @@ void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos
 
 void silu_mul(const Tensor& gate_up, const Tensor& out) {
   constexpr const char* kOp = "silu_mul";
-  const SiluMulArgs args = silu_mul_args({kOp, Place::kCuda}, gate_up, out);
+  const ActivationArgs args = activation_args({kOp, Place::kCuda}, gate_up, out);
   const gpu::SiluMulParams params{.gate_up = args.gate_up.data,
                                   .gate_up_stride = args.gate_up.stride(0),
                                   .out = args.out.data,
