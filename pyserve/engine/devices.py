@@ -13,7 +13,6 @@ from pyserve import log
 from pyserve.config import Device, Dtype, LogprobsMode
 from pyserve.engine.planner import CardMemory
 from pyserve.errors import ConfigError, StartupError
-from pyserve.limits import CUDA_HEAD_DIMS
 from pyserve.model.config import CheckpointDtype, ModelConfig
 from pyserve.ops import cuda_card
 
@@ -67,13 +66,13 @@ def card_memory(device: torch.device) -> CardMemory:
     return CardMemory(total_bytes=total_bytes, used_bytes=total_bytes - free_bytes)
 
 
-def check_model(model: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError where the kernels of `device` cannot run the model."""
-    if device.type == "cuda" and model.head_dim not in CUDA_HEAD_DIMS:
-        supported = " and ".join(map(str, CUDA_HEAD_DIMS))
+def check_model(model: ModelConfig, device: torch.device, max_model_len: int | None) -> None:
+    """Raise ConfigError where the kernels of `device` cannot run the model, for as many tokens as
+    --max-model-len says."""
+    lacks = model.lacking_on_cuda(max_model_len or model.max_model_len)
+    if device.type == "cuda" and lacks:
         raise ConfigError(
-            f"config.json: head_dim (or hidden_size / num_attention_heads) is {model.head_dim}, "
-            f"supported on an NVIDIA card are {supported}; --device cpu serves it"
+            f"config.json: {', '.join(lacks)}: served on the CPU only so far (--device cpu)"
         )
 
 

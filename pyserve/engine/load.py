@@ -138,7 +138,7 @@ def settle_start(config: EngineConfig) -> Start:
     """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
     device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
     model_config = ModelConfig.from_path(config.model_path).quantised_as(config.quantization)
-    devices.check_model(model_config, device)
+    devices.check_model(model_config, device, config.max_model_len)
     devices.check_logprobs_mode(config.logprobs_mode, device)
     if config.idle_sleep_min and device.type == "cuda":
         raise ConfigError("--idle-sleep is not built yet for a GPU: leave it out")
@@ -206,6 +206,8 @@ def _load(
         num_bytes = done
         progress("load", done, total)
 
+    for line in model_config.choices(plan.max_model_len):
+        log.get_logger().info("%s", line)
     began_s = time.monotonic()
     model = load_model(
         config.model_path,

@@ -25,10 +25,11 @@ from pyserve.model.layer_config import (
     MLPConfig,
     NormConfig,
 )
+from pyserve.model.quantization import KEYS as QUANTIZATION_KEYS
 from pyserve.model.quantization import Method, Quantization, agreed, read_quantization
-from pyserve.model.registry import ARCHITECTURES, Architecture
+from pyserve.model.registry import ARCHITECTURES, MULTIMODAL, Architecture, Multimodal
 from pyserve.model.rope_config import RopeConfig, rope_from_fields
-from pyserve.model.unknown_fields import Model, unknown_fields
+from pyserve.model.unknown_fields import Model, unknown_fields, unknown_outside_of_text
 from pyserve.model_files import guarded, read_object
 
 CheckpointDtype = Literal["float32", "bfloat16", "float16"]
@@ -38,8 +39,10 @@ MAX_LAYERS = 4096
 MAX_HEADS = 4096
 MAX_WIDTH = 2**22  # hidden_size, intermediate_size
 MAX_CONTEXT = 2**24  # positions are int32 and the rope table has one row each
-DEFAULT_WINDOW = 4096  # of transformers, where sliding_window is absent
-DEFAULT_MAX_WINDOW_LAYERS = 28  # likewise
+DEFAULT_MAX_WINDOW_LAYERS = 28  # of transformers, where max_window_layers is absent
+DEFAULT_WINDOW_PATTERN = 6  # likewise
+# What text_config may leave to the level above.
+OUTER_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings", *QUANTIZATION_KEYS)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +54,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logit_softcap    logits are softcap * tanh(logit / softcap); 0: no cap.
     dtype            of the checkpoint, as config.json says; transformers' default is float32.
     quantization     of the matrices; None: they are plain numbers.
+    towers           modules beside the text model in its checkpoint, which are not loaded.
     unknown_fields   of config.json, not used.
     """
 
@@ -65,6 +69,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logit_softcap: float = 0.0
     dtype: CheckpointDtype
     quantization: Quantization | None = None
+    towers: tuple[str, ...] = ()
     unknown_fields: tuple[str, ...] = ()
 
     @classmethod
@@ -76,11 +81,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """From the contents of config.json. Raises ConfigError naming the key, value and limit."""
         with guarded("config.json"):
-            name = _architecture_name(Fields(raw, "config.json"))
-            config = describe(raw, name, ARCHITECTURES[name])
-        if lacking := config.lacking():
-            raise ConfigError(f"config.json: {name} needs what is not built: {'; '.join(lacking)}")
-        return config
+            fields = Fields(raw, "config.json")
+            name = _architecture_name(fields)
+            if name in MULTIMODAL:
+                return _describe_text(raw, fields, MULTIMODAL[name])
+            return describe(raw, name, ARCHITECTURES[name])
 
     @property
     def num_heads(self) -> int:
@@ -103,23 +108,40 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """With what --quantization `method` makes of it. Raises ConfigError where they disagree."""
         return msgspec.structs.replace(self, quantization=agreed(self.quantization, method))
 
-    def lacking(self) -> list[str]:
-        """What it asks for that nothing here computes, in words, each once."""
-        lacks = dict.fromkeys(text for layer in self.layers for text in layer.lacking())
-        if self.embedding_scale != 1.0:
-            lacks[f"embeddings times {self.embedding_scale:g}"] = None
-        if self.logit_softcap:
-            lacks[f"logits capped at {self.logit_softcap:g}"] = None
-        return list(lacks)
+    def lacking_on_cuda(self, max_model_len: int) -> list[str]:
+        """As that of the layers, each once."""
+        return list(
+            dict.fromkeys(
+                text for layer in self.layers for text in layer.lacking_on_cuda(max_model_len)
+            )
+        )
+
+    def choices(self, max_model_len: int) -> list[str]:
+        """What so many tokens settle for the whole server, in words, each once."""
+        said = dict.fromkeys(layer.attention.rope.choice(max_model_len) for layer in self.layers)
+        return [text for text in said if text is not None]
+
+
+def _describe_text(raw: Mapping[str, Any], fields: Fields, row: Multimodal) -> ModelConfig:
+    """The text model of one that has more."""
+    inner = fields.table("text_config")
+    model_type = inner.string("model_type", default=row.text_types[0])
+    if model_type not in row.text_types:
+        raise inner.refuse("model_type", f"must be {' or '.join(row.text_types)}")
+    name = next(name for name, row in ARCHITECTURES.items() if row.model_type == model_type)
+    text = {key: raw[key] for key in OUTER_KEYS if key in raw}
+    text = {**raw["text_config"], **text}
+    config = describe(text, name, ARCHITECTURES[name])
+    unknown = {*config.unknown_fields, *unknown_outside_of_text(raw, row)}
+    return msgspec.structs.replace(config, towers=row.towers, unknown_fields=tuple(sorted(unknown)))
 
 
 def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> ModelConfig:
     """The model that config.json `raw` describes, read by a row of registry.py.
 
-    It may need more than is built: see ModelConfig.lacking. Raises ConfigError naming the key, the
-    value and the limit.
+    Raises ConfigError naming the key, the value and the limit.
     """
-    fields = Fields(raw, "config.json")
+    fields = Fields({**architecture.defaults, **raw}, "config.json")
     quantization = read_quantization(fields)
     activation = _activation(fields, architecture)
     hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
@@ -143,7 +165,7 @@ def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> M
         layers=layers,
         final_norm=layers[0].norm,
         max_model_len=max_model_len,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=architecture.is_tied),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         embedding_scale=hidden_size**0.5 if architecture.is_embedding_scaled else 1.0,
         logit_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
         dtype=_dtype(fields),
@@ -187,6 +209,7 @@ def _layers(
                 has_qkv_bias=has_qkv_bias,
                 has_o_bias=has_qkv_bias and architecture.has_o_bias,
                 has_qk_norm=architecture.has_qk_norm,
+                has_pairs=architecture.has_pairs,
             ),
             mlp=mlp,
             norm=norm,
@@ -207,13 +230,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _architecture_name(fields: Fields) -> str:
-    supported = ", ".join(sorted(ARCHITECTURES))
+    rows: dict[str, Architecture | Multimodal] = {**ARCHITECTURES, **MULTIMODAL}
+    supported = ", ".join(sorted(rows))
     if not fields.has("architectures"):
         raise ConfigError(f"config.json: architectures is missing; supported are: {supported}")
     names = fields.strings("architectures")
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
+    if len(names) != 1 or names[0] not in rows:
         raise fields.refuse("architectures", f"must hold one of: {supported}")
-    model_type = ARCHITECTURES[names[0]].model_type
+    model_type = rows[names[0]].model_type
     if fields.string("model_type", default=model_type) != model_type:
         raise fields.refuse("model_type", f"must be {model_type} for {names[0]}")
     return names[0]
@@ -240,8 +264,8 @@ def _ropes(
         ropes[kind], max_model_len = rope_from_fields(
             fields,
             max_position,
-            layer_kind=kind if architecture.has_ropes_by_kind else None,
-            has_partial=architecture.has_partial_rotary,
+            architecture.rope,
+            is_windowed=kind == "sliding_attention",
         )
         if max_model_len > MAX_CONTEXT:
             raise ConfigError(
@@ -255,23 +279,30 @@ def _ropes(
                 f"config.json: partial_rotary_factor must make an even number of the {head_dim} "
                 f"dimensions of a head, it makes {rotary_dim}"
             )
+        for key in ("short_factor", "long_factor"):
+            num_factors = len(getattr(ropes[kind], f"{key}s"))
+            if ropes[kind].type == "longrope" and num_factors != rotary_dim // 2:
+                raise ConfigError(
+                    f"config.json: {key} must hold {rotary_dim // 2} numbers, one for each pair of "
+                    f"dimensions that are rotated, it holds {num_factors}"
+                )
     return ropes, min(lens)
 
 
 def _softcap(fields: Fields, architecture: Architecture, key: str) -> float:
-    if not architecture.has_softcaps or not fields.has(key):
+    if key not in architecture.softcap_keys or not fields.has(key):
         return 0.0
     return fields.number(key, 1e-3, 1e6)
 
 
 def _num_kv_heads(fields: Fields, architecture: Architecture, num_heads: int) -> int:
     key = "num_key_value_heads"
-    default = num_heads if fields.is_null(key) else architecture.default_kv_heads or num_heads
-    num_kv_heads = fields.integer(key, 1, MAX_HEADS, default=default, is_nullable=True)
+    num_kv_heads = fields.integer(key, 1, MAX_HEADS, default=num_heads, is_nullable=True)
     if num_heads % num_kv_heads:
+        is_default = architecture.defaults.get(key) == num_kv_heads
         raise ConfigError(
             f"config.json: {key} must divide num_attention_heads ({num_heads}), got "
-            f"{num_kv_heads}{'' if fields.has(key) else ', the default of the family'}"
+            f"{num_kv_heads}{', the default of the family' if is_default else ''}"
         )
     if num_heads // num_kv_heads > MAX_GROUP:
         raise fields.refuse(key, f"must be at least {-(-num_heads // MAX_GROUP)} here")
@@ -279,12 +310,12 @@ def _num_kv_heads(fields: Fields, architecture: Architecture, num_heads: int) ->
 
 
 def _head_dim(fields: Fields, architecture: Architecture, hidden_size: int, num_heads: int) -> int:
-    default = architecture.default_head_dim
-    if not fields.has("head_dim") and default is None:
+    default: Any = architecture.defaults.get("head_dim")
+    is_nullable = default is None
+    if not fields.has("head_dim") and is_nullable:
         if hidden_size % num_heads:
             raise fields.refuse("num_attention_heads", f"must divide hidden_size ({hidden_size})")
         default = hidden_size // num_heads
-    is_nullable = architecture.default_head_dim is None
     head_dim = fields.integer("head_dim", 1, MAX_WIDTH, default=default, is_nullable=is_nullable)
     if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
         raise ConfigError(
@@ -310,8 +341,9 @@ def _layer_kinds(
 ) -> tuple[int, tuple[LayerKind, ...]]:
     """The sliding window, 0 where it would never end, and the layers that have one, from a rule of
     the family or from `layer_types`."""
-    window = _window(fields, architecture, max_model_len)
-    first, every = 0, 1
+    said = _window(fields, architecture, max_model_len)
+    window = said if said < max_model_len else 0
+    first, every = 0, 0
     if architecture.window == "none":
         first = num_layers
     elif architecture.window == "upper":
@@ -320,8 +352,15 @@ def _layer_kinds(
         )
     elif architecture.window == "alternate":
         every = 2
+    elif architecture.window == "pattern":
+        every = fields.integer(
+            "sliding_window_pattern", 1, MAX_LAYERS, default=DEFAULT_WINDOW_PATTERN
+        )
+    # Every so many layers there is one without a window; 0: none is.
     kinds: tuple[LayerKind, ...] = tuple(
-        "sliding_attention" if layer >= first and layer % every == 0 else "full_attention"
+        "sliding_attention"
+        if layer >= first and (not every or (layer + 1) % every)
+        else "full_attention"
         for layer in range(num_layers)
     )
     if not fields.has("layer_types"):
@@ -331,10 +370,10 @@ def _layer_kinds(
         raise fields.refuse(
             "layer_types", f"must be {num_layers} of full_attention and sliding_attention"
         )
-    if "sliding_attention" in types and not window:
+    if "sliding_attention" in types and not said:
         raise fields.refuse("layer_types", "names sliding_attention but there is no sliding_window")
-    # transformers reads layer_types for the Qwen families only; elsewhere it must change nothing.
-    if window and architecture.window != "upper" and tuple(types) != kinds:
+    # transformers reads layer_types where layers may differ; elsewhere it must change nothing.
+    if window and architecture.window in ("none", "all") and tuple(types) != kinds:
         raise fields.refuse("layer_types", "contradicts sliding_window")
     return window, tuple(cast(list[LayerKind], types))
 
@@ -344,14 +383,10 @@ def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> i
         is_used = fields.boolean("use_sliding_window", default=architecture.window == "none")
         if not is_used:
             return 0
-    if fields.is_null("sliding_window"):
+    if not fields.has("sliding_window"):
         return 0
-    if architecture.window == "none" and not fields.has("sliding_window"):
-        return 0
-    window = fields.integer("sliding_window", 1, MAX_CONTEXT, default=DEFAULT_WINDOW)
-    if window >= max_model_len:
-        return 0
-    if architecture.window == "none":
+    window = fields.integer("sliding_window", 1, MAX_CONTEXT)
+    if architecture.window == "none" and window < max_model_len:
         raise fields.refuse("sliding_window", "is not supported for this architecture")
     return window
 

@@ -24,7 +24,7 @@ from pyserve.model.layers.embedding import Embedding
 from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
-from pyserve.model.layers.rotary import cos_sin_table
+from pyserve.model.layers.rotary import cos_sin_table, query_scales
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Scheme
 from pyserve.ops import attention_plan
@@ -45,22 +45,25 @@ class DecoderLayer:
 
     def __init__(
         self, name: str, config: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor, has_to_add: bool, is_first: bool,
+        cos_sin: torch.Tensor, query_scales: torch.Tensor | None, has_to_add: bool, is_first: bool,
     ) -> None:  # fmt: skip
         def norm(norm_name: str) -> RMSNorm:
             return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
 
         has_norm_after = config.names.norms_after is not None
         self.attention = Attention(
-            name, config, hidden_size, placement, cos_sin=cos_sin, has_norm_after=has_norm_after
-        )
+            name, config, hidden_size, placement, cos_sin=cos_sin, query_scales=query_scales,
+            has_norm_after=has_norm_after,
+        )  # fmt: skip
         self.mlp = MLP(name, config, hidden_size, placement, has_norm_after=has_norm_after)
         before = [norm(norm_name) for norm_name in config.names.norms_before]
         after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
         self.norms = before + after
         self._enter = before[0].add if has_to_add else before[0].read
         self._between = before[1].read if self.attention.is_adding else before[1].add
-        self.has_norm_factors = self.attention.has_norm_factors and self.mlp.has_norm_factors
+        self.has_norm_factors = (
+            self.attention.has_norm_factors and self.mlp.has_norm_factors and not config.norm.offset
+        )
         self._norm_after_attention, self._is_first = before[1], is_first
         self._attend: Callable[..., None] = self.attention
         self._transform: Callable[..., None] = self.mlp
@@ -148,19 +151,24 @@ class Decoder:
         self, config: ModelConfig, placement: Placement, *, max_model_len: int | None = None
     ) -> None:
         assert placement.tp_size == 1 or placement.device.type == "meta", "ranks cannot compute yet"
-        assert not config.lacking(), config.lacking()
+        max_model_len = max_model_len or config.max_model_len
+        if placement.device.type == "cuda":
+            assert not (lacks := config.lacking_on_cuda(max_model_len)), lacks
         self.config = config
         self.scratch = placement.scratch
         self.dtype = placement.dtype
         self.device = placement.device
         hidden_size = config.hidden_size
-        self.embedding = Embedding("model.embed_tokens", config.vocab_size, hidden_size, placement)
-        max_model_len = max_model_len or config.max_model_len
+        self.embedding = Embedding(
+            "model.embed_tokens", config.vocab_size, hidden_size, placement,
+            scale=config.embedding_scale,
+        )  # fmt: skip
         ropes = {(layer.attention.rope, layer.attention.rotary_dim) for layer in config.layers}
         tables = {
             (rope, rotary_dim): cos_sin_table(rope, rotary_dim, max_model_len, device=self.device)
             for rope, rotary_dim in ropes
         }
+        scales = {rope: query_scales(rope, max_model_len, device=self.device) for rope, _ in ropes}
         self.layers: list[DecoderLayer] = []
         has_to_add = False  # what the layer below returned
         for index, layer in enumerate(config.layers):
@@ -168,7 +176,8 @@ class Decoder:
             self.layers.append(
                 DecoderLayer(
                     f"model.layers.{index}", layer, hidden_size, placement, cos_sin=cos_sin,
-                    has_to_add=has_to_add, is_first=index == 0,
+                    query_scales=scales[layer.attention.rope], has_to_add=has_to_add,
+                    is_first=index == 0,
                 )
             )  # fmt: skip
             has_to_add = not self.layers[-1].mlp.is_adding
@@ -234,6 +243,8 @@ class Decoder:
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype"""
         self.head(hidden, out)
+        if self.config.logit_softcap:
+            out.div_(self.config.logit_softcap).tanh_().mul_(self.config.logit_softcap)
 
     def activations(self, arena: Arena, num_tokens: int) -> Activations:
         """Take what a forward of num_tokens tokens needs."""
@@ -287,7 +298,10 @@ class Decoder:
     def bytes_per_position(self) -> int:
         """Of the tables that have a row for each position."""
         tables = {id(layer.attention.cos_sin): layer.attention.cos_sin for layer in self.layers}
-        return sum(table.nbytes // len(table) for table in tables.values())
+        num_scales = len(
+            {rope for layer in self.config.layers if (rope := layer.attention.rope).query_beta}
+        )
+        return sum(table.nbytes // len(table) for table in tables.values()) + 4 * num_scales
 
     def kv_specs(self) -> list[KVSpec]:
         """One per layer."""

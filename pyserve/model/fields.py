@@ -55,6 +55,17 @@ class Fields:
             raise self.refuse(key, f"must be a number in [{low:g}, {high:g}]")
         return float(value)
 
+    def numbers(self, key: str, low: float, high: float) -> tuple[float, ...]:
+        values = self._get(key, None)
+        rule = f"must be a list of numbers in [{low:g}, {high:g}]"
+        if not isinstance(values, list):
+            raise self.refuse(key, rule)
+        for value in values:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high:  # which NaN is not
+                raise self.refuse(key, rule)
+        return tuple(map(float, values))
+
     def boolean(self, key: str, *, default: bool) -> bool:
         value = False if self.is_null(key) else self._get(key, default)
         if not isinstance(value, bool):

@@ -1,7 +1,7 @@
 """LayerConfig: one decoder layer described, the same for all families. Imports no torch.
 
 Rows of registry.py say how config.json is read into these; decoder.py makes layers of them. What
-they can say is more than the ops compute: `lacking` names the difference.
+they can say is more than the ops of a card compute: `lacking_on_cuda` names the difference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from pyserve.limits import CUDA_HEAD_DIMS
 from pyserve.model.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -48,6 +49,8 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
     window         tokens that a token sees, itself included; 0: all.
     softmax_scale  of the scores, after which they are softcap * tanh(score / softcap); 0: no cap.
     has_qk_norm    RMSNorm over each head of q and k before they are rotated.
+    has_pairs      neighbours are rotated together in the checkpoint, not the halves of a head. Rows
+                   of q and k are put in the order of the halves when they are loaded.
     """
 
     num_heads: int
@@ -60,6 +63,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
     has_qkv_bias: bool = False
     has_o_bias: bool = False
     has_qk_norm: bool = False
+    has_pairs: bool = False
 
     @property
     def rotary_dim(self) -> int:
@@ -81,13 +85,20 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm: NormConfig
     names: LayerNames = LayerNames()
 
-    def lacking(self) -> list[str]:
-        """What it asks for that the ops do not compute, in words."""
-        lacks = []
+    def lacking_on_cuda(self, max_model_len: int) -> list[str]:
+        """What it asks for, of a server of so many tokens, that only the CPU's ops compute."""
+        lacks, attention = [], self.attention
+        if attention.head_dim not in CUDA_HEAD_DIMS:
+            lacks.append(f"head_dim {attention.head_dim}")
+        if attention.softcap:
+            lacks.append(f"attention scores capped at {attention.softcap:g}")
+        if attention.rope.query_beta and attention.rope.is_long(max_model_len):
+            lacks.append(
+                f"queries scaled by their position (llama_4_scaling_beta), from "
+                f"{attention.rope.original_max_position} tokens on"
+            )
         if self.norm.offset:
             lacks.append(f"norms that multiply by the weight + {self.norm.offset:g}")
-        if self.attention.softcap:
-            lacks.append(f"attention scores capped at {self.attention.softcap:g}")
         if self.mlp.activation != "silu":
             lacks.append(f"the activation {self.mlp.activation}")
         return lacks

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pyserve import log
 from pyserve.errors import CheckpointError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
@@ -31,6 +32,7 @@ from pyserve.model.weights import (
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 MODEL_PREFIX = "model."
+TEXT_PREFIX = "language_model."  # of the text model within one that has more
 HEAD_NAME = "lm_head.weight"
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
@@ -66,6 +68,10 @@ def load_model(
     `progress` is called with bytes of the checkpoint, at least at the start and at the end.
     Raises CheckpointError naming the tensors that are missing, left over or of the wrong shape.
     """
+    if config.towers:
+        log.get_logger().info(
+            "only the text model is loaded, without %s", " and ".join(config.towers)
+        )
     stored = None if load_format == "dummy" else _index(path, config)
     model = build_model(config, placement, max_model_len=max_model_len)
     destinations = model.destinations()
@@ -91,11 +97,14 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 
     They may have been saved from the model without its head, whose names lack the leading
     "model.", or from one that wraps it, whose names repeat it. Of a matrix that is embedding and
-    head in one, safetensors' save_model keeps either name.
+    head in one, safetensors' save_model keeps either name. Towers beside a text model are left out.
     """
     stored: dict[str, StoredTensor] = {}
+    prefixes = (MODEL_PREFIX, TEXT_PREFIX) if config.towers else (MODEL_PREFIX,)
     for tensor in index_checkpoint(path).values():
-        name = _plain_name(tensor.name)
+        name = _plain_name(tensor.name, prefixes)
+        if name.removeprefix(MODEL_PREFIX).startswith(tuple(f"{it}." for it in config.towers)):
+            continue
         if name in stored:
             raise CheckpointError(
                 f"the checkpoint holds {name} twice: as {stored[name].name} and as {tensor.name}"
@@ -106,9 +115,9 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     return stored
 
 
-def _plain_name(name: str) -> str:
-    while name.startswith(MODEL_PREFIX):
-        name = name.removeprefix(MODEL_PREFIX)
+def _plain_name(name: str, prefixes: tuple[str, ...]) -> str:
+    while name.startswith(prefixes):
+        name = name.partition(".")[2]
     return name if name == HEAD_NAME else MODEL_PREFIX + name
 
 

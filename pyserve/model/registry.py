@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from pyserve.model.layer_config import Activation, LayerNames
+from pyserve.model.rope_config import RopeKeys
 
 SchemeName = Literal["dense", "w4a16"]
 
@@ -20,73 +21,186 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """What sets one architecture apart.
 
     model_type        as transformers calls the family, which goes by this name.
-    default_kv_heads  where num_key_value_heads is absent; None, and null: num_attention_heads.
-    default_head_dim  where config.json has none; None, and then null too: hidden_size /
-                      num_attention_heads.
+    defaults          of keys that config.json lacks, as the family's class in transformers has
+                      them. A key that says null is there: num_key_value_heads is then
+                      num_attention_heads, as where nothing gives it.
     attention_bias    bias of q, k and v: by the config key of that name, or what it always is.
     has_o_bias        the output projection has a bias where q, k and v have one.
     mlp_bias          bias of gate, up and down: by the config key of that name, or never.
     has_qk_norm       RMSNorm over each head of q and k before they are rotated.
     window            which layers have a sliding window: none; all of them, whatever
-                      `use_sliding_window` says; every second one from the first on; or "upper":
-                      where that is true, those from `max_window_layers` on.
+                      `use_sliding_window` says; every second one from the first on; all but each
+                      `sliding_window_pattern`th; or "upper": where `use_sliding_window` is true,
+                      those from `max_window_layers` on.
     names             of the tensors of a layer.
     activation_keys   each that is there must name one of `activations`.
-    is_tied           tie_word_embeddings where config.json does not say.
     norm_offset       as NormConfig.offset.
     query_scale_key   its value ** -0.5 is the softmax scale; None: head_dim is that value.
-    has_softcaps      attn_logit_softcapping and final_logit_softcapping are read.
+    softcap_keys      those of attn_logit_softcapping and final_logit_softcapping that are read.
     is_embedding_scaled
                       embeddings are multiplied by sqrt(hidden_size).
-    has_partial_rotary
-                      partial_rotary_factor is read.
-    has_ropes_by_kind rope_parameters may hold one table for each kind of layer.
+    rope              how the rotary embedding is told.
+    has_pairs         as AttentionConfig.has_pairs.
     known_keys        of config.json that mean something, or nothing, in this family only.
     neutral           values that ask for nothing else than is computed, where they are other ones
                       than in most families: see unknown_fields.py.
     """
 
     model_type: str
-    default_kv_heads: int | None = None
-    default_head_dim: int | None = None
+    defaults: Mapping[str, object] = {}
     attention_bias: Literal["config", "always", "never"] = "never"
     has_o_bias: bool = False
     mlp_bias: Literal["config", "never"] = "never"
     has_qk_norm: bool = False
-    window: Literal["none", "all", "alternate", "upper"] = "none"
+    window: Literal["none", "all", "alternate", "pattern", "upper"] = "none"
     names: LayerNames = LayerNames()
     activation_keys: tuple[str, ...] = ("hidden_act", "hidden_activation")
     activations: Mapping[str, Activation] = msgspec.field(
         default_factory=lambda: {"silu": "silu", "swish": "silu"}
     )
-    is_tied: bool = False
     norm_offset: float = 0.0
     query_scale_key: str | None = None
-    has_softcaps: bool = False
+    softcap_keys: tuple[str, ...] = ()
     is_embedding_scaled: bool = False
-    has_partial_rotary: bool = False
-    has_ropes_by_kind: bool = False
+    rope: RopeKeys = RopeKeys()
+    has_pairs: bool = False
     known_keys: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[object, ...]] = {}
+
+
+class Multimodal(msgspec.Struct, frozen=True, kw_only=True):
+    """A model for more than text, of which the text model is served: `text_config` describes it.
+
+    text_types   model types that the text model may have; the first where nothing says it.
+    towers       modules that are not loaded.
+    known_keys   of config.json outside of text_config, about those towers.
+    """
+
+    model_type: str
+    text_types: tuple[str, ...]
+    towers: tuple[str, ...] = ("vision_tower", "multi_modal_projector")
+    known_keys: frozenset[str] = frozenset()
 
 
 _UPPER_KEYS = frozenset({"use_sliding_window", "max_window_layers"})
 # Norms over the heads of q and k, as others call them.
 _QK_NORM_KEYS = ("qk_layer_norms", "qk_layernorm", "qk_norm", "use_qk_norm")
+_WINDOW = 4096
+_FUSED_MLP = ("gate_up_proj",)
+_GELU_TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
+_GEMMA_NAMES = LayerNames(
+    norms_before=("input_layernorm", "pre_feedforward_layernorm"),
+    norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+_GEMMA_DEFAULTS = {
+    "head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "sliding_window": _WINDOW, "tie_word_embeddings": True,
+}  # fmt: skip
+_ATTN_SOFTCAP, _FINAL_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "Gemma2ForCausalLM": Architecture(
+        model_type="gemma2", attention_bias="config", has_o_bias=True, window="alternate",
+        names=_GEMMA_NAMES, activation_keys=("hidden_activation",), activations=_GELU_TANH,
+        norm_offset=1.0, query_scale_key="query_pre_attn_scalar", is_embedding_scaled=True,
+        softcap_keys=(_ATTN_SOFTCAP, _FINAL_SOFTCAP),
+        defaults={**_GEMMA_DEFAULTS, _ATTN_SOFTCAP: 50.0, _FINAL_SOFTCAP: 30.0},
+        known_keys=frozenset({"query_pre_attn_scalar", _ATTN_SOFTCAP, _FINAL_SOFTCAP}),
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        model_type="gemma3_text", attention_bias="config", has_o_bias=True, has_qk_norm=True,
+        window="pattern", names=_GEMMA_NAMES, activation_keys=("hidden_activation",),
+        activations=_GELU_TANH, norm_offset=1.0, query_scale_key="query_pre_attn_scalar",
+        is_embedding_scaled=True, softcap_keys=(_FINAL_SOFTCAP,),
+        # The text_config of a model for images says little more than its own sizes.
+        defaults={
+            **_GEMMA_DEFAULTS, "vocab_size": 262208, "hidden_size": 2304,
+            "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+            "max_position_embeddings": 131072,
+        },
+        rope=RopeKeys(has_kinds=True, default_theta=1e6),
+        known_keys=frozenset(
+            {
+                "query_pre_attn_scalar", _FINAL_SOFTCAP, "sliding_window_pattern",
+                "rope_local_base_freq",
+            }
+        ),
+    ),
+    "Glm4ForCausalLM": Architecture(
+        model_type="glm4", attention_bias="config", has_pairs=True,
+        names=LayerNames(
+            gate_up=_FUSED_MLP, norms_after=("post_self_attn_layernorm", "post_mlp_layernorm"),
+        ),
+        defaults={
+            "attention_bias": True, "head_dim": 128, "num_key_value_heads": 2,
+            "rms_norm_eps": 1.5625e-7,
+        },
+        rope=RopeKeys(has_partial=True, default_partial=0.5),
+    ),
     "LlamaForCausalLM": Architecture(
         model_type="llama", attention_bias="config", has_o_bias=True, mlp_bias="config",
         known_keys=frozenset({"use_sliding_window"}),
     ),
-    "MistralForCausalLM": Architecture(model_type="mistral", default_kv_heads=8, window="all"),
+    "Ministral3ForCausalLM": Architecture(
+        model_type="ministral3", window="all",
+        defaults={
+            "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262144,
+        },
+        rope=RopeKeys(
+            has_query_scale=True,
+            default_table={
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+                "llama_4_scaling_beta": 0.1,
+            },
+        ),
+    ),
+    "MistralForCausalLM": Architecture(
+        model_type="mistral", window="all",
+        defaults={"num_key_value_heads": 8, "sliding_window": _WINDOW},
+    ),
+    "Phi3ForCausalLM": Architecture(
+        model_type="phi3", window="all",
+        names=LayerNames(qkv=("qkv_proj",), gate_up=_FUSED_MLP),
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        rope=RopeKeys(
+            # What the family's first files call su and yarn is LongRoPE.
+            types={
+                "default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"
+            },
+            has_partial=True,
+        ),
+        known_keys=frozenset({"original_max_position_embeddings"}),
+    ),
     "Qwen2ForCausalLM": Architecture(
-        model_type="qwen2", default_kv_heads=32, attention_bias="always", window="upper",
+        model_type="qwen2", attention_bias="always", window="upper",
+        defaults={"num_key_value_heads": 32, "sliding_window": _WINDOW},
         known_keys=_UPPER_KEYS,
     ),
     "Qwen3ForCausalLM": Architecture(
-        model_type="qwen3", default_kv_heads=32, default_head_dim=128, attention_bias="config",
-        has_o_bias=True, has_qk_norm=True, window="upper", known_keys=_UPPER_KEYS,
+        model_type="qwen3", attention_bias="config", has_o_bias=True, has_qk_norm=True,
+        window="upper",
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": _WINDOW},
+        known_keys=_UPPER_KEYS,
         neutral=dict.fromkeys(_QK_NORM_KEYS, (True,)),
+    ),
+}  # fmt: skip
+
+_IMAGE_KEYS = frozenset({"image_token_index", "image_token_id", "vision_feature_layer"})
+
+MULTIMODAL: dict[str, Multimodal] = {
+    "Gemma3ForConditionalGeneration": Multimodal(
+        model_type="gemma3", text_types=("gemma3_text",),
+        known_keys=_IMAGE_KEYS
+        | {
+            "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index",
+            "mm_tokens_per_image",
+        },
+    ),
+    "Mistral3ForConditionalGeneration": Multimodal(
+        model_type="mistral3", text_types=("mistral", "ministral3"),
+        known_keys=_IMAGE_KEYS
+        | {"multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size"},
     ),
 }  # fmt: skip

@@ -7,21 +7,51 @@ transformers 5 writes `rope_parameters` with everything in it. The tables are in
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
 from pyserve.errors import ConfigError
 from pyserve.model.fields import Fields
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 ROPE_TABLES = ("rope_scaling", "rope_parameters")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES: Mapping[str, RopeType] = {
+    "default": "default", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3",
+    "yarn": "yarn", "longrope": "longrope",
+}  # fmt: skip
+QUERY_BETA = "llama_4_scaling_beta"
 DEFAULT_THETA = 10_000.0
 MAX_THETA = 1e15
 MAX_FACTOR = 65536.0
 MAX_POSITION = 2**24
+
+
+class RopeKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """How a family's rotary embedding is told by config.json.
+
+    types         those that it may have, by the names that config.json gives them.
+    has_partial   whether partial_rotary_factor may be another than 1; it is default_partial where
+                  nothing says it.
+    has_query_scale
+                  whether llama_4_scaling_beta is read.
+    has_kinds     rope_parameters holds a table for each kind of layer. In older files rope_scaling
+                  is that of the layers without a window, and the others have a theta of their own.
+    default_table where there is none; None: nothing is scaled.
+    default_theta where nothing says rope_theta, `local_theta` where nothing says
+                  rope_local_base_freq.
+    """
+
+    types: Mapping[str, RopeType] = msgspec.field(default_factory=lambda: ROPE_TYPES)
+    has_partial: bool = False
+    default_partial: float = 1.0
+    has_query_scale: bool = False
+    has_kinds: bool = False
+    default_table: Mapping[str, object] | None = None
+    default_theta: float = DEFAULT_THETA
+    local_theta: float = DEFAULT_THETA
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +67,11 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
                       llama3: bounds of the interpolated band, in turns over the original context.
     beta_fast, beta_slow, truncate
                       yarn: bounds of the ramp in turns, and whether it starts on whole dimensions.
-    attention_factor  yarn: multiplies cos and sin.
+    attention_factor  yarn and longrope: multiplies cos and sin.
+    short_factors, long_factors
+                      longrope: what divides each frequency, of a server whose max_model_len is at
+                      most original_max_position, and of one that serves more.
+    query_beta        q is multiplied by 1 + beta * ln(1 + position // original_max_position).
     """
 
     type: RopeType
@@ -50,56 +84,97 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    query_beta: float = 0.0
     partial_rotary_factor: float = 1.0
+
+    def is_long(self, max_model_len: int) -> bool:
+        """Whether a server of so many tokens goes beyond what the model was first trained on.
+
+        Then it takes long_factors, for short prompts as well: keys that are in the cache are not
+        turned again when a sequence grows.
+        """
+        return max_model_len > self.original_max_position
+
+    def choice(self, max_model_len: int) -> str | None:
+        """What so many tokens settle, in words; None where they settle nothing."""
+        if self.type != "longrope":
+            return None
+        original = self.original_max_position
+        if self.is_long(max_model_len):
+            return (
+                f"longrope: long_factor for all prompts, as the context of {max_model_len} tokens "
+                f"is above {original}; --max-model-len {original} takes short_factor"
+            )
+        return (
+            f"longrope: short_factor, as the context of {max_model_len} tokens is not above "
+            f"{original}"
+        )
 
 
 def rope_from_fields(
-    config: Fields, max_position: int, *, layer_kind: str | None = None, has_partial: bool = False
+    config: Fields, max_position: int, row: RopeKeys, *, is_windowed: bool = False
 ) -> tuple[RopeConfig, int]:
     """The rotary embedding, and the tokens of context it gives a model of `max_position`.
 
-    layer_kind    whose table it is where there is one for each kind of layer; None: there is one.
-    has_partial   whether partial_rotary_factor may be another than 1.
+    is_windowed   whose table it is where the row has_kinds.
 
     Raises ConfigError for a type or a value that cannot be served, and for one that is said twice
     and differs: transformers 4 and 5 would each follow another one.
     """
     keys = [key for key in ROPE_TABLES if not config.is_empty(key)]
-    tables = [_table(config, key, layer_kind) for key in keys] or [None]
+    if is_windowed and row.has_kinds:
+        keys = [key for key in keys if key != "rope_scaling"]
+    tables = [_table(config, key, row, is_windowed) for key in keys] or [_default_table(row)]
+    theta_key = "rope_local_base_freq" if is_windowed and row.has_kinds else "rope_theta"
     ropes = []
     for table in tables:
-        factor = _partial_rotary_factor(config, table, has_partial)
-        rope, max_model_len = _rope(config, table, max_position)
-        rope = msgspec.structs.replace(rope, partial_rotary_factor=factor)
+        factor = _partial_rotary_factor(config, table, row)
+        theta = _theta(config, table, row, theta_key)
+        rope, max_model_len = _rope(config, table, theta, max_position, row)
+        beta = 0.0
+        if table is not None and row.has_query_scale:
+            beta = table.number(QUERY_BETA, 0, 1e3, default=0.0, is_nullable=True)
+        rope = msgspec.structs.replace(rope, partial_rotary_factor=factor, query_beta=beta)
         ropes.append((rope, max_model_len))
     if ropes[0] != ropes[-1]:
         raise _contradiction(ropes[0][0], ropes[1][0])
     return ropes[0]
 
 
-def _table(config: Fields, key: str, layer_kind: str | None) -> Fields | None:
+def _default_table(row: RopeKeys) -> Fields | None:
+    if row.default_table is None:
+        return None
+    return Fields(row.default_table, "config.json: the rope_parameters of the family")
+
+
+def _table(config: Fields, key: str, row: RopeKeys, is_windowed: bool) -> Fields | None:
     fields = config.table(key)
     nested = fields.tables()
-    if nested and layer_kind is not None:
-        return fields.table(layer_kind)
+    if row.has_kinds and key == "rope_parameters":
+        if not nested:
+            raise config.refuse(key, "must hold a table for each kind of layer")
+        kind = "sliding_attention" if is_windowed else "full_attention"
+        return fields.table(kind) if fields.has(kind) else None
     if nested:
         raise config.refuse(key, f"must be one table for all layers, not one for {nested[0]}")
     return fields
 
 
-def _partial_rotary_factor(config: Fields, rope: Fields | None, has_partial: bool) -> float:
+def _partial_rotary_factor(config: Fields, rope: Fields | None, row: RopeKeys) -> float:
     """From the table or the top level."""
     key, factors = "partial_rotary_factor", []
     for fields in (config, rope):
         if fields is not None:
             factor = fields.number(key, 0, 1, default=1.0, is_nullable=True)
-            if factor != 1.0 and not has_partial:
+            if factor != 1.0 and not row.has_partial:
                 raise fields.refuse(key, "must be 1")
             if fields.has(key):
                 factors.append(factor)
     if factors and rope is not None and factors[0] != factors[-1]:
         raise rope.refuse(key, f"contradicts the top level's {factors[0]:g}")
-    return factors[0] if factors else 1.0
+    return factors[0] if factors else row.default_partial
 
 
 def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
@@ -115,10 +190,11 @@ def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
     )
 
 
-def _rope(config: Fields, rope: Fields | None, max_position: int) -> tuple[RopeConfig, int]:
+def _rope(
+    config: Fields, rope: Fields | None, theta: float, max_position: int, row: RopeKeys
+) -> tuple[RopeConfig, int]:
     """As `rope_from_fields`, of one table."""
-    theta = _theta(config, rope)
-    kind = _rope_type(rope)
+    kind = _rope_type(rope, row.types)
     if rope is None or kind == "default":
         if rope is not None and rope.number("factor", 0, 1e9, default=1.0, is_nullable=True) != 1.0:
             raise rope.refuse("factor", 'has no meaning with rope_type "default"')
@@ -129,6 +205,8 @@ def _rope(config: Fields, rope: Fields | None, max_position: int) -> tuple[RopeC
     if kind == "llama3":
         # Its max_position_embeddings is the stretched context already.
         return _llama3(config, rope, theta, max_position), max_position
+    if kind == "longrope":
+        return _longrope(config, rope, theta, max_position), max_position  # stretched, too
     if kind == "yarn":
         scaled = _yarn(config, rope, theta, max_position)
     else:
@@ -141,35 +219,35 @@ def _rope(config: Fields, rope: Fields | None, max_position: int) -> tuple[RopeC
     return scaled, int(scaled.original_max_position * scaled.factor)
 
 
-def _theta(config: Fields, rope: Fields | None) -> float:
-    """From the table or the top level."""
-    sources = [fields for fields in (rope, config) if fields is not None]
+def _theta(config: Fields, rope: Fields | None, row: RopeKeys, top_key: str) -> float:
+    """From the table, or the top level, where it is called `top_key`."""
+    default = row.default_theta if top_key == "rope_theta" else row.local_theta
+    sources = [(config, top_key)] if rope is None else [(rope, "rope_theta"), (config, top_key)]
     saying = (
-        [fields for fields in sources if fields.has("rope_theta")]
-        or [fields for fields in sources if fields.is_null("rope_theta")]
+        [(fields, key) for fields, key in sources if fields.has(key)]
+        or [(fields, key) for fields, key in sources if fields.is_null(key)]
         or sources[-1:]
     )
     # Below 2 the frequencies hardly differ, and YaRN divides by the logarithm.
-    thetas = [
-        fields.number("rope_theta", 2.0, MAX_THETA, default=DEFAULT_THETA) for fields in saying
-    ]
+    thetas = [fields.number(key, 2.0, MAX_THETA, default=default) for fields, key in saying]
     if thetas[0] != thetas[-1]:
-        raise saying[0].refuse("rope_theta", f"contradicts the top level's {thetas[-1]:g}")
+        fields, key = saying[0]
+        raise fields.refuse(key, f"contradicts the top level's {thetas[-1]:g}")
     return thetas[0]
 
 
-def _rope_type(rope: Fields | None) -> RopeType:
+def _rope_type(rope: Fields | None, types: Mapping[str, RopeType]) -> RopeType:
     if rope is None:
         return "default"
     key = "rope_type" if rope.has("rope_type") else "type"
     if not rope.has(key) and rope.has("factor"):
-        raise rope.refuse("rope_type", f"must be one of {', '.join(ROPE_TYPES)}")
-    kind = rope.string(key, default="default", is_nullable=True)
-    if kind not in ROPE_TYPES:
-        raise rope.refuse(key, f"must be one of {', '.join(ROPE_TYPES)}")
-    if rope.has("type") and rope.string("type") != kind:
-        raise rope.refuse("type", f"contradicts rope_type {kind}")
-    return cast(RopeType, kind)
+        raise rope.refuse("rope_type", f"must be one of {', '.join(types)}")
+    name = rope.string(key, default="default", is_nullable=True)
+    if name not in types:
+        raise rope.refuse(key, f"must be one of {', '.join(types)}")
+    if rope.has("type") and types.get(rope.string("type")) != types[name]:
+        raise rope.refuse("type", f"contradicts rope_type {name}")
+    return types[name]
 
 
 def _original_max_position(config: Fields, rope: Fields, max_position: int) -> int:
@@ -223,6 +301,29 @@ def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> Rope
         beta_slow=beta_slow,
         truncate=rope.boolean("truncate", default=True),
         attention_factor=attention_factor,
+    )
+
+
+def _longrope(config: Fields, rope: Fields, theta: float, max_position: int) -> RopeConfig:
+    original = _original_max_position(config, rope, max_position)
+    factor = rope.number(
+        "factor", 1e-3, MAX_FACTOR, default=max_position / original, is_nullable=True
+    )
+    attention_factor = 1.0
+    if rope.has("attention_factor"):
+        attention_factor = rope.number("attention_factor", 0.0, 1e3)
+    elif factor > 1.0:
+        if original == 1:
+            raise rope.refuse("original_max_position_embeddings", "must be above 1")
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeConfig(
+        type="longrope",
+        theta=theta,
+        original_max_position=original,
+        factor=factor,
+        attention_factor=attention_factor,
+        short_factors=rope.numbers("short_factor", 1e-3, MAX_FACTOR),
+        long_factors=rope.numbers("long_factor", 1e-3, MAX_FACTOR),
     )
 
 

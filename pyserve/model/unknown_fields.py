@@ -15,8 +15,8 @@ import msgspec
 
 from pyserve.errors import ConfigError
 from pyserve.model.fields import shown
-from pyserve.model.registry import Architecture
-from pyserve.model.rope_config import ROPE_TABLES, RopeType
+from pyserve.model.registry import Architecture, Multimodal
+from pyserve.model.rope_config import QUERY_BETA, ROPE_TABLES, RopeType
 
 # Read elsewhere, or without effect on what is computed.
 _KNOWN = frozenset(
@@ -31,9 +31,9 @@ _KNOWN = frozenset(
     attn_implementation bad_words_ids chunk_size_feed_forward classifier_dropout custom_pipelines
     decoder_start_token_id embd_pdrop finetuning_task id2label is_decoder is_llama_config
     keys_to_ignore_at_inference label2id max_length name_or_path num_labels output_attentions
-    output_hidden_states problem_type resid_pdrop return_dict sep_token_id task_specific_params
-    temperature tokenizer_class top_k top_p torchscript transformers.js_config unsloth_fixed
-    unsloth_version use_bfloat16 use_return_dict
+    cache_implementation output_hidden_states problem_type resid_pdrop return_dict sep_token_id
+    task_specific_params temperature tokenizer_class top_k top_p torchscript
+    transformers.js_config unsloth_fixed unsloth_version use_bfloat16 use_return_dict
     """.split()
 )
 _ORIGINAL_MAX_POSITION = "original_max_position_embeddings"
@@ -48,6 +48,9 @@ _KNOWN_IN_ROPE: dict[RopeType, frozenset[str]] = {
         """.split()
     )
     | {_ORIGINAL_MAX_POSITION},
+    "longrope": frozenset(
+        {"factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL_MAX_POSITION}
+    ),
 }
 _KNOWN_IN_EVERY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
@@ -96,6 +99,7 @@ _CHANGING: dict[str, _Row] = {
     # positions
     **_rows(_OFF, "alibi use_alibi rope_interleave rope_interleaved rotary_interleaved use_mrope "
                   "use_dynamic_ntk"),
+    **_rows(_ONE, "full_attn_mod interpolate_factor"),
     "position_embedding_type": _Row(("rope", "RoPE", "ROPE", "rotary")),
     "use_rope": _Row((True,)),
     **_rows(_ONE, "rope_pct rotary_pct rotary_percent rope_ratio rope_scaling_factor"),
@@ -147,6 +151,7 @@ _CHANGING: dict[str, _Row] = {
                   "output_multiplier output_multiplier_scale"),
     **_rows(_OFF, "scale_embedding mup_enabled use_mup"),
     "dim_model_base": _Row(same_as="hidden_size"),
+    "lm_head_bias": _OFF,
     **_rows(_NEVER, "final_logit_softcapping logit_softcapping logits_soft_cap"),
     # layers that differ from each other, or are run more than once
     "block_configs": _NEVER,
@@ -176,12 +181,20 @@ def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     the model computes.
     """
     in_rope = _KNOWN_IN_EVERY_ROPE.union(*(_KNOWN_IN_ROPE[kind] for kind in model.rope_types))
+    if model.architecture.rope.has_query_scale:
+        in_rope |= {QUERY_BETA}
     known = _KNOWN | model.architecture.known_keys | in_rope & {_ORIGINAL_MAX_POSITION}
     names = set(_unknown(raw, "", known, _CHANGING, model))
     for table in ROPE_TABLES:
         for prefix, values in _rope_tables(raw, table, model):
             names.update(_unknown(values, prefix, in_rope, _CHANGING_IN_ROPE, model))
     return tuple(sorted(names))
+
+
+def unknown_outside_of_text(raw: Mapping[str, Any], row: Multimodal) -> set[str]:
+    """Names beside text_config that mean nothing here."""
+    known = _KNOWN | row.known_keys | {"text_config", "vision_config"}
+    return {name for name in raw if name not in known and not name.startswith("_")}
 
 
 def _rope_tables(
@@ -192,7 +205,7 @@ def _rope_tables(
     if not isinstance(table, dict):
         return
     kinds = [key for key, value in table.items() if isinstance(value, dict)]
-    if not kinds or not model.architecture.has_ropes_by_kind:
+    if not kinds or not model.architecture.rope.has_kinds:
         yield f"{name}.", table
         return
     for kind in kinds:

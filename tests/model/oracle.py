@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -33,8 +43,13 @@ logging.disable_progress_bar()
 
 VOCAB_SIZE = 211
 FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
@@ -50,6 +65,7 @@ TINY = {
     "initializer_range": 0.15,
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
 
 
@@ -66,6 +82,13 @@ class Case:
 def rope(kind: str, **values: Any) -> dict[str, Any]:
     parameters = {"rope_type": kind, "rope_theta": 10_000.0, **values}
     return {"rope_parameters": parameters}
+
+
+def longrope(original: int) -> dict[str, Any]:
+    factors = [1.0 + i / 4 for i in range(6)]
+    table = rope("longrope", short_factor=factors, long_factor=[3 * it for it in factors])
+    table["rope_parameters"]["partial_rotary_factor"] = 0.75
+    return table | {"original_max_position_embeddings": original}
 
 
 CASES = {
@@ -128,7 +151,47 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
-}
+    "phi3-head96-window": Case(
+        "phi3", {"hidden_size": 192, "num_attention_heads": 2, "sliding_window": 20}
+    ),
+    "phi3-partial-short": Case("phi3", {"tie_word_embeddings": True, **longrope(256)}),
+    "phi3-long": Case("phi3", longrope(16)),
+    "ministral3": Case(
+        "ministral3",
+        {
+            "head_dim": 32,
+            "max_position_embeddings": 128,
+            **rope(
+                "yarn", factor=8.0, original_max_position_embeddings=16, mscale=1.0,
+                mscale_all_dim=1.0, llama_4_scaling_beta=0.4,
+            ),
+        },
+    ),
+    "gemma2": Case(
+        "gemma2",
+        # Caps that are reached: scores and logits of random weights are small.
+        {
+            "head_dim": 32, "query_pre_attn_scalar": 9, "sliding_window": 20,
+            "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "hidden_size": 72,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma2-head256": Case(
+        "gemma2", {"head_dim": 256, "sliding_window": 256, "tie_word_embeddings": False}
+    ),
+    "gemma3": Case(
+        "gemma3",
+        {
+            "head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 12,
+            "num_hidden_layers": 6, "initializer_range": 0.1,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "glm4": Case("glm4", {"head_dim": 32, "attention_bias": True}),
+}  # fmt: skip
 
 
 def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -139,7 +202,7 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.2)
+                parameter.normal_(0.0 if family.startswith("gemma") else 1.0, 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
     return model
@@ -161,7 +224,10 @@ def load_theirs(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     if dtype == torch.float64:
         for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+            name = type(module).__name__
+            if name.startswith("Gemma") and name.endswith("RMSNorm"):
+                module.forward = _ExactNorm(1 + module.weight, module.eps)
+            elif name.endswith("RMSNorm"):
                 module.forward = _ExactNorm(module.weight, module.variance_epsilon)
     return model
 

@@ -94,6 +94,9 @@ def test_both_generations_of_names_mean_the_same(name: str, tmp_path: Path) -> N
     new["architectures"] = [oracle.FAMILIES[case.family][1].__name__]
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
     scaling = dict(new["rope_parameters"])
+    if (local := scaling.pop("sliding_attention", None)) is not None:
+        old["rope_local_base_freq"] = local["rope_theta"]
+        scaling = scaling["full_attention"]
     old["rope_theta"] = scaling.pop("rope_theta")
     scaling["type"] = scaling.pop("rope_type")
     old["rope_scaling"] = None if scaling == {"type": "default"} else scaling
@@ -260,7 +263,8 @@ REFUSED = [
     (LLAMA, {"rope_scaling": "linear"}, ["rope_scaling"]),
     (LLAMA, {"rope_scaling": {"factor": 2.0}}, ["rope_type"]),
     (LLAMA, {"rope_scaling": {"type": "su", "factor": 2.0}}, ["type", '"su"', "yarn"]),
-    (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, ["longrope"]),
+    (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, ["short_factor", "missing"]),
+    (LLAMA, {"rope_scaling": {"rope_type": "proportional"}}, ["proportional", "longrope"]),
     (LLAMA, {"rope_scaling": {"type": "linear"}}, ["rope_scaling", "factor", "missing"]),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 60000}}, ["context", "983040000"]),

@@ -1,70 +1,20 @@
-"""Families that are not served, by rows of their own: what the description says, what is lacking.
-
-The rows stand here and not in registry.py: a family is served when its row is there.
-"""
+"""What the layers of real models are, as their config.json says it; what a card lacks is named."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-)
 
 from pyserve.errors import ConfigError
-from pyserve.model import config as config_module
 from pyserve.model.build import build_model
-from pyserve.model.config import ModelConfig, describe
-from pyserve.model.decoder import Decoder
-from pyserve.model.layer_config import LayerNames
+from pyserve.model.config import ModelConfig
 from pyserve.model.placement import META, Placement
-from pyserve.model.registry import ARCHITECTURES, Architecture
 from pyserve.model.rope_config import RopeConfig
-from tests.model import oracle
-from tests.model.driver import Driver
 
-PROMPT = random.Random(5).choices(range(oracle.VOCAB_SIZE), k=45)
-
-PHI3 = Architecture(
-    model_type="phi3",
-    names=LayerNames(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
-    window="all",
-    has_partial_rotary=True,
-    known_keys=frozenset({"original_max_position_embeddings"}),
-)
-GEMMA2 = Architecture(
-    model_type="gemma2",
-    default_head_dim=256,
-    is_tied=True,
-    attention_bias="config",
-    has_o_bias=True,
-    window="alternate",
-    names=LayerNames(
-        norms_before=("input_layernorm", "pre_feedforward_layernorm"),
-        norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
-    ),
-    activation_keys=("hidden_activation",),
-    activations={"gelu_pytorch_tanh": "gelu_tanh"},
-    norm_offset=1.0,
-    query_scale_key="query_pre_attn_scalar",
-    has_softcaps=True,
-    is_embedding_scaled=True,
-    known_keys=frozenset(
-        {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
-    ),
-)
 PHI3_MINI: dict[str, Any] = {  # as microsoft/Phi-3-mini-4k-instruct has it
     "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False,
     "attention_dropout": 0.0, "embd_pdrop": 0.0, "hidden_act": "silu", "hidden_size": 3072,
@@ -73,6 +23,15 @@ PHI3_MINI: dict[str, Any] = {  # as microsoft/Phi-3-mini-4k-instruct has it
     "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
     "sliding_window": 2047, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "vocab_size": 32064,
+}  # fmt: skip
+PHI4_MINI = PHI3_MINI | {  # as microsoft/Phi-4-mini-instruct has it
+    "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False,
+    "max_position_embeddings": 131072, "num_attention_heads": 24, "num_key_value_heads": 8,
+    "partial_rotary_factor": 0.75, "sliding_window": 262144, "tie_word_embeddings": True,
+    "vocab_size": 200064,
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 47 + [45.0],
+    },
 }  # fmt: skip
 GEMMA2_27B: dict[str, Any] = {  # as google/gemma-2-27b-it has it
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attention_bias": False,
@@ -84,26 +43,63 @@ GEMMA2_27B: dict[str, Any] = {  # as google/gemma-2-27b-it has it
     "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "bfloat16",
     "vocab_size": 256000,
 }  # fmt: skip
+GEMMA3_4B: dict[str, Any] = {  # as google/gemma-3-4b-it has it
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+    "boi_token_index": 255999, "eoi_token_index": 256000, "eos_token_id": [1, 106],
+    "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+        "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152},
+}  # fmt: skip
+MISTRAL_SMALL: dict[str, Any] = {  # as mistralai/Mistral-Small-3.1-24B-Instruct-2503 has it
+    "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+    "image_token_index": 10, "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2, "torch_dtype": "bfloat16", "vision_feature_layer": -1,
+    "text_config": {
+        "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+        "initializer_range": 0.02, "intermediate_size": 32768, "max_position_embeddings": 131072,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1e9,
+        "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+    },
+    "vision_config": {"hidden_size": 1024},
+}  # fmt: skip
+MINISTRAL3: dict[str, Any] = {
+    "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 131072,
+    "num_attention_heads": 32, "num_hidden_layers": 34, "num_key_value_heads": 8,
+    "max_position_embeddings": 262144, "dtype": "bfloat16",
+}  # fmt: skip
+GLM4_9B: dict[str, Any] = {  # as THUDM/GLM-4-9B-0414 has it
+    "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": True,
+    "attention_dropout": 0.0, "eos_token_id": [151329, 151336, 151338], "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 13696,
+    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 40,
+    "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "vocab_size": 151552,
+}  # fmt: skip
+REAL = {
+    "phi3-mini": PHI3_MINI, "phi4-mini": PHI4_MINI, "gemma2": GEMMA2_27B, "gemma3": GEMMA3_4B,
+    "mistral-small": MISTRAL_SMALL, "ministral3": MINISTRAL3, "glm4": GLM4_9B,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("raw", [PHI3_MINI, GEMMA2_27B], ids=["phi3", "gemma2"])
-def test_families_without_a_row_are_refused_as_ever(raw: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        ModelConfig.from_hf(raw)
-    supported = ", ".join(sorted(ARCHITECTURES))
-    assert str(refusal.value) == (
-        f"config.json: architectures must hold one of: {supported}, "
-        f'got ["{raw["architectures"][0]}"]'
-    )
+@pytest.mark.parametrize("name", REAL)
+def test_every_field_of_a_real_config_means_something(name: str) -> None:
+    config = ModelConfig.from_hf(REAL[name])
+    assert config.unknown_fields == () and config.dtype == "bfloat16"
+    build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
 
 
-def test_phi3_is_a_row() -> None:
-    config = describe(PHI3_MINI, "Phi3ForCausalLM", PHI3)
-    assert config.lacking() == [] and config.unknown_fields == ()
+def test_phi3_has_fused_tensors() -> None:
+    config = ModelConfig.from_hf(PHI3_MINI)
     assert len(config.layers) == 32 and len(set(config.layers)) == 1
     layer = config.layers[0]
     assert (layer.attention.head_dim, layer.attention.window) == (96, 2047)
-    assert layer.names.qkv == ("qkv_proj",) and layer.names.gate_up == ("gate_up_proj",)
     shapes = {
         name: destination.shape
         for name, destination in build_model(
@@ -121,135 +117,164 @@ def test_phi3_is_a_row() -> None:
     }
 
 
-def test_gemma2_is_a_row_and_what_it_lacks_is_named() -> None:
-    config = describe(GEMMA2_27B, "Gemma2ForCausalLM", GEMMA2)
-    assert config.unknown_fields == () and config.tie_word_embeddings
+def test_longrope_is_chosen_by_the_context_of_the_server() -> None:
+    config = ModelConfig.from_hf(PHI4_MINI)
+    rope = config.layers[0].attention.rope
+    assert (rope.type, rope.original_max_position, config.max_model_len) == (
+        "longrope",
+        4096,
+        131072,
+    )
+    assert rope.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+    assert config.layers[0].attention.rotary_dim == 96
+    assert config.choices(4096) == [
+        "longrope: short_factor, as the context of 4096 tokens is not above 4096"
+    ]
+    (long,) = config.choices(4097)
+    assert "long_factor for all prompts" in long and "--max-model-len 4096" in long
+    assert ModelConfig.from_hf(PHI3_MINI).choices(4096) == []
+    for name in ("su", "yarn"):  # older names of it, in this family
+        old = PHI4_MINI["rope_scaling"] | {"type": name}
+        assert ModelConfig.from_hf(PHI4_MINI | {"rope_scaling": old}) == config
+
+
+def test_gemma2_has_its_scales_and_caps() -> None:
+    config = ModelConfig.from_hf(GEMMA2_27B)
+    assert config.tie_word_embeddings
     assert config.embedding_scale == math.sqrt(4608) and config.logit_softcap == 30.0
     assert [layer.attention.window for layer in config.layers[:4]] == [4096, 0, 4096, 0]
     for layer in config.layers:
         assert layer.attention.softmax_scale == 144**-0.5 and layer.attention.softcap == 50.0
         assert layer.mlp.activation == "gelu_tanh" and layer.norm.offset == 1.0
-    assert config.lacking() == [
-        "norms that multiply by the weight + 1",
-        "attention scores capped at 50",
-        "the activation gelu_tanh",
-        "embeddings times 67.8823",
-        "logits capped at 30",
-    ]
-    with pytest.raises(AssertionError, match="capped at 50"):
-        build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    absent = {key: value for key, value in GEMMA2_27B.items() if key not in caps}
+    assert ModelConfig.from_hf(absent) == config
+    uncapped = ModelConfig.from_hf(GEMMA2_27B | dict.fromkeys(caps))
+    assert uncapped.logit_softcap == uncapped.layers[0].attention.softcap == 0
 
 
-def test_a_row_that_lacks_something_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = ARCHITECTURES | {"Gemma2ForCausalLM": GEMMA2}
-    monkeypatch.setattr(config_module, "ARCHITECTURES", rows)
-    with pytest.raises(ConfigError) as refusal:
-        ModelConfig.from_hf(GEMMA2_27B)
-    for word in ("config.json: Gemma2ForCausalLM", "the weight + 1", "scores capped at 50",
-                 "gelu_tanh", "embeddings times 67.88", "logits capped at 30"):  # fmt: skip
-        assert word in str(refusal.value)
-    with pytest.raises(ConfigError, match="hidden_activation must be gelu_tanh"):
-        ModelConfig.from_hf(GEMMA2_27B | {"hidden_activation": "gelu"})
-    with pytest.raises(ConfigError, match="query_pre_attn_scalar must be a number"):
-        ModelConfig.from_hf(GEMMA2_27B | {"query_pre_attn_scalar": 0})
-
-
-def test_a_rope_table_for_each_kind_of_layer() -> None:
-    row = msgspec.structs.replace(PHI3, has_ropes_by_kind=True, window="alternate")
-    tables = {
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+def test_gemma3_has_a_rope_and_a_window_for_each_kind_of_layer() -> None:
+    config = ModelConfig.from_hf(GEMMA3_4B)
+    assert config.architecture == "Gemma3ForCausalLM" and config.tie_word_embeddings
+    assert [layer.attention.window for layer in config.layers[:6]] == [1024] * 5 + [0]
+    sliding, full = config.layers[0].attention, config.layers[5].attention
+    assert (full.num_heads, full.num_kv_heads, full.head_dim, full.has_qk_norm) == (8, 4, 256, True)
+    plain = RopeConfig(type="default", theta=1e4, original_max_position=131072)
+    assert sliding.rope == plain
+    assert full.rope == RopeConfig(
+        type="linear", theta=1e6, original_max_position=131072, factor=8.0
+    )
+    assert config.max_model_len == 131072, "what the layers with the shorter reach can"
+    decoder = build_model(config, Placement(torch.float32, META), max_model_len=8)
+    tables = [layer.attention.cos_sin for layer in decoder.layers]
+    assert tables[0] is tables[1] is not tables[5] is tables[11]
+    # As transformers 5 writes it.
+    text = {key: value for key, value in GEMMA3_4B["text_config"].items() if key != "rope_scaling"}
+    new = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "tick": 1},
     }
-    raw = PHI3_MINI | {"rope_theta": None, "rope_parameters": tables}
-    config = describe(raw, "Phi3ForCausalLM", row)
-    sliding, full = (layer.attention for layer in config.layers[:2])
-    assert (sliding.window, full.window) == (2047, 0)
-    plain = RopeConfig(type="default", theta=1e4, original_max_position=4096)
-    assert sliding.rope == plain
-    scaled = msgspec.structs.replace(plain, type="linear", theta=1e6, factor=8.0)
-    assert full.rope == scaled
-    assert config.unknown_fields == ("rope_parameters.sliding_attention.tick",)
-    assert config.max_model_len == 4096, "what the layers with the shorter reach can"
-    decoder = build_model(config, Placement(torch.float32, META), max_model_len=8)
-    tables_made = [layer.attention.cos_sin for layer in decoder.layers]
-    assert tables_made[0] is tables_made[2] is not tables_made[1] is tables_made[3]
+    newer = ModelConfig.from_hf(GEMMA3_4B | {"text_config": text | {"rope_parameters": new}})
+    assert newer.layers == config.layers
+    assert newer.unknown_fields == ("rope_parameters.sliding_attention.tick",)
     # A window that never ends changes nothing about the rotation.
-    wide = describe(raw | {"sliding_window": 4096}, "Phi3ForCausalLM", row)
-    assert [layer.attention.window for layer in wide.layers[:2]] == [0, 0]
-    assert [layer.attention.rope for layer in wide.layers[:2]] == [plain, scaled]
-    with pytest.raises(ConfigError, match="one table for all layers, not one for full_attention"):
-        describe(raw, "Phi3ForCausalLM", PHI3)
-
-
-@pytest.mark.parametrize("factor", [0.01, 0.55])
-def test_a_rotation_of_an_odd_part_is_refused(factor: float) -> None:
-    with pytest.raises(ConfigError, match="partial_rotary_factor must make an even number of"):
-        describe(PHI3_MINI | {"partial_rotary_factor": factor, "num_attention_heads": 48,
-                              "num_key_value_heads": 48}, "Phi3ForCausalLM", PHI3)  # fmt: skip
-
-
-def test_a_part_that_is_said_twice_must_be_the_same() -> None:
-    table = {"rope_type": "default", "partial_rotary_factor": 0.5}
-    both = PHI3_MINI | {"rope_parameters": table, "partial_rotary_factor": 0.75}
-    with pytest.raises(ConfigError, match="partial_rotary_factor contradicts the top level's 0.75"):
-        describe(both, "Phi3ForCausalLM", PHI3)
-
-
-def random_weights(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.normal_(0.5, 0.2)
-    return model.eval()
-
-
-def load(
-    folder: Path, row: Architecture, monkeypatch: pytest.MonkeyPatch, **changes: Any
-) -> Decoder:
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    monkeypatch.setattr(config_module, "ARCHITECTURES", {name: row})
-    return oracle.load_ours(folder, **changes)
-
-
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 12}, {"partial_rotary_factor": 0.5}])
-def test_phi3_by_its_row_computes_what_transformers_does(
-    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fused names, a window on all layers, a rotation of half of each head."""
-    torch.manual_seed(0)
-    settings = oracle.TINY | {"pad_token_id": None, "sliding_window": None} | changes
-    model = random_weights(Phi3ForCausalLM(Phi3Config(**settings)))
-    model.save_pretrained(tmp_path)
-    expected = oracle.their_logits(model, PROMPT, is_stepwise=False)
-    driver = Driver(load(tmp_path, PHI3, monkeypatch))
-    logits = torch.cat([driver.step({0: PROMPT[:20]}), driver.step({0: PROMPT[20:]})])
-    assert oracle.relative_error(logits, expected.double()) < 1e-5
-
-
-def test_norms_after_the_blocks_compute_what_transformers_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gemma-2 without its caps: norms of 1 + w and scaled embeddings are put into the weights."""
-    torch.manual_seed(0)
-    settings = oracle.TINY | {
-        "head_dim": 16, "query_pre_attn_scalar": 9, "attn_logit_softcapping": None,
-        "final_logit_softcapping": None, "hidden_activation": "silu", "sliding_window": 12,
-        "pad_token_id": None, "tie_word_embeddings": False,
-    }  # fmt: skip
-    model = random_weights(Gemma2ForCausalLM(Gemma2Config(**settings)))
-    model.save_pretrained(tmp_path)
-    expected = oracle.their_logits(model, PROMPT, is_stepwise=False)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    for name in tensors:
-        if name.endswith("norm.weight"):
-            tensors[name] = tensors[name] + 1
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * 8  # sqrt(64)
-    save_file(tensors, path)
-    row = msgspec.structs.replace(
-        GEMMA2, norm_offset=0.0, is_embedding_scaled=False, activations={"silu": "silu"}
+    wide = ModelConfig.from_hf(
+        GEMMA3_4B | {"text_config": GEMMA3_4B["text_config"] | {"sliding_window": 131072}}
     )
-    decoder = load(tmp_path, row, monkeypatch)
-    assert [layer.attention.window for layer in decoder.config.layers] == [12, 0, 12]
-    logits = Driver(decoder).step({0: PROMPT})
-    assert oracle.relative_error(logits, expected.double()) < 1e-5
+    assert [layer.attention.window for layer in wide.layers[:6]] == [0] * 6
+    assert [layer.attention.rope for layer in wide.layers[:6]] == [plain] * 5 + [full.rope]
+
+
+def test_ministral3_is_scaled_where_it_is_long() -> None:
+    config = ModelConfig.from_hf(MINISTRAL3)
+    rope = config.layers[0].attention.rope
+    assert (rope.type, rope.query_beta, rope.attention_factor) == ("yarn", 0.1, 1.0)
+    assert config.max_model_len == 262144
+    assert config.lacking_on_cuda(16384) == []
+    assert config.lacking_on_cuda(16385) == [
+        "queries scaled by their position (llama_4_scaling_beta), from 16384 tokens on"
+    ]
+
+
+def test_what_a_card_lacks_is_named() -> None:
+    lacks = {name: ModelConfig.from_hf(raw).lacking_on_cuda(4096) for name, raw in REAL.items()}
+    gemma = ["norms that multiply by the weight + 1", "the activation gelu_tanh"]
+    assert lacks == {
+        "phi3-mini": ["head_dim 96"], "phi4-mini": [], "mistral-small": [], "ministral3": [],
+        "glm4": [], "gemma2": ["attention scores capped at 50", *gemma],
+        "gemma3": ["head_dim 256", *gemma],
+    }  # fmt: skip
+
+
+HELD_OUT: list[tuple[str, dict[str, Any], str]] = [
+    # (model, one change that is not supported, what the refusal names)
+    ("phi3-mini", {"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+    ("phi3-mini", {"attention_bias": True}, "attention_bias"),
+    ("phi3-mini", {"hidden_act": "gelu"}, "hidden_act"),
+    ("phi3-mini", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type"),
+    ("phi3-mini", {"rope_scaling": {"type": "su", "long_factor": [1.0] * 48}}, "short_factor"),
+    ("phi3-mini", {"num_experts": 8}, "num_experts"),
+    ("phi4-mini", {"partial_rotary_factor": 1.0}, "short_factor must hold 64 numbers"),
+    ("phi4-mini", {"lm_head_bias": True}, "lm_head_bias"),
+    (
+        "phi4-mini",
+        {"rope_scaling": PHI4_MINI["rope_scaling"] | {"short_factor": [1.0, "2"]}},
+        "short_factor must be a list of numbers",
+    ),
+    (
+        "phi4-mini",
+        {"rope_scaling": PHI4_MINI["rope_scaling"] | {"long_factor": [0] * 48}},
+        "long_factor must be a list of numbers",
+    ),
+    (
+        "phi4-mini",
+        {"rope_scaling": PHI4_MINI["rope_scaling"] | {"short_mscale": 1.1}},
+        "rope_scaling.short_mscale",
+    ),
+    ("phi4-mini", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation must be gelu_tanh"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a number"),
+    ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"sliding_window": None, "layer_types": ["sliding_attention"] * 46}, "layer_types"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+    ("gemma3", {"model_type": "gemma2"}, "model_type must be gemma3_text"),
+    ("gemma3", {"num_kv_shared_layers": 4}, "num_kv_shared_layers"),
+    ("mistral-small", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta"),
+    ("mistral-small", {"hidden_size": None}, "hidden_size is missing"),
+    ("ministral3", {"attention_bias": True}, "attention_bias"),
+    ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": "x"}}, "llama_4_scaling_beta"),
+    ("glm4", {"partial_rotary_factor": 0.51}, "partial_rotary_factor must make an even number of"),
+    ("glm4", {"use_qk_norm": True}, "use_qk_norm"),
+    ("glm4", {"n_routed_experts": 64}, "n_routed_experts"),
+    (
+        "glm4",
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+        "q_proj is quantised",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), HELD_OUT)
+def test_a_change_that_is_not_supported_is_refused_by_name(
+    name: str, changes: dict[str, Any], words: str
+) -> None:
+    raw = json.loads(json.dumps(REAL[name]))
+    raw.get("text_config", raw).update(changes)
+    with pytest.raises(ConfigError, match=r"^config\.json: ") as refusal:
+        build_model(ModelConfig.from_hf(raw), Placement(torch.bfloat16, META), max_model_len=1)
+    assert words in str(refusal.value)
+
+
+def test_what_stands_outside_of_the_text_model() -> None:
+    raw = MISTRAL_SMALL | {"tie_word_embeddings": True, "my_trick": 1}
+    config = ModelConfig.from_hf(raw)
+    assert config.tie_word_embeddings and config.unknown_fields == ("my_trick",)
+    assert not ModelConfig.from_hf(MISTRAL_SMALL).tie_word_embeddings
+    for text in (None, 7):
+        with pytest.raises(ConfigError, match=r"config\.json: text_config (is missing|must be an)"):
+            ModelConfig.from_hf(MISTRAL_SMALL | {"text_config": text})
+    with pytest.raises(ConfigError, match="model_type must be mistral3 for Mistral3ForCond"):
+        ModelConfig.from_hf(MISTRAL_SMALL | {"model_type": "gemma3"})

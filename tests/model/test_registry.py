@@ -23,8 +23,13 @@ WINDOW = 16
 
 # What the checkpoint is made of: shapes that fit the defaults of the family.
 BASES: dict[str, dict[str, Any]] = {
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256},
+    "gemma3": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": WINDOW},
+    "glm4": {"head_dim": 128},
+    "ministral3": {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128},
     "llama": {"num_key_value_heads": 4},
     "mistral": {"num_attention_heads": 8, "num_key_value_heads": 8, "sliding_window": WINDOW},
+    "phi3": {"num_key_value_heads": 4},
     "qwen2": {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 32},
     "qwen3": {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128},
 }
@@ -74,7 +79,59 @@ SAME: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"head_dim": ABSENT, "num_key_value_heads": ABSENT}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING}),
     ("qwen3", {"attention_bias": ABSENT, "use_qk_norm": True}),
-]
+    ("phi3", {"num_key_value_heads": ABSENT, "rms_norm_eps": ABSENT, "sliding_window": ABSENT}),
+    ("phi3", {"original_max_position_embeddings": ABSENT, "tie_word_embeddings": ABSENT}),
+    ("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.5, "rope_parameters": ABSENT}),
+    (
+        "phi3",
+        {"rope_parameters": ABSENT, "original_max_position_embeddings": 16}
+        | {"rope_scaling": {"type": "yarn", "short_factor": [1] * 8, "long_factor": [2.5] * 8}},
+    ),
+    (
+        "gemma2",
+        dict.fromkeys(
+            ("head_dim", "num_key_value_heads", "query_pre_attn_scalar", "attn_logit_softcapping",
+             "final_logit_softcapping", "sliding_window", "tie_word_embeddings",
+             "hidden_activation", "layer_types", "rms_norm_eps"),
+            ABSENT,
+        ),
+    ),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma2", {"sliding_window": WINDOW, "layer_types": FULL, "hidden_act": "gelu"}),
+    ("gemma2", {"sliding_window": WINDOW, "layer_types": ABSENT, "attn_logit_softcapping": 1.5}),
+    (
+        "gemma3",
+        dict.fromkeys(
+            ("head_dim", "num_key_value_heads", "query_pre_attn_scalar", "tie_word_embeddings",
+             "final_logit_softcapping", "hidden_activation", "layer_types", "rope_parameters"),
+            ABSENT,
+        ),
+    ),
+    ("gemma3", {"layer_types": ABSENT, "sliding_window_pattern": 2}),
+    ("gemma3", {"layer_types": MIXED, "final_logit_softcapping": 2.0}),
+    (
+        "gemma3",
+        {"layer_types": MIXED, "rope_parameters": ABSENT, "rope_theta": 500.0}
+        | {"rope_local_base_freq": 90.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    ("gemma3", {"layer_types": MIXED, "rope_parameters": {"full_attention": LINEAR}}),
+    ("glm4", {"head_dim": ABSENT, "num_key_value_heads": ABSENT, "rms_norm_eps": ABSENT}),
+    ("glm4", {"attention_bias": ABSENT, "partial_rotary_factor": ABSENT}),
+    ("glm4", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    ("glm4", {"rope_parameters": ABSENT, "rope_theta": 500.0, "partial_rotary_factor": 0.25}),
+    ("ministral3", {"head_dim": ABSENT, "num_key_value_heads": ABSENT, "rms_norm_eps": ABSENT}),
+    ("ministral3", {"rope_parameters": ABSENT, "sliding_window": ABSENT}),
+    (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "type": "yarn", "rope_theta": 1e4, "factor": 32, "beta_fast": 32,
+                "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3,
+                "max_position_embeddings": 256,
+            }
+        },
+    ),
+]  # fmt: skip
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # (family, changes, what the refusal names); with all of them transformers answers, or an
     # implementation of the same model does, and not as we would.
@@ -96,6 +153,20 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"layer_types": SLIDING}, "layer_types"),
     ("qwen3", {"head_dim": 64}, "q_proj"),
     ("qwen3", {"attention_bias": True}, "q_proj.bias"),
+    ("phi3", {"num_key_value_heads": 2}, "qkv_proj"),
+    ("phi3", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "q_proj"),
+    ("phi3", {"intermediate_size": 48}, "gate_up_proj"),
+    (
+        "gemma2",
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"},
+        "softcapping",
+    ),
+    ("gemma3", {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "rope_parameters"),
+    ("gemma3", {"sliding_window": None}, "layer_types"),
+    ("gemma3", {"rope_parameters": LINEAR}, "rope_parameters"),
+    ("glm4", {"attention_bias": False}, "q_proj.bias"),
+    ("glm4", {"rope_interleave": True}, "rope_interleave"),
+    ("ministral3", {"sliding_window": 0}, "sliding_window"),
 ]
 
 

@@ -1,5 +1,6 @@
 // The CUDA side of rms_norm, add_rms_norm, rope_write_kv and silu_mul: arguments are checked and
-// handed to the kernels of norm.cu, rope.cu and activation.cu.
+// handed to the kernels of norm.cu, rope.cu and activation.cu. What only a CPU computes so far is
+// refused by name.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -112,6 +113,10 @@ void silu_mul(const Tensor& gate_up, const Tensor& out) {
   check_launch(kOp, gpu::launch_silu_mul(params, current_stream(gate_up)));
 }
 
+void gelu_tanh_mul(const Tensor& /*gate_up*/, const Tensor& /*out*/) {
+  PYSERVE_CHECK(false, "gelu_tanh_mul is computed on the CPU only so far");
+}
+
 }  // namespace
 }  // namespace pyserve
 
@@ -120,4 +125,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("add_rms_norm", TORCH_BOX(&pyserve::add_rms_norm));
   m.impl("rope_write_kv", TORCH_BOX(&pyserve::rope_write_kv));
   m.impl("silu_mul", TORCH_BOX(&pyserve::silu_mul));
+  m.impl("gelu_tanh_mul", TORCH_BOX(&pyserve::gelu_tanh_mul));
 }

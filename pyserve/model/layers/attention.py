@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pyserve import ops
+from pyserve.errors import ConfigError
 from pyserve.model.activations import Arena, AttentionActivations
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
@@ -13,11 +16,12 @@ from pyserve.model.layer_config import LayerConfig
 from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.placement import Placement
+from pyserve.model.schemes import Dense
 from pyserve.ops.attention_plan import decode_query_len
 
 
 class Attention:
-    """One layer's attention; `cos_sin` as layers/rotary.py makes it.
+    """One layer's attention; `cos_sin` and `query_scales` as layers/rotary.py makes them.
 
     sizes      heads, KV heads and head_dim here: layers with the same ones may share activations.
     is_adding  it adds to its `out`, the residual stream, instead of overwriting it. So it does
@@ -26,13 +30,14 @@ class Attention:
 
     __slots__ = (
         "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "is_adding", "_project", "_window",
-        "_num_heads", "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale",
-        "_q_norm_weight", "_k_norm_weight", "_eps", "_dtype", "_rope_query_len",
+        "_num_heads", "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale", "_softcap",
+        "_q_norm_weight", "_k_norm_weight", "_norm", "_query_scales", "_has_pairs", "_dtype",
+        "_rope_query_len",
     )  # fmt: skip
 
     def __init__(
         self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor, has_norm_after: bool,
+        cos_sin: torch.Tensor, query_scales: torch.Tensor | None, has_norm_after: bool,
     ) -> None:  # fmt: skip
         config, names = layer.attention, layer.names
         name = f"{name}.{names.attention}"
@@ -61,7 +66,8 @@ class Attention:
         self.cos_sin = cos_sin
         self._q_norm_weight = self.q_norm.weight if self.q_norm else None
         self._k_norm_weight = self.k_norm.weight if self.k_norm else None
-        self._eps = layer.norm.eps
+        self._norm = layer.norm
+        self._query_scales = query_scales
         self._dtype = placement.dtype
         self._window = config.window
         self._q_size = placement.share(*heads).size
@@ -69,9 +75,16 @@ class Attention:
         self._num_kv_heads = placement.share(*kv_heads).size // head_dim
         self._head_dim = head_dim
         self.sizes = self._num_heads, self._num_kv_heads, head_dim
-        self._softmax_scale = config.softmax_scale
+        self._softmax_scale, self._softcap = config.softmax_scale, config.softcap
+        self._has_pairs = config.has_pairs
+        if config.has_pairs and not isinstance(self.qkv.matrix, Dense):
+            raise ConfigError(
+                f"config.json: {name}.{names.qkv[0]} is quantised, and its neighbouring rows are "
+                "rotated together: not supported"
+            )
         # Steps without longer queries leave rope_write_kv's work to the attention kernel.
-        is_fused = self.q_norm is None and cos_sin.is_cuda and cos_sin.shape[1] == head_dim
+        is_plain = self.q_norm is None and query_scales is None and not config.softcap
+        is_fused = is_plain and cos_sin.is_cuda and cos_sin.shape[1] == head_dim
         self._rope_query_len = decode_query_len(*self.sizes[:2]) if is_fused else 0
 
     def __call__(
@@ -103,12 +116,12 @@ class Attention:
                 act.qkv, ctx.positions, self.cos_sin, ctx.slot_mapping, key_cache, value_cache,
                 num_heads=self._num_heads, num_kv_heads=self._num_kv_heads,
                 q_norm_weight=self._q_norm_weight, k_norm_weight=self._k_norm_weight,
-                eps=self._eps,
+                eps=self._norm.eps, norm_offset=self._norm.offset, q_scales=self._query_scales,
             )  # fmt: skip
             ops.paged_attention(
                 act.q, key_cache, value_cache, ctx.block_table, ctx.row_slots, ctx.cu_seqlens_q,
                 ctx.seq_lens, softmax_scale=self._softmax_scale, window=self._window,
-                max_query_len=ctx.max_query_len, plan=plan, out=act.heads,
+                max_query_len=ctx.max_query_len, plan=plan, out=act.heads, softcap=self._softcap,
             )  # fmt: skip
 
     def activations(self, arena: Arena, num_tokens: int) -> AttentionActivations:
@@ -126,8 +139,29 @@ class Attention:
         return KVSpec.of_heads(self._num_kv_heads, self._head_dim, self._dtype, self._window)
 
     def destinations(self) -> Destinations:
-        destinations = self.qkv.destinations() | self.o.destinations()
+        destinations = self.qkv.destinations()
+        if self._has_pairs:
+            destinations = {
+                name: replace(place, finish=self._order_halves)
+                for name, place in destinations.items()
+            }
+        destinations |= self.o.destinations()
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 destinations |= norm.destinations()
         return destinations
+
+    def _order_halves(self) -> None:
+        """Puts the rows of q and k whose results are rotated together half of rotary_dim apart.
+
+        The scores stay what they were, as q and k are put in one order.
+        """
+        assert isinstance(self.qkv.matrix, Dense)
+        num_turned, rotary_dim = self._num_heads + self._num_kv_heads, self.cos_sin.shape[1]
+        for parameter in (self.qkv.matrix.weight, self.qkv.bias):
+            if parameter is None:
+                continue
+            rows = parameter[: num_turned * self._head_dim]
+            turned = rows.view(num_turned, self._head_dim, -1)[:, :rotary_dim]
+            pairs = turned.reshape(num_turned, rotary_dim // 2, 2, -1)
+            turned.copy_(pairs.transpose(1, 2).flatten(1, 2))

@@ -11,27 +11,32 @@ from pyserve.model.placement import Placement
 
 
 class RMSNorm:
-    """x / rms(x) * weight over the last dimension; accumulates in float32."""
+    """x / rms(x) * (weight + offset) over the last dimension; accumulates in float32.
 
-    __slots__ = ("weight", "eps", "_name")
+    The weight stays as it is stored: 1 + w would be rounded to the dtype once more.
+    """
+
+    __slots__ = ("weight", "eps", "offset", "_name")
 
     def __init__(self, name: str, size: int, config: NormConfig, placement: Placement) -> None:
-        assert config.offset == 0.0, "the ops take the weight as it is stored"
         self._name = name
         self.eps = config.eps
+        self.offset = config.offset
         self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x [..., size] -> out, of the same shape; it may be x itself."""
-        ops.rms_norm(x, self.weight, self.eps, out)
+        ops.rms_norm(x, self.weight, self.eps, out, self.offset)
 
     def read(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
         """`add` where x is in the residual already, or where there is none: in the first layer."""
-        ops.rms_norm(residual, self.weight, self.eps, out)
+        ops.rms_norm(residual, self.weight, self.eps, out, self.offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
         """residual += x in place, then the norm of residual -> out."""
-        ops.add_rms_norm(x, residual, self.weight, self.eps, out)
+        ops.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset)
 
     def destinations(self) -> Destinations:
-        return {f"{self._name}.weight": Destination.whole(self.weight, dummy_mean=1.0)}
+        return {
+            f"{self._name}.weight": Destination.whole(self.weight, dummy_mean=1.0 - self.offset)
+        }

@@ -3,7 +3,7 @@
 Computed in float32 step by step as transformers does, because that is what models are trained with:
 at position 100,000 its angles are off by up to 0.004 and a more exact table would be another model.
 Scalings: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1), YaRN (Peng et al.
-2023); formulas as in transformers' modeling_rope_utils.py.
+2023), LongRoPE (Ding et al. 2024); formulas as in transformers' modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def cos_sin_table(
     a token's keys do not depend on how its prompt was cut into steps or on what came after it,
     and may be shared by the prefix cache. transformers rotates a whole prompt with the frequencies
     of its last token instead; the two agree up to original_max_position.
+
+    LongRoPE has two sets of frequencies: see RopeConfig.is_long.
     """
     half = head_dim // 2
     table = torch.empty(max_model_len, head_dim, dtype=torch.float32)
-    inv_freq = _inv_freq(rope, head_dim)
+    inv_freq = _inv_freq(rope, head_dim, max_model_len)
     for start in range(0, max_model_len, ROWS_AT_A_TIME):
         end = min(start + ROWS_AT_A_TIME, max_model_len)
         positions = torch.arange(start, end, dtype=torch.float32).unsqueeze(1)
@@ -42,11 +44,24 @@ def cos_sin_table(
     return table.to(device)
 
 
-def _inv_freq(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+def query_scales(
+    rope: RopeConfig, max_model_len: int, *, device: torch.device
+) -> torch.Tensor | None:
+    """float32 [max_model_len]: what q is multiplied by at each position; None where by 1 at all."""
+    if not rope.query_beta or not rope.is_long(max_model_len):
+        return None
+    stretches = torch.arange(max_model_len, device=device) // rope.original_max_position
+    return 1 + rope.query_beta * torch.log(1 + stretches.float())
+
+
+def _inv_freq(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
     """float32 [head_dim / 2]: radians a token."""
     if rope.type == "yarn":
         return _yarn_inv_freq(rope, head_dim)
     inv_freq: torch.Tensor = 1.0 / (rope.theta ** _exponents(head_dim))
+    if rope.type == "longrope":
+        factors = rope.long_factors if rope.is_long(max_model_len) else rope.short_factors
+        return 1.0 / (torch.tensor(factors) * rope.theta ** _exponents(head_dim))
     if rope.type == "linear":
         return inv_freq / rope.factor
     if rope.type == "llama3":
