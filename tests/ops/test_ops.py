@@ -40,19 +40,8 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x), 0.5
         ),
         "rope_write_kv": (
-            torch.randn(3, 8 * 8),
-            _int(0, 1, 2),
-            torch.randn(9, 8),
-            torch.tensor([5, -1, 17]),
-            torch.randn(8),
-            None,
-            1e-6,
-            4,
-            2,
-            cache[0],
-            cache[1],
-            1.0,
-            torch.rand(9),
+            torch.randn(3, 8 * 8), _int(0, 1, 2), torch.randn(9, 8), torch.tensor([5, -1, 17]),
+            torch.randn(8), None, 1e-6, 4, 2, cache[0], cache[1], 1.0, torch.rand(9),
         ),
         "linear": (
             torch.randn(3, 24), torch.randn(5, 24), torch.randn(5), torch.empty(3, 5),
