@@ -159,7 +159,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "gemma2",
         {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"},
-        "softcapping",
+        "rope_parameters",
     ),
     ("gemma3", {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "rope_parameters"),
     ("gemma3", {"sliding_window": None}, "layer_types"),
