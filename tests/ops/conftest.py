@@ -17,8 +17,11 @@ from pathlib import Path
 import pytest
 
 from pyserve.ops import build, build_cache, toolchain
+from tests.model.conftest import one_thread
 from tests.ops import cuda_wheel
 from tests.ops.fake_compiler import FAKE_COMPILER
+
+__all__ = ["one_thread"]  # a fixture
 
 CUDA_BUILD = Path(__file__).with_name("test_cuda_build.py")
 
