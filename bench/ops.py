@@ -230,13 +230,14 @@ def w4a16_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[C
 def activation_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
     gate_up = torch.randn(num_tokens, 2 * shape.intermediate).to(dtype)
     out = torch.empty(num_tokens, shape.intermediate, dtype=dtype)
-    yield Case(
-        "silu_mul",
-        f"{num_tokens} x {shape.intermediate}",
-        lambda: ops.silu_mul(gate_up),
-        lambda: reference.silu_mul(gate_up, out),
-        gate_up.nbytes + out.nbytes,
-    )
+    for name in ("silu_mul", "gelu_tanh_mul"):
+        yield Case(
+            name,
+            f"{num_tokens} x {shape.intermediate}",
+            partial(getattr(ops, name), gate_up),
+            partial(getattr(reference, name), gate_up, out),
+            gate_up.nbytes + out.nbytes,
+        )
 
 
 def rope_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
