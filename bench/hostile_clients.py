@@ -38,6 +38,7 @@ NUM_UPLOADS, UPLOAD_BYTES = 24, 30 * MIB
 NUM_UNREAD = 250  # of 1.1 MB each, and as much again where they are copied
 NUM_GONE = 16
 HOLD_S = 2.0
+ANSWER_S = 20.0  # for answers that must come, together
 GONE_S = 1.0
 MAX_GROWTH_MIB = 700  # the bounds of bodies and answers, and what allocators keep beside them
 LONG = {"prompt": "Hello", "max_tokens": 3000, "ignore_eos": True, "temperature": 0.8}
@@ -110,6 +111,7 @@ def unread(target: Target) -> str | None:
         _send_to_each(sockets, post(COMPLETIONS, json.dumps(asked).encode()))
         time.sleep(HOLD_S)
         first = b""
+        sockets[-1].settimeout(ANSWER_S)
         with suppress(OSError):
             first = sockets[-1].recv(12)
     return None if first == b"HTTP/1.1 200" else f"no answer was made: {first!r}"
@@ -145,8 +147,8 @@ def ended(target: Target) -> str | None:
         _send_to_each(sockets, post(COMPLETIONS, body))
         for sock in sockets:
             sock.shutdown(socket.SHUT_WR)
-        time.sleep(HOLD_S)
-        statuses = [_status(sock) for sock in sockets]
+        deadline_s = time.perf_counter() + ANSWER_S
+        statuses = [_status(sock, deadline_s - time.perf_counter()) for sock in sockets]
     if statuses.count(200) != NUM_GONE:
         return f"of {NUM_GONE} clients that ended their side {statuses.count(200)} got a 200"
     return None
@@ -165,9 +167,9 @@ def _send_to_each(sockets: list[socket.socket], data: bytes, timeout_s: float = 
             sock.sendall(data)
 
 
-def _status(sock: socket.socket) -> int:
-    """Of the answer that has come behind interim ones; 0 where there is none."""
-    sock.settimeout(0.2)
+def _status(sock: socket.socket, timeout_s: float = 0.2) -> int:
+    """Of the answer that comes in time, behind interim ones; 0 where there is none."""
+    sock.settimeout(max(timeout_s, 0.01))
     received = b""
     with suppress(OSError):
         while piece := sock.recv(65536):

@@ -54,7 +54,9 @@ LARGE = "for place in make(KEEP_BYTES, {num_mib}): libc.free(place)"
 @pytest.mark.parametrize("work", [AT_THE_END, BETWEEN, LARGE], ids=["end", "between", "large"])
 def test_what_is_freed_goes_back(work: str) -> None:
     program = PROGRAM.format(work=work.format(num_mib=NUM_MIB))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.1 * NUM_MIB
 

@@ -34,7 +34,7 @@ def test_read_waits() -> None:
     async def run() -> None:
         stream = make_stream()
         asyncio.get_running_loop().call_later(0.01, stream.put, [7])
-        delta = await asyncio.wait_for(stream.read(), 5)
+        delta = await asyncio.wait_for(stream.read(), 30)
         assert delta.token_ids == [7] and delta.finish_reason is None
 
     asyncio.run(run())
@@ -61,11 +61,11 @@ def test_a_read_after_the_end_tells_it_again() -> None:
         ended.finish("length")
         failed.fail(EngineError("broken"))
         for expected in ([1], [], []):
-            delta = await asyncio.wait_for(ended.read(), 5)
+            delta = await asyncio.wait_for(ended.read(), 30)
             assert (delta.token_ids, delta.finish_reason) == (expected, "length")
         for _ in range(3):
             with pytest.raises(EngineError, match="broken"):
-                await asyncio.wait_for(failed.read(), 5)
+                await asyncio.wait_for(failed.read(), 30)
 
     asyncio.run(run())
 
@@ -80,7 +80,7 @@ def test_streams_share_one_wakeup() -> None:
         assert wakeup.is_set()
         wakeup.clear()
         asyncio.get_running_loop().call_later(0.01, streams[1].finish, "length")
-        await asyncio.wait_for(wakeup.wait(), 5)
+        await asyncio.wait_for(wakeup.wait(), 30)
         first, second = (stream.take() for stream in streams)
         assert first is not None and first.token_ids == [5]
         assert second is not None and second.finish_reason == "length"

@@ -30,4 +30,4 @@ def test_what_was_imported_is_never_looked_at_again() -> None:
         "with collector.imports(): import http.client; assert not gc.isenabled()\n"
         "assert gc.isenabled() and gc.get_freeze_count() > before + 1000"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

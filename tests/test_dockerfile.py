@@ -117,7 +117,7 @@ def answering(status: int) -> Iterator[int]:
             yield server.server_address[1]
         finally:
             server.shutdown()
-            thread.join()
+            thread.join(30)
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [(200, 0), (503, 1), (500, 1)])
@@ -128,5 +128,5 @@ def test_the_health_check(status: int, exit_code: int) -> None:
         moved = code.replace(str(HEALTH_PORT), str(port))
         # A proxy of the environment must not be asked.
         env = {"http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
-        done = subprocess.run([sys.executable, "-c", moved], env=env, check=False)
+        done = subprocess.run([sys.executable, "-c", moved], env=env, check=False, timeout=60)
     assert done.returncode == exit_code

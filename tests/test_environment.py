@@ -31,5 +31,5 @@ def test_programs_that_are_not_there_or_fail() -> None:
 def test_the_command() -> None:
     command = [sys.executable, "-m", "pyserve", "collect-env"]
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 0 and f"pyserve: {__version__}" in done.stdout.splitlines()

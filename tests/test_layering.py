@@ -170,7 +170,7 @@ def test_the_api_the_leaves_and_the_command_line_import_without_torch() -> None:
         f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -179,7 +179,7 @@ def fail():
 def start_thread():
     thread = threading.Thread(target=fail)
     thread.start()
-    thread.join()
+    thread.join(30)
 """
 CASES = """
 import asyncio, gc, sys, warnings

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from pyserve.api.http import http_protocol
 from tests.api.fakes import Server, make_tokenizer_folder, run_server
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer_folder(tmp_path_factory.mktemp("api") / "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_ends() -> Iterator[None]:
+    """A server here ends while clients of it are still there, and nobody waits for a last frame."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_protocol, "LAST_FRAMES_S", 0.1)
+        yield
 
 
 @pytest.fixture(scope="session")

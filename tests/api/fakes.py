@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from openai import OpenAI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -45,6 +44,9 @@ from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.reasoning import ReasoningParser
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tool_parsers.registry import ToolFormat
+
+if TYPE_CHECKING:  # it takes a second, which the processes of served.py need not spend
+    from openai import OpenAI
 
 MODEL = "org/tiny"
 CONTEXT = 512
@@ -339,6 +341,8 @@ class Server:
         return sock
 
     def sdk(self) -> OpenAI:
+        from openai import OpenAI
+
         return OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0, timeout=20
         )
@@ -349,6 +353,38 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.005)
+
+
+@contextmanager
+def asking_health(server: Server) -> Iterator[list[float]]:
+    """How long each /health takes meanwhile."""
+    latencies_s: list[float] = []
+    is_done = threading.Event()
+
+    def poll() -> None:
+        while not is_done.wait(0.01):
+            asked_s = time.monotonic()
+            server.request("GET", "/health")
+            latencies_s.append(time.monotonic() - asked_s)
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    try:
+        yield latencies_s
+    finally:
+        is_done.set()
+        poller.join(30)
+
+
+def least(measure: Callable[[], float], bar: float, num_tries: int = 4) -> float:
+    """The least of a few measurements, and none more after one below `bar`.
+
+    What is above it every time is ours; what is above it now and then is the machine's.
+    """
+    seen = [measure()]
+    while min(seen) >= bar and len(seen) < num_tries:
+        seen.append(measure())
+    return min(seen)
 
 
 @contextmanager
@@ -403,10 +439,10 @@ def run_server(
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
     try:
-        assert started.wait(10)
+        assert started.wait(30)
         yield server
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(30)
         loop.close()
         sock.close()

@@ -99,11 +99,15 @@ def test_a_head_that_trickles_in_ends_its_connection(
     slow = open_with(server, b"GET /health HTTP/1.1\r\n")
     idle = open_with(server, b"")
     started = time.monotonic()
-    with contextlib.suppress(ConnectionError):
-        for _ in range(100):
+    is_cut = False
+    try:
+        while time.monotonic() - started < 30:
             slow.sendall(b"X: y\r\n")
             time.sleep(0.05)
-    assert 0.2 < time.monotonic() - started < 3.0
+    except ConnectionError:
+        is_cut = True
+    assert time.monotonic() - started > 0.2
+    assert is_cut, "it could send on and on"
     idle.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read_to_end(idle).startswith(b"HTTP/1.1 200 ")  # it had not begun to ask
     slow.close()
@@ -112,8 +116,8 @@ def test_a_head_that_trickles_in_ends_its_connection(
 def test_a_head_that_came_slowly_but_in_time_is_forgotten(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounds, "HEAD_TIMEOUT_S", 0.3)
-    server.engine.script = lambda number: Script([80], 0.1)
+    monkeypatch.setattr(bounds, "HEAD_TIMEOUT_S", 1.0)
+    server.engine.script = lambda number: Script([80], 0.15)
     data = json.dumps({"prompt": "hi", "max_tokens": 8, "stream": True}).encode()
     sock = open_with(server, f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n".encode())
     time.sleep(0.05)
@@ -156,10 +160,10 @@ def test_an_endless_chunked_body_is_a_413(
             assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
             started = time.monotonic()
             read_to_end(sock)  # what is poured in is dropped for a while, then the end comes
-            assert time.monotonic() - started < bounds.LINGERING_TIME_S + 3.0
+            assert time.monotonic() - started < bounds.LINGERING_TIME_S + 10.0
         finally:
             stop.set()
-            thread.join()
+            thread.join(30)
 
 
 def test_more_connections_than_allowed_are_closed(
@@ -188,14 +192,18 @@ def _answers(server: Server) -> bool:
 
 
 def test_a_request_that_takes_too_long_ends_with_the_reason(tokenizer_folder: Path) -> None:
-    with run_server(tokenizer_folder, request_timeout_s=0.3) as server:
-        server.engine.script = lambda number: Script([80], 0.05)
-        error = server.error(COMPLETIONS, LONG, 503)
-        assert "longer than 0.3 s (--request-timeout)" in error["message"]
-        frames = server.frames(COMPLETIONS, LONG)
-        assert len(frames) >= 2 and "--request-timeout" in frames[-1]["error"]["message"]
-        assert all(item.is_aborted for item in server.engine.submitted)
-        assert server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 1})["choices"]
+    for timeout_s in (0.3, 3.0, 15.0):  # it may be over before a token where the machine is busy
+        with run_server(tokenizer_folder, request_timeout_s=timeout_s) as server:
+            server.engine.script = lambda number: Script([80], 0.05)
+            error = server.error(COMPLETIONS, LONG, 503)
+            assert f"longer than {timeout_s:g} s (--request-timeout)" in error["message"]
+            *frames, last = server.frames(COMPLETIONS, LONG)
+            assert "--request-timeout" in last["error"]["message"]
+            assert all(item.is_aborted for item in server.engine.submitted)
+            short = {"prompt": "hi", "max_tokens": 1}
+            if frames and server.request("POST", COMPLETIONS, short)[0] == 200:
+                return
+    pytest.fail("no token came, or the next request was not served")
 
 
 def test_a_request_without_any_news_ends_in_time_too(tokenizer_folder: Path) -> None:
@@ -242,18 +250,28 @@ def test_a_silent_stream_says_that_it_lives(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "SILENCE_S", 0.05)
+    server.engine.script = lambda number: Script([80], starts=False)
+    with server.connect(COMPLETIONS, {**LONG, "stream": True}) as sock:
+        received = b""
+        while received.count(b": keep-alive\n\n") < 5:  # again and again, by itself
+            received += sock.recv(65536)
     server.engine.script = lambda number: Script([80, 81], 0.3, burst=2)
+    began_s = time.monotonic()
     status, _, reply = server.request(
         "POST", COMPLETIONS, {"prompt": "hi", "max_tokens": 4, "stream": True}
     )
+    took_s = time.monotonic() - began_s
     assert status == 200
     blocks = reply.decode().split("\n\n")
     comments = [block for block in blocks if block == ": keep-alive"]
-    assert 6 <= len(comments) <= 13
+    assert 2 <= len(comments) <= 1 + took_s / stream.SILENCE_S
     assert blocks[0] == ": keep-alive" and blocks[-2:] == ["data: [DONE]", ""]
     frames = [json.loads(b.removeprefix("data: ")) for b in blocks if b.startswith("data: {")]
     assert "".join(f["choices"][0]["text"] for f in frames) == "nono"
-    assert b"keep-alive" not in server.request("POST", COMPLETIONS, {"prompt": "hi"})[2]
+    assert (
+        b"keep-alive"
+        not in server.request("POST", COMPLETIONS, {"prompt": "hi", "max_tokens": 2})[2]
+    )
 
 
 def test_the_sdk_skips_over_the_comments(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

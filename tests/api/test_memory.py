@@ -76,7 +76,7 @@ def test_who_leaves_more_behind_a_request_leaves_nothing(server: Server, is_rese
     asked = json.dumps({"prompt": "hi", "max_tokens": 1000}).encode()
     behind = b" " * 300_000
     for _ in range(5):
-        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
             for body in (asked, behind):
                 head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
                 sock.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)

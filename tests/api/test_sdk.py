@@ -110,7 +110,7 @@ def test_closing_a_stream_aborts(server: Server) -> None:
         stream = sdk.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
         next(iter(stream))
         stream.close()
-        wait_until(lambda: not server.engine.running(), 1.0)
+        wait_until(lambda: not server.engine.running())
         assert all(item.is_aborted for item in server.engine.submitted), "none has ended"
 
 

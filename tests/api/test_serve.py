@@ -72,7 +72,7 @@ def start(folder: Path, how: str = "well", drain_s: float = 10, *more: str) -> I
         yield Process(popen, port, log_path)
     finally:
         popen.kill()
-        popen.wait()
+        popen.wait(30)
 
 
 def read_to_end(sock: socket.socket) -> bytes:

@@ -34,6 +34,7 @@ def test_what_is_not_refused_or_answered_is_named(
         monkeypatch.setattr(hostile_clients, f"NUM_{name}", number)
     monkeypatch.setattr(hostile_clients, "UPLOAD_BYTES", 1000)
     monkeypatch.setattr(hostile_clients, "HOLD_S", 0.1)
+    monkeypatch.setattr(hostile_clients, "ANSWER_S", 0.2)
     assert "0 got a 429" in str(hostile_clients.uploads(target))
     assert "0 got a 200" in str(hostile_clients.ended(target))
     assert "no answer was made" in str(hostile_clients.unread(target))

@@ -41,7 +41,7 @@ def test_a_busy_bench_is_no_gap() -> None:
 
 
 def test_a_slow_server_is_a_gap() -> None:
-    with running_stub(StubConfig(delay_s=0.05)) as (url, _):
+    with running_stub(StubConfig(delay_s=0.05, tokens_per_frame=8)) as (url, _):
         began_s = time.perf_counter()
         seen = watch(url, num_streams=1)
     assert seen.max_gap_s >= 0.04

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,19 +46,22 @@ def test_a_sound_server_passes(
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flags", "words"),
     [
-        (("--max-queue", "40"), "requests refused within the limit"),
-        (("--factor", "0.1"), "nobody was refused: this was no overload"),
-        (("--max-ratio", "0.01"), "FAILED p95 of the time to first token"),
-        (("--max-lag-s", "-1"), "FAILED the event loop was late"),
-        (("--max-growth-mib", "-500"), "FAILED memory grew"),
-        (("--input-len", "600"), "no request was answered"),
+        (("--max-queue", "40"), ["requests refused within the limit"]),
+        (("--factor", "0.1"), ["nobody was refused: this was no overload"]),
+        (("--input-len", "600"), ["no request was answered"]),
+        (
+            ("--max-ratio", "0.01", "--max-lag-s", "-1", "--max-growth-mib", "-500"),
+            ["p95 of the time to first token", "the event loop was late", "memory grew"],
+        ),
     ],
 )
 def test_what_is_wrong_is_printed(
-    server: Server, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], text: str
+    server: Server, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: list[str]
 ) -> None:
     assert overload(server, *flags) == 1
     said = capsys.readouterr()
-    assert text in said.out + said.err
+    failures = re.findall(r"FAILED (.*)", said.out) + [said.err]
+    for part in words:
+        assert any(part in failure for failure in failures), said

@@ -99,7 +99,7 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"not ready in {timeout_s} s:\n{self.log.read_text()}")
 
-    def wait_idle(self, timeout_s: float = 10.0) -> None:
+    def wait_idle(self, timeout_s: float = 30.0) -> None:
         """Until no request runs or waits and no KV block is held."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -128,7 +128,7 @@ def start_server(log: Path, *flags: str, ready_timeout_s: float = 240) -> Iterat
             yield server
         finally:
             process.kill()
-            process.wait()
+            process.wait(30)
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def curl(server: Server, path: str, body: str | None = None) -> bytes:
     command.append(server.url + path)
     if body is not None:
         command += ["-H", "Content-Type: application/json", "-d", body]
-    return subprocess.run(command, capture_output=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
 
 
 @pytest.mark.parametrize("name", START_LINES)

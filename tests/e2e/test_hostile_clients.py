@@ -16,7 +16,8 @@ def test_hostile_clients_hurt_nobody(
     for name, number in (("CONNECTIONS", 600), ("SLOW_BODIES", 100), ("UPLOADS", 10), ("GONE", 8)):
         monkeypatch.setattr(hostile_clients, f"NUM_{name}", number)
     monkeypatch.setattr(hostile_clients, "NUM_UNREAD", 40)
-    monkeypatch.setattr(hostile_clients, "GONE_S", 3.0)  # for a busy machine; without: 10 and more
+    monkeypatch.setattr(hostile_clients, "HOLD_S", 0.5)
+    monkeypatch.setattr(hostile_clients, "GONE_S", 10.0)  # for a busy machine; without: 10 and more
     # float32: greedy answers do not depend on what else is in the batch.
     with start_server(tmp_path / "log", "--dtype", "float32") as server:
         flags = ["--url", server.url, "--pid", str(server.process.pid)]

@@ -45,6 +45,7 @@ class Running:
         else:
             connection = http.client.HTTPConnection("localhost", timeout=60)
             connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(60)
         try:
             if self.tls is None:
                 connection.sock.connect(str(self.path))
@@ -83,7 +84,7 @@ def start(running: Running, *flags: str) -> Iterator[Running]:
             yield running
         finally:
             process.kill()
-            process.wait()
+            process.wait(30)
 
 
 def test_a_unix_socket_a_prefix_and_a_file_of_flags(tmp_path: Path) -> None:

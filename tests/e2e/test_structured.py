@@ -147,7 +147,7 @@ def test_what_is_meant_to_hurt_is_answered(server: Server, seed: int) -> None:
         status, reply = server.request("POST", "/v1/completions", body)
         took_s = time.monotonic() - start
         assert status in (200, 400), (status, reply[:300])
-        assert took_s < 5, (took_s, body[:200])
+        assert took_s < 20, (took_s, body[:200])
         if status == 400:
             message = json.loads(reply)["error"]["message"]
             assert len(message) < 1200, message

@@ -93,7 +93,7 @@ class HubStub:
         if not self._thread.is_alive():
             return
         self.server.shutdown()
-        self._thread.join()
+        self._thread.join(30)
         self.server.server_close()
 
     def add_folder(self, repo: str, folder: Path) -> None:

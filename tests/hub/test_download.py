@@ -369,7 +369,7 @@ def test_a_wait_that_is_asked_for_is_kept(stub: HubStub, tmp_path: Path) -> None
     stub.faults = {"/api/": [Fault(status=429, headers={"Retry-After": "1"}), Fault()]}
     began_s = time.monotonic()
     fetch(tmp_path)
-    assert 1.0 <= time.monotonic() - began_s < 3.0
+    assert 1.0 <= time.monotonic() - began_s < 30.0
     stub.faults = {"/api/": [Fault(status=429, headers={"Retry-After": "4000"})]}
     line = refusal(tmp_path, download_dir=tmp_path / "2")
     assert "asks to wait 4000 s" in line and "a token raises the limit" in line
@@ -476,7 +476,7 @@ def kill_until_whole(stub: HubStub, tmp_path: Path, chance: random.Random) -> in
             return num_kills
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.wait(30)
     raise AssertionError("never whole")
 
 

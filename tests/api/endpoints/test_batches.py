@@ -376,7 +376,7 @@ def test_many_at_once_are_counted(batching: Server, monkeypatch: pytest.MonkeyPa
     body = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, batching, "POST", "/v1/batches", body) for _ in range(8)]
-    answers = [future.result() for future in asked]
+    answers = [future.result(30) for future in asked]
     assert sorted(status for status, _ in answers) == [200] * 2 + [400] * 6
     for status, batch in answers:
         if status == 200:

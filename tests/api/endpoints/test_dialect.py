@@ -171,6 +171,6 @@ def test_what_lies_under_a_route_speaks_as_it_does(
 
 def test_a_silent_stream_in_its_own_words(asked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "SILENCE_S", 0.02)
-    asked.play("a.", delay_s=0.2)
+    asked.play("a.", delay_s=0.5, burst=8)
     found = events(asked, {"question": "x"})
     assert found[0] == ("wait", "") and ("part", "a.") in found

@@ -111,7 +111,7 @@ def test_a_whole_answer_and_a_stream(agent: Server) -> None:
 
 def test_it_pings_while_it_waits(agent: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "SILENCE_S", 0.02)
-    agent.play("Hi", delay_s=0.1)
+    agent.play("Hi", delay_s=0.5, burst=8)
     found = events(agent.request("POST", PATH, ask(stream=True))[2])
     assert [name for name, _ in found[:2]] == ["message_start", "ping"]
     message = put_together([(name, data) for name, data in found if name != "ping"])

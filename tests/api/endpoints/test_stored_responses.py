@@ -252,7 +252,7 @@ def test_cancel_and_delete_stop_a_run(talking: Server) -> None:
         wait_until(
             lambda: talking.engine.submitted and talking.engine.submitted[0].stream.first_token_s
         )
-        time.sleep(0.05)
+        time.sleep(0.3)
         cancelled = get(talking, f"{name}/cancel", method="POST")
         assert cancelled["status"] == "cancelled" and talking.engine.submitted[0].is_aborted
         assert said_by(cancelled).startswith("Hello")

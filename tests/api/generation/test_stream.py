@@ -58,7 +58,7 @@ def test_a_bug_of_ours_shows_nothing(
         error = server.error(COMPLETIONS, LONG, 500)
     assert (error["message"], error["type"]) == ("internal error", "InternalServerError")
     assert "secret" in caplog.text and "Traceback" in caplog.text
-    wait_until(lambda: not server.engine.running(), 1.0)
+    wait_until(lambda: not server.engine.running())
     assert all(item.is_aborted for item in server.engine.submitted)
 
 
@@ -78,7 +78,7 @@ def test_a_client_that_leaves_aborts_every_sequence(
     time.sleep(0.02)
     assert len(server.engine.running()) == n
     sock.close()
-    wait_until(lambda: not server.engine.running(), 1.0)
+    wait_until(lambda: not server.engine.running())
     assert all(item.is_aborted for item in server.engine.submitted)
     wait_until(lambda: server.state.num_in_flight == 0)
 
@@ -104,7 +104,7 @@ def test_a_slow_reader_bounds_its_buffer_and_slows_nobody(server: Server) -> Non
     wait_until(lambda: len(server.engine.submitted) == n)
     answer = server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 20})
     assert answer["usage"]["completion_tokens"] == 20
-    wait_until(lambda: not server.engine.running(), 20)
+    wait_until(lambda: not server.engine.running())
     reply = http.client.HTTPResponse(slow)
     reply.begin()
     frames = reply.read().decode().split("\n\n")

@@ -57,10 +57,10 @@ def test_a_storm_of_connections_leaves_descriptors_and_the_log_alone(
                 asked_s = time.monotonic()
                 assert process.health() is not None
                 slowest_s = max(slowest_s, time.monotonic() - asked_s)
-            assert slowest_s < 2.0
+            assert slowest_s < 10.0
         assert num_files(process) < NUM_FILES - 64
         for reader in readers:
-            reader.join()
+            reader.join(30)
         assert all(reply.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for reply in replies)
         for sock in storm:
             sock.close()

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ from tests.api.tls_files import CERTIFICATE, KEY
 COMPLETIONS = "/v1/completions"
 LONG: dict[str, Any] = {"prompt": "hi", "max_tokens": 500, "ignore_eos": True}
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-# A gone client's sequences must end within a second; the machine that tests may be busy.
+# A gone client is found out within a second; a busy machine has ten times as long for it.
 GONE_S = 1.0
-SLACK_S = 1.0
+SLACK_S = 9.0
 
 
 def post(body: dict[str, Any], *headers: str, version: str = "1.1") -> bytes:
@@ -77,7 +79,7 @@ def wrap(sock: socket.socket) -> ssl.SSLSocket:
 
 @contextmanager
 def neighbours(server: Server) -> Iterator[None]:
-    """Three streams beside it: each exact, and never without a token for half a second."""
+    """Three streams beside it: each exact, and never without a token for 5 s."""
     problems: list[str] = []
     expected = server.frames(COMPLETIONS, {"prompt": "hi", "max_tokens": 300})
     is_over = threading.Event()
@@ -94,7 +96,7 @@ def neighbours(server: Server) -> Iterator[None]:
                     text += chunk.choices[0].text
                 if text != "".join(frame["choices"][0]["text"] for frame in expected):
                     problems.append(f"not exact: {text!r}")
-                if gap_s > 0.5:
+                if gap_s > 5.0:
                     problems.append(f"stood still for {gap_s:.2f} s")
 
     threads = [threading.Thread(target=stream) for _ in range(3)]
@@ -105,7 +107,7 @@ def neighbours(server: Server) -> Iterator[None]:
     finally:
         is_over.set()
         for thread in threads:
-            thread.join()
+            thread.join(30)
     assert problems == []
 
 
@@ -271,24 +273,32 @@ def send_what_it_takes(sock: socket.socket, data: bytes) -> None:
         pass
 
 
-@pytest.mark.parametrize("ending", ["close", "reset"])
-@pytest.mark.parametrize("behind", BEHIND)
 @pytest.mark.parametrize("running", RUNNING)
-def test_the_sequences_of_a_client_that_has_gone_end(
-    server: Server, running: str, behind: str, ending: str
-) -> None:
+def test_the_sequences_of_clients_that_have_gone_end(server: Server, running: str) -> None:
+    """All at once, as each is found out by itself: whatever is behind, however it leaves."""
     fields, script = RUNNING[running]
-    server.engine.submitted.clear()
+    submitted = server.engine.submitted
+    submitted.clear()
     server.engine.script = lambda number: script
-    sock = connect(server, post({**LONG, **fields}))
-    wait_until(lambda: len(server.engine.submitted) == 1)
-    send_what_it_takes(sock, BEHIND[behind])
+    kinds = list(product(BEHIND, ("close", "reset")))
+
+    def has_come(number: int) -> bool:
+        return len(submitted) == number
+
+    sockets = []
+    for number, (behind, _) in enumerate(kinds, 1):
+        sockets.append(connect(server, post({**LONG, **fields})))
+        wait_until(partial(has_come, number))
+        send_what_it_takes(sockets[-1], BEHIND[behind])
     time.sleep(0.1)
-    assert server.engine.running() != []
-    leave(sock, ending)
-    wait_until(lambda: server.engine.running() == [], GONE_S + SLACK_S)
-    assert server.engine.submitted[0].is_aborted
-    assert len(server.engine.submitted) == 1
+    assert len(server.engine.running()) == len(kinds)
+    for sock, (_, ending) in zip(sockets, kinds, strict=True):
+        leave(sock, ending)
+    deadline_s = time.monotonic() + GONE_S + SLACK_S
+    while server.engine.running() and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    pairs = zip(kinds, submitted, strict=True)
+    assert [kind for kind, item in pairs if not item.is_aborted] == []
 
 
 @pytest.mark.parametrize("behind", ["nothing", "many requests", "a body that fills all buffers"])

@@ -46,7 +46,7 @@ def test_pieces_make_the_whole(any_server: tuple[Server, bool]) -> None:
     server, is_tls = any_server
     expected = (site.FOLDER / BUNDLE).read_bytes()
     assert len(expected) > 3 * bounds.PIECE_BYTES
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.sock = connect(server, is_tls=is_tls)
     for method in ("GET", "HEAD", "GET"):  # on one connection
         connection.request(method, f"/static/{BUNDLE}")

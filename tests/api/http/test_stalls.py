@@ -285,5 +285,5 @@ def test_the_clock_here_sees_a_stall(large: Server) -> None:
     timer = threading.Timer(0.05, large.loop.call_soon_threadsafe, [work, 0.15])
     timer.start()
     stall_s, _ = stall_of(large, "POST", "/tokenize", json.dumps({"prompt": "x " * 2**17}).encode())
-    timer.join()
+    timer.join(30)
     assert stall_s > 0.14

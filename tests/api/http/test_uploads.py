@@ -144,4 +144,4 @@ def test_bodies_are_not_waited_for_when_the_server_shuts_down(narrow: Server) ->
         assert status == 503 and b"Retry-After" in reply
         error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
         assert error["message"] == "the server is shutting down"
-        assert time.monotonic() - started_s < 2.0
+        assert time.monotonic() - started_s < 20.0, "a body has 120 s"

@@ -35,7 +35,7 @@ def test_tcp(host: str, shown: str) -> None:
     with listening_socket(config(host=host, port=0)) as listener:
         port = listener.sock.getsockname()[1]
         assert listener.url == f"http://{shown}:{port}" and listener.tls is None
-        socket.create_connection((host, port)).close()
+        socket.create_connection((host, port), timeout=30).close()
         taken = refusal(host=host, port=port)
     assert taken == (
         f"cannot listen on {host} port {port}: Address already in use; choose another with --port"

@@ -68,7 +68,7 @@ def test_a_bar_on_a_terminal_gives_way_to_log_lines(monkeypatch: pytest.MonkeyPa
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
-        monkeypatch.setattr(progress, "BAR_INTERVAL_S", 0.05)
+        monkeypatch.setattr(progress, "BAR_INTERVAL_S", 0.01)
         before = logging.getLogger().handlers[:]
         log.setup("info")
         try:

@@ -33,7 +33,7 @@ def test_a_first_signal_is_told_on_the_loop(number: signal.Signals) -> None:
         signals.watch(told.set)
         assert signals.first is None and not told.is_set()
         signal.raise_signal(number)
-        await asyncio.wait_for(told.wait(), 5)
+        await asyncio.wait_for(told.wait(), 30)
         signals.forget()
 
     with StopSignals() as signals:
@@ -46,7 +46,7 @@ def test_a_signal_before_the_loop_is_not_lost() -> None:
     async def test(signals: StopSignals) -> None:
         told = asyncio.Event()
         signals.watch(told.set)
-        await asyncio.wait_for(told.wait(), 5)
+        await asyncio.wait_for(told.wait(), 30)
         signals.forget()
 
     with StopSignals() as signals:
