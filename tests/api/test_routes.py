@@ -299,6 +299,7 @@ def test_requests_are_aborted_by_id_or_all(server: Server) -> None:
     with ThreadPoolExecutor() as pool:
         answers = {id: pool.submit(ask, id) for id in streams}
         wait_until(lambda: len(server.state.generations) == 4)
+        wait_until(lambda: len(server.engine.running()) == 4)
         assert abort({"request_ids": ["chatcmpl-nobody", "hat"]}) == {
             "status": "aborted", "aborted": 0,
         }  # fmt: skip
@@ -307,13 +308,13 @@ def test_requests_are_aborted_by_id_or_all(server: Server) -> None:
         }  # fmt: skip
         assert len(server.engine.running()) == 2
         for id, words in (("chat", "data: [DONE]"), ("message", "event: error")):
-            status, text = answers[id].result(10)
+            status, text = answers[id].result(30)
             assert status == 200 and "operator" in text and words in text
         assert abort(None) == {"status": "aborted", "aborted": 2}
         assert server.engine.running() == []
-        status, text = answers["completion"].result(10)
+        status, text = answers["completion"].result(30)
         assert status == 499 and json.loads(text)["error"]["type"] == "AbortedError"
-        status, text = answers["response"].result(10)
+        status, text = answers["response"].result(30)
         assert "event: response.failed" in text and "operator" in text
     wait_until(lambda: not server.state.generations)
     assert abort({"request_ids": []}) == {"status": "aborted", "aborted": 0}
