@@ -1,4 +1,4 @@
-"""100 schemas of our own in the shapes of the JSON-Schema-Test-Suite: whatever random weights say,
+"""200 schemas of our own in the shapes of the JSON-Schema-Test-Suite: whatever random weights say,
 an answer that ends is valid."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from pyserve.text.grammar import JsonSchema, compile_grammar
 from tests.text.grammars import answer, vocabulary
 
-NUM_SCHEMAS = 100
+NUM_SCHEMAS = 200
 NUM_ANSWERS = 3
 
 STRINGS: list[dict[str, Any]] = [
