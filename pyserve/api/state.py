@@ -74,7 +74,7 @@ class ServerState:
     status: Literal["starting", "ready", "draining", "failed"] = "starting"
     loaded: Loaded | None = None
     num_in_flight: int = 0  # requests that use the model
-    generations: dict[Generation, str] = field(default_factory=dict)  # what runs, and its id
+    generations: dict[Generation, set[str]] = field(default_factory=dict)  # what runs, and its ids
     uploads: Uploads = field(default_factory=Uploads)
     batches: BatchService | None = None  # None: --batch-dir is not given
     request_log: RequestLog = field(init=False)

@@ -112,7 +112,7 @@ async def generating(
     try:
         salt = state.keys.cache_salt(request[USER], job.cache_salt)
         await generation.submit(job, cache_salt=salt, user=request[CLIENT])
-        state.generations[generation] = job.request_id or current_request_id.get()
+        state.generations[generation] = {job.request_id, current_request_id.get()} - {""}
         state.request_log.arrived(request, generation)
         yield generation
     except (AbortedError, ConnectionError):

@@ -99,8 +99,8 @@ def _abort(state: ServerState, wanted: set[str]) -> int:
     """End the requests of these ids, all of them where there are none; how many."""
     aborted = [
         generation
-        for generation, id in list(state.generations.items())
-        if generation.active and (not wanted or id in wanted)
+        for generation, ids in list(state.generations.items())
+        if generation.active and (not wanted or ids & wanted)
     ]
     for generation in aborted:
         generation.abort(AbortedError("the operator of this server has ended the request"))
