@@ -23,13 +23,15 @@ EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One layer's ops: `runs` do the same with the weights of different layers."""
+    """One layer's ops: `runs` do the same with the weights of different layers; `target` is that of
+    gpu_ops.Case."""
 
     name: str
     load: str
     runs: list[Callable[[], object]]
     num_bytes: int
     num_flops: int
+    target: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -380,7 +380,8 @@ def _layer_shape() -> gpu_chains.Shape:
 
 def cases_of(chains: Iterator[gpu_chains.Chain]) -> Iterator[Case]:
     for chain in chains:
-        yield Case(chain.name, chain.load, chain.runs, chain.num_bytes, chain.num_flops)
+        size = chain.num_bytes, chain.num_flops
+        yield Case(chain.name, chain.load, chain.runs, *size, chain.target)
 
 
 def chain_cases() -> Iterator[Case]:
@@ -482,7 +483,8 @@ def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
         if is_lost():
             print("FAILED: the card takes no more work in this process")
             break
-    gpu_rows.print_crossing(results, MATRICES)
+    gpu_rows.print_crossing(results, MATRICES, "linear", "cuBLAS")
+    gpu_rows.print_crossing(results, MATRICES, w4a16.OWN, "linear_w4a16")
     gpu_rows.print_winners(results)
     return {"ceilings": asdict(ceilings), "results": results, "errors": errors}
 

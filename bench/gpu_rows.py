@@ -133,10 +133,12 @@ def print_winners(results: Sequence[dict[str, Any]]) -> None:
         print(f"= {rows}, us, fastest (cuBLAS): {'; '.join(parts)}")
 
 
-def print_crossing(results: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
-    """One line a matrix: us of our linear over cuBLAS's, by rows."""
-    own = {r["load"]: r["us"] for r in results if r["op"] == "linear" and "us" in r}
-    other = {r["load"]: r["us"] for r in results if r["op"] == "cuBLAS"}
+def print_crossing(
+    results: Sequence[dict[str, Any]], names: Iterable[str], own_op: str, other_op: str
+) -> None:
+    """One line a matrix: us of our op over those of the other way, by rows."""
+    own = {r["load"]: r["us"] for r in results if r["op"] == own_op and "us" in r}
+    other = {r["load"]: r["us"] for r in results if r["op"] == other_op and "us" in r}
     for name in names:
         pairs = [
             f"{load.split()[0]}: {own[load]:.1f}/{other[load]:.1f}"
@@ -144,4 +146,4 @@ def print_crossing(results: Sequence[dict[str, Any]], names: Iterable[str]) -> N
             if load.endswith(f"({name})") and load in other
         ]
         if pairs:
-            print(f"= linear {name}, us of ours / cuBLAS by rows: {', '.join(pairs)}")
+            print(f"= {own_op} {name}, us of ours / {other_op} by rows: {', '.join(pairs)}")

@@ -16,6 +16,11 @@ from pyserve.ops import w4a16
 
 SLICE_BYTES = 24 * 2**20  # of plain numbers at a time, as model/w4a16.py has them on a card
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+OWN = "own linear_w4a16"  # few_rows_w4a16.cuh, whether or not a step would take it
+MAX_OWN_ROWS = 16
+# Percent of what a copy moves at 1 row, and at 16 rows so much of it.
+TARGETS = {"gate_up": 70.0, "down": 60.0, "qkv": 50.0, "o": 40.0}
+SHARE_OF_16 = 0.8
 
 
 def random_packed(n: int, k: int, device: torch.device) -> Tensor:
@@ -30,7 +35,8 @@ def products(
     matrices: Mapping[str, tuple[int, int]], device: torch.device,
     num_sets: Callable[[int], int], rows: Sequence[int] = ROWS,
 ) -> Iterator[Chain]:  # fmt: skip
-    """Each matrix [n, k] by so many rows, in bfloat16, and a slice of it made plain numbers."""
+    """Each matrix [n, k] by so many rows, in bfloat16: as `ops` has it done, and where they are few
+    by the kernel of the integers too. And a slice of it made plain numbers."""
     for name, (n, k) in matrices.items():
         matrix_bytes = random_packed(n, k, device).nbytes
         made = [random_packed(n, k, device) for _ in range(num_sets(matrix_bytes))]
@@ -49,7 +55,16 @@ def products(
             runs = [
                 partial(ops.linear_w4a16, x, packed, None, out, scratch.view(-1)) for packed in made
             ]
-            num_bytes = matrix_bytes + x.nbytes + out.nbytes
-            yield Chain(
-                "linear_w4a16", f"{m} x {k} -> {n} ({name})", runs, num_bytes, 2 * m * n * k
-            )
+            load = f"{m} x {k} -> {n} ({name})"
+            size = matrix_bytes + x.nbytes + out.nbytes, 2 * m * n * k
+            yield Chain("linear_w4a16", load, runs, *size)
+            if m <= MAX_OWN_ROWS:
+                own = torch.ops.pyserve.linear_w4a16.default
+                runs = [partial(own, x, packed, None, out) for packed in made]
+                yield Chain(OWN, load, runs, *size, target_of(name, m))
+
+
+def target_of(name: str, num_rows: int) -> tuple[str, float] | None:
+    if name not in TARGETS or num_rows not in (1, 16):
+        return None
+    return "%", TARGETS[name] * (1.0 if num_rows == 1 else SHARE_OF_16)

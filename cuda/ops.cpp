@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
   m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");
+  m.def("try_linear_w4a16(Tensor packed, int max_rows) -> ()");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

@@ -351,7 +351,8 @@ def _load(folder: Path) -> ModuleType:
     return module
 
 
-_SWITCHES = ("try_few_rows",)  # of a card's dispatch: they compute nothing, so they have no twin
+# Of a card's dispatch: they compute nothing, so they have no twin.
+_SWITCHES = ("try_few_rows", "try_linear_w4a16")
 
 
 def _register_reference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -47,15 +48,19 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
-    names -= {"serves_linear", "serves_linear_w4a16", "try_few_rows"}  # which compute nothing
+    # Which compute nothing.
+    names -= {"serves_linear", "serves_linear_w4a16", "try_few_rows", "try_linear_w4a16"}
     names -= {"gelu_tanh_mul"}  # which a card refuses so far
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 32 a group", "own, 16 a group"}
+    ways |= {"own linear_w4a16"}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
     assert set(tiny) == {"plan_attention", "rope_attention", "try_few_rows"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0
     assert "= linear o, us of ours / cuBLAS by rows: 1: 2.0/2.0, 2: 2.0/2.0" in printed
+    assert "= own linear_w4a16 o, us of ours / linear_w4a16 by rows: 1: 2.0/2.0" in printed
+    assert len(re.findall(r"^= own linear_w4a16 .* % \(target >= ", printed, re.M)) == 2
     assert "= 33 rows, us, fastest (cuBLAS): qkv cuBLAS 2.0 (2.0); o cuBLAS" in printed
 
 

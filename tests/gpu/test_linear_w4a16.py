@@ -3,6 +3,7 @@ loaded there, a step that is replayed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,19 +57,72 @@ def test_linear(n: int, k: int, group_size: int, num_rows: int, dtype: torch.dty
         oracle.assert_ratio(out, plain, exact, plain_float32_error=1e-2)
 
 
-def test_a_product_is_recorded_and_replayed() -> None:
+def own(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
+    """By the kernel of the integers, whatever is the fastest."""
+    torch.ops.pyserve.linear_w4a16(x, packed, bias, out)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group_size"), [*SHAPES, (320, 14336, 128), (1040, 6208, 64)])
+def test_the_kernel_of_the_integers(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+    """For every number of rows it is made for and more, no row looks at another."""
+    packed = make_packed(n, k, group_size)
+    weight = w4a16.dequantised(packed, n, k)
+    wide = torch.randn(20, k + 8, device=CARD).to(dtype)
+    wide[:, k:] = float("nan")
+    x, bias = wide[:, :k], torch.randn(n, device=CARD).to(dtype)
+    exact = x.double() @ weight.double().T
+    results = []
+    for num_rows in range(1, 21):
+        given = bias if num_rows % 2 else None
+        out = torch.full((20, n + 4), float("nan"), dtype=dtype, device=CARD)
+        torch.ops.pyserve.linear_w4a16(x[:num_rows], packed, given, out[:num_rows, :n])
+        assert bool(out[num_rows:].isnan().all()) and bool(out[:, n:].isnan().all())
+        added = exact[:num_rows] + (0 if given is None else given.double())
+        plain = torch.nn.functional.linear(x[:num_rows], weight.to(dtype), given)
+        oracle.assert_ratio(out[:num_rows, :n], plain, added, plain_float32_error=1e-2)
+        results.append(out[:num_rows, :n].clone())
+    for mine, more in zip(results, results[2:], strict=False):
+        assert torch.equal(mine, more[: len(mine)])
+
+
+def test_a_measurement_switches_the_kernel_on() -> None:
+    packed = make_packed(64, 256, 128)
+    x = torch.randn(17, 256, device=CARD).bfloat16()
+    serves, switch = torch.ops.pyserve.serves_linear_w4a16, torch.ops.pyserve.try_linear_w4a16
+    assert not serves(x[:1], packed)
+    switch(packed, 16)
+    try:
+        assert serves(x[:1], packed) and serves(x[:16], packed) and not serves(x, packed)
+    finally:
+        switch(packed, 0)
+    assert not serves(x[:1], packed)
+    with pytest.raises(RuntimeError, match="try_linear_w4a16: max_rows is 17, at most 16"):
+        switch(packed, 17)
+
+
+def test_rows_that_are_not_aligned_are_refused() -> None:
+    packed, x = make_packed(64, 256, 128), torch.randn(3, 260, device=CARD).bfloat16()
+    out = torch.empty(3, 64, device=CARD).bfloat16()
+    with pytest.raises(RuntimeError, match="the rows of x must be aligned to 16 bytes"):
+        torch.ops.pyserve.linear_w4a16(x[:, :256], packed, None, out)
+
+
+@pytest.mark.parametrize("linear", [ops.linear_w4a16, own])
+def test_a_product_is_recorded_and_replayed(linear: Callable[..., None]) -> None:
     packed = make_packed(4096, 1024, 128)
     x = torch.randn(3, 1024, device=CARD).bfloat16()
     out, scratch = torch.empty(3, 4096, device=CARD).bfloat16(), torch.empty(2**20, device=CARD)
     scratch = scratch.bfloat16()
-    ops.linear_w4a16(x, packed, None, out, scratch)
+    linear(x, packed, None, out, scratch)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.linear_w4a16(x, packed, None, out, scratch)
+        linear(x, packed, None, out, scratch)
     x.copy_(torch.randn_like(x))
     graph.replay()
     replayed = out.clone()
-    ops.linear_w4a16(x, packed, None, out, scratch)
+    linear(x, packed, None, out, scratch)
     assert torch.equal(replayed, out)
 
 

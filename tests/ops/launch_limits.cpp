@@ -13,6 +13,7 @@
 
 #include "gpu/attention/attention.h"
 #include "gpu/linear/dispatch.h"
+#include "gpu/linear/w4a16.h"
 
 namespace {
 
@@ -48,6 +49,24 @@ void launch_linears() {
       for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
         p.epilogue = epilogue;
         require(launch_linear(p, nullptr), "linear", m, 0);
+      }
+    }
+  }
+}
+
+void launch_w4a16_linears() {
+  alignas(16) static char memory[16];
+  for (int64_t m = 1; m <= 20; ++m) {
+    for (int64_t group_size : {32, 64, 128}) {
+      for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+        pyserve::gpu::LinearParams p{};
+        p.x = p.weight = p.out = memory;
+        p.x_stride = p.k = 4096;
+        p.out_stride = p.n = 6144;
+        p.weight_stride = 32 * 272;
+        p.m = m;
+        p.dtype = dtype;
+        require(launch_linear_w4a16(p, group_size, nullptr), "linear_w4a16", m, 0);
       }
     }
   }
@@ -165,6 +184,7 @@ int main(int, char** argv) {
   smem_per_block = std::atoi(argv[3]);
   smem_per_sm = std::atoi(argv[4]);
   launch_linears();
+  launch_w4a16_linears();
   const int num_first = num_questions;
   launch_attentions();
   if (num_questions != num_first) {

@@ -114,4 +114,24 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
   }
 }
 
+// (word & mask) | bits in one instruction; written so the compiler takes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
+// a * b + c of two 16-bit elements each, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+  return result;
+}
+
 }  // namespace pyserve::gpu

@@ -91,7 +91,8 @@ void try_few_rows(const Tensor& weight, int64_t max_rows, int64_t group_rows) {
                 max_rows, ", at most ", gpu::kMaxRowsSm90a);
   PYSERVE_CHECK(group_rows == 0 || group_rows == 16 || group_rows == 32,
                 "try_few_rows: group_rows is ", group_rows, ", not 0, 16 or 32");
-  gpu::linear_trial() = {max_rows, static_cast<int>(group_rows)};
+  gpu::linear_trial().max_rows = max_rows;
+  gpu::linear_trial().group_rows = static_cast<int>(group_rows);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // The ops of 4-bit integers on CUDA: checks, then the kernel.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+
 #include "common/args/linear_w4a16.h"
 #include "gpu/core/bind.h"
 #include "gpu/linear/dispatch.h"
@@ -9,12 +11,38 @@
 namespace pyserve {
 namespace {
 
+void check_packed(const char* op, const W4Matrix& matrix) {
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(matrix.words) % 16 == 0, op,
+                ": packed must be aligned to 16 bytes");
+}
+
+void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                  const Tensor& out) {
+  const ViewReader read{"linear_w4a16", Place::kCuda};
+  const LinearW4Args args = linear_w4_args(read, x, packed, bias, out);
+  check_packed(read.op, args.matrix);
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.x.data) % 16 == 0 && args.x.stride(0) % 8 == 0,
+                read.op, ": the rows of x must be aligned to 16 bytes");
+  const gpu::LinearParams params{.x = args.x.data,
+                                 .x_stride = args.x.stride(0),
+                                 .weight = args.matrix.words,
+                                 .weight_stride = args.matrix.strip_words(),
+                                 .bias = args.bias,
+                                 .out = args.out.data,
+                                 .out_stride = args.out.stride(0),
+                                 .m = args.m(),
+                                 .n = args.n(),
+                                 .k = args.k(),
+                                 .dtype = half_dtype(args.x)};
+  check_launch(read.op, gpu::launch_linear_w4a16(params, args.matrix.format.group_size,
+                                                 current_stream(x)));
+}
+
 void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
   const ViewReader read{"dequantise_w4a16", Place::kCuda};
   const DequantiseW4Args args = dequantise_w4_args(read, packed, out);
   const W4Matrix& matrix = args.matrix;
-  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(matrix.words) % 16 == 0, read.op,
-                ": packed must be aligned to 16 bytes");
+  check_packed(read.op, matrix);
   PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.out.data) % 4 == 0 && args.out.stride(0) % 2 == 0,
                 read.op, ": the rows of out must be aligned to 4 bytes");
   const gpu::DequantiseW4Params params{.packed = matrix.words,
@@ -35,10 +63,20 @@ bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
   return gpu::serves_linear_w4a16(rows.size(0));
 }
 
+// Of this process, for measurements on the device of `packed`: LinearTrial.
+void try_linear_w4a16(const Tensor& packed, int64_t max_rows) {
+  w4_matrix(ViewReader{"try_linear_w4a16", Place::kCuda}, packed);
+  PYSERVE_CHECK(max_rows >= 0 && max_rows <= gpu::kMaxW4RowsSm90a, "try_linear_w4a16: max_rows is ",
+                max_rows, ", at most ", gpu::kMaxW4RowsSm90a);
+  gpu::linear_trial().max_w4a16_rows = max_rows;
+}
+
 }  // namespace
 }  // namespace pyserve
 
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
+  m.impl("linear_w4a16", TORCH_BOX(&pyserve::linear_w4a16));
   m.impl("dequantise_w4a16", TORCH_BOX(&pyserve::dequantise_w4a16));
   m.impl("serves_linear_w4a16", TORCH_BOX(&pyserve::serves_linear_w4a16));
+  m.impl("try_linear_w4a16", TORCH_BOX(&pyserve::try_linear_w4a16));
 }

@@ -6,7 +6,9 @@
 #include <cstdint>
 
 #include "common/w4a16.h"
+#include "gpu/core/device.h"
 #include "gpu/core/dtype.h"
+#include "gpu/linear/linear.h"
 
 namespace pyserve::gpu {
 
@@ -21,5 +23,16 @@ struct DequantiseW4Params {
 };
 
 cudaError_t launch_dequantise_w4a16(const DequantiseW4Params& params, cudaStream_t stream);
+
+// linear, by few_rows_w4a16.cuh: made for m <= 8, on Hopper 16, more rows take several passes. Of
+// params `weight` is packed and weight_stride the words of a strip, the epilogue is kStore and there
+// is no norm; k is not 0, x and weight are aligned to 16 bytes and so are the rows of x.
+cudaError_t launch_linear_w4a16(const LinearParams& params, int64_t group_size,
+                                cudaStream_t stream);
+
+// few_rows_w4a16_sm90a.cu, which only builds for sm_90a have: up to 16 rows.
+constexpr int64_t kMaxW4RowsSm90a = 16;
+cudaError_t launch_linear_w4a16_sm90a(const LinearParams& params, int64_t group_size,
+                                      const Device& device, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

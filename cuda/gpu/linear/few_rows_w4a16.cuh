@@ -1,0 +1,413 @@
+// linear by a matrix of 4-bit integers (pyserve/ops/w4a16.py) for few rows of x: the work is to
+// stream the integers once, as fast as memory gives them, and to widen them to 16 bits meanwhile.
+//
+// A CTA takes an even share of the strips, two at a time; its warps split k into pieces of 128
+// columns. Every warp has a ring of its own in shared memory, filled by cp.async several stages
+// ahead and across strips, so that the loads never wait for a barrier. A stage holds a piece of
+// both strips with its records, as they lie in memory. The ring is filled before the kernel waits
+// for the one that makes x. The words of a block are the weight operand of mma.sync m16n8k16 but
+// for their width, x is the 8 columns: 1 row of x costs as much as 8.
+//
+// x is brought piece by piece, each by the warp that multiplies it. It stays in shared memory for
+// all strips where all pieces have room; else it comes again with each two strips, from L2.
+//
+// Instructions: a piece of a strip is 1,088 bytes in groups of 128, 60 clocks of an SM's share of
+// 4.47 TB/s, in which it issues 240. A word of 8 integers takes 4 LOP3, which mask a pair and or it
+// into the mantissa of 128 or 1024, 3 SHF (float16: 1), and 4 HADD2 or HFMA2, which take that and
+// the zero point away: 88 of the 240; products, copies and the rest make it some 145. Without
+// mma.sync a word takes 8 more to be widened to float32 and 8 a row of x: 216 for one row and 280
+// for two, with nothing else done yet. So there is no kernel of its own for one row.
+// Numerics: q - z is exact in 16 bits, so that no sum cancels and no weight is rounded; float32
+// sums over a group, one product with its scale, float32 sums of those in the order of the pieces,
+// then of the warps, then the bias and one rounding. No other row of x changes a row's result.
+// Floor: bytes, 4.25 bits an element in groups of 128.
+// Source of the idea out^T = W x^T on 4-bit fragments: Marlin (Frantar et al. 2024).
+#pragma once
+
+#include <algorithm>
+
+#include "gpu/linear/few_rows.cuh"
+#include "gpu/linear/w4a16.h"
+
+namespace pyserve::gpu {
+
+// How a CTA cuts its work, in the words of Tiling.
+template <int kGroupSize_, int kTokenTiles_, int kStages_, int kSmemKb>
+struct W4Tiling {
+  static constexpr int kGroupSize = kGroupSize_;
+  static constexpr int kTokenTiles = kTokenTiles_;  // of 8 rows of x
+  static constexpr int kStages = kStages_;
+  // Two strips share what is read of x. These and the number of warps say in what order a sum is
+  // taken: they are one for all.
+  static constexpr int kRowTiles = 2;
+  static constexpr int kWarps = 8;
+  static constexpr int kDepth = 128;  // columns of a piece
+
+  static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr int kRows = kRowTiles * static_cast<int>(kStripRows);
+  static constexpr int kThreads = kWarps * kWarpSize;
+
+  // A piece as it lies in memory: one unit, or two that follow each other.
+  static constexpr int kUnitColumns = std::max(static_cast<int>(kW4BlockColumns), kGroupSize);
+  static constexpr int kUnits = kDepth / kUnitColumns;
+  static constexpr int kBlockBytes = 4 * static_cast<int>(kW4BlockWords);
+  static constexpr int kRecordBytes = 4 * static_cast<int>(kW4RecordWords);
+  static constexpr int kRecords = kDepth / kGroupSize;
+  static constexpr int kUnitBlocksBytes = 2 / kUnits * kBlockBytes;
+  static constexpr int kUnitBytes = kUnitBlocksBytes + kRecords / kUnits * kRecordBytes;
+  static constexpr int kPieceBytes = kUnits * kUnitBytes;
+  static constexpr int kStageBytes = kRowTiles * kPieceBytes;
+  static constexpr int kTokenBytes = 2 * kDepth;  // of a piece of x
+
+  static constexpr int kRecordLanes = kRowTiles * kRecords * kRecordBytes / 16;  // 16 bytes each
+
+  // Of a block of 64 columns and of a group's record, in a piece.
+  __device__ static constexpr int block_offset(int block) {
+    return block * (kUnits == 1 ? kBlockBytes : kUnitBytes);
+  }
+  __device__ static constexpr int record_offset(int record) {
+    constexpr int kUnitRecords = kRecords / kUnits;
+    return record / kUnitRecords * kUnitBytes + kUnitBlocksBytes +
+           record % kUnitRecords * kRecordBytes;
+  }
+
+  static constexpr int kPassTokens = kTokens;
+  static constexpr int kBuffers = kTokens <= 8 ? 2 : 1;
+  static constexpr int kSumStride = kRows + 4;  // of a token; keeps a warp's stores apart
+  static constexpr int kSumFloats = kWarps * kPassTokens * kSumStride;
+  static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kSumBytes = kBuffers * kSumFloats * 4;
+  static constexpr int kSmem = kSmemKb * 1024;
+  static constexpr int kXBytes = kSmem - kRingBytes - kSumBytes;  // for pieces of x
+  static_assert(kXBytes >= kWarps * kStages * kTokens * kTokenBytes);
+};
+
+// What is worked out where the kernel is launched.
+struct W4Work {
+  int strips, more;  // of a CTA: `more` of them have one beyond `strips`
+  int num_pieces;    // in k; warp w has those that are w modulo the number of warps
+  int x_slots;       // of a warp, each for a piece of x
+  bool is_x_kept;    // there is a slot for each of its pieces
+
+  template <class Tile>
+  static W4Work of(const LinearParams& p, int num_ctas, Tile) {
+    const int num_strips = static_cast<int>((p.n + kStripRows - 1) / kStripRows);
+    const int num_pieces = static_cast<int>((p.k + Tile::kDepth - 1) / Tile::kDepth);
+    const int num_steps = (num_pieces + Tile::kWarps - 1) / Tile::kWarps;
+    const int64_t x_bytes = int64_t{Tile::kWarps} * num_steps * p.m * Tile::kTokenBytes;
+    const bool is_x_kept = x_bytes <= Tile::kXBytes;
+    return {num_strips / num_ctas, num_strips % num_ctas, num_pieces,
+            is_x_kept ? num_steps : Tile::kStages, is_x_kept};
+  }
+};
+
+// How a word becomes four pairs of q - z: pair i is the integers at bits 4 i and 4 i + 16, of row g
+// where i is even, of row g + 8 where it is odd. Shifted and masked they are or-ed into the
+// mantissa of kMagic, where i is odd kOddPlace bits further up. One fma, by kOne or kOddFactor,
+// leaves q - z: what it adds has kMinus or kOddMinus for its high byte, and z likewise in its
+// mantissa.
+template <class T>
+struct W4Numbers;
+
+template <>
+struct W4Numbers<__nv_bfloat16> {  // 128 + q - (128 + z)
+  static constexpr int kOddPlace = 0;
+  static constexpr uint32_t kMagic = 0x43004300, kOne = 0x3f803f80, kOddFactor = 0x3f803f80;
+  static constexpr uint32_t kMinus = 0xc3, kOddMinus = 0xc3;
+};
+
+template <>
+struct W4Numbers<__half> {  // 1024 + q - (1024 + z), and (1024 + 16 q) / 16 - (64 + z)
+  static constexpr int kOddPlace = 4;
+  static constexpr uint32_t kMagic = 0x64006400, kOne = 0x3c003c00, kOddFactor = 0x2c002c00;
+  static constexpr uint32_t kMinus = 0xe4, kOddMinus = 0xd4;
+};
+
+template <class T>
+__device__ __forceinline__ void widen_word(uint32_t word, const uint32_t (&minus)[2],
+                                           uint32_t (&pairs)[4]) {
+  using Numbers = W4Numbers<T>;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int odd = i % 2, place = odd * Numbers::kOddPlace;
+    const uint32_t shifted = word >> (4 * i - place), mask = 0x000f000fu << place;
+    const uint32_t factor = odd ? Numbers::kOddFactor : Numbers::kOne;
+    pairs[i] = fma_pair<T>(and_or(shifted, mask, Numbers::kMagic), factor, minus[odd]);
+  }
+}
+
+// The group of this lane's rows of a strip.
+template <class T>
+struct W4Group {
+  using Numbers = W4Numbers<T>;
+  float scales[2];
+  uint32_t minus[2];
+
+  __device__ __forceinline__ void read(const unsigned char* record) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 8 * half + threadIdx.x % kWarpSize / 4;
+      const uint32_t word = reinterpret_cast<const uint32_t*>(record)[row];
+      scales[half] = __uint_as_float(word & ~kW4ZeroMask);
+      // Twice that byte, and below it z: the low byte of a record's word.
+      minus[half] = __byte_perm(word << half * Numbers::kOddPlace,
+                                half ? Numbers::kOddMinus : Numbers::kMinus, 0x4040);
+    }
+  }
+};
+
+// sums += weight x^T over one piece: `weight` is its stage, and `slot` bytes behind each x lies
+// chunk lane / 8 of a row of x.
+template <class T, class Tile>
+__device__ __forceinline__ void multiply_piece(const unsigned char* weight,
+                                               const uint32_t (&x)[Tile::kTokenTiles], int slot,
+                                               Sums<Tile>& sums) {
+  constexpr int kGroupPairs = Tile::kGroupSize / 32;  // of steps of 16 columns
+  const int lane = threadIdx.x % kWarpSize;
+  W4Group<T> groups[Tile::kRowTiles];
+  Sums<Tile> group_sums;
+  uint32_t words[Tile::kRowTiles][4];
+#pragma unroll
+  for (int pair = 0; pair < Tile::kDepth / 32; ++pair) {
+#pragma unroll
+    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+      const unsigned char* piece = weight + tile * Tile::kPieceBytes;
+      if (pair % 2 == 0) {
+        const uint4 block =
+            *reinterpret_cast<const uint4*>(piece + Tile::block_offset(pair / 2) + 16 * lane);
+        words[tile][0] = block.x, words[tile][1] = block.y;
+        words[tile][2] = block.z, words[tile][3] = block.w;
+      }
+      if (pair % kGroupPairs == 0) {
+        groups[tile].read(piece + Tile::record_offset(pair / kGroupPairs));
+#pragma unroll
+        for (auto& sum : group_sums[tile]) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+      }
+    }
+    uint32_t columns[Tile::kTokenTiles][4];
+#pragma unroll
+    for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
+      ldmatrix_x4(columns[tokens], (x[tokens] ^ pair % 2 * 64) + pair / 2 * 128 + slot);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+        uint32_t rows[4];
+        widen_word<T>(words[tile][pair % 2 * 2 + half], groups[tile].minus, rows);
+#pragma unroll
+        for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
+          mma_16816<T>(group_sums[tile][tokens], rows, columns[tokens][2 * half],
+                       columns[tokens][2 * half + 1]);
+        }
+      }
+    }
+    if ((pair + 1) % kGroupPairs != 0) continue;
+#pragma unroll
+    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+#pragma unroll
+      for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[tile][tokens][i] =
+              fmaf(group_sums[tile][tokens][i], groups[tile].scales[i / 2], sums[tile][tokens][i]);
+        }
+      }
+    }
+  }
+}
+
+// What a warp brings to its ring and its slots of x, piece after piece.
+template <class Tile>
+class W4Fetcher {
+ public:
+  // Strips [strip, strip_end), two at a time; `ring` and `slots` are the warp's own.
+  __device__ W4Fetcher(const LinearParams& p, const W4Work& work, int strip, int strip_end,
+                       uint32_t ring, uint32_t slots)
+      : num_pieces_(work.num_pieces), strip_end_(strip_end), is_x_kept_(work.is_x_kept),
+        num_tokens_(static_cast<int>(p.m)), k_(static_cast<int>(p.k)),
+        packed_(static_cast<const unsigned char*>(p.weight)), strip_bytes_(p.weight_stride * 4),
+        x_stride_(p.x_stride), ring_(ring), slots_(slots) {
+    const int lane = threadIdx.x % kWarpSize, record = lane / 4 % Tile::kRecords;
+    record_tile_ = lane / (Tile::kRecordLanes / Tile::kRowTiles);
+    record_unit_ = record / (Tile::kRecords / Tile::kUnits);
+    record_to_ = Tile::record_offset(record) + lane % 4 * 16;
+    record_from_ = record_tile_ * strip_bytes_ + record_to_ - lane * 16;
+    record_to_ += record_tile_ * Tile::kPieceBytes;
+    const int token = lane / 16, chunk = lane % 16;
+    x_ = static_cast<const uint16_t*>(p.x) + token * p.x_stride + chunk * kVec;
+    x_to_ = token * Tile::kTokenBytes + (chunk ^ token) * 16;
+    begin(strip);
+  }
+
+  __device__ void begin(int strip) {
+    piece_ = static_cast<int>(threadIdx.x) / kWarpSize;
+    strip_ = piece_ < num_pieces_ ? strip : strip_end_;
+    weight_ = packed_ + strip * strip_bytes_ + piece_ * Tile::kPieceBytes +
+              threadIdx.x % kWarpSize * 16;
+  }
+
+  // Starts to copy a piece, if there is one, and goes on to the next.
+  __device__ __forceinline__ void fetch(int stage, bool has_weight, bool has_x) {
+    if (strip_ < strip_end_) {
+      if (has_weight) fetch_weight(ring_ + stage * Tile::kStageBytes);
+      if (has_x && !has_all_x_) fetch_x(is_x_kept_ ? piece_ / Tile::kWarps : stage);
+      piece_ += Tile::kWarps;
+      weight_ += Tile::kWarps * Tile::kPieceBytes;
+      if (piece_ >= num_pieces_) {
+        begin(strip_ + Tile::kRowTiles);
+        has_all_x_ = has_x && is_x_kept_;
+      }
+    }
+    cp_async_commit();
+  }
+
+ private:
+  __device__ __forceinline__ void fetch_weight(uint32_t to) {
+    // The last piece may be half of one, where a unit is 64 columns.
+    const bool is_whole =
+        Tile::kUnits == 1 || piece_ * Tile::kDepth + Tile::kUnitColumns < k_;
+    const int num_tiles = strip_end_ - strip_;
+    const uint32_t lane_to = to + threadIdx.x % kWarpSize * 16;
+#pragma unroll
+    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+      if (tile >= num_tiles) continue;
+      const unsigned char* from = weight_ + tile * strip_bytes_;
+      cp_async_16(lane_to + tile * Tile::kPieceBytes, from, true);
+      cp_async_16(lane_to + tile * Tile::kPieceBytes + Tile::block_offset(1),
+                  from + Tile::block_offset(1), is_whole);
+    }
+    if (record_tile_ < min(num_tiles, Tile::kRowTiles)) {
+      cp_async_16(to + record_to_, weight_ + record_from_, record_unit_ == 0 || is_whole);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_x(int slot) {
+    const int lane = threadIdx.x % kWarpSize;
+    const bool is_in_k = piece_ * Tile::kDepth + lane % 16 * kVec < k_;
+    const uint16_t* from = x_ + piece_ * Tile::kDepth;
+    const uint32_t to = slots_ + slot * num_tokens_ * Tile::kTokenBytes;
+#pragma unroll
+    for (int i = 0; i < Tile::kTokens; i += 2) {
+      // Chunk c of row r lies at c ^ r % 8: the same one of 8 rows in different banks.
+      const uint32_t place = to + (x_to_ ^ (i & 6) * 16) + i * Tile::kTokenBytes;
+      if (lane / 16 + i < num_tokens_) cp_async_16(place, from, is_in_k);
+      from += 2 * x_stride_;
+    }
+  }
+
+  int num_pieces_, strip_end_;
+  bool is_x_kept_, has_all_x_ = false;
+  int num_tokens_, k_, strip_ = 0, piece_ = 0;
+  const unsigned char *packed_, *weight_ = nullptr;  // weight_: this lane's
+  int64_t strip_bytes_;
+  const uint16_t* x_;
+  int64_t x_stride_;
+  uint32_t ring_, slots_;
+  // Of a stage, the 16 bytes of records and of x that this lane brings.
+  int record_tile_, record_unit_, record_to_;
+  int64_t record_from_;
+  uint32_t x_to_;
+};
+
+// m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_w4a16_kernel(LinearParams p, W4Work work) {
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int num_tokens = static_cast<int>(p.m), n = static_cast<int>(p.n);
+  const int cta = static_cast<int>(blockIdx.x);
+  const int first = cta * work.strips + min(cta, work.more);
+  const int strip_end = first + work.strips + (cta < work.more);
+  unsigned char* ring = dynamic_smem + warp * Tile::kStages * Tile::kStageBytes;
+  float* all_sums = reinterpret_cast<float*>(dynamic_smem + Tile::kRingBytes);
+  const int slot_bytes = num_tokens * Tile::kTokenBytes;
+  const uint32_t slots = smem_address(dynamic_smem) + Tile::kRingBytes + Tile::kSumBytes +
+                         warp * work.x_slots * slot_bytes;
+
+  W4Fetcher<Tile> fetcher(p, work, first, strip_end, smem_address(ring), slots);
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, true, false);
+  pdl_wait();
+  pdl_launch_dependents();
+  fetcher.begin(first);
+#pragma unroll 1
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, false, true);
+
+  uint32_t lane_x[Tile::kTokenTiles];  // in a slot; columns beyond the tokens are not stored
+#pragma unroll
+  for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
+    const int token = min(8 * tokens + lane % 8, num_tokens - 1);
+    lane_x[tokens] = slots + token * Tile::kTokenBytes + (lane / 8 ^ token % 8) * 16;
+  }
+  constexpr int kResults = Tile::kTokens * Tile::kRows / Tile::kThreads;  // of a thread
+  int stage = 0, buffer = 0, place = threadIdx.x;
+  for (int strip = first; strip < strip_end; strip += Tile::kRowTiles) {
+    const int column0 = strip * static_cast<int>(kStripRows);
+    const int column_end = min(n, strip_end * static_cast<int>(kStripRows));
+    Result<T> results[kResults];
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const int index = place + i * Tile::kThreads;
+      results[i].token = index / Tile::kRows;
+      results[i].row = index % Tile::kRows;
+      results[i].template ask<Epilogue::kStore>(p, column0 + results[i].row, column_end);
+    }
+    place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
+
+    Sums<Tile> sums = {};
+#pragma unroll 1
+    for (int piece = warp; piece < work.num_pieces; piece += Tile::kWarps) {
+      cp_async_wait<Tile::kStages - 2>();  // of groups, the first stages have two each
+      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      fetcher.fetch(stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
+      const int slot = work.is_x_kept ? piece / Tile::kWarps : stage;
+      multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x, slot * slot_bytes, sums);
+      stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    }
+    if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+    float* group_sums = all_sums + buffer * Tile::kSumFloats;
+    put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, 0, num_tokens, sums);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const Result<T>& result = results[i];
+      if (!result.is_valid) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < Tile::kWarps; ++w) {
+        const int token = w * Tile::kPassTokens + result.token;
+        sum += group_sums[token * Tile::kSumStride + result.row];
+      }
+      *result.target = from_float<T>(sum + to_float(result.bias));
+    }
+    buffer = (buffer + 1) % Tile::kBuffers;
+  }
+  cp_async_wait<0>();
+}
+
+// Calls fn(std::integral_constant<int, ...>{}).
+template <class Fn>
+cudaError_t dispatch_group_size(int64_t group_size, Fn&& fn) {
+  switch (group_size) {
+    case 32: return fn(std::integral_constant<int, 32>{});
+    case 64: return fn(std::integral_constant<int, 64>{});
+    case 128: return fn(std::integral_constant<int, 128>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Launches for p.m <= kTokens, one CTA an SM.
+template <class T, class Tile>
+cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
+  constexpr auto kKernel = linear_w4a16_kernel<T, Tile>;
+  const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
+  if (error != cudaSuccess) return error;
+  const int64_t num_strips = (p.n + kStripRows - 1) / kStripRows;
+  const int num_ctas = static_cast<int>(std::min<int64_t>(num_strips, num_sms));
+  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
+                        stream, p, W4Work::of(p, num_ctas, Tile{}));
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,33 @@
+// linear of 4-bit integers for 1 to 16 rows of x in one pass: few_rows_w4a16.cuh, cut for the
+// shared memory of Hopper.
+//
+// x of up to 4,096 columns stays there. 16 rows of 14,336 columns are 448 KB: they come with each
+// two strips, which is once to each CTA where there are 4,096 rows of weight, an 8B model's `down`.
+#include "gpu/linear/few_rows_w4a16.cuh"
+
+namespace pyserve::gpu {
+namespace {
+
+// Rings of 60 to 108 KB, of which all stages but one are on their way.
+template <int kGroupSize>
+using Deep = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
+template <int kGroupSize>
+using Wide = W4Tiling<kGroupSize, 2, kGroupSize == 32 ? 3 : 4, 227>;
+static_assert(Wide<128>::kTokens == kMaxW4RowsSm90a);
+
+}  // namespace
+
+cudaError_t launch_linear_w4a16_sm90a(const LinearParams& p, int64_t group_size,
+                                      const Device& device, cudaStream_t stream) {
+  return dispatch_half(p.dtype, [&]<class T>(T) {
+    return dispatch_group_size(group_size, [&](auto size) {
+      constexpr int kGroupSize = decltype(size)::value;
+      if (p.m > Deep<kGroupSize>::kTokens) {
+        return launch_w4a16_tiled<T, Wide<kGroupSize>>(p, device.num_sms, stream);
+      }
+      return launch_w4a16_tiled<T, Deep<kGroupSize>>(p, device.num_sms, stream);
+    });
+  });
+}
+
+}  // namespace pyserve::gpu
