@@ -121,17 +121,18 @@ struct Tiles {
   using Wide = W4Tiling<kGroupSize, 2, kGroupSize == 32 ? 3 : 4, 227>;
 };
 
-// Every number of rows, in one or another tiling; every other has zero points.
+// Every number of rows, in one or another tiling; those without zero points have them in the other
+// type.
 template <class T, int kGroupSize>
 int check(const W4Format& format, int round) {
   using Tile = Tiles<kGroupSize>;
   int num_bad = 0;
-  for (int m = 1; m <= 16 && !machine::is_found(num_bad); ++m) {
+  for (int m = 1; m <= 16; ++m) {
     machine::lands_late = machine::random() % 2 == 0;
     int k = pick({64, 192, 320, 704, 1088}) / kGroupSize * kGroupSize;
     if (kGroupSize == 32) k += pick({0, 32});
     k = std::max(k, kGroupSize);
-    const bool has_zeros = (m + round) % 2 == 0;
+    const bool has_zeros = (m + round + std::is_same_v<T, __half>) % 2 == 0;
     const Matrix matrix(pick({16, 40, 64, 80}), k, format, has_zeros);
     Product<T> product(matrix, m, pick({1, 2, 3, 5}), machine::random() % 2 == 0);
     const int tile = m > 8 ? 2 : pick({0, 1, 2});
@@ -144,6 +145,7 @@ int check(const W4Format& format, int round) {
     std::printf("groups of %d, tiling %d, %s, m %d, n %d, k %d, %d SMs, late %d: %d wrong\n",
                 kGroupSize, tile, std::is_same_v<T, __half> ? "float16" : "bfloat16", m, matrix.n,
                 k, product.num_sms, machine::lands_late, wrong);
+    machine::end_if_expected();
   }
   return num_bad;
 }

@@ -11,7 +11,7 @@ from tests.ops import emulated
 
 PROGRAMS = {  # the kernels' files, and rounds that are enough
     "few_rows": (("few_rows",), 2),
-    "few_rows_w4a16": (("few_rows", "few_rows_w4a16"), 2),
+    "few_rows_w4a16": (("few_rows", "few_rows_w4a16"), 1),
 }
 
 

@@ -14,7 +14,7 @@
 // Instructions: a piece of a strip is 1,088 bytes in groups of 128, 60 clocks of an SM's share of
 // 4.47 TB/s, in which it issues 240. A word of 8 integers takes 4 LOP3, which mask a pair and or it
 // into the mantissa of 128 or 1024, 3 SHF (float16: 1), and 4 HADD2 or HFMA2, which take that and
-// the zero point away: 88 of the 240; products, copies and the rest make it some 145. Without
+// the zero point away: 88 of the 240; products, copies and the rest make it some 150. Without
 // mma.sync a word takes 8 more to be widened to float32 and 8 a row of x: 216 for one row and 280
 // for two, with nothing else done yet. So there is no kernel of its own for one row.
 // Numerics: q - z is exact in 16 bits, so that no sum cancels and no weight is rounded; float32
