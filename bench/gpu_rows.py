@@ -1,9 +1,8 @@
-"""Who multiplies a few rows of an 8B layer fastest: few_rows.cuh, as it may be cut, or cuBLAS.
+"""Who multiplies a few rows of an 8B layer fastest: few_rows.cuh or cuBLAS.
 
 `python -m bench.ops --device cuda --only few_rows` measures it, in graphs of chained launches over
 weights that L2 does not hold, and prints the fastest by rows: each matrix with its epilogue, and
-the layer's four with what stands between them, norms and activations, as a step has them. 1 to 8
-rows have one cut and are here so that a change of it shows.
+the layer's four with what stands between them, norms and activations, as a step has them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from pyserve import ops
 
 ROWS = (1, 4, 8, 9, 12, 16, 24, 32, 48, 64)
 MAX_OWN_ROWS = 32  # in one pass over the weight
-GROUPS_OF_MORE = (32, 16)  # weight rows of a group, for 9 to 16 rows
 CUBLAS = "cuBLAS"
 FOLLOWED = " and what follows"
 
@@ -33,24 +31,17 @@ class Layer:
         self.step, self.norm, self.squares = step, norm, squares
         self.qkv, self.o, self.gate_up, self.down = weights
 
-    def own(self, group_rows: int) -> dict[str, Callable[[], object]]:
+    def own(self) -> dict[str, Callable[[], object]]:
         """Norms are factors, as in a step: each linear_add leaves what the next linear needs."""
         step, squares = self.step, self.squares
 
-        def made(run: Callable[..., None], *args: object) -> Callable[[], object]:
-            def call() -> None:
-                cut_in_groups(self.qkv, group_rows)
-                run(*args)
-
-            return call
-
         def add(x: Tensor, weight: Tensor) -> Callable[[], object]:
-            return made(
+            return partial(
                 ops.linear_add_for_norm, x, weight, None, step.residual, self.norm, step.x, squares
             )
 
-        qkv = made(ops.linear_of_scaled, step.x, self.qkv, None, step.qkv, squares, EPS)
-        gate_up = made(
+        qkv = partial(ops.linear_of_scaled, step.x, self.qkv, None, step.qkv, squares, EPS)
+        gate_up = partial(
             ops.linear_silu_mul_of_scaled, step.x, self.gate_up, None, step.act, squares, EPS
         )
         o, down = add(step.joined, self.o), add(step.act, self.down)
@@ -73,10 +64,6 @@ class Layer:
             ],
             down=[add(step.act, self.down), norm],
         )
-
-
-def cut_in_groups(weight: Tensor, group_rows: int) -> None:
-    torch.ops.pyserve.try_few_rows.default(weight, 0, group_rows)
 
 
 def with_layer(**parts: Sequence[Callable[[], object]]) -> dict[str, Callable[[], object]]:
@@ -103,9 +90,7 @@ def few_row_chains(shape: Shape) -> Iterator[Chain]:
         layers = [Layer(step, each, norm, squares) for each in weights]
         ways = {CUBLAS: [layer.cublas() for layer in layers]}
         if num_rows <= MAX_OWN_ROWS:
-            for group_rows in GROUPS_OF_MORE if 8 < num_rows <= 16 else (0,):
-                name = f"own, {group_rows} a group" if group_rows else "own"
-                ways[name] = [layer.own(group_rows) for layer in layers]
+            ways["own"] = [layer.own() for layer in layers]
         for part, count in num_weights.items():
             for way, made in ways.items():
                 yield Chain(

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bench import few_rows_server
-from pyserve import cli, ops
+from pyserve import cli
 from pyserve.ops import build
 
 
-def test_norms_are_factors_up_to_the_rows_and_the_server_gets_its_flags(
+def test_the_server_gets_its_flags(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load_native(**kwargs: Any) -> str:
@@ -22,14 +22,13 @@ def test_norms_are_factors_up_to_the_rows_and_the_server_gets_its_flags(
     def serve(argv: list[str]) -> int:
         load: Any = build.load_native
         assert load(device="cpu") == "native"
-        served.append((argv, ops.MAX_NORM_ROWS))
+        served.append(argv)
         return 3
 
     loaded: list[dict[str, Any]] = []
-    served: list[tuple[list[str], int]] = []
+    served: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ops, "MAX_NORM_ROWS", 8)
     monkeypatch.setattr(build, "load_native", load_native)
     monkeypatch.setattr(cli, "main", serve)
     assert few_rows_server.main(["16", "--model", "m"]) == 3
-    assert served == [(["--model", "m"], 16)] and loaded == [{"device": "cpu"}]
+    assert served == [["--model", "m"]] and loaded == [{"device": "cpu"}]

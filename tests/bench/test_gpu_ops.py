@@ -37,7 +37,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Timing(us=2.0, spread_us=0.1, is_graph=True)
 
     monkeypatch.setattr(gpu_rows, "ROWS", (2, 9, 33))
-    monkeypatch.setattr(gpu_rows, "cut_in_groups", lambda *_: planned.append("try_few_rows"))
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
     monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)
     return planned
@@ -49,12 +48,12 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
-    names -= {"serves_linear", "serves_linear_w4a16", "try_few_rows", "try_linear_w4a16"}
+    names -= {"serves_linear", "serves_linear_w4a16", "try_linear_w4a16"}
     names -= {"gelu_tanh_mul"}  # which a card refuses so far
-    ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 32 a group", "own, 16 a group"}
+    ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
     ways |= {"own linear_w4a16"}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
-    assert set(tiny) == {"plan_attention", "rope_attention", "try_few_rows"}
+    assert set(tiny) == {"plan_attention", "rope_attention"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0

@@ -3,8 +3,6 @@ on nothing but the row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -67,14 +65,6 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> Tensor:
     return oracle.silu_mul(sums) if op == "linear_silu_mul" else sums
 
 
-@pytest.fixture
-def try_few_rows() -> Iterator[Callable[[int, int], None]]:
-    """try_few_rows(max_rows, group_rows) for one test."""
-    weight = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda")
-    yield lambda *trial: torch.ops.pyserve.try_few_rows(weight, *trial)
-    torch.ops.pyserve.try_few_rows(weight, 0, 0)
-
-
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -101,23 +91,6 @@ def test_a_row_does_not_depend_on_its_batch_mates(
     for num_rows in range(1, 37):
         assert torch.equal(run(x[:num_rows], weight, bias, op), together[:num_rows])
         assert torch.equal(run(x[-num_rows:], weight, bias, op), together[-num_rows:])
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [*SHAPES, (6144, 512), (8488, 64)])
-def test_groups_of_16_and_32_weight_rows_give_the_same(
-    n: int, k: int, dtype: torch.dtype, op: str, try_few_rows: Callable[[int, int], None]
-) -> None:
-    """Whole groups, and what is left: none, half a group or one for a part of the SMs."""
-    x, weight, bias = make(16, n, k, dtype, op)
-    for num_rows in (9, 13, 16):
-        results = []
-        for group_rows in (16, 32):
-            try_few_rows(0, group_rows)
-            results.append(run(x[:num_rows], weight, bias, op))
-        assert torch.equal(*results)
-        assert bool(results[0].isfinite().all())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -243,10 +216,6 @@ def test_refusals() -> None:
         torch.ops.pyserve.linear_silu_mul(x, weight, None, x.new_empty(2, 4))
     with pytest.raises(RuntimeError, match="serves_linear: epilogue 3"):
         torch.ops.pyserve.serves_linear(weight, 1, 3)
-    with pytest.raises(RuntimeError, match="try_few_rows: max_rows is 33, at most 32"):
-        torch.ops.pyserve.try_few_rows(weight, 33, 0)
-    with pytest.raises(RuntimeError, match="try_few_rows: group_rows is 8, not 0, 16 or 32"):
-        torch.ops.pyserve.try_few_rows(weight, 16, 8)
 
 
 def test_own_kernels_serve_few_rows() -> None:
@@ -260,14 +229,11 @@ def test_own_kernels_serve_few_rows() -> None:
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
     reason="one pass over the weight for more than 8 rows is Hopper's",
 )
-def test_more_rows_are_served_where_a_measurement_asks(
-    try_few_rows: Callable[[int, int], None],
-) -> None:
+def test_hopper_serves_32_rows() -> None:
     _, weight, _ = make(1, 4096, 4096, torch.bfloat16)
-    for max_rows in (16, 32, 0):
-        try_few_rows(max_rows, 0)
-        served = [m for m in range(1, 65) if torch.ops.pyserve.serves_linear(weight, m, 0)]
-        assert served == list(range(1, max(max_rows, 8) + 1))
+    served = [m for m in range(1, 65) if torch.ops.pyserve.serves_linear(weight, m, 0)]
+    assert served == list(range(1, 33))
+    assert ops.max_norm_rows(weight.device, weight.dtype) == 32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

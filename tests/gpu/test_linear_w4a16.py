@@ -3,6 +3,7 @@ loaded there, a step that is replayed."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,19 +43,32 @@ def test_every_number(n: int, k: int, group_size: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 5, 16, 64, 300])
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 64, 300])
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_linear(n: int, k: int, group_size: int, num_rows: int, dtype: torch.dtype) -> None:
     packed = make_packed(n, k, group_size)
     weight = w4a16.dequantised(packed, n, k)
     x, bias = torch.randn(num_rows, k, device=CARD).to(dtype), torch.randn(n, device=CARD).to(dtype)
     scratch = torch.full((max(16, n // 32 * 16) * k,), float("nan"), dtype=dtype, device=CARD)
-    for given in (bias, None):
+    for given, linear in itertools.product((bias, None), (ops.linear_w4a16, of_plain_numbers)):
         out = torch.full((num_rows, n), float("nan"), dtype=dtype, device=CARD)
-        ops.linear_w4a16(x, packed, given, out, scratch)
+        linear(x, packed, given, out, scratch)
         exact = x.double() @ weight.double().T + (0 if given is None else given.double())
         plain = torch.nn.functional.linear(x, weight.to(dtype), given)
         oracle.assert_ratio(out, plain, exact, plain_float32_error=1e-2)
+
+
+def of_plain_numbers(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor
+) -> None:
+    """By slices of the matrix, whatever is the fastest."""
+    torch.ops.pyserve.try_linear_w4a16(packed, 0)
+    ops._served.clear()
+    try:
+        ops.linear_w4a16(x, packed, bias, out, scratch)
+    finally:
+        torch.ops.pyserve.try_linear_w4a16(packed, -1)
+        ops._served.clear()
 
 
 def own(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
@@ -87,19 +101,20 @@ def test_the_kernel_of_the_integers(n: int, k: int, group_size: int, dtype: torc
         assert torch.equal(mine, more[: len(mine)])
 
 
-def test_a_measurement_switches_the_kernel_on() -> None:
+def test_a_measurement_says_up_to_how_many_rows() -> None:
     packed = make_packed(64, 256, 128)
-    x = torch.randn(17, 256, device=CARD).bfloat16()
+    x = torch.randn(500, 256, device=CARD).bfloat16()
     serves, switch = torch.ops.pyserve.serves_linear_w4a16, torch.ops.pyserve.try_linear_w4a16
-    assert not serves(x[:1], packed)
-    switch(packed, 16)
-    try:
-        assert serves(x[:1], packed) and serves(x[:16], packed) and not serves(x, packed)
-    finally:
-        switch(packed, 0)
-    assert not serves(x[:1], packed)
-    with pytest.raises(RuntimeError, match="try_linear_w4a16: max_rows is 17, at most 16"):
-        switch(packed, 17)
+    assert serves(x[:1], packed) and serves(x[:16], packed) and not serves(x, packed)
+    for most in (0, 300):
+        switch(packed, most)
+        try:
+            assert [m for m in (1, 300, 301) if serves(x[:m], packed)] == [1, 300][: most // 150]
+        finally:
+            switch(packed, -1)
+    assert serves(x[:16], packed) and not serves(x, packed)
+    with pytest.raises(RuntimeError, match="try_linear_w4a16: max_rows is -2, at least -1"):
+        switch(packed, -2)
 
 
 def test_rows_that_are_not_aligned_are_refused() -> None:
@@ -109,7 +124,7 @@ def test_rows_that_are_not_aligned_are_refused() -> None:
         torch.ops.pyserve.linear_w4a16(x[:, :256], packed, None, out)
 
 
-@pytest.mark.parametrize("linear", [ops.linear_w4a16, own])
+@pytest.mark.parametrize("linear", [of_plain_numbers, own])
 def test_a_product_is_recorded_and_replayed(linear: Callable[..., None]) -> None:
     packed = make_packed(4096, 1024, 128)
     x = torch.randn(3, 1024, device=CARD).bfloat16()
@@ -128,7 +143,7 @@ def test_a_product_is_recorded_and_replayed(linear: Callable[..., None]) -> None
 
 @pytest.mark.parametrize("kind", ["awq-gemm", "awq-gemv", "gptq", "symmetric", "asymmetric"])
 def test_what_is_loaded_there_is_what_is_loaded_here(kind: str, tmp_path: Path) -> None:
-    quantised.save(tmp_path, quantised.formats(32)[kind], 32)
+    quantised.save(tmp_path, quantised.formats(32)[kind], 32, head_dim=64)
     loaded = [
         load_model(
             tmp_path, ModelConfig.from_path(tmp_path), Placement(torch.float16, device),

@@ -215,10 +215,16 @@ def test_norms_of_many_tokens_are_calls_of_their_own() -> None:
         assert (squares is None) == (num_tokens > 8)
 
 
-def test_norms_are_factors_on_a_card_where_the_dtype_has_the_range() -> None:
+def test_norms_are_factors_on_a_card_where_the_dtype_has_the_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to what one pass over a weight serves there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert max_norm_rows(torch.device("cuda"), torch.bfloat16) == 8
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     most = {
         (device, dtype): max_norm_rows(torch.device(device), dtype)
         for device in ("cuda", "cpu", "meta")
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     }
-    assert {key for key, rows in most.items() if rows} == {("cuda", torch.bfloat16)}
+    assert {key: rows for key, rows in most.items() if rows} == {("cuda", torch.bfloat16): 32}

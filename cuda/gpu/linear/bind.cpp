@@ -83,18 +83,6 @@ bool serves_linear(const Tensor& weight_tensor, int64_t m, int64_t epilogue_numb
   return serves;
 }
 
-// Of this process, for measurements on the device of `weight`: LinearTrial.
-void try_few_rows(const Tensor& weight, int64_t max_rows, int64_t group_rows) {
-  const View view = ViewReader{"try_few_rows", Place::kCuda}("weight", weight, 2);
-  half_dtype(view);
-  PYSERVE_CHECK(max_rows >= 0 && max_rows <= gpu::kMaxRowsSm90a, "try_few_rows: max_rows is ",
-                max_rows, ", at most ", gpu::kMaxRowsSm90a);
-  PYSERVE_CHECK(group_rows == 0 || group_rows == 16 || group_rows == 32,
-                "try_few_rows: group_rows is ", group_rows, ", not 0, 16 or 32");
-  gpu::linear_trial().max_rows = max_rows;
-  gpu::linear_trial().group_rows = static_cast<int>(group_rows);
-}
-
 }  // namespace
 }  // namespace pyserve
 
@@ -103,5 +91,4 @@ STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("linear_add", TORCH_BOX(&pyserve::linear_add));
   m.impl("linear_silu_mul", TORCH_BOX(&pyserve::linear_silu_mul));
   m.impl("serves_linear", TORCH_BOX(&pyserve::serves_linear));
-  m.impl("try_few_rows", TORCH_BOX(&pyserve::try_few_rows));
 }

@@ -60,14 +60,15 @@ void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
 
 bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
   const View rows = ViewReader{"serves_linear_w4a16", Place::kCuda}("x", x, 2);
-  return gpu::serves_linear_w4a16(rows.size(0));
+  bool serves = false;
+  check_launch("serves_linear_w4a16", gpu::serves_linear_w4a16(rows.size(0), &serves));
+  return serves;
 }
 
-// Of this process, for measurements on the device of `packed`: LinearTrial.
+// Of this process, for measurements on the device of `packed`: LinearTrial. -1: nothing is asked.
 void try_linear_w4a16(const Tensor& packed, int64_t max_rows) {
   w4_matrix(ViewReader{"try_linear_w4a16", Place::kCuda}, packed);
-  PYSERVE_CHECK(max_rows >= 0 && max_rows <= gpu::kMaxW4RowsSm90a, "try_linear_w4a16: max_rows is ",
-                max_rows, ", at most ", gpu::kMaxW4RowsSm90a);
+  PYSERVE_CHECK(max_rows >= -1, "try_linear_w4a16: max_rows is ", max_rows, ", at least -1");
   gpu::linear_trial().max_w4a16_rows = max_rows;
 }
 

@@ -18,16 +18,17 @@ struct Choice {
   int first_card, last_card;
   int64_t first_m, last_m;
   int64_t first_n, first_k;  // at least
-  bool is_on_trial = false;  // not measured: for a LinearTrial alone
 };
 
 // From the first row that fits. The figures are bench.gpu_ops'.
 constexpr Choice kChoices[] = {
-    // On an H200, us, own / cuBLAS at 1 row: 14.0 / 15.5 for [6144, 4096], 10.1 / 12.6 for
-    // [4096, 4096], 56.2 / 56.7 for [28672, 4096], 29.1 / 31.1 for [4096, 14336]; at 8 rows
-    // 14.2 / 15.7, 10.2 / 12.4, 57.8 / 57.2, 29.7 / 31.6.
+    // On an H200, us with the norms and activations between them, own / cuBLAS at 1 row: 11.6 / 16.4
+    // for [6144, 4096], 8.0 / 14.5 for [4096, 4096], 52.4 / 63.0 for [28672, 4096], 26.8 / 33.1 for
+    // [4096, 14336]; at 8 rows 12.5 / 15.7, 8.2 / 14.2, 54.4 / 64.1, 27.4 / 33.7.
     {LinearKernel::kFewRows, 80, kAnyCard, 1, 8, 0, 0},
-    {LinearKernel::kFewRows, 90, 90, 9, kMaxRowsSm90a, 0, 0, true},
+    // At 16 rows 14.9 / 16.1, 9.2 / 14.4, 55.8 / 59.7, 28.2 / 34.5; at 32 rows 18.1 / 16.3,
+    // 10.4 / 14.9, 60.1 / 65.0, 30.2 / 35.5, and all four 118.5 / 131.4.
+    {LinearKernel::kFewRows, 90, 90, 9, kMaxRowsSm90a, 0, 0},
     // On an H200, us, own / cuBLAS, which silu_mul has to follow, for silu of [28672, 4096]: 60 / 64
     // at 96 rows, 60 / 67 at 128, 76 / 77 at 192, 86-93 / 90-95 at 256, 131 / 127 at 384, 173 / 162 at
     // 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048; silu_mul takes 4 to 50 more. More rows are
@@ -36,7 +37,6 @@ constexpr Choice kChoices[] = {
 };
 
 bool fits(const Choice& choice, const LinearParams& p, int card) {
-  if (choice.is_on_trial && p.m > linear_trial().max_rows) return false;
   return card >= choice.first_card && card <= choice.last_card && p.m >= choice.first_m &&
          p.m <= choice.last_m && p.n >= choice.first_n && p.k >= choice.first_k;
 }
@@ -58,8 +58,21 @@ bool can_serve(LinearKernel kernel, const LinearParams& p, const Device& device)
 }  // namespace
 
 LinearTrial& linear_trial() {
-  static LinearTrial trial{};
+  static LinearTrial trial;
   return trial;
+}
+
+cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
+  // On an H200, us of a pass over 16 rows / of plain numbers and cuBLAS at 16 and 128 rows: 8.7 /
+  // 64 and 70 for [6144, 4096], 5.6 / 48 and 52 for [4096, 4096], 25.5 / 307 and 326 for
+  // [28672, 4096], 14.3 / 160 and 183 for [4096, 14336]. Elsewhere a pass is 8 rows, and two of
+  // them read a quarter of what plain numbers are.
+  constexpr int64_t kHopperRows = 112, kRows = 16;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  const int64_t asked = linear_trial().max_w4a16_rows;
+  *serves = m <= (asked >= 0 ? asked : kHasSm90a && device->is_hopper() ? kHopperRows : kRows);
+  return cudaSuccess;
 }
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {

@@ -16,11 +16,9 @@ enum class LinearKernel : int32_t {
 // allocates them.
 LinearKernel choose_linear(const LinearParams& params, const Device& device);
 
-// What a measurement asks for in this process, while nothing is launched; zeros: nothing.
+// What a measurement asks for in this process, while nothing is launched; negative: nothing.
 struct LinearTrial {
-  int64_t max_rows;  // kFewRows up to so many rows, though nobody knows that it is the fastest
-  int group_rows;    // of weight, 16 or 32, in a group of few_rows.cuh where it has the choice
-  int64_t max_w4a16_rows;  // of x, up to which serves_linear_w4a16 says yes
+  int64_t max_w4a16_rows = -1;  // of x, up to which serves_linear_w4a16 says yes
 };
 LinearTrial& linear_trial();
 
@@ -28,8 +26,7 @@ LinearTrial& linear_trial();
 cudaError_t serves_linear(const LinearParams& params, bool* serves);
 
 // Whether launch_linear_w4a16 multiplies m rows by 4-bit integers (pyserve/ops/w4a16.py) faster
-// than they are made plain numbers and multiplied (w4a16.h). It is not measured: for a LinearTrial
-// alone.
-inline bool serves_linear_w4a16(int64_t m) { return m <= linear_trial().max_w4a16_rows; }
+// than they are made plain numbers and multiplied (w4a16.h), on the current device.
+cudaError_t serves_linear_w4a16(int64_t m, bool* serves);
 
 }  // namespace pyserve::gpu

@@ -6,7 +6,6 @@
 // at 8 rows with 16, where memory still gives 4.2 TB/s; at 32 rows it is as much as the weight.
 #include "gpu/linear/few_rows_sm90a.h"
 
-#include "gpu/linear/dispatch.h"
 #include "gpu/linear/few_rows.cuh"
 
 namespace pyserve::gpu {
@@ -15,14 +14,10 @@ namespace {
 template <class T, Epilogue kEpilogue>
 cudaError_t launch_as(const LinearParams& p, const Device& device, cudaStream_t stream) {
   using Tall = Tiling<2, 4, 16>;
-  using Flat = Tiling<1, 6, 16>;  // more of the ring is x, but its stages are more and smaller
   using Wide = Tiling<2, 3, 32>;
-  static_assert(Tall::kSmem <= 227 * 1024 && Flat::kSmem <= 227 * 1024 &&
-                Wide::kSmem <= 227 * 1024 && Wide::kTokens == kMaxRowsSm90a);
+  static_assert(Tall::kSmem <= 227 * 1024 && Wide::kSmem <= 227 * 1024 &&
+                Wide::kTokens == kMaxRowsSm90a);
   if (p.m > Tall::kTokens) return launch_tiled<T, kEpilogue, Wide>(p, device.num_sms, stream);
-  if (linear_trial().group_rows == Flat::kRows) {
-    return launch_tiled<T, kEpilogue, Flat>(p, device.num_sms, stream);
-  }
   return launch_tiled<T, kEpilogue, Tall>(p, device.num_sms, stream);
 }
 
