@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL_NAME = "pyserve-demo"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SWITCH_INTERVAL_S = 5e-4  # bench/notes.md, "The interpreter's lock"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,11 +98,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare_threads() -> None:
-    """Of libraries, by variables that are read when these are loaded."""
+    """Of libraries, by variables that are read when these are loaded, and the interpreter's."""
     # A spinning libgomp would starve the event loop of its core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A text would be handed on to a pool of threads, one a core, that nothing of ours bounds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A step lets go of the interpreter's lock at each of its ops, and a thread that works on a text
+    # gives it back after this time: 5 ms as Python has it, a hundred times a step.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def _with_file(argv: list[str]) -> list[str]:
