@@ -16,6 +16,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,17 +58,18 @@ HEADER = (
 
 
 def measure(
-    url: str, load: tuple[int, int, int], out: Path, body: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """bench.serve's figures, with the fields of `body` in each request. RuntimeError with its last
-    words where it ends badly.
+    url: str, load: tuple[int, int, int], out: Path, body: dict[str, Any] | None = None,
+    extra: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """bench.serve's figures, with the fields of `body` in each request and the flags `extra`.
+    RuntimeError with its last words where it ends badly.
     """
     input_len, output_len, concurrency = load
     path = out / f"serve-{input_len}-{output_len}-{concurrency}.json"
     command = [
         sys.executable, "-m", "bench.serve", "--url", url, "--vocab-size", str(VOCAB_SIZE),
         "--input-len", str(input_len), "--output-len", str(output_len), "-c", str(concurrency),
-        "--json", str(path), "--extra-body", json.dumps(body or {}),
+        "--json", str(path), "--extra-body", json.dumps(body or {}), *extra,
     ]  # fmt: skip
     path.unlink(missing_ok=True)
     try:
@@ -79,6 +82,19 @@ def measure(
         raise RuntimeError(f"exit code {done.returncode}: {''.join(tail)}")
     figures: dict[str, Any] = json.loads(path.read_text())["result"]
     return figures
+
+
+def measure_beside(
+    url: str, load: tuple[int, int, int], beside: tuple[int, int, int], out: Path
+) -> dict[str, Any]:
+    """One request a slot of `load`, while beside[2] prompts of beside[0] tokens pass one after
+    another; the figures of both."""
+    input_len, output_len, num_requests = beside
+    with ThreadPoolExecutor(2) as threads:
+        main = threads.submit(measure, url, load, out, None, ["-n", str(load[2])])
+        one, extra = (input_len, output_len, 1), ["-n", str(num_requests)]
+        other = threads.submit(measure, url, one, out, None, extra)
+        return main.result() | {"beside": other.result()}
 
 
 def table_row(load: tuple[int, int, int], figures: dict[str, Any]) -> str:
@@ -95,10 +111,10 @@ def table_row(load: tuple[int, int, int], figures: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _ms(summary: dict[str, float] | None) -> str:
+def _ms(summary: dict[str, float] | None, which: str = "p50") -> str:
     if summary is None:
         return "-"
-    value = summary["p50"] * 1e3
+    value = summary[which] * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -120,7 +136,11 @@ def main(argv: list[str] | None = None) -> int:
             for load in args.loads:
                 name = "/".join(map(str, load[:2])) + f", {load[2]}"
                 try:
-                    figures = measure(server.url, load, args.out)
+                    if args.beside:
+                        figures = measure_beside(server.url, load, args.beside, args.out)
+                        print(f"= {_beside_line(args.beside, figures)}")
+                    else:
+                        figures = measure(server.url, load, args.out)
                 except RuntimeError as error:
                     problems.append(f"{name}: {error}")
                     continue
@@ -141,6 +161,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED {problem}")
     write_json(args.json, {"results": results, "environment": environment(["torch"])})
     return 1 if problems else 0
+
+
+def _beside_line(beside: tuple[int, int, int], figures: dict[str, Any]) -> str:
+    return (
+        f"beside {beside[2]} prompts of {beside[0]}, whose TTFT is "
+        f"{_ms(figures['beside']['ttft_s'])} ms: longest gap {_ms(figures['itl_s'], 'max')} ms"
+    )
 
 
 def _phases(phases: dict[str, float]) -> str:
@@ -165,6 +192,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loads", nargs="+", type=_load, default=[*DEFAULT_LOADS], metavar="IN/OUTxC")
     add("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder of each load's JSON")
     add("--json", type=Path, metavar="FILE")
+    add("--beside", type=_load, metavar="IN/OUTxN", help="so many requests, one after another, "
+        "beside each load, of which one request a slot is sent")  # fmt: skip
     add("--few-rows", type=int, metavar="ROWS", help="start bench.few_rows_server with it")
     add("flags", nargs="*", help="after --: further flags of the server")
     return parser.parse_args(argv)

@@ -100,3 +100,13 @@ def test_a_load_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_serve.main(["--model", "x", "--loads", "128x512"])
     assert "want IN/OUTxCONCURRENCY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
+def test_prompts_beside_a_load(
+    stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--loads", "16/4x3", "--beside", "32/2x5") == 0
+    assert "beside 5 prompts of 32, whose TTFT is" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "all.json").read_text())["results"]["16/4, 3"]
+    assert figures["e2e_s"]["count"] == 3 and figures["beside"]["e2e_s"]["count"] == 5

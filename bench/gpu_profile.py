@@ -1,0 +1,162 @@
+"""Where a step's time goes on a card: its kernels by name, and what lies between them.
+
+    python -m bench.make_model llama-3.1-8b /tmp/llama
+    python -m bench.gpu_profile /tmp/llama --loads 64x384 256x384 1x1024p 1x8192p
+
+ROWSxCONTEXT is a step in which so many sequences decode, with a `p` one in which such prompts come
+whole. Steps are run one by one as the server runs them, small ones replayed. CUPTI watches them, by
+torch.profiler: a kernel's time includes its wait for the one in front, where it is chained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pyserve.client import SequenceRequest
+from pyserve.engine.batch import max_update_words
+from pyserve.engine.block_manager import BlockManager, num_blocks_for
+from pyserve.engine.cuda_runner import CudaRunner
+from pyserve.engine.engine import Engine
+from pyserve.engine.runner import StepExecutor
+from pyserve.engine.scheduler import Scheduler
+from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.state import StepLimits
+from pyserve.model.config import ModelConfig
+from pyserve.model.loader import load_model
+from pyserve.model.placement import Placement
+from pyserve.ops import build
+from pyserve.params import SamplingParams
+
+BLOCK_SIZE = 16
+NUM_SLOTS = 256
+MAX_TOKENS = 8192  # of a step
+NUM_STEPS = 5  # of a load that decodes
+MAX_OUTPUT = 64
+NUM_ROWS = 14  # of the table
+
+
+class Load(NamedTuple):
+    num_rows: int
+    context: int
+    is_prompt: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Load:
+        match = re.fullmatch(r"(\d+)x(\d+)(p?)", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"want ROWSxCONTEXT or ROWSxCONTEXTp, got {text}")
+        return cls(int(match[1]), int(match[2]), bool(match[3]))
+
+
+def make_engine(folder: Path, num_blocks: int) -> Engine:
+    """Random weights, no prefix cache; the runner is a CudaRunner with its records."""
+    decoder = load_model(
+        folder, ModelConfig.from_path(folder), Placement(torch.bfloat16, torch.device("cuda:0")),
+        load_format="dummy", seed=0, progress=lambda done, total: None,
+    )  # fmt: skip
+    limits = StepLimits(
+        block_size=BLOCK_SIZE, num_slots=NUM_SLOTS, max_num_batched_tokens=MAX_TOKENS,
+        max_model_len=MAX_TOKENS + MAX_OUTPUT, logits_tile_rows=NUM_SLOTS,
+    )  # fmt: skip
+    runner = CudaRunner(StepExecutor(decoder, limits))
+    runner.allocate_kv(num_blocks)
+    scheduler = Scheduler(
+        BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=False),
+        SlotAllocator(NUM_SLOTS),
+        max_num_batched_tokens=MAX_TOKENS,
+        max_update_words=max_update_words(limits.max_model_len, BLOCK_SIZE),
+    )
+    return Engine(
+        scheduler, runner, max_model_len=limits.max_model_len,
+        vocab_size=decoder.config.vocab_size, policy="fcfs",
+    )  # fmt: skip
+
+
+def run_step(engine: Engine) -> bool:
+    step = engine.schedule()
+    if step is None:
+        return False
+    engine.update(step, engine.runner.run(step))
+    return True
+
+
+def profile(engine: Engine, load: Load) -> None:
+    """Print the table of one load."""
+    num_tokens = 1 if load.is_prompt else MAX_OUTPUT  # enough that all decode at once
+    for _ in range(2 if load.is_prompt else 1):  # the first warms up
+        for row in range(load.num_rows):
+            params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
+            prompt = [(7 * row + i) % 1000 + 1 for i in range(load.context)]
+            engine.add(SequenceRequest(prompt, params))
+        if load.is_prompt:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                while run_step(engine):
+                    pass
+    if not load.is_prompt:
+        while len(engine.scheduler.waiting):
+            run_step(engine)
+        run_step(engine)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            for _ in range(NUM_STEPS):
+                run_step(engine)
+        while run_step(engine):
+            pass
+    print_table(load, seen, 1 if load.is_prompt else NUM_STEPS)
+
+
+def print_table(load: Load, seen: torch.profiler.profile, num_steps: int) -> None:
+    kernels = [e for e in seen.events() or [] if e.device_type.name == "CUDA"]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+    busy_us = 0.0
+    reached = spans[0][0]
+    for start, end in spans:
+        busy_us += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in kernels:
+        by_name[short_name(event.name)].append(event.time_range.end - event.time_range.start)
+    total_us = (reached - spans[0][0]) / num_steps
+    kind = "prompts" if load.is_prompt else "decoding"
+    print(
+        f"= {load.num_rows} x {load.context} {kind}: {total_us / 1e3:.2f} ms a step from first to "
+        f"last kernel, {busy_us / num_steps / 1e3:.2f} busy"
+    )
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:NUM_ROWS]:
+        total, count, mean = sum(times) / num_steps, len(times) / num_steps, sum(times) / len(times)
+        print(f"{total:10.1f} us {count:7.1f} x {mean:8.2f}  {name}")
+
+
+def short_name(name: str) -> str:
+    """Without arguments and namespaces, as many letters as fit a line."""
+    name = re.sub(r"\(anonymous namespace\)::|pyserve::gpu::|void |at::native::", "", name)
+    return name.split("(", 1)[0][:96]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--loads", nargs="+", type=Load.parse, required=True, metavar="ROWSxCONTEXT"
+    )
+    args = parser.parse_args(argv)
+    build.load_native(is_reference_allowed=False, progress=print, device="cuda")
+    most = max(
+        load.num_rows * num_blocks_for(load.context + MAX_OUTPUT, BLOCK_SIZE) for load in args.loads
+    )
+    engine = make_engine(args.folder, most + NUM_SLOTS)
+    for load in args.loads:
+        profile(engine, load)
+    engine.runner.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
