@@ -179,6 +179,11 @@ class AsyncEngine:
                     await self._mask_and_sample()
                 elif self._in_flight:
                     await self._finish_step()
+                    is_running = self._in_flight and not self._waits_for_masks(0)
+                    if self._engine.has_first_tokens and is_running:
+                        # Nothing is lost by telling who has waited for them before the next launch:
+                        # the step that runs has begun just now.
+                        await self._deliver()
                     self._launch(is_delivery_due=True)
                     if self._in_flight and not self._waits_for_masks(0):
                         # The next step runs already: let tokens go out before the loop is kept

@@ -12,11 +12,12 @@ import hashlib
 import secrets
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from pyserve.engine.sequence import NEVER, Sequence
 
 HASH_BYTES = 16
+LOOKUP_BLOCKS = 8  # that are hashed at a time while a prefix is looked for
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
@@ -43,6 +44,7 @@ class BlockManager:
         # What a cached block's hash was made from: parent hash and token ids.
         self._preimage_of: list[bytes | None] = [None] * num_blocks
         self._awaited: dict[bytes, Sequence] = {}
+        self._unsettled: list[Sequence] = []  # allocated, and not awaited yet
 
     @property
     def num_free(self) -> int:
@@ -65,19 +67,21 @@ class BlockManager:
         """
         if not self._is_caching:
             return [], None
-        self._extend_hashes(seq, len(seq.token_ids))
+        self.settle()
         if seq.has_untold_prompt:
             return [], None
         limit = (len(seq.token_ids) - 1) // self.block_size
         hits: list[int] = []
-        preimages = self._preimages(seq, 0, limit)
-        for block_hash, preimage in zip(seq.block_hashes, preimages, strict=False):
-            block_id = self._block_of.get(block_hash)
-            if block_id is None or self._preimage_of[block_id] != preimage:
-                break
-            hits.append(block_id)
         awaited = None
-        for block_hash in seq.block_hashes[len(hits) : limit]:
+        for index in range(limit):
+            if index == len(seq.block_hashes):
+                self._extend_hashes(seq, min(index + LOOKUP_BLOCKS, limit))
+            block_hash = seq.block_hashes[index]
+            if awaited is None:
+                block_id = self._block_of.get(block_hash)
+                if block_id is not None and self._preimage_of[block_id] == seq.preimages[index]:
+                    hits.append(block_id)
+                    continue
             if block_hash not in self._awaited:
                 break
             awaited = block_hash
@@ -102,8 +106,19 @@ class BlockManager:
         seq.num_offered_blocks = len(hits)
         if self._is_caching:
             seq.next_offer_len = (len(hits) + 1) * self.block_size
-            for block_hash in seq.block_hashes[len(hits) :]:
+            self._unsettled.append(seq)
+
+    def settle(self) -> None:
+        """Let what was allocated lately be awaited by others.
+
+        It takes 2 us a block, and so is left until the step that computes them has been launched,
+        or until another sequence looks for its prefix.
+        """
+        for seq in self._unsettled:
+            self._extend_hashes(seq, len(seq.token_ids) // self.block_size)
+            for block_hash in seq.block_hashes[seq.num_offered_blocks :]:
                 self._awaited.setdefault(block_hash, seq)
+        self._unsettled.clear()
 
     def grow(self, seq: Sequence) -> int:
         """Append one new block to `seq` and return its id. There must be a free one."""
@@ -114,24 +129,29 @@ class BlockManager:
 
     def offer(self, seq: Sequence, num_valid: int) -> None:
         """Cache the blocks of `seq` that are full now that `num_valid` of its tokens have KV."""
-        while seq.next_offer_len <= num_valid:
-            index = seq.num_offered_blocks
-            if index == len(seq.block_hashes):
-                self._extend_hashes(seq, seq.next_offer_len)
+        if seq.next_offer_len > num_valid:
+            return
+        self.settle()
+        first, end = seq.num_offered_blocks, num_valid // self.block_size
+        self._extend_hashes(seq, end)
+        awaited, block_of = self._awaited, self._block_of
+        for index in range(first, end):
             block_hash = seq.block_hashes[index]
-            if self._awaited.get(block_hash) is seq:
-                del self._awaited[block_hash]
+            if awaited.get(block_hash) is seq:
+                del awaited[block_hash]
             # Where another sequence has computed the same block, the cache keeps the first.
-            if block_hash not in self._block_of:
+            if block_hash not in block_of:
                 block_id = seq.block_ids[index]
-                self._block_of[block_hash] = block_id
+                block_of[block_hash] = block_id
                 self._hash_of[block_id] = block_hash
-                (self._preimage_of[block_id],) = self._preimages(seq, index, index + 1)
-            seq.num_offered_blocks = index + 1
-            seq.next_offer_len += self.block_size
+                self._preimage_of[block_id] = seq.preimages[index]
+        seq.num_offered_blocks = end
+        seq.next_offer_len = (end + 1) * self.block_size
 
     def release(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
         """Take all blocks from `seq`. has_bad_kv: what they hold must never be a hit again."""
+        if seq in self._unsettled:
+            self._unsettled.remove(seq)
         for block_hash in seq.block_hashes[seq.num_offered_blocks :]:
             if self._awaited.get(block_hash) is seq:
                 del self._awaited[block_hash]
@@ -190,23 +210,19 @@ class BlockManager:
             self._hash_of[block_id] = None
             self._preimage_of[block_id] = None
 
-    def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
-        """Hash the full blocks of the first `num_tokens` tokens that are not hashed yet."""
-        hashes = seq.block_hashes
-        for preimage in self._preimages(seq, len(hashes), num_tokens // self.block_size):
-            hashes.append(self._hash(preimage))
-
-    def _preimages(self, seq: Sequence, first: int, end: int) -> Iterator[bytes]:
-        """What the hashes of blocks `first` to `end` are made from: parent hash and token ids.
-
-        Each parent is read when its turn comes, so the caller may append hashes as it goes on.
-        """
+    def _extend_hashes(self, seq: Sequence, end: int) -> None:
+        """Hash the blocks of `seq` before block `end` that are not hashed yet."""
+        first = len(seq.block_hashes)
+        if first >= end:
+            return
+        parent = seq.block_hashes[-1] if first else seq.root_hash
         ids = array("i", seq.token_ids[first * self.block_size : end * self.block_size])
         data, block_bytes = ids.tobytes(), ids.itemsize * self.block_size
-        for index in range(first, end):
-            parent = seq.block_hashes[index - 1] if index else seq.root_hash
-            start = (index - first) * block_bytes
-            yield parent + data[start : start + block_bytes]
+        for start in range(0, len(data), block_bytes):
+            preimage = parent + data[start : start + block_bytes]
+            parent = self._hash(preimage)
+            seq.preimages.append(preimage)
+            seq.block_hashes.append(parent)
 
     def _hash(self, preimage: bytes) -> bytes:
         return hashlib.blake2b(preimage, digest_size=HASH_BYTES, key=self._key).digest()

@@ -111,6 +111,7 @@ class Engine:
         self.num_output_tokens = 0
         self.num_finished = 0  # sequences that have ended, however they did
         self.num_nan_sequences = 0
+        self.has_first_tokens = False  # among those of the last update
         self.histograms = StepHistograms()
         self._pacer = pacer
         if pacer is not None:
@@ -239,6 +240,7 @@ class Engine:
                 self._finish(seq, "length")
             elif seq.constraint is not None and seq.constraint.is_finished:
                 self._end(seq)
+        self.has_first_tokens = num_first_tokens > 0
         self.num_output_tokens += num_output_tokens
         self.num_steps += 1
         # All other tokens follow one of the last update: the time since then is their latency.

@@ -68,6 +68,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, already accounted for; None where there is nothing to run."""
+        self.blocks.settle()
         if self.waiting:
             self._give_way()
             self._level()

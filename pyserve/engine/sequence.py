@@ -39,6 +39,7 @@ class Sequence:
     root_hash        parent of the first block's hash: separates adapters and cache salts.
     generation       names the present stay in a slot; results of an earlier one are dropped.
     block_hashes     of the full blocks of token_ids hashed so far.
+    preimages        what they were made from: parent hash and token ids.
     num_offered_blocks
                      leading blocks that have been offered to the prefix cache, or came from it.
     next_offer_len   valid tokens from which on the block behind those is full.
@@ -70,6 +71,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     kv_capacity: int = 0  # tokens that block_ids hold
     block_hashes: list[bytes] = field(default_factory=list)
+    preimages: list[bytes] = field(default_factory=list)
     num_offered_blocks: int = 0
     next_offer_len: int = NEVER
     awaited_hash: bytes | None = None

@@ -144,9 +144,10 @@ def test_what_is_replayed_is_launched_before_tokens_go_out(is_replayed: bool) ->
         reader = asyncio.create_task(read())
         client.start()
         await reader
-        # Two steps are ahead of the first token; then each token and one more launch take turns.
+        # Two steps are ahead of the first token, which goes out first in any case; then each token
+        # and one more launch take turns.
         turns = ["launch", "token"] if is_replayed else ["token", "launch"]
-        assert events[: 2 + 2 * 3] == ["launch"] * 2 + turns * 3
+        assert events[: 4 + 2 * 2] == ["launch"] * 2 + ["token", "launch"] + turns * 2
         await client.stop()
 
     run(test())
@@ -160,6 +161,7 @@ def test_a_step_that_waits_to_be_launched_when_its_sequence_ends(end: str) -> No
         client.start()
         stream = client.submit(SequenceRequest([1, 2], SamplingParams(max_tokens=90, seed=0)))
         other = client.submit(SequenceRequest([3], SamplingParams(max_tokens=90, seed=5)))
+        await stream.read()  # a first token, which nothing is scheduled before
         await stream.read()
         assert client._next_step is not None  # scheduled, and not launched yet
         if end == "stop":

@@ -199,7 +199,7 @@ def test_the_ledger_of_a_card_by_hand() -> None:
         ("CUDA graphs", NODE_BYTES * 10 * (2 * 20 * (32 + 1) + 16)),
         ("weights", LLAMA_WEIGHT_BYTES),
         ("rope table", 131072 * 128 * 4),
-        ("activations", 8192 * 2 * (2 * 4096 + 3 * 14336) + 8 * 4096 // 16 * 4),
+        ("activations", 8192 * 2 * (2 * 4096 + 3 * 14336) + 32 * 4096 // 16 * 4),
         ("logits", 256 * (2 * (128256 + 4096) + 4)),
         ("logprobs", 256 * 2 * 128256 + 4 * (256 + 256 + 2 * 8192 + (256 + 8192) * 42)),
         ("attention plans", work.work.nbytes + work.workspace.nbytes),

@@ -445,8 +445,9 @@ def test_a_step_looks_up_no_more_blocks_than_it_has_time_for(
     looked_up: list[int] = []
 
     def spy(seq: Sequence) -> tuple[list[int], bytes | None]:
-        looked_up.append(len(seq.token_ids) // blocks.block_size)
-        return find_prefix(seq)
+        found = find_prefix(seq)
+        looked_up.append(len(seq.block_hashes))
+        return found
 
     monkeypatch.setattr(blocks, "find_prefix", spy)
     streams = [engine.add(SequenceRequest([1] * 20, params(2))) for _ in range(6)]
@@ -454,7 +455,7 @@ def test_a_step_looks_up_no_more_blocks_than_it_has_time_for(
     while not all(stream.is_finished for stream in streams):
         looked_up.clear()
         run_step(engine)
-        assert sum(looked_up) <= 8 + 5, "one more than fits, or none longer would ever run"
+        assert sum(looked_up) <= 8 + 4, "one more than fits, or none longer would ever run"
         num_admitted.append(sum(stream.scheduled_s > 0 for stream in streams))
     assert num_admitted[0] == 1 and num_admitted[-1] == 6
 

@@ -30,13 +30,13 @@ namespace {
 
 using namespace decode;
 
-constexpr int kMergeColumns = 64;  // of head_dim, merged over the warps at a time
+constexpr int kMergeFloats = 16 * 64;  // of a warp, put together with the other warps' at a time
 constexpr float kLog2E = 1.4426950408889634f;
 
 // Shared memory after the stages.
 struct MergeArea {
-  float acc[kWarps][kDecodeRows][kMergeColumns];  // columns swizzled
-  float2 stats[kWarps][kDecodeRows];              // largest score, sum of weights
+  float acc[kWarps][kMergeFloats];    // columns swizzled
+  float2 stats[kWarps][kDecodeRows];  // largest score, sum of weights
   int32_t flag;
 };
 
@@ -190,7 +190,86 @@ __device__ T* out_row(const Decode& d, const Work& work, int kv_head, int row) {
          (kv_head * d.group + row % d.group) * d.p.out_head_stride;
 }
 
-// Puts the four warps' results together and writes them: to `out`, or as a partial result.
+// The weight of each warp's sums of a row, in their total, and the row's largest score and sum.
+struct Shares {
+  float factor[kWarps], largest, sum;
+
+  __device__ Shares(const MergeArea& area, int row) : largest(-INFINITY), sum(0.0f) {
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, area.stats[i][row].x);
+    const float shift = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      factor[i] = exp2_approx(area.stats[i][row].x - shift);
+      sum += factor[i] * area.stats[i][row].y;
+    }
+  }
+
+  __device__ void normalise() {
+    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) factor[i] *= scale;
+  }
+};
+
+// Puts the four warps' results together and writes them: to `out`, or as a partial result. Up to
+// kRows rows of kColumns columns at a time.
+template <int kRows, int kColumns, class T, int kHeadDim>
+__device__ void put_together(const Decode& d, const Work& work, int kv_head,
+                             const Rows<T, kHeadDim>& rows, MergeArea& area) {
+  static_assert(kRows * kColumns <= kMergeFloats);
+  constexpr int kUnits = kColumns / 4;  // of 4 columns, in a row
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const bool is_split = work.item.num_splits > 1;
+  const int num_rows = work.query_len * d.group;
+  const int64_t partial_rows =
+      (static_cast<int64_t>(work.item.partial) * d.p.num_kv_heads + kv_head) * kDecodeRows;
+#pragma unroll
+  for (int begin = 0; begin < kHeadDim; begin += kColumns) {
+    // Columns are XORed with 8 (row % 4): the writes of a half warp then fall in different banks.
+#pragma unroll
+    for (int half = 0; half < kRows / 8; ++half) {
+      float* row = area.acc[warp] + (lane / 4 + 8 * half) * kColumns;
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        const float(&value)[4] = rows.acc[begin / 8 + i];
+        const int column = (i * 8 + lane % 4 * 2) ^ (lane / 4 % 4 * 8);
+        *reinterpret_cast<float2*>(row + column) = make_float2(value[2 * half], value[2 * half + 1]);
+      }
+    }
+    __syncthreads();
+    for (int unit = threadIdx.x; unit < num_rows * kUnits; unit += kThreads) {
+      const int row = unit / kUnits, column = unit % kUnits * 4;
+      Shares shares(area, row);
+      if (!is_split) shares.normalise();
+      float total[4] = {};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float4 value = *reinterpret_cast<const float4*>(
+            area.acc[w] + row * kColumns + (column ^ (row % 4 * 8)));
+        total[0] += shares.factor[w] * value.x;
+        total[1] += shares.factor[w] * value.y;
+        total[2] += shares.factor[w] * value.z;
+        total[3] += shares.factor[w] * value.w;
+      }
+      if (is_split) {
+        const int64_t partial_row = partial_rows + row;
+        *reinterpret_cast<float4*>(d.partials.acc + partial_row * kHeadDim + begin + column) =
+            make_float4(total[0], total[1], total[2], total[3]);
+        if (begin + column == 0) {
+          *reinterpret_cast<float2*>(d.partials.stats + partial_row * 2) =
+              make_float2(shares.largest, shares.sum);
+        }
+      } else if (work.slot >= 0) {
+        *reinterpret_cast<uint2*>(out_row<T>(d, work, kv_head, row) + begin + column) =
+            make_uint2(pack_pair<T>(total[0], total[1]), pack_pair<T>(total[2], total[3]));
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The end of an item: of most, which are a query of a few heads, in one go.
 template <class T, int kHeadDim>
 __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, kHeadDim>& rows,
                        MergeArea& area) {
@@ -204,72 +283,13 @@ __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, k
       area.stats[warp][lane / 4 + 8 * half] = make_float2(rows.largest[half], sum);
     }
   }
-  const bool is_split = work.item.num_splits > 1;
   const int num_rows = work.query_len * d.group;
-  const int row = threadIdx.x / 8;
-  const int64_t partial_row =
-      (static_cast<int64_t>(work.item.partial) * d.p.num_kv_heads + kv_head) * kDecodeRows + row;
-  float factor[kWarps];
-#pragma unroll
-  for (int begin = 0; begin < kHeadDim; begin += kMergeColumns) {
-    // Columns are XORed with 8 (row % 4): the writes of a half warp then fall in different banks.
-#pragma unroll
-    for (int i = 0; i < kMergeColumns / 8; ++i) {
-      const float(&value)[4] = rows.acc[begin / 8 + i];
-      const int column = (i * 8 + lane % 4 * 2) ^ (lane / 4 % 4 * 8);
-      *reinterpret_cast<float2*>(&area.acc[warp][lane / 4][column]) =
-          make_float2(value[0], value[1]);
-      *reinterpret_cast<float2*>(&area.acc[warp][lane / 4 + 8][column]) =
-          make_float2(value[2], value[3]);
-    }
-    __syncthreads();
-    if (begin == 0) {
-      float largest = -INFINITY, sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, area.stats[i][row].x);
-      const float shift = largest == -INFINITY ? 0.0f : largest;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        factor[i] = exp2_approx(area.stats[i][row].x - shift);
-        sum += factor[i] * area.stats[i][row].y;
-      }
-      if (is_split) {
-        if (threadIdx.x % 8 == 0) {
-          *reinterpret_cast<float2*>(d.partials.stats + partial_row * 2) =
-              make_float2(largest, sum);
-        }
-      } else {
-        const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) factor[i] *= scale;
-      }
-    }
-    if (row < num_rows) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = i * 32 + threadIdx.x % 8 * 4;
-        float total[4] = {};
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float4 value =
-              *reinterpret_cast<const float4*>(&area.acc[w][row][column ^ (row % 4 * 8)]);
-          total[0] += factor[w] * value.x;
-          total[1] += factor[w] * value.y;
-          total[2] += factor[w] * value.z;
-          total[3] += factor[w] * value.w;
-        }
-        if (is_split) {
-          *reinterpret_cast<float4*>(d.partials.acc + partial_row * kHeadDim + begin + column) =
-              make_float4(total[0], total[1], total[2], total[3]);
-        } else if (work.slot >= 0) {
-          *reinterpret_cast<uint2*>(out_row<T>(d, work, kv_head, row) + begin + column) =
-              make_uint2(pack_pair<T>(total[0], total[1]), pack_pair<T>(total[2], total[3]));
-        }
-      }
-    }
-    __syncthreads();
+  if (num_rows <= 8) {
+    put_together<8, kHeadDim < 128 ? kHeadDim : 128>(d, work, kv_head, rows, area);
+  } else {
+    put_together<16, 64>(d, work, kv_head, rows, area);
   }
-  if (!is_split) return;
+  if (work.item.num_splits == 1) return;
   const int first = work.item.partial - work.item.split;
   int32_t* arrivals =
       d.partials.arrivals + static_cast<int64_t>(first) * d.p.num_kv_heads + kv_head;

@@ -27,6 +27,7 @@ static_assert(kThreads >= kMaxDecodeRanges);  // a thread for each range
 constexpr int kBuckets = 256;                 // of prefill items by length
 constexpr int kRowCost = 1;                   // KV tiles: what a decode row costs beyond its keys
 constexpr int kMinSplit = 2;                  // KV tiles: no part of a split decode row is shorter
+constexpr int kWholeSlack = 16;  // of a range, the part by which it may be longer for whole rows
 constexpr int kMinPrefillChunk = 8;  // KV tiles: shorter parts cost more to merge than they save
 
 constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
@@ -34,6 +35,8 @@ constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
 struct Shared {
   int64_t warp_sums[kWarps];
   int range_items[kMaxDecodeRanges];
+  int range_costs[kMaxDecodeRanges];
+  bool is_whole;  // no decode row is split
   int buckets[kBuckets];
   int row_tiles[kThreads + 1];  // exclusive sums of query tiles of a chunk of rows
   int num_partials;
@@ -141,11 +144,13 @@ struct DecodeRow {
     return num_tiles == 0 ? 0 : int64_t{num_tiles} + kRowCost;
   }
 
-  __device__ void place(const Plan& plan, const Line& line, int64_t position) {
+  __device__ void place(const Plan& plan, const Line& line, int64_t position, bool is_whole) {
     if (num_tiles == 0) return;
     at = position;
-    first_range = line.range_of(at);
-    last_range = line.range_of(at + cost(plan) - 1);
+    // Where no row is split, that of its middle has all of it.
+    const int64_t middle = cost(plan) / 2;
+    first_range = line.range_of(is_whole ? at + middle : at);
+    last_range = line.range_of(is_whole ? at + middle : at + cost(plan) - 1);
   }
 
   // First tile of the row that `range` has. A cut that would leave a part shorter than kMinSplit on
@@ -203,6 +208,24 @@ __device__ void write_parts(const Plan& plan, const Line& line, Shared& shared,
   }
 }
 
+// Sees whether no row needs to be split: with all rows whole no range is much longer than an even share.
+// Two parts cost the writing and reading of sums, and the wait of who puts them together.
+__device__ void see_whether_whole(const Plan& plan, Shared& shared, const Line& line) {
+  const int thread = threadIdx.x;
+  if (thread == 0) shared.is_whole = plan.p.num_rows <= kThreads && line.total > 0;
+  shared.range_costs[thread] = 0;
+  const int cost = static_cast<int>(DecodeRow(plan, thread).cost(plan));
+  int64_t sum;
+  const int64_t before = block_exclusive_sum(shared.warp_sums, cost, sum);
+  if (shared.is_whole && cost > 0) {
+    atomicAdd(&shared.range_costs[line.range_of(before + cost / 2)], cost);
+  }
+  __syncthreads();
+  const int64_t most = line.share + 1 + line.share / kWholeSlack;
+  if (shared.range_costs[thread] > most) shared.is_whole = false;
+  __syncthreads();
+}
+
 // Returns the number of items.
 __device__ int plan_decode(const Plan& plan, Shared& shared) {
   const int thread = threadIdx.x;
@@ -216,12 +239,13 @@ __device__ int plan_decode(const Plan& plan, Shared& shared) {
   const Line line(total, wanted < 1                 ? 1
                          : wanted < plan.num_ranges ? static_cast<int>(wanted)
                                                     : plan.num_ranges);
+  see_whether_whole(plan, shared, line);
   int64_t position = 0, num_items = 0, num_partials = 0;
   for (int base = 0; base < plan.p.num_rows && total > 0; base += kThreads) {
     DecodeRow row(plan, base + thread);
     int64_t sum;
     const int64_t before = block_exclusive_sum(shared.warp_sums, row.cost(plan), sum);
-    row.place(plan, line, position + before);
+    row.place(plan, line, position + before, shared.is_whole);
     position += sum;
     row.count_items(plan, line);
     const int64_t partials = row.num_items > 1 ? row.num_items : 0;
