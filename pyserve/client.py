@@ -58,6 +58,8 @@ class Constraint(Protocol):
     is_free      every token is allowed now, so no mask is needed: reasoning has not ended, no tool
                  call has begun.
     is_finished  nothing but an end may follow.
+    is_end_void  the stop token that has come last does not end the sequence: what the answer must
+                 have is yet to come.
     error        why it cannot go on, None while it can; the sequence fails with it, alone.
     filler       what fills its next mask together with others; None: fill_bitmask alone does.
     """
@@ -67,6 +69,9 @@ class Constraint(Protocol):
 
     @property
     def is_finished(self) -> bool: ...
+
+    @property
+    def is_end_void(self) -> bool: ...
 
     @property
     def error(self) -> str | None: ...

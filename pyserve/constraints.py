@@ -29,6 +29,10 @@ class AllOf:
         return any(part.is_finished for part in self._parts)
 
     @property
+    def is_end_void(self) -> bool:
+        return any(part.is_end_void for part in self._parts)
+
+    @property
     def error(self) -> str | None:
         return next((part.error for part in self._parts if part.error is not None), None)
 

@@ -22,7 +22,7 @@ from pyserve.engine.asked import ask, put_prompt_logprobs
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.chunks import ChunkPacer
-from pyserve.engine.masks import accept, is_host_dependent, too_short
+from pyserve.engine.masks import accept, is_end_void, is_host_dependent, too_short
 from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import BACKGROUND_PRIORITY, Sequence, Status
@@ -234,7 +234,7 @@ class Engine:
             if host_tokens is not None:
                 num_first_tokens += 1
                 self._note_first_token(seq, now_s)
-            if token_ids[-1] in seq.stop_token_ids:
+            if token_ids[-1] in seq.stop_token_ids and not is_end_void(seq):
                 self._finish(seq, "stop", token_ids[-1])
             elif len(seq.token_ids) == seq.max_total_tokens:
                 self._finish(seq, "length")

@@ -94,6 +94,11 @@ def accept(seq: Sequence, token_ids: list[int]) -> PyserveError | None:
     return _error_of(seq)
 
 
+def is_end_void(seq: Sequence) -> bool:
+    """Whether the stop token that has come last does not end `seq`."""
+    return seq.constraint is not None and seq.constraint.is_end_void
+
+
 def too_short(seq: Sequence) -> PyserveError | None:
     """What `seq` fails with if it ends now, of itself."""
     num_tokens, min_tokens = len(seq.token_ids) - seq.num_prompt_tokens, seq.params.min_tokens

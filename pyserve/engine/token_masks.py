@@ -23,7 +23,7 @@ from pyserve.params import SamplingParams
 class AllowedTokens:
     """No token but these, whatever has come. An end must be among them to be possible."""
 
-    is_free = is_finished = False
+    is_free = is_finished = is_end_void = False
     error: str | None = None
     filler = None
 
@@ -64,7 +64,7 @@ class BadWords:
     its letters.
     """
 
-    is_finished = False
+    is_finished = is_end_void = False
     error: str | None = None
     filler = None
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class FreeUntil:
     """The part of an answer that comes before what a grammar says: its thinking, say.
 
-    ends       texts, or special tokens, that end it.
+    ends       texts, or special tokens, that end it. Where an answer would end within it, and the
+               grammar wants more than nothing, the first of them is written and it goes on.
     next_ends  end it too, and are the grammar's first text.
     starts     of an answer that need not have such a part: it has one if it begins with one of
                these, and else the grammar holds from its first token. (): it has one.
@@ -62,7 +63,9 @@ class GrammarConstraint:
 
     While an answer may begin with free text and has not, it is `undecided`: the first token of
     each opening is allowed beside what the grammar allows. Such a token leads to `opening`, where
-    only the rest of the openings may follow.
+    only the rest of the openings may follow. An end within free text leads to `closing`, where only
+    the text that ends it may follow: the mask does not forbid that end, as free text has none, and
+    a model that has no more to say would then go on for long.
     """
 
     def __init__(
@@ -79,10 +82,12 @@ class GrammarConstraint:
         self._next_ends = tuple(end.encode() for end in free_until.next_ends) if free_until else ()
         self._max_end = max(map(len, (*self._ends, *self._next_ends)), default=0)
         self._starts = vocabulary.encode_all(free_until.starts) if free_until else []
+        self._closing_ids = self._ids_of_end(free_until)
+        self._closing_at: int | None = None  # len(_free) behind an end that is void; None: none is
         self._first: Literal["undecided", "free", "grammar"] = (
             "undecided" if self._starts else "free" if free_until else "grammar"
         )
-        self._phase: Literal["undecided", "opening", "free", "grammar"] = self._first
+        self._phase: Literal["undecided", "opening", "free", "closing", "grammar"] = self._first
 
     @property
     def is_free(self) -> bool:
@@ -91,6 +96,10 @@ class GrammarConstraint:
     @property
     def is_finished(self) -> bool:
         return self._phase == "grammar" and self._error is None and self._matcher.is_stopped
+
+    @property
+    def is_end_void(self) -> bool:
+        return self._phase == "closing" and self._closing_at == len(self._free)
 
     @property
     def error(self) -> str | None:
@@ -105,11 +114,14 @@ class GrammarConstraint:
         if self._phase == "free" or self._error is not None:
             words.fill(-1)
             return
-        if self._phase == "opening":
+        if self._phase in ("opening", "closing"):
             words.fill(0)
         else:
             self._check("no token can follow", self._matcher.fill_bitmask(words))
-        if self._phase != "grammar":
+        if self._phase == "closing":
+            token_id = self._closing_ids[self._num_closing_ids]
+            words.view("uint32")[token_id >> 5] = 1 << (token_id & 31)
+        elif self._phase != "grammar":
             at = len(self._free)
             for start in self._starts:
                 if start[:at] == self._free:
@@ -132,6 +144,7 @@ class GrammarConstraint:
                 if self._phase == "opening":
                     self._look_for_start()
                 else:
+                    self._look_for_void_end(token_id)
                     self._look_for_end()
 
     def rollback(self, num_tokens: int) -> None:
@@ -146,6 +159,11 @@ class GrammarConstraint:
             if self._phase == "grammar":  # what this token began has come to nothing
                 num_used = 0
                 self._matcher.reset()
+            if self._closing_at is not None and self._closing_at > len(self._free):
+                self._closing_at = None
+            if self._closing_at is not None:
+                self._phase = "closing"
+                continue
             self._phase = "free"
             if len(self._free) < max(map(len, self._starts), default=0):
                 self._look_for_start()
@@ -173,6 +191,27 @@ class GrammarConstraint:
             self._phase = "opening"
         else:
             self._fail("the grammar does not allow the token that has come")
+
+    @property
+    def _num_closing_ids(self) -> int:
+        """Of the text that ends free text by force: how many have come."""
+        return len(self._free) - (self._closing_at or 0)
+
+    def _ids_of_end(self, free_until: FreeUntil | None) -> list[int]:
+        """What ends free text by force; []: nothing does."""
+        if free_until is None or not free_until.ends:
+            return []
+        token_ids = self._vocabulary.tokenizer.encode_inner(free_until.ends[0])
+        text = b"".join([self._pieces[token_id] for token_id in token_ids])
+        is_known = max(token_ids, default=0) < self._vocabulary.vocab_size
+        return token_ids if is_known and text.endswith(free_until.ends[0].encode()) else []
+
+    def _look_for_void_end(self, token_id: int) -> None:
+        is_end = token_id in self._vocabulary.eos_token_ids
+        if not is_end or self._phase != "free" or not self._closing_ids:
+            return
+        if not self._matcher.allows(token_id):
+            self._phase, self._closing_at = "closing", len(self._free)
 
     def _look_for_end(self) -> None:
         """After a token of free text: has that ended, and what of the token is beyond the end?"""

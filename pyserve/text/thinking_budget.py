@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # as in client.py
 
 
 class ThinkingBudget:
-    """Implements client.Constraint: behind so many tokens of thinking only what closes it.
+    """Implements client.Constraint: behind so many tokens of thinking only what closes it, or the
+    rest of that where it has begun by itself.
 
     budget       tokens between the markers of the thinking.
     make_stage   what tells the thinking of an answer from the rest.
@@ -23,7 +24,7 @@ class ThinkingBudget:
     end_ids      the tokens of the closing marker.
     """
 
-    is_finished = False
+    is_finished = is_end_void = False
     filler = None
     error: str | None = None
 
@@ -63,23 +64,33 @@ class ThinkingBudget:
         self._stage = self._make_stage()
         self._detokenizer = self._first_detokenizer.copy()
         self._num_tokens = 0  # of the thinking
-        self._num_end_ids = 0  # of the closing marker, since the budget is spent
+        self._num_end_ids = 0  # of the closing marker, that have come last
+        self._has_closed = False  # by force
 
     @property
     def _is_spent(self) -> bool:
         stage = self._stage
         is_thinking = stage.has_begun and not stage.is_over
         # A marker that is whole and does not count as one would be forced again and again.
-        has_closed = self._num_end_ids >= len(self._end_ids)
-        return is_thinking and self._num_tokens >= self._budget and not has_closed
+        return is_thinking and self._num_tokens >= self._budget and not self._has_closed
 
     def _read(self, token_ids: Sequence[int]) -> None:
         stage = self._stage
         for token_id in token_ids:
             if stage.is_over:
                 return
-            self._num_end_ids += self._is_spent
+            self._look_for_marker(token_id, is_forced=self._is_spent)
             self._num_tokens += stage.has_begun
             text = self._detokenizer.push([token_id])
             if text:
                 stage.push(Content(text))
+
+    def _look_for_marker(self, token_id: int, *, is_forced: bool) -> None:
+        ids = self._end_ids
+        if token_id == ids[self._num_end_ids]:
+            self._num_end_ids += 1
+        else:
+            self._num_end_ids = int(token_id == ids[0])
+        if self._num_end_ids == len(ids):
+            self._num_end_ids = 0
+            self._has_closed |= is_forced

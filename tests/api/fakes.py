@@ -92,6 +92,7 @@ class Script:
     starts     a queued sequence never begins where False.
     error      it fails with this instead of going on to its limit.
     is_whole   its end is the end of the answer, though it is no stop token.
+    may_end    the last of max_tokens does not come until this is so.
     """
 
     token_ids: list[int]
@@ -100,6 +101,7 @@ class Script:
     starts: bool = True
     error: PyserveError | None = None
     is_whole: bool = False
+    may_end: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -220,6 +222,10 @@ class FakeEngine:
             for _ in range(script.burst):
                 if stream.is_finished:
                     return
+                while num_tokens == params.max_tokens - 1 and not script.may_end():
+                    await asyncio.sleep(0.005)
+                    if stream.is_finished:
+                        return
                 if position == len(script.token_ids) and script.error is not None:
                     stream.fail(script.error)
                     return
@@ -232,7 +238,8 @@ class FakeEngine:
                 stream.put([token_id], [entry] if asks else None)
                 if num_tokens == 1:
                     stream.first_token_s = time.monotonic()
-                if token_id in params.stop_token_ids and num_tokens > params.min_tokens:
+                is_stop = token_id in params.stop_token_ids and num_tokens > params.min_tokens
+                if is_stop and not (item.constraint and item.constraint.is_end_void):
                     stream.finish("stop", token_id)
                 elif script.is_whole and position == len(script.token_ids):
                     stream.finish("stop")

@@ -12,6 +12,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from tests.api.fakes import TEMPLATE, Script, Server, make_tokenizer_folder, run_server
+from tests.api.message_talk import events, put_together
+from tests.api.response_talk import RESPONSES, built, stream
 from tests.api.tool_talk import with_template
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -394,3 +396,91 @@ def test_logprobs_of_thinking_and_answer(calling: Server, burst: int, is_shown: 
         else:
             hidden = "Hello" if "Hello" in said else "So"
             assert len(entries) < len(ids) and hidden not in bytes(said_bytes).decode()
+
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 30, "maximum": 30}},
+    "required": ["age"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+
+
+@pytest.mark.parametrize("burst", [1, 3, 1000])
+@pytest.mark.parametrize("said", ["<think>Hello", "<think>", "<think>Hello </thi", "Hello"])
+def test_what_would_end_within_the_thinking_is_answered(
+    server: Server, burst: int, said: str
+) -> None:
+    thought = said.removeprefix("<think>") or None
+    for fields in (
+        {}, {"logprobs": True, "top_logprobs": 2}, {"chat_template": OPENS},
+        {"thinking_token_budget": 100}, {"skip_special_tokens": False},
+    ):  # fmt: skip
+        if thought == said and "chat_template" not in fields:
+            continue  # it does not think
+        server.play(said, burst=burst)
+        reasoning, content = texts(server, response_format=FORMAT, **fields)
+        shown = f"{thought or ''}<|im_end|>" if "skip_special_tokens" in fields else thought
+        if "chat_template" in fields and said.startswith("<think>"):
+            shown = thought  # the template has opened it, and the model once more
+        assert reasoning == shown
+        assert content is not None and json.loads(content) == {"age": 30}
+
+
+def test_each_choice_is_answered(server: Server) -> None:
+    server.play("<think>Hello")
+    answer = server.post(CHAT, ask(n=3, temperature=1, response_format=FORMAT))
+    for choice in answer["choices"]:
+        assert choice["finish_reason"] == "stop" and choice["message"]["reasoning"] == "Hello"
+        assert json.loads(choice["message"]["content"]) == {"age": 30}
+
+
+def test_thinking_that_is_cut_off_has_no_answer(server: Server) -> None:
+    """Within the thoughts, behind the end that is void, and within the marker that is forced."""
+    num_thought = len(server.play("<think>Hello"))
+    for max_tokens in range(num_thought - 1, num_thought + 3):
+        fields = ask(response_format=FORMAT, max_tokens=max_tokens)
+        (choice,) = server.post(CHAT, fields)["choices"]
+        assert choice["finish_reason"] == "length" and choice["message"]["content"] is None
+        assert choice["message"]["reasoning"].startswith("Hello")
+        *_, last = server.frames(CHAT, fields)
+        assert last["choices"][0]["finish_reason"] == "length"
+
+
+def test_what_need_not_be_answered_may_end_there(server: Server) -> None:
+    server.play("<think>Hello")
+    for fields in ({}, {"structured_outputs": {"regex": "[a-z]*"}}):
+        assert texts(server, **fields) == ("Hello", None)
+
+
+def test_every_dialect_is_answered(server: Server) -> None:
+    server.play("<think>Hello")
+    named = {"type": "json_schema", "name": "person", "schema": PERSON}
+    body: dict[str, Any] = {"input": "hi", "store": False, "text": {"format": named}}
+    for items in (server.post(RESPONSES, body)["output"], built(stream(server, body))):
+        assert [item["type"] for item in items] == ["reasoning", "message"]
+        assert json.loads(items[1]["content"][0]["text"]) == {"age": 30}
+    body = {
+        "messages": MESSAGES, "max_tokens": 100, "thinking": {"type": "adaptive"},
+        "output_config": {"format": {"type": "json_schema", "schema": PERSON}},
+    }  # fmt: skip
+    reply = server.request("POST", "/v1/messages", {**body, "stream": True})[2]
+    for message in (server.post("/v1/messages", body), put_together(events(reply))):
+        assert [block["type"] for block in message["content"]] == ["thinking", "text"]
+        assert json.loads(message["content"][1]["text"]) == {"age": 30}
+        assert message["stop_reason"] == "end_turn"
+
+
+def test_a_call_that_is_asked_for_comes(calling: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": PERSON}}
+    calling.play("Hello")
+    fields: dict[str, Any] = ask(
+        tools=[tool], tool_choice="required", max_tokens=200, chat_template=OPENS
+    )
+    message = calling.post(CHAT, fields)["choices"][0]["message"]
+    assert message["reasoning"] == "Hello"
+    (call,) = message["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"age": 30}
+    message = calling.post(CHAT, {**fields, "tool_choice": "auto"})["choices"][0]["message"]
+    assert message["reasoning"] == "Hello" and message["content"] is None

@@ -68,7 +68,7 @@ class Says:
     num_said: int = 0
     error: str | None = None
     filler = None
-    is_free = False
+    is_free = is_end_void = False
 
     @property
     def is_finished(self) -> bool:
@@ -208,7 +208,7 @@ def check(name: str, folder: Path, template: str) -> dict[str, bool]:
 
 
 def main(name: str, folder: Path) -> int:
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True, timeout=TIMEOUT_S)
     for template in TEMPLATES:
         for what, is_so in check(name, folder, template).items():
             line = {"name": what, "error": None if is_so else "it is not so"}

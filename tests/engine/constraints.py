@@ -22,6 +22,7 @@ class Scripted:
     end          output tokens after which nothing but the end may follow.
     broken_at    output tokens with which it reports an error.
     on_fill      called by fill_bitmask.
+    is_void      whether a stop token that is the n-th output token ends nothing.
     """
 
     filler: MaskFiller | None = None
@@ -29,11 +30,13 @@ class Scripted:
     def __init__(
         self, rule: Rule, *, end: int | None = None, broken_at: int | None = None,
         on_fill: Callable[[], None] = lambda: None,
+        is_void: Callable[[int], bool] = lambda num_tokens: False,
     ) -> None:  # fmt: skip
         self.rule = rule
         self.history: list[int] = []
         self.num_masks = 0
         self.on_fill = on_fill
+        self.is_void = is_void
         self._end = end
         self._broken_at = broken_at
         self._lock = threading.Lock()
@@ -47,6 +50,11 @@ class Scripted:
     def is_finished(self) -> bool:
         with self._alone():
             return self._end is not None and len(self.history) >= self._end
+
+    @property
+    def is_end_void(self) -> bool:
+        with self._alone():
+            return self.is_void(len(self.history))
 
     @property
     def error(self) -> str | None:

@@ -152,3 +152,29 @@ def test_a_grammar_behind_thinking_of_a_bounded_length(decoder: Decoder, depth: 
         assert answer.endswith("!") and answer.split(" ")[0] in ("yes", "no")
         ids = tokenizer.encode(answer, add_special_tokens=False)
         assert bad != tuple(ids[: len(bad)])
+
+
+@pytest.mark.parametrize("num_blocks", [128, 24])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_answer_that_would_end_while_it_thinks_is_given_all_the_same(
+    decoder: Decoder, depth: int, num_blocks: int
+) -> None:
+    """The end is likely at each token, or never comes; then they think until they are cut off."""
+    tokenizer = vocabulary().tokenizer
+    parser = ReasoningParser("deepseek_r1", tokenizer)
+    (end,) = parser.format.ends
+    compiled = compile_grammar(Regex(param="x", pattern=PATTERN), vocabulary())
+    ends = vocabulary().eos_token_ids
+    run = Run(make_driver(decoder, depth, num_blocks))
+    for number in range(12):
+        likely = dict.fromkeys(ends, 6.0 if number % 4 else -100.0)
+        constraint = compiled.constraint(free_until=parser.free_until("open"))
+        run.add(number, constraint, logit_bias=likely)
+    for number, (text, reason) in enumerate(run.texts()):
+        thought, found, answer = text.partition(end)
+        if number % 4 == 0:
+            assert reason == "length" and not found
+            continue
+        assert found and reason == "stop", text
+        assert thought.endswith(tuple(str(tokenizer.id_to_token(token_id)) for token_id in ends))
+        assert answer.endswith("!") and answer.split(" ")[0] in ("yes", "no")

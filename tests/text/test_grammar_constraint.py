@@ -8,8 +8,10 @@ import pytest
 from llguidance import LLParserLimits
 
 from pyserve.client import Constraint
+from pyserve.constraints import all_of
 from pyserve.errors import InvalidRequestError
 from pyserve.text import grammar, grammar_matcher
+from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.grammar import (
     Choice,
     Compiled,
@@ -22,6 +24,8 @@ from pyserve.text.grammar import (
 )
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_vocabulary import Vocabulary
+from pyserve.text.reasoning import ReasoningParser
+from pyserve.text.thinking_budget import ThinkingBudget
 from pyserve.text.tokenizer import Tokenizer
 from tests.text.grammars import PADDING, allowed, answer, vocabulary
 
@@ -253,6 +257,73 @@ def test_an_answer_may_begin_with_thinking_or_without(start: str) -> None:
     assert state(thinks) == begin
     thinks.accept(ids("x"))
     assert thinks.error is not None
+
+
+EOS = [vocabulary().eos_token_ids[0]]
+
+
+@pytest.mark.parametrize("starts", [(), ("<think>", "other thoughts")])
+@pytest.mark.parametrize("thought", ["", "all right", "so </th"])
+@pytest.mark.parametrize("end", [END, "Here is my answer:"])  # the latter of several tokens
+def test_an_end_within_free_text_closes_it(starts: tuple[str, ...], thought: str, end: str) -> None:
+    """Also one that comes there again, in place of a token that was taken back."""
+    constraint = make(AB, free_until=FreeUntil(ends=(end, "</other>"), starts=starts))
+    constraint.accept([*ids("".join(starts[:1])), *ids(thought)])
+    assert constraint.is_free and not constraint.is_end_void
+    for _ in range(3):
+        constraint.accept(EOS)
+        for token_id in ids(end):
+            assert not constraint.is_free and not constraint.is_finished
+            assert list(allowed(constraint, vocabulary())) == [token_id]
+            constraint.accept([token_id])
+            assert not constraint.is_end_void
+        assert state(constraint)[3] == tuple(rest_of(""))
+        for token_id in reversed(ids(end)):
+            constraint.rollback(1)
+            assert list(allowed(constraint, vocabulary())) == [token_id]
+        assert constraint.is_end_void
+        constraint.rollback(1)
+        assert constraint.is_free and not constraint.is_end_void
+    constraint.accept([*EOS, *ids(end), *ids("abba")])
+    assert constraint.is_finished and constraint.error is None
+
+
+def test_an_end_within_free_text_is_one_where_nothing_need_follow() -> None:
+    for spec, ends in ((Regex(param="r", pattern="[ab]*"), (END,)), (AB, ())):
+        constraint = make(spec, free_until=FreeUntil(ends=ends, next_ends=("<call>",)))
+        constraint.accept([*ids("all right"), *EOS])
+        assert not constraint.is_end_void and constraint.error is None
+
+
+def test_an_end_behind_free_text_is_the_grammar_s() -> None:
+    constraint = make(Regex(param="r", pattern="[ab]+"), free_until=FreeUntil(ends=(END,)))
+    constraint.accept([*ids("x" + END), *ids("ab"), *EOS])
+    assert not constraint.is_end_void and constraint.is_finished and constraint.error is None
+
+
+def test_a_budget_and_an_end_ask_for_the_same_marker() -> None:
+    """Whatever of it has come when the budget is spent."""
+    tokenizer = vocabulary().tokenizer
+    parser = ReasoningParser("granite", tokenizer)
+    closing = ids(parser.format.ends[0])
+    assert len(closing) > 2
+    detokenizer = Detokenizer(tokenizer, [5], skip_special_tokens=True, shown=parser.marker_ids)
+    thought = ids("all right")
+    for budget in range(len(thought), len(thought) + len(closing) + 3):
+        both = all_of([
+            ThinkingBudget(budget, lambda: parser.stage("open"), detokenizer, closing),
+            make(AB, parser.free_until("open")),
+        ])  # fmt: skip
+        assert both is not None
+        both.accept(thought)
+        if budget > len(thought):
+            both.accept(EOS)
+            assert both.is_end_void
+        for token_id in closing:
+            assert list(allowed(both, vocabulary())) == [token_id]
+            both.accept([token_id])
+        both.accept(ids("abba"))
+        assert both.is_finished and both.error is None
 
 
 def rest_of(text: str) -> list[int]:

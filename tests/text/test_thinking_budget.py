@@ -95,12 +95,16 @@ def test_what_does_not_spend_its_budget_is_free(
     assert generate(constraint, wanted) == wanted
 
 
-def test_a_marker_that_the_model_has_begun_is_forced_whole(tokenizer: Tokenizer) -> None:
+def test_a_marker_that_the_model_has_begun_is_gone_on_with(tokenizer: Tokenizer) -> None:
     end = encode(tokenizer, "</think>")
     thought = encode(tokenizer, "fox")
-    constraint, _ = make(tokenizer, len(thought) + len(end) - 1)
-    output = generate(constraint, [*thought, *end[:-1], 7, 8])
-    assert output == [*thought, *end[:-1], *end, 7, 8]
+    for begun in range(len(end)):
+        constraint, _ = make(tokenizer, len(thought) + begun)
+        output = generate(constraint, [*thought, *end[:begun], 7, 8])
+        assert output == [*thought, *end, 7, 8]
+        constraint, _ = make(tokenizer, len(thought) + begun + 1)
+        output = generate(constraint, [*thought, *end[:begun], 7, 8])
+        assert output == [*thought, *end[:begun], 7, *end, 8]
 
 
 def test_taking_back_is_as_if_nothing_had_come(tokenizer: Tokenizer) -> None:

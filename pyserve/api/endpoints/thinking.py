@@ -41,7 +41,7 @@ def makes_thinking_budget(
         ignored.append(NAME)
         return unconstrained
     marker = parser.format.ends[0]
-    end_ids = loaded.tokenizer.encode(marker, add_special_tokens=False, param=NAME)
+    end_ids = loaded.tokenizer.encode_inner(marker)
     if not end_ids or max(end_ids) >= loaded.engine.info.vocab_size:
         raise InvalidRequestError(f"{NAME}: this model has no tokens for {marker}", NAME)
     return partial(
