@@ -8,11 +8,14 @@ by the size that a pattern has once its repeats are written out.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 MAX_PATTERN_CHARS = 20_000
 MAX_PATTERN_SIZE = 20_000  # characters and classes, repeats written out
 MAX_GROUPS_DEPTH = 100
+MAX_EXCLUDED_CHARS = 90
 
 _COUNT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 _BRACED = re.compile(r"\\[uxpP]\{\w+\}")
@@ -68,6 +71,32 @@ def without_lookaheads(pattern: str) -> list[str]:
             return [pattern]
     # Of several branches only the first one has the conditions.
     return [pattern] if _has_branches(rest) else [f"^{rest}", *parts]
+
+
+def all_but(texts: AbstractSet[str]) -> str:
+    """A pattern of all strings but these. Raises PatternError where one of them is too long."""
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_EXCLUDED_CHARS:
+        raise PatternSizeError(
+            f"a value that is ruled out has {longest} characters, the limit is {MAX_EXCLUDED_CHARS}"
+        )
+    return f"^{_all_but(texts)}$"
+
+
+def _all_but(texts: AbstractSet[str]) -> str:
+    firsts = sorted({text[0] for text in texts if text})
+    branches = [] if "" in texts else [""]
+    excluded = "".join(map(_literal, firsts))
+    branches.append(rf"[^{excluded}][\s\S]*" if firsts else r"[\s\S]+")
+    for first in firsts:
+        rest = _all_but({text[1:] for text in texts if text[:1] == first})
+        branches.append(_literal(first) + rest)
+    return f"(?:{'|'.join(branches)})"
+
+
+def _literal(char: str) -> str:
+    """A character as a pattern has it, in a class or not."""
+    return "\\" + char if char in string.punctuation and char not in "<>" else char
 
 
 def _group_end(text: str) -> int:

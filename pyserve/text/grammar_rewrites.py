@@ -33,8 +33,9 @@ MAX_NAME_LENGTH = 1000  # in propertyNames
 # Without effect on what is valid.
 NOTES = frozenset(
     "title description default examples example deprecated readOnly writeOnly $comment $schema $id "
-    "id $anchor $defs definitions $vocabulary contentMediaType contentEncoding contentSchema "
-    "discriminator xml externalDocs nullable additionalItems x-guidance".split()
+    "id $anchor $dynamicAnchor $recursiveAnchor $defs definitions $vocabulary contentMediaType "
+    "contentEncoding contentSchema discriminator xml externalDocs nullable additionalItems "
+    "x-guidance".split()
 )
 _SYNTAX = re.compile(r"[\\^$.|?*+()\[\]{}]")  # of patterns
 _ONLY_NAMES = (
@@ -86,8 +87,6 @@ def rewritten(
         pattern = read_pattern(pattern, "propertyNames")
         others = result.get("additionalProperties", True)
         result |= {"patternProperties": {pattern: others}, "additionalProperties": False}
-    if "if" in schema and {"then", "else"} & schema.keys():
-        raise _left_out("if")
     result = _unevaluated(schema, _one_required(schema, result))
     others = [*_dependent(schema), *_negated(schema)]
     return {**result, "allOf": [*result.get("allOf", ()), *others]} if others else result
@@ -123,11 +122,11 @@ def _dependent(schema: Schema) -> list[Schema]:
         if not isinstance(needed, dict):
             raise _left_out(keyword)
         for name, others in needed.items():
-            if others is True or others in ([], {}):
-                continue
-            if keyword == "dependentSchemas" or not _are_names(others):
+            if others == [] or keyword != "dependentRequired" and not isinstance(others, list):
+                continue  # what is no list: grammar_schema
+            if keyword == "dependentSchemas" or not are_names(others):
                 raise _left_out(keyword)
-            found.append({"anyOf": [_without(name), {"required": [name, *others]}]})
+            found.append({"anyOf": [without(name), {"required": [name, *others]}]})
             if len(found) > MAX_DEPENDENT or schema.get("type") != "object":
                 raise RewriteError(
                     keyword,
@@ -146,16 +145,16 @@ def _negated(schema: Schema) -> list[Schema]:
         raise _left_out("not")
     names = negated["required"]
     is_plain = negated.get("type", "object") == schema.get("type") == "object"
-    if not is_plain or not _are_names(names) or not 0 < len(names) <= MAX_CHOICES:
+    if not is_plain or not are_names(names) or not 0 < len(names) <= MAX_CHOICES:
         raise _left_out("not")
-    return [{"anyOf": list(map(_without, names))}]
+    return [{"anyOf": list(map(without, names))}]
 
 
-def _without(name: str) -> Schema:
+def without(name: str) -> Schema:
     return {"properties": {name: False}}
 
 
-def _are_names(value: object) -> bool:
+def are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
@@ -164,7 +163,7 @@ def _unique_items(schema: Schema, result: Schema, follow: Callable[[object], obj
     if most is not None and most <= 1:
         return result
     known = {"type", "items", "minItems", "maxItems", "uniqueItems"}
-    values = _values(follow(schema.get("items")))
+    values = values_of(follow(schema.get("items")))
     is_plain = schema.get("type") == "array" and not schema.keys() - NOTES - known
     if values is None or not is_plain:
         raise RewriteError(
@@ -187,7 +186,7 @@ def _unique_items(schema: Schema, result: Schema, follow: Callable[[object], obj
     return {"enum": [list(some) for length in lengths for some in permutations(values, length)]}
 
 
-def _values(schema: object) -> list[Any] | None:
+def values_of(schema: object) -> list[Any] | None:
     """All values that a schema allows, each once; None: they are not a few texts and integers."""
     if not isinstance(schema, dict) or schema.keys() - NOTES - {"type", "enum", "const"}:
         return None
@@ -227,7 +226,7 @@ def _names_pattern(names: object) -> object:
         lengths = [length for length in (least, most) if length != ""]
         if all(type(length) is int and 0 <= length <= MAX_NAME_LENGTH for length in lengths):
             return rf"^[\s\S]{{{least},{most}}}$"
-    texts = [text for text in _values(names) or () if isinstance(text, str)]
+    texts = [text for text in values_of(names) or () if isinstance(text, str)]
     escaped = [_SYNTAX.sub(r"\\\g<0>", text) for text in texts]
     return f"^(?:{'|'.join(escaped)})$" if escaped else None
 

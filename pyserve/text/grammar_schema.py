@@ -9,18 +9,32 @@ JSON pointer of the keyword.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, NoReturn
-from urllib.parse import unquote
 
 from pyserve.errors import InvalidRequestError
-from pyserve.params import INT64_MAX, INT64_MIN
 from pyserve.text.grammar_analysis import can_end, check_cost
+from pyserve.text.grammar_conditions import both, containing, opposites
+from pyserve.text.grammar_errors import part_of_pointer, shown
 from pyserve.text.grammar_formats import FORMATS, format_schema
+from pyserve.text.grammar_numbers import CONTAINS_COUNTS, MAX_EXACT, NUMERIC, NumberError
 from pyserve.text.grammar_pattern import PatternError, engine_pattern, without_lookaheads
-from pyserve.text.grammar_rewrites import NOTES, RewriteError, allows_nothing, rewritten
+from pyserve.text.grammar_references import (
+    REFERENCES,
+    LostReferenceError,
+    References,
+    has_own_id,
+)
+from pyserve.text.grammar_rewrites import (
+    MAX_DEPENDENT,
+    NOTES,
+    RewriteError,
+    allows_nothing,
+    rewritten,
+    without,
+)
 
 MAX_DEPTH = 56  # of schemas within schemas, each of two levels of JSON: the engine reads 127
 MAX_SCHEMAS = 10_000  # those that are referred to count once
@@ -28,25 +42,14 @@ MAX_DEFINITIONS = 1000
 MAX_VALUES = 20_000  # of all enums
 MAX_PROPERTIES = 2000  # of one object, required ones included; compile time is quadratic in them
 MAX_OPTIONAL = 400  # properties of one object: the engine's parser holds five times as many states
-MAX_LENGTH = 100_000  # minLength, maxLength
-MAX_ITEMS = 10_000  # minItems, maxItems, minProperties, maxProperties
-MAX_MULTIPLE = 10_000  # the engine's automaton has so many states
 MAX_PATTERNS = 12  # in patternProperties of one object
-MAX_EXACT = 2**53  # integers up to here are exact as floats, which the engine computes with
-MIN_BOUND = 1e-9  # of numbers, but for 0
-MAX_INTEGER = 9 * 10**18  # a bound in place of the extremes of int64, which the engine overflows at
 MAX_SEARCH_S = 0.5  # for the place of what the engine refuses
 MAX_POINTER_CHARS = 500  # in an error
-MAX_SHOWN = 60  # characters of a value in an error
 
 Schema = dict[str, Any]
 
 TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
-# Of JSON Schema, any draft.
-NOT_ENFORCED = frozenset(
-    "contains $dynamicRef $dynamicAnchor $recursiveRef $recursiveAnchor extends disallow "
-    "divisibleBy".split()
-)
+NOT_ENFORCED = frozenset(("extends", "disallow", "divisibleBy"))  # of JSON Schema, any draft
 OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
@@ -82,7 +85,7 @@ def offending_pointer(schema: object, error: str, compile: Callable[[Schema], st
             alone = {"type": written["type"]} if "type" in written else {}
             said = compile({**alone, name: value, "$defs": definitions})
             if name in names and _first_line(said) == _first_line(error):
-                return f"{pointer}/{_escaped(name)}"
+                return f"{pointer}/{part_of_pointer(name)}"
         return pointer
     return ""
 
@@ -94,6 +97,7 @@ class _Walk:
         self, root: object, param: str, place: str, has_additional_properties: bool
     ) -> None:
         self._root = root
+        self._references = References(root)
         self._place = place
         self._has_additional_properties = has_additional_properties
         self._param = param
@@ -116,7 +120,8 @@ class _Walk:
         while self._num_walked < len(self._pointers):
             pointer = self._pointers[self._num_walked]
             self._starts.append(len(self._nodes))
-            self.definitions[str(self._num_walked)] = self._schema(self._at(pointer), pointer, 0)
+            schema = self._references.at(pointer)
+            self.definitions[str(self._num_walked)] = self._schema(schema, pointer, 0)
             self._num_walked += 1
         if not isinstance(root, dict):
             if not root:
@@ -138,32 +143,34 @@ class _Walk:
         where = f" at {pointer}" if pointer else ""
         raise InvalidRequestError(f"{self._param}{self._place}{where}: {reason}", self._param)
 
-    def _schema(self, schema: object, pointer: str, depth: int) -> Schema | bool:
+    def _schema(
+        self, schema: object, pointer: str, depth: int, around: tuple[Schema, ...] = ()
+    ) -> Schema | bool:
+        """around: schemas that hold for the same value, whatever this one is within."""
         if isinstance(schema, bool):
             return schema
         if isinstance(schema, dict) and allows_nothing(schema):
             return False
         if not isinstance(schema, dict):
-            self._refuse(pointer, f"a schema must be an object or a boolean, got {_shown(schema)}")
+            self._refuse(pointer, f"a schema must be an object or a boolean, got {shown(schema)}")
         self._num_schemas += 1
         if self._num_schemas > MAX_SCHEMAS:
             self._refuse(pointer, f"there are more than {MAX_SCHEMAS} schemas in this one")
         if depth > MAX_DEPTH:
             self._refuse(pointer, f"schemas are nested deeper than {MAX_DEPTH}")
-        self._depth = depth
         result: Schema = {}
-        for keyword, value in schema.items():
-            place = f"{pointer}/{_escaped(keyword)}"
+        for keyword in schema:
+            place = f"{pointer}/{part_of_pointer(keyword)}"
             read = _KEYWORDS.get(keyword)
             if read is not None:
-                self._depth = depth
+                self._depth, self._around = depth, (*around, schema)
                 for name, new in read(self, schema, keyword, place).items():
                     if name == "allOf" and name in result:
                         new = [*result[name], *new]
                     result[name] = new
             elif keyword in NOT_ENFORCED:
                 self._refuse(place, f"{keyword} cannot be enforced, leave it out")
-            elif keyword == "$id" and pointer and isinstance(value, str):
+            elif keyword == "$id" and pointer and has_own_id(schema):
                 self._refuse(place, "only the outermost schema may have an id of its own")
         if "properties" in result and not self._has_additional_properties:
             result.setdefault("additionalProperties", False)
@@ -175,14 +182,7 @@ class _Walk:
         def read_pattern(pattern: object, keyword: str) -> str:
             return self._read_pattern(pattern, f"{pointer}/{keyword}")
 
-        def follow(inner: object) -> object:
-            for _ in range(MAX_DEPTH):
-                if not isinstance(inner, dict) or inner.keys() - NOTES != {"$ref"}:
-                    break
-                number = int(self._definition(inner["$ref"], pointer))
-                inner = self._at(self._pointers[number])
-            return inner
-
+        follow = partial(self._follow, pointer)
         try:
             new = rewritten(schema, result, follow=follow, read_pattern=read_pattern)
         except RewriteError as error:
@@ -191,49 +191,40 @@ class _Walk:
             self._count_values(sum(map(len, new["enum"])), pointer)
         return new
 
-    def _inside(self, schema: object, place: str, depth: int) -> Schema | bool:
-        return self._schema(schema, place, depth + 1)
+    def _follow(self, pointer: str, schema: object) -> object:
+        """What a schema that is only a reference leads to; any other as it is."""
+        for _ in range(MAX_DEPTH):
+            if not isinstance(schema, dict) or schema.keys() - NOTES != {"$ref"}:
+                break
+            number = int(self._definition(schema["$ref"], pointer))
+            schema = self._references.at(self._pointers[number])
+        return schema
+
+    def _inside(
+        self, schema: object, place: str, depth: int, around: tuple[Schema, ...] = ()
+    ) -> Schema | bool:
+        return self._schema(schema, place, depth + 1, around)
 
     # Each reads one keyword of `schema` and returns what takes its place.
 
     def _ref(self, schema: Schema, keyword: str, place: str) -> Schema:
-        return {"$ref": "#/$defs/" + self._definition(schema[keyword], place)}
+        found = {"$ref": "#/$defs/" + self._definition(schema[keyword], place)}
+        return {"allOf": [found]} if len(schema.keys() & set(REFERENCES)) > 1 else found
 
     def _definition(self, reference: object, place: str) -> str:
         """The name in the result of what is referred to."""
-        root_id = self._root.get("$id") if isinstance(self._root, dict) else None
         if not isinstance(reference, str):
-            self._refuse(place, f"must be a string, got {_shown(reference)}")
-        if isinstance(root_id, str) and root_id and reference.startswith(root_id):
-            reference = reference.removeprefix(root_id) or "#"
-        pointer = unquote(reference[1:])
-        if not reference.startswith("#") or (pointer and not pointer.startswith("/")):
-            self._refuse(place, f"must point into this schema as #/$defs/name, got "
-                                f"{_shown(reference)}")  # fmt: skip
-        pointer = pointer.removesuffix("/") if pointer == "/" else pointer
+            self._refuse(place, f"must be a string, got {shown(reference)}")
+        try:
+            pointer = self._references.pointer(reference)
+        except LostReferenceError as error:
+            self._refuse(place, str(error))
         if pointer not in self._names:
             if len(self._names) >= MAX_DEFINITIONS:
                 self._refuse(place, f"there are more than {MAX_DEFINITIONS} definitions in use")
-            try:
-                self._at(pointer)
-            except (LookupError, ValueError):
-                self._refuse(place, f"there is nothing at {_shown(reference)}")
             self._names[pointer] = str(len(self._names))
             self._pointers.append(pointer)
         return self._names[pointer]
-
-    def _at(self, pointer: str) -> object:
-        """What `pointer` leads to. Raises LookupError, ValueError."""
-        value = self._root
-        for part in pointer.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(value, list) and part.isdecimal():
-                value = value[int(part)]
-            elif isinstance(value, dict):
-                value = value[part]
-            else:
-                raise LookupError(part)
-        return value
 
     def _type(self, schema: Schema, keyword: str, place: str) -> Schema:
         value = schema[keyword]
@@ -242,14 +233,14 @@ class _Walk:
             name if isinstance(name, str) else "" for name in names
         ):  # fmt: skip
             self._refuse(
-                place, f"must be one or several of {', '.join(sorted(TYPES))}, got {_shown(value)}"
+                place, f"must be one or several of {', '.join(sorted(TYPES))}, got {shown(value)}"
             )
         return {"type": value}
 
     def _enum(self, schema: Schema, keyword: str, place: str) -> Schema:
         values = schema[keyword]
         if not isinstance(values, list) or not values:
-            self._refuse(place, f"must be a list of values, got {_shown(values)}")
+            self._refuse(place, f"must be a list of values, got {shown(values)}")
         self._count_values(len(values), place)
         for value in values:
             self._check_value(value, place, 0)
@@ -271,15 +262,15 @@ class _Walk:
             for item in value.values() if isinstance(value, dict) else value:
                 self._check_value(item, place, depth + 1)
         elif isinstance(value, int | float) and not abs(value) <= MAX_EXACT:
-            self._refuse(place, f"numbers must be within 2**53, got {_shown(value)}")
+            self._refuse(place, f"numbers must be within 2**53, got {shown(value)}")
 
     def _named(self, schema: Schema, keyword: str, place: str) -> Schema:
         named = schema[keyword]
         if not isinstance(named, dict):
-            self._refuse(place, f"must be an object of schemas, got {_shown(named)}")
+            self._refuse(place, f"must be an object of schemas, got {shown(named)}")
         depth, result = self._depth, {}
         for name, inner in named.items():
-            inner_place = f"{place}/{_escaped(name)}"
+            inner_place = f"{place}/{part_of_pointer(name)}"
             if keyword == "patternProperties":
                 name = self._read_pattern(name, inner_place)
             result[name] = self._inside(inner, inner_place, depth)
@@ -316,7 +307,7 @@ class _Walk:
 
     def _several(self, schema: Schema, keyword: str, place: str) -> Schema:
         depth = self._depth
-        result = self._list(schema[keyword], place, keyword)
+        result = self._list(schema[keyword], place, keyword, self._around)
         if keyword == "oneOf":  # the engine shows that branches exclude each other, not references
             result[keyword] = [self._inlined(branch, place, depth) for branch in result[keyword]]
         return result
@@ -329,23 +320,78 @@ class _Walk:
             num_followed += 1
             if num_followed > MAX_DEPTH:
                 break
-            branch = self._inside(self._at(self._pointers[number]), place, depth)
+            branch = self._inside(self._references.at(self._pointers[number]), place, depth)
         return branch
 
-    def _list(self, value: object, place: str, keyword: str) -> Schema:
+    def _list(
+        self, value: object, place: str, keyword: str, around: tuple[Schema, ...] = ()
+    ) -> Schema:
         if not isinstance(value, list) or not value:
-            self._refuse(place, f"must be a list of schemas, got {_shown(value)}")
+            self._refuse(place, f"must be a list of schemas, got {shown(value)}")
         depth = self._depth
         return {
             keyword: [
-                self._inside(inner, f"{place}/{index}", depth) for index, inner in enumerate(value)
+                self._inside(inner, f"{place}/{index}", depth, around)
+                for index, inner in enumerate(value)
             ]
         }
+
+    def _if(self, schema: Schema, keyword: str, place: str) -> Schema:
+        """What is by `if` is by `then`, and what is not is by `else`."""
+        if not {"then", "else"} & schema.keys():
+            return {}
+        depth, around, parent = self._depth, self._around, place.removesuffix("/if")
+        try:
+            others = opposites(schema["if"], around, partial(self._follow, place))
+        except RewriteError as error:
+            self._refuse(place, str(error))
+
+        def read(inner: object, name: str) -> Schema | bool:
+            return self._inside(inner, f"{parent}/{name}", depth, around)
+
+        choices = [both(read(schema["if"], "if"), read(schema.get("then", True), "then"))]
+        if others:
+            other: Schema = {"anyOf": [read(one, "if") for one in others]}
+            choices.append(both(other, read(schema.get("else", True), "else")))
+        possible = [choice for choice in choices if choice is not False]
+        return {"allOf": [{"anyOf": possible} if possible else False]}
+
+    def _dependent(self, schema: Schema, keyword: str, place: str) -> Schema:
+        """Where a property is there, a schema holds. Other properties: `rewritten`."""
+        depth, around, found = self._depth, self._around, []
+        for name, needed in schema[keyword].items() if isinstance(schema[keyword], dict) else ():
+            if isinstance(needed, list):
+                continue
+            inner_place = f"{place}/{part_of_pointer(name)}"
+            inner = both({"required": [name]}, self._inside(needed, inner_place, depth, around))
+            if inner != {"required": [name]}:
+                missing = without(name)
+                found.append(missing if inner is False else {"anyOf": [missing, inner]})
+        if found and (len(found) > MAX_DEPENDENT or schema.get("type") != "object"):
+            self._refuse(
+                place, f"{keyword} cannot be enforced but in a schema with the type object, for "
+                f"{MAX_DEPENDENT} properties at most: leave it out"
+            )  # fmt: skip
+        return {"allOf": found} if found else {}
+
+    def _contains(self, schema: Schema, keyword: str, place: str) -> Schema:
+        """Older drafts have it without minContains and maxContains: one item at least."""
+        inner = self._inside(schema[keyword], place, self._depth)
+        asked = {name: self._numeric(schema, name, place.removesuffix(keyword) + name)[name]
+                 for name in CONTAINS_COUNTS if name in schema}  # fmt: skip
+        least = asked.get("minContains", 1)
+        if not self._has_prefix_items:
+            least = max(least, 1)
+        try:
+            found = containing(inner, schema, least=least, most=asked.get("maxContains"))
+        except RewriteError as error:
+            self._refuse(place.removesuffix(keyword) + error.keyword, str(error))
+        return {"allOf": found} if found else {}
 
     def _required(self, schema: Schema, keyword: str, place: str) -> Schema:
         value = schema[keyword]
         if not isinstance(value, list) or len(_names_in(value)) < len(value):
-            self._refuse(place, f"must be a list of different names, got {_shown(value)}")
+            self._refuse(place, f"must be a list of different names, got {shown(value)}")
         self._check_number_of_properties(value, place)
         return {keyword: value}
 
@@ -355,7 +401,7 @@ class _Walk:
 
     def _read_pattern(self, pattern: object, place: str) -> str:
         if not isinstance(pattern, str):
-            self._refuse(place, f"must be a string, got {_shown(pattern)}")
+            self._refuse(place, f"must be a string, got {shown(pattern)}")
         try:
             return engine_pattern(pattern)
         except PatternError as error:
@@ -379,33 +425,20 @@ class _Walk:
         found = format_schema(name, schema)
         if found is None:
             self._refuse(
-                place, f"must be one of {', '.join(sorted(FORMATS))}, got {_shown(name)}; leave it "
+                place, f"must be one of {', '.join(sorted(FORMATS))}, got {shown(name)}; leave it "
                 "out, or write a pattern"
             )  # fmt: skip
         return found
 
-    def _number(self, value: object, place: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self._refuse(place, f"must be a number, got {_shown(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            self._refuse(place, f"must be a finite number, got {_shown(value)}")
-        return value
-
-    def _whole(self, schema: Schema, keyword: str, place: str, limit: int) -> Schema:
-        value = self._number(schema[keyword], place)
-        if value != int(value) or not 0 <= value <= limit:
-            self._refuse(place, f"must be a whole number in [0, {limit}], got {_shown(value)}")
-        return {keyword: int(value)}
-
-    def _length(self, schema: Schema, keyword: str, place: str) -> Schema:
-        return self._whole(schema, keyword, place, MAX_LENGTH)
-
-    def _count(self, schema: Schema, keyword: str, place: str) -> Schema:
-        return self._whole(schema, keyword, place, MAX_ITEMS)
+    def _numeric(self, schema: Schema, keyword: str, place: str) -> Schema:
+        try:
+            return NUMERIC[keyword](schema, keyword)
+        except NumberError as error:
+            self._refuse(place, str(error))
 
     def _min_properties(self, schema: Schema, keyword: str, place: str) -> Schema:
         """The engine counts a name that comes twice as two properties."""
-        result = self._whole(schema, keyword, place, MAX_ITEMS)
+        result = self._numeric(schema, keyword, place)
         if result[keyword] <= len(_names_in(schema.get("required"))):
             return {}
         if result[keyword] > 1:
@@ -415,45 +448,13 @@ class _Walk:
             )  # fmt: skip
         return result
 
-    def _multiple(self, schema: Schema, keyword: str, place: str) -> Schema:
-        value = self._number(schema[keyword], place)
-        digits = f"{value:.12f}".rstrip("0").partition(".")[2] if value != int(value) else ""
-        scaled = round(value * 10 ** len(digits))
-        if not 0 < scaled <= MAX_MULTIPLE or scaled / 10 ** len(digits) != value:
-            self._refuse(
-                place, f"must be above 0 and have no more than {MAX_MULTIPLE} as its digits, got "
-                f"{_shown(value)}"
-            )  # fmt: skip
-        return {keyword: value}
-
-    def _bound(self, schema: Schema, keyword: str, place: str) -> Schema:
-        """Draft 4 has exclusiveMinimum: true beside minimum."""
-        value = schema[keyword]
-        is_exclusive = keyword.startswith("exclusive")
-        plain = keyword.removeprefix("exclusive").lower() if is_exclusive else keyword
-        strict = "exclusive" + plain.capitalize()
-        if is_exclusive and isinstance(value, bool):
-            return {}
-        value = self._number(value, place)
-        if not is_exclusive and schema.get(strict) is True:
-            keyword = strict
-        if abs(value) > MAX_EXACT:
-            extreme = INT64_MIN if plain == "minimum" else INT64_MAX
-            if value != extreme or schema.get("type") != "integer" or keyword != plain:
-                self._refuse(place, f"must be within 2**53, got {_shown(value)}")
-            return {keyword: MAX_INTEGER if value > 0 else -MAX_INTEGER}
-        if value and abs(value) < MIN_BOUND:
-            self._refuse(place, f"must be 0 or at least {MIN_BOUND} from it, got {_shown(value)}")
-        if keyword == strict and schema.get("type") != "integer":
-            # The engine lets some of these pass: 0 above 0 and below 1, 1 above 1 and below 1.5.
-            step = max(MIN_BOUND, abs(value) * 1e-14)  # tens of what a float tells apart
-            return {"allOf": [{plain: value + step if plain == "minimum" else value - step}]}
-        return {keyword: value}
-
 
 # Of the class: a walk that held its own methods would be left to the collector, with its schema.
 _KEYWORDS: dict[str, Callable[[_Walk, Schema, str, str], Schema]] = {
-    "$ref": _Walk._ref,
+    **dict.fromkeys(REFERENCES, _Walk._ref),
+    "if": _Walk._if,
+    **dict.fromkeys(("dependentSchemas", "dependencies"), _Walk._dependent),
+    "contains": _Walk._contains,
     "type": _Walk._type,
     "enum": _Walk._enum,
     "const": _Walk._const,
@@ -465,12 +466,9 @@ _KEYWORDS: dict[str, Callable[[_Walk, Schema, str, str], Schema]] = {
     "required": _Walk._required,
     "pattern": _Walk._pattern,
     "format": _Walk._format,
-    "multipleOf": _Walk._multiple,
     **dict.fromkeys(("allOf", "anyOf", "oneOf"), _Walk._several),
-    **dict.fromkeys(("minLength", "maxLength"), _Walk._length),
-    **dict.fromkeys(("minItems", "maxItems", "maxProperties"), _Walk._count),
+    **dict.fromkeys(NUMERIC.keys() - CONTAINS_COUNTS, _Walk._numeric),
     "minProperties": _Walk._min_properties,
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _Walk._bound),
 }
 
 
@@ -483,18 +481,3 @@ def _names_in(required: object) -> set[str]:
     if not isinstance(required, list):
         return set()
     return {name for name in required if isinstance(name, str)}
-
-
-def _escaped(name: str) -> str:
-    """A name as a part of a pointer."""
-    name = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
-    return name.replace("~", "~0").replace("/", "~1")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    text = repr(value) if not isinstance(value, str) else f'"{value[: MAX_SHOWN + 1]}"'
-    return text if len(text) <= MAX_SHOWN + 2 else text[:MAX_SHOWN] + "..."

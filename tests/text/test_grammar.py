@@ -184,9 +184,10 @@ def test_an_answer_may_not_take_long_for_each_of_its_tokens(
 
 @pytest.mark.parametrize("num_optional", [2000, 5000])
 def test_what_takes_long_for_each_token_is_refused(num_optional: int) -> None:
-    """A mask once its states are there, and the token behind it, for which the event loop waits."""
+    """A mask once its states are there, and the token behind it, for which the event loop waits; on
+    a busy machine a mask's first states may take too long before that is known."""
     slow = Grammar(param="c", text="root ::= " + '"a"? ' * num_optional)
-    with pytest.raises(InvalidRequestError, match="^c is too complex: .* limit is 5 ms"):
+    with pytest.raises(InvalidRequestError, match="^c is too complex: .* limit is (5|100) ms"):
         compile_grammar(slow, vocabulary())
 
 

@@ -13,6 +13,7 @@ from pyserve.text.grammar_pattern import (
     MAX_PATTERN_CHARS,
     SAME,
     PatternError,
+    all_but,
     engine_pattern,
     without_lookaheads,
 )
@@ -124,3 +125,16 @@ def test_other_conditions_stay(pattern: str) -> None:
     assert without_lookaheads(pattern) == [pattern]
     with pytest.raises(PatternError):
         engine_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "excluded", [["a"], [""], ["US", "USA", "U.", ""], ["é[^]-\\&&~", "é"], []]
+)
+def test_a_pattern_of_all_but_some_texts(excluded: list[str]) -> None:
+    pattern = re.compile(all_but(set(excluded)))
+    read = re.compile(engine_pattern(all_but(set(excluded))))
+    rng = random.Random(0)
+    others = ["", "a", "aa", "U", "US", "USA", "USAB", "UX", "é", "é[", "\n", "a\n", "\0"]
+    others += ["".join(rng.choices("é[^]-\\&~US.A", k=rng.randrange(9))) for _ in range(300)]
+    for text in [*others, *excluded]:
+        assert bool(pattern.search(text)) == bool(read.search(text)) == (text not in excluded)

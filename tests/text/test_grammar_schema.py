@@ -8,10 +8,9 @@ import pytest
 
 from pyserve.errors import InvalidRequestError
 from pyserve.text.grammar import JsonSchema, compile_grammar
+from pyserve.text.grammar_numbers import MAX_ITEMS, MAX_LENGTH
 from pyserve.text.grammar_schema import (
     MAX_DEPTH,
-    MAX_ITEMS,
-    MAX_LENGTH,
     MAX_OPTIONAL,
     MAX_VALUES,
     engine_schema,
@@ -37,9 +36,10 @@ def branching(depth: int) -> dict[str, Any]:
 
 REFUSED: list[tuple[Any, str, str]] = [
     ({"type": "array", "uniqueItems": True}, "/uniqueItems", "cannot be enforced"),
-    ({"properties": {"a/b": {"contains": {}}}}, "/properties/a~1b/contains", "cannot be enforced"),
-    ({"if": {}, "then": {}}, "/if", "cannot be enforced"),
-    ({"items": [{"contains": {}}]}, "/items/0/contains", "cannot be enforced"),
+    ({"properties": {"a/b": {"contains": False}}}, "/properties/a~1b/contains",
+     "cannot be enforced"),
+    ({"if": {"minimum": 1}, "then": {}}, "/if", "cannot be enforced"),
+    ({"items": [{"contains": {"type": "null"}}]}, "/items/0/contains", "cannot be enforced"),
     ({"propertyNames": False}, "/propertyNames", "cannot be enforced"),
     ({"dependentRequired": {"a": ["b"]}}, "/dependentRequired", "cannot be enforced"),
     ({"unevaluatedProperties": {}}, "/unevaluatedProperties", "cannot be enforced"),

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pyserve.text.grammar_references import REFERENCES
 from pyserve.text.grammar_rewrites import NOTES
 from pyserve.text.tool_parsers.tagged_values import END_VALUE, as_json, types_of
 
@@ -29,6 +30,7 @@ _NAME = {
     "python": re.compile(r"[A-Za-z_][A-Za-z0-9_]*"),
     "tags": re.compile(r"[^<>\s](?:[^<>\n]*[^<>\s])?"),
 }
+_IN_DEFINITIONS = re.compile(r"#(?:/\$defs/|/definitions/|[^/])")
 _LISTED: Mapping[str, list[Any]] = {"boolean": [True, False], "null": [None]}
 
 
@@ -100,9 +102,26 @@ def check_sayable(form: Form, name: str, schema: Schema) -> None:
 
 def _as_json(name: str, is_needed: bool, schema: Any, root: Schema) -> Member:
     if isinstance(schema, dict):
+        _check_references(name, schema)
         definitions = {word: root[word] for word in ("$defs", "definitions") if word in root}
         schema = {**schema, **definitions}
     return Member(name, is_needed, schema)
+
+
+def _check_references(name: str, schema: Any) -> None:
+    """They must lead into the definitions, or to an anchor: the schema stands without the whole."""
+    stack = [schema]
+    while stack:
+        inner = stack.pop()
+        if isinstance(inner, list):
+            stack += inner
+        if not isinstance(inner, dict):
+            continue
+        stack += inner.values()
+        for keyword in inner.keys() & set(REFERENCES):
+            where = inner[keyword]
+            if isinstance(where, str) and not _IN_DEFINITIONS.match(where):
+                raise UnsayableError(f"{where[:80]} in {name[:80]} leads out of the definitions")
 
 
 def _tagged(name: str, is_needed: bool, schema: Any, root: Schema) -> Member:

@@ -11,7 +11,10 @@ from pyserve.text.tool_parsers.written import NAME, Written
 Tag = dict[str, Any]
 
 # Parts of a schema that may have properties of their own.
-_COMBINED = {"$ref", "anyOf", "oneOf", "allOf", "patternProperties", "unevaluatedProperties", "if"}
+_COMBINED = frozenset(
+    "$ref $dynamicRef $recursiveRef anyOf oneOf allOf if dependentSchemas dependencies "
+    "patternProperties unevaluatedProperties".split()
+)
 
 
 def must_call(
