@@ -1,7 +1,7 @@
 """A server process around the scripted engine, for tests of start, signals and exit codes.
 
-Arguments: port, folder of the tokenizer, what `load` does (held: until the folder has a file
-go-<port>), seconds to drain; maybe a folder for batches.
+Arguments: port, folder of the tokenizer, what happens, drain seconds, maybe a folder for batches.
+What takes until the folder has a file go-<port>: held, a load; open, each answer.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Engine(FakeEngine):
         await super().stop()
 
 
+def is_let_go() -> bool:
+    return Path(sys.argv[2], f"go-{sys.argv[1]}").exists()
+
+
 def load(report: Report) -> Loaded:
     how = sys.argv[3]
     report("build", 0, 0)
@@ -55,7 +59,7 @@ def load(report: Report) -> Loaded:
     if how == "hang":
         time.sleep(600)
     if how in ("held", "fail at go"):
-        while not Path(sys.argv[2], f"go-{sys.argv[1]}").exists():
+        while not is_let_go():
             time.sleep(0.01)
         if how == "fail at go":
             raise BuildError("compiling the native ops failed")
@@ -65,16 +69,17 @@ def load(report: Report) -> Loaded:
         raise RuntimeError("boom")
     if how == "exit":
         sys.exit(3)
+    script = Script([80], 0.01, may_end=is_let_go if how == "open" else lambda: True)
     tokenizer = Tokenizer.from_folder(Path(sys.argv[2]))
     return Loaded(
         tokenizer=tokenizer,
         chat_template=ChatTemplate.load(tokenizer),
         defaults=GenerationDefaults(),
-        engine=Engine(lambda number: Script([80], 0.01)),
+        engine=Engine(lambda number: script),
     )
 
 
-if __name__ == "__main__":
+def main() -> int:
     log.setup("info")
     settings = ServerConfig(
         served_model_names=("tiny",),
@@ -83,4 +88,8 @@ if __name__ == "__main__":
         shutdown_timeout_s=float(sys.argv[4]),
         batch_dir=Path(sys.argv[5]) if len(sys.argv) > 5 else None,
     )
-    sys.exit(run_server(settings, load))
+    return run_server(settings, load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

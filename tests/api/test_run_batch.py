@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ import pytest
 from pyserve.api.run_batch import run_batch
 from pyserve.config import BatchConfig, ServerConfig
 from pyserve.errors import ConfigError
-from tests.api.batches.batched import FATAL_TOKEN, load
+from tests.api.batches.batched import FATAL_TOKEN, load, main
+from tests.forked import Forked
 
-ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0
 
 
@@ -30,18 +28,19 @@ def line(number: int, body: dict[str, Any] | None = None, **fields: Any) -> str:
     )
 
 
+@pytest.fixture
+def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run-batch") / "log"
+
+
 def start(
-    folder: Path, source: Path, target: Path, *, delay_s: float = 0.0
-) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.api.batches.batched", str(folder), str(source)]
-    return subprocess.Popen(
-        [*command, str(target), str(delay_s)], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    folder: Path, source: Path, target: Path, log_path: Path, *, delay_s: float = 0.0
+) -> Forked:
+    return Forked(main, [*map(str, (folder, source, target, delay_s))], log_path)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, log = process.communicate(timeout=START_S)
-    return process.returncode, log
+def finish(process: Forked, log_path: Path) -> tuple[int | None, str]:
+    return process.wait(START_S), log_path.read_text()
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
@@ -53,7 +52,7 @@ def num_kept(partial: Path) -> int:
 
 
 def test_lines_good_and_bad_are_answered_in_their_order(
-    tokenizer_folder: Path, tmp_path: Path
+    tokenizer_folder: Path, tmp_path: Path, log_path: Path
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [
@@ -72,7 +71,7 @@ def test_lines_good_and_bad_are_answered_in_their_order(
             "messages": [{"role": "user", "content": "A"}], "max_tokens": 3}}),
     ]  # fmt: skip
     source.write_bytes(("\n".join(lines) + "\n").encode() + b'{"custom_id": "\xff"}\n' + b"  \n")
-    code, log = finish(start(tokenizer_folder, source, target))
+    code, log = finish(start(tokenizer_folder, source, target, log_path), log_path)
     assert code == 3, log
     found = answers(target)
     ids = [answer["custom_id"] for answer in found]
@@ -91,24 +90,24 @@ def test_lines_good_and_bad_are_answered_in_their_order(
 
 
 def test_killed_again_and_again_each_line_is_answered_once(
-    tokenizer_folder: Path, tmp_path: Path
+    tokenizer_folder: Path, tmp_path: Path, log_path: Path
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     source.write_text("".join(line(n, {"max_tokens": 1 + n % 7}) + "\n" for n in range(120)))
     for _ in range(2):
         before = num_kept(partial)
-        process = start(tokenizer_folder, source, target, delay_s=0.03)
+        process = start(tokenizer_folder, source, target, log_path, delay_s=0.03)
         deadline = time.monotonic() + START_S
         while num_kept(partial) < before + 20 and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()
-        finish(process)
+        finish(process, log_path)
         assert before < num_kept(partial) < 120 and not target.exists()
         with partial.open("ab") as file:
             file.write(b'5\t{"half of a line')  # as the kill may have left it
     first = partial.read_bytes().splitlines()[1]
-    code, log = finish(start(tokenizer_folder, source, target))
+    code, log = finish(start(tokenizer_folder, source, target, log_path), log_path)
     assert code == 0, log
     assert [answer["custom_id"] for answer in answers(target)] == [f"r-{n}" for n in range(120)]
     assert {answer["response"]["status_code"] for answer in answers(target)} == {200}
@@ -117,26 +116,26 @@ def test_killed_again_and_again_each_line_is_answered_once(
 
 
 def test_a_signal_ends_it_at_once_and_keeps_what_there_is(
-    tokenizer_folder: Path, tmp_path: Path
+    tokenizer_folder: Path, tmp_path: Path, log_path: Path
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(line(n, {"max_tokens": 1 + 500 * n}) + "\n" for n in range(5)))
-    process = start(tokenizer_folder, source, target, delay_s=0.05)
+    process = start(tokenizer_folder, source, target, log_path, delay_s=0.05)
     deadline = time.monotonic() + START_S
     while num_kept(tmp_path / "out.jsonl.partial") < 1 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    code, log = finish(process)
+    code, log = finish(process, log_path)
     assert code == 128 + signal.SIGTERM
     assert "1 of 5 lines answered, kept in" in log and "Traceback" not in log
 
 
 def test_an_engine_that_gives_up_leaves_the_rest_for_the_next_time(
-    tokenizer_folder: Path, tmp_path: Path
+    tokenizer_folder: Path, tmp_path: Path, log_path: Path
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line(0) + "\n" + line(1, {"prompt": [FATAL_TOKEN]}) + "\n")
-    code, log = finish(start(tokenizer_folder, source, target, delay_s=0.05))
+    code, log = finish(start(tokenizer_folder, source, target, log_path, delay_s=0.05), log_path)
     assert code == 1 and "boom" in log and "the same command goes on" in log
     assert not target.exists() and "Traceback" not in log
 

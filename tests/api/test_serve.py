@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.api.fakes import wait_until
-from tests.api.served import FATAL_TOKEN
+from tests.api.served import FATAL_TOKEN, main
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0  # for whatever takes a second on an idle machine
@@ -26,9 +27,10 @@ START_S = 60.0  # for whatever takes a second on an idle machine
 
 @dataclass
 class Process:
-    popen: subprocess.Popen[str]
+    popen: Forked
     port: int
     log_path: Path
+    go_path: Path
 
     @property
     def log(self) -> str:
@@ -63,16 +65,21 @@ class Process:
 def start(folder: Path, how: str = "well", drain_s: float = 10, *more: str) -> Iterator[Process]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    log_path = folder.parent / f"log-{port}"
-    command = [sys.executable, "-m", "tests.api.served", str(port), str(folder), how, str(drain_s)]
-    command += more
-    with log_path.open("w") as sink:
-        popen = subprocess.Popen(command, stdout=sink, stderr=sink, text=True, cwd=ROOT)
+    log_path, go_path = folder.parent / f"log-{port}", folder / f"go-{port}"
+    go_path.unlink(missing_ok=True)  # an earlier process had the same port
+    popen = Forked(main, [str(port), str(folder), how, str(drain_s), *more], log_path)
     try:
-        yield Process(popen, port, log_path)
+        yield Process(popen, port, log_path, go_path)
     finally:
         popen.kill()
         popen.wait(30)
+
+
+def read_to(end: bytes, sock: socket.socket) -> bytes:
+    received = b""
+    while end not in received and (piece := sock.recv(65536)):
+        received += piece
+    return received
 
 
 def read_to_end(sock: socket.socket) -> bytes:
@@ -94,7 +101,7 @@ def test_phases_ready_and_a_clean_end(tokenizer_folder: Path) -> None:
         wait_until(lambda: (process.health() or {}).get("phase") == "load", START_S)
         health = process.health()
         assert health is not None and health["progress"] == 0.25
-        (tokenizer_folder / f"go-{process.port}").touch()
+        process.go_path.touch()
         wait_until(lambda: process.is_in("ready"), START_S)
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(START_S) == 0
@@ -109,11 +116,12 @@ def test_phases_ready_and_a_clean_end(tokenizer_folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(tokenizer_folder: Path, number: signal.Signals) -> None:
-    with start(tokenizer_folder, drain_s=START_S) as process:
+    with start(tokenizer_folder, "open", drain_s=START_S) as process:
         wait_until(lambda: process.is_in("ready"), START_S)
-        sock = process.stream(200)  # 2 s at least, in which /health is asked
+        sock = process.stream(20)
         process.popen.send_signal(number)
         wait_until(lambda: process.is_in("draining"), START_S)
+        process.go_path.touch()
         received = read_to_end(sock)
         assert b'"finish_reason":"length"' in received and b"error" not in received
         assert process.popen.wait(START_S) == 0
@@ -124,7 +132,7 @@ def test_a_connection_that_has_asked_nothing_yet_is_answered_while_others_drain(
 ) -> None:
     """Accepted before the signal, its request comes behind it; one that has asked is closed."""
     ask = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    with start(tokenizer_folder, drain_s=START_S) as process:
+    with start(tokenizer_folder, "open", drain_s=START_S) as process:
         wait_until(lambda: process.is_in("ready"), START_S)
         idle = socket.create_connection(("127.0.0.1", process.port), timeout=10)
         idle.sendall(ask)
@@ -132,22 +140,25 @@ def test_a_connection_that_has_asked_nothing_yet_is_answered_while_others_drain(
         new = socket.create_connection(("127.0.0.1", process.port), timeout=10)
         begun = socket.create_connection(("127.0.0.1", process.port), timeout=10)
         begun.sendall(ask[:9])
-        sock = process.stream(200)
+        sock = process.stream(20)
         process.popen.send_signal(signal.SIGTERM)
         wait_until(lambda: process.is_in("draining"), START_S)
         assert read_to_end(idle) == b""
         new.sendall(ask)
         begun.sendall(ask[9:])
         for late in (new, begun):
-            assert b'"status":"draining"' in read_to_end(late)
+            assert b'"status":"draining"' in read_to(b"}", late)
+        process.go_path.touch()
+        for late in (new, begun):
+            assert read_to_end(late) == b""
         assert b'"finish_reason":"length"' in read_to_end(sock)
         assert process.popen.wait(START_S) == 0
 
 
 def test_what_does_not_finish_is_cut_off_with_an_error(tokenizer_folder: Path) -> None:
-    with start(tokenizer_folder, drain_s=0.2) as process:
+    with start(tokenizer_folder, "open", drain_s=0.2) as process:
         wait_until(lambda: process.is_in("ready"), START_S)
-        sock = process.stream(500)
+        sock = process.stream(20)
         process.popen.send_signal(signal.SIGTERM)
         received = read_to_end(sock)
         assert b'data: {"error":' in received and received.endswith(
@@ -173,9 +184,9 @@ def test_an_engine_that_gives_up_ends_the_process(tokenizer_folder: Path, how: s
 
 
 def test_a_second_signal_exits_at_once(tokenizer_folder: Path) -> None:
-    with start(tokenizer_folder, drain_s=START_S) as process:
+    with start(tokenizer_folder, "open", drain_s=START_S) as process:
         wait_until(lambda: process.is_in("ready"), START_S)
-        sock = process.stream(500)
+        sock = process.stream(20)
         process.popen.send_signal(signal.SIGTERM)
         wait_until(lambda: process.is_in("draining"), START_S)
         started = time.monotonic()
@@ -204,7 +215,7 @@ def test_a_load_that_fails_as_it_is_told_to_stop_is_no_error(tokenizer_folder: P
     with start(tokenizer_folder, "fail at go") as process:
         wait_until(lambda: (process.health() or {}).get("phase") == "load", START_S)
         process.popen.send_signal(signal.SIGSTOP)  # so that both come at once
-        (tokenizer_folder / f"go-{process.port}").touch()
+        process.go_path.touch()
         process.popen.send_signal(signal.SIGINT)
         process.popen.send_signal(signal.SIGCONT)
         assert process.popen.wait(START_S) == 128 + signal.SIGINT
@@ -217,9 +228,9 @@ def test_a_load_that_fails_as_it_is_told_to_stop_is_no_error(tokenizer_folder: P
 def test_the_shutdown_tells_how_many_may_finish(
     tokenizer_folder: Path, how_many: int, words: str
 ) -> None:
-    with start(tokenizer_folder, drain_s=0.1) as process:
+    with start(tokenizer_folder, "open", drain_s=0.1) as process:
         wait_until(lambda: process.is_in("ready"), START_S)
-        socks = [process.stream(500) for _ in range(how_many)]
+        socks = [process.stream(20) for _ in range(how_many)]
         process.popen.send_signal(signal.SIGTERM)
         for sock in socks:
             read_to_end(sock)

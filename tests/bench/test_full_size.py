@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import full_size
+from bench import full_size, full_size_ours
 from bench.full_size import Errors, judge, judge_loading, main
+from pyserve.errors import PyserveError
 
 TINY = [
     "--device", "cpu", "--no-judge-loading", "--prompt-len", "40", "--num-steps", "4",
@@ -43,6 +48,28 @@ def test_models_pass_and_only_the_kept_one_stays(
     assert printed.count(": ok") == 4
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the figures of loading do not matter, pyserve's part needs no process of its own, whose
+    imports take longer than all else."""
+
+    run_other = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[1:3] != ["-m", "bench.full_size_ours"]:
+            return run_other(command, **options)
+        printed, code, error = io.StringIO(), 0, ""
+        try:
+            with contextlib.redirect_stdout(printed):
+                code = full_size_ours.main(command[3:])
+        except PyserveError as failure:
+            code, error = 1, str(failure)
+        return subprocess.CompletedProcess(command, code, printed.getvalue(), error)
+
+    monkeypatch.setattr("bench.full_size.subprocess.run", run)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_wrong_weights_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +86,7 @@ def test_wrong_weights_are_seen(
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_model_that_pyserve_refuses_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

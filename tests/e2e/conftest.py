@@ -19,8 +19,10 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.server_process import free_port
+from pyserve.config import DEMO_MODEL
 
 ROOT = Path(__file__).parent.parent.parent
+THINKER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
 # The guide's tool.
 WEATHER: Any = {
     "type": "function",
@@ -134,6 +136,16 @@ def start_server(log: Path, *flags: str, ready_timeout_s: float = 240) -> Iterat
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with start_server(tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """In float32: greedy answers do not depend on what else is in the batch. Also by the name of
+    the guide's model that thinks, and with chat templates of requests."""
+    flags = ["--model", str(DEMO_MODEL), "--served-model-name", "pyserve-demo", THINKER]
+    flags += ["--dtype", "float32", "--trust-request-chat-template"]
+    with start_server(tmp_path_factory.mktemp("exact") / "log", *flags) as running:
         yield running
 
 

@@ -346,18 +346,17 @@ def test_a_terminal_that_goes_leaves_streams_whole_and_nothing_behind(
         assert not ready.exists()
 
 
-def test_a_server_that_was_suspended_goes_on(tmp_path: Path) -> None:
-    with start_server(tmp_path / "log") as server:
-        stream = server.client().completions.create(
-            model="pyserve-demo", prompt="Hello", max_tokens=300, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        next(iter(stream))
-        server.process.send_signal(signal.SIGSTOP)
-        time.sleep(2.5)
-        server.process.send_signal(signal.SIGCONT)
-        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-        assert server.request("GET", "/health")[0] == 200
+def test_a_server_that_was_suspended_goes_on(server: Server) -> None:
+    stream = server.client().completions.create(
+        model="pyserve-demo", prompt="Hello", max_tokens=300, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    server.process.send_signal(signal.SIGCONT)
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert server.request("GET", "/health")[0] == 200
 
 
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from openai import OpenAI
 
 from pyserve.config import DEMO_MODEL
-from tests.e2e.conftest import WEATHER, Server, start_server
+from tests.e2e.conftest import THINKER, WEATHER, Server, start_server
 
-MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
+MODEL = THINKER
 PROBLEM = "Resolver: Si un tren viaja 120km en 1.5 horas, ¿cuál es su velocidad en m/s?"
 ASKED: dict[str, Any] = {
     "model": MODEL, "messages": [{"role": "user", "content": PROBLEM}], "max_tokens": 2048,
@@ -65,8 +65,8 @@ def streamed(client: OpenAI, **fields: Any) -> tuple[str, str, Any]:
     return reasoning, content, usage
 
 
-def test_the_guide_s_own_parse_of_the_text(tmp_path: Path) -> None:
-    with started(tmp_path / "log") as server, server.client() as sdk:
+def test_the_guide_s_own_parse_of_the_text(exact: Server) -> None:
+    with exact.client() as sdk:
         content = sdk.chat.completions.create(**ASKED).choices[0].message.content
         thinking, answer = parse_as_the_guide(content)
         assert "80 km/h" in thinking and "22.2 m/s" in answer and "<" not in answer

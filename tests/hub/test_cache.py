@@ -17,6 +17,7 @@ from tests.hub.hub_stub import CDN, REPO, WEIGHTS, HubStub
 from tests.read_only import read_only
 
 ROOT = Path(__file__).parent.parent.parent
+TIMEOUT_S = 100.0  # for what takes a second
 
 
 @pytest.fixture
@@ -125,13 +126,15 @@ def test_a_file_system_that_is_mounted_read_only(stub: HubStub, cache: Path) -> 
     folder = fetch(cache)
     forget_notes(cache)
     mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"'
-    able = subprocess.run(["unshare", "-m", "sh", "-c", mount, "sh", cache], capture_output=True)
+    able = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, "sh", cache], capture_output=True, timeout=TIMEOUT_S
+    )
     if able.returncode != 0:
         pytest.skip("no right to mount")
     run = f'{mount} && exec "$2" -c "$3" "$1"'
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", run, "sh", str(cache), sys.executable, MOUNTED],
         cwd=ROOT, env={**os.environ, "HF_ENDPOINT": stub.endpoint, "HF_HUB_OFFLINE": "0"},
-        capture_output=True, text=True,
+        capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.stdout.splitlines() == [str(folder), "Read-only file system"], done.stderr

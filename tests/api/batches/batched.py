@@ -43,11 +43,11 @@ def load(report: Report) -> Loaded:
     )
 
 
-if __name__ == "__main__":
+def main() -> int:
     log.setup("info")
     batch = BatchConfig(input_file=Path(sys.argv[2]), output_file=Path(sys.argv[3]))
     try:
-        sys.exit(run_batch(batch, ServerConfig(served_model_names=("tiny",)), load))
+        return run_batch(batch, ServerConfig(served_model_names=("tiny",)), load)
     except ConfigError as error:
         log.get_logger().error("%s", error)
-        sys.exit(2)
+        return 2
