@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench import gpu_ops, w4a16
+from bench import experts, gpu_ops, w4a16
 from bench.report import busy_remark, environment, format_table, write_json
 from pyserve import ops
 from pyserve.ops import build, reference
@@ -432,6 +432,8 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield from linear_cases(shape, num_tokens, dtype)
         yield from epilogue_cases(shape, num_tokens, dtype)
         yield from w4a16_cases(shape, num_tokens, dtype)
+        sizes = shape.hidden, shape.intermediate, num_tokens, dtype
+        yield from (Case(*case) for case in experts.cpu_cases(*sizes))
         yield from rope_cases(shape, num_tokens, dtype)
         yield from activation_cases(shape, num_tokens, dtype)
     yield from attention_cases(shape, dtype)

@@ -31,6 +31,20 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
+      "route(Tensor x, Tensor router, Tensor? correction_bias, Tensor slot_mapping, "
+      "bool is_sigmoid, bool is_normalized, float scale, int num_groups, int top_groups, "
+      "Tensor(a!) logits, Tensor(b!) weights, Tensor(c!) places, Tensor(d!) order, "
+      "Tensor(e!) offsets) -> ()");
+  m.def(
+      "grouped_linear(Tensor x, Tensor weight, Tensor offsets, int max_group, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "grouped_linear_silu_mul(Tensor x, Tensor weight, Tensor order, Tensor offsets, "
+      "Tensor(a!) sorted_x, Tensor(b!) out) -> ()");
+  m.def(
+      "combine_experts(Tensor rows, Tensor places, Tensor weights, Tensor? shared, "
+      "bool is_adding, Tensor(a!) out) -> ()");
+  m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, "
       "Tensor row_slots, Tensor cu_seqlens_q, Tensor seq_lens, float softmax_scale, int window, "
       "int max_query_len, Tensor? work, Tensor(a!)? workspace, Tensor(b!) out, "

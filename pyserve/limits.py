@@ -13,6 +13,11 @@ MAX_HEAD_DIM: Final = 256
 CUDA_HEAD_DIMS: Final = (64, 128)
 MAX_GROUP: Final = 64  # heads a KV head
 
+# Mixtures of experts.
+MAX_EXPERTS: Final = 512
+MAX_TOP_EXPERTS: Final = 32  # that a token goes to
+MAX_EXPERT_GROUPS: Final = 32
+
 # Sampling.
 MAX_BAD_WORDS: Final = 128
 MAX_VOCAB_SIZE: Final = 2**19

@@ -8,5 +8,8 @@ namespace pyserve {
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxVocabSize = int64_t{1} << 19;  // sums of weights of a row stay below 2^53
 constexpr int64_t kTopLogprobs = 20;  // tokens that logprobs tells of a row, fixed
+constexpr int64_t kMaxExperts = 512;
+constexpr int64_t kMaxTopExperts = 32;  // of a token
+constexpr int64_t kMaxExpertGroups = 32;
 
 }  // namespace pyserve

@@ -9,9 +9,8 @@ written to `out` where that is given: a tensor of its shape that none of the inp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +20,10 @@ from torch.nn import functional
 
 from pyserve.limits import TOP_LOGPROBS
 from pyserve.ops import build, w4a16
+from pyserve.ops.native import native as _ops
 
-_STORE, _ADD, _SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
+STORE, ADD, SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
 _served: dict[tuple[object, ...], bool] = {}  # what serves_linear said, by shapes and epilogue
-
-
-class _Ops:
-    """torch.ops.pyserve.<name>.default, each looked up once."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        op = getattr(torch.ops.pyserve, name).default
-        # OpOverload.__call__ is Python: 0.3 us of each call, and a step is mostly these calls.
-        function: Callable[..., None] = getattr(op, "_op", op)
-        setattr(self, name, function)
-        return function
-
-
-_ops: Any = _Ops()
 
 
 def rms_norm(
@@ -113,7 +99,7 @@ def linear(
     torch may round otherwise (oneDNN, which compiles and keeps code for every m it meets), or where
     the CPU has no bfloat16 products of its own, our op with sums in another order.
     """
-    if not _is_own(x, weight, _STORE):
+    if not _is_own(x, weight, STORE):
         return functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
@@ -127,7 +113,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     Where torch takes it, a bias is rounded into the residual before, and cuBLAS may round the
     product before it adds it: as a linear and an add would.
     """
-    if _is_own(x, weight, _ADD):
+    if _is_own(x, weight, ADD):
         _ops.linear_add(x, weight, bias, residual)
         return
     if bias is not None:
@@ -143,7 +129,7 @@ def linear_silu_mul(
     x [m, k], weight [2 n, k], bias [2 n], out [m, n]; gate_up [m, 2 n] is room for where it takes
     two calls, and a rounding between them.
     """
-    if _is_own(x, weight, _SILU_MUL):
+    if _is_own(x, weight, SILU_MUL):
         _ops.linear_silu_mul(x, weight, bias, out)
     else:
         silu_mul(linear(x, weight, bias, gate_up), out)

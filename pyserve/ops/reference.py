@@ -14,6 +14,10 @@ from torch import Tensor
 
 from pyserve import limits
 from pyserve.ops import step_layout as layout
+from pyserve.ops.reference_experts import combine_experts as combine_experts
+from pyserve.ops.reference_experts import grouped_linear as grouped_linear
+from pyserve.ops.reference_experts import grouped_linear_silu_mul as grouped_linear_silu_mul
+from pyserve.ops.reference_experts import route as route
 from pyserve.ops.reference_linear import dequantise_w4a16 as dequantise_w4a16
 from pyserve.ops.reference_linear import gelu_tanh_mul as gelu_tanh_mul
 from pyserve.ops.reference_linear import linear as linear

@@ -49,7 +49,9 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
     names -= {"serves_linear", "serves_linear_w4a16", "try_linear_w4a16"}
-    names -= {"gelu_tanh_mul"}  # which a card refuses so far
+    # Which a card refuses so far.
+    names -= {"gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul"}
+    names -= {"combine_experts"}
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
     ways |= {"own linear_w4a16"}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}

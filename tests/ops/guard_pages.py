@@ -76,6 +76,34 @@ def linear_w4a16() -> None:
                 torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.2)
 
 
+def experts() -> None:
+    """One token of each expert's, and rows of the last expert."""
+    rule = (False, True, 1.0, 1, 1)
+    slots = guarded(torch.tensor([3, -1, 0]))
+    for dtype in DTYPES:
+        for n, k in SHAPES:
+            x, router = (guarded(torch.randn(size, k).to(dtype)) for size in (3, 6))
+            gate_up, down = torch.randn(5, 2 * n, k), torch.randn(5, k, n)
+            gate_up, down = guarded(gate_up.to(dtype)), guarded(down.to(dtype))
+            logits, weights = guarded(torch.zeros(3, 6)), guarded(torch.zeros(3, 3))
+            places, order, offsets = (
+                guarded(torch.zeros(size, dtype=torch.int32)) for size in ((3, 2), (6,), (6,))
+            )
+            torch.ops.pyserve.route(
+                x, router, None, slots, *rule, logits, weights, places, order, offsets
+            )
+            assert int(offsets[-1]) == 4
+            activated, rows = (guarded(torch.zeros(6, size, dtype=dtype)) for size in (n, k))
+            torch.ops.pyserve.grouped_linear_silu_mul(
+                x, gate_up, order, offsets, guarded(torch.zeros_like(rows)), activated
+            )
+            torch.ops.pyserve.grouped_linear(activated, down, offsets, 3, rows)
+            out = guarded(torch.zeros(3, k, dtype=dtype))
+            shared = guarded(torch.zeros(3, k, dtype=dtype))
+            torch.ops.pyserve.combine_experts(rows, places, weights, shared, True, out)
+            assert not bool(out[1].any()) and bool(out.isfinite().all())
+
+
 def rms_norm() -> None:
     for dtype in DTYPES:
         for num_rows, hidden in SHAPES:
@@ -159,8 +187,8 @@ def logprobs() -> None:
 if __name__ == "__main__":
     build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
-    for run in (linear, linear_w4a16, rms_norm, silu_mul, rope_write_kv, paged_attention, sample,
-                apply_bitmask, logprobs):  # fmt: skip
+    for run in (linear, linear_w4a16, experts, rms_norm, silu_mul, rope_write_kv, paged_attention,
+                sample, apply_bitmask, logprobs):  # fmt: skip
         print(run.__name__, flush=True)
         run()
     print("whole")

@@ -89,6 +89,28 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.ones(2, limits.TOP_LOGPROBS, dtype=torch.int32),
             torch.ones(2, limits.TOP_LOGPROBS),
         ),
+    } | _experts_args()  # fmt: skip
+
+
+def _experts_args() -> dict[str, tuple[Any, ...]]:
+    return {
+        "route": (
+            torch.randn(4, 24), torch.randn(9, 24), torch.rand(8), torch.tensor([5, -1, 0, 9]),
+            True, True, 2.5, 4, 2, torch.empty(4, 9), torch.empty(4, 4), _int(*[7] * 12).view(4, 3),
+            _int(*[7] * 12), _int(*[7] * 9),
+        ),
+        "grouped_linear": (
+            torch.randn(4, 24), torch.randn(3, 5, 24), _int(0, 1, 1, 4), 4,
+            torch.empty(4, 5),
+        ),
+        "grouped_linear_silu_mul": (
+            torch.randn(2, 24), torch.randn(3, 10, 24), _int(1, 0, 2, 3), _int(0, 1, 2, 4),
+            torch.empty(4, 24), torch.empty(4, 5),
+        ),
+        "combine_experts": (
+            torch.randn(4, 12), _int(1, 0, -1, -1).view(2, 2), torch.rand(2, 3),
+            torch.randn(2, 12), True, torch.randn(2, 12),
+        ),
     }  # fmt: skip
 
 
@@ -144,6 +166,7 @@ def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
     last = (
         "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "linear_w4a16", "dequantise_w4a16",
+        "grouped_linear", "grouped_linear_silu_mul", "route",
     )  # fmt: skip
     places = dict.fromkeys(last, -1) | {
         "rms_norm": 3, "linear": 3, "linear_silu_mul": 3, "paged_attention": 12

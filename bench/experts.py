@@ -1,0 +1,138 @@
+"""The ops of a mixture of experts, for bench.ops: what is measured, and its bytes.
+
+Tokens are random, and go where their router sends them. Bytes are those of the experts
+that have any row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyserve.ops import experts, reference
+from pyserve.ops.experts import Routing, Rule
+
+RULE = Rule()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Sizes of a mixture."""
+
+    hidden: int
+    size: int
+    num_experts: int
+    top_k: int
+
+
+class Mixture:
+    """The weights of a layer, and room for what its ops make."""
+
+    def __init__(
+        self, layer: Layer, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device=device)
+
+        self.layer, self.num_tokens = layer, num_tokens
+        num_rows = num_tokens * layer.top_k
+        self.router = torch.randn(layer.num_experts, layer.hidden, device=device).to(dtype)
+        self.gate_up = empty(layer.num_experts, 2 * layer.size, layer.hidden).normal_(0, 0.02)
+        self.down = empty(layer.num_experts, layer.hidden, layer.size).normal_(0, 0.02)
+        self.activated = empty(num_rows, layer.size).normal_()
+        self.rows = empty(num_rows, layer.hidden).normal_()
+        self.out = empty(num_tokens, layer.hidden).zero_()
+        self.slots = torch.arange(num_tokens, device=device)
+
+    def tokens(self) -> Tensor:
+        return torch.randn_like(self.out)
+
+    def routing(self, x: Tensor) -> Routing:
+        layer, n = self.layer, self.num_tokens
+
+        def empty(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=of, device=x.device)
+
+        routing = Routing(
+            empty(n, layer.num_experts, of=torch.float32), empty(n, layer.top_k, of=torch.float32),
+            empty(n, layer.top_k), empty(n * layer.top_k), empty(layer.num_experts + 1),
+        )  # fmt: skip
+        self.route(x, routing)
+        return routing
+
+    def route(self, x: Tensor, routing: Routing) -> None:
+        experts.route(x, self.router, None, self.slots, RULE, routing)
+
+    def first(self, x: Tensor, routing: Routing) -> None:
+        experts.grouped_linear_silu_mul(x, self.gate_up, routing, self.activated, self.rows)
+
+    def second(self, routing: Routing) -> None:
+        experts.grouped_linear(self.activated, self.down, routing, self.rows)
+
+    def combine(self, routing: Routing) -> None:
+        experts.combine_experts(self.rows, routing, None, self.out, is_adding=True)
+
+    def bytes_read(self, routing: Routing) -> tuple[int, int]:
+        """Of gate_up and of down."""
+        share = int((routing.offsets.diff() > 0).sum())
+        each = self.gate_up[0].nbytes, self.down[0].nbytes
+        return each[0] * share, each[1] * share
+
+
+def _sizes(mixture: Mixture, routing: Routing) -> dict[str, tuple[int, int]]:
+    """(bytes, operations) of each op, by its name."""
+    layer, n = mixture.layer, mixture.num_tokens
+    first, second = mixture.bytes_read(routing)
+    element = mixture.out.element_size()
+    row, size = layer.hidden * element, layer.size * element
+    num_rows, flops = n * layer.top_k, 2 * n * layer.top_k * layer.size * layer.hidden
+    return {
+        "route": (mixture.router.nbytes + n * row, 2 * n * layer.num_experts * layer.hidden),
+        "grouped_linear_silu_mul": (first + n * row + num_rows * size, 2 * flops),
+        "grouped_linear": (second + num_rows * (row + size), flops),
+        "combine_experts": ((num_rows + 2 * n) * row, 0),
+    }
+
+
+def cpu_cases(
+    hidden: int, size: int, num_tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[Any, ...]]:
+    """(op, load, run, twin, bytes, operations, dtype) of a mixture of 8 experts, 2 a token, that is
+    as large as a gated MLP of the model in all."""
+    layer = Layer(hidden, max(8, size // 8), 8, 2)
+    mixture = Mixture(layer, num_tokens, dtype, torch.device("cpu"))
+    x = mixture.tokens()
+    routing = mixture.routing(x)
+    load = f"{num_tokens} x {hidden}, 2 of 8 x {layer.size}"
+    twins: dict[str, Callable[[], object]] = {
+        "route": partial(
+            reference.route, x, mixture.router, None, mixture.slots, RULE.is_sigmoid,
+            RULE.is_normalized, RULE.scale, RULE.num_groups, RULE.top_groups, *routing,
+        ),
+        "grouped_linear_silu_mul": partial(
+            reference.grouped_linear_silu_mul, x, mixture.gate_up, routing.order, routing.offsets,
+            mixture.rows, mixture.activated,
+        ),
+        "grouped_linear": partial(
+            reference.grouped_linear, mixture.activated, mixture.down, routing.offsets, num_tokens,
+            mixture.rows,
+        ),
+        "combine_experts": partial(
+            reference.combine_experts, mixture.rows, routing.places, routing.weights, None, True,
+            mixture.out,
+        ),
+    }  # fmt: skip
+    runs: dict[str, Callable[[], object]] = {
+        "route": partial(mixture.route, x, routing),
+        "grouped_linear_silu_mul": partial(mixture.first, x, routing),
+        "grouped_linear": partial(mixture.second, routing),
+        "combine_experts": partial(mixture.combine, routing),
+    }
+    sizes = _sizes(mixture, routing)
+    for op, run in runs.items():
+        yield op, load, run, twins[op], *sizes[op], dtype

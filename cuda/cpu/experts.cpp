@@ -1,0 +1,232 @@
+// grouped_linear and grouped_linear_silu_mul: rows of x, each by the matrix of its expert; and
+// combine_experts: what a token's experts made of it, weighted and added up.
+//   weight [num_experts, n, k]; rows stand in the order of their experts, those of expert e from
+//   offsets[e] to offsets[e + 1]
+//
+// The work of few tokens is to stream the matrices of the experts that have any, once. Threads share
+// those matrices' columns, as one matrix of an expert may be too small to share. The products are
+// those of linear_rows.h, for as many rows as an expert has.
+// combine_experts adds in the order of a token's experts, in float32, and rounds once.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "../common/args/experts.h"
+#include "linear_many.h"
+#include "linear_rows.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace pyserve {
+namespace {
+
+// The rows of one expert.
+template <class T>
+struct Group {
+  Shape shape;
+  Matrix<T> matrix;
+  const T* x;
+  T* out;
+  int64_t packed = 0;  // of its rows in pack_x's form: where they begin
+};
+
+// Rows of x in the order of the experts.
+template <class T>
+const View& gather(const GroupedArgs& args, int64_t count) {
+  if (args.order == nullptr) return args.x;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = args.x.ptr<T>() + args.order[i] / args.top_k * args.x.stride(0);
+    T* to = args.sorted_x.ptr<T>() + i * args.sorted_x.stride(0);
+    std::memcpy(to, from, args.k() * sizeof(T));
+  }
+  return args.sorted_x;
+}
+
+// Of the experts that have rows.
+template <class T>
+std::vector<Group<T>> groups_of(const GroupedArgs& args) {
+  const auto* offsets = args.offsets.ptr<int32_t>();
+  const int64_t count = offsets[args.num_experts()];
+  PYSERVE_CHECK(offsets[0] == 0 && count <= args.max_rows(), args.offsets.op, ": offsets from ",
+                offsets[0], " to ", count, " for ", args.max_rows(), " rows");
+  for (int64_t i = 0; i < args.num_experts(); ++i) {
+    const int64_t count = offsets[i + 1] - offsets[i];
+    PYSERVE_CHECK(count >= 0 && count <= args.max_group, args.offsets.op, ": expert ", i, " has ",
+                  count, " rows, at most ", args.max_group);
+  }
+  for (int64_t i = 0; args.order != nullptr && i < count; ++i) {
+    PYSERVE_CHECK(args.order[i] >= 0 && args.order[i] < args.max_rows(), args.offsets.op,
+                  ": order holds ", args.order[i], ", of ", args.max_rows());
+  }
+  const View& x = gather<T>(args, count);
+  std::vector<Group<T>> groups;
+  for (int64_t i = 0; i < args.num_experts(); ++i) {
+    const int64_t begin = offsets[i];
+    if (begin == offsets[i + 1]) continue;
+    groups.push_back({.shape = {.m = offsets[i + 1] - begin,
+                                .n = args.n(),
+                                .k = args.k(),
+                                .x_stride = x.stride(0),
+                                .weight_stride = args.weight.stride(1),
+                                .out_stride = args.out.stride(0)},
+                      .matrix = {args.weight.ptr<T>() + i * args.weight.stride(0), nullptr},
+                      .x = x.ptr<T>() + begin * x.stride(0),
+                      .out = args.out.ptr<T>() + begin * args.out.stride(0)});
+  }
+  return groups;
+}
+
+// Nanoseconds of `columns` columns of a group, as they are on average.
+template <Epilogue kEpilogue, class T>
+double mean_cost(const std::vector<Group<T>>& groups, int64_t columns, bool has_tiles) {
+  double sum = 0.0;
+  for (const Group<T>& group : groups) {
+    sum += column_cost<kEpilogue, T>(group.shape, has_tiles) * static_cast<double>(columns);
+  }
+  return sum / static_cast<double>(groups.size());
+}
+
+#ifdef __AMX_BF16__
+template <Epilogue kEpilogue>
+void grouped_tiles(std::vector<Group<Bf16>>& groups, int64_t n) {
+  constexpr int64_t kColumns = kTileColumns<kEpilogue>;
+  thread_local std::vector<float> packed_x;
+  int64_t num_floats = 0;
+  for (Group<Bf16>& group : groups) {
+    group.packed = num_floats;
+    num_floats += packed_floats(group.shape);
+  }
+  packed_x.resize(num_floats);
+  float* packed = packed_x.data();
+  for (const Group<Bf16>& group : groups) pack_x(group.shape, group.x, packed + group.packed);
+  const int64_t parts = (n + kColumns - 1) / kColumns;
+  const double cost = mean_cost<kEpilogue>(groups, kColumns, true);
+  const auto count = static_cast<int64_t>(groups.size()) * parts;
+  parallel_for_tiles(count, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Group<Bf16>& group = groups[i / parts];
+      tile_columns<kEpilogue>(group.shape, packed + group.packed, group.matrix,
+                              i % parts * kColumns, group.out);
+    }
+  });
+}
+#endif
+
+template <Epilogue kEpilogue, class T>
+void grouped_blocks(const std::vector<Group<T>>& groups, int64_t n) {
+  const int64_t parts = (n + kLanes - 1) / kLanes;
+  const double cost = mean_cost<kEpilogue>(groups, kLanes, false);
+  parallel_for(static_cast<int64_t>(groups.size()) * parts, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Group<T>& group = groups[i / parts];
+      block_columns<kEpilogue, T>(group.shape, group.x, group.matrix, i % parts * kLanes,
+                                  group.out);
+    }
+  });
+}
+
+template <Epilogue kEpilogue, class T>
+void grouped(const GroupedArgs& args) {
+  std::vector<Group<T>> groups = groups_of<T>(args);
+  if (groups.empty() || args.n() == 0) return;
+  if constexpr (std::is_same_v<T, Bf16>) {
+#ifdef __AMX_BF16__
+    if (fits_tiles(groups[0].shape)) return grouped_tiles<kEpilogue>(groups, args.n());
+#endif
+    if constexpr (!kHasProducts) {
+      std::erase_if(groups, [](const Group<T>& group) {
+        const bool has_many = group.shape.m > kFewBf16Rows;
+        if (has_many) linear_many<kEpilogue>(group.shape, group.x, group.matrix, group.out);
+        return has_many;
+      });
+      if (groups.empty()) return;
+    }
+  }
+  grouped_blocks<kEpilogue, T>(groups, args.n());
+}
+
+void grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& offsets,
+                    int64_t max_group, const Tensor& out) {
+  const ViewReader read{"grouped_linear", Place::kCpu};
+  GroupedArgs args = grouped_args(read, Epilogue::kStore, x, weight, offsets, out);
+  read_in_order(max_group, args);
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { grouped<Epilogue::kStore, T>(args); });
+}
+
+void grouped_linear_silu_mul(const Tensor& x, const Tensor& weight, const Tensor& order,
+                             const Tensor& offsets, const Tensor& sorted_x, const Tensor& out) {
+  const ViewReader read{"grouped_linear_silu_mul", Place::kCpu};
+  GroupedArgs args = grouped_args(read, Epilogue::kSiluMul, x, weight, offsets, out);
+  read_order(read, order, sorted_x, args);
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { grouped<Epilogue::kSiluMul, T>(args); });
+}
+
+// ---- combine_experts ----------------------------------------------------------------------------
+
+// `get(from)` and `put(to, sums)` are of a whole vector, or of its first elements.
+template <class T, class Get, class Put>
+void combine_columns(const CombineArgs& args, int64_t token, int64_t column, bool is_adding,
+                     const Get& get, const Put& put) {
+  const int32_t* places = args.places.ptr<int32_t>() + token * args.places.stride(0);
+  const float* weights = args.weights.ptr<float>() + token * args.weights.stride(0);
+  T* out = args.out.ptr<T>() + token * args.out.stride(0) + column;
+  Vec sums{};
+  for (int64_t j = 0; j < args.top_k(); ++j) {
+    if (places[j] < 0) continue;
+    const T* row = args.rows.ptr<T>() + places[j] * args.rows.stride(0) + column;
+    sums = fma(splat(weights[j]), get(row), sums);
+  }
+  if (args.has_shared) {
+    const T* row = args.shared.ptr<T>() + token * args.shared.stride(0) + column;
+    const float weight = args.has_shared_gate() ? weights[args.top_k()] : 1.0f;
+    sums = fma(splat(weight), get(row), sums);
+  }
+  put(out, is_adding ? get(out) + sums : sums);
+}
+
+template <class T>
+void combine_token(const CombineArgs& args, int64_t token, bool is_adding) {
+  const int64_t n = args.out.size(1);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    combine_columns<T>(
+        args, token, i, is_adding, [](const T* row) { return load(row); },
+        [](T* to, Vec sums) { store(to, sums); });
+  }
+  if (i == n) return;
+  combine_columns<T>(
+      args, token, i, is_adding, [&](const T* row) { return load_first(row, n - i); },
+      [&](T* to, Vec sums) { store_first(to, sums, n - i); });
+}
+
+void combine_experts(const Tensor& rows, const Tensor& places, const Tensor& weights,
+                     const std::optional<Tensor>& shared, bool is_adding, const Tensor& out) {
+  const ViewReader read{"combine_experts", Place::kCpu};
+  const CombineArgs args = combine_args(read, rows, places, weights, shared, out);
+  const int64_t num_tokens = args.out.size(0), num_rows = args.rows.size(0);
+  for (int64_t i = 0; i < num_tokens * args.top_k(); ++i) {
+    const int32_t place = args.places.ptr<int32_t>()[i / args.top_k() * args.places.stride(0) +
+                                                     i % args.top_k()];
+    PYSERVE_CHECK(place >= -1 && place < num_rows, read.op, ": places holds ", place, ", of ",
+                  num_rows, " rows");
+  }
+  const double cost = 0.3 * static_cast<double>(args.out.size(1) * (args.top_k() + 2));
+  dispatch_float<float, Bf16>(args.out, [&]<class T>(T) {
+    parallel_for(num_tokens, cost, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) combine_token<T>(args, token, is_adding);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("grouped_linear", TORCH_BOX(&pyserve::grouped_linear));
+  m.impl("grouped_linear_silu_mul", TORCH_BOX(&pyserve::grouped_linear_silu_mul));
+  m.impl("combine_experts", TORCH_BOX(&pyserve::combine_experts));
+}
