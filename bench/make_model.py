@@ -120,6 +120,43 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "use_sliding_window": False,
     },
+    "mixtral-8x7b": {
+        **_COMMON,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3-30b-a3b": {
+        **_COMMON,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
     "tiny": {
         **_LLAMA,
         "vocab_size": 1024,
@@ -185,7 +222,7 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of the checkpoint, layer by layer."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
     num_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // num_heads
     q_size, kv_size = num_heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -199,23 +236,40 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield f"{prefix}self_attn.{name}_proj.weight", (size, hidden)
             if has_bias:
                 yield f"{prefix}self_attn.{name}_proj.bias", (size,)
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "qwen3_moe"):
             yield prefix + "self_attn.q_norm.weight", (head_dim,)
             yield prefix + "self_attn.k_norm.weight", (head_dim,)
         yield prefix + "self_attn.o_proj.weight", (hidden, q_size)
         if has_bias and not is_qwen2:
             yield prefix + "self_attn.o_proj.bias", (hidden,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden))):
-            yield f"{prefix}mlp.{name}_proj.weight", shape
-            if config.get("mlp_bias", False):
-                yield f"{prefix}mlp.{name}_proj.bias", (inner,)
-        yield prefix + "mlp.down_proj.weight", (hidden, inner)
-        if config.get("mlp_bias", False):
-            yield prefix + "mlp.down_proj.bias", (hidden,)
+        yield from _mlp_shapes(config, prefix)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _mlp_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of one layer: a gated MLP, or a router and its experts."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    num_experts = config.get("num_local_experts") or config.get("num_experts")
+    if num_experts is None:
+        for name in ("gate", "up", "down"):
+            shape = (hidden, inner) if name == "down" else (inner, hidden)
+            yield f"{prefix}mlp.{name}_proj.weight", shape
+            if config.get("mlp_bias", False):
+                yield f"{prefix}mlp.{name}_proj.bias", shape[:1]
+        return
+    module, names = "mlp", ("gate_proj", "up_proj", "down_proj")
+    if config["model_type"] == "mixtral":
+        module, names = "block_sparse_moe", ("w1", "w3", "w2")
+    size = config.get("moe_intermediate_size", inner)
+    yield f"{prefix}{module}.gate.weight", (num_experts, hidden)
+    for expert in range(num_experts):
+        for name, shape in zip(
+            names, ((size, hidden), (size, hidden), (hidden, size)), strict=True
+        ):
+            yield f"{prefix}{module}.experts.{expert}.{name}.weight", shape
 
 
 def write_weights(folder: Path, config: dict[str, Any], *, seed: int, shard_bytes: int) -> int:
@@ -296,7 +350,7 @@ def make_model(
     """Write the whole folder; returns its config."""
     config = make_config(preset, overrides)
     folder.mkdir(parents=True, exist_ok=True)
-    has_bos = config["model_type"] in ("llama", "mistral")
+    has_bos = config["model_type"] in ("llama", "mistral", "mixtral")
     make_tokenizer(config["vocab_size"], has_bos=has_bos).save(str(folder / "tokenizer.json"))
     _write_json(folder / "config.json", config)
     tokenizer_config = {

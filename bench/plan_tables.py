@@ -44,6 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         **PRESETS["llama-3.1-8b"], "hidden_size": 8192, "intermediate_size": 28672,
         "num_hidden_layers": 80, "num_attention_heads": 64,
     },
+    "Qwen3-30B-A3B": PRESETS["qwen3-30b-a3b"],
+    "Mixtral-8x7B": PRESETS["mixtral-8x7b"],
 }  # fmt: skip
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
 # Their layers' matrices too are in the table as AWQ stores them.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from pyserve.ops.experts import Routing
+
 ALIGNMENT = 256  # bytes, of each tensor
 
 
@@ -70,7 +72,24 @@ class MLPActivations(NamedTuple):
     activated: torch.Tensor
 
 
-LayerActivations = tuple[AttentionActivations, MLPActivations]
+class ExpertsActivations(NamedTuple):
+    """Of Experts; `rows` are the tokens' assignments, in the order of the experts.
+
+    routing      which experts tokens go to
+    activated    [num_tokens * top_k, size]
+    rows         [num_tokens * top_k, hidden_size], what comes in and then what experts make of it
+    shared       of the shared expert
+    shared_out   [num_tokens, hidden_size], what that makes
+    """
+
+    routing: Routing
+    activated: torch.Tensor
+    rows: torch.Tensor
+    shared: MLPActivations | None
+    shared_out: torch.Tensor | None
+
+
+LayerActivations = tuple[AttentionActivations, MLPActivations | ExpertsActivations]
 
 
 class Activations(NamedTuple):

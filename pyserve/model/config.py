@@ -15,6 +15,7 @@ import msgspec
 
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
+from pyserve.model.experts_config import ExpertsConfig, experts_from_fields
 from pyserve.model.fields import Fields
 from pyserve.model.layer_config import (
     LAYER_KINDS,
@@ -101,8 +102,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return max(layer.attention.head_dim for layer in self.layers)
 
     @property
-    def intermediate_size(self) -> int:
-        return max(layer.mlp.size for layer in self.layers)
+    def widths(self) -> frozenset[int]:
+        """Inner widths of the layers' MLPs."""
+        return frozenset(width for layer in self.layers for width in layer.mlp.widths)
 
     def quantised_as(self, method: Method | None) -> ModelConfig:
         """With what --quantization `method` makes of it. Raises ConfigError where they disagree."""
@@ -186,38 +188,51 @@ def _layers(
     norm = NormConfig(
         eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6), offset=architecture.norm_offset
     )
-    has_qkv_bias = _bias(fields, "attention_bias", name, architecture.attention_bias)
+    has_qkv_bias = _bias(fields, architecture.attention_bias_key, name, architecture.attention_bias)
     query_scale = float(head_dim)
     if architecture.query_scale_key is not None:
         query_scale = fields.number(architecture.query_scale_key, 1e-3, 1e6, default=query_scale)
-    mlp = MLPConfig(
-        size=fields.integer("intermediate_size", 1, MAX_WIDTH),
-        activation=activation,
-        has_bias=_bias(fields, "mlp_bias", name, architecture.mlp_bias),
-    )
+    mlps = _mlps(fields, name, architecture, num_layers, activation)
     window, kinds = _layer_kinds(fields, architecture, num_layers, max_model_len)
-    by_kind = {
-        kind: LayerConfig(
-            attention=AttentionConfig(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                rope=ropes[kind],
-                softmax_scale=query_scale**-0.5,
-                softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
-                window=window if kind == "sliding_attention" else 0,
-                has_qkv_bias=has_qkv_bias,
-                has_o_bias=has_qkv_bias and architecture.has_o_bias,
-                has_qk_norm=architecture.has_qk_norm,
-                has_pairs=architecture.has_pairs,
-            ),
-            mlp=mlp,
-            norm=norm,
-            names=architecture.names,
+    attentions = {
+        kind: AttentionConfig(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rope=ropes[kind],
+            softmax_scale=query_scale**-0.5,
+            softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
+            window=window if kind == "sliding_attention" else 0,
+            has_qkv_bias=has_qkv_bias,
+            has_o_bias=has_qkv_bias and architecture.has_o_bias,
+            has_qk_norm=architecture.has_qk_norm,
+            has_pairs=architecture.has_pairs,
         )
         for kind in LAYER_KINDS
     }
-    return tuple(by_kind[kind] for kind in kinds), max_model_len
+    layers = tuple(
+        LayerConfig(attention=attentions[kind], mlp=mlp, norm=norm, names=architecture.names)
+        for kind, mlp in zip(kinds, mlps, strict=True)
+    )
+    return layers, max_model_len
+
+
+def _mlps(
+    fields: Fields, name: str, architecture: Architecture, num_layers: int, activation: Activation
+) -> list[MLPConfig | ExpertsConfig]:
+    """Of each layer."""
+    has_bias = _bias(fields, "mlp_bias", name, architecture.mlp_bias)
+    dense = MLPConfig(
+        size=fields.integer("intermediate_size", 1, MAX_WIDTH),
+        activation=activation,
+        has_bias=has_bias,
+    )
+    if architecture.experts is None:
+        return [dense] * num_layers
+    return [
+        mixture or dense
+        for mixture in experts_from_fields(fields, architecture.experts, num_layers)
+    ]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

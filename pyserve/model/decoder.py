@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from pyserve import ops
-from pyserve.model.activations import Activations, Arena, LayerActivations
+from pyserve.model.activations import Activations, Arena, LayerActivations, MLPActivations
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
+from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.kv import KVCache, KVSpec
 from pyserve.model.layer_config import LayerConfig
 from pyserve.model.layers.attention import Attention
 from pyserve.model.layers.embedding import Embedding
+from pyserve.model.layers.experts import Experts
 from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
@@ -55,7 +57,7 @@ class DecoderLayer:
             name, config, hidden_size, placement, cos_sin=cos_sin, query_scales=query_scales,
             has_norm_after=has_norm_after,
         )  # fmt: skip
-        self.mlp = MLP(name, config, hidden_size, placement, has_norm_after=has_norm_after)
+        self.mlp = _mlp(name, config, hidden_size, placement)
         before = [norm(norm_name) for norm_name in config.names.norms_before]
         after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
         self.norms = before + after
@@ -74,8 +76,12 @@ class DecoderLayer:
     @property
     def schemes(self) -> tuple[type[Scheme], ...]:
         """How its matrices are stored."""
-        linears = (self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down)
-        return tuple(type(linear.matrix) for linear in linears)
+        return tuple(type(linear.matrix) for linear in self.linears)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those whose matrices every step reads."""
+        return (self.attention.qkv, self.attention.o, *self.mlp.linears)
 
     def __call__(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
@@ -88,7 +94,7 @@ class DecoderLayer:
         attended = residual if self.attention.is_adding else output
         self._attend(hidden, ctx, cache, attention, attended)
         self._between(output, residual, hidden)
-        self._transform(hidden, mlp, residual if self.mlp.is_adding else output)
+        self._transform(hidden, ctx, mlp, residual if self.mlp.is_adding else output)
 
     def call_of_few(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
@@ -109,6 +115,7 @@ class DecoderLayer:
         self.attention.attend(ctx, cache, attention)
         norm = self._norm_after_attention
         self.attention.o.add_for_norm(attention.joined, residual, norm.weight, hidden, squares)
+        assert isinstance(self.mlp, MLP) and isinstance(mlp, MLPActivations)
         self.mlp.gate_up.silu_mul_of_scaled(hidden, squares, norm.eps, mlp.activated)
         if next_norm is None:
             self.mlp.down.add(mlp.activated, residual)
@@ -120,6 +127,15 @@ class DecoderLayer:
         for norm in self.norms:
             destinations |= norm.destinations()
         return destinations
+
+
+def _mlp(name: str, config: LayerConfig, hidden_size: int, placement: Placement) -> MLP | Experts:
+    names, mlp = config.names, config.mlp
+    name = f"{name}.{names.mlp}"
+    has_norm_after = names.norms_after is not None
+    if isinstance(mlp, ExpertsConfig):
+        return Experts(name, mlp, names, hidden_size, placement, is_added_later=has_norm_after)
+    return MLP(name, mlp, names, hidden_size, placement, is_added_later=has_norm_after)
 
 
 def _one_of_each_kind(described: Sequence[object]) -> list[int]:
@@ -263,7 +279,7 @@ class Decoder:
         made: dict[tuple[int, ...], LayerActivations] = {}  # layers of the same sizes share them
         layers = []
         for layer in self.layers:
-            sizes = (*layer.attention.sizes, layer.mlp.gate_up.out_features)
+            sizes = (*layer.attention.sizes, *layer.mlp.sizes)
             if sizes not in made:
                 with arena.reused():
                     attention = layer.attention.activations(arena, num_tokens)
@@ -286,14 +302,13 @@ class Decoder:
         }  # fmt: skip
 
     def layer_linears(self) -> list[Linear]:
-        """Those whose matrices every step reads, whatever its rows: all but the head."""
-        return [
-            linear
-            for layer in self.layers
-            for linear in (
-                layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
-            )
-        ]  # fmt: skip
+        """Those whose matrices every step reads, whatever its rows: all but the head and experts
+        that a router chooses."""
+        return [linear for layer in self.layers for linear in layer.linears]
+
+    def mixtures(self) -> list[Experts]:
+        """Of the layers that have one."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
 
     def bytes_per_position(self) -> int:
         """Of the tables that have a row for each position."""

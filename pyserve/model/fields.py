@@ -66,6 +66,18 @@ class Fields:
                 raise self.refuse(key, rule)
         return tuple(map(float, values))
 
+    def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """None where the key is absent or null."""
+        values = self._raw.get(key)
+        if values is None:
+            return ()
+        if not isinstance(values, list) or not all(
+            isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            for value in values
+        ):
+            raise self.refuse(key, f"must be a list of integers in [{low}, {high}]")
+        return tuple(values)
+
     def boolean(self, key: str, *, default: bool) -> bool:
         value = False if self.is_null(key) else self._get(key, default)
         if not isinstance(value, bool):

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from pyserve.limits import CUDA_HEAD_DIMS
+from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -24,6 +25,8 @@ class LayerNames(msgspec.Struct, frozen=True, kw_only=True):
     qkv, gate_up   one name for each part, or one for all of them fused, in this order.
     norms_before   of the attention and of the MLP.
     norms_after    the same, of what they return, before it is added; none in most families.
+    mlp            of a mixture of experts too, whose `router`, `experts` and so on are within it;
+                   `gate_up` and `down` are then names within each expert.
     """
 
     attention: str = "self_attn"
@@ -32,6 +35,10 @@ class LayerNames(msgspec.Struct, frozen=True, kw_only=True):
     mlp: str = "mlp"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    router: str = "gate"
+    experts: str = "experts"
+    shared_expert: str = "shared_expert"
+    shared_gate: str = "shared_expert_gate"
     norms_before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     norms_after: tuple[str, str] | None = None
 
@@ -78,10 +85,15 @@ class MLPConfig(msgspec.Struct, frozen=True, kw_only=True):
     activation: Activation = "silu"
     has_bias: bool = False
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Inner widths, which ranks share."""
+        return (self.size,)
+
 
 class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: AttentionConfig
-    mlp: MLPConfig
+    mlp: MLPConfig | ExpertsConfig
     norm: NormConfig
     names: LayerNames = LayerNames()
 
@@ -99,6 +111,8 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.norm.offset:
             lacks.append(f"norms that multiply by the weight + {self.norm.offset:g}")
+        if isinstance(self.mlp, ExpertsConfig):
+            lacks.append("a mixture of experts")
         if self.mlp.activation != "silu":
             lacks.append(f"the activation {self.mlp.activation}")
         return lacks

@@ -20,6 +20,7 @@ from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.destination import FLOATS, Destinations, Part, Sink, finish_loading
+from pyserve.model.fused_experts import as_stored
 from pyserve.model.placement import META, Placement
 from pyserve.model.weights import (
     CheckpointReader,
@@ -80,6 +81,7 @@ def load_model(
         fill = _fill_with_noise if is_cpu else _fill_with_noise_there
         fill(destinations, seed, progress)
     else:
+        stored, destinations = as_stored(stored, destinations, config)
         _check(stored, destinations, config)
         _stream(stored, destinations, placement.device, progress)
     finish_loading(destinations.values())
@@ -89,7 +91,8 @@ def load_model(
 def check_checkpoint(path: Path, config: ModelConfig) -> None:
     """Names, shapes and dtypes of the folder's headers against `config`. Raises CheckpointError."""
     shapes = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
-    _check(_index(path, config), shapes.destinations(), config)
+    stored, destinations = as_stored(_index(path, config), shapes.destinations(), config)
+    _check(stored, destinations, config)
 
 
 def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:

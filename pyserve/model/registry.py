@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from pyserve.model.experts_config import ExpertsKeys
 from pyserve.model.layer_config import Activation, LayerNames
 from pyserve.model.rope_config import RopeKeys
 
@@ -24,7 +25,9 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     defaults          of keys that config.json lacks, as the family's class in transformers has
                       them. A key that says null is there: num_key_value_heads is then
                       num_attention_heads, as where nothing gives it.
-    attention_bias    bias of q, k and v: by the config key of that name, or what it always is.
+    attention_bias    bias of q, k and v: by the config key, or what it always is.
+    attention_bias_key
+                      of config.json.
     has_o_bias        the output projection has a bias where q, k and v have one.
     mlp_bias          bias of gate, up and down: by the config key of that name, or never.
     has_qk_norm       RMSNorm over each head of q and k before they are rotated.
@@ -33,6 +36,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
                       `sliding_window_pattern`th; or "upper": where `use_sliding_window` is true,
                       those from `max_window_layers` on.
     names             of the tensors of a layer.
+    experts           how mixtures of experts are told; None: no layer has one.
     activation_keys   each that is there must name one of `activations`.
     norm_offset       as NormConfig.offset.
     query_scale_key   its value ** -0.5 is the softmax scale; None: head_dim is that value.
@@ -49,11 +53,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     model_type: str
     defaults: Mapping[str, object] = {}
     attention_bias: Literal["config", "always", "never"] = "never"
+    attention_bias_key: str = "attention_bias"
     has_o_bias: bool = False
     mlp_bias: Literal["config", "never"] = "never"
     has_qk_norm: bool = False
     window: Literal["none", "all", "alternate", "pattern", "upper"] = "none"
     names: LayerNames = LayerNames()
+    experts: ExpertsKeys | None = None
     activation_keys: tuple[str, ...] = ("hidden_act", "hidden_activation")
     activations: Mapping[str, Activation] = msgspec.field(
         default_factory=lambda: {"silu": "silu", "swish": "silu"}
@@ -160,6 +166,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         model_type="mistral", window="all",
         defaults={"num_key_value_heads": 8, "sliding_window": _WINDOW},
     ),
+    "MixtralForCausalLM": Architecture(
+        model_type="mixtral", window="all",
+        names=LayerNames(mlp="block_sparse_moe", gate_up=("w1", "w3"), down="w2"),
+        experts=ExpertsKeys(
+            default_num=8, size="intermediate_size", is_normalized="always",
+            has_dense_layers=False,
+        ),
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+        rope=RopeKeys(default_theta=1e6),
+        neutral={"norm_topk_prob": (True,)},
+    ),
     "Phi3ForCausalLM": Architecture(
         model_type="phi3", window="all",
         names=LayerNames(qkv=("qkv_proj",), gate_up=_FUSED_MLP),
@@ -178,10 +195,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         defaults={"num_key_value_heads": 32, "sliding_window": _WINDOW},
         known_keys=_UPPER_KEYS,
     ),
+    "Qwen2MoeForCausalLM": Architecture(
+        model_type="qwen2_moe", attention_bias="config", attention_bias_key="qkv_bias",
+        experts=ExpertsKeys(default_num=60, shared_size="shared_expert_intermediate_size"),
+        defaults={
+            "num_key_value_heads": 16, "qkv_bias": True, "use_sliding_window": False,
+            "sliding_window": _WINDOW, "intermediate_size": 5632, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        },
+        known_keys=_UPPER_KEYS | {"qkv_bias"},
+    ),
     "Qwen3ForCausalLM": Architecture(
         model_type="qwen3", attention_bias="config", has_o_bias=True, has_qk_norm=True,
         window="upper",
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": _WINDOW},
+        known_keys=_UPPER_KEYS,
+        neutral=dict.fromkeys(_QK_NORM_KEYS, (True,)),
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        model_type="qwen3_moe", attention_bias="config", has_o_bias=True, has_qk_norm=True,
+        experts=ExpertsKeys(default_num=128),
+        defaults={
+            "num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": _WINDOW,
+            "intermediate_size": 6144, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        },
         known_keys=_UPPER_KEYS,
         neutral=dict.fromkeys(_QK_NORM_KEYS, (True,)),
     ),

@@ -144,7 +144,14 @@ _CHANGING: dict[str, _Row] = {
                     "swiglu_limits moe_intermediate_size"),
     "swiglu_alpha": _ONE,
     **_rows(_Row((0, 1)), "moe_num_experts n_routed_experts num_experts num_local_experts"),
-    "num_experts_per_tok": _NONE,
+    **_rows(_NONE, "num_experts_per_tok first_k_dense_replace n_shared_experts "
+                   "shared_expert_intermediate_size"),
+    **_rows(_ONE, "routed_scaling_factor moe_layer_freq"),
+    **_rows(_Row((0, 1)), "n_group topk_group num_expert_group"),
+    "scoring_func": _Row(("softmax",)),
+    "topk_method": _Row(("greedy",)),
+    "norm_topk_prob": _Row((True, False)),
+    "mlp_only_layers": _Row(([],)),
     # embedding and logits
     **_rows(_ONE, "embedding_multiplier embedding_multiplier_scale embedding_scale scale_emb "
                   "mup_width_scale logit_scale logits_scaling lm_head_multiplier "
@@ -184,6 +191,8 @@ def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     if model.architecture.rope.has_query_scale:
         in_rope |= {QUERY_BETA}
     known = _KNOWN | model.architecture.known_keys | in_rope & {_ORIGINAL_MAX_POSITION}
+    if model.architecture.experts is not None:
+        known |= model.architecture.experts.known_keys
     names = set(_unknown(raw, "", known, _CHANGING, model))
     for table in ROPE_TABLES:
         for prefix, values in _rope_tables(raw, table, model):

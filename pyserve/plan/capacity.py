@@ -58,8 +58,8 @@ def named_memory(card: Card) -> CardMemory:
 
 
 def sizes_on_card(model: ModelConfig, config: EngineConfig, *, tp_size: int = 1) -> ModelSizes:
-    """Raises ConfigError where a card cannot run the model, its dtype or one of tp_size parts."""
-    devices.check_model(model, CUDA, config.max_model_len)
+    """Raises ConfigError where a card cannot run its dtype or one of tp_size parts. What else a
+    card's kernels lack for it is the caller's to say: ModelConfig.lacking_on_cuda."""
     dtype = devices.resolve_dtype(config.dtype, model.dtype, CUDA)
     return measure_model(model, dtype, tp_size=tp_size)
 

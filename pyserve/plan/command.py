@@ -29,7 +29,7 @@ from pyserve.ops import cuda_card
 from pyserve.plan.capacity import CUDA, Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card, find_card, find_card_that_is_here
 from pyserve.plan.choice import COUNTS, SECONDS_A_DAY, choice_lines, find_choices
-from pyserve.plan.roofline import decode_floor, prefill_floor_s, tp_sizes
+from pyserve.plan.roofline import ModelSizes, decode_floor, prefill_floor_s, tp_sizes
 from pyserve.plan.table import aligned
 
 HERE = "here"  # --gpu's word for the card of this machine
@@ -79,8 +79,8 @@ def _which_card(
             f"{args.model} fits none of the {len(CARDS)} known cards, {_tried(counts)}, with these "
             "settings; --gpu NAME tells what is missing"
         )
-    sizes = choices[0].capacity.sizes  # the whole model's dtype and parameters, as of each choice
-    lines = [_model_line(args, model, sizes.num_params, sizes.dtype), ""]
+    sizes = choices[0].capacity.sizes  # of the fewest cards; the model is that of each choice
+    lines = [*_model_lines(args, model, sizes), ""]
     lines.append(f"the known cards that hold it, {_tried(counts)}:")
     if cuda_card.has_card():
         lines.insert(1, f"  --gpu {HERE} tells more about the card of this machine")
@@ -100,7 +100,7 @@ def _one_card(args: argparse.Namespace, model: ModelConfig, prices: dict[str, fl
     tp_size = args.tensor_parallel_size or 1
     sizes = sizes_on_card(model, config, tp_size=tp_size)
     capacity = find_capacity(model, config, sizes, place.memory)
-    lines = [_model_line(args, model, sizes.num_params, sizes.dtype)]
+    lines = _model_lines(args, model, sizes)
     lines += _card_lines(place, tp_size)
     lines += _memory_lines(capacity, tp_size)
     if place.card is not None:
@@ -245,16 +245,32 @@ def _place(wanted: str) -> Place:
     return Place(known, f"{name} (the one here)", memory)
 
 
-def _model_line(
-    args: argparse.Namespace, model: ModelConfig, num_params: int, dtype: torch.dtype
-) -> str:
-    line = (
-        f"{args.model}: {model.architecture}, {num_params / 1e9:.2f} G parameters, "
-        f"{str(dtype).removeprefix('torch.')}, context {model.max_model_len:,}"
-    )
+def _model_lines(args: argparse.Namespace, model: ModelConfig, sizes: ModelSizes) -> list[str]:
+    line = f"{args.model}: {model.architecture}, {sizes.num_params / 1e9:.2f} G parameters, "
+    if sizes.mixtures:
+        line += f"{sizes.num_params_of_a_token / 1e9:.2f} G of them active, "
+    line += f"{str(sizes.dtype).removeprefix('torch.')}, context {model.max_model_len:,}"
     if model.quantization is not None:
         line += f", {model.quantization.words()}"
-    return line
+    lines = [line]
+    if sizes.mixtures:
+        lines.append(_mixture_line(model, sizes))
+    lacks = model.lacking_on_cuda(_engine_config(args).max_model_len or model.max_model_len)
+    if lacks:
+        lines.append(f"  NOT SERVED YET on a card, sizes only: {', '.join(lacks)}")
+    return lines
+
+
+def _mixture_line(model: ModelConfig, sizes: ModelSizes) -> str:
+    """Of the first layer that has a mixture; those of the families are alike."""
+    mixture = sizes.mixtures[0]
+    config = mixture.config
+    each_mb = mixture.params_of_whole_expert * sizes.dtype.itemsize / 1e6
+    line = (
+        f"  {len(sizes.mixtures)} of {len(model.layers)} layers have {config.num_experts} experts "
+        f"of {each_mb:,.1f} MB, {config.top_k} a token"
+    )
+    return line + (f", and one of width {config.shared_size:,}" if config.shared_size else "")
 
 
 def _card_lines(place: Place, tp_size: int) -> list[str]:
@@ -348,6 +364,7 @@ def _rate_lines(
         f"a prompt of {mean_context:,} tokens takes at least {prefill_s * 1000:,.0f} ms "
         f"({mean_context / prefill_s:,.0f} tokens/s)",
         "roofline: bytes and operations at the card's rates; real servers reach 60-90 %",
+        *(["experts: as if a step's tokens drew theirs evenly"] if capacity.sizes.mixtures else []),
     ]
     if price_per_day is not None:
         lines.append(

@@ -17,6 +17,7 @@ from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
+from pyserve.model.layers.experts import Experts
 from pyserve.model.placement import META, Placement
 from pyserve.ops.w4a16 import unit_columns
 from pyserve.plan.cards import Card
@@ -33,6 +34,7 @@ class ModelSizes:
     weight_bytes    of everything that is held
     num_params      of the whole model
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
+    mixtures        of the layers that have one: a step reads the experts that its tokens go to
     head_bytes      of the output head: read for the rows that are sampled
     """
 
@@ -42,6 +44,7 @@ class ModelSizes:
     num_params: int
     layer_bytes: int
     layer_params: int
+    mixtures: tuple[Experts, ...]
     head_bytes: int
     head_params: int
     kv_specs: tuple[KVSpec, ...]
@@ -51,6 +54,29 @@ class ModelSizes:
     @property
     def kv_bytes_per_token(self) -> int:
         return sum(spec.bytes_per_block(1) for spec in self.kv_specs)
+
+    @property
+    def num_params_of_a_token(self) -> int:
+        """That one token meets, of the whole model."""
+        return self.num_params - sum(
+            (mixture.config.num_experts - mixture.config.top_k) * mixture.params_of_whole_expert
+            for mixture in self.mixtures
+        )
+
+    def read_bytes(self, num_tokens: int) -> float:
+        """Of matrices, by a step of so many tokens whose experts are drawn evenly."""
+        read = float(self.layer_bytes + self.head_bytes)
+        for mixture in self.mixtures:
+            share = mixture.config.top_k / mixture.config.num_experts
+            num_read = mixture.config.num_experts * (1 - (1 - share) ** num_tokens)
+            read += num_read * mixture.bytes_each
+        return read
+
+    @property
+    def layer_params_of_a_token(self) -> int:
+        """Of the layers' matrices, here."""
+        chosen = (mixture.config.top_k * mixture.params_each for mixture in self.mixtures)
+        return self.layer_params + sum(chosen)
 
     def kv_bytes(self, context_len: int) -> int:
         """Read by one sequence's next token."""
@@ -68,21 +94,24 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
     if tp_size not in tp_sizes(model):
         raise ConfigError(
             f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
-            f"heads and an intermediate size of {model.intermediate_size} can be shared by "
-            f"{', '.join(map(str, tp_sizes(model)))} cards"
+            f"heads and an intermediate size of {' and '.join(map(str, sorted(model.widths)))} can "
+            f"be shared by {', '.join(map(str, tp_sizes(model)))} cards"
         )
     # The first rank: no other holds more.
     shapes = build_model(model, Placement(dtype, META, tp_size=tp_size), max_model_len=1)
     tensors = shapes.destinations().values()
-    linears = shapes.layer_linears()
+    linears, mixtures = shapes.layer_linears(), tuple(shapes.mixtures())
     num_heads, _, head_dim = shapes.layers[0].attention.sizes
     return ModelSizes(
         dtype=dtype,
         shapes=shapes,
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
         num_params=sum(tensor.num_params for tensor in tensors),
-        layer_bytes=sum(linear.matrix.nbytes for linear in linears),
-        layer_params=sum(linear.num_params for linear in linears),
+        layer_bytes=sum(linear.matrix.nbytes for linear in linears)
+        + sum(mixture.router.nbytes for mixture in mixtures),
+        layer_params=sum(linear.num_params for linear in linears)
+        + sum(mixture.router.numel() for mixture in mixtures),
+        mixtures=mixtures,
         head_bytes=shapes.head.matrix.nbytes,
         head_params=shapes.head.num_params,
         kv_specs=tuple(shapes.kv_specs()),
@@ -97,7 +126,7 @@ def tp_sizes(model: ModelConfig) -> list[int]:
         size
         for size in TP_SIZES
         if model.num_heads % size == 0
-        and model.intermediate_size % size == 0
+        and all(width % size == 0 for width in model.widths)
         and (model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0)
         and _are_groups_whole(model, size)
     ]
@@ -107,7 +136,7 @@ def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
     """Whether ranks get whole groups of the matrices whose columns they share."""
     if model.quantization is None or tp_size == 1:
         return True
-    widths = {layer.mlp.size for layer in model.layers}
+    widths = set(model.widths)
     widths |= {layer.attention.num_heads * layer.attention.head_dim for layer in model.layers}
     units = {width: unit_columns(model.quantization.group_of(width)) for width in widths}
     return all(width % (tp_size * unit) == 0 for width, unit in units.items())
@@ -123,8 +152,10 @@ class StepFloor:
 
 def decode_floor(sizes: ModelSizes, card: Card, *, batch: int, context_len: int) -> StepFloor:
     """One token for each of `batch` sequences with `context_len` tokens behind each."""
-    read_s = (sizes.layer_bytes + sizes.head_bytes) / (card.bandwidth_tb * 1e12)
-    compute_s = 2 * (sizes.layer_params + sizes.head_params) * batch / (card.bf16_tflops * 1e12)
+    read_s = sizes.read_bytes(batch) / (card.bandwidth_tb * 1e12)
+    compute_s = (
+        2 * (sizes.layer_params_of_a_token + sizes.head_params) * batch / (card.bf16_tflops * 1e12)
+    )
     kv_s = batch * sizes.kv_bytes(context_len) / (card.bandwidth_tb * 1e12)
     return StepFloor(
         seconds=max(read_s, compute_s) + kv_s, bound="FLOP" if compute_s > read_s else "bandwidth"
@@ -133,8 +164,8 @@ def decode_floor(sizes: ModelSizes, card: Card, *, batch: int, context_len: int)
 
 def prefill_floor_s(sizes: ModelSizes, card: Card, num_tokens: int) -> float:
     """Seconds to the first token of a prompt, in one step: one row of it is sampled."""
-    read_s = (sizes.layer_bytes + sizes.head_bytes) / (card.bandwidth_tb * 1e12)
-    flop = 2 * (sizes.layer_params * num_tokens + sizes.head_params)
+    read_s = sizes.read_bytes(num_tokens) / (card.bandwidth_tb * 1e12)
+    flop = 2 * (sizes.layer_params_of_a_token * num_tokens + sizes.head_params)
     flop += _attention_flop(sizes.kv_specs, sizes.num_heads, sizes.head_dim, num_tokens)
     return max(read_s, flop / (card.bf16_tflops * 1e12))
 

@@ -52,7 +52,9 @@ def test_presets_are_read_by_transformers(preset: str, tmp_path: Path) -> None:
 
 def test_parameter_counts_are_those_of_the_real_models() -> None:
     counts = {}
-    for preset in ("llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"):
+    for preset in (
+        "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "mixtral-8x7b", "qwen3-30b-a3b"
+    ):  # fmt: skip
         shapes = tensor_shapes(make_config(preset, {}))
         counts[preset] = sum(torch.Size(shape).numel() for _, shape in shapes)
     assert counts == {
@@ -60,12 +62,19 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
         "mistral-7b": 7_241_732_096,
         "qwen2.5-7b": 7_615_616_512,
         "qwen3-8b": 8_190_735_360,
+        "mixtral-8x7b": 46_702_792_704,
+        "qwen3-30b-a3b": 30_532_122_624,
     }
 
 
-@pytest.mark.parametrize("preset", ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"])
+@pytest.mark.parametrize(
+    "preset",
+    ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "mixtral-8x7b", "qwen3-30b-a3b"],
+)
 def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "head_dim": 8, "tie_word_embeddings": preset == "qwen3-8b"}
+    if preset == "qwen3-30b-a3b":
+        overrides |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     make_model(tmp_path, preset, overrides, has_weights=True, shard_bytes=30_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     model, info = AutoModelForCausalLM.from_pretrained(

@@ -40,6 +40,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 20.0, "num_hidden_layers": 3},
     "Gemma3ForCausalLM": GEMMA | {"sliding_window_pattern": 2},
     "Glm4ForCausalLM": {"attention_bias": True},
+    "MixtralForCausalLM": {"num_local_experts": 5, "sliding_window": 30},
+    "Qwen2MoeForCausalLM": {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "mlp_only_layers": [1],
+    },
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
 }  # fmt: skip
 SETTINGS: list[dict[str, int]] = [
     {"budget": 8},  # chunks of one

@@ -23,13 +23,19 @@ from transformers import (
     Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging
 
@@ -49,9 +55,12 @@ FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 # Large initial weights: attention and rotation must matter, or a wrong one would not be seen.
 TINY = {
@@ -191,6 +200,36 @@ CASES = {
         },
     ),
     "glm4": Case("glm4", {"head_dim": 32, "attention_bias": True}),
+    "mixtral": Case("mixtral", {"num_local_experts": 5}),
+    "mixtral-window-top1": Case(
+        "mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 20}
+    ),
+    "qwen2-moe": Case(
+        "qwen2_moe",
+        {
+            "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 72, "mlp_only_layers": [1],
+        },
+    ),
+    "qwen2-moe-normalized": Case(
+        "qwen2_moe",
+        {
+            "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 33,
+            "shared_expert_intermediate_size": 17, "norm_topk_prob": True, "qkv_bias": False,
+        },
+    ),
+    "qwen3-moe": Case(
+        "qwen3_moe",
+        {
+            "num_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 40,
+            "norm_topk_prob": True, "head_dim": 32, "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen3-moe-plain": Case(
+        "qwen3_moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16},
+    ),
 }  # fmt: skip
 
 
@@ -205,6 +244,8 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 parameter.normal_(0.0 if family.startswith("gemma") else 1.0, 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
+            elif name.endswith("gate.weight"):  # of a router, or of a shared expert
+                parameter.normal_(0.0, 0.5)
     return model
 
 
@@ -222,6 +263,7 @@ def load_ours(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) 
 def load_theirs(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """transformers; at float64 everything but the rotary tables is computed in it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model.set_experts_implementation("eager")  # others take no float64, nor every size
     if dtype == torch.float64:
         for module in model.modules():
             name = type(module).__name__

@@ -150,6 +150,7 @@ def test_windows(raw: dict[str, Any], windows: tuple[int, ...]) -> None:
 def test_biases(raw: dict[str, Any], biases: tuple[bool, bool, bool]) -> None:
     for layer in ModelConfig.from_hf(raw).layers:
         attention = layer.attention
+        assert isinstance(layer.mlp, MLPConfig)
         assert (attention.has_qkv_bias, attention.has_o_bias, layer.mlp.has_bias) == biases
 
 

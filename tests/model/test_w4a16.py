@@ -183,7 +183,7 @@ def test_a_16_bit_checkpoint_is_rounded_as_it_is_loaded(tmp_path: Path) -> None:
         tmp_path, config, Placement(torch.float32, CPU), load_format="auto", seed=0,
         progress=lambda done, total: None,
     )  # fmt: skip
-    down = decoder.layers[1].mlp.down
+    down = decoder.layers[1].mlp.linears[1]
     weight = model.model.layers[1].mlp.down_proj.weight.data
     assert down.matrix.packed.shape[2] == w4a16.unit_words(128)  # type: ignore[attr-defined]
     groups = weight.unflatten(1, (-1, 128))
@@ -201,7 +201,7 @@ def test_dummy_weights_are_random_integers(tmp_path: Path) -> None:
         )
         for seed in (1, 1, 2)
     )  # fmt: skip
-    matrices = [decoder.layers[2].mlp.gate_up for decoder in (first, same, other)]
+    matrices = [decoder.layers[2].mlp.linears[0] for decoder in (first, same, other)]
     one, again, another = (numbers(linear) for linear in matrices)
     assert torch.equal(one, again) and not torch.equal(one, another)
     assert float(one.std()) == pytest.approx(0.02, rel=0.1)

@@ -27,7 +27,6 @@ from pyserve.plan.capacity import (
 )
 from pyserve.plan.cards import CARDS, find_card
 from pyserve.plan.command import main
-from tests.engine.tiny import write_model
 from tests.hub.hub_stub import running_hub
 
 LLAMA = PRESETS["llama-3.1-8b"]
@@ -206,11 +205,6 @@ def test_bad_arguments(
     assert message in refusal(caplog, *(word.replace("MODEL", folder) for word in argv))
 
 
-def test_a_model_that_no_card_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = str(write_model(tmp_path))  # heads of 16
-    assert "head_dim" in refusal(caplog, folder, "--gpu", "4090")
-
-
 def test_without_a_card_none_is_here(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +296,33 @@ def test_one_of_several_cards_holds_its_part(tmp_path: Path) -> None:
     parts = [sizes_on_card(narrow, config, tp_size=count) for count in (2, 4, 8)]
     assert len({part.kv_bytes_per_token for part in parts}) == 1
     assert parts[-1].shapes.layers[0].attention.sizes == (4, 1, 128)
+
+
+def test_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mixtral"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(PRESETS["mixtral-8x7b"]))
+    for where in ([], ["--gpu", "h200"]):
+        text = run(capsys, str(folder), *where)
+        assert "46.70 G parameters, 12.88 G of them active, bfloat16" in text
+        assert "32 of 32 layers have 8 experts of 352.3 MB, 2 a token" in text
+        assert "NOT SERVED YET on a card, sizes only: a mixture of experts" in text
+    assert re.search(r"weights +89,07\d\.\d MiB", text), text
+    assert "experts: as if a step's tokens drew theirs evenly" in text
+    (folder / "config.json").write_text(
+        json.dumps(PRESETS["qwen3-30b-a3b"] | {"mlp_only_layers": [0, 1]})
+    )
+    text = run(capsys, str(folder), "--gpu", "h200")
+    assert "46 of 48 layers have 128 experts of 9.4 MB, 8 a token" in text
+
+
+def test_what_no_card_can_run_yet_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for where in ([], ["--gpu", "4090"]):
+        text = run(capsys, write_config(tmp_path, head_dim=96), *where)
+        assert "NOT SERVED YET on a card, sizes only: head_dim 96" in text
+        assert "NOT SERVED" not in run(capsys, write_config(tmp_path), *where).partition("\n\n")[0]
 
 
 @pytest.mark.parametrize("dtype", ["float", "float32"])

@@ -13,6 +13,7 @@ from pyserve.plan.roofline import decode_floor, measure_model, prefill_floor_s, 
 from tests.engine.tiny import CONFIG
 
 LLAMA = ModelConfig.from_hf(PRESETS["llama-3.1-8b"])
+MIXTRAL = ModelConfig.from_hf(PRESETS["mixtral-8x7b"])
 H200 = find_card("H200")
 # Of a layer: q and o, k and v, gate, up and down.
 LAYER_PARAMS = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
@@ -45,6 +46,34 @@ def test_int4_is_4_25_bits_a_weight_of_the_layers_only() -> None:
     assert sizes.weight_bytes / 1e9 == pytest.approx(5.81, abs=0.005)  # an AWQ file has 5.73
     floor = decode_floor(sizes, H200, batch=1, context_len=0)
     assert floor.seconds * 1e3 == pytest.approx(1.13, abs=0.01)
+
+
+def test_a_mixture_is_held_whole_and_read_in_part() -> None:
+    sizes = measure_model(MIXTRAL, torch.bfloat16)
+    expert = 3 * 14336 * 4096
+    attention, router = 2 * 4096 * 4096 + 2 * 1024 * 4096, 8 * 4096
+    assert sizes.num_params == 46_702_792_704
+    assert sizes.num_params_of_a_token == sizes.num_params - 32 * 6 * expert
+    assert sizes.weight_bytes == 2 * sizes.num_params
+    assert sizes.layer_params == 32 * (attention + router)
+    assert sizes.layer_params_of_a_token == sizes.layer_params + 32 * 2 * expert
+    always = sizes.layer_bytes + sizes.head_bytes
+    assert sizes.read_bytes(1) == pytest.approx(always + 2 * 32 * 2 * expert)
+    # Of 8 tokens, each with a quarter of the experts, 1 - (3/4)^8 of them have any.
+    assert sizes.read_bytes(8) == pytest.approx(always + 2 * 32 * 8 * (1 - 0.75**8) * expert)
+    assert sizes.read_bytes(2048) == pytest.approx(always + 2 * 32 * 8 * expert)
+    floor = decode_floor(sizes, H200, batch=1, context_len=0)
+    assert floor.seconds * 1e3 == pytest.approx(6.07, abs=0.05) and floor.bound == "bandwidth"
+    half = measure_model(MIXTRAL, torch.bfloat16, tp_size=2)
+    assert half.num_params_of_a_token == sizes.num_params_of_a_token
+    assert half.layer_params_of_a_token < 0.51 * sizes.layer_params_of_a_token
+
+
+def test_widths_of_experts_must_be_shared_too() -> None:
+    raw = PRESETS["mixtral-8x7b"] | {"intermediate_size": 14338}
+    assert tp_sizes(ModelConfig.from_hf(raw)) == [1, 2]
+    with pytest.raises(ConfigError, match="an intermediate size of 14338 can be shared by 1, 2"):
+        measure_model(ModelConfig.from_hf(raw), torch.bfloat16, tp_size=4)
 
 
 @pytest.mark.parametrize(

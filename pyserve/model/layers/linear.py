@@ -84,7 +84,7 @@ class Linear:
         columns = Shard(0, in_features, in_features)
         if shard == "row":
             columns = placement.share(in_features)
-        self._rows = tuple(_rows(outputs, placement, shard))
+        self._rows = tuple(shard_rows(outputs, placement, shard))
         self._has_bias = has_bias
         self.matrix: Scheme = SCHEMES[_scheme_of(outputs, placement)](
             self._rows, columns, placement
@@ -181,7 +181,8 @@ def _scheme_of(outputs: Sequence[Output], placement: Placement) -> SchemeName:
     return scheme
 
 
-def _rows(outputs: Sequence[Output], placement: Placement, shard: ShardRule) -> Iterator[Rows]:
+def shard_rows(outputs: Sequence[Output], placement: Placement, shard: ShardRule) -> Iterator[Rows]:
+    """What a rank holds of each output."""
     for index, output in enumerate(outputs):
         held = Shard(0, output.size, output.size)
         if shard == "column":

@@ -8,8 +8,9 @@ import torch
 
 from pyserve import ops
 from pyserve.model.activations import Arena, MLPActivations
+from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
-from pyserve.model.layer_config import Activation, LayerConfig
+from pyserve.model.layer_config import Activation, LayerNames, MLPConfig
 from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
 from pyserve.model.placement import Placement
 
@@ -20,8 +21,11 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor, torch.Tensor], torch.Tens
 
 
 class MLP:
-    """`is_adding`: it adds to its `out`, the residual stream, instead of overwriting it. So it does
-    where no norm comes before that and its last Linear can."""
+    """Of the checkpoint's module `name`.
+
+    `is_adding`: it adds to its `out`, the residual stream, instead of overwriting it. So it does
+    where its last Linear can, and nothing comes before that (`is_added_later`: a norm, a weight).
+    """
 
     __slots__ = (
         "gate_up", "down", "is_adding", "_activate", "_activation", "_is_fused", "_project",
@@ -29,11 +33,9 @@ class MLP:
     )  # fmt: skip
 
     def __init__(
-        self, name: str, layer: LayerConfig, hidden_size: int, placement: Placement, *,
-        has_norm_after: bool,
+        self, name: str, config: MLPConfig, names: LayerNames, hidden_size: int,
+        placement: Placement, *, is_added_later: bool,
     ) -> None:  # fmt: skip
-        config, names = layer.mlp, layer.names
-        name = f"{name}.{names.mlp}"
         self._dtype = placement.dtype
         self.gate_up = Linear(
             fused_outputs(name, names.gate_up, [(config.size, 1)] * 2),
@@ -52,13 +54,25 @@ class MLP:
         self._activation = _ACTIVATIONS[config.activation]
         self._is_fused = config.activation == "silu" and self.gate_up.has_silu_mul
         self._activate = self.gate_up.silu_mul if self._is_fused else self._two_calls
-        self.is_adding = self.down.has_add and not has_norm_after
+        self.is_adding = self.down.has_add and not is_added_later
         self._project: Apply = self.down.add if self.is_adding else self.down
 
-    def __call__(self, x: torch.Tensor, act: MLPActivations, out: torch.Tensor) -> None:
-        """x [num_tokens, hidden_size] -> out, of the same shape"""
+    def __call__(
+        self, x: torch.Tensor, ctx: ForwardContext, act: MLPActivations, out: torch.Tensor
+    ) -> None:
+        """x [num_tokens, hidden_size] -> out, of the same shape; `ctx` is for MLPs that route."""
         self._activate(x, act.gate_up, act.activated)
         self._project(act.activated, out)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those whose matrices every step reads."""
+        return self.gate_up, self.down
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What its activations depend on."""
+        return (self.gate_up.out_features,)
 
     @property
     def has_norm_factors(self) -> bool:

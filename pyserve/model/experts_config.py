@@ -1,0 +1,118 @@
+"""Mixtures of experts: which layers of a model have one and of what kind, read from config.json.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from pyserve.limits import MAX_EXPERTS, MAX_TOP_EXPERTS
+from pyserve.model.fields import Fields
+
+MAX_SIZE = 2**22  # of an expert's inner width
+
+
+class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The MLP that is a mixture: of `num_experts` gated MLPs, of `size` between, a router chooses
+    `top_k` for each token and adds up what they make, weighted.
+
+    is_sigmoid, is_normalized, scale, num_groups, top_groups
+                      how the router's logits become choices and weights: ops/experts.py, Rule.
+    has_correction_bias
+                      the router has a number for each expert that is added for the choice alone.
+    shared_size       inner width of an expert that takes every token; 0: there is none.
+    has_shared_gate   what that makes is multiplied by the sigmoid of a logit of its own.
+    """
+
+    size: int
+    num_experts: int
+    top_k: int
+    is_sigmoid: bool = False
+    is_normalized: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    has_correction_bias: bool = False
+    shared_size: int = 0
+    has_shared_gate: bool = False
+    activation: Literal["silu"] = "silu"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Inner widths, which ranks share."""
+        return (self.size, self.shared_size) if self.shared_size else (self.size,)
+
+
+class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """How a family tells its mixtures.
+
+    num_experts      keys of their number, each of which may be the one that is there.
+    default_num      of them, where none is.
+    size             key of an expert's width.
+    is_normalized    whether a token's weights are divided by their sum: always, or as
+                     `norm_topk_prob` says.
+    shared_size      key of the width of the shared expert, whose result a gate scales.
+    has_dense_layers layers of `mlp_only_layers`, and all but each `decoder_sparse_step`th, have a
+                     plain MLP.
+    """
+
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    default_num: int
+    size: str = "moe_intermediate_size"
+    is_normalized: Literal["always", "config"] = "config"
+    shared_size: str | None = None
+    has_dense_layers: bool = True
+
+    @property
+    def known_keys(self) -> frozenset[str]:
+        """Of config.json, that mean something, or nothing, in a family with mixtures."""
+        keys = {
+            *self.num_experts, self.size, "num_experts_per_tok", "router_aux_loss_coef",
+            "output_router_logits", "router_jitter_noise",
+        }  # fmt: skip
+        if self.is_normalized == "config":
+            keys.add("norm_topk_prob")
+        if self.shared_size is not None:
+            keys.add(self.shared_size)
+        if self.has_dense_layers:
+            keys |= {"mlp_only_layers", "decoder_sparse_step"}
+        return frozenset(keys)
+
+
+def experts_from_fields(
+    fields: Fields, keys: ExpertsKeys, num_layers: int
+) -> list[ExpertsConfig | None]:
+    """The mixture of each layer; None where it has a plain MLP. Raises ConfigError."""
+    num_experts = _num_experts(fields, keys)
+    shared_size = 0
+    if keys.shared_size is not None:
+        shared_size = fields.integer(keys.shared_size, 1, MAX_SIZE)
+    config = ExpertsConfig(
+        size=fields.integer(keys.size, 1, MAX_SIZE),
+        num_experts=num_experts,
+        top_k=fields.integer("num_experts_per_tok", 1, min(MAX_TOP_EXPERTS, num_experts)),
+        is_normalized=keys.is_normalized == "always"
+        or fields.boolean("norm_topk_prob", default=False),
+        shared_size=shared_size,
+        has_shared_gate=shared_size > 0,
+    )
+    is_sparse = [True] * num_layers
+    if keys.has_dense_layers:
+        step = fields.integer("decoder_sparse_step", 1, num_layers, default=1)
+        dense = fields.integers("mlp_only_layers", 0, num_layers - 1)
+        is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(num_layers)]
+    return [config if sparse else None for sparse in is_sparse]
+
+
+def _num_experts(fields: Fields, keys: ExpertsKeys) -> int:
+    num_experts = None
+    for key in keys.num_experts:
+        if not fields.has(key):
+            continue
+        number = fields.integer(key, 1, MAX_EXPERTS)
+        if num_experts not in (None, number):
+            raise fields.refuse(key, f"must be {num_experts}, as {keys.num_experts[0]} is")
+        num_experts = number
+    return num_experts or keys.default_num
