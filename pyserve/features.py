@@ -214,7 +214,7 @@ FEATURES: dict[str, Feature] = {
             "cpu-offload-gb": Flag(VALUE, ("0",)),
             "offload-group-size": Flag(VALUE, ("0",)),
         },
-        fields=(Field("kv_transfer_params", (SAMPLING,)),),
+        fields=(Field("kv_transfer_params", (SAMPLING,), ({},)),),
     ),
     "scheduling": Feature(
         flags={

@@ -11,7 +11,8 @@ from tests.e2e.conftest import Server
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of memory here are wide: no need to wait until all of it has been given back."""
-    monkeypatch.setattr("bench.fuzz.SETTLE_S", 0.2)
+    for name, value in (("SETTLE_S", 0.1), ("MAX_SETTLES", 1), ("SETTLE_GRAMMARS", 8)):
+        monkeypatch.setattr(f"bench.fuzz.{name}", value)
 
 
 def fuzz(server: Server, *flags: str, max_growth_mib: int) -> int:

@@ -226,12 +226,16 @@ def _logit_bias(given: dict[str, Any] | None, vocab_size: int) -> dict[int, floa
         raise InvalidRequestError(
             f"logit_bias has {len(given)} entries, the limit is {MAX_LOGIT_BIAS}", "logit_bias"
         )
-    bias = {}
+    bias: dict[int, float] = {}
     for key, value in (given or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
             raise InvalidRequestError(
                 f"logit_bias: keys must be token ids in [0, {vocab_size - 1}], got {key[:40]}",
                 "logit_bias",
+            )
+        if int(key) in bias:
+            raise InvalidRequestError(
+                f"logit_bias names the token {int(key)} twice, also as {key}", "logit_bias"
             )
         bias[int(key)] = float(value)
     return bias

@@ -104,7 +104,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("logit_bias", {"400": 1.0}),
     ("logit_bias", {"-1": 1.0}), ("logit_bias", {"a": 1.0}), ("logit_bias", {"1": 101.0}),
     ("logit_bias", {"²": 1.0}), ("logit_bias", {str(i): 1.0 for i in range(301)}),
-    ("logit_bias", {"9" * 5000: 1.0}),
+    ("logit_bias", {"9" * 5000: 1.0}), ("logit_bias", {"1": 1.0, "01": 1.0}),
 ]  # fmt: skip
 
 
