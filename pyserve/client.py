@@ -161,6 +161,8 @@ class SequenceStream:
     ended_s            when it finished or failed; 0 until then.
     prompt_logprobs    of the prompt's tokens from the second on, where they were asked for: all of
                        them before the first output token.
+    pooled             float32 [info.pooling.width], where the engine pools: what the prompt has
+                       become, once it has finished with "stop".
     """
 
     seq_id: int
@@ -171,6 +173,7 @@ class SequenceStream:
     first_token_s: float = 0.0
     ended_s: float = 0.0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: NDArray[np.float32] | None = None
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
@@ -255,6 +258,22 @@ class SequenceStream:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingInfo:
+    """What an engine makes of a prompt in place of an answer.
+
+    kind           "embed": its last hidden state; "score": one number, above 0 for yes.
+    width          numbers that a prompt becomes.
+    is_normalized  embeddings are meant to be divided by their length; the engine does not.
+    dimensions     to which an embedding may be cut before that; (): any up to width.
+    """
+
+    kind: Literal["embed", "score"]
+    width: int
+    is_normalized: bool = True
+    dimensions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What the API must know about the engine; constant after start."""
 
@@ -271,6 +290,7 @@ class EngineInfo:
     gpu_memory_utilization: float = 0.9  # as configured
     has_sleep: bool = False  # it can give its memory back and take it again
     has_logits: bool = False  # in place of log probabilities
+    pooling: PoolingInfo | None = None  # None: it generates; else it takes params.POOLED alone
 
 
 @dataclass(frozen=True, slots=True)

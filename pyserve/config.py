@@ -38,6 +38,9 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 Quantized = Literal["awq", "gptq", "compressed-tensors"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 Policy = Literal["fcfs", "priority"]
+Runner = Literal["auto", "generate", "pooling", "embed", "score"]
+Convert = Literal["auto", "none", "embed", "classify"]
+Use = Runner
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -45,6 +48,7 @@ MAX_QUEUE = 2**20
 ALL = ("*",)
 UNNAMED = "key-"  # and a number: who has a key without a name
 HALVES = {"half": "float16", "float": "float32"}  # of --dtype
+TASKS = {"embedding": "embed", "classify": "score"}  # of --task, the old name of --runner
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -106,9 +110,11 @@ class EngineConfig:
     """What the engine is built from. Sizes are tokens unless the name says otherwise.
 
     model_path   a folder with config.json and, unless load_format is dummy, safetensors
+    answer_ids   of the tokens whose logits make a score, where the model names them by their text
+
     None stands for: max_model_len: the model's own, or what fits; max_num_batched_tokens: what
     suits the device, see planner.py; kv_cache_memory_bytes: what the planner gives it; max_queue,
-    sequences that wait: 4 * max_num_seqs.
+    sequences that wait: 4 * max_num_seqs, and 4096 at least where they are pooled.
     """
 
     GROUP = "engine"
@@ -123,6 +129,14 @@ class EngineConfig:
     quantization: Quantized | None = flag(
         None, "awq (16-bit models too), gptq, compressed-tensors",
         "model's", group="model", metavar="METHOD", read=quantization, short="-q",
+    )  # fmt: skip
+    runner: Runner = flag(
+        "auto", "what it is for: generate, pooling, embed or score", group="model",
+        metavar="USE", synonyms=TASKS, also="task",
+    )  # fmt: skip
+    convert: Convert = flag(
+        "auto", "of one that generates: embed or classify", group="model",
+        metavar="USE",
     )  # fmt: skip
     seed: int = flag(0, "of dummy weights", group="model", limits=(INT64_MIN, INT64_MAX))
     device: Device = flag("auto", "auto, cpu or cuda; auto: a card where there is one")
@@ -165,9 +179,18 @@ class EngineConfig:
         0.0, "CPU: minutes without work, then asleep; 0: never",
         name="idle-sleep", metavar="MIN", limits=(0, 10**6),
     )  # fmt: skip
+    answer_ids: tuple[int, ...] = ()
+
+    @property
+    def use(self) -> Use:
+        """What runner and convert say together."""
+        converted: dict[Convert, Use] = {"embed": "embed", "classify": "score"}
+        return converted.get(self.convert, self.runner)
 
     def __post_init__(self) -> None:
         _check_limits(self)
+        if self.convert in ("embed", "classify") and self.runner == "generate":
+            raise ConfigError(f"--convert {self.convert} contradicts --runner generate")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

@@ -18,6 +18,7 @@ from pyserve.foreign_flags import JSON, LIST, SWITCH, VALUE, Flag, plain
 SAMPLING, CHAT, COMPLETION = "SamplingFields", "ChatRequest", "CompletionRequest"
 TOKENIZE = "TokenizeRequest"
 RESPONSES = "ResponsesRequest"
+POOLING, EMBEDDING = "PoolingFields", "EmbeddingRequest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +161,22 @@ FEATURES: dict[str, Feature] = {
     ),
     "embeddings": Feature(
         flags={
-            **plain(JSON, "override-pooler-config pooler-config"),
-            "task": Flag(VALUE, ("auto", "generate")),
-            "runner": Flag(VALUE, ("auto", "generate")),
-            "convert": Flag(VALUE, ("auto", "none")),
+            **dict.fromkeys(
+                ("override-pooler-config", "pooler-config"),
+                Flag(
+                    JSON,
+                    ('{"pooling_type": "LAST"}', '{"pooling_type": "LAST", "normalize": true}'),
+                    instead="the last token is what is pooled",
+                ),
+            ),
         },
-        paths="/v1/embeddings /v1/score /v1/rerank /v2/rerank /v2/embed /pooling /classify "
-        "/rerank /score",
+        fields=(
+            Field("messages", (EMBEDDING,), ([],), instead="send its text as input"),
+            Field("normalize", (EMBEDDING,), (True,), instead="send use_activation"),
+            Field("embed_dtype", (EMBEDDING,), ("float32", "float")),
+            Field("endianness", (EMBEDDING,), ("native", "little")),
+        ),
+        paths="/v2/embed /pooling /classify",
     ),
     "prompt embeddings": Feature(
         flags={**plain(SWITCH, "enable-prompt-embeds")},
@@ -192,8 +202,9 @@ FEATURES: dict[str, Feature] = {
             **plain(VALUE, "rope-theta hf-config-path override-attention-dtype "
                            "tokenizer-revision code-revision"),
             **plain(LIST, "ignore-patterns"),
-            **plain(JSON, "rope-scaling hf-overrides override-neuron-config additional-config "
+            **plain(JSON, "rope-scaling override-neuron-config additional-config "
                           "engram-config model-class-overrides model-loader-extra-config"),
+            "hf-overrides": Flag(JSON, instead="for a Qwen3-Reranker give --runner score"),
             "model-impl": Flag(VALUE, ("auto", "vllm")),
         }
     ),
@@ -278,7 +289,7 @@ FEATURES: dict[str, Feature] = {
 
 # Fields without effect on an answer, whatever is built.
 NO_EFFECT = (
-    Field("user", (SAMPLING,), is_ignored=True),
+    Field("user", (SAMPLING, POOLING), is_ignored=True),
     Field("metadata", (SAMPLING,), ({},), is_ignored=True),
     Field("store", (SAMPLING,), (False,), is_ignored=True),
     Field("guided_decoding_backend", (SAMPLING,), is_ignored=True),

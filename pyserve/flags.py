@@ -233,7 +233,9 @@ def make_parser() -> argparse.ArgumentParser:
         group = groups.get(row.group or "", parser)
         add_flag(group, row)
         if row.also is not None:
-            also = group.add_argument(f"--{row.also}", dest=row.dest, type=row.read or str)
+            also = group.add_argument(
+                f"--{row.also}", dest=row.dest, type=row.read or str, choices=row.choices or None
+            )
             also.default = also.help = argparse.SUPPRESS
     for name, flag in (FLAGS | NO_MEANING).items():
         _add_silent(parser, name, flag)

@@ -126,7 +126,8 @@ class Metrics(Collector):
         self.e2e_latency_s.observe(e2e_s)
         self.prompt_tokens.observe(stream.num_prompt_tokens)
         self.generation_tokens.observe(num_output_tokens)
-        self.params_max_tokens.observe(max_tokens)
+        if stream.pooled is None:  # else nothing is to be generated
+            self.params_max_tokens.observe(max_tokens)
         ended_s, scheduled_s = stream.ended_s, stream.scheduled_s
         self.queue_time_s.observe((scheduled_s or ended_s) - stream.queued_s)
         if not scheduled_s:

@@ -98,16 +98,32 @@ def read_object(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any] | Non
     return None if content is None else decode_object(content, str(path))
 
 
+def read_list(path: Path, limit: int = MAX_TEXT_BYTES) -> list[Any] | None:
+    """The JSON list in a file; None where there is no file."""
+    content = read_bytes(path, limit)
+    if content is None:
+        return None
+    value = _decode(content, str(path))
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path}: must hold a JSON list, not {type(value).__name__}")
+    return value
+
+
 def decode_object(text: bytes, where: str) -> dict[str, Any]:
     """A JSON object, as Python writes it: NaN and Infinity are numbers, for readers to refuse."""
+    value = _decode(text, where)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _decode(text: bytes, where: str) -> Any:
     try:
         value = json.loads(text.decode("utf-8-sig"))
         if _SURROGATE(text):
             _refuse_surrogates(value, where)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: is not JSON: {reason_of(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: must hold a JSON object, not {type(value).__name__}")
     return value
 
 

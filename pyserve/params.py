@@ -139,3 +139,7 @@ def _check(name: str, value: float, low: float, high: float, beside: str = "") -
             f"{name} must be {beside}in [{shown(low)}, {shown(high)}], got {shown(value)}",
             name.split("[")[0],
         )
+
+
+# Of a sequence that is pooled: it ends where its first token would be drawn.
+POOLED = SamplingParams(max_tokens=1)

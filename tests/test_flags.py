@@ -36,6 +36,8 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "dtype": [(["half"], "half"), (["bfloat16"], "bfloat16")],
     "chat-template": [(["t.jinja"], "t.jinja"), (["None"], None), ([""], None)],
     "generation-config": [(["vllm"], "vllm")],
+    "runner": [(["pooling"], "pooling"), (["embedding"], "embedding"), (["score"], "score")],
+    "convert": [(["classify"], "classify")],
     "seed": [(["-1"], -1), (["0"], 0)],
     "device": [(["cpu"], "cpu")],
     "max-model-len": [

@@ -99,7 +99,7 @@ VALUES = frozenset(
     spec-tokens speculative-disable-by-batch-size speculative-draft-tensor-parallel-size
     speculative-max-model-len speculative-model speculative-model-quantization
     sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile
-    stream-interval swap-space task tensor-parallel-size tokenizer tokenizer-mode
+    stream-interval swap-space tensor-parallel-size tokenizer tokenizer-mode
     tokenizer-pool-size tokenizer-pool-type tokenizer-revision tool-call-parser
     tool-parser-plugin tool-server tool-strict-level
     typical-acceptance-sampler-posterior-alpha typical-acceptance-sampler-posterior-threshold
@@ -158,6 +158,7 @@ OBJECTS = frozenset(
 )
 # Other names.
 ALIASES = {
+    "--task": "runner",
     "--device-memory-utilization": "gpu-memory-utilization",
     "-O": "optimization-level",
     "-ac": "attention-config",

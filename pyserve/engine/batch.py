@@ -90,15 +90,24 @@ class Step:
 class StepOutput:
     """What a step has sampled.
 
-    token_ids  of each sampled row, in row order; [-1] where its logits are NaN.
+    token_ids  of each sampled row, in row order; [-1] where its logits are NaN; [] where it is
+               pooled.
     logprobs   of the sampled rows that ask, in row order; None where the step is asked nothing.
     prompt_logprobs
                of Asked.prompt_rows; likewise.
+    pooled     float32 [width] of each sampled row, of a model that pools; None: it samples.
     """
 
     token_ids: list[list[int]]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    pooled: list[npt.NDArray[np.float32]] | None = None
+
+    @classmethod
+    def of_pooled(cls, vectors: npt.NDArray[np.float32]) -> StepOutput:
+        """`vectors` are [num_samples, width]."""
+        token_ids = [[] if np.isfinite(vector).all() else [-1] for vector in vectors]
+        return cls(token_ids, pooled=list(vectors))
 
 
 class StepShape(NamedTuple):

@@ -38,15 +38,10 @@ class _RingEntry:
 
     step_input: torch.Tensor  # int32 [num_step_words], pinned
     words: NDArray[np.int32]  # the same memory
-    sampled: torch.Tensor  # int32 [num_slots], pinned
-    asked: torch.Tensor  # of the executor's size, as all below, pinned
+    results: torch.Tensor  # of the executor's shape and dtype, as all below, pinned
+    asked: torch.Tensor
     told: torch.Tensor
     event: torch.cuda.Event
-
-    def token_ids(self, shape: StepShape) -> list[list[int]]:
-        """What was sampled, once the step has ended."""
-        token_ids: list[list[int]] = self.sampled.numpy()[: shape.num_samples, None].tolist()
-        return token_ids
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +79,7 @@ class CudaRunner:
             _RingEntry(
                 step_input=step_input,
                 words=step_input.numpy(),
-                sampled=_pinned(executor.limits.num_slots),
+                results=_pinned(*executor.results.shape, dtype=executor.results.dtype),
                 asked=_pinned(*executor.asked.shape),
                 told=_pinned(*executor.told.shape),
                 event=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
@@ -205,8 +200,10 @@ class CudaRunner:
             if any(asked):
                 executor.pack_asked(asked, entry.asked.numpy())
                 executor.asked.copy_(entry.asked, non_blocking=True)
-            sampled = executor.sample(shape, masked_rows, asked)
-            entry.sampled.copy_(sampled, non_blocking=True)
+            results = executor.sample(shape, masked_rows, asked)
+            # All of a sampled step's, which are few: a copy of one size costs the host least.
+            count = len(results) if results.dim() == 1 else shape.num_samples
+            entry.results[:count].copy_(results[:count], non_blocking=True)
             num_slots = executor.limits.num_slots
             for first, count in (
                 (0, len(asked.sampled_rows)), (num_slots, len(asked.prompt_rows))
@@ -217,7 +214,8 @@ class CudaRunner:
             entry.event.record(self._stream)
 
     def _output(self, shape: StepShape, asked: Asked, entry: _RingEntry) -> StepOutput:
-        return self._executor.output(entry.token_ids(shape), asked, entry.told.numpy())
+        results = entry.results.numpy()[: shape.num_samples]
+        return self._executor.output(results, asked, entry.told.numpy())
 
     def _bring_masks(self, masked_rows: Sequence[int]) -> None:
         """Queue the copies of the masks, and of the rows they belong to: no step that is not over
@@ -299,5 +297,5 @@ class CudaRunner:
             self._executor.reset()
 
 
-def _pinned(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int32, pin_memory=True)
+def _pinned(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)

@@ -74,6 +74,11 @@ def check_model(model: ModelConfig, device: torch.device, max_model_len: int | N
         raise ConfigError(
             f"config.json: {', '.join(lacks)}: served on the CPU only so far (--device cpu)"
         )
+    if device.type == "cuda" and model.pooling is not None:
+        raise ConfigError(
+            "embeddings and scores are served on the CPU only so far: pass --device cpu, or "
+            "--runner generate where the model can generate"
+        )
 
 
 def check_logprobs_mode(mode: LogprobsMode, device: torch.device) -> None:

@@ -27,9 +27,9 @@ from pyserve.engine.queue_bound import Load
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import BACKGROUND_PRIORITY, Sequence, Status
 from pyserve.engine.token_masks import check_token_ids, constraint_of
-from pyserve.errors import EngineError, InvalidRequestError, PyserveError
+from pyserve.errors import ContextError, EngineError, InvalidRequestError, PyserveError
 from pyserve.histogram import StepHistograms
-from pyserve.params import SamplingParams
+from pyserve.params import POOLED, SamplingParams
 from pyserve.words import counted
 
 
@@ -94,16 +94,18 @@ _NAN = [-1]  # of a row, as StepOutput tells it
 
 
 class Engine:
-    """Sequences in, tokens on their streams out.
+    """Sequences in, tokens on their streams out, or what the runner pools of their prompts.
 
     max_model_len   tokens of a sequence, prompt and output together.
     vocab_size      token ids are in [0, vocab_size).
+    is_pooling      the runner pools: all sequences are params.POOLED.
     pacer           learns how large steps may be; None: as large as the token budget.
     """
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, *, max_model_len: int, vocab_size: int,
         policy: Literal["fcfs", "priority"], pacer: ChunkPacer | None = None,
+        is_pooling: bool = False,
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.runner = runner
@@ -117,6 +119,7 @@ class Engine:
         if pacer is not None:
             scheduler.mixed_limit, scheduler.alone_limit = pacer.limit, pacer.alone_limit
         self._last_update_s = 0.0
+        self._is_pooling = is_pooling
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._has_priorities = policy == "priority"
@@ -146,6 +149,7 @@ class Engine:
     def add(self, request: SequenceRequest) -> SequenceStream:
         """Queue one sequence. Raises InvalidRequestError where it can never run."""
         params, user = request.params, request.user
+        assert params == POOLED or not self._is_pooling
         token_ids = list(request.prompt_token_ids)
         self._check(token_ids, params)
         constraint = constraint_of(params, request.constraint, self._vocab_size)
@@ -203,6 +207,7 @@ class Engine:
         """
         offer = self.scheduler.blocks.offer
         sampled, told = iter(output.token_ids), iter(output.logprobs or ())
+        pooled = iter(output.pooled or ())
         if step.prompt_spans:
             put_prompt_logprobs(step, output)
         num_output_tokens = 0
@@ -215,6 +220,7 @@ class Engine:
             token_ids = next(sampled) if is_sampled else None
             is_told = is_sampled and seq.params.num_logprobs is not None
             logprobs = [next(told).best(seq.params.num_logprobs)] if is_told else None
+            vector = next(pooled, None) if is_sampled else None
             if seq.generation != generation:
                 continue
             if token_ids == _NAN:
@@ -223,6 +229,11 @@ class Engine:
                 continue
             if seq.next_offer_len <= seq_len:
                 offer(seq, seq_len)
+            if vector is not None:
+                seq.stream.pooled = vector
+                self._note_first_token(seq, now_s)
+                self._finish(seq, "stop")
+                continue
             if token_ids is None:
                 continue
             if seq.constraint is not None and (failed := accept(seq, token_ids)) is not None:
@@ -338,7 +349,14 @@ class Engine:
             raise InvalidRequestError("the prompt is empty, at least 1 token is needed", "prompt")
         check_token_ids("prompt", token_ids, self._vocab_size)
         check_token_ids("logit_bias", params.logit_bias, self._vocab_size)
-        num_tokens = len(token_ids) + params.max_tokens
+        # The last token is never an input, so needs no KV; where prompts are pooled there is none.
+        num_inputs = len(token_ids) + params.max_tokens - 1
+        num_tokens = num_inputs + (not self._is_pooling)
+        if self._is_pooling and num_tokens > self._max_model_len:
+            raise ContextError(
+                f"the prompt has {num_tokens}", "input", num_tokens=num_tokens,
+                max_model_len=self._max_model_len,
+            )  # fmt: skip
         if num_tokens > self._max_model_len:
             raise InvalidRequestError(
                 f"{counted(len(token_ids), 'prompt token')} and max_tokens {params.max_tokens} "
@@ -346,8 +364,7 @@ class Engine:
                 "prompt" if len(token_ids) >= self._max_model_len else "max_tokens",
             )
         blocks = self.scheduler.blocks
-        # The last token is never an input: it needs no KV.
-        num_needed = num_blocks_for(num_tokens - 1, blocks.block_size)
+        num_needed = num_blocks_for(num_inputs, blocks.block_size)
         if num_needed > blocks.num_blocks:
             raise InvalidRequestError(
                 f"{num_tokens} tokens need {num_needed} KV blocks, there are {blocks.num_blocks}",

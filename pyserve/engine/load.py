@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from pyserve import host, log
-from pyserve.client import EngineInfo, SequenceRequest
+from pyserve.client import EngineInfo, PoolingInfo, SequenceRequest
 from pyserve.config import DEMO_MODEL, EngineConfig
 from pyserve.engine import devices
 from pyserve.engine.async_engine import AsyncEngine
@@ -47,7 +47,7 @@ from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.model.placement import META, Placement
 from pyserve.model.quantization import AT_LOAD
 from pyserve.ops import build
-from pyserve.params import SamplingParams
+from pyserve.params import POOLED, SamplingParams
 from pyserve.words import counted
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -55,6 +55,7 @@ Progress = Callable[[str, int, int], None]  # phase, done, total
 WARMUP_PROMPT_LEN = 16
 CPU_WARMUP_BUDGET_S = 1.0  # a large model's larger shapes are met while serving
 QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
+POOLING_QUEUE = 4096  # at least, where they are pooled: one request has thousands, and none is long
 
 
 def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
@@ -89,9 +90,9 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         runner, plan = _start_runner(executor, config, plan, memory, progress)
 
         def new_engine() -> Engine:
-            return _new_engine(config, plan, runner, model_config.vocab_size)
+            return _new_engine(config, plan, runner, model_config)
 
-        _warm_up(new_engine(), plan.max_model_len)
+        _warm_up(new_engine(), plan.max_model_len, is_pooling=model_config.pooling is not None)
     progress("warmup", 1, 1)
     if plan.max_model_len < (config.max_model_len or model_config.max_model_len):
         logger.warning(
@@ -110,12 +111,13 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         num_blocks=plan.num_blocks,
         dtype=_name(dtype),
         device=device.type,
-        max_queue=config.max_queue or QUEUE_FACTOR * plan.num_slots,
+        max_queue=config.max_queue or _default_queue(plan, model_config),
         has_priorities=config.scheduling_policy == "priority",
         enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
         has_sleep=sleeper is not None,
         has_logits=config.logprobs_mode.endswith("logits"),
+        pooling=_pooling_info(model),
     )
     if trace is not None:
         trace.watch(runner, "pack", "pack")
@@ -137,7 +139,7 @@ class Start:
 def settle_start(config: EngineConfig) -> Start:
     """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
     device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
-    model_config = ModelConfig.from_path(config.model_path).quantised_as(config.quantization)
+    model_config = read_model(config)
     devices.check_model(model_config, device, config.max_model_len)
     devices.check_logprobs_mode(config.logprobs_mode, device)
     if config.idle_sleep_min and device.type == "cuda":
@@ -145,6 +147,12 @@ def settle_start(config: EngineConfig) -> Start:
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     memory = _memory(device)
     return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
+
+
+def read_model(config: EngineConfig) -> ModelConfig:
+    """What the model's folder and the settings say of it together. Raises StartupError."""
+    model = ModelConfig.from_path(config.model_path, use=config.use)
+    return model.quantised_as(config.quantization).answering_by(config.answer_ids)
 
 
 def check_start(config: EngineConfig) -> Start:
@@ -157,6 +165,21 @@ def check_start(config: EngineConfig) -> Start:
     if config.load_format != "dummy":
         check_checkpoint(config.model_path, start.model_config)
     return start
+
+
+def _default_queue(plan: MemoryPlan, model_config: ModelConfig) -> int:
+    num_waiting = QUEUE_FACTOR * plan.num_slots
+    return num_waiting if model_config.pooling is None else max(num_waiting, POOLING_QUEUE)
+
+
+def _pooling_info(model: Decoder) -> PoolingInfo | None:
+    pooling = model.config.pooling
+    if pooling is None or model.pooler is None:
+        return None
+    return PoolingInfo(
+        pooling.kind, model.pooler.width, is_normalized=pooling.is_normalized,
+        dimensions=pooling.dimensions,
+    )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -276,7 +299,9 @@ def _card_may_be_full(plan: MemoryPlan) -> Iterator[None]:
         raise StartupError(f"the warm-up failed: {error}") from error
 
 
-def _new_engine(config: EngineConfig, plan: MemoryPlan, runner: Runner, vocab_size: int) -> Engine:
+def _new_engine(
+    config: EngineConfig, plan: MemoryPlan, runner: Runner, model_config: ModelConfig
+) -> Engine:
     scheduler = Scheduler(
         BlockManager(
             plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -289,12 +314,13 @@ def _new_engine(config: EngineConfig, plan: MemoryPlan, runner: Runner, vocab_si
     if config.target_itl_ms:
         pacer = ChunkPacer(config.target_itl_ms / 1e3, max_tokens=plan.max_num_batched_tokens)
     return Engine(
-        scheduler, runner, pacer=pacer, max_model_len=plan.max_model_len, vocab_size=vocab_size,
-        policy=config.scheduling_policy,
+        scheduler, runner, pacer=pacer, max_model_len=plan.max_model_len,
+        vocab_size=model_config.vocab_size, policy=config.scheduling_policy,
+        is_pooling=model_config.pooling is not None,
     )  # fmt: skip
 
 
-def _warm_up(engine: Engine, max_model_len: int) -> None:
+def _warm_up(engine: Engine, max_model_len: int, *, is_pooling: bool) -> None:
     """Run one short sequence through an engine that is then thrown away.
 
     What it leaves in the KV cache and the slots is written before it is read again.
@@ -302,7 +328,7 @@ def _warm_up(engine: Engine, max_model_len: int) -> None:
     num_prompt_tokens = max(1, min(WARMUP_PROMPT_LEN, max_model_len - 2))
     num_output_tokens = min(2, max_model_len - num_prompt_tokens)
     if num_output_tokens:
-        params = SamplingParams(max_tokens=num_output_tokens, seed=0)
+        params = POOLED if is_pooling else SamplingParams(max_tokens=num_output_tokens, seed=0)
         engine.add(SequenceRequest([0] * num_prompt_tokens, params))
     while engine.step():
         pass

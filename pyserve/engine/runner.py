@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from pyserve.engine.batch import (
 from pyserve.engine.engine import Pending
 from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache
 from pyserve.engine.state import StepLimits, StepState
+from pyserve.engine.tiles import Tile, pool, tiles_of
 from pyserve.errors import DeviceError
 from pyserve.model.activations import Activations, Arena
 from pyserve.model.context import ForwardContext
@@ -62,20 +63,6 @@ class _PaddedShape(NamedTuple):
     is_decode: bool
 
 
-class _Tile(NamedTuple):
-    """Rows that are sampled together.
-
-    last_tokens, slots   of each row: the index of its last token, and its slot; -1: padding.
-    """
-
-    last_tokens: torch.Tensor
-    slots: torch.Tensor
-    hidden_rows: torch.Tensor
-    hidden: torch.Tensor
-    logits: torch.Tensor
-    sampled: torch.Tensor
-
-
 class StepExecutor:
     """Executes packed steps: each is one `forward` and then one `sample`.
 
@@ -99,7 +86,7 @@ class StepExecutor:
         self._kv_caches: list[KVCache] = []
         self._forwards: dict[_PaddedShape, _Forward] = {}
         self._activations: dict[int, Activations] = {}
-        self._tiles: dict[int, list[_Tile]] = {}
+        self._tiles: dict[int, list[Tile]] = {}
         self._graphs = GraphCache()
         # [max_num_tokens, hidden_size], of the step that was forwarded last: they lie at the
         # beginning of the activations, whatever its number of tokens.
@@ -157,17 +144,17 @@ class StepExecutor:
         self.reset()
         self.forward(shape)
         hidden = self._hidden[: shape.num_tokens].clone()
-        sampled = self.sample(shape)[: shape.num_samples].clone()
+        results = self.sample(shape)[: shape.num_samples].clone()
         if padded not in self._graphs:
             self._graphs.record(padded, lambda: self._forward(padded))
         if num_samples not in self._graphs:
             self._graphs.record(num_samples, lambda: self._sample(num_samples))
         self.reset()
         self._hidden.fill_(torch.nan)
-        self._state.sampled.fill_(-1)
+        self._state.results.fill_(-1)
         self.forward(shape)
         is_same = _has_same_bits(self._hidden[: shape.num_tokens], hidden)
-        if not is_same or not torch.equal(self.sample(shape)[: shape.num_samples], sampled):
+        if not is_same or not _has_same_bits(self.sample(shape)[: shape.num_samples], results):
             raise DeviceError(
                 f"a recorded step of {shape.num_tokens} tokens computes something else than the "
                 "same step launched op by op; --enforce-eager serves without records"
@@ -184,6 +171,11 @@ class StepExecutor:
         padded = self._padded(shape)
         if is_warmup or not self._graphs.replay(padded):
             self._forward(padded, is_warmup=is_warmup)
+
+    @property
+    def results(self) -> torch.Tensor:
+        """On the device: where `sample` leaves what it returns, of as many rows as may be."""
+        return self._state.results
 
     @property
     def bitmask(self) -> torch.Tensor:
@@ -215,10 +207,12 @@ class StepExecutor:
         rows = asked._replace(sampled_rows=self.tile_rows(asked.sampled_rows))
         pack_asked(rows, words, num_slots=self.limits.num_slots)
 
-    def output(
-        self, token_ids: list[list[int]], asked: Asked, told: NDArray[np.int32]
-    ) -> StepOutput:
-        """`told` is what `told` holds when the step has ended."""
+    def output(self, results: NDArray[Any], asked: Asked, told: NDArray[np.int32]) -> StepOutput:
+        """`results`, of the sampled rows, and `told` are what those hold when the step has ended;
+        nothing of them is kept."""
+        if results.ndim == 2:
+            return StepOutput.of_pooled(results.copy())
+        token_ids: list[list[int]] = results[:, None].tolist()
         if not any(asked):
             return StepOutput(token_ids)
         output = read_told(asked, told, num_slots=self.limits.num_slots)
@@ -228,7 +222,8 @@ class StepExecutor:
     def sample(
         self, shape: StepShape, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
     ) -> torch.Tensor:
-        """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples].
+        """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples], or
+        pool its rows -> float32 [at least num_samples, width].
 
         masked_rows  ascending: the first entries of `bitmask` and `masked_rows` are theirs. Such a
                      step is not replayed: its masks have no recorded shape.
@@ -241,7 +236,7 @@ class StepExecutor:
         num_samples = self._padded_samples(shape)
         if masked_rows or any(asked) or not self._graphs.replay(num_samples):
             self._sample(num_samples, masked_rows, asked)
-        return self._state.sampled
+        return self._state.results
 
     def _forward(self, padded: _PaddedShape, *, is_warmup: bool = False) -> None:
         state = self._state
@@ -260,13 +255,14 @@ class StepExecutor:
         state = self._state
         num_rows = num_masked = num_asked = 0  # of the tiles before
         with torch.inference_mode():
+            if self._model.pooler is not None:
+                pool(self._model.pooler, self._hidden, self._tiles_of(num_samples))
+                return
             self._tell_prompts(len(asked.prompt_rows))
             for tile in self._tiles_of(num_samples):
-                # For padding any hidden state will do.
-                torch.clamp_min(tile.last_tokens, 0, out=tile.hidden_rows)
-                torch.index_select(self._hidden, 0, tile.hidden_rows, out=tile.hidden)
+                tile.gather(self._hidden)
                 self._model.compute_logits(tile.hidden, tile.logits)
-                num_rows += len(tile.sampled)
+                num_rows += len(tile.results)
                 begin, num_masked = num_masked, bisect_left(masked_rows, num_rows)
                 first, num_asked = num_asked, bisect_left(asked.sampled_rows, num_rows)
                 asked_rows, told_logits = state.asked[first:num_asked], tile.logits
@@ -284,13 +280,13 @@ class StepExecutor:
                     )
                 ops.sample(
                     tile.logits, tile.slots, state.slots, state.token_counts,
-                    workspace=state.sample_workspace, out=tile.sampled,
+                    workspace=state.sample_workspace, out=tile.results,
                 )  # fmt: skip
                 if num_asked > first:
                     ops.logprobs(
                         told_logits,
                         asked_rows,
-                        tile.sampled,
+                        tile.results,
                         ops.LogprobRows.of(state.told[first:num_asked]),
                         is_normalized=not self._has_logits,
                     )
@@ -371,25 +367,10 @@ class StepExecutor:
             forward = self._forwards[padded] = plan, ctx
         return forward
 
-    def _tiles_of(self, num_rows: int) -> list[_Tile]:
-        """The rows that are sampled from, in pieces of which each has logits at once."""
+    def _tiles_of(self, num_rows: int) -> list[Tile]:
         tiles = self._tiles.get(num_rows)
         if tiles is None:
-            state = self._state
-            tiles = self._tiles[num_rows] = []
-            for start in range(0, num_rows, len(state.logits)):
-                end = min(start + len(state.logits), num_rows)
-                rows = state.plan.sample_rows[start:end]
-                tiles.append(
-                    _Tile(
-                        last_tokens=rows[:, 0],
-                        slots=rows[:, 1],
-                        hidden_rows=state.hidden_rows[: end - start],
-                        hidden=state.hidden[: end - start],
-                        logits=state.logits[: end - start],
-                        sampled=state.sampled[start:end],
-                    )
-                )
+            tiles = self._tiles[num_rows] = tiles_of(self._state, num_rows)
         return tiles
 
 
@@ -487,6 +468,5 @@ class CpuRunner:
             self._executor.masked_rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
         if any(asked):
             self._executor.pack_asked(asked, self._executor.asked.numpy())
-        sampled = self._executor.sample(shape, masked_rows, asked).numpy()
-        token_ids = sampled[: shape.num_samples, None].tolist()
-        return self._executor.output(token_ids, asked, self._executor.told.numpy())
+        results = self._executor.sample(shape, masked_rows, asked).numpy()[: shape.num_samples]
+        return self._executor.output(results, asked, self._executor.told.numpy())

@@ -45,7 +45,8 @@ class StepState:
     plan              what is derived from it, of the largest step
     slots, block_table, token_counts
                       as ops.plan_step takes them
-    sampled           int32 [num_slots]
+    results           what sampled rows become: int32 [num_slots] tokens, or of a model that pools
+                      float32 [num_slots, width]
     bitmask           int32 [num_slots, ceil(vocab_size / 32)]: masks of sampled rows
     masked_rows       int32 [num_slots]: whose they are, as rows of a tile
     logits, hidden, hidden_rows
@@ -59,12 +60,17 @@ class StepState:
     activations       uint8: memory of an Arena
     attention_plans   by window; empty on a CPU
     sample_workspace  None on a CPU
+
+    Of a model that pools, logits have no columns, and what masks and logprobs need has no rows.
     """
 
     def __init__(self, model: Decoder, limits: StepLimits, *, is_card: bool) -> None:
         self._parts: dict[str, list[torch.Tensor]] = {}
         device = model.device
         vocab_size, num_slots = model.config.vocab_size, limits.num_slots
+        num_logits, num_told = vocab_size, num_slots
+        if model.pooler is not None:
+            num_logits = num_told = 0
         tile_rows = min(limits.logits_tile_rows, num_slots)
 
         def zeros(part: str, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -77,15 +83,16 @@ class StepState:
         max_num_tokens, max_model_len = limits.max_num_batched_tokens, limits.max_model_len
         num_bytes = activation_bytes(model, max_num_tokens)
         self.activations = empty("activations", num_bytes, dtype=torch.uint8)
-        self.logits = empty("logits", tile_rows, vocab_size, dtype=model.dtype)
+        self.logits = empty("logits", tile_rows, num_logits, dtype=model.dtype)
         self.hidden = empty("logits", tile_rows, model.config.hidden_size, dtype=model.dtype)
         self.hidden_rows = empty("logits", tile_rows, dtype=torch.int32)
-        self.raw_logits = empty("logprobs", tile_rows, vocab_size, dtype=model.dtype)
+        self.raw_logits = empty("logprobs", tile_rows, num_logits, dtype=model.dtype)
         self.tile_row_ids = zeros("logprobs", tile_rows)
         # On the meta device an arange of torch would first import sympy, which takes half a second.
         self.tile_row_ids.copy_(torch.arange(tile_rows, dtype=torch.int32))
-        self.asked = zeros("logprobs", num_slots + 2 * max_num_tokens)
-        self.told = zeros("logprobs", num_slots + max_num_tokens, LOGPROB_WORDS)
+        num_asked = max_num_tokens if num_told else 0
+        self.asked = zeros("logprobs", num_told + 2 * num_asked)
+        self.told = zeros("logprobs", num_told + num_asked, LOGPROB_WORDS)
         self.attention_plans: dict[int, AttentionPlan] = {}
         self.sample_workspace: torch.Tensor | None = None
         if is_card:
@@ -93,9 +100,10 @@ class StepState:
             for attention in self.attention_plans.values():
                 self._note("attention plans", attention.work)
                 self._note("attention plans", attention.workspace)
-            self.sample_workspace = self._note(
-                "sampling", sample_workspace.allocate(tile_rows, vocab_size, device=device)
-            )
+            if num_logits:
+                self.sample_workspace = self._note(
+                    "sampling", sample_workspace.allocate(tile_rows, vocab_size, device=device)
+                )
         num_blocks = num_blocks_for(max_model_len, limits.block_size)
         num_words = max_step_words(
             max_num_tokens, num_slots, max_model_len=max_model_len, block_size=limits.block_size
@@ -104,9 +112,13 @@ class StepState:
         self.block_table = zeros("slots", num_slots, num_blocks)
         self.token_counts = zeros("slots", num_slots, vocab_size, dtype=torch.int16)
         self.step_input = zeros("step buffers", num_words)
-        self.sampled = zeros("step buffers", num_slots)
-        self.bitmask = zeros("token masks", num_slots, bitmask_words(vocab_size))
-        self.masked_rows = zeros("token masks", num_slots)
+        if model.pooler is None:
+            self.results = zeros("step buffers", num_slots)
+        else:
+            width = model.pooler.width
+            self.results = zeros("step buffers", num_slots, width, dtype=torch.float32)
+        self.bitmask = zeros("token masks", num_told, bitmask_words(vocab_size))
+        self.masked_rows = zeros("token masks", num_told)
         self.plan = StepPlan.allocate(max_num_tokens, num_slots, device)
         for tensor in self.plan:
             self._note("step buffers", tensor)

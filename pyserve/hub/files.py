@@ -22,9 +22,10 @@ from pyserve.hub.client import HubClient, Listing, RemoteFile
 TEXTS = (
     "config.json", "generation_config.json", "tokenizer*.json", "*.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "modules.json",
 )  # fmt: skip
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
+MODULES = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json")  # of sentence-transformers
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each alone makes a tokenizer
 
 FIRST_BYTES = 64 * 1024  # most headers are shorter
@@ -38,12 +39,20 @@ def served_texts(listing: Listing, *, has_weights: bool) -> list[RemoteFile]:
     return [file for name, file in listing.files.items() if _is_among(name, patterns)]
 
 
+def describing_texts(listing: Listing) -> list[RemoteFile]:
+    """Those of them that say, beside the headers of the weights, what a model is."""
+    names = ("config.json", "modules.json", INDEX_FILE)
+    return [
+        file for name, file in listing.files.items() if name in names or MODULES.fullmatch(name)
+    ]
+
+
 def may_be_served(name: str) -> bool:
     return _is_among(name, (*TEXTS, INDEX_FILE, "*.safetensors"))
 
 
 def _is_among(name: str, patterns: Iterable[str]) -> bool:
-    if MORE_TEMPLATES.fullmatch(name):
+    if MORE_TEMPLATES.fullmatch(name) or MODULES.fullmatch(name):
         return True
     return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
 

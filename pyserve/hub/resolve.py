@@ -22,12 +22,12 @@ from pathlib import Path
 from huggingface_hub import constants, get_token
 
 from pyserve import __version__, log
-from pyserve.checkpoint_files import INDEX_FILE
 from pyserve.errors import CheckpointError, ConfigError, StartupError
 from pyserve.hub.cache import RepoCache
 from pyserve.hub.client import HubClient, Listing, RemoteFile, UnreachableError
 from pyserve.hub.download import Download, PartialFile, Progress, size_text
 from pyserve.hub.files import (
+    describing_texts,
     likely_weights,
     looks_whole,
     may_be_served,
@@ -176,10 +176,10 @@ def model_headers(
 async def _fetch_headers(wanted: _Wanted, folder: Path) -> None:
     async with wanted.client() as client:
         listing = await client.listing(may_be_served)
-        texts = [listing.files.get(name) for name in ("config.json", INDEX_FILE)]
-        for file in filter(None, texts):
+        for file in describing_texts(listing):
             _check_sizes(wanted, [file])
             text = await client.read(file, 0, file.size, commit=listing.commit)
+            (folder / file.name).parent.mkdir(exist_ok=True)
             (folder / file.name).write_bytes(text)
         weights = served_weights(listing, folder, named=wanted.named)
         await write_headers(client, weights, listing.commit, folder, named=wanted.named)
@@ -349,9 +349,11 @@ async def _check_headers(
     # In the cache, which is known to be writable here; /tmp may be small or read-only.
     with tempfile.TemporaryDirectory(prefix="pyserve-", dir=wanted.cache.locks) as name:
         folder, snapshot = Path(name), wanted.cache.snapshot(commit)
-        for text in snapshot.iterdir():
+        for text in (*snapshot.iterdir(), *snapshot.glob("*/config.json")):
             if text.is_file() and not text.name.endswith(".safetensors"):
-                (folder / text.name).symlink_to(text.resolve())
+                place = folder / text.relative_to(snapshot)
+                place.parent.mkdir(exist_ok=True)
+                place.symlink_to(text.resolve())
         await write_headers(client, weights, commit, folder, named=wanted.named)
         try:
             check(folder)

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
+from pyserve.config import Use
 from pyserve.errors import CheckpointError, ConfigError
 from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
 from pyserve.model.experts_config import ExpertsConfig, experts_from_fields
@@ -26,6 +27,7 @@ from pyserve.model.layer_config import (
     MLPConfig,
     NormConfig,
 )
+from pyserve.model.pooling import Pooling, base_architecture, read_pooling
 from pyserve.model.quantization import KEYS as QUANTIZATION_KEYS
 from pyserve.model.quantization import Method, Quantization, agreed, read_quantization
 from pyserve.model.registry import ARCHITECTURES, MULTIMODAL, Architecture, Multimodal
@@ -55,6 +57,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logit_softcap    logits are softcap * tanh(logit / softcap); 0: no cap.
     dtype            of the checkpoint, as config.json says; transformers' default is float32.
     quantization     of the matrices; None: they are plain numbers.
+    pooling          what is computed of a text; None: the model generates.
     towers           modules beside the text model in its checkpoint, which are not loaded.
     unknown_fields   of config.json, not used.
     """
@@ -70,23 +73,34 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logit_softcap: float = 0.0
     dtype: CheckpointDtype
     quantization: Quantization | None = None
+    pooling: Pooling | None = None
     towers: tuple[str, ...] = ()
     unknown_fields: tuple[str, ...] = ()
 
     @classmethod
-    def from_path(cls, folder: Path) -> ModelConfig:
-        """Reads config.json. Raises CheckpointError where it is no JSON, else as from_hf."""
-        return cls.from_hf(read_config(folder))
+    def from_path(cls, folder: Path, *, use: Use = "auto") -> ModelConfig:
+        """Reads config.json, and the files beside it that say what is pooled.
+
+        use  what the model is served for; "auto": what it says itself.
+
+        Raises CheckpointError where one is no JSON, else as from_hf.
+        """
+        return cls.from_hf(read_config(folder), folder=folder, use=use)
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(
+        cls, raw: Mapping[str, Any], *, folder: Path | None = None, use: Use = "auto"
+    ) -> ModelConfig:
         """From the contents of config.json. Raises ConfigError naming the key, value and limit."""
         with guarded("config.json"):
             fields = Fields(raw, "config.json")
             name = _architecture_name(fields)
             if name in MULTIMODAL:
-                return _describe_text(raw, fields, MULTIMODAL[name])
-            return describe(raw, name, ARCHITECTURES[name])
+                config = _describe_text(raw, fields, MULTIMODAL[name])
+            else:
+                config = describe(raw, name, ARCHITECTURES[name])
+            pooling = read_pooling(raw, folder, use, hidden_size=config.hidden_size)
+            return config._pooled_by(pooling)
 
     @property
     def num_heads(self) -> int:
@@ -106,9 +120,30 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Inner widths of the layers' MLPs."""
         return frozenset(width for layer in self.layers for width in layer.mlp.widths)
 
+    @property
+    def model_type(self) -> str:
+        """The family of the text model, as transformers calls it."""
+        return ARCHITECTURES[self.architecture].model_type
+
     def quantised_as(self, method: Method | None) -> ModelConfig:
         """With what --quantization `method` makes of it. Raises ConfigError where they disagree."""
         return msgspec.structs.replace(self, quantization=agreed(self.quantization, method))
+
+    def answering_by(self, answer_ids: tuple[int, ...]) -> ModelConfig:
+        """With the ids of the tokens that a score is made of, where it names them by their text."""
+        if self.pooling is None or not self.pooling.answers or not answer_ids:
+            return self
+        assert len(answer_ids) == len(self.pooling.answers)
+        return self._pooled_by(msgspec.structs.replace(self.pooling, answer_ids=answer_ids))
+
+    def _pooled_by(self, pooling: Pooling | None) -> ModelConfig:
+        for token_id in pooling.answer_ids if pooling is not None else ():
+            if token_id >= self.vocab_size:
+                raise ConfigError(
+                    f"the token {token_id}, whose logit makes the score, is not among the "
+                    f"{self.vocab_size} of vocab_size"
+                )
+        return msgspec.structs.replace(self, pooling=pooling)
 
     def lacking_on_cuda(self, max_model_len: int) -> list[str]:
         """As that of the layers, each once."""
@@ -249,7 +284,7 @@ def _architecture_name(fields: Fields) -> str:
     supported = ", ".join(sorted(rows))
     if not fields.has("architectures"):
         raise ConfigError(f"config.json: architectures is missing; supported are: {supported}")
-    names = fields.strings("architectures")
+    names = [base_architecture(name) for name in fields.strings("architectures")]
     if len(names) != 1 or names[0] not in rows:
         raise fields.refuse("architectures", f"must hold one of: {supported}")
     model_type = rows[names[0]].model_type

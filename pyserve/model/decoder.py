@@ -1,4 +1,5 @@
-"""Decoder: embedding, layers of attention and gated MLP with RMSNorm around them, output head.
+"""Decoder: embedding, layers of attention and gated MLP with RMSNorm around them, and what becomes
+of the hidden states: logits by an output head, or embeddings and scores by a pooler.
 
 One class for all rows of registry.py. The residual stream is one tensor, updated in place: a block
 adds to it itself, or the next norm adds what the block returned, where something stands between.
@@ -26,6 +27,7 @@ from pyserve.model.layers.experts import Experts
 from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
+from pyserve.model.layers.pooler import Pooler
 from pyserve.model.layers.rotary import cos_sin_table, query_scales
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Scheme
@@ -210,7 +212,12 @@ class Decoder:
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
         self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
         self._leave = self.norm.add if has_to_add else self.norm.read
-        if config.tie_word_embeddings:
+        self.head: Linear | None = None
+        self.pooler: Pooler | None = None
+        if config.pooling is not None:
+            softcap = config.logit_softcap
+            self.pooler = Pooler(config.pooling, hidden_size, placement, logit_softcap=softcap)
+        elif config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
         else:
             self.head = Linear(
@@ -257,7 +264,8 @@ class Decoder:
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype"""
+        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype; with a `head`"""
+        assert self.head is not None
         self.head(hidden, out)
         if self.config.logit_softcap:
             out.div_(self.config.logit_softcap).tanh_().mul_(self.config.logit_softcap)
@@ -327,4 +335,11 @@ class Decoder:
         destinations = self.embedding.destinations()
         for layer in self.layers:
             destinations |= layer.destinations()
-        return destinations | self.norm.destinations() | self.head.destinations()
+        destinations |= self.norm.destinations()
+        if self.head is not None:
+            destinations |= self.head.destinations()
+        if self.pooler is not None:
+            is_tied = self.config.tie_word_embeddings
+            embedding = self.embedding.destinations() if is_tied else {}
+            destinations |= self.pooler.destinations(embedding, vocab_size=self.config.vocab_size)
+        return destinations

@@ -102,6 +102,11 @@ class Fields:
             raise self.refuse(key, "must be an object")
         return Fields(value, f"{self._where}: {key}")
 
+    @property
+    def size(self) -> int:
+        """How many keys there are."""
+        return len(self._raw)
+
     def tables(self) -> list[str]:
         """Keys whose values are objects."""
         return [key for key, value in self._raw.items() if isinstance(value, dict)]

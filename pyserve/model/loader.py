@@ -21,6 +21,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.destination import FLOATS, Destinations, Part, Sink, finish_loading
 from pyserve.model.fused_experts import as_stored
+from pyserve.model.layers.pooler import HEAD_NAME, SCORE_NAME
 from pyserve.model.placement import META, Placement
 from pyserve.model.weights import (
     CheckpointReader,
@@ -34,7 +35,6 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 MODEL_PREFIX = "model."
 TEXT_PREFIX = "language_model."  # of the text model within one that has more
-HEAD_NAME = "lm_head.weight"
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
 # Old checkpoints store what follows from config.json: rotary tables and causal masks.
@@ -100,7 +100,8 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 
     They may have been saved from the model without its head, whose names lack the leading
     "model.", or from one that wraps it, whose names repeat it. Of a matrix that is embedding and
-    head in one, safetensors' save_model keeps either name. Towers beside a text model are left out.
+    head in one, safetensors' save_model keeps either name. Towers beside a text model are left out,
+    and a head that nothing reads, where a model pools.
     """
     stored: dict[str, StoredTensor] = {}
     prefixes = (MODEL_PREFIX, TEXT_PREFIX) if config.towers else (MODEL_PREFIX,)
@@ -115,13 +116,16 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
         stored[name] = tensor
     if config.tie_word_embeddings and EMBEDDING_NAME not in stored and HEAD_NAME in stored:
         stored[EMBEDDING_NAME] = stored.pop(HEAD_NAME)
+    pooling = config.pooling
+    if pooling is not None and not (config.tie_word_embeddings or pooling.has_text_head):
+        stored.pop(HEAD_NAME, None)
     return stored
 
 
 def _plain_name(name: str, prefixes: tuple[str, ...]) -> str:
     while name.startswith(prefixes):
         name = name.partition(".")[2]
-    return name if name == HEAD_NAME else MODEL_PREFIX + name
+    return name if name in (HEAD_NAME, SCORE_NAME) else MODEL_PREFIX + name
 
 
 def _check(
@@ -224,7 +228,7 @@ def _stream(
                 progress(done, total)
         reader.wait()
         if tied_head is not None:
-            _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME].view)
+            _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME].parts[0].view)
 
 
 def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: torch.Tensor) -> None:
@@ -247,7 +251,7 @@ def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Prog
     total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)
-    device = next(iter(destinations.values())).view.device
+    device = next(iter(destinations.values())).parts[0].view.device
     generator = torch.Generator(device).manual_seed(seed)
     for destination in destinations.values():
         if destination.dummy is not None:
@@ -265,7 +269,7 @@ def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) 
     progress(done, total)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(DUMMY_NOISE_LEN, generator=generator)
-    noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).view)
+    noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).parts[0].view)
     starts = random.Random(seed)
     for destination in destinations.values():
         if destination.dummy is not None:

@@ -22,6 +22,8 @@ from pyserve.model.rope_config import QUERY_BETA, ROPE_TABLES, RopeType
 _KNOWN = frozenset(
     """
     architectures attention_bias attention_dropout bos_token_id compression_config
+    classifier_from_token is_matryoshka is_original_qwen3_reranker matryoshka_dimensions
+    sentence_transformers
     dtype eos_token_id head_dim hidden_act hidden_activation hidden_size initializer_range
     intermediate_size layer_types max_position_embeddings mlp_bias model_type
     num_attention_heads num_hidden_layers num_key_value_heads pad_token_id partial_rotary_factor

@@ -38,7 +38,7 @@ CONTEXTS = tuple(2**power for power in range(11, 21))  # of the table of memory:
 DEFAULT_MEAN_CONTEXT = 1024
 # What `plan` takes as the server does.
 SHARED_FLAGS = (
-    "revision", "download-dir", "hf-token", "dtype", "quantization", "max-model-len",
+    "revision", "download-dir", "hf-token", "dtype", "quantization", "runner", "max-model-len",
     "max-num-seqs", "max-num-batched-tokens", "block-size", "gpu-memory-utilization",
     "kv-cache-memory-bytes", "enforce-eager",
 )  # fmt: skip
@@ -208,7 +208,7 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
 
 def _read_headers(args: argparse.Namespace, folder: Path) -> tuple[ModelConfig, int | None]:
     config = _engine_config(args)
-    model = ModelConfig.from_path(folder).quantised_as(config.quantization)
+    model = ModelConfig.from_path(folder, use=config.use).quantised_as(config.quantization)
     if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return model, None
     check_checkpoint(folder, model)

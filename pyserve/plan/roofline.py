@@ -35,7 +35,7 @@ class ModelSizes:
     num_params      of the whole model
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
     mixtures        of the layers that have one: a step reads the experts that its tokens go to
-    head_bytes      of the output head: read for the rows that are sampled
+    head_bytes      of the output head: read for the rows that are sampled; 0 of a model that pools
     """
 
     dtype: torch.dtype
@@ -101,6 +101,7 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
     shapes = build_model(model, Placement(dtype, META, tp_size=tp_size), max_model_len=1)
     tensors = shapes.destinations().values()
     linears, mixtures = shapes.layer_linears(), tuple(shapes.mixtures())
+    head = shapes.head
     num_heads, _, head_dim = shapes.layers[0].attention.sizes
     return ModelSizes(
         dtype=dtype,
@@ -112,8 +113,8 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
         layer_params=sum(linear.num_params for linear in linears)
         + sum(mixture.router.numel() for mixture in mixtures),
         mixtures=mixtures,
-        head_bytes=shapes.head.matrix.nbytes,
-        head_params=shapes.head.num_params,
+        head_bytes=0 if head is None else head.matrix.nbytes,
+        head_params=0 if head is None else head.num_params,
         kv_specs=tuple(shapes.kv_specs()),
         num_heads=num_heads,
         head_dim=head_dim,

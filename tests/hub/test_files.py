@@ -27,7 +27,7 @@ def files_of(*names: str) -> Listing:
 SERVED = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tools.jinja",
-    "vocab.json", "merges.txt",
+    "vocab.json", "merges.txt", "modules.json", "1_Pooling/config.json",
 ]  # fmt: skip
 NOT_SERVED = [
     "pytorch_model.bin", "modeling.py", "original/config.json", "README.md", "model.gguf",

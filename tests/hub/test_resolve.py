@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
 from pyserve.errors import ConfigError
-from pyserve.hub.resolve import resolve_model
+from pyserve.hub.resolve import model_headers, resolve_model
+from tests.hub.hub_stub import REPO, HubStub
 
 
 def resolve(name: str) -> Path:
@@ -72,3 +74,25 @@ def test_a_token_that_no_header_takes(
 def test_the_hub_needs_no_torch() -> None:
     script = "import sys, pyserve.hub.resolve; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_what_says_that_a_model_pools_comes_with_its_config(stub: HubStub, tmp_path: Path) -> None:
+    """Before the weights, too, and where only the headers are wanted."""
+    modules = {"modules.json": b"[]", "1_Pooling/config.json": b'{"a": 1}'}
+    stub.repos[REPO] |= modules | {"1_Pooling/other.json": b"never fetched"}
+
+    def look(folder: Path) -> None:
+        assert {name: (folder / name).read_bytes() for name in modules} == modules
+        assert not (folder / "1_Pooling" / "other.json").exists()
+
+    looked: list[Path] = []
+
+    def check(folder: Path) -> None:
+        look(folder)
+        looked.append(folder)
+
+    settings: dict[str, Any] = {"revision": None, "token": None}
+    with model_headers(REPO, download_dir=tmp_path / "none", **settings) as headers:
+        look(headers)
+    look(resolve_model(REPO, download_dir=tmp_path / "cache", check=check, **settings))
+    assert looked

@@ -18,7 +18,8 @@ from pyserve.errors import CheckpointError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.loader import EMBEDDING_NAME, HEAD_NAME, check_checkpoint, load_model
+from pyserve.model.layers.pooler import HEAD_NAME
+from pyserve.model.loader import EMBEDDING_NAME, check_checkpoint, load_model
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Dense
 from tests.model import oracle
@@ -58,6 +59,7 @@ def load_dummy(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.fl
 
 def is_tied(decoder: Decoder) -> bool:
     """The head multiplies by the embedding's matrix, and nothing is loaded for it."""
+    assert decoder.head is not None
     matrix = decoder.head.matrix
     assert isinstance(matrix, Dense)
     return matrix.weight is decoder.embedding.weight and HEAD_NAME not in decoder.destinations()
