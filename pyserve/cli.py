@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,6 +243,7 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
     from pyserve.text.chat_template import ChatTemplate
     from pyserve.text.grammar import Grammars
     from pyserve.text.reasoning import ReasoningParser
+    from pyserve.text.score_template import ScoreTemplate
     from pyserve.text.tokenizer import GenerationDefaults
     from pyserve.text.tool_parsers.registry import ToolFormat
 
@@ -264,16 +266,21 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
         _generation_folder(launch.generation_config, model_path),
         has_sampling=launch.generation_config != "vllm",
     )
-    vocab_size = ModelConfig.from_path(model_path).vocab_size
+    engine_config = _engine_config(args, model_path)
+    model = ModelConfig.from_path(model_path, use=engine_config.use)
+    score_template = None
+    if model.pooling is not None and model.pooling.kind == "score":
+        engine_config = replace(engine_config, answer_ids=tokenizer.ids_of(model.pooling.answers))
+        score_template = ScoreTemplate.find(template, tokenizer, model_type=model.model_type)
     preload.wait()
     with collector.imports():
         from pyserve.engine.load import build_engine
 
     with ThreadPoolExecutor(1, "grammars") as pool:
         # It holds the interpreter's lock, which weights and a card's steps leave free for long.
-        grammars = Grammars.of(tokenizer, defaults, vocab_size)
+        grammars = Grammars.of(tokenizer, defaults, model.vocab_size)
         preparing = pool.submit(grammars.prepare)
-        engine = build_engine(_engine_config(args, model_path), progress=report)
+        engine = build_engine(engine_config, progress=report)
         preparing.result()
     return Loaded(
         tokenizer=tokenizer,
@@ -282,6 +289,7 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
         engine=engine,
         reasoning=ReasoningParser.named(config.reasoning_parser, tokenizer),
         tools=ToolFormat.named(config.tool_call_parser, tokenizer),
+        score_template=score_template,
         prepared=grammars,
     )
 

@@ -103,6 +103,7 @@ FOREIGN_BOOLS: dict[str, str] = {
     "api/wire/responses_answer.py": "what its objects say",
     "api/wire/tools.py": "OpenAI's fields of a tool",
     "api/wire/messages.py": "Anthropic's fields",
+    "api/wire/pooling.py": "vLLM's and Cohere's fields",
     "api/endpoints/models.py": "OpenAI's permissions of a model",
     "config.py": "vLLM's flags",
     "model/rope_config.py": "keys of rope_parameters",

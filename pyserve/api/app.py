@@ -23,6 +23,7 @@ from pyserve.api.endpoints.batches import (
 )
 from pyserve.api.endpoints.chat import chat_completions
 from pyserve.api.endpoints.completions import completions
+from pyserve.api.endpoints.embeddings import embeddings
 from pyserve.api.endpoints.files import (
     delete_file,
     file_content,
@@ -49,6 +50,7 @@ from pyserve.api.endpoints.responses import (
     list_input_items,
     retrieve_response,
 )
+from pyserve.api.endpoints.scores import rerank, score
 from pyserve.api.endpoints.tokens import detokenize, tokenize
 from pyserve.api.http import request_id
 from pyserve.api.http.cors import add_cors
@@ -105,6 +107,12 @@ ROUTES = (
         "POST", "/v1/messages/count_tokens", count_tokens, is_of_model=True,
         error_body=messages_error,
     ),
+    Route("POST", "/v1/embeddings", embeddings, is_of_model=True),
+    Route("POST", "/v1/rerank", rerank, is_of_model=True),
+    Route("POST", "/v2/rerank", rerank, is_of_model=True),
+    Route("POST", "/rerank", rerank, is_of_model=True),
+    Route("POST", "/v1/score", score, is_of_model=True),
+    Route("POST", "/score", score, is_of_model=True),
     Route("POST", "/v1/responses/input_tokens", count_input_tokens, is_of_model=True),
     Route("GET", "/v1/responses/{response_id}", retrieve_response),
     Route("DELETE", "/v1/responses/{response_id}", delete_response),

@@ -22,20 +22,44 @@ from pyserve.api.life.watchdog import LoopWatchdog
 from pyserve.api.store.background import Runs
 from pyserve.api.store.responses import ResponseStore
 from pyserve.api.text_queue import TextQueue
-from pyserve.client import EngineClient
+from pyserve.client import EngineClient, EngineInfo
 from pyserve.config import ServerConfig, named_keys
-from pyserve.errors import NotFoundError, UnavailableError
+from pyserve.errors import InvalidRequestError, NotFoundError, UnavailableError
 from pyserve.metrics import Metrics
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.grammar import Grammars
 from pyserve.text.reasoning import ReasoningParser
+from pyserve.text.score_template import ScoreTemplate
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tool_parsers.registry import ToolFormat
 
 MAX_RETRY_AFTER_S = 60
 SHORT_TEXT_CHARS = 4000  # tokenised on the event loop: about a millisecond
 
+Work = Literal["generate", "embed", "score"]
+
 R = TypeVar("R")
+
+# What a model is for -> what it does, and where.
+_DOES: dict[Work, str] = {
+    "generate": "generates text: ask /v1/chat/completions, /v1/completions",
+    "embed": "makes embeddings: ask /v1/embeddings",
+    "score": "scores documents: ask /v1/rerank, /v1/score",
+}
+_TAKES: dict[Work, str] = {
+    "generate": "a model that generates",
+    "embed": "an embedding model, which one that generates may be with --runner embed",
+    "score": "a reranker, which one that generates may be with --runner score",
+}
+
+
+def check_work(info: EngineInfo, work: Work) -> None:
+    """Refuse what the model is not for."""
+    own: Work = "generate" if info.pooling is None else info.pooling.kind
+    if own != work:
+        raise InvalidRequestError(
+            f"the model that is served {_DOES[own]}; this endpoint takes {_TAKES[work]}", "model"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +68,8 @@ class Loaded:
 
     reasoning  None: thinking is not told from the rest.
     tools      how the model writes calls of tools; None: none are looked for.
+    score_template
+               of a model that scores: how it is shown what to score.
     prepared   its grammars, where they have been made before the engine was.
     """
 
@@ -53,6 +79,7 @@ class Loaded:
     engine: EngineClient
     reasoning: ReasoningParser | None = None
     tools: ToolFormat | None = None
+    score_template: ScoreTemplate | None = None
     prepared: InitVar[Grammars | None] = None
     grammars: Grammars = field(init=False)
 
@@ -141,12 +168,14 @@ class ServerState:
             )
         return self.loaded
 
-    def model_with_room(self, request: web.Request) -> Loaded:
-        """As `model`; raises QueueFullError where not one more sequence of its client may wait.
+    def model_with_room(self, request: web.Request, *, work: Work = "generate") -> Loaded:
+        """As `model`; raises QueueFullError where not one more sequence of its client may wait, and
+        InvalidRequestError where the model is for other work.
 
         Asked before a body is read, so that a refusal costs next to nothing.
         """
         loaded = self.model()
+        check_work(loaded.engine.info, work)
         loaded.engine.check_room(1, user=request[CLIENT])
         return loaded
 

@@ -120,6 +120,12 @@ class ChatTemplate:
         other.faults = {}
         return other
 
+    @property
+    def source(self) -> str | None:
+        """Of the template that chats get, where it can be used."""
+        compiled = self._compiled.get(_DEFAULT)
+        return None if compiled is None or _DEFAULT in self.faults else compiled.source
+
     def _compile(self, source: str, origin: str) -> _Compiled:
         with guarded(origin):
             template, variables = compile_template(source, origin)
@@ -233,6 +239,19 @@ class ChatTemplate:
             raise InvalidRequestError("messages are nested too deeply", "messages") from error
         assert refusal is not None  # there is always an attempt
         raise refusal
+
+    def render_as_given(
+        self, messages: Sequence[Mapping[str, str]], *, time_limit_s: float = MAX_RENDER_S
+    ) -> ChatPrompt:
+        """As `render`, of messages with roles that this template alone knows, in their order."""
+        return self._render(
+            self._choose(False),
+            {"messages": [dict(message) for message in messages], "tools": None, "documents": None},
+            add_generation_prompt=True,
+            is_continued=False,
+            time_limit_s=time_limit_s,
+            began_s=time.monotonic(),
+        )
 
     def _render(
         self,

@@ -20,7 +20,7 @@ import msgspec
 import tokenizers
 from tokenizers import decoders, models
 
-from pyserve.errors import CheckpointError, InvalidRequestError
+from pyserve.errors import CheckpointError, ConfigError, InvalidRequestError
 from pyserve.model_files import guarded, is_panic, read_object
 from pyserve.params import INT32_MAX, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY, MIN_TOP_P
 from pyserve.text.decoding import TokenDecoder, parse_layout
@@ -234,6 +234,17 @@ class Tokenizer:
         """Id of a token by its exact string."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
+
+    def ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
+        """Ids of tokens that must be there. Raises ConfigError."""
+        found = {token: self.token_to_id(token) for token in tokens}
+        for token, token_id in found.items():
+            if token_id is None:
+                raise ConfigError(
+                    f"{self.folder}: the tokenizer has no token {token[:40]!r}, whose logit makes "
+                    "the score"
+                )
+        return tuple(id_ for id_ in found.values() if id_ is not None)
 
     def id_to_token(self, token_id: int) -> str | None:
         """A token's string as in the vocabulary ("Ġthe", "▁the"); None where there is none."""

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -31,6 +32,7 @@ from pyserve.client import (
     EngineClient,
     EngineInfo,
     EngineStats,
+    PoolingInfo,
     SequenceRequest,
     SequenceStream,
     TokenLogprobs,
@@ -42,6 +44,7 @@ from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
 from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.reasoning import ReasoningParser
+from pyserve.text.score_template import ScoreTemplate
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tool_parsers.registry import ToolFormat
 
@@ -122,6 +125,8 @@ class FakeEngine:
     """EngineClient that plays scripts; stop ids and limits end a sequence as in the real one.
 
     Where a constraint forbids the next token of a script, one that it allows comes before it.
+
+    pool  what the ids of a prompt become, where info.pooling says that it pools.
     """
 
     script: Callable[[int], Script]
@@ -139,6 +144,7 @@ class FakeEngine:
     num_resets: int = 0
     sleep_level: int = 0
     room: int | None = None  # sequences it takes; None: any number
+    pool: Callable[[list[int]], NDArray[np.float32]] = lambda ids: np.zeros(1, np.float32)
     gave_up: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
@@ -211,6 +217,13 @@ class FakeEngine:
         if not script.starts:
             return
         stream.admit(self.num_cached_tokens)
+        if self.info.pooling is not None:
+            await asyncio.sleep(script.delay_s)
+            stream.pooled = self.pool(item.prompt)
+            stream.first_token_s = time.monotonic()
+            if not stream.is_finished:
+                stream.finish("stop")
+            return
         if params.num_prompt_logprobs is not None:
             rest = item.prompt[1:]
             told = [logprobs_of(i, place) for place, i in enumerate(rest, 1)]
@@ -399,21 +412,28 @@ def run_server(
     folder: Path,
     *,
     other: EngineClient | None = None,
+    pooling: PoolingInfo | None = None,
     tls: ssl.SSLContext | None = None,
     **config: Any,
 ) -> Iterator[Server]:
-    """A ready server around a FakeEngine, or an `other` one, with the tokenizer of `folder`."""
+    """A ready server around a FakeEngine, or an `other` one, with the tokenizer of `folder`.
+
+    pooling  of a fake that pools; it, or an other one, is shown pairs as a Qwen3 reranker is.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     fake = FakeEngine(lambda number: Script([1]))
+    fake.info = replace(fake.info, pooling=pooling)
     engine = other or fake
     settings = ServerConfig(served_model_names=(MODEL, "alias"), **config)
+    template = ChatTemplate.load(tokenizer)
     loaded = Loaded(
         tokenizer=tokenizer,
-        chat_template=ChatTemplate.load(tokenizer),
+        chat_template=template,
         defaults=GenerationDefaults(eos_token_ids=(0,)),
         engine=engine,
         reasoning=ReasoningParser.named(settings.reasoning_parser, tokenizer),
         tools=ToolFormat.named(settings.tool_call_parser, tokenizer),
+        score_template=ScoreTemplate.find(template, tokenizer, model_type="qwen3"),
     )
     sock = socket.create_server(("127.0.0.1", 0))
     state = ServerState(settings, Metrics(MODEL), loaded=loaded, status="ready")

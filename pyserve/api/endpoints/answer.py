@@ -29,6 +29,7 @@ from pyserve.text.parts import num_chars
 CLAMPED_HEADER = "x-pyserve-clamped"
 LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
 TOKEN_CHARS = 512  # what encoding the logprobs of a token takes
+NUMBER_CHARS = 16  # and a number of an embedding
 SHORT_ANSWER = 2**17  # characters encoded on the event loop: a millisecond
 
 
@@ -41,18 +42,22 @@ class Head:
     model: str
 
 
+def _no_frames(head: Head, job: Job) -> stream.Frames:
+    raise AssertionError("it is not streamed")
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """The words of one endpoint's answers.
 
-    frames  of a stream.
     whole   the JSON of a whole answer.
+    frames  of a stream; what has none is never streamed.
     keep    takes that JSON before it is sent.
     """
 
     id_prefix: str
-    frames: Callable[[Head, Job], stream.Frames]
     whole: Callable[[Head, Generation], bytes]
+    frames: Callable[[Head, Job], stream.Frames] = _no_frames
     keep: Callable[[Head, bytes], None] = lambda head, data: None
 
 
@@ -84,7 +89,8 @@ def _size(choice: Choice) -> int:
     num_tokens = sum(len(part.tokens) for part in choice.parts)
     if choice.words is not None:
         num_tokens += len(choice.stream.prompt_logprobs)
-    return num_chars(choice.parts) + TOKEN_CHARS * num_tokens
+    num_numbers = 0 if choice.stream.pooled is None else len(choice.stream.pooled)
+    return num_chars(choice.parts) + TOKEN_CHARS * num_tokens + NUMBER_CHARS * num_numbers
 
 
 @asynccontextmanager

@@ -19,13 +19,11 @@ from pyserve.api.endpoints.openai import (
     prompt_fields,
     told_of,
 )
-from pyserve.api.endpoints.sampling import check_token_ids
 from pyserve.api.endpoints.structured import read_constraint
 from pyserve.api.generation.generate import Choice
 from pyserve.api.generation.job import Job, Prompt
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.protocol import (
-    MAX_SEQUENCES,
     CompletionChoice,
     CompletionChunk,
     CompletionChunkChoice,
@@ -39,8 +37,6 @@ from pyserve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 WIRE = Wire(CompletionRequest)
-
-PromptField = str | list[str | int | list[int]]
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -59,7 +55,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     if cut is None and body.truncation_side is not None:
         ignored = [*ignored, "truncation_side"]
     read = partial(_read_prompts, loaded, body, body.prompt, cut)
-    read_prompts = await state.run_text(request, _size(body.prompt), read)
+    read_prompts = await state.run_text(request, prompts.size_of(body.prompt), read)
     ignored = [*ignored]
     make_constraint = await read_constraint(request, state, loaded, body, ignored=ignored)
     tokens = read_completion_tokens(body, state, loaded, ignored)
@@ -81,21 +77,19 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await answer(request, loaded.engine, job, DIALECT, arrived_s=arrived_s)
 
 
-def _size(prompt: PromptField) -> int:
-    """Characters and token ids, where there are no more prompts than are allowed."""
-    if isinstance(prompt, str):
-        return len(prompt)
-    inner = [item for item in prompt[:MAX_SEQUENCES] if not isinstance(item, int)]
-    return len(prompt) + sum(map(len, inner))
-
-
 def _read_prompts(
-    loaded: Loaded, body: CompletionRequest, prompt: PromptField, cut: prompts.Truncation | None
+    loaded: Loaded,
+    body: CompletionRequest,
+    prompt: prompts.PromptField,
+    cut: prompts.Truncation | None,
 ) -> list[Prompt]:
     """Token ids of every prompt, and with `echo` its text."""
     tokenizer = loaded.tokenizer
     skip = body.skip_special_tokens is not False
-    token_ids = _tokenize(loaded, prompt, body.add_special_tokens is not False, cut)
+    token_ids = prompts.read_token_ids(
+        loaded, prompt, name="prompt", add_special_tokens=body.add_special_tokens is not False,
+        cut=cut,
+    )  # fmt: skip
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not body.echo:
         echoes = [""] * len(token_ids)
@@ -125,63 +119,6 @@ def _offsets(
         offsets.append(min(end, num_chars))
         end += len(detokenizer.push([token_id]))
     return offsets
-
-
-def _tokenize(
-    loaded: Loaded, prompt: PromptField, add_special_tokens: bool, cut: prompts.Truncation | None
-) -> list[list[int]]:
-    """Token ids of every prompt, each in the vocabulary and none empty."""
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    kinds = set(map(type, prompt))
-    if len(kinds) > 1:
-        raise InvalidRequestError(
-            "prompt must not mix texts, token ids and lists of token ids", "prompt"
-        )
-    if kinds == {int}:
-        prompt = [cast("list[int]", prompt)]
-    if not 1 <= len(prompt) <= MAX_SEQUENCES:
-        raise InvalidRequestError(
-            f"prompt must hold 1 to {MAX_SEQUENCES} prompts, got {len(prompt)}", "prompt"
-        )
-    if not all(prompt):
-        raise InvalidRequestError("prompt must not be empty", "prompt")
-    if kinds == {str}:
-        texts = cast("list[str]", prompt)
-        token_ids = _encode(loaded, texts, add_special_tokens, cut)
-        if not all(token_ids):
-            raise InvalidRequestError("prompt must not be empty", "prompt")
-        return token_ids
-    token_ids = cast("list[list[int]]", prompt)
-    if cut is not None:
-        token_ids = list(map(cut.cut, token_ids))
-    info = loaded.engine.info
-    for ids in token_ids:
-        # What lies beyond the context is refused for its length.
-        check_token_ids(ids[: info.max_model_len], info.vocab_size, "prompt")
-    return token_ids
-
-
-def _encode(
-    loaded: Loaded, texts: list[str], add_special_tokens: bool, cut: prompts.Truncation | None
-) -> list[list[int]]:
-    max_model_len = loaded.engine.info.max_model_len
-    if cut is not None:  # all of each text is tokenised
-        prompts.check_size(sum(map(len, texts)), max_model_len=max_model_len, param="prompt")
-    token_ids = []
-    num_tokens = 0
-    for text in texts:
-        ids = prompts.encode(
-            loaded.tokenizer,
-            text,
-            add_special_tokens=add_special_tokens,
-            max_model_len=max_model_len,
-            cut=cut,
-        )
-        token_ids.append(ids)
-        num_tokens += len(ids)
-        prompts.check_total(num_tokens, n=1, param="prompt")
-    return token_ids
 
 
 class CompletionFrames(OpenAIFrames):

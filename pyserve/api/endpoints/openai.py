@@ -78,11 +78,11 @@ async def make_job(
     Raises InvalidRequestError and NotBuiltError naming the field.
     """
     info = loaded.engine.info
-    cache_salt = _name("cache_salt", body.cache_salt)
+    cache_salt = checked_name("cache_salt", body.cache_salt)
     resolver = Resolver(body, info, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
     beam = read_beam(body, width=resolver.best_of, make_constraint=make_constraint, ignored=ignored)
     _check_sequences(len(prompts), resolver.best_of)
-    priority = _priority(body.priority or 0)
+    priority = check_priority(body.priority or 0)
     limit_name, asked = limit
     default = info.max_model_len if default_max_tokens is None else default_max_tokens
     slices = Slices()
@@ -127,13 +127,14 @@ async def make_job(
         has_continuous_usage=include_usage and has_continuous_usage,
         priority=priority,
         cache_salt=cache_salt,
-        request_id=_name("request_id", body.request_id),
+        request_id=checked_name("request_id", body.request_id),
         ignored=[*ignored, *(name for name, is_so in without_effect.items() if is_so)],
         clamped=f"{limit_name}={granted}" if asked and asked > granted else "",
     )
 
 
-def _name(field: str, value: str | None) -> str:
+def checked_name(field: str, value: str | None) -> str:
+    """A name that a client gives, "" where it gives none. Raises InvalidRequestError."""
     if value is not None and not 1 <= len(value) <= MAX_NAME_CHARS:
         raise InvalidRequestError(
             f"{field} must have 1 to {MAX_NAME_CHARS} characters, got {len(value)}", field
@@ -141,7 +142,8 @@ def _name(field: str, value: str | None) -> str:
     return value or ""
 
 
-def _priority(priority: int) -> int:
+def check_priority(priority: int) -> int:
+    """The same, where it is in range. Raises InvalidRequestError."""
     if abs(priority) > MAX_PRIORITY:
         raise InvalidRequestError(
             f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",

@@ -8,8 +8,17 @@ long text is first counted in pieces, and given up at the first piece that is to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS, SamplingFields, TokenizeRequest
+from pyserve.api.endpoints.sampling import check_token_ids
+from pyserve.api.state import Loaded
+from pyserve.api.wire.pooling import PoolingFields
+from pyserve.api.wire.protocol import (
+    MAX_REQUEST_TOKENS,
+    MAX_SEQUENCES,
+    SamplingFields,
+    TokenizeRequest,
+)
 from pyserve.errors import ContextError, InvalidRequestError
 from pyserve.params import shown
 from pyserve.text.tokenizer import Tokenizer
@@ -19,6 +28,8 @@ CUT_TOKENS = 32  # more than a cut through the text can add to its count
 MAX_TOKENIZE_CHARS = 2**20  # of one text, or CHARS_PER_TOKEN for each token of the context
 CHARS_PER_TOKEN = 8
 MAX_TOKENIZE_TOKENS = 2**20  # or the context
+
+PromptField = str | list[str | int | list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +43,8 @@ class Truncation:
         """Of a prompt given as token ids."""
         if len(token_ids) <= self.limit:
             return token_ids
-        return token_ids[: self.limit] if self.is_start_kept else token_ids[-self.limit :]
+        end = len(token_ids) - self.limit
+        return token_ids[: self.limit] if self.is_start_kept else token_ids[end:]
 
     def cut_text(
         self, tokenizer: Tokenizer, token_ids: list[int], *, has_special_tokens: bool
@@ -48,7 +60,7 @@ class Truncation:
 
 
 def truncation(
-    body: SamplingFields | TokenizeRequest, *, max_model_len: int, max_tokens: int
+    body: SamplingFields | TokenizeRequest | PoolingFields, *, max_model_len: int, max_tokens: int
 ) -> Truncation | None:
     """What the fields of `body` ask for; -1 keeps what leaves room for `max_tokens`.
 
@@ -74,6 +86,76 @@ def truncation(
     return Truncation(num_tokens, is_start_kept=side == "right")
 
 
+def size_of(value: PromptField) -> int:
+    """Characters and token ids, where there are no more prompts than are allowed."""
+    if isinstance(value, str):
+        return len(value)
+    inner = [item for item in value[:MAX_SEQUENCES] if not isinstance(item, int)]
+    return len(value) + sum(map(len, inner))
+
+
+def read_token_ids(
+    loaded: Loaded, value: PromptField, *, name: str, add_special_tokens: bool,
+    cut: Truncation | None,
+) -> list[list[int]]:  # fmt: skip
+    """Token ids of every prompt in the field `name`, each in the vocabulary and none empty.
+
+    Raises InvalidRequestError.
+    """
+    if isinstance(value, str):
+        value = [value]
+    kinds = set(map(type, value))
+    if len(kinds) > 1:
+        raise InvalidRequestError(
+            f"{name} must not mix texts, token ids and lists of token ids", name
+        )
+    if kinds == {int}:
+        value = [cast("list[int]", value)]
+    if not 1 <= len(value) <= MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"{name} must hold 1 to {MAX_SEQUENCES} {name}s, got {len(value)}", name
+        )
+    if not all(value):
+        raise InvalidRequestError(f"{name} must not be empty", name)
+    if kinds == {str}:
+        texts = cast("list[str]", value)
+        token_ids = _encode_all(loaded, texts, name, add_special_tokens, cut)
+        if not all(token_ids):
+            raise InvalidRequestError(f"{name} must not be empty", name)
+        return token_ids
+    token_ids = cast("list[list[int]]", value)
+    if cut is not None:
+        token_ids = list(map(cut.cut, token_ids))
+    info = loaded.engine.info
+    for ids in token_ids:
+        # What lies beyond the context is refused for its length.
+        check_token_ids(ids[: info.max_model_len], info.vocab_size, name)
+    return token_ids
+
+
+def _encode_all(
+    loaded: Loaded, texts: list[str], name: str, add_special_tokens: bool, cut: Truncation | None
+) -> list[list[int]]:
+    max_model_len = loaded.engine.info.max_model_len
+    if cut is not None:  # all of each text is tokenised
+        check_size(sum(map(len, texts)), max_model_len=max_model_len, param=name)
+    token_ids = []
+    num_tokens = 0
+    for text in texts:
+        ids = encode(
+            loaded.tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            max_model_len=max_model_len,
+            cut=cut,
+            param=name,
+        )
+        token_ids.append(ids)
+        num_tokens += len(ids)
+        check_total(num_tokens, n=1, param=name)
+    return token_ids
+
+
 def encode(
     tokenizer: Tokenizer,
     text: str,
@@ -81,24 +163,37 @@ def encode(
     add_special_tokens: bool,
     max_model_len: int,
     cut: Truncation | None = None,
+    param: str = "prompt",
 ) -> list[int]:
     """Token ids of a plain prompt. Raises InvalidRequestError, also where it cannot fit."""
     if cut is not None:
         ids = encode_any(
-            tokenizer, text, add_special_tokens=add_special_tokens, max_model_len=max_model_len
+            tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            max_model_len=max_model_len,
+            param=param,
         )
         return cut.cut_text(tokenizer, ids, has_special_tokens=add_special_tokens)
-    check_may_fit(tokenizer, text, max_model_len=max_model_len, param="prompt")
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    check_may_fit(tokenizer, text, max_model_len=max_model_len, param=param)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens, param=param)
 
 
 def encode_any(
-    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, max_model_len: int
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    max_model_len: int,
+    param: str = "prompt",
 ) -> list[int]:
     """Token ids of a text that need not fit the context. Raises InvalidRequestError."""
-    check_size(len(text), max_model_len=max_model_len, param="prompt")
+    check_size(len(text), max_model_len=max_model_len, param=param)
     return tokenizer.encode(
-        text, add_special_tokens=add_special_tokens, max_tokens=max_tokenize_tokens(max_model_len)
+        text,
+        add_special_tokens=add_special_tokens,
+        param=param,
+        max_tokens=max_tokenize_tokens(max_model_len),
     )
 
 

@@ -35,6 +35,15 @@ from pyserve.api.wire.messages import (
     MessagesRequest,
     MessagesResponse,
 )
+from pyserve.api.wire.pooling import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+    TextDocument,
+)
 from pyserve.api.wire.protocol import (
     AbortRequest,
     ChatChunk,
@@ -52,6 +61,18 @@ from pyserve.api.wire.protocol import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from pyserve.api.wire.replies import (
+    Aborted,
+    Awake,
+    Done,
+    IsSleeping,
+    Live,
+    Load,
+    NotReady,
+    Ready,
+    Sleeping,
+    Version,
+)
 from pyserve.api.wire.responses import ResponsesRequest
 from pyserve.api.wire.responses_answer import (
     Deleted,
@@ -64,64 +85,6 @@ from pyserve.api.wire.tools import SENT
 from pyserve.features import Field, fields_of
 
 Schema = dict[str, Any]
-
-
-class Ready(msgspec.Struct, frozen=True, kw_only=True):
-    """seconds: how late the event loop has been, and how long the running step takes."""
-
-    status: str
-    loop_lag_s: float
-    step_age_s: float
-
-
-class NotReady(msgspec.Struct, frozen=True, kw_only=True):
-    """While starting: the phase, how much of it is done (0 to 1), seconds to its end.
-
-    ended  the seconds of the phases before it.
-    """
-
-    status: str
-    phase: str | None = None
-    progress: float | None = None
-    eta_s: float | None = None
-    ended: dict[str, float] = {}
-    reason: str | None = None
-
-
-class Live(msgspec.Struct, frozen=True, kw_only=True):
-    status: str
-    loop_lag_s: float
-
-
-class Load(msgspec.Struct, frozen=True):
-    server_load: int
-
-
-class Done(msgspec.Struct, frozen=True):
-    is_done: bool = msgspec.field(name="success")
-
-
-class Aborted(msgspec.Struct, frozen=True):
-    status: str
-    aborted: int
-
-
-class Sleeping(msgspec.Struct, frozen=True):
-    status: str
-    level: int
-
-
-class Awake(msgspec.Struct, frozen=True):
-    status: str
-    tags: list[str] | None
-
-
-class IsSleeping(msgspec.Struct, frozen=True):
-    is_sleeping: bool
-
-
-class Version(msgspec.Struct, frozen=True):
-    version: str
 
 
 _CHUNKS = (
@@ -146,6 +109,8 @@ class Operation(NamedTuple):
     chunks   those of a streamed answer, and `stream` how they come.
     error    that of a refusal.
     is_form  its body is a form with a file.
+    is_queued
+             it waits for the model, as what is streamed does.
     """
 
     summary: str
@@ -156,6 +121,18 @@ class Operation(NamedTuple):
     stream: str = _CHUNKS
     error: type[msgspec.Struct] = ErrorResponse
     is_form: bool = False
+    is_queued: bool = False
+
+
+def _ranking(summary: str) -> Operation:
+    documents = ["Paris is the capital of France.", "The sky is blue."]
+    example = {"query": "What is the capital of France?", "documents": documents}
+    return Operation(summary, {200: RerankResponse}, RerankRequest, example=example, is_queued=True)
+
+
+def _scoring(summary: str) -> Operation:
+    example = {"queries": "What is the capital of France?", "documents": ["Paris", "A cat"]}
+    return Operation(summary, {200: ScoreResponse}, ScoreRequest, example=example, is_queued=True)
 
 
 _HEALTH = Operation("200 where a request would be taken now", {200: Ready, 503: NotReady})
@@ -182,6 +159,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "The tokens of its prompt", {200: CountTokensResponse}, CountTokensRequest,
         example={"messages": _HELLO}, error=MessagesErrorResponse,
     ),
+    ("POST", "/v1/embeddings"): Operation(
+        "A vector for each text, by an embedding model", {200: EmbeddingResponse},
+        EmbeddingRequest, example={"input": ["Hello", "world"]}, is_queued=True,
+    ),
+    ("POST", "/v1/rerank"): _ranking("Documents by how well they answer a query, by a reranker"),
+    ("POST", "/v2/rerank"): _ranking("The same, where Cohere's clients ask for it"),
+    ("POST", "/rerank"): _ranking("The same"),
+    ("POST", "/v1/score"): _scoring("How well each document answers its query, by a reranker"),
+    ("POST", "/score"): _scoring("The same"),
     ("POST", "/v1/responses/input_tokens"): Operation(
         "How many tokens the prompt of a response has", {200: InputTokens}, ResponsesRequest,
         example={"input": "Hello world"},
@@ -355,7 +341,7 @@ class Document:
                     }
                 },
             }
-        if operation.chunks:
+        if operation.chunks or operation.is_queued:
             errors.add(429)
         described["responses"].update(
             (str(status), _error(status, operation.error)) for status in sorted(errors)
@@ -379,7 +365,7 @@ def schemas() -> dict[str, Schema]:
     ordered = sorted(types, key=lambda wire_type: wire_type.__name__)
     _, found = msgspec.json.schema_components(ordered, ref_template=_REF)
     sent: list[type[msgspec.Struct]] = [
-        StreamOptions, Message, ContentPart, *SENT, *MESSAGES_SENT,
+        StreamOptions, Message, ContentPart, TextDocument, *SENT, *MESSAGES_SENT,
     ]  # fmt: skip
     sent += [operation.body for operation in OPERATIONS.values() if operation.body]
     rows = {wire_type.__name__: fields_of(wire_type) for wire_type in sent}

@@ -16,6 +16,7 @@ from pyserve.api.wire.messages import (
     TOOL_CHOICE_TYPES,
     TURN_ROLES,
 )
+from pyserve.api.wire.pooling import ENCODINGS
 from pyserve.api.wire.protocol import (
     EFFORTS,
     MAX_BAD_WORD_CHARS,
@@ -115,6 +116,10 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "prompt_cache_key": {"string": {"maxLength": MAX_LABEL_CHARS}},
     "tokens": {"array": {"items": {"type": "integer", **_ID}}},
     "chat_template": {"string": {"maxLength": MAX_TEMPLATE_CHARS}},
+    "encoding_format": {"string": {"enum": list(ENCODINGS)}},
+    "dimensions": {"integer": {"minimum": 1}},
+    "top_n": {"integer": {"minimum": 0}},
+    "max_tokens_per_doc": {"integer": {"minimum": 0}},
 }
 DESCRIPTIONS = {
     "model": "A served name; the served model where it is absent.",
@@ -216,6 +221,21 @@ DESCRIPTIONS = {
     "disable_parallel_tool_use": "true keeps the first call only.",
     "tool_use_id": "Of a tool_result: the call that it answers, which must stand before it.",
     "is_error": "true: the result begins with Error: in the prompt.",
+    "encoding_format": "float, the default, or base64: of float32, the lowest byte first.",
+    "dimensions": "Keep so many numbers of each vector, the first ones, at most all of them.",
+    "use_activation": "Of embeddings: divide them by their length; as the model says where it is "
+    "absent. Of scores false gives logits in place of numbers between 0 and 1.",
+    "queries": "One or as many as there are documents; text_1 and data_1 are the same field.",
+    "text_1": "As queries.",
+    "data_1": "As queries.",
+    "items": "As documents.",
+    "text_2": "As documents.",
+    "data_2": "As documents.",
+    "instruction": "What a document is to be judged by; the model has one of its own.",
+    "query": "What is looked for.",
+    "top_n": "So many of the results, the best ones; 0, the default, is all.",
+    "max_tokens_per_doc": "Of a longer document the first so many tokens count; 0 is any number.",
+    "return_documents": "false leaves their texts out of the results.",
     "signature": "Of a thinking: what came with it; it brings back a thinking that was not shown.",
 }
 
@@ -223,6 +243,18 @@ _FUNCTION = {"properties": {"type": {"enum": ["function"]}}}
 _IDS = {"type": "array", "items": {"type": "integer", **_ID}, "minItems": 1}
 _TEXT = {"type": "string", "minLength": 1}
 _LISTED = {"type": "array", "minItems": 1, "maxItems": MAX_SEQUENCES}
+_PROMPTS = [_TEXT, _IDS, {**_LISTED, "items": _TEXT}, {**_LISTED, "items": _IDS}]
+_POOLED_CUT = {
+    "description": "Keep so many tokens of each text, at most the context; -1: as many as that "
+    "has. Of a pair the document is cut.",
+    "anyOf": [{"type": "integer", "minimum": -1, "not": {"const": 0}}, {"type": "null"}],
+    "default": None,
+}
+_POOLED_SIDE = {
+    "description": "right, the default, keeps the beginning of a text, left its end.",
+    "anyOf": [{"type": "string", "enum": ["left", "right"]}, {"type": "null"}], "default": None,
+}  # fmt: skip
+_POOLED = {"truncate_prompt_tokens": _POOLED_CUT, "truncation_side": _POOLED_SIDE}
 _ANY_TYPE = {"type": {"type": "string"}}  # what it may be depends on where it stands
 
 
@@ -236,9 +268,7 @@ REPLACED: dict[str, Schema] = {
         "properties": {
             "prompt": {
                 "description": DESCRIPTIONS["prompt"],
-                "anyOf": [
-                    _TEXT, _IDS, {**_LISTED, "items": _TEXT}, {**_LISTED, "items": _IDS},
-                ],
+                "anyOf": _PROMPTS,
             },
             "max_tokens": {
                 "description": DESCRIPTIONS["max_tokens"] + " 0 only with echo.",
@@ -248,6 +278,45 @@ REPLACED: dict[str, Schema] = {
         },
         "required": ["prompt"],
     },
+    "EmbeddingRequest": {
+        "properties": {
+            **_POOLED,
+            "input": {
+                "description": "A text, token ids, or a list of either, at most "
+                f"{MAX_SEQUENCES} in all.",
+                "anyOf": _PROMPTS,
+            },
+        },
+        "required": ["input"],
+    },
+    "ScoreRequest": {
+        "properties": {
+            **_POOLED,
+            "documents": {
+                "description": "One or as many as there are queries, at most "
+                f"{MAX_SEQUENCES}; items, text_2 and data_2 are the same field.",
+                "anyOf": [
+                    {"type": "string"}, {**_LISTED, "items": {"type": "string"}}, {"type": "null"},
+                ],
+                "default": None,
+            },
+        },
+    },
+    "RerankRequest": {
+        "properties": {
+            **_POOLED,
+            "documents": {
+                "description": "Texts, or objects with a text.",
+                **_LISTED,
+                "items": {
+                    "anyOf": [
+                        {"type": "string"}, {"$ref": "#/components/schemas/TextDocument"},
+                    ],
+                },
+            },
+        },
+    },
+    "TextDocument": {"properties": {"text": {"type": "string"}}},
     "TokenizeRequest": {
         "oneOf": [
             {"required": [name], "properties": {name: {"type": kind}}}

@@ -7,14 +7,16 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pytest
 
 from pyserve.api.app import ROUTES
 from pyserve.api.pages.openapi import OPERATIONS, Document, schemas
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS
+from pyserve.client import PoolingInfo
 from pyserve.features import fields_of
 from tests.api.fakes import MODEL, Server, run_server
 
@@ -338,13 +340,35 @@ def test_random_bodies_get_an_answer_that_is_described(served: Server, seed: int
     described = document(has_key=False)
     bodies = Bodies(seed, described["components"]["schemas"])
     served.play("Hello", burst=8)
-    posts = [
-        (path, item["post"]) for path, item in described["paths"].items()
+    posts = {
+        path: item["post"] for path, item in described["paths"].items()
         if "application/json" in item.get("post", {}).get("requestBody", {}).get("content", {})
-    ]  # fmt: skip
+    }  # fmt: skip
+    pooling = {path for path in posts if OPERATIONS["POST", path].is_queued}
+    seen = ask_at_random(served, bodies, {path: posts[path] for path in posts.keys() - pooling})
+    assert {200, 400} <= seen
+    assert served.request("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "paths"), [("embed", ["/v1/embeddings"]), ("score", ["/v1/rerank", "/v1/score"])]
+)
+def test_random_bodies_about_what_is_pooled(
+    tokenizer_folder: Path, kind: Literal["embed", "score"], paths: list[str]
+) -> None:
+    described = document(has_key=False)
+    bodies = Bodies(0, described["components"]["schemas"])
+    with run_server(tokenizer_folder, pooling=PoolingInfo(kind, 6)) as server:
+        server.engine.pool = lambda ids: np.ones(6, np.float32)
+        posts = {path: described["paths"][path]["post"] for path in paths}
+        assert {200, 400} <= ask_at_random(server, bodies, posts)
+
+
+def ask_at_random(served: Server, bodies: Bodies, posts: dict[str, Schema]) -> set[int]:
+    """The statuses of 100 answers of each path, all of which are as described."""
     seen: set[int] = set()
     for _ in range(100):
-        for path, operation in posts:
+        for path, operation in sorted(posts.items()):
             content = operation["requestBody"]["content"]["application/json"]
             row = OPERATIONS["POST", path]
             body = bodies.by_schema(content["schema"])
@@ -363,5 +387,4 @@ def test_random_bodies_get_an_answer_that_is_described(served: Server, seed: int
                 check_reply(
                     json.loads(reply), reference["$ref"].rpartition("/")[2], bodies.found
                 )  # fmt: skip
-    assert {200, 400} <= seen
-    assert served.request("GET", "/health")[0] == 200
+    return seen

@@ -66,10 +66,11 @@ def message(method: str, path: str, root_path: str = "") -> str:
         ("POST", "/v1/threads", "/v1/threads is not built yet in pyserve " + __version__),
         ("GET", "/v1/threads/thread_1", "/v1/threads is not built yet"),
         ("POST", "/v1/messages/batches?beta=true", "/v1/messages/batches is not built yet"),
-        ("POST", "/embeddings", "/v1/embeddings is not built yet"),
+        ("POST", "/embeddings", "use POST /v1/embeddings"),
+        ("POST", "/pooling", "/pooling is not built yet"),
         ("POST", "/v1/chat/completions/batch", "/v1/chat/completions/batch is not built yet"),
         ("GET", "/wp-admin.php", "the API is under /v1, and /docs shows all of it"),
-        ("GET", "/v1/scoreboard", "the API is under /v1"),
+        ("GET", "/v1/dashboard", "the API is under /v1"),
     ],
 )
 def test_the_nearest_route(method: str, path: str, hint: str) -> None:
