@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +26,25 @@ from tests.clients.agents import AGENTS
 SCRIPTS = Path(__file__).parent / "scripts"
 MODEL = "pyserve-demo"
 FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+# The demo model in a reranker's place: its scores mean nothing, and are numbers between 0 and 1.
+PAIRS = (
+    "{% for m in messages %}{{ {'query': 'Q:', 'document': 'D:'}[m.role] + m.content }}{% endfor %}"
+)
+AS_RERANKER = ("--runner", "score", "--chat-template", PAIRS)
 INSTALL_TIMEOUT_S, SCRIPT_TIMEOUT_S = 900, 300
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A script of `scripts`, the packages it needs (of npm for a .mjs), and its arguments."""
+    """A script of `scripts`, the packages it needs (of npm for a .mjs), and its arguments.
+
+    flags  of the server that it asks.
+    """
 
     script: str
     packages: tuple[str, ...]
     arguments: tuple[str, ...] = ()
+    flags: tuple[str, ...] = FLAGS
 
     @property
     def is_npm(self) -> bool:
@@ -55,6 +65,7 @@ CLIENTS = {
     "pydantic-ai": Client("pydantic_ai_.py", ("pydantic-ai-slim[openai]",)),
     "openai-agents": Client("openai_agents.py", ("openai-agents",)),
     "openai-agents-responses": Client("openai_agents.py", ("openai-agents",), ("responses",)),
+    "cohere": Client("cohere_.py", ("cohere",), flags=AS_RERANKER),
     "lm-eval": Client("lm_eval_.py", ("lm-eval[api]", "transformers")),
     "ai-sdk": Client("ai_sdk.mjs", ("ai", "@ai-sdk/openai-compatible", "zod"), ("compatible",)),
     "ai-sdk-anthropic": Client("ai_sdk.mjs", ("ai", "@ai-sdk/anthropic", "zod"), ("anthropic",)),
@@ -105,10 +116,16 @@ def run_script(command: Sequence[str], url: str, **more: str) -> dict[str, str |
     return {check["name"]: check["error"] for check in checks}
 
 
+@contextmanager
+def serving(flags: Sequence[str]) -> Iterator[ServerProcess]:
+    with running_server(["--dtype", "float32", "--device", "cpu", *flags]) as running:
+        running.wait_ready(240)
+        yield running
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with running_server(["--dtype", "float32", "--device", "cpu", *FLAGS]) as running:
-        running.wait_ready(240)
+    with serving(FLAGS) as running:
         yield running
 
 
@@ -121,9 +138,14 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.network
 @pytest.mark.timeout(INSTALL_TIMEOUT_S + SCRIPT_TIMEOUT_S)
 @pytest.mark.parametrize("name", CLIENTS)
-def test_client(name: str, server: ServerProcess, environments: Path) -> None:
+def test_client(name: str, request: pytest.FixtureRequest, environments: Path) -> None:
     client = CLIENTS[name]
-    errors = run_script(prepare(client, environments / name), server.url)
+    command = prepare(client, environments / name)
+    if client.flags == FLAGS:
+        errors = run_script(command, request.getfixturevalue("server").url)
+    else:
+        with serving(client.flags) as running:
+            errors = run_script(command, running.url)
     assert not {check: error for check, error in errors.items() if error}
 
 

@@ -101,7 +101,7 @@ def test_what_a_folder_is_for(
         ("auto", {"modules": [{"type": "Pooling", "path": "/etc"}]}, "must be a folder's name"),
         ("auto", {"modules": RERANK, "module": {"false_token_id": 3}}, "true_token_id is missing"),
         ("auto", {"modules": RERANK, "module": {"true_token_id": -1}}, "true_token_id must be an"),
-        ("auto", {"modules": RERANK, "module": {"true_token_id": 97}}, "the token 97, .* 97 of voc"),
+        ("auto", {"modules": RERANK, "module": {"true_token_id": 97}}, "the token 97, whose logit"),
         ("auto", architecture("ForSequenceClassification"), "num_labels, or the entries .* got 2"),
         ("auto", {**architecture("ForSequenceClassification"), "num_labels": 3}, "got 3"),
         ("generate", architecture("Model"), "LlamaModel has no output head that generates"),

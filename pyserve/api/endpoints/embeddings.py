@@ -6,7 +6,7 @@ import time
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from aiohttp import web
@@ -101,12 +101,14 @@ def _read_form(body: EmbeddingRequest, pooling: PoolingInfo) -> Form:
 
 
 def _encode(form: Form, head: Head, generation: Generation) -> bytes:
+    # One after the other: as numbers of Python all of them would take hundreds of megabytes.
+    items = [msgspec.Raw(msgspec.json.encode(_embedding(form, c))) for c in generation.choices]
     return msgspec.json.encode(
         EmbeddingResponse(
             id=head.id,
             created=head.created,
             model=head.model,
-            data=[_embedding(form, choice) for choice in generation.choices],
+            data=cast("list[Embedding]", items),
             usage=generation.usage(),
         )
     )

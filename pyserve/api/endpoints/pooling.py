@@ -35,6 +35,17 @@ def read_truncation(body: PoolingFields, loaded: Loaded, ignored: list[str]) -> 
     return truncation(settled, max_model_len=max_model_len, max_tokens=0)
 
 
+def check_fits(token_ids: list[int], name: str, index: int, max_model_len: int) -> None:
+    """Refuse a text of the list in the field `name` that is longer than the context."""
+    if len(token_ids) > max_model_len:
+        raise ContextError(
+            f"{name}[{index}] has {len(token_ids)} (truncate_prompt_tokens: -1 cuts it)",
+            name,
+            num_tokens=len(token_ids),
+            max_model_len=max_model_len,
+        )
+
+
 def pooling_job(
     body: PoolingFields, loaded: Loaded, token_ids: Sequence[list[int]], *, name: str,
     ignored: list[str],
@@ -50,14 +61,7 @@ def pooling_job(
     priority = check_priority(body.priority or 0)
     cache_salt = checked_name("cache_salt", body.cache_salt)
     for index, ids in enumerate(token_ids):
-        if len(ids) > info.max_model_len:
-            place = f"{name}[{index}]" if len(token_ids) > 1 else name
-            raise ContextError(
-                f"{place} has {len(ids)} (truncate_prompt_tokens: -1 cuts it)",
-                name,
-                num_tokens=len(ids),
-                max_model_len=info.max_model_len,
-            )
+        check_fits(ids, name, index, info.max_model_len)
     check_total(sum(map(len, token_ids)), n=1, param=name)
     without_effect = {
         "priority": priority and not info.has_priorities,

@@ -18,7 +18,7 @@ from msgspec import UNSET
 from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
-from pyserve.api.endpoints.pooling import pooling_job, read_truncation
+from pyserve.api.endpoints.pooling import check_fits, pooling_job, read_truncation
 from pyserve.api.generation.generate import Generation
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.pooling import (
@@ -40,6 +40,7 @@ from pyserve.text.tokenizer import Tokenizer
 SCORE, RERANK = Wire(ScoreRequest), Wire(RerankRequest)
 QUERIES = ("queries", "text_1", "data_1")  # the same field, by its names
 DOCUMENTS = ("documents", "items", "text_2", "data_2")
+MAX_PAIRS_CHARS = 2**24  # of all pairs: each may be tokenised a few times, 1 us a character
 MAX_CUTS = 4  # of one document: a text that is cut may make a few tokens more than before
 
 Pair = tuple[str, str]  # a query and a document
@@ -121,25 +122,30 @@ async def _answer(
     template = loaded.score_template
     assert template is not None, "of a model that scores"
     max_model_len = loaded.engine.info.max_model_len
+    size = 0
     for query, document in pairs:
         num_chars = len(query) + len(document) + len(instruction or "")
-        if cut is None and max_doc_tokens is None:
-            prompts.check_chars(num_chars, max_model_len=max_model_len, param=name)
-        else:
-            prompts.check_size(num_chars, max_model_len=max_model_len, param=name)
+        prompts.check_size(num_chars, max_model_len=max_model_len, param=name)
+        size += num_chars
+    if size > MAX_PAIRS_CHARS:
+        raise InvalidRequestError(
+            f"{name} and what each is held against have {size} characters in all, the limit is "
+            f"{MAX_PAIRS_CHARS}",
+            name,
+        )
 
     def read() -> list[list[int]]:
         encoded, num_tokens = [], 0
-        for pair in pairs:
+        for index, pair in enumerate(pairs):
             ids = _encode_pair(
                 loaded.tokenizer, template, pair, instruction, cut=cut, max_tokens=max_doc_tokens
             )
+            check_fits(ids, name, index, max_model_len)  # before the next one is read
             encoded.append(ids)
             num_tokens += len(ids)
             prompts.check_total(num_tokens, n=1, param=name)
         return encoded
 
-    size = sum(len(query) + len(document) for query, document in pairs)
     token_ids = await state.run_text(request, size, read)
     job = pooling_job(body, loaded, token_ids, name=name, ignored=ignored)
     return await answer(request, loaded.engine, job, dialect, arrived_s=arrived_s)

@@ -133,7 +133,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [[1]] * 100_000}, "", "more than 32768 values"),
     ({"input": [-1]}, "input", "token id -1"),
     ({"input": [PADDED_VOCAB]}, "input", f"[0, {PADDED_VOCAB - 1}]"),
-    ({"input": [80] * (CONTEXT + 1)}, "input", f"input has {CONTEXT + 1}"),
+    ({"input": [80] * (CONTEXT + 1)}, "input", f"input[0] has {CONTEXT + 1}"),
     ({"input": [[80], [80] * (CONTEXT + 1)]}, "input", "input[1] has"),
     ({"input": "word " * 2000}, "input", str(CONTEXT)),
     ({"input": [1.5]}, "input[0]", "whole number"),

@@ -181,6 +181,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (RERANK, {"query": "q", "documents": ["a"], "max_tokens_per_doc": -5}, "max_tokens_per_doc",
      "at least 0"),
     (RERANK, {"query": "q " * 3000, "documents": ["a"]}, "documents", str(CONTEXT)),
+    (RERANK, {"query": "q" * 2**20 + "q", "documents": ["a"]}, "documents", "the limit is 1048576"),
+    (RERANK, {"query": "q" * 20_000, "documents": ["a"] * 1000}, "documents", "characters in all"),
     (SCORE, {}, "queries", "exactly one of queries, text_1, data_1"),
     (SCORE, {"queries": "a"}, "documents", "exactly one of documents"),
     (SCORE, {"queries": "a", "text_1": "b", "documents": "c"}, "queries", "got queries, text_1"),

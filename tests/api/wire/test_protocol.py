@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from pyserve.api.wire.pooling import EmbeddingRequest, PoolingFields
 from pyserve.api.wire.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -45,7 +46,7 @@ def test_every_field_is_built_or_has_a_row(request_type: type[msgspec.Struct]) -
 
 
 def test_every_row_is_a_field_of_the_types_it_names() -> None:
-    others = (SamplingFields, Message, ResponsesRequest)
+    others = (SamplingFields, Message, ResponsesRequest, PoolingFields, EmbeddingRequest)
     types = {wire_type.__name__: wire_type for wire_type in (*REQUESTS, *others)}
     rows = [*NO_EFFECT, *(row for feature in FEATURES.values() for row in feature.fields)]
     seen = [(row.name, wire_type) for row in rows for wire_type in row.of]
