@@ -134,15 +134,18 @@ def test_start_lines(name: str, folder: Path, tmp_path: Path) -> None:
     model = next(model for model in MODELS if model in line)
     with started(line, folder, tmp_path / "log") as server:
         phases: set[str] = set()
+        deadline = time.monotonic() + 240
         while True:  # /health while it starts: no connection is refused once the port is open
             try:
                 status, body = server.get("/health")
             except OSError:
                 assert not phases and server.process.poll() is None, server.log.read_text()
+                assert time.monotonic() < deadline, "nobody listens"
                 time.sleep(0.02)
                 continue
             if status == 200:
                 break
+            assert time.monotonic() < deadline, body
             assert status == 503 and json.loads(body)["status"] == "starting"
             phases.add(json.loads(body)["phase"])
             time.sleep(0.02)
