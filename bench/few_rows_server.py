@@ -1,8 +1,9 @@
-"""The server, with the kernels of 4-bit integers for another number of rows than it takes them for.
+"""The server, with kernels for another number of rows than it takes them for: those of 4-bit
+integers, and skinny_sm90a.cu, which takes none yet, with norms as factors for as many.
 
-    python -m bench.few_rows_server 16 --model /tmp/llama --device cuda
+    python -m bench.few_rows_server 64 --model /tmp/llama --device cuda
 
-`bench.gpu_serve --few-rows 16` starts it in place of pyserve, to measure where they begin to lose.
+`bench.gpu_serve --few-rows 64` starts it in place of pyserve, to measure where they begin to lose.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from typing import Any
 
 import torch
 
-from pyserve import cli
+from pyserve import cli, ops
 from pyserve.ops import build, w4a16
+
+MAX_SKINNY_ROWS = 128
 
 
 def allow_rows(max_rows: int) -> None:
     """For this process; before a model is made, and in effect once the ops are loaded."""
+    skinny_rows = min(max_rows, MAX_SKINNY_ROWS)
+    ops.MAX_NORM_ROWS = max(ops.MAX_NORM_ROWS, skinny_rows)
     load_native = build.load_native
 
     def load(**kwargs: Any) -> build.Mode:
@@ -26,6 +31,8 @@ def allow_rows(max_rows: int) -> None:
         if torch.cuda.is_available():
             packed = torch.empty(1, 1, w4a16.unit_words(128), dtype=torch.int32, device="cuda")
             torch.ops.pyserve.try_linear_w4a16.default(packed, max_rows)
+            weight = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda")
+            torch.ops.pyserve.try_skinny.default(weight, skinny_rows, -1)
         return mode
 
     build.load_native = load

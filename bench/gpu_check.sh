@@ -36,7 +36,8 @@ limit_of() {
   case $1 in
     build | prepare) echo 240 ;;
     tests | memory) echo 180 ;;
-    ops | rows) echo 60 ;;
+    ops) echo 60 ;;
+    rows) echo 90 ;;
     logits) echo 150 ;;
     serve) echo 160 ;;
     masks) echo 200 ;;
@@ -142,7 +143,7 @@ part_ops() {  # a process per group: a CUDA error ends its own only
   return $failed
 }
 
-part_rows() {  # which kernel is to take 9 to 32 rows of a linear, and whether 1 to 8 are as before
+part_rows() {  # which kernel is to take 33 to 128 rows of a linear, and whether 1 to 32 are as before
   "$PYTHON" -m bench.ops --device cuda --only few_rows --seconds 0.05 --json "$LOGS/rows.json"
 }
 

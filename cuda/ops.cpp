@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "linear_silu_mul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, "
       "Tensor? x_squares=None, float eps=0.0) -> ()");
   m.def("serves_linear(Tensor weight, int m, int epilogue) -> bool");
+  m.def("try_skinny(Tensor weight, int max_rows, int tile_rows) -> ()");
   m.def("linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
   m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");

@@ -352,7 +352,7 @@ def _load(folder: Path) -> ModuleType:
 
 
 # Of a card's dispatch: they compute nothing, so they have no twin.
-_SWITCHES = ("try_linear_w4a16",)
+_SWITCHES = ("try_skinny", "try_linear_w4a16")
 
 
 def _register_reference() -> None:

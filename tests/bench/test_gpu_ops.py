@@ -30,6 +30,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     planned: list[str] = []
     for name in ("plan_attention", "rope_attention"):
         monkeypatch.setattr(ops, name, partial(lambda op, *_, **__: planned.append(op), name))
+    monkeypatch.setattr(gpu_rows, "try_skinny", lambda *_: planned.append("try_skinny"))
 
     def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
         for run in sets:
@@ -48,14 +49,14 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
-    names -= {"serves_linear", "serves_linear_w4a16", "try_linear_w4a16"}
+    names -= {"serves_linear", "try_skinny", "serves_linear_w4a16", "try_linear_w4a16"}
     # Which a card refuses so far.
     names -= {"gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul"}
     names -= {"combine_experts"}
-    ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
+    ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 128 a tile", "own, 64 a tile"}
     ways |= {"own linear_w4a16"}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
-    assert set(tiny) == {"plan_attention", "rope_attention"}
+    assert set(tiny) == {"plan_attention", "rope_attention", "try_skinny"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0

@@ -123,7 +123,7 @@ def _packed(n: int, k: int) -> torch.Tensor:
 # CUDA has all; serves_linear is not an op on tensors: tests/ops/test_linear.py has it.
 CUDA_OP_NAMES = {
     "plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16",
-    "try_linear_w4a16",
+    "try_skinny", "try_linear_w4a16",
 }  # fmt: skip
 CPU_OP_NAMES = [name for name in fakes.OP_NAMES if name not in CUDA_OP_NAMES]
 

@@ -50,6 +50,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
+// A warp's 8x8 matrix of 16-bit elements, of which a lane has row lane/4, columns 2*(lane%4), +1, to
+// its transpose, likewise.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // c += a b: a 16x16 (row major fragment), b 16x8 (b0, b1), c 16x8 in float32.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -128,6 +128,16 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+                                         uint32_t barrier, int c0, int c1, int c2, int c3,
+                                         L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
 // The same to every CTA of the cluster whose bit is set in `ctas`: to the same place of each one's
 // shared memory, counted by its barrier in the same place as `barrier`.
 __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
