@@ -1,7 +1,7 @@
-"""The ops of a mixture of experts, for bench.ops: what is measured, and its bytes.
+"""The ops of a mixture of experts, for bench.ops and bench.gpu_ops: what is measured, its bytes.
 
-Tokens are random, and go where their router sends them. Bytes are those of the experts
-that have any row.
+Tokens are random, and go where their router sends them; each set has tokens of its own, so that the
+experts that are read are others each time. Bytes are those of the experts that have any row.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu_chains import Chain
 from pyserve.ops import experts, reference
 from pyserve.ops.experts import Routing, Rule
 
+NUM_SETS = 8
 RULE = Rule()
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Sizes of a mixture."""
+    """Sizes of a mixture; `tokens` are how many of them are measured at once."""
 
     hidden: int
     size: int
     num_experts: int
     top_k: int
+    tokens: tuple[int, ...]
+
+
+LAYERS = {
+    "8x7b": Layer(4096, 14336, 8, 2, (1, 8, 16, 32, 64, 256, 1024, 8192)),
+    "30b-a3b": Layer(2048, 768, 128, 8, (1, 8, 16, 32, 64, 256, 1024, 8192)),
+}
+# One token for each expert of 8x7b, so that all are read: percent of what a copy moves.
+ALL_READ, ALL_READ_TARGET = "8x7b", ("%", 85.0)
 
 
 class Mixture:
@@ -65,6 +76,12 @@ class Mixture:
         self.route(x, routing)
         return routing
 
+    def one_token_each(self, x: Tensor) -> Routing:
+        """Of as many tokens as there are experts, for products alone."""
+        routing = self.routing(x)
+        routing.offsets.copy_(torch.arange(self.layer.num_experts + 1))
+        return routing
+
     def route(self, x: Tensor, routing: Routing) -> None:
         experts.route(x, self.router, None, self.slots, RULE, routing)
 
@@ -76,6 +93,12 @@ class Mixture:
 
     def combine(self, routing: Routing) -> None:
         experts.combine_experts(self.rows, routing, None, self.out, is_adding=True)
+
+    def all_of_it(self, x: Tensor, routing: Routing) -> None:
+        self.route(x, routing)
+        self.first(x, routing)
+        self.second(routing)
+        self.combine(routing)
 
     def bytes_read(self, routing: Routing) -> tuple[int, int]:
         """Of gate_up and of down."""
@@ -91,12 +114,47 @@ def _sizes(mixture: Mixture, routing: Routing) -> dict[str, tuple[int, int]]:
     element = mixture.out.element_size()
     row, size = layer.hidden * element, layer.size * element
     num_rows, flops = n * layer.top_k, 2 * n * layer.top_k * layer.size * layer.hidden
-    return {
+    sizes = {
         "route": (mixture.router.nbytes + n * row, 2 * n * layer.num_experts * layer.hidden),
         "grouped_linear_silu_mul": (first + n * row + num_rows * size, 2 * flops),
         "grouped_linear": (second + num_rows * (row + size), flops),
         "combine_experts": ((num_rows + 2 * n) * row, 0),
     }
+    return sizes | {"experts": (first + second + mixture.router.nbytes, 3 * flops)}
+
+
+def chains(device: torch.device) -> Iterator[Chain]:
+    """Each op alone, and all of them one after another as a layer has them."""
+    for name, layer in LAYERS.items():
+        for num_tokens in layer.tokens:
+            mixture = Mixture(layer, num_tokens, torch.bfloat16, device)
+            sets = [(x, mixture.routing(x)) for x in (mixture.tokens() for _ in range(NUM_SETS))]
+            sizes = _sizes(mixture, sets[0][1])
+            runs: dict[str, list[Callable[[], object]]] = {
+                "route": [partial(mixture.route, *it) for it in sets],
+                "grouped_linear_silu_mul": [partial(mixture.first, *it) for it in sets],
+                "grouped_linear": [partial(mixture.second, routing) for _, routing in sets],
+                "combine_experts": [partial(mixture.combine, routing) for _, routing in sets],
+                "experts": [partial(mixture.all_of_it, *it) for it in sets],
+            }
+            for op, of_op in runs.items():
+                yield Chain(op, f"{num_tokens} tokens, {name}", of_op, *sizes[op])
+            del mixture, sets, runs
+    yield from _all_read(device)
+
+
+def _all_read(device: torch.device) -> Iterator[Chain]:
+    layer = LAYERS[ALL_READ]
+    mixture = Mixture(layer, layer.num_experts, torch.bfloat16, device)
+    x = mixture.tokens()
+    routing = mixture.one_token_each(x)
+    sizes = _sizes(mixture, routing)
+    for op, run in (
+        ("grouped_linear_silu_mul", partial(mixture.first, x, routing)),
+        ("grouped_linear", partial(mixture.second, routing)),
+    ):
+        load = f"{layer.num_experts} experts, a token each, {ALL_READ}"
+        yield Chain(op, load, [run], *sizes[op], ALL_READ_TARGET)
 
 
 def cpu_cases(
@@ -104,7 +162,7 @@ def cpu_cases(
 ) -> Iterator[tuple[Any, ...]]:
     """(op, load, run, twin, bytes, operations, dtype) of a mixture of 8 experts, 2 a token, that is
     as large as a gated MLP of the model in all."""
-    layer = Layer(hidden, max(8, size // 8), 8, 2)
+    layer = Layer(hidden, max(8, size // 8), 8, 2, ())
     mixture = Mixture(layer, num_tokens, dtype, torch.device("cpu"))
     x = mixture.tokens()
     routing = mixture.routing(x)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import gpu_ops, gpu_rows
+from bench import experts, gpu_ops, gpu_rows
 from bench.gpu_timing import Timing
 from pyserve import ops
 from pyserve.ops import build, fakes
@@ -38,6 +38,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Timing(us=2.0, spread_us=0.1, is_graph=True)
 
     monkeypatch.setattr(gpu_rows, "ROWS", (2, 9, 33))
+    monkeypatch.setattr(experts, "LAYERS", {"8x7b": experts.Layer(32, 24, 4, 2, (1, 3))})
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
     monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)
     return planned
@@ -50,11 +51,9 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
     names -= {"serves_linear", "try_skinny", "serves_linear_w4a16", "try_linear_w4a16"}
-    # Which a card refuses so far.
-    names -= {"gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul"}
-    names -= {"combine_experts"}
+    names -= {"gelu_tanh_mul"}  # which a card refuses so far
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 128 a tile", "own, 64 a tile"}
-    ways |= {"own linear_w4a16"}
+    ways |= {"own linear_w4a16", "experts"}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
     assert set(tiny) == {"plan_attention", "rope_attention", "try_skinny"}
     for result in results:
@@ -63,6 +62,8 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     assert "= linear o, us of ours / cuBLAS by rows: 1: 2.0/2.0, 2: 2.0/2.0" in printed
     assert "= own linear_w4a16 o, us of ours / linear_w4a16 by rows: 1: 2.0/2.0" in printed
     assert len(re.findall(r"^= own linear_w4a16 .* % \(target >= ", printed, re.M)) == 2
+    all_read = r"^= grouped_linear\w* 4 experts, a token each, 8x7b: \d+ % \(target >= 85\)"
+    assert len(re.findall(all_read, printed, re.M)) == 2
     assert "= 33 rows, us, fastest (cuBLAS): qkv cuBLAS 2.0 (2.0); o cuBLAS" in printed
 
 

@@ -1,4 +1,4 @@
-// A CUDA card on a CPU, for the sources of the kernels for few rows of a linear: the threads of one
+// A CUDA card on a CPU, for the sources of the kernels for few rows of linears: the threads of one
 // block at a time are coroutines that take turns at barriers, and what a warp does together is done
 // when all of its lanes are there. A copy lands when it is started, threads in any order, or only
 // when it is waited for: a kernel must not see the difference.
@@ -329,6 +329,25 @@ float lane_sum(float x) {
     x += other;
   }
   return x;
+}
+
+constexpr unsigned kFullMask = 0xffffffffu;
+
+int __shfl_sync(unsigned, int x, int from) {
+  machine::lane(machine::current % kWarpSize)[0] = static_cast<uint32_t>(x);
+  machine::meet_warp();
+  const int value = static_cast<int>(machine::lane(from)[0]);
+  machine::meet_warp();
+  return value;
+}
+
+int warp_inclusive_sum(int x) {
+  int sum = 0;
+  for (int i = 0; i < kWarpSize; ++i) {
+    const int other = __shfl_sync(kFullMask, x, i);
+    if (i <= machine::current % kWarpSize) sum += other;
+  }
+  return sum;
 }
 
 template <Epilogue kEpilogue>

@@ -1,4 +1,5 @@
-"""CUDA kernels of linear, their sources compiled for a CPU: emulated.h says how they run there."""
+"""CUDA kernels of linear and of experts, their sources compiled for a CPU: emulated.h says how they
+run there."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ MACHINE_SHARED = "unsigned char* dynamic_smem = machine::shared;"
 
 
 def build(folder: Path, name: str, kernels: tuple[str, ...]) -> Path:
-    """The program of name.cpp, which includes each of cuda/gpu/linear's `kernels` as .inc."""
+    """The program of name.cpp, which includes each of cuda/gpu's files `kernels` as .inc."""
     for kernel in kernels:
-        source = (SOURCES / "gpu" / "linear" / f"{kernel}.cuh").read_text()
-        assert source.count(SHARED) == 1, kernel
+        source = (SOURCES / "gpu" / f"{kernel}.cuh").read_text()
+        assert source.count(SHARED) == ("__global__" in source), kernel
         source = source.replace(SHARED, MACHINE_SHARED)
         kept = re.sub(r"^(#include|#pragma|namespace|}  // namespace).*\n", "", source, flags=re.M)
-        (folder / f"{kernel}.inc").write_text(kept)
+        (folder / f"{Path(kernel).name}.inc").write_text(kept)
     compiler = toolchain.find_toolchain(os.environ.get("CXX"), march=None).compiler
     program = folder / name
     file = Path(__file__).with_name(f"{name}.cpp")

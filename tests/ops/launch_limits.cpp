@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "gpu/attention/attention.h"
+#include "gpu/experts/experts.h"
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/w4a16.h"
 
@@ -70,6 +71,39 @@ void launch_w4a16_linears() {
         p.m = m;
         p.dtype = dtype;
         require(launch_linear_w4a16(p, group_size, nullptr), "linear_w4a16", m, 0);
+      }
+    }
+  }
+}
+
+void launch_experts() {
+  alignas(16) static char memory[16];
+  for (const int num_tokens : {1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 3000}) {
+    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+      for (const int num_experts : {8, 512}) {
+        pyserve::gpu::GroupedParams p{};
+        p.x = p.weight = p.out = p.sorted_x = memory;
+        p.order = p.offsets = reinterpret_cast<int32_t*>(memory);
+        p.x_stride = p.weight_stride = p.sorted_x_stride = p.k = 4096;
+        p.out_stride = p.n = 1024;
+        p.top_k = 2;
+        p.max_group = num_tokens;
+        p.max_rows = 2 * num_tokens;
+        p.num_experts = num_experts;
+        p.dtype = dtype;
+        for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kSiluMul}) {
+          p.epilogue = epilogue;
+          p.expert_stride = int64_t{p.weight_rows()} * p.weight_stride;
+          require(launch_grouped(p, nullptr), "grouped linear", num_tokens, 0);
+        }
+        pyserve::gpu::RouteParams route{};
+        route.num_tokens = num_tokens;
+        route.num_experts = route.num_logits = num_experts;
+        route.hidden = 4096;
+        route.top_k = 2;
+        route.num_groups = route.top_groups = 1;
+        route.dtype = dtype;
+        require(launch_route(route, nullptr), "route", num_tokens, 0);
       }
     }
   }
@@ -194,6 +228,7 @@ int main(int, char** argv) {
   smem_per_sm = std::atoi(argv[4]);
   launch_linears();
   launch_w4a16_linears();
+  launch_experts();
   const int num_first = num_questions;
   launch_attentions();
   if (num_questions != num_first) {

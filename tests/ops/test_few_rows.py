@@ -1,5 +1,5 @@
 """The CUDA kernels for few rows of a linear, their source compiled for a CPU: few_rows.cpp, and
-few_rows_w4a16.cpp for 4-bit integers."""
+few_rows_w4a16.cpp for 4-bit integers, grouped_few_rows.cpp for the matrices of experts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from tests.ops import emulated
 
 PROGRAMS = {  # the kernels' files, and rounds that are enough
-    "few_rows": (("few_rows",), 2),
-    "few_rows_w4a16": (("few_rows", "few_rows_w4a16"), 1),
+    "few_rows": (("linear/few_rows",), 2),
+    "few_rows_w4a16": (("linear/few_rows", "linear/few_rows_w4a16"), 1),
+    "grouped_few_rows": (("linear/few_rows", "experts/work_list", "experts/grouped_few_rows"), 3),
 }
 
 

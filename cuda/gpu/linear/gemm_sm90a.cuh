@@ -195,11 +195,18 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
 // Results of a thread, of four chunks of columns: [row (+ 8)][chunk][column (+ 1)].
 using Results = float[2][4][2];
 
+// What is stored of a tile: rows below end_row, columns below end_column.
+template <class T>
+struct Target {
+  T* out;
+  int64_t stride;
+  int end_row, end_column;
+};
+
 // Stores `count` chunks from `column` on, of rows `row` and row + 8.
-template <class Tile>
-__device__ __forceinline__ void store_chunks(const Args& a, int row, int column, int count,
+template <class T>
+__device__ __forceinline__ void store_chunks(const Target<T>& to, int row, int column, int count,
                                              const Results& results) {
-  using T = typename Tile::T;
   const int quad = threadIdx.x % 4, my_column = column + quad * kVec;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -208,9 +215,8 @@ __device__ __forceinline__ void store_chunks(const Args& a, int row, int column,
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i] = pack_pair<T>(results[half][i][0], results[half][i][1]);
     transpose_quad(words);
-    if (my_row < a.m && my_column < a.n && quad < count) {
-      store_vec(static_cast<T*>(a.out) + my_row * a.out_stride + my_column,
-                {words[0], words[1], words[2], words[3]});
+    if (my_row < to.end_row && my_column < to.end_column && quad < count) {
+      store_vec(to.out + my_row * to.stride + my_column, {words[0], words[1], words[2], words[3]});
     }
   }
 }
@@ -229,6 +235,7 @@ __device__ __forceinline__ void finish_tile(const Args& a, int row, int column,
                                             const float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
   const int lane = threadIdx.x % kWarpSize, pair_column = lane % 4 * 2;
+  const Target<T> target{static_cast<T*>(a.out), a.out_stride, a.m, a.n};
   row += (threadIdx.x - kWarpgroup) / kWarpSize * 16 + lane / 4;
 #pragma unroll
   for (int first = 0; first < Tile::kOutChunks; first += 4) {
@@ -249,7 +256,7 @@ __device__ __forceinline__ void finish_tile(const Args& a, int row, int column,
         pair[1] = finish<Epilogue::kSiluMul>(gate[2 * j + 1] + bias.y, up[2 * j + 1] + up_bias.y);
       }
     }
-    store_chunks<Tile>(a, row, first_column, min(4, Tile::kOutChunks - first), results);
+    store_chunks(target, row, first_column, min(4, Tile::kOutChunks - first), results);
   }
 }
 

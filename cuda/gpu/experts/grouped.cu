@@ -1,0 +1,58 @@
+// Which kernel takes a grouped linear, and rows of x in the order of the experts for those that need
+// them so.
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
+#include "gpu/experts/experts.h"
+
+namespace pyserve::gpu {
+namespace {
+
+constexpr int kGatherThreads = 128;
+// Rows of an expert up to which its matrix is read once, as they are one block of the kernel for few.
+constexpr int kFewRows = 32;
+
+// A CTA a row: 16 bytes a thread at a time.
+template <class T>
+__global__ void __launch_bounds__(kGatherThreads) gather_kernel(GroupedParams p) {
+  pdl_launch_dependents();
+  pdl_wait();
+  const int row = static_cast<int>(blockIdx.x);
+  if (row >= p.offsets[p.num_experts]) return;
+  const T* from = static_cast<const T*>(p.x) + p.x_stride * (p.order[row] / p.top_k);
+  T* to = static_cast<T*>(p.sorted_x) + p.sorted_x_stride * row;
+  for (int i = static_cast<int>(threadIdx.x) * kVec; i < p.k; i += kGatherThreads * kVec) {
+    store_vec(to + i, load_vec(from + i));
+  }
+}
+
+bool can_gemm(const GroupedParams& p) {
+  return p.max_group > kFewRows && p.expert_stride == p.weight_stride * p.weight_rows() &&
+         (p.order == nullptr || is_vec_aligned(p.sorted_x, p.sorted_x_stride));
+}
+
+}  // namespace
+
+cudaError_t launch_grouped(const GroupedParams& p, cudaStream_t stream) {
+  if (p.max_rows == 0 || p.n == 0) return cudaSuccess;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  if constexpr (kHasSm90a) {
+    if (device->is_hopper() && can_gemm(p)) {
+      GroupedParams sorted = p;
+      if (p.order != nullptr) {
+        const cudaError_t error = dispatch_half(p.dtype, [&]<class T>(T) {
+          return launch_chained(gather_kernel<T>, static_cast<unsigned>(p.max_rows),
+                                kGatherThreads, 0, stream, p);
+        });
+        if (error != cudaSuccess) return error;
+        sorted.x = p.sorted_x;
+        sorted.x_stride = p.sorted_x_stride;
+        sorted.order = nullptr;
+      }
+      return launch_grouped_gemm_sm90a(sorted, *device, stream);
+    }
+  }
+  return launch_grouped_few_rows(p, stream);
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,237 @@
+// grouped_linear and grouped_linear_silu_mul for many rows of each expert on Hopper (sm_90a): the
+// parts of gemm_sm90a.cuh, a ring of tiles that the copy engine fills for warpgroups that multiply,
+// over tiles that are an expert, a block of its rows and some of its columns.
+//
+// x stands in the order of the experts. A tile's rows behind its expert's last are the next one's:
+// they are computed and not stored. The CTAs find their tiles by the list that each makes of the
+// offsets, so that the grid is the same wherever tokens go.
+//
+// Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. A row's result
+// does not depend on which other rows its expert has.
+// Floor: rows_per_column * n * k * 2 bytes for each expert that has rows, or 2 * rows_per_column *
+// n * k operations a row.
+#include <algorithm>
+
+#include "gpu/core/device.h"
+#include "gpu/core/launch.cuh"
+#include "gpu/experts/experts.h"
+#include "gpu/experts/work_list.cuh"
+#include "gpu/linear/gemm_sm90a.cuh"
+
+namespace pyserve::gpu {
+namespace gemm {
+
+struct GroupedArgs {
+  CUtensorMap x, weight;
+  void* out;
+  int64_t out_stride;
+  const int32_t* offsets;
+  int num_experts;
+  int n, k;  // n: columns of out
+  int weight_rows;  // of an expert
+  int num_column_tiles;
+  int mates;
+  L2Hint weight_hint;
+};
+
+// Where a CTA's tile lies: rows from `row` on, of which those from end_row on are another expert's.
+struct GroupedTile {
+  int row, end_row;
+  int column, weight_row;
+};
+
+// The tiles of a cluster, one after another: within an expert columns run through groups of a few
+// row tiles, so that what the card works on at a time is close to a square.
+struct GroupedSchedule {
+  WorkPlace place;
+  int step;
+
+  __device__ explicit GroupedSchedule(const GroupedArgs& a)
+      : place(static_cast<int>(blockIdx.x) / a.mates), step(static_cast<int>(gridDim.x) / a.mates) {}
+  __device__ bool has_more(const WorkList& list) { return place.is_there(list); }
+  __device__ void advance() { place.item += step; }
+
+  template <class Tile>
+  __device__ GroupedTile tile(const GroupedArgs& a, const WorkList& list, int columns,
+                              int rank) const {
+    constexpr int kGroupRows = 8;
+    const int first = list.first_row[place.entry], end = list.end_row[place.entry];
+    const int num_row_tiles = (end - first + Tile::kRows * a.mates - 1) / (Tile::kRows * a.mates);
+    const int index = place.item - list.first_item[place.entry];
+    const int group = index / (kGroupRows * a.num_column_tiles);
+    const int within = index - group * kGroupRows * a.num_column_tiles;
+    const int rows = min(kGroupRows, num_row_tiles - group * kGroupRows);
+    const int row_tile = group * kGroupRows + within % rows, column = within / rows * columns;
+    return {first + (row_tile * a.mates + rank) * Tile::kRows, end, column,
+            list.expert[place.entry] * a.weight_rows + column};
+  }
+};
+
+// Columns of out in a tile.
+template <class Tile, Epilogue kEpilogue>
+constexpr int kGroupedColumns =
+    kEpilogue == Epilogue::kSiluMul ? Tile::kOutColumns : Tile::kColumns;
+
+// One thread fills the ring of the CTA at `rank` of its cluster.
+template <class Tile, Epilogue kEpilogue>
+__device__ void produce_grouped(const GroupedArgs& a, const WorkList& list, Ring<Tile> ring,
+                                int rank, GroupedSchedule schedule) {
+  constexpr int kHalf = Tile::kColumns / 2;
+  const int count = (a.k + kDepth - 1) / kDepth;
+  // From the first half of a tile's weight rows to the second: rows of up, or the next columns.
+  const int step = kEpilogue == Epilogue::kSiluMul ? a.n : kHalf;
+  for (; schedule.has_more(list); schedule.advance()) {
+    const GroupedTile tile =
+        schedule.tile<Tile>(a, list, kGroupedColumns<Tile, kEpilogue>, rank);
+    for (int i = 0; i < count; ++i, ring.place.advance()) {
+      mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
+      mbarrier_arrive_expect(ring.full(), Tile::kStageBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t address = ring.weight() + half * kHalf * kDepth * 2;
+        const int weight_row = tile.weight_row + half * step;
+        if (a.mates == 1) {
+          tma_load(address, &a.weight, ring.full(), i * kDepth, weight_row, a.weight_hint);
+        } else if (half == rank) {
+          tma_load_multicast(address, &a.weight, ring.full(), i * kDepth, weight_row, uint16_t{3},
+                             a.weight_hint);
+        }
+      }
+#pragma unroll
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        tma_load(ring.x() + group * 64 * kDepth * 2, &a.x, ring.full(), i * kDepth,
+                 tile.row + group * 64, L2Hint::kEvictLast);
+      }
+    }
+  }
+}
+
+template <class Tile, Epilogue kEpilogue>
+__device__ __forceinline__ void finish_grouped(const GroupedArgs& a, const GroupedTile& tile,
+                                               const float (&sums)[Tile::kSums]) {
+  using T = typename Tile::T;
+  constexpr bool kIsPaired = kEpilogue == Epilogue::kSiluMul;
+  constexpr int kChunks = kGroupedColumns<Tile, kEpilogue> / kVec;
+  const Target<T> target{static_cast<T*>(a.out), a.out_stride, tile.end_row, a.n};
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = tile.row + (threadIdx.x - kWarpgroup) / kWarpSize * 16 + lane / 4;
+#pragma unroll
+  for (int first = 0; first < kChunks; first += 4) {
+    Results results{};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i >= kChunks) continue;
+      const float* sum = sums + 4 * (first + i);
+      const float* up = sum + (kIsPaired ? 4 * kChunks : 0);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        results[j / 2][i][j % 2] = finish<kEpilogue>(sum[j], up[j]);
+      }
+    }
+    store_chunks(target, row, tile.column + first * kVec, min(4, kChunks - first), results);
+  }
+}
+
+template <class Tile, Epilogue kEpilogue>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ GroupedArgs a) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  __shared__ WorkList list;
+  Ring<Tile> ring{smem_address(dynamic_smem), {}};
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&a.weight);
+    prefetch_tensor_map(&a.x);
+    Ring<Tile> each = ring;
+    for (int i = 0; i < Tile::kStages; ++i, each.place.advance()) {
+      mbarrier_init(each.full(), 1);
+      mbarrier_init(each.empty(), Tile::kGroups * 4 * a.mates);
+    }
+    barriers_ready();
+  }
+  __syncwarp();
+  pdl_wait();
+  pdl_launch_dependents();
+  if (threadIdx.x < kWarpSize) {
+    list.make(a.offsets, a.num_experts, Tile::kRows * a.mates, a.num_column_tiles);
+  }
+  __syncthreads();
+  cluster_sync();
+  const int rank = static_cast<int>(cluster_rank());
+  GroupedSchedule schedule(a);
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<Tile::kProducerRegisters>();
+    if (threadIdx.x == 0) produce_grouped<Tile, kEpilogue>(a, list, ring, rank, schedule);
+    __syncwarp();
+    cluster_sync();
+  } else {
+    take_registers<Tile::kGroupRegisters>();
+    const int lane = threadIdx.x % kWarpSize;
+    const bool is_releasing = lane < a.mates;
+    const uint32_t mate_barriers = cluster_address(ring.barriers(), is_releasing ? lane : 0);
+    const int count = (a.k + kDepth - 1) / kDepth;
+    float sums[Tile::kSums];
+    for (; schedule.has_more(list); schedule.advance()) {
+      const GroupedTile tile =
+          schedule.tile<Tile>(a, list, kGroupedColumns<Tile, kEpilogue>, rank);
+      multiply<Tile>(ring, count, mate_barriers, is_releasing, sums);
+      finish_grouped<Tile, kEpilogue>(a, tile, sums);
+    }
+    cluster_sync();  // a mate may still send here, or tell what it has read
+  }
+}
+
+template <class T, Epilogue kEpilogue>
+cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
+                                cudaStream_t stream) {
+  using OneTile = Tile<T, 2, 256>;
+  constexpr auto kKernel = grouped_gemm_kernel<OneTile, kEpilogue>;
+  constexpr int kColumns = kGroupedColumns<OneTile, kEpilogue>;
+  static_assert(OneTile::kSmem + sizeof(WorkList) <= 226 * 1024);
+  if (const cudaError_t error = allow_smem<kKernel, OneTile::kSmem>(); error != cudaSuccess) {
+    return error;
+  }
+  // Two tiles of rows share a weight where experts have that many on average.
+  const int mean_rows = p.max_rows / p.num_experts;
+  const int mates = mean_rows >= 2 * OneTile::kRows ? 2 : 1;
+  GroupedArgs a{.out = p.out,
+                .out_stride = p.out_stride,
+                .offsets = p.offsets,
+                .num_experts = p.num_experts,
+                .n = p.n,
+                .k = p.k,
+                .weight_rows = p.weight_rows(),
+                .num_column_tiles = (p.n + kColumns - 1) / kColumns,
+                .mates = mates,
+                .weight_hint =
+                    mean_rows <= OneTile::kRows ? L2Hint::kEvictFirst : L2Hint::kNormal};
+  auto encode = [&](const void* data, int64_t rows, int64_t stride, int box_rows, CUtensorMap* map) {
+    return encode_tensor_map<2>({.data = data,
+                                 .sizes = {static_cast<uint64_t>(p.k), static_cast<uint64_t>(rows)},
+                                 .strides = {1, stride},
+                                 .box_sizes = {kDepth, static_cast<uint32_t>(box_rows)}},
+                                p.dtype, map);
+  };
+  cudaError_t error = encode(p.x, p.max_rows, p.x_stride, 64, &a.x);
+  if (error != cudaSuccess) return error;
+  error = encode(p.weight, int64_t{p.num_experts} * p.weight_rows(), p.weight_stride,
+                 OneTile::kColumns / 2, &a.weight);
+  if (error != cudaSuccess) return error;
+  const int num_clusters = device.num_sms / mates;
+  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * mates),
+                                 static_cast<unsigned>(mates), OneTile::kThreads, OneTile::kSmem,
+                                 stream, a);
+}
+
+}  // namespace gemm
+
+cudaError_t launch_grouped_gemm_sm90a(const GroupedParams& p, const Device& device,
+                                      cudaStream_t stream) {
+  return dispatch_half(p.dtype, [&]<class T>(T) {
+    if (p.epilogue == Epilogue::kSiluMul) {
+      return gemm::launch_grouped_gemm<T, Epilogue::kSiluMul>(p, device, stream);
+    }
+    return gemm::launch_grouped_gemm<T, Epilogue::kStore>(p, device, stream);
+  });
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,322 @@
+// route on CUDA: three kernels.
+//   logits   x router^T in float32. A CTA takes 16 tokens and 16 rows of the router, its 8 warps
+//            split hidden. Products are mma.sync on fragments that are loaded as they lie: as a sum
+//            does not care which columns of hidden meet in a product, a lane's 16 bytes of a row of
+//            x and of the router are the fragments of two products.
+//   choose   a warp a token: scores, groups, the top_k best, weights. Of equal choices the lower
+//            expert, a NaN last.
+//   sort     one CTA: tokens in the order of their experts, those of one expert in their own order.
+//            Its warps take a part of the assignments each, count them by expert, and number them.
+// Up to 32 tokens choose and sort are one kernel.
+//
+// Numerics: float32 throughout, in an order that depends on nothing but the shapes of a token.
+// Floor: (num_tokens + num_experts) * hidden * 2 bytes.
+#include <cmath>
+
+#include "common/limits.h"
+#include "gpu/core/block.cuh"
+#include "gpu/core/launch.cuh"
+#include "gpu/core/vec.cuh"
+#include "gpu/experts/experts.h"
+
+namespace pyserve::gpu {
+namespace {
+
+// ---- logits -------------------------------------------------------------------------------------
+
+constexpr int kLogitTokens = 16, kLogitRows = 16;  // of a CTA
+constexpr int kLogitWarps = 8;
+constexpr int kLaneDepth = 4 * kVec;  // of hidden, that a quad of lanes holds at once
+
+template <class T>
+__global__ void __launch_bounds__(kLogitWarps * kWarpSize) logits_kernel(RouteParams p) {
+  __shared__ float partial[kLogitWarps][kLogitTokens][kLogitRows + 1];
+  pdl_launch_dependents();
+  pdl_wait();
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int row0 = static_cast<int>(blockIdx.x) * kLogitRows;
+  const int token0 = static_cast<int>(blockIdx.y) * kLogitTokens;
+  // Rows behind the last are computed from the last one, and not stored.
+  const auto row_of = [&](const void* data, int64_t stride, int index, int count) {
+    return static_cast<const T*>(data) + stride * min(index, count - 1) + lane % 4 * kVec;
+  };
+  const T* x[2];
+  const T* router[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    x[i] = row_of(p.x, p.x_stride, token0 + lane / 4 + 8 * i, p.num_tokens);
+    router[i] = row_of(p.router, p.router_stride, row0 + lane / 4 + 8 * i, p.num_logits);
+  }
+  float sums[2][4] = {};
+#pragma unroll 4
+  for (int k = warp * kLaneDepth; k < p.hidden; k += kLogitWarps * kLaneDepth) {
+    const bool is_in = k + lane % 4 * kVec < p.hidden;
+    uint4 tokens[2], rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      tokens[i] = is_in ? load_vec(x[i] + k) : uint4{};
+      rows[i] = is_in ? load_vec(router[i] + k) : uint4{};
+    }
+    const uint32_t first[4] = {tokens[0].x, tokens[1].x, tokens[0].y, tokens[1].y};
+    const uint32_t second[4] = {tokens[0].z, tokens[1].z, tokens[0].w, tokens[1].w};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      mma_16816<T>(sums[i], first, rows[i].x, rows[i].y);
+      mma_16816<T>(sums[i], second, rows[i].z, rows[i].w);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      partial[warp][lane / 4 + j / 2 * 8][8 * i + lane % 4 * 2 + j % 2] = sums[i][j];
+    }
+  }
+  __syncthreads();
+  static_assert(kLogitTokens * kLogitRows == kLogitWarps * kWarpSize);
+  const int token = static_cast<int>(threadIdx.x) / kLogitRows;
+  const int row = static_cast<int>(threadIdx.x) % kLogitRows;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kLogitWarps; ++i) sum += partial[i][token][row];
+  if (token0 + token < p.num_tokens && row0 + row < p.num_logits) {
+    p.logits[p.logits_stride * (token0 + token) + row0 + row] = sum;
+  }
+}
+
+// ---- choose -------------------------------------------------------------------------------------
+
+constexpr int kWarps = 32;  // of choose and sort
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kLaneExperts = kMaxExperts / kWarpSize;
+constexpr float kSumEps = 1e-20f;  // beside a sum of sigmoids, which may be 0
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullMask, x, distance));
+  }
+  return x;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// The best of all lanes' candidates: the larger choice, of equal ones the lower index. An index that
+// is no expert is worse than any.
+__device__ __forceinline__ void warp_best(float& choice, int& index) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(kFullMask, choice, distance);
+    const int other_index = __shfl_xor_sync(kFullMask, index, distance);
+    const bool is_better =
+        index < 0 || (other_index >= 0 &&
+                      (other > choice || (other == choice && other_index < index)));
+    if (other_index >= 0 && is_better) choice = other, index = other_index;
+  }
+}
+
+// `choices` of a token, in shared memory; the warp's lanes share its groups.
+__device__ __forceinline__ void limit_to_groups(const RouteParams& p, float* choices,
+                                                float* group_choices) {
+  const int lane = threadIdx.x % kWarpSize, size = p.num_experts / p.num_groups;
+  for (int group = lane; group < p.num_groups; group += kWarpSize) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int i = 0; i < size; ++i) {
+      const float choice = choices[group * size + i];
+      second = fmaxf(second, fminf(first, choice));
+      first = fmaxf(first, choice);
+    }
+    group_choices[group] = p.is_sigmoid && size > 1 ? first + second : first;
+  }
+  __syncwarp();
+  for (int group = lane; group < p.num_groups; group += kWarpSize) {
+    const float mine = group_choices[group];
+    int num_better = 0;
+    for (int i = 0; i < p.num_groups; ++i) {
+      const float other = group_choices[i];
+      num_better += other > mine || (other == mine && i < group);
+    }
+    if (num_better < p.top_groups) continue;
+    for (int i = 0; i < size; ++i) choices[group * size + i] = -INFINITY;
+  }
+  __syncwarp();
+}
+
+// Leaves the experts of the token in its row of places, and their weights.
+__device__ void choose(const RouteParams& p, int token, float* choices, float* group_choices) {
+  const int lane = threadIdx.x % kWarpSize;
+  int32_t* places = p.places + p.places_stride * token;
+  float* weights = p.weights + p.weights_stride * token;
+  if (p.slot_mapping[token] < 0) {
+    for (int j = lane; j < p.top_k + p.has_gate; j += kWarpSize) weights[j] = 0.0f;
+    for (int j = lane; j < p.top_k; j += kWarpSize) places[j] = -1;
+    return;
+  }
+  const float* logits = p.logits + p.logits_stride * token;
+  float most = -INFINITY;
+  for (int i = lane; i < p.num_experts; i += kWarpSize) most = fmaxf(most, logits[i]);
+  most = warp_max(most);
+  float sum = 0.0f;
+  for (int i = lane; i < p.num_experts; i += kWarpSize) sum += expf(logits[i] - most);
+  sum = lane_sum(sum);
+  const auto score_of = [&](int expert) {
+    return p.is_sigmoid ? sigmoid(logits[expert]) : expf(logits[expert] - most) / sum;
+  };
+  for (int i = lane; i < p.num_experts; i += kWarpSize) {
+    const float score = score_of(i);
+    const float choice = p.correction_bias == nullptr ? score : score + p.correction_bias[i];
+    choices[i] = isnan(choice) ? -INFINITY : choice;
+  }
+  __syncwarp();
+  if (p.top_groups < p.num_groups) limit_to_groups(p, choices, group_choices);
+  float sum_of_taken = p.is_sigmoid ? kSumEps : 0.0f, mine = 0.0f;
+  uint32_t is_taken = 0;  // of this lane's experts
+  static_assert(kLaneExperts <= 32 && kMaxTopExperts <= kWarpSize);
+  for (int j = 0; j < p.top_k; ++j) {
+    float choice = -INFINITY;
+    int best = -1;
+    for (int i = lane, bit = 0; i < p.num_experts; i += kWarpSize, ++bit) {
+      if (is_taken >> bit & 1u) continue;
+      if (best < 0 || choices[i] > choice) choice = choices[i], best = i;
+    }
+    warp_best(choice, best);
+    if (best % kWarpSize == lane) is_taken |= 1u << (best / kWarpSize);
+    const float score = score_of(best);
+    sum_of_taken += score;
+    if (j == lane) {
+      mine = score;
+      places[j] = best;
+    }
+  }
+  const float divisor = p.is_normalized ? sum_of_taken : 1.0f;
+  if (lane < p.top_k) weights[lane] = mine / divisor * p.scale;
+  if (p.has_gate && lane == 0) weights[p.top_k] = sigmoid(logits[p.num_experts]);
+}
+
+// ---- sort ---------------------------------------------------------------------------------------
+
+// `counts` is shared memory, [kWarps][num_experts]. Called by all threads of a CTA.
+__device__ void sort_by_expert(const RouteParams& p, int32_t* counts) {
+  __shared__ int warp_sums[kWarps];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int count = p.num_tokens * p.top_k;
+  const int part = (count + kThreads - 1) / kThreads * kWarpSize;  // of a warp
+  const int begin = min(count, warp * part), end = min(count, begin + part);
+  const auto place_of = [&](int i) -> int32_t& {
+    const int token = i / p.top_k;
+    return p.places[p.places_stride * token + i - token * p.top_k];
+  };
+  for (int i = threadIdx.x; i < kWarps * p.num_experts; i += kThreads) counts[i] = 0;
+  __syncthreads();
+  int32_t* mine = counts + warp * p.num_experts;
+  for (int i0 = begin; i0 < end; i0 += kWarpSize) {
+    const int i = i0 + lane;
+    const int expert = i < end ? place_of(i) : -1;
+    const unsigned same = __match_any_sync(kFullMask, expert);
+    if (expert >= 0 && __ffs(same) - 1 == lane) mine[expert] += __popc(same);
+    __syncwarp();
+  }
+  __syncthreads();
+  const int expert = static_cast<int>(threadIdx.x);
+  int of_expert = 0;
+  if (expert < p.num_experts) {
+    for (int i = 0; i < kWarps; ++i) {
+      const int of_warp = counts[i * p.num_experts + expert];
+      counts[i * p.num_experts + expert] = of_expert;  // in front of the warp's first
+      of_expert += of_warp;
+    }
+  }
+  static_assert(kMaxExperts <= kThreads);
+  int total = 0;
+  const int first = block_exclusive_sum<kWarps>(warp_sums, of_expert, total);
+  if (expert < p.num_experts) {
+    p.offsets[expert] = first;
+    for (int i = 0; i < kWarps; ++i) counts[i * p.num_experts + expert] += first;
+  }
+  if (threadIdx.x == 0) p.offsets[p.num_experts] = total;
+  __syncthreads();
+  for (int i0 = begin; i0 < end; i0 += kWarpSize) {
+    const int i = i0 + lane;
+    const int mine_expert = i < end ? place_of(i) : -1;
+    const unsigned same = __match_any_sync(kFullMask, mine_expert);
+    const int before = __popc(same & ((1u << lane) - 1));
+    int place = 0;
+    if (mine_expert >= 0) {
+      place = mine[mine_expert] + before;
+      place_of(i) = place;
+      p.order[place] = i;
+    }
+    __syncwarp();
+    if (mine_expert >= 0 && before == 0) mine[mine_expert] += __popc(same);
+    __syncwarp();
+  }
+  for (int i = total + static_cast<int>(threadIdx.x); i < count; i += kThreads) p.order[i] = -1;
+}
+
+// ---- the kernels --------------------------------------------------------------------------------
+
+// What a warp of choose has for its token, of so many experts; sort's counts lie in the same place.
+__host__ __device__ constexpr int choose_floats(int num_experts) {
+  return num_experts + static_cast<int>(kMaxExpertGroups);
+}
+constexpr int kChooseSmem = kWarps * choose_floats(kMaxExperts) * 4;
+
+template <bool kIsSorting>
+__global__ void __launch_bounds__(kThreads) choose_kernel(RouteParams p) {
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  pdl_launch_dependents();
+  pdl_wait();
+  const int warp = threadIdx.x / kWarpSize;
+  const int token = static_cast<int>(blockIdx.x) * kWarps + warp;
+  float* choices = reinterpret_cast<float*>(dynamic_smem) + warp * choose_floats(p.num_experts);
+  if (token < p.num_tokens) choose(p, token, choices, choices + p.num_experts);
+  if constexpr (kIsSorting) {
+    __syncthreads();
+    sort_by_expert(p, reinterpret_cast<int32_t*>(dynamic_smem));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) sort_kernel(RouteParams p) {
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  pdl_launch_dependents();
+  pdl_wait();
+  sort_by_expert(p, reinterpret_cast<int32_t*>(dynamic_smem));
+}
+
+template <bool kIsSorting>
+cudaError_t launch_choose(const RouteParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = choose_kernel<kIsSorting>;
+  const cudaError_t error = allow_smem<kKernel, kChooseSmem>();
+  if (error != cudaSuccess) return error;
+  const auto grid = static_cast<unsigned>((p.num_tokens + kWarps - 1) / kWarps);
+  const size_t smem = size_t{kWarps} * choose_floats(p.num_experts) * 4;
+  return launch_chained(kKernel, grid, kThreads, smem, stream, p);
+}
+
+cudaError_t launch_sort(const RouteParams& p, cudaStream_t stream) {
+  constexpr int kSmem = kWarps * kMaxExperts * 4;
+  const cudaError_t error = allow_smem<sort_kernel, kSmem>();
+  if (error != cudaSuccess) return error;
+  const size_t smem = size_t{kWarps} * p.num_experts * 4;
+  return launch_chained(sort_kernel, 1, kThreads, smem, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
+  const auto pieces = [](int whole, int part) {
+    return static_cast<unsigned>((whole + part - 1) / part);
+  };
+  const dim3 grid(pieces(p.num_logits, kLogitRows), pieces(p.num_tokens, kLogitTokens));
+  if (p.num_tokens > 0) {
+    const cudaError_t error = dispatch_half(p.dtype, [&]<class T>(T) {
+      return launch_chained(logits_kernel<T>, grid, kLogitWarps * kWarpSize, 0, stream, p);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  if (p.num_tokens > 0 && p.num_tokens <= kWarps) return launch_choose<true>(p, stream);
+  const cudaError_t error = launch_choose<false>(p, stream);
+  return error != cudaSuccess ? error : launch_sort(p, stream);
+}
+
+}  // namespace pyserve::gpu
