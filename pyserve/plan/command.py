@@ -36,6 +36,7 @@ HERE = "here"  # --gpu's word for the card of this machine
 BATCHES = (1, 8, 64)  # of the table of rates
 CONTEXTS = tuple(2**power for power in range(11, 21))  # of the table of memory: 2,048 to 1,048,576
 DEFAULT_MEAN_CONTEXT = 1024
+ROOFLINE = "roofline: bytes and operations at the card's rates; real servers reach 60-90 %"
 # What `plan` takes as the server does.
 SHARED_FLAGS = (
     "revision", "download-dir", "hf-token", "dtype", "quantization", "runner", "max-model-len",
@@ -256,6 +257,8 @@ def _model_lines(args: argparse.Namespace, model: ModelConfig, sizes: ModelSizes
     if sizes.mixtures:
         lines.append(_mixture_line(model, sizes))
     lacks = model.lacking_on_cuda(_engine_config(args).max_model_len or model.max_model_len)
+    if model.pooling is not None:
+        lacks.append("embeddings and scores")
     if lacks:
         lines.append(f"  NOT SERVED YET on a card, sizes only: {', '.join(lacks)}")
     return lines
@@ -338,6 +341,8 @@ def _contexts(plan: MemoryPlan, model: ModelConfig) -> list[int]:
 def _rate_lines(
     capacity: Capacity, card: Card, mean_context: int, price_per_day: float | None
 ) -> list[str]:
+    if capacity.model.pooling is not None:
+        return _pooling_lines(capacity, card, mean_context, price_per_day)
     most = min(capacity.plan.num_slots, capacity.num_tokens // mean_context)
     # Where the largest batch does not fit, the largest that does.
     batches = sorted({min(batch, most) for batch in BATCHES})
@@ -363,12 +368,33 @@ def _rate_lines(
         *aligned(rows),
         f"a prompt of {mean_context:,} tokens takes at least {prefill_s * 1000:,.0f} ms "
         f"({mean_context / prefill_s:,.0f} tokens/s)",
-        "roofline: bytes and operations at the card's rates; real servers reach 60-90 %",
+        ROOFLINE,
         *(["experts: as if a step's tokens drew theirs evenly"] if capacity.sizes.mixtures else []),
     ]
     if price_per_day is not None:
         lines.append(
             f"$: of output tokens at the roofline, at {price_per_day:g} a day in all, busy so all "
             "day"
+        )
+    return lines
+
+
+def _pooling_lines(
+    capacity: Capacity, card: Card, num_tokens: int, price_per_day: float | None
+) -> list[str]:
+    """Of a model that reads texts of so many tokens and generates nothing."""
+    prefill_s = prefill_floor_s(capacity.sizes, card, num_tokens)
+    rate = num_tokens / prefill_s
+    lines = [
+        "",
+        f"a text of {num_tokens:,} tokens takes at least {prefill_s * 1000:,.2f} ms alone; texts "
+        f"in steps of as many tokens: {1 / prefill_s:,.0f} texts/s, {rate:,.0f} tokens/s",
+        ROOFLINE,
+    ]
+    if price_per_day is not None:
+        price = price_per_day / SECONDS_A_DAY / rate * 1e6
+        lines.append(
+            f"${price:,.4f} per million tokens read, at {price_per_day:g} a day in all, busy so "
+            "all day"
         )
     return lines

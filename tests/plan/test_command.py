@@ -316,6 +316,26 @@ def test_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "46 of 48 layers have 128 experts of 9.4 MB, 8 a token" in text
 
 
+def test_a_model_that_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_config(tmp_path)
+    argv = [folder, "--gpu", "4090", "--mean-context", "512", "--price-per-day", "8.64"]
+    generating = run(capsys, *argv)
+    text = run(capsys, *argv, "--runner", "embed")
+    assert "NOT SERVED YET on a card, sizes only: embeddings and scores" in text
+    assert "decoding" in generating and "decoding" not in text
+    head_bytes = 2 * 128256 * 4096
+    sizes = [float(re.findall(r"  weights +([\d,.]+) MiB", t)[0].replace(",", "")) * MIB
+             for t in (generating, text)]  # fmt: skip
+    assert sizes[0] - sizes[1] == pytest.approx(head_bytes, rel=1e-3), "it holds no output head"
+    ((ms, texts, rate),) = re.findall(
+        r"512 tokens takes at least ([\d.]+) ms .* ([\d,]+) texts/s, ([\d,]+) tokens/s", text
+    )
+    tokens = float(rate.replace(",", ""))
+    assert tokens == pytest.approx(512 / (float(ms) / 1e3), rel=1e-3)
+    assert float(texts.replace(",", "")) == pytest.approx(tokens / 512, abs=1)
+    assert f"${1e-4 / tokens * 1e6:,.4f} per million tokens read, at 8.64 a day" in text
+
+
 def test_what_no_card_can_run_yet_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
