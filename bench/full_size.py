@@ -35,7 +35,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from bench.make_model import make_config, make_model, parse_override, tensor_shapes
+from bench.make_model import (
+    make_config,
+    make_model,
+    mean_of_norms,
+    parse_override,
+    tensor_shapes,
+)
 from bench.report import environment, write_json
 
 SHARD_BYTES = 2 * 2**30
@@ -63,6 +69,12 @@ MODELS = {
     "qwen2.5-7b": Model("qwen2.5-7b"),
     # A prompt beyond the window, in chunks.
     "mistral-4-layers": Model("mistral-7b", {**WINDOW, "num_hidden_layers": 4}, 5000, 16),
+    # Two layers of what has other layers than Llama; the first with a prompt beyond its window.
+    "gemma-2-9b-2-layers": Model(
+        "gemma-2-9b", {"num_hidden_layers": 2, "vocab_size": 2**15}, 5000, 16
+    ),
+    "phi-4-2-layers": Model("phi-4", {"num_hidden_layers": 2}, 512, 16),
+    "phi-3-mini-2-layers": Model("phi-3-mini", {"num_hidden_layers": 2}, 3000, 16),
     # One tensor of 3.2 GB.
     "large-tensor": Model(
         "llama-3.1-8b",
@@ -73,6 +85,7 @@ MODELS = {
         prompt_len=0,
     ),
 }  # fmt: skip
+DEFAULT_MODELS = [name for name in MODELS if not name.endswith("-2-layers")]
 
 
 def write_checkpoint(folder: Path, model: Model, device: torch.device) -> None:
@@ -88,13 +101,14 @@ def write_checkpoint(folder: Path, model: Model, device: torch.device) -> None:
             size = 0
         shards[-1].append((name, shape))
         size += num_bytes
+    norm_mean = mean_of_norms(config)
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         list(
             pool.map(
-                lambda part: _write_shard(folder / part[0], part[1], device),
+                lambda part: _write_shard(folder / part[0], part[1], norm_mean, device),
                 zip(names, shards, strict=True),
             )
         )
@@ -108,7 +122,7 @@ def write_checkpoint(folder: Path, model: Model, device: torch.device) -> None:
 
 
 def _write_shard(
-    path: Path, shard: list[tuple[str, tuple[int, ...]]], device: torch.device
+    path: Path, shard: list[tuple[str, tuple[int, ...]]], norm_mean: float, device: torch.device
 ) -> None:
     header: dict[str, Any] = {}
     offset = 0
@@ -121,23 +135,25 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shard:
-            values = _random_tensor(name, shape, device).view(torch.uint8).cpu()
+            values = _random_tensor(name, shape, norm_mean, device).view(torch.uint8).cpu()
             file.write(values.numpy().data)
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _random_tensor(
+    name: str, shape: tuple[int, ...], norm_mean: float, device: torch.device
+) -> Tensor:
     """Scaled by the fan-in, so that activations stay near 1, attention is neither flat nor a
     single key, and logits have a spread of about 2 however large the model is."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device)
     if name.endswith("norm.weight"):
-        return values.mul_(0.1).add_(1.0)
+        return values.mul_(0.1).add_(norm_mean)
     if name.endswith(".bias"):
         return values.mul_(0.3)
     gain = 1.0
     if "embed_tokens" in name or "lm_head" in name:
         gain = 2.0
-    elif "q_proj" in name or "k_proj" in name:
+    elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
         gain = 1.4
     return values.mul_(gain * shape[1] ** -0.5)
 
@@ -162,15 +178,18 @@ def run_ours(folder: Path, model: Model, args: argparse.Namespace) -> dict[str, 
 
 
 def load_theirs(folder: Path, device: torch.device) -> PreTrainedModel:
-    """transformers' model in bfloat16 with the folder's weights."""
+    """transformers' model in bfloat16 with the folder's weights; sdpa caps no scores."""
     config = AutoConfig.from_pretrained(folder)
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            config, dtype=torch.bfloat16, attn_implementation=attention
         )
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file, device=str(device))
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -335,7 +354,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="where checkpoints are written, a folder each")
-    add("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
+    add("--models", nargs="+", choices=[*MODELS], default=DEFAULT_MODELS)
     add("--keep", nargs="*", default=[], help="models whose folder is not removed afterwards")
     add("--write-only", choices=[*MODELS], help="write this model's folder and end")
     add("--device", choices=["cpu", "cuda"], default="cuda")

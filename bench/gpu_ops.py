@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import experts, gpu_chains, gpu_rows, w4a16
+from bench import experts, gpu_attention, gpu_chains, gpu_rows, w4a16
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
-from pyserve.ops import attention_plan, sample_workspace
+from pyserve.ops import sample_workspace
 from pyserve.ops import step_layout as layout
 
 DEVICE = torch.device("cuda")
@@ -54,6 +54,13 @@ PREFILLS = {
     "prefill 8 x 1024": [(1024, 1024)] * 8,
     "mixed: 512 of 4096, 64 x 1024": [(512, 4096)] + [(1, 1024)] * 64,
 }
+# Of models whose heads are not Llama's: what one decodes.
+OTHER_HEADS = {
+    gpu_attention.Heads(16, 8, 256, 50.0, "Gemma-2-9B"): ((8, 8192), (64, 1024), (1, 1024)),
+    gpu_attention.Heads(32, 16, 128, 50.0, "Gemma-2-27B"): ((8, 8192), (1, 1024)),
+    gpu_attention.Heads(32, 32, 96, 0.0, "Phi-3-mini"): ((8, 4096), (1, 1024)),
+}
+OTHER_PREFILL = 8192
 TARGETS = {
     "decode 8 x 32768": ("%", 80.0),
     "decode 16 x 4096": ("%", 65.0),
@@ -145,11 +152,10 @@ def rope_cases() -> Iterator[Case]:
 def activation_cases() -> Iterator[Case]:
     for num_tokens in ROWS:
         num_bytes = 3 * num_tokens * INTERMEDIATE * 2
-        runs: list[Callable[[], object]] = [
-            partial(ops.silu_mul, _randn(num_tokens, 2 * INTERMEDIATE))
-            for _ in range(_num_sets(num_bytes))
-        ]
-        yield Case("silu_mul", f"{num_tokens} x {INTERMEDIATE}", runs, num_bytes)
+        inputs = [_randn(num_tokens, 2 * INTERMEDIATE) for _ in range(_num_sets(num_bytes))]
+        for op in (ops.silu_mul, ops.gelu_tanh_mul):
+            runs: list[Callable[[], object]] = [partial(op, x) for x in inputs]
+            yield Case(op.__name__, f"{num_tokens} x {INTERMEDIATE}", runs, num_bytes)
 
 
 def _own_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -201,70 +207,20 @@ def _two_calls(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
     ops.silu_mul(gate_up, out)
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of (query_len, seq_len), and what says so on the card."""
-
-    starts: Tensor
-    seq_lens: Tensor
-    num_tokens: int
-    max_query_len: int
-    plan: ops.AttentionPlan
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, int]]) -> Rows:
-        query_lens = [query_len for query_len, _ in rows]
-        plan = attention_plan.allocate(
-            sum(query_lens), len(rows), num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS,
-            head_dim=HEAD_DIM, device=DEVICE,
-        )  # fmt: skip
-        starts = _ints([0, *itertools.accumulate(query_lens)])
-        seq_lens = _ints([seq_len for _, seq_len in rows])
-        made = cls(starts, seq_lens, sum(query_lens), max(query_lens), plan)
-        made.plan_attention()
-        return made
-
-    def plan_attention(self) -> None:
-        ops.plan_attention(
-            self.starts, self.seq_lens, self.plan, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS
-        )
-
-
-def attention_case(
-    load: str, rows: Sequence[tuple[int, int]], target: tuple[str, float] | None, *,
-    has_rope: bool = False,
-) -> Case:  # fmt: skip
-    """has_rope: the op that does rope_write_kv's work too, for rows of decode."""
-    made = Rows.of(rows)
-    blocks = [-(-seq_len // BLOCK_SIZE) for _, seq_len in rows]
-    kv_shape = (sum(blocks), BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    num_kv = sum(seq_len for _, seq_len in rows)
-    num_bytes = (2 * num_kv * NUM_KV_HEADS + 2 * made.num_tokens * NUM_HEADS) * HEAD_DIM * 2
-    slots = torch.arange(len(rows), dtype=torch.int32, device=DEVICE)
-    cos_sin = torch.ones(max(length for _, length in rows), HEAD_DIM, device=DEVICE)
-    runs: list[Callable[[], object]] = []
-    for _ in range(_num_sets(num_bytes)):
-        table = torch.zeros(len(rows), max(blocks), dtype=torch.int32, device=DEVICE)
-        ids = torch.randperm(sum(blocks), device=DEVICE).int()
-        for row, part in enumerate(ids.split(blocks)):
-            table[row, : len(part)] = part
-        qkv = _randn(made.num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
-        rest = _randn(*kv_shape), _randn(*kv_shape), table, slots, made.starts, made.seq_lens
-        op = partial(ops.paged_attention, qkv[:, :NUM_HEADS], max_query_len=made.max_query_len)
-        if has_rope:
-            op = partial(ops.rope_attention, qkv[:, :NUM_HEADS], qkv.flatten(1), cos_sin)
-        runs.append(partial(op, *rest, softmax_scale=HEAD_DIM**-0.5, plan=made.plan))
-    pairs = sum(n * (2 * length - n + 1) // 2 for n, length in rows)  # visible (query, key)
-    name = "rope_attention" if has_rope else "attention"
-    return Case(name, load, runs, num_bytes, 4 * pairs * NUM_HEADS * HEAD_DIM, target)
-
-
 def attention_cases() -> Iterator[Case]:
-    loads = {f"decode {batch} x {length}": [(1, length)] * batch for batch, length in DECODES}
-    for load, rows in {**loads, **PREFILLS}.items():
-        yield attention_case(load, rows, TARGETS.get(load))
-    for load, rows in loads.items():
-        yield attention_case(load, rows, None, has_rope=True)
+    """Of an 8B layer; then of head sizes that other models have."""
+    decodes = {f"decode {batch} x {length}": [(1, length)] * batch for batch, length in DECODES}
+    heads = gpu_attention.Heads(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+    make = partial(gpu_attention.attention_chain, device=DEVICE, num_sets=_num_sets)
+    loads = {**decodes, **PREFILLS}
+    yield from cases_of(make(heads, name, rows, TARGETS.get(name)) for name, rows in loads.items())
+    yield from cases_of(make(heads, *load, has_rope=True) for load in decodes.items())
+    for other, decode_loads in OTHER_HEADS.items():
+        loads = {f"decode {n} x {length}": [(1, length)] * n for n, length in decode_loads}
+        loads[f"prefill {OTHER_PREFILL}"] = [(OTHER_PREFILL, OTHER_PREFILL)]
+        yield from cases_of(
+            make(other, f"{other.name}: {name}", rows) for name, rows in loads.items()
+        )
 
 
 SAMPLERS: dict[str, dict[int, float]] = {
@@ -370,7 +326,8 @@ def plan_cases() -> Iterator[Case]:
         run = partial(ops.plan_step, words, slots, table, counts, BLOCK_SIZE, plan)
         num_bytes = words.nbytes + 16 * num_tokens + 24 * num_rows
         yield Case("plan_step", load, [run], num_bytes)
-        rows = Rows.of([(query_len, 1024) for query_len in query_lens])
+        heads = gpu_attention.Heads(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+        rows = gpu_attention.Rows.of([(query_len, 1024) for query_len in query_lens], heads, DEVICE)
         yield Case("plan_attention", load, [rows.plan_attention], 8 * num_rows)
 
 
@@ -378,7 +335,7 @@ def _layer_shape() -> gpu_chains.Shape:
     return gpu_chains.Shape(HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEVICE)
 
 
-def cases_of(chains: Iterator[gpu_chains.Chain]) -> Iterator[Case]:
+def cases_of(chains: Iterable[gpu_chains.Chain]) -> Iterator[Case]:
     for chain in chains:
         size = chain.num_bytes, chain.num_flops
         yield Case(chain.name, chain.load, chain.runs, *size, chain.target)

@@ -157,6 +157,65 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768,
         "norm_topk_prob": True,
     },
+    "phi-4": {
+        **_COMMON,
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "attention_bias": False,
+        "vocab_size": 100352,
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384,
+        "pad_token_id": None,
+        "rope_scaling": None,
+        "rope_theta": 250000.0,
+        "sliding_window": None,
+    },
+    "phi-3-mini": {
+        **_COMMON,
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "attention_bias": False,
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": None,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+    },
+    "gemma-2-9b": {
+        **_COMMON,
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attention_bias": False,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "vocab_size": 256000,
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         **_LLAMA,
         "vocab_size": 1024,
@@ -226,13 +285,14 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
     num_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // num_heads
     q_size, kv_size = num_heads * head_dim, config["num_key_value_heads"] * head_dim
-    is_qwen2 = config["model_type"] == "qwen2"
+    is_qwen2, is_phi3 = config["model_type"] == "qwen2", config["model_type"] == "phi3"
     has_bias = is_qwen2 or config.get("attention_bias", False)
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", (hidden,)
-        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+        separate = (("q", q_size), ("k", kv_size), ("v", kv_size))
+        for name, size in (("qkv", q_size + 2 * kv_size),) if is_phi3 else separate:
             yield f"{prefix}self_attn.{name}_proj.weight", (size, hidden)
             if has_bias:
                 yield f"{prefix}self_attn.{name}_proj.bias", (size,)
@@ -243,6 +303,9 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         if has_bias and not is_qwen2:
             yield prefix + "self_attn.o_proj.bias", (hidden,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
+        if config["model_type"] == "gemma2":
+            yield prefix + "pre_feedforward_layernorm.weight", (hidden,)
+            yield prefix + "post_feedforward_layernorm.weight", (hidden,)
         yield from _mlp_shapes(config, prefix)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
@@ -254,8 +317,10 @@ def _mlp_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tupl
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     num_experts = config.get("num_local_experts") or config.get("num_experts")
     if num_experts is None:
-        for name in ("gate", "up", "down"):
-            shape = (hidden, inner) if name == "down" else (inner, hidden)
+        first: tuple[tuple[str, int], ...] = (("gate", inner), ("up", inner))
+        if config["model_type"] == "phi3":
+            first = (("gate_up", 2 * inner),)
+        for name, shape in (*((n, (size, hidden)) for n, size in first), ("down", (hidden, inner))):
             yield f"{prefix}mlp.{name}_proj.weight", shape
             if config.get("mlp_bias", False):
                 yield f"{prefix}mlp.{name}_proj.bias", shape[:1]
@@ -272,11 +337,16 @@ def _mlp_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tupl
             yield f"{prefix}{module}.experts.{expert}.{name}.weight", shape
 
 
+def mean_of_norms(config: dict[str, Any]) -> float:
+    """Of the weights of a norm that changes little: Gemma's multiply by 1 + weight."""
+    return 0.0 if config["model_type"] == "gemma2" else 1.0
+
+
 def write_weights(folder: Path, config: dict[str, Any], *, seed: int, shard_bytes: int) -> int:
     """Random bfloat16 shards and their index; returns the bytes of all tensors.
 
     Matrices are slices, at an offset of their own, of one pool of N(0, initializer_range) values;
-    norms are 1, biases 0.
+    norms change nothing, biases are 0.
     """
     rng = np.random.default_rng(seed)
     pool = rng.standard_normal(POOL_VALUES, dtype=np.float32) * config["initializer_range"]
@@ -296,7 +366,7 @@ def write_weights(folder: Path, config: dict[str, Any], *, seed: int, shard_byte
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         if len(shards) == 1:
             file_name = "model.safetensors"
-        total += _write_shard(folder / file_name, shard, pool16, seed)
+        total += _write_shard(folder / file_name, shard, pool16, seed, mean_of_norms(config))
         weight_map.update({name: file_name for name, _ in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -305,7 +375,7 @@ def write_weights(folder: Path, config: dict[str, Any], *, seed: int, shard_byte
 
 
 def _write_shard(
-    path: Path, shard: list[tuple[str, tuple[int, ...]]], pool: np.ndarray, seed: int
+    path: Path, shard: list[tuple[str, tuple[int, ...]]], pool: np.ndarray, seed: int, norm: float
 ) -> int:
     """safetensors: u64 header length, JSON header padded to 8 bytes, tensors back to back."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -319,14 +389,16 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shard:
-            _write_tensor(file, name, int(np.prod(shape, dtype=np.int64)), pool, seed)
+            num_values = int(np.prod(shape, dtype=np.int64))
+            if name.endswith("norm.weight"):
+                bits = 0x3F80 if norm else 0  # 1.0 or 0.0
+                file.write(np.full(num_values, bits, "<u2").tobytes())
+            else:
+                _write_tensor(file, name, num_values, pool, seed)
     return offset
 
 
 def _write_tensor(file: BinaryIO, name: str, num_values: int, pool: np.ndarray, seed: int) -> None:
-    if name.endswith("norm.weight"):
-        file.write(np.full(num_values, 0x3F80, "<u2").tobytes())  # 1.0
-        return
     if name.endswith(".bias"):
         file.write(bytes(2 * num_values))
         return

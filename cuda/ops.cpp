@@ -54,7 +54,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "rope_attention(Tensor q, Tensor qkv, Tensor cos_sin, Tensor(a!) key_cache, "
       "Tensor(b!) value_cache, Tensor block_table, Tensor row_slots, Tensor cu_seqlens_q, "
       "Tensor seq_lens, float softmax_scale, int window, Tensor work, Tensor(c!) workspace, "
-      "Tensor(d!) out) -> ()");
+      "Tensor(d!) out, float softcap=0.0) -> ()");
   m.def(
       "plan_attention(Tensor cu_seqlens_q, Tensor seq_lens, int num_heads, int num_kv_heads, "
       "int window, Tensor(a!) work) -> ()");

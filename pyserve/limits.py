@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Final
 
-# Attention. On a CPU any multiple of HEAD_DIM_STEP will do, a card has kernels for two sizes.
+# Attention. On a CPU any multiple of HEAD_DIM_STEP will do, a card has kernels for some sizes.
 HEAD_DIM_STEP: Final = 8
 MAX_HEAD_DIM: Final = 256
-CUDA_HEAD_DIMS: Final = (64, 128)
+CUDA_HEAD_DIMS: Final = (64, 96, 128, 256)
+CUDA_CAPPED_HEAD_DIMS: Final = (96, 128, 256)  # with a softcap
 MAX_GROUP: Final = 64  # heads a KV head
 
 # Mixtures of experts.

@@ -32,7 +32,6 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dim (Zhang and Sennrich 2019).
 
     x [..., hidden], rows may be strided; weight [hidden] -> [..., hidden]; out may be x itself.
-    An offset other than 0 is computed on a CPU only.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -67,8 +66,8 @@ def rope_write_kv(
     and v in qkv stay as they are. With a norm weight [head_dim], q or k is RMS-normed per head
     first. positions int32 [num_tokens]; cos_sin float32 [max_position, rotary_dim], cosines then
     sines, rotary_dim <= head_dim. q_scales float32 [max_position]: what all of a rotated q is
-    multiplied by. norm_offset as offset in rms_norm; a CPU alone computes it, and q_scales. Raises
-    RuntimeError where a position or a slot is out of range.
+    multiplied by. norm_offset as offset in rms_norm. Raises RuntimeError where a position or a slot
+    is out of range.
     """
     _ops.rope_write_kv(
         qkv, positions, cos_sin, slot_mapping, q_norm_weight, k_norm_weight, eps, num_heads,
@@ -230,10 +229,7 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def gelu_tanh_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """gelu(gate) * up by the tanh approximation (Hendrycks and Gimpel 2016); shapes as silu_mul.
-
-    On a CPU only.
-    """
+    """gelu(gate) * up by the tanh approximation (Hendrycks and Gimpel 2016); shapes as silu_mul."""
     if out is None:
         num_tokens, width = gate_up.shape
         out = gate_up.new_empty(num_tokens, width // 2)
@@ -254,8 +250,8 @@ def paged_attention(
     row; cu_seqlens_q int32 [num_rows + 1]; seq_lens int32 [num_rows], KV tokens of the row with
     this step's. Query i of a row sits at position seq_len - query_len + i and sees the keys up to
     its position, with window > 0 only the last `window` of them. Tokens of no row (padding) leave
-    their output undefined. head_dim: a multiple of 8, at most 256; on CUDA 64 or 128. With softcap
-    > 0, on a CPU only, scaled scores become softcap * tanh(score / softcap).
+    their output undefined. head_dim: a multiple of 8, at most 256; on CUDA 64, 96, 128 or 256. With
+    softcap > 0, on CUDA not at head_dim 64, scaled scores become softcap * tanh(score / softcap).
     On CUDA `plan` is what plan_attention made of these rows with this window, and max_query_len
     bounds their query lengths (None: num_tokens does); a CPU needs neither.
     """
@@ -274,6 +270,7 @@ def rope_attention(
     q: Tensor, qkv: Tensor, cos_sin: Tensor, key_cache: Tensor, value_cache: Tensor,
     block_table: Tensor, row_slots: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, *,
     softmax_scale: float, plan: AttentionPlan, window: int = 0, out: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """rope_write_kv, then paged_attention, in one kernel: for steps that are all decode, CUDA only.
 
@@ -287,7 +284,7 @@ def rope_attention(
         out = torch.empty_like(q)
     _ops.rope_attention(
         q, qkv, cos_sin, key_cache, value_cache, block_table, row_slots, cu_seqlens_q, seq_lens,
-        softmax_scale, window, plan.work, plan.workspace, out,
+        softmax_scale, window, plan.work, plan.workspace, out, softcap,
     )  # fmt: skip
     return out
 

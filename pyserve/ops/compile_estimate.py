@@ -16,6 +16,9 @@ SLOW_FILES_S = {
     "gpu/sample/sample.cu": 28.0,
     "host.cpp": 8.0,  # pybind11's headers
     "gpu/attention/prefill.cu": 7.0,
+    "gpu/attention/decode.cu": 6.0,
+    "gpu/attention/decode_general.cu": 6.0,
+    "gpu/attention/prefill_general.cu": 5.0,
 }
 _LINK_S = 0.3
 NUM_LINKS = 2

@@ -110,6 +110,7 @@ def rope_attention(
     q: Tensor, qkv: Tensor, cos_sin: Tensor, key_cache: Tensor, value_cache: Tensor,
     block_table: Tensor, row_slots: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor,
     softmax_scale: float, window: int, work: Tensor, workspace: Tensor, out: Tensor,
+    softcap: float = 0.0,
 ) -> None:  # fmt: skip
     """rope_write_kv of every row's tokens, on a copy of qkv; then paged_attention."""
     starts, lens, table = cu_seqlens_q.tolist(), seq_lens.tolist(), block_table.tolist()
@@ -130,7 +131,7 @@ def rope_attention(
     )  # fmt: skip
     paged_attention(
         turned[:, : num_heads * head_dim].view_as(q), key_cache, value_cache, block_table,
-        row_slots, cu_seqlens_q, seq_lens, softmax_scale, window, 0, work, workspace, out,
+        row_slots, cu_seqlens_q, seq_lens, softmax_scale, window, 0, work, workspace, out, softcap,
     )  # fmt: skip
 
 

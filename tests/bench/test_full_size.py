@@ -70,6 +70,17 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("model", ["gemma-2-9b-2-layers", "phi-4-2-layers"])
+def test_layers_that_are_not_llamas(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = ["--set", "sliding_window=20"]
+    code = main(["--folder", str(tmp_path), "--models", model, *TINY, *window])
+    printed = capsys.readouterr().out
+    assert code == 0 and printed.count(": ok") == 2, printed
+
+
+@pytest.mark.usefixtures("in_process")
 def test_wrong_weights_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import experts, gpu_ops, gpu_rows
+from bench import experts, gpu_attention, gpu_ops, gpu_rows
 from bench.gpu_timing import Timing
 from pyserve import ops
 from pyserve.ops import build, fakes
@@ -24,6 +24,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "VOCAB_SIZE": 100, "HIDDEN": 64, "INTERMEDIATE": 96, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
         "HEAD_DIM": 16, "MATRICES": {"o": (32, 64)}, "ROWS": (6, 1), "DECODES": ((2, 33),),
         "PREFILLS": {"prefill 40": [(40, 40)]}, "CHAIN_ROWS": (1, 3), "LAYERS": ((2, 33),),
+        "OTHER_HEADS": {gpu_attention.Heads(4, 2, 32, 50.0, "Other"): ((2, 33),)},
+        "OTHER_PREFILL": 20,
     }  # fmt: skip
     for name, value in sizes.items():
         monkeypatch.setattr(gpu_ops, name, value)
@@ -51,7 +53,6 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
     names -= {"serves_linear", "try_skinny", "serves_linear_w4a16", "try_linear_w4a16"}
-    names -= {"gelu_tanh_mul"}  # which a card refuses so far
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 128 a tile", "own, 64 a tile"}
     ways |= {"own linear_w4a16", "experts"}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
@@ -59,6 +60,8 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0
+    others = {result["load"] for result in results if result["load"].startswith("Other")}
+    assert others == {"Other: decode 2 x 33", "Other: prefill 20"}
     assert "= linear o, us of ours / cuBLAS by rows: 1: 2.0/2.0, 2: 2.0/2.0" in printed
     assert "= own linear_w4a16 o, us of ours / linear_w4a16 by rows: 1: 2.0/2.0" in printed
     assert len(re.findall(r"^= own linear_w4a16 .* % \(target >= ", printed, re.M)) == 2

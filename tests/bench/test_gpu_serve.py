@@ -70,6 +70,19 @@ def test_a_row_for_each_load(
 
 
 @pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
+def test_another_model_has_floors_and_limits_of_its_own(
+    stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "gemma2", "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--model", str(tmp_path), "--out", str(tmp_path), "--loads", "128/512x1"]
+    assert gpu_serve.main(flags) == 0
+    assert stub[2:] == ["--max-model-len", "8192"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 128")]
+    assert "|  | TPOT 4.4 ms; at the rate of the 8B 4.7, asked 5.15 |" in rows[0]
+
+
+@pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
 def test_another_server_for_more_rows(stub: list[str], tmp_path: Path) -> None:
     assert run(tmp_path, "--few-rows", "16", "--loads", "16/4x1") == 0
     assert stub[1:4] == ["-m", "bench.few_rows_server", "16"]

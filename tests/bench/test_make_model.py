@@ -52,9 +52,7 @@ def test_presets_are_read_by_transformers(preset: str, tmp_path: Path) -> None:
 
 def test_parameter_counts_are_those_of_the_real_models() -> None:
     counts = {}
-    for preset in (
-        "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "mixtral-8x7b", "qwen3-30b-a3b"
-    ):  # fmt: skip
+    for preset in PRESETS.keys() - {"tiny", "llama-3-8b"}:
         shapes = tensor_shapes(make_config(preset, {}))
         counts[preset] = sum(torch.Size(shape).numel() for _, shape in shapes)
     assert counts == {
@@ -64,13 +62,19 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
         "qwen3-8b": 8_190_735_360,
         "mixtral-8x7b": 46_702_792_704,
         "qwen3-30b-a3b": 30_532_122_624,
+        "gemma-2-9b": 9_241_705_984,
+        "phi-4": 14_659_507_200,
+        "phi-3-mini": 3_821_079_552,
     }
 
 
 @pytest.mark.parametrize(
     "preset",
-    ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "mixtral-8x7b", "qwen3-30b-a3b"],
-)
+    [
+        "llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "mixtral-8x7b", "qwen3-30b-a3b",
+        "gemma-2-9b", "phi-4",
+    ],
+)  # fmt: skip
 def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "head_dim": 8, "tie_word_embeddings": preset == "qwen3-8b"}
     if preset == "qwen3-30b-a3b":
@@ -82,9 +86,10 @@ def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    weight = model.model.layers[0].self_attn.q_proj.weight.float()
+    weight = model.model.layers[0].self_attn.o_proj.weight.float()
     assert weight.std().item() == pytest.approx(0.02, rel=0.15)
-    assert torch.equal(model.model.norm.weight, torch.ones(32, dtype=torch.bfloat16))
+    norm = torch.full((32,), 0.0 if preset.startswith("gemma") else 1.0, dtype=torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, norm)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

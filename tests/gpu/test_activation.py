@@ -1,4 +1,4 @@
-"""silu_mul on CUDA: ratio rule over the whole range of gates, odd sizes, strides, refusals."""
+"""silu_mul and gelu_tanh_mul on CUDA: ratio rule over all gates, odd sizes, strides, refusals."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
         reference.silu_mul(gate_up, plain)
         torch.ops.pyserve.silu_mul(gate_up, out)
         oracle.assert_ratio(out, plain, oracle.silu_mul(gate_up))
+        reference.gelu_tanh_mul(gate_up, plain)
+        torch.ops.pyserve.gelu_tanh_mul(gate_up, out.fill_(float("nan")))
+        oracle.assert_ratio(out, plain, oracle.gelu_tanh_mul(gate_up))
 
 
 def test_relative_error_everywhere() -> None:
@@ -30,6 +33,9 @@ def test_relative_error_everywhere() -> None:
     exact = oracle.silu_mul(gate_up)
     error = (ops.silu_mul(gate_up).double() - exact)[exact != 0] / exact[exact != 0]
     assert float(error.abs().max()) < 2**-8 * 1.01
+    # Where gelu is tiny, float64's 1 + tanh is off by 1e-16.
+    exact, out = oracle.gelu_tanh_mul(gate_up), ops.gelu_tanh_mul(gate_up).double()
+    assert bool(((out - exact).abs() <= 2**-8 * 1.01 * exact.abs() + 1e-13).all())
 
 
 def test_extremes() -> None:
@@ -37,6 +43,11 @@ def test_extremes() -> None:
     gate = torch.tensor([0.0, -0.0, 200.0, -200.0, 1e30, -1e30, inf, nan] * 2, device="cuda")
     gate_up = torch.cat((gate, torch.ones_like(gate)))[None].bfloat16()
     out, expected = ops.silu_mul(gate_up)[0], torch.nn.functional.silu(gate.bfloat16())
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out[[0, 1, 2, 4, 6]], expected[[0, 1, 2, 4, 6]])
+    assert float(out[[3, 5]].abs().max()) < 1e-35
+    out = ops.gelu_tanh_mul(gate_up)[0]
+    expected = torch.nn.functional.gelu(gate.bfloat16(), approximate="tanh")
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out[[0, 1, 2, 4, 6]], expected[[0, 1, 2, 4, 6]])
     assert float(out[[3, 5]].abs().max()) < 1e-35

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from pyserve import ops
+from pyserve.limits import CUDA_CAPPED_HEAD_DIMS, CUDA_HEAD_DIMS
 from pyserve.ops import attention_plan, reference
 from tests.ops import attention_plan_check as plans
 from tests.ops import oracle
 from tests.ops.test_attention import MIX, Case
 
 DTYPES = (torch.bfloat16, torch.float16)
+KINDS = [(head_dim, 0.0) for head_dim in CUDA_HEAD_DIMS]  # head_dim and softcap
+KINDS += [(head_dim, 3.0) for head_dim in CUDA_CAPPED_HEAD_DIMS]
 CARD = torch.device("cuda")
 TENSORS = (
     "q", "key_cache", "value_cache", "block_table", "row_slots", "cu_seqlens_q", "seq_lens",
@@ -22,7 +27,7 @@ TENSORS = (
 def to_card(case: Case) -> Case:
     """The same case with what the ops read on the card; `keys` and `values` stay."""
     moved = {name: getattr(case, name).to(CARD) for name in TENSORS}
-    rest = {name: getattr(case, name) for name in ("scale", "window", "keys", "values")}
+    rest = {name: getattr(case, name) for name in ("scale", "window", "keys", "values", "softcap")}
     return Case(**moved, **rest)
 
 
@@ -52,6 +57,7 @@ def attend(case: Case, plan: ops.AttentionPlan, max_query_len: int | None = None
         plan.work,
         plan.workspace,
         out,
+        case.softcap,
     )
     return out
 
@@ -79,15 +85,46 @@ def sdpa(case: Case, row: int, keys: Tensor, values: Tensor, dtype: torch.dtype)
     result = torch.empty(end - begin, *case.q.shape[1:], dtype=dtype, device=CARD)
     for head in range(case.q.shape[1]):
         q, k = case.q[begin:end, head].to(dtype), keys[:, head // group].to(dtype)
-        scores = (q @ k.T * case.scale).masked_fill_(hidden, -torch.inf)
+        scores = q @ k.T * case.scale
+        if case.softcap:
+            scores = case.softcap * (scores / case.softcap).tanh()
+        scores.masked_fill_(hidden, -torch.inf)
         result[:, head] = scores.softmax(-1) @ values[:, head // group].to(dtype)
     return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_mixed_rows(dtype: torch.dtype, head_dim: int) -> None:
-    check(Case.make(MIX, head_dim=head_dim, dtype=dtype))
+@pytest.mark.parametrize(("head_dim", "softcap"), KINDS)
+def test_mixed_rows(dtype: torch.dtype, head_dim: int, softcap: float) -> None:
+    check(Case.make(MIX, head_dim=head_dim, dtype=dtype, softcap=softcap))
+
+
+EDGES = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "softcap"), KINDS)
+@pytest.mark.parametrize("window", [0, 40])
+def test_edges_of_tiles(dtype: torch.dtype, head_dim: int, softcap: float, window: int) -> None:
+    """Of decode, of whole prompts and of what comes behind a prefix."""
+    make = partial(Case.make, head_dim=head_dim, dtype=dtype, softcap=softcap, window=window)
+    check(make([(1, n) for n in EDGES]))
+    check(make([(n, n) for n in EDGES]))
+    check(make([(20, 20 + n) for n in EDGES], num_heads=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", CUDA_CAPPED_HEAD_DIMS)
+def test_capped_scores(dtype: torch.dtype, head_dim: int) -> None:
+    """Scores below, around and far beyond the cap, in decode rows and others."""
+    for softcap, spread in ((50.0, 1.0), (50.0, 30.0), (3.0, 4.0), (1.5, 400.0)):
+        for window in (0, 30):
+            check(
+                Case.make(
+                    MIX, head_dim=head_dim, dtype=dtype, softcap=softcap, spread=spread,
+                    window=window,
+                )
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +133,7 @@ def test_mixed_rows(dtype: torch.dtype, head_dim: int) -> None:
 )
 def test_groups(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     num_heads, num_kv_heads = heads
-    for head_dim in (64, 128):
+    for head_dim in CUDA_HEAD_DIMS:
         rows = [(1, 90), (9, 33), (1, 128), (1, 2), (2, 700), (4, 65), (16, 300)]
         check(
             Case.make(
@@ -107,13 +144,13 @@ def test_groups(dtype: torch.dtype, heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 63, 64, 65, 100, 1000])
 def test_windows(window: int) -> None:
-    for dtype, head_dim in zip(DTYPES, (64, 128), strict=True):
+    for dtype, head_dim in zip(DTYPES * 2, CUDA_HEAD_DIMS, strict=True):
         check(Case.make(MIX, window=window, head_dim=head_dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32, 64, 256])
 def test_block_sizes(block_size: int) -> None:
-    for head_dim in (64, 128):
+    for head_dim in CUDA_HEAD_DIMS:
         check(
             Case.make(
                 MIX, block_size=block_size, head_dim=head_dim, dtype=torch.bfloat16, window=90
@@ -147,11 +184,13 @@ def test_peaked_scores() -> None:
     check(Case.make([(1, 300), (64, 300)], spread=400.0, head_dim=128, dtype=torch.bfloat16))
 
 
-def test_nan_in_one_sequence_stays_there() -> None:
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+def test_nan_in_one_sequence_stays_there(head_dim: int) -> None:
     for num_keys in (40, 3000):
         case = Case.make(
-            [(1, num_keys), (8, num_keys), (40, num_keys + 9), (1, 40)], dtype=DTYPES[0]
-        )
+            [(1, num_keys), (8, num_keys), (40, num_keys + 9), (1, 40)], dtype=DTYPES[0],
+            head_dim=head_dim,
+        )  # fmt: skip
         for row, bad in enumerate((case.key_cache, case.value_cache, case.key_cache)):
             bad[case.block_table[case.row_slots[row].long(), 0], 3] = torch.nan
         out = run(case)
@@ -217,13 +256,14 @@ def test_a_graph_follows_the_lengths() -> None:
         assert torch.equal(replayed.view(torch.int16), out.view(torch.int16))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "softcap"), [*KINDS[:4], (256, 50.0)])
 @pytest.mark.parametrize("window", [0, 1000])
-def test_long_prefill(head_dim: int, window: int) -> None:
+def test_long_prefill(head_dim: int, softcap: float, window: int) -> None:
     """8192 tokens, some of them after a context, beside decode rows."""
     torch.manual_seed(0)
     rows = [(1, 5000), (8192, 8192), (3, 70), (1000, 9000)]
     case = make_on_card(rows, num_heads=4, num_kv_heads=2, head_dim=head_dim, window=window)
+    case.softcap = softcap
     out = attend(case, fill(case, allocate(case)))
     starts = case.cu_seqlens_q.tolist()
     for row in range(len(rows)):
@@ -234,7 +274,7 @@ def test_long_prefill(head_dim: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
 def test_many_short_prompts(dtype: torch.dtype, head_dim: int) -> None:
     """More work than the card has multiprocessors, so that blocks go from one to the next."""
     rows = [(17 + 5 * i, 17 + 5 * i + i % 3 * 50) for i in range(24)]
@@ -242,10 +282,12 @@ def test_many_short_prompts(dtype: torch.dtype, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_decode(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("head_dim", "softcap"), [(96, 0.0), (128, 0.0), (128, 50.0), (256, 50.0)])
+def test_long_decode(dtype: torch.dtype, head_dim: int, softcap: float) -> None:
     torch.manual_seed(1)
     rows = [(1, 40000), (1, 1), (2, 20001), (1, 333), (1, 64)]
-    case = make_on_card(rows, num_heads=16, num_kv_heads=2, head_dim=128, dtype=dtype)
+    case = make_on_card(rows, num_heads=16, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    case.softcap = softcap
     out = attend(case, fill(case, allocate(case)))
     starts = case.cu_seqlens_q.tolist()
     for row in range(len(rows)):
@@ -320,18 +362,20 @@ def test_random_mixes() -> None:
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    for _ in range(25):
+    for _ in range(40):
         rows = []
         for _ in range(pick(1, 9)):
             query_len = pick(1, 90) if pick(0, 2) else pick(1, 5)
             rows.append((query_len, query_len + pick(0, 400)))
         num_kv_heads = pick(1, 4)
+        head_dim, softcap = KINDS[pick(0, len(KINDS))]
         check(
             Case.make(
                 rows,
                 num_heads=num_kv_heads * pick(1, 9),
                 num_kv_heads=num_kv_heads,
-                head_dim=64 * pick(1, 3),
+                head_dim=head_dim,
+                softcap=softcap,
                 block_size=2 ** pick(0, 6),
                 window=pick(1, 100) if pick(0, 2) else 0,
                 dtype=DTYPES[pick(0, 2)],
@@ -410,9 +454,13 @@ def test_bad_arguments() -> None:
         ops.paged_attention(
             *(getattr(case, name) for name in TENSORS), softmax_scale=case.scale, plan=None
         )
-    for bad in (Case.make([(1, 3)], head_dim=80), Case.make([(1, 3)], block_size=7)):
+    for bad in (
+        Case.make([(1, 3)], head_dim=80), Case.make([(1, 3)], block_size=7),
+        Case.make([(1, 3)], softcap=2.0), Case.make([(1, 3)], head_dim=96, softcap=-1.0),
+    ):  # fmt: skip
         moved = to_card(bad)
         moved.q, moved.key_cache = moved.q.half(), moved.key_cache.half()
         moved.value_cache = moved.value_cache.half()
-        with pytest.raises(RuntimeError, match="is neither 64 nor 128|not a power of two"):
+        words = "is none of 64, 96|not a power of two|has no kernel at head_dim|must be 0 or more"
+        with pytest.raises(RuntimeError, match=words):
             attend(moved, plan)

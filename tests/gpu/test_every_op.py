@@ -55,6 +55,8 @@ def test_norms(dtype: torch.dtype, hidden: int) -> None:
     reference.add_rms_norm(x, twin_residual, weight, EPS, twin)
     assert_close(ops.add_rms_norm(x, residual, weight, EPS), twin)
     assert_close(residual, twin_residual)
+    reference.rms_norm(x, weight, EPS, twin, 1.0)
+    assert_close(ops.rms_norm(x, weight, EPS, offset=1.0), twin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,6 +66,8 @@ def test_silu_mul(dtype: torch.dtype, size: int) -> None:
     twin = nan(3, size, dtype=dtype)
     reference.silu_mul(gate_up, twin)
     assert_close(ops.silu_mul(gate_up), twin)
+    reference.gelu_tanh_mul(gate_up, twin)
+    assert_close(ops.gelu_tanh_mul(gate_up), twin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,10 +113,14 @@ def test_rope_write_kv(dtype: torch.dtype, head_dim: int, has_norm: bool) -> Non
     shape = (4, BLOCK_SIZE, num_kv_heads, head_dim)
     positions, slots = ints(0, 7, 39, 1, 0), ints(3, 63, 0, 17, -1, dtype=torch.int64)
     results = []
+    scales = torch.rand(40, device=DEVICE) + 0.5 if has_norm else None
     for op in (torch.ops.pyserve.rope_write_kv.default, reference.rope_write_kv):
         rotated = qkv.clone()
         keys, values = (torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in range(2))
-        op(rotated, positions, cos_sin, slots, *norms, EPS, num_heads, num_kv_heads, keys, values)
+        op(
+            rotated, positions, cos_sin, slots, *norms, EPS, num_heads, num_kv_heads, keys, values,
+            1.0, scales,
+        )  # fmt: skip
         results.append((rotated, keys, values))
     for actual, twin in zip(*results, strict=True):
         assert_close(actual, twin)
@@ -135,6 +143,19 @@ ROWS = {  # (query_len, seq_len) of each row
 def test_attention(
     dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int, window: int, rows: str
 ) -> None:
+    assert_attention(rows, (num_heads, num_kv_heads, head_dim), window, 0.0, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+@pytest.mark.parametrize("rows", ROWS)
+def test_capped_attention(head_dim: int, rows: str) -> None:
+    assert_attention(rows, (4, 2, head_dim), 50, 1.5, torch.bfloat16)
+
+
+def assert_attention(
+    rows: str, heads: tuple[int, int, int], window: int, softcap: float, dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
     query_lens = [query_len for query_len, _ in ROWS[rows]]
     lens = [seq_len for _, seq_len in ROWS[rows]]
     num_rows, num_tokens = len(lens), sum(query_lens)
@@ -160,11 +181,12 @@ def test_attention(
     )  # fmt: skip
     scale = head_dim**-0.5
     twin = nan(num_tokens, num_heads, head_dim, dtype=dtype)
-    reference.paged_attention(*inputs, scale, window, num_tokens, None, None, twin)
+    reference.paged_attention(*inputs, scale, window, num_tokens, None, None, twin, softcap)
     for _ in range(2):  # the workspace must be usable again
         actual = ops.paged_attention(
-            *inputs, softmax_scale=scale, window=window, max_query_len=max(query_lens), plan=plan
-        )
+            *inputs, softmax_scale=scale, window=window, max_query_len=max(query_lens), plan=plan,
+            softcap=softcap,
+        )  # fmt: skip
         assert_close(actual, twin)
 
 

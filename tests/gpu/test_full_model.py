@@ -73,8 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Checkpoint:
     """One model in one dtype: ours, and transformers' in that dtype and in float64."""
 
-    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
-        family, changes = MODELS[name]
+    def __init__(self, folder: Path, model: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
+        family, changes = model
         make_model(family, **changes).to(dtype).save_pretrained(folder)
         self.ours = load_model(
             folder, ModelConfig.from_path(folder), Placement(dtype, DEVICE), load_format="auto",
@@ -94,7 +94,8 @@ class Checkpoint:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Checkpoint]:
     class Made(dict[Any, Checkpoint]):
         def __missing__(self, key: tuple[str, torch.dtype]) -> Checkpoint:
-            self[key] = Checkpoint(tmp_path_factory.mktemp("model"), *key)
+            name, dtype = key
+            self[key] = Checkpoint(tmp_path_factory.mktemp("model"), MODELS[name], dtype)
             return self[key]
 
     return Made()
@@ -194,7 +195,10 @@ def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence
 def test_logits_by_the_ratio_rule(
     name: str, dtype: torch.dtype, settings: str, checkpoints: dict[Any, Checkpoint]
 ) -> None:
-    checkpoint = checkpoints[name, dtype]
+    assert_ratio(checkpoints[name, dtype], settings)
+
+
+def assert_ratio(checkpoint: Checkpoint, settings: str) -> None:
     options = {**SETTINGS[settings]}
     alone = options.pop("alone", False)
     engine = make_engine(checkpoint.ours, **options)

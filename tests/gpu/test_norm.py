@@ -31,6 +31,9 @@ def test_rms_norm(dtype: torch.dtype, hidden: int, scale: float) -> None:
         reference.rms_norm(x, weight, 1e-6, plain)
         torch.ops.pyserve.rms_norm(x, weight, 1e-6, out)
         oracle.assert_ratio(out, plain, oracle.rms_norm(x, weight, 1e-6))
+        reference.rms_norm(x, weight, 1e-6, plain, 1.0)
+        offset = ops.rms_norm(x, weight, 1e-6, offset=1.0)
+        oracle.assert_ratio(offset, plain, oracle.rms_norm(x, weight, 1e-6, 1.0))
         torch.ops.pyserve.rms_norm(x[-1:], weight, 1e-6, plain[-1:])
         assert torch.equal(plain[-1], out[-1])  # a row does not depend on the others
 
@@ -47,6 +50,10 @@ def test_add_rms_norm(dtype: torch.dtype, hidden: int) -> None:
     torch.ops.pyserve.add_rms_norm(x, residual, weight, 1e-5, out)
     assert torch.equal(residual, twin_residual)  # one addition, rounded once: no tolerance
     oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5))
+    reference.add_rms_norm(x, twin_residual, weight, 1e-5, plain, 1.0)
+    torch.ops.pyserve.add_rms_norm(x, residual, weight, 1e-5, out, 1.0)
+    assert torch.equal(residual, twin_residual)
+    oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5, 1.0))
 
 
 @pytest.mark.parametrize("begin", [40, 41])  # 16-byte aligned rows, and not

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.test_rope import Case, check
+from tests.ops.test_rope import MAX_POSITION, Case, check
 
 DTYPES = (torch.bfloat16, torch.float16)
 TENSORS = ("qkv", "positions", "cos_sin", "slot_mapping", "key_cache", "value_cache")
@@ -51,6 +51,17 @@ def test_rope_write_kv(dtype: torch.dtype, head_dim: int, norm: bool) -> None:
 @pytest.mark.parametrize("rotary_dim", [2, 20, 32, 48, 62])
 def test_partial_rotation(head_dim: int, rotary_dim: int) -> None:
     check(make(head_dim=head_dim, rotary_dim=rotary_dim, norm=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [60, 64, 128, 256])
+@pytest.mark.parametrize("norm", [False, True])
+def test_norms_with_an_offset_and_queries_scaled_by_position(
+    dtype: torch.dtype, head_dim: int, norm: bool
+) -> None:
+    case = make(head_dim=head_dim, rotary_dim=32, dtype=dtype, norm=norm)
+    case.norm_offset, case.q_scales = 1.0, torch.rand(MAX_POSITION, device="cuda") + 0.5
+    check(case)
 
 
 def test_one_norm_only() -> None:

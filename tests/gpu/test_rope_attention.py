@@ -32,11 +32,12 @@ class Case:
     num_heads: int
     plan: ops.AttentionPlan
     window: int
+    softcap: float
 
     @classmethod
     def make(
         cls, rows: list[tuple[int, int]], heads: tuple[int, int, int], dtype: torch.dtype,
-        window: int = 0,
+        window: int = 0, softcap: float = 0.0,
     ) -> Case:  # fmt: skip
         """Rows of (query_len, seq_len); the last one is padding."""
         num_heads, num_kv_heads, head_dim = heads
@@ -65,6 +66,7 @@ class Case:
             num_heads=num_heads,
             plan=plan,
             window=window,
+            softcap=softcap,
         )
         ops.plan_attention(
             case.cu_seqlens_q, case.seq_lens, plan, num_heads=num_heads,
@@ -92,7 +94,7 @@ class Case:
         torch.cuda.synchronize()  # it reads plan and caches early, as behind a linear
         out = ops.rope_attention(
             self.q, self.qkv, self.cos_sin, *self.caches, *self.rows, softmax_scale=0.1,
-            window=self.window, plan=self.plan,
+            window=self.window, plan=self.plan, softcap=self.softcap,
         )  # fmt: skip
         return [out, *self.caches]
 
@@ -111,7 +113,7 @@ class Case:
         )  # fmt: skip
         out = ops.paged_attention(
             self.q, *self.caches, *self.rows, softmax_scale=0.1, window=self.window,
-            max_query_len=16, plan=self.plan,
+            max_query_len=16, plan=self.plan, softcap=self.softcap,
         )  # fmt: skip
         return [out, *self.caches]
 
@@ -124,15 +126,22 @@ def assert_same(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [(32, 8, 128), (32, 8, 64), (8, 8, 128), (16, 1, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "softcap"),
+    [
+        ((32, 8, 128), 0.0), ((32, 8, 64), 0.0), ((8, 8, 128), 0.0), ((16, 1, 64), 0.0),
+        ((32, 32, 96), 0.0), ((16, 8, 256), 50.0), ((8, 4, 256), 0.0), ((32, 16, 128), 50.0),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("window", [0, 100])
 def test_equals_rope_write_kv_and_paged_attention(
-    dtype: torch.dtype, heads: tuple[int, int, int], window: int
+    dtype: torch.dtype, heads: tuple[int, int, int], softcap: float, window: int
 ) -> None:
     most = attention_plan.decode_query_len(*heads[:2])
-    assert_same(Case.make([(1, n) for n in EDGES], heads, dtype, window))
+    assert_same(Case.make([(1, n) for n in EDGES], heads, dtype, window, softcap))
     several = [(1 + i % min(most, n), n) for i, n in enumerate(EDGES)]
-    assert_same(Case.make(several, heads, dtype, window))
+    assert_same(Case.make(several, heads, dtype, window, softcap))
 
 
 def test_one_long_row_and_many_short_ones() -> None:
@@ -142,14 +151,15 @@ def test_one_long_row_and_many_short_ones() -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_is_its_twin(head_dim: int) -> None:
-    case = Case.make([(1, 1), (2, 66), (1, 200)], (4, 2, head_dim), torch.bfloat16, 50)
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, 0.0), (96, 1.0), (128, 0.0), (256, 1.0)])
+def test_is_its_twin(head_dim: int, softcap: float) -> None:
+    rows, heads = [(1, 1), (2, 66), (1, 200)], (4, 2, head_dim)
+    case = Case.make(rows, heads, torch.bfloat16, 50, softcap)
     one, other = case.fresh(), case.fresh()
     out = torch.empty_like(other.q, memory_format=torch.contiguous_format)
     reference.rope_attention(
         other.q, other.qkv, case.cos_sin, *other.caches, *case.rows, 0.1, 50, case.plan.work,
-        case.plan.workspace, out,
+        case.plan.workspace, out, softcap,
     )  # fmt: skip
     for mine, twin in zip(one.fused(), [out, *other.caches], strict=True):
         error = (mine.double() - twin.double()).norm() / twin.double().norm()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyserve.errors import ConfigError
+from pyserve.model import layer_config
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.placement import META, Placement
@@ -204,6 +205,16 @@ def test_what_a_card_lacks_is_named() -> None:
         "glm4": [], "gemma2": ["attention scores capped at 50", *gemma],
         "gemma3": ["head_dim 256", *gemma],
     }  # fmt: skip
+
+
+def test_what_a_card_has_no_kernel_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_config, "SERVES_ALL_ON_CUDA", True)
+    assert not any(ModelConfig.from_hf(raw).lacking_on_cuda(10**6) for raw in REAL.values())
+    for head_dim, lacks in (
+        (64, ["scores capped at 50 of head_dim 64"]), (80, ["head_dim 80"]), (256, []),
+    ):  # fmt: skip
+        config = ModelConfig.from_hf(GEMMA2_27B | {"head_dim": head_dim})
+        assert config.lacking_on_cuda(4096) == lacks
 
 
 HELD_OUT: list[tuple[str, dict[str, Any], str]] = [

@@ -120,11 +120,13 @@ void launch_attentions() {
   p.num_heads = 32;
   p.max_query_len = 1024;
   for (int num_kv_heads : {1, 8, 32}) {
-    for (int head_dim : {64, 128}) {
-      for (int block_size_log2 : {4, 5}) {  // of which one kernel serves only the first
+    for (int head_dim : {64, 96, 128, 256}) {
+      for (int i = 0; i < 4; ++i) {
         p.num_kv_heads = num_kv_heads;
         p.head_dim = head_dim;
-        p.block_size_log2 = block_size_log2;
+        p.block_size_log2 = 4 + i % 2;  // of which one kernel serves only the first
+        p.softcap = i / 2 * 50.0f;
+        if (!pyserve::gpu::serves_attention(head_dim, p.softcap)) continue;
         for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
           require(launch_paged_attention(p, dtype, nullptr), "attention", num_kv_heads, head_dim);
           float cos_sin = 0.0f;

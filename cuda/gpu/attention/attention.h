@@ -86,6 +86,11 @@ constexpr int decode_items_offset(int num_ranges) {
   return kDecodeStartsOffset + (num_ranges + 1 + 15) / 16 * 16;
 }
 
+// Whether there are kernels for it: capped scores of head_dim 64 no model has.
+constexpr bool serves_attention(int64_t head_dim, double softcap) {
+  return head_dim == 96 || head_dim == 128 || head_dim == 256 || (head_dim == 64 && softcap == 0);
+}
+
 struct AttentionParams {
   const void* q;  // [num_tokens, num_heads, head_dim], head_dim contiguous; strides in elements
   int64_t q_token_stride, q_head_stride;
@@ -105,6 +110,7 @@ struct AttentionParams {
   int32_t block_size_log2;
   int32_t window;  // 0: none
   float softmax_scale;
+  float softcap;          // scaled scores become softcap * tanh(score / softcap); 0: they do not
   int32_t max_query_len;  // no row has more queries; where decode takes so many, no prefill
   const int32_t* work;
   float* workspace;  // zero at first; decode_partials and prefill_partials lie in it

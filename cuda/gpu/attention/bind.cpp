@@ -15,6 +15,7 @@
 namespace pyserve {
 namespace {
 
+constexpr double kMaxSoftcap = 1000;  // of which capped scores are 3e-7 off
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 
 gpu::AttentionDevice device_of(const char* op) {
@@ -39,8 +40,9 @@ void check_alignment(const View& view) {
 
 // Checks what paged_attention is given and finds out what its kernels are told.
 gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArgs& args,
-                                      double softmax_scale, int64_t window, int64_t max_query_len,
-                                      const Tensor& work_tensor, const Tensor& workspace_tensor) {
+                                      double softmax_scale, double softcap, int64_t window,
+                                      int64_t max_query_len, const Tensor& work_tensor,
+                                      const Tensor& workspace_tensor) {
   const char* op = read.op;
   const View &keys = args.key_cache, &values = args.value_cache, &blocks = args.block_table;
   const View work = read("work", work_tensor, 1, ScalarType::Int);
@@ -48,13 +50,16 @@ gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArg
   const int64_t num_tokens = args.num_tokens, num_heads = args.num_heads;
   const int64_t num_rows = args.num_rows, num_kv_heads = args.num_kv_heads;
   const int64_t head_dim = args.head_dim, block_size = args.block_size;
-  PYSERVE_CHECK(head_dim == 64 || head_dim == 128, op, ": head_dim ", head_dim,
-                " is neither 64 nor 128");
+  PYSERVE_CHECK(gpu::serves_attention(head_dim, 0), op, ": head_dim ", head_dim,
+                " is none of 64, 96, 128, 256");
+  PYSERVE_CHECK(gpu::serves_attention(head_dim, softcap), op, ": a softcap, ", softcap,
+                ", has no kernel at head_dim ", head_dim);
+  PYSERVE_CHECK(softcap <= kMaxSoftcap, op, ": a softcap, ", softcap, ", is above ", kMaxSoftcap);
   PYSERVE_CHECK(block_size > 0 && std::has_single_bit(static_cast<uint64_t>(block_size)), op,
                 ": block_size ", block_size, " is not a power of two");
   PYSERVE_CHECK(window >= 0 && max_query_len >= 0, op, ": window ", window, ", max_query_len ",
                 max_query_len);
-  args.check(softmax_scale, window, 0, gpu::kPrefillRows);
+  args.check(softmax_scale, window, softcap, gpu::kPrefillRows);
   for (const View* view : {&args.q, &keys, &values, &args.out}) check_alignment(*view);
   for (const View* view :
        {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens, &work, &workspace}) {
@@ -108,6 +113,7 @@ gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArg
       .block_size_log2 = std::countr_zero(static_cast<uint64_t>(block_size)),
       .window = static_cast<int32_t>(std::min(window, kMaxInt)),
       .softmax_scale = static_cast<float>(softmax_scale),
+      .softcap = static_cast<float>(softcap),
       .max_query_len = static_cast<int32_t>(std::min(max_query_len, num_tokens)),
       .work = work.ptr<int32_t>(),
       .workspace = workspace.ptr<float>(),
@@ -124,15 +130,13 @@ void paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& val
                      int64_t max_query_len, const std::optional<Tensor>& work,
                      const std::optional<Tensor>& workspace, const Tensor& out, double softcap) {
   const ViewReader read{"paged_attention", Place::kCuda};
-  PYSERVE_CHECK(softcap == 0, read.op, ": a softcap, ", softcap,
-                ", is computed on the CPU only so far");
   PYSERVE_CHECK(work.has_value() && workspace.has_value(), read.op,
                 ": CUDA needs a plan (work and workspace)");
   const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q,
                            seq_lens, out);
   const gpu::Dtype dtype = half_dtype(args.q);
-  const gpu::AttentionParams params =
-      attention_params(read, args, softmax_scale, window, max_query_len, *work, *workspace);
+  const gpu::AttentionParams params = attention_params(
+      read, args, softmax_scale, softcap, window, max_query_len, *work, *workspace);
   if (args.num_tokens == 0 || args.num_rows == 0) return;
   check_launch(read.op, gpu::launch_paged_attention(params, dtype, current_stream(q)));
 }
@@ -141,7 +145,7 @@ void rope_attention(const Tensor& q, const Tensor& qkv_tensor, const Tensor& cos
                     const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                     const Tensor& row_slots, const Tensor& cu_seqlens_q, const Tensor& seq_lens,
                     double softmax_scale, int64_t window, const Tensor& work,
-                    const Tensor& workspace, const Tensor& out) {
+                    const Tensor& workspace, const Tensor& out, double softcap) {
   const ViewReader read{"rope_attention", Place::kCuda};
   const AttentionArgs args(read, q, key_cache, value_cache, block_table, row_slots, cu_seqlens_q,
                            seq_lens, out);
@@ -151,7 +155,7 @@ void rope_attention(const Tensor& q, const Tensor& qkv_tensor, const Tensor& cos
   check_heads(read.op, args.num_heads, args.num_kv_heads, gpu::kDecodeRows);
   const int64_t max_query_len = gpu::kDecodeRows / (args.num_heads / args.num_kv_heads);
   const gpu::AttentionParams params =
-      attention_params(read, args, softmax_scale, window, max_query_len, work, workspace);
+      attention_params(read, args, softmax_scale, softcap, window, max_query_len, work, workspace);
   const int64_t num_heads = args.num_heads, num_kv_heads = args.num_kv_heads;
   const int64_t head_dim = args.head_dim;
   check_same_dtype(qkv, args.q);

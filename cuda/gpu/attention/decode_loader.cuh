@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
+#include "gpu/attention/score_scale.cuh"
 #include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu::decode {
@@ -29,7 +30,7 @@ struct Decode {
   DecodeRope rope;  // zero where rope_write_kv has done its work
   int group;
   int items_offset;  // in p.work
-  float scale_log2;  // softmax_scale * log2(e)
+  ScoreScale scale;
 };
 
 // An item and its row, the same in all threads.
@@ -58,9 +59,22 @@ struct Work {
   }
 };
 
+// What a kernel does: rope_write_kv's work too (kRope), or what its arguments say (kGeneral: that
+// work or not, capped scores or not).
+enum class Kind { kPlain, kRope, kGeneral };
+
+template <Kind kKind>
+__device__ __forceinline__ bool has_rope(const Decode& d) {
+  return kKind == Kind::kRope || (kKind == Kind::kGeneral && d.rope.cos_sin != nullptr);
+}
+
+// Of a row of keys or values in shared memory: a multiple of 128, so that chunks can be swizzled.
+template <class T, int kHeadDim>
+constexpr int kSmemRowBytes = (kHeadDim * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
+
 template <class T, int kHeadDim, int kStages>
 struct Layout {
-  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+  static constexpr int kRowBytes = kSmemRowBytes<T, kHeadDim>;
   static constexpr int kPartBytes = kWarpKeys * kRowBytes;  // one warp's keys, or values, of a tile
   static constexpr int kStageBytes = 2 * kPartBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes;
@@ -68,13 +82,14 @@ struct Layout {
 };
 
 // Copies one warp's part of tile after tile, through the items of its CTA.
-// With kRope only the keys of earlier steps, and it may begin before pdl_wait(), past L1.
-template <class T, int kHeadDim, int kStages, bool kRope>
+// With rope only the keys of earlier steps, and it may begin before pdl_wait(), past L1.
+template <class T, int kHeadDim, int kStages, Kind kKind>
 class Loader {
   using L = Layout<T, kHeadDim, kStages>;
   static constexpr int kChunksPerRow = kHeadDim / kChunk;
   static constexpr int kRowsPerCopy = kWarpSize / kChunksPerRow;
   static constexpr int kCopies = kWarpKeys / kRowsPerCopy;
+  static_assert(kWarpKeys % kRowsPerCopy == 0);
 
  public:
   __device__ Loader(const Decode& d, int kv_head, int first_item, int last_item)
@@ -95,14 +110,10 @@ class Loader {
   __device__ void issue(uint32_t stage) {
     if (tile_ >= kv_end_) begin_item();
     if (tile_ < kv_end_) {
-      // Each lane finds one key; its row is copied by several.
-      if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
-      const int64_t block = block_, token = key() & ((1 << d_.p.block_size_log2) - 1);
-      const unsigned copied = __ballot_sync(kFullMask, is_copied(key())) >> copy_row_;
-      copy(stage, keys_, block * d_.p.key_block_stride + token * d_.p.key_token_stride, copied);
+      const Found found = find();
+      copy_keys(stage, found);
       cp_async_commit();
-      copy(stage + L::kPartBytes, values_,
-           block * d_.p.value_block_stride + token * d_.p.value_token_stride, copied);
+      copy_values(stage, found);
       cp_async_commit();
       tile_ += kKvTile;
       look_up();
@@ -112,13 +123,56 @@ class Loader {
     }
   }
 
+  // The same in two halves: keys, and then the values of those, each into a group.
+  __device__ void issue_keys(uint32_t stage) {
+    if (tile_ >= kv_end_) begin_item();
+    if (tile_ < kv_end_) {
+      found_ = find();
+      copy_keys(stage, found_);
+    }
+    cp_async_commit();
+  }
+
+  __device__ void issue_values(uint32_t stage) {
+    if (tile_ < kv_end_) {
+      copy_values(stage, found_);
+      tile_ += kKvTile;
+      look_up();
+    }
+    cp_async_commit();
+  }
+
  private:
+  // What a lane has found out about the tile: where its key lies, and which rows it helps to copy.
+  struct Found {
+    int64_t block, token;
+    unsigned copied;
+  };
+
+  // Each lane finds one key; its row is copied by several.
+  __device__ Found find() const {
+    if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
+    return {block_, key() & ((1 << d_.p.block_size_log2) - 1),
+            __ballot_sync(kFullMask, is_copied(key())) >> copy_row_};
+  }
+
+  __device__ void copy_keys(uint32_t stage, const Found& found) const {
+    copy(stage, keys_,
+         found.block * d_.p.key_block_stride + found.token * d_.p.key_token_stride, found.copied);
+  }
+
+  __device__ void copy_values(uint32_t stage, const Found& found) const {
+    copy(stage + L::kPartBytes, values_,
+         found.block * d_.p.value_block_stride + found.token * d_.p.value_token_stride,
+         found.copied);
+  }
+
   __device__ void begin_item() {
     if (next_item_ >= last_item_) return;
     const Work work(d_, next_item_++);
     tile_ = work.item.kv_begin;
     kv_end_ = work.item.kv_end;
-    copy_end_ = kRope ? min(kv_end_, work.seq_len - work.query_len) : kv_end_;
+    copy_end_ = has_rope<kKind>(d_) ? min(kv_end_, work.seq_len - work.query_len) : kv_end_;
     // A padded row has no blocks, so none of its keys is copied.
     first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
     blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
@@ -143,6 +197,7 @@ class Loader {
     for (int i = 0; i < kCopies; ++i) {
       const int row = i * kRowsPerCopy;  // copy_row_, added below, has none of these bits
       const int64_t row_offset = __shfl_sync(kFullMask, offset, row + copy_row_);
+      if (kWarpSize % kChunksPerRow != 0 && copy_row_ == kRowsPerCopy) continue;  // a lane too many
       cp_async_16((stage ^ (row % 8 * 16)) + row * L::kRowBytes, source + row_offset,
                   (copied >> row & 1) != 0);
     }
@@ -156,6 +211,7 @@ class Loader {
   int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // of the current item
   int copy_end_ = 0;
   int block_ = 0;                                  // of key()
+  Found found_;                                    // by issue_keys
   int copy_row_;                                   // row of a copy that this lane does a chunk of
   uint32_t destination_;
 };

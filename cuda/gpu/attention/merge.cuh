@@ -17,13 +17,13 @@ template <class T, int kHeadDim, int kRows>
 __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int first_partial,
                                           int num_splits, int kv_head, int num_kv_heads, int row,
                                           T* out_row) {
-  constexpr int kPerLane = kHeadDim / kWarpSize;
-  static_assert(kPerLane == 2 || kPerLane == 4);
+  constexpr int kPerLane = kHeadDim == 64 ? 2 : 4;  // columns of a piece
+  constexpr int kColumns = kPerLane * kWarpSize;     // of a warp's pieces
+  constexpr int kPieces = (kHeadDim + kColumns - 1) / kColumns;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t step = static_cast<int64_t>(num_kv_heads) * kRows;  // rows from split to split
   const int64_t begin =
       (static_cast<int64_t>(first_partial) * num_kv_heads + kv_head) * kRows + row;
-  const float* acc = partials.acc + begin * kHeadDim + lane * kPerLane;
   const float* stats = partials.stats + begin * 2;
 
   float largest = -INFINITY;
@@ -36,7 +36,8 @@ __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int
   }
   if (largest == -INFINITY) largest = 0.0f;
 
-  float total[kPerLane] = {}, sum = 0.0f;
+  const auto column = [&](int piece) { return piece * kColumns + lane * kPerLane; };
+  float total[kPieces][kPerLane] = {}, sum = 0.0f;
   for (int base = 0; base < num_splits; base += kWarpSize) {
     float factor = 0.0f, part = 0.0f;
     if (base + lane < num_splits) {
@@ -51,30 +52,37 @@ __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int
 #pragma unroll 8
     for (int i = 0; i < count; ++i) {
       const float weight = __shfl_sync(kFullMask, factor, i);
-      const float* source = acc + (base + i) * step * kHeadDim;
-      if constexpr (kPerLane == 4) {
-        const float4 value = __ldcg(reinterpret_cast<const float4*>(source));
-        total[0] += weight * value.x;
-        total[1] += weight * value.y;
-        total[2] += weight * value.z;
-        total[3] += weight * value.w;
-      } else {
-        const float2 value = __ldcg(reinterpret_cast<const float2*>(source));
-        total[0] += weight * value.x;
-        total[1] += weight * value.y;
+      const float* source = partials.acc + (begin + (base + i) * step) * kHeadDim;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (kHeadDim % kColumns != 0 && column(piece) >= kHeadDim) continue;
+        if constexpr (kPerLane == 4) {
+          const float4 value = __ldcg(reinterpret_cast<const float4*>(source + column(piece)));
+          total[piece][0] += weight * value.x;
+          total[piece][1] += weight * value.y;
+          total[piece][2] += weight * value.z;
+          total[piece][3] += weight * value.w;
+        } else {
+          const float2 value = __ldcg(reinterpret_cast<const float2*>(source + column(piece)));
+          total[piece][0] += weight * value.x;
+          total[piece][1] += weight * value.y;
+        }
       }
     }
   }
   const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-  uint32_t pairs[kPerLane / 2];
 #pragma unroll
-  for (int i = 0; i < kPerLane / 2; ++i) {
-    pairs[i] = pack_pair<T>(total[2 * i] * scale, total[2 * i + 1] * scale);
-  }
-  if constexpr (kPerLane == 4) {
-    *reinterpret_cast<uint2*>(out_row + lane * kPerLane) = make_uint2(pairs[0], pairs[1]);
-  } else {
-    *reinterpret_cast<uint32_t*>(out_row + lane * kPerLane) = pairs[0];
+  for (int piece = 0; piece < kPieces; ++piece) {
+    if (kHeadDim % kColumns != 0 && column(piece) >= kHeadDim) continue;
+    const float(&sums)[kPerLane] = total[piece];
+    if constexpr (kPerLane == 4) {
+      *reinterpret_cast<uint2*>(out_row + column(piece)) =
+          make_uint2(pack_pair<T>(sums[0] * scale, sums[1] * scale),
+                     pack_pair<T>(sums[2] * scale, sums[3] * scale));
+    } else {
+      *reinterpret_cast<uint32_t*>(out_row + column(piece)) =
+          pack_pair<T>(sums[0] * scale, sums[1] * scale);
+    }
   }
 }
 

@@ -28,12 +28,14 @@ __device__ __forceinline__ const float* cos_sin_of(const Decode& d, int position
 }
 
 // A key of this step and its value, on their way from qkv to a warp's stage and to the caches. The
-// first lanes have 8 elements of the key and the 8 that are turned with them; lanes from 8 on have 8
-// elements of the value.
-template <class T, int kHeadDim>
+// first lanes have 8 elements of the key and the 8 that are turned with them; lanes from 8 on, of
+// head_dim 256 all, have 8 elements of the value. A kernel of Kind::kGeneral has no registers for
+// cosines and sines on their way: it reads them when it turns the key.
+template <class T, int kHeadDim, Kind kKind>
 class NewKey {
-  static constexpr int kHalf = kHeadDim / 2, kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
-  static constexpr int kFirstValueLane = 8;
+  static constexpr int kHalf = kHeadDim / 2, kRowBytes = kSmemRowBytes<T, kHeadDim>;
+  static constexpr bool kHasBoth = kHeadDim > 128;  // some lanes, of key and value
+  static constexpr int kFirstValueLane = kHasBoth ? 0 : 8;
 
  public:
   __device__ NewKey(const Decode& d, int kv_head) : d_(d), kv_head_(kv_head) {
@@ -55,15 +57,10 @@ class NewKey {
       const T* key = static_cast<const T*>(d_.rope.keys) + at;
       data_[0] = load_vec(key);
       data_[1] = load_vec(key + kHalf);
-      const float4* cos_sin =
-          reinterpret_cast<const float4*>(cos_sin_of(d_, position) + chunk_ * kVec);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        cosines_[i] = cos_sin[i];
-        sines_[i] = cos_sin[kHalf / 4 + i];
-      }
-    } else if (has_value_) {
-      data_[0] = load_vec(static_cast<const T*>(d_.rope.values) + at);
+      if constexpr (kKind != Kind::kGeneral) load_angles();
+    }
+    if (has_value_) {
+      value() = load_vec(static_cast<const T*>(d_.rope.values) + at);
     }
   }
 
@@ -81,12 +78,13 @@ class NewKey {
       store_vec(cache + kHalf, data_[1]);
       put(to, row, chunk_, data_[0]);
       put(to, row, chunk_ + kHalf / kVec, data_[1]);
-    } else if (has_value_) {
+    }
+    if (has_value_) {
       T* cache = static_cast<T*>(const_cast<void*>(d_.p.value_cache)) +
                  block * d_.p.value_block_stride + token * d_.p.value_token_stride +
                  kv_head_ * d_.p.value_head_stride + chunk_ * kVec;
-      store_vec(cache, data_[0]);
-      put(to + part_bytes, row, chunk_, data_[0]);
+      store_vec(cache, value());
+      put(to + part_bytes, row, chunk_, value());
     }
   }
 
@@ -94,11 +92,24 @@ class NewKey {
   __device__ void forget() { position_ = -1; }
 
  private:
+  __device__ uint4& value() { return data_[kHasBoth ? 2 : 0]; }
+
   static __device__ void put(unsigned char* to, int row, int chunk, const uint4& data) {
     *reinterpret_cast<uint4*>(to + (chunk ^ row % 8) * 16) = data;
   }
 
+  __device__ void load_angles() {
+    const float4* cos_sin =
+        reinterpret_cast<const float4*>(cos_sin_of(d_, position_) + chunk_ * kVec);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      cosines_[i] = cos_sin[i];
+      sines_[i] = cos_sin[kHalf / 4 + i];
+    }
+  }
+
   __device__ void turn() {
+    if constexpr (kKind == Kind::kGeneral) load_angles();
     float a[kVec], b[kVec];
     unpack<T>(data_[0], a);
     unpack<T>(data_[1], b);
@@ -118,7 +129,7 @@ class NewKey {
   int kv_head_, chunk_;
   bool has_key_, has_value_;
   int position_ = -1, block_ = 0;
-  uint4 data_[2] = {};
+  uint4 data_[kHasBoth ? 3 : 2] = {};  // two of the key; value()
   float4 cosines_[2] = {}, sines_[2] = {};
 };
 

@@ -10,34 +10,41 @@
 
 #include "gpu/attention/attention.h"
 #include "gpu/attention/prefill_item.cuh"
+#include "gpu/attention/score_scale.cuh"
 #include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu::prefill {
 
 constexpr int kStages = 2;
 
-template <class Element, int kDim, int kWarpsPerBlock, int kKeysPerStep>
+// Of a tile's kPrefillRows packed rows a block takes kRowsPerBlock. kMayCapScores: whether it does
+// is said by its arguments.
+template <class Element, int kDim, int kWarpsPerBlock, int kKeysPerStep,
+          int kRowsPerBlock = kPrefillRows, bool kMayCapScores = false>
 struct Config {
   using T = Element;
   static constexpr int kHeadDim = kDim;
   static constexpr int kWarps = kWarpsPerBlock;
   static constexpr int kKeys = kKeysPerStep;
+  static constexpr int kRows = kRowsPerBlock;
+  static constexpr bool kMayCap = kMayCapScores;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kFragments = kPrefillRows / (16 * kWarps);  // of 16 rows, in a warp
+  static constexpr int kFragments = kRows / (16 * kWarps);  // of 16 rows, in a warp
   static constexpr int kWarpRows = 16 * kFragments;
   static constexpr bool kQueryInRegisters = kFragments * kHeadDim <= 128;
-  static constexpr int kRowBytes = kHeadDim * sizeof(T);
+  static constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row
+  static constexpr int kRowBytes = (kChunks + 7) / 8 * 128;  // whole groups of swizzled chunks
   static constexpr int kTileBytes = kKeys * kRowBytes;
   // Shared memory: Q, the K and the V ring, row addresses, query positions, a flag, the item.
-  static constexpr int kKeyOffset = kPrefillRows * kRowBytes;
+  static constexpr int kKeyOffset = kRows * kRowBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kTileBytes;
   static constexpr int kAddressOffset = kValueOffset + kStages * kTileBytes;
   static constexpr int kPositionOffset = kAddressOffset + kStages * 2 * kKeys * sizeof(int64_t);
-  static constexpr int kFlagOffset = kPositionOffset + kPrefillRows * sizeof(int32_t);
+  static constexpr int kFlagOffset = kPositionOffset + kRows * sizeof(int32_t);
   static constexpr int kItemOffset = kFlagOffset + 16;
   static constexpr int kSmemBytes = kItemOffset + sizeof(AttentionItem);
-  static_assert(kSmemBytes <= 99 * 1024);
-  static_assert(kKvTile % kKeys == 0 && kThreads >= kPrefillRows && kThreads >= 2 * kKeys);
+  static_assert(kSmemBytes <= 163 * 1024 && kPrefillRows % kRows == 0);
+  static_assert(kKvTile % kKeys == 0 && kThreads >= kRows && kThreads >= 2 * kKeys);
 };
 
 // Byte offset of 16-byte chunk `chunk` in row `row`: the low three bits of the chunk are XORed with
@@ -139,6 +146,18 @@ __device__ __forceinline__ void multiply_queries_keys(Scores<C>& s, uint32_t que
         mma_16816<typename C::T>(s[m][2 * n], q.a[k][m], b[0], b[1]);
         mma_16816<typename C::T>(s[m][2 * n + 1], q.a[k][m], b[2], b[3]);
       }
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void cap_scores(Scores<C>& s, float cap_rate) {
+#pragma unroll
+  for (int m = 0; m < C::kFragments; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[m][n][i] = cap_score(s[m][n][i], cap_rate);
     }
   }
 }

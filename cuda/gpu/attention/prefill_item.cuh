@@ -28,10 +28,12 @@ struct Geometry {
   __device__ __forceinline__ bool is_empty() const { return slot < 0 || num_packed <= 0; }
 };
 
-// Traps where the row's slot or lengths are out of range, if kIsChecked.
-template <bool kIsChecked = true>
+// Of the item's packed rows those of a block's part, kRows each. Traps where the row's slot or
+// lengths are out of range, if kIsChecked.
+template <bool kIsChecked = true, int kRows = kPrefillRows>
 __device__ __forceinline__ Geometry make_geometry(const AttentionParams& p,
-                                                  const AttentionItem& item, int kv_head) {
+                                                  const AttentionItem& item, int kv_head,
+                                                  int part = 0) {
   Geometry g;
   g.kv_head = kv_head;
   g.group = p.num_heads / p.num_kv_heads;
@@ -44,8 +46,8 @@ __device__ __forceinline__ Geometry make_geometry(const AttentionParams& p,
                         g.query_begin + query_len <= p.num_tokens &&
                         seq_len <= static_cast<int64_t>(p.max_blocks_per_seq) << p.block_size_log2;
   if (kIsChecked && g.slot >= 0 && !in_range) __trap();
-  g.first_packed = item.query_tile * kPrefillRows;
-  g.num_packed = min(kPrefillRows, query_len * g.group - g.first_packed);
+  g.first_packed = item.query_tile * kPrefillRows + part * kRows;
+  g.num_packed = min(kRows, query_len * g.group - g.first_packed);
   const int first_position = g.context + g.first_packed / g.group;
   g.first_key = p.window > 0 ? max(item.kv_begin, first_position - p.window + 1) : item.kv_begin;
   return g;
@@ -103,18 +105,17 @@ struct RowWalk {
 
 // Does what merge_row of merge.cuh does, for rows first_row .. end_row - 1 of a tile at once, by
 // kThreads >= that many threads: taken one by one, the loads of each of so many rows would wait for
-// those of the row before. `scales` is shared memory for kPrefillRows pairs, `sync` the barrier of
-// these threads.
+// those of the row before. The part of split 0 lies from row first_partial on in the partial
+// buffers. `scales` is shared memory for a pair a row, `sync` the barrier of these threads.
 template <class T, int kHeadDim, int kThreads, class Sync>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,
-                                           const AttentionPartials& partials, int64_t first_buffer,
+                                           const AttentionPartials& partials, int64_t first_partial,
                                            int num_splits, int first_row, int end_row, int thread,
                                            float2* scales, Sync&& sync) {
   constexpr int kRowsAtOnce = 4, kLanes = kHeadDim / 4;  // lanes of a row: four columns each
   const int64_t split_rows = static_cast<int64_t>(p.num_kv_heads) * kPrefillRows;
-  const auto* stats = reinterpret_cast<const float2*>(partials.stats) + first_buffer * kPrefillRows;
-  const auto* acc =
-      reinterpret_cast<const float4*>(partials.acc) + first_buffer * kPrefillRows * kLanes;
+  const auto* stats = reinterpret_cast<const float2*>(partials.stats) + first_partial;
+  const auto* acc = reinterpret_cast<const float4*>(partials.acc) + first_partial * kLanes;
   if (const int row = first_row + thread; row < end_row) {
     float largest = kNoMax, sum = 0.0f;
 #pragma unroll 4
@@ -130,6 +131,7 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geome
   }
   sync();
   constexpr int kStep = kThreads / kLanes;  // rows between those of a thread
+  if (kThreads % kLanes != 0 && thread / kLanes == kStep) return;  // a thread too many
   const int lane = thread % kLanes;
   for (int base = first_row + thread / kLanes; base < end_row; base += kRowsAtOnce * kStep) {
     float4 total[kRowsAtOnce] = {};

@@ -322,7 +322,7 @@ struct Consumer : Products<C> {
     if (!arrives_last(arrivals, item.num_splits, flag, thread == 0, sync)) return;
     const int first_row = group * kGroupRows;
     merge_rows<typename C::T, C::kHeadDim, kGroupThreads>(
-        p, g, partials, first_buffer, item.num_splits, first_row,
+        p, g, partials, first_buffer * kPrefillRows, item.num_splits, first_row,
         min(first_row + kGroupRows, g.num_packed), thread,
         reinterpret_cast<float2*>(memory + C::kScaleOffset), sync);
   }
@@ -465,7 +465,7 @@ cudaError_t launch_config(const AttentionParams& p, Dtype dtype, cudaStream_t st
 }  // namespace prefill::sm90a
 
 bool prefill_sm90a_serves(const AttentionParams& p) {
-  return p.block_size_log2 == 4 && (p.head_dim == 64 || p.head_dim == 128);
+  return p.block_size_log2 == 4 && (p.head_dim == 64 || p.head_dim == 128) && p.softcap == 0.0f;
 }
 
 cudaError_t launch_prefill_attention_sm90a(const AttentionParams& p, Dtype dtype,

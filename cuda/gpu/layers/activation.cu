@@ -1,13 +1,13 @@
-// silu_mul (Shazeer 2020): out = gate / (1 + exp(-gate)) * up.
+// silu_mul and gelu_tanh_mul: out = activation(gate) * up, by core/gate.cuh.
 //
 // A grid of (tokens x column tiles), one vector a thread (one element where rows are not aligned),
 // small CTAs: one token of a large model still reaches dozens of SMs, and 2,048 threads of an SM
 // have 64 KB of loads in flight. Floor: bytes, 6 an element of out.
-// Numerics: float32, one rounding; exp and the division are the fast ones, a few ulp of float32.
+// Numerics: float32, one rounding.
 #include "gpu/layers/activation.h"
 
+#include "gpu/core/gate.cuh"
 #include "gpu/core/launch.cuh"
-#include "gpu/core/silu.cuh"
 #include "gpu/core/vec.cuh"
 
 namespace pyserve::gpu {
@@ -15,9 +15,14 @@ namespace {
 
 constexpr int kThreads = 128;
 
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float gate, float up) {
+  return kActivation == Activation::kSilu ? silu_mul(gate, up) : gelu_tanh_mul(gate, up);
+}
+
 // Width: elements a thread takes, kVec or 1. CTA = token * tiles + tile.
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, unsigned tiles) {
+template <class T, int kWidth, Activation kActivation>
+__global__ void __launch_bounds__(kThreads) gate_kernel(GateParams p, unsigned tiles) {
   const int64_t token = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t column = (tile * kThreads + threadIdx.x) * kWidth;
   pdl_launch_dependents();
@@ -31,22 +36,29 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p, uns
     unpack<T>(gates, g);
     unpack<T>(ups, u);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) g[i] = silu_mul(g[i], u[i]);
+    for (int i = 0; i < kVec; ++i) g[i] = activate<kActivation>(g[i], u[i]);
     store_vec(out, pack<T>(g));
   } else {
-    *out = from_float<T>(silu_mul(to_float(gate[0]), to_float(gate[p.n])));
+    *out = from_float<T>(activate<kActivation>(to_float(gate[0]), to_float(gate[p.n])));
   }
 }
 
-template <class T, int kWidth>
-cudaError_t launch_width(const SiluMulParams& p, cudaStream_t stream) {
+template <class T, int kWidth, Activation kActivation>
+cudaError_t launch_gate_kernel(const GateParams& p, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>((p.n + kThreads * kWidth - 1) / (kThreads * kWidth));
-  return launch_chained(silu_mul_kernel<T, kWidth>, static_cast<unsigned>(p.num_tokens * tiles),
-                        kThreads, 0, stream, p, tiles);
+  return launch_chained(gate_kernel<T, kWidth, kActivation>,
+                        static_cast<unsigned>(p.num_tokens * tiles), kThreads, 0, stream, p, tiles);
+}
+
+template <class T, int kWidth>
+cudaError_t launch_width(const GateParams& p, cudaStream_t stream) {
+  return p.activation == Activation::kSilu
+             ? launch_gate_kernel<T, kWidth, Activation::kSilu>(p, stream)
+             : launch_gate_kernel<T, kWidth, Activation::kGeluTanh>(p, stream);
 }
 
 template <class T>
-cudaError_t launch_silu_mul_as(const SiluMulParams& p, cudaStream_t stream) {
+cudaError_t launch_gate_as(const GateParams& p, cudaStream_t stream) {
   const bool is_aligned = p.n % kVec == 0 && is_vec_aligned(p.gate_up, p.gate_up_stride) &&
                           is_vec_aligned(p.out, p.out_stride);
   return is_aligned ? launch_width<T, kVec>(p, stream) : launch_width<T, 1>(p, stream);
@@ -54,10 +66,9 @@ cudaError_t launch_silu_mul_as(const SiluMulParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_silu_mul(const SiluMulParams& params, cudaStream_t stream) {
+cudaError_t launch_gate(const GateParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0 || params.n == 0) return cudaSuccess;
-  return dispatch_half(params.dtype,
-                       [&]<class T>(T) { return launch_silu_mul_as<T>(params, stream); });
+  return dispatch_half(params.dtype, [&]<class T>(T) { return launch_gate_as<T>(params, stream); });
 }
 
 }  // namespace pyserve::gpu

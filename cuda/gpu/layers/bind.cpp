@@ -1,6 +1,5 @@
-// The CUDA side of rms_norm, add_rms_norm, rope_write_kv and silu_mul: arguments are checked and
-// handed to the kernels of norm.cu, rope.cu and activation.cu. What only a CPU computes so far is
-// refused by name.
+// The CUDA side of rms_norm, add_rms_norm, rope_write_kv, silu_mul and gelu_tanh_mul: arguments are
+// checked and handed to the kernels of norm.cu, rope.cu and activation.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -18,14 +17,8 @@ namespace {
 
 // ---- norm ---------------------------------------------------------------------------------------
 
-void check_no_offset(const char* op, double offset) {
-  PYSERVE_CHECK(offset == 0, op, ": an offset of the norm's weight, ", offset,
-                ", is computed on the CPU only so far");
-}
-
 void norm(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
           const Tensor& out, double offset) {
-  check_no_offset(op, offset);
   const NormArgs args = norm_args({op, Place::kCuda}, x, residual, weight, out);
   const gpu::Dtype dtype = half_dtype(args.x);
   if (num_elements(args.x) == 0) return;
@@ -41,6 +34,7 @@ void norm(const char* op, const Tensor& x, const Tensor* residual, const Tensor&
                                .num_rows = x_rows.count,
                                .hidden = args.weight.size(0),
                                .eps = static_cast<float>(eps),
+                               .offset = static_cast<float>(offset),
                                .dtype = dtype};
   check_launch(op, gpu::launch_norm(params, current_stream(x)));
 }
@@ -63,8 +57,6 @@ void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos
                    const std::optional<Tensor>& k_norm_weight, double eps, int64_t num_heads,
                    int64_t num_kv_heads, const Tensor& key_cache, const Tensor& value_cache,
                    double norm_offset, const std::optional<Tensor>& q_scales) {
-  check_no_offset(kRope, norm_offset);
-  PYSERVE_CHECK(!q_scales.has_value(), kRope, ": q_scales are computed on the CPU only so far");
   const RopeArgs args =
       rope_args({kRope, Place::kCuda}, qkv, positions, cos_sin, slot_mapping, q_norm_weight,
                 k_norm_weight, num_heads, num_kv_heads, key_cache, value_cache, q_scales);
@@ -79,6 +71,8 @@ void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos
                                .q_norm_weight = args.q_norm_weight,
                                .k_norm_weight = args.k_norm_weight,
                                .eps = static_cast<float>(eps),
+                               .norm_offset = static_cast<float>(norm_offset),
+                               .q_scales = args.q_scales,
                                .key_cache = keys.data,
                                .key_block_stride = keys.stride(0),
                                .key_token_stride = keys.stride(1),
@@ -98,23 +92,27 @@ void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos
   check_launch(kRope, gpu::launch_rope_write_kv(params, current_stream(qkv)));
 }
 
-// ---- silu_mul -----------------------------------------------------------------------------------
+// ---- silu_mul and gelu_tanh_mul -----------------------------------------------------------------
 
-void silu_mul(const Tensor& gate_up, const Tensor& out) {
-  constexpr const char* kOp = "silu_mul";
-  const ActivationArgs args = activation_args({kOp, Place::kCuda}, gate_up, out);
-  const gpu::SiluMulParams params{.gate_up = args.gate_up.data,
-                                  .gate_up_stride = args.gate_up.stride(0),
-                                  .out = args.out.data,
-                                  .out_stride = args.out.stride(0),
-                                  .num_tokens = args.out.size(0),
-                                  .n = args.out.size(1),
-                                  .dtype = half_dtype(args.gate_up)};
-  check_launch(kOp, gpu::launch_silu_mul(params, current_stream(gate_up)));
+void gate(const char* op, const Tensor& gate_up, const Tensor& out, gpu::Activation activation) {
+  const ActivationArgs args = activation_args({op, Place::kCuda}, gate_up, out);
+  const gpu::GateParams params{.gate_up = args.gate_up.data,
+                               .gate_up_stride = args.gate_up.stride(0),
+                               .out = args.out.data,
+                               .out_stride = args.out.stride(0),
+                               .num_tokens = args.out.size(0),
+                               .n = args.out.size(1),
+                               .activation = activation,
+                               .dtype = half_dtype(args.gate_up)};
+  check_launch(op, gpu::launch_gate(params, current_stream(gate_up)));
 }
 
-void gelu_tanh_mul(const Tensor& /*gate_up*/, const Tensor& /*out*/) {
-  PYSERVE_CHECK(false, "gelu_tanh_mul is computed on the CPU only so far");
+void silu_mul(const Tensor& gate_up, const Tensor& out) {
+  gate("silu_mul", gate_up, out, gpu::Activation::kSilu);
+}
+
+void gelu_tanh_mul(const Tensor& gate_up, const Tensor& out) {
+  gate("gelu_tanh_mul", gate_up, out, gpu::Activation::kGeluTanh);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * weight,
-// where with a residual x is first added to it, rounded.
+// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * (weight +
+// offset), where with a residual x is first added to it, rounded.
 //
 // One CTA a row, 16 elements a thread, held in registers between the sum and the scaling: a row is
 // read once. The norm weight is asked for first, while the kernel before may still run. One
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormParams p) {
     unpack<T>(held[i], values);
     unpack<T>(weights[i], scales);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) values[j] = values[j] * factor * scales[j];
+    for (int j = 0; j < kVec; ++j) values[j] = values[j] * factor * (scales[j] + p.offset);
     if (vec < num_vecs) store_vec(out + vec * kVec, pack<T>(values));
   }
 }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_plain_kernel(NormParams p) {
   const float factor = norm_factor(block_sum<kMaxThreads>(squares), p);
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
     const float value = to_float(kAdd ? residual[i] : x[i]);
-    out[i] = from_float<T>(value * factor * to_float(weight[i]));
+    out[i] = from_float<T>(value * factor * (to_float(weight[i]) + p.offset));
   }
 }
 

@@ -19,6 +19,7 @@ struct NormParams {
   int64_t out_stride;
   int64_t num_rows, hidden;
   float eps;
+  float offset;  // added to the weight
   Dtype dtype;  // 16 bits
 };
 

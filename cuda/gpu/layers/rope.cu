@@ -1,5 +1,6 @@
 // rope_write_kv: rotary embedding (Su et al. 2021, NeoX halves), RMSNorm of each head of q and k
-// before it where a weight is given, and the write of k and v to the paged KV cache.
+// before it where a weight is given, a scale of q behind it; and the write of k and v to the paged
+// KV cache.
 //
 // One CTA a token. A few lanes share a head: each takes the 8 elements at i and the 8 at i + half,
 // which are rotated together (elements behind rotary_dim are copied, two vectors a lane as well).
@@ -24,6 +25,7 @@ constexpr int kMaxThreads = 256;
 template <class T>
 struct Token {
   const float* cos_sin;
+  float q_scale;
   T* qkv;
   T* key;  // of KV head 0; null where nothing is written
   T* value;
@@ -32,6 +34,7 @@ struct Token {
     const int64_t position = p.positions[index], slot = p.slot_mapping[index];
     if (position < 0 || position >= p.max_position || slot < -1 || slot >= p.num_kv_slots) __trap();
     cos_sin = p.cos_sin + position * p.cos_sin_stride;
+    q_scale = p.q_scales == nullptr ? 1.0f : p.q_scales[position];
     qkv = static_cast<T*>(p.qkv) + index * p.qkv_stride;
     key = value = nullptr;
     if (slot >= 0) {
@@ -72,10 +75,10 @@ __device__ __forceinline__ void norm_pair(const T* weight, float squares, const 
   float scales[kVec];
   unpack<T>(load_vec(weight + first), scales);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) a[i] = a[i] * factor * scales[i];
+  for (int i = 0; i < kVec; ++i) a[i] = a[i] * factor * (scales[i] + p.norm_offset);
   unpack<T>(load_vec(weight + second), scales);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) b[i] = b[i] * factor * scales[i];
+  for (int i = 0; i < kVec; ++i) b[i] = b[i] * factor * (scales[i] + p.norm_offset);
 }
 
 // kLanes lanes to a head, 16 elements a lane; those beyond the head's end have nothing to do. A
@@ -142,6 +145,12 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
             b[j] = turned.y;
           }
         }
+        const float scale = head < p.num_heads ? token.q_scale : 1.0f;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          a[j] *= scale;
+          b[j] *= scale;
+        }
         packed[i][0] = pack<T>(a);
         packed[i][1] = pack<T>(b);
       }
@@ -169,6 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
     }
     const auto* weight =
         static_cast<const T*>(head < p.num_heads ? p.q_norm_weight : p.k_norm_weight);
+    const float scale = head < p.num_heads ? token.q_scale : 1.0f;
     float factor = 1.0f;
     if (weight != nullptr) {
       float squares = 0.0f;
@@ -179,17 +189,17 @@ __global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
     }
     auto normed = [&](int i) {
       const float value = to_float(source[i]) * factor;
-      return weight != nullptr ? value * to_float(weight[i]) : value;
+      return weight != nullptr ? value * (to_float(weight[i]) + p.norm_offset) : value;
     };
     // In place: a lane reads both elements of its pair before it writes them.
     for (int i = lane; i < half; i += kWarpSize) {
       const float2 turned =
           rotate(normed(i), normed(half + i), token.cos_sin[i], token.cos_sin[half + i]);
-      target[i] = from_float<T>(turned.x);
-      target[half + i] = from_float<T>(turned.y);
+      target[i] = from_float<T>(turned.x * scale);
+      target[half + i] = from_float<T>(turned.y * scale);
     }
     for (int i = p.rotary_dim + lane; i < p.head_dim; i += kWarpSize) {
-      target[i] = from_float<T>(normed(i));
+      target[i] = from_float<T>(normed(i) * scale);
     }
   }
 }

@@ -18,7 +18,8 @@ struct RopeParams {
   const int64_t* slot_mapping;  // [num_tokens], -1: not written
   const void* q_norm_weight;    // [head_dim] or null
   const void* k_norm_weight;
-  float eps;
+  float eps, norm_offset;  // the latter is added to the weights
+  const float* q_scales;   // [max_position], of all of a turned q; null: not scaled
   void* key_cache;  // [num_blocks, block_size, num_kv_heads, head_dim]
   int64_t key_block_stride, key_token_stride, key_head_stride;
   void* value_cache;

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "gpu/core/launch.cuh"
-#include "gpu/core/silu.cuh"
+#include "gpu/core/gate.cuh"
 #include "gpu/core/vec.cuh"
 #include "gpu/linear/linear.h"
 

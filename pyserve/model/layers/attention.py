@@ -83,7 +83,7 @@ class Attention:
                 "rotated together: not supported"
             )
         # Steps without longer queries leave rope_write_kv's work to the attention kernel.
-        is_plain = self.q_norm is None and query_scales is None and not config.softcap
+        is_plain = self.q_norm is None and query_scales is None
         is_fused = is_plain and cos_sin.is_cuda and cos_sin.shape[1] == head_dim
         self._rope_query_len = decode_query_len(*self.sizes[:2]) if is_fused else 0
 
@@ -109,7 +109,7 @@ class Attention:
             ops.rope_attention(
                 act.q, act.qkv, self.cos_sin, key_cache, value_cache, ctx.block_table,
                 ctx.row_slots, ctx.cu_seqlens_q, ctx.seq_lens, softmax_scale=self._softmax_scale,
-                window=self._window, plan=plan, out=act.heads,
+                window=self._window, plan=plan, out=act.heads, softcap=self._softcap,
             )  # fmt: skip
         else:
             ops.rope_write_kv(
