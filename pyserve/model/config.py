@@ -59,6 +59,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization     of the matrices; None: they are plain numbers.
     pooling          what is computed of a text; None: the model generates.
     towers           modules beside the text model in its checkpoint, which are not loaded.
+    has_extra_layers layers beyond these may be in the checkpoint, and are not loaded.
     unknown_fields   of config.json, not used.
     """
 
@@ -75,6 +76,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Quantization | None = None
     pooling: Pooling | None = None
     towers: tuple[str, ...] = ()
+    has_extra_layers: bool = False
     unknown_fields: tuple[str, ...] = ()
 
     @classmethod
@@ -207,6 +209,7 @@ def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> M
         logit_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
         dtype=_dtype(fields),
         quantization=quantization,
+        has_extra_layers=architecture.has_extra_layers,
         unknown_fields=unknown_fields(raw, model),
     )
 
@@ -240,7 +243,7 @@ def _layers(
             window=window if kind == "sliding_attention" else 0,
             has_qkv_bias=has_qkv_bias,
             has_o_bias=has_qkv_bias and architecture.has_o_bias,
-            has_qk_norm=architecture.has_qk_norm,
+            has_qk_norm=_has_qk_norm(fields, architecture),
             has_pairs=architecture.has_pairs,
         )
         for kind in LAYER_KINDS
@@ -337,6 +340,12 @@ def _ropes(
                     f"dimensions that are rotated, it holds {num_factors}"
                 )
     return ropes, min(lens)
+
+
+def _has_qk_norm(fields: Fields, architecture: Architecture) -> bool:
+    if architecture.qk_norm_key is None:
+        return architecture.has_qk_norm
+    return fields.boolean(architecture.qk_norm_key, default=False)
 
 
 def _softcap(fields: Fields, architecture: Architecture, key: str) -> float:

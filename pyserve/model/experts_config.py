@@ -8,7 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from pyserve.limits import MAX_EXPERTS, MAX_TOP_EXPERTS
+from pyserve.errors import ConfigError
+from pyserve.limits import MAX_EXPERT_GROUPS, MAX_EXPERTS, MAX_TOP_EXPERTS
 from pyserve.model.fields import Fields
 
 MAX_SIZE = 2**22  # of an expert's inner width
@@ -51,19 +52,24 @@ class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
     num_experts      keys of their number, each of which may be the one that is there.
     default_num      of them, where none is.
     size             key of an expert's width.
+    is_sigmoid       scores are sigmoids; a bias corrects the choice, n_group, topk_group and
+                     routed_scaling_factor are read.
     is_normalized    whether a token's weights are divided by their sum: always, or as
                      `norm_topk_prob` says.
     shared_size      key of the width of the shared expert, whose result a gate scales.
-    has_dense_layers layers of `mlp_only_layers`, and all but each `decoder_sparse_step`th, have a
-                     plain MLP.
+    num_shared       key of how many times an expert's width the shared expert has, without a gate.
+    dense_layers     which layers have a plain MLP: none; those of `mlp_only_layers`, and all but
+                     each `decoder_sparse_step`th; or the first `first_k_dense_replace`.
     """
 
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     default_num: int
     size: str = "moe_intermediate_size"
+    is_sigmoid: bool = False
     is_normalized: Literal["always", "config"] = "config"
     shared_size: str | None = None
-    has_dense_layers: bool = True
+    num_shared: str | None = None
+    dense_layers: Literal["none", "step", "first"] = "step"
 
     @property
     def known_keys(self) -> frozenset[str]:
@@ -74,10 +80,13 @@ class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
         }  # fmt: skip
         if self.is_normalized == "config":
             keys.add("norm_topk_prob")
-        if self.shared_size is not None:
-            keys.add(self.shared_size)
-        if self.has_dense_layers:
+        if self.is_sigmoid:
+            keys |= {"n_group", "topk_group", "routed_scaling_factor"}
+        keys |= {key for key in (self.shared_size, self.num_shared) if key is not None}
+        if self.dense_layers == "step":
             keys |= {"mlp_only_layers", "decoder_sparse_step"}
+        elif self.dense_layers == "first":
+            keys.add("first_k_dense_replace")
         return frozenset(keys)
 
 
@@ -86,24 +95,48 @@ def experts_from_fields(
 ) -> list[ExpertsConfig | None]:
     """The mixture of each layer; None where it has a plain MLP. Raises ConfigError."""
     num_experts = _num_experts(fields, keys)
+    size = fields.integer(keys.size, 1, MAX_SIZE)
     shared_size = 0
     if keys.shared_size is not None:
         shared_size = fields.integer(keys.shared_size, 1, MAX_SIZE)
+    elif keys.num_shared is not None:
+        shared_size = size * fields.integer(keys.num_shared, 0, MAX_SIZE // size)
+    num_groups, top_groups, scale = _groups(fields, num_experts) if keys.is_sigmoid else (1, 1, 1.0)
+    most = min(MAX_TOP_EXPERTS, num_experts // num_groups * top_groups)
     config = ExpertsConfig(
-        size=fields.integer(keys.size, 1, MAX_SIZE),
+        size=size,
         num_experts=num_experts,
-        top_k=fields.integer("num_experts_per_tok", 1, min(MAX_TOP_EXPERTS, num_experts)),
+        top_k=fields.integer("num_experts_per_tok", 1, most),
+        is_sigmoid=keys.is_sigmoid,
+        scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        has_correction_bias=keys.is_sigmoid,
         is_normalized=keys.is_normalized == "always"
         or fields.boolean("norm_topk_prob", default=False),
         shared_size=shared_size,
-        has_shared_gate=shared_size > 0,
+        has_shared_gate=keys.shared_size is not None,
     )
     is_sparse = [True] * num_layers
-    if keys.has_dense_layers:
+    if keys.dense_layers == "first":
+        num_dense = fields.integer("first_k_dense_replace", 0, num_layers, default=1)
+        is_sparse = [i >= num_dense for i in range(num_layers)]
+    elif keys.dense_layers == "step":
         step = fields.integer("decoder_sparse_step", 1, num_layers, default=1)
         dense = fields.integers("mlp_only_layers", 0, num_layers - 1)
         is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(num_layers)]
     return [config if sparse else None for sparse in is_sparse]
+
+
+def _groups(fields: Fields, num_experts: int) -> tuple[int, int, float]:
+    """n_group, topk_group and routed_scaling_factor."""
+    num_groups = fields.integer("n_group", 1, MAX_EXPERT_GROUPS, default=1)
+    if num_experts % num_groups:
+        raise ConfigError(
+            f"config.json: n_group must divide the {num_experts} experts, got {num_groups}"
+        )
+    top_groups = fields.integer("topk_group", 1, num_groups, default=1)
+    return num_groups, top_groups, fields.number("routed_scaling_factor", 0.0, 1e6, default=1.0)
 
 
 def _num_experts(fields: Fields, keys: ExpertsKeys) -> int:

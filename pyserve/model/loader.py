@@ -37,6 +37,8 @@ MODEL_PREFIX = "model."
 TEXT_PREFIX = "language_model."  # of the text model within one that has more
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
+LAYER_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.")
+
 # Old checkpoints store what follows from config.json: rotary tables and causal masks.
 DERIVED_NAMES = re.compile(
     r"(.*\.)?(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"
@@ -101,13 +103,16 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     They may have been saved from the model without its head, whose names lack the leading
     "model.", or from one that wraps it, whose names repeat it. Of a matrix that is embedding and
     head in one, safetensors' save_model keeps either name. Towers beside a text model are left out,
-    and a head that nothing reads, where a model pools.
+    and a head that nothing reads, where a model pools, and layers that predict further ahead.
     """
     stored: dict[str, StoredTensor] = {}
     prefixes = (MODEL_PREFIX, TEXT_PREFIX) if config.towers else (MODEL_PREFIX,)
     for tensor in index_checkpoint(path).values():
         name = _plain_name(tensor.name, prefixes)
         if name.removeprefix(MODEL_PREFIX).startswith(tuple(f"{it}." for it in config.towers)):
+            continue
+        layer = LAYER_NAMES.match(name)
+        if config.has_extra_layers and layer and int(layer[1]) >= len(config.layers):
             continue
         if name in stored:
             raise CheckpointError(

@@ -30,7 +30,10 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
                       of config.json.
     has_o_bias        the output projection has a bias where q, k and v have one.
     mlp_bias          bias of gate, up and down: by the config key of that name, or never.
-    has_qk_norm       RMSNorm over each head of q and k before they are rotated.
+    has_qk_norm       RMSNorm over each head of q and k before they are rotated: always, or as the
+                      key `qk_norm_key` says.
+    has_extra_layers  the checkpoint may hold more layers, that predict tokens further ahead: they
+                      are not loaded.
     window            which layers have a sliding window: none; all of them, whatever
                       `use_sliding_window` says; every second one from the first on; all but each
                       `sliding_window_pattern`th; or "upper": where `use_sliding_window` is true,
@@ -57,6 +60,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     has_o_bias: bool = False
     mlp_bias: Literal["config", "never"] = "never"
     has_qk_norm: bool = False
+    qk_norm_key: str | None = None
+    has_extra_layers: bool = False
     window: Literal["none", "all", "alternate", "pattern", "upper"] = "none"
     names: LayerNames = LayerNames()
     experts: ExpertsKeys | None = None
@@ -143,6 +148,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         rope=RopeKeys(has_partial=True, default_partial=0.5),
     ),
+    "Glm4MoeForCausalLM": Architecture(
+        model_type="glm4_moe", attention_bias="config", qk_norm_key="use_qk_norm",
+        has_extra_layers=True, names=LayerNames(shared_expert="shared_experts"),
+        experts=ExpertsKeys(
+            num_experts=("n_routed_experts", "num_local_experts"), default_num=128,
+            is_sigmoid=True, num_shared="n_shared_experts", dense_layers="first",
+        ),
+        defaults={
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "intermediate_size": 10944,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
+            "norm_topk_prob": True,
+        },
+        rope=RopeKeys(has_partial=True, default_partial=0.5),
+        known_keys=frozenset({"use_qk_norm", "num_nextn_predict_layers", "num_mtp_layers"}),
+    ),
     "LlamaForCausalLM": Architecture(
         model_type="llama", attention_bias="config", has_o_bias=True, mlp_bias="config",
         known_keys=frozenset({"use_sliding_window"}),
@@ -170,8 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         model_type="mixtral", window="all",
         names=LayerNames(mlp="block_sparse_moe", gate_up=("w1", "w3"), down="w2"),
         experts=ExpertsKeys(
-            default_num=8, size="intermediate_size", is_normalized="always",
-            has_dense_layers=False,
+            default_num=8, size="intermediate_size", is_normalized="always", dense_layers="none",
         ),
         defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
         rope=RopeKeys(default_theta=1e6),

@@ -40,6 +40,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 20.0, "num_hidden_layers": 3},
     "Gemma3ForCausalLM": GEMMA | {"sliding_window_pattern": 2},
     "Glm4ForCausalLM": {"attention_bias": True},
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_group": 4,
+        "topk_group": 2, "partial_rotary_factor": 0.5, "attention_bias": True,
+    },
     "MixtralForCausalLM": {"num_local_experts": 5, "sliding_window": 30},
     "Qwen2MoeForCausalLM": {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,

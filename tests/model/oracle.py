@@ -17,6 +17,8 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
@@ -52,6 +54,7 @@ FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "glm4": (Glm4Config, Glm4ForCausalLM),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -200,6 +203,21 @@ CASES = {
         },
     ),
     "glm4": Case("glm4", {"head_dim": 32, "attention_bias": True}),
+    "glm4-moe": Case(
+        "glm4_moe",
+        {
+            "head_dim": 32, "attention_bias": True, "n_routed_experts": 8, "n_group": 4,
+            "topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5, "moe_intermediate_size": 32, "use_qk_norm": True,
+        },
+    ),
+    "glm4-moe-plain": Case(
+        "glm4_moe",
+        {
+            "head_dim": 16, "n_routed_experts": 6, "num_experts_per_tok": 2,
+            "norm_topk_prob": False, "moe_intermediate_size": 40, "first_k_dense_replace": 2,
+        },
+    ),
     "mixtral": Case("mixtral", {"num_local_experts": 5}),
     "mixtral-window-top1": Case(
         "mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 20}
@@ -246,6 +264,9 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 parameter.normal_(0.0, 0.3)
             elif name.endswith("gate.weight"):  # of a router, or of a shared expert
                 parameter.normal_(0.0, 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     return model
 
 

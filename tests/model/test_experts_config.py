@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from pyserve.errors import ConfigError
 from pyserve.limits import MAX_EXPERTS
@@ -47,6 +48,18 @@ QWEN3_MOE: dict[str, Any] = {  # as Qwen/Qwen3-30B-A3B has it
     "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
     "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+GLM4_MOE: dict[str, Any] = {  # as zai-org/GLM-4.5-Air has it
+    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True,
+    "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "partial_rotary_factor": 0.5, "initializer_range": 0.02, "intermediate_size": 10944,
+    "max_position_embeddings": 131072, "moe_intermediate_size": 1408, "norm_topk_prob": True,
+    "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_routed_experts": 128,
+    "n_shared_experts": 1, "routed_scaling_factor": 1.0, "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1, "num_hidden_layers": 46, "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 1000000, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True, "use_qk_norm": False, "vocab_size": 151552,
 }  # fmt: skip
 REAL = {"mixtral": MIXTRAL, "qwen2-moe": QWEN2_MOE, "qwen3-moe": QWEN3_MOE}
 MIXTURES = {
@@ -111,6 +124,43 @@ def test_the_number_of_experts_has_two_names() -> None:
             mixture = config.layers[0].mlp
             assert isinstance(mixture, ExpertsConfig) and mixture.num_experts == 12
             assert config.unknown_fields == ()
+
+
+def test_the_first_layers_of_glm_are_dense_and_its_groups_are_read() -> None:
+    config = ModelConfig.from_hf(GLM4_MOE)
+    assert config.unknown_fields == () and config.has_extra_layers
+    mixture = ExpertsConfig(
+        size=1408, num_experts=128, top_k=8, is_sigmoid=True, has_correction_bias=True,
+        shared_size=1408,
+    )  # fmt: skip
+    assert [layer.mlp for layer in config.layers] == [MLPConfig(size=10944)] + [mixture] * 45
+    attention = config.layers[1].attention
+    assert (attention.has_qkv_bias, attention.has_o_bias, attention.has_qk_norm) == (
+        True, False, False,
+    )  # fmt: skip
+    assert attention.rotary_dim == 64
+    changes: dict[str, Any] = {
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "n_shared_experts": 2,
+    }
+    other = ModelConfig.from_hf(GLM4_MOE | changes | {"use_qk_norm": True})
+    assert other.layers[1].attention.has_qk_norm
+    assert other.layers[1].mlp == replace(
+        mixture, num_groups=8, top_groups=4, scale=2.5, shared_size=2816
+    )
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"n_group": 7}, "n_group must divide the 128 experts, got 7"),
+        ({"n_group": 33}, r"n_group must be an integer in \[1, 32\]"),
+        ({"n_group": 8, "topk_group": 9}, r"topk_group must be an integer in \[1, 8\]"),
+        ({"n_group": 32, "num_experts_per_tok": 5}, r"num_experts_per_tok must be .* \[1, 4\]"),
+        ({"first_k_dense_replace": 47}, "first_k_dense_replace must be an integer"),
+        ({"scoring_func": "softmax_"}, "scoring_func"),
+    ]
+    for changes, words in refused:
+        with pytest.raises(ConfigError, match=words):
+            ModelConfig.from_hf(GLM4_MOE | changes)
 
 
 HELD_OUT: list[tuple[str, dict[str, Any], str]] = [

@@ -161,6 +161,17 @@ def test_missing_and_more_experts_are_named(family: str, made: Path, folder: Pat
     assert "the checkpoint holds experts twice" in refusal(folder, both)
 
 
+def test_layers_that_predict_further_ahead_are_not_loaded(tmp_path: Path) -> None:
+    changes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    oracle.make_model("glm4_moe", **changes).save_pretrained(tmp_path)
+    expected = logits(tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    more = {"model.layers.3.eh_proj.weight": torch.zeros(4, 4)}
+    more |= {"model.layers.3.mlp.experts.7.up_proj.weight": torch.zeros(4, 4)}
+    save_file(tensors | more, tmp_path / SINGLE_FILE)
+    assert torch.equal(logits(tmp_path), expected)
+
+
 def test_a_router_of_another_shape_or_dtype_is_named(family: str, made: Path, folder: Path) -> None:
     tensors = load_file(made / SINGLE_FILE)
     name = next(name for name in tensors if name.endswith("gate.weight"))
