@@ -358,6 +358,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "linear": linear_cases,
     "linear_epilogues": epilogue_cases,
     "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, _num_sets)),
+    "int4_tilings": lambda: cases_of(w4a16.tilings(MATRICES, DEVICE, _num_sets)),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
     "chain": chain_cases,
     "few_rows": lambda: cases_of(gpu_rows.few_row_chains(_layer_shape())),

@@ -32,7 +32,7 @@ from torch.nn import functional
 from bench import experts, gpu_ops, w4a16
 from bench.report import busy_remark, environment, format_table, write_json
 from pyserve import ops
-from pyserve.ops import build, reference
+from pyserve.ops import build, quantised, reference
 from pyserve.ops import step_layout as layout
 
 BLOCK_SIZE = 16
@@ -216,13 +216,13 @@ def w4a16_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[C
         out = torch.empty(num_tokens, n, dtype=dtype)
         load = f"{num_tokens} x {k} -> {n}"
         scratch = torch.empty(max(16 * k, 2**22 // x.element_size()), dtype=dtype)
-        run = partial(ops.linear_w4a16, x, packed, None, out, scratch)
+        run = partial(quantised.linear_w4a16, x, packed, None, out, scratch)
         num_bytes = packed.nbytes + x.nbytes + out.nbytes
         num_flops = 2 * num_tokens * n * k
         twin = partial(ops.linear, x, weight, None, out)
         yield Case("linear_w4a16", load, run, twin, num_bytes, num_flops, dtype)
         run, twin = (
-            partial(module.dequantise_w4a16, packed, weight) for module in (ops, reference)
+            partial(module.dequantise_w4a16, packed, weight) for module in (quantised, reference)
         )
         yield Case("dequantise_w4a16", f"{n} x {k}", run, twin, packed.nbytes + weight.nbytes)
 

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from bench.gpu_chains import Chain
-from pyserve import ops
-from pyserve.ops import w4a16
+from pyserve.ops import quantised, w4a16
 
 SLICE_BYTES = 24 * 2**20  # of plain numbers at a time, as model/w4a16.py has them on a card
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-OWN = "own linear_w4a16"  # few_rows_w4a16.cuh, whether or not a step would take it
-MAX_OWN_ROWS = 16
+TILED_ROWS = (32, 64, 128, 256)
+HEAD = "lm_head"  # which no checkpoint has in 4 bits
+OWN = "own linear_w4a16"  # the kernels of the integers, whatever a step would take
+# Of gemm_w4a16_sm90a.cu, in its order, counted from 1: groups of 64 rows of weight, rows of x,
+# CTAs that share x, CTAs that divide k.
+TILINGS = tuple(
+    (groups, tokens, mates, parts)
+    for tokens in (32, 64, 128)
+    for groups, mates, parts in ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 2, 1), (2, 1, 2))
+)
 # Percent of what a copy moves at 1 row, and at 16 rows so much of it.
 TARGETS = {"gate_up": 70.0, "down": 60.0, "qkv": 50.0, "o": 40.0}
 SHARE_OF_16 = 0.8
@@ -35,16 +42,18 @@ def products(
     matrices: Mapping[str, tuple[int, int]], device: torch.device,
     num_sets: Callable[[int], int], rows: Sequence[int] = ROWS,
 ) -> Iterator[Chain]:  # fmt: skip
-    """Each matrix [n, k] by so many rows, in bfloat16: as `ops` has it done, and where they are few
-    by the kernel of the integers too. And a slice of it made plain numbers."""
+    """Each matrix [n, k] by so many rows, in bfloat16: as `ops` has it done, and by the kernels of
+    the integers. And a slice of it made plain numbers."""
     for name, (n, k) in matrices.items():
+        if name == HEAD:
+            continue
         matrix_bytes = random_packed(n, k, device).nbytes
         made = [random_packed(n, k, device) for _ in range(num_sets(matrix_bytes))]
         num_strips = max(1, min(made[0].shape[0], SLICE_BYTES // (2 * k * w4a16.STRIP_ROWS)))
         num_rows = min(n, num_strips * w4a16.STRIP_ROWS)
         scratch = torch.empty(num_rows * k, dtype=torch.bfloat16, device=device)
         runs: list[Callable[[], object]] = [
-            partial(ops.dequantise_w4a16, packed[:num_strips], scratch.view(num_rows, k))
+            partial(quantised.dequantise_w4a16, packed[:num_strips], scratch.view(num_rows, k))
             for packed in made
         ]
         num_bytes = made[0][:num_strips].nbytes + scratch.nbytes
@@ -53,15 +62,51 @@ def products(
             x = torch.randn(m, k, device=device).bfloat16()
             out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
             runs = [
-                partial(ops.linear_w4a16, x, packed, None, out, scratch.view(-1)) for packed in made
+                partial(quantised.linear_w4a16, x, packed, None, out, scratch.view(-1))
+                for packed in made
             ]
             load = f"{m} x {k} -> {n} ({name})"
             size = matrix_bytes + x.nbytes + out.nbytes, 2 * m * n * k
             yield Chain("linear_w4a16", load, runs, *size)
-            if m <= MAX_OWN_ROWS:
-                own = torch.ops.pyserve.linear_w4a16.default
-                runs = [partial(own, x, packed, None, out) for packed in made]
-                yield Chain(OWN, load, runs, *size, target_of(name, m))
+            own = torch.ops.pyserve.linear_w4a16.default
+            runs = [partial(own, x, packed, None, out) for packed in made]
+            yield Chain(OWN, load, runs, *size, target_of(name, m))
+
+
+def tilings(
+    matrices: Mapping[str, tuple[int, int]], device: torch.device,
+    num_sets: Callable[[int], int], rows: Sequence[int] = TILED_ROWS,
+) -> Iterator[Chain]:  # fmt: skip
+    """Each tiling that may be the fastest for a matrix by so many rows: which is chosen is an
+    estimate."""
+    for name, (n, k) in matrices.items():
+        if name == HEAD:
+            continue
+        size = random_packed(n, k, device).nbytes
+        made = [random_packed(n, k, device) for _ in range(num_sets(size))]
+        for m in rows:
+            x = torch.randn(m, k, device=device).bfloat16()
+            out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+            num_bytes = size + x.nbytes + out.nbytes
+            for number, (groups, tokens, mates, parts) in enumerate(TILINGS, 1):
+                if not min(64, m) <= tokens < 2 * m:
+                    continue
+                runs: list[Callable[[], object]] = [
+                    partial(tiled, number, x, packed, out) for packed in made
+                ]
+                cluster = f"{mates} mates" if mates > 1 else f"{parts} parts"
+                load = f"{m} x {k} -> {n} ({name}), {64 * groups} x {tokens}, {cluster}"
+                yield Chain(f"tiling {number}", load, runs, num_bytes, 2 * m * n * k)
+    switch(made[0], -1, -1)
+
+
+def tiled(number: int, x: Tensor, packed: Tensor, out: Tensor) -> None:
+    switch(packed, -1, number)
+    torch.ops.pyserve.linear_w4a16.default(x, packed, None, out)
+
+
+def switch(packed: Tensor, max_rows: int, tiling: int) -> None:
+    torch.ops.pyserve.try_linear_w4a16.default(packed, max_rows, tiling)
 
 
 def target_of(name: str, num_rows: int) -> tuple[str, float] | None:

@@ -25,10 +25,13 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "Tensor? x_squares=None, float eps=0.0) -> ()");
   m.def("serves_linear(Tensor weight, int m, int epilogue) -> bool");
   m.def("try_skinny(Tensor weight, int max_rows, int tile_rows) -> ()");
-  m.def("linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def(
+      "linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out, int epilogue=0, "
+      "Tensor? x_squares=None, float eps=0.0, Tensor? norm_weight=None, Tensor(b!)? scaled=None, "
+      "Tensor(c!)? squares=None) -> ()");
   m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
   m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");
-  m.def("try_linear_w4a16(Tensor packed, int max_rows) -> ()");
+  m.def("try_linear_w4a16(Tensor packed, int max_rows, int tiling=-1) -> ()");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

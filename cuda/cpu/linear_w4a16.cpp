@@ -1,6 +1,7 @@
 // linear of a matrix of 4-bit integers, for few rows of x, and the matrix as plain numbers.
 //   out[t, j] = sum over i of x[t, i] * W[j, i], plus bias[j];  W = (q - z) * s
 //   x [m, k], packed (pyserve/ops/w4a16.py), bias [n], out [m, n]
+// or what an epilogue makes of these sums (common/epilogue.h).
 //
 // The work is to stream the matrix once, as fast as memory gives it. Threads split the strips of 16
 // rows. The 16 words that hold two rows of a block are read at once, and each of their 8 nibbles is
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "../common/args/linear_w4a16.h"
+#include "linear_norm.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -168,9 +170,19 @@ template <class T, int kTokens, int kBlocks, int kRecords>
 
 template <class T>
 struct W4Shape {
-  int64_t m, n, k, out_stride;
+  int64_t m, n, k, out_stride;  // n: rows of the matrix
   W4Matrix matrix;
-  const T* bias;  // may be null
+  const T* bias;         // may be null
+  const float* factors;  // of the sums of each row of x; may be null
+  bool is_adding;        // to what stands in out
+  float* sums;           // [m, n], which are the results then, with their bias; may be null
+
+  W4Shape from_row(int64_t t) const {
+    W4Shape shape = *this;
+    if (factors != nullptr) shape.factors += t;
+    if (sums != nullptr) shape.sums += t * n;
+    return shape;
+  }
 };
 
 // out[t, rows of the strip] for kTokens rows of x, which lie x_stride apart.
@@ -191,10 +203,15 @@ void strip_rows(const W4Shape<T>& shape, int64_t strip,
     for (int r = 0; r < count; r += kLanes) {
       Vec sums = sum_rows(totals[t] + r);
       const int num_here = std::min(kLanes, count - r);
+      if (shape.factors != nullptr) sums *= splat(shape.factors[t]);
       if (shape.bias != nullptr) sums += load_first(shape.bias + row + r, num_here);
-      T rounded[kLanes];
-      store(rounded, sums);
-      std::memcpy(out + t * shape.out_stride + row + r, rounded, num_here * sizeof(T));
+      if (shape.sums != nullptr) {
+        store_first(shape.sums + t * shape.n + row + r, sums, num_here);
+        continue;
+      }
+      T* to = out + t * shape.out_stride + row + r;
+      if (shape.is_adding) sums = load_first(to, num_here) + sums;
+      store_first(to, sums, num_here);
     }
   }
 }
@@ -231,16 +248,16 @@ void linear_strips(const W4Shape<T>& shape, const T* x, int64_t x_stride, T* out
     for (int64_t strip = begin; strip < end; ++strip) {
       int64_t t = 0;
       for (; t + 4 <= shape.m; t += 4) {
-        strip_rows<T, 4, kBlocks, kRecords>(shape, strip, rows + t * row_size, row_size,
+        strip_rows<T, 4, kBlocks, kRecords>(shape.from_row(t), strip, rows + t * row_size, row_size,
                                             out + t * shape.out_stride);
       }
       if (t + 2 <= shape.m) {
-        strip_rows<T, 2, kBlocks, kRecords>(shape, strip, rows + t * row_size, row_size,
+        strip_rows<T, 2, kBlocks, kRecords>(shape.from_row(t), strip, rows + t * row_size, row_size,
                                             out + t * shape.out_stride);
         t += 2;
       }
       if (t < shape.m) {
-        strip_rows<T, 1, kBlocks, kRecords>(shape, strip, rows + t * row_size, row_size,
+        strip_rows<T, 1, kBlocks, kRecords>(shape.from_row(t), strip, rows + t * row_size, row_size,
                                             out + t * shape.out_stride);
       }
     }
@@ -339,20 +356,52 @@ void dequantise_strip(const W4Matrix& matrix, int64_t strip, int num_rows, int64
 
 // ---- the ops ------------------------------------------------------------------------------------
 
+// out = silu(gate) * up of sums [m, 2 n].
+template <class T>
+void activate(const LinearArgs& args, const float* sums) {
+  const int64_t n = args.n(), stride = args.out.stride(0);
+  const double cost = 1.0 * static_cast<double>(n);  // nanoseconds
+  parallel_for(args.m(), cost, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* gate = sums + t * 2 * n;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, n - i);
+        const Vec result = silu_mul(load_first(gate + i, count), load_first(gate + n + i, count));
+        store_first(args.out.ptr<T>() + t * stride + i, result, count);
+      }
+    }
+  });
+}
+
 void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                  const Tensor& out) {
+                  const Tensor& out, int64_t epilogue, const std::optional<Tensor>& x_squares,
+                  double eps, const std::optional<Tensor>& norm_weight,
+                  const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares) {
   const LinearW4Args args =
-      linear_w4_args(ViewReader{"linear_w4a16", Place::kCpu}, x, packed, bias, out);
+      linear_w4_args(ViewReader{"linear_w4a16", Place::kCpu}, x, packed, bias, out, epilogue,
+                     x_squares, norm_weight, scaled, squares);
   if (args.m() == 0 || args.n() == 0) return;
+  const bool is_paired = args.epilogue == Epilogue::kSiluMul;
+  const int64_t weight_rows = args.n() * rows_per_column(args.epilogue);
+  const std::vector<float> factors = norm_factors(args, eps);
+  std::vector<float> sums(is_paired ? args.m() * weight_rows : 0);
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
-    const W4Shape<T> shape{args.m(), args.n(), args.k(), args.out.stride(0), args.matrix,
-                           static_cast<const T*>(args.bias)};
+    const W4Shape<T> shape{args.m(), weight_rows, args.k(), args.out.stride(0), args.matrix,
+                           static_cast<const T*>(args.bias),
+                           factors.empty() ? nullptr : factors.data(),
+                           args.epilogue == Epilogue::kAdd, is_paired ? sums.data() : nullptr};
     const T* from = args.x.ptr<T>();
     T* to = args.out.ptr<T>();
     const int64_t stride = args.x.stride(0);
-    if (args.matrix.format.group_size == 32) return linear_strips<T, 1, 2>(shape, from, stride, to);
-    if (args.matrix.format.group_size == 64) return linear_strips<T, 1, 1>(shape, from, stride, to);
-    linear_strips<T, 2, 1>(shape, from, stride, to);
+    if (args.matrix.format.group_size == 32) {
+      linear_strips<T, 1, 2>(shape, from, stride, to);
+    } else if (args.matrix.format.group_size == 64) {
+      linear_strips<T, 1, 1>(shape, from, stride, to);
+    } else {
+      linear_strips<T, 2, 1>(shape, from, stride, to);
+    }
+    if (is_paired) activate<T>(args, sums.data());
+    if (args.norm_weight != nullptr) scale_for_norm<T>(args);
   });
 }
 

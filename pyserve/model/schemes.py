@@ -20,8 +20,8 @@ class Scheme(Protocol):
     Its constructor allocates. What is loaded is what `destinations` says: names, stored shapes and
     dtypes, slices.
 
-    A scheme may be an AddingScheme or an ActivatingScheme too: where it is not, what is plain
-    stands in.
+    A scheme may be an AddingScheme or an ActivatingScheme too: where it is not, or not `is_fusing`,
+    what is plain stands in.
     """
 
     def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None: ...
@@ -29,6 +29,10 @@ class Scheme(Protocol):
     @property
     def nbytes(self) -> int:
         """Of what is read where it multiplies."""
+
+    @property
+    def is_fusing(self) -> bool:
+        """Whether what it can do beside its products is faster there."""
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
@@ -58,6 +62,10 @@ class ActivatingScheme(Protocol):
 @runtime_checkable
 class NormingScheme(AddingScheme, ActivatingScheme, Protocol):
     """One between two of which a norm can be a factor, for few rows: ops.linear_add_for_norm."""
+
+    @property
+    def is_norming(self) -> bool:
+        """Whether it can with its rows."""
 
     def add_for_norm(
         self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
@@ -98,6 +106,14 @@ class Dense:
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+    @property
+    def is_fusing(self) -> bool:
+        return True
+
+    @property
+    def is_norming(self) -> bool:
+        return True
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         ops.linear(x, self.weight, bias, out)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from pyserve import ops
 from pyserve.errors import ConfigError
 from pyserve.model.destination import Destination, Destinations, Sink
 from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.w4a16_formats import Sizes, stored_tensors
-from pyserve.ops import w4a16
+from pyserve.ops import quantised, w4a16
 
 # Of the matrix as plain numbers, held while many rows are multiplied: so much stays in the cache.
 SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 24 * 2**20}
@@ -30,8 +29,6 @@ class Piece(NamedTuple):
 class W4A16:
     """`packed` is what is computed with, int32. It is or-ed together from the tensors of the
     checkpoint, as each arrives.
-
-    It neither adds nor activates: the steps around it are calls of their own.
     """
 
     __slots__ = ("packed", "_rows", "_columns", "_placement", "_group_size", "_shape")
@@ -66,8 +63,47 @@ class W4A16:
         return self.packed.nbytes
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        scratch = self._placement.scratch.of(x.dtype, x.device)
-        ops.linear_w4a16(x, self.packed, bias, out, scratch)
+        quantised.linear_w4a16(x, self.packed, bias, out, self._scratch_of(x))
+
+    def add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
+        quantised.linear_add_w4a16(x, self.packed, bias, residual, self._scratch_of(x))
+
+    def silu_mul(
+        self, x: torch.Tensor, bias: torch.Tensor | None, gate_up: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        quantised.linear_silu_mul_w4a16(x, self.packed, bias, out, gate_up, self._scratch_of(x))
+
+    @property
+    def is_fusing(self) -> bool:
+        return quantised.FUSES_W4A16
+
+    @property
+    def is_norming(self) -> bool:
+        """Gate and up may not share a strip of rows; the parts of others need not, either."""
+        return all(part.size % w4a16.STRIP_ROWS == 0 for part in self._rows)
+
+    def add_for_norm(
+        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
+        norm_weight: torch.Tensor, scaled: torch.Tensor, squares: torch.Tensor,
+    ) -> None:  # fmt: skip
+        quantised.linear_add_w4a16_for_norm(
+            x, self.packed, bias, residual, norm_weight, scaled, squares
+        )  # fmt: skip
+
+    def of_scaled(
+        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        squares: torch.Tensor, eps: float,
+    ) -> None:  # fmt: skip
+        quantised.linear_w4a16_of_scaled(x, self.packed, bias, out, squares, eps)
+
+    def silu_mul_of_scaled(
+        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        squares: torch.Tensor, eps: float,
+    ) -> None:  # fmt: skip
+        quantised.linear_silu_mul_w4a16_of_scaled(x, self.packed, bias, out, squares, eps)
+
+    def _scratch_of(self, x: torch.Tensor) -> torch.Tensor:
+        return self._placement.scratch.of(x.dtype, x.device)
 
     def destinations(self) -> Destinations:
         """The bytes of the whole matrix count with the integers of its first module."""

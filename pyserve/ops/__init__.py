@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyserve.limits import TOP_LOGPROBS
-from pyserve.ops import build, w4a16
+from pyserve.ops import build
 from pyserve.ops.native import native as _ops
 
 STORE, ADD, SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
@@ -182,41 +182,6 @@ def linear_silu_mul_of_scaled(
 ) -> None:
     """linear_silu_mul of rms_norm of the residual, as linear_of_scaled."""
     _ops.linear_silu_mul(x, weight, bias, out, x_squares, eps)
-
-
-def linear_w4a16(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor
-) -> None:
-    """x W^T + bias -> out [m, n] of a matrix W [n, k] of 4-bit integers, `packed` as w4a16.py says.
-
-    x [m, k], rows may be strided; bias [n]. For many rows W is made plain numbers first, and
-    multiplied as `linear` does: so many rows of it at a time, at least 16, as fit in `scratch`, of
-    x's dtype and one dimension.
-    """
-    key = x.shape[0], x.dtype, packed.shape if x.is_cuda else None
-    is_served = _served.get(key)
-    if is_served is None:
-        is_served = _served[key] = _ops.serves_linear_w4a16(x, packed)
-    if is_served:
-        _ops.linear_w4a16(x, packed, bias, out)
-        return
-    n, k = out.shape[1], x.shape[1]
-    num_strips = len(scratch) // (k * w4a16.STRIP_ROWS)
-    for strip in range(0, len(packed), num_strips):
-        begin, strips = strip * w4a16.STRIP_ROWS, packed[strip : strip + num_strips]
-        end = min(n, begin + len(strips) * w4a16.STRIP_ROWS)
-        weight = scratch[: (end - begin) * k].view(end - begin, k)
-        dequantise_w4a16(strips, weight)
-        part = None if bias is None else bias[begin:end]
-        if x.is_cuda:  # our kernels read a weight before the one in front, which writes this, ends
-            functional.linear(x, weight, part, out=out[:, begin:end])  # type: ignore[call-arg]
-        else:
-            linear(x, weight, part, out[:, begin:end])
-
-
-def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:
-    """W as plain numbers, each rounded once -> out [n, k]; rows may be strided."""
-    _ops.dequantise_w4a16(packed, out)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:

@@ -55,10 +55,18 @@ def serves_linear(weight: Tensor, m: int, epilogue: int) -> bool:
     return True
 
 
-def linear_w4a16(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """linear of the matrix that w4a16.py describes."""
-    weight = w4a16.dequantised(packed, out.shape[1], x.shape[1])
-    out.copy_(_linear_float32(x, weight, bias))
+def linear_w4a16(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, epilogue: int = 0,
+    x_squares: Tensor | None = None, eps: float = 0.0, norm_weight: Tensor | None = None,
+    scaled: Tensor | None = None, squares: Tensor | None = None,
+) -> None:  # fmt: skip
+    """linear of the matrix that w4a16.py describes; epilogue 1: linear_add, 2: linear_silu_mul."""
+    num_rows = out.shape[1] * (2 if epilogue == 2 else 1)
+    weight = w4a16.dequantised(packed, num_rows, x.shape[1])
+    if epilogue == 1:
+        linear_add(x, weight, bias, out, norm_weight, scaled, squares)
+    else:
+        (linear_silu_mul if epilogue else linear)(x, weight, bias, out, x_squares, eps)
 
 
 def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:

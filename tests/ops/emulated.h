@@ -1,7 +1,7 @@
-// A CUDA card on a CPU, for the sources of the kernels for few rows of linears: the threads of one
-// block at a time are coroutines that take turns at barriers, and what a warp does together is done
-// when all of its lanes are there. A copy lands when it is started, threads in any order, or only
-// when it is waited for: a kernel must not see the difference.
+// A CUDA card on a CPU, for the sources of the kernels of linears: the threads of one block, or of one
+// cluster of blocks, at a time are coroutines that take turns at barriers, and what a warp does
+// together is done when all of its lanes are there. A copy lands when it is started, threads in any
+// order, or only when it is waited for: a kernel must not see the difference.
 //
 // A program includes this, then in namespace pyserve::gpu the kernel's files without their first
 // lines, as emulated.py prepares them. Of the names in them here is what these kernels use.
@@ -45,7 +45,7 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 
 namespace machine {
 
-constexpr int kThreads = 256, kLanes = 32, kStackBytes = 1 << 16;
+constexpr int kMaxThreads = 1024, kLanes = 32, kStackBytes = 1 << 16;
 
 struct Copy {
   unsigned char* to;
@@ -65,18 +65,19 @@ struct Barrier {
   int num_arrived = 0, generation = 0;
 };
 
-std::array<Thread, kThreads> threads;
-int current = 0;
+std::array<Thread, kMaxThreads> threads;
+int current = 0, num_blocks = 1, block_threads = 256;  // that run at a time; of each
+unsigned first_block = 0;
 ucontext_t scheduler;
-Barrier block_barrier;
-std::array<Barrier, kThreads / kLanes> warp_barriers;
-uint32_t exchanged[kThreads][6];  // what a lane shows to the others
+std::array<Barrier, 2> block_barriers;
+std::array<Barrier, kMaxThreads / kLanes> warp_barriers;
+uint32_t exchanged[kMaxThreads][6];  // what a lane shows to the others
 bool lands_late = false;
 size_t num_too_early = 0;  // groups of copies that a wait leaves under way beyond what it may
 std::mt19937 random(1);
 std::vector<unsigned char> memory;  // shared
-unsigned char* shared = nullptr;
-size_t num_shared = 0;
+unsigned char* shared = nullptr;     // of the first block, the others' behind it
+size_t num_shared = 0, shared_step = 0;
 std::vector<std::pair<const unsigned char*, const unsigned char*>> readable;
 
 // After an error has been printed: one that was asked for is enough.
@@ -88,6 +89,9 @@ void end_if_expected() {
   std::printf("%s\n", what);
   std::exit(1);
 }
+
+int block() { return current / block_threads; }
+unsigned char* block_shared() { return shared + block() * shared_step; }
 
 void yield() { swapcontext(&threads[current].context, &scheduler); }
 
@@ -115,21 +119,27 @@ void land(const Copy& copy) {
   std::memcpy(copy.to, from, 16);
 }
 
-unsigned char* at(uint32_t address) {
-  if (address % 16 != 0 || address + 16 > num_shared) fail("not an address of shared memory");
+unsigned char* at(uint32_t address, uint32_t size = 16) {
+  if (address % size != 0 || address % shared_step + size > num_shared ||
+      address / shared_step >= static_cast<size_t>(num_blocks)) {
+    fail("not an address of shared memory");
+  }
   return shared + address;
 }
 
 std::function<void()> body;
+std::function<void()> between = [] {};  // what goes on while threads take turns, once a round
 
 void begin() {
   body();
   threads[current].has_ended = true;
 }
 
-void run_block() {
-  std::vector<int> order(kThreads);
-  for (int i = 0; i < kThreads; ++i) {
+// Those from first_block on, num_blocks of them.
+void run_blocks() {
+  const int num_threads = num_blocks * block_threads;
+  std::vector<int> order(num_threads);
+  for (int i = 0; i < num_threads; ++i) {
     Thread& thread = threads[i];
     order[i] = i;
     thread.has_ended = false;
@@ -139,7 +149,7 @@ void run_block() {
     thread.context.uc_link = &scheduler;
     makecontext(&thread.context, begin, 0);
   }
-  for (int num_left = kThreads; num_left > 0;) {
+  for (int num_left = num_threads; num_left > 0; between()) {
     if (!lands_late) std::shuffle(order.begin(), order.end(), random);
     num_left = 0;
     for (const int i : order) {
@@ -149,10 +159,24 @@ void run_block() {
       num_left += !threads[i].has_ended;
     }
   }
-  for (Thread& thread : threads) {
+  for (int i = 0; i < num_threads; ++i) {
+    Thread& thread = threads[i];
     const bool is_clean = thread.open.empty() && thread.groups.empty();
     if (!is_clean && num_too_early == 0) fail("copies that nobody waits for");
     thread.groups.clear();
+  }
+}
+
+// Blocks of a kernel, `cluster` at a time, each with so many bytes of shared memory.
+void run_grid(unsigned grid, int cluster, int num_threads, int num_bytes) {
+  num_blocks = cluster, block_threads = num_threads;
+  num_shared = num_bytes, shared_step = (num_bytes + 1023) / 1024 * 1024;
+  memory.assign(cluster * shared_step + 1024, 0);
+  const auto begin = reinterpret_cast<uintptr_t>(memory.data());
+  shared = reinterpret_cast<unsigned char*>((begin + 1023) / 1024 * 1024);
+  for (first_block = 0; first_block < grid; first_block += cluster) {
+    std::memset(shared, 0xff, cluster * shared_step);  // NaN
+    run_blocks();
   }
 }
 
@@ -160,14 +184,21 @@ void run_block() {
 
 struct {
   struct {
-    operator int() const { return machine::current; }
+    operator int() const { return machine::current % machine::block_threads; }
   } x;
 } threadIdx;
 struct {
+  struct {
+    operator unsigned() const { return machine::first_block + machine::block(); }
+  } x;
+} blockIdx;
+struct {
   unsigned x;
-} blockIdx, gridDim;
+} gridDim;
 
-void __syncthreads() { machine::meet(machine::block_barrier, machine::kThreads); }
+void __syncthreads() {
+  machine::meet(machine::block_barriers[machine::block()], machine::block_threads);
+}
 void __syncwarp() { machine::meet_warp(); }
 float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
@@ -176,6 +207,12 @@ namespace pyserve::gpu {
 enum class Epilogue : int32_t { kStore, kAdd, kSiluMul };
 constexpr int64_t kSquaresColumns = 16;
 constexpr int kWarpSize = 32, kVec = 8;
+
+constexpr int64_t rows_per_column(Epilogue epilogue) {
+  return epilogue == Epilogue::kSiluMul ? 2 : 1;
+}
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 
 struct LinearParams {
   const void* x;
@@ -194,6 +231,11 @@ struct LinearParams {
   int64_t scaled_stride = 0;
   float* squares = nullptr;
   int64_t squares_stride = 0;
+  Epilogue epilogue = Epilogue::kStore;
+  Dtype dtype = Dtype::kBfloat16;
+
+  bool has_norm() const { return x_squares != nullptr || norm_weight != nullptr; }
+  int64_t weight_rows() const { return rows_per_column(epilogue) * n; }
 };
 
 float to_float(__nv_bfloat16 x) {
@@ -367,20 +409,26 @@ cudaError_t allow_smem() {
   return cudaSuccess;
 }
 
+template <class Fn>
+cudaError_t dispatch_half(Dtype dtype, Fn&& fn) {
+  return dtype == Dtype::kBfloat16 ? fn(__nv_bfloat16{}) : fn(__half{});
+}
+
+template <class Fn>
+cudaError_t dispatch_epilogue(Epilogue epilogue, Fn&& fn) {
+  switch (epilogue) {
+    case Epilogue::kStore: return fn(std::integral_constant<Epilogue, Epilogue::kStore>{});
+    case Epilogue::kAdd: return fn(std::integral_constant<Epilogue, Epilogue::kAdd>{});
+    default: return fn(std::integral_constant<Epilogue, Epilogue::kSiluMul>{});
+  }
+}
+
 template <class Kernel, class... Args>
 cudaError_t launch_chained(Kernel kernel, unsigned grid, int num_threads, int num_bytes,
                            cudaStream_t, const Args&... args) {
-  if (num_threads != machine::kThreads) machine::fail("another number of threads");
-  machine::memory.assign(num_bytes + 128, 0);
-  machine::num_shared = num_bytes;
-  const auto begin = reinterpret_cast<uintptr_t>(machine::memory.data());
-  machine::shared = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);
   machine::body = [&] { kernel(args...); };
   gridDim.x = grid;
-  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-    std::memset(machine::shared, 0xff, num_bytes);  // NaN
-    machine::run_block();
-  }
+  machine::run_grid(grid, 1, num_threads, num_bytes);
   return cudaSuccess;
 }
 

@@ -11,18 +11,18 @@ from pathlib import Path
 from pyserve.ops import toolchain
 
 SOURCES = Path(__file__).resolve().parents[2] / "cuda"
-SHARED = "extern __shared__ __align__(128) unsigned char dynamic_smem[];"
-MACHINE_SHARED = "unsigned char* dynamic_smem = machine::shared;"
+SHARED = re.compile(r"extern __shared__ __align__\(\d+\) unsigned char dynamic_smem\[\];")
+MACHINE_SHARED = "unsigned char* dynamic_smem = machine::block_shared();"
 
 
 def build(folder: Path, name: str, kernels: tuple[str, ...]) -> Path:
     """The program of name.cpp, which includes each of cuda/gpu's files `kernels` as .inc."""
     for kernel in kernels:
-        source = (SOURCES / "gpu" / f"{kernel}.cuh").read_text()
-        assert source.count(SHARED) == ("__global__" in source), kernel
-        source = source.replace(SHARED, MACHINE_SHARED)
+        path = SOURCES / "gpu" / kernel
+        source, count = SHARED.subn(MACHINE_SHARED, path.read_text())
+        assert count == ("__global__" in source), kernel
         kept = re.sub(r"^(#include|#pragma|namespace|}  // namespace).*\n", "", source, flags=re.M)
-        (folder / f"{Path(kernel).name}.inc").write_text(kept)
+        (folder / f"{path.name}.inc").write_text(kept)
     compiler = toolchain.find_toolchain(os.environ.get("CXX"), march=None).compiler
     program = folder / name
     file = Path(__file__).with_name(f"{name}.cpp")

@@ -4,7 +4,7 @@
 #include "emulated.h"
 
 namespace pyserve::gpu {
-#include "few_rows.inc"
+#include "few_rows.cuh.inc"
 }  // namespace pyserve::gpu
 
 using namespace pyserve::gpu;

@@ -20,9 +20,9 @@ struct GroupedParams {
   int num_experts, n, k;
 };
 
-#include "few_rows.inc"
-#include "work_list.inc"
-#include "grouped_few_rows.inc"
+#include "few_rows.cuh.inc"
+#include "work_list.cuh.inc"
+#include "grouped_few_rows.cuh.inc"
 }  // namespace pyserve::gpu
 
 using namespace pyserve::gpu;

@@ -58,19 +58,30 @@ void launch_linears() {
   }
 }
 
-void launch_w4a16_linears() {
+void launch_w4a16_linear(int64_t m, int64_t group_size, Dtype dtype, Epilogue epilogue) {
   alignas(16) static char memory[16];
-  for (int64_t m = 1; m <= 20; ++m) {
-    for (int64_t group_size : {32, 64, 128}) {
-      for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
-        pyserve::gpu::LinearParams p{};
-        p.x = p.weight = p.out = memory;
-        p.x_stride = p.k = 4096;
-        p.out_stride = p.n = 6144;
-        p.weight_stride = 32 * 272;
-        p.m = m;
-        p.dtype = dtype;
-        require(launch_linear_w4a16(p, group_size, nullptr), "linear_w4a16", m, 0);
+  pyserve::gpu::LinearParams p{};
+  p.x = p.weight = p.out = memory;
+  p.x_stride = p.k = 4096;
+  p.out_stride = p.n = 6144;
+  p.weight_stride = 32 * 272;
+  p.m = m;
+  p.dtype = dtype;
+  p.epilogue = epilogue;
+  require(launch_linear_w4a16(p, group_size, nullptr), "linear_w4a16", m, 0);
+}
+
+void launch_w4a16_linears() {
+  for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+    for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
+      for (int64_t group_size : {32, 64, 128}) {
+        for (int64_t m : {1, 4, 8, 9, 16, 17, 24, 33, 64, 70, 100, 256}) {
+          launch_w4a16_linear(m, group_size, dtype, epilogue);
+        }
+      }
+      for (int tiling = pyserve::gpu::kNumW4Tilings; tiling >= 0; --tiling) {
+        pyserve::gpu::linear_trial().w4a16_tiling = tiling;
+        launch_w4a16_linear(64, 128, dtype, epilogue);
       }
     }
   }

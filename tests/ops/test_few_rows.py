@@ -1,5 +1,6 @@
-"""The CUDA kernels for few rows of a linear, their source compiled for a CPU: few_rows.cpp, and
-few_rows_w4a16.cpp for 4-bit integers, grouped_few_rows.cpp for the matrices of experts."""
+"""CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
+4-bit integers few_rows_w4a16.cpp, of the matrices of experts grouped_few_rows.cpp; and for more
+rows by 4-bit integers on Hopper gemm_w4a16.cpp."""
 
 from __future__ import annotations
 
@@ -10,9 +11,26 @@ import pytest
 from tests.ops import emulated
 
 PROGRAMS = {  # the kernels' files, and rounds that are enough
-    "few_rows": (("linear/few_rows",), 2),
-    "few_rows_w4a16": (("linear/few_rows", "linear/few_rows_w4a16"), 1),
-    "grouped_few_rows": (("linear/few_rows", "experts/work_list", "experts/grouped_few_rows"), 3),
+    "few_rows": (("linear/few_rows.cuh",), 2),
+    "few_rows_w4a16": (
+        ("linear/few_rows.cuh", "linear/w4a16_words.cuh", "linear/few_rows_w4a16.cuh"),
+        1,
+    ),
+    "grouped_few_rows": (
+        ("linear/few_rows.cuh", "experts/work_list.cuh", "experts/grouped_few_rows.cuh"),
+        3,
+    ),
+    "gemm_w4a16": (
+        (
+            "linear/w4a16.h",
+            "linear/w4a16_words.cuh",
+            "linear/gemm_frame.cuh",
+            "linear/gemm_estimate.h",
+            "linear/gemm_w4a16.cuh",
+            "linear/gemm_w4a16_sm90a.cu",
+        ),
+        2,
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyserve import ops
-from pyserve.ops import reference, w4a16
+from pyserve.ops import quantised, reference, w4a16
 from tests.ops import oracle
 
 # (n, k): whole strips and units; half a strip; no multiple of 8 rows; half a unit of 64.
@@ -85,6 +85,52 @@ def test_linear(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
             oracle.assert_ratio(run(x, packed, given, n), plain, exact)
 
 
+def add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, *norm: Tensor) -> Tensor:
+    op = torch.ops.pyserve.linear_w4a16
+    op(x, packed, bias, residual, 1, None, 0.0, *norm)
+    return residual
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize(("n", "k", "group_size"), shapes())
+def test_epilogues(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+    """Added, activated, and with a norm before or behind: twins, and float64."""
+    packed = make_packed(2 * n, k, group_size, std=0.1)
+    weight = w4a16.dequantised(packed, 2 * n, k).double()
+    for num_rows in (1, 3, 17):
+        torch.manual_seed(num_rows)
+        x, bias = torch.randn(num_rows, k).to(dtype), torch.randn(2 * n).to(dtype)
+        x_squares = 20 * torch.rand(num_rows, ops.num_squares(k))
+        factor = (x_squares.double().sum(1, keepdim=True) / k + 1e-5).rsqrt()
+        sums = x.double() @ weight.T
+        for given, factors in ((x_squares, factor), (None, 1.0)):
+            exact = oracle.silu_mul(sums * factors + bias.double())
+            out, plain = torch.full((2, num_rows, n), float("nan"), dtype=dtype)
+            torch.ops.pyserve.linear_w4a16(x, packed, bias, out, 2, given, 1e-5)
+            reference.linear_w4a16(x, packed, bias, plain, 2, given, 1e-5)
+            oracle.assert_ratio(out, plain, exact)
+            if given is not None:
+                out, plain = torch.full((2, num_rows, 2 * n), float("nan"), dtype=dtype)
+                torch.ops.pyserve.linear_w4a16(x, packed, None, out, 0, given, 1e-5)
+                reference.linear_w4a16(x, packed, None, plain, 0, given, 1e-5)
+                oracle.assert_ratio(out, plain, sums * factors)
+        residual, norm_weight = torch.randn(num_rows, 2 * n).to(dtype), torch.randn(2 * n).to(dtype)
+        exact = residual.double() + sums + bias.double()
+        plain = residual.clone()
+        reference.linear_w4a16(x, packed, bias, plain, 1)
+        alone = add(x, packed, bias, residual.clone())
+        oracle.assert_ratio(alone, plain, exact)
+        scaled = torch.full((num_rows, 2 * n), float("nan"), dtype=dtype)
+        squares = torch.full((num_rows, ops.num_squares(2 * n)), float("nan"))
+        assert torch.equal(
+            add(x, packed, bias, residual.clone(), norm_weight, scaled, squares), alone
+        )
+        assert torch.equal(scaled, (alone.float() * norm_weight.float()).to(dtype))
+        padded = torch.nn.functional.pad(alone.double().square(), (0, -2 * n % 16))
+        wanted = padded.view(num_rows, -1, 16).sum(2)
+        torch.testing.assert_close(squares.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize(("n", "k", "group_size"), shapes())
 def test_basis_vectors(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
@@ -138,11 +184,35 @@ def test_many_rows_by_slices_of_plain_numbers(num_rows: int, dtype: torch.dtype)
     for given, num_columns in ((bias, 16 * k), (None, 40 * k), (bias, 96 * k)):
         wide = torch.full((num_rows, n + 5), float("nan"), dtype=dtype)
         scratch = torch.full((num_columns,), float("nan"), dtype=dtype)
-        ops.linear_w4a16(x, packed, given, wide[:, :n], scratch)
+        quantised.linear_w4a16(x, packed, given, wide[:, :n], scratch)
         plain = torch.nn.functional.linear(x, weight.to(dtype), None if given is None else given)
         exact = x.double() @ weight.T + (0 if given is None else given.double())
         oracle.assert_ratio(wide[:, :n], plain, exact, plain_float32_error=1e-2)
         assert bool(wide[:, n:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("num_rows", [8, 40])
+def test_epilogues_by_slices_of_plain_numbers(num_rows: int, dtype: torch.dtype) -> None:
+    """And by the op, where it serves so few rows."""
+    n, k = 88, 256
+    packed = make_packed(n, k, 128, std=0.1)
+    weight = w4a16.dequantised(packed, n, k).double()
+    torch.manual_seed(0)
+    x, bias = torch.randn(num_rows, k).to(dtype), torch.randn(n).to(dtype)
+    scratch = torch.full((40 * k,), float("nan"), dtype=dtype)
+    sums = x.double() @ weight.T + bias.double()
+    rounded = torch.nn.functional.linear(x, weight.to(dtype), bias)
+    wide = torch.randn(num_rows, n + 5).to(dtype)
+    exact, plain = wide[:, :n].double() + sums, wide[:, :n] + rounded
+    behind = wide[:, n:].clone()
+    quantised.linear_add_w4a16(x, packed, bias, wide[:, :n], scratch)
+    oracle.assert_ratio(wide[:, :n], plain, exact, plain_float32_error=2e-2)
+    assert torch.equal(wide[:, n:], behind)
+    out, gate_up = torch.empty(num_rows, n // 2, dtype=dtype), torch.empty(num_rows, n, dtype=dtype)
+    quantised.linear_silu_mul_w4a16(x, packed, bias, out, gate_up, scratch)
+    plain = ops.silu_mul(rounded)
+    oracle.assert_ratio(out, plain, oracle.silu_mul(sums), plain_float32_error=2e-2)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -167,6 +237,15 @@ def test_what_does_not_fit_is_an_error() -> None:
         ((x, packed, torch.ones(23), out), "size 0 of bias is 23"),
         ((x, packed, None, out.bfloat16()), "out is BFloat16"),
         ((torch.randn(2, 100), packed, None, out), "100 columns are no multiple of the 64"),
+        ((x, packed, None, out, 3), "epilogue is 3, not 0, 1 or 2"),
+        ((x, packed, None, out, 2), "packed has 2 strips of 2 units, which are not those of 48"),
+        ((x, packed, None, out[:1], 1), "size 0 of residual is 1"),
+        ((x, packed, None, out, 1, torch.ones(2, 8)), "x_squares do not go with an addition"),
+        ((x, packed, None, out, 0, None, 0.0, torch.ones(24)), "norm_weight goes with an addition"),
+        (
+            (x, packed, None, out, 1, None, 0.0, torch.ones(24)),
+            "norm_weight, scaled and squares go together",
+        ),
     ]:
         with pytest.raises(RuntimeError, match=words):
             op(*args)

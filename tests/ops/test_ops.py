@@ -55,7 +55,10 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.randn(3, 24), torch.randn(10, 24), torch.randn(10), torch.empty(3, 5),
             20 * (torch.rand(3, 2) + 1), 1e-5,
         ),
-        "linear_w4a16": (torch.randn(3, 64), packed, torch.randn(10), torch.empty(3, 10)),
+        "linear_w4a16": (
+            torch.randn(3, 64), packed, torch.randn(10), torch.randn(3, 10), 1, None, 0.0,
+            torch.randn(10), torch.empty(3, 10), torch.empty(3, 1),
+        ),
         "dequantise_w4a16": (packed, torch.empty(10, 64)),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "gelu_tanh_mul": (torch.randn(3, 20), torch.empty(3, 10)),
@@ -165,8 +168,8 @@ def test_fakes_touch_no_memory(name: str) -> None:
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
     last = (
-        "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "linear_w4a16", "dequantise_w4a16",
-        "grouped_linear", "grouped_linear_silu_mul", "route",
+        "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "dequantise_w4a16", "grouped_linear",
+        "grouped_linear_silu_mul", "route",
     )  # fmt: skip
     places = dict.fromkeys(last, -1) | {
         "rms_norm": 3, "linear": 3, "linear_silu_mul": 3, "paged_attention": 12

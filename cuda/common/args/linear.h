@@ -17,7 +17,7 @@ struct Squares {
 };
 
 struct LinearArgs {
-  View x, weight, out;
+  View x, weight, out;  // weight: of plain numbers
   const void* bias = nullptr;  // null: none
   Squares x_squares;           // of the norm that is a factor of the sums
   // With kAdd: the norm that follows, what it makes of out, and the sums that its factor needs.
@@ -30,27 +30,38 @@ struct LinearArgs {
   int64_t k() const { return x.size(1); }
 };
 
-// `out` is the residual of linear_add.
+// All but the weight and the bias; with kAdd `out` is the residual.
+inline LinearArgs rows_args(const ViewReader& read, Epilogue epilogue, const Tensor& x,
+                            const Tensor& out) {
+  const char* out_name = epilogue == Epilogue::kAdd ? "residual" : "out";
+  LinearArgs args{.x = read("x", x, 2), .out = read(out_name, out, 2)};
+  check_size(args.out, 0, args.m());
+  check_same_dtype(args.out, args.x);
+  return args;
+}
+
+inline void read_bias(const ViewReader& read, const std::optional<Tensor>& bias,
+                      int64_t weight_rows, LinearArgs& args) {
+  if (!bias.has_value()) return;
+  const View view = read("bias", *bias, 1);
+  check_size(view, 0, weight_rows);
+  check_same_dtype(view, args.x);
+  args.bias = view.data;
+}
+
 inline LinearArgs linear_args(const ViewReader& read, Epilogue epilogue, const Tensor& x,
                               const Tensor& weight, const std::optional<Tensor>& bias,
                               const Tensor& out) {
-  const char* out_name = epilogue == Epilogue::kAdd ? "residual" : "out";
-  LinearArgs args{read("x", x, 2), read("weight", weight, 2), read(out_name, out, 2)};
+  LinearArgs args = rows_args(read, epilogue, x, out);
+  args.weight = read("weight", weight, 2);
   check_size(args.weight, 1, args.k());
-  check_size(args.out, 0, args.m());
   if (epilogue == Epilogue::kSiluMul) {
     check_size(args.weight, 0, 2 * args.n());
   } else {
     check_size(args.out, 1, args.weight.size(0));
   }
   check_same_dtype(args.weight, args.x);
-  check_same_dtype(args.out, args.x);
-  if (bias.has_value()) {
-    const View view = read("bias", *bias, 1);
-    check_size(view, 0, args.weight.size(0));
-    check_same_dtype(view, args.x);
-    args.bias = view.data;
-  }
+  read_bias(read, bias, args.weight.size(0), args);
   return args;
 }
 

@@ -5,6 +5,7 @@
 
 #include "../check.h"
 #include "../w4a16.h"
+#include "linear.h"
 
 namespace pyserve {
 
@@ -43,28 +44,34 @@ inline void check_w4_shape(const char* op, const W4Matrix& matrix, int64_t n, in
                 matrix.format.group_size, " of a group");
 }
 
-struct LinearW4Args {
-  View x, out;
+struct LinearW4Args : LinearArgs {
   W4Matrix matrix;
-  const void* bias = nullptr;  // null: none
-
-  int64_t m() const { return x.size(0); }
-  int64_t n() const { return out.size(1); }
-  int64_t k() const { return x.size(1); }
+  Epilogue epilogue;
 };
 
+inline Epilogue epilogue_of(const char* op, int64_t number) {
+  PYSERVE_CHECK(number >= 0 && number <= 2, op, ": epilogue is ", number, ", not 0, 1 or 2");
+  return static_cast<Epilogue>(number);
+}
+
 inline LinearW4Args linear_w4_args(const ViewReader& read, const Tensor& x, const Tensor& packed,
-                                   const std::optional<Tensor>& bias, const Tensor& out) {
-  LinearW4Args args{read("x", x, 2), read("out", out, 2), w4_matrix(read, packed)};
-  check_size(args.out, 0, args.m());
-  check_same_dtype(args.out, args.x);
-  check_w4_shape(read.op, args.matrix, args.n(), args.k());
-  if (bias.has_value()) {
-    const View view = read("bias", *bias, 1);
-    check_size(view, 0, args.n());
-    check_same_dtype(view, args.x);
-    args.bias = view.data;
-  }
+                                   const std::optional<Tensor>& bias, const Tensor& out,
+                                   int64_t epilogue_number,
+                                   const std::optional<Tensor>& x_squares,
+                                   const std::optional<Tensor>& norm_weight,
+                                   const std::optional<Tensor>& scaled,
+                                   const std::optional<Tensor>& squares) {
+  const Epilogue epilogue = epilogue_of(read.op, epilogue_number);
+  LinearW4Args args{rows_args(read, epilogue, x, out), w4_matrix(read, packed), epilogue};
+  const int64_t weight_rows = args.n() * rows_per_column(epilogue);
+  check_w4_shape(read.op, args.matrix, weight_rows, args.k());
+  read_bias(read, bias, weight_rows, args);
+  PYSERVE_CHECK(!x_squares.has_value() || epilogue != Epilogue::kAdd, read.op,
+                ": x_squares do not go with an addition");
+  PYSERVE_CHECK(!norm_weight.has_value() || epilogue == Epilogue::kAdd, read.op,
+                ": norm_weight goes with an addition");
+  read_x_squares(read, x_squares, args);
+  read_norm(read, norm_weight, scaled, squares, args);
   return args;
 }
 

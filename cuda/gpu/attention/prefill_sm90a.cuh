@@ -207,15 +207,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 // Writes a warp's rows of a tile, divided by their sums, through `queries`, which are shared memory
 // that nobody reads any more, so that whole lines go out. `warp_row` is the first of its 16 rows.
 template <class C>

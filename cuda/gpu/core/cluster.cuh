@@ -34,4 +34,16 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// Starts to store 16 bytes in a CTA of the cluster, at its cluster_address, aligned; they are counted
+// by that CTA's barrier, as what tma_load brings.
+__device__ __forceinline__ void store_cluster(uint32_t address, const float4& value,
+                                              uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n"
+      ::"r"(address),
+      "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
+      "r"(__float_as_uint(value.w)), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace pyserve::gpu

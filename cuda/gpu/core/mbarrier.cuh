@@ -53,17 +53,25 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t pha
 // Waits until `phase` has ended. A new barrier is in phase 0, so that its phase 1 counts as ended:
 // who fills a ring waits for phase 1 of each "empty" barrier first, who reads it for phase 0.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {
-#ifdef PYSERVE_BOUNDED_WAITS  // of test programs: a wait without end becomes an error
-  for (uint32_t polls = 0; !mbarrier_try_wait(barrier, phase); ++polls) {
+#ifdef PYSERVE_BOUNDED_WAITS  // of test builds: a wait of more than a second becomes an error
+  const long long begin = clock64();
+  while (!mbarrier_try_wait(barrier, phase)) {
+    const uint32_t is_late = clock64() - begin > (1ll << 31);
     asm volatile(  // a store to address 0; a trap would make take_registers (wgmma.cuh) void
-        "{\n.reg .pred p;\nsetp.eq.b32 p, %0, 0x400000;\n@p st.global.u32 [%1], %0;\n}\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.u32 [%1], %0;\n}\n"
         :
-        : "r"(polls), "l"(uint64_t{0}));
+        : "r"(is_late), "l"(uint64_t{0}));
   }
 #else
   while (!mbarrier_try_wait(barrier, phase)) {
   }
 #endif
+}
+
+// The same for what other CTAs of the cluster have stored by store_cluster.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t phase) {
+  mbarrier_wait(barrier, phase);
+  asm volatile("fence.acq_rel.cluster;\n" ::: "memory");
 }
 
 // Barrier `id` (1 .. 15; 0 is __syncthreads) of `num_threads` threads of whole warps: waits for

@@ -58,6 +58,21 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   return transposed;
 }
 
+// 16 bytes, or 4, of shared memory. Volatile, as is what waits for them to be there.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // c += a b: a 16x16 (row major fragment), b 16x8 (b0, b1), c 16x8 in float32.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

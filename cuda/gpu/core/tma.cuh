@@ -2,8 +2,9 @@
 // a copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and
 // is counted too.
 //
-// All boxes here have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh reads:
-// the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte boundary.
+// Boxes of 16-bit elements have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh
+// reads: the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte boundary.
+// Boxes of 8-byte words land as they are, row behind row.
 #pragma once
 
 #include <cuda.h>
@@ -19,14 +20,14 @@ namespace pyserve::gpu {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// A tensor of 16-bit elements and the box that one copy takes of it; dimension 0 is contiguous.
-// Kernels take the encoded map as `const __grid_constant__ CUtensorMap`.
+// A tensor and the box that one copy takes of it, in elements; dimension 0 is contiguous. Kernels take
+// the encoded map as `const __grid_constant__ CUtensorMap`.
 template <int kRank>
 struct TensorBox {
   const void* data;           // aligned to 16 bytes
-  uint64_t sizes[kRank];      // elements
-  int64_t strides[kRank];     // elements; [0] is 1, the others are multiples of 8
-  uint32_t box_sizes[kRank];  // elements, at most 256; [0] is 64
+  uint64_t sizes[kRank];
+  int64_t strides[kRank];     // [0] is 1, the others are multiples of 16 bytes
+  uint32_t box_sizes[kRank];  // at most 256; [0] is 64, of words a multiple of 16 bytes
 };
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
@@ -47,9 +48,16 @@ inline cudaError_t find_encode_tensor_map(EncodeTensorMap* function) {
   return cudaSuccess;
 }
 
-// Encodes `box` for tma_load; no device work. cudaErrorInvalidValue where TMA cannot address it.
+// What the elements of a tensor map are, and how a box lies in shared memory.
+struct TensorElements {
+  CUtensorMapDataType type;
+  int num_bytes;
+  CUtensorMapSwizzle swizzle;
+};
+
 template <int kRank>
-cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensorMap* map) {
+cudaError_t encode_tensor_map(const TensorBox<kRank>& box, const TensorElements& elements,
+                              CUtensorMap* map) {
   EncodeTensorMap encode = nullptr;
   if (const cudaError_t error = find_encode_tensor_map(&encode); error != cudaSuccess) return error;
   cuuint64_t sizes[kRank], strides[kRank];
@@ -60,15 +68,30 @@ cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensor
     steps[i] = 1;
     if (i == 0) continue;
     // Where there is but one, torch may give any stride.
-    strides[i - 1] = box.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(box.strides[i]) * 2;
+    strides[i - 1] =
+        box.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(box.strides[i]) * elements.num_bytes;
   }
+  const CUresult result =
+      encode(map, elements.type, kRank, const_cast<void*>(box.data), sizes, strides, boxes, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, elements.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Encodes `box`, of 16-bit elements, for tma_load; no device work. cudaErrorInvalidValue where TMA
+// cannot address it.
+template <int kRank>
+cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensorMap* map) {
   const CUtensorMapDataType type = dtype == Dtype::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(
-      map, type, kRank, const_cast<void*>(box.data), sizes, strides, boxes, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encode_tensor_map<kRank>(box, TensorElements{type, 2, CU_TENSOR_MAP_SWIZZLE_128B}, map);
+}
+
+// The same of 8-byte words.
+template <int kRank>
+cudaError_t encode_word_map(const TensorBox<kRank>& box, CUtensorMap* map) {
+  return encode_tensor_map<kRank>(
+      box, TensorElements{CU_TENSOR_MAP_DATA_TYPE_UINT64, 8, CU_TENSOR_MAP_SWIZZLE_NONE}, map);
 }
 
 // ---- device -------------------------------------------------------------------------------------

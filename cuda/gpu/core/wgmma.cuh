@@ -181,7 +181,9 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
 
 #undef PYSERVE_WGMMA
 #define PYSERVE_WGMMA(TYPE)                                          \
-  if constexpr (kCount == 32) {                                      \
+  if constexpr (kCount == 16) {                                      \
+    PYSERVE_WGMMA_RS(32, TYPE, 16, 17, 18, 19, 20, 21, 22);          \
+  } else if constexpr (kCount == 32) {                               \
     PYSERVE_WGMMA_RS(64, TYPE, 32, 33, 34, 35, 36, 37, 38);          \
   } else if constexpr (kCount == 64) {                               \
     PYSERVE_WGMMA_RS(128, TYPE, 64, 65, 66, 67, 68, 69, 70);         \
@@ -189,11 +191,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
     PYSERVE_WGMMA_RS(256, TYPE, 128, 129, 130, 131, 132, 133, 134);  \
   }
 
-// The same with a in registers; n is 64, 128 or 256.
+// The same with a in registers; n is 32, 64, 128 or 256.
 template <class T, Major kMajor, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
                                       bool is_added) {
-  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  static_assert(kCount == 16 || kCount == 32 || kCount == 64 || kCount == 128);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PYSERVE_WGMMA("bf16")
   } else {

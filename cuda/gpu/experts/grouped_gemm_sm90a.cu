@@ -167,13 +167,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     take_registers<Tile::kGroupRegisters>();
     const int lane = threadIdx.x % kWarpSize;
     const bool is_releasing = lane < a.mates;
-    const uint32_t mate_barriers = cluster_address(ring.barriers(), is_releasing ? lane : 0);
+    const Release release{cluster_address(ring.barriers(), is_releasing ? lane : 0), is_releasing};
     const int count = (a.k + kDepth - 1) / kDepth;
     float sums[Tile::kSums];
     for (; schedule.has_more(list); schedule.advance()) {
       const GroupedTile tile =
           schedule.tile<Tile>(a, list, kGroupedColumns<Tile, kEpilogue>, rank);
-      multiply<Tile>(ring, count, mate_barriers, is_releasing, sums);
+      multiply<Tile>(ring, count, release, sums);
       finish_grouped<Tile, kEpilogue>(a, tile, sums);
     }
     cluster_sync();  // a mate may still send here, or tell what it has read

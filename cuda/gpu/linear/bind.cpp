@@ -5,6 +5,7 @@
 
 #include "common/args/linear.h"
 #include "gpu/core/bind.h"
+#include "gpu/linear/bind_params.h"
 #include "gpu/linear/dispatch.h"
 
 namespace pyserve {
@@ -12,28 +13,9 @@ namespace {
 
 void launch(const ViewReader& read, const LinearArgs& args, Epilogue epilogue, double eps,
             cudaStream_t stream) {
-  gpu::LinearParams params{.x = args.x.data,
-                           .x_stride = args.x.stride(0),
-                           .weight = args.weight.data,
-                           .weight_stride = args.weight.stride(0),
-                           .bias = args.bias,
-                           .out = args.out.data,
-                           .out_stride = args.out.stride(0),
-                           .m = args.m(),
-                           .n = args.n(),
-                           .k = args.k(),
-                           .dtype = half_dtype(args.x),
-                           .epilogue = epilogue,
-                           .x_squares = args.x_squares.data,
-                           .x_squares_stride = args.x_squares.stride,
-                           .eps = static_cast<float>(eps)};
-  if (args.norm_weight != nullptr) {
-    params.norm_weight = args.norm_weight;
-    params.scaled = args.scaled.data;
-    params.scaled_stride = args.scaled.stride(0);
-    params.squares = args.squares.data;
-    params.squares_stride = args.squares.stride;
-  }
+  gpu::LinearParams params = linear_params(args, epilogue, eps);
+  params.weight = args.weight.data;
+  params.weight_stride = args.weight.stride(0);
   check_launch(read.op, gpu::launch_linear(params, stream));
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/args/linear_w4a16.h"
 #include "gpu/core/bind.h"
+#include "gpu/linear/bind_params.h"
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/w4a16.h"
 
@@ -17,23 +18,18 @@ void check_packed(const char* op, const W4Matrix& matrix) {
 }
 
 void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                  const Tensor& out) {
+                  const Tensor& out, int64_t epilogue, const std::optional<Tensor>& x_squares,
+                  double eps, const std::optional<Tensor>& norm_weight,
+                  const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares) {
   const ViewReader read{"linear_w4a16", Place::kCuda};
-  const LinearW4Args args = linear_w4_args(read, x, packed, bias, out);
+  const LinearW4Args args = linear_w4_args(read, x, packed, bias, out, epilogue, x_squares,
+                                           norm_weight, scaled, squares);
   check_packed(read.op, args.matrix);
   PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.x.data) % 16 == 0 && args.x.stride(0) % 8 == 0,
                 read.op, ": the rows of x must be aligned to 16 bytes");
-  const gpu::LinearParams params{.x = args.x.data,
-                                 .x_stride = args.x.stride(0),
-                                 .weight = args.matrix.words,
-                                 .weight_stride = args.matrix.strip_words(),
-                                 .bias = args.bias,
-                                 .out = args.out.data,
-                                 .out_stride = args.out.stride(0),
-                                 .m = args.m(),
-                                 .n = args.n(),
-                                 .k = args.k(),
-                                 .dtype = half_dtype(args.x)};
+  gpu::LinearParams params = linear_params(args, args.epilogue, eps);
+  params.weight = args.matrix.words;
+  params.weight_stride = args.matrix.strip_words();
   check_launch(read.op, gpu::launch_linear_w4a16(params, args.matrix.format.group_size,
                                                  current_stream(x)));
 }
@@ -66,10 +62,13 @@ bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
 }
 
 // Of this process, for measurements on the device of `packed`: LinearTrial. -1: nothing is asked.
-void try_linear_w4a16(const Tensor& packed, int64_t max_rows) {
+void try_linear_w4a16(const Tensor& packed, int64_t max_rows, int64_t tiling) {
   w4_matrix(ViewReader{"try_linear_w4a16", Place::kCuda}, packed);
   PYSERVE_CHECK(max_rows >= -1, "try_linear_w4a16: max_rows is ", max_rows, ", at least -1");
+  PYSERVE_CHECK(tiling >= -1 && tiling <= gpu::kNumW4Tilings, "try_linear_w4a16: tiling is ",
+                tiling, ", from -1 to ", gpu::kNumW4Tilings);
   gpu::linear_trial().max_w4a16_rows = max_rows;
+  gpu::linear_trial().w4a16_tiling = static_cast<int>(tiling);
 }
 
 }  // namespace

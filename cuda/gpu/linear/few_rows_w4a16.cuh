@@ -28,20 +28,20 @@
 
 #include "gpu/linear/few_rows.cuh"
 #include "gpu/linear/w4a16.h"
+#include "gpu/linear/w4a16_words.cuh"
 
 namespace pyserve::gpu {
 
 // How a CTA cuts its work, in the words of Tiling.
-template <int kGroupSize_, int kTokenTiles_, int kStages_, int kSmemKb>
+template <int kGroupSize_, int kTokenTiles_, int kStages_, int kSmemKb, int kWarps_ = 8>
 struct W4Tiling {
   static constexpr int kGroupSize = kGroupSize_;
   static constexpr int kTokenTiles = kTokenTiles_;  // of 8 rows of x
   static constexpr int kStages = kStages_;
-  // Two strips share what is read of x. These and the number of warps say in what order a sum is
-  // taken: they are one for all.
-  static constexpr int kRowTiles = 2;
-  static constexpr int kWarps = 8;
-  static constexpr int kDepth = 128;  // columns of a piece
+  // These say in what order a sum is taken: one for all tilings of a card's few rows.
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kRowTiles = 2;  // which share what is read of x
+  static constexpr int kDepth = 128;   // columns of a piece
 
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kRows = kRowTiles * static_cast<int>(kStripRows);
@@ -71,20 +71,23 @@ struct W4Tiling {
            record % kUnitRecords * kRecordBytes;
   }
 
-  static constexpr int kPassTokens = kTokens;
+  // Sums meet in a buffer that holds so many tokens, one pass after another.
+  static constexpr int kPassTokens = kTokens < 16 ? kTokens : 16;
+  static constexpr int kPasses = kTokens / kPassTokens;
   static constexpr int kBuffers = kTokens <= 8 ? 2 : 1;
   static constexpr int kSumStride = kRows + 4;  // of a token; keeps a warp's stores apart
   static constexpr int kSumFloats = kWarps * kPassTokens * kSumStride;
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
   static constexpr int kSumBytes = kBuffers * kSumFloats * 4;
+  static constexpr int kFactorBytes = (4 * kTokens + 127) / 128 * 128;  // of the norm before
   static constexpr int kSmem = kSmemKb * 1024;
-  static constexpr int kXBytes = kSmem - kRingBytes - kSumBytes;  // for pieces of x
+  static constexpr int kXBytes = kSmem - kRingBytes - kSumBytes - kFactorBytes;  // for pieces of x
   static_assert(kXBytes >= kWarps * kStages * kTokens * kTokenBytes);
 };
 
 // What is worked out where the kernel is launched.
 struct W4Work {
-  int strips, more;  // of a CTA: `more` of them have one beyond `strips`
+  int strips, more;  // of out, of a CTA: `more` of them have one beyond `strips`
   int num_pieces;    // in k; warp w has those that are w modulo the number of warps
   int x_slots;       // of a warp, each for a piece of x
   bool is_x_kept;    // there is a slot for each of its pieces
@@ -101,45 +104,9 @@ struct W4Work {
   }
 };
 
-// How a word becomes four pairs of q - z: pair i is the integers at bits 4 i and 4 i + 16, of row g
-// where i is even, of row g + 8 where it is odd. Shifted and masked they are or-ed into the
-// mantissa of kMagic, where i is odd kOddPlace bits further up. One fma, by kOne or kOddFactor,
-// leaves q - z: what it adds has kMinus or kOddMinus for its high byte, and z likewise in its
-// mantissa.
-template <class T>
-struct W4Numbers;
-
-template <>
-struct W4Numbers<__nv_bfloat16> {  // 128 + q - (128 + z)
-  static constexpr int kOddPlace = 0;
-  static constexpr uint32_t kMagic = 0x43004300, kOne = 0x3f803f80, kOddFactor = 0x3f803f80;
-  static constexpr uint32_t kMinus = 0xc3, kOddMinus = 0xc3;
-};
-
-template <>
-struct W4Numbers<__half> {  // 1024 + q - (1024 + z), and (1024 + 16 q) / 16 - (64 + z)
-  static constexpr int kOddPlace = 4;
-  static constexpr uint32_t kMagic = 0x64006400, kOne = 0x3c003c00, kOddFactor = 0x2c002c00;
-  static constexpr uint32_t kMinus = 0xe4, kOddMinus = 0xd4;
-};
-
-template <class T>
-__device__ __forceinline__ void widen_word(uint32_t word, const uint32_t (&minus)[2],
-                                           uint32_t (&pairs)[4]) {
-  using Numbers = W4Numbers<T>;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int odd = i % 2, place = odd * Numbers::kOddPlace;
-    const uint32_t shifted = word >> (4 * i - place), mask = 0x000f000fu << place;
-    const uint32_t factor = odd ? Numbers::kOddFactor : Numbers::kOne;
-    pairs[i] = fma_pair<T>(and_or(shifted, mask, Numbers::kMagic), factor, minus[odd]);
-  }
-}
-
 // The group of this lane's rows of a strip.
 template <class T>
 struct W4Group {
-  using Numbers = W4Numbers<T>;
   float scales[2];
   uint32_t minus[2];
 
@@ -148,10 +115,8 @@ struct W4Group {
     for (int half = 0; half < 2; ++half) {
       const int row = 8 * half + threadIdx.x % kWarpSize / 4;
       const uint32_t word = reinterpret_cast<const uint32_t*>(record)[row];
-      scales[half] = __uint_as_float(word & ~kW4ZeroMask);
-      // Twice that byte, and below it z: the low byte of a record's word.
-      minus[half] = __byte_perm(word << half * Numbers::kOddPlace,
-                                half ? Numbers::kOddMinus : Numbers::kMinus, 0x4040);
+      scales[half] = scale_of(word);
+      minus[half] = minus_of<T>(word, half);
     }
   }
 };
@@ -218,21 +183,26 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* weight,
 }
 
 // What a warp brings to its ring and its slots of x, piece after piece.
-template <class Tile>
+template <Epilogue kEpilogue, class Tile>
 class W4Fetcher {
  public:
-  // Strips [strip, strip_end), two at a time; `ring` and `slots` are the warp's own.
+  // The step of a CTA, in strips of out: where it is paired, one of gate and the one of up.
+  static constexpr bool kIsPaired = RowTile<kEpilogue, Tile::kRows>::kIsPaired;
+  static constexpr int kStep = kIsPaired ? 1 : Tile::kRowTiles;
+
+  // Strips [strip, strip_end), kStep at a time; `ring` and `slots` are the warp's own.
   __device__ W4Fetcher(const LinearParams& p, const W4Work& work, int strip, int strip_end,
                        uint32_t ring, uint32_t slots)
       : num_pieces_(work.num_pieces), strip_end_(strip_end), is_x_kept_(work.is_x_kept),
         num_tokens_(static_cast<int>(p.m)), k_(static_cast<int>(p.k)),
         packed_(static_cast<const unsigned char*>(p.weight)), strip_bytes_(p.weight_stride * 4),
+        tile_bytes_(kIsPaired ? strip_bytes_ * (p.n / kStripRows) : strip_bytes_),
         x_stride_(p.x_stride), ring_(ring), slots_(slots) {
     const int lane = threadIdx.x % kWarpSize, record = lane / 4 % Tile::kRecords;
     record_tile_ = lane / (Tile::kRecordLanes / Tile::kRowTiles);
     record_unit_ = record / (Tile::kRecords / Tile::kUnits);
     record_to_ = Tile::record_offset(record) + lane % 4 * 16;
-    record_from_ = record_tile_ * strip_bytes_ + record_to_ - lane * 16;
+    record_from_ = record_tile_ * tile_bytes_ + record_to_ - lane * 16;
     record_to_ += record_tile_ * Tile::kPieceBytes;
     const int token = lane / 16, chunk = lane % 16;
     x_ = static_cast<const uint16_t*>(p.x) + token * p.x_stride + chunk * kVec;
@@ -255,7 +225,7 @@ class W4Fetcher {
       piece_ += Tile::kWarps;
       weight_ += Tile::kWarps * Tile::kPieceBytes;
       if (piece_ >= num_pieces_) {
-        begin(strip_ + Tile::kRowTiles);
+        begin(strip_ + kStep);
         has_all_x_ = has_x && is_x_kept_;
       }
     }
@@ -267,12 +237,12 @@ class W4Fetcher {
     // The last piece may be half of one, where a unit is 64 columns.
     const bool is_whole =
         Tile::kUnits == 1 || piece_ * Tile::kDepth + Tile::kUnitColumns < k_;
-    const int num_tiles = strip_end_ - strip_;
+    const int num_tiles = kIsPaired ? Tile::kRowTiles : strip_end_ - strip_;
     const uint32_t lane_to = to + threadIdx.x % kWarpSize * 16;
 #pragma unroll
     for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
       if (tile >= num_tiles) continue;
-      const unsigned char* from = weight_ + tile * strip_bytes_;
+      const unsigned char* from = weight_ + tile * tile_bytes_;
       cp_async_16(lane_to + tile * Tile::kPieceBytes, from, true);
       cp_async_16(lane_to + tile * Tile::kPieceBytes + Tile::block_offset(1),
                   from + Tile::block_offset(1), is_whole);
@@ -300,7 +270,7 @@ class W4Fetcher {
   bool is_x_kept_, has_all_x_ = false;
   int num_tokens_, k_, strip_ = 0, piece_ = 0;
   const unsigned char *packed_, *weight_ = nullptr;  // weight_: this lane's
-  int64_t strip_bytes_;
+  int64_t strip_bytes_, tile_bytes_;  // from one of the strips that are read together to the next
   const uint16_t* x_;
   int64_t x_stride_;
   uint32_t ring_, slots_;
@@ -310,10 +280,44 @@ class W4Fetcher {
   uint32_t x_to_;
 };
 
+// Adds up the warps' sums of a result, of a pass that begins at first_token, and stores what the
+// epilogue makes of them; all lanes of a warp call it.
+template <class T, Epilogue kEpilogue, class Tile>
+__device__ __forceinline__ void finish_result(const LinearParams& p, const Result<T>& result,
+                                              const float* pass_sums, int first_token,
+                                              const float* factors, int column) {
+  using Rows = RowTile<kEpilogue, Tile::kRows>;
+  T value{};
+  if (result.is_valid) {
+    const float factor = factors[result.token];
+    auto sum_of = [&](int weight_row) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < Tile::kWarps; ++w) {
+        const int token = w * Tile::kPassTokens + result.token - first_token;
+        sum += pass_sums[token * Tile::kSumStride + weight_row];
+      }
+      return sum * factor;
+    };
+    float operand = to_float(result.other);
+    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
+    value = from_float<T>(
+        finish<kEpilogue>(sum_of(result.row) + to_float(result.bias), operand));
+    *result.target = value;
+  }
+  if constexpr (kEpilogue == Epilogue::kAdd) {
+    if (p.norm_weight != nullptr) {
+      put_norm(p, value, to_float(result.norm_weight), result.token, column, result.is_valid);
+    }
+  }
+}
+
 // m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
-template <class T, class Tile>
+template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_w4a16_kernel(LinearParams p, W4Work work) {
+  using Fetcher = W4Fetcher<kEpilogue, Tile>;
+  using Rows = RowTile<kEpilogue, Tile::kRows>;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_tokens = static_cast<int>(p.m), n = static_cast<int>(p.n);
@@ -322,11 +326,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int strip_end = first + work.strips + (cta < work.more);
   unsigned char* ring = dynamic_smem + warp * Tile::kStages * Tile::kStageBytes;
   float* all_sums = reinterpret_cast<float*>(dynamic_smem + Tile::kRingBytes);
+  float* factors = all_sums + Tile::kBuffers * Tile::kSumFloats;
   const int slot_bytes = num_tokens * Tile::kTokenBytes;
   const uint32_t slots = smem_address(dynamic_smem) + Tile::kRingBytes + Tile::kSumBytes +
-                         warp * work.x_slots * slot_bytes;
+                         Tile::kFactorBytes + warp * work.x_slots * slot_bytes;
 
-  W4Fetcher<Tile> fetcher(p, work, first, strip_end, smem_address(ring), slots);
+  Fetcher fetcher(p, work, first, strip_end, smem_address(ring), slots);
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, true, false);
   pdl_wait();
@@ -334,6 +339,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   fetcher.begin(first);
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, false, true);
+  for (int token = warp; token < num_tokens; token += Tile::kWarps) {
+    const float factor = norm_factor(p, token);  // read behind the first strips' barrier
+    if (lane == 0) factors[token] = factor;
+  }
 
   uint32_t lane_x[Tile::kTokenTiles];  // in a slot; columns beyond the tokens are not stored
 #pragma unroll
@@ -341,20 +350,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int token = min(8 * tokens + lane % 8, num_tokens - 1);
     lane_x[tokens] = slots + token * Tile::kTokenBytes + (lane / 8 ^ token % 8) * 16;
   }
-  constexpr int kResults = Tile::kTokens * Tile::kRows / Tile::kThreads;  // of a thread
+  constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  static_assert(Tile::kPasses == 1 || kPassResults % Tile::kThreads == 0);
   int stage = 0, buffer = 0, place = threadIdx.x;
-  for (int strip = first; strip < strip_end; strip += Tile::kRowTiles) {
+  for (int strip = first; strip < strip_end; strip += Fetcher::kStep) {
     const int column0 = strip * static_cast<int>(kStripRows);
     const int column_end = min(n, strip_end * static_cast<int>(kStripRows));
     Result<T> results[kResults];
+    const auto ask = [&](int pass) {
 #pragma unroll
-    for (int i = 0; i < kResults; ++i) {
-      const int index = place + i * Tile::kThreads;
-      results[i].token = index / Tile::kRows;
-      results[i].row = index % Tile::kRows;
-      results[i].template ask<Epilogue::kStore>(p, column0 + results[i].row, column_end);
-    }
-    place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
+      for (int i = 0; i < kResults; ++i) {
+        const int index = place + i * Tile::kThreads;
+        results[i].token = pass * Tile::kPassTokens + index / Rows::kColumns;
+        results[i].row = index % Rows::kColumns;
+        results[i].template ask<kEpilogue>(p, column0 + results[i].row, column_end);
+      }
+    };
+    if (Tile::kPasses == 1) ask(0);  // more have no registers for them yet
 
     Sums<Tile> sums = {};
 #pragma unroll 1
@@ -366,23 +379,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x, slot * slot_bytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
-    float* group_sums = all_sums + buffer * Tile::kSumFloats;
-    put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, 0, num_tokens, sums);
-    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kResults; ++i) {
-      const Result<T>& result = results[i];
-      if (!result.is_valid) continue;
-      float sum = 0.0f;
+    for (int pass = 0; pass < Tile::kPasses; ++pass) {
+      if (Tile::kPasses > 1) ask(pass);
+      if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+      float* pass_sums = all_sums + buffer * Tile::kSumFloats;
+      put_sums<Tile>(pass_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, num_tokens,
+                     sums);
+      __syncthreads();
 #pragma unroll
-      for (int w = 0; w < Tile::kWarps; ++w) {
-        const int token = w * Tile::kPassTokens + result.token;
-        sum += group_sums[token * Tile::kSumStride + result.row];
+      for (int i = 0; i < kResults; ++i) {
+        finish_result<T, kEpilogue, Tile>(p, results[i], pass_sums, pass * Tile::kPassTokens,
+                                          factors, column0 + results[i].row);
       }
-      *result.target = from_float<T>(sum + to_float(result.bias));
+      buffer = (buffer + 1) % Tile::kBuffers;
     }
-    buffer = (buffer + 1) % Tile::kBuffers;
+    place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
   }
   cp_async_wait<0>();
 }
@@ -399,15 +411,29 @@ cudaError_t dispatch_group_size(int64_t group_size, Fn&& fn) {
 }
 
 // Launches for p.m <= kTokens, one CTA an SM.
-template <class T, class Tile>
+template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
-  constexpr auto kKernel = linear_w4a16_kernel<T, Tile>;
+  constexpr auto kKernel = linear_w4a16_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
   const int64_t num_strips = (p.n + kStripRows - 1) / kStripRows;
   const int num_ctas = static_cast<int>(std::min<int64_t>(num_strips, num_sms));
   return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
                         stream, p, W4Work::of(p, num_ctas, Tile{}));
+}
+
+// By the tiling that Tilings has for the group size.
+template <template <int> class Tilings>
+cudaError_t launch_w4a16_as(const LinearParams& p, int64_t group_size, int num_sms,
+                            cudaStream_t stream) {
+  return dispatch_half(p.dtype, [&]<class T>(T) {
+    return dispatch_epilogue(p.epilogue, [&](auto epilogue) {
+      return dispatch_group_size(group_size, [&](auto size) {
+        return launch_w4a16_tiled<T, decltype(epilogue)::value, Tilings<decltype(size)::value>>(
+            p, num_sms, stream);
+      });
+    });
+  });
 }
 
 }  // namespace pyserve::gpu

@@ -19,15 +19,8 @@ static_assert(Wide<128>::kTokens == kMaxW4RowsSm90a);
 
 cudaError_t launch_linear_w4a16_sm90a(const LinearParams& p, int64_t group_size,
                                       const Device& device, cudaStream_t stream) {
-  return dispatch_half(p.dtype, [&]<class T>(T) {
-    return dispatch_group_size(group_size, [&](auto size) {
-      constexpr int kGroupSize = decltype(size)::value;
-      if (p.m > Deep<kGroupSize>::kTokens) {
-        return launch_w4a16_tiled<T, Wide<kGroupSize>>(p, device.num_sms, stream);
-      }
-      return launch_w4a16_tiled<T, Deep<kGroupSize>>(p, device.num_sms, stream);
-    });
-  });
+  if (p.m > Deep<128>::kTokens) return launch_w4a16_as<Wide>(p, group_size, device.num_sms, stream);
+  return launch_w4a16_as<Deep>(p, group_size, device.num_sms, stream);
 }
 
 }  // namespace pyserve::gpu

@@ -21,57 +21,11 @@
 
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
+#include "gpu/linear/gemm_estimate.h"
 #include "gpu/linear/gemm_sm90a.h"
 
 namespace pyserve::gpu {
 namespace gemm {
-
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    gemm_kernel(const __grid_constant__ Args a) {
-  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-  Ring<Tile> ring{smem_address(dynamic_smem), {}};
-  if (threadIdx.x == 0) {
-    prefetch_tensor_map(&a.weight);
-    prefetch_tensor_map(&a.x);
-    Ring<Tile> each = ring;
-    for (int i = 0; i < Tile::kStages; ++i, each.place.advance()) {
-      mbarrier_init(each.full(), 1);
-      mbarrier_init(each.empty(), Tile::kGroups * 4 * a.mates);
-    }
-    barriers_ready();
-  }
-  cluster_sync();
-  const int rank = static_cast<int>(cluster_rank());
-  Schedule schedule(a);
-  if (threadIdx.x < kWarpgroup) {
-    give_registers<Tile::kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      produce<Tile>(a, ring, rank, schedule);
-    } else {
-      pdl_wait();
-      pdl_launch_dependents();
-    }
-    __syncwarp();
-    cluster_sync();
-  } else {
-    take_registers<Tile::kGroupRegisters>();
-    const int lane = threadIdx.x % kWarpSize;
-    const bool is_releasing = lane < a.mates;
-    const uint32_t mate_barriers = cluster_address(ring.barriers(), is_releasing ? lane : 0);
-    pdl_wait();
-    pdl_launch_dependents();
-    const int count = num_blocks(a);
-    float sums[Tile::kSums];
-    for (; schedule.has_more(); schedule.advance()) {
-      int row, column;
-      schedule.place<Tile>(a, rank, row, column);
-      multiply<Tile>(ring, count, mate_barriers, is_releasing, sums);
-      finish_tile<Tile>(a, row, column, sums);
-    }
-    cluster_sync();  // a mate may still send here, or tell what it has read
-  }
-}
 
 // How a shape is cut: a Tile, and how many of them share the weight.
 struct Tiling {
@@ -85,8 +39,6 @@ constexpr auto kTilings = std::to_array<Tiling>({
     {2, 256, 2}, {2, 256, 1}, {2, 224, 2}, {2, 224, 1}, {3, 128, 1},
 });
 
-int pieces(int64_t whole, int part) { return static_cast<int>((whole + part - 1) / part); }
-
 // Clusters of a tiling for a shape, by rows and by columns.
 struct Grid {
   int rows, columns;
@@ -95,28 +47,19 @@ struct Grid {
       : rows(pieces(p.m, t.rows() * t.mates)), columns(pieces(p.weight_rows(), t.columns)) {}
 };
 
-// How many clusters, a CTA on an SM, run at a time.
-int num_resident(const Device& device, int mates) { return device.num_sms / mates; }
-
-// Microseconds that a tiling takes: the longest of three, and a fifth of the next, as they hinder
-// each other. Fits what an H200 took for 8B matrices at 96 to 2,048 rows to some 5 %.
+// Microseconds that a tiling takes. Fits what an H200 took for 8B matrices at 96 to 2,048 rows to some
+// 5 %.
 double estimate_us(const Tiling& t, const LinearParams& p, const Device& device) {
-  constexpr double kClocksPerUs = 1800, kFixedUs = 3.5;
-  constexpr double kProducts = 2048 / 1.1;   // multiplications a clock and SM
-  constexpr double kL2Bytes = 40;            // a clock and SM
-  constexpr double kMemoryBytes = 2440;      // a clock
   const Grid grid(t, p);
   const double clusters = static_cast<double>(grid.rows) * grid.columns;
   const double waves = std::ceil(clusters / num_resident(device, t.mates));
   const double stages = pieces(p.k, kDepth);
   const double stage_bytes = (t.rows() + 1.0 * t.columns / t.mates) * kDepth * 2;
-  double clocks[] = {
-      waves * (stages * t.rows() * t.columns * kDepth / kProducts + 2500),
-      clusters * t.mates * stages * stage_bytes / (kL2Bytes * device.num_sms),
-      2.0 * p.weight_rows() * p.k / kMemoryBytes,
-  };
-  std::sort(clocks, clocks + 3);
-  return (clocks[2] + 0.2 * clocks[1]) / kClocksPerUs + kFixedUs;
+  return Clocks{
+      .compute = waves * (stages * t.rows() * t.columns * kDepth / kProducts + kTileClocks),
+      .cache = clusters * t.mates * stages * stage_bytes / (kL2Bytes * device.num_sms),
+      .memory = 2.0 * p.weight_rows() * p.k / kMemoryBytes,
+  }.us();
 }
 
 template <class Tile>

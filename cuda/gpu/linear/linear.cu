@@ -76,14 +76,7 @@ cudaError_t launch_few_rows_as(const LinearParams& params, cudaStream_t stream) 
   if (error != cudaSuccess) return error;
   const int64_t max_pass_rows = kHasSm90a && device->is_hopper() ? kMaxRowsSm90a : 8;
   for (int64_t token = 0; token < params.m && error == cudaSuccess; token += max_pass_rows) {
-    LinearParams p = params;
-    p.x = static_cast<const T*>(params.x) + token * params.x_stride;
-    p.out = static_cast<T*>(params.out) + token * params.out_stride;
-    if (p.x_squares != nullptr) p.x_squares += token * p.x_squares_stride;
-    if (p.norm_weight != nullptr) {
-      p.scaled = static_cast<T*>(params.scaled) + token * params.scaled_stride;
-      p.squares += token * p.squares_stride;
-    }
+    LinearParams p = params.from_row(token);
     p.m = std::min(params.m - token, max_pass_rows);
     error = launch_pass<T, kEpilogue>(p, *device, stream);
   }

@@ -25,11 +25,11 @@ struct LinearParams {
   Dtype dtype;  // 16 bits
   Epilogue epilogue = Epilogue::kStore;
 
-  // The norm before, as a factor of the sums (common/epilogue.h): by linear.cu alone.
+  // The norm before, as a factor of the sums (common/epilogue.h): by the kernels for few rows alone.
   const float* x_squares = nullptr;  // [m, num_squares(k)], or null
   int64_t x_squares_stride = 0;
   float eps = 0.0f;
-  // With kAdd, the norm that follows: by linear.cu alone, k and rows aligned.
+  // With kAdd, the norm that follows: by them alone, k and rows aligned.
   const void* norm_weight = nullptr;  // [n], or null
   void* scaled = nullptr;             // [m, n]
   int64_t scaled_stride = 0;
@@ -37,6 +37,19 @@ struct LinearParams {
   int64_t squares_stride = 0;
 
   bool has_norm() const { return x_squares != nullptr || norm_weight != nullptr; }
+
+  // For rows of x from `row` on; those behind them are still counted in m.
+  LinearParams from_row(int64_t row) const {
+    LinearParams p = *this;
+    p.x = static_cast<const uint16_t*>(x) + row * x_stride;
+    p.out = static_cast<uint16_t*>(out) + row * out_stride;
+    if (x_squares != nullptr) p.x_squares += row * x_squares_stride;
+    if (norm_weight != nullptr) {
+      p.scaled = static_cast<uint16_t*>(scaled) + row * scaled_stride;
+      p.squares += row * squares_stride;
+    }
+    return p;
+  }
 
   int64_t weight_rows() const { return rows_per_column(epilogue) * n; }
 };

@@ -24,9 +24,10 @@ struct DequantiseW4Params {
 
 cudaError_t launch_dequantise_w4a16(const DequantiseW4Params& params, cudaStream_t stream);
 
-// linear, by few_rows_w4a16.cuh: made for m <= 8, on Hopper 16, more rows take several passes. Of
-// params `weight` is packed and weight_stride the words of a strip, the epilogue is kStore and there
-// is no norm; k is not 0, x and weight are aligned to 16 bytes and so are the rows of x.
+// linear and its epilogues. Of params `weight` is packed and weight_stride the words of a strip; k is
+// not 0, x and weight are aligned to 16 bytes and so are the rows of x; with kSiluMul n is a multiple of
+// 16. By few_rows_w4a16.cuh, which takes more than 32 rows, on Hopper 16, in several passes; on Hopper
+// by gemm_w4a16_sm90a.cu where m is more, it can, and a LinearTrial asks for it.
 cudaError_t launch_linear_w4a16(const LinearParams& params, int64_t group_size,
                                 cudaStream_t stream);
 
@@ -34,5 +35,11 @@ cudaError_t launch_linear_w4a16(const LinearParams& params, int64_t group_size,
 constexpr int64_t kMaxW4RowsSm90a = 16;
 cudaError_t launch_linear_w4a16_sm90a(const LinearParams& params, int64_t group_size,
                                       const Device& device, cudaStream_t stream);
+
+// gemm_w4a16_sm90a.cu, likewise: any number of rows, where it can.
+constexpr int kNumW4Tilings = 15;
+bool can_gemm_w4a16_sm90a(const LinearParams& params);
+cudaError_t launch_gemm_w4a16_sm90a(const LinearParams& params, int64_t group_size,
+                                    const Device& device, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

@@ -91,16 +91,14 @@ class Linear:
         )
         self.in_features = columns.size  # here, of this rank, as the next
         self.out_features = sum(part.size for part in self._rows)
-        has_adapters = placement.num_adapter_slots > 0
+        matrix = self.matrix
+        can_fuse = matrix.is_fusing and placement.num_adapter_slots == 0
         is_sum_partial = shard == "row" and placement.tp_size > 1
-        self.has_add = (
-            isinstance(self.matrix, AddingScheme) and not has_adapters and not is_sum_partial
-        )
-        self.has_silu_mul = isinstance(self.matrix, ActivatingScheme) and not has_adapters
-        is_aligned = columns.size % 8 == 0  # as the card's kernel for few rows asks
-        self.has_norm_factor = (
-            isinstance(self.matrix, NormingScheme) and is_aligned and not has_adapters
-        )
+        self.has_add = can_fuse and isinstance(matrix, AddingScheme) and not is_sum_partial
+        self.has_silu_mul = can_fuse and isinstance(matrix, ActivatingScheme)
+        is_aligned = columns.size % 8 == 0  # as the card's kernels for few rows ask
+        is_norming = isinstance(matrix, NormingScheme) and matrix.is_norming
+        self.has_norm_factor = can_fuse and is_norming and is_aligned
         self.bias: torch.Tensor | None = None
         if has_bias and (shard != "row" or placement.tp_rank == 0):
             shape = self.out_features

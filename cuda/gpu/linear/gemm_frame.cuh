@@ -1,0 +1,195 @@
+// The frame of the matrix products by wgmma on Hopper, whatever their weight is made of: which tile
+// (Schedule), a ring of stages in shared memory and who fills it (produce), the kernel.
+//
+// A CTA computes tiles of out, one producer thread and kGroups warpgroups that multiply. A cluster is
+// 1 or 2 CTAs: `mates`, which read the same of one operand, of which each brings a share from L2 and
+// sends it to both; or `parts`, which divide k of one tile.
+//
+// A Tile says what the frame does not know: its Args, which begin with gemm::Args; sizes; and
+//   place(a, tiles, rank, row, column)           first row and column of the CTA's tile
+//   load_weight(a, ring, block, column, rank)    announces a stage and starts the copies of weight
+//   load_x(a, ring, block, row, rank)
+//   prepare(a, ring)                             by one thread, beside the ring's barriers
+//   compute(a, ring, rank, schedule, release)    by all warpgroups that multiply
+#pragma once
+
+#include "gpu/core/cluster.cuh"
+#include "gpu/core/mbarrier.cuh"
+#include "gpu/core/tma.cuh"
+#include "gpu/core/vec.cuh"
+#include "gpu/core/wgmma.cuh"
+#include "gpu/linear/epilogue.cuh"
+
+namespace pyserve::gpu::gemm {
+
+constexpr int kWarpgroup = 128;
+constexpr int kMaxSmem = 227 * 1024;
+
+struct Args {
+  CUtensorMap x, weight;
+  void* out;
+  int64_t out_stride;
+  const void* bias;
+  int m, n, k;  // n: columns of out
+  int num_row_tiles, num_column_tiles;  // of a cluster
+  int mates = 1, parts = 1;             // one of them is 1
+  L2Hint weight_hint;
+};
+
+// The ring of stages in shared memory, and a place in it. A stage holds x, then weight.
+template <class Tile>
+struct Ring {
+  uint32_t base;
+  RingPlace<Tile::kStages> place;
+
+  __device__ uint32_t barriers() const { return base + Tile::kBarrierOffset; }
+  __device__ uint32_t x() const { return base + place.stage * Tile::kStageBytes; }
+  __device__ uint32_t weight() const { return x() + Tile::kXBytes; }
+  __device__ uint32_t full() const { return full_in(barriers()); }
+  __device__ uint32_t empty() const { return empty_in(barriers()); }
+  // Of the barriers that begin at this address, perhaps in another CTA.
+  __device__ uint32_t full_in(uint32_t first) const { return first + place.stage * 16; }
+  __device__ uint32_t empty_in(uint32_t first) const { return full_in(first) + 8; }
+};
+
+// The place of a cluster's tile.
+struct Tiles {
+  int row_tile, column_tile;
+};
+
+// The tiles of a cluster, one after another: columns run through groups of a few row tiles, so that
+// what the card works on at a time is close to a square.
+struct Schedule {
+  int tile, step, count;
+
+  __device__ explicit Schedule(const Args& a)
+      : tile(blockIdx.x / (a.mates * a.parts)),
+        step(gridDim.x / (a.mates * a.parts)),
+        count(a.num_row_tiles * a.num_column_tiles) {}
+  __device__ bool has_more() const { return tile < count; }
+  __device__ void advance() { tile += step; }
+
+  __device__ Tiles tiles(const Args& a) const {
+    constexpr int kGroupRows = 8;
+    const int group = tile / (kGroupRows * a.num_column_tiles);
+    const int within = tile - group * kGroupRows * a.num_column_tiles;
+    const int rows = min(kGroupRows, a.num_row_tiles - group * kGroupRows);
+    return {group * kGroupRows + within % rows, within / rows};
+  }
+};
+
+// The blocks of kDepth in k that are a CTA's: all, or those of its part.
+struct Blocks {
+  int first, count;
+};
+
+template <class Tile>
+__device__ __forceinline__ Blocks blocks_of(const Args& a, int rank) {
+  const int all = (a.k + Tile::kDepth - 1) / Tile::kDepth;
+  if (!Tile::kCanDivide || a.parts == 1) return {0, all};
+  const int most = (all + 1) / 2;
+  return {rank * most, rank == 0 ? most : all - most};
+}
+
+// Tells those that fill a ring which of its stages are read. Of a warp, lane i < mates tells mate i,
+// whose barriers are at mate_barriers.
+struct Release {
+  uint32_t mate_barriers;
+  bool is_releasing;
+
+  __device__ __forceinline__ void operator()(uint32_t empty) const {
+    if (is_releasing) mbarrier_arrive_cluster(empty);
+  }
+};
+
+// One thread fills the ring of the CTA at `rank` of its cluster.
+template <class Tile>
+__device__ void produce(const typename Tile::Args& a, Ring<Tile> ring, int rank,
+                        Schedule schedule) {
+  const Blocks blocks = blocks_of<Tile>(a, rank);
+  int row, column;
+  // The weight does not depend on the kernels before this one: as much of it as the ring holds.
+  int ahead = 0;
+  if (schedule.has_more()) {
+    Tile::place(a, schedule.tiles(a), rank, row, column);
+    Ring<Tile> to = ring;
+    for (; ahead < min(blocks.count, Tile::kStages); ++ahead, to.place.advance()) {
+      Tile::load_weight(a, to, blocks.first + ahead, column, rank);
+    }
+  }
+  pdl_wait();
+  pdl_launch_dependents();
+  for (; schedule.has_more(); schedule.advance()) {
+    Tile::place(a, schedule.tiles(a), rank, row, column);
+    for (int i = 0; i < blocks.count; ++i, ring.place.advance()) {
+      if (ahead > 0) {
+        --ahead;
+      } else {
+        mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
+        Tile::load_weight(a, ring, blocks.first + i, column, rank);
+      }
+      Tile::load_x(a, ring, blocks.first + i, row, rank);
+    }
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    gemm_kernel(const __grid_constant__ typename Tile::Args a) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  Ring<Tile> ring{smem_address(dynamic_smem), {}};
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&a.weight);
+    prefetch_tensor_map(&a.x);
+    Ring<Tile> each = ring;
+    for (int i = 0; i < Tile::kStages; ++i, each.place.advance()) {
+      mbarrier_init(each.full(), 1);
+      mbarrier_init(each.empty(), Tile::kGroups * 4 * a.mates);
+    }
+    Tile::prepare(a, ring);
+    barriers_ready();
+  }
+  cluster_sync();
+  const int rank = static_cast<int>(cluster_rank());
+  Schedule schedule(a);
+  if (threadIdx.x < kWarpgroup) {
+    if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      produce<Tile>(a, ring, rank, schedule);
+    } else {
+      pdl_wait();
+      pdl_launch_dependents();
+    }
+    __syncwarp();
+    cluster_sync();
+  } else {
+    if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
+    const int lane = threadIdx.x % kWarpSize;
+    const bool is_releasing = lane < a.mates;
+    const int mate = a.mates == 1 ? rank : is_releasing ? lane : 0;
+    const Release release{cluster_address(ring.barriers(), mate), is_releasing};
+    pdl_wait();
+    pdl_launch_dependents();
+    Tile::compute(a, ring, rank, schedule, release);
+    cluster_sync();  // a mate may still send here, or tell what it has read
+  }
+}
+
+// Lane q of four gives word i to lane i and gets its word q: its own inverse.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+  const bool is_odd = threadIdx.x & 1, is_high = threadIdx.x & 2;
+  uint32_t a = __shfl_xor_sync(kFullMask, is_odd ? words[0] : words[1], 1);
+  uint32_t b = __shfl_xor_sync(kFullMask, is_odd ? words[2] : words[3], 1);
+  words[0] = is_odd ? a : words[0];
+  words[1] = is_odd ? words[1] : a;
+  words[2] = is_odd ? b : words[2];
+  words[3] = is_odd ? words[3] : b;
+  a = __shfl_xor_sync(kFullMask, is_high ? words[0] : words[2], 2);
+  b = __shfl_xor_sync(kFullMask, is_high ? words[1] : words[3], 2);
+  words[0] = is_high ? a : words[0];
+  words[1] = is_high ? b : words[1];
+  words[2] = is_high ? words[2] : a;
+  words[3] = is_high ? words[3] : b;
+}
+
+}  // namespace pyserve::gpu::gemm

@@ -1,0 +1,184 @@
+// linear of 4-bit integers for more than 16 rows on Hopper (sm_90a): gemm_w4a16.cuh. Here: which tiling
+// a shape gets, the launch.
+//
+// The work of up to some 64 rows is to stream the weight, which is a quarter of what 16 bits are, so
+// that x weighs: each tile of weight rows reads all of it, from L2. Tiles of 128 rows halve that, or
+// mates. Where they are too few for the SMs, two parts divide k.
+//
+// Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
+// bits. A row's result may differ between numbers of rows.
+// Floor: 4.25 bits of weight and 4 bytes of x and of out an element, or 2 m n k operations.
+#include "gpu/linear/gemm_w4a16.cuh"
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "gpu/core/device.h"
+#include "gpu/core/launch.cuh"
+#include "gpu/linear/dispatch.h"
+#include "gpu/linear/gemm_estimate.h"
+
+namespace pyserve::gpu {
+namespace gemm {
+namespace {
+
+// A W4Tile, and the CTAs of a cluster: mates that share x, or parts that divide k.
+struct W4Tiling {
+  int groups, tokens;
+  int mates = 1, parts = 1;
+
+  constexpr int rows() const { return 64 * groups; }
+  constexpr int cluster() const { return mates * parts; }
+};
+
+// A number in LinearTrial is a place in this list, from 1 on.
+constexpr auto kW4Tilings = std::to_array<W4Tiling>({
+    {1, 32}, {1, 32, 1, 2}, {2, 32}, {2, 32, 2, 1}, {2, 32, 1, 2},
+    {1, 64}, {1, 64, 1, 2}, {2, 64}, {2, 64, 2, 1}, {2, 64, 1, 2},
+    {1, 128}, {1, 128, 1, 2}, {2, 128}, {2, 128, 2, 1}, {2, 128, 1, 2},
+});
+
+static_assert(kW4Tilings.size() == kNumW4Tilings);
+
+// Clusters of a tiling for a shape, by rows of x and by columns.
+struct W4Grid {
+  int rows, columns;
+
+  W4Grid(const W4Tiling& t, const LinearParams& p)
+      : rows(pieces(p.m, t.tokens)), columns(pieces(p.weight_rows(), t.rows() * t.mates)) {}
+};
+
+// Microseconds that a tiling takes, by the figures of the product of plain numbers.
+double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
+  constexpr int kDepth = 128;
+  constexpr double kBytes = 17.0 / 32;          // of a weight, in groups of 128
+  constexpr double kPartClocks = 1500;          // of the exchange
+  constexpr double kWidenClocks = 250;          // of 64 rows of a stage, on a warp's part of the SM
+  const W4Grid grid(t, p);
+  const double clusters = static_cast<double>(grid.rows) * grid.columns;
+  const double waves = std::ceil(clusters / num_resident(device, t.cluster()));
+  const double stages = pieces(pieces(p.k, kDepth), t.parts);
+  const double products = 1.0 * t.rows() * t.tokens * kDepth / kProducts;
+  const double stage_bytes = t.rows() * kDepth * kBytes + 2.0 * t.tokens * kDepth / t.mates;
+  const double total_bytes = clusters * t.cluster() * stages * stage_bytes;
+  return Clocks{
+      .compute = waves * (stages * std::max(products, t.groups * kWidenClocks) + kTileClocks +
+                          (t.parts - 1) * kPartClocks),
+      .cache = std::max(total_bytes / device.num_sms, waves * stages * stage_bytes) / kL2Bytes,
+      .memory = kBytes * p.weight_rows() * p.k / kMemoryBytes,
+  }.us();
+}
+
+template <class Tile>
+W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling) {
+  const W4Grid grid(tiling, p);
+  W4Args a{};
+  a.out = p.out;
+  a.out_stride = p.out_stride;
+  a.bias = p.bias;
+  a.m = static_cast<int>(p.m);
+  a.n = static_cast<int>(p.n);
+  a.k = static_cast<int>(p.k);
+  a.num_row_tiles = grid.rows;
+  a.num_column_tiles = grid.columns;
+  a.mates = tiling.mates;
+  a.parts = tiling.parts;
+  a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
+  const int block = 4 * static_cast<int>(kW4BlockWords), record = 4 * static_cast<int>(kW4RecordWords);
+  const bool is_unit_whole = group_size == Tile::kDepth;  // one unit is a piece, else two are
+  a.record_offset = is_unit_whole ? 2 * block : block;
+  a.record_half_bytes = group_size == 32 ? record : 0;
+  a.block_bytes = is_unit_whole ? block : block + record + a.record_half_bytes;
+  a.record_block_bytes = is_unit_whole ? 0 : a.block_bytes;
+  a.piece_bytes = is_unit_whole ? 2 * block + record : 2 * a.block_bytes;
+  a.up_strip = static_cast<int>(p.n / kStripRows);
+  a.is_adding = p.epilogue == Epilogue::kAdd;
+  return a;
+}
+
+template <class Tile>
+cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tiling& tiling,
+                        const Device& device, cudaStream_t stream) {
+  constexpr auto kKernel = gemm_kernel<Tile>;
+  if (const cudaError_t error = allow_smem<kKernel, Tile::kSmem>(); error != cudaSuccess) {
+    return error;
+  }
+  W4Args a = args_of<Tile>(p, group_size, tiling);
+  cudaError_t error = encode_tensor_map<2>(
+      {.data = p.x,
+       .sizes = {static_cast<uint64_t>(p.k), static_cast<uint64_t>(p.m)},
+       .strides = {1, p.x_stride},
+       .box_sizes = {64, static_cast<uint32_t>(Tile::kTokens / tiling.mates)}},
+      p.dtype, &a.x);
+  if (error != cudaSuccess) return error;
+  const int64_t num_strips = (p.weight_rows() + kStripRows - 1) / kStripRows;
+  error = encode_word_map<2>(
+      {.data = p.weight,
+       .sizes = {static_cast<uint64_t>(p.weight_stride) / 2, static_cast<uint64_t>(num_strips)},
+       .strides = {1, p.weight_stride / 2},
+       .box_sizes = {static_cast<uint32_t>(a.piece_bytes / 8),
+                     static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
+      &a.weight);
+  if (error != cudaSuccess) return error;
+  // Parts meet once: each cluster of them has one tile.
+  const int most = tiling.parts > 1 ? a.num_row_tiles * a.num_column_tiles
+                                    : num_resident(device, tiling.cluster());
+  const int num_clusters = std::min(a.num_row_tiles * a.num_column_tiles, most);
+  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.cluster()),
+                                 static_cast<unsigned>(tiling.cluster()), Tile::kThreads,
+                                 Tile::kSmem, stream, a);
+}
+
+// The place of the tiling of least estimate.
+size_t best_tiling(const LinearParams& p, const Device& device) {
+  const int asked = linear_trial().w4a16_tiling;
+  if (asked > 0) return static_cast<size_t>(asked - 1);
+  size_t best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < kW4Tilings.size(); ++i) {
+    const double estimate = estimate_us(kW4Tilings[i], p, device);
+    if (estimate < least) best = i, least = estimate;
+  }
+  return best;
+}
+
+template <class T, bool kIsPaired, size_t... kIndex>
+cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device& device,
+                        cudaStream_t stream, std::index_sequence<kIndex...>) {
+  const size_t best = best_tiling(p, device);
+  cudaError_t error = cudaErrorInvalidValue;
+  auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
+    constexpr W4Tiling kTiling = kW4Tilings[kI];
+    using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired>;
+    if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+  };
+  (launch_if(std::integral_constant<size_t, kIndex>{}), ...);
+  return error;
+}
+
+}  // namespace
+}  // namespace gemm
+
+bool can_gemm_w4a16_sm90a(const LinearParams& p) {
+  constexpr int64_t kMinColumns = 256, kLimit = int64_t{1} << 30;
+  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
+  return !p.has_norm() && p.k >= kMinColumns && p.n % (is_paired ? kStripRows : kVec) == 0 &&
+         p.m < kLimit && p.n < kLimit && p.k < kLimit && is_vec_aligned(p.x, p.x_stride) &&
+         is_vec_aligned(p.weight, 0) && is_vec_aligned(p.out, p.out_stride);
+}
+
+cudaError_t launch_gemm_w4a16_sm90a(const LinearParams& params, int64_t group_size,
+                                    const Device& device, cudaStream_t stream) {
+  if (params.m == 0 || params.n == 0) return cudaSuccess;
+  return dispatch_half(params.dtype, [&]<class T>(T) {
+    constexpr auto kAll = std::make_index_sequence<gemm::kW4Tilings.size()>{};
+    if (params.epilogue == Epilogue::kSiluMul) {
+      return gemm::launch_best<T, true>(params, group_size, device, stream, kAll);
+    }
+    return gemm::launch_best<T, false>(params, group_size, device, stream, kAll);
+  });
+}
+
+}  // namespace pyserve::gpu

@@ -1,0 +1,409 @@
+// What Hopper has beside emulated.h: barriers in shared memory, copies and stores that they count,
+// products of warpgroups, clusters of blocks.
+//
+// Copies land and products read their operands at once, or as late as they may: copies some rounds
+// later, products when they are waited for. So a register or a stage that is written too early shows
+// as a wrong result, and a barrier that nobody ends as a wait without end.
+#pragma once
+
+#include "emulated.h"
+
+#include <limits>
+#include <list>
+#include <map>
+#include <utility>
+
+#define __grid_constant__
+
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+
+namespace machine {
+
+// A barrier of shared memory, by its address.
+struct CountingBarrier {
+  int num_expected = 0, num_missing = 0, num_bytes = 0, num_ended = 0;
+
+  void arrive() {
+    if (--num_missing < 0) fail("more arrive at a barrier than it was made for");
+    end_phase();
+  }
+  void count(int bytes) {
+    num_bytes += bytes;
+    end_phase();
+  }
+
+ private:
+  void end_phase() {
+    if (num_missing != 0 || num_bytes != 0) return;
+    num_missing = num_expected;
+    ++num_ended;
+  }
+};
+
+std::map<uint32_t, CountingBarrier> barriers;
+
+CountingBarrier& barrier_at(uint32_t address) {
+  at(address, 8);
+  const auto found = barriers.find(address);
+  if (found == barriers.end()) fail("not a barrier");
+  return found->second;
+}
+
+struct Landing {
+  int num_rounds;  // until then
+  std::function<void()> land;
+};
+
+std::list<Landing> landings;
+int num_idle = 0;  // rounds in which nothing landed and no barrier was passed
+
+void start(std::function<void()> land) {
+  if (!lands_late) return land();
+  landings.push_back({static_cast<int>(random() % 4), std::move(land)});
+}
+
+void land_some() {
+  if (++num_idle > 1000) fail("a wait without end");
+  for (auto one = landings.begin(); one != landings.end();) {
+    if (one->num_rounds-- > 0) {
+      ++one;
+      continue;
+    }
+    one->land();
+    one = landings.erase(one);
+    num_idle = 0;
+  }
+}
+
+// A product of a warpgroup, as one thread sees it: a is in registers, or where it lies.
+struct Product {
+  float* sums;
+  const uint32_t* registers;
+  uint64_t a, b;
+  int num_sums;
+  bool is_added, is_half;
+};
+
+struct Products {
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> groups;
+};
+
+std::array<Products, kMaxThreads> products;
+Barrier cluster_barrier;
+
+float operand(uint64_t descriptor, int row, int column, bool is_half);
+float register_element(uint32_t word, int index, bool is_half);
+
+// Of the thread that runs; its quad's registers hold its rows.
+void compute(const Product& product, size_t index) {
+  const int lane = current % kLanes, quad = current - lane % 4, warp_row = current / kLanes % 4 * 16;
+  for (int i = 0; i < product.num_sums; ++i) {
+    const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = product.is_added ? product.sums[i] : 0.0f;
+    for (int k = 0; k < 16; ++k) {
+      float left;
+      if (product.registers == nullptr) {
+        left = operand(product.a, warp_row + row, k, product.is_half);
+      } else {
+        const Products& other = products[quad + k % 8 / 2];
+        const Product& same = other.groups.empty() ? other.open[index] : other.groups[0][index];
+        const uint32_t word = same.registers[row / 8 + k / 8 * 2];
+        left = register_element(word, k % 2, product.is_half);
+      }
+      sum += double{left} * operand(product.b, column, k, product.is_half);
+    }
+    product.sums[i] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace machine
+
+uint32_t __float_as_uint(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+uint32_t __shfl_xor_sync(unsigned, uint32_t word, int distance) {
+  const int lane = machine::current % machine::kLanes;
+  machine::lane(lane)[0] = word;
+  machine::meet_warp();
+  const uint32_t other = machine::lane(lane ^ distance)[0];
+  machine::meet_warp();
+  return other;
+}
+
+namespace pyserve::gpu {
+
+// ---- clusters and barriers ---------------------------------------------------------------------
+
+uint32_t cluster_rank() { return machine::block(); }
+uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  const auto step = static_cast<uint32_t>(machine::shared_step);
+  return address % step + rank * step;
+}
+void cluster_sync() {
+  machine::meet(machine::cluster_barrier, machine::num_blocks * machine::block_threads);
+}
+
+void mbarrier_init(uint32_t barrier, uint32_t num_arrivals) {
+  machine::at(barrier, 8);
+  const int count = static_cast<int>(num_arrivals);
+  machine::barriers[barrier] = {count, count, 0, 0};
+}
+void barriers_ready() {}
+void mbarrier_arrive_cluster(uint32_t barrier) { machine::barrier_at(barrier).arrive(); }
+void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  machine::CountingBarrier& here = machine::barrier_at(barrier);
+  here.num_bytes += static_cast<int>(bytes);
+  here.arrive();
+}
+void mbarrier_wait(uint32_t barrier, uint32_t phase) {
+  const machine::CountingBarrier& here = machine::barrier_at(barrier);
+  while (here.num_ended % 2 == static_cast<int>(phase)) machine::yield();
+  machine::num_idle = 0;
+}
+void mbarrier_wait_cluster(uint32_t barrier, uint32_t phase) { mbarrier_wait(barrier, phase); }
+
+void store_cluster(uint32_t address, const float4& value, uint32_t barrier) {
+  unsigned char* to = machine::at(address);
+  machine::start([=] {
+    std::memcpy(to, &value, 16);
+    machine::barrier_at(barrier).count(-16);
+  });
+}
+
+template <int kNumStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  void advance() {
+    stage = (stage + 1) % kNumStages;
+    phase ^= stage == 0;
+  }
+};
+
+// ---- copies -------------------------------------------------------------------------------------
+
+enum class L2Hint { kNormal, kEvictFirst, kEvictLast };
+
+struct CUtensorMap {
+  const unsigned char* data;
+  int64_t sizes[2], row_bytes, box[2];
+  int num_bytes;
+  bool is_swizzled;
+};
+
+template <int kRank>
+struct TensorBox {
+  const void* data;
+  uint64_t sizes[kRank];
+  int64_t strides[kRank];
+  uint32_t box_sizes[kRank];
+};
+
+cudaError_t encode(const TensorBox<2>& box, int num_bytes, CUtensorMap* map) {
+  const int64_t row_bytes = box.strides[1] * num_bytes;
+  const bool is_legal = reinterpret_cast<uintptr_t>(box.data) % 16 == 0 && row_bytes % 16 == 0 &&
+                        box.box_sizes[0] <= 256 && box.box_sizes[1] <= 256 &&
+                        box.box_sizes[0] * num_bytes % 16 == 0;
+  if (!is_legal) return cudaErrorInvalidValue;
+  *map = {static_cast<const unsigned char*>(box.data),
+          {static_cast<int64_t>(box.sizes[0]), static_cast<int64_t>(box.sizes[1])},
+          row_bytes,
+          {box.box_sizes[0], box.box_sizes[1]},
+          num_bytes,
+          num_bytes == 2};
+  return cudaSuccess;
+}
+template <int kRank>
+cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype, CUtensorMap* map) {
+  return encode(box, 2, map);
+}
+template <int kRank>
+cudaError_t encode_word_map(const TensorBox<kRank>& box, CUtensorMap* map) {
+  return encode(box, 8, map);
+}
+
+void prefetch_tensor_map(const CUtensorMap*) {}
+
+void copy_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier, int c0, int c1) {
+  const int64_t box_bytes = map.box[0] * map.num_bytes;
+  if (destination % 128 != 0) machine::fail("a box that is not aligned");
+  for (int64_t row = 0; row < map.box[1]; ++row) {
+    for (int64_t byte = 0; byte < box_bytes; byte += map.num_bytes) {
+      uint32_t address = destination + static_cast<uint32_t>(row * box_bytes + byte);
+      if (map.is_swizzled) address ^= (address >> 7 & 7) << 4;
+      unsigned char* to = machine::at(address / 16 * 16) + address % 16;
+      const int64_t x = c0 + byte / map.num_bytes, y = c1 + row;
+      if (x >= 0 && x < map.sizes[0] && y >= 0 && y < map.sizes[1]) {
+        std::memcpy(to, map.data + y * map.row_bytes + x * map.num_bytes, map.num_bytes);
+      } else {
+        std::memset(to, 0, map.num_bytes);
+      }
+    }
+  }
+  machine::barrier_at(barrier).count(-static_cast<int>(map.box[1] * box_bytes));
+}
+
+void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
+              L2Hint) {
+  machine::start([=] { copy_box(destination, *map, barrier, c0, c1); });
+}
+
+void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
+                        int c1, uint16_t ctas, L2Hint) {
+  for (int rank = 0; rank < machine::num_blocks; ++rank) {
+    if ((ctas >> rank & 1) == 0) continue;
+    const uint32_t to = cluster_address(destination, rank), at = cluster_address(barrier, rank);
+    machine::start([=] { copy_box(to, *map, at, c0, c1); });
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+enum class Major { kK, kMN };
+
+uint64_t k_major_descriptor(uint32_t address) {
+  if (address % 1024 != 0) machine::fail("an operand that is not aligned");
+  return address;
+}
+uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) { return descriptor + bytes; }
+
+void wgmma_fence() {}
+
+template <int kCount>
+void take_registers() {}
+template <int kCount>
+void give_registers() {}
+
+template <class Register, int kCount>
+void keep_registers(Register (&)[kCount]) {}
+
+void push(const machine::Product& product) {
+  auto& open = machine::products[machine::current].open;
+  open.push_back(product);
+  if (machine::lands_late) return;
+  machine::meet_warp();
+  machine::compute(product, open.size() - 1);
+  machine::meet_warp();
+}
+
+template <class T, Major kMajor, int kCount>
+void wgmma(float (&sums)[kCount], uint64_t a, uint64_t b, bool is_added) {
+  push({sums, nullptr, a, b, kCount, is_added, std::is_same_v<T, __half>});
+}
+
+template <class T, Major kMajor, int kCount>
+void wgmma(float (&sums)[kCount], const uint32_t (&a)[4], uint64_t b, bool is_added) {
+  push({sums, a, 0, b, kCount, is_added, std::is_same_v<T, __half>});
+}
+
+void wgmma_commit() {
+  machine::Products& mine = machine::products[machine::current];
+  if (machine::lands_late) {
+    mine.groups.push_back(std::move(mine.open));
+  }
+  mine.open.clear();
+}
+
+template <int kPending>
+void wgmma_wait() {
+  auto& groups = machine::products[machine::current].groups;
+  while (groups.size() > kPending + machine::num_too_early) {
+    machine::meet_warp();
+    for (size_t i = 0; i < groups[0].size(); ++i) machine::compute(groups[0][i], i);
+    machine::meet_warp();
+    groups.pop_front();
+  }
+}
+
+// ---- the rest -----------------------------------------------------------------------------------
+
+uint32_t transpose_8x8(uint32_t pair) {
+  const int lane = machine::current % kWarpSize, row = lane / 4, column = lane % 4 * 2;
+  machine::lane(lane)[0] = pair;
+  machine::meet_warp();
+  uint32_t transposed = 0;
+  for (int i = 0; i < 2; ++i) {  // element [column + i][row]
+    const uint32_t word = machine::lane((column + i) * 4 + row / 2)[0];
+    transposed |= (word >> row % 2 * 16 & 0xffff) << i * 16;
+  }
+  machine::meet_warp();
+  return transposed;
+}
+
+uint4 load_shared(uint32_t address) {
+  uint4 value;
+  std::memcpy(&value, machine::at(address), 16);
+  return value;
+}
+uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  std::memcpy(&word, machine::at(address, 4), 4);
+  return word;
+}
+
+template <class T>
+uint32_t pack_pair(float low, float high) {
+  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
+}
+template <class T>
+float2 unpack_pair(uint32_t pair) {
+  return {element<T>(pair, 0), element<T>(pair, 1)};
+}
+template <class T>
+uint4 load_vec(const T* from) {
+  uint4 value;
+  std::memcpy(&value, from, 16);
+  return value;
+}
+template <class T>
+void store_vec(T* to, const uint4& value) {
+  std::memcpy(to, &value, 16);
+}
+inline bool is_vec_aligned(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVec == 0;
+}
+
+struct Device {
+  int num_sms;
+};
+
+template <class Kernel, class Args>
+cudaError_t launch_chained_clusters(Kernel kernel, unsigned grid, unsigned cluster, int num_threads,
+                                    int num_bytes, cudaStream_t, const Args& args) {
+  machine::body = [&] { kernel(args); };
+  machine::between = machine::land_some;
+  gridDim.x = grid;
+  machine::run_grid(grid, static_cast<int>(cluster), num_threads, num_bytes);
+  machine::barriers.clear();
+  if (!machine::landings.empty()) machine::fail("copies that nobody waits for");
+  for (machine::Products& each : machine::products) each.groups.clear();
+  return cudaSuccess;
+}
+
+}  // namespace pyserve::gpu
+
+namespace machine {
+
+float operand(uint64_t descriptor, int row, int column, bool is_half) {
+  uint32_t address = static_cast<uint32_t>(descriptor) + row * 128 + column * 2;
+  address ^= (address >> 7 & 7) << 4;
+  uint16_t bits;
+  std::memcpy(&bits, at(address / 16 * 16) + address % 16, 2);
+  return is_half ? pyserve::gpu::to_float(__half{bits}) : pyserve::gpu::to_float(__nv_bfloat16{bits});
+}
+
+float register_element(uint32_t word, int index, bool is_half) {
+  const auto bits = static_cast<uint16_t>(word >> 16 * index);
+  return is_half ? pyserve::gpu::to_float(__half{bits}) : pyserve::gpu::to_float(__nv_bfloat16{bits});
+}
+
+}  // namespace machine
