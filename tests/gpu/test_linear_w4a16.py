@@ -39,7 +39,7 @@ def make_packed(n: int, k: int, group_size: int) -> Tensor:
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_every_number(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
     packed = make_packed(n, k, group_size)
-    wide = torch.full((n, k + 4), float("nan"), dtype=dtype, device=CARD)
+    wide = torch.full((n, k + 8), float("nan"), dtype=dtype, device=CARD)
     torch.ops.pyserve.dequantise_w4a16(packed, wide[:, :k])
     assert torch.equal(wide[:, :k], w4a16.dequantised(packed, n, k).to(dtype))
     assert bool(wide[:, k:].isnan().all())

@@ -39,8 +39,8 @@ void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
   const DequantiseW4Args args = dequantise_w4_args(read, packed, out);
   const W4Matrix& matrix = args.matrix;
   check_packed(read.op, matrix);
-  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.out.data) % 4 == 0 && args.out.stride(0) % 2 == 0,
-                read.op, ": the rows of out must be aligned to 4 bytes");
+  PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.out.data) % 16 == 0 && args.out.stride(0) % 8 == 0,
+                read.op, ": the rows of out must be aligned to 16 bytes");
   const gpu::DequantiseW4Params params{.packed = matrix.words,
                                        .num_units = matrix.num_units,
                                        .unit_blocks = static_cast<int>(matrix.format.unit_blocks),

@@ -16,7 +16,7 @@ struct DequantiseW4Params {
   const uint32_t* packed;  // [strips of num_rows, num_units, unit_words], aligned to 16 bytes
   int64_t num_units;
   int unit_blocks, unit_records, unit_words;
-  void* out;  // [num_rows, k]; stride in elements, even
+  void* out;  // [num_rows, k]; rows aligned to 16 bytes, stride in elements
   int64_t out_stride;
   int64_t num_rows, k;
   Dtype dtype;  // 16 bits
