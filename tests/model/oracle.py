@@ -302,7 +302,7 @@ class _ExactNorm:
         self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.device) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
 def their_logits(model: PreTrainedModel, prompt: list[int], *, is_stepwise: bool) -> Tensor:
