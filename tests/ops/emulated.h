@@ -167,14 +167,19 @@ void run_blocks() {
   }
 }
 
-// Blocks of a kernel, `cluster` at a time, each with so many bytes of shared memory.
+// Blocks of a kernel, `cluster` at a time and in any order, each with so many bytes of shared
+// memory.
 void run_grid(unsigned grid, int cluster, int num_threads, int num_bytes) {
   num_blocks = cluster, block_threads = num_threads;
   num_shared = num_bytes, shared_step = (num_bytes + 1023) / 1024 * 1024;
   memory.assign(cluster * shared_step + 1024, 0);
   const auto begin = reinterpret_cast<uintptr_t>(memory.data());
   shared = reinterpret_cast<unsigned char*>((begin + 1023) / 1024 * 1024);
-  for (first_block = 0; first_block < grid; first_block += cluster) {
+  std::vector<unsigned> order;
+  for (unsigned block = 0; block < grid; block += cluster) order.push_back(block);
+  std::shuffle(order.begin(), order.end(), random);
+  for (const unsigned block : order) {
+    first_block = block;
     std::memset(shared, 0xff, cluster * shared_step);  // NaN
     run_blocks();
   }

@@ -129,11 +129,15 @@ uint32_t __float_as_uint(float x) {
   std::memcpy(&word, &x, 4);
   return word;
 }
-uint32_t __shfl_xor_sync(unsigned, uint32_t word, int distance) {
+template <class Word>
+Word __shfl_xor_sync(unsigned, Word value, int distance) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
   const int lane = machine::current % machine::kLanes;
   machine::lane(lane)[0] = word;
   machine::meet_warp();
-  const uint32_t other = machine::lane(lane ^ distance)[0];
+  Word other;
+  std::memcpy(&other, machine::lane(lane ^ distance), 4);
   machine::meet_warp();
   return other;
 }
@@ -157,6 +161,7 @@ void mbarrier_init(uint32_t barrier, uint32_t num_arrivals) {
   machine::barriers[barrier] = {count, count, 0, 0};
 }
 void barriers_ready() {}
+void mbarrier_arrive(uint32_t barrier) { machine::barrier_at(barrier).arrive(); }
 void mbarrier_arrive_cluster(uint32_t barrier) { machine::barrier_at(barrier).arrive(); }
 void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   machine::CountingBarrier& here = machine::barrier_at(barrier);
@@ -195,8 +200,7 @@ enum class L2Hint { kNormal, kEvictFirst, kEvictLast };
 
 struct CUtensorMap {
   const unsigned char* data;
-  int64_t sizes[2], row_bytes, box[2];
-  int num_bytes;
+  int64_t sizes[4], strides[4], box[4];  // strides in bytes
   bool is_swizzled;
 };
 
@@ -208,19 +212,20 @@ struct TensorBox {
   uint32_t box_sizes[kRank];
 };
 
-cudaError_t encode(const TensorBox<2>& box, int num_bytes, CUtensorMap* map) {
-  const int64_t row_bytes = box.strides[1] * num_bytes;
-  const bool is_legal = reinterpret_cast<uintptr_t>(box.data) % 16 == 0 && row_bytes % 16 == 0 &&
-                        box.box_sizes[0] <= 256 && box.box_sizes[1] <= 256 &&
-                        box.box_sizes[0] * num_bytes % 16 == 0;
-  if (!is_legal) return cudaErrorInvalidValue;
-  *map = {static_cast<const unsigned char*>(box.data),
-          {static_cast<int64_t>(box.sizes[0]), static_cast<int64_t>(box.sizes[1])},
-          row_bytes,
-          {box.box_sizes[0], box.box_sizes[1]},
-          num_bytes,
+template <int kRank>
+cudaError_t encode(const TensorBox<kRank>& box, int num_bytes, CUtensorMap* map) {
+  bool is_legal = reinterpret_cast<uintptr_t>(box.data) % 16 == 0 &&
+                  box.box_sizes[0] * num_bytes % 16 == 0;
+  *map = {static_cast<const unsigned char*>(box.data), {1, 1, 1, 1}, {}, {1, 1, 1, 1},
           num_bytes == 2};
-  return cudaSuccess;
+  for (int i = 0; i < kRank; ++i) {
+    map->sizes[i] = static_cast<int64_t>(box.sizes[i]);
+    map->strides[i] = box.strides[i] * num_bytes;
+    map->box[i] = box.box_sizes[i];
+    is_legal = is_legal && box.box_sizes[i] <= 256 &&
+               (i == 0 || box.sizes[i] == 1 || map->strides[i] % 16 == 0);
+  }
+  return is_legal ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <int kRank>
 cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype, CUtensorMap* map) {
@@ -233,28 +238,42 @@ cudaError_t encode_word_map(const TensorBox<kRank>& box, CUtensorMap* map) {
 
 void prefetch_tensor_map(const CUtensorMap*) {}
 
-void copy_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier, int c0, int c1) {
-  const int64_t box_bytes = map.box[0] * map.num_bytes;
+using Corner = std::array<int, 4>;
+
+void copy_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier,
+              const Corner& corner) {
   if (destination % 128 != 0) machine::fail("a box that is not aligned");
-  for (int64_t row = 0; row < map.box[1]; ++row) {
-    for (int64_t byte = 0; byte < box_bytes; byte += map.num_bytes) {
-      uint32_t address = destination + static_cast<uint32_t>(row * box_bytes + byte);
-      if (map.is_swizzled) address ^= (address >> 7 & 7) << 4;
-      unsigned char* to = machine::at(address / 16 * 16) + address % 16;
-      const int64_t x = c0 + byte / map.num_bytes, y = c1 + row;
-      if (x >= 0 && x < map.sizes[0] && y >= 0 && y < map.sizes[1]) {
-        std::memcpy(to, map.data + y * map.row_bytes + x * map.num_bytes, map.num_bytes);
-      } else {
-        std::memset(to, 0, map.num_bytes);
-      }
+  const int64_t element_bytes = map.strides[0];
+  const int64_t count = map.box[0] * map.box[1] * map.box[2] * map.box[3];
+  for (int64_t element = 0; element < count; ++element) {
+    auto address = static_cast<uint32_t>(destination + element * element_bytes);
+    if (map.is_swizzled) address ^= (address >> 7 & 7) << 4;
+    unsigned char* to = machine::at(address / 16 * 16) + address % 16;
+    const unsigned char* from = map.data;
+    bool is_inside = true;
+    int64_t rest = element;
+    for (int i = 0; i < 4; rest /= map.box[i++]) {
+      const int64_t place = corner[i] + rest % map.box[i];
+      is_inside = is_inside && place >= 0 && place < map.sizes[i];
+      from += place * map.strides[i];
+    }
+    if (is_inside) {
+      std::memcpy(to, from, element_bytes);
+    } else {
+      std::memset(to, 0, element_bytes);
     }
   }
-  machine::barrier_at(barrier).count(-static_cast<int>(map.box[1] * box_bytes));
+  machine::barrier_at(barrier).count(-static_cast<int>(count * element_bytes));
+}
+
+void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
+              int c2, int c3, L2Hint) {
+  machine::start([=] { copy_box(destination, *map, barrier, {c0, c1, c2, c3}); });
 }
 
 void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
               L2Hint) {
-  machine::start([=] { copy_box(destination, *map, barrier, c0, c1); });
+  machine::start([=] { copy_box(destination, *map, barrier, {c0, c1, 0, 0}); });
 }
 
 void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
@@ -262,7 +281,7 @@ void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t b
   for (int rank = 0; rank < machine::num_blocks; ++rank) {
     if ((ctas >> rank & 1) == 0) continue;
     const uint32_t to = cluster_address(destination, rank), at = cluster_address(barrier, rank);
-    machine::start([=] { copy_box(to, *map, at, c0, c1); });
+    machine::start([=] { copy_box(to, *map, at, {c0, c1, 0, 0}); });
   }
 }
 
@@ -359,6 +378,16 @@ float2 unpack_pair(uint32_t pair) {
   return {element<T>(pair, 0), element<T>(pair, 1)};
 }
 template <class T>
+void unpack(const uint4& packed, float (&x)[kVec]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  for (int i = 0; i < kVec; ++i) x[i] = element<T>(words[i / 2], i % 2);
+}
+template <class T>
+uint4 pack(const float (&x)[kVec]) {
+  return {pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]), pack_pair<T>(x[4], x[5]),
+          pack_pair<T>(x[6], x[7])};
+}
+template <class T>
 uint4 load_vec(const T* from) {
   uint4 value;
   std::memcpy(&value, from, 16);
@@ -370,6 +399,20 @@ void store_vec(T* to, const uint4& value) {
 }
 inline bool is_vec_aligned(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVec == 0;
+}
+
+float4 __ldcg(const float4* from) { return *from; }
+
+// As of block.cuh, of groups of threads that end one after another.
+template <class Sync>
+bool arrives_last(int* arrivals, int count, int32_t* flag, bool is_first, Sync&& sync) {
+  sync();
+  if (is_first) {
+    *flag = ++*arrivals == count;
+    if (*flag) *arrivals = 0;
+  }
+  sync();
+  return *flag != 0;
 }
 
 struct Device {

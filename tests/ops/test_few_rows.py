@@ -1,6 +1,6 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
 4-bit integers few_rows_w4a16.cpp, of the matrices of experts grouped_few_rows.cpp; and for more
-rows by 4-bit integers on Hopper gemm_w4a16.cpp."""
+rows on Hopper skinny.cpp, by 4-bit integers gemm_w4a16.cpp."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "linear/gemm_estimate.h",
             "linear/gemm_w4a16.cuh",
             "linear/gemm_w4a16_sm90a.cu",
+        ),
+        2,
+    ),
+    "skinny": (
+        (
+            "linear/gemm_frame.cuh",
+            "linear/stream_k.h",
+            "linear/stream_k.cuh",
+            "linear/skinny_sm90a.cuh",
+            "linear/skinny_sm90a.h",
+            "linear/skinny_sm90a.cu",
         ),
         2,
     ),

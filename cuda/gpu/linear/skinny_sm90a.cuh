@@ -10,7 +10,7 @@
 #pragma once
 
 #include "gpu/linear/epilogue.cuh"
-#include "gpu/linear/gemm_sm90a.cuh"
+#include "gpu/linear/gemm_frame.cuh"
 #include "gpu/linear/stream_k.cuh"
 
 namespace pyserve::gpu::skinny {
