@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pyserve import cli, ops
-from pyserve.ops import build, quantised, w4a16
+from pyserve.ops import build, w4a16
 
 MAX_SKINNY_ROWS = 128
 
@@ -25,7 +25,6 @@ def allow_rows(max_rows: int) -> None:
     """For this process; before a model is made, and in effect once the ops are loaded."""
     skinny_rows = min(max_rows, MAX_SKINNY_ROWS)
     ops.MAX_NORM_ROWS = max(ops.MAX_NORM_ROWS, skinny_rows)
-    quantised.FUSES_W4A16 = True
     load_native = build.load_native
 
     def load(**kwargs: Any) -> build.Mode:

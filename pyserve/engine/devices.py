@@ -66,18 +66,12 @@ def card_memory(device: torch.device) -> CardMemory:
     return CardMemory(total_bytes=total_bytes, used_bytes=total_bytes - free_bytes)
 
 
-def check_model(model: ModelConfig, device: torch.device, max_model_len: int | None) -> None:
-    """Raise ConfigError where the kernels of `device` cannot run the model, for as many tokens as
-    --max-model-len says."""
-    lacks = model.lacking_on_cuda(max_model_len or model.max_model_len)
+def check_model(model: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError where the kernels of `device` cannot run the model."""
+    lacks = model.lacking_on_cuda()
     if device.type == "cuda" and lacks:
         raise ConfigError(
             f"config.json: {', '.join(lacks)}: served on the CPU only so far (--device cpu)"
-        )
-    if device.type == "cuda" and model.pooling is not None:
-        raise ConfigError(
-            "embeddings and scores are served on the CPU only so far: pass --device cpu, or "
-            "--runner generate where the model can generate"
         )
 
 

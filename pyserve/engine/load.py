@@ -140,7 +140,7 @@ def settle_start(config: EngineConfig) -> Start:
     """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
     device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
     model_config = read_model(config)
-    devices.check_model(model_config, device, config.max_model_len)
+    devices.check_model(model_config, device)
     devices.check_logprobs_mode(config.logprobs_mode, device)
     if config.idle_sleep_min and device.type == "cuda":
         raise ConfigError("--idle-sleep is not built yet for a GPU: leave it out")

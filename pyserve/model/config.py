@@ -147,13 +147,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 )
         return msgspec.structs.replace(self, pooling=pooling)
 
-    def lacking_on_cuda(self, max_model_len: int) -> list[str]:
+    def lacking_on_cuda(self) -> list[str]:
         """As that of the layers, each once."""
-        return list(
-            dict.fromkeys(
-                text for layer in self.layers for text in layer.lacking_on_cuda(max_model_len)
-            )
-        )
+        texts = (text for layer in self.layers for text in layer.lacking_on_cuda())
+        return list(dict.fromkeys(texts))
 
     def choices(self, max_model_len: int) -> list[str]:
         """What so many tokens settle for the whole server, in words, each once."""

@@ -31,7 +31,7 @@ from pyserve.model.layers.pooler import Pooler
 from pyserve.model.layers.rotary import cos_sin_table, query_scales
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Scheme
-from pyserve.ops import attention_plan
+from pyserve.ops import attention_plan, quantised
 
 
 class DecoderLayer:
@@ -171,7 +171,7 @@ class Decoder:
         assert placement.tp_size == 1 or placement.device.type == "meta", "ranks cannot compute yet"
         max_model_len = max_model_len or config.max_model_len
         if placement.device.type == "cuda":
-            assert not (lacks := config.lacking_on_cuda(max_model_len)), lacks
+            assert not (lacks := config.lacking_on_cuda()), lacks
         self.config = config
         self.scratch = placement.scratch
         self.dtype = placement.dtype
@@ -211,6 +211,8 @@ class Decoder:
         }
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
         self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
+        if placement.quantization is not None:
+            self._max_norm_rows = min(self._max_norm_rows, quantised.MAX_NORM_ROWS)
         self._leave = self.norm.add if has_to_add else self.norm.read
         self.head: Linear | None = None
         self.pooler: Pooler | None = None

@@ -88,9 +88,9 @@ def linear_silu_mul_w4a16(
         ops.silu_mul(gate_up, out)
 
 
-# Whether linears of 4-bit integers add, activate and leave norms to be factors, as those of plain
-# numbers do. Not measured: for bench.few_rows_server alone.
-FUSES_W4A16 = False
+# Rows up to which a norm may be a factor between linears of 4-bit integers: those of one pass of
+# the kernel for few rows. The kernel for more has no norms, and is faster without than two passes.
+MAX_NORM_ROWS = 16
 
 
 def linear_add_w4a16_for_norm(

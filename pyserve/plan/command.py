@@ -256,9 +256,7 @@ def _model_lines(args: argparse.Namespace, model: ModelConfig, sizes: ModelSizes
     lines = [line]
     if sizes.mixtures:
         lines.append(_mixture_line(model, sizes))
-    lacks = model.lacking_on_cuda(_engine_config(args).max_model_len or model.max_model_len)
-    if model.pooling is not None:
-        lacks.append("embeddings and scores")
+    lacks = model.lacking_on_cuda()
     if lacks:
         lines.append(f"  NOT SERVED YET on a card, sizes only: {', '.join(lacks)}")
     return lines

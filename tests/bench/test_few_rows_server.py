@@ -9,7 +9,7 @@ import torch
 
 from bench import few_rows_server
 from pyserve import cli
-from pyserve.ops import build, quantised
+from pyserve.ops import build
 
 
 def test_the_server_gets_its_flags(
@@ -23,12 +23,10 @@ def test_the_server_gets_its_flags(
         load: Any = build.load_native
         assert load(device="cpu") == "native"
         served.append(argv)
-        assert quantised.FUSES_W4A16
         return 3
 
     loaded: list[dict[str, Any]] = []
     served: list[list[str]] = []
-    monkeypatch.setattr(quantised, "FUSES_W4A16", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(build, "load_native", load_native)
     monkeypatch.setattr(cli, "main", serve)

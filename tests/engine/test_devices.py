@@ -97,14 +97,14 @@ def test_a_card_that_takes_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_head_dims() -> None:
-    for head_dim in (16, 64, 96, 128, 256):
+    for head_dim in (16, 64, 80, 96, 128, 256):
         model = ModelConfig.from_hf(CONFIG | {"head_dim": head_dim})
-        check_model(model, CPU, None)
-        if head_dim in (64, 128):
-            check_model(model, CUDA, None)
+        check_model(model, CPU)
+        if head_dim in (64, 96, 128, 256):
+            check_model(model, CUDA)
         else:
             with pytest.raises(ConfigError, match=f"head_dim {head_dim}: served on the CPU only"):
-                check_model(model, CUDA, None)
+                check_model(model, CUDA)
 
 
 def test_dtypes_of_a_cpu(caplog: pytest.LogCaptureFixture) -> None:

@@ -283,7 +283,9 @@ def load_ours(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) 
 
 def load_theirs(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """transformers; at float64 everything but the rotary tables is computed in it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
     model.set_experts_implementation("eager")  # others take no float64, nor every size
     if dtype == torch.float64:
         for module in model.modules():
@@ -302,7 +304,9 @@ class _ExactNorm:
         self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight.to(x.device) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (
+            self.weight.to(x.device) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        )
 
 
 def their_logits(model: PreTrainedModel, prompt: list[int], *, is_stepwise: bool) -> Tensor:

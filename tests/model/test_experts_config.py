@@ -78,7 +78,7 @@ def test_every_field_of_a_real_config_means_something(name: str) -> None:
     assert config.unknown_fields == ()
     assert {layer.mlp for layer in config.layers} == {MIXTURES[name]}
     assert {layer.attention.window for layer in config.layers} == {0}
-    assert "a mixture of experts" in config.lacking_on_cuda(4096)
+    assert "a mixture of experts" in config.lacking_on_cuda()
 
 
 def test_biases() -> None:

@@ -66,11 +66,11 @@ LinearTrial& linear_trial() {
 }
 
 cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
-  // On an H200, us of a pass over 16 rows / of plain numbers and cuBLAS at 16 and 128 rows: 8.7 /
-  // 64 and 70 for [6144, 4096], 5.6 / 48 and 52 for [4096, 4096], 25.5 / 307 and 326 for
-  // [28672, 4096], 14.3 / 160 and 183 for [4096, 14336]. Elsewhere a pass is 8 rows, and two of
-  // them read a quarter of what plain numbers are.
-  constexpr int64_t kHopperRows = 112, kRows = 16;
+  // On an H200, us by gemm_w4a16_sm90a.cu / of plain numbers and cuBLAS at 256 rows: 25 / 73 for
+  // [6144, 4096], 16 / 56 for [4096, 4096], 103 / 366 for [28672, 4096], 46 / 183 for
+  // [4096, 14336]; at 512 rows, twice that for 85, 64, 409, 223. Elsewhere 16 rows are one pass,
+  // which reads a quarter of what plain numbers are.
+  constexpr int64_t kHopperRows = 512, kRows = 16;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const int64_t asked = linear_trial().max_w4a16_rows;

@@ -24,8 +24,7 @@ struct LinearTrial {
   int64_t max_skinny_rows = -1;   // of x, up to which kSkinnySm90a takes what kFewRows does not
   int64_t skinny_tile_rows = -1;  // of weight, 64 or 128
   int64_t max_w4a16_rows = -1;    // of x, up to which serves_linear_w4a16 says yes
-  // Of gemm_w4a16_sm90a.cu, for more than 16 rows: 0, that of least estimate, or one counted from 1. It
-  // is not measured: nobody else gets it.
+  // Of gemm_w4a16_sm90a.cu, for more than 16 rows: one counted from 1, else that of least estimate.
   int w4a16_tiling = -1;
 };
 LinearTrial& linear_trial();

@@ -31,8 +31,7 @@ cudaError_t launch_linear_w4a16(const LinearParams& params, int64_t group_size,
   if (error != cudaSuccess || params.n == 0) return error;
   const bool is_hopper = kHasSm90a && device->is_hopper();
   if constexpr (kHasSm90a) {
-    if (is_hopper && linear_trial().w4a16_tiling >= 0 && params.m > kMaxW4RowsSm90a &&
-        can_gemm_w4a16_sm90a(params)) {
+    if (is_hopper && params.m > kMaxW4RowsSm90a && can_gemm_w4a16_sm90a(params)) {
       return launch_gemm_w4a16_sm90a(params, group_size, *device, stream);
     }
   }

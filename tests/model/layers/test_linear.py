@@ -147,6 +147,7 @@ class Turned:
     """A scheme unlike Dense: stored transposed as integers, fused along dim 1, with a last step."""
 
     num_finished = 0
+    is_fusing = True
 
     def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None:
         self._rows, self._columns = rows, columns
