@@ -129,6 +129,7 @@ void launch_attentions() {
   p.num_tokens = 2048;
   p.num_rows = 8;
   p.num_heads = 32;
+  p.softmax_scale = 0.1f;
   p.max_query_len = 1024;
   for (int num_kv_heads : {1, 8, 32}) {
     for (int head_dim : {64, 96, 128, 256}) {
