@@ -104,7 +104,8 @@ void put_records(const py::list& records, Writer& out) {
 
 int64_t pack_step(const py::buffer& buffer, const py::list& row_slots, const py::list& query_lens,
                   const py::list& host_tokens, const py::list& row_samples,
-                  const py::list& block_updates, const py::list& slot_updates) {
+                  const py::list& block_updates, const py::list& slot_updates,
+                  const py::list& adapter_starts) {
   const py::buffer_info info = buffer.request(/*writable=*/true);
   if (info.ndim != 1 || info.itemsize != 4 || info.strides[0] != 4) {
     throw py::value_error("buffer must be a contiguous int32 vector");
@@ -120,6 +121,7 @@ int64_t pack_step(const py::buffer& buffer, const py::list& row_slots, const py:
   int32_t header[kHeaderWords] = {};
   Writer out(static_cast<int32_t*>(info.ptr), info.shape[0]);
   for (int32_t word : header) out.put(word);
+  put_ints(adapter_starts.ptr(), "adapter start", out);
   auto mark = [&](HeaderWord word) { header[word] = static_cast<int32_t>(out.size()); };
   mark(kHeaderRowsOffset);
   const RowTotals totals = put_rows(row_slots, query_lens, host_tokens, row_samples, out);
@@ -144,6 +146,9 @@ int64_t pack_step(const py::buffer& buffer, const py::list& row_slots, const py:
   header[kHeaderNumBlockUpdates] = static_cast<int32_t>(block_updates.size() / kBlockUpdateWords);
   header[kHeaderNumSlotUpdates] = static_cast<int32_t>(slot_updates.size());
   header[kHeaderMaxQueryLen] = totals.max_query_len;
+  if (adapter_starts.size() > 0) {
+    header[kHeaderNumAdapterSlots] = static_cast<int32_t>(adapter_starts.size()) - 1;
+  }
   std::memcpy(info.ptr, header, sizeof header);
   return out.size();
 }
@@ -165,6 +170,7 @@ py::dict step_layout() {
   PYSERVE_PUT(kHeaderSlotUpdatesOffset);
   PYSERVE_PUT(kHeaderNumWords);
   PYSERVE_PUT(kHeaderMaxQueryLen);
+  PYSERVE_PUT(kHeaderNumAdapterSlots);
   PYSERVE_PUT(kHeaderWords);
   PYSERVE_PUT(kRowSlot);
   PYSERVE_PUT(kRowQueryLen);

@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("dequantise_w4a16(Tensor packed, Tensor(a!) out) -> ()");
   m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");
   m.def("try_linear_w4a16(Tensor packed, int max_rows, int tiling=-1) -> ()");
+  m.def(
+      "lora_shrink(Tensor x, Tensor a, Tensor starts, Tensor ranks, Tensor scales, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "lora_expand(Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
+      "Tensor(a!) out) -> ()");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

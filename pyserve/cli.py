@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         log.setup(launch.log_level)
         os.environ.update(launch.env)
         server_config = _server_config(args)
-        _engine_config(args, DEMO_MODEL)  # a bad value is refused before the port opens
+        engine_config = _engine_config(args, DEMO_MODEL)  # refuses bad values before the port opens
         _check_paths(args, server_config)
+        _check_adapters(engine_config, server_config)
         name = server_config.served_model_names[0]
         log.get_logger().info("pyserve %s is starting (model %s)", __version__, name)
         if batch is None or batch.enable_metrics:
@@ -169,6 +170,21 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         os.path.isdir(ready_file) or not os.path.isdir(ready_file.parent)
     ):
         raise ConfigError(f"--ready-file {ready_file} must be a file in a folder that exists")
+
+
+def _check_adapters(config: EngineConfig, server_config: ServerConfig) -> None:
+    """The same for adapters, whose names the model must not have."""
+    for module in config.lora_modules:
+        named = f"--lora-modules {module.name}"
+        if module.name in server_config.served_model_names:
+            raise ConfigError(f"{named} is the name of the model: see --served-model-name")
+        if not os.path.isdir(os.path.expanduser(module.path)):
+            raise ConfigError(
+                f"{named}: {module.path[:200]} is not a folder; adapters are not fetched from the "
+                "hub yet: download it first"
+            )
+    if config.lora_dir is not None and not os.path.isdir(config.lora_dir):
+        raise ConfigError(f"--lora-dir {config.lora_dir} is not a folder")
 
 
 def _check_text(launch: LaunchConfig, config: ServerConfig) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pyserve.errors import PyserveError
@@ -93,6 +94,72 @@ class Constraint(Protocol):
         """Forget the last `num_tokens` accepted ones."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What was loaded under a name, once: a request keeps to it whatever is loaded later.
+
+    version  no other adapter of this server has the same, whatever its name.
+    weights  the engine's own, in the host's memory for as long as somebody has this.
+    """
+
+    name: str
+    version: int
+    weights: Any = None
+
+    def without_weights(self) -> Adapter:
+        """The same for whoever must not keep them."""
+        return Adapter(self.name, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """A name that requests may choose an adapter by; `path` is the folder it is read from."""
+
+    name: str
+    path: str
+
+
+class AdapterStore(Protocol):
+    """The adapters that an engine serves beside its base model."""
+
+    @property
+    def served(self) -> list[ServedAdapter]:
+        """All that have been loaded and not unloaded, in the order of their loading."""
+
+    @property
+    def num_loads(self) -> int:
+        """Times an adapter was read, a counter."""
+
+    @property
+    def num_kept(self) -> int:
+        """Versions in the host's memory."""
+
+    def has(self, name: str) -> bool:
+        """Whether `acquire` would look for it."""
+
+    async def load(self, name: str, path: Path, *, is_reload: bool = False) -> None:
+        """Serve the adapter of a folder under `name`, as a new version; is_reload: also where the
+        name is served already. Requests that run go on with the version that they have.
+
+        Raises InvalidRequestError where the name is taken or none, CheckpointError where the
+        folder holds no adapter for this model: then nothing has changed.
+        """
+
+    def unload(self, name: str) -> None:
+        """Serve it no more; requests that use it go on. Raises NotFoundError."""
+
+    async def acquire(self, name: str) -> Adapter:
+        """The present version, which stays in the host's memory until it is released as often as
+        acquired. Waits where the memory is full of versions that others hold.
+
+        Raises NotFoundError where nothing is served under the name, QueueFullError where too many
+        wait, EngineError where it cannot be read again.
+        """
+
+    def release(self, adapter: Adapter) -> None:
+        """Its request, whose sequences have all ended, needs it no more."""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One sequence to generate.
@@ -102,6 +169,7 @@ class SequenceRequest:
     user           with whom slots and places in the queue are shared.
     constraint     of its output tokens; the engine alone uses it, and no two sequences share one.
     is_background  it comes after all that are not, whatever the policy, and is preempted for them.
+    adapter        what is added to the base model; None: nothing.
     """
 
     prompt_token_ids: Sequence[int]
@@ -111,6 +179,7 @@ class SequenceRequest:
     user: str = ""
     constraint: Constraint | None = None
     is_background: bool = False
+    adapter: Adapter | None = None
 
 
 class TokenLogprobs(NamedTuple):
@@ -291,6 +360,7 @@ class EngineInfo:
     has_sleep: bool = False  # it can give its memory back and take it again
     has_logits: bool = False  # in place of log probabilities
     pooling: PoolingInfo | None = None  # None: it generates; else it takes params.POOLED alone
+    num_adapter_slots: int = 0  # different adapters that may run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +382,10 @@ class EngineStats:
     num_awaiting: int = 0  # of the waiting, those that wait for an equal prompt's prefill
     sleep_level: int = 0  # 0: awake; 1: without a KV cache; 2: without weights, too
     num_nan_sequences: int = 0  # failed, as the model's output was not a number
+    running_adapters: tuple[str, ...] = ()  # names of those that running sequences use
+    waiting_adapters: tuple[str, ...] = ()  # of those that waiting ones use and no running one does
+    num_adapter_loads: int = 0  # times an adapter was put into a slot of the device
+    num_adapter_reads: int = 0  # times one was read into the host's memory
     steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 
 
@@ -326,6 +400,10 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """None: the engine serves its base model alone."""
 
     def start(self) -> None:
         """Begin to step; called once, on the event loop. RuntimeError the second time."""

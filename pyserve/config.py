@@ -16,13 +16,16 @@ from typing import Any, Literal
 
 from pyserve.errors import ConfigError
 from pyserve.flag_rows import (
+    ADAPTERS,
     BATCHES,
     REQUESTS,
+    LoraModule,
     assignment,
     context,
     flag,
     json_object,
     key,
+    lora_module,
     optional_size,
     quantization,
     rows_of,
@@ -34,6 +37,7 @@ from pyserve.params import INT64_MAX, INT64_MIN
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+LoraDtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Quantized = Literal["awq", "gptq", "compressed-tensors"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
@@ -43,6 +47,7 @@ Convert = Literal["auto", "none", "embed", "classify"]
 Use = Runner
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
+DEFAULT_LORAS = 8
 MAX_BODY_BYTES = 32 * 2**20
 MAX_QUEUE = 2**20
 ALL = ("*",)
@@ -168,6 +173,26 @@ class EngineConfig:
     )
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
     enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
+    enable_lora: bool = flag(False, "serve LoRA adapters too, on a CPU", group=ADAPTERS)
+    lora_modules: tuple[LoraModule, ...] = flag(
+        (), "NAME=PATH or JSON: adapters from the start", "none", group=ADAPTERS, metavar="MODULE",
+        read=lora_module, options={"nargs": "+"},
+    )  # fmt: skip
+    lora_dir: Path | None = flag(
+        None, "its folders are adapters, by their names", "none", group=ADAPTERS, metavar="DIR"
+    )
+    max_loras: int | None = flag(
+        None, "different ones in a step", "as --lora-modules, 1 to 8", group=ADAPTERS,
+        metavar="N", read=optional_size, limits=(1, 256),
+    )  # fmt: skip
+    max_lora_rank: int = flag(16, "their rank at most", group=ADAPTERS, limits=(1, 512))
+    max_cpu_loras: int | None = flag(
+        None, "kept in the host's memory", "8, or more to hold all of those", group=ADAPTERS,
+        metavar="N", read=optional_size, limits=(1, 4096),
+    )  # fmt: skip
+    lora_dtype: LoraDtype = flag(
+        "auto", "auto, or what the model is served in", group=ADAPTERS, metavar="TYPE"
+    )
     trace: Path | None = flag(
         None, "write what steps take as a Chrome trace", metavar="FILE", shown="no trace"
     )
@@ -193,10 +218,35 @@ class EngineConfig:
             raise ConfigError(f"--convert {self.convert} contradicts --runner generate")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
+        names = [module.name for module in self.lora_modules]
+        if (names or self.lora_dir is not None) and not self.enable_lora:
+            flag_name = "--lora-modules" if names else "--lora-dir"
+            raise ConfigError(f"{flag_name} needs --enable-lora")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--lora-modules must name each adapter once, got {', '.join(names)}")
+        if self.num_kept_adapters < self.num_adapter_slots:
+            raise ConfigError(
+                f"--max-cpu-loras must be at least --max-loras {self.num_adapter_slots}, got "
+                f"{self.max_cpu_loras}"
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
+
+
+    @property
+    def num_adapter_slots(self) -> int:
+        """Different adapters that may run at once; 0: none is served."""
+        if not self.enable_lora:
+            return 0
+        return self.max_loras or min(max(len(self.lora_modules), 1), DEFAULT_LORAS)
+
+    @property
+    def num_kept_adapters(self) -> int:
+        """Adapters that the host's memory has room for."""
+        default = max(DEFAULT_LORAS, self.num_adapter_slots, len(self.lora_modules))
+        return self.max_cpu_loras or default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

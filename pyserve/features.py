@@ -93,19 +93,15 @@ FEATURES: dict[str, Feature] = {
     ),
     "adapters": Feature(
         flags={
-            **plain(SWITCH, "enable-lora fully-sharded-loras enable-lora-bias "
+            **plain(SWITCH, "fully-sharded-loras enable-lora-bias "
                             "enable-mixed-moe-lora-format enable-moe-shared-loras "
                             "enable-tower-connector-lora"),
-            **plain(VALUE, "max-cpu-loras long-lora-scaling-factors max-lora-cls-labels "
+            **plain(VALUE, "long-lora-scaling-factors max-lora-cls-labels "
                            "qlora-adapter-name-or-path"),
-            **plain(LIST, "lora-modules lora-target-modules"),
+            **plain(LIST, "lora-target-modules"),
             **plain(JSON, "default-mm-loras"),
-            "max-loras": Flag(VALUE, ("1",)),
-            "max-lora-rank": Flag(VALUE, ("16",)),
-            "lora-dtype": Flag(VALUE, ("auto",)),
             "lora-extra-vocab-size": Flag(VALUE, ("256",)),
         },
-        paths="/v1/load_lora_adapter /v1/unload_lora_adapter",
     ),
     "prompt adapters": Feature(
         flags={

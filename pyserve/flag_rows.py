@@ -16,14 +16,21 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-REQUESTS, BATCHES = "requests and logs", "batches"  # groups of --help
+ADAPTERS, REQUESTS, BATCHES = "adapters", "requests and logs", "batches"  # groups of --help
 
 # Read by the C library, the loader or the interpreter before pyserve is.
 READ_TOO_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
 
 _SIZE = re.compile(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)")
+
+
+class LoraModule(NamedTuple):
+    """An adapter and the name that requests choose it by."""
+
+    name: str
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +230,31 @@ def json_object(text: str) -> dict[str, Any] | None:
             f"must be a JSON object such as '{{\"a\": true}}', got {text[:200]}"
         )
     return value
+
+
+def lora_module(text: str) -> LoraModule:
+    """NAME=PATH, or JSON such as {"name": "sql", "path": "./sql"} with vLLM's other two keys."""
+    before, equals, behind = text.partition("=")
+    if equals and "," not in text:
+        module: dict[str, Any] = {"name": before, "path": behind}
+    else:
+        try:
+            module = json.loads(text)
+        except (ValueError, RecursionError):
+            module = {}
+    known = ("name", "path", "base_model_name", "is_3d_lora_weight")
+    if not isinstance(module, dict) or not set(module) <= set(known):
+        module = {}
+    name, path = module.get("name"), module.get("path")
+    if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
+        raise argparse.ArgumentTypeError(
+            f'must be NAME=PATH, or JSON as {{"name": "sql", "path": "./sql"}}, got {text[:200]}'
+        )
+    if not name.isprintable():
+        raise argparse.ArgumentTypeError(f"a name must be of printable characters, got {name!r}")
+    if module.get("is_3d_lora_weight"):
+        raise argparse.ArgumentTypeError("is_3d_lora_weight is of experts, which have no adapters")
+    return LoraModule(name, path)
 
 
 def assignment(text: str) -> tuple[str, str]:

@@ -17,14 +17,14 @@ from pyserve import __version__, log
 from pyserve.config import BatchConfig, EngineConfig, LaunchConfig, ServerConfig
 from pyserve.errors import ConfigError
 from pyserve.features import FLAGS
-from pyserve.flag_rows import BATCHES, REQUESTS, Row, rows_of, settings
+from pyserve.flag_rows import ADAPTERS, BATCHES, REQUESTS, Row, rows_of, settings
 from pyserve.flag_words import plain_words
 from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 
 COMMANDS = ("serve", "plan", "run-batch", "chat", "complete", "bench", "collect-env", "help")
 COMMANDS_OF_VLLM = ("launch", "snapshot", "preload", "download-kernels")
 
-GROUPS = ("model", "engine", "server", REQUESTS, BATCHES)  # of --help
+GROUPS = ("model", "engine", ADAPTERS, "server", REQUESTS, BATCHES)  # of --help
 LAUNCH, ENGINE, SERVER = rows_of(LaunchConfig), rows_of(EngineConfig), rows_of(ServerConfig)
 BATCH = rows_of(BatchConfig)
 ROWS = {row.name: row for rows in (LAUNCH, ENGINE, SERVER) for row in rows.values()}
@@ -61,6 +61,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         )
     if args.revision is not None and args.model is None:
         log.get_logger().warning("--revision has no effect without --model")
+    if not args.enable_lora:
+        for name in ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype"):
+            if said[name] is not None:
+                flag_name = name.replace("_", "-")
+                log.get_logger().warning("--%s has no effect without --enable-lora", flag_name)
     if args.tensor_parallel_size not in (None, 1):
         raise ConfigError(
             f"--tensor-parallel-size {args.tensor_parallel_size} is not built yet, the limit is 1"
@@ -145,7 +150,8 @@ def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
             last = [group[-1] for group in groups if len(group) > 1]
         else:
             last = []
-        if any("/" in word or os.path.isdir(word) for word in last):
+        words_of_it = [word for word in last if isinstance(word, str)]
+        if any("/" in word or os.path.isdir(word) for word in words_of_it):
             raise ConfigError(
                 f"{action.option_strings[0]} takes the words behind it, and no model is named: is "
                 "the last one the model? Name it with --model, or before the flags"

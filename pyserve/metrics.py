@@ -6,8 +6,9 @@ The engine observes once a step, the API once a sequence and once a request: nev
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -33,6 +34,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 LABELS = ("model_name", "engine")
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
+MAX_ADAPTERS = 16  # that a label names
 DEFAULT_MAX_TOKENS = 2**17  # of the token histograms, until an engine is watched
 
 
@@ -173,6 +175,8 @@ class Metrics(Collector):
             yield from self._engine_gauges(stats, self._info)
             yield from self._engine_counters(stats)
             yield from self._engine_histograms(stats)
+            if self._info.num_adapter_slots:
+                yield from self._adapters(stats, self._info)
             yield self._config(self._info)
 
     def _size_token_histograms(self, max_tokens: int) -> None:
@@ -262,6 +266,20 @@ class Metrics(Collector):
         waiting.add_metric((*self._labels, "deferred"), stats.num_awaiting)
         yield waiting
 
+    def _adapters(self, stats: EngineStats, info: EngineInfo) -> Iterable[Metric]:
+        names = {
+            "max_lora": str(info.num_adapter_slots),
+            "waiting_lora_adapters": _joined(stats.waiting_adapters),
+            "running_lora_adapters": _joined(stats.running_adapters),
+        }
+        text = "Adapters of sequences that run and that wait, as labels; the time, in seconds"
+        family = GaugeMetricFamily("vllm:lora_requests_info", text, labels=(*LABELS, *names))
+        family.add_metric((*self._labels, *names.values()), time.time())
+        yield family
+        loads = {"host": stats.num_adapter_reads, "device": stats.num_adapter_loads}
+        text = "Adapters that were read into the host's memory, and put where steps use them"
+        yield self._counter("pyserve:adapter_loads", text, "place", loads)
+
     def _engine_counters(self, stats: EngineStats) -> Iterable[Metric]:
         for name, text, value in (
             ("vllm:prompt_tokens", "Prompt tokens", stats.prompt_tokens),
@@ -321,3 +339,9 @@ class Metrics(Collector):
         family = HistogramMetricFamily(name, text, labels=LABELS)
         family.add_metric(self._labels, histogram.cumulative(), histogram.total)
         return family
+
+
+def _joined(names: Sequence[str]) -> str:
+    """The first of them, as a label holds no more."""
+    more = [f"and {len(names) - MAX_ADAPTERS} more"] if len(names) > MAX_ADAPTERS else []
+    return ",".join([*names[:MAX_ADAPTERS], *more])

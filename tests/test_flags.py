@@ -79,6 +79,15 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "target-itl-ms": [(["0"], 0), (["50"], 50)],
     "trace": [(["a.json"], Path("a.json"))],
     "max-queue": [(["9"], 9)],
+    "lora-modules": [
+        (["a=b"], [("a", "b")]), (["a=b=c", "d=/e f"], [("a", "b=c"), ("d", "/e f")]),
+        (['{"name": "a,b", "path": "p", "base_model_name": "m"}'], [("a,b", "p")]),
+    ],
+    "lora-dir": [(["/l"], Path("/l")), (["None"], None)],
+    "max-loras": [(["4"], 4)],
+    "max-lora-rank": [(["64"], 64)],
+    "max-cpu-loras": [(["9"], 9), (["None"], None)],
+    "lora-dtype": [(["auto"], "auto"), (["bfloat16"], "bfloat16")],
     "idle-sleep": [(["5"], 5.0), (["0.5"], 0.5)],
     "batch-dir": [(["/b"], Path("/b")), (["None"], None)],
     "batch-max-file-bytes": [(["1000"], 1000), (["1M"], 2**20)],
@@ -95,6 +104,7 @@ OWN_SWITCHES = {
     "enable-auto-tool-choice", "return-tokens-as-token-ids",
     "enable-prefix-caching", "enforce-eager", "allow-reference-ops", "allow-credentials",
     "disable-log-stats", "trust-request-chat-template", "enable-log-requests", "share-prefix-cache",
+    "enable-lora",
 }  # fmt: skip
 VLLM = sorted(vllm.SWITCHES | vllm.VALUES | vllm.LISTS | vllm.OBJECTS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,26 @@ def samples(metrics: Metrics) -> dict[str, list[Any]]:
 
 def by_label(found: dict[str, list[Any]], name: str, label: str) -> dict[str, float]:
     return {s.labels[label]: s.value for s in found[name]}
+
+
+def test_adapters_are_shown_as_labels() -> None:
+    metrics = Metrics("m")
+    names = ('a "quoted"\\one', "b\u00e9", *(f"n{i:02}" for i in range(20)))
+    told = replace(
+        stats(StepHistograms()), running_adapters=names[:2], waiting_adapters=names[2:],
+        num_adapter_loads=3, num_adapter_reads=2,
+    )  # fmt: skip
+    metrics.watch(lambda: told, INFO)
+    assert "vllm:lora_requests_info" not in samples(metrics)
+    metrics.watch(lambda: told, replace(INFO, num_adapter_slots=2))
+    found = samples(metrics)
+    (info,) = found["vllm:lora_requests_info"]
+    assert abs(info.value - time.time()) < 60
+    assert info.labels["max_lora"] == "2"
+    assert info.labels["running_lora_adapters"] == 'a "quoted"\\one,b\u00e9'
+    waiting = info.labels["waiting_lora_adapters"]
+    assert waiting.startswith("n00,n01,") and waiting.endswith("n15,and 4 more")
+    assert by_label(found, "pyserve:adapter_loads_total", "place") == {"host": 2, "device": 3}
 
 
 def test_engine_figures_under_old_and_new_names() -> None:

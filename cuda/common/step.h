@@ -2,10 +2,15 @@
 // the sampler. Everything is 32-bit words, little endian; floats are bit-cast. The Python twin is
 // pyserve/ops/step_layout.py; a test compares the two.
 //
-//   StepInput  [ header | rows | host tokens | block updates | slot updates ]
+//   StepInput  [ header | adapter starts | rows | host tokens | block updates | slot updates ]
 //
 // A row whose tokens_offset is -1 has one token, the one its slot sampled last: the host need not
 // know it yet. Slot updates are applied first, then block updates, then rows are planned.
+//
+// Adapter starts are there in a step with rows that use an adapter. Its rows stand sorted by the
+// slot that their adapter has on the device, those without one first; then starts[s] is the first
+// token of slot s or a later one, and one word more says where the last slot's tokens end. They
+// stand right behind the header, so that ops read them where they are (lora_shrink, lora_expand).
 #pragma once
 
 #include <cstdint>
@@ -26,6 +31,7 @@ enum HeaderWord : int32_t {
   kHeaderSlotUpdatesOffset,
   kHeaderNumWords,  // of the whole buffer
   kHeaderMaxQueryLen,  // of the rows; with the three counts the step's shape
+  kHeaderNumAdapterSlots,  // of the starts, which are one more; 0: there are none
   kHeaderWords = 16,
 };
 constexpr int32_t kStepMagic = 0x70797376;  // "pysv"

@@ -15,6 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from pyserve import __version__
+from pyserve.api.endpoints.adapters import load_adapter, unload_adapter
 from pyserve.api.endpoints.batches import (
     cancel_batch,
     create_batch,
@@ -129,6 +130,8 @@ ROUTES = (
     Route("POST", "/v1/batches/{batch_id}/cancel", cancel_batch),
     Route("GET", "/v1/models", list_models),
     Route("GET", "/v1/models/{model:.+}", retrieve_model),
+    Route("POST", "/v1/load_lora_adapter", load_adapter),
+    Route("POST", "/v1/unload_lora_adapter", unload_adapter),
     Route("POST", "/tokenize", tokenize, is_of_model=True),
     Route("POST", "/detokenize", detokenize, is_of_model=True),
     Route("POST", "/reset_prefix_cache", reset_prefix_cache),

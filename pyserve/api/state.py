@@ -179,10 +179,26 @@ class ServerState:
         loaded.engine.check_room(1, user=request[CLIENT])
         return loaded
 
-    def check_model_name(self, name: str | None) -> None:
-        """Refuse a name that is not served; none means the served one."""
-        if name and name not in self.config.served_model_names:
+    def adapter_named(self, name: str | None) -> str | None:
+        """The adapter that a request for `name` uses; None: the base model alone, which no name
+        means, too. Raises NotFoundError where nothing is served under the name.
+        """
+        if not name or name in self.config.served_model_names:
+            return None
+        adapters = self.loaded.engine.adapters if self.loaded is not None else None
+        if adapters is None or not adapters.has(name):
             raise NotFoundError(f"The model `{name[:200]}` does not exist.", "model")
+        return name
+
+    def check_model_name(self, name: str | None) -> None:
+        """Refuse a name that is not served."""
+        self.adapter_named(name)
+
+    def name_in_answers(self, name: str | None) -> str:
+        """What answers to a request for `name` call the model: its adapter's name, or the first of
+        the base model's."""
+        is_adapter = bool(name) and name not in self.config.served_model_names
+        return name if is_adapter and name else self.model_name
 
     def enter(self) -> None:
         """A request that uses the model begins."""

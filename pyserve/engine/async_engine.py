@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pyserve import log
-from pyserve.client import EngineInfo, EngineStats, SequenceRequest, SequenceStream
+from pyserve.client import AdapterStore, EngineInfo, EngineStats, SequenceRequest, SequenceStream
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.masks import MaskWorkers
@@ -46,12 +46,14 @@ class AsyncEngine:
 
     trace   is told where the time goes, and closed at the end.
     sleep   how it sleeps, where it can.
+    adapters  what it serves beside its base model.
     """
 
     def __init__(
         self, engine: Engine, info: EngineInfo, trace: Trace | None = None,
-        sleep: Sleep | None = None,
+        sleep: Sleep | None = None, adapters: AdapterStore | None = None,
     ) -> None:  # fmt: skip
+        self.adapters = adapters
         self._sleep = sleep or Sleep()
         self._engine = engine
         self._trace = trace
@@ -166,6 +168,10 @@ class AsyncEngine:
             num_nan_sequences=self._engine.num_nan_sequences,
             steps=self._engine.histograms,
             sleep_level=self._sleep.level,
+            running_adapters=tuple(scheduler.adapters.running),
+            waiting_adapters=tuple(scheduler.waiting_adapters()),
+            num_adapter_loads=scheduler.adapters.num_loads,
+            num_adapter_reads=self.adapters.num_loads if self.adapters is not None else 0,
         )
 
     async def _run(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyserve import ops
-from pyserve.client import TokenLogprobs
+from pyserve.client import Adapter, TokenLogprobs
 from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.sequence import Sequence
 from pyserve.ops import step_layout as layout
@@ -38,6 +38,13 @@ class Asked(NamedTuple):
 NOTHING_ASKED = Asked([], [], [])
 
 
+class AdapterLoad(NamedTuple):
+    """An adapter that is put into a slot before the step runs."""
+
+    slot: int
+    adapter: Adapter
+
+
 class PromptSpan(NamedTuple):
     """A row's part of Asked.prompt_rows: positions of its sequence from `begin` on."""
 
@@ -56,6 +63,9 @@ class Step:
                         as ops.pack_step takes them.
     seq_lens            tokens of the sequence whose KV is valid once the step has run.
     asked, prompt_spans as asked.py fills them; NOTHING_ASKED and none where nobody asks.
+    adapter_loads       what must lie in its slot when the step runs, and does not yet.
+    adapter_starts      where the tokens of each adapter slot begin, as ops/lora.py has it: the rows
+                        are sorted by it then. Empty where no row uses an adapter.
     """
 
     seqs: list[Sequence] = field(default_factory=list)
@@ -74,6 +84,8 @@ class Step:
 
     asked: Asked = NOTHING_ASKED
     prompt_spans: list[PromptSpan] = field(default_factory=list)
+    adapter_loads: list[AdapterLoad] = field(default_factory=list)
+    adapter_starts: list[int] = field(default_factory=list)
     _shape: StepShape | None = None
 
     @property
@@ -81,8 +93,9 @@ class Step:
         """As the header of the packed step will tell it. From the first call on, no row changes."""
         if self._shape is None:
             self._shape = StepShape(
-                self.num_tokens, len(self.row_slots), sum(self.row_samples), max(self.query_lens)
-            )
+                self.num_tokens, len(self.row_slots), sum(self.row_samples), max(self.query_lens),
+                has_adapters=bool(self.adapter_starts),
+            )  # fmt: skip
         return self._shape
 
 
@@ -117,6 +130,7 @@ class StepShape(NamedTuple):
     num_rows: int
     num_samples: int  # sampled rows
     max_query_len: int
+    has_adapters: bool = False
 
     @classmethod
     def of(cls, words: npt.NDArray[np.int32]) -> StepShape:
@@ -127,6 +141,7 @@ class StepShape(NamedTuple):
             num_rows=header[layout.HEADER_NUM_ROWS],
             num_samples=header[layout.HEADER_NUM_SAMPLES],
             max_query_len=header[layout.HEADER_MAX_QUERY_LEN],
+            has_adapters=header[layout.HEADER_NUM_ADAPTER_SLOTS] > 0,
         )
 
 
@@ -140,6 +155,7 @@ def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:
         step.row_samples,
         step.block_updates,
         step.slot_updates,
+        step.adapter_starts,
     )
 
 
@@ -173,11 +189,13 @@ def max_update_words(max_model_len: int, block_size: int) -> int:
 
 
 def max_step_words(
-    max_num_batched_tokens: int, num_slots: int, *, max_model_len: int, block_size: int
-) -> int:
+    max_num_batched_tokens: int, num_slots: int, *, max_model_len: int, block_size: int,
+    num_adapter_slots: int = 0,
+) -> int:  # fmt: skip
     """Words of the largest packed step: rows that grow by a block, host tokens, admissions."""
     return (
         layout.HEADER_WORDS
+        + (num_adapter_slots + 1 if num_adapter_slots else 0)
         + (layout.ROW_WORDS + layout.BLOCK_UPDATE_WORDS) * num_slots
         + max_num_batched_tokens
         + max_update_words(max_model_len, block_size)

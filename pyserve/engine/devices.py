@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pyserve import log
-from pyserve.config import Device, Dtype, LogprobsMode
+from pyserve.config import Device, Dtype, EngineConfig, LogprobsMode
 from pyserve.engine.planner import CardMemory
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.config import CheckpointDtype, ModelConfig
@@ -81,6 +81,26 @@ def check_logprobs_mode(mode: LogprobsMode, device: torch.device) -> None:
         raise ConfigError(
             f"--logprobs-mode {mode} is not built yet on an NVIDIA card: use raw_logprobs or "
             "raw_logits, or pass --device cpu"
+        )
+
+
+def check_adapters(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ConfigError where adapters are asked for and cannot be added here."""
+    if not config.enable_lora:
+        return
+    if device.type == "cuda":
+        raise ConfigError(
+            "--enable-lora is not built yet on an NVIDIA card: merge the adapter into the model, "
+            "or pass --device cpu"
+        )
+    if model.pooling is not None:
+        raise ConfigError("--enable-lora is not built yet for models of embeddings and scores")
+    served = str(dtype).removeprefix("torch.")
+    if config.lora_dtype not in ("auto", served):
+        raise ConfigError(
+            f"--lora-dtype {config.lora_dtype} is not supported for a model in {served}: use auto"
         )
 
 

@@ -164,10 +164,11 @@ class Engine:
             order=(self._priority(request), seq_id),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=frozenset(i for i in params.stop_token_ids if 0 <= i < self._vocab_size),
-            root_hash=self.scheduler.blocks.root_hash(request.cache_salt),
+            root_hash=self._root_hash(request),
             num_tokens=len(token_ids),
             user=user,
             constraint=constraint,
+            adapter=request.adapter,
         )
         self._num_constrained += seq.constraint is not None
         self._num_asking += params.has_logprobs
@@ -183,6 +184,11 @@ class Engine:
         seq = self._seqs.get(stream.seq_id)
         if seq is not None:
             self._finish(seq, "abort")
+
+    def _root_hash(self, request: SequenceRequest) -> bytes:
+        """Sequences of different versions of an adapter share no block."""
+        version = "" if request.adapter is None else str(request.adapter.version)
+        return self.scheduler.blocks.root_hash(request.cache_salt, version)
 
     def _priority(self, request: SequenceRequest) -> int:
         if request.is_background:
@@ -287,6 +293,8 @@ class Engine:
         for seq, generation in zip(step.seqs, step.generations, strict=True):
             if seq.generation == generation:
                 self._fail(seq, EngineError("the step that ran this sequence failed"))
+        for load in step.adapter_loads:
+            self.scheduler.adapters.reload(load.adapter)
 
     def fail_all(self, error: PyserveError) -> None:
         """Fail every sequence, also where the books no longer agree. Nothing may run after it."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,8 @@ from pyserve import host, log
 from pyserve.client import EngineInfo, PoolingInfo, SequenceRequest
 from pyserve.config import DEMO_MODEL, EngineConfig
 from pyserve.engine import devices
+from pyserve.engine.adapter_slots import AdapterSlots
+from pyserve.engine.adapters import HostAdapters
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
@@ -39,7 +42,8 @@ from pyserve.engine.sleep import HostSleeper, Sleep
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.trace import Trace
 from pyserve.engine.warmup import warmup_steps
-from pyserve.errors import ConfigError, DeviceError, PlanError, StartupError
+from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
+from pyserve.model.adapter_weights import AdapterWeights, read_adapter
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
@@ -103,6 +107,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     if isinstance(memory, HostMemory):
         read = partial(_load, config, model_config, dtype, device, plan=plan, progress=_say_nothing)
         sleeper = HostSleeper(executor, plan.num_blocks, read)
+    adapters = _read_adapters(config, model) if config.enable_lora else None
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         vocab_size=model_config.vocab_size,
@@ -118,11 +123,12 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         has_sleep=sleeper is not None,
         has_logits=config.logprobs_mode.endswith("logits"),
         pooling=_pooling_info(model),
+        num_adapter_slots=config.num_adapter_slots,
     )
     if trace is not None:
         trace.watch(runner, "pack", "pack")
     sleep = Sleep(sleeper, idle_s=60 * config.idle_sleep_min)
-    return AsyncEngine(new_engine(), info, trace, sleep)
+    return AsyncEngine(new_engine(), info, trace, sleep, adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,7 @@ def settle_start(config: EngineConfig) -> Start:
     if config.idle_sleep_min and device.type == "cuda":
         raise ConfigError("--idle-sleep is not built yet for a GPU: leave it out")
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
+    devices.check_adapters(config, model_config, dtype, device)
     memory = _memory(device)
     return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
 
@@ -182,6 +189,40 @@ def _pooling_info(model: Decoder) -> PoolingInfo | None:
     )  # fmt: skip
 
 
+def _placement(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Placement:
+    return Placement(
+        dtype,
+        device,
+        num_adapter_slots=config.num_adapter_slots,
+        max_adapter_rank=config.max_lora_rank if config.enable_lora else 0,
+    )
+
+
+def _read_adapters(config: EngineConfig, model: Decoder) -> HostAdapters:
+    """Those of --lora-modules, and room for more. Raises CheckpointError naming the adapter."""
+    targets, dtype = model.adapter_targets(), model.dtype
+    model_path = str(config.model_path.resolve())  # the hub's cache has the name in it, too
+
+    def read(folder: Path) -> AdapterWeights:
+        weights = read_adapter(folder, targets, max_rank=config.max_lora_rank, dtype=dtype)
+        if weights.unknown:
+            names = ", ".join(name[:40] for name in weights.unknown[:10])
+            log.get_logger().warning("%s: fields that pyserve does not know: %s", folder, names)
+        base = weights.base_model.rstrip("/").rpartition("/")[2]
+        if base not in model_path:
+            log.get_logger().warning("%s was trained on %.200s", folder, weights.base_model)
+        return weights
+
+    adapters = HostAdapters(read, limit=config.num_kept_adapters, folder=config.lora_dir)
+    for module in config.lora_modules:
+        try:
+            adapters.load_at_start(module.name, Path(module.path).expanduser())
+        except CheckpointError as error:
+            raise CheckpointError(f"--lora-modules {module.name}: {error}") from error
+        log.get_logger().info("adapter %s: %s", module.name, module.path)
+    return adapters
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -196,7 +237,7 @@ def _plan(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, memory: Memory
 ) -> MemoryPlan:
     # Shapes without memory: what the weights will take, exactly.
-    shapes = build_model(model_config, Placement(dtype, META), max_model_len=1)
+    shapes = build_model(model_config, _placement(config, dtype, META), max_model_len=1)
     weight_bytes = sum(place.nbytes for place in shapes.destinations().values())
     return plan_memory(shapes, config, weight_bytes=weight_bytes, memory=memory)
 
@@ -235,7 +276,7 @@ def _load(
     model = load_model(
         config.model_path,
         model_config,
-        Placement(dtype, device),
+        _placement(config, dtype, device),
         load_format=config.load_format,
         seed=config.seed,
         progress=report,
@@ -309,6 +350,7 @@ def _new_engine(
         SlotAllocator(plan.num_slots),
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_update_words=max_update_words(plan.max_model_len, config.block_size),
+        adapters=AdapterSlots(config.num_adapter_slots),
     )
     pacer = None
     if config.target_itl_ms:

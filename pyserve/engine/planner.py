@@ -110,6 +110,8 @@ def plan_memory(
             ("weights", weight_bytes),
             ("rope table", model.bytes_per_position() * max_model_len),
         )
+        if model.adapter_bytes:
+            parts += (("adapters", model.adapter_bytes),)
         if model.scratch.num_bytes:
             parts += (("plain weights", model.scratch.num_bytes),)
         if isinstance(memory, CardMemory):

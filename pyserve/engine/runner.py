@@ -24,6 +24,7 @@ from pyserve.config import LogprobsMode
 from pyserve.engine.asked import pack_asked, read_told
 from pyserve.engine.batch import (
     NOTHING_ASKED,
+    AdapterLoad,
     Asked,
     Step,
     StepOutput,
@@ -32,12 +33,12 @@ from pyserve.engine.batch import (
     padded_size,
 )
 from pyserve.engine.engine import Pending
-from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache
+from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache, has_same_bits
 from pyserve.engine.state import StepLimits, StepState
 from pyserve.engine.tiles import Tile, pool, tiles_of
 from pyserve.errors import DeviceError
 from pyserve.model.activations import Activations, Arena
-from pyserve.model.context import ForwardContext
+from pyserve.model.context import AdapterRows, ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVCache
 from pyserve.ops.build import Report, report_nothing
@@ -53,14 +54,12 @@ _Forward = tuple[ops.StepPlan, ForwardContext]
 
 
 class _PaddedShape(NamedTuple):
-    """What a forward pass is run as.
-
-    is_decode  no row is longer than what counts as decoding.
-    """
+    """What a forward pass is run as; is_decode: no row is longer than what counts as decoding."""
 
     num_tokens: int
     num_rows: int
     is_decode: bool
+    has_adapters: bool
 
 
 class StepExecutor:
@@ -122,6 +121,13 @@ class StepExecutor:
         if not hasattr(self, "_model"):
             self._model = load()
 
+    def put_adapter(self, load: AdapterLoad) -> None:
+        """Put an adapter into its slot; every step that was to find another there has ended."""
+        if self._is_closed:
+            refuse_when_closed()
+        with torch.inference_mode():
+            self._model.put_adapter(load.slot, load.adapter.weights)
+
     def reset(self) -> None:
         """Forget every sequence, as a warm-up must."""
         if self._is_closed:
@@ -153,8 +159,8 @@ class StepExecutor:
         self._hidden.fill_(torch.nan)
         self._state.results.fill_(-1)
         self.forward(shape)
-        is_same = _has_same_bits(self._hidden[: shape.num_tokens], hidden)
-        if not is_same or not _has_same_bits(self.sample(shape)[: shape.num_samples], results):
+        is_same = has_same_bits(self._hidden[: shape.num_tokens], hidden)
+        if not is_same or not has_same_bits(self.sample(shape)[: shape.num_samples], results):
             raise DeviceError(
                 f"a recorded step of {shape.num_tokens} tokens computes something else than the "
                 "same step launched op by op; --enforce-eager serves without records"
@@ -332,7 +338,7 @@ class StepExecutor:
         else:
             num_rows = padded_size(shape.num_rows, self.limits.num_slots)
         is_decode = shape.max_query_len <= self._model.decode_query_len
-        return _PaddedShape(num_tokens, num_rows, is_decode)
+        return _PaddedShape(num_tokens, num_rows, is_decode, shape.has_adapters)
 
     def _padded_samples(self, shape: StepShape) -> int:
         return padded_size(shape.num_samples, self.limits.num_slots) if shape.num_samples else 0
@@ -349,8 +355,10 @@ class StepExecutor:
         forward = self._forwards.get(padded)
         if forward is None:
             state = self._state
-            num_tokens, num_rows, is_decode = padded
+            num_tokens, num_rows, is_decode, has_adapters = padded
             plan = state.plan.narrow(num_tokens, num_rows)
+            activations = self._activations_of(num_tokens)
+            rows = AdapterRows(state.adapter_starts, activations.shrunk)
             ctx = ForwardContext(
                 input_ids=plan.input_ids,
                 positions=plan.positions,
@@ -362,7 +370,8 @@ class StepExecutor:
                 kv_caches=self._kv_caches,
                 max_query_len=self._model.decode_query_len if is_decode else num_tokens,
                 attention_plans=state.attention_plans,
-                activations=self._activations_of(num_tokens),
+                activations=activations,
+                adapters=rows if has_adapters else None,
             )
             forward = self._forwards[padded] = plan, ctx
         return forward
@@ -372,11 +381,6 @@ class StepExecutor:
         if tiles is None:
             tiles = self._tiles[num_rows] = tiles_of(self._state, num_rows)
         return tiles
-
-
-def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Of contiguous tensors. A NaN, which some models compute in float16, equals itself here."""
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 class CpuRunner:
@@ -454,6 +458,8 @@ class CpuRunner:
         return self._thread.submit(self._sample, forward, step.asked).result()
 
     def _forward(self, step: Step, *, is_warmup: bool = False) -> StepShape:
+        for load in step.adapter_loads:
+            self._executor.put_adapter(load)
         self.pack(step, self._buffer)
         self._executor.forward(step.shape, is_warmup=is_warmup)
         return step.shape

@@ -13,19 +13,24 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from itertools import groupby, islice, takewhile
+from itertools import accumulate, groupby, islice, takewhile
 from operator import attrgetter
 
-from pyserve.engine.batch import Step, padded_sizes
+from pyserve.engine.adapter_slots import AdapterSlots
+from pyserve.engine.batch import AdapterLoad, Step, padded_sizes
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.chunks import MIN_CHUNK, share_out
-from pyserve.engine.sequence import BACKGROUND_PRIORITY, Sequence, Status
+from pyserve.engine.sequence import BACKGROUND_PRIORITY, NO_SLOT, Sequence, Status
 from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
 from pyserve.engine.waiting import WaitingQueue
 from pyserve.ops import step_layout as layout
 
 BACKGROUND_PART = 16  # of the slots, one in so many rows beside others
 MAX_LOOKUPS = 2**12  # of blocks in the prefix cache, in one step: 8 ms of the event loop
+# Sequences with other adapters that may pass one that waits for room for its own. Then none does,
+# until those that run have ended and left it a slot.
+MAX_PASSED = 64
+MAX_HELD_BACK = 256  # sequences without room for their adapters that are looked at in one step
 
 _order = attrgetter("order")
 
@@ -35,15 +40,17 @@ class Scheduler:
 
     max_num_batched_tokens  token budget of a step, at least the number of slots.
     max_update_words        words of a packed step that admissions may take.
+    adapters                where the adapters of running sequences lie; None: there are none.
     """
 
     def __init__(
         self, blocks: BlockManager, slots: SlotAllocator, *, max_num_batched_tokens: int,
-        max_update_words: int,
+        max_update_words: int, adapters: AdapterSlots | None = None,
     ) -> None:  # fmt: skip
         assert max_num_batched_tokens >= slots.num_slots, "each running sequence needs a token"
         self.blocks = blocks
         self.slots = slots
+        self.adapters = adapters or AdapterSlots()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_running_of: dict[str, int] = {}  # user -> running sequences, where there are any
@@ -60,6 +67,13 @@ class Scheduler:
     def num_awaiting(self) -> int:
         """Waiting sequences that let others pass until an equal prompt has been computed."""
         return sum(seq.awaited_hash is not None for seq in self.waiting)
+
+    def waiting_adapters(self) -> list[str]:
+        """Names of adapters that waiting sequences use and no running one does, in order."""
+        if not self.adapters.num_slots:
+            return []
+        names = {seq.adapter.name for seq in self.waiting if seq.adapter is not None}
+        return sorted(names.difference(self.adapters.running))
 
     def add(self, seq: Sequence) -> None:
         """Queue a new or preempted sequence."""
@@ -96,6 +110,8 @@ class Scheduler:
             budget -= _add_prompts(step, list(equals), budget, for_oldest=limit - limit // 2)
         if not step.seqs:
             return None
+        if self.adapters.num_used:
+            _sort_by_adapter(step, self.adapters.num_slots)
         _fill(step)
         step.num_prompt_tokens = limit - budget
         step.num_tokens = sum(step.query_lens)
@@ -110,10 +126,12 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def preempt_all(self) -> None:
-        """Queue again what runs, and forget the prefix cache: the KV cache goes, nothing runs."""
+        """Queue again what runs, and forget the prefix cache and the adapters on the device: the KV
+        cache goes, maybe the model as well, and nothing runs."""
         for seq in list(reversed(self.running)):
             self._preempt(seq)
         self.blocks.forget()
+        self.adapters.forget_all()
 
     def check_invariants(self) -> None:
         """Assert that queues, slots and blocks agree. Slow, for tests."""
@@ -129,6 +147,9 @@ class Scheduler:
             assert seq.num_in_flight_tokens >= 0
         self.slots.check_invariants(self.running)
         self.blocks.check_invariants(self.running)
+        self.adapters.check_invariants(
+            [(seq.adapter_slot, seq.adapter) for seq in self.running if seq.adapter is not None]
+        )
 
     def _prompt_limit(self, num_decoding: int) -> int:
         """Tokens of prompts that a step may take beside num_decoding rows of one token."""
@@ -181,13 +202,21 @@ class Scheduler:
         return min(first + most, len(running)), most - (len(running) - first)
 
     def _give_way(self) -> None:
-        """Preempt background sequences, as many as others that wait want the slots or blocks of."""
+        """Preempt background sequences, as many as others that wait want the slots, the blocks or
+        the places of adapters of."""
         if not (self.running and self.running[-1].is_background):
             return  # they are the last of running
         others = takewhile(_is_in_front, self.waiting.in_turn(self.num_running_of))
         num_slots, num_blocks = self.slots.num_free, self.blocks.num_free - len(self.running)
         for seq in list(islice(others, self.slots.num_slots)):
             if seq.awaited_hash is not None:
+                continue
+            while self._lacks_adapter(seq) and (victim := self._background_with_adapter()):
+                num_slots, num_blocks = num_slots + 1, num_blocks + len(victim.block_ids) + 1
+                self._preempt(victim)
+            if not (self.running and self.running[-1].is_background):
+                return
+            if self._lacks_adapter(seq):
                 continue
             while num_slots < 1 or num_blocks < seq.num_wanted_blocks:
                 victim = self.running[-1]
@@ -209,7 +238,7 @@ class Scheduler:
         if max(self.num_running_of.values(), default=0) < 2:
             return
         seq = next(self.waiting.in_turn(self.num_running_of))
-        if seq.awaited_hash is not None:
+        if seq.awaited_hash is not None or self._lacks_adapter(seq):
             return
         if not self.slots.num_free:
             held, num_wanted = self.num_running_of, 1
@@ -237,6 +266,17 @@ class Scheduler:
             del self.num_running_of[seq.user]
         self.blocks.release(seq, has_bad_kv=has_bad_kv)
         self.slots.release(seq)
+        if seq.adapter is not None:
+            self.adapters.let_go(seq.adapter_slot)
+
+    def _lacks_adapter(self, seq: Sequence) -> bool:
+        """Whether it waits for a place for its adapter on the device."""
+        return seq.adapter is not None and not self.adapters.has_room(seq.adapter)
+
+    def _background_with_adapter(self) -> Sequence | None:
+        """The youngest sequence in the background that holds an adapter."""
+        background = takewhile(_is_background, reversed(self.running))
+        return next((seq for seq in background if seq.adapter is not None), None)
 
     def _preempt(self, seq: Sequence) -> None:
         """Free what a running sequence holds and queue it again: it will be recomputed."""
@@ -258,9 +298,17 @@ class Scheduler:
         if not self.waiting or not self.slots.num_free:
             return 0
         num_looked_up = 0
+        held_back: list[Sequence] = []  # they wait for room for their adapters
+        may_pass = True  # others may take such room
         for seq in self.waiting.in_turn(self.num_running_of):
             if not (left and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
                 break
+            if seq.adapter is not None and not (may_pass and self.adapters.has_room(seq.adapter)):
+                held_back.append(seq)
+                may_pass = may_pass and seq.num_passed < MAX_PASSED
+                if len(held_back) > MAX_HELD_BACK:
+                    break
+                continue
             if seq.is_background:
                 if num_background < 1:
                     break  # behind it there are only others of them
@@ -282,6 +330,9 @@ class Scheduler:
             if seq.num_wanted_blocks > num_spare or step.num_update_words > self._max_update_words:
                 break
             self.waiting.remove(seq)
+            if seq.adapter is not None:
+                for other in held_back:
+                    other.num_passed += 1
             left -= self._start(seq, hits, step, left)
         return budget - left
 
@@ -289,6 +340,11 @@ class Scheduler:
         """Give `seq` its slot, blocks and first row; returns the tokens of that row."""
         self.blocks.allocate(seq, hits)
         self.slots.allocate(seq)
+        if seq.adapter is not None:
+            seq.num_passed = 0
+            seq.adapter_slot, has_to_load = self.adapters.hold(seq.adapter)
+            if has_to_load:
+                step.adapter_loads.append(AdapterLoad(seq.adapter_slot, seq.adapter))
         insort(self.running, seq, key=_order)
         self.num_running_of[seq.user] = self.num_running_of.get(seq.user, 0) + 1
         seq.status = Status.RUNNING
@@ -311,6 +367,10 @@ class Scheduler:
 def _priority(seq: Sequence) -> int:
     """Lower runs first."""
     return seq.order[0]
+
+
+def _is_background(seq: Sequence) -> bool:
+    return seq.is_background
 
 
 def _is_in_front(seq: Sequence) -> bool:
@@ -337,6 +397,20 @@ def _add_row(step: Step, seq: Sequence, query_len: int) -> None:
     seq.num_computed_tokens += query_len
     if seq.num_computed_tokens == seq.num_tokens:
         seq.num_tokens += 1  # a placeholder: this row is sampled from
+
+
+def _sort_by_adapter(step: Step, num_adapter_slots: int) -> None:
+    """Put the rows in the order of their adapters' slots, those without an adapter first."""
+    slots = [NO_SLOT if seq.adapter is None else seq.adapter_slot for seq in step.seqs]
+    order = sorted(range(len(slots)), key=slots.__getitem__)
+    if slots[order[-1]] == NO_SLOT:
+        return  # none of these rows uses one
+    step.seqs = [step.seqs[row] for row in order]
+    step.query_lens = [step.query_lens[row] for row in order]
+    counts = [0] * (num_adapter_slots + 1)  # tokens without an adapter, then those of each slot
+    for row, query_len in zip(order, step.query_lens, strict=True):
+        counts[slots[row] + 1] += query_len
+    step.adapter_starts = list(accumulate(counts))
 
 
 def _fill(step: Step) -> None:

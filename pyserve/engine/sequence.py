@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pyserve.client import Constraint, SequenceStream
+from pyserve.client import Adapter, Constraint, SequenceStream
 from pyserve.params import SamplingParams
 
 NO_SLOT = -1
@@ -48,6 +48,10 @@ class Sequence:
                      free blocks that its last attempt at admission needed and did not find.
     constraint       which tokens may come next; None: any. It has accepted the output tokens that
                      the host knows, no more and no fewer.
+    adapter          what is added to the base model; None: nothing.
+    adapter_slot     where that lies on the device while the sequence runs.
+    num_passed       sequences with another adapter that were admitted before it while it waited for
+                     room for its own.
     preempted_s      when it was preempted; 0 once it has had another token since. The next token's
                      latency is counted from here.
     """
@@ -78,6 +82,9 @@ class Sequence:
     num_wanted_blocks: int = 0
     is_admitted: bool = False
     constraint: Constraint | None = None
+    adapter: Adapter | None = None
+    adapter_slot: int = NO_SLOT
+    num_passed: int = 0
     preempted_s: float = 0.0
 
     @property

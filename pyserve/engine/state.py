@@ -66,6 +66,7 @@ class StepState:
 
     def __init__(self, model: Decoder, limits: StepLimits, *, is_card: bool) -> None:
         self._parts: dict[str, list[torch.Tensor]] = {}
+        self._num_adapter_slots = model.num_adapter_slots
         device = model.device
         vocab_size, num_slots = model.config.vocab_size, limits.num_slots
         num_logits, num_told = vocab_size, num_slots
@@ -106,8 +107,9 @@ class StepState:
                 )
         num_blocks = num_blocks_for(max_model_len, limits.block_size)
         num_words = max_step_words(
-            max_num_tokens, num_slots, max_model_len=max_model_len, block_size=limits.block_size
-        )
+            max_num_tokens, num_slots, max_model_len=max_model_len, block_size=limits.block_size,
+            num_adapter_slots=model.num_adapter_slots,
+        )  # fmt: skip
         self.slots = zeros("slots", num_slots, layout.SLOT_WORDS)
         self.block_table = zeros("slots", num_slots, num_blocks)
         self.token_counts = zeros("slots", num_slots, vocab_size, dtype=torch.int16)
@@ -122,6 +124,12 @@ class StepState:
         self.plan = StepPlan.allocate(max_num_tokens, num_slots, device)
         for tensor in self.plan:
             self._note("step buffers", tensor)
+
+    @property
+    def adapter_starts(self) -> torch.Tensor:
+        """int32 [num_adapter_slots + 1]: the part of step_input that says which tokens use one."""
+        begin = layout.HEADER_WORDS
+        return self.step_input[begin : begin + self._num_adapter_slots + 1]
 
     def ledger(self) -> Ledger:
         """What the tensors take, by part."""

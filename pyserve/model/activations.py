@@ -7,7 +7,7 @@ the executor lets the model take those of each padded number of tokens once, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
@@ -102,6 +102,7 @@ class Activations(NamedTuple):
     squares    what makes a norm a factor: float32 [num_tokens, num_squares(hidden_size)], of few
                tokens; None where norms are calls of their own
     layers     of each layer: one memory for all, and for a layer's attention and its MLP
+    shrunk     what adapters make of a Linear's input, as AdapterRows has it; empty without slots
     """
 
     hidden: torch.Tensor
@@ -109,3 +110,4 @@ class Activations(NamedTuple):
     output: torch.Tensor
     squares: torch.Tensor | None
     layers: list[LayerActivations]
+    shrunk: Mapping[int, torch.Tensor]

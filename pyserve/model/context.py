@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from pyserve.model.activations import Activations
 from pyserve.model.kv import KVCache
 from pyserve.ops import AttentionPlan
+
+
+class AdapterRows(NamedTuple):
+    """Which tokens of a step use which adapter, and room for what is made of them.
+
+    starts   int32 [num_adapter_slots + 1]: where each slot's tokens begin, as ops/lora.py has it
+    shrunk   by number of parts of a Linear: float32 [num_tokens, num_parts, max_rank]
+    """
+
+    starts: torch.Tensor
+    shrunk: Mapping[int, torch.Tensor]
 
 
 @dataclass(slots=True, frozen=True)
@@ -26,6 +38,7 @@ class ForwardContext:
     max_query_len          an upper bound of the rows' query lengths
     attention_plans        by window, of every window the layers have; empty on a CPU
     activations            of num_tokens tokens; the layers allocate nothing
+    adapters               None in a step without tokens that use one
     """
 
     input_ids: torch.Tensor
@@ -39,3 +52,4 @@ class ForwardContext:
     max_query_len: int
     attention_plans: Mapping[int, AttentionPlan]
     activations: Activations
+    adapters: AdapterRows | None = None

@@ -9,12 +9,14 @@ Layers are called in the plainest way, as a small model's step is mostly these c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pyserve import ops
 from pyserve.model.activations import Activations, Arena, LayerActivations, MLPActivations
+from pyserve.model.adapter_weights import AdapterWeights, Target
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
@@ -103,7 +105,8 @@ class DecoderLayer:
         hidden: torch.Tensor, residual: torch.Tensor, squares: torch.Tensor,
         next_norm: RMSNorm | None,
     ) -> None:  # fmt: skip
-        """As a call, for few tokens: norms are factors between the Linears (has_norm_factors).
+        """As a call, for few tokens: norms are factors between the Linears (has_norm_factors). None
+        of the tokens uses an adapter.
 
         `hidden` is the residual times the next norm's weight, `squares` the sums of its squares:
         on entry for this layer's first norm, then for `next_norm`, the first of the layer above.
@@ -223,8 +226,12 @@ class Decoder:
             self.head = Linear.tied(self.embedding.weight)
         else:
             self.head = Linear(
-                [Output("lm_head", config.vocab_size)], hidden_size, placement, shard="vocabulary"
-            )
+                [Output("lm_head", config.vocab_size)], hidden_size,
+                replace(placement, num_adapter_slots=0, max_adapter_rank=0), shard="vocabulary",
+            )  # fmt: skip
+        self._adapters = [it.adapters for it in self.layer_linears() if it.adapters is not None]
+        self.num_adapter_slots = placement.num_adapter_slots
+        self.max_adapter_rank = placement.max_adapter_rank
 
     @property
     def decode_query_len(self) -> int:
@@ -253,7 +260,9 @@ class Decoder:
         self._forward(ctx, self._one_of_each_kind)
 
     def _forward(self, ctx: ForwardContext, indices: Sequence[int]) -> torch.Tensor:
-        hidden, residual, output, squares, activations = ctx.activations
+        hidden, residual, output, squares, activations, _ = ctx.activations
+        if ctx.adapters is not None:
+            squares = None  # what adapters add comes before the norms
         self.embedding(ctx.input_ids, residual)
         for index in indices:
             layer, cache, own = self.layers[index], ctx.kv_caches[index], activations[index]
@@ -286,6 +295,7 @@ class Decoder:
             room = arena.take(num_rows, width, dtype=torch.float32)
             if num_tokens <= self._max_norm_rows:
                 squares = room
+        shrunk = self._room_for_adapters(arena, num_tokens)
         made: dict[tuple[int, ...], LayerActivations] = {}  # layers of the same sizes share them
         layers = []
         for layer in self.layers:
@@ -297,7 +307,33 @@ class Decoder:
                     mlp = layer.mlp.activations(arena, num_tokens)
                 made[sizes] = attention, mlp
             layers.append(made[sizes])
-        return Activations(hidden, residual, output, squares, layers)
+        return Activations(hidden, residual, output, squares, layers, shrunk)
+
+    def _room_for_adapters(self, arena: Arena, num_tokens: int) -> dict[int, torch.Tensor]:
+        """What Activations.shrunk is: one memory for all, as Linears follow each other."""
+        if not self._adapters:
+            return {}
+        all_parts = {adapters.num_parts for adapters in self._adapters}
+        most, size = max(all_parts), self.max_adapter_rank
+        room = arena.take(num_tokens, most, size, dtype=torch.float32)
+        return {num_parts: room[:, :num_parts] for num_parts in all_parts}
+
+    def adapter_targets(self) -> dict[str, Target]:
+        """The modules that an adapter may have pairs for, by name; none without slots."""
+        targets: dict[str, Target] = {}
+        for adapters in self._adapters:
+            targets |= adapters.targets()
+        return targets
+
+    def put_adapter(self, slot: int, weights: AdapterWeights) -> None:
+        """Let `slot` hold an adapter of max_adapter_rank at most. Nothing may run that uses it."""
+        for adapters in self._adapters:
+            adapters.put(slot, weights.pairs)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the slots."""
+        return sum(adapters.nbytes for adapters in self._adapters)
 
     def attention_plans(
         self, max_num_tokens: int, max_num_rows: int

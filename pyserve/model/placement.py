@@ -73,7 +73,8 @@ class Placement:
     scratch            of all its Linears.
     tp_rank, tp_size   this rank of those that share each layer. Only shapes can be made for more
                        than one: nothing adds up what the ranks compute yet.
-    num_adapter_slots  adapters that a Linear holds beside its matrix: none yet.
+    num_adapter_slots  adapters that a Linear can hold beside its matrix, each of max_adapter_rank
+                       at most; 0: none, and it has no room for any.
     """
 
     dtype: torch.dtype
@@ -84,10 +85,11 @@ class Placement:
     tp_rank: int = 0
     tp_size: int = 1
     num_adapter_slots: int = 0
+    max_adapter_rank: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.tp_rank < self.tp_size
-        assert self.num_adapter_slots == 0, "no Linear holds adapters yet"
+        assert (self.num_adapter_slots > 0) == (self.max_adapter_rank > 0)
 
     def scheme_of(self, name: str) -> SchemeName:
         is_quantised = self.quantization is not None and self.quantization.covers(name)

@@ -417,14 +417,17 @@ def pack_step(
     row_samples: list[bool],
     block_updates: list[int],
     slot_updates: list[bytes],
+    adapter_starts: list[int] | None = None,
 ) -> int:
     """Write a StepInput (cuda/common/step.h) into `buffer`; returns its number of words.
 
     host_tokens[r] None: the row's one token is the one its slot sampled last. block_updates are
-    flat triples (slot, index, block id); each of slot_updates is one complete record. Raises
-    ValueError where the buffer is too small or the lists do not fit each other.
+    flat triples (slot, index, block id); each of slot_updates is one complete record;
+    adapter_starts are as lora.py has them, None where no row uses an adapter. Raises ValueError
+    where the buffer is too small or the lists do not fit each other.
     """
     num_words: int = build.host().pack_step(
-        buffer, row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates
-    )
+        buffer, row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates,
+        adapter_starts or [],
+    )  # fmt: skip
     return num_words

@@ -27,6 +27,8 @@ from pyserve.ops.reference_linear import linear_w4a16 as linear_w4a16
 from pyserve.ops.reference_linear import serves_linear as serves_linear
 from pyserve.ops.reference_linear import serves_linear_w4a16 as serves_linear_w4a16
 from pyserve.ops.reference_linear import silu_mul as silu_mul
+from pyserve.ops.reference_lora import lora_expand as lora_expand
+from pyserve.ops.reference_lora import lora_shrink as lora_shrink
 from pyserve.ops.reference_sample import WEIGHT_SCALE as WEIGHT_SCALE
 from pyserve.ops.reference_sample import apply_bitmask as apply_bitmask
 from pyserve.ops.reference_sample import logprobs as logprobs
@@ -242,8 +244,10 @@ def pack_step(
     row_samples: list[bool],
     block_updates: list[int],
     slot_updates: list[bytes],
+    adapter_starts: list[int] | None = None,
 ) -> int:
     """Numpy twin of `_host.pack_step`; see pyserve.ops.pack_step."""
+    starts = adapter_starts or []
     num_rows = len(row_slots)
     if not num_rows == len(query_lens) == len(host_tokens) == len(row_samples):
         raise ValueError("row_slots, query_lens, host_tokens and row_samples differ in length")
@@ -268,19 +272,22 @@ def pack_step(
     header[layout.HEADER_NUM_TOKENS] = sum(query_lens)
     header[layout.HEADER_MAX_QUERY_LEN] = max(query_lens, default=0)
     header[layout.HEADER_NUM_SAMPLES] = sum(row_samples)
-    header[layout.HEADER_ROWS_OFFSET] = layout.HEADER_WORDS
-    header[layout.HEADER_TOKENS_OFFSET] = layout.HEADER_WORDS + len(rows)
+    header[layout.HEADER_NUM_ADAPTER_SLOTS] = max(len(starts) - 1, 0)
+    rows_at = layout.HEADER_WORDS + len(starts)
+    header[layout.HEADER_ROWS_OFFSET] = rows_at
+    header[layout.HEADER_TOKENS_OFFSET] = rows_at + len(rows)
     header[layout.HEADER_NUM_BLOCK_UPDATES] = len(block_updates) // layout.BLOCK_UPDATE_WORDS
-    header[layout.HEADER_BLOCK_UPDATES_OFFSET] = layout.HEADER_WORDS + len(rows) + len(tokens)
+    header[layout.HEADER_BLOCK_UPDATES_OFFSET] = rows_at + len(rows) + len(tokens)
     header[layout.HEADER_NUM_SLOT_UPDATES] = len(slot_updates)
-    slot_updates_at = layout.HEADER_WORDS + len(rows) + len(tokens) + len(block_updates)
+    slot_updates_at = rows_at + len(rows) + len(tokens) + len(block_updates)
     header[layout.HEADER_SLOT_UPDATES_OFFSET] = slot_updates_at
     num_words = slot_updates_at + len(updates)
     header[layout.HEADER_NUM_WORDS] = num_words
     if num_words > len(buffer):
         raise ValueError(f"the step needs {num_words} words, the buffer has {len(buffer)}")
     buffer[: layout.HEADER_WORDS] = header
-    buffer[layout.HEADER_WORDS : slot_updates_at] = rows + tokens + block_updates
+    words = starts + rows + tokens + block_updates
+    buffer[layout.HEADER_WORDS : slot_updates_at] = words
     buffer[slot_updates_at:num_words] = updates
     return num_words
 

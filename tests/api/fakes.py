@@ -28,6 +28,8 @@ from pyserve.api.http.http_protocol import listening
 from pyserve.api.http.inner import InnerClient
 from pyserve.api.state import Loaded, ServerState
 from pyserve.client import (
+    Adapter,
+    AdapterStore,
     Constraint,
     EngineClient,
     EngineInfo,
@@ -116,6 +118,7 @@ class Submitted:
     user: str
     constraint: Constraint | None
     stream: SequenceStream
+    adapter: Adapter | None = None
     is_aborted: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -145,6 +148,7 @@ class FakeEngine:
     sleep_level: int = 0
     room: int | None = None  # sequences it takes; None: any number
     pool: Callable[[list[int]], NDArray[np.float32]] = lambda ids: np.zeros(1, np.float32)
+    adapters: AdapterStore | None = None
     gave_up: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
@@ -181,7 +185,7 @@ class FakeEngine:
         stream = SequenceStream(number, len(request.prompt_token_ids))
         item = Submitted(
             list(request.prompt_token_ids), request.params, request.priority, request.cache_salt,
-            request.user, request.constraint, stream,
+            request.user, request.constraint, stream, request.adapter,
         )  # fmt: skip
         self.submitted.append(item)
         item.task = asyncio.get_running_loop().create_task(self._play(item, self.script(number)))

@@ -2,7 +2,7 @@
 
 The model names are the guide's: they stand for copies of the demo model in the working folder, of
 which the config promises a longer context. Its docker and pip lines are not run here. What belongs
-to later versions (adapters, AWQ, several cards) is refused by name.
+to later versions (several cards) is refused by name.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from openai import OpenAI
 
 from bench.server_process import free_port
 from tests.e2e.conftest import ROOT, Server
+from tests.model import peft
 
 DEMO = ROOT / "pyserve" / "demo"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -46,11 +47,12 @@ START_LINES = {
     "--tool-call-parser mistral",
     "4 bits": f"vllm serve {MISTRAL} --host 0.0.0.0 --quantization awq",
 }
+ADAPTERS = (
+    f"vllm serve {LLAMA} --host 0.0.0.0 --enable-lora --lora-modules sql-adapter=path/to/sql-lora "
+    "code-adapter=path/to/code-lora chat-adapter=path/to/chat-lora --max-lora-rank 64"
+)
 # The line -> the flag that is named.
 REFUSED_LINES = {
-    f"vllm serve {LLAMA} --host 0.0.0.0 --enable-lora --lora-modules sql-adapter=path/to/sql-lora "
-    "code-adapter=path/to/code-lora chat-adapter=path/to/chat-lora --max-lora-rank 64":
-        "--enable-lora",
     f"vllm serve {DEEPSEEK} --host 0.0.0.0 --port 8000 --tensor-parallel-size 2 "
     "--max-model-len 32768 --gpu-memory-utilization 0.90": "--tensor-parallel-size",
     f"vllm serve {DEEPSEEK} --port 8000 --tensor-parallel-size 4 --max-model-len 32768":
@@ -169,6 +171,38 @@ def test_start_lines_of_later_versions_are_refused_by_name(line: str, folder: Pa
     errors = [text for text in done.stderr.splitlines() if " ERROR " in text]
     assert len(errors) == 1 and REFUSED_LINES[line] in errors[0] and "not built" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_adapters(folder: Path, tmp_path: Path) -> None:
+    """The guide's example as it stands, with adapters of made-up weights under its names."""
+    shapes = {}
+    for layer in range(8):
+        shapes[f"model.layers.{layer}.mlp.down_proj"] = (256, 576)
+        shapes[f"model.layers.{layer}.self_attn.q_proj"] = (256, 256)
+    for seed, name in enumerate(("sql", "code", "chat")):
+        peft.write_adapter(folder / f"path/to/{name}-lora", shapes, seed=seed, size=2.0)
+    asks = {
+        "sql-adapter": "Escribe una consulta SQL para encontrar los 10 mejores clientes",
+        "code-adapter": "Escribe una función en Python para ordenar una lista",
+    }
+    with started(ADAPTERS, folder, tmp_path / "log") as server:
+        server.wait_ready(240)
+        listed = json.loads(server.get("/v1/models")[1])["data"]
+        names = ["sql-adapter", "code-adapter", "chat-adapter"]
+        assert [model["id"] for model in listed] == [LLAMA, *names]
+        assert {model["parent"] for model in listed[1:]} == {LLAMA}
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="not-needed", max_retries=0)
+        said = set()
+        for model in (*names, LLAMA):
+            ask = asks.get(model, "Hola")
+            response = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": ask}], max_tokens=8,
+            )  # fmt: skip
+            assert response.model == model
+            said.add(response.choices[0].message.content)
+        assert len(said) == 4
+        client.close()
+        assert b"vllm:lora_requests_info" in server.get("/metrics")[1]
 
 
 def test_health_and_models(server: Server) -> None:

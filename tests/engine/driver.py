@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyserve.client import SequenceRequest, SequenceStream
+from pyserve.client import SequenceRequest, SequenceStream, TokenLogprobs
 from pyserve.engine.batch import Step, StepOutput
 from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.masks import Failure, MaskWorkers
@@ -39,6 +39,7 @@ class Reader:
     output: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def take(self) -> None:
         if self.is_finished:
@@ -46,6 +47,7 @@ class Reader:
         try:
             while (delta := self.stream.take()) is not None:
                 self.output += delta.token_ids
+                self.logprobs += delta.logprobs or []
                 self.finish_reason = delta.finish_reason
                 if delta.finish_reason is not None:
                     if delta.stop_token_id is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from pyserve.model.activations import Arena
-from pyserve.model.context import ForwardContext
+from pyserve.model.context import AdapterRows, ForwardContext
 from pyserve.model.decoder import Decoder
 
 BLOCK_SIZE = 16
@@ -32,9 +32,12 @@ class Driver:
             self.kv_caches.append(cache)
         self._lens = [0] * num_seqs
 
-    def step(self, new_tokens: dict[int, Sequence[int]], num_padding: int = 0) -> torch.Tensor:
+    def step(
+        self, new_tokens: Mapping[int, Sequence[int]], num_padding: int = 0,
+        adapter_starts: Sequence[int] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Append tokens to sequences, by number; logits [num_tokens, vocab_size] in that order.
-        `num_padding` tokens and rows follow."""
+        `num_padding` tokens and rows follow. adapter_starts as in ops/lora.py."""
         ids: list[int] = []
         positions: list[int] = []
         slots, seq_lens, starts = [], [], [0]
@@ -56,6 +59,11 @@ class Driver:
         ids += [0] * num_padding
         positions += [0] * num_padding
         slots += [-1] * num_padding
+        activations = self.decoder.activations(self._arena(len(ids)), len(ids))
+        adapters = None
+        if adapter_starts is not None:
+            starts_of_slots = torch.tensor(adapter_starts, dtype=torch.int32)
+            adapters = AdapterRows(starts_of_slots, activations.shrunk)
         context = ForwardContext(
             input_ids=torch.tensor(ids, dtype=torch.int32),
             positions=torch.tensor(positions, dtype=torch.int32),
@@ -67,7 +75,8 @@ class Driver:
             kv_caches=self.kv_caches,
             max_query_len=len(ids),
             attention_plans={},
-            activations=self.decoder.activations(self._arena(len(ids)), len(ids)),
+            activations=activations,
+            adapters=adapters,
         )
         logits = torch.empty(len(ids), self.decoder.config.vocab_size, dtype=self.decoder.dtype)
         with torch.inference_mode():

@@ -60,6 +60,7 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.randn(10), torch.empty(3, 10), torch.empty(3, 1),
         ),
         "dequantise_w4a16": (packed, torch.empty(10, 64)),
+        **_args_of_adapters(),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "gelu_tanh_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "paged_attention": (
@@ -113,6 +114,20 @@ def _experts_args() -> dict[str, tuple[Any, ...]]:
         "combine_experts": (
             torch.randn(4, 12), _int(1, 0, -1, -1).view(2, 2), torch.rand(2, 3),
             torch.randn(2, 12), True, torch.randn(2, 12),
+        ),
+    }  # fmt: skip
+
+
+def _args_of_adapters() -> dict[str, tuple[Any, ...]]:
+    rows = _int(1, 2, 4), _int(5, 0, 3, 1, 5, 2).view(2, 3)
+    return {
+        "lora_shrink": (
+            torch.randn(4, 24), torch.randn(2, 3, 5, 24), *rows, torch.randn(2, 3),
+            torch.ones(4, 3, 5),
+        ),
+        "lora_expand": (
+            torch.randn(4, 3, 5), torch.randn(2, 10, 5), *rows, _int(0, 4, 6, 10),
+            torch.randn(4, 10),
         ),
     }  # fmt: skip
 

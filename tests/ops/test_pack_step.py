@@ -31,6 +31,7 @@ def test_random_steps_equal_the_twin() -> None:
                 SlotUpdate(slot=i, prompt=[1] * rng.randrange(9)).pack()
                 for i in range(rng.randrange(3))
             ],
+            rng.choice([None, [0, 3], [2, 2, 5, 7]]),
         )
         mine, theirs = np.full((2, 512), 77, dtype=np.int32)
         num_words = ops.pack_step(mine, *step)

@@ -21,8 +21,8 @@ from pyserve.api.http.delivery import json_response
 from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.http.keys import CLIENT, IS_BACKGROUND, USER
 from pyserve.api.http.request_id import current as current_request_id
-from pyserve.api.state import STATE
-from pyserve.client import EngineClient
+from pyserve.api.state import STATE, ServerState
+from pyserve.client import Adapter, EngineClient
 from pyserve.errors import AbortedError, UnavailableError
 from pyserve.text.parts import num_chars
 
@@ -115,9 +115,11 @@ async def generating(
     generation = kind(engine, state.metrics, arrived_s=arrived_s)
     reason = "abort"
     deadline = _Deadline(generation, state.config.request_timeout_s, cut)
+    adapter = None
     try:
+        adapter = await _acquired(state, engine, job)
         salt = state.keys.cache_salt(request[USER], job.cache_salt)
-        await generation.submit(job, cache_salt=salt, user=request[CLIENT])
+        await generation.submit(job, cache_salt=salt, user=request[CLIENT], adapter=adapter)
         state.generations[generation] = {job.request_id, current_request_id.get()} - {""}
         state.request_log.arrived(request, generation)
         yield generation
@@ -129,6 +131,8 @@ async def generating(
     finally:
         deadline.cancel()
         generation.close(reason)
+        if adapter is not None and engine.adapters is not None:
+            engine.adapters.release(adapter)
         state.generations.pop(generation, None)
         if generation.choices:
             usage = generation.usage()
@@ -138,6 +142,14 @@ async def generating(
                 num_output_tokens=usage.completion_tokens,
             )
         state.request_log.ended(request, generation)
+
+
+async def _acquired(state: ServerState, engine: EngineClient, job: Job) -> Adapter | None:
+    """The version of the adapter that all sequences of `job` use; None: the base model alone."""
+    name = state.adapter_named(job.model)
+    if name is None or engine.adapters is None or not job.is_run:
+        return None
+    return await engine.adapters.acquire(name)
 
 
 async def answer(
@@ -170,7 +182,7 @@ def make_head(request: web.Request, job: Job, id_prefix: str) -> Head:
     return Head(
         id=id_prefix + (job.request_id or current_request_id.get()),
         created=int(time.time()),
-        model=request.app[STATE].model_name,
+        model=request.app[STATE].name_in_answers(job.model),
     )
 
 

@@ -106,6 +106,7 @@ def read_request(
     thinking = _Thinking(body.thinking, loaded, has_tools=bool(tools))
     thinking.check(max_tokens if isinstance(body, MessagesRequest) else None)
     chat = ChatRequest(
+        model=body.model,
         messages=messages,
         continue_final_message=True if messages and messages[-1].role == "assistant" else None,
         tools=tools or None,

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: one entry per served name."""
+"""GET /v1/models and /v1/models/{id}: one entry per served name, the adapters' behind them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from aiohttp import web
 
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, ServerState
+from pyserve.client import ServedAdapter
 
 
 class Permission(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +33,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     owned_by: str = "pyserve"
     root: str
-    parent: None = None
+    parent: str | None = None
     max_model_len: int
     permission: list[Permission]
 
@@ -46,8 +47,11 @@ async def list_models(request: web.Request) -> web.StreamResponse:
     """Every name the model may be asked for by."""
     state = request.app[STATE]
     max_model_len = state.model().engine.info.max_model_len
-    names = state.config.served_model_names
-    return json_response(ModelList(data=[_entry(state, name, max_model_len) for name in names]))
+    entries = [_entry(state, name, max_model_len) for name in state.config.served_model_names]
+    entries += [
+        _entry(state, adapter.name, max_model_len, adapter) for adapter in _adapters(state)
+    ]
+    return json_response(ModelList(data=entries))
 
 
 async def retrieve_model(request: web.Request) -> web.StreamResponse:
@@ -56,16 +60,26 @@ async def retrieve_model(request: web.Request) -> web.StreamResponse:
     max_model_len = state.model().engine.info.max_model_len
     name = request.match_info["model"]
     name = name.removesuffix("/") or name
-    state.check_model_name(name)
-    return json_response(_entry(state, name, max_model_len))
+    adapter = next((it for it in _adapters(state) if it.name == name), None)
+    if adapter is None:
+        state.check_model_name(name)
+    return json_response(_entry(state, name, max_model_len, adapter))
 
 
-def _entry(state: ServerState, name: str, max_model_len: int) -> Model:
+def _adapters(state: ServerState) -> list[ServedAdapter]:
+    adapters = state.model().engine.adapters
+    return [] if adapters is None else adapters.served
+
+
+def _entry(
+    state: ServerState, name: str, max_model_len: int, adapter: ServedAdapter | None = None
+) -> Model:
     permission_id = hashlib.sha256(name.encode()).hexdigest()[:32]
     return Model(
         id=name,
         created=state.created,
-        root=state.model_name,
+        root=state.model_name if adapter is None else adapter.path,
+        parent=None if adapter is None else state.model_name,
         max_model_len=max_model_len,
         permission=[Permission(id=f"modelperm-{permission_id}", created=state.created)],
     )

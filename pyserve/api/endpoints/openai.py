@@ -84,7 +84,6 @@ async def make_job(
     _check_sequences(len(prompts), resolver.best_of)
     priority = check_priority(body.priority or 0)
     limit_name, asked = limit
-    default = info.max_model_len if default_max_tokens is None else default_max_tokens
     slices = Slices()
     params = []
     for prompt in prompts:
@@ -93,7 +92,7 @@ async def make_job(
             prompt_name=prompt_name,
             max_tokens=asked if is_run and not is_prompt_only else 1,
             limit_name=limit_name,
-            default=default,
+            default=info.max_model_len if default_max_tokens is None else default_max_tokens,
         )
         params.append(tokens.apply(own))
         await slices.rest()
@@ -128,6 +127,7 @@ async def make_job(
         priority=priority,
         cache_salt=cache_salt,
         request_id=checked_name("request_id", body.request_id),
+        model=body.model or "",
         ignored=[*ignored, *(name for name, is_so in without_effect.items() if is_so)],
         clamped=f"{limit_name}={granted}" if asked and asked > granted else "",
     )

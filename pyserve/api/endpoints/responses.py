@@ -69,7 +69,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         if not body.stream:
             raise
         state.request_log.refused(request, error)
-        head = Head(ID_PREFIX + hex_id, int(time.time()), state.model_name)
+        head = Head(ID_PREFIX + hex_id, int(time.time()), state.name_in_answers(body.model))
         temperature = 1.0 if body.temperature is None else body.temperature
         answering = Answering(asked, temperature, body.top_p or 1.0, is_kept, keep)
         return await _send_failed(request, ResponseFrames(answering, head), error)

@@ -18,7 +18,13 @@ import msgspec
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.generation.job import BeamSearch, Job, Prompt
 from pyserve.api.generation.slices import Slices
-from pyserve.client import EngineClient, SequenceRequest, SequenceStream, TokenLogprobs
+from pyserve.client import (
+    Adapter,
+    EngineClient,
+    SequenceRequest,
+    SequenceStream,
+    TokenLogprobs,
+)
 from pyserve.errors import QueueFullError, RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
@@ -165,15 +171,18 @@ class BeamGeneration(Generation):
         self._request = SequenceRequest((), SamplingParams(max_tokens=1))
         self._slices = Slices()
 
-    async def submit(self, job: Job, *, cache_salt: str, user: str) -> None:
+    async def submit(
+        self, job: Job, *, cache_salt: str, user: str, adapter: Adapter | None = None
+    ) -> None:
         """Queue the first round, one sequence for each prompt, if there is room for the others."""
         assert job.beam is not None
         width = job.beam.width
         num_tokens = width * sum(len(prompt.token_ids) for prompt in job.prompts)
         self._engine.check_room(width * len(job.prompts), num_tokens=num_tokens, user=user)
         self._request = SequenceRequest(
-            (), self._request.params, job.priority, cache_salt, user, None, job.is_background
-        )
+            (), self._request.params, job.priority, cache_salt, user, None, job.is_background,
+            adapter,
+        )  # fmt: skip
         for prompt, params in zip(job.prompts, job.params, strict=True):
             for sample_index in range(job.n):
                 own_params = msgspec.structs.replace(params, sample_index=sample_index)

@@ -21,7 +21,13 @@ from pyserve.api.generation.job import Ending, Job, Prompt
 from pyserve.api.generation.slices import Slices
 from pyserve.api.generation.told import Told, ToldTokens
 from pyserve.api.wire.protocol import CompletionTokensDetails, PromptTokensDetails, Usage
-from pyserve.client import EngineClient, SequenceDelta, SequenceRequest, SequenceStream
+from pyserve.client import (
+    Adapter,
+    EngineClient,
+    SequenceDelta,
+    SequenceRequest,
+    SequenceStream,
+)
 from pyserve.errors import AbortedError, RequestError
 from pyserve.metrics import Metrics
 from pyserve.params import SamplingParams
@@ -226,11 +232,14 @@ class Generation:
         for choice in self.active:
             self._engine.abort(choice.stream)
 
-    async def submit(self, job: Job, *, cache_salt: str, user: str) -> None:
+    async def submit(
+        self, job: Job, *, cache_salt: str, user: str, adapter: Adapter | None = None
+    ) -> None:
         """Queue all sequences of `job`. Raises what EngineClient.check_room and submit raise.
 
         cache_salt  the server's own, made of the job's and the key's.
         user        with whom they share what is scarce.
+        adapter     what all of them use; None: the base model alone.
         """
         num_run = max(job.n, job.best_of)
         self._num_shown = job.n
@@ -253,6 +262,7 @@ class Generation:
                             user,
                             job.make_constraint(),
                             job.is_background,
+                            adapter,
                         )
                     )
                 else:  # the engine does not hear of it

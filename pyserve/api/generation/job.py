@@ -88,6 +88,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_background     it gives way to all that is not.
     cache_salt        of the client: the prefix cache is shared only by requests with the same one.
     request_id        of the client; "": the server's own.
+    model             the name that was asked for, which may be an adapter's; "": the served one.
     ignored           fields of the request that had no effect.
     merged            what was done to the order of the messages, as turn_order.in_order has it.
     clamped           "name=tokens" where the context cuts a token limit; "": it does not.
@@ -112,6 +113,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_background: bool = False
     cache_salt: str = ""
     request_id: str = ""
+    model: str = ""
     ignored: list[str] = []
     merged: str = ""
     clamped: str = ""

@@ -17,6 +17,7 @@ from aiohttp import web
 from pyserve import __version__
 from pyserve.api.endpoints.models import Model, ModelList
 from pyserve.api.pages import site
+from pyserve.api.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from pyserve.api.wire.batches import (
     Batch,
     BatchList,
@@ -201,6 +202,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/batches/{batch_id}/cancel"): Operation("End it", {200: Batch}),
     ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
+    ("POST", "/v1/load_lora_adapter"): Operation(
+        "Serve the LoRA adapter of a folder under a name", {200: None}, LoadAdapterRequest,
+        example={"lora_name": "sql", "lora_path": "/adapters/sql"},
+    ),
+    ("POST", "/v1/unload_lora_adapter"): Operation(
+        "Serve it no more", {200: None}, UnloadAdapterRequest, example={"lora_name": "sql"},
+    ),
     ("POST", "/tokenize"): Operation(
         "Token ids of a text, or of the prompt made from messages", {200: TokenizeResponse},
         TokenizeRequest, example={"prompt": "Hello world"},

@@ -82,6 +82,10 @@ class Attention:
                 f"config.json: {name}.{names.qkv[0]} is quantised, and its neighbouring rows are "
                 "rotated together: not supported"
             )
+        if config.has_pairs and self.qkv.adapters is not None:
+            order = torch.arange(self.qkv.out_features)
+            self._put_halves_apart(order)
+            self.qkv.adapters.reorder(order)
         # Steps without longer queries leave rope_write_kv's work to the attention kernel.
         is_plain = self.q_norm is None and query_scales is None
         is_fused = is_plain and cos_sin.is_cuda and cos_sin.shape[1] == head_dim
@@ -92,9 +96,9 @@ class Attention:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is what kv_spec says."""
-        self.qkv(x, act.qkv)
+        self.qkv(x, act.qkv, ctx.adapters)
         self.attend(ctx, cache, act)
-        self._project(act.joined, out)
+        self._project(act.joined, out, ctx.adapters)
 
     @property
     def has_norm_factors(self) -> bool:
@@ -157,11 +161,14 @@ class Attention:
         The scores stay what they were, as q and k are put in one order.
         """
         assert isinstance(self.qkv.matrix, Dense)
-        num_turned, rotary_dim = self._num_heads + self._num_kv_heads, self.cos_sin.shape[1]
         for parameter in (self.qkv.matrix.weight, self.qkv.bias):
-            if parameter is None:
-                continue
-            rows = parameter[: num_turned * self._head_dim]
-            turned = rows.view(num_turned, self._head_dim, -1)[:, :rotary_dim]
-            pairs = turned.reshape(num_turned, rotary_dim // 2, 2, -1)
-            turned.copy_(pairs.transpose(1, 2).flatten(1, 2))
+            if parameter is not None:
+                self._put_halves_apart(parameter)
+
+    def _put_halves_apart(self, rows: torch.Tensor) -> None:
+        """Of q | k | v, in place."""
+        num_turned, rotary_dim = self._num_heads + self._num_kv_heads, self.cos_sin.shape[1]
+        heads = rows[: num_turned * self._head_dim].view(num_turned, self._head_dim, -1)
+        turned = heads[:, :rotary_dim]
+        pairs = turned.reshape(num_turned, rotary_dim // 2, 2, -1)
+        turned.copy_(pairs.transpose(1, 2).flatten(1, 2))

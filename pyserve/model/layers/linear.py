@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from pyserve.errors import ConfigError
+from pyserve.model.context import AdapterRows
 from pyserve.model.destination import Destination, Destinations
+from pyserve.model.layers.adapters import LinearAdapters
 from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.registry import SchemeName
 from pyserve.model.schemes import (
@@ -21,7 +23,8 @@ from pyserve.model.schemes import (
     row_destinations,
 )
 
-Apply = Callable[[torch.Tensor, torch.Tensor], None]  # of a Linear to x, into what follows
+# Of a Linear to x, into what follows, with the adapters of the step's tokens or none.
+Apply = Callable[[torch.Tensor, torch.Tensor, AdapterRows | None], None]
 
 ShardRule = Literal["whole", "column", "row", "vocabulary"]
 
@@ -63,13 +66,16 @@ class Linear:
                  is with rank 0.
 
     `add` and `silu_mul` are there where a step between would find no place: not where the scheme
-    cannot, nor where an adapter's part or the other ranks' is still to come. Where
-    `has_norm_factor`, so are those that leave a norm to be a factor, for ops.MAX_NORM_ROWS.
+    cannot, nor where the other ranks' part is still to come. Where `has_norm_factor`, so are those
+    that leave a norm to be a factor, for ops.MAX_NORM_ROWS. In a step with tokens that use an
+    adapter, whose part is added to y, only a call and `add` will do.
+
+    adapters  None where the placement has no slots for any.
     """
 
     __slots__ = (
         "matrix", "bias", "in_features", "out_features", "has_add", "has_silu_mul",
-        "has_norm_factor", "_rows", "_has_bias",
+        "has_norm_factor", "adapters", "_rows", "_has_bias",
     )  # fmt: skip
 
     def __init__(
@@ -91,14 +97,17 @@ class Linear:
         )
         self.in_features = columns.size  # here, of this rank, as the next
         self.out_features = sum(part.size for part in self._rows)
+        self.adapters: LinearAdapters | None = None
+        if placement.num_adapter_slots:
+            self.adapters = LinearAdapters(self._rows, columns.size, placement)
         matrix = self.matrix
-        can_fuse = matrix.is_fusing and placement.num_adapter_slots == 0
         is_sum_partial = shard == "row" and placement.tp_size > 1
-        self.has_add = can_fuse and isinstance(matrix, AddingScheme) and not is_sum_partial
-        self.has_silu_mul = can_fuse and isinstance(matrix, ActivatingScheme)
+        is_adding = matrix.is_fusing and isinstance(matrix, AddingScheme)
+        self.has_add = is_adding and not is_sum_partial
+        self.has_silu_mul = matrix.is_fusing and isinstance(matrix, ActivatingScheme)
         is_aligned = columns.size % 8 == 0  # as the card's kernels for few rows ask
         is_norming = isinstance(matrix, NormingScheme) and matrix.is_norming
-        self.has_norm_factor = can_fuse and is_norming and is_aligned
+        self.has_norm_factor = matrix.is_fusing and is_norming and is_aligned
         self.bias: torch.Tensor | None = None
         if has_bias and (shard != "row" or placement.tp_rank == 0):
             shape = self.out_features
@@ -110,17 +119,25 @@ class Linear:
         linear = cls.__new__(cls)
         linear.matrix, linear.bias = Dense.over(weight), None
         linear.out_features, linear.in_features = weight.shape
-        linear._rows, linear._has_bias = (), False
+        linear._rows, linear._has_bias, linear.adapters = (), False, None
         linear.has_add = linear.has_silu_mul = linear.has_norm_factor = False
         return linear
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor, adapters: AdapterRows | None = None
+    ) -> None:
         """x [num_tokens, inputs here] -> out [num_tokens, out_features]"""
         self.matrix(x, self.bias, out)
+        if adapters is not None and self.adapters is not None:
+            self.adapters(x, adapters, out)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None
+    ) -> None:
         """residual [num_tokens, out_features] += y in place; where `has_add`."""
         self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
+        if adapters is not None and self.adapters is not None:
+            self.adapters(x, adapters, residual)
 
     def silu_mul(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """silu(gate) * up -> out [num_tokens, out_features / 2], where y is gate, then up.

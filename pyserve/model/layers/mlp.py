@@ -8,7 +8,7 @@ import torch
 
 from pyserve import ops
 from pyserve.model.activations import Arena, MLPActivations
-from pyserve.model.context import ForwardContext
+from pyserve.model.context import AdapterRows, ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.layer_config import Activation, LayerNames, MLPConfig
 from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
@@ -60,9 +60,12 @@ class MLP:
     def __call__(
         self, x: torch.Tensor, ctx: ForwardContext, act: MLPActivations, out: torch.Tensor
     ) -> None:
-        """x [num_tokens, hidden_size] -> out, of the same shape; `ctx` is for MLPs that route."""
-        self._activate(x, act.gate_up, act.activated)
-        self._project(act.activated, out)
+        """x [num_tokens, hidden_size] -> out, of the same shape"""
+        if ctx.adapters is None:
+            self._activate(x, act.gate_up, act.activated)
+        else:  # what they add comes before the activation
+            self._two_calls(x, act.gate_up, act.activated, ctx.adapters)
+        self._project(act.activated, out, ctx.adapters)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -80,8 +83,11 @@ class MLP:
         is_before = self.gate_up.has_norm_factor and self._is_fused
         return is_before and self.is_adding and self.down.has_norm_factor
 
-    def _two_calls(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        self.gate_up(x, gate_up)
+    def _two_calls(
+        self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> None:  # fmt: skip
+        self.gate_up(x, gate_up, adapters)
         self._activation(gate_up, out)
 
     def activations(self, arena: Arena, num_tokens: int) -> MLPActivations:

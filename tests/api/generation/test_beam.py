@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyserve.api.generation.beam import BeamGeneration, Search
 from pyserve.api.generation.job import BeamSearch, Ending, Job, Prompt
-from pyserve.client import EngineClient, EngineInfo, SequenceRequest
+from pyserve.client import Adapter, EngineClient, EngineInfo, SequenceRequest
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.errors import EngineError, QueueFullError, UnavailableError
 from pyserve.metrics import Metrics
@@ -65,11 +65,13 @@ def make_job(
     )
 
 
-async def searched(engine: EngineClient, job: Job, *, user: str = "") -> BeamGeneration:
+async def searched(
+    engine: EngineClient, job: Job, *, user: str = "", adapter: Adapter | None = None
+) -> BeamGeneration:
     """A search that has gone well."""
     generation = BeamGeneration(engine, Metrics("m"), arrived_s=0.0)
     try:
-        await generation.submit(job, cache_salt="salt", user=user)
+        await generation.submit(job, cache_salt="salt", user=user, adapter=adapter)
         await generation.read_all()
     finally:
         generation.close("error")
@@ -187,9 +189,11 @@ def test_the_stop_token_is_shown_where_that_is_asked_for(tokenizer: Tokenizer) -
 def test_each_round_is_a_request_like_any_other(tokenizer: Tokenizer) -> None:
     job = make_job(tokenizer, BeamSearch(2, 1.0), n=1, prompts=PROMPTS[:1], max_tokens=3)
     engine = LikelyEngine(lambda number: Script([]), num_cached_tokens=3)
-    generation = run(searched(engine, job, user="me"))
+    adapter = Adapter("a", 1)
+    generation = run(searched(engine, job, user="me", adapter=adapter))
     assert [len(item.prompt) for item in engine.submitted] == [4, 5, 5, 6, 6]
     assert {(item.user, item.cache_salt) for item in engine.submitted} == {("me", "salt")}
+    assert {item.adapter for item in engine.submitted} == {adapter}
     (choice,) = generation.choices
     assert choice.stream.scheduled_s and choice.first_token_s
     usage = generation.usage()

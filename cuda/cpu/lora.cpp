@@ -1,0 +1,234 @@
+// LoRA: what adapters add to a linear's output (Hu et al. 2021), in two ops.
+//   lora_shrink  out[t, p, r] = scales[s, p] * sum over i of x[t, i] * a[s, p, r, i]
+//   lora_expand  out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], j in part p's columns
+// where s is the slot of t's adapter: t is in [starts[s], starts[s + 1]), and r < ranks[s, p].
+//   x [num_tokens, k], a [num_slots, num_parts, max_rank, k], b [num_slots, n, max_rank]
+// Tokens outside all segments are neither read nor written, nor is anything from a part's rank on.
+//
+// Items are kTokens tokens of one segment by some rows of one part's matrix; threads split them.
+// Numerics: float32 sums, one rounding of what is added to out. The order of a sum depends on k, or
+// the rank, alone: what else is in a batch never changes a row's result.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../common/args/lora.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace pyserve {
+namespace {
+
+constexpr int64_t kTokens = 16;
+constexpr int64_t kShrinkRows = kLanes;
+constexpr int64_t kExpandColumns = 16 * kLanes;
+
+// Tokens of one slot by rows of one part's matrix.
+struct Item {
+  int64_t slot, part;
+  int64_t token, num_tokens;
+  int64_t row, num_rows;
+};
+
+// The rank of each part of each slot, checked.
+struct Ranks {
+  const View& view;
+  int64_t max_rank;
+
+  int64_t operator()(int64_t slot, int64_t part) const {
+    const int64_t rank = view.ptr<int32_t>()[slot * view.stride(0) + part];
+    PYSERVE_CHECK(rank >= 0 && rank <= max_rank, view.op, ": ranks[", slot, ", ", part, "] is ",
+                  rank, ", the limit is ", max_rank);
+    return rank;
+  }
+};
+
+// `rows_of_part(slot, part)` gives the begin and the end of a part's rows, where there are any.
+template <class RowsOfPart>
+std::vector<Item> items_of(const View& starts, int64_t num_tokens, int64_t num_parts,
+                           int64_t rows_at_once, const RowsOfPart& rows_of_part) {
+  std::vector<Item> items;
+  const int32_t* start = starts.ptr<int32_t>();
+  for (int64_t slot = 0; slot + 1 < starts.size(0); ++slot) {
+    const int64_t begin = start[slot], end = start[slot + 1];
+    PYSERVE_CHECK(begin >= 0 && begin <= end && end <= num_tokens, starts.op, ": slot ", slot,
+                  " has tokens ", begin, " to ", end, " of ", num_tokens);
+    if (begin == end) continue;
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const auto [first, last] = rows_of_part(slot, part);
+      for (int64_t row = first; row < last; row += rows_at_once) {
+        for (int64_t token = begin; token < end; token += kTokens) {
+          items.push_back({slot, part, token, std::min(kTokens, end - token), row,
+                           std::min(rows_at_once, last - row)});
+        }
+      }
+    }
+  }
+  return items;
+}
+
+// ---- shrink -------------------------------------------------------------------------------------
+
+// Dot products of kTokensAtOnce rows of x and kLanes / kTokensAtOnce rows of a, x by x.
+template <class T, int kTokensAtOnce>
+Vec dots(const T* x, int64_t x_stride, const T* const (&rows)[kLanes / kTokensAtOnce], int64_t k) {
+  constexpr int kRows = kLanes / kTokensAtOnce;
+  Vec sums[kLanes] = {};
+  auto step = [&](auto&& read, int64_t i) {
+    Vec parts[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) parts[r] = read(rows[r] + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokensAtOnce; ++t) {
+      const Vec x_part = read(x + t * x_stride + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        sums[t * kRows + r] = fma(x_part, parts[r], sums[t * kRows + r]);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) step([](const T* p) { return load(p); }, i);
+  if (i < k) step([&](const T* p) { return load_first(p, k - i); }, i);
+  return sum_rows(sums);
+}
+
+// Of `count` rows of a from `row` on, at most kLanes / kTokensAtOnce.
+template <class T, int kTokensAtOnce>
+void shrink_block(const T* x, int64_t x_stride, const T* a, int64_t a_stride, int64_t k,
+                  int64_t count, float scale, float* out, int64_t out_stride) {
+  constexpr int kRows = kLanes / kTokensAtOnce;
+  const T* rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = a + std::min<int64_t>(r, count - 1) * a_stride;
+  float sums[kLanes];
+  store(sums, dots<T, kTokensAtOnce>(x, x_stride, rows, k) * scale);
+  for (int t = 0; t < kTokensAtOnce; ++t) {
+    std::copy_n(sums + t * kRows, count, out + t * out_stride);
+  }
+}
+
+template <class T, int kTokensAtOnce>
+void shrink_rows(const LoraShrinkArgs& args, const Item& item, int64_t token, const T* a,
+                 float scale) {
+  constexpr int64_t kRows = kLanes / kTokensAtOnce;
+  const T* x = args.x.ptr<T>() + token * args.x.stride(0);
+  float* out = args.out.ptr<float>() + token * args.out.stride(0) + item.part * args.out.stride(1);
+  const int64_t end = item.row + item.num_rows, stride = args.a.stride(2);
+  for (int64_t row = item.row; row < end; row += kRows) {
+    shrink_block<T, kTokensAtOnce>(x, args.x.stride(0), a + row * stride, stride, args.k(),
+                                   std::min(kRows, end - row), scale, out + row,
+                                   args.out.stride(0));
+  }
+}
+
+template <class T>
+void shrink_item(const LoraShrinkArgs& args, const Item& item) {
+  const T* a = args.a.ptr<T>() + item.slot * args.a.stride(0) + item.part * args.a.stride(1);
+  const float scale =
+      args.scales.ptr<float>()[item.slot * args.scales.stride(0) + item.part];
+  const int64_t end = item.token + item.num_tokens;
+  int64_t token = item.token;
+  for (; token + 4 <= end; token += 4) shrink_rows<T, 4>(args, item, token, a, scale);
+  for (; token < end; ++token) shrink_rows<T, 1>(args, item, token, a, scale);
+}
+
+void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const Tensor& ranks,
+                 const Tensor& scales, const Tensor& out) {
+  const ViewReader read{"lora_shrink", Place::kCpu};
+  const LoraShrinkArgs args = lora_shrink_args(read, x, a, starts, ranks, scales, out);
+  const Ranks rank_of{args.ranks, args.max_rank()};
+  const std::vector<Item> items = items_of(
+      args.starts, args.num_tokens(), args.num_parts(), kShrinkRows,
+      [&](int64_t slot, int64_t part) { return std::pair(int64_t{0}, rank_of(slot, part)); });
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
+    // As a linear's, nanoseconds a byte of a row, and a byte and token.
+    const double bytes = static_cast<double>(args.k() * sizeof(T) * kShrinkRows);
+    const double cost = bytes * (0.035 + 0.008 * std::min(kTokens, args.num_tokens()));
+    parallel_for(static_cast<int64_t>(items.size()), cost, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) shrink_item<T>(args, items[i]);
+    });
+  });
+}
+
+// ---- expand -------------------------------------------------------------------------------------
+
+// out[c] += sum over r of shrunk[r] * b[c, r], `count` columns of at most kLanes.
+template <class T>
+void expand_block(const float* shrunk, int64_t rank, const T* b, int64_t b_stride, int64_t count,
+                  T* out) {
+  const T* rows[kLanes];
+  for (int c = 0; c < kLanes; ++c) rows[c] = b + std::min<int64_t>(c, count - 1) * b_stride;
+  Vec sums[kLanes] = {};
+  int64_t r = 0;
+  for (; r + kLanes <= rank; r += kLanes) {
+    const Vec part = load(shrunk + r);
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) sums[c] = fma(part, load(rows[c] + r), sums[c]);
+  }
+  if (r < rank) {
+    const Vec part = load_first(shrunk + r, rank - r);
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) {
+      sums[c] = fma(part, load_first(rows[c] + r, rank - r), sums[c]);
+    }
+  }
+  const Vec added = sum_rows(sums);
+  if (count == kLanes) {
+    store(out, load(out) + added);
+  } else {
+    store_first(out, load_first(out, count) + added, count);
+  }
+}
+
+template <class T>
+void expand_item(const LoraExpandArgs& args, const Item& item, int64_t rank) {
+  const T* b = args.b.ptr<T>() + item.slot * args.b.stride(0);
+  const int64_t stride = args.b.stride(1), end = item.row + item.num_rows;
+  for (int64_t column = item.row; column < end; column += kLanes) {
+    for (int64_t token = item.token; token < item.token + item.num_tokens; ++token) {
+      const float* shrunk = args.shrunk.ptr<float>() + token * args.shrunk.stride(0) +
+                            item.part * args.shrunk.stride(1);
+      expand_block<T>(shrunk, rank, b + column * stride, stride,
+                      std::min<int64_t>(kLanes, end - column),
+                      args.out.ptr<T>() + token * args.out.stride(0) + column);
+    }
+  }
+}
+
+void lora_expand(const Tensor& shrunk, const Tensor& b, const Tensor& starts, const Tensor& ranks,
+                 const Tensor& columns, const Tensor& out) {
+  const ViewReader read{"lora_expand", Place::kCpu};
+  const LoraExpandArgs args = lora_expand_args(read, shrunk, b, starts, ranks, columns, out);
+  const Ranks rank_of{args.ranks, args.max_rank()};
+  const int32_t* column = args.columns.ptr<int32_t>();
+  for (int64_t part = 0; part < args.num_parts(); ++part) {
+    PYSERVE_CHECK(column[part] >= 0 && column[part] <= column[part + 1] &&
+                      column[part + 1] <= args.n(),
+                  read.op, ": part ", part, " has columns ", column[part], " to ",
+                  column[part + 1], " of ", args.n());
+  }
+  const std::vector<Item> items =
+      items_of(args.starts, args.num_tokens(), args.num_parts(), kExpandColumns,
+               [&](int64_t slot, int64_t part) {
+                 const int64_t first = column[part];
+                 return std::pair(first, rank_of(slot, part) ? int64_t{column[part + 1]} : first);
+               });
+  dispatch_float<float, Bf16>(args.out, [&]<class T>(T) {
+    const double bytes = static_cast<double>(args.max_rank() * sizeof(T) * kExpandColumns);
+    const double cost = bytes * (0.035 + 0.016 * std::min(kTokens, args.num_tokens()));
+    parallel_for(static_cast<int64_t>(items.size()), cost, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        expand_item<T>(args, items[i], rank_of(items[i].slot, items[i].part));
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace pyserve
+
+STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
+  m.impl("lora_shrink", TORCH_BOX(&pyserve::lora_shrink));
+  m.impl("lora_expand", TORCH_BOX(&pyserve::lora_expand));
+}

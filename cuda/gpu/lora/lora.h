@@ -1,0 +1,51 @@
+// lora_shrink and lora_expand on CUDA.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "gpu/core/dtype.h"
+
+namespace pyserve::gpu {
+
+// Which tokens use the adapter in which slot, and the ranks of its parts; as in ops/lora.py.
+struct LoraRows {
+  const int32_t* starts;  // [num_slots + 1]
+  const int32_t* ranks;   // [num_slots, num_parts]
+  int64_t ranks_stride;
+  int32_t num_slots, num_parts, max_rank;
+  int64_t num_tokens;
+};
+
+struct LoraShrinkParams {
+  LoraRows rows;
+  const void* x;  // [num_tokens, k]; strides in elements
+  int64_t x_stride;
+  const void* a;  // [num_slots, num_parts, max_rank, k]
+  int64_t a_slot_stride, a_part_stride, a_stride;
+  const float* scales;  // [num_slots, num_parts]
+  int64_t scales_stride;
+  float* out;  // [num_tokens, num_parts, max_rank]
+  int64_t out_stride, out_part_stride;
+  int64_t k;
+  Dtype dtype;  // 16 bits
+};
+
+struct LoraExpandParams {
+  LoraRows rows;
+  const float* shrunk;  // [num_tokens, num_parts, max_rank]
+  int64_t shrunk_stride, shrunk_part_stride;
+  const void* b;  // [num_slots, n, max_rank]
+  int64_t b_slot_stride, b_stride;
+  const int32_t* columns;  // [num_parts + 1]
+  void* out;               // [num_tokens, n]
+  int64_t out_stride;
+  int64_t n;
+  Dtype dtype;  // 16 bits
+};
+
+cudaError_t launch_lora_shrink(const LoraShrinkParams& params, cudaStream_t stream);
+cudaError_t launch_lora_expand(const LoraExpandParams& params, cudaStream_t stream);
+
+}  // namespace pyserve::gpu

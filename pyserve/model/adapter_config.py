@@ -1,0 +1,203 @@
+"""adapter_config.json: what PEFT says of an adapter beside its tensors.
+
+A field that changes what is computed is honoured or refused by name. Which modules an adapter has,
+and at which rank, its tensors say: target_modules and layers_to_transform are not looked at.
+Format: LoraConfig of https://github.com/huggingface/peft
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyserve.errors import CheckpointError
+from pyserve.model_files import read_object
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_PATTERNS = 16  # keys of a pattern that repeat something, each of which is tried on every module
+MAX_PATTERN_CHARS = 500
+
+# Ways to begin the training that leave the base model's weights as they are.
+PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+# field -> why an adapter with it is refused, unless it is null, false or empty
+REFUSED = {
+    "use_dora": "DoRA scales the columns of the merged matrix",
+    "modules_to_save": "modules that are replaced as a whole are not supported",
+    "lora_bias": "a bias of its own is not supported",
+    "fan_in_fan_out": "transposed matrices are GPT-2's, which is not served",
+    "layer_replication": "layers that are repeated are not supported",
+    "trainable_token_indices": "embeddings of its own are not supported",
+    "target_parameters": "adapters of experts are not supported",
+    "alora_invocation_tokens": "an adapter that begins at a token is not supported",
+    "use_qalora": "QA-LoRA pools the inputs",
+    "use_bdlora": "block-diagonal adapters are not supported",
+    "arrow_config": "routing among adapters is not supported",
+    "monteclora_config": "MonteCLoRA is another computation",
+    "kasa_config": "KaSA is another computation",
+    "velora_config": "VeLoRA is another computation",
+}
+# Those that change nothing where an adapter is only applied.
+HARMLESS = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "parent_library",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "task_type",
+})  # fmt: skip
+_READ = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
+    "init_lora_weights",
+})  # fmt: skip
+
+# A stranger's expression runs on every module's name: what it repeats is one character at a time,
+# twice at most, so that its time is bounded.
+_PLAIN_KEY = re.compile(r"[\w.-]+")
+_PATTERN_KEY = re.compile(r"(?:[\w.|()$^-]|\\[.dw]|(?:\.|\\[dw]|\[[\w-]+\])[*+]|\[[\w-]+\])+")
+_REPEATED = re.compile(r"[*+]")
+MAX_REPEATED = 2
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """As its file has it.
+
+    max_rank     `r`, of modules that rank_pattern does not name; likewise alpha.
+    base_model   which model it says it was trained on; "": it does not say.
+    unknown      fields that are set and mean nothing here.
+    """
+
+    max_rank: int
+    alpha: float
+    is_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    base_model: str = ""
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> AdapterConfig:
+        """Raises CheckpointError naming the file, the field and the value."""
+        path = folder / CONFIG_FILE
+        raw = read_object(path, MAX_CONFIG_BYTES)
+        if raw is None:
+            raise CheckpointError(f"{path}: No such file: {folder} is no adapter of PEFT's")
+        _refuse(raw, path)
+        base_model = raw.get("base_model_name_or_path")
+        known = HARMLESS | _READ | REFUSED.keys()
+        return cls(
+            max_rank=_rank(raw.get("r"), f"{path}: r"),
+            alpha=_alpha(raw.get("lora_alpha"), f"{path}: lora_alpha"),
+            is_rslora=_flag(raw, "use_rslora", path),
+            rank_pattern=_pattern(raw, "rank_pattern", _rank, path),
+            alpha_pattern=_pattern(raw, "alpha_pattern", _alpha, path),
+            base_model=base_model if isinstance(base_model, str) else "",
+            unknown=tuple(name for name, value in raw.items() if value and name not in known),
+        )
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, by its name in the base model."""
+        return _first_match(self.rank_pattern, module, self.max_rank)
+
+    def scale_of(self, module: str) -> float:
+        """What B A is multiplied by."""
+        rank = self.rank_of(module)
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.is_rslora else rank)
+
+
+def _refuse(raw: Mapping[str, Any], path: Path) -> None:
+    peft_type = raw.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise CheckpointError(f"{path}: peft_type {_shown(peft_type)} is not supported, only LORA")
+    for name, why in REFUSED.items():
+        if raw.get(name):
+            raise CheckpointError(f"{path}: {name} is not supported: {why}")
+    if raw.get("bias") not in (None, "none"):
+        bias = _shown(raw["bias"])
+        raise CheckpointError(f"{path}: bias {bias} is not supported, only none")
+    init = raw.get("init_lora_weights", True)
+    if init is not None and not any(init is plain or init == plain for plain in PLAIN_INITS):
+        raise CheckpointError(
+            f"{path}: init_lora_weights {_shown(init)} is not supported: it changes the weights of "
+            "the base model (as PiSSA, OLoRA, CorDA and LoftQ do), or is not known; PEFT's "
+            "path_initial_model_for_weight_conversion saves a plain adapter"
+        )
+
+
+def _rank(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{where} must be a rank of at least 1, got {_shown(value)}")
+    return value
+
+
+def _alpha(value: Any, where: str) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise CheckpointError(f"{where} must be a finite number, got {_shown(value)}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str, path: Path) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {name} must be true or false, got {_shown(value)}")
+    return bool(value)
+
+
+def _pattern(raw: Mapping[str, Any], name: str, read: Any, path: Path) -> dict[str, Any]:
+    """Expression -> what holds for the modules that it matches."""
+    value = raw.get(name)
+    if not value:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {name} must be an object, got {_shown(value)}")
+    num_repeating = 0
+    for key in value:
+        num_repeating += bool(_REPEATED.search(key))
+        _check_key(key, f"{path}: {name}")
+    if num_repeating > MAX_PATTERNS:
+        raise CheckpointError(
+            f"{path}: {name} has {num_repeating} keys with * or +, the limit is {MAX_PATTERNS}"
+        )
+    return {key: read(item, f"{path}: {name}[{key}]") for key, item in value.items()}
+
+
+def _check_key(key: str, where: str) -> None:
+    is_known = (
+        len(key) <= MAX_PATTERN_CHARS
+        and _PATTERN_KEY.fullmatch(key) is not None
+        and len(_REPEATED.findall(key)) <= MAX_REPEATED
+    )
+    if is_known:
+        try:
+            re.compile(key)
+        except re.error:
+            is_known = False
+    if not is_known:
+        raise CheckpointError(
+            f"{where}: the key {_shown(key)} is not supported: only a module's name, or an "
+            f"expression of at most {MAX_PATTERN_CHARS} characters that repeats a character "
+            f"{MAX_REPEATED} times at most"
+        )
+
+
+def _first_match(pattern: Mapping[str, V], module: str, otherwise: V) -> V:
+    """As PEFT looks up: the first key that matches the name, or its end behind a dot."""
+    for key, value in pattern.items():
+        if _PLAIN_KEY.fullmatch(key) and not (module == key or module.endswith(f".{key}")):
+            continue
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return otherwise
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:100]

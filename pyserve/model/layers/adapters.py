@@ -1,0 +1,85 @@
+"""What adapters add to the output of a Linear: the slots that hold their matrices, and the call.
+
+The tensors are fixed when the model is made: an adapter is copied into a slot and overwritten by
+the next one, and nothing is ever allocated for it. ops/lora.py says how they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+
+from pyserve.model.adapter_weights import Pair, Target
+from pyserve.model.context import AdapterRows
+from pyserve.model.placement import Placement, Rows
+from pyserve.ops.lora import lora_expand, lora_shrink
+
+
+class LinearAdapters:
+    """Adapters of one Linear. Each module of the checkpoint in it is a part, with its own pair."""
+
+    __slots__ = (
+        "num_parts", "_names", "_bounds", "_order", "_a", "_b", "_ranks", "_scales", "_columns",
+    )  # fmt: skip
+
+    def __init__(self, rows: Sequence[Rows], in_features: int, placement: Placement) -> None:
+        assert placement.tp_size == 1, "adapters of ranks cannot compute yet"
+        self._names = list(dict.fromkeys(part.name for part in rows))
+        self.num_parts = len(self._names)
+        self._order: dict[str, torch.Tensor] = {}  # of the rows of a part's B
+        sizes = [sum(part.size for part in rows if part.name == name) for name in self._names]
+        self._bounds = list(accumulate(sizes, initial=0))
+        num_slots, max_rank = placement.num_adapter_slots, placement.max_adapter_rank
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            # Written at once, so that resident memory does not grow while serving.
+            return torch.empty(shape, dtype=dtype, device=placement.device).zero_()
+
+        shape = num_slots, self.num_parts
+        self._a = zeros(*shape, max_rank, in_features, dtype=placement.dtype)
+        self._b = zeros(num_slots, self._bounds[-1], max_rank, dtype=placement.dtype)
+        self._ranks = zeros(*shape, dtype=torch.int32)
+        self._scales = zeros(*shape, dtype=torch.float32)
+        self._columns = zeros(self.num_parts + 1, dtype=torch.int32)
+        if placement.device.type != "meta":
+            self._columns.copy_(torch.tensor(self._bounds, dtype=torch.int32))
+
+    def __call__(self, x: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
+        """out [num_tokens, out_features] += what the adapters of its tokens make of x, in place."""
+        shrunk = rows.shrunk[self.num_parts]
+        lora_shrink(x, self._a, rows.starts, self._ranks, self._scales, shrunk)
+        lora_expand(shrunk, self._b, rows.starts, self._ranks, self._columns, out)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i of the Linear's matrix is row rows[i] of those that the checkpoint gives it."""
+        for part, name in enumerate(self._names):
+            begin, end = self._bounds[part : part + 2]
+            self._order[name] = rows[begin:end] - begin
+
+    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+        """Let `slot` hold the pairs of an adapter, and nothing where it has none."""
+        for part, name in enumerate(self._names):
+            pair = pairs.get(name)
+            if pair is None:
+                self._ranks[slot, part] = 0
+                continue
+            size = len(pair.a)
+            b = pair.b if name not in self._order else pair.b[self._order[name]]
+            self._a[slot, part, :size].copy_(pair.a)
+            self._b[slot, self._bounds[part] : self._bounds[part + 1], :size].copy_(b)
+            self._ranks[slot, part] = size
+            self._scales[slot, part] = pair.scale
+
+    def targets(self) -> dict[str, Target]:
+        """Shapes of the modules that an adapter may have a pair for."""
+        return {
+            name: Target(self._bounds[part + 1] - self._bounds[part], self._a.shape[3])
+            for part, name in enumerate(self._names)
+        }
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self._a, self._b, self._ranks, self._scales, self._columns
+        return sum(tensor.nbytes for tensor in tensors)

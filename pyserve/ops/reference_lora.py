@@ -1,0 +1,48 @@
+"""Plain-torch twins of the ops of lora.py: see reference.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+def lora_shrink(
+    x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor
+) -> None:
+    """out = scale * x a^T of each segment and part, up to its rank."""
+    for slot, part, rank, begin, end in _segments(starts, ranks, len(x), a.shape[2]):
+        product = x[begin:end].float() @ a[slot, part, :rank].float().T
+        out[begin:end, part, :rank] = product * scales[slot, part]
+
+
+def lora_expand(
+    shrunk: Tensor, b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, out: Tensor
+) -> None:
+    """out += shrunk b^T of each segment, in the columns of each part; rounded once."""
+    bounds = columns.tolist()
+    for slot, part, rank, begin, end in _segments(starts, ranks, len(out), b.shape[2]):
+        first, last = bounds[part : part + 2]
+        _check(0 <= first <= last <= out.shape[1], f"part {part} has columns {first} to {last}")
+        own = out[begin:end, first:last]
+        added = shrunk[begin:end, part, :rank] @ b[slot, first:last, :rank].float().T
+        own.copy_(own.float() + added)
+
+
+def _segments(
+    starts: Tensor, ranks: Tensor, num_tokens: int, max_rank: int
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """(slot, part, its rank, first token, end) of what has tokens and a rank."""
+    bounds = starts.tolist()
+    for slot, own in enumerate(ranks.tolist()):
+        begin, end = bounds[slot : slot + 2]
+        _check(0 <= begin <= end <= num_tokens, f"slot {slot} has tokens {begin} to {end}")
+        for part, rank in enumerate(own):
+            _check(0 <= rank <= max_rank, f"ranks[{slot}, {part}] is {rank}")
+            if rank and end > begin:
+                yield slot, part, rank, begin, end
+
+
+def _check(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(f"lora: {what}")

@@ -1,0 +1,83 @@
+"""lora_shrink and lora_expand on CUDA: ratio rule on odd shapes and ranks, by segments; a row's
+result depends on nothing but the row; both are replayed in a graph with other tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyserve.ops import lora
+from tests.ops import oracle
+from tests.ops.lora_cases import NAN, exactly, make_case, run, run_twin, starts_of
+
+DTYPES = (torch.bfloat16, torch.float16)
+CASES: list[tuple[list[list[int]], list[int], int]] = [
+    # ranks by slot and part, columns of the parts, k
+    ([[16, 16, 16], [8, 64, 0], [0, 0, 0], [5, 1, 17]], [512, 128, 130], 4096),
+    ([[64], [256]], [1000], 1032),
+    ([[16, 16]] * 8, [640, 640], 2048),
+    ([[3, 7]], [37, 5], 259),
+]
+LENGTHS = [1, 3, 16, 17, 64, 65, 300]
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("case_index", range(len(CASES)))
+def test_sums(case_index: int, length: int, dtype: torch.dtype) -> None:
+    ranks, sizes, k = CASES[case_index]
+    torch.manual_seed(length)
+    case = make_case(ranks, sizes, k, max(map(max, ranks)) + 8, dtype, "cuda")
+    lengths = [2, *(length + slot for slot in range(len(ranks)))]
+    starts = starts_of(*lengths).to("cuda")
+    x = torch.randn(sum(lengths) + 3, k, device="cuda").to(dtype)
+    wide = torch.randn(len(x), sum(sizes) + 4, device="cuda").to(dtype)
+    before, out = wide.clone(), wide[:, : sum(sizes)]
+    plain = out.clone()
+    run_twin(case, x, starts, plain)
+    exact = exactly(case, x, starts, out)
+    run(case, x, starts, out)
+    oracle.assert_ratio(out, plain, exact, plain_float32_error=1e-5)
+    assert torch.equal(wide[:, sum(sizes) :], before[:, sum(sizes) :])
+    assert torch.equal(wide[:2], before[:2])
+    assert torch.equal(wide[sum(lengths) :], before[sum(lengths) :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch_mates(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    case = make_case([[16, 8], [40, 3]], [500, 30], 1024, 40, dtype, "cuda")
+    x = torch.randn(61, 1024, device="cuda").to(dtype)
+    y = torch.randn(61, 530, device="cuda").to(dtype)
+    together = y.clone()
+    run(case, x, starts_of(3, 20, 38).to("cuda"), together)
+    for row in (0, 3, 5, 22, 23, 40, 60):
+        alone = y[row : row + 1].clone()
+        starts = starts_of(row < 3, 3 <= row < 23, row >= 23).to("cuda")
+        run(case, x[row : row + 1], starts, alone)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_graph_follows_the_starts() -> None:
+    """The shapes are recorded, the segments are read when it is replayed."""
+    case = make_case([[16], [16]], [512], 512, 16, torch.bfloat16, "cuda")
+    x = torch.randn(24, 512, device="cuda").bfloat16()
+    starts, out = starts_of(0, 24, 0).to("cuda"), torch.zeros(24, 512, device="cuda").bfloat16()
+    shrunk = torch.full((24, 1, 16), NAN, device="cuda")
+
+    def call() -> None:
+        lora.lora_shrink(x, case.a, starts, case.ranks, case.scales, shrunk)
+        lora.lora_expand(shrunk, case.b, starts, case.ranks, case.columns, out)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for lengths in ((0, 24, 0), (4, 3, 17), (24, 0, 0), (0, 0, 1)):
+        starts.copy_(starts_of(*lengths))
+        out.zero_()
+        graph.replay()
+        expected = torch.zeros_like(out)
+        run(case, x, starts, expected)
+        assert torch.equal(out, expected)
