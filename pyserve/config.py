@@ -234,7 +234,6 @@ class EngineConfig:
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
 
-
     @property
     def num_adapter_slots(self) -> int:
         """Different adapters that may run at once; 0: none is served."""

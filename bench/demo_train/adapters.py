@@ -6,8 +6,8 @@
         chat-adapter=/tmp/adapters/chat-lora
 
 They are as small as the model: they show that answers of one server differ by the name that is
-asked for, not that a model of so few numbers can program. Saved as PEFT saves them. Takes 3 minutes
-on two cores. Ends with what each answers to a question that it was not trained on.
+asked for, not that a model of so few numbers can program. Saved as PEFT saves them.
+Ends with what each answers to a question that it was not trained on.
 """
 
 import argparse

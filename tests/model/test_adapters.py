@@ -120,9 +120,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, list[tupl
         only = "" if slot % 3 else "q_proj|up_proj|down_proj"
         adapter = peft.write_adapter(root / str(slot), shapes, rank=rank, seed=slot, only=only)
         put(decoder, slot, adapter)
-        expected.append(
-            exact_and_allowed(root / "base", adapter, PROMPTS[slot + 1], torch.float32)
-        )
+        expected.append(exact_and_allowed(root / "base", adapter, PROMPTS[slot + 1], torch.float32))
     return decoder, expected
 
 

@@ -48,9 +48,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     max_model_len = state.model().engine.info.max_model_len
     entries = [_entry(state, name, max_model_len) for name in state.config.served_model_names]
-    entries += [
-        _entry(state, adapter.name, max_model_len, adapter) for adapter in _adapters(state)
-    ]
+    entries += [_entry(state, adapter.name, max_model_len, adapter) for adapter in _adapters(state)]
     return json_response(ModelList(data=entries))
 
 
