@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from pyserve import log
+
 MODULES = ["tests.api.served", "tests.api.batches.batched"]  # whose `main` is forked
 
 
@@ -52,4 +54,8 @@ def _as_command(main: Callable[[], int], arguments: list[str], log_path: Path) -
             os.dup2(sink.fileno(), output)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [main.__module__, *arguments]
-    sys.exit(main())
+    try:
+        code = main()
+    finally:
+        log.flush()  # which an interpreter does at its end, and a process of multiprocessing does not
+    sys.exit(code)

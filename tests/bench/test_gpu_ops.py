@@ -54,6 +54,7 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
     names -= {"serves_linear", "try_skinny", "serves_linear_w4a16", "try_linear_w4a16"}
+    names -= {"lora_shrink", "lora_expand"}  # by bench.gpu_lora
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 128 a tile", "own, 64 a tile"}
     ways |= {"own linear_w4a16", "experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}

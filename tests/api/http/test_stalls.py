@@ -197,6 +197,13 @@ REQUESTS: dict[tuple[str, str], Callable[[], bytes]] = {
     ).encode(),
     ("/detokenize", "fractions"): lambda: json.dumps({"tokens": [80.0] * 2**20}).encode(),
 }  # fmt: skip
+# What a model that generates answers with a 400.
+TEXTS = ["the quick brown fox " * 400] * 2048
+POOLED = {
+    "/v1/embeddings": {"input": TEXTS},
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), {"query": "x", "documents": TEXTS}),
+    **dict.fromkeys(("/score", "/v1/score"), {"text_1": "x", "text_2": TEXTS}),
+}
 # What has no body: its largest request is its longest path.
 LONG = "x" * (MAX_FIELD_BYTES - 100)
 PATHS = {
@@ -263,6 +270,11 @@ def test_the_largest_body(large: Server, request_of: tuple[str, str]) -> None:
     check(large, "POST", request_of[0], REQUESTS[request_of](), (200,))
 
 
+@pytest.mark.parametrize("path", POOLED)
+def test_the_largest_body_of_what_is_not_served(large: Server, path: str) -> None:
+    check(large, "POST", path, json.dumps(POOLED[path]).encode(), (400,))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_what_has_no_body(large: Server, method: str, path: str) -> None:
@@ -271,7 +283,7 @@ def test_what_has_no_body(large: Server, method: str, path: str) -> None:
 
 def test_every_route_is_measured() -> None:
     posts = {route.path for route in ROUTES if route.is_of_model}
-    assert posts == {path for path, _ in REQUESTS}
+    assert posts == {path for path, _ in REQUESTS} | POOLED.keys()
     assert {route.path for route in ROUTES} <= set(PATHS)
 
 
