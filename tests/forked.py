@@ -57,5 +57,5 @@ def _as_command(main: Callable[[], int], arguments: list[str], log_path: Path) -
     try:
         code = main()
     finally:
-        log.flush()  # which an interpreter does at its end, and a process of multiprocessing does not
+        log.flush()  # which an interpreter does at its end, but no process of multiprocessing
     sys.exit(code)
