@@ -1,4 +1,4 @@
-"""As test_full_model.py, with the rows that a card does not serve yet: SERVES_ALL_ON_CUDA.
+"""As test_full_model.py, with the other dense rows, those too that SERVES_ALL_ON_CUDA holds back.
 
 Phi-3 (heads of 96), Phi-4-mini (of which 96 of 128 are turned, longrope), Gemma 2 (heads of 256 and
 of 128, capped scores and logits, windows), Gemma 3, GLM-4-0414, Ministral 3 (scaled queries).

@@ -79,7 +79,7 @@ cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
 }
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {
-  // Not measured: for a LinearTrial alone.
+  // No faster than cuBLAS for a layer (bench/notes.md): for a LinearTrial alone.
   if (params.m > kMaxRowsSm90a && params.m <= linear_trial().max_skinny_rows &&
       can_serve(LinearKernel::kSkinnySm90a, params, device)) {
     return LinearKernel::kSkinnySm90a;
