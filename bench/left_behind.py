@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,10 @@ async def leave(
             body = make_body(path, fields, question, int(rng.integers(1, 33)))
             delay_s = float(rng.uniform(0.0, 0.05)) if is_left else None
             tally.num_sent += 1
+            deadline_s = time.perf_counter() + TIMEOUT_S
             while (status := await _send(endpoint, path, body, delay_s)) == 429:
+                if time.perf_counter() > deadline_s:
+                    break
                 await asyncio.sleep(BUSY_PAUSE_S)
             if status == 200:
                 tally.num_complete += 1
@@ -103,7 +107,9 @@ async def _send(
 
 
 async def _wait_background(endpoint: Endpoint) -> None:
-    while (await metrics(endpoint))[RUNNING]:
+    """Until none is generated any more, or for TIMEOUT_S."""
+    deadline_s = time.perf_counter() + TIMEOUT_S
+    while (await metrics(endpoint))[RUNNING] and time.perf_counter() < deadline_s:
         await asyncio.sleep(BUSY_PAUSE_S)
 
 
@@ -112,6 +118,8 @@ async def _run_all(trial: Trial, args: argparse.Namespace) -> tuple[dict[str, An
     values = await metrics(trial.endpoint)
     result |= {"stored_bytes": values[STORED_BYTES], "in_background": values[RUNNING]}
     problems = []
+    if values[RUNNING]:
+        problems.append(f"{values[RUNNING]:.0f} responses are still generated")
     if values[STORED_BYTES] > args.store_mib * MIB:
         problems.append(f"{values[STORED_BYTES]:.0f} bytes are stored, of {args.store_mib} MiB")
     return result, problems

@@ -120,6 +120,7 @@ class Submitted:
     stream: SequenceStream
     adapter: Adapter | None = None
     is_aborted: bool = False
+    num_tokens: int = 0
     task: asyncio.Task[None] | None = None
 
 
@@ -233,13 +234,13 @@ class FakeEngine:
             told = [logprobs_of(i, place) for place, i in enumerate(rest, 1)]
             num_top = params.num_prompt_logprobs
             stream.prompt_logprobs += [entry.best(num_top) for entry in told]
-        position = num_tokens = 0
+        position = item.num_tokens = 0
         while True:
             await asyncio.sleep(script.delay_s)
             for _ in range(script.burst):
                 if stream.is_finished:
                     return
-                while num_tokens == params.max_tokens - 1 and not script.may_end():
+                while item.num_tokens == params.max_tokens - 1 and not script.may_end():
                     await asyncio.sleep(0.005)
                     if stream.is_finished:
                         return
@@ -249,18 +250,18 @@ class FakeEngine:
                 wanted = script.token_ids[position % len(script.token_ids)]
                 token_id = self._constrained(item.constraint, wanted)
                 position += token_id == wanted
-                num_tokens += 1
+                item.num_tokens += 1
                 asks = params.num_logprobs is not None
-                entry = logprobs_of(token_id, num_tokens).best(params.num_logprobs)
+                entry = logprobs_of(token_id, item.num_tokens).best(params.num_logprobs)
                 stream.put([token_id], [entry] if asks else None)
-                if num_tokens == 1:
+                if item.num_tokens == 1:
                     stream.first_token_s = time.monotonic()
-                is_stop = token_id in params.stop_token_ids and num_tokens > params.min_tokens
+                is_stop = token_id in params.stop_token_ids and item.num_tokens > params.min_tokens
                 if is_stop and not (item.constraint and item.constraint.is_end_void):
                     stream.finish("stop", token_id)
                 elif script.is_whole and position == len(script.token_ids):
                     stream.finish("stop")
-                elif num_tokens == params.max_tokens:
+                elif item.num_tokens == params.max_tokens:
                     stream.finish("length")
                 elif item.constraint is not None and item.constraint.is_finished:
                     stream.finish("stop")
@@ -370,13 +371,6 @@ class Server:
         return OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0, timeout=20
         )
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.005)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pyserve import __version__
-from tests.api.fakes import Server, run_server, wait_until
+from tests.api.fakes import Server, run_server
+from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -16,7 +16,8 @@ import pytest
 from pyserve.api.endpoints import answer
 from pyserve.api.generation import stream
 from pyserve.api.http import bounds
-from tests.api.fakes import Script, Server, run_server, wait_until
+from tests.api.fakes import Script, Server, run_server
+from tests.waiting import wait_until
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

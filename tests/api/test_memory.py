@@ -13,7 +13,8 @@ import pytest
 from aiohttp import StreamReader
 
 from pyserve.errors import EngineError, RequestError
-from tests.api.fakes import Script, Server, wait_until
+from tests.api.fakes import Script, Server
+from tests.waiting import wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = "word " * 2**20  # tokenised on a thread

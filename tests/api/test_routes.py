@@ -20,7 +20,8 @@ from aiohttp.test_utils import make_mocked_request
 from pyserve.api import app
 from pyserve.api.app import ROUTES, build_app
 from pyserve.api.http.keys import Keys
-from tests.api.fakes import MODEL, Server, run_server, wait_until
+from tests.api.fakes import MODEL, Server, run_server
+from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pyserve.config import BatchConfig, ServerConfig
 from pyserve.errors import ConfigError
 from tests.api.batches.batched import FATAL_TOKEN, load, main
 from tests.forked import Forked
+from tests.waiting import wait_until
 
 START_S = 60.0
 
@@ -89,6 +89,10 @@ def test_lines_good_and_bad_are_answered_in_their_order(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def wait_kept(partial: Path, num_lines: int) -> None:
+    wait_until(lambda: num_kept(partial) >= num_lines, START_S)
+
+
 def test_killed_again_and_again_each_line_is_answered_once(
     tokenizer_folder: Path, tmp_path: Path, log_path: Path
 ) -> None:
@@ -98,9 +102,7 @@ def test_killed_again_and_again_each_line_is_answered_once(
     for _ in range(2):
         before = num_kept(partial)
         process = start(tokenizer_folder, source, target, log_path, delay_s=0.03)
-        deadline = time.monotonic() + START_S
-        while num_kept(partial) < before + 20 and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_kept(partial, before + 20)
         process.kill()
         finish(process, log_path)
         assert before < num_kept(partial) < 120 and not target.exists()
@@ -121,9 +123,7 @@ def test_a_signal_ends_it_at_once_and_keeps_what_there_is(
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(line(n, {"max_tokens": 1 + 500 * n}) + "\n" for n in range(5)))
     process = start(tokenizer_folder, source, target, log_path, delay_s=0.05)
-    deadline = time.monotonic() + START_S
-    while num_kept(tmp_path / "out.jsonl.partial") < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_kept(tmp_path / "out.jsonl.partial", 1)
     process.send_signal(signal.SIGTERM)
     code, log = finish(process, log_path)
     assert code == 128 + signal.SIGTERM

@@ -11,7 +11,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from pyserve.errors import EngineError
-from tests.api.fakes import MODEL, Script, Server, wait_until
+from tests.api.fakes import MODEL, Script, Server
+from tests.waiting import wait_until
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 

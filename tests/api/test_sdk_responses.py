@@ -12,8 +12,9 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from pyserve.errors import EngineError
-from tests.api.fakes import MODEL, Script, Server, run_server, wait_until
+from tests.api.fakes import MODEL, Script, Server, run_server
 from tests.api.tool_talk import CALL, OF_TOOLS, SECOND, with_template
+from tests.waiting import wait_until
 
 TOOLS: Any = [
     {"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": False},

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.fakes import wait_until
 from tests.api.served import FATAL_TOKEN, main
 from tests.forked import Forked
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0  # for whatever takes a second on an idle machine

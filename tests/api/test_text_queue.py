@@ -16,6 +16,7 @@ import pytest
 from pyserve.api import text_queue
 from pyserve.api.text_queue import MAX_SHORT_BYTES, NUM_THREADS, TextQueue
 from pyserve.errors import QueueFullError
+from tests.waiting import until
 
 LONG = MAX_SHORT_BYTES + 1
 
@@ -49,11 +50,6 @@ def run(
             queue.close()
 
     asyncio.run(whole())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 def test_long_work_leaves_room_for_short_work() -> None:

@@ -10,6 +10,7 @@ import pytest
 from bench.neighbour import Lateness, Neighbour, Seen
 from bench.stub import StubConfig, running_stub, running_stub_processes
 from pyserve.http_client import Endpoint
+from tests.waiting import until
 
 BUSY_S = 1.5
 
@@ -22,9 +23,7 @@ def watch(url: str, *, busy_s: float = 0.0, num_streams: int = 4) -> Seen:
         neighbour = Neighbour(Endpoint.parse(url), seen)
         await neighbour.start()
         time.sleep(busy_s)
-        deadline_s = time.monotonic() + 30
-        while seen.num_streams < num_streams and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.05)
+        await until(lambda: seen.num_streams >= num_streams, pause_s=0.05)
         await neighbour.stop()
 
     asyncio.run(run())

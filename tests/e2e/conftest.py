@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.server_process import free_port
 from pyserve.config import DEMO_MODEL
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 THINKER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
@@ -90,28 +90,18 @@ class Server:
         raise AssertionError("no VmRSS")
 
     def wait_ready(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
+        def is_ready() -> bool:
             assert self.process.poll() is None, f"server died:\n{self.log.read_text()}"
-            try:
-                if self.get("/health")[0] == 200:
-                    return
-            except OSError:
-                pass
-            time.sleep(0.05)
-        raise AssertionError(f"not ready in {timeout_s} s:\n{self.log.read_text()}")
+            with suppress(OSError):
+                return self.get("/health")[0] == 200
+            return False
 
-    def wait_idle(self, timeout_s: float = 30.0) -> None:
+        wait_until(is_ready, timeout_s, pause_s=0.05, explain=self.log.read_text)
+
+    def wait_idle(self) -> None:
         """Until no request runs or waits and no KV block is held."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            busy = self.metric("vllm:num_requests_running") + self.metric(
-                "vllm:num_requests_waiting"
-            )
-            if busy == 0 and self.metric("vllm:kv_cache_usage_perc") == 0:
-                return
-            time.sleep(0.02)
-        raise AssertionError("requests or KV blocks are still held")
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        wait_until(lambda: not any(self.metric(f"vllm:{name}") for name in names), pause_s=0.02)
 
 
 @contextmanager

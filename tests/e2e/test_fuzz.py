@@ -11,7 +11,7 @@ from tests.e2e.conftest import Server
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of memory here are wide: no need to wait until all of it has been given back."""
-    for name, value in (("SETTLE_S", 0.1), ("MAX_SETTLES", 1), ("SETTLE_GRAMMARS", 8)):
+    for name, value in (("SETTLE_S", 0.1), ("SETTLE_TIMEOUT_S", 0.1), ("SETTLE_GRAMMARS", 8)):
         monkeypatch.setattr(f"bench.fuzz.{name}", value)
 
 

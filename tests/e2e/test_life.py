@@ -30,6 +30,7 @@ from bench.server_process import free_port
 from pyserve.http_client import Endpoint
 from tests.e2e.conftest import ROOT, Server, start_server
 from tests.e2e.slow_client import check_beside_a_slow_client
+from tests.waiting import wait_until
 
 LONG: dict[str, Any] = {
     "model": "pyserve-demo", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True,
@@ -55,13 +56,6 @@ def open_request(server: Server, body: dict[str, Any]) -> socket.socket:
     )
     sock.sendall(head.encode() + payload)
     return sock
-
-
-def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.01)
 
 
 def test_64_concurrent_streams_are_right_and_none_starves(server: Server) -> None:

@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from bench.server_process import free_port
 from tests.api.tls_files import CERTIFICATE, KEY
 from tests.e2e.conftest import ROOT
+from tests.waiting import wait_until
 
 READY_TIMEOUT_S = 240
 PAGE = "https://chat.example"
@@ -70,17 +70,15 @@ def start(running: Running, *flags: str) -> Iterator[Running]:
     with running.log.open("w") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, text=True, cwd=ROOT)
         running.process = process
-        deadline = time.monotonic() + READY_TIMEOUT_S
+
+        def is_ready() -> bool:
+            assert process.poll() is None, running.log.read_text()
+            with suppress(OSError):
+                return running.request("GET", "/health")[0] == 200
+            return False
+
         try:
-            while True:
-                assert process.poll() is None, running.log.read_text()
-                assert time.monotonic() < deadline, running.log.read_text()
-                try:
-                    if running.request("GET", "/health")[0] == 200:
-                        break
-                except OSError:
-                    pass
-                time.sleep(0.05)
+            wait_until(is_ready, READY_TIMEOUT_S, pause_s=0.05, explain=running.log.read_text)
             yield running
         finally:
             process.kill()

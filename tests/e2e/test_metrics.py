@@ -12,6 +12,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Server, start_server
+from tests.waiting import wait_until
 
 # What no dashboard for vLLM should miss, of 0.7 and of today.
 HISTOGRAMS = (
@@ -114,9 +115,7 @@ def test_a_known_load_gives_the_right_counts(own: Server) -> None:
 def test_the_log_has_one_line_for_every_request_and_no_texts(own: Server) -> None:
     with own.client() as client:
         load(client)
-    deadline = time.monotonic() + 30.0
-    while own.log.read_text().count(" finished (") < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: own.log.read_text().count(" finished (") >= 2, explain=own.log.read_text)
     text = own.log.read_text()
     lines = [line for line in text.splitlines() if " request " in line]
     ids = [re.search(r" request (\S+) ", line) for line in lines]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.api.fakes import wait_until
 from tests.api.response_talk import RESPONSES, built, parse
 from tests.e2e.conftest import Server
+from tests.waiting import wait_until
 
 ASKED: dict[str, Any] = {
     "instructions": "You answer questions about geography. " * 20, "temperature": 0,

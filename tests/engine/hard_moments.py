@@ -15,6 +15,7 @@ from pyserve.engine.async_engine import AsyncEngine
 from pyserve.errors import InvalidRequestError
 from pyserve.params import SamplingParams
 from tests.engine.constraints import Scripted, windows
+from tests.waiting import until
 
 Output = tuple[list[int], str]
 NUM_QUEUED = 500
@@ -85,8 +86,7 @@ async def aborted_between_the_launches(client: AsyncEngine, vocab_size: int) -> 
         client.submit(SequenceRequest(prompt, params, constraint=mate)),
         client.submit(SequenceRequest([9, 2, 6], params)),
     ]
-    while not begun.is_set():
-        await asyncio.sleep(0.001)
+    await until(begun.is_set)
     client.abort(leaving)
     follower = submit(client, [2, 7, 1, 8], 12, 1)  # takes the slot that has become free
     assert await read_all(leaving) == ([], "abort")

@@ -19,6 +19,7 @@ from pyserve.errors import (
     NotFoundError,
     QueueFullError,
 )
+from tests.waiting import until
 
 
 class Files:
@@ -45,14 +46,6 @@ def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
     run.__name__ = test.__name__
     return run
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not come")
 
 
 @on_loop

@@ -22,6 +22,7 @@ from pyserve.errors import (
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, make_engine
 from tests.engine.hard_moments import read_all
+from tests.waiting import until
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -90,8 +91,7 @@ class Clock:
 
 
 async def wait_for_step(held: HeldRunner) -> None:
-    while not held.held:
-        await asyncio.sleep(0.001)
+    await until(lambda: held.held)
 
 
 async def settle() -> None:

@@ -24,6 +24,7 @@ from tests.engine.test_async_engine import (
     run,
     wait_for_step,
 )
+from tests.waiting import until
 
 
 def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on() -> None:
@@ -106,8 +107,7 @@ def test_a_lost_device_with_steps_in_flight_leaves_no_traceback() -> None:
 
 
 async def wait_for_look(client: AsyncEngine, clock: Clock) -> None:
-    while client._looked_s < clock.now_s:
-        await asyncio.sleep(0.001)
+    await until(lambda: client._looked_s >= clock.now_s)
 
 
 def test_time_in_which_an_idle_process_stood_still_is_no_time_of_the_next_step(

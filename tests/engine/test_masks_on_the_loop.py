@@ -22,6 +22,7 @@ from tests.engine.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, ma
 from tests.engine.hard_moments import read_all
 from tests.engine.test_async_engine import async_engine, fake, run, settle
 from tests.engine.test_trace import read
+from tests.waiting import until
 
 RULE = windows(VOCAB_SIZE, 3)
 PARAMS = SamplingParams(max_tokens=12, seed=4)
@@ -148,8 +149,7 @@ class Gate:
         assert self.opened.wait(60)
 
     async def reached(self) -> None:
-        while not self.is_reached.is_set():
-            await asyncio.sleep(0.001)
+        await until(self.is_reached.is_set)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -18,6 +18,7 @@ from pyserve.engine.queue_bound import (
 from pyserve.errors import InvalidRequestError, QueueFullError
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import VOCAB_SIZE, make_engine
+from tests.waiting import until
 
 
 def check(
@@ -122,8 +123,7 @@ def test_a_queue_that_one_user_has_filled_takes_the_others() -> None:
         hog = [client.submit(SequenceRequest([1, 2, i], params, user="hog")) for i in range(16)]
         with pytest.raises(QueueFullError):
             client.check_room(1, user="hog")
-        while len(engine.scheduler.running) < 8:
-            await asyncio.sleep(0)
+        await until(lambda: len(engine.scheduler.running) == 8, pause_s=0.0)
         stream = client.submit(SequenceRequest([5], SamplingParams(max_tokens=3), user="other"))
         while not stream.is_finished:
             await stream.read()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from pyserve.engine.load import build_engine
 from pyserve.errors import UnavailableError
 from pyserve.params import SamplingParams
 from tests.engine.tiny import engine_config, write_model
+from tests.waiting import until
 
 WAIT_S = 30
 PROMPT = [5, 6, 7, 8] * 10
@@ -108,10 +108,7 @@ def test_idle_it_falls_asleep_and_a_request_wakes_it(tmp_path: Path) -> None:
         texts = []
         for _ in range(2):
             texts.append(await tokens_of(submit(engine)))
-            deadline_s = time.monotonic() + WAIT_S
-            while engine.stats().sleep_level != 2:
-                assert time.monotonic() < deadline_s
-                await asyncio.sleep(0.01)
+            await until(lambda: engine.stats().sleep_level == 2)
         assert texts[0] == texts[1]
         await asyncio.wait_for(engine.sleep(1), WAIT_S)  # asked for now: a request must not wake it
         stream = submit(engine)

@@ -28,6 +28,7 @@ from bench.make_model import make_model
 from bench.server_process import PYSERVE, ServerProcess, running_server
 from tests.e2e.slow_client import check_beside_a_slow_client
 from tests.gpu.broken_server import DEADLINE_S
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "pyserve-demo"
@@ -172,10 +173,7 @@ def test_64_at_once_are_right_and_take_no_memory_from_the_card(server: ServerPro
 def test_a_client_of_one_byte_a_second_among_255_others(server: ServerProcess) -> None:
     before = metric(server, "pyserve:device_allocations")
     asyncio.run(asyncio.wait_for(check_beside_a_slow_client(server.port), 60))
-    deadline = time.monotonic() + 10
-    while metric(server, "vllm:num_requests_running"):
-        assert time.monotonic() < deadline, "the slow client's request still runs"
-        time.sleep(0.01)
+    wait_until(lambda: not metric(server, "vllm:num_requests_running"), 10)
     assert metric(server, "vllm:kv_cache_usage_perc") == 0
     assert metric(server, "pyserve:device_allocations") == before
 
@@ -215,10 +213,7 @@ def test_sigterm_under_64_streams_truncates_none_and_exits_zero() -> None:
     with server_on_card(*SMALL) as server:
         with ThreadPoolExecutor(64) as pool:
             streams = [pool.submit(whole, server, number) for number in range(64)]
-            deadline = time.monotonic() + 30
-            while len(set(begun)) < 64:
-                assert time.monotonic() < deadline, "the streams have not all begun"
-                time.sleep(0.001)
+            wait_until(lambda: len(set(begun)) == 64, 30, pause_s=0.001)
             server.process.send_signal(signal.SIGTERM)
             ends = [future.result(60) for future in streams]
         code = server.process.wait(EXIT_TIMEOUT_S)

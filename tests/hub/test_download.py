@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyserve.hub.resolve import model_headers, resolve_model
 from pyserve.model.weights import index_checkpoint
 from tests.hub.hub_stub import CDN, PART_BYTES, REPO, WEIGHTS, Fault, HubStub
 from tests.model.safetensors_files import entry, write
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -461,6 +463,11 @@ def test_kill_9_at_any_time_ends_whole(stub: HubStub, tmp_path: Path, seed: int)
     )
 
 
+def has_begun(process: subprocess.Popen[bytes], stub: HubStub, sent: int) -> bool:
+    """More than `sent` bytes have been asked for; or it has ended."""
+    return process.poll() is not None or stub.sent() != sent
+
+
 def kill_until_whole(stub: HubStub, tmp_path: Path, chance: random.Random) -> int:
     """Start, kill, start again; returns how often it was killed."""
     command = [sys.executable, "-c", KILLED.format(part=PART_BYTES), str(tmp_path / "cache")]
@@ -468,8 +475,8 @@ def kill_until_whole(stub: HubStub, tmp_path: Path, chance: random.Random) -> in
     for num_kills in range(100):
         sent = stub.sent()
         process = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.DEVNULL)
-        while num_kills < 3 and process.poll() is None and stub.sent() == sent:
-            time.sleep(0.005)  # until it has begun
+        if num_kills < 3:
+            wait_until(partial(has_begun, process, stub, sent))
         try:
             wait_s = chance.uniform(0.0, 0.15) if num_kills < 3 else 60.0
             assert process.wait(wait_s) == 0

@@ -17,6 +17,7 @@ import pytest
 from pyserve.hub import download
 from pyserve.hub.client import RemoteFile
 from pyserve.hub.download import Download, PartialFile
+from tests.waiting import until
 
 DATA = b"x" * 1000
 
@@ -41,8 +42,7 @@ def test_a_file_that_gets_its_name_is_waited_for(
             if file.name == "whole":
                 write(0, DATA)
                 return
-            while not has_begun.is_set():
-                await asyncio.sleep(0.01)
+            await until(has_begun.is_set)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def partial(name: str) -> PartialFile:

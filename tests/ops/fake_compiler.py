@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pyserve.ops import build, toolchain
+from tests.waiting import wait_until
 
 # Notes each of its runs, then makes what it was asked for; waits while a file "hold" exists.
 FAKE_COMPILER = """#!/bin/sh
@@ -72,18 +72,11 @@ def fake_nvcc(folder: Path, release: str = "13.0") -> Path:
 
 
 def wait_for_runs(folder: Path) -> None:
-    wait_for(lambda: num_runs(folder))
+    wait_until(lambda: num_runs(folder))
 
 
 def start_child() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def processes_of(folder: Path) -> list[str]:

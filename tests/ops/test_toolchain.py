@@ -20,9 +20,9 @@ from tests.ops.fake_compiler import (
     num_runs,
     processes_of,
     start_child,
-    wait_for,
     wait_for_runs,
 )
+from tests.waiting import wait_until
 
 
 def test_progress_goes_on_while_one_file_is_compiled(folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_no_compiler_outlives_its_builder(folder: Path, number: signal.Signals) 
     assert processes_of(folder)
     child.send_signal(number)
     child.communicate(timeout=WAIT_S)
-    wait_for(lambda: not processes_of(folder))
+    wait_until(lambda: not processes_of(folder))
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -86,7 +86,7 @@ def test_a_compile_that_is_given_up_ends_its_compilers(folder: Path, is_shared: 
 
     with pytest.raises(Told):
         find_or_compile(lambda line: None, report=give_up)
-    wait_for(lambda: not processes_of(folder))  # what is killed takes a moment to go
+    wait_until(lambda: not processes_of(folder))  # what is killed takes a moment to go
     left = [*(folder / "cache").rglob("*.o"), *(folder / "cache").rglob("*.so")]
     left += (folder / "cache").rglob(toolchain.SCRATCH_NAME)
     assert left == [], "what was half written is gone"

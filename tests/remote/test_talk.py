@@ -15,6 +15,7 @@ import pytest
 from bench.server_process import free_port
 from bench.stub import MODEL, Stub, StubConfig, running_stub
 from pyserve.cli import main
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -94,9 +95,11 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(
         said: list[str] = []
 
         def interrupt() -> None:
-            while not server.seen or len("".join(said)) <= 10:
-                time.sleep(0.01)
+            def is_talking() -> bool:
                 said.append(capsys.readouterr().out)
+                return bool(server.seen) and len("".join(said)) > 10
+
+            wait_until(is_talking)
             os.kill(os.getpid(), signal.SIGINT)
 
         say(monkeypatch, "a long one")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -13,6 +13,7 @@ from pyserve.text import grammar, grammar_runner
 from pyserve.text.grammar import Choice, GrammarCache, compile_grammar
 from pyserve.text.grammar_runner import MAX_LATE
 from tests.text.grammars import vocabulary
+from tests.waiting import wait_until
 
 
 def choice(*texts: str) -> Choice:
@@ -34,13 +35,14 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     yield release
     release.set()
     monkeypatch.undo()
-    for _ in range(1200):
-        try:
-            compile_grammar(choice("x"), vocabulary())
-            return
-        except UnavailableError:
-            time.sleep(0.05)
-    pytest.fail("the threads have ended, and grammars are still refused")
+    wait_until(is_taken, pause_s=0.05)  # the threads have an end
+
+
+def is_taken() -> bool:
+    with suppress(UnavailableError):
+        compile_grammar(choice("x"), vocabulary())
+        return True
+    return False
 
 
 def work_until(release: threading.Event) -> None:

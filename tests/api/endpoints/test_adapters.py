@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from pyserve.engine.adapters import HostAdapters
 from pyserve.errors import CheckpointError
 from tests.api.fakes import MODEL, Server, run_server
+from tests.waiting import wait_until
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -64,11 +64,8 @@ def test_a_request_chooses_its_adapter(
 
 def wait_released(store: HostAdapters) -> None:
     """What a handler does behind its answer."""
-    deadline_s = time.monotonic() + 20
-    while store._num_holders and time.monotonic() < deadline_s:
-        time.sleep(0.005)
+    wait_until(lambda: not store._num_holders)
     store.check_invariants()
-    assert not store._num_holders
 
 
 def test_all_sequences_of_a_request_have_one_version(server: Server, store: HostAdapters) -> None:

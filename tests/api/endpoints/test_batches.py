@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection as Connection
@@ -18,8 +17,9 @@ from pyserve.api.batches import service
 from pyserve.api.batches import store as stores
 from pyserve.api.batches.journal import Journal, JournalError
 from pyserve.errors import StartupError
-from tests.api.fakes import Script, Server, run_server, wait_until
+from tests.api.fakes import Script, Server, run_server
 from tests.api.test_serve import START_S, Process, start
+from tests.waiting import wait_until
 
 KEYS = ("alice=secret-a", "bob=secret-b")
 ALICE = {"Authorization": "Bearer secret-a"}
@@ -91,13 +91,11 @@ def begin(server: Server, content: bytes, endpoint: str = "/v1/completions") -> 
 
 
 def ended(server: Server, id: str) -> Any:
-    deadline = time.monotonic() + 20
-    while True:
+    def batch() -> Any:
         _, batch = ask(server, "GET", f"/v1/batches/{id}")
-        if batch["status"] in LAST:
-            return batch
-        assert time.monotonic() < deadline, batch
-        time.sleep(0.02)
+        return batch if batch["status"] in LAST else None
+
+    return wait_until(batch)
 
 
 def test_a_batch_with_openai_s_sdk(batching: Server) -> None:
@@ -238,6 +236,19 @@ def call(connection: Connection, method: str, path: str, body: Any = None) -> An
     return json.loads(connection.getresponse().read())
 
 
+def wait_answered(connection: Connection, path: str, num_lines: int) -> Any:
+    """The batch once so many lines are; once it has ended where that is all of them."""
+
+    def far_enough() -> Any:
+        batch = call(connection, "GET", path)
+        counts = batch["request_counts"]
+        is_far = counts["completed"] >= num_lines
+        is_over = batch["status"] in LAST or counts["completed"] < counts["total"]
+        return batch if is_far and is_over else None
+
+    return wait_until(far_enough)
+
+
 def test_killed_it_answers_each_line_once(tokenizer_folder: Path, tmp_path: Path) -> None:
     form = b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--B\r\n'
     form += b'Content-Disposition: form-data; name="file"; filename="in"\r\n\r\n'
@@ -249,14 +260,7 @@ def test_killed_it_answers_each_line_once(tokenizer_folder: Path, tmp_path: Path
                 file = call(connection, "POST", "/v1/files", form + lines(60) + b"\r\n--B--\r\n")
                 body = {"input_file_id": file["id"], "endpoint": "/v1/completions"}
                 path = "/v1/batches/" + call(connection, "POST", "/v1/batches", body)["id"]
-            deadline_s = time.monotonic() + START_S
-            while time.monotonic() < deadline_s:
-                batch = call(connection, "GET", path)
-                if batch["status"] == "completed" or (
-                    not is_last and batch["request_counts"]["completed"] >= 12
-                ):
-                    break
-                time.sleep(0.01)
+            batch = wait_answered(connection, path, 60 if is_last else 12)
             process.popen.kill()
             connection.close()
     assert batch["status"] == "completed" and batch["error_file_id"] is None

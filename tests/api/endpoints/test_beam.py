@@ -17,8 +17,9 @@ from pyserve.api.wire.protocol import ChatRequest
 from pyserve.api.wire.tools import Tool
 from pyserve.client import SequenceStream, TokenLogprobs
 from pyserve.constraints import unconstrained
-from tests.api.fakes import FakeEngine, Script, Server, Submitted, run_server, wait_until
+from tests.api.fakes import FakeEngine, Script, Server, Submitted, run_server
 from tests.api.likely import LikelyEngine, made_up, plain_beam_search
+from tests.waiting import wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 EOS = (2, 0)  # the tokenizer's and the model's

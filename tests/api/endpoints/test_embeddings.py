@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pyserve.client import PoolingInfo
-from tests.api.fakes import CONTEXT, MODEL, PADDED_VOCAB, Server, run_server, wait_until
+from tests.api.fakes import CONTEXT, MODEL, PADDED_VOCAB, Server, run_server
+from tests.waiting import wait_until
 
 PATH = "/v1/embeddings"
 WIDTH = 6

@@ -13,6 +13,7 @@ import pytest
 
 from pyserve.client import PoolingInfo
 from tests.api.fakes import CONTEXT, MODEL, Server, run_server
+from tests.waiting import wait_until
 
 RERANK, SCORE = "/v1/rerank", "/v1/score"
 BEFORE = (
@@ -243,11 +244,8 @@ def test_batches_take_it(tokenizer_folder: Path, tmp_path: Path) -> None:
                 input_file_id=file.id, endpoint=RERANK,  # type: ignore[arg-type]
                 completion_window="24h",
             )  # fmt: skip
-            for _ in range(400):
-                batch = client.batches.retrieve(batch.id)
-                if batch.status == "completed":
-                    break
-            assert batch.status == "completed", batch
+            wait_until(lambda: client.batches.retrieve(batch.id).status == "completed")
+            batch = client.batches.retrieve(batch.id)
             assert batch.output_file_id is not None and batch.error_file_id is not None
             [whole] = client.files.content(batch.output_file_id).text.splitlines()
             [wrong] = client.files.content(batch.error_file_id).text.splitlines()

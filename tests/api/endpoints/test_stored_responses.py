@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 from pyserve.api.store import background
 from pyserve.api.store.responses import ResponseStore, StoredResponse
 from pyserve.errors import EngineError, NotFoundError
-from tests.api.fakes import Script, Server, run_server, wait_until
+from tests.api.fakes import Script, Server, run_server
 from tests.api.response_talk import RESPONSES, parse, stream
 from tests.api.tool_talk import OF_TOOLS, with_template
+from tests.waiting import until, wait_until
 
 BACKGROUND = {"background": True}
 
@@ -240,19 +242,22 @@ def test_a_response_in_the_background(talking: Server) -> None:
     assert error["param"] == "stream"
 
 
+def has_said(server: Server, num_tokens: int) -> bool:
+    """Whether the engine has so many tokens of the only sequence."""
+    submitted = server.engine.submitted
+    return bool(submitted) and submitted[0].num_tokens >= num_tokens
+
+
 def test_cancel_and_delete_stop_a_run(talking: Server) -> None:
     for streamed in (False, True):
-        talking.play("Hello", eos=False, delay_s=0.002)
+        hello = talking.play("Hello", eos=False, delay_s=0.002)
         body = ask(**BACKGROUND, max_output_tokens=4000)
         if streamed:
             sock = talking.connect(RESPONSES, {**body, "stream": True})
             name = name_in(sock)
         else:
             name = talking.post(RESPONSES, body)["id"]
-        wait_until(
-            lambda: talking.engine.submitted and talking.engine.submitted[0].stream.first_token_s
-        )
-        time.sleep(0.3)
+        wait_until(partial(has_said, talking, 3 * len(hello)))
         cancelled = get(talking, f"{name}/cancel", method="POST")
         assert cancelled["status"] == "cancelled" and talking.engine.submitted[0].is_aborted
         assert said_by(cancelled).startswith("Hello")
@@ -398,9 +403,7 @@ def test_the_store_forgets_what_is_old() -> None:
         began_s = time.monotonic()
         store.put("alice", make("a"))
         store.put("bob", make("b"))
-        while store.num_responses:  # nobody asks for anything
-            await asyncio.sleep(0.01)
-            assert time.monotonic() - began_s < 10.0
+        await until(lambda: not store.num_responses)  # nobody asks for anything
         assert time.monotonic() - began_s >= 0.1 and store.num_bytes == 0
         store = ResponseStore(10**6, 3600.0)
         response = make("a")

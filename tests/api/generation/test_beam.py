@@ -29,6 +29,7 @@ from tests.api.fakes import Script
 from tests.api.likely import Found, LikelyEngine, LogprobsOf, entry_of, made_up, plain_beam_search
 from tests.engine.test_runner import make_decoder, make_engine
 from tests.engine.tiny import CONFIG, VOCAB_SIZE
+from tests.waiting import until
 
 EOS = 2
 PROMPTS = [[7, 8, 9, 10], [40, 41]]
@@ -240,8 +241,7 @@ def test_what_is_cancelled_frees_everything(tokenizer: Tokenizer) -> None:
         generation = BeamGeneration(engine, metrics, arrived_s=0.0)
         await generation.submit(job, cache_salt="", user="")
         task = asyncio.get_running_loop().create_task(generation.read_all())
-        while len(engine.submitted) < 20:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(engine.submitted) >= 20)
         task.cancel()
         generation.close("abort")
         generation.close("abort")
@@ -371,8 +371,7 @@ def test_a_neighbour_is_served_meanwhile_and_leaving_frees_the_blocks(tokenizer:
         engine = AsyncEngine(inner, info)
         engine.start()
         task = asyncio.get_running_loop().create_task(searched(engine, job, user="searcher"))
-        while inner.num_finished < 30:
-            await asyncio.sleep(0.001)
+        await until(lambda: inner.num_finished >= 30, pause_s=0.001)
         before = inner.num_finished
         params = SamplingParams(max_tokens=12, temperature=0.0)
         stream = engine.submit(SequenceRequest([9, 8, 7], params, user="other"))
@@ -383,8 +382,7 @@ def test_a_neighbour_is_served_meanwhile_and_leaving_frees_the_blocks(tokenizer:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while engine.stats().num_running + engine.stats().num_blocks_used:
-            await asyncio.sleep(0.001)
+        await until(lambda: not engine.stats().num_running + engine.stats().num_blocks_used)
         inner.check_invariants()
         await engine.stop()
 

@@ -13,7 +13,8 @@ import pytest
 
 from pyserve.api.generation.request_log import LINES_PER_S, MAX_BURST_LINES, RequestLog
 from pyserve.errors import EngineError, InvalidRequestError, QueueFullError
-from tests.api.fakes import Script, Server, run_server, wait_until
+from tests.api.fakes import Script, Server, run_server
+from tests.waiting import wait_until
 
 SECRET = "Hello wor"
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 5}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pyserve.errors import EngineError
-from tests.api.fakes import Script, Server, wait_until
+from tests.api.fakes import Script, Server
+from tests.waiting import wait_until
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from tests.api.fakes import wait_until
 from tests.api.test_serve import START_S, Process, read_to_end, start
+from tests.waiting import wait_until
 
 NUM_FILES = 300  # that the server may have open
 NUM_CONNECTIONS = 900

@@ -12,8 +12,9 @@ import pytest
 
 from pyserve.api.http import bounds
 from pyserve.api.pages import site
-from tests.api.fakes import Server, run_server, wait_until
+from tests.api.fakes import Server, run_server
 from tests.api.tls_files import CERTIFICATE, KEY
+from tests.waiting import wait_until
 
 BUNDLE = "vendor/swagger-ui-bundle.js"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.api.fakes import MODEL, Server, run_server, wait_until
+from tests.api.fakes import MODEL, Server, run_server
+from tests.waiting import wait_until
 
 ROOT_PATH = "/llm"
 COMPLETIONS = "/v1/completions"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import struct
-import time
 from pathlib import Path
 
 import pytest
 from aiohttp import http_parser
 
 from tests.api.fakes import Server, run_server
+from tests.waiting import wait_until
 
 CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -68,11 +68,11 @@ def test_a_client_that_leaves_in_its_body_is_no_error_of_ours(
 ) -> None:
     sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     sock.sendall(CHAT + b'Content-Length: 100\r\n\r\n{"messages":')
-    time.sleep(0.1)  # so that the body is being waited for
+    wait_until(lambda: server.state.num_in_flight)  # the body is being waited for
     if is_reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-    time.sleep(0.1)
+    wait_until(lambda: not server.state.num_in_flight)
     assert server.request("GET", "/health")[0] == 200
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 

@@ -35,6 +35,7 @@ from pyserve.api.wire.tools import MAX_TOOLS
 from pyserve.engine.async_engine import AsyncEngine
 from tests.api.fakes import PADDED_VOCAB, Server, run_server
 from tests.api.instant import make_engine
+from tests.waiting import wait_until
 
 MAX_STALL_S = 0.1
 NUM_TRIES = 5
@@ -230,8 +231,7 @@ def stall_of(server: Server, method: str, path: str, body: bytes) -> tuple[float
 
     future = asyncio.run_coroutine_threadsafe(beat(), server.loop)
     try:
-        while not lags:  # on a busy machine the first beat may be late
-            time.sleep(BEAT_S)
+        wait_until(lambda: lags)  # on a busy machine the first beat may be late
         answer = ask(server.port, method, path, body)
         time.sleep(5 * BEAT_S)  # one that has ended late is noted
     finally:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pyserve.api.http import bounds
-from tests.api.fakes import Server, run_server, wait_until
+from tests.api.fakes import Server, run_server
+from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 MIB = 2**20

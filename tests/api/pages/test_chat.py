@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from pyserve.errors import EngineError
-from tests.api.fakes import Script, Server, run_server, wait_until
+from tests.api.fakes import Script, Server, run_server
 from tests.api.pages.browser import MISSING, PROGRAM, Browser, Tab
 from tests.api.pages.visit import ANSWER, DONE, ask, last_prompt, open_page, say
 from tests.api.tool_talk import CALL, OF_TOOLS, TOOLS, with_template
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 
