@@ -357,7 +357,8 @@ def judge(result: dict[str, Any], log: Path | None, args: argparse.Namespace) ->
     print(
         f"{tally.num_sent:,} cases in {result['wall_s']:.1f} s "
         f"({tally.num_sent / result['wall_s']:,.0f} a second); neighbour: {seen.num_streams} "
-        f"streams, longest gap {seen.max_gap_s:.2f} s; /health: {len(seen.health_s)} answers, "
+        f"streams, longest gap {1e3 * seen.max_gap_s:.0f} ms, longest wait for a first token "
+        f"{1e3 * seen.max_first_s:.0f} ms; /health: {len(seen.health_s)} answers, "
         f"slowest {1e3 * worst_health_s:.0f} ms"
     )
     print("\n".join(tally.suspects.describe(seen.gaps)))
@@ -369,7 +370,9 @@ def judge(result: dict[str, Any], log: Path | None, args: argparse.Namespace) ->
     if not seen.num_streams:
         problems.append("the neighbour has not had a stream")
     if seen.max_gap_s > args.max_gap_s:
-        problems.append(f"a neighbour's stream stood still for {seen.max_gap_s:.2f} s")
+        problems.append(f"a neighbour's stream stood still for {seen.max_gap_s:.3f} s")
+    if seen.max_first_s > args.max_first_s:
+        problems.append(f"a neighbour's stream waited {seen.max_first_s:.3f} s for its first token")
     if worst_health_s > args.max_health_s:
         problems.append(f"/health took {worst_health_s:.2f} s")
     problems += _judge_after(result, args)
@@ -451,6 +454,7 @@ def _try(trial: Trial, args: argparse.Namespace) -> int:
         packages=["pyserve", "aiohttp"],
         wall_s=result["wall_s"], rss_bytes=result["rss_bytes"], statuses=tally.statuses,
         num_streams=tally.seen.num_streams, max_gap_s=tally.seen.max_gap_s,
+        max_first_s=tally.seen.max_first_s,
     )  # fmt: skip
 
 
@@ -472,6 +476,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--family", choices=FAMILIES, help="cases of this kind alone")
     add("--max-growth-mib", type=float, default=16.0, help="fail above (default %(default)s)")
     add("--max-gap-s", type=float, default=5.0, help="fail above (default %(default)s)")
+    add("--max-first-s", type=float, default=5.0, help="of a first token (default %(default)s)")
     add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")
     add("--log", type=Path, help="its log, looked through for tracebacks, with --url")
     return parser

@@ -208,10 +208,11 @@ def run(trial: Trial, args: argparse.Namespace) -> int:
         seen = Seen()
         grown_mib, found = asyncio.run(run_attack(trial.endpoint, trial.pid, attack, seen))
         health_s = max(seen.health_s, default=0.0)
-        figures = [f"{seen.max_gap_s:.2f}", f"{1e3 * health_s:.0f}", f"{grown_mib:.0f}"]
+        gap_s = max(seen.max_gap_s, seen.max_first_s)  # a stream has to connect first
+        figures = [f"{gap_s:.2f}", f"{1e3 * health_s:.0f}", f"{grown_mib:.0f}"]
         rows.append([name, str(seen.num_streams), *figures])
-        if seen.max_gap_s > args.max_gap_s:
-            found.append(f"a stream stood still for {seen.max_gap_s:.2f} s")
+        if gap_s > args.max_gap_s:
+            found.append(f"a stream stood still for {gap_s:.2f} s")
         if health_s > args.max_health_s:
             found.append(f"/health took {health_s:.2f} s")
         if grown_mib > MAX_GROWTH_MIB:

@@ -35,13 +35,13 @@ class Gap:
     began_s, ended_s  of time.perf_counter, which is one clock for all processes of a machine.
     late_s            at most, by which the neighbour's own process was woken late meanwhile: then
                       it is the machine that was busy.
-    before            what came at its end.
+    number            of the token that came at its end; 0: the stream had to wait for its turn.
     """
 
     began_s: float
     ended_s: float
     late_s: float
-    before: str
+    number: int
 
     @property
     def length_s(self) -> float:
@@ -50,7 +50,10 @@ class Gap:
 
 @dataclass(slots=True)
 class Seen:
-    """What the neighbour has seen so far; of the gaps the longest, that first."""
+    """What the neighbour has seen so far.
+
+    gaps  the longest within streams and the longest before their first tokens, the longest first.
+    """
 
     num_streams: int = 0
     gaps: list[Gap] = field(default_factory=list)
@@ -59,11 +62,19 @@ class Seen:
 
     @property
     def max_gap_s(self) -> float:
-        return self.gaps[0].length_s if self.gaps else 0.0
+        """Between two tokens."""
+        return max((gap.length_s for gap in self.gaps if gap.number), default=0.0)
+
+    @property
+    def max_first_s(self) -> float:
+        """Before the first token of a stream."""
+        return max((gap.length_s for gap in self.gaps if not gap.number), default=0.0)
 
     def add_gaps(self, gaps: list[Gap]) -> None:
         longest = sorted([*self.gaps, *gaps], key=lambda gap: -gap.length_s)
-        self.gaps = longest[:MAX_GAPS]
+        firsts = [gap for gap in longest if not gap.number][:MAX_GAPS]
+        others = [gap for gap in longest if gap.number][:MAX_GAPS]
+        self.gaps = sorted(firsts + others, key=lambda gap: -gap.length_s)
 
     def blame(self, problem: str) -> None:
         if not self.has_enough:
@@ -190,7 +201,7 @@ class _Streams:
         pairs = enumerate(itertools.pairwise(times))
         seen.add_gaps(
             [
-                Gap(began_s, ended_s, self._lateness.between(began_s, ended_s), f"token {index}")
+                Gap(began_s, ended_s, self._lateness.between(began_s, ended_s), index)
                 for index, (began_s, ended_s) in pairs
                 if ended_s - began_s > MIN_GAP_S or index == 0
             ]
@@ -202,6 +213,7 @@ class _Streams:
             "max_tokens": NUM_TOKENS,
             "temperature": 0,
             "ignore_eos": True,
+            "skip_special_tokens": False,  # a token without text would be taken for a pause
             "stream": True,
             "stream_options": {"include_usage": True},
         }

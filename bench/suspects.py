@@ -45,13 +45,16 @@ class Suspects:
         return [case for *_, case in sorted(found, key=lambda one: one[:2])]
 
     def describe(self, gaps: Sequence[Gap]) -> list[str]:
-        """A line for each of the longest gaps, and one for each case beside it."""
+        """A line for each of the longest gaps and waits, and one for each case beside it."""
         lines = []
-        for gap in gaps[:SHOWN_GAPS]:
+        pauses = [gap for gap in gaps if gap.number][:SHOWN_GAPS]
+        waits = [gap for gap in gaps if not gap.number][:SHOWN_GAPS]
+        for gap in pauses + waits:
             cases = self.around(gap)
             lines.append(
-                f"a gap of {gap.length_s:.2f} s before {gap.before}, in which the neighbour's own "
-                f"process was late by up to {gap.late_s:.2f} s; {len(cases)} cases beside it"
+                f"a gap of {1e3 * gap.length_s:.0f} ms before token {gap.number}, in which the "
+                f"neighbour's own process was late by up to {1e3 * gap.late_s:.0f} ms; "
+                f"{len(cases)} cases beside it"
             )
             lines += [f"  {one.number} ({one.family}: {one.name})" for one in cases[:MAX_SHOWN]]
         return lines

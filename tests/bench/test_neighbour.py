@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bench.neighbour import Lateness, Neighbour, Seen
+from bench.neighbour import MAX_GAPS, Gap, Lateness, Neighbour, Seen
 from bench.stub import StubConfig, running_stub, running_stub_processes
 from pyserve.http_client import Endpoint
 from tests.waiting import until
@@ -34,7 +34,8 @@ def test_a_busy_bench_is_no_gap() -> None:
     with running_stub_processes(1, StubConfig(delay_s=0.002)) as url:
         seen = watch(url, busy_s=BUSY_S)
     assert seen.num_streams >= 4
-    assert 0 < seen.max_gap_s < BUSY_S / 2
+    assert 0 < seen.max_first_s < BUSY_S / 2
+    assert seen.max_gap_s < BUSY_S / 2
     # The stub has no /health: that is seen, and nothing else is wrong.
     assert all(problem.startswith("/health") for problem in seen.problems)
 
@@ -45,7 +46,13 @@ def test_a_slow_server_is_a_gap() -> None:
         seen = watch(url, num_streams=1)
     assert seen.max_gap_s >= 0.04
     assert began_s < seen.gaps[0].began_s < seen.gaps[0].ended_s < time.perf_counter()
-    assert seen.gaps[0].before.startswith("token ")
+
+
+def test_waits_for_a_turn_are_told_apart_from_pauses() -> None:
+    seen = Seen()
+    seen.add_gaps([Gap(0.0, 0.1 * (1 + number % 2), 0.0, number % 2) for number in range(100)])
+    assert (seen.max_first_s, seen.max_gap_s) == (0.1, 0.2)
+    assert len(seen.gaps) == 2 * MAX_GAPS
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ def test_the_costly_cases_of_a_gap_come_first() -> None:
         time.sleep(LONG_S + 0.02)
     with suspects.watch(case(4, "header")):
         pass  # neither costly nor long
-    gap = Gap(began_s, time.perf_counter(), 0.5, "token 7")
+    gap = Gap(began_s, time.perf_counter(), 0.5, 7)
     assert [one.number for one in suspects.around(gap)] == [3, 2]
     first, *others = suspects.describe([gap])
-    assert "before token 7" in first and "late by up to 0.50 s; 2 cases" in first
+    assert "before token 7" in first and "late by up to 500 ms; 2 cases" in first
     assert others == ["  3 (large: x)", "  2 (field: x)"]

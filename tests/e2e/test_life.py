@@ -377,7 +377,8 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
                 run_attack(Endpoint.parse(server.url), None, write_logs, seen)
             )
             assert problems + seen.problems == [] and seen.num_streams >= 6
-            assert seen.max_gap_s < 5.0, "of a log that blocks there is no end"
+            longest_s = max(seen.max_gap_s, seen.max_first_s)
+            assert longest_s < 5.0, "of a log that blocks there is no end"
             began_s = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0

@@ -80,6 +80,19 @@ def test_prompts_get_on_where_decoding_alone_misses_the_target() -> None:
     assert times[-1] == pytest.approx(0.100, rel=0.05)
 
 
+def test_a_prompt_whose_later_tokens_take_longer_keeps_to_the_target() -> None:
+    """On two cores the last of 4,000 tokens take three times what the first do."""
+    pacer, num_done, times = ChunkPacer(0.040, max_tokens=MAX_TOKENS), 0, []
+    while num_done < 4000:
+        step = step_of(3, max(pacer.limit - 3, MIN_CHUNK))
+        middle = num_done + step.num_prompt_tokens / 2
+        times.append(step.num_tokens * 70e-6 * (1 + middle / 2000))
+        pacer.note(step, times[-1])
+        num_done += step.num_prompt_tokens
+    assert len(times) > 8
+    assert max(times) < 0.050
+
+
 def test_small_steps_teach_nothing_and_a_pause_is_forgotten() -> None:
     pacer = ChunkPacer(0.030, max_tokens=MAX_TOKENS)
     limit = pacer.limit
