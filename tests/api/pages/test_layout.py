@@ -69,6 +69,36 @@ def test_markdown_and_the_copy_button(tab: Tab, server: Server) -> None:
     assert tab.run("copied") == code
 
 
+CODE = {
+    "python": 'def f(x):  # it\'s\n    return "a\\"b" + 0x1f',
+    "rust": "fn f<'a>() { let c = 'x'; /* \\n */ }",
+    "SQL": "SELECT 'it''s' -- why\nFROM t",
+    "sh": "echo a#b <script> # c",
+}
+COLOURED = {
+    "python": [("word", "def"), ("comment", "# it's"), ("word", "return"), ("text", '"a\\"b"'),
+               ("number", "0x1f")],
+    "rust": [("word", "fn"), ("word", "let"), ("text", "'x'"), ("comment", "/* \\n */")],
+    "SQL": [("word", "SELECT"), ("text", "'it'"), ("text", "'s'"), ("comment", "-- why"),
+            ("word", "FROM")],
+    "sh": [("comment", "# c")],
+    "text": [],
+}  # fmt: skip
+
+
+def test_code_has_colours_and_keeps_its_text(tab: Tab, server: Server) -> None:
+    blocks = {**CODE, "text": 'if "x"'}
+    server.play("\n\n".join(f"```{name}\n{code}\n```" for name, code in blocks.items()))
+    ask(tab, "hi")
+    assert tab.run("$$('.code code').map(e => e.textContent)")[-len(blocks) :] == [*blocks.values()]
+    spans = "[...e.children].map(s => [s.className.replace('code-', ''), s.textContent])"
+    found = tab.run(f"$$('{ANSWER} .code code').map(e => {spans})")
+    assert found == [[list(pair) for pair in pairs] for pairs in COLOURED.values()]
+    size = "getComputedStyle({}).fontSize"
+    code_size, pre_size = (tab.run(size.format(f"$('.code {name}')")) for name in ("code", "pre"))
+    assert code_size == pre_size
+
+
 def test_all_of_markdown_is_shown(tab: Tab, server: Server) -> None:
     server.play(
         "## a\n\n*b* __c__ ~~d~~ <x@y.org>\n\n- e\n  1. f\n- [x] g\n\n> h\n\n---\n\n3. i\n\n"
@@ -88,11 +118,13 @@ def test_all_of_markdown_is_shown(tab: Tab, server: Server) -> None:
 def test_formulas_and_html_are_shown_as_they_are_written(tab: Tab, server: Server) -> None:
     formula = "\\[\n\\frac{a_1}{b*c*d}\n\\]"
     html = "<ul>\n  <li>x\n</ul>"
-    server.play(f"So \\(a_1 * b_1\\) and $$x_2$$:\n\n{formula}\n\n$5 or $6\n\n{html}")
+    server.play(
+        f"So \\(a_1 * b_1\\) and $$x_2$$, $\\log n_1$:\n\n{formula}\n\n$5 or $6, $A_1:$B\n\n{html}"
+    )
     ask(tab, "hi")
     codes = tab.run("$$('.prose code').map(e => e.textContent)")
-    assert codes == ["\\(a_1 * b_1\\)", "$$x_2$$", formula]
-    assert "$5 or $6" in tab.text(".assistant") and html in tab.text(".assistant")
+    assert codes == ["\\(a_1 * b_1\\)", "$$x_2$$", "$\\log n_1$", formula]
+    assert "$5 or $6, $A_1:$B" in tab.text(".assistant") and html in tab.text(".assistant")
 
 
 def test_light_and_dark(tab: Tab) -> None:

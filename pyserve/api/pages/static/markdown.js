@@ -1,6 +1,7 @@
 // An answer's Markdown as elements. What a model says is not trusted: HTML in it is shown as text,
 // and what the renderer makes passes a sanitiser that knows these tags and attributes only. Nothing
 // that loads by itself (images, styles, frames) is among them.
+import { showCode } from "./code.js";
 import { copy, fromTemplate, part } from "./dom.js";
 
 const { marked, DOMPurify } = window;
@@ -18,8 +19,10 @@ const ALLOWED = {
 const escape = (text) => text.replace(/[&<>"]/g, (char) => `&#${char.charCodeAt(0)};`);
 
 // Formulas are shown as they are written: as Markdown they would lose backslashes and underscores.
+// Between single dollars is one where something in it is none of a price: $a_1$, not $5 or $6.
 const MATH = {
-  inline: { begin: /\\[([]|\$\$/, whole: /^(?:\\\(.{1,999}?\\\)|\\\[.{1,999}?\\\]|\$\$.{1,999}?\$\$)/ },
+  inline: { begin: /\\[([]|\$/,
+    whole: /^(?:\\\(.{1,999}?\\\)|\\\[.{1,999}?\\\]|\$\$.{1,999}?\$\$|\$(?=[^$\n]*[\\^_])[^\s$](?:[^$\n]{0,999}[^\s$])?\$(?!\w))/ },
   block: { begin: /\n(?:\\\[|\$\$)/, whole: /^(?:\\\[[^]{1,1999}?\\\]|\$\$[^]{1,1999}?\$\$)[ \t]*(?:\n|$)/ },
 };
 
@@ -99,7 +102,7 @@ function addCopy(pre) {
 export function makeCode(language, text) {
   const box = fromTemplate("code-block");
   part(box, "language").textContent = language;
-  part(box, "code").textContent = text;
+  showCode(part(box, "code"), language, text);
   part(box, "copy").addEventListener("click", (event) => copy(text, event.currentTarget));
   return box;
 }

@@ -154,9 +154,10 @@ function thinkingTitle(message, isThinking) {
 
 function measured(stats) {
   if (!stats) return "";
-  const rate = stats.rate ? `${stats.rate.toFixed(stats.rate < 10 ? 1 : 0)} tokens/s · ` : "";
-  const first = stats.firstMs === null ? "" : ` · first after ${seconds(stats.firstMs)}`;
-  const text = `${rate}${stats.outputTokens} tokens${first}`;
+  const digits = stats.rate < 10 ? 1 : 0;
+  const rate = stats.rate ? `${stats.rate.toLocaleString("en", { maximumFractionDigits: digits })} tokens/s · ` : "";
+  const first = stats.firstMs === null ? "" : ` · first in ${seconds(stats.firstMs)}`;
+  const text = `${rate}${stats.outputTokens.toLocaleString("en")} tokens${first}`;
   return text.replace(/(?<!·) (?!·)/g, "\u00a0"); // a narrow screen breaks it between its parts
 }
 
