@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench import experts, gpu_ops, w4a16
+from bench import experts, gpu_ops, latent, w4a16
 from bench.report import busy_remark, environment, format_table, write_json
 from pyserve import ops
 from pyserve.ops import build, quantised, reference
@@ -252,30 +252,15 @@ def rope_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Ca
 
     def run() -> None:
         ops.rope_write_kv(
-            qkv,
-            positions,
-            cos_sin,
-            slots,
-            cache[0],
-            cache[1],
-            num_heads=shape.num_heads,
+            qkv, positions, cos_sin, slots, cache[0], cache[1], num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
-        )
+        )  # fmt: skip
 
     def twin() -> None:
         reference.rope_write_kv(
-            qkv,
-            positions,
-            cos_sin,
-            slots,
-            None,
-            None,
-            0.0,
-            shape.num_heads,
-            shape.num_kv_heads,
-            cache[0],
-            cache[1],
-        )
+            qkv, positions, cos_sin, slots, None, None, 0.0, shape.num_heads, shape.num_kv_heads,
+            cache[0], cache[1],
+        )  # fmt: skip
 
     load = f"{num_tokens} x ({shape.num_heads} + 2 x {shape.num_kv_heads}) x {shape.head_dim}"
     yield Case("rope_write_kv", load, run, twin, 2 * qkv.nbytes + cos_sin.nbytes)
@@ -319,6 +304,14 @@ def attention_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     mixed = [(length, 2 * length)] + [(1, shape.context)] * shape.batches[-1]
     load = f"chunk {length} of {2 * length} + decode {shape.batches[-1]} x {shape.context}"
     yield attention_case(shape, mixed, load, dtype)
+
+
+def latent_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    """Latents as DeepSeek has them, measured by the heads."""
+    sizes = latent.Sizes(shape.num_heads, 4 * shape.head_dim, shape.head_dim // 2, shape.head_dim)
+    loads = {f"decode {n} x {shape.context}": [(1, shape.context)] * n for n in shape.batches}
+    loads |= {f"prefill {shape.prefill}": [(shape.prefill, shape.prefill)]}
+    yield from (Case(*case) for case in latent.cpu_cases(sizes, loads, dtype))
 
 
 SAMPLERS: dict[str, dict[int, float]] = {
@@ -437,6 +430,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield from rope_cases(shape, num_tokens, dtype)
         yield from activation_cases(shape, num_tokens, dtype)
     yield from attention_cases(shape, dtype)
+    yield from latent_cases(shape, dtype)
     for batch in shape.batches:
         yield from sample_cases(shape, batch)
         yield from bitmask_cases(batch, shape.vocab_size, dtype)

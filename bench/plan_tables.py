@@ -46,6 +46,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "Qwen3-30B-A3B": PRESETS["qwen3-30b-a3b"],
     "Mixtral-8x7B": PRESETS["mixtral-8x7b"],
+    "DeepSeek-V2-Lite": {
+        "architectures": ["DeepseekV2ForCausalLM"], "first_k_dense_replace": 1,
+        "hidden_size": 2048, "intermediate_size": 10944, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "q_lora_rank": None, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400, "dtype": "bfloat16",
+    },
+    "GLM-4.7-Flash": {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "hidden_size": 2048, "kv_lora_rank": 512,
+        "intermediate_size": 10240, "moe_intermediate_size": 1536, "n_routed_experts": 64,
+        "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
+        "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+        "vocab_size": 154880, "dtype": "bfloat16",
+    },
 }  # fmt: skip
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
 # Their layers' matrices too are in the table as AWQ stores them.

@@ -68,6 +68,15 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "plan_attention(Tensor cu_seqlens_q, Tensor seq_lens, int num_heads, int num_kv_heads, "
       "int window, Tensor(a!) work) -> ()");
   m.def(
+      "rope_write_latent(Tensor q, Tensor compressed, Tensor positions, Tensor cos_sin, "
+      "Tensor slot_mapping, Tensor norm_weight, float eps, bool has_pairs, Tensor(a!) rotated, "
+      "Tensor(b!) latent_cache) -> ()");
+  m.def(
+      "latent_attention(Tensor q, Tensor latent_cache, Tensor block_table, Tensor row_slots, "
+      "Tensor cu_seqlens_q, Tensor seq_lens, float softmax_scale, int max_query_len, Tensor? work, "
+      "Tensor(a!)? workspace, Tensor(b!) out) -> ()");
+  m.def("batched_linear(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def(
       "plan_step(Tensor step_input, Tensor(a!) slots, Tensor(b!) block_table, "
       "Tensor(c!) token_counts, int block_size, Tensor(d!) input_ids, Tensor(e!) positions, "
       "Tensor(f!) slot_mapping, Tensor(g!) row_slots, Tensor(h!) cu_seqlens_q, "

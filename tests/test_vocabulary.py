@@ -84,6 +84,8 @@ EXCEPT: dict[str, dict[str, str]] = {
         "token_ranks": "likewise",
         "max_adapter_rank": "of an adapter's two matrices, as the rest of these",
         "max_lora_rank": "vLLM's flag",
+        "q_lora_rank": "a key of config.json",
+        "kv_lora_rank": "likewise",
         "ops/lora.py": "of matrices",
         "ops/reference_lora.py": "of matrices",
         "model/adapter_config.py": "of matrices",

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../common/args/attention.h"
+#include "attention_rows.h"
 #include "attention_tile.h"
 #include "parallel.h"
 #include "vec.h"
@@ -274,31 +275,6 @@ void attend(const Params& p, const WorkItem& item) {
 
 // ---- the op -------------------------------------------------------------------------------------
 
-// Checks row r and gives its query length; 0 for a padded row.
-int64_t checked_query_len(const Params& p, int64_t r) {
-  const int64_t begin = p.cu_seqlens_q.ptr<int32_t>()[r];
-  const int64_t end = p.cu_seqlens_q.ptr<int32_t>()[r + 1];
-  const int64_t slot = p.row_slots.ptr<int32_t>()[r];
-  const int64_t seq_len = p.seq_lens.ptr<int32_t>()[r];
-  PYSERVE_CHECK(begin >= 0 && begin <= end && end <= p.q.size(0), kOp, ": row ", r,
-                " has queries [", begin, ", ", end, ") of ", p.q.size(0));
-  if (slot == -1 || begin == end) return 0;
-  PYSERVE_CHECK(slot >= 0 && slot < p.block_table.size(0), kOp, ": row ", r, " has slot ", slot,
-                " of ", p.block_table.size(0));
-  PYSERVE_CHECK(seq_len >= end - begin && seq_len <= p.block_table.size(1) * p.block_size, kOp,
-                ": row ", r, " has ", end - begin, " queries and sequence length ", seq_len);
-  const int64_t first =
-      p.window > 0 ? std::max<int64_t>(0, seq_len - (end - begin) + 1 - p.window) : 0;
-  const int32_t* blocks = p.block_table.ptr<int32_t>() + slot * p.block_table.stride(0);
-  uint32_t largest = 0;  // a negative id is the largest
-  for (int64_t i = first / p.block_size; i * p.block_size < seq_len; ++i) {
-    largest = std::max(largest, static_cast<uint32_t>(blocks[i]));
-  }
-  PYSERVE_CHECK(largest < p.key_cache.size(0), kOp, ": row ", r, " has block id ",
-                static_cast<int32_t>(largest), " of ", p.key_cache.size(0));
-  return end - begin;
-}
-
 // KV heads of one decode item: all that fit, but few enough to leave every thread four items.
 int64_t kv_heads_per_item(const Params& p, int64_t num_rows) {
   if (!is_direct(p)) return 1;
@@ -317,7 +293,7 @@ double make_items(const Params& p, std::vector<WorkItem>& items) {
     const int64_t max_queries = std::max<int64_t>(1, kBlockRows / p.group);
     const int64_t max_heads = is_decode ? kv_heads_per_item(p, std::max<int64_t>(num_rows, 1)) : 1;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t query_len = checked_query_len(p, r);
+      const int64_t query_len = checked_query_len(p, p.key_cache, p.window, r);
       if (query_len == 0 || (query_len == 1) != is_decode) continue;
       const int64_t slot = p.row_slots.ptr<int32_t>()[r];
       const int64_t begin = p.cu_seqlens_q.ptr<int32_t>()[r];

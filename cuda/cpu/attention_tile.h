@@ -98,17 +98,22 @@ void direct_scores(const float* q, HeadRows<T> keys, HeadRows<T> next_keys, int6
 template <class T>
 void transpose_keys(const void* const* keys, int64_t n, int64_t head_dim, int64_t padded_dim,
                     float* out) {
-  alignas(64) float rows[kLanes][kMaxHeadDim];
-  for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, n - k0);
-    for (int64_t k = 0; k < count; ++k) {
-      load_row(static_cast<const T*>(keys[k0 + k]), head_dim, rows[k]);
-    }
-    for (int64_t d = 0; d < padded_dim; d += kLanes) {
-      Vec square[kLanes] = {};
-      for (int64_t k = 0; k < count; ++k) square[k] = load(rows[k] + d);
-      transpose(square);
-      for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileKeys + k0, square[i]);
+  alignas(64) float rows[kLanes][kMaxHeadDim];  // of a slice: whole pairs of vectors, or the last
+  static_assert(kMaxHeadDim % (2 * kLanes) == 0);
+  for (int64_t d0 = 0; d0 < head_dim; d0 += kMaxHeadDim) {
+    const int64_t size = std::min(head_dim - d0, kMaxHeadDim);
+    const int64_t padded_size = std::min(padded_dim - d0, kMaxHeadDim);
+    for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, n - k0);
+      for (int64_t k = 0; k < count; ++k) {
+        load_row(static_cast<const T*>(keys[k0 + k]) + d0, size, rows[k]);
+      }
+      for (int64_t d = 0; d < padded_size; d += kLanes) {
+        Vec square[kLanes] = {};
+        for (int64_t k = 0; k < count; ++k) square[k] = load(rows[k] + d);
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i) store(out + (d0 + d + i) * kTileKeys + k0, square[i]);
+      }
     }
   }
 }

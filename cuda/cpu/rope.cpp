@@ -7,11 +7,11 @@
 // rounded once. Positions and KV slots are checked before anything is written.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <cstring>
 
 #include "../common/args/rope.h"
 #include "parallel.h"
+#include "rope_head.h"
 #include "vec.h"
 
 namespace pyserve {
@@ -23,56 +23,6 @@ struct Heads {
   int64_t num_heads, num_kv_heads, head_dim, rotary_half;
   float eps, norm_offset;
 };
-
-// One head in float32; the buffer has room for a whole last vector.
-struct Head {
-  alignas(64) float x[kMaxHeadDim + kLanes];
-};
-
-template <class T>
-void load_head(const T* in, int64_t n, Head& head) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(head.x + i, load(in + i));
-  if (i < n) store(head.x + i, load_first(in + i, n - i));
-}
-
-template <class T>
-void norm_head(const T* weight, float offset, float eps, int64_t n, Head& head) {
-  Vec squares = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) squares = fma(load(head.x + i), load(head.x + i), squares);
-  if (i < n) squares = fma(load(head.x + i), load(head.x + i), squares);  // zeros behind the end
-  const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps);
-  for (i = 0; i + kLanes <= n; i += kLanes) {
-    store(head.x + i, load(head.x + i) * factor * (load(weight + i) + offset));
-  }
-  if (i < n) {
-    store(head.x + i, load(head.x + i) * factor * (load_first(weight + i, n - i) + offset));
-  }
-}
-
-void rotate_head(const float* cos, const float* sin, int64_t half, Head& head) {
-  float* low = head.x;
-  float* high = head.x + half;
-  int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const Vec a = load(low + i), b = load(high + i), c = load(cos + i), s = load(sin + i);
-    store(low + i, fma(a, c, -(b * s)));
-    store(high + i, fma(b, c, a * s));
-  }
-  for (; i < half; ++i) {
-    const float a = low[i], b = high[i];
-    low[i] = a * cos[i] - b * sin[i];
-    high[i] = b * cos[i] + a * sin[i];
-  }
-}
-
-template <class T>
-void store_head(const Head& head, int64_t n, T* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(head.x + i));
-  if (i < n) store_first(out + i, load(head.x + i), n - i);
-}
 
 template <class T>
 void rope_head(const T* in, const void* norm_weight, const float* cos_sin, float scale,
@@ -123,18 +73,6 @@ void rope_tokens(const RopeArgs& args, const Heads& p) {
   });
 }
 
-void check_ranges(const RopeArgs& args) {
-  const int64_t max_position = args.cos_sin.size(0), num_kv_slots = args.num_kv_slots();
-  for (int64_t i = 0; i < args.num_tokens(); ++i) {
-    const int64_t position = args.positions.ptr<int32_t>()[i];
-    const int64_t slot = args.slot_mapping.ptr<int64_t>()[i];
-    PYSERVE_CHECK(position >= 0 && position < max_position, kOp, ": position ", position,
-                  " is outside [0, ", max_position, ")");
-    PYSERVE_CHECK(slot >= -1 && slot < num_kv_slots, kOp, ": KV slot ", slot, " is outside [-1, ",
-                  num_kv_slots, ")");
-  }
-}
-
 void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
                    const Tensor& slot_mapping, const std::optional<Tensor>& q_norm_weight,
                    const std::optional<Tensor>& k_norm_weight, double eps, int64_t num_heads,
@@ -143,7 +81,7 @@ void rope_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos
   const RopeArgs args =
       rope_args({kOp, Place::kCpu}, qkv, positions, cos_sin, slot_mapping, q_norm_weight,
                 k_norm_weight, num_heads, num_kv_heads, key_cache, value_cache, q_scales);
-  check_ranges(args);
+  check_ranges(args.positions, args.slot_mapping, args.cos_sin.size(0), args.num_kv_slots());
   const Heads heads{num_heads,
                     num_kv_heads,
                     args.head_dim(),

@@ -65,6 +65,23 @@ class AttentionActivations(NamedTuple):
     joined: torch.Tensor
 
 
+class LatentActivations(NamedTuple):
+    """Of LatentAttention, [num_tokens, ...] each.
+
+    compressed   [.., q_lora_rank + kv_lora_rank + qk_rope_head_dim]
+    q            [.., num_heads, qk_nope_head_dim + qk_rope_head_dim]
+    absorbed     [.., num_heads, kv_lora_rank + qk_rope_head_dim], what latents are compared with
+    latents      [.., num_heads, kv_lora_rank], what comes of them
+    heads        [.., num_heads, v_head_dim]
+    """
+
+    compressed: torch.Tensor
+    q: torch.Tensor
+    absorbed: torch.Tensor
+    latents: torch.Tensor
+    heads: torch.Tensor
+
+
 class MLPActivations(NamedTuple):
     """Of MLP: gate_up [num_tokens, 2 n], and what the activation function makes of it, [.., n]."""
 
@@ -89,7 +106,9 @@ class ExpertsActivations(NamedTuple):
     shared_out: torch.Tensor | None
 
 
-LayerActivations = tuple[AttentionActivations, MLPActivations | ExpertsActivations]
+LayerActivations = tuple[
+    AttentionActivations | LatentActivations, MLPActivations | ExpertsActivations
+]
 
 
 class Activations(NamedTuple):

@@ -18,6 +18,7 @@ from pyserve.errors import CheckpointError, ConfigError
 from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
 from pyserve.model.experts_config import ExpertsConfig, experts_from_fields
 from pyserve.model.fields import Fields
+from pyserve.model.latent_config import LatentConfig, latent_from_fields, rope_dim
 from pyserve.model.layer_config import (
     LAYER_KINDS,
     Activation,
@@ -217,19 +218,50 @@ def _layers(
     """The layers, and the tokens of context that their rope tables give."""
     num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
-    num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
-    head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
-    ropes, max_model_len = _ropes(fields, architecture, head_dim)
     norm = NormConfig(
         eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6), offset=architecture.norm_offset
     )
-    has_qkv_bias = _bias(fields, architecture.attention_bias_key, name, architecture.attention_bias)
+    has_bias = _bias(fields, architecture.attention_bias_key, name, architecture.attention_bias)
+    head_dim = (
+        rope_dim(fields)
+        if architecture.is_latent
+        else _head_dim(fields, architecture, hidden_size, num_heads)
+    )
+    ropes, max_model_len = _ropes(fields, architecture, head_dim)
+    mlps = _mlps(fields, name, architecture, num_layers, activation)
+    window, kinds = _layer_kinds(fields, architecture, num_layers, max_model_len)
+    attentions: Mapping[LayerKind, AttentionConfig | LatentConfig]
+    if architecture.is_latent:
+        pairs_key, has_pairs = architecture.pairs_key, architecture.has_pairs
+        if pairs_key is not None:
+            has_pairs = fields.boolean(pairs_key, default=True)
+        rope = ropes["full_attention"]
+        latent = latent_from_fields(
+            fields, num_heads, rope, has_bias=has_bias, has_pairs=has_pairs
+        )  # fmt: skip
+        attentions = dict.fromkeys(LAYER_KINDS, latent)
+    else:
+        attentions = _attentions(
+            fields, architecture, ropes, num_heads=num_heads, head_dim=head_dim, window=window,
+            has_bias=has_bias,
+        )  # fmt: skip
+    layers = tuple(
+        LayerConfig(attention=attentions[kind], mlp=mlp, norm=norm, names=architecture.names)
+        for kind, mlp in zip(kinds, mlps, strict=True)
+    )
+    return layers, max_model_len
+
+
+def _attentions(
+    fields: Fields, architecture: Architecture, ropes: Mapping[LayerKind, RopeConfig], *,
+    num_heads: int, head_dim: int, window: int, has_bias: bool,
+) -> dict[LayerKind, AttentionConfig]:  # fmt: skip
+    """Of each kind of layer."""
+    num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
     query_scale = float(head_dim)
     if architecture.query_scale_key is not None:
         query_scale = fields.number(architecture.query_scale_key, 1e-3, 1e6, default=query_scale)
-    mlps = _mlps(fields, name, architecture, num_layers, activation)
-    window, kinds = _layer_kinds(fields, architecture, num_layers, max_model_len)
-    attentions = {
+    return {
         kind: AttentionConfig(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -238,18 +270,13 @@ def _layers(
             softmax_scale=query_scale**-0.5,
             softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
             window=window if kind == "sliding_attention" else 0,
-            has_qkv_bias=has_qkv_bias,
-            has_o_bias=has_qkv_bias and architecture.has_o_bias,
+            has_qkv_bias=has_bias,
+            has_o_bias=has_bias and architecture.has_o_bias,
             has_qk_norm=_has_qk_norm(fields, architecture),
             has_pairs=architecture.has_pairs,
         )
         for kind in LAYER_KINDS
     }
-    layers = tuple(
-        LayerConfig(attention=attentions[kind], mlp=mlp, norm=norm, names=architecture.names)
-        for kind, mlp in zip(kinds, mlps, strict=True)
-    )
-    return layers, max_model_len
 
 
 def _mlps(

@@ -15,17 +15,25 @@ from typing import Any
 import torch
 
 from pyserve import ops
-from pyserve.model.activations import Activations, Arena, LayerActivations, MLPActivations
+from pyserve.model.activations import (
+    Activations,
+    Arena,
+    AttentionActivations,
+    LayerActivations,
+    MLPActivations,
+)
 from pyserve.model.adapter_weights import AdapterWeights, Target
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.kv import KVCache, KVSpec
+from pyserve.model.latent_config import LatentConfig
 from pyserve.model.layer_config import LayerConfig
 from pyserve.model.layers.attention import Attention
 from pyserve.model.layers.embedding import Embedding
 from pyserve.model.layers.experts import Experts
+from pyserve.model.layers.latent_attention import LatentAttention
 from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.layers.mlp import MLP
 from pyserve.model.layers.norm import RMSNorm
@@ -57,10 +65,17 @@ class DecoderLayer:
             return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
 
         has_norm_after = config.names.norms_after is not None
-        self.attention = Attention(
-            name, config, hidden_size, placement, cos_sin=cos_sin, query_scales=query_scales,
-            has_norm_after=has_norm_after,
-        )  # fmt: skip
+        self.attention: Attention | LatentAttention
+        if isinstance(config.attention, LatentConfig):
+            self.attention = LatentAttention(
+                name, config, hidden_size, placement, cos_sin=cos_sin,
+                has_norm_after=has_norm_after,
+            )  # fmt: skip
+        else:
+            self.attention = Attention(
+                name, config, hidden_size, placement, cos_sin=cos_sin, query_scales=query_scales,
+                has_norm_after=has_norm_after,
+            )  # fmt: skip
         self.mlp = _mlp(name, config, hidden_size, placement)
         before = [norm(norm_name) for norm_name in config.names.norms_before]
         after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
@@ -85,7 +100,7 @@ class DecoderLayer:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Those whose matrices every step reads."""
-        return (self.attention.qkv, self.attention.o, *self.mlp.linears)
+        return (*self.attention.linears, *self.mlp.linears)
 
     def __call__(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
@@ -112,6 +127,8 @@ class DecoderLayer:
         on entry for this layer's first norm, then for `next_norm`, the first of the layer above.
         """
         attention, mlp = activations
+        assert isinstance(self.attention, Attention)
+        assert isinstance(attention, AttentionActivations)
         if self._is_first:
             self._enter(hidden, residual, hidden)
             self.attention.qkv(hidden, attention.qkv)

@@ -54,22 +54,26 @@ class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
     size             key of an expert's width.
     is_sigmoid       scores are sigmoids; a bias corrects the choice, n_group, topk_group and
                      routed_scaling_factor are read.
-    is_normalized    whether a token's weights are divided by their sum: always, or as
+    has_topk_method  scores are softmaxes; so are these read, the first two where `topk_method` is
+                     group_limited_greedy.
+    is_normalized    whether a token's weights are divided by their sum: always, never, or as
                      `norm_topk_prob` says.
     shared_size      key of the width of the shared expert, whose result a gate scales.
     num_shared       key of how many times an expert's width the shared expert has, without a gate.
     dense_layers     which layers have a plain MLP: none; those of `mlp_only_layers`, and all but
-                     each `decoder_sparse_step`th; or the first `first_k_dense_replace`.
+                     each `decoder_sparse_step`th; the first `first_k_dense_replace`; or those that
+                     `mlp_layer_types` calls dense, where it is there.
     """
 
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     default_num: int
     size: str = "moe_intermediate_size"
     is_sigmoid: bool = False
-    is_normalized: Literal["always", "config"] = "config"
+    has_topk_method: bool = False
+    is_normalized: Literal["always", "never", "config"] = "config"
     shared_size: str | None = None
     num_shared: str | None = None
-    dense_layers: Literal["none", "step", "first"] = "step"
+    dense_layers: Literal["none", "step", "first", "types"] = "step"
 
     @property
     def known_keys(self) -> frozenset[str]:
@@ -80,13 +84,15 @@ class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
         }  # fmt: skip
         if self.is_normalized == "config":
             keys.add("norm_topk_prob")
-        if self.is_sigmoid:
+        if self.is_sigmoid or self.has_topk_method:
             keys |= {"n_group", "topk_group", "routed_scaling_factor"}
+        if self.has_topk_method:
+            keys.add("topk_method")
         keys |= {key for key in (self.shared_size, self.num_shared) if key is not None}
         if self.dense_layers == "step":
             keys |= {"mlp_only_layers", "decoder_sparse_step"}
-        elif self.dense_layers == "first":
-            keys.add("first_k_dense_replace")
+        elif self.dense_layers in ("first", "types"):
+            keys |= {"first_k_dense_replace", "mlp_layer_types"}
         return frozenset(keys)
 
 
@@ -101,7 +107,7 @@ def experts_from_fields(
         shared_size = fields.integer(keys.shared_size, 1, MAX_SIZE)
     elif keys.num_shared is not None:
         shared_size = size * fields.integer(keys.num_shared, 0, MAX_SIZE // size)
-    num_groups, top_groups, scale = _groups(fields, num_experts) if keys.is_sigmoid else (1, 1, 1.0)
+    num_groups, top_groups, scale = _groups(fields, keys, num_experts)
     most = min(MAX_TOP_EXPERTS, num_experts // num_groups * top_groups)
     config = ExpertsConfig(
         size=size,
@@ -113,30 +119,52 @@ def experts_from_fields(
         top_groups=top_groups,
         has_correction_bias=keys.is_sigmoid,
         is_normalized=keys.is_normalized == "always"
-        or fields.boolean("norm_topk_prob", default=False),
+        or (keys.is_normalized == "config" and fields.boolean("norm_topk_prob", default=False)),
         shared_size=shared_size,
         has_shared_gate=keys.shared_size is not None,
     )
-    is_sparse = [True] * num_layers
-    if keys.dense_layers == "first":
-        num_dense = fields.integer("first_k_dense_replace", 0, num_layers, default=1)
-        is_sparse = [i >= num_dense for i in range(num_layers)]
-    elif keys.dense_layers == "step":
+    return [config if sparse else None for sparse in _are_sparse(fields, keys, num_layers)]
+
+
+def _are_sparse(fields: Fields, keys: ExpertsKeys, num_layers: int) -> list[bool]:
+    """Whether each layer has the mixture."""
+    if keys.dense_layers == "none":
+        return [True] * num_layers
+    if keys.dense_layers == "step":
         step = fields.integer("decoder_sparse_step", 1, num_layers, default=1)
         dense = fields.integers("mlp_only_layers", 0, num_layers - 1)
-        is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(num_layers)]
-    return [config if sparse else None for sparse in is_sparse]
+        return [(i + 1) % step == 0 and i not in dense for i in range(num_layers)]
+    num_dense = fields.integer("first_k_dense_replace", 0, num_layers, default=1)
+    are_sparse = [i >= num_dense for i in range(num_layers)]
+    key = "mlp_layer_types"
+    if keys.dense_layers == "first" or not fields.has(key):
+        return are_sparse
+    types = fields.strings(key)
+    if len(types) != num_layers or set(types) - {"dense", "sparse"}:
+        raise fields.refuse(key, f"must be {num_layers} of dense and sparse")
+    if fields.has("first_k_dense_replace") and [it == "sparse" for it in types] != are_sparse:
+        raise fields.refuse(key, f"contradicts first_k_dense_replace ({num_dense})")
+    return [it == "sparse" for it in types]
 
 
-def _groups(fields: Fields, num_experts: int) -> tuple[int, int, float]:
+def _groups(fields: Fields, keys: ExpertsKeys, num_experts: int) -> tuple[int, int, float]:
     """n_group, topk_group and routed_scaling_factor."""
+    if not (keys.is_sigmoid or keys.has_topk_method):
+        return 1, 1, 1.0
+    scale = fields.number("routed_scaling_factor", 0.0, 1e6, default=1.0)
+    if keys.has_topk_method:
+        method = fields.string("topk_method", default="greedy", is_nullable=True)
+        if method not in ("greedy", "group_limited_greedy"):
+            raise fields.refuse("topk_method", "must be greedy or group_limited_greedy")
+        if method == "greedy":
+            return 1, 1, scale
     num_groups = fields.integer("n_group", 1, MAX_EXPERT_GROUPS, default=1)
     if num_experts % num_groups:
         raise ConfigError(
             f"config.json: n_group must divide the {num_experts} experts, got {num_groups}"
         )
     top_groups = fields.integer("topk_group", 1, num_groups, default=1)
-    return num_groups, top_groups, fields.number("routed_scaling_factor", 0.0, 1e6, default=1.0)
+    return num_groups, top_groups, scale
 
 
 def _num_experts(fields: Fields, keys: ExpertsKeys) -> int:

@@ -12,6 +12,7 @@ import msgspec
 
 from pyserve.limits import CUDA_CAPPED_HEAD_DIMS, CUDA_HEAD_DIMS
 from pyserve.model.experts_config import ExpertsConfig
+from pyserve.model.latent_config import LatentConfig
 from pyserve.model.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -81,6 +82,11 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Leading dimensions of a head that are rotated."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
+    @property
+    def joined_size(self) -> int:
+        """What all heads give to the output projection."""
+        return self.num_heads * self.head_dim
+
 
 class MLPConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The gated MLP: down(activation(gate(x)) * up(x)), of `size` between."""
@@ -96,7 +102,7 @@ class MLPConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentConfig
     mlp: MLPConfig | ExpertsConfig
     norm: NormConfig
     names: LayerNames = LayerNames()
@@ -104,7 +110,9 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def lacking_on_cuda(self) -> list[str]:
         """What it asks for that a card does not serve."""
         lacks, attention = [], self.attention
-        if attention.head_dim not in CUDA_HEAD_DIMS:
+        if isinstance(attention, LatentConfig):
+            lacks.append("multi-head latent attention")
+        elif attention.head_dim not in CUDA_HEAD_DIMS:
             lacks.append(f"head_dim {attention.head_dim}")
         elif attention.softcap and attention.head_dim not in CUDA_CAPPED_HEAD_DIMS:
             lacks.append(f"scores capped at {attention.softcap:g} of head_dim {attention.head_dim}")

@@ -47,7 +47,9 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     is_embedding_scaled
                       embeddings are multiplied by sqrt(hidden_size).
     rope              how the rotary embedding is told.
-    has_pairs         as AttentionConfig.has_pairs.
+    is_latent         attention is a LatentConfig.
+    has_pairs         as AttentionConfig.has_pairs; or as the key `pairs_key` says, which is true
+                      where it is absent.
     known_keys        of config.json that mean something, or nothing, in this family only.
     neutral           values that ask for nothing else than is computed, where they are other ones
                       than in most families: see unknown_fields.py.
@@ -74,7 +76,9 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     softcap_keys: tuple[str, ...] = ()
     is_embedding_scaled: bool = False
     rope: RopeKeys = RopeKeys()
+    is_latent: bool = False
     has_pairs: bool = False
+    pairs_key: str | None = None
     known_keys: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[object, ...]] = {}
 
@@ -107,9 +111,45 @@ _GEMMA_DEFAULTS = {
     "head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
     "sliding_window": _WINDOW, "tie_word_embeddings": True,
 }  # fmt: skip
+_NEXT_TOKENS_KEYS = frozenset({"num_nextn_predict_layers", "num_mtp_layers"})
+# Of DeepSeek's own training and code.
+_TRAINING_KEYS = frozenset({"aux_loss_alpha", "ep_size", "seq_aux"})
+_CORRECTED = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+_SHARED_EXPERTS = LayerNames(shared_expert="shared_experts")
 _ATTN_SOFTCAP, _FINAL_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "DeepseekV2ForCausalLM": Architecture(
+        model_type="deepseek_v2", attention_bias="config", is_latent=True, has_pairs=True,
+        names=_SHARED_EXPERTS,
+        experts=ExpertsKeys(
+            num_experts=("n_routed_experts", "num_experts"), default_num=64, has_topk_method=True,
+            is_normalized="never", num_shared="n_shared_experts", dense_layers="first",
+        ),
+        defaults={
+            "q_lora_rank": 1536, "first_k_dense_replace": 0, "moe_intermediate_size": 1407,
+            "n_shared_experts": 2, "max_position_embeddings": 2048,
+        },
+        known_keys=_TRAINING_KEYS,
+        # Its own code divides by the sum or scales, transformers scales alone.
+        neutral={"norm_topk_prob": (False,), "rope_interleave": (True,)},
+    ),
+    "DeepseekV3ForCausalLM": Architecture(
+        model_type="deepseek_v3", attention_bias="config", is_latent=True,
+        pairs_key="rope_interleave", has_extra_layers=True, names=_SHARED_EXPERTS,
+        experts=ExpertsKeys(
+            num_experts=("n_routed_experts", "num_local_experts"), default_num=256,
+            is_sigmoid=True, num_shared="n_shared_experts", dense_layers="first",
+        ),
+        defaults={
+            "q_lora_rank": 1536, "first_k_dense_replace": 3, "intermediate_size": 18432,
+            "moe_intermediate_size": 2048, "n_shared_experts": 1, "num_experts_per_tok": 8,
+            "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+            "max_position_embeddings": 4096,
+        },
+        known_keys=_TRAINING_KEYS | _NEXT_TOKENS_KEYS | {"rope_interleave"},
+        neutral=_CORRECTED,
+    ),
     "Gemma2ForCausalLM": Architecture(
         model_type="gemma2", attention_bias="config", has_o_bias=True, window="alternate",
         names=_GEMMA_NAMES, activation_keys=("hidden_activation",), activations=_GELU_TANH,
@@ -150,7 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Glm4MoeForCausalLM": Architecture(
         model_type="glm4_moe", attention_bias="config", qk_norm_key="use_qk_norm",
-        has_extra_layers=True, names=LayerNames(shared_expert="shared_experts"),
+        has_extra_layers=True, names=_SHARED_EXPERTS,
         experts=ExpertsKeys(
             num_experts=("n_routed_experts", "num_local_experts"), default_num=128,
             is_sigmoid=True, num_shared="n_shared_experts", dense_layers="first",
@@ -161,7 +201,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "norm_topk_prob": True,
         },
         rope=RopeKeys(has_partial=True, default_partial=0.5),
-        known_keys=frozenset({"use_qk_norm", "num_nextn_predict_layers", "num_mtp_layers"}),
+        known_keys=_NEXT_TOKENS_KEYS | {"use_qk_norm"},
+    ),
+    "Glm4MoeLiteForCausalLM": Architecture(
+        model_type="glm4_moe_lite", attention_bias="config", is_latent=True,
+        pairs_key="rope_interleave", has_extra_layers=True, names=_SHARED_EXPERTS,
+        experts=ExpertsKeys(
+            num_experts=("n_routed_experts", "num_local_experts"), default_num=64,
+            is_sigmoid=True, num_shared="n_shared_experts", dense_layers="types",
+        ),
+        defaults={
+            "q_lora_rank": 768, "rms_norm_eps": 1e-5, "intermediate_size": 10240,
+            "moe_intermediate_size": 1536, "n_shared_experts": 1, "num_experts_per_tok": 4,
+            "norm_topk_prob": True, "routed_scaling_factor": 1.8,
+            "max_position_embeddings": 202752,
+        },
+        known_keys=_NEXT_TOKENS_KEYS | {"rope_interleave"},
+        neutral=_CORRECTED,
     ),
     "LlamaForCausalLM": Architecture(
         model_type="llama", attention_bias="config", has_o_bias=True, mlp_bias="config",

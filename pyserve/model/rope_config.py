@@ -68,6 +68,8 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     beta_fast, beta_slow, truncate
                       yarn: bounds of the ramp in turns, and whether it starts on whole dimensions.
     attention_factor  yarn and longrope: multiplies cos and sin.
+    latent_factor     yarn: multiplies the softmax scale of latent attention, which leaves to this
+                      what others have in attention_factor.
     short_factors, long_factors
                       longrope: what divides each frequency, of a server whose max_model_len is at
                       most original_max_position, and of one that serves more.
@@ -84,6 +86,7 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    latent_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     query_beta: float = 0.0
@@ -183,7 +186,8 @@ def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
         for name in RopeConfig.__struct_fields__
         if getattr(scaling, name) != getattr(parameters, name)
     )
-    key = {"type": "rope_type", "theta": "rope_theta"}.get(name, name)
+    keys = {"type": "rope_type", "theta": "rope_theta", "latent_factor": "mscale_all_dim"}
+    key = keys.get(name, name)
     return ConfigError(
         f"config.json: rope_scaling and rope_parameters disagree: {key} is {one} by the first and "
         f"{other} by the second; remove the one that is wrong"
@@ -281,12 +285,12 @@ def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> Rope
         "factor", 1.0, MAX_FACTOR, default=max_position / original, is_nullable=True
     )
     attention_factor = _mscale(factor, 1.0)
+    mscale_all_dim = rope.number("mscale_all_dim", 0.0, 1e3, default=0.0, is_nullable=True)
     if rope.has("attention_factor"):
         attention_factor = rope.number("attention_factor", 0.0, 1e3)
-    elif rope.has("mscale") and rope.has("mscale_all_dim"):
+    elif mscale_all_dim and rope.has("mscale"):
         mscale = rope.number("mscale", 0.0, 1e3)
-        mscale_all_dim = rope.number("mscale_all_dim", 0.0, 1e3)
-        if mscale and mscale_all_dim:
+        if mscale:
             attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
     beta_fast = rope.number("beta_fast", 0.0, 1e6, default=32.0, is_nullable=True) or 32.0
     beta_slow = rope.number("beta_slow", 0.0, 1e6, default=1.0, is_nullable=True) or 1.0
@@ -301,6 +305,7 @@ def _yarn(config: Fields, rope: Fields, theta: float, max_position: int) -> Rope
         beta_slow=beta_slow,
         truncate=rope.boolean("truncate", default=True),
         attention_factor=attention_factor,
+        latent_factor=_mscale(factor, mscale_all_dim) ** 2,
     )
 
 

@@ -37,6 +37,9 @@ class Scheme(Protocol):
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
 
+    def plain(self) -> torch.Tensor:
+        """The matrix in the dtype of the computation, once loaded: its own, or one made of it."""
+
     def destinations(self) -> Destinations: ...
 
 
@@ -114,6 +117,9 @@ class Dense:
     @property
     def is_norming(self) -> bool:
         return True
+
+    def plain(self) -> torch.Tensor:
+        return self.weight
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         ops.linear(x, self.weight, bias, out)

@@ -15,6 +15,7 @@ import msgspec
 
 from pyserve.errors import ConfigError
 from pyserve.model.fields import shown
+from pyserve.model.latent_config import KNOWN_KEYS as LATENT_KEYS
 from pyserve.model.registry import Architecture, Multimodal
 from pyserve.model.rope_config import QUERY_BETA, ROPE_TABLES, RopeType
 
@@ -195,6 +196,8 @@ def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     known = _KNOWN | model.architecture.known_keys | in_rope & {_ORIGINAL_MAX_POSITION}
     if model.architecture.experts is not None:
         known |= model.architecture.experts.known_keys
+    if model.architecture.is_latent:
+        known |= LATENT_KEYS
     names = set(_unknown(raw, "", known, _CHANGING, model))
     for table in ROPE_TABLES:
         for prefix, values in _rope_tables(raw, table, model):

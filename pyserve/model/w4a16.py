@@ -62,6 +62,11 @@ class W4A16:
     def nbytes(self) -> int:
         return self.packed.nbytes
 
+    def plain(self) -> torch.Tensor:
+        matrix = self.packed.new_empty(self._shape, dtype=self._placement.dtype)
+        quantised.dequantise_w4a16(self.packed, matrix)
+        return matrix
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         quantised.linear_w4a16(x, self.packed, bias, out, self._scratch_of(x))
 

@@ -13,7 +13,8 @@ OP_NAMES = (
     "linear_silu_mul", "serves_linear", "try_skinny", "linear_w4a16", "dequantise_w4a16",
     "serves_linear_w4a16", "try_linear_w4a16", "lora_shrink", "lora_expand", "silu_mul",
     "gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul", "combine_experts",
-    "paged_attention", "rope_attention", "plan_attention", "plan_step", "sample", "apply_bitmask",
+    "paged_attention", "rope_attention", "plan_attention", "rope_write_latent", "latent_attention",
+    "batched_linear", "plan_step", "sample", "apply_bitmask",
     "logprobs",
 )  # fmt: skip
 

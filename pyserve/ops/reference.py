@@ -18,6 +18,9 @@ from pyserve.ops.reference_experts import combine_experts as combine_experts
 from pyserve.ops.reference_experts import grouped_linear as grouped_linear
 from pyserve.ops.reference_experts import grouped_linear_silu_mul as grouped_linear_silu_mul
 from pyserve.ops.reference_experts import route as route
+from pyserve.ops.reference_latent import batched_linear as batched_linear
+from pyserve.ops.reference_latent import latent_attention as latent_attention
+from pyserve.ops.reference_latent import rope_write_latent as rope_write_latent
 from pyserve.ops.reference_linear import dequantise_w4a16 as dequantise_w4a16
 from pyserve.ops.reference_linear import gelu_tanh_mul as gelu_tanh_mul
 from pyserve.ops.reference_linear import linear as linear

@@ -36,6 +36,7 @@ class ModelSizes:
     layer_bytes     of the layers' matrices: every step reads them, whatever its rows
     mixtures        of the layers that have one: a step reads the experts that its tokens go to
     head_bytes      of the output head: read for the rows that are sampled; 0 of a model that pools
+    flop_per_pair   of attention: of a token and one that it sees, in a layer's heads
     """
 
     dtype: torch.dtype
@@ -48,8 +49,7 @@ class ModelSizes:
     head_bytes: int
     head_params: int
     kv_specs: tuple[KVSpec, ...]
-    num_heads: int
-    head_dim: int
+    flop_per_pair: int
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -102,7 +102,6 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
     tensors = shapes.destinations().values()
     linears, mixtures = shapes.layer_linears(), tuple(shapes.mixtures())
     head = shapes.head
-    num_heads, _, head_dim = shapes.layers[0].attention.sizes
     return ModelSizes(
         dtype=dtype,
         shapes=shapes,
@@ -116,8 +115,7 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
         head_bytes=0 if head is None else head.matrix.nbytes,
         head_params=0 if head is None else head.num_params,
         kv_specs=tuple(shapes.kv_specs()),
-        num_heads=num_heads,
-        head_dim=head_dim,
+        flop_per_pair=shapes.layers[0].attention.flop_per_pair,
     )
 
 
@@ -138,7 +136,7 @@ def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
     if model.quantization is None or tp_size == 1:
         return True
     widths = set(model.widths)
-    widths |= {layer.attention.num_heads * layer.attention.head_dim for layer in model.layers}
+    widths |= {layer.attention.joined_size for layer in model.layers}
     units = {width: unit_columns(model.quantization.group_of(width)) for width in widths}
     return all(width % (tp_size * unit) == 0 for width, unit in units.items())
 
@@ -167,15 +165,15 @@ def prefill_floor_s(sizes: ModelSizes, card: Card, num_tokens: int) -> float:
     """Seconds to the first token of a prompt, in one step: one row of it is sampled."""
     read_s = sizes.read_bytes(num_tokens) / (card.bandwidth_tb * 1e12)
     flop = 2 * (sizes.layer_params_of_a_token * num_tokens + sizes.head_params)
-    flop += _attention_flop(sizes.kv_specs, sizes.num_heads, sizes.head_dim, num_tokens)
+    flop += _attention_flop(sizes.kv_specs, sizes.flop_per_pair, num_tokens)
     return max(read_s, flop / (card.bf16_tflops * 1e12))
 
 
-def _attention_flop(specs: Sequence[KVSpec], num_heads: int, head_dim: int, num_tokens: int) -> int:
+def _attention_flop(specs: Sequence[KVSpec], flop_per_pair: int, num_tokens: int) -> int:
     """QK^T and PV over the pairs of tokens that see each other."""
     flop = 0
     for spec in specs:
         window = min(num_tokens, spec.window or num_tokens)
         num_pairs = window * (window + 1) // 2 + (num_tokens - window) * window
-        flop += 4 * num_heads * head_dim * num_pairs
+        flop += flop_per_pair * num_pairs
     return flop

@@ -17,6 +17,7 @@ NUM_PARAMS = {
     "Llama-3.2-3B": 3.21, "Qwen3-4B": 4.02, "Mistral-7B": 7.24, "Qwen2.5-7B": 7.62,
     "Llama-3.1-8B": 8.03, "Qwen2.5-14B": 14.77, "Qwen2.5-32B": 32.76,
     "Llama-3.1-70B": 70.55, "Qwen3-30B-A3B": 30.53, "Mixtral-8x7B": 46.70,
+    "DeepSeek-V2-Lite": 15.71, "GLM-4.7-Flash": 29.94,
 }  # fmt: skip
 
 

@@ -19,7 +19,23 @@ from tests.engine.tiny import CONFIG
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 9, "sliding_window": 20}
 FACTORS = [1.0 + i / 4 for i in range(6)]
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 24, "head_dim": 8, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
+    "DeepseekV2ForCausalLM": LATENT
+    | {
+        "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "rope_scaling": {
+            "type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
+    "DeepseekV3ForCausalLM": LATENT | {"n_group": 4, "topk_group": 2},
+    "Glm4MoeLiteForCausalLM": LATENT | {"attention_bias": True},
     "Phi3ForCausalLM": {
         "sliding_window": 30,
         "original_max_position_embeddings": 32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pyserve.model.config import ModelConfig
+from pyserve.model.layer_config import AttentionConfig
 
 
 def with_windows(config: ModelConfig, *windows: int) -> ModelConfig:
@@ -16,3 +17,10 @@ def with_windows(config: ModelConfig, *windows: int) -> ModelConfig:
             replace(first, attention=replace(first.attention, window=window)) for window in windows
         ),
     )
+
+
+def attention_of(config: ModelConfig, index: int = 0) -> AttentionConfig:
+    """Of a layer whose attention keeps keys and values."""
+    attention = config.layers[index].attention
+    assert isinstance(attention, AttentionConfig)
+    return attention

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -19,6 +23,8 @@ from transformers import (
     Glm4ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
@@ -51,10 +57,13 @@ logging.disable_progress_bar()
 
 VOCAB_SIZE = 211
 FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "glm4": (Glm4Config, Glm4ForCausalLM),
     "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -101,6 +110,16 @@ def longrope(original: int) -> dict[str, Any]:
     table = rope("longrope", short_factor=factors, long_factor=[3 * it for it in factors])
     table["rope_parameters"]["partial_rotary_factor"] = 0.75
     return table | {"original_max_position_embeddings": original}
+
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32, "n_shared_experts": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+YARN_OF_V2 = rope(
+    "yarn", factor=8.0, original_max_position_embeddings=32, mscale=0.707, mscale_all_dim=0.707
+)
 
 
 CASES = {
@@ -216,6 +235,35 @@ CASES = {
         {
             "head_dim": 16, "n_routed_experts": 6, "num_experts_per_tok": 2,
             "norm_topk_prob": False, "moe_intermediate_size": 40, "first_k_dense_replace": 2,
+        },
+    ),
+    "deepseek-v2-lite": Case("deepseek_v2", {**LATENT, "q_lora_rank": None, **YARN_OF_V2}),
+    "deepseek-v2-groups": Case(
+        "deepseek_v2",
+        LATENT
+        | {
+            "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+            "routed_scaling_factor": 3.0, "first_k_dense_replace": 0, "attention_bias": True,
+        },
+    ),
+    "deepseek-v3": Case(
+        "deepseek_v3",
+        LATENT
+        | rope(
+            "yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0,
+            mscale_all_dim=1.0, beta_fast=32.0, beta_slow=1.0,
+        )
+        | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    ),
+    "deepseek-v3-halves": Case(
+        "deepseek_v3", LATENT | {"n_group": 1, "topk_group": 1, "rope_interleave": False}
+    ),
+    "glm4-moe-lite": Case(
+        "glm4_moe_lite",
+        LATENT
+        | {
+            "qk_nope_head_dim": 24, "v_head_dim": 32, "num_attention_heads": 5,
+            "num_key_value_heads": 5, "n_routed_experts": 6, "mlp_layer_types": None,
         },
     ),
     "mixtral": Case("mixtral", {"num_local_experts": 5}),

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyserve.model import schemes
-from pyserve.model.activations import ALIGNMENT, Arena, MLPActivations
+from pyserve.model.activations import ALIGNMENT, Arena, AttentionActivations, MLPActivations
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
@@ -66,7 +66,7 @@ def test_layers_share_one_memory_and_the_last_hidden_state_has_one_place() -> No
         assert acts.hidden.data_ptr() == buffer.data_ptr()
         assert all(layer is acts.layers[0] for layer in acts.layers)
         attention, mlp = acts.layers[0]
-        assert isinstance(mlp, MLPActivations)
+        assert isinstance(attention, AttentionActivations) and isinstance(mlp, MLPActivations)
         assert attention.qkv.data_ptr() == mlp.gate_up.data_ptr()
         assert attention.q.shape == attention.heads.shape == (num_tokens, 4, 16)
         assert attention.joined.shape == (num_tokens, 64) and attention.joined.is_contiguous()

@@ -150,7 +150,7 @@ def test_windows(raw: dict[str, Any], windows: tuple[int, ...]) -> None:
 def test_biases(raw: dict[str, Any], biases: tuple[bool, bool, bool]) -> None:
     for layer in ModelConfig.from_hf(raw).layers:
         attention = layer.attention
-        assert isinstance(layer.mlp, MLPConfig)
+        assert isinstance(attention, AttentionConfig) and isinstance(layer.mlp, MLPConfig)
         assert (attention.has_qkv_bias, attention.has_o_bias, layer.mlp.has_bias) == biases
 
 
@@ -299,7 +299,7 @@ def test_what_cannot_be_served_is_refused_by_name(
         ModelConfig.from_hf(base | changes)
     for word in named:
         assert word in str(refusal.value)
-    assert len(str(refusal.value)) < 400
+    assert len(str(refusal.value)) < 500
 
 
 @pytest.mark.parametrize(

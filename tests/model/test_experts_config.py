@@ -15,6 +15,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.layer_config import MLPConfig
 from pyserve.model.placement import META, Placement
+from tests.model.described import attention_of
 
 MIXTRAL: dict[str, Any] = {  # as mistralai/Mixtral-8x7B-Instruct-v0.1 has it
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "attention_dropout": 0.0,
@@ -87,7 +88,7 @@ def test_biases() -> None:
         (QWEN2_MOE | {"qkv_bias": False}, False, False),
         (QWEN3_MOE | {"attention_bias": True}, True, True),
     ):  # fmt: skip
-        attention = ModelConfig.from_hf(raw).layers[0].attention
+        attention = attention_of(ModelConfig.from_hf(raw))
         assert (attention.has_qkv_bias, attention.has_o_bias) == (has_qkv, has_o)
 
 
@@ -134,7 +135,7 @@ def test_the_first_layers_of_glm_are_dense_and_its_groups_are_read() -> None:
         shared_size=1408,
     )  # fmt: skip
     assert [layer.mlp for layer in config.layers] == [MLPConfig(size=10944)] + [mixture] * 45
-    attention = config.layers[1].attention
+    attention = attention_of(config, 1)
     assert (attention.has_qkv_bias, attention.has_o_bias, attention.has_qk_norm) == (
         True, False, False,
     )  # fmt: skip
@@ -146,7 +147,7 @@ def test_the_first_layers_of_glm_are_dense_and_its_groups_are_read() -> None:
         "n_shared_experts": 2,
     }
     other = ModelConfig.from_hf(GLM4_MOE | changes | {"use_qk_norm": True})
-    assert other.layers[1].attention.has_qk_norm
+    assert attention_of(other, 1).has_qk_norm
     assert other.layers[1].mlp == replace(
         mixture, num_groups=8, top_groups=4, scale=2.5, shared_size=2816
     )

@@ -13,8 +13,10 @@ from pyserve.errors import ConfigError
 from pyserve.model import layer_config
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
+from pyserve.model.layer_config import AttentionConfig
 from pyserve.model.placement import META, Placement
 from pyserve.model.rope_config import RopeConfig
+from tests.model.described import attention_of
 
 PHI3_MINI: dict[str, Any] = {  # as microsoft/Phi-3-mini-4k-instruct has it
     "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False,
@@ -145,20 +147,21 @@ def test_gemma2_has_its_scales_and_caps() -> None:
     assert config.embedding_scale == math.sqrt(4608) and config.logit_softcap == 30.0
     assert [layer.attention.window for layer in config.layers[:4]] == [4096, 0, 4096, 0]
     for layer in config.layers:
-        assert layer.attention.softmax_scale == 144**-0.5 and layer.attention.softcap == 50.0
+        assert isinstance(layer.attention, AttentionConfig) and layer.attention.softcap == 50.0
+        assert layer.attention.softmax_scale == 144**-0.5
         assert layer.mlp.activation == "gelu_tanh" and layer.norm.offset == 1.0
     caps = ("attn_logit_softcapping", "final_logit_softcapping")
     absent = {key: value for key, value in GEMMA2_27B.items() if key not in caps}
     assert ModelConfig.from_hf(absent) == config
     uncapped = ModelConfig.from_hf(GEMMA2_27B | dict.fromkeys(caps))
-    assert uncapped.logit_softcap == uncapped.layers[0].attention.softcap == 0
+    assert uncapped.logit_softcap == attention_of(uncapped).softcap == 0
 
 
 def test_gemma3_has_a_rope_and_a_window_for_each_kind_of_layer() -> None:
     config = ModelConfig.from_hf(GEMMA3_4B)
     assert config.architecture == "Gemma3ForCausalLM" and config.tie_word_embeddings
     assert [layer.attention.window for layer in config.layers[:6]] == [1024] * 5 + [0]
-    sliding, full = config.layers[0].attention, config.layers[5].attention
+    sliding, full = attention_of(config), attention_of(config, 5)
     assert (full.num_heads, full.num_kv_heads, full.head_dim, full.has_qk_norm) == (8, 4, 256, True)
     plain = RopeConfig(type="default", theta=1e4, original_max_position=131072)
     assert sliding.rope == plain

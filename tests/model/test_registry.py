@@ -22,7 +22,15 @@ ABSENT = object()
 WINDOW = 16
 
 # What the checkpoint is made of: shapes that fit the defaults of the family.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | {"n_routed_experts": 16, "n_group": 8, "topk_group": 4},
+    "glm4_moe_lite": LATENT,
     "gemma2": {"num_key_value_heads": 4, "head_dim": 256},
     "gemma3": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": WINDOW},
     "glm4": {"head_dim": 128},
@@ -36,6 +44,10 @@ BASES: dict[str, dict[str, Any]] = {
 FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+YARN = {
+    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}  # fmt: skip
 SAME: list[tuple[str, dict[str, Any]]] = [
     # (family, changes of config.json): both answer alike
     ("llama", {"num_key_value_heads": ABSENT}),
@@ -107,6 +119,32 @@ SAME: list[tuple[str, dict[str, Any]]] = [
             ABSENT,
         ),
     ),
+    (
+        "deepseek_v2",
+        {"num_key_value_heads": ABSENT, "n_shared_experts": ABSENT, "head_dim": ABSENT}
+        | {"routed_scaling_factor": ABSENT, "topk_method": ABSENT, "norm_topk_prob": ABSENT},
+    ),
+    (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | {"routed_scaling_factor": 16.0, "norm_topk_prob": False, "rope_interleave": True}
+        | {"rope_parameters": ABSENT, "rope_theta": 500, "rope_scaling": YARN},
+    ),
+    ("deepseek_v2", {"n_group": 8, "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 32}),
+    (
+        "deepseek_v3",
+        {"head_dim": ABSENT, "n_group": ABSENT, "topk_group": ABSENT, "rope_interleave": ABSENT}
+        | {"routed_scaling_factor": ABSENT, "norm_topk_prob": ABSENT, "n_shared_experts": ABSENT},
+    ),
+    ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False, "num_mtp_layers": 0}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"rope_theta": 500.0, "mscale": 0.5}}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"rope_theta": 500.0, "attention_factor": 0.8}}),
+    (
+        "glm4_moe_lite",
+        {"routed_scaling_factor": ABSENT, "mlp_layer_types": ABSENT, "rms_norm_eps": ABSENT}
+        | {"n_group": ABSENT, "topk_group": ABSENT, "norm_topk_prob": ABSENT},
+    ),
+    ("glm4_moe_lite", {"first_k_dense_replace": ABSENT, "rms_norm_eps": 0.01}),
     ("gemma3", {"layer_types": ABSENT, "sliding_window_pattern": 2}),
     ("gemma3", {"layer_types": MIXED, "final_logit_softcapping": 2.0}),
     (
@@ -167,6 +205,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glm4", {"attention_bias": False}, "q_proj.bias"),
     ("glm4", {"rope_interleave": True}, "rope_interleave"),
     ("ministral3", {"sliding_window": 0}, "sliding_window"),
+    ("deepseek_v2", {"q_lora_rank": None}, "q_proj"),
+    ("deepseek_v2", {"kv_lora_rank": 40}, "kv_a_proj_with_mqa"),
+    ("deepseek_v2", {"n_routed_experts": 7}, "mlp.experts"),
+    ("deepseek_v2", {"v_head_dim": 32}, "kv_b_proj"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ("deepseek_v3", {"attention_bias": True}, "kv_a_proj_with_mqa.bias"),
+    ("deepseek_v3", {"first_k_dense_replace": 2}, "mlp"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["sparse"] * 3}, "mlp_layer_types"),
 ]
 
 

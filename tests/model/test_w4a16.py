@@ -56,7 +56,9 @@ def load(linear: Linear, folder: Path, buffer_bytes: int = 6144) -> None:
 
 def numbers(linear: Linear) -> torch.Tensor:
     assert isinstance(linear.matrix, W4A16)
-    return w4a16.dequantised(linear.matrix.packed, linear.out_features, linear.in_features)
+    plain = w4a16.dequantised(linear.matrix.packed, linear.out_features, linear.in_features)
+    assert torch.equal(linear.matrix.plain(), plain)
+    return plain
 
 
 def place(kind: str, group_size: int, rank: int = 0, size: int = 1) -> Placement:
@@ -123,7 +125,7 @@ def test_logits_are_those_of_the_numbers(kind: str, family: str, tmp_path: Path)
     with torch.inference_mode():
         expected = model(torch.tensor([TOKENS])).logits[0]
     decoder = oracle.load_ours(tmp_path)
-    assert isinstance(decoder.layers[0].attention.qkv.matrix, W4A16)
+    assert isinstance(decoder.layers[0].linears[0].matrix, W4A16)
     logits = Driver(decoder).step({0: TOKENS})
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     one_by_one = Driver(decoder)

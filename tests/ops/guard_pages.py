@@ -104,6 +104,38 @@ def experts() -> None:
             assert not bool(out[1].any()) and bool(out.isfinite().all())
 
 
+def latents() -> None:
+    """The last block of the cache is the last row's, and full."""
+    table = guarded(torch.tensor([[2], [1], [3]], dtype=torch.int32))
+    rows, starts, lens = (
+        guarded(torch.tensor(values, dtype=torch.int32))
+        for values in ((0, -1, 2), (0, 1, 1, 4), (5, 0, 16))
+    )
+    positions = guarded(torch.tensor([4, 13, 14, 15], dtype=torch.int32))
+    slots = guarded(torch.tensor([36, 61, 62, 63]))
+    for dtype in DTYPES:
+        for size, rope_dim in ((8, 8), (40, 8), (72, 16), (512, 64)):
+            width = size + rope_dim
+            cache = guarded(torch.randn(4, 16, width).to(dtype))
+            q, compressed = (
+                guarded(torch.randn(4, *shape).to(dtype)) for shape in ((3, rope_dim), (width,))
+            )
+            absorbed = guarded(torch.randn(4, 3, width).to(dtype))
+            torch.ops.pyserve.rope_write_latent(
+                q, compressed, positions, guarded(torch.randn(16, rope_dim)), slots,
+                guarded(torch.randn(size).to(dtype)), 1e-6, True, absorbed[..., size:], cache,
+            )  # fmt: skip
+            out = guarded(torch.zeros(4, 3, size, dtype=dtype))
+            torch.ops.pyserve.latent_attention(
+                absorbed, cache, table, rows, starts, lens, 0.1, 3, None, None, out
+            )
+            assert bool(out.isfinite().all())
+            weight = guarded(torch.randn(3, 5, size).to(dtype))
+            heads = guarded(torch.zeros(4, 3, 5, dtype=dtype))
+            torch.ops.pyserve.batched_linear(out, weight, heads)
+            assert bool(heads.isfinite().all())
+
+
 def rms_norm() -> None:
     for dtype in DTYPES:
         for num_rows, hidden in SHAPES:
@@ -188,7 +220,7 @@ if __name__ == "__main__":
     build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
     for run in (linear, linear_w4a16, experts, rms_norm, silu_mul, rope_write_kv, paged_attention,
-                sample, apply_bitmask, logprobs):  # fmt: skip
+                latents, sample, apply_bitmask, logprobs):  # fmt: skip
         print(run.__name__, flush=True)
         run()
     print("whole")

@@ -93,7 +93,24 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.ones(2, limits.TOP_LOGPROBS, dtype=torch.int32),
             torch.ones(2, limits.TOP_LOGPROBS),
         ),
-    } | _experts_args()  # fmt: skip
+    } | _experts_args() | _latent_args()  # fmt: skip
+
+
+def _latent_args() -> dict[str, tuple[Any, ...]]:
+    cache = torch.randn(4, 16, 24)
+    return {
+        "rope_write_latent": (
+            torch.randn(3, 4, 8), torch.randn(3, 24), _int(0, 1, 2), torch.randn(9, 8),
+            torch.tensor([5, -1, 17]), torch.randn(16), 1e-6, True, torch.empty(3, 4, 8), cache,
+        ),
+        "latent_attention": (
+            torch.randn(3, 4, 24), cache, torch.zeros(3, 2, dtype=torch.int32), _int(1, 0, -1),
+            _int(0, 1, 3, 3), _int(9, 2, 0), 0.3, 3, None, None, torch.empty(3, 4, 16),
+        ),
+        "batched_linear": (
+            torch.randn(3, 4, 24), torch.randn(4, 5, 24), torch.empty(3, 4, 5),
+        ),
+    }  # fmt: skip
 
 
 def _experts_args() -> dict[str, tuple[Any, ...]]:
@@ -184,7 +201,7 @@ def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
     last = (
         "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "dequantise_w4a16", "grouped_linear",
-        "grouped_linear_silu_mul", "route",
+        "grouped_linear_silu_mul", "route", "latent_attention", "batched_linear",
     )  # fmt: skip
     places = dict.fromkeys(last, -1) | {
         "rms_norm": 3, "linear": 3, "linear_silu_mul": 3, "paged_attention": 12

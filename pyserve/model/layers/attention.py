@@ -12,7 +12,7 @@ from pyserve.model.activations import Arena, AttentionActivations
 from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.kv import KVCache, KVSpec
-from pyserve.model.layer_config import LayerConfig
+from pyserve.model.layer_config import AttentionConfig, LayerConfig
 from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
 from pyserve.model.layers.norm import RMSNorm
 from pyserve.model.placement import Placement
@@ -40,6 +40,7 @@ class Attention:
         cos_sin: torch.Tensor, query_scales: torch.Tensor | None, has_norm_after: bool,
     ) -> None:  # fmt: skip
         config, names = layer.attention, layer.names
+        assert isinstance(config, AttentionConfig)
         name = f"{name}.{names.attention}"
         head_dim = config.head_dim
         heads, kv_heads = (config.num_heads, head_dim), (config.num_kv_heads, head_dim)
@@ -99,6 +100,16 @@ class Attention:
         self.qkv(x, act.qkv, ctx.adapters)
         self.attend(ctx, cache, act)
         self._project(act.joined, out, ctx.adapters)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those whose matrices every step reads."""
+        return self.qkv, self.o
+
+    @property
+    def flop_per_pair(self) -> int:
+        """Of a token and one that it sees, in all heads here."""
+        return 4 * self._q_size
 
     @property
     def has_norm_factors(self) -> bool:
