@@ -22,9 +22,10 @@ from bench.server_process import memory_of
 from pyserve.client import SequenceRequest
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
+from pyserve.engine.cpu_runner import CpuRunner
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine, Runner
-from pyserve.engine.runner import CpuRunner, StepExecutor
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits

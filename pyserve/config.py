@@ -48,6 +48,7 @@ Use = Runner
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 DEFAULT_LORAS = 8
+TP_SIZES = (1, 2, 4, 8)  # ranks that may share each layer, on one machine
 MAX_BODY_BYTES = 32 * 2**20
 MAX_QUEUE = 2**20
 ALL = ("*",)
@@ -98,7 +99,6 @@ class LaunchConfig:
         "auto", "sampling: auto: as the model says; vllm: none; a folder", metavar="FROM",
         read=str,
     )  # fmt: skip
-    tensor_parallel_size: int = flag(1, "only 1 yet", group="engine", short="-tp")
     log_level: LogLevel = flag(
         "info", "debug, info, warning, error or critical", group=REQUESTS, metavar="LEVEL",
         read=str.lower,
@@ -171,6 +171,9 @@ class EngineConfig:
     scheduling_policy: Policy = flag(
         "fcfs", "fcfs: first come first served; or priority", metavar="POLICY"
     )
+    tensor_parallel_size: int = flag(
+        1, "share each layer: 1, 2, 4, 8; CPU only yet", short="-tp", limits=(1, 8)
+    )  # fmt: skip
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
     enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
     enable_lora: bool = flag(False, "serve LoRA adapters too, on a CPU", group=ADAPTERS)
@@ -218,6 +221,10 @@ class EngineConfig:
             raise ConfigError(f"--convert {self.convert} contradicts --runner generate")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
+        if self.tensor_parallel_size not in TP_SIZES:
+            raise ConfigError(
+                f"--tensor-parallel-size must be 1, 2, 4 or 8, got {self.tensor_parallel_size}"
+            )
         names = [module.name for module in self.lora_modules]
         if (names or self.lora_dir is not None) and not self.enable_lora:
             flag_name = "--lora-modules" if names else "--lora-dir"

@@ -66,10 +66,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             if said[name] is not None:
                 flag_name = name.replace("_", "-")
                 log.get_logger().warning("--%s has no effect without --enable-lora", flag_name)
-    if args.tensor_parallel_size not in (None, 1):
-        raise ConfigError(
-            f"--tensor-parallel-size {args.tensor_parallel_size} is not built yet, the limit is 1"
-        )
     args.api_key = [key for keys in args.api_key or () for key in keys]
     return args
 

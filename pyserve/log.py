@@ -26,14 +26,17 @@ CONTINUED = "    "
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def setup(level: str) -> None:
-    """Log from `level` ("debug", "info", ...) on; calling it again replaces the earlier set-up."""
+def setup(level: str, prefix: str = "") -> None:
+    """Log from `level` ("debug", "info", ...) on; calling it again replaces the earlier set-up.
+
+    prefix  of each message: which process says it.
+    """
     root = logging.getLogger()
     flush()
     for old in [h for h in root.handlers if isinstance(h, _QueueHandler)]:
         root.removeHandler(old)
     handler = _QueueHandler(_Writer(sys.stderr))
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     get_logger().setLevel(level.upper())

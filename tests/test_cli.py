@@ -309,7 +309,6 @@ def test_generation_config_must_exist(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         (["--max-model-length", "5"], "did you mean --max-model-len?"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not built yet"),
         (["--dtype", "int3"], "--dtype"),
         (["--device", "tpu"], "--device"),
         (["--port", "x"], "--port"),

@@ -17,6 +17,8 @@ from pyserve.errors import ConfigError
     [
         ("max_num_seqs", 0, "--max-num-seqs"),
         ("max_num_batched_tokens", 0, "--max-num-batched-tokens"),
+        ("tensor_parallel_size", 3, "--tensor-parallel-size must be 1, 2, 4 or 8"),
+        ("tensor_parallel_size", 16, "--tensor-parallel-size"),
         ("block_size", 24, "--block-size"),
         ("block_size", 512, "--block-size"),
         ("gpu_memory_utilization", 0.0, "--gpu-memory-utilization"),

@@ -80,6 +80,8 @@ EXCEPT: dict[str, dict[str, str]] = {
     "(?<!tp_)rank": {
         "text/sentencepiece_model.py": "of a merge, as BPE calls it",
         "plan/choice.py": "the order of a list",
+        "ranks": "those that share each layer, together",
+        "Ranks": "likewise",
         "token_rank": "how many tokens are no less likely, as logprobs tell it",
         "token_ranks": "likewise",
         "max_adapter_rank": "of an adapter's two matrices, as the rest of these",

@@ -19,6 +19,7 @@ from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.masks import MaskWorkers
 from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.engine.sleep import AWAKE, Sleep
+from pyserve.engine.tensor_parallel.followers import Followers
 from pyserve.engine.trace import Trace
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.host import num_threads
@@ -47,13 +48,16 @@ class AsyncEngine:
     trace   is told where the time goes, and closed at the end.
     sleep   how it sleeps, where it can.
     adapters  what it serves beside its base model.
+    followers the other ranks of the model: where one is lost, the engine gives up.
     """
 
     def __init__(
         self, engine: Engine, info: EngineInfo, trace: Trace | None = None,
         sleep: Sleep | None = None, adapters: AdapterStore | None = None,
+        followers: Followers | None = None,
     ) -> None:  # fmt: skip
         self.adapters = adapters
+        self._followers = followers
         self._sleep = sleep or Sleep()
         self._engine = engine
         self._trace = trace
@@ -92,6 +96,8 @@ class AsyncEngine:
         self._engine.runner.attach(loop)
         self._looked_s = time.monotonic()
         self._look(loop)
+        if self._followers is not None:
+            self._followers.watch(lambda why: loop.call_soon_threadsafe(self._on_lost, why))
         self._task = loop.create_task(self._run(), name="engine")
 
     async def stop(self) -> None:
@@ -210,11 +216,15 @@ class AsyncEngine:
             for launched in self._in_flight:
                 if launched.result is not None and not launched.result.cancel():
                     launched.result.exception()  # asyncio would log one that nobody asked for
+            if self._followers is not None:
+                self._followers.kill()
             return
         results = [launched.result or launched.pending.sample() for launched in self._in_flight]
         await asyncio.gather(*results, return_exceptions=True)
         self._in_flight.clear()
         self._engine.runner.close()
+        if self._followers is not None:
+            await asyncio.to_thread(self._followers.close)
 
     async def _rest(self) -> None:
         """Sleep, from level to level, until it is to be awake again: nothing is in flight."""
@@ -324,11 +334,24 @@ class AsyncEngine:
             self._step_start_s = min(self._step_start_s + now_s - self._looked_s, now_s)
         self._looked_s = now_s
         if self._in_flight and now_s - self._step_start_s > deadline_s:
-            result = self._in_flight[0].result
-            if result is not None and not result.done():
-                reason = f"the GPU hangs: a step has not ended after {deadline_s:.0f} s"
-                result.set_exception(DeviceError(reason))
+            self._end_step(f"the GPU hangs: a step has not ended after {deadline_s:.0f} s")
         loop.call_later(min(LOOK_S, deadline_s), self._look, loop)
+
+    def _end_step(self, reason: str) -> None:
+        """Wait no longer for the step that runs, on a device that is lost."""
+        result = self._in_flight[0].result
+        if result is not None and not result.done():
+            result.set_exception(DeviceError(reason))
+
+    def _on_lost(self, reason: str) -> None:
+        """Another rank has ended, and no step will."""
+        if self._task is None or self._task.done() or self._refusal is not None:
+            return
+        log.get_logger().error("%s", reason)
+        self._is_device_lost = True
+        self._give_up(reason)
+        if self._in_flight:
+            self._end_step(reason)
 
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         shape = f"a step of {counted(step.num_tokens, 'token')} in {counted(len(step.seqs), 'row')}"

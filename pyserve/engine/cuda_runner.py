@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from pyserve import collector
 from pyserve.engine.batch import Asked, Step, StepOutput, StepShape, pack
 from pyserve.engine.engine import Pending
+from pyserve.engine.executor import StepExecutor, refuse_when_closed
 from pyserve.engine.preload import DRIVER_LIBRARY
-from pyserve.engine.runner import StepExecutor, refuse_when_closed
 from pyserve.engine.warmup import graph_steps, largest_step, warmup_steps
 from pyserve.errors import DeviceError
 from pyserve.ops import build
@@ -186,8 +186,7 @@ class CudaRunner:
     def _bring(self, step: Step, entry: _RingEntry) -> StepShape:
         """Pack the step and queue its copy to where the executor reads it."""
         num_words = self.pack(step, entry.words)
-        words = entry.step_input[:num_words]
-        self._executor.step_input[:num_words].copy_(words, non_blocking=True)
+        self._executor.bring(entry.step_input[:num_words])
         return step.shape
 
     def _sample(

@@ -1,6 +1,6 @@
 """Which device serves, and what an NVIDIA card has: asked once, before anything is built.
 
-One card: torch's first, so CUDA_VISIBLE_DEVICES chooses.
+Rank r has torch's card r, so CUDA_VISIBLE_DEVICES chooses.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pyserve.model.config import CheckpointDtype, ModelConfig
 from pyserve.ops import cuda_card
 
 CPU = torch.device("cpu")
+SHARES_CARDS = False  # whether a step of several ranks has run on cards
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
 
 
-def resolve_device(wanted: Device, *, is_demo: bool) -> torch.device:
-    """The device that `wanted` means on this machine.
+def resolve_device(wanted: Device, *, is_demo: bool, tp_rank: int = 0) -> torch.device:
+    """The device that `wanted` means on this machine, for one of the ranks.
 
     With "auto" a card that is there and cannot be used is an error: serving slowly instead would be
     no favour. Raises StartupError, one line that says what to do.
@@ -37,7 +38,30 @@ def resolve_device(wanted: Device, *, is_demo: bool) -> torch.device:
     except StartupError as error:
         remedy = "" if "--device cpu" in str(error) else "; or pass --device cpu"
         raise StartupError(f"{error}{remedy}") from error
-    return torch.device("cuda", 0)
+    return torch.device("cuda", tp_rank)
+
+
+def check_cards(device: torch.device, tp_size: int) -> None:
+    """Raise ConfigError where there are not so many cards of one kind."""
+    if device.type == "cpu" or tp_size == 1:
+        return
+    if not SHARES_CARDS:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size} is not built yet on NVIDIA cards: leave it out, or "
+            "pass --device cpu"
+        )
+    num_cards = torch.cuda.device_count()
+    if num_cards < tp_size:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size} needs as many cards, and this machine shows "
+            f"{num_cards}: see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    kinds = [torch.cuda.get_device_name(index) for index in range(tp_size)]
+    if len(set(kinds)) > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size} needs cards of one kind, and these are "
+            f"{', '.join(kinds)}: choose by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def describe(device: torch.device) -> str:

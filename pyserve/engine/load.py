@@ -25,8 +25,10 @@ from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.chunks import ChunkPacer
+from pyserve.engine.cpu_runner import CpuRunner
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine, Runner
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.planner import (
     HostMemory,
     Memory,
@@ -36,10 +38,10 @@ from pyserve.engine.planner import (
     is_ledger_true,
     plan_memory,
 )
-from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sleep import HostSleeper, Sleep
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.tensor_parallel.ranks import Ranks
 from pyserve.engine.trace import Trace
 from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
@@ -50,7 +52,9 @@ from pyserve.model.decoder import Decoder
 from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.model.placement import META, Placement
 from pyserve.model.quantization import AT_LOAD
+from pyserve.model.sharing import check_sharing
 from pyserve.ops import build
+from pyserve.ops.group import LEADER, Group
 from pyserve.params import POOLED, SamplingParams
 from pyserve.words import counted
 
@@ -62,14 +66,17 @@ QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
 POOLING_QUEUE = 4096  # at least, where they are pooled: one request has thousands, and none is long
 
 
+def _say_nothing(phase: str, done: int, total: int) -> None:
+    """The Progress of a model that is read again."""
+
+
 def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
     trace = Trace(config.trace) if config.trace else None
     start = settle_start(config)  # before anything is compiled, so that a refusal comes at once
-    device, model_config, dtype = start.device, start.model_config, start.dtype
-    memory, plan = start.memory, start.plan
+    model_config = start.model_config
     if model_config.unknown_fields:
         names = ", ".join(name[:40] for name in model_config.unknown_fields[:10])
         logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
@@ -78,20 +85,34 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
             "rounding the weights to 4 bits as they are loaded: a calibrated AWQ checkpoint of the "
             "model answers better"
         )
-    _log_plan(config, plan)
+    _log_plan(config, start.plan)
+    ranks = Ranks(config)
+    with ranks.ended_by_errors():
+        return _build(config, start, ranks, trace, progress)
+
+
+def _build(
+    config: EngineConfig, start: Start, ranks: Ranks, trace: Trace | None, progress: Progress
+) -> AsyncEngine:
+    logger = log.get_logger()
+    model_config, memory, device_type = start.model_config, start.memory, start.device.type
     build.load_native(
         is_reference_allowed=config.allow_reference_ops,
         progress=logger.info,
-        device="cuda" if device.type == "cuda" else "cpu",
+        device="cuda" if device_type == "cuda" else "cpu",
         report=lambda done, total: progress("build", done, total),
     )
     progress("build", 1, 1)
-
+    plan = ranks.join(start.plan, start.device)
     with _card_may_be_full(plan):
-        model = _load(config, model_config, dtype, device, plan=plan, progress=progress)
+        load = partial(load_weights, config, start, plan.max_model_len, group=ranks.group)
+        model = load(progress=progress)
+        ranks.wait_loaded()
         progress("warmup", 0, 0)
-        executor = StepExecutor(model, plan, logprobs_mode=config.logprobs_mode)
-        runner, plan = _start_runner(executor, config, plan, memory, progress)
+        executor = StepExecutor(
+            model, plan, logprobs_mode=config.logprobs_mode, followers=ranks.followers
+        )
+        runner, plan = _start_runner(executor, config, plan, memory, progress, ranks)
 
         def new_engine() -> Engine:
             return _new_engine(config, plan, runner, model_config)
@@ -105,8 +126,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         )  # fmt: skip
     sleeper = None
     if isinstance(memory, HostMemory):
-        read = partial(_load, config, model_config, dtype, device, plan=plan, progress=_say_nothing)
-        sleeper = HostSleeper(executor, plan.num_blocks, read)
+        sleeper = HostSleeper(executor, plan.num_blocks, load)
     adapters = _read_adapters(config, model) if config.enable_lora else None
     info = EngineInfo(
         max_model_len=plan.max_model_len,
@@ -114,8 +134,8 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
         max_num_seqs=plan.num_slots,
         block_size=config.block_size,
         num_blocks=plan.num_blocks,
-        dtype=_name(dtype),
-        device=device.type,
+        dtype=_name(start.dtype),
+        device=device_type,
         max_queue=config.max_queue or _default_queue(plan, model_config),
         has_priorities=config.scheduling_policy == "priority",
         enable_prefix_caching=config.enable_prefix_caching,
@@ -128,7 +148,7 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     if trace is not None:
         trace.watch(runner, "pack", "pack")
     sleep = Sleep(sleeper, idle_s=60 * config.idle_sleep_min)
-    return AsyncEngine(new_engine(), info, trace, sleep, adapters)
+    return AsyncEngine(new_engine(), info, trace, sleep, adapters, ranks.followers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +162,21 @@ class Start:
     plan: MemoryPlan
 
 
-def settle_start(config: EngineConfig) -> Start:
-    """Settle it from config.json alone. Raises StartupError: the ledger, where it does not fit."""
-    device = devices.resolve_device(config.device, is_demo=config.model_path == DEMO_MODEL)
+def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
+    """Settle it, for one of the ranks, from config.json alone. Raises StartupError: the ledger,
+    where it does not fit."""
+    is_demo = config.model_path == DEMO_MODEL
+    device = devices.resolve_device(config.device, is_demo=is_demo, tp_rank=tp_rank)
+    devices.check_cards(device, config.tensor_parallel_size)
     model_config = read_model(config)
+    check_sharing(model_config, config.tensor_parallel_size)
     devices.check_model(model_config, device)
     devices.check_logprobs_mode(config.logprobs_mode, device)
     if config.idle_sleep_min and device.type == "cuda":
         raise ConfigError("--idle-sleep is not built yet for a GPU: leave it out")
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     devices.check_adapters(config, model_config, dtype, device)
-    memory = _memory(device)
+    memory = _memory(device, config.tensor_parallel_size)
     return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
 
 
@@ -189,10 +213,15 @@ def _pooling_info(model: Decoder) -> PoolingInfo | None:
     )  # fmt: skip
 
 
-def _placement(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Placement:
+def _placement(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, group: Group | None = None
+) -> Placement:
     return Placement(
         dtype,
         device,
+        tp_rank=LEADER if group is None else group.tp_rank,
+        tp_size=config.tensor_parallel_size,
+        group=group,
         num_adapter_slots=config.num_adapter_slots,
         max_adapter_rank=config.max_lora_rank if config.enable_lora else 0,
     )
@@ -227,10 +256,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _memory(device: torch.device) -> Memory:
+def _memory(device: torch.device, tp_size: int) -> Memory:
     if device.type == "cuda":
         return devices.card_memory(device)
-    return HostMemory(host.available_memory_bytes())
+    return HostMemory(host.available_memory_bytes() // tp_size)
 
 
 def _plan(
@@ -259,10 +288,12 @@ def _kv_blocks(config: EngineConfig, plan: MemoryPlan) -> str:
     return f"{counted(plan.num_blocks, 'KV block')} of {counted(config.block_size, 'token')}"
 
 
-def _load(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device, *,
-    plan: MemoryPlan, progress: Progress,
+def load_weights(
+    config: EngineConfig, start: Start, max_model_len: int, *, group: Group | None,
+    progress: Progress = _say_nothing,
 ) -> Decoder:  # fmt: skip
+    """The model, or the part of it that a rank of `group` holds. Raises CheckpointError."""
+    model_config, dtype, device = start.model_config, start.dtype, start.device
     num_bytes = 0
 
     def report(done: int, total: int) -> None:
@@ -270,17 +301,17 @@ def _load(
         num_bytes = done
         progress("load", done, total)
 
-    for line in model_config.choices(plan.max_model_len):
+    for line in model_config.choices(max_model_len):
         log.get_logger().info("%s", line)
     began_s = time.monotonic()
     model = load_model(
         config.model_path,
         model_config,
-        _placement(config, dtype, device),
+        _placement(config, dtype, device, group),
         load_format=config.load_format,
         seed=config.seed,
         progress=report,
-        max_model_len=plan.max_model_len,
+        max_model_len=max_model_len,
     )
     took_s = time.monotonic() - began_s
     log.get_logger().info(
@@ -291,13 +322,9 @@ def _load(
     return model
 
 
-def _say_nothing(phase: str, done: int, total: int) -> None:
-    """Of a model that is read again."""
-
-
 def _start_runner(
     executor: StepExecutor, config: EngineConfig, plan: MemoryPlan, memory: Memory,
-    progress: Progress,
+    progress: Progress, ranks: Ranks,
 ) -> tuple[Runner, MemoryPlan]:  # fmt: skip
     """A warm runner with its KV cache, and the plan with the blocks that the cache has got.
 
@@ -310,13 +337,15 @@ def _start_runner(
 
     if isinstance(memory, HostMemory):
         executor.allocate_kv(plan.num_blocks)
-        cpu_runner = CpuRunner(executor, num_threads=host.num_threads())
+        cpu_runner = CpuRunner(executor, num_threads=ranks.num_threads)
         smallest_first = list(warmup_steps(executor.limits))[::-1]
         cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S, report=report)
         return cpu_runner, plan
     runner = CudaRunner(executor, is_eager=config.enforce_eager)
     runner.warm_up_largest()
     plan = fit_kv(plan, config, before=memory, now=devices.card_memory(executor.device))
+    for before, now in ranks.measured():
+        plan = fit_kv(plan, config, before=before, now=now)
     runner.allocate_kv(plan.num_blocks, report=report)
     now = devices.card_memory(executor.device)
     is_true, line = is_ledger_true(plan, before=memory, now=now)

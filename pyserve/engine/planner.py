@@ -181,12 +181,13 @@ def fit_kv(
             f"card went elsewhere while the model was loaded, see nvidia-smi; the plan was\n"
             f"{format_ledger(plan.ledger)}"
         )
-    return replace(
-        plan,
-        num_blocks=num_blocks,
-        max_model_len=min(plan.max_model_len, num_tokens),
-        ledger=_with_kv(plan.ledger[:-1], num_blocks * plan.block_bytes),
-    )
+    return replace(with_blocks(plan, num_blocks), max_model_len=min(plan.max_model_len, num_tokens))
+
+
+def with_blocks(plan: MemoryPlan, num_blocks: int) -> MemoryPlan:
+    """`plan` with another number of KV blocks."""
+    ledger = _with_kv(plan.ledger[:-1], num_blocks * plan.block_bytes)
+    return replace(plan, num_blocks=num_blocks, ledger=ledger)
 
 
 def is_ledger_true(plan: MemoryPlan, *, before: CardMemory, now: CardMemory) -> tuple[bool, str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pyserve import allocator, log
-from pyserve.engine.runner import StepExecutor
+from pyserve.engine.executor import StepExecutor
 from pyserve.model.decoder import Decoder
 
 AWAKE, WEIGHTS_KEPT, ALL_GONE = 0, 1, 2

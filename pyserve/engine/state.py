@@ -17,6 +17,7 @@ from pyserve.model.activations import Arena
 from pyserve.model.decoder import Decoder
 from pyserve.ops import LOGPROB_WORDS, AttentionPlan, StepPlan, sample_workspace
 from pyserve.ops import step_layout as layout
+from pyserve.ops.group import LEADER
 
 Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
 
@@ -53,6 +54,8 @@ class StepState:
                       [logits_tile_rows, vocab_size], [.., hidden_size] and int32 [..]: of sampled
                       rows, the last being where their hidden states lie
     raw_logits        as logits: what they were before masks, where they are asked for
+    logit_parts       [..]: where several ranks bring the logits of a tile together, as
+                      Decoder.compute_logits takes it; None where there is one rank
     tile_row_ids      int32 [logits_tile_rows]: 0, 1, ..
     asked             int32 [num_slots + 2 * max_num_batched_tokens]: sampled rows that are asked,
                       as rows of their tiles; tokens of prompts that are; the tokens behind these
@@ -61,7 +64,8 @@ class StepState:
     attention_plans   by window; empty on a CPU
     sample_workspace  None on a CPU
 
-    Of a model that pools, logits have no columns, and what masks and logprobs need has no rows.
+    Of a model that pools, logits have no columns, and what masks and logprobs need has no rows. Nor
+    have logits columns on a rank that does not sample.
     """
 
     def __init__(self, model: Decoder, limits: StepLimits, *, is_card: bool) -> None:
@@ -69,7 +73,8 @@ class StepState:
         self._num_adapter_slots = model.num_adapter_slots
         device = model.device
         vocab_size, num_slots = model.config.vocab_size, limits.num_slots
-        num_logits, num_told = vocab_size, num_slots
+        num_logits = vocab_size if model.tp_rank == LEADER else 0
+        num_told = num_slots
         if model.pooler is not None:
             num_logits = num_told = 0
         tile_rows = min(limits.logits_tile_rows, num_slots)
@@ -87,6 +92,10 @@ class StepState:
         self.logits = empty("logits", tile_rows, num_logits, dtype=model.dtype)
         self.hidden = empty("logits", tile_rows, model.config.hidden_size, dtype=model.dtype)
         self.hidden_rows = empty("logits", tile_rows, dtype=torch.int32)
+        num_parts = model.num_logit_parts(tile_rows)
+        self.logit_parts: torch.Tensor | None = None
+        if num_parts:
+            self.logit_parts = empty("logits", num_parts, dtype=model.dtype)
         self.raw_logits = empty("logprobs", tile_rows, num_logits, dtype=model.dtype)
         self.tile_row_ids = zeros("logprobs", tile_rows)
         # On the meta device an arange of torch would first import sympy, which takes half a second.

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 
 from pyserve.engine.state import StepState
+from pyserve.model.decoder import Decoder
 from pyserve.model.layers.pooler import Pooler
+from pyserve.ops import step_layout as layout
+from pyserve.ops.group import LEADER
 
 
 class Tile(NamedTuple):
@@ -54,3 +57,18 @@ def pool(pooler: Pooler, hidden: torch.Tensor, tiles: list[Tile]) -> None:
     for tile in tiles:
         tile.gather(hidden)
         pooler(tile.hidden, tile.results)
+
+
+def share_tokens(model: Decoder, state: StepState, tiles: list[Tile]) -> None:
+    """Let all ranks have what the leader has sampled, and the others note it as `sample` does."""
+    assert model.group is not None
+    model.group.broadcast(state.results)
+    if model.tp_rank == LEADER:
+        return
+    last_tokens = state.slots[:, layout.SLOT_LAST_TOKEN]
+    for tile in tiles:
+        # One place more, for the rows that are padding.
+        tokens = torch.cat((last_tokens, last_tokens[:1]))
+        places = torch.where(tile.slots < 0, len(last_tokens), tile.slots)
+        tokens.scatter_(0, places.long(), tile.results.clamp_min(0))
+        last_tokens.copy_(tokens[:-1])

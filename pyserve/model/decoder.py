@@ -42,6 +42,9 @@ from pyserve.model.layers.rotary import cos_sin_table, query_scales
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Scheme
 from pyserve.ops import attention_plan, quantised
+from pyserve.ops.group import LEADER
+
+Block = Attention | MLP | Experts
 
 
 class DecoderLayer:
@@ -50,6 +53,8 @@ class DecoderLayer:
     What a layer does depends on its description and is settled once: `_enter` and `_between` are
     norms, fused with the add where the block below has not added itself; `_attend` and `_transform`
     are the blocks, each with the norm of what it returns where there is one.
+
+    below  the block whose output this layer's first norm reads; None: there is none.
     """
 
     __slots__ = (
@@ -59,7 +64,7 @@ class DecoderLayer:
 
     def __init__(
         self, name: str, config: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor, query_scales: torch.Tensor | None, has_to_add: bool, is_first: bool,
+        cos_sin: torch.Tensor, query_scales: torch.Tensor | None, below: Block | None,
     ) -> None:  # fmt: skip
         def norm(norm_name: str) -> RMSNorm:
             return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
@@ -80,12 +85,12 @@ class DecoderLayer:
         before = [norm(norm_name) for norm_name in config.names.norms_before]
         after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
         self.norms = before + after
-        self._enter = before[0].add if has_to_add else before[0].read
-        self._between = before[1].read if self.attention.is_adding else before[1].add
+        self._enter = _reading(before[0], below)
+        self._between = _reading(before[1], self.attention)
         self.has_norm_factors = (
             self.attention.has_norm_factors and self.mlp.has_norm_factors and not config.norm.offset
         )
-        self._norm_after_attention, self._is_first = before[1], is_first
+        self._norm_after_attention, self._is_first = before[1], below is None
         self._attend: Callable[..., None] = self.attention
         self._transform: Callable[..., None] = self.mlp
         if after:
@@ -155,9 +160,18 @@ def _mlp(name: str, config: LayerConfig, hidden_size: int, placement: Placement)
     names, mlp = config.names, config.mlp
     name = f"{name}.{names.mlp}"
     has_norm_after = names.norms_after is not None
-    if isinstance(mlp, ExpertsConfig):
-        return Experts(name, mlp, names, hidden_size, placement, is_added_later=has_norm_after)
-    return MLP(name, mlp, names, hidden_size, placement, is_added_later=has_norm_after)
+    made: type[MLP] | type[Experts] = Experts if isinstance(mlp, ExpertsConfig) else MLP
+    return made(
+        name, mlp, names, hidden_size, placement,  # type: ignore[arg-type]
+        is_added_later=has_norm_after, is_summed_later=not has_norm_after,
+    )  # fmt: skip
+
+
+def _reading(norm: RMSNorm, block: Block | None) -> Callable[..., None]:
+    """How `norm` comes by the residual stream, behind `block`."""
+    if block is None or block.is_adding:
+        return norm.read
+    return norm.add_parts if block.is_partial else norm.add
 
 
 def _one_of_each_kind(described: Sequence[object]) -> list[int]:
@@ -188,7 +202,8 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, placement: Placement, *, max_model_len: int | None = None
     ) -> None:
-        assert placement.tp_size == 1 or placement.device.type == "meta", "ranks cannot compute yet"
+        is_one = placement.tp_size == 1
+        assert is_one or placement.group is not None or placement.device.type == "meta"
         max_model_len = max_model_len or config.max_model_len
         if placement.device.type == "cuda":
             assert not (lacks := config.lacking_on_cuda()), lacks
@@ -208,17 +223,16 @@ class Decoder:
         }
         scales = {rope: query_scales(rope, max_model_len, device=self.device) for rope, _ in ropes}
         self.layers: list[DecoderLayer] = []
-        has_to_add = False  # what the layer below returned
+        below: Block | None = None
         for index, layer in enumerate(config.layers):
             cos_sin = tables[layer.attention.rope, layer.attention.rotary_dim]
             self.layers.append(
                 DecoderLayer(
                     f"model.layers.{index}", layer, hidden_size, placement, cos_sin=cos_sin,
-                    query_scales=scales[layer.attention.rope], has_to_add=has_to_add,
-                    is_first=index == 0,
+                    query_scales=scales[layer.attention.rope], below=below,
                 )
             )  # fmt: skip
-            has_to_add = not self.layers[-1].mlp.is_adding
+            below = self.layers[-1].mlp
         self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
         self._all_layers = range(len(self.layers))
         self._one_of_each_kind = _one_of_each_kind(
@@ -233,7 +247,10 @@ class Decoder:
         self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
         if placement.quantization is not None:
             self._max_norm_rows = min(self._max_norm_rows, quantised.MAX_NORM_ROWS)
-        self._leave = self.norm.add if has_to_add else self.norm.read
+        self._leave = _reading(self.norm, below)
+        self.tp_rank, self.tp_size, self.group = (
+            placement.tp_rank, placement.tp_size, placement.group
+        )  # fmt: skip
         self.head: Linear | None = None
         self.pooler: Pooler | None = None
         if config.pooling is not None:
@@ -291,8 +308,39 @@ class Decoder:
         self._leave(output, residual, hidden)
         return hidden
 
-    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype; with a `head`"""
+    def compute_logits(
+        self, hidden: torch.Tensor, out: torch.Tensor, parts: torch.Tensor | None = None
+    ) -> None:
+        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype; with a `head`.
+
+        parts  [num_logit_parts(n)], of several ranks: each computes its part of the vocabulary, and
+               the leader alone gets `out`.
+        """
+        assert self.head is not None
+        if parts is None:
+            self._own_logits(hidden, out)
+            return
+        assert self.group is not None
+        each = parts[: self.num_logit_parts(len(hidden))].view(-1, len(hidden), self._head_size)
+        self._own_logits(hidden, each[0])
+        self.group.gather(each)
+        if self.tp_rank == LEADER:
+            for part, start in zip(each, range(0, out.shape[1], self._head_size), strict=False):
+                columns = out[:, start : start + self._head_size]
+                columns.copy_(part[:, : columns.shape[1]])
+
+    def num_logit_parts(self, num_rows: int) -> int:
+        """Elements of `parts` for so many rows; 0 where one rank computes all."""
+        if self.tp_size == 1 or self.head is None:
+            return 0
+        return num_rows * self._head_size * (self.tp_size if self.tp_rank == LEADER else 1)
+
+    @property
+    def _head_size(self) -> int:
+        assert self.head is not None
+        return self.head.out_features
+
+    def _own_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         assert self.head is not None
         self.head(hidden, out)
         if self.config.logit_softcap:

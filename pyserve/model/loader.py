@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
@@ -19,7 +20,14 @@ from pyserve.errors import CheckpointError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.destination import FLOATS, Destinations, Part, Sink, finish_loading
+from pyserve.model.destination import (
+    FLOATS,
+    Destination,
+    Destinations,
+    Part,
+    Sink,
+    finish_loading,
+)
 from pyserve.model.fused_experts import as_stored
 from pyserve.model.layers.pooler import HEAD_NAME, SCORE_NAME
 from pyserve.model.placement import META, Placement
@@ -233,22 +241,33 @@ def _stream(
                 progress(done, total)
         reader.wait()
         if tied_head is not None:
-            _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME].parts[0].view)
+            _check_tied_head(reader, tied_head, destinations[EMBEDDING_NAME])
 
 
-def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: torch.Tensor) -> None:
+def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: Destination) -> None:
     """A head that is stored although it is tied must be the embedding: some checkpoints say tied
-    and are not, and would answer nonsense."""
-    is_comparable = head.shape == tuple(embedding.shape) and head.dtype in FLOATS
-    flat = embedding.view(-1)
-    if not is_comparable or not all(
-        torch.equal(flat[start : start + piece.numel()], piece.to(flat.device, flat.dtype))
-        for start, piece in reader.pieces(head)
-    ):
+    and are not, and would answer nonsense. A rank looks at the rows that it holds."""
+    is_comparable = head.shape == embedding.shape and head.dtype in FLOATS
+    part = embedding.parts[0]
+    flat, first = part.view.view(-1), part.start * embedding.shape[1]
+
+    def is_same(start: int, piece: torch.Tensor) -> bool:
+        begin, end = max(start, first), min(start + piece.numel(), first + flat.numel())
+        own, other = flat[max(begin - first, 0) : end - first], piece[begin - start : end - start]
+        return begin >= end or torch.equal(own, other.to(own.device, own.dtype))
+
+    if not is_comparable or not all(is_same(*piece) for piece in reader.pieces(head)):
         raise CheckpointError(
             f"{head.file}: {HEAD_NAME} differs from {EMBEDDING_NAME}, but config.json says "
             f"tie_word_embeddings; set it to false"
         )
+
+
+def _seed_of(seed: int, name: str, part: Part | None = None) -> int:
+    """Of a tensor, or a part of it: ranks that hold the same part make the same of it, and all of
+    them something else of theirs."""
+    place = "" if part is None else f"{part.dim} {part.start}"
+    return zlib.crc32(f"{seed} {name} {place}".encode())
 
 
 def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Progress) -> None:
@@ -257,11 +276,13 @@ def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Prog
     done = 0
     progress(done, total)
     device = next(iter(destinations.values())).parts[0].view.device
-    generator = torch.Generator(device).manual_seed(seed)
-    for destination in destinations.values():
+    generator = torch.Generator(device)
+    for name, destination in destinations.items():
+        generator.manual_seed(_seed_of(seed, name))
         if destination.dummy is not None:
             destination.dummy(generator)
         for part in destination.parts:
+            generator.manual_seed(_seed_of(seed, name, part))
             part.view.normal_(destination.dummy_mean, DUMMY_STD, generator=generator)
         done += destination.nbytes
     torch.cuda.synchronize(device)
@@ -275,11 +296,11 @@ def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(DUMMY_NOISE_LEN, generator=generator)
     noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).parts[0].view)
-    starts = random.Random(seed)
-    for destination in destinations.values():
+    for name, destination in destinations.items():
         if destination.dummy is not None:
-            destination.dummy(generator)
+            destination.dummy(generator.manual_seed(_seed_of(seed, name)))
         for part in destination.parts:
+            starts = random.Random(_seed_of(seed, name, part))
             flat = part.view.view(-1)
             filled = 0
             while filled < flat.numel():

@@ -10,6 +10,7 @@ import torch
 
 from pyserve.model.quantization import Quantization
 from pyserve.model.registry import SchemeName
+from pyserve.ops.group import Group
 
 META = torch.device("meta")  # shapes without memory
 
@@ -71,8 +72,9 @@ class Placement:
                        as `quantization` says where it is not named.
     quantization       of the model; None: its matrices are "dense".
     scratch            of all its Linears.
-    tp_rank, tp_size   this rank of those that share each layer. Only shapes can be made for more
-                       than one: nothing adds up what the ranks compute yet.
+    tp_rank, tp_size   this rank of those that share each layer.
+    group              through which they add up what each computes. None where there is one rank,
+                       or where only shapes are made.
     num_adapter_slots  adapters that a Linear can hold beside its matrix, each of max_adapter_rank
                        at most; 0: none, and it has no room for any.
     """
@@ -84,6 +86,7 @@ class Placement:
     scratch: Scratch = field(default_factory=Scratch)
     tp_rank: int = 0
     tp_size: int = 1
+    group: Group | None = None
     num_adapter_slots: int = 0
     max_adapter_rank: int = 0
 

@@ -24,12 +24,13 @@ from pyserve.flag_words import plain_words
 from pyserve.hub.resolve import model_headers
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import check_checkpoint
+from pyserve.model.sharing import tp_sizes
 from pyserve.model.weights import index_checkpoint
 from pyserve.ops import cuda_card
 from pyserve.plan.capacity import CUDA, Capacity, find_capacity, named_memory, sizes_on_card
 from pyserve.plan.cards import CARDS, Card, find_card, find_card_that_is_here
 from pyserve.plan.choice import COUNTS, SECONDS_A_DAY, choice_lines, find_choices
-from pyserve.plan.roofline import ModelSizes, decode_floor, prefill_floor_s, tp_sizes
+from pyserve.plan.roofline import ModelSizes, decode_floor, prefill_floor_s
 from pyserve.plan.table import aligned
 
 HERE = "here"  # --gpu's word for the card of this machine
@@ -288,8 +289,8 @@ def _card_lines(place: Place, tp_size: int) -> list[str]:
     )
     if tp_size > 1:
         lines.append(
-            "  they share each layer (tensor parallel): NOT SERVED YET, sizes only; what they tell "
-            "each other is not counted"
+            "  they share each layer (tensor parallel): NOT SERVED YET on cards, sizes only; what "
+            "they tell each other is not counted"
         )
     return lines
 

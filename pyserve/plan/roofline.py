@@ -12,17 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from pyserve.errors import ConfigError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVSpec
 from pyserve.model.layers.experts import Experts
 from pyserve.model.placement import META, Placement
-from pyserve.ops.w4a16 import unit_columns
+from pyserve.model.sharing import check_sharing
 from pyserve.plan.cards import Card
-
-TP_SIZES = (1, 2, 4, 8)  # cards of one machine that share each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +88,7 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
 
     tp_size   cards that share each layer. Raises ConfigError where they cannot.
     """
-    if tp_size not in tp_sizes(model):
-        raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
-            f"heads and an intermediate size of {' and '.join(map(str, sorted(model.widths)))} can "
-            f"be shared by {', '.join(map(str, tp_sizes(model)))} cards"
-        )
+    check_sharing(model, tp_size)
     # The first rank: no other holds more.
     shapes = build_model(model, Placement(dtype, META, tp_size=tp_size), max_model_len=1)
     tensors = shapes.destinations().values()
@@ -117,28 +109,6 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
         kv_specs=tuple(shapes.kv_specs()),
         flop_per_pair=shapes.layers[0].attention.flop_per_pair,
     )
-
-
-def tp_sizes(model: ModelConfig) -> list[int]:
-    """Numbers of cards, 8 at most, that can share the layers evenly."""
-    return [
-        size
-        for size in TP_SIZES
-        if model.num_heads % size == 0
-        and all(width % size == 0 for width in model.widths)
-        and (model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0)
-        and _are_groups_whole(model, size)
-    ]
-
-
-def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
-    """Whether ranks get whole groups of the matrices whose columns they share."""
-    if model.quantization is None or tp_size == 1:
-        return True
-    widths = set(model.widths)
-    widths |= {layer.attention.joined_size for layer in model.layers}
-    units = {width: unit_columns(model.quantization.group_of(width)) for width in widths}
-    return all(width % (tp_size * unit) == 0 for width, unit in units.items())
 
 
 @dataclass(frozen=True, slots=True)

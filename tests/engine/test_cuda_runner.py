@@ -23,7 +23,7 @@ from pyserve.engine.batch import Step, max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine
-from pyserve.engine.runner import StepExecutor
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits

@@ -15,8 +15,9 @@ from pyserve.client import Constraint, SequenceRequest, SequenceStream
 from pyserve.constraints import all_of
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.cpu_runner import CpuRunner
 from pyserve.engine.engine import Engine
-from pyserve.engine.runner import CpuRunner, StepExecutor
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits

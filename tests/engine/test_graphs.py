@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyserve.engine import runner
+from pyserve.engine import executor
 from pyserve.engine.batch import StepShape, pack
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.graphs import GraphCache
-from pyserve.engine.runner import StepExecutor
 from pyserve.engine.warmup import graph_steps
 from pyserve.errors import DeviceError
 from pyserve.model.decoder import Decoder
@@ -33,7 +33,7 @@ class RepeatedLaunches(GraphCache):
 
 @pytest.fixture(autouse=True)
 def records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "GraphCache", RepeatedLaunches)
+    monkeypatch.setattr(executor, "GraphCache", RepeatedLaunches)
 
 
 def make_executor(model: Decoder) -> StepExecutor:

@@ -14,10 +14,11 @@ import torch
 from pyserve import host
 from pyserve.client import EngineClient, EngineInfo, SequenceRequest
 from pyserve.engine import devices, load
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.load import build_engine
 from pyserve.engine.planner import CardMemory, MemoryPlan, plan_memory
-from pyserve.engine.runner import StepExecutor
 from pyserve.engine.state import StepLimits
+from pyserve.engine.tensor_parallel.ranks import Ranks
 from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
@@ -170,7 +171,7 @@ def test_a_card_s_kv_cache_comes_last(
     )
     with caplog.at_level(logging.INFO, "pyserve"):
         runner, fitted = load._start_runner(
-            executor, config, plan, before, lambda *told: reports.append(told)
+            executor, config, plan, before, lambda *told: reports.append(told), Ranks(config)
         )
     assert reports == [("warmup", 0, 2), ("warmup", 1, 2)]
     left_bytes = int(0.9 * 2**30) - used_bytes - dict(plan.ledger)["CUDA graphs"]

@@ -18,9 +18,10 @@ from pyserve.config import LogprobsMode
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepShape, max_update_words, pack
 from pyserve.engine.block_manager import BlockManager
+from pyserve.engine.cpu_runner import CpuRunner
 from pyserve.engine.engine import Engine
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.planner import HostMemory, plan_memory
-from pyserve.engine.runner import CpuRunner, StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits
@@ -179,8 +180,8 @@ def assert_near_tie(decoder: Decoder, reader: Reader, expected: Reader) -> None:
     engine = make_engine(decoder)
     compute_logits = decoder.compute_logits
 
-    def spy(hidden: torch.Tensor, out: torch.Tensor) -> None:
-        compute_logits(hidden, out)
+    def spy(hidden: torch.Tensor, out: torch.Tensor, parts: torch.Tensor | None = None) -> None:
+        compute_logits(hidden, out, parts)
         logits.append(out.clone())
 
     decoder.compute_logits = spy  # type: ignore[method-assign]
@@ -289,9 +290,11 @@ def test_steps_run_in_a_few_padded_shapes(
         shapes.add((len(ctx.input_ids), len(ctx.row_slots)))
         return forward(ctx)
 
-    def spy_logits(hidden: torch.Tensor, out: torch.Tensor) -> None:
+    def spy_logits(
+        hidden: torch.Tensor, out: torch.Tensor, parts: torch.Tensor | None = None
+    ) -> None:
         num_rows.add(len(hidden))
-        compute_logits(hidden, out)
+        compute_logits(hidden, out, parts)
 
     num_rows: set[int] = set()
     monkeypatch.setattr(decoder, "forward", spy_forward)

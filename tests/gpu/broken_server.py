@@ -15,7 +15,7 @@ import torch
 from pyserve import cli
 from pyserve.engine.batch import NOTHING_ASKED, Asked, StepShape
 from pyserve.engine.cuda_runner import CudaRunner
-from pyserve.engine.runner import StepExecutor
+from pyserve.engine.executor import StepExecutor
 
 DEADLINE_S = 2.0
 ENDLESS_CYCLES = 2 * 10**11  # 100 s at 2 GHz: for ever to a test, but the card comes back

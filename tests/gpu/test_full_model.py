@@ -20,7 +20,7 @@ from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine
-from pyserve.engine.runner import StepExecutor
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sequence import Sequence
 from pyserve.engine.slots import SlotAllocator
@@ -158,8 +158,8 @@ def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence
     seqs: dict[int, Sequence] = {}
     compute_logits = decoder.compute_logits
 
-    def spy(hidden: Tensor, out: Tensor) -> None:
-        compute_logits(hidden, out)
+    def spy(hidden: Tensor, out: Tensor, parts: Tensor | None = None) -> None:
+        compute_logits(hidden, out, parts)
         tiles.append(out.clone())
 
     def drain() -> None:

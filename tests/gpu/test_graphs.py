@@ -10,8 +10,8 @@ import torch
 
 from pyserve.engine.batch import StepShape, padded_sizes
 from pyserve.engine.cuda_runner import CudaRunner
+from pyserve.engine.executor import StepExecutor
 from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache
-from pyserve.engine.runner import StepExecutor
 from pyserve.engine.state import StepLimits
 from pyserve.errors import DeviceError
 from pyserve.model.decoder import Decoder

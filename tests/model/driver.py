@@ -79,8 +79,10 @@ class Driver:
             adapters=adapters,
         )
         logits = torch.empty(len(ids), self.decoder.config.vocab_size, dtype=self.decoder.dtype)
+        num_parts = self.decoder.num_logit_parts(len(ids))
+        parts = torch.empty(num_parts, dtype=self.decoder.dtype) if num_parts else None
         with torch.inference_mode():
-            self.decoder.compute_logits(self.decoder.forward(context), logits)
+            self.decoder.compute_logits(self.decoder.forward(context), logits, parts)
         return logits
 
     def _arena(self, num_tokens: int) -> Arena:

@@ -8,8 +8,9 @@ import torch
 from bench.make_model import PRESETS
 from pyserve.errors import ConfigError
 from pyserve.model.config import ModelConfig
+from pyserve.model.sharing import tp_sizes
 from pyserve.plan.cards import Card, find_card
-from pyserve.plan.roofline import decode_floor, measure_model, prefill_floor_s, tp_sizes
+from pyserve.plan.roofline import decode_floor, measure_model, prefill_floor_s
 from tests.engine.tiny import CONFIG
 
 LLAMA = ModelConfig.from_hf(PRESETS["llama-3.1-8b"])

@@ -13,7 +13,7 @@ import torch
 
 from pyserve.model.adapter_weights import Pair, Target
 from pyserve.model.context import AdapterRows
-from pyserve.model.placement import Placement, Rows
+from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.ops.lora import lora_expand, lora_shrink
 
 
@@ -22,10 +22,12 @@ class LinearAdapters:
 
     __slots__ = (
         "num_parts", "_names", "_bounds", "_order", "_a", "_b", "_ranks", "_scales", "_columns",
+        "_rows", "_inputs",
     )  # fmt: skip
 
-    def __init__(self, rows: Sequence[Rows], in_features: int, placement: Placement) -> None:
-        assert placement.tp_size == 1, "adapters of ranks cannot compute yet"
+    def __init__(self, rows: Sequence[Rows], inputs: Shard, placement: Placement) -> None:
+        """`inputs`: those that the Linear gets here."""
+        self._rows, self._inputs = rows, inputs
         self._names = list(dict.fromkeys(part.name for part in rows))
         self.num_parts = len(self._names)
         self._order: dict[str, torch.Tensor] = {}  # of the rows of a part's B
@@ -38,7 +40,7 @@ class LinearAdapters:
             return torch.empty(shape, dtype=dtype, device=placement.device).zero_()
 
         shape = num_slots, self.num_parts
-        self._a = zeros(*shape, max_rank, in_features, dtype=placement.dtype)
+        self._a = zeros(*shape, max_rank, inputs.size, dtype=placement.dtype)
         self._b = zeros(num_slots, self._bounds[-1], max_rank, dtype=placement.dtype)
         self._ranks = zeros(*shape, dtype=torch.int32)
         self._scales = zeros(*shape, dtype=torch.float32)
@@ -59,25 +61,31 @@ class LinearAdapters:
             self._order[name] = rows[begin:end] - begin
 
     def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Let `slot` hold the pairs of an adapter, and nothing where it has none."""
+        """Let `slot` hold what this rank needs of an adapter's pairs, nothing where it has none."""
         for part, name in enumerate(self._names):
             pair = pairs.get(name)
             if pair is None:
                 self._ranks[slot, part] = 0
                 continue
             size = len(pair.a)
-            b = pair.b if name not in self._order else pair.b[self._order[name]]
-            self._a[slot, part, :size].copy_(pair.a)
+            b = torch.cat([pair.b.narrow(0, it.start, it.size) for it in self._rows_of(name)])
+            if name in self._order:
+                b = b[self._order[name]]
+            self._a[slot, part, :size].copy_(
+                pair.a.narrow(1, self._inputs.start, self._inputs.size)
+            )
             self._b[slot, self._bounds[part] : self._bounds[part + 1], :size].copy_(b)
             self._ranks[slot, part] = size
             self._scales[slot, part] = pair.scale
 
     def targets(self) -> dict[str, Target]:
-        """Shapes of the modules that an adapter may have a pair for."""
+        """Shapes of the modules that an adapter may have a pair for, all ranks together."""
         return {
-            name: Target(self._bounds[part + 1] - self._bounds[part], self._a.shape[3])
-            for part, name in enumerate(self._names)
+            name: Target(self._rows_of(name)[0].whole, self._inputs.whole) for name in self._names
         }
+
+    def _rows_of(self, name: str) -> list[Rows]:
+        return [part for part in self._rows if part.name == name]
 
     @property
     def nbytes(self) -> int:

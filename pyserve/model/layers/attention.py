@@ -26,10 +26,12 @@ class Attention:
     sizes      heads, KV heads and head_dim here: layers with the same ones may share activations.
     is_adding  it adds to its `out`, the residual stream, instead of overwriting it. So it does
                where no norm comes before that and its last Linear can.
+    is_partial its `out` is this rank's part of a sum, which what comes next has to add up.
     """
 
     __slots__ = (
-        "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "is_adding", "_project", "_window",
+        "qkv", "o", "q_norm", "k_norm", "cos_sin", "sizes", "is_adding", "is_partial", "_project",
+        "_window",
         "_num_heads", "_num_kv_heads", "_head_dim", "_q_size", "_softmax_scale", "_softcap",
         "_q_norm_weight", "_k_norm_weight", "_norm", "_query_scales", "_has_pairs", "_dtype",
         "_rope_query_len",
@@ -57,8 +59,10 @@ class Attention:
             placement,
             has_bias=config.has_o_bias,
             shard="row",
+            is_summed_later=not has_norm_after,
         )
         self.is_adding = self.o.has_add and not has_norm_after
+        self.is_partial = self.o.is_partial
         self._project: Apply = self.o.add if self.is_adding else self.o
         self.q_norm = self.k_norm = None
         if config.has_qk_norm:

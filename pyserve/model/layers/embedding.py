@@ -12,10 +12,11 @@ class Embedding:
     """A row of `weight` per token id, times `scale`, which is rounded to the weight's dtype as
     transformers does. Ids out of range are refused before a step gets here.
 
-    Ranks share the vocabulary as a Linear's "vocabulary" rule does, so that the matrix can be tied.
+    Ranks share the vocabulary as a Linear's "vocabulary" rule does, so that the matrix can be tied:
+    each gives the rows that it holds, and zeros for the others.
     """
 
-    __slots__ = ("weight", "_name", "_shard", "_num_stored", "_scale")
+    __slots__ = ("weight", "_name", "_shard", "_num_stored", "_scale", "_group")
 
     def __init__(
         self, name: str, vocab_size: int, hidden_size: int, placement: Placement, *,
@@ -27,11 +28,18 @@ class Embedding:
         self.weight = torch.empty(shape, dtype=placement.dtype, device=placement.device)
         self._num_stored = max(0, min(self._shard.size, vocab_size - self._shard.start))
         self.weight[self._num_stored :].zero_()
+        self._group = placement.group
         self._scale = torch.tensor(scale, dtype=placement.dtype).item()
 
     def __call__(self, input_ids: torch.Tensor, out: torch.Tensor) -> None:
         """input_ids int32 [num_tokens] -> out [num_tokens, hidden_size]"""
-        torch.index_select(self.weight, 0, input_ids, out=out)
+        if self._group is None:
+            torch.index_select(self.weight, 0, input_ids, out=out)
+        else:
+            rows = input_ids - self._shard.start
+            is_elsewhere = (rows < 0) | (rows >= self._num_stored)
+            torch.index_select(self.weight, 0, rows.clamp_(0, self._shard.size - 1), out=out)
+            self._group.all_reduce(out.masked_fill_(is_elsewhere[:, None], 0))
         if self._scale != 1.0:
             out.mul_(self._scale)
 

@@ -30,17 +30,17 @@ class Experts:
     correction_bias   float32 [num_experts], or None
     shared            the expert that all tokens go through, or None
 
-    `is_adding`: as MLP's.
+    `is_adding`, `is_partial`: as MLP's.
     """
 
     __slots__ = (
-        "config", "gate_up", "down", "router", "correction_bias", "shared", "is_adding", "_name",
-        "_names", "_rule", "_placement", "_columns",
+        "config", "gate_up", "down", "router", "correction_bias", "shared", "is_adding",
+        "is_partial", "_name", "_names", "_rule", "_placement", "_columns", "_group",
     )  # fmt: skip
 
     def __init__(
         self, name: str, config: ExpertsConfig, names: LayerNames, hidden_size: int,
-        placement: Placement, *, is_added_later: bool,
+        placement: Placement, *, is_added_later: bool, is_summed_later: bool,
     ) -> None:  # fmt: skip
         self.config, self._name, self._names = config, name, names
         self._placement = placement
@@ -66,10 +66,12 @@ class Experts:
             shared = MLPConfig(size=config.shared_size, activation=config.activation)
             self.shared = MLP(
                 f"{name}.{names.shared_expert}", shared, names, hidden_size, placement,
-                is_added_later=True,
+                is_added_later=True, is_summed_later=True,
             )  # fmt: skip
-        # What ranks make must be added up first.
-        self.is_adding = not is_added_later and placement.tp_size == 1
+        has_parts = placement.tp_size > 1
+        self.is_adding = not is_added_later and not has_parts
+        self.is_partial = has_parts and is_summed_later
+        self._group = placement.group if has_parts and not is_summed_later else None
         self._rule = experts.Rule(
             config.is_sigmoid, config.is_normalized, config.scale, config.num_groups,
             config.top_groups,
@@ -90,6 +92,8 @@ class Experts:
         experts.combine_experts(
             act.rows, act.routing, act.shared_out, out, is_adding=self.is_adding
         )
+        if self._group is not None:
+            self._group.all_reduce(out)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

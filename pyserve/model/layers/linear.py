@@ -63,7 +63,8 @@ class Linear:
     vocabulary   as column, for one output that need not divide: the excess at the end of the last
                  rank's y is 0.
     row          some inputs: a rank gets that part of x, and the ranks' sums add up to y. The bias
-                 is with rank 0.
+                 is with rank 0. The ranks add them up, unless the Linear `is_partial`: then what
+                 comes next has to.
 
     `add` and `silu_mul` are there where a step between would find no place: not where the scheme
     cannot, nor where the other ranks' part is still to come. Where `has_norm_factor`, so are those
@@ -75,7 +76,7 @@ class Linear:
 
     __slots__ = (
         "matrix", "bias", "in_features", "out_features", "has_add", "has_silu_mul",
-        "has_norm_factor", "adapters", "_rows", "_has_bias",
+        "has_norm_factor", "is_partial", "adapters", "_rows", "_has_bias", "_group",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +87,7 @@ class Linear:
         *,
         has_bias: bool = False,
         shard: ShardRule = "whole",
+        is_summed_later: bool = False,
     ) -> None:
         columns = Shard(0, in_features, in_features)
         if shard == "row":
@@ -99,11 +101,13 @@ class Linear:
         self.out_features = sum(part.size for part in self._rows)
         self.adapters: LinearAdapters | None = None
         if placement.num_adapter_slots:
-            self.adapters = LinearAdapters(self._rows, columns.size, placement)
+            self.adapters = LinearAdapters(self._rows, columns, placement)
         matrix = self.matrix
-        is_sum_partial = shard == "row" and placement.tp_size > 1
+        has_parts = shard == "row" and placement.tp_size > 1
+        self.is_partial = has_parts and is_summed_later
+        self._group = placement.group if has_parts and not is_summed_later else None
         is_adding = matrix.is_fusing and isinstance(matrix, AddingScheme)
-        self.has_add = is_adding and not is_sum_partial
+        self.has_add = is_adding and not has_parts
         self.has_silu_mul = matrix.is_fusing and isinstance(matrix, ActivatingScheme)
         is_aligned = columns.size % 8 == 0  # as the card's kernels for few rows ask
         is_norming = isinstance(matrix, NormingScheme) and matrix.is_norming
@@ -121,6 +125,7 @@ class Linear:
         linear.out_features, linear.in_features = weight.shape
         linear._rows, linear._has_bias, linear.adapters = (), False, None
         linear.has_add = linear.has_silu_mul = linear.has_norm_factor = False
+        linear.is_partial, linear._group = False, None
         return linear
 
     def __call__(
@@ -130,6 +135,8 @@ class Linear:
         self.matrix(x, self.bias, out)
         if adapters is not None and self.adapters is not None:
             self.adapters(x, adapters, out)
+        if self._group is not None:
+            self._group.all_reduce(out)
 
     def add(
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None

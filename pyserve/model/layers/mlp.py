@@ -25,16 +25,18 @@ class MLP:
 
     `is_adding`: it adds to its `out`, the residual stream, instead of overwriting it. So it does
     where its last Linear can, and nothing comes before that (`is_added_later`: a norm, a weight).
+    `is_partial`: its `out` is this rank's part of a sum, which what comes next has to add up
+    (`is_summed_later`).
     """
 
     __slots__ = (
-        "gate_up", "down", "is_adding", "_activate", "_activation", "_is_fused", "_project",
-        "_dtype",
+        "gate_up", "down", "is_adding", "is_partial", "_activate", "_activation", "_is_fused",
+        "_project", "_dtype",
     )  # fmt: skip
 
     def __init__(
         self, name: str, config: MLPConfig, names: LayerNames, hidden_size: int,
-        placement: Placement, *, is_added_later: bool,
+        placement: Placement, *, is_added_later: bool, is_summed_later: bool,
     ) -> None:  # fmt: skip
         self._dtype = placement.dtype
         self.gate_up = Linear(
@@ -50,11 +52,13 @@ class MLP:
             placement,
             has_bias=config.has_bias,
             shard="row",
+            is_summed_later=is_summed_later,
         )
         self._activation = _ACTIVATIONS[config.activation]
         self._is_fused = config.activation == "silu" and self.gate_up.has_silu_mul
         self._activate = self.gate_up.silu_mul if self._is_fused else self._two_calls
         self.is_adding = self.down.has_add and not is_added_later
+        self.is_partial = self.down.is_partial
         self._project: Apply = self.down.add if self.is_adding else self.down
 
     def __call__(

@@ -16,10 +16,11 @@ class RMSNorm:
     The weight stays as it is stored: 1 + w would be rounded to the dtype once more.
     """
 
-    __slots__ = ("weight", "eps", "offset", "_name")
+    __slots__ = ("weight", "eps", "offset", "_name", "_group")
 
     def __init__(self, name: str, size: int, config: NormConfig, placement: Placement) -> None:
         self._name = name
+        self._group = placement.group
         self.eps = config.eps
         self.offset = config.offset
         self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
@@ -35,6 +36,11 @@ class RMSNorm:
     def add(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
         """residual += x in place, then the norm of residual -> out."""
         ops.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset)
+
+    def add_parts(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
+        """`add` of the sum of all ranks' x, which may be overwritten."""
+        assert self._group is not None
+        self._group.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset)
 
     def destinations(self) -> Destinations:
         return {

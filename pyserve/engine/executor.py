@@ -1,4 +1,4 @@
-"""How a packed step runs on a device, and the runner that does it on a CPU.
+"""How a packed step runs on a device.
 
 StepExecutor owns the model, the KV cache and the device state of the slots, all of it allocated
 once; it is the same on every device. It is given bytes and their shape, so that what executes a
@@ -7,12 +7,9 @@ step need not be what has scheduled it. A runner brings it packed steps and take
 
 from __future__ import annotations
 
-import asyncio
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -26,22 +23,21 @@ from pyserve.engine.batch import (
     NOTHING_ASKED,
     AdapterLoad,
     Asked,
-    Step,
     StepOutput,
     StepShape,
-    pack,
     padded_size,
 )
-from pyserve.engine.engine import Pending
 from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache, has_same_bits
 from pyserve.engine.state import StepLimits, StepState
-from pyserve.engine.tiles import Tile, pool, tiles_of
+from pyserve.engine.tensor_parallel import calls
+from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tiles import Tile, pool, share_tokens, tiles_of
 from pyserve.errors import DeviceError
 from pyserve.model.activations import Activations, Arena
 from pyserve.model.context import AdapterRows, ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVCache
-from pyserve.ops.build import Report, report_nothing
+from pyserve.ops.group import LEADER
 from pyserve.ops.reference_sample import processed_logits
 
 
@@ -69,18 +65,24 @@ class StepExecutor:
     After `close` the limits and the device are still told; all else raises RuntimeError.
 
     logprobs_mode  what is told where logprobs are asked for. The processed ones are on a CPU alone.
+    followers      the other ranks of a model that several share, which make the same calls. With
+                   them what fails in a step is a DeviceError: the ranks are not in step any more.
     """
 
     def __init__(
-        self, model: Decoder, limits: StepLimits, *, logprobs_mode: LogprobsMode = "raw_logprobs"
-    ) -> None:
+        self, model: Decoder, limits: StepLimits, *, logprobs_mode: LogprobsMode = "raw_logprobs",
+        followers: Followers | None = None,
+    ) -> None:  # fmt: skip
         self.limits = limits
+        self._followers = followers
         self._has_logits = logprobs_mode.endswith("logits")
         self._is_processed = logprobs_mode.startswith("processed")
         self.device = model.device
         self._is_closed = False
         self._model = model
         self.vocab_size = model.config.vocab_size
+        self._is_leading = model.tp_rank == LEADER
+        self._group = model.group
         self._state = StepState(model, limits, is_card=self.device.type == "cuda")
         self._kv_caches: list[KVCache] = []
         self._forwards: dict[_PaddedShape, _Forward] = {}
@@ -96,10 +98,16 @@ class StepExecutor:
         """int32 [max_step_words] on the device: where `forward` reads the packed step."""
         return self._state.step_input
 
+    def bring(self, words: torch.Tensor) -> None:
+        """Queue the copy of a packed step, in host memory, to where `forward` reads it."""
+        self._tell(lambda: calls.Bring(words.numpy().tobytes()))
+        self._state.step_input[: len(words)].copy_(words, non_blocking=True)
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate, or replace, the KV cache: `num_blocks` blocks of every layer."""
         if self._is_closed:
             refuse_when_closed()
+        self._tell(lambda: calls.AllocateKV(num_blocks))
         self._graphs.clear()  # they read and write the one that goes
         self._kv_caches.clear()
         self._kv_caches += [
@@ -109,15 +117,18 @@ class StepExecutor:
 
     def free_kv(self) -> None:
         """Free the KV cache; nothing runs until `allocate_kv`."""
+        self._tell(calls.FreeKV)
         self._graphs.clear()
         self._kv_caches.clear()
 
     def drop_model(self) -> None:
         """Free the weights; nothing runs until `take_model`. Harmless when called again."""
+        self._tell(calls.DropModel)
         vars(self).pop("_model", None)
 
     def take_model(self, load: Callable[[], Decoder]) -> None:
         """Compute with what `load` makes, the same model again, where it was dropped."""
+        self._tell(calls.TakeModel)
         if not hasattr(self, "_model"):
             self._model = load()
 
@@ -125,6 +136,8 @@ class StepExecutor:
         """Put an adapter into its slot; every step that was to find another there has ended."""
         if self._is_closed:
             refuse_when_closed()
+        if self._followers is not None:
+            self._followers.tell_adapter(load.slot, load.adapter.weights)
         with torch.inference_mode():
             self._model.put_adapter(load.slot, load.adapter.weights)
 
@@ -132,6 +145,10 @@ class StepExecutor:
         """Forget every sequence, as a warm-up must."""
         if self._is_closed:
             refuse_when_closed()
+        self._tell(calls.Reset)
+        self._reset()
+
+    def _reset(self) -> None:
         self._state.slots.zero_()
         self._state.block_table.zero_()
         self._state.token_counts.zero_()
@@ -146,26 +163,29 @@ class StepExecutor:
         Called on a CUDA stream that is not the default one. Forgets every sequence. Raises
         DeviceError where a replay gives other bits than the same launches op by op.
         """
+        self._tell(lambda: calls.Record(shape))
         padded, num_samples = self._padded(shape), self._padded_samples(shape)
-        self.reset()
-        self.forward(shape)
+        self._reset()
+        self._forward_or_replay(shape)
         hidden = self._hidden[: shape.num_tokens].clone()
-        results = self.sample(shape)[: shape.num_samples].clone()
+        self._sample_or_replay(shape)
+        results = self._state.results[: shape.num_samples].clone()
         if padded not in self._graphs:
             self._graphs.record(padded, lambda: self._forward(padded))
         if num_samples not in self._graphs:
             self._graphs.record(num_samples, lambda: self._sample(num_samples))
-        self.reset()
+        self._reset()
         self._hidden.fill_(torch.nan)
         self._state.results.fill_(-1)
-        self.forward(shape)
+        self._forward_or_replay(shape)
         is_same = has_same_bits(self._hidden[: shape.num_tokens], hidden)
-        if not is_same or not has_same_bits(self.sample(shape)[: shape.num_samples], results):
+        self._sample_or_replay(shape)
+        if not is_same or not has_same_bits(self._state.results[: shape.num_samples], results):
             raise DeviceError(
                 f"a recorded step of {shape.num_tokens} tokens computes something else than the "
                 "same step launched op by op; --enforce-eager serves without records"
             )
-        self.reset()
+        self._reset()
 
     def forward(self, shape: StepShape, *, is_warmup: bool = False) -> None:
         """Plan the step that lies in step_input and run the model's layers on it.
@@ -174,6 +194,11 @@ class StepExecutor:
         """
         if self._is_closed:
             refuse_when_closed()
+        with self._together():
+            self._tell(lambda: calls.Forward(shape, is_warmup))
+            self._forward_or_replay(shape, is_warmup=is_warmup)
+
+    def _forward_or_replay(self, shape: StepShape, *, is_warmup: bool = False) -> None:
         padded = self._padded(shape)
         if is_warmup or not self._graphs.replay(padded):
             self._forward(padded, is_warmup=is_warmup)
@@ -239,10 +264,30 @@ class StepExecutor:
         """
         if self._is_closed:
             refuse_when_closed()
+        with self._together():
+            self._tell(lambda: calls.Sample(shape, asked.prompt_rows))
+            self._sample_or_replay(shape, masked_rows, asked)
+        return self._state.results
+
+    def _sample_or_replay(
+        self, shape: StepShape, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
+    ) -> None:
         num_samples = self._padded_samples(shape)
         if masked_rows or any(asked) or not self._graphs.replay(num_samples):
             self._sample(num_samples, masked_rows, asked)
-        return self._state.results
+
+    def _tell(self, call: Callable[[], calls.AnyCall]) -> None:
+        if self._followers is not None:
+            self._followers.tell(call())
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._followers is None or isinstance(error, DeviceError):
+                raise
+            raise DeviceError(self._followers.cause(error)) from error
 
     def _forward(self, padded: _PaddedShape, *, is_warmup: bool = False) -> None:
         state = self._state
@@ -267,7 +312,9 @@ class StepExecutor:
             self._tell_prompts(len(asked.prompt_rows))
             for tile in self._tiles_of(num_samples):
                 tile.gather(self._hidden)
-                self._model.compute_logits(tile.hidden, tile.logits)
+                self._model.compute_logits(tile.hidden, tile.logits, state.logit_parts)
+                if not self._is_leading:
+                    continue
                 num_rows += len(tile.results)
                 begin, num_masked = num_masked, bisect_left(masked_rows, num_rows)
                 first, num_asked = num_asked, bisect_left(asked.sampled_rows, num_rows)
@@ -296,6 +343,8 @@ class StepExecutor:
                         ops.LogprobRows.of(state.told[first:num_asked]),
                         is_normalized=not self._has_logits,
                     )
+            if self._model.tp_size > 1:
+                share_tokens(self._model, state, self._tiles_of(num_samples))
 
     def _tell_prompts(self, count: int) -> None:
         """Logprobs of the tokens behind `count` rows of hidden states, a tile at a time."""
@@ -308,7 +357,9 @@ class StepExecutor:
             size = end - begin
             hidden, logits = state.hidden[:size], state.logits[:size]
             torch.index_select(self._hidden, 0, rows[begin:end], out=hidden)
-            self._model.compute_logits(hidden, logits)
+            self._model.compute_logits(hidden, logits, state.logit_parts)
+            if not self._is_leading:
+                continue
             ops.logprobs(
                 logits,
                 state.tile_row_ids[:size],
@@ -327,8 +378,10 @@ class StepExecutor:
         self._activations.clear()
         self._tiles.clear()
         self._graphs.clear()
-        self.drop_model()
+        vars(self).pop("_model", None)
         del self._state, self._hidden
+        if self._group is not None:
+            self._group.close()
 
     def _padded(self, shape: StepShape) -> _PaddedShape:
         """One of a few shapes, so that few records serve all small steps."""
@@ -381,98 +434,3 @@ class StepExecutor:
         if tiles is None:
             tiles = self._tiles[num_rows] = tiles_of(self._state, num_rows)
         return tiles
-
-
-class CpuRunner:
-    """Implements engine.Runner on a CPU: steps run on one worker thread.
-
-    The event loop only hands over a Step and gets a future: packing, forward and sampling happen on
-    the worker, most of it outside the GIL. `num_threads` is what one op may use.
-    """
-
-    pack = staticmethod(pack)  # where a trace puts its timer
-    run_ahead_depth = 0  # a step's successor would wait for the same cores
-    step_deadline_s: float | None = None  # a long prompt may take minutes
-
-    def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:
-        self._executor = executor
-        self._is_closed = False
-        self._buffer: NDArray[np.int32] = executor.step_input.numpy()
-        self._bitmask: NDArray[np.int32] = executor.bitmask.numpy()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = ThreadPoolExecutor(
-            1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
-        )
-
-    @property
-    def num_device_allocations(self) -> int:
-        return 0
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._is_closed:
-            refuse_when_closed()
-        self._loop = loop
-
-    def warm_up(
-        self, steps: Sequence[Step], *, budget_s: float, report: Report = report_nothing
-    ) -> None:
-        """Run `steps` until `budget_s` are spent, through one layer of each kind: matrix libraries
-        compile a shape they first meet, and keep what they compiled. report(done, total) counts the
-        steps."""
-        deadline_s = time.monotonic() + budget_s
-        for done, step in enumerate(steps):
-            report(done, len(steps))
-            if time.monotonic() > deadline_s:
-                break
-            self._executor.reset()
-            self._run(step, is_warmup=True)
-        self._executor.reset()
-
-    def is_replayed(self, step: Step) -> bool:
-        return False
-
-    def launch(self, step: Step) -> Pending:
-        if self._is_closed:
-            refuse_when_closed()
-        assert self._loop is not None, "steps are launched on a loop"
-        forward = self._thread.submit(self._forward, step)
-        sample = partial(
-            self._loop.run_in_executor, self._thread, self._sample, forward, step.asked
-        )
-        return Pending(sample, self._bitmask)
-
-    def run(self, step: Step) -> StepOutput:
-        return self._run(step)
-
-    def close(self) -> None:
-        """End the worker and drop the tensors; nothing is in flight."""
-        self._is_closed = True
-        self._thread.shutdown()
-        self._executor.close()
-        self._buffer = self._bitmask = np.empty(0, np.int32)
-
-    def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
-        if self._is_closed:
-            refuse_when_closed()
-        forward = self._thread.submit(self._forward, step, is_warmup=is_warmup)
-        return self._thread.submit(self._sample, forward, step.asked).result()
-
-    def _forward(self, step: Step, *, is_warmup: bool = False) -> StepShape:
-        for load in step.adapter_loads:
-            self._executor.put_adapter(load)
-        self.pack(step, self._buffer)
-        self._executor.forward(step.shape, is_warmup=is_warmup)
-        return step.shape
-
-    def _sample(
-        self, forward: Future[StepShape], asked: Asked, masked_rows: Sequence[int] = ()
-    ) -> StepOutput:
-        """`forward` has ended: the worker does one thing after another."""
-        shape = forward.result()
-        if masked_rows:
-            rows = self._executor.tile_rows(masked_rows)
-            self._executor.masked_rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-        if any(asked):
-            self._executor.pack_asked(asked, self._executor.asked.numpy())
-        results = self._executor.sample(shape, masked_rows, asked).numpy()[: shape.num_samples]
-        return self._executor.output(results, asked, self._executor.told.numpy())

@@ -1,0 +1,114 @@
+"""CpuRunner: runs steps on one thread, beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyserve.engine.batch import Asked, Step, StepOutput, StepShape, pack
+from pyserve.engine.engine import Pending
+from pyserve.engine.executor import StepExecutor, refuse_when_closed
+from pyserve.ops.build import Report, report_nothing
+
+
+class CpuRunner:
+    """Implements engine.Runner on a CPU: steps run on one worker thread.
+
+    The event loop only hands over a Step and gets a future: packing, forward and sampling happen on
+    the worker, most of it outside the GIL. `num_threads` is what one op may use.
+    """
+
+    pack = staticmethod(pack)  # where a trace puts its timer
+    run_ahead_depth = 0  # a step's successor would wait for the same cores
+    step_deadline_s: float | None = None  # a long prompt may take minutes
+
+    def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:
+        self._executor = executor
+        self._is_closed = False
+        self._words = torch.zeros_like(executor.step_input)
+        self._bitmask: NDArray[np.int32] = executor.bitmask.numpy()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = ThreadPoolExecutor(
+            1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
+        )
+
+    @property
+    def num_device_allocations(self) -> int:
+        return 0
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._is_closed:
+            refuse_when_closed()
+        self._loop = loop
+
+    def warm_up(
+        self, steps: Sequence[Step], *, budget_s: float, report: Report = report_nothing
+    ) -> None:
+        """Run `steps` until `budget_s` are spent, through one layer of each kind: matrix libraries
+        compile a shape they first meet, and keep what they compiled. report(done, total) counts the
+        steps."""
+        deadline_s = time.monotonic() + budget_s
+        for done, step in enumerate(steps):
+            report(done, len(steps))
+            if time.monotonic() > deadline_s:
+                break
+            self._executor.reset()
+            self._run(step, is_warmup=True)
+        self._executor.reset()
+
+    def is_replayed(self, step: Step) -> bool:
+        return False
+
+    def launch(self, step: Step) -> Pending:
+        if self._is_closed:
+            refuse_when_closed()
+        assert self._loop is not None, "steps are launched on a loop"
+        forward = self._thread.submit(self._forward, step)
+        sample = partial(
+            self._loop.run_in_executor, self._thread, self._sample, forward, step.asked
+        )
+        return Pending(sample, self._bitmask)
+
+    def run(self, step: Step) -> StepOutput:
+        return self._run(step)
+
+    def close(self) -> None:
+        """End the worker and drop the tensors; nothing is in flight."""
+        self._is_closed = True
+        self._thread.shutdown()
+        self._executor.close()
+        self._bitmask = np.empty(0, np.int32)
+
+    def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
+        if self._is_closed:
+            refuse_when_closed()
+        forward = self._thread.submit(self._forward, step, is_warmup=is_warmup)
+        return self._thread.submit(self._sample, forward, step.asked).result()
+
+    def _forward(self, step: Step, *, is_warmup: bool = False) -> StepShape:
+        for load in step.adapter_loads:
+            self._executor.put_adapter(load)
+        num_words = self.pack(step, self._words.numpy())
+        self._executor.bring(self._words[:num_words])
+        self._executor.forward(step.shape, is_warmup=is_warmup)
+        return step.shape
+
+    def _sample(
+        self, forward: Future[StepShape], asked: Asked, masked_rows: Sequence[int] = ()
+    ) -> StepOutput:
+        """`forward` has ended: the worker does one thing after another."""
+        shape = forward.result()
+        if masked_rows:
+            rows = self._executor.tile_rows(masked_rows)
+            self._executor.masked_rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        if any(asked):
+            self._executor.pack_asked(asked, self._executor.asked.numpy())
+        results = self._executor.sample(shape, masked_rows, asked).numpy()[: shape.num_samples]
+        return self._executor.output(results, asked, self._executor.told.numpy())

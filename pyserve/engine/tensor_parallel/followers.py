@@ -1,0 +1,255 @@
+"""Followers: the processes of all ranks but the leader's, as the leader sees them.
+
+The serving process is rank 0 and leads: it schedules, and what its executor is called it tells the
+others through a ring. Beside that each has a socket: by it they plan and load together, and when
+one ends, the other end hears of it at once. A follower outlives its leader by no more than that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import safetensors.torch
+
+from pyserve import log
+from pyserve.config import EngineConfig
+from pyserve.engine.tensor_parallel import calls
+from pyserve.engine.tensor_parallel.news import (
+    BEAT_S,
+    Beat,
+    Begin,
+    Failed,
+    News,
+    Start,
+    encode,
+    receive,
+)
+from pyserve.engine.tensor_parallel.ring import Ring
+from pyserve.errors import DeviceError, StartupError
+from pyserve.model.adapter_weights import AdapterWeights
+
+MODULE = "pyserve.engine.tensor_parallel.follower"
+NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
+CALL_BYTES = 2**16  # of a message besides words and rows
+SILENT_S = 5.0  # without a beat: it hangs. A busy machine may hold a process for a second or two
+CAUSE_S = 1.0  # that the end of a process may be told after what it does to a step
+END_S = 5.0  # to end in peace
+NUM_KEPT = 8  # adapters' files that followers may still have to open
+
+_Kind = TypeVar("_Kind", bound=News)
+
+
+class _Follower:
+    """One process, and what has come from it that nobody has taken yet."""
+
+    def __init__(self, tp_rank: int, start: Start) -> None:
+        self.tp_rank = tp_rank
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A session of its own: what a terminal sends to stop the server is for the leader.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        with suppress(OSError):  # it has ended: its socket will say so
+            self.sock.send(encode(start))
+        self.news: deque[News] = deque()
+        self.heard_s = time.monotonic()
+
+    def how_it_ended(self) -> str:
+        """For after its socket has closed."""
+        try:
+            code = self.process.wait(CAUSE_S)
+        except subprocess.TimeoutExpired:
+            return "has closed its socket"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
+class Followers:
+    """Those of one engine. Their processes run from the beginning to `close`.
+
+    Files between ranks are in a folder that only this user can enter.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="pyserve-"))
+        self.meeting = self._folder / "meeting"
+        self._changed = threading.Condition()
+        self._lost: str | None = None
+        self._on_lost: Callable[[str], object] | None = None
+        self._is_closing = False
+        self._ring: Ring | None = None
+        self._kept: deque[int] = deque()
+        level = logging.getLevelName(log.get_logger().getEffectiveLevel()).lower()
+        self._all = [
+            _Follower(
+                tp_rank,
+                Start(config, tp_rank, str(self.meeting), level),
+            )
+            for tp_rank in range(1, config.tensor_parallel_size)
+        ]
+        self._listening = threading.Thread(target=self._listen, name="followers", daemon=True)
+        self._listening.start()
+
+    def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
+        """The next word of that kind from each. Raises StartupError where one does not come."""
+        found = []
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            for follower in self._all:
+                while not (follower.news and isinstance(follower.news[0], kind)):
+                    if self._lost is not None:
+                        raise StartupError(self._lost)
+                    if not self._changed.wait(deadline_s - time.monotonic()):
+                        raise StartupError(
+                            f"rank {follower.tp_rank} has not come so far within {timeout_s:.0f} s"
+                        )
+                found.append(follower.news.popleft())
+        return found  # type: ignore[return-value]
+
+    def begin(self, begin: Begin, *, num_step_words: int) -> None:
+        """Let them load. From here on `tell` works."""
+        message_bytes = CALL_BYTES + 4 * num_step_words + 5 * begin.max_num_batched_tokens
+        self._ring = ring = Ring.create(
+            len(self._all), message_bytes=message_bytes, num_places=NUM_PLACES
+        )
+        place_bytes, num_places = ring.sizes
+        begin = msgspec.structs.replace(begin, place_bytes=place_bytes, num_places=num_places)
+        for follower in self._all:
+            with suppress(OSError):  # it has gone: `wait` tells why
+                socket.send_fds(follower.sock, [encode(begin)], ring.fds)
+
+    def tell(self, call: calls.AnyCall) -> None:
+        """Have all make a call. Raises DeviceError where one does not take any more."""
+        if self._lost is not None:
+            raise DeviceError(self._lost)
+        assert self._ring is not None
+        try:
+            self._ring.put(msgspec.msgpack.encode(call))
+        except TimeoutError as error:
+            raise DeviceError(self._lost or str(error)) from error
+
+    def tell_adapter(self, slot: int, weights: AdapterWeights) -> None:
+        """Have all put an adapter into a slot, from memory that has a path."""
+        tensors = {f"a {name}": pair.a for name, pair in weights.pairs.items()}
+        tensors |= {f"b {name}": pair.b for name, pair in weights.pairs.items()}
+        fd = os.memfd_create("pyserve-adapter")
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(safetensors.torch.save(tensors))
+        self._kept.append(fd)
+        if len(self._kept) > NUM_KEPT:
+            os.close(self._kept.popleft())
+        scales = {name: pair.scale for name, pair in weights.pairs.items()}
+        self.tell(calls.PutAdapter(slot, f"/proc/{os.getpid()}/fd/{fd}", scales))
+
+    def cause(self, error: Exception) -> str:
+        """Why a step has failed with `error` here: most likely because a rank has gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lost is not None, CAUSE_S)
+        first_line, _, _ = str(error).partition("\n")
+        return self._lost or f"the ranks are out of step: {type(error).__name__}: {first_line}"
+
+    def watch(self, on_lost: Callable[[str], object]) -> None:
+        """Have on_lost(why) called, on another thread, when one of them has ended or hangs."""
+        with self._changed:
+            for follower in self._all:
+                follower.heard_s = time.monotonic()
+            self._on_lost = on_lost
+            if self._lost is not None:
+                on_lost(self._lost)
+
+    def kill(self) -> None:
+        """At once."""
+        self._is_closing = True
+        for follower in self._all:
+            follower.process.kill()
+            follower.process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Have them end, and wait for it. Harmless when called again."""
+        self._is_closing = True
+        for follower in self._all:
+            with suppress(OSError):
+                follower.sock.shutdown(socket.SHUT_RDWR)
+        deadline_s = time.monotonic() + END_S
+        for follower in self._all:
+            with suppress(subprocess.TimeoutExpired):
+                follower.process.wait(max(0.0, deadline_s - time.monotonic()))
+        self.kill()
+        self._listening.join()
+        for follower in self._all:
+            follower.sock.close()
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        while self._kept:
+            os.close(self._kept.pop())
+
+    def _listen(self) -> None:
+        """On a thread of its own, until one is lost or all are closed."""
+        with selectors.DefaultSelector() as selector:
+            for follower in self._all:
+                selector.register(follower.sock, selectors.EVENT_READ, follower)
+            looked_s = time.monotonic()
+            while self._lost is None and not self._is_closing:
+                ready = [key.data for key, _ in selector.select(BEAT_S)]
+                now_s = time.monotonic()
+                if now_s - looked_s > 2 * BEAT_S:  # this process did not run: nor could it hear
+                    for follower in self._all:
+                        follower.heard_s = now_s
+                looked_s = now_s
+                for follower in ready:
+                    self._hear(follower, now_s)
+                self._look(now_s)
+
+    def _hear(self, follower: _Follower, now_s: float) -> None:
+        try:
+            news, _ = receive(follower.sock)
+        except OSError:
+            news = None
+        follower.heard_s = now_s
+        if isinstance(news, Beat):
+            return
+        if isinstance(news, Failed):
+            self._lose(f"rank {follower.tp_rank}: {news.reason}")
+        elif news is None:
+            self._lose(f"rank {follower.tp_rank} {follower.how_it_ended()}")
+        else:
+            with self._changed:
+                follower.news.append(news)
+                self._changed.notify_all()
+
+    def _look(self, now_s: float) -> None:
+        """For who lives and says nothing; loading holds the interpreter's lock and counts not."""
+        if self._on_lost is None:
+            return
+        for follower in self._all:
+            if now_s - follower.heard_s > SILENT_S:
+                self._lose(f"rank {follower.tp_rank} hangs: not a word for {SILENT_S:.0f} s")
+
+    def _lose(self, reason: str) -> None:
+        if self._is_closing:
+            return
+        with self._changed:
+            if self._lost is None:
+                self._lost = reason
+                self._changed.notify_all()
+                if self._on_lost is not None:
+                    self._on_lost(reason)

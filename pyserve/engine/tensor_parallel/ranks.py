@@ -1,0 +1,103 @@
+"""Ranks: how the leader brings all ranks of a model together while it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from pyserve import host, log
+from pyserve.config import EngineConfig
+from pyserve.engine.batch import max_step_words
+from pyserve.engine.planner import CardMemory, MemoryPlan, with_blocks
+from pyserve.engine.tensor_parallel import calls
+from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tensor_parallel.news import Begin, Loaded, Planned, Shown
+from pyserve.ops.group import LEADER, Group, ProcessGroup
+
+PLAN_S = 300.0  # to start a process, import what serves, and read config.json on a slow disk
+LOAD_S = 3600.0  # longer than the leader takes to load its own part
+MEASURE_S = 60.0
+
+
+class Ranks:
+    """Where one rank has all of the model, there is nobody else and nothing to do.
+
+    followers, group   None then; `group` is None until `join`, too.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Starts the others' processes, which takes them seconds."""
+        self._config = config
+        self.followers: Followers | None = None
+        self.group: Group | None = None
+        if config.tensor_parallel_size > 1:
+            self.followers = Followers(config)
+
+    @property
+    def num_threads(self) -> int:
+        """That a step may use on a CPU, in each process."""
+        return max(1, host.num_threads() // self._config.tensor_parallel_size)
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """Nobody outlives a start that has failed."""
+        try:
+            yield
+        except BaseException:
+            if self.followers is not None:
+                self.followers.close()
+            raise
+
+    def join(self, plan: MemoryPlan, device: torch.device) -> MemoryPlan:
+        """Let all begin to load; the plan that each of them has room for. Raises StartupError."""
+        if self.followers is None:
+            return plan
+        tp_size = self._config.tensor_parallel_size
+        all_planned = self.followers.wait(Planned, PLAN_S)
+        num_blocks = min(plan.num_blocks, *(it.num_blocks for it in all_planned))
+        max_model_len = min(plan.max_model_len, *(it.max_model_len for it in all_planned))
+        plan = replace(with_blocks(plan, num_blocks), max_model_len=max_model_len)
+        for tp_rank, planned in enumerate(all_planned, 1):
+            log.get_logger().info(
+                "rank %d of %d holds its part of each layer on %s", tp_rank, tp_size, planned.device
+            )
+        begin = Begin(
+            num_slots=plan.num_slots,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=plan.block_size,
+            logits_tile_rows=plan.logits_tile_rows,
+            num_threads=self.num_threads,
+            place_bytes=0,
+            num_places=0,
+        )
+        num_step_words = max_step_words(
+            plan.max_num_batched_tokens, plan.num_slots, max_model_len=max_model_len,
+            block_size=plan.block_size, num_adapter_slots=self._config.num_adapter_slots,
+        )  # fmt: skip
+        self.followers.begin(begin, num_step_words=num_step_words)
+        self.group = ProcessGroup(self.followers.meeting, LEADER, tp_size, device)
+        return plan
+
+    def wait_loaded(self) -> None:
+        """Until all others have loaded too. Raises StartupError."""
+        if self.followers is None:
+            return
+        for tp_rank, loaded in enumerate(self.followers.wait(Loaded, LOAD_S), 1):
+            log.get_logger().info("rank %d has loaded its part in %.1f s", tp_rank, loaded.seconds)
+
+    def measured(self) -> list[tuple[CardMemory, CardMemory]]:
+        """What the others' cards showed before anything was loaded, and show now."""
+        if self.followers is None:
+            return []
+        self.followers.tell(calls.Measure())
+        return [
+            (
+                CardMemory(shown.total_bytes, shown.used_before_bytes),
+                CardMemory(shown.total_bytes, shown.used_bytes),
+            )
+            for shown in self.followers.wait(Shown, MEASURE_S)
+        ]

@@ -1,0 +1,40 @@
+"""Which numbers of ranks can share a model's layers."""
+
+from __future__ import annotations
+
+from pyserve.config import TP_SIZES
+from pyserve.errors import ConfigError
+from pyserve.model.config import ModelConfig
+from pyserve.ops.w4a16 import unit_columns
+
+
+def tp_sizes(model: ModelConfig) -> list[int]:
+    """Those of TP_SIZES that can share the layers evenly."""
+    return [
+        size
+        for size in TP_SIZES
+        if model.num_heads % size == 0
+        and all(width % size == 0 for width in model.widths)
+        and (model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0)
+        and _are_groups_whole(model, size)
+    ]
+
+
+def check_sharing(model: ModelConfig, tp_size: int) -> None:
+    """Raises ConfigError, with the sizes, where so many ranks cannot share the layers."""
+    if tp_size not in tp_sizes(model):
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
+            f"heads and an intermediate size of {' and '.join(map(str, sorted(model.widths)))} can "
+            f"be shared by {', '.join(map(str, tp_sizes(model)))} cards"
+        )
+
+
+def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
+    """Whether ranks get whole groups of the matrices whose columns they share."""
+    if model.quantization is None or tp_size == 1:
+        return True
+    widths = set(model.widths)
+    widths |= {layer.attention.joined_size for layer in model.layers}
+    units = {width: unit_columns(model.quantization.group_of(width)) for width in widths}
+    return all(width % (tp_size * unit) == 0 for width, unit in units.items())

@@ -1,0 +1,97 @@
+"""Group: what the ranks that share each layer tell each other in a step.
+
+Every rank makes the same calls in the same order, with tensors of the same shapes. ProcessGroup is
+the plain way, through torch.distributed: gloo between processes on a CPU, NCCL between cards.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from pyserve import ops
+from pyserve.errors import DeviceError
+
+JOIN_S = 30.0  # for all ranks to come together
+# A rank that is gone closes its connections, which is seen at once; this is for one that hangs.
+STEP_S = 600.0
+LEADER = 0  # the rank that samples
+
+
+class Group(Protocol):
+    """tp_rank, tp_size   this rank of how many."""
+
+    tp_rank: int
+    tp_size: int
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """x := the sum of all ranks' x, in place; every rank gets the same bits."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+        out: torch.Tensor, offset: float,
+    ) -> None:  # fmt: skip
+        """ops.add_rms_norm of the sum of all ranks' x, which may be overwritten."""
+
+    def gather(self, parts: torch.Tensor) -> None:
+        """parts [tp_size, ...] of the leader := part r of each rank r.
+
+        Another rank gives [1, ...], its own; the leader's own part is in its place already.
+        """
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """x := the leader's x, in place."""
+
+    def close(self) -> None:
+        """Leave; no call follows."""
+
+
+class ProcessGroup:
+    """Implements Group; one a process, as torch.distributed keeps it."""
+
+    def __init__(
+        self, meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device
+    ) -> None:
+        """Waits for the other ranks, who name the same file, in a folder that only they can write.
+
+        Raises DeviceError where they do not come in JOIN_S.
+        """
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        store = dist.FileStore(str(meeting), tp_size)  # type: ignore[attr-defined]
+        store.set_timeout(timedelta(seconds=JOIN_S))
+        try:
+            dist.init_process_group(
+                "gloo" if device.type == "cpu" else "nccl",
+                store=store,
+                rank=tp_rank,
+                world_size=tp_size,
+                timeout=timedelta(seconds=STEP_S),
+                device_id=None if device.type == "cpu" else device,
+            )
+        except (RuntimeError, ValueError) as error:
+            first_line, _, _ = str(error).partition("\n")
+            raise DeviceError(f"{tp_size} ranks did not come together: {first_line}") from error
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        dist.all_reduce(x)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+        out: torch.Tensor, offset: float,
+    ) -> None:  # fmt: skip
+        dist.all_reduce(x)
+        ops.add_rms_norm(x, residual, weight, eps, out, offset)
+
+    def gather(self, parts: torch.Tensor) -> None:
+        is_leader = self.tp_rank == LEADER
+        dist.gather(parts[0], list(parts.unbind()) if is_leader else None, dst=LEADER)
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        dist.broadcast(x, LEADER)
+
+    def close(self) -> None:
+        dist.destroy_process_group()

@@ -1,0 +1,150 @@
+"""Several processes that share each layer of the demo model: the same answers, and one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.lost_rank import followers_of
+from tests.e2e.conftest import ROOT, Server, start_server
+from tests.e2e.test_life import LONG, wait_until
+
+FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16")
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+PROMPT = "The quick brown fox"
+QUESTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": PROMPT, "temperature": 0, "max_tokens": 24, "echo": True,
+                         "logprobs": 3}),
+    ("/v1/completions", {"prompt": [PROMPT, PROMPT + "es"], "n": 3, "seed": 5, "max_tokens": 24}),
+    ("/v1/completions", {"prompt": PROMPT * 40, "temperature": 0, "max_tokens": 8,
+                         "presence_penalty": 1.5}),
+    ("/v1/chat/completions", {
+        "messages": [{"role": "user", "content": "Extraer: John Smith, 30 años"}], "seed": 7,
+        "max_tokens": 60,
+        "response_format": {
+            "type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}
+        },
+    }),
+]  # fmt: skip
+
+
+def answers(server: Server) -> list[Any]:
+    return [
+        server.json(path, body | {"model": "pyserve-demo"})["choices"] for path, body in QUESTIONS
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What one process answers."""
+    with start_server(tmp_path_factory.mktemp("one") / "log", *FLAGS) as alone:
+        return answers(alone)
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Equal but for the rounding of numbers."""
+    assert type(one) is type(other), (one, other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_close(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_close(*pair)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=1e-3)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_the_answers_of_one_process(tp_size: int, expected: list[Any], tmp_path: Path) -> None:
+    """With 4, two ranks hold each KV head."""
+    flags = (*FLAGS, "--tensor-parallel-size", str(tp_size))
+    with start_server(tmp_path / "log", *flags) as server:
+        assert len(followers_of(server.process.pid)) == tp_size - 1
+        for _ in range(2):  # prompts are in the prefix cache then
+            assert_close(answers(server), expected)
+        all_ids = followers_of(server.process.pid)
+        os.kill(all_ids[0], signal.SIGTERM)  # as a service manager sends it to all
+        if tp_size == 2:
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(15) == 0
+        else:
+            server.process.kill()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in all_ids), timeout_s=5)
+    log = (tmp_path / "log").read_text()
+    assert f"rank {tp_size - 1} of {tp_size} holds its part of each layer on cpu" in log
+    assert "Traceback" not in log
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Server]:
+    with start_server(tmp_path / "log", *FLAGS, "--tensor-parallel-size", "2") as server:
+        yield server
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_ends_all(pair: Server, number: signal.Signals) -> None:
+    """Streams end with an error, the exit code says that it failed, and nobody is left."""
+    [other] = followers_of(pair.process.pid)
+    ends: list[str] = []
+
+    def stream() -> None:
+        with suppress(OSError):
+            body = json.dumps(LONG | {"max_tokens": 900, "stream": True}).encode()
+            _, reply = pair.request("POST", "/v1/completions", body)
+            ends.append(reply.decode())
+
+    streams = [threading.Thread(target=stream) for _ in range(4)]
+    for thread in streams:
+        thread.start()
+    wait_until(lambda: pair.metric("vllm:num_requests_running") == len(streams))
+    began_s = time.monotonic()
+    os.kill(other, number)
+    for thread in streams:
+        thread.join(30)
+    took_s = time.monotonic() - began_s
+    assert pair.process.wait(15) == 1
+    assert not Path(f"/proc/{other}").exists()
+    why = "rank 1 was ended by SIGKILL" if number == signal.SIGKILL else "rank 1 hangs"
+    assert len(ends) == len(streams)
+    assert all(f'"message":"{why}' in end for end in ends), ends[0][-300:]
+    assert took_s < (2 if number == signal.SIGKILL else 8)
+    assert why in pair.log.read_text()
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    """Before any process is started."""
+    flags = ["--model", str(tmp_path), "--tensor-parallel-size", "4", "--device", "cpu"]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 8, "vocab_size": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(ROOT / "pyserve" / "demo" / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyserve", *flags, "--port", "0", "--load-format", "dummy"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode in (1, 2)
+    assert "--tensor-parallel-size 4: 6 heads, 2 KV heads" in done.stderr
+    assert "can be shared by 1, 2 cards" in done.stderr

@@ -1,0 +1,114 @@
+"""What carries the leader's calls to the other ranks, and what tells of their end."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from pyserve.config import EngineConfig
+from pyserve.engine import devices
+from pyserve.engine.batch import StepShape
+from pyserve.engine.tensor_parallel import calls, news, ring
+from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tensor_parallel.ring import Ring
+from pyserve.errors import ConfigError, DeviceError, StartupError
+from pyserve.flag_rows import LoraModule
+
+SHAPE = StepShape(5, 3, 2, 4)
+ALL_CALLS: list[calls.AnyCall] = [
+    calls.Bring(b"\x00\x01"), calls.Forward(SHAPE, True), calls.Sample(SHAPE, [1, 2]),
+    calls.Record(SHAPE), calls.Reset(), calls.AllocateKV(7), calls.FreeKV(), calls.DropModel(),
+    calls.TakeModel(), calls.PutAdapter(1, "/x", {"q": 0.5}), calls.Measure(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ALL_CALLS, ids=lambda call: type(call).__name__)
+def test_calls_arrive_as_they_were(call: calls.AnyCall) -> None:
+    arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(call), type=calls.AnyCall)
+    assert arrived == call and type(arrived) is type(call)
+    if isinstance(call, calls.Forward):
+        assert isinstance(arrived, calls.Forward) and isinstance(arrived.shape, StepShape)
+
+
+def test_a_follower_gets_the_settings_that_the_leader_has() -> None:
+    config = EngineConfig(
+        model_path=Path("/m"), device="cpu", tensor_parallel_size=4, enable_lora=True,
+        lora_modules=(LoraModule("a", "/b"),), max_model_len=77, trace=Path("/t"),
+    )  # fmt: skip
+    start = news.Start(config, 3, "/meeting", "info")
+    assert news.decode_start(news.encode(start)) == start
+
+
+def test_every_reader_gets_every_message_in_order() -> None:
+    """Many times around the ring, of all lengths, readers of all speeds."""
+    made = Ring.create(3, message_bytes=100, num_places=4)
+    sent = [bytes([i % 251]) * (i * 37 % 101) for i in range(3000)]
+    got: list[list[bytes]] = [[], [], []]
+
+    def read(reader: int) -> None:
+        place_bytes, num_places = made.sizes
+        own = Ring(made.fds, place_bytes=place_bytes, num_places=num_places)
+        for i in range(len(sent)):
+            if i % 1000 == 100 * reader:
+                time.sleep(0.01)
+            got[reader].append(own.get(reader))
+
+    threads = [threading.Thread(target=read, args=(reader,)) for reader in range(3)]
+    for thread in threads:
+        thread.start()
+    for message in sent:
+        made.put(message)
+    for thread in threads:
+        thread.join(30)
+    assert got == [sent] * 3
+    made.close()
+
+
+def test_a_reader_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "FULL_S", 0.05)
+    made = Ring.create(2, message_bytes=8, num_places=2)
+    for _ in range(2):
+        made.put(b"x")
+        made.get(0)
+    with pytest.raises(TimeoutError, match="rank 2 has taken nothing"):
+        made.put(b"x")
+    made.close()
+
+
+def test_a_follower_that_cannot_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+    """Its model is not there: the leader would have refused it before."""
+    both = Followers(EngineConfig(model_path=tmp_path, device="cpu", tensor_parallel_size=2))
+    try:
+        with pytest.raises(StartupError, match=r"rank 1: .*config.json"):
+            both.wait(news.Planned, 60)
+        with pytest.raises(DeviceError, match="rank 1"):
+            both.tell(calls.Reset())
+        assert both.cause(RuntimeError("x")).startswith("rank 1")
+    finally:
+        both.close()
+    assert not both.meeting.parent.exists()
+
+
+def test_a_follower_that_does_not_come_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/sleep")  # which does not know the arguments
+    both = Followers(EngineConfig(model_path=tmp_path, device="cpu", tensor_parallel_size=2))
+    try:
+        with pytest.raises(StartupError, match="rank 1 exited with 1"):
+            both.wait(news.Planned, 10)
+    finally:
+        both.close()
+
+
+def test_cards_are_refused_until_a_step_has_run_there() -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 is not built yet on NVIDIA"):
+        devices.check_cards(torch.device("cuda"), 2)
+    devices.check_cards(torch.device("cuda"), 1)
+    devices.check_cards(devices.CPU, 2)
