@@ -44,7 +44,7 @@ from pyserve.model.schemes import Scheme
 from pyserve.ops import attention_plan, quantised
 from pyserve.ops.group import LEADER
 
-Block = Attention | MLP | Experts
+Block = Attention | LatentAttention | MLP | Experts
 
 
 class DecoderLayer:

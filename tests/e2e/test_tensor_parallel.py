@@ -18,7 +18,8 @@ import pytest
 
 from bench.lost_rank import followers_of
 from tests.e2e.conftest import ROOT, Server, start_server
-from tests.e2e.test_life import LONG, wait_until
+from tests.e2e.test_life import LONG
+from tests.waiting import wait_until
 
 FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16")
 SCHEMA = {

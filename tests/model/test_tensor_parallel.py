@@ -13,6 +13,7 @@ from pyserve.model.adapter_weights import AdapterWeights, Pair
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
+from pyserve.model.layers.attention import Attention
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Dense
@@ -26,7 +27,7 @@ PROMPT = torch.randint(
     oracle.VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(1)
 ).tolist()
 CHUNKS = PROMPT[:33], PROMPT[33:34], PROMPT[34:]
-UNEVEN = ("qwen2-moe-normalized",)  # its experts are 33 and 17 wide
+UNEVEN = ("qwen2-moe-normalized", "glm4-moe-lite")  # experts of 33 and 17; three heads
 CPU = torch.device("cpu")
 
 
@@ -138,8 +139,10 @@ def test_made_up_weights_are_alike_where_ranks_hold_the_same(tmp_path: Path) -> 
             progress=lambda done, total: None,
         )  # fmt: skip
         layer = decoder.layers[0]
-        assert isinstance(layer.attention.qkv.matrix, Dense)
-        return [layer.norms[0].weight, *layer.attention.qkv.matrix.weight.split((32, 16, 16))]
+        assert isinstance(layer.attention, Attention)
+        matrix = layer.attention.qkv.matrix
+        assert isinstance(matrix, Dense)
+        return [layer.norms[0].weight, *matrix.weight.split((32, 16, 16))]
 
     (norm, q, k, v), others = on_all_ranks(2, run)
     assert torch.equal(norm, others[0]) and torch.equal(k, others[2]) and torch.equal(v, others[3])

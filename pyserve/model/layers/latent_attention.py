@@ -29,7 +29,7 @@ NORM = NormConfig(eps=1e-6)  # of the latents, whatever rms_norm_eps says
 
 
 class LatentAttention:
-    """In the place of Attention; `sizes` and `is_adding` as there.
+    """In the place of Attention; `sizes`, `is_adding` and `is_partial` as there.
 
     compress   [latent of the queries |] latent | rotated part of the keys, the same on all ranks
     queries    of what the first part is, or of the hidden state: the heads here, [nope | rope] each
@@ -41,7 +41,7 @@ class LatentAttention:
 
     __slots__ = (
         "compress", "queries", "expand", "o", "q_norm", "kv_norm", "w_uk", "w_uv", "cos_sin",
-        "sizes", "is_adding", "_config", "_num_heads", "_project", "_dtype",
+        "sizes", "is_adding", "is_partial", "_config", "_num_heads", "_project", "_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -73,9 +73,10 @@ class LatentAttention:
         )  # fmt: skip
         self.o = Linear(
             [Output(f"{name}.{layer.names.o}", hidden_size)], config.joined_size, placement,
-            has_bias=config.has_bias, shard="row",
+            has_bias=config.has_bias, shard="row", is_summed_later=not has_norm_after,
         )  # fmt: skip
         self.is_adding = self.o.has_add and not has_norm_after
+        self.is_partial = self.o.is_partial
         self._project: Apply = self.o.add if self.is_adding else self.o
         self._num_heads = placement.share(num_heads).size
         self.sizes = self._num_heads, num_tiles(self._num_heads), latent_size
