@@ -2,7 +2,7 @@
 # Builds, tests and measures on a machine with an NVIDIA card, in one go.
 #
 #   bench/gpu_check.sh                        what ends within 8 minutes: without masks, rows, sanitize, ptx80
-#   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
+#   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order; ranks, on two cards, is one
 #
 # Every part has a time limit and a log of its own; one that fails does not stop the next, and the
 # exit code is the number of parts that failed. A line of a log that begins with "= " is a figure:
@@ -43,7 +43,7 @@ limit_of() {
     masks) echo 200 ;;
     faults) echo 160 ;;
     soak) echo $((SOAK_S + 60)) ;;
-    sanitize | ptx80) echo 350 ;;
+    sanitize | ptx80 | ranks) echo 350 ;;
     *) return 1 ;;
   esac
 }
@@ -101,7 +101,7 @@ unfinished() {
 
 op_tests() {
   find tests/gpu -name 'test_*.py' ! -name test_server.py ! -name test_full_model.py \
-    ! -name test_loader.py ! -name test_memory.py | sort
+    ! -name test_loader.py ! -name test_memory.py ! -name test_tensor_parallel.py | sort
 }
 
 part_build() {  # the first start's compile, into an empty cache; the card writes a model meanwhile
@@ -170,6 +170,15 @@ part_masks() {  # of random weights: what they cost does not depend on the model
 }
 
 part_faults() { run_tests faults 155 tests/gpu/test_server.py; }
+
+part_ranks() {  # on a machine with several cards: two of them share a model
+  local shapes="$PYSERVE_CHECK_DIR/llama-shapes" failed=0
+  run_tests ranks 200 tests/gpu/test_tensor_parallel.py || failed=1
+  "$PYTHON" -m bench.make_model llama-3.1-8b "$shapes" &&
+    "$PYTHON" -m bench.gpu_serve --model "$shapes" --out "$LOGS" --json "$LOGS/ranks.json" \
+      -- --device cuda --load-format dummy --tensor-parallel-size 2 || failed=1
+  return $failed
+}
 
 part_soak() {
   ensure_llama || return 1

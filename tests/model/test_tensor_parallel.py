@@ -27,7 +27,7 @@ PROMPT = torch.randint(
     oracle.VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(1)
 ).tolist()
 CHUNKS = PROMPT[:33], PROMPT[33:34], PROMPT[34:]
-UNEVEN = ("qwen2-moe-normalized", "glm4-moe-lite")  # experts of 33 and 17; three heads
+UNEVEN = ("qwen2-moe-normalized", "glm4-moe-lite")  # experts of 33 and 17; five heads
 CPU = torch.device("cpu")
 
 

@@ -1,0 +1,97 @@
+"""Servers whose ranks have a card each, beside one that has all of the model on one card.
+
+Skipped where torch sees fewer than two cards.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.lost_rank import kill_one
+from bench.server_process import ServerProcess, running_server
+from pyserve.engine import devices
+from tests.gpu.test_server import ANSWERS, MODEL, ROOT, SMALL
+
+READY_S = 120
+PROMPT = "The quick brown fox jumps over the lazy dog and runs. " * 8
+SIZES = (2, 4)  # the demo model has four heads
+MAX_ERROR = 0.06  # of a log probability: both compute in bfloat16, and add up in another order
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not devices.SHARES_CARDS, reason="cards do not share a model yet"),
+]
+
+
+def ask(server: ServerProcess, path: str, body: dict[str, Any]) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(
+        "POST", path, json.dumps(body | {"model": MODEL}), {"Content-Type": "application/json"}
+    )
+    response = connection.getresponse()
+    reply = response.read()
+    assert response.status == 200, reply
+    return json.loads(reply)
+
+
+def prompt_logprobs(server: ServerProcess) -> list[float]:
+    body = {"prompt": PROMPT, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    choice = ask(server, "/v1/completions", body)["choices"][0]
+    values: list[float] = choice["logprobs"]["token_logprobs"]
+    return values[1:-1]
+
+
+def answer(server: ServerProcess, question: str) -> str:
+    body = {
+        "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 120,
+    }  # fmt: skip
+    text: str = ask(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    return text
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[float]:
+    with running_server(SMALL, folder=ROOT) as alone:
+        alone.wait_ready(READY_S)
+        return prompt_logprobs(alone)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("flags", [("--enforce-eager",), ()], ids=["eager", "graphs"])
+def test_the_answers_of_one_card(
+    tp_size: int, flags: tuple[str, ...], expected: list[float]
+) -> None:
+    if torch.cuda.device_count() < tp_size:
+        pytest.skip(f"fewer than {tp_size} cards")
+    flags = (*SMALL, "--tensor-parallel-size", str(tp_size), *flags)
+    with running_server(flags, folder=ROOT) as server:
+        server.wait_ready(READY_S)
+        for _ in range(2):  # then from the prefix cache
+            logprobs = prompt_logprobs(server)
+            errors = [abs(a - b) for a, b in zip(logprobs, expected, strict=True)]
+            assert max(errors) < MAX_ERROR * max(1.0, -min(expected)), max(errors)
+        for question, part in ANSWERS.items():
+            assert part in answer(server, question), question
+        body = {"prompt": PROMPT, "max_tokens": 48, "seed": 3, "ignore_eos": True}
+        texts = {ask(server, "/v1/completions", body)["choices"][0]["text"] for _ in range(3)}
+        assert len(texts) == 1, "a seed gives one answer"
+        log = Path(server.log).read_text()
+        assert "Traceback" not in log and "the ledger says" in log
+        assert server.stop() < 20 and server.process.returncode == 0
+
+
+def test_a_rank_that_is_killed_ends_all() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than 2 cards")
+    chance = random.Random(0)
+    for _ in range(3):
+        with running_server((*SMALL, "--tensor-parallel-size", "2"), folder=ROOT) as server:
+            server.wait_ready(READY_S)
+            seen_s, wrong = kill_one(server, 64, chance)
+            assert not wrong, (seen_s, wrong)
