@@ -373,6 +373,8 @@ def judge(result: dict[str, Any], log: Path | None, args: argparse.Namespace) ->
         problems.append(f"a neighbour's stream stood still for {seen.max_gap_s:.3f} s")
     if seen.max_first_s > args.max_first_s:
         problems.append(f"a neighbour's stream waited {seen.max_first_s:.3f} s for its first token")
+    if tally.suspects.slowest_s > args.max_answer_s:
+        problems.append(f"an answer took {tally.suspects.slowest_s:.2f} s")
     if worst_health_s > args.max_health_s:
         problems.append(f"/health took {worst_health_s:.2f} s")
     problems += _judge_after(result, args)
@@ -422,7 +424,7 @@ def _judge_log(log: Path) -> list[str]:
 
 def _print_failure(failure: Failure, args: argparse.Namespace) -> None:
     case = failure.case
-    print(f"\ncase {case.number} ({case.family}: {case.name}): {failure.problem}")
+    print(f"\ncase {case.title}: {failure.problem}")
     print(f"  alone, again: {failure.again}")
     family = f" --family {args.family}" if args.family else ""
     print(f"  python -m bench.fuzz --seed {args.seed} --only {case.number}{family}")
@@ -454,13 +456,13 @@ def _try(trial: Trial, args: argparse.Namespace) -> int:
         packages=["pyserve", "aiohttp"],
         wall_s=result["wall_s"], rss_bytes=result["rss_bytes"], statuses=tally.statuses,
         num_streams=tally.seen.num_streams, max_gap_s=tally.seen.max_gap_s,
-        max_first_s=tally.seen.max_first_s,
+        max_first_s=tally.seen.max_first_s, slowest_s=tally.suspects.slowest_s,
     )  # fmt: skip
 
 
 def _run_one(endpoint: Endpoint, args: argparse.Namespace) -> int:
     case = make_case(args.seed, args.only, args.family)
-    print(f"case {case.number} ({case.family}: {case.name})\nsent {_shown(case.request)}")
+    print(f"case {case.title}\nsent {_shown(case.request)}")
     _, problem, received = asyncio.run(run_case(endpoint, case))
     print(f"came {_shown(received)}\n{problem or 'nothing wrong'}")
     return 1 if problem else 0
@@ -477,6 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-growth-mib", type=float, default=16.0, help="fail above (default %(default)s)")
     add("--max-gap-s", type=float, default=5.0, help="fail above (default %(default)s)")
     add("--max-first-s", type=float, default=5.0, help="of a first token (default %(default)s)")
+    add("--max-answer-s", type=float, default=ANSWER_TIMEOUT_S, help="(default %(default)s)")
     add("--max-health-s", type=float, default=1.0, help="fail above (default %(default)s)")
     add("--log", type=Path, help="its log, looked through for tracebacks, with --url")
     return parser

@@ -55,6 +55,10 @@ class Case:
         return self.num_answers == 0 or self.pause_s > 0
 
     @property
+    def title(self) -> str:
+        return f"{self.number} ({self.family}: {self.name})"
+
+    @property
     def request(self) -> bytes:
         return b"".join(self.pieces)
 

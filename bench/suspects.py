@@ -18,9 +18,14 @@ SHOWN_GAPS = 3
 
 
 class Suspects:
-    """Cases that ask for much work or took long, and when."""
+    """Cases that ask for much work or took long, and when.
+
+    slowest_s  to the whole answer of `slowest`, among those that do not wait by themselves.
+    """
 
     def __init__(self) -> None:
+        self.slowest_s = 0.0
+        self.slowest: Case | None = None
         self._ended: deque[tuple[float, float, Case]] = deque(maxlen=MAX_KEPT)
 
     @contextmanager
@@ -31,9 +36,10 @@ class Suspects:
             yield
         finally:
             ended_s = time.perf_counter()
+            if ended_s - began_s > self.slowest_s and not case.is_slow:
+                self.slowest_s, self.slowest = ended_s - began_s, _nameplate(case)
             if case.family in COSTLY or ended_s - began_s > LONG_S:
-                kept = Case(case.number, case.family, case.name, [])  # without its bytes
-                self._ended.append((began_s, ended_s, kept))
+                self._ended.append((began_s, ended_s, _nameplate(case)))
 
     def around(self, gap: Gap) -> list[Case]:
         """Those under way during a part of it, the costly ones first, then who began last."""
@@ -45,8 +51,11 @@ class Suspects:
         return [case for *_, case in sorted(found, key=lambda one: one[:2])]
 
     def describe(self, gaps: Sequence[Gap]) -> list[str]:
-        """A line for each of the longest gaps and waits, and one for each case beside it."""
+        """A line for the slowest answer, for each of the longest gaps and waits, and for each case
+        beside these."""
         lines = []
+        if self.slowest is not None:
+            lines.append(f"slowest answer {self.slowest_s:.2f} s, of {self.slowest.title}")
         pauses = [gap for gap in gaps if gap.number][:SHOWN_GAPS]
         waits = [gap for gap in gaps if not gap.number][:SHOWN_GAPS]
         for gap in pauses + waits:
@@ -56,5 +65,10 @@ class Suspects:
                 f"neighbour's own process was late by up to {1e3 * gap.late_s:.0f} ms; "
                 f"{len(cases)} cases beside it"
             )
-            lines += [f"  {one.number} ({one.family}: {one.name})" for one in cases[:MAX_SHOWN]]
+            lines += [f"  {one.title}" for one in cases[:MAX_SHOWN]]
         return lines
+
+
+def _nameplate(case: Case) -> Case:
+    """`case` without its bytes."""
+    return Case(case.number, case.family, case.name, [])

@@ -25,6 +25,16 @@ def test_the_costly_cases_of_a_gap_come_first() -> None:
         pass  # neither costly nor long
     gap = Gap(began_s, time.perf_counter(), 0.5, 7)
     assert [one.number for one in suspects.around(gap)] == [3, 2]
-    first, *others = suspects.describe([gap])
+    slowest, first, *others = suspects.describe([gap])
+    assert slowest.startswith("slowest answer 0.1") and slowest.endswith("of 2 (field: x)")
     assert "before token 7" in first and "late by up to 500 ms; 2 cases" in first
     assert others == ["  3 (large: x)", "  2 (field: x)"]
+
+
+def test_who_waits_by_itself_is_no_slow_answer() -> None:
+    suspects = Suspects()
+    waiting = case(1, "silence")
+    waiting.num_answers = 0
+    with suspects.watch(waiting):
+        time.sleep(0.01)
+    assert suspects.slowest is None and suspects.describe([]) == []

@@ -19,8 +19,8 @@ def fuzz(server: Server, *flags: str, max_growth_mib: int) -> int:
     """Limits of time are for quiet machines: here only what stands still is caught. A short run is
     still warming up where its memory is first read."""
     of_server = ["--url", server.url, "--pid", str(server.process.pid), "--log", str(server.log)]
-    limits = ["--max-growth-mib", str(max_growth_mib), "--max-health-s", "10", "--max-gap-s", "20"]
-    return main([*flags, *of_server, *limits])
+    limits = ["--max-health-s", "10", "--max-gap-s", "20", "--max-first-s", "20"]
+    return main([*flags, *of_server, *limits, "--max-growth-mib", str(max_growth_mib)])
 
 
 def test_hostile_requests_hurt_nobody(exact: Server, capsys: pytest.CaptureFixture[str]) -> None:

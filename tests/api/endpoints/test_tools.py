@@ -292,6 +292,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages[0].content[0].type", "only text"),
+    ({"messages": [{"role": "user", "content": [
+        {"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}]}]},
+     "messages[0].content[0].type", "only text"),
 ]  # fmt: skip
 
 
