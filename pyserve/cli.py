@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,9 +155,8 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
     for flag, name in (("--model", launch.model), ("--tokenizer", launch.tokenizer)):
         if name is None:
             continue
-        # os.path says no to names that the system refuses, where Path raises.
         path = os.path.expanduser(name)
-        if os.path.isfile(path) or not name or (name[0] in "/.~" and not os.path.isdir(path)):
+        if not _may_be_found(name):
             raise ConfigError(f"{flag} {name[:200]} is neither a folder nor a name on the hub")
         has_config = os.path.isfile(os.path.join(path, "config.json"))
         if flag == "--model" and os.path.isdir(path) and not has_config:
@@ -172,16 +172,24 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         raise ConfigError(f"--ready-file {ready_file} must be a file in a folder that exists")
 
 
+def _may_be_found(name: str) -> bool:
+    """Whether `name` is a folder, or could be a repository of the hub."""
+    # os.path says no to names that the system refuses, where Path raises.
+    path = os.path.expanduser(name)
+    if os.path.isfile(path) or not name:
+        return False
+    return name[0] not in "/.~" or os.path.isdir(path)
+
+
 def _check_adapters(config: EngineConfig, server_config: ServerConfig) -> None:
     """The same for adapters, whose names the model must not have."""
     for module in config.lora_modules:
         named = f"--lora-modules {module.name}"
         if module.name in server_config.served_model_names:
             raise ConfigError(f"{named} is the name of the model: see --served-model-name")
-        if not os.path.isdir(os.path.expanduser(module.path)):
+        if not _may_be_found(module.path):
             raise ConfigError(
-                f"{named}: {module.path[:200]} is not a folder; adapters are not fetched from the "
-                "hub yet: download it first"
+                f"{named}: {module.path[:200]} is neither a folder nor a name on the hub"
             )
     if config.lora_dir is not None and not os.path.isdir(config.lora_dir):
         raise ConfigError(f"--lora-dir {config.lora_dir} is not a folder")
@@ -288,6 +296,11 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
     if model.pooling is not None and model.pooling.kind == "score":
         engine_config = replace(engine_config, answer_ids=tokenizer.ids_of(model.pooling.answers))
         score_template = ScoreTemplate.find(template, tokenizer, model_type=model.model_type)
+    find_adapter = partial(_find_adapter, launch)
+    for module in engine_config.lora_modules:
+        flag, fetched = f"--lora-modules {module.name}", partial(report, "download")
+        _find_adapter(launch, module.path, flag=flag, progress=fetched)
+        report("start", 0, 0)
     preload.wait()
     with collector.imports():
         from pyserve.engine.load import build_engine
@@ -296,7 +309,7 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
         # It holds the interpreter's lock, which weights and a card's steps leave free for long.
         grammars = Grammars.of(tokenizer, defaults, model.vocab_size)
         preparing = pool.submit(grammars.prepare)
-        engine = build_engine(engine_config, progress=report)
+        engine = build_engine(engine_config, progress=report, find_adapter=find_adapter)
         preparing.result()
     return Loaded(
         tokenizer=tokenizer,
@@ -308,6 +321,19 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
         score_template=score_template,
         prepared=grammars,
     )
+
+
+def _find_adapter(
+    launch: LaunchConfig, name: str, *, flag: str = "the adapter",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:  # fmt: skip
+    """The folder of an adapter, downloaded where it must be. Raises StartupError."""
+    from pyserve.hub.resolve import resolve_adapter
+
+    return resolve_adapter(
+        name, flag=flag, token=launch.token, download_dir=launch.download_dir,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _resolve(

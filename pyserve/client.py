@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pyserve.errors import PyserveError
@@ -113,10 +112,11 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A name that requests may choose an adapter by; `path` is the folder it is read from."""
+    """A name that requests may choose an adapter by; `root` is where it comes from, as that was
+    named: a folder, or a repository of the hub."""
 
     name: str
-    path: str
+    root: str
 
 
 class AdapterStore(Protocol):
@@ -137,12 +137,14 @@ class AdapterStore(Protocol):
     def has(self, name: str) -> bool:
         """Whether `acquire` would look for it."""
 
-    async def load(self, name: str, path: Path, *, is_reload: bool = False) -> None:
-        """Serve the adapter of a folder under `name`, as a new version; is_reload: also where the
-        name is served already. Requests that run go on with the version that they have.
+    async def load(self, name: str, root: str, *, is_reload: bool = False) -> None:
+        """Serve the adapter of `root`, a folder or a repository of the hub, under `name`, as a new
+        version; is_reload: also where the name is served already. Requests that run go on with the
+        version that they have.
 
-        Raises InvalidRequestError where the name is taken or none, CheckpointError where the
-        folder holds no adapter for this model: then nothing has changed.
+        Raises InvalidRequestError where the name is taken or none, CheckpointError where there is
+        no adapter for this model in the folder, another StartupError where there is no such folder
+        and the hub does not give it: then nothing has changed.
         """
 
     def unload(self, name: str) -> None:

@@ -279,7 +279,7 @@ def test_grammars_are_prepared_beside_the_engine(monkeypatch: pytest.MonkeyPatch
     vocab_size = ModelConfig.from_path(DEMO_MODEL).vocab_size
     is_prepared = threading.Event()
 
-    def build_engine(config: EngineConfig, *, progress: object) -> SimpleNamespace:
+    def build_engine(config: EngineConfig, **given: object) -> SimpleNamespace:
         assert is_prepared.wait(30), "nobody prepares while this is under way"
         return SimpleNamespace(info=SimpleNamespace(vocab_size=vocab_size))
 

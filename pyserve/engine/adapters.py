@@ -42,7 +42,8 @@ class _Entry:
     """A name that is served. `adapter` is None where it is to be read when it is asked for."""
 
     name: str
-    path: Path
+    root: str
+    path: Path  # of the folder
     adapter: Adapter | None = None
 
 
@@ -50,6 +51,7 @@ class HostAdapters:
     """Implements client.AdapterStore.
 
     read         a folder -> its adapter. Raises CheckpointError.
+    find         a name -> the folder that it means, maybe downloaded. Raises StartupError.
     limit        versions in the host's memory, and one more while a name is loaded again.
     folder       whose folders are adapters too, served by their names when they are asked for.
     max_waiting  requests that may wait for room.
@@ -57,10 +59,11 @@ class HostAdapters:
 
     def __init__(
         self, read: Callable[[Path], AdapterWeights], *, limit: int, folder: Path | None = None,
-        max_waiting: int = 1024,
+        max_waiting: int = 1024, find: Callable[[str], Path] = Path,
     ) -> None:  # fmt: skip
         self.num_loads = 0
         self._read_folder = read
+        self._find_folder = find
         self._limit = limit
         self._folder = folder
         self._max_waiting = max_waiting
@@ -69,6 +72,7 @@ class HostAdapters:
         self._kept: OrderedDict[int, Adapter] = OrderedDict()  # the least recently used first
         self._num_holders: Counter[int] = Counter()  # by version
         self._replaced: set[int] = set()  # versions that go as soon as nobody holds them
+        self._finding = asyncio.Lock()  # one download at a time, beside which others are loaded
         self._loading = asyncio.Lock()  # one at a time, in the order in which they were asked for
         self._is_short = False  # somebody waits until a version is not held any more
         self._released = asyncio.Event()
@@ -76,7 +80,7 @@ class HostAdapters:
 
     @property
     def served(self) -> list[ServedAdapter]:
-        return [ServedAdapter(entry.name, str(entry.path)) for entry in self._entries.values()]
+        return [ServedAdapter(entry.name, entry.root) for entry in self._entries.values()]
 
     @property
     def num_kept(self) -> int:
@@ -85,29 +89,28 @@ class HostAdapters:
     def has(self, name: str) -> bool:
         return name in self._entries or self._in_folder(name) is not None
 
-    def load_at_start(self, name: str, path: Path) -> None:
-        """As `load`, before the loop runs. Raises CheckpointError."""
+    def load_at_start(self, name: str, root: str) -> None:
+        """As `load`, before the loop runs. Raises StartupError."""
         _check_name(name)
+        path = self._find_folder(root)
         weights = self._read_folder(path)
         self._make_way(self._limit)
-        self._put(_Entry(name, path), weights)
+        self._put(_Entry(name, root, path), weights)
 
-    async def load(self, name: str, path: Path, *, is_reload: bool = False) -> None:
+    async def load(self, name: str, root: str, *, is_reload: bool = False) -> None:
         _check_name(name)
+        self._check_free(name, is_reload)
+        async with self._finding:
+            path = await asyncio.to_thread(self._find_folder, root)
         async with self._loading:
+            self._check_free(name, is_reload)
             before = self._entries.get(name)
-            if before is not None and not is_reload:
-                raise InvalidRequestError(
-                    f"the adapter `{name}` has already been loaded; to load it again in its place, "
-                    "set load_inplace to true",
-                    "lora_name",
-                )
             is_kept = before is not None and before.adapter is not None
             # What it replaces stays until it is there, beyond the limit.
             weights = await self._read(path, self._limit + is_kept)
             if (before := self._entries.get(name)) is not None:
                 self._replace(before)
-            self._put(_Entry(name, path), weights)
+            self._put(_Entry(name, root, path), weights)
 
     def unload(self, name: str) -> None:
         entry = self._entries.pop(name, None)
@@ -149,6 +152,14 @@ class HostAdapters:
         shown = {it.adapter.version for it in self._entries.values() if it.adapter is not None}
         assert shown == self._kept.keys() - self._replaced
 
+    def _check_free(self, name: str, is_reload: bool) -> None:
+        if name in self._entries and not is_reload:
+            raise InvalidRequestError(
+                f"the adapter `{name}` has already been loaded; to load it again in its place, "
+                "set load_inplace to true",
+                "lora_name",
+            )
+
     def _hold(self, adapter: Adapter) -> Adapter:
         self._num_holders[adapter.version] += 1
         self._kept.move_to_end(adapter.version)
@@ -169,7 +180,7 @@ class HostAdapters:
             raise EngineError(f"the adapter `{name[:200]}` cannot be loaded any more") from error
         if self._entries.get(name) is not served:  # unloaded meanwhile
             raise NotFoundError(f"The model `{name[:200]}` does not exist.", "model")
-        return self._put(served or _Entry(name, path), weights)
+        return self._put(served or _Entry(name, str(path), path), weights)
 
     async def _read(self, path: Path, limit: int) -> AdapterWeights:
         """Makes room for it first among `limit` versions. The caller has _loading."""

@@ -70,8 +70,13 @@ def _say_nothing(phase: str, done: int, total: int) -> None:
     """The Progress of a model that is read again."""
 
 
-def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
-    """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan)."""
+def build_engine(
+    config: EngineConfig, *, progress: Progress, find_adapter: Callable[[str], Path] = Path
+) -> AsyncEngine:
+    """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan).
+
+    find_adapter  the folder of an adapter by what it is called, as HostAdapters has it.
+    """
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
     trace = Trace(config.trace) if config.trace else None
@@ -88,12 +93,13 @@ def build_engine(config: EngineConfig, *, progress: Progress) -> AsyncEngine:
     _log_plan(config, start.plan)
     ranks = Ranks(config)
     with ranks.ended_by_errors():
-        return _build(config, start, ranks, trace, progress)
+        return _build(config, start, ranks, trace, progress, find_adapter)
 
 
 def _build(
-    config: EngineConfig, start: Start, ranks: Ranks, trace: Trace | None, progress: Progress
-) -> AsyncEngine:
+    config: EngineConfig, start: Start, ranks: Ranks, trace: Trace | None, progress: Progress,
+    find_adapter: Callable[[str], Path],
+) -> AsyncEngine:  # fmt: skip
     logger = log.get_logger()
     model_config, memory, device_type = start.model_config, start.memory, start.device.type
     build.load_native(
@@ -127,7 +133,7 @@ def _build(
     sleeper = None
     if isinstance(memory, HostMemory):
         sleeper = HostSleeper(executor, plan.num_blocks, load)
-    adapters = _read_adapters(config, model) if config.enable_lora else None
+    adapters = _read_adapters(config, model, find_adapter) if config.enable_lora else None
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         vocab_size=model_config.vocab_size,
@@ -227,7 +233,9 @@ def _placement(
     )
 
 
-def _read_adapters(config: EngineConfig, model: Decoder) -> HostAdapters:
+def _read_adapters(
+    config: EngineConfig, model: Decoder, find: Callable[[str], Path]
+) -> HostAdapters:
     """Those of --lora-modules, and room for more. Raises CheckpointError naming the adapter."""
     targets, dtype = model.adapter_targets(), model.dtype
     model_path = str(config.model_path.resolve())  # the hub's cache has the name in it, too
@@ -242,10 +250,10 @@ def _read_adapters(config: EngineConfig, model: Decoder) -> HostAdapters:
             log.get_logger().warning("%s was trained on %.200s", folder, weights.base_model)
         return weights
 
-    adapters = HostAdapters(read, limit=config.num_kept_adapters, folder=config.lora_dir)
+    adapters = HostAdapters(read, limit=config.num_kept_adapters, folder=config.lora_dir, find=find)
     for module in config.lora_modules:
         try:
-            adapters.load_at_start(module.name, Path(module.path).expanduser())
+            adapters.load_at_start(module.name, module.path)
         except CheckpointError as error:
             raise CheckpointError(f"--lora-modules {module.name}: {error}") from error
         log.get_logger().info("adapter %s: %s", module.name, module.path)

@@ -1,4 +1,5 @@
-"""Which files of a model the server reads: in a listing of the hub, and in a folder."""
+"""Which files of a model, or of an adapter, the server reads: in a listing of the hub, and in a
+folder."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 from pyserve.checkpoint_files import (
     INDEX_FILE,
@@ -19,6 +21,9 @@ from pyserve.checkpoint_files import (
 from pyserve.errors import CheckpointError
 from pyserve.hub.client import HubClient, Listing, RemoteFile
 
+# What of a repository is wanted: all of a model, its config and tokenizer files, an adapter.
+Kind = Literal["model", "texts", "adapter"]
+ADAPTER_TEXT, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEXTS = (
     "config.json", "generation_config.json", "tokenizer*.json", "*.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -33,9 +38,11 @@ MAX_HEADERS_BYTES = 256 * 2**20  # of all files of a model; 200 shards of a larg
 LFS_POINTER, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
-def served_texts(listing: Listing, *, has_weights: bool) -> list[RemoteFile]:
+def served_texts(listing: Listing, kind: Kind) -> list[RemoteFile]:
     """The files that the server reads beside the weights."""
-    patterns = (*TEXTS, INDEX_FILE) if has_weights else TEXTS
+    if kind == "adapter":
+        return [file for name, file in listing.files.items() if name == ADAPTER_TEXT]
+    patterns = (*TEXTS, INDEX_FILE) if kind == "model" else TEXTS
     return [file for name, file in listing.files.items() if _is_among(name, patterns)]
 
 
@@ -48,7 +55,7 @@ def describing_texts(listing: Listing) -> list[RemoteFile]:
 
 
 def may_be_served(name: str) -> bool:
-    return _is_among(name, (*TEXTS, INDEX_FILE, "*.safetensors"))
+    return _is_among(name, (*TEXTS, INDEX_FILE, ADAPTER_TEXT, "*.safetensors"))
 
 
 def _is_among(name: str, patterns: Iterable[str]) -> bool:
@@ -71,10 +78,12 @@ def refuse_lfs_pointers(folder: Path, *, named: str) -> None:
             )
 
 
-def looks_whole(snapshot: Path, *, has_weights: bool) -> bool:
+def looks_whole(snapshot: Path, kind: Kind) -> bool:
+    if kind == "adapter":
+        return all((snapshot / name).is_file() for name in (ADAPTER_TEXT, ADAPTER_WEIGHTS))
     if not any((snapshot / name).is_file() for name in TOKENIZERS):
         return False
-    if not has_weights:
+    if kind == "texts":
         return True
     if not (snapshot / "config.json").is_file():
         return False
@@ -87,8 +96,12 @@ def looks_whole(snapshot: Path, *, has_weights: bool) -> bool:
     return all((snapshot / name).is_file() for name in names)
 
 
-def likely_weights(listing: Listing) -> list[RemoteFile]:
+def likely_weights(listing: Listing, kind: Kind) -> list[RemoteFile]:
     """What the index will probably name, before it is fetched."""
+    if kind == "texts":
+        return []
+    if kind == "adapter":
+        return [file for name, file in listing.files.items() if name == ADAPTER_WEIGHTS]
     if SINGLE_FILE in listing.files:
         return [listing.files[SINGLE_FILE]]
     return [
@@ -98,13 +111,22 @@ def likely_weights(listing: Listing) -> list[RemoteFile]:
     ]
 
 
-def served_weights(listing: Listing, folder: Path, *, named: str) -> list[RemoteFile]:
+def served_weights(
+    listing: Listing, folder: Path, *, named: str, kind: Kind = "model"
+) -> list[RemoteFile]:
     """The safetensors files the loader will read; the index lies in `folder`."""
+    if kind == "texts":
+        return []
+    others = {Path(name).suffix for name in listing.files} & {".bin", ".pth", ".pt", ".gguf"}
+    has = f", only {' and '.join(sorted(others))}" if others else ""
+    if kind == "adapter":
+        for name in (ADAPTER_TEXT, ADAPTER_WEIGHTS):
+            if name not in listing.files:
+                raise CheckpointError(f"{named} is no adapter: there is no {name}{has}")
+        return [listing.files[ADAPTER_WEIGHTS]]
     if SINGLE_FILE in listing.files:
         return [listing.files[SINGLE_FILE]]
     if INDEX_FILE not in listing.files:
-        others = {Path(name).suffix for name in listing.files} & {".bin", ".pth", ".pt", ".gguf"}
-        has = f", only {' and '.join(sorted(others))}" if others else ""
         raise CheckpointError(
             f"{named} has no weights as safetensors ({SINGLE_FILE} or {INDEX_FILE}){has}"
         )

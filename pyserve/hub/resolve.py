@@ -27,6 +27,8 @@ from pyserve.hub.cache import RepoCache
 from pyserve.hub.client import HubClient, Listing, RemoteFile, UnreachableError
 from pyserve.hub.download import Download, PartialFile, Progress, size_text
 from pyserve.hub.files import (
+    ADAPTER_TEXT,
+    Kind,
     describing_texts,
     likely_weights,
     looks_whole,
@@ -60,11 +62,7 @@ class _Wanted:
     named: str  # how messages call it
     token: str | bool | None  # True: the one that `hf auth login` has kept must be there
     cache: RepoCache
-    has_weights: bool
-
-    @property
-    def kind(self) -> str:
-        return "model" if self.has_weights else "texts"
+    kind: Kind
 
     def client(self) -> HubClient:
         headers = {"User-Agent": f"pyserve/{__version__}"}
@@ -112,7 +110,27 @@ def resolve_model(
     folder = _local_folder(name, revision, flag)
     if folder is not None:
         return folder
-    wanted = _wanted(name, revision, token, download_dir, flag=flag, has_weights=has_weights)
+    kind: Kind = "model" if has_weights else "texts"
+    wanted = _wanted(name, revision, token, download_dir, flag=flag, kind=kind)
+    return _resolve(wanted, progress, check)
+
+
+def resolve_adapter(
+    name: str, *, flag: str, token: str | bool | None, download_dir: Path | None,
+    progress: Progress = lambda done, total: None,
+) -> Path:  # fmt: skip
+    """The folder of an adapter, found and fetched as resolve_model does: its config and its
+    safetensors file, whatever else the repository has. Raises StartupError that names `flag`.
+    """
+    folder = _local_folder(name, None, flag)
+    if folder is not None:
+        return folder
+    wanted = _wanted(name, None, token, download_dir, flag=flag, kind="adapter")
+    return _resolve(wanted, progress, lambda folder: None)
+
+
+def _resolve(wanted: _Wanted, progress: Progress, check: Check) -> Path:
+    """The folder in the cache, with all that is wanted in it."""
     snapshot = _without_a_call(wanted)
     if snapshot is not None:
         return snapshot
@@ -150,7 +168,7 @@ def model_headers(
     if folder is not None:
         yield folder
         return
-    wanted = _wanted(name, revision, token, download_dir, flag=flag, has_weights=True)
+    wanted = _wanted(name, revision, token, download_dir, flag=flag, kind="model")
     snapshot = _without_a_call(wanted)
     if snapshot is not None:
         yield snapshot
@@ -213,7 +231,7 @@ def _local_folder(name: str, revision: str | None, flag: str) -> Path | None:
 
 def _wanted(
     name: str, revision: str | None, token: str | bool | None, download_dir: Path | None, *,
-    flag: str, has_weights: bool,
+    flag: str, kind: Kind,
 ) -> _Wanted:  # fmt: skip
     if revision is not None and not REVISION.fullmatch(revision):
         raise ConfigError(f"--revision {revision!r} is no branch, tag or commit")
@@ -224,7 +242,7 @@ def _wanted(
         named=f"{flag} {name}",
         token=token,
         cache=RepoCache(root, name),
-        has_weights=has_weights,
+        kind=kind,
     )
 
 
@@ -234,13 +252,14 @@ def _cached(wanted: _Wanted) -> Path | None:
     if commit is None:
         return None
     # Texts are fetched before weights: a commit whose weights are here has its texts.
-    kinds = {wanted.kind, "model"}
+    kinds = {wanted.kind} | ({"model"} if wanted.kind == "texts" else set())
     if not any(wanted.cache.is_whole(commit, kind) for kind in kinds):
         return None
     log.get_logger().info(
-        "%s: commit %s from the cache, the hub is not asked (hf download %s config.json looks for "
+        "%s: commit %s from the cache, the hub is not asked (hf download %s %s looks for "
         "a newer one)",
         wanted.named, commit[:12], wanted.repo,
+        ADAPTER_TEXT if wanted.kind == "adapter" else "config.json",
     )  # fmt: skip
     return wanted.cache.snapshot(commit)
 
@@ -256,11 +275,11 @@ def _all_there(wanted: _Wanted, listing: Listing) -> Path | None:
     Nothing has to be written for that: the cache may be read-only.
     """
     cache, commit = wanted.cache, listing.commit
-    texts = served_texts(listing, has_weights=wanted.has_weights)
+    texts = served_texts(listing, wanted.kind)
     if not all(cache.has(commit, file) for file in texts):
         return None
     snapshot = cache.snapshot(commit)
-    weights = served_weights(listing, snapshot, named=wanted.named) if wanted.has_weights else []
+    weights = served_weights(listing, snapshot, named=wanted.named, kind=wanted.kind)
     if not all(cache.has(commit, file) for file in weights):
         return None
     cache.note_whole(wanted.revision, commit, wanted.kind, texts + weights)
@@ -287,7 +306,7 @@ def _served_as_it_is(wanted: _Wanted) -> Path | None:
     if commit is None:
         return None
     snapshot = wanted.cache.snapshot(commit)
-    return snapshot if looks_whole(snapshot, has_weights=wanted.has_weights) else None
+    return snapshot if looks_whole(snapshot, wanted.kind) else None
 
 
 async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: Check) -> Path:
@@ -296,9 +315,9 @@ async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: C
     snapshot = cache.snapshot(commit)
     async with wanted.client() as client:
         download = Download(client, named=wanted.named, commit=commit, progress=progress)
-        texts = served_texts(listing, has_weights=wanted.has_weights)
+        texts = served_texts(listing, wanted.kind)
         _check_sizes(wanted, texts)
-        weights = likely_weights(listing) if wanted.has_weights else []
+        weights = likely_weights(listing, wanted.kind)
         missing = _missing(cache, commit, texts)
         num_bytes = sum(part.missing_bytes for part in _missing(cache, commit, texts + weights))
         _check_disk(wanted, num_bytes)
@@ -306,8 +325,8 @@ async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: C
         await download.run(missing)
         for file in texts:
             cache.link(commit, file)
-        if wanted.has_weights:
-            weights = served_weights(listing, snapshot, named=wanted.named)
+        weights = served_weights(listing, snapshot, named=wanted.named, kind=wanted.kind)
+        if weights:
             await _fetch_weights(wanted, client, download, weights, commit=commit, check=check)
     cache.note_whole(wanted.revision, commit, wanted.kind, texts + weights)
     return snapshot

@@ -51,9 +51,9 @@ def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 @on_loop
 async def test_load_acquire_unload() -> None:
     adapters = make()
-    await adapters.load("sql", Path("/a/sql"))
+    await adapters.load("sql", "/a/sql")
     assert adapters.has("sql") and not adapters.has("code")
-    assert [(it.name, it.path) for it in adapters.served] == [("sql", "/a/sql")]
+    assert [(it.name, it.root) for it in adapters.served] == [("sql", "/a/sql")]
     first = await adapters.acquire("sql")
     again = await adapters.acquire("sql")
     assert first is again and first.weights == "sql" and adapters.num_loads == 1
@@ -73,13 +73,13 @@ async def test_load_acquire_unload() -> None:
 @on_loop
 async def test_another_load_of_a_name_is_another_version() -> None:
     adapters = make()
-    await adapters.load("sql", Path("/a/one"))
+    await adapters.load("sql", "/a/one")
     old = await adapters.acquire("sql")
     with pytest.raises(InvalidRequestError, match="has already been loaded"):
-        await adapters.load("sql", Path("/a/two"))
+        await adapters.load("sql", "/a/two")
     assert (await adapters.acquire("sql")) is old
     adapters.release(old)
-    await adapters.load("sql", Path("/a/two"), is_reload=True)
+    await adapters.load("sql", "/a/two", is_reload=True)
     new = await adapters.acquire("sql")
     assert new.version != old.version and (old.weights, new.weights) == ("one", "two")
     assert adapters.num_kept == 2
@@ -93,12 +93,12 @@ async def test_another_load_of_a_name_is_another_version() -> None:
 @on_loop
 async def test_a_load_that_fails_changes_nothing() -> None:
     adapters = make(limit=1)
-    await adapters.load("sql", Path("/a/sql"))
+    await adapters.load("sql", "/a/sql")
     before = await adapters.acquire("sql")
     adapters.release(before)
     for name in ("sql", "other"):
         with pytest.raises(CheckpointError):
-            await adapters.load(name, Path("/a/bad"), is_reload=True)
+            await adapters.load(name, "/a/bad", is_reload=True)
     assert [it.name for it in adapters.served] == ["sql"]
     after = await adapters.acquire("sql")
     # The failed load of another name has taken its room; it was read again.
@@ -106,14 +106,14 @@ async def test_a_load_that_fails_changes_nothing() -> None:
     adapters.check_invariants()
     for name in ("", "a\nb", "x" * 257):
         with pytest.raises(InvalidRequestError, match="lora_name"):
-            await adapters.load(name, Path("/a/sql"))
+            await adapters.load(name, "/a/sql")
 
 
 @on_loop
 async def test_the_one_that_was_used_longest_ago_is_read_again() -> None:
     adapters = make(limit=2)
     for name in ("a", "b", "c"):
-        await adapters.load(name, Path(f"/x/{name}"))
+        await adapters.load(name, f"/x/{name}")
     assert adapters.num_kept == 2 and len(adapters.served) == 3
     b = await adapters.acquire("b")
     adapters.release(b)
@@ -127,8 +127,8 @@ async def test_the_one_that_was_used_longest_ago_is_read_again() -> None:
 @on_loop
 async def test_who_waits_for_room_is_not_passed() -> None:
     adapters = make(limit=1)
-    await adapters.load("a", Path("/x/a"))
-    await adapters.load("b", Path("/x/b"))
+    await adapters.load("a", "/x/a")
+    await adapters.load("b", "/x/b")
     held = await adapters.acquire("b")
     order: list[str] = []
 
@@ -154,8 +154,8 @@ async def test_who_waits_for_room_is_not_passed() -> None:
 @on_loop
 async def test_who_leaves_while_waiting_leaves_nothing() -> None:
     adapters = make(limit=1, max_waiting=1)
-    await adapters.load("a", Path("/x/a"))
-    await adapters.load("b", Path("/x/b"))
+    await adapters.load("a", "/x/a")
+    await adapters.load("b", "/x/b")
     held = await adapters.acquire("b")
     task = asyncio.create_task(adapters.acquire("a"))
     await until(lambda: adapters._is_short)
@@ -170,8 +170,8 @@ async def test_who_leaves_while_waiting_leaves_nothing() -> None:
 @on_loop
 async def test_an_adapter_that_cannot_be_read_again() -> None:
     adapters = make(limit=1)
-    await adapters.load("a", Path("/x/a"))
-    await adapters.load("b", Path("/x/b"))
+    await adapters.load("a", "/x/a")
+    await adapters.load("b", "/x/b")
     adapters._read_folder.contents["a"] = "bad"  # type: ignore[attr-defined]
     with pytest.raises(EngineError, match="`a` cannot be loaded any more$"):
         await adapters.acquire("a")
@@ -230,7 +230,7 @@ def test_random_operations(limit: int) -> None:
             if rng.random() < 0.3 and any(it.name == name for it in adapters.served):
                 adapters.unload(name)
             else:
-                await adapters.load(name, Path("/x", name), is_reload=True)
+                await adapters.load(name, f"/x/{name}", is_reload=True)
             adapters.check_invariants()
 
         tasks = []

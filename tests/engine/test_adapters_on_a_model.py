@@ -235,7 +235,7 @@ def test_the_churn_of_versions() -> None:
         answers: dict[int, set[tuple[int, ...]]] = {}
         names = ["x", "y", "z", "w"]
         for seed, name in enumerate(names):
-            await store.load(name, Path(str(seed)))
+            await store.load(name, str(seed))
 
         async def ask() -> None:
             adapter = await store.acquire(rng.choice(names))
@@ -258,9 +258,9 @@ def test_the_churn_of_versions() -> None:
             name = rng.choice(names)
             if rng.random() < 0.3 and store.has(name):
                 store.unload(name)
-                await store.load(name, Path(str(number % NUM_ADAPTERS)))
+                await store.load(name, str(number % NUM_ADAPTERS))
             else:
-                await store.load(name, Path(str(number % NUM_ADAPTERS)), is_reload=True)
+                await store.load(name, str(number % NUM_ADAPTERS), is_reload=True)
 
         for number in range(120):
             asking = [ask() for _ in range(rng.randrange(1, 4))]

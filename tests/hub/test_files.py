@@ -37,8 +37,8 @@ NOT_SERVED = [
 
 def test_only_served_files_are_fetched() -> None:
     listing = files_of(*NOT_SERVED, *SERVED, INDEX_FILE)
-    assert [file.name for file in served_texts(listing, has_weights=False)] == SERVED
-    assert [file.name for file in served_texts(listing, has_weights=True)] == [*SERVED, INDEX_FILE]
+    assert [file.name for file in served_texts(listing, "texts")] == SERVED
+    assert [file.name for file in served_texts(listing, "model")] == [*SERVED, INDEX_FILE]
 
 
 def test_one_format_of_weights(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from aiohttp import web
 
@@ -12,14 +11,15 @@ from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.state import STATE, ServerState
 from pyserve.api.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from pyserve.client import AdapterStore
-from pyserve.errors import CheckpointError, InvalidRequestError, NotFoundError
+from pyserve.errors import CheckpointError, InvalidRequestError, NotFoundError, StartupError
 from pyserve.log import get_logger
 
 LOAD, UNLOAD = Wire(LoadAdapterRequest), Wire(UnloadAdapterRequest)
 
 
 async def load_adapter(request: web.Request) -> web.StreamResponse:
-    """Serve the adapter of a folder under a name, or another version of it in its place."""
+    """Serve the adapter of a folder, or of the hub, under a name, or another version of it in its
+    place."""
     state = request.app[STATE]
     adapters = _adapters(request, state)
     body, ignored = await LOAD.read(request, state)
@@ -31,14 +31,18 @@ async def load_adapter(request: web.Request) -> web.StreamResponse:
             "is_3d_lora_weight is of experts, whose adapters are not supported", "is_3d_lora_weight"
         )
     folder = os.path.expanduser(path)
-    if not path or "\0" in path or not os.path.isdir(folder):
-        raise NotFoundError(f"No adapter found for `{name[:200]}` at {path[:200]!r}.", "lora_path")
+    missing = f"No adapter found for `{name[:200]}` at {path[:200]!r}."
+    if not path or "\0" in path:
+        raise NotFoundError(missing, "lora_path")
     try:
-        await adapters.load(name, Path(folder), is_reload=bool(body.load_inplace))
+        await adapters.load(name, path, is_reload=bool(body.load_inplace))
     except CheckpointError as error:
         # Which file of the folder that the client has named, not where it lies.
         message = str(error).replace(f"{folder.rstrip('/')}/", "").replace(folder, "the folder")
         raise InvalidRequestError(f"`{name[:200]}`: {message}", "lora_path") from error
+    except StartupError as error:  # no such folder, and nothing of that name on the hub
+        get_logger().error("adapter %s: %s", name, error)
+        raise NotFoundError(missing, "lora_path") from error
     get_logger().info("adapter %s: %s", name, path)
     return _success(f"LoRA adapter '{name}' added successfully.", ignored)
 

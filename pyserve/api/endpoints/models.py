@@ -76,7 +76,7 @@ def _entry(
     return Model(
         id=name,
         created=state.created,
-        root=state.model_name if adapter is None else adapter.path,
+        root=state.model_name if adapter is None else adapter.root,
         parent=None if adapter is None else state.model_name,
         max_model_len=max_model_len,
         permission=[Permission(id=f"modelperm-{permission_id}", created=state.created)],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pyserve.engine.adapters import HostAdapters
-from pyserve.errors import CheckpointError
+from pyserve.errors import CheckpointError, ConfigError
 from tests.api.fakes import MODEL, Server, run_server
 from tests.waiting import wait_until
 
@@ -31,15 +31,21 @@ def read(folder: Path) -> Any:
     return folder.name
 
 
+def find(root: str) -> Path:
+    if not Path(root).is_dir():
+        raise ConfigError(f"{root} is neither a folder nor a name on the hub")
+    return Path(root)
+
+
 @pytest.fixture
 def store(server: Server, tmp_path: Path) -> Iterator[HostAdapters]:
     """Two adapters, "sql" and one whose name needs care."""
-    adapters = HostAdapters(read, limit=4)
+    adapters = HostAdapters(read, limit=4, find=find)
     for name in ("sql", 'a "b"\\c'):
         folder = tmp_path / f"of-{len(name)}"
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
-        adapters.load_at_start(name, folder)
+        adapters.load_at_start(name, str(folder))
     server.engine.adapters = adapters
     yield adapters
     server.engine.adapters = None
@@ -136,6 +142,21 @@ def test_loads_that_are_refused(server: Server, store: HostAdapters, tmp_path: P
     assert refusal(lora_path=None)["param"] == "lora_path"
     server.error(LOAD, {"lora_name": "x"})
     assert [adapter.name for adapter in store.served] == ["sql", 'a "b"\\c']
+
+
+def test_an_adapter_of_the_hub_keeps_its_name(
+    server: Server, store: HostAdapters, tmp_path: Path
+) -> None:
+    store._find_folder = lambda root: tmp_path / "of-3" if root == "org/sql" else find(root)
+    body = {"lora_name": "hub", "lora_path": "org/sql"}
+    assert server.request("POST", LOAD, body)[0] == 200
+    listed = json.loads(server.request("GET", "/v1/models/hub")[2])
+    assert listed["root"] == "org/sql"
+    server.post("/v1/completions", {"model": "hub", "prompt": "hi"})
+    used = server.engine.submitted[-1].adapter
+    assert used is not None and used.weights == "of-3"
+    error = server.error(LOAD, {"lora_name": "none", "lora_path": "org/none"}, 404)
+    assert error["message"] == "No adapter found for `none` at 'org/none'."
 
 
 def test_a_server_without_adapters(server: Server) -> None:
