@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench import experts, gpu_ops, latent, w4a16
+from bench import experts, gpu_ops, latent, quantised
 from bench.report import busy_remark, environment, format_table, write_json
 from pyserve import ops
-from pyserve.ops import build, quantised, reference
+from pyserve.ops import build, reference
 from pyserve.ops import step_layout as layout
 
 BLOCK_SIZE = 16
@@ -205,26 +205,6 @@ def epilogue_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterato
         4 * num_tokens * size * hidden,
         dtype,
     )
-
-
-def w4a16_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
-    """linear_cases' matrices as 4-bit integers; the twin of a product is `ops.linear` of the matrix
-    as plain numbers of `dtype`."""
-    for k, n in ((shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)):
-        packed = w4a16.random_packed(n, k, torch.device("cpu"))
-        x, weight = torch.randn(num_tokens, k).to(dtype), torch.empty(n, k, dtype=dtype)
-        out = torch.empty(num_tokens, n, dtype=dtype)
-        load = f"{num_tokens} x {k} -> {n}"
-        scratch = torch.empty(max(16 * k, 2**22 // x.element_size()), dtype=dtype)
-        run = partial(quantised.linear_w4a16, x, packed, None, out, scratch)
-        num_bytes = packed.nbytes + x.nbytes + out.nbytes
-        num_flops = 2 * num_tokens * n * k
-        twin = partial(ops.linear, x, weight, None, out)
-        yield Case("linear_w4a16", load, run, twin, num_bytes, num_flops, dtype)
-        run, twin = (
-            partial(module.dequantise_w4a16, packed, weight) for module in (quantised, reference)
-        )
-        yield Case("dequantise_w4a16", f"{n} x {k}", run, twin, packed.nbytes + weight.nbytes)
 
 
 def activation_cases(shape: Shape, num_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -424,7 +404,9 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield from norm_cases(shape, num_tokens, dtype)
         yield from linear_cases(shape, num_tokens, dtype)
         yield from epilogue_cases(shape, num_tokens, dtype)
-        yield from w4a16_cases(shape, num_tokens, dtype)
+        matrices = ((shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden))
+        for case in quantised.cpu_cases(matrices, num_tokens, dtype):
+            yield Case(*case)
         sizes = shape.hidden, shape.intermediate, num_tokens, dtype
         yield from (Case(*case) for case in experts.cpu_cases(*sizes))
         yield from rope_cases(shape, num_tokens, dtype)

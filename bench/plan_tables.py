@@ -63,8 +63,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
-# Their layers' matrices too are in the table as AWQ stores them.
-INT4 = ("Mistral-7B", "Llama-3.1-8B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B")
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+# Their layers' matrices too are in the table as these store them.
+QUANTISED = {
+    "AWQ": (AWQ, ("Mistral-7B", "Llama-3.1-8B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B",
+                  "Qwen3-30B-A3B", "Mixtral-8x7B")),
+    "FP8": (FP8, ("Llama-3.1-8B", "Qwen2.5-32B", "Qwen3-30B-A3B")),
+}  # fmt: skip
 CONTEXTS = (4096, 8192, 16384, 32768, 131072)
 NO = "-"
 
@@ -89,9 +94,10 @@ def models() -> Iterator[Row]:
     for name, raw in SHAPES.items():
         model = ModelConfig.from_hf(raw)
         yield Row(name, model, sizes_on_card(model, _config()))
-    for name in INT4:
-        model = ModelConfig.from_hf(SHAPES[name] | {"quantization_config": AWQ})
-        yield Row(f"{name} AWQ", model, sizes_on_card(model, _config()))
+    for form, (quantization, names) in QUANTISED.items():
+        for name in names:
+            model = ModelConfig.from_hf(SHAPES[name] | {"quantization_config": quantization})
+            yield Row(f"{name} {form}", model, sizes_on_card(model, _config()))
 
 
 def memory_table(models: Sequence[Row]) -> str:

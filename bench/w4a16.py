@@ -53,7 +53,11 @@ def products(
         num_rows = min(n, num_strips * w4a16.STRIP_ROWS)
         scratch = torch.empty(num_rows * k, dtype=torch.bfloat16, device=device)
         runs: list[Callable[[], object]] = [
-            partial(quantised.dequantise_w4a16, packed[:num_strips], scratch.view(num_rows, k))
+            partial(
+                quantised.dequantise,
+                quantised.W4A16Matrix(packed[:num_strips]),
+                scratch.view(num_rows, k),
+            )
             for packed in made
         ]
         num_bytes = made[0][:num_strips].nbytes + scratch.nbytes
@@ -62,7 +66,9 @@ def products(
             x = torch.randn(m, k, device=device).bfloat16()
             out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
             runs = [
-                partial(quantised.linear_w4a16, x, packed, None, out, scratch.view(-1))
+                partial(
+                    quantised.linear, x, quantised.W4A16Matrix(packed), None, out, scratch.view(-1)
+                )
                 for packed in made
             ]
             load = f"{m} x {k} -> {n} ({name})"

@@ -33,6 +33,21 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("serves_linear_w4a16(Tensor x, Tensor packed) -> bool");
   m.def("try_linear_w4a16(Tensor packed, int max_rows, int tiling=-1) -> ()");
   m.def(
+      "grouped_linear_w4a16(Tensor x, Tensor packed, Tensor? order, Tensor offsets, "
+      "int max_group, Tensor(a!) out) -> ()");
+  m.def(
+      "linear_fp8(Tensor x, Tensor weight, Tensor scales, int scale_rows, int scale_columns, "
+      "Tensor? bias, Tensor(a!) out, int epilogue=0, Tensor? x_squares=None, float eps=0.0, "
+      "Tensor? norm_weight=None, Tensor(b!)? scaled=None, Tensor(c!)? squares=None) -> ()");
+  m.def(
+      "dequantise_fp8(Tensor weight, Tensor scales, int scale_rows, int scale_columns, "
+      "Tensor(a!) out) -> ()");
+  m.def("serves_linear_fp8(Tensor x, Tensor weight) -> bool");
+  m.def(
+      "grouped_linear_fp8(Tensor x, Tensor weight, Tensor scales, int scale_rows, "
+      "int scale_columns, Tensor? order, Tensor offsets, int max_group, "
+      "Tensor(a!) out) -> ()");
+  m.def(
       "lora_shrink(Tensor x, Tensor a, Tensor starts, Tensor ranks, Tensor scales, "
       "Tensor(a!) out) -> ()");
   m.def(

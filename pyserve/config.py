@@ -39,7 +39,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoraDtype = Literal["auto", "float16", "bfloat16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-Quantized = Literal["awq", "gptq", "compressed-tensors"]
+Quantized = Literal["awq", "gptq", "compressed-tensors", "fp8"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 Policy = Literal["fcfs", "priority"]
 Runner = Literal["auto", "generate", "pooling", "embed", "score"]
@@ -132,7 +132,7 @@ class EngineConfig:
         "auto", "auto, float16, bfloat16 or float32", group="model", metavar="TYPE", synonyms=HALVES
     )
     quantization: Quantized | None = flag(
-        None, "awq (16-bit models too), gptq, compressed-tensors",
+        None, "awq or fp8 (16-bit models too), gptq, compressed-tensors",
         "model's", group="model", metavar="METHOD", read=quantization, short="-q",
     )  # fmt: skip
     runner: Runner = flag(

@@ -170,10 +170,12 @@ def optional_size(text: str) -> int | None:
 
 
 def quantization(text: str) -> str | None:
-    """awq, gptq or compressed-tensors, by vLLM's names for kernels too; or as optional_text."""
+    """A method, by vLLM's names for kernels too; or as optional_text."""
     method = text.removesuffix("_marlin")
-    if method not in ("", "None", "awq", "gptq", "compressed-tensors"):
-        raise argparse.ArgumentTypeError(f"must be awq, gptq or compressed-tensors, got {text}")
+    if method not in ("", "None", "awq", "gptq", "compressed-tensors", "fp8"):
+        raise argparse.ArgumentTypeError(
+            f"must be awq, gptq, compressed-tensors or fp8, got {text}"
+        )
     return None if method in ("", "None") else method
 
 

@@ -68,7 +68,8 @@ inline ScalarType dtype_of(const Tensor& tensor) {
                                     {aoti_torch_dtype_int32(), ScalarType::Int},
                                     {aoti_torch_dtype_float32(), ScalarType::Float},
                                     {aoti_torch_dtype_int64(), ScalarType::Long},
-                                    {aoti_torch_dtype_int16(), ScalarType::Short}};
+                                    {aoti_torch_dtype_int16(), ScalarType::Short},
+                                    {aoti_torch_dtype_uint8(), ScalarType::Byte}};
   int32_t number = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
   for (const Known& known : all_known) {
@@ -142,6 +143,14 @@ inline int64_t num_elements(const View& view) {
   int64_t product = 1;
   for (int64_t i = 0; i < view.dim; ++i) product *= view.size(i);
   return product;
+}
+
+inline void check_contiguous(const View& view) {
+  int64_t stride = 1;
+  for (int64_t i = view.dim - 1; i >= 0; stride *= view.size(i), --i) {
+    PYSERVE_CHECK(view.size(i) == 1 || view.stride(i) == stride || num_elements(view) == 0, view.op,
+                  ": ", view.name, " must be contiguous");
+  }
 }
 
 // The leading dims of a tensor taken as one: rows of the last dim, `stride` elements apart.

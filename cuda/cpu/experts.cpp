@@ -36,19 +36,9 @@ const View& gather(const GroupedArgs& args, int64_t count) {
 // Of the experts that have rows.
 template <class T>
 std::vector<Group<T>> groups_of(const GroupedArgs& args) {
+  check_groups(args);
   const auto* offsets = args.offsets.ptr<int32_t>();
   const int64_t count = offsets[args.num_experts()];
-  PYSERVE_CHECK(offsets[0] == 0 && count <= args.max_rows(), args.offsets.op, ": offsets from ",
-                offsets[0], " to ", count, " for ", args.max_rows(), " rows");
-  for (int64_t i = 0; i < args.num_experts(); ++i) {
-    const int64_t count = offsets[i + 1] - offsets[i];
-    PYSERVE_CHECK(count >= 0 && count <= args.max_group, args.offsets.op, ": expert ", i, " has ",
-                  count, " rows, at most ", args.max_group);
-  }
-  for (int64_t i = 0; args.order != nullptr && i < count; ++i) {
-    PYSERVE_CHECK(args.order[i] >= 0 && args.order[i] < args.max_rows(), args.offsets.op,
-                  ": order holds ", args.order[i], ", of ", args.max_rows());
-  }
   const View& x = gather<T>(args, count);
   std::vector<Group<T>> groups;
   for (int64_t i = 0; i < args.num_experts(); ++i) {
@@ -85,7 +75,8 @@ void grouped_linear_silu_mul(const Tensor& x, const Tensor& weight, const Tensor
                              const Tensor& offsets, const Tensor& sorted_x, const Tensor& out) {
   const ViewReader read{"grouped_linear_silu_mul", Place::kCpu};
   GroupedArgs args = grouped_args(read, Epilogue::kSiluMul, x, weight, offsets, out);
-  read_order(read, order, sorted_x, args);
+  read_order(read, order, args);
+  read_sorted_x(read, sorted_x, args);
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { grouped<Epilogue::kSiluMul, T>(args); });
 }
 

@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "../common/args/linear_w4a16.h"
-#include "linear_norm.h"
 #include "parallel.h"
+#include "strips.h"
 #include "vec.h"
 
 namespace pyserve {
@@ -168,100 +168,49 @@ template <class T, int kTokens, int kBlocks, int kRecords>
   }
 }
 
-template <class T>
-struct W4Shape {
-  int64_t m, n, k, out_stride;  // n: rows of the matrix
-  W4Matrix matrix;
-  const T* bias;         // may be null
-  const float* factors;  // of the sums of each row of x; may be null
-  bool is_adding;        // to what stands in out
-  float* sums;           // [m, n], which are the results then, with their bias; may be null
+template <class T, int kBlocks, int kRecords>
+struct W4Strips {
+  using P = Product<T, kRecords>;
+  using X = typename P::X;
+  static constexpr int64_t kUnitWords = kBlocks * kW4BlockWords + kRecords * kW4RecordWords;
+  static constexpr int64_t kBlockX = P::kParts * kRowWords;
 
-  W4Shape from_row(int64_t t) const {
-    W4Shape shape = *this;
-    if (factors != nullptr) shape.factors += t;
-    if (sums != nullptr) shape.sums += t * n;
-    return shape;
+  W4Matrix matrix;
+  int64_t k;
+
+  int64_t num_strips() const { return matrix.num_strips; }
+  int64_t row_size() const { return matrix.num_units * kBlocks * kBlockX; }
+
+  void arrange(const T* x, X* to) const {
+    for (int64_t i = 0; i < matrix.num_units * kBlocks; ++i) {
+      P::arrange(x + i * kW4BlockColumns, k - i * kW4BlockColumns, to + i * kBlockX);
+    }
+  }
+
+  double cost(int64_t m) const {  // measured: a byte of the matrix, and a byte and row of x
+    const auto bytes = static_cast<double>(matrix.strip_words() * sizeof(uint32_t));
+    return bytes * (0.06 + 0.03 * static_cast<double>(m));
+  }
+
+  template <int kTokens>
+  void multiply(int64_t index, int64_t strip, const X* x, int64_t x_stride,
+                Vec (&totals)[kTokens][kStripRows]) const {
+    const uint32_t* words =
+        matrix.words + (index * matrix.num_strips + strip) * matrix.num_units * kUnitWords;
+    for (auto& of_row : totals) std::fill_n(of_row, kStripRows, Vec{});
+    for (int64_t unit = 0; unit < matrix.num_units; ++unit) {
+      add_unit<T, kTokens, kBlocks, kRecords>(words + unit * kUnitWords,
+                                              x + unit * kBlocks * kBlockX, x_stride, totals);
+    }
   }
 };
 
-// out[t, rows of the strip] for kTokens rows of x, which lie x_stride apart.
-template <class T, int kTokens, int kBlocks, int kRecords>
-void strip_rows(const W4Shape<T>& shape, int64_t strip,
-                const typename Product<T, kRecords>::X* x, int64_t x_stride, T* out) {
-  constexpr int64_t kUnitWords = kBlocks * kW4BlockWords + kRecords * kW4RecordWords;
-  constexpr int64_t kUnitX = kBlocks * Product<T, kRecords>::kParts * kRowWords;
-  const uint32_t* words = shape.matrix.words + strip * shape.matrix.num_units * kUnitWords;
-  Vec totals[kTokens][kStripRows] = {};
-  for (int64_t unit = 0; unit < shape.matrix.num_units; ++unit) {
-    add_unit<T, kTokens, kBlocks, kRecords>(words + unit * kUnitWords, x + unit * kUnitX, x_stride,
-                                            totals);
-  }
-  const int64_t row = strip * kStripRows;
-  const auto count = static_cast<int>(std::min(kStripRows, shape.n - row));
-  for (int t = 0; t < kTokens; ++t) {
-    for (int r = 0; r < count; r += kLanes) {
-      Vec sums = sum_rows(totals[t] + r);
-      const int num_here = std::min(kLanes, count - r);
-      if (shape.factors != nullptr) sums *= splat(shape.factors[t]);
-      if (shape.bias != nullptr) sums += load_first(shape.bias + row + r, num_here);
-      if (shape.sums != nullptr) {
-        store_first(shape.sums + t * shape.n + row + r, sums, num_here);
-        continue;
-      }
-      T* to = out + t * shape.out_stride + row + r;
-      if (shape.is_adding) sums = load_first(to, num_here) + sums;
-      store_first(to, sums, num_here);
-    }
-  }
-}
-
-// x as Product reads it, [m][columns of all units].
-template <class T, int kRecords>
-void arrange_x(const W4Shape<T>& shape, const T* x, int64_t x_stride, int64_t row_size,
-               typename Product<T, kRecords>::X* to) {
-  using P = Product<T, kRecords>;
-  const double cost = 1.0 * static_cast<double>(shape.k);  // nanoseconds, measured
-  parallel_for(shape.m, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      auto* block = to + t * row_size;
-      for (int64_t i = 0; i < row_size * kW4BlockColumns / (P::kParts * kRowWords);
-           i += kW4BlockColumns, block += P::kParts * kRowWords) {
-        P::arrange(x + t * x_stride + i, shape.k - i, block);
-      }
-    }
-  });
-}
-
-template <class T, int kBlocks, int kRecords>
-void linear_strips(const W4Shape<T>& shape, const T* x, int64_t x_stride, T* out) {
-  using P = Product<T, kRecords>;
-  const int64_t row_size = shape.matrix.num_units * kBlocks * P::kParts * kRowWords;
-  thread_local std::vector<typename P::X> arranged;
-  arranged.resize(shape.m * row_size);
-  const auto* rows = arranged.data();
-  arrange_x<T, kRecords>(shape, x, x_stride, row_size, arranged.data());
-  // Measured: nanoseconds a byte of the matrix, and a byte and row of x.
-  const auto bytes = static_cast<double>(shape.matrix.strip_words() * sizeof(uint32_t));
-  const double cost = bytes * (0.06 + 0.03 * static_cast<double>(shape.m));
-  parallel_for(shape.matrix.num_strips, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip) {
-      int64_t t = 0;
-      for (; t + 4 <= shape.m; t += 4) {
-        strip_rows<T, 4, kBlocks, kRecords>(shape.from_row(t), strip, rows + t * row_size, row_size,
-                                            out + t * shape.out_stride);
-      }
-      if (t + 2 <= shape.m) {
-        strip_rows<T, 2, kBlocks, kRecords>(shape.from_row(t), strip, rows + t * row_size, row_size,
-                                            out + t * shape.out_stride);
-        t += 2;
-      }
-      if (t < shape.m) {
-        strip_rows<T, 1, kBlocks, kRecords>(shape.from_row(t), strip, rows + t * row_size, row_size,
-                                            out + t * shape.out_stride);
-      }
-    }
-  });
+// fn(strips) of the matrix by its group size.
+template <class T, class Fn>
+void with_strips(const W4Matrix& matrix, int64_t k, const Fn& fn) {
+  if (matrix.format.group_size == 32) return fn(W4Strips<T, 1, 2>{matrix, k});
+  if (matrix.format.group_size == 64) return fn(W4Strips<T, 1, 1>{matrix, k});
+  fn(W4Strips<T, 2, 1>{matrix, k});
 }
 
 // ---- the matrix as plain numbers ----------------------------------------------------------------
@@ -356,52 +305,29 @@ void dequantise_strip(const W4Matrix& matrix, int64_t strip, int num_rows, int64
 
 // ---- the ops ------------------------------------------------------------------------------------
 
-// out = silu(gate) * up of sums [m, 2 n].
-template <class T>
-void activate(const LinearArgs& args, const float* sums) {
-  const int64_t n = args.n(), stride = args.out.stride(0);
-  const double cost = 1.0 * static_cast<double>(n);  // nanoseconds
-  parallel_for(args.m(), cost, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float* gate = sums + t * 2 * n;
-      for (int64_t i = 0; i < n; i += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, n - i);
-        const Vec result = silu_mul(load_first(gate + i, count), load_first(gate + n + i, count));
-        store_first(args.out.ptr<T>() + t * stride + i, result, count);
-      }
-    }
-  });
-}
-
 void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                   const Tensor& out, int64_t epilogue, const std::optional<Tensor>& x_squares,
                   double eps, const std::optional<Tensor>& norm_weight,
                   const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares) {
   const LinearW4Args args =
       linear_w4_args(ViewReader{"linear_w4a16", Place::kCpu}, x, packed, bias, out, epilogue,
-                     x_squares, norm_weight, scaled, squares);
-  if (args.m() == 0 || args.n() == 0) return;
-  const bool is_paired = args.epilogue == Epilogue::kSiluMul;
-  const int64_t weight_rows = args.n() * rows_per_column(args.epilogue);
-  const std::vector<float> factors = norm_factors(args, eps);
-  std::vector<float> sums(is_paired ? args.m() * weight_rows : 0);
+                     {x_squares, norm_weight, scaled, squares});
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
-    const W4Shape<T> shape{args.m(), weight_rows, args.k(), args.out.stride(0), args.matrix,
-                           static_cast<const T*>(args.bias),
-                           factors.empty() ? nullptr : factors.data(),
-                           args.epilogue == Epilogue::kAdd, is_paired ? sums.data() : nullptr};
-    const T* from = args.x.ptr<T>();
-    T* to = args.out.ptr<T>();
-    const int64_t stride = args.x.stride(0);
-    if (args.matrix.format.group_size == 32) {
-      linear_strips<T, 1, 2>(shape, from, stride, to);
-    } else if (args.matrix.format.group_size == 64) {
-      linear_strips<T, 1, 1>(shape, from, stride, to);
-    } else {
-      linear_strips<T, 2, 1>(shape, from, stride, to);
-    }
-    if (is_paired) activate<T>(args, sums.data());
-    if (args.norm_weight != nullptr) scale_for_norm<T>(args);
+    with_strips<T>(args.matrix, args.k(), [&](const auto& strips) {
+      linear_by_strips<T>(strips, args, args.epilogue, eps);
+    });
+  });
+}
+
+void grouped_linear_w4a16(const Tensor& x, const Tensor& packed,
+                          const std::optional<Tensor>& order, const Tensor& offsets,
+                          int64_t max_group, const Tensor& out) {
+  const ViewReader read{"grouped_linear_w4a16", Place::kCpu};
+  const GroupedW4Args args = grouped_w4_args(
+      read, packed, grouped_epilogue_args(read, x, order, offsets, max_group, out));
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
+    with_strips<T>(args.matrix, args.k(),
+                   [&](const auto& strips) { grouped_by_strips<T>(strips, args); });
   });
 }
 
@@ -438,6 +364,7 @@ bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
   m.impl("linear_w4a16", TORCH_BOX(&pyserve::linear_w4a16));
+  m.impl("grouped_linear_w4a16", TORCH_BOX(&pyserve::grouped_linear_w4a16));
   m.impl("dequantise_w4a16", TORCH_BOX(&pyserve::dequantise_w4a16));
   m.impl("serves_linear_w4a16", TORCH_BOX(&pyserve::serves_linear_w4a16));
 }

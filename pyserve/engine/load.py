@@ -51,7 +51,6 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.model.placement import META, Placement
-from pyserve.model.quantization import AT_LOAD
 from pyserve.model.sharing import check_sharing
 from pyserve.ops import build
 from pyserve.ops.group import LEADER, Group
@@ -85,11 +84,9 @@ def build_engine(
     if model_config.unknown_fields:
         names = ", ".join(name[:40] for name in model_config.unknown_fields[:10])
         logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
-    if model_config.quantization == AT_LOAD:
-        logger.warning(
-            "rounding the weights to 4 bits as they are loaded: a calibrated AWQ checkpoint of the "
-            "model answers better"
-        )
+    if model_config.quantization is not None:
+        for remark in model_config.quantization.remarks():
+            logger.warning("%s", remark)
     _log_plan(config, start.plan)
     ranks = Ranks(config)
     with ranks.ended_by_errors():

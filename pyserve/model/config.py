@@ -149,9 +149,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, pooling=pooling)
 
     def lacking_on_cuda(self) -> list[str]:
-        """As that of the layers, each once."""
-        texts = (text for layer in self.layers for text in layer.lacking_on_cuda())
-        return list(dict.fromkeys(texts))
+        """As that of the layers and the quantisation, each once."""
+        lacks = [text for layer in self.layers for text in layer.lacking_on_cuda()]
+        if self.quantization is not None:
+            has_experts = any(isinstance(layer.mlp, ExpertsConfig) for layer in self.layers)
+            lacks += self.quantization.lacking_on_cuda(has_experts=has_experts)
+        return list(dict.fromkeys(lacks))
 
     def choices(self, max_model_len: int) -> list[str]:
         """What so many tokens settle for the whole server, in words, each once."""

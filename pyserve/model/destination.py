@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 import torch
+
+from pyserve.model.placement import Rows, Shard
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
@@ -52,7 +54,9 @@ class Destination:
     dummy_mean  what the weights scatter around when there is no checkpoint to load.
     finish      turns what was loaded into what is computed with. Called once when everything is
                 there, also where several tensors name it.
-    dummy       fills in made-up weights of a matrix that has a sink, from a generator there.
+    dummy       fills in made-up weights where the parts would not do with those of all others,
+                from a generator there.
+    is_squeezed sizes of 1 in the shape may be left out, or more of them be there.
     """
 
     shape: tuple[int, ...]
@@ -63,11 +67,18 @@ class Destination:
     sink: Sink | None = None
     is_optional: bool = False
     dummy: Callable[[torch.Generator], None] | None = None
+    is_squeezed: bool = False
 
     @classmethod
     def whole(cls, view: torch.Tensor, *, dummy_mean: float = 0.0) -> Destination:
         """All of the tensor goes to `view`."""
         return cls(tuple(view.shape), (Part(view),), dummy_mean=dummy_mean)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape can be taken."""
+        if not self.is_squeezed:
+            return shape == self.shape
+        return [size for size in shape if size != 1] == [size for size in self.shape if size != 1]
 
     @property
     def view(self) -> torch.Tensor:
@@ -96,3 +107,25 @@ def finish_loading(destinations: Iterable[Destination]) -> None:
     for finish in dict.fromkeys(destination.finish for destination in destinations):
         if finish is not None:
             finish()
+
+
+def row_destinations(
+    kind: str, parameter: torch.Tensor, rows: Sequence[Rows], columns: Shard | None = None
+) -> Destinations:
+    """Of a parameter [rows] or [rows, columns]; `kind` is what follows the module's name in the
+    checkpoint. Rows of one name become parts of one tensor."""
+    destinations: Destinations = {}
+    begin = 0
+    for part in rows:
+        view = parameter.narrow(0, begin, part.num_stored)
+        begin += part.size
+        name = f"{part.name}.{kind}"
+        shape: tuple[int, ...] = (part.whole,)
+        piece = Part(view, 0, part.start)
+        if columns is not None:
+            shape = part.whole, columns.whole
+            if columns.size != columns.whole:
+                piece = Part(view, 1, columns.start)
+        before = destinations[name].parts if name in destinations else ()
+        destinations[name] = Destination(shape, (*before, piece) if part.num_stored else before)
+    return destinations

@@ -19,7 +19,7 @@ from math import prod
 
 from pyserve.errors import CheckpointError
 from pyserve.model.config import ModelConfig
-from pyserve.model.destination import Destination, Destinations, Part
+from pyserve.model.destination import FLOATS, Destination, Destinations, Part
 from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.layer_config import LayerNames
 from pyserve.model.weights import StoredTensor, name_some
@@ -106,6 +106,12 @@ class _Split:
             raise CheckpointError(
                 f"the checkpoint holds experts twice: in {gate_up.name} and in {first.name}"
             )
+        for tensor in (gate_up, down):
+            if tensor.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype}: experts in one tensor must "
+                    f"be plain numbers, {', '.join(FLOATS)}"
+                )
         plain, transposed = (count, 2 * size, hidden), (count, hidden, 2 * size)
         if gate_up.shape not in (plain, transposed):
             raise _wrong_shape(gate_up, f"{list(plain)} or {list(transposed)}")
@@ -141,6 +147,11 @@ class _Split:
         destinations: Destinations,
     ) -> None:  # fmt: skip
         gate, up = (destinations.pop(self._name(expert, it)) for it in (self._gate, self._up))
+        if gate.sink is not None:
+            raise CheckpointError(
+                f"{gate_up.file}: {gate_up.name} is laid out inputs by outputs, and to quantise "
+                "such a one as it is loaded is not supported"
+            )
         name, shape = self._name(expert, GATE_UP), (self._hidden, 2 * self._size)
         parts = (*_transposed(gate.parts, 0), *_transposed(up.parts, self._size))
         destinations[name] = Destination(shape, parts)

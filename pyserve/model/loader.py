@@ -163,10 +163,11 @@ def _check(
         tensor = stored.get(name)
         if tensor is None:
             continue
-        if tensor.shape != destination.shape:
+        if not destination.fits(tensor.shape):
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
-                f"config.json makes it {list(destination.shape)}{_note_of_groups(config)}"
+                f"config.json makes it {list(destination.shape)}"
+                f"{_note_of_quantisation(destination, config)}"
             )
         if tensor.dtype not in destination.dtypes:
             raise CheckpointError(
@@ -184,7 +185,8 @@ def _lacks(
         text += _note_of_quantised(stored)
     for name in sorted(missing):
         plain = f"{name.rpartition('.')[0]}.weight"
-        if config.quantization is not None and plain in stored:
+        is_plain = plain in stored and stored[plain].dtype in FLOATS
+        if config.quantization is not None and is_plain:
             text += (
                 f"; {plain} is there, a plain matrix, but config.json says that it is quantised "
                 f"({config.quantization.method})"
@@ -206,10 +208,11 @@ def _note_of_quantised(names: Iterable[str]) -> str:
     return f"; {name} is of a quantised matrix, which config.json does not say it is"
 
 
-def _note_of_groups(config: ModelConfig) -> str:
-    if config.quantization is None or config.quantization.storage == "plain":
+def _note_of_quantisation(destination: Destination, config: ModelConfig) -> str:
+    quantization = config.quantization
+    if quantization is None or destination.dtypes == FLOATS:
         return ""
-    return f", in groups of {config.quantization.group_size}"
+    return f" ({quantization.words()})"
 
 
 def _is_derived(tensor: StoredTensor) -> bool:
@@ -281,7 +284,7 @@ def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Prog
         generator.manual_seed(_seed_of(seed, name))
         if destination.dummy is not None:
             destination.dummy(generator)
-        for part in destination.parts:
+        for part in destination.parts if destination.dummy is None else ():
             generator.manual_seed(_seed_of(seed, name, part))
             part.view.normal_(destination.dummy_mean, DUMMY_STD, generator=generator)
         done += destination.nbytes
@@ -299,7 +302,7 @@ def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) 
     for name, destination in destinations.items():
         if destination.dummy is not None:
             destination.dummy(generator.manual_seed(_seed_of(seed, name)))
-        for part in destination.parts:
+        for part in destination.parts if destination.dummy is None else ():
             starts = random.Random(_seed_of(seed, name, part))
             flat = part.view.view(-1)
             filled = 0

@@ -95,8 +95,12 @@ class Placement:
         assert (self.num_adapter_slots > 0) == (self.max_adapter_rank > 0)
 
     def scheme_of(self, name: str) -> SchemeName:
-        is_quantised = self.quantization is not None and self.quantization.covers(name)
-        return self.schemes.get(name, "w4a16" if is_quantised else "dense")
+        if name in self.schemes:
+            return self.schemes[name]
+        quantization = self.quantization
+        if quantization is None or not quantization.covers(name):
+            return "dense"
+        return quantization.scheme
 
     def share(self, num_units: int, unit_size: int = 1) -> Shard:
         """This rank's part of `num_units` units, such as heads, that cannot be cut.

@@ -11,24 +11,37 @@ import msgspec
 
 from pyserve.errors import ConfigError
 from pyserve.model.fields import Fields, shown
+from pyserve.model.registry import SchemeName
 
-Method = Literal["awq", "gptq", "compressed-tensors"]
-Storage = Literal["awq-gemm", "awq-gemv", "gptq", "gptq_v2", "pack-quantized", "plain"]
+Method = Literal["awq", "gptq", "compressed-tensors", "fp8"]
+Integers = Literal["awq-gemm", "awq-gemv", "gptq", "gptq_v2", "pack-quantized", "plain"]
+Fp8 = Literal["fp8", "fp8-plain"]
+Storage = Integers | Fp8
 
 KEYS = ("quantization_config", "compression_config")  # the second is an old name of the first
 GROUP_SIZES = (128, 64, 32)
 BITS = 4
+UNIT_COLUMNS = 64  # of 4-bit integers, at least, that lie together: ops/w4a16.py
+FP8_BITS = 8
+BLOCK = (128, 128)  # of 8-bit floats: rows and columns of one scale
 MAX_PATTERN_CHARS = 200
 MAX_PATTERN_REPEATS = 4  # so that matching ends soon, whatever the pattern
 
+# What a scale of 8-bit floats is of.
+Granularity = Literal["block", "channel", "tensor"]
+
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
-    """4-bit integers in groups along the columns.
+    """4-bit integers in groups along the columns, or 8-bit floats (e4m3).
 
-    storage         how the tensors lie: see w4a16_formats.py. "plain": as 16-bit numbers, which
-                    are quantised as they are loaded.
-    group_size      columns; of "plain" the largest that divides a matrix.
+    storage         how the tensors lie: see w4a16_formats.py, fp8.py. "plain" and "fp8-plain": as
+                    16-bit numbers, which are rounded as they are loaded.
+    group_size      columns, of integers; of "plain" the largest that divides a matrix.
     has_zeros       whether zero points are stored; else they are 8.
+    granularity     what a scale of 8-bit floats is of: a block of 128 by 128, a row, the matrix.
+    scale_name      what follows a module's name, of their scales.
+    has_input_scales
+                    whether scales for activations may be stored, which are not used.
     skipped         regular expressions for modules that are stored plainly.
     only            ends of the names of all others; none: no such limit.
     has_head        whether the output head may be quantised.
@@ -38,9 +51,17 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     storage: Storage
     group_size: int = GROUP_SIZES[0]
     has_zeros: bool = True
+    granularity: Granularity = "channel"
+    scale_name: str = "weight_scale"
+    has_input_scales: bool = False
     skipped: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     has_head: bool = False
+
+    @property
+    def scheme(self) -> SchemeName:
+        """Of the matrices that it covers."""
+        return "fp8" if self.storage in ("fp8", "fp8-plain") else "w4a16"
 
     def covers(self, name: str) -> bool:
         """Whether the matrix of the checkpoint's module `name` is stored so."""
@@ -54,7 +75,43 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         """What a person reads of it."""
         if self.storage == "plain":
             return "rounded to 4 bits as it is loaded"
+        if self.storage == "fp8-plain":
+            return "rounded to 8-bit floats as it is loaded"
+        if self.storage == "fp8":
+            return f"8-bit floats ({self.method}) with a scale {SCALED[self.granularity]}"
         return f"4-bit {self.method} in groups of {self.group_size}"
+
+    def remarks(self) -> list[str]:
+        """What a server says of it once."""
+        said = []
+        if self.storage == "plain":
+            said.append(
+                "rounding the weights to 4 bits as they are loaded: a calibrated AWQ checkpoint of "
+                "the model answers better"
+            )
+        if self.storage == "fp8-plain":
+            said.append(
+                "rounding the weights to 8-bit floats as they are loaded, with a scale a row"
+            )
+        if self.scheme == "fp8":
+            unused = ": the checkpoint's input_scale is not used" if self.has_input_scales else ""
+            said.append(
+                f"8-bit float weights are multiplied by 16-bit activations, which are not rounded "
+                f"to 8 bits{unused}"
+            )
+        return said
+
+    def lacking_on_cuda(self, *, has_experts: bool) -> list[str]:
+        """What of it a card does not serve, or has not been seen to."""
+        if self.scheme == "fp8":
+            return ["8-bit float weights"]
+        return ["experts of 4-bit integers"] if has_experts else []
+
+    def unit_columns(self, num_columns: int) -> int:
+        """Columns that ranks cannot cut, of a matrix of so many. Raises as group_of."""
+        if self.scheme == "fp8":
+            return BLOCK[1] if self.granularity == "block" else 1
+        return max(UNIT_COLUMNS, self.group_of(num_columns))
 
     def group_of(self, num_columns: int) -> int:
         """Of a matrix of so many columns. Raises ConfigError, without the matrix's name."""
@@ -67,7 +124,15 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-AT_LOAD = Quantization(method="awq", storage="plain")
+SCALED: dict[Granularity, str] = {
+    "block": f"for {BLOCK[0]} by {BLOCK[1]}",
+    "channel": "a row",
+    "tensor": "a matrix",
+}
+AT_LOAD: dict[Method, Quantization] = {
+    "awq": Quantization(method="awq", storage="plain"),
+    "fp8": Quantization(method="fp8", storage="fp8-plain"),
+}
 
 
 def agreed(stored: Quantization | None, asked: Method | None) -> Quantization | None:
@@ -79,12 +144,12 @@ def agreed(stored: Quantization | None, asked: Method | None) -> Quantization | 
             f"--quantization {asked}: config.json says that the checkpoint is {stored.method}; "
             "leave the flag out"
         )
-    if asked != "awq":
+    if asked not in AT_LOAD:
         raise ConfigError(
             f"--quantization {asked}: config.json says nothing of a quantised checkpoint; "
-            "--quantization awq quantises a 16-bit one as it is loaded"
+            "--quantization awq or fp8 quantises a 16-bit one as it is loaded"
         )
-    return AT_LOAD
+    return AT_LOAD[asked]
 
 
 def read_quantization(fields: Fields) -> Quantization | None:
@@ -148,10 +213,46 @@ def _modules_in_block(table: Fields) -> tuple[str, ...]:
     return tuple(f".{name}" for names in lists for name in names)
 
 
+def _read_fp8(table: Fields) -> Quantization:
+    # https://github.com/deepseek-ai/DeepSeek-V3: README_WEIGHTS.md; https://github.com/neuralmagic/AutoFP8
+    if table.string("fmt", default="e4m3", is_nullable=True) != "e4m3":
+        raise table.refuse("fmt", "must be e4m3")
+    if table.string("scale_fmt", default="ue8m0", is_nullable=True) not in ("ue8m0", "float"):
+        raise table.refuse("scale_fmt", "must be ue8m0 or float")
+    if not table.is_empty("kv_cache_scheme"):
+        raise table.refuse("kv_cache_scheme", "is not supported")
+    activations = table.string("activation_scheme", default="dynamic", is_nullable=True)
+    if activations not in ("dynamic", "static"):
+        raise table.refuse("activation_scheme", "must be dynamic or static")
+    has_blocks = table.has("weight_block_size")
+    if has_blocks and table.integers("weight_block_size", 1, 2**20) != BLOCK:
+        raise table.refuse("weight_block_size", f"must be {list(BLOCK)}")
+    skipped = []
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        for name in table.strings(key) if table.has(key) else []:
+            is_pattern = name.startswith("re:")
+            skipped.append(_pattern(table, name, key) if is_pattern else _of_module(name))
+    return Quantization(
+        method="fp8",
+        storage="fp8",
+        granularity="block" if has_blocks else "tensor",
+        scale_name="weight_scale_inv" if has_blocks else "weight_scale",
+        has_input_scales=activations == "static",
+        skipped=tuple(skipped),
+    )
+
+
+def _of_module(name: str) -> str:
+    """A module and all that is in it, wherever: an expression for re.search."""
+    return rf"(^|\.){re.escape(name)}($|\.)"
+
+
 def _read_compressed_tensors(table: Fields) -> Quantization:
     # https://github.com/vllm-project/compressed-tensors: src/compressed_tensors/quantization
-    if table.string("format", default="pack-quantized", is_nullable=True) != "pack-quantized":
-        raise table.refuse("format", "must be pack-quantized")
+    formats = ("pack-quantized", "float-quantized")
+    kind = table.string("format", default=formats[0], is_nullable=True)
+    if kind not in formats:
+        raise table.refuse("format", f"must be {' or '.join(formats)}")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if not table.is_empty(key) and table.inner_string(key, "format") != "dense":
             raise table.refuse(key, "is not supported")
@@ -162,9 +263,24 @@ def _read_compressed_tensors(table: Fields) -> Quantization:
     group = groups.table(names[0])
     if group.strings("targets") != ["Linear"]:
         raise group.refuse("targets", 'must be ["Linear"]')
-    for key in ("input_activations", "output_activations"):
-        if group.has(key):
-            raise group.refuse(key, "is not supported: only weights may be quantised")
+    if group.has("output_activations"):
+        raise group.refuse("output_activations", "is not supported")
+    read = _packed_group if kind == "pack-quantized" else _float_group
+    return msgspec.structs.replace(
+        read(group),
+        skipped=tuple(
+            _pattern(table, name)
+            for name in (table.strings("ignore") if table.has("ignore") else [])
+        ),
+        has_head=True,
+    )
+
+
+def _packed_group(group: Fields) -> Quantization:
+    if group.has("input_activations"):
+        raise group.refuse(
+            "input_activations", "is not supported: only weights may be quantised to integers"
+        )
     weights = group.table("weights")
     if weights.string("type", default="int", is_nullable=True) != "int":
         raise weights.refuse("type", "must be int")
@@ -177,11 +293,33 @@ def _read_compressed_tensors(table: Fields) -> Quantization:
         storage="pack-quantized",
         group_size=_group_size(weights, bits_key="num_bits"),
         has_zeros=not weights.boolean("symmetric", default=True),
-        skipped=tuple(
-            _pattern(table, name)
-            for name in (table.strings("ignore") if table.has("ignore") else [])
-        ),
-        has_head=True,
+    )
+
+
+def _float_group(group: Fields) -> Quantization:
+    weights = group.table("weights")
+    granularity = weights.string("strategy", default="tensor", is_nullable=True)
+    if granularity not in SCALED:
+        raise weights.refuse("strategy", f"must be one of: {', '.join(SCALED)}")
+    if granularity == "block" and weights.integers("block_structure", 1, 2**20) != BLOCK:
+        raise weights.refuse("block_structure", f"must be {list(BLOCK)}")
+    if not weights.boolean("symmetric", default=True):
+        raise weights.refuse("symmetric", "must be true")
+    has_input_scales = False
+    tables = [weights]
+    if group.has("input_activations"):
+        tables.append(group.table("input_activations"))
+        has_input_scales = not tables[1].boolean("dynamic", default=False)
+    for numbers in tables:
+        if numbers.string("type", default="int", is_nullable=True) != "float":
+            raise numbers.refuse("type", "must be float")
+        if numbers.integer("num_bits", 1, 64) != FP8_BITS:
+            raise numbers.refuse("num_bits", f"must be {FP8_BITS}")
+    return Quantization(
+        method="compressed-tensors",
+        storage="fp8",
+        granularity=granularity,
+        has_input_scales=has_input_scales,
     )
 
 
@@ -189,6 +327,7 @@ _READERS = {
     "awq": _read_awq,
     "gptq": _read_gptq,
     "compressed-tensors": _read_compressed_tensors,
+    "fp8": _read_fp8,
 }
 
 
@@ -202,17 +341,17 @@ def _group_size(table: Fields, bits_key: str = "bits") -> int:
     return size
 
 
-def _pattern(table: Fields, name: str) -> str:
-    """A name of `ignore`, or what follows "re:", as an expression for re.search."""
+def _pattern(table: Fields, name: str, key: str = "ignore") -> str:
+    """A name of the list `key`, or what follows "re:", as an expression for re.search."""
     if not name.startswith("re:"):
         return f"^{re.escape(name)}$"
     pattern = name.removeprefix("re:")
     repeats = re.findall(r"[*+{?]", pattern)
     is_nested = re.search(r"\)[*+{?]", pattern) is not None
     if len(pattern) > MAX_PATTERN_CHARS or len(repeats) > MAX_PATTERN_REPEATS or is_nested:
-        raise table.refuse("ignore", f"holds an expression that is too complicated: {shown(name)}")
+        raise table.refuse(key, f"holds an expression that is too complicated: {shown(name)}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise table.refuse("ignore", f"holds a broken expression, {shown(name)}") from error
+        raise table.refuse(key, f"holds a broken expression, {shown(name)}") from error
     return f"^(?:{pattern})"

@@ -15,7 +15,7 @@ from pyserve.model.experts_config import ExpertsKeys
 from pyserve.model.layer_config import Activation, LayerNames
 from pyserve.model.rope_config import RopeKeys
 
-SchemeName = Literal["dense", "w4a16"]
+SchemeName = Literal["dense", "w4a16", "fp8"]
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from pyserve import ops
-from pyserve.model.destination import Destination, Destinations, Part
+from pyserve.errors import ConfigError
+from pyserve.model.destination import Destinations, row_destinations
+from pyserve.model.fp8 import Fp8
 from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.registry import SchemeName
 from pyserve.model.w4a16 import W4A16
@@ -38,7 +40,8 @@ class Scheme(Protocol):
         """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
 
     def plain(self) -> torch.Tensor:
-        """The matrix in the dtype of the computation, once loaded: its own, or one made of it."""
+        """The matrix as plain numbers [sum of rows, columns.size], in the dtype of what is
+        computed; after loading. Of some schemes a copy."""
 
     def destinations(self) -> Destinations: ...
 
@@ -118,9 +121,6 @@ class Dense:
     def is_norming(self) -> bool:
         return True
 
-    def plain(self) -> torch.Tensor:
-        return self.weight
-
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         ops.linear(x, self.weight, bias, out)
 
@@ -150,30 +150,25 @@ class Dense:
     ) -> None:  # fmt: skip
         ops.linear_silu_mul_of_scaled(x, self.weight, bias, out, squares, eps)
 
+    def plain(self) -> torch.Tensor:
+        return self.weight
+
     def destinations(self) -> Destinations:
         return row_destinations("weight", self.weight, self._rows, self._columns)
 
 
-SCHEMES: dict[SchemeName, type[Scheme]] = {"dense": Dense, "w4a16": W4A16}
+SCHEMES: dict[SchemeName, type[Scheme]] = {"dense": Dense, "w4a16": W4A16, "fp8": Fp8}
 
 
-def row_destinations(
-    kind: str, parameter: torch.Tensor, rows: Sequence[Rows], columns: Shard | None = None
-) -> Destinations:
-    """Of a parameter [rows] or [rows, columns]; `kind` is what follows the module's name in the
-    checkpoint. Rows of one name become parts of one tensor."""
-    destinations: Destinations = {}
-    begin = 0
-    for part in rows:
-        view = parameter.narrow(0, begin, part.num_stored)
-        begin += part.size
-        name = f"{part.name}.{kind}"
-        shape: tuple[int, ...] = (part.whole,)
-        piece = Part(view, 0, part.start)
-        if columns is not None:
-            shape = part.whole, columns.whole
-            if columns.size != columns.whole:
-                piece = Part(view, 1, columns.start)
-        before = destinations[name].parts if name in destinations else ()
-        destinations[name] = Destination(shape, (*before, piece) if part.num_stored else before)
-    return destinations
+def scheme_of_all(names: Iterable[str], placement: Placement) -> SchemeName:
+    """How modules whose matrices lie together are stored: alike. Raises ConfigError where they are
+    not."""
+    first, *others = names
+    scheme = placement.scheme_of(first)
+    for name in others:
+        if placement.scheme_of(name) != scheme:
+            raise ConfigError(
+                f"config.json: of {first} and {name}, whose matrices lie together, one is "
+                "quantised and the other is not: not supported"
+            )
+    return scheme

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pyserve.config import TP_SIZES
 from pyserve.errors import ConfigError
 from pyserve.model.config import ModelConfig
-from pyserve.ops.w4a16 import unit_columns
 
 
 def tp_sizes(model: ModelConfig) -> list[int]:
@@ -36,5 +35,5 @@ def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
         return True
     widths = set(model.widths)
     widths |= {layer.attention.joined_size for layer in model.layers}
-    units = {width: unit_columns(model.quantization.group_of(width)) for width in widths}
+    units = {width: model.quantization.unit_columns(width) for width in widths}
     return all(width % (tp_size * unit) == 0 for width, unit in units.items())

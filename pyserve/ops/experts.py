@@ -77,10 +77,9 @@ def grouped_linear_silu_mul(
     if not _is_torch_faster(x, weight, routing, ops.SILU_MUL):
         native.grouped_linear_silu_mul(x, weight, routing.order, routing.offsets, sorted_x, out)
         return
-    count, top_k = int(routing.offsets[-1]), routing.places.shape[1]
-    torch.index_select(x, 0, routing.order[:count] // top_k, out=sorted_x[:count])
+    sort_rows(x, routing, sorted_x)
     gate_up = x.new_empty(CHUNK_ROWS, weight.shape[1])
-    for expert, begin, end in _chunks(routing):
+    for expert, begin, end in chunks(routing):
         ops.linear_silu_mul(
             sorted_x[begin:end], weight[expert], None, out[begin:end], gate_up[: end - begin]
         )
@@ -95,7 +94,7 @@ def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, out: Tensor) -> 
         num_tokens = routing.places.shape[0]  # no expert has more rows
         native.grouped_linear(x, weight, routing.offsets, num_tokens, out)
         return
-    for expert, begin, end in _chunks(routing):
+    for expert, begin, end in chunks(routing):
         ops.linear(x[begin:end], weight[expert], None, out[begin:end])
 
 
@@ -115,12 +114,22 @@ def _is_torch_faster(x: Tensor, weight: Tensor, routing: Routing, epilogue: int)
     """Whether, on a CPU, an expert has more rows than the native op is made for."""
     if x.is_cuda:
         return False
-    longest = int(routing.offsets.diff().max())
-    return not native.serves_linear(weight[0], longest, epilogue)
+    return not native.serves_linear(weight[0], longest_group(routing), epilogue)
 
 
-def _chunks(routing: Routing) -> list[tuple[int, int, int]]:
-    """(expert, begin, end) of rows."""
+def longest_group(routing: Routing) -> int:
+    """The most rows that an expert has; on a card it would wait."""
+    return int(routing.offsets.diff().max())
+
+
+def sort_rows(x: Tensor, routing: Routing, sorted_x: Tensor) -> None:
+    """x [num_tokens, hidden] in the order of the rows -> sorted_x, as many as there are."""
+    count, top_k = int(routing.offsets[-1]), routing.places.shape[1]
+    torch.index_select(x, 0, routing.order[:count] // top_k, out=sorted_x[:count])
+
+
+def chunks(routing: Routing) -> list[tuple[int, int, int]]:
+    """(expert, begin, end) of rows, at most CHUNK_ROWS."""
     offsets = routing.offsets.tolist()
     return [
         (expert, begin, min(begin + CHUNK_ROWS, end))

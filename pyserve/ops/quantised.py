@@ -1,57 +1,150 @@
-"""Typed wrappers of the ops on matrices of 4-bit integers, as they lie by w4a16.py: as in ops."""
+"""Products with matrices that are stored in a way of their own: 4-bit integers (w4a16.py), 8-bit
+floats (fp8.py).
+
+For few rows of x there are kernels that read what is stored; for more it is made plain numbers
+first, a slice at a time, in memory that is given: `scratch`, of x's dtype and one dimension, holds
+matrix.row_step rows at least.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pyserve import ops
 from pyserve.ops import ADD, SILU_MUL, STORE, w4a16
+from pyserve.ops.experts import CHUNK_ROWS, Routing, chunks, longest_group, sort_rows
 from pyserve.ops.native import native as _ops
 
-_served: dict[
-    tuple[int, torch.dtype, torch.Size | None], bool
-] = {}  # what serves_linear_w4a16 said
+# Rows up to which a norm may be a factor between linears of 4-bit integers: those of one pass of
+# the kernel for few rows. The kernel for more has no norms, and is faster without than two passes.
+MAX_NORM_ROWS = 16
+
+_served: dict[tuple[object, ...], bool] = {}  # what serves_linear_w4a16 and _fp8 said
 
 
-def _is_own_w4a16(x: Tensor, packed: Tensor) -> bool:
-    """Whether the kernels of the integers are faster than to make plain numbers of them first."""
-    key = x.shape[0], x.dtype, packed.shape if x.is_cuda else None
-    is_served = _served.get(key)
-    if is_served is None:
-        is_served = _served[key] = _ops.serves_linear_w4a16(x, packed)
-    return is_served
+class Matrix(Protocol):
+    """W [n, k], or of all experts [count, n, k]."""
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, /,
+                 *norm: Any) -> None:  # fmt: skip
+        """The kernel for few rows: x W^T + bias [m, n], and what the epilogue makes of it -> out.
+
+        norm   x_squares, eps, norm_weight, scaled, squares, as ops.linear_of_scaled and
+               linear_add_for_norm have them.
+        """
+
+    def multiply_grouped(
+        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
+    ) -> None:
+        """The kernel for few rows of each expert: as ops.experts.grouped_linear; with an order as
+        grouped_linear_silu_mul."""
+
+    def of_expert(self, index: int) -> Matrix: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def is_own(self, x: Tensor) -> bool:
+        """Whether `multiply` is faster for these rows than to make plain numbers first."""
+
+    @property
+    def row_step(self) -> int:
+        """Of slices of plain numbers."""
+
+    def dequantise(self, begin: int, out: Tensor) -> None:
+        """Rows from `begin` on, a multiple of row_step, as plain numbers, each rounded once
+        -> out [rows, k]; rows may be strided."""
 
 
-def _plain_slices(
-    packed: Tensor, n: int, k: int, scratch: Tensor
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, end, plain numbers) of rows of a matrix [n, k], in scratch, one after the other."""
-    num_strips = len(scratch) // (k * w4a16.STRIP_ROWS)
-    for strip in range(0, len(packed), num_strips):
-        begin, strips = strip * w4a16.STRIP_ROWS, packed[strip : strip + num_strips]
-        end = min(n, begin + len(strips) * w4a16.STRIP_ROWS)
-        weight = scratch[: (end - begin) * k].view(end - begin, k)
-        dequantise_w4a16(strips, weight)
-        yield begin, end, weight
+class W4A16Matrix(NamedTuple):
+    """`packed` as w4a16.py says: int32 [strips, units, words], behind [count] of experts."""
+
+    packed: Tensor
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, /,
+                 *norm: Any) -> None:  # fmt: skip
+        _ops.linear_w4a16(x, self.packed, bias, out, epilogue, *norm)
+
+    def multiply_grouped(
+        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
+    ) -> None:
+        _ops.grouped_linear_w4a16(x, self.packed, order, offsets, max_group, out)
+
+    def of_expert(self, index: int) -> W4A16Matrix:
+        return W4A16Matrix(self.packed[index])
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def is_own(self, x: Tensor) -> bool:
+        key = "w4a16", x.shape[0], x.dtype, self.packed.shape if x.is_cuda else None
+        is_served = _served.get(key)
+        if is_served is None:
+            is_served = _served[key] = _ops.serves_linear_w4a16(x, self.packed)
+        return is_served
+
+    @property
+    def row_step(self) -> int:
+        return w4a16.STRIP_ROWS
+
+    def dequantise(self, begin: int, out: Tensor) -> None:
+        strip = begin // w4a16.STRIP_ROWS
+        _ops.dequantise_w4a16(self.packed[strip : -(-(begin + len(out)) // w4a16.STRIP_ROWS)], out)
 
 
-def linear_w4a16(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor
-) -> None:
-    """x W^T + bias -> out [m, n] of a matrix W [n, k] of 4-bit integers, `packed` as w4a16.py says.
+class Fp8Matrix(NamedTuple):
+    """As fp8.py says: weight uint8, scales float32."""
 
-    x [m, k], rows may be strided; bias [n]. For many rows W is made plain numbers first, and
-    multiplied as `ops.linear` does: so many rows of it at a time, at least 16, as fit in `scratch`,
-    of x's dtype and one dimension.
-    """
-    if _is_own_w4a16(x, packed):
-        _ops.linear_w4a16(x, packed, bias, out)
+    weight: Tensor
+    scales: Tensor
+    scale_rows: int
+    scale_columns: int
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, /,
+                 *norm: Any) -> None:  # fmt: skip
+        _ops.linear_fp8(x, *self, bias, out, epilogue, *norm)
+
+    def multiply_grouped(
+        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
+    ) -> None:
+        _ops.grouped_linear_fp8(x, *self, order, offsets, max_group, out)
+
+    def of_expert(self, index: int) -> Fp8Matrix:
+        return self._replace(weight=self.weight[index], scales=self.scales[index])
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes
+
+    def is_own(self, x: Tensor) -> bool:
+        key = "fp8", x.shape[0], x.dtype, self.weight.shape if x.is_cuda else None
+        is_served = _served.get(key)
+        if is_served is None:
+            is_served = _served[key] = _ops.serves_linear_fp8(x, self.weight)
+        return is_served
+
+    @property
+    def row_step(self) -> int:
+        return self.scale_rows
+
+    def dequantise(self, begin: int, out: Tensor) -> None:
+        end = begin + len(out)
+        scales = self.scales[begin // self.scale_rows : -(-end // self.scale_rows)]
+        weight = self.weight[begin:end]
+        _ops.dequantise_fp8(weight, scales, self.scale_rows, self.scale_columns, out)
+
+
+def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
+    """x W^T + bias -> out [m, n]. x [m, k], rows may be strided; bias [n]."""
+    if matrix.is_own(x):
+        matrix.multiply(x, bias, out, STORE)
         return
-    for begin, end, weight in _plain_slices(packed, out.shape[1], x.shape[1], scratch):
+    for begin, end, weight in _slices(matrix, out.shape[1], x.shape[1], scratch):
         part = None if bias is None else bias[begin:end]
         if x.is_cuda:  # our kernels read a weight before the one in front, which writes this, ends
             functional.linear(x, weight, part, out=out[:, begin:end])  # type: ignore[call-arg]
@@ -59,14 +152,14 @@ def linear_w4a16(
             ops.linear(x, weight, part, out[:, begin:end])
 
 
-def linear_add_w4a16(
-    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, scratch: Tensor
+def linear_add(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, residual: Tensor, scratch: Tensor
 ) -> None:
-    """ops.linear_add of the matrix of linear_w4a16."""
-    if _is_own_w4a16(x, packed):
-        _ops.linear_w4a16(x, packed, bias, residual, ADD)
+    """ops.linear_add of the matrix."""
+    if matrix.is_own(x):
+        matrix.multiply(x, bias, residual, ADD)
         return
-    for begin, end, weight in _plain_slices(packed, residual.shape[1], x.shape[1], scratch):
+    for begin, end, weight in _slices(matrix, residual.shape[1], x.shape[1], scratch):
         part, to = None if bias is None else bias[begin:end], residual[:, begin:end]
         if x.is_cuda:  # as above
             if part is not None:
@@ -76,47 +169,85 @@ def linear_add_w4a16(
             ops.linear_add(x, weight, part, to)
 
 
-def linear_silu_mul_w4a16(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, gate_up: Tensor, scratch: Tensor
+def linear_silu_mul(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, gate_up: Tensor, scratch: Tensor
 ) -> None:
-    """ops.linear_silu_mul of the matrix of linear_w4a16, of 2 n rows."""
+    """ops.linear_silu_mul of the matrix, of 2 n rows."""
     has_whole_strips = out.shape[1] % w4a16.STRIP_ROWS == 0  # else a strip would be of both halves
-    if has_whole_strips and _is_own_w4a16(x, packed):
-        _ops.linear_w4a16(x, packed, bias, out, SILU_MUL)
+    if has_whole_strips and matrix.is_own(x):
+        matrix.multiply(x, bias, out, SILU_MUL)
     else:
-        linear_w4a16(x, packed, bias, gate_up, scratch)
+        linear(x, matrix, bias, gate_up, scratch)
         ops.silu_mul(gate_up, out)
 
 
-# Rows up to which a norm may be a factor between linears of 4-bit integers: those of one pass of
-# the kernel for few rows. The kernel for more has no norms, and is faster without than two passes.
-MAX_NORM_ROWS = 16
-
-
-def linear_add_w4a16_for_norm(
-    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor,
+def linear_add_for_norm(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, residual: Tensor, norm_weight: Tensor,
     scaled: Tensor, squares: Tensor,
 ) -> None:  # fmt: skip
-    """ops.linear_add_for_norm of the matrix of linear_w4a16."""
-    _ops.linear_w4a16(
-        x, packed, bias, residual, ADD, None, 0.0, norm_weight, scaled, squares
-    )  # fmt: skip
+    """ops.linear_add_for_norm of the matrix."""
+    matrix.multiply(x, bias, residual, ADD, None, 0.0, norm_weight, scaled, squares)
 
 
-def linear_w4a16_of_scaled(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
+def linear_of_scaled(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
 ) -> None:
-    """ops.linear_of_scaled of the matrix of linear_w4a16."""
-    _ops.linear_w4a16(x, packed, bias, out, STORE, x_squares, eps)
+    """ops.linear_of_scaled of the matrix."""
+    matrix.multiply(x, bias, out, STORE, x_squares, eps)
 
 
-def linear_silu_mul_w4a16_of_scaled(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
+def linear_silu_mul_of_scaled(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
 ) -> None:
-    """ops.linear_silu_mul_of_scaled of the matrix of linear_w4a16; n a multiple of 16 on a card."""
-    _ops.linear_w4a16(x, packed, bias, out, SILU_MUL, x_squares, eps)
+    """ops.linear_silu_mul_of_scaled of the matrix; n a multiple of 16 on a card."""
+    matrix.multiply(x, bias, out, SILU_MUL, x_squares, eps)
 
 
-def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:
+def grouped_linear_silu_mul(
+    x: Tensor, matrix: Matrix, routing: Routing, out: Tensor, sorted_x: Tensor, scratch: Tensor
+) -> None:
+    """ops.experts.grouped_linear_silu_mul of the matrices, each of 2 n rows."""
+    if x.is_cuda or matrix.is_own(sorted_x[: longest_group(routing)]):
+        num_tokens = len(x)  # no expert has more rows
+        matrix.multiply_grouped(x, routing.order, routing.offsets, num_tokens, out)
+        return
+    sort_rows(x, routing, sorted_x)
+    gate_up = x.new_empty(CHUNK_ROWS, 2 * out.shape[1])
+    for expert, begin, end in chunks(routing):
+        linear_silu_mul(
+            sorted_x[begin:end], matrix.of_expert(expert), None, out[begin:end],
+            gate_up[: end - begin], scratch,
+        )  # fmt: skip
+
+
+def grouped_linear(
+    x: Tensor, matrix: Matrix, routing: Routing, out: Tensor, scratch: Tensor
+) -> None:
+    """ops.experts.grouped_linear of the matrices."""
+    if x.is_cuda or matrix.is_own(x[: longest_group(routing)]):
+        num_tokens = len(routing.places)
+        matrix.multiply_grouped(x, None, routing.offsets, num_tokens, out)
+        return
+    for expert, begin, end in chunks(routing):
+        linear(x[begin:end], matrix.of_expert(expert), None, out[begin:end], scratch)
+
+
+def dequantise(matrix: Matrix, out: Tensor) -> None:
     """W as plain numbers, each rounded once -> out [n, k]; rows may be strided."""
-    _ops.dequantise_w4a16(packed, out)
+    matrix.dequantise(0, out)
+
+
+def scratch_rows(matrix: Matrix, n: int, k: int, num_elements: int) -> int:
+    """Of a matrix [n, k] that are made plain numbers at once in so much memory: whole steps."""
+    step = matrix.row_step
+    return min(-(-n // step), max(1, num_elements // (k * step))) * step
+
+
+def _slices(matrix: Matrix, n: int, k: int, scratch: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, end, plain numbers) of rows of a matrix [n, k], in scratch, one after the other."""
+    num_rows = scratch_rows(matrix, n, k, len(scratch))
+    for begin in range(0, n, num_rows):
+        end = min(n, begin + num_rows)
+        weight = scratch[: (end - begin) * k].view(end - begin, k)
+        matrix.dequantise(begin, weight)
+        yield begin, end, weight

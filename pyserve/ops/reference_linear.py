@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyserve.ops import w4a16
-
 SQUARES_COLUMNS = 16  # of the residual, whose sum of squares is one number: common/epilogue.h
 
 
@@ -52,30 +50,6 @@ def _linear_float32(
 
 def serves_linear(weight: Tensor, m: int, epilogue: int) -> bool:
     """Whether an own kernel is the fastest: there is no other here."""
-    return True
-
-
-def linear_w4a16(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, epilogue: int = 0,
-    x_squares: Tensor | None = None, eps: float = 0.0, norm_weight: Tensor | None = None,
-    scaled: Tensor | None = None, squares: Tensor | None = None,
-) -> None:  # fmt: skip
-    """linear of the matrix that w4a16.py describes; epilogue 1: linear_add, 2: linear_silu_mul."""
-    num_rows = out.shape[1] * (2 if epilogue == 2 else 1)
-    weight = w4a16.dequantised(packed, num_rows, x.shape[1])
-    if epilogue == 1:
-        linear_add(x, weight, bias, out, norm_weight, scaled, squares)
-    else:
-        (linear_silu_mul if epilogue else linear)(x, weight, bias, out, x_squares, eps)
-
-
-def dequantise_w4a16(packed: Tensor, out: Tensor) -> None:
-    """out = the matrix, each element rounded once."""
-    out.copy_(w4a16.dequantised(packed, *out.shape))
-
-
-def serves_linear_w4a16(x: Tensor, packed: Tensor) -> bool:
-    """As serves_linear."""
     return True
 
 

@@ -267,7 +267,7 @@ def _mixture_line(model: ModelConfig, sizes: ModelSizes) -> str:
     """Of the first layer that has a mixture; those of the families are alike."""
     mixture = sizes.mixtures[0]
     config = mixture.config
-    each_mb = mixture.params_of_whole_expert * sizes.dtype.itemsize / 1e6
+    each_mb = mixture.bytes_each * mixture.params_of_whole_expert / mixture.params_each / 1e6
     line = (
         f"  {len(sizes.mixtures)} of {len(model.layers)} layers have {config.num_experts} experts "
         f"of {each_mb:,.1f} MB, {config.top_k} a token"

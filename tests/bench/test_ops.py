@@ -35,8 +35,8 @@ def test_every_op_is_measured(
     bench_ops.main(["--dtype", dtype, "--seconds", "0", "--json", str(path), "--threads", threads])
     data = json.loads(path.read_text())
     measured = {result["op"] for result in data["results"]}
-    others = {"plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16"}
-    others |= {"try_skinny", "try_linear_w4a16"}
+    others = {"plan_attention", "rope_attention", "serves_linear"}
+    others |= {"serves_linear_w4a16", "serves_linear_fp8", "try_skinny", "try_linear_w4a16"}
     others |= {"lora_shrink", "lora_expand"}  # of which bench.gpu_lora tells, on a card
     assert measured == {*fakes.OP_NAMES, "pack_step"} - others
     for result in data["results"]:

@@ -1,4 +1,5 @@
-"""The engine on 4-bit integers: the tokens of the same numbers in float32, in any batch."""
+"""The engine on 4-bit integers and 8-bit floats: the tokens of the same numbers in float32, in any
+batch."""
 
 from __future__ import annotations
 
@@ -8,38 +9,51 @@ import torch
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
+from pyserve.model.layers.linear import Linear
 from pyserve.model.placement import Placement
+from pyserve.model.quantised_scheme import QuantisedScheme
 from pyserve.model.schemes import Dense
-from pyserve.model.w4a16 import W4A16
-from pyserve.ops import w4a16
+from pyserve.ops import fp8, quantised, w4a16
 from tests.engine.driver import Reader
 from tests.engine.test_runner import assert_near_tie, generate, make_engine
 from tests.engine.tiny import CONFIG
 
-AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32}
-PLACEMENT = Placement(torch.float32, torch.device("cpu"))
+CPU = torch.device("cpu")
+CONFIGS = {
+    "4 bits": {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32},
+    "8 bits": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
 
 
-@pytest.fixture(scope="module")
-def decoders() -> tuple[Decoder, Decoder]:
-    """Of integers, and of the numbers that they stand for."""
-    raw = CONFIG | {"intermediate_size": 96, "quantization_config": AWQ}
-    integers = build_model(ModelConfig.from_hf(raw), PLACEMENT)
+@pytest.fixture(scope="module", params=CONFIGS)
+def decoders(request: pytest.FixtureRequest) -> tuple[Decoder, Decoder]:
+    """Of quantised matrices, and of the numbers that they stand for."""
+    raw = CONFIG | {"intermediate_size": 96, "quantization_config": CONFIGS[request.param]}
+    stored = build_model(ModelConfig.from_hf(raw), Placement(torch.float32, CPU))
     del raw["quantization_config"]
-    plain = build_model(ModelConfig.from_hf(raw), PLACEMENT)
+    plain = build_model(ModelConfig.from_hf(raw), Placement(torch.float32, CPU))
     generator = torch.Generator().manual_seed(5)
+    for ours, theirs in zip(stored.layer_linears(), plain.layer_linears(), strict=True):
+        assert isinstance(ours.matrix, QuantisedScheme) and isinstance(theirs.matrix, Dense)
+        fill(ours.matrix.matrix, ours, generator)
+        theirs.matrix.weight.copy_(ours.matrix.plain())
     others = plain.destinations()
-    for name, place in integers.destinations().items():
-        if place.sink is None:
+    for name, place in stored.destinations().items():
+        if name in others and place.dummy is None:
             noise = torch.randn(place.view.shape, generator=generator)
             place.view.copy_(1 + 0.1 * noise if "norm" in name else 0.35 * noise)
             others[name].view.copy_(place.view)
-    for ours, theirs in zip(integers.layer_linears(), plain.layer_linears(), strict=True):
-        assert isinstance(ours.matrix, W4A16) and isinstance(theirs.matrix, Dense)
-        shape = ours.out_features, ours.in_features
-        w4a16.fill_with_noise(ours.matrix.packed, *shape, 0.35, generator)
-        theirs.matrix.weight.copy_(w4a16.dequantised(ours.matrix.packed, *shape))
-    return integers, plain
+    return stored, plain
+
+
+def fill(matrix: quantised.Matrix, linear: Linear, generator: torch.Generator) -> None:
+    if isinstance(matrix, quantised.W4A16Matrix):
+        shape = linear.out_features, linear.in_features
+        w4a16.fill_with_noise(matrix.packed, *shape, 0.35, generator)
+    else:
+        assert isinstance(matrix, quantised.Fp8Matrix)
+        unit = fp8.fill_with_noise(matrix.weight.view(fp8.E4M3), generator)
+        matrix.scales.fill_(0.35 * unit)
 
 
 @pytest.fixture(scope="module")

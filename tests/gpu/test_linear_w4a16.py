@@ -53,14 +53,18 @@ def test_linear(n: int, k: int, group_size: int, num_rows: int, dtype: torch.dty
     weight = w4a16.dequantised(packed, n, k)
     x, bias = torch.randn(num_rows, k, device=CARD).to(dtype), torch.randn(n, device=CARD).to(dtype)
     scratch = torch.full((max(16, n // 32 * 16) * k,), float("nan"), dtype=dtype, device=CARD)
-    for given, linear in itertools.product(
-        (bias, None), (ops_of_integers.linear_w4a16, of_plain_numbers)
-    ):
+    for given, linear in itertools.product((bias, None), (by_either, of_plain_numbers)):
         out = torch.full((num_rows, n), float("nan"), dtype=dtype, device=CARD)
         linear(x, packed, given, out, scratch)
         exact = x.double() @ weight.double().T + (0 if given is None else given.double())
         plain = torch.nn.functional.linear(x, weight.to(dtype), given)
         oracle.assert_ratio(out, plain, exact, plain_float32_error=1e-2)
+
+
+def by_either(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
+    """By what is the fastest."""
+    matrix = ops_of_integers.W4A16Matrix(packed)
+    ops_of_integers.linear(x, matrix, bias, out, scratch)
 
 
 def of_plain_numbers(
@@ -70,7 +74,7 @@ def of_plain_numbers(
     torch.ops.pyserve.try_linear_w4a16(packed, 0)
     ops_of_integers._served.clear()
     try:
-        ops_of_integers.linear_w4a16(x, packed, bias, out, scratch)
+        by_either(x, packed, bias, out, scratch)
     finally:
         torch.ops.pyserve.try_linear_w4a16(packed, -1)
         ops_of_integers._served.clear()

@@ -255,7 +255,7 @@ REFUSED = [
     (LLAMA, {"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
     (LLAMA, {"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "float8_e4m3fn"]),
     (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "bits"]),
-    (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, ["quant_method", "awq", '"fp8"']),
+    (LLAMA, {"quantization_config": {"quant_method": "fp6"}}, ["quant_method", "awq", '"fp6"']),
     (LLAMA, {"quantization_config": "awq"}, ["quantization_config", "object"]),
     (LLAMA, {"max_position_embeddings": 0}, ["max_position_embeddings"]),
     (LLAMA, {"sliding_window": 4096}, ["sliding_window"]),

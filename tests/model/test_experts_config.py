@@ -12,6 +12,7 @@ from pyserve.errors import ConfigError
 from pyserve.limits import MAX_EXPERTS
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
+from pyserve.model.expert_schemes import DenseExperts
 from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.layer_config import MLPConfig
 from pyserve.model.placement import META, Placement
@@ -195,10 +196,10 @@ HELD_OUT: list[tuple[str, dict[str, Any], str]] = [
         {
             "quantization_config": {
                 "quant_method": "awq", "bits": 4, "group_size": 128,
-                "modules_to_not_convert": ["gate"],
+                "modules_to_not_convert": ["gate", "experts.5.w2"],
             }
         },
-        "model.layers.0.block_sparse_moe.experts: experts of 4-bit integers are not supported",
+        "experts.0.w2 and model.layers.0.block_sparse_moe.experts.5.w2, whose matrices lie",
     ),
 ]  # fmt: skip
 
@@ -220,7 +221,9 @@ def test_a_rank_has_a_part_of_each_expert() -> None:
         for size in (1, 4)
     )
     (mixture,) = parts.mixtures()
-    assert mixture.gate_up.shape == (4, 2 * 352, 2048) and mixture.down.shape == (4, 2048, 352)
+    assert isinstance(mixture.gate_up, DenseExperts) and isinstance(mixture.down, DenseExperts)
+    assert mixture.gate_up.weight.shape == (4, 2 * 352, 2048)
+    assert mixture.down.weight.shape == (4, 2048, 352)
     assert mixture.router.shape == (5, 2048) and not mixture.is_adding
     (whole,) = wholes.mixtures()
     assert whole.bytes_each == 4 * mixture.bytes_each == 3 * 1408 * 2048 * 2

@@ -180,7 +180,7 @@ def test_a_16_bit_checkpoint_is_rounded_as_it_is_loaded(tmp_path: Path) -> None:
     model = oracle.make_model("llama", **WIDE)
     model.save_pretrained(tmp_path)
     config = ModelConfig.from_path(tmp_path).quantised_as("awq")
-    assert config.quantization == AT_LOAD
+    assert config.quantization == AT_LOAD["awq"]
     decoder = load_model(
         tmp_path, config, Placement(torch.float32, CPU), load_format="auto", seed=0,
         progress=lambda done, total: None,
@@ -222,7 +222,12 @@ def change(folder: Path, name: str, new: Callable[[torch.Tensor], torch.Tensor] 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"
 BAD: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor] | None, list[str]]] = [
     ("awq-gemm", f"{UP}.qweight", lambda t: t[:-8], ["qweight has shape [56, 12]", "[64, 12]"]),
-    ("awq-gemm", f"{UP}.scales", lambda t: t[:1].clone(), ["[1, 96]", "[2, 96], in groups of 32"]),
+    (
+        "awq-gemm",
+        f"{UP}.scales",
+        lambda t: t[:1].clone(),
+        ["[1, 96]", "[2, 96] (4-bit awq in groups of 32)"],
+    ),
     ("awq-gemm", f"{UP}.qzeros", None, [f"lacks: {UP}.qzeros"]),
     ("awq-gemv", f"{UP}.scales", None, [f"lacks: {UP}.scales"]),
     ("gptq", f"{DOWN}.qweight", lambda t: t.float(), ["qweight is F32", "supported are I32"]),
@@ -269,7 +274,7 @@ def test_half_of_a_fused_matrix(tmp_path: Path) -> None:
     quantised.save(tmp_path, quantised.formats(32)["awq-gemm"], 32)
     skips(tmp_path, modules_to_not_convert=["layers.1.self_attn.k_proj"])
     names = "q_proj and model.layers.1.self_attn.k_proj"
-    with pytest.raises(ConfigError, match=f"{names}, which are multiplied as one matrix"):
+    with pytest.raises(ConfigError, match=f"{names}, whose matrices lie together"):
         oracle.load_ours(tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyserve import ops
-from pyserve.ops import build, w4a16
+from pyserve.ops import build, fp8, w4a16
 from tests.ops import test_attention, test_rope
 from tests.ops.step_inputs import SlotUpdate
 from tests.ops.test_sample import tables_of
@@ -74,6 +74,43 @@ def linear_w4a16() -> None:
                 torch.ops.pyserve.linear_w4a16(x, packed, bias, out)
                 expected = x.double() @ weight.double().T + bias.double()
                 torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.2)
+
+
+def linear_fp8() -> None:
+    sizes = [(16, 128, 128, 128), (3, 64, 1, 64), (33, 100, 1, 100), (99, 200, 8, 64)]
+    for n, k, rows, columns in sizes:
+        scales = guarded(torch.rand(-(-n // rows), -(-k // columns)))
+        bytes_ = guarded(torch.randint(0, 127, (n, k), dtype=torch.uint8))
+        matrix = bytes_, scales, rows, columns
+        weight = fp8.dequantised(*matrix)
+        for dtype in DTYPES:
+            plain = guarded(torch.zeros(n, k, dtype=dtype))
+            torch.ops.pyserve.dequantise_fp8(*matrix, plain)
+            assert torch.equal(plain, weight.to(dtype))
+            for num_rows in (1, 2, 3, 5):
+                x, bias = (guarded(torch.randn(s).to(dtype)) for s in ((num_rows, k), (n,)))
+                out = guarded(torch.zeros(num_rows, n, dtype=dtype))
+                torch.ops.pyserve.linear_fp8(x, *matrix, bias, out)
+                expected = (x.double() @ weight.double().T + bias.double()).to(dtype)
+                torch.testing.assert_close(out, expected, rtol=0.02, atol=2.0)
+
+
+def quantised_experts() -> None:
+    """Rows of the first expert and of the last."""
+    n, k = 32, 128
+    packed = torch.zeros(3, *w4a16.packed_shape(n, k, 64), dtype=torch.int32)
+    for one in packed:
+        w4a16.fill_with_noise(one, n, k, 1.0, None)
+    weight = guarded(torch.randint(0, 127, (3, n, k), dtype=torch.uint8))
+    integers, floats = (guarded(packed),), (weight, guarded(torch.rand(3, n, 1)), 1, k)
+    offsets, order = (guarded(torch.tensor(it).int()) for it in ([0, 1, 2, 4], [1, 0, 2, 3]))
+    for dtype in DTYPES:
+        x = guarded(torch.randn(4, k).to(dtype))
+        for matrix, kind in ((integers, "w4a16"), (floats, "fp8")):
+            op = getattr(torch.ops.pyserve, f"grouped_linear_{kind}")
+            op(x, *matrix, None, offsets, 4, guarded(torch.zeros(4, n, dtype=dtype)))
+            half = guarded(torch.zeros(4, n // 2, dtype=dtype))
+            op(guarded(x[:2].clone()), *matrix, order, offsets, 4, half)
 
 
 def experts() -> None:
@@ -219,8 +256,9 @@ def logprobs() -> None:
 if __name__ == "__main__":
     build.load_native(is_reference_allowed=False, progress=lambda line: None)
     torch.manual_seed(0)
-    for run in (linear, linear_w4a16, experts, rms_norm, silu_mul, rope_write_kv, paged_attention,
-                latents, sample, apply_bitmask, logprobs):  # fmt: skip
+    for run in (linear, linear_w4a16, linear_fp8, quantised_experts, experts, rms_norm, silu_mul,
+                rope_write_kv, paged_attention, latents, sample, apply_bitmask,
+                logprobs):  # fmt: skip
         print(run.__name__, flush=True)
         run()
     print("whole")

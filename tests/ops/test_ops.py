@@ -33,7 +33,6 @@ def op_args() -> dict[str, tuple[Any, ...]]:
     counts = torch.zeros(3, 20, dtype=torch.int16)
     table = torch.zeros(3, 2, dtype=torch.int32)
     x = torch.randn(2, 3, 24)
-    packed = _packed(10, 64)
     return {
         "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x), 0.5),
         "add_rms_norm": (
@@ -55,11 +54,7 @@ def op_args() -> dict[str, tuple[Any, ...]]:
             torch.randn(3, 24), torch.randn(10, 24), torch.randn(10), torch.empty(3, 5),
             20 * (torch.rand(3, 2) + 1), 1e-5,
         ),
-        "linear_w4a16": (
-            torch.randn(3, 64), packed, torch.randn(10), torch.randn(3, 10), 1, None, 0.0,
-            torch.randn(10), torch.empty(3, 10), torch.empty(3, 1),
-        ),
-        "dequantise_w4a16": (packed, torch.empty(10, 64)),
+        **_args_of_quantised(),
         **_args_of_adapters(),
         "silu_mul": (torch.randn(3, 20), torch.empty(3, 10)),
         "gelu_tanh_mul": (torch.randn(3, 20), torch.empty(3, 10)),
@@ -135,6 +130,29 @@ def _experts_args() -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+def _args_of_quantised() -> dict[str, tuple[Any, ...]]:
+    packed = _packed(10, 64)
+    return {
+        "linear_w4a16": (
+            torch.randn(3, 64), packed, torch.randn(10), torch.randn(3, 10), 1, None, 0.0,
+            torch.randn(10), torch.empty(3, 10), torch.empty(3, 1),
+        ),
+        "dequantise_w4a16": (packed, torch.empty(10, 64)),
+        "grouped_linear_w4a16": (
+            torch.randn(2, 64) / 16, torch.stack((packed, packed)), _int(1, 0, 3, 2),
+            _int(0, 2, 4), 2, torch.empty(4, 5),
+        ),
+        "linear_fp8": (
+            torch.randn(3, 70), *_fp8(10, 70), torch.randn(10), torch.randn(3, 10), 1, None, 0.0,
+            torch.randn(10), torch.empty(3, 10), torch.empty(3, 1),
+        ),
+        "dequantise_fp8": (*_fp8(10, 70), torch.empty(10, 70)),
+        "grouped_linear_fp8": (
+            torch.randn(4, 70), *_fp8(2, 10, 70), None, _int(0, 1, 4), 4, torch.empty(4, 10),
+        ),
+    }  # fmt: skip
+
+
 def _args_of_adapters() -> dict[str, tuple[Any, ...]]:
     rows = _int(1, 2, 4), _int(5, 0, 3, 1, 5, 2).view(2, 3)
     return {
@@ -149,6 +167,11 @@ def _args_of_adapters() -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+def _fp8(*shape: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    weight = torch.randint(0, 56, shape, dtype=torch.uint8)  # below 1
+    return weight, torch.rand(*shape[:-2], -(-shape[-2] // 8), -(-shape[-1] // 64)), 8, 64
+
+
 def _packed(n: int, k: int) -> torch.Tensor:
     packed = torch.zeros(w4a16.packed_shape(n, k, 32), dtype=torch.int32)
     w4a16.fill_with_noise(packed, n, k, 1.0, torch.Generator().manual_seed(0))
@@ -158,7 +181,7 @@ def _packed(n: int, k: int) -> torch.Tensor:
 # CUDA has all; serves_linear is not an op on tensors: tests/ops/test_linear.py has it.
 CUDA_OP_NAMES = {
     "plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16",
-    "try_skinny", "try_linear_w4a16",
+    "serves_linear_fp8", "try_skinny", "try_linear_w4a16",
 }  # fmt: skip
 CPU_OP_NAMES = [name for name in fakes.OP_NAMES if name not in CUDA_OP_NAMES]
 
@@ -200,8 +223,9 @@ def test_fakes_touch_no_memory(name: str) -> None:
 def test_out_of_every_op_is_written_in_full() -> None:
     """Twice from different garbage: what an op leaves does not depend on what was there."""
     last = (
-        "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "dequantise_w4a16", "grouped_linear",
-        "grouped_linear_silu_mul", "route", "latent_attention", "batched_linear",
+        "silu_mul", "gelu_tanh_mul", "sample", "logprobs", "dequantise_w4a16", "dequantise_fp8",
+        "grouped_linear", "grouped_linear_silu_mul", "grouped_linear_w4a16", "grouped_linear_fp8",
+        "route", "latent_attention", "batched_linear",
     )  # fmt: skip
     places = dict.fromkeys(last, -1) | {
         "rms_norm": 3, "linear": 3, "linear_silu_mul": 3, "paged_attention": 12

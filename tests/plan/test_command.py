@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused_with_the_ledger(
         (["MODEL", "--gpu", "4090", "--price-per-day", "nan"], "--price-per-day must be in"),
         (["MODEL", "--gpu", "4090", "--mean-context", "0"], "--mean-context must be at least 1"),
         (["MODEL", "--gpu", "4090", "--max-num-seqs", "0"], "--max-num-seqs must be in"),
-        (["MODEL", "--gpu", "4090", "--quantization", "fp8"], "must be awq, gptq or"),
+        (["MODEL", "--gpu", "4090", "--quantization", "fp6"], "must be awq, gptq, compressed"),
         (["MODEL", "--gpu", "4090", "--max-model-len", "1Q"], "must be a number such as 4096"),
         (["MODEL", "--price-per-day", "8"], "--price-per-day 8: of which card?"),
         (

@@ -49,6 +49,29 @@ def test_int4_is_4_25_bits_a_weight_of_the_layers_only() -> None:
     assert floor.seconds * 1e3 == pytest.approx(1.13, abs=0.01)
 
 
+def test_fp8_is_8_bits_a_weight_of_the_layers_and_a_scale_for_128_by_128() -> None:
+    raw = PRESETS["llama-3.1-8b"]
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    sizes = measure_model(ModelConfig.from_hf(raw | {"quantization_config": stored}), torch.half)
+    assert sizes.layer_bytes == 32 * LAYER_PARAMS * (1 + 4 / 128**2)
+    assert sizes.num_params == measure_model(LLAMA, torch.float16).num_params
+    rows = 6144 + 4096 + 28672 + 4096
+    of_rows = measure_model(LLAMA.quantised_as("fp8"), torch.half)
+    assert of_rows.layer_bytes == 32 * (LAYER_PARAMS + 4 * rows)
+    wide = ModelConfig.from_hf(raw | {"quantization_config": stored, "intermediate_size": 1280})
+    assert tp_sizes(wide) == [1, 2], "blocks are not cut"
+    assert wide.lacking_on_cuda() == ["8-bit float weights"]
+
+
+def test_experts_of_4_bits_are_read_in_part() -> None:
+    sizes = measure_model(MIXTRAL.quantised_as("awq"), torch.bfloat16)
+    plain = measure_model(MIXTRAL, torch.bfloat16)
+    assert sizes.num_params == plain.num_params
+    assert sizes.mixtures[0].bytes_each == 3 * 14336 * 4096 * 4.25 / 8
+    assert sizes.read_bytes(1) < 0.3 * plain.read_bytes(1)
+    assert "experts of 4-bit integers" in MIXTRAL.quantised_as("awq").lacking_on_cuda()
+
+
 def test_a_mixture_is_held_whole_and_read_in_part() -> None:
     sizes = measure_model(MIXTRAL, torch.bfloat16)
     expert = 3 * 14336 * 4096

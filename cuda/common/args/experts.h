@@ -89,24 +89,33 @@ struct GroupedArgs {
   int64_t top_k = 1;      // assignments of a row of x
   int64_t max_group = 0;  // no expert has more rows
 
-  int64_t num_experts() const { return weight.size(0); }
+  int64_t num_experts() const { return offsets.size(0) - 1; }
   int64_t max_rows() const { return out.size(0); }
   int64_t n() const { return out.size(1); }
   int64_t k() const { return x.size(1); }
 };
 
-inline GroupedArgs grouped_args(const ViewReader& read, Epilogue epilogue, const Tensor& x,
-                                const Tensor& weight, const Tensor& offsets, const Tensor& out) {
+// All but the weight and the order.
+inline GroupedArgs grouped_rows_args(const ViewReader& read, const Tensor& x, const Tensor& offsets,
+                                     const Tensor& out) {
   GroupedArgs args{.x = read("x", x, 2),
-                   .weight = read("weight", weight, 3),
+                   .weight = {},
                    .offsets = read("offsets", offsets, 1, ScalarType::Int),
                    .out = read("out", out, 2),
                    .sorted_x = {}};
+  PYSERVE_CHECK(args.num_experts() >= 0, read.op, ": offsets is empty");
+  check_same_dtype(args.out, args.x);
+  return args;
+}
+
+inline GroupedArgs grouped_args(const ViewReader& read, Epilogue epilogue, const Tensor& x,
+                                const Tensor& weight, const Tensor& offsets, const Tensor& out) {
+  GroupedArgs args = grouped_rows_args(read, x, offsets, out);
+  args.weight = read("weight", weight, 3);
+  check_size(args.offsets, 0, args.weight.size(0) + 1);
   check_size(args.weight, 1, rows_per_column(epilogue) * args.n());
   check_size(args.weight, 2, args.k());
-  check_size(args.offsets, 0, args.num_experts() + 1);
   check_same_dtype(args.weight, args.x);
-  check_same_dtype(args.out, args.x);
   return args;
 }
 
@@ -117,8 +126,7 @@ inline void read_in_order(int64_t max_group, GroupedArgs& args) {
   args.max_group = max_group;
 }
 
-inline void read_order(const ViewReader& read, const Tensor& order, const Tensor& sorted_x,
-                       GroupedArgs& args) {
+inline void read_order(const ViewReader& read, const Tensor& order, GroupedArgs& args) {
   const View view = read("order", order, 1, ScalarType::Int);
   const int64_t num_tokens = args.x.size(0), num_rows = args.max_rows();
   check_size(view, 0, num_rows);
@@ -127,10 +135,50 @@ inline void read_order(const ViewReader& read, const Tensor& order, const Tensor
   args.order = view.ptr<int32_t>();
   args.top_k = num_tokens == 0 ? 1 : num_rows / num_tokens;
   args.max_group = num_tokens;
+}
+
+inline void read_sorted_x(const ViewReader& read, const Tensor& sorted_x, GroupedArgs& args) {
   args.sorted_x = read("sorted_x", sorted_x, 2);
-  check_size(args.sorted_x, 0, num_rows);
+  check_size(args.sorted_x, 0, args.max_rows());
   check_size(args.sorted_x, 1, args.k());
   check_same_dtype(args.sorted_x, args.x);
+}
+
+// What offsets and order hold, on a CPU.
+inline void check_groups(const GroupedArgs& args) {
+  const char* op = args.offsets.op;
+  const auto* offsets = args.offsets.ptr<int32_t>();
+  const int64_t count = offsets[args.num_experts()];
+  PYSERVE_CHECK(offsets[0] == 0 && count <= args.max_rows(), op, ": offsets from ", offsets[0],
+                " to ", count, " for ", args.max_rows(), " rows");
+  for (int64_t i = 0; i < args.num_experts(); ++i) {
+    const int64_t m = offsets[i + 1] - offsets[i];
+    PYSERVE_CHECK(m >= 0 && m <= args.max_group, op, ": expert ", i, " has ", m, " rows, at most ",
+                  args.max_group);
+  }
+  for (int64_t i = 0; args.order != nullptr && i < count; ++i) {
+    PYSERVE_CHECK(args.order[i] >= 0 && args.order[i] < args.max_rows(), op, ": order holds ",
+                  args.order[i], ", of ", args.max_rows());
+  }
+}
+
+// With an order the epilogue is kSiluMul; else the rows of x stand in order, and it is kStore.
+struct GroupedEpilogueArgs : GroupedArgs {
+  Epilogue epilogue;
+};
+
+inline GroupedEpilogueArgs grouped_epilogue_args(const ViewReader& read, const Tensor& x,
+                                                 const std::optional<Tensor>& order,
+                                                 const Tensor& offsets, int64_t max_group,
+                                                 const Tensor& out) {
+  GroupedEpilogueArgs args{grouped_rows_args(read, x, offsets, out),
+                           order.has_value() ? Epilogue::kSiluMul : Epilogue::kStore};
+  if (order.has_value()) {
+    read_order(read, *order, args);
+  } else {
+    read_in_order(max_group, args);
+  }
+  return args;
 }
 
 struct CombineArgs {

@@ -80,6 +80,11 @@ inline void read_x_squares(const ViewReader& read, const std::optional<Tensor>& 
   }
 }
 
+// What an op may be given of a norm before, and of one behind.
+struct NormTensors {
+  const std::optional<Tensor>&x_squares, &norm_weight, &scaled, &squares;
+};
+
 // All three or none.
 inline void read_norm(const ViewReader& read, const std::optional<Tensor>& norm_weight,
                       const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares,
@@ -96,6 +101,24 @@ inline void read_norm(const ViewReader& read, const std::optional<Tensor>& norm_
   check_same_sizes(args.scaled, args.out);
   check_same_dtype(args.scaled, args.x);
   args.squares = squares_of(read, "squares", *squares, args.m(), args.n());
+}
+
+inline Epilogue epilogue_of(const char* op, int64_t number) {
+  PYSERVE_CHECK(number >= 0 && number <= 2, op, ": epilogue is ", number, ", not 0, 1 or 2");
+  return static_cast<Epilogue>(number);
+}
+
+// All but the weight, of an op that is given its epilogue.
+inline void read_epilogue(const ViewReader& read, Epilogue epilogue, int64_t weight_rows,
+                          const std::optional<Tensor>& bias, const NormTensors& norm,
+                          LinearArgs& args) {
+  read_bias(read, bias, weight_rows, args);
+  PYSERVE_CHECK(!norm.x_squares.has_value() || epilogue != Epilogue::kAdd, read.op,
+                ": x_squares do not go with an addition");
+  PYSERVE_CHECK(!norm.norm_weight.has_value() || epilogue == Epilogue::kAdd, read.op,
+                ": norm_weight goes with an addition");
+  read_x_squares(read, norm.x_squares, args);
+  read_norm(read, norm.norm_weight, norm.scaled, norm.squares, args);
 }
 
 }  // namespace pyserve

@@ -5,30 +5,33 @@
 
 #include "../check.h"
 #include "../w4a16.h"
+#include "experts.h"
 #include "linear.h"
 
 namespace pyserve {
 
-// `packed` [num_strips, num_units, unit_words], read once.
+// `packed` [num_strips, num_units, unit_words], read once; or those of all experts, one behind the
+// other.
 struct W4Matrix {
   const uint32_t* words;
-  int64_t num_strips, num_units;
+  int64_t num_strips, num_units;  // of each
   W4Format format;
 
   int64_t strip_words() const { return num_units * format.unit_words(); }
 };
 
-inline W4Matrix w4_matrix(const ViewReader& read, const Tensor& packed) {
-  const View view = read("packed", packed, 3, ScalarType::Int);
-  W4Matrix matrix{view.ptr<uint32_t>(), view.size(0), view.size(1), {}};
+// `count` of them where they are stacked.
+inline W4Matrix w4_matrix(const ViewReader& read, const Tensor& packed, int64_t count = -1) {
+  const int64_t dim = count < 0 ? 3 : 4;
+  const View view = read("packed", packed, dim, ScalarType::Int);
+  W4Matrix matrix{view.ptr<uint32_t>(), view.size(dim - 3), view.size(dim - 2), {}};
   for (const W4Format& format : kW4Formats) {
-    if (format.unit_words() == view.size(2)) matrix.format = format;
+    if (format.unit_words() == view.size(dim - 1)) matrix.format = format;
   }
-  PYSERVE_CHECK(matrix.format.group_size != 0, read.op, ": size 2 of packed is ", view.size(2),
-                ", expected 160, 144 or 272");
-  PYSERVE_CHECK(num_elements(view) == 0 || (view.stride(1) == view.size(2) &&
-                                            view.stride(0) == view.size(1) * view.size(2)),
-                read.op, ": packed must be contiguous");
+  PYSERVE_CHECK(matrix.format.group_size != 0, read.op, ": size ", dim - 1, " of packed is ",
+                view.size(dim - 1), ", expected 160, 144 or 272");
+  if (dim == 4) check_size(view, 0, count);
+  check_contiguous(view);
   return matrix;
 }
 
@@ -49,29 +52,25 @@ struct LinearW4Args : LinearArgs {
   Epilogue epilogue;
 };
 
-inline Epilogue epilogue_of(const char* op, int64_t number) {
-  PYSERVE_CHECK(number >= 0 && number <= 2, op, ": epilogue is ", number, ", not 0, 1 or 2");
-  return static_cast<Epilogue>(number);
-}
-
 inline LinearW4Args linear_w4_args(const ViewReader& read, const Tensor& x, const Tensor& packed,
                                    const std::optional<Tensor>& bias, const Tensor& out,
-                                   int64_t epilogue_number,
-                                   const std::optional<Tensor>& x_squares,
-                                   const std::optional<Tensor>& norm_weight,
-                                   const std::optional<Tensor>& scaled,
-                                   const std::optional<Tensor>& squares) {
+                                   int64_t epilogue_number, const NormTensors& norm) {
   const Epilogue epilogue = epilogue_of(read.op, epilogue_number);
   LinearW4Args args{rows_args(read, epilogue, x, out), w4_matrix(read, packed), epilogue};
   const int64_t weight_rows = args.n() * rows_per_column(epilogue);
   check_w4_shape(read.op, args.matrix, weight_rows, args.k());
-  read_bias(read, bias, weight_rows, args);
-  PYSERVE_CHECK(!x_squares.has_value() || epilogue != Epilogue::kAdd, read.op,
-                ": x_squares do not go with an addition");
-  PYSERVE_CHECK(!norm_weight.has_value() || epilogue == Epilogue::kAdd, read.op,
-                ": norm_weight goes with an addition");
-  read_x_squares(read, x_squares, args);
-  read_norm(read, norm_weight, scaled, squares, args);
+  read_epilogue(read, epilogue, weight_rows, bias, norm, args);
+  return args;
+}
+
+struct GroupedW4Args : GroupedEpilogueArgs {
+  W4Matrix matrix;
+};
+
+inline GroupedW4Args grouped_w4_args(const ViewReader& read, const Tensor& packed,
+                                     const GroupedEpilogueArgs& rows) {
+  const GroupedW4Args args{rows, w4_matrix(read, packed, rows.num_experts())};
+  check_w4_shape(read.op, args.matrix, args.n() * rows_per_column(args.epilogue), args.k());
   return args;
 }
 

@@ -112,7 +112,8 @@ void grouped_linear_silu_mul(const Tensor& x, const Tensor& weight, const Tensor
                              const Tensor& offsets, const Tensor& sorted_x, const Tensor& out) {
   const ViewReader read{"grouped_linear_silu_mul", Place::kCuda};
   GroupedArgs args = grouped_args(read, Epilogue::kSiluMul, x, weight, offsets, out);
-  read_order(read, order, sorted_x, args);
+  read_order(read, order, args);
+  read_sorted_x(read, sorted_x, args);
   grouped(read, args, Epilogue::kSiluMul, current_stream(x));
 }
 

@@ -22,8 +22,8 @@ void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Ten
                   double eps, const std::optional<Tensor>& norm_weight,
                   const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares) {
   const ViewReader read{"linear_w4a16", Place::kCuda};
-  const LinearW4Args args = linear_w4_args(read, x, packed, bias, out, epilogue, x_squares,
-                                           norm_weight, scaled, squares);
+  const LinearW4Args args = linear_w4_args(read, x, packed, bias, out, epilogue,
+                                           {x_squares, norm_weight, scaled, squares});
   check_packed(read.op, args.matrix);
   PYSERVE_CHECK(reinterpret_cast<uintptr_t>(args.x.data) % 16 == 0 && args.x.stride(0) % 8 == 0,
                 read.op, ": the rows of x must be aligned to 16 bytes");

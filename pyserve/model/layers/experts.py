@@ -6,26 +6,25 @@ from __future__ import annotations
 
 import torch
 
-from pyserve.errors import ConfigError
 from pyserve.model.activations import Arena, ExpertsActivations
 from pyserve.model.context import ForwardContext
-from pyserve.model.destination import Destination, Destinations
+from pyserve.model.destination import Destination, Destinations, row_destinations
+from pyserve.model.expert_schemes import make_experts
 from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.layer_config import LayerNames, MLPConfig
 from pyserve.model.layers.linear import Linear, fused_outputs, shard_rows
 from pyserve.model.layers.mlp import MLP
 from pyserve.model.placement import Placement, Rows, Shard
-from pyserve.model.schemes import row_destinations
 from pyserve.ops import experts
 
 CORRECTION_BIAS = "e_score_correction_bias"  # beside the router's weight
 
 
 class Experts:
-    """In the place of an MLP. The experts' matrices are plain numbers.
+    """In the place of an MLP.
 
-    gate_up           [num_experts, 2 * size, hidden_size]: rows of gate, then of up
-    down              [num_experts, hidden_size, size]
+    gate_up           the experts' matrices [2 * size, hidden_size]: rows of gate, then of up
+    down              theirs [hidden_size, size]
     router            [num_experts, hidden_size], then the row of the shared expert's gate
     correction_bias   float32 [num_experts], or None
     shared            the expert that all tokens go through, or None
@@ -44,19 +43,19 @@ class Experts:
     ) -> None:  # fmt: skip
         self.config, self._name, self._names = config, name, names
         self._placement = placement
-        if placement.scheme_of(f"{name}.{names.experts}.0.{names.down}") != "dense":
-            raise ConfigError(
-                f"config.json: {name}.{names.experts}: experts of 4-bit integers are not supported "
-                "yet: their matrices must be plain numbers"
-            )
 
         def empty(*shape: int, dtype: torch.dtype = placement.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=placement.device)
 
         self._columns = placement.share(config.size)
-        size = self._columns.size
-        self.gate_up = empty(config.num_experts, 2 * size, hidden_size)
-        self.down = empty(config.num_experts, hidden_size, size)
+        gate_up, down = [], []
+        for expert in range(config.num_experts):
+            prefix = f"{name}.{names.experts}.{expert}"
+            outputs = fused_outputs(prefix, names.gate_up, [(config.size, 1)] * 2)
+            gate_up.append(tuple(shard_rows(outputs, placement, "column")))
+            down.append((Rows(f"{prefix}.{names.down}", hidden_size, 0, hidden_size, hidden_size),))
+        self.gate_up = make_experts(gate_up, Shard(0, hidden_size, hidden_size), placement)
+        self.down = make_experts(down, self._columns, placement)
         self.router = empty(config.num_experts + config.has_shared_gate, hidden_size)
         self.correction_bias = None
         if config.has_correction_bias:
@@ -87,8 +86,8 @@ class Experts:
         if self.shared is not None:
             assert act.shared is not None and act.shared_out is not None
             self.shared(x, ctx, act.shared, act.shared_out)
-        experts.grouped_linear_silu_mul(x, self.gate_up, act.routing, act.activated, act.rows)
-        experts.grouped_linear(act.activated, self.down, act.routing, act.rows)
+        self.gate_up.silu_mul(x, act.routing, act.activated, act.rows)
+        self.down(act.activated, act.routing, act.rows)
         experts.combine_experts(
             act.rows, act.routing, act.shared_out, out, is_adding=self.is_adding
         )
@@ -120,7 +119,7 @@ class Experts:
     @property
     def params_each(self) -> int:
         """The same, here; `params_of_whole_expert` with what other ranks hold."""
-        return (self.gate_up.numel() + self.down.numel()) // self.config.num_experts
+        return (self.gate_up.num_params + self.down.num_params) // self.config.num_experts
 
     @property
     def params_of_whole_expert(self) -> int:
@@ -152,15 +151,7 @@ class Experts:
     def destinations(self) -> Destinations:
         """Under the name of each expert; tensors of all experts in one: fused_experts.py."""
         destinations = self._router_destinations()
-        names, hidden_size = self._names, self.router.shape[1]
-        whole = Shard(0, hidden_size, hidden_size)
-        for expert in range(self.config.num_experts):
-            prefix = f"{self._name}.{names.experts}.{expert}"
-            outputs = fused_outputs(prefix, names.gate_up, [(self.config.size, 1)] * 2)
-            rows = tuple(shard_rows(outputs, self._placement, "column"))
-            destinations |= row_destinations("weight", self.gate_up[expert], rows, whole)
-            down = (Rows(f"{prefix}.{names.down}", hidden_size, 0, hidden_size, hidden_size),)
-            destinations |= row_destinations("weight", self.down[expert], down, self._columns)
+        destinations |= self.gate_up.destinations() | self.down.destinations()
         return destinations if self.shared is None else destinations | self.shared.destinations()
 
     def _router_destinations(self) -> Destinations:

@@ -7,12 +7,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from pyserve.errors import ConfigError
 from pyserve.model.context import AdapterRows
-from pyserve.model.destination import Destination, Destinations
+from pyserve.model.destination import Destination, Destinations, row_destinations
 from pyserve.model.layers.adapters import LinearAdapters
 from pyserve.model.placement import Placement, Rows, Shard
-from pyserve.model.registry import SchemeName
 from pyserve.model.schemes import (
     SCHEMES,
     ActivatingScheme,
@@ -20,7 +18,7 @@ from pyserve.model.schemes import (
     Dense,
     NormingScheme,
     Scheme,
-    row_destinations,
+    scheme_of_all,
 )
 
 # Of a Linear to x, into what follows, with the adapters of the step's tokens or none.
@@ -94,9 +92,8 @@ class Linear:
             columns = placement.share(in_features)
         self._rows = tuple(shard_rows(outputs, placement, shard))
         self._has_bias = has_bias
-        self.matrix: Scheme = SCHEMES[_scheme_of(outputs, placement)](
-            self._rows, columns, placement
-        )
+        scheme = scheme_of_all((output.name for output in outputs), placement)
+        self.matrix: Scheme = SCHEMES[scheme](self._rows, columns, placement)
         self.in_features = columns.size  # here, of this rank, as the next
         self.out_features = sum(part.size for part in self._rows)
         self.adapters: LinearAdapters | None = None
@@ -188,19 +185,6 @@ class Linear:
                 f"{part.name}.bias": Destination((part.whole,), ()) for part in self._rows
             }
         return destinations
-
-
-def _scheme_of(outputs: Sequence[Output], placement: Placement) -> SchemeName:
-    """How the outputs of a Linear are stored: alike. Raises ConfigError where they are not."""
-    first = outputs[0].name
-    scheme = placement.scheme_of(first)
-    for output in outputs:
-        if placement.scheme_of(output.name) != scheme:
-            raise ConfigError(
-                f"config.json: of {first} and {output.name}, which are multiplied as one matrix, "
-                "one is quantised and the other is not: not supported"
-            )
-    return scheme
 
 
 def shard_rows(outputs: Sequence[Output], placement: Placement, shard: ShardRule) -> Iterator[Rows]:

@@ -249,5 +249,5 @@ def test_shapes_can_be_made_without_memory() -> None:
 
 
 def test_outputs_that_are_not_stored_alike(turned: Callable[..., Placement]) -> None:
-    with pytest.raises(ConfigError, match="gate and plain, which are multiplied as one matrix"):
+    with pytest.raises(ConfigError, match="gate and plain, whose matrices lie together"):
         Linear([Output("gate", 8), Output("plain", 8)], HIDDEN, turned())
