@@ -43,7 +43,7 @@ R = TypeVar("R")
 # What a model is for -> what it does, and where.
 _DOES: dict[Work, str] = {
     "generate": "generates text: ask /v1/chat/completions, /v1/completions",
-    "embed": "makes embeddings: ask /v1/embeddings",
+    "embed": "makes embeddings: ask /v1/embeddings, /v1/score",
     "score": "scores documents: ask /v1/rerank, /v1/score",
 }
 _TAKES: dict[Work, str] = {
@@ -53,12 +53,13 @@ _TAKES: dict[Work, str] = {
 }
 
 
-def check_work(info: EngineInfo, work: Work) -> None:
-    """Refuse what the model is not for."""
+def check_work(info: EngineInfo, *works: Work) -> None:
+    """Refuse what the model is not for: none of `works`, of which the first is the usual one."""
     own: Work = "generate" if info.pooling is None else info.pooling.kind
-    if own != work:
+    if own not in works:
         raise InvalidRequestError(
-            f"the model that is served {_DOES[own]}; this endpoint takes {_TAKES[work]}", "model"
+            f"the model that is served {_DOES[own]}; this endpoint takes {_TAKES[works[0]]}",
+            "model",
         )
 
 
@@ -168,14 +169,15 @@ class ServerState:
             )
         return self.loaded
 
-    def model_with_room(self, request: web.Request, *, work: Work = "generate") -> Loaded:
+    def model_with_room(self, request: web.Request, *works: Work) -> Loaded:
         """As `model`; raises QueueFullError where not one more sequence of its client may wait, and
-        InvalidRequestError where the model is for other work.
+        InvalidRequestError where the model is for other work than `works`, "generate" where these
+        are none.
 
         Asked before a body is read, so that a refusal costs next to nothing.
         """
         loaded = self.model()
-        check_work(loaded.engine.info, work)
+        check_work(loaded.engine.info, *(works or ("generate",)))
         loaded.engine.check_room(1, user=request[CLIENT])
         return loaded
 

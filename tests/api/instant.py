@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pyserve.client import EngineInfo
+from pyserve.client import EngineInfo, PoolingInfo
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step, StepOutput, max_update_words
 from pyserve.engine.block_manager import BlockManager
@@ -23,13 +23,17 @@ E = TypeVar("E", bound=AsyncEngine)
 
 
 class InstantRunner:
-    """Every token is an "h", at once, or the first that a mask allows."""
+    """Every token is an "h", at once, or the first that a mask allows.
+
+    width  of the vector that each prompt becomes, where it pools; 0: it samples.
+    """
 
     run_ahead_depth = 1
     step_deadline_s: float | None = None
     num_device_allocations = 0
 
-    def __init__(self, vocab_size: int, num_slots: int) -> None:
+    def __init__(self, vocab_size: int, num_slots: int, width: int = 0) -> None:
+        self._vector = np.linspace(-1, 1, width, dtype=np.float32)
         self.bitmask = np.empty((num_slots, bitmask_words(vocab_size)), np.int32)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -47,7 +51,10 @@ class InstantRunner:
         return Pending(sample, self.bitmask)
 
     def run(self, step: Step, masked_rows: Sequence[int] = ()) -> StepOutput:
-        rows = [[75] for _ in range(sum(step.row_samples))]
+        num_samples = sum(step.row_samples)
+        if self._vector.size:
+            return StepOutput.of_pooled(np.tile(self._vector, (num_samples, 1)))
+        rows = [[75] for _ in range(num_samples)]
         for row, words in zip(masked_rows, self.bitmask, strict=False):
             allowed = np.unpackbits(words.view(np.uint8), bitorder="little")
             rows[row] = [int(np.argmax(allowed))]
@@ -57,7 +64,10 @@ class InstantRunner:
         pass
 
 
-def make_engine(vocab_size: int, *, max_model_len: int, num_slots: int, kind: type[E]) -> E:
+def make_engine(
+    vocab_size: int, *, max_model_len: int, num_slots: int, kind: type[E],
+    pooling: PoolingInfo | None = None, max_queue: int = 1024,
+) -> E:  # fmt: skip
     """An engine of this `kind`; its tokens are those of a vocabulary in which 75 is an "h"."""
     scheduler = Scheduler(
         BlockManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=True),
@@ -67,13 +77,15 @@ def make_engine(vocab_size: int, *, max_model_len: int, num_slots: int, kind: ty
     )
     engine = Engine(
         scheduler,
-        InstantRunner(vocab_size, num_slots),
+        InstantRunner(vocab_size, num_slots, pooling.width if pooling else 0),
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         policy="fcfs",
+        is_pooling=pooling is not None,
     )
     info = EngineInfo(
         max_model_len=max_model_len, vocab_size=vocab_size, max_num_seqs=num_slots,
         block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cpu",
+        pooling=pooling, max_queue=max_queue,
     )  # fmt: skip
     return kind(engine, info)

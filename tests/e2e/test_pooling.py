@@ -55,12 +55,15 @@ def test_an_embedding_model(tmp_path: Path) -> None:
             answer = client.embeddings.create(model=str(folder), input=TEXTS)
             again = client.embeddings.create(model=str(folder), input=TEXTS * 20)
             short = client.embeddings.create(model=str(folder), input=TEXTS[0], dimensions=10)
+            body = {"text_1": TEXTS[0], "text_2": TEXTS}
+            scores = [item["score"] for item in server.json("/score", body)["data"]]
             with pytest.raises(BadRequestError, match="makes embeddings"):
                 client.completions.create(model=str(folder), prompt="hi")
         expected = np.array([vector(text) for text in TEXTS])
         for data, count in ((answer.data, 1), (again.data, 20)):
             ours = np.array([item.embedding for item in data])
             np.testing.assert_allclose(ours, np.tile(expected, (count, 1)), atol=2e-5)
+        assert scores == pytest.approx(list(expected @ expected[0]), abs=2e-5)
         cut = expected[0][:10] / np.linalg.norm(expected[0][:10])
         np.testing.assert_allclose(short.data[0].embedding, cut, atol=2e-5)
         assert answer.usage.prompt_tokens == sum(len(backend.encode(text).ids) for text in TEXTS)

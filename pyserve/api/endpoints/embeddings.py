@@ -57,7 +57,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     """A vector for each text."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model_with_room(request, work="embed")
+    loaded = state.model_with_room(request, "embed")
     info = loaded.engine.info
     assert info.pooling is not None
     body, ignored = await WIRE.read(request, state, max_list_ids=info.max_model_len)

@@ -1,15 +1,16 @@
 """POST /v1/score and /v1/rerank: pairs of a query and a document -> how well they fit.
 
-A score is in [0, 1], how likely "yes" is beside "no"; without the activation it is the difference
-of the logits.
+A reranker's score is in [0, 1], how likely "yes" is beside "no"; without the activation it is the
+difference of the logits. An embedding model's is how alike two texts are (similarity.py).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import msgspec
 from aiohttp import web
@@ -19,10 +20,10 @@ from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
 from pyserve.api.endpoints.pooling import check_fits, pooling_job, read_truncation
+from pyserve.api.endpoints.similarity import Similarity
 from pyserve.api.generation.generate import Generation
 from pyserve.api.state import STATE, Loaded
 from pyserve.api.wire.pooling import (
-    PoolingFields,
     Ranked,
     RerankRequest,
     RerankResponse,
@@ -46,11 +47,28 @@ MAX_CUTS = 4  # of one document: a text that is cut may make a few tokens more t
 Pair = tuple[str, str]  # a query and a document
 
 
+class Scorer(Protocol):
+    """What becomes of pairs, by what the model is."""
+
+    @property
+    def num_chars(self) -> int:
+        """Of all that is tokenised."""
+
+    def read(self) -> list[list[int]]:
+        """Token ids of what is pooled, on a thread. Raises InvalidRequestError."""
+
+    def values(self, generation: Generation) -> list[float]:
+        """The score of each pair, from what was pooled."""
+
+
+Encode = Callable[[Head, Generation, list[float]], bytes]  # an answer with the scores
+
+
 async def score(request: web.Request) -> web.StreamResponse:
     """A score for each pair."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model_with_room(request, work="score")
+    loaded = state.model_with_room(request, "score", "embed")
     body, ignored = await SCORE.read(request, state)
     state.check_model_name(body.model)
     query_name, queries = _one_of(body, QUERIES)
@@ -63,10 +81,9 @@ async def score(request: web.Request) -> web.StreamResponse:
             name,
         )
     pairs = list(zip(*(_times(texts, max(counts)) for texts in (queries, documents)), strict=True))
-    whole = partial(_encode_scores, body.use_activation is not False)
     return await _answer(
-        request, loaded, body, pairs, name, Dialect("score-", whole), ignored=ignored,
-        instruction=body.instruction, arrived_s=arrived_s,
+        request, loaded, body, pairs, (query_name, name), "score-", _encode_scores,
+        ignored=ignored, arrived_s=arrived_s,
     )  # fmt: skip
 
 
@@ -74,7 +91,7 @@ async def rerank(request: web.Request) -> web.StreamResponse:
     """The documents in the order in which they answer the query, the best first."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
-    loaded = state.model_with_room(request, work="score")
+    loaded = state.model_with_room(request, "score", "embed")
     body, ignored = await RERANK.read(request, state)
     state.check_model_name(body.model)
     for name in ("top_n", "max_tokens_per_doc"):
@@ -83,10 +100,10 @@ async def rerank(request: web.Request) -> web.StreamResponse:
             raise InvalidRequestError(f"{name} must be at least 0, got {shown(value)}", name)
     documents = [one if isinstance(one, str) else one.text for one in body.documents]
     pairs = [(body.query, document) for document in documents]
-    whole = partial(_encode_ranking, body, documents)
     return await _answer(
-        request, loaded, body, pairs, "documents", Dialect("rerank-", whole), ignored=ignored,
-        instruction=body.instruction, arrived_s=arrived_s, max_doc_tokens=body.max_tokens_per_doc,
+        request, loaded, body, pairs, ("query", "documents"), "rerank-",
+        partial(_encode_ranking, body, documents), ignored=ignored, arrived_s=arrived_s,
+        max_doc_tokens=body.max_tokens_per_doc,
     )  # fmt: skip
 
 
@@ -107,48 +124,92 @@ def _times(texts: list[str], count: int) -> list[str]:
 
 
 async def _answer(
-    request: web.Request, loaded: Loaded, body: PoolingFields, pairs: list[Pair], name: str,
-    dialect: Dialect, *, ignored: list[str], instruction: str | None, arrived_s: float,
-    max_doc_tokens: int | None = None,
+    request: web.Request, loaded: Loaded, body: ScoreRequest | RerankRequest, pairs: list[Pair],
+    names: tuple[str, str], id_prefix: str, encode: Encode, *, ignored: list[str],
+    arrived_s: float, max_doc_tokens: int | None = None,
 ) -> web.StreamResponse:  # fmt: skip
-    """The answer about `pairs`, whose documents the field `name` holds."""
+    """The answer about `pairs`; `names`: of the fields that hold their queries and documents."""
     state = request.app[STATE]
+    name = names[1]
     if not 1 <= len(pairs) <= MAX_SEQUENCES:
         raise InvalidRequestError(
             f"{name} must hold 1 to {MAX_SEQUENCES} documents, got {len(pairs)}", name
         )
     ignored = [*ignored]
     cut = read_truncation(body, loaded, ignored)
-    template = loaded.score_template
-    assert template is not None, "of a model that scores"
-    max_model_len = loaded.engine.info.max_model_len
-    size = 0
-    for query, document in pairs:
-        num_chars = len(query) + len(document) + len(instruction or "")
-        prompts.check_size(num_chars, max_model_len=max_model_len, param=name)
-        size += num_chars
-    if size > MAX_PAIRS_CHARS:
-        raise InvalidRequestError(
-            f"{name} and what each is held against have {size} characters in all, the limit is "
-            f"{MAX_PAIRS_CHARS}",
-            name,
-        )
+    pooling = loaded.engine.info.pooling
+    assert pooling is not None
+    scorer: Scorer
+    if pooling.kind == "embed":
+        without_effect = {
+            "instruction": bool(body.instruction),
+            "use_activation": body.use_activation is False,
+        }
+        ignored += [field for field, is_so in without_effect.items() if is_so]
+        scorer = Similarity(loaded, pairs, names, cut=cut, max_doc_tokens=max_doc_tokens)
+    else:
+        scorer = _Judged(loaded, body, pairs, name, cut=cut, max_doc_tokens=max_doc_tokens)
+    token_ids = await state.run_text(request, scorer.num_chars, scorer.read)
+    job = pooling_job(body, loaded, token_ids, name=name, ignored=ignored)
 
-    def read() -> list[list[int]]:
-        encoded, num_tokens = [], 0
-        for index, pair in enumerate(pairs):
-            ids = _encode_pair(
-                loaded.tokenizer, template, pair, instruction, cut=cut, max_tokens=max_doc_tokens
+    def whole(head: Head, generation: Generation) -> bytes:
+        return encode(head, generation, scorer.values(generation))
+
+    dialect = Dialect(id_prefix, whole)
+    return await answer(request, loaded.engine, job, dialect, arrived_s=arrived_s)
+
+
+class _Judged:
+    """By a reranker, which is shown each pair."""
+
+    def __init__(
+        self, loaded: Loaded, body: ScoreRequest | RerankRequest, pairs: list[Pair], name: str, *,
+        cut: prompts.Truncation | None, max_doc_tokens: int | None,
+    ) -> None:  # fmt: skip
+        self.num_chars = 0
+        self._loaded = loaded
+        self._pairs = pairs
+        self._instruction = body.instruction
+        self._is_activated = body.use_activation is not False
+        self._name = name
+        self._cut = cut
+        self._max_doc_tokens = max_doc_tokens
+        self._max_model_len = loaded.engine.info.max_model_len
+        for query, document in pairs:
+            num_chars = len(query) + len(document) + len(self._instruction or "")
+            prompts.check_size(num_chars, max_model_len=self._max_model_len, param=name)
+            self.num_chars += num_chars
+        if self.num_chars > MAX_PAIRS_CHARS:
+            raise InvalidRequestError(
+                f"{name} and what each is held against have {self.num_chars} characters in all, "
+                f"the limit is {MAX_PAIRS_CHARS}",
+                name,
             )
-            check_fits(ids, name, index, max_model_len)  # before the next one is read
+
+    def read(self) -> list[list[int]]:
+        """Of one prompt a pair."""
+        template = self._loaded.score_template
+        assert template is not None, "of a model that scores"
+        encoded, num_tokens = [], 0
+        for index, pair in enumerate(self._pairs):
+            ids = _encode_pair(
+                self._loaded.tokenizer, template, pair, self._instruction, cut=self._cut,
+                max_tokens=self._max_doc_tokens,
+            )  # fmt: skip
+            check_fits(ids, self._name, index, self._max_model_len)  # before the next one is read
             encoded.append(ids)
             num_tokens += len(ids)
-            prompts.check_total(num_tokens, n=1, param=name)
+            prompts.check_total(num_tokens, n=1, param=self._name)
         return encoded
 
-    token_ids = await state.run_text(request, size, read)
-    job = pooling_job(body, loaded, token_ids, name=name, ignored=ignored)
-    return await answer(request, loaded.engine, job, dialect, arrived_s=arrived_s)
+    def values(self, generation: Generation) -> list[float]:
+        """In [0, 1], or the logits."""
+        values = []
+        for choice in generation.choices:
+            assert choice.stream.pooled is not None
+            value = float(choice.stream.pooled[0])
+            values.append(_sigmoid(value) if self._is_activated else value)
+        return values
 
 
 def _encode_pair(
@@ -193,23 +254,12 @@ def _shortened(tokenizer: Tokenizer, text: str, keep: prompts.Truncation) -> str
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def _values(generation: Generation, *, is_activated: bool) -> list[float]:
-    """The score of each pair."""
-    values = []
-    for choice in generation.choices:
-        assert choice.stream.pooled is not None
-        value = float(choice.stream.pooled[0])
-        values.append(_sigmoid(value) if is_activated else value)
-    return values
-
-
 def _sigmoid(value: float) -> float:
     power = math.exp(-abs(value))  # never overflows
     return 1 / (1 + power) if value >= 0 else power / (1 + power)
 
 
-def _encode_scores(is_activated: bool, head: Head, generation: Generation) -> bytes:
-    values = _values(generation, is_activated=is_activated)
+def _encode_scores(head: Head, generation: Generation, values: list[float]) -> bytes:
     return msgspec.json.encode(
         ScoreResponse(
             id=head.id,
@@ -222,9 +272,9 @@ def _encode_scores(is_activated: bool, head: Head, generation: Generation) -> by
 
 
 def _encode_ranking(
-    body: RerankRequest, documents: list[str], head: Head, generation: Generation
-) -> bytes:
-    values = _values(generation, is_activated=body.use_activation is not False)
+    body: RerankRequest, documents: list[str], head: Head, generation: Generation,
+    values: list[float],
+) -> bytes:  # fmt: skip
     order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     is_told = body.return_documents is not False
     return msgspec.json.encode(

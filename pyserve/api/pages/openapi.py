@@ -164,10 +164,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "A vector for each text, by an embedding model", {200: EmbeddingResponse},
         EmbeddingRequest, example={"input": ["Hello", "world"]}, is_queued=True,
     ),
-    ("POST", "/v1/rerank"): _ranking("Documents by how well they answer a query, by a reranker"),
+    ("POST", "/v1/rerank"): _ranking("Documents by how well they answer a query"),
     ("POST", "/v2/rerank"): _ranking("The same, where Cohere's clients ask for it"),
     ("POST", "/rerank"): _ranking("The same"),
-    ("POST", "/v1/score"): _scoring("How well each document answers its query, by a reranker"),
+    ("POST", "/v1/score"): _scoring("How well each document answers its query"),
     ("POST", "/score"): _scoring("The same"),
     ("POST", "/v1/responses/input_tokens"): Operation(
         "How many tokens the prompt of a response has", {200: InputTokens}, ResponsesRequest,

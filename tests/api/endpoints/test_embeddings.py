@@ -185,15 +185,10 @@ def test_a_model_that_embeds_does_nothing_else(embedder: Server) -> None:
         ("/v1/chat/completions", chat),
         ("/v1/completions", {"prompt": "hi"}),
         ("/v1/responses", {"input": "hi"}),
-        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
-        ("/v2/rerank", {"query": "a", "documents": ["b"]}),
-        ("/rerank", {"query": "a", "documents": ["b"]}),
-        ("/v1/score", {"queries": "a", "documents": "b"}),
-        ("/score", {"text_1": "a", "text_2": "b"}),
     ):
         error = embedder.error(path, body)
         assert error["param"] == "model"
-        assert "makes embeddings: ask /v1/embeddings" in error["message"]
+        assert "makes embeddings: ask /v1/embeddings, /v1/score" in error["message"]
     status, _, reply = embedder.request("POST", "/v1/messages", chat)
     assert status == 400 and b"makes embeddings" in reply
     assert embedder.engine.submitted == []
