@@ -19,8 +19,9 @@ MIN_SAMPLE = 128  # tokens of a step whose rate says something
 # launched behind it too, and then for its own. 190 ms are 8,192 tokens of 8B on an H200.
 ALONE_S = 0.2
 WEIGHT = 0.25  # of the newest step in what is learned
-# Later tokens of a prompt look at more of it, so its next step is slower still than its last one
-# was: what was learned lags behind. A pause makes one step smaller by no more than this.
+# Later tokens of a prompt look at more of it, so its next step is slower than the last one by as much
+# as that was than the one before: what was learned lags behind. A pause makes one step smaller by
+# no more than this.
 MAX_SLOWER = 1.5
 
 
@@ -41,14 +42,18 @@ class ChunkPacer:
         self._max_tokens = max_tokens
         self._decode_s: float | None = None  # of a step that only decodes
         self._token_s: float | None = None  # of one with prompts, for each of its tokens
-        self._newest_s = 0.0  # the same of the last such step alone
+        self._newest_s = 0.0  # the same of the last step alone; 0: it had none
+        self._expected_s = 0.0  # of the next one, if it goes on like this
 
     def note(self, step: Step, duration_s: float) -> None:
         """`step` took duration_s seconds, in which nothing else ran."""
         if not step.num_prompt_tokens:
             self._decode_s = _blend(self._decode_s, duration_s)
+            self._newest_s = self._expected_s = 0.0
         elif step.num_tokens >= min(MIN_SAMPLE, self.limit // 2):
-            self._newest_s = max(duration_s, 1e-6) / step.num_tokens
+            before_s, self._newest_s = self._newest_s, max(duration_s, 1e-6) / step.num_tokens
+            rise_s = max(self._newest_s - before_s, 0.0) if before_s else 0.0
+            self._expected_s = self._newest_s + rise_s
             self._token_s = _blend(self._token_s, self._newest_s)
         if self._token_s is not None:
             allowed_s = max(self._target_s, 2 * (self._decode_s or 0.0))
@@ -57,7 +62,7 @@ class ChunkPacer:
 
     def _tokens_in(self, duration_s: float) -> int:
         assert self._token_s is not None
-        token_s = max(self._token_s, min(self._newest_s, MAX_SLOWER * self._token_s))
+        token_s = max(self._token_s, min(self._expected_s, MAX_SLOWER * self._token_s))
         return max(1, min(int(duration_s / token_s), self._max_tokens))
 
 

@@ -90,7 +90,7 @@ def test_a_prompt_whose_later_tokens_take_longer_keeps_to_the_target() -> None:
         pacer.note(step, times[-1])
         num_done += step.num_prompt_tokens
     assert len(times) > 8
-    assert max(times) < 0.050
+    assert max(times) < 0.050 and max(times[2:]) < 0.042
 
 
 def test_small_steps_teach_nothing_and_a_pause_is_forgotten() -> None:
