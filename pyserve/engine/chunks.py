@@ -19,9 +19,9 @@ MIN_SAMPLE = 128  # tokens of a step whose rate says something
 # launched behind it too, and then for its own. 190 ms are 8,192 tokens of 8B on an H200.
 ALONE_S = 0.2
 WEIGHT = 0.25  # of the newest step in what is learned
-# Later tokens of a prompt look at more of it, so its next step is slower than the last one by as much
-# as that was than the one before: what was learned lags behind. A pause makes one step smaller by
-# no more than this.
+# Later tokens of a prompt look at more of it, so its next step is slower than the last one by as
+# much as that was than the one before: what was learned lags behind. A pause makes one step smaller
+# by no more than this.
 MAX_SLOWER = 1.5
 
 
