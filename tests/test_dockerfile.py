@@ -13,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pyserve.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -130,3 +133,19 @@ def test_the_health_check(status: int, exit_code: int) -> None:
         env = {"http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
         done = subprocess.run([sys.executable, "-c", moved], env=env, check=False, timeout=60)
     assert done.returncode == exit_code
+
+
+def test_the_kubernetes_recipe_says_what_pyserve_knows() -> None:
+    """Its flags, its paths of health, its port, and times that fit each other."""
+    documents = list(yaml.safe_load_all((ROOT / "bench" / "kubernetes.yaml").read_text()))
+    assert [it["kind"] for it in documents] == ["Secret", "Deployment", "Service", "Ingress"]
+    pod = documents[1]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    args = parse_args(container["args"])
+    assert args.port == container["ports"][0]["containerPort"]
+    assert args.shutdown_timeout + 5 < pod["terminationGracePeriodSeconds"]
+    probes = {name: container[name]["httpGet"]["path"] for name in container if "Probe" in name}
+    assert probes == {
+        "startupProbe": "/health/live", "livenessProbe": "/health/live", "readinessProbe": "/health"
+    }  # fmt: skip
+    assert documents[2]["spec"]["ports"][0]["targetPort"] == args.port

@@ -19,6 +19,7 @@ import pytest
 from bench.lost_rank import followers_of
 from tests.e2e.conftest import ROOT, Server, start_server
 from tests.e2e.test_life import LONG
+from tests.model import peft
 from tests.waiting import wait_until
 
 FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16")
@@ -41,20 +42,41 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
             "type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}
         },
     }),
+    ("/v1/completions", {"prompt": PROMPT, "model": "extra", "temperature": 0, "max_tokens": 16,
+                         "logprobs": 2}),
 ]  # fmt: skip
 
 
 def answers(server: Server) -> list[Any]:
     return [
-        server.json(path, body | {"model": "pyserve-demo"})["choices"] for path, body in QUESTIONS
+        server.json(path, {"model": "pyserve-demo"} | body)["choices"] for path, body in QUESTIONS
     ]
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """With an adapter of each kind of matrix."""
+    shapes = {}
+    for layer in range(8):
+        for name, shape in (
+            ("mlp.down", (256, 576)),
+            ("mlp.up", (576, 256)),
+            ("self_attn.k", (128, 256)),
+            ("self_attn.o", (256, 256)),
+        ):
+            shapes[f"model.layers.{layer}.{name}_proj"] = shape
+    folder = peft.write_adapter(tmp_path_factory.mktemp("adapter") / "extra", shapes, size=1.0)
+    return (*FLAGS, "--enable-lora", "--lora-modules", f"extra={folder}")
+
+
+@pytest.fixture(scope="module")
+def expected(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What one process answers."""
-    with start_server(tmp_path_factory.mktemp("one") / "log", *FLAGS) as alone:
-        return answers(alone)
+    with start_server(tmp_path_factory.mktemp("one") / "log", *flags) as alone:
+        found = answers(alone)
+    plain, adapted = found[0][0]["text"].removeprefix(PROMPT), found[-1][0]["text"]
+    assert not plain.startswith(adapted), "the adapter changes something"
+    return found
 
 
 def assert_close(one: Any, other: Any) -> None:
@@ -75,10 +97,12 @@ def assert_close(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
-def test_the_answers_of_one_process(tp_size: int, expected: list[Any], tmp_path: Path) -> None:
+def test_the_answers_of_one_process(
+    tp_size: int, flags: tuple[str, ...], expected: list[Any], tmp_path: Path
+) -> None:
     """With 4, two ranks hold each KV head."""
-    flags = (*FLAGS, "--tensor-parallel-size", str(tp_size))
-    with start_server(tmp_path / "log", *flags) as server:
+    size = ("--tensor-parallel-size", str(tp_size))
+    with start_server(tmp_path / "log", *flags, *size) as server:
         assert len(followers_of(server.process.pid)) == tp_size - 1
         for _ in range(2):  # prompts are in the prefix cache then
             assert_close(answers(server), expected)

@@ -24,7 +24,8 @@ SHAPE = StepShape(5, 3, 2, 4)
 ALL_CALLS: list[calls.AnyCall] = [
     calls.Bring(b"\x00\x01"), calls.Forward(SHAPE, True), calls.Sample(SHAPE, [1, 2]),
     calls.Record(SHAPE), calls.Reset(), calls.AllocateKV(7), calls.FreeKV(), calls.DropModel(),
-    calls.TakeModel(), calls.PutAdapter(1, "/x", {"q": 0.5}), calls.Measure(),
+    calls.TakeModel(), calls.Measure(),
+    calls.PutAdapter(1, "/x", "float32", [calls.StoredPair("q", 8, 64, 32, 0.5)]),
 ]  # fmt: skip
 
 

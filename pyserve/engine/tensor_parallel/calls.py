@@ -52,12 +52,23 @@ class TakeModel(Call, frozen=True, array_like=True):
     """Load it again where it was dropped."""
 
 
+class StoredPair(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter's a [size, in_features] and b [out_features, size] of a module, in a file."""
+
+    module: str
+    size: int
+    in_features: int
+    out_features: int
+    scale: float
+
+
 class PutAdapter(Call, frozen=True, array_like=True):
-    """The adapter's matrices are in the safetensors file `path`: "a" and "b" and the module."""
+    """The matrices lie one after the other in the file `path`, as numbers of torch's `dtype`."""
 
     slot: int
     path: str
-    scales: dict[str, float]
+    dtype: str
+    pairs: list[StoredPair]
 
 
 class Measure(Call, frozen=True, array_like=True):

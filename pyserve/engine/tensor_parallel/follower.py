@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import numpy as np
-import safetensors.torch
 import torch
 
 from pyserve import allocator, log
@@ -183,13 +182,22 @@ def _make(call: calls.AnyCall, executor: StepExecutor) -> None:
         case calls.DropModel():
             executor.drop_model()
             allocator.trim()
-        case calls.PutAdapter(slot, path, scales):
-            sides = safetensors.torch.load_file(path)
-            pairs = {
-                name: Pair(sides[f"a {name}"], sides[f"b {name}"], scale)
-                for name, scale in scales.items()
-            }
-            executor.put_adapter(AdapterLoad(slot, Adapter("", 0, AdapterWeights(pairs, ""))))
+        case calls.PutAdapter():
+            weights = AdapterWeights(_read_pairs(call), "")
+            executor.put_adapter(AdapterLoad(call.slot, Adapter("", 0, weights)))
+
+
+def _read_pairs(call: calls.PutAdapter) -> dict[str, Pair]:
+    dtype = getattr(torch, call.dtype)
+    numbers = torch.from_numpy(np.fromfile(call.path, np.uint8)).view(dtype)
+    sizes = [
+        num for it in call.pairs for num in (it.size * it.in_features, it.out_features * it.size)
+    ]
+    flat = iter(torch.split(numbers, sizes))
+    return {
+        it.module: Pair(next(flat).view(it.size, -1), next(flat).view(-1, it.size), it.scale)
+        for it in call.pairs
+    }
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import safetensors.torch
+import torch
 
 from pyserve import log
 from pyserve.config import EngineConfig
@@ -46,7 +46,7 @@ from pyserve.model.adapter_weights import AdapterWeights
 
 MODULE = "pyserve.engine.tensor_parallel.follower"
 NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
-CALL_BYTES = 2**16  # of a message besides words and rows
+CALL_BYTES = 2**18  # of a message besides words and rows
 SILENT_S = 5.0  # without a beat: it hangs. A busy machine may hold a process for a second or two
 CAUSE_S = 1.0  # that the end of a process may be told after what it does to a step
 END_S = 5.0  # to end in peace
@@ -147,16 +147,21 @@ class Followers:
 
     def tell_adapter(self, slot: int, weights: AdapterWeights) -> None:
         """Have all put an adapter into a slot, from memory that has a path."""
-        tensors = {f"a {name}": pair.a for name, pair in weights.pairs.items()}
-        tensors |= {f"b {name}": pair.b for name, pair in weights.pairs.items()}
         fd = os.memfd_create("pyserve-adapter")
         with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(safetensors.torch.save(tensors))
+            for pair in weights.pairs.values():
+                for matrix in (pair.a, pair.b):
+                    file.write(matrix.contiguous().view(torch.uint8).numpy().data)
         self._kept.append(fd)
         if len(self._kept) > NUM_KEPT:
             os.close(self._kept.popleft())
-        scales = {name: pair.scale for name, pair in weights.pairs.items()}
-        self.tell(calls.PutAdapter(slot, f"/proc/{os.getpid()}/fd/{fd}", scales))
+        pairs = [
+            calls.StoredPair(name, len(pair.a), pair.a.shape[1], len(pair.b), pair.scale)
+            for name, pair in weights.pairs.items()
+        ]
+        (dtype,) = {str(pair.a.dtype) for pair in weights.pairs.values()}
+        path = f"/proc/{os.getpid()}/fd/{fd}"
+        self.tell(calls.PutAdapter(slot, path, dtype.removeprefix("torch."), pairs))
 
     def cause(self, error: Exception) -> str:
         """Why a step has failed with `error` here: most likely because a rank has gone."""
