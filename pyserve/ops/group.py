@@ -6,6 +6,7 @@ the plain way, through torch.distributed: gloo between processes on a CPU, NCCL 
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +62,9 @@ class ProcessGroup:
         Raises DeviceError where they do not come in JOIN_S.
         """
         self.tp_rank, self.tp_size = tp_rank, tp_size
+        # Sums in the switch need multicast memory, which can take the cards of a shared host out of
+        # service where a process that has it dies.
+        os.environ["NCCL_NVLS_ENABLE"] = "0"
         store = dist.FileStore(str(meeting), tp_size)  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=JOIN_S))
         try:

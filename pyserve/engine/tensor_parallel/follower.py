@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 
-from pyserve import allocator, log
+from pyserve import allocator, collector, log
 from pyserve.client import Adapter
 from pyserve.engine import devices
 from pyserve.engine.batch import AdapterLoad, Asked
@@ -173,7 +173,8 @@ def _make(call: calls.AnyCall, executor: StepExecutor) -> None:
                 executor.asked.copy_(torch.from_numpy(packed))
             executor.sample(shape, (), asked)
         case calls.Record(shape):
-            executor.record(shape)
+            with collector.paused():  # as CudaRunner does
+                executor.record(shape)
         case calls.Reset():
             executor.reset()
         case calls.FreeKV():
