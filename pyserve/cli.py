@@ -26,6 +26,7 @@ from pyserve.config import (
     LaunchConfig,
     ServerConfig,
     env,
+    launched,
     named_keys,
 )
 from pyserve.errors import CheckpointError, ConfigError, StartupError
@@ -77,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         engine_config = _engine_config(args, DEMO_MODEL)  # refuses bad values before the port opens
         _check_paths(args, server_config)
         _check_adapters(engine_config, server_config)
+        here = launched()
+        if here is not None and here.tp_rank > 0:
+            log.setup(launch.log_level, prefix=f"rank {here.tp_rank}: ")
+            _prepare_threads()
+            return _follow(args)
         name = server_config.served_model_names[0]
         log.get_logger().info("pyserve %s is starting (model %s)", __version__, name)
         if batch is None or batch.enable_metrics:
@@ -334,6 +340,28 @@ def _find_adapter(
         name, flag=flag, token=launch.token, download_dir=launch.download_dir,
         progress=progress,
     )  # fmt: skip
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """As one of the ranks that torchrun has started, which serves nobody by itself."""
+    from pyserve.engine.preload import Preload
+    from pyserve.engine.tensor_parallel.follower import follow_launched
+    from pyserve.model.config import ModelConfig
+
+    def report(phase: str, done: int, total: int) -> None:
+        """The leader tells of its own progress."""
+
+    launch = _launch_config(args)
+    model_path = DEMO_MODEL
+    if launch.model is not None:
+        preload = Preload(is_card_wanted=False)
+        model_path = _resolve(args, report, preload, flag="--model", revision=launch.revision)
+        preload.end()
+    config = _engine_config(args, model_path)
+    model = ModelConfig.from_path(model_path, use=config.use)
+    if model.pooling is not None and model.pooling.kind == "score":
+        config = replace(config, answer_ids=_tokenizer(model_path).ids_of(model.pooling.answers))
+    return follow_launched(config)
 
 
 def _resolve(

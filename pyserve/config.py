@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pyserve.errors import ConfigError
 from pyserve.flag_rows import (
@@ -132,7 +132,7 @@ class EngineConfig:
         "auto", "auto, float16, bfloat16 or float32", group="model", metavar="TYPE", synonyms=HALVES
     )
     quantization: Quantized | None = flag(
-        None, "awq or fp8 (16-bit models too), gptq, compressed-tensors",
+        None, "awq or fp8 (of any model), gptq, compressed-tensors",
         "model's", group="model", metavar="METHOD", read=quantization, short="-q",
     )  # fmt: skip
     runner: Runner = flag(
@@ -432,6 +432,27 @@ def named_keys(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
 def env(name: str) -> str | None:
     """Value of an environment variable; None where it is unset or empty."""
     return os.environ.get(name) or None
+
+
+class Launched(NamedTuple):
+    """What torchrun tells each process that it starts.
+
+    local_index  of this process among those on its machine.
+    """
+
+    tp_rank: int
+    tp_size: int
+    local_index: int
+
+
+def launched() -> Launched | None:
+    """Where torchrun has started this process, beside others on this machine or on several."""
+    if env("TORCHELASTIC_RUN_ID") is None:
+        return None
+    words = [env(name) or "" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, got {words}")
+    return Launched(*map(int, words))
 
 
 def cache_dir() -> Path:

@@ -20,6 +20,7 @@ from pyserve.engine.masks import MaskWorkers
 from pyserve.engine.queue_bound import Load, QueueBound
 from pyserve.engine.sleep import AWAKE, Sleep
 from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tensor_parallel.launched import LaunchedFollowers
 from pyserve.engine.trace import Trace
 from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableError
 from pyserve.host import num_threads
@@ -54,7 +55,7 @@ class AsyncEngine:
     def __init__(
         self, engine: Engine, info: EngineInfo, trace: Trace | None = None,
         sleep: Sleep | None = None, adapters: AdapterStore | None = None,
-        followers: Followers | None = None,
+        followers: Followers | LaunchedFollowers | None = None,
     ) -> None:  # fmt: skip
         self.adapters = adapters
         self._followers = followers

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pyserve import log
-from pyserve.config import Device, Dtype, EngineConfig, LogprobsMode
+from pyserve.config import Device, Dtype, EngineConfig, LogprobsMode, launched
 from pyserve.engine.planner import CardMemory
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.config import CheckpointDtype, ModelConfig
@@ -34,15 +34,26 @@ def resolve_device(wanted: Device, *, is_demo: bool, tp_rank: int = 0) -> torch.
         say("no NVIDIA card found: serving on the CPU")
         return CPU
     try:
-        cuda_card.check_cuda()
+        cuda_card.check_cuda(_index(tp_rank))
     except StartupError as error:
         remedy = "" if "--device cpu" in str(error) else "; or pass --device cpu"
         raise StartupError(f"{error}{remedy}") from error
-    return torch.device("cuda", tp_rank)
+    return torch.device("cuda", _index(tp_rank))
+
+
+def _index(tp_rank: int) -> int:
+    """Of a rank's card on its machine."""
+    here = launched()
+    return tp_rank if here is None else here.local_index
 
 
 def check_cards(device: torch.device, tp_size: int) -> None:
     """Raise ConfigError where there are not so many cards of one kind."""
+    here = launched()
+    if here is not None and here.tp_size != tp_size:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}, but torchrun has started {here.tp_size} processes"
+        )
     if device.type == "cpu" or tp_size == 1:
         return
     if not SHARES_CARDS:
@@ -50,6 +61,8 @@ def check_cards(device: torch.device, tp_size: int) -> None:
             f"--tensor-parallel-size {tp_size} is not built yet on NVIDIA cards: leave it out, or "
             "pass --device cpu"
         )
+    if here is not None:  # one card of this machine, others of theirs
+        return
     num_cards = torch.cuda.device_count()
     if num_cards < tp_size:
         raise ConfigError(
@@ -114,6 +127,8 @@ def check_adapters(
     """Raise ConfigError where adapters are asked for and cannot be added here."""
     if not config.enable_lora:
         return
+    if launched() is not None:
+        raise ConfigError("--enable-lora is not built yet under torchrun")
     if device.type == "cuda":
         raise ConfigError(
             "--enable-lora is not built yet on an NVIDIA card: merge the adapter into the model, "

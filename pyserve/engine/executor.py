@@ -31,6 +31,7 @@ from pyserve.engine.graphs import MAX_GRAPH_TOKENS, GraphCache, has_same_bits
 from pyserve.engine.state import StepLimits, StepState
 from pyserve.engine.tensor_parallel import calls
 from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tensor_parallel.launched import LaunchedFollowers
 from pyserve.engine.tiles import Tile, pool, share_tokens, tiles_of
 from pyserve.errors import DeviceError
 from pyserve.model.activations import Activations, Arena
@@ -71,7 +72,7 @@ class StepExecutor:
 
     def __init__(
         self, model: Decoder, limits: StepLimits, *, logprobs_mode: LogprobsMode = "raw_logprobs",
-        followers: Followers | None = None,
+        followers: Followers | LaunchedFollowers | None = None,
     ) -> None:  # fmt: skip
         self.limits = limits
         self._followers = followers

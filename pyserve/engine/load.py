@@ -88,7 +88,7 @@ def build_engine(
         for remark in model_config.quantization.remarks():
             logger.warning("%s", remark)
     _log_plan(config, start.plan)
-    ranks = Ranks(config)
+    ranks = Ranks(config, start.device)
     with ranks.ended_by_errors():
         return _build(config, start, ranks, trace, progress, find_adapter)
 
@@ -106,7 +106,7 @@ def _build(
         report=lambda done, total: progress("build", done, total),
     )
     progress("build", 1, 1)
-    plan = ranks.join(start.plan, start.device)
+    plan = ranks.join(start.plan)
     with _card_may_be_full(plan):
         load = partial(load_weights, config, start, plan.max_model_len, group=ranks.group)
         model = load(progress=progress)

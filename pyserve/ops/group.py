@@ -80,6 +80,24 @@ class ProcessGroup:
             first_line, _, _ = str(error).partition("\n")
             raise DeviceError(f"{tp_size} ranks did not come together: {first_line}") from error
 
+    @classmethod
+    def launched(cls, device: torch.device) -> ProcessGroup:
+        """Of the ranks that torchrun has started, on whichever machines. Raises DeviceError."""
+        group = cls.__new__(cls)
+        os.environ["NCCL_NVLS_ENABLE"] = "0"
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        try:
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=STEP_S),
+                device_id=None if device.type == "cpu" else device,
+            )
+        except (RuntimeError, ValueError) as error:
+            first_line, _, _ = str(error).partition("\n")
+            raise DeviceError(f"the ranks did not come together: {first_line}") from error
+        group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
+        return group
+
     def all_reduce(self, x: torch.Tensor) -> None:
         dist.all_reduce(x)
 
@@ -99,3 +117,8 @@ class ProcessGroup:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def join_group(meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device) -> Group:
+    """The Group of ranks on one machine. Raises DeviceError; see ProcessGroup."""
+    return ProcessGroup(meeting, tp_rank, tp_size, device)

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.lost_rank import followers_of
+from bench.server_process import free_port
 from tests.e2e.conftest import ROOT, Server, start_server
 from tests.e2e.test_life import LONG
 from tests.model import peft
@@ -47,9 +48,9 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def answers(server: Server) -> list[Any]:
+def answers(server: Server, questions: list[tuple[str, Any]] = QUESTIONS) -> list[Any]:
     return [
-        server.json(path, {"model": "pyserve-demo"} | body)["choices"] for path, body in QUESTIONS
+        server.json(path, {"model": "pyserve-demo"} | body)["choices"] for path, body in questions
     ]
 
 
@@ -153,6 +154,38 @@ def test_a_rank_that_is_lost_ends_all(pair: Server, number: signal.Signals) -> N
     assert all(f'"message":"{why}' in end for end in ends), ends[0][-300:]
     assert took_s < (2 if number == signal.SIGKILL else 8)
     assert why in pair.log.read_text()
+
+
+def test_two_nodes_of_torchrun(expected: list[Any], tmp_path: Path) -> None:
+    """Each an agent with a process of its own; here both on one machine."""
+    meeting, port = free_port(), free_port()
+    flags = [*FLAGS, "--tensor-parallel-size", "2", "--device", "cpu", "--port", str(port)]
+    with (tmp_path / "log").open("w") as sink, ExitStack() as stack:
+        agents = []
+        for node in range(2):
+            where = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
+            where += ["--master-addr", "127.0.0.1", "--master-port", str(meeting)]
+            agent = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *where, "-m", "pyserve", *flags],
+                cwd=ROOT, stdout=sink, stderr=sink, text=True,
+            )  # fmt: skip
+            stack.callback(agent.wait)
+            stack.callback(agent.kill)
+            agents.append(agent)
+        server = Server(agents[0], port, tmp_path / "log")
+        server.wait_ready(120)
+        assert_close(answers(server, QUESTIONS[:4]), expected[:4])
+        (other,) = children_of(agents[1].pid)
+        os.kill(other, signal.SIGKILL)
+        assert all(agent.wait(60) != 0 for agent in agents)
+        log = server.log.read_text()
+        assert "rank 1 of 2 holds its part of each layer on cpu" in log
+        assert "rank 1 has gone; exiting" in log
+
+
+def children_of(pid: int) -> list[int]:
+    paths = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(word) for path in paths for word in path.read_text().split()]
 
 
 def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:

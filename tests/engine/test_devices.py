@@ -25,21 +25,21 @@ from tests.engine.tiny import CONFIG
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def usable() -> None:
+def usable(index: int) -> None:
     pass
 
 
-def unusable() -> None:
+def unusable(index: int) -> None:
     raise StartupError("the NVIDIA driver is too old: update it")
 
 
-def unusable_with_a_remedy() -> None:
+def unusable_with_a_remedy(index: int) -> None:
     raise StartupError("no NVIDIA card: get one, or pass --device cpu")
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    def make(*, has_card: bool, check: Callable[[], None], has_driver: bool = False) -> None:
+    def make(*, has_card: bool, check: Callable[[int], None], has_driver: bool = False) -> None:
         monkeypatch.setattr(cuda_card, "has_card", lambda: has_card)
         monkeypatch.setattr(cuda_card, "check_cuda", check)
         (tmp_path / "driver").write_text("") if has_driver else None
@@ -58,7 +58,7 @@ def test_auto_takes_a_card_that_works(machine: Callable[..., None]) -> None:
 @pytest.mark.parametrize("has_card", [True, False])
 @pytest.mark.parametrize("check", [unusable, unusable_with_a_remedy])
 def test_a_card_that_does_not_work_is_an_error(
-    machine: Callable[..., None], has_card: bool, check: Callable[[], None]
+    machine: Callable[..., None], has_card: bool, check: Callable[[int], None]
 ) -> None:
     machine(has_card=has_card, check=check, has_driver=not has_card)
     with pytest.raises(StartupError) as caught:

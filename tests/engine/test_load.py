@@ -171,7 +171,12 @@ def test_a_card_s_kv_cache_comes_last(
     )
     with caplog.at_level(logging.INFO, "pyserve"):
         runner, fitted = load._start_runner(
-            executor, config, plan, before, lambda *told: reports.append(told), Ranks(config)
+            executor,
+            config,
+            plan,
+            before,
+            lambda *told: reports.append(told),
+            Ranks(config, torch.device("cpu")),
         )
     assert reports == [("warmup", 0, 2), ("warmup", 1, 2)]
     left_bytes = int(0.9 * 2**30) - used_bytes - dict(plan.ledger)["CUDA graphs"]

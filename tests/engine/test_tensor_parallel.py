@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from pyserve.config import EngineConfig
+from pyserve.config import EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.batch import StepShape
 from pyserve.engine.tensor_parallel import calls, news, ring
@@ -93,7 +93,7 @@ def test_a_follower_that_cannot_start_is_told_in_its_own_words(tmp_path: Path) -
         assert both.cause(RuntimeError("x")).startswith("rank 1")
     finally:
         both.close()
-    assert not both.meeting.parent.exists()
+    assert not both._folder.exists()
 
 
 def test_a_follower_that_does_not_come_is_named(
@@ -113,3 +113,17 @@ def test_cards_are_refused_until_a_step_has_run_there() -> None:
         devices.check_cards(torch.device("cuda"), 2)
     devices.check_cards(torch.device("cuda"), 1)
     devices.check_cards(devices.CPU, 2)
+
+
+def test_what_torchrun_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert launched() == (3, 4, 1)
+    devices.check_cards(devices.CPU, 4)
+    with pytest.raises(ConfigError, match="size 2, but torchrun has started 4 processes"):
+        devices.check_cards(devices.CPU, 2)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ConfigError, match="must be numbers"):
+        launched()

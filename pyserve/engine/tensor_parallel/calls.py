@@ -71,11 +71,15 @@ class PutAdapter(Call, frozen=True, array_like=True):
     pairs: list[StoredPair]
 
 
+class Close(Call, frozen=True, array_like=True):
+    """End: there will be no other call."""
+
+
 class Measure(Call, frozen=True, array_like=True):
     """Tell the leader what memory the card shows now."""
 
 
 AnyCall = (
     Bring | Forward | Sample | Record | Reset | AllocateKV | FreeKV | DropModel | TakeModel
-    | PutAdapter | Measure
+    | PutAdapter | Measure | Close
 )  # fmt: skip

@@ -16,13 +16,15 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import torch
 
-from pyserve import allocator, collector, log
+from pyserve import __version__, allocator, collector, log
 from pyserve.client import Adapter
+from pyserve.config import EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.batch import AdapterLoad, Asked
 from pyserve.engine.executor import StepExecutor
@@ -30,6 +32,7 @@ from pyserve.engine.load import load_weights, settle_start
 from pyserve.engine.planner import CardMemory
 from pyserve.engine.state import StepLimits
 from pyserve.engine.tensor_parallel import calls
+from pyserve.engine.tensor_parallel.launched import LaunchedLine
 from pyserve.engine.tensor_parallel.news import (
     BEAT_S,
     MAX_BYTES,
@@ -50,74 +53,129 @@ from pyserve.errors import StartupError
 from pyserve.model.adapter_weights import AdapterWeights, Pair
 from pyserve.model.decoder import Decoder
 from pyserve.ops import build
-from pyserve.ops.group import ProcessGroup
+from pyserve.ops.group import Group, join_group
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # the leader heeds them
 
 
+class Line(Protocol):
+    """How a follower hears from its leader, and is heard."""
+
+    tp_rank: int
+
+    def tell(self, news: News) -> None: ...
+
+    def begin(self) -> Begin:
+        """Waits for the leader's plan."""
+
+    def join(self, device: torch.device) -> Group:
+        """The Group of all ranks, once it has begun."""
+
+    def call(self) -> bytes:
+        """Waits for the next call."""
+
+
+class LocalLine:
+    """To a leader that has started this process: a socket, and from `begin` on a ring.
+
+    Ends the process with the leader.
+    """
+
+    def __init__(self, sock: socket.socket, start: Start) -> None:
+        self.tp_rank = start.tp_rank
+        self._sock, self._start = sock, start
+        self._begins: queue.SimpleQueue[tuple[Begin, list[int]]] = queue.SimpleQueue()
+        self._ring: Ring | None = None
+        threading.Thread(target=self._live, name="leader", daemon=True).start()
+
+    def tell(self, news: News) -> None:
+        self._sock.send(encode(news))
+
+    def begin(self) -> Begin:
+        begin, fds = self._begins.get()
+        self._ring = Ring(fds, place_bytes=begin.place_bytes, num_places=begin.num_places)
+        return begin
+
+    def join(self, device: torch.device) -> Group:
+        tp_size = self._start.config.tensor_parallel_size
+        return join_group(self._start.meeting, self.tp_rank, tp_size, device)
+
+    def call(self) -> bytes:
+        assert self._ring is not None
+        return self._ring.get(self.tp_rank - 1)
+
+    def _live(self) -> None:
+        """On a thread of its own: tells that this process lives, and ends it with the leader."""
+        beat = encode(Beat())
+        beat_s = 0.0
+        while True:
+            ready, _, _ = select.select([self._sock], [], [], BEAT_S)
+            try:
+                if ready:
+                    news, fds = receive(self._sock)
+                    if news is None:
+                        break
+                    assert isinstance(news, Begin), news
+                    self._begins.put((news, fds))
+                if time.monotonic() - beat_s >= BEAT_S:
+                    beat_s = time.monotonic()
+                    self._sock.send(beat)
+            except OSError:
+                break
+        log.flush(0.1)
+        os._exit(0)
+
+
 def main() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     start = decode_start(sock.recv(MAX_BYTES))
+    line = LocalLine(sock, start)
     log.setup(start.log_level, prefix=f"rank {start.tp_rank}: ")
     allocator.fix_thresholds()
-    begins: queue.SimpleQueue[tuple[Begin, list[int]]] = queue.SimpleQueue()
-    threading.Thread(target=_live, args=(sock, begins), name="leader", daemon=True).start()
+    os._exit(follow(start.config, line))  # what it holds may not be free to go
+
+
+def follow_launched(config: EngineConfig) -> int:
+    """As a follower that torchrun has started; returns the exit code. Raises StartupError."""
+    here = launched()
+    assert here is not None
+    device = devices.resolve_device(config.device, is_demo=False, tp_rank=here.tp_rank)
+    return follow(config, LaunchedLine(device))
+
+
+def follow(config: EngineConfig, line: Line) -> int:
+    """Do what the leader does, until it ends; returns the exit code."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    code = 1
     try:
-        _follow(start, sock, begins)
+        _follow(config, line)
+        code = 0
     except StartupError as error:
-        sock.send(encode(Failed(str(error))))
+        line.tell(Failed(str(error)))
     except BaseException as error:
-        first_line, _, _ = str(error).partition("\n")
-        sock.send(encode(Failed(f"{type(error).__name__}: {first_line[:500]}")))
         log.get_logger().exception("this rank has stopped")
+        first_line, _, _ = str(error).partition("\n")
+        if isinstance(line, LocalLine):  # the leader listens at all times
+            line.tell(Failed(f"{type(error).__name__}: {first_line[:500]}"))
     log.flush()
-    os._exit(1)  # what it holds may not be free to go
+    return code
 
 
-def _live(sock: socket.socket, begins: queue.SimpleQueue[tuple[Begin, list[int]]]) -> None:
-    """On a thread of its own: tells that this process lives, and ends it with the leader."""
-    beat = encode(Beat())
-    beat_s = 0.0
-    while True:
-        ready, _, _ = select.select([sock], [], [], BEAT_S)
-        try:
-            if ready:
-                news, fds = receive(sock)
-                if news is None:
-                    break
-                assert isinstance(news, Begin), news
-                begins.put((news, fds))
-            if time.monotonic() - beat_s >= BEAT_S:
-                beat_s = time.monotonic()
-                sock.send(beat)
-        except OSError:
-            break
-    log.flush(0.1)
-    os._exit(0)
-
-
-def _follow(
-    start: Start, sock: socket.socket, begins: queue.SimpleQueue[tuple[Begin, list[int]]]
-) -> None:
-    """Plan, load, and from then on do what is told; returns never."""
-    config, tp_rank = start.config, start.tp_rank
-
-    def tell(news: News) -> None:
-        sock.send(encode(news))
-
-    own = settle_start(config, tp_rank=tp_rank)
+def _follow(config: EngineConfig, line: Line) -> None:
+    """Plan, load, and from then on do what is told."""
+    own = settle_start(config, tp_rank=line.tp_rank)
     plan = own.plan
-    tell(Planned(plan.num_blocks, plan.max_model_len, devices.describe(own.device)))
-    begin, fds = begins.get()
+    shown = devices.describe(own.device)
+    line.tell(Planned(plan.num_blocks, plan.max_model_len, shown, __version__))
+    begin = line.begin()
     torch.set_num_threads(begin.num_threads)
     build.load_native(
         is_reference_allowed=config.allow_reference_ops,
         progress=log.get_logger().info,
         device="cuda" if own.device.type == "cuda" else "cpu",
     )
-    group = ProcessGroup(start.meeting, tp_rank, config.tensor_parallel_size, own.device)
+    group = line.join(own.device)
 
     def load() -> Decoder:
         return load_weights(config, own, begin.max_model_len, group=group)
@@ -131,8 +189,7 @@ def _follow(
         logits_tile_rows=begin.logits_tile_rows,
     )
     executor = StepExecutor(load(), limits)
-    tell(Loaded(time.monotonic() - began_s))
-    ring = Ring(fds, place_bytes=begin.place_bytes, num_places=begin.num_places)
+    line.tell(Loaded(time.monotonic() - began_s))
     gc.collect()
     gc.freeze()
     stream: AbstractContextManager[object] = nullcontext()
@@ -141,7 +198,9 @@ def _follow(
         own_stream = torch.cuda.Stream(own.device)  # type: ignore[no-untyped-call]
         stream = torch.cuda.stream(own_stream)
     while True:
-        call = msgspec.msgpack.decode(ring.get(tp_rank - 1), type=calls.AnyCall)
+        call = msgspec.msgpack.decode(line.call(), type=calls.AnyCall)
+        if isinstance(call, calls.Close):
+            return
         if isinstance(call, calls.AllocateKV):  # as CudaRunner does
             executor.allocate_kv(call.num_blocks)
         elif isinstance(call, calls.TakeModel):
@@ -149,7 +208,7 @@ def _follow(
         elif isinstance(call, calls.Measure):
             assert isinstance(own.memory, CardMemory)
             now = devices.card_memory(own.device)
-            tell(Shown(now.total_bytes, own.memory.used_bytes, now.used_bytes))
+            line.tell(Shown(now.total_bytes, own.memory.used_bytes, now.used_bytes))
         else:
             with stream:
                 _make(call, executor)

@@ -43,6 +43,7 @@ from pyserve.engine.tensor_parallel.news import (
 from pyserve.engine.tensor_parallel.ring import Ring
 from pyserve.errors import DeviceError, StartupError
 from pyserve.model.adapter_weights import AdapterWeights
+from pyserve.ops.group import LEADER, Group, join_group
 
 MODULE = "pyserve.engine.tensor_parallel.follower"
 NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
@@ -89,7 +90,7 @@ class Followers:
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="pyserve-"))
-        self.meeting = self._folder / "meeting"
+        self._meeting = self._folder / "meeting"
         self._changed = threading.Condition()
         self._lost: str | None = None
         self._on_lost: Callable[[str], object] | None = None
@@ -100,12 +101,16 @@ class Followers:
         self._all = [
             _Follower(
                 tp_rank,
-                Start(config, tp_rank, str(self.meeting), level),
+                Start(config, tp_rank, str(self._meeting), level),
             )
             for tp_rank in range(1, config.tensor_parallel_size)
         ]
         self._listening = threading.Thread(target=self._listen, name="followers", daemon=True)
         self._listening.start()
+
+    def join(self, device: torch.device) -> Group:
+        """The leader's Group; the others come to it as soon as they have begun."""
+        return join_group(self._meeting, LEADER, 1 + len(self._all), device)
 
     def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
         """The next word of that kind from each. Raises StartupError where one does not come."""

@@ -34,6 +34,7 @@ class Planned(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int
     max_model_len: int
     device: str  # what it is
+    version: str  # of pyserve
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -79,7 +80,11 @@ def decode_start(data: bytes) -> Start:
     return msgspec.json.decode(data, type=Start, dec_hook=lambda kind, text: kind(text))
 
 
+def decode(data: bytes) -> News:
+    return msgspec.json.decode(data, type=News)
+
+
 def receive(sock: socket.socket) -> tuple[News | None, list[int]]:
     """The next message and the descriptors that came along; None where the other end has gone."""
     data, fds, _, _ = socket.recv_fds(sock, MAX_BYTES, 16)
-    return (msgspec.json.decode(data, type=News) if data else None), fds
+    return (decode(data) if data else None), fds

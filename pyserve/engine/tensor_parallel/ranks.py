@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from pyserve import host, log
-from pyserve.config import EngineConfig
+from pyserve import __version__, host, log
+from pyserve.config import EngineConfig, launched
 from pyserve.engine.batch import max_step_words
 from pyserve.engine.planner import CardMemory, MemoryPlan, with_blocks
 from pyserve.engine.tensor_parallel import calls
 from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tensor_parallel.launched import LaunchedFollowers
 from pyserve.engine.tensor_parallel.news import Begin, Loaded, Planned, Shown
-from pyserve.ops.group import LEADER, Group, ProcessGroup
+from pyserve.errors import StartupError
+from pyserve.ops.group import Group
 
 PLAN_S = 300.0  # to start a process, import what serves, and read config.json on a slow disk
 LOAD_S = 3600.0  # longer than the leader takes to load its own part
@@ -28,13 +30,16 @@ class Ranks:
     followers, group   None then; `group` is None until `join`, too.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Starts the others' processes, which takes them seconds."""
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        """Starts the others' processes, which takes them seconds, or meets those that torchrun has
+        started. Raises DeviceError where they do not come."""
         self._config = config
-        self.followers: Followers | None = None
+        self._device = device
+        self.followers: Followers | LaunchedFollowers | None = None
         self.group: Group | None = None
         if config.tensor_parallel_size > 1:
-            self.followers = Followers(config)
+            is_launched = launched() is not None
+            self.followers = LaunchedFollowers(device) if is_launched else Followers(config)
 
     @property
     def num_threads(self) -> int:
@@ -51,7 +56,7 @@ class Ranks:
                 self.followers.close()
             raise
 
-    def join(self, plan: MemoryPlan, device: torch.device) -> MemoryPlan:
+    def join(self, plan: MemoryPlan) -> MemoryPlan:
         """Let all begin to load; the plan that each of them has room for. Raises StartupError."""
         if self.followers is None:
             return plan
@@ -61,6 +66,11 @@ class Ranks:
         max_model_len = min(plan.max_model_len, *(it.max_model_len for it in all_planned))
         plan = replace(with_blocks(plan, num_blocks), max_model_len=max_model_len)
         for tp_rank, planned in enumerate(all_planned, 1):
+            if planned.version != __version__:
+                raise StartupError(
+                    f"rank {tp_rank} runs pyserve {planned.version}, and rank 0 {__version__}: "
+                    "install one version everywhere"
+                )
             log.get_logger().info(
                 "rank %d of %d holds its part of each layer on %s", tp_rank, tp_size, planned.device
             )
@@ -79,7 +89,7 @@ class Ranks:
             block_size=plan.block_size, num_adapter_slots=self._config.num_adapter_slots,
         )  # fmt: skip
         self.followers.begin(begin, num_step_words=num_step_words)
-        self.group = ProcessGroup(self.followers.meeting, LEADER, tp_size, device)
+        self.group = self.followers.join(self._device)
         return plan
 
     def wait_loaded(self) -> None:

@@ -1,0 +1,231 @@
+"""The ranks of one model where torchrun has started them all, on one machine or on several.
+
+Beside the group of their steps they have one of gloo for words: calls of the leader, which all
+others get, and news of the others, which the leader gets. torchrun ends the others of a machine
+where one ends, not those of other machines: so each follower holds a line to the leader, a TCP
+connection that says nothing, and whose end tells both that the other has gone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn, TypeVar
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from pyserve import log
+from pyserve.config import env
+from pyserve.engine.tensor_parallel import calls
+from pyserve.engine.tensor_parallel.news import Begin, Failed, News, decode, encode
+from pyserve.errors import DeviceError, StartupError
+from pyserve.model.adapter_weights import AdapterWeights
+from pyserve.ops.group import LEADER, Group, ProcessGroup
+
+PIECE_BYTES = 4096  # that go at once: most calls are shorter
+LENGTH_BYTES = 8
+SECRET_BYTES = 16  # that a follower shows the leader, so that no stranger holds a line
+LINE_S = 30.0  # for all followers to connect
+PEACE_S = 3.0  # between the last call and the end of the leader's line
+
+_Kind = TypeVar("_Kind", bound=News)
+
+
+class _Words:
+    """What both ends have: the two groups."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Waits for all others. Raises DeviceError."""
+        self.group = ProcessGroup.launched(device)
+        self.tp_rank, self.tp_size = self.group.tp_rank, self.group.tp_size
+        self._control = dist.new_group(backend="gloo")
+
+    def join(self, device: torch.device) -> Group:
+        return self.group
+
+    def _spread(self, data: bytes = b"") -> bytes:
+        """The leader's data, on all ranks."""
+        piece = torch.zeros(PIECE_BYTES, dtype=torch.uint8)
+        if self.tp_rank == LEADER:
+            data = len(data).to_bytes(LENGTH_BYTES, "little") + data
+            piece[: min(len(data), PIECE_BYTES)] = _bytes(data[:PIECE_BYTES])
+        dist.broadcast(piece, LEADER, group=self._control)
+        length = int.from_bytes(piece[:LENGTH_BYTES].numpy().tobytes(), "little") + LENGTH_BYTES
+        if length <= PIECE_BYTES:
+            return piece[LENGTH_BYTES:length].numpy().tobytes()
+        rest = torch.zeros(length - PIECE_BYTES, dtype=torch.uint8)
+        if self.tp_rank == LEADER:
+            rest = _bytes(data[PIECE_BYTES:])
+        dist.broadcast(rest, LEADER, group=self._control)
+        return piece[LENGTH_BYTES:].numpy().tobytes() + rest.numpy().tobytes()
+
+    def _gather(self, data: bytes = b"") -> list[bytes]:
+        """What each rank has said, on the leader; of PIECE_BYTES at most."""
+        assert len(data) + LENGTH_BYTES <= PIECE_BYTES
+        piece = torch.zeros(PIECE_BYTES, dtype=torch.uint8)
+        data = len(data).to_bytes(LENGTH_BYTES, "little") + data
+        piece[: len(data)] = _bytes(data)
+        all_pieces = [torch.zeros_like(piece) for _ in range(self.tp_size)]
+        is_leader = self.tp_rank == LEADER
+        dist.gather(piece, all_pieces if is_leader else None, LEADER, group=self._control)
+        found = []
+        for said in all_pieces:
+            words = said.numpy().tobytes()
+            end = LENGTH_BYTES + int.from_bytes(words[:LENGTH_BYTES], "little")
+            found.append(words[LENGTH_BYTES:end])
+        return found
+
+
+class LaunchedFollowers(_Words):
+    """Does for the leader what Followers does."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._is_begun = self._is_closing = False
+        self._lost: str | None = None
+        self._on_lost: Callable[[str], object] | None = None
+        self._lines = self._accept()
+        threading.Thread(target=self._listen, name="followers", daemon=True).start()
+
+    def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
+        """As Followers.wait; how long it takes is bounded by the group's own limit."""
+        try:
+            answers = self._gather()
+        except RuntimeError as error:
+            raise StartupError(self.cause(error)) from error
+        found: list[_Kind] = []
+        for tp_rank, answer in enumerate(answers[1:], 1):
+            news = decode(answer)
+            if isinstance(news, Failed):
+                raise StartupError(f"rank {tp_rank}: {news.reason}")
+            assert isinstance(news, kind), news
+            found.append(news)
+        return found
+
+    def begin(self, begin: Begin, *, num_step_words: int) -> None:
+        self._spread(encode(begin))
+        self._is_begun = True
+
+    def tell(self, call: calls.AnyCall) -> None:
+        try:
+            self._spread(msgspec.msgpack.encode(call))
+        except RuntimeError as error:
+            raise DeviceError(self.cause(error)) from error
+
+    def tell_adapter(self, slot: int, weights: AdapterWeights) -> NoReturn:
+        raise AssertionError("--enable-lora is refused under torchrun")
+
+    def cause(self, error: Exception) -> str:
+        time.sleep(0.2)  # the end of a line may be told after what it does to a step
+        first_line, _, _ = str(error).partition("\n")
+        return self._lost or f"a rank is gone or out of step: {type(error).__name__}: {first_line}"
+
+    def watch(self, on_lost: Callable[[str], object]) -> None:
+        """As Followers.watch."""
+        self._on_lost = on_lost
+        if self._lost is not None:
+            on_lost(self._lost)
+
+    def kill(self) -> None:
+        """They end when their lines do."""
+        self._is_closing = True
+        for line in self._lines:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Have the others end, in peace where they listen. Harmless when called again."""
+        self._is_closing = True
+        if self._is_begun:
+            self._is_begun = False
+            self.tell(calls.Close())
+        self.kill()
+
+    def _accept(self) -> list[socket.socket]:
+        """The lines, in the order of ranks."""
+        secret = secrets.token_bytes(SECRET_BYTES)
+        lines: dict[int, socket.socket] = {}
+        with socket.create_server(("", 0)) as server:
+            server.settimeout(LINE_S)
+            port = server.getsockname()[1]
+            self._spread(port.to_bytes(2, "little") + secret)
+            while len(lines) < self.tp_size - 1:
+                try:
+                    line, _ = server.accept()
+                    line.settimeout(LINE_S)
+                    shown = line.recv(SECRET_BYTES + 1, socket.MSG_WAITALL)
+                except OSError as error:
+                    raise DeviceError(f"not all ranks reach port {port} of rank 0") from error
+                if secrets.compare_digest(shown[:SECRET_BYTES], secret):
+                    lines[shown[SECRET_BYTES]] = line
+        return [_kept_alive(line) for _, line in sorted(lines.items())]
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for tp_rank, line in enumerate(self._lines, 1):
+                selector.register(line, selectors.EVENT_READ, tp_rank)
+            (key, _), *_ = selector.select()  # nobody says anything but that it goes
+        if self._is_closing:
+            return
+        self._lost = f"rank {key.data} has gone"
+        if self._on_lost is not None:
+            self._on_lost(self._lost)
+
+
+class LaunchedLine(_Words):
+    """A follower's end: implements follower.Line. Ends the process with the leader."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        told = self._spread()
+        port, secret = int.from_bytes(told[:2], "little"), told[2:]
+        address = env("MASTER_ADDR") or "127.0.0.1"
+        try:
+            line = socket.create_connection((address, port), LINE_S)
+            line.sendall(secret + bytes([self.tp_rank]))
+        except OSError as error:
+            raise DeviceError(f"port {port} of {address}, rank 0, is not reached") from error
+        self._line = _kept_alive(line)
+        threading.Thread(target=self._live, name="leader", daemon=True).start()
+
+    def _live(self) -> None:
+        with suppress(OSError):
+            self._line.recv(1)
+        time.sleep(PEACE_S)  # after a last call this process ends by itself
+        log.get_logger().error("rank 0 has gone")
+        log.flush()
+        os._exit(1)
+
+    def tell(self, news: News) -> None:
+        self._gather(encode(news))
+
+    def begin(self) -> Begin:
+        news = decode(self._spread())
+        assert isinstance(news, Begin), news
+        return news
+
+    def call(self) -> bytes:
+        return self._spread()
+
+
+def _kept_alive(line: socket.socket) -> socket.socket:
+    """Its end is told within seconds, also where the other machine has lost its power."""
+    line.settimeout(None)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4)
+    ):  # fmt: skip
+        line.setsockopt(socket.IPPROTO_TCP, option, value)
+    return line
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
