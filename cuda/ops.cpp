@@ -104,4 +104,12 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "logprobs(Tensor logits, Tensor rows, Tensor token_ids, bool is_normalized, "
       "Tensor(a!) token_logprobs, Tensor(b!) token_ranks, Tensor(c!) top_ids, "
       "Tensor(d!) top_logprobs) -> ()");
+  // Between ranks: peers int64 [kPeerWords] on the host, the table of common/peers.h.
+  m.def(
+      "all_reduce_add_norm(Tensor partial, Tensor(a!) residual, Tensor weight, float eps, "
+      "float offset, Tensor(b!) out, Tensor peers) -> ()");
+  m.def("all_reduce_one_shot(Tensor(a!) x, Tensor peers) -> ()");
+  m.def("all_reduce_two_shot(Tensor(a!) x, Tensor peers) -> ()");
+  m.def("gather_rows(Tensor local, Tensor(a!)? out, Tensor peers) -> ()");
+  m.def("broadcast_tokens(Tensor(a!) tokens, Tensor peers) -> ()");
 }

@@ -351,8 +351,12 @@ def _load(folder: Path) -> ModuleType:
     return module
 
 
-# Of a card's dispatch: they compute nothing, so they have no twin.
-_SWITCHES = ("try_skinny", "try_linear_w4a16")
+# What has no meaning on a CPU: switches of a card's dispatch, and work between cards, whose twins
+# are over lists (reference_comm.py).
+_OF_CARDS = (
+    "try_skinny", "try_linear_w4a16", "all_reduce_add_norm", "all_reduce_one_shot",
+    "all_reduce_two_shot", "gather_rows", "broadcast_tokens",
+)  # fmt: skip
 
 
 def _register_reference() -> None:
@@ -364,5 +368,5 @@ def _register_reference() -> None:
         schema = "".join(re.findall(r'"([^"]*)"', match[1]))
         name = schema.split("(", 1)[0]
         _library.define(schema)  # type: ignore[no-untyped-call]
-        if name not in _SWITCHES:
+        if name not in _OF_CARDS:
             _library.impl(name, getattr(reference, name), "CPU")  # type: ignore[no-untyped-call]

@@ -16,6 +16,8 @@ OP_NAMES = (
     "silu_mul", "gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul",
     "combine_experts", "paged_attention", "rope_attention", "plan_attention", "rope_write_latent",
     "latent_attention", "batched_linear", "plan_step", "sample", "apply_bitmask", "logprobs",
+    "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
+    "broadcast_tokens",
 )  # fmt: skip
 
 

@@ -53,23 +53,25 @@ struct Copy {
   bool is_valid;
 };
 
+struct Barrier {
+  int num_arrived = 0, generation = 0;
+};
+
 struct Thread {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   bool has_ended = false;
   std::vector<Copy> open;  // since the last commit
   std::deque<std::vector<Copy>> groups;
-};
-
-struct Barrier {
-  int num_arrived = 0, generation = 0;
+  const Barrier* awaited = nullptr;  // a turn does nothing while it has this generation
+  int generation = 0;
 };
 
 std::array<Thread, kMaxThreads> threads;
 int current = 0, num_blocks = 1, block_threads = 256;  // that run at a time; of each
 unsigned first_block = 0;
 ucontext_t scheduler;
-std::array<Barrier, 2> block_barriers;
+std::array<Barrier, kMaxThreads / kLanes> block_barriers;
 std::array<Barrier, kMaxThreads / kLanes> warp_barriers;
 uint32_t exchanged[kMaxThreads][6];  // what a lane shows to the others
 bool lands_late = false;
@@ -101,7 +103,10 @@ void meet(Barrier& barrier, int count) {
     barrier.num_arrived = 0;
     ++barrier.generation;
   }
+  Thread& thread = threads[current];
+  thread.awaited = &barrier, thread.generation = generation;
   while (barrier.generation == generation) yield();
+  thread.awaited = nullptr;
 }
 
 void meet_warp() { meet(warp_barriers[current / kLanes], kLanes); }
@@ -153,7 +158,12 @@ void run_blocks() {
     if (!lands_late) std::shuffle(order.begin(), order.end(), random);
     num_left = 0;
     for (const int i : order) {
-      if (threads[i].has_ended) continue;
+      const Thread& thread = threads[i];
+      if (thread.has_ended) continue;
+      if (thread.awaited != nullptr && thread.awaited->generation == thread.generation) {
+        ++num_left;
+        continue;
+      }
       current = i;
       swapcontext(&scheduler, &threads[i].context);
       num_left += !threads[i].has_ended;

@@ -182,6 +182,9 @@ def _packed(n: int, k: int) -> torch.Tensor:
 CUDA_OP_NAMES = {
     "plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16",
     "serves_linear_fp8", "try_skinny", "try_linear_w4a16",
+    # Between ranks: tests/ops/test_peers.py.
+    "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
+    "broadcast_tokens",
 }  # fmt: skip
 CPU_OP_NAMES = [name for name in fakes.OP_NAMES if name not in CUDA_OP_NAMES]
 

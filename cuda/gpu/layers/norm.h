@@ -9,6 +9,12 @@
 
 namespace pyserve::gpu {
 
+// Of the kernels that hold a row in registers: threads of a block, vectors of 16 bytes of a thread,
+// elements of a row.
+constexpr int kMaxNormThreads = 1024;
+constexpr int kNormVecs = 2;
+constexpr int kMaxNormHidden = kNormVecs * 8 * kMaxNormThreads;
+
 struct NormParams {
   const void* x;  // [num_rows, hidden]; strides of rows in elements
   int64_t x_stride;

@@ -1,0 +1,136 @@
+"""Memory of a card that other processes of this machine map: by CUDA's driver, never torch's pool.
+
+What is exported is a plain allocation, which its process must keep until the others have closed it.
+Multicast over NVLink is not used, here or anywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+HANDLE_BYTES = 64  # of CUipcMemHandle
+_LAZY_ENABLE_PEER_ACCESS = 1
+
+
+class PeerError(Exception):
+    """Why cards cannot work together by each other's memory: one line."""
+
+
+class PeerMemory(Protocol):
+    """What a group needs of a card and its driver. All raise PeerError."""
+
+    def card_id(self) -> str:
+        """Names this rank's card, in every process."""
+
+    def allocate(self, num_bytes: int) -> int:
+        """Address of that much memory here; its content is anything."""
+
+    def export(self, address: int) -> bytes:
+        """What another process opens an allocation by."""
+
+    def check_access(self, card_id: str) -> None:
+        """Raise unless this card can read and write the memory of that one."""
+
+    def open(self, handle: bytes) -> int:
+        """Address here of what another process has exported."""
+
+    def close(self, address: int) -> None:
+        """Unmap what was opened."""
+
+    def free(self, address: int) -> None:
+        """Give back what was allocated."""
+
+    def words(self, address: int, num_words: int) -> Tensor:
+        """int32 view of memory that was allocated."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_ubyte * HANDLE_BYTES),)
+
+
+class _Words:
+    """Memory as torch.as_tensor takes it."""
+
+    def __init__(self, address: int, num_words: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_words,), "typestr": "<i4", "data": (address, False), "version": 3,
+        }  # fmt: skip
+
+
+class CudaPeerMemory:
+    """Implements PeerMemory on a CUDA device that torch can use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._driver = ctypes.CDLL("libcuda.so.1")
+
+    def card_id(self) -> str:
+        return _card_id(self._device.index)
+
+    def allocate(self, num_bytes: int) -> int:
+        address = ctypes.c_uint64()
+        with self._on_device():
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+        return address.value
+
+    def export(self, address: int) -> bytes:
+        handle = _Handle()
+        with self._on_device():
+            self._call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(address))
+        return bytes(handle.bytes)
+
+    def check_access(self, card_id: str) -> None:
+        if card_id == self.card_id():
+            return
+        ids = [_card_id(index) for index in range(torch.cuda.device_count())]
+        if card_id not in ids:
+            raise PeerError(f"card {card_id} is not visible to every rank")
+        peer = ids.index(card_id)
+        if not torch.cuda.can_device_access_peer(self._device.index, peer):
+            raise PeerError(
+                f"cuda:{self._device.index} cannot reach the memory of cuda:{peer}: "
+                "no NVLink, and no peer access over PCIe"
+            )
+
+    def open(self, handle: bytes) -> int:
+        own, address = _Handle.from_buffer_copy(handle), ctypes.c_uint64()
+        with self._on_device():
+            flags = ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS)
+            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), own, flags)
+        return address.value
+
+    def close(self, address: int) -> None:
+        with self._on_device():
+            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+    def free(self, address: int) -> None:
+        with self._on_device():
+            self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def words(self, address: int, num_words: int) -> Tensor:
+        return torch.as_tensor(_Words(address, num_words), device=self._device)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """With torch's context on this thread, which a call of the runtime brings; nothing runs."""
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            yield
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._driver, name)(*arguments)
+        if code == 0:
+            return
+        text = ctypes.c_char_p()
+        self._driver.cuGetErrorName(code, ctypes.byref(text))
+        raise PeerError(f"{name}: {(text.value or b'?').decode()} ({code})")
+
+
+def _card_id(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
