@@ -2,7 +2,8 @@
 # Builds, tests and measures on a machine with an NVIDIA card, in one go.
 #
 #   bench/gpu_check.sh                        what ends within 8 minutes: without masks, rows, sanitize, ptx80
-#   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order; ranks, on two cards, is one
+#   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
+#   bench/gpu_check.sh peers ranks            on several cards: sums over them; two of them share a model
 #
 # Every part has a time limit and a log of its own; one that fails does not stop the next, and the
 # exit code is the number of parts that failed. A line of a log that begins with "= " is a figure:
@@ -42,6 +43,7 @@ limit_of() {
     serve) echo 160 ;;
     masks) echo 200 ;;
     faults) echo 160 ;;
+    peers) echo 400 ;;
     soak) echo $((SOAK_S + 60)) ;;
     sanitize | ptx80 | ranks) echo 350 ;;
     *) return 1 ;;
@@ -167,6 +169,15 @@ part_masks() {  # of random weights: what they cost does not depend on the model
   "$PYTHON" -m bench.make_model llama-3.1-8b "$shapes" &&
     "$PYTHON" -m bench.gpu_masks --model "$shapes" --out "$LOGS" --json "$LOGS/masks.json" \
       -- --device cuda --load-format dummy
+}
+
+part_peers() {  # NVLink multicast can take the cards of a shared host out of service: off
+  local failed=0 cards
+  export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
+  cards=$(nvidia-smi --list-gpus | wc -l)
+  run_tests peers 200 tests/gpu/test_peers.py || failed=1
+  timeout -k 5 190 "$PYTHON" -m bench.gpu_peers --cards "$cards" --json "$LOGS/peers.json" || failed=1
+  return $failed
 }
 
 part_faults() { run_tests faults 155 tests/gpu/test_server.py; }

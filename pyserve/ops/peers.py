@@ -53,6 +53,7 @@ class PeerGroup:
     reason     why the cards cannot work together so, for a log line; all ranks have the same, and
                are closed already. None: they can, and the self-test has compared every byte.
     num_bytes  of this card that the group holds, for the ledger.
+    table      int64 words on the host that the native ops take; None where there is a reason.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class PeerGroup:
         self._spin_s = spin_s
         self._own: int | None = None
         self._opened: list[int] = []
-        self._table: Tensor | None = None
+        self.table: Tensor | None = None
         self.reason: str | None = f"{tp_size} ranks, not 2, 4 or 8"
         if tp_size in peer_layout.LIMITS:
             self._layout = peer_layout.layout(tp_size)
@@ -92,9 +93,9 @@ class PeerGroup:
     def all_reduce_(self, x: Tensor) -> None:
         """x := the sum of all ranks' x, in place; `takes` it, else RuntimeError."""
         if x.numel() * x.element_size() <= self._layout.limits.one_shot:
-            _ops.all_reduce_one_shot(x, self._table)
+            _ops.all_reduce_one_shot(x, self.table)
         else:
-            _ops.all_reduce_two_shot(x, self._table)
+            _ops.all_reduce_two_shot(x, self.table)
 
     def all_reduce_add_norm(
         self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
@@ -108,7 +109,7 @@ class PeerGroup:
         """
         num_bytes = partial.numel() * partial.element_size()
         if num_bytes <= self._layout.limits.one_shot and weight.numel() <= MAX_HIDDEN:
-            _ops.all_reduce_add_norm(partial, residual, weight, eps, offset, out, self._table)
+            _ops.all_reduce_add_norm(partial, residual, weight, eps, offset, out, self.table)
         else:
             self.all_reduce_(partial)
             ops.add_rms_norm(partial, residual, weight, eps, out, offset)
@@ -126,7 +127,7 @@ class PeerGroup:
         for begin in range(0, num_rows, most):
             rows = slice(begin, min(begin + most, num_rows))
             part = None if out is None else out[:, rows]
-            _ops.gather_rows(local[rows], part, self._table)
+            _ops.gather_rows(local[rows], part, self.table)
 
     def gather_rows(self, local: Tensor, out: Tensor | None) -> None:
         """out [num_rows, tp_size * n] := all ranks' local [num_rows, n], side by side, on rank 0;
@@ -141,14 +142,14 @@ class PeerGroup:
         """tokens int32 [n] := rank 0's, in place."""
         most = peer_layout.MAX_PEER_TOKENS
         for begin in range(0, len(tokens), most):
-            _ops.broadcast_tokens(tokens[begin : begin + most], self._table)
+            _ops.broadcast_tokens(tokens[begin : begin + most], self.table)
 
     def close(self) -> None:
         """Unmap the others' buffers and free our own; no call follows. Harmless when repeated.
 
         The others' work with this rank must be done: they may write to its buffer till then.
         """
-        self._table = None
+        self.table = None
         while self._opened:
             self._memory.close(self._opened.pop())
         if self._own is not None:
@@ -194,13 +195,13 @@ class PeerGroup:
 
     def _try(self) -> None:
         """The self-test, with waits that end without an error of CUDA; then the real table."""
-        self._table = self._make_table(TRIAL_SPIN_S, is_trial=True)
+        self.table = self._make_table(TRIAL_SPIN_S, is_trial=True)
         assert self._own is not None
         control = self._memory.words(self._own, peer_layout.CONTROL_WORDS)
         fault = peer_trial.find_fault(self, control)
         if fault is not None:
             raise PeerError(fault)
-        self._table = self._make_table(self._spin_s, is_trial=False)
+        self.table = self._make_table(self._spin_s, is_trial=False)
 
     def _make_table(self, spin_s: float, *, is_trial: bool) -> Tensor:
         words = peer_layout.table(
