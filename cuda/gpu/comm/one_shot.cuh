@@ -64,7 +64,7 @@ class OneShot {
         offset_(static_cast<uint32_t>(area.offset) + round_ * (kTpSize - 1) * message_bytes_) {}
 
   __device__ void send(const uint4& own, int vec) const {
-#pragma unroll
+#pragma unroll 1  // the addresses of all would not fit the registers
     for (int i = 1; i < kTpSize; ++i) {
       const int to = (peers_.tp_rank + i) % kTpSize;  // not all to the same one at a time
       store_system(peers_.buffers[to] + place(peers_.tp_rank, to, vec), own);
@@ -139,12 +139,16 @@ __global__ void __launch_bounds__(kMaxNormThreads)
   const int num_rows = static_cast<int>(norm.num_rows);
   const T* x = static_cast<const T*>(norm.x);
   const T* weight = static_cast<const T*>(norm.weight);
+  constexpr bool kHoldsWeights = kTpSize < 8;  // with more parts they would not fit the registers
   uint4 weights[kVecs];
-  pdl_launch_dependents();
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
+  const auto load_weight = [&](int i) {
     const int vec = threadIdx.x + i * blockDim.x;
     weights[i] = vec < num_vecs ? load_vec(weight + vec * kVec) : uint4{};
+  };
+  pdl_launch_dependents();
+  if constexpr (kHoldsWeights) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) load_weight(i);
   }
   pdl_wait();
   const OneShot<T, kTpSize> round(p.peers, p.area);
@@ -184,6 +188,7 @@ __global__ void __launch_bounds__(kMaxNormThreads)
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int vec = threadIdx.x + i * blockDim.x;
+      if constexpr (!kHoldsWeights) load_weight(i);
       uint4 scale = weights[i];
       const uint4 result = normed<T>(held[i], scale, factor, norm.offset);
       if (vec < num_vecs) store_vec(out + vec * kVec, result);
