@@ -76,11 +76,16 @@ class PeerGroup:
             self._layout = peer_layout.layout(tp_size)
             self._memory = memory or CudaPeerMemory(device)
             self.reason = self._set_up()
-        if self.reason is not None:
-            self.close()
+            if self.reason is not None:
+                self._unmap()
+                exchange(b"")  # what others have mapped must not be freed
+                self.close()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether all_reduce_ does x, or a larger message or another dtype needs NCCL."""
+        """Whether all_reduce_ does x, or a larger message or another dtype needs NCCL.
+
+        The same on all ranks where they call it for views of tensors that are alike.
+        """
         num_bytes = x.numel() * x.element_size()
         return (
             x.dtype in _HALF
@@ -103,12 +108,13 @@ class PeerGroup:
     ) -> None:  # fmt: skip
         """residual += the sum of all ranks' partial, out = rms_norm(residual): one kernel, or two.
 
-        partial, residual, out [num_rows, hidden], weight [hidden] of one 16-bit dtype; hidden a
-        multiple of 8. `takes` partial, else RuntimeError; it may be overwritten. The sum is rounded
-        before it is added: the number of rows does not change a row's bits.
+        partial, residual, out [num_rows, hidden], weight [hidden] of one 16-bit dtype. `takes`
+        partial, else RuntimeError; it may be overwritten. The sum is rounded before it is added:
+        the number of rows does not change a row's bits.
         """
-        num_bytes = partial.numel() * partial.element_size()
-        if num_bytes <= self._layout.limits.one_shot and weight.numel() <= MAX_HIDDEN:
+        num_bytes, hidden = partial.numel() * partial.element_size(), len(weight)
+        is_one = num_bytes <= self._layout.limits.one_shot and hidden <= MAX_HIDDEN
+        if is_one and hidden % 8 == 0:
             _ops.all_reduce_add_norm(partial, residual, weight, eps, offset, out, self.table)
         else:
             self.all_reduce_(partial)
@@ -147,14 +153,17 @@ class PeerGroup:
     def close(self) -> None:
         """Unmap the others' buffers and free our own; no call follows. Harmless when repeated.
 
-        The others' work with this rank must be done: they may write to its buffer till then.
+        The others must be done with this rank's buffer, which they write to: their last step is.
         """
-        self.table = None
-        while self._opened:
-            self._memory.close(self._opened.pop())
+        self._unmap()
         if self._own is not None:
             self._memory.free(self._own)
             self._own, self.num_bytes = None, 0
+
+    def _unmap(self) -> None:
+        self.table = None
+        while self._opened:
+            self._memory.close(self._opened.pop())
 
     def _set_up(self) -> str | None:
         try:

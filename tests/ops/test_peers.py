@@ -40,6 +40,7 @@ class Memory:
         self._tp_rank, self._fault = tp_rank, fault
         self.allocated: dict[int, Tensor] = {}
         self.opened: list[int] = []
+        self.others: list[Memory] = []  # whose mappings must be gone when this one frees
 
     def _try(self, method: str) -> None:
         if method == self._fault:
@@ -71,6 +72,7 @@ class Memory:
         self.opened.remove(address)
 
     def free(self, address: int) -> None:
+        assert not any(address in other.opened for other in self.others)
         del self.allocated[address]
 
     def words(self, address: int, num_words: int) -> Tensor:
@@ -191,10 +193,12 @@ def test_a_message_goes_the_way_of_its_size(monkeypatch: pytest.MonkeyPatch) -> 
             x = torch.ones(count, dtype=torch.bfloat16)
             assert group.takes(x) and way(group.all_reduce_, x) == {expected}
             assert bool((x == 2).all())
-        for rows, expected in ((2, "norm"), (3, "two shots")):
-            own = torch.arange(rows * 4096).view(rows, 4096) % 97 - 48
+        for rows, hidden, expected in (
+            (2, 4096, "norm"), (3, 4096, "two shots"), (2, 100, "one shot"), (8, 1024, "norm")
+        ):  # fmt: skip
+            own = torch.arange(rows * hidden).view(rows, hidden) % 97 - 48
             partial, residual = own.bfloat16(), (own % 31).bfloat16()
-            weight, out = torch.ones(4096).bfloat16(), torch.empty(rows, 4096).bfloat16()
+            weight, out = torch.ones(hidden).bfloat16(), torch.empty(rows, hidden).bfloat16()
             plain_residual, plain = residual.clone(), torch.empty_like(out)
             reference.add_rms_norm(2 * partial, plain_residual, weight, 1e-5, plain, 0.5)
             arguments = (partial, residual, weight, 1e-5, out, 0.5)
@@ -215,6 +219,7 @@ def test_a_message_goes_the_way_of_its_size(monkeypatch: pytest.MonkeyPatch) -> 
 def test_all_ranks_hear_why_one_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_ops", Ops(2, fault=1 if fault == "sum" else None))
     memories = [Memory(0), Memory(1, fault)]
+    memories[0].others, memories[1].others = memories[1:], memories[:1]
     reasons = run_ranks(2, lambda group: (group.reason, group.num_bytes), memories)
     said = {"sum": "the sum of 16 bytes: not what the ranks' cards had"}.get(fault, f"no {fault}")
     assert reasons == [(f"rank 1: {said}", 0)] * 2
