@@ -52,7 +52,10 @@ class Group(Protocol):
 
 
 class ProcessGroup:
-    """Implements Group; one a process, as torch.distributed keeps it."""
+    """Implements Group; one a process, as torch.distributed keeps it.
+
+    store  of words that the ranks have in common.
+    """
 
     def __init__(
         self, meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device
@@ -65,7 +68,7 @@ class ProcessGroup:
         # Sums in the switch need multicast memory, which can take the cards of a shared host out of
         # service where a process that has it dies.
         os.environ["NCCL_NVLS_ENABLE"] = "0"
-        store = dist.FileStore(str(meeting), tp_size)  # type: ignore[attr-defined]
+        self.store = store = dist.FileStore(str(meeting), tp_size)  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=JOIN_S))
         try:
             dist.init_process_group(
@@ -117,8 +120,3 @@ class ProcessGroup:
 
     def close(self) -> None:
         dist.destroy_process_group()
-
-
-def join_group(meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device) -> Group:
-    """The Group of ranks on one machine. Raises DeviceError; see ProcessGroup."""
-    return ProcessGroup(meeting, tp_rank, tp_size, device)

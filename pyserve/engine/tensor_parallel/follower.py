@@ -53,7 +53,8 @@ from pyserve.errors import StartupError
 from pyserve.model.adapter_weights import AdapterWeights, Pair
 from pyserve.model.decoder import Decoder
 from pyserve.ops import build
-from pyserve.ops.group import Group, join_group
+from pyserve.ops.card_group import join_group
+from pyserve.ops.group import Group
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # the leader heeds them
 

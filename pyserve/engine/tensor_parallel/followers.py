@@ -43,7 +43,8 @@ from pyserve.engine.tensor_parallel.news import (
 from pyserve.engine.tensor_parallel.ring import Ring
 from pyserve.errors import DeviceError, StartupError
 from pyserve.model.adapter_weights import AdapterWeights
-from pyserve.ops.group import LEADER, Group, join_group
+from pyserve.ops.card_group import join_group
+from pyserve.ops.group import LEADER, Group
 
 MODULE = "pyserve.engine.tensor_parallel.follower"
 NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
