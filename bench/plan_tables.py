@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.make_model import PRESETS
+from bench.model_presets import PRESETS
 from pyserve.config import EngineConfig
 from pyserve.engine.planner import GIB, MAX_NUM_BATCHED_TOKENS
 from pyserve.errors import PlanError

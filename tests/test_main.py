@@ -88,7 +88,7 @@ def test_ctrl_c_during_plan(delay_s: float) -> None:
     assert b"Traceback" not in rest and b"KeyboardInterrupt" not in rest
 
 
-@pytest.mark.parametrize("delay_s", [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+@pytest.mark.parametrize("delay_s", [0.05, 0.2, 0.4, 0.8, 1.6])
 def test_ctrl_c_after_a_while(delay_s: float, tmp_path: Path) -> None:
     """Counted from when the interpreter has come to us: before, it prints what it will."""
     ready_file = tmp_path / "ready"

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bench.make_model import PRESETS, main, make_config, make_model, make_tokenizer, tensor_shapes
+from bench.make_model import main, make_config, make_model, make_tokenizer, tensor_shapes
+from bench.model_presets import PRESETS
 
 SMALL = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -14,7 +14,7 @@ def test_hostile_clients_hurt_nobody(
     for name, number in (("CONNECTIONS", 600), ("SLOW_BODIES", 100), ("UPLOADS", 10), ("GONE", 8)):
         monkeypatch.setattr(hostile_clients, f"NUM_{name}", number)
     monkeypatch.setattr(hostile_clients, "NUM_UNREAD", 40)
-    monkeypatch.setattr(hostile_clients, "HOLD_S", 0.5)
+    monkeypatch.setattr(hostile_clients, "HOLD_S", 0.2)
     monkeypatch.setattr(hostile_clients, "GONE_S", 10.0)  # for a busy machine; without: 10 and more
     flags = ["--url", exact.url, "--pid", str(exact.process.pid)]
     code = hostile_clients.main([*flags, "--max-health-s", "5", "--max-gap-s", "20"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from bench.make_model import PRESETS
+from bench.model_presets import PRESETS
 from pyserve import cli
 from pyserve.config import DEMO_MODEL, EngineConfig
 from pyserve.engine import devices

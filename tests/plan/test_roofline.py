@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.make_model import PRESETS
+from bench.model_presets import PRESETS
 from pyserve.errors import ConfigError
 from pyserve.model.config import ModelConfig
 from pyserve.model.sharing import tp_sizes
