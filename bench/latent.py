@@ -1,4 +1,5 @@
-"""The ops of multi-head latent attention, for bench.ops: what is measured, its bytes."""
+"""The ops of multi-head latent attention, for bench.ops and bench.gpu_ops: what is measured, its
+bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyserve.ops import latent, reference_latent
+from bench.gpu_chains import Chain
+from pyserve import ops
+from pyserve.limits import CUDA_LATENT_SIZES
+from pyserve.model.layers.latent_attention import num_tiles
+from pyserve.ops import attention_plan, latent, reference_latent
 
 BLOCK_SIZE = 16
 EPS = 1e-6
@@ -58,6 +63,25 @@ class Step:
             ints([seq_len for _, seq_len in rows]),
         )  # fmt: skip
 
+    def plan(self) -> ops.AttentionPlan:
+        num_heads = self.sizes.num_heads
+        plan = attention_plan.allocate(
+            self.num_tokens, len(self.rows), num_heads=num_heads,
+            num_kv_heads=num_tiles(num_heads), head_dim=self.sizes.latent_size,
+            device=self.q.device,
+        )  # fmt: skip
+        ops.plan_attention(
+            self.inputs[4], self.inputs[5], plan, num_heads=num_heads,
+            num_kv_heads=num_tiles(num_heads),
+        )  # fmt: skip
+        return plan
+
+    def attend(self, plan: ops.AttentionPlan) -> None:
+        longest = max(query_len for query_len, _ in self.rows)
+        latent.latent_attention(
+            *self.inputs, softmax_scale=0.1, out=self.out, plan=plan, max_query_len=longest
+        )
+
     @property
     def num_bytes(self) -> int:
         """What attention must move."""
@@ -68,6 +92,38 @@ class Step:
     def num_flops(self) -> int:
         pairs = sum(n * (2 * length - n + 1) // 2 for n, length in self.rows)
         return 2 * pairs * self.sizes.num_heads * (self.sizes.width + self.sizes.latent_size)
+
+
+# By name: heads of GLM-4.7-Flash, DeepSeek-V2-Lite and DeepSeek-V3, and rows of a step.
+CARD_HEADS = {"20 heads": 20, "16 heads": 16, "128 heads": 128}
+CARD_LOADS = {
+    "decode 1 x 8k": [(1, 8192)],
+    "decode 8 x 32k": [(1, 32768)] * 8,
+    "decode 64 x 2k": [(1, 2048)] * 64,
+    "prefill 2k": [(2048, 2048)],
+}
+READ_TARGET = ("%", 75.0)  # of what decode of 8 x 32k must read
+
+
+def chains(device: torch.device) -> Iterator[Chain]:
+    """Attention by a plan that is made once, as a step's layers share it; and the products around
+    it of one row."""
+    for heads, num_heads in CARD_HEADS.items():
+        sizes = Sizes(num_heads, *CUDA_LATENT_SIZES, 128)
+        for load, rows in CARD_LOADS.items():
+            step = Step(sizes, rows, torch.bfloat16, device)
+            target = READ_TARGET if load == "decode 8 x 32k" and num_heads == 16 else None
+            size = step.num_bytes, step.num_flops
+            run = partial(step.attend, step.plan())
+            yield Chain("latent_attention", f"{load}, {heads}", [run], *size, target)
+        weights = torch.randn(num_heads, 512, 128, dtype=torch.bfloat16, device=device)
+        x = torch.randn(1, num_heads, 128, dtype=torch.bfloat16, device=device)
+        out = torch.empty(1, num_heads, 512, dtype=torch.bfloat16, device=device)
+        size = weights.nbytes, 2 * weights.numel()
+        product = partial(latent.batched_linear, x, weights, out)
+        yield Chain("batched_linear", f"1 row, {heads}", [product], *size)
+        op, load, run, _, num_bytes = _rope_case(sizes, Step(sizes, [(1, 1)] * 8, x.dtype, device))
+        yield Chain(op, f"{load}, {heads}", [run], num_bytes, 0)
 
 
 def cpu_cases(
@@ -85,7 +141,7 @@ def cpu_cases(
         size = step.num_bytes, step.num_flops, torch.float32
         yield "latent_attention", f"{load}, {sizes.num_heads} heads", run, twin, *size
         yield _batched_case(sizes, step, dtype)
-        yield _rope_case(sizes, step, dtype)
+        yield _rope_case(sizes, step)
 
 
 def _batched_case(sizes: Sizes, step: Step, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -100,15 +156,16 @@ def _batched_case(sizes: Sizes, step: Step, dtype: torch.dtype) -> tuple[Any, ..
     )  # fmt: skip
 
 
-def _rope_case(sizes: Sizes, step: Step, dtype: torch.dtype) -> tuple[Any, ...]:
-    n = step.num_tokens
-    q = torch.randn(n, sizes.num_heads, sizes.rope_dim).to(dtype)
-    compressed = torch.randn(n, sizes.width).to(dtype)
-    angles = torch.rand(n, sizes.rope_dim // 2)
+def _rope_case(sizes: Sizes, step: Step) -> tuple[Any, ...]:
+    n, like = step.num_tokens, step.q
+    q = torch.randn(n, sizes.num_heads, sizes.rope_dim).to(like)
+    compressed = torch.randn(n, sizes.width).to(like)
+    angles = torch.rand(n, sizes.rope_dim // 2, device=like.device)
     cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
-    where = torch.arange(n, dtype=torch.int32), cos_sin, torch.randperm(n)
-    cache = torch.zeros(-(-n // BLOCK_SIZE), BLOCK_SIZE, sizes.width, dtype=dtype)
-    norm, rotated = torch.ones(sizes.latent_size, dtype=dtype), step.q[..., sizes.latent_size :]
+    positions = torch.arange(n, dtype=torch.int32, device=like.device)
+    where = positions, cos_sin, torch.randperm(n, device=like.device)
+    cache = like.new_zeros(-(-n // BLOCK_SIZE), BLOCK_SIZE, sizes.width)
+    norm, rotated = like.new_ones(sizes.latent_size), like[..., sizes.latent_size :]
     run = partial(
         latent.rope_write_latent, q, compressed, *where, norm, cache, rotated, eps=EPS,
         has_pairs=True,

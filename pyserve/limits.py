@@ -14,10 +14,11 @@ CUDA_HEAD_DIMS: Final = (64, 96, 128, 256)
 CUDA_CAPPED_HEAD_DIMS: Final = (96, 128, 256)  # with a softcap
 MAX_GROUP: Final = 64  # heads a KV head
 
-# Latent attention, on a CPU; a card has kernels for fewer sizes. In multiples of LATENT_STEP.
+# Latent attention. On a CPU any multiples of LATENT_STEP will do, a card has kernels for one size.
 LATENT_STEP: Final = 8
 MAX_LATENT_SIZE: Final = 1024
 MAX_LATENT_ROPE_DIM: Final = 256
+CUDA_LATENT_SIZES: Final = (512, 64)  # of the latent and of what is rotated
 
 # Mixtures of experts.
 MAX_EXPERTS: Final = 512

@@ -10,7 +10,12 @@ from typing import Literal
 
 import msgspec
 
-from pyserve.limits import CUDA_CAPPED_HEAD_DIMS, CUDA_HEAD_DIMS
+from pyserve.limits import (
+    CUDA_CAPPED_HEAD_DIMS,
+    CUDA_HEAD_DIMS,
+    CUDA_LATENT_SIZES,
+    HEAD_DIM_STEP,
+)
 from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.latent_config import LatentConfig
 from pyserve.model.rope_config import RopeConfig
@@ -21,6 +26,8 @@ LayerKind = Literal["full_attention", "sliding_attention"]  # as `layer_types` o
 # right on one yet, though the ops were: with transformers 5.17 test_full_rows.py compared it with
 # attention that leaves the cap out. Once that test passes, this is to be True.
 SERVES_ALL_ON_CUDA = False
+# The same of latent attention, whose kernels no card has run yet: tests/gpu/test_latent.py.
+SERVES_LATENTS_ON_CUDA = False
 LAYER_KINDS: tuple[LayerKind, ...] = ("full_attention", "sliding_attention")
 
 
@@ -111,7 +118,13 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
         """What it asks for that a card does not serve."""
         lacks, attention = [], self.attention
         if isinstance(attention, LatentConfig):
-            lacks.append("multi-head latent attention")
+            sizes = attention.kv_lora_rank, attention.qk_rope_head_dim
+            if not SERVES_LATENTS_ON_CUDA:
+                lacks.append("multi-head latent attention")
+            elif sizes != CUDA_LATENT_SIZES:
+                lacks.append("kv_lora_rank {} with qk_rope_head_dim {}".format(*sizes))
+            elif attention.qk_nope_head_dim % HEAD_DIM_STEP:
+                lacks.append(f"qk_nope_head_dim {attention.qk_nope_head_dim}")
         elif attention.head_dim not in CUDA_HEAD_DIMS:
             lacks.append(f"head_dim {attention.head_dim}")
         elif attention.softcap and attention.head_dim not in CUDA_CAPPED_HEAD_DIMS:

@@ -14,6 +14,8 @@ from pyserve import ops
 from pyserve.ops import AttentionPlan
 from pyserve.ops.native import native
 
+MAX_BATCHED_ROWS = 8  # as cuda/gpu/layers/latent.h has it
+
 
 def rope_write_latent(
     q: Tensor, compressed: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor,
@@ -56,10 +58,15 @@ def latent_attention(
 def batched_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out[:, i] = x[:, i] weight[i]^T, with a matrix a head.
 
-    x [m, batch, k], weight [batch, n, k] -> out [m, batch, n]; x and out with any strides. On a
-    card, and on a CPU as `linear` for many rows, by torch.
+    x [m, batch, k], weight [batch, n, k] -> out [m, batch, n]; x and out with any strides. Of many
+    rows by torch: on a card of more than MAX_BATCHED_ROWS, on a CPU as `linear`.
     """
-    if not x.is_cuda and native.serves_linear(weight[0], x.shape[0], ops.STORE):
+    num_rows = x.shape[0]
+    if x.is_cuda:
+        is_own = num_rows <= MAX_BATCHED_ROWS
+    else:
+        is_own = native.serves_linear(weight[0], num_rows, ops.STORE)
+    if is_own:
         native.batched_linear(x, weight, out)
     else:
         torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import experts, gpu_attention, gpu_ops, gpu_rows, w4a16
+from bench import experts, gpu_attention, gpu_ops, gpu_rows, latent, w4a16
 from bench.gpu_timing import Timing
 from pyserve import ops
 from pyserve.ops import build, fakes
@@ -41,6 +41,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(gpu_rows, "ROWS", (2, 9, 33))
     monkeypatch.setattr(experts, "LAYERS", {"8x7b": experts.Layer(32, 24, 4, 2, (1, 3))})
+    monkeypatch.setattr(latent, "CARD_HEADS", {"2 heads": 2})
+    monkeypatch.setattr(latent, "CARD_LOADS", {"decode 2 x 33": [(1, 33)] * 2})
     monkeypatch.setattr(w4a16, "switch", lambda *_: planned.append("try_linear_w4a16"))
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
     monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)
@@ -58,7 +60,6 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names -= {"serves_linear_fp8"}
     # Which no card has run yet.
     names -= {"linear_fp8", "dequantise_fp8", "grouped_linear_fp8", "grouped_linear_w4a16"}
-    names -= {"rope_write_latent", "latent_attention", "batched_linear"}
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 128 a tile", "own, 64 a tile"}
     ways |= {"own linear_w4a16", "experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}

@@ -112,6 +112,17 @@ def test_logits_are_those_of_the_numbers(kind: str, tmp_path: Path) -> None:
     assert ours == theirs
 
 
+@pytest.mark.parametrize("kind", ["block", "channel"])
+def test_latent_attention_has_the_numbers(kind: str, tmp_path: Path) -> None:
+    """Of kv_b_proj too, which is split once it is loaded."""
+    changes = oracle.CASES["deepseek-v3"].changes
+    saved = quantised_files.save(tmp_path, FP8[kind], "deepseek_v3", **changes)
+    decoder = oracle.load_ours(saved.folder)
+    logits = Driver(decoder).step({0: TOKENS})
+    expected = quantised_files.expected_logits(saved, TOKENS)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_bfloat16_is_close(tmp_path: Path) -> None:
     saved = quantised_files.save(tmp_path, FP8["block"])
     expected = quantised_files.expected_logits(saved, TOKENS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyserve.errors import ConfigError
+from pyserve.model import layer_config
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.experts_config import ExpertsConfig
@@ -170,6 +171,17 @@ def test_the_tensors_of_a_layer() -> None:
         "q_b_proj.weight": (16 * 192, 768),
     }
     assert shapes(V2_LITE | {"q_lora_rank": 768}) == shared | queries
+
+
+def test_what_a_card_has_no_kernel_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_config, "SERVES_LATENTS_ON_CUDA", True)
+    for changes, lacks in (
+        ({}, []),
+        ({"kv_lora_rank": 256}, ["kv_lora_rank 256 with qk_rope_head_dim 64"]),
+        ({"qk_nope_head_dim": 100}, ["qk_nope_head_dim 100"]),
+    ):
+        config = ModelConfig.from_hf(V2_LITE | {"first_k_dense_replace": 27} | changes)
+        assert config.lacking_on_cuda() == lacks
 
 
 HELD_OUT: list[tuple[str, dict[str, Any], str]] = [

@@ -152,6 +152,24 @@ void launch_attentions() {
   }
 }
 
+void launch_latent_attentions() {
+  const pyserve::gpu::Device* device = nullptr;
+  require(current_device(&device), "current_device", 0, 0);
+  pyserve::gpu::AttentionParams p{};
+  p.device = attention_device(*device);
+  p.num_tokens = 2048;
+  p.num_rows = 8;
+  p.max_query_len = 1024;
+  p.head_dim = pyserve::gpu::kLatentSize;
+  for (int num_tiles : {1, 2, 8}) {
+    p.num_kv_heads = num_tiles;
+    p.num_heads = 16 * num_tiles;
+    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+      require(launch_latent_attention(p, dtype, nullptr), "latent attention", num_tiles, 0);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -245,6 +263,7 @@ int main(int, char** argv) {
   launch_experts();
   const int num_first = num_questions;
   launch_attentions();
+  launch_latent_attentions();
   if (num_questions != num_first) {
     std::fprintf(stderr, "the card was asked again, %d times\n", num_questions - num_first);
     return 1;

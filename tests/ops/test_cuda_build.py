@@ -37,7 +37,7 @@ CHOOSY = (
     "linear_few_rows_w4a16", "linear_few_rows_w4a16_sm90a", "linear_gemm_w4a16_sm90a",
     "linear_skinny_sm90a", "linear_stream_k_sm90a", "experts_route", "experts_grouped",
     "experts_grouped_few_rows", "experts_grouped_few_rows_sm90a", "experts_grouped_gemm_sm90a",
-    "attention_decode", "attention_decode_general", "attention_prefill",
+    "attention_decode", "attention_decode_general", "attention_latent", "attention_prefill",
     "attention_prefill_general", "attention_prefill_sm90a", "attention_plan",
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
 4-bit integers few_rows_w4a16.cpp, of the matrices of experts grouped_few_rows.cpp; and for more
-rows on Hopper skinny.cpp, by 4-bit integers gemm_w4a16.cpp."""
+rows on Hopper skinny.cpp, by 4-bit integers gemm_w4a16.cpp. Attention over latents: latent.cpp."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "linear/gemm_estimate.h",
             "linear/gemm_w4a16.cuh",
             "linear/gemm_w4a16_sm90a.cu",
+        ),
+        2,
+    ),
+    "latent": (
+        (
+            "attention/attention.h",
+            "attention/merge.cuh",
+            "core/swizzle.cuh",
+            "attention/latent_kernel.cuh",
         ),
         2,
     ),

@@ -91,6 +91,10 @@ constexpr bool serves_attention(int64_t head_dim, double softcap) {
   return head_dim == 96 || head_dim == 128 || head_dim == 256 || (head_dim == 64 && softcap == 0);
 }
 
+// What latent_attention has kernels for: a kept row is the latent and what is rotated.
+constexpr int kLatentSize = 512;
+constexpr int kLatentRopeDim = 64;
+
 struct AttentionParams {
   const void* q;  // [num_tokens, num_heads, head_dim], head_dim contiguous; strides in elements
   int64_t q_token_stride, q_head_stride;
@@ -195,6 +199,10 @@ cudaError_t launch_prefill_attention_sm90a(const AttentionParams& params, Dtype 
 // plan, the block table and the caches are read while that one still runs.
 cudaError_t launch_rope_decode_attention(const AttentionParams& params, const DecodeRope& rope,
                                          Dtype dtype, cudaStream_t stream);
+// latent_attention: key_cache holds the kept rows, head_dim is kLatentSize, num_kv_heads the number
+// of tiles of at most kDecodeRows heads each that the plan has for KV heads.
+cudaError_t launch_latent_attention(const AttentionParams& params, Dtype dtype,
+                                    cudaStream_t stream);
 // Decode, and prefill where a row may be too long for decode. max_query_len is read here only.
 cudaError_t launch_paged_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 

@@ -10,33 +10,13 @@
 
 #include "common/args/attention.h"
 #include "gpu/attention/attention.h"
+#include "gpu/attention/bind_params.h"
 #include "gpu/core/bind.h"
 
 namespace pyserve {
 namespace {
 
 constexpr double kMaxSoftcap = 1000;  // of which capped scores are 3e-7 off
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
-gpu::AttentionDevice device_of(const char* op) {
-  const gpu::Device* device = nullptr;
-  check_launch(op, gpu::current_device(&device));
-  return gpu::attention_device(*device);
-}
-
-void check_contiguous(const View& view) {
-  PYSERVE_CHECK(view.size(0) <= 1 || view.stride(0) == 1, view.op, ": ", view.name,
-                " must be contiguous");
-}
-
-// Rows of elements are read and written 16 bytes at a time.
-void check_alignment(const View& view) {
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int64_t i = 0; i < view.dim - 1; ++i) {
-    aligned = aligned && (view.size(i) <= 1 || view.stride(i) % 8 == 0);
-  }
-  PYSERVE_CHECK(aligned, view.op, ": ", view.name, " is not aligned to 16 bytes in all its rows");
-}
 
 // Checks what paged_attention is given and finds out what its kernels are told.
 gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArgs& args,
@@ -61,8 +41,7 @@ gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArg
                 max_query_len);
   args.check(softmax_scale, window, softcap, gpu::kPrefillRows);
   for (const View* view : {&args.q, &keys, &values, &args.out}) check_alignment(*view);
-  for (const View* view :
-       {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens, &work, &workspace}) {
+  for (const View* view : {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens}) {
     check_contiguous(*view);
   }
   // Positions, packed rows and indices of tokens are 32-bit on the device; offsets are not.
@@ -72,18 +51,8 @@ gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArg
 
   const gpu::AttentionDevice device = device_of(op);
   const int kv_heads = static_cast<int>(num_kv_heads);
-  const int num_ranges = gpu::num_decode_ranges(device, kv_heads);
-  const int64_t num_items =
-      num_rows + num_ranges +
-      gpu::max_prefill_items(device, num_tokens, num_rows, static_cast<int>(num_heads), kv_heads);
-  const int64_t work_words = gpu::decode_items_offset(num_ranges) + num_items * gpu::kItemWords;
-  const int64_t workspace_words =
-      gpu::partial_words(num_ranges, kv_heads, gpu::kDecodeRows, static_cast<int>(head_dim)) +
-      gpu::partial_words(gpu::num_prefill_chunks(device, kv_heads), kv_heads, gpu::kPrefillRows,
-                         static_cast<int>(head_dim));
-  PYSERVE_CHECK(work.size(0) >= work_words && workspace.size(0) >= workspace_words, op, ": work ",
-                work.size(0), " and workspace ", workspace.size(0), " must have ", work_words,
-                " and ", workspace_words, " words");
+  check_plan(work, workspace, device, num_tokens, num_rows, static_cast<int>(num_heads), kv_heads,
+             static_cast<int>(head_dim));
 
   return {
       .q = args.q.data,

@@ -11,17 +11,12 @@
 #include "gpu/attention/score_scale.cuh"
 #include "gpu/core/ptx.cuh"
 #include "gpu/core/rotate.cuh"
+#include "gpu/core/swizzle.cuh"
 
 namespace pyserve::gpu::decode {
 
 // Fragments of all steps of the first product, by lane.
 using SharedQueries = uint4[16][kWarpSize];
-
-// Address of chunk `first + chunk` of a swizzled row, for even `chunk`, given that of chunk
-// `first`, which is 0 or 1.
-__device__ __forceinline__ uint32_t at_chunk(uint32_t row_address, int chunk) {
-  return (row_address ^ ((chunk & 6) * 16)) + (chunk & ~7) * 16;
-}
 
 // A lane has of each step the elements of rows lane / 4 and + 8.
 template <class T, int kHeadDim>

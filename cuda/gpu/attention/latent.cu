@@ -1,0 +1,11 @@
+// latent_attention on a card: latent_kernel.cuh.
+#include "gpu/attention/latent_kernel.cuh"
+
+namespace pyserve::gpu {
+
+cudaError_t launch_latent_attention(const AttentionParams& params, Dtype dtype,
+                                    cudaStream_t stream) {
+  return dispatch_half(dtype, [&]<class T>(T) { return latent::launch_latent<T>(params, stream); });
+}
+
+}  // namespace pyserve::gpu
