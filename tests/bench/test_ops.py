@@ -38,6 +38,9 @@ def test_every_op_is_measured(
     others = {"plan_attention", "rope_attention", "serves_linear"}
     others |= {"serves_linear_w4a16", "serves_linear_fp8", "try_skinny", "try_linear_w4a16"}
     others |= {"lora_shrink", "lora_expand"}  # of which bench.gpu_lora tells, on a card
+    # And bench.gpu_peers of these, on several.
+    others |= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
+    others |= {"broadcast_tokens"}
     assert measured == {*fakes.OP_NAMES, "pack_step"} - others
     for result in data["results"]:
         assert result["us"] > 0 and result["floor_us"] > 0 and result["twin_us"] > 0
