@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import experts, gpu_attention, gpu_chains, gpu_rows, latent, w4a16
+from bench import experts, gpu_attention, gpu_chains, gpu_rows, latent, quantised, w4a16
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
@@ -359,6 +359,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_epilogues": epilogue_cases,
     "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, _num_sets)),
     "int4_tilings": lambda: cases_of(w4a16.tilings(MATRICES, DEVICE, _num_sets)),
+    "fp8": lambda: cases_of(quantised.fp8_products(MATRICES, DEVICE, _num_sets)),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
     "latent": lambda: cases_of(latent.chains(DEVICE)),
     "chain": chain_cases,

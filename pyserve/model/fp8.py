@@ -80,6 +80,11 @@ class Fp8(QuantisedScheme):
         )
 
     @property
+    def is_norming(self) -> bool:
+        """The kernels of a card read 16 bytes of a row at a time."""
+        return self._shape[1] % 16 == 0
+
+    @property
     def weight(self) -> torch.Tensor:
         return self.matrix.weight.view(fp8.E4M3)
 

@@ -7,7 +7,8 @@ and `scales` float32 [n / scale_rows, k / scale_columns], each rounded up:
     W[r, c] = e4m3(weight[r, c]) * scales[r / scale_rows, c / scale_columns]
 
 A scale for each block of 128 by 128 has scale_rows and scale_columns of 128, one for each row 1 and
-k. scale_columns is a multiple of 64, or k. Where parts that stand together in a matrix do not begin
+k. scale_columns is a multiple of 64 (of 128 on a card), or k. A NaN, 0x7f and 0xff, stays one on a
+CPU; products on a card take it for 480. Where parts that stand together in a matrix do not begin
 with a block, scale_rows is what divides the beginnings of all.
 """
 

@@ -13,7 +13,9 @@
 
 #include "gpu/attention/attention.h"
 #include "gpu/experts/experts.h"
+#include "gpu/experts/grouped_fp8.h"
 #include "gpu/linear/dispatch.h"
+#include "gpu/linear/fp8.h"
 #include "gpu/linear/w4a16.h"
 
 namespace {
@@ -87,6 +89,23 @@ void launch_w4a16_linears() {
   }
 }
 
+void launch_fp8_linears() {
+  alignas(16) static char memory[16];
+  pyserve::gpu::LinearParams p{};
+  p.x = p.weight = p.out = memory;
+  p.x_stride = p.weight_stride = p.k = 4096;
+  p.out_stride = p.n = 6144;
+  const pyserve::gpu::Fp8Scale scale{nullptr, 128, 128, 32};
+  for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+    for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
+      for (int64_t m : {1, 4, 5, 8, 9, 16, 30}) {
+        p.m = m, p.dtype = dtype, p.epilogue = epilogue;
+        require(launch_linear_fp8(p, scale, nullptr), "linear_fp8", m, 0);
+      }
+    }
+  }
+}
+
 void launch_experts() {
   alignas(16) static char memory[16];
   for (const int num_tokens : {1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 3000}) {
@@ -106,6 +125,8 @@ void launch_experts() {
           p.epilogue = epilogue;
           p.expert_stride = int64_t{p.weight_rows()} * p.weight_stride;
           require(launch_grouped(p, nullptr), "grouped linear", num_tokens, 0);
+          const pyserve::gpu::Fp8Scale scale{nullptr, 128, 128, 32};
+          require(launch_grouped_fp8(p, scale, 1024, nullptr), "grouped fp8", num_tokens, 0);
         }
         pyserve::gpu::RouteParams route{};
         route.num_tokens = num_tokens;
@@ -260,6 +281,7 @@ int main(int, char** argv) {
   smem_per_sm = std::atoi(argv[4]);
   launch_linears();
   launch_w4a16_linears();
+  launch_fp8_linears();
   launch_experts();
   const int num_first = num_questions;
   launch_attentions();

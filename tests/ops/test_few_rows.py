@@ -1,6 +1,7 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
-4-bit integers few_rows_w4a16.cpp, of the matrices of experts grouped_few_rows.cpp; and for more
-rows on Hopper skinny.cpp, by 4-bit integers gemm_w4a16.cpp. Attention over latents: latent.cpp."""
+4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp, of the matrices of experts
+grouped_few_rows.cpp and grouped_few_rows_fp8.cpp; and for more rows on Hopper skinny.cpp, by 4-bit
+integers gemm_w4a16.cpp. Attention over latents: latent.cpp."""
 
 from __future__ import annotations
 
@@ -16,8 +17,23 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
         ("linear/few_rows.cuh", "linear/w4a16_words.cuh", "linear/few_rows_w4a16.cuh"),
         1,
     ),
+    "few_rows_fp8": (
+        ("linear/few_rows.cuh", "linear/fp8_numbers.cuh", "linear/few_rows_fp8.cuh"),
+        2,
+    ),
     "grouped_few_rows": (
         ("linear/few_rows.cuh", "experts/work_list.cuh", "experts/grouped_few_rows.cuh"),
+        3,
+    ),
+    "grouped_few_rows_fp8": (
+        (
+            "linear/few_rows.cuh",
+            "linear/fp8_numbers.cuh",
+            "linear/few_rows_fp8.cuh",
+            "experts/work_list.cuh",
+            "experts/grouped_few_rows.cuh",
+            "experts/grouped_few_rows_fp8.cuh",
+        ),
         3,
     ),
     "gemm_w4a16": (

@@ -280,38 +280,6 @@ class W4Fetcher {
   uint32_t x_to_;
 };
 
-// Adds up the warps' sums of a result, of a pass that begins at first_token, and stores what the
-// epilogue makes of them; all lanes of a warp call it.
-template <class T, Epilogue kEpilogue, class Tile>
-__device__ __forceinline__ void finish_result(const LinearParams& p, const Result<T>& result,
-                                              const float* pass_sums, int first_token,
-                                              const float* factors, int column) {
-  using Rows = RowTile<kEpilogue, Tile::kRows>;
-  T value{};
-  if (result.is_valid) {
-    const float factor = factors[result.token];
-    auto sum_of = [&](int weight_row) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < Tile::kWarps; ++w) {
-        const int token = w * Tile::kPassTokens + result.token - first_token;
-        sum += pass_sums[token * Tile::kSumStride + weight_row];
-      }
-      return sum * factor;
-    };
-    float operand = to_float(result.other);
-    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
-    value = from_float<T>(
-        finish<kEpilogue>(sum_of(result.row) + to_float(result.bias), operand));
-    *result.target = value;
-  }
-  if constexpr (kEpilogue == Epilogue::kAdd) {
-    if (p.norm_weight != nullptr) {
-      put_norm(p, value, to_float(result.norm_weight), result.token, column, result.is_valid);
-    }
-  }
-}
-
 // m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
