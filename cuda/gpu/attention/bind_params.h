@@ -17,11 +17,6 @@ inline gpu::AttentionDevice device_of(const char* op) {
   return gpu::attention_device(*device);
 }
 
-inline void check_contiguous(const View& view) {
-  PYSERVE_CHECK(view.size(0) <= 1 || view.stride(0) == 1, view.op, ": ", view.name,
-                " must be contiguous");
-}
-
 // Rows of elements are read and written 16 bytes at a time.
 inline void check_alignment(const View& view) {
   bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
