@@ -7,6 +7,7 @@
 // lines, as emulated.py prepares them. Of the names in them here is what these kernels use.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -58,9 +59,10 @@ struct Barrier {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on: left without a call of the system, unlike a context
   std::vector<char> stack = std::vector<char>(kStackBytes);
-  bool has_ended = false;
+  bool has_begun = false, has_ended = false;
   std::vector<Copy> open;  // since the last commit
   std::deque<std::vector<Copy>> groups;
   const Barrier* awaited = nullptr;  // a turn does nothing while it has this generation
@@ -70,7 +72,7 @@ struct Thread {
 std::array<Thread, kMaxThreads> threads;
 int current = 0, num_blocks = 1, block_threads = 256;  // that run at a time; of each
 unsigned first_block = 0;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::array<Barrier, kMaxThreads / kLanes> block_barriers;
 std::array<Barrier, kMaxThreads / kLanes> warp_barriers;
 uint32_t exchanged[kMaxThreads][6];  // what a lane shows to the others
@@ -95,7 +97,18 @@ void end_if_expected() {
 int block() { return current / block_threads; }
 unsigned char* block_shared() { return shared + block() * shared_step; }
 
-void yield() { swapcontext(&threads[current].context, &scheduler); }
+void yield() {
+  if (_setjmp(threads[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+// The current thread's turn, until it yields or ends.
+__attribute__((noinline)) void take_turn() {
+  Thread& thread = threads[current];
+  if (_setjmp(scheduler) != 0) return;
+  if (thread.has_begun) _longjmp(thread.place, 1);
+  thread.has_begun = true;
+  setcontext(&thread.context);
+}
 
 void meet(Barrier& barrier, int count) {
   const int generation = barrier.generation;
@@ -138,6 +151,7 @@ std::function<void()> between = [] {};  // what goes on while threads take turns
 void begin() {
   body();
   threads[current].has_ended = true;
+  _longjmp(scheduler, 1);
 }
 
 // Those from first_block on, num_blocks of them.
@@ -147,11 +161,11 @@ void run_blocks() {
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = threads[i];
     order[i] = i;
-    thread.has_ended = false;
+    thread.has_begun = thread.has_ended = false;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = &scheduler;
+    thread.context.uc_link = nullptr;
     makecontext(&thread.context, begin, 0);
   }
   for (int num_left = num_threads; num_left > 0; between()) {
@@ -165,7 +179,7 @@ void run_blocks() {
         continue;
       }
       current = i;
-      swapcontext(&scheduler, &threads[i].context);
+      take_turn();
       num_left += !threads[i].has_ended;
     }
   }
@@ -227,7 +241,7 @@ constexpr int64_t rows_per_column(Epilogue epilogue) {
   return epilogue == Epilogue::kSiluMul ? 2 : 1;
 }
 
-enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+enum class Dtype { kBfloat16, kFloat16 };
 
 struct LinearParams {
   const void* x;
