@@ -22,12 +22,13 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "cuda"
 
 
-def load_toolchain():
-    """pyserve/ops/toolchain.py by path: pyserve's own dependencies may not be installed here."""
-    path = ROOT / "pyserve" / "ops" / "toolchain.py"
-    spec = importlib.util.spec_from_file_location("toolchain", path)
+def load(name):
+    """pyserve/ops/NAME.py by path: pyserve's own dependencies may not be installed here."""
+    full_name = f"pyserve.ops.{name}"
+    path = ROOT / "pyserve" / "ops" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(full_name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["toolchain"] = module  # dataclasses look their module up
+    sys.modules[full_name] = module  # where dataclasses look their module up, and imports theirs
     spec.loader.exec_module(module)
     return module
 
@@ -42,12 +43,12 @@ class BuildNative(build_ext):
         march = toolchain.portable_march()
         native = toolchain.find_toolchain(os.environ.get("CXX"), march=march)
         try:
-            cuda = toolchain.find_cuda_compiler(os.environ)
-        except toolchain.NoCudaCompilerError as error:
+            cuda = nvcc.find_cuda_compiler(os.environ)
+        except nvcc.NoCudaCompilerError as error:
             cuda = None
             say(f"{error}: building without CUDA")
-        except toolchain.CompileError as error:
-            remedy = f"or build without CUDA: {toolchain.ARCHS_VARIABLE}=none"
+        except nvcc.CompileError as error:
+            remedy = f"or build without CUDA: {nvcc.ARCHS_VARIABLE}=none"
             raise SystemExit(f"{error}; {remedy}") from error
         native = dataclasses.replace(native, cuda=cuda)
         told = set()
@@ -91,7 +92,7 @@ class BuildNative(build_ext):
 
 has_torch = importlib.util.find_spec("torch") is not None
 if has_torch:
-    toolchain = load_toolchain()
+    nvcc, toolchain = load("nvcc"), load("toolchain")
 setup(
     ext_modules=[Extension("pyserve.ops._host", [])] if has_torch else [],
     cmdclass={"build_ext": BuildNative},

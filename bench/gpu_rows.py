@@ -3,7 +3,7 @@
 `python -m bench.ops --device cuda --only few_rows` measures it, in graphs of chained launches over
 weights that L2 does not hold, and prints the fastest by rows: each matrix with its epilogue, and
 the layer's four with what stands between them, norms and activations, as a step has them. Ours are
-few_rows.cuh, and above 32 rows skinny_sm90a.cu, whether or not a step would take it.
+few_rows.cuh, for up to 32 rows, whether or not a step would take it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch.nn import functional
 from bench.gpu_chains import EPS, Chain, Shape, Step
 from pyserve import ops
 
-ROWS = (1, 4, 8, 9, 12, 16, 24, 32, 33, 40, 48, 64, 96, 128)
-MAX_OWN_ROWS = 128  # in one pass over the weight
-TILES_OF_MORE = (128, 64)  # weight rows of a tile, for more than 32 rows
+ROWS = (1, 4, 8, 9, 12, 16, 24, 32, 33, 64, 128)
+MAX_OWN_ROWS = 32  # in one pass over the weight
 CUBLAS = "cuBLAS"
 FOLLOWED = " and what follows"
 
@@ -33,25 +32,17 @@ class Layer:
         self.step, self.norm, self.squares = step, norm, squares
         self.qkv, self.o, self.gate_up, self.down = weights
 
-    def own(self, tile_rows: int) -> dict[str, Callable[[], object]]:
+    def own(self) -> dict[str, Callable[[], object]]:
         """Norms are factors, as in a step: each linear_add leaves what the next linear needs."""
         step, squares = self.step, self.squares
 
-        def made(run: Callable[..., None], *args: object) -> Callable[[], object]:
-            def call() -> None:
-                try_skinny(self.qkv, MAX_OWN_ROWS, tile_rows)
-                run(*args)
-                try_skinny(self.qkv, -1, -1)
-
-            return call
-
         def add(x: Tensor, weight: Tensor) -> Callable[[], object]:
-            return made(
+            return partial(
                 ops.linear_add_for_norm, x, weight, None, step.residual, self.norm, step.x, squares
             )
 
-        qkv = made(ops.linear_of_scaled, step.x, self.qkv, None, step.qkv, squares, EPS)
-        gate_up = made(
+        qkv = partial(ops.linear_of_scaled, step.x, self.qkv, None, step.qkv, squares, EPS)
+        gate_up = partial(
             ops.linear_silu_mul_of_scaled, step.x, self.gate_up, None, step.act, squares, EPS
         )
         o, down = add(step.joined, self.o), add(step.act, self.down)
@@ -88,11 +79,6 @@ def with_layer(**parts: Sequence[Callable[[], object]]) -> dict[str, Callable[[]
     return made
 
 
-def try_skinny(weight: Tensor, max_rows: int, tile_rows: int) -> None:
-    """skinny_sm90a.cu takes 33 to max_rows rows, on a card that has it."""
-    torch.ops.pyserve.try_skinny.default(weight, max_rows, tile_rows)
-
-
 def few_row_chains(shape: Shape) -> Iterator[Chain]:
     """A chain for each number of rows, matrix and way to multiply; then the layer's."""
     weights = shape.weights()
@@ -105,9 +91,7 @@ def few_row_chains(shape: Shape) -> Iterator[Chain]:
         layers = [Layer(step, each, norm, squares) for each in weights]
         ways = {CUBLAS: [layer.cublas() for layer in layers]}
         if num_rows <= MAX_OWN_ROWS:
-            for tile_rows in TILES_OF_MORE if num_rows > 32 else (-1,):
-                name = f"own, {tile_rows} a tile" if num_rows > 32 else "own"
-                ways[name] = [layer.own(tile_rows) for layer in layers]
+            ways["own"] = [layer.own() for layer in layers]
         for part, count in num_weights.items():
             for way, made in ways.items():
                 yield Chain(

@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {}
     rows: list[str] = []
     problems: list[str] = []
-    server_of = running_server
-    if args.few_rows:
-        command = (sys.executable, "-m", "bench.few_rows_server", str(args.few_rows))
-        server_of = partial(running_server, command=command)
     try:
-        with server_of(flags) as server:
+        with running_server(flags) as server:
             times = server.wait_ready(READY_TIMEOUT_S)
             print(f"= server ready after {times.ready_s:.1f} s: {_phases(times.phases)}")
             for load in args.loads:
@@ -213,7 +208,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE")
     add("--beside", type=_load, metavar="IN/OUTxN", help="so many requests, one after another, "
         "beside each load, of which one request a slot is sent")  # fmt: skip
-    add("--few-rows", type=int, metavar="ROWS", help="start bench.few_rows_server with it")
     add("flags", nargs="*", help="after --: further flags of the server")
     return parser.parse_args(argv)
 

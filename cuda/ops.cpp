@@ -24,7 +24,6 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "linear_silu_mul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, "
       "Tensor? x_squares=None, float eps=0.0) -> ()");
   m.def("serves_linear(Tensor weight, int m, int epilogue) -> bool");
-  m.def("try_skinny(Tensor weight, int max_rows, int tile_rows) -> ()");
   m.def(
       "linear_w4a16(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out, int epilogue=0, "
       "Tensor? x_squares=None, float eps=0.0, Tensor? norm_weight=None, Tensor(b!)? scaled=None, "

@@ -28,9 +28,10 @@ import torch
 
 from pyserve import config
 from pyserve.errors import BuildError
-from pyserve.ops import build_cache, cuda_card, fakes, reference, toolchain
+from pyserve.ops import build_cache, cuda_card, fakes, nvcc, reference, toolchain
 from pyserve.ops.compile_estimate import NUM_LINKS, CompileEstimate, expected_seconds
-from pyserve.ops.toolchain import CompileError, CudaCompiler, NoCudaCompilerError, Toolchain
+from pyserve.ops.nvcc import CompileError, CudaCompiler, NoCudaCompilerError
+from pyserve.ops.toolchain import Toolchain
 
 Mode = Literal["native", "reference"]
 DeviceKind = Literal["cpu", "cuda"]
@@ -167,9 +168,7 @@ def _cached(
 def _find_cuda_compiler(card: CudaCard) -> CudaCompiler:
     """The CUDA compiler for a card; where there is none, the error says how to get one."""
     try:
-        return toolchain.find_cuda_compiler(
-            os.environ, capability=card.capability, driver=card.driver
-        )
+        return nvcc.find_cuda_compiler(os.environ, capability=card.capability, driver=card.driver)
     except NoCudaCompilerError as error:
         if card.driver >= (13, 0):  # pip has nvcc from CUDA 13 on
             remedy = 'pip install "cuda-toolkit[nvcc,cccl]==13.0.*"'
@@ -212,9 +211,9 @@ def _why_unfit(packaged: Path, card: CudaCard | None) -> str | None:
     if cuda is None:
         return "the packaged ops are without CUDA"
     version, archs = tuple(cuda["version"]), cuda["archs"]
-    wanted = config.env(toolchain.ARCHS_VARIABLE)
+    wanted = config.env(nvcc.ARCHS_VARIABLE)
     if wanted is not None and wanted != ",".join(archs):
-        return f"the packaged CUDA ops ({', '.join(archs)}) are not {toolchain.ARCHS_VARIABLE}"
+        return f"the packaged CUDA ops ({', '.join(archs)}) are not {nvcc.ARCHS_VARIABLE}"
     if version[0] > card.driver[0]:
         return f"the packaged CUDA ops need a driver for CUDA {version[0]}"
     if not covers(archs, card.capability, is_ptx_readable=version <= card.driver):
@@ -354,8 +353,8 @@ def _load(folder: Path) -> ModuleType:
 # What has no meaning on a CPU: switches of a card's dispatch, and work between cards, whose twins
 # are over lists (reference_comm.py).
 _OF_CARDS = (
-    "try_skinny", "try_linear_w4a16", "all_reduce_add_norm", "all_reduce_one_shot",
-    "all_reduce_two_shot", "gather_rows", "broadcast_tokens",
+    "try_linear_w4a16", "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot",
+    "gather_rows", "broadcast_tokens",
 )  # fmt: skip
 
 

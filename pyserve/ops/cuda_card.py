@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pyserve.errors import StartupError
-from pyserve.ops.toolchain import MIN_CUDA, dotted
+from pyserve.ops.nvcc import MIN_CUDA, dotted
 
 MIN_CAPABILITY = (8, 0)  # Ampere: bfloat16, cp.async, 16-bit mma.sync of shape m16n8k16
 _UPDATE_DRIVER = "update the NVIDIA driver, or rent a machine whose nvidia-smi shows CUDA"

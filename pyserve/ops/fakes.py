@@ -10,7 +10,7 @@ import torch
 
 OP_NAMES = (
     "rms_norm", "add_rms_norm", "rope_write_kv", "linear", "linear_add",
-    "linear_silu_mul", "serves_linear", "try_skinny", "linear_w4a16", "dequantise_w4a16",
+    "linear_silu_mul", "serves_linear", "linear_w4a16", "dequantise_w4a16",
     "serves_linear_w4a16", "try_linear_w4a16", "grouped_linear_w4a16", "linear_fp8",
     "dequantise_fp8", "serves_linear_fp8", "grouped_linear_fp8", "lora_shrink", "lora_expand",
     "silu_mul", "gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul",

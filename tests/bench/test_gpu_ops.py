@@ -32,7 +32,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     planned: list[str] = []
     for name in ("plan_attention", "rope_attention"):
         monkeypatch.setattr(ops, name, partial(lambda op, *_, **__: planned.append(op), name))
-    monkeypatch.setattr(gpu_rows, "try_skinny", lambda *_: planned.append("try_skinny"))
 
     def time_sets(sets: Sequence[Callable[[], object]], seconds: float) -> Timing:
         for run in sets:
@@ -55,18 +54,18 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     assert "FAILED" not in printed
     names = {"attention" if name == "paged_attention" else name for name in fakes.OP_NAMES}
     # Which compute nothing.
-    names -= {"serves_linear", "try_skinny", "serves_linear_w4a16", "try_linear_w4a16"}
+    names -= {"serves_linear", "serves_linear_w4a16"}
+    names -= {"try_linear_w4a16"}
     names -= {"lora_shrink", "lora_expand"}  # by bench.gpu_lora
     names -= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     names -= {"broadcast_tokens"}  # by bench.gpu_peers, like those above
     names -= {"serves_linear_fp8"}
     names -= {"grouped_linear_w4a16"}  # which a card does not have yet
-    ways = {"cuBLAS", "cuBLAS and silu_mul", "own", "own, 128 a tile", "own, 64 a tile"}
+    ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
     ways |= {"own linear_w4a16", "own linear_fp8", "experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
-    switches = {"try_skinny", "try_linear_w4a16"}
-    assert set(tiny) == {"plan_attention", "rope_attention", *switches}
+    assert set(tiny) == {"plan_attention", "rope_attention", "try_linear_w4a16"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0

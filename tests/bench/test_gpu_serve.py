@@ -82,12 +82,6 @@ def test_another_model_has_floors_and_limits_of_its_own(
     assert "|  | TPOT 4.4 ms; at the rate of the 8B 4.7, asked 5.15 |" in rows[0]
 
 
-@pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
-def test_another_server_for_more_rows(stub: list[str], tmp_path: Path) -> None:
-    assert run(tmp_path, "--few-rows", "16", "--loads", "16/4x1") == 0
-    assert stub[1:4] == ["-m", "bench.few_rows_server", "16"]
-
-
 @pytest.mark.parametrize("stub", [StubConfig(fail_every=4)], indirect=True)
 def test_failed_requests_fail_the_run(
     stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

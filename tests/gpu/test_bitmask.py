@@ -13,7 +13,7 @@ from tests.ops.test_bitmask import VOCAB_SIZES, bits, pack, some_mask
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,7 +17,7 @@ from tests.ops.test_sample import random_logits, random_update, tables_of
 pytestmark = pytest.mark.gpu
 
 INF, NAN = float("inf"), float("nan")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def sample_on_cuda(logits: Tensor, slot_ids: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
@@ -174,7 +174,7 @@ def test_top_p_alone(shape: str, num_rows: int) -> None:
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_bad_logits_fail_their_row_alone(bad: float) -> None:
     for position in (0, 10_000, 19_999):
-        logits = torch.randn(3, 20_000, device="cuda")
+        logits = torch.randn(3, 20_000, device="cuda").bfloat16()
         logits[1, position] = bad
         updates = [SlotUpdate(slot=i, temperature=0.5 * i, last_token=3) for i in range(3)]
         sampled = check(logits, [0, 1, 2], tables_of(updates, 20_000))
@@ -183,7 +183,7 @@ def test_bad_logits_fail_their_row_alone(bad: float) -> None:
 
 def test_nothing_left_is_an_error_and_minus_inf_is_not() -> None:
     updates = [SlotUpdate(slot=0, temperature=1.0, top_k=3), SlotUpdate(slot=1)]
-    logits = torch.full((2, 9000), -INF, device="cuda")
+    logits = torch.full((2, 9000), -INF, device="cuda").bfloat16()
     assert check(logits, [0, 1], tables_of(updates, 9000)).tolist() == [-1, -1]
     logits[:, 7000] = -1e30
     assert check(logits, [0, 1], tables_of(updates, 9000)).tolist() == [7000, 7000]
@@ -192,7 +192,7 @@ def test_nothing_left_is_an_error_and_minus_inf_is_not() -> None:
 def test_the_draw_follows_the_softmax() -> None:
     """Chi-square at 3,000 draws over 12 tokens, far from both tails for this fixed seed."""
     torch.manual_seed(0)
-    logits = torch.randn(12) * 1.5
+    logits = (torch.randn(12) * 1.5).bfloat16()
     for temperature in (0.6, 1.0, 1.5):
         updates = [
             SlotUpdate(slot=slot, num_computed=slot, temperature=temperature, seed=5)
@@ -201,7 +201,7 @@ def test_the_draw_follows_the_softmax() -> None:
         ids = torch.arange(3000, dtype=torch.int32, device="cuda")
         drawn, _ = sample_on_cuda(logits.cuda().repeat(3000, 1), ids, tables_of(updates, 12))
         observed = torch.bincount(drawn, minlength=12)
-        expected = (logits / temperature).softmax(0) * 3000
+        expected = (logits.float() / temperature).softmax(0) * 3000
         chi_square = ((observed - expected) ** 2 / expected).sum()
         assert 1.6 < chi_square < 31.3  # 0.1 % and 99.9 % quantiles at 11 degrees of freedom
 
@@ -221,7 +221,7 @@ def test_batch_mates_change_nothing() -> None:
 def test_a_graph_replays_it() -> None:
     updates = [SlotUpdate(slot=i, temperature=1.0, top_p=0.9, seed=i) for i in range(4)]
     tables = tables_of(updates, 20_000)
-    logits = torch.randn(4, 20_000, device="cuda")
+    logits = torch.randn(4, 20_000, device="cuda").bfloat16()
     ids = torch.arange(4, dtype=torch.int32, device="cuda")
     slots, counts = tables.slots.cuda(), tables.token_counts.cuda()
     workspace = sample_workspace.allocate(4, 20_000, device=ids.device)
@@ -242,13 +242,15 @@ def test_refusals() -> None:
     tables = tables_of([SlotUpdate(slot=0)], 10)
     slots, counts = tables.slots.cuda(), tables.token_counts.cuda()
     ids = torch.zeros(1, dtype=torch.int32, device="cuda")
-    logits = torch.zeros(1, 10, device="cuda")
+    logits = torch.zeros(1, 10, device="cuda").bfloat16()
     with pytest.raises(RuntimeError, match="needs a workspace"):
         ops.sample(logits, ids, slots, counts)
     workspace = sample_workspace.allocate(1, 10, device=ids.device)
     with pytest.raises(RuntimeError, match="a workspace of"):
         ops.sample(logits, ids, slots, counts, workspace=workspace[:-1])
-    with pytest.raises(RuntimeError, match="logits must be"):
-        ops.sample(logits.double(), ids, slots, counts, workspace=workspace)
+    with pytest.raises(RuntimeError, match="logits must be bfloat16 or float16"):
+        ops.sample(logits.float(), ids, slots, counts, workspace=workspace)
     with pytest.raises(RuntimeError, match="size 1 of token_counts is 10, expected 11"):
-        ops.sample(torch.zeros(1, 11, device="cuda"), ids, slots, counts, workspace=workspace)
+        ops.sample(
+            torch.zeros(1, 11, device="cuda").bfloat16(), ids, slots, counts, workspace=workspace
+        )

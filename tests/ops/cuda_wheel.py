@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.ops import toolchain
+from pyserve.ops import nvcc, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 STASH_KEY = pytest.StashKey["Build"]()
@@ -87,8 +87,8 @@ class Build:
 def can_build() -> bool:
     """Whether nvcc is here, and binutils to read what it made."""
     try:
-        toolchain.find_cuda_compiler({**os.environ, toolchain.ARCHS_VARIABLE: ""})
-    except toolchain.CompileError:
+        nvcc.find_cuda_compiler({**os.environ, nvcc.ARCHS_VARIABLE: ""})
+    except nvcc.CompileError:
         return False
     return shutil.which("c++filt") is not None
 
@@ -104,7 +104,7 @@ def building() -> Iterator[Build]:
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder / "source")
         pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
-        env = {k: v for k, v in os.environ.items() if k != toolchain.ARCHS_VARIABLE}
+        env = {k: v for k, v in os.environ.items() if k != nvcc.ARCHS_VARIABLE}
         with (folder / "printed").open("w") as sink:
             process = subprocess.Popen(
                 [*pip, "-w", folder / "out", folder / "source"], env=env, stdout=sink,

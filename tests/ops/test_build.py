@@ -16,7 +16,7 @@ import pytest
 
 from pyserve import config
 from pyserve.errors import BuildError
-from pyserve.ops import build, build_cache, toolchain
+from pyserve.ops import build, build_cache, nvcc, toolchain
 from tests.ops.fake_compiler import (
     NUM_SOURCES,
     NUM_STEPS,
@@ -239,7 +239,7 @@ def test_a_changed_kernel_leaves_the_cpu_products(
         ("90a", (9, 0), True),
         ("90a", (10, 0), False),
         ("120", (12, 1), True),
-        ("89-ptx", (12, 0), True),
+        ("80-ptx", (12, 0), True),
         ("89-ptx", (8, 6), False),
         ("90a-ptx", (9, 0), False),
         ("", (9, 0), False),
@@ -265,7 +265,7 @@ def test_packaged_cuda_products_must_fit_the_card(
         (folder / build.MANIFEST_NAME).write_text(json.dumps(manifest))
         return build._why_unfit(folder, card)
 
-    archs = ["80", "90a", "89-ptx"]
+    archs = ["80", "90a", "80-ptx"]
     assert why(None, version=[13, 0], archs=archs) is None
     assert why(HOPPER, version=[13, 0], archs=archs) is None
     assert why(HOPPER) == "the packaged ops are without CUDA"
@@ -277,11 +277,11 @@ def test_packaged_cuda_products_must_fit_the_card(
     new = build.CudaCard((10, 0), (12, 8))
     assert why(new, version=[12, 8], archs=archs) is None
     assert why(new, version=[12, 9], archs=archs) == (  # the driver does not know such PTX
-        "the packaged CUDA ops (80, 90a, 89-ptx) are not for compute capability 10.0"
+        "the packaged CUDA ops (80, 90a, 80-ptx) are not for compute capability 10.0"
     )
-    monkeypatch.setenv(toolchain.ARCHS_VARIABLE, "80-ptx")
+    monkeypatch.setenv(nvcc.ARCHS_VARIABLE, "80-ptx")
     assert why(HOPPER, version=[13, 0], archs=archs) == (
-        "the packaged CUDA ops (80, 90a, 89-ptx) are not PYSERVE_CUDA_ARCHS"
+        "the packaged CUDA ops (80, 90a, 80-ptx) are not PYSERVE_CUDA_ARCHS"
     )
     assert why(HOPPER, version=[13, 0], archs=["80-ptx"]) is None
 
@@ -289,7 +289,7 @@ def test_packaged_cuda_products_must_fit_the_card(
 def test_no_cuda_compiler_is_one_line_with_the_remedy(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda env: [])
+    monkeypatch.setattr(nvcc, "_nvcc_candidates", lambda env: [])
     with pytest.raises(BuildError, match="nvcc.*pip install .cuda-toolkit.nvcc,cccl.==13"):
         find_or_compile(pytest.fail, HOPPER)
     with pytest.raises(BuildError, match="install NVIDIA's CUDA toolkit 12.8, or install a wheel"):
@@ -400,7 +400,7 @@ def test_reference_mode_without_a_compiler(folder: Path) -> None:
 def test_setup_leaves_what_fits_its_sources(folder: Path, has_cuda: bool) -> None:
     env = {**os.environ, "CUDA_HOME": str(fake_nvcc(folder))}
     if not has_cuda:
-        env[toolchain.ARCHS_VARIABLE] = "none"
+        env[nvcc.ARCHS_VARIABLE] = "none"
     places = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"]
     command = [sys.executable, "setup.py", "-q", "build_ext", *places]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

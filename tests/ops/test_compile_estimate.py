@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from pyserve.ops import build, toolchain
+from pyserve.ops import build, nvcc, toolchain
 from pyserve.ops.compile_estimate import (
     NUM_LINKS,
     SLOW_FILES_S,
@@ -49,7 +49,7 @@ def seconds_left(
 @pytest.mark.parametrize("num_cores", [1, 2, 4, 16, 64])
 @pytest.mark.parametrize("has_cuda", [False, True])
 def test_a_machine_like_ours_is_told_to_a_tenth(num_cores: int, has_cuda: bool) -> None:
-    cuda = toolchain.CudaCompiler("nvcc", (13, 0), ("90a",), (), ())
+    cuda = nvcc.CudaCompiler("nvcc", (13, 0), ("90a",), (), ())
     files = toolchain.compiled_files(build.source_dir(), cuda if has_cuda else None)
     names = [path.relative_to(build.source_dir()).as_posix() for path in files]
     seconds = expected_seconds(names)

@@ -1,7 +1,7 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
 4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp, of the matrices of experts
-grouped_few_rows.cpp and grouped_few_rows_fp8.cpp; and for more rows on Hopper skinny.cpp, by 4-bit
-integers gemm_w4a16.cpp. Attention over latents: latent.cpp."""
+grouped_few_rows.cpp and grouped_few_rows_fp8.cpp; and for more rows by 4-bit integers on Hopper
+gemm_w4a16.cpp. Attention over latents: latent.cpp."""
 
 from __future__ import annotations
 
@@ -53,17 +53,6 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "attention/merge.cuh",
             "core/swizzle.cuh",
             "attention/latent_kernel.cuh",
-        ),
-        2,
-    ),
-    "skinny": (
-        (
-            "linear/gemm_frame.cuh",
-            "linear/stream_k.h",
-            "linear/stream_k.cuh",
-            "linear/skinny_sm90a.cuh",
-            "linear/skinny_sm90a.h",
-            "linear/skinny_sm90a.cu",
         ),
         2,
     ),

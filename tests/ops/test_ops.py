@@ -181,7 +181,7 @@ def _packed(n: int, k: int) -> torch.Tensor:
 # CUDA has all; serves_linear is not an op on tensors: tests/ops/test_linear.py has it.
 CUDA_OP_NAMES = {
     "plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16",
-    "serves_linear_fp8", "try_skinny", "try_linear_w4a16",
+    "serves_linear_fp8", "try_linear_w4a16",
     # Between ranks: tests/ops/test_peers.py.
     "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
     "broadcast_tokens",

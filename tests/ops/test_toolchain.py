@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.ops import build, toolchain
+from pyserve.ops import build, nvcc, toolchain
 from tests.ops.fake_compiler import (
     NUM_STEPS,
     WAIT_S,
@@ -96,57 +96,58 @@ def test_a_compile_that_is_given_up_ends_its_compilers(folder: Path, is_shared: 
 
 
 def test_the_cuda_compiler_that_will_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda env: candidates)
+    monkeypatch.setattr(nvcc, "_nvcc_candidates", lambda env: candidates)
     candidates: list[str] = []
     driver = (12, 8)
 
-    def find(env: dict[str, str] | None = None) -> toolchain.CudaCompiler:
-        return toolchain.find_cuda_compiler(env or {}, capability=(8, 9), driver=driver)
+    def find(env: dict[str, str] | None = None) -> nvcc.CudaCompiler:
+        return nvcc.find_cuda_compiler(env or {}, capability=(8, 9), driver=driver)
 
-    with pytest.raises(toolchain.NoCudaCompilerError, match="no CUDA compiler"):
+    with pytest.raises(nvcc.NoCudaCompilerError, match="no CUDA compiler"):
         find()
     candidates.append(str(fake_nvcc(folder, "12.1") / "bin" / "nvcc"))
-    with pytest.raises(toolchain.CompileError, match=r"nvcc 12\.1 at /.*nvcc: 12\.6 or later"):
+    with pytest.raises(nvcc.CompileError, match=r"nvcc 12\.1 at /.*nvcc: 12\.6 or later"):
         find()
     candidates[:] = [str(fake_nvcc(folder, "13.0") / "bin" / "nvcc")]
-    with pytest.raises(toolchain.CompileError, match=r"newer than .* driver, .* CUDA 12\.8: upd"):
+    with pytest.raises(nvcc.CompileError, match=r"newer than .* driver, .* CUDA 12\.8: upd"):
         find()
     candidates.append(str(fake_nvcc(folder, "12.6") / "bin" / "nvcc"))
     assert find().version == (12, 6)
-    assert find().archs == ("89-ptx",)  # this nvcc does not know the card
-    assert find({toolchain.ARCHS_VARIABLE: "80-ptx,90a"}).archs == ("80-ptx", "90a")
-    with pytest.raises(toolchain.CompileError, match="PYSERVE_CUDA_ARCHS: 'sm_80' is no arch"):
-        find({toolchain.ARCHS_VARIABLE: "80,sm_80"})
-    with pytest.raises(toolchain.NoCudaCompilerError, match="PYSERVE_CUDA_ARCHS is none"):
-        find({toolchain.ARCHS_VARIABLE: "none"})
-    archs = toolchain.find_cuda_compiler({}, driver=driver).archs
-    assert archs == ("80", "86", "89", "90a", "89-ptx")  # 120 came with CUDA 12.8
+    assert find().archs == ("80-ptx",)  # this nvcc does not know the card
+    assert find({nvcc.ARCHS_VARIABLE: "80-ptx,90a"}).archs == ("80-ptx", "90a")
+    with pytest.raises(nvcc.CompileError, match="PYSERVE_CUDA_ARCHS: 'sm_80' is no arch"):
+        find({nvcc.ARCHS_VARIABLE: "80,sm_80"})
+    with pytest.raises(nvcc.NoCudaCompilerError, match="PYSERVE_CUDA_ARCHS is none"):
+        find({nvcc.ARCHS_VARIABLE: "none"})
+    archs = nvcc.find_cuda_compiler({}, driver=driver).archs
+    assert archs == ("80", "86", "89", "90a", "80-ptx")  # 120 came with CUDA 12.8
     driver = (13, 1)
-    assert "120" in toolchain.find_cuda_compiler({}, driver=driver).archs
+    assert "120" in nvcc.find_cuda_compiler({}, driver=driver).archs
 
 
 def test_where_the_cuda_compiler_is_looked_for(folder: Path) -> None:
     home, other, path = (fake_nvcc(folder, release) for release in ("13.0", "12.8", "12.9"))
     env = {"CUDA_HOME": str(home), "CUDA_PATH": str(other), "PATH": f"/nonesuch:{path}/bin"}
     expected = [f"{toolkit}/bin/nvcc" for toolkit in (home, other, path)]
-    assert toolchain._nvcc_candidates(env)[:3] == expected
-    assert toolchain._nvcc_candidates({**env, "CUDA_HOME": ""})[:2] == expected[1:]
+    assert nvcc._nvcc_candidates(env)[:3] == expected
+    assert nvcc._nvcc_candidates({**env, "CUDA_HOME": ""})[:2] == expected[1:]
 
 
 def gencode(flags: Iterable[str]) -> list[str]:
     return [flag for flag in flags if flag.startswith("-gencode")]
 
 
-def cuda_for(*archs: str) -> toolchain.CudaCompiler:
-    return toolchain.CudaCompiler("nvcc", (13, 0), archs, (), ())
+def cuda_for(*archs: str) -> nvcc.CudaCompiler:
+    return nvcc.CudaCompiler("nvcc", (13, 0), archs, (), ())
 
 
-def test_one_run_of_the_front_end_serves_sm_80_and_sm_86() -> None:
-    assert gencode(cuda_for("80", "86", "90a", "89-ptx").flags()) == [
+def test_one_run_of_the_front_end_serves_all_cards_before_hopper() -> None:
+    assert gencode(cuda_for("80", "86", "89", "90a", "80-ptx").flags()) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_80,code=sm_89",
         "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_89,code=compute_89",
+        "-gencode=arch=compute_80,code=compute_80",
     ]
 
 
@@ -162,10 +163,10 @@ def test_a_file_named_after_an_architecture_is_compiled_for_it_alone(
     for archs, own, others in (
         ("80,90a,90a-ptx", [hopper], "80,90a"),
         ("90a", [hopper], "90a"),
-        ("80,89-ptx", None, "80"),
+        ("80,80-ptx", None, "80"),
         ("90", None, "90"),
     ):
-        monkeypatch.setenv(toolchain.ARCHS_VARIABLE, archs)
+        monkeypatch.setenv(nvcc.ARCHS_VARIABLE, archs)
         products = find_or_compile(lambda line: None, build.CudaCard((9, 0), (13, 0)))
         text = (products / toolchain.NINJA_FILE).read_text()
         flags = dict(re.findall(r"build _ops/(\S+): .*\n.*\n  flags = (.*)", text))
@@ -180,5 +181,5 @@ def test_a_file_named_after_an_architecture_is_compiled_for_it_alone(
 
 
 def test_a_file_may_not_be_named_after_an_architecture_that_nobody_builds(tmp_path: Path) -> None:
-    with pytest.raises(toolchain.CompileError, match=r"_sm90\.cu is named after 90, not one of"):
+    with pytest.raises(nvcc.CompileError, match=r"_sm90\.cu is named after 90, not one of"):
         cuda_for("90a").archs_of(tmp_path / "made_up_sm90.cu")

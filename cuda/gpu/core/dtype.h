@@ -5,6 +5,6 @@
 
 namespace pyserve::gpu {
 
-enum class Dtype : int32_t { kFloat32, kBfloat16, kFloat16 };
+enum class Dtype : int32_t { kBfloat16, kFloat16 };
 
 }  // namespace pyserve::gpu

@@ -80,11 +80,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// Counts towards `num_threads` without waiting.
-__device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
-}
-
 // A place in a ring of kNumStages, and the phase of that stage's barrier that its user waits for.
 template <int kNumStages>
 struct RingPlace {

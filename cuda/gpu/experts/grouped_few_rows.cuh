@@ -149,12 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
         const int token = pass * Tile::kPassTokens + pass_token, column = at.column + row;
         if (index >= kPassResults || token >= at.num_rows || column >= n) continue;
         auto sum_of = [&](int weight_row) {
-          float sum = 0.0f;
-#pragma unroll
-          for (int w = 0; w < Tile::kWarps; ++w) {
-            sum += group_sums[(w * Tile::kPassTokens + pass_token) * Tile::kSumStride + weight_row];
-          }
-          return sum;
+          return sum_of_warps<Tile>(group_sums, pass_token, weight_row);
         };
         const float other = Rows::kIsPaired ? sum_of(row + Rows::kColumns) : 0.0f;
         static_cast<T*>(p.out)[p.out_stride * (at.row + token) + column] =

@@ -139,13 +139,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __shared__ WorkList list;
   Ring<Tile> ring{smem_address(dynamic_smem), {}};
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&a.weight);
-    prefetch_tensor_map(&a.x);
-    Ring<Tile> each = ring;
-    for (int i = 0; i < Tile::kStages; ++i, each.place.advance()) {
-      mbarrier_init(each.full(), 1);
-      mbarrier_init(each.empty(), Tile::kGroups * 4 * a.mates);
-    }
+    init_ring(a, ring);
     barriers_ready();
   }
   __syncwarp();
@@ -204,17 +198,10 @@ cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
                 .mates = mates,
                 .weight_hint =
                     mean_rows <= OneTile::kRows ? L2Hint::kEvictFirst : L2Hint::kNormal};
-  auto encode = [&](const void* data, int64_t rows, int64_t stride, int box_rows, CUtensorMap* map) {
-    return encode_tensor_map<2>({.data = data,
-                                 .sizes = {static_cast<uint64_t>(p.k), static_cast<uint64_t>(rows)},
-                                 .strides = {1, stride},
-                                 .box_sizes = {kDepth, static_cast<uint32_t>(box_rows)}},
-                                p.dtype, map);
-  };
-  cudaError_t error = encode(p.x, p.max_rows, p.x_stride, 64, &a.x);
+  cudaError_t error = encode_matrix(p.x, p.max_rows, p.k, p.x_stride, 64, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
-  error = encode(p.weight, int64_t{p.num_experts} * p.weight_rows(), p.weight_stride,
-                 OneTile::kColumns / 2, &a.weight);
+  error = encode_matrix(p.weight, int64_t{p.num_experts} * p.weight_rows(), p.k, p.weight_stride,
+                        OneTile::kColumns / 2, p.dtype, &a.weight);
   if (error != cudaSuccess) return error;
   const int num_clusters = device.num_sms / mates;
   return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * mates),

@@ -64,17 +64,6 @@ bool serves_linear(const Tensor& weight_tensor, int64_t m, int64_t epilogue_numb
   return serves;
 }
 
-// Of this process, for measurements on the device of `weight`: LinearTrial. -1: nothing is asked.
-void try_skinny(const Tensor& weight, int64_t max_rows, int64_t tile_rows) {
-  half_dtype(ViewReader{"try_skinny", Place::kCuda}("weight", weight, 2));
-  PYSERVE_CHECK(max_rows >= -1 && max_rows <= gpu::kMaxSkinnyRows, "try_skinny: max_rows is ",
-                max_rows, ", not -1 to ", gpu::kMaxSkinnyRows);
-  PYSERVE_CHECK(tile_rows == -1 || tile_rows == 64 || tile_rows == 128, "try_skinny: tile_rows is ",
-                tile_rows, ", not -1, 64 or 128");
-  gpu::linear_trial().max_skinny_rows = max_rows;
-  gpu::linear_trial().skinny_tile_rows = tile_rows;
-}
-
 }  // namespace
 }  // namespace pyserve
 
@@ -83,5 +72,4 @@ STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("linear_add", TORCH_BOX(&pyserve::linear_add));
   m.impl("linear_silu_mul", TORCH_BOX(&pyserve::linear_silu_mul));
   m.impl("serves_linear", TORCH_BOX(&pyserve::serves_linear));
-  m.impl("try_skinny", TORCH_BOX(&pyserve::try_skinny));
 }

@@ -5,7 +5,6 @@
 
 #include "gpu/linear/few_rows_sm90a.h"
 #include "gpu/linear/gemm_sm90a.h"
-#include "gpu/linear/skinny_sm90a.h"
 
 namespace pyserve::gpu {
 namespace {
@@ -49,8 +48,6 @@ bool can_serve(LinearKernel kernel, const LinearParams& p, const Device& device)
       return false;
     case LinearKernel::kFewRows:
       return true;
-    case LinearKernel::kSkinnySm90a:
-      return kHasSm90a && device.is_hopper() && can_skinny_sm90a(p);
     case LinearKernel::kGemmSm90a:
       if constexpr (kHasSm90a) return can_gemm_sm90a(p) && is_gemm_sm90a_faster(p, device);
       return false;
@@ -79,11 +76,6 @@ cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
 }
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {
-  // No faster than cuBLAS for a layer (bench/notes.md): for a LinearTrial alone.
-  if (params.m > kMaxRowsSm90a && params.m <= linear_trial().max_skinny_rows &&
-      can_serve(LinearKernel::kSkinnySm90a, params, device)) {
-    return LinearKernel::kSkinnySm90a;
-  }
   if (params.has_norm()) return LinearKernel::kFewRows;
   for (const Choice& choice : kChoices) {
     if (fits(choice, params, 10 * device.major + device.minor) &&
@@ -106,9 +98,6 @@ cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   switch (choose_linear(params, *device)) {
-    case LinearKernel::kSkinnySm90a:
-      if constexpr (kHasSm90a) return launch_skinny_sm90a(params, stream);
-      break;
     case LinearKernel::kGemmSm90a:
       if constexpr (kHasSm90a) return launch_gemm_sm90a(params, stream);
       break;

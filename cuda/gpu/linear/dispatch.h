@@ -9,7 +9,6 @@ namespace pyserve::gpu {
 enum class LinearKernel : int32_t {
   kNone,     // cuBLAS is faster: the caller's to call
   kFewRows,  // linear.cu: one pass over the weight for 8 rows, on Hopper 32, more for more
-  kSkinnySm90a,  // skinny_sm90a.cu: 33 to 128 rows
   kGemmSm90a,  // gemm_sm90a.cu: more than 64 rows
 };
 
@@ -17,13 +16,9 @@ enum class LinearKernel : int32_t {
 // allocates them.
 LinearKernel choose_linear(const LinearParams& params, const Device& device);
 
-constexpr int64_t kMaxSkinnyRows = 128;  // of x, that skinny_sm90a.cu has room for
-
 // What a measurement asks for in this process, while nothing is launched; negative: nothing.
 struct LinearTrial {
-  int64_t max_skinny_rows = -1;   // of x, up to which kSkinnySm90a takes what kFewRows does not
-  int64_t skinny_tile_rows = -1;  // of weight, 64 or 128
-  int64_t max_w4a16_rows = -1;    // of x, up to which serves_linear_w4a16 says yes
+  int64_t max_w4a16_rows = -1;  // of x, up to which serves_linear_w4a16 says yes
   // Of gemm_w4a16_sm90a.cu, for more than 16 rows: one counted from 1, else that of least estimate.
   int w4a16_tiling = -1;
 };

@@ -235,6 +235,18 @@ struct Result {
   }
 };
 
+// What the warps have left in `pass_sums` for a token of the pass and a row of weight, added up in
+// the order of the warps.
+template <class Tile>
+__device__ __forceinline__ float sum_of_warps(const float* pass_sums, int token, int row) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < Tile::kWarps; ++w) {
+    sum += pass_sums[(w * Tile::kPassTokens + token) * Tile::kSumStride + row];
+  }
+  return sum;
+}
+
 // Adds up the warps' sums of a result, of a pass that begins at first_token, and stores what the
 // epilogue makes of them; all lanes of a warp call it.
 template <class T, Epilogue kEpilogue, class Tile>
@@ -245,14 +257,8 @@ __device__ __forceinline__ void finish_result(const LinearParams& p, const Resul
   T value{};
   if (result.is_valid) {
     const float factor = factors[result.token];
-    auto sum_of = [&](int weight_row) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < Tile::kWarps; ++w) {
-        const int token = w * Tile::kPassTokens + result.token - first_token;
-        sum += pass_sums[token * Tile::kSumStride + weight_row];
-      }
-      return sum * factor;
+    auto sum_of = [&](int row) {
+      return sum_of_warps<Tile>(pass_sums, result.token - first_token, row) * factor;
     };
     float operand = to_float(result.other);
     if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
@@ -378,30 +384,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
 #pragma unroll
       for (int i = 0; i < kResults; ++i) {
         const Result<T>& result = results[pass][i];
-        T value{};
-        if (result.is_valid) {
-          const float factor = factors[result.token];
-          auto sum_of = [&](int weight_row) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < Tile::kWarps; ++w) {
-              const int token = w * Tile::kPassTokens + result.token - pass * Tile::kPassTokens;
-              sum += group_sums[token * Tile::kSumStride + weight_row];
-            }
-            return sum * factor;
-          };
-          float operand = to_float(result.other);
-          if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
-          const float sum = sum_of(result.row) + to_float(result.bias);
-          value = from_float<T>(finish<kEpilogue>(sum, operand));
-          *result.target = value;
-        }
-        if constexpr (kEpilogue == Epilogue::kAdd) {
-          if (p.norm_weight != nullptr) {
-            put_norm(p, value, to_float(result.norm_weight), result.token, column0 + result.row,
-                     result.is_valid);
-          }
-        }
+        finish_result<T, kEpilogue, Tile>(p, result, group_sums, pass * Tile::kPassTokens, factors,
+                                          column0 + result.row);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }

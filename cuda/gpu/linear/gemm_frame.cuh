@@ -52,6 +52,29 @@ struct Ring {
   __device__ uint32_t empty_in(uint32_t first) const { return full_in(first) + 8; }
 };
 
+// Makes the barriers of a ring that nobody has begun to fill; by one thread, before its CTA meets.
+// `a` has `mates`, and the tensor maps that fill it.
+template <class Tile, class Args>
+__device__ __forceinline__ void init_ring(const Args& a, Ring<Tile> ring) {
+  prefetch_tensor_map(&a.weight);
+  prefetch_tensor_map(&a.x);
+  for (int i = 0; i < Tile::kStages; ++i, ring.place.advance()) {
+    mbarrier_init(ring.full(), 1);
+    mbarrier_init(ring.empty(), Tile::kGroups * 4 * a.mates);
+  }
+}
+
+// Encodes a matrix [rows, k] whose copies are box_rows rows of kBoxColumns.
+constexpr int kBoxColumns = 64;  // 128 bytes
+inline cudaError_t encode_matrix(const void* data, int64_t rows, int64_t k, int64_t stride,
+                                 int box_rows, Dtype dtype, CUtensorMap* map) {
+  return encode_tensor_map<2>({.data = data,
+                               .sizes = {static_cast<uint64_t>(k), static_cast<uint64_t>(rows)},
+                               .strides = {1, stride},
+                               .box_sizes = {kBoxColumns, static_cast<uint32_t>(box_rows)}},
+                              dtype, map);
+}
+
 // The place of a cluster's tile.
 struct Tiles {
   int row_tile, column_tile;
@@ -139,13 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
   Ring<Tile> ring{smem_address(dynamic_smem), {}};
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&a.weight);
-    prefetch_tensor_map(&a.x);
-    Ring<Tile> each = ring;
-    for (int i = 0; i < Tile::kStages; ++i, each.place.advance()) {
-      mbarrier_init(each.full(), 1);
-      mbarrier_init(each.empty(), Tile::kGroups * 4 * a.mates);
-    }
+    init_ring(a, ring);
     Tile::prepare(a, ring);
     barriers_ready();
   }

@@ -80,16 +80,10 @@ cudaError_t launch_tile(const LinearParams& p, const Tiling& tiling, const Devic
          .num_column_tiles = grid.columns,
          .mates = tiling.mates,
          .weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal};
-  auto encode = [&](const void* data, int64_t rows, int64_t stride, int box_rows, CUtensorMap* map) {
-    return encode_tensor_map<2>({.data = data,
-                                 .sizes = {static_cast<uint64_t>(p.k), static_cast<uint64_t>(rows)},
-                                 .strides = {1, stride},
-                                 .box_sizes = {kDepth, static_cast<uint32_t>(box_rows)}},
-                                p.dtype, map);
-  };
-  cudaError_t error = encode(p.x, p.m, p.x_stride, 64, &a.x);
+  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, 64, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
-  error = encode(p.weight, p.weight_rows(), p.weight_stride, Tile::kColumns / 2, &a.weight);
+  error = encode_matrix(p.weight, p.weight_rows(), p.k, p.weight_stride, Tile::kColumns / 2,
+                        p.dtype, &a.weight);
   if (error != cudaSuccess) return error;
   const int num_clusters =
       std::min(grid.rows * grid.columns, num_resident(device, tiling.mates));

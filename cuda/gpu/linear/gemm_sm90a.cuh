@@ -11,7 +11,7 @@
 
 namespace pyserve::gpu::gemm {
 
-constexpr int kDepth = 64;  // of k, in a stage: 128 bytes
+constexpr int kDepth = kBoxColumns;  // of k, in a stage
 
 template <class T_, int kGroups_, int kColumns_>
 struct Tile {

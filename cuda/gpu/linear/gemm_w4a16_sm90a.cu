@@ -106,12 +106,8 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
     return error;
   }
   W4Args a = args_of<Tile>(p, group_size, tiling);
-  cudaError_t error = encode_tensor_map<2>(
-      {.data = p.x,
-       .sizes = {static_cast<uint64_t>(p.k), static_cast<uint64_t>(p.m)},
-       .strides = {1, p.x_stride},
-       .box_sizes = {64, static_cast<uint32_t>(Tile::kTokens / tiling.mates)}},
-      p.dtype, &a.x);
+  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, Tile::kTokens / tiling.mates,
+                                    p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   const int64_t num_strips = (p.weight_rows() + kStripRows - 1) / kStripRows;
   error = encode_word_map<2>(

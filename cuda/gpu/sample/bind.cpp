@@ -17,15 +17,6 @@ namespace {
 
 constexpr const char* kOp = "sample";
 
-gpu::Dtype logits_dtype(const View& logits) {
-  if (logits.dtype == ScalarType::Float) return gpu::Dtype::kFloat32;
-  if (logits.dtype == ScalarType::BFloat16) return gpu::Dtype::kBfloat16;
-  PYSERVE_CHECK(logits.dtype == ScalarType::Half, logits.op,
-                ": logits must be float32, bfloat16 or float16, got ",
-                torch::headeronly::toString(logits.dtype));
-  return gpu::Dtype::kFloat16;
-}
-
 void sample(const Tensor& logits, const Tensor& sample_slots, const Tensor& slots,
             const Tensor& token_counts, const std::optional<Tensor>& workspace_tensor,
             const Tensor& sampled) {
@@ -40,7 +31,7 @@ void sample(const Tensor& logits, const Tensor& sample_slots, const Tensor& slot
                 " words for ", num_rows, " rows, needs ", wanted);
   const gpu::SampleParams params{.logits = args.logits.data,
                                  .logits_stride = args.logits.stride(0),
-                                 .dtype = logits_dtype(args.logits),
+                                 .dtype = half_dtype(args.logits),
                                  .sample_slots = args.sample_slots.ptr<int32_t>(),
                                  .sample_slots_stride = args.sample_slots.stride(0),
                                  .slots = args.slots.ptr<int32_t>(),
@@ -64,7 +55,7 @@ void apply_bitmask(const Tensor& logits, const Tensor& bitmask, const Tensor& ro
                 1 << 20);
   const gpu::BitmaskParams params{.logits = args.logits.data,
                                   .logits_stride = args.logits.stride(0),
-                                  .dtype = logits_dtype(args.logits),
+                                  .dtype = half_dtype(args.logits),
                                   .bitmask = args.bitmask.ptr<int32_t>(),
                                   .bitmask_stride = args.bitmask.stride(0),
                                   .rows = args.rows.ptr<int32_t>(),
@@ -86,7 +77,7 @@ void logprobs(const Tensor& logits, const Tensor& rows, const Tensor& token_ids,
                 args.num_asked(), " of ", args.num_rows(), " rows, at most ", 1 << 20);
   const gpu::LogprobsParams params{.logits = args.logits.data,
                                    .logits_stride = args.logits.stride(0),
-                                   .dtype = logits_dtype(args.logits),
+                                   .dtype = half_dtype(args.logits),
                                    .rows = args.rows.ptr<int32_t>(),
                                    .rows_stride = args.rows.stride(0),
                                    .token_ids = args.token_ids.ptr<int32_t>(),

@@ -151,13 +151,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(LogprobsPar
                          .is_aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0,
                          .is_plain = true};
   float token_logit = kInfinity;
-  if (token >= 0) {
-    if constexpr (sizeof(T) == 4) {
-      token_logit = fmaxf(logits[token], -kInfinity);
-    } else {
-      token_logit = fmaxf(to_float(logits[token]), -kInfinity);
-    }
-  }
+  if (token >= 0) token_logit = fmaxf(to_float(logits[token]), -kInfinity);
 
   ExpSum sum;
   int num_above = 0;
@@ -225,7 +219,6 @@ cudaError_t launch_logprobs(const LogprobsParams& params, cudaStream_t stream) {
   const auto launch_as = [&]<class T>(T) {
     return launch_chained(logprobs_kernel<T>, grid, kSampleThreads, 0, stream, params);
   };
-  if (params.dtype == Dtype::kFloat32) return launch_as(float{});
   return dispatch_half(params.dtype, launch_as);
 }
 

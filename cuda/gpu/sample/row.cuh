@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/step.h"
-#include "gpu/core/ptx.cuh"
+#include "gpu/core/vec.cuh"
 #include "gpu/sample/sample.h"
 
 namespace pyserve::gpu {
@@ -99,23 +99,10 @@ struct WeightSum {
 
 template <class T>
 struct RawOctet {
-  uint4 words[sizeof(T) / 2];
+  uint4 words;
 
   __device__ __forceinline__ void unpack(float (&x)[kOctet]) const {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-      const uint32_t packed[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (sizeof(T) == 4) {
-          x[4 * i + j] = __uint_as_float(packed[j]);
-        } else {
-          const float2 pair = unpack_pair<T>(packed[j]);
-          x[2 * j] = pair.x;
-          x[2 * j + 1] = pair.y;
-        }
-      }
-    }
+    gpu::unpack<T>(words, x);
   }
 };
 
@@ -133,34 +120,16 @@ struct SampleRow {
 
   // Tokens behind the last one read as -inf.
   __device__ __forceinline__ RawOctet<T> load(int octet) const {
-    RawOctet<T> raw;
     const int begin = octet * kOctet;
-    if (is_aligned && begin + kOctet <= vocab_size) {
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-        raw.words[i] = load_streaming(logits + begin + i * (16 / sizeof(T)));
-      }
-      return raw;
-    }
+    if (is_aligned && begin + kOctet <= vocab_size) return {load_streaming(logits + begin)};
     return load_slowly(begin);
   }
 
   __device__ __forceinline__ RawOctet<T> load_slowly(int begin) const {
-    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-    constexpr uint32_t kMinusInf = sizeof(T) == 4                     ? 0xff800000u
-                                   : std::is_same_v<T, __nv_bfloat16> ? 0xff80u
-                                                                      : 0xfc00u;
-    const Bits* bits = reinterpret_cast<const Bits*>(logits);
-    auto at = [&](int i) -> uint32_t { return i < vocab_size ? bits[i] : kMinusInf; };
-    RawOctet<T> raw;
-    if constexpr (sizeof(T) == 4) {
-      raw.words[0] = {at(begin), at(begin + 1), at(begin + 2), at(begin + 3)};
-      raw.words[1] = {at(begin + 4), at(begin + 5), at(begin + 6), at(begin + 7)};
-    } else {
-      auto two = [&](int i) { return at(i) | at(i + 1) << 16; };
-      raw.words[0] = {two(begin), two(begin + 2), two(begin + 4), two(begin + 6)};
-    }
-    return raw;
+    const auto* bits = reinterpret_cast<const uint16_t*>(logits);
+    auto at = [&](int i) -> uint32_t { return i < vocab_size ? bits[i] : kMinusInfBits<T>; };
+    auto two = [&](int i) { return at(i) | at(i + 1) << 16; };
+    return {{two(begin), two(begin + 2), two(begin + 4), two(begin + 6)}};
   }
 
   // Bias, ban, penalties of the octet's logits.
@@ -230,15 +199,14 @@ struct SampleRow {
     int chunk = first + threadIdx.x / kWarpSize;
     auto load_of = [&](int c) { return load((c < last ? c : last - 1) * kWarpSize + lane); };
     if (chunk >= last) return;
-    constexpr int kAhead = sizeof(T) == 4 ? 1 : 2;
-    RawOctet<T> next[kAhead];
+    RawOctet<T> next[2];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) next[i] = load_of(chunk + i * num_warps);
+    for (int i = 0; i < 2; ++i) next[i] = load_of(chunk + i * num_warps);
 #pragma unroll 1
     for (; chunk < last; chunk += num_warps) {
       const RawOctet<T> raw = next[0];
-      if constexpr (kAhead == 2) next[0] = next[1];
-      next[kAhead - 1] = load_of(chunk + kAhead * num_warps);
+      next[0] = next[1];
+      next[1] = load_of(chunk + 2 * num_warps);
       fn(chunk, chunk * kWarpSize + lane, raw);
     }
   }

@@ -447,7 +447,6 @@ cudaError_t launch_sample(const SampleParams& params, cudaStream_t stream) {
   }
   const Arguments arguments{params, splits, (num_chunks + splits - 1) / splits,
                             static_cast<int>(sample_list_words(params.vocab_size))};
-  if (params.dtype == Dtype::kFloat32) return launch_both<float>(arguments, stream);
   return dispatch_half(params.dtype, [&]<class T>(T) { return launch_both<T>(arguments, stream); });
 }
 
