@@ -81,7 +81,8 @@ def decode_start(data: bytes) -> Start:
 
 
 def decode(data: bytes) -> News:
-    return msgspec.json.decode(data, type=News)
+    news: News = msgspec.json.decode(data, type=News)
+    return news
 
 
 def receive(sock: socket.socket) -> tuple[News | None, list[int]]:
