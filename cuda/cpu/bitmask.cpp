@@ -46,7 +46,8 @@ void mask_word(typename Bits::Element* x, uint32_t word) {
   for (int i = 0; i < kWordBits; i += kLanes) {
     Vector values;
     std::memcpy(&values, x + i, sizeof values);
-    const Vector bits = (Vector{} + static_cast<Element>(word >> i)) & lane_bits;
+    const auto part = static_cast<Element>(word >> i);
+    const Vector bits = (Vector{} + part) & lane_bits;
     values = bits == 0 ? minus_inf : values;
     std::memcpy(x + i, &values, sizeof values);
   }
