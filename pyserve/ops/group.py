@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,39 +65,15 @@ class ProcessGroup:
         Raises DeviceError where they do not come in JOIN_S.
         """
         self.tp_rank, self.tp_size = tp_rank, tp_size
-        # Sums in the switch need multicast memory, which can take the cards of a shared host out of
-        # service where a process that has it dies.
-        os.environ["NCCL_NVLS_ENABLE"] = "0"
         self.store = store = dist.FileStore(str(meeting), tp_size)  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=JOIN_S))
-        try:
-            dist.init_process_group(
-                "gloo" if device.type == "cpu" else "nccl",
-                store=store,
-                rank=tp_rank,
-                world_size=tp_size,
-                timeout=timedelta(seconds=STEP_S),
-                device_id=None if device.type == "cpu" else device,
-            )
-        except (RuntimeError, ValueError) as error:
-            first_line, _, _ = str(error).partition("\n")
-            raise DeviceError(f"{tp_size} ranks did not come together: {first_line}") from error
+        _meet(device, store=store, rank=tp_rank, world_size=tp_size)
 
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
         """Of the ranks that torchrun has started, on whichever machines. Raises DeviceError."""
         group = cls.__new__(cls)
-        os.environ["NCCL_NVLS_ENABLE"] = "0"
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        try:
-            dist.init_process_group(
-                backend,
-                timeout=timedelta(seconds=STEP_S),
-                device_id=None if device.type == "cpu" else device,
-            )
-        except (RuntimeError, ValueError) as error:
-            first_line, _, _ = str(error).partition("\n")
-            raise DeviceError(f"the ranks did not come together: {first_line}") from error
+        _meet(device)
         group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
         return group
 
@@ -120,3 +96,21 @@ class ProcessGroup:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _meet(device: torch.device, **where: Any) -> None:
+    """Make torch's process group, `where` it is told. Raises DeviceError."""
+    # Sums in the switch need multicast memory, which can take the cards of a shared host out of
+    # service where a process that has it dies.
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    is_cpu = device.type == "cpu"
+    try:
+        dist.init_process_group(
+            "gloo" if is_cpu else "nccl",
+            timeout=timedelta(seconds=STEP_S),
+            device_id=None if is_cpu else device,
+            **where,
+        )
+    except (RuntimeError, ValueError) as error:
+        first_line, _, _ = str(error).partition("\n")
+        raise DeviceError(f"the ranks did not come together: {first_line}") from error
