@@ -17,7 +17,7 @@ from pyserve.model.config import CheckpointDtype, ModelConfig
 from pyserve.ops import cuda_card
 
 CPU = torch.device("cpu")
-SHARES_CARDS = False  # whether a step of several ranks has run on cards
+SHARES_CARDS = True  # whether a step of several ranks has run on cards
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
 
 
