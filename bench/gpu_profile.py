@@ -6,12 +6,17 @@
 ROWSxCONTEXT is a step in which so many sequences decode, with a `p` one in which such prompts come
 whole. Steps are run one by one as the server runs them, small ones replayed. CUPTI watches them, by
 torch.profiler: a kernel's time includes its wait for the one in front, where it is chained.
+
+--tensor-parallel-size N: each of N processes schedules the same steps on a card of its own, and the
+first one's kernels are shown: those that meet the others' include the wait for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import re
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from pyserve.client import SequenceRequest
+from pyserve.config import TP_SIZES
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.cuda_runner import CudaRunner
@@ -31,6 +37,8 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
 from pyserve.ops import build
+from pyserve.ops.card_group import join_group
+from pyserve.ops.group import LEADER
 from pyserve.params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -54,10 +62,11 @@ class Load(NamedTuple):
         return cls(int(match[1]), int(match[2]), bool(match[3]))
 
 
-def make_engine(folder: Path, num_blocks: int) -> Engine:
+def make_engine(args: argparse.Namespace, num_blocks: int, placement: Placement) -> Engine:
     """Random weights, no prefix cache; the runner is a CudaRunner with its records."""
+    config = ModelConfig.from_path(args.folder).quantised_as(args.quantization)
     decoder = load_model(
-        folder, ModelConfig.from_path(folder), Placement(torch.bfloat16, torch.device("cuda:0")),
+        args.folder, config, placement,
         load_format="dummy", seed=0, progress=lambda done, total: None,
     )  # fmt: skip
     limits = StepLimits(
@@ -86,8 +95,8 @@ def run_step(engine: Engine) -> bool:
     return True
 
 
-def profile(engine: Engine, load: Load) -> None:
-    """Print the table of one load."""
+def profile(engine: Engine, load: Load) -> str:
+    """The table of one load."""
     num_tokens = 1 if load.is_prompt else MAX_OUTPUT  # enough that all decode at once
     for _ in range(2 if load.is_prompt else 1):  # the first warms up
         for row in range(load.num_rows):
@@ -107,10 +116,10 @@ def profile(engine: Engine, load: Load) -> None:
                 run_step(engine)
         while run_step(engine):
             pass
-    print_table(load, seen, 1 if load.is_prompt else NUM_STEPS)
+    return format_times(load, seen, 1 if load.is_prompt else NUM_STEPS)
 
 
-def print_table(load: Load, seen: torch.profiler.profile, num_steps: int) -> None:
+def format_times(load: Load, seen: torch.profiler.profile, num_steps: int) -> str:
     kernels = [e for e in seen.events() or [] if e.device_type.name == "CUDA"]
     spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
     busy_us = 0.0
@@ -123,13 +132,14 @@ def print_table(load: Load, seen: torch.profiler.profile, num_steps: int) -> Non
         by_name[short_name(event.name)].append(event.time_range.end - event.time_range.start)
     total_us = (reached - spans[0][0]) / num_steps
     kind = "prompts" if load.is_prompt else "decoding"
-    print(
+    lines = [
         f"= {load.num_rows} x {load.context} {kind}: {total_us / 1e3:.2f} ms a step from first to "
         f"last kernel, {busy_us / num_steps / 1e3:.2f} busy"
-    )
+    ]
     for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:NUM_ROWS]:
         total, count, mean = sum(times) / num_steps, len(times) / num_steps, sum(times) / len(times)
-        print(f"{total:10.1f} us {count:7.1f} x {mean:8.2f}  {name}")
+        lines.append(f"{total:10.1f} us {count:7.1f} x {mean:8.2f}  {name}")
+    return "\n".join(lines)
 
 
 def short_name(name: str) -> str:
@@ -146,16 +156,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--loads", nargs="+", type=Load.parse, required=True, metavar="ROWSxCONTEXT"
     )
+    parser.add_argument("--tensor-parallel-size", type=int, choices=TP_SIZES, default=1)
+    parser.add_argument("--quantization", choices=("awq", "fp8"))
     args = parser.parse_args(argv)
+    build.load_native(is_reference_allowed=False, progress=print, device="cuda")  # compiled once
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        followers = [
+            context.Process(target=run_rank, args=(args, f"{folder}/meeting", tp_rank), daemon=True)
+            for tp_rank in range(1, args.tensor_parallel_size)
+        ]
+        for follower in followers:
+            follower.start()
+        run_rank(args, f"{folder}/meeting", LEADER)
+        for follower in followers:
+            follower.join(30)
+    return 0
+
+
+def run_rank(args: argparse.Namespace, meeting: str, tp_rank: int) -> None:
+    """All loads on one card, together with the other ranks' processes."""
+    device = torch.device("cuda", tp_rank)
+    torch.cuda.set_device(device)
     build.load_native(is_reference_allowed=False, progress=print, device="cuda")
+    tp_size = args.tensor_parallel_size
+    group = join_group(meeting, tp_rank, tp_size, device) if tp_size > 1 else None
+    placement = Placement(torch.bfloat16, device, tp_rank=tp_rank, tp_size=tp_size, group=group)
     most = max(
         load.num_rows * num_blocks_for(load.context + MAX_OUTPUT, BLOCK_SIZE) for load in args.loads
     )
-    engine = make_engine(args.folder, most + NUM_SLOTS)
+    engine = make_engine(args, most + NUM_SLOTS, placement)
     for load in args.loads:
-        profile(engine, load)
+        table = profile(engine, load)
+        if tp_rank == LEADER:
+            print(table, flush=True)
     engine.runner.close()
-    return 0
 
 
 if __name__ == "__main__":

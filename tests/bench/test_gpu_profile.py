@@ -18,7 +18,7 @@ def test_loads() -> None:
         gpu_profile.Load.parse("64")
 
 
-def test_the_table_counts_what_overlaps_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_counts_what_overlaps_once() -> None:
     def event(name: str, start: float, end: float, device: str = "CUDA") -> Any:
         return SimpleNamespace(
             name=name,
@@ -33,8 +33,9 @@ def test_the_table_counts_what_overlaps_once(capsys: pytest.CaptureFixture[str])
         event("cudaLaunchKernel", 0, 20000, "CPU"),
     ]
     seen: Any = SimpleNamespace(events=lambda: events)
-    gpu_profile.print_table(gpu_profile.Load(2, 384, False), seen, num_steps=2)
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, *rows = gpu_profile.format_times(
+        gpu_profile.Load(2, 384, False), seen, num_steps=2
+    ).splitlines()
     assert head == "= 2 x 384 decoding: 5.00 ms a step from first to last kernel, 4.00 busy"
     assert [row.split() for row in rows] == [
         ["3500.0", "us", "1.0", "x", "3500.00", "linear_kernel<1>"],
