@@ -6,7 +6,8 @@ norm in the same kernel, beside NCCL and the norm. us a call, of the slowest ran
 bytes that a card must be sent at the rate of its links, and one trip: --link-gbps and --trip-us.
 
 The last lines say up to which size one shot was the fastest, and two: what LIMITS in
-pyserve/ops/peer_layout.py should hold. The limits are wider here than there.
+pyserve/ops/peer_layout.py should hold. The limits are wider here than there. Then what the leader
+takes to get the others' logits, of so many rows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from torch import Tensor
 from bench.report import environment, format_table, write_json
 from pyserve import ops
 from pyserve.ops import build, peer_layout
+from pyserve.ops.group import LEADER
 from pyserve.ops.native import native
 from pyserve.ops.peer_layout import PeerLimits
 from pyserve.ops.peers import PeerGroup, exchange_over
 
 SIZES = [8 << 10 << step for step in range(12)]  # bytes, 8 KiB .. 16 MiB
-HIDDEN, MAX_ONE_SHOT, MAX_TWO_SHOT = 4096, 2 << 20, 16 << 20
+HIDDEN, MAX_ONE_SHOT, MAX_TWO_SHOT = 4096, 8 << 20, 16 << 20
+MAX_NORM = 2 << 20  # of a message with a norm: 256 rows, a CTA each
+LOGIT_ROWS, VOCAB_SIZE = (1, 64, 256), 128256
 NUM_REPLAYS, GRAPH_US = 30, 2000
 # NVLink multicast can take the cards of a shared host out of service.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -67,7 +71,7 @@ def time_calls(call: Callable[[], object], num_bytes: int) -> float:
 
 def measure(group: PeerGroup, num_bytes: int, device: torch.device) -> Row:
     """us of each way that such a message can go."""
-    x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
+    x = 1e-3 * torch.randn(num_bytes // 2, dtype=torch.bfloat16, device=device)
     table = group.table
     ways: dict[str, Callable[[], object] | None] = {
         "one shot": lambda: native.all_reduce_one_shot(x, table),
@@ -78,9 +82,9 @@ def measure(group: PeerGroup, num_bytes: int, device: torch.device) -> Row:
         ways["one shot"] = None
     weight = torch.ones(HIDDEN, dtype=torch.bfloat16, device=device)
     rows = x.view(-1, HIDDEN)
-    residual, out = torch.zeros_like(rows), torch.empty_like(rows)
+    residual, out = torch.randn_like(rows), torch.empty_like(rows)
     ways |= {"with norm": None, "NCCL, then norm": None}
-    if num_bytes <= MAX_ONE_SHOT:
+    if num_bytes <= MAX_NORM:
         ways["with norm"] = lambda: native.all_reduce_add_norm(
             rows, residual, weight, 1e-5, 0.0, out, table
         )
@@ -93,6 +97,15 @@ def measure(group: PeerGroup, num_bytes: int, device: torch.device) -> Row:
     return {
         name: None if call is None else time_calls(call, num_bytes) for name, call in ways.items()
     }
+
+
+def measure_gather(group: PeerGroup, num_rows: int, device: torch.device) -> float:
+    """us of the logits of so many rows, each rank with its part of the vocabulary."""
+    shape = (group.tp_size, num_rows, VOCAB_SIZE // group.tp_size)
+    parts = torch.randn(shape, dtype=torch.bfloat16, device=device)
+    out = parts if group.tp_rank == LEADER else None
+    num_bytes = 2 * num_rows * VOCAB_SIZE // group.tp_size
+    return time_calls(lambda: group.gather_parts(parts[0], out), num_bytes)
 
 
 def run_rank(tp_rank: int, tp_size: int, folder: str) -> None:
@@ -112,6 +125,7 @@ def run_rank(tp_rank: int, tp_size: int, folder: str) -> None:
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     rows = [measure(group, num_bytes, device) for num_bytes in SIZES]
+    rows.append({str(num): measure_gather(group, num, device) for num in LOGIT_ROWS})
     Path(folder, f"{tp_rank}.json").write_text(json.dumps(rows))
     torch.cuda.synchronize()
     exchange(b"done")
@@ -179,11 +193,19 @@ def main() -> None:
     args = parser.parse_args()
     if torch.cuda.device_count() < args.cards:
         raise SystemExit(f"{args.cards} cards are needed, {torch.cuda.device_count()} are here")
-    rows = run_ranks(args.cards)
+    *rows, gathers = run_ranks(args.cards)
     print_table(rows, args.cards, args.link_gbps, args.trip_us)
+    for num_rows, us in gathers.items():
+        print(f"= the logits of {num_rows} rows to the leader: {us:.1f} us")
     named = [{"bytes": num_bytes, **row} for num_bytes, row in zip(SIZES, rows, strict=True)]
     write_json(
-        args.json, {"cards": args.cards, "rows": named, "environment": environment(["torch"])}
+        args.json,
+        {
+            "cards": args.cards,
+            "rows": named,
+            "gathers": gathers,
+            "environment": environment(["torch"]),
+        },
     )
 
 

@@ -36,6 +36,7 @@ from pyserve.flags import ENGINE, LAUNCH, SERVER, given, parse_args, split_batch
 if TYPE_CHECKING:
     from pyserve.api.serve import Loaded, Report
     from pyserve.engine.preload import Preload
+    from pyserve.engine.tensor_parallel.spawned import Spawned
     from pyserve.text.tokenizer import Tokenizer
 
 DEMO_MODEL_NAME = "pyserve-demo"
@@ -254,18 +255,28 @@ def _generation_folder(choice: str, model_path: Path) -> Path:
 def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
     """What the server runs on a worker thread once its port is open."""
     from pyserve.engine.preload import Preload
+    from pyserve.engine.tensor_parallel.spawned import spawn
 
     def load(report: Report) -> Loaded:
         preload = Preload(is_card_wanted=args.device != "cpu")
+        spawned: list[Spawned] = []
         try:
-            return _load(args, report, preload)
+            if launched() is None:
+                spawned += spawn(_engine_config(args, DEMO_MODEL).tensor_parallel_size)
+            return _load(args, report, preload, spawned)
+        except BaseException:
+            for process in spawned:
+                process.kill()
+            raise
         finally:
             preload.end()
 
     return load
 
 
-def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
+def _load(
+    args: argparse.Namespace, report: Report, preload: Preload, spawned: list[Spawned]
+) -> Loaded:
     from concurrent.futures import ThreadPoolExecutor
 
     from pyserve.api.state import Loaded
@@ -315,7 +326,9 @@ def _load(args: argparse.Namespace, report: Report, preload: Preload) -> Loaded:
         # It holds the interpreter's lock, which weights and a card's steps leave free for long.
         grammars = Grammars.of(tokenizer, defaults, model.vocab_size)
         preparing = pool.submit(grammars.prepare)
-        engine = build_engine(engine_config, progress=report, find_adapter=find_adapter)
+        engine = build_engine(
+            engine_config, progress=report, find_adapter=find_adapter, spawned=spawned
+        )
         preparing.result()
     return Loaded(
         tokenizer=tokenizer,

@@ -17,7 +17,6 @@ from pyserve.model.config import CheckpointDtype, ModelConfig
 from pyserve.ops import cuda_card
 
 CPU = torch.device("cpu")
-SHARES_CARDS = True  # whether a step of several ranks has run on cards
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
 
 
@@ -56,11 +55,6 @@ def check_cards(device: torch.device, tp_size: int) -> None:
         )
     if device.type == "cpu" or tp_size == 1:
         return
-    if not SHARES_CARDS:
-        raise ConfigError(
-            f"--tensor-parallel-size {tp_size} is not built yet on NVIDIA cards: leave it out, or "
-            "pass --device cpu"
-        )
     if here is not None:  # one card of this machine, others of theirs
         return
     num_cards = torch.cuda.device_count()

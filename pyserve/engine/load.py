@@ -7,7 +7,7 @@ the largest step, then the KV cache and every other shape; last, one sequence th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,7 @@ from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sleep import HostSleeper, Sleep
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.tensor_parallel.ranks import Ranks
+from pyserve.engine.tensor_parallel.spawned import Spawned
 from pyserve.engine.trace import Trace
 from pyserve.engine.warmup import warmup_steps
 from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
@@ -70,11 +71,13 @@ def _say_nothing(phase: str, done: int, total: int) -> None:
 
 
 def build_engine(
-    config: EngineConfig, *, progress: Progress, find_adapter: Callable[[str], Path] = Path
-) -> AsyncEngine:
+    config: EngineConfig, *, progress: Progress, find_adapter: Callable[[str], Path] = Path,
+    spawned: Sequence[Spawned] = (),
+) -> AsyncEngine:  # fmt: skip
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan).
 
     find_adapter  the folder of an adapter by what it is called, as HostAdapters has it.
+    spawned       the processes of the other ranks, where they have been started already.
     """
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
@@ -88,7 +91,7 @@ def build_engine(
         for remark in model_config.quantization.remarks():
             logger.warning("%s", remark)
     _log_plan(config, start.plan)
-    ranks = Ranks(config, start.device)
+    ranks = Ranks(config, start.device, spawned)
     with ranks.ended_by_errors():
         return _build(config, start, ranks, trace, progress, find_adapter)
 

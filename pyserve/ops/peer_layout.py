@@ -62,11 +62,12 @@ class PeerLimits:
     gather: int
 
 
-# The only place where these stand. Of one shot each card reads tp_size - 1 messages, of two shots
-# two pieces from each other card, for a second trip: 512, 256 and 128 KiB of one shot cost about as
-# much as that. Not measured yet: `python -m bench.gpu_peers` prints both ways beside NCCL.
+# The only place where these stand. Between two H200s one shot was the fastest of all sizes that
+# `python -m bench.gpu_peers` tried it with, two shots up to the largest, before NCCL. Of one shot
+# each card reads tp_size - 1 messages, of two shots two pieces from each other card, for a second
+# trip: with 4 and 8 cards, which nobody has measured yet, 256 and 128 KiB cost about as much.
 LIMITS: Final = {
-    2: PeerLimits(one_shot=512 * KIB, two_shot=8 * MIB, gather=4 * MIB),
+    2: PeerLimits(one_shot=2 * MIB, two_shot=16 * MIB, gather=4 * MIB),
     4: PeerLimits(one_shot=256 * KIB, two_shot=16 * MIB, gather=2 * MIB),
     8: PeerLimits(one_shot=128 * KIB, two_shot=16 * MIB, gather=1 * MIB),
 }

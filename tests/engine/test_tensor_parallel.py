@@ -17,6 +17,7 @@ from pyserve.engine.batch import StepShape
 from pyserve.engine.tensor_parallel import calls, news, ring
 from pyserve.engine.tensor_parallel.followers import Followers
 from pyserve.engine.tensor_parallel.ring import Ring
+from pyserve.engine.tensor_parallel.spawned import spawn
 from pyserve.errors import ConfigError, DeviceError, StartupError
 from pyserve.flag_rows import LoraModule
 
@@ -108,11 +109,34 @@ def test_a_follower_that_does_not_come_is_named(
         both.close()
 
 
-def test_cards_are_refused_until_a_step_has_run_there() -> None:
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 is not built yet on NVIDIA"):
-        devices.check_cards(torch.device("cuda"), 2)
+@pytest.mark.parametrize(
+    ("cards", "refusal"),
+    [
+        ([], "needs as many cards, and this machine shows 0"),
+        (["A"], "needs as many cards, and this machine shows 1"),
+        (["A", "B"], "needs cards of one kind, and these are A, B"),
+        (["A", "A"], None),
+        (["A", "A", "B"], None),
+    ],
+)
+def test_what_cards_can_share_a_model(
+    monkeypatch: pytest.MonkeyPatch, cards: list[str], refusal: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: cards[index])
     devices.check_cards(torch.device("cuda"), 1)
     devices.check_cards(devices.CPU, 2)
+    if refusal is None:
+        devices.check_cards(torch.device("cuda"), 2)
+        return
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 {refusal}"):
+        devices.check_cards(torch.device("cuda"), 2)
+
+
+def test_processes_end_with_a_leader_that_never_begins() -> None:
+    (process,) = spawn(2)
+    process.sock.close()
+    assert process.process.wait(60) == 0
 
 
 def test_what_torchrun_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

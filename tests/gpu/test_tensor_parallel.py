@@ -16,17 +16,13 @@ import torch
 
 from bench.lost_rank import kill_one
 from bench.server_process import ServerProcess, running_server
-from pyserve.engine import devices
 from tests.gpu.test_server import ANSWERS, MODEL, ROOT, SMALL
 
 READY_S = 120
 PROMPT = "The quick brown fox jumps over the lazy dog and runs. " * 8
 SIZES = (2, 4)  # the demo model has four heads
 MAX_ERROR = 0.06  # of a log probability: both compute in bfloat16, and add up in another order
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(not devices.SHARES_CARDS, reason="cards do not share a model yet"),
-]
+pytestmark = pytest.mark.timeout(300)
 
 
 def ask(server: ServerProcess, path: str, body: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """A rank that follows: loads its part of the model and makes the calls that the leader makes.
 
-`python -m pyserve.engine.tensor_parallel.follower FD`, where FD is its end of a socket. It lives as
-long as the other end is open.
+`python -m pyserve.engine.tensor_parallel.follower FD`, where FD is its end of a socket, from which
+the first word is a Start. It lives as long as the other end is open.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from pyserve.client import Adapter
 from pyserve.config import EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.batch import AdapterLoad, Asked
+from pyserve.engine.cuda_runner import RING_SIZE
 from pyserve.engine.executor import StepExecutor
 from pyserve.engine.load import load_weights, settle_start
 from pyserve.engine.planner import CardMemory
@@ -129,7 +131,10 @@ class LocalLine:
 
 def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
-    start = decode_start(sock.recv(MAX_BYTES))
+    word = sock.recv(MAX_BYTES)
+    if not word:  # the leader has ended, or its start was refused
+        return
+    start = decode_start(word)
     line = LocalLine(sock, start)
     log.setup(start.log_level, prefix=f"rank {start.tp_rank}: ")
     allocator.fix_thresholds()
@@ -190,6 +195,7 @@ def _follow(config: EngineConfig, line: Line) -> None:
         logits_tile_rows=begin.logits_tile_rows,
     )
     executor = StepExecutor(load(), limits)
+    bring = executor.bring if own.device.type == "cpu" else Pinned(executor).bring
     line.tell(Loaded(time.monotonic() - began_s))
     gc.collect()
     gc.freeze()
@@ -212,17 +218,44 @@ def _follow(config: EngineConfig, line: Line) -> None:
             line.tell(Shown(now.total_bytes, own.memory.used_bytes, now.used_bytes))
         else:
             with stream:
-                _make(call, executor)
+                if isinstance(call, calls.Bring):
+                    bring(torch.frombuffer(bytearray(call.words), dtype=torch.int32))
+                else:
+                    _make(call, executor)
             continue
         if own.device.type == "cuda":
             torch.cuda.synchronize(own.device)
 
 
+class Pinned:
+    """Steps in page-locked memory, from which a card copies them when it comes to it: a copy from
+    other memory would hold the follower up until all in front of it has ended.
+    """
+
+    def __init__(self, executor: StepExecutor) -> None:
+        size = len(executor.step_input)
+        self._executor = executor
+        self._places = deque(
+            (
+                torch.empty(size, dtype=torch.int32, pin_memory=True),
+                torch.cuda.Event(),  # type: ignore[no-untyped-call]
+            )
+            for _ in range(RING_SIZE)
+        )
+
+    def bring(self, words: torch.Tensor) -> None:
+        """As StepExecutor.bring, on the current stream."""
+        place, is_copied = self._places[0]
+        self._places.rotate(-1)
+        is_copied.synchronize()
+        place[: len(words)] = words
+        self._executor.bring(place[: len(words)])
+        is_copied.record()
+
+
 def _make(call: calls.AnyCall, executor: StepExecutor) -> None:
     """A call that needs the executor alone."""
     match call:
-        case calls.Bring(words):
-            executor.bring(torch.frombuffer(bytearray(words), dtype=torch.int32))
         case calls.Forward(shape, is_warmup):
             executor.forward(shape, is_warmup=is_warmup)
         case calls.Sample(shape, prompt_rows):

@@ -11,15 +11,13 @@ import logging
 import os
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -41,16 +39,15 @@ from pyserve.engine.tensor_parallel.news import (
     receive,
 )
 from pyserve.engine.tensor_parallel.ring import Ring
+from pyserve.engine.tensor_parallel.spawned import CAUSE_S, Spawned, spawn
 from pyserve.errors import DeviceError, StartupError
 from pyserve.model.adapter_weights import AdapterWeights
 from pyserve.ops.card_group import join_group
 from pyserve.ops.group import LEADER, Group
 
-MODULE = "pyserve.engine.tensor_parallel.follower"
 NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
 CALL_BYTES = 2**18  # of a message besides words and rows
 SILENT_S = 5.0  # without a beat: it hangs. A busy machine may hold a process for a second or two
-CAUSE_S = 1.0  # that the end of a process may be told after what it does to a step
 END_S = 5.0  # to end in peace
 NUM_KEPT = 8  # adapters' files that followers may still have to open
 
@@ -58,29 +55,15 @@ _Kind = TypeVar("_Kind", bound=News)
 
 
 class _Follower:
-    """One process, and what has come from it that nobody has taken yet."""
+    """A process, and what has come from it that nobody has taken yet."""
 
-    def __init__(self, tp_rank: int, start: Start) -> None:
-        self.tp_rank = tp_rank
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A session of its own: what a terminal sends to stop the server is for the leader.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        theirs.close()
+    def __init__(self, spawned: Spawned, start: Start) -> None:
+        self.tp_rank, self.sock, self.process = spawned.tp_rank, spawned.sock, spawned.process
+        self.how_it_ended = spawned.how_it_ended
         with suppress(OSError):  # it has ended: its socket will say so
             self.sock.send(encode(start))
         self.news: deque[News] = deque()
         self.heard_s = time.monotonic()
-
-    def how_it_ended(self) -> str:
-        """For after its socket has closed."""
-        try:
-            code = self.process.wait(CAUSE_S)
-        except subprocess.TimeoutExpired:
-            return "has closed its socket"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
 class Followers:
@@ -89,7 +72,8 @@ class Followers:
     Files between ranks are in a folder that only this user can enter.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, spawned: Sequence[Spawned] = ()) -> None:
+        """`spawned`: their processes, where those have been started already."""
         self._folder = Path(tempfile.mkdtemp(prefix="pyserve-"))
         self._meeting = self._folder / "meeting"
         self._changed = threading.Condition()
@@ -100,11 +84,8 @@ class Followers:
         self._kept: deque[int] = deque()
         level = logging.getLevelName(log.get_logger().getEffectiveLevel()).lower()
         self._all = [
-            _Follower(
-                tp_rank,
-                Start(config, tp_rank, str(self._meeting), level),
-            )
-            for tp_rank in range(1, config.tensor_parallel_size)
+            _Follower(it, Start(config, it.tp_rank, str(self._meeting), level))
+            for it in spawned or spawn(config.tensor_parallel_size)
         ]
         self._listening = threading.Thread(target=self._listen, name="followers", daemon=True)
         self._listening.start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from pyserve.engine.tensor_parallel import calls
 from pyserve.engine.tensor_parallel.followers import Followers
 from pyserve.engine.tensor_parallel.launched import LaunchedFollowers
 from pyserve.engine.tensor_parallel.news import Begin, Loaded, Planned, Shown
+from pyserve.engine.tensor_parallel.spawned import Spawned
 from pyserve.errors import StartupError
 from pyserve.ops.group import Group
 
@@ -30,16 +31,20 @@ class Ranks:
     followers, group   None then; `group` is None until `join`, too.
     """
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        """Starts the others' processes, which takes them seconds, or meets those that torchrun has
-        started. Raises DeviceError where they do not come."""
+    def __init__(
+        self, config: EngineConfig, device: torch.device, spawned: Sequence[Spawned] = ()
+    ) -> None:
+        """Tells the others' processes what to do, and starts them where they are not `spawned` yet,
+        or meets those that torchrun has started. Raises DeviceError where they do not come."""
         self._config = config
         self._device = device
         self.followers: Followers | LaunchedFollowers | None = None
         self.group: Group | None = None
         if config.tensor_parallel_size > 1:
             is_launched = launched() is not None
-            self.followers = LaunchedFollowers(device) if is_launched else Followers(config)
+            self.followers = (
+                LaunchedFollowers(device) if is_launched else Followers(config, spawned)
+            )
 
     @property
     def num_threads(self) -> int:

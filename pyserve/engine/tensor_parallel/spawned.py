@@ -1,0 +1,50 @@
+"""Spawned: the processes of the ranks that follow, before they know what they are to do.
+
+A process takes seconds to import torch, so they are started when their number is known, while the
+leader imports its own. No torch here.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+
+MODULE = "pyserve.engine.tensor_parallel.follower"
+CAUSE_S = 1.0  # that the end of a process may be told after what it does to a step
+
+
+class Spawned:
+    """One of them, and this end of its socket: the first word that it waits for is a Start. It
+    ends when this end is closed, and so never lives on alone.
+    """
+
+    def __init__(self, tp_rank: int) -> None:
+        self.tp_rank = tp_rank
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A session of its own: what a terminal sends to stop the server is for the leader.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+
+    def how_it_ended(self) -> str:
+        """For after its socket has closed."""
+        try:
+            code = self.process.wait(CAUSE_S)
+        except subprocess.TimeoutExpired:
+            return "has closed its socket"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+    def kill(self) -> None:
+        """At once. Harmless when repeated."""
+        self.process.kill()
+        self.process.wait()
+        self.sock.close()
+
+
+def spawn(tp_size: int) -> list[Spawned]:
+    """Those of all ranks but the leader."""
+    return [Spawned(tp_rank) for tp_rank in range(1, tp_size)]
