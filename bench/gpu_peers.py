@@ -35,7 +35,7 @@ from pyserve.ops.peer_layout import PeerLimits
 from pyserve.ops.peers import PeerGroup, exchange_over
 
 SIZES = [8 << 10 << step for step in range(12)]  # bytes, 8 KiB .. 16 MiB
-HIDDEN, MAX_ONE_SHOT, MAX_TWO_SHOT = 4096, 8 << 20, 16 << 20
+HIDDEN, MAX_ONE_SHOT, MAX_TWO_SHOT = 4096, 4 << 20, 16 << 20
 MAX_NORM = 2 << 20  # of a message with a norm: 256 rows, a CTA each
 LOGIT_ROWS, VOCAB_SIZE = (1, 64, 256), 128256
 NUM_REPLAYS, GRAPH_US = 30, 2000

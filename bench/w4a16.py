@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.gpu_chains import Chain
-from pyserve.ops import quantised, w4a16
+from pyserve.ops import SILU_MUL, STORE, quantised, w4a16
 
 SLICE_BYTES = 24 * 2**20  # of plain numbers at a time, as model/w4a16.py has them on a card
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-TILED_ROWS = (32, 64, 128, 256)
+TILED_ROWS = (17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GATE_UP = "gate_up"  # which a model has multiplied with silu_mul behind it
 HEAD = "lm_head"  # which no checkpoint has in 4 bits
 OWN = "own linear_w4a16"  # the kernels of the integers, whatever a step would take
 # Of gemm_w4a16_sm90a.cu, in its order, counted from 1: groups of 64 rows of weight, rows of x,
@@ -92,13 +93,15 @@ def tilings(
         made = [random_packed(n, k, device) for _ in range(num_sets(size))]
         for m in rows:
             x = torch.randn(m, k, device=device).bfloat16()
-            out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+            epilogue = SILU_MUL if name == GATE_UP else STORE
+            width = n // 2 if name == GATE_UP else n
+            out = torch.empty(m, width, dtype=torch.bfloat16, device=device)
             num_bytes = size + x.nbytes + out.nbytes
             for number, (groups, tokens, mates, parts) in enumerate(TILINGS, 1):
-                if not min(64, m) <= tokens < 2 * m:
+                if not min(64, m) <= tokens < max(2 * m, 33):
                     continue
                 runs: list[Callable[[], object]] = [
-                    partial(tiled, number, x, packed, out) for packed in made
+                    partial(tiled, number, x, packed, out, epilogue) for packed in made
                 ]
                 cluster = f"{mates} mates" if mates > 1 else f"{parts} parts"
                 load = f"{m} x {k} -> {n} ({name}), {64 * groups} x {tokens}, {cluster}"
@@ -106,9 +109,9 @@ def tilings(
     switch(made[0], -1, -1)
 
 
-def tiled(number: int, x: Tensor, packed: Tensor, out: Tensor) -> None:
+def tiled(number: int, x: Tensor, packed: Tensor, out: Tensor, epilogue: int) -> None:
     switch(packed, -1, number)
-    torch.ops.pyserve.linear_w4a16.default(x, packed, None, out)
+    torch.ops.pyserve.linear_w4a16.default(x, packed, None, out, epilogue)
 
 
 def switch(packed: Tensor, max_rows: int, tiling: int) -> None:
