@@ -37,3 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def native_ops() -> None:
     """The compiled ops with their CUDA part; compiles them where nobody has."""
     build.load_native(is_reference_allowed=False, progress=print, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws is the same in each run, so that one that fails can be run again."""
+    torch.manual_seed(0)

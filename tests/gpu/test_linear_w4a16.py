@@ -27,11 +27,23 @@ STORE, ADD, SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
 SHAPES = [(64, 256, 128), (24, 384, 64), (35, 96, 32), (4096, 4096, 128), (6144, 1024, 64)]
 
 
-def make_packed(n: int, k: int, group_size: int) -> Tensor:
+def make_packed(n: int, k: int, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """With scales as a checkpoint of this dtype has them: of float32 with 16 bits of mantissa,
+    which the kernel for more than 16 rows on Hopper rounds to x's dtype."""
     shape = w4a16.packed_shape(n, k, group_size)
     packed = torch.zeros(shape, dtype=torch.int32, device=CARD)
     w4a16.fill_with_noise(packed, n, k, 0.02, torch.Generator(CARD).manual_seed(n + k))
-    return packed
+    return with_scales_of(packed, dtype)
+
+
+def with_scales_of(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same matrix but for its scales, which are rounded to this dtype."""
+    begin = packed.shape[2] // w4a16.BLOCK_WORDS * w4a16.BLOCK_WORDS
+    rounded = packed.clone()
+    records = rounded[..., begin:]
+    scales = (records & ~w4a16.ZERO_MASK).view(torch.float32).to(dtype).float()
+    records.copy_(scales.view(torch.int32) | records & w4a16.ZERO_MASK)
+    return rounded
 
 
 @pytest.mark.sanitize
@@ -49,7 +61,7 @@ def test_every_number(n: int, k: int, group_size: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 64, 300])
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_linear(n: int, k: int, group_size: int, num_rows: int, dtype: torch.dtype) -> None:
-    packed = make_packed(n, k, group_size)
+    packed = make_packed(n, k, group_size, dtype)
     weight = w4a16.dequantised(packed, n, k)
     x, bias = torch.randn(num_rows, k, device=CARD).to(dtype), torch.randn(n, device=CARD).to(dtype)
     scratch = torch.full((max(16, n // 32 * 16) * k,), float("nan"), dtype=dtype, device=CARD)
@@ -197,7 +209,7 @@ def test_many_rows_by_the_integers(
     n: int, k: int, group_size: int, dtype: torch.dtype, tiling: Callable[[int], None]
 ) -> None:
     tiling(0)
-    packed = make_packed(n, k, group_size)
+    packed = make_packed(n, k, group_size, dtype)
     weight, bias = w4a16.dequantised(packed, n, k), torch.randn(n, device=CARD).to(dtype)
     wide = torch.randn(256, k + 8, device=CARD).to(dtype)
     wide[:, k:] = float("nan")
@@ -216,7 +228,7 @@ def test_every_tiling(
     tiling: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Several tiles a cluster, each form of clusters; twice the same bits."""
-    packed = make_packed(n, k, group_size)
+    packed = make_packed(n, k, group_size, dtype)
     weight, bias = w4a16.dequantised(packed, n, k), torch.randn(n, device=CARD).to(dtype)
     x = torch.randn(150, k, device=CARD).to(dtype)
     before = torch.randn(150, n // (2 if epilogue == SILU_MUL else 1), device=CARD).to(dtype)
@@ -225,6 +237,25 @@ def test_every_tiling(
         check_epilogue(epilogue, x, packed, weight, bias)
         first, second = (run_epilogue(epilogue, x, packed, bias, before) for _ in range(2))
         assert torch.equal(first, second), number
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="other cards' kernels do not round scales",
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group_size"), MANY[-4:])
+def test_scales_of_more_bits_are_rounded_for_many_rows(
+    n: int, k: int, group_size: int, dtype: torch.dtype
+) -> None:
+    packed = make_packed(n, k, group_size)
+    rounded = with_scales_of(packed, dtype)
+    assert not torch.equal(packed, rounded)
+    bias = torch.randn(n, device=CARD).to(dtype)
+    for num_rows in (17, 64, 200):
+        x, before = torch.randn(num_rows, k, device=CARD).to(dtype), bias.repeat(num_rows, 1)
+        given, wanted = (run_epilogue(STORE, x, it, bias, before) for it in (packed, rounded))
+        assert torch.equal(given, wanted)
 
 
 def test_a_measurement_says_up_to_how_many_rows() -> None:

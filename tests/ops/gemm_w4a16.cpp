@@ -106,13 +106,15 @@ template <class T>
 int check(int tiling, int format) {
   const W4Format& chosen = kW4Formats[format];
   const auto epilogue = static_cast<Epilogue>(machine::random() % 3);
-  int k = pick({256, 320, 448, 640});
+  int k = pick({256, 320, 384, 448, 640});
   if (format == 0) k += pick({0, 32});
   if (format == 2) k = k / 128 * 128;
   const bool has_zeros = machine::random() % 2 == 0, has_bias = machine::random() % 2 == 0;
-  const Matrix matrix(pick({96, 160, 224}), k, chosen, has_zeros);
+  // Half a strip more than one, in the tile of four, unless gate and up are whole strips.
+  const int n = epilogue == Epilogue::kSiluMul ? pick({96, 160, 224}) : pick({24, 96, 160, 224});
+  const Matrix matrix(n, k, chosen, has_zeros);
   machine::lands_late = machine::random() % 2 == 0;
-  Product<T> product(matrix, epilogue, pick({17, 31, 40, 75}), has_bias);
+  Product<T> product(matrix, epilogue, pick({17, 31, 40, 64, 75}), has_bias);
   linear_trial().w4a16_tiling = tiling;
   const int num_sms = pick({2, 4, 6});
   const bool has_run = product.run(num_sms);
