@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     Tile::prepare(a, ring);
     barriers_ready();
   }
+  __syncwarp();
   cluster_sync();
   const int rank = static_cast<int>(cluster_rank());
   Schedule schedule(a);
