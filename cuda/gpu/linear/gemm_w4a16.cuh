@@ -8,6 +8,9 @@
 // records, as they lie in memory, and two panels of x.
 // With a gate and an up a warp takes 8 rows of each, as the two halves of its fragments, so that a
 // thread has both sums of a result.
+// A warp waits for its words, for the products before and for a stage: with two warpgroups an SM does
+// half of what its issue slots allow. So there are up to four, of as many strips, or where a matrix has
+// too few of those, of the same ones: `splits` take turns with the stages and add up at the end.
 //
 // Numerics: a weight is (q - z) s, where s is rounded to 16 bits, which those of a checkpoint in this
 // type are, and rounded once: plain numbers are no better. float32 sums over k in blocks of 16; where
@@ -33,13 +36,14 @@ struct W4Args : Args {
   bool is_adding;
 };
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_>
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_>
 struct W4Tile {
   using T = T_;
   using Args = W4Args;
   static constexpr int kGroups = kGroups_;
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr bool kIsPaired = kIsPaired_;
+  static constexpr int kSplits = kSplits_;  // a CTA has one tile where there are several
   static constexpr int kDepth = 128;
   static constexpr bool kCanDivide = true;
   static constexpr int kPanels = kDepth / 64;
@@ -47,24 +51,30 @@ struct W4Tile {
   static constexpr int kWeightRows = 64 * kGroups;
   static constexpr int kStrips = kWeightRows / static_cast<int>(kStripRows);
   static constexpr int kOutColumns = kIsPaired ? kWeightRows / 2 : kWeightRows;
-  static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-  static constexpr int kProducerRegisters = 0, kGroupRegisters = 0;  // what the launch gives to all
-  static constexpr int kSums = kTokens / 2;                          // of a thread
+  static constexpr int kMultiplying = kWarpgroup * kGroups * kSplits;  // threads
+  static constexpr int kThreads = kMultiplying + kWarpgroup;
+  static constexpr bool kHasMany = kGroups * kSplits == 4;  // else the launch gives enough to all
+  static constexpr int kProducerRegisters = kHasMany ? 32 : 0, kGroupRegisters = kHasMany ? 112 : 0;
+  static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kMaxPieceBytes = 1280;                        // in groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
   static constexpr int kExchangeBytes = kGroups * kWarpgroup * kSums / 2 * 4;
-  static constexpr int kStages = (kMaxSmem - 256 - kExchangeBytes) / kStageBytes;
+  static constexpr int kSplitBytes = kGroups * kWarpgroup * kSums * 4 * (kSplits - 1);
+  static constexpr int kStages = (kMaxSmem - 256 - kExchangeBytes - kSplitBytes) / kStageBytes;
   static constexpr int kExchangeOffset = kStages * kStageBytes;
-  static constexpr int kBarrierOffset = kExchangeOffset + kExchangeBytes;
+  static constexpr int kSplitOffset = kExchangeOffset + kExchangeBytes;
+  static constexpr int kBarrierOffset = kSplitOffset + kSplitBytes;
   static constexpr int kExchangeBarrier = kBarrierOffset + 2 * kStages * 8;
-  static constexpr int kSmem = kExchangeBarrier + 8;
+  static constexpr int kSplitBarrier = kExchangeBarrier + 8;
+  static constexpr int kSmem = kSplitBarrier + 8;
   static_assert(kStageBytes % 1024 == 0 && kSmem <= kMaxSmem && kSmem > kMaxSmem / 2);
+  static_assert(kStages >= kSplits);
 
-  __device__ static void place(const Args& a, const Tiles& tiles, int rank, int& row,
+  __device__ static void place(const Args& /*a*/, const Tiles& tiles, int /*rank*/, int& row,
                                int& column) {
     row = tiles.row_tile * kTokens;
-    column = (tiles.column_tile * a.mates + (a.mates == 1 ? 0 : rank)) * kOutColumns;
+    column = tiles.column_tile * kOutColumns;
   }
 
   __device__ static void load_weight(const Args& a, const Ring<W4Tile>& to, int block, int column,
@@ -79,23 +89,17 @@ struct W4Tile {
   }
 
   __device__ static void load_x(const Args& a, const Ring<W4Tile>& to, int block, int row,
-                                int rank) {
-    const int share = kTokens / 2;  // of rows, that one of two mates brings
+                                int /*rank*/) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      const uint32_t address = to.x() + panel * kPanelBytes;
-      const int column = (block * kPanels + panel) * 64;
-      if (a.mates == 1) {
-        tma_load(address, &a.x, to.full(), column, row, L2Hint::kEvictLast);
-      } else {
-        tma_load_multicast(address + rank * share * 128, &a.x, to.full(), column,
-                           row + rank * share, uint16_t{3}, L2Hint::kEvictLast);
-      }
+      tma_load(to.x() + panel * kPanelBytes, &a.x, to.full(), (block * kPanels + panel) * 64, row,
+               L2Hint::kEvictLast);
     }
   }
 
-  // The barrier of the sums that the other part sends, once.
+  // The barriers of the sums that the other splits and the other part send, once.
   __device__ static void prepare(const Args& a, const Ring<W4Tile>& ring) {
+    if (kSplits > 1) mbarrier_init(ring.base + kSplitBarrier, kGroups * 4 * (kSplits - 1));
     if (a.parts == 1) return;
     mbarrier_init(ring.base + kExchangeBarrier, 1);
     mbarrier_arrive_expect(ring.base + kExchangeBarrier, kExchangeBytes);
@@ -114,7 +118,8 @@ struct W4Lane {
 
   template <class Tile>
   __device__ static W4Lane of(const W4Args& a) {
-    const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize;
+    const int warp = (threadIdx.x / kWarpSize - 4) % (4 * Tile::kGroups);
+    const int lane = threadIdx.x % kWarpSize;
     const uint32_t row = lane / 4 * 4, at = lane * 16;
     if constexpr (Tile::kIsPaired) {
       const uint32_t gate = warp / 2 * a.piece_bytes;
@@ -185,16 +190,23 @@ struct W4Block {
   }
 };
 
-// A warpgroup's sums over `count` stages of the ring.
+// A warpgroup's sums over the stages of its split, of `count` in the ring, whose place is the first.
 template <class Tile>
-__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int count,
+__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int split, int count,
                                             const Release& release, float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
+  if constexpr (Tile::kSplits > 1) {
+    if (split >= count) {  // more of them than stages
+#pragma unroll
+      for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
+      return;
+    }
+  }
   const W4Lane lane = W4Lane::of<Tile>(a);
   uint32_t rows[2][4][4];  // of each of the two blocks: what its four products read
   uint32_t before = 0;
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  for (int i = split; i < count; i += Tile::kSplits) {
     mbarrier_wait(ring.full(), ring.place.phase);
     const uint64_t x = k_major_descriptor(ring.x());
     W4Block blocks[2];
@@ -207,7 +219,7 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       wgmma_wait<1>();  // the products that have read these registers are complete
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
-      if (block == 1 && i > 0) release(before);  // so are the last ones of the stage before
+      if (block == 1 && i > split) release(before);  // so are the last ones of the stage before
       blocks[block].template widen<T>(rows[block]);
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
@@ -216,12 +228,13 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       for (int s = 0; s < 4; ++s) {
         wgmma<T, Major::kK>(sums, rows[block][s],
                             advance_descriptor(x, block * Tile::kPanelBytes + 32 * s),
-                            i > 0 || block > 0 || s > 0);
+                            i > split || block > 0 || s > 0);
       }
       wgmma_commit();
     }
     before = ring.empty_in(release.mate_barriers);
-    ring.place.advance();
+#pragma unroll
+    for (int step = 0; step < Tile::kSplits; ++step) ring.place.advance();
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -231,6 +244,41 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
   }
   keep_registers(sums);
   release(before);
+}
+
+// Adds up the sums of all splits: true for the first one's threads, which have them then.
+template <class Tile>
+__device__ __forceinline__ bool add_splits(const Ring<Tile>& ring, int split,
+                                           float (&sums)[Tile::kSums]) {
+  constexpr int kThreads = Tile::kGroups * kWarpgroup;  // of a split
+  constexpr uint32_t kChunkBytes = kThreads * 16, kBytes = Tile::kSums / 4 * kChunkBytes;
+  const uint32_t thread = (threadIdx.x - kWarpgroup) % kThreads;
+  const uint32_t first = ring.base + Tile::kSplitOffset + thread * 16;
+  const uint32_t barrier = ring.base + Tile::kSplitBarrier;
+  if (split > 0) {
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      store_shared(first + (split - 1) * kBytes + i * kChunkBytes,
+                   {__float_as_uint(sums[4 * i]), __float_as_uint(sums[4 * i + 1]),
+                    __float_as_uint(sums[4 * i + 2]), __float_as_uint(sums[4 * i + 3])});
+    }
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(barrier);
+    return false;
+  }
+  mbarrier_wait(barrier, 0);
+#pragma unroll
+  for (int other = 0; other < Tile::kSplits - 1; ++other) {
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      const uint4 sent = load_shared(first + other * kBytes + i * kChunkBytes);
+      sums[4 * i] += __uint_as_float(sent.x);
+      sums[4 * i + 1] += __uint_as_float(sent.y);
+      sums[4 * i + 2] += __uint_as_float(sent.z);
+      sums[4 * i + 3] += __uint_as_float(sent.w);
+    }
+  }
+  return true;
 }
 
 // Sends the sums of the other part's half of the tokens to it, and adds what it sends to those of
@@ -330,15 +378,20 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int column,
   }
 }
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_>
-__device__ __forceinline__ void W4Tile<T_, kGroups_, kTokens_, kIsPaired_>::compute(
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_>
+__device__ __forceinline__ void W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kSplits_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
+  const int split = kSplits == 1 ? 0 : (threadIdx.x / kWarpgroup - 1) / kGroups;
+  for (int i = 0; i < split; ++i) ring.place.advance();
   float sums[kSums];
   for (; schedule.has_more(); schedule.advance()) {
     int row, column;
     place(a, schedule.tiles(a), rank, row, column);
-    multiply_w4<W4Tile>(a, ring, count, release, sums);
+    multiply_w4<W4Tile>(a, ring, split, count, release, sums);
+    if constexpr (kSplits > 1) {
+      if (!add_splits<W4Tile>(ring, split, sums)) return;
+    }
     if (a.parts == 1) {
       finish_w4<W4Tile>(a, row, column, sums);
       continue;

@@ -1,9 +1,9 @@
 // linear of 4-bit integers for more than 16 rows on Hopper (sm_90a): gemm_w4a16.cuh. Here: which tiling
 // a shape gets, the launch.
 //
-// The work of up to some 64 rows is to stream the weight, which is a quarter of what 16 bits are, so
-// that x weighs: each tile of weight rows reads all of it, from L2. Tiles of 128 rows halve that, or
-// mates. Where they are too few for the SMs, two parts divide k.
+// What a warpgroup does is to widen integers, whatever x has of rows, until 128 of those keep the
+// products busy. Where tiles of weight rows are too few for the SMs, two parts divide k, and where
+// they have few rows, splits.
 //
 // Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
 // bits. A row's result may differ between numbers of rows.
@@ -11,7 +11,6 @@
 #include "gpu/linear/gemm_w4a16.cuh"
 
 #include <array>
-#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -24,51 +23,62 @@ namespace pyserve::gpu {
 namespace gemm {
 namespace {
 
-// A W4Tile, and the CTAs of a cluster: mates that share x, or parts that divide k.
+// A W4Tile; the CTAs of a cluster, which divide k, and the splits of each.
 struct W4Tiling {
   int groups, tokens;
-  int mates = 1, parts = 1;
+  int parts = 1, splits = 1;
 
   constexpr int rows() const { return 64 * groups; }
-  constexpr int cluster() const { return mates * parts; }
+  // Whether a CTA has one tile: those that divide k meet once.
+  constexpr bool is_once() const { return parts * splits > 1; }
 };
 
 // A number in LinearTrial is a place in this list, from 1 on.
 constexpr auto kW4Tilings = std::to_array<W4Tiling>({
-    {1, 32}, {1, 32, 1, 2}, {2, 32}, {2, 32, 2, 1}, {2, 32, 1, 2},
-    {1, 64}, {1, 64, 1, 2}, {2, 64}, {2, 64, 2, 1}, {2, 64, 1, 2},
-    {1, 128}, {1, 128, 1, 2}, {2, 128}, {2, 128, 2, 1}, {2, 128, 1, 2},
+    {1, 32}, {1, 32, 2}, {2, 32}, {2, 32, 2}, {4, 32}, {1, 32, 1, 4}, {1, 32, 2, 4},
+    {1, 64}, {1, 64, 2}, {2, 64}, {2, 64, 2}, {4, 64}, {1, 64, 1, 4}, {1, 64, 2, 4},
+    {1, 128}, {1, 128, 2}, {2, 128}, {2, 128, 2}, {1, 128, 2, 2},
 });
 
 static_assert(kW4Tilings.size() == kNumW4Tilings);
+
+// Whether there is a kernel: splits are for matrices of few rows, which gate and up are not.
+constexpr bool has_kernel(const W4Tiling& t, bool is_paired) { return !is_paired || t.splits == 1; }
 
 // Clusters of a tiling for a shape, by rows of x and by columns.
 struct W4Grid {
   int rows, columns;
 
   W4Grid(const W4Tiling& t, const LinearParams& p)
-      : rows(pieces(p.m, t.tokens)), columns(pieces(p.weight_rows(), t.rows() * t.mates)) {}
+      : rows(pieces(p.m, t.tokens)), columns(pieces(p.weight_rows(), t.rows())) {}
+  int clusters() const { return rows * columns; }
 };
 
-// Microseconds that a tiling takes, by the figures of the product of plain numbers.
+// Microseconds that a tiling takes, by what all of them took of 8B shapes on an H200 (`bench.ops
+// --only int4_tilings`), within 10 % on average; with four warpgroups not measured then.
 double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
+  constexpr double kMemoryKilobytesPerUs = 4200;
+  // To an SM from L2; copies that end beyond the last row of x are slower.
+  const double kilobytes_per_us = p.m % t.tokens == 0 ? 90 : 62;
+  constexpr double kKilobytes = 17.0 / 32 / 1000;  // of a weight, in groups of 128
   constexpr int kDepth = 128;
-  constexpr double kBytes = 17.0 / 32;          // of a weight, in groups of 128
-  constexpr double kPartClocks = 1500;          // of the exchange
-  constexpr double kWidenClocks = 250;          // of 64 rows of a stage, on a warp's part of the SM
-  const W4Grid grid(t, p);
-  const double clusters = static_cast<double>(grid.rows) * grid.columns;
-  const double waves = std::ceil(clusters / num_resident(device, t.cluster()));
-  const double stages = pieces(pieces(p.k, kDepth), t.parts);
-  const double products = 1.0 * t.rows() * t.tokens * kDepth / kProducts;
-  const double stage_bytes = t.rows() * kDepth * kBytes + 2.0 * t.tokens * kDepth / t.mates;
-  const double total_bytes = clusters * t.cluster() * stages * stage_bytes;
-  return Clocks{
-      .compute = waves * (stages * std::max(products, t.groups * kWidenClocks) + kTileClocks +
-                          (t.parts - 1) * kPartClocks),
-      .cache = std::max(total_bytes / device.num_sms, waves * stages * stage_bytes) / kL2Bytes,
-      .memory = kBytes * p.weight_rows() * p.k / kMemoryBytes,
-  }.us();
+  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
+  const int clusters = W4Grid(t, p).clusters(), warpgroups = t.groups * t.splits;
+  const int waves = pieces(clusters, num_resident(device, t.parts));
+  const int turns = pieces(pieces(pieces(p.k, kDepth), t.parts), t.splits);
+  // A stage of each warpgroup: what they share, and what each adds.
+  double stages_us = t.tokens == 128  ? 0.07 + 0.365 * warpgroups
+                     : t.tokens == 64 ? 0.145 + 0.2 * warpgroups
+                                      : 0.19 + 0.15 * warpgroups;
+  if (is_paired) stages_us *= t.tokens < 128 ? 1.24 : warpgroups > 1 ? 1.1 : 1.2;
+  const double kilobytes =
+      t.splits * t.tokens * kDepth * 2e-3 + warpgroups * 64 * kDepth * kKilobytes;
+  const double turn_us = std::max(stages_us, kilobytes / kilobytes_per_us);
+  const double ends_us = 2.0 + (t.parts > 1 ? 1.8 : 0.0) + (t.splits > 1 ? 0.5 : 0.0) +
+                         (waves - 1) * (t.is_once() ? 4.5 : 0.4);
+  const double memory_us =
+      2.0 + kKilobytes * static_cast<double>(p.weight_rows() * p.k) / kMemoryKilobytesPerUs;
+  return std::max(ends_us + waves * turns * turn_us, memory_us);
 }
 
 template <class Tile>
@@ -83,7 +93,6 @@ W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling
   a.k = static_cast<int>(p.k);
   a.num_row_tiles = grid.rows;
   a.num_column_tiles = grid.columns;
-  a.mates = tiling.mates;
   a.parts = tiling.parts;
   a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
   const int block = 4 * static_cast<int>(kW4BlockWords), record = 4 * static_cast<int>(kW4RecordWords);
@@ -106,8 +115,7 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
     return error;
   }
   W4Args a = args_of<Tile>(p, group_size, tiling);
-  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, Tile::kTokens / tiling.mates,
-                                    p.dtype, &a.x);
+  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, Tile::kTokens, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   const int64_t num_strips = (p.weight_rows() + kStripRows - 1) / kStripRows;
   error = encode_word_map<2>(
@@ -118,22 +126,24 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
                      static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
       &a.weight);
   if (error != cudaSuccess) return error;
-  // Parts meet once: each cluster of them has one tile.
-  const int most = tiling.parts > 1 ? a.num_row_tiles * a.num_column_tiles
-                                    : num_resident(device, tiling.cluster());
-  const int num_clusters = std::min(a.num_row_tiles * a.num_column_tiles, most);
-  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.cluster()),
-                                 static_cast<unsigned>(tiling.cluster()), Tile::kThreads,
-                                 Tile::kSmem, stream, a);
+  const int tiles = a.num_row_tiles * a.num_column_tiles;
+  const int num_clusters = tiling.is_once() ? tiles : std::min(tiles, num_resident(device, 1));
+  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.parts),
+                                 static_cast<unsigned>(tiling.parts), Tile::kThreads, Tile::kSmem,
+                                 stream, a);
 }
 
 // The place of the tiling of least estimate.
 size_t best_tiling(const LinearParams& p, const Device& device) {
+  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
   const int asked = linear_trial().w4a16_tiling;
-  if (asked > 0) return static_cast<size_t>(asked - 1);
+  if (asked > 0 && has_kernel(kW4Tilings[asked - 1], is_paired)) {
+    return static_cast<size_t>(asked - 1);
+  }
   size_t best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < kW4Tilings.size(); ++i) {
+    if (!has_kernel(kW4Tilings[i], is_paired)) continue;
     const double estimate = estimate_us(kW4Tilings[i], p, device);
     if (estimate < least) best = i, least = estimate;
   }
@@ -147,8 +157,10 @@ cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device&
   cudaError_t error = cudaErrorInvalidValue;
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr W4Tiling kTiling = kW4Tilings[kI];
-    using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired>;
-    if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+    if constexpr (has_kernel(kTiling, kIsPaired)) {
+      using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired, kTiling.splits>;
+      if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+    }
   };
   (launch_if(std::integral_constant<size_t, kIndex>{}), ...);
   return error;
