@@ -63,11 +63,11 @@ LinearTrial& linear_trial() {
 }
 
 cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
-  // On an H200, us by gemm_w4a16_sm90a.cu / of plain numbers and cuBLAS at 256 rows: 25 / 73 for
-  // [6144, 4096], 16 / 56 for [4096, 4096], 103 / 366 for [28672, 4096], 46 / 183 for
-  // [4096, 14336]; at 512 rows, twice that for 85, 64, 409, 223. Elsewhere 16 rows are one pass,
-  // which reads a quarter of what plain numbers are.
-  constexpr int64_t kHopperRows = 512, kRows = 16;
+  // On an H200, us by gemm_w4a16_sm90a.cu / of plain numbers and cuBLAS at 512 rows: 46 / 85 for
+  // [6144, 4096], 27 / 64 for [4096, 4096], 204 / 409 for [28672, 4096] and silu_mul still to come,
+  // 103 / 223 for [4096, 14336]. 256 rows more are 190 / 108 of all four, so that they are level at
+  // some 1,800. Elsewhere 16 rows are one pass, which reads a quarter of what plain numbers are.
+  constexpr int64_t kHopperRows = 1536, kRows = 16;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const int64_t asked = linear_trial().max_w4a16_rows;
