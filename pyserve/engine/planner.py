@@ -17,6 +17,7 @@ from pyserve.engine.graphs import graphs_bytes
 from pyserve.engine.state import Ledger, StepLimits, StepState
 from pyserve.errors import ConfigError, PlanError
 from pyserve.model.decoder import Decoder
+from pyserve.ops import peer_layout
 
 MIB = 2**20
 GIB = 2**30
@@ -115,12 +116,7 @@ def plan_memory(
         if model.scratch.num_bytes:
             parts += (("plain weights", model.scratch.num_bytes),)
         if isinstance(memory, CardMemory):
-            parts = (
-                ("CUDA context", memory.context_bytes),
-                ("CUDA modules", MODULE_BYTES),
-                (GRAPHS, graph_bytes),
-                *parts,
-            )
+            parts = (*_of_the_card(memory, model.tp_size), (GRAPHS, graph_bytes), *parts)
         limits_here = replace(limits, max_model_len=max_model_len)
         state = StepState(model, limits_here, is_card=isinstance(memory, CardMemory))
         return parts + state.ledger()
@@ -231,6 +227,15 @@ def _allowed_bytes(config: EngineConfig, memory: Memory) -> int:
         return int(memory.available_bytes * config.gpu_memory_utilization)
     allowed_bytes = int(memory.total_bytes * config.gpu_memory_utilization)
     return max(0, allowed_bytes - memory.others_bytes)
+
+
+def _of_the_card(memory: CardMemory, tp_size: int) -> Ledger:
+    """What it takes to use a card at all, and to share the work with others."""
+    parts: Ledger = (("CUDA context", memory.context_bytes), ("CUDA modules", MODULE_BYTES))
+    if tp_size > 1:
+        # NCCL's buffers depend on the links: fit_kv sees them, 0.7 GiB between two H200s.
+        parts += (("sums over cards", peer_layout.num_bytes(tp_size)),)
+    return parts
 
 
 def _enough_blocks(limits: StepLimits, memory: Memory, one_seq: int, block_bytes: int) -> int:

@@ -106,6 +106,11 @@ def layout(tp_size: int) -> PeerLayout:
     return PeerLayout(limits, one_shot, reduce, spread, piece_bytes, gather, tokens, num_bytes)
 
 
+def num_bytes(tp_size: int) -> int:
+    """Of a card's memory; 0 where so many ranks do without."""
+    return layout(tp_size).num_bytes if tp_size in LIMITS else 0
+
+
 def table(
     places: PeerLayout, tp_rank: int, buffers: list[int], *, spin_s: float, is_trial: bool
 ) -> list[int]:
