@@ -3,8 +3,9 @@
     python -m bench.lost_rank --times 20 -- --device cpu --tensor-parallel-size 2
 
 What follows "--" is the server's. Each time it starts anew, and one of its followers is sent
-SIGKILL at a random moment. Every stream has to end with an error that names the rank, the server
-with exit code 1, and no process may be left.
+SIGKILL at a random moment; with --hang SIGSTOP, after which it neither works nor ends. Every stream
+has to end with an error that names the rank, the server with exit code 1, and no process may be
+left.
 """
 
 from __future__ import annotations
@@ -50,20 +51,23 @@ def stream(port: int, number: int) -> tuple[str, float]:
     return text[-500:], time.perf_counter()
 
 
-def kill_one(server: ServerProcess, num_streams: int, chance: random.Random) -> tuple[float, str]:
+def kill_one(
+    server: ServerProcess, num_streams: int, chance: random.Random, *, is_hanging: bool = False
+) -> tuple[float, str]:
     """Seconds until the last stream had ended, and what is wrong; "": nothing."""
+    how = "hangs" if is_hanging else "was ended by SIGKILL"
     ids = followers_of(server.pid)
     with ThreadPoolExecutor(num_streams) as pool:
         ends = [pool.submit(stream, server.port, number) for number in range(num_streams)]
         time.sleep(chance.uniform(0.3, 2.0))
         victim = chance.randrange(len(ids))
         killed_s = time.perf_counter()
-        os.kill(ids[victim], signal.SIGKILL)
+        os.kill(ids[victim], signal.SIGSTOP if is_hanging else signal.SIGKILL)
         seen_s, wrong = 0.0, ""
         for end in ends:
             text, ended_s = end.result(END_S)
             seen_s = max(seen_s, ended_s - killed_s)
-            if f"rank {victim + 1} was ended by SIGKILL" not in text:
+            if f"rank {victim + 1} {how}" not in text:
                 wrong = f"a stream ended with {text[-200:]!r}"
     code = server.process.wait(END_S)
     left = [it for it in ids if Path(f"/proc/{it}").exists()]
@@ -79,6 +83,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hang", action="store_true", help="stop the rank in place of ending it")
     parser.add_argument("flags", nargs="*", help="of the server, after --")
     args = parser.parse_args()
     chance = random.Random(args.seed)
@@ -86,7 +91,7 @@ def main() -> int:
     for _ in range(args.times):
         with running_server(args.flags) as server:
             ready_s.append(server.wait_ready(READY_S).ready_s)
-            seen_s, wrong = kill_one(server, args.streams, chance)
+            seen_s, wrong = kill_one(server, args.streams, chance, is_hanging=args.hang)
             all_seen_s.append(seen_s)
             if wrong:
                 problems.append(wrong)

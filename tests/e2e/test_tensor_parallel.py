@@ -152,7 +152,7 @@ def test_a_rank_that_is_lost_ends_all(pair: Server, number: signal.Signals) -> N
     why = "rank 1 was ended by SIGKILL" if number == signal.SIGKILL else "rank 1 hangs"
     assert len(ends) == len(streams)
     assert all(f'"message":"{why}' in end for end in ends), ends[0][-300:]
-    assert took_s < (2 if number == signal.SIGKILL else 8)
+    assert took_s < (2 if number == signal.SIGKILL else 6)
     assert why in pair.log.read_text()
 
 

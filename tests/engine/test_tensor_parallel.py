@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,9 +20,10 @@ from pyserve.engine.batch import StepShape
 from pyserve.engine.tensor_parallel import calls, news, ring
 from pyserve.engine.tensor_parallel.followers import Followers
 from pyserve.engine.tensor_parallel.ring import Ring
-from pyserve.engine.tensor_parallel.spawned import spawn
+from pyserve.engine.tensor_parallel.spawned import is_stuck, spawn
 from pyserve.errors import ConfigError, DeviceError, StartupError
 from pyserve.flag_rows import LoraModule
+from tests.waiting import wait_until
 
 SHAPE = StepShape(5, 3, 2, 4)
 ALL_CALLS: list[calls.AnyCall] = [
@@ -137,6 +141,17 @@ def test_processes_end_with_a_leader_that_never_begins() -> None:
     (process,) = spawn(2)
     process.sock.close()
     assert process.process.wait(60) == 0
+
+
+def test_who_only_waits_for_a_core_is_not_stuck() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            wait_until(lambda: not is_stuck(busy.pid))
+            os.kill(busy.pid, signal.SIGSTOP)
+            wait_until(lambda: is_stuck(busy.pid))
+        finally:
+            busy.kill()
+    assert is_stuck(busy.pid), "nothing of it is left"
 
 
 def test_what_torchrun_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

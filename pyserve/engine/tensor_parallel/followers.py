@@ -39,7 +39,7 @@ from pyserve.engine.tensor_parallel.news import (
     receive,
 )
 from pyserve.engine.tensor_parallel.ring import Ring
-from pyserve.engine.tensor_parallel.spawned import CAUSE_S, Spawned, spawn
+from pyserve.engine.tensor_parallel.spawned import CAUSE_S, Spawned, is_stuck, spawn
 from pyserve.errors import DeviceError, StartupError
 from pyserve.model.adapter_weights import AdapterWeights
 from pyserve.ops.card_group import join_group
@@ -47,7 +47,9 @@ from pyserve.ops.group import LEADER, Group
 
 NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
 CALL_BYTES = 2**18  # of a message besides words and rows
-SILENT_S = 5.0  # without a beat: it hangs. A busy machine may hold a process for a second or two
+# Without a beat it hangs: soon where none of its threads could run, later where one may only have
+# been kept from it, as a busy machine does for a second or two.
+STUCK_S, SILENT_S = 0.75, 5.0
 END_S = 5.0  # to end in peace
 NUM_KEPT = 8  # adapters' files that followers may still have to open
 
@@ -233,8 +235,9 @@ class Followers:
         if self._on_lost is None:
             return
         for follower in self._all:
-            if now_s - follower.heard_s > SILENT_S:
-                self._lose(f"rank {follower.tp_rank} hangs: not a word for {SILENT_S:.0f} s")
+            silent_s = now_s - follower.heard_s
+            if silent_s > SILENT_S or (silent_s > STUCK_S and is_stuck(follower.process.pid)):
+                self._lose(f"rank {follower.tp_rank} hangs: not a word for {silent_s:.1f} s")
 
     def _lose(self, reason: str) -> None:
         if self._is_closing:

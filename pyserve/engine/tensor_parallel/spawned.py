@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 MODULE = "pyserve.engine.tensor_parallel.follower"
 CAUSE_S = 1.0  # that the end of a process may be told after what it does to a step
@@ -43,6 +45,16 @@ class Spawned:
         self.process.kill()
         self.process.wait()
         self.sock.close()
+
+
+def is_stuck(pid: int) -> bool:
+    """Whether no thread of a process runs, waits for a core, or for a disk."""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            state = path.read_text().rpartition(") ")[2][0]
+            if state in "RD":
+                return False
+    return True
 
 
 def spawn(tp_size: int) -> list[Spawned]:
