@@ -359,7 +359,6 @@ class EngineInfo:
     has_priorities: bool = False  # scheduling_policy is "priority": submit's priority counts
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9  # as configured
-    has_sleep: bool = False  # it can give its memory back and take it again
     has_logits: bool = False  # in place of log probabilities
     pooling: PoolingInfo | None = None  # None: it generates; else it takes params.POOLED alone
     num_adapter_slots: int = 0  # different adapters that may run at once
@@ -451,7 +450,7 @@ class EngineClient(Protocol):
         """
 
     async def sleep(self, level: int) -> None:
-        """Give memory back, where `info.has_sleep`: 1 the KV cache, 2 the weights as well.
+        """Give memory back: 1 the KV cache, 2 the weights as well; on a card both either way.
 
         Returns when it has, or when `wake_up` was called meanwhile. What runs is queued again and
         goes on after `wake_up`; what is submitted meanwhile waits, too. Raises UnavailableError.
@@ -459,7 +458,8 @@ class EngineClient(Protocol):
 
     async def wake_up(self) -> None:
         """Take the memory again. Returns when it has. Harmless where it is awake. Raises as
-        `sleep` does.
+        `sleep` does, also where the memory or the weights are not there: it sleeps on then, and may
+        be asked again.
         """
 
     def stats(self) -> EngineStats:

@@ -204,7 +204,7 @@ class EngineConfig:
     )
 
     idle_sleep_min: float = flag(
-        0.0, "CPU: minutes without work, then asleep; 0: never",
+        0.0, "minutes without work, then asleep; 0: never",
         name="idle-sleep", metavar="MIN", limits=(0, 10**6),
     )  # fmt: skip
     answer_ids: tuple[int, ...] = ()

@@ -28,6 +28,7 @@ from pyserve.words import counted
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine stops
 MAX_MASKS_S = 0.004  # that the loop sleeps for masks
+WAKE_AGAIN_S = 10  # after which one that could not wake up may be asked again
 LOOK_S = 1.0  # how often the time of a running step is looked at
 
 
@@ -153,6 +154,8 @@ class AsyncEngine:
                 await self._sleep.news()
         if self._refusal is not None:
             raise UnavailableError(self._refusal)
+        if level == AWAKE and self._sleep.failure is not None:
+            raise _still_asleep(self._sleep.failure)
 
     def stats(self) -> EngineStats:
         scheduler = self._engine.scheduler
@@ -231,9 +234,16 @@ class AsyncEngine:
         """Sleep, from level to level, until it is to be awake again: nothing is in flight."""
         self._engine.scheduler.preempt_all()
         while self._refusal is None:
-            await self._sleep.go()
+            try:
+                await self._sleep.go()
+            except DeviceError as error:
+                self._on_lost_device(f"falling asleep or waking up failed: {error}", str(error))
+                return
             if self._sleep.is_awake:
                 return
+            if self._sleep.has_failed_work:
+                # Nobody else would ask again for what waits.
+                self._engine.fail_waiting(_still_asleep(self._sleep.failure))
             if not self._sleep.is_behind:
                 self._wakeup.clear()
                 await self._wakeup.wait()
@@ -357,10 +367,7 @@ class AsyncEngine:
     def _on_failed_step(self, step: Step, error: Exception) -> None:
         shape = f"a step of {counted(step.num_tokens, 'token')} in {counted(len(step.seqs), 'row')}"
         if isinstance(error, DeviceError):
-            log.get_logger().error("%s failed: %s", shape, error)
-            self._is_device_lost = True
-            if self._refusal is None:
-                self._give_up(str(error))
+            self._on_lost_device(f"{shape} failed: {error}", str(error))
             return
         log.get_logger().error("%s failed", shape, exc_info=error)
         self._num_failed_steps += 1
@@ -369,6 +376,12 @@ class AsyncEngine:
         self._engine.fail_step(step)
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             self._give_up(f"the engine has stopped: {MAX_FAILED_STEPS} steps in a row failed")
+
+    def _on_lost_device(self, what: str, reason: str) -> None:
+        log.get_logger().error("%s", what)
+        self._is_device_lost = True
+        if self._refusal is None:
+            self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
         self._error = reason
@@ -382,3 +395,7 @@ class AsyncEngine:
             self._engine.fail_all(error(reason))
             self._wakeup.set()
             self._sleep.tell()
+
+
+def _still_asleep(failure: str | None) -> UnavailableError:
+    return UnavailableError(f"the server sleeps and cannot wake up: {failure}", WAKE_AGAIN_S)

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pyserve.engine.batch import Asked, Step, StepOutput, StepShape, pack
 from pyserve.engine.engine import Pending
@@ -33,7 +31,6 @@ class CpuRunner:
         self._executor = executor
         self._is_closed = False
         self._words = torch.zeros_like(executor.step_input)
-        self._bitmask: NDArray[np.int32] = executor.bitmask.numpy()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = ThreadPoolExecutor(
             1, "step", initializer=torch.set_num_threads, initargs=(num_threads,)
@@ -74,7 +71,7 @@ class CpuRunner:
         sample = partial(
             self._loop.run_in_executor, self._thread, self._sample, forward, step.asked
         )
-        return Pending(sample, self._bitmask)
+        return Pending(sample, self._executor.bitmask.numpy())
 
     def run(self, step: Step) -> StepOutput:
         return self._run(step)
@@ -84,7 +81,6 @@ class CpuRunner:
         self._is_closed = True
         self._thread.shutdown()
         self._executor.close()
-        self._bitmask = np.empty(0, np.int32)
 
     def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
         if self._is_closed:

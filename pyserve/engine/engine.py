@@ -296,6 +296,11 @@ class Engine:
         for load in step.adapter_loads:
             self.scheduler.adapters.reload(load.adapter)
 
+    def fail_waiting(self, error: PyserveError) -> None:
+        """Fail every sequence that does not run; the engine goes on."""
+        for seq in list(self.scheduler.waiting):
+            self._fail(seq, error)
+
     def fail_all(self, error: PyserveError) -> None:
         """Fail every sequence, also where the books no longer agree. Nothing may run after it."""
         for seq in self._seqs.values():

@@ -1,8 +1,9 @@
 """How a packed step runs on a device.
 
 StepExecutor owns the model, the KV cache and the device state of the slots, all of it allocated
-once; it is the same on every device. It is given bytes and their shape, so that what executes a
-step need not be what has scheduled it. A runner brings it packed steps and takes results away.
+once, and anew after a sleep; it is the same on every device. It is given bytes and their shape, so
+that what executes a step need not be what has scheduled it. A runner brings it packed steps and
+takes results away.
 """
 
 from __future__ import annotations
@@ -84,15 +85,18 @@ class StepExecutor:
         self.vocab_size = model.config.vocab_size
         self._is_leading = model.tp_rank == LEADER
         self._group = model.group
-        self._state = StepState(model, limits, is_card=self.device.type == "cuda")
         self._kv_caches: list[KVCache] = []
         self._forwards: dict[_PaddedShape, _Forward] = {}
         self._activations: dict[int, Activations] = {}
         self._tiles: dict[int, list[Tile]] = {}
         self._graphs = GraphCache()
+        self._make_state()
+
+    def _make_state(self) -> None:
+        self._state = StepState(self._model, self.limits, is_card=self.device.type == "cuda")
         # [max_num_tokens, hidden_size], of the step that was forwarded last: they lie at the
         # beginning of the activations, whatever its number of tokens.
-        self._hidden = self._activations_of(limits.max_num_batched_tokens).hidden
+        self._hidden = self._activations_of(self.limits.max_num_batched_tokens).hidden
 
     @property
     def step_input(self) -> torch.Tensor:
@@ -122,16 +126,37 @@ class StepExecutor:
         self._graphs.clear()
         self._kv_caches.clear()
 
+    @property
+    def has_model(self) -> bool:
+        """False from `drop_model` to `take_model`."""
+        return hasattr(self, "_model")
+
     def drop_model(self) -> None:
-        """Free the weights; nothing runs until `take_model`. Harmless when called again."""
+        """Free the weights and what steps read and write, so that a card holds nothing of ours but
+        code, where the KV cache is free. No step runs, and none until `take_model`. Harmless when
+        called again."""
         self._tell(calls.DropModel)
-        vars(self).pop("_model", None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # also copies that nobody has waited for
+        self._drop_tensors()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def take_model(self, load: Callable[[], Decoder]) -> None:
-        """Compute with what `load` makes, the same model again, where it was dropped."""
+        """Compute with what `load` makes, the same model again, after `drop_model`. Raises what
+        `load` raises."""
         self._tell(calls.TakeModel)
-        if not hasattr(self, "_model"):
-            self._model = load()
+        self._model = load()
+        self._make_state()
+
+    def _drop_tensors(self) -> None:
+        """All but the KV cache."""
+        self._graphs.clear()
+        self._forwards.clear()
+        self._activations.clear()
+        self._tiles.clear()
+        for name in ("_model", "_state", "_hidden"):
+            vars(self).pop(name, None)
 
     def put_adapter(self, load: AdapterLoad) -> None:
         """Put an adapter into its slot; every step that was to find another there has ended."""
@@ -375,12 +400,7 @@ class StepExecutor:
             return
         self._is_closed = True
         self._kv_caches.clear()
-        self._forwards.clear()
-        self._activations.clear()
-        self._tiles.clear()
-        self._graphs.clear()
-        vars(self).pop("_model", None)
-        del self._state, self._hidden
+        self._drop_tensors()
         if self._group is not None:
             self._group.close()
 

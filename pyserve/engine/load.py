@@ -39,13 +39,13 @@ from pyserve.engine.planner import (
     plan_memory,
 )
 from pyserve.engine.scheduler import Scheduler
-from pyserve.engine.sleep import HostSleeper, Sleep
+from pyserve.engine.sleep import CardSleeper, HostSleeper, Sleep, Sleeper, Weights
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.tensor_parallel.ranks import Ranks
 from pyserve.engine.tensor_parallel.spawned import Spawned
 from pyserve.engine.trace import Trace
 from pyserve.engine.warmup import warmup_steps
-from pyserve.errors import CheckpointError, ConfigError, DeviceError, PlanError, StartupError
+from pyserve.errors import CheckpointError, DeviceError, PlanError, StartupError
 from pyserve.model.adapter_weights import AdapterWeights, read_adapter
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
@@ -123,16 +123,21 @@ def _build(
         def new_engine() -> Engine:
             return _new_engine(config, plan, runner, model_config)
 
-        _warm_up(new_engine(), plan.max_model_len, is_pooling=model_config.pooling is not None)
+        def try_out() -> None:
+            is_pooling = model_config.pooling is not None
+            _warm_up(new_engine(), plan.max_model_len, is_pooling=is_pooling)
+
+        try_out()
     progress("warmup", 1, 1)
     if plan.max_model_len < (config.max_model_len or model_config.max_model_len):
         logger.warning(
             "the model's context of %d tokens does not fit in memory: serving %d",
             model_config.max_model_len, plan.max_model_len,
         )  # fmt: skip
-    sleeper = None
-    if isinstance(memory, HostMemory):
-        sleeper = HostSleeper(executor, plan.num_blocks, load)
+    weights = Weights(executor, load, ranks.wait_loaded)
+    sleeper: Sleeper = HostSleeper(executor, weights, plan.num_blocks)
+    if isinstance(runner, CudaRunner):
+        sleeper = CardSleeper(executor, weights, plan.num_blocks, runner, try_out)
     adapters = _read_adapters(config, model, find_adapter) if config.enable_lora else None
     info = EngineInfo(
         max_model_len=plan.max_model_len,
@@ -146,7 +151,6 @@ def _build(
         has_priorities=config.scheduling_policy == "priority",
         enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        has_sleep=sleeper is not None,
         has_logits=config.logprobs_mode.endswith("logits"),
         pooling=_pooling_info(model),
         num_adapter_slots=config.num_adapter_slots,
@@ -178,8 +182,6 @@ def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
     check_sharing(model_config, config.tensor_parallel_size)
     devices.check_model(model_config, device)
     devices.check_logprobs_mode(config.logprobs_mode, device)
-    if config.idle_sleep_min and device.type == "cuda":
-        raise ConfigError("--idle-sleep is not built yet for a GPU: leave it out")
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     devices.check_adapters(config, model_config, dtype, device)
     memory = _memory(device, config.tensor_parallel_size)

@@ -66,7 +66,7 @@ def test_build_and_answer(tmp_path: Path) -> None:
     engine, reports = build(write_model(tmp_path))
     assert engine.info == EngineInfo(
         max_model_len=256, vocab_size=VOCAB_SIZE, max_num_seqs=8, block_size=16, num_blocks=128,
-        dtype="float32", device="cpu", has_priorities=False, max_queue=32, has_sleep=True,
+        dtype="float32", device="cpu", has_priorities=False, max_queue=32,
     )  # fmt: skip
     phases = list(dict.fromkeys(phase for phase, _, _ in reports))
     assert phases == ["build", "load", "warmup"]

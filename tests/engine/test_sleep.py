@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pyserve.client import SequenceRequest, SequenceStream
+from pyserve.engine import load
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.load import build_engine
-from pyserve.errors import UnavailableError
+from pyserve.errors import CheckpointError, UnavailableError
 from pyserve.params import SamplingParams
 from tests.engine.tiny import engine_config, write_model
 from tests.waiting import until
@@ -54,7 +55,6 @@ def large(tmp_path: Path) -> AsyncEngine:
 def test_memory_falls_and_what_ran_and_waited_goes_on(large: AsyncEngine) -> None:
     async def run() -> None:
         large.start()
-        assert large.info.has_sleep
         expected = await tokens_of(submit(large))
         awake = resident_bytes()
         for level, freed in ((1, KV_BYTES), (2, KV_BYTES + 96 * MB)):
@@ -117,5 +117,29 @@ def test_idle_it_falls_asleep_and_a_request_wakes_it(tmp_path: Path) -> None:
         await asyncio.wait_for(engine.wake_up(), WAIT_S)
         assert await tokens_of(stream) == texts[0]
         await asyncio.wait_for(engine.stop(), WAIT_S)
+
+    asyncio.run(run())
+
+
+def test_weights_that_are_not_there_any_more_leave_it_asleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        engine = build_engine(engine_config(write_model(tmp_path / "m")), progress=lambda *_: None)
+        engine.start()
+        expected = await tokens_of(submit(engine))
+        await asyncio.wait_for(engine.sleep(2), WAIT_S)
+        stream = submit(engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(load, "load_model", not_there)
+            with pytest.raises(UnavailableError, match="cannot wake up: model.safetensors is miss"):
+                await asyncio.wait_for(engine.wake_up(), WAIT_S)
+        assert engine.stats().sleep_level == 2 and engine.stats().error is None
+        await asyncio.wait_for(engine.wake_up(), WAIT_S)
+        assert await tokens_of(stream) == expected
+        await asyncio.wait_for(engine.stop(), WAIT_S)
+
+    def not_there(*args: object, **kwargs: object) -> None:
+        raise CheckpointError("model.safetensors is missing")
 
     asyncio.run(run())

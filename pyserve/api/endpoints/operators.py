@@ -11,8 +11,7 @@ from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, ServerState
 from pyserve.api.wire.protocol import AbortRequest
-from pyserve.client import EngineClient
-from pyserve.errors import AbortedError, InvalidRequestError, NotBuiltError
+from pyserve.errors import AbortedError, InvalidRequestError
 from pyserve.log import get_logger
 from pyserve.words import counted
 
@@ -53,7 +52,7 @@ async def sleep(request: web.Request) -> web.StreamResponse:
     on after /wake_up; what comes meanwhile waits in the queue. mode=abort ends what runs first.
     """
     _check_page(request)
-    engine = _sleeping_engine(request)
+    engine = request.app[STATE].model().engine
     level = _one_of(request, "level", "1", ("1", "2"))
     if _one_of(request, "mode", "keep", ("keep", "abort")) == "abort":
         _abort(request.app[STATE], set())
@@ -64,7 +63,7 @@ async def sleep(request: web.Request) -> web.StreamResponse:
 async def wake_up(request: web.Request) -> web.StreamResponse:
     """Take the memory again and answer when it is there."""
     _check_page(request)
-    engine = _sleeping_engine(request)
+    engine = request.app[STATE].model().engine
     tags = request.query.getall("tags", [])
     if tags and set(tags) != TAGS:
         raise InvalidRequestError(
@@ -79,13 +78,6 @@ async def is_sleeping(request: web.Request) -> web.StreamResponse:
     """Whether it does, at any level."""
     engine = request.app[STATE].model().engine
     return json_response({"is_sleeping": engine.stats().sleep_level > 0})
-
-
-def _sleeping_engine(request: web.Request) -> EngineClient:
-    engine = request.app[STATE].model().engine
-    if not engine.info.has_sleep:
-        raise NotBuiltError("to sleep is not built yet for a server on a GPU")
-    return engine
 
 
 def _one_of(request: web.Request, name: str, default: str, values: tuple[str, ...]) -> str:

@@ -49,7 +49,7 @@ class DropModel(Call, frozen=True, array_like=True):
 
 
 class TakeModel(Call, frozen=True, array_like=True):
-    """Load it again where it was dropped."""
+    """Load it again, and tell the leader then: a step of ranks that still load would not end."""
 
 
 class StoredPair(msgspec.Struct, frozen=True, array_like=True):

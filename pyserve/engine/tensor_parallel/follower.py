@@ -211,7 +211,9 @@ def _follow(config: EngineConfig, line: Line) -> None:
         if isinstance(call, calls.AllocateKV):  # as CudaRunner does
             executor.allocate_kv(call.num_blocks)
         elif isinstance(call, calls.TakeModel):
+            began_s = time.monotonic()
             executor.take_model(load)
+            line.tell(Loaded(time.monotonic() - began_s))
         elif isinstance(call, calls.Measure):
             assert isinstance(own.memory, CardMemory)
             now = devices.card_memory(own.device)
