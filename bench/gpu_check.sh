@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with an NVIDIA card, in one go.
 #
-#   bench/gpu_check.sh                        what ends within 8 minutes: without masks, rows, sanitize, ptx80
+#   bench/gpu_check.sh                        what ends within 8 minutes: without masks, rows, sanitize, ptx80, sleep
 #   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
 #   bench/gpu_check.sh peers ranks            on several cards: sums over them; two of them share a model
 #
@@ -41,7 +41,7 @@ limit_of() {
     rows) echo 90 ;;
     logits) echo 150 ;;
     serve) echo 160 ;;
-    masks) echo 200 ;;
+    masks | sleep) echo 200 ;;
     faults) echo 160 ;;
     peers) echo 400 ;;
     soak) echo $((SOAK_S + 60)) ;;
@@ -103,7 +103,8 @@ unfinished() {
 
 op_tests() {
   find tests/gpu -name 'test_*.py' ! -name test_server.py ! -name test_full_model.py \
-    ! -name test_loader.py ! -name test_memory.py ! -name test_tensor_parallel.py | sort
+    ! -name test_loader.py ! -name test_memory.py ! -name test_sleep.py \
+    ! -name test_tensor_parallel.py | sort
 }
 
 part_build() {  # the first start's compile, into an empty cache; the card writes a model meanwhile
@@ -162,6 +163,13 @@ part_serve() {
   ensure_llama || return 1
   "$PYTHON" -m bench.gpu_serve --model "$llama" --out "$LOGS" --json "$LOGS/serve.json" \
     -- --device cuda
+}
+
+part_sleep() {  # alone on the card: what it shows is to be ours
+  local failed=0
+  run_tests sleep 70 tests/gpu/test_sleep.py || failed=1
+  ensure_llama && timeout -k 5 120 "$PYTHON" -m bench.sleep_wake --model "$llama" -- --device cuda || failed=1
+  return $failed
 }
 
 part_masks() {  # of random weights: what they cost does not depend on the model
@@ -252,7 +260,7 @@ fi
 for part in "${parts[@]}"; do
   limit_of "$part" >/dev/null || { echo "no part $part; see the head of $self" && exit 64; }
 done
-case " ${parts[*]} " in *\ logits\ * | *\ serve\ * | *\ soak\ *) export NEEDS_LLAMA=1 ;; esac
+case " ${parts[*]} " in *\ logits\ * | *\ serve\ * | *\ soak\ * | *\ sleep\ *) export NEEDS_LLAMA=1 ;; esac
 [ "${parts[0]}" = build ] || parts=(prepare "${parts[@]}")
 mkdir -p "$OUT" "$PYSERVE_CHECK_DIR"
 total=${PYSERVE_CHECK_LIMIT_S:-470}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -180,6 +181,17 @@ def memory_of(pid: int) -> Memory:
             if name in sums:
                 sums[name] += int(value.split()[0]) * 1024
     return Memory(sums["VmRSS"], sums["VmHWM"], sums["RssAnon"])
+
+
+def card_mib() -> int:
+    """MiB in use on all cards of this machine, by everybody. RuntimeError where nobody tells."""
+    if shutil.which("nvidia-smi") is None:
+        raise RuntimeError("there is no nvidia-smi")
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvidia-smi: {done.stdout.strip() or done.stderr.strip()}")
+    return sum(int(line) for line in done.stdout.split())
 
 
 def _tree(pid: int) -> list[int]:
