@@ -58,6 +58,12 @@ def expected() -> list[float]:
         return prompt_logprobs(alone)
 
 
+def check(server: ServerProcess, expected: list[float]) -> None:
+    logprobs = prompt_logprobs(server)
+    errors = [abs(a - b) for a, b in zip(logprobs, expected, strict=True)]
+    assert max(errors) < MAX_ERROR * max(1.0, -min(expected)), max(errors)
+
+
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize("flags", [("--enforce-eager",), ()], ids=["eager", "graphs"])
 def test_the_answers_of_one_card(
@@ -69,9 +75,11 @@ def test_the_answers_of_one_card(
     with running_server(flags, folder=ROOT) as server:
         server.wait_ready(READY_S)
         for _ in range(2):  # then from the prefix cache
-            logprobs = prompt_logprobs(server)
-            errors = [abs(a - b) for a, b in zip(logprobs, expected, strict=True)]
-            assert max(errors) < MAX_ERROR * max(1.0, -min(expected)), max(errors)
+            check(server, expected)
+        for level in (1, 2):
+            ask(server, f"/sleep?level={level}", {})
+            ask(server, "/wake_up", {})
+            check(server, expected)
         for question, part in ANSWERS.items():
             assert part in answer(server, question), question
         body = {"prompt": PROMPT, "max_tokens": 48, "seed": 3, "ignore_eos": True}
