@@ -30,8 +30,8 @@ class MLP:
     """
 
     __slots__ = (
-        "gate_up", "down", "is_adding", "is_partial", "_activate", "_activation", "_is_fused",
-        "_project", "_dtype",
+        "gate_up", "down", "is_adding", "is_partial", "_activation", "_is_fused", "_project",
+        "_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -56,7 +56,6 @@ class MLP:
         )
         self._activation = _ACTIVATIONS[config.activation]
         self._is_fused = config.activation == "silu" and self.gate_up.has_silu_mul
-        self._activate = self.gate_up.silu_mul if self._is_fused else self._two_calls
         self.is_adding = self.down.has_add and not is_added_later
         self.is_partial = self.down.is_partial
         self._project: Apply = self.down.add if self.is_adding else self.down
@@ -65,9 +64,9 @@ class MLP:
         self, x: torch.Tensor, ctx: ForwardContext, act: MLPActivations, out: torch.Tensor
     ) -> None:
         """x [num_tokens, hidden_size] -> out, of the same shape"""
-        if ctx.adapters is None:
-            self._activate(x, act.gate_up, act.activated)
-        else:  # what they add comes before the activation
+        if self._is_fused and ctx.adapters is None:
+            self.gate_up.silu_mul(x, act.gate_up, act.activated)
+        else:  # what adapters add comes before the activation
             self._two_calls(x, act.gate_up, act.activated, ctx.adapters)
         self._project(act.activated, out, ctx.adapters)
 
@@ -89,7 +88,7 @@ class MLP:
 
     def _two_calls(
         self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
-        adapters: AdapterRows | None = None,
+        adapters: AdapterRows | None,
     ) -> None:  # fmt: skip
         self.gate_up(x, gate_up, adapters)
         self._activation(gate_up, out)
