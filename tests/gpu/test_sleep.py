@@ -109,8 +109,8 @@ def test_what_runs_goes_on_and_idle_it_sleeps_by_itself() -> None:
     async def sleep_and_wake() -> None:
         engine = demo(idle_sleep_min=0.01)
         engine.start()
-        (expected, _) = await answer_of(submit(engine, PROMPTS[0], max_tokens=1500))
-        running = submit(engine, PROMPTS[0], max_tokens=1500)
+        (expected, _) = await answer_of(submit(engine, PROMPTS[0], max_tokens=800))
+        running = submit(engine, PROMPTS[0], max_tokens=800)
         first = await asyncio.wait_for(running.read(), WAIT_S)
         await asyncio.wait_for(engine.sleep(2), WAIT_S)
         assert engine.stats().num_waiting == 1 and used_bytes() <= ASLEEP_BYTES
@@ -121,7 +121,7 @@ def test_what_runs_goes_on_and_idle_it_sleeps_by_itself() -> None:
         for _ in range(2):
             await until(lambda: engine.stats().sleep_level == 2)
             assert used_bytes() <= ASLEEP_BYTES
-            assert (await answer_of(submit(engine, PROMPTS[0], max_tokens=1500)))[0] == expected
+            assert (await answer_of(submit(engine, PROMPTS[0], max_tokens=800)))[0] == expected
         await engine.stop()
 
     run(sleep_and_wake())
