@@ -176,7 +176,7 @@ class EngineConfig:
     )  # fmt: skip
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
     enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
-    enable_lora: bool = flag(False, "serve LoRA adapters too, on a CPU", group=ADAPTERS)
+    enable_lora: bool = flag(False, "serve LoRA adapters too", group=ADAPTERS)
     lora_modules: tuple[LoraModule, ...] = flag(
         (), "NAME=PATH or JSON: adapters from the start", "none", group=ADAPTERS, metavar="MODULE",
         read=lora_module, options={"nargs": "+"},

@@ -86,7 +86,7 @@ class Step:
     prompt_spans: list[PromptSpan] = field(default_factory=list)
     adapter_loads: list[AdapterLoad] = field(default_factory=list)
     adapter_starts: list[int] = field(default_factory=list)
-    _shape: StepShape | None = None
+    _shape: StepShape | None = field(default=None, init=False)
 
     @property
     def shape(self) -> StepShape:

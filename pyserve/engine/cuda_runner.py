@@ -112,13 +112,17 @@ class CudaRunner:
         """
         self._allocate_kv(num_blocks)
         recorded: list[Step] = []
+        limits, num_adapter_slots = self._executor.limits, self._executor.num_adapter_slots
         if not self._is_eager:
             recorded += graph_steps(
-                self._executor.limits, num_blocks=num_blocks, vocab_size=self._executor.vocab_size
-            )
+                limits, num_blocks=num_blocks, vocab_size=self._executor.vocab_size,
+                num_adapter_slots=num_adapter_slots,
+            )  # fmt: skip
         are_run = {step.num_tokens for step in recorded}  # when they are recorded
         steps = [
-            step for step in warmup_steps(self._executor.limits) if step.num_tokens not in are_run
+            step
+            for step in warmup_steps(limits, num_adapter_slots=num_adapter_slots)
+            if step.num_tokens not in are_run
         ]
         total = len(steps) + len(recorded)
         for done, step in enumerate(steps):
@@ -179,6 +183,8 @@ class CudaRunner:
 
     def _forward(self, step: Step, entry: _RingEntry, *, is_warmup: bool = False) -> StepShape:
         with torch.cuda.stream(self._stream):
+            for load in step.adapter_loads:  # behind all steps that read what lay there
+                self._executor.put_adapter(load)
             shape = self._bring(step, entry)
             self._executor.forward(shape, is_warmup=is_warmup)
         return shape

@@ -123,10 +123,10 @@ def check_adapters(
         return
     if launched() is not None:
         raise ConfigError("--enable-lora is not built yet under torchrun")
-    if device.type == "cuda":
+    if device.type == "cuda" and config.tensor_parallel_size > 1:
         raise ConfigError(
-            "--enable-lora is not built yet on an NVIDIA card: merge the adapter into the model, "
-            "or pass --device cpu"
+            "--enable-lora is not built yet on several NVIDIA cards: leave --tensor-parallel-size "
+            "out, or pass --device cpu"
         )
     if model.pooling is not None:
         raise ConfigError("--enable-lora is not built yet for models of embeddings and scores")

@@ -108,6 +108,10 @@ class StepExecutor:
         self._tell(lambda: calls.Bring(words.numpy().tobytes()))
         self._state.step_input[: len(words)].copy_(words, non_blocking=True)
 
+    @property
+    def num_adapter_slots(self) -> int:
+        return self._model.num_adapter_slots
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate, or replace, the KV cache: `num_blocks` blocks of every layer."""
         if self._is_closed:

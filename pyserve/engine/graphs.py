@@ -19,6 +19,7 @@ MAX_GRAPH_TOKENS = 512  # of a recorded step: a larger one takes longer than its
 # samplings on an H200.
 NODE_BYTES = 4800
 NODES_PER_LAYER = 10
+ADAPTER_NODES_PER_LAYER = 18  # two more for each Linear, and nothing is fused with what follows
 
 
 def graph_sizes(max_num_tokens: int) -> list[int]:
@@ -26,11 +27,13 @@ def graph_sizes(max_num_tokens: int) -> list[int]:
     return [size for size in padded_sizes(max_num_tokens) if size <= MAX_GRAPH_TOKENS]
 
 
-def graphs_bytes(num_layers: int, *, max_num_tokens: int, num_slots: int) -> int:
+def graphs_bytes(
+    num_layers: int, *, max_num_tokens: int, num_slots: int, has_adapters: bool = False
+) -> int:
     """What the records of all shapes take on the card."""
-    num_sizes = len(graph_sizes(max_num_tokens))
-    num_nodes = 2 * num_sizes * (num_layers + 1) + len(padded_sizes(num_slots))
-    return NODE_BYTES * NODES_PER_LAYER * num_nodes
+    nodes_per_layer = NODES_PER_LAYER + (ADAPTER_NODES_PER_LAYER if has_adapters else 0)
+    num_nodes = 2 * len(graph_sizes(max_num_tokens)) * (num_layers + 1) * nodes_per_layer
+    return NODE_BYTES * (num_nodes + NODES_PER_LAYER * len(padded_sizes(num_slots)))
 
 
 class GraphCache:

@@ -103,6 +103,7 @@ def plan_memory(
             len(model.layers),
             max_num_tokens=limits.max_num_batched_tokens,
             num_slots=limits.num_slots,
+            has_adapters=model.num_adapter_slots > 0,
         )
 
     def fixed(max_model_len: int) -> Ledger:

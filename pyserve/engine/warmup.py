@@ -6,6 +6,7 @@ They start from reset slots, and no request reads what they write.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pyserve.engine.batch import Step, padded_sizes
 from pyserve.engine.block_manager import num_blocks_for
@@ -18,14 +19,18 @@ def largest_step(limits: StepLimits) -> Step:
     return _step(limits, limits.max_num_batched_tokens)
 
 
-def warmup_steps(limits: StepLimits) -> Iterator[Step]:
-    """A step of every padded number of tokens, the largest first."""
+def warmup_steps(limits: StepLimits, *, num_adapter_slots: int = 0) -> Iterator[Step]:
+    """A step of every padded number of tokens, the largest first; with slots for adapters also one
+    whose tokens use them: it calls other ops."""
     for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
-        yield _step(limits, num_tokens)
+        yield from _with_and_without(_step(limits, num_tokens), num_adapter_slots)
 
 
-def graph_steps(limits: StepLimits, *, num_blocks: int, vocab_size: int) -> Iterator[Step]:
-    """Steps of every shape that is recorded, the largest first: as many rows as may be, and as few.
+def graph_steps(
+    limits: StepLimits, *, num_blocks: int, vocab_size: int, num_adapter_slots: int = 0
+) -> Iterator[Step]:
+    """Steps of every shape that is recorded, the largest first: as many rows as may be, and as few;
+    with slots for adapters each once more, as `warmup_steps` has it.
 
     The rows of the others are all made of token 0 and block 0. Here each has tokens and blocks of
     its own, so that a record that does not do what its launches did is found out. Shapes that
@@ -36,7 +41,18 @@ def graph_steps(limits: StepLimits, *, num_blocks: int, vocab_size: int) -> Iter
         for num_rows in {min(count, limits.num_slots) for count in (num_tokens, few_rows)}:
             step = _step(limits, num_tokens, num_rows=num_rows)
             if _use_blocks(step, limits.block_size, vocab_size) <= num_blocks:
-                yield step
+                yield from _with_and_without(step, num_adapter_slots)
+
+
+def _with_and_without(step: Step, num_adapter_slots: int) -> Iterator[Step]:
+    """The step; then where there are slots for adapters, the same with its tokens shared out to
+    all of them. Nothing lies there yet, so its results are the same."""
+    yield step
+    if num_adapter_slots:
+        starts = [
+            slot * step.num_tokens // num_adapter_slots for slot in range(num_adapter_slots + 1)
+        ]
+        yield replace(step, adapter_starts=starts)
 
 
 def _use_blocks(step: Step, block_size: int, vocab_size: int) -> int:

@@ -12,8 +12,8 @@ that never move and have room for max_rank:
 
 The tokens of a step stand sorted by slot, those without an adapter first: starts int32
 [num_slots + 1] says that [starts[s], starts[s + 1]) are slot s's. Others, padding among them, are
-left as they are. On a CPU only; both raise RuntimeError where starts, ranks or columns are out of
-range. The plain-torch meaning is in reference_lora.py.
+left as they are. On a CPU both raise RuntimeError where starts, ranks or columns are out of range,
+on a card they trap. The plain-torch meaning is in reference_lora.py.
 """
 
 from __future__ import annotations

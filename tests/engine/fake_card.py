@@ -128,10 +128,15 @@ def load(folder: Path) -> Decoder:
     )  # fmt: skip
 
 
-def make_engine(monkeypatch: pytest.MonkeyPatch, folder: Path, *, is_eager: bool = False) -> Engine:
-    """One on the CudaRunner, with NUM_BLOCKS allocated and nothing warm."""
+def take_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have CudaRunner use the one of this module."""
     monkeypatch.setattr(cuda_runner, "torch", FakeTorch())
     monkeypatch.setattr(cuda_runner, "build", SimpleNamespace(host=lambda: FakeHost))
+
+
+def make_engine(monkeypatch: pytest.MonkeyPatch, folder: Path, *, is_eager: bool = False) -> Engine:
+    """One on the CudaRunner, with NUM_BLOCKS allocated and nothing warm."""
+    take_card(monkeypatch)
     executor = StepExecutor(
         load(folder),
         StepLimits(

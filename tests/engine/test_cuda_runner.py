@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyserve.client import EngineInfo, SequenceRequest, SequenceStream, TokenLogprobs
+from pyserve.client import Adapter, EngineInfo, SequenceRequest, SequenceStream, TokenLogprobs
 from pyserve.engine import cuda_runner
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import Step
@@ -18,6 +18,7 @@ from pyserve.engine.cuda_runner import CudaRunner
 from pyserve.engine.engine import Engine
 from pyserve.errors import DeviceError, EngineError
 from pyserve.params import SamplingParams
+from tests.engine import test_adapters_on_a_model as adapted
 from tests.engine.after_the_end import stop_and_check
 from tests.engine.constraints import Scripted, always
 from tests.engine.fake_card import (
@@ -27,8 +28,12 @@ from tests.engine.fake_card import (
     NUM_SLOTS,
     FakeStream,
     make_engine,
+    take_card,
 )
 from tests.engine.hard_moments import read_all
+from tests.engine.test_adapters_on_a_model import make_decoder as make_adapted
+from tests.engine.test_adapters_on_a_model import make_engine as make_adapted_engine
+from tests.engine.test_adapters_on_a_model import make_weights
 from tests.engine.tiny import VOCAB_SIZE
 
 
@@ -185,6 +190,40 @@ def test_a_constrained_step_that_cannot_be_launched_fails_alone(
         await client.stop()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_adapters_are_put_in_behind_the_steps_that_use_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With fewer slots than adapters, and a step in flight: the tokens of a CPU's runner."""
+    adapters = [
+        None if number is None else Adapter(f"a{number}", number, make_weights(decoder, number))
+        for decoder in (make_adapted(1),)
+        for number in (None, 1, 2, 3, 4)
+    ]
+
+    async def answers(depth: int) -> list[list[int]]:
+        engine = make_adapted_engine(make_adapted(2))
+        engine.runner.run_ahead_depth = depth
+        client = start(engine)
+        params = SamplingParams(max_tokens=20, temperature=0.0)
+        streams = [
+            client.submit(SequenceRequest([3, 1, 4, 1, 5], params, adapter=adapter))
+            for adapter in (*adapters, *adapters)
+        ]
+        outputs = [(await read_all(stream))[0] for stream in streams]
+        assert engine.scheduler.adapters.num_loads >= 4
+        await client.stop()
+        return outputs
+
+    expected = asyncio.run(asyncio.wait_for(answers(0), 60))
+    assert len({tuple(output) for output in expected}) == len(adapters), "they matter"
+    take_card(monkeypatch)
+    monkeypatch.setattr(
+        adapted, "CpuRunner", lambda executor, num_threads: CudaRunner(executor, is_eager=True)
+    )
+    for depth in (0, 1):
+        assert asyncio.run(asyncio.wait_for(answers(depth), 60)) == expected
 
 
 def test_a_record_that_fails_says_whether_the_device_is_lost(

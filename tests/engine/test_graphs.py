@@ -18,6 +18,7 @@ from pyserve.engine.graphs import GraphCache
 from pyserve.engine.warmup import graph_steps
 from pyserve.errors import DeviceError
 from pyserve.model.decoder import Decoder
+from tests.engine.test_adapters_on_a_model import make_decoder as make_adapted_decoder
 from tests.engine.test_runner import NAN_TOKEN, limits, make_decoder
 from tests.engine.tiny import VOCAB_SIZE
 
@@ -44,11 +45,22 @@ def make_executor(model: Decoder) -> StepExecutor:
 
 def record_all(executor: StepExecutor) -> list[StepShape]:
     shapes = []
-    for step in graph_steps(executor.limits, num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE):
+    for step in graph_steps(
+        executor.limits, num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE,
+        num_adapter_slots=executor.num_adapter_slots,
+    ):  # fmt: skip
         pack(step, executor.step_input.numpy())
         executor.record(step.shape)
         shapes.append(step.shape)
     return shapes
+
+
+def test_steps_with_adapters_have_records_of_their_own() -> None:
+    executor = make_executor(make_adapted_decoder(3))
+    shapes = record_all(executor)
+    assert {shape.has_adapters for shape in shapes} == {False, True}
+    assert all(executor.has_graph(shape) for shape in shapes)
+    executor.close()
 
 
 @pytest.mark.parametrize("has_nan", [False, True])

@@ -33,6 +33,30 @@ def test_a_step_has_the_rows_and_the_lengths_that_may_come(
     )
 
 
+def test_slots_for_adapters_have_steps_of_their_own() -> None:
+    """Each once with tokens that use them, all slots alike, and once without."""
+    limits = StepLimits(
+        num_slots=8, max_num_batched_tokens=512, max_model_len=256, block_size=16,
+        logits_tile_rows=8,
+    )  # fmt: skip
+    plain = list(graph_steps(limits, num_blocks=512, vocab_size=VOCAB_SIZE))
+    both = list(graph_steps(limits, num_blocks=512, vocab_size=VOCAB_SIZE, num_adapter_slots=3))
+    assert [step.shape for step in both[::2]] == [step.shape for step in plain]
+    assert [step.shape._replace(has_adapters=False) for step in both[1::2]] == [
+        step.shape for step in plain
+    ]
+    assert all(step.shape.has_adapters for step in both[1::2])
+    for step in both[1::2]:
+        assert len(step.adapter_starts) == 4 and step.adapter_starts[0] == 0
+        assert step.adapter_starts == sorted(step.adapter_starts)
+        assert step.adapter_starts[-1] == step.num_tokens
+    shapes = {(it.num_tokens, it.shape.has_adapters) for it in both}
+    warm = {
+        (it.num_tokens, it.shape.has_adapters) for it in warmup_steps(limits, num_adapter_slots=3)
+    }
+    assert shapes <= warm and len(warm) == 2 * len(list(warmup_steps(limits)))
+
+
 def test_a_recorded_step_uses_no_block_that_is_not_there() -> None:
     limits = StepLimits(
         num_slots=8, max_num_batched_tokens=512, max_model_len=256, block_size=16,
