@@ -29,7 +29,6 @@ from pyserve.engine.executor import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits
-from pyserve.model import layer_config
 from pyserve.model.config import ModelConfig
 from pyserve.model.context import ForwardContext
 from pyserve.model.decoder import Decoder
@@ -202,5 +201,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    layer_config.SERVES_ALL_ON_CUDA = True  # whether it may be is what is asked here
     sys.exit(main())

@@ -20,7 +20,9 @@ MAX_LATENT_SIZE: Final = 1024
 MAX_LATENT_ROPE_DIM: Final = 256
 CUDA_LATENT_SIZES: Final = (512, 64)  # of the latent and of what is rotated
 
-# Mixtures of experts.
+# Mixtures of experts. On a CPU any widths will do, a card reads rows in vectors of EXPERTS_STEP.
+EXPERTS_STEP: Final = 8
+FP8_EXPERTS_STEP: Final = 16  # of 8-bit floats
 MAX_EXPERTS: Final = 512
 MAX_TOP_EXPERTS: Final = 32  # that a token goes to
 MAX_EXPERT_GROUPS: Final = 32

@@ -15,7 +15,7 @@ import msgspec
 
 from pyserve.config import Use
 from pyserve.errors import CheckpointError, ConfigError
-from pyserve.limits import HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
+from pyserve.limits import EXPERTS_STEP, HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, MAX_VOCAB_SIZE
 from pyserve.model.experts_config import ExpertsConfig, experts_from_fields
 from pyserve.model.fields import Fields
 from pyserve.model.latent_config import LatentConfig, latent_from_fields, rope_dim
@@ -151,9 +151,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def lacking_on_cuda(self) -> list[str]:
         """As that of the layers and the quantisation, each once."""
         lacks = [text for layer in self.layers for text in layer.lacking_on_cuda()]
+        sizes = [it.mlp.size for it in self.layers if isinstance(it.mlp, ExpertsConfig)]
+        widths = frozenset((self.hidden_size, *sizes)) if sizes else frozenset()
+        if sizes and self.hidden_size % EXPERTS_STEP:
+            lacks.append(f"experts in a hidden_size of {self.hidden_size}")
         if self.quantization is not None:
-            has_experts = any(isinstance(layer.mlp, ExpertsConfig) for layer in self.layers)
-            lacks += self.quantization.lacking_on_cuda(has_experts=has_experts)
+            lacks += self.quantization.lacking_on_cuda(widths)
         return list(dict.fromkeys(lacks))
 
     def choices(self, max_model_len: int) -> list[str]:

@@ -14,6 +14,7 @@ from pyserve.limits import (
     CUDA_CAPPED_HEAD_DIMS,
     CUDA_HEAD_DIMS,
     CUDA_LATENT_SIZES,
+    EXPERTS_STEP,
     HEAD_DIM_STEP,
 )
 from pyserve.model.experts_config import ExpertsConfig
@@ -22,12 +23,6 @@ from pyserve.model.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh"]
 LayerKind = Literal["full_attention", "sliding_attention"]  # as `layer_types` of config.json
-# Whether a card serves all that its ops compute. A model whose scores are capped has not been seen
-# right on one yet, though the ops were: with transformers 5.17 test_full_rows.py compared it with
-# attention that leaves the cap out. Once that test passes, this is to be True.
-SERVES_ALL_ON_CUDA = False
-# The same of latent attention, whose kernels no card has run yet: tests/gpu/test_latent.py.
-SERVES_LATENTS_ON_CUDA = False
 LAYER_KINDS: tuple[LayerKind, ...] = ("full_attention", "sliding_attention")
 
 
@@ -119,9 +114,7 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
         lacks, attention = [], self.attention
         if isinstance(attention, LatentConfig):
             sizes = attention.kv_lora_rank, attention.qk_rope_head_dim
-            if not SERVES_LATENTS_ON_CUDA:
-                lacks.append("multi-head latent attention")
-            elif sizes != CUDA_LATENT_SIZES:
+            if sizes != CUDA_LATENT_SIZES:
                 lacks.append("kv_lora_rank {} with qk_rope_head_dim {}".format(*sizes))
             elif attention.qk_nope_head_dim % HEAD_DIM_STEP:
                 lacks.append(f"qk_nope_head_dim {attention.qk_nope_head_dim}")
@@ -129,8 +122,6 @@ class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
             lacks.append(f"head_dim {attention.head_dim}")
         elif attention.softcap and attention.head_dim not in CUDA_CAPPED_HEAD_DIMS:
             lacks.append(f"scores capped at {attention.softcap:g} of head_dim {attention.head_dim}")
-        elif attention.softcap and not SERVES_ALL_ON_CUDA:
-            lacks.append(f"attention scores capped at {attention.softcap:g}")
-        if isinstance(self.mlp, ExpertsConfig):
-            lacks.append("a mixture of experts")
+        if isinstance(self.mlp, ExpertsConfig) and self.mlp.size % EXPERTS_STEP:
+            lacks.append(f"experts of width {self.mlp.size}, no multiple of {EXPERTS_STEP}")
         return lacks

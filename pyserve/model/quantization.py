@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from pyserve.errors import ConfigError
+from pyserve.limits import FP8_EXPERTS_STEP
 from pyserve.model.fields import Fields, shown
 from pyserve.model.registry import SchemeName
 
@@ -101,11 +102,16 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             )
         return said
 
-    def lacking_on_cuda(self, *, has_experts: bool) -> list[str]:
-        """What of it a card does not serve, or has not been seen to."""
-        if self.scheme == "fp8":
-            return ["8-bit float weights"]
-        return ["experts of 4-bit integers"] if has_experts else []
+    def lacking_on_cuda(self, experts_widths: frozenset[int]) -> list[str]:
+        """What of it a card does not serve. experts_widths: columns of experts' matrices, of all
+        layers; none without experts."""
+        if self.scheme == "w4a16":
+            return ["experts of 4-bit integers"] if experts_widths else []
+        return [
+            f"experts of 8-bit floats of {width} columns, no multiple of {FP8_EXPERTS_STEP}"
+            for width in sorted(experts_widths)
+            if width % FP8_EXPERTS_STEP
+        ]
 
     def unit_columns(self, num_columns: int) -> int:
         """Columns that ranks cannot cut, of a matrix of so many. Raises as group_of."""

@@ -8,6 +8,7 @@ the engine does with a request: batch mates, chunks, cached prefixes, preemption
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyserve.client import SequenceRequest
+from pyserve.client import Adapter, SequenceRequest
+from pyserve.engine.adapter_slots import AdapterSlots
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.cuda_runner import CudaRunner
@@ -29,6 +31,7 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
+from pyserve.model.quantization import Method
 from pyserve.params import SamplingParams
 from tests.model.oracle import VOCAB_SIZE, load_theirs, make_model, relative_error, rope
 
@@ -73,21 +76,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Checkpoint:
     """One model in one dtype: ours, and transformers' in that dtype and in float64."""
 
-    def __init__(self, folder: Path, model: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
+    def __init__(self, ours: Decoder, theirs: Path) -> None:
+        """`theirs`: the folder that transformers reads."""
+        self.ours = ours
+        self.adapters: list[Adapter | None] = [None]  # that requests use in turns
+        self._theirs = {"": (load_theirs(theirs, ours.dtype), load_theirs(theirs, torch.float64))}
+        for model in self._theirs[""]:
+            model.to(DEVICE)
+
+    @classmethod
+    def made(
+        cls, folder: Path, model: tuple[str, dict[str, Any]], dtype: torch.dtype
+    ) -> Checkpoint:
         family, changes = model
         make_model(family, **changes).to(dtype).save_pretrained(folder)
-        self.ours = load_model(
-            folder, ModelConfig.from_path(folder), Placement(dtype, DEVICE), load_format="auto",
-            seed=0, progress=lambda done, total: None,
-        )  # fmt: skip
-        self._plain = load_theirs(folder, dtype).to(DEVICE)
-        self._exact = load_theirs(folder, torch.float64).to(DEVICE)
+        return cls(load_on_card(folder, dtype), folder)
 
-    def theirs(self, token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    def theirs(self, token_ids: list[int], adapter: Adapter | None) -> tuple[Tensor, Tensor]:
         """[len, vocab_size] in the dtype and in float64."""
         ids = torch.tensor([token_ids], device=DEVICE)
+        plain, exact = self._theirs["" if adapter is None else adapter.name]
         with torch.inference_mode():
-            return self._plain(ids).logits[0], self._exact(ids).logits[0]
+            return plain(ids).logits[0], exact(ids).logits[0]
+
+
+def load_on_card(
+    folder: Path, dtype: torch.dtype, *, method: Method | None = None, **placed: Any
+) -> Decoder:
+    """Our model of a checkpoint; `placed`: further fields of its Placement."""
+    config = ModelConfig.from_path(folder).quantised_as(method)
+    assert not config.lacking_on_cuda()
+    return load_model(
+        folder, config, Placement(dtype, DEVICE, **placed), load_format="auto", seed=0,
+        progress=lambda done, total: None,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +117,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Checkpoin
     class Made(dict[Any, Checkpoint]):
         def __missing__(self, key: tuple[str, torch.dtype]) -> Checkpoint:
             name, dtype = key
-            self[key] = Checkpoint(tmp_path_factory.mktemp("model"), MODELS[name], dtype)
+            self[key] = Checkpoint.made(tmp_path_factory.mktemp("model"), MODELS[name], dtype)
             return self[key]
 
     return Made()
@@ -128,6 +150,7 @@ def make_engine(
         SlotAllocator(NUM_SLOTS),
         max_num_batched_tokens=budget,
         max_update_words=max_update_words(MAX_MODEL_LEN, BLOCK_SIZE),
+        adapters=AdapterSlots(decoder.num_adapter_slots),
     )
     return Engine(
         scheduler, runner, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, policy="fcfs"
@@ -151,7 +174,9 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
     return [(prompt, params[number % 2]) for number, prompt in enumerate(prompts)]
 
 
-def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence, Tensor]]:
+def run(
+    engine: Engine, decoder: Decoder, *, alone: bool, adapters: list[Adapter | None]
+) -> list[tuple[Sequence, Tensor]]:
     """Each request's sequence and the logits [num_output_tokens, vocab_size] it was drawn from."""
     tiles: list[Tensor] = []
     rows: dict[int, list[Tensor]] = defaultdict(list)
@@ -178,8 +203,8 @@ def run(engine: Engine, decoder: Decoder, *, alone: bool) -> list[tuple[Sequence
 
     decoder.compute_logits = spy  # type: ignore[method-assign]
     try:
-        for prompt, params in requests():
-            engine.add(SequenceRequest(prompt, params))
+        for (prompt, params), adapter in zip(requests(), cycle(adapters), strict=False):
+            engine.add(SequenceRequest(prompt, params, adapter=adapter))
             if alone:
                 drain()
         drain()
@@ -202,7 +227,7 @@ def assert_ratio(checkpoint: Checkpoint, settings: str) -> None:
     options = {**SETTINGS[settings]}
     alone = options.pop("alone", False)
     engine = make_engine(checkpoint.ours, **options)
-    results = run(engine, checkpoint.ours, alone=alone)
+    results = run(engine, checkpoint.ours, alone=alone, adapters=checkpoint.adapters)
     if "num_blocks" in options:
         assert engine.scheduler.num_preemptions > 0
     if options.get("caching"):
@@ -215,7 +240,7 @@ def assert_ratio(checkpoint: Checkpoint, settings: str) -> None:
         output = seq.token_ids[len(prompt) :]
         if params.temperature == 0:
             assert logits.argmax(-1).tolist() == output
-        plain, exact = checkpoint.theirs(seq.token_ids[:-1])
+        plain, exact = checkpoint.theirs(seq.token_ids[:-1], seq.adapter)
         parts.append((logits, plain[len(prompt) - 1 :], exact[len(prompt) - 1 :]))
     ours, plain, exact = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     error, plain_error = relative_error(ours, exact), relative_error(plain, exact)

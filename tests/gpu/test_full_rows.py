@@ -1,4 +1,4 @@
-"""As test_full_model.py, with the other dense rows, those too that SERVES_ALL_ON_CUDA holds back.
+"""As test_full_model.py, with the other dense rows.
 
 Phi-3 (heads of 96), Phi-4-mini (of which 96 of 128 are turned, longrope), Gemma 2 (heads of 256 and
 of 128, capped scores and logits, windows), Gemma 3, GLM-4-0414, Ministral 3 (scaled queries).
@@ -6,16 +6,13 @@ of 128, capped scores and logits, windows), Gemma 3, GLM-4-0414, Ministral 3 (sc
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from pyserve.model import layer_config
 from tests.gpu.test_full_model import SETTINGS, Checkpoint, assert_ratio
-from tests.gpu.test_run_ahead import engine_for, generate
+from tests.gpu.test_run_ahead import assert_replays
 from tests.model.oracle import rope
 
 FACTORS = [1.0 + i / 4 for i in range(48)]
@@ -76,11 +73,9 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture(scope="module", params=MODELS)
 def checkpoints(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[Checkpoint]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_config, "SERVES_ALL_ON_CUDA", True)
-        model = MODELS[request.param]
-        yield [Checkpoint(tmp_path_factory.mktemp("model"), model, dtype) for dtype in DTYPES]
+) -> list[Checkpoint]:
+    model = MODELS[request.param]
+    return [Checkpoint.made(tmp_path_factory.mktemp("model"), model, dtype) for dtype in DTYPES]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -93,13 +88,4 @@ def test_logits_of_float16(checkpoints: list[Checkpoint]) -> None:
 
 
 def test_replays_and_running_ahead_give_the_same_tokens(checkpoints: list[Checkpoint]) -> None:
-    outputs = [
-        asyncio.run(
-            asyncio.wait_for(
-                generate(engine_for(checkpoints[0].ours, depth, is_eager=is_eager)), 30
-            )
-        )
-        for depth, is_eager in ((0, True), (0, False), (1, False))
-    ]
-    assert all(len(output) == 60 for output in outputs[0])
-    assert outputs[1] == outputs[0] and outputs[2] == outputs[0]
+    assert_replays(checkpoints[0].ours)

@@ -1,9 +1,7 @@
-"""The ops of latent attention on a card: ratio rule against float64; and whole models, those too
-that SERVES_LATENTS_ON_CUDA and SERVES_ALL_ON_CUDA hold back."""
+"""The ops of latent attention on a card: ratio rule against float64; and whole models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +11,11 @@ from torch import Tensor
 
 from pyserve import ops
 from pyserve.limits import CUDA_LATENT_SIZES
-from pyserve.model import layer_config
 from pyserve.model.layers.latent_attention import num_tiles
 from pyserve.ops import attention_plan, latent, reference_latent
 from tests.gpu.test_attention import CARD, EDGES, make_on_card, to_card
 from tests.gpu.test_full_model import SETTINGS, Checkpoint, assert_ratio
+from tests.gpu.test_run_ahead import assert_replays
 from tests.model.oracle import CASES
 from tests.ops import oracle
 from tests.ops.test_attention import MIX, Case
@@ -173,16 +171,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=MODELS)
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Checkpoint]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_config, "SERVES_LATENTS_ON_CUDA", True)
-        patch.setattr(
-            layer_config.LayerConfig, "lacking_on_cuda", lambda layer: []
-        )  # mixtures are held back, too
-        folder = tmp_path_factory.mktemp("model")
-        yield Checkpoint(folder, MODELS[request.param], torch.bfloat16)
+) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("model")
+    return Checkpoint.made(folder, MODELS[request.param], torch.bfloat16)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_logits_of_whole_models(settings: str, checkpoint: Checkpoint) -> None:
     assert_ratio(checkpoint, settings)
+
+
+def test_replays_of_whole_models(checkpoint: Checkpoint) -> None:
+    assert_replays(checkpoint.ours)

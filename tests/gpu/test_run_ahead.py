@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from pyserve.client import EngineInfo, SequenceRequest, SequenceStream
+from pyserve.client import Adapter, EngineInfo, SequenceRequest, SequenceStream
+from pyserve.engine.adapter_slots import AdapterSlots
 from pyserve.engine.async_engine import AsyncEngine
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager
@@ -68,6 +70,7 @@ def engine_for(
         SlotAllocator(NUM_SLOTS),
         max_num_batched_tokens=512,
         max_update_words=max_update_words(MAX_MODEL_LEN, 16),
+        adapters=AdapterSlots(decoder.num_adapter_slots),
     )
     engine = Engine(
         scheduler, runner, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, policy="fcfs"
@@ -88,7 +91,9 @@ async def read_all(stream: SequenceStream) -> list[int]:
             return token_ids
 
 
-async def generate(engine: AsyncEngine) -> list[list[int]]:
+async def generate(
+    engine: AsyncEngine, adapters: Sequence[Adapter | None] = (None,)
+) -> list[list[int]]:
     """Equal numbers of tokens, so that every step has the same rows at every depth."""
     generator = torch.Generator().manual_seed(4)
     engine.start()
@@ -99,11 +104,24 @@ async def generate(engine: AsyncEngine) -> list[list[int]]:
         params = SamplingParams(
             max_tokens=60, temperature=temperature, seed=number, frequency_penalty=0.2
         )
-        streams.append(engine.submit(SequenceRequest(prompt, params)))
+        adapter = adapters[number % len(adapters)]
+        streams.append(engine.submit(SequenceRequest(prompt, params, adapter=adapter)))
     outputs = await asyncio.gather(*map(read_all, streams))
     assert engine.stats().num_blocks_used == 0
     await engine.stop()
     return outputs
+
+
+def assert_replays(decoder: Decoder, adapters: Sequence[Adapter | None] = (None,)) -> None:
+    """The same tokens op by op and recorded, awaited and run ahead of."""
+    outputs = [
+        asyncio.run(
+            asyncio.wait_for(generate(engine_for(decoder, depth, is_eager=is_eager), adapters), 30)
+        )
+        for depth, is_eager in ((0, True), (0, False), (1, False))
+    ]
+    assert all(len(output) == 60 for output in outputs[0])
+    assert outputs[1] == outputs[0] and outputs[2] == outputs[0]
 
 
 def test_depths_give_the_same_tokens(decoder: Decoder) -> None:

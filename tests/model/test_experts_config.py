@@ -80,7 +80,23 @@ def test_every_field_of_a_real_config_means_something(name: str) -> None:
     assert config.unknown_fields == ()
     assert {layer.mlp for layer in config.layers} == {MIXTURES[name]}
     assert {layer.attention.window for layer in config.layers} == {0}
-    assert "a mixture of experts" in config.lacking_on_cuda()
+    assert config.lacking_on_cuda() == []
+
+
+def test_widths_that_a_card_has_no_kernels_for_are_named() -> None:
+    blocks = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    for changes, lacks in (
+        ({"moe_intermediate_size": 764}, ["experts of width 764, no multiple of 8"]),
+        ({"hidden_size": 2052}, ["experts in a hidden_size of 2052"]),
+        ({"moe_intermediate_size": 776}, []),
+        (blocks, []),
+        (
+            blocks | {"moe_intermediate_size": 776},
+            ["experts of 8-bit floats of 776 columns, no multiple of 16"],
+        ),
+    ):
+        config = ModelConfig.from_hf(QWEN3_MOE | changes)
+        assert config.lacking_on_cuda() == lacks
 
 
 def test_biases() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pyserve.errors import ConfigError
-from pyserve.model import layer_config
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.experts_config import ExpertsConfig
@@ -92,7 +91,7 @@ def test_every_field_of_a_real_config_means_something(name: str) -> None:
     dense = MLPConfig(size=raw["intermediate_size"])
     num_sparse = raw["num_hidden_layers"] - num_dense
     assert [layer.mlp for layer in config.layers] == [dense] * num_dense + [mixture] * num_sparse
-    assert "multi-head latent attention" in config.lacking_on_cuda()
+    assert config.lacking_on_cuda() == []
 
 
 def test_the_scale_of_the_scores_has_yarn_s_part_and_cosines_have_not() -> None:
@@ -173,8 +172,7 @@ def test_the_tensors_of_a_layer() -> None:
     assert shapes(V2_LITE | {"q_lora_rank": 768}) == shared | queries
 
 
-def test_what_a_card_has_no_kernel_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_config, "SERVES_LATENTS_ON_CUDA", True)
+def test_what_a_card_has_no_kernel_for_is_named() -> None:
     for changes, lacks in (
         ({}, []),
         ({"kv_lora_rank": 256}, ["kv_lora_rank 256 with qk_rope_head_dim 64"]),

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pyserve.errors import ConfigError
-from pyserve.model import layer_config
 from pyserve.model.build import build_model
 from pyserve.model.config import ModelConfig
 from pyserve.model.layer_config import AttentionConfig
@@ -197,15 +196,7 @@ def test_ministral3_is_scaled_where_it_is_long() -> None:
     assert config.lacking_on_cuda() == []
 
 
-def test_what_a_card_lacks_is_named() -> None:
-    lacks = {name: ModelConfig.from_hf(raw).lacking_on_cuda() for name, raw in REAL.items()}
-    assert {name: texts for name, texts in lacks.items() if texts} == {
-        "gemma2": ["attention scores capped at 50"]
-    }
-
-
-def test_what_a_card_has_no_kernel_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_config, "SERVES_ALL_ON_CUDA", True)
+def test_what_a_card_has_no_kernel_for_is_named() -> None:
     assert not any(ModelConfig.from_hf(raw).lacking_on_cuda() for raw in REAL.values())
     for head_dim, lacks in (
         (64, ["scores capped at 50 of head_dim 64"]), (80, ["head_dim 80"]), (256, []),
