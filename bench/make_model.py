@@ -90,59 +90,100 @@ def _merges() -> Iterator[tuple[str, str]]:
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of the checkpoint, layer by layer."""
     hidden = config["hidden_size"]
-    num_heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // num_heads
-    q_size, kv_size = num_heads * head_dim, config["num_key_value_heads"] * head_dim
-    is_qwen2, is_phi3 = config["model_type"] == "qwen2", config["model_type"] == "phi3"
-    has_bias = is_qwen2 or config.get("attention_bias", False)
+    attention = _latent_shapes if "kv_lora_rank" in config else _attention_shapes
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", (hidden,)
-        separate = (("q", q_size), ("k", kv_size), ("v", kv_size))
-        for name, size in (("qkv", q_size + 2 * kv_size),) if is_phi3 else separate:
-            yield f"{prefix}self_attn.{name}_proj.weight", (size, hidden)
-            if has_bias:
-                yield f"{prefix}self_attn.{name}_proj.bias", (size,)
-        if config["model_type"] in ("qwen3", "qwen3_moe"):
-            yield prefix + "self_attn.q_norm.weight", (head_dim,)
-            yield prefix + "self_attn.k_norm.weight", (head_dim,)
-        yield prefix + "self_attn.o_proj.weight", (hidden, q_size)
-        if has_bias and not is_qwen2:
-            yield prefix + "self_attn.o_proj.bias", (hidden,)
+        yield from attention(config, f"{prefix}self_attn.")
         yield prefix + "post_attention_layernorm.weight", (hidden,)
         if config["model_type"] == "gemma2":
             yield prefix + "pre_feedforward_layernorm.weight", (hidden,)
             yield prefix + "post_feedforward_layernorm.weight", (hidden,)
-        yield from _mlp_shapes(config, prefix)
+        if layer < config.get("first_k_dense_replace", 0) or not _num_experts(config):
+            yield from _mlp_shapes(config, prefix)
+        else:
+            yield from _experts_shapes(config, prefix)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
+def _attention_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // num_heads
+    q_size, kv_size = num_heads * head_dim, config["num_key_value_heads"] * head_dim
+    is_qwen2, is_phi3 = config["model_type"] == "qwen2", config["model_type"] == "phi3"
+    has_bias = is_qwen2 or config.get("attention_bias", False)
+    separate = (("q", q_size), ("k", kv_size), ("v", kv_size))
+    for name, size in (("qkv", q_size + 2 * kv_size),) if is_phi3 else separate:
+        yield f"{prefix}{name}_proj.weight", (size, hidden)
+        if has_bias:
+            yield f"{prefix}{name}_proj.bias", (size,)
+    if config["model_type"] in ("qwen3", "qwen3_moe"):
+        yield prefix + "q_norm.weight", (head_dim,)
+        yield prefix + "k_norm.weight", (head_dim,)
+    yield prefix + "o_proj.weight", (hidden, q_size)
+    if has_bias and not is_qwen2:
+        yield prefix + "o_proj.bias", (hidden,)
+
+
+def _latent_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of multi-head latent attention, without biases."""
+    hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
+    nope, rope, v_dim = (config[f"{part}_head_dim"] for part in ("qk_nope", "qk_rope", "v"))
+    latent = config["kv_lora_rank"]
+    q_size, q_rank = num_heads * (nope + rope), config["q_lora_rank"]
+    if q_rank:
+        yield prefix + "q_a_proj.weight", (q_rank, hidden)
+        yield prefix + "q_a_layernorm.weight", (q_rank,)
+        yield prefix + "q_b_proj.weight", (q_size, q_rank)
+    else:
+        yield prefix + "q_proj.weight", (q_size, hidden)
+    yield prefix + "kv_a_proj_with_mqa.weight", (latent + rope, hidden)
+    yield prefix + "kv_a_layernorm.weight", (latent,)
+    yield prefix + "kv_b_proj.weight", (num_heads * (nope + v_dim), latent)
+    yield prefix + "o_proj.weight", (hidden, num_heads * v_dim)
+
+
 def _mlp_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of one layer: a gated MLP, or a router and its experts."""
+    """Of one layer: a gated MLP."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    num_experts = config.get("num_local_experts") or config.get("num_experts")
-    if num_experts is None:
-        first: tuple[tuple[str, int], ...] = (("gate", inner), ("up", inner))
-        if config["model_type"] == "phi3":
-            first = (("gate_up", 2 * inner),)
-        for name, shape in (*((n, (size, hidden)) for n, size in first), ("down", (hidden, inner))):
-            yield f"{prefix}mlp.{name}_proj.weight", shape
-            if config.get("mlp_bias", False):
-                yield f"{prefix}mlp.{name}_proj.bias", shape[:1]
-        return
+    first: tuple[tuple[str, int], ...] = (("gate", inner), ("up", inner))
+    if config["model_type"] == "phi3":
+        first = (("gate_up", 2 * inner),)
+    for name, shape in (*((n, (size, hidden)) for n, size in first), ("down", (hidden, inner))):
+        yield f"{prefix}mlp.{name}_proj.weight", shape
+        if config.get("mlp_bias", False):
+            yield f"{prefix}mlp.{name}_proj.bias", shape[:1]
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((config[key] for key in keys if key in config), 0)
+
+
+def _experts_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of one layer: a router, its experts, and those that take every token."""
     module, names = "mlp", ("gate_proj", "up_proj", "down_proj")
     if config["model_type"] == "mixtral":
         module, names = "block_sparse_moe", ("w1", "w3", "w2")
-    size = config.get("moe_intermediate_size", inner)
-    yield f"{prefix}{module}.gate.weight", (num_experts, hidden)
-    for expert in range(num_experts):
+    hidden, num_experts = config["hidden_size"], _num_experts(config)
+    size = config.get("moe_intermediate_size", config["intermediate_size"])
+
+    def matrices(expert: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in zip(
             names, ((size, hidden), (size, hidden), (hidden, size)), strict=True
         ):
-            yield f"{prefix}{module}.experts.{expert}.{name}.weight", shape
+            yield f"{prefix}{module}.{expert}.{name}.weight", shape
+
+    yield f"{prefix}{module}.gate.weight", (num_experts, hidden)
+    if config.get("topk_method") == "noaux_tc":
+        yield f"{prefix}{module}.gate.e_score_correction_bias", (num_experts,)
+    for expert in range(num_experts):
+        yield from matrices(f"experts.{expert}", size)
+    if config.get("n_shared_experts"):
+        yield from matrices("shared_experts", config["n_shared_experts"] * size)
 
 
 def mean_of_norms(config: dict[str, Any]) -> float:

@@ -27,10 +27,7 @@ _QWEN25: dict[str, Any] = {
     "num_key_value_heads": 8,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "Llama-3.2-3B": {
-        **PRESETS["llama-3.1-8b"], "hidden_size": 3072, "intermediate_size": 8192,
-        "num_hidden_layers": 28, "num_attention_heads": 24, "tie_word_embeddings": True,
-    },
+    "Llama-3.2-3B": PRESETS["llama-3.2-3b"],
     "Qwen3-4B": {
         **PRESETS["qwen3-8b"], "hidden_size": 2560, "intermediate_size": 9728,
         "tie_word_embeddings": True,
@@ -40,27 +37,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": PRESETS["llama-3.1-8b"],
     "Qwen2.5-14B": {**_QWEN25, "intermediate_size": 13824, "num_hidden_layers": 48},
     "Qwen2.5-32B": {**_QWEN25, "intermediate_size": 27648, "num_hidden_layers": 64},
-    "Llama-3.1-70B": {
-        **PRESETS["llama-3.1-8b"], "hidden_size": 8192, "intermediate_size": 28672,
-        "num_hidden_layers": 80, "num_attention_heads": 64,
-    },
+    "Llama-3.1-70B": PRESETS["llama-3.3-70b"],
     "Qwen3-30B-A3B": PRESETS["qwen3-30b-a3b"],
     "Mixtral-8x7B": PRESETS["mixtral-8x7b"],
-    "DeepSeek-V2-Lite": {
-        "architectures": ["DeepseekV2ForCausalLM"], "first_k_dense_replace": 1,
-        "hidden_size": 2048, "intermediate_size": 10944, "kv_lora_rank": 512,
-        "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "n_routed_experts": 64,
-        "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6,
-        "num_hidden_layers": 27, "q_lora_rank": None, "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400, "dtype": "bfloat16",
-    },
-    "GLM-4.7-Flash": {
-        "architectures": ["Glm4MoeLiteForCausalLM"], "hidden_size": 2048, "kv_lora_rank": 512,
-        "intermediate_size": 10240, "moe_intermediate_size": 1536, "n_routed_experts": 64,
-        "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
-        "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
-        "vocab_size": 154880, "dtype": "bfloat16",
-    },
+    "DeepSeek-V2-Lite": PRESETS["deepseek-v2-lite"],
+    "GLM-4.7-Flash": PRESETS["glm-4.7-flash"],
 }  # fmt: skip
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}

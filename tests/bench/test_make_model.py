@@ -66,6 +66,13 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
         "gemma-2-9b": 9_241_705_984,
         "phi-4": 14_659_507_200,
         "phi-3-mini": 3_821_079_552,
+        "llama-3.2-3b": 3_212_749_824,
+        "llama-3.3-70b": 70_553_706_496,
+        "deepseek-r1-distill-llama-70b": 70_553_706_496,
+        "deepseek-r1-distill-qwen-32b": 32_763_876_352,
+        "deepseek-v2-lite": 15_706_484_224,
+        "deepseek-v3": 671_026_419_200,
+        "glm-4.7-flash": 29_943_393_920,
     }
 
 
@@ -73,13 +80,18 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
     "preset",
     [
         "llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "mixtral-8x7b", "qwen3-30b-a3b",
-        "gemma-2-9b", "phi-4",
+        "gemma-2-9b", "phi-4", "deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash",
     ],
 )  # fmt: skip
 def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "head_dim": 8, "tie_word_embeddings": preset == "qwen3-8b"}
     if preset == "qwen3-30b-a3b":
         overrides |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    if "kv_lora_rank" in PRESETS[preset]:
+        overrides |= {"num_key_value_heads": overrides["num_attention_heads"]}
+        overrides |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        overrides |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "first_k_dense_replace": 1}
+        del overrides["head_dim"]
     make_model(tmp_path, preset, overrides, has_weights=True, shard_bytes=30_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     model, info = AutoModelForCausalLM.from_pretrained(
