@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with an NVIDIA card, in one go.
 #
-#   bench/gpu_check.sh                        what ends within 8 minutes: without masks, rows, sanitize, ptx80, sleep
+#   bench/gpu_check.sh                        what ends within 8 minutes: build tests memory ops logits serve faults soak
 #   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
+#   bench/gpu_check.sh whole models           other models: tiny ones against transformers, real shapes served
 #   bench/gpu_check.sh peers ranks            on several cards: sums over them; two of them share a model
 #
 # Every part has a time limit and a log of its own; one that fails does not stop the next, and the
@@ -36,7 +37,7 @@ build.load_native(is_reference_allowed=False, progress=print, device="cuda")'
 limit_of() {
   case $1 in
     build | prepare) echo 240 ;;
-    tests | memory) echo 180 ;;
+    tests | memory | whole | models) echo 180 ;;
     ops) echo 60 ;;
     rows) echo 90 ;;
     logits) echo 150 ;;
@@ -104,6 +105,7 @@ unfinished() {
 op_tests() {
   find tests/gpu -name 'test_*.py' ! -name test_server.py ! -name test_full_model.py \
     ! -name test_loader.py ! -name test_memory.py ! -name test_sleep.py \
+    ! -name test_full_mixtures.py ! -name test_full_fp8.py ! -name test_adapters.py \
     ! -name test_tensor_parallel.py | sort
 }
 
@@ -128,6 +130,14 @@ part_tests() {
   local files
   mapfile -t files < <(op_tests)
   run_tests tests 175 tests/gpu/test_full_model.py "${files[@]}"  # the longest first
+}
+
+part_whole() {
+  run_tests whole 170 tests/gpu/test_full_{mixtures,fp8,rows}.py tests/gpu/test_{adapters,latent}.py
+}
+
+part_models() {
+  "$PYTHON" -m bench.gpu_models --folder "$PYSERVE_CHECK_DIR" --out "$LOGS" --json "$LOGS/models.json"
 }
 
 part_memory() {  # each alone on the card: they measure speed, and all of the memory

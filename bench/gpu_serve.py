@@ -31,6 +31,7 @@ from bench.server_process import memory_of, running_server
 READY_TIMEOUT_S = 120
 LOAD_TIMEOUT_S = 110
 VOCAB_SIZE = 128000  # below the special tokens
+NUM_SPECIAL = 256  # at most, the last of a smaller vocabulary
 MAX_MODEL_LEN = 16384  # as vLLM was given
 
 
@@ -67,15 +68,15 @@ HEADER = (
 
 def measure(
     url: str, load: tuple[int, int, int], out: Path, body: dict[str, Any] | None = None,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] = (), vocab_size: int = VOCAB_SIZE,
 ) -> dict[str, Any]:  # fmt: skip
     """bench.serve's figures, with the fields of `body` in each request and the flags `extra`.
-    RuntimeError with its last words where it ends badly.
+    Prompts are of ids below vocab_size. RuntimeError with its last words where it ends badly.
     """
     input_len, output_len, concurrency = load
     path = out / f"serve-{input_len}-{output_len}-{concurrency}.json"
     command = [
-        sys.executable, "-m", "bench.serve", "--url", url, "--vocab-size", str(VOCAB_SIZE),
+        sys.executable, "-m", "bench.serve", "--url", url, "--vocab-size", str(vocab_size),
         "--input-len", str(input_len), "--output-len", str(output_len), "-c", str(concurrency),
         "--json", str(path), "--extra-body", json.dumps(body or {}), *extra,
     ]  # fmt: skip
@@ -103,6 +104,11 @@ def measure_beside(
         one, extra = (input_len, output_len, 1), ["-n", str(num_requests)]
         other = threads.submit(measure, url, one, out, None, extra)
         return main.result() | {"beside": other.result()}
+
+
+def vocab_size_of(config: dict[str, Any]) -> int:
+    """Ids of a config.json's model that a prompt may have."""
+    return int(min(VOCAB_SIZE, config.get("vocab_size", 2**20) - NUM_SPECIAL))
 
 
 def config_of(model: Path) -> dict[str, Any]:
@@ -154,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
                         figures = measure_beside(server.url, load, args.beside, args.out)
                         print(f"= {_beside_line(args.beside, figures)}")
                     else:
-                        figures = measure(server.url, load, args.out)
+                        vocab_size = vocab_size_of(config)
+                        figures = measure(server.url, load, args.out, vocab_size=vocab_size)
                 except RuntimeError as error:
                     problems.append(f"{name}: {error}")
                     continue
