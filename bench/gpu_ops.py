@@ -359,7 +359,11 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_epilogues": epilogue_cases,
     "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, _num_sets)),
     "int4_tilings": lambda: cases_of(w4a16.tilings(MATRICES, DEVICE, _num_sets)),
-    "fp8": lambda: cases_of(quantised.fp8_products(MATRICES, DEVICE, _num_sets)),
+    "fp8": lambda: cases_of(
+        itertools.chain(
+            quantised.fp8_products(MATRICES, DEVICE, _num_sets), quantised.fp8_experts(DEVICE)
+        )
+    ),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
     "latent": lambda: cases_of(latent.chains(DEVICE)),
     "chain": chain_cases,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench import experts
 from bench.gpu_chains import Chain
 from bench.w4a16 import HEAD, SLICE_BYTES, random_packed
 from pyserve import ops
@@ -70,6 +71,38 @@ def fp8_products(
             stacked = [as_expert(it) for it in made]
             runs = [partial(it.multiply_grouped, x, None, offsets, m, out) for it in stacked]
             yield Chain("grouped_linear_fp8", load, runs, *size)
+
+
+def fp8_experts(device: torch.device) -> Iterator[Chain]:
+    """The products of a mixture whose experts are 8-bit floats, in bfloat16."""
+    layer = experts.LAYERS[experts.ALL_READ]
+
+    def stacked(n: int, k: int) -> quantised.Fp8Matrix:
+        each = [random_fp8(n, k, device) for _ in range(layer.num_experts)]
+        weight, scales = (
+            torch.stack(parts) for parts in zip(*(it[:2] for it in each), strict=True)
+        )
+        return each[0]._replace(weight=weight, scales=scales)
+
+    gate_up, down = stacked(2 * layer.size, layer.hidden), stacked(layer.hidden, layer.size)
+    scratch = torch.empty(128 * max(layer.hidden, layer.size), dtype=torch.bfloat16, device=device)
+    for num_tokens in layer.tokens:
+        mixture = experts.Mixture(layer, num_tokens, torch.bfloat16, device)
+        x = mixture.tokens()
+        routing = mixture.routing(x)
+        num_read = int((routing.offsets.diff() > 0).sum())
+        num_rows = num_tokens * layer.top_k
+        first = partial(quantised.grouped_linear_silu_mul, x, gate_up, routing, mixture.activated,
+                        mixture.rows, scratch)  # fmt: skip
+        second = partial(
+            quantised.grouped_linear, mixture.activated, down, routing, mixture.rows, scratch
+        )
+        flops = 2 * num_rows * layer.size * layer.hidden
+        moved = 2 * num_rows * (layer.size + layer.hidden)
+        for name, run, matrix, share in (("gate_up", first, gate_up, 2), ("down", second, down, 1)):
+            num_bytes = matrix.nbytes * num_read // layer.num_experts + moved
+            load = f"{num_tokens} tokens, {experts.ALL_READ} {name}"
+            yield Chain("grouped_linear_fp8", load, [run], num_bytes, share * flops)
 
 
 def as_expert(matrix: quantised.Fp8Matrix) -> quantised.Fp8Matrix:
