@@ -4,6 +4,7 @@
 #   bench/gpu_check.sh                        what ends within 8 minutes: build tests memory ops logits serve faults soak
 #   bench/gpu_check.sh sanitize ptx80 soak    the named parts, in this order
 #   bench/gpu_check.sh whole models           other models: tiny ones against transformers, real shapes served
+#   bench/gpu_check.sh adapters               what LoRA adapters cost a server
 #   bench/gpu_check.sh peers ranks            on several cards: sums over them; two of them share a model
 #
 # Every part has a time limit and a log of its own; one that fails does not stop the next, and the
@@ -37,7 +38,7 @@ build.load_native(is_reference_allowed=False, progress=print, device="cuda")'
 limit_of() {
   case $1 in
     build | prepare) echo 240 ;;
-    tests | memory | whole | models) echo 180 ;;
+    tests | memory | whole | models | adapters) echo 180 ;;
     ops) echo 60 ;;
     rows) echo 90 ;;
     logits) echo 150 ;;
@@ -138,6 +139,10 @@ part_whole() {
 
 part_models() {
   "$PYTHON" -m bench.gpu_models --folder "$PYSERVE_CHECK_DIR" --out "$LOGS" --json "$LOGS/models.json"
+}
+
+part_adapters() {
+  "$PYTHON" -m bench.gpu_adapters --folder "$PYSERVE_CHECK_DIR" --out "$LOGS" --json "$LOGS/adapters.json"
 }
 
 part_memory() {  # each alone on the card: they measure speed, and all of the memory

@@ -3,7 +3,7 @@
 The two ops of each of an 8B model's four fused matrices, beside the matrix itself, in CUDA graphs
 over copies of the inputs that no L2 holds (gpu_timing.py). By rank, by the number of adapters that
 share the tokens, and by the number of tokens. `added` is what the two ops take beside the product
-alone; the last line of each load sums up a model of 32 layers.
+alone; the last line of each load sums up a model of 32 layers. Of a server: bench.gpu_adapters.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from bench import gpu_serve
+from bench.gpu_serve import Load
 from bench.make_model import make_model
 from bench.report import environment, write_json
 from bench.server_process import running_server
@@ -33,7 +34,6 @@ from pyserve.plan.roofline import decode_floor, measure_model
 
 START_S = 30  # that a model needs at least, of the time left
 
-Load = tuple[int, int, int]  # tokens in, out, and requests at once
 Figure = Literal["TPOT", "TTFT"]
 
 

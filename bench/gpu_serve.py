@@ -35,6 +35,9 @@ NUM_SPECIAL = 256  # at most, the last of a smaller vocabulary
 MAX_MODEL_LEN = 16384  # as vLLM was given
 
 
+Load = tuple[int, int, int]  # tokens in, out, and requests at once
+
+
 @dataclass(frozen=True)
 class Peer:
     """What vLLM shows under a load, and the least a step or the most throughput can be here."""
@@ -45,7 +48,7 @@ class Peer:
     floor: str
 
 
-PEERS: dict[tuple[int, int, int], Peer] = {
+PEERS: dict[Load, Peer] = {
     (128, 512, 1): Peer(204.8, 13.1, 4.86, "TPOT 3.57 ms"),
     (128, 512, 8): Peer(1574, 48, 5.01, "TPOT 3.7 ms"),
     (128, 512, 64): Peer(9428, 225, 6.34, "TPOT 4.3 ms"),
@@ -67,7 +70,7 @@ HEADER = (
 
 
 def measure(
-    url: str, load: tuple[int, int, int], out: Path, body: dict[str, Any] | None = None,
+    url: str, load: Load, out: Path, body: dict[str, Any] | None = None,
     extra: Sequence[str] = (), vocab_size: int = VOCAB_SIZE,
 ) -> dict[str, Any]:  # fmt: skip
     """bench.serve's figures, with the fields of `body` in each request and the flags `extra`.
@@ -93,9 +96,7 @@ def measure(
     return figures
 
 
-def measure_beside(
-    url: str, load: tuple[int, int, int], beside: tuple[int, int, int], out: Path
-) -> dict[str, Any]:
+def measure_beside(url: str, load: Load, beside: Load, out: Path) -> dict[str, Any]:
     """One request a slot of `load`, while beside[2] prompts of beside[0] tokens pass one after
     another; the figures of both."""
     input_len, output_len, num_requests = beside
@@ -117,7 +118,7 @@ def config_of(model: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def table_row(load: tuple[int, int, int], figures: dict[str, Any], model_type: str) -> str:
+def table_row(load: Load, figures: dict[str, Any], model_type: str) -> str:
     """One row under HEADER."""
     is_gemma2 = model_type == "gemma2"
     peer = None if is_gemma2 else PEERS.get(load)
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def _beside_line(beside: tuple[int, int, int], figures: dict[str, Any]) -> str:
+def _beside_line(beside: Load, figures: dict[str, Any]) -> str:
     return (
         f"beside {beside[2]} prompts of {beside[0]}, whose TTFT is "
         f"{_ms(figures['beside']['ttft_s'])} ms: longest gap {_ms(figures['itl_s'], 'max')} ms"
@@ -195,7 +196,7 @@ def _phases(phases: dict[str, float]) -> str:
     return ", ".join(f"{name} at {seconds:.1f} s" for name, seconds in phases.items())
 
 
-def _load(text: str) -> tuple[int, int, int]:
+def _load(text: str) -> Load:
     lengths, _, concurrency = text.partition("x")
     input_len, _, output_len = lengths.partition("/")
     try:
