@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rows": ("channel", "llama", LLAMA | {"head_dim": 128, "attention_bias": True}),
     "static": ("static", "qwen3", LLAMA),
     "rounded": (ROUNDED, "llama", LLAMA),
-    "blocks-mixtral": ("block", "mixtral", {"head_dim": 64, "num_local_experts": 4}),
+    "blocks-mixtral": ("block", "mixtral", LLAMA | {"num_local_experts": 4}),
     "rows-qwen3-moe": ("channel", "qwen3_moe", CASES["qwen3-moe"].changes
                        | {"head_dim": 64, "moe_intermediate_size": 192}),
     "blocks-deepseek-v3": ("block", "deepseek_v3", LATENT),
