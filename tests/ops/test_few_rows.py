@@ -1,6 +1,6 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
 4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp, of the matrices of experts
-grouped_few_rows.cpp and grouped_few_rows_fp8.cpp; and for more rows by 4-bit integers on Hopper
+grouped_few_rows.cpp, grouped_few_rows_w4a16.cpp and grouped_few_rows_fp8.cpp; and for more rows by 4-bit integers on Hopper
 gemm_w4a16.cpp. Attention over latents: latent.cpp."""
 
 from __future__ import annotations
@@ -33,6 +33,17 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "experts/work_list.cuh",
             "experts/grouped_few_rows.cuh",
             "experts/grouped_few_rows_fp8.cuh",
+        ),
+        3,
+    ),
+    "grouped_few_rows_w4a16": (
+        (
+            "linear/few_rows.cuh",
+            "linear/w4a16_words.cuh",
+            "linear/few_rows_w4a16.cuh",
+            "experts/work_list.cuh",
+            "experts/grouped_few_rows.cuh",
+            "experts/grouped_few_rows_w4a16.cuh",
         ),
         3,
     ),

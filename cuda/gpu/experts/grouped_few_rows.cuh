@@ -38,6 +38,40 @@ struct GroupedItem {
   }
 };
 
+// Adds up the warps' sums of an item and stores what the epilogue makes of them; all threads call it,
+// each with a place of its own, first_result.
+template <class T, Epilogue kEpilogue, class Tile>
+__device__ __forceinline__ void finish_item(const GroupedParams& p, const GroupedItem& at,
+                                            const Sums<Tile>& sums, float* all_sums, int& buffer,
+                                            int first_result) {
+  using Rows = RowTile<kEpilogue, Tile::kRows>;
+  constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  const int warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int pass = 0; pass < Tile::kPasses; ++pass) {
+    if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+    float* group_sums = all_sums + buffer * Tile::kSumFloats;
+    put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, at.num_rows,
+                   sums);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const int index = first_result + i * Tile::kThreads;
+      const int pass_token = index / Rows::kColumns, row = index % Rows::kColumns;
+      const int token = pass * Tile::kPassTokens + pass_token, column = at.column + row;
+      if (index >= kPassResults || token >= at.num_rows || column >= p.n) continue;
+      auto sum_of = [&](int weight_row) {
+        return sum_of_warps<Tile>(group_sums, pass_token, weight_row);
+      };
+      const float other = Rows::kIsPaired ? sum_of(row + Rows::kColumns) : 0.0f;
+      static_cast<T*>(p.out)[p.out_stride * (at.row + token) + column] =
+          from_float<T>(finish<kEpilogue>(sum_of(row), other));
+    }
+    buffer = (buffer + 1) % Tile::kBuffers;
+  }
+}
+
 // k > 0 and a multiple of 8, rows aligned to 16 bytes.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(GroupedParams p) {
@@ -120,8 +154,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage);
 
-  constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
-  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
   int stage = 0, buffer = 0, first_result = threadIdx.x;
   WorkPlace place(static_cast<int>(blockIdx.x));
   for (; place.is_there(list); place.item += static_cast<int>(gridDim.x)) {
@@ -135,28 +167,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-#pragma unroll
-    for (int pass = 0; pass < Tile::kPasses; ++pass) {
-      if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
-      float* group_sums = all_sums + buffer * Tile::kSumFloats;
-      put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, at.num_rows,
-                     sums);
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kResults; ++i) {
-        const int index = first_result + i * Tile::kThreads;
-        const int pass_token = index / Rows::kColumns, row = index % Rows::kColumns;
-        const int token = pass * Tile::kPassTokens + pass_token, column = at.column + row;
-        if (index >= kPassResults || token >= at.num_rows || column >= n) continue;
-        auto sum_of = [&](int weight_row) {
-          return sum_of_warps<Tile>(group_sums, pass_token, weight_row);
-        };
-        const float other = Rows::kIsPaired ? sum_of(row + Rows::kColumns) : 0.0f;
-        static_cast<T*>(p.out)[p.out_stride * (at.row + token) + column] =
-            from_float<T>(finish<kEpilogue>(sum_of(row), other));
-      }
-      buffer = (buffer + 1) % Tile::kBuffers;
-    }
+    finish_item<T, kEpilogue, Tile>(p, at, sums, all_sums, buffer, first_result);
     // Of a few results, other warps have them in every item: what a warp does there delays its
     // copies.
     first_result = (first_result + kWarpSize) % Tile::kThreads;

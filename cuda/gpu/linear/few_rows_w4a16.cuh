@@ -182,6 +182,49 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* weight,
   }
 }
 
+// Of a piece of strips that are read together, what each lane brings to a stage.
+template <class Tile>
+class W4PieceCopy {
+ public:
+  // tile_bytes: from one of the strips to the next.
+  __device__ explicit W4PieceCopy(int64_t tile_bytes) : tile_bytes_(tile_bytes) {
+    const int lane = threadIdx.x % kWarpSize, record = lane / 4 % Tile::kRecords;
+    record_tile_ = lane / (Tile::kRecordLanes / Tile::kRowTiles);
+    record_unit_ = record / (Tile::kRecords / Tile::kUnits);
+    record_to_ = Tile::record_offset(record) + lane % 4 * 16;
+    record_from_ = record_tile_ * tile_bytes_ + record_to_ - lane * 16;
+    record_to_ += record_tile_ * Tile::kPieceBytes;
+  }
+
+  // Whether a piece that begins at `column` has both its halves: the last may have one, where a unit
+  // is 64 columns.
+  __device__ static bool is_whole(int column, int k) {
+    return Tile::kUnits == 1 || column + Tile::kUnitColumns < k;
+  }
+
+  // Of the first num_tiles strips; `weight` is 16 bytes a lane behind the first one's piece.
+  __device__ __forceinline__ void start(uint32_t to, const unsigned char* weight, int num_tiles,
+                                        bool is_whole) const {
+    const uint32_t lane_to = to + threadIdx.x % kWarpSize * 16;
+#pragma unroll
+    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
+      if (tile >= num_tiles) continue;
+      const unsigned char* from = weight + tile * tile_bytes_;
+      cp_async_16(lane_to + tile * Tile::kPieceBytes, from, true);
+      cp_async_16(lane_to + tile * Tile::kPieceBytes + Tile::block_offset(1),
+                  from + Tile::block_offset(1), is_whole);
+    }
+    if (record_tile_ < min(num_tiles, Tile::kRowTiles)) {
+      cp_async_16(to + record_to_, weight + record_from_, record_unit_ == 0 || is_whole);
+    }
+  }
+
+ private:
+  int64_t tile_bytes_, record_from_;
+  // Of a stage, the 16 bytes of records that this lane brings.
+  int record_tile_, record_unit_, record_to_;
+};
+
 // What a warp brings to its ring and its slots of x, piece after piece.
 template <Epilogue kEpilogue, class Tile>
 class W4Fetcher {
@@ -196,15 +239,9 @@ class W4Fetcher {
       : num_pieces_(work.num_pieces), strip_end_(strip_end), is_x_kept_(work.is_x_kept),
         num_tokens_(static_cast<int>(p.m)), k_(static_cast<int>(p.k)),
         packed_(static_cast<const unsigned char*>(p.weight)), strip_bytes_(p.weight_stride * 4),
-        tile_bytes_(kIsPaired ? strip_bytes_ * (p.n / kStripRows) : strip_bytes_),
+        piece_copy_(kIsPaired ? strip_bytes_ * (p.n / kStripRows) : strip_bytes_),
         x_stride_(p.x_stride), ring_(ring), slots_(slots) {
-    const int lane = threadIdx.x % kWarpSize, record = lane / 4 % Tile::kRecords;
-    record_tile_ = lane / (Tile::kRecordLanes / Tile::kRowTiles);
-    record_unit_ = record / (Tile::kRecords / Tile::kUnits);
-    record_to_ = Tile::record_offset(record) + lane % 4 * 16;
-    record_from_ = record_tile_ * tile_bytes_ + record_to_ - lane * 16;
-    record_to_ += record_tile_ * Tile::kPieceBytes;
-    const int token = lane / 16, chunk = lane % 16;
+    const int lane = threadIdx.x % kWarpSize, token = lane / 16, chunk = lane % 16;
     x_ = static_cast<const uint16_t*>(p.x) + token * p.x_stride + chunk * kVec;
     x_to_ = token * Tile::kTokenBytes + (chunk ^ token) * 16;
     begin(strip);
@@ -234,22 +271,9 @@ class W4Fetcher {
 
  private:
   __device__ __forceinline__ void fetch_weight(uint32_t to) {
-    // The last piece may be half of one, where a unit is 64 columns.
-    const bool is_whole =
-        Tile::kUnits == 1 || piece_ * Tile::kDepth + Tile::kUnitColumns < k_;
     const int num_tiles = kIsPaired ? Tile::kRowTiles : strip_end_ - strip_;
-    const uint32_t lane_to = to + threadIdx.x % kWarpSize * 16;
-#pragma unroll
-    for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
-      if (tile >= num_tiles) continue;
-      const unsigned char* from = weight_ + tile * tile_bytes_;
-      cp_async_16(lane_to + tile * Tile::kPieceBytes, from, true);
-      cp_async_16(lane_to + tile * Tile::kPieceBytes + Tile::block_offset(1),
-                  from + Tile::block_offset(1), is_whole);
-    }
-    if (record_tile_ < min(num_tiles, Tile::kRowTiles)) {
-      cp_async_16(to + record_to_, weight_ + record_from_, record_unit_ == 0 || is_whole);
-    }
+    piece_copy_.start(to, weight_, num_tiles,
+                      W4PieceCopy<Tile>::is_whole(piece_ * Tile::kDepth, k_));
   }
 
   __device__ __forceinline__ void fetch_x(int slot) {
@@ -270,14 +294,12 @@ class W4Fetcher {
   bool is_x_kept_, has_all_x_ = false;
   int num_tokens_, k_, strip_ = 0, piece_ = 0;
   const unsigned char *packed_, *weight_ = nullptr;  // weight_: this lane's
-  int64_t strip_bytes_, tile_bytes_;  // from one of the strips that are read together to the next
+  int64_t strip_bytes_;
+  W4PieceCopy<Tile> piece_copy_;
   const uint16_t* x_;
   int64_t x_stride_;
   uint32_t ring_, slots_;
-  // Of a stage, the 16 bytes of records and of x that this lane brings.
-  int record_tile_, record_unit_, record_to_;
-  int64_t record_from_;
-  uint32_t x_to_;
+  uint32_t x_to_;  // of a stage, the 16 bytes of x that this lane brings
 };
 
 // m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.

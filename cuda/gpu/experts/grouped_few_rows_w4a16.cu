@@ -1,0 +1,29 @@
+// Which kernel takes a grouped linear of 4-bit integers; and grouped_few_rows_w4a16.cuh cut for every
+// card: blocks of up to 8 rows of an expert. An expert with more has several, of which the first
+// brings its weight to L2.
+#include "gpu/experts/grouped_few_rows_w4a16.cuh"
+
+#include "gpu/experts/grouped_w4a16.h"
+
+namespace pyserve::gpu {
+namespace {
+
+template <int kGroupSize>
+using Small = W4Tiling<kGroupSize, 1, 2, 99>;  // GDDR needs far less in flight than HBM
+static_assert(kGroupedW4Smem<Small<32>> + sizeof(WorkList) <= 99 * 1024);
+
+}  // namespace
+
+cudaError_t launch_grouped_w4a16(const GroupedParams& p, int64_t group_size, cudaStream_t stream) {
+  if (p.max_rows == 0 || p.n == 0) return cudaSuccess;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  if constexpr (kHasSm90a) {
+    if (device->is_hopper()) {
+      return launch_grouped_few_rows_w4a16_sm90a(p, group_size, *device, stream);
+    }
+  }
+  return launch_grouped_w4a16_as<Small>(p, group_size, device->num_sms, stream);
+}
+
+}  // namespace pyserve::gpu
