@@ -69,7 +69,7 @@ def fp8_products(
             yield Chain("own linear_fp8", load, runs, *size)
             offsets = torch.tensor([0, m], dtype=torch.int32, device=device)
             stacked = [as_expert(it) for it in made]
-            runs = [partial(it.multiply_grouped, x, None, offsets, m, out) for it in stacked]
+            runs = [partial(it.multiply_grouped, x, None, offsets, m, None, out) for it in stacked]
             yield Chain("grouped_linear_fp8", load, runs, *size)
 
 
@@ -137,7 +137,7 @@ def _of_matrix(
     yield (
         f"grouped_linear_{kind}",
         f"{load}, one expert",
-        partial(grouped, x, None, all_rows, num_tokens, out),
+        partial(grouped, x, None, all_rows, num_tokens, None, out),
         twin,
         *size,
         dtype,

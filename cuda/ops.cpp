@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("try_linear_w4a16(Tensor packed, int max_rows, int tiling=-1) -> ()");
   m.def(
       "grouped_linear_w4a16(Tensor x, Tensor packed, Tensor? order, Tensor offsets, "
-      "int max_group, Tensor(a!) out) -> ()");
+      "int max_group, Tensor(a!)? sorted_x, Tensor(b!) out) -> ()");
   m.def(
       "linear_fp8(Tensor x, Tensor weight, Tensor scales, int scale_rows, int scale_columns, "
       "Tensor? bias, Tensor(a!) out, int epilogue=0, Tensor? x_squares=None, float eps=0.0, "

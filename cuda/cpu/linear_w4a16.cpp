@@ -321,10 +321,11 @@ void linear_w4a16(const Tensor& x, const Tensor& packed, const std::optional<Ten
 
 void grouped_linear_w4a16(const Tensor& x, const Tensor& packed,
                           const std::optional<Tensor>& order, const Tensor& offsets,
-                          int64_t max_group, const Tensor& out) {
+                          int64_t max_group, const std::optional<Tensor>& sorted_x,
+                          const Tensor& out) {
   const ViewReader read{"grouped_linear_w4a16", Place::kCpu};
   const GroupedW4Args args = grouped_w4_args(
-      read, packed, grouped_epilogue_args(read, x, order, offsets, max_group, out));
+      read, packed, sorted_x, grouped_epilogue_args(read, x, order, offsets, max_group, out));
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
     with_strips<T>(args.matrix, args.k(),
                    [&](const auto& strips) { grouped_by_strips<T>(strips, args); });

@@ -38,10 +38,11 @@ class Matrix(Protocol):
         """
 
     def multiply_grouped(
-        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
-    ) -> None:
-        """The kernel for few rows of each expert: as ops.experts.grouped_linear; with an order as
-        grouped_linear_silu_mul."""
+        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int,
+        sorted_x: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """The kernel for few rows of each expert, on a card for any: as ops.experts.grouped_linear;
+        with an order as grouped_linear_silu_mul, and sorted_x is room as it has there."""
 
     def of_expert(self, index: int) -> Matrix: ...
 
@@ -70,9 +71,10 @@ class W4A16Matrix(NamedTuple):
         _ops.linear_w4a16(x, self.packed, bias, out, epilogue, *norm)
 
     def multiply_grouped(
-        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
-    ) -> None:
-        _ops.grouped_linear_w4a16(x, self.packed, order, offsets, max_group, out)
+        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int,
+        sorted_x: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        _ops.grouped_linear_w4a16(x, self.packed, order, offsets, max_group, sorted_x, out)
 
     def of_expert(self, index: int) -> W4A16Matrix:
         return W4A16Matrix(self.packed[index])
@@ -110,8 +112,9 @@ class Fp8Matrix(NamedTuple):
         _ops.linear_fp8(x, *self, bias, out, epilogue, *norm)
 
     def multiply_grouped(
-        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
-    ) -> None:
+        self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int,
+        sorted_x: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
         _ops.grouped_linear_fp8(x, *self, order, offsets, max_group, out)
 
     def of_expert(self, index: int) -> Fp8Matrix:
@@ -209,7 +212,7 @@ def grouped_linear_silu_mul(
     """ops.experts.grouped_linear_silu_mul of the matrices, each of 2 n rows."""
     if x.is_cuda or matrix.is_own(sorted_x[: longest_group(routing)]):
         num_tokens = len(x)  # no expert has more rows
-        matrix.multiply_grouped(x, routing.order, routing.offsets, num_tokens, out)
+        matrix.multiply_grouped(x, routing.order, routing.offsets, num_tokens, sorted_x, out)
         return
     sort_rows(x, routing, sorted_x)
     gate_up = x.new_empty(CHUNK_ROWS, 2 * out.shape[1])
@@ -226,7 +229,7 @@ def grouped_linear(
     """ops.experts.grouped_linear of the matrices."""
     if x.is_cuda or matrix.is_own(x[: longest_group(routing)]):
         num_tokens = len(routing.places)
-        matrix.multiply_grouped(x, None, routing.offsets, num_tokens, out)
+        matrix.multiply_grouped(x, None, routing.offsets, num_tokens, None, out)
         return
     for expert, begin, end in chunks(routing):
         linear(x[begin:end], matrix.of_expert(expert), None, out[begin:end], scratch)

@@ -31,8 +31,9 @@ def serves_linear_w4a16(x: Tensor, packed: Tensor) -> bool:
 
 
 def grouped_linear_w4a16(
-    x: Tensor, packed: Tensor, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
-) -> None:
+    x: Tensor, packed: Tensor, order: Tensor | None, offsets: Tensor, max_group: int,
+    sorted_x: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
     """grouped_linear of the matrices; with an order grouped_linear_silu_mul."""
     num_rows = out.shape[1] * (1 if order is None else 2)
     flat = w4a16.dequantised(packed.flatten(0, 1), packed.shape[1] * 16 * len(packed), x.shape[1])

@@ -9,6 +9,8 @@ struct GroupedParams {
   const void* weight;
   int64_t expert_stride, weight_stride;
   const int32_t* offsets;
+  void* sorted_x;
+  int64_t sorted_x_stride;
   void* out;
   int64_t out_stride;
   int max_rows, num_experts, n, k;

@@ -70,6 +70,8 @@ struct GroupedCase {
             .expert_stride = expert_words,
             .weight_stride = strip_words,
             .offsets = offsets.data(),
+            .sorted_x = nullptr,
+            .sorted_x_stride = 0,
             .out = out.data(),
             .out_stride = out_stride(),
             .max_rows = num_rows,

@@ -43,9 +43,13 @@ def routing_of(counts: list[int], num_tokens: int) -> experts.Routing:
     return experts.Routing(empty, empty, places, order, offsets)
 
 
-def twin_of(matrix: Matrices) -> Callable[..., None]:
-    is_integer = isinstance(matrix, quantised.W4A16Matrix)
-    return reference.grouped_linear_w4a16 if is_integer else reference.grouped_linear_fp8
+def by_twin(
+    x: Tensor, matrix: Matrices, order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor
+) -> None:
+    if isinstance(matrix, quantised.W4A16Matrix):
+        reference.grouped_linear_w4a16(x, *matrix, order, offsets, max_group, None, out)
+    else:
+        reference.grouped_linear_fp8(x, *matrix, order, offsets, max_group, out)
 
 
 def plain(matrix: Matrices, n: int, k: int) -> Tensor:
@@ -65,8 +69,8 @@ def test_rows_by_their_experts(kind: str, counts: list[int], dtype: torch.dtype)
     down, gate_up = KINDS[kind](n, k), KINDS[kind](2 * n, k)
     x = torch.randn(num_tokens * TOP_K, k).to(dtype)
     out, twin = torch.full((2, len(x), n), 9.0, dtype=dtype)
-    down.multiply_grouped(x, None, routing.offsets, num_tokens * TOP_K, out)
-    twin_of(down)(x, *down, None, routing.offsets, num_tokens * TOP_K, twin)
+    down.multiply_grouped(x, None, routing.offsets, num_tokens * TOP_K, None, out)
+    by_twin(x, down, None, routing.offsets, num_tokens * TOP_K, twin)
     exact = torch.full_like(out, 9.0, dtype=torch.float64)
     weights, bounds = plain(down, n, k).double(), routing.offsets.tolist()
     for expert, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -79,8 +83,8 @@ def test_rows_by_their_experts(kind: str, counts: list[int], dtype: torch.dtype)
         return  # no expert has a token twice
     tokens = x[:num_tokens]
     out, twin = torch.full((2, len(x), n), 9.0, dtype=dtype)
-    gate_up.multiply_grouped(tokens, routing.order, routing.offsets, num_tokens, out)
-    twin_of(gate_up)(tokens, *gate_up, routing.order, routing.offsets, num_tokens, twin)
+    gate_up.multiply_grouped(tokens, routing.order, routing.offsets, num_tokens, None, out)
+    by_twin(tokens, gate_up, routing.order, routing.offsets, num_tokens, twin)
     rows = tokens[routing.order.long() // TOP_K].double()
     weights = plain(gate_up, 2 * n, k).double()
     for expert, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -132,4 +136,4 @@ def test_what_does_not_fit_is_an_error(kind: str) -> None:
         ((x, routing.order, offsets, 4, out), "size 0 of order is 8, expected 4"),
     ]:
         with pytest.raises(RuntimeError, match=words):
-            matrix.multiply_grouped(*args)
+            matrix.multiply_grouped(*args[:-1], None, args[-1])

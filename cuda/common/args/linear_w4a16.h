@@ -67,9 +67,12 @@ struct GroupedW4Args : GroupedEpilogueArgs {
   W4Matrix matrix;
 };
 
+// sorted_x is room for x in order, where a kernel takes that.
 inline GroupedW4Args grouped_w4_args(const ViewReader& read, const Tensor& packed,
+                                     const std::optional<Tensor>& sorted_x,
                                      const GroupedEpilogueArgs& rows) {
-  const GroupedW4Args args{rows, w4_matrix(read, packed, rows.num_experts())};
+  GroupedW4Args args{rows, w4_matrix(read, packed, rows.num_experts())};
+  if (sorted_x.has_value()) read_sorted_x(read, *sorted_x, args);
   check_w4_shape(read.op, args.matrix, args.n() * rows_per_column(args.epilogue), args.k());
   return args;
 }

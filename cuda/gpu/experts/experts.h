@@ -66,6 +66,10 @@ struct GroupedParams {
 // k and n are multiples of 8; x, weight and out are aligned to 16 bytes.
 cudaError_t launch_grouped(const GroupedParams& params, cudaStream_t stream);
 
+// grouped.cu: where there is an order, rows of x by it -> sorted_x, which becomes x. The rows of both
+// are whole vectors of 16 bytes, aligned to them.
+cudaError_t launch_sort_rows(GroupedParams& params, cudaStream_t stream);
+
 // grouped_few_rows.cu: a pass over an expert's matrix for each 8 rows that it has, on Hopper 32.
 cudaError_t launch_grouped_few_rows(const GroupedParams& params, cudaStream_t stream);
 

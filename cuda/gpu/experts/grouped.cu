@@ -32,6 +32,18 @@ bool can_gemm(const GroupedParams& p) {
 
 }  // namespace
 
+cudaError_t launch_sort_rows(GroupedParams& p, cudaStream_t stream) {
+  if (p.order == nullptr) return cudaSuccess;
+  const cudaError_t error = dispatch_half(p.dtype, [&]<class T>(T) {
+    return launch_chained(gather_kernel<T>, static_cast<unsigned>(p.max_rows), kGatherThreads, 0,
+                          stream, p);
+  });
+  p.x = p.sorted_x;
+  p.x_stride = p.sorted_x_stride;
+  p.order = nullptr;
+  return error;
+}
+
 cudaError_t launch_grouped(const GroupedParams& p, cudaStream_t stream) {
   if (p.max_rows == 0 || p.n == 0) return cudaSuccess;
   const Device* device = nullptr;
@@ -39,15 +51,8 @@ cudaError_t launch_grouped(const GroupedParams& p, cudaStream_t stream) {
   if constexpr (kHasSm90a) {
     if (device->is_hopper() && can_gemm(p)) {
       GroupedParams sorted = p;
-      if (p.order != nullptr) {
-        const cudaError_t error = dispatch_half(p.dtype, [&]<class T>(T) {
-          return launch_chained(gather_kernel<T>, static_cast<unsigned>(p.max_rows),
-                                kGatherThreads, 0, stream, p);
-        });
-        if (error != cudaSuccess) return error;
-        sorted.x = p.sorted_x;
-        sorted.x_stride = p.sorted_x_stride;
-        sorted.order = nullptr;
+      if (const cudaError_t error = launch_sort_rows(sorted, stream); error != cudaSuccess) {
+        return error;
       }
       return launch_grouped_gemm_sm90a(sorted, *device, stream);
     }

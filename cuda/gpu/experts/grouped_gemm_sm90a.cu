@@ -15,7 +15,7 @@
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/experts/experts.h"
-#include "gpu/experts/work_list.cuh"
+#include "gpu/experts/grouped_schedule.cuh"
 #include "gpu/linear/gemm_sm90a.cuh"
 
 namespace pyserve::gpu {
@@ -34,39 +34,6 @@ struct GroupedArgs {
   L2Hint weight_hint;
 };
 
-// Where a CTA's tile lies: rows from `row` on, of which those from end_row on are another expert's.
-struct GroupedTile {
-  int row, end_row;
-  int column, weight_row;
-};
-
-// The tiles of a cluster, one after another: within an expert columns run through groups of a few
-// row tiles, so that what the card works on at a time is close to a square.
-struct GroupedSchedule {
-  WorkPlace place;
-  int step;
-
-  __device__ explicit GroupedSchedule(const GroupedArgs& a)
-      : place(static_cast<int>(blockIdx.x) / a.mates), step(static_cast<int>(gridDim.x) / a.mates) {}
-  __device__ bool has_more(const WorkList& list) { return place.is_there(list); }
-  __device__ void advance() { place.item += step; }
-
-  template <class Tile>
-  __device__ GroupedTile tile(const GroupedArgs& a, const WorkList& list, int columns,
-                              int rank) const {
-    constexpr int kGroupRows = 8;
-    const int first = list.first_row[place.entry], end = list.end_row[place.entry];
-    const int num_row_tiles = (end - first + Tile::kRows * a.mates - 1) / (Tile::kRows * a.mates);
-    const int index = place.item - list.first_item[place.entry];
-    const int group = index / (kGroupRows * a.num_column_tiles);
-    const int within = index - group * kGroupRows * a.num_column_tiles;
-    const int rows = min(kGroupRows, num_row_tiles - group * kGroupRows);
-    const int row_tile = group * kGroupRows + within % rows, column = within / rows * columns;
-    return {first + (row_tile * a.mates + rank) * Tile::kRows, end, column,
-            list.expert[place.entry] * a.weight_rows + column};
-  }
-};
-
 // Columns of out in a tile.
 template <class Tile, Epilogue kEpilogue>
 constexpr int kGroupedColumns =
@@ -82,7 +49,7 @@ __device__ void produce_grouped(const GroupedArgs& a, const WorkList& list, Ring
   const int step = kEpilogue == Epilogue::kSiluMul ? a.n : kHalf;
   for (; schedule.has_more(list); schedule.advance()) {
     const GroupedTile tile =
-        schedule.tile<Tile>(a, list, kGroupedColumns<Tile, kEpilogue>, rank);
+        schedule.tile(a, list, Tile::kRows, kGroupedColumns<Tile, kEpilogue>, rank);
     for (int i = 0; i < count; ++i, ring.place.advance()) {
       mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
       mbarrier_arrive_expect(ring.full(), Tile::kStageBytes);
@@ -166,7 +133,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float sums[Tile::kSums];
     for (; schedule.has_more(list); schedule.advance()) {
       const GroupedTile tile =
-          schedule.tile<Tile>(a, list, kGroupedColumns<Tile, kEpilogue>, rank);
+          schedule.tile(a, list, Tile::kRows, kGroupedColumns<Tile, kEpilogue>, rank);
       multiply<Tile>(ring, count, release, sums);
       finish_grouped<Tile, kEpilogue>(a, tile, sums);
     }

@@ -34,9 +34,26 @@ struct W4Args : Args {
   int block_bytes, record_offset, record_block_bytes, record_half_bytes;
   int up_strip;  // where the rows of up begin
   bool is_adding;
+
+  // Of pieces of 128 columns.
+  void set_format(int64_t group_size) {
+    constexpr int block = 4 * static_cast<int>(kW4BlockWords);
+    constexpr int record = 4 * static_cast<int>(kW4RecordWords);
+    const bool is_unit_whole = group_size == 128;  // one unit is a piece, else two are
+    record_offset = is_unit_whole ? 2 * block : block;
+    record_half_bytes = group_size == 32 ? record : 0;
+    block_bytes = is_unit_whole ? block : block + record + record_half_bytes;
+    record_block_bytes = is_unit_whole ? 0 : block_bytes;
+    piece_bytes = is_unit_whole ? 2 * block + record : 2 * block_bytes;
+  }
 };
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_>
+// Bytes of a WorkList, which is aligned as the stages are.
+constexpr int kListBytes = 9 * 1024;
+
+// Grouped: of experts, whose CTAs hold a WorkList and divide k in no way.
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_,
+          bool kIsGrouped_ = false>
 struct W4Tile {
   using T = T_;
   using Args = W4Args;
@@ -45,7 +62,7 @@ struct W4Tile {
   static constexpr bool kIsPaired = kIsPaired_;
   static constexpr int kSplits = kSplits_;  // a CTA has one tile where there are several
   static constexpr int kDepth = 128;
-  static constexpr bool kCanDivide = true;
+  static constexpr bool kCanDivide = !kIsGrouped_;
   static constexpr int kPanels = kDepth / 64;
   static constexpr int kPanelBytes = kTokens * 128;
   static constexpr int kWeightRows = 64 * kGroups;
@@ -59,9 +76,11 @@ struct W4Tile {
   static constexpr int kMaxPieceBytes = 1280;                        // in groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
-  static constexpr int kExchangeBytes = kGroups * kWarpgroup * kSums / 2 * 4;
+  static constexpr int kExchangeBytes = kIsGrouped_ ? 0 : kGroups * kWarpgroup * kSums / 2 * 4;
   static constexpr int kSplitBytes = kGroups * kWarpgroup * kSums * 4 * (kSplits - 1);
-  static constexpr int kStages = (kMaxSmem - 256 - kExchangeBytes - kSplitBytes) / kStageBytes;
+  static constexpr int kListOrExchangeBytes = kIsGrouped_ ? kListBytes : kExchangeBytes;
+  static constexpr int kStages =
+      (kMaxSmem - 256 - kListOrExchangeBytes - kSplitBytes) / kStageBytes;
   static constexpr int kExchangeOffset = kStages * kStageBytes;
   static constexpr int kSplitOffset = kExchangeOffset + kExchangeBytes;
   static constexpr int kBarrierOffset = kSplitOffset + kSplitBytes;
@@ -317,9 +336,10 @@ __device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
   }
 }
 
-// The results of rows of out from `row` on, 8 for each 4 sums, in the tile whose first column this is.
+// The results of rows of out from `row` to end_row, 8 for each 4 sums, in the tile whose first column
+// this is.
 template <class Tile, int kCount>
-__device__ __forceinline__ void finish_w4(const W4Args& a, int row, int column,
+__device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row, int column,
                                           const float (&sums)[kCount]) {
   using T = typename Tile::T;
   constexpr int kHalves = Tile::kIsPaired ? 1 : 2;        // of a warp's columns, 8 each
@@ -342,7 +362,7 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int column,
     const int chunk = first + quad;
     const int my_row = row + chunk / kHalves * 8 + lane / 4;
     const int my_column = column + chunk % kHalves * 8;
-    const bool is_valid = chunk < kChunks && my_row < a.m && my_column < a.n;
+    const bool is_valid = chunk < kChunks && my_row < end_row && my_column < a.n;
     T* target = static_cast<T*>(a.out) + my_row * a.out_stride + my_column;
     uint32_t words[4] = {};
     if (!Tile::kIsPaired && a.is_adding) {
@@ -378,8 +398,9 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int column,
   }
 }
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_>
-__device__ __forceinline__ void W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kSplits_>::compute(
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_, bool kIsGrouped_>
+__device__ __forceinline__ void
+W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kSplits_, kIsGrouped_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
   const int split = kSplits == 1 ? 0 : (threadIdx.x / kWarpgroup - 1) / kGroups;
@@ -393,12 +414,12 @@ __device__ __forceinline__ void W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kSpli
       if (!add_splits<W4Tile>(ring, split, sums)) return;
     }
     if (a.parts == 1) {
-      finish_w4<W4Tile>(a, row, column, sums);
+      finish_w4<W4Tile>(a, row, a.m, column, sums);
       continue;
     }
     float mine[kSums / 2];
     exchange<W4Tile>(ring, rank, sums, mine);
-    finish_w4<W4Tile>(a, row + rank * (kTokens / 2), column, mine);
+    finish_w4<W4Tile>(a, row + rank * (kTokens / 2), a.m, column, mine);
   }
 }
 

@@ -95,13 +95,7 @@ W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling
   a.num_column_tiles = grid.columns;
   a.parts = tiling.parts;
   a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
-  const int block = 4 * static_cast<int>(kW4BlockWords), record = 4 * static_cast<int>(kW4RecordWords);
-  const bool is_unit_whole = group_size == Tile::kDepth;  // one unit is a piece, else two are
-  a.record_offset = is_unit_whole ? 2 * block : block;
-  a.record_half_bytes = group_size == 32 ? record : 0;
-  a.block_bytes = is_unit_whole ? block : block + record + a.record_half_bytes;
-  a.record_block_bytes = is_unit_whole ? 0 : a.block_bytes;
-  a.piece_bytes = is_unit_whole ? 2 * block + record : 2 * a.block_bytes;
+  a.set_format(group_size);
   a.up_strip = static_cast<int>(p.n / kStripRows);
   a.is_adding = p.epilogue == Epilogue::kAdd;
   return a;

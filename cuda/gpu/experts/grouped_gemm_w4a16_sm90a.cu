@@ -1,0 +1,149 @@
+// grouped linears of 4-bit integers for many rows of each expert on Hopper (sm_90a): the tiles of
+// gemm_w4a16.cuh, 128 rows of weight by 32, 64 or 128 rows of an expert, in the order that
+// grouped_schedule.cuh gives. What is dequantised is so in registers: no expert's matrix is ever
+// stored as plain numbers.
+//
+// x stands in the order of the experts. A tile's rows behind its expert's last are the next one's:
+// they are computed and not stored; and so are rows of weight behind its matrix.
+//
+// Numerics: as linear_w4a16 by as many rows. The tile depends on sizes, never on where tokens go; a
+// row's result does not depend on which other rows its expert has.
+// Floor: 4.25 bits an element in groups of 128 of each expert that has rows, or 2 * rows_per_column *
+// n * k operations a row.
+#include "gpu/core/device.h"
+#include "gpu/core/launch.cuh"
+#include "gpu/experts/grouped_schedule.cuh"
+#include "gpu/experts/grouped_w4a16.h"
+#include "gpu/linear/gemm_w4a16.cuh"
+
+namespace pyserve::gpu {
+namespace gemm {
+
+struct GroupedW4Args : W4Args {
+  const int32_t* offsets;
+  int num_experts;
+  int weight_rows;  // of an expert, in whole strips
+};
+
+template <class Tile>
+__device__ void produce_grouped_w4(const GroupedW4Args& a, const WorkList& list, Ring<Tile> ring,
+                                   GroupedSchedule schedule) {
+  const int count = (a.k + Tile::kDepth - 1) / Tile::kDepth;
+  for (; schedule.has_more(list); schedule.advance()) {
+    const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
+    for (int i = 0; i < count; ++i, ring.place.advance()) {
+      mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
+      Tile::load_weight(a, ring, i, tile.weight_row, 0);
+      Tile::load_x(a, ring, i, tile.row, 0);
+    }
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    grouped_gemm_w4_kernel(const __grid_constant__ GroupedW4Args a) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  __shared__ WorkList list;
+  Ring<Tile> ring{smem_address(dynamic_smem), {}};
+  if (threadIdx.x == 0) {
+    init_ring(a, ring);
+    barriers_ready();
+  }
+  __syncwarp();
+  pdl_wait();
+  pdl_launch_dependents();
+  if (threadIdx.x < kWarpSize) {
+    list.make(a.offsets, a.num_experts, Tile::kTokens, a.num_column_tiles);
+  }
+  __syncthreads();
+  GroupedSchedule schedule(a);
+  if (threadIdx.x < kWarpgroup) {
+    if (threadIdx.x == 0) produce_grouped_w4<Tile>(a, list, ring, schedule);
+  } else {
+    const Release release{cluster_address(ring.barriers(), 0), threadIdx.x % kWarpSize == 0};
+    const int count = (a.k + Tile::kDepth - 1) / Tile::kDepth;
+    float sums[Tile::kSums];
+    for (; schedule.has_more(list); schedule.advance()) {
+      const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
+      multiply_w4<Tile>(a, ring, count, release, sums);
+      finish_w4<Tile>(a, tile.row, tile.end_row, tile.column, sums);
+    }
+  }
+}
+
+// How many rows an expert has on average.
+inline int mean_rows(const GroupedParams& p) { return p.max_rows / p.num_experts; }
+
+template <class Tile>
+cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const Device& device,
+                              cudaStream_t stream) {
+  static_assert(sizeof(WorkList) <= kListBytes);
+  constexpr auto kKernel = grouped_gemm_w4_kernel<Tile>;
+  if (const cudaError_t error = allow_smem<kKernel, Tile::kSmem>(); error != cudaSuccess) {
+    return error;
+  }
+  const int strip_rows = static_cast<int>(kStripRows);
+  const int num_strips = (p.weight_rows() + strip_rows - 1) / strip_rows;
+  GroupedW4Args a{};
+  a.out = p.out;
+  a.out_stride = p.out_stride;
+  a.n = p.n;
+  a.k = p.k;
+  a.num_column_tiles = (p.n + Tile::kOutColumns - 1) / Tile::kOutColumns;
+  a.weight_hint = mean_rows(p) <= Tile::kTokens ? L2Hint::kEvictFirst : L2Hint::kNormal;
+  a.set_format(group_size);
+  a.up_strip = p.n / strip_rows;
+  a.offsets = p.offsets;
+  a.num_experts = p.num_experts;
+  a.weight_rows = num_strips * strip_rows;
+  cudaError_t error = encode_matrix(p.x, p.max_rows, p.k, p.x_stride, Tile::kTokens, p.dtype, &a.x);
+  if (error != cudaSuccess) return error;
+  error = encode_word_map<2>(
+      {.data = p.weight,
+       .sizes = {static_cast<uint64_t>(p.weight_stride) / 2,
+                 static_cast<uint64_t>(p.num_experts) * num_strips},
+       .strides = {1, p.weight_stride / 2},
+       .box_sizes = {static_cast<uint32_t>(a.piece_bytes / 8),
+                     static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
+      &a.weight);
+  if (error != cudaSuccess) return error;
+  return launch_chained_clusters(kKernel, static_cast<unsigned>(device.num_sms), 1, Tile::kThreads,
+                                 Tile::kSmem, stream, a);
+}
+
+// The least rows of x a tile that most experts fit, where all have about as many.
+template <class T, bool kIsPaired>
+cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, const Device& device,
+                                 cudaStream_t stream) {
+  const int rows = mean_rows(p);
+  if (rows <= 24) {
+    return launch_grouped_w4<W4Tile<T, 2, 32, kIsPaired, true>>(p, group_size, device, stream);
+  }
+  if (rows <= 52) {
+    return launch_grouped_w4<W4Tile<T, 2, 64, kIsPaired, true>>(p, group_size, device, stream);
+  }
+  return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, true>>(p, group_size, device, stream);
+}
+
+}  // namespace gemm
+
+bool can_gemm_grouped_w4a16_sm90a(const GroupedParams& p) {
+  constexpr int kMinColumns = 256;
+  const int64_t num_strips = (p.weight_rows() + kStripRows - 1) / kStripRows;
+  return p.k >= kMinColumns && p.n % kVec == 0 && is_vec_aligned(p.out, p.out_stride) &&
+         p.expert_stride == num_strips * p.weight_stride &&
+         (p.order == nullptr ||
+          (p.sorted_x != nullptr && is_vec_aligned(p.sorted_x, p.sorted_x_stride)));
+}
+
+cudaError_t launch_grouped_gemm_w4a16_sm90a(const GroupedParams& p, int64_t group_size,
+                                            const Device& device, cudaStream_t stream) {
+  return dispatch_half(p.dtype, [&]<class T>(T) {
+    if (p.epilogue == Epilogue::kSiluMul) {
+      return gemm::launch_grouped_w4_as<T, true>(p, group_size, device, stream);
+    }
+    return gemm::launch_grouped_w4_as<T, false>(p, group_size, device, stream);
+  });
+}
+
+}  // namespace pyserve::gpu
