@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu_chains import Chain
-from pyserve.ops import experts, reference
+from bench.w4a16 import random_packed
+from pyserve.ops import experts, quantised, reference
 from pyserve.ops.experts import Routing, Rule
 
 NUM_SETS = 8
@@ -53,12 +54,16 @@ class Mixture:
         self.layer, self.num_tokens = layer, num_tokens
         num_rows = num_tokens * layer.top_k
         self.router = torch.randn(layer.num_experts, layer.hidden, device=device).to(dtype)
-        self.gate_up = empty(layer.num_experts, 2 * layer.size, layer.hidden).normal_(0, 0.02)
-        self.down = empty(layer.num_experts, layer.hidden, layer.size).normal_(0, 0.02)
         self.activated = empty(num_rows, layer.size).normal_()
         self.rows = empty(num_rows, layer.hidden).normal_()
         self.out = empty(num_tokens, layer.hidden).zero_()
         self.slots = torch.arange(num_tokens, device=device)
+        self.gate_up = self.matrices(2 * layer.size, layer.hidden)
+        self.down = self.matrices(layer.hidden, layer.size)
+
+    def matrices(self, n: int, k: int) -> Tensor:
+        """Of all experts."""
+        return self.out.new_empty(self.layer.num_experts, n, k).normal_(0, 0.02)
 
     def tokens(self) -> Tensor:
         return torch.randn_like(self.out)
@@ -103,8 +108,27 @@ class Mixture:
     def bytes_read(self, routing: Routing) -> tuple[int, int]:
         """Of gate_up and of down."""
         share = int((routing.offsets.diff() > 0).sum())
-        each = self.gate_up[0].nbytes, self.down[0].nbytes
-        return each[0] * share, each[1] * share
+        first, second = (it.nbytes // self.layer.num_experts for it in (self.gate_up, self.down))
+        return first * share, second * share
+
+
+class IntegerMixture(Mixture):
+    """With experts of 4-bit integers."""
+
+    def matrices(self, n: int, k: int) -> Tensor:
+        """Packed."""
+        each = [random_packed(n, k, self.slots.device) for _ in range(self.layer.num_experts)]
+        return torch.stack(each)
+
+    def first(self, x: Tensor, routing: Routing) -> None:
+        quantised.grouped_linear_silu_mul(
+            x, quantised.W4A16Matrix(self.gate_up), routing, self.activated, self.rows,
+            x.new_empty(32 * x.shape[1]),
+        )  # fmt: skip
+
+    def second(self, routing: Routing) -> None:
+        x, matrix = self.activated, quantised.W4A16Matrix(self.down)
+        quantised.grouped_linear(x, matrix, routing, self.rows, x.new_empty(16 * x.shape[1]))
 
 
 def _sizes(mixture: Mixture, routing: Routing) -> dict[str, tuple[int, int]]:
@@ -141,6 +165,23 @@ def chains(device: torch.device) -> Iterator[Chain]:
                 yield Chain(op, f"{num_tokens} tokens, {name}", of_op, *sizes[op])
             del mixture, sets, runs
     yield from _all_read(device)
+
+
+def integer_chains(device: torch.device) -> Iterator[Chain]:
+    """The products alone, by 4-bit integers, and both with what stands around them."""
+    for name, layer in LAYERS.items():
+        for num_tokens in layer.tokens:
+            mixture = IntegerMixture(layer, num_tokens, torch.bfloat16, device)
+            sets = [(x, mixture.routing(x)) for x in (mixture.tokens() for _ in range(NUM_SETS))]
+            sizes = _sizes(mixture, sets[0][1])
+            load = f"{num_tokens} tokens, {name}"
+            runs: list[Callable[[], object]] = [partial(mixture.first, *it) for it in sets]
+            size = sizes["grouped_linear_silu_mul"]
+            yield Chain("grouped_linear_w4a16", f"{load}: gate_up", runs, *size)
+            runs = [partial(mixture.second, routing) for _, routing in sets]
+            yield Chain("grouped_linear_w4a16", f"{load}: down", runs, *sizes["grouped_linear"])
+            runs = [partial(mixture.all_of_it, *it) for it in sets]
+            yield Chain("int4 experts", load, runs, *sizes["experts"])
 
 
 def _all_read(device: torch.device) -> Iterator[Chain]:

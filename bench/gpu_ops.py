@@ -365,6 +365,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
         )
     ),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
+    "int4_experts": lambda: cases_of(experts.integer_chains(DEVICE)),
     "latent": lambda: cases_of(latent.chains(DEVICE)),
     "chain": chain_cases,
     "few_rows": lambda: cases_of(gpu_rows.few_row_chains(_layer_shape())),

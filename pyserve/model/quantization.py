@@ -106,7 +106,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         """What of it a card does not serve. experts_widths: columns of experts' matrices, of all
         layers; none without experts."""
         if self.scheme == "w4a16":
-            return ["experts of 4-bit integers"] if experts_widths else []
+            return []
         return [
             f"experts of 8-bit floats of {width} columns, no multiple of {FP8_EXPERTS_STEP}"
             for width in sorted(experts_widths)

@@ -39,7 +39,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Timing(us=2.0, spread_us=0.1, is_graph=True)
 
     monkeypatch.setattr(gpu_rows, "ROWS", (2, 9, 33))
-    monkeypatch.setattr(experts, "LAYERS", {"8x7b": experts.Layer(32, 24, 4, 2, (1, 3))})
+    monkeypatch.setattr(experts, "LAYERS", {"8x7b": experts.Layer(64, 32, 4, 2, (1, 3))})
     monkeypatch.setattr(latent, "CARD_HEADS", {"2 heads": 2})
     monkeypatch.setattr(latent, "CARD_LOADS", {"decode 2 x 33": [(1, 33)] * 2})
     monkeypatch.setattr(w4a16, "switch", lambda *_: planned.append("try_linear_w4a16"))
@@ -60,9 +60,8 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names -= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     names -= {"broadcast_tokens"}  # by bench.gpu_peers, like those above
     names -= {"serves_linear_fp8"}
-    names -= {"grouped_linear_w4a16"}  # which a card does not have yet
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
-    ways |= {"own linear_w4a16", "own linear_fp8", "experts"}
+    ways |= {"own linear_w4a16", "own linear_fp8", "experts", "int4 experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
     assert set(tiny) == {"plan_attention", "rope_attention", "try_linear_w4a16"}

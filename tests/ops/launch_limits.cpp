@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -14,6 +15,7 @@
 #include "gpu/attention/attention.h"
 #include "gpu/experts/experts.h"
 #include "gpu/experts/grouped_fp8.h"
+#include "gpu/experts/grouped_w4a16.h"
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/fp8.h"
 #include "gpu/linear/w4a16.h"
@@ -102,9 +104,18 @@ void launch_fp8_linears() {
   }
 }
 
+void launch_grouped_w4a16s(pyserve::gpu::GroupedParams p) {
+  for (int64_t group_size : {32, 64, 128}) {
+    const int64_t unit_words = group_size == 32 ? 160 : group_size == 64 ? 144 : 272;
+    p.weight_stride = p.k / std::max<int64_t>(group_size, 64) * unit_words;
+    p.expert_stride = p.weight_rows() / 16 * p.weight_stride;
+    require(launch_grouped_w4a16(p, group_size, nullptr), "grouped w4a16", p.max_group, 0);
+  }
+}
+
 void launch_experts() {
   alignas(16) static char memory[16];
-  for (const int num_tokens : {1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 3000}) {
+  for (const int num_tokens : {1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 150, 3000}) {
     for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
       for (const int num_experts : {8, 512}) {
         pyserve::gpu::GroupedParams p{};
@@ -123,6 +134,7 @@ void launch_experts() {
           require(launch_grouped(p, nullptr), "grouped linear", num_tokens, 0);
           const pyserve::gpu::Fp8Scale scale{nullptr, 128, 128, 32};
           require(launch_grouped_fp8(p, scale, 1024, nullptr), "grouped fp8", num_tokens, 0);
+          launch_grouped_w4a16s(p);
         }
         pyserve::gpu::RouteParams route{};
         route.num_tokens = num_tokens;

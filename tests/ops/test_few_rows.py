@@ -1,7 +1,7 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
-4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp, of the matrices of experts
-grouped_few_rows.cpp, grouped_few_rows_w4a16.cpp and grouped_few_rows_fp8.cpp; and for more rows by 4-bit integers on Hopper
-gemm_w4a16.cpp and grouped_gemm_w4a16.cpp. Attention over latents: latent.cpp."""
+4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp; of the matrices of experts the
+same names behind grouped_; and for more rows by 4-bit integers on Hopper gemm_w4a16.cpp and
+grouped_gemm_w4a16.cpp. Attention over latents: latent.cpp."""
 
 from __future__ import annotations
 

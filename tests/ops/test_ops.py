@@ -140,7 +140,7 @@ def _args_of_quantised() -> dict[str, tuple[Any, ...]]:
         "dequantise_w4a16": (packed, torch.empty(10, 64)),
         "grouped_linear_w4a16": (
             torch.randn(2, 64) / 16, torch.stack((packed, packed)), _int(1, 0, 3, 2),
-            _int(0, 2, 4), 2, torch.empty(4, 64), torch.empty(4, 5),
+            _int(0, 2, 4), 2, torch.zeros(4, 64), torch.empty(4, 5),
         ),
         "linear_fp8": (
             torch.randn(3, 70), *_fp8(10, 70), torch.randn(10), torch.randn(3, 10), 1, None, 0.0,
