@@ -37,7 +37,9 @@ template <class T, int kTokens, bool kIsPaired>
 int check(int format) {
   machine::lands_late = machine::random() % 2 == 0;
   const int k = format == 0 ? pick({288, 352}) : format == 1 ? pick({256, 320}) : pick({256, 384});
-  GroupedShape shape{.n = kIsPaired ? pick({16, 48, 80}) : pick({40, 136}),
+  using Tile = W4Tile<T, kTokens == 128 ? 2 : 4, kTokens, kIsPaired, 1, true>;
+  const int most = Tile::kOutColumns;
+  GroupedShape shape{.n = kIsPaired ? pick({16, 80, most + 16}) : pick({40, most + 24}),
                      .k = k,
                      .top_k = 1,
                      .num_sms = pick({1, 2, 3}),
@@ -47,7 +49,6 @@ int check(int format) {
   std::shuffle(shape.counts.begin(), shape.counts.end(), machine::random);
   GroupedCase<T> one(shape, kIsPaired ? Epilogue::kSiluMul : Epilogue::kStore, false);
   const GroupedParams p = one.params();
-  using Tile = W4Tile<T, 2, kTokens, kIsPaired, true>;
   const bool has_run =
       can_gemm_grouped_w4a16_sm90a(p) &&
       launch_grouped_w4<Tile>(p, kW4Formats[format].group_size, {shape.num_sms}, nullptr) ==

@@ -1,5 +1,5 @@
 // grouped linears of 4-bit integers for many rows of each expert on Hopper (sm_90a): the tiles of
-// gemm_w4a16.cuh, 128 rows of weight by 32, 64 or 128 rows of an expert, in the order that
+// gemm_w4a16.cuh, 256 rows of weight by 32 or 64 rows of an expert, or 128 by 128, in the order that
 // grouped_schedule.cuh gives. What is dequantised is so in registers: no expert's matrix is ever
 // stored as plain numbers.
 //
@@ -58,14 +58,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   GroupedSchedule schedule(a);
   if (threadIdx.x < kWarpgroup) {
+    if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
     if (threadIdx.x == 0) produce_grouped_w4<Tile>(a, list, ring, schedule);
   } else {
+    if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
     const Release release{cluster_address(ring.barriers(), 0), threadIdx.x % kWarpSize == 0};
     const int count = (a.k + Tile::kDepth - 1) / Tile::kDepth;
     float sums[Tile::kSums];
     for (; schedule.has_more(list); schedule.advance()) {
       const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
-      multiply_w4<Tile>(a, ring, count, release, sums);
+      multiply_w4<Tile>(a, ring, 0, count, release, sums);
       finish_w4<Tile>(a, tile.row, tile.end_row, tile.column, sums);
     }
   }
@@ -117,12 +119,12 @@ cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, con
                                  cudaStream_t stream) {
   const int rows = mean_rows(p);
   if (rows <= 24) {
-    return launch_grouped_w4<W4Tile<T, 2, 32, kIsPaired, true>>(p, group_size, device, stream);
+    return launch_grouped_w4<W4Tile<T, 4, 32, kIsPaired, 1, true>>(p, group_size, device, stream);
   }
   if (rows <= 52) {
-    return launch_grouped_w4<W4Tile<T, 2, 64, kIsPaired, true>>(p, group_size, device, stream);
+    return launch_grouped_w4<W4Tile<T, 4, 64, kIsPaired, 1, true>>(p, group_size, device, stream);
   }
-  return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, true>>(p, group_size, device, stream);
+  return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, 1, true>>(p, group_size, device, stream);
 }
 
 }  // namespace gemm
