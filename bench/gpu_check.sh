@@ -134,7 +134,8 @@ part_tests() {
 }
 
 part_whole() {
-  run_tests whole 170 tests/gpu/test_full_{mixtures,fp8,rows}.py tests/gpu/test_{adapters,latent}.py
+  run_tests whole 170 tests/gpu/test_full_{mixtures,fp8,rows}.py \
+    tests/gpu/test_{adapters,experts_w4a16,latent}.py
 }
 
 part_models() {

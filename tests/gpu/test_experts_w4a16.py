@@ -13,6 +13,7 @@ from torch import Tensor
 from pyserve.ops import STORE, experts, quantised, w4a16
 from tests.gpu.test_experts import counted, empty_routing
 from tests.gpu.test_full_model import SETTINGS, Checkpoint, assert_ratio, load_on_card
+from tests.gpu.test_linear_w4a16 import with_scales_of
 from tests.gpu.test_run_ahead import assert_replays
 from tests.model import quantised_files
 from tests.model.test_fp8 import configure
@@ -23,10 +24,13 @@ CARD = torch.device("cuda")
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def make(count: int, n: int, k: int, group_size: int) -> quantised.W4A16Matrix:
-    packed = torch.zeros(count, *w4a16.packed_shape(n, k, group_size)).int().to(CARD)
+def make(count: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> quantised.W4A16Matrix:
+    """Of so many experts, with scales as a checkpoint of this dtype has them."""
+    shape = count, *w4a16.packed_shape(n, k, group_size)
+    packed = torch.zeros(shape, dtype=torch.int32, device=CARD)
     for number, one in enumerate(packed):
         w4a16.fill_with_noise(one, n, k, 0.05, torch.Generator(CARD).manual_seed(n + number))
+        one.copy_(with_scales_of(one, dtype))
     return quantised.W4A16Matrix(packed)
 
 
@@ -63,14 +67,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_rows_by_their_experts(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
     for counts in COUNTS:
         torch.manual_seed(n)
         routing, count = counted(*counts), len(counts)
-        gate_up, down = make(count, 2 * n, k, group_size), make(count, n, k, group_size)
+        gate_up, down = (make(count, rows, k, group_size, dtype) for rows in (2 * n, n))
         x = torch.randn(sum(counts), k, device=CARD).to(dtype)
         in_order = x[routing.order.long()]
         results = activated(x, gate_up, routing, n), stored(in_order, down, routing, n)
@@ -89,6 +92,7 @@ def test_rows_by_their_experts(n: int, k: int, group_size: int, dtype: torch.dty
             oracle.assert_ratio(results[1][begin:end], rounded, exact, plain_float32_error=2e-2)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_few_rows_are_those_of_linear(group_size: int, dtype: torch.dtype) -> None:
@@ -99,7 +103,7 @@ def test_few_rows_are_those_of_linear(group_size: int, dtype: torch.dtype) -> No
     empty = torch.empty(0, device=CARD)
     places = torch.zeros(num_rows, 1, dtype=torch.int32, device=CARD)
     routing = experts.Routing(empty, empty, places, order, offsets)
-    gate_up, down = make(5, 2 * n, k, group_size), make(5, n, k, group_size)
+    gate_up, down = (make(5, rows, k, group_size, dtype) for rows in (2 * n, n))
     x = torch.randn(num_rows, k, device=CARD).to(dtype)
     first, second = activated(x, gate_up, routing, n), stored(x, down, routing, n)
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
@@ -114,10 +118,11 @@ def test_few_rows_are_those_of_linear(group_size: int, dtype: torch.dtype) -> No
     assert bool(first[end:].isnan().all()) and bool(second[end:].isnan().all())
 
 
+@pytest.mark.sanitize
 def test_rows_of_nan_keep_to_themselves() -> None:
     """Also the rows of the next expert that a tile holds, and what nobody wrote."""
     for counts in ((2, 3), (20, 30), (70, 90)):
-        routing, matrix = counted(*counts), make(2, 512, 256, 128)
+        routing, matrix = counted(*counts), make(2, 512, 256, 128, torch.bfloat16)
         x = torch.randn(sum(counts), 256, device=CARD).bfloat16()
         outs = []
         for value in (1.0, torch.nan):
@@ -132,7 +137,7 @@ def test_a_layer_in_a_graph(num_tokens: int) -> None:
     torch.manual_seed(num_tokens)
     hidden, size, count, top_k = 256, 256, 16, 4
     router = torch.randn(count, hidden, device=CARD).bfloat16()
-    gate_up, down = make(count, 2 * size, hidden, 128), make(count, hidden, size, 128)
+    gate_up, down = (make(count, n, 256, 128, torch.bfloat16) for n in (2 * size, hidden))
     x = torch.zeros(num_tokens, hidden, dtype=torch.bfloat16, device=CARD)
     slots = torch.arange(num_tokens, device=CARD)
     routing = empty_routing(num_tokens, count, top_k, has_gate=False)
@@ -164,7 +169,7 @@ def test_a_layer_in_a_graph(num_tokens: int) -> None:
 
 def test_refusals() -> None:
     routing, x = counted(1, 1), torch.randn(2, 128, device=CARD).bfloat16()
-    matrix = make(2, 48, 128, 128)
+    matrix = make(2, 48, 128, 128, torch.bfloat16)
     op = torch.ops.pyserve.grouped_linear_w4a16
     rest = routing.offsets, 2, None
     with pytest.raises(RuntimeError, match="24 columns of gate and of up are no multiple of 16"):
