@@ -20,17 +20,15 @@ GATE_UP = "gate_up"  # which a model has multiplied with silu_mul behind it
 HEAD = "lm_head"  # which no checkpoint has in 4 bits
 OWN = "own linear_w4a16"  # the kernels of the integers, whatever a step would take
 # Of gemm_w4a16_sm90a.cu, in its order, counted from 1: groups of 64 rows of weight, rows of x,
-# CTAs that divide k, warpgroups of a CTA that divide k.
+# CTAs that divide k.
 TILINGS = (
     *(
-        (groups, tokens, parts, splits)
+        (groups, tokens, parts)
         for tokens in (32, 64)
-        for groups, parts, splits in (
-            (1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1), (1, 1, 4), (1, 2, 4),
-        )
+        for groups, parts in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
     ),
-    (1, 128, 1, 1), (1, 128, 2, 1), (2, 128, 1, 1), (2, 128, 2, 1), (1, 128, 2, 2),
-)  # fmt: skip
+    *((groups, 128, parts) for groups in (1, 2) for parts in (1, 2)),
+)
 # Percent of what a copy moves at 1 row, and at 16 rows so much of it.
 TARGETS = {"gate_up": 70.0, "down": 60.0, "qkv": 50.0, "o": 40.0}
 SHARE_OF_16 = 0.8
@@ -102,15 +100,13 @@ def tilings(
             width = n // 2 if name == GATE_UP else n
             out = torch.empty(m, width, dtype=torch.bfloat16, device=device)
             num_bytes = size + x.nbytes + out.nbytes
-            for number, (groups, tokens, parts, splits) in enumerate(TILINGS, 1):
+            for number, (groups, tokens, parts) in enumerate(TILINGS, 1):
                 if not min(64, m) <= tokens < max(2 * m, 33):
-                    continue
-                if splits > 1 and name == GATE_UP:  # for which there is none
                     continue
                 runs: list[Callable[[], object]] = [
                     partial(tiled, number, x, packed, out, epilogue) for packed in made
                 ]
-                tile = f"{64 * groups} x {tokens}, {parts} parts, {splits} splits"
+                tile = f"{64 * groups} x {tokens}, {parts} parts"
                 load = f"{m} x {k} -> {n} ({name}), {tile}"
                 yield Chain(f"tiling {number}", load, runs, num_bytes, 2 * m * n * k)
     switch(made[0], -1, -1)

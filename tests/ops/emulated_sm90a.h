@@ -363,9 +363,6 @@ uint4 load_shared(uint32_t address) {
   std::memcpy(&value, machine::at(address), 16);
   return value;
 }
-void store_shared(uint32_t address, const uint4& value) {
-  std::memcpy(machine::at(address), &value, 16);
-}
 uint32_t load_shared_word(uint32_t address) {
   uint32_t word;
   std::memcpy(&word, machine::at(address, 4), 4);

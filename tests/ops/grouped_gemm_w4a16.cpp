@@ -37,7 +37,7 @@ template <class T, int kTokens, bool kIsPaired>
 int check(int format) {
   machine::lands_late = machine::random() % 2 == 0;
   const int k = format == 0 ? pick({288, 352}) : format == 1 ? pick({256, 320}) : pick({256, 384});
-  using Tile = W4Tile<T, kTokens == 128 ? 2 : 4, kTokens, kIsPaired, 1, true>;
+  using Tile = W4Tile<T, kTokens == 128 ? 2 : 4, kTokens, kIsPaired, true>;
   const int most = Tile::kOutColumns;
   GroupedShape shape{.n = kIsPaired ? pick({16, 80, most + 16}) : pick({40, most + 24}),
                      .k = k,

@@ -67,11 +67,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
                : "memory");
   return value;
 }
-__device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");

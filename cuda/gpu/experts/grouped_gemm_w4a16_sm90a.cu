@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float sums[Tile::kSums];
     for (; schedule.has_more(list); schedule.advance()) {
       const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
-      multiply_w4<Tile>(a, ring, 0, count, release, sums);
+      multiply_w4<Tile>(a, ring, count, release, sums);
       finish_w4<Tile>(a, tile.row, tile.end_row, tile.column, sums);
     }
   }
@@ -119,12 +119,12 @@ cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, con
                                  cudaStream_t stream) {
   const int rows = mean_rows(p);
   if (rows <= 24) {
-    return launch_grouped_w4<W4Tile<T, 4, 32, kIsPaired, 1, true>>(p, group_size, device, stream);
+    return launch_grouped_w4<W4Tile<T, 4, 32, kIsPaired, true>>(p, group_size, device, stream);
   }
   if (rows <= 52) {
-    return launch_grouped_w4<W4Tile<T, 4, 64, kIsPaired, 1, true>>(p, group_size, device, stream);
+    return launch_grouped_w4<W4Tile<T, 4, 64, kIsPaired, true>>(p, group_size, device, stream);
   }
-  return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, 1, true>>(p, group_size, device, stream);
+  return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, true>>(p, group_size, device, stream);
 }
 
 }  // namespace gemm

@@ -9,8 +9,9 @@
 // With a gate and an up a warp takes 8 rows of each, as the two halves of its fragments, so that a
 // thread has both sums of a result.
 // A warp waits for its words, for the products before and for a stage: with two warpgroups an SM does
-// half of what its issue slots allow. So there are up to four, of as many strips, or where a matrix has
-// too few of those, of the same ones: `splits` take turns with the stages and add up at the end.
+// half of what its issue slots allow. So there are up to four where a matrix has enough strips. Four
+// that take turns with the stages of the same strips are no faster: what holds up tiles of 64 rows of
+// weight is to bring x.
 //
 // Numerics: a weight is (q - z) s, where s is rounded to 16 bits, which those of a checkpoint in this
 // type are, and rounded once: plain numbers are no better. float32 sums over k in blocks of 16; where
@@ -52,15 +53,13 @@ struct W4Args : Args {
 constexpr int kListBytes = 9 * 1024;
 
 // Grouped: of experts, whose CTAs hold a WorkList and divide k in no way.
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_,
-          bool kIsGrouped_ = false>
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false>
 struct W4Tile {
   using T = T_;
   using Args = W4Args;
   static constexpr int kGroups = kGroups_;
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr bool kIsPaired = kIsPaired_;
-  static constexpr int kSplits = kSplits_;  // a CTA has one tile where there are several
   static constexpr int kDepth = 128;
   static constexpr bool kCanDivide = !kIsGrouped_;
   static constexpr int kPanels = kDepth / 64;
@@ -68,27 +67,21 @@ struct W4Tile {
   static constexpr int kWeightRows = 64 * kGroups;
   static constexpr int kStrips = kWeightRows / static_cast<int>(kStripRows);
   static constexpr int kOutColumns = kIsPaired ? kWeightRows / 2 : kWeightRows;
-  static constexpr int kMultiplying = kWarpgroup * kGroups * kSplits;  // threads
-  static constexpr int kThreads = kMultiplying + kWarpgroup;
-  static constexpr bool kHasMany = kGroups * kSplits == 4;  // else the launch gives enough to all
+  static constexpr int kThreads = kWarpgroup * (kGroups + 1);
+  static constexpr bool kHasMany = kGroups == 4;  // else the launch gives enough to all
   static constexpr int kProducerRegisters = kHasMany ? 32 : 0, kGroupRegisters = kHasMany ? 112 : 0;
   static constexpr int kSums = kTokens / 2;  // of a thread
-  static constexpr int kMaxPieceBytes = 1280;                        // in groups of 32
+  static constexpr int kMaxPieceBytes = 1280;  // in groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
   static constexpr int kExchangeBytes = kIsGrouped_ ? 0 : kGroups * kWarpgroup * kSums / 2 * 4;
-  static constexpr int kSplitBytes = kGroups * kWarpgroup * kSums * 4 * (kSplits - 1);
   static constexpr int kListOrExchangeBytes = kIsGrouped_ ? kListBytes : kExchangeBytes;
-  static constexpr int kStages =
-      (kMaxSmem - 256 - kListOrExchangeBytes - kSplitBytes) / kStageBytes;
+  static constexpr int kStages = (kMaxSmem - 256 - kListOrExchangeBytes) / kStageBytes;
   static constexpr int kExchangeOffset = kStages * kStageBytes;
-  static constexpr int kSplitOffset = kExchangeOffset + kExchangeBytes;
-  static constexpr int kBarrierOffset = kSplitOffset + kSplitBytes;
+  static constexpr int kBarrierOffset = kExchangeOffset + kExchangeBytes;
   static constexpr int kExchangeBarrier = kBarrierOffset + 2 * kStages * 8;
-  static constexpr int kSplitBarrier = kExchangeBarrier + 8;
-  static constexpr int kSmem = kSplitBarrier + 8;
+  static constexpr int kSmem = kExchangeBarrier + 8;
   static_assert(kStageBytes % 1024 == 0 && kSmem <= kMaxSmem && kSmem > kMaxSmem / 2);
-  static_assert(kStages >= kSplits);
 
   __device__ static void place(const Args& /*a*/, const Tiles& tiles, int /*rank*/, int& row,
                                int& column) {
@@ -116,9 +109,8 @@ struct W4Tile {
     }
   }
 
-  // The barriers of the sums that the other splits and the other part send, once.
+  // The barrier of the sums that the other part sends, once.
   __device__ static void prepare(const Args& a, const Ring<W4Tile>& ring) {
-    if (kSplits > 1) mbarrier_init(ring.base + kSplitBarrier, kGroups * 4 * (kSplits - 1));
     if (a.parts == 1) return;
     mbarrier_init(ring.base + kExchangeBarrier, 1);
     mbarrier_arrive_expect(ring.base + kExchangeBarrier, kExchangeBytes);
@@ -137,8 +129,7 @@ struct W4Lane {
 
   template <class Tile>
   __device__ static W4Lane of(const W4Args& a) {
-    const int warp = (threadIdx.x / kWarpSize - 4) % (4 * Tile::kGroups);
-    const int lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize;
     const uint32_t row = lane / 4 * 4, at = lane * 16;
     if constexpr (Tile::kIsPaired) {
       const uint32_t gate = warp / 2 * a.piece_bytes;
@@ -209,23 +200,16 @@ struct W4Block {
   }
 };
 
-// A warpgroup's sums over the stages of its split, of `count` in the ring, whose place is the first.
+// A warpgroup's sums over `count` stages of the ring.
 template <class Tile>
-__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int split, int count,
+__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int count,
                                             const Release& release, float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
-  if constexpr (Tile::kSplits > 1) {
-    if (split >= count) {  // more of them than stages
-#pragma unroll
-      for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
-      return;
-    }
-  }
   const W4Lane lane = W4Lane::of<Tile>(a);
   uint32_t rows[2][4][4];  // of each of the two blocks: what its four products read
   uint32_t before = 0;
 #pragma unroll 1
-  for (int i = split; i < count; i += Tile::kSplits) {
+  for (int i = 0; i < count; ++i) {
     mbarrier_wait(ring.full(), ring.place.phase);
     const uint64_t x = k_major_descriptor(ring.x());
     W4Block blocks[2];
@@ -238,7 +222,7 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       wgmma_wait<1>();  // the products that have read these registers are complete
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
-      if (block == 1 && i > split) release(before);  // so are the last ones of the stage before
+      if (block == 1 && i > 0) release(before);  // so are the last ones of the stage before
       blocks[block].template widen<T>(rows[block]);
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
@@ -247,13 +231,12 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       for (int s = 0; s < 4; ++s) {
         wgmma<T, Major::kK>(sums, rows[block][s],
                             advance_descriptor(x, block * Tile::kPanelBytes + 32 * s),
-                            i > split || block > 0 || s > 0);
+                            i > 0 || block > 0 || s > 0);
       }
       wgmma_commit();
     }
     before = ring.empty_in(release.mate_barriers);
-#pragma unroll
-    for (int step = 0; step < Tile::kSplits; ++step) ring.place.advance();
+    ring.place.advance();
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -263,41 +246,6 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
   }
   keep_registers(sums);
   release(before);
-}
-
-// Adds up the sums of all splits: true for the first one's threads, which have them then.
-template <class Tile>
-__device__ __forceinline__ bool add_splits(const Ring<Tile>& ring, int split,
-                                           float (&sums)[Tile::kSums]) {
-  constexpr int kThreads = Tile::kGroups * kWarpgroup;  // of a split
-  constexpr uint32_t kChunkBytes = kThreads * 16, kBytes = Tile::kSums / 4 * kChunkBytes;
-  const uint32_t thread = (threadIdx.x - kWarpgroup) % kThreads;
-  const uint32_t first = ring.base + Tile::kSplitOffset + thread * 16;
-  const uint32_t barrier = ring.base + Tile::kSplitBarrier;
-  if (split > 0) {
-#pragma unroll
-    for (int i = 0; i < Tile::kSums / 4; ++i) {
-      store_shared(first + (split - 1) * kBytes + i * kChunkBytes,
-                   {__float_as_uint(sums[4 * i]), __float_as_uint(sums[4 * i + 1]),
-                    __float_as_uint(sums[4 * i + 2]), __float_as_uint(sums[4 * i + 3])});
-    }
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(barrier);
-    return false;
-  }
-  mbarrier_wait(barrier, 0);
-#pragma unroll
-  for (int other = 0; other < Tile::kSplits - 1; ++other) {
-#pragma unroll
-    for (int i = 0; i < Tile::kSums / 4; ++i) {
-      const uint4 sent = load_shared(first + other * kBytes + i * kChunkBytes);
-      sums[4 * i] += __uint_as_float(sent.x);
-      sums[4 * i + 1] += __uint_as_float(sent.y);
-      sums[4 * i + 2] += __uint_as_float(sent.z);
-      sums[4 * i + 3] += __uint_as_float(sent.w);
-    }
-  }
-  return true;
 }
 
 // Sends the sums of the other part's half of the tokens to it, and adds what it sends to those of
@@ -398,21 +346,16 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row,
   }
 }
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, int kSplits_, bool kIsGrouped_>
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_>
 __device__ __forceinline__ void
-W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kSplits_, kIsGrouped_>::compute(
+W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
-  const int split = kSplits == 1 ? 0 : (threadIdx.x / kWarpgroup - 1) / kGroups;
-  for (int i = 0; i < split; ++i) ring.place.advance();
   float sums[kSums];
   for (; schedule.has_more(); schedule.advance()) {
     int row, column;
     place(a, schedule.tiles(a), rank, row, column);
-    multiply_w4<W4Tile>(a, ring, split, count, release, sums);
-    if constexpr (kSplits > 1) {
-      if (!add_splits<W4Tile>(ring, split, sums)) return;
-    }
+    multiply_w4<W4Tile>(a, ring, count, release, sums);
     if (a.parts == 1) {
       finish_w4<W4Tile>(a, row, a.m, column, sums);
       continue;
