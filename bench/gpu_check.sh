@@ -207,11 +207,10 @@ part_peers() {  # NVLink multicast can take the cards of a shared host out of se
 part_faults() { run_tests faults 155 tests/gpu/test_server.py; }
 
 part_ranks() {  # on a machine with several cards: two of them share a model
-  local shapes="$PYSERVE_CHECK_DIR/llama-shapes" failed=0
+  local failed=0
   run_tests ranks 200 tests/gpu/test_tensor_parallel.py || failed=1
-  "$PYTHON" -m bench.make_model llama-3.1-8b "$shapes" &&
-    "$PYTHON" -m bench.gpu_serve --model "$shapes" --out "$LOGS" --json "$LOGS/ranks.json" \
-      -- --device cuda --load-format dummy --tensor-parallel-size 2 || failed=1
+  "$PYTHON" -m bench.gpu_ranks --folder "$PYSERVE_CHECK_DIR" --parts served --out "$LOGS" \
+    --json "$LOGS/ranks.json" || failed=1
   return $failed
 }
 

@@ -196,7 +196,8 @@ def _phases(phases: dict[str, float]) -> str:
     return ", ".join(f"{name} at {seconds:.1f} s" for name, seconds in phases.items())
 
 
-def _load(text: str) -> Load:
+def parse_load(text: str) -> Load:
+    """IN/OUTxCONCURRENCY; for argparse."""
     lengths, _, concurrency = text.partition("x")
     input_len, _, output_len = lengths.partition("/")
     try:
@@ -211,11 +212,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True)
-    add("--loads", nargs="+", type=_load, default=[*DEFAULT_LOADS], metavar="IN/OUTxC")
+    add("--loads", nargs="+", type=parse_load, default=[*DEFAULT_LOADS], metavar="IN/OUTxC")
     add("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder of each load's JSON")
     add("--json", type=Path, metavar="FILE")
-    add("--beside", type=_load, metavar="IN/OUTxN", help="so many requests, one after another, "
-        "beside each load, of which one request a slot is sent")  # fmt: skip
+    add("--beside", type=parse_load, metavar="IN/OUTxN", help="so many requests, one after "
+        "another, beside each load, of which one request a slot is sent")  # fmt: skip
     add("flags", nargs="*", help="after --: further flags of the server")
     return parser.parse_args(argv)
 
