@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +100,31 @@ def test_a_follower_that_cannot_start_is_told_in_its_own_words(tmp_path: Path) -
     finally:
         both.close()
     assert not both._folder.exists()
+
+
+@pytest.mark.parametrize("ends_first", [True, False])
+def test_of_several_the_one_that_ended_is_the_cause(tmp_path: Path, ends_first: bool) -> None:
+    """A rank whose step fails because another was killed may be heard before that one's end."""
+    lost: list[str] = []
+    all_four = Followers(EngineConfig(model_path=tmp_path, device="cpu", tensor_parallel_size=4))
+    try:
+        all_four._is_closing = True  # nothing that they say on their own counts here
+        all_four._listening.join()
+        all_four._is_closing, all_four._lost = False, None
+        all_four._on_lost = lost.append
+        failed, _, killed = all_four._all
+        if ends_first:
+            killed.process.kill()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            theirs.send(news.encode(news.Failed("connection reset by peer")))
+            failed.sock, kept = ours, failed.sock
+            all_four._hear(failed, 0.0)
+            failed.sock = kept
+    finally:
+        all_four.close()
+    expected = "rank 3 was ended by SIGKILL" if ends_first else "rank 1: connection reset by peer"
+    assert lost == [expected]
 
 
 def test_a_follower_that_does_not_come_is_named(

@@ -50,6 +50,7 @@ CALL_BYTES = 2**18  # of a message besides words and rows
 # Without a beat it hangs: soon where none of its threads could run, later where one may only have
 # been kept from it, as a busy machine does for a second or two.
 STUCK_S, SILENT_S = 0.75, 5.0
+OTHERS_S = 0.2  # that the end of a process may be heard of after what it does to others
 END_S = 5.0  # to end in peace
 NUM_KEPT = 8  # adapters' files that followers may still have to open
 
@@ -222,13 +223,25 @@ class Followers:
         if isinstance(news, Beat):
             return
         if isinstance(news, Failed):
-            self._lose(f"rank {follower.tp_rank}: {news.reason}")
+            self._lose(self._first_to_end(follower) or f"rank {follower.tp_rank}: {news.reason}")
         elif news is None:
             self._lose(f"rank {follower.tp_rank} {follower.how_it_ended()}")
         else:
             with self._changed:
                 follower.news.append(news)
                 self._changed.notify_all()
+
+    def _first_to_end(self, failed: _Follower) -> str | None:
+        """Another rank that has ended: what fails in this one's step may come of it, and be heard
+        of first. One that exits with 1 has failed itself."""
+        deadline_s = time.monotonic() + OTHERS_S
+        while True:
+            for other in self._all:
+                if other is not failed and other.process.poll() not in (None, 1):
+                    return f"rank {other.tp_rank} {other.how_it_ended()}"
+            if time.monotonic() > deadline_s:
+                return None
+            time.sleep(0.005)
 
     def _look(self, now_s: float) -> None:
         """For who lives and says nothing; loading holds the interpreter's lock and counts not."""
