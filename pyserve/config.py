@@ -172,7 +172,7 @@ class EngineConfig:
         "fcfs", "fcfs: first come first served; or priority", metavar="POLICY"
     )
     tensor_parallel_size: int = flag(
-        1, "share each layer: 1, 2, 4, 8; CPU only yet", short="-tp", limits=(1, 8)
+        1, "cards that share each layer: 1, 2, 4 or 8", short="-tp", limits=(1, 8)
     )  # fmt: skip
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
     enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
