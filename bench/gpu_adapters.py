@@ -129,7 +129,7 @@ def run(runs: Runs) -> None:
     """Prints a line for each question. RuntimeError where a server or a request fails."""
     plain_ms: dict[Load, float] = {}
     with runs.server("without adapters") as url:
-        for load in NUM_REQUESTS:
+        for load in dict.fromkeys(question.load for question in QUESTIONS):
             name = "without, {}/{} x{}".format(*load)
             plain_ms[load] = runs.measure(url, name, load, ())
     with runs.server("eight adapters", *runs.adapter_flags(NUM_ADAPTERS)) as url:

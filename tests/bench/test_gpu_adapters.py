@@ -45,7 +45,7 @@ def test_a_line_for_each_question(tmp_path: Path, capsys: pytest.CaptureFixture[
         (line,) = [line for line in lines if line.startswith(f"= {question.text}: ")]
         assert f"% (asked <= {question.limit_percent:g}): " in line
     figures = json.loads((tmp_path / "all.json").read_text())["ms"]
-    assert len(figures) == 3 + len(ASKED) + 2 and all(ms > 0 for ms in figures.values())
+    assert len(figures) == 2 * len(ASKED) + 2 and all(ms > 0 for ms in figures.values())
     sent = json.loads((tmp_path / "serve-8-4-1.json").read_text())["config"]
     assert sent["models"] == ["a0"]
     sent = json.loads((tmp_path / "serve-8-4-9.json").read_text())["config"]
