@@ -64,6 +64,18 @@ def test_ranks_compute_what_one_does(name: str, tmp_path: Path) -> None:
         assert torch.equal(logits.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.parametrize("tp_size", [4, 8])
+def test_ranks_share_the_heads_of_a_70b(tp_size: int, tmp_path: Path) -> None:
+    """64 of queries, 8 of keys and values: two of the latter a rank of four, one of eight."""
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 16}
+    model = oracle.make_model("llama", num_hidden_layers=2, intermediate_size=256, **heads)
+    model.save_pretrained(tmp_path)
+    expected = logits_of(load(tmp_path, None))
+    logits = on_all_ranks(tp_size, lambda group: logits_of(load(tmp_path, group)))[LEADER]
+    assert oracle.relative_error(logits, expected.double()) < 2e-6
+    assert torch.equal(logits.argmax(1), expected.argmax(1))
+
+
 @pytest.mark.parametrize("kind", ["awq-gemm", "gptq", "asymmetric"])
 def test_ranks_share_integers(kind: str, tmp_path: Path) -> None:
     quantised.save(
