@@ -19,11 +19,13 @@ from pyserve.config import EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.batch import StepShape
 from pyserve.engine.tensor_parallel import calls, news, ring
+from pyserve.engine.tensor_parallel.follower import _read_pairs
 from pyserve.engine.tensor_parallel.followers import Followers
 from pyserve.engine.tensor_parallel.ring import Ring
 from pyserve.engine.tensor_parallel.spawned import is_stuck, spawn
 from pyserve.errors import ConfigError, DeviceError, StartupError
 from pyserve.flag_rows import LoraModule
+from pyserve.model.adapter_weights import AdapterWeights, Pair
 from tests.waiting import wait_until
 
 SHAPE = StepShape(5, 3, 2, 4)
@@ -161,6 +163,28 @@ def test_what_cards_can_share_a_model(
         return
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 {refusal}"):
         devices.check_cards(torch.device("cuda"), 2)
+
+
+def test_all_adapters_of_a_step_are_there_for_a_rank_that_is_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step puts in as many as there are slots, and the others read them when they come to it."""
+    told: list[calls.AnyCall] = []
+    monkeypatch.setattr(Followers, "tell", lambda self, call: told.append(call))
+    config = EngineConfig(model_path=Path("/m"), device="cpu", enable_lora=True, max_loras=24)
+    alone = Followers(config)
+    try:
+        for slot in [*range(24), *range(24)]:  # the files of the step in front go
+            number = float(len(told))
+            pair = Pair(torch.full((2, 3), number), torch.full((4, 2), -number), number)
+            alone.tell_adapter(slot, AdapterWeights({"q": pair}, ""))
+        for index, call in enumerate(told[24:], 24):
+            assert isinstance(call, calls.PutAdapter)
+            found = _read_pairs(call)["q"]
+            assert found.a.tolist() == [[index] * 3] * 2 and found.b.tolist() == [[-index] * 2] * 4
+    finally:
+        alone.close()
+    assert not alone._kept
 
 
 def test_processes_end_with_a_leader_that_never_begins() -> None:

@@ -52,7 +52,6 @@ CALL_BYTES = 2**18  # of a message besides words and rows
 STUCK_S, SILENT_S = 0.75, 5.0
 OTHERS_S = 0.2  # that the end of a process may be heard of after what it does to others
 END_S = 5.0  # to end in peace
-NUM_KEPT = 8  # adapters' files that followers may still have to open
 
 _Kind = TypeVar("_Kind", bound=News)
 
@@ -84,7 +83,10 @@ class Followers:
         self._on_lost: Callable[[str], object] | None = None
         self._is_closing = False
         self._ring: Ring | None = None
+        # Files of adapters that the others may still have to open: a step puts in as many as there
+        # are slots, and none is told before the one in front of it has ended everywhere.
         self._kept: deque[int] = deque()
+        self._num_kept = config.num_adapter_slots
         level = logging.getLevelName(log.get_logger().getEffectiveLevel()).lower()
         self._all = [
             _Follower(it, Start(config, it.tp_rank, str(self._meeting), level))
@@ -143,7 +145,7 @@ class Followers:
                 for matrix in (pair.a, pair.b):
                     file.write(matrix.contiguous().view(torch.uint8).numpy().data)
         self._kept.append(fd)
-        if len(self._kept) > NUM_KEPT:
+        if len(self._kept) > self._num_kept:
             os.close(self._kept.popleft())
         pairs = [
             calls.StoredPair(name, len(pair.a), pair.a.shape[1], len(pair.b), pair.scale)
