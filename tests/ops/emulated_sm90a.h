@@ -266,14 +266,16 @@ void copy_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier,
   machine::barrier_at(barrier).count(-static_cast<int>(count * element_bytes));
 }
 
+// The map is a thread's argument, which a card keeps beyond the thread's end, and a copy may land
+// after it: so each has the map's value.
 void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
               int c2, int c3, L2Hint) {
-  machine::start([=] { copy_box(destination, *map, barrier, {c0, c1, c2, c3}); });
+  machine::start([=, from = *map] { copy_box(destination, from, barrier, {c0, c1, c2, c3}); });
 }
 
 void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
               L2Hint) {
-  machine::start([=] { copy_box(destination, *map, barrier, {c0, c1, 0, 0}); });
+  machine::start([=, from = *map] { copy_box(destination, from, barrier, {c0, c1, 0, 0}); });
 }
 
 void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
@@ -281,7 +283,7 @@ void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t b
   for (int rank = 0; rank < machine::num_blocks; ++rank) {
     if ((ctas >> rank & 1) == 0) continue;
     const uint32_t to = cluster_address(destination, rank), at = cluster_address(barrier, rank);
-    machine::start([=] { copy_box(to, *map, at, {c0, c1, 0, 0}); });
+    machine::start([=, from = *map] { copy_box(to, from, at, {c0, c1, 0, 0}); });
   }
 }
 
