@@ -50,7 +50,7 @@ def test_a_follower_gets_the_settings_that_the_leader_has() -> None:
         model_path=Path("/m"), device="cpu", tensor_parallel_size=4, enable_lora=True,
         lora_modules=(LoraModule("a", "/b"),), max_model_len=77, trace=Path("/t"),
     )  # fmt: skip
-    start = news.Start(config, 3, "/meeting", "info")
+    start = news.Start(config, 3, "info")
     assert news.decode_start(news.encode(start)) == start
 
 
@@ -101,7 +101,6 @@ def test_a_follower_that_cannot_start_is_told_in_its_own_words(tmp_path: Path) -
         assert both.cause(RuntimeError("x")).startswith("rank 1")
     finally:
         both.close()
-    assert not both._folder.exists()
 
 
 @pytest.mark.parametrize("ends_first", [True, False])

@@ -48,6 +48,7 @@ from pyserve.engine.tensor_parallel.news import (
     Start,
     decode_start,
     encode,
+    path_of,
     receive,
 )
 from pyserve.engine.tensor_parallel.ring import Ring
@@ -84,9 +85,9 @@ class LocalLine:
     Ends the process with the leader.
     """
 
-    def __init__(self, sock: socket.socket, start: Start) -> None:
+    def __init__(self, sock: socket.socket, start: Start, meeting: int) -> None:
         self.tp_rank = start.tp_rank
-        self._sock, self._start = sock, start
+        self._sock, self._start, self._meeting = sock, start, meeting
         self._begins: queue.SimpleQueue[tuple[Begin, list[int]]] = queue.SimpleQueue()
         self._ring: Ring | None = None
         threading.Thread(target=self._live, name="leader", daemon=True).start()
@@ -101,7 +102,7 @@ class LocalLine:
 
     def join(self, device: torch.device) -> Group:
         tp_size = self._start.config.tensor_parallel_size
-        return join_group(self._start.meeting, self.tp_rank, tp_size, device)
+        return join_group(path_of(self._meeting), self.tp_rank, tp_size, device)
 
     def call(self) -> bytes:
         assert self._ring is not None
@@ -131,11 +132,11 @@ class LocalLine:
 
 def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
-    word = sock.recv(MAX_BYTES)
+    word, fds, _, _ = socket.recv_fds(sock, MAX_BYTES, 1)
     if not word:  # the leader has ended, or its start was refused
         return
     start = decode_start(word)
-    line = LocalLine(sock, start)
+    line = LocalLine(sock, start, fds[0])
     log.setup(start.log_level, prefix=f"rank {start.tp_rank}: ")
     allocator.fix_thresholds()
     os._exit(follow(start.config, line))  # what it holds may not be free to go

@@ -10,16 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import selectors
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -36,6 +33,7 @@ from pyserve.engine.tensor_parallel.news import (
     News,
     Start,
     encode,
+    path_of,
     receive,
 )
 from pyserve.engine.tensor_parallel.ring import Ring
@@ -59,11 +57,11 @@ _Kind = TypeVar("_Kind", bound=News)
 class _Follower:
     """A process, and what has come from it that nobody has taken yet."""
 
-    def __init__(self, spawned: Spawned, start: Start) -> None:
+    def __init__(self, spawned: Spawned, start: Start, meeting: int) -> None:
         self.tp_rank, self.sock, self.process = spawned.tp_rank, spawned.sock, spawned.process
         self.how_it_ended = spawned.how_it_ended
         with suppress(OSError):  # it has ended: its socket will say so
-            self.sock.send(encode(start))
+            socket.send_fds(self.sock, [encode(start)], [meeting])
         self.news: deque[News] = deque()
         self.heard_s = time.monotonic()
 
@@ -71,13 +69,12 @@ class _Follower:
 class Followers:
     """Those of one engine. Their processes run from the beginning to `close`.
 
-    Files between ranks are in a folder that only this user can enter.
+    Files between ranks are memory that has a descriptor: none is left, however a rank ends.
     """
 
     def __init__(self, config: EngineConfig, spawned: Sequence[Spawned] = ()) -> None:
         """`spawned`: their processes, where those have been started already."""
-        self._folder = Path(tempfile.mkdtemp(prefix="pyserve-"))
-        self._meeting = self._folder / "meeting"
+        self._meeting = os.memfd_create("pyserve-meeting")
         self._changed = threading.Condition()
         self._lost: str | None = None
         self._on_lost: Callable[[str], object] | None = None
@@ -89,7 +86,7 @@ class Followers:
         self._num_kept = config.num_adapter_slots
         level = logging.getLevelName(log.get_logger().getEffectiveLevel()).lower()
         self._all = [
-            _Follower(it, Start(config, it.tp_rank, str(self._meeting), level))
+            _Follower(it, Start(config, it.tp_rank, level), self._meeting)
             for it in spawned or spawn(config.tensor_parallel_size)
         ]
         self._listening = threading.Thread(target=self._listen, name="followers", daemon=True)
@@ -97,7 +94,7 @@ class Followers:
 
     def join(self, device: torch.device) -> Group:
         """The leader's Group; the others come to it as soon as they have begun."""
-        return join_group(self._meeting, LEADER, 1 + len(self._all), device)
+        return join_group(path_of(self._meeting), LEADER, 1 + len(self._all), device)
 
     def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
         """The next word of that kind from each. Raises StartupError where one does not come."""
@@ -177,7 +174,6 @@ class Followers:
         for follower in self._all:
             follower.process.kill()
             follower.process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
         """Have them end, and wait for it. Harmless when called again."""
@@ -198,6 +194,9 @@ class Followers:
             self._ring = None
         while self._kept:
             os.close(self._kept.pop())
+        if self._meeting >= 0:
+            os.close(self._meeting)
+            self._meeting = -1
 
     def _listen(self) -> None:
         """On a thread of its own, until one is lost or all are closed."""

@@ -63,11 +63,10 @@ News = Begin | Planned | Loaded | Shown | Failed | Beat
 
 
 class Start(msgspec.Struct, frozen=True):
-    """The first word to a follower; `meeting`: the file that ProcessGroup takes."""
+    """The first word to a follower; the file that ProcessGroup takes comes along."""
 
     config: EngineConfig
     tp_rank: int
-    meeting: str
     log_level: str
 
 
@@ -83,6 +82,11 @@ def decode_start(data: bytes) -> Start:
 def decode(data: bytes) -> News:
     news: News = msgspec.json.decode(data, type=News)
     return news
+
+
+def path_of(fd: int) -> str:
+    """A name of an open file of this process."""
+    return f"/proc/self/fd/{fd}"
 
 
 def receive(sock: socket.socket) -> tuple[News | None, list[int]]:
