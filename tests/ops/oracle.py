@@ -11,12 +11,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def assert_ratio(
-    actual: Tensor, plain: Tensor, exact: Tensor, *, plain_float32_error: float = 1e-6
-) -> None:
+    actual: Tensor, plain: Tensor, exact: Tensor, *, plain_float32_error: float = 1e-6,
+    sum_errors: Tensor | None = None,
+) -> None:  # fmt: skip
     """Error against float64 <= 2 x that of plain torch in the same dtype, plus 1e-6 relative.
 
     `plain` is held against `exact` first, as its error is what `actual` is allowed: float32 work,
-    `plain_float32_error` of the largest value, and one rounding to the dtype.
+    `plain_float32_error` of the largest value and the largest of `sum_errors`, and one rounding to
+    the dtype.
     """
     assert actual.shape == plain.shape == exact.shape
     for result in (plain, actual):
@@ -30,10 +32,30 @@ def assert_ratio(
     info = torch.finfo(plain.dtype)
     rounding = 0.0 if plain.dtype == torch.float32 else info.eps / 2
     plain_allowed = (plain_float32_error + rounding) * largest + rounding * info.smallest_normal
+    if sum_errors is not None:
+        plain_allowed = plain_allowed + sum_errors.max()
     assert plain_error <= plain_allowed, f"plain: {plain_error:.3g}, allowed {plain_allowed:.3g}"
     error = (actual.double() - exact)[finite].abs().max()
     allowed = 2 * plain_error + 1e-6 * largest
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def product_errors(x: Tensor, weight: Tensor) -> Tensor:
+    """float64 [rows, n]: how far float32 sums may be from x weight^T, in whichever order.
+
+    Each of the k additions is rounded by 2^-24 of the sum so far, up or down as it comes: together
+    that is sqrt(k) x 2^-24 of the sum of |x_i w_i| (Higham and Mary 2019). The worst, k of them in
+    one direction, does not come about.
+    """
+    sums = x.double().abs() @ weight.double().abs().T
+    return x.shape[1] ** 0.5 * 2**-24 * sums
+
+
+def silu_mul_errors(gate_up: Tensor, errors: Tensor) -> Tensor:
+    """What silu_mul makes of small errors of gate | up: silu is no steeper than 1.1."""
+    gate, up = gate_up.double().chunk(2, -1)
+    of_gate, of_up = errors.chunk(2, -1)
+    return 1.1 * up.abs() * of_gate + (gate / (1 + (-gate).exp())).abs() * of_up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

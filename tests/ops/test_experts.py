@@ -4,6 +4,7 @@ written apart, ratio rule on odd shapes, and a token's result that depends on no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -189,6 +190,12 @@ COUNTS = [(1, 0, 0), (0, 2, 1), (3, 5, 0, 7, 16), (17, 0, 33), (64, 1, 2), (0, 0
 SHAPES = [(64, 64), (16, 32), (130, 96), (77, 256), (1, 1), (33, 50), (99, 259)]
 
 
+def errors_of(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """product_errors where so many rows of x, one expert's after the other's, are multiplied."""
+    all_rows = zip(x.split(list(counts)), weights, strict=True)
+    return torch.cat([oracle.product_errors(rows, weight) for rows, weight in all_rows])
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_grouped_linears(n: int, k: int, dtype: torch.dtype) -> None:
@@ -205,12 +212,14 @@ def test_grouped_linears(n: int, k: int, dtype: torch.dtype) -> None:
         reference.grouped_linear_silu_mul(x, gate_up, *placed, plain)
         experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         sums = torch.einsum("rk,rnk->rn", in_order.double(), gate_up[experts].double())
-        oracle.assert_ratio(out, plain, oracle.silu_mul(sums))
+        errors = oracle.silu_mul_errors(sums, errors_of(in_order, gate_up, counts))
+        oracle.assert_ratio(out, plain, oracle.silu_mul(sums), sum_errors=errors)
         most = max(counts)
         torch.ops.pyserve.grouped_linear(in_order, down, routing.offsets, most, out)
         reference.grouped_linear(in_order, down, routing.offsets, most, plain)
         sums = torch.einsum("rk,rnk->rn", in_order.double(), down[experts].double())
-        oracle.assert_ratio(out, plain, sums)
+        errors = errors_of(in_order, down, counts)
+        oracle.assert_ratio(out, plain, sums, sum_errors=errors)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

@@ -44,8 +44,20 @@ def make(
     return x.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.double() @ weight.double().T + (0 if bias is None else bias.double())
+
+
+def sum_errors(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> Tensor:
+    """How far float32 sums may be from `exact`."""
+    errors = oracle.product_errors(x, weight)
+    if op != "linear_silu_mul":
+        return errors
+    return oracle.silu_mul_errors(product(x, weight, bias), errors)
+
+
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> Tensor:
-    sums = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    sums = product(x, weight, bias)
     if op == "linear_add":
         return residual(len(x), sums.shape[1], x.dtype).double() + sums
     return oracle.silu_mul(sums) if op == "linear_silu_mul" else sums
@@ -60,7 +72,8 @@ def test_linear(n: int, k: int, dtype: torch.dtype, op: str) -> None:
         for given in (bias, None):
             plain = residual(num_rows, n, dtype)
             getattr(reference, op)(x, weight, given, plain)
-            oracle.assert_ratio(run(x, weight, given, op), plain, exact(x, weight, given, op))
+            exactly, errors = (meant(x, weight, given, op) for meant in (exact, sum_errors))
+            oracle.assert_ratio(run(x, weight, given, op), plain, exactly, sum_errors=errors)
 
 
 @pytest.mark.parametrize("op", OPS)

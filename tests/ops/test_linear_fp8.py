@@ -82,7 +82,8 @@ def test_linear(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
             twin = torch.empty(num_rows, n, dtype=dtype)
             reference.linear_fp8(x, *matrix, given, twin)
             exact = x.double() @ weight.T + (0 if given is None else given.double())
-            oracle.assert_ratio(run(x, matrix, given), twin, exact)
+            errors = oracle.product_errors(x, weight)
+            oracle.assert_ratio(run(x, matrix, given), twin, exact, sum_errors=errors)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -97,19 +98,22 @@ def test_epilogues(dtype: torch.dtype) -> None:
         x, bias = torch.randn(num_rows, k).to(dtype), torch.randn(n).to(dtype)
         x_squares = 20 * torch.rand(num_rows, ops.num_squares(k))
         factor = (x_squares.double().sum(1, keepdim=True) / k + 1e-5).rsqrt()
-        sums = x.double() @ sums_of.T
+        sums, errors = x.double() @ sums_of.T, oracle.product_errors(x, sums_of)
         for given, factors in ((x_squares, factor), (None, 1.0)):
             out, plain = torch.full((2, num_rows, n // 2), float("nan"), dtype=dtype)
             op(x, *matrix, bias, out, 2, given, 1e-5)
             twin(x, *matrix, bias, plain, 2, given, 1e-5)
-            oracle.assert_ratio(out, plain, oracle.silu_mul(sums * factors + bias.double()))
+            gate_up = sums * factors + bias.double()
+            of_both = oracle.silu_mul_errors(gate_up, errors * factors)
+            oracle.assert_ratio(out, plain, oracle.silu_mul(gate_up), sum_errors=of_both)
         residual, norm_weight = torch.randn(num_rows, n).to(dtype), torch.randn(n).to(dtype)
         out, plain = residual.clone(), residual.clone()
         scaled = torch.full((2, num_rows, n), float("nan"), dtype=dtype)
         squares = torch.full((2, num_rows, ops.num_squares(n)), float("nan"))
         op(x, *matrix, bias, out, 1, None, 0.0, norm_weight, scaled[0], squares[0])
         twin(x, *matrix, bias, plain, 1, None, 0.0, norm_weight, scaled[1], squares[1])
-        oracle.assert_ratio(out, plain, residual.double() + sums + bias.double())
+        exact = residual.double() + sums + bias.double()
+        oracle.assert_ratio(out, plain, exact, sum_errors=errors)
         assert torch.equal(scaled[0], (out.float() * norm_weight.float()).to(dtype))
         torch.testing.assert_close(*squares, rtol=0.02, atol=0.05)
 

@@ -82,7 +82,8 @@ def test_linear(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
             plain = torch.empty(num_rows, n, dtype=dtype)
             reference.linear_w4a16(x, packed, given, plain)
             exact = x.double() @ weight.T + (0 if given is None else given.double())
-            oracle.assert_ratio(run(x, packed, given, n), plain, exact)
+            errors = oracle.product_errors(x, weight)
+            oracle.assert_ratio(run(x, packed, given, n), plain, exact, sum_errors=errors)
 
 
 def add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, *norm: Tensor) -> Tensor:
@@ -102,24 +103,25 @@ def test_epilogues(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
         x, bias = torch.randn(num_rows, k).to(dtype), torch.randn(2 * n).to(dtype)
         x_squares = 20 * torch.rand(num_rows, ops.num_squares(k))
         factor = (x_squares.double().sum(1, keepdim=True) / k + 1e-5).rsqrt()
-        sums = x.double() @ weight.T
+        sums, errors = x.double() @ weight.T, oracle.product_errors(x, weight)
         for given, factors in ((x_squares, factor), (None, 1.0)):
-            exact = oracle.silu_mul(sums * factors + bias.double())
+            gate_up = sums * factors + bias.double()
+            of_both = oracle.silu_mul_errors(gate_up, errors * factors)
             out, plain = torch.full((2, num_rows, n), float("nan"), dtype=dtype)
             torch.ops.pyserve.linear_w4a16(x, packed, bias, out, 2, given, 1e-5)
             reference.linear_w4a16(x, packed, bias, plain, 2, given, 1e-5)
-            oracle.assert_ratio(out, plain, exact)
+            oracle.assert_ratio(out, plain, oracle.silu_mul(gate_up), sum_errors=of_both)
             if given is not None:
                 out, plain = torch.full((2, num_rows, 2 * n), float("nan"), dtype=dtype)
                 torch.ops.pyserve.linear_w4a16(x, packed, None, out, 0, given, 1e-5)
                 reference.linear_w4a16(x, packed, None, plain, 0, given, 1e-5)
-                oracle.assert_ratio(out, plain, sums * factors)
+                oracle.assert_ratio(out, plain, sums * factors, sum_errors=errors * factors)
         residual, norm_weight = torch.randn(num_rows, 2 * n).to(dtype), torch.randn(2 * n).to(dtype)
         exact = residual.double() + sums + bias.double()
         plain = residual.clone()
         reference.linear_w4a16(x, packed, bias, plain, 1)
         alone = add(x, packed, bias, residual.clone())
-        oracle.assert_ratio(alone, plain, exact)
+        oracle.assert_ratio(alone, plain, exact, sum_errors=errors)
         scaled = torch.full((num_rows, 2 * n), float("nan"), dtype=dtype)
         squares = torch.full((num_rows, ops.num_squares(2 * n)), float("nan"))
         assert torch.equal(
