@@ -1,12 +1,13 @@
 """The native ops, without a way round: these tests are about them.
 
 With the address and undefined behaviour sanitizers (test_build.py and test_toolchain.py need no
-such run):
+such run; the first test waits for all to be compiled, which takes minutes):
 
     PYSERVE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \\
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) \\
     $(g++ -print-file-name=libstdc++.so)" \\
-    python -m pytest tests/ops --ignore tests/ops/test_build.py --ignore tests/ops/test_toolchain.py
+    python -m pytest tests/ops -o timeout=1800 --ignore tests/ops/test_build.py \\
+    --ignore tests/ops/test_toolchain.py
 """
 
 from __future__ import annotations
