@@ -128,6 +128,25 @@ def test_of_several_the_one_that_ended_is_the_cause(tmp_path: Path, ends_first: 
     assert lost == [expected]
 
 
+def test_a_leader_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    """While the others come: no file, and no process."""
+    program = (
+        "import os, signal, sys; from pathlib import Path; from pyserve.config import EngineConfig;"
+        "from pyserve.engine.tensor_parallel.followers import Followers;"
+        "both = Followers(EngineConfig(model_path=Path('/m'), device='cpu',"
+        " tensor_parallel_size=2)); print(both._all[0].process.pid, flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    follower = Path(f"/proc/{int(done.stdout)}/cmdline")
+    wait_until(lambda: not follower.exists() or not follower.read_bytes(), timeout_s=60)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_follower_that_does_not_come_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ CAUSE_S = 1.0  # that the end of a process may be told after what it does to a s
 
 class Spawned:
     """One of them, and this end of its socket: the first word that it waits for is a Start. It
-    ends when this end is closed, and so never lives on alone.
+    ends when this end is closed, as soon as it has imported what it runs.
     """
 
     def __init__(self, tp_rank: int) -> None:
