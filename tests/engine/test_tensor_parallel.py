@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import torch
 
+from bench.server_process import free_port
 from pyserve.config import EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.batch import StepShape
@@ -234,3 +235,34 @@ def test_what_torchrun_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ConfigError, match="must be numbers"):
         launched()
+
+
+WAITS_FOR_A_CALL = """
+import sys, time
+from datetime import timedelta
+import torch
+from torch.distributed import distributed_c10d
+from pyserve.engine.tensor_parallel.launched import _Words
+distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+words = _Words(torch.device("cpu"))
+if words.tp_rank == 0:
+    time.sleep(2.5)
+print(words._spread(b"a call" if words.tp_rank == 0 else b"").decode(), flush=True)
+"""
+
+
+def test_a_server_of_torchrun_may_have_nothing_to_do_for_long() -> None:
+    """Longer than torch waits for what a group has to say."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS_FOR_A_CALL], stdout=subprocess.PIPE, text=True,
+            env=os.environ | where | {"RANK": str(tp_rank)},
+        )
+        for tp_rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["a call\n"] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()

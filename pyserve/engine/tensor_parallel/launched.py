@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -34,19 +35,23 @@ PIECE_BYTES = 4096  # that go at once: most calls are shorter
 LENGTH_BYTES = 8
 SECRET_BYTES = 16  # that a follower shows the leader, so that no stranger holds a line
 LINE_S = 30.0  # for all followers to connect
+# A rank waits for the next call for as long as nobody asks the server for anything, or it sleeps:
+# torch would give up after half an hour. Of who has gone its line tells.
+IDLE = timedelta(days=3650)
 PEACE_S = 3.0  # between the last call and the end of the leader's line
 
 _Kind = TypeVar("_Kind", bound=News)
 
 
 class _Words:
-    """What both ends have: the two groups."""
+    """What both ends have: the model's group, one for calls and one for news."""
 
     def __init__(self, device: torch.device) -> None:
         """Waits for all others. Raises DeviceError."""
         self.group = ProcessGroup.launched(device)
         self.tp_rank, self.tp_size = self.group.tp_rank, self.group.tp_size
-        self._control = dist.new_group(backend="gloo")
+        self._calls = dist.new_group(backend="gloo", timeout=IDLE)
+        self._news = dist.new_group(backend="gloo")
 
     def join(self, device: torch.device) -> Group:
         return self.group
@@ -57,14 +62,14 @@ class _Words:
         if self.tp_rank == LEADER:
             data = len(data).to_bytes(LENGTH_BYTES, "little") + data
             piece[: min(len(data), PIECE_BYTES)] = _bytes(data[:PIECE_BYTES])
-        dist.broadcast(piece, LEADER, group=self._control)
+        dist.broadcast(piece, LEADER, group=self._calls)
         length = int.from_bytes(piece[:LENGTH_BYTES].numpy().tobytes(), "little") + LENGTH_BYTES
         if length <= PIECE_BYTES:
             return piece[LENGTH_BYTES:length].numpy().tobytes()
         rest = torch.zeros(length - PIECE_BYTES, dtype=torch.uint8)
         if self.tp_rank == LEADER:
             rest = _bytes(data[PIECE_BYTES:])
-        dist.broadcast(rest, LEADER, group=self._control)
+        dist.broadcast(rest, LEADER, group=self._calls)
         return piece[LENGTH_BYTES:].numpy().tobytes() + rest.numpy().tobytes()
 
     def _gather(self, data: bytes = b"") -> list[bytes]:
@@ -75,7 +80,7 @@ class _Words:
         piece[: len(data)] = _bytes(data)
         all_pieces = [torch.zeros_like(piece) for _ in range(self.tp_size)]
         is_leader = self.tp_rank == LEADER
-        dist.gather(piece, all_pieces if is_leader else None, LEADER, group=self._control)
+        dist.gather(piece, all_pieces if is_leader else None, LEADER, group=self._news)
         found = []
         for said in all_pieces:
             words = said.numpy().tobytes()
