@@ -295,6 +295,10 @@ class Engine:
                 self._fail(seq, EngineError("the step that ran this sequence failed"))
         for load in step.adapter_loads:
             self.scheduler.adapters.reload(load.adapter)
+            # Who was admitted behind this step has found the adapter in its slot, by the books.
+            for seq in list(self.scheduler.running):
+                if seq.adapter is not None and seq.adapter.version == load.adapter.version:
+                    self._fail(seq, EngineError("the step that put in its adapter failed"))
 
     def fail_waiting(self, error: PyserveError) -> None:
         """Fail every sequence that does not run; the engine goes on."""

@@ -209,6 +209,28 @@ def test_a_failed_step_puts_its_adapters_again() -> None:
     engine.check_invariants()
 
 
+def test_who_runs_behind_a_step_that_failed_to_put_its_adapter_in_fails_too() -> None:
+    """On a card the next step is launched before the failure is known."""
+    engine = engine_with(1)
+    driver = Driver(engine, 1)
+    is_first = iter([True])
+
+    def fail_first(step: Step) -> None:
+        if next(is_first, False):
+            raise RuntimeError("of a test")
+
+    engine.runner.on_step = fail_first  # type: ignore[attr-defined]
+    first = driver.submit([1], params(1), adapter=ADAPTERS[0])
+    driver.launch()
+    behind = driver.submit([1, 2], params(4), adapter=ADAPTERS[0])
+    other = driver.submit([1, 2], params(4))
+    driver.launch()
+    driver.drain()
+    assert first.error is not None and behind.error is not None
+    assert not behind.output and other.finish_reason == "length"
+    assert engine.scheduler.adapters.hold(ADAPTERS[0])[1]
+
+
 def test_nothing_lies_in_a_slot_after_a_sleep() -> None:
     engine = engine_with(1)
     driver = Driver(engine, 0)
