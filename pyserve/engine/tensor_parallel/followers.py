@@ -74,6 +74,7 @@ class Followers:
 
     def __init__(self, config: EngineConfig, spawned: Sequence[Spawned] = ()) -> None:
         """`spawned`: their processes, where those have been started already."""
+        # Never closed: torch's store writes to what has this number as late as when it is freed.
         self._meeting = os.memfd_create("pyserve-meeting")
         self._changed = threading.Condition()
         self._lost: str | None = None
@@ -194,9 +195,6 @@ class Followers:
             self._ring = None
         while self._kept:
             os.close(self._kept.pop())
-        if self._meeting >= 0:
-            os.close(self._meeting)
-            self._meeting = -1
 
     def _listen(self) -> None:
         """On a thread of its own, until one is lost or all are closed."""
