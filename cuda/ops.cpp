@@ -48,10 +48,13 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "lora_shrink(Tensor x, Tensor a, Tensor starts, Tensor ranks, Tensor scales, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, Tensor? x_squares=None, float eps=0.0) -> ()");
   m.def(
       "lora_expand(Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "lora_expand_silu_mul(Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
+      "Tensor(a!) gate_up, Tensor(b!) out) -> ()");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

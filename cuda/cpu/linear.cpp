@@ -71,7 +71,7 @@ void run(const LinearArgs& args, double eps) {
                     .weight_stride = args.weight.stride(0),
                     .out_stride = args.out.stride(0)};
   if (shape.m == 0 || shape.n == 0) return;
-  const std::vector<float> factors = norm_factors(args, eps);
+  const std::vector<float> factors = norm_factors(args.x_squares, args.m(), args.k(), eps);
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
     const Matrix<T> matrix{args.weight.ptr<T>(), static_cast<const T*>(args.bias),
                            factors.empty() ? nullptr : factors.data()};

@@ -13,14 +13,14 @@
 namespace pyserve {
 namespace {
 
-// What the norm before multiplies the sums of each row by; empty where there is none.
-inline std::vector<float> norm_factors(const LinearArgs& args, double eps) {
-  if (args.x_squares.data == nullptr) return {};
-  std::vector<float> factors(args.m());
-  for (int64_t t = 0; t < args.m(); ++t) {
-    const float* row = args.x_squares.row(t);
-    const float sum = std::accumulate(row, row + num_squares(args.k()), 0.0f);
-    const float mean = sum / static_cast<float>(args.k());
+// What the norm before multiplies the sums of each of m rows of k columns by; empty where there is none.
+inline std::vector<float> norm_factors(const Squares& squares, int64_t m, int64_t k, double eps) {
+  if (squares.data == nullptr) return {};
+  std::vector<float> factors(m);
+  for (int64_t t = 0; t < m; ++t) {
+    const float* row = squares.row(t);
+    const float sum = std::accumulate(row, row + num_squares(k), 0.0f);
+    const float mean = sum / static_cast<float>(k);
     factors[t] = 1.0f / std::sqrt(mean + static_cast<float>(eps));
   }
   return factors;

@@ -1,8 +1,11 @@
 // LoRA: what adapters add to a linear's output (Hu et al. 2021), in two ops.
 //   lora_shrink  out[t, p, r] = scales[s, p] * sum over i of x[t, i] * a[s, p, r, i]
 //   lora_expand  out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], j in part p's columns
+//   lora_expand_silu_mul  the second, then silu_mul
 // where s is the slot of t's adapter: t is in [starts[s], starts[s + 1]), and r < ranks[s, p].
 //   x [num_tokens, k], a [num_slots, num_parts, max_rank, k], b [num_slots, n, max_rank]
+// What is shrunk stands in the first split, the others are zeros: a card splits k.
+//
 // Tokens outside all segments are neither read nor written, nor is anything from a part's rank on.
 //
 // Items are kTokens tokens of one segment by some rows of one part's matrix; threads split them.
@@ -14,8 +17,8 @@
 #include <vector>
 
 #include "../common/args/lora.h"
-#include "parallel.h"
-#include "vec.h"
+#include "activate.h"
+#include "linear_norm.h"
 
 namespace pyserve {
 namespace {
@@ -113,12 +116,12 @@ void shrink_rows(const LoraShrinkArgs& args, const Item& item, int64_t token, co
                  float scale) {
   constexpr int64_t kRows = kLanes / kTokensAtOnce;
   const T* x = args.x.ptr<T>() + token * args.x.stride(0);
-  float* out = args.out.ptr<float>() + token * args.out.stride(0) + item.part * args.out.stride(1);
+  const int64_t out_stride = args.out.stride(1);
+  float* out = args.out.ptr<float>() + token * out_stride + item.part * args.out.stride(2);
   const int64_t end = item.row + item.num_rows, stride = args.a.stride(2);
   for (int64_t row = item.row; row < end; row += kRows) {
     shrink_block<T, kTokensAtOnce>(x, args.x.stride(0), a + row * stride, stride, args.k(),
-                                   std::min(kRows, end - row), scale, out + row,
-                                   args.out.stride(0));
+                                   std::min(kRows, end - row), scale, out + row, out_stride);
   }
 }
 
@@ -133,10 +136,28 @@ void shrink_item(const LoraShrinkArgs& args, const Item& item) {
   for (; token < end; ++token) shrink_rows<T, 1>(args, item, token, a, scale);
 }
 
+// What shrink_item wrote, times the factors of the norm before; zeros in the other splits.
+void finish_item(const LoraShrinkArgs& args, const Item& item, const std::vector<float>& factors) {
+  for (int64_t token = item.token; token < item.token + item.num_tokens; ++token) {
+    float* out = args.out.ptr<float>() + token * args.out.stride(1) +
+                 item.part * args.out.stride(2) + item.row;
+    if (!factors.empty()) {
+      for (int64_t r = 0; r < item.num_rows; ++r) out[r] *= factors[token];
+    }
+    for (int64_t split = 1; split < args.num_splits(); ++split) {
+      std::fill_n(out + split * args.out.stride(0), item.num_rows, 0.0f);
+    }
+  }
+}
+
 void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const Tensor& ranks,
-                 const Tensor& scales, const Tensor& out) {
+                 const Tensor& scales, const Tensor& out, const std::optional<Tensor>& x_squares,
+                 double eps) {
   const ViewReader read{"lora_shrink", Place::kCpu};
-  const LoraShrinkArgs args = lora_shrink_args(read, x, a, starts, ranks, scales, out);
+  const LoraShrinkArgs args =
+      lora_shrink_args(read, x, a, starts, ranks, scales, out, x_squares);
+  const std::vector<float> factors =
+      norm_factors(args.x_squares, args.num_tokens(), args.k(), eps);
   const Ranks rank_of{args.ranks, args.max_rank()};
   const std::vector<Item> items = items_of(
       args.starts, args.num_tokens(), args.num_parts(), kShrinkRows,
@@ -146,7 +167,10 @@ void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const T
     const double bytes = static_cast<double>(args.k() * sizeof(T) * kShrinkRows);
     const double cost = bytes * (0.035 + 0.008 * std::min(kTokens, args.num_tokens()));
     parallel_for(static_cast<int64_t>(items.size()), cost, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) shrink_item<T>(args, items[i]);
+      for (int64_t i = begin; i < end; ++i) {
+        shrink_item<T>(args, items[i]);
+        finish_item(args, items[i], factors);
+      }
     });
   });
 }
@@ -181,31 +205,40 @@ void expand_block(const float* shrunk, int64_t rank, const T* b, int64_t b_strid
   }
 }
 
+// The sum over splits of what a token and a part have.
+void add_splits(const LoraExpandArgs& args, int64_t token, int64_t part, int64_t rank,
+                std::vector<float>& sums) {
+  const float* row =
+      args.shrunk.ptr<float>() + token * args.shrunk.stride(1) + part * args.shrunk.stride(2);
+  sums.assign(row, row + rank);
+  for (int64_t split = 1; split < args.num_splits(); ++split) {
+    row += args.shrunk.stride(0);
+    for (int64_t r = 0; r < rank; ++r) sums[r] += row[r];
+  }
+}
+
 template <class T>
 void expand_item(const LoraExpandArgs& args, const Item& item, int64_t rank) {
   const T* b = args.b.ptr<T>() + item.slot * args.b.stride(0);
   const int64_t stride = args.b.stride(1), end = item.row + item.num_rows;
-  for (int64_t column = item.row; column < end; column += kLanes) {
-    for (int64_t token = item.token; token < item.token + item.num_tokens; ++token) {
-      const float* shrunk = args.shrunk.ptr<float>() + token * args.shrunk.stride(0) +
-                            item.part * args.shrunk.stride(1);
-      expand_block<T>(shrunk, rank, b + column * stride, stride,
-                      std::min<int64_t>(kLanes, end - column),
-                      args.out.ptr<T>() + token * args.out.stride(0) + column);
+  std::vector<float> shrunk;
+  for (int64_t token = item.token; token < item.token + item.num_tokens; ++token) {
+    add_splits(args, token, item.part, rank, shrunk);
+    T* out = args.out.ptr<T>() + token * args.out.stride(0);
+    for (int64_t column = item.row; column < end; column += kLanes) {
+      expand_block<T>(shrunk.data(), rank, b + column * stride, stride,
+                      std::min<int64_t>(kLanes, end - column), out + column);
     }
   }
 }
 
-void lora_expand(const Tensor& shrunk, const Tensor& b, const Tensor& starts, const Tensor& ranks,
-                 const Tensor& columns, const Tensor& out) {
-  const ViewReader read{"lora_expand", Place::kCpu};
-  const LoraExpandArgs args = lora_expand_args(read, shrunk, b, starts, ranks, columns, out);
+void expand(const LoraExpandArgs& args) {
   const Ranks rank_of{args.ranks, args.max_rank()};
   const int32_t* column = args.columns.ptr<int32_t>();
   for (int64_t part = 0; part < args.num_parts(); ++part) {
     PYSERVE_CHECK(column[part] >= 0 && column[part] <= column[part + 1] &&
                       column[part + 1] <= args.n(),
-                  read.op, ": part ", part, " has columns ", column[part], " to ",
+                  args.out.op, ": part ", part, " has columns ", column[part], " to ",
                   column[part + 1], " of ", args.n());
   }
   const std::vector<Item> items =
@@ -225,10 +258,26 @@ void lora_expand(const Tensor& shrunk, const Tensor& b, const Tensor& starts, co
   });
 }
 
+void lora_expand(const Tensor& shrunk, const Tensor& b, const Tensor& starts, const Tensor& ranks,
+                 const Tensor& columns, const Tensor& out) {
+  const ViewReader read{"lora_expand", Place::kCpu};
+  expand(lora_expand_args(read, shrunk, b, starts, ranks, columns, "out", out));
+}
+
+void lora_expand_silu_mul(const Tensor& shrunk, const Tensor& b, const Tensor& starts,
+                          const Tensor& ranks, const Tensor& columns, const Tensor& gate_up,
+                          const Tensor& out) {
+  const ViewReader read{"lora_expand_silu_mul", Place::kCpu};
+  const ActivationArgs activation = activation_args(read, gate_up, out);
+  expand(lora_expand_args(read, shrunk, b, starts, ranks, columns, "gate_up", gate_up));
+  activate(activation, [](Vec gate, Vec up) { return silu_mul(gate, up); });
+}
+
 }  // namespace
 }  // namespace pyserve
 
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CPU, m) {
   m.impl("lora_shrink", TORCH_BOX(&pyserve::lora_shrink));
   m.impl("lora_expand", TORCH_BOX(&pyserve::lora_expand));
+  m.impl("lora_expand_silu_mul", TORCH_BOX(&pyserve::lora_expand_silu_mul));
 }

@@ -138,7 +138,7 @@ void linear_by_strips(const Strips& strips, const LinearArgs& args, Epilogue epi
   const int64_t m = args.m(), weight_rows = args.n() * rows_per_column(epilogue);
   if (m == 0 || args.n() == 0) return;
   const bool is_paired = epilogue == Epilogue::kSiluMul;
-  const std::vector<float> factors = norm_factors(args, eps);
+  const std::vector<float> factors = norm_factors(args.x_squares, args.m(), args.k(), eps);
   std::vector<float> sums(is_paired ? m * weight_rows : 0);
   const StripOut<T> out{.out = args.out.ptr<T>(),
                         .stride = args.out.stride(0),

@@ -17,7 +17,8 @@ class AdapterRows(NamedTuple):
     """Which tokens of a step use which adapter, and room for what is made of them.
 
     starts   int32 [num_adapter_slots + 1]: where each slot's tokens begin, as ops/lora.py has it
-    shrunk   by number of parts of a Linear: float32 [num_tokens, num_parts, max_rank]
+    shrunk   by number of parts of a Linear: float32 [num_splits, num_tokens, num_parts, max_rank],
+             with ops.lora.num_splits
     """
 
     starts: torch.Tensor

@@ -41,7 +41,7 @@ from pyserve.model.layers.pooler import Pooler
 from pyserve.model.layers.rotary import cos_sin_table, query_scales
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Scheme
-from pyserve.ops import attention_plan, quantised
+from pyserve.ops import attention_plan, lora, quantised
 from pyserve.ops.group import LEADER
 
 Block = Attention | LatentAttention | MLP | Experts
@@ -125,29 +125,36 @@ class DecoderLayer:
         hidden: torch.Tensor, residual: torch.Tensor, squares: torch.Tensor,
         next_norm: RMSNorm | None,
     ) -> None:  # fmt: skip
-        """As a call, for few tokens: norms are factors between the Linears (has_norm_factors). None
-        of the tokens uses an adapter.
+        """As a call, for few tokens: norms are factors between the Linears (has_norm_factors).
 
         `hidden` is the residual times the next norm's weight, `squares` the sums of its squares:
         on entry for this layer's first norm, then for `next_norm`, the first of the layer above.
         """
         attention, mlp = activations
+        rows = ctx.adapters
         assert isinstance(self.attention, Attention)
         assert isinstance(attention, AttentionActivations)
         if self._is_first:
             self._enter(hidden, residual, hidden)
-            self.attention.qkv(hidden, attention.qkv)
+            self.attention.qkv(hidden, attention.qkv, rows)
         else:
-            self.attention.qkv.of_scaled(hidden, squares, self.norms[0].eps, attention.qkv)
+            eps = self.norms[0].eps
+            self.attention.qkv.of_scaled(hidden, squares, eps, attention.qkv, rows)
         self.attention.attend(ctx, cache, attention)
         norm = self._norm_after_attention
-        self.attention.o.add_for_norm(attention.joined, residual, norm.weight, hidden, squares)
+        self.attention.o.add_for_norm(
+            attention.joined, residual, norm.weight, hidden, squares, rows
+        )
         assert isinstance(self.mlp, MLP) and isinstance(mlp, MLPActivations)
-        self.mlp.gate_up.silu_mul_of_scaled(hidden, squares, norm.eps, mlp.activated)
+        self.mlp.gate_up.silu_mul_of_scaled(
+            hidden, squares, norm.eps, mlp.gate_up, mlp.activated, rows
+        )
         if next_norm is None:
-            self.mlp.down.add(mlp.activated, residual)
+            self.mlp.down.add(mlp.activated, residual, rows)
         else:
-            self.mlp.down.add_for_norm(mlp.activated, residual, next_norm.weight, hidden, squares)
+            self.mlp.down.add_for_norm(
+                mlp.activated, residual, next_norm.weight, hidden, squares, rows
+            )
 
     def destinations(self) -> Destinations:
         destinations = self.attention.destinations() | self.mlp.destinations()
@@ -295,8 +302,6 @@ class Decoder:
 
     def _forward(self, ctx: ForwardContext, indices: Sequence[int]) -> torch.Tensor:
         hidden, residual, output, squares, activations, _ = ctx.activations
-        if ctx.adapters is not None:
-            squares = None  # what adapters add comes before the norms
         self.embedding(ctx.input_ids, residual)
         for index in indices:
             layer, cache, own = self.layers[index], ctx.kv_caches[index], activations[index]
@@ -380,8 +385,11 @@ class Decoder:
             return {}
         all_parts = {adapters.num_parts for adapters in self._adapters}
         most, size = max(all_parts), self.max_adapter_rank
-        room = arena.take(num_tokens, most, size, dtype=torch.float32)
-        return {num_parts: room[:, :num_parts] for num_parts in all_parts}
+        rows = lora.most_rows(num_tokens)  # whatever the step and the device: the planner's too
+        room = arena.take(rows, most, size, dtype=torch.float32)
+        num_splits = lora.num_splits(num_tokens, self.device)
+        splits = room[: num_splits * num_tokens].view(num_splits, num_tokens, most, size)
+        return {num_parts: splits[:, :, :num_parts] for num_parts in all_parts}
 
     def adapter_targets(self) -> dict[str, Target]:
         """The modules that an adapter may have pairs for, by name; none without slots."""

@@ -12,25 +12,45 @@ that never move and have room for max_rank:
 
 The tokens of a step stand sorted by slot, those without an adapter first: starts int32
 [num_slots + 1] says that [starts[s], starts[s + 1]) are slot s's. Others, padding among them, are
-left as they are. On a CPU both raise RuntimeError where starts, ranks or columns are out of range,
+left as they are. On a CPU all raise RuntimeError where starts, ranks or columns are out of range,
 on a card they trap. The plain-torch meaning is in reference_lora.py.
+
+What is between the two products is float32 [num_splits, num_tokens, num_parts, max_rank], of which
+the sum over splits counts: on a card each is of some columns of x, so that more of it reads A.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyserve.ops.native import native
 
+# Splits of few tokens on a card. One user's x of 4,096 columns is 512 each, two loads of a lane.
+MAX_SPLITS, MAX_SPLIT_TOKENS = 8, 512
+
+
+def num_splits(num_tokens: int, device: torch.device) -> int:
+    """For so many tokens."""
+    return MAX_SPLITS if device.type == "cuda" and num_tokens <= MAX_SPLIT_TOKENS else 1
+
+
+def most_rows(max_num_tokens: int) -> int:
+    """What splits times tokens are at most on any device, of any number of tokens up to that."""
+    return max(max_num_tokens, MAX_SPLITS * min(max_num_tokens, MAX_SPLIT_TOKENS))
+
 
 def lora_shrink(
-    x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor
-) -> None:
-    """scale * x A^T -> out, float32 [num_tokens, num_parts, max_rank], up to each part's rank.
+    x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor,
+    x_squares: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """scale * x A^T -> out, float32 [num_splits, num_tokens, num_parts, max_rank], up to each
+    part's rank.
 
-    x [num_tokens, k], rows may be strided, as may those of out.
+    x [num_tokens, k], rows may be strided, as may those of out. With x_squares a norm is a factor
+    of x, as in ops.linear_of_scaled.
     """
-    native.lora_shrink(x, a, starts, ranks, scales, out)
+    native.lora_shrink(x, a, starts, ranks, scales, out, x_squares, eps)
 
 
 def lora_expand(
@@ -41,3 +61,15 @@ def lora_expand(
     shrunk is lora_shrink's out; columns int32 [num_parts + 1]: where each part's begin in out.
     """
     native.lora_expand(shrunk, b, starts, ranks, columns, out)
+
+
+def lora_expand_silu_mul(
+    shrunk: Tensor, b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, gate_up: Tensor,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """silu(gate) * up of gate_up [num_tokens, 2 n] + shrunk B^T -> out [num_tokens, n].
+
+    Of all tokens. gate and up are a part each, or one together. gate_up may be written too: where
+    it is not, as on a card, there is one rounding.
+    """
+    native.lora_expand_silu_mul(shrunk, b, starts, ranks, columns, gate_up, out)

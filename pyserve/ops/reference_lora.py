@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
 def lora_shrink(
-    x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor
-) -> None:
-    """out = scale * x a^T of each segment and part, up to its rank."""
+    x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor,
+    x_squares: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """The sum over splits of out = scale * x a^T of each segment and part, up to its rank."""
+    factors = None
+    if x_squares is not None:
+        factors = torch.rsqrt(x_squares.sum(1, keepdim=True) / x.shape[1] + eps)
     for slot, part, rank, begin, end in _segments(starts, ranks, len(x), a.shape[2]):
-        product = x[begin:end].float() @ a[slot, part, :rank].float().T
-        out[begin:end, part, :rank] = product * scales[slot, part]
+        product = x[begin:end].float() @ a[slot, part, :rank].float().T * scales[slot, part]
+        if factors is not None:
+            product *= factors[begin:end]
+        out[0, begin:end, part, :rank] = product
+        out[1:, begin:end, part, :rank] = 0.0
 
 
 def lora_expand(
@@ -25,8 +33,18 @@ def lora_expand(
         first, last = bounds[part : part + 2]
         _check(0 <= first <= last <= out.shape[1], f"part {part} has columns {first} to {last}")
         own = out[begin:end, first:last]
-        added = shrunk[begin:end, part, :rank] @ b[slot, first:last, :rank].float().T
+        added = shrunk[:, begin:end, part, :rank].sum(0) @ b[slot, first:last, :rank].float().T
         own.copy_(own.float() + added)
+
+
+def lora_expand_silu_mul(
+    shrunk: Tensor, b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, gate_up: Tensor,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """lora_expand, then silu(gate) * up; a rounding between."""
+    lora_expand(shrunk, b, starts, ranks, columns, gate_up)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def _segments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pyserve.ops import lora, reference
 
-NAN = float("nan")
+NAN, EPS = float("nan"), 1e-5
 
 
 class Case(NamedTuple):
@@ -50,22 +51,41 @@ def starts_of(*lengths: int) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32)
 
 
-def run(case: Case, x: Tensor, starts: Tensor, out: Tensor) -> None:
-    num_parts, max_rank = case.a.shape[1:3]
-    shrunk = torch.full((len(x), num_parts, max_rank), NAN, device=x.device)
-    lora.lora_shrink(x, case.a, starts, case.ranks, case.scales, shrunk)
-    lora.lora_expand(shrunk, case.b, starts, case.ranks, case.columns, out)
+def run(
+    case: Case, x: Tensor, starts: Tensor, out: Tensor, *, activated: Tensor | None = None,
+    x_squares: Tensor | None = None, num_splits: int | None = None, ops: ModuleType = lora,
+) -> None:  # fmt: skip
+    """What the adapters add to out; with `activated` silu_mul of that. `ops`: or their twins."""
+    num_splits = num_splits or lora.num_splits(len(x), x.device)
+    shrunk = torch.full((num_splits, len(x), *case.a.shape[1:3]), NAN, device=x.device)
+    ops.lora_shrink(x, case.a, starts, case.ranks, case.scales, shrunk, x_squares, EPS)
+    rest = shrunk, case.b, starts, case.ranks, case.columns, out
+    if activated is None:
+        ops.lora_expand(*rest)
+    else:
+        ops.lora_expand_silu_mul(*rest, activated)
 
 
-def run_twin(case: Case, x: Tensor, starts: Tensor, out: Tensor) -> None:
-    shrunk = torch.full((len(x), *case.a.shape[1:3]), NAN, device=x.device)
-    reference.lora_shrink(x, case.a, starts, case.ranks, case.scales, shrunk)
-    reference.lora_expand(shrunk, case.b, starts, case.ranks, case.columns, out)
+def run_twin(
+    case: Case, x: Tensor, starts: Tensor, out: Tensor, *, activated: Tensor | None = None,
+    x_squares: Tensor | None = None,
+) -> None:  # fmt: skip
+    run(case, x, starts, out, activated=activated, x_squares=x_squares, ops=reference)
 
 
-def exactly(case: Case, x: Tensor, starts: Tensor, out: Tensor) -> Tensor:
+def squares_of(x: Tensor) -> Tensor:
+    """As ops.linear_add_for_norm's, of a residual stream that is not x."""
+    num_squares = -(-x.shape[1] // 16)
+    return torch.rand(len(x), num_squares, device=x.device) * 90 + 1
+
+
+def exactly(
+    case: Case, x: Tensor, starts: Tensor, out: Tensor, x_squares: Tensor | None = None
+) -> Tensor:
     """By whole matrices, in float64: y + scale * x A^T B^T."""
-    result = out.double()
+    result, x = out.double(), x.double()
+    if x_squares is not None:
+        x = x / (x_squares.double().sum(1, keepdim=True) / x.shape[1] + EPS).sqrt()
     for slot, own in enumerate(case.ranks.tolist()):
         rows = slice(int(starts[slot]), int(starts[slot + 1]))
         for part, rank in enumerate(own):
@@ -73,5 +93,5 @@ def exactly(case: Case, x: Tensor, starts: Tensor, out: Tensor) -> Tensor:
             a = case.a[slot, part, :rank].double()
             b = case.b[slot, columns, :rank].double()
             merged = float(case.scales[slot, part]) * (b @ a)
-            result[rows, columns] += x[rows].double() @ merged.T
+            result[rows, columns] += x[rows] @ merged.T
     return result

@@ -3,11 +3,22 @@ segments, or behind a rank, is neither read nor written; a row's result depends 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.ops import oracle
-from tests.ops.lora_cases import NAN, exactly, make_case, run, run_twin, starts_of
+from pyserve.ops import lora
+from tests.ops import emulated, oracle
+from tests.ops.lora_cases import (
+    NAN,
+    exactly,
+    make_case,
+    run,
+    run_twin,
+    squares_of,
+    starts_of,
+)
 
 RANKS: list[list[list[int]]] = [
     [[1]], [[8], [16]], [[7, 0, 33]], [[16, 16, 16], [64, 3, 0], [0, 0, 0], [5, 64, 17]],
@@ -42,6 +53,47 @@ def test_sums(ranks: list[list[int]], k: int, dtype: torch.dtype) -> None:
         assert torch.equal(wide[:, sum(sizes) :], before[:, sum(sizes) :])
         assert torch.equal(wide[: lengths[0]], before[: lengths[0]])
         assert torch.equal(wide[sum(lengths) :], before[sum(lengths) :])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("sizes", [[37, 37], [74]])
+def test_sums_of_a_norm_and_before_an_activation(
+    sizes: list[int], has_norm: bool, dtype: torch.dtype
+) -> None:
+    """In three splits: also of tokens that use no adapter, or one without a pair."""
+    torch.manual_seed(len(sizes))
+    ranks = [[7, 33], [0, 0], [16, 0]]
+    case = make_case([own[: len(sizes)] for own in ranks], sizes, 72, 40, dtype)
+    starts = starts_of(3, 18, 2, 4)
+    x, gate_up = torch.randn(29, 72).to(dtype), torch.randn(29, 74).to(dtype)
+    x_squares = squares_of(x) if has_norm else None
+    exact = oracle.silu_mul(exactly(case, x, starts, gate_up, x_squares))
+    plain, out = torch.full((29, 37), NAN, dtype=dtype), torch.full((29, 37), NAN, dtype=dtype)
+    run_twin(case, x, starts, gate_up.clone(), activated=plain, x_squares=x_squares)
+    run(case, x, starts, gate_up, activated=out, x_squares=x_squares, num_splits=3)
+    # The twin rounds gate and up before.
+    error = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    oracle.assert_ratio(out, plain, exact, plain_float32_error=error)
+
+
+def test_the_sum_over_splits_is_what_is_expanded() -> None:
+    torch.manual_seed(0)
+    case = make_case([[5, 16]], [20, 30], 16, 16, torch.float32)
+    starts, before = starts_of(1, 4), torch.randn(6, 50)
+    shrunk = torch.randint(-8, 8, (4, 6, 2, 16)).float()
+    whole, out = before.clone(), before.clone()
+    rest = case.b, starts, case.ranks, case.columns
+    lora.lora_expand(shrunk.sum(0, keepdim=True), *rest, whole)
+    lora.lora_expand(shrunk, *rest, out)
+    assert torch.equal(out, whole) and not torch.equal(out, before)
+
+
+def test_room_for_splits_is_enough_for_fewer_tokens_too() -> None:
+    card = torch.device("cuda")
+    for most in (1, 511, 512, 513, 4096, 9000):
+        for num_tokens in range(1, most + 1, 37):
+            assert lora.num_splits(num_tokens, card) * num_tokens <= lora.most_rows(most)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -96,3 +148,13 @@ def test_refusals(is_native: bool) -> None:
         with pytest.raises(RuntimeError, match="part 0 has columns"):
             act(bad, x, starts_of(0, 1, 2), out)
     assert not out.any()
+
+
+def test_the_kernels_of_a_card_give_the_sums_of_float64(tmp_path: Path) -> None:
+    """Their sources on a CPU; with the adapters of other slots the same sums are wrong."""
+    kernels = "core/gate.cuh", "lora/lora.h", "lora/segments.cuh", "lora/shrink.cu", "lora/expand.cu"
+    program = emulated.build(tmp_path, "lora", kernels)
+    done = emulated.run(program, 2, 0)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    done = emulated.run(program, 1, 1)
+    assert done.returncode == 1 and "wrong" in done.stdout, done.stdout + done.stderr

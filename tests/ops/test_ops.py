@@ -158,11 +158,15 @@ def _args_of_adapters() -> dict[str, tuple[Any, ...]]:
     return {
         "lora_shrink": (
             torch.randn(4, 24), torch.randn(2, 3, 5, 24), *rows, torch.randn(2, 3),
-            torch.ones(4, 3, 5),
+            torch.ones(2, 4, 3, 5), torch.rand(4, 2), 1e-5,
         ),
         "lora_expand": (
-            torch.randn(4, 3, 5), torch.randn(2, 10, 5), *rows, _int(0, 4, 6, 10),
+            torch.randn(2, 4, 3, 5), torch.randn(2, 10, 5), *rows, _int(0, 4, 6, 10),
             torch.randn(4, 10),
+        ),
+        "lora_expand_silu_mul": (
+            torch.randn(2, 4, 2, 5), torch.randn(2, 10, 5), rows[0], rows[1][:, :2],
+            _int(0, 5, 10), torch.randn(4, 10), torch.empty(4, 5),
         ),
     }  # fmt: skip
 

@@ -1,7 +1,8 @@
-// The CUDA side of lora_shrink and lora_expand: arguments are checked and handed to the kernels of
-// shrink.cu and expand.cu.
+// The CUDA side of lora_shrink, lora_expand and lora_expand_silu_mul: arguments are checked and handed
+// to the kernels of shrink.cu and expand.cu.
 #include <torch/csrc/stable/library.h>
 
+#include "common/args/activation.h"
 #include "common/args/lora.h"
 #include "gpu/core/bind.h"
 #include "gpu/lora/lora.h"
@@ -20,11 +21,20 @@ gpu::LoraRows lora_rows(const View& starts, const View& ranks, int64_t max_rank,
           .num_tokens = num_tokens};
 }
 
+gpu::LoraShrunk lora_shrunk(const View& shrunk) {
+  return {.data = shrunk.ptr<float>(),
+          .split_stride = shrunk.stride(0),
+          .stride = shrunk.stride(1),
+          .part_stride = shrunk.stride(2),
+          .num_splits = static_cast<int32_t>(shrunk.size(0))};
+}
+
 void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const Tensor& ranks,
-                 const Tensor& scales, const Tensor& out) {
+                 const Tensor& scales, const Tensor& out, const std::optional<Tensor>& x_squares,
+                 double eps) {
   constexpr const char* kOp = "lora_shrink";
   const LoraShrinkArgs args =
-      lora_shrink_args({kOp, Place::kCuda}, x, a, starts, ranks, scales, out);
+      lora_shrink_args({kOp, Place::kCuda}, x, a, starts, ranks, scales, out, x_squares);
   const gpu::LoraShrinkParams params{
       .rows = lora_rows(args.starts, args.ranks, args.max_rank(), args.num_tokens()),
       .x = args.x.data,
@@ -35,32 +45,50 @@ void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const T
       .a_stride = args.a.stride(2),
       .scales = args.scales.ptr<float>(),
       .scales_stride = args.scales.stride(0),
-      .out = args.out.ptr<float>(),
-      .out_stride = args.out.stride(0),
-      .out_part_stride = args.out.stride(1),
+      .x_squares = args.x_squares.data,
+      .x_squares_stride = args.x_squares.stride,
+      .eps = static_cast<float>(eps),
+      .out = lora_shrunk(args.out),
       .k = args.k(),
       .dtype = half_dtype(args.x)};
   check_launch(kOp, gpu::launch_lora_shrink(params, current_stream(x)));
+}
+
+// All but gate_up, and with the columns of out where that is not what is added to.
+gpu::LoraExpandParams expand_params(const LoraExpandArgs& args, const View& out) {
+  return {.rows = lora_rows(args.starts, args.ranks, args.max_rank(), args.num_tokens()),
+          .shrunk = lora_shrunk(args.shrunk),
+          .b = args.b.data,
+          .b_slot_stride = args.b.stride(0),
+          .b_stride = args.b.stride(1),
+          .columns = args.columns.ptr<int32_t>(),
+          .gate_up = nullptr,
+          .gate_up_stride = 0,
+          .out = out.data,
+          .out_stride = out.stride(0),
+          .n = out.size(1),
+          .dtype = half_dtype(out)};
 }
 
 void lora_expand(const Tensor& shrunk, const Tensor& b, const Tensor& starts, const Tensor& ranks,
                  const Tensor& columns, const Tensor& out) {
   constexpr const char* kOp = "lora_expand";
   const LoraExpandArgs args =
-      lora_expand_args({kOp, Place::kCuda}, shrunk, b, starts, ranks, columns, out);
-  const gpu::LoraExpandParams params{
-      .rows = lora_rows(args.starts, args.ranks, args.max_rank(), args.num_tokens()),
-      .shrunk = args.shrunk.ptr<float>(),
-      .shrunk_stride = args.shrunk.stride(0),
-      .shrunk_part_stride = args.shrunk.stride(1),
-      .b = args.b.data,
-      .b_slot_stride = args.b.stride(0),
-      .b_stride = args.b.stride(1),
-      .columns = args.columns.ptr<int32_t>(),
-      .out = args.out.data,
-      .out_stride = args.out.stride(0),
-      .n = args.n(),
-      .dtype = half_dtype(args.out)};
+      lora_expand_args({kOp, Place::kCuda}, shrunk, b, starts, ranks, columns, "out", out);
+  check_launch(kOp, gpu::launch_lora_expand(expand_params(args, args.out), current_stream(out)));
+}
+
+void lora_expand_silu_mul(const Tensor& shrunk, const Tensor& b, const Tensor& starts,
+                          const Tensor& ranks, const Tensor& columns, const Tensor& gate_up,
+                          const Tensor& out) {
+  constexpr const char* kOp = "lora_expand_silu_mul";
+  const ViewReader read{kOp, Place::kCuda};
+  const LoraExpandArgs args =
+      lora_expand_args(read, shrunk, b, starts, ranks, columns, "gate_up", gate_up);
+  gpu::LoraExpandParams params =
+      expand_params(args, activation_args(read, gate_up, out).out);
+  params.gate_up = args.out.data;
+  params.gate_up_stride = args.out.stride(0);
   check_launch(kOp, gpu::launch_lora_expand(params, current_stream(out)));
 }
 
@@ -70,4 +98,5 @@ void lora_expand(const Tensor& shrunk, const Tensor& b, const Tensor& starts, co
 STABLE_TORCH_LIBRARY_IMPL(pyserve, CUDA, m) {
   m.impl("lora_shrink", TORCH_BOX(&pyserve::lora_shrink));
   m.impl("lora_expand", TORCH_BOX(&pyserve::lora_expand));
+  m.impl("lora_expand_silu_mul", TORCH_BOX(&pyserve::lora_expand_silu_mul));
 }

@@ -1,4 +1,4 @@
-// lora_shrink and lora_expand on CUDA.
+// lora_shrink, lora_expand and lora_expand_silu_mul on CUDA.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,6 +18,13 @@ struct LoraRows {
   int64_t num_tokens;
 };
 
+// What x becomes: float32 [num_splits, num_tokens, num_parts, max_rank], to be added up over splits.
+struct LoraShrunk {
+  float* data;
+  int64_t split_stride, stride, part_stride;  // stride: of a token
+  int32_t num_splits;
+};
+
 struct LoraShrinkParams {
   LoraRows rows;
   const void* x;  // [num_tokens, k]; strides in elements
@@ -26,20 +33,23 @@ struct LoraShrinkParams {
   int64_t a_slot_stride, a_part_stride, a_stride;
   const float* scales;  // [num_slots, num_parts]
   int64_t scales_stride;
-  float* out;  // [num_tokens, num_parts, max_rank]
-  int64_t out_stride, out_part_stride;
+  const float* x_squares;  // [num_tokens, num_squares(k)]: of the norm before; null: none
+  int64_t x_squares_stride;
+  float eps;
+  LoraShrunk out;
   int64_t k;
   Dtype dtype;  // 16 bits
 };
 
 struct LoraExpandParams {
   LoraRows rows;
-  const float* shrunk;  // [num_tokens, num_parts, max_rank]
-  int64_t shrunk_stride, shrunk_part_stride;
-  const void* b;  // [num_slots, n, max_rank]
+  LoraShrunk shrunk;
+  const void* b;  // [num_slots, columns, max_rank]
   int64_t b_slot_stride, b_stride;
   const int32_t* columns;  // [num_parts + 1]
-  void* out;               // [num_tokens, n]
+  const void* gate_up;     // [num_tokens, 2 n], of lora_expand_silu_mul; else null
+  int64_t gate_up_stride;
+  void* out;  // [num_tokens, n]
   int64_t out_stride;
   int64_t n;
   Dtype dtype;  // 16 bits

@@ -1,4 +1,4 @@
-// What both kernels of adapters have in common: tiles of one slot's tokens, and traps for what the
+// What the kernels of adapters have in common: tiles of one slot's tokens, and traps for what the
 // CPU's ops refuse.
 #pragma once
 
@@ -8,24 +8,51 @@
 
 namespace pyserve::gpu {
 
-constexpr int kTileTokens = 16;  // rows of an mma
+constexpr int kMmaTokens = 16;   // rows of an mma
+constexpr int kFewTokens = 64;   // up to here tiles are of one mma
+constexpr int kNoSlot = -1;
 
-// Token tiles that a slot may have; its tile i begins at its first token + i * kTileTokens.
-inline unsigned num_token_tiles(int64_t num_tokens) {
-  return static_cast<unsigned>((num_tokens + kTileTokens - 1) / kTileTokens);
+// Tiles of `size` tokens that all segments together may have, num_segments of them: as many CTAs
+// take them, whatever the segments are.
+inline int64_t num_token_tiles(int64_t num_tokens, int size, int num_segments) {
+  const int64_t most = num_tokens / size + num_segments;
+  return most < num_tokens ? most : num_tokens;
 }
 
-// Tokens [begin, begin + count) of a slot's tile; none where it has fewer tiles.
+// Tokens [begin, begin + count) of a slot; none where there are fewer tiles.
 struct TokenTile {
-  int64_t begin;
-  int count;
+  int slot, begin, count;
 };
 
-__device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int slot, int tile) {
-  const int64_t first = rows.starts[slot], end = rows.starts[slot + 1];
-  if (first < 0 || first > end || end > rows.num_tokens) __trap();
-  const int64_t begin = first + int64_t{tile} * kTileTokens;
-  return {begin, static_cast<int>(min(max(end - begin, int64_t{0}), int64_t{kTileTokens}))};
+// The tile is the one before `left` others of this segment or of those behind.
+__device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, int first, int end,
+                                        int size) {
+  const int num_tiles = (end - first + size - 1) / size;
+  if (left >= 0 && left < num_tiles) {
+    const int begin = first + left * size;
+    tile = {slot, begin, min(end - begin, size)};
+  }
+  left -= num_tiles;
+}
+
+// The index-th of all tiles, slot by slot. kHasOthers: also of tokens that no slot has, kNoSlot. All
+// of the starts are looked at, so that none is waited for before the next is asked for.
+template <bool kHasOthers>
+__device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index, int size) {
+  const int num_tokens = static_cast<int>(rows.num_tokens);
+  TokenTile tile{kNoSlot, 0, 0};
+  int left = index;
+#pragma unroll 8
+  for (int slot = 0; slot < rows.num_slots; ++slot) {
+    const int first = rows.starts[slot], end = rows.starts[slot + 1];
+    if (first < 0 || first > end || end > num_tokens) __trap();
+    look_in(tile, left, slot, first, end, size);
+  }
+  if constexpr (kHasOthers) {
+    look_in(tile, left, kNoSlot, 0, rows.starts[0], size);
+    look_in(tile, left, kNoSlot, rows.starts[rows.num_slots], num_tokens, size);
+  }
+  return tile;
 }
 
 __device__ __forceinline__ int rank_of(const LoraRows& rows, int slot, int part) {

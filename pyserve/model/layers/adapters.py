@@ -14,7 +14,7 @@ import torch
 from pyserve.model.adapter_weights import Pair, Target
 from pyserve.model.context import AdapterRows
 from pyserve.model.placement import Placement, Rows, Shard
-from pyserve.ops.lora import lora_expand, lora_shrink
+from pyserve.ops.lora import lora_expand, lora_expand_silu_mul, lora_shrink
 
 
 class LinearAdapters:
@@ -48,11 +48,27 @@ class LinearAdapters:
         if placement.device.type != "meta":
             self._columns.copy_(torch.tensor(self._bounds, dtype=torch.int32))
 
-    def __call__(self, x: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
-        """out [num_tokens, out_features] += what the adapters of its tokens make of x, in place."""
+    def shrink(
+        self, x: torch.Tensor, rows: AdapterRows, squares: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:  # fmt: skip
+        """The first half, to which `expand` or `expand_silu_mul` is the second: what the adapters
+        of its tokens make of x [num_tokens, inputs here] stands in `rows` until the next call of
+        any Linear. With `squares` x is what a norm is a factor of, as Linear.of_scaled's."""
+        lora_shrink(
+            x, self._a, rows.starts, self._ranks, self._scales, rows.shrunk[self.num_parts],
+            squares, eps,
+        )  # fmt: skip
+
+    def expand(self, rows: AdapterRows, out: torch.Tensor) -> None:
+        """out [num_tokens, out_features] += the rest of it, in place."""
         shrunk = rows.shrunk[self.num_parts]
-        lora_shrink(x, self._a, rows.starts, self._ranks, self._scales, shrunk)
         lora_expand(shrunk, self._b, rows.starts, self._ranks, self._columns, out)
+
+    def expand_silu_mul(self, rows: AdapterRows, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """silu(gate) * up of gate_up [num_tokens, out_features] and the rest -> out, of half."""
+        shrunk = rows.shrunk[self.num_parts]
+        lora_expand_silu_mul(shrunk, self._b, rows.starts, self._ranks, self._columns, gate_up, out)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the Linear's matrix is row rows[i] of those that the checkpoint gives it."""

@@ -67,7 +67,9 @@ class Linear:
     `add` and `silu_mul` are there where a step between would find no place: not where the scheme
     cannot, nor where the other ranks' part is still to come. Where `has_norm_factor`, so are those
     that leave a norm to be a factor, for ops.MAX_NORM_ROWS. In a step with tokens that use an
-    adapter, whose part is added to y, only a call and `add` will do.
+    adapter its part of y is added to what is there already before the matrix's where that is added
+    too, so that what follows is left to the matrix; the first half of it is worked out before the
+    matrix's in any case, which asks for its weights meanwhile.
 
     adapters  None where the placement has no slots for any.
     """
@@ -129,9 +131,12 @@ class Linear:
         self, x: torch.Tensor, out: torch.Tensor, adapters: AdapterRows | None = None
     ) -> None:
         """x [num_tokens, inputs here] -> out [num_tokens, out_features]"""
-        self.matrix(x, self.bias, out)
-        if adapters is not None and self.adapters is not None:
-            self.adapters(x, adapters, out)
+        if adapters is None or self.adapters is None:
+            self.matrix(x, self.bias, out)
+        else:
+            self.adapters.shrink(x, adapters)
+            self.matrix(x, self.bias, out)
+            self.adapters.expand(adapters, out)
         if self._group is not None:
             self._group.all_reduce(out)
 
@@ -139,37 +144,65 @@ class Linear:
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None
     ) -> None:
         """residual [num_tokens, out_features] += y in place; where `has_add`."""
+        self._add_adapters(x, residual, adapters)
         self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
-        if adapters is not None and self.adapters is not None:
-            self.adapters(x, adapters, residual)
 
-    def silu_mul(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    def silu_mul(
+        self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> None:  # fmt: skip
         """silu(gate) * up -> out [num_tokens, out_features / 2], where y is gate, then up.
 
         Where `has_silu_mul`; gate_up has room for y.
         """
-        self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
+        if adapters is None or self.adapters is None:
+            self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
+        else:
+            self.adapters.shrink(x, adapters)
+            self.matrix(x, self.bias, gate_up)
+            self.adapters.expand_silu_mul(adapters, gate_up, out)
 
     def add_for_norm(
         self, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor,
-        scaled: torch.Tensor, squares: torch.Tensor,
+        scaled: torch.Tensor, squares: torch.Tensor, adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
         """`add`, and what a norm of the residual needs -> scaled, squares; where `has_add` too."""
+        self._add_adapters(x, residual, adapters)
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
 
     def of_scaled(
-        self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor
-    ) -> None:
+        self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> None:  # fmt: skip
         """y of what the norm would make, given `scaled` as x and `squares`."""
-        self.matrix.of_scaled(x, self.bias, out, squares, eps)  # type: ignore[attr-defined]
+        matrix: NormingScheme = self.matrix  # type: ignore[assignment]
+        if adapters is None or self.adapters is None:
+            matrix.of_scaled(x, self.bias, out, squares, eps)
+        else:
+            self.adapters.shrink(x, adapters, squares, eps)
+            matrix.of_scaled(x, self.bias, out, squares, eps)
+            self.adapters.expand(adapters, out)
 
     def silu_mul_of_scaled(
-        self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor
-    ) -> None:
+        self, x: torch.Tensor, squares: torch.Tensor, eps: float, gate_up: torch.Tensor,
+        out: torch.Tensor, adapters: AdapterRows | None = None,
+    ) -> None:  # fmt: skip
         """`silu_mul` of what the norm would make; where `has_silu_mul` too."""
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
-        matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
+        if adapters is None or self.adapters is None:
+            matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
+        else:
+            self.adapters.shrink(x, adapters, squares, eps)
+            matrix.of_scaled(x, self.bias, gate_up, squares, eps)
+            self.adapters.expand_silu_mul(adapters, gate_up, out)
+
+    def _add_adapters(
+        self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None
+    ) -> None:
+        if adapters is not None and self.adapters is not None:
+            self.adapters.shrink(x, adapters)
+            self.adapters.expand(adapters, residual)
 
     @property
     def num_params(self) -> int:

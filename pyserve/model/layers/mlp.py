@@ -8,7 +8,7 @@ import torch
 
 from pyserve import ops
 from pyserve.model.activations import Arena, MLPActivations
-from pyserve.model.context import AdapterRows, ForwardContext
+from pyserve.model.context import ForwardContext
 from pyserve.model.destination import Destinations
 from pyserve.model.layer_config import Activation, LayerNames, MLPConfig
 from pyserve.model.layers.linear import Apply, Linear, Output, fused_outputs
@@ -64,10 +64,11 @@ class MLP:
         self, x: torch.Tensor, ctx: ForwardContext, act: MLPActivations, out: torch.Tensor
     ) -> None:
         """x [num_tokens, hidden_size] -> out, of the same shape"""
-        if self._is_fused and ctx.adapters is None:
-            self.gate_up.silu_mul(x, act.gate_up, act.activated)
-        else:  # what adapters add comes before the activation
-            self._two_calls(x, act.gate_up, act.activated, ctx.adapters)
+        if self._is_fused:
+            self.gate_up.silu_mul(x, act.gate_up, act.activated, ctx.adapters)
+        else:
+            self.gate_up(x, act.gate_up, ctx.adapters)
+            self._activation(act.gate_up, act.activated)
         self._project(act.activated, out, ctx.adapters)
 
     @property
@@ -85,13 +86,6 @@ class MLP:
         """Whether the norms before and behind can be factors."""
         is_before = self.gate_up.has_norm_factor and self._is_fused
         return is_before and self.is_adding and self.down.has_norm_factor
-
-    def _two_calls(
-        self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
-        adapters: AdapterRows | None,
-    ) -> None:  # fmt: skip
-        self.gate_up(x, gate_up, adapters)
-        self._activation(gate_up, out)
 
     def activations(self, arena: Arena, num_tokens: int) -> MLPActivations:
         width = self.gate_up.out_features

@@ -1,0 +1,228 @@
+// The kernels of adapters (cuda/gpu/lora) on a CPU, by emulated_sm90a.h: both together, results are
+// held against float64 sums. Prints what is wrong; its exit code is 1 then. Arguments: rounds, and 1 to
+// expect the sums of other adapters, which must be found wrong.
+#include "emulated_sm90a.h"
+
+struct uint2 {
+  uint32_t x, y;
+};
+[[noreturn]] void __trap() { machine::fail("a kernel trapped"); }
+
+namespace pyserve::gpu {
+float __fdividef(float a, float b) { return a / b; }
+float exp2_approx(float x) { return std::exp2(x); }
+#include "gate.cuh.inc"
+#include "lora.h.inc"
+#include "segments.cuh.inc"
+}  // namespace pyserve::gpu
+namespace pyserve::gpu::shrink {
+#include "shrink.cu.inc"
+}  // namespace pyserve::gpu::shrink
+namespace pyserve::gpu::expand {
+#include "expand.cu.inc"
+}  // namespace pyserve::gpu::expand
+
+using namespace pyserve::gpu;
+
+namespace {
+
+constexpr float kEps = 1e-5f;
+int shift = 0;  // of the slots that are expected
+
+template <class T>
+std::vector<T> randoms(size_t count, float scale) {
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<T> values(count);
+  for (auto& value : values) value = from_float<T>(normal(machine::random));
+  return values;
+}
+
+int any_of(std::initializer_list<int> choices) {
+  return choices.begin()[machine::random() % choices.size()];
+}
+
+// Tokens of each slot behind `first` without, and `last` more; parts' columns; one line of a failure.
+struct Shape {
+  std::vector<int> tokens;
+  int first, last, num_parts, part_columns, max_rank, k, num_splits;
+  bool is_gated, has_norm;
+
+  int num_tokens() const {
+    int sum = first + last;
+    for (const int count : tokens) sum += count;
+    return sum;
+  }
+  int num_slots() const { return static_cast<int>(tokens.size()); }
+  int columns() const { return num_parts * part_columns; }
+};
+
+template <class T>
+struct Case {
+  Shape s;
+  std::vector<T> x, a, b, old, out;
+  std::vector<int32_t> starts, ranks, bounds;
+  std::vector<float> scales, squares, shrunk;
+  int num_squares, out_stride;
+
+  explicit Case(const Shape& shape) : s(shape) {
+    const int num_tokens = s.num_tokens();
+    x = randoms<T>(size_t(num_tokens) * s.k, 1.0f);
+    a = randoms<T>(size_t(s.num_slots()) * s.num_parts * s.max_rank * s.k, 1 / std::sqrt(float(s.k)));
+    b = randoms<T>(size_t(s.num_slots()) * s.columns() * s.max_rank, 1.0f);
+    old = randoms<T>(size_t(num_tokens) * s.columns(), 1.0f);
+    starts = {s.first};
+    for (const int count : s.tokens) starts.push_back(starts.back() + count);
+    for (int i = 0; i < s.num_slots() * s.num_parts; ++i) {
+      ranks.push_back(any_of({0, 1, s.max_rank / 2, s.max_rank, s.max_rank}));
+      scales.push_back(0.5f + machine::random() % 100 / 100.0f);
+    }
+    for (int part = 0; part <= s.num_parts; ++part) bounds.push_back(part * s.part_columns);
+    num_squares = (s.k + 15) / 16;
+    for (int i = 0; i < num_tokens * num_squares; ++i) {
+      squares.push_back(1.0f + machine::random() % 100);
+    }
+    shrunk.assign(size_t(s.num_splits) * num_tokens * s.num_parts * s.max_rank, NAN);
+    out_stride = s.is_gated ? s.columns() / 2 : s.columns();
+    out = s.is_gated ? std::vector<T>(size_t(num_tokens) * out_stride, from_float<T>(NAN)) : old;
+    poison();
+  }
+
+  int rank(int slot, int part) const { return ranks[slot * s.num_parts + part]; }
+
+  // What lies behind a rank.
+  void poison() {
+    for (int slot = 0; slot < s.num_slots(); ++slot) {
+      for (int part = 0; part < s.num_parts; ++part) {
+        for (int r = rank(slot, part); r < s.max_rank; ++r) {
+          const size_t row = size_t(slot * s.num_parts + part) * s.max_rank + r;
+          std::fill_n(&a[row * s.k], s.k, from_float<T>(NAN));
+          for (int c = 0; c < s.part_columns; ++c) {
+            const size_t column = size_t(slot) * s.columns() + part * s.part_columns + c;
+            b[column * s.max_rank + r] = from_float<T>(NAN);
+          }
+        }
+      }
+    }
+  }
+
+  void launch() {
+    const LoraRows rows{starts.data(), ranks.data(), s.num_parts, s.num_slots(), s.num_parts,
+                        s.max_rank, s.num_tokens()};
+    const int64_t token = s.num_parts * s.max_rank;
+    const LoraShrunk between{shrunk.data(), s.num_tokens() * token, token, s.max_rank, s.num_splits};
+    const Dtype dtype =
+        std::is_same_v<T, __nv_bfloat16> ? Dtype::kBfloat16 : Dtype::kFloat16;
+    const LoraShrinkParams down{.rows = rows,
+                                .x = x.data(),
+                                .x_stride = s.k,
+                                .a = a.data(),
+                                .a_slot_stride = token * s.k,
+                                .a_part_stride = int64_t{s.max_rank} * s.k,
+                                .a_stride = s.k,
+                                .scales = scales.data(),
+                                .scales_stride = s.num_parts,
+                                .x_squares = s.has_norm ? squares.data() : nullptr,
+                                .x_squares_stride = num_squares,
+                                .eps = kEps,
+                                .out = between,
+                                .k = s.k,
+                                .dtype = dtype};
+    shrink::launch_lora_shrink(down, nullptr);
+    const LoraExpandParams up{.rows = rows,
+                              .shrunk = between,
+                              .b = b.data(),
+                              .b_slot_stride = int64_t{s.columns()} * s.max_rank,
+                              .b_stride = s.max_rank,
+                              .columns = bounds.data(),
+                              .gate_up = s.is_gated ? old.data() : nullptr,
+                              .gate_up_stride = s.columns(),
+                              .out = out.data(),
+                              .out_stride = out_stride,
+                              .n = out_stride,
+                              .dtype = dtype};
+    expand::launch_lora_expand(up, nullptr);
+  }
+
+  // What a token's columns become, before any activation.
+  std::vector<double> sums(int token) const {
+    std::vector<double> sum(s.columns());
+    for (int c = 0; c < s.columns(); ++c) sum[c] = to_float(old[size_t(token) * s.columns() + c]);
+    int slot = 0;
+    while (slot < s.num_slots() && token >= starts[slot + 1]) ++slot;
+    if (token < starts[0] || slot == s.num_slots()) return sum;
+    slot = (slot + shift) % s.num_slots();
+    double factor = 1;
+    if (s.has_norm) {
+      double total = 0;
+      for (int i = 0; i < num_squares; ++i) total += squares[token * num_squares + i];
+      factor = 1 / std::sqrt(total / s.k + kEps);
+    }
+    for (int part = 0; part < s.num_parts; ++part) {
+      for (int r = 0; r < rank(slot, part); ++r) {
+        double product = 0;
+        const size_t row = size_t(slot * s.num_parts + part) * s.max_rank + r;
+        for (int i = 0; i < s.k; ++i) {
+          product += double{to_float(x[size_t(token) * s.k + i])} * to_float(a[row * s.k + i]);
+        }
+        product *= factor * scales[slot * s.num_parts + part];
+        for (int c = part * s.part_columns; c < (part + 1) * s.part_columns; ++c) {
+          sum[c] += product * to_float(b[(size_t(slot) * s.columns() + c) * s.max_rank + r]);
+        }
+      }
+    }
+    return sum;
+  }
+
+  void check() const {
+    const double half = std::is_same_v<T, __nv_bfloat16> ? 1.0 / 256 : 1.0 / 2048;
+    for (int token = 0; token < s.num_tokens(); ++token) {
+      const std::vector<double> sum = sums(token);
+      for (int c = 0; c < out_stride; ++c) {
+        double expected = sum[c], size = 1 + std::abs(sum[c]);
+        if (s.is_gated) {
+          const double up = sum[out_stride + c];
+          expected = sum[c] / (1 + std::exp(-sum[c])) * up;
+          size *= 1 + std::abs(up);
+        }
+        const double found = to_float(out[size_t(token) * out_stride + c]);
+        if (std::abs(found - expected) <= half * std::abs(expected) + 4e-3 * half * size) continue;
+        std::printf("wrong: token %d of %d, column %d: %g instead of %g (%d parts of %d, rank %d, k %d, "
+                    "%d splits, gated %d, norm %d)\n",
+                    token, s.num_tokens(), c, found, expected, s.num_parts, s.part_columns, s.max_rank,
+                    s.k, s.num_splits, s.is_gated, s.has_norm);
+        std::exit(1);
+      }
+    }
+  }
+};
+
+template <class T>
+void run(const Shape& shape) {
+  Case<T> c(shape);
+  c.launch();
+  c.check();
+}
+
+void run_both(const Shape& shape) {
+  run<__nv_bfloat16>(shape);
+  run<__half>(shape);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  shift = std::atoi(argv[2]);
+  for (int round = 0; round < std::atoi(argv[1]); ++round) {
+    // One token, as at one user; few; more than few, in tiles of 32 and of 64 tokens.
+    run_both({{0, 1, 0}, 0, 0, 3, 72, 16, 1024, 8, false, true});
+    run_both({{1, 0}, 0, 0, 2, 160, 16, 544, 8, true, true});
+    run_both({{5, 0, 19, 1}, 2, 3, 2, 40, any_of({8, 12, 24}), 256, any_of({1, 3}), false, false});
+    run_both({{5, 17, 0, 1}, 2, 3, any_of({1, 2}), 40, any_of({4, 16, 20}), 288, 2, true, false});
+    run_both({{33, 70, 1}, 1, 4, 2, 48, any_of({16, 40}), 64, 1, false, true});
+    run_both({{40, 0, 66}, 3, 2, 2, 136, 16, 64, any_of({1, 2}), true, false});
+    // Neither rows nor columns begin where 16 bytes do.
+    run_both({{3, 18}, 1, 1, 3, 37, 7, 53, 2, false, false});
+    run_both({{3, 70}, 1, 1, 2, 37, 7, 53, 1, true, true});
+  }
+}
