@@ -1,6 +1,6 @@
-// A norm between two linears as a factor (common/epilogue.h): what linear.cpp does for it beside the
-// products. It is here for what a card does to be served and tested on a CPU, where it pays for one
-// row alone.
+// A norm between two linears as a factor (common/epilogue.h): what linear.cpp does for it beside
+// the products. It is here for what a card does to be served and tested on a CPU, where it pays for
+// one row alone.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,8 @@
 namespace pyserve {
 namespace {
 
-// What the norm before multiplies the sums of each of m rows of k columns by; empty where there is none.
+// What the norm before multiplies the sums of each of m rows of k columns by; empty where there is
+// none.
 inline std::vector<float> norm_factors(const Squares& squares, int64_t m, int64_t k, double eps) {
   if (squares.data == nullptr) return {};
   std::vector<float> factors(m);

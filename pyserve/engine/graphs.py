@@ -19,7 +19,7 @@ MAX_GRAPH_TOKENS = 512  # of a recorded step: a larger one takes longer than its
 # samplings on an H200.
 NODE_BYTES = 4800
 NODES_PER_LAYER = 10
-ADAPTER_NODES_PER_LAYER = 18  # two more for each Linear, and nothing is fused with what follows
+ADAPTER_NODES_PER_LAYER = 18  # in records of their own: two more for each Linear
 
 
 def graph_sizes(max_num_tokens: int) -> list[int]:

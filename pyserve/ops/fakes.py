@@ -13,11 +13,11 @@ OP_NAMES = (
     "linear_silu_mul", "serves_linear", "linear_w4a16", "dequantise_w4a16",
     "serves_linear_w4a16", "try_linear_w4a16", "grouped_linear_w4a16", "linear_fp8",
     "dequantise_fp8", "serves_linear_fp8", "grouped_linear_fp8", "lora_shrink", "lora_expand",
-    "lora_expand_silu_mul", "silu_mul", "gelu_tanh_mul", "route", "grouped_linear", "grouped_linear_silu_mul",
-    "combine_experts", "paged_attention", "rope_attention", "plan_attention", "rope_write_latent",
-    "latent_attention", "batched_linear", "plan_step", "sample", "apply_bitmask", "logprobs",
-    "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
-    "broadcast_tokens",
+    "lora_expand_silu_mul", "silu_mul", "gelu_tanh_mul", "route", "grouped_linear",
+    "grouped_linear_silu_mul", "combine_experts", "paged_attention", "rope_attention",
+    "plan_attention", "rope_write_latent", "latent_attention", "batched_linear", "plan_step",
+    "sample", "apply_bitmask", "logprobs", "all_reduce_add_norm",
+    "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows", "broadcast_tokens",
 )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def test_every_op_is_measured(
     measured = {result["op"] for result in data["results"]}
     others = {"plan_attention", "rope_attention", "serves_linear"}
     others |= {"serves_linear_w4a16", "serves_linear_fp8", "try_linear_w4a16"}
-    others |= {"lora_shrink", "lora_expand"}  # of which bench.gpu_lora tells, on a card
+    # Of these bench.gpu_lora tells, on a card.
+    others |= {"lora_shrink", "lora_expand", "lora_expand_silu_mul"}
     # And bench.gpu_peers of these, on several.
     others |= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     others |= {"broadcast_tokens"}

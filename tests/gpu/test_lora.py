@@ -1,5 +1,6 @@
-"""lora_shrink and lora_expand on CUDA: ratio rule on odd shapes and ranks, by segments; a row's
-result depends on nothing but the row; both are replayed in a graph with other tokens."""
+"""lora_shrink, lora_expand and lora_expand_silu_mul on CUDA: ratio rule on odd shapes and ranks, by
+segments, behind a norm and before an activation; a row's result depends on nothing but the row; a
+graph of them is replayed with other tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ import torch
 
 from pyserve.ops import lora
 from tests.ops import oracle
-from tests.ops.lora_cases import NAN, exactly, make_case, run, run_twin, starts_of
+from tests.ops.lora_cases import (
+    EPS,
+    NAN,
+    exactly,
+    make_case,
+    run,
+    run_twin,
+    squares_of,
+    starts_of,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 CASES: list[tuple[list[list[int]], list[int], int]] = [
@@ -18,7 +28,7 @@ CASES: list[tuple[list[list[int]], list[int], int]] = [
     ([[16, 16]] * 8, [640, 640], 2048),
     ([[3, 7]], [37, 5], 259),
 ]
-LENGTHS = [1, 3, 16, 17, 64, 65, 300]
+LENGTHS = [1, 3, 16, 17, 64, 65, 300, 700]
 
 
 @pytest.mark.sanitize
@@ -44,6 +54,39 @@ def test_sums(case_index: int, length: int, dtype: torch.dtype) -> None:
     assert torch.equal(wide[sum(lengths) :], before[sum(lengths) :])
 
 
+GATED: list[tuple[list[list[int]], list[int], int]] = [
+    ([[16, 16], [0, 40], [0, 0], [8, 5]], [1792, 1792], 4096),
+    ([[64], [17]], [1000], 1032),
+    ([[3, 7]] * 2, [37, 37], 259),
+]
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("case_index", range(len(GATED)))
+def test_before_an_activation(
+    case_index: int, length: int, has_norm: bool, dtype: torch.dtype
+) -> None:
+    """Of all tokens, also of those without an adapter; behind a norm that is a factor or not."""
+    ranks, sizes, k = GATED[case_index]
+    case = make_case(ranks, sizes, k, max(map(max, ranks)) + 8, dtype, "cuda")
+    lengths = [2, *(length + slot for slot in range(len(ranks)))]
+    starts, num_tokens = starts_of(*lengths).to("cuda"), sum(lengths) + 3
+    x = torch.randn(num_tokens, k, device="cuda").to(dtype)
+    gate_up = torch.randn(num_tokens, sum(sizes), device="cuda").to(dtype)
+    x_squares = squares_of(x) if has_norm else None
+    exact = oracle.silu_mul(exactly(case, x, starts, gate_up, x_squares))
+    wide = torch.full((num_tokens, sum(sizes) // 2 + 8), NAN, dtype=dtype, device="cuda")
+    plain, out = torch.empty_like(exact, dtype=dtype), wide[:, : sum(sizes) // 2]
+    run_twin(case, x, starts, gate_up.clone(), activated=plain, x_squares=x_squares)
+    run(case, x, starts, gate_up, activated=out, x_squares=x_squares)
+    # The twin rounds gate and up before.
+    oracle.assert_ratio(out, plain, exact, plain_float32_error=2 * torch.finfo(dtype).eps)
+    assert bool(wide[:, sum(sizes) // 2 :].isnan().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_batch_mates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -64,11 +107,15 @@ def test_a_graph_follows_the_starts() -> None:
     case = make_case([[16], [16]], [512], 512, 16, torch.bfloat16, "cuda")
     x = torch.randn(24, 512, device="cuda").bfloat16()
     starts, out = starts_of(0, 24, 0).to("cuda"), torch.zeros(24, 512, device="cuda").bfloat16()
-    shrunk = torch.full((24, 1, 16), NAN, device="cuda")
+    activated, squares = torch.empty(24, 256, device="cuda").bfloat16(), squares_of(x)
+    shrunk = torch.full((lora.MAX_SPLITS, 24, 1, 16), NAN, device="cuda")
 
     def call() -> None:
         lora.lora_shrink(x, case.a, starts, case.ranks, case.scales, shrunk)
-        lora.lora_expand(shrunk, case.b, starts, case.ranks, case.columns, out)
+        rest = shrunk, case.b, starts, case.ranks, case.columns, out
+        lora.lora_expand(*rest)
+        lora.lora_shrink(x, case.a, starts, case.ranks, case.scales, shrunk, squares, EPS)
+        lora.lora_expand_silu_mul(*rest, activated)
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -81,3 +128,6 @@ def test_a_graph_follows_the_starts() -> None:
         expected = torch.zeros_like(out)
         run(case, x, starts, expected)
         assert torch.equal(out, expected)
+        also = torch.empty_like(activated)
+        run(case, x, starts, expected.clone(), activated=also, x_squares=squares)
+        assert torch.equal(activated, also)

@@ -1,6 +1,6 @@
 // The kernels of adapters (cuda/gpu/lora) on a CPU, by emulated_sm90a.h: both together, results are
-// held against float64 sums. Prints what is wrong; its exit code is 1 then. Arguments: rounds, and 1 to
-// expect the sums of other adapters, which must be found wrong.
+// held against float64 sums. Prints what is wrong; its exit code is 1 then. Arguments: rounds, and
+// 1 to expect the sums of other adapters, which must be found wrong.
 #include "emulated_sm90a.h"
 
 struct uint2 {
@@ -41,7 +41,8 @@ int any_of(std::initializer_list<int> choices) {
   return choices.begin()[machine::random() % choices.size()];
 }
 
-// Tokens of each slot behind `first` without, and `last` more; parts' columns; one line of a failure.
+// Tokens of each slot behind `first` without, and `last` more; parts' columns; one line of a
+// failure.
 struct Shape {
   std::vector<int> tokens;
   int first, last, num_parts, part_columns, max_rank, k, num_splits;
@@ -67,7 +68,8 @@ struct Case {
   explicit Case(const Shape& shape) : s(shape) {
     const int num_tokens = s.num_tokens();
     x = randoms<T>(size_t(num_tokens) * s.k, 1.0f);
-    a = randoms<T>(size_t(s.num_slots()) * s.num_parts * s.max_rank * s.k, 1 / std::sqrt(float(s.k)));
+    const size_t num_rows = size_t(s.num_slots()) * s.num_parts * s.max_rank;
+    a = randoms<T>(num_rows * s.k, 1 / std::sqrt(float(s.k)));
     b = randoms<T>(size_t(s.num_slots()) * s.columns() * s.max_rank, 1.0f);
     old = randoms<T>(size_t(num_tokens) * s.columns(), 1.0f);
     starts = {s.first};
@@ -109,7 +111,8 @@ struct Case {
     const LoraRows rows{starts.data(), ranks.data(), s.num_parts, s.num_slots(), s.num_parts,
                         s.max_rank, s.num_tokens()};
     const int64_t token = s.num_parts * s.max_rank;
-    const LoraShrunk between{shrunk.data(), s.num_tokens() * token, token, s.max_rank, s.num_splits};
+    const LoraShrunk between{shrunk.data(), s.num_tokens() * token, token, s.max_rank,
+                             s.num_splits};
     const Dtype dtype =
         std::is_same_v<T, __nv_bfloat16> ? Dtype::kBfloat16 : Dtype::kFloat16;
     const LoraShrinkParams down{.rows = rows,
@@ -186,10 +189,11 @@ struct Case {
         }
         const double found = to_float(out[size_t(token) * out_stride + c]);
         if (std::abs(found - expected) <= half * std::abs(expected) + 4e-3 * half * size) continue;
-        std::printf("wrong: token %d of %d, column %d: %g instead of %g (%d parts of %d, rank %d, k %d, "
-                    "%d splits, gated %d, norm %d)\n",
-                    token, s.num_tokens(), c, found, expected, s.num_parts, s.part_columns, s.max_rank,
-                    s.k, s.num_splits, s.is_gated, s.has_norm);
+        std::printf(
+            "wrong: token %d of %d, column %d: %g instead of %g (%d parts of %d, rank %d, k %d, "
+            "%d splits, gated %d, norm %d)\n",
+            token, s.num_tokens(), c, found, expected, s.num_parts, s.part_columns, s.max_rank, s.k,
+            s.num_splits, s.is_gated, s.has_norm);
         std::exit(1);
       }
     }

@@ -152,7 +152,13 @@ def test_refusals(is_native: bool) -> None:
 
 def test_the_kernels_of_a_card_give_the_sums_of_float64(tmp_path: Path) -> None:
     """Their sources on a CPU; with the adapters of other slots the same sums are wrong."""
-    kernels = "core/gate.cuh", "lora/lora.h", "lora/segments.cuh", "lora/shrink.cu", "lora/expand.cu"
+    kernels = (
+        "core/gate.cuh",
+        "lora/lora.h",
+        "lora/segments.cuh",
+        "lora/shrink.cu",
+        "lora/expand.cu",
+    )
     program = emulated.build(tmp_path, "lora", kernels)
     done = emulated.run(program, 2, 0)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr

@@ -1,5 +1,5 @@
-// The arguments of lora_shrink, lora_expand and lora_expand_silu_mul, checked. What starts, ranks and columns hold is the
-// kernel's to check.
+// The arguments of lora_shrink, lora_expand and lora_expand_silu_mul, checked. What starts, ranks
+// and columns hold is the kernel's to check.
 #pragma once
 
 #include <optional>

@@ -1,19 +1,22 @@
 // lora_expand: out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], s being the slot of t's
 // adapter, p the part that column j belongs to, and r below its rank.
-//   shrunk float32 [num_splits, num_tokens, num_parts, max_rank], the sum over splits; b [num_slots, n,
-//   max_rank], out [num_tokens, n]
-// lora_expand_silu_mul: out = silu(gate) * up of what that makes of gate_up [num_tokens, 2 n] = gate |
-// up, whose parts are both, or are one; of all tokens.
+//   shrunk float32 [num_splits, num_tokens, num_parts, max_rank], the sum over splits; b
+//   [num_slots, n, max_rank], out [num_tokens, n]
+// lora_expand_silu_mul: out = silu(gate) * up of what that makes of gate_up [num_tokens, 2 n] =
+// gate | up, whose parts are both, or are one; of all tokens.
 //
-// A CTA takes tokens of one slot by 256 columns, a warp two strips of 32: neighbours of one part, or a
-// strip of gate and the one of up. A part's columns are divided from its own first one on, so no tile
-// has two parts. CTAs beyond what there is end at once: the grid depends on shapes alone. As in
-// shrink.cu the order of r within a piece of 16 is what suits the loads: a lane takes 4 neighbours. So
-// is the order of columns in a strip: of its four products a lane has 8 neighbours. What was shrunk is
-// float32: it is multiplied as the sum of two 16-bit numbers, which keeps 16 of its bits or more.
+// A CTA takes tokens of one slot by 256 columns, a warp two strips of 32: neighbours of one part,
+// or a strip of gate and the one of up. A part's columns are divided from its own first one on, so
+// no tile has two parts. CTAs beyond what there is end at once: the grid depends on shapes alone.
+// As in shrink.cu the order of r within a piece of 16 is what suits the loads: a lane takes 4
+// neighbours. So is the order of columns in a strip: of its four products a lane has 8 neighbours.
+// What was shrunk is float32: it is multiplied as the sum of two 16-bit numbers, which keeps 16 of
+// its bits or more. What few tokens wait for is one load after the other, so all splits are asked
+// for at once.
 // Numerics: float32 sums, one rounding of what is added to out, or of what it becomes. The order
 // depends on the rank and the number of splits alone.
-// Floor: bytes, 2 * rank of each column of B, and 4 of each element of out (6 of lora_expand_silu_mul).
+// Floor: bytes, 2 * rank of each column of B, and 4 of each element of out (6 of
+// lora_expand_silu_mul).
 #include "gpu/core/gate.cuh"
 #include "gpu/core/vec.cuh"
 #include "gpu/lora/segments.cuh"
@@ -88,13 +91,14 @@ struct Halves {
   uint2 value, rest;
 };
 
-template <class T>
+template <class T, bool kIsSplit>
 __device__ __forceinline__ Halves load_shrunk(const LoraShrunk& shrunk, const float* row,
                                               bool is_there, int r, int rank) {
   float x[4] = {};
+  const int num_splits = kIsSplit ? shrunk.num_splits : 1;
   if (is_there) {
-#pragma unroll 2
-    for (int split = 0; split < shrunk.num_splits; ++split) {
+#pragma unroll kIsSplit ? 8 : 1
+    for (int split = 0; split < num_splits; ++split) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (r + j < rank) x[j] += row[split * shrunk.split_stride + r + j];
@@ -133,8 +137,8 @@ __device__ __forceinline__ void store_eight(T* row, int column, int end, bool is
   }
 }
 
-// What 16 tokens from `token` on get in a strip: lane's values of token group and of group + 8, each
-// of 8 neighbouring columns, in pairs.
+// What 16 tokens from `token` on get in a strip: lane's values of token group and of group + 8,
+// each of 8 neighbouring columns, in pairs.
 template <class T>
 struct Products {
   float of[kTiles][4];
@@ -170,7 +174,7 @@ struct Alignment {
 };
 
 // 16 tokens from `token` on, `count` of them, in a warp's two strips.
-template <class T, bool kIsGated>
+template <class T, bool kIsGated, bool kIsSplit>
 __device__ __forceinline__ void expand_tile(const LoraExpandParams& p, const Strip (&strips)[2],
                                             int slot, int64_t token, int count, Alignment aligned) {
   const int lane = threadIdx.x % kWarpSize, group = lane / 4, place = lane % 4;
@@ -199,8 +203,8 @@ __device__ __forceinline__ void expand_tile(const LoraExpandParams& p, const Str
     for (int s = 0; s < 2; ++s) {
       if (s == 0 || kIsGated) {
         const float* own = row + strips[s].part * p.shrunk.part_stride;
-        low = load_shrunk<T>(p.shrunk, own, group < count, r, strips[s].rank);
-        high = load_shrunk<T>(p.shrunk, own + 8 * p.shrunk.stride, group + 8 < count, r,
+        low = load_shrunk<T, kIsSplit>(p.shrunk, own, group < count, r, strips[s].rank);
+        high = load_shrunk<T, kIsSplit>(p.shrunk, own + 8 * p.shrunk.stride, group + 8 < count, r,
                               strips[s].rank);
       }
       products[s].add(strips[s], b, static_cast<int>(p.b_stride), r, low, high, aligned.b);
@@ -226,8 +230,8 @@ __device__ __forceinline__ void expand_tile(const LoraExpandParams& p, const Str
   }
 }
 
-template <class T, bool kIsGated>
-__global__ void __launch_bounds__(kThreads, 4)
+template <class T, bool kIsGated, bool kIsSplit>
+__global__ void __launch_bounds__(kThreads, kIsSplit ? 2 : 4)
     expand_kernel(LoraExpandParams p, int column_blocks, int tile_tokens, Alignment aligned) {
   pdl_launch_dependents();
   pdl_wait();
@@ -240,13 +244,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 #pragma unroll 1
   for (int first = 0; first < tile.count; first += kMmaTokens) {
-    expand_tile<T, kIsGated>(p, strips, tile.slot, tile.begin + first,
+    expand_tile<T, kIsGated, kIsSplit>(p, strips, tile.slot, tile.begin + first,
                              min(tile.count - first, kMmaTokens), aligned);
   }
 }
 
-template <class T, bool kIsGated>
-cudaError_t launch_as(const LoraExpandParams& p, cudaStream_t stream) {
+template <class T, bool kIsGated, bool kIsSplit>
+cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
   const Alignment aligned{
       .b = reinterpret_cast<uintptr_t>(p.b) % 8 == 0 && (p.b_stride | p.b_slot_stride) % 4 == 0,
       .rows = is_vec_aligned(p.out, p.out_stride) && is_vec_aligned(p.gate_up, p.gate_up_stride)};
@@ -255,8 +259,15 @@ cudaError_t launch_as(const LoraExpandParams& p, cudaStream_t stream) {
   const int tile_tokens = p.rows.num_tokens <= kFewTokens ? kMmaTokens : kManyTokens;
   const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, tile_tokens,
                                             p.rows.num_slots + (kIsGated ? 2 : 0));
-  return launch_chained(expand_kernel<T, kIsGated>, static_cast<unsigned>(num_tiles * column_blocks),
-                        kThreads, 0, stream, p, column_blocks, tile_tokens, aligned);
+  return launch_chained(expand_kernel<T, kIsGated, kIsSplit>,
+                        static_cast<unsigned>(num_tiles * column_blocks), kThreads, 0, stream, p,
+                        column_blocks, tile_tokens, aligned);
+}
+
+template <class T, bool kIsGated>
+cudaError_t launch_as(const LoraExpandParams& p, cudaStream_t stream) {
+  return p.shrunk.num_splits > 1 ? launch_tiles<T, kIsGated, true>(p, stream)
+                                 : launch_tiles<T, kIsGated, false>(p, stream);
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ struct LoraRows {
   int64_t num_tokens;
 };
 
-// What x becomes: float32 [num_splits, num_tokens, num_parts, max_rank], to be added up over splits.
+// What x becomes: float32 [num_splits, num_tokens, num_parts, max_rank], to be added up over
+// splits.
 struct LoraShrunk {
   float* data;
   int64_t split_stride, stride, part_stride;  // stride: of a token

@@ -35,8 +35,8 @@ __device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, in
   left -= num_tiles;
 }
 
-// The index-th of all tiles, slot by slot. kHasOthers: also of tokens that no slot has, kNoSlot. All
-// of the starts are looked at, so that none is waited for before the next is asked for.
+// The index-th of all tiles, slot by slot. kHasOthers: also of tokens that no slot has, kNoSlot.
+// All of the starts are looked at, so that none is waited for before the next is asked for.
 template <bool kHasOthers>
 __device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index, int size) {
   const int num_tokens = static_cast<int>(rows.num_tokens);

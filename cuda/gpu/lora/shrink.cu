@@ -6,13 +6,14 @@
 //
 // A CTA takes some tokens of one slot by some rows of A, those of all parts one after the other, by
 // one split of k; CTAs beyond what there is end at once, so the grid depends on shapes alone. Its 8
-// warps share k: warp w takes every 8th piece of 32 columns. A product is mma m16n8k16, whose columns
-// of k may stand in any order that both sides agree on: so each lane loads 16 bytes of a row and feeds
-// two steps with them. Few tokens take 16 by 8 rows a CTA, as many CTAs as there are: what counts then
-// is that many SMs ask for A, and that a warp asks for all of its part at once; so k is split too.
-// Many tokens take 32 by 32, as A would be read again for each 16 tokens else, and x for each 8 rows.
-// Numerics: float32 sums, one warp's after the other. The order of a sum depends on k and on the number
-// of splits alone.
+// warps share k: warp w takes every 8th piece of 32 columns. A product is mma m16n8k16, whose
+// columns of k may stand in any order that both sides agree on: so each lane loads 16 bytes of a
+// row and feeds two steps with them. Few tokens take 16 by 8 rows a CTA, as many CTAs as there are:
+// what counts then is that many SMs ask for A, and that a warp asks for all of its part at once; so
+// k is split too. Many tokens take 32 by 32, as A would be read again for each 16 tokens else, and
+// x for each 8 rows.
+// Numerics: float32 sums, one warp's after the other. The order of a sum depends on k and on the
+// number of splits alone.
 // Floor: bytes, 2 * k of each row of A and of x; of one token, rank 16 and k 4096 the latency of a
 // launch.
 #include "common/epilogue.h"
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int token = m * kMmaTokens + group;
       const T* row = x + m * kMmaTokens * p.x_stride;
       low[m] = load_piece<T, kIsAligned>(row, token < tile.count, column, end);
-      high[m] = load_piece<T, kIsAligned>(row + 8 * p.x_stride, token + 8 < tile.count, column, end);
+      const bool has_high = token + 8 < tile.count;
+      high[m] = load_piece<T, kIsAligned>(row + 8 * p.x_stride, has_high, column, end);
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
