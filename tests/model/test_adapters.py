@@ -20,6 +20,7 @@ from pyserve.model.placement import Placement
 from tests.model import oracle, peft
 from tests.model.driver import Driver
 from tests.model.oracle import VOCAB_SIZE, relative_error
+from tests.model.test_activations import Calls
 
 PROMPTS = [random.Random(seed).choices(range(VOCAB_SIZE), k=9 + 3 * seed) for seed in range(9)]
 MAX_RANK = 256
@@ -99,6 +100,31 @@ def test_logits_obey_the_ratio_rule(name: str, dtype: torch.dtype, tmp_path: Pat
     assert relative_error(plain, exact) > (20 if dtype == torch.float32 else 2) * allowed
     without_slots = oracle.load_ours(tmp_path / "base", dtype)
     assert torch.equal(plain, Driver(without_slots).step({0: PROMPTS[5]}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_norms_of_few_tokens_may_be_factors(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As on a card: nothing that the base model fuses becomes a call of its own for adapters."""
+    prompt = PROMPTS[5]
+    model = make("llama", tmp_path / "base", dtype)
+    adapter = peft.write_adapter(tmp_path / "adapter", peft.shapes_of(model), rank=16, alpha=32)
+    exact, allowed = exact_and_allowed(tmp_path / "base", adapter, prompt, dtype)
+    decoder = load_with_slots(tmp_path / "base", dtype, num_slots=2, max_rank=MAX_RANK)
+    put(decoder, 1, adapter)
+    decoder._max_norm_rows = 32
+    with Calls() as calls:
+        logits = Driver(decoder).step({0: prompt}, 3, adapter_starts=[0, 0, len(prompt)])
+    assert relative_error(logits[: len(prompt)], exact) <= allowed
+    called = {name.split(".")[1]: count for name, count in calls.names.items() if "lora" in name}
+    num_layers = len(decoder.layers)
+    assert called == {
+        "lora_shrink": 4 * num_layers,
+        "lora_expand": 3 * num_layers,
+        "lora_expand_silu_mul": num_layers,
+    }
+    norms = [count for name, count in calls.names.items() if "rms_norm" in name]
+    assert sum(norms) == 2, "the first and the last"
+    assert "pyserve.silu_mul.default" not in calls.names
 
 
 @pytest.fixture(scope="module")
