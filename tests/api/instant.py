@@ -15,6 +15,7 @@ from pyserve.engine.block_manager import BlockManager
 from pyserve.engine.engine import Engine, Pending
 from pyserve.engine.masks import bitmask_words
 from pyserve.engine.scheduler import Scheduler
+from pyserve.engine.sleep import Sleep
 from pyserve.engine.slots import SlotAllocator
 
 NUM_BLOCKS, BLOCK_SIZE = 40_000, 16
@@ -64,6 +65,16 @@ class InstantRunner:
         pass
 
 
+class InstantSleeper:
+    """Has nothing to give back."""
+
+    def sleep(self, level: int) -> None:
+        pass
+
+    def wake_up(self) -> None:
+        pass
+
+
 def make_engine(
     vocab_size: int, *, max_model_len: int, num_slots: int, kind: type[E],
     pooling: PoolingInfo | None = None, max_queue: int = 1024,
@@ -88,4 +99,4 @@ def make_engine(
         block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32", device="cpu",
         pooling=pooling, max_queue=max_queue,
     )  # fmt: skip
-    return kind(engine, info)
+    return kind(engine, info, sleep=Sleep(InstantSleeper()))
