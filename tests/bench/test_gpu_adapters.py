@@ -18,7 +18,8 @@ from pyserve.model.placement import META, Placement
 from tests.engine.tiny import CONFIG
 
 ASKED = [question for question in QUESTIONS if question.names][:2]  # one adapter, and all
-SMALL = {ONE_USER: (8, 4, 1), MANY_USERS: (8, 4, 9), LONG_PROMPT: (40, 2, 1)}
+# Answers of more tokens than one frame holds: of those in one there is no time between tokens.
+SMALL = {ONE_USER: (8, 24, 1), MANY_USERS: (8, 24, 9), LONG_PROMPT: (40, 2, 1)}
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def test_a_line_for_each_question(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"% (asked <= {question.limit_percent:g}): " in line
     figures = json.loads((tmp_path / "all.json").read_text())["ms"]
     assert len(figures) == 2 * len(ASKED) + 2 and all(ms > 0 for ms in figures.values())
-    sent = json.loads((tmp_path / "serve-8-4-1.json").read_text())["config"]
+    sent = json.loads((tmp_path / "serve-8-24-1.json").read_text())["config"]
     assert sent["models"] == ["a0"]
-    sent = json.loads((tmp_path / "serve-8-4-9.json").read_text())["config"]
+    sent = json.loads((tmp_path / "serve-8-24-9.json").read_text())["config"]
     assert sent["models"] == [f"a{number}" for number in range(NUM_ADAPTERS)]
 
 

@@ -113,11 +113,12 @@ def test_the_answers_of_one_process(
     size = ("--tensor-parallel-size", str(tp_size))
     with start_server(tmp_path / "log", *flags, *size) as server:
         assert len(followers_of(server.process.pid)) == tp_size - 1
-        assert_close(answers(server), expected)
-        if tp_size == 2:  # of four each answer takes long on the cores of a small machine
-            assert_close(answers(server), expected)  # prompts are in the prefix cache now
+        if tp_size == 2:
+            for _ in range(2):  # prompts are in the prefix cache then
+                assert_close(answers(server), expected)
             check_sleep(server, expected, (1, 2, 2))
-        else:
+        else:  # each answer takes long on the cores of a small machine
+            assert_close(answers(server, QUESTIONS[:1]), expected[:1])
             check_sleep(server, expected[:1], (2,))
         all_ids = followers_of(server.process.pid)
         os.kill(all_ids[0], signal.SIGTERM)  # as a service manager sends it to all

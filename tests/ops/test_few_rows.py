@@ -69,7 +69,7 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "experts/grouped_w4a16.h",
             "experts/grouped_gemm_w4a16_sm90a.cu",
         ),
-        2,
+        1,
     ),
     "latent": (
         (

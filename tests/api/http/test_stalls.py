@@ -148,7 +148,7 @@ REQUESTS: dict[tuple[str, str], Callable[[], bytes]] = {
         "x", guided_grammar='start: "' + "h" * 60_000 + '"'
     ),
     (COMPLETIONS, "what may be left out"): lambda: complete(
-        "x", guided_grammar="root ::= " + '"h"? ' * 800, n=10, temperature=1
+        "x", guided_grammar="root ::= " + '"h"? ' * 400, n=10, temperature=1
     ),
     (COMPLETIONS, "text"): lambda: complete("the quick brown fox " * 20_000),
     (COMPLETIONS, "texts"): lambda: complete(["the quick brown fox " * 400] * MAX_SEQS),
