@@ -5,20 +5,7 @@
 
 namespace pyserve::gpu {
 
-constexpr int64_t kMaxExperts = 512;
-
-struct GroupedParams {
-  const void* x;
-  int64_t x_stride;
-  const int32_t* order;
-  int top_k;
-  const void* weight;
-  int64_t expert_stride, weight_stride;
-  const int32_t* offsets;
-  void* out;
-  int64_t out_stride;
-  int num_experts, n, k;
-};
+#include "emulated_grouped.h"
 
 struct Fp8Scale {
   const float* data;
@@ -88,9 +75,24 @@ int check(const Shape& s) {
   std::vector<float> scales(num_experts * scale_stride);
   for (auto& scale : scales) scale = (1 + machine::random() % 64) * 1e-5f;
   std::vector<__nv_bfloat16> out((num_rows + 1) * out_stride, {kPoison});
-  const GroupedParams p{x.data(), stride, s.top_k == 0 ? nullptr : order.data(), top_k,
-                        weight.data(), int64_t{rows} * s.k, s.k, offsets.data(), out.data(),
-                        out_stride, num_experts, s.n, s.k};
+  const GroupedParams p{.x = x.data(),
+                        .x_stride = stride,
+                        .order = s.top_k == 0 ? nullptr : order.data(),
+                        .top_k = top_k,
+                        .weight = weight.data(),
+                        .expert_stride = int64_t{rows} * s.k,
+                        .weight_stride = s.k,
+                        .offsets = offsets.data(),
+                        .sorted_x = nullptr,
+                        .sorted_x_stride = 0,
+                        .out = out.data(),
+                        .out_stride = out_stride,
+                        .max_rows = num_rows,
+                        .num_experts = num_experts,
+                        .n = s.n,
+                        .k = s.k,
+                        .dtype = Dtype::kBfloat16,
+                        .epilogue = kEpilogue};
   const auto range = [](const auto& values, int last) {
     const auto* first = reinterpret_cast<const unsigned char*>(values.data());
     return std::pair(first, first + sizeof(values[0]) * last);

@@ -2,11 +2,11 @@
 // checked and handed to the kernels of this folder.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "common/args/experts.h"
 #include "gpu/core/bind.h"
+#include "gpu/experts/bind_grouped.h"
 #include "gpu/experts/experts.h"
 
 namespace pyserve {
@@ -74,27 +74,10 @@ void grouped(const ViewReader& read, const GroupedArgs& args, Epilogue epilogue,
   check_vectors(args.x);
   check_vectors(args.weight);
   check_vectors(args.out);
-  const bool has_order = args.order != nullptr;
-  const gpu::GroupedParams params{
-      .x = args.x.data,
-      .x_stride = args.x.stride(0),
-      .order = args.order,
-      .top_k = static_cast<int>(args.top_k),
-      .weight = args.weight.data,
-      .expert_stride = args.weight.stride(0),
-      .weight_stride = args.weight.stride(1),
-      .offsets = args.offsets.ptr<int32_t>(),
-      .sorted_x = has_order ? args.sorted_x.data : nullptr,
-      .sorted_x_stride = has_order ? args.sorted_x.stride(0) : 0,
-      .out = args.out.data,
-      .out_stride = args.out.stride(0),
-      .max_group = static_cast<int>(std::min(args.max_group, args.max_rows())),
-      .max_rows = static_cast<int>(args.max_rows()),
-      .num_experts = static_cast<int>(args.num_experts()),
-      .n = static_cast<int>(args.n()),
-      .k = static_cast<int>(args.k()),
-      .dtype = half_dtype(args.x),
-      .epilogue = epilogue};
+  gpu::GroupedParams params = grouped_params(args, epilogue);
+  params.weight = args.weight.data;
+  params.expert_stride = args.weight.stride(0);
+  params.weight_stride = args.weight.stride(1);
   PYSERVE_CHECK(params.num_experts <= kMaxExperts, read.op, ": ", params.num_experts, " experts");
   PYSERVE_CHECK(params.k > 0, read.op, ": x has no columns");
   check_launch(read.op, gpu::launch_grouped(params, stream));

@@ -1,11 +1,11 @@
 // The CUDA side of grouped_linear_fp8: arguments are checked and handed to grouped_few_rows_fp8.cu.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "common/args/linear_fp8.h"
 #include "gpu/core/bind.h"
+#include "gpu/experts/bind_grouped.h"
 #include "gpu/experts/grouped_fp8.h"
 #include "gpu/linear/bind_fp8.h"
 
@@ -24,26 +24,10 @@ void grouped_linear_fp8(const Tensor& x, const Tensor& weight, const Tensor& sca
   check_fp8_rows(read.op, args.x, matrix);
   PYSERVE_CHECK(args.num_experts() <= kMaxExperts && args.max_rows() < kMaxFp8Size, read.op, ": ",
                 args.num_experts(), " experts, ", args.max_rows(), " rows");
-  const gpu::GroupedParams params{
-      .x = args.x.data,
-      .x_stride = args.x.stride(0),
-      .order = args.order,
-      .top_k = static_cast<int>(args.top_k),
-      .weight = matrix.bytes,
-      .expert_stride = matrix.n * matrix.k,
-      .weight_stride = matrix.k,
-      .offsets = args.offsets.ptr<int32_t>(),
-      .sorted_x = nullptr,
-      .sorted_x_stride = 0,
-      .out = args.out.data,
-      .out_stride = args.out.stride(0),
-      .max_group = static_cast<int>(std::min(args.max_group, args.max_rows())),
-      .max_rows = static_cast<int>(args.max_rows()),
-      .num_experts = static_cast<int>(args.num_experts()),
-      .n = static_cast<int>(args.n()),
-      .k = static_cast<int>(args.k()),
-      .dtype = half_dtype(args.x),
-      .epilogue = args.epilogue};
+  gpu::GroupedParams params = grouped_params(args, args.epilogue);
+  params.weight = matrix.bytes;
+  params.expert_stride = matrix.n * matrix.k;
+  params.weight_stride = matrix.k;
   const int64_t scale_stride = matrix.num_scale_rows() * matrix.num_groups();
   check_launch(read.op, gpu::launch_grouped_fp8(params, fp8_scale(matrix), scale_stride,
                                                 current_stream(x)));

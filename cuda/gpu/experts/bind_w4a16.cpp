@@ -2,11 +2,11 @@
 // grouped_few_rows_w4a16.cu.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "common/args/linear_w4a16.h"
 #include "gpu/core/bind.h"
+#include "gpu/experts/bind_grouped.h"
 #include "gpu/experts/grouped_w4a16.h"
 
 namespace pyserve {
@@ -38,27 +38,10 @@ void grouped_linear_w4a16(const Tensor& x, const Tensor& packed,
                 read.op, ": ", args.num_experts(), " experts, ", args.max_rows(), " rows, ",
                 args.n(), " by ", args.k());
   PYSERVE_CHECK(args.k() > 0, read.op, ": x has no columns");
-  const bool has_room = sorted_x.has_value();
-  const gpu::GroupedParams params{
-      .x = args.x.data,
-      .x_stride = args.x.stride(0),
-      .order = args.order,
-      .top_k = static_cast<int>(args.top_k),
-      .weight = matrix.words,
-      .expert_stride = matrix.num_strips * matrix.strip_words(),
-      .weight_stride = matrix.strip_words(),
-      .offsets = args.offsets.ptr<int32_t>(),
-      .sorted_x = has_room ? args.sorted_x.data : nullptr,
-      .sorted_x_stride = has_room ? args.sorted_x.stride(0) : 0,
-      .out = args.out.data,
-      .out_stride = args.out.stride(0),
-      .max_group = static_cast<int>(std::min(args.max_group, args.max_rows())),
-      .max_rows = static_cast<int>(args.max_rows()),
-      .num_experts = static_cast<int>(args.num_experts()),
-      .n = static_cast<int>(args.n()),
-      .k = static_cast<int>(args.k()),
-      .dtype = half_dtype(args.x),
-      .epilogue = args.epilogue};
+  gpu::GroupedParams params = grouped_params(args, args.epilogue);
+  params.weight = matrix.words;
+  params.expert_stride = matrix.num_strips * matrix.strip_words();
+  params.weight_stride = matrix.strip_words();
   check_launch(read.op, gpu::launch_grouped_w4a16(params, matrix.format.group_size,
                                                   current_stream(x)));
 }
