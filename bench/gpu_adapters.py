@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,13 +157,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    temporary = Path(tempfile.gettempdir())
-    add("--folder", type=Path, default=temporary, help="where model and adapter are made")
-    add("--out", type=Path, default=temporary, help="folder of each load's JSON")
-    add("--json", type=Path, metavar="FILE")
-    add("flags", nargs="*", default=["--device", "cuda", "--load-format", "dummy"],
-        help="after --: flags of the servers (default: %(default)s)")  # fmt: skip
+    gpu_serve.add_places(parser, ["--device", "cuda", "--load-format", "dummy"])
     return parser.parse_args(argv)
 
 

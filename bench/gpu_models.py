@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,14 +152,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    temporary = Path(tempfile.gettempdir())
-    add("--folder", type=Path, default=temporary, help="where the models' folders are made")
     add("--only", nargs="+", choices=[model.preset for model in MODELS], metavar="PRESET")
     add("--seconds", type=float, default=165.0, help="for all together (default %(default)s)")
-    add("--out", type=Path, default=temporary, help="folder of each load's JSON")
-    add("--json", type=Path, metavar="FILE")
-    add("flags", nargs="*", default=["--device", "cuda", "--load-format", "dummy"],
-        help="after --: flags of the servers (default: %(default)s)")  # fmt: skip
+    gpu_serve.add_places(parser, ["--device", "cuda", "--load-format", "dummy"])
     return parser.parse_args(argv)
 
 

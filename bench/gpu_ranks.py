@@ -25,7 +25,6 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,7 +181,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    temporary = Path(tempfile.gettempdir())
     loads = [(128, 512, 1), (128, 512, 64), (128, 512, 256)]
     add("--cards", type=int, default=2, choices=(2, 4, 8))
     add("--preset", default="llama-3.1-8b", help="of bench.make_model (default %(default)s)")
@@ -192,11 +190,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, default=4, help="of the model whose numbers are compared")
     add("--kills", type=int, default=3)
     add("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    add("--folder", type=Path, default=temporary, help="where the models' folders are made")
-    add("--out", type=Path, default=temporary, help="folder of each load's JSON")
-    add("--json", type=Path, metavar="FILE")
-    add("flags", nargs="*", default=["--device", "cuda"],
-        help="after --: flags of the servers (default: %(default)s)")  # fmt: skip
+    gpu_serve.add_places(parser, ["--device", "cuda"])
     return parser.parse_args(argv)
 
 

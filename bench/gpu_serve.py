@@ -206,6 +206,17 @@ def parse_load(text: str) -> Load:
         raise argparse.ArgumentTypeError(f"want IN/OUTxCONCURRENCY, got {text}") from None
 
 
+def add_places(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """Where a program that makes its models has them and leaves its figures; the servers' flags."""
+    temporary = Path(tempfile.gettempdir())
+    add = parser.add_argument
+    add("--folder", type=Path, default=temporary, help="where the models' folders are made")
+    add("--out", type=Path, default=temporary, help="folder of each load's JSON")
+    add("--json", type=Path, metavar="FILE")
+    add("flags", nargs="*", default=[*flags],
+        help="after --: flags of the servers (default: %(default)s)")  # fmt: skip
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
