@@ -9,6 +9,8 @@ torch.profiler: a kernel's time includes its wait for the one in front, where it
 
 --tensor-parallel-size N: each of N processes schedules the same steps on a card of its own, and the
 first one's kernels are shown: those that meet the others' include the wait for them.
+
+--adapters N: each sequence uses one of N, of rank 16 on all matrices of the layers, in turns.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from typing import NamedTuple
 
 import torch
 
-from pyserve.client import SequenceRequest
+from bench.gpu_adapters import RANK, write_adapter
+from pyserve.client import Adapter, SequenceRequest
 from pyserve.config import TP_SIZES
+from pyserve.engine.adapter_slots import AdapterSlots
 from pyserve.engine.batch import max_update_words
 from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.cuda_runner import CudaRunner
@@ -33,7 +37,9 @@ from pyserve.engine.executor import StepExecutor
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.slots import SlotAllocator
 from pyserve.engine.state import StepLimits
+from pyserve.model.adapter_weights import read_adapter
 from pyserve.model.config import ModelConfig
+from pyserve.model.decoder import Decoder
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
 from pyserve.ops import build
@@ -62,7 +68,9 @@ class Load(NamedTuple):
         return cls(int(match[1]), int(match[2]), bool(match[3]))
 
 
-def make_engine(args: argparse.Namespace, num_blocks: int, placement: Placement) -> Engine:
+def make_engine(
+    args: argparse.Namespace, num_blocks: int, placement: Placement
+) -> tuple[Engine, Decoder]:
     """Random weights, no prefix cache; the runner is a CudaRunner with its records."""
     config = ModelConfig.from_path(args.folder).quantised_as(args.quantization)
     decoder = load_model(
@@ -80,11 +88,13 @@ def make_engine(args: argparse.Namespace, num_blocks: int, placement: Placement)
         SlotAllocator(NUM_SLOTS),
         max_num_batched_tokens=MAX_TOKENS,
         max_update_words=max_update_words(limits.max_model_len, BLOCK_SIZE),
+        adapters=AdapterSlots(args.adapters),
     )
-    return Engine(
+    engine = Engine(
         scheduler, runner, max_model_len=limits.max_model_len,
         vocab_size=decoder.config.vocab_size, policy="fcfs",
     )  # fmt: skip
+    return engine, decoder
 
 
 def run_step(engine: Engine) -> bool:
@@ -95,14 +105,26 @@ def run_step(engine: Engine) -> bool:
     return True
 
 
-def profile(engine: Engine, load: Load) -> str:
+def make_adapters(folder: Path, decoder: Decoder, count: int) -> list[Adapter]:
+    """`count` of the same numbers, as different to the engine as any."""
+    if not count:
+        return []
+    weights = read_adapter(
+        write_adapter(folder, decoder.config), decoder.adapter_targets(), max_rank=RANK,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    return [Adapter(f"a{i}", i + 1, weights) for i in range(count)]
+
+
+def profile(engine: Engine, load: Load, adapters: list[Adapter]) -> str:
     """The table of one load."""
     num_tokens = 1 if load.is_prompt else MAX_OUTPUT  # enough that all decode at once
     for _ in range(2 if load.is_prompt else 1):  # the first warms up
         for row in range(load.num_rows):
             params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
             prompt = [(7 * row + i) % 1000 + 1 for i in range(load.context)]
-            engine.add(SequenceRequest(prompt, params))
+            adapter = adapters[row % len(adapters)] if adapters else None
+            engine.add(SequenceRequest(prompt, params, adapter=adapter))
         if load.is_prompt:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
                 while run_step(engine):
@@ -158,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tensor-parallel-size", type=int, choices=TP_SIZES, default=1)
     parser.add_argument("--quantization", choices=("awq", "fp8"))
+    parser.add_argument("--adapters", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
     build.load_native(is_reference_allowed=False, progress=print, device="cuda")  # compiled once
     context = multiprocessing.get_context("spawn")
@@ -181,13 +204,18 @@ def run_rank(args: argparse.Namespace, meeting: str, tp_rank: int) -> None:
     build.load_native(is_reference_allowed=False, progress=print, device="cuda")
     tp_size = args.tensor_parallel_size
     group = join_group(meeting, tp_rank, tp_size, device) if tp_size > 1 else None
-    placement = Placement(torch.bfloat16, device, tp_rank=tp_rank, tp_size=tp_size, group=group)
+    placement = Placement(
+        torch.bfloat16, device, tp_rank=tp_rank, tp_size=tp_size, group=group,
+        num_adapter_slots=args.adapters, max_adapter_rank=RANK if args.adapters else 0,
+    )  # fmt: skip
     most = max(
         load.num_rows * num_blocks_for(load.context + MAX_OUTPUT, BLOCK_SIZE) for load in args.loads
     )
-    engine = make_engine(args, most + NUM_SLOTS, placement)
+    engine, decoder = make_engine(args, most + NUM_SLOTS, placement)
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = make_adapters(Path(folder), decoder, args.adapters)
     for load in args.loads:
-        table = profile(engine, load)
+        table = profile(engine, load, adapters)
         if tp_rank == LEADER:
             print(table, flush=True)
     engine.runner.close()
