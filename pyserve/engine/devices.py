@@ -115,19 +115,12 @@ def check_logprobs_mode(mode: LogprobsMode, device: torch.device) -> None:
         )
 
 
-def check_adapters(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> None:
+def check_adapters(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
     """Raise ConfigError where adapters are asked for and cannot be added here."""
     if not config.enable_lora:
         return
     if launched() is not None:
         raise ConfigError("--enable-lora is not built yet under torchrun")
-    if device.type == "cuda" and config.tensor_parallel_size > 1:
-        raise ConfigError(
-            "--enable-lora is not built yet on several NVIDIA cards: leave --tensor-parallel-size "
-            "out, or pass --device cpu"
-        )
     if model.pooling is not None:
         raise ConfigError("--enable-lora is not built yet for models of embeddings and scores")
     served = str(dtype).removeprefix("torch.")

@@ -183,7 +183,7 @@ def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
     devices.check_model(model_config, device)
     devices.check_logprobs_mode(config.logprobs_mode, device)
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
-    devices.check_adapters(config, model_config, dtype, device)
+    devices.check_adapters(config, model_config, dtype)
     memory = _memory(device, config.tensor_parallel_size)
     return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
 

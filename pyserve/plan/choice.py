@@ -117,8 +117,8 @@ def choice_lines(choices: list[CardChoice], *, has_prices: bool) -> list[str]:
     ]
     if any(choice.count > 1 for choice in choices):
         lines.append(
-            "several cards share each layer (tensor parallel): NOT SERVED YET on cards, sizes "
-            "only; what they tell each other is not counted"
+            "several cards share each layer (tensor parallel): what they tell each other is not "
+            "counted"
         )
     return lines
 

@@ -289,8 +289,7 @@ def _card_lines(place: Place, tp_size: int) -> list[str]:
     )
     if tp_size > 1:
         lines.append(
-            "  they share each layer (tensor parallel): NOT SERVED YET on cards, sizes only; what "
-            "they tell each other is not counted"
+            "  they share each layer (tensor parallel): what they tell each other is not counted"
         )
     return lines
 

@@ -11,7 +11,6 @@ import torch
 
 from pyserve.engine import devices
 from pyserve.engine.devices import (
-    check_adapters,
     check_logprobs_mode,
     check_model,
     describe,
@@ -21,7 +20,7 @@ from pyserve.engine.devices import (
 from pyserve.errors import ConfigError, StartupError
 from pyserve.model.config import ModelConfig
 from pyserve.ops import cuda_card
-from tests.engine.tiny import CONFIG, engine_config
+from tests.engine.tiny import CONFIG
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -106,18 +105,6 @@ def test_head_dims() -> None:
         else:
             with pytest.raises(ConfigError, match=f"head_dim {head_dim}: served on the CPU only"):
                 check_model(model, CUDA)
-
-
-def test_adapters_on_a_card() -> None:
-    model = ModelConfig.from_hf(CONFIG)
-    for num_ranks in (1, 2):
-        config = engine_config(Path("m"), enable_lora=True, tensor_parallel_size=num_ranks)
-        check_adapters(config, model, torch.bfloat16, CPU)
-        if num_ranks == 1:
-            check_adapters(config, model, torch.bfloat16, CUDA)
-        else:
-            with pytest.raises(ConfigError, match="--enable-lora is not built yet on several"):
-                check_adapters(config, model, torch.bfloat16, CUDA)
 
 
 def test_dtypes_of_a_cpu(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ Skipped where torch sees fewer than two cards.
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import random
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu_adapters import write_adapter
 from bench.lost_rank import kill_one
 from bench.server_process import ServerProcess, running_server
+from pyserve.config import DEMO_MODEL
+from pyserve.model.config import ModelConfig
 from tests.gpu.test_server import ANSWERS, MODEL, ROOT, SMALL
 
 READY_S = 120
@@ -28,7 +32,7 @@ pytestmark = pytest.mark.timeout(300)
 def ask(server: ServerProcess, path: str, body: dict[str, Any]) -> Any:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.request(
-        "POST", path, json.dumps(body | {"model": MODEL}), {"Content-Type": "application/json"}
+        "POST", path, json.dumps({"model": MODEL} | body), {"Content-Type": "application/json"}
     )
     response = connection.getresponse()
     reply = response.read()
@@ -36,8 +40,11 @@ def ask(server: ServerProcess, path: str, body: dict[str, Any]) -> Any:
     return json.loads(reply)
 
 
-def prompt_logprobs(server: ServerProcess) -> list[float]:
-    body = {"prompt": PROMPT, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+def prompt_logprobs(server: ServerProcess, model: str = MODEL) -> list[float]:
+    body = {
+        "model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "echo": True,
+        "logprobs": 1,
+    }  # fmt: skip
     choice = ask(server, "/v1/completions", body)["choices"][0]
     values: list[float] = choice["logprobs"]["token_logprobs"]
     return values[1:-1]
@@ -88,6 +95,33 @@ def test_the_answers_of_one_card(
         log = Path(server.log).read_text()
         assert "Traceback" not in log and "the ledger says" in log
         assert server.stop() < 20 and server.process.returncode == 0
+
+
+def test_adapters_on_two_cards(tmp_path: Path) -> None:
+    """What one card says of a prompt with each adapter, before they sleep and after."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than 2 cards")
+    config = ModelConfig.from_path(DEMO_MODEL)
+    names = [f"a{number}" for number in range(3)]
+    folders = [write_adapter(tmp_path / name, config) for name in names]
+    modules = [f"{name}={folder}" for name, folder in zip(names, folders, strict=True)]
+    flags = (*SMALL, "--enable-lora", "--max-loras", "2", "--lora-modules", *modules)
+    seen = []
+    for size in ("1", "2"):
+        with running_server((*flags, "--tensor-parallel-size", size), folder=ROOT) as server:
+            server.wait_ready(READY_S)
+            for _ in range(2):  # three take turns in two slots
+                seen.append([prompt_logprobs(server, name) for name in (MODEL, *names)])
+            ask(server, "/sleep?level=1", {})
+            ask(server, "/wake_up", {})
+            seen.append([prompt_logprobs(server, name) for name in (MODEL, *names)])
+    alone = seen[0]
+    for several in seen[1:]:
+        for exact, logprobs in zip(alone, several, strict=True):
+            errors = [abs(a - b) for a, b in zip(logprobs, exact, strict=True)]
+            assert max(errors) < MAX_ERROR * max(1.0, -min(exact)), max(errors)
+    for one, other in itertools.combinations(alone, 2):
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1, "all are different"
 
 
 def test_a_rank_that_is_killed_ends_all() -> None:
