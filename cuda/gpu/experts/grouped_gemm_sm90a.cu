@@ -120,12 +120,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int rank = static_cast<int>(cluster_rank());
   GroupedSchedule schedule(a);
   if (threadIdx.x < kWarpgroup) {
-    give_registers<Tile::kProducerRegisters>();
+    if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
     if (threadIdx.x == 0) produce_grouped<Tile, kEpilogue>(a, list, ring, rank, schedule);
     __syncwarp();
     cluster_sync();
   } else {
-    take_registers<Tile::kGroupRegisters>();
+    if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
     const int lane = threadIdx.x % kWarpSize;
     const bool is_releasing = lane < a.mates;
     const Release release{cluster_address(ring.barriers(), is_releasing ? lane : 0), is_releasing};
@@ -141,10 +141,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
-template <class T, Epilogue kEpilogue>
-cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
+// How many rows an expert has on average.
+inline int mean_rows(const GroupedParams& p) { return p.max_rows / p.num_experts; }
+
+template <class OneTile, Epilogue kEpilogue>
+cudaError_t launch_grouped_tile(const GroupedParams& p, const Device& device,
                                 cudaStream_t stream) {
-  using OneTile = Tile<T, 2, 256>;
   constexpr auto kKernel = grouped_gemm_kernel<OneTile, kEpilogue>;
   constexpr int kColumns = kGroupedColumns<OneTile, kEpilogue>;
   static_assert(OneTile::kSmem + sizeof(WorkList) <= 226 * 1024);
@@ -152,8 +154,7 @@ cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
     return error;
   }
   // Two tiles of rows share a weight where experts have that many on average.
-  const int mean_rows = p.max_rows / p.num_experts;
-  const int mates = mean_rows >= 2 * OneTile::kRows ? 2 : 1;
+  const int mates = mean_rows(p) >= 2 * OneTile::kRows ? 2 : 1;
   GroupedArgs a{.out = p.out,
                 .out_stride = p.out_stride,
                 .offsets = p.offsets,
@@ -164,7 +165,7 @@ cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
                 .num_column_tiles = (p.n + kColumns - 1) / kColumns,
                 .mates = mates,
                 .weight_hint =
-                    mean_rows <= OneTile::kRows ? L2Hint::kEvictFirst : L2Hint::kNormal};
+                    mean_rows(p) <= OneTile::kRows ? L2Hint::kEvictFirst : L2Hint::kNormal};
   cudaError_t error = encode_matrix(p.x, p.max_rows, p.k, p.x_stride, 64, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   error = encode_matrix(p.weight, int64_t{p.num_experts} * p.weight_rows(), p.k, p.weight_stride,
@@ -174,6 +175,17 @@ cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
   return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * mates),
                                  static_cast<unsigned>(mates), OneTile::kThreads, OneTile::kSmem,
                                  stream, a);
+}
+
+template <class T, Epilogue kEpilogue>
+cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
+                                cudaStream_t stream) {
+  // Most experts' rows fit one block of 64: what is saved of x are weights on their way.
+  constexpr int kFewRows = 40;
+  if (mean_rows(p) <= kFewRows) {
+    return launch_grouped_tile<Tile<T, 1, 256>, kEpilogue>(p, device, stream);
+  }
+  return launch_grouped_tile<Tile<T, 2, 256>, kEpilogue>(p, device, stream);
 }
 
 }  // namespace gemm

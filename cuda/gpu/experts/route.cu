@@ -1,4 +1,4 @@
-// route on CUDA: three kernels.
+// route on CUDA: up to three kernels.
 //   logits   x router^T in float32. A CTA takes 16 tokens and 16 rows of the router, its 8 warps
 //            split hidden. Products are mma.sync on fragments that are loaded as they lie: as a sum
 //            does not care which columns of hidden meet in a product, a lane's 16 bytes of a row of
@@ -7,10 +7,11 @@
 //            expert, a NaN last.
 //   sort     one CTA: tokens in the order of their experts, those of one expert in their own order.
 //            Its warps take a part of the assignments each, count them by expert, and number them.
-// Up to 32 tokens choose and sort are one kernel.
+// Up to 32 tokens choose and sort are one kernel; of up to 16 and a small router all three are.
 //
-// Numerics: float32 throughout, in an order that depends on nothing but the shapes of a token.
+// Numerics: float32 throughout, in an order that depends on shapes alone.
 // Floor: (num_tokens + num_experts) * hidden * 2 bytes.
+#include <algorithm>
 #include <cmath>
 
 #include "common/limits.h"
@@ -28,14 +29,14 @@ constexpr int kLogitTokens = 16, kLogitRows = 16;  // of a CTA
 constexpr int kLogitWarps = 8;
 constexpr int kLaneDepth = 4 * kVec;  // of hidden, that a quad of lanes holds at once
 
-template <class T>
-__global__ void __launch_bounds__(kLogitWarps * kWarpSize) logits_kernel(RouteParams p) {
-  __shared__ float partial[kLogitWarps][kLogitTokens][kLogitRows + 1];
-  pdl_launch_dependents();
-  pdl_wait();
+using Partial = float[kLogitTokens][kLogitRows + 1];  // sums of a warp
+
+// Of 16 tokens from token0 on and 16 rows from row0 on. All threads of a CTA of kCount warps call
+// it, and find the logits stored behind a barrier.
+template <class T, int kCount>
+__device__ __forceinline__ void put_logits(const RouteParams& p, int row0, int token0,
+                                           Partial* partial) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int row0 = static_cast<int>(blockIdx.x) * kLogitRows;
-  const int token0 = static_cast<int>(blockIdx.y) * kLogitTokens;
   // Rows behind the last are computed from the last one, and not stored.
   const auto row_of = [&](const void* data, int64_t stride, int index, int count) {
     return static_cast<const T*>(data) + stride * min(index, count - 1) + lane % 4 * kVec;
@@ -48,8 +49,8 @@ __global__ void __launch_bounds__(kLogitWarps * kWarpSize) logits_kernel(RoutePa
     router[i] = row_of(p.router, p.router_stride, row0 + lane / 4 + 8 * i, p.num_logits);
   }
   float sums[2][4] = {};
-#pragma unroll 4
-  for (int k = warp * kLaneDepth; k < p.hidden; k += kLogitWarps * kLaneDepth) {
+#pragma unroll kCount == kLogitWarps ? 4 : 2
+  for (int k = warp * kLaneDepth; k < p.hidden; k += kCount * kLaneDepth) {
     const bool is_in = k + lane % 4 * kVec < p.hidden;
     uint4 tokens[2], rows[2];
 #pragma unroll
@@ -73,15 +74,23 @@ __global__ void __launch_bounds__(kLogitWarps * kWarpSize) logits_kernel(RoutePa
     }
   }
   __syncthreads();
-  static_assert(kLogitTokens * kLogitRows == kLogitWarps * kWarpSize);
+  static_assert(kLogitTokens * kLogitRows <= kCount * kWarpSize);
   const int token = static_cast<int>(threadIdx.x) / kLogitRows;
   const int row = static_cast<int>(threadIdx.x) % kLogitRows;
+  if (token >= kLogitTokens || token0 + token >= p.num_tokens || row0 + row >= p.num_logits) return;
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kLogitWarps; ++i) sum += partial[i][token][row];
-  if (token0 + token < p.num_tokens && row0 + row < p.num_logits) {
-    p.logits[p.logits_stride * (token0 + token) + row0 + row] = sum;
-  }
+  for (int i = 0; i < kCount; ++i) sum += partial[i][token][row];
+  p.logits[p.logits_stride * (token0 + token) + row0 + row] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLogitWarps * kWarpSize) logits_kernel(RouteParams p) {
+  __shared__ Partial partial[kLogitWarps];
+  pdl_launch_dependents();
+  pdl_wait();
+  put_logits<T, kLogitWarps>(p, static_cast<int>(blockIdx.x) * kLogitRows,
+                             static_cast<int>(blockIdx.y) * kLogitTokens, partial);
 }
 
 // ---- choose -------------------------------------------------------------------------------------
@@ -261,19 +270,40 @@ __host__ __device__ constexpr int choose_floats(int num_experts) {
 }
 constexpr int kChooseSmem = kWarps * choose_floats(kMaxExperts) * 4;
 
+// Of tokens from first_token on, one a warp. All threads of the CTA call it.
+template <bool kIsSorting>
+__device__ __forceinline__ void choose_and_sort(const RouteParams& p, int first_token,
+                                                unsigned char* smem) {
+  const int warp = threadIdx.x / kWarpSize, token = first_token + warp;
+  float* choices = reinterpret_cast<float*>(smem) + warp * choose_floats(p.num_experts);
+  if (token < p.num_tokens) choose(p, token, choices, choices + p.num_experts);
+  if constexpr (kIsSorting) {
+    __syncthreads();
+    sort_by_expert(p, reinterpret_cast<int32_t*>(smem));
+  }
+}
+
 template <bool kIsSorting>
 __global__ void __launch_bounds__(kThreads) choose_kernel(RouteParams p) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   pdl_launch_dependents();
   pdl_wait();
-  const int warp = threadIdx.x / kWarpSize;
-  const int token = static_cast<int>(blockIdx.x) * kWarps + warp;
-  float* choices = reinterpret_cast<float*>(dynamic_smem) + warp * choose_floats(p.num_experts);
-  if (token < p.num_tokens) choose(p, token, choices, choices + p.num_experts);
-  if constexpr (kIsSorting) {
+  choose_and_sort<kIsSorting>(p, static_cast<int>(blockIdx.x) * kWarps, dynamic_smem);
+}
+
+// All of it in one CTA, for few tokens and a small router. What it reads is spread over more warps
+// than logits_kernel has, so a sum's order is another.
+template <class T>
+__global__ void __launch_bounds__(kThreads) route_kernel(RouteParams p) {
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
+  pdl_launch_dependents();
+  pdl_wait();
+  auto* partial = reinterpret_cast<Partial*>(dynamic_smem);
+  for (int row0 = 0; row0 < p.num_logits; row0 += kLogitRows) {
+    put_logits<T, kWarps>(p, row0, 0, partial);
     __syncthreads();
-    sort_by_expert(p, reinterpret_cast<int32_t*>(dynamic_smem));
   }
+  choose_and_sort<true>(p, 0, dynamic_smem);
 }
 
 __global__ void __launch_bounds__(kThreads) sort_kernel(RouteParams p) {
@@ -293,6 +323,17 @@ cudaError_t launch_choose(const RouteParams& p, cudaStream_t stream) {
   return launch_chained(kKernel, grid, kThreads, smem, stream, p);
 }
 
+template <class T>
+cudaError_t launch_one(const RouteParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = route_kernel<T>;
+  const cudaError_t error = allow_smem<kKernel, kChooseSmem>();
+  if (error != cudaSuccess) return error;
+  static_assert(kChooseSmem >= kWarps * sizeof(Partial));
+  const size_t choosing = size_t{kWarps} * choose_floats(p.num_experts) * 4;
+  const size_t smem = std::max(choosing, kWarps * sizeof(Partial));
+  return launch_chained(kKernel, 1, kThreads, smem, stream, p);
+}
+
 cudaError_t launch_sort(const RouteParams& p, cudaStream_t stream) {
   constexpr int kSmem = kWarps * kMaxExperts * 4;
   const cudaError_t error = allow_smem<sort_kernel, kSmem>();
@@ -307,6 +348,12 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
   const auto pieces = [](int whole, int part) {
     return static_cast<unsigned>((whole + part - 1) / part);
   };
+  // One SM reads so large a router in less than the launch of a second kernel takes.
+  constexpr int64_t kSmallRouter = 2 << 16;
+  if (p.num_tokens > 0 && p.num_tokens <= kLogitTokens &&
+      int64_t{p.num_logits} * p.hidden <= kSmallRouter) {
+    return dispatch_half(p.dtype, [&]<class T>(T) { return launch_one<T>(p, stream); });
+  }
   const dim3 grid(pieces(p.num_logits, kLogitRows), pieces(p.num_tokens, kLogitTokens));
   if (p.num_tokens > 0) {
     const cudaError_t error = dispatch_half(p.dtype, [&]<class T>(T) {

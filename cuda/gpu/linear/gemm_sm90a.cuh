@@ -24,9 +24,9 @@ struct Tile {
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kOutColumns = kColumns / 2;
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-  // Registers of a thread, out of what the launch gives to all.
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kGroupRegisters = kGroups == 2 ? 232 : 160;
+  // Registers of a thread, out of what the launch gives to all; 0: those.
+  static constexpr int kProducerRegisters = kGroups == 1 ? 0 : kGroups == 2 ? 40 : 32;
+  static constexpr int kGroupRegisters = kGroups == 1 ? 0 : kGroups == 2 ? 232 : 160;
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static_assert(kProducerRegisters + kGroups * kGroupRegisters <= (kGroups + 1) * kLaunchRegisters);
   static constexpr int kSums = kColumns / 2;  // of a thread
