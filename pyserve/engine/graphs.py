@@ -14,7 +14,7 @@ import torch
 
 from pyserve.engine.batch import padded_sizes
 
-MAX_GRAPH_TOKENS = 512  # of a recorded step: a larger one takes longer than its launch
+MAX_GRAPH_TOKENS = 1024  # of a recorded step: a larger one takes longer than its launch
 # Of device memory for each launch of a kernel: 60 MiB for 37 forward passes of 32 layers and 16
 # samplings on an H200.
 NODE_BYTES = 4800
