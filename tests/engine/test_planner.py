@@ -195,8 +195,8 @@ def test_the_ledger_of_a_card_by_hand() -> None:
     assert result.ledger[:-1] == (
         ("CUDA context", 600 * MIB),
         ("CUDA modules", MODULE_BYTES),
-        # 20 numbers of tokens up to 512, two records each; 16 numbers of sampled rows.
-        ("CUDA graphs", NODE_BYTES * 10 * (2 * 20 * (32 + 1) + 16)),
+        # 24 numbers of tokens up to 1,024, two records each; 16 numbers of sampled rows.
+        ("CUDA graphs", NODE_BYTES * 10 * (2 * 24 * (32 + 1) + 16)),
         ("weights", LLAMA_WEIGHT_BYTES),
         ("rope table", 131072 * 128 * 4),
         ("activations", 8192 * 2 * (2 * 4096 + 3 * 14336) + 32 * 4096 // 16 * 4),
