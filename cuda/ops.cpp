@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out, float offset=0.0) -> ()");
   m.def(
       "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, Tensor(b!) out, "
-      "float offset=0.0) -> ()");
+      "float offset=0.0, Tensor? x_weight=None) -> ()");
   m.def(
       "rope_write_kv(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, Tensor slot_mapping, "
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, int num_heads, int num_kv_heads, "

@@ -1,10 +1,11 @@
 // rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * (weight +
-// offset).
+// offset). With x_weight, add_rms_norm adds the norm of x by it, rounded, in place of x.
 // Rows are split over threads; a row is read from memory once, and again from the L1 cache to be
 // scaled. Sums are float32 in kLanes * 2 partial sums, rounding happens once, at the store.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <vector>
 
 #include "../common/args/norm.h"
 #include "parallel.h"
@@ -50,19 +51,30 @@ void scale_row(const T* x, const T* weight, float offset, float factor, T* out, 
   }
 }
 
-// With kAdd, x is added to `residual`, which is normed; else x is.
+// What a norm multiplies a row by whose squares add up to `squares`.
+inline float norm_factor(float squares, int64_t n, double eps) {
+  return 1.0f / std::sqrt(squares / static_cast<float>(n) + static_cast<float>(eps));
+}
+
+// With kAdd, x is added to `residual`, which is normed; else x is. x_weight: null, or x is normed by
+// it before it is added.
 template <class T, bool kAdd>
-void norm_rows(const NormArgs& args, double eps, double offset) {
+void norm_rows(const NormArgs& args, const T* x_weight, double eps, double offset) {
   const View &x = args.x, &weight = args.weight, &out = args.out, &residual = args.residual;
   const int64_t n = x.size(x.dim - 1);
   const Rows x_rows = rows_of(x), out_rows = rows_of(out), residual_rows = rows_of(residual);
-  const double cost = static_cast<double>(n) * (kAdd ? 0.4 : 0.2);
+  const double cost = static_cast<double>(n) * (x_weight != nullptr ? 0.6 : kAdd ? 0.4 : 0.2);
   parallel_for(x_rows.count, cost, [&](int64_t begin, int64_t end) {
+    std::vector<T> normed(x_weight != nullptr ? static_cast<size_t>(n) : 0);
     for (int64_t row = begin; row < end; ++row) {
       const T* x_row = x.ptr<T>() + row * x_rows.stride;
+      if (x_weight != nullptr) {
+        const float factor = norm_factor(squares<T, false>(x_row, nullptr, n), n, eps);
+        scale_row<T>(x_row, x_weight, static_cast<float>(offset), factor, normed.data(), n);
+        x_row = normed.data();
+      }
       T* residual_row = kAdd ? residual.ptr<T>() + row * residual_rows.stride : nullptr;
-      const float mean = squares<T, kAdd>(x_row, residual_row, n) / static_cast<float>(n);
-      const float factor = 1.0f / std::sqrt(mean + static_cast<float>(eps));
+      const float factor = norm_factor(squares<T, kAdd>(x_row, residual_row, n), n, eps);
       scale_row<T>(kAdd ? residual_row : x_row, weight.ptr<T>(), static_cast<float>(offset), factor,
                    out.ptr<T>() + row * out_rows.stride, n);
     }
@@ -72,14 +84,19 @@ void norm_rows(const NormArgs& args, double eps, double offset) {
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out, double offset) {
   const NormArgs args = norm_args({"rms_norm", Place::kCpu}, x, nullptr, weight, out);
   if (num_elements(args.x) == 0) return;
-  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, false>(args, eps, offset); });
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
+    norm_rows<T, false>(args, nullptr, eps, offset);
+  });
 }
 
 void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                  const Tensor& out, double offset) {
-  const NormArgs args = norm_args({"add_rms_norm", Place::kCpu}, x, &residual, weight, out);
+                  const Tensor& out, double offset, const std::optional<Tensor>& x_weight) {
+  const NormArgs args =
+      norm_args({"add_rms_norm", Place::kCpu}, x, &residual, weight, out, x_weight);
   if (num_elements(args.x) == 0) return;
-  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) { norm_rows<T, true>(args, eps, offset); });
+  dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
+    norm_rows<T, true>(args, x_weight.has_value() ? args.x_weight.ptr<T>() : nullptr, eps, offset);
+  });
 }
 
 }  // namespace

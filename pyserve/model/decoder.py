@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -51,20 +51,20 @@ class DecoderLayer:
     """Attention and MLP, and the norms around them.
 
     What a layer does depends on its description and is settled once: `_enter` and `_between` are
-    norms, fused with the add where the block below has not added itself; `_attend` and `_transform`
-    are the blocks, each with the norm of what it returns where there is one.
+    norms, fused with the add where the block below has not added itself, and with the norm of what
+    that returned where there is one.
 
-    below  the block whose output this layer's first norm reads; None: there is none.
+    below  the layer whose output this layer's first norm reads; None: there is none.
     """
 
     __slots__ = (
         "attention", "mlp", "norms", "has_norm_factors", "_enter", "_attend", "_between",
-        "_transform", "_norm_after_attention", "_is_first",
+        "_transform", "_norm_of_mlp", "_norm_after_attention", "_is_first",
     )  # fmt: skip
 
     def __init__(
         self, name: str, config: LayerConfig, hidden_size: int, placement: Placement, *,
-        cos_sin: torch.Tensor, query_scales: torch.Tensor | None, below: Block | None,
+        cos_sin: torch.Tensor, query_scales: torch.Tensor | None, below: DecoderLayer | None,
     ) -> None:  # fmt: skip
         def norm(norm_name: str) -> RMSNorm:
             return RMSNorm(f"{name}.{norm_name}", hidden_size, config.norm, placement)
@@ -85,17 +85,20 @@ class DecoderLayer:
         before = [norm(norm_name) for norm_name in config.names.norms_before]
         after = [norm(norm_name) for norm_name in config.names.norms_after or ()]
         self.norms = before + after
-        self._enter = _reading(before[0], below)
-        self._between = _reading(before[1], self.attention)
+        norm_of_attention = after[0] if after else None
+        self._norm_of_mlp = after[1] if after else None
+        self._enter = before[0].read if below is None else below.read_by(before[0])
+        self._between = _reading(before[1], self.attention, norm_of_attention)
         self.has_norm_factors = (
             self.attention.has_norm_factors and self.mlp.has_norm_factors and not config.norm.offset
         )
         self._norm_after_attention, self._is_first = before[1], below is None
         self._attend: Callable[..., None] = self.attention
         self._transform: Callable[..., None] = self.mlp
-        if after:
-            self._attend = _normed(self.attention, after[0])
-            self._transform = _normed(self.mlp, after[1])
+
+    def read_by(self, norm: RMSNorm) -> Callable[..., None]:
+        """How `norm`, above this layer, comes by the residual stream."""
+        return _reading(norm, self.mlp, self._norm_of_mlp)
 
     @property
     def schemes(self) -> tuple[type[Scheme], ...]:
@@ -174,9 +177,12 @@ def _mlp(name: str, config: LayerConfig, hidden_size: int, placement: Placement)
     )  # fmt: skip
 
 
-def _reading(norm: RMSNorm, block: Block | None) -> Callable[..., None]:
-    """How `norm` comes by the residual stream, behind `block`."""
-    if block is None or block.is_adding:
+def _reading(norm: RMSNorm, block: Block, norm_of_block: RMSNorm | None) -> Callable[..., None]:
+    """How `norm` comes by the residual stream, behind `block` and the norm of what that returns."""
+    if norm_of_block is not None:
+        assert (norm.eps, norm.offset) == (norm_of_block.eps, norm_of_block.offset)
+        return partial(norm.add_normed, norm_of_block)
+    if block.is_adding:
         return norm.read
     return norm.add_parts if block.is_partial else norm.add
 
@@ -191,16 +197,6 @@ def _one_of_each_kind(described: Sequence[object]) -> list[int]:
     last = len(described) - 1
     kinds = [(layer, below[i], i == last) for i, layer in enumerate(described)]
     return [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
-
-
-def _normed(block: Callable[..., None], norm: RMSNorm) -> Callable[..., None]:
-    """The block, then the norm of its output, which is the last argument."""
-
-    def run(*args: Any) -> None:
-        block(*args)
-        norm(args[-1], args[-1])
-
-    return run
 
 
 class Decoder:
@@ -230,7 +226,7 @@ class Decoder:
         }
         scales = {rope: query_scales(rope, max_model_len, device=self.device) for rope, _ in ropes}
         self.layers: list[DecoderLayer] = []
-        below: Block | None = None
+        below: DecoderLayer | None = None
         for index, layer in enumerate(config.layers):
             cos_sin = tables[layer.attention.rope, layer.attention.rotary_dim]
             self.layers.append(
@@ -239,7 +235,7 @@ class Decoder:
                     query_scales=scales[layer.attention.rope], below=below,
                 )
             )  # fmt: skip
-            below = self.layers[-1].mlp
+            below = self.layers[-1]
         self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
         self._all_layers = range(len(self.layers))
         self._one_of_each_kind = _one_of_each_kind(
@@ -254,7 +250,8 @@ class Decoder:
         self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
         if placement.quantization is not None:
             self._max_norm_rows = min(self._max_norm_rows, quantised.MAX_NORM_ROWS)
-        self._leave = _reading(self.norm, below)
+        assert below is not None
+        self._leave = below.read_by(self.norm)
         self.tp_rank, self.tp_size, self.group = (
             placement.tp_rank, placement.tp_size, placement.group
         )  # fmt: skip

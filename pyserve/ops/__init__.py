@@ -41,15 +41,16 @@ def rms_norm(
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None,
-    offset: float = 0.0,
+    offset: float = 0.0, x_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """residual += x in place, rounded to its dtype; returns rms_norm(residual).
 
     x, residual [..., hidden]; weight [hidden], offset as in rms_norm -> [..., hidden].
+    x_weight [hidden]: rms_norm(x) by it, with the same eps and offset, is added in place of x.
     """
     if out is None:
         out = torch.empty_like(x)
-    _ops.add_rms_norm(x, residual, weight, eps, out, offset)
+    _ops.add_rms_norm(x, residual, weight, eps, out, offset, x_weight)
     return out
 
 

@@ -52,9 +52,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, offset: float =
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, offset: float = 0.0
-) -> None:
-    """residual += x, rounded to its dtype; out = rms_norm(residual)."""
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, offset: float = 0.0,
+    x_weight: Tensor | None = None,
+) -> None:  # fmt: skip
+    """residual += x, or its norm by x_weight, rounded to its dtype; out = rms_norm(residual)."""
+    if x_weight is not None:
+        x = _rms_norm_float32(x, x_weight, eps, offset).to(x.dtype)
     residual.copy_(residual.float() + x.float())
     out.copy_(_rms_norm_float32(residual, weight, eps, offset))
 

@@ -181,7 +181,10 @@ def rms_norm() -> None:
             x, weight = torch.randn(num_rows, hidden).to(dtype), torch.randn(hidden).to(dtype)
             out, residual = guarded(torch.zeros_like(x)), guarded(x)
             torch.ops.pyserve.rms_norm(guarded(x), guarded(weight), 1e-6, out)
-            torch.ops.pyserve.add_rms_norm(guarded(x), residual, guarded(weight), 1e-6, out)
+            for x_weight in (None, guarded(weight)):
+                torch.ops.pyserve.add_rms_norm(
+                    guarded(x), residual, guarded(weight), 1e-6, out, 0.0, x_weight
+                )
 
 
 def silu_mul() -> None:

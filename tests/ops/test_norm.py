@@ -47,6 +47,22 @@ def test_add_rms_norm(dtype: torch.dtype, hidden: int) -> None:
     oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5, 1.0))
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_the_norm_of_what_is_added(dtype: torch.dtype, hidden: int) -> None:
+    torch.manual_seed(hidden)
+    x, residual = torch.randn(2, 9, hidden).to(dtype)
+    weight, x_weight = torch.randn(hidden).to(dtype), torch.randn(hidden).to(dtype)
+    twin_residual, plain, before = residual.clone(), torch.empty_like(x), residual.clone()
+    reference.add_rms_norm(x, twin_residual, weight, 1e-5, plain, 1.0, x_weight)
+    out = ops.add_rms_norm(x, residual, weight, 1e-5, offset=1.0, x_weight=x_weight)
+    normed = oracle.rms_norm(x, x_weight, 1e-5, 1.0)
+    rounded = torch.finfo(dtype).eps * normed.abs()  # before it is added
+    oracle.assert_ratio(residual, twin_residual, before.double() + normed, sum_errors=rounded)
+    reference.rms_norm(residual, weight, 1e-5, plain, 1.0)
+    oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5, 1.0))
+
+
 def test_strided_rows_and_leading_dims() -> None:
     wide = torch.randn(6, 200)
     weight = torch.randn(72)
@@ -94,5 +110,7 @@ def test_refusals() -> None:
         ops.rms_norm(torch.randn(64, 2).t(), weight, 1e-6)
     with pytest.raises(RuntimeError, match="residual and x differ in shape"):
         ops.add_rms_norm(x, torch.randn(3, 64), weight, 1e-6)
+    with pytest.raises(RuntimeError, match="x_weight is 63, expected 64"):
+        ops.add_rms_norm(x, x.clone(), weight, 1e-6, x_weight=weight[:63])
     with pytest.raises(RuntimeError, match="rows of x are not evenly spaced"):
         ops.rms_norm(torch.randn(3, 4, 64)[:, :2], weight, 1e-6)

@@ -36,7 +36,8 @@ def op_args() -> dict[str, tuple[Any, ...]]:
     return {
         "rms_norm": (x, torch.randn(24), 1e-6, torch.empty_like(x), 0.5),
         "add_rms_norm": (
-            x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x), 0.5
+            x, torch.randn(2, 3, 24), torch.randn(24), 1e-6, torch.empty_like(x), 0.5,
+            torch.randn(24),
         ),
         "rope_write_kv": (
             torch.randn(3, 8 * 8), _int(0, 1, 2), torch.randn(9, 8), torch.tensor([5, -1, 17]),

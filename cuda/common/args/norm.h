@@ -1,6 +1,8 @@
 // The arguments of rms_norm and add_rms_norm, checked.
 #pragma once
 
+#include <optional>
+
 #include "../check.h"
 
 namespace pyserve {
@@ -8,12 +10,14 @@ namespace pyserve {
 struct NormArgs {
   View x, weight, out;
   View residual;  // x where there is none
+  View x_weight;  // weight where x is not normed itself
 };
 
 // `residual` is null for rms_norm.
 inline NormArgs norm_args(const ViewReader& read, const Tensor& x, const Tensor* residual,
-                          const Tensor& weight, const Tensor& out) {
-  NormArgs args{read("x", x, -1), read("weight", weight, 1), read("out", out, -1), {}};
+                          const Tensor& weight, const Tensor& out,
+                          const std::optional<Tensor>& x_weight = std::nullopt) {
+  NormArgs args{read("x", x, -1), read("weight", weight, 1), read("out", out, -1), {}, {}};
   check_size(args.weight, 0, args.x.size(args.x.dim - 1));
   check_same_dtype(args.weight, args.x);
   check_same_dtype(args.out, args.x);
@@ -23,6 +27,12 @@ inline NormArgs norm_args(const ViewReader& read, const Tensor& x, const Tensor*
     args.residual = read("residual", *residual, -1);
     check_same_dtype(args.residual, args.x);
     check_same_sizes(args.residual, args.x);
+  }
+  args.x_weight = args.weight;
+  if (x_weight.has_value()) {
+    args.x_weight = read("x_weight", *x_weight, 1);
+    check_size(args.x_weight, 0, args.weight.size(0));
+    check_same_dtype(args.x_weight, args.x);
   }
   return args;
 }

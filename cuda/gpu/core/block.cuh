@@ -20,8 +20,9 @@ __device__ __forceinline__ float lane_sum(float x) {
   return x;
 }
 
-// The sum over the block's threads, in all of them. Called once by a kernel, with whole warps.
-template <int kMaxThreads>
+// The sum over the block's threads, in all of them; with whole warps. Each of a kernel's calls is
+// another kCall, and so has other shared memory.
+template <int kMaxThreads, int kCall = 0>
 __device__ __forceinline__ float block_sum(float x) {
   __shared__ float partial[kMaxThreads / kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -18,8 +18,8 @@ namespace {
 // ---- norm ---------------------------------------------------------------------------------------
 
 void norm(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
-          const Tensor& out, double offset) {
-  const NormArgs args = norm_args({op, Place::kCuda}, x, residual, weight, out);
+          const Tensor& out, double offset, const std::optional<Tensor>& x_weight = std::nullopt) {
+  const NormArgs args = norm_args({op, Place::kCuda}, x, residual, weight, out, x_weight);
   const gpu::Dtype dtype = half_dtype(args.x);
   if (num_elements(args.x) == 0) return;
   const Rows x_rows = rows_of(args.x), out_rows = rows_of(args.out);
@@ -29,6 +29,7 @@ void norm(const char* op, const Tensor& x, const Tensor* residual, const Tensor&
                                .residual = residual == nullptr ? nullptr : args.residual.data,
                                .residual_stride = residual_rows.stride,
                                .weight = args.weight.data,
+                               .x_weight = x_weight.has_value() ? args.x_weight.data : nullptr,
                                .out = args.out.data,
                                .out_stride = out_rows.stride,
                                .num_rows = x_rows.count,
@@ -44,8 +45,8 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& o
 }
 
 void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                  const Tensor& out, double offset) {
-  norm("add_rms_norm", x, &residual, weight, eps, out, offset);
+                  const Tensor& out, double offset, const std::optional<Tensor>& x_weight) {
+  norm("add_rms_norm", x, &residual, weight, eps, out, offset, x_weight);
 }
 
 // ---- rope_write_kv ------------------------------------------------------------------------------

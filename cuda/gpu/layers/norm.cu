@@ -1,9 +1,10 @@
 // rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * (weight +
-// offset), where with a residual x is first added to it, rounded.
+// offset), where with a residual x is first added to it, rounded; with x_weight not x but the norm of
+// x by it, rounded as well.
 //
 // One CTA a row, 16 elements a thread, held in registers between the sum and the scaling: a row is
-// read once. The norm weight is asked for first, while the kernel before may still run. One
-// barrier. Rows that cannot be read 16 bytes at a time, or are longer than 16,384, take a plain
+// read once. The norm weight is asked for first, while the kernel before may still run. A barrier a
+// norm. Rows that cannot be read 16 bytes at a time, or are longer than 16,384, take a plain
 // kernel that reads them twice.
 // Numerics: float32, one rounding at the store; the order of the sum depends on `hidden` alone.
 // Floor: bytes, 4 a row element (8 with the residual).
@@ -23,12 +24,16 @@ __global__ void __launch_bounds__(kMaxNormThreads) norm_kernel(NormParams p) {
   T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
   const T* weight = static_cast<const T*>(p.weight);
   const int num_vecs = static_cast<int>(p.hidden / kVec);
-  uint4 held[kVecs], added[kVecs], weights[kVecs];
+  const T* x_weight = static_cast<const T*>(kAdd ? p.x_weight : nullptr);
+  uint4 held[kVecs], added[kVecs], weights[kVecs], x_weights[kVecs];
   pdl_launch_dependents();
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int vec = threadIdx.x + i * blockDim.x;
     weights[i] = vec < num_vecs ? load_vec(weight + vec * kVec) : uint4{};
+    if (kAdd && x_weight != nullptr) {
+      x_weights[i] = vec < num_vecs ? load_vec(x_weight + vec * kVec) : uint4{};
+    }
   }
   pdl_wait();
 #pragma unroll
@@ -39,6 +44,15 @@ __global__ void __launch_bounds__(kMaxNormThreads) norm_kernel(NormParams p) {
       held[i] = load_vec(x + vec * kVec);
       if constexpr (kAdd) added[i] = load_vec(residual + vec * kVec);
     }
+  }
+  if (kAdd && x_weight != nullptr) {
+    float x_squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) x_squares = add_squares<T>(held[i], x_squares);
+    const float sum = block_sum<kMaxNormThreads, 1>(x_squares);
+    const float factor = norm_factor(sum, p.hidden, p.eps);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) held[i] = normed<T>(held[i], x_weights[i], factor, p.offset);
   }
   float squares = 0.0f;
 #pragma unroll
@@ -69,12 +83,24 @@ __global__ void __launch_bounds__(kMaxNormThreads) norm_plain_kernel(NormParams 
   T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
   const T* weight = static_cast<const T*>(p.weight);
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  const T* x_weight = static_cast<const T*>(kAdd ? p.x_weight : nullptr);
   pdl_launch_dependents();
   pdl_wait();
+  float x_factor = 1.0f;
+  if (kAdd && x_weight != nullptr) {
+    float x_squares = 0.0f;
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
+      x_squares = fmaf(to_float(x[i]), to_float(x[i]), x_squares);
+    }
+    x_factor = norm_factor(block_sum<kMaxNormThreads, 1>(x_squares), p.hidden, p.eps);
+  }
   float squares = 0.0f;
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
     float value = to_float(x[i]);
     if constexpr (kAdd) {
+      if (x_weight != nullptr) {
+        value = to_float(from_float<T>(value * x_factor * (to_float(x_weight[i]) + p.offset)));
+      }
       residual[i] = from_float<T>(value + to_float(residual[i]));
       value = to_float(residual[i]);
     }
@@ -97,6 +123,7 @@ template <class T, bool kAdd>
 cudaError_t launch_norm_as(const NormParams& p, cudaStream_t stream) {
   const bool is_aligned = p.hidden % kVec == 0 && is_vec_aligned(p.x, p.x_stride) &&
                           is_vec_aligned(p.out, p.out_stride) && is_vec_aligned(p.weight, 0) &&
+                          is_vec_aligned(p.x_weight, 0) &&
                           (!kAdd || is_vec_aligned(p.residual, p.residual_stride));
   if (is_aligned && p.hidden <= kMaxNormHidden) {
     return launch_vecs<T, kAdd, kNormVecs>(p, stream);

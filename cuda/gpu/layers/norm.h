@@ -20,7 +20,8 @@ struct NormParams {
   int64_t x_stride;
   void* residual;  // [num_rows, hidden] or null: x itself is normed
   int64_t residual_stride;
-  const void* weight;  // [hidden]
+  const void* weight;    // [hidden]
+  const void* x_weight;  // [hidden] or null: with a residual, of a norm of x before it is added
   void* out;           // [num_rows, hidden], may be x
   int64_t out_stride;
   int64_t num_rows, hidden;

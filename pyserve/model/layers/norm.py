@@ -37,6 +37,12 @@ class RMSNorm:
         """residual += x in place, then the norm of residual -> out."""
         ops.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset)
 
+    def add_normed(
+        self, inner: RMSNorm, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """`add` of the norm of x by `inner`, which has the same eps and offset."""
+        ops.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset, inner.weight)
+
     def add_parts(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
         """`add` of the sum of all ranks' x, which may be overwritten."""
         assert self._group is not None
