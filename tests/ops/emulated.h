@@ -1,4 +1,4 @@
-// A CUDA card on a CPU, for the sources of the kernels of linears: the threads of one block, or of one
+// A CUDA card on a CPU, for the sources of some kernels: the threads of one block, or of one
 // cluster of blocks, at a time are coroutines that take turns at barriers, and what a warp does
 // together is done when all of its lanes are there. A copy lands when it is started, threads in any
 // order, or only when it is waited for: a kernel must not see the difference.
@@ -185,7 +185,9 @@ void run_blocks() {
   }
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = threads[i];
-    const bool is_clean = thread.open.empty() && thread.groups.empty();
+    const bool is_clean =
+        thread.open.empty() && std::all_of(thread.groups.begin(), thread.groups.end(),
+                                           [](const auto& group) { return group.empty(); });
     if (!is_clean && num_too_early == 0) fail("copies that nobody waits for");
     thread.groups.clear();
   }

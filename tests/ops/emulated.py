@@ -1,5 +1,5 @@
-"""CUDA kernels of linear and of experts, their sources compiled for a CPU: emulated.h says how they
-run there."""
+"""CUDA kernels of linear, experts and attention, their sources compiled for a CPU: emulated.h says
+how they run there."""
 
 from __future__ import annotations
 

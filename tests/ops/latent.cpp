@@ -1,85 +1,8 @@
 // latent_kernel.cuh on a CPU, by emulated.h: results are held against float64 sums. Prints what is
 // wrong; its exit code is 1 then. Arguments: rounds, groups of copies that a wait forgets.
-#include "emulated.h"
-
-#define __grid_constant__
-#define __host__
-
-struct float2 {
-  float x, y;
-};
-struct float4 {
-  float x, y, z, w;
-};
-struct int4 {
-  int x, y, z, w;
-};
-struct uint2 {
-  uint32_t x, y;
-};
-
-template <class T>
-T __ldcg(const T* from) {
-  return *from;
-}
-uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-[[noreturn]] void __trap() { machine::fail("a kernel trapped"); }
+#include "emulated_attention.h"
 
 namespace pyserve::gpu {
-
-struct Device {
-  int num_sms, smem_per_sm;
-};
-
-float __shfl_xor_sync(unsigned, float x, int mask) {
-  int word;
-  std::memcpy(&word, &x, 4);
-  word = __shfl_sync(kFullMask, word, machine::current % kWarpSize ^ mask);
-  std::memcpy(&x, &word, 4);
-  return x;
-}
-
-float __shfl_sync(unsigned mask, float x, int from) {
-  int word;
-  std::memcpy(&word, &x, 4);
-  word = __shfl_sync(mask, word, from);
-  std::memcpy(&x, &word, 4);
-  return x;
-}
-
-float exp2_approx(float x) { return std::exp2(x); }
-
-template <class T>
-uint32_t pack_pair(float low, float high) {
-  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
-}
-
-// What ldmatrix_x4 gives of each matrix, of its transpose.
-void ldmatrix_x4_trans(uint32_t (&words)[4], uint32_t address) {
-  const int lane = machine::current % kWarpSize;
-  machine::lane(lane)[0] = address;
-  machine::meet_warp();
-  for (int i = 0; i < 4; ++i) {
-    uint16_t pair[2];
-    for (int j = 0; j < 2; ++j) {
-      const unsigned char* row = machine::at(machine::lane(8 * i + lane % 4 * 2 + j)[0]);
-      std::memcpy(&pair[j], row + lane / 4 * 2, 2);
-    }
-    words[i] = pair[0] | uint32_t{pair[1]} << 16;
-  }
-  machine::meet_warp();
-}
-
-bool arrives_last(int32_t* arrivals, int count, int32_t* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *flag = ++*arrivals == count;
-    if (*flag) *arrivals = 0;
-  }
-  __syncthreads();
-  return *flag != 0;
-}
-
 #include "attention.h.inc"
 #include "merge.cuh.inc"
 #include "swizzle.cuh.inc"

@@ -1,7 +1,7 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
 4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp; of the matrices of experts the
 same names behind grouped_; and for more rows by 4-bit integers on Hopper gemm_w4a16.cpp and
-grouped_gemm_w4a16.cpp. Attention over latents: latent.cpp."""
+grouped_gemm_w4a16.cpp. Attention of rows that decode: decode.cpp, over latents latent.cpp."""
 
 from __future__ import annotations
 
@@ -70,6 +70,20 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "experts/grouped_gemm_w4a16_sm90a.cu",
         ),
         1,
+    ),
+    "decode": (
+        (
+            "attention/attention.h",
+            "attention/merge.cuh",
+            "attention/score_scale.cuh",
+            "core/rotate.cuh",
+            "core/swizzle.cuh",
+            "attention/decode_loader.cuh",
+            "attention/new_key.cuh",
+            "attention/decode_queries.cuh",
+            "attention/decode_kernel.cuh",
+        ),
+        4,
     ),
     "latent": (
         (

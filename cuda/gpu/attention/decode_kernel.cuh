@@ -4,8 +4,11 @@
 // A CTA of 4 warps works through the items of one range of the plan for one KV head. Of each tile
 // of 64 keys a warp owns 16: it copies, scores and sums them by itself, with its own running
 // maximum, so that the tile loop has no block-wide barrier; the four results are put together at
-// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
+// an item's end. A warp that owns none of a tile's keys skips it, and spends no stage on it.
+// Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
 // items too, keys and values in groups of their own: values may land while keys are being scored.
+// A stage is filled again as soon as it is read, so that while an item's end and the next one's
+// begin keep the warps from their keys, all stages are under way.
 // Scores and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to
 // the operand of the second without leaving registers (Dao 2023, FlashAttention-2).
 // Keys that no query of the row may see are never read: zeros stand in for them, and where a tile
@@ -257,9 +260,9 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   constexpr bool kHasHalves = kStages == 1;
 
   if (!has_rope<kKind>(d)) pdl_wait();
-  const int first_item = __ldcg(d.p.work + kDecodeStartsOffset + range);
-  const int last_item = __ldcg(d.p.work + kDecodeStartsOffset + range + 1);
-  if (__ldcg(d.p.work + kWorkNumDecodeRanges) != static_cast<int>(gridDim.y)) {
+  const int first_item = load_kept(d.p.work + kDecodeStartsOffset + range);
+  const int last_item = load_kept(d.p.work + kDecodeStartsOffset + range + 1);
+  if (load_kept(d.p.work + kWorkNumDecodeRanges) != static_cast<int>(gridDim.y)) {
     __trap();  // not planned for this device
   }
   if (first_item == last_item) {
@@ -268,24 +271,18 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     return;
   }
 
-  Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, first_item, last_item);
+  Works works(d, first_item, last_item);
+  Loader<T, kHeadDim, kStages, kKind> loader(d, works, kv_head, first_item, last_item);
   const uint32_t end_stage = cache + L::kWarpBytes;
-  uint32_t write_stage = cache, read_stage = cache;
-  const auto after = [&](uint32_t stage) {
-    return stage + L::kStageBytes == end_stage ? cache : stage + L::kStageBytes;
-  };
-  if constexpr (kHasHalves) loader.issue(cache);
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
-    loader.issue(write_stage);
-    write_stage = after(write_stage);
-  }
+  for (uint32_t stage = cache; stage != end_stage; stage += L::kStageBytes) loader.issue(stage);
+  uint32_t read_stage = cache;
   if (has_rope<kKind>(d)) pdl_wait();
   pdl_launch_dependents();
   Rows<T, kHeadDim> rows;
 #pragma unroll 1
   for (int index = first_item; index < last_item; ++index) {
-    const Work work(d, index);
+    const Work work = works.at(index);
     NewKey<T, kHeadDim, kKind> new_key(d, kv_head);
     if (has_rope<kKind>(d)) {
       if (work.seq_len > d.rope.max_position) __trap();
@@ -299,15 +296,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     const int unmasked_begin = d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
     const int unmasked_end = work.seq_len - work.query_len + 1;
 #pragma unroll 1
-    for (int tile = work.item.kv_begin; tile < work.item.kv_end; tile += kKvTile) {
-      if constexpr (!kHasHalves) {
-        loader.issue(write_stage);
-        write_stage = after(write_stage);
-      }
-
+    for (int first_key = first_key_of_warp(work); first_key < work.item.kv_end;
+         first_key += kKvTile) {
       cp_async_wait<2 * kStages - 1>();
       __syncwarp();
-      const int first_key = tile + warp * kWarpKeys;
       if (has_rope<kKind>(d)) {
         if (new_key.position() >= first_key && new_key.position() < first_key + kWarpKeys) {
           cp_async_wait<2 * kStages - 2>();
@@ -347,7 +339,9 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       if constexpr (kHasHalves) {
         loader.issue_values(read_stage);
       } else {
-        read_stage = after(read_stage);
+        loader.issue(read_stage);
+        read_stage += L::kStageBytes;
+        if (read_stage == end_stage) read_stage = cache;
       }
     }
     finish<T, kHeadDim>(d, work, kv_head, rows, area);
