@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
@@ -75,6 +74,16 @@ MODELS = {
     ),
     "phi-4-2-layers": Model("phi-4", {"num_hidden_layers": 2}, 512, 16),
     "phi-3-mini-2-layers": Model("phi-3-mini", {"num_hidden_layers": 2}, 3000, 16),
+    "mixtral-8x7b-2-layers": Model("mixtral-8x7b", {"num_hidden_layers": 2}, 512, 16),
+    # One layer without experts and one with; a quarter of the experts, as float64 of all is 90 GB.
+    "deepseek-v3-2-layers": Model(
+        "deepseek-v3",
+        {
+            "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 64,
+            "vocab_size": 2**15,
+        },
+        512, 16,
+    ),
     # One tensor of 3.2 GB.
     "large-tensor": Model(
         "llama-3.1-8b",
@@ -148,7 +157,7 @@ def _random_tensor(
     values = torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device)
     if name.endswith("norm.weight"):
         return values.mul_(0.1).add_(norm_mean)
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return values.mul_(0.3)
     gain = 1.0
     if "embed_tokens" in name or "lm_head" in name:
@@ -181,17 +190,12 @@ def load_theirs(folder: Path, device: torch.device) -> PreTrainedModel:
     """transformers' model in bfloat16 with the folder's weights; sdpa caps no scores."""
     config = AutoConfig.from_pretrained(folder)
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention
-        )
-    state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file, device=str(device))
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    model, about = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation=attention, output_loading_info=True
+    )
+    model.set_experts_implementation("eager")  # others take no float64
+    assert not about["missing_keys"] and not about["unexpected_keys"], about
+    return model.to(device).eval()
 
 
 @torch.inference_mode()
