@@ -5,12 +5,15 @@ grouped_gemm_w4a16.cpp. Attention of rows that decode: decode.cpp, over latents 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.ops import emulated
 
+NUM_COMPILERS = 2
 PROGRAMS = {  # the kernels' files, and rounds that are enough
     "few_rows": (("linear/few_rows.cuh",), 2),
     "few_rows_w4a16": (
@@ -97,12 +100,19 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
 }
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """All are compiled while the first ones run."""
+    with ThreadPoolExecutor(NUM_COMPILERS) as pool:
+        yield {
+            name: pool.submit(emulated.build, tmp_path_factory.mktemp("few"), name, kernels)
+            for name, (kernels, _) in PROGRAMS.items()
+        }
+
+
 @pytest.fixture(scope="module", params=PROGRAMS)
-def program(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, int]:
-    kernels, num_rounds = PROGRAMS[request.param]
-    return emulated.build(tmp_path_factory.mktemp("few"), request.param, kernels), num_rounds
+def program(request: pytest.FixtureRequest, programs: dict[str, Future[Path]]) -> tuple[Path, int]:
+    return programs[request.param].result(), PROGRAMS[request.param][1]
 
 
 def test_every_tiling_gives_the_sums_of_float64(program: tuple[Path, int]) -> None:
