@@ -7,7 +7,7 @@
 //            expert, a NaN last.
 //   sort     one CTA: tokens in the order of their experts, those of one expert in their own order.
 //            Its warps take a part of the assignments each, count them by expert, and number them.
-// Up to 32 tokens choose and sort are one kernel; of up to 16 and a small router all three are.
+// Up to 64 tokens choose and sort are one kernel; of up to 16 and a small router all three are.
 //
 // Numerics: float32 throughout, in an order that depends on shapes alone.
 // Floor: (num_tokens + num_experts) * hidden * 2 bytes.
@@ -270,13 +270,16 @@ __host__ __device__ constexpr int choose_floats(int num_experts) {
 }
 constexpr int kChooseSmem = kWarps * choose_floats(kMaxExperts) * 4;
 
-// Of tokens from first_token on, one a warp. All threads of the CTA call it.
+// Of all the grid's tokens, each a warp's. All threads of a CTA call it, of the only one to sort.
 template <bool kIsSorting>
-__device__ __forceinline__ void choose_and_sort(const RouteParams& p, int first_token,
-                                                unsigned char* smem) {
-  const int warp = threadIdx.x / kWarpSize, token = first_token + warp;
+__device__ __forceinline__ void choose_and_sort(const RouteParams& p, unsigned char* smem) {
+  const int warp = threadIdx.x / kWarpSize, step = static_cast<int>(gridDim.x) * kWarps;
   float* choices = reinterpret_cast<float*>(smem) + warp * choose_floats(p.num_experts);
-  if (token < p.num_tokens) choose(p, token, choices, choices + p.num_experts);
+  for (int token = static_cast<int>(blockIdx.x) * kWarps + warp; token < p.num_tokens;
+       token += step) {
+    choose(p, token, choices, choices + p.num_experts);
+    __syncwarp();
+  }
   if constexpr (kIsSorting) {
     __syncthreads();
     sort_by_expert(p, reinterpret_cast<int32_t*>(smem));
@@ -288,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(RouteParams p) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   pdl_launch_dependents();
   pdl_wait();
-  choose_and_sort<kIsSorting>(p, static_cast<int>(blockIdx.x) * kWarps, dynamic_smem);
+  choose_and_sort<kIsSorting>(p, dynamic_smem);
 }
 
 // All of it in one CTA, for few tokens and a small router. What it reads is spread over more warps
@@ -303,7 +306,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(RouteParams p) {
     put_logits<T, kWarps>(p, row0, 0, partial);
     __syncthreads();
   }
-  choose_and_sort<true>(p, 0, dynamic_smem);
+  choose_and_sort<true>(p, dynamic_smem);
 }
 
 __global__ void __launch_bounds__(kThreads) sort_kernel(RouteParams p) {
@@ -318,7 +321,7 @@ cudaError_t launch_choose(const RouteParams& p, cudaStream_t stream) {
   constexpr auto kKernel = choose_kernel<kIsSorting>;
   const cudaError_t error = allow_smem<kKernel, kChooseSmem>();
   if (error != cudaSuccess) return error;
-  const auto grid = static_cast<unsigned>((p.num_tokens + kWarps - 1) / kWarps);
+  const auto grid = static_cast<unsigned>(kIsSorting ? 1 : (p.num_tokens + kWarps - 1) / kWarps);
   const size_t smem = size_t{kWarps} * choose_floats(p.num_experts) * 4;
   return launch_chained(kKernel, grid, kThreads, smem, stream, p);
 }
@@ -361,7 +364,7 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
     });
     if (error != cudaSuccess) return error;
   }
-  if (p.num_tokens > 0 && p.num_tokens <= kWarps) return launch_choose<true>(p, stream);
+  if (p.num_tokens > 0 && p.num_tokens <= 2 * kWarps) return launch_choose<true>(p, stream);
   const cudaError_t error = launch_choose<false>(p, stream);
   return error != cudaSuccess ? error : launch_sort(p, stream);
 }
