@@ -6,8 +6,9 @@
 // strip of 16 rows. While four products, of 64 columns of k, are computed, the words of the next four
 // are widened into the other set of registers. A stage is 128 columns: a piece of each strip with its
 // records, as they lie in memory, and two panels of x.
-// With a gate and an up a warp takes 8 rows of each, as the two halves of its fragments, so that a
-// thread has both sums of a result.
+// With a gate and an up two warps of a warpgroup take a strip of each, and give each other the sums of
+// half of the tokens behind them: 8 rows of each a warp, so that a thread has both sums of a result,
+// were a quarter more instructions.
 // A warp waits for its words, for the products before and for a stage: with two warpgroups an SM does
 // half of what its issue slots allow. So there are up to four where a matrix has enough strips. Four
 // that take turns with the stages of the same strips are no faster: what holds up tiles of 64 rows of
@@ -74,14 +75,20 @@ struct W4Tile {
   static constexpr int kMaxPieceBytes = 1280;  // in groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
-  static constexpr int kExchangeBytes = kIsGrouped_ ? 0 : kGroups * kWarpgroup * kSums / 2 * 4;
-  static constexpr int kListOrExchangeBytes = kIsGrouped_ ? kListBytes : kExchangeBytes;
-  static constexpr int kStages = (kMaxSmem - 256 - kListOrExchangeBytes) / kStageBytes;
+  static constexpr bool kExchanges = kIsPaired || !kIsGrouped_;
+  static constexpr int kExchangeBytes = kExchanges ? kGroups * kWarpgroup * kSums / 2 * 4 : 0;
+  static constexpr int kStages =
+      (kMaxSmem - 256 - (kIsGrouped_ ? kListBytes : 0) - kExchangeBytes) / kStageBytes;
   static constexpr int kExchangeOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kExchangeOffset + kExchangeBytes;
   static constexpr int kExchangeBarrier = kBarrierOffset + 2 * kStages * 8;
   static constexpr int kSmem = kExchangeBarrier + 8;
   static_assert(kStageBytes % 1024 == 0 && kSmem <= kMaxSmem && kSmem > kMaxSmem / 2);
+
+  // Of a stage, where gate's strips are before up's: the one that a warp takes.
+  __device__ static int strip_of(int warp) {
+    return kIsPaired ? warp / 4 * 2 + warp % 2 + warp / 2 % 2 * (kStrips / 2) : warp;
+  }
 
   __device__ static void place(const Args& /*a*/, const Tiles& tiles, int /*rank*/, int& row,
                                int& column) {
@@ -120,57 +127,33 @@ struct W4Tile {
                                                  Schedule schedule, const Release& release);
 };
 
-// Where a lane finds its words and records in a piece of weight, and which half of the rows it takes
-// of two strips.
+// Where a lane finds its words in a stage's weight, and its first row's records.
 struct W4Lane {
-  uint32_t words[2];    // of the strip; of up's
-  uint32_t records[2];  // of the rows g and g + 8 of its fragments
-  int half;
+  uint32_t words, records;
 
   template <class Tile>
   __device__ static W4Lane of(const W4Args& a) {
     const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize;
-    const uint32_t row = lane / 4 * 4, at = lane * 16;
-    if constexpr (Tile::kIsPaired) {
-      const uint32_t gate = warp / 2 * a.piece_bytes;
-      const uint32_t up = gate + Tile::kStrips / 2 * a.piece_bytes;
-      const uint32_t record = a.record_offset + warp % 2 * 32 + row;
-      return {{gate + at, up + at}, {gate + record, up + record}, warp % 2};
-    } else {
-      const uint32_t strip = warp * a.piece_bytes, record = strip + a.record_offset + row;
-      return {{strip + at, 0}, {record, record + 32}, 0};
-    }
+    const uint32_t strip = Tile::strip_of(warp) * a.piece_bytes;
+    return {strip + lane * 16, strip + a.record_offset + lane / 4 * 4};
   }
 };
 
-// What a lane reads of a block: words, one for 16 columns, as of a strip whose rows are those of its
-// fragments, and for each half of its columns the records of rows g and g + 8.
+// What a lane reads of a block: words, one for 16 columns, and for each half of its columns the
+// records of rows g and g + 8 of its fragments.
 struct W4Block {
   uint32_t words[4], records[2][2];
 
-  template <class Tile>
   __device__ __forceinline__ void read(const W4Args& a, uint32_t weight, int block,
                                        const W4Lane& lane) {
-    const uint32_t at = weight + block * a.block_bytes;
-    const uint4 first = load_shared(at + lane.words[0]);
-    words[0] = first.x, words[1] = first.y, words[2] = first.z, words[3] = first.w;
-    if constexpr (Tile::kIsPaired) {
-      // Of each the integers of 8 rows, every second one: gate's become the even ones, up's the odd.
-      const uint4 second = load_shared(at + lane.words[1]);
-      const uint32_t up[4] = {second.x, second.y, second.z, second.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = (words[i] >> 4 * lane.half & 0x0f0f0f0f) |
-                   (up[i] << 4 * (1 - lane.half) & 0xf0f0f0f0);
-      }
-    }
-    const uint32_t record = weight + block * a.record_block_bytes;
+    const uint4 all = load_shared(weight + block * a.block_bytes + lane.words);
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    const uint32_t record = weight + block * a.record_block_bytes + lane.records;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        records[half][row] =
-            load_shared_word(record + half * a.record_half_bytes + lane.records[row]);
+        records[half][row] = load_shared_word(record + half * a.record_half_bytes + row * 32);
       }
     }
   }
@@ -215,7 +198,7 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
     W4Block blocks[2];
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
-      blocks[block].template read<Tile>(a, ring.weight(), block, lane);
+      blocks[block].read(a, ring.weight(), block, lane);
     }
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
@@ -284,26 +267,63 @@ __device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
   }
 }
 
-// The results of rows of out from `row` to end_row, 8 for each 4 sums, in the tile whose first column
-// this is.
+// Of two warps, of a strip of gate and of one of up: gives the other one the sums of half of the
+// tokens, so that both have gate's and up's of the others, gate's warp of the first half.
 template <class Tile, int kCount>
-__device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row, int column,
-                                          const float (&sums)[kCount]) {
+__device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
+                                        const float (&sums)[kCount], float (&gates)[kCount / 2],
+                                        float (&ups)[kCount / 2]) {
+  constexpr int kHalf = kCount / 2, kChunks = kHalf / 4;
+  constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
+  const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
+  const uint32_t place = ring.base + Tile::kExchangeOffset;
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  named_barrier_sync(warpgroup, kWarpgroup);  // what lay there before is read
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      words[j] = __float_as_uint(is_up ? sums[4 * i + j] : sums[kHalf + 4 * i + j]);
+    }
+    store_shared(place + (thread ^ 64) * 16 + i * kChunkBytes,
+                 uint4{words[0], words[1], words[2], words[3]});
+  }
+  named_barrier_sync(warpgroup, kWarpgroup);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const uint4 sent = load_shared(place + thread * 16 + i * kChunkBytes);
+    const uint32_t words[4] = {sent.x, sent.y, sent.z, sent.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float other = __uint_as_float(words[j]);
+      gates[4 * i + j] = is_up ? other : sums[4 * i + j];
+      ups[4 * i + j] = is_up ? sums[kHalf + 4 * i + j] : other;
+    }
+  }
+}
+
+// The results of rows of out from `row` to end_row, 8 for each 4 sums, in the tile whose first column
+// this is. With a gate and an up `sums` are gate's; else nobody looks at `ups`.
+template <class Tile, int kCount>
+__device__ __forceinline__ void store_w4(const W4Args& a, int row, int end_row, int column,
+                                         const float (&sums)[kCount], const float (&ups)[kCount]) {
   using T = typename Tile::T;
-  constexpr int kHalves = Tile::kIsPaired ? 1 : 2;        // of a warp's columns, 8 each
-  constexpr int kChunks = kCount / 4 * kHalves;           // of 8 rows and 8 columns
+  constexpr int kHalves = 2;                     // of a warp's columns, 8 each
+  constexpr int kChunks = kCount / 4 * kHalves;  // of 8 rows and 8 columns
+  constexpr int kOutStrips = Tile::kOutColumns / static_cast<int>(kStripRows);
   const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize, quad = lane % 4;
-  column += warp * 8 * kHalves;
+  column += Tile::strip_of(warp) % kOutStrips * static_cast<int>(kStripRows);
   // A lane computes columns lane / 4 of chunks, for two rows each; it loads and stores a row of chunk
   // first + quad.
   const T* bias = static_cast<const T*>(a.bias);
-  float biases[2] = {};
+  float biases[kHalves] = {}, up_biases[kHalves] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at = column + lane / 4 + (Tile::kIsPaired ? 0 : 8 * half);
-    if (bias != nullptr && at < a.n) {
-      biases[half] = to_float(bias[at + (Tile::kIsPaired ? half * a.n : 0)]);
-    }
+  for (int half = 0; half < kHalves; ++half) {
+    const int at = column + lane / 4 + 8 * half;
+    if (bias == nullptr || at >= a.n) continue;
+    biases[half] = to_float(bias[at]);
+    if (Tile::kIsPaired) up_biases[half] = to_float(bias[at + a.n]);
   }
 #pragma unroll
   for (int first = 0; first < kChunks; first += 4) {
@@ -325,24 +345,34 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (first + i >= kChunks) continue;
-      float pair[2];
+      const int half = i % kHalves, sum = (first + i) / kHalves * 4 + 2 * half;
+      const float2 others = unpack_pair<T>(words[i]);  // zeros where nothing is added to
+      float pair[2] = {sums[sum] + biases[half], sums[sum + 1] + biases[half]};
       if constexpr (Tile::kIsPaired) {
-        const float* both = sums + 4 * (first + i);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          pair[e] = finish<Epilogue::kSiluMul>(both[e] + biases[0], both[2 + e] + biases[1]);
-        }
+        pair[0] = finish<Epilogue::kSiluMul>(pair[0], ups[sum] + up_biases[half]);
+        pair[1] = finish<Epilogue::kSiluMul>(pair[1], ups[sum + 1] + up_biases[half]);
       } else {
-        const int half = i % 2;
-        const float* sum = sums + (first + i) / 2 * 4 + 2 * half;
-        const float2 others = unpack_pair<T>(words[i]);  // zeros where nothing is added to
-        pair[0] = finish<Epilogue::kAdd>(sum[0] + biases[half], others.x);
-        pair[1] = finish<Epilogue::kAdd>(sum[1] + biases[half], others.y);
+        pair[0] = finish<Epilogue::kAdd>(pair[0], others.x);
+        pair[1] = finish<Epilogue::kAdd>(pair[1], others.y);
       }
       words[i] = transpose_8x8(pack_pair<T>(pair[0], pair[1]));
     }
     transpose_quad(words);
     if (is_valid) store_vec(target, {words[0], words[1], words[2], words[3]});
+  }
+}
+
+// The same from the sums of each warp's strip.
+template <class Tile, int kCount>
+__device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& ring, int row,
+                                          int end_row, int column, const float (&sums)[kCount]) {
+  if constexpr (Tile::kIsPaired) {
+    const int is_up = threadIdx.x / 64 % 2;
+    float gates[kCount / 2], ups[kCount / 2];
+    pair_up<Tile>(ring, is_up, sums, gates, ups);
+    store_w4<Tile>(a, row + is_up * kCount, end_row, column, gates, ups);
+  } else {
+    store_w4<Tile>(a, row, end_row, column, sums, sums);
   }
 }
 
@@ -357,12 +387,12 @@ W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_>::compute(
     place(a, schedule.tiles(a), rank, row, column);
     multiply_w4<W4Tile>(a, ring, count, release, sums);
     if (a.parts == 1) {
-      finish_w4<W4Tile>(a, row, a.m, column, sums);
+      finish_w4<W4Tile>(a, ring, row, a.m, column, sums);
       continue;
     }
     float mine[kSums / 2];
     exchange<W4Tile>(ring, rank, sums, mine);
-    finish_w4<W4Tile>(a, row + rank * (kTokens / 2), a.m, column, mine);
+    finish_w4<W4Tile>(a, ring, row + rank * (kTokens / 2), a.m, column, mine);
   }
 }
 
