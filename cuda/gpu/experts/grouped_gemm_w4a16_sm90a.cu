@@ -25,16 +25,19 @@ struct GroupedW4Args : W4Args {
   int weight_rows;  // of an expert, in whole strips
 };
 
-template <class Tile>
-__device__ void produce_grouped_w4(const GroupedW4Args& a, const WorkList& list, Ring<Tile> ring,
-                                   GroupedSchedule schedule) {
+template <Operand kOperand, class Tile>
+__device__ void fill_grouped_w4(const GroupedW4Args& a, const WorkList& list, Ring<Tile> ring,
+                                GroupedSchedule schedule) {
   const int count = (a.k + Tile::kDepth - 1) / Tile::kDepth;
   for (; schedule.has_more(list); schedule.advance()) {
     const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
     for (int i = 0; i < count; ++i, ring.place.advance()) {
       mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
-      Tile::load_weight(a, ring, i, tile.weight_row, 0);
-      Tile::load_x(a, ring, i, tile.row, 0);
+      if constexpr (kOperand == Operand::kWeight) {
+        Tile::load_weight(a, ring, i, tile.weight_row, 0);
+      } else {
+        Tile::load_x(a, ring, i, tile.row, 0);
+      }
     }
   }
 }
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   GroupedSchedule schedule(a);
   if (threadIdx.x < kWarpgroup) {
     if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_grouped_w4<Tile>(a, list, ring, schedule);
+    if (threadIdx.x == 0) fill_grouped_w4<Operand::kWeight>(a, list, ring, schedule);
+    if (threadIdx.x == kWarpSize) fill_grouped_w4<Operand::kX>(a, list, ring, schedule);
   } else {
     if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
     const Release release{cluster_address(ring.barriers(), 0), threadIdx.x % kWarpSize == 0};
