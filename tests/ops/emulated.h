@@ -46,7 +46,7 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 
 namespace machine {
 
-constexpr int kMaxThreads = 1024, kLanes = 32, kStackBytes = 1 << 16;
+constexpr int kMaxThreads = 1280, kLanes = 32, kStackBytes = 1 << 16;
 
 struct Copy {
   unsigned char* to;

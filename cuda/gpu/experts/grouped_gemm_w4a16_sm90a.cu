@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float sums[Tile::kSums];
     for (; schedule.has_more(list); schedule.advance()) {
       const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
-      multiply_w4<Tile>(a, ring, count, release, sums);
+      multiply_w4<Tile>(a, ring, 0, count, release, sums);
       finish_w4<Tile>(a, ring, tile.row, tile.end_row, tile.column, sums);
     }
   }

@@ -10,13 +10,13 @@
 // half of the tokens behind them: 8 rows of each a warp, so that a thread has both sums of a result,
 // were a quarter more instructions.
 // A warp waits for its words, for the products before and for a stage: with two warpgroups an SM does
-// half of what its issue slots allow. So there are up to four where a matrix has enough strips. Four
-// that take turns with the stages of the same strips are no faster: what holds up tiles of 64 rows of
-// weight is to bring x.
+// half of what its issue slots allow. So there are up to four, of as many strips, or where a matrix has
+// too few of those, of the same ones: `turns` of them take one stage after the other, each gives its
+// stage back as soon as it is multiplied by, and they add up at the end.
 //
 // Numerics: a weight is (q - z) s, where s is rounded to 16 bits, which those of a checkpoint in this
 // type are, and rounded once: plain numbers are no better. float32 sums over k in blocks of 16; where
-// k is divided, the sum of both parts; then the bias, the epilogue and one rounding.
+// k is divided, the sum of all turns, and of both parts; then the bias, the epilogue and one rounding.
 // Instructions of a lane for a word: 11 to widen it (float16 9), 4 to scale, beside kTokens / 2 clocks
 // of products; of a warp that is 2 clocks for each of 7 (5) of them and one for the others.
 #pragma once
@@ -54,13 +54,15 @@ struct W4Args : Args {
 constexpr int kListBytes = 9 * 1024;
 
 // Grouped: of experts, whose CTAs hold a WorkList and divide k in no way.
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false>
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false,
+          int kTurns_ = 1>
 struct W4Tile {
   using T = T_;
   using Args = W4Args;
   static constexpr int kGroups = kGroups_;
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr bool kIsPaired = kIsPaired_;
+  static constexpr int kTurns = kTurns_;  // a CTA has one tile where there are several
   static constexpr int kDepth = 128;
   static constexpr bool kCanDivide = !kIsGrouped_;
   static constexpr int kPanels = kDepth / 64;
@@ -68,8 +70,8 @@ struct W4Tile {
   static constexpr int kWeightRows = 64 * kGroups;
   static constexpr int kStrips = kWeightRows / static_cast<int>(kStripRows);
   static constexpr int kOutColumns = kIsPaired ? kWeightRows / 2 : kWeightRows;
-  static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-  static constexpr bool kHasMany = kGroups == 4;  // else the launch gives enough to all
+  static constexpr int kThreads = kWarpgroup * (kGroups * kTurns + 1);
+  static constexpr bool kHasMany = kGroups * kTurns == 4;  // else the launch gives enough to all
   static constexpr int kProducerRegisters = kHasMany ? 32 : 0, kGroupRegisters = kHasMany ? 112 : 0;
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kMaxPieceBytes = 1280;  // in groups of 32
@@ -84,6 +86,7 @@ struct W4Tile {
   static constexpr int kExchangeBarrier = kBarrierOffset + 2 * kStages * 8;
   static constexpr int kSmem = kExchangeBarrier + 8;
   static_assert(kStageBytes % 1024 == 0 && kSmem <= kMaxSmem && kSmem > kMaxSmem / 2);
+  static_assert(kTurns == 1 || !kIsGrouped_);
 
   // Of a stage, where gate's strips are before up's: the one that a warp takes.
   __device__ static int strip_of(int warp) {
@@ -133,7 +136,8 @@ struct W4Lane {
 
   template <class Tile>
   __device__ static W4Lane of(const W4Args& a) {
-    const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize;
+    const int warp = (threadIdx.x / kWarpSize - 4) % (4 * Tile::kGroups);
+    const int lane = threadIdx.x % kWarpSize;
     const uint32_t strip = Tile::strip_of(warp) * a.piece_bytes;
     return {strip + lane * 16, strip + a.record_offset + lane / 4 * 4};
   }
@@ -183,16 +187,23 @@ struct W4Block {
   }
 };
 
-// A warpgroup's sums over `count` stages of the ring.
+// A warpgroup's sums over the stages of its turn, of `count` in the ring, whose place is the first.
 template <class Tile>
-__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int count,
+__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int turn, int count,
                                             const Release& release, float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
+  if constexpr (Tile::kTurns > 1) {
+    if (turn >= count) {  // more of them than stages
+#pragma unroll
+      for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
+      return;
+    }
+  }
   const W4Lane lane = W4Lane::of<Tile>(a);
   uint32_t rows[2][4][4];  // of each of the two blocks: what its four products read
   uint32_t before = 0;
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  for (int i = turn; i < count; i += Tile::kTurns) {
     mbarrier_wait(ring.full(), ring.place.phase);
     const uint64_t x = k_major_descriptor(ring.x());
     W4Block blocks[2];
@@ -205,7 +216,7 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       wgmma_wait<1>();  // the products that have read these registers are complete
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
-      if (block == 1 && i > 0) release(before);  // so are the last ones of the stage before
+      if (Tile::kTurns == 1 && block == 1 && i > 0) release(before);  // so are the stage before's
       blocks[block].template widen<T>(rows[block]);
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
@@ -214,12 +225,18 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       for (int s = 0; s < 4; ++s) {
         wgmma<T, Major::kK>(sums, rows[block][s],
                             advance_descriptor(x, block * Tile::kPanelBytes + 32 * s),
-                            i > 0 || block > 0 || s > 0);
+                            i > turn || block > 0 || s > 0);
       }
       wgmma_commit();
     }
     before = ring.empty_in(release.mate_barriers);
-    ring.place.advance();
+    if constexpr (Tile::kTurns > 1) {
+      wgmma_wait<0>();  // others multiply meanwhile; the ring is not to wait for this one's next turn
+      keep_registers(sums);
+      release(before);
+    }
+#pragma unroll
+    for (int step = 0; step < Tile::kTurns; ++step) ring.place.advance();
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -228,7 +245,41 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
     for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
   }
   keep_registers(sums);
-  release(before);
+  if constexpr (Tile::kTurns == 1) release(before);
+}
+
+// Adds up the sums of all turns, in the ring, which nobody fills any more: true for the first one's
+// threads, which have them then.
+template <class Tile>
+__device__ __forceinline__ bool add_turns(const Ring<Tile>& ring, int turn,
+                                          float (&sums)[Tile::kSums]) {
+  constexpr int kThreads = Tile::kGroups * kWarpgroup;  // of a turn
+  constexpr uint32_t kChunkBytes = kThreads * 16, kTurnBytes = Tile::kSums / 4 * kChunkBytes;
+  static_assert((Tile::kTurns - 1) * kTurnBytes <= Tile::kStages * Tile::kStageBytes);
+  const uint32_t first = ring.base + (threadIdx.x - kWarpgroup) % kThreads * 16;
+  named_barrier_sync(1, Tile::kTurns * kThreads);  // nobody reads stages any more
+  if (turn > 0) {
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      store_shared(first + (turn - 1) * kTurnBytes + i * kChunkBytes,
+                   uint4{__float_as_uint(sums[4 * i]), __float_as_uint(sums[4 * i + 1]),
+                         __float_as_uint(sums[4 * i + 2]), __float_as_uint(sums[4 * i + 3])});
+    }
+  }
+  named_barrier_sync(1, Tile::kTurns * kThreads);
+  if (turn > 0) return false;
+#pragma unroll
+  for (int other = 0; other < Tile::kTurns - 1; ++other) {
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      const uint4 sent = load_shared(first + other * kTurnBytes + i * kChunkBytes);
+      sums[4 * i] += __uint_as_float(sent.x);
+      sums[4 * i + 1] += __uint_as_float(sent.y);
+      sums[4 * i + 2] += __uint_as_float(sent.z);
+      sums[4 * i + 3] += __uint_as_float(sent.w);
+    }
+  }
+  return true;
 }
 
 // Sends the sums of the other part's half of the tokens to it, and adds what it sends to those of
@@ -376,16 +427,21 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& rin
   }
 }
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_>
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_, int kTurns_>
 __device__ __forceinline__ void
-W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_>::compute(
+W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
+  const int turn = kTurns == 1 ? 0 : (threadIdx.x / kWarpgroup - 1) / kGroups;
+  for (int i = 0; i < turn; ++i) ring.place.advance();
   float sums[kSums];
   for (; schedule.has_more(); schedule.advance()) {
     int row, column;
     place(a, schedule.tiles(a), rank, row, column);
-    multiply_w4<W4Tile>(a, ring, count, release, sums);
+    multiply_w4<W4Tile>(a, ring, turn, count, release, sums);
+    if constexpr (kTurns > 1) {
+      if (!add_turns<W4Tile>(ring, turn, sums)) return;
+    }
     if (a.parts == 1) {
       finish_w4<W4Tile>(a, ring, row, a.m, column, sums);
       continue;

@@ -2,7 +2,8 @@
 // a shape gets, the launch.
 //
 // What a warpgroup does is to widen integers, whatever x has of rows, until 128 of those keep the
-// products busy. Where tiles of weight rows are too few for the SMs, two parts divide k.
+// products busy. Where tiles of weight rows are too few for the SMs, two parts divide k, and where
+// they have few rows, warpgroups take turns.
 //
 // Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
 // bits. A row's result may differ between numbers of rows.
@@ -22,12 +23,14 @@ namespace pyserve::gpu {
 namespace gemm {
 namespace {
 
-// A W4Tile, and the CTAs of a cluster, which divide k.
+// A W4Tile; the CTAs of a cluster, which divide k, and the warpgroups that take turns.
 struct W4Tiling {
   int groups, tokens;
-  int parts = 1;
+  int parts = 1, turns = 1;
 
   constexpr int rows() const { return 64 * groups; }
+  // Whether a CTA has one tile: those that divide k meet once.
+  constexpr bool is_once() const { return parts * turns > 1; }
 };
 
 // A number in LinearTrial is a place in this list, from 1 on.
@@ -35,9 +38,13 @@ constexpr auto kW4Tilings = std::to_array<W4Tiling>({
     {1, 32}, {1, 32, 2}, {2, 32}, {2, 32, 2}, {4, 32},
     {1, 64}, {1, 64, 2}, {2, 64}, {2, 64, 2}, {4, 64},
     {1, 128}, {1, 128, 2}, {2, 128}, {2, 128, 2},
+    {1, 32, 1, 4}, {1, 32, 2, 4}, {1, 64, 1, 4}, {1, 64, 2, 4},
 });
 
 static_assert(kW4Tilings.size() == kNumW4Tilings);
+
+// Whether there is a kernel: turns are for matrices of few rows, which gate and up are not.
+constexpr bool has_kernel(const W4Tiling& t, bool is_paired) { return !is_paired || t.turns == 1; }
 
 // Clusters of a tiling for a shape, by rows of x and by columns.
 struct W4Grid {
@@ -59,16 +66,18 @@ double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& devic
   const int clusters = W4Grid(t, p).clusters();
   const int waves = pieces(clusters, num_resident(device, t.parts));
   const int stages = pieces(pieces(p.k, kDepth), t.parts);
-  // What warpgroups share of a stage, and what each adds.
-  double stage_us = t.tokens == 128  ? 0.07 + 0.365 * t.groups
-                    : t.tokens == 64 ? 0.145 + 0.2 * t.groups
-                                     : 0.19 + 0.15 * t.groups;
+  // What warpgroups share of a stage, and what each adds. Those that take turns: not measured yet,
+  // what four take of 256 rows.
+  double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.24 : 0.2)
+                    : t.tokens == 128 ? 0.07 + 0.365 * t.groups
+                    : t.tokens == 64  ? 0.145 + 0.2 * t.groups
+                                      : 0.19 + 0.15 * t.groups;
   const double kilobytes = t.tokens * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
   stage_us = std::max(stage_us, kilobytes / kilobytes_per_us);
   // What pairs of warps exchange behind a tile of gate and up: not measured yet.
   const double pair_us = p.epilogue == Epilogue::kSiluMul ? 0.5 : 0.0;
-  const double ends_us = pair_us * waves + (t.parts == 1 ? 2.0 + (waves - 1) * 0.4
-                                                         : 3.8 + (waves - 1) * 4.5);
+  const double ends_us = 2.0 + pair_us * waves + (t.parts > 1 ? 1.8 : 0.0) +
+                         (t.turns > 1 ? 0.4 : 0.0) + (waves - 1) * (t.is_once() ? 4.5 : 0.4);
   const double memory_us =
       2.0 + kKilobytes * static_cast<double>(p.weight_rows() * p.k) / kMemoryKilobytesPerUs;
   return std::max(ends_us + waves * stages * stage_us, memory_us);
@@ -114,8 +123,7 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
       &a.weight);
   if (error != cudaSuccess) return error;
   const int tiles = a.num_row_tiles * a.num_column_tiles;
-  // Parts meet once: each cluster of them has one tile.
-  const int num_clusters = tiling.parts > 1 ? tiles : std::min(tiles, num_resident(device, 1));
+  const int num_clusters = tiling.is_once() ? tiles : std::min(tiles, num_resident(device, 1));
   return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.parts),
                                  static_cast<unsigned>(tiling.parts), Tile::kThreads, Tile::kSmem,
                                  stream, a);
@@ -123,11 +131,15 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
 
 // The place of the tiling of least estimate.
 size_t best_tiling(const LinearParams& p, const Device& device) {
+  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
   const int asked = linear_trial().w4a16_tiling;
-  if (asked > 0) return static_cast<size_t>(asked - 1);
+  if (asked > 0 && has_kernel(kW4Tilings[asked - 1], is_paired)) {
+    return static_cast<size_t>(asked - 1);
+  }
   size_t best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < kW4Tilings.size(); ++i) {
+    if (!has_kernel(kW4Tilings[i], is_paired)) continue;
     const double estimate = estimate_us(kW4Tilings[i], p, device);
     if (estimate < least) best = i, least = estimate;
   }
@@ -141,8 +153,10 @@ cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device&
   cudaError_t error = cudaErrorInvalidValue;
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr W4Tiling kTiling = kW4Tilings[kI];
-    using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired>;
-    if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+    if constexpr (has_kernel(kTiling, kIsPaired)) {
+      using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired, false, kTiling.turns>;
+      if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+    }
   };
   (launch_if(std::integral_constant<size_t, kIndex>{}), ...);
   return error;
