@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (threadIdx.x == kWarpSize) fill<Operand::kX>(a, ring, rank, schedule);
     }
     __syncwarp();
-    cluster_sync();
+    if (a.mates > 1) cluster_sync();
   } else {
     if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
     const int lane = threadIdx.x % kWarpSize;
@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     pdl_wait();
     pdl_launch_dependents();
     Tile::compute(a, ring, rank, schedule, release);
-    cluster_sync();  // a mate may still send here, or tell what it has read
+    // A mate may still send here, or tell what it has read; what the other part sends is all here.
+    if (a.mates > 1) cluster_sync();
   }
 }
 
