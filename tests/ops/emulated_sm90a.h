@@ -193,9 +193,9 @@ struct RingPlace {
   int stage = 0;
   uint32_t phase = 0;
 
-  void advance() {
-    stage = (stage + 1) % kNumStages;
-    phase ^= stage == 0;
+  void advance(int steps = 1) {
+    phase ^= stage + steps >= kNumStages;
+    stage = (stage + steps) % kNumStages;
   }
 };
 

@@ -97,9 +97,11 @@ struct RingPlace {
   int stage = 0;
   uint32_t phase = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kNumStages) {
-      stage = 0;
+  // By at most as many steps as there are stages.
+  __device__ __forceinline__ void advance(int steps = 1) {
+    stage += steps;
+    if (stage >= kNumStages) {
+      stage -= kNumStages;
       phase ^= 1;
     }
   }

@@ -97,7 +97,7 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
   a.k = p.k;
   a.num_column_tiles = (p.n + Tile::kOutColumns - 1) / Tile::kOutColumns;
   a.weight_hint = mean_rows(p) <= Tile::kTokens ? L2Hint::kEvictFirst : L2Hint::kNormal;
-  a.set_format(group_size);
+  a.format = W4PieceFormat::of(group_size);
   a.up_strip = p.n / strip_rows;
   a.offsets = p.offsets;
   a.num_experts = p.num_experts;
@@ -109,7 +109,7 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
        .sizes = {static_cast<uint64_t>(p.weight_stride) / 2,
                  static_cast<uint64_t>(p.num_experts) * num_strips},
        .strides = {1, p.weight_stride / 2},
-       .box_sizes = {static_cast<uint32_t>(a.piece_bytes / 8),
+       .box_sizes = {static_cast<uint32_t>(a.format.piece_bytes / 8),
                      static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
       &a.weight);
   if (error != cudaSuccess) return error;
@@ -118,15 +118,17 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
 }
 
 // The least rows of x a tile that most experts fit, where all have about as many.
-template <class T, bool kIsPaired>
+template <class T, bool kIsPaired, bool kIsWhole>
 cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, const Device& device,
                                  cudaStream_t stream) {
   const int rows = mean_rows(p);
   if (rows <= 24) {
-    return launch_grouped_w4<W4Tile<T, 4, 32, kIsPaired, true>>(p, group_size, device, stream);
+    using Tile = W4Tile<T, 4, 32, kIsPaired, true, 1, kIsWhole>;
+    return launch_grouped_w4<Tile>(p, group_size, device, stream);
   }
   if (rows <= 52) {
-    return launch_grouped_w4<W4Tile<T, 4, 64, kIsPaired, true>>(p, group_size, device, stream);
+    using Tile = W4Tile<T, 4, 64, kIsPaired, true, 1, kIsWhole>;
+    return launch_grouped_w4<Tile>(p, group_size, device, stream);
   }
   return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, true>>(p, group_size, device, stream);
 }
@@ -145,10 +147,16 @@ bool can_gemm_grouped_w4a16_sm90a(const GroupedParams& p) {
 cudaError_t launch_grouped_gemm_w4a16_sm90a(const GroupedParams& p, int64_t group_size,
                                             const Device& device, cudaStream_t stream) {
   return dispatch_half(p.dtype, [&]<class T>(T) {
+    const auto launch = [&]<bool kIsPaired, bool kIsWhole>() {
+      return gemm::launch_grouped_w4_as<T, kIsPaired, kIsWhole>(p, group_size, device, stream);
+    };
+    const bool is_whole = group_size == gemm::W4PieceFormat::kWholeGroup;
     if (p.epilogue == Epilogue::kSiluMul) {
-      return gemm::launch_grouped_w4_as<T, true>(p, group_size, device, stream);
+      return is_whole ? launch.template operator()<true, true>()
+                      : launch.template operator()<true, false>();
     }
-    return gemm::launch_grouped_w4_as<T, false>(p, group_size, device, stream);
+    return is_whole ? launch.template operator()<false, true>()
+                    : launch.template operator()<false, false>();
   });
 }
 

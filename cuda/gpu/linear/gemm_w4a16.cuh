@@ -18,7 +18,8 @@
 // type are, and rounded once: plain numbers are no better. float32 sums over k in blocks of 16; where
 // k is divided, the sum of all turns, and of both parts; then the bias, the epilogue and one rounding.
 // Instructions of a lane for a word: 11 to widen it (float16 9), 4 to scale, beside kTokens / 2 clocks
-// of products; of a warp that is 2 clocks for each of 7 (5) of them and one for the others.
+// of products; of a warp that is 2 clocks for each of 7 (5) of them and one for the others. With all
+// else a stage takes 190 of a lane (176) where groups are 128, 226 (214) where records may be more.
 #pragma once
 
 #include <algorithm>
@@ -29,33 +30,38 @@
 
 namespace pyserve::gpu::gemm {
 
-struct W4Args : Args {
-  int piece_bytes;  // of a strip, in a stage
-  // In a piece, from a block to the next; from the piece to the record of its first 32 columns; and
-  // from there to that of the next block, and of the other half of a block.
+// How a piece of 128 columns of a strip lies.
+struct W4PieceFormat {
+  int piece_bytes;
+  // From a block to the next; from the piece to the record of its first 32 columns; and from there to
+  // that of the next block, and of the other half of a block.
   int block_bytes, record_offset, record_block_bytes, record_half_bytes;
+
+  __host__ __device__ static constexpr W4PieceFormat of(int64_t group_size) {
+    constexpr int kBlock = 4 * static_cast<int>(kW4BlockWords);
+    constexpr int kRecord = 4 * static_cast<int>(kW4RecordWords);
+    if (group_size == kWholeGroup) return {2 * kBlock + kRecord, kBlock, 2 * kBlock, 0, 0};
+    const int half_bytes = group_size == 32 ? kRecord : 0;
+    const int block_bytes = kBlock + kRecord + half_bytes;
+    return {2 * block_bytes, block_bytes, kBlock, block_bytes, half_bytes};
+  }
+
+  static constexpr int64_t kWholeGroup = 128;  // whose piece has one record
+};
+
+struct W4Args : Args {
+  W4PieceFormat format;
   int up_strip;  // where the rows of up begin
   bool is_adding;
-
-  // Of pieces of 128 columns.
-  void set_format(int64_t group_size) {
-    constexpr int block = 4 * static_cast<int>(kW4BlockWords);
-    constexpr int record = 4 * static_cast<int>(kW4RecordWords);
-    const bool is_unit_whole = group_size == 128;  // one unit is a piece, else two are
-    record_offset = is_unit_whole ? 2 * block : block;
-    record_half_bytes = group_size == 32 ? record : 0;
-    block_bytes = is_unit_whole ? block : block + record + record_half_bytes;
-    record_block_bytes = is_unit_whole ? 0 : block_bytes;
-    piece_bytes = is_unit_whole ? 2 * block + record : 2 * block_bytes;
-  }
 };
 
 // Bytes of a WorkList, which is aligned as the stages are.
 constexpr int kListBytes = 9 * 1024;
 
-// Grouped: of experts, whose CTAs hold a WorkList and divide k in no way.
+// Grouped: of experts, whose CTAs hold a WorkList and divide k in no way. Whole: for groups of 128
+// alone, whose records are widened by once a stage.
 template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false,
-          int kTurns_ = 1>
+          int kTurns_ = 1, bool kIsWhole_ = false>
 struct W4Tile {
   using T = T_;
   using Args = W4Args;
@@ -63,6 +69,7 @@ struct W4Tile {
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr bool kIsPaired = kIsPaired_;
   static constexpr int kTurns = kTurns_;  // a CTA has one tile where there are several
+  static constexpr bool kIsWhole = kIsWhole_;
   static constexpr int kDepth = 128;
   static constexpr bool kCanDivide = !kIsGrouped_;
   static constexpr int kPanels = kDepth / 64;
@@ -86,7 +93,11 @@ struct W4Tile {
   static constexpr int kExchangeBarrier = kBarrierOffset + 2 * kStages * 8;
   static constexpr int kSmem = kExchangeBarrier + 8;
   static_assert(kStageBytes % 1024 == 0 && kSmem <= kMaxSmem && kSmem > kMaxSmem / 2);
-  static_assert(kTurns == 1 || !kIsGrouped_);
+  static_assert(kTurns == 1 || (!kIsGrouped_ && kTurns <= kStages));
+
+  __device__ static constexpr W4PieceFormat format(const Args& a) {
+    return kIsWhole ? W4PieceFormat::of(W4PieceFormat::kWholeGroup) : a.format;
+  }
 
   // Of a stage, where gate's strips are before up's: the one that a warp takes.
   __device__ static int strip_of(int warp) {
@@ -101,11 +112,12 @@ struct W4Tile {
 
   __device__ static void load_weight(const Args& a, const Ring<W4Tile>& to, int block, int column,
                                      int /*rank*/) {
-    mbarrier_arrive_expect(to.full(), kXBytes + kStrips * a.piece_bytes);
-    const int strip = column / static_cast<int>(kStripRows), at = block * (a.piece_bytes / 8);
+    const int piece_bytes = format(a).piece_bytes;
+    mbarrier_arrive_expect(to.full(), kXBytes + kStrips * piece_bytes);
+    const int strip = column / static_cast<int>(kStripRows), at = block * (piece_bytes / 8);
     tma_load(to.weight(), &a.weight, to.full(), at, strip, a.weight_hint);
     if (kIsPaired) {
-      tma_load(to.weight() + kStrips / 2 * a.piece_bytes, &a.weight, to.full(), at,
+      tma_load(to.weight() + kStrips / 2 * piece_bytes, &a.weight, to.full(), at,
                a.up_strip + strip, a.weight_hint);
     }
   }
@@ -138,50 +150,68 @@ struct W4Lane {
   __device__ static W4Lane of(const W4Args& a) {
     const int warp = (threadIdx.x / kWarpSize - 4) % (4 * Tile::kGroups);
     const int lane = threadIdx.x % kWarpSize;
-    const uint32_t strip = Tile::strip_of(warp) * a.piece_bytes;
-    return {strip + lane * 16, strip + a.record_offset + lane / 4 * 4};
+    const W4PieceFormat format = Tile::format(a);
+    const uint32_t strip = Tile::strip_of(warp) * format.piece_bytes;
+    return {strip + lane * 16, strip + format.record_offset + lane / 4 * 4};
   }
 };
 
-// What a lane reads of a block: words, one for 16 columns, and for each half of its columns the
-// records of rows g and g + 8 of its fragments.
-struct W4Block {
-  uint32_t words[4], records[2][2];
+// By what a lane widens the words of a group, of rows g and g + 8 of its fragments.
+template <class T>
+struct W4Group {
+  uint32_t scales[2], minus[2];
 
-  __device__ __forceinline__ void read(const W4Args& a, uint32_t weight, int block,
-                                       const W4Lane& lane) {
-    const uint4 all = load_shared(weight + block * a.block_bytes + lane.words);
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
-    const uint32_t record = weight + block * a.record_block_bytes + lane.records;
+  __device__ __forceinline__ static W4Group of(const uint32_t (&records)[2]) {
+    W4Group group;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int row = 0; row < 2; ++row) {
+      const float scale = scale_of(records[row]);
+      group.scales[row] = pack_pair<T>(scale, scale);
+      group.minus[row] = minus_of<T>(records[row], row);
+    }
+    return group;
+  }
+};
+
+// What a lane reads of a stage: the words of its blocks, one for 16 columns, and the records of rows g
+// and g + 8 for each half of a block, or for all.
+template <class Tile>
+struct W4Stage {
+  using T = typename Tile::T;
+  static constexpr int kRecords = Tile::kIsWhole ? 1 : 4;
+  uint32_t words[2][4], records[kRecords][2];
+  W4Group<T> group;
+
+  __device__ __forceinline__ void read(const W4Args& a, uint32_t weight, const W4Lane& lane) {
+    const W4PieceFormat format = Tile::format(a);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        records[half][row] = load_shared_word(record + half * a.record_half_bytes + row * 32);
-      }
+    for (int block = 0; block < 2; ++block) {
+      const uint4 all = load_shared(weight + block * format.block_bytes + lane.words);
+      words[block][0] = all.x, words[block][1] = all.y;
+      words[block][2] = all.z, words[block][3] = all.w;
+    }
+#pragma unroll
+    for (int i = 0; i < kRecords; ++i) {
+      const uint32_t record = weight + i / 2 * format.record_block_bytes +
+                              i % 2 * format.record_half_bytes + lane.records;
+      records[i][0] = load_shared_word(record);
+      records[i][1] = load_shared_word(record + 32);
     }
   }
 
-  // Of its columns [16 s, 16 s + 16) for s in 0 .. 3: what a product reads.
-  template <class T>
-  __device__ __forceinline__ void widen(uint32_t (&rows)[4][4]) const {
+  // Of columns [16 s, 16 s + 16) of a block, for s in 0 .. 3: what a product reads. Block 0 is first.
+  __device__ __forceinline__ void widen(int block, uint32_t (&rows)[4][4]) {
     constexpr uint32_t kMinusZeros = 0x80008000;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t scales[2], minus[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const uint32_t record = records[half][row];
-        scales[row] = pack_pair<T>(scale_of(record), scale_of(record));
-        minus[row] = minus_of<T>(record, row);
+    for (int s = 0; s < 4; ++s) {
+      const int column = 4 * block + s;
+      if (column == 0 || (!Tile::kIsWhole && s % 2 == 0)) {
+        group = W4Group<T>::of(records[Tile::kIsWhole ? 0 : column / 2]);
       }
+      widen_word<T>(words[block][s], group.minus, rows[s]);
 #pragma unroll
-      for (int s = 2 * half; s < 2 * half + 2; ++s) {
-        widen_word<T>(words[s], minus, rows[s]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          rows[s][i] = fma_pair<T>(rows[s][i], scales[i % 2], kMinusZeros);
-        }
+      for (int i = 0; i < 4; ++i) {
+        rows[s][i] = fma_pair<T>(rows[s][i], group.scales[i % 2], kMinusZeros);
       }
     }
   }
@@ -192,12 +222,9 @@ template <class Tile>
 __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int turn, int count,
                                             const Release& release, float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
-  if constexpr (Tile::kTurns > 1) {
-    if (turn >= count) {  // more of them than stages
+  if constexpr (Tile::kTurns > 1) {  // there may be more of them than stages
 #pragma unroll
-      for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
-      return;
-    }
+    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
   }
   const W4Lane lane = W4Lane::of<Tile>(a);
   uint32_t rows[2][4][4];  // of each of the two blocks: what its four products read
@@ -206,18 +233,15 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
   for (int i = turn; i < count; i += Tile::kTurns) {
     mbarrier_wait(ring.full(), ring.place.phase);
     const uint64_t x = k_major_descriptor(ring.x());
-    W4Block blocks[2];
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      blocks[block].read(a, ring.weight(), block, lane);
-    }
+    W4Stage<Tile> stage;
+    stage.read(a, ring.weight(), lane);
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       wgmma_wait<1>();  // the products that have read these registers are complete
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
       if (Tile::kTurns == 1 && block == 1 && i > 0) release(before);  // so are the stage before's
-      blocks[block].template widen<T>(rows[block]);
+      stage.widen(block, rows[block]);
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
       wgmma_fence();
@@ -225,7 +249,7 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       for (int s = 0; s < 4; ++s) {
         wgmma<T, Major::kK>(sums, rows[block][s],
                             advance_descriptor(x, block * Tile::kPanelBytes + 32 * s),
-                            i > turn || block > 0 || s > 0);
+                            Tile::kTurns > 1 || i > 0 || block > 0 || s > 0);
       }
       wgmma_commit();
     }
@@ -235,8 +259,7 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       keep_registers(sums);
       release(before);
     }
-#pragma unroll
-    for (int step = 0; step < Tile::kTurns; ++step) ring.place.advance();
+    ring.place.advance(Tile::kTurns);
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -427,13 +450,16 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& rin
   }
 }
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_, int kTurns_>
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_, int kTurns_,
+          bool kIsWhole_>
 __device__ __forceinline__ void
-W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_>::compute(
+W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_, kIsWhole_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
-  const int turn = kTurns == 1 ? 0 : (threadIdx.x / kWarpgroup - 1) / kGroups;
-  for (int i = 0; i < turn; ++i) ring.place.advance();
+  // A shuffle, so that the compiler knows a warp's to be one number, and so where its stages are.
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const int turn = kTurns == 1 ? 0 : __shfl_sync(kFullMask, warpgroup / kGroups, 0);
+  ring.place.advance(turn);
   float sums[kSums];
   for (; schedule.has_more(); schedule.advance()) {
     int row, column;

@@ -97,7 +97,7 @@ W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling
   a.num_column_tiles = grid.columns;
   a.parts = tiling.parts;
   a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
-  a.set_format(group_size);
+  a.format = W4PieceFormat::of(group_size);
   a.up_strip = static_cast<int>(p.n / kStripRows);
   a.is_adding = p.epilogue == Epilogue::kAdd;
   return a;
@@ -118,7 +118,7 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
       {.data = p.weight,
        .sizes = {static_cast<uint64_t>(p.weight_stride) / 2, static_cast<uint64_t>(num_strips)},
        .strides = {1, p.weight_stride / 2},
-       .box_sizes = {static_cast<uint32_t>(a.piece_bytes / 8),
+       .box_sizes = {static_cast<uint32_t>(a.format.piece_bytes / 8),
                      static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
       &a.weight);
   if (error != cudaSuccess) return error;
@@ -146,7 +146,7 @@ size_t best_tiling(const LinearParams& p, const Device& device) {
   return best;
 }
 
-template <class T, bool kIsPaired, size_t... kIndex>
+template <class T, bool kIsPaired, bool kIsWhole, size_t... kIndex>
 cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device& device,
                         cudaStream_t stream, std::index_sequence<kIndex...>) {
   const size_t best = best_tiling(p, device);
@@ -154,7 +154,9 @@ cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device&
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr W4Tiling kTiling = kW4Tilings[kI];
     if constexpr (has_kernel(kTiling, kIsPaired)) {
-      using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired, false, kTiling.turns>;
+      // With 128 rows of x products bind, so that one kernel serves all groups.
+      using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired, false, kTiling.turns,
+                             kIsWhole && kTiling.tokens < 128>;
       if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
     }
   };
@@ -177,11 +179,17 @@ cudaError_t launch_gemm_w4a16_sm90a(const LinearParams& params, int64_t group_si
                                     const Device& device, cudaStream_t stream) {
   if (params.m == 0 || params.n == 0) return cudaSuccess;
   return dispatch_half(params.dtype, [&]<class T>(T) {
-    constexpr auto kAll = std::make_index_sequence<gemm::kW4Tilings.size()>{};
+    const auto launch = [&]<bool kIsPaired, bool kIsWhole>() {
+      constexpr auto kAll = std::make_index_sequence<gemm::kW4Tilings.size()>{};
+      return gemm::launch_best<T, kIsPaired, kIsWhole>(params, group_size, device, stream, kAll);
+    };
+    const bool is_whole = group_size == gemm::W4PieceFormat::kWholeGroup;
     if (params.epilogue == Epilogue::kSiluMul) {
-      return gemm::launch_best<T, true>(params, group_size, device, stream, kAll);
+      return is_whole ? launch.template operator()<true, true>()
+                      : launch.template operator()<true, false>();
     }
-    return gemm::launch_best<T, false>(params, group_size, device, stream, kAll);
+    return is_whole ? launch.template operator()<false, true>()
+                    : launch.template operator()<false, false>();
   });
 }
 
