@@ -98,6 +98,7 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
   a.num_column_tiles = (p.n + Tile::kOutColumns - 1) / Tile::kOutColumns;
   a.weight_hint = mean_rows(p) <= Tile::kTokens ? L2Hint::kEvictFirst : L2Hint::kNormal;
   a.format = W4PieceFormat::of(group_size);
+  a.x_rows = Tile::kTokens;
   a.up_strip = p.n / strip_rows;
   a.offsets = p.offsets;
   a.num_experts = p.num_experts;

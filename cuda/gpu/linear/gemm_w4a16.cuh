@@ -51,6 +51,7 @@ struct W4PieceFormat {
 
 struct W4Args : Args {
   W4PieceFormat format;
+  int x_rows;    // of a tile, that are brought: the others' results are not stored
   int up_strip;  // where the rows of up begin
   bool is_adding;
 };
@@ -113,7 +114,7 @@ struct W4Tile {
   __device__ static void load_weight(const Args& a, const Ring<W4Tile>& to, int block, int column,
                                      int /*rank*/) {
     const int piece_bytes = format(a).piece_bytes;
-    mbarrier_arrive_expect(to.full(), kXBytes + kStrips * piece_bytes);
+    mbarrier_arrive_expect(to.full(), kPanels * 128 * a.x_rows + kStrips * piece_bytes);
     const int strip = column / static_cast<int>(kStripRows), at = block * (piece_bytes / 8);
     tma_load(to.weight(), &a.weight, to.full(), at, strip, a.weight_hint);
     if (kIsPaired) {

@@ -29,6 +29,10 @@ struct W4Tiling {
   int parts = 1, turns = 1;
 
   constexpr int rows() const { return 64 * groups; }
+  // That a tile brings: none beyond the last one, of which copies are slow, where it is the only tile.
+  constexpr int rows_of_x(int64_t m) const {
+    return static_cast<int>(std::min<int64_t>(tokens, (m + 7) / 8 * 8));
+  }
   // Whether a CTA has one tile: those that divide k meet once.
   constexpr bool is_once() const { return parts * turns > 1; }
 };
@@ -59,8 +63,8 @@ struct W4Grid {
 // --only int4_tilings`), within 6 % on average.
 double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
   constexpr double kMemoryKilobytesPerUs = 4200;
-  // To an SM from L2; copies that end beyond the last row of x are slower.
-  const double kilobytes_per_us = p.m % t.tokens == 0 ? 90 : 62;
+  // To an SM from L2; copies that end far beyond the last row of x are slower.
+  const double kilobytes_per_us = p.m % t.tokens == 0 || p.m < t.tokens ? 90 : 62;
   constexpr double kKilobytes = 17.0 / 32 / 1000;  // of a weight, in groups of 128
   constexpr int kDepth = 128;
   const int clusters = W4Grid(t, p).clusters();
@@ -72,7 +76,7 @@ double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& devic
                     : t.tokens == 128 ? 0.07 + 0.365 * t.groups
                     : t.tokens == 64  ? 0.145 + 0.2 * t.groups
                                       : 0.19 + 0.15 * t.groups;
-  const double kilobytes = t.tokens * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
+  const double kilobytes = t.rows_of_x(p.m) * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
   stage_us = std::max(stage_us, kilobytes / kilobytes_per_us);
   // What pairs of warps exchange behind a tile of gate and up: not measured yet.
   const double pair_us = p.epilogue == Epilogue::kSiluMul ? 0.5 : 0.0;
@@ -98,6 +102,7 @@ W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling
   a.parts = tiling.parts;
   a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
   a.format = W4PieceFormat::of(group_size);
+  a.x_rows = tiling.rows_of_x(p.m);
   a.up_strip = static_cast<int>(p.n / kStripRows);
   a.is_adding = p.epilogue == Epilogue::kAdd;
   return a;
@@ -111,7 +116,7 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
     return error;
   }
   W4Args a = args_of<Tile>(p, group_size, tiling);
-  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, Tile::kTokens, p.dtype, &a.x);
+  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, a.x_rows, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   const int64_t num_strips = (p.weight_rows() + kStripRows - 1) / kStripRows;
   error = encode_word_map<2>(
