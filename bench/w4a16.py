@@ -20,14 +20,15 @@ GATE_UP = "gate_up"  # which a model has multiplied with silu_mul behind it
 HEAD = "lm_head"  # which no checkpoint has in 4 bits
 OWN = "own linear_w4a16"  # the kernels of the integers, whatever a step would take
 # Of gemm_w4a16_sm90a.cu, in its order, counted from 1: groups of 64 rows of weight, rows of x,
-# CTAs that divide k.
+# CTAs that divide k, warpgroups of a CTA that take turns.
 TILINGS = (
     *(
-        (groups, tokens, parts)
+        (groups, tokens, parts, 1)
         for tokens in (32, 64)
         for groups, parts in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
     ),
-    *((groups, 128, parts) for groups in (1, 2) for parts in (1, 2)),
+    *((groups, 128, parts, 1) for groups in (1, 2) for parts in (1, 2)),
+    *((1, tokens, parts, 4) for tokens in (32, 64) for parts in (1, 2)),
 )
 # Percent of what a copy moves at 1 row, and at 16 rows so much of it.
 TARGETS = {"gate_up": 70.0, "down": 60.0, "qkv": 50.0, "o": 40.0}
@@ -100,13 +101,15 @@ def tilings(
             width = n // 2 if name == GATE_UP else n
             out = torch.empty(m, width, dtype=torch.bfloat16, device=device)
             num_bytes = size + x.nbytes + out.nbytes
-            for number, (groups, tokens, parts) in enumerate(TILINGS, 1):
+            for number, (groups, tokens, parts, turns) in enumerate(TILINGS, 1):
                 if not min(64, m) <= tokens < max(2 * m, 33):
+                    continue
+                if turns > 1 and name == GATE_UP:  # for which there is none
                     continue
                 runs: list[Callable[[], object]] = [
                     partial(tiled, number, x, packed, out, epilogue) for packed in made
                 ]
-                tile = f"{64 * groups} x {tokens}, {parts} parts"
+                tile = f"{64 * groups} x {tokens}, {parts} parts, {turns} turns"
                 load = f"{m} x {k} -> {n} ({name}), {tile}"
                 yield Chain(f"tiling {number}", load, runs, num_bytes, 2 * m * n * k)
     switch(made[0], -1, -1)

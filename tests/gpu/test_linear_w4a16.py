@@ -272,8 +272,8 @@ def test_a_measurement_says_up_to_how_many_rows() -> None:
     assert serves(x[:16], packed) and not serves(x, packed)
     with pytest.raises(RuntimeError, match="try_linear_w4a16: max_rows is -2, at least -1"):
         switch(packed, -2)
-    with pytest.raises(RuntimeError, match="try_linear_w4a16: tiling is 15, from -1 to 14"):
-        switch(packed, -1, 15)
+    with pytest.raises(RuntimeError, match="try_linear_w4a16: tiling is 19, from -1 to 18"):
+        switch(packed, -1, 19)
 
 
 def test_rows_that_are_not_aligned_are_refused() -> None:

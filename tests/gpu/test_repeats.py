@@ -96,8 +96,12 @@ def test_4_bit_integers(
         check(w4a16_call(num_rows, n, k, group_size, SILU_MUL), keep_busy)
 
 
-def test_every_tiling_of_4_bit_integers(keep_busy: Callable[[int], None]) -> None:
-    call = w4a16_call(150, 832, 1088, 64)
+@pytest.mark.parametrize("epilogue", [STORE, SILU_MUL])
+@pytest.mark.parametrize(("k", "group_size"), [(1088, 64), (1152, 128)])
+def test_every_tiling_of_4_bit_integers(
+    k: int, group_size: int, epilogue: int, keep_busy: Callable[[int], None]
+) -> None:
+    call = w4a16_call(150, 832, k, group_size, epilogue)
     packed = make_packed(64, 256, 128, DTYPE)
     try:
         for number in range(1, len(TILINGS) + 1):

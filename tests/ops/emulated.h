@@ -23,6 +23,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -46,7 +47,7 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 
 namespace machine {
 
-constexpr int kMaxThreads = 1024, kLanes = 32, kStackBytes = 1 << 16;
+constexpr int kMaxThreads = 1280, kLanes = 32, kStackBytes = 1 << 16;
 
 struct Copy {
   unsigned char* to;

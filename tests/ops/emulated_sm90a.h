@@ -96,6 +96,7 @@ struct Products {
 
 std::array<Products, kMaxThreads> products;
 Barrier cluster_barrier;
+std::map<std::pair<int, int>, Barrier> named_barriers;  // by block and id
 
 float operand(uint64_t descriptor, int row, int column, bool is_half);
 float register_element(uint32_t word, int index, bool is_half);
@@ -155,6 +156,10 @@ void cluster_sync() {
   machine::meet(machine::cluster_barrier, machine::num_blocks * machine::block_threads);
 }
 
+void named_barrier_sync(int id, int num_threads) {
+  machine::meet(machine::named_barriers[{machine::block(), id}], num_threads);
+}
+
 void mbarrier_init(uint32_t barrier, uint32_t num_arrivals) {
   machine::at(barrier, 8);
   const int count = static_cast<int>(num_arrivals);
@@ -188,9 +193,9 @@ struct RingPlace {
   int stage = 0;
   uint32_t phase = 0;
 
-  void advance() {
-    stage = (stage + 1) % kNumStages;
-    phase ^= stage == 0;
+  void advance(int steps = 1) {
+    phase ^= stage + steps >= kNumStages;
+    stage = (stage + steps) % kNumStages;
   }
 };
 
@@ -364,6 +369,9 @@ uint4 load_shared(uint32_t address) {
   uint4 value;
   std::memcpy(&value, machine::at(address), 16);
   return value;
+}
+void store_shared(uint32_t address, const uint4& value) {
+  std::memcpy(machine::at(address), &value, 16);
 }
 uint32_t load_shared_word(uint32_t address) {
   uint32_t word;

@@ -33,11 +33,11 @@ double weight_of(double number, double scale) {
   return to_float(from_float<T>(static_cast<float>(std::round(number / scale)) * rounded));
 }
 
-template <class T, int kTokens, bool kIsPaired>
+template <class T, int kTokens, bool kIsPaired, bool kIsWhole = false>
 int check(int format) {
   machine::lands_late = machine::random() % 2 == 0;
   const int k = format == 0 ? pick({288, 352}) : format == 1 ? pick({256, 320}) : pick({256, 384});
-  using Tile = W4Tile<T, kTokens == 128 ? 2 : 4, kTokens, kIsPaired, true>;
+  using Tile = W4Tile<T, kTokens == 128 ? 2 : 4, kTokens, kIsPaired, true, 1, kIsWhole>;
   const int most = Tile::kOutColumns;
   GroupedShape shape{.n = kIsPaired ? pick({16, 80, most + 16}) : pick({40, most + 24}),
                      .k = k,
@@ -65,7 +65,14 @@ int check(int format) {
 
 template <class T, int kTokens>
 int check_both(int format) {
-  return check<T, kTokens, false>(format) + check<T, kTokens, true>(format);
+  constexpr int kWholeFormat = 2;  // groups of 128
+  static_assert(kW4Formats[kWholeFormat].group_size == W4PieceFormat::kWholeGroup);
+  int num_bad = check<T, kTokens, false>(format) + check<T, kTokens, true>(format);
+  if constexpr (kTokens < 128) {
+    num_bad += check<T, kTokens, false, true>(kWholeFormat);
+    num_bad += check<T, kTokens, true, true>(kWholeFormat);
+  }
+  return num_bad;
 }
 
 }  // namespace

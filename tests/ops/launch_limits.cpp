@@ -81,7 +81,7 @@ void launch_w4a16_linears() {
       }
       for (int tiling = pyserve::gpu::kNumW4Tilings; tiling >= 0; --tiling) {
         pyserve::gpu::linear_trial().w4a16_tiling = tiling;
-        launch_w4a16_linear(64, 128, dtype, epilogue);
+        for (int64_t group_size : {64, 128}) launch_w4a16_linear(64, group_size, dtype, epilogue);
       }
     }
   }

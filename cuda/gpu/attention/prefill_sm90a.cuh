@@ -197,16 +197,6 @@ __device__ __forceinline__ void make_weights(Accumulator<C>& acc, float (&s)[kCo
   }
 }
 
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
 // Writes a warp's rows of a tile, divided by their sums, through `queries`, which are shared memory
 // that nobody reads any more, so that whole lines go out. `warp_row` is the first of its 16 rows.
 template <class C>

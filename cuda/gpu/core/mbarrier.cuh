@@ -35,27 +35,39 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
                : "memory");
 }
 
+// Whose stores a wait makes visible.
+enum class Scope { kCta, kCluster };
+
+#define PYSERVE_TRY_WAIT(SCOPE)                                                    \
+  asm volatile(                                                                    \
+      "{\n.reg .pred p;\n"                                                         \
+      "mbarrier.try_wait.parity.acquire." SCOPE ".shared::cta.b64 p, [%1], %2;\n"  \
+      "selp.u32 %0, 1, 0, p;\n}\n"                                                 \
+      : "=r"(has_ended)                                                            \
+      : "r"(barrier), "r"(phase)                                                   \
+      : "memory")
+
 // Whether `phase` has ended; sleeps a little before it says no.
+template <Scope kScope>
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t phase) {
   uint32_t has_ended;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(has_ended)
-      : "r"(barrier), "r"(phase)
-      : "memory");
+  if constexpr (kScope == Scope::kCta) {
+    PYSERVE_TRY_WAIT("cta");
+  } else {
+    PYSERVE_TRY_WAIT("cluster");
+  }
   return has_ended != 0;
 }
 
+#undef PYSERVE_TRY_WAIT
+
 // Waits until `phase` has ended. A new barrier is in phase 0, so that its phase 1 counts as ended:
 // who fills a ring waits for phase 1 of each "empty" barrier first, who reads it for phase 0.
+template <Scope kScope = Scope::kCta>
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {
 #ifdef PYSERVE_BOUNDED_WAITS  // of test builds: a wait of more than a second becomes an error
   const long long begin = clock64();
-  while (!mbarrier_try_wait(barrier, phase)) {
+  while (!mbarrier_try_wait<kScope>(barrier, phase)) {
     const uint32_t is_late = clock64() - begin > (1ll << 31);
     asm volatile(  // a store to address 0; a trap would make take_registers (wgmma.cuh) void
         "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.u32 [%1], %0;\n}\n"
@@ -63,15 +75,14 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
         : "r"(is_late), "l"(uint64_t{0}));
   }
 #else
-  while (!mbarrier_try_wait(barrier, phase)) {
+  while (!mbarrier_try_wait<kScope>(barrier, phase)) {
   }
 #endif
 }
 
 // The same for what other CTAs of the cluster have stored by store_cluster.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t phase) {
-  mbarrier_wait(barrier, phase);
-  asm volatile("fence.acq_rel.cluster;\n" ::: "memory");
+  mbarrier_wait<Scope::kCluster>(barrier, phase);
 }
 
 // Barrier `id` (1 .. 15; 0 is __syncthreads) of `num_threads` threads of whole warps: waits for
@@ -86,9 +97,11 @@ struct RingPlace {
   int stage = 0;
   uint32_t phase = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kNumStages) {
-      stage = 0;
+  // By at most as many steps as there are stages.
+  __device__ __forceinline__ void advance(int steps = 1) {
+    stage += steps;
+    if (stage >= kNumStages) {
+      stage -= kNumStages;
       phase ^= 1;
     }
   }

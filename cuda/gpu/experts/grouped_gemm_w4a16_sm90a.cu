@@ -25,16 +25,19 @@ struct GroupedW4Args : W4Args {
   int weight_rows;  // of an expert, in whole strips
 };
 
-template <class Tile>
-__device__ void produce_grouped_w4(const GroupedW4Args& a, const WorkList& list, Ring<Tile> ring,
-                                   GroupedSchedule schedule) {
+template <Operand kOperand, class Tile>
+__device__ void fill_grouped_w4(const GroupedW4Args& a, const WorkList& list, Ring<Tile> ring,
+                                GroupedSchedule schedule) {
   const int count = (a.k + Tile::kDepth - 1) / Tile::kDepth;
   for (; schedule.has_more(list); schedule.advance()) {
     const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
     for (int i = 0; i < count; ++i, ring.place.advance()) {
       mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
-      Tile::load_weight(a, ring, i, tile.weight_row, 0);
-      Tile::load_x(a, ring, i, tile.row, 0);
+      if constexpr (kOperand == Operand::kWeight) {
+        Tile::load_weight(a, ring, i, tile.weight_row, 0);
+      } else {
+        Tile::load_x(a, ring, i, tile.row, 0);
+      }
     }
   }
 }
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   GroupedSchedule schedule(a);
   if (threadIdx.x < kWarpgroup) {
     if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_grouped_w4<Tile>(a, list, ring, schedule);
+    if (threadIdx.x == 0) fill_grouped_w4<Operand::kWeight>(a, list, ring, schedule);
+    if (threadIdx.x == kWarpSize) fill_grouped_w4<Operand::kX>(a, list, ring, schedule);
   } else {
     if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
     const Release release{cluster_address(ring.barriers(), 0), threadIdx.x % kWarpSize == 0};
@@ -67,8 +71,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float sums[Tile::kSums];
     for (; schedule.has_more(list); schedule.advance()) {
       const GroupedTile tile = schedule.tile(a, list, Tile::kTokens, Tile::kOutColumns, 0);
-      multiply_w4<Tile>(a, ring, count, release, sums);
-      finish_w4<Tile>(a, tile.row, tile.end_row, tile.column, sums);
+      multiply_w4<Tile>(a, ring, 0, count, release, sums);
+      finish_w4<Tile>(a, ring, tile.row, tile.end_row, tile.column, sums);
     }
   }
 }
@@ -93,7 +97,8 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
   a.k = p.k;
   a.num_column_tiles = (p.n + Tile::kOutColumns - 1) / Tile::kOutColumns;
   a.weight_hint = mean_rows(p) <= Tile::kTokens ? L2Hint::kEvictFirst : L2Hint::kNormal;
-  a.set_format(group_size);
+  a.format = W4PieceFormat::of(group_size);
+  a.x_rows = Tile::kTokens;
   a.up_strip = p.n / strip_rows;
   a.offsets = p.offsets;
   a.num_experts = p.num_experts;
@@ -105,7 +110,7 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
        .sizes = {static_cast<uint64_t>(p.weight_stride) / 2,
                  static_cast<uint64_t>(p.num_experts) * num_strips},
        .strides = {1, p.weight_stride / 2},
-       .box_sizes = {static_cast<uint32_t>(a.piece_bytes / 8),
+       .box_sizes = {static_cast<uint32_t>(a.format.piece_bytes / 8),
                      static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
       &a.weight);
   if (error != cudaSuccess) return error;
@@ -114,15 +119,17 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
 }
 
 // The least rows of x a tile that most experts fit, where all have about as many.
-template <class T, bool kIsPaired>
+template <class T, bool kIsPaired, bool kIsWhole>
 cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, const Device& device,
                                  cudaStream_t stream) {
   const int rows = mean_rows(p);
   if (rows <= 24) {
-    return launch_grouped_w4<W4Tile<T, 4, 32, kIsPaired, true>>(p, group_size, device, stream);
+    using Tile = W4Tile<T, 4, 32, kIsPaired, true, 1, kIsWhole>;
+    return launch_grouped_w4<Tile>(p, group_size, device, stream);
   }
   if (rows <= 52) {
-    return launch_grouped_w4<W4Tile<T, 4, 64, kIsPaired, true>>(p, group_size, device, stream);
+    using Tile = W4Tile<T, 4, 64, kIsPaired, true, 1, kIsWhole>;
+    return launch_grouped_w4<Tile>(p, group_size, device, stream);
   }
   return launch_grouped_w4<W4Tile<T, 2, 128, kIsPaired, true>>(p, group_size, device, stream);
 }
@@ -141,10 +148,16 @@ bool can_gemm_grouped_w4a16_sm90a(const GroupedParams& p) {
 cudaError_t launch_grouped_gemm_w4a16_sm90a(const GroupedParams& p, int64_t group_size,
                                             const Device& device, cudaStream_t stream) {
   return dispatch_half(p.dtype, [&]<class T>(T) {
+    const auto launch = [&]<bool kIsPaired, bool kIsWhole>() {
+      return gemm::launch_grouped_w4_as<T, kIsPaired, kIsWhole>(p, group_size, device, stream);
+    };
+    const bool is_whole = group_size == gemm::W4PieceFormat::kWholeGroup;
     if (p.epilogue == Epilogue::kSiluMul) {
-      return gemm::launch_grouped_w4_as<T, true>(p, group_size, device, stream);
+      return is_whole ? launch.template operator()<true, true>()
+                      : launch.template operator()<true, false>();
     }
-    return gemm::launch_grouped_w4_as<T, false>(p, group_size, device, stream);
+    return is_whole ? launch.template operator()<false, true>()
+                    : launch.template operator()<false, false>();
   });
 }
 

@@ -1,7 +1,7 @@
 // The frame of the matrix products by wgmma on Hopper, whatever their weight is made of: which tile
-// (Schedule), a ring of stages in shared memory and who fills it (produce), the kernel.
+// (Schedule), a ring of stages in shared memory and who fills it (fill), the kernel.
 //
-// A CTA computes tiles of out, one producer thread and kGroups warpgroups that multiply. A cluster is
+// A CTA computes tiles of out, two threads that fill and kGroups warpgroups that multiply. A cluster is
 // 1 or 2 CTAs: `mates`, which read the same of one operand, of which each brings a share from L2 and
 // sends it to both; or `parts`, which divide k of one tile.
 //
@@ -125,33 +125,24 @@ struct Release {
   }
 };
 
-// One thread fills the ring of the CTA at `rank` of its cluster.
-template <class Tile>
-__device__ void produce(const typename Tile::Args& a, Ring<Tile> ring, int rank,
-                        Schedule schedule) {
+// What a thread brings to the stages.
+enum class Operand { kWeight, kX };
+
+// Fills the ring of the CTA at `rank` of its cluster with one operand. A thread that starts a copy
+// waits until the copy engine has taken it: two warps share what small stages need.
+template <Operand kOperand, class Tile>
+__device__ void fill(const typename Tile::Args& a, Ring<Tile> ring, int rank, Schedule schedule) {
   const Blocks blocks = blocks_of<Tile>(a, rank);
-  int row, column;
-  // The weight does not depend on the kernels before this one: as much of it as the ring holds.
-  int ahead = 0;
-  if (schedule.has_more()) {
-    Tile::place(a, schedule.tiles(a), rank, row, column);
-    Ring<Tile> to = ring;
-    for (; ahead < min(blocks.count, Tile::kStages); ++ahead, to.place.advance()) {
-      Tile::load_weight(a, to, blocks.first + ahead, column, rank);
-    }
-  }
-  pdl_wait();
-  pdl_launch_dependents();
   for (; schedule.has_more(); schedule.advance()) {
+    int row, column;
     Tile::place(a, schedule.tiles(a), rank, row, column);
     for (int i = 0; i < blocks.count; ++i, ring.place.advance()) {
-      if (ahead > 0) {
-        --ahead;
-      } else {
-        mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
+      mbarrier_wait(ring.empty(), ring.place.phase ^ 1);
+      if constexpr (kOperand == Operand::kWeight) {
         Tile::load_weight(a, ring, blocks.first + i, column, rank);
+      } else {
+        Tile::load_x(a, ring, blocks.first + i, row, rank);
       }
-      Tile::load_x(a, ring, blocks.first + i, row, rank);
     }
   }
 }
@@ -173,13 +164,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x < kWarpgroup) {
     if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
     if (threadIdx.x == 0) {
-      produce<Tile>(a, ring, rank, schedule);
+      // Does not depend on the kernels before this one: begins with as much as the ring holds.
+      fill<Operand::kWeight>(a, ring, rank, schedule);
     } else {
       pdl_wait();
       pdl_launch_dependents();
+      if (threadIdx.x == kWarpSize) fill<Operand::kX>(a, ring, rank, schedule);
     }
     __syncwarp();
-    cluster_sync();
+    if (a.mates > 1) cluster_sync();
   } else {
     if constexpr (Tile::kGroupRegisters != 0) take_registers<Tile::kGroupRegisters>();
     const int lane = threadIdx.x % kWarpSize;
@@ -189,7 +182,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     pdl_wait();
     pdl_launch_dependents();
     Tile::compute(a, ring, rank, schedule, release);
-    cluster_sync();  // a mate may still send here, or tell what it has read
+    // A mate may still send here, or tell what it has read; what the other part sends is all here.
+    if (a.mates > 1) cluster_sync();
   }
 }
 

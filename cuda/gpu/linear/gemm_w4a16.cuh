@@ -6,18 +6,20 @@
 // strip of 16 rows. While four products, of 64 columns of k, are computed, the words of the next four
 // are widened into the other set of registers. A stage is 128 columns: a piece of each strip with its
 // records, as they lie in memory, and two panels of x.
-// With a gate and an up a warp takes 8 rows of each, as the two halves of its fragments, so that a
-// thread has both sums of a result.
+// With a gate and an up two warps of a warpgroup take a strip of each, and give each other the sums of
+// half of the tokens behind them: 8 rows of each a warp, so that a thread has both sums of a result,
+// were a quarter more instructions.
 // A warp waits for its words, for the products before and for a stage: with two warpgroups an SM does
-// half of what its issue slots allow. So there are up to four where a matrix has enough strips. Four
-// that take turns with the stages of the same strips are no faster: what holds up tiles of 64 rows of
-// weight is to bring x.
+// half of what its issue slots allow. So there are up to four, of as many strips, or where a matrix has
+// too few of those, of the same ones: `turns` of them take one stage after the other, each gives its
+// stage back as soon as it is multiplied by, and they add up at the end.
 //
 // Numerics: a weight is (q - z) s, where s is rounded to 16 bits, which those of a checkpoint in this
 // type are, and rounded once: plain numbers are no better. float32 sums over k in blocks of 16; where
-// k is divided, the sum of both parts; then the bias, the epilogue and one rounding.
+// k is divided, the sum of all turns, and of both parts; then the bias, the epilogue and one rounding.
 // Instructions of a lane for a word: 11 to widen it (float16 9), 4 to scale, beside kTokens / 2 clocks
-// of products; of a warp that is 2 clocks for each of 7 (5) of them and one for the others.
+// of products; of a warp that is 2 clocks for each of 7 (5) of them and one for the others. With all
+// else a stage takes 190 of a lane (176) where groups are 128, 226 (214) where records may be more.
 #pragma once
 
 #include <algorithm>
@@ -28,38 +30,47 @@
 
 namespace pyserve::gpu::gemm {
 
-struct W4Args : Args {
-  int piece_bytes;  // of a strip, in a stage
-  // In a piece, from a block to the next; from the piece to the record of its first 32 columns; and
-  // from there to that of the next block, and of the other half of a block.
+// How a piece of 128 columns of a strip lies.
+struct W4PieceFormat {
+  int piece_bytes;
+  // From a block to the next; from the piece to the record of its first 32 columns; and from there to
+  // that of the next block, and of the other half of a block.
   int block_bytes, record_offset, record_block_bytes, record_half_bytes;
+
+  __host__ __device__ static constexpr W4PieceFormat of(int64_t group_size) {
+    constexpr int kBlock = 4 * static_cast<int>(kW4BlockWords);
+    constexpr int kRecord = 4 * static_cast<int>(kW4RecordWords);
+    if (group_size == kWholeGroup) return {2 * kBlock + kRecord, kBlock, 2 * kBlock, 0, 0};
+    const int half_bytes = group_size == 32 ? kRecord : 0;
+    const int block_bytes = kBlock + kRecord + half_bytes;
+    return {2 * block_bytes, block_bytes, kBlock, block_bytes, half_bytes};
+  }
+
+  static constexpr int64_t kWholeGroup = 128;  // whose piece has one record
+};
+
+struct W4Args : Args {
+  W4PieceFormat format;
+  int x_rows;    // of a tile, that are brought: the others' results are not stored
   int up_strip;  // where the rows of up begin
   bool is_adding;
-
-  // Of pieces of 128 columns.
-  void set_format(int64_t group_size) {
-    constexpr int block = 4 * static_cast<int>(kW4BlockWords);
-    constexpr int record = 4 * static_cast<int>(kW4RecordWords);
-    const bool is_unit_whole = group_size == 128;  // one unit is a piece, else two are
-    record_offset = is_unit_whole ? 2 * block : block;
-    record_half_bytes = group_size == 32 ? record : 0;
-    block_bytes = is_unit_whole ? block : block + record + record_half_bytes;
-    record_block_bytes = is_unit_whole ? 0 : block_bytes;
-    piece_bytes = is_unit_whole ? 2 * block + record : 2 * block_bytes;
-  }
 };
 
 // Bytes of a WorkList, which is aligned as the stages are.
 constexpr int kListBytes = 9 * 1024;
 
-// Grouped: of experts, whose CTAs hold a WorkList and divide k in no way.
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false>
+// Grouped: of experts, whose CTAs hold a WorkList and divide k in no way. Whole: for groups of 128
+// alone, whose records are widened by once a stage.
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false,
+          int kTurns_ = 1, bool kIsWhole_ = false>
 struct W4Tile {
   using T = T_;
   using Args = W4Args;
   static constexpr int kGroups = kGroups_;
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr bool kIsPaired = kIsPaired_;
+  static constexpr int kTurns = kTurns_;  // a CTA has one tile where there are several
+  static constexpr bool kIsWhole = kIsWhole_;
   static constexpr int kDepth = 128;
   static constexpr bool kCanDivide = !kIsGrouped_;
   static constexpr int kPanels = kDepth / 64;
@@ -67,21 +78,32 @@ struct W4Tile {
   static constexpr int kWeightRows = 64 * kGroups;
   static constexpr int kStrips = kWeightRows / static_cast<int>(kStripRows);
   static constexpr int kOutColumns = kIsPaired ? kWeightRows / 2 : kWeightRows;
-  static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-  static constexpr bool kHasMany = kGroups == 4;  // else the launch gives enough to all
+  static constexpr int kThreads = kWarpgroup * (kGroups * kTurns + 1);
+  static constexpr bool kHasMany = kGroups * kTurns == 4;  // else the launch gives enough to all
   static constexpr int kProducerRegisters = kHasMany ? 32 : 0, kGroupRegisters = kHasMany ? 112 : 0;
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kMaxPieceBytes = 1280;  // in groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
-  static constexpr int kExchangeBytes = kIsGrouped_ ? 0 : kGroups * kWarpgroup * kSums / 2 * 4;
-  static constexpr int kListOrExchangeBytes = kIsGrouped_ ? kListBytes : kExchangeBytes;
-  static constexpr int kStages = (kMaxSmem - 256 - kListOrExchangeBytes) / kStageBytes;
+  static constexpr bool kExchanges = kIsPaired || !kIsGrouped_;
+  static constexpr int kExchangeBytes = kExchanges ? kGroups * kWarpgroup * kSums / 2 * 4 : 0;
+  static constexpr int kStages =
+      (kMaxSmem - 256 - (kIsGrouped_ ? kListBytes : 0) - kExchangeBytes) / kStageBytes;
   static constexpr int kExchangeOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kExchangeOffset + kExchangeBytes;
   static constexpr int kExchangeBarrier = kBarrierOffset + 2 * kStages * 8;
   static constexpr int kSmem = kExchangeBarrier + 8;
   static_assert(kStageBytes % 1024 == 0 && kSmem <= kMaxSmem && kSmem > kMaxSmem / 2);
+  static_assert(kTurns == 1 || (!kIsGrouped_ && kTurns <= kStages));
+
+  __device__ static constexpr W4PieceFormat format(const Args& a) {
+    return kIsWhole ? W4PieceFormat::of(W4PieceFormat::kWholeGroup) : a.format;
+  }
+
+  // Of a stage, where gate's strips are before up's: the one that a warp takes.
+  __device__ static int strip_of(int warp) {
+    return kIsPaired ? warp / 4 * 2 + warp % 2 + warp / 2 % 2 * (kStrips / 2) : warp;
+  }
 
   __device__ static void place(const Args& /*a*/, const Tiles& tiles, int /*rank*/, int& row,
                                int& column) {
@@ -91,11 +113,12 @@ struct W4Tile {
 
   __device__ static void load_weight(const Args& a, const Ring<W4Tile>& to, int block, int column,
                                      int /*rank*/) {
-    mbarrier_arrive_expect(to.full(), kXBytes + kStrips * a.piece_bytes);
-    const int strip = column / static_cast<int>(kStripRows), at = block * (a.piece_bytes / 8);
+    const int piece_bytes = format(a).piece_bytes;
+    mbarrier_arrive_expect(to.full(), kPanels * 128 * a.x_rows + kStrips * piece_bytes);
+    const int strip = column / static_cast<int>(kStripRows), at = block * (piece_bytes / 8);
     tma_load(to.weight(), &a.weight, to.full(), at, strip, a.weight_hint);
     if (kIsPaired) {
-      tma_load(to.weight() + kStrips / 2 * a.piece_bytes, &a.weight, to.full(), at,
+      tma_load(to.weight() + kStrips / 2 * piece_bytes, &a.weight, to.full(), at,
                a.up_strip + strip, a.weight_hint);
     }
   }
@@ -120,110 +143,106 @@ struct W4Tile {
                                                  Schedule schedule, const Release& release);
 };
 
-// Where a lane finds its words and records in a piece of weight, and which half of the rows it takes
-// of two strips.
+// Where a lane finds its words in a stage's weight, and its first row's records.
 struct W4Lane {
-  uint32_t words[2];    // of the strip; of up's
-  uint32_t records[2];  // of the rows g and g + 8 of its fragments
-  int half;
+  uint32_t words, records;
 
   template <class Tile>
   __device__ static W4Lane of(const W4Args& a) {
-    const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize;
-    const uint32_t row = lane / 4 * 4, at = lane * 16;
-    if constexpr (Tile::kIsPaired) {
-      const uint32_t gate = warp / 2 * a.piece_bytes;
-      const uint32_t up = gate + Tile::kStrips / 2 * a.piece_bytes;
-      const uint32_t record = a.record_offset + warp % 2 * 32 + row;
-      return {{gate + at, up + at}, {gate + record, up + record}, warp % 2};
-    } else {
-      const uint32_t strip = warp * a.piece_bytes, record = strip + a.record_offset + row;
-      return {{strip + at, 0}, {record, record + 32}, 0};
-    }
+    const int warp = (threadIdx.x / kWarpSize - 4) % (4 * Tile::kGroups);
+    const int lane = threadIdx.x % kWarpSize;
+    const W4PieceFormat format = Tile::format(a);
+    const uint32_t strip = Tile::strip_of(warp) * format.piece_bytes;
+    return {strip + lane * 16, strip + format.record_offset + lane / 4 * 4};
   }
 };
 
-// What a lane reads of a block: words, one for 16 columns, as of a strip whose rows are those of its
-// fragments, and for each half of its columns the records of rows g and g + 8.
-struct W4Block {
-  uint32_t words[4], records[2][2];
+// By what a lane widens the words of a group, of rows g and g + 8 of its fragments.
+template <class T>
+struct W4Group {
+  uint32_t scales[2], minus[2];
 
-  template <class Tile>
-  __device__ __forceinline__ void read(const W4Args& a, uint32_t weight, int block,
-                                       const W4Lane& lane) {
-    const uint32_t at = weight + block * a.block_bytes;
-    const uint4 first = load_shared(at + lane.words[0]);
-    words[0] = first.x, words[1] = first.y, words[2] = first.z, words[3] = first.w;
-    if constexpr (Tile::kIsPaired) {
-      // Of each the integers of 8 rows, every second one: gate's become the even ones, up's the odd.
-      const uint4 second = load_shared(at + lane.words[1]);
-      const uint32_t up[4] = {second.x, second.y, second.z, second.w};
+  __device__ __forceinline__ static W4Group of(const uint32_t (&records)[2]) {
+    W4Group group;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = (words[i] >> 4 * lane.half & 0x0f0f0f0f) |
-                   (up[i] << 4 * (1 - lane.half) & 0xf0f0f0f0);
-      }
+    for (int row = 0; row < 2; ++row) {
+      const float scale = scale_of(records[row]);
+      group.scales[row] = pack_pair<T>(scale, scale);
+      group.minus[row] = minus_of<T>(records[row], row);
     }
-    const uint32_t record = weight + block * a.record_block_bytes;
+    return group;
+  }
+};
+
+// What a lane reads of a stage: the words of its blocks, one for 16 columns, and the records of rows g
+// and g + 8 for each half of a block, or for all.
+template <class Tile>
+struct W4Stage {
+  using T = typename Tile::T;
+  static constexpr int kRecords = Tile::kIsWhole ? 1 : 4;
+  uint32_t words[2][4], records[kRecords][2];
+  W4Group<T> group;
+
+  __device__ __forceinline__ void read(const W4Args& a, uint32_t weight, const W4Lane& lane) {
+    const W4PieceFormat format = Tile::format(a);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int block = 0; block < 2; ++block) {
+      const uint4 all = load_shared(weight + block * format.block_bytes + lane.words);
+      words[block][0] = all.x, words[block][1] = all.y;
+      words[block][2] = all.z, words[block][3] = all.w;
+    }
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        records[half][row] =
-            load_shared_word(record + half * a.record_half_bytes + lane.records[row]);
-      }
+    for (int i = 0; i < kRecords; ++i) {
+      const uint32_t record = weight + i / 2 * format.record_block_bytes +
+                              i % 2 * format.record_half_bytes + lane.records;
+      records[i][0] = load_shared_word(record);
+      records[i][1] = load_shared_word(record + 32);
     }
   }
 
-  // Of its columns [16 s, 16 s + 16) for s in 0 .. 3: what a product reads.
-  template <class T>
-  __device__ __forceinline__ void widen(uint32_t (&rows)[4][4]) const {
+  // Of columns [16 s, 16 s + 16) of a block, for s in 0 .. 3: what a product reads. Block 0 is first.
+  __device__ __forceinline__ void widen(int block, uint32_t (&rows)[4][4]) {
     constexpr uint32_t kMinusZeros = 0x80008000;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t scales[2], minus[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const uint32_t record = records[half][row];
-        scales[row] = pack_pair<T>(scale_of(record), scale_of(record));
-        minus[row] = minus_of<T>(record, row);
+    for (int s = 0; s < 4; ++s) {
+      const int column = 4 * block + s;
+      if (column == 0 || (!Tile::kIsWhole && s % 2 == 0)) {
+        group = W4Group<T>::of(records[Tile::kIsWhole ? 0 : column / 2]);
       }
+      widen_word<T>(words[block][s], group.minus, rows[s]);
 #pragma unroll
-      for (int s = 2 * half; s < 2 * half + 2; ++s) {
-        widen_word<T>(words[s], minus, rows[s]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          rows[s][i] = fma_pair<T>(rows[s][i], scales[i % 2], kMinusZeros);
-        }
+      for (int i = 0; i < 4; ++i) {
+        rows[s][i] = fma_pair<T>(rows[s][i], group.scales[i % 2], kMinusZeros);
       }
     }
   }
 };
 
-// A warpgroup's sums over `count` stages of the ring.
+// A warpgroup's sums over the stages of its turn, of `count` in the ring, whose place is the first.
 template <class Tile>
-__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int count,
+__device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int turn, int count,
                                             const Release& release, float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
+  if constexpr (Tile::kTurns > 1) {  // there may be more of them than stages
+#pragma unroll
+    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
+  }
   const W4Lane lane = W4Lane::of<Tile>(a);
   uint32_t rows[2][4][4];  // of each of the two blocks: what its four products read
   uint32_t before = 0;
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  for (int i = turn; i < count; i += Tile::kTurns) {
     mbarrier_wait(ring.full(), ring.place.phase);
     const uint64_t x = k_major_descriptor(ring.x());
-    W4Block blocks[2];
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      blocks[block].template read<Tile>(a, ring.weight(), block, lane);
-    }
+    W4Stage<Tile> stage;
+    stage.read(a, ring.weight(), lane);
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       wgmma_wait<1>();  // the products that have read these registers are complete
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
-      if (block == 1 && i > 0) release(before);  // so are the last ones of the stage before
-      blocks[block].template widen<T>(rows[block]);
+      if (Tile::kTurns == 1 && block == 1 && i > 0) release(before);  // so are the stage before's
+      stage.widen(block, rows[block]);
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
       wgmma_fence();
@@ -231,12 +250,17 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       for (int s = 0; s < 4; ++s) {
         wgmma<T, Major::kK>(sums, rows[block][s],
                             advance_descriptor(x, block * Tile::kPanelBytes + 32 * s),
-                            i > 0 || block > 0 || s > 0);
+                            Tile::kTurns > 1 || i > 0 || block > 0 || s > 0);
       }
       wgmma_commit();
     }
     before = ring.empty_in(release.mate_barriers);
-    ring.place.advance();
+    if constexpr (Tile::kTurns > 1) {
+      wgmma_wait<0>();  // others multiply meanwhile; the ring is not to wait for this one's next turn
+      keep_registers(sums);
+      release(before);
+    }
+    ring.place.advance(Tile::kTurns);
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -245,7 +269,41 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
     for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
   }
   keep_registers(sums);
-  release(before);
+  if constexpr (Tile::kTurns == 1) release(before);
+}
+
+// Adds up the sums of all turns, in the ring, which nobody fills any more: true for the first one's
+// threads, which have them then.
+template <class Tile>
+__device__ __forceinline__ bool add_turns(const Ring<Tile>& ring, int turn,
+                                          float (&sums)[Tile::kSums]) {
+  constexpr int kThreads = Tile::kGroups * kWarpgroup;  // of a turn
+  constexpr uint32_t kChunkBytes = kThreads * 16, kTurnBytes = Tile::kSums / 4 * kChunkBytes;
+  static_assert((Tile::kTurns - 1) * kTurnBytes <= Tile::kStages * Tile::kStageBytes);
+  const uint32_t first = ring.base + (threadIdx.x - kWarpgroup) % kThreads * 16;
+  named_barrier_sync(1, Tile::kTurns * kThreads);  // nobody reads stages any more
+  if (turn > 0) {
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      store_shared(first + (turn - 1) * kTurnBytes + i * kChunkBytes,
+                   uint4{__float_as_uint(sums[4 * i]), __float_as_uint(sums[4 * i + 1]),
+                         __float_as_uint(sums[4 * i + 2]), __float_as_uint(sums[4 * i + 3])});
+    }
+  }
+  named_barrier_sync(1, Tile::kTurns * kThreads);
+  if (turn > 0) return false;
+#pragma unroll
+  for (int other = 0; other < Tile::kTurns - 1; ++other) {
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      const uint4 sent = load_shared(first + other * kTurnBytes + i * kChunkBytes);
+      sums[4 * i] += __uint_as_float(sent.x);
+      sums[4 * i + 1] += __uint_as_float(sent.y);
+      sums[4 * i + 2] += __uint_as_float(sent.z);
+      sums[4 * i + 3] += __uint_as_float(sent.w);
+    }
+  }
+  return true;
 }
 
 // Sends the sums of the other part's half of the tokens to it, and adds what it sends to those of
@@ -284,26 +342,63 @@ __device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
   }
 }
 
-// The results of rows of out from `row` to end_row, 8 for each 4 sums, in the tile whose first column
-// this is.
+// Of two warps, of a strip of gate and of one of up: gives the other one the sums of half of the
+// tokens, so that both have gate's and up's of the others, gate's warp of the first half.
 template <class Tile, int kCount>
-__device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row, int column,
-                                          const float (&sums)[kCount]) {
+__device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
+                                        const float (&sums)[kCount], float (&gates)[kCount / 2],
+                                        float (&ups)[kCount / 2]) {
+  constexpr int kHalf = kCount / 2, kChunks = kHalf / 4;
+  constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
+  const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
+  const uint32_t place = ring.base + Tile::kExchangeOffset;
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  named_barrier_sync(warpgroup, kWarpgroup);  // what lay there before is read
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      words[j] = __float_as_uint(is_up ? sums[4 * i + j] : sums[kHalf + 4 * i + j]);
+    }
+    store_shared(place + (thread ^ 64) * 16 + i * kChunkBytes,
+                 uint4{words[0], words[1], words[2], words[3]});
+  }
+  named_barrier_sync(warpgroup, kWarpgroup);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const uint4 sent = load_shared(place + thread * 16 + i * kChunkBytes);
+    const uint32_t words[4] = {sent.x, sent.y, sent.z, sent.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float other = __uint_as_float(words[j]);
+      gates[4 * i + j] = is_up ? other : sums[4 * i + j];
+      ups[4 * i + j] = is_up ? sums[kHalf + 4 * i + j] : other;
+    }
+  }
+}
+
+// The results of rows of out from `row` to end_row, 8 for each 4 sums, in the tile whose first column
+// this is. With a gate and an up `sums` are gate's; else nobody looks at `ups`.
+template <class Tile, int kCount>
+__device__ __forceinline__ void store_w4(const W4Args& a, int row, int end_row, int column,
+                                         const float (&sums)[kCount], const float (&ups)[kCount]) {
   using T = typename Tile::T;
-  constexpr int kHalves = Tile::kIsPaired ? 1 : 2;        // of a warp's columns, 8 each
-  constexpr int kChunks = kCount / 4 * kHalves;           // of 8 rows and 8 columns
+  constexpr int kHalves = 2;                     // of a warp's columns, 8 each
+  constexpr int kChunks = kCount / 4 * kHalves;  // of 8 rows and 8 columns
+  constexpr int kOutStrips = Tile::kOutColumns / static_cast<int>(kStripRows);
   const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize, quad = lane % 4;
-  column += warp * 8 * kHalves;
+  column += Tile::strip_of(warp) % kOutStrips * static_cast<int>(kStripRows);
   // A lane computes columns lane / 4 of chunks, for two rows each; it loads and stores a row of chunk
   // first + quad.
   const T* bias = static_cast<const T*>(a.bias);
-  float biases[2] = {};
+  float biases[kHalves] = {}, up_biases[kHalves] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at = column + lane / 4 + (Tile::kIsPaired ? 0 : 8 * half);
-    if (bias != nullptr && at < a.n) {
-      biases[half] = to_float(bias[at + (Tile::kIsPaired ? half * a.n : 0)]);
-    }
+  for (int half = 0; half < kHalves; ++half) {
+    const int at = column + lane / 4 + 8 * half;
+    if (bias == nullptr || at >= a.n) continue;
+    biases[half] = to_float(bias[at]);
+    if (Tile::kIsPaired) up_biases[half] = to_float(bias[at + a.n]);
   }
 #pragma unroll
   for (int first = 0; first < kChunks; first += 4) {
@@ -325,19 +420,15 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (first + i >= kChunks) continue;
-      float pair[2];
+      const int half = i % kHalves, sum = (first + i) / kHalves * 4 + 2 * half;
+      const float2 others = unpack_pair<T>(words[i]);  // zeros where nothing is added to
+      float pair[2] = {sums[sum] + biases[half], sums[sum + 1] + biases[half]};
       if constexpr (Tile::kIsPaired) {
-        const float* both = sums + 4 * (first + i);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          pair[e] = finish<Epilogue::kSiluMul>(both[e] + biases[0], both[2 + e] + biases[1]);
-        }
+        pair[0] = finish<Epilogue::kSiluMul>(pair[0], ups[sum] + up_biases[half]);
+        pair[1] = finish<Epilogue::kSiluMul>(pair[1], ups[sum + 1] + up_biases[half]);
       } else {
-        const int half = i % 2;
-        const float* sum = sums + (first + i) / 2 * 4 + 2 * half;
-        const float2 others = unpack_pair<T>(words[i]);  // zeros where nothing is added to
-        pair[0] = finish<Epilogue::kAdd>(sum[0] + biases[half], others.x);
-        pair[1] = finish<Epilogue::kAdd>(sum[1] + biases[half], others.y);
+        pair[0] = finish<Epilogue::kAdd>(pair[0], others.x);
+        pair[1] = finish<Epilogue::kAdd>(pair[1], others.y);
       }
       words[i] = transpose_8x8(pack_pair<T>(pair[0], pair[1]));
     }
@@ -346,23 +437,45 @@ __device__ __forceinline__ void finish_w4(const W4Args& a, int row, int end_row,
   }
 }
 
-template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_>
+// The same from the sums of each warp's strip.
+template <class Tile, int kCount>
+__device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& ring, int row,
+                                          int end_row, int column, const float (&sums)[kCount]) {
+  if constexpr (Tile::kIsPaired) {
+    const int is_up = threadIdx.x / 64 % 2;
+    float gates[kCount / 2], ups[kCount / 2];
+    pair_up<Tile>(ring, is_up, sums, gates, ups);
+    store_w4<Tile>(a, row + is_up * kCount, end_row, column, gates, ups);
+  } else {
+    store_w4<Tile>(a, row, end_row, column, sums, sums);
+  }
+}
+
+template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_, int kTurns_,
+          bool kIsWhole_>
 __device__ __forceinline__ void
-W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_>::compute(
+W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_, kIsWhole_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
+  // A shuffle, so that the compiler knows a warp's to be one number, and so where its stages are.
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const int turn = kTurns == 1 ? 0 : __shfl_sync(kFullMask, warpgroup / kGroups, 0);
+  ring.place.advance(turn);
   float sums[kSums];
   for (; schedule.has_more(); schedule.advance()) {
     int row, column;
     place(a, schedule.tiles(a), rank, row, column);
-    multiply_w4<W4Tile>(a, ring, count, release, sums);
+    multiply_w4<W4Tile>(a, ring, turn, count, release, sums);
+    if constexpr (kTurns > 1) {
+      if (!add_turns<W4Tile>(ring, turn, sums)) return;
+    }
     if (a.parts == 1) {
-      finish_w4<W4Tile>(a, row, a.m, column, sums);
+      finish_w4<W4Tile>(a, ring, row, a.m, column, sums);
       continue;
     }
     float mine[kSums / 2];
     exchange<W4Tile>(ring, rank, sums, mine);
-    finish_w4<W4Tile>(a, row + rank * (kTokens / 2), a.m, column, mine);
+    finish_w4<W4Tile>(a, ring, row + rank * (kTokens / 2), a.m, column, mine);
   }
 }
 

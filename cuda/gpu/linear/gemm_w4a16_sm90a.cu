@@ -2,7 +2,8 @@
 // a shape gets, the launch.
 //
 // What a warpgroup does is to widen integers, whatever x has of rows, until 128 of those keep the
-// products busy. Where tiles of weight rows are too few for the SMs, two parts divide k.
+// products busy. Where tiles of weight rows are too few for the SMs, two parts divide k, and where
+// they have few rows, warpgroups take turns.
 //
 // Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
 // bits. A row's result may differ between numbers of rows.
@@ -22,12 +23,18 @@ namespace pyserve::gpu {
 namespace gemm {
 namespace {
 
-// A W4Tile, and the CTAs of a cluster, which divide k.
+// A W4Tile; the CTAs of a cluster, which divide k, and the warpgroups that take turns.
 struct W4Tiling {
   int groups, tokens;
-  int parts = 1;
+  int parts = 1, turns = 1;
 
   constexpr int rows() const { return 64 * groups; }
+  // That a tile brings: none beyond the last one, of which copies are slow, where it is the only tile.
+  constexpr int rows_of_x(int64_t m) const {
+    return static_cast<int>(std::min<int64_t>(tokens, (m + 7) / 8 * 8));
+  }
+  // Whether a CTA has one tile: those that divide k meet once.
+  constexpr bool is_once() const { return parts * turns > 1; }
 };
 
 // A number in LinearTrial is a place in this list, from 1 on.
@@ -35,9 +42,13 @@ constexpr auto kW4Tilings = std::to_array<W4Tiling>({
     {1, 32}, {1, 32, 2}, {2, 32}, {2, 32, 2}, {4, 32},
     {1, 64}, {1, 64, 2}, {2, 64}, {2, 64, 2}, {4, 64},
     {1, 128}, {1, 128, 2}, {2, 128}, {2, 128, 2},
+    {1, 32, 1, 4}, {1, 32, 2, 4}, {1, 64, 1, 4}, {1, 64, 2, 4},
 });
 
 static_assert(kW4Tilings.size() == kNumW4Tilings);
+
+// Whether there is a kernel: turns are for matrices of few rows, which gate and up are not.
+constexpr bool has_kernel(const W4Tiling& t, bool is_paired) { return !is_paired || t.turns == 1; }
 
 // Clusters of a tiling for a shape, by rows of x and by columns.
 struct W4Grid {
@@ -52,22 +63,25 @@ struct W4Grid {
 // --only int4_tilings`), within 6 % on average.
 double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
   constexpr double kMemoryKilobytesPerUs = 4200;
-  // To an SM from L2; copies that end beyond the last row of x are slower.
-  const double kilobytes_per_us = p.m % t.tokens == 0 ? 90 : 62;
+  // To an SM from L2; copies that end far beyond the last row of x are slower.
+  const double kilobytes_per_us = p.m % t.tokens == 0 || p.m < t.tokens ? 90 : 62;
   constexpr double kKilobytes = 17.0 / 32 / 1000;  // of a weight, in groups of 128
   constexpr int kDepth = 128;
-  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
   const int clusters = W4Grid(t, p).clusters();
   const int waves = pieces(clusters, num_resident(device, t.parts));
   const int stages = pieces(pieces(p.k, kDepth), t.parts);
-  // What warpgroups share of a stage, and what each adds.
-  double stage_us = t.tokens == 128  ? 0.07 + 0.365 * t.groups
-                    : t.tokens == 64 ? 0.145 + 0.2 * t.groups
-                                     : 0.19 + 0.15 * t.groups;
-  if (is_paired) stage_us *= t.tokens < 128 ? 1.24 : t.groups > 1 ? 1.1 : 1.2;
-  const double kilobytes = t.tokens * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
+  // What warpgroups share of a stage, and what each adds. Those that take turns: not measured yet,
+  // what four take of 256 rows.
+  double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.24 : 0.2)
+                    : t.tokens == 128 ? 0.07 + 0.365 * t.groups
+                    : t.tokens == 64  ? 0.145 + 0.2 * t.groups
+                                      : 0.19 + 0.15 * t.groups;
+  const double kilobytes = t.rows_of_x(p.m) * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
   stage_us = std::max(stage_us, kilobytes / kilobytes_per_us);
-  const double ends_us = t.parts == 1 ? 2.0 + (waves - 1) * 0.4 : 3.8 + (waves - 1) * 4.5;
+  // What pairs of warps exchange behind a tile of gate and up: not measured yet.
+  const double pair_us = p.epilogue == Epilogue::kSiluMul ? 0.5 : 0.0;
+  const double ends_us = 2.0 + pair_us * waves + (t.parts > 1 ? 1.8 : 0.0) +
+                         (t.turns > 1 ? 0.4 : 0.0) + (waves - 1) * (t.is_once() ? 4.5 : 0.4);
   const double memory_us =
       2.0 + kKilobytes * static_cast<double>(p.weight_rows() * p.k) / kMemoryKilobytesPerUs;
   return std::max(ends_us + waves * stages * stage_us, memory_us);
@@ -87,7 +101,8 @@ W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling
   a.num_column_tiles = grid.columns;
   a.parts = tiling.parts;
   a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
-  a.set_format(group_size);
+  a.format = W4PieceFormat::of(group_size);
+  a.x_rows = tiling.rows_of_x(p.m);
   a.up_strip = static_cast<int>(p.n / kStripRows);
   a.is_adding = p.epilogue == Epilogue::kAdd;
   return a;
@@ -101,20 +116,19 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
     return error;
   }
   W4Args a = args_of<Tile>(p, group_size, tiling);
-  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, Tile::kTokens, p.dtype, &a.x);
+  cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, a.x_rows, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   const int64_t num_strips = (p.weight_rows() + kStripRows - 1) / kStripRows;
   error = encode_word_map<2>(
       {.data = p.weight,
        .sizes = {static_cast<uint64_t>(p.weight_stride) / 2, static_cast<uint64_t>(num_strips)},
        .strides = {1, p.weight_stride / 2},
-       .box_sizes = {static_cast<uint32_t>(a.piece_bytes / 8),
+       .box_sizes = {static_cast<uint32_t>(a.format.piece_bytes / 8),
                      static_cast<uint32_t>(Tile::kIsPaired ? Tile::kStrips / 2 : Tile::kStrips)}},
       &a.weight);
   if (error != cudaSuccess) return error;
   const int tiles = a.num_row_tiles * a.num_column_tiles;
-  // Parts meet once: each cluster of them has one tile.
-  const int num_clusters = tiling.parts > 1 ? tiles : std::min(tiles, num_resident(device, 1));
+  const int num_clusters = tiling.is_once() ? tiles : std::min(tiles, num_resident(device, 1));
   return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.parts),
                                  static_cast<unsigned>(tiling.parts), Tile::kThreads, Tile::kSmem,
                                  stream, a);
@@ -122,26 +136,34 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
 
 // The place of the tiling of least estimate.
 size_t best_tiling(const LinearParams& p, const Device& device) {
+  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
   const int asked = linear_trial().w4a16_tiling;
-  if (asked > 0) return static_cast<size_t>(asked - 1);
+  if (asked > 0 && has_kernel(kW4Tilings[asked - 1], is_paired)) {
+    return static_cast<size_t>(asked - 1);
+  }
   size_t best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < kW4Tilings.size(); ++i) {
+    if (!has_kernel(kW4Tilings[i], is_paired)) continue;
     const double estimate = estimate_us(kW4Tilings[i], p, device);
     if (estimate < least) best = i, least = estimate;
   }
   return best;
 }
 
-template <class T, bool kIsPaired, size_t... kIndex>
+template <class T, bool kIsPaired, bool kIsWhole, size_t... kIndex>
 cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device& device,
                         cudaStream_t stream, std::index_sequence<kIndex...>) {
   const size_t best = best_tiling(p, device);
   cudaError_t error = cudaErrorInvalidValue;
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr W4Tiling kTiling = kW4Tilings[kI];
-    using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired>;
-    if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+    if constexpr (has_kernel(kTiling, kIsPaired)) {
+      // With 128 rows of x products bind, so that one kernel serves all groups.
+      using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired, false, kTiling.turns,
+                             kIsWhole && kTiling.tokens < 128>;
+      if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);
+    }
   };
   (launch_if(std::integral_constant<size_t, kIndex>{}), ...);
   return error;
@@ -162,11 +184,17 @@ cudaError_t launch_gemm_w4a16_sm90a(const LinearParams& params, int64_t group_si
                                     const Device& device, cudaStream_t stream) {
   if (params.m == 0 || params.n == 0) return cudaSuccess;
   return dispatch_half(params.dtype, [&]<class T>(T) {
-    constexpr auto kAll = std::make_index_sequence<gemm::kW4Tilings.size()>{};
+    const auto launch = [&]<bool kIsPaired, bool kIsWhole>() {
+      constexpr auto kAll = std::make_index_sequence<gemm::kW4Tilings.size()>{};
+      return gemm::launch_best<T, kIsPaired, kIsWhole>(params, group_size, device, stream, kAll);
+    };
+    const bool is_whole = group_size == gemm::W4PieceFormat::kWholeGroup;
     if (params.epilogue == Epilogue::kSiluMul) {
-      return gemm::launch_best<T, true>(params, group_size, device, stream, kAll);
+      return is_whole ? launch.template operator()<true, true>()
+                      : launch.template operator()<true, false>();
     }
-    return gemm::launch_best<T, false>(params, group_size, device, stream, kAll);
+    return is_whole ? launch.template operator()<false, true>()
+                    : launch.template operator()<false, false>();
   });
 }
 
