@@ -1,5 +1,12 @@
 // What the kernels of adapters have in common: tiles of one slot's tokens, and traps for what the
 // CPU's ops refuse.
+//
+// What they read before pdl_wait(), by rule 2 of pdl.cuh: columns, ranks, scales, A and B, which are
+// written when an adapter is put into a slot, by calls of torch between two steps; and starts, which
+// a copy writes before a step's first kernel. Neither a copy nor a call of torch is of the chain: the
+// step's first kernel starts when they are complete, and any kernel of the chain starts after the one
+// in front of it has. So a kernel finds its tile, and asks for its slot's weights, while the kernel in
+// front still runs; x, its squares and what was shrunk come after the wait.
 #pragma once
 
 #include "gpu/core/launch.cuh"
@@ -24,6 +31,10 @@ struct TokenTile {
   int slot, begin, count;
 };
 
+__device__ __forceinline__ bool is_rank(const LoraRows& rows, int rank) {
+  return rank >= 0 && rank <= rows.max_rank;
+}
+
 // The tile is the one before `left` others of this segment or of those behind.
 __device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, int first, int end,
                                         int size) {
@@ -36,18 +47,25 @@ __device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, in
 }
 
 // The index-th of all tiles, slot by slot. kHasOthers: also of tokens that no slot has, kNoSlot.
-// All of the starts are looked at, so that none is waited for before the next is asked for.
+// All of the starts are looked at, so that none is waited for before the next is asked for; and by
+// the lanes of a warp the ranks, so that those of the slot are in L1 when it is known.
 template <bool kHasOthers>
 __device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index, int size) {
   const int num_tokens = static_cast<int>(rows.num_tokens);
   TokenTile tile{kNoSlot, 0, 0};
   int left = index;
+  const int entry = min(static_cast<int>(threadIdx.x) % kWarpSize,
+                        rows.num_slots * rows.num_parts - 1);
+  const int rank =
+      entry < 0 ? 0 : rows.ranks[entry / rows.num_parts * rows.ranks_stride + entry % rows.num_parts];
+  bool is_bad = false;
 #pragma unroll 8
   for (int slot = 0; slot < rows.num_slots; ++slot) {
     const int first = rows.starts[slot], end = rows.starts[slot + 1];
-    if (first < 0 || first > end || end > num_tokens) __trap();
+    is_bad |= first < 0 || first > end || end > num_tokens;
     look_in(tile, left, slot, first, end, size);
   }
+  if (is_bad || !is_rank(rows, rank)) __trap();
   if constexpr (kHasOthers) {
     look_in(tile, left, kNoSlot, 0, rows.starts[0], size);
     look_in(tile, left, kNoSlot, rows.starts[rows.num_slots], num_tokens, size);
@@ -57,7 +75,7 @@ __device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index,
 
 __device__ __forceinline__ int rank_of(const LoraRows& rows, int slot, int part) {
   const int rank = rows.ranks[slot * rows.ranks_stride + part];
-  if (rank < 0 || rank > rows.max_rank) __trap();
+  if (!is_rank(rows, rank)) __trap();
   return rank;
 }
 
