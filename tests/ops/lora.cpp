@@ -232,6 +232,7 @@ int main(int argc, char** argv) {
     machine::lands_late = round % 2 == 1;
     // One token, as at one user; few; more than few, split or not, in tiles of 32 to 128 tokens.
     run_both({{0, 1, 0}, 0, 0, 3, 72, 16, 1024, 8, false, true});
+    run_both({{3, 1}, 1, 0, 2, 24, 40, 2600, 8, false, true});
     run_both({{1, 0}, 0, 0, 2, 160, 16, 2600, 2, true, true});
     run_both({{5, 0, 19, 1}, 2, 3, 2, 40, any_of({8, 12, 24}), 256, any_of({1, 3}), false, false});
     run_both({{5, 17, 0, 1}, 2, 3, any_of({1, 2}), 40, any_of({4, 16, 20}), 288, 2, true, false});

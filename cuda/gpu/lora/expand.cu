@@ -100,7 +100,7 @@ __device__ __forceinline__ uint2 load_four(const T* row, int r, int rank, const 
   }
 }
 
-// Four neighbours of what was shrunk, each as a 16-bit number and what that leaves: x and y, z and w.
+// Four neighbours of what was shrunk, each as a 16-bit number, x and y, and what that leaves.
 template <class T>
 __device__ __forceinline__ uint4 halves_of(const float (&x)[4]) {
   const uint2 value{pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3])};
@@ -164,8 +164,8 @@ struct Weights {
 template <bool kIsGated>
 constexpr int kPieceBytes = (kIsGated ? 2 : 1) * kMmaTokens * 4 * static_cast<int>(sizeof(uint4));
 
-// What is in shared memory of what was shrunk: a vector of four each, of some tokens and of the parts
-// of both strips, or of one where they have the same.
+// What is in shared memory of what was shrunk: a vector of four each, of some tokens and of both
+// strips' parts, or of one where it is the same.
 struct Staging {
   int num_pieces, num_tokens;  // of r; that there is room for
 
@@ -361,7 +361,9 @@ __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
 #pragma unroll 1
     for (int piece = 0; piece < staging.num_pieces; ++piece) {
       if (piece > 0 || (first > 0 && staging.num_pieces > 1)) {
-        weights.load(b, b_stride, strips, kPiece * piece + 4 * place);
+        int stride = b_stride;
+        forget_origin(stride);  // or 16 addresses are held in registers for these loads alone
+        weights.load(b, stride, strips, kPiece * piece + 4 * place);
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {

@@ -1,12 +1,12 @@
 // What the kernels of adapters have in common: tiles of one slot's tokens, and traps for what the
 // CPU's ops refuse.
 //
-// What they read before pdl_wait(), by rule 2 of pdl.cuh: columns, ranks, scales, A and B, which are
-// written when an adapter is put into a slot, by calls of torch between two steps; and starts, which
-// a copy writes before a step's first kernel. Neither a copy nor a call of torch is of the chain: the
-// step's first kernel starts when they are complete, and any kernel of the chain starts after the one
-// in front of it has. So a kernel finds its tile, and asks for its slot's weights, while the kernel in
-// front still runs; x, its squares and what was shrunk come after the wait.
+// What they read before pdl_wait(), by rule 2 of pdl.cuh: columns, ranks, scales, A and B, written
+// by calls of torch when an adapter is put into a slot, between two steps; and starts, which a copy
+// writes before a step's first kernel. Neither is of the chain: the step's first kernel starts when
+// they are complete, and each other after the one in front of it has. So a kernel finds its tile,
+// and asks for its slot's weights, while the one in front still runs; x, its squares and what was
+// shrunk come after the wait.
 #pragma once
 
 #include "gpu/core/launch.cuh"
@@ -56,8 +56,8 @@ __device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index,
   int left = index;
   const int entry = min(static_cast<int>(threadIdx.x) % kWarpSize,
                         rows.num_slots * rows.num_parts - 1);
-  const int rank =
-      entry < 0 ? 0 : rows.ranks[entry / rows.num_parts * rows.ranks_stride + entry % rows.num_parts];
+  const int slot_of_entry = entry / rows.num_parts, part_of_entry = entry % rows.num_parts;
+  const int rank = entry < 0 ? 0 : rows.ranks[slot_of_entry * rows.ranks_stride + part_of_entry];
   bool is_bad = false;
 #pragma unroll 8
   for (int slot = 0; slot < rows.num_slots; ++slot) {

@@ -4,15 +4,15 @@
 //   num_parts, max_rank]
 // Where x is what a norm is a factor of (common/epilogue.h), so is it here.
 //
-// Of up to 512 tokens; of more it is shrink_many.cu. A CTA takes some tokens of one slot by some rows
-// of A, those of all parts one after the other, by one split of k; CTAs beyond what there is end at
-// once, so the grid depends on shapes alone. Its 8 warps share k: warp w takes every 8th piece of 32
-// columns. A product is mma m16n8k16, whose columns of k may stand in any order that both sides agree
-// on: so each lane loads 16 bytes of a row and feeds two steps with them. Up to 64 tokens take 16 by 8
-// rows a CTA, or by 16 where there are more rows: what counts then is that many SMs ask for A, but no
-// more CTAs than run at a time, and that a warp asks for all of its part at once; so k is split too.
-// More take 32 by 16, as A would be read again for each 16 tokens else, and x for each 8 rows. The
-// first pieces of A are asked for before x is there.
+// Many tokens are shrink_many.cu's. A CTA takes some tokens of one slot by some rows of A, those of
+// all parts one after the other, by one split of k; CTAs beyond what there is end at once, so the
+// grid depends on shapes alone. Its 8 warps share k: warp w takes every 8th piece of 32 columns. A
+// product is mma m16n8k16, whose columns of k may stand in any order that both sides agree on: so
+// each lane loads 16 bytes of a row and feeds two steps with them. Up to 64 tokens take 16 by 8
+// rows a CTA, or by 16 or 32 where there are more rows: what counts then is that many SMs ask for
+// A, but no more CTAs than run at a time, and that a warp asks for all of its part at once; so k is
+// split too. More take 32 by 16, as A would be read again for each 16 tokens else. A's first pieces
+// are asked for before x is there.
 // Numerics: float32 sums, one warp's after the other. The order of a sum depends on k and on the
 // number of splits alone.
 // Floor: bytes, 2 * k of each row of A and of x; of one token, rank 16 and k 4096 the latency of a
@@ -185,8 +185,10 @@ cudaError_t launch_as(const LoraShrinkParams& p, cudaStream_t stream) {
                           is_vec_aligned(p.a, p.a_slot_stride | p.a_part_stride | p.a_stride);
   if (!is_aligned) return launch_tiles<T, 1, 1, 1, false>(p, stream);
   if (p.rows.num_tokens <= kFewTokens) {
-    return p.rows.num_parts * p.rows.max_rank > 16 ? launch_tiles<T, 1, 2, 4, true>(p, stream)
-                                                   : launch_tiles<T, 1, 1, 4, true>(p, stream);
+    const int num_rows = p.rows.num_parts * p.rows.max_rank;
+    if (num_rows <= 16) return launch_tiles<T, 1, 1, 4, true>(p, stream);
+    if (num_rows <= 64) return launch_tiles<T, 1, 2, 4, true>(p, stream);
+    return launch_tiles<T, 1, 4, 2, true>(p, stream);
   }
   if (p.out.num_splits == 1) return launch_lora_shrink_many(p, stream);
   return launch_tiles<T, 2, 2, 2, true>(p, stream);

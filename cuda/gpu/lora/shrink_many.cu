@@ -1,11 +1,11 @@
-// lora_shrink (shrink.cu) of many tokens: x is read once, at the rate of a copy, by CTAs of 64 tokens of
-// one slot by 64 rows of A, those of all parts one after the other.
+// lora_shrink (shrink.cu) of many tokens: x is read once, at the rate of a copy, by CTAs of 64
+// tokens of one slot by 64 rows of A, those of all parts one after the other.
 //
-// Columns of k come in stages of 64, kStages - 1 of them on their way by cp.async: 40 KB of x on each
-// SM. Half of a CTA's 8 warps take the first 32 columns of a stage, half the others; of those each
-// takes 16 tokens. As in shrink.cu a lane reads 16 bytes of a row and feeds two mma steps with them; in
-// shared memory odd rows have their halves swapped, so that 8 lanes, 64 bytes of two rows each, meet no
-// bank twice.
+// Columns of k come in stages of 64, kStages - 1 of them on their way by cp.async: 40 KB of x on
+// each SM. Half of a CTA's 8 warps take the first 32 columns of a stage, half the others; of those
+// each takes 16 tokens. As in shrink.cu a lane reads 16 bytes of a row and feeds two mma steps with
+// them; in shared memory odd rows have their halves swapped, so that 8 lanes, 64 bytes of two rows
+// each, meet no bank twice.
 // Numerics: float32 sums, one half's after the other's. The order of a sum depends on k alone.
 // Floor: bytes, 2 * k of each token.
 #include "gpu/core/vec.cuh"
@@ -22,7 +22,7 @@ constexpr int kStages = 6;
 constexpr int kRowBytes = 2 * kColumns, kChunks = kRowBytes / 16;
 constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;  // tokens, then rows
 constexpr int kSmemBytes = kStages * kStageBytes;
-constexpr int kPasses = kTokens * kChunks / kThreads;  // chunks of x, and of A, that a thread copies
+constexpr int kPasses = kTokens * kChunks / kThreads;  // chunks of x and of A that a thread copies
 static_assert(kRows == kTokens, "x and A are copied alike");
 static_assert(2 * kTokens * (kRows + 1) * 4 <= kSmemBytes, "both halves' sums");
 
