@@ -35,8 +35,9 @@ constexpr int kTiles = kStrip / 8;               // mma of them
 constexpr int kColumns = kWarps * 2 * kStrip;    // a CTA
 constexpr int kPiece = 16;                       // of r
 constexpr int kMaxRank = 512;
-// A CTA's tokens where what was shrunk is split and where it is not: some, many.
-constexpr int kSomeTokens = 64, kManyTokens = 128;
+// Of a CTA's tokens where there are few, and of more where what was shrunk is split and is not.
+constexpr int kLog2FewTokens = 4, kLog2SomeTokens = 6, kLog2ManyTokens = 7;
+static_assert(1 << kLog2FewTokens == kMmaTokens);
 // Shared memory of what was shrunk: as a rule, and of the highest rank.
 constexpr int kStagedBytes = 16 * 1024, kMaxStagedBytes = 64 * 1024;
 
@@ -102,20 +103,21 @@ __device__ __forceinline__ uint2 load_four(const T* row, int r, int rank, const 
 
 // Four neighbours of what was shrunk, each as a 16-bit number, x and y, and what that leaves.
 template <class T>
-__device__ __forceinline__ uint4 halves_of(const float (&x)[4]) {
-  const uint2 value{pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3])};
+__device__ __forceinline__ uint4 halves_of(const float4& x) {
+  const uint2 value{pack_pair<T>(x.x, x.y), pack_pair<T>(x.z, x.w)};
   const float2 low = unpack_pair<T>(value.x), high = unpack_pair<T>(value.y);
-  return {value.x, value.y, pack_pair<T>(x[0] - low.x, x[1] - low.y),
-          pack_pair<T>(x[2] - high.x, x[3] - high.y)};
+  return {value.x, value.y, pack_pair<T>(x.x - low.x, x.y - low.y),
+          pack_pair<T>(x.z - high.x, x.w - high.y)};
 }
 
-// Elements r .. r + 3 of what was shrunk of a token and a part, added up over splits.
-template <bool kIsAligned, class T>
-__device__ __forceinline__ uint4 load_shrunk(const LoraShrunk& shrunk, const float* row, int r,
-                                             int rank) {
+// Elements r .. r + 3 of what was shrunk of a token and a part, added up over splits; zeros from the
+// rank on.
+template <bool kIsAligned>
+__device__ __forceinline__ float4 load_shrunk(const LoraShrunk& shrunk, int num_splits,
+                                              const float* row, int r, int rank) {
   float x[4] = {};
 #pragma unroll kIsAligned ? 8 : 1
-  for (int split = 0; split < shrunk.num_splits; ++split) {
+  for (int split = 0; split < num_splits; ++split) {
     const float* own = row + split * shrunk.split_stride + r;
     if constexpr (kIsAligned) {
       const float4 four = *reinterpret_cast<const float4*>(own);
@@ -134,7 +136,7 @@ __device__ __forceinline__ uint4 load_shrunk(const LoraShrunk& shrunk, const flo
   for (int j = 0; j < 4; ++j) {
     if (r + j >= rank) x[j] = 0.0f;
   }
-  return halves_of<T>(x);
+  return {x[0], x[1], x[2], x[3]};
 }
 
 // A piece of B, of the columns of a warp's strips: lane's of the four products.
@@ -178,23 +180,49 @@ struct Staging {
     return ((part * num_pieces + piece) * num_tokens + token) * 4 + place;
   }
 
-  // All threads of a CTA. row: of the first token.
+  // All threads of a CTA, each kAtOnce fours at a time. row: of the first token.
+  template <bool kIsAligned, int kAtOnce, class T>
+  __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, int num_splits,
+                                       const float* row, int count, const Strip (&strips)[2],
+                                       int num_parts) const {
+    const int padded = (count + kMmaTokens - 1) / kMmaTokens * kMmaTokens;
+    const int most = num_parts * padded * 4;
+#pragma unroll 1
+    for (int piece = 0; piece < num_pieces; ++piece) {
+#pragma unroll 1
+      for (int first = threadIdx.x; first < most; first += kAtOnce * kThreads) {
+        float4 sums[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int four = first + i * kThreads, r = kPiece * piece + 4 * (four % 4);
+          const bool is_second = four / 4 >= padded;
+          const int token = is_second ? four / 4 - padded : four / 4;
+          const int rank = is_second ? strips[1].rank : strips[0].rank;
+          const int part = is_second ? strips[1].part : strips[0].part;
+          sums[i] = float4{};
+          if (four < most && token < count && r < rank) {
+            const float* own = row + token * shrunk.stride + part * shrunk.part_stride;
+            sums[i] = load_shrunk<kIsAligned>(shrunk, num_splits, own, r, rank);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int four = first + i * kThreads, part = four / 4 >= padded;
+          const int token = four / 4 - part * padded;
+          if (four < most) staged[index(part, piece, token, four % 4)] = halves_of<T>(sums[i]);
+        }
+      }
+    }
+  }
+
+  // The same, whatever of it may be on its way at once.
   template <bool kIsAligned, class T>
   __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, const float* row,
                                        int count, const Strip (&strips)[2], int num_parts) const {
-    const int num_fours = 4 * num_pieces;
-    const int padded = (count + kMmaTokens - 1) / kMmaTokens * kMmaTokens;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < num_parts * padded * num_fours; i += kThreads) {
-      const int four = i % num_fours, token = i / num_fours % padded, s = i / num_fours / padded;
-      const int rank = s == 0 ? strips[0].rank : strips[1].rank;
-      uint4 halves{};
-      if (token < count && 4 * four < rank) {
-        const int part = s == 0 ? strips[0].part : strips[1].part;
-        const float* own = row + token * shrunk.stride + part * shrunk.part_stride;
-        halves = load_shrunk<kIsAligned, T>(shrunk, own, 4 * four, rank);
-      }
-      staged[index(s, four / 4, token, four % 4)] = halves;
+    if (kIsAligned && shrunk.num_splits == 1) {
+      fill<kIsAligned, 4, T>(staged, shrunk, 1, row, count, strips, num_parts);
+    } else {
+      fill<kIsAligned, 1, T>(staged, shrunk, shrunk.num_splits, row, count, strips, num_parts);
     }
   }
 };
@@ -324,14 +352,17 @@ __device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint
 // kIsAligned: four elements of b's rows, and of what was shrunk, may be read at once.
 template <class T, bool kIsGated, bool kIsAligned>
 __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
-    expand_kernel(LoraExpandParams p, int column_blocks, int tile_tokens, int staged_bytes,
-                  bool has_aligned_rows) {
+    expand_kernel(LoraExpandParams p, int column_blocks, int log2_tile_tokens,
+                  int staged_bytes, bool has_aligned_rows) {
   constexpr int kParts = kIsGated ? 2 : 1;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   auto* staged = reinterpret_cast<uint4*>(dynamic_smem);
   const int lane = threadIdx.x % kWarpSize, group = lane / 4, place = lane % 4;
   pdl_launch_dependents();
-  const TokenTile tokens = token_tile<kIsGated>(p.rows, blockIdx.x / column_blocks, tile_tokens);
+  const int bound = p.columns[min(lane, p.rows.num_parts)];  // all are in L1 when one is wanted
+  const TokenTile tokens = token_tile<kIsGated>(
+      p.rows, static_cast<int>(blockIdx.x) / column_blocks, log2_tile_tokens);
+  if (bound < 0 || bound > (kIsGated ? 2 : 1) * p.n) __trap();
   Strip strips[2];
   strips_of<kIsGated>(p, tokens.slot, blockIdx.x % column_blocks, threadIdx.x / kWarpSize, strips);
   const int rank = max(strips[0].rank, strips[1].rank), b_stride = static_cast<int>(p.b_stride);
@@ -379,10 +410,10 @@ template <class T, bool kIsGated, bool kIsAligned>
 cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
   const int column_blocks = static_cast<int>(
       kIsGated ? (2 * p.n + kColumns - 1) / kColumns : p.n / kColumns + p.rows.num_parts);
-  const int tile_tokens = p.rows.num_tokens <= kFewTokens ? kMmaTokens
-                          : p.shrunk.num_splits > 1       ? kSomeTokens
-                                                          : kManyTokens;
-  const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, tile_tokens,
+  const int log2_tile_tokens = p.rows.num_tokens <= kFewTokens ? kLog2FewTokens
+                               : p.shrunk.num_splits > 1       ? kLog2SomeTokens
+                                                               : kLog2ManyTokens;
+  const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, 1 << log2_tile_tokens,
                                             p.rows.num_slots + (kIsGated ? 2 : 0));
   const bool has_aligned_rows =
       is_vec_aligned(p.out, p.out_stride) && is_vec_aligned(p.gate_up, p.gate_up_stride);
@@ -393,7 +424,7 @@ cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
   const int num_pieces = (p.rows.max_rank + kPiece - 1) / kPiece;
   const int staged_bytes = std::max(kStagedBytes, num_pieces * kPieceBytes<kIsGated>);
   return launch_chained(kKernel, static_cast<unsigned>(num_tiles * column_blocks), kThreads,
-                        staged_bytes, stream, p, column_blocks, tile_tokens, staged_bytes,
+                        staged_bytes, stream, p, column_blocks, log2_tile_tokens, staged_bytes,
                         has_aligned_rows);
 }
 

@@ -99,6 +99,8 @@ template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
 __global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(LoraShrinkParams p, int row_blocks, int split_columns) {
   constexpr int kTokens = kMmaTokens * kTokenTiles, kRows = 8 * kRowTiles;
+  constexpr int kLog2Tokens = kTokenTiles == 1 ? 4 : 5;
+  static_assert(1 << kLog2Tokens == kTokens);
   static_assert(kThreads % kRows == 0, "a thread writes one row's sums");
   __shared__ float partial[kWarps][kMmaTokens][kRows + 1];
   __shared__ float factors[kTokens];
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int split = blockIdx.x / row_blocks % p.out.num_splits;
   pdl_launch_dependents();
   const TokenTile tile =
-      token_tile<false>(p.rows, blockIdx.x / row_blocks / p.out.num_splits, kTokens);
+      token_tile<false>(p.rows, blockIdx.x / row_blocks / p.out.num_splits, kLog2Tokens);
   if (tile.count == 0 || !has_rows(p.rows, tile.slot, first_row, kRows)) {
     pdl_wait();
     return;

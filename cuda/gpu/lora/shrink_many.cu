@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTokens = 64, kRows = 64;  // of a CTA
+constexpr int kLog2Tokens = 6, kTokens = 1 << kLog2Tokens, kRows = 64;  // of a CTA
 constexpr int kColumns = 64;             // of a stage
 constexpr int kStages = 6;
 constexpr int kRowBytes = 2 * kColumns, kChunks = kRowBytes / 16;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first_row = blockIdx.x % row_blocks * kRows;
   pdl_launch_dependents();
-  const TokenTile tile = token_tile<false>(p.rows, blockIdx.x / row_blocks, kTokens);
+  const TokenTile tile = token_tile<false>(p.rows, blockIdx.x / row_blocks, kLog2Tokens);
   const bool has_work = tile.count > 0 && has_rows(p.rows, tile.slot, first_row, kRows);
   pdl_wait();
   if (!has_work) return;
