@@ -241,6 +241,7 @@ int main(int argc, char** argv) {
     // Many: more stages of k than are on their way, more tokens than there is room for at once.
     run_both({{1, 66}, 3, 2, 2, 136, any_of({16, 40}), 552, 1, false, true});
     run_both({{132, 0, 3}, 1, 2, 2, 40, 72, any_of({8, 200}), 1, true, false});
+    run_both({{205, 70}, 1, 0, 1, 48, any_of({16, 132}), 72, any_of({1, 2}), false, false});
     // Neither rows nor columns begin where 16 bytes do.
     run_both({{3, 18}, 1, 1, 3, 37, 7, 53, 2, false, false});
     run_both({{3, 70}, 1, 1, 2, 37, 7, 53, 1, true, true});

@@ -35,9 +35,6 @@ constexpr int kTiles = kStrip / 8;               // mma of them
 constexpr int kColumns = kWarps * 2 * kStrip;    // a CTA
 constexpr int kPiece = 16;                       // of r
 constexpr int kMaxRank = 512;
-// Of a CTA's tokens where there are few, and of more where what was shrunk is split and is not.
-constexpr int kLog2FewTokens = 4, kLog2SomeTokens = 6, kLog2ManyTokens = 7;
-static_assert(1 << kLog2FewTokens == kMmaTokens);
 // Shared memory of what was shrunk: as a rule, and of the highest rank.
 constexpr int kStagedBytes = 16 * 1024, kMaxStagedBytes = 64 * 1024;
 
@@ -110,8 +107,8 @@ __device__ __forceinline__ uint4 halves_of(const float4& x) {
           pack_pair<T>(x.z - high.x, x.w - high.y)};
 }
 
-// Elements r .. r + 3 of what was shrunk of a token and a part, added up over splits; zeros from the
-// rank on.
+// Elements r .. r + 3 of what was shrunk of a token and a part, added up over splits; zeros from
+// the rank on.
 template <bool kIsAligned>
 __device__ __forceinline__ float4 load_shrunk(const LoraShrunk& shrunk, int num_splits,
                                               const float* row, int r, int rank) {
@@ -406,13 +403,22 @@ __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
   }
 }
 
+// Of a CTA's tokens, 16 to 128: few where CTAs are few, of which an H200 runs 528 at a time; gate
+// and up have four to seven times the columns of others.
+template <bool kIsGated>
+int log2_tile_tokens_of(int64_t num_tokens) {
+  constexpr int64_t kFew = kIsGated ? 64 : 256;
+  int log2 = 4;
+  static_assert(1 << 4 == kMmaTokens);
+  for (; log2 < 7 && num_tokens > kFew; num_tokens /= 4) ++log2;
+  return log2;
+}
+
 template <class T, bool kIsGated, bool kIsAligned>
 cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
   const int column_blocks = static_cast<int>(
       kIsGated ? (2 * p.n + kColumns - 1) / kColumns : p.n / kColumns + p.rows.num_parts);
-  const int log2_tile_tokens = p.rows.num_tokens <= kFewTokens ? kLog2FewTokens
-                               : p.shrunk.num_splits > 1       ? kLog2SomeTokens
-                                                               : kLog2ManyTokens;
+  const int log2_tile_tokens = log2_tile_tokens_of<kIsGated>(p.rows.num_tokens);
   const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, 1 << log2_tile_tokens,
                                             p.rows.num_slots + (kIsGated ? 2 : 0));
   const bool has_aligned_rows =

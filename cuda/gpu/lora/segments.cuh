@@ -15,8 +15,7 @@
 
 namespace pyserve::gpu {
 
-constexpr int kMmaTokens = 16;   // rows of an mma
-constexpr int kFewTokens = 64;   // up to here tiles are of one mma
+constexpr int kMmaTokens = 16;  // rows of an mma
 constexpr int kNoSlot = -1;
 
 // Tiles of `size` tokens that all segments together may have, num_segments of them: as many CTAs
