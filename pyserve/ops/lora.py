@@ -7,7 +7,7 @@ that never move and have room for max_rank:
     a       [num_slots, num_parts, max_rank, k], of x's dtype as b
     b       [num_slots, n, max_rank]: the rows of all parts, as the linear's columns
     ranks   int32 [num_slots, num_parts]: what of max_rank is used, 0 where a part has no pair; what
-            lies behind is never read
+            lies behind counts for nothing
     scales  float32 [num_slots, num_parts]
 
 The tokens of a step stand sorted by slot, those without an adapter first: starts int32

@@ -327,6 +327,7 @@ void cp_async_wait() {
   if (!machine::lands_late && machine::random() % 4 == 0) machine::yield();
 }
 
+void forget_origin(int&) {}
 void pdl_wait() {}
 void pdl_launch_dependents() {}
 

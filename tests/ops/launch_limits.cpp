@@ -19,6 +19,7 @@
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/fp8.h"
 #include "gpu/linear/w4a16.h"
+#include "gpu/lora/lora.h"
 
 namespace {
 
@@ -53,6 +54,40 @@ void launch_linears() {
       for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
         p.epilogue = epilogue;
         require(launch_linear(p, nullptr), "linear", m, 0);
+      }
+    }
+  }
+}
+
+void launch_loras() {
+  alignas(16) static char memory[16];
+  auto* ints = reinterpret_cast<int32_t*>(memory);
+  auto* floats = reinterpret_cast<float*>(memory);
+  for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+    for (const int max_rank : {7, 16, 512}) {
+      const pyserve::gpu::LoraRows rows{ints, ints, 2, 8, 2, max_rank, 4096};
+      const pyserve::gpu::LoraShrunk shrunk{floats, 8192 * max_rank, 2 * max_rank, max_rank, 1};
+      pyserve::gpu::LoraShrinkParams down{};
+      down.rows = rows;
+      down.x = down.a = memory;
+      down.out = shrunk;
+      down.x_stride = down.a_stride = down.k = 4096;
+      down.a_part_stride = 4096 * max_rank;
+      down.a_slot_stride = 8192 * max_rank;
+      down.dtype = dtype;
+      require(launch_lora_shrink_many(down, nullptr), "lora_shrink", 4096, max_rank);
+      pyserve::gpu::LoraExpandParams up{};
+      up.rows = rows;
+      up.shrunk = shrunk;
+      up.b = up.out = memory;
+      up.b_stride = max_rank;
+      up.b_slot_stride = 4096 * max_rank;
+      up.out_stride = up.n = 2048;
+      up.dtype = dtype;
+      for (const void* gate_up : {static_cast<const void*>(nullptr), up.b}) {
+        up.gate_up = gate_up;
+        up.gate_up_stride = 4096;
+        require(launch_lora_expand(up, nullptr), "lora_expand", 4096, max_rank);
       }
     }
   }
@@ -285,6 +320,7 @@ int main(int, char** argv) {
   launch_w4a16_linears();
   launch_fp8_linears();
   launch_experts();
+  launch_loras();
   const int num_first = num_questions;
   launch_attentions();
   launch_latent_attentions();

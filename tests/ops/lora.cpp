@@ -14,6 +14,8 @@ float exp2_approx(float x) { return std::exp2(x); }
 #include "gate.cuh.inc"
 #include "lora.h.inc"
 #include "segments.cuh.inc"
+#include "shrink.cuh.inc"
+#include "shrink_many.cu.inc"
 }  // namespace pyserve::gpu
 namespace pyserve::gpu::shrink {
 #include "shrink.cu.inc"
@@ -39,6 +41,12 @@ std::vector<T> randoms(size_t count, float scale) {
 
 int any_of(std::initializer_list<int> choices) {
   return choices.begin()[machine::random() % choices.size()];
+}
+
+template <class T>
+std::pair<const unsigned char*, const unsigned char*> range(const std::vector<T>& values) {
+  const auto* begin = reinterpret_cast<const unsigned char*>(values.data());
+  return {begin, begin + values.size() * sizeof(T)};
 }
 
 // Tokens of each slot behind `first` without, and `last` more; parts' columns; one line of a
@@ -70,7 +78,9 @@ struct Case {
     x = randoms<T>(size_t(num_tokens) * s.k, 1.0f);
     const size_t num_rows = size_t(s.num_slots()) * s.num_parts * s.max_rank;
     a = randoms<T>(num_rows * s.k, 1 / std::sqrt(float(s.k)));
-    b = randoms<T>(size_t(s.num_slots()) * s.columns() * s.max_rank, 1.0f);
+    // Of any rank what is added is as large as what it is added to: it has 16 bits where that has 8.
+    const float b_scale = 1 / std::sqrt(std::max(4.0f, s.max_rank / 4.0f));
+    b = randoms<T>(size_t(s.num_slots()) * s.columns() * s.max_rank, b_scale);
     old = randoms<T>(size_t(num_tokens) * s.columns(), 1.0f);
     starts = {s.first};
     for (const int count : s.tokens) starts.push_back(starts.back() + count);
@@ -130,6 +140,7 @@ struct Case {
                                 .out = between,
                                 .k = s.k,
                                 .dtype = dtype};
+    machine::readable = {range(x), range(a)};
     shrink::launch_lora_shrink(down, nullptr);
     const LoraExpandParams up{.rows = rows,
                               .shrunk = between,
@@ -218,13 +229,19 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   shift = std::atoi(argv[2]);
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
-    // One token, as at one user; few; more than few, in tiles of 32 and of 64 tokens.
+    machine::lands_late = round % 2 == 1;
+    // One token, as at one user; few; more than few, split or not, in tiles of 32 to 128 tokens.
     run_both({{0, 1, 0}, 0, 0, 3, 72, 16, 1024, 8, false, true});
-    run_both({{1, 0}, 0, 0, 2, 160, 16, 544, 8, true, true});
+    run_both({{3, 1}, 1, 0, 2, 24, 40, 2600, 8, false, true});
+    run_both({{1, 0}, 0, 0, 2, 160, 16, 2600, 2, true, true});
     run_both({{5, 0, 19, 1}, 2, 3, 2, 40, any_of({8, 12, 24}), 256, any_of({1, 3}), false, false});
     run_both({{5, 17, 0, 1}, 2, 3, any_of({1, 2}), 40, any_of({4, 16, 20}), 288, 2, true, false});
-    run_both({{33, 70, 1}, 1, 4, 2, 48, any_of({16, 40}), 64, 1, false, true});
-    run_both({{40, 0, 66}, 3, 2, 2, 136, 16, 64, any_of({1, 2}), true, false});
+    run_both({{33, 70, 1}, 1, 4, 2, 48, any_of({16, 40}), 600, 3, false, true});
+    run_both({{40, 0, 66}, 3, 2, 2, 136, any_of({16, 40}), 64, 2, true, false});
+    // Many: more stages of k than are on their way, more tokens than there is room for at once.
+    run_both({{1, 66}, 3, 2, 2, 136, any_of({16, 40}), 552, 1, false, true});
+    run_both({{132, 0, 3}, 1, 2, 2, 40, 72, any_of({8, 200}), 1, true, false});
+    run_both({{205, 70}, 1, 0, 1, 48, any_of({16, 132}), 72, any_of({1, 2}), false, false});
     // Neither rows nor columns begin where 16 bytes do.
     run_both({{3, 18}, 1, 1, 3, 37, 7, 53, 2, false, false});
     run_both({{3, 70}, 1, 1, 2, 37, 7, 53, 1, true, true});

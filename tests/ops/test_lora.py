@@ -156,6 +156,8 @@ def test_the_kernels_of_a_card_give_the_sums_of_float64(tmp_path: Path) -> None:
         "core/gate.cuh",
         "lora/lora.h",
         "lora/segments.cuh",
+        "lora/shrink.cuh",
+        "lora/shrink_many.cu",
         "lora/shrink.cu",
         "lora/expand.cu",
     )

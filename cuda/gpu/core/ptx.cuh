@@ -146,6 +146,7 @@ __device__ __forceinline__ int4 load_kept(const int4* source) {
 __device__ __forceinline__ void forget_origin(uint4& value) {
   asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
 }
+__device__ __forceinline__ void forget_origin(int& value) { asm volatile("" : "+r"(value)); }
 
 // Two floats to two 16-bit elements, `low` in the low half.
 template <class T>
