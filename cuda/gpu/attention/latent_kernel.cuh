@@ -5,13 +5,14 @@
 // decode items of a tile are those of attention.h, one range of them to a CTA. A prefill item, 128
 // packed rows, is the work of 8 CTAs, 16 rows each; that each reads the kept rows costs L2, which
 // has them since the first.
-// A CTA of 4 warps takes 32 kept rows at a time, copied (cp.async, 16 bytes, XOR-swizzled) into one
-// of two stages while the other is used. Each warp scores 8 of them and puts its scores into shared
-// memory; then each warp turns all scores into weights by itself, and adds up 128 of the 512
-// columns. So the running maximum and sum are the same in all warps, and nothing is put together at
-// an item's end. Products are mma.sync m16n8k16; scores of a row are summed in four chains, as one
-// would wait for itself. Rows of several items of one tile are merged by the CTA that is last:
-// merge.cuh.
+// Each of a CTA's 4 warps owns 128 of the 512 columns and 16 of the 64, in both products: it copies
+// them (cp.async, 16 bytes, XOR-swizzled) for 16 kept rows at a time into a ring of its own, kStages
+// - 1 ahead and across items, keeps its columns of the queries in registers, and so waits for no
+// other warp's copies. Only its part of the scores, a sum over its columns, goes to the others by
+// shared memory; each warp adds up all four and turns them into weights by itself, in an order that
+// gives all warps the same. So a tile has one block-wide barrier, and nothing is put together at an
+// item's end. Products are mma.sync m16n8k16; scores are summed in four chains, as one would wait
+// for itself. Rows of several items of one tile are merged by the CTA that is last: merge.cuh.
 //
 // Floor: bytes, sum(visible keys) * 1152 at the memory's rate, where the tiles' heads are read
 // once; a second tile reads L2.
@@ -33,18 +34,24 @@ namespace pyserve::gpu::latent {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kWidth = kLatentSize + kLatentRopeDim;
-constexpr int kKeys = 32;                  // of a tile; plans cut at multiples of it
-constexpr int kWarpKeys = kKeys / kWarps;  // that a warp scores
-constexpr int kWarpColumns = kLatentSize / kWarps;
-constexpr int kRowBytes = kWidth * 2;
-constexpr int kStageBytes = kKeys * kRowBytes;
-constexpr int kQueriesAt = 2 * kStageBytes;
-constexpr int kScoresAt = kQueriesAt + kDecodeRows * kRowBytes;
-constexpr int kScoreStride = kKeys + 8;  // floats: rows of a half warp fall in different banks
-constexpr int kFlagAt = kScoresAt + kDecodeRows * kScoreStride * 4;
+constexpr int kKeys = 16;                            // of a tile; plans cut at multiples of it
+constexpr int kWarpColumns = kLatentSize / kWarps;   // that a warp owns
+constexpr int kWarpRope = kLatentRopeDim / kWarps;   // and of those behind them
+constexpr int kSteps = (kWarpColumns + kWarpRope) / 16;
+constexpr int kRowBytes = kWarpColumns * 2, kRopeRowBytes = kWarpRope * 2;
+constexpr int kRopeAt = kKeys * kRowBytes;  // in a stage
+constexpr int kStageBytes = kKeys * (kRowBytes + kRopeRowBytes);
+// 72 KB a CTA: as decode_kernel.cuh, about 64 KB on their way, and two CTAs fit an SM of sm_80.
+constexpr int kStages = 4;
+constexpr int kWarpBytes = kStages * kStageBytes;
+constexpr int kScoresAt = kWarps * kWarpBytes;
+// By tile in turn, warp, 8 keys, lane.
+using SharedScores = float4[2][kWarps][kKeys / 8][kWarpSize];
+constexpr int kFlagAt = kScoresAt + static_cast<int>(sizeof(SharedScores));
 constexpr int kSmemBytes = kFlagAt + 16;
 constexpr int kSubTiles = kPrefillRows / kDecodeRows;
-static_assert(kRowBytes % 128 == 0 && kKvTile % kKeys == 0 && kWarpKeys == 8);
+static_assert(kStageBytes % 128 == 0 && kKvTile % kKeys == 0 && kKeys == 16 && kWarpRope == 16);
+static_assert(kStages % 2 == 0);  // scores alternate with stages
 
 struct Latent {
   AttentionParams p;  // of which key_cache is the cache, and a KV head a tile of heads
@@ -93,41 +100,34 @@ struct Work {
   }
 };
 
-// Copies tile after tile of one item. Eight threads share a kept row; each has two of them.
+// A CTA's share of the plan: items first .. last - 1 of `items`, part sub_tile of each.
+struct Items {
+  const int32_t* words;
+  int first, last, sub_tile;
+
+  __device__ Work at(const Latent& l, int index) const { return {l, words, index, sub_tile}; }
+};
+
+// Copies this warp's columns of tile after tile, through the items of its CTA. Each lane finds one
+// kept row (a block table entry, read a tile ahead) and hands it to those that copy.
 template <class T>
 class Loader {
-  static constexpr int kThreadsPerRow = 8, kRowsAtOnce = kThreads / kThreadsPerRow;
-  static constexpr int kParts = kKeys / kRowsAtOnce;
-  static constexpr int kCopies = kRowBytes / 16 / kThreadsPerRow;
-  static_assert(kCopies * kThreadsPerRow * 16 == kRowBytes);
+  static constexpr int kChunks = kRowBytes / 16, kRowsAtOnce = kWarpSize / kChunks;
+  static_assert(kRopeRowBytes == 32 && kRowsAtOnce == 2);
 
  public:
-  __device__ Loader(const Latent& l, const Work& work)
+  __device__ Loader(const Latent& l, const Items& items)
       : l_(l),
-        blocks_(l.p.block_table + max(work.slot, 0) * l.p.block_table_stride),
-        tile_(work.item.kv_begin),
-        end_(work.kv_end),
-        row_(threadIdx.x / kThreadsPerRow) {
-    look_up();
-  }
+        items_(items),
+        cache_(static_cast<const T*>(l.p.key_cache)),
+        next_item_(items.first),
+        copy_row_(threadIdx.x % kWarpSize / kChunks) {}
 
   // Starts the copies of the next tile, as a group; an empty one when all is copied.
   __device__ void issue(uint32_t stage) {
+    while (tile_ >= end_ && next_item_ < items_.last) begin_item();
     if (tile_ < end_) {
-      const int chunk = threadIdx.x % kThreadsPerRow;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const int row = row_ + part * kRowsAtOnce, key = tile_ + row;
-        if (static_cast<uint32_t>(block_[part]) >= static_cast<uint32_t>(l_.p.num_blocks)) __trap();
-        const T* source =
-            static_cast<const T*>(l_.p.key_cache) + block_[part] * l_.p.key_block_stride +
-            (key & ((1 << l_.p.block_size_log2) - 1)) * l_.p.key_token_stride + chunk * 8;
-        const uint32_t target = stage + row * kRowBytes + (chunk ^ (row % 8)) * 16;
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i) {
-          cp_async_16(target + i * 128, source + i * 64, key < end_);
-        }
-      }
+      copy(stage);
       tile_ += kKeys;
       look_up();
     }
@@ -135,62 +135,123 @@ class Loader {
   }
 
  private:
-  // Reads ahead: the blocks of the next tile's rows.
+  __device__ void begin_item() {
+    const Work work = items_.at(l_, next_item_++);
+    tile_ = work.item.kv_begin;
+    end_ = work.kv_end;
+    blocks_ = l_.p.block_table + max(work.slot, 0) * l_.p.block_table_stride;
+    look_up();
+  }
+
+  // The kept row of the next tile that this lane finds; lanes 16 apart have the same.
+  __device__ int key() const { return tile_ + threadIdx.x % kKeys; }
+
   __device__ void look_up() {
+    block_ = key() < end_ ? __ldcg(blocks_ + (key() >> l_.p.block_size_log2)) : 0;
+  }
+
+  __device__ void copy(uint32_t stage) const {
+    if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(l_.p.num_blocks)) __trap();
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int64_t offset = block_ * l_.p.key_block_stride +
+                           (key() & ((1 << l_.p.block_size_log2) - 1)) * l_.p.key_token_stride;
+    const int chunk = lane % kChunks;
+    const T* source = cache_ + warp * kWarpColumns + chunk * 8;
+    const uint32_t target = stage + copy_row_ * kRowBytes + (chunk ^ copy_row_) * 16;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int key = tile_ + row_ + part * kRowsAtOnce;
-      block_[part] = key < end_ ? __ldcg(blocks_ + (key >> l_.p.block_size_log2)) : 0;
+    for (int row = 0; row < kKeys; row += kRowsAtOnce) {  // copy_row_ has none of its bits
+      cp_async_16((target ^ (row % 8 * 16)) + row * kRowBytes,
+                  source + __shfl_sync(kFullMask, offset, row + copy_row_),
+                  tile_ + row + copy_row_ < end_);
     }
+    // Of the others a row is two chunks, in the order that lets ldmatrix meet every bank once.
+    const int row = lane / 2, part = lane % 2;
+    cp_async_16(stage + kRopeAt + row * kRopeRowBytes + (part ^ (row / 4 % 2)) * 16,
+                cache_ + kLatentSize + warp * kWarpRope + part * 8 +
+                    __shfl_sync(kFullMask, offset, row),
+                tile_ + row < end_);
   }
 
   const Latent& l_;
-  const int32_t* blocks_;
-  int tile_, end_, row_;
-  int64_t block_[kParts];
+  const Items items_;
+  const T* cache_;
+  const int32_t* blocks_ = nullptr;
+  int next_item_, copy_row_;
+  int tile_ = 0, end_ = 0;  // of the current item
+  int block_ = 0;           // of key()
 };
 
-// The rows' queries, as they lie, into swizzled rows; zeros where there are none.
+// This warp's columns of the 16 rows' queries, as the left operand of the first product.
 template <class T>
-__device__ void load_queries(const Latent& l, const Work& work, int tile, unsigned char* queries) {
-  constexpr int kChunks = kRowBytes / 16;
-  for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    uint4 value{};
-    if (row < work.num_rows && work.slot >= 0) {
-      const T* source = static_cast<const T*>(l.p.q) + work.token_of(l, row) * l.p.q_token_stride +
-                        work.head_of(l, tile, row) * l.p.q_head_stride;
-      value = *reinterpret_cast<const uint4*>(source + chunk * 8);
-    }
-    *reinterpret_cast<uint4*>(queries + row * kRowBytes + (chunk ^ (row % 8)) * 16) = value;
-  }
-}
+struct Queries {
+  uint32_t q[kSteps][4];
 
-// The scores of this warp's 8 kept rows -> its columns of `scores`.
-template <class T>
-__device__ __forceinline__ void score(uint32_t stage, uint32_t queries, float* scores) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int key = warp * kWarpKeys + lane % 8;
-  const uint32_t keys_at = stage + key * kRowBytes + ((lane / 8) ^ (lane % 8)) * 16;
-  const uint32_t queries_at = queries + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
-  float sums[4][4] = {};
+  __device__ void load(const Latent& l, const Work& work, int tile) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll
-  for (int i = 0; i < kWidth / 32; ++i) {
-    uint32_t a[4], b[4];
-    ldmatrix_x4(b, at_chunk(keys_at, 4 * i));
-    ldmatrix_x4(a, at_chunk(queries_at, 4 * i));
-    mma_16816<T>(sums[i % 2 * 2], a, b[0], b[1]);
-    ldmatrix_x4(a, at_chunk(queries_at, 4 * i + 2));
-    mma_16816<T>(sums[i % 2 * 2 + 1], a, b[2], b[3]);
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      const bool is_row = row < work.num_rows && work.slot >= 0;
+      const int64_t offset = is_row ? work.token_of(l, row) * l.p.q_token_stride +
+                                          work.head_of(l, tile, row) * l.p.q_head_stride
+                                    : 0;
+      const T* source = static_cast<const T*>(l.p.q) + offset + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const bool is_rope = i == kSteps - 1;
+        const auto* pairs = reinterpret_cast<const uint32_t*>(
+            source + (is_rope ? kLatentSize + warp * kWarpRope : warp * kWarpColumns + 16 * i));
+        q[i][half] = is_row ? pairs[0] : 0;
+        q[i][half + 2] = is_row ? pairs[4] : 0;
+      }
+    }
   }
-  const int column = warp * kWarpKeys + lane % 4 * 2;
+
+  // s: what this warp's columns add to the scores of the tile's kept rows, 8 and 8 of them.
+  __device__ __forceinline__ void score(float (&s)[2][4], uint32_t stage) const {
+    const int lane = threadIdx.x % kWarpSize, key = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
+    const uint32_t row = stage + key * kRowBytes + (chunk ^ (key % 8)) * 16;
+    const uint32_t rope =
+        stage + kRopeAt + key * kRopeRowBytes + (chunk ^ (key / 4 % 2)) * 16;
+    float odd[2][4] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int j = 2 * half;
-    float2 pair;
-    pair.x = (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]);
-    pair.y = (sums[0][j + 1] + sums[1][j + 1]) + (sums[2][j + 1] + sums[3][j + 1]);
-    *reinterpret_cast<float2*>(scores + (lane / 4 + 8 * half) * kScoreStride + column) = pair;
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      uint32_t b[4];
+      ldmatrix_x4(b, i == kSteps - 1 ? rope : at_chunk(row, 2 * i));
+      float(&sums)[2][4] = i % 2 == 0 ? s : odd;
+      mma_16816<T>(sums[0], q[i], b[0], b[1]);
+      mma_16816<T>(sums[1], q[i], b[2], b[3]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] += odd[n][j];
+    }
+  }
+};
+
+// The scores, from each warp's part s of them: s. `parts` are those of one tile; the barrier is the
+// block's. Every warp adds its own and its neighbour's to the sum of the other two, which is the
+// same sum in all of them.
+__device__ __forceinline__ void add_up(float (&s)[2][4],
+                                       float4 (&parts)[kWarps][kKeys / 8][kWarpSize]) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) parts[warp][n][lane] = {s[n][0], s[n][1], s[n][2], s[n][3]};
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float4 a = parts[warp ^ 1][n][lane], b = parts[warp ^ 2][n][lane],
+                 c = parts[warp ^ 3][n][lane];
+    s[n][0] = (s[n][0] + a.x) + (b.x + c.x);
+    s[n][1] = (s[n][1] + a.y) + (b.y + c.y);
+    s[n][2] = (s[n][2] + a.z) + (b.z + c.z);
+    s[n][3] = (s[n][3] + a.w) + (b.w + c.w);
   }
 }
 
@@ -211,24 +272,24 @@ struct Rows {
     }
   }
 
-  // Online softmax over a tile from key `first` on: its weights, as left operands of the second
-  // product for 16 keys each, and the sums so far rescaled.
-  __device__ void weigh(const float* scores, int first, float scale_log2,
-                        uint32_t (&weights)[2][4]) {
-    const int lane = threadIdx.x % kWarpSize, column = lane % 4 * 2;
+  __device__ void mask(float (&s)[2][4], int first_key) const {
+    const int column = first_key + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (column + 8 * n + j % 2 > position[j / 2]) s[n][j] = -INFINITY;
+      }
+    }
+  }
+
+  // Online softmax: makes the weights of s, as the left operand of the second product, and rescales
+  // the sums so far.
+  __device__ void weigh(const float (&s)[2][4], float scale_log2, uint32_t (&weights)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* row = scores + (lane / 4 + 8 * half) * kScoreStride + column;
-      float s[4][2];
-      float highest = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float2 pair = *reinterpret_cast<const float2*>(row + 8 * n);
-        const int key = first + 8 * n + column;
-        s[n][0] = key <= position[half] ? pair.x : -INFINITY;
-        s[n][1] = key < position[half] ? pair.y : -INFINITY;
-        highest = fmaxf(highest, fmaxf(s[n][0], s[n][1]));
-      }
+      const int j = 2 * half;
+      float highest = fmaxf(fmaxf(s[0][j], s[0][j + 1]), fmaxf(s[1][j], s[1][j + 1]));
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
       const float before = largest[half];
@@ -237,35 +298,31 @@ struct Rows {
       const float factor = exp2_approx(before - shift);
       float total = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float low = exp2_approx(fmaf(s[n][0], scale_log2, -shift));
-        const float high = exp2_approx(fmaf(s[n][1], scale_log2, -shift));
-        weights[n / 2][half + n % 2 * 2] = pack_pair<T>(low, high);
+      for (int n = 0; n < 2; ++n) {
+        const float low = exp2_approx(fmaf(s[n][j], scale_log2, -shift));
+        const float high = exp2_approx(fmaf(s[n][j + 1], scale_log2, -shift));
+        weights[half + 2 * n] = pack_pair<T>(low, high);
         total += low + high;
       }
       sum[half] = sum[half] * factor + total;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        acc[i][2 * half] *= factor;
-        acc[i][2 * half + 1] *= factor;
+        acc[i][j] *= factor;
+        acc[i][j + 1] *= factor;
       }
     }
   }
 
   // acc += weights * this warp's columns of the tile.
-  __device__ void add(const uint32_t (&weights)[2][4], uint32_t stage) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const uint32_t values =
-        stage + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16 + warp * kWarpColumns * 2;
+  __device__ void add(const uint32_t (&weights)[4], uint32_t stage) {
+    const int lane = threadIdx.x % kWarpSize;
+    const uint32_t values = stage + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-#pragma unroll
-      for (int i = 0; i < kTiles; i += 2) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, at_chunk(values + step * 16 * kRowBytes, i));
-        mma_16816<T>(acc[i], weights[step], b[0], b[1]);
-        mma_16816<T>(acc[i + 1], weights[step], b[2], b[3]);
-      }
+    for (int i = 0; i < kTiles; i += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, at_chunk(values, i));
+      mma_16816<T>(acc[i], weights, b[0], b[1]);
+      mma_16816<T>(acc[i + 1], weights, b[2], b[3]);
     }
   }
 };
@@ -334,40 +391,48 @@ __device__ void merge(const Latent& l, const Work& work, const Work& whole, int 
   }
 }
 
+// The items of a CTA, one after the other.
 template <class T, int kItemRows>
-__device__ void attend(const Latent& l, const int32_t* items, int index, int tile, int sub_tile,
-                       unsigned char* smem) {
-  const Work work(l, items, index, sub_tile);
-  if (kItemRows == kDecodeRows && work.query_len * l.group > kDecodeRows) __trap();
-  const uint32_t stages = smem_address(smem);
-  auto* scores = reinterpret_cast<float*>(smem + kScoresAt);
-  __syncthreads();  // what the item before has left is read
-  Loader<T> loader(l, work);
-  loader.issue(stages);
-  load_queries<T>(l, work, tile, smem + kQueriesAt);
-  Rows<T> rows(l, work);
-  uint32_t here = stages, there = stages + kStageBytes;
+__device__ void attend(const Latent& l, const Items& items, int tile, unsigned char* smem) {
+  const uint32_t ring = smem_address(smem) + threadIdx.x / kWarpSize * kWarpBytes;
+  auto& scores = *reinterpret_cast<SharedScores*>(smem + kScoresAt);
+  Loader<T> loader(l, items);
 #pragma unroll 1
-  for (int first = work.item.kv_begin; first < work.kv_end; first += kKeys) {
-    cp_async_wait<0>();
-    __syncthreads();  // the tile and the queries are there, the tile and the scores before are read
-    loader.issue(there);
-    score<T>(here, stages + kQueriesAt, scores);
-    __syncthreads();
-    uint32_t weights[2][4];
-    rows.weigh(scores, first, l.scale_log2, weights);
-    rows.add(weights, here);
-    const uint32_t read = here;
-    here = there;
-    there = read;
+  for (int i = 0; i < kStages - 1; ++i) loader.issue(ring + i * kStageBytes);
+  int stage = 0;
+#pragma unroll 1
+  for (int index = items.first; index < items.last; ++index) {
+    const Work work = items.at(l, index);
+    if (kItemRows == kDecodeRows && work.query_len * l.group > kDecodeRows) __trap();
+    Queries<T> queries;
+    queries.load(l, work, tile);
+    Rows<T> rows(l, work);
+    const int unmasked_end = work.position + work.first_row / l.group + 1;
+#pragma unroll 1
+    for (int first = work.item.kv_begin; first < work.kv_end; first += kKeys) {
+      // Into the stage before this one, which is read.
+      loader.issue(ring + (stage + kStages - 1) % kStages * kStageBytes);
+      const uint32_t here = ring + stage * kStageBytes;
+      cp_async_wait<kStages - 1>();
+      __syncwarp();
+      float s[2][4];
+      queries.score(s, here);
+      add_up(s, scores[stage % 2]);  // nobody reads those of two tiles ago since the last barrier
+      if (first + kKeys > unmasked_end) rows.mask(s, first);
+      uint32_t weights[4];
+      rows.weigh(s, l.scale_log2, weights);
+      rows.add(weights, here);
+      __syncwarp();  // the stage is read
+      stage = (stage + 1) % kStages;
+    }
+    write_rows<T, kItemRows>(l, work, tile, items.sub_tile, rows);
+    if (work.item.num_splits == 1) continue;
+    Work whole = work;
+    whole.first_row -= items.sub_tile * kDecodeRows;
+    whole.num_rows = min(kItemRows, work.query_len * l.group - whole.first_row);
+    merge<T, kItemRows>(l, work, whole, tile, reinterpret_cast<int32_t*>(smem + kFlagAt));
   }
   cp_async_wait<0>();
-  write_rows<T, kItemRows>(l, work, tile, sub_tile, rows);
-  if (work.item.num_splits == 1) return;
-  Work whole = work;
-  whole.first_row -= sub_tile * kDecodeRows;
-  whole.num_rows = min(kItemRows, work.query_len * l.group - whole.first_row);
-  merge<T, kItemRows>(l, work, whole, tile, reinterpret_cast<int32_t*>(smem + kFlagAt));
 }
 
 // Grid of decode: tiles of heads, ranges of the plan behind each other; each CTA takes the items of
@@ -394,10 +459,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     last = min(last, __ldcg(work + kWorkNumPrefillItems));
     items = __ldcg(work + kWorkPrefillItemsOffset);
   }
-#pragma unroll 1
-  for (int index = first; index < last; ++index) {
-    attend<T, kItemRows>(l, work + items, index, tile, part, dynamic_smem);
-  }
+  attend<T, kItemRows>(l, {work + items, first, last, part}, tile, dynamic_smem);
 }
 
 // Of the decode items (kItemRows is kDecodeRows) or of the prefill items of a plan.
