@@ -74,8 +74,9 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
     "latent": (
         (
             "attention/attention.h",
-            "attention/merge.cuh",
             "core/swizzle.cuh",
+            "attention/latent_loader.cuh",
+            "attention/latent_merge.cuh",
             "attention/latent_kernel.cuh",
         ),
         2,

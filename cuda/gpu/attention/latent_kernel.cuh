@@ -6,13 +6,13 @@
 // packed rows, is the work of 8 CTAs, 16 rows each; that each reads the kept rows costs L2, which
 // has them since the first.
 // Each of a CTA's 4 warps owns 128 of the 512 columns and 16 of the 64, in both products: it copies
-// them (cp.async, 16 bytes, XOR-swizzled) for 16 kept rows at a time into a ring of its own, kStages
-// - 1 ahead and across items, keeps its columns of the queries in registers, and so waits for no
-// other warp's copies. Only its part of the scores, a sum over its columns, goes to the others by
-// shared memory; each warp adds up all four and turns them into weights by itself, in an order that
-// gives all warps the same. So a tile has one block-wide barrier, and nothing is put together at an
-// item's end. Products are mma.sync m16n8k16; scores are summed in four chains, as one would wait
-// for itself. Rows of several items of one tile are merged by the CTA that is last: merge.cuh.
+// them for 16 kept rows at a time (latent_loader.cuh), keeps its columns of the queries in
+// registers, and so waits for no other warp's copies. Only its part of the scores, a sum over its
+// columns, goes to the others by shared memory; each warp adds up all four and turns them into
+// weights by itself, in an order that gives all warps the same. So a tile has one block-wide
+// barrier, and nothing is put together at an item's end. Products are mma.sync m16n8k16; scores are
+// summed in four chains, as one would wait for itself. Rows of several items of one tile are merged
+// by CTAs that are last: latent_merge.cuh.
 //
 // Floor: bytes, sum(visible keys) * 1152 at the memory's rate, where the tiles' heads are read
 // once; a second tile reads L2.
@@ -23,7 +23,8 @@
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
-#include "gpu/attention/merge.cuh"
+#include "gpu/attention/latent_loader.cuh"
+#include "gpu/attention/latent_merge.cuh"
 #include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/pdl.cuh"
@@ -32,154 +33,15 @@
 
 namespace pyserve::gpu::latent {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-constexpr int kWidth = kLatentSize + kLatentRopeDim;
-constexpr int kKeys = 16;                            // of a tile; plans cut at multiples of it
-constexpr int kWarpColumns = kLatentSize / kWarps;   // that a warp owns
-constexpr int kWarpRope = kLatentRopeDim / kWarps;   // and of those behind them
 constexpr int kSteps = (kWarpColumns + kWarpRope) / 16;
-constexpr int kRowBytes = kWarpColumns * 2, kRopeRowBytes = kWarpRope * 2;
-constexpr int kRopeAt = kKeys * kRowBytes;  // in a stage
-constexpr int kStageBytes = kKeys * (kRowBytes + kRopeRowBytes);
-// 72 KB a CTA: as decode_kernel.cuh, about 64 KB on their way, and two CTAs fit an SM of sm_80.
-constexpr int kStages = 4;
-constexpr int kWarpBytes = kStages * kStageBytes;
 constexpr int kScoresAt = kWarps * kWarpBytes;
 // By tile in turn, warp, 8 keys, lane.
 using SharedScores = float4[2][kWarps][kKeys / 8][kWarpSize];
 constexpr int kFlagAt = kScoresAt + static_cast<int>(sizeof(SharedScores));
 constexpr int kSmemBytes = kFlagAt + 16;
+static_assert(sizeof(MergeArea) <= sizeof(SharedScores));  // which it takes the place of
 constexpr int kSubTiles = kPrefillRows / kDecodeRows;
-static_assert(kStageBytes % 128 == 0 && kKvTile % kKeys == 0 && kKeys == 16 && kWarpRope == 16);
 static_assert(kStages % 2 == 0);  // scores alternate with stages
-
-struct Latent {
-  AttentionParams p;  // of which key_cache is the cache, and a KV head a tile of heads
-  AttentionPartials partials;
-  int group;
-  int decode_items;  // offset in p.work
-  float scale_log2;
-};
-
-// 16 packed rows of an item, the same in all threads.
-struct Work {
-  AttentionItem item;
-  int slot, first_query, query_len, seq_len;
-  int position;   // of the row's first query
-  int first_row;  // packed row of the row
-  int num_rows;   // from it on, at most 16; 0 where a prefill item has fewer
-  int kv_end;     // of what these rows see of the item's keys
-
-  __device__ Work(const Latent& l, const int32_t* items, int index, int sub_tile) {
-    const int4* words = reinterpret_cast<const int4*>(items) + 2 * int64_t{index};
-    const int4 head = __ldcg(words), tail = __ldcg(words + 1);
-    item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
-    slot = __ldcg(l.p.row_slots + item.row);
-    first_query = __ldcg(l.p.cu_seqlens_q + item.row);
-    query_len = __ldcg(l.p.cu_seqlens_q + item.row + 1) - first_query;
-    seq_len = __ldcg(l.p.seq_lens + item.row);
-    position = seq_len - query_len;
-    first_row = item.query_tile * kPrefillRows + sub_tile * kDecodeRows;
-    num_rows = max(0, min(kDecodeRows, query_len * l.group - first_row));
-    const int last = first_row + num_rows - 1;
-    kv_end =
-        num_rows == 0 || slot < 0 ? item.kv_begin : min(item.kv_end, position + last / l.group + 1);
-    // A plan that was made for other rows, or one that leads out of bounds, traps here.
-    if (slot >= l.p.num_slots || first_query < 0 || query_len <= 0 || position < 0 ||
-        first_query > l.p.num_tokens - query_len || item.kv_end > seq_len ||
-        (item.kv_end - 1) >> l.p.block_size_log2 >= l.p.max_blocks_per_seq) {
-      __trap();
-    }
-  }
-
-  __device__ int token_of(const Latent& l, int row) const {
-    return first_query + (first_row + row) / l.group;
-  }
-  __device__ int head_of(const Latent& l, int tile, int row) const {
-    return tile * l.group + (first_row + row) % l.group;
-  }
-};
-
-// A CTA's share of the plan: items first .. last - 1 of `items`, part sub_tile of each.
-struct Items {
-  const int32_t* words;
-  int first, last, sub_tile;
-
-  __device__ Work at(const Latent& l, int index) const { return {l, words, index, sub_tile}; }
-};
-
-// Copies this warp's columns of tile after tile, through the items of its CTA. Each lane finds one
-// kept row (a block table entry, read a tile ahead) and hands it to those that copy.
-template <class T>
-class Loader {
-  static constexpr int kChunks = kRowBytes / 16, kRowsAtOnce = kWarpSize / kChunks;
-  static_assert(kRopeRowBytes == 32 && kRowsAtOnce == 2);
-
- public:
-  __device__ Loader(const Latent& l, const Items& items)
-      : l_(l),
-        items_(items),
-        cache_(static_cast<const T*>(l.p.key_cache)),
-        next_item_(items.first),
-        copy_row_(threadIdx.x % kWarpSize / kChunks) {}
-
-  // Starts the copies of the next tile, as a group; an empty one when all is copied.
-  __device__ void issue(uint32_t stage) {
-    while (tile_ >= end_ && next_item_ < items_.last) begin_item();
-    if (tile_ < end_) {
-      copy(stage);
-      tile_ += kKeys;
-      look_up();
-    }
-    cp_async_commit();
-  }
-
- private:
-  __device__ void begin_item() {
-    const Work work = items_.at(l_, next_item_++);
-    tile_ = work.item.kv_begin;
-    end_ = work.kv_end;
-    blocks_ = l_.p.block_table + max(work.slot, 0) * l_.p.block_table_stride;
-    look_up();
-  }
-
-  // The kept row of the next tile that this lane finds; lanes 16 apart have the same.
-  __device__ int key() const { return tile_ + threadIdx.x % kKeys; }
-
-  __device__ void look_up() {
-    block_ = key() < end_ ? __ldcg(blocks_ + (key() >> l_.p.block_size_log2)) : 0;
-  }
-
-  __device__ void copy(uint32_t stage) const {
-    if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(l_.p.num_blocks)) __trap();
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int64_t offset = block_ * l_.p.key_block_stride +
-                           (key() & ((1 << l_.p.block_size_log2) - 1)) * l_.p.key_token_stride;
-    const int chunk = lane % kChunks;
-    const T* source = cache_ + warp * kWarpColumns + chunk * 8;
-    const uint32_t target = stage + copy_row_ * kRowBytes + (chunk ^ copy_row_) * 16;
-#pragma unroll
-    for (int row = 0; row < kKeys; row += kRowsAtOnce) {  // copy_row_ has none of its bits
-      cp_async_16((target ^ (row % 8 * 16)) + row * kRowBytes,
-                  source + __shfl_sync(kFullMask, offset, row + copy_row_),
-                  tile_ + row + copy_row_ < end_);
-    }
-    // Of the others a row is two chunks, in the order that lets ldmatrix meet every bank once.
-    const int row = lane / 2, part = lane % 2;
-    cp_async_16(stage + kRopeAt + row * kRopeRowBytes + (part ^ (row / 4 % 2)) * 16,
-                cache_ + kLatentSize + warp * kWarpRope + part * 8 +
-                    __shfl_sync(kFullMask, offset, row),
-                tile_ + row < end_);
-  }
-
-  const Latent& l_;
-  const Items items_;
-  const T* cache_;
-  const int32_t* blocks_ = nullptr;
-  int next_item_, copy_row_;
-  int tile_ = 0, end_ = 0;  // of the current item
-  int block_ = 0;           // of key()
-};
 
 // This warp's columns of the 16 rows' queries, as the left operand of the first product.
 template <class T>
@@ -376,18 +238,47 @@ __device__ void write_rows(const Latent& l, const Work& work, int tile, int sub_
   }
 }
 
-// Where an item is one of several of its query tile: the last of all their CTAs merges them. Rows
-// of the tile are those of `whole`, of which this CTA has had a part.
+// Where an item is one of several of its query tile: the last of the CTAs of its group of splits,
+// or of all, puts theirs together, and where there are groups the last of those all groups. Rows of
+// the tile are those of `whole`, of which this CTA has had a part.
 template <class T, int kItemRows>
 __device__ void merge(const Latent& l, const Work& work, const Work& whole, int tile,
-                      int32_t* flag) {
+                      MergeArea& area, int32_t* flag) {
   constexpr int kParts = kItemRows / kDecodeRows;
-  const int first = work.item.partial - work.item.split;
-  int32_t* arrivals = l.partials.arrivals + static_cast<int64_t>(first) * l.p.num_kv_heads + tile;
-  if (!arrives_last(arrivals, work.item.num_splits * kParts, flag) || work.slot < 0) return;
-  for (int row = threadIdx.x / kWarpSize; row < whole.num_rows; row += kWarps) {
-    merge_row<T, kLatentSize, kItemRows>(l.partials, first, work.item.num_splits, tile,
-                                         l.p.num_kv_heads, row, out_row<T>(l, whole, tile, row));
+  const int num_splits = work.item.num_splits, first = work.item.partial - work.item.split;
+  const int size = splits_of_group(num_splits), begin = work.item.split / size * size;
+  const bool has_groups = size < num_splits;
+  // Split 0's counter is of all; a group's is that of its first split, or of the one behind it.
+  const auto arrives = [&](int split, int count) {
+    int32_t* arrivals =
+        l.partials.arrivals + static_cast<int64_t>(first + split) * l.p.num_kv_heads + tile;
+    return arrives_last(arrivals, count, flag);
+  };
+  Parts parts{first + begin, 1, min(size, num_splits - begin)};
+  const int counter = has_groups && begin == 0 ? 1 : begin;
+  if (!arrives(counter, parts.count * kParts)) return;
+#pragma unroll 1
+  for (bool is_all = !has_groups;; is_all = true) {
+    const int64_t target = static_cast<int64_t>(parts.first) * l.p.num_kv_heads + tile;
+    put_together<kItemRows>(
+        l.partials, parts, tile, l.p.num_kv_heads, whole.num_rows, area,
+        [&](int row, float2 stats, const float(&total)[4]) {
+          const int column = threadIdx.x * 4;
+          if (!is_all) {  // in the place of the group's first
+            const int64_t at = target * kItemRows + row;
+            float4 sums = {total[0], total[1], total[2], total[3]};
+            *reinterpret_cast<float4*>(l.partials.acc + at * kLatentSize + column) = sums;
+            if (column == 0) *reinterpret_cast<float2*>(l.partials.stats + at * 2) = stats;
+          } else if (work.slot >= 0) {
+            const float scale = stats.y == 0.0f ? 0.0f : 1.0f / stats.y;
+            *reinterpret_cast<uint2*>(out_row<T>(l, whole, tile, row) + column) =
+                make_uint2(pack_pair<T>(total[0] * scale, total[1] * scale),
+                           pack_pair<T>(total[2] * scale, total[3] * scale));
+          }
+        });
+    if (is_all) return;
+    parts = {first, size, (num_splits - 1) / size + 1};
+    if (!arrives(0, parts.count)) return;
   }
 }
 
@@ -430,7 +321,8 @@ __device__ void attend(const Latent& l, const Items& items, int tile, unsigned c
     Work whole = work;
     whole.first_row -= items.sub_tile * kDecodeRows;
     whole.num_rows = min(kItemRows, work.query_len * l.group - whole.first_row);
-    merge<T, kItemRows>(l, work, whole, tile, reinterpret_cast<int32_t*>(smem + kFlagAt));
+    merge<T, kItemRows>(l, work, whole, tile, *reinterpret_cast<MergeArea*>(smem + kScoresAt),
+                        reinterpret_cast<int32_t*>(smem + kFlagAt));
   }
   cp_async_wait<0>();
 }
