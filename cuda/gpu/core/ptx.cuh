@@ -109,6 +109,23 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
   return value;
 }
 
+// 16 bytes past L1; the 128 that they lie in are brought to L2.
+__device__ __forceinline__ uint4 load_line(const void* source) {
+  uint4 value;
+  asm volatile("ld.global.cg.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source));
+  return value;
+}
+
+// Who finds here what another block of this device has stored or added sees all that it had written
+// before a __threadfence() in front of that.
+__device__ __forceinline__ uint32_t load_acquire_device(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
 // Hides from the compiler how `value` was computed: what was derived from it before, its floats for
 // example, is derived again instead of being held in registers.
 __device__ __forceinline__ void forget_origin(uint4& value) {
