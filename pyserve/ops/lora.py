@@ -84,8 +84,9 @@ MAX_LINEAR_ROWS = 32
 class LinearLora(NamedTuple):
     """The adapters of a linear and of the rows of x, as above, and what one kernel for all needs.
 
-    shrunk     room, as lora_shrink's out has it
-    arrivals   int32 [1], zero at first: by it the kernel's blocks wait for each other
+    sums      int64 [num_splits, rows of x or more, num_parts, max_rank] and
+    counter   int64 [1]: by these the kernel's blocks give each other what they shrink. Zeros at
+              first, and for calls alone that follow each other.
     """
 
     a: Tensor
@@ -94,8 +95,8 @@ class LinearLora(NamedTuple):
     ranks: Tensor
     scales: Tensor
     columns: Tensor
-    shrunk: Tensor
-    arrivals: Tensor
+    sums: Tensor
+    counter: Tensor
 
 
 def serves_linear_lora(

@@ -52,25 +52,26 @@ def lora_expand_silu_mul(
 
 def linear_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, a: Tensor,
-    b: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, columns: Tensor, shrunk: Tensor,
-    arrivals: Tensor, x_squares: Tensor | None = None, eps: float = 0.0,
+    b: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, columns: Tensor, sums: Tensor,
+    counter: Tensor, x_squares: Tensor | None = None, eps: float = 0.0,
     norm_weight: Tensor | None = None, scaled: Tensor | None = None, squares: Tensor | None = None,
 ) -> None:  # fmt: skip
     """linear of plain numbers or of 4-bit integers, and what adapters add to its sums; epilogue 1:
     linear_add, 2: linear_silu_mul. Rounded once."""
     if weight.dtype == torch.int32:
         weight = w4a16.dequantised(weight, b.shape[1], x.shape[1])
-    sums = x.float() @ weight.float().T
+    result = x.float() @ weight.float().T
+    shrunk = result.new_empty(1, len(x), *a.shape[1:3])
     lora_shrink(x, a, starts, ranks, scales, shrunk)
-    lora_expand(shrunk, b, starts, ranks, columns, sums)
+    lora_expand(shrunk, b, starts, ranks, columns, result)
     if x_squares is not None:
-        sums *= torch.rsqrt(x_squares.sum(1, keepdim=True) / x.shape[1] + eps)
+        result *= torch.rsqrt(x_squares.sum(1, keepdim=True) / x.shape[1] + eps)
     if bias is not None:
-        sums += bias.float()
+        result += bias.float()
     if epilogue == 2:
-        silu_mul(sums, out)
+        silu_mul(result, out)
     else:
-        out.copy_(sums if epilogue == 0 else out.float() + sums)
+        out.copy_(result if epilogue == 0 else out.float() + result)
     if norm_weight is not None:
         assert scaled is not None and squares is not None
         leave_norm(out, norm_weight, scaled, squares)

@@ -4,12 +4,19 @@
 
 #include "emulated_sm90a.h"
 
+#define __host__
+
+struct uint2 {
+  uint32_t x, y;
+};
+
 [[noreturn]] void __trap() { machine::fail("a kernel trapped"); }
 
 namespace pyserve::gpu {
 
 bool waits = true;  // for what other blocks write
-uint32_t flip = 0;
+uint64_t counter = 0;  // of all launches
+uint32_t number_of_launch() { return static_cast<uint32_t>(counter - 1 >> 16) + 1; }
 
 template <class T>
 T __ldcg(const T* from) {
@@ -17,16 +24,19 @@ T __ldcg(const T* from) {
 }
 int __popc(uint32_t word) { return __builtin_popcount(word); }
 int __ffs(int word) { return __builtin_ffs(word); }
-void __threadfence() {}
-uint32_t atomicAdd(uint32_t* word, uint32_t added) {
-  const uint32_t before = *word;
+uint64_t fetch_add(uint64_t* word, uint64_t added) {
+  const uint64_t before = *word;
   *word += added;
   return before;
 }
-uint32_t load_acquire_device(const uint32_t* word) {
-  if (!waits) return flip = ~flip;
+void store_numbered(uint64_t* to, float value, uint32_t number) {
+  std::memcpy(to, &value, 4);
+  std::memcpy(reinterpret_cast<char*>(to) + 4, &number, 4);
+}
+uint2 load_numbered(const uint64_t* from) {
   machine::yield();
-  return *word;
+  const auto number = waits ? static_cast<uint32_t>(*from >> 32) : number_of_launch();
+  return {static_cast<uint32_t>(*from), number};
 }
 uint4 load_line(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) machine::fail("a load that is not aligned");
@@ -44,8 +54,6 @@ namespace {
 
 using namespace pyserve::gpu;
 
-uint32_t arrivals = 0;  // of all launches
-
 int any_of(std::initializer_list<int> choices) {
   return choices.begin()[machine::random() % choices.size()];
 }
@@ -56,7 +64,8 @@ struct Adapters {
   int m, num_rows, k, num_parts, max_rank, num_splits;
   std::vector<int32_t> starts, ranks, bounds;
   std::vector<T> a, b;
-  std::vector<float> scales, shrunk;
+  std::vector<float> scales;
+  std::vector<uint64_t> sums;  // of this and of what there was before
 
   Adapters(int m, int num_rows, int k, int num_parts)
       : m(m), num_rows(num_rows), k(k), num_parts(num_parts), max_rank(any_of({8, 16, 24, 64})),
@@ -85,10 +94,10 @@ struct Adapters {
     }
   }
 
-  // With room that holds nothing.
+  // With sums that no launch has written, or another.
   LinearLora params() {
     const int64_t token = int64_t{num_parts} * max_rank;
-    shrunk.assign(num_splits * m * token, NAN);
+    sums.resize(num_splits * m * token, 0x7fc00000 | counter >> 16 << 32);
     return {.rows = {starts.data(), ranks.data(), num_parts, static_cast<int>(starts.size()) - 1,
                      num_parts, max_rank, m},
             .a = a.data(),
@@ -97,13 +106,13 @@ struct Adapters {
             .a_stride = k,
             .scales = scales.data(),
             .scales_stride = num_parts,
-            .shrunk = {shrunk.data(), m * token, token, max_rank, num_splits},
+            .sums = {sums.data(), m * token, token, max_rank, num_splits},
             .b = b.data(),
             .b_slot_stride = int64_t{num_rows} * max_rank,
             .b_stride = max_rank,
             .num_rows = num_rows,
             .columns = bounds.data(),
-            .arrivals = &arrivals};
+            .counter = &counter};
   }
 
   // What is added to the sums of a token, whose x this is, by row of weight.

@@ -98,7 +98,7 @@ void launch_lora_linears() {
   p.x = p.weight = l.a = l.b = p.out = memory;
   p.x_stride = p.weight_stride = p.k = l.a_stride = 4096;
   p.out_stride = p.n = 6144;
-  l.shrunk.num_splits = 8;
+  l.sums.num_splits = 8;
   l.rows.num_slots = 4, l.rows.num_parts = 3, l.rows.max_rank = 16;
   for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
     for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {

@@ -118,12 +118,26 @@ __device__ __forceinline__ uint4 load_line(const void* source) {
   return value;
 }
 
-// Who finds here what another block of this device has stored or added sees all that it had written
-// before a __threadfence() in front of that.
-__device__ __forceinline__ uint32_t load_acquire_device(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(value) : "l"(word) : "memory");
-  return value;
+// What was there before; no other access is ordered by it.
+__device__ __forceinline__ uint64_t fetch_add(uint64_t* word, uint64_t added) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;\n"
+               : "=l"(before)
+               : "l"(word), "l"(added)
+               : "memory");
+  return before;
+}
+
+// A number and what goes with it, for other blocks of this device: both are seen or neither.
+__device__ __forceinline__ void store_numbered(uint64_t* to, float value, uint32_t number) {
+  const uint64_t word = uint64_t{number} << 32 | __float_as_uint(value);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;\n" ::"l"(to), "l"(word) : "memory");
+}
+// The value's bits in x, the number in y.
+__device__ __forceinline__ uint2 load_numbered(const uint64_t* from) {
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];\n" : "=l"(word) : "l"(from) : "memory");
+  return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
 }
 
 // Hides from the compiler how `value` was computed: what was derived from it before, its floats for

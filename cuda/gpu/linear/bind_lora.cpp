@@ -12,33 +12,32 @@ namespace pyserve {
 namespace {
 
 gpu::LinearLoraParams lora_params(const LinearLoraArgs& args, double eps) {
-  const LoraShrinkArgs& lora = args.lora;
   gpu::LinearLoraParams params{
       .linear = linear_params(args.linear, args.epilogue, eps),
-      .lora = {.rows = {.starts = lora.starts.ptr<int32_t>(),
-                        .ranks = lora.ranks.ptr<int32_t>(),
-                        .ranks_stride = lora.ranks.stride(0),
-                        .num_slots = static_cast<int32_t>(lora.num_slots()),
-                        .num_parts = static_cast<int32_t>(lora.num_parts()),
-                        .max_rank = static_cast<int32_t>(lora.max_rank()),
-                        .num_tokens = lora.num_tokens()},
-               .a = lora.a.data,
-               .a_slot_stride = lora.a.stride(0),
-               .a_part_stride = lora.a.stride(1),
-               .a_stride = lora.a.stride(2),
-               .scales = lora.scales.ptr<float>(),
-               .scales_stride = lora.scales.stride(0),
-               .shrunk = {.data = lora.out.ptr<float>(),
-                          .split_stride = lora.out.stride(0),
-                          .stride = lora.out.stride(1),
-                          .part_stride = lora.out.stride(2),
-                          .num_splits = static_cast<int32_t>(lora.num_splits())},
+      .lora = {.rows = {.starts = args.starts.ptr<int32_t>(),
+                        .ranks = args.ranks.ptr<int32_t>(),
+                        .ranks_stride = args.ranks.stride(0),
+                        .num_slots = static_cast<int32_t>(args.num_slots()),
+                        .num_parts = static_cast<int32_t>(args.num_parts()),
+                        .max_rank = static_cast<int32_t>(args.max_rank()),
+                        .num_tokens = args.linear.m()},
+               .a = args.a.data,
+               .a_slot_stride = args.a.stride(0),
+               .a_part_stride = args.a.stride(1),
+               .a_stride = args.a.stride(2),
+               .scales = args.scales.ptr<float>(),
+               .scales_stride = args.scales.stride(0),
+               .sums = {.data = args.sums.ptr<uint64_t>(),
+                        .split_stride = args.sums.stride(0),
+                        .stride = args.sums.stride(1),
+                        .part_stride = args.sums.stride(2),
+                        .num_splits = static_cast<int32_t>(args.sums.size(0))},
                .b = args.b.data,
                .b_slot_stride = args.b.stride(0),
                .b_stride = args.b.stride(1),
                .num_rows = static_cast<int32_t>(args.b.size(1)),
                .columns = args.columns.ptr<int32_t>(),
-               .arrivals = args.arrivals.ptr<uint32_t>()},
+               .counter = args.counter.ptr<uint64_t>()},
       .group_size = args.group_size};
   params.linear.weight = args.weight;
   params.linear.weight_stride = args.weight_stride;
@@ -48,14 +47,14 @@ gpu::LinearLoraParams lora_params(const LinearLoraArgs& args, double eps) {
 void linear_lora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                  const Tensor& out, int64_t epilogue, const Tensor& a, const Tensor& b,
                  const Tensor& starts, const Tensor& ranks, const Tensor& scales,
-                 const Tensor& columns, const Tensor& shrunk, const Tensor& arrivals,
+                 const Tensor& columns, const Tensor& sums, const Tensor& counter,
                  const std::optional<Tensor>& x_squares, double eps,
                  const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& scaled,
                  const std::optional<Tensor>& squares) {
   const ViewReader read{"linear_lora", Place::kCuda};
   const LinearLoraArgs args = linear_lora_args(
       read, x, weight, bias, out, epilogue,
-      {a, b, starts, ranks, scales, columns, shrunk, arrivals},
+      {a, b, starts, ranks, scales, columns, sums, counter},
       {x_squares, norm_weight, scaled, squares});
   check_launch(read.op, gpu::launch_linear_lora(lora_params(args, eps), current_stream(x)));
 }
@@ -64,12 +63,12 @@ void linear_lora(const Tensor& x, const Tensor& weight, const std::optional<Tens
 bool serves_linear_lora(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t epilogue,
                         const Tensor& a, const Tensor& b, const Tensor& starts,
                         const Tensor& ranks, const Tensor& scales, const Tensor& columns,
-                        const Tensor& shrunk, const Tensor& arrivals) {
+                        const Tensor& sums, const Tensor& counter) {
   const ViewReader read{"serves_linear_lora", Place::kCuda};
   const std::optional<Tensor> none;
   const LinearLoraArgs args = linear_lora_args(
       read, x, weight, none, out, epilogue,
-      {a, b, starts, ranks, scales, columns, shrunk, arrivals}, {none, none, none, none});
+      {a, b, starts, ranks, scales, columns, sums, counter}, {none, none, none, none});
   const gpu::Device* device = nullptr;
   check_launch(read.op, gpu::current_device(&device));
   return gpu::can_linear_lora(lora_params(args, 0.0), *device);

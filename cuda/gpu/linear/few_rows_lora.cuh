@@ -9,16 +9,19 @@
 // that some token uses by one split of k, for all tokens of that slot. A CTA asks for the A of its
 // first unit before it waits for the kernel that makes x, behind its ring of weights, which is
 // under way meanwhile. Units are dealt from the last CTA on: the first ones may have a tile of weight
-// more. The sums go to memory, each split's apart; then the CTA arrives at a counter. Behind the
-// products of its first group each CTA waits until all have arrived, adds up the splits of all
-// tokens, in their order, and keeps them in shared memory. A result's row of B is asked for with
-// the result.
+// more. Behind the products of its first group each CTA looks for the sums of all units, adds up
+// the splits of all tokens, in their order, and keeps them in shared memory. A result's row of B is
+// asked for with the result.
 //
-// The counter: CTA 0 adds 2^31 - (number of CTAs - 1), each other CTA 1. So the highest bit turns
-// when the last one arrives and the bits below are zero again: nothing is to be set back, and the
-// next launch may have another number of CTAs. Who waits compares the bit with what its own arrival
-// found. All this is behind pdl_wait(), that is, when the launch before is complete, so that two
-// launches which follow each other may have one counter and one room for sums.
+// How CTAs see each other's sums, of a short product the latency of all this: each sum is written
+// in 8 bytes with the launch's number, and whoever needs it reads until that number is there. So
+// no fence stands behind the copies that are under way, and nothing is counted on the way. (NCCL
+// calls this LL.) What an earlier launch left there has another number, so nothing is cleared; the
+// memory begins as zeros and is for these sums alone. The number: a counter, to which CTA 0 adds
+// 2^16 - (number of CTAs - 1) and each other CTA 1, so that every one of them finds the same bits
+// above 16, and the next launch, of whatever grid, the next number.
+// All this is behind pdl_wait(), that is, when the launch before is complete: what a launch writes
+// no earlier one still reads.
 // That all CTAs run at once: there are no more than SMs, each has room for one, and what else may
 // hold an SM ends without them: the kernels before, and none behind, as those start when all CTAs
 // of this one have passed their wait. Another launch of such a kernel on another stream could hold
@@ -59,9 +62,10 @@ class LoraTokens {
     slots = reinterpret_cast<int*>(smem) + max(num_sums, kWarps * kRows * min(count, kMmaTokens));
     ranks = slots + count;
     bounds = ranks + count * num_parts;
-    scales = reinterpret_cast<float*>(bounds + num_parts + 1);
+    number = reinterpret_cast<uint32_t*>(bounds + num_parts + 1);
+    scales = reinterpret_cast<float*>(number + 1);
     const int num_pieces = (k + kDepth - 1) / kDepth;
-    split_columns = (num_pieces + l.shrunk.num_splits - 1) / l.shrunk.num_splits * kDepth;
+    split_columns = (num_pieces + l.sums.num_splits - 1) / l.sums.num_splits * kDepth;
     num_splits = (k + split_columns - 1) / split_columns;
   }
 
@@ -101,9 +105,10 @@ class LoraTokens {
   int num_parts, count;
   int split_columns, num_splits;  // of k; splits that have columns
   // Sums are [count, num_parts, max_rank], before these are complete those of a unit, by warp; ranks
-  // and scales [count, num_parts]; bounds as `columns`.
+  // and scales [count, num_parts]; bounds as `columns`; the launch's number.
   float* sums;
   int *slots, *ranks, *bounds;
+  uint32_t* number;
   float* scales;
 
  private:
@@ -136,6 +141,12 @@ class LoraTokens {
   }
 };
 
+// A launch's number, of what one of its CTAs found in the counter; never that of memory which is
+// still zeros.
+__device__ __forceinline__ uint32_t number_of(uint64_t counted) {
+  return static_cast<uint32_t>(counted >> 16) + 1;
+}
+
 // x A^T of one unit after the other. What a lane holds of A is asked for before x is there.
 template <class T, class Tile>
 class LoraShrink {
@@ -155,8 +166,9 @@ class LoraShrink {
 
   __device__ __forceinline__ bool has_unit() const { return unit_.first >= 0; }
 
-  // The sums of the unit to memory; then goes on to the next-th.
-  __device__ __forceinline__ void run(const LinearParams& p, const LoraTokens& tokens, int next) {
+  // The sums of the unit to memory; then goes on to the next-th. `counted` is thread 0's.
+  __device__ __forceinline__ void run(const LinearParams& p, const LoraTokens& tokens, int next,
+                                      uint64_t counted) {
     const LoraUnit next_unit = tokens.unit_at(next);
 #pragma unroll 1
     for (int token = unit_.first; token < unit_.end; token += kMmaTokens) {
@@ -165,6 +177,7 @@ class LoraShrink {
       if (token + kMmaTokens >= unit_.end) {
         load_a(p, tokens, next_unit, next_unit.split * tokens.split_columns);
       }
+      if (threadIdx.x == 0) *tokens.number = number_of(counted);
       put(tokens, token, sums);
     }
     unit_ = next_unit;
@@ -230,7 +243,7 @@ class LoraShrink {
   // The warps' sums of the unit's tokens from `token` on, added up in their order, to memory.
   __device__ __forceinline__ void put(const LoraTokens& tokens, int token,
                                       const float (&sums)[4]) const {
-    const LoraShrunk& to = tokens.l.shrunk;
+    const LoraSums& to = tokens.l.sums;
     const int lane = threadIdx.x % kWarpSize, count = min(unit_.end - token, kMmaTokens);
     const int warp_sums = min(tokens.count, kMmaTokens) * kRows;
     float* own = tokens.sums + threadIdx.x / kWarpSize * warp_sums;
@@ -246,8 +259,7 @@ class LoraShrink {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += tokens.sums[w * warp_sums + threadIdx.x];
-    to.data[unit_.split * to.split_stride + (token + of) * to.stride +
-            unit_.part * to.part_stride + row] = sum;
+    store_numbered(to.at(unit_.split, token + of, unit_.part, row), sum, *tokens.number);
   }
 
   LoraUnit unit_;
@@ -344,15 +356,14 @@ class Lora {
 
   // Behind it: this CTA's part of what is shrunk.
   __device__ __forceinline__ void shrink() {
-    const bool has_units = shrink_.has_unit();
+    if (threadIdx.x == 0) {
+      const uint64_t added = blockIdx.x == 0 ? 0x10000 - (gridDim.x - 1) : 1;
+      counted_ = fetch_add(tokens_.l.counter, added);
+    }
 #pragma unroll 1
     for (int next = first_unit() + gridDim.x; shrink_.has_unit(); next += gridDim.x) {
-      shrink_.run(p_, tokens_, next);
+      shrink_.run(p_, tokens_, next, counted_);
     }
-    if (has_units) __syncthreads();
-    if (threadIdx.x != 0) return;
-    __threadfence();  // behind the barrier: orders the writes of all before this
-    found_ = atomicAdd(tokens_.l.arrivals, blockIdx.x == 0 ? kTurn - (gridDim.x - 1) : 1u);
   }
 
   // Asks for what a result needs.
@@ -366,22 +377,17 @@ class Lora {
   __device__ __forceinline__ void gather() {
     if (is_gathered_) return;
     is_gathered_ = true;
-    const LinearLora& l = tokens_.l;
-    if (threadIdx.x == 0) {
-      while (((load_acquire_device(l.arrivals) ^ found_) & kTurn) == 0) {
-      }
-    }
+    if (threadIdx.x == 0) *tokens_.number = number_of(counted_);
     __syncthreads();
-    const int max_rank = l.rows.max_rank, count = tokens_.count * tokens_.num_parts * max_rank;
+    const int max_rank = tokens_.l.rows.max_rank;
+    const int count = tokens_.count * tokens_.num_parts * max_rank;
     for (int i = threadIdx.x; i < count; i += LoraTokens::kThreads) {
       const int pair = i / max_rank, r = i % max_rank;
       if (r >= tokens_.ranks[pair]) continue;
-      const float* from = l.shrunk.data + pair / tokens_.num_parts * l.shrunk.stride +
-                          pair % tokens_.num_parts * l.shrunk.part_stride + r;
+      const int token = pair / tokens_.num_parts, part = pair % tokens_.num_parts;
       float sum = 0.0f;
-#pragma unroll 8
-      for (int split = 0; split < tokens_.num_splits; ++split) {
-        sum += __ldcg(from + split * l.shrunk.split_stride);
+      for (int split = 0; split < tokens_.num_splits; split += kAtOnce) {
+        sum = add_splits(sum, split, token, part, r);
       }
       tokens_.sums[i] = sum * tokens_.scales[pair];
     }
@@ -389,14 +395,39 @@ class Lora {
   }
 
  private:
-  static constexpr uint32_t kTurn = uint32_t{1} << 31;
+  static constexpr int kAtOnce = 8;  // splits that are asked for
 
   __device__ __forceinline__ static int first_unit() { return gridDim.x - 1 - blockIdx.x; }
+
+  // sum + the splits from `first` on, when all of them are there.
+  __device__ __forceinline__ float add_splits(float sum, int first, int token, int part,
+                                              int r) const {
+    const uint32_t number = *tokens_.number;
+    uint2 found[kAtOnce];
+    bool are_there;
+    do {
+      are_there = true;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= tokens_.num_splits) continue;
+        found[i] = load_numbered(tokens_.l.sums.at(first + i, token, part, r));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < tokens_.num_splits) are_there &= found[i].y == number;
+      }
+    } while (!are_there);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < tokens_.num_splits) sum += __uint_as_float(found[i].x);
+    }
+    return sum;
+  }
 
   const LinearParams& p_;
   LoraTokens tokens_;
   LoraShrink<T, Tile> shrink_;
-  uint32_t found_ = 0;  // in the counter, by thread 0
+  uint64_t counted_ = 0;  // what thread 0 found in the counter
   bool is_gathered_ = false;
 };
 

@@ -11,24 +11,35 @@
 
 namespace pyserve::gpu {
 
+// What is shrunk, 8 bytes each: a sum, and the number of the launch that it is of.
+struct LoraSums {
+  uint64_t* data;  // [num_splits, num_tokens, num_parts, max_rank]; strides in elements
+  int64_t split_stride, stride, part_stride;
+  int32_t num_splits;  // that k is cut into
+
+  __host__ __device__ uint64_t* at(int split, int token, int part, int row) const {
+    return data + split * split_stride + token * stride + part * part_stride + row;
+  }
+};
+
 struct LinearLora {
   LoraRows rows;  // of the rows of x
   const void* a;  // [num_slots, num_parts, max_rank, k]; strides in elements
   int64_t a_slot_stride, a_part_stride, a_stride;
   const float* scales;  // [num_slots, num_parts]
   int64_t scales_stride;
-  LoraShrunk shrunk;  // room: its splits are those that k is cut into
+  LoraSums sums;      // zeros at first, and of these launches alone
   const void* b;      // [num_slots, num_rows, max_rank], num_rows being those of weight
   int64_t b_slot_stride, b_stride;
   int32_t num_rows;
   const int32_t* columns;  // [num_parts + 1]: each part's first row of weight
-  uint32_t* arrivals;      // zero at first, then left as it is; of launches that follow each other
+  uint64_t* counter;       // as sums
 
   // Of shared memory, for so many rows of x: what was shrunk, and what each row of x uses.
   int smem_bytes() const {
     const int64_t m = rows.num_tokens, num_sums = m * rows.num_parts * rows.max_rank;
     const int64_t num_partial = 8 * 8 * (m < 16 ? m : 16);  // warps, rows of A, rows of x
-    const int64_t num_words = m + 2 * m * rows.num_parts + rows.num_parts + 1;
+    const int64_t num_words = m + 2 * m * rows.num_parts + rows.num_parts + 2;
     return static_cast<int>(
         ((num_sums > num_partial ? num_sums : num_partial) + num_words + 3) / 4 * 16);
   }
