@@ -94,10 +94,11 @@ struct Adapters {
     }
   }
 
-  // With sums that no launch has written, or another.
+  // With sums as of an earlier launch.
   LinearLora params() {
     const int64_t token = int64_t{num_parts} * max_rank;
-    sums.resize(num_splits * m * token, 0x7fc00000 | counter >> 16 << 32);
+    sums.resize(num_splits * m * token, counter >> 16 << 32);
+    for (uint64_t& sum : sums) sum = sum >> 32 << 32 | 0x7fc00000;  // NaN, and the number stays
     return {.rows = {starts.data(), ranks.data(), num_parts, static_cast<int>(starts.size()) - 1,
                      num_parts, max_rank, m},
             .a = a.data(),

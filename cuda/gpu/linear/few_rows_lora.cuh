@@ -45,8 +45,8 @@ struct LoraUnit {
   int first, end, slot, part, row, rank, split;
 };
 
-// What each token uses, in shared memory: its slot, -1 for none, and of each of its parts the rank
-// and the scale; behind room for sums.
+// What each token uses, in shared memory: its slot, -1 for none, and of all slots the ranks and the
+// scales of their parts; behind room for sums.
 class LoraTokens {
  public:
   static constexpr int kWarps = 8;
@@ -61,7 +61,7 @@ class LoraTokens {
     const int num_sums = count * num_parts * l.rows.max_rank;
     slots = reinterpret_cast<int*>(smem) + max(num_sums, kWarps * kRows * min(count, kMmaTokens));
     ranks = slots + count;
-    bounds = ranks + count * num_parts;
+    bounds = ranks + l.rows.num_slots * num_parts;
     number = reinterpret_cast<uint32_t*>(bounds + num_parts + 1);
     scales = reinterpret_cast<float*>(number + 1);
     const int num_pieces = (k + kDepth - 1) / kDepth;
@@ -69,14 +69,23 @@ class LoraTokens {
     num_splits = (k + split_columns - 1) / split_columns;
   }
 
-  // All threads; all of them see it.
+  // All threads; all of them see it. Warps share it, so that none waits before another asks.
   __device__ __forceinline__ void read() const {
+    const LoraRows& rows = l.rows;
     const int thread = threadIdx.x;
-    if (thread < kWarpSize) read_token(thread);
-    if (thread < num_parts) {
-      const int begin = __ldcg(l.columns + thread), end = __ldcg(l.columns + thread + 1);
+    if (thread < count) slots[thread] = slot_of(thread);
+    for (int i = thread - kWarpSize; i >= 0 && i < rows.num_slots * num_parts;
+         i += kThreads - kWarpSize) {
+      const int slot = i / num_parts, part = i % num_parts;
+      const int rank = __ldcg(rows.ranks + slot * rows.ranks_stride + part);
+      scales[i] = __ldcg(l.scales + slot * l.scales_stride + part);
+      if (rank < 0 || rank > rows.max_rank) __trap();
+      ranks[i] = rank;
+    }
+    if (const int part = kThreads - 1 - thread; part < num_parts) {
+      const int begin = __ldcg(l.columns + part), end = __ldcg(l.columns + part + 1);
       if (begin < 0 || begin > end || end > l.num_rows) __trap();
-      bounds[thread] = begin, bounds[thread + 1] = end;
+      bounds[part] = begin, bounds[part + 1] = end;
     }
     __syncthreads();
   }
@@ -87,37 +96,36 @@ class LoraTokens {
     const int lane = threadIdx.x % kWarpSize, slot = lane < count ? slots[lane] : -1;
     const bool is_first = slot >= 0 && (lane == 0 || slots[lane - 1] != slot);
     int num_tiles = 0;
-    for (int part = 0; is_first && part < num_parts; ++part) num_tiles += tiles_of(lane, part);
+    for (int part = 0; is_first && part < num_parts; ++part) num_tiles += tiles_of(slot, part);
     const int end = warp_inclusive_sum(num_tiles), tile = index / num_splits;
     const uint32_t behind = __ballot_sync(kFullMask, end > tile);
     if (behind == 0) return {-1, -1, 0, 0, 0, 0, 0};
     const int first = __ffs(static_cast<int>(behind)) - 1;
-    int left = tile - __shfl_sync(kFullMask, end - num_tiles, first), part = 0;
-    for (; left >= tiles_of(first, part); ++part) left -= tiles_of(first, part);
     const int own = slots[first], num_tokens = __popc(__ballot_sync(kFullMask, slot == own));
+    int left = tile - __shfl_sync(kFullMask, end - num_tiles, first), part = 0;
+    for (; left >= tiles_of(own, part); ++part) left -= tiles_of(own, part);
     return {first,         first + num_tokens,
             own,           part,
-            left * kRows,  ranks[first * num_parts + part],
+            left * kRows,  ranks[own * num_parts + part],
             index % num_splits};
   }
 
   const LinearLora& l;
   int num_parts, count;
   int split_columns, num_splits;  // of k; splits that have columns
-  // Sums are [count, num_parts, max_rank], before these are complete those of a unit, by warp; ranks
-  // and scales [count, num_parts]; bounds as `columns`; the launch's number.
+  // Sums are [count, num_parts, max_rank], before these are complete those of a unit, by warp; slots
+  // [count]; ranks and scales [num_slots, num_parts]; bounds as `columns`; the launch's number.
   float* sums;
   int *slots, *ranks, *bounds;
   uint32_t* number;
   float* scales;
 
  private:
-  __device__ __forceinline__ int tiles_of(int token, int part) const {
-    return (ranks[token * num_parts + part] + kRows - 1) / kRows;
+  __device__ __forceinline__ int tiles_of(int slot, int part) const {
+    return (ranks[slot * num_parts + part] + kRows - 1) / kRows;
   }
 
-  // A lane's.
-  __device__ __forceinline__ void read_token(int token) const {
+  __device__ __forceinline__ int slot_of(int token) const {
     const LoraRows& rows = l.rows;
     int slot = -1;
 #pragma unroll 8
@@ -126,18 +134,7 @@ class LoraTokens {
       if (first < 0 || first > end || end > count) __trap();
       if (token >= first && token < end) slot = i;
     }
-    if (token >= count) return;
-    slots[token] = slot;
-    for (int part = 0; part < num_parts; ++part) {
-      int rank = 0;
-      float scale = 0.0f;
-      if (slot >= 0) {
-        rank = __ldcg(rows.ranks + slot * rows.ranks_stride + part);
-        scale = __ldcg(l.scales + slot * l.scales_stride + part);
-      }
-      if (rank < 0 || rank > rows.max_rank) __trap();
-      ranks[token * num_parts + part] = rank, scales[token * num_parts + part] = scale;
-    }
+    return slot;
   }
 };
 
@@ -291,11 +288,11 @@ struct LoraAdded {
       for (int i = 0; is_valid && i < tokens.num_parts; ++i) {
         if (weight_row >= tokens.bounds[i] && weight_row < tokens.bounds[i + 1]) part = i;
       }
-      const int pair = part < 0 ? 0 : token * tokens.num_parts + part;
-      row.rank = part < 0 ? 0 : tokens.ranks[pair];
-      row.sums = pair * l.rows.max_rank;
+      const int slot = part < 0 ? -1 : tokens.slots[token];
+      row.rank = slot < 0 ? 0 : tokens.ranks[slot * tokens.num_parts + part];
+      row.sums = (token * tokens.num_parts + part) * l.rows.max_rank;
       row.b = static_cast<const T*>(l.b);
-      if (row.rank > 0) row.b += tokens.slots[token] * l.b_slot_stride + weight_row * l.b_stride;
+      if (row.rank > 0) row.b += slot * l.b_slot_stride + weight_row * l.b_stride;
 #pragma unroll
       for (int i = 0; i < kEarly; ++i) {
         row.early[i] = {};
@@ -383,13 +380,14 @@ class Lora {
     const int count = tokens_.count * tokens_.num_parts * max_rank;
     for (int i = threadIdx.x; i < count; i += LoraTokens::kThreads) {
       const int pair = i / max_rank, r = i % max_rank;
-      if (r >= tokens_.ranks[pair]) continue;
       const int token = pair / tokens_.num_parts, part = pair % tokens_.num_parts;
+      const int slot = tokens_.slots[token], own = slot * tokens_.num_parts + part;
+      if (slot < 0 || r >= tokens_.ranks[own]) continue;
       float sum = 0.0f;
       for (int split = 0; split < tokens_.num_splits; split += kAtOnce) {
         sum = add_splits(sum, split, token, part, r);
       }
-      tokens_.sums[i] = sum * tokens_.scales[pair];
+      tokens_.sums[i] = sum * tokens_.scales[own];
     }
     __syncthreads();
   }

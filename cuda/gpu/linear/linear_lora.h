@@ -35,11 +35,11 @@ struct LinearLora {
   const int32_t* columns;  // [num_parts + 1]: each part's first row of weight
   uint64_t* counter;       // as sums
 
-  // Of shared memory, for so many rows of x: what was shrunk, and what each row of x uses.
+  // Of shared memory, for so many rows of x: what was shrunk, what each row of x uses, and the slots.
   int smem_bytes() const {
     const int64_t m = rows.num_tokens, num_sums = m * rows.num_parts * rows.max_rank;
     const int64_t num_partial = 8 * 8 * (m < 16 ? m : 16);  // warps, rows of A, rows of x
-    const int64_t num_words = m + 2 * m * rows.num_parts + rows.num_parts + 2;
+    const int64_t num_words = m + 2 * rows.num_slots * rows.num_parts + rows.num_parts + 2;
     return static_cast<int>(
         ((num_sums > num_partial ? num_sums : num_partial) + num_words + 3) / 4 * 16);
   }
