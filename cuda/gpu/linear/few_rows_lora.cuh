@@ -90,6 +90,13 @@ class LoraTokens {
     __syncthreads();
   }
 
+  // The launch's number, of what thread 0 found in the counter; all threads, who see it behind their
+  // next barrier. It is never that of memory which is still zeros.
+  __device__ __forceinline__ void set_number(uint64_t counted) {
+    if (threadIdx.x == 0 && !has_number) *number = static_cast<uint32_t>(counted >> 16) + 1;
+    has_number = true;
+  }
+
   // The index-th of all units; all lanes of a warp call it, each counts those of the slot whose
   // first token it has.
   __device__ __forceinline__ LoraUnit unit_at(int index) const {
@@ -118,6 +125,7 @@ class LoraTokens {
   float* sums;
   int *slots, *ranks, *bounds;
   uint32_t* number;
+  bool has_number = false;
   float* scales;
 
  private:
@@ -138,12 +146,6 @@ class LoraTokens {
   }
 };
 
-// A launch's number, of what one of its CTAs found in the counter; never that of memory which is
-// still zeros.
-__device__ __forceinline__ uint32_t number_of(uint64_t counted) {
-  return static_cast<uint32_t>(counted >> 16) + 1;
-}
-
 // x A^T of one unit after the other. What a lane holds of A is asked for before x is there.
 template <class T, class Tile>
 class LoraShrink {
@@ -163,8 +165,8 @@ class LoraShrink {
 
   __device__ __forceinline__ bool has_unit() const { return unit_.first >= 0; }
 
-  // The sums of the unit to memory; then goes on to the next-th. `counted` is thread 0's.
-  __device__ __forceinline__ void run(const LinearParams& p, const LoraTokens& tokens, int next,
+  // The sums of the unit to memory; then goes on to the next-th.
+  __device__ __forceinline__ void run(const LinearParams& p, LoraTokens& tokens, int next,
                                       uint64_t counted) {
     const LoraUnit next_unit = tokens.unit_at(next);
 #pragma unroll 1
@@ -174,7 +176,7 @@ class LoraShrink {
       if (token + kMmaTokens >= unit_.end) {
         load_a(p, tokens, next_unit, next_unit.split * tokens.split_columns);
       }
-      if (threadIdx.x == 0) *tokens.number = number_of(counted);
+      tokens.set_number(counted);
       put(tokens, token, sums);
     }
     unit_ = next_unit;
@@ -374,7 +376,7 @@ class Lora {
   __device__ __forceinline__ void gather() {
     if (is_gathered_) return;
     is_gathered_ = true;
-    if (threadIdx.x == 0) *tokens_.number = number_of(counted_);
+    tokens_.set_number(counted_);
     __syncthreads();
     const int max_rank = tokens_.l.rows.max_rank;
     const int count = tokens_.count * tokens_.num_parts * max_rank;
