@@ -1,0 +1,137 @@
+// few_rows_lora.cuh on a CPU, by emulated_lora.h: results are held against float64 sums of the base
+// and of what adapters add, and are the same bits when they come again. Prints what is wrong; its
+// exit code is 1 then. Arguments: rounds of each tiling, and 1 not to wait for the other blocks.
+#include "emulated_lora.h"
+
+namespace pyserve::gpu {
+#include "few_rows.cuh.inc"
+#include "few_rows_lora.cuh.inc"
+}  // namespace pyserve::gpu
+
+namespace {
+
+struct Shape {
+  int m, n, k, num_sms, num_parts;
+  bool has_bias, has_norm;
+};
+
+template <class T>
+std::vector<T> randoms(size_t count, float scale) {
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<T> values(count);
+  for (auto& value : values) value = from_float<T>(normal(machine::random));
+  return values;
+}
+
+// The number of results that are wrong.
+template <class T, Epilogue kEpilogue, class Tile>
+int check(const Shape& s) {
+  const int rows = static_cast<int>(rows_per_column(kEpilogue)) * s.n;
+  const int stride = s.k + 8, k_squares = (s.k + 15) / 16, n_squares = (s.n + 15) / 16;
+  const auto x = randoms<T>(s.m * stride, 1.0f), weight = randoms<T>(rows * stride, 0.06f);
+  const auto bias = randoms<T>(rows, 1.0f), norm_weight = randoms<T>(s.n, 1.0f);
+  const auto residual = randoms<T>(s.m * s.n, 1.0f);
+  std::vector<T> out = residual, scaled = residual;
+  std::vector<float> x_squares(s.m * k_squares, 7.0f), squares(s.m * n_squares, NAN);
+  Adapters<T> adapters(s.m, rows, s.k, s.num_parts);
+  LinearParams p{x.data(), stride, weight.data(), stride, s.has_bias ? bias.data() : nullptr,
+                 out.data(), s.n, s.m, s.n, s.k};
+  const bool is_factor = s.has_norm && kEpilogue != Epilogue::kAdd;
+  const bool leaves_norm = s.has_norm && kEpilogue == Epilogue::kAdd;
+  if (is_factor) p.x_squares = x_squares.data(), p.x_squares_stride = k_squares, p.eps = 1e-5f;
+  if (leaves_norm) {
+    p.norm_weight = norm_weight.data(), p.scaled = scaled.data(), p.scaled_stride = s.n;
+    p.squares = squares.data(), p.squares_stride = n_squares;
+  }
+  const auto range = [](const auto& values) {
+    const auto* first = reinterpret_cast<const unsigned char*>(values.data());
+    return std::pair(first, first + 2 * values.size());
+  };
+  machine::readable = {range(x), range(weight)};
+  const auto run = [&] {
+    const LinearLora lora = adapters.params();
+    if (fits_lora<Tile>(lora)) launch_lora_tiled<T, kEpilogue, Tile>(p, lora, s.num_sms, nullptr);
+    return fits_lora<Tile>(lora);
+  };
+  if (!run()) return 0;
+  const std::vector<T> first = out;
+  out = residual;
+  run();
+
+  const double factor = is_factor ? 1 / std::sqrt(7.0 * k_squares / s.k + 1e-5) : 1.0;
+  const double half = std::is_same_v<T, __nv_bfloat16> ? 1.0 / 256 : 1.0 / 2048;
+  int num_wrong = 0;
+  for (int t = 0; t < s.m; ++t) {
+    const std::vector<double> added = adapters.added(t, &x[t * stride]);
+    auto sum_of = [&](int row) {
+      double sum = added[row];
+      for (int i = 0; i < s.k; ++i) {
+        sum += double{to_float(x[t * stride + i])} * to_float(weight[row * stride + i]);
+      }
+      return sum * factor + (s.has_bias ? to_float(bias[row]) : 0.0f);
+    };
+    std::vector<double> sums(n_squares);
+    for (int j = 0; j < s.n; ++j) {
+      const int at = t * s.n + j;
+      double wanted = sum_of(j), size = 1 + std::abs(wanted);
+      if (kEpilogue == Epilogue::kAdd) wanted += to_float(residual[at]);
+      if (kEpilogue == Epilogue::kSiluMul) {
+        const double up = sum_of(s.n + j);
+        size *= 1 + std::abs(up);
+        wanted *= up / (1 + std::exp(-wanted));
+      }
+      const double result = to_float(out[at]);
+      num_wrong += !(std::abs(result - wanted) <= half * std::abs(wanted) + 1e-5 * size);
+      num_wrong += out[at].bits != first[at].bits;
+      sums[j / 16] += result * result;
+      const float product = to_float(out[at]) * to_float(norm_weight[j]);
+      const auto bits = leaves_norm ? from_float<T>(product).bits : residual[at].bits;
+      num_wrong += scaled[at].bits != bits;
+    }
+    for (int i = 0; leaves_norm && i < n_squares; ++i) {
+      num_wrong += !(std::abs(squares[t * n_squares + i] - sums[i]) <= 1e-5 * sums[i]);
+    }
+  }
+  return num_wrong;
+}
+
+template <class T, class Tile>
+int check_all(int num_rounds) {
+  int num_bad = 0;
+  for (int round = 0; round < num_rounds; ++round) {
+    machine::lands_late = round % 2 == 0;
+    auto up_to = [](int most) { return 1 + static_cast<int>(machine::random() % most); };
+    const int m = round == 0 ? Tile::kTokens : up_to(Tile::kTokens);
+    const Shape shape{m, any_of({8, 16, 33, 72, 130}), any_of({8, 72, 520, 1032, 2312}), up_to(4),
+                      any_of({1, 2, 3}), up_to(2) == 1, up_to(2) == 1};
+    Shape paired = shape;
+    paired.num_parts = any_of({1, 2});
+    const int wrong[] = {check<T, Epilogue::kStore, Tile>(shape),
+                         check<T, Epilogue::kAdd, Tile>(shape),
+                         check<T, Epilogue::kSiluMul, Tile>(paired)};
+    for (int epilogue = 0; epilogue < 3; ++epilogue) {
+      if (wrong[epilogue] == 0) continue;
+      ++num_bad;
+      std::printf("%s, %d weight rows, %d tokens, epilogue %d, m %d, n %d, k %d, %d SMs: %d wrong\n",
+                  std::is_same_v<T, __half> ? "float16" : "bfloat16", Tile::kRows, Tile::kTokens,
+                  epilogue, shape.m, shape.n, shape.k, shape.num_sms, wrong[epilogue]);
+      if (!waits) std::exit(1);
+    }
+  }
+  return num_bad;
+}
+
+template <class T>
+int check_tilings(int n) {
+  return check_all<T, Tiling<1, 10, 1>>(n) + check_all<T, Tiling<1, 8, 8>>(n) +
+         check_all<T, Tiling<2, 4, 16>>(n) + check_all<T, Tiling<2, 3, 32>>(n);
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const int n = std::atoi(argv[1]);
+  waits = std::atoi(argv[2]) == 0;
+  machine::runs_together = true;
+  return check_tilings<__nv_bfloat16>(n) + check_tilings<__half>(n) == 0 ? 0 : 1;
+}
