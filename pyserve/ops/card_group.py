@@ -57,6 +57,12 @@ class CardGroup:
         else:
             self._process.broadcast(x)
 
+    def send(self, x: torch.Tensor, rank: int) -> None:
+        self._process.send(x, rank)
+
+    def receive(self, x: torch.Tensor, rank: int) -> None:
+        self._process.receive(x, rank)
+
     def close(self) -> None:
         self._peers.close()
         self._process.close()

@@ -1,7 +1,8 @@
-"""Group: what the ranks that share each layer tell each other in a step.
+"""Group: what the ranks of a model tell each other in a step.
 
-Every rank makes the same calls in the same order, with tensors of the same shapes. ProcessGroup is
-the plain way, through torch.distributed: gloo between processes on a CPU, NCCL between cards.
+Every rank makes the same calls in the same order, with tensors of the same shapes, but for `send`
+and `receive`, which are between two. ProcessGroup is the plain way, through torch.distributed: gloo
+between processes on a CPU, NCCL between cards.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Group(Protocol):
     def broadcast(self, x: torch.Tensor) -> None:
         """x := the leader's x, in place."""
 
+    def send(self, x: torch.Tensor, rank: int) -> None:
+        """Let `rank`, which receives at the same time, have x."""
+
+    def receive(self, x: torch.Tensor, rank: int) -> None:
+        """x := what `rank` sends, in place."""
+
     def close(self) -> None:
         """Leave; no call follows."""
 
@@ -71,9 +78,11 @@ class ProcessGroup:
 
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
-        """Of the ranks that torchrun has started, on whichever machines. Raises DeviceError."""
+        """Of the ranks that torchrun has started, on whichever machines: the same again when called
+        again. Raises DeviceError."""
         group = cls.__new__(cls)
-        _meet(device)
+        if not dist.is_initialized():
+            _meet(device)
         group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
         return group
 
@@ -93,6 +102,12 @@ class ProcessGroup:
 
     def broadcast(self, x: torch.Tensor) -> None:
         dist.broadcast(x, LEADER)
+
+    def send(self, x: torch.Tensor, rank: int) -> None:
+        dist.send(x, rank)
+
+    def receive(self, x: torch.Tensor, rank: int) -> None:
+        dist.recv(x, rank)
 
     def close(self) -> None:
         dist.destroy_process_group()
