@@ -372,7 +372,7 @@ class StepExecutor:
                         ops.LogprobRows.of(state.told[first:num_asked]),
                         is_normalized=not self._has_logits,
                     )
-            if self._model.placement.tp_size > 1:
+            if self._group is not None:
                 share_tokens(self._model, state, self._tiles_of(num_samples))
 
     def _tell_prompts(self, count: int) -> None:

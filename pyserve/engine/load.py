@@ -89,7 +89,7 @@ def build_engine(
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
     trace = Trace(config.trace) if config.trace else None
-    config = settle_ranks(config)
+    config = settle_sharing(config)
     start = settle_start(config)  # before anything is compiled, so that a refusal comes at once
     model_config = start.model_config
     if model_config.unknown_fields:
@@ -180,7 +180,7 @@ class Start:
     plan: MemoryPlan
 
 
-def settle_ranks(config: EngineConfig) -> EngineConfig:
+def settle_sharing(config: EngineConfig) -> EngineConfig:
     """`config` with a way to share the model, where torchrun has started several ranks and no flag
     says one: what suits the link that they measure here. Raises StartupError."""
     here = launched()
@@ -225,7 +225,7 @@ def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     devices.check_adapters(config, model_config, dtype)
     memory = _memory(device, config.num_ranks)
-    plan = _plan(config, model_config, _placement(config, dtype, META, rank=tp_rank), memory)
+    plan = _plan(config, model_config, _placement(config, dtype, META, tp_rank=tp_rank), memory)
     return Start(device, dtype, model_config, memory, plan)
 
 
@@ -263,16 +263,16 @@ def _pooling_info(model: Decoder) -> PoolingInfo | None:
 
 
 def _placement(
-    config: EngineConfig, dtype: torch.dtype, device: torch.device, *, rank: int,
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, *, tp_rank: int,
     group: Group | None = None,
 ) -> Placement:  # fmt: skip
     is_pipeline = config.pipeline_parallel_size > 1
     return Placement(
         dtype,
         device,
-        tp_rank=LEADER if is_pipeline else rank,
+        tp_rank=LEADER if is_pipeline else tp_rank,
         tp_size=config.tensor_parallel_size,
-        pp_rank=rank if is_pipeline else LEADER,
+        pp_rank=tp_rank if is_pipeline else LEADER,
         pp_size=config.pipeline_parallel_size,
         group=group,
         num_adapter_slots=config.num_adapter_slots,
@@ -363,7 +363,7 @@ def load_weights(
         config.model_path,
         model_config,
         _placement(
-            config, dtype, device, rank=LEADER if group is None else group.tp_rank, group=group
+            config, dtype, device, tp_rank=LEADER if group is None else group.tp_rank, group=group
         ),
         load_format=config.load_format,
         seed=config.seed,

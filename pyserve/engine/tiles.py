@@ -61,11 +61,13 @@ def pool(model: Decoder, hidden: torch.Tensor, tiles: list[Tile]) -> None:
 
 
 def share_tokens(model: Decoder, state: StepState, tiles: list[Tile]) -> None:
-    """Let all ranks have what the leader has sampled, and the others note it as `sample` does."""
-    group = model.placement.group
-    assert group is not None
-    group.broadcast(state.results)
-    if model.placement.is_leading:
+    """Let all ranks have what the leader has sampled, and the others note it as `sample` does. In a
+    pipeline the leader alone embeds tokens: there the others note zeros, which need not travel."""
+    placement = model.placement
+    if placement.tp_size > 1:
+        assert placement.group is not None
+        placement.group.broadcast(state.results)
+    if placement.is_leading:
         return
     last_tokens = state.slots[:, layout.SLOT_LAST_TOKEN]
     for tile in tiles:

@@ -110,9 +110,9 @@ class Placement:
         return self.has_ends and self.tp_rank == LEADER
 
     def layers(self, num_layers: int) -> range:
-        """Those that it has a part of. Where they do not divide, the first has not more than others:
-        it has the ends."""
-        bounds = [num_layers * rank // self.pp_size for rank in (self.pp_rank, self.pp_rank + 1)]
+        """Those that it has, whole or in part. Where they do not divide, the first has no more than
+        any other: it has the ends."""
+        bounds = [num_layers * i // self.pp_size for i in (self.pp_rank, self.pp_rank + 1)]
         return range(*bounds)
 
     def scheme_of(self, name: str) -> SchemeName:

@@ -57,11 +57,11 @@ class CardGroup:
         else:
             self._process.broadcast(x)
 
-    def send(self, x: torch.Tensor, rank: int) -> None:
-        self._process.send(x, rank)
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        self._process.send(x, taker)
 
-    def receive(self, x: torch.Tensor, rank: int) -> None:
-        self._process.receive(x, rank)
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        self._process.receive(x, giver)
 
     def close(self) -> None:
         self._peers.close()

@@ -48,11 +48,11 @@ class Group(Protocol):
     def broadcast(self, x: torch.Tensor) -> None:
         """x := the leader's x, in place."""
 
-    def send(self, x: torch.Tensor, rank: int) -> None:
-        """Let `rank`, which receives at the same time, have x."""
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        """Let the rank `taker`, which receives, have x."""
 
-    def receive(self, x: torch.Tensor, rank: int) -> None:
-        """x := what `rank` sends, in place."""
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        """x := what the rank `giver` sends, in place."""
 
     def close(self) -> None:
         """Leave; no call follows."""
@@ -63,6 +63,8 @@ class ProcessGroup:
 
     store  of words that the ranks have in common.
     """
+
+    _is_launched = False
 
     def __init__(
         self, meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device
@@ -84,6 +86,7 @@ class ProcessGroup:
         if not dist.is_initialized():
             _meet(device)
         group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
+        group._is_launched = True
         return group
 
     def all_reduce(self, x: torch.Tensor) -> None:
@@ -103,14 +106,15 @@ class ProcessGroup:
     def broadcast(self, x: torch.Tensor) -> None:
         dist.broadcast(x, LEADER)
 
-    def send(self, x: torch.Tensor, rank: int) -> None:
-        dist.send(x, rank)
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        dist.send(x, taker)
 
-    def receive(self, x: torch.Tensor, rank: int) -> None:
-        dist.recv(x, rank)
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        dist.recv(x, giver)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if not self._is_launched:  # there its end would be that of all groups, one for words among
+            dist.destroy_process_group()
 
 
 def _meet(device: torch.device, **where: Any) -> None:

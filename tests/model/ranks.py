@@ -60,11 +60,11 @@ class ThreadGroup:
     def broadcast(self, x: torch.Tensor) -> None:
         x.copy_(self._all(x)[LEADER])
 
-    def send(self, x: torch.Tensor, rank: int) -> None:
-        self._meeting.sent[self.tp_rank, rank].put(x.clone())
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        self._meeting.sent[self.tp_rank, taker].put(x.clone())
 
-    def receive(self, x: torch.Tensor, rank: int) -> None:
-        x.copy_(self._meeting.sent[rank, self.tp_rank].get(timeout=MEET_S))
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        x.copy_(self._meeting.sent[giver, self.tp_rank].get(timeout=MEET_S))
 
     def close(self) -> None:
         """Nothing to leave."""

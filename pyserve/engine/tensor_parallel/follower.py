@@ -30,7 +30,7 @@ from pyserve.engine import devices
 from pyserve.engine.batch import AdapterLoad, Asked
 from pyserve.engine.cuda_runner import RING_SIZE
 from pyserve.engine.executor import StepExecutor
-from pyserve.engine.load import load_weights, settle_ranks, settle_start
+from pyserve.engine.load import load_weights, settle_sharing, settle_start
 from pyserve.engine.planner import CardMemory
 from pyserve.engine.state import StepLimits
 from pyserve.engine.tensor_parallel import calls
@@ -146,7 +146,7 @@ def follow_launched(config: EngineConfig) -> int:
     """As a follower that torchrun has started; returns the exit code. Raises StartupError."""
     here = launched()
     assert here is not None
-    config = settle_ranks(config)
+    config = settle_sharing(config)
     device = devices.resolve_device(config.device, is_demo=False, tp_rank=here.tp_rank)
     return follow(config, LaunchedLine(device))
 
