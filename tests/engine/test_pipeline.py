@@ -109,7 +109,7 @@ def test_and_not_where_it_is_slow() -> None:
 
 
 def test_work_counts_the_experts_that_a_token_meets(tmp_path: Path) -> None:
-    def of(**changes: object) -> Work:
+    def of(**changes: int) -> Work:
         model = oracle.make_model("mixtral", num_hidden_layers=2, **changes)
         model.save_pretrained(tmp_path)
         config = ModelConfig.from_path(tmp_path)
