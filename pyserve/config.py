@@ -174,6 +174,9 @@ class EngineConfig:
     tensor_parallel_size: int = flag(
         1, "cards that share each layer: 1, 2, 4 or 8", short="-tp", limits=(1, 8)
     )  # fmt: skip
+    pipeline_parallel_size: int = flag(
+        1, "ranks with a run of layers each, under torchrun", short="-pp", limits=(1, 256)
+    )  # fmt: skip
     allow_reference_ops: bool = flag(False, "serve slowly, by plain torch, without a compiler")
     enforce_eager: bool = flag(False, "no CUDA graphs: every step is launched op by op")
     enable_lora: bool = flag(False, "serve LoRA adapters too", group=ADAPTERS)
@@ -225,6 +228,11 @@ class EngineConfig:
             raise ConfigError(
                 f"--tensor-parallel-size must be 1, 2, 4 or 8, got {self.tensor_parallel_size}"
             )
+        if self.tensor_parallel_size > 1 and self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"--tensor-parallel-size {self.tensor_parallel_size} with --pipeline-parallel-size "
+                f"{self.pipeline_parallel_size} is not built yet: one of them must be 1"
+            )
         names = [module.name for module in self.lora_modules]
         if (names or self.lora_dir is not None) and not self.enable_lora:
             flag_name = "--lora-modules" if names else "--lora-dir"
@@ -240,6 +248,16 @@ class EngineConfig:
             raise ConfigError(
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that serve the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a card records small steps; none in which ranks wait for one another in turn."""
+        return not self.enforce_eager and self.pipeline_parallel_size == 1
 
     @property
     def num_adapter_slots(self) -> int:

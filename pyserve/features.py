@@ -115,7 +115,6 @@ FEATURES: dict[str, Feature] = {
         flags={
             **plain(SWITCH, "headless enable-elastic-ep enable-fault-tolerance enable-scale-out"),
             **plain(VALUE, "worker-extension-cls"),
-            "pipeline-parallel-size": Flag(VALUE, ("1",), short="-pp"),
             "decode-context-parallel-size": Flag(VALUE, ("1",), short="-dcp"),
             "prefill-context-parallel-size": Flag(VALUE, ("1",), short="-pcp"),
             "data-parallel-size": Flag(VALUE, ("1",), short="-dp"),

@@ -223,8 +223,8 @@ def make_parser() -> argparse.ArgumentParser:
         "       python -m pyserve run-batch -i FILE -o FILE   (requests of a file)\n"
         "       python -m pyserve chat | complete | bench serve   (ask a running server)",
         description="Serve a model on the OpenAI API. Without a model: the bundled demo model.",
-        epilog="Defaults stand in brackets. Other flags of vLLM are known: those without meaning "
-        "here give a warning,\nthose not built yet an error. Every switch has a --no- form.",
+        epilog="[default]. vLLM's other flags give a warning or, if not built yet, an error. "
+        "Switches have --no-.",
         formatter_class=_HelpLines,
         allow_abbrev=False,
     )

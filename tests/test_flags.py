@@ -58,6 +58,7 @@ OWN: dict[str, list[tuple[list[str], object]]] = {
     "block-size": [(["32"], 32)],
     "scheduling-policy": [(["priority"], "priority")],
     "tensor-parallel-size": [(["2"], 2)],
+    "pipeline-parallel-size": [(["2"], 2)],
     "host": [(["::1"], "::1"), (["None"], None), ([""], None)],
     "port": [(["81"], 81)],
     "uds": [(["/s"], Path("/s")), (["None"], None)],

@@ -47,7 +47,7 @@ BANNED: dict[str, tuple[str, ...]] = {
     "logits processor": ("filter", "warper"),
     "constraint, of which a grammar is one; bitmask, matcher": ("guided",),
     "adapter, adapter_slot": ("lora_int_id",),
-    "tp_rank, tp_size": ("(?<!tp_)rank", "world_size"),
+    "tp_rank, tp_size, of a pipeline pp_rank, pp_size": ("(?<![tp]p_)rank", "world_size"),
     "finish_reason": ("eos_reason",),
     "dispatch, launcher, kernel": ("impl",),
     "card, for the hardware; device, where tensors are": ("gpu",),
@@ -77,11 +77,12 @@ EXCEPT: dict[str, dict[str, str]] = {
         "api/wire/": "fields of older clients",
         "api/endpoints/structured.py": "the same",
     },
-    "(?<!tp_)rank": {
+    "(?<![tp]p_)rank": {
         "text/sentencepiece_model.py": "of a merge, as BPE calls it",
         "plan/choice.py": "the order of a list",
         "ranks": "those that share each layer, together",
         "Ranks": "likewise",
+        "num_ranks": "tp_size * pp_size",
         "token_rank": "how many tokens are no less likely, as logprobs tell it",
         "token_ranks": "likewise",
         "max_adapter_rank": "of an adapter's two matrices, as the rest of these",

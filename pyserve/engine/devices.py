@@ -46,12 +46,19 @@ def _index(tp_rank: int) -> int:
     return tp_rank if here is None else here.local_index
 
 
-def check_cards(device: torch.device, tp_size: int) -> None:
-    """Raise ConfigError where there are not so many cards of one kind."""
+def check_cards(device: torch.device, tp_size: int, pp_size: int = 1) -> None:
+    """Raise ConfigError where there are not so many cards of one kind, or processes."""
     here = launched()
-    if here is not None and here.tp_size != tp_size:
+    if here is not None and here.tp_size != tp_size * pp_size:
+        kind = "pipeline" if pp_size > 1 else "tensor"
         raise ConfigError(
-            f"--tensor-parallel-size {tp_size}, but torchrun has started {here.tp_size} processes"
+            f"--{kind}-parallel-size {tp_size * pp_size}, but torchrun has started {here.tp_size} "
+            "processes"
+        )
+    if here is None and pp_size > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size {pp_size} is for ranks that torchrun starts: on one machine "
+            f"use --tensor-parallel-size"
         )
     if device.type == "cpu" or tp_size == 1:
         return

@@ -39,7 +39,6 @@ from pyserve.model.activations import Activations, Arena
 from pyserve.model.context import AdapterRows, ForwardContext
 from pyserve.model.decoder import Decoder
 from pyserve.model.kv import KVCache
-from pyserve.ops.group import LEADER
 from pyserve.ops.reference_sample import processed_logits
 
 
@@ -83,8 +82,8 @@ class StepExecutor:
         self._is_closed = False
         self._model = model
         self.vocab_size = model.config.vocab_size
-        self._is_leading = model.tp_rank == LEADER
-        self._group = model.group
+        self._is_leading = model.placement.is_leading
+        self._group = model.placement.group
         self._kv_caches: list[KVCache] = []
         self._forwards: dict[_PaddedShape, _Forward] = {}
         self._activations: dict[int, Activations] = {}
@@ -337,7 +336,7 @@ class StepExecutor:
         num_rows = num_masked = num_asked = 0  # of the tiles before
         with torch.inference_mode():
             if self._model.pooler is not None:
-                pool(self._model.pooler, self._hidden, self._tiles_of(num_samples))
+                pool(self._model, self._hidden, self._tiles_of(num_samples))
                 return
             self._tell_prompts(len(asked.prompt_rows))
             for tile in self._tiles_of(num_samples):
@@ -373,7 +372,7 @@ class StepExecutor:
                         ops.LogprobRows.of(state.told[first:num_asked]),
                         is_normalized=not self._has_logits,
                     )
-            if self._model.tp_size > 1:
+            if self._group is not None:
                 share_tokens(self._model, state, self._tiles_of(num_samples))
 
     def _tell_prompts(self, count: int) -> None:

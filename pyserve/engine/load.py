@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 
 from pyserve import host, log
 from pyserve.client import EngineInfo, PoolingInfo, SequenceRequest
-from pyserve.config import DEMO_MODEL, EngineConfig
+from pyserve.config import DEMO_MODEL, EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.adapter_slots import AdapterSlots
 from pyserve.engine.adapters import HostAdapters
@@ -41,6 +41,13 @@ from pyserve.engine.planner import (
 from pyserve.engine.scheduler import Scheduler
 from pyserve.engine.sleep import CardSleeper, HostSleeper, Sleep, Sleeper, Weights
 from pyserve.engine.slots import SlotAllocator
+from pyserve.engine.tensor_parallel.link import (
+    ANSWER_TOKENS,
+    PROMPT_TOKENS,
+    Work,
+    estimate,
+    measure,
+)
 from pyserve.engine.tensor_parallel.ranks import Ranks
 from pyserve.engine.tensor_parallel.spawned import Spawned
 from pyserve.engine.trace import Trace
@@ -52,9 +59,9 @@ from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
 from pyserve.model.loader import check_checkpoint, load_model
 from pyserve.model.placement import META, Placement
-from pyserve.model.sharing import check_sharing
+from pyserve.model.sharing import check_pipeline, check_sharing, tp_sizes
 from pyserve.ops import build
-from pyserve.ops.group import LEADER, Group
+from pyserve.ops.group import LEADER, Group, ProcessGroup
 from pyserve.params import POOLED, SamplingParams
 from pyserve.words import counted
 
@@ -82,6 +89,7 @@ def build_engine(
     progress("build", 0, 0)  # how much there is to compile is known later
     logger = log.get_logger()
     trace = Trace(config.trace) if config.trace else None
+    config = settle_sharing(config)
     start = settle_start(config)  # before anything is compiled, so that a refusal comes at once
     model_config = start.model_config
     if model_config.unknown_fields:
@@ -172,20 +180,53 @@ class Start:
     plan: MemoryPlan
 
 
+def settle_sharing(config: EngineConfig) -> EngineConfig:
+    """`config` with a way to share the model, where torchrun has started several ranks and no flag
+    says one: what suits the link that they measure here. Raises StartupError."""
+    here = launched()
+    if here is None or here.tp_size == 1 or config.num_ranks > 1:
+        return config
+    num_ranks = here.tp_size
+    device = devices.resolve_device(config.device, is_demo=True, tp_rank=here.tp_rank)
+    model_config = read_model(config)
+    dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
+    work = Work.of(build_model(model_config, Placement(dtype, META), max_model_len=1))
+    link = measure(ProcessGroup.launched(device), device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    tensor_s, pipeline_s = estimate(link, work, num_ranks)
+    is_tensor = num_ranks in tp_sizes(model_config) and (
+        tensor_s <= pipeline_s or num_ranks > work.num_layers
+    )
+    chosen = "tensor" if is_tensor else "pipeline"
+    if here.tp_rank == LEADER:
+        log.get_logger().info(
+            "an all-reduce of %d ranks takes %.0f us and %.3f GB/s: a prompt of %s tokens and an "
+            "answer of %d would take %.2f s by tensor parallel, %.2f s by a pipeline; "
+            "--%s-parallel-size %d it is", num_ranks, 1e6 * link.latency_s, link.bytes_per_s / 1e9,
+            f"{PROMPT_TOKENS:,}", ANSWER_TOKENS, tensor_s, pipeline_s, chosen, num_ranks,
+        )  # fmt: skip
+    if is_tensor:
+        return replace(config, tensor_parallel_size=num_ranks)
+    return replace(config, pipeline_parallel_size=num_ranks)
+
+
 def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
     """Settle it, for one of the ranks, from config.json alone. Raises StartupError: the ledger,
     where it does not fit."""
     is_demo = config.model_path == DEMO_MODEL
     device = devices.resolve_device(config.device, is_demo=is_demo, tp_rank=tp_rank)
-    devices.check_cards(device, config.tensor_parallel_size)
+    devices.check_cards(device, config.tensor_parallel_size, config.pipeline_parallel_size)
     model_config = read_model(config)
     check_sharing(model_config, config.tensor_parallel_size)
+    check_pipeline(model_config, config.pipeline_parallel_size)
     devices.check_model(model_config, device)
     devices.check_logprobs_mode(config.logprobs_mode, device)
     dtype = devices.resolve_dtype(config.dtype, model_config.dtype, device)
     devices.check_adapters(config, model_config, dtype)
-    memory = _memory(device, config.tensor_parallel_size)
-    return Start(device, dtype, model_config, memory, _plan(config, model_config, dtype, memory))
+    memory = _memory(device, config.num_ranks)
+    plan = _plan(config, model_config, _placement(config, dtype, META, tp_rank=tp_rank), memory)
+    return Start(device, dtype, model_config, memory, plan)
 
 
 def read_model(config: EngineConfig) -> ModelConfig:
@@ -222,13 +263,17 @@ def _pooling_info(model: Decoder) -> PoolingInfo | None:
 
 
 def _placement(
-    config: EngineConfig, dtype: torch.dtype, device: torch.device, group: Group | None = None
-) -> Placement:
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, *, tp_rank: int,
+    group: Group | None = None,
+) -> Placement:  # fmt: skip
+    is_pipeline = config.pipeline_parallel_size > 1
     return Placement(
         dtype,
         device,
-        tp_rank=LEADER if group is None else group.tp_rank,
+        tp_rank=LEADER if is_pipeline else tp_rank,
         tp_size=config.tensor_parallel_size,
+        pp_rank=tp_rank if is_pipeline else LEADER,
+        pp_size=config.pipeline_parallel_size,
         group=group,
         num_adapter_slots=config.num_adapter_slots,
         max_adapter_rank=config.max_lora_rank if config.enable_lora else 0,
@@ -266,17 +311,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _memory(device: torch.device, tp_size: int) -> Memory:
+def _memory(device: torch.device, num_ranks: int) -> Memory:
     if device.type == "cuda":
         return devices.card_memory(device)
-    return HostMemory(host.available_memory_bytes() // tp_size)
+    return HostMemory(host.available_memory_bytes() // num_ranks)
 
 
 def _plan(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, memory: Memory
+    config: EngineConfig, model_config: ModelConfig, placement: Placement, memory: Memory
 ) -> MemoryPlan:
     # Shapes without memory: what the weights will take, exactly.
-    shapes = build_model(model_config, _placement(config, dtype, META), max_model_len=1)
+    shapes = build_model(model_config, placement, max_model_len=1)
     weight_bytes = sum(place.nbytes for place in shapes.destinations().values())
     return plan_memory(shapes, config, weight_bytes=weight_bytes, memory=memory)
 
@@ -317,7 +362,9 @@ def load_weights(
     model = load_model(
         config.model_path,
         model_config,
-        _placement(config, dtype, device, group),
+        _placement(
+            config, dtype, device, tp_rank=LEADER if group is None else group.tp_rank, group=group
+        ),
         load_format=config.load_format,
         seed=config.seed,
         progress=report,
@@ -351,11 +398,11 @@ def _start_runner(
         smallest_first = list(warmup_steps(executor.limits))[::-1]
         cpu_runner.warm_up(smallest_first, budget_s=CPU_WARMUP_BUDGET_S, report=report)
         return cpu_runner, plan
-    runner = CudaRunner(executor, is_eager=config.enforce_eager)
+    runner = CudaRunner(executor, is_eager=not config.has_graphs)
     runner.warm_up_largest()
     plan = fit_kv(plan, config, before=memory, now=devices.card_memory(executor.device))
-    for before, now in ranks.measured():
-        plan = fit_kv(plan, config, before=before, now=now)
+    for before, now, block_bytes in ranks.measured():
+        plan = fit_kv(plan, config, before=before, now=now, block_bytes=block_bytes)
     runner.allocate_kv(plan.num_blocks, report=report)
     now = devices.card_memory(executor.device)
     is_true, line = is_ledger_true(plan, before=memory, now=now)

@@ -98,7 +98,7 @@ def plan_memory(
     allowed_bytes = _allowed_bytes(config, memory)
     block_bytes = sum(spec.bytes_per_block(block_size) for spec in model.kv_specs())
     graph_bytes = 0
-    if not config.enforce_eager:
+    if config.has_graphs:
         graph_bytes = graphs_bytes(
             len(model.layers),
             max_num_tokens=limits.max_num_batched_tokens,
@@ -117,7 +117,7 @@ def plan_memory(
         if model.scratch.num_bytes:
             parts += (("plain weights", model.scratch.num_bytes),)
         if isinstance(memory, CardMemory):
-            parts = (*_of_the_card(memory, model.tp_size), (GRAPHS, graph_bytes), *parts)
+            parts = (*_of_the_card(memory, model.placement.tp_size), (GRAPHS, graph_bytes), *parts)
         limits_here = replace(limits, max_model_len=max_model_len)
         state = StepState(model, limits_here, is_card=isinstance(memory, CardMemory))
         return parts + state.ledger()
@@ -157,18 +157,20 @@ def plan_memory(
 
 
 def fit_kv(
-    plan: MemoryPlan, config: EngineConfig, *, before: CardMemory, now: CardMemory
-) -> MemoryPlan:
+    plan: MemoryPlan, config: EngineConfig, *, before: CardMemory, now: CardMemory,
+    block_bytes: int | None = None,
+) -> MemoryPlan:  # fmt: skip
     """`plan` with the KV blocks that a card has room for, all but the records being allocated.
 
     before, now   what the card showed before the model came, and shows now.
+    block_bytes   of a KV block there, where the card is another rank's.
     A context that nobody asked for shrinks with the blocks. Raises PlanError where --max-model-len
     does not fit any more.
     """
     # The records are made on the KV cache, so after it.
     used_bytes = now.used_bytes + dict(plan.ledger).get(GRAPHS, 0)
     left_bytes = int(now.total_bytes * config.gpu_memory_utilization) - used_bytes
-    num_blocks = min(plan.num_blocks, max(0, left_bytes) // plan.block_bytes)
+    num_blocks = min(plan.num_blocks, max(0, left_bytes) // (block_bytes or plan.block_bytes))
     num_tokens = num_blocks * config.block_size
     wanted_len = plan.max_model_len if config.max_model_len is not None else 1
     if num_tokens < wanted_len:

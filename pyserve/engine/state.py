@@ -17,7 +17,6 @@ from pyserve.model.activations import Arena
 from pyserve.model.decoder import Decoder
 from pyserve.ops import LOGPROB_WORDS, AttentionPlan, StepPlan, sample_workspace
 from pyserve.ops import step_layout as layout
-from pyserve.ops.group import LEADER
 
 Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
 
@@ -73,7 +72,7 @@ class StepState:
         self._num_adapter_slots = model.num_adapter_slots
         device = model.device
         vocab_size, num_slots = model.config.vocab_size, limits.num_slots
-        num_logits = vocab_size if model.tp_rank == LEADER else 0
+        num_logits = vocab_size if model.placement.is_leading else 0
         num_told = num_slots
         if model.pooler is not None:
             num_logits = num_told = 0

@@ -8,9 +8,7 @@ import torch
 
 from pyserve.engine.state import StepState
 from pyserve.model.decoder import Decoder
-from pyserve.model.layers.pooler import Pooler
 from pyserve.ops import step_layout as layout
-from pyserve.ops.group import LEADER
 
 
 class Tile(NamedTuple):
@@ -52,18 +50,24 @@ def tiles_of(state: StepState, num_rows: int) -> list[Tile]:
     return tiles
 
 
-def pool(pooler: Pooler, hidden: torch.Tensor, tiles: list[Tile]) -> None:
+def pool(model: Decoder, hidden: torch.Tensor, tiles: list[Tile]) -> None:
     """What a step without a draw does behind its forward pass."""
+    assert model.pooler is not None
     for tile in tiles:
         tile.gather(hidden)
-        pooler(tile.hidden, tile.results)
+        model.to_leader(tile.hidden)
+        if model.placement.has_ends:
+            model.pooler(tile.hidden, tile.results)
 
 
 def share_tokens(model: Decoder, state: StepState, tiles: list[Tile]) -> None:
-    """Let all ranks have what the leader has sampled, and the others note it as `sample` does."""
-    assert model.group is not None
-    model.group.broadcast(state.results)
-    if model.tp_rank == LEADER:
+    """Let all ranks have what the leader has sampled, and the others note it as `sample` does. In a
+    pipeline the leader alone embeds tokens: there the others note zeros, which need not travel."""
+    placement = model.placement
+    if placement.tp_size > 1:
+        assert placement.group is not None
+        placement.group.broadcast(state.results)
+    if placement.is_leading:
         return
     last_tokens = state.slots[:, layout.SLOT_LAST_TOKEN]
     for tile in tiles:

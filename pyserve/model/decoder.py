@@ -42,7 +42,7 @@ from pyserve.model.layers.rotary import cos_sin_table, query_scales
 from pyserve.model.placement import Placement
 from pyserve.model.schemes import Scheme
 from pyserve.ops import attention_plan, lora, quantised
-from pyserve.ops.group import LEADER
+from pyserve.ops.group import LEADER, Group
 
 Block = Attention | LatentAttention | MLP | Experts
 
@@ -205,8 +205,9 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, placement: Placement, *, max_model_len: int | None = None
     ) -> None:
-        is_one = placement.tp_size == 1
+        is_one = placement.tp_size * placement.pp_size == 1
         assert is_one or placement.group is not None or placement.device.type == "meta"
+        self.placement = placement
         max_model_len = max_model_len or config.max_model_len
         if placement.device.type == "cuda":
             assert not (lacks := config.lacking_on_cuda()), lacks
@@ -219,7 +220,9 @@ class Decoder:
             "model.embed_tokens", config.vocab_size, hidden_size, placement,
             scale=config.embedding_scale,
         )  # fmt: skip
-        ropes = {(layer.attention.rope, layer.attention.rotary_dim) for layer in config.layers}
+        here = placement.layers(len(config.layers))
+        self._described = described = config.layers[here.start : here.stop]
+        ropes = {(layer.attention.rope, layer.attention.rotary_dim) for layer in described}
         tables = {
             (rope, rotary_dim): cos_sin_table(rope, rotary_dim, max_model_len, device=self.device)
             for rope, rotary_dim in ropes
@@ -227,7 +230,7 @@ class Decoder:
         scales = {rope: query_scales(rope, max_model_len, device=self.device) for rope, _ in ropes}
         self.layers: list[DecoderLayer] = []
         below: DecoderLayer | None = None
-        for index, layer in enumerate(config.layers):
+        for index, layer in zip(here, described, strict=True):
             cos_sin = tables[layer.attention.rope, layer.attention.rotary_dim]
             self.layers.append(
                 DecoderLayer(
@@ -239,12 +242,12 @@ class Decoder:
         self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
         self._all_layers = range(len(self.layers))
         self._one_of_each_kind = _one_of_each_kind(
-            [(layer, made.schemes) for layer, made in zip(config.layers, self.layers, strict=True)]
+            [(layer, made.schemes) for layer, made in zip(described, self.layers, strict=True)]
         )
         # Layers with the same window share an attention plan, and so must have the same sizes.
         self._sizes_by_window = {
-            described.attention.window: layer.attention.sizes
-            for described, layer in zip(config.layers, self.layers, strict=True)
+            layer.attention.window: made.attention.sizes
+            for layer, made in zip(described, self.layers, strict=True)
         }
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
         self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
@@ -252,9 +255,6 @@ class Decoder:
             self._max_norm_rows = min(self._max_norm_rows, quantised.MAX_NORM_ROWS)
         assert below is not None
         self._leave = below.read_by(self.norm)
-        self.tp_rank, self.tp_size, self.group = (
-            placement.tp_rank, placement.tp_size, placement.group
-        )  # fmt: skip
         self.head: Linear | None = None
         self.pooler: Pooler | None = None
         if config.pooling is not None:
@@ -262,7 +262,7 @@ class Decoder:
             self.pooler = Pooler(config.pooling, hidden_size, placement, logit_softcap=softcap)
         elif config.tie_word_embeddings:
             self.head = Linear.tied(self.embedding.weight)
-        else:
+        elif placement.has_ends:
             self.head = Linear(
                 [Output("lm_head", config.vocab_size)], hidden_size,
                 replace(placement, num_adapter_slots=0, max_adapter_rank=0), shard="vocabulary",
@@ -270,6 +270,11 @@ class Decoder:
         self._adapters = [it.adapters for it in self.layer_linears() if it.adapters is not None]
         self.num_adapter_slots = placement.num_adapter_slots
         self.max_adapter_rank = placement.max_adapter_rank
+
+    @property
+    def _group(self) -> Group:
+        assert self.placement.group is not None
+        return self.placement.group
 
     @property
     def decode_query_len(self) -> int:
@@ -299,7 +304,11 @@ class Decoder:
 
     def _forward(self, ctx: ForwardContext, indices: Sequence[int]) -> torch.Tensor:
         hidden, residual, output, squares, activations, _ = ctx.activations
-        self.embedding(ctx.input_ids, residual)
+        pp_rank = self.placement.pp_rank
+        if self.placement.has_ends:
+            self.embedding(ctx.input_ids, residual)
+        else:
+            self._group.receive(residual, pp_rank - 1)
         for index in indices:
             layer, cache, own = self.layers[index], ctx.kv_caches[index], activations[index]
             if squares is None:
@@ -307,35 +316,49 @@ class Decoder:
             else:
                 norm = self._next_norms[index]
                 layer.call_of_few(ctx, cache, own, hidden, residual, squares, norm)
+        # Also where a rank hands on: what the last block has left is in the residual then.
         self._leave(output, residual, hidden)
+        if pp_rank + 1 < self.placement.pp_size:
+            self._group.send(residual, pp_rank + 1)
         return hidden
+
+    def to_leader(self, hidden: torch.Tensor) -> None:
+        """In a pipeline the last rank's rows of hidden states become the leader's, in place."""
+        last = self.placement.pp_size - 1
+        if last == LEADER:
+            return
+        if self.placement.has_ends:
+            self._group.receive(hidden, last)
+        elif self.placement.pp_rank == last:
+            self._group.send(hidden, LEADER)
 
     def compute_logits(
         self, hidden: torch.Tensor, out: torch.Tensor, parts: torch.Tensor | None = None
     ) -> None:
         """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype; with a `head`.
 
-        parts  [num_logit_parts(n)], of several ranks: each computes its part of the vocabulary, and
-               the leader alone gets `out`.
+        parts  [num_logit_parts(n)], of ranks that share each layer: each computes its part of the
+               vocabulary, and the leader alone gets `out`, as in a pipeline.
         """
-        assert self.head is not None
+        self.to_leader(hidden)
         if parts is None:
-            self._own_logits(hidden, out)
+            if self.placement.has_ends:
+                self._own_logits(hidden, out)
             return
-        assert self.group is not None
         each = parts[: self.num_logit_parts(len(hidden))].view(-1, len(hidden), self._head_size)
         self._own_logits(hidden, each[0])
-        self.group.gather(each)
-        if self.tp_rank == LEADER:
+        self._group.gather(each)
+        if self.placement.is_leading:
             for part, start in zip(each, range(0, out.shape[1], self._head_size), strict=False):
                 columns = out[:, start : start + self._head_size]
                 columns.copy_(part[:, : columns.shape[1]])
 
     def num_logit_parts(self, num_rows: int) -> int:
         """Elements of `parts` for so many rows; 0 where one rank computes all."""
-        if self.tp_size == 1 or self.head is None:
+        tp_size = self.placement.tp_size
+        if tp_size == 1 or self.head is None:
             return 0
-        return num_rows * self._head_size * (self.tp_size if self.tp_rank == LEADER else 1)
+        return num_rows * self._head_size * (tp_size if self.placement.is_leading else 1)
 
     @property
     def _head_size(self) -> int:
@@ -430,7 +453,7 @@ class Decoder:
         """Of the tables that have a row for each position."""
         tables = {id(layer.attention.cos_sin): layer.attention.cos_sin for layer in self.layers}
         num_scales = len(
-            {rope for layer in self.config.layers if (rope := layer.attention.rope).query_beta}
+            {rope for layer in self._described if (rope := layer.attention.rope).query_beta}
         )
         return sum(table.nbytes // len(table) for table in tables.values()) + 4 * num_scales
 
@@ -446,7 +469,7 @@ class Decoder:
         destinations |= self.norm.destinations()
         if self.head is not None:
             destinations |= self.head.destinations()
-        if self.pooler is not None:
+        if self.pooler is not None and self.placement.has_ends:
             is_tied = self.config.tie_word_embeddings
             embedding = self.embedding.destinations() if is_tied else {}
             destinations |= self.pooler.destinations(embedding, vocab_size=self.config.vocab_size)

@@ -44,6 +44,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 MODEL_PREFIX = "model."
 TEXT_PREFIX = "language_model."  # of the text model within one that has more
 EMBEDDING_NAME = "model.embed_tokens.weight"
+FINAL_NORM_NAME = "model.norm.weight"
 
 LAYER_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.")
 
@@ -83,7 +84,7 @@ def load_model(
         log.get_logger().info(
             "only the text model is loaded, without %s", " and ".join(config.towers)
         )
-    stored = None if load_format == "dummy" else _index(path, config)
+    stored = None if load_format == "dummy" else _held(_index(path, config), config, placement)
     model = build_model(config, placement, max_model_len=max_model_len)
     destinations = model.destinations()
     if stored is None:
@@ -133,6 +134,22 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     if pooling is not None and not (config.tie_word_embeddings or pooling.has_text_head):
         stored.pop(HEAD_NAME, None)
     return stored
+
+
+def _held(
+    stored: dict[str, StoredTensor], config: ModelConfig, placement: Placement
+) -> dict[str, StoredTensor]:
+    """Without those that other ranks of a pipeline hold, and look at."""
+    num_layers = len(config.layers)
+    here = placement.layers(num_layers)
+
+    def is_held(name: str) -> bool:
+        layer = LAYER_NAMES.match(name)
+        if layer is None or int(layer[1]) >= num_layers:
+            return placement.has_ends or name == FINAL_NORM_NAME
+        return int(layer[1]) in here
+
+    return {name: tensor for name, tensor in stored.items() if is_held(name)}
 
 
 def _plain_name(name: str, prefixes: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from pyserve.model.quantization import Quantization
 from pyserve.model.registry import SchemeName
-from pyserve.ops.group import Group
+from pyserve.ops.group import LEADER, Group
 
 META = torch.device("meta")  # shapes without memory
 
@@ -73,8 +73,10 @@ class Placement:
     quantization       of the model; None: its matrices are "dense".
     scratch            of all its Linears.
     tp_rank, tp_size   this rank of those that share each layer.
-    group              through which they add up what each computes. None where there is one rank,
-                       or where only shapes are made.
+    pp_rank, pp_size   this rank of a pipeline, in which each has a run of whole layers, and the
+                       first also what stands before and behind them. One of the sizes is 1.
+    group              through which the ranks add up what each computes, or hand it on. None where
+                       there is one rank, or where only shapes are made.
     num_adapter_slots  adapters that a Linear can hold beside its matrix, each of max_adapter_rank
                        at most; 0: none, and it has no room for any.
     """
@@ -86,13 +88,32 @@ class Placement:
     scratch: Scratch = field(default_factory=Scratch)
     tp_rank: int = 0
     tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
     group: Group | None = None
     num_adapter_slots: int = 0
     max_adapter_rank: int = 0
 
     def __post_init__(self) -> None:
-        assert 0 <= self.tp_rank < self.tp_size
+        assert 0 <= self.tp_rank < self.tp_size and 0 <= self.pp_rank < self.pp_size
+        assert self.tp_size == 1 or self.pp_size == 1
         assert (self.num_adapter_slots > 0) == (self.max_adapter_rank > 0)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether it has what stands before and behind the layers: embedding, head, pooler."""
+        return self.pp_rank == LEADER
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether it samples."""
+        return self.has_ends and self.tp_rank == LEADER
+
+    def layers(self, num_layers: int) -> range:
+        """Those that it has, whole or in part. Where they do not divide, the first has no more than
+        any other: it has the ends."""
+        bounds = [num_layers * i // self.pp_size for i in (self.pp_rank, self.pp_rank + 1)]
+        return range(*bounds)
 
     def scheme_of(self, name: str) -> SchemeName:
         if name in self.schemes:

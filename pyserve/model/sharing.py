@@ -1,4 +1,4 @@
-"""Which numbers of ranks can share a model's layers."""
+"""Which numbers of ranks can share a model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def check_sharing(model: ModelConfig, tp_size: int) -> None:
             f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
             f"heads and an intermediate size of {' and '.join(map(str, sorted(model.widths)))} can "
             f"be shared by {', '.join(map(str, tp_sizes(model)))} cards"
+        )
+
+
+def check_pipeline(model: ModelConfig, pp_size: int) -> None:
+    """Raises ConfigError where some of so many ranks would have no layer."""
+    if pp_size > len(model.layers):
+        raise ConfigError(
+            f"--pipeline-parallel-size {pp_size}: each rank has a layer at least, and the model's "
+            f"are {len(model.layers)}"
         )
 
 

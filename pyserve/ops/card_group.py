@@ -57,6 +57,12 @@ class CardGroup:
         else:
             self._process.broadcast(x)
 
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        self._process.send(x, taker)
+
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        self._process.receive(x, giver)
+
     def close(self) -> None:
         self._peers.close()
         self._process.close()

@@ -1,7 +1,8 @@
-"""Group: what the ranks that share each layer tell each other in a step.
+"""Group: what the ranks of a model tell each other in a step.
 
-Every rank makes the same calls in the same order, with tensors of the same shapes. ProcessGroup is
-the plain way, through torch.distributed: gloo between processes on a CPU, NCCL between cards.
+Every rank makes the same calls in the same order, with tensors of the same shapes, but for `send`
+and `receive`, which are between two. ProcessGroup is the plain way, through torch.distributed: gloo
+between processes on a CPU, NCCL between cards.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Group(Protocol):
     def broadcast(self, x: torch.Tensor) -> None:
         """x := the leader's x, in place."""
 
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        """Let the rank `taker`, which receives, have x."""
+
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        """x := what the rank `giver` sends, in place."""
+
     def close(self) -> None:
         """Leave; no call follows."""
 
@@ -56,6 +63,8 @@ class ProcessGroup:
 
     store  of words that the ranks have in common.
     """
+
+    _is_launched = False
 
     def __init__(
         self, meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device
@@ -71,10 +80,13 @@ class ProcessGroup:
 
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
-        """Of the ranks that torchrun has started, on whichever machines. Raises DeviceError."""
+        """Of the ranks that torchrun has started, on whichever machines: the same again when called
+        again. Raises DeviceError."""
         group = cls.__new__(cls)
-        _meet(device)
+        if not dist.is_initialized():
+            _meet(device)
         group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
+        group._is_launched = True
         return group
 
     def all_reduce(self, x: torch.Tensor) -> None:
@@ -94,8 +106,15 @@ class ProcessGroup:
     def broadcast(self, x: torch.Tensor) -> None:
         dist.broadcast(x, LEADER)
 
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        dist.send(x, taker)
+
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        dist.recv(x, giver)
+
     def close(self) -> None:
-        dist.destroy_process_group()
+        if not self._is_launched:  # there its end would be that of all groups, one for words among
+            dist.destroy_process_group()
 
 
 def _meet(device: torch.device, **where: Any) -> None:

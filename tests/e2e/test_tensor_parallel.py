@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +171,12 @@ def test_a_rank_that_is_lost_ends_all(pair: Server, number: signal.Signals) -> N
     assert why in pair.log.read_text()
 
 
-def test_two_nodes_of_torchrun(expected: list[Any], tmp_path: Path) -> None:
-    """Each an agent with a process of its own; here both on one machine."""
+@contextmanager
+def two_nodes(folder: Path, *flags: str) -> Iterator[tuple[Server, list[subprocess.Popen[str]]]]:
+    """A server, ready, and the agents of torchrun, each with a process; here on one machine."""
     meeting, port = free_port(), free_port()
-    flags = [*FLAGS, "--tensor-parallel-size", "2", "--device", "cpu", "--port", str(port)]
-    with (tmp_path / "log").open("w") as sink, ExitStack() as stack:
+    flags = (*FLAGS, *flags, "--device", "cpu", "--port", str(port))
+    with (folder / "log").open("w") as sink, ExitStack() as stack:
         agents = []
         for node in range(2):
             where = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
@@ -187,16 +188,29 @@ def test_two_nodes_of_torchrun(expected: list[Any], tmp_path: Path) -> None:
             stack.callback(agent.wait)
             stack.callback(agent.kill)
             agents.append(agent)
-        server = Server(agents[0], port, tmp_path / "log")
+        server = Server(agents[0], port, folder / "log")
         server.wait_ready(120)
+        yield server, agents
+
+
+@pytest.mark.parametrize(
+    ("way", "held"), [("tensor", "its part of each layer"), ("pipeline", "its layers")]
+)
+def test_two_nodes_of_torchrun(way: str, held: str, expected: list[Any], tmp_path: Path) -> None:
+    with two_nodes(tmp_path, f"--{way}-parallel-size", "2") as (server, agents):
         assert_close(answers(server, QUESTIONS[:4]), expected[:4])
-        check_sleep(server, expected[:4], (1, 2))
-        (other,) = children_of(agents[1].pid)
-        os.kill(other, signal.SIGKILL)
-        assert all(agent.wait(60) != 0 for agent in agents)
+        check_sleep(server, expected[:4], (1, 2) if way == "tensor" else (2,))
+        leader, other = (children_of(agent.pid)[0] for agent in agents)
+        if way == "tensor":
+            os.kill(other, signal.SIGKILL)
+            assert all(agent.wait(60) != 0 for agent in agents)
+        else:
+            os.kill(leader, signal.SIGTERM)
+            assert all(agent.wait(60) == 0 for agent in agents)
         log = server.log.read_text()
-        assert "rank 1 of 2 holds its part of each layer on cpu" in log
-        assert "rank 1 has gone; exiting" in log
+        assert f"rank 1 of 2 holds {held} on cpu" in log
+        assert ("rank 1 has gone; exiting" in log) == (way == "tensor")
+        assert way == "tensor" or "Traceback" not in log
 
 
 def children_of(pid: int) -> list[int]:

@@ -299,6 +299,9 @@ def test_the_kv_cache_gets_what_is_really_free() -> None:
     assert fitted.num_blocks in (result.num_blocks - 512, result.num_blocks - 511)
     assert fitted.ledger[-1] == ("KV cache", fitted.num_blocks * LLAMA_BLOCK_BYTES)
     assert fitted.ledger[:-1] == result.ledger[:-1] and fitted.max_model_len == 131072
+    elsewhere = fit_kv(result, config, before=BIG_CARD, now=more, block_bytes=2 * LLAMA_BLOCK_BYTES)
+    assert elsewhere.num_blocks == fitted.num_blocks // 2, "a rank of a pipeline may hold more"
+    assert elsewhere.ledger[-1] == ("KV cache", elsewhere.num_blocks * LLAMA_BLOCK_BYTES)
 
 
 def test_a_context_that_does_not_fit_any_more() -> None:

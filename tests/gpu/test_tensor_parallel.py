@@ -9,6 +9,7 @@ import http.client
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ READY_S = 120
 PROMPT = "The quick brown fox jumps over the lazy dog and runs. " * 8
 SIZES = (2, 4)  # the demo model has four heads
 MAX_ERROR = 0.06  # of a log probability: both compute in bfloat16, and add up in another order
+TORCHRUN = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+    "-m", "pyserve",
+)  # fmt: skip
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -95,6 +100,26 @@ def test_the_answers_of_one_card(
         log = Path(server.log).read_text()
         assert "Traceback" not in log and "the ledger says" in log
         assert server.stop() < 20 and server.process.returncode == 0
+
+
+@pytest.mark.parametrize("way", ["pipeline", "tensor", "what is measured"])
+def test_two_cards_under_torchrun(way: str, expected: list[float]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than 2 cards")
+    flags = SMALL if " " in way else (*SMALL, f"--{way}-parallel-size", "2")
+    with running_server(flags, command=TORCHRUN, folder=ROOT) as server:
+        server.wait_ready(READY_S)
+        for _ in range(2):
+            check(server, expected)
+        for level in (1, 2):
+            ask(server, f"/sleep?level={level}", {})
+            ask(server, "/wake_up", {})
+            check(server, expected)
+        for question, part in ANSWERS.items():
+            assert part in answer(server, question), question
+        log = Path(server.log).read_text()
+        assert "Traceback" not in log and "the ledger says" in log
+        assert ("an all-reduce of 2 ranks takes" in log) == (" " in way)
 
 
 def test_adapters_on_two_cards(tmp_path: Path) -> None:

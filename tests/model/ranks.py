@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,8 @@ class Meeting:
     def __init__(self, tp_size: int) -> None:
         self.barrier = threading.Barrier(tp_size, timeout=MEET_S)
         self.laid: list[torch.Tensor] = [torch.empty(0)] * tp_size
+        ranks = range(tp_size)
+        self.sent = {(giver, taker): Queue[torch.Tensor]() for giver in ranks for taker in ranks}
 
 
 class ThreadGroup:
@@ -56,6 +59,12 @@ class ThreadGroup:
 
     def broadcast(self, x: torch.Tensor) -> None:
         x.copy_(self._all(x)[LEADER])
+
+    def send(self, x: torch.Tensor, taker: int) -> None:
+        self._meeting.sent[self.tp_rank, taker].put(x.clone())
+
+    def receive(self, x: torch.Tensor, giver: int) -> None:
+        x.copy_(self._meeting.sent[giver, self.tp_rank].get(timeout=MEET_S))
 
     def close(self) -> None:
         """Nothing to leave."""

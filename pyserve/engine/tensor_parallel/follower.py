@@ -30,7 +30,7 @@ from pyserve.engine import devices
 from pyserve.engine.batch import AdapterLoad, Asked
 from pyserve.engine.cuda_runner import RING_SIZE
 from pyserve.engine.executor import StepExecutor
-from pyserve.engine.load import load_weights, settle_start
+from pyserve.engine.load import load_weights, settle_sharing, settle_start
 from pyserve.engine.planner import CardMemory
 from pyserve.engine.state import StepLimits
 from pyserve.engine.tensor_parallel import calls
@@ -146,6 +146,7 @@ def follow_launched(config: EngineConfig) -> int:
     """As a follower that torchrun has started; returns the exit code. Raises StartupError."""
     here = launched()
     assert here is not None
+    config = settle_sharing(config)
     device = devices.resolve_device(config.device, is_demo=False, tp_rank=here.tp_rank)
     return follow(config, LaunchedLine(device))
 
@@ -218,7 +219,9 @@ def _follow(config: EngineConfig, line: Line) -> None:
         elif isinstance(call, calls.Measure):
             assert isinstance(own.memory, CardMemory)
             now = devices.card_memory(own.device)
-            line.tell(Shown(now.total_bytes, own.memory.used_bytes, now.used_bytes))
+            line.tell(
+                Shown(now.total_bytes, own.memory.used_bytes, now.used_bytes, plan.block_bytes)
+            )
         else:
             with stream:
                 if isinstance(call, calls.Bring):

@@ -42,11 +42,13 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shown(msgspec.Struct, frozen=True, tag=True):
-    """What a card shows: CardMemory, before anything was loaded and now."""
+    """What a card shows: CardMemory, before anything was loaded and now; and what a KV block takes
+    there."""
 
     total_bytes: int
     used_before_bytes: int
     used_bytes: int
+    block_bytes: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

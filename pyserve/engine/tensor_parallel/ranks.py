@@ -40,7 +40,7 @@ class Ranks:
         self._device = device
         self.followers: Followers | LaunchedFollowers | None = None
         self.group: Group | None = None
-        if config.tensor_parallel_size > 1:
+        if config.num_ranks > 1:
             is_launched = launched() is not None
             self.followers = (
                 LaunchedFollowers(device) if is_launched else Followers(config, spawned)
@@ -49,7 +49,7 @@ class Ranks:
     @property
     def num_threads(self) -> int:
         """That a step may use on a CPU, in each process."""
-        return max(1, host.num_threads() // self._config.tensor_parallel_size)
+        return max(1, host.num_threads() // self._config.num_ranks)
 
     @contextmanager
     def ended_by_errors(self) -> Iterator[None]:
@@ -65,7 +65,8 @@ class Ranks:
         """Let all begin to load; the plan that each of them has room for. Raises StartupError."""
         if self.followers is None:
             return plan
-        tp_size = self._config.tensor_parallel_size
+        num_ranks = self._config.num_ranks
+        part = "its layers" if self._config.pipeline_parallel_size > 1 else "its part of each layer"
         all_planned = self.followers.wait(Planned, PLAN_S)
         num_blocks = min(plan.num_blocks, *(it.num_blocks for it in all_planned))
         max_model_len = min(plan.max_model_len, *(it.max_model_len for it in all_planned))
@@ -77,7 +78,7 @@ class Ranks:
                     "install one version everywhere"
                 )
             log.get_logger().info(
-                "rank %d of %d holds its part of each layer on %s", tp_rank, tp_size, planned.device
+                "rank %d of %d holds %s on %s", tp_rank, num_ranks, part, planned.device
             )
         begin = Begin(
             num_slots=plan.num_slots,
@@ -104,8 +105,9 @@ class Ranks:
         for tp_rank, loaded in enumerate(self.followers.wait(Loaded, LOAD_S), 1):
             log.get_logger().info("rank %d has loaded its part in %.1f s", tp_rank, loaded.seconds)
 
-    def measured(self) -> list[tuple[CardMemory, CardMemory]]:
-        """What the others' cards showed before anything was loaded, and show now."""
+    def measured(self) -> list[tuple[CardMemory, CardMemory, int]]:
+        """What the others' cards showed before anything was loaded, and show now; and the bytes of
+        a KV block there."""
         if self.followers is None:
             return []
         self.followers.tell(calls.Measure())
@@ -113,6 +115,7 @@ class Ranks:
             (
                 CardMemory(shown.total_bytes, shown.used_before_bytes),
                 CardMemory(shown.total_bytes, shown.used_bytes),
+                shown.block_bytes,
             )
             for shown in self.followers.wait(Shown, MEASURE_S)
         ]

@@ -13,7 +13,7 @@ class Embedding:
     transformers does. Ids out of range are refused before a step gets here.
 
     Ranks share the vocabulary as a Linear's "vocabulary" rule does, so that the matrix can be tied:
-    each gives the rows that it holds, and zeros for the others.
+    each gives the rows that it holds, and zeros for the others. Of a pipeline the first has all.
     """
 
     __slots__ = ("weight", "_name", "_shard", "_num_stored", "_scale", "_group")
@@ -23,12 +23,12 @@ class Embedding:
         scale: float = 1.0,
     ) -> None:  # fmt: skip
         self._name = name
-        self._shard = placement.share_rounded_up(vocab_size)
+        self._shard = placement.share_rounded_up(vocab_size if placement.has_ends else 0)
         shape = self._shard.size, hidden_size
         self.weight = torch.empty(shape, dtype=placement.dtype, device=placement.device)
-        self._num_stored = max(0, min(self._shard.size, vocab_size - self._shard.start))
+        self._num_stored = max(0, min(self._shard.size, self._shard.whole - self._shard.start))
         self.weight[self._num_stored :].zero_()
-        self._group = placement.group
+        self._group = placement.group if placement.tp_size > 1 else None
         self._scale = torch.tensor(scale, dtype=placement.dtype).item()
 
     def __call__(self, input_ids: torch.Tensor, out: torch.Tensor) -> None:
@@ -44,6 +44,8 @@ class Embedding:
             out.mul_(self._scale)
 
     def destinations(self) -> Destinations:
+        if not self._shard.whole:
+            return {}
         part = Part(self.weight[: self._num_stored], 0, self._shard.start)
         shape = self._shard.whole, self.weight.shape[1]
         return {f"{self._name}.weight": Destination(shape, (part,))}
