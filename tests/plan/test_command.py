@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_with_the_ledger(
 ) -> None:
     message = refusal(caplog, write_config(tmp_path), "--gpu", "4090", "--max-model-len", "64k")
     assert message.startswith("a context of 64000 tokens does not fit:")
-    assert "--max-model-len 40608 is the most that would" in message
+    assert "--max-model-len 40512 is the most that would" in message
     assert "KV cache" in message and "total" in message
 
 
