@@ -55,15 +55,6 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def(
       "lora_expand_silu_mul(Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
       "Tensor(a!) gate_up, Tensor(b!) out) -> ()");
-  m.def(
-      "linear_lora(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int epilogue, Tensor a, "
-      "Tensor b, Tensor starts, Tensor ranks, Tensor scales, Tensor columns, Tensor(b!) sums, "
-      "Tensor(c!) counter, Tensor? x_squares=None, float eps=0.0, Tensor? norm_weight=None, "
-      "Tensor(d!)? scaled=None, Tensor(e!)? squares=None) -> ()");
-  m.def(
-      "serves_linear_lora(Tensor x, Tensor weight, Tensor out, int epilogue, Tensor a, Tensor b, "
-      "Tensor starts, Tensor ranks, Tensor scales, Tensor columns, Tensor sums, "
-      "Tensor counter) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

@@ -21,8 +21,6 @@ the sum over splits counts: on a card each is of some columns of x, so that more
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -75,52 +73,3 @@ def lora_expand_silu_mul(
     it is not, as on a card, there is one rounding.
     """
     native.lora_expand_silu_mul(shrunk, b, starts, ranks, columns, gate_up, out)
-
-
-# Rows up to which linear_lora may be asked for at all: as many as one pass over a weight serves.
-MAX_LINEAR_ROWS = 32
-
-
-class LinearLora(NamedTuple):
-    """The adapters of a linear and of the rows of x, as above, and what one kernel for all needs.
-
-    sums      int64 [num_splits, rows of x or more, num_parts, max_rank] and
-    counter   int64 [1]: by these the kernel's blocks give each other what they shrink. Zeros at
-              first, and for calls alone that follow each other.
-    """
-
-    a: Tensor
-    b: Tensor
-    starts: Tensor
-    ranks: Tensor
-    scales: Tensor
-    columns: Tensor
-    sums: Tensor
-    counter: Tensor
-
-
-def serves_linear_lora(
-    x: Tensor, weight: Tensor, out: Tensor, epilogue: int, adapters: LinearLora
-) -> bool:
-    """Whether linear_lora can with these: on Hopper, cuda/gpu/linear/dispatch.cu."""
-    if not x.is_cuda or len(x) > MAX_LINEAR_ROWS:
-        return False
-    is_served: bool = native.serves_linear_lora(x, weight, out, epilogue, *adapters)
-    return is_served
-
-
-def linear_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int,
-    adapters: LinearLora, x_squares: Tensor | None = None, eps: float = 0.0,
-    norm_weight: Tensor | None = None, scaled: Tensor | None = None,
-    squares: Tensor | None = None,
-) -> None:  # fmt: skip
-    """A linear and its adapters in one kernel, rounded once: where `serves_linear_lora`.
-
-    weight is that of ops.linear, or `packed` as w4a16.py has it; epilogue as there: STORE, ADD or
-    SILU_MUL, with what ops.linear_of_scaled and linear_add_for_norm have of norms. On a device no
-    two calls may run at a time, as on two streams.
-    """
-    native.linear_lora(
-        x, weight, bias, out, epilogue, *adapters, x_squares, eps, norm_weight, scaled, squares
-    )

@@ -38,8 +38,7 @@ def test_every_op_is_measured(
     others = {"plan_attention", "rope_attention", "serves_linear"}
     others |= {"serves_linear_w4a16", "serves_linear_fp8", "try_linear_w4a16"}
     # Of these bench.gpu_lora tells, on a card.
-    others |= {"lora_shrink", "lora_expand", "lora_expand_silu_mul", "linear_lora"}
-    others |= {"serves_linear_lora"}
+    others |= {"lora_shrink", "lora_expand", "lora_expand_silu_mul"}
     # And bench.gpu_peers of these, on several.
     others |= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     others |= {"broadcast_tokens"}

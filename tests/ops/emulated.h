@@ -146,7 +146,6 @@ unsigned char* at(uint32_t address, uint32_t size = 16) {
   return shared + address;
 }
 
-bool runs_together = false;  // all blocks of a grid, which wait for each other
 std::function<void()> body;
 std::function<void()> between = [] {};  // what goes on while threads take turns, once a round
 
@@ -417,15 +416,6 @@ int __shfl_sync(unsigned, int x, int from) {
   return value;
 }
 
-uint32_t __ballot_sync(unsigned, bool is_set) {
-  machine::lane(machine::current % kWarpSize)[0] = is_set;
-  machine::meet_warp();
-  uint32_t lanes = 0;
-  for (int i = 0; i < kWarpSize; ++i) lanes |= machine::lane(i)[0] << i;
-  machine::meet_warp();
-  return lanes;
-}
-
 int warp_inclusive_sum(int x) {
   int sum = 0;
   for (int i = 0; i < kWarpSize; ++i) {
@@ -471,10 +461,7 @@ cudaError_t launch_chained(Kernel kernel, unsigned grid, int num_threads, int nu
                            cudaStream_t, const Args&... args) {
   machine::body = [&] { kernel(args...); };
   gridDim.x = grid;
-  if (machine::runs_together && grid * num_threads > machine::kMaxThreads) {
-    machine::fail("more blocks than run together");
-  }
-  machine::run_grid(grid, machine::runs_together ? grid : 1, num_threads, num_bytes);
+  machine::run_grid(grid, 1, num_threads, num_bytes);
   return cudaSuccess;
 }
 

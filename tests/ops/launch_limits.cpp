@@ -18,7 +18,6 @@
 #include "gpu/experts/grouped_w4a16.h"
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/fp8.h"
-#include "gpu/linear/linear_lora.h"
 #include "gpu/linear/w4a16.h"
 #include "gpu/lora/lora.h"
 
@@ -118,31 +117,6 @@ void launch_w4a16_linears() {
       for (int tiling = pyserve::gpu::kNumW4Tilings; tiling >= 0; --tiling) {
         pyserve::gpu::linear_trial().w4a16_tiling = tiling;
         for (int64_t group_size : {64, 128}) launch_w4a16_linear(64, group_size, dtype, epilogue);
-      }
-    }
-  }
-}
-
-// On Hopper, where they are.
-void launch_lora_linears() {
-  if (capability != 90) return;
-  alignas(16) static char memory[16];
-  pyserve::gpu::LinearLoraParams params{};
-  pyserve::gpu::LinearParams& p = params.linear;
-  pyserve::gpu::LinearLora& l = params.lora;
-  p.x = p.weight = l.a = l.b = p.out = memory;
-  p.x_stride = p.weight_stride = p.k = l.a_stride = 4096;
-  p.out_stride = p.n = 6144;
-  l.sums.num_splits = 8;
-  l.rows.num_slots = 4, l.rows.num_parts = 3, l.rows.max_rank = 16;
-  for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
-    for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
-      for (int64_t group_size : {0, 32, 64, 128}) {
-        for (int64_t m = 1; m <= (group_size == 0 ? 32 : 16); ++m) {
-          p.dtype = dtype, p.epilogue = epilogue, p.m = l.rows.num_tokens = m;
-          params.group_size = group_size;
-          require(launch_linear_lora(params, nullptr), "linear_lora", m, 0);
-        }
       }
     }
   }
@@ -344,7 +318,6 @@ int main(int, char** argv) {
   smem_per_sm = std::atoi(argv[4]);
   launch_linears();
   launch_w4a16_linears();
-  launch_lora_linears();
   launch_fp8_linears();
   launch_experts();
   launch_loras();

@@ -187,8 +187,6 @@ def _packed(n: int, k: int) -> torch.Tensor:
 CUDA_OP_NAMES = {
     "plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16",
     "serves_linear_fp8", "try_linear_w4a16",
-    # Of a Hopper card: tests/gpu/test_linear_lora.py.
-    "linear_lora", "serves_linear_lora",
     # Between ranks: tests/ops/test_peers.py.
     "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
     "broadcast_tokens",

@@ -6,10 +6,9 @@
 // 1. Every thread calls pdl_wait() before it ends, on every path: a kernel that ended without would
 //    let its successor pass while its predecessor still runs. After the wait all kernels before
 //    this one are complete and what they wrote is visible.
-// 2. Before the wait a kernel reads only what no kernel of a step writes (weights, scales, tables, and
-//    which tokens use which adapter, which a copy in front of a step's first kernel writes) and writes
-//    nothing but its own shared memory and registers. Activations, plans, block tables, residuals,
-//    counters and the KV cache come after it, unless 4 says otherwise.
+// 2. Before the wait a kernel reads only what no kernel of a step writes (weights, scales, tables)
+//    and writes nothing but its own shared memory and registers. Activations, plans, block tables,
+//    residuals, counters and the KV cache come after it, unless 4 says otherwise.
 // 3. What a kernel of the chain writes is not read by ld.global.nc, also after the wait.
 // 4. pdl_launch_dependents() is called by every thread: straight after the wait by kernels that run
 //    for long (linear, attention, rope, plans, sampling, logprobs), at the start by those that are

@@ -141,37 +141,6 @@ __device__ __forceinline__ int4 load_kept(const int4* source) {
   return value;
 }
 
-// 16 bytes past L1; the 128 that they lie in are brought to L2.
-__device__ __forceinline__ uint4 load_line(const void* source) {
-  uint4 value;
-  asm volatile("ld.global.cg.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(source));
-  return value;
-}
-
-// What was there before; no other access is ordered by it.
-__device__ __forceinline__ uint64_t fetch_add(uint64_t* word, uint64_t added) {
-  uint64_t before;
-  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;\n"
-               : "=l"(before)
-               : "l"(word), "l"(added)
-               : "memory");
-  return before;
-}
-
-// A number and what goes with it, for other blocks of this device: both are seen or neither.
-__device__ __forceinline__ void store_numbered(uint64_t* to, float value, uint32_t number) {
-  const uint64_t word = uint64_t{number} << 32 | __float_as_uint(value);
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;\n" ::"l"(to), "l"(word) : "memory");
-}
-// The value's bits in x, the number in y.
-__device__ __forceinline__ uint2 load_numbered(const uint64_t* from) {
-  uint64_t word;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];\n" : "=l"(word) : "l"(from) : "memory");
-  return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
-}
-
 // Hides from the compiler how `value` was computed: what was derived from it before, its floats for
 // example, is derived again instead of being held in registers.
 __device__ __forceinline__ void forget_origin(uint4& value) {

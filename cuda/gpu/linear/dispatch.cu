@@ -3,11 +3,8 @@
 
 #include <cstdint>
 
-#include "gpu/core/vec.cuh"
 #include "gpu/linear/few_rows_sm90a.h"
 #include "gpu/linear/gemm_sm90a.h"
-#include "gpu/linear/linear_lora.h"
-#include "gpu/linear/w4a16.h"
 
 namespace pyserve::gpu {
 namespace {
@@ -76,41 +73,6 @@ cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
   const int64_t asked = linear_trial().max_w4a16_rows;
   *serves = m <= (asked >= 0 ? asked : kHasSm90a && device->is_hopper() ? kHopperRows : kRows);
   return cudaSuccess;
-}
-
-bool can_linear_lora(const LinearLoraParams& params, const Device& device) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
-  const LinearParams& p = params.linear;
-  const LinearLora& l = params.lora;
-  const bool is_aligned =
-      p.k % kVec == 0 && is_vec_aligned(p.x, p.x_stride) && is_vec_aligned(p.weight, 0) &&
-      is_vec_aligned(l.a, l.a_slot_stride | l.a_part_stride | l.a_stride) &&
-      is_vec_aligned(l.b, l.b_slot_stride | l.b_stride) && l.rows.max_rank % kVec == 0;
-  if (!device.is_hopper() || !is_aligned || p.k == 0 || p.k >= kLimit || p.n >= kLimit) return false;
-  if constexpr (kHasSm90a) {
-    if (params.group_size == 0) {
-      return p.weight_stride % kVec == 0 && choose_linear(p, device) == LinearKernel::kFewRows &&
-             fits_linear_lora_sm90a(l);
-    }
-    return (p.epilogue != Epilogue::kSiluMul || p.n % kStripRows == 0) &&
-           fits_linear_w4a16_lora_sm90a(l, params.group_size);
-  }
-  return false;
-}
-
-cudaError_t launch_linear_lora(const LinearLoraParams& params, cudaStream_t stream) {
-  if (params.linear.m == 0 || params.linear.n == 0) return cudaSuccess;
-  const Device* device = nullptr;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  if (!can_linear_lora(params, *device)) return cudaErrorInvalidValue;
-  if constexpr (kHasSm90a) {
-    if (params.group_size == 0) {
-      return launch_linear_lora_sm90a(params.linear, params.lora, *device, stream);
-    }
-    return launch_linear_w4a16_lora_sm90a(params.linear, params.lora, params.group_size, *device,
-                                          stream);
-  }
-  return cudaErrorInvalidValue;
 }
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {

@@ -20,7 +20,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "gpu/core/block.cuh"
 #include "gpu/core/device.h"
@@ -248,34 +247,23 @@ __device__ __forceinline__ float sum_of_warps(const float* pass_sums, int token,
   return sum;
 }
 
-// In place of what adapters add (few_rows_lora.cuh): nothing.
-struct NoLora {
-  static constexpr bool kIsThere = false;
-  template <bool>
-  struct Added {};
-};
-
 // Adds up the warps' sums of a result, of a pass that begins at first_token, and stores what the
 // epilogue makes of them; all lanes of a warp call it.
-template <class T, Epilogue kEpilogue, class Tile, class Added = NoLora::Added<false>>
+template <class T, Epilogue kEpilogue, class Tile>
 __device__ __forceinline__ void finish_result(const LinearParams& p, const Result<T>& result,
                                               const float* pass_sums, int first_token,
-                                              const float* factors, int column,
-                                              const Added& added = {}) {
+                                              const float* factors, int column) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
   T value{};
   if (result.is_valid) {
     const float factor = factors[result.token];
-    auto sum_of = [&]<int kHalf>(std::integral_constant<int, kHalf>) {
-      const int row = result.row + kHalf * Rows::kColumns;
-      float sum = sum_of_warps<Tile>(pass_sums, result.token - first_token, row);
-      if constexpr (!std::is_empty_v<Added>) sum += added.template sum<kHalf>();
-      return sum * factor;
+    auto sum_of = [&](int row) {
+      return sum_of_warps<Tile>(pass_sums, result.token - first_token, row) * factor;
     };
     float operand = to_float(result.other);
-    if constexpr (Rows::kIsPaired) operand += sum_of(std::integral_constant<int, 1>{});
-    value = from_float<T>(finish<kEpilogue>(
-        sum_of(std::integral_constant<int, 0>{}) + to_float(result.bias), operand));
+    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
+    value = from_float<T>(
+        finish<kEpilogue>(sum_of(result.row) + to_float(result.bias), operand));
     *result.target = value;
   }
   if constexpr (kEpilogue == Epilogue::kAdd) {
@@ -285,11 +273,11 @@ __device__ __forceinline__ void finish_result(const LinearParams& p, const Resul
   }
 }
 
-// What a kernel does. `lora` may use the shared memory behind kSmem.
-template <class T, Epilogue kEpilogue, class Tile, class Lora>
-__device__ __forceinline__ void multiply_rows(const LinearParams& p, const Shares& shares,
-                                              unsigned char* dynamic_smem, Lora lora) {
+// m <= kTokens, k > 0, x and weight aligned; 2 n and k are ints.
+template <class T, Epilogue kEpilogue, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
   __shared__ float factors[Tile::kTokens];
   const int warp = threadIdx.x / kWarpSize;
   const int num_tokens = static_cast<int>(p.m);
@@ -346,13 +334,11 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
   Piece next = piece_at(groups.first());
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
-  if constexpr (Lora::kIsThere) lora.prepare();
   pdl_wait();
   pdl_launch_dependents();
   next = piece_at(groups.first());
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
-  if constexpr (Lora::kIsThere) lora.shrink();
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
     const float factor = norm_factor(p, token);  // read behind the first group's barrier
     if (lane == 0) factors[token] = factor;
@@ -364,7 +350,6 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
   int stage = 0, buffer = 0, place = threadIdx.x;
   for (int column0 = groups.first(); column0 < n; column0 = groups.next(column0)) {
     Result<T> results[Tile::kPasses][kResults];
-    typename Lora::template Added<Rows::kIsPaired> added[Tile::kPasses][kResults];
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
 #pragma unroll
@@ -374,9 +359,6 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
         result.token = pass * Tile::kPassTokens + index / Rows::kColumns;
         result.row = index % Rows::kColumns;
         result.template ask<kEpilogue>(p, column0 + result.row, groups.end(column0));
-        if constexpr (Lora::kIsThere) {
-          lora.ask(added[pass][i], result.is_valid, result.token, column0 + result.row);
-        }
       }
     }
     // Of a few results, other warps have them in every group: what a warp does there delays its
@@ -392,7 +374,6 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    if constexpr (Lora::kIsThere) lora.gather();
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
       if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
@@ -404,7 +385,7 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
       for (int i = 0; i < kResults; ++i) {
         const Result<T>& result = results[pass][i];
         finish_result<T, kEpilogue, Tile>(p, result, group_sums, pass * Tile::kPassTokens, factors,
-                                          column0 + result.row, added[pass][i]);
+                                          column0 + result.row);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
@@ -412,36 +393,19 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
   cp_async_wait<0>();
 }
 
-// m <= kTokens, k > 0, x and weight aligned; 2 n and k are ints.
-template <class T, Epilogue kEpilogue, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
-  extern __shared__ __align__(128) unsigned char dynamic_smem[];
-  multiply_rows<T, kEpilogue, Tile>(p, shares, dynamic_smem, NoLora{});
-}
-
-// A grid of one CTA an SM, and what each gets.
-template <Epilogue kEpilogue, class Tile>
-struct Grid {
-  static constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
-  static constexpr int kTileColumns = kColumns / Tile::kRowTiles;
-  int num_ctas;
-  Shares shares;
-
-  Grid(int64_t n, int num_sms)
-      : num_ctas(static_cast<int>(
-            std::min<int64_t>((n + kTileColumns - 1) / kTileColumns, num_sms))),
-        shares(n, kColumns, kTileColumns, num_ctas) {}
-};
-
 // Launches for p.m <= kTokens, one CTA an SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
-  const Grid<kEpilogue, Tile> grid(p.n, num_sms);
-  return launch_chained(kKernel, static_cast<unsigned>(grid.num_ctas), Tile::kThreads, Tile::kSmem,
-                        stream, p, grid.shares);
+  constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
+  constexpr int kTileColumns = kColumns / Tile::kRowTiles;
+  const int64_t num_tiles = (p.n + kTileColumns - 1) / kTileColumns;
+  const int num_ctas = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
+  const Shares shares(p.n, kColumns, kTileColumns, num_ctas);
+  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
+                        stream, p, shares);
 }
 
 }  // namespace pyserve::gpu

@@ -85,12 +85,6 @@ struct W4Tiling {
   static_assert(kXBytes >= kWarps * kStages * kTokens * kTokenBytes);
 };
 
-// Of Hopper: rings of 60 to 108 KB, of which all stages but one are on their way.
-template <int kGroupSize>
-using W4DeepSm90a = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
-template <int kGroupSize>
-using W4WideSm90a = W4Tiling<kGroupSize, 2, kGroupSize == 32 ? 3 : 4, 227>;
-
 // What is worked out where the kernel is launched.
 struct W4Work {
   int strips, more;  // of out, of a CTA: `more` of them have one beyond `strips`
@@ -98,14 +92,13 @@ struct W4Work {
   int x_slots;       // of a warp, each for a piece of x
   bool is_x_kept;    // there is a slot for each of its pieces
 
-  // kXBytes but for so many are for x.
   template <class Tile>
-  static W4Work of(const LinearParams& p, int num_ctas, Tile, int held_bytes = 0) {
+  static W4Work of(const LinearParams& p, int num_ctas, Tile) {
     const int num_strips = static_cast<int>((p.n + kStripRows - 1) / kStripRows);
     const int num_pieces = static_cast<int>((p.k + Tile::kDepth - 1) / Tile::kDepth);
     const int num_steps = (num_pieces + Tile::kWarps - 1) / Tile::kWarps;
     const int64_t x_bytes = int64_t{Tile::kWarps} * num_steps * p.m * Tile::kTokenBytes;
-    const bool is_x_kept = x_bytes <= Tile::kXBytes - held_bytes;
+    const bool is_x_kept = x_bytes <= Tile::kXBytes;
     return {num_strips / num_ctas, num_strips % num_ctas, num_pieces,
             is_x_kept ? num_steps : Tile::kStages, is_x_kept};
   }
@@ -309,12 +302,13 @@ class W4Fetcher {
   uint32_t x_to_;  // of a stage, the 16 bytes of x that this lane brings
 };
 
-// What a kernel does.
-template <class T, Epilogue kEpilogue, class Tile, class Lora>
-__device__ __forceinline__ void multiply_w4_rows(const LinearParams& p, const W4Work& work,
-                                                 unsigned char* dynamic_smem, Lora lora) {
+// m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
+template <class T, Epilogue kEpilogue, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_w4a16_kernel(LinearParams p, W4Work work) {
   using Fetcher = W4Fetcher<kEpilogue, Tile>;
   using Rows = RowTile<kEpilogue, Tile::kRows>;
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_tokens = static_cast<int>(p.m), n = static_cast<int>(p.n);
   const int cta = static_cast<int>(blockIdx.x);
@@ -330,13 +324,11 @@ __device__ __forceinline__ void multiply_w4_rows(const LinearParams& p, const W4
   Fetcher fetcher(p, work, first, strip_end, smem_address(ring), slots);
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, true, false);
-  if constexpr (Lora::kIsThere) lora.prepare();
   pdl_wait();
   pdl_launch_dependents();
   fetcher.begin(first);
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, false, true);
-  if constexpr (Lora::kIsThere) lora.shrink();
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
     const float factor = norm_factor(p, token);  // read behind the first strips' barrier
     if (lane == 0) factors[token] = factor;
@@ -356,7 +348,6 @@ __device__ __forceinline__ void multiply_w4_rows(const LinearParams& p, const W4
     const int column0 = strip * static_cast<int>(kStripRows);
     const int column_end = min(n, strip_end * static_cast<int>(kStripRows));
     Result<T> results[kResults];
-    typename Lora::template Added<Rows::kIsPaired> added[kResults];
     const auto ask = [&](int pass) {
 #pragma unroll
       for (int i = 0; i < kResults; ++i) {
@@ -364,9 +355,6 @@ __device__ __forceinline__ void multiply_w4_rows(const LinearParams& p, const W4
         results[i].token = pass * Tile::kPassTokens + index / Rows::kColumns;
         results[i].row = index % Rows::kColumns;
         results[i].template ask<kEpilogue>(p, column0 + results[i].row, column_end);
-        if constexpr (Lora::kIsThere) {
-          lora.ask(added[i], results[i].is_valid, results[i].token, column0 + results[i].row);
-        }
       }
     };
     if (Tile::kPasses == 1) ask(0);  // more have no registers for them yet
@@ -381,7 +369,6 @@ __device__ __forceinline__ void multiply_w4_rows(const LinearParams& p, const W4
       multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x, slot * slot_bytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    if constexpr (Lora::kIsThere) lora.gather();
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
       if (Tile::kPasses > 1) ask(pass);
@@ -393,21 +380,13 @@ __device__ __forceinline__ void multiply_w4_rows(const LinearParams& p, const W4
 #pragma unroll
       for (int i = 0; i < kResults; ++i) {
         finish_result<T, kEpilogue, Tile>(p, results[i], pass_sums, pass * Tile::kPassTokens,
-                                          factors, column0 + results[i].row, added[i]);
+                                          factors, column0 + results[i].row);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
     place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
   }
   cp_async_wait<0>();
-}
-
-// m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
-template <class T, Epilogue kEpilogue, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_w4a16_kernel(LinearParams p, W4Work work) {
-  extern __shared__ __align__(128) unsigned char dynamic_smem[];
-  multiply_w4_rows<T, kEpilogue, Tile>(p, work, dynamic_smem, NoLora{});
 }
 
 // Calls fn(std::integral_constant<int, ...>{}).
@@ -421,18 +400,14 @@ cudaError_t dispatch_group_size(int64_t group_size, Fn&& fn) {
   return cudaErrorInvalidValue;
 }
 
-// One an SM.
-inline int w4a16_ctas(const LinearParams& p, int num_sms) {
-  return static_cast<int>(std::min<int64_t>((p.n + kStripRows - 1) / kStripRows, num_sms));
-}
-
 // Launches for p.m <= kTokens, one CTA an SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = linear_w4a16_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
-  const int num_ctas = w4a16_ctas(p, num_sms);
+  const int64_t num_strips = (p.n + kStripRows - 1) / kStripRows;
+  const int num_ctas = static_cast<int>(std::min<int64_t>(num_strips, num_sms));
   return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
                         stream, p, W4Work::of(p, num_ctas, Tile{}));
 }

@@ -8,23 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 
 from pyserve.model.adapter_weights import Pair, Target
 from pyserve.model.context import AdapterRows
 from pyserve.model.placement import Placement, Rows, Shard
-from pyserve.ops.lora import (
-    MAX_LINEAR_ROWS,
-    MAX_SPLITS,
-    LinearLora,
-    linear_lora,
-    lora_expand,
-    lora_expand_silu_mul,
-    lora_shrink,
-    serves_linear_lora,
-)
+from pyserve.ops.lora import lora_expand, lora_expand_silu_mul, lora_shrink
 
 
 class LinearAdapters:
@@ -32,7 +22,7 @@ class LinearAdapters:
 
     __slots__ = (
         "num_parts", "_names", "_bounds", "_order", "_a", "_b", "_ranks", "_scales", "_columns",
-        "_sums", "_counter", "_rows", "_inputs",
+        "_rows", "_inputs",
     )  # fmt: skip
 
     def __init__(self, rows: Sequence[Rows], inputs: Shard, placement: Placement) -> None:
@@ -55,25 +45,8 @@ class LinearAdapters:
         self._ranks = zeros(*shape, dtype=torch.int32)
         self._scales = zeros(*shape, dtype=torch.float32)
         self._columns = zeros(self.num_parts + 1, dtype=torch.int32)
-        self._sums = zeros(MAX_SPLITS, MAX_LINEAR_ROWS, self.num_parts, max_rank, dtype=torch.int64)
-        self._counter = zeros(1, dtype=torch.int64)
         if placement.device.type != "meta":
             self._columns.copy_(torch.tensor(self._bounds, dtype=torch.int32))
-
-    def multiply(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
-        epilogue: int, rows: AdapterRows, *norm: Any,
-    ) -> bool:  # fmt: skip
-        """The whole Linear with its adapters, by one kernel: ops.lora.linear_lora, with norm as it
-        has that. False where there is none for these rows; nothing is done then."""
-        adapters = LinearLora(
-            self._a, self._b, rows.starts, self._ranks, self._scales, self._columns, self._sums,
-            self._counter,
-        )  # fmt: skip
-        if not serves_linear_lora(x, weight, out, epilogue, adapters):
-            return False
-        linear_lora(x, weight, bias, out, epilogue, adapters, *norm)
-        return True
 
     def shrink(
         self, x: torch.Tensor, rows: AdapterRows, squares: torch.Tensor | None = None,
@@ -132,5 +105,5 @@ class LinearAdapters:
 
     @property
     def nbytes(self) -> int:
-        slots = self._a, self._b, self._ranks, self._scales, self._columns
-        return sum(tensor.nbytes for tensor in (*slots, self._sums, self._counter))
+        tensors = self._a, self._b, self._ranks, self._scales, self._columns
+        return sum(tensor.nbytes for tensor in tensors)
