@@ -21,6 +21,11 @@ T load_kept(const T* from) {
   return *from;
 }
 
+int64_t __shfl_sync(unsigned mask, int64_t x, int from) {
+  const auto low = static_cast<uint32_t>(__shfl_sync(mask, static_cast<int>(x), from));
+  return int64_t{__shfl_sync(mask, static_cast<int>(x >> 32), from)} << 32 | low;
+}
+
 unsigned __ballot_sync(unsigned mask, bool is_set) {
   unsigned lanes = 0;
   for (int i = 0; i < kWarpSize; ++i) {

@@ -48,11 +48,6 @@ float __shfl_sync(unsigned mask, float x, int from) {
   return x;
 }
 
-int64_t __shfl_sync(unsigned mask, int64_t x, int from) {
-  const uint32_t low = __shfl_sync(mask, static_cast<int>(x), from);
-  return int64_t{__shfl_sync(mask, static_cast<int>(x >> 32), from)} << 32 | low;
-}
-
 float exp2_approx(float x) { return std::exp2(x); }
 
 template <class T>

@@ -91,9 +91,8 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
     "latent": (
         (
             "attention/attention.h",
+            "attention/merge.cuh",
             "core/swizzle.cuh",
-            "attention/latent_loader.cuh",
-            "attention/latent_merge.cuh",
             "attention/latent_kernel.cuh",
         ),
         2,
@@ -102,17 +101,12 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
 
 
 @pytest.fixture(scope="module")
-def programs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Path]]]:
-    """All that are asked for are compiled while the first ones run."""
-    specs = [getattr(item, "callspec", None) for item in request.session.items]
-    asked = {spec.params.get("program") for spec in specs if spec is not None}
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """All are compiled while the first ones run."""
     with ThreadPoolExecutor(NUM_COMPILERS) as pool:
         yield {
             name: pool.submit(emulated.build, tmp_path_factory.mktemp("few"), name, kernels)
             for name, (kernels, _) in PROGRAMS.items()
-            if name in asked
         }
 
 

@@ -5,14 +5,13 @@
 // decode items of a tile are those of attention.h, one range of them to a CTA. A prefill item, 128
 // packed rows, is the work of 8 CTAs, 16 rows each; that each reads the kept rows costs L2, which
 // has them since the first.
-// Each of a CTA's 4 warps owns 128 of the 512 columns and 16 of the 64, in both products: it copies
-// them for 16 kept rows at a time (latent_loader.cuh), keeps its columns of the queries in
-// registers, and so waits for no other warp's copies. Only its part of the scores, a sum over its
-// columns, goes to the others by shared memory; each warp adds up all four and turns them into
-// weights by itself, in an order that gives all warps the same. So a tile has one block-wide
-// barrier, and nothing is put together at an item's end. Products are mma.sync m16n8k16; scores are
-// summed in four chains, as one would wait for itself. Rows of several items of one tile are merged
-// by CTAs that are last: latent_merge.cuh.
+// A CTA of 4 warps takes 32 kept rows at a time, copied (cp.async, 16 bytes, XOR-swizzled) into one
+// of two stages while the other is used. Each warp scores 8 of them and puts its scores into shared
+// memory; then each warp turns all scores into weights by itself, and adds up 128 of the 512
+// columns. So the running maximum and sum are the same in all warps, and nothing is put together at
+// an item's end. Products are mma.sync m16n8k16; scores of a row are summed in four chains, as one
+// would wait for itself. Rows of several items of one tile are merged by the CTA that is last:
+// merge.cuh.
 //
 // Floor: bytes, sum(visible keys) * 1152 at the memory's rate, where the tiles' heads are read
 // once; a second tile reads L2.
@@ -23,8 +22,7 @@
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
-#include "gpu/attention/latent_loader.cuh"
-#include "gpu/attention/latent_merge.cuh"
+#include "gpu/attention/merge.cuh"
 #include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/pdl.cuh"
@@ -33,87 +31,166 @@
 
 namespace pyserve::gpu::latent {
 
-constexpr int kSteps = (kWarpColumns + kWarpRope) / 16;
-constexpr int kScoresAt = kWarps * kWarpBytes;
-// By tile in turn, warp, 8 keys, lane.
-using SharedScores = float4[2][kWarps][kKeys / 8][kWarpSize];
-constexpr int kFlagAt = kScoresAt + static_cast<int>(sizeof(SharedScores));
+constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+constexpr int kWidth = kLatentSize + kLatentRopeDim;
+constexpr int kKeys = 32;                  // of a tile; plans cut at multiples of it
+constexpr int kWarpKeys = kKeys / kWarps;  // that a warp scores
+constexpr int kWarpColumns = kLatentSize / kWarps;
+constexpr int kRowBytes = kWidth * 2;
+constexpr int kStageBytes = kKeys * kRowBytes;
+constexpr int kQueriesAt = 2 * kStageBytes;
+constexpr int kScoresAt = kQueriesAt + kDecodeRows * kRowBytes;
+constexpr int kScoreStride = kKeys + 8;  // floats: rows of a half warp fall in different banks
+constexpr int kFlagAt = kScoresAt + kDecodeRows * kScoreStride * 4;
 constexpr int kSmemBytes = kFlagAt + 16;
-static_assert(sizeof(MergeArea) <= sizeof(SharedScores));  // which it takes the place of
 constexpr int kSubTiles = kPrefillRows / kDecodeRows;
-static_assert(kStages % 2 == 0);  // scores alternate with stages
+static_assert(kRowBytes % 128 == 0 && kKvTile % kKeys == 0 && kWarpKeys == 8);
 
-// This warp's columns of the 16 rows' queries, as the left operand of the first product.
-template <class T>
-struct Queries {
-  uint32_t q[kSteps][4];
+struct Latent {
+  AttentionParams p;  // of which key_cache is the cache, and a KV head a tile of heads
+  AttentionPartials partials;
+  int group;
+  int decode_items;  // offset in p.work
+  float scale_log2;
+};
 
-  __device__ void load(const Latent& l, const Work& work, int tile) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane / 4 + 8 * half;
-      const bool is_row = row < work.num_rows && work.slot >= 0;
-      const int64_t offset = is_row ? work.token_of(l, row) * l.p.q_token_stride +
-                                          work.head_of(l, tile, row) * l.p.q_head_stride
-                                    : 0;
-      const T* source = static_cast<const T*>(l.p.q) + offset + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const bool is_rope = i == kSteps - 1;
-        const auto* pairs = reinterpret_cast<const uint32_t*>(
-            source + (is_rope ? kLatentSize + warp * kWarpRope : warp * kWarpColumns + 16 * i));
-        q[i][half] = is_row ? pairs[0] : 0;
-        q[i][half + 2] = is_row ? pairs[4] : 0;
-      }
+// 16 packed rows of an item, the same in all threads.
+struct Work {
+  AttentionItem item;
+  int slot, first_query, query_len, seq_len;
+  int position;   // of the row's first query
+  int first_row;  // packed row of the row
+  int num_rows;   // from it on, at most 16; 0 where a prefill item has fewer
+  int kv_end;     // of what these rows see of the item's keys
+
+  __device__ Work(const Latent& l, const int32_t* items, int index, int sub_tile) {
+    const int4* words = reinterpret_cast<const int4*>(items) + 2 * int64_t{index};
+    const int4 head = __ldcg(words), tail = __ldcg(words + 1);
+    item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
+    slot = __ldcg(l.p.row_slots + item.row);
+    first_query = __ldcg(l.p.cu_seqlens_q + item.row);
+    query_len = __ldcg(l.p.cu_seqlens_q + item.row + 1) - first_query;
+    seq_len = __ldcg(l.p.seq_lens + item.row);
+    position = seq_len - query_len;
+    first_row = item.query_tile * kPrefillRows + sub_tile * kDecodeRows;
+    num_rows = max(0, min(kDecodeRows, query_len * l.group - first_row));
+    const int last = first_row + num_rows - 1;
+    kv_end =
+        num_rows == 0 || slot < 0 ? item.kv_begin : min(item.kv_end, position + last / l.group + 1);
+    // A plan that was made for other rows, or one that leads out of bounds, traps here.
+    if (slot >= l.p.num_slots || first_query < 0 || query_len <= 0 || position < 0 ||
+        first_query > l.p.num_tokens - query_len || item.kv_end > seq_len ||
+        (item.kv_end - 1) >> l.p.block_size_log2 >= l.p.max_blocks_per_seq) {
+      __trap();
     }
   }
 
-  // s: what this warp's columns add to the scores of the tile's kept rows, 8 and 8 of them.
-  __device__ __forceinline__ void score(float (&s)[2][4], uint32_t stage) const {
-    const int lane = threadIdx.x % kWarpSize, key = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
-    const uint32_t row = stage + key * kRowBytes + (chunk ^ (key % 8)) * 16;
-    const uint32_t rope =
-        stage + kRopeAt + key * kRopeRowBytes + (chunk ^ (key / 4 % 2)) * 16;
-    float odd[2][4] = {};
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) s[n][j] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      uint32_t b[4];
-      ldmatrix_x4(b, i == kSteps - 1 ? rope : at_chunk(row, 2 * i));
-      float(&sums)[2][4] = i % 2 == 0 ? s : odd;
-      mma_16816<T>(sums[0], q[i], b[0], b[1]);
-      mma_16816<T>(sums[1], q[i], b[2], b[3]);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) s[n][j] += odd[n][j];
-    }
+  __device__ int token_of(const Latent& l, int row) const {
+    return first_query + (first_row + row) / l.group;
+  }
+  __device__ int head_of(const Latent& l, int tile, int row) const {
+    return tile * l.group + (first_row + row) % l.group;
   }
 };
 
-// The scores, from each warp's part s of them: s. `parts` are those of one tile; the barrier is the
-// block's. Every warp adds its own and its neighbour's to the sum of the other two, which is the
-// same sum in all of them.
-__device__ __forceinline__ void add_up(float (&s)[2][4],
-                                       float4 (&parts)[kWarps][kKeys / 8][kWarpSize]) {
+// Copies tile after tile of one item. Eight threads share a kept row; each has two of them.
+template <class T>
+class Loader {
+  static constexpr int kThreadsPerRow = 8, kRowsAtOnce = kThreads / kThreadsPerRow;
+  static constexpr int kParts = kKeys / kRowsAtOnce;
+  static constexpr int kCopies = kRowBytes / 16 / kThreadsPerRow;
+  static_assert(kCopies * kThreadsPerRow * 16 == kRowBytes);
+
+ public:
+  __device__ Loader(const Latent& l, const Work& work)
+      : l_(l),
+        blocks_(l.p.block_table + max(work.slot, 0) * l.p.block_table_stride),
+        tile_(work.item.kv_begin),
+        end_(work.kv_end),
+        row_(threadIdx.x / kThreadsPerRow) {
+    look_up();
+  }
+
+  // Starts the copies of the next tile, as a group; an empty one when all is copied.
+  __device__ void issue(uint32_t stage) {
+    if (tile_ < end_) {
+      const int chunk = threadIdx.x % kThreadsPerRow;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const int row = row_ + part * kRowsAtOnce, key = tile_ + row;
+        if (static_cast<uint32_t>(block_[part]) >= static_cast<uint32_t>(l_.p.num_blocks)) __trap();
+        const T* source =
+            static_cast<const T*>(l_.p.key_cache) + block_[part] * l_.p.key_block_stride +
+            (key & ((1 << l_.p.block_size_log2) - 1)) * l_.p.key_token_stride + chunk * 8;
+        const uint32_t target = stage + row * kRowBytes + (chunk ^ (row % 8)) * 16;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          cp_async_16(target + i * 128, source + i * 64, key < end_);
+        }
+      }
+      tile_ += kKeys;
+      look_up();
+    }
+    cp_async_commit();
+  }
+
+ private:
+  // Reads ahead: the blocks of the next tile's rows.
+  __device__ void look_up() {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int key = tile_ + row_ + part * kRowsAtOnce;
+      block_[part] = key < end_ ? __ldcg(blocks_ + (key >> l_.p.block_size_log2)) : 0;
+    }
+  }
+
+  const Latent& l_;
+  const int32_t* blocks_;
+  int tile_, end_, row_;
+  int64_t block_[kParts];
+};
+
+// The rows' queries, as they lie, into swizzled rows; zeros where there are none.
+template <class T>
+__device__ void load_queries(const Latent& l, const Work& work, int tile, unsigned char* queries) {
+  constexpr int kChunks = kRowBytes / 16;
+  for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    uint4 value{};
+    if (row < work.num_rows && work.slot >= 0) {
+      const T* source = static_cast<const T*>(l.p.q) + work.token_of(l, row) * l.p.q_token_stride +
+                        work.head_of(l, tile, row) * l.p.q_head_stride;
+      value = *reinterpret_cast<const uint4*>(source + chunk * 8);
+    }
+    *reinterpret_cast<uint4*>(queries + row * kRowBytes + (chunk ^ (row % 8)) * 16) = value;
+  }
+}
+
+// The scores of this warp's 8 kept rows -> its columns of `scores`.
+template <class T>
+__device__ __forceinline__ void score(uint32_t stage, uint32_t queries, float* scores) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int key = warp * kWarpKeys + lane % 8;
+  const uint32_t keys_at = stage + key * kRowBytes + ((lane / 8) ^ (lane % 8)) * 16;
+  const uint32_t queries_at = queries + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
+  float sums[4][4] = {};
 #pragma unroll
-  for (int n = 0; n < 2; ++n) parts[warp][n][lane] = {s[n][0], s[n][1], s[n][2], s[n][3]};
-  __syncthreads();
+  for (int i = 0; i < kWidth / 32; ++i) {
+    uint32_t a[4], b[4];
+    ldmatrix_x4(b, at_chunk(keys_at, 4 * i));
+    ldmatrix_x4(a, at_chunk(queries_at, 4 * i));
+    mma_16816<T>(sums[i % 2 * 2], a, b[0], b[1]);
+    ldmatrix_x4(a, at_chunk(queries_at, 4 * i + 2));
+    mma_16816<T>(sums[i % 2 * 2 + 1], a, b[2], b[3]);
+  }
+  const int column = warp * kWarpKeys + lane % 4 * 2;
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const float4 a = parts[warp ^ 1][n][lane], b = parts[warp ^ 2][n][lane],
-                 c = parts[warp ^ 3][n][lane];
-    s[n][0] = (s[n][0] + a.x) + (b.x + c.x);
-    s[n][1] = (s[n][1] + a.y) + (b.y + c.y);
-    s[n][2] = (s[n][2] + a.z) + (b.z + c.z);
-    s[n][3] = (s[n][3] + a.w) + (b.w + c.w);
+  for (int half = 0; half < 2; ++half) {
+    const int j = 2 * half;
+    float2 pair;
+    pair.x = (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]);
+    pair.y = (sums[0][j + 1] + sums[1][j + 1]) + (sums[2][j + 1] + sums[3][j + 1]);
+    *reinterpret_cast<float2*>(scores + (lane / 4 + 8 * half) * kScoreStride + column) = pair;
   }
 }
 
@@ -134,24 +211,24 @@ struct Rows {
     }
   }
 
-  __device__ void mask(float (&s)[2][4], int first_key) const {
-    const int column = first_key + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (column + 8 * n + j % 2 > position[j / 2]) s[n][j] = -INFINITY;
-      }
-    }
-  }
-
-  // Online softmax: makes the weights of s, as the left operand of the second product, and rescales
-  // the sums so far.
-  __device__ void weigh(const float (&s)[2][4], float scale_log2, uint32_t (&weights)[4]) {
+  // Online softmax over a tile from key `first` on: its weights, as left operands of the second
+  // product for 16 keys each, and the sums so far rescaled.
+  __device__ void weigh(const float* scores, int first, float scale_log2,
+                        uint32_t (&weights)[2][4]) {
+    const int lane = threadIdx.x % kWarpSize, column = lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int j = 2 * half;
-      float highest = fmaxf(fmaxf(s[0][j], s[0][j + 1]), fmaxf(s[1][j], s[1][j + 1]));
+      const float* row = scores + (lane / 4 + 8 * half) * kScoreStride + column;
+      float s[4][2];
+      float highest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float2 pair = *reinterpret_cast<const float2*>(row + 8 * n);
+        const int key = first + 8 * n + column;
+        s[n][0] = key <= position[half] ? pair.x : -INFINITY;
+        s[n][1] = key < position[half] ? pair.y : -INFINITY;
+        highest = fmaxf(highest, fmaxf(s[n][0], s[n][1]));
+      }
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
       const float before = largest[half];
@@ -160,31 +237,35 @@ struct Rows {
       const float factor = exp2_approx(before - shift);
       float total = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float low = exp2_approx(fmaf(s[n][j], scale_log2, -shift));
-        const float high = exp2_approx(fmaf(s[n][j + 1], scale_log2, -shift));
-        weights[half + 2 * n] = pack_pair<T>(low, high);
+      for (int n = 0; n < 4; ++n) {
+        const float low = exp2_approx(fmaf(s[n][0], scale_log2, -shift));
+        const float high = exp2_approx(fmaf(s[n][1], scale_log2, -shift));
+        weights[n / 2][half + n % 2 * 2] = pack_pair<T>(low, high);
         total += low + high;
       }
       sum[half] = sum[half] * factor + total;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        acc[i][j] *= factor;
-        acc[i][j + 1] *= factor;
+        acc[i][2 * half] *= factor;
+        acc[i][2 * half + 1] *= factor;
       }
     }
   }
 
   // acc += weights * this warp's columns of the tile.
-  __device__ void add(const uint32_t (&weights)[4], uint32_t stage) {
-    const int lane = threadIdx.x % kWarpSize;
-    const uint32_t values = stage + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16;
+  __device__ void add(const uint32_t (&weights)[2][4], uint32_t stage) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const uint32_t values =
+        stage + lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16 + warp * kWarpColumns * 2;
 #pragma unroll
-    for (int i = 0; i < kTiles; i += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, at_chunk(values, i));
-      mma_16816<T>(acc[i], weights, b[0], b[1]);
-      mma_16816<T>(acc[i + 1], weights, b[2], b[3]);
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int i = 0; i < kTiles; i += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, at_chunk(values + step * 16 * kRowBytes, i));
+        mma_16816<T>(acc[i], weights[step], b[0], b[1]);
+        mma_16816<T>(acc[i + 1], weights[step], b[2], b[3]);
+      }
     }
   }
 };
@@ -238,93 +319,55 @@ __device__ void write_rows(const Latent& l, const Work& work, int tile, int sub_
   }
 }
 
-// Where an item is one of several of its query tile: the last of the CTAs of its group of splits,
-// or of all, puts theirs together, and where there are groups the last of those all groups. Rows of
-// the tile are those of `whole`, of which this CTA has had a part.
+// Where an item is one of several of its query tile: the last of all their CTAs merges them. Rows
+// of the tile are those of `whole`, of which this CTA has had a part.
 template <class T, int kItemRows>
 __device__ void merge(const Latent& l, const Work& work, const Work& whole, int tile,
-                      MergeArea& area, int32_t* flag) {
+                      int32_t* flag) {
   constexpr int kParts = kItemRows / kDecodeRows;
-  const int num_splits = work.item.num_splits, first = work.item.partial - work.item.split;
-  const int size = splits_of_group(num_splits), begin = work.item.split / size * size;
-  const bool has_groups = size < num_splits;
-  // Split 0's counter is of all; a group's is that of its first split, or of the one behind it.
-  const auto arrives = [&](int split, int count) {
-    int32_t* arrivals =
-        l.partials.arrivals + static_cast<int64_t>(first + split) * l.p.num_kv_heads + tile;
-    return arrives_last(arrivals, count, flag);
-  };
-  Parts parts{first + begin, 1, min(size, num_splits - begin)};
-  const int counter = has_groups && begin == 0 ? 1 : begin;
-  if (!arrives(counter, parts.count * kParts)) return;
-#pragma unroll 1
-  for (bool is_all = !has_groups;; is_all = true) {
-    const int64_t target = static_cast<int64_t>(parts.first) * l.p.num_kv_heads + tile;
-    put_together<kItemRows>(
-        l.partials, parts, tile, l.p.num_kv_heads, whole.num_rows, area,
-        [&](int row, float2 stats, const float(&total)[4]) {
-          const int column = threadIdx.x * 4;
-          if (!is_all) {  // in the place of the group's first
-            const int64_t at = target * kItemRows + row;
-            float4 sums = {total[0], total[1], total[2], total[3]};
-            *reinterpret_cast<float4*>(l.partials.acc + at * kLatentSize + column) = sums;
-            if (column == 0) *reinterpret_cast<float2*>(l.partials.stats + at * 2) = stats;
-          } else if (work.slot >= 0) {
-            const float scale = stats.y == 0.0f ? 0.0f : 1.0f / stats.y;
-            *reinterpret_cast<uint2*>(out_row<T>(l, whole, tile, row) + column) =
-                make_uint2(pack_pair<T>(total[0] * scale, total[1] * scale),
-                           pack_pair<T>(total[2] * scale, total[3] * scale));
-          }
-        });
-    if (is_all) return;
-    parts = {first, size, (num_splits - 1) / size + 1};
-    if (!arrives(0, parts.count)) return;
+  const int first = work.item.partial - work.item.split;
+  int32_t* arrivals = l.partials.arrivals + static_cast<int64_t>(first) * l.p.num_kv_heads + tile;
+  if (!arrives_last(arrivals, work.item.num_splits * kParts, flag) || work.slot < 0) return;
+  for (int row = threadIdx.x / kWarpSize; row < whole.num_rows; row += kWarps) {
+    merge_row<T, kLatentSize, kItemRows>(l.partials, first, work.item.num_splits, tile,
+                                         l.p.num_kv_heads, row, out_row<T>(l, whole, tile, row));
   }
 }
 
-// The items of a CTA, one after the other.
 template <class T, int kItemRows>
-__device__ void attend(const Latent& l, const Items& items, int tile, unsigned char* smem) {
-  const uint32_t ring = smem_address(smem) + threadIdx.x / kWarpSize * kWarpBytes;
-  auto& scores = *reinterpret_cast<SharedScores*>(smem + kScoresAt);
-  Loader<T> loader(l, items);
+__device__ void attend(const Latent& l, const int32_t* items, int index, int tile, int sub_tile,
+                       unsigned char* smem) {
+  const Work work(l, items, index, sub_tile);
+  if (kItemRows == kDecodeRows && work.query_len * l.group > kDecodeRows) __trap();
+  const uint32_t stages = smem_address(smem);
+  auto* scores = reinterpret_cast<float*>(smem + kScoresAt);
+  __syncthreads();  // what the item before has left is read
+  Loader<T> loader(l, work);
+  loader.issue(stages);
+  load_queries<T>(l, work, tile, smem + kQueriesAt);
+  Rows<T> rows(l, work);
+  uint32_t here = stages, there = stages + kStageBytes;
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) loader.issue(ring + i * kStageBytes);
-  int stage = 0;
-#pragma unroll 1
-  for (int index = items.first; index < items.last; ++index) {
-    const Work work = items.at(l, index);
-    if (kItemRows == kDecodeRows && work.query_len * l.group > kDecodeRows) __trap();
-    Queries<T> queries;
-    queries.load(l, work, tile);
-    Rows<T> rows(l, work);
-    const int unmasked_end = work.position + work.first_row / l.group + 1;
-#pragma unroll 1
-    for (int first = work.item.kv_begin; first < work.kv_end; first += kKeys) {
-      // Into the stage before this one, which is read.
-      loader.issue(ring + (stage + kStages - 1) % kStages * kStageBytes);
-      const uint32_t here = ring + stage * kStageBytes;
-      cp_async_wait<kStages - 1>();
-      __syncwarp();
-      float s[2][4];
-      queries.score(s, here);
-      add_up(s, scores[stage % 2]);  // nobody reads those of two tiles ago since the last barrier
-      if (first + kKeys > unmasked_end) rows.mask(s, first);
-      uint32_t weights[4];
-      rows.weigh(s, l.scale_log2, weights);
-      rows.add(weights, here);
-      __syncwarp();  // the stage is read
-      stage = (stage + 1) % kStages;
-    }
-    write_rows<T, kItemRows>(l, work, tile, items.sub_tile, rows);
-    if (work.item.num_splits == 1) continue;
-    Work whole = work;
-    whole.first_row -= items.sub_tile * kDecodeRows;
-    whole.num_rows = min(kItemRows, work.query_len * l.group - whole.first_row);
-    merge<T, kItemRows>(l, work, whole, tile, *reinterpret_cast<MergeArea*>(smem + kScoresAt),
-                        reinterpret_cast<int32_t*>(smem + kFlagAt));
+  for (int first = work.item.kv_begin; first < work.kv_end; first += kKeys) {
+    cp_async_wait<0>();
+    __syncthreads();  // the tile and the queries are there, the tile and the scores before are read
+    loader.issue(there);
+    score<T>(here, stages + kQueriesAt, scores);
+    __syncthreads();
+    uint32_t weights[2][4];
+    rows.weigh(scores, first, l.scale_log2, weights);
+    rows.add(weights, here);
+    const uint32_t read = here;
+    here = there;
+    there = read;
   }
   cp_async_wait<0>();
+  write_rows<T, kItemRows>(l, work, tile, sub_tile, rows);
+  if (work.item.num_splits == 1) return;
+  Work whole = work;
+  whole.first_row -= sub_tile * kDecodeRows;
+  whole.num_rows = min(kItemRows, work.query_len * l.group - whole.first_row);
+  merge<T, kItemRows>(l, work, whole, tile, reinterpret_cast<int32_t*>(smem + kFlagAt));
 }
 
 // Grid of decode: tiles of heads, ranges of the plan behind each other; each CTA takes the items of
@@ -351,7 +394,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     last = min(last, __ldcg(work + kWorkNumPrefillItems));
     items = __ldcg(work + kWorkPrefillItemsOffset);
   }
-  attend<T, kItemRows>(l, {work + items, first, last, part}, tile, dynamic_smem);
+#pragma unroll 1
+  for (int index = first; index < last; ++index) {
+    attend<T, kItemRows>(l, work + items, index, tile, part, dynamic_smem);
+  }
 }
 
 // Of the decode items (kItemRows is kDecodeRows) or of the prefill items of a plan.
