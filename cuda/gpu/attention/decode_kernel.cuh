@@ -260,9 +260,9 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   constexpr bool kHasHalves = kStages == 1;
 
   if (!has_rope<kKind>(d)) pdl_wait();
-  const int first_item = load_kept(d.p.work + kDecodeStartsOffset + range);
-  const int last_item = load_kept(d.p.work + kDecodeStartsOffset + range + 1);
-  if (load_kept(d.p.work + kWorkNumDecodeRanges) != static_cast<int>(gridDim.y)) {
+  const int first_item = __ldcg(d.p.work + kDecodeStartsOffset + range);
+  const int last_item = __ldcg(d.p.work + kDecodeStartsOffset + range + 1);
+  if (__ldcg(d.p.work + kWorkNumDecodeRanges) != static_cast<int>(gridDim.y)) {
     __trap();  // not planned for this device
   }
   if (first_item == last_item) {

@@ -43,12 +43,12 @@ struct Work {
   __device__ Work(const Decode& d, int index) {
     const int4* words =
         reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
-    const int4 head = load_kept(words), tail = load_kept(words + 1);
+    const int4 head = __ldcg(words), tail = __ldcg(words + 1);
     item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
-    slot = load_kept(d.p.row_slots + item.row);
-    first_query = load_kept(d.p.cu_seqlens_q + item.row);
-    query_len = load_kept(d.p.cu_seqlens_q + item.row + 1) - first_query;
-    seq_len = load_kept(d.p.seq_lens + item.row);
+    slot = __ldcg(d.p.row_slots + item.row);
+    first_query = __ldcg(d.p.cu_seqlens_q + item.row);
+    query_len = __ldcg(d.p.cu_seqlens_q + item.row + 1) - first_query;
+    seq_len = __ldcg(d.p.seq_lens + item.row);
     first_visible = d.p.window > 0 ? max(0, seq_len - query_len - d.p.window + 1) : 0;
     // A plan that was made for other rows, or one that leads out of bounds, traps here.
     if (slot >= d.p.num_slots || first_query < 0 || query_len <= 0 ||
@@ -238,7 +238,7 @@ class Loader {
 
   // Reads ahead: the block of the next tile's key.
   __device__ void look_up() {
-    block_ = is_copied(key()) ? load_kept(blocks_ + (key() >> d_.p.block_size_log2)) : 0;
+    block_ = is_copied(key()) ? __ldcg(blocks_ + (key() >> d_.p.block_size_log2)) : 0;
   }
 
   __device__ void copy(uint32_t stage, const T* source, int64_t offset, unsigned copied) const {

@@ -119,28 +119,6 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
   return value;
 }
 
-// A word, or 16 bytes, past L1, which L2 keeps longer than anything that it is not asked to keep: for
-// the little that each of a step's kernels reads again, between which whole matrices pass through.
-__device__ __forceinline__ uint64_t kept_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ int32_t load_kept(const int32_t* source) {
-  int32_t value;
-  asm volatile("ld.global.cg.L2::cache_hint.b32 %0, [%1], %2;\n"
-               : "=r"(value)
-               : "l"(source), "l"(kept_policy()));
-  return value;
-}
-__device__ __forceinline__ int4 load_kept(const int4* source) {
-  int4 value;
-  asm volatile("ld.global.cg.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(source), "l"(kept_policy()));
-  return value;
-}
-
 // Hides from the compiler how `value` was computed: what was derived from it before, its floats for
 // example, is derived again instead of being held in registers.
 __device__ __forceinline__ void forget_origin(uint4& value) {
