@@ -355,11 +355,9 @@ void check(const std::vector<Row>& rows, Shape shape) {
 
 int main(int, char** argv) {
   machine::num_too_early = std::atoi(argv[2]);
-  const std::vector<Row> mixed = {{1, 1},  {1, 130}, {0, 0},   {1, 20, true},
-                                  {1, 64}, {1, 65},  {1, 200}, {1, 17}};
+  const std::vector<Row> many(80, {1, 3}), mixed = {
+      {1, 1}, {1, 130}, {0, 0}, {1, 20, true}, {1, 64}, {1, 65}, {1, 200}, {1, 17}};
   const std::vector<Row> queries = {{3, 70}, {4, 4}, {2, 129}, {1, 50}, {4, 67}};
-  std::vector<Row> many;  // more than 32 of a CTA, most without keys of the last warp
-  for (int i = 0; i < 120; ++i) many.push_back({1, 1 + 7 * i % 60});
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
     machine::lands_late = round % 2 == 0;
     using decode::Kind;

@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     return;
   }
 
-  Works works(d, first_item, last_item);
-  Loader<T, kHeadDim, kStages, kKind> loader(d, works, kv_head, first_item, last_item);
+  Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, first_item, last_item);
   const uint32_t end_stage = cache + L::kWarpBytes;
 #pragma unroll 1
   for (uint32_t stage = cache; stage != end_stage; stage += L::kStageBytes) loader.issue(stage);
@@ -282,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   Rows<T, kHeadDim> rows;
 #pragma unroll 1
   for (int index = first_item; index < last_item; ++index) {
-    const Work work = works.at(index);
+    const Work work(d, index);
     NewKey<T, kHeadDim, kKind> new_key(d, kv_head);
     if (has_rope<kKind>(d)) {
       if (work.seq_len > d.rope.max_position) __trap();

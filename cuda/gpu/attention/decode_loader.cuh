@@ -33,13 +33,12 @@ struct Decode {
   ScoreScale scale;
 };
 
-// An item and its row.
+// An item and its row, the same in all threads.
 struct Work {
   AttentionItem item;
   int slot, first_query, query_len, seq_len;
   int first_visible;  // key, of the row's first query
 
-  Work() = default;
   __device__ Work(const Decode& d, int index) {
     const int4* words =
         reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
@@ -58,43 +57,6 @@ struct Work {
       __trap();
     }
   }
-
-  // What another lane has, but for the row, the query tile and the first item.
-  __device__ Work of_lane(int lane) const {
-    Work work = *this;
-    for (int* word :
-         {&work.item.kv_begin, &work.item.kv_end, &work.item.num_splits, &work.item.split,
-          &work.item.partial, &work.slot, &work.first_query, &work.query_len, &work.seq_len,
-          &work.first_visible}) {
-      *word = __shfl_sync(kFullMask, *word, lane);
-    }
-    return work;
-  }
-};
-
-// The items of a CTA, in turn. Each lane reads one of the next 32 in advance: two loads, the second
-// of what the first has found, for which no warp then waits between an item and the next.
-class Works {
- public:
-  __device__ Works(const Decode& d, int first_item, int last_item) : d_(d), last_item_(last_item) {
-    read(first_item);
-  }
-
-  // `index` is never smaller than the last time.
-  __device__ Work at(int index) {
-    if (index >= first_ + kWarpSize) read(index);
-    return mine_.of_lane(index - first_);
-  }
-
- private:
-  __device__ void read(int first) {
-    first_ = first;
-    mine_ = Work(d_, min(first + static_cast<int>(threadIdx.x) % kWarpSize, last_item_ - 1));
-  }
-
-  const Decode& d_;
-  int last_item_, first_ = 0;
-  Work mine_;
 };
 
 // The first key of the item's first tile that is this warp's; there may be none.
@@ -135,10 +97,8 @@ class Loader {
   static_assert(kWarpKeys % kRowsPerCopy == 0);
 
  public:
-  __device__ Loader(const Decode& d, const Works& works, int kv_head, int first_item,
-                    int last_item)
+  __device__ Loader(const Decode& d, int kv_head, int first_item, int last_item)
       : d_(d),
-        works_(works),
         keys_(static_cast<const T*>(d.p.key_cache) + kv_head * d.p.key_head_stride),
         values_(static_cast<const T*>(d.p.value_cache) + kv_head * d.p.value_head_stride),
         next_item_(first_item),
@@ -148,20 +108,20 @@ class Loader {
     keys_ += chunk * kChunk;
     values_ += chunk * kChunk;
     destination_ = copy_row_ * L::kRowBytes + (chunk ^ copy_row_) * 16;
-    begin_item();
-    look_up();
   }
 
   // Starts the copies of the next tile into a stage of this warp, as two groups; empty ones when
   // all is copied.
   __device__ void issue(uint32_t stage) {
+    if (first_key_ >= kv_end_) begin_item();
     if (first_key_ < kv_end_) {
       const Found found = find();
       copy_keys(stage, found);
       cp_async_commit();
       copy_values(stage, found);
       cp_async_commit();
-      advance();
+      first_key_ += kKvTile;
+      look_up();
     } else {
       cp_async_commit();
       cp_async_commit();
@@ -170,6 +130,7 @@ class Loader {
 
   // The same in two halves: keys, and then the values of those, each into a group.
   __device__ void issue_keys(uint32_t stage) {
+    if (first_key_ >= kv_end_) begin_item();
     if (first_key_ < kv_end_) {
       found_ = find();
       copy_keys(stage, found_);
@@ -180,7 +141,8 @@ class Loader {
   __device__ void issue_values(uint32_t stage) {
     if (first_key_ < kv_end_) {
       copy_values(stage, found_);
-      advance();
+      first_key_ += kKvTile;
+      look_up();
     }
     cp_async_commit();
   }
@@ -210,18 +172,12 @@ class Loader {
          found.copied);
   }
 
-  __device__ void advance() {
-    first_key_ += kKvTile;
-    begin_item();
-    look_up();
-  }
-
-  // At an item's end, begins the next one of which this warp has keys.
+  // Begins the next item of which this warp has keys.
   __device__ void begin_item() {
 #pragma unroll 1
     while (first_key_ >= kv_end_) {
       if (next_item_ >= last_item_) return;
-      const Work work = works_.at(next_item_++);
+      const Work work(d_, next_item_++);
       first_key_ = first_key_of_warp(work);
       kv_end_ = work.item.kv_end;
       copy_end_ = has_rope<kKind>(d_) ? min(kv_end_, work.seq_len - work.query_len) : kv_end_;
@@ -229,6 +185,7 @@ class Loader {
       first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
       blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
     }
+    look_up();
   }
 
   // The key of the next tile that this lane finds; lanes 16 apart have the same.
@@ -254,7 +211,6 @@ class Loader {
   }
 
   const Decode& d_;
-  Works works_;
   const T* keys_;  // of the KV head, at this lane's chunk
   const T* values_;
   const int32_t* blocks_ = nullptr;
