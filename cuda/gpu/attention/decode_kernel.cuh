@@ -4,8 +4,7 @@
 // A CTA of 4 warps works through the items of one range of the plan for one KV head. Of each tile
 // of 64 keys a warp owns 16: it copies, scores and sums them by itself, with its own running
 // maximum, so that the tile loop has no block-wide barrier; the four results are put together at
-// an item's end. A warp that owns none of a tile's keys skips it, and spends no stage on it.
-// Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
+// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
 // items too, keys and values in groups of their own: values may land while keys are being scored.
 // A stage is filled again as soon as it is read, so that while an item's end and the next one's
 // begin keep the warps from their keys, all stages are under way.
@@ -295,10 +294,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     const int unmasked_begin = d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
     const int unmasked_end = work.seq_len - work.query_len + 1;
 #pragma unroll 1
-    for (int first_key = first_key_of_warp(work); first_key < work.item.kv_end;
-         first_key += kKvTile) {
+    for (int tile = work.item.kv_begin; tile < work.item.kv_end; tile += kKvTile) {
       cp_async_wait<2 * kStages - 1>();
       __syncwarp();
+      const int first_key = tile + warp * kWarpKeys;
       if (has_rope<kKind>(d)) {
         if (new_key.position() >= first_key && new_key.position() < first_key + kWarpKeys) {
           cp_async_wait<2 * kStages - 2>();

@@ -59,11 +59,6 @@ struct Work {
   }
 };
 
-// The first key of the item's first tile that is this warp's; there may be none.
-__device__ __forceinline__ int first_key_of_warp(const Work& work) {
-  return work.item.kv_begin + threadIdx.x / kWarpSize * kWarpKeys;
-}
-
 // What a kernel does: rope_write_kv's work too (kRope), or what its arguments say (kGeneral: that
 // work or not, capped scores or not).
 enum class Kind { kPlain, kRope, kGeneral };
@@ -113,14 +108,14 @@ class Loader {
   // Starts the copies of the next tile into a stage of this warp, as two groups; empty ones when
   // all is copied.
   __device__ void issue(uint32_t stage) {
-    if (first_key_ >= kv_end_) begin_item();
-    if (first_key_ < kv_end_) {
+    if (tile_ >= kv_end_) begin_item();
+    if (tile_ < kv_end_) {
       const Found found = find();
       copy_keys(stage, found);
       cp_async_commit();
       copy_values(stage, found);
       cp_async_commit();
-      first_key_ += kKvTile;
+      tile_ += kKvTile;
       look_up();
     } else {
       cp_async_commit();
@@ -130,8 +125,8 @@ class Loader {
 
   // The same in two halves: keys, and then the values of those, each into a group.
   __device__ void issue_keys(uint32_t stage) {
-    if (first_key_ >= kv_end_) begin_item();
-    if (first_key_ < kv_end_) {
+    if (tile_ >= kv_end_) begin_item();
+    if (tile_ < kv_end_) {
       found_ = find();
       copy_keys(stage, found_);
     }
@@ -139,9 +134,9 @@ class Loader {
   }
 
   __device__ void issue_values(uint32_t stage) {
-    if (first_key_ < kv_end_) {
+    if (tile_ < kv_end_) {
       copy_values(stage, found_);
-      first_key_ += kKvTile;
+      tile_ += kKvTile;
       look_up();
     }
     cp_async_commit();
@@ -172,24 +167,22 @@ class Loader {
          found.copied);
   }
 
-  // Begins the next item of which this warp has keys.
   __device__ void begin_item() {
-#pragma unroll 1
-    while (first_key_ >= kv_end_) {
-      if (next_item_ >= last_item_) return;
-      const Work work(d_, next_item_++);
-      first_key_ = first_key_of_warp(work);
-      kv_end_ = work.item.kv_end;
-      copy_end_ = has_rope<kKind>(d_) ? min(kv_end_, work.seq_len - work.query_len) : kv_end_;
-      // A padded row has no blocks, so none of its keys is copied.
-      first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
-      blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
-    }
+    if (next_item_ >= last_item_) return;
+    const Work work(d_, next_item_++);
+    tile_ = work.item.kv_begin;
+    kv_end_ = work.item.kv_end;
+    copy_end_ = has_rope<kKind>(d_) ? min(kv_end_, work.seq_len - work.query_len) : kv_end_;
+    // A padded row has no blocks, so none of its keys is copied.
+    first_visible_ = work.slot < 0 ? kv_end_ : work.first_visible;
+    blocks_ = d_.p.block_table + max(work.slot, 0) * d_.p.block_table_stride;
     look_up();
   }
 
   // The key of the next tile that this lane finds; lanes 16 apart have the same.
-  __device__ int key() const { return first_key_ + threadIdx.x % kWarpKeys; }
+  __device__ int key() const {
+    return tile_ + threadIdx.x / kWarpSize * kWarpKeys + threadIdx.x % kWarpKeys;
+  }
 
   __device__ bool is_copied(int key) const { return key >= first_visible_ && key < copy_end_; }
 
@@ -215,8 +208,7 @@ class Loader {
   const T* values_;
   const int32_t* blocks_ = nullptr;
   int next_item_, last_item_;
-  int first_key_ = 0;  // of this warp, in the next tile
-  int kv_end_ = 0, first_visible_ = 0;  // of the current item
+  int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // of the current item
   int copy_end_ = 0;
   int block_ = 0;                                  // of key()
   Found found_;                                    // by issue_keys
