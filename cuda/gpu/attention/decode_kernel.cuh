@@ -6,8 +6,6 @@
 // maximum, so that the tile loop has no block-wide barrier; the four results are put together at
 // an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
 // items too, keys and values in groups of their own: values may land while keys are being scored.
-// A stage is filled again as soon as it is read, so that while an item's end and the next one's
-// begin keep the warps from their keys, all stages are under way.
 // Scores and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to
 // the operand of the second without leaving registers (Dao 2023, FlashAttention-2).
 // Keys that no query of the row may see are never read: zeros stand in for them, and where a tile
@@ -272,9 +270,16 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 
   Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, first_item, last_item);
   const uint32_t end_stage = cache + L::kWarpBytes;
+  uint32_t write_stage = cache, read_stage = cache;
+  const auto after = [&](uint32_t stage) {
+    return stage + L::kStageBytes == end_stage ? cache : stage + L::kStageBytes;
+  };
+  if constexpr (kHasHalves) loader.issue(cache);
 #pragma unroll 1
-  for (uint32_t stage = cache; stage != end_stage; stage += L::kStageBytes) loader.issue(stage);
-  uint32_t read_stage = cache;
+  for (int i = 0; i < kStages - 1; ++i) {
+    loader.issue(write_stage);
+    write_stage = after(write_stage);
+  }
   if (has_rope<kKind>(d)) pdl_wait();
   pdl_launch_dependents();
   Rows<T, kHeadDim> rows;
@@ -295,6 +300,11 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     const int unmasked_end = work.seq_len - work.query_len + 1;
 #pragma unroll 1
     for (int tile = work.item.kv_begin; tile < work.item.kv_end; tile += kKvTile) {
+      if constexpr (!kHasHalves) {
+        loader.issue(write_stage);
+        write_stage = after(write_stage);
+      }
+
       cp_async_wait<2 * kStages - 1>();
       __syncwarp();
       const int first_key = tile + warp * kWarpKeys;
@@ -337,9 +347,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       if constexpr (kHasHalves) {
         loader.issue_values(read_stage);
       } else {
-        loader.issue(read_stage);
-        read_stage += L::kStageBytes;
-        if (read_stage == end_stage) read_stage = cache;
+        read_stage = after(read_stage);
       }
     }
     finish<T, kHeadDim>(d, work, kv_head, rows, area);
