@@ -96,8 +96,15 @@ struct Pieces {
   }
 };
 
+// CTAs an SM; of two, ptxas spills for sm_120.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResident = 1;
+#else
+constexpr int kResident = 2;
+#endif
+
 template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kResident)
     shrink_kernel(LoraShrinkParams p, int row_blocks, int split_columns) {
   constexpr int kTokens = kMmaTokens * kTokenTiles, kRows = 8 * kRowTiles;
   constexpr int kLog2Tokens = kTokenTiles == 1 ? 4 : 5;
