@@ -9,6 +9,7 @@ from torch import Tensor
 from pyserve import ops
 from pyserve.ops import reference
 from tests.ops import oracle
+from tests.ops.norm_case import check_norm_of_what_is_added
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Multiples of 8 take the vector kernel up to 16384; 60, 1001 and 16392 the plain one.
@@ -62,14 +63,7 @@ def test_the_norm_of_what_is_added(dtype: torch.dtype, hidden: int) -> None:
     torch.manual_seed(hidden)
     x, residual = random(2, 9, hidden, dtype=dtype)
     weight, x_weight = random(hidden, dtype=dtype), random(hidden, dtype=dtype)
-    twin_residual, plain, before = residual.clone(), torch.empty_like(x), residual.clone()
-    reference.add_rms_norm(x, twin_residual, weight, 1e-5, plain, 1.0, x_weight)
-    out = ops.add_rms_norm(x, residual, weight, 1e-5, offset=1.0, x_weight=x_weight)
-    normed = oracle.rms_norm(x, x_weight, 1e-5, 1.0)
-    rounded = torch.finfo(dtype).eps * normed.abs()  # before it is added
-    oracle.assert_ratio(residual, twin_residual, before.double() + normed, sum_errors=rounded)
-    reference.rms_norm(residual, weight, 1e-5, plain, 1.0)
-    oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5, 1.0))
+    check_norm_of_what_is_added(x, residual, weight, x_weight)
 
 
 @pytest.mark.parametrize("begin", [40, 41])  # 16-byte aligned rows, and not

@@ -76,6 +76,18 @@ def check(server: ServerProcess, expected: list[float]) -> None:
     assert max(errors) < MAX_ERROR * max(1.0, -min(expected)), max(errors)
 
 
+def check_all(server: ServerProcess, expected: list[float]) -> None:
+    """Cold, from the prefix cache, and after each way to sleep."""
+    for _ in range(2):
+        check(server, expected)
+    for level in (1, 2):
+        ask(server, f"/sleep?level={level}", {})
+        ask(server, "/wake_up", {})
+        check(server, expected)
+    for question, part in ANSWERS.items():
+        assert part in answer(server, question), question
+
+
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize("flags", [("--enforce-eager",), ()], ids=["eager", "graphs"])
 def test_the_answers_of_one_card(
@@ -86,14 +98,7 @@ def test_the_answers_of_one_card(
     flags = (*SMALL, "--tensor-parallel-size", str(tp_size), *flags)
     with running_server(flags, folder=ROOT) as server:
         server.wait_ready(READY_S)
-        for _ in range(2):  # then from the prefix cache
-            check(server, expected)
-        for level in (1, 2):
-            ask(server, f"/sleep?level={level}", {})
-            ask(server, "/wake_up", {})
-            check(server, expected)
-        for question, part in ANSWERS.items():
-            assert part in answer(server, question), question
+        check_all(server, expected)
         body = {"prompt": PROMPT, "max_tokens": 48, "seed": 3, "ignore_eos": True}
         texts = {ask(server, "/v1/completions", body)["choices"][0]["text"] for _ in range(3)}
         assert len(texts) == 1, "a seed gives one answer"
@@ -109,14 +114,7 @@ def test_two_cards_under_torchrun(way: str, expected: list[float]) -> None:
     flags = SMALL if " " in way else (*SMALL, f"--{way}-parallel-size", "2")
     with running_server(flags, command=TORCHRUN, folder=ROOT) as server:
         server.wait_ready(READY_S)
-        for _ in range(2):
-            check(server, expected)
-        for level in (1, 2):
-            ask(server, f"/sleep?level={level}", {})
-            ask(server, "/wake_up", {})
-            check(server, expected)
-        for question, part in ANSWERS.items():
-            assert part in answer(server, question), question
+        check_all(server, expected)
         log = Path(server.log).read_text()
         assert "Traceback" not in log and "the ledger says" in log
         assert ("an all-reduce of 2 ranks takes" in log) == (" " in way)

@@ -29,33 +29,6 @@ unsigned __ballot_sync(unsigned mask, bool is_set) {
   return lanes;
 }
 
-template <class T>
-float2 unpack_pair(uint32_t pair) {
-  return {element<T>(pair, 0), element<T>(pair, 1)};
-}
-
-template <class T>
-void unpack(const uint4& packed, float (&x)[kVec]) {
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-  for (int i = 0; i < kVec; ++i) x[i] = element<T>(words[i / 2], i % 2);
-}
-
-template <class T>
-uint4 pack(const float (&x)[kVec]) {
-  return {pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]), pack_pair<T>(x[4], x[5]),
-          pack_pair<T>(x[6], x[7])};
-}
-
-template <class T>
-uint4 load_vec(const T* from) {
-  return *reinterpret_cast<const uint4*>(from);
-}
-
-template <class T>
-void store_vec(T* to, const uint4& packed) {
-  *reinterpret_cast<uint4*>(to) = packed;
-}
-
 struct {
   struct {
     operator unsigned() const { return machine::first_block % gridDim.x; }

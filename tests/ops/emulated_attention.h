@@ -2,16 +2,10 @@
 #pragma once
 
 #include "emulated.h"
+#include "emulated_vec.h"
 
 #define __grid_constant__
-#define __host__
 
-struct float2 {
-  float x, y;
-};
-struct float4 {
-  float x, y, z, w;
-};
 struct int4 {
   int x, y, z, w;
 };
@@ -49,11 +43,6 @@ float __shfl_sync(unsigned mask, float x, int from) {
 }
 
 float exp2_approx(float x) { return std::exp2(x); }
-
-template <class T>
-uint32_t pack_pair(float low, float high) {
-  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
-}
 
 // What ldmatrix_x4 gives of each matrix, of its transpose.
 void ldmatrix_x4_trans(uint32_t (&words)[4], uint32_t address) {

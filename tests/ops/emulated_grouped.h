@@ -18,4 +18,5 @@ struct GroupedParams {
   Epilogue epilogue;
 
   int weight_rows() const { return static_cast<int>(rows_per_column(epilogue)) * n; }
+  int mean_rows() const { return max_rows / num_experts; }
 };

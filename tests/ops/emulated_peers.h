@@ -9,6 +9,7 @@
 
 #include "common/peers.h"
 #include "emulated.h"
+#include "emulated_vec.h"
 
 namespace machine {
 
@@ -91,31 +92,6 @@ struct {
 void __trap() { machine::fail("wrong: a trap"); }
 
 namespace pyserve::gpu {
-
-template <class T>
-void unpack(const uint4& packed, float (&x)[kVec]) {
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-  for (int i = 0; i < kVec; ++i) x[i] = element<T>(words[i / 2], i % 2);
-}
-
-template <class T>
-uint4 pack(const float (&x)[kVec]) {
-  uint32_t words[4] = {};
-  for (int i = 0; i < kVec; ++i) words[i / 2] |= uint32_t{from_float<T>(x[i]).bits} << i % 2 * 16;
-  return {words[0], words[1], words[2], words[3]};
-}
-
-template <class T>
-uint4 load_vec(const T* source) {
-  uint4 value;
-  std::memcpy(&value, source, 16);
-  return value;
-}
-
-template <class T>
-void store_vec(T* target, const uint4& value) {
-  std::memcpy(target, &value, 16);
-}
 
 void forget_origin(uint4&) {}
 

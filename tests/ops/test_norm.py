@@ -8,6 +8,7 @@ import torch
 from pyserve import ops
 from pyserve.ops import reference
 from tests.ops import oracle
+from tests.ops.norm_case import check_norm_of_what_is_added
 
 HIDDEN = (1, 7, 16, 33, 64, 256, 1000, 4096)
 
@@ -53,14 +54,7 @@ def test_the_norm_of_what_is_added(dtype: torch.dtype, hidden: int) -> None:
     torch.manual_seed(hidden)
     x, residual = torch.randn(2, 9, hidden).to(dtype)
     weight, x_weight = torch.randn(hidden).to(dtype), torch.randn(hidden).to(dtype)
-    twin_residual, plain, before = residual.clone(), torch.empty_like(x), residual.clone()
-    reference.add_rms_norm(x, twin_residual, weight, 1e-5, plain, 1.0, x_weight)
-    out = ops.add_rms_norm(x, residual, weight, 1e-5, offset=1.0, x_weight=x_weight)
-    normed = oracle.rms_norm(x, x_weight, 1e-5, 1.0)
-    rounded = torch.finfo(dtype).eps * normed.abs()  # before it is added
-    oracle.assert_ratio(residual, twin_residual, before.double() + normed, sum_errors=rounded)
-    reference.rms_norm(residual, weight, 1e-5, plain, 1.0)
-    oracle.assert_ratio(out, plain, oracle.rms_norm(residual, weight, 1e-5, 1.0))
+    check_norm_of_what_is_added(x, residual, weight, x_weight)
 
 
 def test_strided_rows_and_leading_dims() -> None:
