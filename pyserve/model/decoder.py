@@ -58,8 +58,8 @@ class DecoderLayer:
     """
 
     __slots__ = (
-        "attention", "mlp", "norms", "has_norm_factors", "_enter", "_attend", "_between",
-        "_transform", "_norm_of_mlp", "_norm_after_attention", "_is_first",
+        "attention", "mlp", "norms", "has_norm_factors", "_enter", "_between", "_norm_of_mlp",
+        "_norm_after_attention", "_is_first",
     )  # fmt: skip
 
     def __init__(
@@ -93,8 +93,6 @@ class DecoderLayer:
             self.attention.has_norm_factors and self.mlp.has_norm_factors and not config.norm.offset
         )
         self._norm_after_attention, self._is_first = before[1], below is None
-        self._attend: Callable[..., None] = self.attention
-        self._transform: Callable[..., None] = self.mlp
 
     def read_by(self, norm: RMSNorm) -> Callable[..., None]:
         """How `norm`, above this layer, comes by the residual stream."""
@@ -119,9 +117,11 @@ class DecoderLayer:
         attention, mlp = activations
         self._enter(output, residual, hidden)
         attended = residual if self.attention.is_adding else output
-        self._attend(hidden, ctx, cache, attention, attended)
+        attend: Callable[..., None] = self.attention  # of either kind, with activations of its own
+        attend(hidden, ctx, cache, attention, attended)
         self._between(output, residual, hidden)
-        self._transform(hidden, ctx, mlp, residual if self.mlp.is_adding else output)
+        transform: Callable[..., None] = self.mlp
+        transform(hidden, ctx, mlp, residual if self.mlp.is_adding else output)
 
     def call_of_few(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,

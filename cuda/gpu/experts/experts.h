@@ -61,6 +61,8 @@ struct GroupedParams {
   Epilogue epilogue;  // kStore or kSiluMul
 
   int weight_rows() const { return static_cast<int>(rows_per_column(epilogue)) * n; }
+  // Of an expert, on average.
+  int mean_rows() const { return max_rows / num_experts; }
 };
 
 // k and n are multiples of 8; x, weight and out are aligned to 16 bytes.

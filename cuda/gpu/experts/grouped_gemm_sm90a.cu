@@ -141,9 +141,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
-// How many rows an expert has on average.
-inline int mean_rows(const GroupedParams& p) { return p.max_rows / p.num_experts; }
-
 template <class OneTile, Epilogue kEpilogue>
 cudaError_t launch_grouped_tile(const GroupedParams& p, const Device& device,
                                 cudaStream_t stream) {
@@ -154,7 +151,7 @@ cudaError_t launch_grouped_tile(const GroupedParams& p, const Device& device,
     return error;
   }
   // Two tiles of rows share a weight where experts have that many on average.
-  const int mates = mean_rows(p) >= 2 * OneTile::kRows ? 2 : 1;
+  const int mates = p.mean_rows() >= 2 * OneTile::kRows ? 2 : 1;
   GroupedArgs a{.out = p.out,
                 .out_stride = p.out_stride,
                 .offsets = p.offsets,
@@ -165,7 +162,7 @@ cudaError_t launch_grouped_tile(const GroupedParams& p, const Device& device,
                 .num_column_tiles = (p.n + kColumns - 1) / kColumns,
                 .mates = mates,
                 .weight_hint =
-                    mean_rows(p) <= OneTile::kRows ? L2Hint::kEvictFirst : L2Hint::kNormal};
+                    p.mean_rows() <= OneTile::kRows ? L2Hint::kEvictFirst : L2Hint::kNormal};
   cudaError_t error = encode_matrix(p.x, p.max_rows, p.k, p.x_stride, 64, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   error = encode_matrix(p.weight, int64_t{p.num_experts} * p.weight_rows(), p.k, p.weight_stride,
@@ -182,7 +179,7 @@ cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
                                 cudaStream_t stream) {
   // Most experts' rows fit one block of 64: what is saved of x are weights on their way.
   constexpr int kFewRows = 40;
-  if (mean_rows(p) <= kFewRows) {
+  if (p.mean_rows() <= kFewRows) {
     return launch_grouped_tile<Tile<T, 1, 256>, kEpilogue>(p, device, stream);
   }
   return launch_grouped_tile<Tile<T, 2, 256>, kEpilogue>(p, device, stream);

@@ -77,9 +77,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
-// How many rows an expert has on average.
-inline int mean_rows(const GroupedParams& p) { return p.max_rows / p.num_experts; }
-
 template <class Tile>
 cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const Device& device,
                               cudaStream_t stream) {
@@ -96,7 +93,7 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
   a.n = p.n;
   a.k = p.k;
   a.num_column_tiles = (p.n + Tile::kOutColumns - 1) / Tile::kOutColumns;
-  a.weight_hint = mean_rows(p) <= Tile::kTokens ? L2Hint::kEvictFirst : L2Hint::kNormal;
+  a.weight_hint = p.mean_rows() <= Tile::kTokens ? L2Hint::kEvictFirst : L2Hint::kNormal;
   a.format = W4PieceFormat::of(group_size);
   a.x_rows = Tile::kTokens;
   a.up_strip = p.n / strip_rows;
@@ -122,7 +119,7 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
 template <class T, bool kIsPaired, bool kIsWhole>
 cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, const Device& device,
                                  cudaStream_t stream) {
-  const int rows = mean_rows(p);
+  const int rows = p.mean_rows();
   if (rows <= 24) {
     using Tile = W4Tile<T, 4, 32, kIsPaired, true, 1, kIsWhole>;
     return launch_grouped_w4<Tile>(p, group_size, device, stream);
