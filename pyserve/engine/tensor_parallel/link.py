@@ -92,8 +92,8 @@ def measure(group: Group, device: torch.device) -> Link:
     dtype = torch.bfloat16 if is_card else torch.float32
     size, num_rows = (CARD_SIZE, CARD_ROWS) if is_card else (HOST_SIZE, HOST_ROWS)
 
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def numbers(*shape: int) -> torch.Tensor:  # of zeros a card multiplies more a second
+        return torch.rand(shape, dtype=dtype, device=device)
 
     def seconds(call: Callable[[], object], num_times: int) -> float:
         """Of one call; the first is not counted."""
@@ -105,8 +105,8 @@ def measure(group: Group, device: torch.device) -> Link:
             began_s = began_s or time.perf_counter()
         return (time.perf_counter() - began_s) / num_times
 
-    small, large = zeros(64), zeros(LARGE_BYTES // dtype.itemsize)
-    matrix, rows = zeros(size, size), zeros(size, num_rows)
+    small, large = numbers(64), numbers(LARGE_BYTES // dtype.itemsize)
+    matrix, rows = numbers(size, size), numbers(size, num_rows)
     seen = torch.tensor(
         [
             seconds(lambda: group.all_reduce(small), 20),
