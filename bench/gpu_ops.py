@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -438,6 +439,8 @@ def run(only: Sequence[str], seconds: float) -> dict[str, Any]:
                         f"{figures['ratio']:.2f}",
                     ]
                 )  # fmt: skip
+                # Now, as a run that is cut off never comes to its table.
+                print("  ".join(rows[-1]), file=sys.stderr, flush=True)
                 verdicts.append(verdict(case, figures))
         except (RuntimeError, NotImplementedError, TypeError) as error:
             print(f"FAILED {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
