@@ -109,7 +109,7 @@ def _ints(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-def _num_sets(num_bytes: int) -> int:
+def num_sets(num_bytes: int) -> int:
     return max(1, min(MAX_SETS, -(-ROTATED_BYTES // num_bytes)))
 
 
@@ -118,7 +118,7 @@ def norm_cases() -> Iterator[Case]:
     for num_tokens in ROWS:
         size = num_tokens * HIDDEN * 2
         target = ("%", 80.0) if num_tokens == ROWS[0] else None
-        xs = [_randn(num_tokens, HIDDEN) for _ in range(_num_sets(2 * size))]
+        xs = [_randn(num_tokens, HIDDEN) for _ in range(num_sets(2 * size))]
         runs: list[Callable[[], object]] = [partial(ops.rms_norm, x, weight, 1e-5) for x in xs]
         yield Case("rms_norm", f"{num_tokens} x {HIDDEN}", runs, 2 * size, target=target)
         # Zeros added: the residual stays what it is, however often this runs.
@@ -139,7 +139,7 @@ def rope_cases() -> Iterator[Case]:
         slots = torch.randperm(num_tokens, device=DEVICE)
         num_bytes = 2 * num_tokens * width * 2 + cos_sin.nbytes
         runs: list[Callable[[], object]] = []
-        for _ in range(_num_sets(num_bytes)):
+        for _ in range(num_sets(num_bytes)):
             cache = _randn(2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
             runs.append(
                 partial(
@@ -153,7 +153,7 @@ def rope_cases() -> Iterator[Case]:
 def activation_cases() -> Iterator[Case]:
     for num_tokens in ROWS:
         num_bytes = 3 * num_tokens * INTERMEDIATE * 2
-        inputs = [_randn(num_tokens, 2 * INTERMEDIATE) for _ in range(_num_sets(num_bytes))]
+        inputs = [_randn(num_tokens, 2 * INTERMEDIATE) for _ in range(num_sets(num_bytes))]
         for op in (ops.silu_mul, ops.gelu_tanh_mul):
             runs: list[Callable[[], object]] = [partial(op, x) for x in inputs]
             yield Case(op.__name__, f"{num_tokens} x {INTERMEDIATE}", runs, num_bytes)
@@ -166,7 +166,7 @@ def _own_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def linear_cases() -> Iterator[Case]:
     """Our op at more rows than `ops.linear` gives it, and cuBLAS: where do they cross?"""
     for name, (n, k) in MATRICES.items():
-        weights = [_randn(n, k) for _ in range(_num_sets(n * k * 2))]
+        weights = [_randn(n, k) for _ in range(num_sets(n * k * 2))]
         for num_rows in (1, 2, 4, 8, 16, 32, 64):
             num_bytes = n * k * 2 + num_rows * (n + k) * 2
             xs = [_randn(num_rows, k) for _ in weights]
@@ -187,14 +187,14 @@ def epilogue_cases() -> Iterator[Case]:
         residual, x = torch.zeros_like(_randn(num_rows, HIDDEN)), _randn(num_rows, INTERMEDIATE)
         runs: list[Callable[[], object]] = [
             partial(ops.linear_add, x, _randn(HIDDEN, INTERMEDIATE), None, residual)
-            for _ in range(_num_sets(num_bytes))
+            for _ in range(num_sets(num_bytes))
         ]
         load = f"{num_rows} x {INTERMEDIATE} -> {HIDDEN} (down)"
         yield Case("linear_add", load, runs, num_bytes, num_flops)
         num_bytes += 2 * HIDDEN * INTERMEDIATE
         x, gate_up = _randn(num_rows, HIDDEN), _randn(num_rows, 2 * INTERMEDIATE)
         out = torch.empty_like(gate_up[:, :INTERMEDIATE]).contiguous()
-        weights = [_randn(2 * INTERMEDIATE, HIDDEN) for _ in range(_num_sets(num_bytes))]
+        weights = [_randn(2 * INTERMEDIATE, HIDDEN) for _ in range(num_sets(num_bytes))]
         runs = [partial(ops.linear_silu_mul, x, w, None, out, gate_up) for w in weights]
         load = f"{num_rows} x {HIDDEN} -> {INTERMEDIATE} (gate_up)"
         yield Case("linear_silu_mul", load, runs, num_bytes, 2 * num_flops)
@@ -212,7 +212,7 @@ def attention_cases() -> Iterator[Case]:
     """Of an 8B layer; then of head sizes that other models have."""
     decodes = {f"decode {batch} x {length}": [(1, length)] * batch for batch, length in DECODES}
     heads = gpu_attention.Heads(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
-    make = partial(gpu_attention.attention_chain, device=DEVICE, num_sets=_num_sets)
+    make = partial(gpu_attention.attention_chain, device=DEVICE, num_sets=num_sets)
     loads = {**decodes, **PREFILLS}
     yield from cases_of(make(heads, name, rows, TARGETS.get(name)) for name, rows in loads.items())
     yield from cases_of(make(heads, *load, has_rope=True) for load in decodes.items())
@@ -241,7 +241,7 @@ def sample_cases() -> Iterator[Case]:
         ids = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
         counts = torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.int16, device=DEVICE)
         workspace = sample_workspace.allocate(num_rows, VOCAB_SIZE, device=counts.device)
-        flat = [_randn(num_rows, VOCAB_SIZE) for _ in range(_num_sets(num_rows * VOCAB_SIZE * 2))]
+        flat = [_randn(num_rows, VOCAB_SIZE) for _ in range(num_sets(num_rows * VOCAB_SIZE * 2))]
         peaked = [logits * 2 for logits in flat]
         flatter = [logits * 0.1 for logits in flat[:1]]
         equal = [torch.zeros_like(logits) for logits in flat[:1]]
@@ -264,8 +264,8 @@ def sample_cases() -> Iterator[Case]:
 def bitmask_cases() -> Iterator[Case]:
     """A grammar allows a few tokens or nearly all; only what becomes -inf is written."""
     for num_rows in (64, 1):
-        num_sets = _num_sets(num_rows * VOCAB_SIZE * 2)
-        logits = [_randn(num_rows, VOCAB_SIZE) for _ in range(num_sets)]
+        count = num_sets(num_rows * VOCAB_SIZE * 2)
+        logits = [_randn(num_rows, VOCAB_SIZE) for _ in range(count)]
         rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
         bits = 1 << torch.arange(32, device=DEVICE)
         for name, share in (("0.1 % allowed", 0.001), ("99 % allowed", 0.99)):
@@ -281,8 +281,8 @@ def bitmask_cases() -> Iterator[Case]:
 def logprobs_cases() -> Iterator[Case]:
     """Every row asks."""
     for num_rows in (64, 1):
-        num_sets = _num_sets(num_rows * VOCAB_SIZE * 2)
-        logits = [_randn(num_rows, VOCAB_SIZE) for _ in range(num_sets)]
+        count = num_sets(num_rows * VOCAB_SIZE * 2)
+        logits = [_randn(num_rows, VOCAB_SIZE) for _ in range(count)]
         rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
         words = torch.zeros(num_rows, ops.LOGPROB_WORDS, dtype=torch.int32, device=DEVICE)
         out = ops.LogprobRows.of(words)
@@ -358,11 +358,11 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "activation": activation_cases,
     "linear": linear_cases,
     "linear_epilogues": epilogue_cases,
-    "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, _num_sets)),
-    "int4_tilings": lambda: cases_of(w4a16.tilings(MATRICES, DEVICE, _num_sets)),
+    "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, num_sets)),
+    "int4_tilings": lambda: cases_of(w4a16.tilings(MATRICES, DEVICE, num_sets)),
     "fp8": lambda: cases_of(
         itertools.chain(
-            quantised.fp8_products(MATRICES, DEVICE, _num_sets), quantised.fp8_experts(DEVICE)
+            quantised.fp8_products(MATRICES, DEVICE, num_sets), quantised.fp8_experts(DEVICE)
         )
     ),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
