@@ -4,8 +4,8 @@
 // A CTA of 4 warps works through the items of one range of the plan for one KV head. Of each tile
 // of 64 keys a warp owns 16: it copies, scores and sums them by itself, with its own running
 // maximum, so that the tile loop has no block-wide barrier; the four results are put together at
-// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages - 1 tiles ahead, across
-// items too, keys and values in groups of their own: values may land while keys are being scored.
+// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages tiles ahead, across items
+// too, keys and values in groups of their own: values may land while keys are being scored.
 // Scores and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to
 // the operand of the second without leaving registers (Dao 2023, FlashAttention-2).
 // Keys that no query of the row may see are never read: zeros stand in for them, and where a tile
@@ -268,24 +268,17 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     return;
   }
 
-  Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, first_item, last_item);
-  const uint32_t end_stage = cache + L::kWarpBytes;
-  uint32_t write_stage = cache, read_stage = cache;
-  const auto after = [&](uint32_t stage) {
-    return stage + L::kStageBytes == end_stage ? cache : stage + L::kStageBytes;
-  };
-  if constexpr (kHasHalves) loader.issue(cache);
+  Items items(d, first_item, last_item);
+  Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, items);
+  uint32_t stage = cache;  // that is read next
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
-    loader.issue(write_stage);
-    write_stage = after(write_stage);
-  }
+  for (int i = 0; i < kStages; ++i) loader.issue(cache + i * L::kStageBytes);
   if (has_rope<kKind>(d)) pdl_wait();
   pdl_launch_dependents();
   Rows<T, kHeadDim> rows;
 #pragma unroll 1
-  for (int index = first_item; index < last_item; ++index) {
-    const Work work(d, index);
+  while (items.are_left()) {
+    const Work work = items.take();
     NewKey<T, kHeadDim, kKind> new_key(d, kv_head);
     if (has_rope<kKind>(d)) {
       if (work.seq_len > d.rope.max_position) __trap();
@@ -300,11 +293,6 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     const int unmasked_end = work.seq_len - work.query_len + 1;
 #pragma unroll 1
     for (int tile = work.item.kv_begin; tile < work.item.kv_end; tile += kKvTile) {
-      if constexpr (!kHasHalves) {
-        loader.issue(write_stage);
-        write_stage = after(write_stage);
-      }
-
       cp_async_wait<2 * kStages - 1>();
       __syncwarp();
       const int first_key = tile + warp * kWarpKeys;
@@ -313,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
           cp_async_wait<2 * kStages - 2>();
           __syncwarp();  // zeros have been put where it goes
           while (true) {
-            new_key.store(dynamic_smem + (read_stage - smem_address(dynamic_smem)),
+            new_key.store(dynamic_smem + (stage - smem_address(dynamic_smem)),
                           new_key.position() - first_key, L::kPartBytes);
             const int next = first_new_key(work, new_key.position() + 1);
             if (next < 0) {
@@ -327,10 +315,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         }
       }
       float s[2][4];
-      rows.queries.score(s, read_stage, area.queries);
+      rows.queries.score(s, stage, area.queries);
       if constexpr (kHasHalves) {
         __syncwarp();  // the keys are read
-        loader.issue_keys(read_stage);
+        loader.issue_keys(stage);
       }
       if (kKind == Kind::kGeneral && d.scale.cap_rate != 0.0f) cap_scores(s, d.scale.cap_rate);
       if (first_key < unmasked_begin || first_key + kWarpKeys > unmasked_end) {
@@ -342,12 +330,13 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       // All but the newest: the next keys, or the stages behind this one.
       cp_async_wait<kHasHalves ? 1 : 2 * kStages - 2>();
       __syncwarp();
-      rows.add(weights, read_stage + L::kPartBytes);
+      rows.add(weights, stage + L::kPartBytes);
       __syncwarp();  // the stage is read: the next copies may overwrite it
       if constexpr (kHasHalves) {
-        loader.issue_values(read_stage);
+        loader.issue_values(stage);
       } else {
-        read_stage = after(read_stage);
+        loader.issue(stage);
+        stage = stage + L::kStageBytes == cache + L::kWarpBytes ? cache : stage + L::kStageBytes;
       }
     }
     finish<T, kHeadDim>(d, work, kv_head, rows, area);
