@@ -54,7 +54,8 @@ struct Rows {
   float sum[2];      // of this lane's columns
   int position[2];   // of the row's query
 
-  __device__ void begin(const Decode& d, const Work& work, int kv_head) {
+  // Of an item whose queries have been asked for.
+  __device__ void begin(const Decode& d, const Work& work) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = threadIdx.x % kWarpSize / 4 + 8 * half;
@@ -62,7 +63,6 @@ struct Rows {
       largest[half] = -INFINITY;
       sum[half] = 0.0f;
     }
-    queries.load(d, work, kv_head);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     return;
   }
 
-  Items items(d, first_item, last_item);
+  ItemsOf<kHeadDim> items(d, first_item, last_item);
   Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, items);
   uint32_t stage = cache;  // that is read next
 #pragma unroll 1
@@ -276,16 +276,25 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   if (has_rope<kKind>(d)) pdl_wait();
   pdl_launch_dependents();
   Rows<T, kHeadDim> rows;
-#pragma unroll 1
-  while (items.are_left()) {
-    const Work work = items.take();
-    NewKey<T, kHeadDim, kKind> new_key(d, kv_head);
+  NewKey<T, kHeadDim, kKind> new_key(d, kv_head);
+  // Asks for what an item begins with. In time is before the item in front has asked for its last
+  // copies, as loads come back in order; of head_dim 256 no registers are free then.
+  constexpr bool kAsksInTime = !Queries<T, kHeadDim>::kAreShared;
+  const auto ask = [&](const Work& work) {
     if (has_rope<kKind>(d)) {
       if (work.seq_len > d.rope.max_position) __trap();
       const int key = first_new_key(work, 0);
       if (key >= 0) new_key.load(work, key);
     }
-    rows.begin(d, work, kv_head);
+    rows.queries.load(d, work, kv_head);
+  };
+  Work next = items.take();
+  ask(next);
+#pragma unroll 1
+  for (bool is_last = false; !is_last;) {
+    const Work work = next;
+    is_last = !items.are_left();
+    rows.begin(d, work);
     if (has_rope<kKind>(d)) rows.queries.turn(d, rows.position);
     if constexpr (Queries<T, kHeadDim>::kAreShared) rows.queries.share(area.queries);
     // Keys that all queries of the row see need no mask.
@@ -316,6 +325,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       }
       float s[2][4];
       rows.queries.score(s, stage, area.queries);
+      if (kAsksInTime && !is_last && tile + kKvTile >= work.item.kv_end) {
+        next = items.take();
+        ask(next);
+      }
       if constexpr (kHasHalves) {
         __syncwarp();  // the keys are read
         loader.issue_keys(stage);
@@ -340,6 +353,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       }
     }
     finish<T, kHeadDim>(d, work, kv_head, rows, area);
+    if (!kAsksInTime && !is_last) {
+      next = items.take();
+      ask(next);
+    }
   }
 }
 

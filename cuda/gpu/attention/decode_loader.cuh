@@ -37,17 +37,11 @@ struct Decode {
   ScoreScale scale;
 };
 
-// What the plan says of an item.
-struct ItemWords {
-  int4 head{}, tail{};
-
-  __device__ void load(const Decode& d, int index) {
-    const int4* words =
-        reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index};
-    head = __ldcg(words);
-    tail = __ldcg(words + 1);
-  }
-};
+// Half of what the plan says of an item.
+__device__ __forceinline__ int4 item_words(const Decode& d, int index, int half) {
+  return __ldcg(reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index} +
+                half);
+}
 
 // What the step says of an item's row.
 struct RowWords {
@@ -67,9 +61,8 @@ struct Work {
   int slot, first_query, query_len, seq_len;
   int first_visible;  // key, of the row's first query
 
-  __device__ Work(const Decode& d, const ItemWords& words, const RowWords& row)
-      : item{words.head.x, words.head.y, words.head.z, words.head.w,
-             words.tail.x, words.tail.y, words.tail.z, words.tail.w},
+  __device__ Work(const Decode& d, const int4& head, const int4& tail, const RowWords& row)
+      : item{head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w},
         slot(row.slot),
         first_query(row.first_query),
         query_len(row.end_query - row.first_query),
@@ -85,34 +78,45 @@ struct Work {
   }
 };
 
-// The items of a CTA one after the other: when one is taken, the row of the next is asked for and the
-// words of the one behind that.
+// The items of a CTA one after the other. When one is taken, the row of the next is asked for and
+// the first half of the one behind that, and of the item itself what only its end needs; or where
+// registers are short, all of the item, and its user waits.
+template <bool kReadsAhead>
 class Items {
  public:
   __device__ Items(const Decode& d, int first, int last) : d_(d), next_(first), last_(last) {
-    words_.load(d, first);
-    if (first + 1 < last) words_behind_.load(d, first + 1);
-    row_.load(d, words_.head.x);
+    if constexpr (!kReadsAhead) return;
+    head_ = item_words(d, first, 0);
+    if (first + 1 < last) head_behind_ = item_words(d, first + 1, 0);
+    row_.load(d, head_.x);
   }
 
   __device__ bool are_left() const { return next_ < last_; }
 
   // Where any is left.
   __device__ Work take() {
-    const Work work(d_, words_, row_);
-    words_ = words_behind_;
+    if constexpr (!kReadsAhead) {
+      head_ = item_words(d_, next_, 0);
+      row_.load(d_, head_.x);
+    }
+    const Work work(d_, head_, item_words(d_, next_, 1), row_);
     ++next_;
-    if (are_left()) row_.load(d_, words_.head.x);
-    if (next_ + 1 < last_) words_behind_.load(d_, next_ + 1);
+    if constexpr (!kReadsAhead) return work;
+    head_ = head_behind_;
+    if (are_left()) row_.load(d_, head_.x);
+    if (next_ + 1 < last_) head_behind_ = item_words(d_, next_ + 1, 0);
     return work;
   }
 
  private:
   const Decode& d_;
   int next_, last_;
-  ItemWords words_, words_behind_;  // of next_ and of the one behind it
-  RowWords row_;                    // of next_
+  int4 head_{}, head_behind_{};  // of next_ and of the one behind it
+  RowWords row_;                 // of next_
 };
+
+template <int kHeadDim>
+using ItemsOf = Items<(kHeadDim <= 128)>;
 
 // What a kernel does: rope_write_kv's work too (kRope), or what its arguments say (kGeneral: that
 // work or not, capped scores or not).
@@ -148,7 +152,7 @@ class Loader {
 
  public:
   // Where any item is left.
-  __device__ Loader(const Decode& d, int kv_head, const Items& items)
+  __device__ Loader(const Decode& d, int kv_head, const ItemsOf<kHeadDim>& items)
       : d_(d),
         items_(items),
         keys_(static_cast<const T*>(d.p.key_cache) + kv_head * d.p.key_head_stride),
@@ -170,20 +174,20 @@ class Loader {
 
   // The same in two halves: keys, and then the values of those.
   __device__ void issue_keys(uint32_t stage) {
-    has_tile_ = tile_ < kv_end_;
-    if (has_tile_) {
+    found_.token = -1;
+    if (tile_ < kv_end_) {
       found_ = find();
       go_on();
       copy(stage, keys_,
-           found_.block * d_.p.key_block_stride + found_.token * d_.p.key_token_stride);
+           int64_t{found_.block} * d_.p.key_block_stride + found_.token * d_.p.key_token_stride);
     }
     cp_async_commit();
   }
 
   __device__ void issue_values(uint32_t stage) {
-    if (has_tile_) {
+    if (found_.token >= 0) {
       copy(stage + L::kPartBytes, values_,
-           found_.block * d_.p.value_block_stride + found_.token * d_.p.value_token_stride);
+           int64_t{found_.block} * d_.p.value_block_stride + found_.token * d_.p.value_token_stride);
     }
     cp_async_commit();
   }
@@ -191,7 +195,7 @@ class Loader {
  private:
   // What a lane has found out about the tile: where its key lies, and which rows it helps to copy.
   struct Found {
-    int64_t block, token;
+    int block, token;  // token: -1 where all is copied
     unsigned copied;
   };
 
@@ -249,14 +253,13 @@ class Loader {
   }
 
   const Decode& d_;
-  Items items_;
+  ItemsOf<kHeadDim> items_;
   const T* keys_;  // of the KV head, at this lane's chunk
   const T* values_;
   const int32_t* blocks_ = nullptr;
   int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // tile_: the next one, of the item's
   int copy_end_ = 0;
   int block_ = 0;   // of key()
-  bool has_tile_ = false;
   Found found_{};   // of the tile that is being copied
   int copy_row_;                                   // row of a copy that this lane does a chunk of
   uint32_t destination_;
