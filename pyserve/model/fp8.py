@@ -1,5 +1,6 @@
-"""FP8: the Scheme of a matrix of 8-bit floats (e4m3) with scales, see ops/fp8.py; computed in 16
-bits: activations are not rounded to 8, whatever the checkpoint says.
+"""FP8: the Scheme of a matrix of 8-bit floats (e4m3) with scales, see ops/fp8.py. Whatever the
+checkpoint says of activations, they are of 16 bits, or rounded as they come where a card multiplies
+8 bits by 8: a server says which.
 
 A module X [n, k] is stored as
 

@@ -82,8 +82,9 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             return f"8-bit floats ({self.method}) with a scale {SCALED[self.granularity]}"
         return f"4-bit {self.method} in groups of {self.group_size}"
 
-    def remarks(self) -> list[str]:
-        """What a server says of it once."""
+    def remarks(self, first_rounded_row: int | None = None) -> list[str]:
+        """What a server says of it once, where 8-bit floats are multiplied by activations that are
+        rounded to them too from so many rows on."""
         said = []
         if self.storage == "plain":
             said.append(
@@ -99,6 +100,11 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             said.append(
                 f"8-bit float weights are multiplied by 16-bit activations, which are not rounded "
                 f"to 8 bits{unused}"
+                if first_rounded_row is None
+                else f"8-bit float weights are multiplied by FP8 matrix units in steps of "
+                f"{first_rounded_row} rows and more, where activations are rounded to 8 bits with "
+                f"a scale for each token and 128 columns; in shorter ones, and by experts, they "
+                f"are not{unused}"
             )
         return said
 

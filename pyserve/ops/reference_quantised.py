@@ -64,6 +64,19 @@ def serves_linear_fp8(x: Tensor, weight: Tensor) -> bool:
     return True
 
 
+def linear_w8a8(
+    x: Tensor, weight: Tensor, scales: Tensor, scale_rows: int, scale_columns: int,
+    bias: Tensor | None, out: Tensor, scratch: Tensor, epilogue: int = 0,
+) -> None:  # fmt: skip
+    """linear_fp8 of x as fp8.rounded_rows has it, in float32."""
+    rounded, x_scales = fp8.rounded_rows(x)
+    plain = fp8.dequantised(rounded, x_scales.T, 1, fp8.GROUP_COLUMNS)
+    sums = plain @ fp8.dequantised(weight, scales, scale_rows, scale_columns).T
+    if bias is not None:
+        sums += bias.float()
+    out.copy_(sums + out.float() if epilogue == 1 else sums)
+
+
 def grouped_linear_fp8(
     x: Tensor, weight: Tensor, scales: Tensor, scale_rows: int, scale_columns: int,
     order: Tensor | None, offsets: Tensor, max_group: int, out: Tensor,

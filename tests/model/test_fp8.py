@@ -300,6 +300,10 @@ def test_what_a_server_says_once() -> None:
     (said,) = quantization("static").remarks()
     assert said.endswith(": the checkpoint's input_scale is not used")
     assert len(AT_LOAD["fp8"].remarks()) == 2
+    (said,) = quantization("block").remarks(17)
+    assert "by FP8 matrix units in steps of 17 rows and more, where activations are rounded" in said
+    (said,) = quantization("static").remarks(17)
+    assert said.endswith("they are not: the checkpoint's input_scale is not used")
 
 
 def test_the_bytes_are_those_that_are_held() -> None:

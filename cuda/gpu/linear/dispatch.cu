@@ -76,26 +76,31 @@ cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
   return cudaSuccess;
 }
 
-cudaError_t serves_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* serves) {
-  *serves = false;
+cudaError_t can_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* can) {
+  *can = false;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  if constexpr (kHasSm90a) {
-    const int64_t asked = linear_trial().min_w8a8_rows;
-    *serves = device->is_hopper() && params.m >= (asked >= 0 ? asked : kMinW8Rows) &&
-              can_gemm_w8a8_sm90a(params, scale);
-  }
+  if constexpr (kHasSm90a) *can = device->is_hopper() && can_gemm_w8a8_sm90a(params, scale);
   return cudaSuccess;
+}
+
+cudaError_t serves_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* serves) {
+  const int64_t asked = linear_trial().min_w8a8_rows;
+  const cudaError_t error = can_linear_w8a8(params, scale, serves);
+  *serves = *serves && params.m >= (asked >= 0 ? asked : kMinW8Rows);
+  return error;
 }
 
 cudaError_t launch_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, void* scratch,
                                int64_t scratch_bytes, cudaStream_t stream) {
+  bool can = false;
+  if (const cudaError_t error = can_linear_w8a8(params, scale, &can); error != cudaSuccess) {
+    return error;
+  }
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   if constexpr (kHasSm90a) {
-    if (device->is_hopper() && can_gemm_w8a8_sm90a(params, scale)) {
-      return launch_gemm_w8a8_sm90a(params, scale, scratch, scratch_bytes, *device, stream);
-    }
+    if (can) return launch_gemm_w8a8_sm90a(params, scale, scratch, scratch_bytes, *device, stream);
   }
   return cudaErrorNotSupported;
 }

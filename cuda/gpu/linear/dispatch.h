@@ -34,7 +34,8 @@ cudaError_t serves_linear(const LinearParams& params, bool* serves);
 // than they are made plain numbers and multiplied (w4a16.h), on the current device.
 cudaError_t serves_linear_w4a16(int64_t m, bool* serves);
 
-// Whether launch_linear_w8a8 (w8a8.h) can, and is taken for params.m rows, on the current device.
+// Whether launch_linear_w8a8 (w8a8.h) can, on the current device; and is taken for params.m rows.
+cudaError_t can_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* can);
 cudaError_t serves_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* serves);
 
 }  // namespace pyserve::gpu
