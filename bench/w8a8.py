@@ -11,16 +11,16 @@ from torch.nn import functional
 
 from bench.gpu_chains import Chain
 from bench.quantised import random_fp8
-from bench.w4a16 import HEAD
+from bench.w4a16 import GATE_UP, HEAD
 from pyserve.model.quantised_scheme import SCRATCH_BYTES
-from pyserve.ops import STORE, quantised
+from pyserve.ops import SILU_MUL, STORE, quantised
 
 ROWS = (9, 17, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 TILED_ROWS = (17, 64, 128, 256, 512, 2048)
-# Rows of x, columns and CTAs of a cluster: kW8Tilings in cuda/gpu/linear/gemm_w8a8_sm90a.cu.
+# Rows of x, columns, mates and parts: kW8Tilings in cuda/gpu/linear/gemm_w8a8_sm90a.cu.
 TILINGS = (
-    (64, 64, 1), (64, 128, 1), (128, 64, 1), (128, 128, 1), (128, 128, 2), (256, 128, 1),
-    (256, 128, 2),
+    (64, 64, 1, 1), (64, 64, 1, 2), (64, 128, 1, 1), (64, 128, 1, 2), (128, 64, 1, 1),
+    (128, 128, 1, 1), (128, 128, 2, 1), (256, 128, 1, 1), (256, 128, 2, 1),
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def products(
     num_sets: Callable[[int], int], rows: Sequence[int] = ROWS,
 ) -> Iterator[Chain]:  # fmt: skip
     """Each matrix [n, k] by so many rows, in bfloat16: with x rounded, as `ops` has it done, and by
-    cuBLAS of a matrix of 16 bits."""
+    cuBLAS of a matrix of 16 bits. Of gate and up with silu_mul in the kernel too."""
     for name, (n, k) in matrices.items():
         if name == HEAD:
             continue
@@ -45,6 +45,11 @@ def products(
                 partial(multiply, x, it, out, scratch) for it in made
             ]
             yield Chain("linear_w8a8", load, runs, made[0].nbytes + moved, flops)
+            if name == GATE_UP:
+                half = torch.empty(m, n // 2, dtype=torch.bfloat16, device=device)
+                runs = [partial(multiply, x, it, half, scratch, SILU_MUL) for it in made]
+                size = made[0].nbytes + x.nbytes + half.nbytes
+                yield Chain("linear_w8a8 and silu_mul", load, runs, size, flops)
             runs = [partial(quantised.linear, x, it, None, out, scratch) for it in made]
             yield Chain("linear_fp8", load, runs, made[0].nbytes + moved, flops)
             runs = [partial(functional.linear, x, it) for it in plain]
@@ -63,13 +68,14 @@ def tilings(
         for m in rows:
             x, out = _rows(m, n, k, device)
             num_bytes = made[0].nbytes + x.nbytes + out.nbytes
-            for number, (tile_rows, columns, mates) in enumerate(TILINGS, 1):
-                if tile_rows >= 4 * max(m, 64):
+            for number, (tile_rows, columns, mates, parts) in enumerate(TILINGS, 1):
+                if tile_rows >= 4 * max(m, 64) or (parts > 1 and m > 256):
                     continue
                 runs: list[Callable[[], object]] = [
                     partial(tiled, number, x, it, out, scratch) for it in made
                 ]
-                load = f"{m} x {k} -> {n} ({name}), {tile_rows} x {columns}, {mates} mates"
+                tile = f"{tile_rows} x {columns}, {mates} mates, {parts} parts"
+                load = f"{m} x {k} -> {n} ({name}), {tile}"
                 yield Chain(f"8-bit tiling {number}", load, runs, num_bytes, 2 * m * n * k)
         switch(made[0].weight, -1)
 
@@ -81,8 +87,10 @@ def tiled(
     multiply(x, matrix, out, scratch)
 
 
-def multiply(x: Tensor, matrix: quantised.Fp8Matrix, out: Tensor, scratch: Tensor) -> None:
-    matrix.multiply_rounded(x, None, out, STORE, scratch)
+def multiply(
+    x: Tensor, matrix: quantised.Fp8Matrix, out: Tensor, scratch: Tensor, epilogue: int = STORE
+) -> None:
+    matrix.multiply_rounded(x, None, out, epilogue, scratch)
 
 
 def switch(weight: Tensor, tiling: int) -> None:

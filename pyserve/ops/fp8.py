@@ -24,6 +24,7 @@ from torch import Tensor
 MAX = 448.0  # the largest e4m3
 BLOCK_COLUMNS = 64  # which groups of columns do not cut
 GROUP_COLUMNS = 128  # of activations, that share a scale
+HALF_TILE_ROWS = 64  # of weight, which linear_w8a8 takes of a gate, and of the up beside it
 E4M3 = torch.float8_e4m3fn
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyserve import ops
-from pyserve.ops import ADD, SILU_MUL, STORE, w4a16
+from pyserve.ops import ADD, SILU_MUL, STORE, fp8, w4a16
 from pyserve.ops.experts import CHUNK_ROWS, Routing, chunks, longest_group, sort_rows
 from pyserve.ops.native import native as _ops
 
@@ -59,7 +59,7 @@ class Matrix(Protocol):
     def multiply_rounded(
         self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
     ) -> None:
-        """multiply with STORE or ADD, of x rounded."""
+        """multiply of x rounded, whose rows of a gate are a multiple of fp8.HALF_TILE_ROWS."""
 
     @property
     def row_step(self) -> int:
@@ -219,6 +219,8 @@ def linear_silu_mul(
     has_whole_strips = out.shape[1] % w4a16.STRIP_ROWS == 0  # else a strip would be of both halves
     if has_whole_strips and matrix.is_own(x):
         matrix.multiply(x, bias, out, SILU_MUL)
+    elif out.shape[1] % fp8.HALF_TILE_ROWS == 0 and matrix.is_rounding(x):
+        matrix.multiply_rounded(x, bias, out, SILU_MUL, scratch)
     else:
         linear(x, matrix, bias, gate_up, scratch)
         ops.silu_mul(gate_up, out)

@@ -65,7 +65,8 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
     ways |= {"own linear_w4a16", "own linear_fp8", "experts", "int4 experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}
-    ways |= {"cuBLAS of 16 bits"} | {f"8-bit tiling {1 + i}" for i in range(len(w8a8.TILINGS))}
+    ways |= {"cuBLAS of 16 bits"}
+    ways |= {f"8-bit tiling {1 + i}" for i in range(len(w8a8.TILINGS))}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
     stood_in = {"plan_attention", "rope_attention", "try_linear_w4a16"}
     assert set(tiny) == stood_in | {"linear_w8a8", "try_linear_w8a8"}

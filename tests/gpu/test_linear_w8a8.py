@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from bench.w8a8 import TILINGS
-from pyserve import ops
 from pyserve.ops import fp8, quantised, reference
 from tests.gpu.test_linear_fp8 import make
 from tests.ops import oracle
 
 CARD = torch.device("cuda")
 DTYPES = (torch.bfloat16, torch.float16)
-STORE, ADD = range(2)  # Epilogue in cuda/common/epilogue.h
+STORE, ADD, SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
 # n, k, rows and columns of a scale: blocks, halves of them, rows, the matrix; odd sizes.
 SHAPES = [(64, 64, 128, 128), (320, 832, 128, 128), (24, 400, 1, 400), (192, 1984, 64, 128),
           (4096, 4096, 128, 128), (576, 14336, 1, 14336), (200, 256, 200, 256)]  # fmt: skip
@@ -50,21 +49,22 @@ def scratch_for(x: Tensor, num_rows: int | None = None) -> Tensor:
 
 
 def run(
-    x: Tensor, matrix: quantised.Fp8Matrix, bias: Tensor | None, before: Tensor | None = None
-) -> Tensor:
+    x: Tensor, matrix: quantised.Fp8Matrix, bias: Tensor | None, before: Tensor | None = None,
+    epilogue: int = STORE,
+) -> Tensor:  # fmt: skip
     """Added to `before` where it is given."""
-    n = len(matrix.weight)
+    n = len(matrix.weight) // (2 if epilogue == SILU_MUL else 1)
     out = torch.full((len(x), n), float("nan"), dtype=x.dtype, device=CARD)
     if before is not None:
         out.copy_(before)
-    epilogue = STORE if before is None else ADD
+        epilogue = ADD
     torch.ops.pyserve.linear_w8a8(x, *matrix, bias, out, scratch_for(x), epilogue)
     return out
 
 
 def check(
     out: Tensor, x: Tensor, matrix: quantised.Fp8Matrix, bias: Tensor | None,
-    before: Tensor | None = None,
+    before: Tensor | None = None, epilogue: int = STORE,
 ) -> None:  # fmt: skip
     """Against float64 of x rounded: the error of the twin twice, and what the units lose: each of
     the four products of a block leaves some 13 bits of the sum so far."""
@@ -73,10 +73,12 @@ def check(
     numbers = fp8.dequantised(rounded, scales.T, 1, fp8.GROUP_COLUMNS).double()
     exact = numbers @ weight.T + (0 if bias is None else bias.double())
     twin = torch.empty_like(out)
+    if epilogue == SILU_MUL:
+        exact = oracle.silu_mul(exact)
     if before is not None:
         exact += before.double()
         twin.copy_(before)
-    epilogue = STORE if before is None else ADD
+        epilogue = ADD
     reference.linear_w8a8(x, *matrix, bias, twin, torch.empty(0), epilogue)
     largest = exact.abs().max()
     allowed = 2 * (twin.double() - exact).abs().max() + 2**-11 * largest
@@ -134,17 +136,21 @@ def test_sums_that_are_exact(dtype: torch.dtype, switch: Callable[[int, int], No
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """All layouts of scales, with a bias or without, stored and added; a row does not depend on the
-    number of rows, whatever tiling that brings."""
+    """All layouts of scales, with a bias or without, with each epilogue, by what is estimated to be
+    the fastest."""
     n, k, *_ = shape
     matrix = make(*shape)
+    gate_up = make(2 * n, k, *shape[2:]) if n % 64 == 0 else None
+    gate_up_bias = torch.randn(2 * n, device=CARD).to(dtype)
     bias = torch.randn(n, device=CARD).to(dtype)
     x = torch.randn(700, k, device=CARD).to(dtype)
     whole = run(x, matrix, bias)
     check(whole, x, matrix, bias)
     for num_rows in (1, 17, 31, 64, 65, 128, 200, 513):
-        out = run(x[:num_rows], matrix, bias)
-        assert torch.equal(out, whole[:num_rows])
+        check(run(x[:num_rows], matrix, bias), x[:num_rows], matrix, bias)
+        if gate_up is not None:
+            out = run(x[:num_rows], gate_up, gate_up_bias, epilogue=SILU_MUL)
+            check(out, x[:num_rows], gate_up, gate_up_bias, epilogue=SILU_MUL)
         before = torch.randn(num_rows, n, device=CARD).to(dtype)
         added = run(x[:num_rows], matrix, None, before)
         check(added, x[:num_rows], matrix, None, before)
@@ -156,17 +162,27 @@ def test_the_kernel(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Non
 def test_every_tiling(
     shape: tuple[int, int, int, int], dtype: torch.dtype, switch: Callable[[int, int], None]
 ) -> None:
-    """Several tiles a cluster, mates and none; the same bits from all, twice."""
+    """Several tiles a cluster, mates and none; the same bits from all that divide nothing, twice,
+    and of a part of the rows."""
     n, k, *_ = shape
     matrix = make(*shape)
     x, bias = torch.randn(1030, k, device=CARD).to(dtype), torch.randn(n, device=CARD).to(dtype)
     switch(-1, 1)
-    first = run(x, matrix, bias)
+    first, activated = run(x, matrix, bias), run(x, matrix, bias, epilogue=SILU_MUL)
     check(first, x, matrix, bias)
-    for number in range(1, len(TILINGS) + 1):
+    check(activated, x, matrix, bias, epilogue=SILU_MUL)
+    for number, (*_, parts) in enumerate(TILINGS, 1):
         switch(-1, number)
-        for _ in range(2):
-            assert torch.equal(run(x, matrix, bias), first), number
+        for num_rows in (1030, 1030, 33):
+            if parts == 1:
+                both = first[:num_rows], activated[:num_rows]
+                assert torch.equal(run(x[:num_rows], matrix, bias), both[0]), number
+                half = run(x[:num_rows], matrix, bias, epilogue=SILU_MUL)
+                assert torch.equal(half, both[1]), number
+        if parts > 1:
+            out = run(x, matrix, bias)
+            check(out, x, matrix, bias)
+            assert torch.equal(out, run(x, matrix, bias)), number
 
 
 @pytest.mark.parametrize("num_rows", [2048, 8192])
@@ -204,8 +220,8 @@ def test_passes_and_strides(dtype: torch.dtype) -> None:
 def test_it_is_taken_from_so_many_rows_on(
     num_rows: int, dtype: torch.dtype, switch: Callable[[int, int], None]
 ) -> None:
-    """With each epilogue; what is activated is multiplied first."""
-    n, k = 320, 832
+    """With each epilogue."""
+    n, k = 384, 832
     matrix = make(n, k, 128, 128)
     x, bias = torch.randn(num_rows, k, device=CARD).to(dtype), torch.randn(n, device=CARD).to(dtype)
     scratch = torch.full((256 * k,), float("nan"), dtype=dtype, device=CARD)
@@ -222,7 +238,7 @@ def test_it_is_taken_from_so_many_rows_on(
     if num_rows >= 17:
         assert torch.equal(out, run(x, matrix, bias))
         assert torch.equal(added, run(x, matrix, None, before))
-        assert torch.equal(half, ops.silu_mul(out))
+        assert torch.equal(half, run(x, matrix, bias, epilogue=SILU_MUL))
     else:
         weight = fp8.dequantised(*matrix)
         plain = torch.nn.functional.linear(x, weight.to(dtype), bias)
@@ -239,8 +255,8 @@ def test_no_rows_and_what_does_not_fit() -> None:
         op(x, *matrix, None, out, scratch[:2])
     with pytest.raises(RuntimeError, match="of 64 by 256 with scales of 8 by 128"):
         op(x, *make(64, 256, 8, 128), None, out, scratch)
-    with pytest.raises(RuntimeError, match="with scales of 128 by 128"):
-        op(x, *matrix, None, out[:, :32], scratch, 2)
+    with pytest.raises(RuntimeError, match="of 32 by 256 with scales of 128 by 128"):
+        op(x, *matrix, None, out[:, :32], scratch, SILU_MUL)
     switch = torch.ops.pyserve.try_linear_w8a8
     switch(matrix.weight, 17)
     try:
@@ -250,5 +266,5 @@ def test_no_rows_and_what_does_not_fit() -> None:
         switch(matrix.weight, -1)
     with pytest.raises(RuntimeError, match="min_rows is -2, at least -1"):
         switch(matrix.weight, -2)
-    with pytest.raises(RuntimeError, match="tiling is 8, from -1 to 7"):
-        switch(matrix.weight, -1, 8)
+    with pytest.raises(RuntimeError, match="tiling is 10, from -1 to 9"):
+        switch(matrix.weight, -1, 10)

@@ -43,6 +43,7 @@ struct Case {
   std::vector<uint8_t> scratch;
   int pass_rows;
 
+  int rows() const { return n * static_cast<int>(rows_per_column(epilogue)); }  // of weight
   int num_groups() const { return (k + scale_columns - 1) / scale_columns; }
   int x_groups() const { return (k + 127) / 128; }
   int x_stride() const { return k + 8; }
@@ -51,13 +52,14 @@ struct Case {
   Case(int m, int n, int k, int scale_rows, int scale_columns, Epilogue epilogue, bool has_bias,
        int pass_rows)
       : m(m), n(n), k(k), scale_rows(scale_rows), scale_columns(scale_columns),
-        epilogue(epilogue), weight(n * k),
-        scales((n + scale_rows - 1) / scale_rows * num_groups()), x(m * x_stride()),
-        bias(has_bias ? n : 0), before((m + 1) * out_stride(), T{kPoison}),
+        epilogue(epilogue), weight(rows() * k),
+        scales((rows() + scale_rows - 1) / scale_rows * num_groups()), x(m * x_stride()),
+        bias(has_bias ? rows() : 0), before((m + 1) * out_stride(), T{kPoison}),
         pass_rows(pass_rows) {
     std::normal_distribution<float> normal;
     for (uint8_t& byte : weight) byte = from_float_e4m3(64 * normal(machine::random));
-    for (float& scale : scales) scale = std::exp(normal(machine::random)) / 64;
+    const float most = epilogue == Epilogue::kSiluMul ? 4096 : 64;  // products are no larger
+    for (float& scale : scales) scale = std::exp(normal(machine::random)) / most;
     for (int i = 0; i < m * x_stride(); ++i) {
       // A group of zeros, and one of large numbers.
       const float size = i / 128 % 7 == 0 ? 0 : i / 128 % 7 == 1 ? 100 : 1;
@@ -114,7 +116,7 @@ struct Case {
   int num_wrong() const {
     const double rounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
     std::vector<std::vector<double>> of_rows;
-    for (int j = 0; j < n; ++j) of_rows.push_back(weights(j));
+    for (int j = 0; j < rows(); ++j) of_rows.push_back(weights(j));
     int count = 0;
     for (int t = 0; t <= m; ++t) {
       const std::vector<double> left = t < m ? rounded(t) : std::vector<double>();
@@ -124,10 +126,20 @@ struct Case {
           count += result.bits != kPoison;
           continue;
         }
-        double wanted = bias.empty() ? 0 : to_float(bias[j]), sizes = 0;
-        for (int i = 0; i < k; ++i) {
-          wanted += left[i] * of_rows[j][i];
-          sizes += std::abs(left[i] * of_rows[j][i]);
+        double sizes = 0;  // of all that is added up
+        const auto sum_of = [&](int row) {
+          double sum = bias.empty() ? 0 : to_float(bias[row]);
+          for (int i = 0; i < k; ++i) {
+            sum += left[i] * of_rows[row][i];
+            sizes += std::abs(left[i] * of_rows[row][i]);
+          }
+          return sum;
+        };
+        double wanted = sum_of(j);
+        if (epilogue == Epilogue::kSiluMul) {
+          const double up = sum_of(n + j), gate = wanted;
+          wanted = gate / (1 + std::exp(-gate)) * up;
+          sizes *= std::abs(gate) + std::abs(up);
         }
         if (epilogue == Epilogue::kAdd) wanted += to_float(before[t * out_stride() + j]);
         const double allowed = rounding * std::abs(wanted) + 1e-6 * sizes + 1e-6;
@@ -140,10 +152,12 @@ struct Case {
 
 template <class T>
 int check(int tiling) {
-  const Epilogue epilogue = pick({0, 1}) == 0 ? Epilogue::kStore : Epilogue::kAdd;
-  const int k = pick({64, 128, 192, 400, 512}), n = pick({24, 64, 136, 192});
+  const auto epilogue = static_cast<Epilogue>(machine::random() % 3);
+  const bool is_paired = epilogue == Epilogue::kSiluMul;
+  const int k = pick({64, 128, 192, 400, 512});
   // Of rows, of parts of blocks, of blocks.
   const int scale_rows = pick({1, 64, 128}), scale_columns = scale_rows == 1 ? k : 128;
+  const int n = scale_rows > 1 && is_paired ? pick({64, 128, 192}) : pick({24, 64, 136, 192});
   const int m = pick({3, 17, 64, 75, 130}), pass_rows = m == 75 ? 40 : m;
   machine::lands_late = machine::random() % 2 == 0;
   Case<T> given(m, n, k, scale_rows, scale_columns, epilogue, machine::random() % 2 == 0,

@@ -2,7 +2,8 @@
 // gemm_w8a8.cuh. Here: which tiling a shape gets, the launches.
 //
 // Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
-// bits. All tilings add up in one order, so that a row's result is the same in any number of rows.
+// bits. All tilings that do not divide k add up in one order, so that a row's result differs between
+// numbers of rows only where one of them is divided.
 // Floor: a byte of weight and 4 of x and 2 of out an element, or 2 m n k operations at twice the rate
 // of 16 bits.
 #include "gpu/linear/gemm_w8a8.cuh"
@@ -22,17 +23,18 @@ namespace pyserve::gpu {
 namespace gemm {
 namespace {
 
-// A W8Tile, and how many of them share the weight.
+// A W8Tile, and the CTAs of a cluster, which share the weight or divide k.
 struct W8Tiling {
   int groups, waves, columns;
-  int mates = 1;
+  int mates = 1, parts = 1;
 
   constexpr int rows() const { return 64 * groups * waves; }
+  constexpr int cluster() const { return mates * parts; }
 };
 
 // A number in LinearTrial is a place in this list, from 1 on.
 constexpr auto kW8Tilings = std::to_array<W8Tiling>({
-    {1, 1, 64}, {1, 1, 128}, {2, 1, 64},
+    {1, 1, 64}, {1, 1, 64, 1, 2}, {1, 1, 128}, {1, 1, 128, 1, 2}, {2, 1, 64},
     {2, 1, 128}, {2, 1, 128, 2}, {2, 2, 128}, {2, 2, 128, 2},
 });
 
@@ -43,23 +45,32 @@ struct W8Grid {
   int rows, columns;
 
   W8Grid(const W8Tiling& t, const LinearParams& p)
-      : rows(pieces(p.m, t.rows() * t.mates)), columns(pieces(p.n, t.columns)) {}
+      : rows(pieces(p.m, t.rows() * t.mates)), columns(pieces(p.weight_rows(), t.columns)) {}
   int clusters() const { return rows * columns; }
 };
 
+// What is divided has something to do in both parts.
+bool can_divide(const LinearParams& p) {
+  return p.epilogue != Epilogue::kSiluMul && p.k > 2 * kW8GroupColumns;
+}
+
 // Microseconds that a tiling takes: counted, not yet measured. One warpgroup waits while it adds up.
 double estimate_us(const W8Tiling& t, const LinearParams& p, const Device& device) {
-  constexpr double kW8Products = 4096 / 1.25, kAddClocks = 120;
+  constexpr double kW8Products = 4096 / 1.25, kAddClocks = 120, kExchangeClocks = 3000;
+  constexpr double kSmBytes = 50;
   const int clusters = W8Grid(t, p).clusters();
-  const int waves = pieces(clusters, num_resident(device, t.mates));
-  const double stages = pieces(p.k, kW8GroupColumns);
+  const int waves = pieces(clusters, num_resident(device, t.cluster()));
+  const double stages = pieces(pieces(p.k, kW8GroupColumns), t.parts);
   const double stage_bytes = (t.rows() + 1.0 * t.columns / t.mates) * kW8GroupColumns;
   const double stage_clocks =
       t.rows() * t.columns * kW8GroupColumns / kW8Products + (t.groups == 1 ? kAddClocks : 0);
   return Clocks{
-      .compute = waves * (stages * stage_clocks + kTileClocks),
-      .cache = clusters * t.mates * stages * stage_bytes / (kL2Bytes * device.num_sms),
-      .memory = static_cast<double>(p.n * p.k) / kMemoryBytes,
+      .compute =
+          waves * (stages * stage_clocks + kTileClocks + (t.parts > 1 ? kExchangeClocks : 0)),
+      // All SMs' share of L2, or what one of them takes in.
+      .cache = std::max(clusters * t.cluster() / (kL2Bytes * device.num_sms), waves / kSmBytes) *
+               stages * stage_bytes,
+      .memory = static_cast<double>(p.weight_rows() * p.k) / kMemoryBytes,
   }.us();
 }
 
@@ -99,58 +110,75 @@ cudaError_t launch_tile(const LinearParams& p, const Fp8Scale& scale, const Roun
   a.num_row_tiles = grid.rows;
   a.num_column_tiles = grid.columns;
   a.mates = tiling.mates;
+  a.parts = tiling.parts;
   a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
   a.x_scales = rounded.scales;
   a.scale = scale;
-  a.last_scale_row = (a.n - 1) / scale.rows;
+  a.last_scale_row = static_cast<int>((p.weight_rows() - 1) / scale.rows);
   a.is_block = scale.num_groups > 1;
   a.is_adding = p.epilogue == Epilogue::kAdd;
   cudaError_t error = encode_bytes(rounded.x, p.m, p.k, p.k, Tile::kRows, &a.x);
   if (error != cudaSuccess) return error;
-  error = encode_bytes(p.weight, p.n, p.k, p.weight_stride, Tile::kColumns / tiling.mates,
+  error = encode_bytes(p.weight, p.weight_rows(), p.k, p.weight_stride, Tile::kHalfColumns,
                        &a.weight);
   if (error != cudaSuccess) return error;
-  const int num_clusters = std::min(grid.clusters(), num_resident(device, tiling.mates));
-  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * tiling.mates),
-                                 static_cast<unsigned>(tiling.mates), Tile::kThreads, Tile::kSmem,
+  const int cluster = tiling.cluster();
+  // Parts meet once: each cluster of them has one tile.
+  const int num_clusters = tiling.parts > 1
+                               ? grid.clusters()
+                               : std::min(grid.clusters(), num_resident(device, cluster));
+  return launch_chained_clusters(kKernel, static_cast<unsigned>(num_clusters * cluster),
+                                 static_cast<unsigned>(cluster), Tile::kThreads, Tile::kSmem,
                                  stream, a);
 }
 
-// The place of the tiling of least estimate.
+// The place of the tiling that is asked for and can, else that of least estimate.
 size_t best_w8_tiling(const LinearParams& p, const Device& device) {
   const int asked = linear_trial().w8a8_tiling;
-  if (asked > 0) return static_cast<size_t>(asked - 1);
+  const auto can = [&](const W8Tiling& t) { return t.parts == 1 || can_divide(p); };
+  if (asked > 0 && can(kW8Tilings[asked - 1])) return static_cast<size_t>(asked - 1);
   size_t best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < kW8Tilings.size(); ++i) {
+    if (!can(kW8Tilings[i])) continue;
     const double estimate = estimate_us(kW8Tilings[i], p, device);
     if (estimate < least) best = i, least = estimate;
   }
   return best;
 }
 
-template <class T, size_t... kIndex>
-cudaError_t launch_pass(const LinearParams& p, const Fp8Scale& scale, void* scratch,
+template <class T, bool kIsPaired, size_t... kIndex>
+cudaError_t launch_best(const LinearParams& p, const Fp8Scale& scale, const RoundedRows& rounded,
                         const Device& device, cudaStream_t stream, std::index_sequence<kIndex...>) {
-  const RoundedRows rounded(scratch, p.m, p.k);
-  cudaError_t error = launch_quantise_rows<T>({.x = p.x,
-                                               .x_stride = p.x_stride,
-                                               .out = rounded.x,
-                                               .scales = rounded.scales,
-                                               .m = p.m,
-                                               .k = static_cast<int>(p.k),
-                                               .num_groups = pieces(p.k, kW8GroupColumns)},
-                                              stream);
-  if (error != cudaSuccess) return error;
   const size_t best = best_w8_tiling(p, device);
-  error = cudaErrorInvalidValue;
+  cudaError_t error = cudaErrorInvalidValue;
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr W8Tiling kTiling = kW8Tilings[kI];
-    using OneTile = W8Tile<T, kTiling.groups, kTiling.waves, kTiling.columns>;
+    using OneTile = W8Tile<T, kTiling.groups, kTiling.waves, kTiling.columns, kIsPaired>;
     if (kI == best) error = launch_tile<OneTile>(p, scale, rounded, kTiling, device, stream);
   };
   (launch_if(std::integral_constant<size_t, kIndex>{}), ...);
   return error;
+}
+
+template <class T>
+cudaError_t launch_pass(const LinearParams& p, const Fp8Scale& scale, void* scratch,
+                        const Device& device, cudaStream_t stream) {
+  constexpr auto kAll = std::make_index_sequence<kW8Tilings.size()>{};
+  const RoundedRows rounded(scratch, p.m, p.k);
+  const cudaError_t error = launch_quantise_rows<T>({.x = p.x,
+                                                     .x_stride = p.x_stride,
+                                                     .out = rounded.x,
+                                                     .scales = rounded.scales,
+                                                     .m = p.m,
+                                                     .k = static_cast<int>(p.k),
+                                                     .num_groups = pieces(p.k, kW8GroupColumns)},
+                                                    stream);
+  if (error != cudaSuccess) return error;
+  if (p.epilogue == Epilogue::kSiluMul) {
+    return launch_best<T, true>(p, scale, rounded, device, stream, kAll);
+  }
+  return launch_best<T, false>(p, scale, rounded, device, stream, kAll);
 }
 
 }  // namespace
@@ -158,8 +186,11 @@ cudaError_t launch_pass(const LinearParams& p, const Fp8Scale& scale, void* scra
 
 bool can_gemm_w8a8_sm90a(const LinearParams& p, const Fp8Scale& scale) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  const bool has_block = scale.columns == kW8GroupColumns && scale.rows % 64 == 0;
-  return !p.has_norm() && p.epilogue != Epilogue::kSiluMul && p.k > 0 && p.k % 16 == 0 &&
+  constexpr int kStep = 64;  // of rows that share scales: what begins at a multiple is half a tile
+  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
+  const bool has_block = scale.columns == kW8GroupColumns && scale.rows % kStep == 0 &&
+                         (!is_paired || p.n % kStep == 0);
+  return !p.has_norm() && p.k > 0 && p.k % 16 == 0 &&
          p.n % kVec == 0 && p.m < kLimit && p.n < kLimit && p.k < kLimit &&
          (scale.num_groups == 1 || has_block) && is_vec_aligned(p.x, p.x_stride) &&
          is_vec_aligned(p.weight, 0) && p.weight_stride % 16 == 0 &&
@@ -178,8 +209,7 @@ cudaError_t launch_gemm_w8a8_sm90a(const LinearParams& params, const Fp8Scale& s
     LinearParams p = params.from_row(row);
     p.m = std::min(params.m - row, rows);
     error = dispatch_half(p.dtype, [&]<class T>(T) {
-      constexpr auto kAll = std::make_index_sequence<gemm::kW8Tilings.size()>{};
-      return gemm::launch_pass<T>(p, scale, scratch, device, stream, kAll);
+      return gemm::launch_pass<T>(p, scale, scratch, device, stream);
     });
   }
   return error;

@@ -17,10 +17,10 @@ constexpr int64_t kW8GroupColumns = 128;  // of x, that share a scale
 
 // Rows of x from which launch_linear_w8a8 is taken: none, until a card has measured it.
 constexpr int64_t kMinW8Rows = std::numeric_limits<int64_t>::max();
-constexpr int kNumW8Tilings = 7;
+constexpr int kNumW8Tilings = 9;
 
-// Whether it can: scales of blocks of 128 columns and of 64 rows or a multiple of them, or of whole
-// rows.
+// Whether it can: scales of blocks of 128 columns and of 64 rows or a multiple of them (which
+// up begins with, too), or of whole rows.
 bool can_gemm_w8a8_sm90a(const LinearParams& params, const Fp8Scale& scale);
 
 // Bytes of scratch that a row of x takes.
@@ -28,7 +28,7 @@ constexpr int64_t w8_row_bytes(int64_t k) {
   return k + 4 * ((k + kW8GroupColumns - 1) / kW8GroupColumns);
 }
 
-// linear, and with kAdd added to out. Of params `weight` is 8-bit and weight_stride in bytes. x is
+// linear and its epilogues. Of params `weight` is 8-bit and weight_stride in bytes. x is
 // rounded in `scratch`, aligned to 16 bytes: as many rows at a time as it has room for, one at least.
 cudaError_t launch_gemm_w8a8_sm90a(const LinearParams& params, const Fp8Scale& scale, void* scratch,
                                    int64_t scratch_bytes, const Device& device,
