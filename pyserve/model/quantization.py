@@ -43,6 +43,8 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     scale_name      what follows a module's name, of their scales.
     has_input_scales
                     whether scales for activations may be stored, which are not used.
+    keeps_activations
+                    whether only weights are meant to be of 8 bits: then activations never are.
     skipped         regular expressions for modules that are stored plainly.
     only            ends of the names of all others; none: no such limit.
     has_head        whether the output head may be quantised.
@@ -55,6 +57,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     granularity: Granularity = "channel"
     scale_name: str = "weight_scale"
     has_input_scales: bool = False
+    keeps_activations: bool = False
     skipped: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     has_head: bool = False
@@ -100,7 +103,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             said.append(
                 f"8-bit float weights are multiplied by 16-bit activations, which are not rounded "
                 f"to 8 bits{unused}"
-                if first_rounded_row is None
+                if first_rounded_row is None or self.keeps_activations
                 else f"8-bit float weights are multiplied by FP8 matrix units in steps of "
                 f"{first_rounded_row} rows and more, where activations are rounded to 8 bits with "
                 f"a scale for each token and 128 columns; in shorter ones, and by experts, they "
@@ -332,6 +335,7 @@ def _float_group(group: Fields) -> Quantization:
         storage="fp8",
         granularity=granularity,
         has_input_scales=has_input_scales,
+        keeps_activations=not group.has("input_activations"),
     )
 
 

@@ -143,7 +143,7 @@ class Fp8Matrix(NamedTuple):
 
     def is_own(self, x: Tensor) -> bool:
         shape = (self.weight.shape, self.scale_rows) if x.is_cuda else None
-        key = "fp8", x.shape[0], x.dtype, shape
+        key = type(self), x.shape[0], x.dtype, shape
         is_served = _served.get(key)
         if is_served is None:
             is_served = _ops.serves_linear_fp8(x, self.weight) and not self.is_rounding(x)
@@ -174,6 +174,13 @@ class Fp8Matrix(NamedTuple):
         scales = self.scales[begin // self.scale_rows : -(-end // self.scale_rows)]
         weight = self.weight[begin:end]
         _ops.dequantise_fp8(weight, scales, self.scale_rows, self.scale_columns, out)
+
+
+class Fp8WeightMatrix(Fp8Matrix):
+    """By activations that are never rounded."""
+
+    def is_rounding(self, x: Tensor) -> bool:
+        return False
 
 
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
