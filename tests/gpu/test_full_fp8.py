@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pyserve.checkpoint_files import SINGLE_FILE
 from pyserve.model.fp8 import Fp8
-from pyserve.ops import fp8
+from pyserve.ops import fp8, quantised
 from tests.gpu.test_full_model import SETTINGS, Checkpoint, assert_ratio, load_on_card
 from tests.gpu.test_run_ahead import assert_replays
 from tests.model import quantised_files
@@ -80,3 +80,20 @@ def test_logits_of_float16(checkpoints: list[Checkpoint]) -> None:
 
 def test_replays_and_running_ahead_give_the_same_tokens(checkpoints: list[Checkpoint]) -> None:
     assert_replays(checkpoints[0].ours)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="other cards have no kernel for it",
+)
+def test_so_they_do_where_activations_are_rounded(checkpoints: list[Checkpoint]) -> None:
+    """In every step, but where a norm is a factor of the sums."""
+    weight = torch.zeros(128, 128, dtype=torch.uint8, device="cuda")
+    torch.ops.pyserve.try_linear_w8a8(weight, 1)
+    quantised._served.clear()
+    try:
+        assert quantised.first_rounded_row(weight.device) == 1
+        assert_replays(checkpoints[0].ours)
+    finally:
+        torch.ops.pyserve.try_linear_w8a8(weight, -1)
+        quantised._served.clear()

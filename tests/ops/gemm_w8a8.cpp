@@ -58,7 +58,8 @@ struct Case {
         pass_rows(pass_rows) {
     std::normal_distribution<float> normal;
     for (uint8_t& byte : weight) byte = from_float_e4m3(64 * normal(machine::random));
-    const float most = epilogue == Epilogue::kSiluMul ? 4096 : 64;  // products are no larger
+    // So that products of two sums are no infinity in float16.
+    const float most = epilogue == Epilogue::kSiluMul ? 32768 : 64;
     for (float& scale : scales) scale = std::exp(normal(machine::random)) / most;
     for (int i = 0; i < m * x_stride(); ++i) {
       // A group of zeros, and one of large numbers.

@@ -23,7 +23,8 @@ struct W8Args : Args {
   const float* x_scales;  // [groups, m]
   Fp8Scale scale;
   int last_scale_row;
-  bool is_block;  // whether there is more than one scale in a row
+  bool is_block;   // whether scales are of 128 columns
+  int scale_step;  // else from a row's to the next: 1, or 0 where one is of all
   bool is_adding;
 };
 
@@ -189,20 +190,25 @@ __device__ __forceinline__ void multiply_w8(const W8Args& a, Ring<Tile>& ring, B
   }
 }
 
-// The scales of two neighbouring rows of weight, first + column on, where they have one each.
-__device__ __forceinline__ float2 scale_pair(const W8Args& a, int first, int column) {
-  if (a.is_block || column >= a.n) return {1.0f, 1.0f};
-  const int row = first + column, step = a.scale.rows;
-  return {__ldcg(a.scale.data + row / step), __ldcg(a.scale.data + (row + 1) / step)};
-}
+// What sums of two neighbouring rows of weight become before they are added to anything.
+struct PairEnd {
+  float2 scale, bias;
 
-// What two sums of a thread, of neighbouring columns, become before they are added to anything.
-template <class T>
-__device__ __forceinline__ float2 scaled_pair(const W8Args& a, int first, int column,
-                                              const float* sums) {
-  const float2 scale = scale_pair(a, first, column), bias = bias_pair<T>(a, first, column);
-  return {sums[0] * scale.x + bias.x, sums[1] * scale.y + bias.y};
-}
+  // Of rows first + column on, where scales are of rows.
+  template <class T>
+  __device__ __forceinline__ static PairEnd of(const W8Args& a, int first, int column) {
+    PairEnd end{{1.0f, 1.0f}, bias_pair<T>(a, first, column)};
+    if (!a.is_block && column < a.n) {
+      const float* scales = a.scale.data + (first + column) * a.scale_step;
+      end.scale = {scales[0], scales[a.scale_step]};
+    }
+    return end;
+  }
+
+  __device__ __forceinline__ float2 operator()(const float* sums) const {
+    return {sums[0] * scale.x + bias.x, sums[1] * scale.y + bias.y};
+  }
+};
 
 // Adds what stands in out to four chunks from `column` on, of rows `row` and row + 8.
 template <class T>
@@ -243,11 +249,13 @@ __device__ __forceinline__ void finish_w8(const W8Args& a, int row, int column,
     for (int i = 0; i < 4; ++i) {
       const float* sum = sums + 4 * (first + i);
       const int my_column = first_column + i * kVec + threadIdx.x % 4 * 2;
+      const PairEnd end = PairEnd::of<T>(a, 0, my_column);
+      const PairEnd end_of_up = Tile::kIsPaired ? PairEnd::of<T>(a, a.n, my_column) : end;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float2 pair = scaled_pair<T>(a, 0, my_column, sum + 2 * j);
+        float2 pair = end(sum + 2 * j);
         if constexpr (Tile::kIsPaired) {
-          const float2 up = scaled_pair<T>(a, a.n, my_column, sum + 4 * kChunks + 2 * j);
+          const float2 up = end_of_up(sum + 4 * kChunks + 2 * j);
           pair.x = finish<Epilogue::kSiluMul>(pair.x, up.x);
           pair.y = finish<Epilogue::kSiluMul>(pair.y, up.y);
         }

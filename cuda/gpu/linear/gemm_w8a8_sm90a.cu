@@ -49,6 +49,17 @@ struct W8Grid {
   int clusters() const { return rows * columns; }
 };
 
+// Of 128 columns, and of so many rows that half a tile has one.
+bool has_block_scales(const LinearParams& p, const Fp8Scale& scale) {
+  constexpr int kStep = 64;
+  return scale.columns == kW8GroupColumns && scale.rows % kStep == 0 &&
+         (p.epilogue != Epilogue::kSiluMul || p.n % kStep == 0);
+}
+
+bool has_row_scales(const LinearParams& p, const Fp8Scale& scale) {
+  return scale.num_groups == 1 && (scale.rows == 1 || scale.rows >= p.weight_rows());
+}
+
 // What is divided has something to do in both parts.
 bool can_divide(const LinearParams& p) {
   return p.epilogue != Epilogue::kSiluMul && p.k > 2 * kW8GroupColumns;
@@ -115,7 +126,8 @@ cudaError_t launch_tile(const LinearParams& p, const Fp8Scale& scale, const Roun
   a.x_scales = rounded.scales;
   a.scale = scale;
   a.last_scale_row = static_cast<int>((p.weight_rows() - 1) / scale.rows);
-  a.is_block = scale.num_groups > 1;
+  a.is_block = has_block_scales(p, scale);
+  a.scale_step = scale.rows == 1;
   a.is_adding = p.epilogue == Epilogue::kAdd;
   cudaError_t error = encode_bytes(rounded.x, p.m, p.k, p.k, Tile::kRows, &a.x);
   if (error != cudaSuccess) return error;
@@ -186,13 +198,9 @@ cudaError_t launch_pass(const LinearParams& p, const Fp8Scale& scale, void* scra
 
 bool can_gemm_w8a8_sm90a(const LinearParams& p, const Fp8Scale& scale) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  constexpr int kStep = 64;  // of rows that share scales: what begins at a multiple is half a tile
-  const bool is_paired = p.epilogue == Epilogue::kSiluMul;
-  const bool has_block = scale.columns == kW8GroupColumns && scale.rows % kStep == 0 &&
-                         (!is_paired || p.n % kStep == 0);
   return !p.has_norm() && p.k > 0 && p.k % 16 == 0 &&
          p.n % kVec == 0 && p.m < kLimit && p.n < kLimit && p.k < kLimit &&
-         (scale.num_groups == 1 || has_block) && is_vec_aligned(p.x, p.x_stride) &&
+         (gemm::has_block_scales(p, scale) || gemm::has_row_scales(p, scale)) && is_vec_aligned(p.x, p.x_stride) &&
          is_vec_aligned(p.weight, 0) && p.weight_stride % 16 == 0 &&
          is_vec_aligned(p.out, p.out_stride) && reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
 }

@@ -19,8 +19,8 @@ constexpr int64_t kW8GroupColumns = 128;  // of x, that share a scale
 constexpr int64_t kMinW8Rows = std::numeric_limits<int64_t>::max();
 constexpr int kNumW8Tilings = 9;
 
-// Whether it can: scales of blocks of 128 columns and of 64 rows or a multiple of them (which
-// up begins with, too), or of whole rows.
+// Whether it can: scales of blocks of 128 columns and of 64 rows or a multiple of them (which up begins
+// with, too), or of whole rows, one or all.
 bool can_gemm_w8a8_sm90a(const LinearParams& params, const Fp8Scale& scale);
 
 // Bytes of scratch that a row of x takes.
