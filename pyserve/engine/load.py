@@ -114,8 +114,10 @@ def _build(
         device="cuda" if device_type == "cuda" else "cpu",
         report=lambda done, total: progress("build", done, total),
     )
-    if model_config.quantization is not None:
-        for remark in model_config.quantization.remarks(first_rounded_row(start.device)):
+    quantization = model_config.quantization
+    if quantization is not None:
+        first = first_rounded_row(start.device) if quantization.scheme == "fp8" else None
+        for remark in quantization.remarks(first):
             logger.warning("%s", remark)
     progress("build", 1, 1)
     plan = ranks.join(start.plan)
