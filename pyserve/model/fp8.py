@@ -73,8 +73,8 @@ class Fp8(QuantisedScheme):
             begins = (begin for part in pieces for begin in (part.row, part.start))
             scale_rows, scale_columns = gcd(BLOCK[0], *begins), BLOCK[1]
         shape = *count, -(-n // scale_rows), -(-k // scale_columns)
-        keeps = self._quantization.keeps_activations
-        kind = quantised.Fp8WeightMatrix if keeps else quantised.Fp8Matrix
+        is_weight_only = self._quantization.is_weight_only
+        kind = quantised.Fp8WeightMatrix if is_weight_only else quantised.Fp8Matrix
         return kind(
             torch.zeros((*count, n, k), dtype=torch.uint8, device=device),
             torch.zeros(shape, device=device),

@@ -43,8 +43,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     scale_name      what follows a module's name, of their scales.
     has_input_scales
                     whether scales for activations may be stored, which are not used.
-    keeps_activations
-                    whether only weights are meant to be of 8 bits: then activations never are.
+    is_weight_only  whether only weights are meant to be of 8 bits: then activations never are.
     skipped         regular expressions for modules that are stored plainly.
     only            ends of the names of all others; none: no such limit.
     has_head        whether the output head may be quantised.
@@ -57,7 +56,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     granularity: Granularity = "channel"
     scale_name: str = "weight_scale"
     has_input_scales: bool = False
-    keeps_activations: bool = False
+    is_weight_only: bool = False
     skipped: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     has_head: bool = False
@@ -103,7 +102,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             said.append(
                 f"8-bit float weights are multiplied by 16-bit activations, which are not rounded "
                 f"to 8 bits{unused}"
-                if first_rounded_row is None or self.keeps_activations
+                if first_rounded_row is None or self.is_weight_only
                 else f"8-bit float weights are multiplied by FP8 matrix units in steps of "
                 f"{first_rounded_row} rows and more, where activations are rounded to 8 bits with "
                 f"a scale for each token and 128 columns; in shorter ones, and by experts, they "
@@ -335,7 +334,7 @@ def _float_group(group: Fields) -> Quantization:
         storage="fp8",
         granularity=granularity,
         has_input_scales=has_input_scales,
-        keeps_activations=not group.has("input_activations"),
+        is_weight_only=not group.has("input_activations"),
     )
 
 

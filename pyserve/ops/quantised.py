@@ -53,13 +53,11 @@ class Matrix(Protocol):
     def is_own(self, x: Tensor) -> bool:
         """Whether `multiply` is faster for these rows than to make plain numbers first."""
 
-    def is_rounding(self, x: Tensor) -> bool:
-        """Whether these rows are rounded and multiplied by what is stored: multiply_rounded."""
-
     def multiply_rounded(
         self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
-    ) -> None:
-        """multiply of x rounded, whose rows of a gate are a multiple of fp8.HALF_TILE_ROWS."""
+    ) -> bool:
+        """multiply of x rounded, where that is faster than plain numbers: whether it was done. The
+        rows of a gate are a multiple of fp8.HALF_TILE_ROWS."""
 
     @property
     def row_step(self) -> int:
@@ -99,13 +97,10 @@ class W4A16Matrix(NamedTuple):
             is_served = _served[key] = _ops.serves_linear_w4a16(x, self.packed)
         return is_served
 
-    def is_rounding(self, x: Tensor) -> bool:
-        return False
-
     def multiply_rounded(
         self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
-    ) -> None:
-        raise NotImplementedError
+    ) -> bool:
+        return False
 
     @property
     def row_step(self) -> int:
@@ -162,8 +157,11 @@ class Fp8Matrix(NamedTuple):
 
     def multiply_rounded(
         self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
-    ) -> None:
-        _ops.linear_w8a8(x, *self, bias, out, scratch, epilogue)
+    ) -> bool:
+        is_done = self.is_rounding(x)
+        if is_done:
+            _ops.linear_w8a8(x, *self, bias, out, scratch, epilogue)
+        return is_done
 
     @property
     def row_step(self) -> int:
@@ -188,8 +186,7 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch:
     if matrix.is_own(x):
         matrix.multiply(x, bias, out, STORE)
         return
-    if matrix.is_rounding(x):
-        matrix.multiply_rounded(x, bias, out, STORE, scratch)
+    if matrix.multiply_rounded(x, bias, out, STORE, scratch):
         return
     for begin, end, weight in _slices(matrix, out.shape[1], x.shape[1], scratch):
         part = None if bias is None else bias[begin:end]
@@ -206,8 +203,7 @@ def linear_add(
     if matrix.is_own(x):
         matrix.multiply(x, bias, residual, ADD)
         return
-    if matrix.is_rounding(x):
-        matrix.multiply_rounded(x, bias, residual, ADD, scratch)
+    if matrix.multiply_rounded(x, bias, residual, ADD, scratch):
         return
     for begin, end, weight in _slices(matrix, residual.shape[1], x.shape[1], scratch):
         part, to = None if bias is None else bias[begin:end], residual[:, begin:end]
@@ -226,11 +222,12 @@ def linear_silu_mul(
     has_whole_strips = out.shape[1] % w4a16.STRIP_ROWS == 0  # else a strip would be of both halves
     if has_whole_strips and matrix.is_own(x):
         matrix.multiply(x, bias, out, SILU_MUL)
-    elif out.shape[1] % fp8.HALF_TILE_ROWS == 0 and matrix.is_rounding(x):
-        matrix.multiply_rounded(x, bias, out, SILU_MUL, scratch)
-    else:
-        linear(x, matrix, bias, gate_up, scratch)
-        ops.silu_mul(gate_up, out)
+        return
+    has_whole_tiles = out.shape[1] % fp8.HALF_TILE_ROWS == 0
+    if has_whole_tiles and matrix.multiply_rounded(x, bias, out, SILU_MUL, scratch):
+        return
+    linear(x, matrix, bias, gate_up, scratch)
+    ops.silu_mul(gate_up, out)
 
 
 def linear_add_for_norm(

@@ -438,8 +438,10 @@ cudaError_t launch_chained_clusters(Kernel kernel, unsigned grid, unsigned clust
                                     int num_bytes, cudaStream_t, const Args& args) {
   machine::body = [&] { kernel(args); };
   machine::between = machine::land_some;
+  machine::num_idle = 0;
   gridDim.x = grid;
   machine::run_grid(grid, static_cast<int>(cluster), num_threads, num_bytes);
+  machine::between = [] {};
   machine::barriers.clear();
   if (!machine::landings.empty()) machine::fail("copies that nobody waits for");
   for (machine::Products& each : machine::products) each.groups.clear();

@@ -73,7 +73,7 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "linear/gemm_w8a8.cuh",
             "linear/gemm_w8a8_sm90a.cu",
         ),
-        6,
+        4,
     ),
     "grouped_gemm_w4a16": (
         (

@@ -2,8 +2,9 @@
 // a copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and
 // is counted too.
 //
-// Boxes of 16-bit elements and of bytes have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh
-// reads: the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte boundary.
+// Boxes of 16-bit elements and of bytes have rows of 128 bytes and land with the 128-byte swizzle that
+// wgmma.cuh reads: the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte
+// boundary.
 // Boxes of 8-byte words land as they are, row behind row.
 #pragma once
 

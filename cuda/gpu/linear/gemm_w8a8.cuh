@@ -3,9 +3,11 @@
 //
 // Rows of x are the operand of 64 rows a warpgroup, which takes kWaves of them one after the other;
 // weight rows are the columns, in halves: with a gate and an up one of each, so that a thread has both
-// sums of a result. Mates are tiles of rows that read the same weight. A stage is 128 columns of k, which share scales: their sums are scaled and added to others in registers while the
-// other warpgroup's products are computed, so that a thread has kWaves + 1 sets of sums.
-// The scales of a stage are read a stage ahead: of x one a row, of weight one for a half; where they are of whole rows of weight, when all is summed up.
+// sums of a result. Mates are tiles of rows that read the same weight.
+// A stage is 128 columns of k, which share scales: their sums are scaled and added to others in
+// registers while the other warpgroup's products are computed, so that a thread has kWaves + 1 sets of
+// sums. The scales of a stage are read a stage ahead: of x one a row, of weight one for a half; where
+// they are of whole rows of weight, when all is summed up.
 //
 // Numerics: sums over 128 of k as wgmma_e4m3 has them, the others in float32; then the scale of a row
 // of weight, bias, the epilogue and one rounding.
@@ -24,7 +26,7 @@ struct W8Args : Args {
   Fp8Scale scale;
   int last_scale_row;
   bool is_block;   // whether scales are of 128 columns
-  int scale_step;  // else from a row's to the next: 1, or 0 where one is of all
+  int scale_step;  // else from a row's scale to the next: 1, or 0 where one is of all
   bool is_adding;
 };
 
@@ -44,7 +46,7 @@ struct W8Tile {
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 1 ? 0 : 40;
   static constexpr int kGroupRegisters = kGroups == 1 ? 0 : 232;
-  static constexpr int kSums = kColumns / 2;   // of a thread and wave
+  static constexpr int kSums = kColumns / 2;  // of a thread and wave
   static constexpr int kHalves = 2, kHalfColumns = kColumns / kHalves;
   static constexpr int kXBytes = kRows * kDepth;
   static constexpr int kStageBytes = kXBytes + kColumns * kDepth;

@@ -198,11 +198,12 @@ cudaError_t launch_pass(const LinearParams& p, const Fp8Scale& scale, void* scra
 
 bool can_gemm_w8a8_sm90a(const LinearParams& p, const Fp8Scale& scale) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  return !p.has_norm() && p.k > 0 && p.k % 16 == 0 &&
-         p.n % kVec == 0 && p.m < kLimit && p.n < kLimit && p.k < kLimit &&
-         (gemm::has_block_scales(p, scale) || gemm::has_row_scales(p, scale)) && is_vec_aligned(p.x, p.x_stride) &&
-         is_vec_aligned(p.weight, 0) && p.weight_stride % 16 == 0 &&
-         is_vec_aligned(p.out, p.out_stride) && reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
+  return !p.has_norm() && p.k > 0 && p.k % 16 == 0 && p.n % kVec == 0 && p.m < kLimit &&
+         p.n < kLimit && p.k < kLimit &&
+         (gemm::has_block_scales(p, scale) || gemm::has_row_scales(p, scale)) &&
+         is_vec_aligned(p.x, p.x_stride) && is_vec_aligned(p.weight, 0) &&
+         p.weight_stride % 16 == 0 && is_vec_aligned(p.out, p.out_stride) &&
+         reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
 }
 
 cudaError_t launch_gemm_w8a8_sm90a(const LinearParams& params, const Fp8Scale& scale, void* scratch,

@@ -28,8 +28,8 @@ constexpr int64_t w8_row_bytes(int64_t k) {
   return k + 4 * ((k + kW8GroupColumns - 1) / kW8GroupColumns);
 }
 
-// linear and its epilogues. Of params `weight` is 8-bit and weight_stride in bytes. x is
-// rounded in `scratch`, aligned to 16 bytes: as many rows at a time as it has room for, one at least.
+// linear and its epilogues. Of params `weight` is 8-bit and weight_stride in bytes. x is rounded in
+// `scratch`, aligned to 16 bytes: as many rows at a time as it has room for, one at least.
 cudaError_t launch_gemm_w8a8_sm90a(const LinearParams& params, const Fp8Scale& scale, void* scratch,
                                    int64_t scratch_bytes, const Device& device,
                                    cudaStream_t stream);
