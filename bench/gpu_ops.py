@@ -365,8 +365,8 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
             quantised.fp8_products(MATRICES, DEVICE, num_sets), quantised.fp8_experts(DEVICE)
         )
     ),
-    "w8a8": lambda: cases_of(w8a8.products(MATRICES, DEVICE, _num_sets)),
-    "e4m3_tilings": lambda: cases_of(w8a8.tilings(MATRICES, DEVICE, _num_sets)),
+    "w8a8": lambda: cases_of(w8a8.products(MATRICES, DEVICE, num_sets)),
+    "e4m3_tilings": lambda: cases_of(w8a8.tilings(MATRICES, DEVICE, num_sets)),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
     "int4_experts": lambda: cases_of(experts.integer_chains(DEVICE)),
     "latent": lambda: cases_of(latent.chains(DEVICE)),
