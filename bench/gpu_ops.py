@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import experts, gpu_attention, gpu_chains, gpu_rows, latent, quantised, w4a16
+from bench import experts, gpu_attention, gpu_chains, gpu_rows, latent, quantised, w4a16, w8a8
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve import ops
@@ -365,6 +365,8 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
             quantised.fp8_products(MATRICES, DEVICE, num_sets), quantised.fp8_experts(DEVICE)
         )
     ),
+    "w8a8": lambda: cases_of(w8a8.products(MATRICES, DEVICE, num_sets)),
+    "e4m3_tilings": lambda: cases_of(w8a8.tilings(MATRICES, DEVICE, num_sets)),
     "experts": lambda: cases_of(experts.chains(DEVICE)),
     "int4_experts": lambda: cases_of(experts.integer_chains(DEVICE)),
     "latent": lambda: cases_of(latent.chains(DEVICE)),

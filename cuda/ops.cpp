@@ -43,6 +43,12 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "Tensor(a!) out) -> ()");
   m.def("serves_linear_fp8(Tensor x, Tensor weight) -> bool");
   m.def(
+      "linear_w8a8(Tensor x, Tensor weight, Tensor scales, int scale_rows, int scale_columns, "
+      "Tensor? bias, Tensor(a!) out, Tensor(b!) scratch, int epilogue=0) -> ()");
+  m.def(
+      "serves_linear_w8a8(Tensor weight, int m, int scale_rows, int scale_columns) -> bool");
+  m.def("try_linear_w8a8(Tensor weight, int min_rows, int tiling=-1) -> ()");
+  m.def(
       "grouped_linear_fp8(Tensor x, Tensor weight, Tensor scales, int scale_rows, "
       "int scale_columns, Tensor? order, Tensor offsets, int max_group, "
       "Tensor(a!) out) -> ()");

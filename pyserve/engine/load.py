@@ -62,6 +62,7 @@ from pyserve.model.placement import META, Placement
 from pyserve.model.sharing import check_pipeline, check_sharing, tp_sizes
 from pyserve.ops import build
 from pyserve.ops.group import LEADER, Group, ProcessGroup
+from pyserve.ops.quantised import first_rounded_row
 from pyserve.params import POOLED, SamplingParams
 from pyserve.words import counted
 
@@ -95,9 +96,6 @@ def build_engine(
     if model_config.unknown_fields:
         names = ", ".join(name[:40] for name in model_config.unknown_fields[:10])
         logger.warning("config.json holds fields that pyserve does not know or use: %s", names)
-    if model_config.quantization is not None:
-        for remark in model_config.quantization.remarks():
-            logger.warning("%s", remark)
     _log_plan(config, start.plan)
     ranks = Ranks(config, start.device, spawned)
     with ranks.ended_by_errors():
@@ -116,6 +114,11 @@ def _build(
         device="cuda" if device_type == "cuda" else "cpu",
         report=lambda done, total: progress("build", done, total),
     )
+    quantization = model_config.quantization
+    if quantization is not None:
+        first = first_rounded_row(start.device) if quantization.scheme == "fp8" else None
+        for remark in quantization.remarks(first):
+            logger.warning("%s", remark)
     progress("build", 1, 1)
     plan = ranks.join(start.plan)
     with _card_may_be_full(plan):

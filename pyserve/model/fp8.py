@@ -1,5 +1,6 @@
-"""FP8: the Scheme of a matrix of 8-bit floats (e4m3) with scales, see ops/fp8.py; computed in 16
-bits: activations are not rounded to 8, whatever the checkpoint says.
+"""FP8: the Scheme of a matrix of 8-bit floats (e4m3) with scales, see ops/fp8.py. Whatever the
+checkpoint says of activations, they are of 16 bits; or rounded as they come where a card multiplies
+8 bits by 8, but for a checkpoint of 8-bit weights alone: a server says which.
 
 A module X [n, k] is stored as
 
@@ -72,7 +73,9 @@ class Fp8(QuantisedScheme):
             begins = (begin for part in pieces for begin in (part.row, part.start))
             scale_rows, scale_columns = gcd(BLOCK[0], *begins), BLOCK[1]
         shape = *count, -(-n // scale_rows), -(-k // scale_columns)
-        return quantised.Fp8Matrix(
+        is_weight_only = self._quantization.is_weight_only
+        kind = quantised.Fp8WeightMatrix if is_weight_only else quantised.Fp8Matrix
+        return kind(
             torch.zeros((*count, n, k), dtype=torch.uint8, device=device),
             torch.zeros(shape, device=device),
             scale_rows,

@@ -43,6 +43,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     scale_name      what follows a module's name, of their scales.
     has_input_scales
                     whether scales for activations may be stored, which are not used.
+    is_weight_only  whether only weights are meant to be of 8 bits: then activations never are.
     skipped         regular expressions for modules that are stored plainly.
     only            ends of the names of all others; none: no such limit.
     has_head        whether the output head may be quantised.
@@ -55,6 +56,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     granularity: Granularity = "channel"
     scale_name: str = "weight_scale"
     has_input_scales: bool = False
+    is_weight_only: bool = False
     skipped: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     has_head: bool = False
@@ -82,8 +84,9 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             return f"8-bit floats ({self.method}) with a scale {SCALED[self.granularity]}"
         return f"4-bit {self.method} in groups of {self.group_size}"
 
-    def remarks(self) -> list[str]:
-        """What a server says of it once."""
+    def remarks(self, first_rounded_row: int | None = None) -> list[str]:
+        """What a server says of it once, where 8-bit floats are multiplied by activations that are
+        rounded to them too from so many rows on."""
         said = []
         if self.storage == "plain":
             said.append(
@@ -99,6 +102,11 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             said.append(
                 f"8-bit float weights are multiplied by 16-bit activations, which are not rounded "
                 f"to 8 bits{unused}"
+                if first_rounded_row is None or self.is_weight_only
+                else f"8-bit float weights are multiplied by FP8 matrix units in steps of "
+                f"{first_rounded_row} rows and more, where activations are rounded to 8 bits with "
+                f"a scale for each token and 128 columns; in shorter ones, and by experts, they "
+                f"are not{unused}"
             )
         return said
 
@@ -326,6 +334,7 @@ def _float_group(group: Fields) -> Quantization:
         storage="fp8",
         granularity=granularity,
         has_input_scales=has_input_scales,
+        is_weight_only=not group.has("input_activations"),
     )
 
 

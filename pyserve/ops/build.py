@@ -350,10 +350,11 @@ def _load(folder: Path) -> ModuleType:
     return module
 
 
-# What has no meaning on a CPU: switches of a card's dispatch, and work between cards, whose twins
-# are over lists (reference_comm.py).
+# What has no meaning on a CPU: products by a card's units for 8 bits, switches of its dispatch, and
+# work between cards, whose twins are over lists (reference_comm.py).
 _OF_CARDS = (
-    "try_linear_w4a16", "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot",
+    "linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8", "try_linear_w4a16",
+    "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot",
     "gather_rows", "broadcast_tokens",
 )  # fmt: skip
 

@@ -3,7 +3,7 @@ floats (fp8.py).
 
 For few rows of x there are kernels that read what is stored; for more it is made plain numbers
 first, a slice at a time, in memory that is given: `scratch`, of x's dtype and one dimension, holds
-matrix.row_step rows at least.
+matrix.row_step rows at least. Or x is rounded to what a card's matrix units multiply, there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pyserve import ops
-from pyserve.ops import ADD, SILU_MUL, STORE, w4a16
+from pyserve.ops import ADD, SILU_MUL, STORE, fp8, w4a16
 from pyserve.ops.experts import CHUNK_ROWS, Routing, chunks, longest_group, sort_rows
 from pyserve.ops.native import native as _ops
 
@@ -23,7 +24,7 @@ from pyserve.ops.native import native as _ops
 # the kernel for few rows. The kernel for more has no norms, and is faster without than two passes.
 MAX_NORM_ROWS = 16
 
-_served: dict[tuple[object, ...], bool] = {}  # what serves_linear_w4a16 and _fp8 said
+_served: dict[tuple[object, ...], bool] = {}  # what serves_linear_w4a16, _fp8 and _w8a8 said
 
 
 class Matrix(Protocol):
@@ -51,6 +52,12 @@ class Matrix(Protocol):
 
     def is_own(self, x: Tensor) -> bool:
         """Whether `multiply` is faster for these rows than to make plain numbers first."""
+
+    def multiply_rounded(
+        self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
+    ) -> bool:
+        """multiply of x rounded, where that is faster than plain numbers: whether it was done. The
+        rows of a gate are a multiple of fp8.HALF_TILE_ROWS."""
 
     @property
     def row_step(self) -> int:
@@ -90,6 +97,11 @@ class W4A16Matrix(NamedTuple):
             is_served = _served[key] = _ops.serves_linear_w4a16(x, self.packed)
         return is_served
 
+    def multiply_rounded(
+        self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
+    ) -> bool:
+        return False
+
     @property
     def row_step(self) -> int:
         return w4a16.STRIP_ROWS
@@ -125,11 +137,31 @@ class Fp8Matrix(NamedTuple):
         return self.weight.nbytes + self.scales.nbytes
 
     def is_own(self, x: Tensor) -> bool:
-        key = "fp8", x.shape[0], x.dtype, self.weight.shape if x.is_cuda else None
+        shape = (self.weight.shape, self.scale_rows) if x.is_cuda else None
+        key = type(self), x.shape[0], x.dtype, shape
         is_served = _served.get(key)
         if is_served is None:
-            is_served = _served[key] = _ops.serves_linear_fp8(x, self.weight)
+            is_served = _ops.serves_linear_fp8(x, self.weight) and not self.is_rounding(x)
+            _served[key] = is_served
         return is_served
+
+    def is_rounding(self, x: Tensor) -> bool:
+        if not x.is_cuda:
+            return False
+        scale = self.scale_rows, self.scale_columns
+        key = "w8a8", x.shape[0], self.weight.shape, scale
+        is_served = _served.get(key)
+        if is_served is None:
+            is_served = _served[key] = _ops.serves_linear_w8a8(self.weight, x.shape[0], *scale)
+        return is_served
+
+    def multiply_rounded(
+        self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
+    ) -> bool:
+        is_done = self.is_rounding(x)
+        if is_done:
+            _ops.linear_w8a8(x, *self, bias, out, scratch, epilogue)
+        return is_done
 
     @property
     def row_step(self) -> int:
@@ -142,10 +174,19 @@ class Fp8Matrix(NamedTuple):
         _ops.dequantise_fp8(weight, scales, self.scale_rows, self.scale_columns, out)
 
 
+class Fp8WeightMatrix(Fp8Matrix):
+    """By activations that are never rounded."""
+
+    def is_rounding(self, x: Tensor) -> bool:
+        return False
+
+
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
     """x W^T + bias -> out [m, n]. x [m, k], rows may be strided; bias [n]."""
     if matrix.is_own(x):
         matrix.multiply(x, bias, out, STORE)
+        return
+    if matrix.multiply_rounded(x, bias, out, STORE, scratch):
         return
     for begin, end, weight in _slices(matrix, out.shape[1], x.shape[1], scratch):
         part = None if bias is None else bias[begin:end]
@@ -161,6 +202,8 @@ def linear_add(
     """ops.linear_add of the matrix."""
     if matrix.is_own(x):
         matrix.multiply(x, bias, residual, ADD)
+        return
+    if matrix.multiply_rounded(x, bias, residual, ADD, scratch):
         return
     for begin, end, weight in _slices(matrix, residual.shape[1], x.shape[1], scratch):
         part, to = None if bias is None else bias[begin:end], residual[:, begin:end]
@@ -179,9 +222,12 @@ def linear_silu_mul(
     has_whole_strips = out.shape[1] % w4a16.STRIP_ROWS == 0  # else a strip would be of both halves
     if has_whole_strips and matrix.is_own(x):
         matrix.multiply(x, bias, out, SILU_MUL)
-    else:
-        linear(x, matrix, bias, gate_up, scratch)
-        ops.silu_mul(gate_up, out)
+        return
+    has_whole_tiles = out.shape[1] % fp8.HALF_TILE_ROWS == 0
+    if has_whole_tiles and matrix.multiply_rounded(x, bias, out, SILU_MUL, scratch):
+        return
+    linear(x, matrix, bias, gate_up, scratch)
+    ops.silu_mul(gate_up, out)
 
 
 def linear_add_for_norm(
@@ -233,6 +279,15 @@ def grouped_linear(
         return
     for expert, begin, end in chunks(routing):
         linear(x[begin:end], matrix.of_expert(expert), None, out[begin:end], scratch)
+
+
+def first_rounded_row(device: torch.device) -> int | None:
+    """Rows of x from which a matrix of 8-bit floats is multiplied by x rounded, on this device."""
+    if device.type != "cuda":
+        return None
+    block = torch.zeros(128, 128, dtype=torch.uint8, device=device)
+    served = (m for m in range(1, 2049) if _ops.serves_linear_w8a8(block, m, 128, 128))
+    return next(served, None)
 
 
 def dequantise(matrix: Matrix, out: Tensor) -> None:

@@ -36,6 +36,7 @@ from pyserve.ops.reference_quantised import grouped_linear_fp8 as grouped_linear
 from pyserve.ops.reference_quantised import grouped_linear_w4a16 as grouped_linear_w4a16
 from pyserve.ops.reference_quantised import linear_fp8 as linear_fp8
 from pyserve.ops.reference_quantised import linear_w4a16 as linear_w4a16
+from pyserve.ops.reference_quantised import linear_w8a8 as linear_w8a8
 from pyserve.ops.reference_quantised import serves_linear_fp8 as serves_linear_fp8
 from pyserve.ops.reference_quantised import serves_linear_w4a16 as serves_linear_w4a16
 from pyserve.ops.reference_sample import WEIGHT_SCALE as WEIGHT_SCALE

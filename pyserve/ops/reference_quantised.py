@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from pyserve.ops import fp8, w4a16
 from pyserve.ops.reference_experts import grouped_linear, grouped_linear_silu_mul
@@ -62,6 +63,22 @@ def dequantise_fp8(
 def serves_linear_fp8(x: Tensor, weight: Tensor) -> bool:
     """As serves_linear."""
     return True
+
+
+def linear_w8a8(
+    x: Tensor, weight: Tensor, scales: Tensor, scale_rows: int, scale_columns: int,
+    bias: Tensor | None, out: Tensor, scratch: Tensor, epilogue: int = 0,
+) -> None:  # fmt: skip
+    """linear_fp8 of x as fp8.rounded_rows has it, without norms, in float32."""
+    rounded, x_scales = fp8.rounded_rows(x)
+    plain = fp8.dequantised(rounded, x_scales.T, 1, fp8.GROUP_COLUMNS)
+    sums = plain @ fp8.dequantised(weight, scales, scale_rows, scale_columns).T
+    if bias is not None:
+        sums += bias.float()
+    if epilogue == 2:
+        gate, up = sums.chunk(2, 1)
+        sums = functional.silu(gate) * up
+    out.copy_(sums + out.float() if epilogue == 1 else sums)
 
 
 def grouped_linear_fp8(

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import experts, gpu_attention, gpu_ops, gpu_rows, latent, w4a16
+from bench import experts, gpu_attention, gpu_ops, gpu_rows, latent, w4a16, w8a8
 from bench.gpu_timing import Timing
 from pyserve import ops
 from pyserve.ops import build, fakes
@@ -43,6 +43,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(latent, "CARD_HEADS", {"2 heads": 2})
     monkeypatch.setattr(latent, "CARD_LOADS", {"decode 2 x 33": [(1, 33)] * 2})
     monkeypatch.setattr(w4a16, "switch", lambda *_: planned.append("try_linear_w4a16"))
+    monkeypatch.setattr(w8a8, "multiply", lambda *_: planned.append("linear_w8a8"))
+    monkeypatch.setattr(w8a8, "switch", lambda *_: planned.append("try_linear_w8a8"))
     monkeypatch.setattr(gpu_ops, "time_sets", time_sets)
     monkeypatch.setattr(gpu_ops, "copy_us", lambda destination, source: 1.0)
     return planned
@@ -59,12 +61,15 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names -= {"lora_shrink", "lora_expand", "lora_expand_silu_mul"}  # by bench.gpu_lora
     names -= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     names -= {"broadcast_tokens"}  # by bench.gpu_peers, like those above
-    names -= {"serves_linear_fp8"}
+    names -= {"serves_linear_fp8", "serves_linear_w8a8", "try_linear_w8a8"}
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
     ways |= {"own linear_w4a16", "own linear_fp8", "experts", "int4 experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}
+    ways |= {"cuBLAS of 16 bits"}
+    ways |= {f"8-bit tiling {1 + i}" for i in range(len(w8a8.TILINGS))}
     assert {result["op"] for result in results} == {*names, *ways, "linear chain", "layer"}
-    assert set(tiny) == {"plan_attention", "rope_attention", "try_linear_w4a16"}
+    stood_in = {"plan_attention", "rope_attention", "try_linear_w4a16"}
+    assert set(tiny) == stood_in | {"linear_w8a8", "try_linear_w8a8"}
     for result in results:
         assert result["ratio"] == pytest.approx(100 / result["percent"])
         assert result["floor_us"] > 0

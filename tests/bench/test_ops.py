@@ -37,6 +37,7 @@ def test_every_op_is_measured(
     measured = {result["op"] for result in data["results"]}
     others = {"plan_attention", "rope_attention", "serves_linear"}
     others |= {"serves_linear_w4a16", "serves_linear_fp8", "try_linear_w4a16"}
+    others |= {"linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8"}  # of a card alone
     # Of these bench.gpu_lora tells, on a card.
     others |= {"lora_shrink", "lora_expand", "lora_expand_silu_mul"}
     # And bench.gpu_peers of these, on several.

@@ -223,7 +223,7 @@ def test_logits_by_the_ratio_rule(
     assert_ratio(checkpoints[name, dtype], settings)
 
 
-def assert_ratio(checkpoint: Checkpoint, settings: str) -> None:
+def assert_ratio(checkpoint: Checkpoint, settings: str, allowed: float = 1e-6) -> None:
     options = {**SETTINGS[settings]}
     alone = options.pop("alone", False)
     engine = make_engine(checkpoint.ours, **options)
@@ -244,4 +244,4 @@ def assert_ratio(checkpoint: Checkpoint, settings: str) -> None:
         parts.append((logits, plain[len(prompt) - 1 :], exact[len(prompt) - 1 :]))
     ours, plain, exact = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     error, plain_error = relative_error(ours, exact), relative_error(plain, exact)
-    assert error <= 2 * plain_error + 1e-6  # false for NaN
+    assert error <= 2 * plain_error + allowed  # false for NaN

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.w4a16 import TILINGS
+from bench.w8a8 import TILINGS as W8A8_TILINGS
 from pyserve import ops
 from tests.gpu.test_attention import TENSORS, allocate, fill, make_on_card
 from tests.gpu.test_experts import counted
@@ -120,6 +121,28 @@ def test_8_bit_floats(num_rows: int, keep_busy: Callable[[int], None]) -> None:
             torch.ops.pyserve.linear_fp8(x, *args, out)
 
         check(Call(x, (num_rows, n), run), keep_busy)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="other cards have no kernel for it",
+)
+@pytest.mark.parametrize("num_rows", [24, 300])
+def test_8_bit_floats_by_rows_rounded(num_rows: int, keep_busy: Callable[[int], None]) -> None:
+    """Each tiling; all calls round x in the same memory, some in two passes."""
+    n, k = 832, 1088
+    matrix, x, bias = make_fp8(n, k, 128, 128), randn(num_rows, k), randn(n)
+    scratch = randn(100 * k)
+
+    def run(out: Tensor) -> None:
+        torch.ops.pyserve.linear_w8a8(x, *matrix, bias, out, scratch)
+
+    try:
+        for number in range(len(W8A8_TILINGS) + 1):
+            torch.ops.pyserve.try_linear_w8a8(matrix.weight, -1, number)
+            check(Call(x, (num_rows, n), run), keep_busy)
+    finally:
+        torch.ops.pyserve.try_linear_w8a8(matrix.weight, -1)
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 24, 128, 200, 300])

@@ -21,6 +21,7 @@ from pyserve.model.loader import load_model
 from pyserve.model.placement import META, Placement
 from pyserve.model.quantization import AT_LOAD, Quantization
 from pyserve.model.weights import CheckpointReader, index_checkpoint
+from pyserve.ops import quantised, reference
 from tests.model import oracle, quantised_files
 from tests.model.driver import Driver
 from tests.model.quantised_files import FP8
@@ -110,6 +111,27 @@ def test_logits_are_those_of_the_numbers(kind: str, tmp_path: Path) -> None:
     while len(ours) < len(theirs):
         ours.append(int(driver.step({0: ours[-1:]})[-1].argmax()))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_by_activations_that_are_rounded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a card with matrix units of 8 bits has them, by the twin: close, and not the same."""
+
+    def multiply_rounded(
+        self: quantised.Fp8Matrix, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        epilogue: int, scratch: torch.Tensor,
+    ) -> bool:  # fmt: skip
+        reference.linear_w8a8(x, *self, bias, out, scratch, epilogue)
+        return True
+
+    monkeypatch.setattr(quantised.Fp8Matrix, "is_own", lambda *_: False)
+    monkeypatch.setattr(quantised.Fp8Matrix, "multiply_rounded", multiply_rounded)
+    saved = quantised_files.save(tmp_path, FP8[kind], intermediate_size=192)
+    logits = Driver(oracle.load_ours(saved.folder)).step({0: TOKENS})
+    expected = quantised_files.expected_logits(saved, TOKENS)
+    assert 0.01 < oracle.relative_error(logits, expected.double()) < 0.25
 
 
 @pytest.mark.parametrize("kind", ["block", "channel"])
@@ -300,6 +322,30 @@ def test_what_a_server_says_once() -> None:
     (said,) = quantization("static").remarks()
     assert said.endswith(": the checkpoint's input_scale is not used")
     assert len(AT_LOAD["fp8"].remarks()) == 2
+    (said,) = quantization("block").remarks(17)
+    assert "by FP8 matrix units in steps of 17 rows and more, where activations are rounded" in said
+    (said,) = quantization("static").remarks(17)
+    assert said.endswith("they are not: the checkpoint's input_scale is not used")
+
+
+def test_activations_of_a_checkpoint_of_8_bit_weights_alone_are_never_rounded() -> None:
+    """Whatever a card has for those of others."""
+    raw = {"architectures": ["LlamaForCausalLM"], **oracle.TINY, "rms_norm_eps": 1e-6}
+    for has_activations in (True, False):
+        config = json.loads(json.dumps(FP8["channel"].config))
+        (group,) = config["config_groups"].values()
+        group["input_activations"] = group["weights"] | {"dynamic": True}
+        if not has_activations:
+            del group["input_activations"]
+        made = ModelConfig.from_hf(raw | {"quantization_config": config}).quantization
+        assert made is not None
+        there = Placement(torch.bfloat16, META, quantization=made)
+        matrix = Linear([Output("o", 64)], 384, there).matrix
+        assert isinstance(matrix, Fp8)
+        assert (type(matrix.matrix) is quantised.Fp8Matrix) == has_activations
+        assert isinstance(matrix.matrix.of_expert(0), type(matrix.matrix))
+        (said,) = made.remarks(17)
+        assert ("in steps of 17 rows and more" in said) == has_activations
 
 
 def test_the_bytes_are_those_that_are_held() -> None:

@@ -268,6 +268,12 @@ struct LinearParams {
 
   bool has_norm() const { return x_squares != nullptr || norm_weight != nullptr; }
   int64_t weight_rows() const { return rows_per_column(epilogue) * n; }
+  LinearParams from_row(int64_t row) const {
+    LinearParams p = *this;
+    p.x = static_cast<const uint16_t*>(x) + row * x_stride;
+    p.out = static_cast<uint16_t*>(out) + row * out_stride;
+    return p;
+  }
 };
 
 float to_float(__nv_bfloat16 x) {

@@ -9,9 +9,6 @@
 struct int4 {
   int x, y, z, w;
 };
-struct uint2 {
-  uint32_t x, y;
-};
 
 template <class T>
 T __ldcg(const T* from) {

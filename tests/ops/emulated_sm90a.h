@@ -74,13 +74,16 @@ void land_some() {
   }
 }
 
+enum class Elements { kBfloat16, kHalf, kE4m3 };
+
 // A product of a warpgroup, as one thread sees it: a is in registers, or where it lies.
 struct Product {
   float* sums;
   const uint32_t* registers;
   uint64_t a, b;
   int num_sums;
-  bool is_added, is_half;
+  bool is_added;
+  Elements elements;
 };
 
 struct Products {
@@ -92,26 +95,27 @@ std::array<Products, kMaxThreads> products;
 Barrier cluster_barrier;
 std::map<std::pair<int, int>, Barrier> named_barriers;  // by block and id
 
-float operand(uint64_t descriptor, int row, int column, bool is_half);
-float register_element(uint32_t word, int index, bool is_half);
+float operand(uint64_t descriptor, int row, int column, Elements elements);
+float register_element(uint32_t word, int index, Elements elements);
 
 // Of the thread that runs; its quad's registers hold its rows.
 void compute(const Product& product, size_t index) {
   const int lane = current % kLanes, quad = current - lane % 4, warp_row = current / kLanes % 4 * 16;
+  const int depth = product.elements == Elements::kE4m3 ? 32 : 16;
   for (int i = 0; i < product.num_sums; ++i) {
     const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     double sum = product.is_added ? product.sums[i] : 0.0f;
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < depth; ++k) {
       float left;
       if (product.registers == nullptr) {
-        left = operand(product.a, warp_row + row, k, product.is_half);
+        left = operand(product.a, warp_row + row, k, product.elements);
       } else {
         const Products& other = products[quad + k % 8 / 2];
         const Product& same = other.groups.empty() ? other.open[index] : other.groups[0][index];
         const uint32_t word = same.registers[row / 8 + k / 8 * 2];
-        left = register_element(word, k % 2, product.is_half);
+        left = register_element(word, k % 2, product.elements);
       }
-      sum += double{left} * operand(product.b, column, k, product.is_half);
+      sum += double{left} * operand(product.b, column, k, product.elements);
     }
     product.sums[i] = static_cast<float>(sum);
   }
@@ -216,7 +220,7 @@ cudaError_t encode(const TensorBox<kRank>& box, int num_bytes, CUtensorMap* map)
   bool is_legal = reinterpret_cast<uintptr_t>(box.data) % 16 == 0 &&
                   box.box_sizes[0] * num_bytes % 16 == 0;
   *map = {static_cast<const unsigned char*>(box.data), {1, 1, 1, 1}, {}, {1, 1, 1, 1},
-          num_bytes == 2};
+          num_bytes <= 2};
   for (int i = 0; i < kRank; ++i) {
     map->sizes[i] = static_cast<int64_t>(box.sizes[i]);
     map->strides[i] = box.strides[i] * num_bytes;
@@ -229,6 +233,10 @@ cudaError_t encode(const TensorBox<kRank>& box, int num_bytes, CUtensorMap* map)
 template <int kRank>
 cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype, CUtensorMap* map) {
   return encode(box, 2, map);
+}
+template <int kRank>
+cudaError_t encode_byte_map(const TensorBox<kRank>& box, CUtensorMap* map) {
+  return encode(box, 1, map);
 }
 template <int kRank>
 cudaError_t encode_word_map(const TensorBox<kRank>& box, CUtensorMap* map) {
@@ -315,14 +323,23 @@ void push(const machine::Product& product) {
   machine::meet_warp();
 }
 
+template <class T>
+constexpr machine::Elements kElements =
+    std::is_same_v<T, __half> ? machine::Elements::kHalf : machine::Elements::kBfloat16;
+
 template <class T, Major kMajor, int kCount>
 void wgmma(float (&sums)[kCount], uint64_t a, uint64_t b, bool is_added) {
-  push({sums, nullptr, a, b, kCount, is_added, std::is_same_v<T, __half>});
+  push({sums, nullptr, a, b, kCount, is_added, kElements<T>});
+}
+
+template <int kCount>
+void wgmma_e4m3(float (&sums)[kCount], uint64_t a, uint64_t b, bool is_added) {
+  push({sums, nullptr, a, b, kCount, is_added, machine::Elements::kE4m3});
 }
 
 template <class T, Major kMajor, int kCount>
 void wgmma(float (&sums)[kCount], const uint32_t (&a)[4], uint64_t b, bool is_added) {
-  push({sums, a, 0, b, kCount, is_added, std::is_same_v<T, __half>});
+  push({sums, a, 0, b, kCount, is_added, kElements<T>});
 }
 
 void wgmma_commit() {
@@ -378,6 +395,27 @@ inline bool is_vec_aligned(const void* data, int64_t stride) {
 }
 
 float4 __ldcg(const float4* from) { return *from; }
+float __ldcg(const float* from) { return *from; }
+
+float to_float_e4m3(uint32_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  if ((byte & 127) == 127) return NAN;
+  const float value = exponent == 0 ? std::ldexp(mantissa, -9)
+                                    : std::ldexp(8 + mantissa, exponent - 10);
+  return byte >> 7 ? -value : value;
+}
+
+// To nearest, ties to even, 448 at most.
+uint32_t from_float_e4m3(float x) {
+  if (std::isnan(x)) return 127;
+  const float size = std::min(std::abs(x), 448.0f);
+  const int exponent = std::max(-6, size == 0 ? -6 : std::ilogb(size));
+  const auto mantissa = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+  return (mantissa + ((exponent + 6) << 3)) | (std::signbit(x) ? 128 : 0);
+}
+uint32_t pack_e4m3(float low, float high) {
+  return from_float_e4m3(low) | from_float_e4m3(high) << 8;
+}
 
 // As of block.cuh, of groups of threads that end one after another.
 template <class Sync>
@@ -400,8 +438,10 @@ cudaError_t launch_chained_clusters(Kernel kernel, unsigned grid, unsigned clust
                                     int num_bytes, cudaStream_t, const Args& args) {
   machine::body = [&] { kernel(args); };
   machine::between = machine::land_some;
+  machine::num_idle = 0;
   gridDim.x = grid;
   machine::run_grid(grid, static_cast<int>(cluster), num_threads, num_bytes);
+  machine::between = [] {};
   machine::barriers.clear();
   if (!machine::landings.empty()) machine::fail("copies that nobody waits for");
   for (machine::Products& each : machine::products) each.groups.clear();
@@ -412,17 +452,23 @@ cudaError_t launch_chained_clusters(Kernel kernel, unsigned grid, unsigned clust
 
 namespace machine {
 
-float operand(uint64_t descriptor, int row, int column, bool is_half) {
-  uint32_t address = static_cast<uint32_t>(descriptor) + row * 128 + column * 2;
-  address ^= (address >> 7 & 7) << 4;
-  uint16_t bits;
-  std::memcpy(&bits, at(address / 16 * 16) + address % 16, 2);
-  return is_half ? pyserve::gpu::to_float(__half{bits}) : pyserve::gpu::to_float(__nv_bfloat16{bits});
+float number(uint16_t bits, Elements elements) {
+  using namespace pyserve::gpu;
+  if (elements == Elements::kE4m3) return to_float_e4m3(bits);
+  return elements == Elements::kHalf ? to_float(__half{bits}) : to_float(__nv_bfloat16{bits});
 }
 
-float register_element(uint32_t word, int index, bool is_half) {
-  const auto bits = static_cast<uint16_t>(word >> 16 * index);
-  return is_half ? pyserve::gpu::to_float(__half{bits}) : pyserve::gpu::to_float(__nv_bfloat16{bits});
+float operand(uint64_t descriptor, int row, int column, Elements elements) {
+  const int element_bytes = elements == Elements::kE4m3 ? 1 : 2;
+  uint32_t address = static_cast<uint32_t>(descriptor) + row * 128 + column * element_bytes;
+  address ^= (address >> 7 & 7) << 4;
+  uint16_t bits = 0;
+  std::memcpy(&bits, at(address / 16 * 16) + address % 16, element_bytes);
+  return number(bits, elements);
+}
+
+float register_element(uint32_t word, int index, Elements elements) {
+  return number(static_cast<uint16_t>(word >> 16 * index), elements);
 }
 
 }  // namespace machine

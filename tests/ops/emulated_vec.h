@@ -9,6 +9,9 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 
 namespace pyserve::gpu {
 

@@ -3,9 +3,6 @@
 // 1 to expect the sums of other adapters, which must be found wrong.
 #include "emulated_sm90a.h"
 
-struct uint2 {
-  uint32_t x, y;
-};
 [[noreturn]] void __trap() { machine::fail("a kernel trapped"); }
 
 namespace pyserve::gpu {

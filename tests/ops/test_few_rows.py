@@ -1,7 +1,8 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
 4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp; of the matrices of experts the
 same names behind grouped_; and for more rows by 4-bit integers on Hopper gemm_w4a16.cpp and
-grouped_gemm_w4a16.cpp. Attention of rows that decode: decode.cpp, over latents latent.cpp."""
+grouped_gemm_w4a16.cpp, by 8-bit floats gemm_w8a8.cpp. Attention of rows that decode: decode.cpp,
+over latents latent.cpp."""
 
 from __future__ import annotations
 
@@ -60,6 +61,19 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "linear/gemm_w4a16_sm90a.cu",
         ),
         2,
+    ),
+    "gemm_w8a8": (
+        (
+            "linear/fp8.h",
+            "linear/w8a8.h",
+            "linear/quantise_rows.cuh",
+            "linear/gemm_frame.cuh",
+            "linear/gemm_estimate.h",
+            "linear/gemm_sm90a.cuh",
+            "linear/gemm_w8a8.cuh",
+            "linear/gemm_w8a8_sm90a.cu",
+        ),
+        4,
     ),
     "grouped_gemm_w4a16": (
         (

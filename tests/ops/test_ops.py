@@ -187,6 +187,8 @@ def _packed(n: int, k: int) -> torch.Tensor:
 CUDA_OP_NAMES = {
     "plan_attention", "rope_attention", "serves_linear", "serves_linear_w4a16",
     "serves_linear_fp8", "try_linear_w4a16",
+    # Of 8-bit matrix units: tests/gpu/test_linear_w8a8.py.
+    "linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8",
     # Between ranks: tests/ops/test_peers.py.
     "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
     "broadcast_tokens",

@@ -2,8 +2,9 @@
 // a copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and
 // is counted too.
 //
-// Boxes of 16-bit elements have rows of 128 bytes and land with the 128-byte swizzle that wgmma.cuh
-// reads: the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte boundary.
+// Boxes of 16-bit elements and of bytes have rows of 128 bytes and land with the 128-byte swizzle that
+// wgmma.cuh reads: the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte
+// boundary.
 // Boxes of 8-byte words land as they are, row behind row.
 #pragma once
 
@@ -27,7 +28,7 @@ struct TensorBox {
   const void* data;           // aligned to 16 bytes
   uint64_t sizes[kRank];
   int64_t strides[kRank];     // [0] is 1, the others are multiples of 16 bytes
-  uint32_t box_sizes[kRank];  // at most 256; [0] is 64, of words a multiple of 16 bytes
+  uint32_t box_sizes[kRank];  // at most 256; [0] is 128 bytes, of words a multiple of 16
 };
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
@@ -85,6 +86,13 @@ cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensor
   const CUtensorMapDataType type = dtype == Dtype::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encode_tensor_map<kRank>(box, TensorElements{type, 2, CU_TENSOR_MAP_SWIZZLE_128B}, map);
+}
+
+// The same of bytes.
+template <int kRank>
+cudaError_t encode_byte_map(const TensorBox<kRank>& box, CUtensorMap* map) {
+  return encode_tensor_map<kRank>(
+      box, TensorElements{CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, CU_TENSOR_MAP_SWIZZLE_128B}, map);
 }
 
 // The same of 8-byte words.

@@ -204,7 +204,29 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4]
   }
 }
 
+#define PYSERVE_WGMMA_E4M3(N, A, B, C)                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #C ", 0;\n"                       \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {"           \
+               PYSERVE_NAMES_N##N "}, %" #A ", %" #B ", p, 1, 1;\n}\n"                \
+               : PYSERVE_DATA_N##N(d)                                                 \
+               : "l"(a), "l"(b), "r"(static_cast<int>(is_added)))
+
+// d (+)= a[64][32] b[32][n] of e4m3, both in shared memory and along k: a row of a panel is 128 of
+// them. n is 64 or 128. The sums have some 14 bits beside the largest product of each step, not the 24
+// of float32: who adds up more than a few hundred of k does so in registers of its own.
+template <int kCount>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[kCount], uint64_t a, uint64_t b,
+                                           bool is_added) {
+  static_assert(kCount == 32 || kCount == 64);
+  if constexpr (kCount == 32) {
+    PYSERVE_WGMMA_E4M3(64, 32, 33, 34);
+  } else {
+    PYSERVE_WGMMA_E4M3(128, 64, 65, 66);
+  }
+}
+
 #undef PYSERVE_WGMMA
+#undef PYSERVE_WGMMA_E4M3
 #undef PYSERVE_WGMMA_RS
 #undef PYSERVE_WGMMA_SS
 #undef PYSERVE_DATA_N256

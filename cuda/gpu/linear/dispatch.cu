@@ -5,6 +5,7 @@
 
 #include "gpu/linear/few_rows_sm90a.h"
 #include "gpu/linear/gemm_sm90a.h"
+#include "gpu/linear/w8a8.h"
 
 namespace pyserve::gpu {
 namespace {
@@ -73,6 +74,35 @@ cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
   const int64_t asked = linear_trial().max_w4a16_rows;
   *serves = m <= (asked >= 0 ? asked : kHasSm90a && device->is_hopper() ? kHopperRows : kRows);
   return cudaSuccess;
+}
+
+cudaError_t can_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* can) {
+  *can = false;
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  if constexpr (kHasSm90a) *can = device->is_hopper() && can_gemm_w8a8_sm90a(params, scale);
+  return cudaSuccess;
+}
+
+cudaError_t serves_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* serves) {
+  const int64_t asked = linear_trial().min_w8a8_rows;
+  const cudaError_t error = can_linear_w8a8(params, scale, serves);
+  *serves = *serves && params.m >= (asked >= 0 ? asked : kMinW8Rows);
+  return error;
+}
+
+cudaError_t launch_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, void* scratch,
+                               int64_t scratch_bytes, cudaStream_t stream) {
+  bool can = false;
+  if (const cudaError_t error = can_linear_w8a8(params, scale, &can); error != cudaSuccess) {
+    return error;
+  }
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  if constexpr (kHasSm90a) {
+    if (can) return launch_gemm_w8a8_sm90a(params, scale, scratch, scratch_bytes, *device, stream);
+  }
+  return cudaErrorNotSupported;
 }
 
 LinearKernel choose_linear(const LinearParams& params, const Device& device) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gpu/core/device.h"
+#include "gpu/linear/fp8.h"
 #include "gpu/linear/linear.h"
 
 namespace pyserve::gpu {
@@ -21,6 +22,8 @@ struct LinearTrial {
   int64_t max_w4a16_rows = -1;  // of x, up to which serves_linear_w4a16 says yes
   // Of gemm_w4a16_sm90a.cu, for more than 16 rows: one counted from 1, else that of least estimate.
   int w4a16_tiling = -1;
+  int64_t min_w8a8_rows = -1;  // of x, from which serves_linear_w8a8 says yes
+  int w8a8_tiling = -1;        // of gemm_w8a8_sm90a.cu, likewise
 };
 LinearTrial& linear_trial();
 
@@ -30,5 +33,9 @@ cudaError_t serves_linear(const LinearParams& params, bool* serves);
 // Whether launch_linear_w4a16 multiplies m rows by 4-bit integers (pyserve/ops/w4a16.py) faster
 // than they are made plain numbers and multiplied (w4a16.h), on the current device.
 cudaError_t serves_linear_w4a16(int64_t m, bool* serves);
+
+// Whether launch_linear_w8a8 (w8a8.h) can, on the current device; and is taken for params.m rows.
+cudaError_t can_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* can);
+cudaError_t serves_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* serves);
 
 }  // namespace pyserve::gpu

@@ -187,6 +187,50 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
+// Between the two parts of k of a tile whose Tile has kExchangeBytes at kExchangeOffset, of half of the
+// sums of all that multiply, and a barrier of what the other part sends, once.
+template <class Tile>
+__device__ __forceinline__ void prepare_exchange(const Ring<Tile>& ring) {
+  mbarrier_init(ring.base + Tile::kExchangeBarrier, 1);
+  mbarrier_arrive_expect(ring.base + Tile::kExchangeBarrier, Tile::kExchangeBytes);
+}
+
+// Sends the other part's half of the sums to it, and adds what it sends to this part's half: that of
+// rank 0 is the first.
+template <class Tile>
+__device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
+                                         const float (&sums)[Tile::kSums],
+                                         float (&mine)[Tile::kSums / 2]) {
+  constexpr int kHalf = Tile::kSums / 2, kChunks = kHalf / 4;
+  const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
+  const uint32_t place = ring.base + Tile::kExchangeOffset + thread * 16;
+  const uint32_t barrier = ring.base + Tile::kExchangeBarrier;
+  constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
+  const uint32_t other_place = cluster_address(place, rank ^ 1);
+  const uint32_t other_barrier = cluster_address(barrier, rank ^ 1);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    float other[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float low = sums[4 * i + j], high = sums[kHalf + 4 * i + j];
+      mine[4 * i + j] = rank == 0 ? low : high;
+      other[j] = rank == 0 ? high : low;
+    }
+    store_cluster(other_place + i * kChunkBytes, {other[0], other[1], other[2], other[3]},
+                  other_barrier);
+  }
+  mbarrier_wait_cluster(barrier, 0);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const uint4 sent = load_shared(place + i * kChunkBytes);
+    mine[4 * i] += __uint_as_float(sent.x);
+    mine[4 * i + 1] += __uint_as_float(sent.y);
+    mine[4 * i + 2] += __uint_as_float(sent.z);
+    mine[4 * i + 3] += __uint_as_float(sent.w);
+  }
+}
+
 // Lane q of four gives word i to lane i and gets its word q: its own inverse.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   const bool is_odd = threadIdx.x & 1, is_high = threadIdx.x & 2;

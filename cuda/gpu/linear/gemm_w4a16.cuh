@@ -1,5 +1,5 @@
 // The product of 17 rows of x and more with a matrix of 4-bit integers on Hopper, in the frame of
-// gemm_frame.cuh: copies (W4Tile), products (multiply_w4), results (exchange, finish_w4).
+// gemm_frame.cuh: copies (W4Tile), products (multiply_w4), results (finish_w4).
 //
 // out^T = W x^T: weight is the operand of 64 rows a warpgroup, from registers, and x the columns. The
 // words of a block (pyserve/ops/w4a16.py) are fragments of it but for their width: a warp takes a
@@ -132,11 +132,8 @@ struct W4Tile {
     }
   }
 
-  // The barrier of the sums that the other part sends, once.
   __device__ static void prepare(const Args& a, const Ring<W4Tile>& ring) {
-    if (a.parts == 1) return;
-    mbarrier_init(ring.base + kExchangeBarrier, 1);
-    mbarrier_arrive_expect(ring.base + kExchangeBarrier, kExchangeBytes);
+    if (a.parts > 1) prepare_exchange(ring);
   }
 
   __device__ __forceinline__ static void compute(const Args& a, Ring<W4Tile> ring, int rank,
@@ -304,42 +301,6 @@ __device__ __forceinline__ bool add_turns(const Ring<Tile>& ring, int turn,
     }
   }
   return true;
-}
-
-// Sends the sums of the other part's half of the tokens to it, and adds what it sends to those of
-// this part's half.
-template <class Tile>
-__device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
-                                         const float (&sums)[Tile::kSums],
-                                         float (&mine)[Tile::kSums / 2]) {
-  constexpr int kHalf = Tile::kSums / 2, kChunks = kHalf / 4;
-  const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
-  const uint32_t place = ring.base + Tile::kExchangeOffset + thread * 16;
-  const uint32_t barrier = ring.base + Tile::kExchangeBarrier;
-  constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
-  const uint32_t other_place = cluster_address(place, rank ^ 1);
-  const uint32_t other_barrier = cluster_address(barrier, rank ^ 1);
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    float other[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float low = sums[4 * i + j], high = sums[kHalf + 4 * i + j];
-      mine[4 * i + j] = rank == 0 ? low : high;
-      other[j] = rank == 0 ? high : low;
-    }
-    store_cluster(other_place + i * kChunkBytes, {other[0], other[1], other[2], other[3]},
-                  other_barrier);
-  }
-  mbarrier_wait_cluster(barrier, 0);
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const uint4 sent = load_shared(place + i * kChunkBytes);
-    mine[4 * i] += __uint_as_float(sent.x);
-    mine[4 * i + 1] += __uint_as_float(sent.y);
-    mine[4 * i + 2] += __uint_as_float(sent.z);
-    mine[4 * i + 3] += __uint_as_float(sent.w);
-  }
 }
 
 // Of two warps, of a strip of gate and of one of up: gives the other one the sums of half of the
