@@ -59,29 +59,27 @@ struct W4Grid {
   int clusters() const { return rows * columns; }
 };
 
-// Microseconds that a tiling takes, by what all of them took of 8B shapes on an H200 (`bench.ops
-// --only int4_tilings`), within 6 % on average.
+// Microseconds that a tiling takes: fitted to what all of them took of 8B shapes at 17 to 512 rows on an
+// H200 (`bench.ops --only int4_tilings`), within 3 % on average. bench/notes.md says what it loses.
 double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
   constexpr double kMemoryKilobytesPerUs = 4200;
-  // To an SM from L2; copies that end far beyond the last row of x are slower.
-  const double kilobytes_per_us = p.m % t.tokens == 0 || p.m < t.tokens ? 90 : 62;
   constexpr double kKilobytes = 17.0 / 32 / 1000;  // of a weight, in groups of 128
   constexpr int kDepth = 128;
-  const int clusters = W4Grid(t, p).clusters();
-  const int waves = pieces(clusters, num_resident(device, t.parts));
+  const W4Grid grid(t, p);
+  const int waves = pieces(grid.clusters(), num_resident(device, t.parts));
   const int stages = pieces(pieces(p.k, kDepth), t.parts);
-  // What warpgroups share of a stage, and what each adds. Those that take turns: not measured yet,
-  // what four take of 256 rows.
-  double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.24 : 0.2)
-                    : t.tokens == 128 ? 0.07 + 0.365 * t.groups
-                    : t.tokens == 64  ? 0.145 + 0.2 * t.groups
-                                      : 0.19 + 0.15 * t.groups;
-  const double kilobytes = t.rows_of_x(p.m) * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
-  stage_us = std::max(stage_us, kilobytes / kilobytes_per_us);
-  // What pairs of warps exchange behind a tile of gate and up: not measured yet.
-  const double pair_us = p.epilogue == Epilogue::kSiluMul ? 0.5 : 0.0;
-  const double ends_us = 2.0 + pair_us * waves + (t.parts > 1 ? 1.8 : 0.0) +
-                         (t.turns > 1 ? 0.4 : 0.0) + (waves - 1) * (t.is_once() ? 4.5 : 0.4);
+  // What warpgroups share of a stage, and what each adds.
+  double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.22 : 0.19)
+                    : t.tokens == 128 ? 0.085 + 0.3 * t.groups
+                    : t.tokens == 64  ? 0.09 + 0.17 * t.groups
+                                      : 0.12 + 0.125 * t.groups;
+  // SMs that multiply slow each other down.
+  stage_us *= 1 + 0.15 * std::min(1.0, 1.0 * grid.clusters() * t.parts / device.num_sms);
+  // So does each row of a box that is beyond the last one of x.
+  const double rows_beyond = 1.0 * grid.rows * t.rows_of_x(p.m) - p.m;
+  stage_us = std::max(stage_us, 0.0103 * rows_beyond);
+  const double ends_us = 2.0 + (t.parts > 1 ? 0.5 : 0.0) + (t.turns > 1 ? 0.3 : 0.0) +
+                         (waves - 1) * (t.is_once() ? 2.7 : 0.3);
   const double memory_us =
       2.0 + kKilobytes * static_cast<double>(p.weight_rows() * p.k) / kMemoryKilobytesPerUs;
   return std::max(ends_us + waves * stages * stage_us, memory_us);
