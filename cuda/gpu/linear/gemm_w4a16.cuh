@@ -51,7 +51,7 @@ struct W4PieceFormat {
 
 struct W4Args : Args {
   W4PieceFormat format;
-  int x_rows;    // of a tile, that are brought: the others' results are not stored
+  int x_rows;    // of a tile, up to kTokens, that are brought: others' results are not stored
   int up_strip;  // where the rows of up begin
   bool is_adding;
 };
@@ -105,9 +105,9 @@ struct W4Tile {
     return kIsPaired ? warp / 4 * 2 + warp % 2 + warp / 2 % 2 * (kStrips / 2) : warp;
   }
 
-  __device__ static void place(const Args& /*a*/, const Tiles& tiles, int /*rank*/, int& row,
+  __device__ static void place(const Args& a, const Tiles& tiles, int /*rank*/, int& row,
                                int& column) {
-    row = tiles.row_tile * kTokens;
+    row = tiles.row_tile * a.x_rows;
     column = tiles.column_tile * kOutColumns;
   }
 
@@ -469,13 +469,14 @@ W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_, kIsWhole_>::com
     if constexpr (kTurns > 1) {
       if (!add_turns<W4Tile>(ring, turn, sums)) return;
     }
+    const int end_row = min(a.m, row + a.x_rows);
     if (a.parts == 1) {
-      finish_w4<W4Tile>(a, ring, row, a.m, column, sums);
+      finish_w4<W4Tile>(a, ring, row, end_row, column, sums);
       continue;
     }
     float mine[kSums / 2];
     exchange<W4Tile>(ring, rank, sums, mine);
-    finish_w4<W4Tile>(a, ring, row + rank * (kTokens / 2), a.m, column, mine);
+    finish_w4<W4Tile>(a, ring, row + rank * (kTokens / 2), end_row, column, mine);
   }
 }
 

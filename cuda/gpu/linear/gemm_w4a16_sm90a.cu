@@ -29,9 +29,10 @@ struct W4Tiling {
   int parts = 1, turns = 1;
 
   constexpr int rows() const { return 64 * groups; }
-  // That a tile brings: none beyond the last one, of which copies are slow, where it is the only tile.
+  // That a tile brings: all tiles alike, so that few are beyond the last one, of which copies are slow.
   constexpr int rows_of_x(int64_t m) const {
-    return static_cast<int>(std::min<int64_t>(tokens, (m + 7) / 8 * 8));
+    const int64_t num_tiles = (m + tokens - 1) / tokens, rows = (m + num_tiles - 1) / num_tiles;
+    return static_cast<int>((rows + 7) / 8 * 8);
   }
   // Whether a CTA has one tile: those that divide k meet once.
   constexpr bool is_once() const { return parts * turns > 1; }
@@ -75,7 +76,7 @@ double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& devic
                                       : 0.12 + 0.125 * t.groups;
   // SMs that multiply slow each other down.
   stage_us *= 1 + 0.15 * std::min(1.0, 1.0 * grid.clusters() * t.parts / device.num_sms);
-  // So does each row of a box that is beyond the last one of x.
+  // A row of a box that is beyond the last one of x takes longer than others.
   const double rows_beyond = 1.0 * grid.rows * t.rows_of_x(p.m) - p.m;
   stage_us = std::max(stage_us, 0.0103 * rows_beyond);
   const double ends_us = 2.0 + (t.parts > 1 ? 0.5 : 0.0) + (t.turns > 1 ? 0.3 : 0.0) +
