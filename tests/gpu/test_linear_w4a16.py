@@ -230,8 +230,8 @@ def test_every_tiling(
     """Several tiles a cluster, each form of clusters; twice the same bits."""
     packed = make_packed(n, k, group_size, dtype)
     weight, bias = w4a16.dequantised(packed, n, k), torch.randn(n, device=CARD).to(dtype)
-    x = torch.randn(150, k, device=CARD).to(dtype)
-    before = torch.randn(150, n // (2 if epilogue == SILU_MUL else 1), device=CARD).to(dtype)
+    x = torch.randn(300, k, device=CARD).to(dtype)
+    before = torch.randn(300, n // (2 if epilogue == SILU_MUL else 1), device=CARD).to(dtype)
     for number in range(1, len(TILINGS) + 1):
         tiling(number)
         check_epilogue(epilogue, x, packed, weight, bias)
