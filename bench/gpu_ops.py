@@ -360,6 +360,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_epilogues": epilogue_cases,
     "w4a16": lambda: cases_of(w4a16.products(MATRICES, DEVICE, num_sets)),
     "int4_tilings": lambda: cases_of(w4a16.tilings(MATRICES, DEVICE, num_sets)),
+    "int4_prompts": lambda: cases_of(w4a16.prompts(MATRICES, DEVICE, num_sets)),
     "fp8": lambda: cases_of(
         itertools.chain(
             quantised.fp8_products(MATRICES, DEVICE, num_sets), quantised.fp8_experts(DEVICE)

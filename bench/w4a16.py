@@ -16,6 +16,8 @@ from pyserve.ops import SILU_MUL, STORE, quantised, w4a16
 SLICE_BYTES = 24 * 2**20  # of plain numbers at a time, as model/w4a16.py has them on a card
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TILED_ROWS = (17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LONG_ROWS = (256, 1024, 2048, 4096, 8192)
+LONG_TILINGS = (11, 13, 19)  # which prompts are multiplied by
 GATE_UP = "gate_up"  # which a model has multiplied with silu_mul behind it
 HEAD = "lm_head"  # which no checkpoint has in 4 bits
 OWN = "own linear_w4a16"  # the kernels of the integers, whatever a step would take
@@ -29,6 +31,7 @@ TILINGS = (
     ),
     *((groups, 128, parts, 1) for groups in (1, 2) for parts in (1, 2)),
     *((1, tokens, parts, 4) for tokens in (32, 64) for parts in (1, 2)),
+    (2, 256, 1, 1),
 )
 # Percent of what a copy moves at 1 row, and at 16 rows so much of it.
 TARGETS = {"gate_up": 70.0, "down": 60.0, "qkv": 50.0, "o": 40.0}
@@ -112,6 +115,48 @@ def tilings(
                 tile = f"{64 * groups} x {tokens}, {parts} parts, {turns} turns"
                 load = f"{m} x {k} -> {n} ({name}), {tile}"
                 yield Chain(f"tiling {number}", load, runs, num_bytes, 2 * m * n * k)
+    switch(made[0], -1, -1)
+
+
+class Plain(quantised.W4A16Matrix):
+    """A matrix that is made plain numbers, whatever is the fastest."""
+
+    __slots__ = ()
+
+    def is_own(self, x: Tensor) -> bool:
+        return False
+
+
+def prompts(
+    matrices: Mapping[str, tuple[int, int]], device: torch.device,
+    num_sets: Callable[[int], int], rows: Sequence[int] = LONG_ROWS,
+) -> Iterator[Chain]:  # fmt: skip
+    """Each matrix, gate and up with silu_mul, by the rows of a prompt: by plain numbers, and by the
+    tilings that may be faster."""
+    for name, (n, k) in matrices.items():
+        if name == HEAD:
+            continue
+        matrix_bytes = random_packed(n, k, device).nbytes
+        made = [random_packed(n, k, device) for _ in range(num_sets(matrix_bytes))]
+        scratch = torch.empty(max(SLICE_BYTES // 2, 16 * k), dtype=torch.bfloat16, device=device)
+        is_paired = name == GATE_UP
+        epilogue, width = (SILU_MUL, n // 2) if is_paired else (STORE, n)
+        for m in rows:
+            x = torch.randn(m, k, device=device).bfloat16()
+            out = torch.empty(m, width, dtype=torch.bfloat16, device=device)
+            gate_up = torch.empty(m if is_paired else 0, n, dtype=torch.bfloat16, device=device)
+            load = f"{m} x {k} -> {n} ({name})"
+            size = matrix_bytes + x.nbytes + out.nbytes, 2 * m * n * k
+            runs: list[Callable[[], object]] = [
+                partial(quantised.linear_silu_mul, x, Plain(it), None, out, gate_up, scratch)
+                if is_paired
+                else partial(quantised.linear, x, Plain(it), None, out, scratch)
+                for it in made
+            ]
+            yield Chain("plain numbers", load, runs, *size)
+            for number in LONG_TILINGS:
+                runs = [partial(tiled, number, x, it, out, epilogue) for it in made]
+                yield Chain(f"tiling {number}", load, runs, *size)
     switch(made[0], -1, -1)
 
 

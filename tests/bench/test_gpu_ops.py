@@ -42,6 +42,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(experts, "LAYERS", {"8x7b": experts.Layer(64, 32, 4, 2, (1, 3))})
     monkeypatch.setattr(latent, "CARD_HEADS", {"2 heads": 2})
     monkeypatch.setattr(latent, "CARD_LOADS", {"decode 2 x 33": [(1, 33)] * 2})
+    monkeypatch.setattr(w4a16, "prompts", partial(w4a16.prompts, rows=(3,)))
     monkeypatch.setattr(w4a16, "switch", lambda *_: planned.append("try_linear_w4a16"))
     monkeypatch.setattr(w8a8, "multiply", lambda *_: planned.append("linear_w8a8"))
     monkeypatch.setattr(w8a8, "switch", lambda *_: planned.append("try_linear_w8a8"))
@@ -63,7 +64,7 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names -= {"broadcast_tokens"}  # by bench.gpu_peers, like those above
     names -= {"serves_linear_fp8", "serves_linear_w8a8", "try_linear_w8a8"}
     ways = {"cuBLAS", "cuBLAS and silu_mul", "own"}
-    ways |= {"own linear_w4a16", "own linear_fp8", "experts", "int4 experts"}
+    ways |= {"plain numbers", "own linear_w4a16", "own linear_fp8", "experts", "int4 experts"}
     ways |= {f"tiling {number + 1}" for number in range(len(w4a16.TILINGS))}
     ways |= {"cuBLAS of 16 bits"}
     ways |= {f"8-bit tiling {1 + i}" for i in range(len(w8a8.TILINGS))}

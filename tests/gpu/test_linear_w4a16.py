@@ -230,8 +230,8 @@ def test_every_tiling(
     """Several tiles a cluster, each form of clusters; twice the same bits."""
     packed = make_packed(n, k, group_size, dtype)
     weight, bias = w4a16.dequantised(packed, n, k), torch.randn(n, device=CARD).to(dtype)
-    x = torch.randn(150, k, device=CARD).to(dtype)
-    before = torch.randn(150, n // (2 if epilogue == SILU_MUL else 1), device=CARD).to(dtype)
+    x = torch.randn(300, k, device=CARD).to(dtype)
+    before = torch.randn(300, n // (2 if epilogue == SILU_MUL else 1), device=CARD).to(dtype)
     for number in range(1, len(TILINGS) + 1):
         tiling(number)
         check_epilogue(epilogue, x, packed, weight, bias)
@@ -260,9 +260,10 @@ def test_scales_of_more_bits_are_rounded_for_many_rows(
 
 def test_a_measurement_says_up_to_how_many_rows() -> None:
     packed = make_packed(64, 256, 128)
-    x = torch.randn(2000, 256, device=CARD).bfloat16()
+    x = torch.randn(20000, 256, device=CARD).bfloat16()
     serves, switch = torch.ops.pyserve.serves_linear_w4a16, torch.ops.pyserve.try_linear_w4a16
     assert serves(x[:1], packed) and serves(x[:16], packed) and not serves(x, packed)
+    assert not serves(x[:17, :192], make_packed(64, 192, 64))  # too few columns but for few rows
     for most in (0, 300):
         switch(packed, most)
         try:
@@ -272,8 +273,8 @@ def test_a_measurement_says_up_to_how_many_rows() -> None:
     assert serves(x[:16], packed) and not serves(x, packed)
     with pytest.raises(RuntimeError, match="try_linear_w4a16: max_rows is -2, at least -1"):
         switch(packed, -2)
-    with pytest.raises(RuntimeError, match="try_linear_w4a16: tiling is 19, from -1 to 18"):
-        switch(packed, -1, 19)
+    with pytest.raises(RuntimeError, match="try_linear_w4a16: tiling is 20, from -1 to 19"):
+        switch(packed, -1, 20)
 
 
 def test_rows_that_are_not_aligned_are_refused() -> None:

@@ -114,7 +114,7 @@ int check(int tiling, int format) {
   const int n = epilogue == Epilogue::kSiluMul ? pick({96, 160, 224}) : pick({24, 96, 160, 224});
   const Matrix matrix(n, k, chosen, has_zeros);
   machine::lands_late = machine::random() % 2 == 0;
-  Product<T> product(matrix, epilogue, pick({17, 31, 40, 64, 75}), has_bias);
+  Product<T> product(matrix, epilogue, pick({17, 31, 40, 64, 75, 270}), has_bias);
   linear_trial().w4a16_tiling = tiling;
   const int num_sms = pick({2, 4, 6});
   const bool has_run = product.run(num_sms);

@@ -57,7 +57,8 @@ void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
 bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
   const View rows = ViewReader{"serves_linear_w4a16", Place::kCuda}("x", x, 2);
   bool serves = false;
-  check_launch("serves_linear_w4a16", gpu::serves_linear_w4a16(rows.size(0), &serves));
+  check_launch("serves_linear_w4a16",
+               gpu::serves_linear_w4a16(rows.size(0), rows.size(1), &serves));
   return serves;
 }
 

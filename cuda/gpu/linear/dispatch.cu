@@ -5,6 +5,7 @@
 
 #include "gpu/linear/few_rows_sm90a.h"
 #include "gpu/linear/gemm_sm90a.h"
+#include "gpu/linear/w4a16.h"
 #include "gpu/linear/w8a8.h"
 
 namespace pyserve::gpu {
@@ -63,16 +64,16 @@ LinearTrial& linear_trial() {
   return trial;
 }
 
-cudaError_t serves_linear_w4a16(int64_t m, bool* serves) {
-  // On an H200, us by gemm_w4a16_sm90a.cu / of plain numbers and cuBLAS at 512 rows: 46 / 85 for
-  // [6144, 4096], 27 / 64 for [4096, 4096], 204 / 409 for [28672, 4096] and silu_mul still to come,
-  // 103 / 223 for [4096, 14336]. 256 rows more are 190 / 108 of all four, so that they are level at
-  // some 1,800. Elsewhere 16 rows are one pass, which reads a quarter of what plain numbers are.
-  constexpr int64_t kHopperRows = 1536, kRows = 16;
+cudaError_t serves_linear_w4a16(int64_t m, int64_t k, bool* serves) {
+  // On an H200, us a layer of 8B by gemm_w4a16_sm90a.cu / of plain numbers and cuBLAS: 345 / 781 and
+  // silu_mul still to come at 512 rows; at 8,192 4,900, counted, not measured yet, / 5,280 with it
+  // (bench/notes.md). Elsewhere 16 rows are one pass, which reads a quarter of what plain numbers are.
+  constexpr int64_t kHopperRows = 16384, kRows = 16;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const int64_t asked = linear_trial().max_w4a16_rows;
-  *serves = m <= (asked >= 0 ? asked : kHasSm90a && device->is_hopper() ? kHopperRows : kRows);
+  const bool has_gemm = kHasSm90a && device->is_hopper() && k >= kMinW4GemmColumns;
+  *serves = m <= (asked >= 0 ? asked : has_gemm ? kHopperRows : kRows);
   return cudaSuccess;
 }
 

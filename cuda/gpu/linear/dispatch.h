@@ -30,9 +30,9 @@ LinearTrial& linear_trial();
 // Whether launch_linear is the faster way, on the current device.
 cudaError_t serves_linear(const LinearParams& params, bool* serves);
 
-// Whether launch_linear_w4a16 multiplies m rows by 4-bit integers (pyserve/ops/w4a16.py) faster
+// Whether launch_linear_w4a16 multiplies m rows of k by 4-bit integers (pyserve/ops/w4a16.py) faster
 // than they are made plain numbers and multiplied (w4a16.h), on the current device.
-cudaError_t serves_linear_w4a16(int64_t m, bool* serves);
+cudaError_t serves_linear_w4a16(int64_t m, int64_t k, bool* serves);
 
 // Whether launch_linear_w8a8 (w8a8.h) can, on the current device; and is taken for params.m rows.
 cudaError_t can_linear_w8a8(const LinearParams& params, const Fp8Scale& scale, bool* can);

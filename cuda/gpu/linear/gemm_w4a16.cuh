@@ -51,7 +51,7 @@ struct W4PieceFormat {
 
 struct W4Args : Args {
   W4PieceFormat format;
-  int x_rows;    // of a tile, that are brought: the others' results are not stored
+  int x_rows;    // of a tile, up to kTokens, that are brought: others' results are not stored
   int up_strip;  // where the rows of up begin
   bool is_adding;
 };
@@ -72,7 +72,8 @@ struct W4Tile {
   static constexpr int kTurns = kTurns_;  // a CTA has one tile where there are several
   static constexpr bool kIsWhole = kIsWhole_;
   static constexpr int kDepth = 128;
-  static constexpr bool kCanDivide = !kIsGrouped_;
+  static constexpr bool kIsLong = kTokens > 128;  // whose sums take half of the registers
+  static constexpr bool kCanDivide = !kIsGrouped_ && !kIsLong;
   static constexpr int kPanels = kDepth / 64;
   static constexpr int kPanelBytes = kTokens * 128;
   static constexpr int kWeightRows = 64 * kGroups;
@@ -80,13 +81,15 @@ struct W4Tile {
   static constexpr int kOutColumns = kIsPaired ? kWeightRows / 2 : kWeightRows;
   static constexpr int kThreads = kWarpgroup * (kGroups * kTurns + 1);
   static constexpr bool kHasMany = kGroups * kTurns == 4;  // else the launch gives enough to all
-  static constexpr int kProducerRegisters = kHasMany ? 32 : 0, kGroupRegisters = kHasMany ? 112 : 0;
+  static constexpr int kProducerRegisters = kHasMany ? 32 : kIsLong ? 40 : 0;
+  static constexpr int kGroupRegisters = kHasMany ? 112 : kIsLong ? 232 : 0;
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kMaxPieceBytes = 1280;  // in groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
-  static constexpr bool kExchanges = kIsPaired || !kIsGrouped_;
-  static constexpr int kExchangeBytes = kExchanges ? kGroups * kWarpgroup * kSums / 2 * 4 : 0;
+  // Words that a thread may send to another at a time: all, where stages leave the room.
+  static constexpr int kExchangeWords = !kIsPaired && !kCanDivide ? 0 : kIsLong ? 4 : kSums / 2;
+  static constexpr int kExchangeBytes = kGroups * kWarpgroup * kExchangeWords * 4;
   static constexpr int kStages =
       (kMaxSmem - 256 - (kIsGrouped_ ? kListBytes : 0) - kExchangeBytes) / kStageBytes;
   static constexpr int kExchangeOffset = kStages * kStageBytes;
@@ -105,9 +108,9 @@ struct W4Tile {
     return kIsPaired ? warp / 4 * 2 + warp % 2 + warp / 2 % 2 * (kStrips / 2) : warp;
   }
 
-  __device__ static void place(const Args& /*a*/, const Tiles& tiles, int /*rank*/, int& row,
+  __device__ static void place(const Args& a, const Tiles& tiles, int /*rank*/, int& row,
                                int& column) {
-    row = tiles.row_tile * kTokens;
+    row = tiles.row_tile * a.x_rows;
     column = tiles.column_tile * kOutColumns;
   }
 
@@ -304,37 +307,44 @@ __device__ __forceinline__ bool add_turns(const Ring<Tile>& ring, int turn,
 }
 
 // Of two warps, of a strip of gate and of one of up: gives the other one the sums of half of the
-// tokens, so that both have gate's and up's of the others, gate's warp of the first half.
-template <class Tile, int kCount>
+// tokens, so that both have gate's and up's of the others, gate's warp of the first half. Here: of
+// kPiece of the sums of a half, from `first` on.
+template <class Tile, int kCount, int kPiece>
 __device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
-                                        const float (&sums)[kCount], float (&gates)[kCount / 2],
-                                        float (&ups)[kCount / 2]) {
-  constexpr int kHalf = kCount / 2, kChunks = kHalf / 4;
+                                        const float (&sums)[kCount], int first,
+                                        float (&gates)[kPiece], float (&ups)[kPiece]) {
+  constexpr int kHalf = kCount / 2, kRound = std::min(kPiece, Tile::kExchangeWords);
+  static_assert(kHalf % kPiece == 0 && kPiece % kRound == 0);
   constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
   const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
   const uint32_t place = ring.base + Tile::kExchangeOffset;
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
-  named_barrier_sync(warpgroup, kWarpgroup);  // what lay there before is read
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    uint32_t words[4];
+  for (int begin = 0; begin < kPiece; begin += kRound) {
+    named_barrier_sync(warpgroup, kWarpgroup);  // what lay there before is read
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      words[j] = __float_as_uint(is_up ? sums[4 * i + j] : sums[kHalf + 4 * i + j]);
+    for (int i = 0; i < kRound; i += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = first + begin + i + j;
+        words[j] = __float_as_uint(is_up ? sums[at] : sums[kHalf + at]);
+      }
+      store_shared(place + (thread ^ 64) * 16 + i / 4 * kChunkBytes,
+                   uint4{words[0], words[1], words[2], words[3]});
     }
-    store_shared(place + (thread ^ 64) * 16 + i * kChunkBytes,
-                 uint4{words[0], words[1], words[2], words[3]});
-  }
-  named_barrier_sync(warpgroup, kWarpgroup);
+    named_barrier_sync(warpgroup, kWarpgroup);
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const uint4 sent = load_shared(place + thread * 16 + i * kChunkBytes);
-    const uint32_t words[4] = {sent.x, sent.y, sent.z, sent.w};
+    for (int i = 0; i < kRound; i += 4) {
+      const uint4 sent = load_shared(place + thread * 16 + i / 4 * kChunkBytes);
+      const uint32_t words[4] = {sent.x, sent.y, sent.z, sent.w};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float other = __uint_as_float(words[j]);
-      gates[4 * i + j] = is_up ? other : sums[4 * i + j];
-      ups[4 * i + j] = is_up ? sums[kHalf + 4 * i + j] : other;
+      for (int j = 0; j < 4; ++j) {
+        const int to = begin + i + j, at = first + to;
+        const float other = __uint_as_float(words[j]);
+        gates[to] = is_up ? other : sums[at];
+        ups[to] = is_up ? sums[kHalf + at] : other;
+      }
     }
   }
 }
@@ -403,10 +413,14 @@ template <class Tile, int kCount>
 __device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& ring, int row,
                                           int end_row, int column, const float (&sums)[kCount]) {
   if constexpr (Tile::kIsPaired) {
+    constexpr int kHalf = kCount / 2, kPiece = std::min(kHalf, 32);  // as registers allow
     const int is_up = threadIdx.x / 64 % 2;
-    float gates[kCount / 2], ups[kCount / 2];
-    pair_up<Tile>(ring, is_up, sums, gates, ups);
-    store_w4<Tile>(a, row + is_up * kCount, end_row, column, gates, ups);
+#pragma unroll
+    for (int first = 0; first < kHalf; first += kPiece) {
+      float gates[kPiece], ups[kPiece];
+      pair_up<Tile>(ring, is_up, sums, first, gates, ups);
+      store_w4<Tile>(a, row + is_up * kCount + 2 * first, end_row, column, gates, ups);
+    }
   } else {
     store_w4<Tile>(a, row, end_row, column, sums, sums);
   }
@@ -430,13 +444,16 @@ W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_, kIsWhole_>::com
     if constexpr (kTurns > 1) {
       if (!add_turns<W4Tile>(ring, turn, sums)) return;
     }
-    if (a.parts == 1) {
-      finish_w4<W4Tile>(a, ring, row, a.m, column, sums);
+    const int end_row = min(a.m, row + a.x_rows);
+    if (!kCanDivide || a.parts == 1) {
+      finish_w4<W4Tile>(a, ring, row, end_row, column, sums);
       continue;
     }
-    float mine[kSums / 2];
-    exchange<W4Tile>(ring, rank, sums, mine);
-    finish_w4<W4Tile>(a, ring, row + rank * (kTokens / 2), a.m, column, mine);
+    if constexpr (kCanDivide) {
+      float mine[kSums / 2];
+      exchange<W4Tile>(ring, rank, sums, mine);
+      finish_w4<W4Tile>(a, ring, row + rank * (kTokens / 2), end_row, column, mine);
+    }
   }
 }
 

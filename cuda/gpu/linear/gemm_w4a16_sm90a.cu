@@ -2,8 +2,8 @@
 // a shape gets, the launch.
 //
 // What a warpgroup does is to widen integers, whatever x has of rows, until 128 of those keep the
-// products busy. Where tiles of weight rows are too few for the SMs, two parts divide k, and where
-// they have few rows, warpgroups take turns.
+// products busy; with 256, of a prompt, it widens half as often. Where tiles of weight rows are too few
+// for the SMs, two parts divide k, and where they have few rows, warpgroups take turns.
 //
 // Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
 // bits. A row's result may differ between numbers of rows.
@@ -29,9 +29,10 @@ struct W4Tiling {
   int parts = 1, turns = 1;
 
   constexpr int rows() const { return 64 * groups; }
-  // That a tile brings: none beyond the last one, of which copies are slow, where it is the only tile.
+  // That a tile brings: all tiles alike, so that few are beyond the last one, of which copies are slow.
   constexpr int rows_of_x(int64_t m) const {
-    return static_cast<int>(std::min<int64_t>(tokens, (m + 7) / 8 * 8));
+    const int64_t num_tiles = (m + tokens - 1) / tokens, rows = (m + num_tiles - 1) / num_tiles;
+    return static_cast<int>((rows + 7) / 8 * 8);
   }
   // Whether a CTA has one tile: those that divide k meet once.
   constexpr bool is_once() const { return parts * turns > 1; }
@@ -43,6 +44,7 @@ constexpr auto kW4Tilings = std::to_array<W4Tiling>({
     {1, 64}, {1, 64, 2}, {2, 64}, {2, 64, 2}, {4, 64},
     {1, 128}, {1, 128, 2}, {2, 128}, {2, 128, 2},
     {1, 32, 1, 4}, {1, 32, 2, 4}, {1, 64, 1, 4}, {1, 64, 2, 4},
+    {2, 256},
 });
 
 static_assert(kW4Tilings.size() == kNumW4Tilings);
@@ -59,29 +61,28 @@ struct W4Grid {
   int clusters() const { return rows * columns; }
 };
 
-// Microseconds that a tiling takes, by what all of them took of 8B shapes on an H200 (`bench.ops
-// --only int4_tilings`), within 6 % on average.
+// Microseconds that a tiling takes: fitted to what all of them took of 8B shapes at 17 to 512 rows on an
+// H200 (`bench.ops --only int4_tilings`), within 3 % on average. bench/notes.md says what it loses.
 double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
   constexpr double kMemoryKilobytesPerUs = 4200;
-  // To an SM from L2; copies that end far beyond the last row of x are slower.
-  const double kilobytes_per_us = p.m % t.tokens == 0 || p.m < t.tokens ? 90 : 62;
   constexpr double kKilobytes = 17.0 / 32 / 1000;  // of a weight, in groups of 128
   constexpr int kDepth = 128;
-  const int clusters = W4Grid(t, p).clusters();
-  const int waves = pieces(clusters, num_resident(device, t.parts));
+  const W4Grid grid(t, p);
+  const int waves = pieces(grid.clusters(), num_resident(device, t.parts));
   const int stages = pieces(pieces(p.k, kDepth), t.parts);
-  // What warpgroups share of a stage, and what each adds. Those that take turns: not measured yet,
-  // what four take of 256 rows.
-  double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.24 : 0.2)
-                    : t.tokens == 128 ? 0.07 + 0.365 * t.groups
-                    : t.tokens == 64  ? 0.145 + 0.2 * t.groups
-                                      : 0.19 + 0.15 * t.groups;
-  const double kilobytes = t.rows_of_x(p.m) * kDepth * 2e-3 + t.rows() * kDepth * kKilobytes;
-  stage_us = std::max(stage_us, kilobytes / kilobytes_per_us);
-  // What pairs of warps exchange behind a tile of gate and up: not measured yet.
-  const double pair_us = p.epilogue == Epilogue::kSiluMul ? 0.5 : 0.0;
-  const double ends_us = 2.0 + pair_us * waves + (t.parts > 1 ? 1.8 : 0.0) +
-                         (t.turns > 1 ? 0.4 : 0.0) + (waves - 1) * (t.is_once() ? 4.5 : 0.4);
+  // What warpgroups share of a stage, and what each adds. Of 256 rows: not measured yet, the products
+  // of twice 128.
+  double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.22 : 0.19)
+                    : t.tokens >= 128 ? 0.085 + 0.3 * t.groups * (t.tokens / 128)
+                    : t.tokens == 64  ? 0.09 + 0.17 * t.groups
+                                      : 0.12 + 0.125 * t.groups;
+  // SMs that multiply slow each other down.
+  stage_us *= 1 + 0.15 * std::min(1.0, 1.0 * grid.clusters() * t.parts / device.num_sms);
+  // A row of a box that is beyond the last one of x takes longer than others.
+  const double rows_beyond = 1.0 * grid.rows * t.rows_of_x(p.m) - p.m;
+  stage_us = std::max(stage_us, 0.0103 * rows_beyond);
+  const double ends_us = 2.0 + (t.parts > 1 ? 0.5 : 0.0) + (t.turns > 1 ? 0.3 : 0.0) +
+                         (waves - 1) * (t.is_once() ? 2.7 : 0.3);
   const double memory_us =
       2.0 + kKilobytes * static_cast<double>(p.weight_rows() * p.k) / kMemoryKilobytesPerUs;
   return std::max(ends_us + waves * stages * stage_us, memory_us);
@@ -173,9 +174,9 @@ cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device&
 }  // namespace gemm
 
 bool can_gemm_w4a16_sm90a(const LinearParams& p) {
-  constexpr int64_t kMinColumns = 256, kLimit = int64_t{1} << 30;
+  constexpr int64_t kLimit = int64_t{1} << 30;
   const bool is_paired = p.epilogue == Epilogue::kSiluMul;
-  return !p.has_norm() && p.k >= kMinColumns && p.n % (is_paired ? kStripRows : kVec) == 0 &&
+  return !p.has_norm() && p.k >= kMinW4GemmColumns && p.n % (is_paired ? kStripRows : kVec) == 0 &&
          p.m < kLimit && p.n < kLimit && p.k < kLimit && is_vec_aligned(p.x, p.x_stride) &&
          is_vec_aligned(p.weight, 0) && is_vec_aligned(p.out, p.out_stride);
 }

@@ -37,7 +37,8 @@ cudaError_t launch_linear_w4a16_sm90a(const LinearParams& params, int64_t group_
                                       const Device& device, cudaStream_t stream);
 
 // gemm_w4a16_sm90a.cu, likewise: any number of rows, where it can.
-constexpr int kNumW4Tilings = 18;
+constexpr int kNumW4Tilings = 19;
+constexpr int64_t kMinW4GemmColumns = 256;  // k
 bool can_gemm_w4a16_sm90a(const LinearParams& params);
 cudaError_t launch_gemm_w4a16_sm90a(const LinearParams& params, int64_t group_size,
                                     const Device& device, cudaStream_t stream);
