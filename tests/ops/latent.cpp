@@ -163,8 +163,11 @@ int check(Step s) {
   const float scale = 0.05f;
   s.make();
   s.poison();
-  const auto* first = reinterpret_cast<const unsigned char*>(s.cache.data());
-  machine::readable = {{first, first + s.cache.size() * 2}};
+  const auto range = [](const std::vector<__nv_bfloat16>& of) {
+    const auto* first = reinterpret_cast<const unsigned char*>(of.data());
+    return std::pair{first, first + of.size() * 2};
+  };
+  machine::readable = {range(s.cache), range(s.q)};
   latent::launch_latent<__nv_bfloat16>(s.params(scale), nullptr);
   int num_wrong = 0;
   for (size_t row = 0; row < s.rows.size(); ++row) {

@@ -120,7 +120,7 @@ class Loader {
         const int row = row_ + part * kRowsAtOnce, key = tile_ + row;
         if (static_cast<uint32_t>(block_[part]) >= static_cast<uint32_t>(l_.p.num_blocks)) __trap();
         const T* source =
-            static_cast<const T*>(l_.p.key_cache) + block_[part] * l_.p.key_block_stride +
+            static_cast<const T*>(l_.p.key_cache) + int64_t{block_[part]} * l_.p.key_block_stride +
             (key & ((1 << l_.p.block_size_log2) - 1)) * l_.p.key_token_stride + chunk * 8;
         const uint32_t target = stage + row * kRowBytes + (chunk ^ (row % 8)) * 16;
 #pragma unroll
@@ -135,7 +135,8 @@ class Loader {
   }
 
  private:
-  // Reads ahead: the blocks of the next tile's rows.
+  // Reads ahead: the blocks of the next tile's rows. They stay as they are read until they are used:
+  // what is made of them here would wait for them here.
   __device__ void look_up() {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -147,23 +148,24 @@ class Loader {
   const Latent& l_;
   const int32_t* blocks_;
   int tile_, end_, row_;
-  int64_t block_[kParts];
+  int32_t block_[kParts];
 };
 
-// The rows' queries, as they lie, into swizzled rows; zeros where there are none.
+// Starts the copies of the rows' queries, as they lie, into swizzled rows; zeros where there are
+// none. Eight threads share a row.
 template <class T>
-__device__ void load_queries(const Latent& l, const Work& work, int tile, unsigned char* queries) {
-  constexpr int kChunks = kRowBytes / 16;
-  for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    uint4 value{};
-    if (row < work.num_rows && work.slot >= 0) {
-      const T* source = static_cast<const T*>(l.p.q) + work.token_of(l, row) * l.p.q_token_stride +
-                        work.head_of(l, tile, row) * l.p.q_head_stride;
-      value = *reinterpret_cast<const uint4*>(source + chunk * 8);
-    }
-    *reinterpret_cast<uint4*>(queries + row * kRowBytes + (chunk ^ (row % 8)) * 16) = value;
+__device__ void copy_queries(const Latent& l, const Work& work, int tile, uint32_t queries) {
+  static_assert(kThreads == kDecodeRows * 8);
+  const int row = threadIdx.x / 8, first = threadIdx.x % 8;
+  const bool is_valid = row < work.num_rows && work.slot >= 0;
+  const T* source = static_cast<const T*>(l.p.q) + first * 8;
+  if (is_valid) {
+    source += work.token_of(l, row) * l.p.q_token_stride +
+              work.head_of(l, tile, row) * l.p.q_head_stride;
   }
+  const uint32_t target = queries + row * kRowBytes + (first ^ (row % 8)) * 16;
+#pragma unroll
+  for (int i = 0; i < kRowBytes / 128; ++i) cp_async_16(target + i * 128, source + i * 64, is_valid);
 }
 
 // The scores of this warp's 8 kept rows -> its columns of `scores`.
@@ -343,8 +345,8 @@ __device__ void attend(const Latent& l, const int32_t* items, int index, int til
   auto* scores = reinterpret_cast<float*>(smem + kScoresAt);
   __syncthreads();  // what the item before has left is read
   Loader<T> loader(l, work);
+  copy_queries<T>(l, work, tile, stages + kQueriesAt);
   loader.issue(stages);
-  load_queries<T>(l, work, tile, smem + kQueriesAt);
   Rows<T> rows(l, work);
   uint32_t here = stages, there = stages + kStageBytes;
 #pragma unroll 1
