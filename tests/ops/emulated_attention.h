@@ -1,6 +1,8 @@
 // What the kernels of attention use beyond emulated.h, for the programs of them.
 #pragma once
 
+#include <bit>
+
 #include "emulated.h"
 #include "emulated_vec.h"
 
@@ -41,6 +43,16 @@ float __shfl_sync(unsigned mask, float x, int from) {
   std::memcpy(&x, &word, 4);
   return x;
 }
+
+unsigned __ballot_sync(unsigned mask, bool is_set) {
+  unsigned lanes = 0;
+  for (int i = 0; i < kWarpSize; ++i) {
+    lanes |= unsigned{__shfl_sync(mask, static_cast<int>(is_set), i) != 0} << i;
+  }
+  return lanes;
+}
+
+int __ffs(int x) { return std::countr_zero(static_cast<unsigned>(x)) + 1; }  // not of 0
 
 float exp2_approx(float x) { return std::exp2(x); }
 

@@ -10,8 +10,8 @@
 // memory; then each warp turns all scores into weights by itself, and adds up 128 of the 512
 // columns. So the running maximum and sum are the same in all warps, and nothing is put together at
 // an item's end. Products are mma.sync m16n8k16; scores of a row are summed in four chains, as one
-// would wait for itself. Rows of several items of one tile are merged by the CTA that is last:
-// merge.cuh.
+// would wait for itself. What several items of a query tile have of its rows is merged by a kernel
+// behind this one: latent_merge.cuh.
 //
 // Floor: bytes, sum(visible keys) * 1152 at the memory's rate, where the tiles' heads are read
 // once; a second tile reads L2.
@@ -22,8 +22,8 @@
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
-#include "gpu/attention/merge.cuh"
-#include "gpu/core/block.cuh"
+#include "gpu/attention/latent_merge.cuh"
+#include "gpu/attention/latent_work.cuh"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/pdl.cuh"
 #include "gpu/core/ptx.cuh"
@@ -41,57 +41,9 @@ constexpr int kStageBytes = kKeys * kRowBytes;
 constexpr int kQueriesAt = 2 * kStageBytes;
 constexpr int kScoresAt = kQueriesAt + kDecodeRows * kRowBytes;
 constexpr int kScoreStride = kKeys + 8;  // floats: rows of a half warp fall in different banks
-constexpr int kFlagAt = kScoresAt + kDecodeRows * kScoreStride * 4;
-constexpr int kSmemBytes = kFlagAt + 16;
+constexpr int kSmemBytes = kScoresAt + kDecodeRows * kScoreStride * 4;
 constexpr int kSubTiles = kPrefillRows / kDecodeRows;
 static_assert(kRowBytes % 128 == 0 && kKvTile % kKeys == 0 && kWarpKeys == 8);
-
-struct Latent {
-  AttentionParams p;  // of which key_cache is the cache, and a KV head a tile of heads
-  AttentionPartials partials;
-  int group;
-  int decode_items;  // offset in p.work
-  float scale_log2;
-};
-
-// 16 packed rows of an item, the same in all threads.
-struct Work {
-  AttentionItem item;
-  int slot, first_query, query_len, seq_len;
-  int position;   // of the row's first query
-  int first_row;  // packed row of the row
-  int num_rows;   // from it on, at most 16; 0 where a prefill item has fewer
-  int kv_end;     // of what these rows see of the item's keys
-
-  __device__ Work(const Latent& l, const int32_t* items, int index, int sub_tile) {
-    const int4* words = reinterpret_cast<const int4*>(items) + 2 * int64_t{index};
-    const int4 head = __ldcg(words), tail = __ldcg(words + 1);
-    item = {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
-    slot = __ldcg(l.p.row_slots + item.row);
-    first_query = __ldcg(l.p.cu_seqlens_q + item.row);
-    query_len = __ldcg(l.p.cu_seqlens_q + item.row + 1) - first_query;
-    seq_len = __ldcg(l.p.seq_lens + item.row);
-    position = seq_len - query_len;
-    first_row = item.query_tile * kPrefillRows + sub_tile * kDecodeRows;
-    num_rows = max(0, min(kDecodeRows, query_len * l.group - first_row));
-    const int last = first_row + num_rows - 1;
-    kv_end =
-        num_rows == 0 || slot < 0 ? item.kv_begin : min(item.kv_end, position + last / l.group + 1);
-    // A plan that was made for other rows, or one that leads out of bounds, traps here.
-    if (slot >= l.p.num_slots || first_query < 0 || query_len <= 0 || position < 0 ||
-        first_query > l.p.num_tokens - query_len || item.kv_end > seq_len ||
-        (item.kv_end - 1) >> l.p.block_size_log2 >= l.p.max_blocks_per_seq) {
-      __trap();
-    }
-  }
-
-  __device__ int token_of(const Latent& l, int row) const {
-    return first_query + (first_row + row) / l.group;
-  }
-  __device__ int head_of(const Latent& l, int tile, int row) const {
-    return tile * l.group + (first_row + row) % l.group;
-  }
-};
 
 // Copies tile after tile of one item. Eight threads share a kept row; each has two of them.
 template <class T>
@@ -135,8 +87,8 @@ class Loader {
   }
 
  private:
-  // Reads ahead: the blocks of the next tile's rows. They stay as they are read until they are used:
-  // what is made of them here would wait for them here.
+  // Reads ahead: the blocks of the next tile's rows. They stay as they are read until they are
+  // used: what is made of them here would wait for them here.
   __device__ void look_up() {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -165,7 +117,9 @@ __device__ void copy_queries(const Latent& l, const Work& work, int tile, uint32
   }
   const uint32_t target = queries + row * kRowBytes + (first ^ (row % 8)) * 16;
 #pragma unroll
-  for (int i = 0; i < kRowBytes / 128; ++i) cp_async_16(target + i * 128, source + i * 64, is_valid);
+  for (int i = 0; i < kRowBytes / 128; ++i) {
+    cp_async_16(target + i * 128, source + i * 64, is_valid);
+  }
 }
 
 // The scores of this warp's 8 kept rows -> its columns of `scores`.
@@ -272,12 +226,6 @@ struct Rows {
   }
 };
 
-template <class T>
-__device__ T* out_row(const Latent& l, const Work& work, int tile, int row) {
-  return static_cast<T*>(l.p.out) + work.token_of(l, row) * l.p.out_token_stride +
-         work.head_of(l, tile, row) * l.p.out_head_stride;
-}
-
 // Writes the rows' results: to `out`, or as partial ones.
 template <class T, int kItemRows>
 __device__ void write_rows(const Latent& l, const Work& work, int tile, int sub_tile,
@@ -321,25 +269,10 @@ __device__ void write_rows(const Latent& l, const Work& work, int tile, int sub_
   }
 }
 
-// Where an item is one of several of its query tile: the last of all their CTAs merges them. Rows
-// of the tile are those of `whole`, of which this CTA has had a part.
-template <class T, int kItemRows>
-__device__ void merge(const Latent& l, const Work& work, const Work& whole, int tile,
-                      int32_t* flag) {
-  constexpr int kParts = kItemRows / kDecodeRows;
-  const int first = work.item.partial - work.item.split;
-  int32_t* arrivals = l.partials.arrivals + static_cast<int64_t>(first) * l.p.num_kv_heads + tile;
-  if (!arrives_last(arrivals, work.item.num_splits * kParts, flag) || work.slot < 0) return;
-  for (int row = threadIdx.x / kWarpSize; row < whole.num_rows; row += kWarps) {
-    merge_row<T, kLatentSize, kItemRows>(l.partials, first, work.item.num_splits, tile,
-                                         l.p.num_kv_heads, row, out_row<T>(l, whole, tile, row));
-  }
-}
-
 template <class T, int kItemRows>
 __device__ void attend(const Latent& l, const int32_t* items, int index, int tile, int sub_tile,
                        unsigned char* smem) {
-  const Work work(l, items, index, sub_tile);
+  const Work work(l, item_at(items, index), sub_tile);
   if (kItemRows == kDecodeRows && work.query_len * l.group > kDecodeRows) __trap();
   const uint32_t stages = smem_address(smem);
   auto* scores = reinterpret_cast<float*>(smem + kScoresAt);
@@ -365,11 +298,6 @@ __device__ void attend(const Latent& l, const int32_t* items, int index, int til
   }
   cp_async_wait<0>();
   write_rows<T, kItemRows>(l, work, tile, sub_tile, rows);
-  if (work.item.num_splits == 1) return;
-  Work whole = work;
-  whole.first_row -= sub_tile * kDecodeRows;
-  whole.num_rows = min(kItemRows, work.query_len * l.group - whole.first_row);
-  merge<T, kItemRows>(l, work, whole, tile, reinterpret_cast<int32_t*>(smem + kFlagAt));
 }
 
 // Grid of decode: tiles of heads, ranges of the plan behind each other; each CTA takes the items of
@@ -406,10 +334,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, int kItemRows>
 cudaError_t launch_items(const Latent& l, int64_t num_blocks, cudaStream_t stream) {
   constexpr auto kKernel = latent_attention_kernel<T, kItemRows>;
-  const cudaError_t error = allow_smem<kKernel, kSmemBytes>();
+  cudaError_t error = allow_smem<kKernel, kSmemBytes>();
   if (error != cudaSuccess) return error;
-  return launch_chained(kKernel, static_cast<unsigned>(num_blocks), kThreads, kSmemBytes, stream,
-                        l);
+  const auto grid = static_cast<unsigned>(num_blocks);
+  error = launch_chained(kKernel, grid, kThreads, kSmemBytes, stream, l);
+  return error == cudaSuccess ? launch_merge<T, kItemRows>(l, stream) : error;
 }
 
 template <class T>
