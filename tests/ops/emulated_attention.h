@@ -25,8 +25,15 @@ uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 namespace pyserve::gpu {
 
 struct Device {
-  int num_sms, smem_per_sm;
+  int num_sms, smem_per_sm, smem_per_block;
 };
+
+Device emulated_device;  // current_device's
+
+cudaError_t current_device(const Device** device) {
+  *device = &emulated_device;
+  return cudaSuccess;
+}
 
 float __shfl_xor_sync(unsigned, float x, int mask) {
   int word;

@@ -206,6 +206,7 @@ int main(int, char** argv) {
   int num_bad = 0;
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
     machine::lands_late = round % 2 == 0;
+    emulated_device.smem_per_block = round / 2 % 2 == 0 ? latent::Layout<2>::kSmemBytes : 0;
     const Step steps[] = {
         {{{1, 1}, {1, 70}, {0, 0}, {1, 33}}, 16, 1, 0, 1, device},
         {{{2, 50}}, 6, 1, 0, 9, device},

@@ -97,7 +97,7 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "attention/latent_merge.cuh",
             "attention/latent_kernel.cuh",
         ),
-        2,
+        4,
     ),
 }
 

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeCtas)
 #pragma unroll 1
     for (; found != 0; found &= found - 1) {
       const int index = base + (__ffs(static_cast<int>(found)) - 1) * num_strides;
-      const Work work(l, item_at(items, index), sub_tile);
+      const Work work(l, item_at(items, index), sub_tile, sub_tile, 1);
       if (row >= work.num_rows || work.slot < 0) continue;
       pdl_wait();
       merge_row<T, kLatentSize, kItemRows, kMergeColumns, kMergeAtOnce>(

@@ -31,19 +31,24 @@ struct Work {
   int position;   // of the row's first query
   int first_row;  // packed row of the row
   int num_rows;   // from it on, at most 16; 0 where a prefill item has fewer
-  int kv_end;     // of what these rows see of the item's keys
+  int kv_end;     // of what these rows, or those that take the same keys, see of the item's keys
 
-  __device__ Work(const Latent& l, const AttentionItem& of_plan, int sub_tile) : item(of_plan) {
+  // Of sub_tile of the item, one of `count` from first_sub_tile on that take the same keys.
+  __device__ Work(const Latent& l, const AttentionItem& of_plan, int sub_tile, int first_sub_tile,
+                  int count)
+      : item(of_plan) {
     slot = __ldcg(l.p.row_slots + item.row);
     first_query = __ldcg(l.p.cu_seqlens_q + item.row);
     query_len = __ldcg(l.p.cu_seqlens_q + item.row + 1) - first_query;
     seq_len = __ldcg(l.p.seq_lens + item.row);
     position = seq_len - query_len;
-    first_row = item.query_tile * kPrefillRows + sub_tile * kDecodeRows;
-    num_rows = max(0, min(kDecodeRows, query_len * l.group - first_row));
-    const int last = first_row + num_rows - 1;
+    const int num_packed = query_len * l.group, tile_row = item.query_tile * kPrefillRows;
+    first_row = tile_row + sub_tile * kDecodeRows;
+    num_rows = max(0, min(kDecodeRows, num_packed - first_row));
+    const int first = tile_row + first_sub_tile * kDecodeRows;
+    const int last = min(first + count * kDecodeRows, num_packed) - 1;
     kv_end =
-        num_rows == 0 || slot < 0 ? item.kv_begin : min(item.kv_end, position + last / l.group + 1);
+        last < first || slot < 0 ? item.kv_begin : min(item.kv_end, position + last / l.group + 1);
     // A plan that was made for other rows, or one that leads out of bounds, traps here.
     if (slot >= l.p.num_slots || first_query < 0 || query_len <= 0 || position < 0 ||
         first_query > l.p.num_tokens - query_len || item.kv_end > seq_len ||
