@@ -319,14 +319,20 @@ __device__ void attend(const Latent& l, const AttentionItem& item, int first_til
   __syncthreads();  // what the item before has left is read
   Loader<T, kGroups> loader(l, work);
   copy_queries<T>(l, work, tile, queries);
-  loader.issue(stages);
-  Rows<T, kGroups> rows(l, work);
   uint32_t here = stages, there = stages + L::kStageBytes;
+  loader.issue(here);
+  loader.issue(there);
+  Rows<T, kGroups> rows(l, work);
+  const int begin = work.item.kv_begin;
 #pragma unroll 1
-  for (int first = work.item.kv_begin; first < work.kv_end; first += L::kKeys) {
-    cp_async_wait<0>();
+  for (int first = begin; first < work.kv_end; first += L::kKeys) {
+    if (first == begin) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
     __syncthreads();  // the tile and the queries are there, the tile and the scores before are read
-    loader.issue(there);
+    if (first != begin) loader.issue(there);
     score<T, kGroups>(here, queries, scores);
     __syncthreads();
     uint32_t weights[Rows<T, kGroups>::kSteps][4];
@@ -354,8 +360,8 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads, Layout<kGroups>::kC
     const int num_tiles = l.p.num_kv_heads / kGroups, num_ranges = gridDim.x / num_tiles;
     const int tile = blockIdx.x % num_tiles * kGroups;
     const int32_t* starts = work + kDecodeStartsOffset + blockIdx.x / num_tiles;
-    if (__ldcg(work + kWorkNumDecodeRanges) != num_ranges) __trap();  // not for this device
     const int first = __ldcg(starts), last = __ldcg(starts + 1);
+    if (__ldcg(work + kWorkNumDecodeRanges) != num_ranges) __trap();  // not for this device
 #pragma unroll 1
     for (int index = first; index < last; ++index) {
       const AttentionItem item = item_at(work + l.decode_items, index);

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "gpu/attention/attention.h"
@@ -62,9 +63,9 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeCtas)
 
 template <class T, int kItemRows>
 cudaError_t launch_merge(const Latent& l, cudaStream_t stream) {
-  // One wave or so. An odd stride meets evenly the first items, which often lie evenly apart.
+  // At most a wave. An odd stride meets evenly the first items, which often lie evenly apart.
   const int row_ctas = kRowCtas * kItemRows * l.p.num_kv_heads;
-  const int num_strides = l.p.device.num_sms * kMergeCtas / row_ctas | 1;
+  const int num_strides = (std::max(1, l.p.device.num_sms * kMergeCtas / row_ctas) - 1) | 1;
   const int num_ctas = row_ctas * num_strides;
   return launch_chained(latent_merge_kernel<T, kItemRows>, static_cast<unsigned>(num_ctas),
                         kMergeThreads, 0, stream, l);
