@@ -2,6 +2,8 @@
 #pragma once
 
 #include <bit>
+#include <map>
+#include <utility>
 
 #include "emulated.h"
 #include "emulated_vec.h"
@@ -77,6 +79,11 @@ void ldmatrix_x4_trans(uint32_t (&words)[4], uint32_t address) {
     words[i] = pair[0] | uint32_t{pair[1]} << 16;
   }
   machine::meet_warp();
+}
+
+void named_barrier_sync(int id, int num_threads) {
+  static std::map<std::pair<int, int>, machine::Barrier> barriers;  // by block and id
+  machine::meet(barriers[{machine::block(), id}], num_threads);
 }
 
 bool arrives_last(int32_t* arrivals, int count, int32_t* flag) {

@@ -28,6 +28,7 @@
 #include "gpu/attention/latent_merge.cuh"
 #include "gpu/attention/latent_work.cuh"
 #include "gpu/core/launch.cuh"
+#include "gpu/core/mbarrier.cuh"
 #include "gpu/core/pdl.cuh"
 #include "gpu/core/ptx.cuh"
 #include "gpu/core/swizzle.cuh"
@@ -334,7 +335,7 @@ __device__ void attend(const Latent& l, const AttentionItem& item, int first_til
     __syncthreads();  // the tile and the queries are there, the tile and the scores before are read
     if (first != begin) loader.issue(there);
     score<T, kGroups>(here, queries, scores);
-    __syncthreads();
+    named_barrier_sync(1 + group_of_thread(), kGroupThreads);
     uint32_t weights[Rows<T, kGroups>::kSteps][4];
     rows.weigh(scores, first, l.scale_log2, weights);
     rows.add(weights, here);
