@@ -21,14 +21,6 @@ int64_t __shfl_sync(unsigned mask, int64_t x, int from) {
   return int64_t{__shfl_sync(mask, static_cast<int>(x >> 32), from)} << 32 | low;
 }
 
-unsigned __ballot_sync(unsigned mask, bool is_set) {
-  unsigned lanes = 0;
-  for (int i = 0; i < kWarpSize; ++i) {
-    lanes |= unsigned{__shfl_sync(mask, static_cast<int>(is_set), i) != 0} << i;
-  }
-  return lanes;
-}
-
 struct {
   struct {
     operator unsigned() const { return machine::first_block % gridDim.x; }

@@ -1,6 +1,10 @@
 // What the kernels of attention use beyond emulated.h, for the programs of them.
 #pragma once
 
+#include <bit>
+#include <map>
+#include <utility>
+
 #include "emulated.h"
 #include "emulated_vec.h"
 
@@ -20,8 +24,15 @@ uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 namespace pyserve::gpu {
 
 struct Device {
-  int num_sms, smem_per_sm;
+  int num_sms, smem_per_sm, smem_per_block;
 };
+
+Device emulated_device;  // current_device's
+
+cudaError_t current_device(const Device** device) {
+  *device = &emulated_device;
+  return cudaSuccess;
+}
 
 float __shfl_xor_sync(unsigned, float x, int mask) {
   int word;
@@ -39,6 +50,16 @@ float __shfl_sync(unsigned mask, float x, int from) {
   return x;
 }
 
+unsigned __ballot_sync(unsigned mask, bool is_set) {
+  unsigned lanes = 0;
+  for (int i = 0; i < kWarpSize; ++i) {
+    lanes |= unsigned{__shfl_sync(mask, static_cast<int>(is_set), i) != 0} << i;
+  }
+  return lanes;
+}
+
+int __ffs(int x) { return std::countr_zero(static_cast<unsigned>(x)) + 1; }  // not of 0
+
 float exp2_approx(float x) { return std::exp2(x); }
 
 // What ldmatrix_x4 gives of each matrix, of its transpose.
@@ -55,6 +76,11 @@ void ldmatrix_x4_trans(uint32_t (&words)[4], uint32_t address) {
     words[i] = pair[0] | uint32_t{pair[1]} << 16;
   }
   machine::meet_warp();
+}
+
+void named_barrier_sync(int id, int num_threads) {
+  static std::map<std::pair<int, int>, machine::Barrier> barriers;  // by block and id
+  machine::meet(barriers[{machine::block(), id}], num_threads);
 }
 
 bool arrives_last(int32_t* arrivals, int count, int32_t* flag) {

@@ -107,9 +107,11 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "attention/attention.h",
             "attention/merge.cuh",
             "core/swizzle.cuh",
+            "attention/latent_work.cuh",
+            "attention/latent_merge.cuh",
             "attention/latent_kernel.cuh",
         ),
-        2,
+        4,
     ),
 }
 

@@ -4,8 +4,8 @@
 // group) is the decode kernel's; any other is cut into query tiles of kPrefillRows packed rows, the
 // prefill kernel's. Once a step, plan_attention cuts the visible keys of all this into work items,
 // so that the card is evenly loaded whatever the lengths are; all layers with one window share it.
-// An item that is not the whole of its query tile writes float32 partial results to the workspace;
-// the last item of the tile to arrive merges them, in the order of the keys.
+// An item that is not the whole of its query tile writes float32 partial results to the workspace,
+// which are merged in the order of the keys (merge.cuh says by whom).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,87 +1,104 @@
-// How the items that share a query tile put their partial results together. Each writes its own,
-// then arrives; the last to arrive merges all of them in the order of the keys, so that the result
-// does not depend on who was last (Dao et al. 2023, Flash-Decoding, with its second kernel folded
-// into the first).
+// How the items that share a query tile put their partial results together, which each has written:
+// in the order of the keys, so that the result does not depend on who was last (Dao et al. 2023,
+// Flash-Decoding). Who does it: of decode and prefill attention the CTA that arrives last, which
+// spares a launch; of latents, whose rows are of 512 columns, all of the card (latent_merge.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "gpu/attention/attention.h"
+#include "gpu/core/block.cuh"
 #include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 
-// One packed row of the merged result, rounded to T; called by whole warps. Rows that see no key in
-// any split become zeros.
-template <class T, int kHeadDim, int kRows>
+// kColumns of one packed row of the merged result, from `first_column` on, rounded to T; called by
+// whole warps. Rows that see no key in any split become zeros. kAtOnce splits are on their way.
+template <class T, int kHeadDim, int kRows, int kColumns = kHeadDim, int kAtOnce = 8>
 __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int first_partial,
                                           int num_splits, int kv_head, int num_kv_heads, int row,
-                                          T* out_row) {
-  constexpr int kPerLane = kHeadDim == 64 ? 2 : 4;  // columns of a piece
-  constexpr int kColumns = kPerLane * kWarpSize;     // of a warp's pieces
-  constexpr int kPieces = (kHeadDim + kColumns - 1) / kColumns;
+                                          T* out_row, int first_column = 0) {
+  constexpr int kPerLane = kColumns == 64 ? 2 : 4;    // columns of a piece
+  constexpr int kPieceColumns = kPerLane * kWarpSize;  // of a warp's pieces
+  constexpr int kPieces = (kColumns + kPieceColumns - 1) / kPieceColumns;
+  static_assert(kWarpSize % kAtOnce == 0);
+  using Piece = std::conditional_t<kPerLane == 4, float4, float2>;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t step = static_cast<int64_t>(num_kv_heads) * kRows;  // rows from split to split
+  const int step = num_kv_heads * kRows;  // rows from split to split
   const int64_t begin =
       (static_cast<int64_t>(first_partial) * num_kv_heads + kv_head) * kRows + row;
   const float* stats = partials.stats + begin * 2;
+  const float* acc = partials.acc + begin * kHeadDim + first_column;
+  const auto column = [&](int piece) { return piece * kPieceColumns + lane * kPerLane; };
+  const auto is_there = [&](int piece) {
+    return kColumns % kPieceColumns == 0 || column(piece) < kColumns;
+  };
 
-  float largest = -INFINITY;
-  for (int split = lane; split < num_splits; split += kWarpSize) {
-    largest = fmaxf(largest, __ldcg(stats + split * step * 2));
-  }
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, i));
-  }
-  if (largest == -INFINITY) largest = 0.0f;
-
-  const auto column = [&](int piece) { return piece * kColumns + lane * kPerLane; };
-  float total[kPieces][kPerLane] = {}, sum = 0.0f;
+  float total[kPieces][kPerLane] = {}, sum = 0.0f, largest = -INFINITY;
   for (int base = 0; base < num_splits; base += kWarpSize) {
-    float factor = 0.0f, part = 0.0f;
-    if (base + lane < num_splits) {
-      const float2 mine = __ldcg(reinterpret_cast<const float2*>(stats + (base + lane) * step * 2));
-      factor = exp2_approx(mine.x - largest);
-      part = factor * mine.y;
-    }
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) part += __shfl_xor_sync(kFullMask, part, i);
-    sum += part;
     const int count = min(kWarpSize, num_splits - base);
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) {
-      const float weight = __shfl_sync(kFullMask, factor, i);
-      const float* source = partials.acc + (begin + (base + i) * step) * kHeadDim;
+    float2 mine{-INFINITY, 0.0f};
+    if (lane < count) {
+      mine = __ldcg(reinterpret_cast<const float2*>(stats) + int64_t{step} * (base + lane));
+    }
+    float highest = mine.x;
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        if (kHeadDim % kColumns != 0 && column(piece) >= kHeadDim) continue;
-        if constexpr (kPerLane == 4) {
-          const float4 value = __ldcg(reinterpret_cast<const float4*>(source + column(piece)));
+    for (int i = 16; i > 0; i /= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, i));
+    }
+    const float before = largest;
+    largest = fmaxf(before, highest);
+    const float shift = largest == -INFINITY ? 0.0f : largest;
+    const float rescale = exp2_approx(before - shift), factor = exp2_approx(mine.x - shift);
+    sum = sum * rescale + lane_sum(factor * mine.y);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) total[piece][j] *= rescale;
+    }
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtOnce) {
+      Piece values[kAtOnce][kPieces] = {};
+      const float* source = acc + int64_t{step} * kHeadDim * (base + first);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          if (first + i >= count || !is_there(piece)) continue;
+          const float* at = source + i * step * kHeadDim + column(piece);
+          values[i][piece] = __ldcg(reinterpret_cast<const Piece*>(at));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float weight = __shfl_sync(kFullMask, factor, first + i);
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const Piece& value = values[i][piece];
           total[piece][0] += weight * value.x;
           total[piece][1] += weight * value.y;
-          total[piece][2] += weight * value.z;
-          total[piece][3] += weight * value.w;
-        } else {
-          const float2 value = __ldcg(reinterpret_cast<const float2*>(source + column(piece)));
-          total[piece][0] += weight * value.x;
-          total[piece][1] += weight * value.y;
+          if constexpr (kPerLane == 4) {
+            total[piece][2] += weight * value.z;
+            total[piece][3] += weight * value.w;
+          }
         }
       }
     }
   }
   const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+  out_row += first_column;
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
-    if (kHeadDim % kColumns != 0 && column(piece) >= kHeadDim) continue;
+    if (!is_there(piece)) continue;
     const float(&sums)[kPerLane] = total[piece];
+    const uint32_t low = pack_pair<T>(sums[0] * scale, sums[1] * scale);
     if constexpr (kPerLane == 4) {
       *reinterpret_cast<uint2*>(out_row + column(piece)) =
-          make_uint2(pack_pair<T>(sums[0] * scale, sums[1] * scale),
-                     pack_pair<T>(sums[2] * scale, sums[3] * scale));
+          make_uint2(low, pack_pair<T>(sums[2] * scale, sums[3] * scale));
     } else {
-      *reinterpret_cast<uint32_t*>(out_row + column(piece)) =
-          pack_pair<T>(sums[0] * scale, sums[1] * scale);
+      *reinterpret_cast<uint32_t*>(out_row + column(piece)) = low;
     }
   }
 }

@@ -12,9 +12,10 @@
 // 3. What a kernel of the chain writes is not read by ld.global.nc, also after the wait.
 // 4. pdl_launch_dependents() is called by every thread: straight after the wait by kernels that run
 //    for long (linear, attention, rope, plans, sampling, logprobs), at the start by those that are
-//    short between two of them (norms, activations, masks). So behind a long kernel, which begins its
-//    work when all before it is complete, the next one may read what is older than it even before
-//    its wait, past L1 (ld.global.cg, cp.async.cg); only attention does so, behind linear or rope.
+//    short between two of them (norms, activations, masks, latent_merge). So behind a long kernel,
+//    which begins its work when all before it is complete, the next one may read what is older than
+//    it even before its wait, past L1 (ld.global.cg, cp.async.cg); only attention does so, behind
+//    linear, rope or its own first kernel.
 // 5. A kernel whose blocks are as many as the SMs takes more than half of an SM's shared memory. A
 //    smaller one may get two blocks on one SM and none on another, because the SMs become free one
 //    by one: the linears of a step were 25 % slower so. Blocks of which any number may share an SM
