@@ -313,7 +313,8 @@ template <class Tile, int kCount, int kPiece>
 __device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
                                         const float (&sums)[kCount], int first,
                                         float (&gates)[kPiece], float (&ups)[kPiece]) {
-  constexpr int kHalf = kCount / 2, kRound = std::min(kPiece, Tile::kExchangeWords);
+  constexpr int kHalf = kCount / 2, kRound =
+      kPiece < Tile::kExchangeWords ? kPiece : Tile::kExchangeWords;
   static_assert(kHalf % kPiece == 0 && kPiece % kRound == 0);
   constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
   const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
@@ -413,7 +414,7 @@ template <class Tile, int kCount>
 __device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& ring, int row,
                                           int end_row, int column, const float (&sums)[kCount]) {
   if constexpr (Tile::kIsPaired) {
-    constexpr int kHalf = kCount / 2, kPiece = std::min(kHalf, 32);  // as registers allow
+    constexpr int kHalf = kCount / 2, kPiece = kHalf < 32 ? kHalf : 32;  // as registers allow
     const int is_up = threadIdx.x / 64 % 2;
 #pragma unroll
     for (int first = 0; first < kHalf; first += kPiece) {
