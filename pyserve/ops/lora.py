@@ -26,18 +26,21 @@ from torch import Tensor
 
 from pyserve.ops.native import native
 
-# Splits of few tokens on a card. One user's x of 4,096 columns is 512 each, two loads of a lane.
-MAX_SPLITS, MAX_SPLIT_TOKENS = 8, 512
+# Splits on a card. One user's x of 4,096 columns is 512 each, two loads of a lane. Many tokens are
+# taken by CTAs of 64: 8,192 of them, times splits, give 128 of an H200's SMs one each.
+MAX_SPLITS, SPLIT_ROWS = 8, 8192
 
 
 def num_splits(num_tokens: int, device: torch.device) -> int:
     """For so many tokens."""
-    return MAX_SPLITS if device.type == "cuda" and num_tokens <= MAX_SPLIT_TOKENS else 1
+    if device.type != "cuda":
+        return 1
+    return max(1, min(MAX_SPLITS, SPLIT_ROWS // max(num_tokens, 1)))
 
 
 def most_rows(max_num_tokens: int) -> int:
     """What splits times tokens are at most on any device, of any number of tokens up to that."""
-    return max(max_num_tokens, MAX_SPLITS * min(max_num_tokens, MAX_SPLIT_TOKENS))
+    return max(max_num_tokens, min(MAX_SPLITS * max_num_tokens, SPLIT_ROWS))
 
 
 def lora_shrink(

@@ -7,7 +7,14 @@ import random
 import pytest
 
 from pyserve.engine.batch import Step
-from pyserve.engine.chunks import FIRST_LIMIT, MIN_CHUNK, MIN_SAMPLE, ChunkPacer, share_out
+from pyserve.engine.chunks import (
+    ALONE_S,
+    FIRST_LIMIT,
+    MIN_CHUNK,
+    MIN_SAMPLE,
+    ChunkPacer,
+    share_out,
+)
 
 MAX_TOKENS = 8192
 
@@ -61,7 +68,7 @@ def test_a_prompt_alone_teaches_what_the_next_may_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "limit"), [(H200, 8192), (RTX_3090, 0.2 / 230e-6), (TOO_SLOW, 0.2 / 1e-3)]
+    ("machine", "limit"), [(H200, 8192), (RTX_3090, ALONE_S / 230e-6), (TOO_SLOW, ALONE_S / 1e-3)]
 )
 def test_prompts_alone_keep_who_comes_next_waiting_for_less_than_half_a_second(
     machine: Machine, limit: float
@@ -72,6 +79,13 @@ def test_prompts_alone_keep_who_comes_next_waiting_for_less_than_half_a_second(
         step = step_of(0, pacer.alone_limit)
         pacer.note(step, machine.seconds(step))
     assert pacer.alone_limit == pytest.approx(limit, rel=0.15)
+
+
+def test_a_prompt_of_an_adapter_is_one_step_as_it_is_without() -> None:
+    """Of 8,192 tokens, 8B on an H200."""
+    pacer = ChunkPacer(0.030, max_tokens=8192)
+    pacer.note(step_of(0, 8192), 0.215)
+    assert pacer.alone_limit == 8192
 
 
 def test_prompts_get_on_where_decoding_alone_misses_the_target() -> None:

@@ -28,7 +28,7 @@ CASES: list[tuple[list[list[int]], list[int], int]] = [
     ([[16, 16]] * 8, [640, 640], 2048),
     ([[3, 7]], [37, 5], 259),
 ]
-LENGTHS = [1, 3, 16, 17, 64, 65, 300, 700]
+LENGTHS = [1, 3, 16, 17, 64, 65, 300, 700, 2100]  # of a slot
 
 
 @pytest.mark.sanitize

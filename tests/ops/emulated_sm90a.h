@@ -431,6 +431,7 @@ bool arrives_last(int* arrivals, int count, int32_t* flag, bool is_first, Sync&&
 
 struct Device {
   int num_sms;
+  int smem_per_block = 227 * 1024;
 };
 
 template <class Kernel, class Args>

@@ -64,7 +64,7 @@ void launch_loras() {
   auto* ints = reinterpret_cast<int32_t*>(memory);
   auto* floats = reinterpret_cast<float*>(memory);
   for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
-    for (const int max_rank : {7, 16, 512}) {
+    for (const int max_rank : {7, 16, 24, 512}) {
       const pyserve::gpu::LoraRows rows{ints, ints, 2, 8, 2, max_rank, 4096};
       const pyserve::gpu::LoraShrunk shrunk{floats, 8192 * max_rank, 2 * max_rank, max_rank, 1};
       pyserve::gpu::LoraShrinkParams down{};

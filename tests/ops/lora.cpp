@@ -8,6 +8,15 @@
 namespace pyserve::gpu {
 float __fdividef(float a, float b) { return a / b; }
 float exp2_approx(float x) { return std::exp2(x); }
+
+// Of either kind by turns: with little shared memory, and with much.
+Device card{132};
+cudaError_t current_device(const Device** device) {
+  card.smem_per_block = (card.smem_per_block == 99 * 1024 ? 227 : 99) * 1024;
+  *device = &card;
+  return cudaSuccess;
+}
+
 #include "gate.cuh.inc"
 #include "lora.h.inc"
 #include "segments.cuh.inc"
@@ -18,6 +27,7 @@ namespace pyserve::gpu::shrink {
 #include "shrink.cu.inc"
 }  // namespace pyserve::gpu::shrink
 namespace pyserve::gpu::expand {
+#include "staging.cuh.inc"
 #include "expand.cu.inc"
 }  // namespace pyserve::gpu::expand
 
@@ -151,6 +161,7 @@ struct Case {
                               .out_stride = out_stride,
                               .n = out_stride,
                               .dtype = dtype};
+    machine::readable = {range(old), range(out)};
     expand::launch_lora_expand(up, nullptr);
   }
 
@@ -184,6 +195,7 @@ struct Case {
     return sum;
   }
 
+  // What is shrunk keeps 16 bits and its products are some 16, of numbers below 1 as a rule.
   void check() const {
     const double half = std::is_same_v<T, __nv_bfloat16> ? 1.0 / 256 : 1.0 / 2048;
     for (int token = 0; token < s.num_tokens(); ++token) {
@@ -196,7 +208,7 @@ struct Case {
           size *= 1 + std::abs(up);
         }
         const double found = to_float(out[size_t(token) * out_stride + c]);
-        if (std::abs(found - expected) <= half * std::abs(expected) + 4e-3 * half * size) continue;
+        if (std::abs(found - expected) <= half * std::abs(expected) + 6e-3 * half * size) continue;
         std::printf(
             "wrong: token %d of %d, column %d: %g instead of %g (%d parts of %d, rank %d, k %d, "
             "%d splits, gated %d, norm %d)\n",
@@ -236,9 +248,11 @@ int main(int argc, char** argv) {
     run_both({{33, 70, 1}, 1, 4, 2, 48, any_of({16, 40}), 600, 3, false, true});
     run_both({{40, 0, 66}, 3, 2, 2, 136, any_of({16, 40}), 64, 2, true, false});
     // Many: more stages of k than are on their way, more tokens than there is room for at once.
-    run_both({{1, 66}, 3, 2, 2, 136, any_of({16, 40}), 552, 1, false, true});
+    run_both({{1, 66}, 3, 2, 2, 136, any_of({16, 40}), any_of({552, 1000}), 1, false, true});
     run_both({{132, 0, 3}, 1, 2, 2, 40, 72, any_of({8, 200}), 1, true, false});
     run_both({{205, 70}, 1, 0, 1, 48, any_of({16, 132}), 72, any_of({1, 2}), false, false});
+    // So many that they are split in any number: some have less of k, or nothing.
+    run_both({{300, 0, 215}, 1, 2, 3, 24, any_of({8, 16}), 400, any_of({3, 8}), false, true});
     // Neither rows nor columns begin where 16 bytes do.
     run_both({{3, 18}, 1, 1, 3, 37, 7, 53, 2, false, false});
     run_both({{3, 70}, 1, 1, 2, 37, 7, 53, 1, true, true});

@@ -8,13 +8,12 @@
 // A CTA takes tokens of one slot by 256 columns, a warp two strips of 32: neighbours of one part,
 // or a strip of gate and the one of up. A part's columns are divided from its own first one on, so
 // no tile has two parts. CTAs beyond what there is end at once: the grid depends on shapes alone.
-// As in shrink.cu the order of r within a piece of 16 is what suits the loads: a lane takes 4
-// neighbours. So is the order of columns in a strip: of its four products a lane has 8 neighbours.
-// What was shrunk is float32: it is multiplied as the sum of two 16-bit numbers, which keeps 16 of
-// its bits or more. A CTA adds its splits up and divides it once for all of its warps, into shared
-// memory; a warp reads B's first 16 of r once for all of its tokens. So what is left to do for 16
-// tokens more is to read what is added to, which is asked for 16 tokens ahead, multiply and write:
-// what many tokens need is bytes on their way.
+// The order of columns in a strip is what suits the loads: of its four products a lane has 8
+// neighbours. What was shrunk lies in shared memory (staging.cuh), and a warp reads B's first 16 of
+// r once for all of its tokens. So what is left to do for 16 tokens more is to read what is added
+// to, multiply and write. What many tokens need is bytes on their way: what is added to is asked
+// for 48 tokens ahead, by cp.async into shared memory, where each thread has places of its own, 24
+// KB of a CTA from its start on.
 // Numerics: float32 sums, one rounding of what is added to out, or of what it becomes. The order
 // depends on the rank and the number of splits alone.
 // Floor: bytes, 2 * rank of each column of B, and 4 of each element of out (6 of
@@ -24,19 +23,21 @@
 #include "gpu/core/gate.cuh"
 #include "gpu/core/vec.cuh"
 #include "gpu/lora/segments.cuh"
+#include "gpu/lora/staging.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kStrip = 32;                       // columns
-constexpr int kTiles = kStrip / 8;               // mma of them
-constexpr int kColumns = kWarps * 2 * kStrip;    // a CTA
-constexpr int kPiece = 16;                       // of r
+constexpr int kStrip = 32;                     // columns
+constexpr int kTiles = kStrip / 8;             // mma of them
+constexpr int kColumns = kWarps * 2 * kStrip;  // a CTA
 constexpr int kMaxRank = 512;
-// Shared memory of what was shrunk: as a rule, and of the highest rank.
+// Shared memory of what was shrunk: as a rule at most, and of the highest rank.
 constexpr int kStagedBytes = 16 * 1024, kMaxStagedBytes = 64 * 1024;
+// And of what is added to: 16 tokens of a CTA's columns, and how many of those there is room for.
+constexpr int kOldBytes = kMmaTokens * kColumns * 2, kAhead = 3;
 
 // Columns of one part, as b and what is added to have them; `rank` 0: nothing is added.
 struct Strip {
@@ -98,44 +99,6 @@ __device__ __forceinline__ uint2 load_four(const T* row, int r, int rank, const 
   }
 }
 
-// Four neighbours of what was shrunk, each as a 16-bit number, x and y, and what that leaves.
-template <class T>
-__device__ __forceinline__ uint4 halves_of(const float4& x) {
-  const uint2 value{pack_pair<T>(x.x, x.y), pack_pair<T>(x.z, x.w)};
-  const float2 low = unpack_pair<T>(value.x), high = unpack_pair<T>(value.y);
-  return {value.x, value.y, pack_pair<T>(x.x - low.x, x.y - low.y),
-          pack_pair<T>(x.z - high.x, x.w - high.y)};
-}
-
-// Elements r .. r + 3 of what was shrunk of a token and a part, added up over splits; zeros from
-// the rank on.
-template <bool kIsAligned>
-__device__ __forceinline__ float4 load_shrunk(const LoraShrunk& shrunk, int num_splits,
-                                              const float* row, int r, int rank) {
-  float x[4] = {};
-#pragma unroll kIsAligned ? 8 : 1
-  for (int split = 0; split < num_splits; ++split) {
-    const float* own = row + split * shrunk.split_stride + r;
-    if constexpr (kIsAligned) {
-      const float4 four = *reinterpret_cast<const float4*>(own);
-      x[0] += four.x;
-      x[1] += four.y;
-      x[2] += four.z;
-      x[3] += four.w;
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (r + j < rank) x[j] += own[j];
-      }
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (r + j >= rank) x[j] = 0.0f;
-  }
-  return {x[0], x[1], x[2], x[3]};
-}
-
 // A piece of B, of the columns of a warp's strips: lane's of the four products.
 template <bool kIsAligned, class T>
 struct Weights {
@@ -159,136 +122,98 @@ struct Weights {
   }
 };
 
-// Of a piece of 16 tokens, in shared memory.
+// Of a piece of 16 tokens, of the parts that a CTA has.
 template <bool kIsGated>
-constexpr int kPieceBytes = (kIsGated ? 2 : 1) * kMmaTokens * 4 * static_cast<int>(sizeof(uint4));
-
-// What is in shared memory of what was shrunk: a vector of four each, of some tokens and of both
-// strips' parts, or of one where it is the same.
-struct Staging {
-  int num_pieces, num_tokens;  // of r; that there is room for
-
-  __device__ __forceinline__ Staging(int rank, int piece_bytes, int num_bytes)
-      : num_pieces((rank + kPiece - 1) / kPiece),
-        num_tokens(num_bytes / (piece_bytes * max(num_pieces, 1)) * kMmaTokens) {}
-
-  // Lane `place`'s four of a token, both counted from the first.
-  __device__ __forceinline__ int index(int part, int piece, int token, int place) const {
-    return ((part * num_pieces + piece) * num_tokens + token) * 4 + place;
-  }
-
-  // All threads of a CTA, each kAtOnce fours at a time. row: of the first token.
-  template <bool kIsAligned, int kAtOnce, class T>
-  __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, int num_splits,
-                                       const float* row, int count, const Strip (&strips)[2],
-                                       int num_parts) const {
-    const int padded = (count + kMmaTokens - 1) / kMmaTokens * kMmaTokens;
-    const int most = num_parts * padded * 4;
-#pragma unroll 1
-    for (int piece = 0; piece < num_pieces; ++piece) {
-#pragma unroll 1
-      for (int first = threadIdx.x; first < most; first += kAtOnce * kThreads) {
-        float4 sums[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int four = first + i * kThreads, r = kPiece * piece + 4 * (four % 4);
-          const bool is_second = four / 4 >= padded;
-          const int token = is_second ? four / 4 - padded : four / 4;
-          const int rank = is_second ? strips[1].rank : strips[0].rank;
-          const int part = is_second ? strips[1].part : strips[0].part;
-          sums[i] = float4{};
-          if (four < most && token < count && r < rank) {
-            const float* own = row + token * shrunk.stride + part * shrunk.part_stride;
-            sums[i] = load_shrunk<kIsAligned>(shrunk, num_splits, own, r, rank);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int four = first + i * kThreads, part = four / 4 >= padded;
-          const int token = four / 4 - part * padded;
-          if (four < most) staged[index(part, piece, token, four % 4)] = halves_of<T>(sums[i]);
-        }
-      }
-    }
-  }
-
-  // The same, whatever of it may be on its way at once.
-  template <bool kIsAligned, class T>
-  __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, const float* row,
-                                       int count, const Strip (&strips)[2], int num_parts) const {
-    if (kIsAligned && shrunk.num_splits == 1) {
-      fill<kIsAligned, 4, T>(staged, shrunk, 1, row, count, strips, num_parts);
-    } else {
-      fill<kIsAligned, 1, T>(staged, shrunk, shrunk.num_splits, row, count, strips, num_parts);
-    }
-  }
-};
-
-// Of token group, and of group + 8, the 8 neighbouring columns of a lane in each strip.
-struct Old {
-  uint4 of[2][2];
-};
+constexpr int kPieceBytes = (kIsGated ? 2 : 1) * kHalvesBytes;
 
 // Of a strip and an mma: of token group the first two, of group + 8 the others.
 struct Sums {
   float of[2][kTiles][4];
 
-  // Begin with what is added to.
+  // Begin with what is added to, of token group or of group + 8.
   template <class T>
-  __device__ __forceinline__ void take(const Old& old) {
+  __device__ __forceinline__ void take(int s, int half, const uint4& old) {
+    float x[kVec];
+    unpack<T>(old, x);
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x[kVec];
-        unpack<T>(old.of[s][half], x);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) of[s][i / 2][2 * half + i % 2] = x[i];
-      }
-    }
+    for (int i = 0; i < kVec; ++i) of[s][i / 2][2 * half + i % 2] = x[i];
   }
 };
 
-// Tokens of a warp's strips, read and written by 16 bytes where `is_whole`: a lane's 8 columns are
-// there and aligned. Where not, one by one, when they are written.
+// Tokens of a warp's strips, 16 by 16, read and written by 16 bytes where `is_whole`: a lane's 8
+// columns are there and aligned. Where not, one by one, when they are written.
 template <class T, bool kIsGated>
 struct Tile {
   const LoraExpandParams& p;
   int begin, count;  // tokens
-  int column[2], end[2];
+  int column, apart;  // lane's first of a strip, and from there to the other's
+  int room[2];        // and to the ends of both strips' parts
   bool is_whole;
+  uint32_t places;  // of what is added to: the thread's first one
+  const T* asked;   // of lane's token among the next 16 that are asked for
+  T* out;           // and that are written
 
   __device__ __forceinline__ Tile(const LoraExpandParams& params, const TokenTile& tokens,
-                                  const Strip (&strips)[2], bool is_aligned)
-      : p(params), begin(tokens.begin), count(tokens.count), is_whole(is_aligned) {
-    const int place = threadIdx.x % 4;
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      column[s] = strips[s].first + place * kVec;
-      end[s] = strips[s].end;
-      is_whole &= column[s] % kVec == 0 && column[s] + kVec <= end[s];
-    }
+                                  const Strip (&strips)[2], bool is_aligned, uint32_t smem)
+      : p(params), begin(tokens.begin), count(tokens.count),
+        places(smem + threadIdx.x * 16) {
+    column = strips[0].first + threadIdx.x % 4 * kVec;
+    apart = kIsGated ? strips[1].first - strips[0].first : kStrip;
+    room[0] = strips[0].end - column;
+    room[1] = strips[1].end - column - apart;
+    is_whole = is_aligned && column % kVec == 0 && apart % kVec == 0 && room[0] >= kVec &&
+               room[1] >= kVec;
+    const int group = threadIdx.x % kWarpSize / 4;
+    asked = from(group);
+    out = static_cast<T*>(p.out) + (begin + group) * p.out_stride + column;
+  }
+
+  __device__ __forceinline__ int64_t stride() const {
+    return kIsGated ? p.gate_up_stride : p.out_stride;
   }
 
   __device__ __forceinline__ const T* from(int token) const {
-    return kIsGated ? static_cast<const T*>(p.gate_up) + (begin + token) * p.gate_up_stride
-                    : static_cast<const T*>(p.out) + (begin + token) * p.out_stride;
+    return static_cast<const T*>(kIsGated ? p.gate_up : p.out) + (begin + token) * stride() +
+           column;
   }
 
-  // What the 16 tokens from `first` on add to.
-  __device__ __forceinline__ void load(int first, Old& old) const {
-    if (!is_whole) return;
+  // Of a strip, and of token group or group + 8, in the turn-th of kAhead places.
+  __device__ __forceinline__ uint32_t place_of(int turn, int s, int half) const {
+    return places + turn * kOldBytes + (2 * s + half) * kThreads * 16;
+  }
+
+  // Ask for what the 16 tokens from `first` on add to: a group of copies, empty behind the last.
+  __device__ __forceinline__ void load(int first, int turn) {
+    if (is_whole && first < count) {
+      const int token = first + threadIdx.x % kWarpSize / 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = first + threadIdx.x % kWarpSize / 4 + 8 * half;
-      if (token >= count) continue;
-      const T* row = from(token);
+      for (int half = 0; half < 2; ++half) {
+        const T* row = asked + 8 * half * stride();
 #pragma unroll
-      for (int s = 0; s < 2; ++s) old.of[s][half] = load_vec(row + column[s]);
+        for (int s = 0; s < 2; ++s) {
+          cp_async_16(place_of(turn, s, half), row + s * apart, token + 8 * half < count);
+        }
+      }
+      asked += kMmaTokens * stride();
+    }
+    cp_async_commit();
+  }
+
+  // What the oldest of kAhead groups was asked for.
+  __device__ __forceinline__ void take(int turn, Sums& sums) const {
+    cp_async_wait<kAhead - 1>();
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 old = is_whole ? load_shared(place_of(turn, s, half)) : uint4{};
+        sums.take<T>(s, half, old);
+      }
     }
   }
 
-  __device__ __forceinline__ void store(int first, const Sums& sums) const {
+  // The 16 tokens from `first` on, the next ones.
+  __device__ __forceinline__ void store(int first, const Sums& sums) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first + threadIdx.x % kWarpSize / 4 + 8 * half;
@@ -298,63 +223,69 @@ struct Tile {
       for (int i = 0; i < 2 * kVec; ++i) {
         x[i / kVec][i % kVec] = sums.of[i / kVec][i % kVec / 2][2 * half + i % 2];
       }
-      T* out = static_cast<T*>(p.out) + (begin + token) * p.out_stride;
+      T* row = out + 8 * half * p.out_stride;
       if (!is_whole) {
-        store_each(from(token), out, x);
+        store_each(from(token), row, x);
       } else if constexpr (kIsGated) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) x[0][i] = silu_mul(x[0][i], x[1][i]);
-        store_vec(out + column[0], pack<T>(x[0]));
+        store_vec(row, pack<T>(x[0]));
       } else {
 #pragma unroll
-        for (int s = 0; s < 2; ++s) store_vec(out + column[s], pack<T>(x[s]));
+        for (int s = 0; s < 2; ++s) store_vec(row + s * apart, pack<T>(x[s]));
       }
     }
+    out += kMmaTokens * p.out_stride;
   }
 
-  __device__ __forceinline__ void store_each(const T* row, T* out,
-                                             const float (&x)[2][kVec]) const {
+  __device__ __forceinline__ void store_each(const T* row, T* to, const float (&x)[2][kVec]) const {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       if constexpr (kIsGated) {
-        if (column[0] + i >= end[0]) continue;
-        const float gate = to_float(row[column[0] + i]) + x[0][i];
-        const float up = to_float(row[column[1] + i]) + x[1][i];
-        out[column[0] + i] = from_float<T>(silu_mul(gate, up));
+        if (i >= room[0]) continue;
+        const float gate = to_float(row[i]) + x[0][i];
+        const float up = to_float(row[apart + i]) + x[1][i];
+        to[i] = from_float<T>(silu_mul(gate, up));
       } else {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-          if (column[s] + i >= end[s]) continue;
-          out[column[s] + i] = from_float<T>(to_float(row[column[s] + i]) + x[s][i]);
+          if (i >= room[s]) continue;
+          to[s * apart + i] = from_float<T>(to_float(row[s * apart + i]) + x[s][i]);
         }
       }
     }
   }
 };
 
-// sums += 16 tokens of what was shrunk times a piece of B. low, high: lane's fours of token group
-// and of group + 8.
+// sums += 16 tokens of what was shrunk times a piece of B.
 template <class T>
-__device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint4& low,
-                                            const uint4& high, const uint2 (&weights)[kTiles]) {
-  const uint32_t value[4] = {low.x, high.x, low.y, high.y};
-  const uint32_t rest[4] = {low.z, high.z, low.w, high.w};
+__device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint4& value,
+                                            const uint4& rest, const uint2 (&weights)[kTiles]) {
+  const uint32_t values[4] = {value.x, value.y, value.z, value.w};
+  const uint32_t rests[4] = {rest.x, rest.y, rest.z, rest.w};
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    mma_16816<T>(sums[n], value, weights[n].x, weights[n].y);
-    mma_16816<T>(sums[n], rest, weights[n].x, weights[n].y);
+    mma_16816<T>(sums[n], values, weights[n].x, weights[n].y);
+    mma_16816<T>(sums[n], rests, weights[n].x, weights[n].y);
   }
 }
 
+// CTAs an SM; of four, ptxas spills for sm_120, which has shared memory for two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResident = 3;
+#else
+constexpr int kResident = 4;
+#endif
+
 // kIsAligned: four elements of b's rows, and of what was shrunk, may be read at once.
 template <class T, bool kIsGated, bool kIsAligned>
-__global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kResident)
     expand_kernel(LoraExpandParams p, int column_blocks, int log2_tile_tokens,
                   int staged_bytes, bool has_aligned_rows) {
   constexpr int kParts = kIsGated ? 2 : 1;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
-  auto* staged = reinterpret_cast<uint4*>(dynamic_smem);
-  const int lane = threadIdx.x % kWarpSize, group = lane / 4, place = lane % 4;
+  auto* staged = reinterpret_cast<uint4*>(dynamic_smem);  // behind it, what is added to
+  const int lane = threadIdx.x % kWarpSize, place = lane % 4;
   pdl_launch_dependents();
   const int bound = p.columns[min(lane, p.rows.num_parts)];  // all are in L1 when one is wanted
   const TokenTile tokens = token_tile<kIsGated>(
@@ -368,24 +299,30 @@ __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
   weights.load(b, b_stride, strips, 4 * place);
   pdl_wait();
   if (tokens.count == 0 || (!kIsGated && rank == 0)) return;
-  const Tile<T, kIsGated> tile(p, tokens, strips, has_aligned_rows);
-  const Staging staging(rank, kPieceBytes<kIsGated>, staged_bytes);
-  Old old{};
-  tile.load(0, old);
+  Tile<T, kIsGated> tile(p, tokens, strips, has_aligned_rows,
+                               smem_address(dynamic_smem) + staged_bytes);
+  const Staging<kWarps> staging(rank, kPieceBytes<kIsGated>, staged_bytes);
+#pragma unroll
+  for (int ahead = 0; ahead < kAhead; ++ahead) tile.load(ahead * kMmaTokens, ahead);
+  int token = 0, turn = 0;
 #pragma unroll 1
   for (int first = 0; first < tokens.count; first += kMmaTokens) {
-    const int token = first % staging.num_tokens;
+    if (token == staging.num_tokens) token = 0;
     if (rank > 0 && token == 0) {
       if (first > 0) __syncthreads();
       const int64_t begin = tokens.begin + first;
-      staging.template fill<kIsAligned, T>(
-          staged, p.shrunk, p.shrunk.data + begin * p.shrunk.stride,
-          min(tokens.count - first, staging.num_tokens), strips, kParts);
+      const float* row = p.shrunk.data + begin * p.shrunk.stride;
+      const int count = min(tokens.count - first, staging.num_tokens);
+#pragma unroll 1
+      for (int i = 0; i < kParts; ++i) {
+        const int part = i == 0 ? strips[0].part : strips[1].part;
+        staging.template fill<kIsAligned, T>(staged, p.shrunk, row + part * p.shrunk.part_stride,
+                                             count, i == 0 ? strips[0].rank : strips[1].rank, i);
+      }
       __syncthreads();
     }
     Sums sums;
-    sums.take<T>(old);
-    tile.load(first + kMmaTokens, old);
+    tile.take(turn, sums);
 #pragma unroll 1
     for (int piece = 0; piece < staging.num_pieces; ++piece) {
       if (piece > 0 || (first > 0 && staging.num_pieces > 1)) {
@@ -395,11 +332,14 @@ __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const uint4* fours = staged + staging.index(s % kParts, piece, token + group, place);
-        add_product<T>(sums.of[s], fours[0], fours[8 * 4], weights.of[s]);
+        const uint4* halves = staged + staging.index(s % kParts, piece, token, lane);
+        add_product<T>(sums.of[s], halves[0], halves[kWarpSize], weights.of[s]);
       }
     }
+    tile.load(first + kAhead * kMmaTokens, turn);  // what lay there is in the sums
+    turn = turn + 1 == kAhead ? 0 : turn + 1;
     tile.store(first, sums);
+    token += kMmaTokens;
   }
 }
 
@@ -425,12 +365,15 @@ cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
       is_vec_aligned(p.out, p.out_stride) && is_vec_aligned(p.gate_up, p.gate_up_stride);
   constexpr auto kKernel = expand_kernel<T, kIsGated, kIsAligned>;
   if (p.rows.max_rank > kMaxRank) return cudaErrorInvalidValue;
-  const cudaError_t error = allow_smem<kKernel, kMaxStagedBytes>();
+  const cudaError_t error = allow_smem<kKernel, kMaxStagedBytes + kAhead * kOldBytes>();
   if (error != cudaSuccess) return error;
-  const int num_pieces = (p.rows.max_rank + kPiece - 1) / kPiece;
-  const int staged_bytes = std::max(kStagedBytes, num_pieces * kPieceBytes<kIsGated>);
+  // A CTA of few tokens asks for little, so that it finds room beside the kernel in front.
+  const int num_old = (1 << log2_tile_tokens) / kMmaTokens;
+  const int piece_bytes = (p.rows.max_rank + kPiece - 1) / kPiece * kPieceBytes<kIsGated>;
+  const int staged_bytes = std::max(std::min(kStagedBytes, num_old * piece_bytes), piece_bytes);
+  const int num_bytes = staged_bytes + std::min(num_old, kAhead) * kOldBytes;
   return launch_chained(kKernel, static_cast<unsigned>(num_tiles * column_blocks), kThreads,
-                        staged_bytes, stream, p, column_blocks, log2_tile_tokens, staged_bytes,
+                        num_bytes, stream, p, column_blocks, log2_tile_tokens, staged_bytes,
                         has_aligned_rows);
 }
 

@@ -34,19 +34,20 @@ __device__ __forceinline__ bool is_rank(const LoraRows& rows, int rank) {
   return rank >= 0 && rank <= rows.max_rank;
 }
 
-// The tile is the one before `left` others of this segment or of those behind.
+// The tile is the one behind `left` others of this segment or of those in front of it.
 __device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, int first, int end,
                                         int log2_size) {
   const int size = 1 << log2_size, num_tiles = (end - first + size - 1) >> log2_size;
   if (left >= 0 && left < num_tiles) {
-    const int begin = first + (left << log2_size);
+    const int begin = first + ((num_tiles - 1 - left) << log2_size);
     tile = {slot, begin, min(end - begin, size)};
   }
   left -= num_tiles;
 }
 
-// The index-th of all tiles of 2^log2_size tokens, slot by slot. kHasOthers: also of tokens that no
-// slot has, kNoSlot.
+// The index-th of all tiles of 2^log2_size tokens, slot by slot, from the last on: of many tokens,
+// those that the kernel in front has written last are in L2 still. kHasOthers: also of tokens that
+// no slot has, kNoSlot.
 // All of the starts are looked at, so that none is waited for before the next is asked for; and by
 // the lanes of a warp the ranks, so that those of the slot are in L1 when it is known.
 template <bool kHasOthers>
@@ -59,17 +60,17 @@ __device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index,
   const int slot_of_entry = entry / rows.num_parts, part_of_entry = entry % rows.num_parts;
   const int rank = entry < 0 ? 0 : rows.ranks[slot_of_entry * rows.ranks_stride + part_of_entry];
   bool is_bad = false;
+  if constexpr (kHasOthers) {
+    look_in(tile, left, kNoSlot, rows.starts[rows.num_slots], num_tokens, log2_size);
+  }
 #pragma unroll 8
-  for (int slot = 0; slot < rows.num_slots; ++slot) {
+  for (int slot = rows.num_slots - 1; slot >= 0; --slot) {
     const int first = rows.starts[slot], end = rows.starts[slot + 1];
     is_bad |= first < 0 || first > end || end > num_tokens;
     look_in(tile, left, slot, first, end, log2_size);
   }
   if (is_bad || !is_rank(rows, rank)) __trap();
-  if constexpr (kHasOthers) {
-    look_in(tile, left, kNoSlot, 0, rows.starts[0], log2_size);
-    look_in(tile, left, kNoSlot, rows.starts[rows.num_slots], num_tokens, log2_size);
-  }
+  if constexpr (kHasOthers) look_in(tile, left, kNoSlot, 0, rows.starts[0], log2_size);
   return tile;
 }
 

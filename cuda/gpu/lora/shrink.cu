@@ -26,6 +26,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kFewTokens = 64;          // up to here tiles are of one mma
+constexpr int kManyTokens = 512;        // beyond, tokens are shrink_many.cu's
 constexpr int kPiece = 32;              // columns of k that a warp takes at once
 constexpr int kStep = kWarps * kPiece;  // from one piece of a warp to its next
 
@@ -200,7 +201,9 @@ cudaError_t launch_as(const LoraShrinkParams& p, cudaStream_t stream) {
     if (num_rows <= 64) return launch_tiles<T, 1, 2, 4, true>(p, stream);
     return launch_tiles<T, 1, 4, 2, true>(p, stream);
   }
-  if (p.out.num_splits == 1) return launch_lora_shrink_many(p, stream);
+  if (p.rows.num_tokens > kManyTokens || p.out.num_splits == 1) {
+    return launch_lora_shrink_many(p, stream);
+  }
   return launch_tiles<T, 2, 2, 2, true>(p, stream);
 }
 

@@ -1,12 +1,15 @@
 // lora_shrink (shrink.cu) of many tokens: x is read once, at the rate of a copy, by CTAs of 64
-// tokens of one slot by 64 rows of A, those of all parts one after the other.
+// tokens of one slot by up to 64 rows of A, those of all parts one after the other, and one split
+// of k. Splits are as many as give each SM a CTA (num_splits of ops/lora.py).
 //
-// Columns of k come in stages of 64, kStages - 1 of them on their way by cp.async: 40 KB of x on
-// each SM. Half of a CTA's 8 warps take the first 32 columns of a stage, half the others; of those
-// each takes 16 tokens. As in shrink.cu a lane reads 16 bytes of a row and feeds two mma steps with
-// them; in shared memory odd rows have their halves swapped, so that 8 lanes, 64 bytes of two rows
-// each, meet no bank twice.
-// Numerics: float32 sums, one half's after the other's. The order of a sum depends on k alone.
+// Columns of k come in stages of 128, all but one of which are on their way by cp.async: 80 KB of
+// x on each SM of an H200. Of a CTA's 8 warps two take a quarter of a stage's columns, each of them
+// 32 of the tokens, and all of the rows: those are asked for together, then multiplied. In shared
+// memory the chunks of 16 bytes of a row are permuted by its number, so that 8 rows' meet no bank
+// twice. A's first stages are asked for before x is there.
+// A CTA takes more than half of an SM's shared memory where the card has it: rule 5 of pdl.cuh.
+// Numerics: float32 sums, one quarter's after the other's. The order of a sum depends on k and on
+// the number of splits alone.
 // Floor: bytes, 2 * k of each token.
 #include "gpu/core/vec.cuh"
 #include "gpu/lora/shrink.cuh"
@@ -14,148 +17,244 @@
 namespace pyserve::gpu {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 8, kQuarters = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLog2Tokens = 6, kTokens = 1 << kLog2Tokens, kRows = 64;  // of a CTA
-constexpr int kColumns = 64;             // of a stage
-constexpr int kStages = 6;
+constexpr int kLog2Tokens = 6, kTokens = 1 << kLog2Tokens;  // of a CTA
+constexpr int kTokenTiles = kTokens / kMmaTokens / (kWarps / kQuarters);  // of a warp
+constexpr int kColumns = 128;                               // of a stage
 constexpr int kRowBytes = 2 * kColumns, kChunks = kRowBytes / 16;
-constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;  // tokens, then rows
-constexpr int kSmemBytes = kStages * kStageBytes;
-constexpr int kPasses = kTokens * kChunks / kThreads;  // chunks of x and of A that a thread copies
-static_assert(kRows == kTokens, "x and A are copied alike");
-static_assert(2 * kTokens * (kRows + 1) * 4 <= kSmemBytes, "both halves' sums");
+constexpr int kPass = kThreads / kChunks;  // rows that the threads copy a chunk each of
+
+// Up to kRows rows of A, and kStages stages.
+template <int kRowsOf, int kStagesOf>
+struct ManyTiling {
+  static constexpr int kRows = kRowsOf, kStages = kStagesOf, kRowTiles = kRows / 8;
+  static constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;  // tokens, then rows
+  static constexpr int kSmemBytes = kStages * kStageBytes;
+  static constexpr int kPitch = kRows + 8;  // of sums: pairs of four tokens meet no bank twice
+  static_assert(kRows % kPass == 0 && kTokens % kPass == 0);
+  static_assert(kQuarters * kTokens * kPitch * 4 <= kSmemBytes, "all quarters' sums");
+};
 
 // Where a chunk of a row lies.
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
-  return row * kRowBytes + (chunk ^ row % 2 * 4) * 16;
+  return row * kRowBytes + (chunk ^ row % 8) * 16;
 }
 
-// What a thread copies of each stage: a chunk of kPasses tokens and of as many rows of A.
-template <class T>
+// What a thread copies of each stage: a chunk of some tokens and of some rows of A.
+template <class T, class Tiling>
 struct Sources {
-  const T *x[kPasses], *a[kPasses];
-  bool has_x[kPasses], has_a[kPasses];
+  static constexpr int kTokenPasses = kTokens / kPass, kRowPasses = Tiling::kRows / kPass;
+  const T *x[kTokenPasses], *a[kRowPasses];
+  bool has_x[kTokenPasses], has_a[kRowPasses];
+  int begin, end;  // columns: the thread's first, and behind the split's last
+  uint32_t to;     // of the first stage
 
   __device__ __forceinline__ Sources(const LoraShrinkParams& p, const TokenTile& tile,
-                                     int first_row) {
-    const int chunk = threadIdx.x % kChunks;
+                                     int first_row, int first_column, int end_column, uint32_t smem)
+      : begin(first_column + static_cast<int>(threadIdx.x) % kChunks * kVec), end(end_column) {
+    const int first = threadIdx.x / kChunks;
+    to = smem + chunk_offset(first, threadIdx.x % kChunks);  // kPass rows on it is the same
+    static_assert(kPass % 8 == 0);
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int index = threadIdx.x / kChunks + i * (kThreads / kChunks);
-      has_x[i] = index < tile.count;
-      x[i] = static_cast<const T*>(p.x) + chunk * kVec;
-      if (has_x[i]) x[i] += (tile.begin + index) * p.x_stride;
-      const Row row = row_of(p.rows, tile.slot, first_row + index);
+    for (int i = 0; i < kTokenPasses; ++i) {
+      const int token = first + i * kPass;
+      has_x[i] = token < tile.count;
+      x[i] = static_cast<const T*>(p.x) + begin;
+      if (has_x[i]) x[i] += (tile.begin + token) * p.x_stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowPasses; ++i) {
+      const Row row = row_of(p.rows, tile.slot, first_row + first + i * kPass);
       has_a[i] = row.is_there;
-      a[i] = static_cast<const T*>(p.a) + chunk * kVec;
+      a[i] = static_cast<const T*>(p.a) + begin;
       if (has_a[i]) {
         a[i] += tile.slot * p.a_slot_stride + row.part * p.a_part_stride + row.index * p.a_stride;
       }
     }
   }
 
-  __device__ __forceinline__ void copy(uint32_t smem, int stage, int64_t k) const {
-    const int column = stage * kColumns, chunk = threadIdx.x % kChunks;
-    const uint32_t to = smem + stage % kStages * kStageBytes;
-    if (column < k) {
-      const bool is_inside = column + chunk * kVec < k;
+  // Stage `stage` of the split, to the place of that number.
+  __device__ __forceinline__ void copy_x(int stage, int place) const {
+    const bool is_inside = begin + stage * kColumns < end;
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
-        const int index = threadIdx.x / kChunks + i * (kThreads / kChunks);
-        const uint32_t offset = chunk_offset(index, chunk);
-        cp_async_16(to + offset, x[i] + column, is_inside && has_x[i]);
-        cp_async_16(to + kTokens * kRowBytes + offset, a[i] + column, is_inside && has_a[i]);
-      }
+    for (int i = 0; i < kTokenPasses; ++i) {
+      const uint32_t row = to + place * Tiling::kStageBytes + i * kPass * kRowBytes;
+      cp_async_16(row, x[i] + (is_inside ? stage * kColumns : 0), is_inside && has_x[i]);
     }
-    cp_async_commit();
+  }
+
+  __device__ __forceinline__ void copy_a(int stage, int place) const {
+    const bool is_inside = begin + stage * kColumns < end;
+#pragma unroll
+    for (int i = 0; i < kRowPasses; ++i) {
+      const uint32_t row = to + place * Tiling::kStageBytes + (kTokens + i * kPass) * kRowBytes;
+      cp_async_16(row, a[i] + (is_inside ? stage * kColumns : 0), is_inside && has_a[i]);
+    }
   }
 };
 
-// sums: of a warp's 16 tokens; `num_tiles` mma of rows.
-template <class T>
-__device__ __forceinline__ void add_stage(float (&sums)[kRows / 8][4], uint32_t stage,
-                                          int num_tiles) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, group = lane / 4;
-  const uint32_t own = chunk_offset(group, warp / 4 * 4 + lane % 4);  // 8 rows on it is the same
-  const uint32_t tokens = stage + warp % 4 * kMmaTokens * kRowBytes + own;
-  const uint4 low = load_shared(tokens), high = load_shared(tokens + 8 * kRowBytes);
-  const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-  const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+// sums += a warp's tokens times all rows, of its quarter of the stage at `stage`.
+template <class T, int kRowTiles>
+__device__ __forceinline__ void add_stage(float (&sums)[kTokenTiles][kRowTiles][4],
+                                          uint32_t stage) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int chunk = warp % kQuarters * 4, first_token = warp / kQuarters * kTokenTiles * kMmaTokens;
+  // 8 rows on a chunk lies likewise. Chunks begin at a multiple of 4: two on, a 32 is flipped.
+  const uint32_t tokens = stage + chunk_offset(first_token + lane % 16, chunk + lane / 16);
+  const uint32_t rows = stage + chunk_offset(kTokens + lane % 8, chunk + lane / 8);
+  uint32_t x[2][kTokenTiles][4], a[kRowTiles][4];
 #pragma unroll
-  for (int n = 0; n < kRows / 8; ++n) {
-    if (n >= num_tiles) break;
-    const uint4 b = load_shared(stage + (kTokens + 8 * n) * kRowBytes + own);
-    mma_16816<T>(sums[n], first, b.x, b.y);
-    mma_16816<T>(sums[n], second, b.z, b.w);
+  for (int m = 0; m < kTokenTiles; ++m) {
+    ldmatrix_x4(x[0][m], tokens + m * kMmaTokens * kRowBytes);
+    ldmatrix_x4(x[1][m], (tokens ^ 32) + m * kMmaTokens * kRowBytes);
+  }
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) ldmatrix_x4(a[n], rows + 8 * n * kRowBytes);
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; ++m) {
+        mma_16816<T>(sums[m][n], x[step][m], a[n][2 * step], a[n][2 * step + 1]);
+      }
+    }
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    shrink_many_kernel(LoraShrinkParams p, int row_blocks) {
+// A warp's sums to where all quarters' lie: [kQuarters][kTokens][kPitch].
+template <class Tiling>
+__device__ __forceinline__ void store_sums(
+    float* partial, const float (&sums)[kTokenTiles][Tiling::kRowTiles][4]) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int first = warp / kQuarters * kTokenTiles * kMmaTokens + lane / 4;
+#pragma unroll
+  for (int m = 0; m < kTokenTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < Tiling::kRowTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = first + m * kMmaTokens + 8 * half;
+        float* pair = partial + (warp % kQuarters * kTokens + token) * Tiling::kPitch + 8 * n +
+                      lane % 4 * 2;
+        *reinterpret_cast<float2*>(pair) = {sums[m][n][2 * half], sums[m][n][2 * half + 1]};
+      }
+    }
+  }
+}
+
+// Adds the quarters up, and writes what is there of it.
+template <class Tiling>
+__device__ __forceinline__ void write_sums(const LoraShrinkParams& p, const TokenTile& tile,
+                                           int first_row, int split, const float* partial,
+                                           const float* factors) {
+  constexpr int kAtOnce = kThreads / Tiling::kRows;  // tokens
+  const int own = threadIdx.x % Tiling::kRows;
+  const Row row = row_of(p.rows, tile.slot, first_row + own);
+  if (threadIdx.x >= kAtOnce * Tiling::kRows || !row.is_there) return;
+  const float scale = p.scales[tile.slot * p.scales_stride + row.part];
+  float* out = p.out.data + split * p.out.split_stride + row.part * p.out.part_stride + row.index;
+  for (int token = threadIdx.x / Tiling::kRows; token < tile.count; token += kAtOnce) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      sum += partial[(quarter * kTokens + token) * Tiling::kPitch + own];
+    }
+    out[(tile.begin + token) * p.out.stride] = sum * (scale * factors[token]);
+  }
+}
+
+template <class T, int kRows, int kStages>
+__global__ void __launch_bounds__(kThreads, 1)
+    shrink_many_kernel(LoraShrinkParams p, int row_blocks, int split_columns) {
+  using Tiling = ManyTiling<kRows, kStages>;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   __shared__ float factors[kTokens];
   const uint32_t smem = smem_address(dynamic_smem);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int first_row = blockIdx.x % row_blocks * kRows;
+  const int first_row = static_cast<int>(blockIdx.x) % row_blocks * kRows;
+  const int split = static_cast<int>(blockIdx.x) / row_blocks % p.out.num_splits;
   pdl_launch_dependents();
-  const TokenTile tile = token_tile<false>(p.rows, blockIdx.x / row_blocks, kLog2Tokens);
-  const bool has_work = tile.count > 0 && has_rows(p.rows, tile.slot, first_row, kRows);
-  pdl_wait();
-  if (!has_work) return;
-  const Sources<T> sources(p, tile, first_row);
+  const TokenTile tile = token_tile<false>(
+      p.rows, static_cast<int>(blockIdx.x) / row_blocks / p.out.num_splits, kLog2Tokens);
+  if (tile.count == 0 || !has_rows(p.rows, tile.slot, first_row, kRows)) {
+    pdl_wait();
+    return;
+  }
+  const int begin = split * split_columns, end = min(begin + split_columns, static_cast<int>(p.k));
+  const int num_stages = (end - begin + kColumns - 1) / kColumns;
+  const Sources<T, Tiling> sources(p, tile, first_row, begin, end, smem);
 #pragma unroll 1
-  for (int stage = 0; stage < kStages - 1; ++stage) sources.copy(smem, stage, p.k);
+  for (int stage = 0; stage < kStages - 1; ++stage) sources.copy_a(stage, stage);
+  pdl_wait();
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    sources.copy_x(stage, stage);
+    cp_async_commit();
+  }
   for (int token = warp; token < tile.count; token += kWarps) {
     const float factor = norm_factor(p, tile.begin + token);
     if (lane == 0) factors[token] = factor;
   }
-  const int num_tiles = (p.rows.num_parts * p.rows.max_rank - first_row + 7) / 8;
-  const int num_stages = static_cast<int>((p.k + kColumns - 1) / kColumns);
-  float sums[kRows / 8][4] = {};
+  float sums[kTokenTiles][Tiling::kRowTiles][4] = {};
+  int place = 0, free_place = kStages - 1;
 #pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are through with the one before
-    sources.copy(smem, stage + kStages - 1, p.k);
-    add_stage<T>(sums, smem + stage % kStages * kStageBytes, num_tiles);
+    if (stage + kStages - 1 < num_stages) {
+      sources.copy_a(stage + kStages - 1, free_place);
+      sources.copy_x(stage + kStages - 1, free_place);
+    }
+    cp_async_commit();
+    add_stage<T>(sums, smem + place * Tiling::kStageBytes);
+    free_place = place;
+    place = place + 1 == kStages ? 0 : place + 1;
   }
   cp_async_wait<0>();
   __syncthreads();
-  auto* partial = reinterpret_cast<float*>(dynamic_smem);  // [2][kTokens][kRows + 1]
-#pragma unroll
-  for (int n = 0; n < kRows / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = warp % 4 * kMmaTokens + lane / 4 + i / 2 * 8;
-      const int row = 8 * n + lane % 4 * 2 + i % 2;
-      partial[(warp / 4 * kTokens + token) * (kRows + 1) + row] = sums[n][i];
-    }
-  }
+  auto* partial = reinterpret_cast<float*>(dynamic_smem);
+  store_sums<Tiling>(partial, sums);
   __syncthreads();
-  const Row row = row_of(p.rows, tile.slot, first_row + threadIdx.x % kRows);
-  if (!row.is_there) return;
-  const float scale = p.scales[tile.slot * p.scales_stride + row.part];
-  for (int token = threadIdx.x / kRows; token < tile.count; token += kThreads / kRows) {
-    const float* own = partial + token * (kRows + 1) + threadIdx.x % kRows;
-    const float sum = own[0] + own[kTokens * (kRows + 1)];
-    float* out = p.out.data + (tile.begin + token) * p.out.stride;
-    out[row.part * p.out.part_stride + row.index] = sum * (scale * factors[token]);
-  }
+  write_sums<Tiling>(p, tile, first_row, split, partial, factors);
+}
+
+template <class T, int kRows, int kStages>
+cudaError_t launch_tiling(const LoraShrinkParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = shrink_many_kernel<T, kRows, kStages>;
+  constexpr int kSmemBytes = ManyTiling<kRows, kStages>::kSmemBytes;
+  const cudaError_t error = allow_smem<kKernel, kSmemBytes>();
+  if (error != cudaSuccess) return error;
+  const int row_blocks = (p.rows.num_parts * p.rows.max_rank + kRows - 1) / kRows;
+  const int64_t num_stages = (p.k + kColumns - 1) / kColumns, num_splits = p.out.num_splits;
+  const int split_columns =
+      static_cast<int>((num_stages + num_splits - 1) / num_splits) * kColumns;
+  const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, kTokens, p.rows.num_slots);
+  return launch_chained(kKernel, static_cast<unsigned>(num_tiles * num_splits * row_blocks),
+                        kThreads, kSmemBytes, stream, p, row_blocks, split_columns);
+}
+
+template <class T, int kRows>
+cudaError_t launch_rows(const LoraShrinkParams& p, const Device& device, cudaStream_t stream) {
+  constexpr int kDeep = 6, kShallow = 3;
+  static_assert(ManyTiling<kRows, kShallow>::kSmemBytes + kTokens * 4 <= 99 * 1024);
+  static_assert(ManyTiling<kRows, kDeep>::kSmemBytes >= 114 * 1024, "one CTA an SM of 228 KB");
+  if (device.smem_per_block >= 227 * 1024) return launch_tiling<T, kRows, kDeep>(p, stream);
+  return launch_tiling<T, kRows, kShallow>(p, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_lora_shrink_many(const LoraShrinkParams& p, cudaStream_t stream) {
+  const Device* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  const int num_rows = p.rows.num_parts * p.rows.max_rank;
   return dispatch_half(p.dtype, [&]<class T>(T) {
-    constexpr auto kKernel = shrink_many_kernel<T>;
-    const cudaError_t error = allow_smem<kKernel, kSmemBytes>();
-    if (error != cudaSuccess) return error;
-    const int row_blocks = (p.rows.num_parts * p.rows.max_rank + kRows - 1) / kRows;
-    const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, kTokens, p.rows.num_slots);
-    return launch_chained(kKernel, static_cast<unsigned>(num_tiles * row_blocks), kThreads,
-                          kSmemBytes, stream, p, row_blocks);
+    if (num_rows <= 16) return launch_rows<T, 16>(p, *device, stream);
+    if (num_rows <= 32) return launch_rows<T, 32>(p, *device, stream);
+    if (num_rows <= 48) return launch_rows<T, 48>(p, *device, stream);
+    return launch_rows<T, 64>(p, *device, stream);
   });
 }
 
