@@ -3,7 +3,8 @@
 On an NVIDIA card. Decode attention (rotation and cache write in it) and Linears of models, batches
 and contexts that no kernel was measured with while it was written, beside what the tuned shapes of
 Llama 3 lead one to expect: their times at the batches on either side, interpolated in bytes, then
-between the batches. 90 % of that rate is asked. Calls are timed as bench.ops does it.
+between the batches. 90 % of that rate is asked. A Linear has as many rows as a step pads so many
+to. Calls are timed as bench.ops does it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.gpu_ops import DEVICE, num_sets
 from bench.gpu_timing import time_sets
 from bench.report import environment, format_table, write_json
 from pyserve import ops
+from pyserve.engine.batch import padded_size
 from pyserve.ops import build
 
 ASKED = 0.9
@@ -49,6 +51,7 @@ ODD_MATRICES = {
     "Mistral-7B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     "CodeLlama-34B": ((10240, 8192), (8192, 8192), (44032, 8192), (8192, 22016)),
 }
+MAX_BATCH = 256
 TUNED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # By a batch, what calls of so many bytes a row (attention) or in all (Linears) take, us.
@@ -97,8 +100,9 @@ def attention(heads: Heads, rows: int, context: int) -> Chain | None:
 
 def linear(n: int, k: int, batch: int) -> Chain:
     num_bytes = 2 * (n * k + batch * (n + k))
-    x = torch.randn(batch, k, dtype=torch.bfloat16, device=DEVICE)
-    out = torch.empty(batch, n, dtype=torch.bfloat16, device=DEVICE)
+    num_rows = padded_size(batch, MAX_BATCH)
+    x = torch.randn(num_rows, k, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.empty(num_rows, n, dtype=torch.bfloat16, device=DEVICE)
     weights = [
         torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in range(num_sets(num_bytes))
     ]
