@@ -212,9 +212,10 @@ class Lora : public LoraList<Rows, Tile> {
       if (four / kFours * kLoraUnit >= rank) continue;
       const float* row = l_.shrunk.data + token * l_.shrunk.stride + part * l_.shrunk.part_stride;
       float4 sum{};
+      const int num_splits = r < rank ? l_.shrunk.num_splits : 0;
 #pragma unroll 8
-      for (int split = 0; split < l_.shrunk.num_splits; ++split) {
-        if (r < rank) add_four<true>(sum, row + split * l_.shrunk.split_stride, r, rank);
+      for (int split = 0; split < num_splits; ++split) {
+        add_four<true>(sum, row + split * l_.shrunk.split_stride, r, rank);
       }
       sum = below_rank(sum, r, rank);
       const Halves halves = Halves::of<T>(sum, sum);
