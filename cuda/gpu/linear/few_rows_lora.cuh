@@ -1,15 +1,16 @@
-// What adapters add, in the kernels that multiply few rows by the base model's weight: the second of
-// their two products is one more stage or a few of each group, in the warps' rings like the weight's.
+// What adapters add, in the kernels that multiply few rows by the base model's weight: the second
+// of their two products is a stage or a few more of each group, in the warps' rings like the
+// weight's.
 //
-//   sums[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], before the norm's factor and the bias,
-//   with s the slot of t's adapter, p the part that row j of weight belongs to, r below its rank
+//   sums[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], before the norm's factor and the
+//   bias, with s the slot of t's adapter, p the part of row j of weight, r below its rank
 //
 // A piece of that work is the rows of B of one part and one slot by kLoraDepth of r. Which pieces
 // there are is known on the card alone: they are listed before the kernel waits for the one in
 // front, from `starts` and ranks, which segments.cuh says may be read there. Behind the stages of
-// weight of a group each warp takes every kWarps-th of the group's pieces, other warps the first ones
-// in the next group. B does not depend on x and is asked for like the weight: in the order of the
-// ring, stages ahead of its use, so that it waits behind nothing.
+// weight of a group each warp takes every kWarps-th of the group's pieces, other warps the first
+// ones in the next group. B does not depend on x and is asked for like the weight: in the order of
+// the ring, stages ahead of its use, so that it waits behind nothing.
 // What was shrunk is read once behind the wait, its splits are added up, and it stands in shared
 // memory as the sum of two 16-bit numbers, as staging.cuh's, both of which meet the same rows of B.
 // The sum of a piece is kept apart from the warps' own, for its slot's tokens and its part's rows,
@@ -27,10 +28,10 @@
 namespace pyserve::gpu {
 
 struct alignas(16) LoraPiece {
-  int b;                        // element of b: of row 0 of all parts, of the first r
-  uint16_t place, left;         // of the first r: in units of kLoraUnit; how many there are from it on
-  uint16_t begin, end;          // tokens
-  uint16_t part, sum;           // sum: the how manieth of its slot and part
+  int b;                 // element of b: of row 0 of all parts, of the first r
+  uint16_t place, left;  // of the first r: in units of kLoraUnit; how many there are from it on
+  uint16_t begin, end;   // tokens
+  uint16_t part, sum;    // sum: the how manieth of its slot and part
 };
 
 constexpr int kLoraUnit = 16;  // of r: one mma
@@ -63,6 +64,23 @@ struct LoraRoom {
   // Of kLoraUnit numbers of a token, each as two.
   static constexpr int kUnitBytes = 4 * kLoraUnit;
 };
+
+// Of a row of B in a stage.
+template <class Tile>
+constexpr int kLoraRowBytes = 2 * Tile::kLoraDepth;
+
+// Where chunk `chunk` of it lies: of 8 rows in different banks.
+template <class Tile>
+__device__ __forceinline__ uint32_t lora_offset(int row, int chunk) {
+  constexpr int kRowBytes = kLoraRowBytes<Tile>, kBankRows = 128 / kRowBytes;
+  static_assert(Tile::kRows * kRowBytes <= Tile::kStageBytes);
+  return row * kRowBytes + (chunk ^ row / kBankRows % (8 / kBankRows)) * 16;
+}
+
+// Where a chunk of a token lies in a unit of what was shrunk: likewise.
+__device__ __forceinline__ int swizzled(int token, int chunk) {
+  return (chunk ^ token / 2 % 4) * 16;
+}
 
 // Of a group, the piece that a warp takes next.
 struct LoraCursor {
@@ -241,8 +259,8 @@ class Lora : public LoraList<Rows, Tile> {
     for (int i = 0; i < Tile::kRows; i += kLaneRows) {
       const int row = i + lane / kChunks, weight_row = weight_row_of(row, column);
       const bool is_there = has_row(piece.part, row, weight_row, end - column);
-      cp_async_some(stage + b_offset(row, chunk), is_there ? b + weight_row * l_.b_stride : b,
-                    is_there ? num_bytes : 0);
+      const T* from = is_there ? b + weight_row * l_.b_stride : b;
+      cp_async_some(stage + lora_offset<Tile>(row, chunk), from, is_there ? num_bytes : 0);
     }
   }
 
@@ -260,7 +278,7 @@ class Lora : public LoraList<Rows, Tile> {
                   (piece.part * room_.num_units + piece.place) * unit_step +
                   token * room_.kUnitBytes + swizzled(token, lane / 8);
     }
-    const uint32_t weight = stage + b_offset(lane % 16, lane / 16);
+    const uint32_t weight = stage + lora_offset<Tile>(lane % 16, lane / 16);
     Sums<Tile> sums = {};
 #pragma unroll 1
     for (int unit = 0; unit < Tile::kLoraDepth / kLoraUnit; ++unit) {
@@ -273,7 +291,7 @@ class Lora : public LoraList<Rows, Tile> {
 #pragma unroll
       for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
         uint32_t rows[4];
-        ldmatrix_x4(rows, (weight ^ unit * 32) + 16 * tile * kRowBytes);
+        ldmatrix_x4(rows, (weight ^ unit * 32) + 16 * tile * kLoraRowBytes<Tile>);
 #pragma unroll
         for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
           mma_16816<T>(sums[tile][tokens], rows, columns[tokens][0], columns[tokens][1]);
@@ -297,25 +315,11 @@ class Lora : public LoraList<Rows, Tile> {
     return sum;
   }
 
-  // Before the next group. Of two rooms for sums one is enough for the barrier that a group has: the
-  // next one's comes before this room is written again.
+  // Before the next group. With two rooms for sums the barrier that a group has is enough: the next
+  // one's comes before this room is written again.
   __device__ __forceinline__ void turn() { half_ ^= 1; }
 
  private:
-  static constexpr int kRowBytes = 2 * Tile::kLoraDepth;  // of a stage
-  static_assert(Tile::kRows * kRowBytes <= Tile::kStageBytes);
-
-  // Where chunk `chunk` of row `row` of B lies in a stage: of 8 rows in different banks.
-  __device__ static __forceinline__ uint32_t b_offset(int row, int chunk) {
-    constexpr int kBankRows = 128 / kRowBytes;  // that begin in different ones
-    return row * kRowBytes + (chunk ^ row / kBankRows % (8 / kBankRows)) * 16;
-  }
-
-  // Where a chunk of a token lies in a unit of what was shrunk: as well.
-  __device__ static __forceinline__ int swizzled(int token, int chunk) {
-    return (chunk ^ token / 2 % 4) * 16;
-  }
-
   // Leaves them for its tokens and rows.
   __device__ __forceinline__ void put(const LoraPiece& piece, int column, int end,
                                       const Sums<Tile>& sums) const {
