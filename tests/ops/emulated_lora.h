@@ -66,7 +66,8 @@ struct Adapters {
     }
     shrunk.assign(size_t(num_splits) * m * num_parts * max_rank, NAN);
     for (size_t i = 0; i < shrunk.size(); ++i) {
-      const int r = i % max_rank, part = i / max_rank % num_parts, token = i / max_rank / num_parts % m;
+      const int r = i % max_rank, part = i / max_rank % num_parts;
+      const int token = i / max_rank / num_parts % m;
       if (r < rank(token, part)) shrunk[i] = normal(machine::random);
     }
   }

@@ -1,5 +1,5 @@
-// few_rows_w4a16.cuh with adapters (few_rows_lora.cuh), which stand in shared memory behind x. What is
-// not used of it is left: to lora_shrink of the next linear, which is to start beside this kernel.
+// few_rows_w4a16.cuh with adapters (few_rows_lora.cuh), which stand in shared memory behind x. What
+// is not used of it is left: to lora_shrink of the next linear, which is to start beside this kernel.
 #pragma once
 
 #include "gpu/linear/few_rows_lora.cuh"

@@ -1,8 +1,8 @@
 // lora_shrink of one token on Hopper: shrink_tiles.cuh, with A and x brought by the copy engine.
 //
 // Its CTAs start beside those of the product in front, and wait on while those of the next product
-// start. Both have some 160 KB of weight on their way to each SM, behind which an SM's loads wait for
-// their turn, as far as we know; what the copy engine brings need not.
+// start. Both have some 160 KB of weight on their way to each SM, behind which an SM's loads wait,
+// as far as we know; what the copy engine brings need not.
 #include "gpu/core/mbarrier.cuh"
 #include "gpu/core/tma.cuh"
 #include "gpu/lora/shrink_tiles.cuh"

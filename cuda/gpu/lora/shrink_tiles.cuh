@@ -64,8 +64,9 @@ struct Pieces {
                                               column + d * kStep, end);
         high[d][m] = uint4{};
         if constexpr (kTokens > kHalfTokens) {
-          high[d][m] = load_piece<T, kIsAligned>(x + (token + 8) * stride,
-                                                 token + 8 + group < count, column + d * kStep, end);
+          high[d][m] =
+              load_piece<T, kIsAligned>(x + (token + 8) * stride, token + 8 + group < count,
+                                        column + d * kStep, end);
         }
       }
     }
