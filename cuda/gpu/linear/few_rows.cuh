@@ -374,7 +374,7 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
     __syncthreads();
   }
 #pragma unroll 1
-  for (; ahead < Tile::kStages - 1; ++ahead) fetch(next, ahead, true, false);
+  for (int stage = ahead; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
   pdl_wait();
   pdl_launch_dependents();
   next = piece_at(groups.first());
