@@ -32,12 +32,13 @@ __device__ __forceinline__ uint4 load_piece(const T* row, bool is_there, int i, 
 }
 
 // mma of so many tokens.
-constexpr int token_tiles(int num_tokens) { return (num_tokens + kMmaTokens - 1) / kMmaTokens; }
+template <int kTokens>
+constexpr int kTokenTilesOf = (kTokens + kMmaTokens - 1) / kMmaTokens;
 
 // What a lane multiplies at a time: kDepth pieces of a warp, each kTokens tokens by kRowTiles mma.
 template <class T, int kTokens, int kRowTiles, int kDepth, bool kIsAligned>
 struct Pieces {
-  static constexpr int kTokenTiles = token_tiles(kTokens);
+  static constexpr int kTokenTiles = kTokenTilesOf<kTokens>;
   uint4 a[kDepth][kRowTiles], low[kDepth][kTokenTiles], high[kDepth][kTokenTiles];
 
   __device__ __forceinline__ void load_a(const T* const (&rows)[kRowTiles],
@@ -104,7 +105,7 @@ struct InPlace {
 template <class T, int kTokens, int kRowTiles, int kDepth, bool kIsAligned, class Source>
 __global__ void __launch_bounds__(kThreads, kResident)
     shrink_kernel(LoraShrinkParams p, int row_blocks, int split_columns) {
-  constexpr int kTokenTiles = token_tiles(kTokens), kRows = 8 * kRowTiles;
+  constexpr int kTokenTiles = kTokenTilesOf<kTokens>, kRows = 8 * kRowTiles;
   constexpr int kSumTokens = kTokens < kMmaTokens ? kTokens : kMmaTokens;  // of an mma
   constexpr int kLog2Tokens = kTokens == 8 ? 3 : kTokens == 16 ? 4 : 5;
   static_assert(1 << kLog2Tokens == kTokens);
