@@ -89,15 +89,6 @@ class NormingScheme(AddingScheme, ActivatingScheme, Protocol):
     ) -> None: ...  # fmt: skip
 
 
-@runtime_checkable
-class AdaptingScheme(Protocol):
-    """One that adapters may be part of where it multiplies few rows: ops.lora.linear_lora."""
-
-    @property
-    def stored(self) -> torch.Tensor:
-        """The matrix, as that op takes it."""
-
-
 class Dense:
     """`weight` holds plain numbers, in the dtype of the computation."""
 
@@ -160,10 +151,6 @@ class Dense:
         ops.linear_silu_mul_of_scaled(x, self.weight, bias, out, squares, eps)
 
     def plain(self) -> torch.Tensor:
-        return self.weight
-
-    @property
-    def stored(self) -> torch.Tensor:
         return self.weight
 
     def destinations(self) -> Destinations:

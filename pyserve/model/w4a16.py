@@ -50,10 +50,6 @@ class W4A16(QuantisedScheme):
         return self.matrix.packed
 
     @property
-    def stored(self) -> torch.Tensor:
-        return self.matrix.packed
-
-    @property
     def is_norming(self) -> bool:
         """Gate and up may not share a strip of rows; the parts of others need not, either."""
         return all(part.size % w4a16.STRIP_ROWS == 0 for part in self._rows)

@@ -17,13 +17,9 @@ on a card they trap. The plain-torch meaning is in reference_lora.py.
 
 What is between the two products is float32 [num_splits, num_tokens, num_parts, max_rank], of which
 the sum over splits counts: on a card each is of some columns of x, so that more of it reads A.
-
-Of few tokens the second product is the linear's own kernel's to add: `linear_lora`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,46 +76,3 @@ def lora_expand_silu_mul(
     it is not, as on a card, there is one rounding.
     """
     native.lora_expand_silu_mul(shrunk, b, starts, ranks, columns, gate_up, out)
-
-
-# Rows up to which linear_lora may be asked for at all: as many as one pass over a weight serves.
-MAX_LINEAR_ROWS = 32
-
-
-class LinearLora(NamedTuple):
-    """What adapters add to a linear's sums: what was shrunk, of rows of x that no norm is a factor
-    of, and the other arguments of lora_expand."""
-
-    shrunk: Tensor
-    b: Tensor
-    starts: Tensor
-    ranks: Tensor
-    columns: Tensor
-
-
-def serves_linear_lora(
-    x: Tensor, weight: Tensor, out: Tensor, epilogue: int, adapters: LinearLora
-) -> bool:
-    """Whether linear_lora can with these: on a card, cuda/gpu/linear/few_rows_lora.cu."""
-    if not x.is_cuda or len(x) > MAX_LINEAR_ROWS:
-        return False
-    is_served: bool = native.serves_linear_lora(x, weight, out, epilogue, *adapters)
-    return is_served
-
-
-def linear_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int,
-    adapters: LinearLora, x_squares: Tensor | None = None, eps: float = 0.0,
-    norm_weight: Tensor | None = None, scaled: Tensor | None = None,
-    squares: Tensor | None = None,
-) -> None:  # fmt: skip
-    """A linear and what adapters add to its sums in one kernel, rounded once: where
-    `serves_linear_lora`.
-
-    weight is that of ops.linear, or `packed` as w4a16.py has it; epilogue as there: STORE, ADD or
-    SILU_MUL, with what ops.linear_of_scaled and linear_add_for_norm have of norms. A norm before is
-    a factor of what adapters add, too.
-    """
-    native.linear_lora(
-        x, weight, bias, out, epilogue, *adapters, x_squares, eps, norm_weight, scaled, squares
-    )

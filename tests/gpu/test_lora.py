@@ -54,36 +54,6 @@ def test_sums(case_index: int, length: int, dtype: torch.dtype) -> None:
     assert torch.equal(wide[sum(lengths) :], before[sum(lengths) :])
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize(
-    ("ranks", "k"),
-    [([16, 16, 16], 4096), ([16], 14336), ([8, 3], 264), ([64], 4096), ([100], 28672)],
-)
-def test_one_token(ranks: list[int], k: int, has_norm: bool, dtype: torch.dtype) -> None:
-    """Which Hopper has a kernel of its own for. Its bits are those of the same row among others."""
-    torch.manual_seed(k)
-    sizes = [130, 64, 40][: len(ranks)]
-    max_rank = -(-max(ranks) // 8) * 8
-    case = make_case([[0] * len(ranks), ranks], sizes, k, max_rank, dtype, "cuda")
-    x = torch.randn(9, k, device="cuda").to(dtype)
-    y = torch.randn(9, sum(sizes), device="cuda").to(dtype)
-    squares = squares_of(x) if has_norm else None
-    together, alone, plain = y.clone(), y[2:3].clone(), y[2:3].clone()
-    run(case, x, starts_of(1, 0, 8).to("cuda"), together, x_squares=squares)
-    own = squares[2:3] if squares is not None else None
-    starts = starts_of(0, 0, 1).to("cuda")
-    exact = exactly(case, x[2:3], starts, alone, own)
-    run_twin(case, x[2:3], starts, plain, x_squares=own)
-    run(case, x[2:3], starts, alone, x_squares=own)
-    oracle.assert_ratio(alone, plain, exact, plain_float32_error=1e-5)
-    assert torch.equal(alone[0], together[2])
-    without = y[:1].clone()
-    run(case, x[:1], starts_of(1, 0, 0).to("cuda"), without)
-    assert torch.equal(without, y[:1])
-
-
 GATED: list[tuple[list[list[int]], list[int], int]] = [
     ([[16, 16], [0, 40], [0, 0], [8, 5]], [1792, 1792], 4096),
     ([[64], [17]], [1000], 1032),

@@ -285,21 +285,6 @@ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, in
   machine::start([=, from = *map] { copy_box(destination, from, barrier, {c0, c1, 0, 0}); });
 }
 
-void bulk_load(uint32_t destination, const void* source, uint32_t num_bytes, uint32_t barrier) {
-  const auto* from = static_cast<const unsigned char*>(source);
-  const bool is_inside =
-      std::any_of(machine::readable.begin(), machine::readable.end(), [&](const auto& range) {
-        return from >= range.first && from + num_bytes <= range.second;
-      });
-  if (!is_inside || num_bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    machine::fail("a copy from outside, or that is not aligned");
-  }
-  machine::start([=] {
-    for (uint32_t i = 0; i < num_bytes; i += 16) std::memcpy(machine::at(destination + i), from + i, 16);
-    machine::barrier_at(barrier).count(-static_cast<int>(num_bytes));
-  });
-}
-
 void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int c0,
                         int c1, uint16_t ctas, L2Hint) {
   for (int rank = 0; rank < machine::num_blocks; ++rank) {
@@ -444,11 +429,9 @@ bool arrives_last(int* arrivals, int count, int32_t* flag, bool is_first, Sync&&
   return *flag != 0;
 }
 
-bool is_on_hopper = true;
 struct Device {
   int num_sms;
   int smem_per_block = 227 * 1024;
-  bool is_hopper() const { return is_on_hopper; }
 };
 
 template <class Kernel, class Args>

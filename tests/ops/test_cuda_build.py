@@ -35,7 +35,6 @@ SMEM_LIMITS = {arch: block * 1024 for arch, (_, block, _) in CARDS.items()}
 CHOOSY = (
     "linear_dispatch", "linear_linear", "linear_few_rows_sm90a", "linear_gemm_sm90a",
     "linear_few_rows_w4a16", "linear_few_rows_w4a16_sm90a", "linear_gemm_w4a16_sm90a",
-    "linear_few_rows_lora", "linear_few_rows_lora_sm90a", "linear_few_rows_w4a16_lora_sm90a",
     "linear_few_rows_fp8", "linear_gemm_w8a8_sm90a", "experts_route", "experts_grouped",
     "experts_grouped_few_rows",
     "experts_grouped_few_rows_fp8", "experts_grouped_few_rows_sm90a", "experts_grouped_gemm_sm90a",
@@ -43,7 +42,7 @@ CHOOSY = (
     "experts_grouped_gemm_w4a16_sm90a",
     "attention_decode", "attention_decode_general", "attention_latent", "attention_prefill",
     "attention_prefill_general", "attention_prefill_sm90a", "attention_plan", "lora_expand",
-    "lora_shrink", "lora_shrink_many", "lora_shrink_one_sm90a",
+    "lora_shrink_many",
 )  # fmt: skip
 
 pytestmark = pytest.mark.timeout(900)

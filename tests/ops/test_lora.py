@@ -158,8 +158,6 @@ def test_the_kernels_of_a_card_give_the_sums_of_float64(tmp_path: Path) -> None:
         "lora/segments.cuh",
         "lora/shrink.cuh",
         "lora/shrink_many.cu",
-        "lora/shrink_tiles.cuh",
-        "lora/shrink_one_sm90a.cu",
         "lora/shrink.cu",
         "lora/staging.cuh",
         "lora/expand.cu",

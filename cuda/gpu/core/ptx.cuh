@@ -17,16 +17,12 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies `size` bytes, 0 to 16, to shared memory, past L1, and zeros up to 16 (`source` must be an
-// address that may be formed, behind `size` it is not read).
-__device__ __forceinline__ void cp_async_some(uint32_t destination, const void* source, int size) {
+// Copies 16 bytes to shared memory, past L1; zeros where `valid` is false (`source` must still be
+// an address that may be formed, it is not read).
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
+  const int size = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),
                "l"(source), "r"(size));
-}
-
-// All 16 or none.
-__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
-  cp_async_some(destination, source, valid ? 16 : 0);
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }

@@ -1,4 +1,4 @@
-// Copies of rows, or of boxes of a tensor, to shared memory by the copy engine (sm_90's TMA). One thread starts
+// Copies of boxes of a tensor to shared memory by the copy engine (sm_90's TMA). One thread starts
 // a copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and
 // is counted too.
 //
@@ -112,16 +112,6 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
-}
-
-// Starts the copy of a row of `num_bytes`, which like both addresses is a multiple of 16.
-__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source,
-                                          uint32_t num_bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
-          "r"(destination),
-      "l"(source), "r"(num_bytes), "r"(barrier)
-      : "memory");
 }
 
 // Starts the copy of the box at the given element coordinates (dimension 0 first) to `destination`,

@@ -38,7 +38,6 @@ struct Tiling {
   // One depth and number of warps for all: they say in what order a sum is taken.
   static constexpr int kDepth = 64;  // of k, in a stage of one warp
   static constexpr int kWarps = 8;
-  static constexpr int kLoraDepth = 64;  // of a rank, in a stage of few_rows_lora.cuh
 
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kTokenTiles = (kTokens + 7) / 8;
@@ -236,12 +235,6 @@ struct Result {
   }
 };
 
-// What stands for Lora (few_rows_lora.cuh) in a kernel without adapters.
-struct NoLora {
-  static constexpr bool kIsThere = false;
-  struct Cursor {};
-};
-
 // What the warps have left in `pass_sums` for a token of the pass and a row of weight, added up in
 // the order of the warps.
 template <class Tile>
@@ -256,26 +249,21 @@ __device__ __forceinline__ float sum_of_warps(const float* pass_sums, int token,
 
 // Adds up the warps' sums of a result, of a pass that begins at first_token, and stores what the
 // epilogue makes of them; all lanes of a warp call it.
-template <class T, Epilogue kEpilogue, class Tile, class Adapters = NoLora>
+template <class T, Epilogue kEpilogue, class Tile>
 __device__ __forceinline__ void finish_result(const LinearParams& p, const Result<T>& result,
                                               const float* pass_sums, int first_token,
-                                              const float* factors, int column,
-                                              const Adapters& adapters = {}) {
+                                              const float* factors, int column) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
   T value{};
   if (result.is_valid) {
     const float factor = factors[result.token];
-    auto sum_of = [&](int row, int64_t weight_row) {
-      float sum = sum_of_warps<Tile>(pass_sums, result.token - first_token, row);
-      if constexpr (Adapters::kIsThere) {
-        sum += adapters.sum_of(result.token, row, static_cast<int>(weight_row));
-      }
-      return sum * factor;
+    auto sum_of = [&](int row) {
+      return sum_of_warps<Tile>(pass_sums, result.token - first_token, row) * factor;
     };
     float operand = to_float(result.other);
-    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns, p.n + column);
+    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
     value = from_float<T>(
-        finish<kEpilogue>(sum_of(result.row, column) + to_float(result.bias), operand));
+        finish<kEpilogue>(sum_of(result.row) + to_float(result.bias), operand));
     *result.target = value;
   }
   if constexpr (kEpilogue == Epilogue::kAdd) {
@@ -285,11 +273,11 @@ __device__ __forceinline__ void finish_result(const LinearParams& p, const Resul
   }
 }
 
-// All of a kernel. m <= kTokens, k > 0, x and weight aligned; 2 n and k are ints.
-template <class T, Epilogue kEpilogue, class Tile, class Adapters>
-__device__ __forceinline__ void multiply_rows(const LinearParams& p, const Shares& shares,
-                                              unsigned char* dynamic_smem, Adapters adapters) {
+// m <= kTokens, k > 0, x and weight aligned; 2 n and k are ints.
+template <class T, Epilogue kEpilogue, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
   __shared__ float factors[Tile::kTokens];
   const int warp = threadIdx.x / kWarpSize;
   const int num_tokens = static_cast<int>(p.m);
@@ -312,27 +300,14 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
     int column, k;
     int num_rows;  // from the lane's first row on: of one half of the tile
     const uint16_t *weight, *x;
-    typename Adapters::Cursor adapters;  // behind k
   };
   const auto piece_at = [&](int column) -> Piece {
     return {column, 0, groups.end(column) - column - lane_row,
             weight + p.weight_stride * (column + lane_row) + lane_k,
-            x + p.x_stride * lane_row + lane_k, {}};
+            x + p.x_stride * lane_row + lane_k};
   };
   // Starts to copy a piece, if there is one, and goes on to the next.
   const auto fetch = [&](Piece& piece, int stage, bool has_weight, bool has_x) {
-    if constexpr (Adapters::kIsThere) {
-      if (piece.column < n && piece.k >= k) {
-        const int end = groups.end(piece.column);
-        if (has_weight) {
-          adapters.copy(ring + stage * Tile::kStageBytes, piece.adapters, piece.column, end);
-        }
-        adapters.go_on(piece.adapters);
-        if (!piece.adapters.has_piece()) piece = piece_at(groups.next(piece.column));
-        cp_async_commit();
-        return;
-      }
-    }
     if (piece.column < n) {
       const uint32_t to = lane_to + stage * Tile::kStageBytes;
       const bool is_in_k = piece.k + lane_k < k;
@@ -352,35 +327,18 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
       piece.k += kStepDepth;
       piece.weight += kStepDepth;
       piece.x += kStepDepth;
-      if (piece.k >= k) {
-        bool is_last = true;
-        if constexpr (Adapters::kIsThere) {
-          piece.adapters = adapters.first(piece.column, groups.end(piece.column));
-          is_last = !piece.adapters.has_piece();
-        }
-        if (is_last) piece = piece_at(groups.next(piece.column));
-      }
+      if (piece.k >= k) piece = piece_at(groups.next(piece.column));
     }
     cp_async_commit();
   };
   Piece next = piece_at(groups.first());
-  int ahead = 0;
-  if constexpr (Adapters::kIsThere) {
-    // What is asked for before it is known which adapters there are.
-    adapters.list();
-    const int most = min(Tile::kStages - 1, (k - 1) / kStepDepth);
 #pragma unroll 1
-    for (; ahead < most; ++ahead) fetch(next, ahead, true, false);
-    __syncthreads();
-  }
-#pragma unroll 1
-  for (int stage = ahead; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
   pdl_wait();
   pdl_launch_dependents();
   next = piece_at(groups.first());
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
-  if constexpr (Adapters::kIsThere) adapters.fill();
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
     const float factor = norm_factor(p, token);  // read behind the first group's barrier
     if (lane == 0) factors[token] = factor;
@@ -416,19 +374,6 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    if constexpr (Adapters::kIsThere) {
-      if (column0 == groups.first()) __syncthreads();  // what was shrunk is there
-      const int end = groups.end(column0);
-      auto own = adapters.first(column0, end);
-#pragma unroll 1
-      for (; own.has_piece(); adapters.go_on(own)) {
-        cp_async_wait<Tile::kStages - 2>();
-        __syncwarp();
-        fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
-        adapters.multiply(ring + stage * Tile::kStageBytes, own, column0, end);
-        stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
-      }
-    }
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
       if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
@@ -440,34 +385,13 @@ __device__ __forceinline__ void multiply_rows(const LinearParams& p, const Share
       for (int i = 0; i < kResults; ++i) {
         const Result<T>& result = results[pass][i];
         finish_result<T, kEpilogue, Tile>(p, result, group_sums, pass * Tile::kPassTokens, factors,
-                                          column0 + result.row, adapters);
+                                          column0 + result.row);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
-    if constexpr (Adapters::kIsThere) adapters.turn();
   }
   cp_async_wait<0>();
 }
-
-template <class T, Epilogue kEpilogue, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
-  extern __shared__ __align__(128) unsigned char dynamic_smem[];
-  multiply_rows<T, kEpilogue, Tile>(p, shares, dynamic_smem, NoLora{});
-}
-
-// How many CTAs share the columns of out, and how.
-template <Epilogue kEpilogue, class Tile>
-struct Grid {
-  static constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
-  static constexpr int kTileColumns = kColumns / Tile::kRowTiles;
-  int num_ctas;
-  Shares shares;
-
-  Grid(int64_t n, int num_sms)
-      : num_ctas(static_cast<int>(
-            std::min<int64_t>((n + kTileColumns - 1) / kTileColumns, num_sms))),
-        shares(n, kColumns, kTileColumns, num_ctas) {}
-};
 
 // Launches for p.m <= kTokens, one CTA an SM.
 template <class T, Epilogue kEpilogue, class Tile>
@@ -475,9 +399,13 @@ cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream
   constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
-  const Grid<kEpilogue, Tile> grid(p.n, num_sms);
-  return launch_chained(kKernel, static_cast<unsigned>(grid.num_ctas), Tile::kThreads, Tile::kSmem,
-                        stream, p, grid.shares);
+  constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
+  constexpr int kTileColumns = kColumns / Tile::kRowTiles;
+  const int64_t num_tiles = (p.n + kTileColumns - 1) / kTileColumns;
+  const int num_ctas = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
+  const Shares shares(p.n, kColumns, kTileColumns, num_ctas);
+  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
+                        stream, p, shares);
 }
 
 }  // namespace pyserve::gpu

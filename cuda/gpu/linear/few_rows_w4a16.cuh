@@ -42,7 +42,6 @@ struct W4Tiling {
   static constexpr int kWarps = kWarps_;
   static constexpr int kRowTiles = 2;  // which share what is read of x
   static constexpr int kDepth = 128;   // columns of a piece
-  static constexpr int kLoraDepth = 32;  // of a rank, in a stage of few_rows_lora.cuh
 
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kRows = kRowTiles * static_cast<int>(kStripRows);
@@ -93,14 +92,13 @@ struct W4Work {
   int x_slots;       // of a warp, each for a piece of x
   bool is_x_kept;    // there is a slot for each of its pieces
 
-  // Of shared memory `reserved` bytes are not for x.
   template <class Tile>
-  static W4Work of(const LinearParams& p, int num_ctas, Tile, int reserved = 0) {
+  static W4Work of(const LinearParams& p, int num_ctas, Tile) {
     const int num_strips = static_cast<int>((p.n + kStripRows - 1) / kStripRows);
     const int num_pieces = static_cast<int>((p.k + Tile::kDepth - 1) / Tile::kDepth);
     const int num_steps = (num_pieces + Tile::kWarps - 1) / Tile::kWarps;
     const int64_t x_bytes = int64_t{Tile::kWarps} * num_steps * p.m * Tile::kTokenBytes;
-    const bool is_x_kept = x_bytes <= Tile::kXBytes - reserved;
+    const bool is_x_kept = x_bytes <= Tile::kXBytes;
     return {num_strips / num_ctas, num_strips % num_ctas, num_pieces,
             is_x_kept ? num_steps : Tile::kStages, is_x_kept};
   }
@@ -228,7 +226,7 @@ class W4PieceCopy {
 };
 
 // What a warp brings to its ring and its slots of x, piece after piece.
-template <Epilogue kEpilogue, class Tile, class Adapters>
+template <Epilogue kEpilogue, class Tile>
 class W4Fetcher {
  public:
   // The step of a CTA, in strips of out: where it is paired, one of gate and the one of up.
@@ -237,8 +235,8 @@ class W4Fetcher {
 
   // Strips [strip, strip_end), kStep at a time; `ring` and `slots` are the warp's own.
   __device__ W4Fetcher(const LinearParams& p, const W4Work& work, int strip, int strip_end,
-                       uint32_t ring, uint32_t slots, const Adapters& adapters)
-      : adapters_(adapters), n_(static_cast<int>(p.n)), num_pieces_(work.num_pieces), strip_end_(strip_end), is_x_kept_(work.is_x_kept),
+                       uint32_t ring, uint32_t slots)
+      : num_pieces_(work.num_pieces), strip_end_(strip_end), is_x_kept_(work.is_x_kept),
         num_tokens_(static_cast<int>(p.m)), k_(static_cast<int>(p.k)),
         packed_(static_cast<const unsigned char*>(p.weight)), strip_bytes_(p.weight_stride * 4),
         piece_copy_(kIsPaired ? strip_bytes_ * (p.n / kStripRows) : strip_bytes_),
@@ -251,35 +249,20 @@ class W4Fetcher {
 
   __device__ void begin(int strip) {
     piece_ = static_cast<int>(threadIdx.x) / kWarpSize;
-    strip_ = Adapters::kIsThere || piece_ < num_pieces_ ? strip : strip_end_;
-    has_cursor_ = false;
+    strip_ = piece_ < num_pieces_ ? strip : strip_end_;
     weight_ = packed_ + strip * strip_bytes_ + piece_ * Tile::kPieceBytes +
               threadIdx.x % kWarpSize * 16;
   }
 
-  // The columns of out behind those of a step.
-  __device__ __forceinline__ int end_of(int strip) const {
-    return min(n_, min(strip + kStep, strip_end_) * static_cast<int>(kStripRows));
-  }
-
   // Starts to copy a piece, if there is one, and goes on to the next.
   __device__ __forceinline__ void fetch(int stage, bool has_weight, bool has_x) {
-    if constexpr (Adapters::kIsThere) {
-      if (is_behind_weight()) {
-        if (has_weight) {
-          adapters_.copy(ring_ + stage * Tile::kStageBytes, cursor_, column(), end_of(strip_));
-        }
-        adapters_.go_on(cursor_);
-        return cp_async_commit();
-      }
-    }
     if (strip_ < strip_end_) {
       if (has_weight) fetch_weight(ring_ + stage * Tile::kStageBytes);
       if (has_x && !has_all_x_) fetch_x(is_x_kept_ ? piece_ / Tile::kWarps : stage);
       piece_ += Tile::kWarps;
       weight_ += Tile::kWarps * Tile::kPieceBytes;
       if (piece_ >= num_pieces_) {
-        if constexpr (!Adapters::kIsThere) begin(strip_ + kStep);
+        begin(strip_ + kStep);
         has_all_x_ = has_x && is_x_kept_;
       }
     }
@@ -287,19 +270,6 @@ class W4Fetcher {
   }
 
  private:
-  __device__ __forceinline__ int column() const { return strip_ * static_cast<int>(kStripRows); }
-
-  // Whether a piece of what adapters add comes next; goes on to strips that have one or weight.
-  __device__ __forceinline__ bool is_behind_weight() {
-    while (strip_ < strip_end_ && piece_ >= num_pieces_) {
-      if (!has_cursor_) cursor_ = adapters_.first(column(), end_of(strip_));
-      has_cursor_ = true;
-      if (cursor_.has_piece()) return true;
-      begin(strip_ + kStep);
-    }
-    return false;
-  }
-
   __device__ __forceinline__ void fetch_weight(uint32_t to) {
     const int num_tiles = kIsPaired ? Tile::kRowTiles : strip_end_ - strip_;
     piece_copy_.start(to, weight_, num_tiles,
@@ -320,10 +290,7 @@ class W4Fetcher {
     }
   }
 
-  const Adapters& adapters_;
-  typename Adapters::Cursor cursor_;
-  bool has_cursor_ = false;  // of this strip
-  int n_, num_pieces_, strip_end_;
+  int num_pieces_, strip_end_;
   bool is_x_kept_, has_all_x_ = false;
   int num_tokens_, k_, strip_ = 0, piece_ = 0;
   const unsigned char *packed_, *weight_ = nullptr;  // weight_: this lane's
@@ -335,13 +302,13 @@ class W4Fetcher {
   uint32_t x_to_;  // of a stage, the 16 bytes of x that this lane brings
 };
 
-// All of a kernel. m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
-template <class T, Epilogue kEpilogue, class Tile, class Adapters>
-__device__ __forceinline__ void multiply_rows_w4a16(const LinearParams& p, const W4Work& work,
-                                                    unsigned char* dynamic_smem,
-                                                    Adapters adapters) {
-  using Fetcher = W4Fetcher<kEpilogue, Tile, Adapters>;
+// m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
+template <class T, Epilogue kEpilogue, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_w4a16_kernel(LinearParams p, W4Work work) {
+  using Fetcher = W4Fetcher<kEpilogue, Tile>;
   using Rows = RowTile<kEpilogue, Tile::kRows>;
+  extern __shared__ __align__(128) unsigned char dynamic_smem[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_tokens = static_cast<int>(p.m), n = static_cast<int>(p.n);
   const int cta = static_cast<int>(blockIdx.x);
@@ -354,24 +321,14 @@ __device__ __forceinline__ void multiply_rows_w4a16(const LinearParams& p, const
   const uint32_t slots = smem_address(dynamic_smem) + Tile::kRingBytes + Tile::kSumBytes +
                          Tile::kFactorBytes + warp * work.x_slots * slot_bytes;
 
-  Fetcher fetcher(p, work, first, strip_end, smem_address(ring), slots, adapters);
-  int ahead = 0;
-  if constexpr (Adapters::kIsThere) {
-    // What is asked for before it is known which adapters there are.
-    adapters.list();
-    const int most = min(Tile::kStages - 1, (work.num_pieces - 1 - warp) / Tile::kWarps);
+  Fetcher fetcher(p, work, first, strip_end, smem_address(ring), slots);
 #pragma unroll 1
-    for (; ahead < most; ++ahead) fetcher.fetch(ahead, true, false);
-    __syncthreads();
-  }
-#pragma unroll 1
-  for (; ahead < Tile::kStages - 1; ++ahead) fetcher.fetch(ahead, true, false);
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, true, false);
   pdl_wait();
   pdl_launch_dependents();
   fetcher.begin(first);
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, false, true);
-  if constexpr (Adapters::kIsThere) adapters.fill();
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
     const float factor = norm_factor(p, token);  // read behind the first strips' barrier
     if (lane == 0) factors[token] = factor;
@@ -412,19 +369,6 @@ __device__ __forceinline__ void multiply_rows_w4a16(const LinearParams& p, const
       multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x, slot * slot_bytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
-    if constexpr (Adapters::kIsThere) {
-      if (strip == first) __syncthreads();  // what was shrunk is there
-      const int end = fetcher.end_of(strip);
-      auto own = adapters.first(column0, end);
-#pragma unroll 1
-      for (; own.has_piece(); adapters.go_on(own)) {
-        cp_async_wait<Tile::kStages - 2>();
-        __syncwarp();
-        fetcher.fetch(stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
-        adapters.multiply(smem_address(ring + stage * Tile::kStageBytes), own, column0, end);
-        stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
-      }
-    }
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
       if (Tile::kPasses > 1) ask(pass);
@@ -436,28 +380,14 @@ __device__ __forceinline__ void multiply_rows_w4a16(const LinearParams& p, const
 #pragma unroll
       for (int i = 0; i < kResults; ++i) {
         finish_result<T, kEpilogue, Tile>(p, results[i], pass_sums, pass * Tile::kPassTokens,
-                                          factors, column0 + results[i].row, adapters);
+                                          factors, column0 + results[i].row);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
     place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
-    if constexpr (Adapters::kIsThere) adapters.turn();
   }
   cp_async_wait<0>();
 }
-
-template <class T, Epilogue kEpilogue, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_w4a16_kernel(LinearParams p, W4Work work) {
-  extern __shared__ __align__(128) unsigned char dynamic_smem[];
-  multiply_rows_w4a16<T, kEpilogue, Tile>(p, work, dynamic_smem, NoLora{});
-}
-
-// Hopper's, of 8 rows and of 16: rings of 60 to 108 KB, of which all stages but one are on their way.
-template <int kGroupSize>
-using W4DeepSm90a = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
-template <int kGroupSize>
-using W4WideSm90a = W4Tiling<kGroupSize, 2, kGroupSize == 32 ? 3 : 4, 227>;
 
 // Calls fn(std::integral_constant<int, ...>{}).
 template <class Fn>

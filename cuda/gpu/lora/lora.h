@@ -59,9 +59,6 @@ struct LoraExpandParams {
 cudaError_t launch_lora_shrink(const LoraShrinkParams& params, cudaStream_t stream);
 // The same of many tokens, x and a being aligned to 16 bytes.
 cudaError_t launch_lora_shrink_many(const LoraShrinkParams& params, cudaStream_t stream);
-// The same of one token, where there is room; shrink_one_sm90a.cu, which only builds for sm_90a have.
-bool can_lora_shrink_sm90a(const LoraShrinkParams& params);
-cudaError_t launch_lora_shrink_sm90a(const LoraShrinkParams& params, cudaStream_t stream);
 cudaError_t launch_lora_expand(const LoraExpandParams& params, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

@@ -11,63 +11,200 @@
 // each lane loads 16 bytes of a row and feeds two steps with them. Up to 64 tokens take 16 by 8
 // rows a CTA, or by 16 or 32 where there are more rows: what counts then is that many SMs ask for
 // A, but no more CTAs than run at a time, and that a warp asks for all of its part at once; so k is
-// split too, and up to 8 tokens, which leave half of an mma's rows free, take deeper pieces: what a
-// warp asks for behind the wait it waits for. More take 32 by 16, as A would be read again for each 16 tokens else. A's first pieces
-// are asked for before x is there. One token on Hopper is shrink_one_sm90a.cu's.
+// split too. More take 32 by 16, as A would be read again for each 16 tokens else. A's first pieces
+// are asked for before x is there.
 // Numerics: float32 sums, one warp's after the other. The order of a sum depends on k and on the
 // number of splits alone.
 // Floor: bytes, 2 * k of each row of A and of x; of one token, rank 16 and k 4096 the latency of a
 // launch.
-#include "gpu/core/device.h"
-#include "gpu/lora/shrink_tiles.cuh"
+#include "gpu/core/vec.cuh"
+#include "gpu/lora/shrink.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
-template <class T, int kTokens, int kRowTiles, int kDepth, bool kIsAligned>
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kFewTokens = 64;          // up to here tiles are of one mma
+constexpr int kManyTokens = 512;        // beyond, tokens are shrink_many.cu's
+constexpr int kPiece = 32;              // columns of k that a warp takes at once
+constexpr int kStep = kWarps * kPiece;  // from one piece of a warp to its next
+
+// 8 elements of a row from column i on; zeros from column end on, and where there is no row.
+template <class T, bool kIsAligned>
+__device__ __forceinline__ uint4 load_piece(const T* row, bool is_there, int i, int end) {
+  if constexpr (kIsAligned) {
+    return is_there && i < end ? load_vec(row + i) : uint4{};
+  } else {
+    float x[kVec] = {};
+    if (is_there) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        if (i + j < end) x[j] = to_float(row[i + j]);
+      }
+    }
+    return pack<T>(x);
+  }
+}
+
+// What a lane multiplies at a time: kDepth pieces of a warp, kTokenTiles by kRowTiles mma of each.
+template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
+struct Pieces {
+  uint4 a[kDepth][kRowTiles], low[kDepth][kTokenTiles], high[kDepth][kTokenTiles];
+
+  __device__ __forceinline__ void load_a(const T* const (&rows)[kRowTiles],
+                                         const bool (&has_row)[kRowTiles], int column, int end) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        a[d][n] = load_piece<T, kIsAligned>(rows[n], has_row[n], column + d * kStep, end);
+      }
+    }
+  }
+
+  // x: of the first token of the lane's, which are kMmaTokens / 2 apart; `count` of them.
+  __device__ __forceinline__ void load_x(const T* x, int64_t stride, int count, int column,
+                                         int end) {
+    const int group = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; ++m) {
+        const int token = m * kMmaTokens;
+        low[d][m] = load_piece<T, kIsAligned>(x + token * stride, token + group < count,
+                                              column + d * kStep, end);
+        high[d][m] = load_piece<T, kIsAligned>(x + (token + 8) * stride, token + 8 + group < count,
+                                               column + d * kStep, end);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_products(float (&sums)[kTokenTiles][kRowTiles][4]) const {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+        for (int m = 0; m < kTokenTiles; ++m) {
+          const uint32_t first[4] = {low[d][m].x, high[d][m].x, low[d][m].y, high[d][m].y};
+          const uint32_t second[4] = {low[d][m].z, high[d][m].z, low[d][m].w, high[d][m].w};
+          mma_16816<T>(sums[m][n], first, a[d][n].x, a[d][n].y);
+          mma_16816<T>(sums[m][n], second, a[d][n].z, a[d][n].w);
+        }
+      }
+    }
+  }
+};
+
+// CTAs an SM; of two, ptxas spills for sm_120.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResident = 1;
+#else
+constexpr int kResident = 2;
+#endif
+
+template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
+__global__ void __launch_bounds__(kThreads, kResident)
+    shrink_kernel(LoraShrinkParams p, int row_blocks, int split_columns) {
+  constexpr int kTokens = kMmaTokens * kTokenTiles, kRows = 8 * kRowTiles;
+  constexpr int kLog2Tokens = kTokenTiles == 1 ? 4 : 5;
+  static_assert(1 << kLog2Tokens == kTokens);
+  static_assert(kThreads % kRows == 0, "a thread writes one row's sums");
+  __shared__ float partial[kWarps][kMmaTokens][kRows + 1];
+  __shared__ float factors[kTokens];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int group = lane / 4, place = lane % 4;  // of an mma's fragments
+  const int first_row = blockIdx.x % row_blocks * kRows;
+  const int split = blockIdx.x / row_blocks % p.out.num_splits;
+  pdl_launch_dependents();
+  const TokenTile tile =
+      token_tile<false>(p.rows, blockIdx.x / row_blocks / p.out.num_splits, kLog2Tokens);
+  if (tile.count == 0 || !has_rows(p.rows, tile.slot, first_row, kRows)) {
+    pdl_wait();
+    return;
+  }
+  const T* a[kRowTiles];
+  bool has_a[kRowTiles];
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) {
+    const Row row = row_of(p.rows, tile.slot, first_row + 8 * n + group);
+    has_a[n] = row.is_there;
+    a[n] = static_cast<const T*>(p.a) + tile.slot * p.a_slot_stride + row.part * p.a_part_stride +
+           row.index * p.a_stride;
+  }
+  const int begin = split * split_columns + warp * kPiece + place * kVec;
+  const int end = min((split + 1) * split_columns, static_cast<int>(p.k));
+  Pieces<T, kTokenTiles, kRowTiles, kDepth, kIsAligned> pieces;
+  pieces.load_a(a, has_a, begin, end);
+  const Row own_row = row_of(p.rows, tile.slot, first_row + threadIdx.x % kRows);
+  const float scale =
+      own_row.is_there ? p.scales[tile.slot * p.scales_stride + own_row.part] : 0.0f;
+  pdl_wait();
+  const T* x = static_cast<const T*>(p.x) + (tile.begin + group) * p.x_stride;
+  pieces.load_x(x, p.x_stride, tile.count, begin, end);
+  for (int token = warp; token < tile.count; token += kWarps) {
+    const float factor = norm_factor(p, tile.begin + token);
+    if (lane == 0) factors[token] = factor;
+  }
+  float sums[kTokenTiles][kRowTiles][4] = {};
+#pragma unroll 1
+  for (int i = begin; i - place * kVec < end; i += kDepth * kStep) {
+    pieces.add_products(sums);
+    pieces.load_a(a, has_a, i + kDepth * kStep, end);
+    pieces.load_x(x, p.x_stride, tile.count, i + kDepth * kStep, end);
+  }
+#pragma unroll
+  for (int m = 0; m < kTokenTiles; ++m) {
+    if (m > 0) __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      const int row = 8 * n + 2 * place;
+      partial[warp][group][row] = sums[m][n][0];
+      partial[warp][group][row + 1] = sums[m][n][1];
+      partial[warp][group + 8][row] = sums[m][n][2];
+      partial[warp][group + 8][row + 1] = sums[m][n][3];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kMmaTokens * kRows; i += kThreads) {
+      const int own = i / kRows, token = m * kMmaTokens + own;
+      if (token >= tile.count || !own_row.is_there) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += partial[w][own][i % kRows];
+      float* out = p.out.data + split * p.out.split_stride + (tile.begin + token) * p.out.stride;
+      out[own_row.part * p.out.part_stride + own_row.index] = sum * (scale * factors[token]);
+    }
+  }
+}
+
+template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
 cudaError_t launch_tiles(const LoraShrinkParams& p, cudaStream_t stream) {
-  constexpr int kRows = 8 * kRowTiles;
+  constexpr int kTokens = kMmaTokens * kTokenTiles, kRows = 8 * kRowTiles;
   const int row_blocks = (p.rows.num_parts * p.rows.max_rank + kRows - 1) / kRows;
+  const int64_t num_pieces = (p.k + kPiece - 1) / kPiece, num_splits = p.out.num_splits;
+  const int split_columns = static_cast<int>((num_pieces + num_splits - 1) / num_splits) * kPiece;
   const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, kTokens, p.rows.num_slots);
-  return launch_chained(shrink_kernel<T, kTokens, kRowTiles, kDepth, kIsAligned, InPlace>,
-                        static_cast<unsigned>(num_tiles * p.out.num_splits * row_blocks), kThreads,
-                        0, stream, p, row_blocks, split_columns_of(p));
+  return launch_chained(shrink_kernel<T, kTokenTiles, kRowTiles, kDepth, kIsAligned>,
+                        static_cast<unsigned>(num_tiles * num_splits * row_blocks), kThreads, 0,
+                        stream, p, row_blocks, split_columns);
 }
 
 template <class T>
 cudaError_t launch_as(const LoraShrinkParams& p, cudaStream_t stream) {
   const bool is_aligned = p.k % kVec == 0 && is_vec_aligned(p.x, p.x_stride) &&
                           is_vec_aligned(p.a, p.a_slot_stride | p.a_part_stride | p.a_stride);
-  if (!is_aligned) return launch_tiles<T, 16, 1, 1, false>(p, stream);
-  if constexpr (kHasSm90a) {
-    const Device* device = nullptr;
-    if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-    if (device->is_hopper() && can_lora_shrink_sm90a(p)) return launch_lora_shrink_sm90a(p, stream);
-  }
-  const int num_rows = p.rows.num_parts * p.rows.max_rank;
-  if (p.rows.num_tokens <= kHalfTokens) {
-    // As deep as a split is and no deeper: few registers let more CTAs start beside the kernel in
-    // front.
-    const bool is_short = split_columns_of(p) <= 2 * kStep;
-    if (num_rows <= 16) {
-      return is_short ? launch_tiles<T, 8, 1, 2, true>(p, stream)
-                      : launch_tiles<T, 8, 1, 7, true>(p, stream);  // of 14,336 columns all
-    }
-    if (num_rows <= 64) {
-      return is_short ? launch_tiles<T, 8, 2, 2, true>(p, stream)
-                      : launch_tiles<T, 8, 2, 4, true>(p, stream);
-    }
-    return launch_tiles<T, 8, 4, 2, true>(p, stream);
-  }
+  if (!is_aligned) return launch_tiles<T, 1, 1, 1, false>(p, stream);
   if (p.rows.num_tokens <= kFewTokens) {
-    if (num_rows <= 16) return launch_tiles<T, 16, 1, 4, true>(p, stream);
-    if (num_rows <= 64) return launch_tiles<T, 16, 2, 4, true>(p, stream);
-    return launch_tiles<T, 16, 4, 2, true>(p, stream);
+    const int num_rows = p.rows.num_parts * p.rows.max_rank;
+    if (num_rows <= 16) return launch_tiles<T, 1, 1, 4, true>(p, stream);
+    if (num_rows <= 64) return launch_tiles<T, 1, 2, 4, true>(p, stream);
+    return launch_tiles<T, 1, 4, 2, true>(p, stream);
   }
   if (p.rows.num_tokens > kManyTokens || p.out.num_splits == 1) {
     return launch_lora_shrink_many(p, stream);
   }
-  return launch_tiles<T, 32, 2, 2, true>(p, stream);
+  return launch_tiles<T, 2, 2, 2, true>(p, stream);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -14,14 +14,12 @@ from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.schemes import (
     SCHEMES,
     ActivatingScheme,
-    AdaptingScheme,
     AddingScheme,
     Dense,
     NormingScheme,
     Scheme,
     scheme_of_all,
 )
-from pyserve.ops import ADD, SILU_MUL, STORE
 
 # Of a Linear to x, into what follows, with the adapters of the step's tokens or none.
 Apply = Callable[[torch.Tensor, torch.Tensor, AdapterRows | None], None]
@@ -69,10 +67,9 @@ class Linear:
     `add` and `silu_mul` are there where a step between would find no place: not where the scheme
     cannot, nor where the other ranks' part is still to come. Where `has_norm_factor`, so are those
     that leave a norm to be a factor, for ops.MAX_NORM_ROWS. In a step with tokens that use an
-    adapter the first half of its part of y is worked out before the matrix's, which asks for its
-    weights meanwhile. The second half is the matrix's kernel's to add where that can (`_adapted`).
-    Else it is added to what is there already before the matrix's where that is added too, so that
-    what follows is left to the matrix.
+    adapter its part of y is added to what is there already before the matrix's where that is added
+    too, so that what follows is left to the matrix; the first half of it is worked out before the
+    matrix's in any case, which asks for its weights meanwhile.
 
     adapters  None where the placement has no slots for any.
     """
@@ -136,7 +133,7 @@ class Linear:
         """x [num_tokens, inputs here] -> out [num_tokens, out_features]"""
         if adapters is None or self.adapters is None:
             self.matrix(x, self.bias, out)
-        elif not self._adapted(x, out, STORE, adapters):
+        else:
             self.adapters.shrink(x, adapters)
             self.matrix(x, self.bias, out)
             self.adapters.expand(adapters, out)
@@ -147,9 +144,8 @@ class Linear:
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None
     ) -> None:
         """residual [num_tokens, out_features] += y in place; where `has_add`."""
-        if not self._adapted(x, residual, ADD, adapters):
-            self._add_adapters(x, residual, adapters)
-            self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
+        self._add_adapters(x, residual, adapters)
+        self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
 
     def silu_mul(
         self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
@@ -161,7 +157,7 @@ class Linear:
         """
         if adapters is None or self.adapters is None:
             self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
-        elif not self._adapted(x, out, SILU_MUL, adapters):
+        else:
             self.adapters.shrink(x, adapters)
             self.matrix(x, self.bias, gate_up)
             self.adapters.expand_silu_mul(adapters, gate_up, out)
@@ -171,10 +167,9 @@ class Linear:
         scaled: torch.Tensor, squares: torch.Tensor, adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
         """`add`, and what a norm of the residual needs -> scaled, squares; where `has_add` too."""
-        if not self._adapted(x, residual, ADD, adapters, None, 0.0, norm_weight, scaled, squares):
-            self._add_adapters(x, residual, adapters)
-            matrix: NormingScheme = self.matrix  # type: ignore[assignment]
-            matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
+        self._add_adapters(x, residual, adapters)
+        matrix: NormingScheme = self.matrix  # type: ignore[assignment]
+        matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
 
     def of_scaled(
         self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor,
@@ -184,7 +179,7 @@ class Linear:
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.of_scaled(x, self.bias, out, squares, eps)
-        elif not self._adapted(x, out, STORE, adapters, squares, eps):
+        else:
             self.adapters.shrink(x, adapters, squares, eps)
             matrix.of_scaled(x, self.bias, out, squares, eps)
             self.adapters.expand(adapters, out)
@@ -197,20 +192,10 @@ class Linear:
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
-        elif not self._adapted(x, out, SILU_MUL, adapters, squares, eps):
+        else:
             self.adapters.shrink(x, adapters, squares, eps)
             matrix.of_scaled(x, self.bias, gate_up, squares, eps)
             self.adapters.expand_silu_mul(adapters, gate_up, out)
-
-    def _adapted(
-        self, x: torch.Tensor, out: torch.Tensor, epilogue: int, rows: AdapterRows | None,
-        *norm: Any,
-    ) -> bool:  # fmt: skip
-        """All of it, adapters too, where there are any and the matrix's kernel can add them."""
-        matrix = self.matrix
-        if rows is None or self.adapters is None or not isinstance(matrix, AdaptingScheme):
-            return False
-        return self.adapters.multiply(x, matrix.stored, self.bias, out, epilogue, rows, *norm)
 
     def _add_adapters(
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None
