@@ -87,7 +87,10 @@ void launch_loras() {
       for (const void* gate_up : {static_cast<const void*>(nullptr), up.b}) {
         up.gate_up = gate_up;
         up.gate_up_stride = 4096;
-        require(launch_lora_expand(up, nullptr), "lora_expand", 4096, max_rank);
+        for (const int num_tokens : {64, 4096}) {  // expand.cu's and expand_many.cu's
+          up.rows.num_tokens = num_tokens;
+          require(launch_lora_expand(up, nullptr), "lora_expand", num_tokens, max_rank);
+        }
       }
     }
   }

@@ -27,7 +27,18 @@ namespace pyserve::gpu::shrink {
 #include "shrink.cu.inc"
 }  // namespace pyserve::gpu::shrink
 namespace pyserve::gpu::expand {
+#include "expand.cuh.inc"
+namespace many {
 #include "staging.cuh.inc"
+#include "expand_many.cu.inc"
+}  // namespace many
+}  // namespace pyserve::gpu::expand
+namespace pyserve::gpu {
+cudaError_t launch_lora_expand_many(const LoraExpandParams& params, cudaStream_t stream) {
+  return expand::many::launch_lora_expand_many(params, stream);
+}
+}  // namespace pyserve::gpu
+namespace pyserve::gpu::expand {
 #include "expand.cu.inc"
 }  // namespace pyserve::gpu::expand
 
@@ -162,7 +173,9 @@ struct Case {
                               .n = out_stride,
                               .dtype = dtype};
     machine::readable = {range(old), range(out)};
-    expand::launch_lora_expand(up, nullptr);
+    // Either kernel, for any number of tokens: which is faster is another matter.
+    const bool is_many = s.num_tokens() > kManyTokens || machine::random() % 2 == 0;
+    (is_many ? launch_lora_expand_many : expand::launch_lora_expand)(up, nullptr);
   }
 
   // What a token's columns become, before any activation.

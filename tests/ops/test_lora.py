@@ -159,7 +159,9 @@ def test_the_kernels_of_a_card_give_the_sums_of_float64(tmp_path: Path) -> None:
         "lora/shrink.cuh",
         "lora/shrink_many.cu",
         "lora/shrink.cu",
+        "lora/expand.cuh",
         "lora/staging.cuh",
+        "lora/expand_many.cu",
         "lora/expand.cu",
     )
     program = emulated.build(tmp_path, "lora", kernels)

@@ -1,5 +1,5 @@
 // The CUDA side of lora_shrink, lora_expand and lora_expand_silu_mul: arguments are checked and
-// handed to the kernels of shrink.cu and expand.cu.
+// handed to the kernels of shrink.cu and expand.cu, of many tokens shrink_many.cu and expand_many.cu.
 #include <torch/csrc/stable/library.h>
 
 #include "common/args/activation.h"

@@ -60,5 +60,7 @@ cudaError_t launch_lora_shrink(const LoraShrinkParams& params, cudaStream_t stre
 // The same of many tokens, x and a being aligned to 16 bytes.
 cudaError_t launch_lora_shrink_many(const LoraShrinkParams& params, cudaStream_t stream);
 cudaError_t launch_lora_expand(const LoraExpandParams& params, cudaStream_t stream);
+// The same of many tokens.
+cudaError_t launch_lora_expand_many(const LoraExpandParams& params, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

@@ -17,6 +17,7 @@ namespace pyserve::gpu {
 
 constexpr int kMmaTokens = 16;  // rows of an mma
 constexpr int kNoSlot = -1;
+constexpr int kManyTokens = 512;  // beyond, tokens are shrink_many.cu's and expand_many.cu's
 
 // Tiles of `size` tokens that all segments together may have, num_segments of them: as many CTAs
 // take them, whatever the segments are.

@@ -26,7 +26,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kFewTokens = 64;          // up to here tiles are of one mma
-constexpr int kManyTokens = 512;        // beyond, tokens are shrink_many.cu's
 constexpr int kPiece = 32;              // columns of k that a warp takes at once
 constexpr int kStep = kWarps * kPiece;  // from one piece of a warp to its next
 

@@ -4,11 +4,9 @@
 #pragma once
 
 #include "gpu/core/ptx.cuh"
-#include "gpu/lora/segments.cuh"
+#include "gpu/lora/expand.cuh"
 
 namespace pyserve::gpu {
-
-constexpr int kPiece = 16;  // of r, in the order that suits the loads: a lane takes 4 neighbours
 
 // sum += elements r .. r + 3 of a row of what was shrunk. kIsAligned: all four may be read.
 template <bool kIsAligned>
