@@ -42,7 +42,7 @@ CHOOSY = (
     "experts_grouped_gemm_w4a16_sm90a",
     "attention_decode", "attention_decode_general", "attention_latent", "attention_prefill",
     "attention_prefill_general", "attention_prefill_sm90a", "attention_plan", "lora_expand",
-    "lora_shrink_many",
+    "lora_expand_many", "lora_shrink_many",
 )  # fmt: skip
 
 pytestmark = pytest.mark.timeout(900)
