@@ -19,6 +19,7 @@
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/fp8.h"
 #include "gpu/linear/w4a16.h"
+#include "gpu/linear/w8a8.h"
 #include "gpu/lora/lora.h"
 
 namespace {
@@ -120,6 +121,28 @@ void launch_w4a16_linears() {
       for (int tiling = pyserve::gpu::kNumW4Tilings; tiling >= 0; --tiling) {
         pyserve::gpu::linear_trial().w4a16_tiling = tiling;
         for (int64_t group_size : {64, 128}) launch_w4a16_linear(64, group_size, dtype, epilogue);
+      }
+    }
+  }
+}
+
+void launch_w8a8_linears() {
+  if (capability != 90) return;
+  alignas(16) static char memory[16];
+  pyserve::gpu::LinearParams p{};
+  p.x = p.weight = p.out = memory;
+  p.x_stride = p.weight_stride = p.k = 4096;
+  p.out_stride = p.n = 6144;
+  const pyserve::gpu::Fp8Scale scale{nullptr, 128, 128, 32};
+  for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+    for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
+      for (int tiling = pyserve::gpu::kNumW8Tilings; tiling >= 0; --tiling) {
+        pyserve::gpu::linear_trial().w8a8_tiling = tiling;
+        for (int64_t m : {17, 64, 512, 8192}) {
+          p.m = m, p.dtype = dtype, p.epilogue = epilogue;
+          const int64_t scratch_bytes = 600 * pyserve::gpu::w8_row_bytes(p.k);
+          require(launch_linear_w8a8(p, scale, memory, scratch_bytes, nullptr), "linear_w8a8", m, 0);
+        }
       }
     }
   }
@@ -322,6 +345,7 @@ int main(int, char** argv) {
   launch_linears();
   launch_w4a16_linears();
   launch_fp8_linears();
+  launch_w8a8_linears();
   launch_experts();
   launch_loras();
   const int num_first = num_questions;
