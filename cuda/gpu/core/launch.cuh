@@ -45,7 +45,9 @@ constexpr bool is_chained_on(const Device& device) {
 }
 
 // As launch, for a kernel that keeps the rules of pdl.cuh: it may start while the kernel before it
-// in the stream still runs. Of more than 1, `cluster` neighbours each run at the same time and can
+// in the stream still runs. An SM divides its memory into L1 and shared memory as a kernel wants it,
+// and changes that only when it is empty: kernels of few CTAs, which a step of few tokens chains,
+// all want the most shared memory, so that one finds room beside the other. Of more than 1, `cluster` neighbours each run at the same time and can
 // reach each other's shared memory; is_chained_on the device must hold then.
 template <class... Params, class... Args>
 cudaError_t launch_chained_clusters(void (*kernel)(Params...), dim3 grid, unsigned cluster,
@@ -65,6 +67,12 @@ cudaError_t launch_chained_clusters(void (*kernel)(Params...), dim3 grid, unsign
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+    if (int64_t{grid.x} * grid.y * grid.z <= 8 * device->num_sms) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+      if (error != cudaSuccess) return error;
+    }
   }
   if (cluster > 1) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
