@@ -93,8 +93,11 @@ struct Step {
     work[kWorkNumDecodeRanges] = num_ranges;
     for (int i = 0; i <= num_ranges; ++i)
       work[kDecodeStartsOffset + i] = num_decode * i / num_ranges;
-    std::memcpy(&work[offset], decode.data(), decode.size() * sizeof(AttentionItem));
-    std::memcpy(&work[behind], prefill.data(), prefill.size() * sizeof(AttentionItem));
+    const auto put = [&](int at, const std::vector<AttentionItem>& items) {
+      if (!items.empty()) std::memcpy(&work[at], items.data(), items.size() * sizeof(items[0]));
+    };
+    put(offset, decode);
+    put(behind, prefill);
     workspace.assign(1 << 24, 0.0f);
     table.assign(rows.size() * max_blocks, -1);
     std::vector<int> ids;
