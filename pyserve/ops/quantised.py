@@ -91,7 +91,7 @@ class W4A16Matrix(NamedTuple):
         return self.packed.nbytes
 
     def is_own(self, x: Tensor) -> bool:
-        key = "w4a16", x.shape[0], x.dtype, self.packed.shape if x.is_cuda else None
+        key = "w4a16", x.shape, x.dtype, self.packed.shape if x.is_cuda else None
         is_served = _served.get(key)
         if is_served is None:
             is_served = _served[key] = _ops.serves_linear_w4a16(x, self.packed)
@@ -137,7 +137,8 @@ class Fp8Matrix(NamedTuple):
         return self.weight.nbytes + self.scales.nbytes
 
     def is_own(self, x: Tensor) -> bool:
-        shape = (self.weight.shape, self.scale_rows) if x.is_cuda else None
+        scale = self.scale_rows, self.scale_columns
+        shape = (self.weight.shape, *scale) if x.is_cuda else None
         key = type(self), x.shape[0], x.dtype, shape
         is_served = _served.get(key)
         if is_served is None:

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeCtas)
 
 template <class T, int kItemRows>
 cudaError_t launch_merge(const Latent& l, cudaStream_t stream) {
-  // At most a wave. An odd stride meets evenly the first items, which often lie evenly apart.
+  // About a wave, of prefill as many as it takes. An odd stride meets evenly the first items, which often lie evenly apart.
   const int row_ctas = kRowCtas * kItemRows * l.p.num_kv_heads;
   const int num_strides = (std::max(1, l.p.device.num_sms * kMergeCtas / row_ctas) - 1) | 1;
   const int num_ctas = row_ctas * num_strides;
