@@ -449,6 +449,15 @@ cudaError_t launch_chained_clusters(Kernel kernel, unsigned grid, unsigned clust
   return cudaSuccess;
 }
 
+// As in dispatch.h.
+struct LinearTrial {
+  int w4a16_tiling, w8a8_tiling;
+};
+inline LinearTrial& linear_trial() {
+  static LinearTrial trial{};
+  return trial;
+}
+
 }  // namespace pyserve::gpu
 
 namespace machine {

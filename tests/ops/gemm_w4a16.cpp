@@ -7,13 +7,6 @@
 
 namespace pyserve::gpu {
 namespace gemm = pyserve::gpu;
-struct LinearTrial {
-  int w4a16_tiling;
-};
-LinearTrial& linear_trial() {
-  static LinearTrial trial{};
-  return trial;
-}
 #include "w4a16.h.inc"
 #include "w4a16_words.cuh.inc"
 #include "gemm_frame.cuh.inc"

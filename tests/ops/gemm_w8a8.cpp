@@ -6,13 +6,6 @@
 namespace pyserve::gpu {
 namespace gemm = pyserve::gpu;
 constexpr cudaError_t cudaErrorNotSupported = 2;
-struct LinearTrial {
-  int w8a8_tiling;
-};
-LinearTrial& linear_trial() {
-  static LinearTrial trial{};
-  return trial;
-}
 #include "fp8.h.inc"
 #include "w8a8.h.inc"
 #include "quantise_rows.cuh.inc"

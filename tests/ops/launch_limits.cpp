@@ -126,14 +126,21 @@ void launch_w4a16_linears() {
   }
 }
 
-void launch_w8a8_linears() {
-  if (capability != 90) return;
+// Its rows, dtype and epilogue aside.
+pyserve::gpu::LinearParams fp8_linear() {
   alignas(16) static char memory[16];
   pyserve::gpu::LinearParams p{};
   p.x = p.weight = p.out = memory;
   p.x_stride = p.weight_stride = p.k = 4096;
   p.out_stride = p.n = 6144;
-  const pyserve::gpu::Fp8Scale scale{nullptr, 128, 128, 32};
+  return p;
+}
+
+constexpr pyserve::gpu::Fp8Scale kFp8Scale{nullptr, 128, 128, 32};
+
+void launch_w8a8_linears() {
+  if (capability != 90) return;
+  pyserve::gpu::LinearParams p = fp8_linear();
   for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
     for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
       for (int tiling = pyserve::gpu::kNumW8Tilings; tiling >= 0; --tiling) {
@@ -141,7 +148,7 @@ void launch_w8a8_linears() {
         for (int64_t m : {17, 64, 512, 8192}) {
           p.m = m, p.dtype = dtype, p.epilogue = epilogue;
           const int64_t scratch_bytes = 600 * pyserve::gpu::w8_row_bytes(p.k);
-          require(launch_linear_w8a8(p, scale, memory, scratch_bytes, nullptr), "linear_w8a8", m, 0);
+          require(launch_linear_w8a8(p, kFp8Scale, p.out, scratch_bytes, nullptr), "linear_w8a8", m, 0);
         }
       }
     }
@@ -149,17 +156,12 @@ void launch_w8a8_linears() {
 }
 
 void launch_fp8_linears() {
-  alignas(16) static char memory[16];
-  pyserve::gpu::LinearParams p{};
-  p.x = p.weight = p.out = memory;
-  p.x_stride = p.weight_stride = p.k = 4096;
-  p.out_stride = p.n = 6144;
-  const pyserve::gpu::Fp8Scale scale{nullptr, 128, 128, 32};
+  pyserve::gpu::LinearParams p = fp8_linear();
   for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
     for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
       for (int64_t m : {1, 4, 5, 8, 9, 16, 30}) {
         p.m = m, p.dtype = dtype, p.epilogue = epilogue;
-        require(launch_linear_fp8(p, scale, nullptr), "linear_fp8", m, 0);
+        require(launch_linear_fp8(p, kFp8Scale, nullptr), "linear_fp8", m, 0);
       }
     }
   }

@@ -75,6 +75,22 @@ inline cudaError_t encode_matrix(const void* data, int64_t rows, int64_t k, int6
                               dtype, map);
 }
 
+// What the frame is told of a product by tiles of a cluster each, its tensor maps, mates and parts
+// aside.
+inline Args frame_args(const LinearParams& p, int num_row_tiles, int num_column_tiles) {
+  Args a{};
+  a.out = p.out;
+  a.out_stride = p.out_stride;
+  a.bias = p.bias;
+  a.m = static_cast<int>(p.m);
+  a.n = static_cast<int>(p.n);
+  a.k = static_cast<int>(p.k);
+  a.num_row_tiles = num_row_tiles;
+  a.num_column_tiles = num_column_tiles;
+  a.weight_hint = num_row_tiles == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
+  return a;
+}
+
 // The place of a cluster's tile.
 struct Tiles {
   int row_tile, column_tile;

@@ -70,16 +70,8 @@ cudaError_t launch_tile(const LinearParams& p, const Tiling& tiling, const Devic
     return error;
   }
   const Grid grid(tiling, p);
-  Args a{.out = p.out,
-         .out_stride = p.out_stride,
-         .bias = p.bias,
-         .m = static_cast<int>(p.m),
-         .n = static_cast<int>(p.n),
-         .k = static_cast<int>(p.k),
-         .num_row_tiles = grid.rows,
-         .num_column_tiles = grid.columns,
-         .mates = tiling.mates,
-         .weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal};
+  Args a = frame_args(p, grid.rows, grid.columns);
+  a.mates = tiling.mates;
   cudaError_t error = encode_matrix(p.x, p.m, p.k, p.x_stride, 64, p.dtype, &a.x);
   if (error != cudaSuccess) return error;
   error = encode_matrix(p.weight, p.weight_rows(), p.k, p.weight_stride, Tile::kColumns / 2,

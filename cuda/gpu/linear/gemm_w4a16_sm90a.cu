@@ -92,16 +92,8 @@ template <class Tile>
 W4Args args_of(const LinearParams& p, int64_t group_size, const W4Tiling& tiling) {
   const W4Grid grid(tiling, p);
   W4Args a{};
-  a.out = p.out;
-  a.out_stride = p.out_stride;
-  a.bias = p.bias;
-  a.m = static_cast<int>(p.m);
-  a.n = static_cast<int>(p.n);
-  a.k = static_cast<int>(p.k);
-  a.num_row_tiles = grid.rows;
-  a.num_column_tiles = grid.columns;
+  static_cast<Args&>(a) = frame_args(p, grid.rows, grid.columns);
   a.parts = tiling.parts;
-  a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
   a.format = W4PieceFormat::of(group_size);
   a.x_rows = tiling.rows_of_x(p.m);
   a.up_strip = static_cast<int>(p.n / kStripRows);

@@ -112,17 +112,9 @@ cudaError_t launch_tile(const LinearParams& p, const Fp8Scale& scale, const Roun
   }
   const W8Grid grid(tiling, p);
   W8Args a{};
-  a.out = p.out;
-  a.out_stride = p.out_stride;
-  a.bias = p.bias;
-  a.m = static_cast<int>(p.m);
-  a.n = static_cast<int>(p.n);
-  a.k = static_cast<int>(p.k);
-  a.num_row_tiles = grid.rows;
-  a.num_column_tiles = grid.columns;
+  static_cast<Args&>(a) = frame_args(p, grid.rows, grid.columns);
   a.mates = tiling.mates;
   a.parts = tiling.parts;
-  a.weight_hint = grid.rows == 1 ? L2Hint::kEvictFirst : L2Hint::kNormal;
   a.x_scales = rounded.scales;
   a.scale = scale;
   a.last_scale_row = static_cast<int>((p.weight_rows() - 1) / scale.rows);

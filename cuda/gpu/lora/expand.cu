@@ -49,12 +49,8 @@ constexpr int kPieceBytes = (kIsGated ? 2 : 1) * kMmaTokens * 4 * static_cast<in
 
 // What is in shared memory of what was shrunk: a vector of four each, of some tokens and of both
 // strips' parts, or of one where it is the same.
-struct Staging {
-  int num_pieces, num_tokens;  // of r; that there is room for
-
-  __device__ __forceinline__ Staging(int rank, int piece_bytes, int num_bytes)
-      : num_pieces((rank + kPiece - 1) / kPiece),
-        num_tokens(num_bytes / (piece_bytes * max(num_pieces, 1)) * kMmaTokens) {}
+struct Staging : Room {
+  using Room::Room;
 
   // Lane `place`'s four of a token, both counted from the first.
   __device__ __forceinline__ int index(int part, int piece, int token, int place) const {
@@ -240,26 +236,19 @@ __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
   auto* staged = reinterpret_cast<uint4*>(dynamic_smem);
   const int lane = threadIdx.x % kWarpSize, group = lane / 4, place = lane % 4;
   pdl_launch_dependents();
-  const int bound = p.columns[min(lane, p.rows.num_parts)];  // all are in L1 when one is wanted
-  const TokenTile tokens = token_tile<kIsGated>(
-      p.rows, static_cast<int>(blockIdx.x) / column_blocks, log2_tile_tokens);
-  if (bound < 0 || bound > (kIsGated ? 2 : 1) * p.n) __trap();
-  Strip strips[2];
-  strips_of<kIsGated>(p, tokens.slot, blockIdx.x % column_blocks, threadIdx.x / kWarpSize, strips);
-  const int rank = max(strips[0].rank, strips[1].rank), b_stride = static_cast<int>(p.b_stride);
-  const T* b = static_cast<const T*>(p.b) + max(tokens.slot, 0) * p.b_slot_stride;
-  Weights<kIsAligned, T> weights;
-  weights.load(b, b_stride, strips, 4 * place);
+  Work<T, kIsGated, kIsAligned> work(p, column_blocks, log2_tile_tokens);
   pdl_wait();
-  if (tokens.count == 0 || (!kIsGated && rank == 0)) return;
+  if (work.is_empty()) return;
+  const TokenTile& tokens = work.tokens;
+  const Strip(&strips)[2] = work.strips;
   const Tile<T, kIsGated> tile(p, tokens, strips, is_aligned);
-  const Staging staging(rank, kPieceBytes<kIsGated>, staged_bytes);
+  const Staging staging(work.rank, kPieceBytes<kIsGated>, staged_bytes);
   Old old{};
   tile.load(0, old);
 #pragma unroll 1
   for (int first = 0; first < tokens.count; first += kMmaTokens) {
     const int token = first % staging.num_tokens;
-    if (rank > 0 && token == 0) {
+    if (work.rank > 0 && token == 0) {
       if (first > 0) __syncthreads();
       const int64_t begin = tokens.begin + first;
       staging.template fill<kIsAligned, T>(
@@ -272,15 +261,11 @@ __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
     tile.load(first + kMmaTokens, old);
 #pragma unroll 1
     for (int piece = 0; piece < staging.num_pieces; ++piece) {
-      if (piece > 0 || (first > 0 && staging.num_pieces > 1)) {
-        int stride = b_stride;
-        forget_origin(stride);  // or 16 addresses are held in registers for these loads alone
-        weights.load(b, stride, strips, kPiece * piece + 4 * place);
-      }
+      work.take_piece(piece, staging.num_pieces, first);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const uint4* fours = staged + staging.index(s % kParts, piece, token + group, place);
-        add_product<T>(sums.of[s], fours[0], fours[8 * 4], weights.of[s]);
+        add_product<T>(sums.of[s], fours[0], fours[8 * 4], work.weights.of[s]);
       }
     }
     tile.store(first, sums);
@@ -300,21 +285,14 @@ cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
                         grid.column_blocks, log2_tile_tokens, staged_bytes, has_aligned_rows(p));
 }
 
-template <class T, bool kIsGated>
-cudaError_t launch_as(const LoraExpandParams& p, cudaStream_t stream) {
-  return has_aligned_fours(p) ? launch_tiles<T, kIsGated, true>(p, stream)
-                              : launch_tiles<T, kIsGated, false>(p, stream);
-}
-
 }  // namespace
 
 cudaError_t launch_lora_expand(const LoraExpandParams& params, cudaStream_t stream) {
   if (params.rows.num_tokens == 0 || params.n == 0) return cudaSuccess;
   if (params.rows.max_rank > kMaxRank) return cudaErrorInvalidValue;
   if (params.rows.num_tokens > kManyTokens) return launch_lora_expand_many(params, stream);
-  return dispatch_half(params.dtype, [&]<class T>(T) {
-    return params.gate_up == nullptr ? launch_as<T, false>(params, stream)
-                                     : launch_as<T, true>(params, stream);
+  return dispatch_expand(params, [&]<class T, bool kIsGated, bool kIsAligned>() {
+    return launch_tiles<T, kIsGated, kIsAligned>(params, stream);
   });
 }
 

@@ -124,6 +124,53 @@ struct Weights {
   }
 };
 
+// What a CTA adds, and B's first piece of r for its warps' strips. Asked for before pdl_wait().
+template <class T, bool kIsGated, bool kIsAligned>
+struct Work {
+  TokenTile tokens;
+  Strip strips[2];
+  int rank, b_stride;
+  const T* b;
+  Weights<kIsAligned, T> weights;
+
+  __device__ __forceinline__ Work(const LoraExpandParams& p, int column_blocks,
+                                  int log2_tile_tokens) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int bound = p.columns[min(lane, p.rows.num_parts)];  // all are in L1 when one is wanted
+    tokens = token_tile<kIsGated>(p.rows, static_cast<int>(blockIdx.x) / column_blocks,
+                                  log2_tile_tokens);
+    if (bound < 0 || bound > (kIsGated ? 2 : 1) * p.n) __trap();
+    strips_of<kIsGated>(p, tokens.slot, blockIdx.x % column_blocks, threadIdx.x / kWarpSize,
+                        strips);
+    rank = max(strips[0].rank, strips[1].rank);
+    b_stride = static_cast<int>(p.b_stride);
+    b = static_cast<const T*>(p.b) + max(tokens.slot, 0) * p.b_slot_stride;
+    weights.load(b, b_stride, strips, 4 * (lane % 4));
+  }
+
+  __device__ __forceinline__ bool is_empty() const {
+    return tokens.count == 0 || (!kIsGated && rank == 0);
+  }
+
+  // Before the products of a piece of the 16 tokens from `first` on: B's, unless it is there still.
+  __device__ __forceinline__ void take_piece(int piece, int num_pieces, int first) {
+    if (piece > 0 || (first > 0 && num_pieces > 1)) {
+      int stride = b_stride;
+      forget_origin(stride);  // or 16 addresses are held in registers for these loads alone
+      weights.load(b, stride, strips, kPiece * piece + 4 * (threadIdx.x % 4));
+    }
+  }
+};
+
+// How much of what was shrunk there is room for in num_bytes of shared memory.
+struct Room {
+  int num_pieces, num_tokens;  // of r; at a time
+
+  __device__ __forceinline__ Room(int rank, int piece_bytes, int num_bytes)
+      : num_pieces((rank + kPiece - 1) / kPiece),
+        num_tokens(num_bytes / (piece_bytes * max(num_pieces, 1)) * kMmaTokens) {}
+};
+
 // Of a CTA's tokens, 16 to 128: few where CTAs are few, of which an H200 runs 528 at a time; gate
 // and up have four to seven times the columns of others.
 template <bool kIsGated>
@@ -159,6 +206,20 @@ inline bool has_aligned_fours(const LoraExpandParams& p) {
 // Whether rows of what is added to may be read and written by 16 bytes.
 inline bool has_aligned_rows(const LoraExpandParams& p) {
   return is_vec_aligned(p.out, p.out_stride) && is_vec_aligned(p.gate_up, p.gate_up_stride);
+}
+
+// Calls launch.operator()<T, kIsGated, kIsAligned>(), kIsAligned being has_aligned_fours.
+template <class Launch>
+cudaError_t dispatch_expand(const LoraExpandParams& p, const Launch& launch) {
+  return dispatch_half(p.dtype, [&]<class T>(T) {
+    const bool is_aligned = has_aligned_fours(p);
+    if (p.gate_up == nullptr) {
+      return is_aligned ? launch.template operator()<T, false, true>()
+                        : launch.template operator()<T, false, false>();
+    }
+    return is_aligned ? launch.template operator()<T, true, true>()
+                      : launch.template operator()<T, true, false>();
+  });
 }
 
 }  // namespace

@@ -174,30 +174,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
   constexpr int kParts = kIsGated ? 2 : 1;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   auto* staged = reinterpret_cast<uint4*>(dynamic_smem);  // behind it, what is added to
-  const int lane = threadIdx.x % kWarpSize, place = lane % 4;
+  const int lane = threadIdx.x % kWarpSize;
   pdl_launch_dependents();
-  const int bound = p.columns[min(lane, p.rows.num_parts)];  // all are in L1 when one is wanted
-  const TokenTile tokens = token_tile<kIsGated>(
-      p.rows, static_cast<int>(blockIdx.x) / column_blocks, log2_tile_tokens);
-  if (bound < 0 || bound > (kIsGated ? 2 : 1) * p.n) __trap();
-  Strip strips[2];
-  strips_of<kIsGated>(p, tokens.slot, blockIdx.x % column_blocks, threadIdx.x / kWarpSize, strips);
-  const int rank = max(strips[0].rank, strips[1].rank), b_stride = static_cast<int>(p.b_stride);
-  const T* b = static_cast<const T*>(p.b) + max(tokens.slot, 0) * p.b_slot_stride;
-  Weights<kIsAligned, T> weights;
-  weights.load(b, b_stride, strips, 4 * place);
+  Work<T, kIsGated, kIsAligned> work(p, column_blocks, log2_tile_tokens);
   pdl_wait();
-  if (tokens.count == 0 || (!kIsGated && rank == 0)) return;
+  if (work.is_empty()) return;
+  const TokenTile& tokens = work.tokens;
+  const Strip(&strips)[2] = work.strips;
   Tile<T, kIsGated> tile(p, tokens, strips, is_aligned,
                          smem_address(dynamic_smem) + staged_bytes);
-  const Staging<kWarps> staging(rank, kPieceBytes<kIsGated>, staged_bytes);
+  const Staging<kWarps> staging(work.rank, kPieceBytes<kIsGated>, staged_bytes);
 #pragma unroll
   for (int ahead = 0; ahead < kAhead; ++ahead) tile.load(ahead * kMmaTokens, ahead);
   int token = 0, turn = 0;
 #pragma unroll 1
   for (int first = 0; first < tokens.count; first += kMmaTokens) {
     if (token == staging.num_tokens) token = 0;
-    if (rank > 0 && token == 0) {
+    if (work.rank > 0 && token == 0) {
       if (first > 0) __syncthreads();
       const int64_t begin = tokens.begin + first;
       const float* row = p.shrunk.data + begin * p.shrunk.stride;
@@ -214,15 +207,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
     tile.take(turn, sums);
 #pragma unroll 1
     for (int piece = 0; piece < staging.num_pieces; ++piece) {
-      if (piece > 0 || (first > 0 && staging.num_pieces > 1)) {
-        int stride = b_stride;
-        forget_origin(stride);  // or 16 addresses are held in registers for these loads alone
-        weights.load(b, stride, strips, kPiece * piece + 4 * place);
-      }
+      work.take_piece(piece, staging.num_pieces, first);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const uint4* halves = staged + staging.index(s % kParts, piece, token, lane);
-        add_product<T>(sums.of[s], halves[0], halves[kWarpSize], weights.of[s]);
+        add_product<T>(sums.of[s], halves[0], halves[kWarpSize], work.weights.of[s]);
       }
     }
     tile.load(first + kAhead * kMmaTokens, turn);  // what lay there is in the sums
@@ -247,18 +236,11 @@ cudaError_t launch_tiles(const LoraExpandParams& p, cudaStream_t stream) {
                         grid.column_blocks, log2_tile_tokens, staged_bytes, has_aligned_rows(p));
 }
 
-template <class T, bool kIsGated>
-cudaError_t launch_as(const LoraExpandParams& p, cudaStream_t stream) {
-  return has_aligned_fours(p) ? launch_tiles<T, kIsGated, true>(p, stream)
-                              : launch_tiles<T, kIsGated, false>(p, stream);
-}
-
 }  // namespace
 
 cudaError_t launch_lora_expand_many(const LoraExpandParams& params, cudaStream_t stream) {
-  return dispatch_half(params.dtype, [&]<class T>(T) {
-    return params.gate_up == nullptr ? launch_as<T, false>(params, stream)
-                                     : launch_as<T, true>(params, stream);
+  return dispatch_expand(params, [&]<class T, bool kIsGated, bool kIsAligned>() {
+    return launch_tiles<T, kIsGated, kIsAligned>(params, stream);
   });
 }
 

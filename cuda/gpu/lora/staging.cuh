@@ -57,12 +57,8 @@ constexpr int kHalvesBytes = kWarpSize * static_cast<int>(sizeof(Halves));
 // Where those of some tokens and of a part or two lie: all lanes' values of 16 tokens and then the
 // rests. kWarps: of a CTA.
 template <int kWarps>
-struct Staging {
-  int num_pieces, num_tokens;  // of r; that there is room for
-
-  __device__ __forceinline__ Staging(int rank, int piece_bytes, int num_bytes)
-      : num_pieces((rank + kPiece - 1) / kPiece),
-        num_tokens(num_bytes / (piece_bytes * max(num_pieces, 1)) * kMmaTokens) {}
+struct Staging : Room {
+  using Room::Room;
 
   // Lane's value of the 16 tokens from `token` on, counted from the first; kWarpSize on, its rest.
   __device__ __forceinline__ int index(int part, int piece, int token, int lane) const {
