@@ -19,6 +19,7 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.sequence import Sequence
 from pyserve.ops import step_layout as layout
 
+TILE_ROWS = 128  # that matrix products of many rows compute at once
 MIN_UPDATE_WORDS = 2**16  # room for the slot and block updates of many short sequences
 
 
@@ -162,14 +163,16 @@ def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:
 def padded_size(count: int, limit: int) -> int:
     """The shape that `count` tokens or rows (at least 1) are run in, at most `limit`.
 
-    A few dozen shapes in all: matrix libraries keep compiled code for each one they have met.
-    Powers of two up to 16, then steps of at least 16 that waste less than a quarter.
+    Matrix libraries keep compiled code, and a card a recorded graph, for each shape that they have
+    met, so small shapes are few: powers of two up to 16, then multiples of 16 or more that waste
+    less than a quarter. Above 1,024 they are the multiples of TILE_ROWS, which cost a matrix
+    product what the rows do.
     """
     if count <= 16:
         size = 1 << (count - 1).bit_length()
     else:
-        step = max(16, 1 << ((count - 1).bit_length() - 3))
-        size = -(-count // step) * step
+        multiple = min(max(16, 1 << ((count - 1).bit_length() - 3)), TILE_ROWS)
+        size = -(-count // multiple) * multiple
     return min(size, limit)
 
 

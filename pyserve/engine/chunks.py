@@ -17,8 +17,8 @@ MIN_CHUNK = 64  # where no chunk fits the target, prompts still have to end
 MIN_SAMPLE = 128  # tokens of a step whose rate says something
 # That a step of prompts alone may take. Who comes meanwhile waits for it, on a card for the one
 # launched behind it too, and then for its own. 200 ms are 8,192 tokens of 8B on an H200, and 215
-# where they use an adapter. What does not fit is cut at the next smaller size, an eighth or more
-# below, and its rest is a step that costs more for each token.
+# where they use an adapter. What does not fit is cut, and its rest is a step that costs more for
+# each token.
 ALONE_S = 0.25
 WEIGHT = 0.25  # of the newest step in what is learned
 # Later tokens of a prompt look at more of it, so its next step is slower than the last one by as

@@ -13,6 +13,11 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.graphs import graph_sizes
 from pyserve.engine.state import StepLimits
 
+# The padded sizes above MANY_TOKENS lie so close together that they call the same code, and each
+# takes long to run. Only the multiples of the second number are run before the first request.
+MANY_TOKENS = 1024
+MANY_TOKENS_MULTIPLE = 512
+
 
 def largest_step(limits: StepLimits) -> Step:
     """The step with the most tokens, rows and samples."""
@@ -20,9 +25,12 @@ def largest_step(limits: StepLimits) -> Step:
 
 
 def warmup_steps(limits: StepLimits, *, num_adapter_slots: int = 0) -> Iterator[Step]:
-    """A step of every padded number of tokens, the largest first; with slots for adapters also one
-    whose tokens use them: it calls other ops."""
+    """A step of every padded number of tokens up to MANY_TOKENS and of some above, the largest
+    first; with slots for adapters also one whose tokens use them: it calls other ops."""
     for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
+        is_between = num_tokens > MANY_TOKENS and num_tokens % MANY_TOKENS_MULTIPLE
+        if is_between and num_tokens != limits.max_num_batched_tokens:
+            continue
         yield from _with_and_without(_step(limits, num_tokens), num_adapter_slots)
 
 

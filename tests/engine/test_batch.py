@@ -7,6 +7,7 @@ import pytest
 
 from pyserve.engine.batch import (
     MIN_UPDATE_WORDS,
+    TILE_ROWS,
     Step,
     StepShape,
     max_step_words,
@@ -48,17 +49,18 @@ def test_pack_passes_every_list_on() -> None:
 @pytest.mark.parametrize(
     ("count", "size"),
     [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 48), (65, 80), (128, 128), (129, 160),
-     (500, 512), (1025, 1280), (1900, 2000)],
+     (500, 512), (600, 640), (1024, 1024), (1025, 1152), (1900, 1920), (1921, 2000)],
 )  # fmt: skip
 def test_padded_sizes(count: int, size: int) -> None:
     assert padded_size(count, 2000) == size
 
 
 def test_padding_has_few_sizes_and_little_waste() -> None:
-    sizes = [padded_size(count, 2048) for count in range(1, 2049)]
-    assert sizes == sorted(sizes) and len(set(sizes)) == 28
+    sizes = [padded_size(count, 4096) for count in range(1, 4097)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 24 + 3 * 1024 // TILE_ROWS
     assert all(count <= size for count, size in enumerate(sizes, 1))
     assert all(size < 1.25 * count for count, size in enumerate(sizes, 1) if count > 64)
+    assert all(size < count + TILE_ROWS for count, size in enumerate(sizes, 1))
 
 
 def test_room_for_updates() -> None:

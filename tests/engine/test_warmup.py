@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pyserve.engine.batch import padded_sizes
 from pyserve.engine.block_manager import num_blocks_for
-from pyserve.engine.graphs import MAX_GRAPH_TOKENS
+from pyserve.engine.graphs import MAX_GRAPH_TOKENS, graph_sizes
 from pyserve.engine.state import StepLimits
 from pyserve.engine.warmup import graph_steps, largest_step, warmup_steps
 
@@ -31,6 +32,19 @@ def test_a_step_has_the_rows_and_the_lengths_that_may_come(
     assert max(step.num_tokens for step in recorded) == min(
         MAX_GRAPH_TOKENS, num_slots * max_model_len
     )
+
+
+def test_shapes_of_many_tokens_are_run_a_few_apart() -> None:
+    """All that are recorded, the largest that comes, and none far from one that is run."""
+    limits = StepLimits(
+        num_slots=256, max_num_batched_tokens=8000, max_model_len=8192, block_size=16,
+        logits_tile_rows=256,
+    )  # fmt: skip
+    warm = [step.num_tokens for step in warmup_steps(limits)]
+    assert warm == sorted(warm, reverse=True) and warm[0] == 8000
+    assert set(graph_sizes(8000)) <= set(warm)
+    assert all(min(abs(size - other) for other in warm) <= 256 for size in padded_sizes(8000))
+    assert len(warm) < len(padded_sizes(8000)) / 1.5
 
 
 def test_slots_for_adapters_have_steps_of_their_own() -> None:
