@@ -30,10 +30,7 @@ MAX_LOOKUPS = 2**12  # of blocks in the prefix cache, in one step: 8 ms of the e
 # Sequences with other adapters that may pass one that waits for room for its own. Then none does,
 # until those that run have ended and left it a slot.
 MAX_PASSED = 64
-MIN_TRIMMED_SIZE = 512  # tokens of a step: the padding of a smaller one is cheap
 MAX_HELD_BACK = 256  # sequences without room for their adapters that are looked at in one step
-
-Chunk = tuple[Sequence, int]  # a prompt, and how many of its next tokens a step runs
 
 _order = attrgetter("order")
 
@@ -103,30 +100,21 @@ class Scheduler:
                 step.seqs.append(seq)
                 seq.num_computed_tokens = num_tokens
                 seq.num_tokens = num_tokens + 1  # a placeholder, as in _add_row
-        num_decoding = len(step.seqs)
-        step.query_lens += [1] * num_decoding
-        budget = limit = self._prompt_limit(num_decoding)
-        chunks: list[Chunk] = []
+        step.query_lens += [1] * len(step.seqs)
+        budget = limit = self._prompt_limit(len(step.seqs))
         if self.num_preemptions == num_preemptions:
-            chunks += self._admit(step, self._share_of_waiting(prompts, limit), num_more)
+            budget -= self._admit(step, self._share_of_waiting(prompts, limit), num_more)
         else:
             prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
-        budget -= sum(share for _, share in chunks)
         for _, equals in groupby(prompts, key=_priority):  # they are sorted by it
-            shares = _chunks_of(list(equals), budget, for_oldest=limit - limit // 2)
-            budget -= sum(share for _, share in shares)
-            chunks += shares
-        if num_decoding:
-            self._trim(chunks, num_decoding)
-        for seq, share in chunks:
-            _add_row(step, seq, share)
+            budget -= _add_prompts(step, list(equals), budget, for_oldest=limit - limit // 2)
         if not step.seqs:
             return None
         if self.adapters.num_used:
             _sort_by_adapter(step, self.adapters.num_slots)
         _fill(step)
+        step.num_prompt_tokens = limit - budget
         step.num_tokens = sum(step.query_lens)
-        step.num_prompt_tokens = step.num_tokens - num_decoding
         return step
 
     def finish(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
@@ -170,26 +158,6 @@ class Scheduler:
         index = bisect_right(self._step_sizes, limit) - 1
         limit = max(self._step_sizes[index] - num_decoding, MIN_CHUNK)
         return min(limit, self._max_num_batched_tokens - num_decoding)
-
-    def _trim(self, chunks: list[Chunk], num_decoding: int) -> None:
-        """Shorten one chunk by its last few tokens if they alone make the step run in the next
-        larger shape.
-
-        Every row that decodes would wait for the padding of that shape. The next step, which runs
-        in any case, takes the few tokens along at little cost.
-        """
-        num_tokens = num_decoding + sum(share for _, share in chunks)
-        index = bisect_right(self._step_sizes, num_tokens) - 1
-        size = self._step_sizes[index]
-        num_over = num_tokens - size
-        if size < MIN_TRIMMED_SIZE or not num_over:
-            return
-        if 2 * num_over > self._step_sizes[index + 1] - size:
-            return
-        for index, (seq, share) in reversed(list(enumerate(chunks))):
-            if share > num_over:
-                chunks[index] = seq, share - num_over
-                return
 
     def _share_of_waiting(self, prompts: list[Sequence], limit: int) -> int:
         """Tokens of a step that sequences which wait may take, beside running `prompts`.
@@ -319,17 +287,16 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(seq)
 
-    def _admit(self, step: Step, budget: int, num_background: int) -> list[Chunk]:
-        """Move waiting sequences into slots and blocks, in turn, while there is room for them.
+    def _admit(self, step: Step, budget: int, num_background: int) -> int:
+        """Move waiting sequences into slots and rows, in turn, while there is room for them.
 
         num_background  sequences in the background that may be among them.
 
-        Returns their chunks for this step, of at most `budget` tokens.
+        Returns how many tokens their rows take, at most `budget`.
         """
-        chunks: list[Chunk] = []
         blocks, left = self.blocks, budget
         if not self.waiting or not self.slots.num_free:
-            return chunks
+            return 0
         num_looked_up = 0
         held_back: list[Sequence] = []  # they wait for room for their adapters
         may_pass = True  # others may take such room
@@ -366,13 +333,11 @@ class Scheduler:
             if seq.adapter is not None:
                 for other in held_back:
                     other.num_passed += 1
-            self._start(seq, hits, step)
-            chunks.append((seq, min(_num_left(seq), left)))
-            left -= chunks[-1][1]
-        return chunks
+            left -= self._start(seq, hits, step, left)
+        return budget - left
 
-    def _start(self, seq: Sequence, hits: list[int], step: Step) -> None:
-        """Give `seq` its slot and its blocks, of which `hits` hold its first tokens already."""
+    def _start(self, seq: Sequence, hits: list[int], step: Step, budget: int) -> int:
+        """Give `seq` its slot, blocks and first row; returns the tokens of that row."""
         self.blocks.allocate(seq, hits)
         self.slots.allocate(seq)
         if seq.adapter is not None:
@@ -394,6 +359,9 @@ class Scheduler:
         step.slot_updates.append(slot_update(seq))
         for index, block_id in enumerate(seq.block_ids):
             step.block_updates += (seq.slot, index, block_id)
+        query_len = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        _add_row(step, seq, query_len)
+        return query_len
 
 
 def _priority(seq: Sequence) -> int:
@@ -414,10 +382,13 @@ def _num_left(seq: Sequence) -> int:
     return seq.num_tokens - seq.num_computed_tokens
 
 
-def _chunks_of(prompts: list[Sequence], budget: int, *, for_oldest: int) -> list[Chunk]:
-    """Chunks of prompts of one priority, of at most `budget` tokens."""
+def _add_prompts(step: Step, prompts: list[Sequence], budget: int, *, for_oldest: int) -> int:
+    """Rows of prompts of one priority; returns how many tokens they take, at most `budget`."""
     shares = share_out(list(map(_num_left, prompts)), budget, for_oldest=for_oldest)
-    return [(seq, share) for seq, share in zip(prompts, shares, strict=True) if share]
+    for seq, share in zip(prompts, shares, strict=True):
+        if share:
+            _add_row(step, seq, share)
+    return sum(shares)
 
 
 def _add_row(step: Step, seq: Sequence, query_len: int) -> None:
