@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--loads", nargs="+", type=parse_load, default=[*DEFAULT_LOADS], metavar="IN/OUTxC")
     add("--rounds", type=int, default=4, help="requests of each user")
-    add("--target-itl-ms", type=int, default=40)
+    add("--target-itl-ms", type=int, default=36)
     args = parser.parse_args(argv)
     rows = [
         table_row(

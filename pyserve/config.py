@@ -160,7 +160,7 @@ class EngineConfig:
         None, "a step;", "8192 on a card of 40 GB or more, else 2048", read=size, limits=(1, 2**20)
     )
     target_itl_ms: int = flag(
-        40, "a step with prompts may take while answers run; 0: any", metavar="MS",
+        36, "a step with prompts may take while answers run; 0: any", metavar="MS",
         limits=(0, 60_000),
     )  # fmt: skip
     block_size: int = flag(16, "tokens in a KV block", limits=(1, 256))
