@@ -147,7 +147,7 @@ def _parser() -> flags.Parser:
         "-tp",
         type=int,
         choices=(1, 2, 4, 8),
-        help="cards that share each layer; pyserve does not serve on several yet "
+        help="cards that share each layer "
         "(default: one, or as few as it takes where cards are compared)",
     )
     parser.add_argument(

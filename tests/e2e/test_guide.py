@@ -1,8 +1,7 @@
 """What a renter's guide to vLLM tells them to type, with pyserve in vLLM's place.
 
 The model names are the guide's: they stand for copies of the demo model in the working folder, of
-which the config promises a longer context. Its docker and pip lines are not run here. What belongs
-to later versions (several cards) is refused by name.
+which the config promises a longer context. Its docker and pip lines are not run here.
 """
 
 from __future__ import annotations
