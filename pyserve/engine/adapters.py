@@ -1,12 +1,12 @@
-"""Adapters by name: what is served, and the versions of it that lie in the host's memory.
+"""HostAdapters: the adapters that are served by name, and their weights in host memory.
 
-What is loaded under a name is a version; loading the name again makes another one. A request holds
-the version that it began with until it ends, whatever is loaded or unloaded meanwhile, so that none
-ever mixes two. The host's memory has room for `limit` versions: one that nobody holds gives way,
-the one that was used longest ago first, and is read again, as a new version, when its name is asked
-for. Where all are held, what asks for another waits, and nobody passes it.
+Each load of a name makes a new version of the adapter. A request holds the version that it started
+with until it ends, whatever is loaded or unloaded meanwhile, so no request ever mixes two versions.
+Host memory has room for `limit` versions. When it is full, the least recently used version that no
+request holds is dropped; when its name is requested again, it is read from disk as a new version.
+If requests hold all versions, a request for another adapter waits, and later ones queue behind it.
 
-Everything here runs on the event loop, but files are read on a thread.
+Everything here runs on the event loop, except that files are read on a worker thread.
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,127}", re.ASCII)
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A name that is served. `adapter` is None where it is to be read when it is asked for."""
+    """A served name. `adapter` is None while its weights are not in host memory: the next request
+    for the name reads them again."""
 
     name: str
     root: str
-    path: Path  # of the folder
+    path: Path  # folder that holds the adapter's files
     adapter: Adapter | None = None
 
 
 class HostAdapters:
     """Implements client.AdapterStore.
 
-    read         a folder -> its adapter. Raises CheckpointError.
-    find         a name -> the folder that it means, maybe downloaded. Raises StartupError.
-    limit        versions in the host's memory, and one more while a name is loaded again.
-    folder       whose folders are adapters too, served by their names when they are asked for.
-    max_waiting  requests that may wait for room.
+    read         reads the weights from an adapter's folder. Raises CheckpointError.
+    find         turns a path or hub repository into a local folder, downloading it if needed.
+                 Raises StartupError.
+    limit        maximum number of versions in host memory; reloading a name in place may exceed it
+                 by one.
+    folder       each subfolder of it is served under its own name, and read when first requested.
+    max_waiting  maximum number of requests that wait for host memory or a load.
     """
 
     def __init__(
@@ -69,12 +72,12 @@ class HostAdapters:
         self._max_waiting = max_waiting
         self._entries: dict[str, _Entry] = {}
         self._versions = itertools.count(1)
-        self._kept: OrderedDict[int, Adapter] = OrderedDict()  # the least recently used first
-        self._num_holders: Counter[int] = Counter()  # by version
-        self._replaced: set[int] = set()  # versions that go as soon as nobody holds them
-        self._finding = asyncio.Lock()  # one download at a time, beside which others are loaded
-        self._loading = asyncio.Lock()  # one at a time, in the order in which they were asked for
-        self._is_short = False  # somebody waits until a version is not held any more
+        self._kept: OrderedDict[int, Adapter] = OrderedDict()  # by version, least recent first
+        self._num_holders: Counter[int] = Counter()  # version -> requests that hold it
+        self._replaced: set[int] = set()  # versions to drop as soon as no request holds them
+        self._finding = asyncio.Lock()  # one download at a time; it does not block other loads
+        self._loading = asyncio.Lock()  # one load at a time; asyncio.Lock serves waiters in order
+        self._is_short = False  # a load waits until some version is released
         self._released = asyncio.Event()
         self._num_waiting = 0
 
@@ -90,7 +93,7 @@ class HostAdapters:
         return name in self._entries or self._in_folder(name) is not None
 
     def load_at_start(self, name: str, root: str) -> None:
-        """As `load`, before the loop runs. Raises StartupError."""
+        """Like `load`, but before the event loop runs. Raises StartupError."""
         _check_name(name)
         path = self._find_folder(root)
         weights = self._read_folder(path)
@@ -106,7 +109,8 @@ class HostAdapters:
             self._check_free(name, is_reload)
             before = self._entries.get(name)
             is_kept = before is not None and before.adapter is not None
-            # What it replaces stays until it is there, beyond the limit.
+            # The version that is replaced stays until the new one has been read, so that a failed
+            # load changes nothing. Meanwhile there may be one version more than the limit.
             weights = await self._read(path, self._limit + is_kept)
             if (before := self._entries.get(name)) is not None:
                 self._replace(before)
@@ -166,7 +170,10 @@ class HostAdapters:
         return adapter
 
     async def _wanted(self, name: str) -> Adapter:
-        """The present version of a name. The caller has _loading."""
+        """The current version of `name`, read first if needed. The caller holds `_loading`.
+
+        Raises NotFoundError for an unknown name, EngineError where its files cannot be read.
+        """
         served = self._entries.get(name)
         path = self._in_folder(name) if served is None else served.path
         if path is None:
@@ -183,7 +190,10 @@ class HostAdapters:
         return self._put(served or _Entry(name, str(path), path), weights)
 
     async def _read(self, path: Path, limit: int) -> AdapterWeights:
-        """Makes room for it first among `limit` versions. The caller has _loading."""
+        """Wait for room for one more version, then read it on a worker thread.
+
+        The caller holds `_loading`. Raises CheckpointError.
+        """
         try:
             while not self._make_way(limit):
                 self._is_short = True
@@ -194,7 +204,7 @@ class HostAdapters:
         return await asyncio.to_thread(self._read_folder, path)
 
     def _make_way(self, limit: int) -> bool:
-        """Whether there is room for one more of `limit`, once those have gone that nobody holds."""
+        """Drop unheld versions until `limit` has room for one more; False where all are held."""
         while len(self._kept) >= limit:
             version = next((it for it in self._kept if not self._num_holders[it]), None)
             if version is None:
@@ -213,7 +223,7 @@ class HostAdapters:
         return adapter
 
     def _replace(self, entry: _Entry) -> None:
-        """The version of an entry that is served no more goes, at once or when nobody holds it."""
+        """Drop the version of an entry that is no longer served, once no request holds it."""
         if entry.adapter is None:
             return
         version, entry.adapter = entry.adapter.version, None
@@ -229,7 +239,7 @@ class HostAdapters:
         del self._kept[version]
 
     def _in_folder(self, name: str) -> Path | None:
-        """The folder of an adapter that is served by its name alone."""
+        """The subfolder of `folder` that holds the adapter `name`; None where there is none."""
         if self._folder is None or not _FOLDER_NAME.fullmatch(name):
             return None
         path = self._folder / name

@@ -1,8 +1,9 @@
-"""Which rows of a step are asked how likely tokens are, and what becomes of the answers.
+"""Logprobs: which rows of a step need them, and how the results reach the sequences.
 
-Sampled rows tell of the token that they draw, tokens of a prompt of the token behind them. The
-logits are the model's own, before masks, biases, penalties and temperature, where the mode of
-logprobs says nothing else. A step in which nobody asks has nothing here.
+A sampled row reports the logprob of the token that it draws; a prompt token reports the logprob of
+the prompt token that follows it. By default the logprobs come from the model's raw logits, before
+masks, biases, penalties and temperature; --logprobs-mode can choose processed values. A step none
+of whose sequences requested logprobs skips all of this.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _TOP_END = 2 + TOP_LOGPROBS
 
 
 def ask(step: Step) -> None:
-    """Note in `step` what its sequences want to know."""
+    """Set `asked` and `prompt_spans` of `step` from what its sequences' parameters request."""
     asked, spans = Asked([], [], []), []
     num_sampled = first_token = 0
     for seq, generation, query_len, seq_len, is_sampled in zip(
@@ -42,19 +43,22 @@ def ask(step: Step) -> None:
 
 
 def put_prompt_logprobs(step: Step, output: StepOutput) -> None:
-    """Deliver what an executed step tells of prompts."""
+    """Append the prompt logprobs that an executed step has computed to the sequences' streams."""
     told = iter(output.prompt_logprobs or ())
     for seq, generation, begin, num_rows in step.prompt_spans:
         entries = [next(told) for _ in range(num_rows)]
         if seq.generation == generation:
-            # A sequence that resumes computes again what it has told already.
+            # A sequence that resumed after preemption recomputes entries that it already delivered.
             num_top = seq.params.num_prompt_logprobs
             new = entries[len(seq.stream.prompt_logprobs) - begin :]
             seq.stream.prompt_logprobs += [entry.best(num_top) for entry in new]
 
 
 def pack_asked(asked: Asked, words: NDArray[np.int32], *, num_slots: int) -> None:
-    """Write `asked` where an executor reads it: as StepState.asked says."""
+    """Write `asked` into `words` (int32 [num_slots + 2 * max_num_batched_tokens]).
+
+    The layout is that of StepState.asked, which the executor reads.
+    """
     num_prompt_rows = (len(words) - num_slots) // 2
     at = 0
     for ids, room in (
@@ -67,14 +71,17 @@ def pack_asked(asked: Asked, words: NDArray[np.int32], *, num_slots: int) -> Non
 
 
 def read_told(asked: Asked, words: NDArray[np.int32], *, num_slots: int) -> StepOutput:
-    """What an executor has left in StepState.told, as a StepOutput without tokens."""
+    """Convert `words`, the contents of StepState.told (int32 [.., LOGPROB_WORDS]), to logprobs.
+
+    Returns a StepOutput without token ids.
+    """
     sampled = words[: len(asked.sampled_rows)]
     prompts = words[num_slots : num_slots + len(asked.prompt_rows)]
     return StepOutput([], _read(sampled), _read(prompts))
 
 
 def _read(words: NDArray[np.int32]) -> list[TokenLogprobs]:
-    """Rows of ops.LogprobRows.words."""
+    """`words` are rows as in ops.LogprobRows.words: int32 [num_rows, LOGPROB_WORDS]."""
     reals = words.view(np.float32)
     return [
         TokenLogprobs(*entry)

@@ -1,8 +1,8 @@
 """AsyncEngine: the engine on the event loop. Implements client.EngineClient.
 
-One task launches steps and awaits their results in order; requests come in and tokens go out
-between its awaits, all on the loop's one thread. The loop is written for running ahead: up to
-`depth` steps are launched before the result of the one before them is known.
+One task launches steps and awaits their results in order. Requests arrive and tokens are delivered
+while it awaits, all on the event loop's one thread. The task runs ahead of the device: besides the
+step whose result it awaits, up to `_depth` later steps may already be launched.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from pyserve.errors import DeviceError, EngineError, RequestError, UnavailableEr
 from pyserve.host import num_threads
 from pyserve.words import counted
 
-MAX_FAILED_STEPS = 3  # in a row; then the engine stops
-MAX_MASKS_S = 0.004  # that the loop sleeps for masks
-WAKE_AGAIN_S = 10  # after which one that could not wake up may be asked again
-LOOK_S = 1.0  # how often the time of a running step is looked at
+MAX_FAILED_STEPS = 3  # after this many failed steps in a row the engine stops
+MAX_MASKS_S = 0.004  # how long the event loop may block until masks are filled
+WAKE_AGAIN_S = 10  # Retry-After of a request that found the engine unable to wake up
+LOOK_S = 1.0  # interval at which the running step's age is checked against its deadline
 
 
 @dataclass(slots=True, eq=False)
 class _Launched:
-    """A step in flight. result is None where its sampling waits for masks; then it is the last."""
+    """A step in flight. `result` is None while its sampling waits for masks. No later step is
+    launched meanwhile, so only the last step in flight can be in that state."""
 
     step: Step
     pending: Pending
@@ -42,15 +43,16 @@ class _Launched:
 
 
 class AsyncEngine:
-    """Everything here runs on the event loop that calls `start`.
+    """All methods run on the event loop that calls `start`.
 
-    `_task` is None until `start`; from `_refusal` on the engine is ending or has ended, and from
-    `_error` on it has given up. The runner is closed when `_task` ends, unless its GPU is lost.
+    `_task` is None until `start`. Once `_refusal` is set, the engine accepts nothing and is ending
+    or has ended; if `_error` is set too, it has given up after a failure. The runner is closed when
+    `_task` ends, unless the GPU is lost.
 
-    trace   is told where the time goes, and closed at the end.
-    sleep   how it sleeps, where it can.
-    adapters  what it serves beside its base model.
-    followers the other ranks of the model: where one is lost, the engine gives up.
+    trace      receives the time spans of --trace; closed when the engine ends.
+    sleep      state of sleep mode; None: the engine cannot sleep.
+    adapters   LoRA adapters that are served beside the base model; None: there are none.
+    followers  the other ranks of a model that several ranks share; losing one ends the engine.
     """
 
     def __init__(
@@ -70,12 +72,12 @@ class AsyncEngine:
         self._in_flight: deque[_Launched] = deque()
         self._next_step: Step | None = None  # scheduled and not launched yet
         self._step_start_s = 0.0  # when the oldest step in flight began to run
-        self._looked_s = 0.0  # when its time was looked at last
+        self._looked_s = 0.0  # when its age was last checked
         self._num_failed_steps = 0
         self._is_device_lost = False
         self._wakeup = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._refusal: str | None = None  # why nothing is accepted any more; set once
+        self._refusal: str | None = None  # why requests are refused from now on; set once
         self._error: str | None = None
         if trace is not None:
             trace.watch(engine, "schedule", "schedule")
@@ -105,7 +107,7 @@ class AsyncEngine:
     async def stop(self) -> None:
         self._shut("the server is shutting down", UnavailableError)
         if self._task is None:
-            self._start()  # it closes the runner
+            self._start()  # the task is what closes the runner
         assert self._task is not None
         await self._task
 
@@ -163,7 +165,7 @@ class AsyncEngine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            # Sequences that the end failed hold none any more; the books are not kept up for it.
+            # Ending the engine fails all sequences without updating the block manager's books.
             num_blocks_used=num_blocks_used if self._refusal is None else 0,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._engine.num_steps,
@@ -197,29 +199,30 @@ class AsyncEngine:
                     await self._finish_step()
                     is_running = self._in_flight and not self._waits_for_masks(0)
                     if self._engine.has_first_tokens and is_running:
-                        # Nothing is lost by telling who has waited for them before the next launch:
-                        # the step that runs has begun just now.
+                        # Deliver first tokens before the next launch. This delays no work of the
+                        # device: the step that it runs has only just begun.
                         await self._deliver()
                     self._launch(is_delivery_due=True)
                     if self._in_flight and not self._waits_for_masks(0):
-                        # The next step runs already: let tokens go out before the loop is kept
-                        # from it by a launch that takes milliseconds.
+                        # The device is busy with the next step: deliver tokens now, before a launch
+                        # that takes milliseconds blocks the event loop.
                         await self._deliver()
                 else:
                     assert not self._engine.num_seqs, "sequences wait and nothing can run"
                     self._wakeup.clear()
                     await self._sleep.wait_for_work(self._wakeup)
-        except Exception as error:  # a bug of ours: the books cannot be trusted any more
+        except Exception as error:  # a bug of ours: the engine's state cannot be trusted any more
             log.get_logger().exception("the engine has stopped")
             self._give_up(f"the engine has stopped: {type(error).__name__}")
         if self._trace is not None:
             self._trace.close()
         self._masks.close()
         if self._is_device_lost:
-            # No step ends on a lost device, and no memory of it can be freed: the process must end.
+            # No step ends on a lost device and none of its memory can be freed, so the runner is
+            # not closed: the process must end.
             for launched in self._in_flight:
                 if launched.result is not None and not launched.result.cancel():
-                    launched.result.exception()  # asyncio would log one that nobody asked for
+                    launched.result.exception()  # asyncio logs exceptions that are never retrieved
             if self._followers is not None:
                 self._followers.kill()
             return
@@ -231,7 +234,7 @@ class AsyncEngine:
             await asyncio.to_thread(self._followers.close)
 
     async def _rest(self) -> None:
-        """Sleep, from level to level, until it is to be awake again: nothing is in flight."""
+        """Stay in sleep mode until the engine is to be awake again; no step is in flight."""
         self._engine.scheduler.preempt_all()
         while self._refusal is None:
             try:
@@ -242,7 +245,7 @@ class AsyncEngine:
             if self._sleep.is_awake:
                 return
             if self._sleep.has_failed_work:
-                # Nobody else would ask again for what waits.
+                # Only the waiting sequences had asked to wake up, so nobody would ask again.
                 self._engine.fail_waiting(_still_asleep(self._sleep.failure))
             if not self._sleep.is_behind:
                 self._wakeup.clear()
@@ -252,12 +255,12 @@ class AsyncEngine:
         return None if self._sleep.wanted else self._engine.schedule()
 
     def _launch(self, *, is_delivery_due: bool = False) -> None:
-        """Launch steps until `depth` of them are ahead or there is nothing to run.
+        """Launch steps until `_depth` of them are ahead or there is nothing to run.
 
         Nothing is launched behind a step that waits for its masks.
 
-        is_delivery_due   tokens wait to go out: a step that takes its time to launch is left to the
-                          next call.
+        is_delivery_due   tokens wait to be delivered: a step that has no CUDA graph, and so takes
+                          long to launch, is left for the next call.
         """
         while len(self._in_flight) <= self._depth and not self._waits_for_masks(-1):
             step = self._next_step or self._schedule()
@@ -278,13 +281,14 @@ class AsyncEngine:
         return _Launched(step, pending, pending.sample())
 
     def _waits_for_masks(self, index: int) -> bool:
-        """Whether the step in flight at `index`, 0 the oldest and -1 the last, does."""
+        """Whether the step in flight at `index` (0: oldest, -1: newest) waits for its masks."""
         return bool(self._in_flight) and self._in_flight[index].result is None
 
     async def _mask_and_sample(self) -> None:
-        """Queue the rest of the oldest step: all tokens before it are known now.
+        """Fill the masks of the oldest step and launch its sampling; all earlier tokens are known.
 
-        Its masks come before all else on the loop, as the device waits for them, but not for long.
+        The device waits for the masks, so the event loop blocks for them for up to MAX_MASKS_S.
+        If they take longer, it delivers tokens meanwhile.
         """
         launched = self._in_flight[0]
         filling = self._masks.fill(launched.step, launched.pending.bitmask)
@@ -292,7 +296,7 @@ class AsyncEngine:
         if is_delivered:
             await self._deliver()
         if self._refusal is None and len(self._in_flight) <= self._depth:
-            # So that it can be launched as soon as this one is sampled.
+            # Schedule the next step now, so that it can be launched as soon as this one is sampled.
             self._next_step = self._next_step or self._schedule()
         for (_, seq, generation), error in await filling.wait():
             self._engine.fail_row(seq, generation, error)
@@ -303,7 +307,7 @@ class AsyncEngine:
             await self._deliver()
 
     async def _deliver(self) -> None:
-        """Let everything else on the loop have its turn once."""
+        """Yield to the event loop once, so that the readers of streams can send their tokens."""
         if self._trace is None:
             await asyncio.sleep(0)
             return
@@ -332,10 +336,10 @@ class AsyncEngine:
         self._queue.note(self._step_start_s, self._engine.num_finished)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Fail the step that runs where it has taken longer than a step can. Calls itself again.
+        """Fail the running step if it has exceeded its deadline, and schedule the next check.
 
-        Time in which this process did not run (SIGSTOP, a container that is paused, a machine that
-        is suspended) does not count: the step may have ended in it, and nobody could have noticed.
+        Time in which this process was stopped (SIGSTOP, a paused container, a suspended machine)
+        does not count: the step may have ended in it without anybody being able to notice.
         """
         deadline_s = self._engine.runner.step_deadline_s
         if deadline_s is None or (self._task is not None and self._task.done()):
@@ -349,13 +353,13 @@ class AsyncEngine:
         loop.call_later(min(LOOK_S, deadline_s), self._look, loop)
 
     def _end_step(self, reason: str) -> None:
-        """Wait no longer for the step that runs, on a device that is lost."""
+        """Fail the oldest step in flight, which will never end because the device is lost."""
         result = self._in_flight[0].result
         if result is not None and not result.done():
             result.set_exception(DeviceError(reason))
 
     def _on_lost(self, reason: str) -> None:
-        """Another rank has ended, and no step will."""
+        """Give up because another rank has ended or hangs: no step can end without it."""
         if self._task is None or self._task.done() or self._refusal is not None:
             return
         log.get_logger().error("%s", reason)
@@ -389,7 +393,7 @@ class AsyncEngine:
         self._shut(reason, EngineError)
 
     def _shut(self, reason: str, error: type[RequestError]) -> None:
-        """Refuse what comes from here on and fail what is there."""
+        """Refuse all new requests from now on and fail all sequences. Only a first call matters."""
         if self._refusal is None:
             self._refusal = reason
             self._engine.fail_all(error(reason))

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from pyserve.engine.sequence import NEVER, Sequence
 
 HASH_BYTES = 16
-LOOKUP_BLOCKS = 8  # that are hashed at a time while a prefix is looked for
+LOOKUP_BLOCKS = 8  # a prefix lookup hashes so many blocks at a time, as it may miss early
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
@@ -26,9 +26,9 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 class BlockManager:
-    """Owns `num_blocks` blocks of `block_size` tokens.
+    """Owns `num_blocks` KV blocks of `block_size` tokens each.
 
-    The key of its hashes is random: whoever writes the prompts cannot foresee them.
+    Hashes are keyed with a random key, so that nobody can craft prompts whose hashes collide.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
@@ -44,14 +44,18 @@ class BlockManager:
         # What a cached block's hash was made from: parent hash and token ids.
         self._preimage_of: list[bytes | None] = [None] * num_blocks
         self._awaited: dict[bytes, Sequence] = {}
-        self._unsettled: list[Sequence] = []  # allocated, and not awaited yet
+        self._unsettled: list[Sequence] = []  # allocated, but not in _awaited yet; see `settle`
 
     @property
     def num_free(self) -> int:
+        """Blocks that no sequence refers to; they may still hold cached contents."""
         return len(self._free)
 
     def root_hash(self, cache_salt: str, adapter: str = "") -> bytes:
-        """Parent of a first block. Sequences share blocks only under the same root."""
+        """The parent hash of a sequence's first block, from its cache salt and adapter version.
+
+        Sequences share cached blocks only if their root hashes are equal.
+        """
         name, salt = adapter.encode(), cache_salt.encode("utf-8", "surrogatepass")
         return self._hash(len(name).to_bytes(4, "little") + name + salt)
 
@@ -60,10 +64,11 @@ class BlockManager:
         return block_hash in self._awaited
 
     def find_prefix(self, seq: Sequence) -> tuple[list[int], bytes | None]:
-        """Blocks of the longest cached prefix, and the hash to wait for where it goes on.
+        """Find the longest cached prefix of `seq`: its block ids, and a hash worth waiting for.
 
-        At least one token is left to compute. The hash is that of the last consecutive block that a
-        running sequence is computing; None where the next block is not being computed.
+        The prefix leaves at least one token to compute. If running sequences are computing the
+        blocks that follow it, the hash is that of the last consecutive such block; it is None if
+        nobody is computing the block right after the prefix.
         """
         if not self._is_caching:
             return [], None
@@ -88,12 +93,15 @@ class BlockManager:
         return hits, awaited
 
     def num_needed(self, seq: Sequence, hits: list[int]) -> int:
-        """Free blocks that `allocate` would take: new ones and hits that nobody refers to."""
+        """Number of free blocks that `allocate` would take: new blocks, and hits that are free."""
         num_total = num_blocks_for(len(seq.token_ids), self.block_size)
         return num_total - len(hits) + sum(1 for hit in hits if not self._ref_counts[hit])
 
     def allocate(self, seq: Sequence, hits: list[int]) -> None:
-        """Give `seq` the hits and new blocks for all its known tokens. There must be enough."""
+        """Give `seq` the cached blocks `hits` and new blocks for the rest of its known tokens.
+
+        There must be `num_needed` free blocks.
+        """
         assert not seq.block_ids, "allocated twice"
         for block_id in hits:
             if not self._ref_counts[block_id]:
@@ -109,10 +117,10 @@ class BlockManager:
             self._unsettled.append(seq)
 
     def settle(self) -> None:
-        """Let what was allocated lately be awaited by others.
+        """Enter the blocks of recently allocated sequences into `_awaited`, so others can wait.
 
-        It takes 2 us a block, and so is left until the step that computes them has been launched,
-        or until another sequence looks for its prefix.
+        Hashing takes 2 us a block. It is therefore postponed until the step that computes the
+        blocks has been launched, or until another sequence looks for its prefix.
         """
         for seq in self._unsettled:
             self._extend_hashes(seq, len(seq.token_ids) // self.block_size)
@@ -121,14 +129,17 @@ class BlockManager:
         self._unsettled.clear()
 
     def grow(self, seq: Sequence) -> int:
-        """Append one new block to `seq` and return its id. There must be a free one."""
+        """Append one new block to `seq` and return its id. There must be a free block."""
         block_id = self._take()
         seq.block_ids.append(block_id)
         seq.kv_capacity += self.block_size
         return block_id
 
     def offer(self, seq: Sequence, num_valid: int) -> None:
-        """Cache the blocks of `seq` that are full now that `num_valid` of its tokens have KV."""
+        """Put into the prefix cache the blocks of `seq` that its first `num_valid` tokens fill.
+
+        The KV of those tokens has been computed, and their ids are known.
+        """
         if seq.next_offer_len > num_valid:
             return
         self.settle()
@@ -139,7 +150,7 @@ class BlockManager:
             block_hash = seq.block_hashes[index]
             if awaited.get(block_hash) is seq:
                 del awaited[block_hash]
-            # Where another sequence has computed the same block, the cache keeps the first.
+            # If another sequence has computed the same block before, the cache keeps that one.
             if block_hash not in block_of:
                 block_id = seq.block_ids[index]
                 block_of[block_hash] = block_id
@@ -149,13 +160,13 @@ class BlockManager:
         seq.next_offer_len = (end + 1) * self.block_size
 
     def release(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
-        """Take all blocks from `seq`. has_bad_kv: what they hold must never be a hit again."""
+        """Take all blocks from `seq`. has_bad_kv: their KV is wrong, so they leave the cache."""
         if seq in self._unsettled:
             self._unsettled.remove(seq)
         for block_hash in seq.block_hashes[seq.num_offered_blocks :]:
             if self._awaited.get(block_hash) is seq:
                 del self._awaited[block_hash]
-        # The tail goes first, so that it is reused before the prefix it depends on.
+        # The last block becomes free first, so that it is reused before the prefix it depends on.
         for block_id in reversed(seq.block_ids):
             if has_bad_kv:
                 self._uncache(block_id)
@@ -170,13 +181,13 @@ class BlockManager:
         seq.next_offer_len = NEVER
 
     def forget(self) -> None:
-        """Empty the prefix cache. Blocks that sequences hold stay theirs, and are hits no more."""
+        """Empty the prefix cache. Running sequences keep their blocks, but nobody can hit them."""
         self._block_of.clear()
         self._hash_of = [None] * self.num_blocks
         self._preimage_of = [None] * self.num_blocks
 
     def check_invariants(self, running: Collection[Sequence]) -> None:
-        """Assert that the bookkeeping agrees with the running sequences. Slow, for tests."""
+        """Assert that the bookkeeping agrees with the sequences `running`. Slow; for tests."""
         counts = [0] * self.num_blocks
         for seq in running:
             assert len(set(seq.block_ids)) == len(seq.block_ids), "a block twice in one sequence"

@@ -20,12 +20,14 @@ class CpuRunner:
     """Implements engine.Runner on a CPU: steps run on one worker thread.
 
     The event loop only hands over a Step and gets a future: packing, forward and sampling happen on
-    the worker, most of it outside the GIL. `num_threads` is what one op may use.
+    the worker, most of it outside the GIL.
+
+    num_threads  how many threads one op may use.
     """
 
-    pack = staticmethod(pack)  # where a trace puts its timer
-    run_ahead_depth = 0  # a step's successor would wait for the same cores
-    step_deadline_s: float | None = None  # a long prompt may take minutes
+    pack = staticmethod(pack)  # an attribute, so that Trace.watch can wrap it
+    run_ahead_depth = 0  # running ahead gains nothing: the next step needs the same cores
+    step_deadline_s: float | None = None  # the prefill of a long prompt may take minutes
 
     def __init__(self, executor: StepExecutor, *, num_threads: int) -> None:
         self._executor = executor
@@ -48,9 +50,11 @@ class CpuRunner:
     def warm_up(
         self, steps: Sequence[Step], *, budget_s: float, report: Report = report_nothing
     ) -> None:
-        """Run `steps` until `budget_s` are spent, through one layer of each kind: matrix libraries
-        compile a shape they first meet, and keep what they compiled. report(done, total) counts the
-        steps."""
+        """Run `steps` through one layer of each kind, until `budget_s` seconds are spent.
+
+        Matrix libraries compile code for each shape when they first meet it, and keep it.
+        report(done, total) counts the steps.
+        """
         deadline_s = time.monotonic() + budget_s
         for done, step in enumerate(steps):
             report(done, len(steps))
@@ -77,7 +81,7 @@ class CpuRunner:
         return self._run(step)
 
     def close(self) -> None:
-        """End the worker and drop the tensors; nothing is in flight."""
+        """End the worker thread and drop the tensors; no step may be in flight."""
         self._is_closed = True
         self._thread.shutdown()
         self._executor.close()
@@ -99,7 +103,7 @@ class CpuRunner:
     def _sample(
         self, forward: Future[StepShape], asked: Asked, masked_rows: Sequence[int] = ()
     ) -> StepOutput:
-        """`forward` has ended: the worker does one thing after another."""
+        """Sample the step of `forward`, which has ended: the one worker runs its calls in order."""
         shape = forward.result()
         if masked_rows:
             rows = self._executor.tile_rows(masked_rows)

@@ -1,9 +1,9 @@
 """CudaRunner: launches steps on a CUDA stream from the event loop, without waiting for them.
 
 A step is one copy to the device, the kernels of the forward pass, those of sampling, one copy back,
-one event. A thread of `_host` waits for the event and tells the loop through an eventfd; the loop
-then reads the sampled tokens from pinned memory. Host buffers are a ring: an entry is used again
-only when the step that used it has ended.
+and one CUDA event. A thread of the native module `_host` waits for the event and wakes the loop
+through an eventfd; the loop then reads the sampled tokens from pinned memory. Host buffers form a
+ring: an entry is reused only after the step that used it has ended.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ from pyserve.errors import DeviceError
 from pyserve.ops import build
 from pyserve.ops.build import Report, report_nothing
 
-RING_SIZE = 4  # steps in flight at most
-STEP_DEADLINE_S = 60.0  # many times what the largest step takes on the slowest card
+RING_SIZE = 4  # host buffers, and so the maximum number of steps in flight
+STEP_DEADLINE_S = 60.0  # many times the duration of the largest step on the slowest card
 
 
 @dataclass(slots=True, eq=False)
 class _RingEntry:
-    """Host memory of one step in flight."""
+    """Pinned host memory of one step in flight.
 
-    step_input: torch.Tensor  # int32 [num_step_words], pinned
-    words: NDArray[np.int32]  # the same memory
-    results: torch.Tensor  # of the executor's shape and dtype, as all below, pinned
+    results, asked and told have the shapes and dtypes of the executor's tensors of these names.
+    """
+
+    step_input: torch.Tensor  # int32 [max_step_words]
+    words: NDArray[np.int32]  # the memory of step_input as a NumPy array
+    results: torch.Tensor
     asked: torch.Tensor
     told: torch.Tensor
-    event: torch.cuda.Event
+    event: torch.cuda.Event  # recorded behind the step's last copy
 
 
 @dataclass(slots=True, eq=False)
@@ -56,12 +59,12 @@ class _InFlight:
 class CudaRunner:
     """Implements engine.Runner on the executor's CUDA device.
 
-    One step runs while the next is being launched: the card does not wait for the host.
+    One step runs while the next is being launched, so the card does not wait for the host.
 
-    is_eager  do not record small steps, which makes launching one cost the host next to nothing.
+    is_eager  record no CUDA graphs: every step is launched op by op, at a higher cost on the host.
     """
 
-    pack = staticmethod(pack)  # where a trace puts its timer
+    pack = staticmethod(pack)  # an attribute, so that Trace.watch can wrap it
     run_ahead_depth = 1
     step_deadline_s: float | None = STEP_DEADLINE_S
 
@@ -70,9 +73,9 @@ class CudaRunner:
         self._is_eager = is_eager
         self._is_closed = False
         device = executor.device
-        torch.cuda.synchronize(device)  # what was loaded and allocated until here, on any stream
+        torch.cuda.synchronize(device)  # weights and buffers were written on other streams
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Masks go to the device while it runs the forward pass that was queued before them.
+        # On a stream of their own, masks are copied while the step's forward pass still runs.
         self._mask_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._masks_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._ring = deque(
@@ -86,7 +89,7 @@ class CudaRunner:
             )
             for step_input in [_pinned(len(executor.step_input)) for _ in range(RING_SIZE)]
         )
-        # One of each is enough: the masks of a step are written when all before it have ended.
+        # One buffer of each is enough: a step's masks are written after all earlier steps ended.
         self._bitmask = _pinned(*executor.bitmask.shape)
         self._masked_rows = _pinned(len(executor.masked_rows))
         self._in_flight: deque[_InFlight] = deque()
@@ -99,15 +102,16 @@ class CudaRunner:
         return int(torch.cuda.memory_stats(self._executor.device).get("num_device_alloc", 0))
 
     def warm_up_largest(self) -> None:
-        """Run the step that needs most memory, on a KV cache of one block."""
+        """Run the step that needs the most memory, with a KV cache of only one block."""
         self._allocate_kv(1)
         self._run_and_wait(largest_step(self._executor.limits))
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
-        """Allocate the KV cache for good, then run every shape, and record the small ones: after
-        it, nothing is new. A shape that is not recorded is run through one layer of each kind: the
-        others would call the same again, and all together take more than a second of a large model.
+        """Allocate the KV cache, then run every step shape once and record the small ones as CUDA
+        graphs, so that no kernel has to be loaded and no memory allocated while serving.
 
+        Shapes without a graph are run through only one layer of each kind: further layers would
+        call the same kernels again, which takes more than a second on a large model.
         report(done, total) counts the shapes.
         """
         self._allocate_kv(num_blocks)
@@ -118,7 +122,7 @@ class CudaRunner:
                 limits, num_blocks=num_blocks, vocab_size=self._executor.vocab_size,
                 num_adapter_slots=num_adapter_slots,
             )  # fmt: skip
-        are_run = {step.num_tokens for step in recorded}  # when they are recorded
+        are_run = {step.num_tokens for step in recorded}  # recording a step runs it as well
         steps = [
             step
             for step in warmup_steps(limits, num_adapter_slots=num_adapter_slots)
@@ -159,7 +163,7 @@ class CudaRunner:
         return self._run(step)
 
     def close(self) -> None:
-        """Free the memory; nothing is in flight."""
+        """Free the memory; no step may be in flight. Harmless when called again."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -183,14 +187,14 @@ class CudaRunner:
 
     def _forward(self, step: Step, entry: _RingEntry, *, is_warmup: bool = False) -> StepShape:
         with torch.cuda.stream(self._stream):
-            for load in step.adapter_loads:  # behind all steps that read what lay there
+            for load in step.adapter_loads:  # queued behind all steps that use the old adapter
                 self._executor.put_adapter(load)
             shape = self._bring(step, entry)
             self._executor.forward(shape, is_warmup=is_warmup)
         return shape
 
     def _bring(self, step: Step, entry: _RingEntry) -> StepShape:
-        """Pack the step and queue its copy to where the executor reads it."""
+        """Pack the step into `entry` and queue its copy to the executor's step_input."""
         num_words = self.pack(step, entry.words)
         self._executor.bring(entry.step_input[:num_words])
         return step.shape
@@ -206,7 +210,8 @@ class CudaRunner:
                 executor.pack_asked(asked, entry.asked.numpy())
                 executor.asked.copy_(entry.asked, non_blocking=True)
             results = executor.sample(shape, masked_rows, asked)
-            # All of a sampled step's, which are few: a copy of one size costs the host least.
+            # Of token ids (1-D) all are copied, as they are few and copies of one size cost the
+            # host least; of pooled vectors (2-D) only the rows that this step has computed.
             count = len(results) if results.dim() == 1 else shape.num_samples
             entry.results[:count].copy_(results[:count], non_blocking=True)
             num_slots = executor.limits.num_slots
@@ -223,8 +228,9 @@ class CudaRunner:
         return self._executor.output(results, asked, entry.told.numpy())
 
     def _bring_masks(self, masked_rows: Sequence[int]) -> None:
-        """Queue the copies of the masks, and of the rows they belong to: no step that is not over
-        reads what they replace.
+        """Queue the copies of the masks and of the rows that they belong to.
+
+        The copies need not wait for `_stream`: all steps that read the old masks have ended.
         """
         executor, num_rows = self._executor, len(masked_rows)
         self._masked_rows.numpy()[:num_rows] = executor.tile_rows(masked_rows)
@@ -252,7 +258,7 @@ class CudaRunner:
     def _fail(
         self, entry: _RingEntry, result: asyncio.Future[StepOutput], error: Exception
     ) -> None:
-        """The step of `entry` could not be launched whole."""
+        """Fail a step that could not be launched completely, and return its ring entry."""
         result.set_exception(self._explained(error))
         self._ring.append(entry)
 
@@ -262,10 +268,13 @@ class CudaRunner:
             self._complete(error)
 
     def _complete(self, error: str) -> None:
-        """The oldest step in flight has ended, with the name of a CUDA error or without one."""
+        """Deliver the result of the oldest step in flight, which has ended.
+
+        error  the name of the CUDA error that it ended with; "" where it succeeded.
+        """
         step = self._in_flight.popleft()
         if step.result.done():
-            pass  # nobody waits any more: it was taken for one that hangs
+            pass  # it was given up as hanging (AsyncEngine._look), so nobody waits for it
         elif error:
             step.result.set_exception(DeviceError(f"the GPU failed: {error}"))
         else:
@@ -273,23 +282,24 @@ class CudaRunner:
         self._ring.append(step.entry)
 
     def _explained(self, error: Exception) -> Exception:
-        """`error`, or a DeviceError where the device takes no more work."""
+        """Return `error`, or a DeviceError if the device has failed and takes no more work."""
         try:
-            self._stream.synchronize()  # also: what was launched still reads the ring's entry
+            # This also waits for launched work that still reads the ring entry.
+            self._stream.synchronize()
         except RuntimeError as device_error:
             first_line, _, _ = str(device_error).partition("\n")
             return DeviceError(f"the GPU failed: {first_line}")
         return error
 
     def _allocate_kv(self, num_blocks: int) -> None:
-        # Not on the steps' stream: there it would be carved out of the activations' cached memory,
-        # which the next step would have to take anew.
+        # On the steps' stream, torch's allocator would give the KV cache memory that it has cached
+        # for the temporaries of steps, and the next step would have to allocate them again.
         self._executor.allocate_kv(num_blocks)
         torch.cuda.synchronize(self._executor.device)
 
     def _record(self, step: Step) -> None:
         try:
-            # A tensor that the collector freed while CUDA records would break the record.
+            # If the garbage collector freed a CUDA tensor during capture, the graph would be void.
             with torch.cuda.stream(self._stream), collector.paused():
                 self._executor.record(self._bring(step, self._ring[0]))
         except Exception as error:

@@ -1,6 +1,6 @@
-"""Which device serves, and what an NVIDIA card has: asked once, before anything is built.
+"""The choice of device and dtype, and checks of what they support, before anything is built.
 
-Rank r has torch's card r, so CUDA_VISIBLE_DEVICES chooses.
+Rank r of a machine uses torch's device cuda:r, so CUDA_VISIBLE_DEVICES chooses the cards.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from pyserve.model.config import CheckpointDtype, ModelConfig
 from pyserve.ops import cuda_card
 
 CPU = torch.device("cpu")
-DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # also in a container without the card
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")  # visible even in containers without a card
 
 
 def resolve_device(wanted: Device, *, is_demo: bool, tp_rank: int = 0) -> torch.device:
-    """The device that `wanted` means on this machine, for one of the ranks.
+    """The device that `wanted` means for rank `tp_rank` on this machine.
 
-    With "auto" a card that is there and cannot be used is an error: serving slowly instead would be
-    no favour. Raises StartupError, one line that says what to do.
+    With "auto", a card that is present but unusable is an error: falling back to the CPU would
+    silently serve far too slowly. Raises StartupError with a one-line remedy.
+
+    is_demo  the demo model is served, for which a CPU is expected: no warning is logged.
     """
     if wanted == "cpu":
         return CPU
@@ -41,13 +43,16 @@ def resolve_device(wanted: Device, *, is_demo: bool, tp_rank: int = 0) -> torch.
 
 
 def _index(tp_rank: int) -> int:
-    """Of a rank's card on its machine."""
+    """torch's index of the card of rank `tp_rank` on the rank's own machine."""
     here = launched()
     return tp_rank if here is None else here.local_index
 
 
 def check_cards(device: torch.device, tp_size: int, pp_size: int = 1) -> None:
-    """Raise ConfigError where there are not so many cards of one kind, or processes."""
+    """Check that torchrun's processes and this machine's cards match the parallel sizes.
+
+    Raises ConfigError where processes or cards are missing, or the cards are of different kinds.
+    """
     here = launched()
     if here is not None and here.tp_size != tp_size * pp_size:
         kind = "pipeline" if pp_size > 1 else "tensor"
@@ -62,7 +67,7 @@ def check_cards(device: torch.device, tp_size: int, pp_size: int = 1) -> None:
         )
     if device.type == "cpu" or tp_size == 1:
         return
-    if here is not None:  # one card of this machine, others of theirs
+    if here is not None:  # under torchrun each process checks its own card only
         return
     num_cards = torch.cuda.device_count()
     if num_cards < tp_size:
@@ -79,7 +84,7 @@ def check_cards(device: torch.device, tp_size: int, pp_size: int = 1) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """For the log: "cpu", or "cuda" and what the card is."""
+    """A description for the log: "cpu", or "cuda" with the card's name and compute capability."""
     if device.type == "cpu":
         return "cpu"
     major, minor = cuda_card.capability(device.index)
@@ -87,9 +92,9 @@ def describe(device: torch.device) -> str:
 
 
 def card_memory(device: torch.device) -> CardMemory:
-    """What the card shows now, with our CUDA context on it.
+    """The card's memory in use now, which includes our CUDA context; creates it if needed.
 
-    Raises StartupError where the card does not even take that.
+    Raises StartupError where the context cannot be created.
     """
     try:
         torch.cuda.set_device(device)
@@ -105,7 +110,7 @@ def card_memory(device: torch.device) -> CardMemory:
 
 
 def check_model(model: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError where the kernels of `device` cannot run the model."""
+    """Raise ConfigError if the model needs something for which `device` has no kernels."""
     lacks = model.lacking_on_cuda()
     if device.type == "cuda" and lacks:
         raise ConfigError(
@@ -114,7 +119,7 @@ def check_model(model: ModelConfig, device: torch.device) -> None:
 
 
 def check_logprobs_mode(mode: LogprobsMode, device: torch.device) -> None:
-    """Raise ConfigError where logprobs are to be told in a way that has no kernel on `device`."""
+    """Raise ConfigError if there is no kernel for this logprobs mode on `device`."""
     if device.type == "cuda" and mode.startswith("processed"):
         raise ConfigError(
             f"--logprobs-mode {mode} is not built yet on an NVIDIA card: use raw_logprobs or "
@@ -123,7 +128,7 @@ def check_logprobs_mode(mode: LogprobsMode, device: torch.device) -> None:
 
 
 def check_adapters(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Raise ConfigError where adapters are asked for and cannot be added here."""
+    """Raise ConfigError if --enable-lora is given but this setup does not support adapters."""
     if not config.enable_lora:
         return
     if launched() is not None:
@@ -138,7 +143,7 @@ def check_adapters(config: EngineConfig, model: ModelConfig, dtype: torch.dtype)
 
 
 def resolve_dtype(wanted: Dtype, stored: CheckpointDtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. Raises ConfigError for one that `device` does not have here."""
+    """The dtype to compute in. Raises ConfigError for one that is not supported on `device`."""
     logger = log.get_logger()
     if device.type == "cuda":
         if wanted == "float32":

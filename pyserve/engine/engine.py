@@ -1,7 +1,8 @@
-"""Engine: the synchronous core. A step is schedule -> execute -> update; this file is the middle.
+"""Engine: the synchronous core. A step is schedule -> execute -> update.
 
-Owns the sequences by id, checks what may enter, and turns sampled ids into tokens on streams. Not
-thread-safe: everything but Runner.launch's work runs on one thread.
+The engine owns all sequences by id, checks new requests, and puts sampled tokens on the sequences'
+streams. The Scheduler decides what a step runs, and a Runner executes it. Not thread-safe: all
+calls come from one thread, and only the work that Runner.launch starts runs elsewhere.
 """
 
 from __future__ import annotations
@@ -37,32 +38,32 @@ from pyserve.words import counted
 class Pending:
     """A step whose forward pass is queued.
 
-    bitmask  int32 [num_slots, ceil(vocab_size / 32)] in host memory: where the masks of its rows
-             are written, when all steps before it have ended.
+    bitmask  int32 [num_slots, ceil(vocab_size / 32)] in host memory: the token masks of its rows
+             are written here, once all steps before it have ended.
     """
 
     launch_sampling: Callable[[SequenceABC[int]], asyncio.Future[StepOutput]]
     bitmask: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
     def sample(self, masked_rows: SequenceABC[int] = ()) -> asyncio.Future[StepOutput]:
-        """Queue the rest of the step: logits and draws. Called once, before the next launch.
+        """Queue the rest of the step, logits and sampling. Called once, before the next launch.
 
         masked_rows  indices of sampled rows, ascending: bitmask[i] is the mask of masked_rows[i].
 
-        A DeviceError in the result means that nothing runs any more; another exception, that the
-        step has failed and the next may be tried.
+        Errors are set on the returned future. A DeviceError means that the device is lost and no
+        further step can run; after any other exception only this step has failed.
         """
         return self.launch_sampling(masked_rows)
 
 
 class Runner(Protocol):
-    """Executes steps, in the order of the calls. Lives from its making to `close`.
+    """Executes steps, in the order of the calls.
 
-    run_ahead_depth         steps to launch ahead of the one whose result is awaited.
-    step_deadline_s         a step that takes longer has hung; None: any time is fine.
-    num_device_allocations  times memory was taken from a GPU so far.
+    run_ahead_depth         how many steps to launch ahead of the one whose result is awaited.
+    step_deadline_s         seconds after which a step counts as hanging; None: no limit.
+    num_device_allocations  how often GPU memory has been allocated so far (cudaMalloc).
 
-    These three are told after `close` too; `attach`, `launch` and `run` raise RuntimeError then.
+    After `close` these three can still be read; `attach`, `launch` and `run` raise RuntimeError.
     """
 
     run_ahead_depth: int
@@ -72,34 +73,38 @@ class Runner(Protocol):
     def num_device_allocations(self) -> int: ...
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From here on steps are launched on `loop`, and their results come there."""
+        """Deliver the results of all later launches on `loop`. Called before the first launch."""
 
     def is_replayed(self, step: Step) -> bool:
-        """Whether launching `step` costs the host next to nothing."""
+        """Whether `step` has a recorded CUDA graph, so that launching it costs the host little."""
 
     def launch(self, step: Step) -> Pending:
-        """Start `step` without waiting for it. What fails is in the result."""
+        """Queue the forward pass of `step` without waiting for it; never raises for a failed step.
+
+        Errors are set on the future that Pending.sample returns.
+        """
 
     def run(self, step: Step) -> StepOutput:
-        """Execute `step` and wait for it, while nothing is in flight; raises what has failed.
+        """Execute `step` without masks and wait for it. No step may be in flight.
 
-        Nothing is masked.
+        Raises DeviceError if the device is lost, else the exception that the step failed with.
         """
 
     def close(self) -> None:
-        """Free threads and memory; nothing is in flight. Harmless when called again."""
+        """Free threads and memory. No step may be in flight. Harmless when called again."""
 
 
-_NAN = [-1]  # of a row, as StepOutput tells it
+_NAN = [-1]  # StepOutput.token_ids of a row whose logits are NaN
 
 
 class Engine:
-    """Sequences in, tokens on their streams out, or what the runner pools of their prompts.
+    """Takes requests and puts output tokens, or pooled vectors, on the streams of their sequences.
 
-    max_model_len   tokens of a sequence, prompt and output together.
+    max_model_len   maximum length of a sequence in tokens, prompt and output together.
     vocab_size      token ids are in [0, vocab_size).
-    is_pooling      the runner pools: all sequences are params.POOLED.
-    pacer           learns how large steps may be; None: as large as the token budget.
+    policy          "priority" honours SequenceRequest.priority; "fcfs" ignores it.
+    pacer           learns how large steps may be; None: the token budget is the only limit.
+    is_pooling      the model pools prompts instead of sampling: all parameters are params.POOLED.
     """
 
     def __init__(
@@ -111,9 +116,9 @@ class Engine:
         self.runner = runner
         self.num_steps = 0
         self.num_output_tokens = 0
-        self.num_finished = 0  # sequences that have ended, however they did
+        self.num_finished = 0  # sequences that have ended for whatever reason
         self.num_nan_sequences = 0
-        self.has_first_tokens = False  # among those of the last update
+        self.has_first_tokens = False  # the last update delivered some sequence's first token
         self.histograms = StepHistograms()
         self._pacer = pacer
         if pacer is not None:
@@ -124,12 +129,12 @@ class Engine:
         self._vocab_size = vocab_size
         self._has_priorities = policy == "priority"
         self.load = Load()  # of all sequences that have not ended
-        self.load_of: dict[str, Load] = {}  # user -> of theirs, where there are any
+        self.load_of: dict[str, Load] = {}  # the same by user; only users with sequences
         self._seqs: dict[int, Sequence] = {}
         self._num_constrained = 0  # sequences with a constraint
-        self._num_asking = 0  # sequences whose logprobs are asked for
+        self._num_asking = 0  # sequences that requested logprobs
         self._next_seq_id = 0
-        # Not `secrets`: a call of the system lets other threads take the interpreter's lock.
+        # Not `secrets`: a system call releases the GIL, and getting it back may take milliseconds.
         self._seeds = random.Random()
 
     @property
@@ -138,7 +143,10 @@ class Engine:
         return len(self._seqs)
 
     def step(self) -> bool:
-        """Run one whole step, of sequences without constraints; False: there was nothing to run."""
+        """Run one whole step synchronously; False where there is nothing to run.
+
+        No sequence may have a constraint.
+        """
         step = self.schedule()
         if step is None:
             return False
@@ -147,7 +155,11 @@ class Engine:
         return True
 
     def add(self, request: SequenceRequest) -> SequenceStream:
-        """Queue one sequence. Raises InvalidRequestError where it can never run."""
+        """Queue one sequence and return its stream.
+
+        Raises InvalidRequestError for token ids outside the vocabulary and where the sequence can
+        never fit; ContextError where a prompt to be pooled is longer than max_model_len.
+        """
         params, user = request.params, request.user
         assert params == POOLED or not self._is_pooling
         token_ids = list(request.prompt_token_ids)
@@ -180,13 +192,16 @@ class Engine:
         return seq.stream
 
     def abort(self, stream: SequenceStream) -> None:
-        """Free what the sequence holds now, whatever is in flight; harmless after its end."""
+        """End the sequence and free its slot and blocks at once, even with a step in flight.
+
+        Harmless after its end.
+        """
         seq = self._seqs.get(stream.seq_id)
         if seq is not None:
             self._finish(seq, "abort")
 
     def _root_hash(self, request: SequenceRequest) -> bytes:
-        """Sequences of different versions of an adapter share no block."""
+        """The version is part of the hash: sequences share no blocks across adapter versions."""
         version = "" if request.adapter is None else str(request.adapter.version)
         return self.scheduler.blocks.root_hash(request.cache_salt, version)
 
@@ -203,29 +218,31 @@ class Engine:
         return step
 
     def is_host_dependent(self, step: Step) -> bool:
-        """Whether sampling `step` must wait for update() of all steps before it."""
+        """Whether sampling `step` must wait for `update` of all steps before it."""
         return self._num_constrained > 0 and is_host_dependent(step)
 
     def update(self, step: Step, output: StepOutput) -> None:
-        """Account for an executed step: cache what it filled, deliver what it sampled.
+        """Account for an executed step: put full blocks into the prefix cache, deliver its tokens.
 
-        Rows whose sequence has left its slot since (aborted, preempted, finished) are dropped.
+        Results of rows whose sequence has left its slot since the launch (aborted, preempted or
+        finished) are dropped.
         """
         offer = self.scheduler.blocks.offer
-        sampled, told = iter(output.token_ids), iter(output.logprobs or ())
+        sampled, sampled_logprobs = iter(output.token_ids), iter(output.logprobs or ())
         pooled = iter(output.pooled or ())
         if step.prompt_spans:
             put_prompt_logprobs(step, output)
         num_output_tokens = 0
-        num_first_tokens = 0  # since their sequences were admitted
+        num_first_tokens = 0  # first ones since their sequence was admitted or readmitted
         now_s = time.monotonic()
         for seq, generation, seq_len, is_sampled, host_tokens in zip(
             step.seqs, step.generations, step.seq_lens, step.row_samples, step.host_tokens,
             strict=True,
         ):  # fmt: skip
             token_ids = next(sampled) if is_sampled else None
-            is_told = is_sampled and seq.params.num_logprobs is not None
-            logprobs = [next(told).best(seq.params.num_logprobs)] if is_told else None
+            num_top, logprobs = seq.params.num_logprobs, None
+            if is_sampled and num_top is not None:
+                logprobs = [next(sampled_logprobs).best(num_top)]
             vector = next(pooled, None) if is_sampled else None
             if seq.generation != generation:
                 continue
@@ -260,7 +277,8 @@ class Engine:
         self.has_first_tokens = num_first_tokens > 0
         self.num_output_tokens += num_output_tokens
         self.num_steps += 1
-        # All other tokens follow one of the last update: the time since then is their latency.
+        # All other tokens follow one that the last update delivered, so the time since then is
+        # their inter-token latency.
         num_gaps = num_output_tokens - num_first_tokens
         if num_gaps:
             self.histograms.inter_token_s.observe(now_s - self._last_update_s, num_gaps)
@@ -268,7 +286,7 @@ class Engine:
         self._last_update_s = now_s
 
     def _note_first_token(self, seq: Sequence, now_s: float) -> None:
-        """The first token of `seq` since it was admitted, maybe again."""
+        """Record the latency of the first token of `seq` since it was admitted or readmitted."""
         if not seq.stream.first_token_s:
             seq.stream.first_token_s = now_s
         else:
@@ -276,7 +294,7 @@ class Engine:
         seq.preempted_s = 0.0
 
     def note_duration(self, step: Step, duration_s: float) -> None:
-        """Learn from how long a step has taken, in seconds."""
+        """Record that `step` has taken duration_s seconds, and update the pacer's limits."""
         self.histograms.duration_s.observe(duration_s)
         if self._pacer is not None:
             self._pacer.note(step, duration_s)
@@ -284,29 +302,32 @@ class Engine:
             self.scheduler.alone_limit = self._pacer.alone_limit
 
     def fail_row(self, seq: Sequence, generation: int, error: PyserveError) -> None:
-        """Fail the sequence of a row in flight alone, if it has not left its slot since."""
+        """Fail only the sequence of one row in flight, if it has not left its slot since."""
         if seq.generation == generation and seq.stream.seq_id in self._seqs:
             self._fail(seq, error)
 
     def fail_step(self, step: Step) -> None:
-        """Account for a step whose execution raised: its sequences fail, the others go on."""
+        """Account for a step whose execution raised: its sequences fail, all others continue."""
         for seq, generation in zip(step.seqs, step.generations, strict=True):
             if seq.generation == generation:
                 self._fail(seq, EngineError("the step that ran this sequence failed"))
         for load in step.adapter_loads:
             self.scheduler.adapters.reload(load.adapter)
-            # Who was admitted behind this step has found the adapter in its slot, by the books.
+            # Sequences admitted after this step expected to find the adapter loaded in its slot.
             for seq in list(self.scheduler.running):
                 if seq.adapter is not None and seq.adapter.version == load.adapter.version:
                     self._fail(seq, EngineError("the step that put in its adapter failed"))
 
     def fail_waiting(self, error: PyserveError) -> None:
-        """Fail every sequence that does not run; the engine goes on."""
+        """Fail every waiting sequence; the engine goes on."""
         for seq in list(self.scheduler.waiting):
             self._fail(seq, error)
 
     def fail_all(self, error: PyserveError) -> None:
-        """Fail every sequence, also where the books no longer agree. Nothing may run after it."""
+        """Fail every sequence, even if the bookkeeping is inconsistent. No step may run after it.
+
+        Blocks and slots are not released.
+        """
         for seq in self._seqs.values():
             seq.stream.fail(error)
         self._seqs.clear()
@@ -318,7 +339,7 @@ class Engine:
         self.load_of.clear()
 
     def check_invariants(self) -> None:
-        """Assert that all books agree. Slow, for tests."""
+        """Assert that all bookkeeping agrees. Slow; for tests."""
         self.scheduler.check_invariants()
         queued = [*self.scheduler.waiting, *self.scheduler.running]
         assert {id(seq) for seq in queued} == {id(seq) for seq in self._seqs.values()}
@@ -331,7 +352,10 @@ class Engine:
         assert self.load_of.keys() == {seq.user for seq in queued}
 
     def _end(self, seq: Sequence) -> None:
-        """The answer is whole, as its constraint says: nothing but a stop token could follow."""
+        """End a sequence whose constraint is finished: nothing but a stop token could follow.
+
+        It fails where it has fewer than min_tokens.
+        """
         error = too_short(seq)
         if error is None:
             self._finish(seq, "stop")
@@ -359,14 +383,14 @@ class Engine:
         self.load_of[seq.user] -= size
         if not self.load_of[seq.user].num_seqs:
             del self.load_of[seq.user]
-        del self._seqs[seq.stream.seq_id]  # last: fail_all must still find it if that raises
+        del self._seqs[seq.stream.seq_id]  # last: if anything above raises, fail_all still finds it
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty, at least 1 token is needed", "prompt")
         check_token_ids("prompt", token_ids, self._vocab_size)
         check_token_ids("logit_bias", params.logit_bias, self._vocab_size)
-        # The last token is never an input, so needs no KV; where prompts are pooled there is none.
+        # The last output token is never an input, so it needs no KV; pooling has no output token.
         num_inputs = len(token_ids) + params.max_tokens - 1
         num_tokens = num_inputs + (not self._is_pooling)
         if self._is_pooling and num_tokens > self._max_model_len:

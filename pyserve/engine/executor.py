@@ -1,9 +1,9 @@
-"""How a packed step runs on a device.
+"""StepExecutor: runs packed steps on a device.
 
-StepExecutor owns the model, the KV cache and the device state of the slots, all of it allocated
-once, and anew after a sleep; it is the same on every device. It is given bytes and their shape, so
-that what executes a step need not be what has scheduled it. A runner brings it packed steps and
-takes results away.
+It owns the model, the KV cache and the device state of the slots, which are allocated once, and
+again after a sleep. The code is the same for every device. It takes a step as packed words and
+their StepShape, so a process that did not schedule the step can execute it too (tensor parallel).
+A runner brings it packed steps and fetches the results.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pyserve.ops.reference_sample import processed_logits
 
 
 def refuse_when_closed() -> NoReturn:
-    """What every call that would need freed memory comes to."""
+    """Raise the RuntimeError of calls that need memory which `close` has freed."""
     raise RuntimeError("the runner is closed: it executes nothing any more")
 
 
@@ -51,7 +51,10 @@ _Forward = tuple[ops.StepPlan, ForwardContext]
 
 
 class _PaddedShape(NamedTuple):
-    """What a forward pass is run as; is_decode: no row is longer than what counts as decoding."""
+    """The shape that a forward pass runs in, and the key of its CUDA graph.
+
+    is_decode  no row has more than Decoder.decode_query_len tokens.
+    """
 
     num_tokens: int
     num_rows: int
@@ -62,12 +65,13 @@ class _PaddedShape(NamedTuple):
 class StepExecutor:
     """Executes packed steps: each is one `forward` and then one `sample`.
 
-    Both are replayed where their shape was recorded (graphs.py), else called op by op.
-    After `close` the limits and the device are still told; all else raises RuntimeError.
+    Both are replayed if a CUDA graph of their shape was recorded (graphs.py), else run op by op.
+    After `close`, `limits` and `device` can still be read; other calls raise RuntimeError.
 
-    logprobs_mode  what is told where logprobs are asked for. The processed ones are on a CPU alone.
-    followers      the other ranks of a model that several share, which make the same calls. With
-                   them what fails in a step is a DeviceError: the ranks are not in step any more.
+    logprobs_mode  as --logprobs-mode; the processed modes work on a CPU only.
+    followers      the other ranks of a model that several ranks share; they are told to make the
+                   same calls. Then any failure in a step is raised as a DeviceError, because the
+                   ranks are no longer in step.
     """
 
     def __init__(
@@ -93,17 +97,20 @@ class StepExecutor:
 
     def _make_state(self) -> None:
         self._state = StepState(self._model, self.limits, is_card=self.device.type == "cuda")
-        # [max_num_tokens, hidden_size], of the step that was forwarded last: they lie at the
-        # beginning of the activations, whatever its number of tokens.
+        # [max_num_batched_tokens, hidden_size]: the hidden states of the last forward pass. They
+        # are at the start of the activations' arena, however many tokens the step had.
         self._hidden = self._activations_of(self.limits.max_num_batched_tokens).hidden
 
     @property
     def step_input(self) -> torch.Tensor:
-        """int32 [max_step_words] on the device: where `forward` reads the packed step."""
+        """int32 [max_step_words] on the device: `forward` reads the packed step here."""
         return self._state.step_input
 
     def bring(self, words: torch.Tensor) -> None:
-        """Queue the copy of a packed step, in host memory, to where `forward` reads it."""
+        """Queue the copy of a packed step to step_input.
+
+        words  int32 [num_words] in host memory; it must not change before the copy has ended.
+        """
         self._tell(lambda: calls.Bring(words.numpy().tobytes()))
         self._state.step_input[: len(words)].copy_(words, non_blocking=True)
 
@@ -116,7 +123,7 @@ class StepExecutor:
         if self._is_closed:
             refuse_when_closed()
         self._tell(lambda: calls.AllocateKV(num_blocks))
-        self._graphs.clear()  # they read and write the one that goes
+        self._graphs.clear()  # they refer to the addresses of the old KV cache
         self._kv_caches.clear()
         self._kv_caches += [
             spec.allocate(num_blocks, self.limits.block_size, self.device)
@@ -135,25 +142,25 @@ class StepExecutor:
         return hasattr(self, "_model")
 
     def drop_model(self) -> None:
-        """Free the weights and what steps read and write, so that a card holds nothing of ours but
-        code, where the KV cache is free. No step runs, and none until `take_model`. Harmless when
-        called again."""
+        """Free the weights and all tensors of steps. After `free_kv` and this, a card holds only
+        our CUDA context and code. No step may run until `take_model`. Harmless when called again.
+        """
         self._tell(calls.DropModel)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # also copies that nobody has waited for
+            torch.cuda.synchronize(self.device)  # some queued copies may still be running
         self._drop_tensors()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def take_model(self, load: Callable[[], Decoder]) -> None:
-        """Compute with what `load` makes, the same model again, after `drop_model`. Raises what
-        `load` raises."""
+        """Undo `drop_model`: take the model that `load` returns, which must be the same as before.
+        Raises what `load` raises."""
         self._tell(calls.TakeModel)
         self._model = load()
         self._make_state()
 
     def _drop_tensors(self) -> None:
-        """All but the KV cache."""
+        """Drop all tensors but the KV cache."""
         self._graphs.clear()
         self._forwards.clear()
         self._activations.clear()
@@ -162,7 +169,10 @@ class StepExecutor:
             vars(self).pop(name, None)
 
     def put_adapter(self, load: AdapterLoad) -> None:
-        """Put an adapter into its slot; every step that was to find another there has ended."""
+        """Copy an adapter's weights into its slot.
+
+        All steps that use the slot's previous adapter have ended, or precede this on the stream.
+        """
         if self._is_closed:
             refuse_when_closed()
         if self._followers is not None:
@@ -171,7 +181,7 @@ class StepExecutor:
             self._model.put_adapter(load.slot, load.adapter.weights)
 
     def reset(self) -> None:
-        """Forget every sequence, as a warm-up must."""
+        """Clear the slots' device state; a warm-up must, as its steps are of no real sequence."""
         if self._is_closed:
             refuse_when_closed()
         self._tell(calls.Reset)
@@ -183,14 +193,15 @@ class StepExecutor:
         self._state.token_counts.zero_()
 
     def has_graph(self, shape: StepShape) -> bool:
-        """Whether launching the step costs the host next to nothing."""
+        """Whether the step's forward pass has a CUDA graph, so launching it costs little."""
         return self._padded(shape) in self._graphs
 
     def record(self, shape: StepShape) -> None:
-        """Record both launches of the step that lies in step_input, and try the records on it.
+        """Record CUDA graphs of the forward pass and the sampling of the step in step_input.
 
-        Called on a CUDA stream that is not the default one. Forgets every sequence. Raises
-        DeviceError where a replay gives other bits than the same launches op by op.
+        Each graph is then replayed on that step. Called on a CUDA stream that is not the default
+        one; clears the slots' state. Raises DeviceError if a replay's results are not bit-equal to
+        those of the same step run op by op.
         """
         self._tell(lambda: calls.Record(shape))
         padded, num_samples = self._padded(shape), self._padded_samples(shape)
@@ -217,9 +228,9 @@ class StepExecutor:
         self._reset()
 
     def forward(self, shape: StepShape, *, is_warmup: bool = False) -> None:
-        """Plan the step that lies in step_input and run the model's layers on it.
+        """Plan the step that is in step_input and run the model's layers on it.
 
-        is_warmup  as Decoder.warm_up.
+        is_warmup  run only one layer of each kind, as Decoder.warm_up does.
         """
         if self._is_closed:
             refuse_when_closed()
@@ -234,42 +245,45 @@ class StepExecutor:
 
     @property
     def results(self) -> torch.Tensor:
-        """On the device: where `sample` leaves what it returns, of as many rows as may be."""
+        """The tensor that `sample` writes and returns, on the device; see StepState.results."""
         return self._state.results
 
     @property
     def bitmask(self) -> torch.Tensor:
-        """int32 [num_slots, ceil(vocab_size / 32)] on the device: where `sample` reads masks."""
+        """int32 [num_slots, ceil(vocab_size / 32)] on the device: `sample` reads masks here."""
         return self._state.bitmask
 
     @property
     def masked_rows(self) -> torch.Tensor:
-        """int32 [num_slots] on the device: `tile_rows` of the masked rows, where it reads them."""
+        """int32 [num_slots] on the device: `sample` reads `tile_rows` of the masked rows here."""
         return self._state.masked_rows
 
     def tile_rows(self, masked_rows: Sequence[int]) -> list[int]:
-        """The rows of their tiles that the sampled rows are."""
+        """The index within its logits tile of each of `masked_rows`, indices of sampled rows."""
         size = len(self._state.logits)
         return [row % size for row in masked_rows]
 
     @property
     def asked(self) -> torch.Tensor:
-        """int32 on the device: where `sample` reads which rows are asked; pack_asked writes it."""
+        """int32 on the device, as StepState.asked: the rows that need logprobs, by pack_asked."""
         return self._state.asked
 
     @property
     def told(self) -> torch.Tensor:
-        """int32 [.., LOGPROB_WORDS] on the device: where `sample` leaves what read_told reads."""
+        """int32 [.., LOGPROB_WORDS] on the device: `sample` writes logprobs here for read_told."""
         return self._state.told
 
     def pack_asked(self, asked: Asked, words: NDArray[np.int32]) -> None:
-        """Write to `words`, of the size of `asked`, what `sample` is to find there."""
+        """Write `asked` to `words`, a host buffer of the size of the device tensor `asked`."""
         rows = asked._replace(sampled_rows=self.tile_rows(asked.sampled_rows))
         pack_asked(rows, words, num_slots=self.limits.num_slots)
 
     def output(self, results: NDArray[Any], asked: Asked, told: NDArray[np.int32]) -> StepOutput:
-        """`results`, of the sampled rows, and `told` are what those hold when the step has ended;
-        nothing of them is kept."""
+        """The StepOutput of a step that has ended.
+
+        results, told  host copies of the tensors `results`, of the sampled rows alone, and `told`.
+                       No reference to them is kept.
+        """
         if results.ndim == 2:
             return StepOutput.of_pooled(results.copy())
         token_ids: list[list[int]] = results[:, None].tolist()
@@ -282,14 +296,15 @@ class StepExecutor:
     def sample(
         self, shape: StepShape, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
     ) -> torch.Tensor:
-        """Draw the tokens of the step that was forwarded last -> int32 [at least num_samples], or
-        pool its rows -> float32 [at least num_samples, width].
+        """Sample the tokens of the last forward pass, or pool its rows if the model pools.
 
-        masked_rows  ascending: the first entries of `bitmask` and `masked_rows` are theirs. Such a
-                     step is not replayed: its masks have no recorded shape.
-        asked        lies in `asked` too, with tile_rows of its sampled rows; not replayed either.
+        masked_rows  indices of sampled rows that have a mask, ascending; the caller has written
+                     their masks and tile_rows to the device tensors `bitmask` and `masked_rows`.
+        asked        rows that need logprobs; the caller has written them to the tensor `asked`.
 
-        What is returned is overwritten by the next step.
+        A step with masks or logprobs runs op by op, because no graph is recorded for it.
+        Returns `results`: int32 [at least num_samples] token ids, or float32 [at least num_samples,
+        width] pooled vectors. The next step overwrites it.
         """
         if self._is_closed:
             refuse_when_closed()
@@ -333,7 +348,7 @@ class StepExecutor:
         self, num_samples: int, masked_rows: Sequence[int] = (), asked: Asked = NOTHING_ASKED
     ) -> None:
         state = self._state
-        num_rows = num_masked = num_asked = 0  # of the tiles before
+        num_rows = num_masked = num_asked = 0  # counts over the tiles so far
         with torch.inference_mode():
             if self._model.pooler is not None:
                 pool(self._model, self._hidden, self._tiles_of(num_samples))
@@ -376,7 +391,7 @@ class StepExecutor:
                 share_tokens(self._model, state, self._tiles_of(num_samples))
 
     def _tell_prompts(self, count: int) -> None:
-        """Logprobs of the tokens behind `count` rows of hidden states, a tile at a time."""
+        """Compute the `count` prompt logprobs that the tensor `asked` lists, tile by tile."""
         state = self._state
         limit, max_num_tokens = self.limits.num_slots, self.limits.max_num_batched_tokens
         rows = state.asked[limit : limit + max_num_tokens]
@@ -398,7 +413,7 @@ class StepExecutor:
             )
 
     def close(self) -> None:
-        """Drop the tensors. Harmless when called again."""
+        """Drop all tensors and leave the process group. Harmless when called again."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -408,10 +423,10 @@ class StepExecutor:
             self._group.close()
 
     def _padded(self, shape: StepShape) -> _PaddedShape:
-        """One of a few shapes, so that few records serve all small steps."""
+        """Pad a step's shape to one of a few, so that few graphs serve all small steps."""
         num_tokens = padded_size(shape.num_tokens, self.limits.max_num_batched_tokens)
         if self.device.type == "cuda" and num_tokens <= MAX_GRAPH_TOKENS:
-            num_rows = min(num_tokens, self.limits.num_slots)  # each has a token: there are no more
+            num_rows = min(num_tokens, self.limits.num_slots)  # each row has at least one token
         else:
             num_rows = padded_size(shape.num_rows, self.limits.num_slots)
         is_decode = shape.max_query_len <= self._model.decode_query_len
@@ -428,7 +443,7 @@ class StepExecutor:
         return activations
 
     def _forward_of(self, padded: _PaddedShape) -> _Forward:
-        """What a forward pass reads and writes, made once for each shape."""
+        """The plan and context of a forward pass of this shape, made once and cached."""
         forward = self._forwards.get(padded)
         if forward is None:
             state = self._state

@@ -1,8 +1,8 @@
-"""CUDA graphs: launches that were recorded once and cost the host next to nothing to repeat.
+"""CUDA graphs: kernel launches that are recorded once and then cheap for the host to replay.
 
-A step is two launches (runner.py), and each is recorded for the padded shapes that come often. All
-of it happens before the server is ready: after it a launch is replayed where its shape has a graph,
-and run call by call where it has none. Nothing else knows the difference.
+A step is two launches, forward and sampling (executor.py), and each is recorded for the padded
+shapes of small steps before the server is ready. While serving, a launch is replayed if its shape
+has a graph, and otherwise run op by op. Only the executor knows the difference.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import torch
 
 from pyserve.engine.batch import padded_sizes
 
-MAX_GRAPH_TOKENS = 1024  # of a recorded step: a larger one takes longer than its launch
-# Of device memory for each launch of a kernel: 60 MiB for 37 forward passes of 32 layers and 16
-# samplings on an H200.
+MAX_GRAPH_TOKENS = 1024  # larger steps run longer than their launch takes, so graphs gain nothing
+# Device memory that a graph takes for each kernel launch in it. Measured on an H200: 60 MiB for
+# graphs of 37 forward passes of 32 layers and 16 samplings.
 NODE_BYTES = 4800
-NODES_PER_LAYER = 10
-ADAPTER_NODES_PER_LAYER = 18  # in records of their own: two more for each Linear
+NODES_PER_LAYER = 10  # kernel launches of one layer
+ADAPTER_NODES_PER_LAYER = 18  # further launches in the graphs with adapters: two for each Linear
 
 
 def graph_sizes(max_num_tokens: int) -> list[int]:
-    """Padded numbers of tokens whose steps are recorded, the smallest first."""
+    """The padded step sizes, in tokens, that get a CUDA graph; the smallest first."""
     return [size for size in padded_sizes(max_num_tokens) if size <= MAX_GRAPH_TOKENS]
 
 
 def graphs_bytes(
     num_layers: int, *, max_num_tokens: int, num_slots: int, has_adapters: bool = False
 ) -> int:
-    """What the records of all shapes take on the card."""
+    """An estimate of the device memory in bytes that the graphs of all shapes take."""
     nodes_per_layer = NODES_PER_LAYER + (ADAPTER_NODES_PER_LAYER if has_adapters else 0)
     num_nodes = 2 * len(graph_sizes(max_num_tokens)) * (num_layers + 1) * nodes_per_layer
     return NODE_BYTES * (num_nodes + NODES_PER_LAYER * len(padded_sizes(num_slots)))
 
 
 class GraphCache:
-    """Recorded launches by key, their memory in one pool.
+    """Recorded launches by key; all graphs share one memory pool.
 
-    What a launch reads and writes has the same addresses each time it is called: the tensors that
-    it is given are allocated once, those that it makes itself belong to its graph.
+    A graph replays with fixed addresses. That is right here because the tensors that a launch is
+    given are allocated once, and the tensors that it creates itself belong to the graph's pool.
     """
 
     def __init__(self) -> None:
@@ -50,18 +50,20 @@ class GraphCache:
         return key in self._graphs
 
     def record(self, key: Hashable, launch: Callable[[], object]) -> None:
-        """Record `launch` on the current stream, which is not the default one; it is not executed.
+        """Record `launch` under `key` without executing it.
 
-        It has run before on this stream: what is loaded or allocated at a first call is there.
+        The current stream must not be the default one, and `launch` must have run on it before, so
+        that whatever a first call loads or allocates is there already.
         """
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on calling CUDA: they do not touch this stream.
+        # thread_local: other threads may keep calling CUDA, as they do not use this stream.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             launch()
         except BaseException:
-            # A launch that failed may have made the capture void, and its end would say only that.
+            # The failure may have invalidated the capture; ending it would raise an error that
+            # says only that and hides the cause.
             with suppress(RuntimeError):
                 graph.capture_end()
             raise
@@ -69,7 +71,7 @@ class GraphCache:
         self._graphs[key] = graph
 
     def replay(self, key: Hashable) -> bool:
-        """Launch what was recorded under `key`, on the current stream. False where nothing was."""
+        """Launch the graph of `key` on the current stream; False where there is none."""
         graph = self._graphs.get(key)
         if graph is None:
             return False
@@ -77,10 +79,13 @@ class GraphCache:
         return True
 
     def clear(self) -> None:
-        """Free the graphs; none of them runs."""
+        """Free all graphs; none of them may be running."""
         self._graphs.clear()
 
 
 def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Of contiguous tensors. A NaN, which some models compute in float16, equals itself here."""
+    """Whether two contiguous tensors are equal bit by bit.
+
+    Unlike with ==, a NaN equals itself; some models compute NaNs in float16.
+    """
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -1,7 +1,8 @@
 """build_engine: from an EngineConfig to an engine that is ready to start. Runs on a worker thread.
 
-Phases, as reported: build (the plan, native products), load (weights, in bytes), warmup (on a card
-the largest step, then the KV cache and every other shape; last, one sequence through every part).
+It reports three phases. build: make the memory plan, compile or load the native code. load: read
+the weights, counted in bytes. warmup: on a card run the largest step, allocate the KV cache and run
+every other step shape; last, run one sequence through the whole engine.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ from pyserve.words import counted
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
 WARMUP_PROMPT_LEN = 16
-CPU_WARMUP_BUDGET_S = 1.0  # a large model's larger shapes are met while serving
-QUEUE_FACTOR = 4  # sequences that may wait, for each that may run
-POOLING_QUEUE = 4096  # at least, where they are pooled: one request has thousands, and none is long
+CPU_WARMUP_BUDGET_S = 1.0  # larger shapes of a large model are then first run while serving
+QUEUE_FACTOR = 4  # default --max-queue: this many waiting sequences for each that may run
+POOLING_QUEUE = 4096  # its minimum for a model that pools, where one request has many short prompts
 
 
 def _say_nothing(phase: str, done: int, total: int) -> None:
-    """The Progress of a model that is read again."""
+    """The Progress of loads that nobody watches: reloading after a sleep, and follower ranks."""
 
 
 def build_engine(
@@ -84,10 +85,11 @@ def build_engine(
 ) -> AsyncEngine:  # fmt: skip
     """Build everything the engine needs. Raises StartupError (config, checkpoint, build, plan).
 
-    find_adapter  the folder of an adapter by what it is called, as HostAdapters has it.
-    spawned       the processes of the other ranks, where they have been started already.
+    progress      called with (phase, done, total); a total of 0 means that it is not known yet.
+    find_adapter  turns a path or hub repository into an adapter's folder, as HostAdapters.find.
+    spawned       the processes of the other ranks, if they have been started already.
     """
-    progress("build", 0, 0)  # how much there is to compile is known later
+    progress("build", 0, 0)  # the amount of code to compile is not known yet
     logger = log.get_logger()
     trace = Trace(config.trace) if config.trace else None
     config = settle_sharing(config)
@@ -174,18 +176,24 @@ def _build(
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What is settled about a start before anything is built."""
+    """The decisions about a start that are made before anything is built.
+
+    memory  what was available when the plan was made.
+    """
 
     device: torch.device
-    dtype: torch.dtype  # the weights are served in
+    dtype: torch.dtype  # the dtype that the model computes in
     model_config: ModelConfig
     memory: Memory
     plan: MemoryPlan
 
 
 def settle_sharing(config: EngineConfig) -> EngineConfig:
-    """`config` with a way to share the model, where torchrun has started several ranks and no flag
-    says one: what suits the link that they measure here. Raises StartupError."""
+    """Choose tensor or pipeline parallelism if torchrun started several ranks and no flag chose.
+
+    The ranks measure the link between them and take the way that is estimated to be faster. In all
+    other cases `config` is returned as it is. Raises StartupError.
+    """
     here = launched()
     if here is None or here.tp_size == 1 or config.num_ranks > 1:
         return config
@@ -215,8 +223,10 @@ def settle_sharing(config: EngineConfig) -> EngineConfig:
 
 
 def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
-    """Settle it, for one of the ranks, from config.json alone. Raises StartupError: the ledger,
-    where it does not fit."""
+    """Check the settings and make one rank's memory plan. Of the model it reads only config.json.
+
+    Raises StartupError; where the model does not fit in memory, its message has the whole ledger.
+    """
     is_demo = config.model_path == DEMO_MODEL
     device = devices.resolve_device(config.device, is_demo=is_demo, tp_rank=tp_rank)
     devices.check_cards(device, config.tensor_parallel_size, config.pipeline_parallel_size)
@@ -233,16 +243,19 @@ def settle_start(config: EngineConfig, *, tp_rank: int = LEADER) -> Start:
 
 
 def read_model(config: EngineConfig) -> ModelConfig:
-    """What the model's folder and the settings say of it together. Raises StartupError."""
+    """The model's config.json, with --quantization and the answer ids of `config` applied.
+
+    Raises StartupError.
+    """
     model = ModelConfig.from_path(config.model_path, use=config.use)
     return model.quantised_as(config.quantization).answering_by(config.answer_ids)
 
 
 def check_start(config: EngineConfig) -> Start:
-    """What settle_start says, and the headers of the checkpoint against it. Raises StartupError.
+    """Run settle_start, and check the checkpoint's headers against its result. Raises StartupError.
 
-    Reads no weights: a folder with config.json and the headers in files of the right length, as
-    they lie there before a download, is enough.
+    Reads no weights: config.json and safetensors files of the right length in which only the
+    headers are filled in, as before a download, are enough.
     """
     start = settle_start(config)
     if config.load_format != "dummy":
@@ -286,9 +299,12 @@ def _placement(
 def _read_adapters(
     config: EngineConfig, model: Decoder, find: Callable[[str], Path]
 ) -> HostAdapters:
-    """Those of --lora-modules, and room for more. Raises CheckpointError naming the adapter."""
+    """The store of adapters, with those of --lora-modules loaded.
+
+    Raises CheckpointError that names the adapter.
+    """
     targets, dtype = model.adapter_targets(), model.dtype
-    model_path = str(config.model_path.resolve())  # the hub's cache has the name in it, too
+    model_path = str(config.model_path.resolve())  # has the model's name, also in the hub's cache
 
     def read(folder: Path) -> AdapterWeights:
         weights = read_adapter(folder, targets, max_rank=config.max_lora_rank, dtype=dtype)
@@ -323,7 +339,7 @@ def _memory(device: torch.device, num_ranks: int) -> Memory:
 def _plan(
     config: EngineConfig, model_config: ModelConfig, placement: Placement, memory: Memory
 ) -> MemoryPlan:
-    # Shapes without memory: what the weights will take, exactly.
+    # A model on the meta device takes no memory and tells exactly what the weights will take.
     shapes = build_model(model_config, placement, max_model_len=1)
     weight_bytes = sum(place.nbytes for place in shapes.destinations().values())
     return plan_memory(shapes, config, weight_bytes=weight_bytes, memory=memory)
@@ -350,7 +366,10 @@ def load_weights(
     config: EngineConfig, start: Start, max_model_len: int, *, group: Group | None,
     progress: Progress = _say_nothing,
 ) -> Decoder:  # fmt: skip
-    """The model, or the part of it that a rank of `group` holds. Raises CheckpointError."""
+    """Load the model, or the part of it that this rank of `group` holds. Raises CheckpointError.
+
+    start, max_model_len  as settled for this rank, and as planned for all ranks together.
+    """
     model_config, dtype, device = start.model_config, start.dtype, start.device
     num_bytes = 0
 
@@ -386,10 +405,11 @@ def _start_runner(
     executor: StepExecutor, config: EngineConfig, plan: MemoryPlan, memory: Memory,
     progress: Progress, ranks: Ranks,
 ) -> tuple[Runner, MemoryPlan]:  # fmt: skip
-    """A warm runner with its KV cache, and the plan with the blocks that the cache has got.
+    """Make the runner, allocate the KV cache and warm up; returns the plan with the final blocks.
 
-    On a card the largest step runs first, and the KV cache gets what is really free then. `memory`
-    is what there was before the model was loaded. progress counts the warm-up's steps.
+    On a card the largest step runs first, and the KV cache then gets the memory that is really
+    free. `memory` is what was available before the model was loaded. progress counts the steps of
+    the warm-up.
     """
 
     def report(done: int, total: int) -> None:
@@ -416,7 +436,10 @@ def _start_runner(
 
 @contextmanager
 def _card_may_be_full(plan: MemoryPlan) -> Iterator[None]:
-    """Turns what fails on a card into one line: others may have taken memory since the plan."""
+    """Turn CUDA errors of the start into StartupErrors that say what to do.
+
+    Running out of memory is possible despite the plan, as other processes may have taken some.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -454,7 +477,7 @@ def _new_engine(
 def _warm_up(engine: Engine, max_model_len: int, *, is_pooling: bool) -> None:
     """Run one short sequence through an engine that is then thrown away.
 
-    What it leaves in the KV cache and the slots is written before it is read again.
+    It may leave its data in the KV cache and the slots, which are always written before being read.
     """
     num_prompt_tokens = max(1, min(WARMUP_PROMPT_LEN, max_model_len - 2))
     num_output_tokens = min(2, max_model_len - num_prompt_tokens)

@@ -1,8 +1,8 @@
-"""Which tokens the rows of a step may draw: what the sequences' constraints allow, as bits.
+"""Token masks: a bitmask of the tokens that each sequence's constraint allows it to sample next.
 
-A step that samples for a sequence with a constraint waits between its two launches (Pending) until
-the tokens of all steps before it have been accepted. Its masks are then filled on worker threads,
-while the forward pass runs and the event loop delivers tokens.
+A step that samples for a constrained sequence waits between its forward pass and its sampling (see
+Pending) until the constraint has accepted the tokens of all earlier steps. Worker threads then fill
+the masks while the forward pass runs and the event loop delivers tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from pyserve.errors import EngineError, InvalidRequestError, PyserveError
 from pyserve.words import counted
 
 MAX_THREADS = 8
-MIN_SHARE_S = 0.004  # of a thread
-MIN_MASK_S = 5e-5  # on average, for two threads: they hand the interpreter's lock to each other
-OTHER_MASK_S = 3e-5  # of constraints that do not tell
+MIN_SHARE_S = 0.004  # another thread is used for every so many seconds of work
+# If a mask takes less than this on average, one thread fills all of them: several would mostly pass
+# the GIL to each other.
+MIN_MASK_S = 5e-5
+OTHER_MASK_S = 3e-5  # assumed for constraints without a MaskFiller, which give no estimate
 
 
 class MaskedRow(NamedTuple):
-    """A row of a step that must not draw any token.
+    """A sampled row of a step whose sequence may draw only some of the tokens.
 
     row         its index among the step's sampled rows.
-    generation  of the stay in a slot that the row belongs to.
+    generation  Sequence.generation when the step was scheduled.
     """
 
     row: int
@@ -43,14 +45,14 @@ class MaskedRow(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A sequence that cannot go on, and why."""
+    """A sequence that cannot continue, and the error to fail it with."""
 
     row: MaskedRow
     error: PyserveError
 
 
 def bitmask_words(vocab_size: int) -> int:
-    """Words of 32 bits that a mask has."""
+    """Number of 32-bit words in a mask of vocab_size bits."""
     return -(-vocab_size // 32)
 
 
@@ -63,9 +65,9 @@ def is_host_dependent(step: Step) -> bool:
 
 
 def masked_rows(step: Step) -> list[MaskedRow]:
-    """The rows of `step` that need a mask, once all tokens before it have been accepted.
+    """The rows of `step` that need a mask; called once all earlier tokens have been accepted.
 
-    A row whose sequence has left its slot since needs none: what it draws will be dropped.
+    A row whose sequence has left its slot since needs none, because its token will be dropped.
     """
     sampled = [
         (seq, generation)
@@ -84,7 +86,7 @@ def masked_rows(step: Step) -> list[MaskedRow]:
 
 
 def accept(seq: Sequence, token_ids: list[int]) -> PyserveError | None:
-    """Tell the constraint of `seq` what has come; what it fails with where that is wrong."""
+    """Pass sampled tokens to the constraint of `seq`; returns the error if it rejects them."""
     if seq.constraint is None:
         return None
     try:
@@ -95,12 +97,12 @@ def accept(seq: Sequence, token_ids: list[int]) -> PyserveError | None:
 
 
 def is_end_void(seq: Sequence) -> bool:
-    """Whether the stop token that has come last does not end `seq`."""
+    """Whether the constraint of `seq` demands more output, so that a stop token does not end it."""
     return seq.constraint is not None and seq.constraint.is_end_void
 
 
 def too_short(seq: Sequence) -> PyserveError | None:
-    """What `seq` fails with if it ends now, of itself."""
+    """The error of a sequence that would end now without min_tokens; None where it has enough."""
     num_tokens, min_tokens = len(seq.token_ids) - seq.num_prompt_tokens, seq.params.min_tokens
     if num_tokens >= min_tokens:
         return None
@@ -112,10 +114,10 @@ def too_short(seq: Sequence) -> PyserveError | None:
 
 
 class Filling(NamedTuple):
-    """Masks that threads are filling.
+    """Masks that worker threads are filling.
 
-    rows    that are masked, in the order of their masks.
-    errors  of each thread: the rows that cannot go on, by their place in `rows`, and why.
+    rows    the masked rows, in the order of their masks in the bitmask.
+    errors  one future per thread: a dict from the index in `rows` to the error of that row.
     """
 
     rows: list[MaskedRow]
@@ -123,15 +125,18 @@ class Filling(NamedTuple):
 
     @property
     def masked_rows(self) -> list[int]:
-        """The row of each among the sampled ones, ascending."""
+        """The index of each masked row among the step's sampled rows, ascending."""
         return [row.row for row in self.rows]
 
     def is_soon_over(self, timeout_s: float) -> bool:
-        """Whether they are filled within so long; the calling thread sleeps until then."""
+        """Block the calling thread for up to timeout_s; whether all masks are filled by then."""
         return not wait(self.errors, timeout_s).not_done
 
     async def wait(self) -> list[Failure]:
-        """Until they are filled; the sequences that cannot go on, whose draws do not matter."""
+        """Wait until all masks are filled; returns the sequences that cannot continue.
+
+        What those sequences sample does not matter.
+        """
         errors: dict[int, PyserveError] = {}
         for future in self.errors:
             found = future.result() if future.done() else await asyncio.wrap_future(future)
@@ -144,16 +149,19 @@ class Filling(NamedTuple):
 
 
 class MaskWorkers:
-    """Threads that fill masks; there are none before the first is needed."""
+    """A pool of at most MAX_THREADS threads that fill masks, started when first needed."""
 
     def __init__(self, num_threads: int, vocab_size: int) -> None:
         self._num_threads = min(num_threads, MAX_THREADS)
         self._pool = ThreadPoolExecutor(self._num_threads, "mask")
-        # Of the last word, the bits that stand for tokens.
+        # The bits of a mask's last word that stand for tokens.
         self._last_bits = np.uint32(2 ** ((vocab_size - 1) % 32 + 1) - 1)
 
     def fill(self, step: Step, bitmask: NDArray[np.int32]) -> Filling:
-        """Begin to fill the first masks of `bitmask`, int32 [num_slots, ceil(vocab_size / 32)]."""
+        """Start to fill the masks of `step` into the first rows of `bitmask`.
+
+        bitmask  int32 [num_slots, ceil(vocab_size / 32)] in host memory.
+        """
         rows = masked_rows(step)
         seqs = [row.seq for row in rows]
         shares = _shares(seqs, self._num_threads)
@@ -164,8 +172,11 @@ class MaskWorkers:
         self, seqs: SequenceABC[Sequence], bitmask: NDArray[np.int32], rows: SequenceABC[int], *,
         is_alone: bool,
     ) -> dict[int, PyserveError]:  # fmt: skip
-        """On a thread: `rows` of `bitmask` for the sequences there; the errors of those that have
-        nothing left.
+        """Fill the given `rows` of `bitmask`, where row i belongs to seqs[i]. Runs on a thread.
+
+        is_alone  no other thread fills masks at the same time.
+
+        Returns the error of each row whose constraint failed or allows no token.
         """
         errors: dict[int, PyserveError] = {}
         fillers: dict[int, tuple[MaskFiller, list[int]]] = {}
@@ -195,7 +206,7 @@ class MaskWorkers:
         self._pool.shutdown(cancel_futures=True)
 
     def _trim(self, seq: Sequence, words: NDArray[np.int32]) -> PyserveError | None:
-        """Leave the bits of tokens that may come next; why there is none, if so."""
+        """Clear the padding bits of a mask; returns an error if no token is left to sample."""
         bits = words.view(np.uint32)
         bits[-1] &= self._last_bits
         if not bits.any():
@@ -204,7 +215,8 @@ class MaskWorkers:
                 f"no token is allowed after {counted(_num_output_tokens(seq), 'output token')}"
             )
         error = too_short(seq) if seq.params.min_tokens else None
-        if error is not None:  # the device masks these, too: is anything left beside them?
+        if error is not None:
+            # Below min_tokens the device masks stop tokens as well, so something else must be left.
             for token_id in seq.stop_token_ids:
                 bits[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
             return None if bits.any() else error
@@ -212,10 +224,11 @@ class MaskWorkers:
 
 
 def _shares(seqs: SequenceABC[Sequence], max_threads: int) -> list[list[int]]:
-    """Each thread's part of the indices of `seqs`: about as much work, and what cannot be done side
-    by side together.
+    """Divide the indices of `seqs` among threads, with about equal work for each.
+
+    Sequences whose masks come from one source that only one thread may use go to the same thread.
     """
-    groups: dict[object, tuple[float, list[int]]] = {}  # seconds, indices
+    groups: dict[object, tuple[float, list[int]]] = {}  # source -> (seconds of work, indices)
     total_s = 0.0
     for index, seq in enumerate(seqs):
         constraint, key, mask_s = _constraint_of(seq), index, OTHER_MASK_S
@@ -253,6 +266,6 @@ def _error_of(seq: Sequence) -> PyserveError | None:
 
 
 def _broken(call: str) -> PyserveError:
-    """Of the exception that is being handled: a bug of the constraint's."""
+    """Log the exception being handled, a bug of a constraint, and return the error to fail with."""
     log.get_logger().exception("a constraint has failed in %s", call)
     return EngineError("what constrains the tokens of this answer has failed")

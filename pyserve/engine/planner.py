@@ -1,8 +1,9 @@
-"""What fits: the plan of all memory, made before anything is allocated.
+"""The memory plan: computes what fits before anything is allocated.
 
-The ledger is the weights, the rope table, what state.py lists and the KV cache; on a card its CUDA
-context and modules too. No tensor's size is written down here: a model and a StepState on the meta
-device are asked for theirs. On a card `fit_kv` then gives the KV cache what is really free.
+Its ledger lists the weights, the rope table, the tensors of state.py and the KV cache, and on a
+card also the CUDA context, modules and graphs. No tensor size is repeated here: they come from a
+model and a StepState on the meta device. On a card, `fit_kv` later gives the KV cache what is
+really free.
 """
 
 from __future__ import annotations
@@ -22,45 +23,45 @@ from pyserve.ops import peer_layout
 MIB = 2**20
 GIB = 2**30
 
-MAX_NUM_BATCHED_TOKENS = 2048  # where --max-num-batched-tokens is not given
+MAX_NUM_BATCHED_TOKENS = 2048  # default of --max-num-batched-tokens
 BIG_CARD_BYTES = 40 * 10**9
-BIG_CARD_MAX_NUM_BATCHED_TOKENS = 8192
+BIG_CARD_MAX_NUM_BATCHED_TOKENS = 8192  # the default on a card of at least BIG_CARD_BYTES
 LOGITS_TILE_ROWS = 64  # rows of logits that exist at once
-CARD_LOGITS_TILE_ROWS = 256  # so many rows read the output head once
+CARD_LOGITS_TILE_ROWS = 256  # larger on a card: the output head is read once for each tile
 
-DEFAULT_KV_BYTES = 512 * MIB  # of the KV cache on a CPU, where one sequence does not need more
-MAX_BLOCKS = 2**19  # of the KV cache on a card: each takes some 200 bytes of the host's memory
-# Of the memory that is in use before the model is loaded, so much at most is taken for our own CUDA
-# context. What is more belongs to other processes.
+DEFAULT_KV_BYTES = 512 * MIB  # KV cache on a CPU, unless one sequence of max_model_len needs more
+MAX_BLOCKS = 2**19  # KV blocks on a card; each block takes some 200 bytes of host memory
+# Of the memory in use on a card before the model is loaded, we attribute at most this much to our
+# own CUDA context, and the rest to other processes.
 MAX_CONTEXT_BYTES = GIB
-MODULE_BYTES = 256 * MIB  # code loaded when it is first called, the matrix library's workspace
-GRAPHS = "CUDA graphs"  # in the ledger
-TOLERANCE = 0.03  # of the ledger
-MIN_TOLERANCE_BYTES = 64 * MIB  # by which drivers differ
+MODULE_BYTES = 256 * MIB  # kernels that are loaded on first use, and cuBLAS's workspace
+GRAPHS = "CUDA graphs"  # the name of this entry of the ledger
+TOLERANCE = 0.03  # relative error of the ledger above which is_ledger_true is false
+MIN_TOLERANCE_BYTES = 64 * MIB  # an error that always passes, as drivers differ by that much
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """What there is for a CPU, before anything is loaded."""
+    """The host memory that is available to serve on a CPU, before anything is loaded."""
 
     available_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class CardMemory:
-    """What a card shows while this process has its CUDA context there."""
+    """A card's memory as the driver shows it, while this process has a CUDA context there."""
 
     total_bytes: int
-    used_bytes: int  # by whomever
+    used_bytes: int  # by all processes
 
     @property
     def context_bytes(self) -> int:
-        """Of used_bytes, before the model is loaded: what this process holds."""
+        """The part of used_bytes that is ours; valid only before the model is loaded."""
         return min(self.used_bytes, MAX_CONTEXT_BYTES)
 
     @property
     def others_bytes(self) -> int:
-        """Of used_bytes, before the model is loaded: what other processes hold."""
+        """The part of used_bytes of other processes; valid only before the model is loaded."""
         return self.used_bytes - self.context_bytes
 
 
@@ -71,22 +72,27 @@ Memory = HostMemory | CardMemory
 class MemoryPlan(StepLimits):
     """What to allocate. The KV cache is the ledger's last entry."""
 
-    num_blocks: int
-    block_bytes: int
+    num_blocks: int  # KV blocks
+    block_bytes: int  # bytes of one KV block over all layers of this rank
     ledger: Ledger
 
     @property
     def total_bytes(self) -> int:
+        """The sum of the ledger."""
         return _total(self.ledger)
 
 
 def plan_memory(
     model: Decoder, config: EngineConfig, *, weight_bytes: int, memory: Memory
 ) -> MemoryPlan:
-    """Share out `memory` for `model`, made on the meta device.
+    """Divide `memory` among weights, activations, KV cache and the rest.
 
-    Raises ConfigError where --max-model-len is more than the model's context, PlanError with the
-    ledger where it, or any context at all, does not fit.
+    model         the model on the meta device.
+    weight_bytes  what its weights will take.
+
+    Without --max-model-len the plan has the longest context that fits. Raises ConfigError if
+    --max-model-len exceeds the model's context; PlanError with the ledger if --max-model-len does
+    not fit, or no context fits at all.
     """
     longest_len = model.config.max_model_len
     if config.max_model_len is not None and config.max_model_len > longest_len:
@@ -106,8 +112,8 @@ def plan_memory(
             has_adapters=model.num_adapter_slots > 0,
         )
 
-    def fixed(max_model_len: int) -> Ledger:
-        """All but the KV cache."""
+    def ledger_without_kv(max_model_len: int) -> Ledger:
+        """The ledger of everything but the KV cache."""
         parts: Ledger = (
             ("weights", weight_bytes),
             ("rope table", model.bytes_per_position() * max_model_len),
@@ -122,25 +128,25 @@ def plan_memory(
         state = StepState(model, limits_here, is_card=isinstance(memory, CardMemory))
         return parts + state.ledger()
 
-    def room(max_model_len: int) -> int:
-        """Blocks that fit beside everything else."""
-        free_bytes = allowed_bytes - _total(fixed(max_model_len))
+    def fitting_blocks(max_model_len: int) -> int:
+        """Number of KV blocks that fit beside everything else."""
+        free_bytes = allowed_bytes - _total(ledger_without_kv(max_model_len))
         if config.kv_cache_memory_bytes is not None:
             free_bytes = min(free_bytes, config.kv_cache_memory_bytes)
         return max(0, free_bytes) // block_bytes
 
     wanted_len = config.max_model_len or longest_len
     max_model_len = wanted_len
-    if room(wanted_len) * block_size < wanted_len:
-        # The largest whole number of blocks that one sequence can have.
+    if fitting_blocks(wanted_len) * block_size < wanted_len:
+        # Find the longest context, in whole blocks, whose KV cache still fits beside the rest.
         lens = range(0, wanted_len + 1, block_size)
-        num_fitting = bisect_left(lens, True, key=lambda n: room(n) * block_size < n)
+        num_fitting = bisect_left(lens, True, key=lambda n: fitting_blocks(n) * block_size < n)
         max_model_len = lens[num_fitting - 1]
         if config.max_model_len is not None or max_model_len < 1:
             num_blocks = num_blocks_for(wanted_len, block_size)
-            ledger = _with_kv(fixed(wanted_len), num_blocks * block_bytes)
+            ledger = _with_kv(ledger_without_kv(wanted_len), num_blocks * block_bytes)
             raise PlanError(_refusal(config, memory, wanted_len, max_model_len, ledger=ledger))
-    num_blocks = room(max_model_len)
+    num_blocks = fitting_blocks(max_model_len)
     if config.kv_cache_memory_bytes is None:
         one_seq = num_blocks_for(max_model_len, block_size)
         num_blocks = min(num_blocks, _enough_blocks(limits, memory, one_seq, block_bytes))
@@ -152,7 +158,7 @@ def plan_memory(
         logits_tile_rows=limits.logits_tile_rows,
         num_blocks=num_blocks,
         block_bytes=block_bytes,
-        ledger=_with_kv(fixed(max_model_len), num_blocks * block_bytes),
+        ledger=_with_kv(ledger_without_kv(max_model_len), num_blocks * block_bytes),
     )
 
 
@@ -160,14 +166,17 @@ def fit_kv(
     plan: MemoryPlan, config: EngineConfig, *, before: CardMemory, now: CardMemory,
     block_bytes: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
-    """`plan` with the KV blocks that a card has room for, all but the records being allocated.
+    """`plan` with as many KV blocks as a card has room for.
 
-    before, now   what the card showed before the model came, and shows now.
-    block_bytes   of a KV block there, where the card is another rank's.
-    A context that nobody asked for shrinks with the blocks. Raises PlanError where --max-model-len
-    does not fit any more.
+    Called when everything is allocated but the KV cache and the CUDA graphs.
+
+    before, now   the card's memory before the model was loaded, and now.
+    block_bytes   bytes of a KV block on that card if it belongs to another rank; None: the plan's.
+
+    Without --max-model-len the context shrinks to what the blocks hold; with it, PlanError is
+    raised if it does not fit any more.
     """
-    # The records are made on the KV cache, so after it.
+    # CUDA graphs refer to the KV cache and are recorded after it, so `now` does not have them yet.
     used_bytes = now.used_bytes + dict(plan.ledger).get(GRAPHS, 0)
     left_bytes = int(now.total_bytes * config.gpu_memory_utilization) - used_bytes
     num_blocks = min(plan.num_blocks, max(0, left_bytes) // (block_bytes or plan.block_bytes))
@@ -190,7 +199,12 @@ def with_blocks(plan: MemoryPlan, num_blocks: int) -> MemoryPlan:
 
 
 def is_ledger_true(plan: MemoryPlan, *, before: CardMemory, now: CardMemory) -> tuple[bool, str]:
-    """Holds the ledger against what the card shows with all of it allocated: (true, a line)."""
+    """Compare the ledger with the card's memory once everything is allocated.
+
+    before, now  the card's memory before the model was loaded, and now.
+
+    Returns whether they agree within the tolerance, and a line for the log.
+    """
     shown_bytes = now.used_bytes - before.others_bytes
     difference = plan.total_bytes - shown_bytes
     line = (
@@ -201,7 +215,7 @@ def is_ledger_true(plan: MemoryPlan, *, before: CardMemory, now: CardMemory) -> 
 
 
 def format_ledger(ledger: Iterable[tuple[str, int]]) -> str:
-    """Aligned lines, a sum at the end."""
+    """The ledger as aligned lines in MiB, with the total at the end."""
     rows = list(ledger)
     rows.append(("total", _total(rows)))
     return "\n".join(f"  {name:<16}{num_bytes / MIB:>12,.1f} MiB" for name, num_bytes in rows)
@@ -225,7 +239,7 @@ def _limits(config: EngineConfig, memory: Memory, max_model_len: int) -> StepLim
 
 
 def _allowed_bytes(config: EngineConfig, memory: Memory) -> int:
-    """What the whole ledger may take."""
+    """The limit of the whole ledger in bytes."""
     if isinstance(memory, HostMemory):
         return int(memory.available_bytes * config.gpu_memory_utilization)
     allowed_bytes = int(memory.total_bytes * config.gpu_memory_utilization)
@@ -233,29 +247,30 @@ def _allowed_bytes(config: EngineConfig, memory: Memory) -> int:
 
 
 def _of_the_card(memory: CardMemory, tp_size: int) -> Ledger:
-    """What it takes to use a card at all, and to share the work with others."""
+    """What a card needs besides tensors: CUDA context and modules, and buffers for all-reduces."""
     parts: Ledger = (("CUDA context", memory.context_bytes), ("CUDA modules", MODULE_BYTES))
     if tp_size > 1:
-        # NCCL's buffers depend on the links: fit_kv sees them, 0.7 GiB between two H200s.
+        # NCCL's own buffers (0.7 GiB between two H200s) depend on the links between the cards.
+        # They are not in the ledger, but fit_kv measures them as used memory.
         parts += (("sums over cards", peer_layout.num_bytes(tp_size)),)
     return parts
 
 
 def _enough_blocks(limits: StepLimits, memory: Memory, one_seq: int, block_bytes: int) -> int:
-    """The most blocks worth having; `one_seq` is the blocks of one whole context."""
+    """The largest useful number of KV blocks; a sequence of max_model_len takes `one_seq`."""
     if isinstance(memory, CardMemory):
         return max(one_seq, MAX_BLOCKS)
     return max(one_seq, min(limits.num_slots * one_seq, DEFAULT_KV_BYTES // block_bytes))
 
 
-def _with_kv(fixed: Ledger, kv_bytes: int) -> Ledger:
-    return (*fixed, ("KV cache", kv_bytes))
+def _with_kv(without_kv: Ledger, kv_bytes: int) -> Ledger:
+    return (*without_kv, ("KV cache", kv_bytes))
 
 
 def _refusal(
     config: EngineConfig, memory: Memory, wanted_len: int, fitting_len: int, *, ledger: Ledger
 ) -> str:
-    """What does not fit and why, on the first line; then the ledger."""
+    """An error message: what does not fit, why and what would, on one line; then the ledger."""
     limit = f"(--gpu-memory-utilization {config.gpu_memory_utilization} of "
     help_by_others = ""
     if isinstance(memory, HostMemory):

@@ -1,9 +1,10 @@
-"""What torch needs of the system, got before `import torch` and without the GIL.
+"""Preload: maps torch's shared libraries and opens the GPU before `import torch`, without the GIL.
 
-`import` and ctypes.CDLL hold the GIL while the dynamic linker maps and relocates: 0.15 to 0.3 s
-for libtorch_cpu.so, more for CUDA's, in which neither the event loop could answer nor a tokenizer
-be read. A foreign call does not hold it. What is mapped here is found by `import torch` by its
-soname, and the card's context by the first call of CUDA. No torch here.
+`import` and ctypes.CDLL hold the GIL while the dynamic linker maps and relocates a library: 0.15 to
+0.3 s for libtorch_cpu.so and longer for the CUDA libraries. In that time the event loop could not
+answer, nor a tokenizer be read. Calling dlopen as a foreign function releases the GIL. Afterwards
+`import torch` finds the mapped libraries by their sonames, and the first CUDA call finds the card's
+context. This file must not import torch.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
-READ_AHEAD_BYTES = 2**17  # the kernel takes no more of a file at a time
-# As torch itself opens them: first what all may share, then all that libtorch needs.
+READ_AHEAD_BYTES = 2**17  # the kernel reads ahead no more than this for one request
+# Opened in torch's own order and with its flags: first the global dependencies, then libtorch.
 LIBRARIES = (
     ("libtorch_global_deps.so", os.RTLD_LAZY | os.RTLD_GLOBAL),
     ("libtorch.so", os.RTLD_LAZY),
 )
-READ_AHEAD = "libtorch_python.so"  # opening it needs the GIL, reading it into memory does not
+READ_AHEAD = "libtorch_python.so"  # opening it needs the GIL; reading it into memory does not
 DRIVER_LIBRARY = "libcuda.so.1"
-CARD_GRACE_S = 5.0  # for a driver that hangs: the process may end without it
+CARD_GRACE_S = 5.0  # how long `end` waits for a driver that hangs
 
 
 class Preload:
-    """Runs on two threads from its making on. Nothing of it can fail: where torch or the card
-    cannot be used, torch will tell why.
+    """Preloads on two background threads, which the constructor starts.
 
-    is_card_wanted  make the CUDA context of the first card as well, the one that torch will use,
-                    which takes the driver 0.2 s and more.
+    Errors are ignored: if torch or the card cannot be used, torch itself will say why.
+
+    is_card_wanted  also create the CUDA context of the first card, the one that torch will use;
+                    this takes the driver 0.2 s or more.
     """
 
     def __init__(self, *, is_card_wanted: bool) -> None:
@@ -42,18 +44,19 @@ class Preload:
         self._libraries.start()
 
     def wait(self) -> None:
-        """Until torch can be imported without holding the GIL for long."""
+        """Wait until torch's libraries are mapped, so that importing it holds the GIL briefly."""
         self._libraries.join()
 
     def end(self) -> None:
-        """Before the process may end: a library must not be taken down while it is coming up."""
+        """Wait for the threads. Called before the process ends: a library must not be unloaded
+        while it initialises."""
         self.wait()
         if self._card is not None:
             self._card.join(CARD_GRACE_S)
 
     def _run(self, is_card_wanted: bool) -> None:
-        # The linker opens one library at a time: the driver's first, which takes a moment, so that
-        # it starts the card while torch's are being mapped.
+        # The dynamic linker opens one library at a time. The driver's library is small and comes
+        # first, so that the card starts up while torch's libraries are being mapped.
         if is_card_wanted and (driver := _open_driver()) is not None:
             self._card = threading.Thread(target=_open_card, args=(driver,), daemon=True)
             self._card.start()
@@ -61,7 +64,7 @@ class Preload:
 
 
 def preload_torch() -> None:
-    """Never raises. Where torch cannot be loaded, `import torch` will tell why."""
+    """Map torch's libraries into the process. Never raises; `import torch` reports any failure."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return
@@ -74,7 +77,7 @@ def preload_torch() -> None:
 
 
 def _dlopen(name: bytes, flags: int) -> int | None:
-    """As the C function, called without the GIL."""
+    """Call C's dlopen without holding the GIL; returns the handle, None on failure."""
     try:
         dlopen = ctypes.CDLL(None).dlopen
     except (OSError, AttributeError):
@@ -86,13 +89,13 @@ def _dlopen(name: bytes, flags: int) -> int | None:
 
 
 def _open_driver() -> Any:
-    """NVIDIA's driver; None where there is none."""
+    """The CUDA driver library; None where it is not installed."""
     handle = _dlopen(DRIVER_LIBRARY.encode(), os.RTLD_LAZY)
     return None if handle is None else ctypes.CDLL(DRIVER_LIBRARY, handle=handle)
 
 
 def _open_card(driver: Any) -> None:
-    """Retain the first card's primary context, the one of CUDA's runtime, for good."""
+    """Create the first card's primary context, which the CUDA runtime will use, and keep it."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
         return
@@ -100,7 +103,7 @@ def _open_card(driver: Any) -> None:
 
 
 def _read_ahead(path: Path) -> None:
-    """Ask the kernel to read a file; it is not waited for."""
+    """Ask the kernel to read a file into the page cache, without waiting for it."""
     try:
         with path.open("rb") as file:
             for start in range(0, path.stat().st_size, READ_AHEAD_BYTES):

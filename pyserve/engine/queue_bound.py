@@ -1,4 +1,5 @@
-"""QueueBound: how much may wait, and whose; when there may be room for what is refused."""
+"""QueueBound: limits how many sequences may be queued, in total and by user, and estimates when a
+refused request should try again."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from pyserve.errors import InvalidRequestError, QueueFullError
 from pyserve.log import get_logger
 from pyserve.words import counted
 
-RATE_SAMPLE_S = 1.0
-RATE_WINDOW_S = 20.0
+RATE_SAMPLE_S = 1.0  # interval between samples of the number of finished sequences
+RATE_WINDOW_S = 20.0  # the recent rate is that of this many seconds
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1, 60
 LOG_INTERVAL_S = 10.0
-MAX_PROMPT_TOKENS = 2**25  # of all sequences; each costs the host 40 bytes
+MAX_PROMPT_TOKENS = 2**25  # of all sequences together; each token takes 40 bytes of host memory
 
 
 class Load(NamedTuple):
-    """Sequences that have not ended, and the tokens of their prompts."""
+    """A number of sequences that have not ended, and the total tokens of their prompts."""
 
     num_seqs: int = 0
     num_tokens: int = 0
@@ -32,18 +33,19 @@ class Load(NamedTuple):
         return Load(self.num_seqs - other.num_seqs, self.num_tokens - other.num_tokens)
 
     def fits(self, limit: Load) -> bool:
+        """Whether neither number exceeds that of `limit`."""
         return self.num_seqs <= limit.num_seqs and self.num_tokens <= limit.num_tokens
 
 
 class QueueBound:
-    """Keeps the sequences of an engine, running and waiting, at num_slots + max_queue.
+    """Limits the sequences of an engine, running and waiting, to num_slots + max_queue.
 
-    Running sequences count too: a sequence that has just come waits until the next step is
-    scheduled, even where slots are free.
+    Running sequences count as well, because a new sequence waits until the next step is scheduled
+    even if slots are free.
 
-    One user may have all of that while nobody else asks. Whoever comes then still gets in, up to an
-    equal share of it: so all users together may have twice as much. One request may have half of
-    it, or as many sequences as there are slots.
+    A single user may use the whole limit. When it is used up, another user is still accepted up to
+    an equal share of it per user, so all users together may reach twice the limit. One request may
+    have at most half of the limit, or num_slots sequences if that is more.
     """
 
     def __init__(self, *, max_queue: int, num_slots: int) -> None:
@@ -55,7 +57,7 @@ class QueueBound:
         self._may_log_at_s = 0.0
 
     def note(self, now_s: float, num_finished: int) -> None:
-        """Called after each step, so that the rate is known when it is asked for."""
+        """Sample the number of finished sequences, to know their rate; called after each step."""
         samples = self._samples
         if samples and now_s - samples[-1][0] < RATE_SAMPLE_S:
             return
@@ -67,9 +69,13 @@ class QueueBound:
         self, new: Load, *, load_of: Mapping[str, Load], load: Load, user: str, num_waiting: int,
         num_finished: int,
     ) -> None:  # fmt: skip
-        """Raises QueueFullError where `new` of `user` is too much beside the `load` of all.
+        """Raise QueueFullError if there is no room for all of a request's sequences.
 
-        All or none. What is too much for one request is an InvalidRequestError.
+        new           the load of the request; more sequences than one request may have at all are
+                      an InvalidRequestError.
+        load, load_of the present load in total, and of each user.
+        num_waiting, num_finished
+                      sequences that wait, and that have ended since the start.
         """
         if new.num_seqs > self._max_request_seqs:
             raise InvalidRequestError(
@@ -98,7 +104,10 @@ class QueueBound:
         )
 
     def retry_after_s(self, now_s: float, num_waiting: int, num_finished: int) -> int:
-        """Whole seconds in which what waits now will have begun, at the recent rate."""
+        """Seconds until the sequences that wait now will have started, at the recent rate.
+
+        A whole number between MIN_RETRY_AFTER_S and MAX_RETRY_AFTER_S.
+        """
         recent = [sample for sample in self._samples if now_s - sample[0] <= RATE_WINDOW_S]
         if not recent or now_s - recent[0][0] < RATE_SAMPLE_S:
             return MIN_RETRY_AFTER_S  # nothing is known yet

@@ -1,12 +1,14 @@
-"""Sequence: one token stream the scheduler moves, and all the engine knows about it.
+"""Sequence: one token stream that the scheduler moves, with all that the engine knows about it.
 
-token_ids are the tokens whose ids the host knows; num_tokens also counts placeholders, the tokens
-that a step in flight will sample. num_computed_tokens counts tokens whose KV is valid or in flight.
+token_ids are the tokens whose ids the host knows. num_tokens also counts placeholders: tokens that
+steps in flight will sample. num_computed_tokens counts the tokens whose KV is valid or is being
+computed by a step in flight. num_host_tokens is len(token_ids) at the last admission: the host
+sends these ids to the device, which keeps the ids of later tokens in the slot itself.
 
-    |<-- num_computed_tokens -->|          KV written, or written by a step in flight
+    |<-- num_computed_tokens -->|          KV valid, or being computed by a step in flight
     |<------ len(token_ids) ------->|      ids known to the host
     |<-------- num_tokens --------------->|
-    |<-- num_host_tokens -->|              the host sends these; later ones the slot sampled itself
+    |<-- num_host_tokens -->|              ids that the host sends to the device
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from pyserve.params import SamplingParams
 
 NO_SLOT = -1
 NEVER = 2**62  # a length that no sequence reaches
-BACKGROUND_PRIORITY = 2**31  # behind all that a request may ask for
+BACKGROUND_PRIORITY = 2**31  # larger, so later in order, than any priority of a request
 
 
 class Status(Enum):
+    """Whether a sequence is in the waiting queue, has a slot and blocks, or has ended."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -32,28 +36,32 @@ class Status(Enum):
 class Sequence:
     """State of one sequence. Written by Engine, Scheduler and BlockManager, on the event loop.
 
-    order            (priority, arrival): lower runs first, the highest is preempted first.
-    user             whose it is: slots and places in the queue are shared between users.
-    seed             of this sequence's draws; fixed at arrival so that recomputing repeats them.
-    stop_token_ids   those that the model can produce.
-    root_hash        parent of the first block's hash: separates adapters and cache salts.
-    generation       names the present stay in a slot; results of an earlier one are dropped.
-    block_hashes     of the full blocks of token_ids hashed so far.
-    preimages        what they were made from: parent hash and token ids.
+    max_total_tokens maximum number of prompt and output tokens together.
+    order            (priority, arrival): the lowest runs first, the highest is preempted first.
+    seed             random seed of its sampling, fixed at arrival so that a recomputation after
+                     preemption samples the same tokens.
+    stop_token_ids   tokens of the vocabulary that end the sequence.
+    root_hash        parent of the first block's hash; differs between adapters and cache salts.
+    user             slots and places in the queue are shared fairly between users.
+    slot, generation the slot that it runs in, and the number of this stay in a slot: results of
+                     steps of an earlier stay are dropped.
+    block_hashes     hashes of the leading full blocks of token_ids, as far as they are computed.
+    preimages        the bytes that each hash was computed from: parent hash and token ids.
     num_offered_blocks
-                     leading blocks that have been offered to the prefix cache, or came from it.
-    next_offer_len   valid tokens from which on the block behind those is full.
-    awaited_hash     a block that another sequence is computing; admission waits for it.
+                     leading blocks that came from the prefix cache or have been put into it.
+    next_offer_len   length in tokens at which the next block is full and can be cached.
+    awaited_hash     hash of a block that another sequence is computing; admission waits for it.
     num_wanted_blocks
-                     free blocks that its last attempt at admission needed and did not find.
-    constraint       which tokens may come next; None: any. It has accepted the output tokens that
-                     the host knows, no more and no fewer.
-    adapter          what is added to the base model; None: nothing.
-    adapter_slot     where that lies on the device while the sequence runs.
-    num_passed       sequences with another adapter that were admitted before it while it waited for
-                     room for its own.
-    preempted_s      when it was preempted; 0 once it has had another token since. The next token's
-                     latency is counted from here.
+                     free blocks that its last attempt at admission needed but did not find.
+    is_admitted      it has been admitted at least once.
+    constraint       which tokens may come next; None: any. It has accepted exactly the output
+                     tokens in token_ids.
+    adapter          the LoRA adapter; None: the base model.
+    adapter_slot     the device slot of the adapter while the sequence runs.
+    num_passed       how many sequences with an adapter have been admitted before it while it waited
+                     for an adapter slot.
+    preempted_s      time.monotonic() when it was preempted, from which the latency of its next
+                     token is counted; 0 once that token has come.
     """
 
     stream: SequenceStream
@@ -89,12 +97,12 @@ class Sequence:
 
     @property
     def is_background(self) -> bool:
-        """It gives way to all that are not."""
+        """Whether it gives way to every sequence that is not in the background."""
         return self.order[0] >= BACKGROUND_PRIORITY
 
     @property
     def has_untold_prompt(self) -> bool:
-        """Whether logits of its prompt are still wanted: none of it may come from a cache then."""
+        """Whether it still needs prompt logprobs, so none of its prompt may come from the cache."""
         return (
             self.params.num_prompt_logprobs is not None
             and len(self.stream.prompt_logprobs) < self.num_prompt_tokens - 1
@@ -102,5 +110,5 @@ class Sequence:
 
     @property
     def num_in_flight_tokens(self) -> int:
-        """Placeholders: tokens sampled by steps whose results the host has not seen."""
+        """Number of placeholders: tokens of steps in flight, whose ids the host does not know."""
         return self.num_tokens - len(self.token_ids)

@@ -1,8 +1,8 @@
-"""Sleep: whether an engine is awake, who wants it otherwise, and the memory that it gives back.
+"""Sleep mode: whether an engine is awake or asleep, and the memory that it frees while asleep.
 
-While it sleeps no step runs; what is submitted waits in the queue. At level 1 the KV cache is gone
-and the weights stay in the host's memory; at level 2 they are gone as well and are read again. Of a
-card's weights it is the page cache that keeps them, at either level.
+While an engine sleeps no step runs, and submitted requests wait in the queue. On a CPU, level 1
+frees the KV cache and keeps the weights, and level 2 frees both. On a card both levels free both:
+the files' pages that the kernel keeps in its page cache make reading the weights again fast.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from pyserve.engine.executor import StepExecutor
 from pyserve.errors import StartupError
 from pyserve.model.decoder import Decoder
 
-AWAKE, WEIGHTS_KEPT, ALL_GONE = 0, 1, 2
+AWAKE, WEIGHTS_KEPT, ALL_GONE = 0, 1, 2  # the levels
 
 _Result = TypeVar("_Result")
 
 
 class Sleeper(Protocol):
-    """Both take their time, on a thread, while no step is in flight."""
+    """Frees and restores memory. Both calls block: they run on a thread while no step runs."""
 
     def sleep(self, level: int) -> None:
-        """Give back the memory of a level; harmless where it has been."""
+        """Free the memory that `level` frees. Harmless for what has been freed already."""
 
     def wake_up(self) -> None:
-        """Make all of it again. Raises what loading raises."""
+        """Allocate and load everything again. Raises what loading raises."""
 
 
 class Weights:
-    """The model of an executor, which `load` makes again where it was dropped.
+    """Restores the model of an executor after StepExecutor.drop_model.
 
-    wait_loaded   until all other ranks have told that they have loaded theirs.
+    load          reads the weights and returns the model.
+    wait_loaded   waits until all other ranks have reported that they have loaded theirs.
     """
 
     def __init__(
@@ -49,16 +50,17 @@ class Weights:
         self._wait_loaded = wait_loaded
 
     def take(self) -> None:
+        """Load the model on all ranks if it was dropped. Raises what loading raises."""
         if self._executor.has_model:
             return
         try:
             self._executor.take_model(self._load)
-        finally:  # they tell it, whatever has come of this rank's
+        finally:  # the other ranks report even if loading failed on this one
             self._wait_loaded()
 
 
 class HostSleeper:
-    """On a CPU."""
+    """The Sleeper of an engine on a CPU."""
 
     def __init__(self, executor: StepExecutor, weights: Weights, num_blocks: int) -> None:
         self._executor = executor
@@ -77,13 +79,13 @@ class HostSleeper:
 
 
 class CardSleeper:
-    """On a card, of which all is given back at either level but the CUDA context and loaded code.
+    """The Sleeper of an engine on a card.
 
-    A copy of the weights in the host's memory would have to be page-locked to come back faster than
-    the loader reads the files out of the page cache, which takes seconds for an 8B model. So what
-    keeps them there is the page cache.
+    Both levels free all device memory but the CUDA context and loaded code. Even at level 1 we keep
+    no copy of the weights in host memory: it would have to be page-locked to come back faster than
+    the loader reads the files from the page cache, which takes seconds for an 8B model.
 
-    try_out   runs a sequence through all parts, as a start does last.
+    try_out   runs one sequence through the whole engine, as the last part of a start does.
     """
 
     def __init__(
@@ -104,7 +106,8 @@ class CardSleeper:
         log.get_logger().info("the card shows %.2f GB in use", used_bytes / 1e9)
 
     def wake_up(self) -> None:
-        """As at the start: the largest step takes what steps take beside the KV cache, first."""
+        """Restore everything in the order of a start: the largest step runs before the KV cache is
+        allocated, so that the memory that steps need is taken first."""
         self._weights.take()
         self._runner.warm_up_largest()
         self._runner.allocate_kv(self._num_blocks)
@@ -112,13 +115,14 @@ class CardSleeper:
 
 
 class Sleep:
-    """Of one engine, on its event loop.
+    """The sleep state of one engine. All methods run on its event loop.
 
-    sleeper  None: it cannot sleep.
-    idle_s   it falls asleep by itself when it had nothing to do for so long; 0: never.
-    level    that it has reached; wanted: that it is on its way to.
-    failure  why it could not wake up when it last should: it sleeps on, at level 2, and may be
-             asked again.
+    sleeper  frees and restores the memory; None: this engine cannot sleep.
+    idle_s   seconds without work after which the engine falls asleep by itself; 0: never.
+    level    the level that it is at.
+    wanted   the level that it should go to.
+    failure  why its last attempt to wake up failed. It then sleeps on at level 2, and may be asked
+             to wake up again.
     """
 
     def __init__(self, sleeper: Sleeper | None = None, *, idle_s: float = 0.0) -> None:
@@ -130,24 +134,24 @@ class Sleep:
         self._waiting: list[asyncio.Future[None]] = []
 
     def want(self, level: int) -> None:
-        """From here on it is on its way to `level`, because somebody has asked for it."""
+        """Set the level to go to, at a user's request."""
         assert self._sleeper is not None
         self.wanted, self._is_by_itself, self.failure = level, False, None
         self.tell()
 
     def note_work(self) -> None:
-        """Something was submitted: who fell asleep by itself wakes up for it."""
+        """A request was submitted: wake up for it if the engine had fallen asleep by itself."""
         if self._is_by_itself:
             self.wanted = AWAKE
             self.tell()
 
     @property
     def has_failed_work(self) -> bool:
-        """Whether nobody but what was submitted has asked to wake up, and in vain."""
+        """Whether the engine tried to wake up for submitted requests alone, and failed."""
         return self.failure is not None and self._is_by_itself
 
     async def wait_for_work(self, wakeup: asyncio.Event) -> None:
-        """Until `wakeup` is set, or it has waited so long that it wants to sleep."""
+        """Wait until `wakeup` is set; after idle_s seconds want to sleep at level 2 instead."""
         try:
             await asyncio.wait_for(wakeup.wait(), self._idle_s or None)
         except asyncio.TimeoutError:
@@ -155,7 +159,12 @@ class Sleep:
                 self.wanted, self._is_by_itself = ALL_GONE, True
 
     async def go(self) -> None:
-        """To where it is wanted; from a deeper level to another only by waking up."""
+        """Go to the level that is wanted.
+
+        A level that is deeper than the present one, or AWAKE, is reached at once. Going from level
+        2 to level 1 does nothing, as that takes waking up first. If waking up fails for a reason
+        that may pass, the reason is kept in `failure`; other exceptions of the Sleeper are raised.
+        """
         wanted, began_s = self.wanted, time.monotonic()
         sleeper = self._sleeper
         assert sleeper is not None
@@ -174,7 +183,7 @@ class Sleep:
 
     @property
     def is_awake(self) -> bool:
-        """And is to stay so."""
+        """Whether it is awake and is to stay so."""
         return self.level == self.wanted == AWAKE
 
     @property
@@ -183,17 +192,17 @@ class Sleep:
         return self.wanted > self.level or (self.wanted == AWAKE and self.level != AWAKE)
 
     def is_on_its_way(self, level: int) -> bool:
-        """Whether it is wanted at `level` still, and there is something to do for it."""
+        """Whether `level` is still wanted and has not been reached yet."""
         return self.wanted == level and self.is_behind
 
     async def news(self) -> None:
-        """Wait until something of this has changed."""
+        """Wait until the next call of `tell`."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         await waiting
 
     def tell(self) -> None:
-        """Let all who wait look again."""
+        """Wake all callers of `news`, because the state has changed."""
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
@@ -206,7 +215,7 @@ class Sleep:
 
 
 def _wake_up(sleeper: Sleeper) -> str | None:
-    """Why it could not, with all memory given back again; None: it could."""
+    """Wake up; returns None on success, else the reason, after freeing all memory again."""
     try:
         sleeper.wake_up()
         return None
@@ -219,13 +228,13 @@ def _wake_up(sleeper: Sleeper) -> str | None:
             "the memory is not there any more, other processes have taken it: see nvidia-smi, and "
             "ask again when it is free"
         )
-    # Not before here: the error holds what was made until it was raised.
+    # Outside of the `except` blocks: the exception's traceback keeps the new tensors alive.
     sleeper.sleep(ALL_GONE)
     return failure
 
 
 async def _on_a_thread(call: Callable[[], _Result]) -> _Result:
-    """A new one each time: what libraries keep for a thread, as cuBLAS its handles and their memory
-    on a card, is the next one's when it has ended."""
+    """Run `call` on a new thread. Libraries keep resources for each thread, as torch its cuBLAS
+    handles and workspaces; when the thread ends, they are free for the next one."""
     with ThreadPoolExecutor(1, "sleep") as threads:
         return await asyncio.get_running_loop().run_in_executor(threads, call)

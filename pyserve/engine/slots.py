@@ -1,9 +1,9 @@
 """Slots: rows of device state, one per running sequence.
 
-The host hands out slots and writes one update record when a sequence enters one; everything after
-that (length, last token, penalty counts) the device keeps itself. A slot may be reused at once:
-steps execute in order, and results are matched by generation.
-Layout: cuda/common/step.h.
+The host assigns slots and writes one update record when a sequence enters a slot. From then on the
+device itself keeps its length, last token and penalty counts. A freed slot may be reused at once:
+steps execute in order, and results are matched to sequences by generation. The layout of a slot is
+in cuda/common/step.h.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from array import array
 from pyserve.engine.sequence import NO_SLOT, Sequence
 from pyserve.ops import step_layout as layout
 
-# Slot update words, then the header of the slot row.
+# The words of a slot update, then the header of the slot row; slot_update fills them in.
 _RECORD_HEAD = struct.Struct("<4i 4i 3f i 3f q 3i")
 assert _RECORD_HEAD.size == 4 * (layout.SLOT_UPDATE_WORDS + layout.SLOT_HEADER_WORDS)
 
 
 class SlotAllocator:
-    """Hands out `num_slots` slots, each stay under a generation that never comes again."""
+    """Assigns `num_slots` slots; each assignment gets a new, never repeated generation."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -29,6 +29,7 @@ class SlotAllocator:
 
     @property
     def num_free(self) -> int:
+        """Slots that no sequence is in."""
         return len(self._free)
 
     def allocate(self, seq: Sequence) -> None:
@@ -38,7 +39,7 @@ class SlotAllocator:
         self._next_generation += 1
 
     def release(self, seq: Sequence) -> None:
-        """Take `seq` out of its slot; results still in flight for it will be dropped."""
+        """Take `seq` out of its slot; results of its steps in flight will be dropped."""
         self._free.append(seq.slot)
         seq.slot = NO_SLOT
         seq.generation = -1
@@ -62,7 +63,10 @@ def num_update_words(seq: Sequence) -> int:
 
 
 def slot_update(seq: Sequence) -> bytes:
-    """The record that makes the slot of `seq` its own, num_computed_tokens being set."""
+    """The update record that initialises the slot of `seq`, whose num_computed_tokens is set.
+
+    It has `num_update_words(seq)` words of 4 bytes, laid out as in cuda/common/step.h.
+    """
     params = seq.params
     num_output_tokens = len(seq.token_ids) - seq.num_prompt_tokens
     has_penalties = params.has_penalties
@@ -72,7 +76,7 @@ def slot_update(seq: Sequence) -> bytes:
         seq.num_prompt_tokens if has_penalties else 0,
         num_output_tokens if has_penalties else 0,
         seq.num_computed_tokens,
-        -1,  # last token: the host sends the tokens up to the first draw
+        -1,  # last token: none yet, as the host sends all tokens up to the first sampled one
         seq.num_prompt_tokens + params.min_tokens,
         has_penalties,
         params.temperature,

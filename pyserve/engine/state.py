@@ -1,7 +1,7 @@
-"""StepState: every tensor of an executor but the KV cache, in one list.
+"""StepState: all tensors that an executor allocates besides the model and the KV cache.
 
-The executor makes it on its device, the planner on the meta device, where it takes no memory, to
-know what that will be. So a tensor that is added here is in the ledger.
+The executor makes one on its device. The planner makes one on the meta device, where it takes no
+memory, to learn its size: so a tensor that is added here is in the memory ledger by itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ Ledger = tuple[tuple[str, int], ...]  # (name, bytes)
 class StepLimits:
     """The largest step, and the longest sequence.
 
-    num_slots               sequences that run at once, and rows of a step at most.
-    max_num_batched_tokens  tokens of a step at most.
-    max_model_len           tokens of a sequence, prompt and output together.
+    num_slots               maximum number of running sequences, and so of rows of a step.
+    max_num_batched_tokens  maximum number of tokens of a step.
+    max_model_len           maximum number of tokens of a sequence, prompt and output together.
+    block_size              tokens of a KV block.
     logits_tile_rows        rows of logits that exist at once.
     """
 
@@ -41,30 +42,32 @@ class StepLimits:
 class StepState:
     """All tensors that steps read and write.
 
-    step_input        int32 [max_step_words]: the packed step, then anything
-    plan              what is derived from it, of the largest step
+    step_input        int32 [max_step_words]: the packed step; words behind it are undefined
+    plan              ops.StepPlan, which ops.plan_step derives from the packed step
     slots, block_table, token_counts
-                      as ops.plan_step takes them
-    results           what sampled rows become: int32 [num_slots] tokens, or of a model that pools
-                      float32 [num_slots, width]
-    bitmask           int32 [num_slots, ceil(vocab_size / 32)]: masks of sampled rows
-    masked_rows       int32 [num_slots]: whose they are, as rows of a tile
-    logits, hidden, hidden_rows
-                      [logits_tile_rows, vocab_size], [.., hidden_size] and int32 [..]: of sampled
-                      rows, the last being where their hidden states lie
-    raw_logits        as logits: what they were before masks, where they are asked for
-    logit_parts       [..]: where several ranks bring the logits of a tile together, as
-                      Decoder.compute_logits takes it; None where there is one rank
-    tile_row_ids      int32 [logits_tile_rows]: 0, 1, ..
-    asked             int32 [num_slots + 2 * max_num_batched_tokens]: sampled rows that are asked,
-                      as rows of their tiles; tokens of prompts that are; the tokens behind these
-    told              int32 [num_slots + max_num_batched_tokens, LOGPROB_WORDS]: the answers
-    activations       uint8: memory of an Arena
-    attention_plans   by window; empty on a CPU
-    sample_workspace  None on a CPU
+                      state of the slots, as ops.plan_step takes it
+    results           results of sampled rows: int32 [num_slots] token ids, or float32 [num_slots,
+                      width] vectors if the model pools
+    bitmask           int32 [num_slots, ceil(vocab_size / 32)]: token masks of the masked rows
+    masked_rows       int32 [num_slots]: for each mask, the index of its row within a logits tile
+    logits            [logits_tile_rows, vocab_size] of the model's dtype: one tile of sampled rows
+    hidden            [logits_tile_rows, hidden_size]: their hidden states
+    hidden_rows       int32 [logits_tile_rows]: the tokens that these belong to, as indices
+    raw_logits        as logits: a copy from before masking, for raw logprobs of masked rows
+    logit_parts       scratch in which several ranks gather the logits of a tile, as
+                      Decoder.compute_logits takes it; None with one rank
+    tile_row_ids      int32 [logits_tile_rows]: 0, 1, ...
+    asked             int32 [num_slots + 2 * max_num_batched_tokens]: three lists for logprobs:
+                      sampled rows, as indices within their tiles (num_slots entries); prompt
+                      tokens, as indices within the step; the token that follows each of these
+    told              int32 [num_slots + max_num_batched_tokens, LOGPROB_WORDS]: the logprobs of the
+                      sampled rows, then of the prompt tokens in `asked`
+    activations       uint8 [num_bytes]: memory of an Arena
+    attention_plans   window -> AttentionPlan; empty on a CPU
+    sample_workspace  scratch of ops.sample; None on a CPU
 
-    Of a model that pools, logits have no columns, and what masks and logprobs need has no rows. Nor
-    have logits columns on a rank that does not sample.
+    If the model pools, logits have no columns, and the tensors for masks and logprobs no rows. On a
+    rank that does not sample, logits have no columns either.
     """
 
     def __init__(self, model: Decoder, limits: StepLimits, *, is_card: bool) -> None:
@@ -79,7 +82,7 @@ class StepState:
         tile_rows = min(limits.logits_tile_rows, num_slots)
 
         def zeros(part: str, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            # Written at once, so that resident memory does not grow while serving.
+            # Zeroing touches all pages now, so that resident memory does not grow while serving.
             return self._note(part, torch.empty(shape, dtype=dtype, device=device).zero_())
 
         def empty(part: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -97,7 +100,7 @@ class StepState:
             self.logit_parts = empty("logits", num_parts, dtype=model.dtype)
         self.raw_logits = empty("logprobs", tile_rows, num_logits, dtype=model.dtype)
         self.tile_row_ids = zeros("logprobs", tile_rows)
-        # On the meta device an arange of torch would first import sympy, which takes half a second.
+        # An arange on the meta device would import sympy, which takes half a second.
         self.tile_row_ids.copy_(torch.arange(tile_rows, dtype=torch.int32))
         num_asked = max_num_tokens if num_told else 0
         self.asked = zeros("logprobs", num_told + 2 * num_asked)
@@ -135,12 +138,12 @@ class StepState:
 
     @property
     def adapter_starts(self) -> torch.Tensor:
-        """int32 [num_adapter_slots + 1]: the part of step_input that says which tokens use one."""
+        """int32 [num_adapter_slots + 1], a view of step_input: Step.adapter_starts as packed."""
         begin = layout.HEADER_WORDS
         return self.step_input[begin : begin + self._num_adapter_slots + 1]
 
     def ledger(self) -> Ledger:
-        """What the tensors take, by part."""
+        """The bytes of all tensors, summed up by part."""
         return tuple(
             (part, sum(tensor.nbytes for tensor in tensors))
             for part, tensors in self._parts.items()
@@ -152,7 +155,7 @@ class StepState:
 
 
 def activation_bytes(model: Decoder, num_tokens: int) -> int:
-    """What the activations of a step of num_tokens tokens take."""
+    """Bytes that the activations of a step of num_tokens tokens take."""
     arena = Arena.endless()
     model.activations(arena, num_tokens)
     return arena.num_bytes

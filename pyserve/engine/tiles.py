@@ -1,4 +1,4 @@
-"""Tiles: rows of a step whose hidden states become something, in pieces of which each has room."""
+"""Tiles: the sampled or pooled rows of a step, divided into pieces that fit the logits buffer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from pyserve.ops import step_layout as layout
 
 
 class Tile(NamedTuple):
-    """Rows that are sampled, or pooled, together.
+    """Rows that are sampled, or pooled, together. All tensors are views of a StepState.
 
-    last_tokens, slots   of each row: the index of its last token, and its slot; -1: padding.
-    results              what they are to become.
+    last_tokens  int32 [num_rows]: index of each row's last token in the step; -1: padding.
+    slots        int32 [num_rows]: each row's slot; -1: padding.
+    hidden_rows  int32 [num_rows]: scratch for `gather`.
+    hidden       [num_rows, hidden_size]: hidden states of the rows' last tokens.
+    logits       [num_rows, vocab_size].
+    results      int32 [num_rows] sampled tokens, or float32 [num_rows, width] pooled vectors.
     """
 
     last_tokens: torch.Tensor
@@ -26,13 +30,16 @@ class Tile(NamedTuple):
     results: torch.Tensor
 
     def gather(self, hidden: torch.Tensor) -> None:
-        """Bring the hidden states of its rows together; for padding any will do."""
+        """Copy the hidden states of the rows' last tokens from `hidden`, [num_tokens, hidden_size].
+
+        Padding rows get those of token 0, which are not used.
+        """
         torch.clamp_min(self.last_tokens, 0, out=self.hidden_rows)
         torch.index_select(hidden, 0, self.hidden_rows, out=self.hidden)
 
 
 def tiles_of(state: StepState, num_rows: int) -> list[Tile]:
-    """Of so many rows."""
+    """The tiles of the first num_rows sampled rows of a step."""
     tiles = []
     for start in range(0, num_rows, len(state.logits)):
         end = min(start + len(state.logits), num_rows)
@@ -51,7 +58,7 @@ def tiles_of(state: StepState, num_rows: int) -> list[Tile]:
 
 
 def pool(model: Decoder, hidden: torch.Tensor, tiles: list[Tile]) -> None:
-    """What a step without a draw does behind its forward pass."""
+    """Pool the rows of `tiles` into their results. Models that pool do this instead of sampling."""
     assert model.pooler is not None
     for tile in tiles:
         tile.gather(hidden)
@@ -61,8 +68,11 @@ def pool(model: Decoder, hidden: torch.Tensor, tiles: list[Tile]) -> None:
 
 
 def share_tokens(model: Decoder, state: StepState, tiles: list[Tile]) -> None:
-    """Let all ranks have what the leader has sampled, and the others note it as `sample` does. In a
-    pipeline the leader alone embeds tokens: there the others note zeros, which need not travel."""
+    """Broadcast the tokens that the leader has sampled, and store them in the followers' slots.
+
+    On the leader `ops.sample` has stored them already. In a pipeline only the leader embeds tokens,
+    so nothing is sent and the followers store zeros.
+    """
     placement = model.placement
     if placement.tp_size > 1:
         assert placement.group is not None
@@ -71,7 +81,7 @@ def share_tokens(model: Decoder, state: StepState, tiles: list[Tile]) -> None:
         return
     last_tokens = state.slots[:, layout.SLOT_LAST_TOKEN]
     for tile in tiles:
-        # One place more, for the rows that are padding.
+        # One more entry at the end takes the writes of padding rows.
         tokens = torch.cat((last_tokens, last_tokens[:1]))
         places = torch.where(tile.slots < 0, len(last_tokens), tile.slots)
         tokens.scatter_(0, places.long(), tile.results.clamp_min(0))

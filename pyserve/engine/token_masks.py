@@ -1,6 +1,6 @@
-"""The constraints that sampling parameters are: allowed_token_ids and bad_words.
+"""The constraints that come from sampling parameters: allowed_token_ids and bad_words.
 
-Each implements client.Constraint, as a grammar does; a sequence that has several is held to all.
+Each implements client.Constraint, as a grammar does. A sequence with several must satisfy all.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pyserve.params import SamplingParams
 
 
 class AllowedTokens:
-    """No token but these, whatever has come. An end must be among them to be possible."""
+    """Allows only the given tokens. The sequence can end early only if they have a stop token."""
 
     is_free = is_finished = is_end_void = False
     error: str | None = None
     filler = None
 
     def __init__(self, token_ids: tuple[int, ...], vocab_size: int) -> None:
-        """Raises InvalidRequestError where one is not in [0, vocab_size)."""
+        """Raises InvalidRequestError if a token id is not in [0, vocab_size)."""
         self._words = _words_of(token_ids, vocab_size)
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
@@ -39,9 +39,9 @@ class AllowedTokens:
     def rollback(self, num_tokens: int) -> None: ...
 
 
-@lru_cache(maxsize=2)  # the choices of a request share them: 10 ms for 100k ids
+@lru_cache(maxsize=2)  # all choices of a request share the mask; 100k ids take 10 ms
 def _words_of(token_ids: tuple[int, ...], vocab_size: int) -> NDArray[np.int32]:
-    """The mask that allows these tokens alone."""
+    """The mask, int32 [ceil(vocab_size / 32)], that allows only these tokens."""
     check_token_ids("allowed_token_ids", token_ids, vocab_size)
     is_allowed = np.zeros(32 * bitmask_words(vocab_size), np.bool_)
     is_allowed[np.fromiter(token_ids, np.int64, len(token_ids))] = True
@@ -49,7 +49,7 @@ def _words_of(token_ids: tuple[int, ...], vocab_size: int) -> NDArray[np.int32]:
 
 
 def check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
-    """Refuse ids that the model has not; `name` is the field that holds them."""
+    """Raise InvalidRequestError if an id is not in [0, vocab_size); `name` is the ids' field."""
     if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
         wrong = next(i for i in token_ids if not 0 <= i < vocab_size)
         raise InvalidRequestError(
@@ -58,10 +58,10 @@ def check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> N
 
 
 class BadWords:
-    """The last token of each word may not follow its other tokens in the output.
+    """Forbids the last token of each word where the word's other tokens precede it in the output.
 
-    Words of one token are never allowed. As in vLLM, what counts is how a word is tokenised, not
-    its letters.
+    A word of one token is always forbidden. As in vLLM, only this tokenisation of a word is
+    forbidden; other tokens that spell the same text are allowed.
     """
 
     is_finished = is_end_void = False
@@ -71,7 +71,7 @@ class BadWords:
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         self._output: list[int] = []
         self._never = [last for *beginning, last in words if not beginning]
-        # token -> words whose last token but one it is: their beginnings and last tokens
+        # second-to-last token -> (all tokens but the last, last token) of the words that have it
         self._after: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
         for *beginning, last in words:
             if beginning:
@@ -94,7 +94,7 @@ class BadWords:
         del self._output[len(self._output) - num_tokens :]
 
     def _ends(self) -> list[int]:
-        """Last tokens of words whose other tokens are the last ones of the output."""
+        """The last tokens of those words whose other tokens the output ends with."""
         output = self._output
         if not output or output[-1] not in self._after:
             return []
@@ -108,9 +108,9 @@ class BadWords:
 def constraint_of(
     params: SamplingParams, beside: Constraint | None, vocab_size: int
 ) -> Constraint | None:
-    """What `params` and the constraint `beside` them demand together; None: nothing.
+    """One constraint that combines those of `params` with `beside`; None where there are none.
 
-    Raises InvalidRequestError where they name a token that the model has not.
+    Raises InvalidRequestError for a token id that is not in [0, vocab_size).
     """
     parts: list[Constraint] = []
     if params.allowed_token_ids is not None:

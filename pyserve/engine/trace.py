@@ -1,8 +1,8 @@
-"""--trace: what the event loop and the device did and when, as Chrome's trace events.
+"""--trace: a timeline of the event loop and the device, as Chrome trace events.
 
-The file opens in https://ui.perfetto.dev and in chrome://tracing. It is an array of events without
-its closing bracket, which both accept, so it is whole whenever the server ends. Calls are watched
-by putting a timer in their place: without --trace there is none.
+The file opens in https://ui.perfetto.dev and in chrome://tracing. It is a JSON array without its
+closing bracket, which both accept, so the file is valid whenever the server ends. Methods are timed
+by replacing them with a wrapper (`watch`), so without --trace nothing is slower.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pyserve import log
 from pyserve.engine.batch import Step
 from pyserve.errors import StartupError
 
-STEPS = 0  # the track of what the device does; threads have theirs by their id
-FLUSH_EVENTS = 2_000
+STEPS = 0  # the track of steps on the device; a thread's track is its native id
+FLUSH_EVENTS = 2_000  # events that are buffered before they are written
 MAX_BYTES = 2**30  # about two hours of a busy server
 
 
 class Trace:
-    """Writes spans of time.perf_counter() seconds into `path`, which it replaces.
+    """Writes spans of time.perf_counter() seconds into `path`, replacing the file.
 
-    Raises StartupError where the file cannot be written; later, or beyond MAX_BYTES, it says so
-    once and stops: a full disk ends the trace, not the server.
+    The constructor raises StartupError if the file cannot be written. If a later write fails, or
+    the file reaches MAX_BYTES, the trace logs one warning and stops; the server goes on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class Trace:
             self._file = path.open("w")
         except OSError as error:
             raise StartupError(f"--trace: cannot write {path}: {error.strerror}") from None
-        self._lock = threading.Lock()  # a step may be packed on a thread
+        self._lock = threading.Lock()  # worker threads write spans too
         self._num_bytes = 0
         self._lines = ["[\n"]
         self._tracks: set[int] = set()
@@ -46,7 +46,7 @@ class Trace:
     def span(
         self, name: str, begin_s: float, end_s: float, *, track: int | None = None, **args: object
     ) -> None:
-        """One event of the trace, of this thread or of `track`; `args` are shown beside it."""
+        """Add one event to the track of this thread or to `track`; viewers show its `args`."""
         if track is None:
             track = threading.get_native_id()
         with self._lock:
@@ -58,7 +58,7 @@ class Trace:
                 self._flush()
 
     def watch(self, owner: object, method: str, name: str) -> None:
-        """From here on each call of owner.method is a span of the thread that calls it."""
+        """Record each later call of owner.method as a span `name` of the thread that calls it."""
         call: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -105,5 +105,5 @@ class Trace:
             self._file.flush()
         except OSError as error:
             log.get_logger().warning("--trace: the trace ends here: %s", error.strerror)
-            with suppress(OSError):  # what did not fit is still in its buffer
+            with suppress(OSError):  # closing fails too: it flushes what did not fit
                 self._file.close()

@@ -1,4 +1,4 @@
-"""Steps that no request asked for: they make a device ready for every shape that can come.
+"""Warm-up steps: artificial steps that make a device ready for every shape that can come.
 
 They start from reset slots, and no request reads what they write.
 """
@@ -20,13 +20,16 @@ MANY_TOKENS_MULTIPLE = 512
 
 
 def largest_step(limits: StepLimits) -> Step:
-    """The step with the most tokens, rows and samples."""
+    """The step with the most tokens, rows and sampled rows."""
     return _step(limits, limits.max_num_batched_tokens)
 
 
 def warmup_steps(limits: StepLimits, *, num_adapter_slots: int = 0) -> Iterator[Step]:
-    """A step of every padded number of tokens up to MANY_TOKENS and of some above, the largest
-    first; with slots for adapters also one whose tokens use them: it calls other ops."""
+    """Yield a step for every padded number of tokens up to MANY_TOKENS and for some above, the
+    largest first.
+
+    With adapter slots, each is followed by a step whose tokens use them, as that calls other ops.
+    """
     for num_tokens in reversed(padded_sizes(limits.max_num_batched_tokens)):
         is_between = num_tokens > MANY_TOKENS and num_tokens % MANY_TOKENS_MULTIPLE
         if is_between and num_tokens != limits.max_num_batched_tokens:
@@ -37,12 +40,14 @@ def warmup_steps(limits: StepLimits, *, num_adapter_slots: int = 0) -> Iterator[
 def graph_steps(
     limits: StepLimits, *, num_blocks: int, vocab_size: int, num_adapter_slots: int = 0
 ) -> Iterator[Step]:
-    """Steps of every shape that is recorded, the largest first: as many rows as may be, and as few;
-    with slots for adapters each once more, as `warmup_steps` has it.
+    """Yield a step for every shape that gets a CUDA graph, the largest first.
 
-    The rows of the others are all made of token 0 and block 0. Here each has tokens and blocks of
-    its own, so that a record that does not do what its launches did is found out. Shapes that
-    would need more than num_blocks are left out, and run op by op where they come.
+    Each number of tokens comes with as many rows as possible and with as few (decode and mixed
+    steps have different graphs); with adapter slots, each once more as in `warmup_steps`.
+
+    Unlike warmup_steps, which use token 0 and block 0 everywhere, these rows have tokens and KV
+    blocks of their own, so that a graph that computes something else than its launches is found
+    out. Shapes that need more than num_blocks blocks get no graph and run op by op.
     """
     for num_tokens in reversed(graph_sizes(limits.max_num_batched_tokens)):
         few_rows = -(-num_tokens // limits.max_model_len)
@@ -53,8 +58,8 @@ def graph_steps(
 
 
 def _with_and_without(step: Step, num_adapter_slots: int) -> Iterator[Step]:
-    """The step; then where there are slots for adapters, the same with its tokens shared out to
-    all of them. Nothing lies there yet, so its results are the same."""
+    """Yield the step; if there are adapter slots, also yield it with its tokens divided among them.
+    The slots are still empty, so the results are the same."""
     yield step
     if num_adapter_slots:
         starts = [
@@ -64,7 +69,7 @@ def _with_and_without(step: Step, num_adapter_slots: int) -> Iterator[Step]:
 
 
 def _use_blocks(step: Step, block_size: int, vocab_size: int) -> int:
-    """Give each row blocks of its own, and each position a token; the number of blocks."""
+    """Give each row its own KV blocks and token ids; returns the number of blocks used."""
     num_blocks = 0
     for slot, query_len in zip(step.row_slots, step.query_lens, strict=True):
         first = num_blocks * block_size
@@ -76,7 +81,10 @@ def _use_blocks(step: Step, block_size: int, vocab_size: int) -> int:
 
 
 def _step(limits: StepLimits, num_tokens: int, *, num_rows: int | None = None) -> Step:
-    """Up to `num_tokens` tokens in as many rows as there may be, all of them sampled."""
+    """A step of up to `num_tokens` tokens, all of whose rows are sampled.
+
+    num_rows  None: as many rows as the limits allow.
+    """
     if num_rows is None:
         num_rows = min(num_tokens, limits.num_slots)
     share, rest = divmod(num_tokens, num_rows)

@@ -1,4 +1,5 @@
-"""What the leader has all ranks do, as values: the same calls of a StepExecutor, in one order."""
+"""Messages by which the leader has all other ranks make the same StepExecutor calls as itself, in
+the same order."""
 
 from __future__ import annotations
 
@@ -8,52 +9,65 @@ from pyserve.engine.batch import StepShape
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """One of the following, as bytes of MessagePack."""
+    """Base of the messages; encoded as MessagePack."""
 
 
 class Bring(Call, frozen=True, array_like=True):
-    words: bytes  # of a packed step
+    """As StepExecutor.bring."""
+
+    words: bytes  # int32 words of a packed step
 
 
 class Forward(Call, frozen=True, array_like=True):
+    """As StepExecutor.forward."""
+
     shape: StepShape
     is_warmup: bool = False
 
 
 class Sample(Call, frozen=True, array_like=True):
-    """prompt_rows: of Asked, which all ranks compute logits for; what is masked or asked else is
-    the leader's affair."""
+    """As StepExecutor.sample, which all ranks must call as they compute the logits together.
+
+    prompt_rows is that of Asked, since prompt logprobs need further logits. Masks and everything
+    else about logprobs concern the leader alone.
+    """
 
     shape: StepShape
     prompt_rows: list[int]
 
 
 class Record(Call, frozen=True, array_like=True):
+    """As StepExecutor.record."""
+
     shape: StepShape
 
 
 class Reset(Call, frozen=True, array_like=True):
-    pass
+    """As StepExecutor.reset."""
 
 
 class AllocateKV(Call, frozen=True, array_like=True):
+    """As StepExecutor.allocate_kv."""
+
     num_blocks: int
 
 
 class FreeKV(Call, frozen=True, array_like=True):
-    pass
+    """As StepExecutor.free_kv."""
 
 
 class DropModel(Call, frozen=True, array_like=True):
-    pass
+    """As StepExecutor.drop_model."""
 
 
 class TakeModel(Call, frozen=True, array_like=True):
-    """Load it again, and tell the leader then: a step of ranks that still load would not end."""
+    """Load the model again and report Loaded. The leader waits for that before it runs a step, as
+    the step could not end on ranks that still load."""
 
 
 class StoredPair(msgspec.Struct, frozen=True, array_like=True):
-    """An adapter's a [size, in_features] and b [out_features, size] of a module, in a file."""
+    """Describes one module's adapter matrices, a [size, in_features] and b [out_features, size],
+    which lie in a file."""
 
     module: str
     size: int
@@ -63,7 +77,7 @@ class StoredPair(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PutAdapter(Call, frozen=True, array_like=True):
-    """The matrices lie one after the other in the file `path`, as numbers of torch's `dtype`."""
+    """The file `path` holds the matrices of `pairs` in order, a before b, in torch's `dtype`."""
 
     slot: int
     path: str
@@ -72,11 +86,11 @@ class PutAdapter(Call, frozen=True, array_like=True):
 
 
 class Close(Call, frozen=True, array_like=True):
-    """End: there will be no other call."""
+    """The last message: the rank ends."""
 
 
 class Measure(Call, frozen=True, array_like=True):
-    """Tell the leader what memory the card shows now."""
+    """Report Shown: the memory in use on the card now."""
 
 
 AnyCall = (

@@ -1,7 +1,7 @@
-"""A rank that follows: loads its part of the model and makes the calls that the leader makes.
+"""A follower rank: loads its part of the model and repeats the executor calls of the leader.
 
-`python -m pyserve.engine.tensor_parallel.follower FD`, where FD is its end of a socket, from which
-the first word is a Start. It lives as long as the other end is open.
+Run as `python -m pyserve.engine.tensor_parallel.follower FD`, where FD is its end of a socket whose
+first message is a Start. The process ends when the other end of the socket is closed.
 """
 
 from __future__ import annotations
@@ -59,30 +59,32 @@ from pyserve.ops import build
 from pyserve.ops.card_group import join_group
 from pyserve.ops.group import Group
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # the leader heeds them
+# Ignored here: the leader handles them and then ends its followers.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Line(Protocol):
-    """How a follower hears from its leader, and is heard."""
+    """A follower's connection to its leader."""
 
     tp_rank: int
 
-    def tell(self, news: News) -> None: ...
+    def tell(self, news: News) -> None:
+        """Send a message to the leader."""
 
     def begin(self) -> Begin:
-        """Waits for the leader's plan."""
+        """Wait for the leader's plan."""
 
     def join(self, device: torch.device) -> Group:
-        """The Group of all ranks, once it has begun."""
+        """Join the process group of all ranks; called after `begin`."""
 
     def call(self) -> bytes:
-        """Waits for the next call."""
+        """Wait for the leader's next call; returns an encoded calls.AnyCall."""
 
 
 class LocalLine:
-    """To a leader that has started this process: a socket, and from `begin` on a ring.
+    """The Line to a leader that has started this process: a socket, and from `begin` on a ring.
 
-    Ends the process with the leader.
+    If the leader ends, this ends the process.
     """
 
     def __init__(self, sock: socket.socket, start: Start, meeting: int) -> None:
@@ -109,7 +111,7 @@ class LocalLine:
         return self._ring.get(self.tp_rank - 1)
 
     def _live(self) -> None:
-        """On a thread of its own: tells that this process lives, and ends it with the leader."""
+        """Send heartbeats, and end the process if the leader does; runs on a thread of its own."""
         beat = encode(Beat())
         beat_s = 0.0
         while True:
@@ -131,19 +133,23 @@ class LocalLine:
 
 
 def main() -> None:
+    """Run this process as a follower of the leader that has started it."""
     sock = socket.socket(fileno=int(sys.argv[1]))
     word, fds, _, _ = socket.recv_fds(sock, MAX_BYTES, 1)
-    if not word:  # the leader has ended, or its start was refused
+    if not word:  # the leader has ended, or it has refused to start
         return
     start = decode_start(word)
     line = LocalLine(sock, start, fds[0])
     log.setup(start.log_level, prefix=f"rank {start.tp_rank}: ")
     allocator.fix_thresholds()
-    os._exit(follow(start.config, line))  # what it holds may not be free to go
+    os._exit(follow(start.config, line))  # no destructors: after a failure they might not return
 
 
 def follow_launched(config: EngineConfig) -> int:
-    """As a follower that torchrun has started; returns the exit code. Raises StartupError."""
+    """Run this process as a follower that torchrun has started; returns the exit code.
+
+    Raises StartupError.
+    """
     here = launched()
     assert here is not None
     config = settle_sharing(config)
@@ -152,7 +158,7 @@ def follow_launched(config: EngineConfig) -> int:
 
 
 def follow(config: EngineConfig, line: Line) -> int:
-    """Do what the leader does, until it ends; returns the exit code."""
+    """Load this rank's part and make the leader's calls until it ends; returns the exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     code = 1
@@ -164,14 +170,14 @@ def follow(config: EngineConfig, line: Line) -> int:
     except BaseException as error:
         log.get_logger().exception("this rank has stopped")
         first_line, _, _ = str(error).partition("\n")
-        if isinstance(line, LocalLine):  # the leader listens at all times
+        if isinstance(line, LocalLine):  # under torchrun the leader may not be listening
             line.tell(Failed(f"{type(error).__name__}: {first_line[:500]}"))
     log.flush()
     return code
 
 
 def _follow(config: EngineConfig, line: Line) -> None:
-    """Plan, load, and from then on do what is told."""
+    """Plan and load, then make the leader's calls until Close."""
     own = settle_start(config, tp_rank=line.tp_rank)
     plan = own.plan
     shown = devices.describe(own.device)
@@ -210,7 +216,7 @@ def _follow(config: EngineConfig, line: Line) -> None:
         call = msgspec.msgpack.decode(line.call(), type=calls.AnyCall)
         if isinstance(call, calls.Close):
             return
-        if isinstance(call, calls.AllocateKV):  # as CudaRunner does
+        if isinstance(call, calls.AllocateKV):  # not on `stream`: see CudaRunner._allocate_kv
             executor.allocate_kv(call.num_blocks)
         elif isinstance(call, calls.TakeModel):
             began_s = time.monotonic()
@@ -234,8 +240,10 @@ def _follow(config: EngineConfig, line: Line) -> None:
 
 
 class Pinned:
-    """Steps in page-locked memory, from which a card copies them when it comes to it: a copy from
-    other memory would hold the follower up until all in front of it has ended.
+    """A ring of page-locked host buffers, from which packed steps are copied to a card.
+
+    The copies are asynchronous. A copy from ordinary memory would block the follower until all work
+    that was queued before it has ended.
     """
 
     def __init__(self, executor: StepExecutor) -> None:
@@ -250,7 +258,7 @@ class Pinned:
         )
 
     def bring(self, words: torch.Tensor) -> None:
-        """As StepExecutor.bring, on the current stream."""
+        """As StepExecutor.bring, on the current stream; waits for a free buffer if needed."""
         place, is_copied = self._places[0]
         self._places.rotate(-1)
         is_copied.synchronize()
@@ -260,7 +268,7 @@ class Pinned:
 
 
 def _make(call: calls.AnyCall, executor: StepExecutor) -> None:
-    """A call that needs the executor alone."""
+    """Make a call that needs nothing but the executor."""
     match call:
         case calls.Forward(shape, is_warmup):
             executor.forward(shape, is_warmup=is_warmup)
@@ -272,7 +280,7 @@ def _make(call: calls.AnyCall, executor: StepExecutor) -> None:
                 executor.asked.copy_(torch.from_numpy(packed))
             executor.sample(shape, (), asked)
         case calls.Record(shape):
-            with collector.paused():  # as CudaRunner does
+            with collector.paused():  # see CudaRunner._record
                 executor.record(shape)
         case calls.Reset():
             executor.reset()

@@ -1,8 +1,9 @@
-"""Followers: the processes of all ranks but the leader's, as the leader sees them.
+"""Followers: the leader's view of the other ranks' processes.
 
-The serving process is rank 0 and leads: it schedules, and what its executor is called it tells the
-others through a ring. Beside that each has a socket: by it they plan and load together, and when
-one ends, the other end hears of it at once. A follower outlives its leader by no more than that.
+The serving process is rank 0, the leader. It schedules, and it sends each call of its executor to
+the followers through a shared-memory ring. Each follower also has a socket to the leader: they use
+it while planning and loading, and since a socket closes when its process ends, each side notices at
+once that the other has gone. So a follower does not outlive its leader.
 """
 
 from __future__ import annotations
@@ -43,46 +44,47 @@ from pyserve.model.adapter_weights import AdapterWeights
 from pyserve.ops.card_group import join_group
 from pyserve.ops.group import LEADER, Group
 
-NUM_PLACES = 64  # of the ring: a step takes three, and few steps are in flight
-CALL_BYTES = 2**18  # of a message besides words and rows
-# Without a beat it hangs: soon where none of its threads could run, later where one may only have
-# been kept from it, as a busy machine does for a second or two.
+NUM_PLACES = 64  # messages in the ring: a step takes three, and few steps are in flight
+CALL_BYTES = 2**18  # room in a message besides the packed step and the prompt rows
+# A follower hangs if its heartbeat is missing: for STUCK_S where none of its threads is running or
+# runnable, for SILENT_S otherwise, as a busy machine may delay a thread for a second or two.
 STUCK_S, SILENT_S = 0.75, 5.0
-OTHERS_S = 0.2  # that the end of a process may be heard of after what it does to others
-END_S = 5.0  # to end in peace
+OTHERS_S = 0.2  # a process's end may be noticed this much later than the errors it causes elsewhere
+END_S = 5.0  # how long `close` waits for followers to end by themselves
 
 _Kind = TypeVar("_Kind", bound=News)
 
 
 class _Follower:
-    """A process, and what has come from it that nobody has taken yet."""
+    """One follower process, and its messages that nobody has taken yet."""
 
     def __init__(self, spawned: Spawned, start: Start, meeting: int) -> None:
         self.tp_rank, self.sock, self.process = spawned.tp_rank, spawned.sock, spawned.process
         self.how_it_ended = spawned.how_it_ended
-        with suppress(OSError):  # it has ended: its socket will say so
+        with suppress(OSError):  # it has ended already; _listen will notice
             socket.send_fds(self.sock, [encode(start)], [meeting])
         self.news: deque[News] = deque()
         self.heard_s = time.monotonic()
 
 
 class Followers:
-    """Those of one engine. Their processes run from the beginning to `close`.
+    """The followers of one engine. Their processes run from the constructor to `close`.
 
-    Files between ranks are memory that has a descriptor: none is left, however a rank ends.
+    Files that ranks share are memfds, so none is left behind, however a rank ends.
     """
 
     def __init__(self, config: EngineConfig, spawned: Sequence[Spawned] = ()) -> None:
-        """`spawned`: their processes, where those have been started already."""
-        # Never closed: torch's store writes to what has this number as late as when it is freed.
+        """spawned: the followers' processes, if they have been started already."""
+        # Never closed: torch's store opens it by its number, even as late as in its destructor.
         self._meeting = os.memfd_create("pyserve-meeting")
         self._changed = threading.Condition()
         self._lost: str | None = None
         self._on_lost: Callable[[str], object] | None = None
         self._is_closing = False
         self._ring: Ring | None = None
-        # Files of adapters that the others may still have to open: a step puts in as many as there
-        # are slots, and none is told before the one in front of it has ended everywhere.
+        # Files of adapters that followers may not have opened yet. One step loads at most as many
+        # adapters as there are slots, and its loads are sent only after the step before it has
+        # ended on all ranks, so keeping that many files open is enough.
         self._kept: deque[int] = deque()
         self._num_kept = config.num_adapter_slots
         level = logging.getLevelName(log.get_logger().getEffectiveLevel()).lower()
@@ -94,11 +96,14 @@ class Followers:
         self._listening.start()
 
     def join(self, device: torch.device) -> Group:
-        """The leader's Group; the others come to it as soon as they have begun."""
+        """Join the process group as the leader; the followers join after they got `begin`."""
         return join_group(path_of(self._meeting), LEADER, 1 + len(self._all), device)
 
     def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
-        """The next word of that kind from each. Raises StartupError where one does not come."""
+        """Wait for the next message, of type `kind`, of every follower; in the order of ranks.
+
+        Raises StartupError if one is lost or does not come within timeout_s.
+        """
         found = []
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
@@ -114,7 +119,7 @@ class Followers:
         return found  # type: ignore[return-value]
 
     def begin(self, begin: Begin, *, num_step_words: int) -> None:
-        """Let them load. From here on `tell` works."""
+        """Create the ring and let the followers load. `tell` works from here on."""
         message_bytes = CALL_BYTES + 4 * num_step_words + 5 * begin.max_num_batched_tokens
         self._ring = ring = Ring.create(
             len(self._all), message_bytes=message_bytes, num_places=NUM_PLACES
@@ -122,11 +127,11 @@ class Followers:
         place_bytes, num_places = ring.sizes
         begin = msgspec.structs.replace(begin, place_bytes=place_bytes, num_places=num_places)
         for follower in self._all:
-            with suppress(OSError):  # it has gone: `wait` tells why
+            with suppress(OSError):  # it has ended; `wait` will raise with the reason
                 socket.send_fds(follower.sock, [encode(begin)], ring.fds)
 
     def tell(self, call: calls.AnyCall) -> None:
-        """Have all make a call. Raises DeviceError where one does not take any more."""
+        """Send a call to all followers. Raises DeviceError if one is lost or takes no calls."""
         if self._lost is not None:
             raise DeviceError(self._lost)
         assert self._ring is not None
@@ -136,7 +141,7 @@ class Followers:
             raise DeviceError(self._lost or str(error)) from error
 
     def tell_adapter(self, slot: int, weights: AdapterWeights) -> None:
-        """Have all put an adapter into a slot, from memory that has a path."""
+        """Have all followers put an adapter into a slot; its weights travel through a memfd."""
         fd = os.memfd_create("pyserve-adapter")
         with os.fdopen(os.dup(fd), "wb") as file:
             for pair in weights.pairs.values():
@@ -154,14 +159,17 @@ class Followers:
         self.tell(calls.PutAdapter(slot, path, dtype.removeprefix("torch."), pairs))
 
     def cause(self, error: Exception) -> str:
-        """Why a step has failed with `error` here: most likely because a rank has gone."""
+        """The reason to report for a step that failed with `error` on the leader.
+
+        Most likely another rank has ended, so this waits up to CAUSE_S to hear of that.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None, CAUSE_S)
         first_line, _, _ = str(error).partition("\n")
         return self._lost or f"the ranks are out of step: {type(error).__name__}: {first_line}"
 
     def watch(self, on_lost: Callable[[str], object]) -> None:
-        """Have on_lost(why) called, on another thread, when one of them has ended or hangs."""
+        """Have on_lost(reason) called, on another thread, when a follower has ended or hangs."""
         with self._changed:
             for follower in self._all:
                 follower.heard_s = time.monotonic()
@@ -170,14 +178,17 @@ class Followers:
                 on_lost(self._lost)
 
     def kill(self) -> None:
-        """At once."""
+        """End all followers at once. Harmless when called again."""
         self._is_closing = True
         for follower in self._all:
             follower.process.kill()
             follower.process.wait()
 
     def close(self) -> None:
-        """Have them end, and wait for it. Harmless when called again."""
+        """Have all followers end, and wait for it; kills those that take longer than END_S.
+
+        Harmless when called again.
+        """
         self._is_closing = True
         for follower in self._all:
             with suppress(OSError):
@@ -197,7 +208,7 @@ class Followers:
             os.close(self._kept.pop())
 
     def _listen(self) -> None:
-        """On a thread of its own, until one is lost or all are closed."""
+        """Receive the followers' messages until one is lost or `close`; on a thread of its own."""
         with selectors.DefaultSelector() as selector:
             for follower in self._all:
                 selector.register(follower.sock, selectors.EVENT_READ, follower)
@@ -205,7 +216,7 @@ class Followers:
             while self._lost is None and not self._is_closing:
                 ready = [key.data for key, _ in selector.select(BEAT_S)]
                 now_s = time.monotonic()
-                if now_s - looked_s > 2 * BEAT_S:  # this process did not run: nor could it hear
+                if now_s - looked_s > 2 * BEAT_S:  # this process itself was stopped and heard none
                     for follower in self._all:
                         follower.heard_s = now_s
                 looked_s = now_s
@@ -231,8 +242,9 @@ class Followers:
                 self._changed.notify_all()
 
     def _first_to_end(self, failed: _Follower) -> str | None:
-        """Another rank that has ended: what fails in this one's step may come of it, and be heard
-        of first. One that exits with 1 has failed itself."""
+        """How another rank ended, if one did: `failed` may have failed only because of that, and
+        its message may arrive first. Exit code 1 does not count, as such a rank reports its own
+        failure."""
         deadline_s = time.monotonic() + OTHERS_S
         while True:
             for other in self._all:
@@ -243,7 +255,8 @@ class Followers:
             time.sleep(0.005)
 
     def _look(self, now_s: float) -> None:
-        """For who lives and says nothing; loading holds the interpreter's lock and counts not."""
+        """Look for followers that hang. Only once `watch` was called: while loading, a follower may
+        hold the GIL for long and send no heartbeats."""
         if self._on_lost is None:
             return
         for follower in self._all:

@@ -1,9 +1,10 @@
-"""The ranks of one model where torchrun has started them all, on one machine or on several.
+"""The ranks of one model if torchrun has started them all, on one machine or on several.
 
-Beside the group of their steps they have one of gloo for words: calls of the leader, which all
-others get, and news of the others, which the leader gets. torchrun ends the others of a machine
-where one ends, not those of other machines: so each follower holds a line to the leader, a TCP
-connection that says nothing, and whose end tells both that the other has gone.
+Besides the process group of their steps they have two gloo groups for messages: one broadcasts the
+leader's calls to all followers, the other gathers the followers' news at the leader. When a rank
+ends, torchrun ends the other ranks of its machine, but not those of other machines. Therefore each
+follower also holds a "line" to the leader: a TCP connection that carries no data, and whose end
+tells either side that the other has gone.
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ from pyserve.errors import DeviceError, StartupError
 from pyserve.model.adapter_weights import AdapterWeights
 from pyserve.ops.group import LEADER, Group, ProcessGroup
 
-PIECE_BYTES = 4096  # that go at once: most calls are shorter
+PIECE_BYTES = 4096  # size of the first broadcast of a message, which holds all of most calls
 LENGTH_BYTES = 8
-SECRET_BYTES = 16  # that a follower shows the leader, so that no stranger holds a line
-LINE_S = 30.0  # for all followers to connect
-# A rank waits for the next call for as long as nobody asks the server for anything, or it sleeps:
-# torch would give up after half an hour. Of who has gone its line tells.
+SECRET_BYTES = 16  # a follower sends this secret, so that no stranger can open a line
+LINE_S = 30.0  # time limit for all followers to connect
+# A follower waits for the next call for as long as the server is idle or asleep, but gloo's default
+# time limit is half an hour. A lost leader is noticed by the end of the line instead.
 IDLE = timedelta(days=3650)
-PEACE_S = 3.0  # between the last call and the end of the leader's line
+PEACE_S = 3.0  # after the line's end, time for a follower to end by itself if it was told to
 
 _Kind = TypeVar("_Kind", bound=News)
 
 
 class _Words:
-    """What both ends have: the model's group, one for calls and one for news."""
+    """What leader and followers have in common: the model's process group, and the groups for calls
+    and news."""
 
     def __init__(self, device: torch.device) -> None:
-        """Waits for all others. Raises DeviceError."""
+        """Waits for all other ranks. Raises DeviceError."""
         self.group = ProcessGroup.launched(device)
         self.tp_rank, self.tp_size = self.group.tp_rank, self.group.tp_size
         self._calls = dist.new_group(backend="gloo", timeout=IDLE)
@@ -57,7 +59,7 @@ class _Words:
         return self.group
 
     def _spread(self, data: bytes = b"") -> bytes:
-        """The leader's data, on all ranks."""
+        """Broadcast the leader's `data`; returns it on every rank."""
         piece = torch.zeros(PIECE_BYTES, dtype=torch.uint8)
         if self.tp_rank == LEADER:
             data = len(data).to_bytes(LENGTH_BYTES, "little") + data
@@ -73,7 +75,10 @@ class _Words:
         return piece[LENGTH_BYTES:].numpy().tobytes() + rest.numpy().tobytes()
 
     def _gather(self, data: bytes = b"") -> list[bytes]:
-        """What each rank has said, on the leader; of PIECE_BYTES at most."""
+        """Gather each rank's `data` at the leader; returns it by rank there, b"" on the others.
+
+        `data` and its length must fit in PIECE_BYTES.
+        """
         assert len(data) + LENGTH_BYTES <= PIECE_BYTES
         piece = torch.zeros(PIECE_BYTES, dtype=torch.uint8)
         data = len(data).to_bytes(LENGTH_BYTES, "little") + data
@@ -90,7 +95,7 @@ class _Words:
 
 
 class LaunchedFollowers(_Words):
-    """Does for the leader what Followers does."""
+    """Has the interface of Followers, for ranks that torchrun has started."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -101,7 +106,7 @@ class LaunchedFollowers(_Words):
         threading.Thread(target=self._listen, name="followers", daemon=True).start()
 
     def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
-        """As Followers.wait; how long it takes is bounded by the group's own limit."""
+        """As Followers.wait, but the time limit is that of the gloo group, not timeout_s."""
         try:
             answers = self._gather()
         except RuntimeError as error:
@@ -129,7 +134,7 @@ class LaunchedFollowers(_Words):
         raise AssertionError("--enable-lora is refused under torchrun")
 
     def cause(self, error: Exception) -> str:
-        time.sleep(0.2)  # the end of a line may be told after what it does to a step
+        time.sleep(0.2)  # a line's end may be noticed later than the failure that it causes
         first_line, _, _ = str(error).partition("\n")
         return self._lost or f"a rank is gone or out of step: {type(error).__name__}: {first_line}"
 
@@ -140,14 +145,14 @@ class LaunchedFollowers(_Words):
             on_lost(self._lost)
 
     def kill(self) -> None:
-        """They end when their lines do."""
+        """End all followers at once: each ends when its line is closed."""
         self._is_closing = True
         for line in self._lines:
             with suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Have the others end, in peace where they listen. Harmless when called again."""
+        """Tell the followers to end, then close their lines. Harmless when called again."""
         self._is_closing = True
         if self._is_begun:
             self._is_begun = False
@@ -155,7 +160,7 @@ class LaunchedFollowers(_Words):
         self.kill()
 
     def _accept(self) -> list[socket.socket]:
-        """The lines, in the order of ranks."""
+        """Accept the followers' lines; returns them in the order of ranks. Raises DeviceError."""
         secret = secrets.token_bytes(SECRET_BYTES)
         lines: dict[int, socket.socket] = {}
         with socket.create_server(("", 0)) as server:
@@ -177,7 +182,7 @@ class LaunchedFollowers(_Words):
         with selectors.DefaultSelector() as selector:
             for tp_rank, line in enumerate(self._lines, 1):
                 selector.register(line, selectors.EVENT_READ, tp_rank)
-            (key, _), *_ = selector.select()  # nobody says anything but that it goes
+            (key, _), *_ = selector.select()  # lines carry no data, so this one has closed
         if self._is_closing:
             return
         self._lost = f"rank {key.data} has gone"
@@ -186,7 +191,10 @@ class LaunchedFollowers(_Words):
 
 
 class LaunchedLine(_Words):
-    """A follower's end: implements follower.Line. Ends the process with the leader."""
+    """Implements follower.Line for a rank that torchrun has started.
+
+    Ends the process if the leader ends.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -204,7 +212,7 @@ class LaunchedLine(_Words):
     def _live(self) -> None:
         with suppress(OSError):
             self._line.recv(1)
-        time.sleep(PEACE_S)  # after a last call this process ends by itself
+        time.sleep(PEACE_S)  # if the leader's last call was Close, this process ends by itself
         log.get_logger().error("rank 0 has gone")
         log.flush()
         os._exit(1)
@@ -222,7 +230,7 @@ class LaunchedLine(_Words):
 
 
 def _kept_alive(line: socket.socket) -> socket.socket:
-    """Its end is told within seconds, also where the other machine has lost its power."""
+    """Enable TCP keepalive: the line ends within seconds even if the other machine loses power."""
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (

@@ -1,9 +1,9 @@
-"""Link: what ranks that torchrun has started see of each other, and how to share a model over it.
+"""Link: measures the link between ranks that torchrun started, to choose how they share a model.
 
-Tensor parallel divides the work of a step among the ranks, and pays two all-reduces a layer for it.
-In a pipeline the ranks work one after the other: a step takes as long as on one that has all, and
-the hidden states go from each to the next once. Chosen is what is faster for one request, of a
-chunk of a prompt and a short answer.
+Tensor parallel divides the work of a step among the ranks, at the cost of two all-reduces a layer.
+In a pipeline the ranks work one after the other: a step takes as long as on a single rank with all
+layers, and the hidden states travel from each rank to the next once. The estimate decides for the
+way that is faster for one request with a prompt of one chunk and a short answer.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from pyserve.model.decoder import Decoder
 from pyserve.ops.group import Group
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 256
-LARGE_BYTES = 4 * 2**20  # half a second at 10 MB/s
-# Of a matrix that no cache holds, and how many rows reach what the device can compute.
+LARGE_BYTES = 4 * 2**20  # takes half a second at 10 MB/s
+# The measured products have a matrix of SIZE x SIZE, which no cache holds. With ROWS rows they
+# reach the compute limit of the device.
 CARD_SIZE, CARD_ROWS = 8192, 2048
 HOST_SIZE, HOST_ROWS = 4096, 64
 
 
 class Link(NamedTuple):
-    """latency_s, bytes_per_s   of an all-reduce: of a small one, and what a larger one adds
-    read_bytes_per_s            of a matrix, by the product with one row
-    flop_per_s                  by the product with many
+    """Measured speeds.
+
+    latency_s         time of a small all-reduce.
+    bytes_per_s       rate of the additional bytes of a large all-reduce.
+    read_bytes_per_s  rate at which a matrix is read, from its product with one row.
+    flop_per_s        floating-point rate, from its product with many rows.
     """
 
     latency_s: float
@@ -37,11 +41,11 @@ class Link(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of the layers of a whole model.
+    """The work of all layers of a model.
 
-    token_bytes   of a token's hidden state.
-    read_bytes    of the matrices that a step of one token reads.
-    num_params    that a token meets.
+    token_bytes   bytes of one token's hidden state.
+    read_bytes    bytes of the matrices that a step of one token reads.
+    num_params    parameters that one token is multiplied with.
     """
 
     num_layers: int
@@ -51,6 +55,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Decoder) -> Work:
+        """The work of a whole model, made on the meta device."""
         linears, mixtures = shapes.layer_linears(), shapes.mixtures()
         return cls(
             len(shapes.layers),
@@ -63,14 +68,14 @@ class Work(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Seconds of a request, either way."""
+    """Estimated seconds of one request, by tensor parallel and by a pipeline."""
 
     tensor_s: float
     pipeline_s: float
 
 
 def estimate(link: Link, work: Work, num_ranks: int) -> Estimate:
-    """Of a chunk of PROMPT_TOKENS and ANSWER_TOKENS steps of one."""
+    """Estimate one prefill chunk of PROMPT_TOKENS tokens followed by ANSWER_TOKENS decode steps."""
     prompt, token = (_step(link, work, num_ranks, count) for count in (PROMPT_TOKENS, 1))
     return Estimate(*(one + ANSWER_TOKENS * each for one, each in zip(prompt, token, strict=True)))
 
@@ -82,21 +87,22 @@ def _step(link: Link, work: Work, num_ranks: int, num_tokens: int) -> Estimate:
     message_s = link.latency_s + num_tokens * work.token_bytes / link.bytes_per_s
     return Estimate(
         alone_s / num_ranks + 2 * work.num_layers * message_s,
-        alone_s + num_ranks * message_s,  # from each to the next, and from the last to the first
+        # One transfer from each rank to the next, and one from the last back to the first.
+        alone_s + num_ranks * message_s,
     )
 
 
 def measure(group: Group, device: torch.device) -> Link:
-    """Measured by all ranks at the same time, each of which gets the means of all."""
+    """Measure a Link. All ranks call this at the same time, and all get the mean of the results."""
     is_card = device.type == "cuda"
     dtype = torch.bfloat16 if is_card else torch.float32
     size, num_rows = (CARD_SIZE, CARD_ROWS) if is_card else (HOST_SIZE, HOST_ROWS)
 
-    def numbers(*shape: int) -> torch.Tensor:  # of zeros a card multiplies more a second
+    def numbers(*shape: int) -> torch.Tensor:  # not zeros: a card multiplies those faster
         return torch.rand(shape, dtype=dtype, device=device)
 
     def seconds(call: Callable[[], object], num_times: int) -> float:
-        """Of one call; the first is not counted."""
+        """The mean seconds of one call; a first call is not counted."""
         began_s = 0.0
         for _ in range(1 + num_times):
             call()

@@ -1,4 +1,4 @@
-"""Ranks: how the leader brings all ranks of a model together while it starts."""
+"""Ranks: how the leader coordinates all ranks of a model during its start."""
 
 from __future__ import annotations
 
@@ -20,22 +20,28 @@ from pyserve.engine.tensor_parallel.spawned import Spawned
 from pyserve.errors import StartupError
 from pyserve.ops.group import Group
 
-PLAN_S = 300.0  # to start a process, import what serves, and read config.json on a slow disk
-LOAD_S = 3600.0  # longer than the leader takes to load its own part
-MEASURE_S = 60.0
+# How long the leader waits for its followers.
+PLAN_S = 300.0  # to start a process, import torch and read config.json from a slow disk
+LOAD_S = 3600.0  # to load their parts after the leader has loaded its own
+MEASURE_S = 60.0  # to measure the card's memory
 
 
 class Ranks:
-    """Where one rank has all of the model, there is nobody else and nothing to do.
+    """All ranks of a model, as the leader sees them. With a single rank every method does nothing.
 
-    followers, group   None then; `group` is None until `join`, too.
+    followers   the other ranks; None with a single rank.
+    group       their process group; None with a single rank, and until `join`.
     """
 
     def __init__(
         self, config: EngineConfig, device: torch.device, spawned: Sequence[Spawned] = ()
     ) -> None:
-        """Tells the others' processes what to do, and starts them where they are not `spawned` yet,
-        or meets those that torchrun has started. Raises DeviceError where they do not come."""
+        """Start the followers' processes if needed, or connect to those that torchrun has started.
+
+        spawned  the processes, if they have been started already.
+
+        Raises DeviceError if the ranks of torchrun cannot be reached.
+        """
         self._config = config
         self._device = device
         self.followers: Followers | LaunchedFollowers | None = None
@@ -48,12 +54,12 @@ class Ranks:
 
     @property
     def num_threads(self) -> int:
-        """That a step may use on a CPU, in each process."""
+        """CPU threads that a step may use in each process."""
         return max(1, host.num_threads() // self._config.num_ranks)
 
     @contextmanager
     def ended_by_errors(self) -> Iterator[None]:
-        """Nobody outlives a start that has failed."""
+        """End all followers if the body of the `with` raises."""
         try:
             yield
         except BaseException:
@@ -62,7 +68,10 @@ class Ranks:
             raise
 
     def join(self, plan: MemoryPlan) -> MemoryPlan:
-        """Let all begin to load; the plan that each of them has room for. Raises StartupError."""
+        """Agree on a plan for which every rank has room, let all begin to load and join the group.
+
+        Returns that plan. Raises StartupError.
+        """
         if self.followers is None:
             return plan
         num_ranks = self._config.num_ranks
@@ -99,15 +108,15 @@ class Ranks:
         return plan
 
     def wait_loaded(self) -> None:
-        """Until all others have loaded too. Raises StartupError."""
+        """Wait until all followers have loaded their parts. Raises StartupError."""
         if self.followers is None:
             return
         for tp_rank, loaded in enumerate(self.followers.wait(Loaded, LOAD_S), 1):
             log.get_logger().info("rank %d has loaded its part in %.1f s", tp_rank, loaded.seconds)
 
     def measured(self) -> list[tuple[CardMemory, CardMemory, int]]:
-        """What the others' cards showed before anything was loaded, and show now; and the bytes of
-        a KV block there."""
+        """The memory of each follower's card before anything was loaded, and now, and the bytes of
+        a KV block there. Raises StartupError."""
         if self.followers is None:
             return []
         self.followers.tell(calls.Measure())

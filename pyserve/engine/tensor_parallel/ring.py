@@ -1,4 +1,5 @@
-"""Ring: messages of one process to several others through shared memory, each to all of them."""
+"""Ring: a queue in shared memory by which one process sends messages to several readers; each
+message goes to all of them."""
 
 from __future__ import annotations
 
@@ -9,19 +10,21 @@ from typing import Final
 
 import numpy as np
 
-COUNTER_BYTES: Final = 64  # a line of the cache each, so that readers do not disturb each other
+COUNTER_BYTES: Final = 64  # each counter has a cache line of its own, to avoid false sharing
 LENGTH_BYTES: Final = 8
-FULL_S = 30.0  # how long a reader may be behind by a whole ring
-LOOK_S = 5e-5
+FULL_S = 30.0  # how long `put` waits for a reader while the ring is full
+LOOK_S = 5e-5  # interval at which `put` looks again while the ring is full
 
 
 class Ring:
-    """Places for `num_places` messages of `place_bytes` at most.
+    """Holds up to `num_places` messages of at most `place_bytes` each, with their length.
 
-    Counters of messages come first: those written, then those that each reader has read. A message
-    stays until all readers have it. A reader sleeps in an eventfd of its own.
+    The memory begins with int64 counters: the number of messages written, then for each reader the
+    number of messages that it has read. A place is reused once all readers have read it. A reader
+    without messages blocks on an eventfd of its own.
 
-    fds   shared memory, then the readers' eventfds: who has them has the ring.
+    fds   file descriptors of the shared memory and of the readers' eventfds; a process that gets
+          them can use the ring.
     """
 
     def __init__(self, fds: list[int], *, place_bytes: int, num_places: int) -> None:
@@ -36,7 +39,7 @@ class Ring:
 
     @classmethod
     def create(cls, num_readers: int, *, message_bytes: int, num_places: int) -> Ring:
-        """message_bytes: of the longest one."""
+        """Create the shared memory and eventfds. message_bytes: of the longest message."""
         place_bytes = -(-(message_bytes + LENGTH_BYTES) // COUNTER_BYTES) * COUNTER_BYTES
         memory = os.memfd_create("pyserve-ring")
         os.ftruncate(memory, (1 + num_readers) * COUNTER_BYTES + num_places * place_bytes)
@@ -45,11 +48,14 @@ class Ring:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """(place_bytes, num_places), which a reader has to be told."""
+        """(place_bytes, num_places), which a reader needs besides the file descriptors."""
         return self._place_bytes, self._num_places
 
     def put(self, message: bytes) -> None:
-        """Raises TimeoutError where a reader is behind by a whole ring for FULL_S."""
+        """Send a message to all readers.
+
+        Raises TimeoutError if the ring stays full for FULL_S because a reader does not read.
+        """
         assert len(message) + LENGTH_BYTES <= self._place_bytes, len(message)
         counters, number = self._counters, int(self._counters[0])
         deadline_s = 0.0
@@ -64,11 +70,11 @@ class Ring:
         length = len(message).to_bytes(LENGTH_BYTES, "little")
         self._memory[at : at + LENGTH_BYTES + len(message)] = length + message
         counters[0] = number + 1
-        for fd in self.fds[1:]:  # a call of the system: what was written before is seen after it
+        for fd in self.fds[1:]:  # the system call also orders the writes above before the wake-up
             os.eventfd_write(fd, 1)
 
     def get(self, reader: int) -> bytes:
-        """The next message, when it is there; `reader` counts from 0."""
+        """Wait for the next message of reader number `reader`, which counts from 0."""
         counters, number = self._counters, int(self._counters[1 + reader])
         while int(counters[0]) <= number:
             os.eventfd_read(self.fds[1 + reader])
@@ -80,7 +86,7 @@ class Ring:
         return message
 
     def close(self) -> None:
-        """The memory goes when all who have it are done."""
+        """Close the descriptors; the memory is freed once all processes have closed theirs."""
         for fd in self.fds:
             os.close(fd)
         self.fds = []

@@ -1,7 +1,7 @@
-"""Spawned: the processes of the ranks that follow, before they know what they are to do.
+"""Spawned: the processes of follower ranks, before they know their configuration.
 
-A process takes seconds to import torch, so they are started when their number is known, while the
-leader imports its own. No torch here.
+A process takes seconds to import torch, so followers are started as soon as their number is known,
+while the leader imports torch itself. This file must not import torch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from contextlib import suppress
 from pathlib import Path
 
 MODULE = "pyserve.engine.tensor_parallel.follower"
-CAUSE_S = 1.0  # that the end of a process may be told after what it does to a step
+CAUSE_S = 1.0  # a process's end may be noticed this much later than the failed step that it causes
 
 
 class Spawned:
-    """One of them, and this end of its socket: the first word that it waits for is a Start. It
-    ends when this end is closed, as soon as it has imported what it runs.
+    """One follower process, and the leader's end of its socket.
+
+    The process first waits for a Start message. If this end is closed, it ends; while it is still
+    importing, only after that.
     """
 
     def __init__(self, tp_rank: int) -> None:
         self.tp_rank = tp_rank
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A session of its own: what a terminal sends to stop the server is for the leader.
+        # It gets a session of its own: Ctrl-C in a terminal must reach only the leader.
         self.process = subprocess.Popen(
             [sys.executable, "-m", MODULE, str(theirs.fileno())],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
@@ -33,7 +35,7 @@ class Spawned:
         theirs.close()
 
     def how_it_ended(self) -> str:
-        """For after its socket has closed."""
+        """A phrase that says how the process ended; called after its socket has closed."""
         try:
             code = self.process.wait(CAUSE_S)
         except subprocess.TimeoutExpired:
@@ -41,14 +43,14 @@ class Spawned:
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
     def kill(self) -> None:
-        """At once. Harmless when repeated."""
+        """End the process at once. Harmless when called again."""
         self.process.kill()
         self.process.wait()
         self.sock.close()
 
 
 def is_stuck(pid: int) -> bool:
-    """Whether no thread of a process runs, waits for a core, or for a disk."""
+    """Whether no thread of the process is running, runnable, or waiting for a disk."""
     for path in Path(f"/proc/{pid}/task").glob("*/stat"):
         with suppress(OSError):  # a thread that has ended meanwhile
             state = path.read_text().rpartition(") ")[2][0]
@@ -58,5 +60,5 @@ def is_stuck(pid: int) -> bool:
 
 
 def spawn(tp_size: int) -> list[Spawned]:
-    """Those of all ranks but the leader."""
+    """Start the processes of all ranks but the leader."""
     return [Spawned(tp_rank) for tp_rank in range(1, tp_size)]
