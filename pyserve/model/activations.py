@@ -1,8 +1,8 @@
-"""The activations of a forward pass: tensors that are cut from one piece of memory.
+"""The activations of a forward pass: tensors that are views of one piece of memory, the Arena.
 
-Each layer takes what it needs from an Arena, in `Decoder.activations`. That is the only list: the
-planner lets a model on the meta device take the largest step's and asks the arena how much it was;
-the executor lets the model take those of each padded number of tokens once, and keeps them.
+Decoder.activations takes all of them from an Arena, layer by layer, and no other list of them
+exists. To learn their size, the planner has a model on the meta device take those of the largest
+step. The executor has the model take them once for each padded number of tokens, and keeps them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 from pyserve.ops.experts import Routing
 
-ALIGNMENT = 256  # bytes, of each tensor
+ALIGNMENT = 256  # bytes to which the start of each tensor is aligned
 
 
 class Arena:
-    """Cuts `memory`, uint8 [num_bytes], from its beginning on.
+    """Hands out consecutive parts of `memory`, uint8 [size], from its beginning on.
 
-    num_bytes   taken so far, at most at once.
+    num_bytes   the most bytes that have been in use at once so far.
     """
 
     def __init__(self, memory: torch.Tensor) -> None:
@@ -32,10 +32,11 @@ class Arena:
 
     @classmethod
     def endless(cls) -> Arena:
-        """One that only counts: its tensors have no memory."""
+        """An arena on the meta device that only counts bytes: its tensors have no memory."""
         return cls(torch.empty(2**60, dtype=torch.uint8, device="meta"))
 
     def take(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Take an uninitialised tensor of this shape and dtype."""
         num_bytes = prod(shape) * dtype.itemsize
         begin, self._end = self._end, self._end + -(-num_bytes // ALIGNMENT) * ALIGNMENT
         self.num_bytes = max(self.num_bytes, self._end)
@@ -44,19 +45,19 @@ class Arena:
 
     @contextmanager
     def reused(self) -> Iterator[None]:
-        """What is taken within is given back, for what is taken next."""
+        """Give back what is taken within the `with`, so that later tensors share its memory."""
         begin = self._end
         yield
         self._end = begin
 
 
 class AttentionActivations(NamedTuple):
-    """Of Attention; q, heads and joined are views.
+    """Activations of Attention.
 
     qkv      [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
-    q        [num_tokens, num_heads, head_dim], the first part of qkv
-    heads    [num_tokens, num_heads, head_dim], what attention gives
-    joined   heads as [num_tokens, num_heads * head_dim]
+    q        [num_tokens, num_heads, head_dim], a view of the first part of qkv
+    heads    [num_tokens, num_heads, head_dim], the output of attention
+    joined   the same memory as [num_tokens, num_heads * head_dim]
     """
 
     qkv: torch.Tensor
@@ -66,13 +67,13 @@ class AttentionActivations(NamedTuple):
 
 
 class LatentActivations(NamedTuple):
-    """Of LatentAttention, [num_tokens, ...] each.
+    """Activations of LatentAttention; the first dimension of each is num_tokens.
 
     compressed   [.., q_lora_rank + kv_lora_rank + qk_rope_head_dim]
     q            [.., num_heads, qk_nope_head_dim + qk_rope_head_dim]
-    absorbed     [.., num_heads, kv_lora_rank + qk_rope_head_dim], what latents are compared with
-    latents      [.., num_heads, kv_lora_rank], what comes of them
-    heads        [.., num_heads, v_head_dim]
+    absorbed     [.., num_heads, kv_lora_rank + qk_rope_head_dim], queries of the cached latents
+    latents      [.., num_heads, kv_lora_rank], the attention-weighted sums of cached latents
+    heads        [.., num_heads, v_head_dim], the output of attention
     """
 
     compressed: torch.Tensor
@@ -83,20 +84,21 @@ class LatentActivations(NamedTuple):
 
 
 class MLPActivations(NamedTuple):
-    """Of MLP: gate_up [num_tokens, 2 n], and what the activation function makes of it, [.., n]."""
+    """Activations of MLP: gate_up [num_tokens, 2 n], and activation(gate) * up [num_tokens, n]."""
 
     gate_up: torch.Tensor
     activated: torch.Tensor
 
 
 class ExpertsActivations(NamedTuple):
-    """Of Experts; `rows` are the tokens' assignments, in the order of the experts.
+    """Activations of Experts. A row is one assignment of a token to an expert; rows are sorted by
+    expert.
 
-    routing      which experts tokens go to
+    routing      which experts the tokens go to
     activated    [num_tokens * top_k, size]
-    rows         [num_tokens * top_k, hidden_size], what comes in and then what experts make of it
-    shared       of the shared expert
-    shared_out   [num_tokens, hidden_size], what that makes
+    rows         [num_tokens * top_k, hidden_size], first the inputs, then the experts' outputs
+    shared       activations of the shared expert; None without one
+    shared_out   [num_tokens, hidden_size], the output of the shared expert; None without one
     """
 
     routing: Routing
@@ -112,16 +114,16 @@ LayerActivations = tuple[
 
 
 class Activations(NamedTuple):
-    """Of a decoder, [num_tokens, hidden_size] each but where said.
+    """Activations of a decoder; [num_tokens, hidden_size] where no shape is given.
 
-    hidden     what a block reads; at the end, the hidden states after the last norm. It lies at the
-               beginning of the arena, whatever the number of tokens.
+    hidden     the input of a block; at the end, the hidden states after the last norm. It is at the
+               beginning of the arena for every number of tokens.
     residual   the residual stream
-    output     of a block that does not add to the residual itself; empty where all do
-    squares    what makes a norm a factor: float32 [num_tokens, num_squares(hidden_size)], of few
-               tokens; None where norms are calls of their own
-    layers     of each layer: one memory for all, and for a layer's attention and its MLP
-    shrunk     what adapters make of a Linear's input, as AdapterRows has it; empty without slots
+    output     the output of a block that does not itself add to the residual; empty if all do
+    squares    float32 [num_tokens, num_squares(hidden_size)]: sums of squares for norms that are
+               fused into the linears around them, in small steps; None if norms are separate calls
+    layers     activations of each layer; all layers, and a layer's attention and MLP, share memory
+    shrunk     x A^T of the adapters, as in AdapterRows; empty without adapter slots
     """
 
     hidden: torch.Tensor

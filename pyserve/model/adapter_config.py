@@ -1,7 +1,7 @@
-"""adapter_config.json: what PEFT says of an adapter beside its tensors.
+"""adapter_config.json: the settings that PEFT saves beside an adapter's tensors.
 
-A field that changes what is computed is honoured or refused by name. Which modules an adapter has,
-and at which rank, its tensors say: target_modules and layers_to_transform are not looked at.
+A field that changes the computation is either honoured or refused by name. The adapter's tensors
+tell which modules it has, so target_modules and layers_to_transform are ignored.
 Format: LoraConfig of https://github.com/huggingface/peft
 """
 
@@ -19,10 +19,10 @@ from pyserve.model_files import read_object
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 2**20
-MAX_PATTERNS = 16  # keys of a pattern that repeat something, each of which is tried on every module
+MAX_PATTERNS = 16  # keys with * or + in a pattern; each of them is matched with every module's name
 MAX_PATTERN_CHARS = 500
 
-# Ways to begin the training that leave the base model's weights as they are.
+# Initialisations that leave the base model's weights unchanged.
 PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 # field -> why an adapter with it is refused, unless it is null, false or empty
@@ -42,7 +42,7 @@ REFUSED = {
     "kasa_config": "KaSA is another computation",
     "velora_config": "VeLoRA is another computation",
 }
-# Those that change nothing where an adapter is only applied.
+# Fields that do not affect how a finished adapter is applied.
 HARMLESS = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
@@ -55,8 +55,8 @@ _READ = frozenset({
     "init_lora_weights",
 })  # fmt: skip
 
-# A stranger's expression runs on every module's name: what it repeats is one character at a time,
-# twice at most, so that its time is bounded.
+# Regular expressions from an untrusted file are matched with every module's name. To bound the time
+# of matching, * and + may follow only a single character or class, and at most MAX_REPEATED times.
 _PLAIN_KEY = re.compile(r"[\w.-]+")
 _PATTERN_KEY = re.compile(r"(?:[\w.|()$^-]|\\[.dw]|(?:\.|\\[dw]|\[[\w-]+\])[*+]|\[[\w-]+\])+")
 _REPEATED = re.compile(r"[*+]")
@@ -67,11 +67,13 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """As its file has it.
+    """The settings of one adapter.
 
-    max_rank     `r`, of modules that rank_pattern does not name; likewise alpha.
-    base_model   which model it says it was trained on; "": it does not say.
-    unknown      fields that are set and mean nothing here.
+    max_rank       `r`: the rank of modules that no key of rank_pattern matches.
+    alpha          `lora_alpha`: of modules that no key of alpha_pattern matches.
+    is_rslora      the scale is alpha / sqrt(rank), not alpha / rank (rsLoRA).
+    base_model     the model that it says it was trained on; "" where it does not say.
+    unknown        names of fields that are set and that pyserve does not know.
     """
 
     max_rank: int
@@ -84,7 +86,7 @@ class AdapterConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> AdapterConfig:
-        """Raises CheckpointError naming the file, the field and the value."""
+        """Read the file in `folder`. Raises CheckpointError naming the file, field and value."""
         path = folder / CONFIG_FILE
         raw = read_object(path, MAX_CONFIG_BYTES)
         if raw is None:
@@ -107,7 +109,7 @@ class AdapterConfig:
         return _first_match(self.rank_pattern, module, self.max_rank)
 
     def scale_of(self, module: str) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A for a module, by its name in the base model."""
         rank = self.rank_of(module)
         alpha = _first_match(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.is_rslora else rank)
@@ -153,7 +155,7 @@ def _flag(raw: Mapping[str, Any], name: str, path: Path) -> bool:
 
 
 def _pattern(raw: Mapping[str, Any], name: str, read: Any, path: Path) -> dict[str, Any]:
-    """Expression -> what holds for the modules that it matches."""
+    """A dict field whose keys are regular expressions for module names; `read` checks a value."""
     value = raw.get(name)
     if not value:
         return {}
@@ -190,7 +192,8 @@ def _check_key(key: str, where: str) -> None:
 
 
 def _first_match(pattern: Mapping[str, V], module: str, otherwise: V) -> V:
-    """As PEFT looks up: the first key that matches the name, or its end behind a dot."""
+    """The value of the first key that matches the module's name, or its end behind a dot, as in
+    PEFT; `otherwise` if none does."""
     for key, value in pattern.items():
         if _PLAIN_KEY.fullmatch(key) and not (module == key or module.endswith(f".{key}")):
             continue

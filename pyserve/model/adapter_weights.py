@@ -1,9 +1,10 @@
 """Reads a LoRA adapter that PEFT has saved: adapter_config.json and adapter_model.safetensors.
 
-An adapter is a stranger's file as a checkpoint is: headers are checked before anything is read, and
-only safetensors are. The tensors decide which modules it has and at which rank; the config must
-agree with them. Everything is checked before the first byte is kept, so that a bad adapter harms
-nobody. All errors are CheckpointError naming the file, and the tensor or the field.
+Adapters are untrusted files, as checkpoints are: headers are checked before any tensor is read, and
+only safetensors files are read. The tensors tell which modules the adapter has, and their ranks
+must agree with the config. Everything is checked before an AdapterWeights is returned, so a bad
+adapter never gets near a device. All errors are CheckpointError naming the file and the tensor or
+field.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 BUFFER_BYTES = 4 * 2**20
 
 _PEFT_PREFIX = "base_model.model."
-# "model.layers.0.mlp.up_proj.lora_A.weight"; the adapter's name may stand before "weight".
+# For example "model.layers.0.mlp.up_proj.lora_A.weight"; ".<adapter name>" may precede ".weight".
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
-# What PEFT saves of the base model's own embeddings, where their vocabulary is another one.
+# PEFT saves copies of the base model's embeddings if the vocabulary was resized; they are ignored.
 _BASE_COPY = re.compile(r"(.*\.)?(embed_tokens|lm_head)\.base_layer\.weight")
 _REFUSED_NAMES = (
     (re.compile(r".*\.lora_magnitude_vector(\..*)?"), "DoRA is not supported"),
@@ -41,14 +42,14 @@ _REFUSED_NAMES = (
 
 
 class Target(NamedTuple):
-    """The shape of a module that an adapter may have a pair for."""
+    """The shape of a base-model matrix that an adapter may change."""
 
     out_features: int
     in_features: int
 
 
 class Pair(NamedTuple):
-    """What an adapter adds to a module: y += scale * (x a^T) b^T.
+    """What an adapter adds to the output of a module: y += scale * (x a^T) b^T.
 
     a  [rank, in_features]
     b  [out_features, rank]
@@ -60,7 +61,7 @@ class Pair(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """The tensors of one module; `name` is what the config's patterns are matched with."""
+    """The stored tensors of one module; `name` is its name for the config's patterns."""
 
     name: str
     a: StoredTensor
@@ -69,11 +70,11 @@ class _Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """An adapter in the host's memory, read only.
+    """An adapter in host memory; it is never modified.
 
-    pairs       by module, as the base model's checkpoint calls it.
-    base_model  which model it says it was trained on; "": it does not say.
-    unknown     fields of its config that are set and mean nothing here.
+    pairs       by the module's name in the base model's checkpoint.
+    base_model  the model that it says it was trained on; "" where it does not say.
+    unknown     names of fields of its config that are set and that pyserve does not know.
     """
 
     pairs: Mapping[str, Pair]
@@ -93,10 +94,12 @@ class AdapterWeights:
 def read_adapter(
     folder: Path, targets: Mapping[str, Target], *, max_rank: int, dtype: torch.dtype
 ) -> AdapterWeights:
-    """The adapter in `folder`, converted to `dtype`.
+    """Read the adapter in `folder`, converted to `dtype`.
 
-    targets   the modules of the base model that may have one.
-    max_rank  of any module.
+    targets   the modules of the base model that an adapter may change, by name.
+    max_rank  the highest rank that any module may have.
+
+    Raises CheckpointError, also for values that are not finite in `dtype`.
     """
     config = AdapterConfig.from_folder(folder)
     stored = _index(folder, targets)
@@ -124,10 +127,10 @@ def read_adapter(
 
 
 def plain_module(name: str) -> str:
-    """A module's name as PEFT saves it -> as the model's own checkpoint calls it.
+    """Convert a module's name in a PEFT file to its name in the model's own checkpoint.
 
-    Names may lack what PEFT or transformers puts before them; a text model within one for images
-    has "language_model" in its own.
+    The prefixes of PEFT ("base_model.model.") and transformers ("model.") may be missing, and the
+    text model within a multimodal one has "language_model." in its names.
     """
     name = name.removeprefix(_PEFT_PREFIX)
     while name.startswith(("model.", "language_model.")):
@@ -136,7 +139,7 @@ def plain_module(name: str) -> str:
 
 
 def _index(folder: Path, targets: Mapping[str, Target]) -> dict[str, _Stored]:
-    """The tensors of each module that the file has a pair for."""
+    """The stored tensors of each module in the file, by the module's name in the base model."""
     path = folder / WEIGHTS_FILE
     if not path.exists():
         pickles = [name for name in PICKLES if (folder / name).exists()]
@@ -190,7 +193,7 @@ def _why_no_target(module: str, targets: Mapping[str, Target]) -> str:
 
 
 def _check_pair(pair: _Stored, target: Target, size: int, max_rank: int) -> None:
-    """`size` is the rank that the config gives the module."""
+    """Check dtypes and shapes of one module's tensors. size: its rank according to the config."""
     for tensor in (pair.a, pair.b):
         if tensor.dtype not in FLOATS:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""build_model: the one place where a model is made from its description."""
+"""build_model: the only function that makes a model from its ModelConfig."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pyserve.model.placement import Placement
 def build_model(
     config: ModelConfig, placement: Placement, *, max_model_len: int | None = None
 ) -> Decoder:
-    """The model with its parameters allocated, not filled; on "meta", shapes without memory.
+    """Make the model with parameters that are allocated but not filled; see loader.py.
 
-    max_model_len bounds the positions that may come: the rope tables have a row for each. None:
-    all that the model supports. An architecture that is another algorithm, not another
-    description, is another class here.
+    On the meta device it has shapes and no memory.
+
+    max_model_len  number of positions, and so of rows of the rope tables; None: all that the model
+                   supports.
     """
     placement = replace(placement, quantization=config.quantization)
     return Decoder(config, placement, max_model_len=max_model_len)

@@ -1,8 +1,8 @@
 """ModelConfig: what config.json says about a model, every field typed and checked.
 
-Reads the names of transformers 4 and 5 by the family's row of registry.py. What the decoder cannot
-compute is refused by name: a wrong answer is worse than an error. Keys that change no result are
-not looked at; those that nobody here knows are kept by name. Imports no torch.
+The keys of transformers 4 and 5 are read as the family's row of registry.py says. What the decoder
+cannot compute is refused by name: a wrong answer is worse than an error. Keys that cannot change a
+result are ignored; the names of unknown keys are kept for a warning. Imports no torch.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ MAX_LAYERS = 4096
 MAX_HEADS = 4096
 MAX_WIDTH = 2**22  # hidden_size, intermediate_size
 MAX_CONTEXT = 2**24  # positions are int32 and the rope table has one row each
-DEFAULT_MAX_WINDOW_LAYERS = 28  # of transformers, where max_window_layers is absent
-DEFAULT_WINDOW_PATTERN = 6  # likewise
-# What text_config may leave to the level above.
+DEFAULT_MAX_WINDOW_LAYERS = 28  # transformers' default of max_window_layers
+DEFAULT_WINDOW_PATTERN = 6  # transformers' default of sliding_window_pattern
+# Keys of a multimodal config.json that apply to the text model although not in its text_config.
 OUTER_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings", *QUANTIZATION_KEYS)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One decoder-only model.
 
-    final_norm       after the last layer.
-    max_model_len    tokens the model supports, what its rope scaling adds included.
-    embedding_scale  embeddings are multiplied by it.
+    final_norm       the norm after the last layer.
+    max_model_len    tokens of context that the model supports, including its rope scaling.
+    embedding_scale  factor of the embeddings.
     logit_softcap    logits are softcap * tanh(logit / softcap); 0: no cap.
     dtype            of the checkpoint, as config.json says; transformers' default is float32.
-    quantization     of the matrices; None: they are plain numbers.
-    pooling          what is computed of a text; None: the model generates.
-    towers           modules beside the text model in its checkpoint, which are not loaded.
-    has_extra_layers layers beyond these may be in the checkpoint, and are not loaded.
-    unknown_fields   of config.json, not used.
+    quantization     how the matrices are quantised; None: they are plain numbers.
+    pooling          what the model computes of a text if it pools; None: it generates.
+    towers           modules beside the text model in the checkpoint, which are not loaded.
+    has_extra_layers the checkpoint may hold further layers, which are not loaded.
+    unknown_fields   names of keys in config.json that are not known here.
     """
 
     architecture: str
@@ -82,11 +82,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_path(cls, folder: Path, *, use: Use = "auto") -> ModelConfig:
-        """Reads config.json, and the files beside it that say what is pooled.
+        """Read config.json in `folder`, and the files beside it that describe pooling.
 
-        use  what the model is served for; "auto": what it says itself.
+        use  what the model is served for; "auto": as its files say.
 
-        Raises CheckpointError where one is no JSON, else as from_hf.
+        Raises CheckpointError if a file is no JSON; otherwise as from_hf.
         """
         return cls.from_hf(read_config(folder), folder=folder, use=use)
 
@@ -94,7 +94,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def from_hf(
         cls, raw: Mapping[str, Any], *, folder: Path | None = None, use: Use = "auto"
     ) -> ModelConfig:
-        """From the contents of config.json. Raises ConfigError naming the key, value and limit."""
+        """Read the contents of config.json. Raises ConfigError naming the key, value and limit."""
         with guarded("config.json"):
             fields = Fields(raw, "config.json")
             name = _architecture_name(fields)
@@ -107,7 +107,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_heads(self) -> int:
-        """The most that a layer has; so are those below."""
+        """The maximum over the layers; num_kv_heads and head_dim below are maxima too."""
         return max(layer.attention.num_heads for layer in self.layers)
 
     @property
@@ -120,20 +120,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def widths(self) -> frozenset[int]:
-        """Inner widths of the layers' MLPs."""
+        """The inner widths of all layers' MLPs and experts."""
         return frozenset(width for layer in self.layers for width in layer.mlp.widths)
 
     @property
     def model_type(self) -> str:
-        """The family of the text model, as transformers calls it."""
+        """transformers' name of the text model's family."""
         return ARCHITECTURES[self.architecture].model_type
 
     def quantised_as(self, method: Method | None) -> ModelConfig:
-        """With what --quantization `method` makes of it. Raises ConfigError where they disagree."""
+        """This config as served with --quantization `method`. Raises ConfigError on a conflict."""
         return msgspec.structs.replace(self, quantization=agreed(self.quantization, method))
 
     def answering_by(self, answer_ids: tuple[int, ...]) -> ModelConfig:
-        """With the ids of the tokens that a score is made of, where it names them by their text."""
+        """This config with the ids of pooling.answers, where a score is made of these tokens."""
         if self.pooling is None or not self.pooling.answers or not answer_ids:
             return self
         assert len(answer_ids) == len(self.pooling.answers)
@@ -149,7 +149,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, pooling=pooling)
 
     def lacking_on_cuda(self) -> list[str]:
-        """As that of the layers and the quantisation, each once."""
+        """Descriptions of what the model needs and our CUDA kernels do not support; [] if none."""
         lacks = [text for layer in self.layers for text in layer.lacking_on_cuda()]
         sizes = [it.mlp.size for it in self.layers if isinstance(it.mlp, ExpertsConfig)]
         widths = frozenset((self.hidden_size, *sizes)) if sizes else frozenset()
@@ -160,13 +160,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return list(dict.fromkeys(lacks))
 
     def choices(self, max_model_len: int) -> list[str]:
-        """What so many tokens settle for the whole server, in words, each once."""
+        """Lines for the log: choices that max_model_len decides for all requests (longrope)."""
         said = dict.fromkeys(layer.attention.rope.choice(max_model_len) for layer in self.layers)
         return [text for text in said if text is not None]
 
 
 def _describe_text(raw: Mapping[str, Any], fields: Fields, row: Multimodal) -> ModelConfig:
-    """The text model of one that has more."""
+    """Describe the text model of a multimodal config.json."""
     inner = fields.table("text_config")
     model_type = inner.string("model_type", default=row.text_types[0])
     if model_type not in row.text_types:
@@ -180,7 +180,7 @@ def _describe_text(raw: Mapping[str, Any], fields: Fields, row: Multimodal) -> M
 
 
 def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> ModelConfig:
-    """The model that config.json `raw` describes, read by a row of registry.py.
+    """Describe the model of config.json `raw`, read by its architecture's row of registry.py.
 
     Raises ConfigError naming the key, the value and the limit.
     """
@@ -221,7 +221,7 @@ def describe(raw: Mapping[str, Any], name: str, architecture: Architecture) -> M
 def _layers(
     fields: Fields, name: str, architecture: Architecture, hidden_size: int, activation: Activation
 ) -> tuple[tuple[LayerConfig, ...], int]:
-    """The layers, and the tokens of context that their rope tables give."""
+    """Describe the layers; also returns the tokens of context that their rope supports."""
     num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
     norm = NormConfig(
@@ -262,7 +262,7 @@ def _attentions(
     fields: Fields, architecture: Architecture, ropes: Mapping[LayerKind, RopeConfig], *,
     num_heads: int, head_dim: int, window: int, has_bias: bool,
 ) -> dict[LayerKind, AttentionConfig]:  # fmt: skip
-    """Of each kind of layer."""
+    """The attention of each kind of layer."""
     num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
     query_scale = float(head_dim)
     if architecture.query_scale_key is not None:
@@ -288,7 +288,7 @@ def _attentions(
 def _mlps(
     fields: Fields, name: str, architecture: Architecture, num_layers: int, activation: Activation
 ) -> list[MLPConfig | ExpertsConfig]:
-    """Of each layer."""
+    """The MLP of each layer."""
     has_bias = _bias(fields, "mlp_bias", name, architecture.mlp_bias)
     dense = MLPConfig(
         size=fields.integer("intermediate_size", 1, MAX_WIDTH),
@@ -304,7 +304,7 @@ def _mlps(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json holds. Raises CheckpointError where it is no JSON object."""
+    """Read config.json in `folder`. Raises CheckpointError if it is missing or no JSON object."""
     path = folder / "config.json"
     raw = read_object(path, MAX_CONFIG_BYTES)
     if raw is None:
@@ -340,7 +340,7 @@ def _activation(fields: Fields, architecture: Architecture) -> Activation:
 def _ropes(
     fields: Fields, architecture: Architecture, head_dim: int
 ) -> tuple[dict[LayerKind, RopeConfig], int]:
-    """The rotary embedding of each kind of layer, and the tokens of context that they give."""
+    """The rotary embedding of each kind of layer, and the tokens of context that all support."""
     max_position = fields.integer("max_position_embeddings", 1, MAX_CONTEXT)
     ropes, lens = {}, []
     for kind in LAYER_KINDS:
@@ -428,8 +428,10 @@ def _bias(
 def _layer_kinds(
     fields: Fields, architecture: Architecture, num_layers: int, max_model_len: int
 ) -> tuple[int, tuple[LayerKind, ...]]:
-    """The sliding window, 0 where it would never end, and the layers that have one, from a rule of
-    the family or from `layer_types`."""
+    """The sliding window, and the kind of each layer, by the family's rule or `layer_types`.
+
+    The window is 0 (none) where it is at least max_model_len and so has no effect.
+    """
     said = _window(fields, architecture, max_model_len)
     window = said if said < max_model_len else 0
     first, every = 0, 0
@@ -445,7 +447,7 @@ def _layer_kinds(
         every = fields.integer(
             "sliding_window_pattern", 1, MAX_LAYERS, default=DEFAULT_WINDOW_PATTERN
         )
-    # Every so many layers there is one without a window; 0: none is.
+    # Layers from `first` on have a window, except each `every`th one (0: no exception).
     kinds: tuple[LayerKind, ...] = tuple(
         "sliding_attention"
         if layer >= first and (not every or (layer + 1) % every)
@@ -461,14 +463,15 @@ def _layer_kinds(
         )
     if "sliding_attention" in types and not said:
         raise fields.refuse("layer_types", "names sliding_attention but there is no sliding_window")
-    # transformers reads layer_types where layers may differ; elsewhere it must change nothing.
+    # transformers reads layer_types only in families whose layers may differ. In the other families
+    # it must agree with what the family does.
     if window and architecture.window in ("none", "all") and tuple(types) != kinds:
         raise fields.refuse("layer_types", "contradicts sliding_window")
     return window, tuple(cast(list[LayerKind], types))
 
 
 def _window(fields: Fields, architecture: Architecture, max_model_len: int) -> int:
-    if architecture.window in ("none", "upper"):  # transformers' others do not look at it
+    if architecture.window in ("none", "upper"):  # transformers ignores the key in other families
         is_used = fields.boolean("use_sliding_window", default=architecture.window == "none")
         if not is_used:
             return 0

@@ -1,9 +1,10 @@
-"""Decoder: embedding, layers of attention and gated MLP with RMSNorm around them, and what becomes
-of the hidden states: logits by an output head, or embeddings and scores by a pooler.
+"""Decoder: embedding, layers of attention and MLP with RMSNorm around them, and an output head that
+computes logits or a pooler that computes embeddings and scores.
 
-One class for all rows of registry.py. The residual stream is one tensor, updated in place: a block
-adds to it itself, or the next norm adds what the block returned, where something stands between.
-Layers are called in the plainest way, as a small model's step is mostly these calls.
+One class serves all rows of registry.py. The residual stream is one tensor that is updated in
+place. A "block" (attention or MLP) either adds its output to it itself (`is_adding`), or leaves its
+output for the next norm to add, which is needed if a norm or an all-reduce comes in between. The
+code between the ops is kept minimal, as most of a small model's step is Python calls.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ Block = Attention | LatentAttention | MLP | Experts
 class DecoderLayer:
     """Attention and MLP, and the norms around them.
 
-    What a layer does depends on its description and is settled once: `_enter` and `_between` are
-    norms, fused with the add where the block below has not added itself, and with the norm of what
-    that returned where there is one.
+    The constructor decides how the norms are called: `_enter` is the norm before the attention and
+    `_between` the norm before the MLP. Each is fused with adding the output of the block before it
+    if that block does not add it itself, and with that block's output norm if it has one.
 
-    below  the layer whose output this layer's first norm reads; None: there is none.
+    below  the layer before this one, whose output the first norm reads; None for the first layer.
     """
 
     __slots__ = (
@@ -95,29 +96,34 @@ class DecoderLayer:
         self._norm_after_attention, self._is_first = before[1], below is None
 
     def read_by(self, norm: RMSNorm) -> Callable[..., None]:
-        """How `norm`, above this layer, comes by the residual stream."""
+        """The call of `norm`, the first one after this layer, that adds this layer's output."""
         return _reading(norm, self.mlp, self._norm_of_mlp)
 
     @property
     def schemes(self) -> tuple[type[Scheme], ...]:
-        """How its matrices are stored."""
+        """The Scheme classes of its matrices."""
         return tuple(type(linear.matrix) for linear in self.linears)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Those whose matrices every step reads."""
+        """The Linears whose matrices every step reads; not those of routed experts."""
         return (*self.attention.linears, *self.mlp.linears)
 
     def __call__(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
         hidden: torch.Tensor, residual: torch.Tensor, output: torch.Tensor,
     ) -> None:  # fmt: skip
-        """`output` is what a block returns that does not add to `residual` itself: on entry that of
-        the layer below. `hidden` is what a block reads. All are [num_tokens, hidden_size]."""
+        """Run the layer; updates `residual` and writes the KV cache.
+
+        hidden, residual  [num_tokens, hidden_size]: the input of a block, and the residual stream.
+        output            [num_tokens, hidden_size]: the output of a block that does not add to
+                          `residual` itself; on entry that of the layer below, if any.
+        """
         attention, mlp = activations
         self._enter(output, residual, hidden)
         attended = residual if self.attention.is_adding else output
-        attend: Callable[..., None] = self.attention  # of either kind, with activations of its own
+        # Typed loosely, because each kind of attention has activations of its own type.
+        attend: Callable[..., None] = self.attention
         attend(hidden, ctx, cache, attention, attended)
         self._between(output, residual, hidden)
         transform: Callable[..., None] = self.mlp
@@ -128,10 +134,11 @@ class DecoderLayer:
         hidden: torch.Tensor, residual: torch.Tensor, squares: torch.Tensor,
         next_norm: RMSNorm | None,
     ) -> None:  # fmt: skip
-        """As a call, for few tokens: norms are factors between the Linears (has_norm_factors).
+        """Run the layer on few tokens, with norms fused into the Linears; needs has_norm_factors.
 
-        `hidden` is the residual times the next norm's weight, `squares` the sums of its squares:
-        on entry for this layer's first norm, then for `next_norm`, the first of the layer above.
+        A Linear before a norm writes the residual times the norm's weight to `hidden` and the
+        residual's sums of squares to `squares`; the Linear after it divides by the rms. On entry
+        both are for this layer's first norm, on return for `next_norm`, that of the layer above.
         """
         attention, mlp = activations
         rows = ctx.adapters
@@ -170,15 +177,16 @@ def _mlp(name: str, config: LayerConfig, hidden_size: int, placement: Placement)
     names, mlp = config.names, config.mlp
     name = f"{name}.{names.mlp}"
     has_norm_after = names.norms_after is not None
-    made: type[MLP] | type[Experts] = Experts if isinstance(mlp, ExpertsConfig) else MLP
-    return made(
+    block: type[MLP] | type[Experts] = Experts if isinstance(mlp, ExpertsConfig) else MLP
+    return block(
         name, mlp, names, hidden_size, placement,  # type: ignore[arg-type]
         is_added_later=has_norm_after, is_summed_later=not has_norm_after,
     )  # fmt: skip
 
 
 def _reading(norm: RMSNorm, block: Block, norm_of_block: RMSNorm | None) -> Callable[..., None]:
-    """How `norm` comes by the residual stream, behind `block` and the norm of what that returns."""
+    """The call of `norm` that follows `block`: it adds the block's output, normed by norm_of_block
+    if there is one, unless the block has added it itself."""
     if norm_of_block is not None:
         assert (norm.eps, norm.offset) == (norm_of_block.eps, norm_of_block.offset)
         return partial(norm.add_normed, norm_of_block)
@@ -188,10 +196,11 @@ def _reading(norm: RMSNorm, block: Block, norm_of_block: RMSNorm | None) -> Call
 
 
 def _one_of_each_kind(described: Sequence[object]) -> list[int]:
-    """Indices of layers that call, together, whatever all layers call, with the same shapes.
+    """Indices of the fewest layers that together call every op that all layers call, with the same
+    shapes.
 
-    What a layer calls follows from its description and that of the layer below, which may have left
-    it something to add, and from whether it is the first or the last.
+    A layer's calls depend on its description, on that of the layer below, whose output it may have
+    to add, and on whether it is the first or the last.
     """
     below = [None, *described[:-1]]
     last = len(described) - 1
@@ -200,7 +209,7 @@ def _one_of_each_kind(described: Sequence[object]) -> list[int]:
 
 
 class Decoder:
-    """Parameters are allocated, not filled: see loader.py. Made by build_model."""
+    """A decoder-only model. The constructor allocates parameters; loader.py fills them."""
 
     def __init__(
         self, config: ModelConfig, placement: Placement, *, max_model_len: int | None = None
@@ -278,14 +287,14 @@ class Decoder:
 
     @property
     def decode_query_len(self) -> int:
-        """The longest query that counts as decoding."""
+        """The largest number of tokens in a row that the attention's decode kernels take."""
         return min(
             attention_plan.decode_query_len(num_heads, num_kv_heads)
             for num_heads, num_kv_heads, _ in self._sizes_by_window.values()
         )
 
     def plan(self, ctx: ForwardContext) -> None:
-        """What is worked out once a step for all layers; before `forward`."""
+        """Compute the attention plans, which all layers share; called before `forward`."""
         for window, plan in ctx.attention_plans.items():
             num_heads, num_kv_heads, _ = self._sizes_by_window[window]
             ops.plan_attention(
@@ -294,12 +303,16 @@ class Decoder:
             )  # fmt: skip
 
     def forward(self, ctx: ForwardContext) -> torch.Tensor:
-        """Hidden states after the last norm, ctx.activations.hidden; writes the KV caches."""
+        """Run all layers; writes the KV caches.
+
+        Returns ctx.activations.hidden, [num_tokens, hidden_size]: the hidden states after the last
+        norm.
+        """
         return self._forward(ctx, self._all_layers)
 
     def warm_up(self, ctx: ForwardContext) -> None:
-        """Call, with the same shapes, whatever `forward` calls, in few layers; what comes out means
-        nothing."""
+        """Call all ops that `forward` calls, with the same shapes, by running only one layer of
+        each kind. The result is meaningless."""
         self._forward(ctx, self._one_of_each_kind)
 
     def _forward(self, ctx: ForwardContext, indices: Sequence[int]) -> torch.Tensor:
@@ -316,14 +329,14 @@ class Decoder:
             else:
                 norm = self._next_norms[index]
                 layer.call_of_few(ctx, cache, own, hidden, residual, squares, norm)
-        # Also where a rank hands on: what the last block has left is in the residual then.
+        # Needed on every rank of a pipeline: it also adds the last block's output to the residual.
         self._leave(output, residual, hidden)
         if pp_rank + 1 < self.placement.pp_size:
             self._group.send(residual, pp_rank + 1)
         return hidden
 
     def to_leader(self, hidden: torch.Tensor) -> None:
-        """In a pipeline the last rank's rows of hidden states become the leader's, in place."""
+        """In a pipeline, send the last rank's `hidden`, [n, hidden_size], to that of the leader."""
         last = self.placement.pp_size - 1
         if last == LEADER:
             return
@@ -335,10 +348,12 @@ class Decoder:
     def compute_logits(
         self, hidden: torch.Tensor, out: torch.Tensor, parts: torch.Tensor | None = None
     ) -> None:
-        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype; with a `head`.
+        """hidden [n, hidden_size] -> out [n, vocab_size] in the model's dtype.
 
-        parts  [num_logit_parts(n)], of ranks that share each layer: each computes its part of the
-               vocabulary, and the leader alone gets `out`, as in a pipeline.
+        With several ranks only the leader gets `out`.
+
+        parts  [num_logit_parts(n)]: with tensor parallel, scratch in which the leader gathers the
+               ranks' parts of the vocabulary; None otherwise.
         """
         self.to_leader(hidden)
         if parts is None:
@@ -354,7 +369,7 @@ class Decoder:
                 columns.copy_(part[:, : columns.shape[1]])
 
     def num_logit_parts(self, num_rows: int) -> int:
-        """Elements of `parts` for so many rows; 0 where one rank computes all."""
+        """Elements of compute_logits' `parts` for num_rows rows; 0 without tensor parallel."""
         tp_size = self.placement.tp_size
         if tp_size == 1 or self.head is None:
             return 0
@@ -372,7 +387,7 @@ class Decoder:
             out.div_(self.config.logit_softcap).tanh_().mul_(self.config.logit_softcap)
 
     def activations(self, arena: Arena, num_tokens: int) -> Activations:
-        """Take what a forward of num_tokens tokens needs."""
+        """Take all activations of a forward pass of num_tokens tokens from `arena`."""
         is_adding = all(layer.attention.is_adding and layer.mlp.is_adding for layer in self.layers)
         hidden, residual, output = (
             arena.take(length, self.config.hidden_size, dtype=self.dtype)
@@ -381,57 +396,59 @@ class Decoder:
         squares = None
         if all(layer.has_norm_factors for layer in self.layers):
             width = ops.num_squares(self.config.hidden_size)
-            num_rows = min(num_tokens, ops.MAX_NORM_ROWS)  # whatever the step: the planner's too
+            # Taken for every step size, so that the planner sees it in the largest step's as well.
+            num_rows = min(num_tokens, ops.MAX_NORM_ROWS)
             room = arena.take(num_rows, width, dtype=torch.float32)
             if num_tokens <= self._max_norm_rows:
                 squares = room
         shrunk = self._room_for_adapters(arena, num_tokens)
-        made: dict[tuple[int, ...], LayerActivations] = {}  # layers of the same sizes share them
+        by_sizes: dict[tuple[int, ...], LayerActivations] = {}  # shared by layers of equal sizes
         layers = []
         for layer in self.layers:
             sizes = (*layer.attention.sizes, *layer.mlp.sizes)
-            if sizes not in made:
+            if sizes not in by_sizes:
                 with arena.reused():
                     attention = layer.attention.activations(arena, num_tokens)
                 with arena.reused():
                     mlp = layer.mlp.activations(arena, num_tokens)
-                made[sizes] = attention, mlp
-            layers.append(made[sizes])
+                by_sizes[sizes] = attention, mlp
+            layers.append(by_sizes[sizes])
         return Activations(hidden, residual, output, squares, layers, shrunk)
 
     def _room_for_adapters(self, arena: Arena, num_tokens: int) -> dict[int, torch.Tensor]:
-        """What Activations.shrunk is: one memory for all, as Linears follow each other."""
+        """Activations.shrunk. All Linears share the memory, as they run one after the other."""
         if not self._adapters:
             return {}
         all_parts = {adapters.num_parts for adapters in self._adapters}
         most, size = max(all_parts), self.max_adapter_rank
-        rows = lora.most_rows(num_tokens)  # whatever the step and the device: the planner's too
+        rows = lora.most_rows(num_tokens)  # the most on any device, so the planner's size fits
         room = arena.take(rows, most, size, dtype=torch.float32)
         num_splits = lora.num_splits(num_tokens, self.device)
         splits = room[: num_splits * num_tokens].view(num_splits, num_tokens, most, size)
         return {num_parts: splits[:, :, :num_parts] for num_parts in all_parts}
 
     def adapter_targets(self) -> dict[str, Target]:
-        """The modules that an adapter may have pairs for, by name; none without slots."""
+        """The modules that an adapter may change, by name; {} without adapter slots."""
         targets: dict[str, Target] = {}
         for adapters in self._adapters:
             targets |= adapters.targets()
         return targets
 
     def put_adapter(self, slot: int, weights: AdapterWeights) -> None:
-        """Let `slot` hold an adapter of max_adapter_rank at most. Nothing may run that uses it."""
+        """Copy an adapter, of rank max_adapter_rank at most, into `slot`, which no running step
+        uses."""
         for adapters in self._adapters:
             adapters.put(slot, weights.pairs)
 
     @property
     def adapter_bytes(self) -> int:
-        """Of the slots."""
+        """Bytes of all adapter slots."""
         return sum(adapters.nbytes for adapters in self._adapters)
 
     def attention_plans(
         self, max_num_tokens: int, max_num_rows: int
     ) -> dict[int, ops.AttentionPlan]:
-        """By window: room for what `plan` works out for a step of that size on a card."""
+        """Allocate the attention plans of steps of up to that size: window -> plan. On a card."""
         return {
             window: attention_plan.allocate(
                 max_num_tokens, max_num_rows, num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -441,16 +458,15 @@ class Decoder:
         }  # fmt: skip
 
     def layer_linears(self) -> list[Linear]:
-        """Those whose matrices every step reads, whatever its rows: all but the head and experts
-        that a router chooses."""
+        """The Linears whose matrices every step reads: all but the head and routed experts."""
         return [linear for layer in self.layers for linear in layer.linears]
 
     def mixtures(self) -> list[Experts]:
-        """Of the layers that have one."""
+        """The mixtures of experts among the layers' MLPs."""
         return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
 
     def bytes_per_position(self) -> int:
-        """Of the tables that have a row for each position."""
+        """Bytes that each position of max_model_len takes in the rope tables."""
         tables = {id(layer.attention.cos_sin): layer.attention.cos_sin for layer in self.layers}
         num_scales = len(
             {rope for layer in self._described if (rope := layer.attention.rope).query_beta}
@@ -458,11 +474,11 @@ class Decoder:
         return sum(table.nbytes // len(table) for table in tables.values()) + 4 * num_scales
 
     def kv_specs(self) -> list[KVSpec]:
-        """One per layer."""
+        """The KVSpec of each layer of this rank."""
         return [layer.attention.kv_spec() for layer in self.layers]
 
     def destinations(self) -> Destinations:
-        """Where each tensor of the checkpoint goes, by its name there. Tied heads have none."""
+        """Where each tensor of the checkpoint goes, by its name there; a tied head has none."""
         destinations = self.embedding.destinations()
         for layer in self.layers:
             destinations |= layer.destinations()

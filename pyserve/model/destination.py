@@ -1,4 +1,5 @@
-"""Destination: where one tensor of the checkpoint goes. Layers make them, the loader fills them."""
+"""Destination: where one tensor of the checkpoint is loaded to. Layers make Destinations, and the
+loader fills them."""
 
 from __future__ import annotations
 
@@ -15,11 +16,12 @@ FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
 
 class Part(NamedTuple):
-    """A slice of the tensor, as long as `view` along `dim` and whole along the others.
+    """A slice of a checkpoint tensor along one dimension, and the view that it is copied to.
 
-    view   of a parameter, of as many dimensions as the tensor; it need not be contiguous.
-    dim    0 or 1.
-    start  where the slice begins along it.
+    view   view of a parameter, with as many dimensions as the tensor; it need not be contiguous.
+           Its size along `dim` is the length of the slice.
+    dim    0 or 1: the dimension that is sliced.
+    start  where the slice begins along `dim`.
     """
 
     view: torch.Tensor
@@ -28,12 +30,14 @@ class Part(NamedTuple):
 
 
 class Sink(NamedTuple):
-    """Takes a tensor that is more than copied: as it is stored, whole rows at a time.
+    """Receives a checkpoint tensor that must be converted, not only copied.
 
-    put         (index of the first row, rows on the device of the parameters), in ascending order;
-                keeps nothing of them. Raises CheckpointError, without the tensor's name.
-    row_step    rows come in multiples of it, but for the last ones.
-    num_bytes   what is kept of it, on this rank; `num_params` numbers of the model are in it.
+    put         called as put(index of the first row, rows) for consecutive rows, in ascending
+                order. The rows are in the stored dtype, on the device of the parameters, and valid
+                only during the call. Raises CheckpointError, without the tensor's name.
+    row_step    the number of rows in each call is a multiple of this, except in the last one.
+    num_bytes   bytes of the parameters that the tensor becomes, on this rank.
+    num_params  parameters of the model that the tensor holds.
     """
 
     put: Callable[[int, torch.Tensor], None]
@@ -44,19 +48,20 @@ class Sink(NamedTuple):
 
 @dataclass(slots=True, frozen=True)
 class Destination:
-    """A tensor of the checkpoint, which of its parts are wanted, and where they go.
+    """One tensor of the checkpoint, and where it goes.
 
-    shape       of the tensor.
-    parts       none where another rank holds it, or a `sink` takes it.
-    dtypes      it may be stored in; converted to that of the views.
-    sink        takes all of it.
-    is_optional whether a checkpoint may lack it.
-    dummy_mean  what the weights scatter around when there is no checkpoint to load.
-    finish      turns what was loaded into what is computed with. Called once when everything is
-                there, also where several tensors name it.
-    dummy       fills in made-up weights where the parts would not do with those of all others,
-                from a generator there.
-    is_squeezed sizes of 1 in the shape may be left out, or more of them be there.
+    shape       shape of the stored tensor.
+    parts       its slices and where they are copied; () if only other ranks hold it or a sink
+                takes it.
+    dtypes      dtypes in which it may be stored; parts are converted to the dtype of their view.
+    dummy_mean  mean of the random weights with load_format "dummy".
+    finish      called after all tensors are loaded, to convert the parameters to the form that is
+                computed with; only once, even if several tensors name it.
+    sink        takes the whole tensor instead of parts.
+    is_optional the checkpoint may lack the tensor.
+    dummy       fills in random weights with load_format "dummy" if filling the parts with normal
+                noise would not do; gets a generator on the parameters' device.
+    is_squeezed the stored shape may differ by dimensions of size 1.
     """
 
     shape: tuple[int, ...]
@@ -71,31 +76,31 @@ class Destination:
 
     @classmethod
     def whole(cls, view: torch.Tensor, *, dummy_mean: float = 0.0) -> Destination:
-        """All of the tensor goes to `view`."""
+        """The Destination of a tensor that goes to `view` as a whole."""
         return cls(tuple(view.shape), (Part(view),), dummy_mean=dummy_mean)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can be taken."""
+        """Whether a stored tensor of that shape is right."""
         if not self.is_squeezed:
             return shape == self.shape
         return [size for size in shape if size != 1] == [size for size in self.shape if size != 1]
 
     @property
     def view(self) -> torch.Tensor:
-        """Where a tensor goes that has one part."""
+        """The view of a Destination with exactly one part."""
         (part,) = self.parts
         return part.view
 
     @property
     def nbytes(self) -> int:
-        """Held here."""
+        """Bytes of the parameters that it fills, on this rank."""
         if self.sink is not None:
             return self.sink.num_bytes
         return sum(part.view.nbytes for part in self.parts)
 
     @property
     def num_params(self) -> int:
-        """Numbers of the model that the tensor holds, wherever."""
+        """Parameters of the model that the whole tensor holds, on all ranks."""
         return prod(self.shape) if self.sink is None else self.sink.num_params
 
 
@@ -103,7 +108,7 @@ Destinations = dict[str, Destination]  # by the tensor's name in the checkpoint
 
 
 def finish_loading(destinations: Iterable[Destination]) -> None:
-    """Call what each of them names as `finish`, once each."""
+    """Call each distinct `finish` once."""
     for finish in dict.fromkeys(destination.finish for destination in destinations):
         if finish is not None:
             finish()
@@ -112,8 +117,13 @@ def finish_loading(destinations: Iterable[Destination]) -> None:
 def row_destinations(
     kind: str, parameter: torch.Tensor, rows: Sequence[Rows], columns: Shard | None = None
 ) -> Destinations:
-    """Of a parameter [rows] or [rows, columns]; `kind` is what follows the module's name in the
-    checkpoint. Rows of one name become parts of one tensor."""
+    """The Destinations of a (fused) parameter [rows] or [rows, columns], by tensor name.
+
+    kind     the end of the tensors' names, behind the module's name: "weight" or "bias".
+    rows     the modules that stand one after the other in the parameter; several Rows of one name
+             become parts of one tensor.
+    columns  this rank's columns; None: the parameter has one dimension.
+    """
     destinations: Destinations = {}
     begin = 0
     for part in rows:

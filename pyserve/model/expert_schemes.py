@@ -1,5 +1,5 @@
-"""How the matrices of a layer's experts are stored and multiplied: what schemes.py is for a Linear.
-All of one kind lie behind each other in one tensor."""
+"""How the matrices of a layer's experts are stored and multiplied; the counterpart of schemes.py.
+The matrices of all experts of a layer are stacked in one tensor."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from pyserve.ops.experts import Routing
 
 
 class ExpertsScheme(Protocol):
-    """The matrices [sum of rows, columns.size] of all experts; made and loaded as a Scheme is."""
+    """The matrices [sum of rows, columns.size] of all experts; made and loaded like a Scheme."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of all experts' matrices on this rank."""
 
     @property
     def num_params(self) -> int:
-        """Numbers of the model, here."""
+        """Number of parameters of all experts on this rank."""
 
     def __call__(self, x: torch.Tensor, routing: Routing, out: torch.Tensor) -> None:
-        """experts.grouped_linear"""
+        """As ops.experts.grouped_linear."""
 
     def silu_mul(
         self, x: torch.Tensor, routing: Routing, out: torch.Tensor, sorted_x: torch.Tensor
     ) -> None:
-        """experts.grouped_linear_silu_mul"""
+        """As ops.experts.grouped_linear_silu_mul."""
 
     def destinations(self) -> Destinations: ...
 
@@ -40,7 +41,13 @@ class ExpertsScheme(Protocol):
 def make_experts(
     rows: Sequence[Sequence[Rows]], columns: Shard, placement: Placement
 ) -> ExpertsScheme:
-    """Of the rows of each expert. Raises ConfigError where they are not stored alike."""
+    """Make the matrices of all experts.
+
+    rows     for each expert, the modules whose rows its matrix has.
+    columns  this rank's columns, the same for all.
+
+    Raises ConfigError if some of the modules are quantised and others are not.
+    """
     scheme = SCHEMES[scheme_of_all((part.name for own in rows for part in own), placement)]
     if issubclass(scheme, QuantisedScheme):
         return QuantisedExperts(scheme, rows, columns, placement)
@@ -48,7 +55,7 @@ def make_experts(
 
 
 class DenseExperts:
-    """`weight` [num_experts, sum of rows, columns.size] of plain numbers."""
+    """Plain matrices: `weight` is [num_experts, sum of rows, columns.size]."""
 
     __slots__ = ("weight", "_rows", "_columns")
 
@@ -83,7 +90,7 @@ class DenseExperts:
 
 
 class QuantisedExperts:
-    """`matrix` holds those of all experts; `each` loads one."""
+    """Quantised matrices: `matrix` holds all experts; each item of `each` loads one of them."""
 
     __slots__ = ("matrix", "each", "_num_params", "_placement")
 

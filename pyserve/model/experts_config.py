@@ -12,19 +12,22 @@ from pyserve.errors import ConfigError
 from pyserve.limits import MAX_EXPERT_GROUPS, MAX_EXPERTS, MAX_TOP_EXPERTS
 from pyserve.model.fields import Fields
 
-MAX_SIZE = 2**22  # of an expert's inner width
+MAX_SIZE = 2**22  # limit of an expert's inner width
 
 
 class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The MLP that is a mixture: of `num_experts` gated MLPs, of `size` between, a router chooses
-    `top_k` for each token and adds up what they make, weighted.
+    """A mixture of experts in the place of an MLP.
+
+    For each token a router chooses `top_k` of `num_experts` gated MLPs of inner width `size`, and
+    the output is the weighted sum of theirs.
 
     is_sigmoid, is_normalized, scale, num_groups, top_groups
-                      how the router's logits become choices and weights: ops/experts.py, Rule.
+                      how the router's logits become choices and weights; see ops.experts.Rule.
     has_correction_bias
-                      the router has a number for each expert that is added for the choice alone.
-    shared_size       inner width of an expert that takes every token; 0: there is none.
-    has_shared_gate   what that makes is multiplied by the sigmoid of a logit of its own.
+                      the router has a bias for each expert that affects the choice but not the
+                      weights.
+    shared_size       inner width of a shared expert that every token goes through; 0: none.
+    has_shared_gate   the shared expert's output is multiplied by the sigmoid of a gate's logit.
     """
 
     size: int
@@ -42,27 +45,29 @@ class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Inner widths, which ranks share."""
+        """Inner widths that tensor parallel ranks divide among them."""
         return (self.size, self.shared_size) if self.shared_size else (self.size,)
 
 
 class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """How a family tells its mixtures.
+    """How config.json of a family describes its mixtures of experts.
 
-    num_experts      keys of their number, each of which may be the one that is there.
-    default_num      of them, where none is.
-    size             key of an expert's width.
-    is_sigmoid       scores are sigmoids; a bias corrects the choice, n_group, topk_group and
+    num_experts      the keys that may hold the number of experts.
+    default_num      the number of experts if none of these keys is present.
+    size             the key of an expert's inner width.
+    is_sigmoid       scores are sigmoids, and there is a correction bias; n_group, topk_group and
                      routed_scaling_factor are read.
-    has_topk_method  scores are softmaxes; so are these read, the first two where `topk_method` is
-                     group_limited_greedy.
-    is_normalized    whether a token's weights are divided by their sum: always, never, or as
-                     `norm_topk_prob` says.
-    shared_size      key of the width of the shared expert, whose result a gate scales.
-    num_shared       key of how many times an expert's width the shared expert has, without a gate.
-    dense_layers     which layers have a plain MLP: none; those of `mlp_only_layers`, and all but
-                     each `decoder_sparse_step`th; the first `first_k_dense_replace`; or those that
-                     `mlp_layer_types` calls dense, where it is there.
+    has_topk_method  scores are softmaxes; routed_scaling_factor is read, and if `topk_method` is
+                     group_limited_greedy also n_group and topk_group.
+    is_normalized    whether a token's weights are divided by their sum: always, never, or
+                     "config": as `norm_topk_prob` says.
+    shared_size      the key of the inner width of a shared expert that has a gate; None: no such.
+    num_shared       the key of the number of shared experts without a gate, which are computed as
+                     one of that many times the inner width; None: no such.
+    dense_layers     which layers have a plain MLP. "none": no layer. "step": those in
+                     `mlp_only_layers`, and all but each `decoder_sparse_step`th. "first": the first
+                     `first_k_dense_replace`. "types": those that `mlp_layer_types` calls dense, or
+                     as "first" if the key is absent.
     """
 
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -77,7 +82,7 @@ class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def known_keys(self) -> frozenset[str]:
-        """Of config.json, that mean something, or nothing, in a family with mixtures."""
+        """Keys of config.json about mixtures that are read or known to be harmless."""
         keys = {
             *self.num_experts, self.size, "num_experts_per_tok", "router_aux_loss_coef",
             "output_router_logits", "router_jitter_noise",
@@ -99,7 +104,7 @@ class ExpertsKeys(msgspec.Struct, frozen=True, kw_only=True):
 def experts_from_fields(
     fields: Fields, keys: ExpertsKeys, num_layers: int
 ) -> list[ExpertsConfig | None]:
-    """The mixture of each layer; None where it has a plain MLP. Raises ConfigError."""
+    """The mixture of each layer; None for a layer with a plain MLP. Raises ConfigError."""
     num_experts = _num_experts(fields, keys)
     size = fields.integer(keys.size, 1, MAX_SIZE)
     shared_size = 0
@@ -127,7 +132,7 @@ def experts_from_fields(
 
 
 def _are_sparse(fields: Fields, keys: ExpertsKeys, num_layers: int) -> list[bool]:
-    """Whether each layer has the mixture."""
+    """For each layer, whether it has the mixture."""
     if keys.dense_layers == "none":
         return [True] * num_layers
     if keys.dense_layers == "step":
@@ -148,7 +153,7 @@ def _are_sparse(fields: Fields, keys: ExpertsKeys, num_layers: int) -> list[bool
 
 
 def _groups(fields: Fields, keys: ExpertsKeys, num_experts: int) -> tuple[int, int, float]:
-    """n_group, topk_group and routed_scaling_factor."""
+    """(num_groups, top_groups, scale) from n_group, topk_group and routed_scaling_factor."""
     if not (keys.is_sigmoid or keys.has_topk_method):
         return 1, 1, 1.0
     scale = fields.number("routed_scaling_factor", 0.0, 1e6, default=1.0)

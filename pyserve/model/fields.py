@@ -1,4 +1,4 @@
-"""Typed access to one JSON object of a model: every refusal names the key, the value, the limit."""
+"""Fields: typed access to a JSON object of a model's files. Errors name key, value and limit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 from pyserve.errors import ConfigError
 
-MAX_SHOWN_CHARS = 80  # of a refused value
+MAX_SHOWN_CHARS = 80  # length to which error messages cut a refused value
 
 
 class Fields:
-    """Reads keys of `raw`. Raises ConfigError.
+    """Reads keys of `raw`. Every reading method raises ConfigError for a wrong or missing value.
 
-    where   how messages call the object, e.g. "config.json".
+    where   what messages call the object, for example "config.json".
 
-    A key that says null is not a key that is absent: transformers fills the class default only
-    for the latter. `is_nullable` is for the keys where null means the default too; a boolean that
-    is null is false, as it is in Python.
+    A missing key gives `default`, and raises if there is none. A key that is null differs from a
+    missing one, as transformers applies its default only to the latter: null raises too, unless
+    `is_nullable` says that it means the default. A null boolean is false, as in Python. Numbers
+    must be in [low, high].
     """
 
     __slots__ = ("_raw", "_where")
@@ -29,10 +30,11 @@ class Fields:
         self._where = where
 
     def has(self, key: str) -> bool:
+        """True if the key is present and not null."""
         return self._raw.get(key) is not None
 
     def is_null(self, key: str) -> bool:
-        """True where the key is there and says null."""
+        """True if the key is present and null."""
         return key in self._raw and self._raw[key] is None
 
     def integer(
@@ -50,7 +52,7 @@ class Fields:
     ) -> float:  # fmt: skip
         value = self._get(key, default, is_nullable)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # The bounds first: an integer of hundreds of digits is no float.
+        # The bounds come first: math.isfinite raises for an integer that is too large for a float.
         if not is_number or not low <= value <= high or not math.isfinite(value):
             raise self.refuse(key, f"must be a number in [{low:g}, {high:g}]")
         return float(value)
@@ -62,12 +64,12 @@ class Fields:
             raise self.refuse(key, rule)
         for value in values:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high:  # which NaN is not
+            if not is_number or not low <= value <= high:  # the comparison is false for a NaN
                 raise self.refuse(key, rule)
         return tuple(map(float, values))
 
     def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
-        """None where the key is absent or null."""
+        """A list of integers; () if the key is absent or null."""
         values = self._raw.get(key)
         if values is None:
             return ()
@@ -97,6 +99,7 @@ class Fields:
         return value
 
     def table(self, key: str) -> Fields:
+        """The object under `key`, as Fields."""
         value = self._get(key, None)
         if not isinstance(value, dict):
             raise self.refuse(key, "must be an object")
@@ -104,11 +107,11 @@ class Fields:
 
     @property
     def size(self) -> int:
-        """How many keys there are."""
+        """The number of keys."""
         return len(self._raw)
 
     def tables(self) -> list[str]:
-        """Keys whose values are objects."""
+        """The keys whose values are objects."""
         return [key for key, value in self._raw.items() if isinstance(value, dict)]
 
     def lists_of_strings(self, key: str) -> list[list[str]]:
@@ -120,17 +123,17 @@ class Fields:
         return value
 
     def inner_string(self, key: str, inner: str) -> str | None:
-        """What the object `key` says of `inner`; None where it says nothing or is no object."""
+        """The string `inner` within the object `key`; None if either is absent or no such type."""
         value = self._raw.get(key)
         text = value.get(inner) if isinstance(value, dict) else None
         return text if isinstance(text, str) else None
 
     def is_empty(self, key: str) -> bool:
-        """True where the key is absent or holds null or an object without keys."""
+        """True if the key is absent, null or an object without keys."""
         return self._raw.get(key) in (None, {})
 
     def refuse(self, key: str, rule: str) -> ConfigError:
-        """The error for a value that is there but cannot be served; the caller raises it."""
+        """The error for a present value that is not supported; the caller raises it."""
         return ConfigError(f"{self._where}: {key} {rule}, got {shown(self._raw.get(key))}")
 
     def _get(self, key: str, default: Any, is_nullable: bool = False) -> Any:
@@ -143,6 +146,6 @@ class Fields:
 
 
 def shown(value: Any) -> str:
-    """A value of the file as a message shows it."""
+    """A value of the file for a message: as JSON, cut to MAX_SHOWN_CHARS."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."

@@ -1,17 +1,20 @@
-"""FP8: the Scheme of a matrix of 8-bit floats (e4m3) with scales, see ops/fp8.py. Whatever the
-checkpoint says of activations, they are of 16 bits; or rounded as they come where a card multiplies
-8 bits by 8, but for a checkpoint of 8-bit weights alone: a server says which.
+"""FP8: the Scheme of a matrix of 8-bit floats (e4m3) with scales; see ops/fp8.py.
 
-A module X [n, k] is stored as
+Activations are 16-bit, whatever the checkpoint says about them. In large steps on a card with FP8
+matrix units they are rounded to 8 bits on the fly, unless the checkpoint's quantisation is of the
+weights only. The server logs which of these applies (Quantization.remarks).
+
+A module X with a matrix [n, k] is stored as
 
     X.weight            F8_E4M3 [n, k]
-    X.weight_scale_inv  [n / 128, k / 128], each rounded up, where a scale is of a block: weights
-                        are multiplied by it, in spite of the name (DeepSeek-V3, README_WEIGHTS.md).
-                        Also under the name weight_scale (compressed-tensors).
-    X.weight_scale      [n, 1] or [1], where it is of a row or of the matrix
-    X.input_scale       [1], what activations might be divided by: not used, and said so
+    X.weight_scale_inv  [ceil(n / 128), ceil(k / 128)], if there is a scale for each block. Weights
+                        are multiplied by it in spite of the name (DeepSeek-V3, README_WEIGHTS.md).
+                        compressed-tensors calls it weight_scale.
+    X.weight_scale      [n, 1] or [1], if there is a scale for each row or for the whole matrix
+    X.input_scale       [1], a scale for activations, which is not used
 
-Storage "fp8-plain": X.weight is of floats, and rounded with a scale a row as it is loaded.
+With storage "fp8-plain", X.weight has 16- or 32-bit floats, which are rounded to 8 bits with a
+scale for each row while loading.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 class Fp8(QuantisedScheme):
-    """`weight` E4M3 [n, k] and `scales` float32, as ops/fp8.py has them."""
+    """`weight` is E4M3 [n, k] and `scales` is float32, laid out as in ops/fp8.py."""
 
     __slots__ = ()
 
@@ -84,19 +87,21 @@ class Fp8(QuantisedScheme):
 
     @property
     def is_norming(self) -> bool:
-        """The kernels of a card read 16 bytes of a row at a time."""
+        """As NormingScheme.is_norming: the kernels on a card read 16 bytes of a row at a time."""
         return self._shape[1] % 16 == 0
 
     @property
     def weight(self) -> torch.Tensor:
+        """E4M3 [n, k]."""
         return self.matrix.weight.view(fp8.E4M3)
 
     @property
     def scales(self) -> torch.Tensor:
+        """float32 [ceil(n / scale_rows), ceil(k / scale_columns)]."""
         return self.matrix.scales
 
     def destinations(self) -> Destinations:
-        """The bytes of all scales count with those of the first module."""
+        """Where the tensors of its modules go; the first module counts the bytes of all scales."""
         weights = row_destinations("weight", self.weight, self._rows, self._columns)
         if self._quantization.storage == "fp8-plain":
             return self._plain_destinations(weights)
@@ -130,7 +135,12 @@ class Fp8(QuantisedScheme):
     def _put_scales(
         self, pieces: list[Piece], num_rows: int, first: int, stored: torch.Tensor
     ) -> None:
-        """Stored scales from row `first` of them on, of a module of `num_rows` rows."""
+        """Put a module's stored scales into `scales`, as Sink.put.
+
+        pieces    the rows of the module that are held here.
+        num_rows  rows of the module's whole matrix.
+        first     index of the first row of `stored` within the stored scales.
+        """
         stored = stored.reshape(len(stored), -1).float()
         unit = {"block": BLOCK[0], "channel": 1, "tensor": num_rows}[self._quantization.granularity]
         if self._has_blocks:
@@ -138,7 +148,7 @@ class Fp8(QuantisedScheme):
             stored = stored[:, begin : begin + self.scales.shape[1]]
         step = self.matrix.scale_rows
         for piece in pieces:
-            # Of each row of scales that is held: which stored one it is of.
+            # For each row of scales that is held here: the stored row that it comes from.
             held = torch.arange(piece.start, piece.start + piece.size, step, device=stored.device)
             source = held // unit - first
             here = (source >= 0) & (source < len(stored))
@@ -167,7 +177,8 @@ class Fp8(QuantisedScheme):
         return destinations
 
     def _put_plain(self, pieces: list[Piece], first: int, rows: torch.Tensor) -> None:
-        """The scale is of the whole row, whatever of it is held."""
+        """Round rows of floats to 8 bits, as Sink.put. A row's scale is that of the whole row, even
+        if only some of its columns are held here."""
         weight, scales = fp8.quantised(rows)
         weight = weight.view(torch.uint8).narrow(1, self._columns.start, self._columns.size)
         for piece in pieces:
@@ -180,4 +191,4 @@ class Fp8(QuantisedScheme):
 
 
 def _ignore(_row: int, _values: torch.Tensor) -> None:
-    """Of a tensor that is known and not used."""
+    """The Sink.put of a tensor that is known but not used."""

@@ -1,13 +1,14 @@
 """Checkpoints that hold the matrices of all experts of a layer in one tensor each.
 
-A layer takes a matrix an expert, as most checkpoints have them. Those that transformers 5 writes
-may hold `experts.gate_up_proj` and `experts.down_proj` instead, for all experts E of width I and a
-hidden size of H:
+Layers expect a tensor for each expert's matrix, as most checkpoints have them. Checkpoints that
+transformers 5 writes may instead hold `experts.gate_up_proj` and `experts.down_proj` with all E
+experts of inner width I, for a hidden size of H:
 
-    [E, 2 I, H] and [E, H, I]   as a matrix of the checkpoint lies: outputs by inputs
-    [E, H, 2 I] and [E, I, H]   inputs by outputs
+    [E, 2 I, H] and [E, H, I]   each matrix is [outputs, inputs], as other matrices of a checkpoint
+    [E, H, 2 I] and [E, I, H]   each matrix is [inputs, outputs]
 
-The shape tells which, where H is not 2 I. Either is read as a tensor an expert, of the same file.
+The shape tells which layout it is, unless H = 2 I. Either is presented to the loader as one tensor
+for each expert, with an offset into the same file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.layer_config import LayerNames
 from pyserve.model.weights import StoredTensor, name_some
 
-MLP = "mlp"  # as transformers 5 calls it in every family
+MLP = "mlp"  # transformers 5's name of the MLP in every family
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 Stored = dict[str, StoredTensor]
@@ -33,10 +34,10 @@ Stored = dict[str, StoredTensor]
 def as_stored(
     stored: Stored, destinations: Destinations, config: ModelConfig
 ) -> tuple[Stored, Destinations]:
-    """The tensors, an expert each, and where they go.
+    """Replace fused tensors of all experts by one tensor for each expert.
 
-    Raises CheckpointError naming a tensor of another shape, or a layer with other experts than
-    config.json says.
+    Returns the stored tensors and the Destinations, both by name. Raises CheckpointError naming a
+    tensor of the wrong shape, or a layer whose number of experts is not that of config.json.
     """
     if not any(isinstance(layer.mlp, ExpertsConfig) for layer in config.layers):
         return stored, destinations
@@ -86,7 +87,7 @@ def _check_count(prefix: str, stored: Iterable[str], num_experts: int) -> None:
 
 
 class _Split:
-    """Of one layer: replaces two tensors by those of each expert."""
+    """Replaces the two fused tensors of one layer by the tensors of each expert."""
 
     def __init__(
         self, prefix: str, names: LayerNames, mixture: ExpertsConfig, hidden_size: int
@@ -165,7 +166,7 @@ class _Split:
 
 
 def _slice(tensor: StoredTensor, index: int, shape: tuple[int, int]) -> StoredTensor:
-    """The `index`th of the matrices of `shape` that lie one after the other in the tensor."""
+    """Matrix number `index` of a tensor that holds matrices of `shape` one after the other."""
     num_bytes = tensor.num_bytes // prod(tensor.shape) * prod(shape)
     return replace(
         tensor, shape=shape, offset=tensor.offset + index * num_bytes, num_bytes=num_bytes
@@ -173,7 +174,8 @@ def _slice(tensor: StoredTensor, index: int, shape: tuple[int, int]) -> StoredTe
 
 
 def _transposed(parts: Iterable[Part], column: int) -> Iterable[Part]:
-    """Of a matrix whose transpose is stored, as columns from `column` on of a wider one."""
+    """The parts of a matrix that is stored transposed, as the columns from `column` on of a wider
+    matrix."""
     for part in parts:
         assert part.dim == 0 or column == 0, "one slice only"
         yield Part(part.view.t(), 1 - part.dim, column + part.start)

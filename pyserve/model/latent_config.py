@@ -10,7 +10,7 @@ from pyserve.model.fields import Fields
 from pyserve.model.rope_config import RopeConfig
 
 MAX_HEADS = 4096
-MAX_SIZE = 2**16  # of what queries go through, and of a head's parts
+MAX_SIZE = 2**16  # limit of q_lora_rank and of the parts of a head
 LATENT_KEY, ROPE_KEY = "kv_lora_rank", "qk_rope_head_dim"
 KNOWN_KEYS = frozenset(
     {"q_lora_rank", LATENT_KEY, "qk_nope_head_dim", ROPE_KEY, "v_head_dim", "qk_head_dim"}
@@ -18,17 +18,20 @@ KNOWN_KEYS = frozenset(
 
 
 class LatentConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Attention of a layer that keeps one vector of a token for all heads (DeepSeek-V2, 2024).
+    """Multi-head latent attention: the KV cache holds one vector per token, from which the keys and
+    values of all heads are computed (DeepSeek-V2, 2024).
 
-    q_lora_rank      what the queries of all heads are made of; 0: of the hidden state itself.
-    kv_lora_rank     what keys and values are made of, the latent.
+    q_lora_rank      size of the latent that the queries of all heads are computed from; 0: they are
+                     computed from the hidden state.
+    kv_lora_rank     size of the latent that keys and values are computed from.
     qk_nope_head_dim, qk_rope_head_dim
-                     a head of q or k is these two parts. The second is rotated, and of k the same
-                     for all heads.
-    v_head_dim       of a head's values.
-    softmax_scale    of the scores, with YaRN's part.
-    has_bias         what makes the latent, and the output projection, have one.
-    has_pairs        neighbours are rotated together, not the halves of the rotated part.
+                     sizes of the two parts of a head of q and k. Only the second is rotated; in k
+                     it is the same for all heads.
+    v_head_dim       size of a head of v.
+    softmax_scale    scale of the scores; includes YaRN's factor.
+    has_bias         the projections to the latents and the output projection have biases.
+    has_pairs        rotation pairs neighbouring dimensions, not those half of the rotated part
+                     apart.
     """
 
     num_heads: int
@@ -44,22 +47,22 @@ class LatentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def head_dim(self) -> int:
-        """Of a query."""
+        """Size of a head of q and k."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def width(self) -> int:
-        """Of what is kept of a token: the latent, then the rotated part of the keys."""
+        """Size of a token's cached vector: the latent, then the rotated part of the keys."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def joined_size(self) -> int:
-        """What all heads give to the output projection."""
+        """Inputs of the output projection."""
         return self.num_heads * self.v_head_dim
 
     @property
     def num_kv_heads(self) -> int:
-        """All heads read the same."""
+        """1: all heads read the same cached vectors."""
         return 1
 
     @property
@@ -68,12 +71,12 @@ class LatentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def window(self) -> int:
-        """There is none."""
+        """0: latent attention has no sliding window."""
         return 0
 
 
 def rope_dim(fields: Fields) -> int:
-    """qk_rope_head_dim, which is also what transformers calls head_dim here."""
+    """Read qk_rope_head_dim, which transformers also calls head_dim here. Raises ConfigError."""
     size = fields.integer(ROPE_KEY, LATENT_STEP, MAX_LATENT_ROPE_DIM)
     _check_step(fields, ROPE_KEY, size)
     if fields.has("head_dim") and fields.integer("head_dim", 1, MAX_SIZE) != size:
@@ -84,7 +87,7 @@ def rope_dim(fields: Fields) -> int:
 def latent_from_fields(
     fields: Fields, num_heads: int, rope: RopeConfig, *, has_bias: bool, has_pairs: bool
 ) -> LatentConfig:
-    """Raises ConfigError naming the key, the value and the limit."""
+    """Read the attention's sizes. Raises ConfigError naming the key, the value and the limit."""
     latent_size = fields.integer(LATENT_KEY, LATENT_STEP, MAX_LATENT_SIZE)
     _check_step(fields, LATENT_KEY, latent_size)
     key = "num_key_value_heads"

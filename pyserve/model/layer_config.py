@@ -1,7 +1,8 @@
-"""LayerConfig: one decoder layer described, the same for all families. Imports no torch.
+"""LayerConfig: a description of one decoder layer, the same for all families. Imports no torch.
 
-Rows of registry.py say how config.json is read into these; decoder.py makes layers of them. What
-they can say is more than the ops of a card compute: `lacking_on_cuda` names the difference.
+config.py makes LayerConfigs from config.json as the rows of registry.py say, and decoder.py makes
+layers from them. The CUDA ops support less than can be described: `lacking_on_cuda` names what is
+missing.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ LAYER_KINDS: tuple[LayerKind, ...] = ("full_attention", "sliding_attention")
 
 
 class LayerNames(msgspec.Struct, frozen=True, kw_only=True):
-    """What the checkpoint calls a layer's modules.
+    """The checkpoint's names of a layer's modules.
 
-    qkv, gate_up   one name for each part, or one for all of them fused, in this order.
-    norms_before   of the attention and of the MLP.
-    norms_after    the same, of what they return, before it is added; none in most families.
-    mlp            of a mixture of experts too, whose `router`, `experts` and so on are within it;
-                   `gate_up` and `down` are then names within each expert.
+    qkv, gate_up   one name for each part, or a single name if the checkpoint stores them fused in
+                   this order.
+    mlp            the MLP or mixture of experts. In a mixture, `router`, `experts`, `shared_expert`
+                   and `shared_gate` are within it, and `gate_up` and `down` within each expert.
+    norms_before   norms of the inputs of attention and MLP.
+    norms_after    norms of their outputs, before these are added to the residual; None in most
+                   families.
     """
 
     attention: str = "self_attn"
@@ -51,7 +54,7 @@ class LayerNames(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NormConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """RMSNorm. offset: added to the stored weight; 1 where a weight of 0 changes nothing."""
+    """RMSNorm. `offset` is added to the stored weight: 1 in families that store weight - 1."""
 
     eps: float
     offset: float = 0.0
@@ -60,11 +63,13 @@ class NormConfig(msgspec.Struct, frozen=True, kw_only=True):
 class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Attention of a layer.
 
-    window         tokens that a token sees, itself included; 0: all.
-    softmax_scale  of the scores, after which they are softcap * tanh(score / softcap); 0: no cap.
+    softmax_scale  factor of the scores.
+    softcap        scaled scores become softcap * tanh(score / softcap); 0: no cap.
+    window         number of tokens that a token attends to, itself included; 0: all.
     has_qk_norm    RMSNorm over each head of q and k before they are rotated.
-    has_pairs      neighbours are rotated together in the checkpoint, not the halves of a head. Rows
-                   of q and k are put in the order of the halves when they are loaded.
+    has_pairs      the checkpoint's rotation pairs neighbouring dimensions, not those half a head
+                   apart. The rows of q and k are reordered at loading, so that the ops always pair
+                   the halves.
     """
 
     num_heads: int
@@ -81,17 +86,17 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rotary_dim(self) -> int:
-        """Leading dimensions of a head that are rotated."""
+        """Number of leading dimensions of a head that are rotated."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
     def joined_size(self) -> int:
-        """What all heads give to the output projection."""
+        """Inputs of the output projection."""
         return self.num_heads * self.head_dim
 
 
 class MLPConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The gated MLP: down(activation(gate(x)) * up(x)), of `size` between."""
+    """The gated MLP: down(activation(gate(x)) * up(x)), of inner width `size`."""
 
     size: int
     activation: Activation = "silu"
@@ -99,18 +104,20 @@ class MLPConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Inner widths, which ranks share."""
+        """Inner widths that tensor parallel ranks divide among them."""
         return (self.size,)
 
 
 class LayerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One decoder layer. `norm` describes all of its norms."""
+
     attention: AttentionConfig | LatentConfig
     mlp: MLPConfig | ExpertsConfig
     norm: NormConfig
     names: LayerNames = LayerNames()
 
     def lacking_on_cuda(self) -> list[str]:
-        """What it asks for that a card does not serve."""
+        """Descriptions of what the layer needs and our CUDA kernels do not support; [] if none."""
         lacks, attention = [], self.attention
         if isinstance(attention, LatentConfig):
             sizes = attention.kv_lora_rank, attention.qk_rope_head_dim

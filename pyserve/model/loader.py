@@ -1,8 +1,7 @@
-"""Fills a Decoder from a checkpoint, or with made-up weights where only config.json is there.
+"""Fills a Decoder from a checkpoint, or with random weights (load_format "dummy").
 
-Tensors stream in the order they are stored in, straight into their place in the (fused)
-parameters, and are converted on the way. Names and shapes are checked before the first byte is
-read.
+Tensors are read in the order in which they are stored, directly into their place in the (fused)
+parameters, and converted on the way. Names, shapes and dtypes are checked before any data is read.
 """
 
 from __future__ import annotations
@@ -42,25 +41,26 @@ from pyserve.model.weights import (
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 MODEL_PREFIX = "model."
-TEXT_PREFIX = "language_model."  # of the text model within one that has more
+TEXT_PREFIX = "language_model."  # of the text model's tensors in a multimodal checkpoint
 EMBEDDING_NAME = "model.embed_tokens.weight"
 FINAL_NORM_NAME = "model.norm.weight"
 
 LAYER_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.")
 
-# Old checkpoints store what follows from config.json: rotary tables and causal masks.
+# Old checkpoints store tensors that follow from config.json, rotary tables and causal masks. They
+# are ignored.
 DERIVED_NAMES = re.compile(
     r"(.*\.)?(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"
     r"|causal_mask|attention_mask|masked_bias|position_ids)"
 )
 MASK_NAMES = re.compile(r"(.*\.)?self_attn\.bias")  # [1, 1, n, n], in the manner of GPT-2
 MASK_DIMS = 4
-# A matrix under these names is packed integers, and another tensor holds its scales.
+# Names of tensors that only quantised matrices have.
 QUANTISED_NAMES = re.compile(r".*\.(qweight|weight_packed|weight_scale|weight_scale_inv|absmax)")
 
-DUMMY_STD = 0.02  # as transformers initialises
-# Noise is made once and copied from random places: as fast as memory. The length is a prime, so
-# that rows of a matrix do not repeat.
+DUMMY_STD = 0.02  # standard deviation of transformers' initialisation
+# On a CPU, noise of this length is made once and copied from random offsets, which is as fast as
+# memory. The length is a prime, so that the rows of a matrix do not repeat.
 DUMMY_NOISE_LEN = 4_194_301
 
 
@@ -74,11 +74,14 @@ def load_model(
     progress: Progress,
     max_model_len: int | None = None,
 ) -> Decoder:
-    """Build the model and fill it: from the safetensors files of the folder `path`, or, with
-    load_format "dummy", with weights drawn from `seed`.
+    """Build the model and fill it from the safetensors files in the folder `path`.
 
-    `progress` is called with bytes of the checkpoint, at least at the start and at the end.
-    Raises CheckpointError naming the tensors that are missing, left over or of the wrong shape.
+    load_format    "dummy": random weights drawn from `seed` instead.
+    progress       called with (bytes done, bytes in all), at least at the start and at the end.
+    max_model_len  as in build_model.
+
+    Raises CheckpointError naming the tensors that are missing, left over, or of a wrong shape or
+    dtype.
     """
     if config.towers:
         log.get_logger().info(
@@ -100,19 +103,22 @@ def load_model(
 
 
 def check_checkpoint(path: Path, config: ModelConfig) -> None:
-    """Names, shapes and dtypes of the folder's headers against `config`. Raises CheckpointError."""
+    """Check names, shapes and dtypes in the folder's safetensors headers against `config`.
+
+    Raises CheckpointError.
+    """
     shapes = build_model(config, Placement(torch.bfloat16, META), max_model_len=1)
     stored, destinations = as_stored(_index(path, config), shapes.destinations(), config)
     _check(stored, destinations, config)
 
 
 def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of the folder by the names that a Decoder gives them.
+    """The tensors of the folder by the names that a Decoder uses.
 
-    They may have been saved from the model without its head, whose names lack the leading
-    "model.", or from one that wraps it, whose names repeat it. Of a matrix that is embedding and
-    head in one, safetensors' save_model keeps either name. Towers beside a text model are left out,
-    and a head that nothing reads, where a model pools, and layers that predict further ahead.
+    The names in the files may lack the leading "model." (saved from the model without its head) or
+    repeat it (saved from a wrapper). If embedding and head are one matrix, safetensors' save_model
+    keeps either name. Left out are the towers of a multimodal model, the head of a model that pools
+    if nothing reads it, and extra layers that predict further tokens.
     """
     stored: dict[str, StoredTensor] = {}
     prefixes = (MODEL_PREFIX, TEXT_PREFIX) if config.towers else (MODEL_PREFIX,)
@@ -139,7 +145,10 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 def _held(
     stored: dict[str, StoredTensor], config: ModelConfig, placement: Placement
 ) -> dict[str, StoredTensor]:
-    """Without those that other ranks of a pipeline hold, and look at."""
+    """The tensors of the layers that this rank of a pipeline holds, and of what is around them.
+
+    Other ranks check their own.
+    """
     num_layers = len(config.layers)
     here = placement.layers(num_layers)
 
@@ -196,7 +205,7 @@ def _check(
 def _lacks(
     missing: Set[str], stored: dict[str, StoredTensor], config: ModelConfig
 ) -> CheckpointError:
-    """The error for a checkpoint without these tensors, with a likely cause."""
+    """The error for a checkpoint that lacks these tensors, with a likely cause."""
     text = f"the checkpoint lacks: {name_some(missing)}"
     if config.quantization is None:
         text += _note_of_quantised(stored)
@@ -265,8 +274,11 @@ def _stream(
 
 
 def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: Destination) -> None:
-    """A head that is stored although it is tied must be the embedding: some checkpoints say tied
-    and are not, and would answer nonsense. A rank looks at the rows that it holds."""
+    """Check that a stored head equals the embedding although config.json says that they are tied.
+
+    Some checkpoints say so wrongly and would answer nonsense. Each rank compares the rows that it
+    holds. Raises CheckpointError.
+    """
     is_comparable = head.shape == embedding.shape and head.dtype in FLOATS
     part = embedding.parts[0]
     flat, first = part.view.view(-1), part.start * embedding.shape[1]
@@ -284,14 +296,15 @@ def _check_tied_head(reader: CheckpointReader, head: StoredTensor, embedding: De
 
 
 def _seed_of(seed: int, name: str, part: Part | None = None) -> int:
-    """Of a tensor, or a part of it: ranks that hold the same part make the same of it, and all of
-    them something else of theirs."""
+    """The seed of the random weights of a tensor, or of a part of it. Ranks that hold the same part
+    get the same weights, and different parts get different ones."""
     place = "" if part is None else f"{part.dim} {part.start}"
     return zlib.crc32(f"{seed} {name} {place}".encode())
 
 
 def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Progress) -> None:
-    """Drawn on the card, which is as fast as writing; another kind of card draws other numbers."""
+    """Draw random weights on the card, which is as fast as writing them. Different kinds of cards
+    draw different numbers."""
     total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)

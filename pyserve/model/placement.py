@@ -1,4 +1,5 @@
-"""Placement: where and how parameters are made; every layer gets the same one."""
+"""Placement: how layers allocate their parameters: dtype, device, scheme, shard and adapter slots.
+All layers get the same one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ META = torch.device("meta")  # shapes without memory
 
 
 class Shard(NamedTuple):
-    """What one rank holds of a dimension of `whole` elements."""
+    """The range [start, start + size) that one rank holds of a dimension of `whole` elements."""
 
     start: int
     size: int
@@ -24,12 +25,13 @@ class Shard(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Outputs of a Linear that stand together, in the matrix and in the checkpoint.
+    """Consecutive rows of a Linear's matrix that come from consecutive rows of one module.
 
-    name        the checkpoint's module, whose tensors have `whole` rows.
+    name        the module's name in the checkpoint.
+    whole       number of rows of the module's tensors.
     start, num_stored
-                which of those are held here.
-    size        rows of the matrix; beyond `num_stored` they are padding.
+                the range of these rows that this rank holds.
+    size        rows that they take in the matrix; those beyond `num_stored` are padding.
     """
 
     name: str
@@ -40,9 +42,9 @@ class Rows(NamedTuple):
 
 
 class Scratch:
-    """Room for what a call of a Linear needs while it runs: one for all, as they follow each other.
+    """Temporary memory for the calls of Linears. All share it, as they run one after the other.
 
-    num_bytes   the most that any of them has reserved.
+    num_bytes   the most that any Linear has reserved.
     """
 
     __slots__ = ("num_bytes", "_memory")
@@ -52,12 +54,12 @@ class Scratch:
         self._memory: torch.Tensor | None = None
 
     def reserve(self, num_bytes: int) -> None:
-        """Before the first call."""
+        """Ensure room for num_bytes bytes; called before the first use of the memory."""
         assert self._memory is None, "too late"
         self.num_bytes = max(self.num_bytes, num_bytes)
 
     def of(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """[num_bytes / size of an element], the same memory each time."""
+        """The memory as [num_bytes / element size] of `dtype`; the same memory at each call."""
         if self._memory is None:
             self._memory = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
         return self._memory.view(dtype)
@@ -67,18 +69,17 @@ class Scratch:
 class Placement:
     """What a layer must know to allocate its parameters.
 
-    dtype, device      of what is computed.
-    schemes            how a module's matrix is stored, by the module's name in the checkpoint;
-                       as `quantization` says where it is not named.
+    dtype, device      dtype of the computation, and device of the parameters.
+    schemes            module name in the checkpoint -> scheme; other modules are as `quantization`
+                       says.
     quantization       of the model; None: its matrices are "dense".
-    scratch            of all its Linears.
-    tp_rank, tp_size   this rank of those that share each layer.
-    pp_rank, pp_size   this rank of a pipeline, in which each has a run of whole layers, and the
-                       first also what stands before and behind them. One of the sizes is 1.
-    group              through which the ranks add up what each computes, or hand it on. None where
-                       there is one rank, or where only shapes are made.
-    num_adapter_slots  adapters that a Linear can hold beside its matrix, each of max_adapter_rank
-                       at most; 0: none, and it has no room for any.
+    scratch            temporary memory that all Linears share.
+    tp_rank, tp_size   tensor parallel: this rank, and how many ranks share each layer.
+    pp_rank, pp_size   pipeline parallel: this rank, and how many ranks have a run of whole layers
+                       each. Rank 0 also has embedding, head and pooler. tp_size or pp_size is 1.
+    group              process group of the ranks; None with one rank, or if only shapes are made.
+    num_adapter_slots  number of adapters that a Linear has room for; 0: adapters are off.
+    max_adapter_rank   the highest rank of an adapter; 0 if adapters are off.
     """
 
     dtype: torch.dtype
@@ -101,21 +102,25 @@ class Placement:
 
     @property
     def has_ends(self) -> bool:
-        """Whether it has what stands before and behind the layers: embedding, head, pooler."""
+        """Whether this rank has the embedding, head and pooler."""
         return self.pp_rank == LEADER
 
     @property
     def is_leading(self) -> bool:
-        """Whether it samples."""
+        """Whether this rank is the leader, which samples."""
         return self.has_ends and self.tp_rank == LEADER
 
     def layers(self, num_layers: int) -> range:
-        """Those that it has, whole or in part. Where they do not divide, the first has no more than
-        any other: it has the ends."""
+        """The indices of the layers that this rank holds, whole or in part.
+
+        If they do not divide evenly, rank 0 has no more than any other, as it has the embedding and
+        head too.
+        """
         bounds = [num_layers * i // self.pp_size for i in (self.pp_rank, self.pp_rank + 1)]
         return range(*bounds)
 
     def scheme_of(self, name: str) -> SchemeName:
+        """The scheme of the checkpoint's module `name`."""
         if name in self.schemes:
             return self.schemes[name]
         quantization = self.quantization
@@ -124,9 +129,10 @@ class Placement:
         return quantization.scheme
 
     def share(self, num_units: int, unit_size: int = 1) -> Shard:
-        """This rank's part of `num_units` units, such as heads, that cannot be cut.
+        """This rank's part of num_units units of unit_size elements, such as heads.
 
-        Ranks get equally many. Fewer units than ranks are held by several ranks each.
+        All ranks get equally many units. With fewer units than ranks, several ranks hold the same
+        unit.
         """
         whole = num_units * unit_size
         if num_units >= self.tp_size:
@@ -137,6 +143,6 @@ class Placement:
         return Shard(self.tp_rank * num_units // self.tp_size * unit_size, unit_size, whole)
 
     def share_rounded_up(self, num_units: int) -> Shard:
-        """As `share`, rounded up where units do not divide: the last ranks' excess is padding."""
+        """As `share`, but rounded up if units do not divide evenly: the last ranks have padding."""
         num_here = -(-num_units // self.tp_size)
         return Shard(self.tp_rank * num_here, num_here, num_units)

@@ -1,8 +1,8 @@
-"""Pooling: what a model computes of a whole text in place of the next token.
+"""Pooling: what a model computes of a whole text instead of the next token.
 
-An embedding is the last token's hidden state behind the last norm; a score is what an output head
-with one number makes of it, or how much likelier "yes" is there than "no". Which of them a folder
-is for is said by its architecture, by the files of sentence-transformers, or by the command line.
+An embedding is the last token's hidden state after the final norm. A score is the output of a head
+with one row for that hidden state, or the logit of "yes" minus that of "no". Which of them a model
+computes is said by its architecture, by the files of sentence-transformers, or by the command line.
 Imports no torch.
 """
 
@@ -22,7 +22,8 @@ from pyserve.model_files import read_list, read_object
 
 Kind = Literal["embed", "score"]
 
-GENERATES = "ForCausalLM"  # the end of an architecture's name
+# Ends of an architecture's name.
+GENERATES = "ForCausalLM"
 CLASSIFIES = "ForSequenceClassification"
 WITHOUT_HEAD = "Model"
 
@@ -30,11 +31,11 @@ MODULES_FILE = "modules.json"
 MAX_MODULES_BYTES = 2**20
 MAX_MODULES = 16
 MAX_DIMENSIONS = 256
-ANSWERS = ("no", "yes")  # of a reranker that is a language model, where its files name no others
+ANSWERS = ("no", "yes")  # of a reranker that is a language model, unless its files name others
 
-_FOLDER = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a module
+_FOLDER = re.compile(r"[A-Za-z0-9_-]{1,64}")  # allowed names of a module's folder
 _LAST_TOKEN = "lasttoken"
-_BY_MODE = "pooling_mode_"  # and a mode: true
+_BY_MODE = "pooling_mode_"  # prefix of keys as "pooling_mode_lasttoken": true
 
 
 class Pooling(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,10 +43,11 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
 
     kind            an embedding, or a score.
     is_normalized   embeddings are divided by their length.
-    dimensions      to which an embedding may be cut; (): any number of them.
-    answers         tokens whose logits make the score, the last one's less the first one's, where
-                    there are two; (): the model has a head of its own for it.
-    answer_ids      of these tokens, once they are known.
+    dimensions      numbers of dimensions to which an embedding may be cut; (): any number.
+    answers         texts of the tokens whose logits make the score: the last one's logit, minus the
+                    first one's if there are two; (): the files give answer_ids, or the model has a
+                    head of its own for the score.
+    answer_ids      ids of these tokens; () until they are known.
     """
 
     kind: Kind
@@ -56,17 +58,17 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_text_head(self) -> bool:
-        """Whether the head that generates is read, for the tokens that answer."""
+        """Whether the score uses rows of the head that generates text."""
         return bool(self.answers or self.answer_ids)
 
     @property
     def has_own_head(self) -> bool:
-        """Whether the checkpoint has a matrix for the score alone."""
+        """Whether the checkpoint has a head only for the score."""
         return self.kind == "score" and not self.has_text_head
 
 
 def base_architecture(name: str) -> str:
-    """The name of the same model with a head that generates."""
+    """The architecture's name for the same model with a head that generates text."""
     for end in (CLASSIFIES, WITHOUT_HEAD):
         if name.endswith(end) and not name.endswith(GENERATES):
             return name.removesuffix(end) + GENERATES
@@ -76,10 +78,10 @@ def base_architecture(name: str) -> str:
 def read_pooling(
     raw: Mapping[str, Any], folder: Path | None, use: Use, *, hidden_size: int
 ) -> Pooling | None:
-    """What the model of config.json `raw` in `folder` pools; None: it generates.
+    """How the model of config.json `raw` in `folder` pools; None if it generates.
 
-    Raises ConfigError and CheckpointError, naming the key and the value, where it pools in a way
-    that is not computed here, or cannot be used as `use` says.
+    Raises ConfigError or CheckpointError, naming the key and the value, if it pools in a way that
+    is not supported, or cannot be used as `use` says.
     """
     name = raw["architectures"][0]
     modules = _read_modules(folder) if folder is not None and use != "generate" else {}
@@ -133,7 +135,7 @@ def _score(fields: Fields, name: str, folder: Path | None, modules: Mapping[str,
 
 
 def _num_labels(fields: Fields) -> int:
-    """As transformers counts them: 2 where nothing is said."""
+    """The number of labels as transformers counts them; 2 if config.json does not say."""
     if fields.has("id2label"):
         return fields.table("id2label").size
     return fields.integer("num_labels", 1, 2**20, default=2)
@@ -190,9 +192,9 @@ def _check_modules(modules: Mapping[str, str], known: tuple[str, ...]) -> None:
 
 
 def _read_modules(folder: Path) -> dict[str, str]:
-    """The kinds of module that modules.json lists, in order, and their folders; {}: no such file.
+    """The modules that modules.json lists, in order: kind -> folder. {} if there is no such file.
 
-    A kind is the last part of a class's name, as "Pooling".
+    A kind is the last part of a class's name, for example "Pooling".
     """
     raw = read_list(folder / MODULES_FILE, MAX_MODULES_BYTES)
     if raw is None:
@@ -210,7 +212,7 @@ def _read_modules(folder: Path) -> dict[str, str]:
 
 
 def _read_module(folder: Path, module: str) -> dict[str, Any]:
-    """The config.json of a module."""
+    """Read the config.json in a module's folder. Raises CheckpointError."""
     if not _FOLDER.fullmatch(module):
         raise CheckpointError(f"{MODULES_FILE}: path must be a folder's name, got {shown(module)}")
     path = folder / module / "config.json"

@@ -1,5 +1,8 @@
-"""What the Schemes of quantised matrices have in common: few rows of x are multiplied by what is
-stored, more by plain numbers that are made of it, see ops/quantised.py."""
+"""QuantisedScheme: what the Schemes of quantised matrices have in common.
+
+Few rows of x are multiplied by the quantised matrix directly; for many rows the matrix is first
+dequantised, slice by slice. See ops/quantised.py.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,17 @@ from pyserve.model.destination import Destinations
 from pyserve.model.placement import META, Placement, Rows, Scratch, Shard
 from pyserve.ops import quantised
 
-# Of the matrix as plain numbers, held while many rows are multiplied: so much stays in the cache.
+# Size of a dequantised slice of the matrix: it should stay in the cache until it is multiplied.
 SCRATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 24 * 2**20}
 DUMMY_STD = 0.02  # as in loader.py
 
 
 class Piece(NamedTuple):
-    """Rows of a module's matrix that are held: `size` from `start` on, as those from `row` on."""
+    """Rows of a module that this rank holds.
+
+    start, size  the range [start, start + size) of the module's rows.
+    row          where these rows begin in the Linear's matrix.
+    """
 
     start: int
     size: int
@@ -27,9 +34,9 @@ class Piece(NamedTuple):
 
 
 class QuantisedScheme:
-    """A Scheme but for how its matrix is made and loaded.
+    """Base of Schemes; subclasses allocate and load the matrix.
 
-    matrix   what is computed with; where it is one of many, its part of what holds all.
+    matrix   the quantised matrix; of an expert, a view of the tensors that hold all experts.
     """
 
     __slots__ = ("matrix", "_rows", "_columns", "_placement", "_shape")
@@ -53,7 +60,7 @@ class QuantisedScheme:
     def stacked(
         cls, rows: Sequence[Sequence[Rows]], columns: Shard, placement: Placement
     ) -> tuple[quantised.Matrix, list[Self]]:
-        """Matrices of one shape in one, and the Scheme of each."""
+        """Allocate matrices of one shape in one stacked Matrix; also returns a Scheme for each."""
         shapes = cls(rows[0], columns, replace(placement, device=META, scratch=Scratch()))
         matrix = shapes._room(placement.device, len(rows))
         made = [
@@ -62,11 +69,11 @@ class QuantisedScheme:
         return matrix, made
 
     def _check(self) -> None:
-        """Raises ConfigError where such a matrix cannot be."""
+        """Raise ConfigError if a matrix of this shape cannot be stored or shared this way."""
         raise NotImplementedError
 
     def _room(self, device: torch.device, *count: int) -> quantised.Matrix:
-        """Zeros; of `count` matrices where that is given."""
+        """Allocate the matrix, or a stack of `count` matrices if given, filled with zeros."""
         raise NotImplementedError
 
     def destinations(self) -> Destinations:
@@ -89,7 +96,7 @@ class QuantisedScheme:
 
     @property
     def is_fusing(self) -> bool:
-        return self._placement.device.type == "cuda"  # on a CPU it is not measured
+        return self._placement.device.type == "cuda"  # nobody has measured it on a CPU
 
     @property
     def is_norming(self) -> bool:
@@ -124,7 +131,7 @@ class QuantisedScheme:
         return self._placement.scratch.of(x.dtype, x.device)
 
     def _pieces(self) -> dict[str, list[Piece]]:
-        """What is held of each module."""
+        """The rows that this rank holds, by module name."""
         pieces: dict[str, list[Piece]] = {}
         row = 0
         for part in self._rows:

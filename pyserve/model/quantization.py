@@ -1,5 +1,5 @@
-"""Quantization: how a checkpoint's matrices are stored where they are not plain numbers, read from
-`quantization_config` of config.json. What is not served is refused by name. Imports no torch.
+"""Quantization: how the matrices of a quantised checkpoint are stored, read from
+`quantization_config` of config.json. What is not supported is refused by name. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ Storage = Integers | Fp8
 KEYS = ("quantization_config", "compression_config")  # the second is an old name of the first
 GROUP_SIZES = (128, 64, 32)
 BITS = 4
-UNIT_COLUMNS = 64  # of 4-bit integers, at least, that lie together: ops/w4a16.py
+UNIT_COLUMNS = 64  # 4-bit matrices can be divided at multiples of at least so many columns
 FP8_BITS = 8
-BLOCK = (128, 128)  # of 8-bit floats: rows and columns of one scale
+BLOCK = (128, 128)  # rows and columns that share a scale in block-wise FP8
 MAX_PATTERN_CHARS = 200
-MAX_PATTERN_REPEATS = 4  # so that matching ends soon, whatever the pattern
+MAX_PATTERN_REPEATS = 4  # bounds the time of matching an untrusted pattern
 
-# What a scale of 8-bit floats is of.
+# Which FP8 weights share a scale: a BLOCK, a row, or the whole matrix.
 Granularity = Literal["block", "channel", "tensor"]
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
-    """4-bit integers in groups along the columns, or 8-bit floats (e4m3).
+    """How matrices are quantised: 4-bit integers in groups of columns, or 8-bit floats (e4m3).
 
-    storage         how the tensors lie: see w4a16_formats.py, fp8.py. "plain" and "fp8-plain": as
-                    16-bit numbers, which are rounded as they are loaded.
-    group_size      columns, of integers; of "plain" the largest that divides a matrix.
-    has_zeros       whether zero points are stored; else they are 8.
-    granularity     what a scale of 8-bit floats is of: a block of 128 by 128, a row, the matrix.
-    scale_name      what follows a module's name, of their scales.
+    storage         the format of the tensors; see w4a16_formats.py and fp8.py. With "plain" and
+                    "fp8-plain" the checkpoint is not quantised: it is rounded while loading.
+    group_size      4-bit: columns that share a scale. With "plain" each matrix instead has the
+                    largest of GROUP_SIZES that divides its columns.
+    has_zeros       4-bit: zero points are stored; otherwise they are 8.
+    granularity     FP8: which weights share a scale: a block of 128 by 128, a row, or the matrix.
+    scale_name      FP8: name of the tensors with scales, behind the module's name.
     has_input_scales
-                    whether scales for activations may be stored, which are not used.
-    is_weight_only  whether only weights are meant to be of 8 bits: then activations never are.
-    skipped         regular expressions for modules that are stored plainly.
-    only            ends of the names of all others; none: no such limit.
-    has_head        whether the output head may be quantised.
+                    FP8: scales for activations may be stored; they are not used.
+    is_weight_only  FP8: the checkpoint is meant for 16-bit activations, so they are never rounded.
+    skipped         regular expressions, for re.search, of modules that are not quantised.
+    only            if not empty: only modules whose names end so are quantised.
+    has_head        the output head may be quantised.
     """
 
     method: Method
@@ -63,11 +64,11 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def scheme(self) -> SchemeName:
-        """Of the matrices that it covers."""
+        """The Scheme of the matrices that are quantised."""
         return "fp8" if self.storage in ("fp8", "fp8-plain") else "w4a16"
 
     def covers(self, name: str) -> bool:
-        """Whether the matrix of the checkpoint's module `name` is stored so."""
+        """Whether the matrix of the checkpoint's module `name` is quantised."""
         if name == "lm_head" and not self.has_head:
             return False
         if self.only and not name.endswith(self.only):
@@ -75,7 +76,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         return not any(re.search(pattern, name) for pattern in self.skipped)
 
     def words(self) -> str:
-        """What a person reads of it."""
+        """A short description for messages."""
         if self.storage == "plain":
             return "rounded to 4 bits as it is loaded"
         if self.storage == "fp8-plain":
@@ -85,8 +86,11 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         return f"4-bit {self.method} in groups of {self.group_size}"
 
     def remarks(self, first_rounded_row: int | None = None) -> list[str]:
-        """What a server says of it once, where 8-bit floats are multiplied by activations that are
-        rounded to them too from so many rows on."""
+        """Warnings that the server logs once.
+
+        first_rounded_row  with FP8: the number of rows of a step from which activations are rounded
+                           to 8 bits too; None: they never are.
+        """
         said = []
         if self.storage == "plain":
             said.append(
@@ -111,8 +115,10 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         return said
 
     def lacking_on_cuda(self, experts_widths: frozenset[int]) -> list[str]:
-        """What of it a card does not serve. experts_widths: columns of experts' matrices, of all
-        layers; none without experts."""
+        """Descriptions of what our CUDA kernels do not support; [] if none.
+
+        experts_widths  the numbers of columns of the experts' matrices; empty without experts.
+        """
         if self.scheme == "w4a16":
             return []
         return [
@@ -122,13 +128,19 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def unit_columns(self, num_columns: int) -> int:
-        """Columns that ranks cannot cut, of a matrix of so many. Raises as group_of."""
+        """Ranks may divide a matrix of num_columns columns only at multiples of this many.
+
+        Raises ConfigError as group_of.
+        """
         if self.scheme == "fp8":
             return BLOCK[1] if self.granularity == "block" else 1
         return max(UNIT_COLUMNS, self.group_of(num_columns))
 
     def group_of(self, num_columns: int) -> int:
-        """Of a matrix of so many columns. Raises ConfigError, without the matrix's name."""
+        """The group size of a 4-bit matrix of num_columns columns.
+
+        Raises ConfigError, without the matrix's name, if no group size divides them.
+        """
         sizes = GROUP_SIZES if self.storage == "plain" else (self.group_size,)
         for size in sizes:
             if num_columns % size == 0:
@@ -150,7 +162,13 @@ AT_LOAD: dict[Method, Quantization] = {
 
 
 def agreed(stored: Quantization | None, asked: Method | None) -> Quantization | None:
-    """What --quantization `asked` makes of a checkpoint. Raises ConfigError naming both."""
+    """Combine the checkpoint's quantisation with --quantization.
+
+    stored  what config.json says; None: nothing.
+    asked   the flag; None: not given.
+
+    Raises ConfigError if they contradict each other.
+    """
     if asked is None or (stored is not None and stored.method == asked):
         return stored
     if stored is not None:
@@ -167,7 +185,10 @@ def agreed(stored: Quantization | None, asked: Method | None) -> Quantization | 
 
 
 def read_quantization(fields: Fields) -> Quantization | None:
-    """What config.json says; None where nothing. Raises ConfigError naming the key and value."""
+    """Read config.json's quantization_config; None if it has none.
+
+    Raises ConfigError naming the key and the value.
+    """
     for key in KEYS:
         if not fields.has(key):
             continue
@@ -257,7 +278,7 @@ def _read_fp8(table: Fields) -> Quantization:
 
 
 def _of_module(name: str) -> str:
-    """A module and all that is in it, wherever: an expression for re.search."""
+    """A regular expression, for re.search, that matches a module and everything within it."""
     return rf"(^|\.){re.escape(name)}($|\.)"
 
 
@@ -357,7 +378,10 @@ def _group_size(table: Fields, bits_key: str = "bits") -> int:
 
 
 def _pattern(table: Fields, name: str, key: str = "ignore") -> str:
-    """A name of the list `key`, or what follows "re:", as an expression for re.search."""
+    """An entry of the list `key` as an expression for re.search: a name, or a pattern after "re:".
+
+    Raises ConfigError for a pattern that is invalid or might take long to match.
+    """
     if not name.startswith("re:"):
         return f"^{re.escape(name)}$"
     pattern = name.removeprefix("re:")

@@ -19,40 +19,43 @@ SchemeName = Literal["dense", "w4a16", "fp8"]
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
-    """What sets one architecture apart.
+    """One row: what distinguishes an architecture from the others.
 
-    model_type        as transformers calls the family, which goes by this name.
-    defaults          of keys that config.json lacks, as the family's class in transformers has
-                      them. A key that says null is there: num_key_value_heads is then
-                      num_attention_heads, as where nothing gives it.
-    attention_bias    bias of q, k and v: by the config key, or what it always is.
+    model_type        transformers' name of the family.
+    defaults          values of keys that config.json lacks, as in the family's config class of
+                      transformers. A key that is null does not get its default: a null
+                      num_key_value_heads means num_attention_heads.
+    attention_bias    bias of q, k and v: "config": as `attention_bias_key` says; or always; or
+                      never.
     attention_bias_key
-                      of config.json.
-    has_o_bias        the output projection has a bias where q, k and v have one.
-    mlp_bias          bias of gate, up and down: by the config key of that name, or never.
-    has_qk_norm       RMSNorm over each head of q and k before they are rotated: always, or as the
-                      key `qk_norm_key` says.
-    has_extra_layers  the checkpoint may hold more layers, that predict tokens further ahead: they
-                      are not loaded.
-    window            which layers have a sliding window: none; all of them, whatever
-                      `use_sliding_window` says; every second one from the first on; all but each
-                      `sliding_window_pattern`th; or "upper": where `use_sliding_window` is true,
-                      those from `max_window_layers` on.
-    names             of the tensors of a layer.
-    experts           how mixtures of experts are told; None: no layer has one.
-    activation_keys   each that is there must name one of `activations`.
+                      key of config.json.
+    has_o_bias        the output projection has a bias if q, k and v have one.
+    mlp_bias          bias of gate, up and down: "config": as the key mlp_bias says; or never.
+    has_qk_norm       RMSNorm over each head of q and k before they are rotated, if qk_norm_key is
+                      None.
+    qk_norm_key       key of config.json that says whether there is such a norm.
+    has_extra_layers  the checkpoint may hold further layers that predict more tokens (multi-token
+                      prediction); they are not loaded.
+    window            which layers have a sliding window. "none": no layer. "all": every layer,
+                      whatever `use_sliding_window` says. "alternate": every second, beginning with
+                      the first. "pattern": all but each `sliding_window_pattern`th. "upper": if
+                      `use_sliding_window` is true, those from `max_window_layers` on.
+    names             names of a layer's tensors.
+    experts           how config.json describes mixtures of experts; None: no layer has one.
+    activation_keys   keys of config.json; each that is present must name one of `activations`.
+    activations       name in config.json -> activation; the first is the default.
     norm_offset       as NormConfig.offset.
-    query_scale_key   its value ** -0.5 is the softmax scale; None: head_dim is that value.
-    softcap_keys      those of attn_logit_softcapping and final_logit_softcapping that are read.
+    query_scale_key   key whose value ** -0.5 is the softmax scale; None: head_dim ** -0.5.
+    softcap_keys      which of attn_logit_softcapping and final_logit_softcapping are read.
     is_embedding_scaled
                       embeddings are multiplied by sqrt(hidden_size).
-    rope              how the rotary embedding is told.
-    is_latent         attention is a LatentConfig.
-    has_pairs         as AttentionConfig.has_pairs; or as the key `pairs_key` says, which is true
-                      where it is absent.
-    known_keys        of config.json that mean something, or nothing, in this family only.
-    neutral           values that ask for nothing else than is computed, where they are other ones
-                      than in most families: see unknown_fields.py.
+    rope              how config.json describes the rotary embedding.
+    is_latent         attention is multi-head latent attention (LatentConfig).
+    has_pairs         as AttentionConfig.has_pairs, if pairs_key is None.
+    pairs_key         key of config.json that says the same; true if it is absent.
+    known_keys        keys of config.json that are read or harmless in this family only.
+    neutral           key -> values that change nothing, if they differ from those of most families:
+                      see unknown_fields.py.
     """
 
     model_type: str
@@ -84,11 +87,12 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Multimodal(msgspec.Struct, frozen=True, kw_only=True):
-    """A model for more than text, of which the text model is served: `text_config` describes it.
+    """A multimodal model, of which only the text model is served, as `text_config` describes it.
 
-    text_types   model types that the text model may have; the first where nothing says it.
-    towers       modules that are not loaded.
-    known_keys   of config.json outside of text_config, about those towers.
+    model_type   transformers' name of the family.
+    text_types   model types that the text model may have; the first is the default.
+    towers       modules of the checkpoint that are not loaded.
+    known_keys   keys of config.json outside of text_config that concern the towers only.
     """
 
     model_type: str
@@ -98,7 +102,7 @@ class Multimodal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _UPPER_KEYS = frozenset({"use_sliding_window", "max_window_layers"})
-# Norms over the heads of q and k, as others call them.
+# Other names of keys about norms over the heads of q and k.
 _QK_NORM_KEYS = ("qk_layer_norms", "qk_layernorm", "qk_norm", "use_qk_norm")
 _WINDOW = 4096
 _FUSED_MLP = ("gate_up_proj",)
@@ -112,7 +116,7 @@ _GEMMA_DEFAULTS = {
     "sliding_window": _WINDOW, "tie_word_embeddings": True,
 }  # fmt: skip
 _NEXT_TOKENS_KEYS = frozenset({"num_nextn_predict_layers", "num_mtp_layers"})
-# Of DeepSeek's own training and code.
+# Keys that matter only for DeepSeek's own training and code.
 _TRAINING_KEYS = frozenset({"aux_loss_alpha", "ep_size", "seq_aux"})
 _CORRECTED = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 _SHARED_EXPERTS = LayerNames(shared_expert="shared_experts")
@@ -131,7 +135,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "n_shared_experts": 2, "max_position_embeddings": 2048,
         },
         known_keys=_TRAINING_KEYS,
-        # Its own code divides by the sum or scales, transformers scales alone.
+        # norm_topk_prob: the model's own code then normalises the weights instead of scaling them,
+        # transformers only scales them.
         neutral={"norm_topk_prob": (False,), "rope_interleave": (True,)},
     ),
     "DeepseekV3ForCausalLM": Architecture(
@@ -163,7 +168,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window="pattern", names=_GEMMA_NAMES, activation_keys=("hidden_activation",),
         activations=_GELU_TANH, norm_offset=1.0, query_scale_key="query_pre_attn_scalar",
         is_embedding_scaled=True, softcap_keys=(_FINAL_SOFTCAP,),
-        # The text_config of a model for images says little more than its own sizes.
+        # The text_config of a multimodal model has little more than sizes that differ from these.
         defaults={
             **_GEMMA_DEFAULTS, "vocab_size": 262208, "hidden_size": 2304,
             "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
@@ -257,7 +262,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         names=LayerNames(qkv=("qkv_proj",), gate_up=_FUSED_MLP),
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         rope=RopeKeys(
-            # What the family's first files call su and yarn is LongRoPE.
+            # The family's first files call LongRoPE "su" or "yarn".
             types={
                 "default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"
             },

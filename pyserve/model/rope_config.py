@@ -1,4 +1,4 @@
-"""RopeConfig: which rotary embedding a model has, from the old and the new keys of config.json.
+"""RopeConfig: the rotary embedding of a model, read from the old and the new keys of config.json.
 
 transformers 4 writes `rope_theta` at top level and `rope_scaling` with `rope_type` or `type`;
 transformers 5 writes `rope_parameters` with everything in it. The tables are in layers/rotary.py.
@@ -30,18 +30,20 @@ MAX_POSITION = 2**24
 
 
 class RopeKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """How a family's rotary embedding is told by config.json.
+    """How config.json of a family describes the rotary embedding.
 
-    types         those that it may have, by the names that config.json gives them.
-    has_partial   whether partial_rotary_factor may be another than 1; it is default_partial where
-                  nothing says it.
+    types         name in config.json -> type, for the types that the family may have.
+    has_partial   partial_rotary_factor may differ from 1.
+    default_partial
+                  partial_rotary_factor if the key is absent.
     has_query_scale
-                  whether llama_4_scaling_beta is read.
-    has_kinds     rope_parameters holds a table for each kind of layer. In older files rope_scaling
-                  is that of the layers without a window, and the others have a theta of their own.
-    default_table where there is none; None: nothing is scaled.
-    default_theta where nothing says rope_theta, `local_theta` where nothing says
-                  rope_local_base_freq.
+                  llama_4_scaling_beta is read.
+    has_kinds     rope_parameters holds one table for each kind of layer. In older files
+                  rope_scaling applies to layers without a window, and windowed layers have their
+                  own theta, rope_local_base_freq.
+    default_table rope_parameters if config.json has no table; None: no scaling.
+    default_theta rope_theta if the key is absent.
+    local_theta   rope_local_base_freq if the key is absent.
     """
 
     types: Mapping[str, RopeType] = msgspec.field(default_factory=lambda: ROPE_TYPES)
@@ -55,25 +57,25 @@ class RopeKeys(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding.
+    """Rotary embedding and its context extension.
 
     theta             base of the frequencies.
-    partial_rotary_factor
-                      how much of each head is rotated, from its first dimension on.
-    factor            how many times original_max_position the context is stretched.
     original_max_position
-                      tokens the model was first trained on.
+                      context in tokens that the model was first trained with.
+    factor            the context is extended to factor * original_max_position.
     low_freq_factor, high_freq_factor
                       llama3: bounds of the interpolated band, in turns over the original context.
     beta_fast, beta_slow, truncate
-                      yarn: bounds of the ramp in turns, and whether it starts on whole dimensions.
-    attention_factor  yarn and longrope: multiplies cos and sin.
-    latent_factor     yarn: multiplies the softmax scale of latent attention, which leaves to this
-                      what others have in attention_factor.
+                      yarn: bounds of the ramp in turns over the original context, and whether they
+                      are rounded to whole dimensions.
+    attention_factor  yarn and longrope: factor of cos and sin.
+    latent_factor     yarn: factor of the softmax scale of latent attention, from mscale_all_dim.
     short_factors, long_factors
-                      longrope: what divides each frequency, of a server whose max_model_len is at
-                      most original_max_position, and of one that serves more.
+                      longrope: divisors of the frequencies; the short ones apply if the server's
+                      max_model_len is at most original_max_position, else the long ones.
     query_beta        q is multiplied by 1 + beta * ln(1 + position // original_max_position).
+    partial_rotary_factor
+                      the part of each head that is rotated, from its first dimension on.
     """
 
     type: RopeType
@@ -93,15 +95,15 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     partial_rotary_factor: float = 1.0
 
     def is_long(self, max_model_len: int) -> bool:
-        """Whether a server of so many tokens goes beyond what the model was first trained on.
+        """Whether a server with this max_model_len exceeds the model's original context.
 
-        Then it takes long_factors, for short prompts as well: keys that are in the cache are not
-        turned again when a sequence grows.
+        Then long_factors are used even for short prompts, because cached keys cannot be rotated
+        again when a sequence grows beyond the original context.
         """
         return max_model_len > self.original_max_position
 
     def choice(self, max_model_len: int) -> str | None:
-        """What so many tokens settle, in words; None where they settle nothing."""
+        """A line for the log if max_model_len decides between factors (longrope), else None."""
         if self.type != "longrope":
             return None
         original = self.original_max_position
@@ -119,12 +121,13 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 def rope_from_fields(
     config: Fields, max_position: int, row: RopeKeys, *, is_windowed: bool = False
 ) -> tuple[RopeConfig, int]:
-    """The rotary embedding, and the tokens of context it gives a model of `max_position`.
+    """Read the rotary embedding; also returns the tokens of context that it supports.
 
-    is_windowed   whose table it is where the row has_kinds.
+    max_position  max_position_embeddings of config.json.
+    is_windowed   read that of layers with a sliding window, if row.has_kinds.
 
-    Raises ConfigError for a type or a value that cannot be served, and for one that is said twice
-    and differs: transformers 4 and 5 would each follow another one.
+    Raises ConfigError for a type or value that is not supported, and for a value that is given
+    twice with different values, as transformers 4 and 5 would each use another one.
     """
     keys = [key for key in ROPE_TABLES if not config.is_empty(key)]
     if is_windowed and row.has_kinds:
@@ -166,7 +169,7 @@ def _table(config: Fields, key: str, row: RopeKeys, is_windowed: bool) -> Fields
 
 
 def _partial_rotary_factor(config: Fields, rope: Fields | None, row: RopeKeys) -> float:
-    """From the table or the top level."""
+    """partial_rotary_factor, from the rope table or the top level of config.json."""
     key, factors = "partial_rotary_factor", []
     for fields in (config, rope):
         if fields is not None:
@@ -197,7 +200,7 @@ def _contradiction(scaling: RopeConfig, parameters: RopeConfig) -> ConfigError:
 def _rope(
     config: Fields, rope: Fields | None, theta: float, max_position: int, row: RopeKeys
 ) -> tuple[RopeConfig, int]:
-    """As `rope_from_fields`, of one table."""
+    """As `rope_from_fields`, from one table."""
     kind = _rope_type(rope, row.types)
     if rope is None or kind == "default":
         if rope is not None and rope.number("factor", 0, 1e9, default=1.0, is_nullable=True) != 1.0:
@@ -207,10 +210,10 @@ def _rope(
             max_position,
         )
     if kind == "llama3":
-        # Its max_position_embeddings is the stretched context already.
+        # max_position_embeddings already is the extended context, as it is with longrope.
         return _llama3(config, rope, theta, max_position), max_position
     if kind == "longrope":
-        return _longrope(config, rope, theta, max_position), max_position  # stretched, too
+        return _longrope(config, rope, theta, max_position), max_position
     if kind == "yarn":
         scaled = _yarn(config, rope, theta, max_position)
     else:
@@ -224,7 +227,7 @@ def _rope(
 
 
 def _theta(config: Fields, rope: Fields | None, row: RopeKeys, top_key: str) -> float:
-    """From the table, or the top level, where it is called `top_key`."""
+    """The base of the frequencies, from the rope table or from `top_key` at the top level."""
     default = row.default_theta if top_key == "rope_theta" else row.local_theta
     sources = [(config, top_key)] if rope is None else [(rope, "rope_theta"), (config, top_key)]
     saying = (
@@ -232,7 +235,7 @@ def _theta(config: Fields, rope: Fields | None, row: RopeKeys, top_key: str) -> 
         or [(fields, key) for fields, key in sources if fields.is_null(key)]
         or sources[-1:]
     )
-    # Below 2 the frequencies hardly differ, and YaRN divides by the logarithm.
+    # With a theta below 2 the frequencies hardly differ, and YaRN divides by its logarithm.
     thetas = [fields.number(key, 2.0, MAX_THETA, default=default) for fields, key in saying]
     if thetas[0] != thetas[-1]:
         fields, key = saying[0]
@@ -255,7 +258,7 @@ def _rope_type(rope: Fields | None, types: Mapping[str, RopeType]) -> RopeType:
 
 
 def _original_max_position(config: Fields, rope: Fields, max_position: int) -> int:
-    """From the table or the top level, where Phi-3 and its kin have it."""
+    """original_max_position_embeddings, from the rope table or, as in Phi-3, the top level."""
     key = "original_max_position_embeddings"
     saying = [fields for fields in (rope, config) if fields.has(key)] or [rope]
     lengths = [fields.integer(key, 1, MAX_POSITION, default=max_position) for fields in saying]

@@ -1,4 +1,4 @@
-"""How the matrix of a Linear is stored and multiplied: one class a scheme."""
+"""Schemes: how the matrix of a Linear is stored and multiplied; one class for each way."""
 
 from __future__ import annotations
 
@@ -19,59 +19,64 @@ from pyserve.model.w4a16 import W4A16
 class Scheme(Protocol):
     """The matrix [sum of rows, columns.size] of a Linear.
 
-    Its constructor allocates. What is loaded is what `destinations` says: names, stored shapes and
-    dtypes, slices.
+    The constructor allocates it; `destinations` says what is loaded into it.
 
-    A scheme may be an AddingScheme or an ActivatingScheme too: where it is not, or not `is_fusing`,
-    what is plain stands in.
+    A scheme may also be an AddingScheme, an ActivatingScheme or a NormingScheme, which fuse more
+    into the product. If it is not, or not `is_fusing`, the Linear calls separate ops instead.
     """
 
     def __init__(self, rows: Sequence[Rows], columns: Shard, placement: Placement) -> None: ...
 
     @property
     def nbytes(self) -> int:
-        """Of what is read where it multiplies."""
+        """Bytes that a product reads: the stored matrix with its scales."""
 
     @property
     def is_fusing(self) -> bool:
-        """Whether what it can do beside its products is faster there."""
+        """Whether the fused products that it supports are worth using on this device."""
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """x [num_tokens, columns.size] -> out [num_tokens, sum of rows]"""
+        """out = x W^T + bias: x [num_tokens, columns.size] -> out [num_tokens, sum of rows]."""
 
     def plain(self) -> torch.Tensor:
-        """The matrix as plain numbers [sum of rows, columns.size], in the dtype of what is
-        computed; after loading. Of some schemes a copy."""
+        """The matrix [sum of rows, columns.size] in the computation's dtype; call after loading.
 
-    def destinations(self) -> Destinations: ...
+        Quantised schemes return a dequantised copy, Dense the matrix itself.
+        """
+
+    def destinations(self) -> Destinations:
+        """Where the checkpoint's tensors of its modules go, by their names."""
 
 
 @runtime_checkable
 class AddingScheme(Protocol):
-    """One that can add to the residual where it multiplies."""
+    """A Scheme that can fuse the addition to the residual into its product."""
 
     def add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
-        """residual += x W^T + bias in place; shapes as those of a Scheme's call"""
+        """residual += x W^T + bias in place; shapes as in Scheme.__call__."""
 
 
 @runtime_checkable
 class ActivatingScheme(Protocol):
-    """One that can activate what it multiplies, of a matrix whose rows are gate, then up."""
+    """A Scheme that can fuse SiLU and multiplication into the product with a gate | up matrix."""
 
     def silu_mul(
         self, x: torch.Tensor, bias: torch.Tensor | None, gate_up: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """silu(gate) * up -> out [num_tokens, sum of rows / 2]; gate_up, with room for both, may be
-        written too"""
+        """silu(gate) * up -> out [num_tokens, sum of rows / 2], where the matrix's rows are those
+        of gate, then of up. gate_up [num_tokens, sum of rows] is scratch memory."""
 
 
 @runtime_checkable
 class NormingScheme(AddingScheme, ActivatingScheme, Protocol):
-    """One between two of which a norm can be a factor, for few rows: ops.linear_add_for_norm."""
+    """A Scheme that can fuse a norm into the products before and after it, for few rows.
+
+    The methods are as ops.linear_add_for_norm, linear_of_scaled and linear_silu_mul_of_scaled.
+    """
 
     @property
     def is_norming(self) -> bool:
-        """Whether it can with its rows."""
+        """Whether it can with this matrix's shape."""
 
     def add_for_norm(
         self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
@@ -90,7 +95,7 @@ class NormingScheme(AddingScheme, ActivatingScheme, Protocol):
 
 
 class Dense:
-    """`weight` holds plain numbers, in the dtype of the computation."""
+    """A plain matrix: `weight` [sum of rows, columns.size] in the computation's dtype."""
 
     __slots__ = ("weight", "_rows", "_columns")
 
@@ -104,7 +109,7 @@ class Dense:
 
     @classmethod
     def over(cls, weight: torch.Tensor) -> Dense:
-        """Of a matrix that is loaded elsewhere."""
+        """A Dense of a matrix that another layer owns and loads."""
         dense = cls.__new__(cls)
         dense.weight, dense._rows, dense._columns = weight, (), Shard(0, 0, 0)
         return dense
@@ -161,8 +166,10 @@ SCHEMES: dict[SchemeName, type[Scheme]] = {"dense": Dense, "w4a16": W4A16, "fp8"
 
 
 def scheme_of_all(names: Iterable[str], placement: Placement) -> SchemeName:
-    """How modules whose matrices lie together are stored: alike. Raises ConfigError where they are
-    not."""
+    """The scheme of modules whose matrices are fused into one.
+
+    Raises ConfigError if some of them are quantised and others are not.
+    """
     first, *others = names
     scheme = placement.scheme_of(first)
     for name in others:

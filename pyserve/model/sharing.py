@@ -1,4 +1,4 @@
-"""Which numbers of ranks can share a model."""
+"""Checks of how many tensor or pipeline parallel ranks can share a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyserve.model.config import ModelConfig
 
 
 def tp_sizes(model: ModelConfig) -> list[int]:
-    """Those of TP_SIZES that can share the layers evenly."""
+    """The sizes in TP_SIZES by which the model's layers can be divided evenly."""
     return [
         size
         for size in TP_SIZES
@@ -20,7 +20,7 @@ def tp_sizes(model: ModelConfig) -> list[int]:
 
 
 def check_sharing(model: ModelConfig, tp_size: int) -> None:
-    """Raises ConfigError, with the sizes, where so many ranks cannot share the layers."""
+    """Raise ConfigError, naming the possible sizes, if tp_size ranks cannot share each layer."""
     if tp_size not in tp_sizes(model):
         raise ConfigError(
             f"--tensor-parallel-size {tp_size}: {model.num_heads} heads, {model.num_kv_heads} KV "
@@ -30,7 +30,7 @@ def check_sharing(model: ModelConfig, tp_size: int) -> None:
 
 
 def check_pipeline(model: ModelConfig, pp_size: int) -> None:
-    """Raises ConfigError where some of so many ranks would have no layer."""
+    """Raise ConfigError if some of pp_size ranks would have no layer."""
     if pp_size > len(model.layers):
         raise ConfigError(
             f"--pipeline-parallel-size {pp_size}: each rank has a layer at least, and the model's "
@@ -39,7 +39,7 @@ def check_pipeline(model: ModelConfig, pp_size: int) -> None:
 
 
 def _are_groups_whole(model: ModelConfig, tp_size: int) -> bool:
-    """Whether ranks get whole groups of the matrices whose columns they share."""
+    """Whether ranks get whole quantisation groups of the matrices whose columns they divide."""
     if model.quantization is None or tp_size == 1:
         return True
     widths = set(model.widths)

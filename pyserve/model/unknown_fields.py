@@ -1,8 +1,8 @@
-"""Fields of config.json that nothing here reads: named, or refused where they change the result.
+"""Fields of config.json that pyserve does not read: reported, or refused if they change the result.
 
-A model made by someone's changed code may say so only in a field of its own. Loading it as its
-architecture's plain form would give other answers without a word, even where transformers does so.
-What adds or drops a tensor need not be listed: the loader compares all names and shapes.
+A model made by someone's modified code may say so only in a field of its own. Loading it as its
+architecture's plain form would silently give other answers, even if transformers does the same.
+Fields that add or drop tensors need not be listed: the loader compares all names and shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyserve.model.latent_config import KNOWN_KEYS as LATENT_KEYS
 from pyserve.model.registry import Architecture, Multimodal
 from pyserve.model.rope_config import QUERY_BETA, ROPE_TABLES, RopeType
 
-# Read elsewhere, or without effect on what is computed.
+# Keys that are read elsewhere or have no effect on what is computed.
 _KNOWN = frozenset(
     """
     architectures attention_bias attention_dropout bos_token_id compression_config
@@ -59,12 +59,12 @@ _KNOWN_IN_EVERY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_ro
 
 
 class _Row(msgspec.Struct, frozen=True):
-    """Which values of a field ask for nothing else than is computed here.
+    """Which values of a field are neutral, that is, ask for what is computed anyway.
 
-    neutral   these, and null, where the architecture does not say others.
-    same_as   the value of this name in Model.values.
+    neutral   these values, unless the architecture's row has its own, and null.
+    same_as   instead: the value of this name in Model.values.
     is_null_refused
-              null is not neutral: transformers takes it for false.
+              null is not neutral, because transformers takes it for false.
     """
 
     neutral: tuple[object, ...] = ()
@@ -73,9 +73,11 @@ class _Row(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """What a field may be compared with.
+    """What fields are compared with.
 
-    values   head_dim, hidden_size, rms_norm_eps, rope_theta, softmax_scale.
+    architecture  the model's row of registry.py.
+    rope_types    the rope types of its layers.
+    values        head_dim, hidden_size, rms_norm_eps, rope_theta and softmax_scale, by name.
     """
 
     architecture: Architecture
@@ -93,11 +95,11 @@ _RMS = _Row(("rms", "rms_norm", "rmsnorm", "RMSNorm"))
 
 
 def _rows(row: _Row, names: str) -> dict[str, _Row]:
-    """One row for each of some names."""
+    """The same row for each of the names, which are separated by spaces."""
     return dict.fromkeys(names.split(), row)
 
 
-# Fields that ask for another computation over the same tensors, unless their value is neutral.
+# Fields that, unless their value is neutral, ask for another computation with the same tensors.
 _CHANGING: dict[str, _Row] = {
     # positions
     **_rows(_OFF, "alibi use_alibi rope_interleave rope_interleaved rotary_interleaved use_mrope "
@@ -174,7 +176,7 @@ _CHANGING: dict[str, _Row] = {
     **_rows(_OFF, "load_in_4bit load_in_8bit"),
     **_rows(_EMPTY, "quant_config quantization"),
 }  # fmt: skip
-# The same for keys within rope_scaling and rope_parameters.
+# The same for keys in rope_scaling and rope_parameters.
 _CHANGING_IN_ROPE: dict[str, _Row] = {
     **_rows(_ONE, "alpha attn_factor extrapolation_factor rope_ratio"),
     "apply_yarn_scaling": _Row((True,)),
@@ -185,10 +187,10 @@ _CHANGING_IN_ROPE: dict[str, _Row] = {
 
 
 def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
-    """Names in config.json `raw` that mean nothing here, sorted; those that begin with _ are notes.
+    """The names of unknown keys in config.json `raw`, sorted.
 
-    Keys of a rope table follow its name and a point. Raises ConfigError for one that changes what
-    the model computes.
+    Keys that begin with _ are comments and left out. A key in a rope table is named as
+    "rope_scaling.key". Raises ConfigError for a key that changes what the model computes.
     """
     in_rope = _KNOWN_IN_EVERY_ROPE.union(*(_KNOWN_IN_ROPE[kind] for kind in model.rope_types))
     if model.architecture.rope.has_query_scale:
@@ -206,7 +208,7 @@ def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
 
 
 def unknown_outside_of_text(raw: Mapping[str, Any], row: Multimodal) -> set[str]:
-    """Names beside text_config that mean nothing here."""
+    """The names of unknown keys of a multimodal config.json, outside of text_config."""
     known = _KNOWN | row.known_keys | {"text_config", "vision_config"}
     return {name for name in raw if name not in known and not name.startswith("_")}
 
@@ -214,7 +216,8 @@ def unknown_outside_of_text(raw: Mapping[str, Any], row: Multimodal) -> set[str]
 def _rope_tables(
     raw: Mapping[str, Any], name: str, model: Model
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(prefix of its keys, a table): the one of this name, or those in it for kinds of layers."""
+    """Yield (prefix for its keys' names, table) for the table `name`, or for each table in it if it
+    has one for each kind of layer."""
     table = raw.get(name)
     if not isinstance(table, dict):
         return

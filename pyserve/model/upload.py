@@ -1,7 +1,8 @@
-"""Upload: host buffers that the card reads by itself, filled in turn while another one is read.
+"""Upload: asynchronous copies to a card through page-locked host buffers.
 
-Copies run on a stream of their own, dtypes are converted on the card. The buffers are locked in
-memory, and given back to the system at the end, which torch's own page-locked memory never is.
+One buffer is filled while another is being copied. Copies run on a stream of their own, and dtypes
+are converted on the card. The buffers' memory is returned to the system at the end, which torch
+never does with its own page-locked memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ NUM_BUFFERS = 2
 
 
 class Upload:
-    """Copies to `device` out of NUM_BUFFERS buffers of `buffer_bytes`.
+    """Copies to `device` through NUM_BUFFERS buffers of `buffer_bytes` bytes.
 
-    Use: `fill`, then `send` what was filled in, again and again; `wait` before the destinations
-    are used, `close` at the end. Raises StartupError where the memory cannot be locked.
+    Use: get a buffer by `fill`, write to it, pass it to `send` or `hand_over`, and repeat. Call
+    `wait` before the destinations are used, and `close` at the end. The constructor raises
+    StartupError if the memory cannot be page-locked.
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
@@ -31,12 +33,12 @@ class Upload:
             for _ in self._buffers
         ]
         self._next = 0
-        # What is to be converted goes through here.
+        # Device memory for pieces that must be converted, cut or handed over.
         self._landing: torch.Tensor | None = torch.empty(
             buffer_bytes, dtype=torch.uint8, device=device
         )
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # The memory of the destinations may have been in use by work that still runs.
+        # Work that is still running may be using the memory that the destinations now have.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
             self._lock()
@@ -45,7 +47,7 @@ class Upload:
             raise
 
     def fill(self) -> torch.Tensor:
-        """uint8 [buffer_bytes] to be filled; what it held before has left it."""
+        """The next buffer, uint8 [buffer_bytes], once the copies out of it have ended."""
         self._next = (self._next + 1) % NUM_BUFFERS
         self._sent[self._next].synchronize()
         return self._buffers[self._next]
@@ -54,10 +56,12 @@ class Upload:
         self, piece: torch.Tensor, destination: torch.Tensor,
         columns: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
-        """Begin to copy `piece`, part of what `fill` gave, to `destination`; converts.
+        """Start to copy `piece`, a view of the buffer from `fill`, to `destination` on the device.
 
-        columns   (first, number) of those that are wanted of a matrix; None: all there is, and the
-                  shapes are the same.
+        Converts to the destination's dtype.
+
+        columns   (first, number): copy only these columns of a matrix; None: all, and the shapes
+                  are equal.
         """
         assert self._landing is not None, "closed"
         with torch.cuda.stream(self._stream):
@@ -70,8 +74,8 @@ class Upload:
             self._sent[self._next].record(self._stream)
 
     def hand_over(self, piece: torch.Tensor, put: Callable[[torch.Tensor], None]) -> None:
-        """Begin to copy `piece`, part of what `fill` gave, and call put with what will be there: it
-        must be used on the current stream only."""
+        """Start to copy `piece`, a view of the buffer from `fill`, to the device, and call `put`
+        with the copy. `put` may use it only in work on the current stream."""
         assert self._landing is not None, "closed"
         with torch.cuda.stream(self._stream):
             landing = self._landing[: piece.nbytes].view(piece.dtype).view(piece.shape)
@@ -80,11 +84,11 @@ class Upload:
             put(landing)
 
     def wait(self) -> None:
-        """Until all that was sent has arrived."""
+        """Wait until all copies have ended."""
         self._stream.synchronize()
 
     def close(self) -> None:
-        """Wait, then give all memory back. Harmless when called again."""
+        """Wait, then free all memory. Harmless when called again."""
         self.wait()
         for buffer in self._buffers[: self._num_locked]:
             _cudart().cudaHostUnregister(buffer.data_ptr())

@@ -1,4 +1,4 @@
-"""W4A16: the Scheme of a matrix of 4-bit integers, see ops/w4a16.py; computed in 16 bits."""
+"""W4A16: the Scheme of a matrix of 4-bit integers with 16-bit activations; see ops/w4a16.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pyserve.ops import quantised, w4a16
 
 
 class W4A16(QuantisedScheme):
-    """`packed` is what is computed with, int32. It is or-ed together from the tensors of the
-    checkpoint, as each arrives.
+    """`packed` is the int32 matrix of ops/w4a16.py. The checkpoint's tensors are or-ed into it one
+    by one as they are loaded, in any order.
     """
 
     __slots__ = ("_group_size",)
@@ -51,11 +51,13 @@ class W4A16(QuantisedScheme):
 
     @property
     def is_norming(self) -> bool:
-        """Gate and up may not share a strip of rows; the parts of others need not, either."""
+        """Whether no two parts share a strip of rows, as gate and up must not. Other fused matrices
+        would not need it."""
         return all(part.size % w4a16.STRIP_ROWS == 0 for part in self._rows)
 
     def destinations(self) -> Destinations:
-        """The bytes of the whole matrix count with the integers of its first module."""
+        """Where the tensors of its modules go; the first tensor of the first module counts the
+        bytes of the whole matrix."""
         quantization = self._placement.quantization
         assert quantization is not None
         destinations: Destinations = {}
@@ -84,7 +86,7 @@ class W4A16(QuantisedScheme):
 
 
 class _Into:
-    """Of a module's matrix, whole, what is held here: goes to `packed`."""
+    """Implements w4a16_formats.Matrix: puts this rank's part of a module's matrix into `packed`."""
 
     def __init__(
         self, packed: torch.Tensor, pieces: Sequence[Piece], columns: Shard, group_size: int
@@ -109,7 +111,10 @@ class _Into:
     def _held(
         self, row: int, column: int, values: torch.Tensor, width: int
     ) -> list[tuple[int, int, torch.Tensor]]:
-        """(row, column, part) of what is held of values [rows, columns / width]."""
+        """Clip values [rows, columns / width] at (row, column) to what is held here.
+
+        Returns (row, column, part of values) for each piece, with positions in `packed`.
+        """
         begin = max(column, self._columns.start)
         end = min(column + width * values.shape[1], self._columns.start + self._columns.size)
         if begin >= end:

@@ -1,7 +1,8 @@
-"""How quantised checkpoints store a matrix [n, k] of 4-bit integers in groups of g columns, and how
-their tensors become that of ops/w4a16.py.
+"""The formats in which checkpoints store a matrix [n, k] of 4-bit integers in groups of g columns,
+and their conversion to the packed matrix of ops/w4a16.py.
 
-All pack 8 integers into an int32, the first in the lowest bits; W = (q - z) * s.
+All formats pack 8 integers into an int32, the first in the lowest bits. W = (q - z) * s, with
+integers q, zero points z and scales s.
 
 awq-gemm        along n, each 8 rows in the order 0, 2, 4, 6, 1, 3, 5, 7: the second integer of a
                 word is row 2. qweight [k, n / 8], qzeros [k / g, n / 8] in the same order, scales
@@ -35,13 +36,13 @@ from pyserve.model.quantization import Storage
 from pyserve.ops import w4a16
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
-# Of awq-gemm: where the integer of each of 8 rows is in a word.
+# awq-gemm: the nibble of a word that holds each of 8 rows.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 SYMMETRIC_ZERO = 8
 
 
 class Matrix(Protocol):
-    """Takes parts of a matrix [n, k], in any order: see ops/w4a16.py."""
+    """Receives parts of a matrix [n, k] in any order, as the functions of ops/w4a16.py do."""
 
     def add_words(self, row: int, column: int, words: torch.Tensor) -> None: ...
 
@@ -51,10 +52,13 @@ class Matrix(Protocol):
 
 
 class Stored(NamedTuple):
-    """One tensor of a module.
+    """One tensor of a module in the checkpoint.
 
-    kind   what follows the module's name.
-    put    (index of the first row, rows), as Sink.put; rows come in multiples of row_step.
+    kind         the end of the tensor's name, behind the module's name.
+    dtypes       dtypes that it may be stored in.
+    put          put(index of the first row, rows), as Sink.put.
+    row_step     as Sink.row_step.
+    is_optional  the checkpoint may lack it.
     """
 
     kind: str
@@ -66,6 +70,8 @@ class Stored(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """The shape [n, k] of a matrix, its group size, and whether zero points are stored."""
+
     n: int
     k: int
     group_size: int
@@ -73,15 +79,20 @@ class Sizes(NamedTuple):
 
     @property
     def num_groups(self) -> int:
+        """Groups of a row."""
         return self.k // self.group_size
 
     @property
     def unit_groups(self) -> int:
+        """Groups in a unit of ops/w4a16.py."""
         return w4a16.unit_columns(self.group_size) // self.group_size
 
 
 def stored_tensors(storage: Storage, sizes: Sizes, matrix: Matrix) -> Iterator[Stored]:
-    """The tensors of a module; the integers come first. Their put's go to `matrix`."""
+    """The tensors of a module in this format, the one with the integers first.
+
+    Their `put`s pass on what is loaded to `matrix`.
+    """
     return _FORMATS[storage](sizes, matrix)
 
 
@@ -89,7 +100,7 @@ def _awq_gemm(sizes: Sizes, matrix: Matrix) -> Iterator[Stored]:
     n, k, num_groups, step = sizes.n, sizes.k, sizes.num_groups, sizes.unit_groups
 
     def in_order(rows: torch.Tensor) -> torch.Tensor:
-        """[n, .] of what is stored along n."""
+        """Restore the order of rows that were permuted within groups of 8."""
         return torch.unflatten(rows, 0, (-1, w4a16.NIBBLES))[:, AWQ_PLACES].flatten(0, 1)
 
     def words(column: int, rows: torch.Tensor) -> None:

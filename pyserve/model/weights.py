@@ -1,10 +1,10 @@
-"""Reading safetensors: headers checked against the file, tensors by pread through a buffer or two.
+"""Reads safetensors files: checks headers against the file, and reads tensors through a buffer.
 
-A checkpoint is a stranger's file. Every number of a header is checked before it sizes anything, and
-nothing is mapped: mapped pages count as resident, and a file that shrinks would kill the process.
-What has been read is left in the page cache, which the system takes back when it needs it: the next
-start reads it from there.
-All errors are CheckpointError naming the file.
+A checkpoint is an untrusted file, so every number in a header is checked before it is used as a
+size. Files are read by pread, not mapped: mapped pages would count as resident memory, and a file
+that is truncated while mapped would kill the process. The pages that have been read stay in the
+page cache, which makes the next start faster and which the system reclaims when it needs memory.
+All errors are CheckpointErrors that name the file.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -37,13 +37,13 @@ from pyserve.model_files import decode_object, guarded, open_regular
 
 MAX_DIMS = 8
 BUFFER_BYTES = 64 * 2**20
-# One thread copies 3 to 8 GB/s out of the page cache, a card takes 25 to 50.
+# Threads that read for a card: one copies 3 to 8 GB/s from the page cache, a card takes 25 to 50.
 NUM_READERS = 8
-SLICE_BYTES = 8 * 2**20  # read by one of them
-SINK_BYTES = 16 * 2**20  # handed over at once: a sink makes copies of it
+SLICE_BYTES = 8 * 2**20  # what one thread reads at a time
+SINK_BYTES = 16 * 2**20  # rows that a sink gets at once; limited because sinks make copies
 
 CPU = torch.device("cpu")
-TORCH_DTYPES = {  # by the names of headers
+TORCH_DTYPES = {  # dtype name in a header -> dtype
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -54,10 +54,10 @@ TORCH_DTYPES = {  # by the names of headers
 
 @dataclass(slots=True, frozen=True)
 class StoredTensor:
-    """Where one tensor of the checkpoint lies. `offset` counts from the start of the file."""
+    """Where one tensor of the checkpoint is. `offset` counts bytes from the start of the file."""
 
     name: str
-    dtype: str  # as the header calls it
+    dtype: str  # a key of TORCH_DTYPES
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -65,7 +65,10 @@ class StoredTensor:
 
 
 def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of the safetensors files of a folder, by name; reads headers only."""
+    """The tensors of the safetensors files in a folder, by name. Reads headers only.
+
+    Raises CheckpointError.
+    """
     single = folder / SINGLE_FILE
     if single.exists():
         return {tensor.name: tensor for tensor in read_header(single)}
@@ -92,7 +95,10 @@ def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """Parse and check the header of one file. The tensors fill the rest of it without a gap."""
+    """Parse and check the header of one file. Its tensors must fill the rest of it without gaps.
+
+    Raises CheckpointError.
+    """
     with guarded(str(path)), closing(_open(path)) as file:
         file_bytes = os.fstat(file.fd).st_size
         if file_bytes < LENGTH_BYTES:
@@ -113,10 +119,10 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 class CheckpointReader:
-    """Streams stored tensors to `device` in pieces of at most `buffer_bytes`. A context manager: it
-    holds an open file, and for a card threads and page-locked memory.
+    """Reads stored tensors to `device` in pieces of at most `buffer_bytes` bytes.
 
-    Besides parameters in host memory, a checkpoint takes one buffer of it, or two for a card.
+    A context manager: it holds an open file, and for a card also threads and page-locked memory.
+    It takes buffer_bytes of host memory, or twice that for a card.
     """
 
     def __init__(self, buffer_bytes: int = BUFFER_BYTES, *, device: torch.device = CPU) -> None:
@@ -143,9 +149,11 @@ class CheckpointReader:
         self._close()
 
     def copy(self, tensor: StoredTensor, part: Part) -> Iterator[int]:
-        """Fill `part` of the tensor's destination; converts dtypes. Yields the bytes read of each
-        piece once it is there, or on its way to a card: `wait` before it is used. Reads fastest in
-        the order tensors are stored in. A slice along dim 1 reads all columns.
+        """Copy the slice `part` of a tensor to part.view, converting the dtype.
+
+        Yields the number of bytes read for each piece, once it is copied or queued for a card: call
+        `wait` before using the view. A slice along dim 1 reads all columns. Tensors are read
+        fastest in the order in which they are stored. Raises CheckpointError.
         """
         view, dtype = part.view, TORCH_DTYPES[tensor.dtype]
         if part.dim == 1 or not view.is_contiguous():
@@ -155,7 +163,7 @@ class CheckpointReader:
         begin = part.start * prod(tensor.shape[1:]) * dtype.itemsize
         cuts = self._cut(begin, begin + flat.numel() * dtype.itemsize)
         if flat.is_cpu and flat.dtype == dtype:
-            # Nothing to convert: the file is read into the parameter itself.
+            # No conversion is needed, so the file is read directly into the parameter.
             memory = flat.view(torch.uint8).numpy().data
             for start, end in cuts:
                 self._read(tensor, start, memory[start - begin : end - begin])
@@ -167,7 +175,8 @@ class CheckpointReader:
             yield piece.nbytes
 
     def _copy_rows(self, tensor: StoredTensor, part: Part) -> Iterator[int]:
-        """Whole rows of a matrix come through the buffer, whose columns lie apart in the view."""
+        """`copy` for views that are not contiguous: reads whole rows of a matrix into the buffer
+        and copies the wanted columns."""
         assert len(tensor.shape) == 2, f"{tensor.name} is no matrix"
         num_rows, num_columns = tensor.shape
         row_bytes = tensor.num_bytes // max(1, num_rows)
@@ -185,7 +194,7 @@ class CheckpointReader:
             yield piece.nbytes
 
     def feed(self, tensor: StoredTensor, sink: Sink) -> Iterator[int]:
-        """Give all rows of the tensor to the sink, on the device. Yields as `copy`."""
+        """Pass all rows of the tensor, on the device, to the sink. Yields and raises as `copy`."""
         num_rows = tensor.shape[0] if tensor.shape else 1
         row_bytes = tensor.num_bytes // max(1, num_rows)
         limit = min(self._buffer_bytes, SINK_BYTES)
@@ -217,13 +226,14 @@ class CheckpointReader:
             view.copy_(piece if columns is None else piece.narrow(1, *columns))
 
     def wait(self) -> None:
-        """Until all that was copied has arrived."""
+        """Wait until everything that was copied has arrived on the device."""
         if self._upload is not None:
             self._upload.wait()
 
     def pieces(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields (index of the first element, elements [n] in the stored dtype, on the host); a
-        piece is valid until the next one is asked for.
+        """Yield (index of the first element, elements [n]) for the pieces of a whole tensor.
+
+        The elements are in the stored dtype, on the host, and valid until the next piece.
         """
         yield from self._pieces(tensor, self._cut(0, tensor.num_bytes))
 
@@ -253,7 +263,7 @@ class CheckpointReader:
             self._readers.submit(file.read_into, offset + at, memory[at : at + SLICE_BYTES])
             for at in range(0, len(memory), SLICE_BYTES)
         ]
-        wait(reads)  # nobody writes to the buffer any more, whatever went wrong
+        wait(reads)  # even if one failed, all others must stop writing to the buffer first
         for read in reads:
             read.result()
 
@@ -270,7 +280,7 @@ class CheckpointReader:
 
 
 def bytes_to_read(tensor: StoredTensor, part: Part | Sink) -> int:
-    """What `copy` or `feed` takes from the file."""
+    """The number of bytes that `copy` or `feed` reads from the file."""
     if isinstance(part, Sink) or part.dim == 1 or not tensor.num_bytes:
         return tensor.num_bytes
     num_rows = tensor.shape[0] if tensor.shape else 1
@@ -278,14 +288,14 @@ def bytes_to_read(tensor: StoredTensor, part: Part | Sink) -> int:
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first `limit` names in sorted order, and how many more there are; for messages."""
     ordered = sorted(names)
     text = ", ".join(name[:MAX_SHOWN_CHARS] for name in ordered[:limit])
     return text if len(ordered) <= limit else f"{text} and {len(ordered) - limit} more"
 
 
 class _File:
-    """A regular file opened for pread; errors of the system become CheckpointError."""
+    """A regular file opened for pread; system errors are raised as CheckpointError."""
 
     __slots__ = ("path", "fd")
 

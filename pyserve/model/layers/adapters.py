@@ -1,7 +1,7 @@
-"""What adapters add to the output of a Linear: the slots that hold their matrices, and the call.
+"""LinearAdapters: the LoRA adapters of one Linear: their slots, and the ops that apply them.
 
-The tensors are fixed when the model is made: an adapter is copied into a slot and overwritten by
-the next one, and nothing is ever allocated for it. ops/lora.py says how they lie.
+The tensors are allocated with the model. Loading an adapter copies it into a slot, and the next one
+overwrites it; nothing else is ever allocated. See ops/lora.py for the layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pyserve.ops.lora import lora_expand, lora_expand_silu_mul, lora_shrink
 
 
 class LinearAdapters:
-    """Adapters of one Linear. Each module of the checkpoint in it is a part, with its own pair."""
+    """Adapters of one Linear. Each module of the checkpoint that is fused into it is a part, which
+    has a pair of matrices of its own."""
 
     __slots__ = (
         "num_parts", "_names", "_bounds", "_order", "_a", "_b", "_ranks", "_scales", "_columns",
@@ -26,17 +27,17 @@ class LinearAdapters:
     )  # fmt: skip
 
     def __init__(self, rows: Sequence[Rows], inputs: Shard, placement: Placement) -> None:
-        """`inputs`: those that the Linear gets here."""
+        """rows, inputs: the rows and columns of the Linear's matrix that this rank holds."""
         self._rows, self._inputs = rows, inputs
         self._names = list(dict.fromkeys(part.name for part in rows))
         self.num_parts = len(self._names)
-        self._order: dict[str, torch.Tensor] = {}  # of the rows of a part's B
+        self._order: dict[str, torch.Tensor] = {}  # module -> permutation of the rows of its B
         sizes = [sum(part.size for part in rows if part.name == name) for name in self._names]
         self._bounds = list(accumulate(sizes, initial=0))
         num_slots, max_rank = placement.num_adapter_slots, placement.max_adapter_rank
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            # Written at once, so that resident memory does not grow while serving.
+            # Zeroing touches all pages now, so that resident memory does not grow while serving.
             return torch.empty(shape, dtype=dtype, device=placement.device).zero_()
 
         shape = num_slots, self.num_parts
@@ -52,32 +53,36 @@ class LinearAdapters:
         self, x: torch.Tensor, rows: AdapterRows, squares: torch.Tensor | None = None,
         eps: float = 0.0,
     ) -> None:  # fmt: skip
-        """The first half, to which `expand` or `expand_silu_mul` is the second: what the adapters
-        of its tokens make of x [num_tokens, inputs here] stands in `rows` until the next call of
-        any Linear. With `squares` x is what a norm is a factor of, as Linear.of_scaled's."""
+        """Compute scale * x A^T for the tokens' adapters; `expand` or expand_silu_mul comes next.
+
+        x [num_tokens, inputs.size]. The result is in rows.shrunk until the next call for any
+        Linear. With `squares`, a norm is fused into the product, as in Linear.of_scaled.
+        """
         lora_shrink(
             x, self._a, rows.starts, self._ranks, self._scales, rows.shrunk[self.num_parts],
             squares, eps,
         )  # fmt: skip
 
     def expand(self, rows: AdapterRows, out: torch.Tensor) -> None:
-        """out [num_tokens, out_features] += the rest of it, in place."""
+        """out [num_tokens, out_features] += shrunk B^T in place."""
         shrunk = rows.shrunk[self.num_parts]
         lora_expand(shrunk, self._b, rows.starts, self._ranks, self._columns, out)
 
     def expand_silu_mul(self, rows: AdapterRows, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        """silu(gate) * up of gate_up [num_tokens, out_features] and the rest -> out, of half."""
+        """silu(gate) * up of gate_up + shrunk B^T; gate_up [num_tokens, out_features], whose
+        columns are gate, then up -> out [num_tokens, out_features / 2]."""
         shrunk = rows.shrunk[self.num_parts]
         lora_expand_silu_mul(shrunk, self._b, rows.starts, self._ranks, self._columns, gate_up, out)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i of the Linear's matrix is row rows[i] of those that the checkpoint gives it."""
+        """Note that the Linear's matrix was permuted after loading: its row i is the checkpoint's
+        row rows[i], int64 [out_features]. The rows of each B are permuted likewise."""
         for part, name in enumerate(self._names):
             begin, end = self._bounds[part : part + 2]
             self._order[name] = rows[begin:end] - begin
 
     def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Let `slot` hold what this rank needs of an adapter's pairs, nothing where it has none."""
+        """Copy this rank's part of an adapter's pairs into `slot`; parts without one get rank 0."""
         for part, name in enumerate(self._names):
             pair = pairs.get(name)
             if pair is None:
@@ -95,7 +100,7 @@ class LinearAdapters:
             self._scales[slot, part] = pair.scale
 
     def targets(self) -> dict[str, Target]:
-        """Shapes of the modules that an adapter may have a pair for, all ranks together."""
+        """The shapes of the modules that an adapter may change, as on a single rank."""
         return {
             name: Target(self._rows_of(name)[0].whole, self._inputs.whole) for name in self._names
         }

@@ -1,4 +1,5 @@
-"""Attention over the paged KV cache: fused q, k, v; rotation fused with the KV write; GQA."""
+"""Attention: grouped-query attention over the paged KV cache. q, k and v are one fused Linear, and
+the rotary embedding is fused with the KV write."""
 
 from __future__ import annotations
 
@@ -21,12 +22,13 @@ from pyserve.ops.attention_plan import decode_query_len
 
 
 class Attention:
-    """One layer's attention; `cos_sin` and `query_scales` as layers/rotary.py makes them.
+    """The attention of one layer. `cos_sin` and `query_scales` are as layers/rotary.py makes them.
 
-    sizes      heads, KV heads and head_dim here: layers with the same ones may share activations.
-    is_adding  it adds to its `out`, the residual stream, instead of overwriting it. So it does
-               where no norm comes before that and its last Linear can.
-    is_partial its `out` is this rank's part of a sum, which what comes next has to add up.
+    sizes      (num_heads, num_kv_heads, head_dim) of this rank; layers with equal sizes share
+               activations.
+    is_adding  `out` is the residual stream, to which the output is added; otherwise `out` is
+               overwritten. True if no norm comes before the addition and the Linear `o` has_add.
+    is_partial `out` is this rank's part of a sum over ranks, which the next norm must compute.
     """
 
     __slots__ = (
@@ -91,7 +93,7 @@ class Attention:
             order = torch.arange(self.qkv.out_features)
             self._put_halves_apart(order)
             self.qkv.adapters.reorder(order)
-        # Steps without longer queries leave rope_write_kv's work to the attention kernel.
+        # Steps with no longer queries than this use rope_attention, which fuses rope_write_kv.
         is_plain = self.q_norm is None and query_scales is None
         is_fused = is_plain and cos_sin.is_cuda and cos_sin.shape[1] == head_dim
         self._rope_query_len = decode_query_len(*self.sizes[:2]) if is_fused else 0
@@ -100,28 +102,28 @@ class Attention:
         self, x: torch.Tensor, ctx: ForwardContext, cache: KVCache, act: AttentionActivations,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is what kv_spec says."""
+        """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is as kv_spec has it."""
         self.qkv(x, act.qkv, ctx.adapters)
         self.attend(ctx, cache, act)
         self._project(act.joined, out, ctx.adapters)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Those whose matrices every step reads."""
+        """The Linears whose matrices every step reads."""
         return self.qkv, self.o
 
     @property
     def flop_per_pair(self) -> int:
-        """Of a token and one that it sees, in all heads here."""
+        """Floating-point operations for one query token and one key token, in this rank's heads."""
         return 4 * self._q_size
 
     @property
     def has_norm_factors(self) -> bool:
-        """Whether the norms before and behind can be factors."""
+        """Whether the norms before and after it can be fused into its Linears."""
         return self.qkv.has_norm_factor and self.is_adding and self.o.has_norm_factor
 
     def attend(self, ctx: ForwardContext, cache: KVCache, act: AttentionActivations) -> None:
-        """What stands between the two Linears: act.qkv -> act.joined."""
+        """The part between the two Linears: act.qkv -> act.joined; writes the KV cache."""
         key_cache, value_cache = cache
         plan = ctx.attention_plans.get(self._window)
         if plan is not None and ctx.max_query_len <= self._rope_query_len:
@@ -171,17 +173,15 @@ class Attention:
         return destinations
 
     def _order_halves(self) -> None:
-        """Puts the rows of q and k whose results are rotated together half of rotary_dim apart.
-
-        The scores stay what they were, as q and k are put in one order.
-        """
+        """Reorder the rows of q and k so that dimensions that are rotated together are half of
+        rotary_dim apart. Scores do not change, as q and k are reordered alike."""
         assert isinstance(self.qkv.matrix, Dense)
         for parameter in (self.qkv.matrix.weight, self.qkv.bias):
             if parameter is not None:
                 self._put_halves_apart(parameter)
 
     def _put_halves_apart(self, rows: torch.Tensor) -> None:
-        """Of q | k | v, in place."""
+        """Reorder `rows`, whose first dimension is that of q | k | v, in place."""
         num_turned, rotary_dim = self._num_heads + self._num_kv_heads, self.cos_sin.shape[1]
         heads = rows[: num_turned * self._head_dim].view(num_turned, self._head_dim, -1)
         turned = heads[:, :rotary_dim]

@@ -1,4 +1,4 @@
-"""Embedding of token ids; its matrix may serve as the output head too."""
+"""Embedding of token ids. Its matrix may be the output head too (tied)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pyserve.model.placement import Placement
 
 
 class Embedding:
-    """A row of `weight` per token id, times `scale`, which is rounded to the weight's dtype as
-    transformers does. Ids out of range are refused before a step gets here.
+    """One row of `weight` for each token id, multiplied by `scale`. As in transformers, the scale
+    is rounded to the weight's dtype. Token ids are checked before a step gets here.
 
-    Ranks share the vocabulary as a Linear's "vocabulary" rule does, so that the matrix can be tied:
-    each gives the rows that it holds, and zeros for the others. Of a pipeline the first has all.
+    Tensor parallel ranks divide the vocabulary like a Linear with shard "vocabulary", so that the
+    matrix can be tied: each rank looks up the rows that it holds, and an all-reduce adds them up.
+    In a pipeline rank 0 has the whole matrix.
     """
 
     __slots__ = ("weight", "_name", "_shard", "_num_stored", "_scale", "_group")
@@ -32,7 +33,7 @@ class Embedding:
         self._scale = torch.tensor(scale, dtype=placement.dtype).item()
 
     def __call__(self, input_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """input_ids int32 [num_tokens] -> out [num_tokens, hidden_size]"""
+        """input_ids int32 [num_tokens] -> out [num_tokens, hidden_size]."""
         if self._group is None:
             torch.index_select(self.weight, 0, input_ids, out=out)
         else:

@@ -1,5 +1,5 @@
 """A mixture of experts: each token goes through a few of many gated MLPs, which a router chooses
-(Shazeer et al. 2017), and through one that all tokens share where there is one.
+(Shazeer et al. 2017), and in some families also through a shared expert.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from pyserve.model.layers.mlp import MLP
 from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.ops import experts
 
-CORRECTION_BIAS = "e_score_correction_bias"  # beside the router's weight
+CORRECTION_BIAS = "e_score_correction_bias"  # name of this tensor beside the router's weight
 
 
 class Experts:
-    """In the place of an MLP.
+    """Takes the place of an MLP; `is_adding` and `is_partial` are as MLP's.
 
-    gate_up           the experts' matrices [2 * size, hidden_size]: rows of gate, then of up
-    down              theirs [hidden_size, size]
-    router            [num_experts, hidden_size], then the row of the shared expert's gate
+    gate_up           the experts' matrices, [2 * size, hidden_size] each: rows of gate, then of up
+    down              the experts' matrices, [hidden_size, size] each
+    router            [num_experts, hidden_size], and one more row for the shared expert's gate if
+                      there is one
     correction_bias   float32 [num_experts], or None
-    shared            the expert that all tokens go through, or None
-
-    `is_adding`, `is_partial`: as MLP's.
+    shared            the shared expert that all tokens go through, or None
     """
 
     __slots__ = (
@@ -79,7 +78,7 @@ class Experts:
     def __call__(
         self, x: torch.Tensor, ctx: ForwardContext, act: ExpertsActivations, out: torch.Tensor
     ) -> None:
-        """x [num_tokens, hidden_size] -> out, of the same shape"""
+        """x [num_tokens, hidden_size] -> out, of the same shape."""
         experts.route(
             x, self.router, self.correction_bias, ctx.slot_mapping, self._rule, act.routing
         )
@@ -96,7 +95,7 @@ class Experts:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """As MLP's: those of the shared expert."""
+        """The Linears whose matrices every step reads: those of the shared expert."""
         return () if self.shared is None else self.shared.linears
 
     @property
@@ -108,21 +107,22 @@ class Experts:
 
     @property
     def has_norm_factors(self) -> bool:
-        """As MLP's: a router reads what the norm makes."""
+        """As MLP's. False, because the router needs the norm's output."""
         return False
 
     @property
     def bytes_each(self) -> int:
-        """Of one expert's matrices, here."""
+        """Bytes of one expert's matrices on this rank."""
         return (self.gate_up.nbytes + self.down.nbytes) // self.config.num_experts
 
     @property
     def params_each(self) -> int:
-        """The same, here; `params_of_whole_expert` with what other ranks hold."""
+        """Parameters of one expert on this rank."""
         return (self.gate_up.num_params + self.down.num_params) // self.config.num_experts
 
     @property
     def params_of_whole_expert(self) -> int:
+        """Parameters of one expert on all ranks together."""
         return 3 * self.config.size * self.router.shape[1]
 
     def activations(self, arena: Arena, num_tokens: int) -> ExpertsActivations:
@@ -149,7 +149,8 @@ class Experts:
         )
 
     def destinations(self) -> Destinations:
-        """Under the name of each expert; tensors of all experts in one: fused_experts.py."""
+        """One tensor for each expert's matrix. Checkpoints that fuse all experts of a layer into
+        one tensor are converted by fused_experts.py."""
         destinations = self._router_destinations()
         destinations |= self.gate_up.destinations() | self.down.destinations()
         return destinations if self.shared is None else destinations | self.shared.destinations()

@@ -1,10 +1,10 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024): the KV cache holds one vector of a token, from
-which each head has its keys and values by matrices of its own.
+"""Multi-head latent attention (DeepSeek-V2, 2024): the KV cache holds one vector per token, the
+latent, from which each head computes its keys (W_UK) and values (W_UV).
 
-Here those matrices never meet the cache. A query goes through W_UK^T once and is then compared with
-the latents themselves, what comes of them goes through W_UV: "absorbed", in the paper's word. So
-the attention of a long prompt takes more operations than with expanded keys and values, of the
-sizes of DeepSeek-V3 (512 + 576) / (192 + 128) = 3.4 times as many.
+Keys and values are never expanded here. Instead each query is multiplied by W_UK^T and attends to
+the latents themselves, and the result is multiplied by W_UV: the paper calls these matrices
+"absorbed". This costs more operations in the prefill of long prompts than expanding keys and values
+would: with the sizes of DeepSeek-V3 (512 + 576) / (192 + 128) = 3.4 times as many.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from pyserve.model.placement import Placement
 from pyserve.ops import latent
 from pyserve.ops.attention_plan import DECODE_ROWS
 
-NORM = NormConfig(eps=1e-6)  # of the latents, whatever rms_norm_eps says
+NORM = NormConfig(eps=1e-6)  # the norm of the latents, independent of rms_norm_eps
 
 
 class LatentAttention:
-    """In the place of Attention; `sizes`, `is_adding` and `is_partial` as there.
+    """Takes the place of Attention; `sizes`, `is_adding` and `is_partial` are as there.
 
-    compress   [latent of the queries |] latent | rotated part of the keys, the same on all ranks
-    queries    of what the first part is, or of the hidden state: the heads here, [nope | rope] each
-    expand     of the latent, [nope | v] of each head: W_UK and W_UV, as the checkpoint has them;
-               None once they are `w_uk` and `w_uv`
-    w_uk       [num_heads, kv_lora_rank, qk_nope_head_dim]: transposed
+    compress   Linear: hidden state -> [query latent |] KV latent | rotated part of the keys; whole
+               on every rank
+    queries    Linear: query latent, or hidden state if q_lora_rank is 0 -> this rank's heads of q,
+               [nope | rope] each
+    expand     Linear with W_UK and W_UV as the checkpoint stores them: KV latent -> [nope | v] of
+               each head; None once loading has split it into w_uk and w_uv
+    w_uk       [num_heads, kv_lora_rank, qk_nope_head_dim], transposed
     w_uv       [num_heads, v_head_dim, kv_lora_rank]
     """
 
@@ -65,7 +67,7 @@ class LatentAttention:
             [Output(q_name, num_heads, config.head_dim)], q_size or hidden_size, placement,
             shard="column",
         )  # fmt: skip
-        # An adapter's part of it could not be absorbed.
+        # Without adapter slots, because an adapter of kv_b_proj could not be absorbed.
         self.expand: Linear | None = Linear(
             [Output(f"{name}.kv_b_proj", num_heads, config.qk_nope_head_dim + config.v_head_dim)],
             latent_size, replace(placement, num_adapter_slots=0, max_adapter_rank=0),
@@ -85,7 +87,7 @@ class LatentAttention:
         self, x: torch.Tensor, ctx: ForwardContext, cache: KVCache, act: LatentActivations,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is what kv_spec says."""
+        """x [num_tokens, hidden_size] -> out, of the same shape; `cache` is as kv_spec has it."""
         config, (latent_cache,) = self._config, cache
         nope, latent_size = config.qk_nope_head_dim, config.kv_lora_rank
         self.compress(x, act.compressed, ctx.adapters)
@@ -109,18 +111,18 @@ class LatentAttention:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Those whose matrices every step reads."""
+        """The Linears whose matrices every step reads."""
         expand = () if self.expand is None else (self.expand,)
         return (self.compress, self.queries, *expand, self.o)
 
     @property
     def has_norm_factors(self) -> bool:
-        """Whether the norms before and behind can be factors."""
+        """Whether the norms before and after it can be fused into its Linears: never."""
         return False
 
     @property
     def flop_per_pair(self) -> int:
-        """Of a token and one that it sees, in all heads here."""
+        """Floating-point operations for one query token and one key token, in this rank's heads."""
         return 2 * self._num_heads * (self._config.width + self._config.kv_lora_rank)
 
     def activations(self, arena: Arena, num_tokens: int) -> LatentActivations:
@@ -140,7 +142,7 @@ class LatentAttention:
         return KVSpec((KVTensor((self._config.width,), self._dtype),))
 
     def destinations(self) -> Destinations:
-        """After loading without those of `expand`."""
+        """Where its tensors go; after loading, those of `expand` are not included."""
         destinations = self.compress.destinations() | self.queries.destinations()
         if self.expand is not None:
             destinations |= {
@@ -153,9 +155,9 @@ class LatentAttention:
         return destinations | self.o.destinations()
 
     def _split(self) -> None:
-        """Puts what `expand` holds into w_uk and w_uv, which take its place."""
+        """Split the loaded matrix of `expand` into w_uk and w_uv, which replace it."""
         assert self.expand is not None
-        finish_loading(self.expand.destinations().values())  # what its scheme has to
+        finish_loading(self.expand.destinations().values())  # as `finish` was replaced by this
         nope = self._config.qk_nope_head_dim
         heads = self.expand.matrix.plain().view(self._num_heads, -1, self._config.kv_lora_rank)
         self.w_uk = heads[:, :nope].transpose(1, 2).contiguous()
@@ -164,6 +166,7 @@ class LatentAttention:
 
 
 def num_tiles(num_heads: int) -> int:
-    """Groups of at most DECODE_ROWS heads, all alike, that a card's kernel takes at once."""
+    """The number of equal groups of heads, of at most DECODE_ROWS each, that the CUDA kernel
+    processes one by one."""
     tiles = range(1, num_heads + 1)
     return next(n for n in tiles if num_heads % n == 0 and num_heads // n <= DECODE_ROWS)

@@ -1,4 +1,4 @@
-"""Linear: a matrix of the model, or several of the checkpoint fused into one."""
+"""Linear: a matrix of the checkpoint, or several that are fused into one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from pyserve.model.schemes import (
     scheme_of_all,
 )
 
-# Of a Linear to x, into what follows, with the adapters of the step's tokens or none.
+# The signature of Linear.__call__ and Linear.add: (x, out or residual, the step's adapters).
 Apply = Callable[[torch.Tensor, torch.Tensor, AdapterRows | None], None]
 
 ShardRule = Literal["whole", "column", "row", "vocabulary"]
 
 
 class Output(NamedTuple):
-    """`num_units` times `unit_size` outputs of a Linear; ranks share units, such as heads.
+    """`num_units` units, such as heads, of `unit_size` outputs each. Ranks divide the units.
 
-    name   the checkpoint's module. Outputs of one name are one tensor there, in the same order.
+    name   the checkpoint's module. Outputs of the same name are stored in one tensor, in order.
     """
 
     name: str
@@ -45,33 +45,36 @@ class Output(NamedTuple):
 def fused_outputs(
     prefix: str, names: Sequence[str], units: Sequence[tuple[int, int]]
 ) -> list[Output]:
-    """Outputs of (num_units, unit_size) each, under a name each or all under the only one."""
+    """Outputs of these (num_units, unit_size), with one name each, or all with the only name."""
     if len(names) == 1:
         names = [*names] * len(units)
     return [Output(f"{prefix}.{name}", *sizes) for name, sizes in zip(names, units, strict=True)]
 
 
 class Linear:
-    """y = x W^T + b: the shape, and the Scheme that stores W and multiplies by it.
+    """y = x W^T + b, where a Scheme stores W and multiplies by it.
 
-    `outputs` stand one after the other in y. `shard` says what a rank holds:
+    The `outputs` are concatenated in y. `shard` says what each tensor parallel rank holds:
 
     whole        everything.
-    column       some units of each output: the ranks' y, put together, are y.
-    vocabulary   as column, for one output that need not divide: the excess at the end of the last
-                 rank's y is 0.
-    row          some inputs: a rank gets that part of x, and the ranks' sums add up to y. The bias
-                 is with rank 0. The ranks add them up, unless the Linear `is_partial`: then what
-                 comes next has to.
+    column       some units of each output; y is the concatenation of the ranks' y.
+    vocabulary   as column, for one output that need not divide evenly: the last rank's y ends with
+                 zeros.
+    row          some inputs: a rank gets that part of x, and y is the sum of the ranks' y. Rank 0
+                 adds the bias. The Linear does the all-reduce itself, unless it `is_partial`: then
+                 the op after it must sum up.
 
-    `add` and `silu_mul` are there where a step between would find no place: not where the scheme
-    cannot, nor where the other ranks' part is still to come. Where `has_norm_factor`, so are those
-    that leave a norm to be a factor, for ops.MAX_NORM_ROWS. In a step with tokens that use an
-    adapter its part of y is added to what is there already before the matrix's where that is added
-    too, so that what follows is left to the matrix; the first half of it is worked out before the
-    matrix's in any case, which asks for its weights meanwhile.
+    has_add          `add` may be called. Not if the scheme cannot, nor with shard "row" on several
+                     ranks, whose sum must come before the residual is added.
+    has_silu_mul     `silu_mul` may be called.
+    has_norm_factor  the scheme can fuse norms into the products before and after them, for up to
+                     ops.MAX_NORM_ROWS rows: add_for_norm, of_scaled and silu_mul_of_scaled may be
+                     called, subject to has_add and has_silu_mul.
+    adapters         LoRA adapters; None without adapter slots.
 
-    adapters  None where the placement has no slots for any.
+    In a step with adapters, x A^T is always computed before x W^T, so that the kernel of the latter
+    can prefetch its weights meanwhile. The adapters' part is added to a residual before the
+    matrix's, so that the matrix's kernel sees the complete residual for a fused norm.
     """
 
     __slots__ = (
@@ -96,7 +99,7 @@ class Linear:
         self._has_bias = has_bias
         scheme = scheme_of_all((output.name for output in outputs), placement)
         self.matrix: Scheme = SCHEMES[scheme](self._rows, columns, placement)
-        self.in_features = columns.size  # here, of this rank, as the next
+        self.in_features = columns.size  # on this rank, as out_features
         self.out_features = sum(part.size for part in self._rows)
         self.adapters: LinearAdapters | None = None
         if placement.num_adapter_slots:
@@ -108,7 +111,7 @@ class Linear:
         is_adding = matrix.is_fusing and isinstance(matrix, AddingScheme)
         self.has_add = is_adding and not has_parts
         self.has_silu_mul = matrix.is_fusing and isinstance(matrix, ActivatingScheme)
-        is_aligned = columns.size % 8 == 0  # as the card's kernels for few rows ask
+        is_aligned = columns.size % 8 == 0  # the CUDA kernels for few rows require it
         is_norming = isinstance(matrix, NormingScheme) and matrix.is_norming
         self.has_norm_factor = matrix.is_fusing and is_norming and is_aligned
         self.bias: torch.Tensor | None = None
@@ -118,7 +121,7 @@ class Linear:
 
     @classmethod
     def tied(cls, weight: torch.Tensor) -> Linear:
-        """The dense Linear of a matrix that another layer owns and loads."""
+        """A dense Linear with a matrix, [out_features, in_features], that another layer loads."""
         linear = cls.__new__(cls)
         linear.matrix, linear.bias = Dense.over(weight), None
         linear.out_features, linear.in_features = weight.shape
@@ -130,7 +133,7 @@ class Linear:
     def __call__(
         self, x: torch.Tensor, out: torch.Tensor, adapters: AdapterRows | None = None
     ) -> None:
-        """x [num_tokens, inputs here] -> out [num_tokens, out_features]"""
+        """y = x W^T + b: x [num_tokens, in_features] -> out [num_tokens, out_features]."""
         if adapters is None or self.adapters is None:
             self.matrix(x, self.bias, out)
         else:
@@ -143,7 +146,7 @@ class Linear:
     def add(
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None
     ) -> None:
-        """residual [num_tokens, out_features] += y in place; where `has_add`."""
+        """residual [num_tokens, out_features] += y in place; requires has_add."""
         self._add_adapters(x, residual, adapters)
         self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
 
@@ -151,9 +154,9 @@ class Linear:
         self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
         adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
-        """silu(gate) * up -> out [num_tokens, out_features / 2], where y is gate, then up.
+        """silu(gate) * up -> out [num_tokens, out_features / 2], where y is gate | up.
 
-        Where `has_silu_mul`; gate_up has room for y.
+        Requires has_silu_mul. gate_up [num_tokens, out_features] is scratch memory.
         """
         if adapters is None or self.adapters is None:
             self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
@@ -166,7 +169,8 @@ class Linear:
         self, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor,
         scaled: torch.Tensor, squares: torch.Tensor, adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
-        """`add`, and what a norm of the residual needs -> scaled, squares; where `has_add` too."""
+        """`add`, and then scaled = residual * norm_weight and squares = its sums of squares, which
+        the Linear after a norm needs. Shapes as in ops.linear_add_for_norm; requires has_add."""
         self._add_adapters(x, residual, adapters)
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
@@ -175,7 +179,7 @@ class Linear:
         self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor,
         adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
-        """y of what the norm would make, given `scaled` as x and `squares`."""
+        """y of the normed residual; x and squares are `scaled` and `squares` of add_for_norm."""
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.of_scaled(x, self.bias, out, squares, eps)
@@ -188,7 +192,7 @@ class Linear:
         self, x: torch.Tensor, squares: torch.Tensor, eps: float, gate_up: torch.Tensor,
         out: torch.Tensor, adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
-        """`silu_mul` of what the norm would make; where `has_silu_mul` too."""
+        """`silu_mul` of the normed residual, as of_scaled; requires has_silu_mul."""
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
@@ -206,7 +210,7 @@ class Linear:
 
     @property
     def num_params(self) -> int:
-        """Of the matrix, here."""
+        """Number of elements of the matrix on this rank."""
         return self.out_features * self.in_features
 
     def destinations(self) -> Destinations:
@@ -221,7 +225,7 @@ class Linear:
 
 
 def shard_rows(outputs: Sequence[Output], placement: Placement, shard: ShardRule) -> Iterator[Rows]:
-    """What a rank holds of each output."""
+    """Yield the rows that this rank holds of each output."""
     for index, output in enumerate(outputs):
         held = Shard(0, output.size, output.size)
         if shard == "column":

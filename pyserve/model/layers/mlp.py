@@ -21,12 +21,13 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor, torch.Tensor], torch.Tens
 
 
 class MLP:
-    """Of the checkpoint's module `name`.
+    """The MLP of the checkpoint's module `name`.
 
-    `is_adding`: it adds to its `out`, the residual stream, instead of overwriting it. So it does
-    where its last Linear can, and nothing comes before that (`is_added_later`: a norm, a weight).
-    `is_partial`: its `out` is this rank's part of a sum, which what comes next has to add up
-    (`is_summed_later`).
+    is_adding   `out` is the residual stream, to which the output is added; otherwise `out` is
+                overwritten. True if the Linear `down` has_add and not is_added_later: the caller
+                then norms or weights the output before adding it.
+    is_partial  `out` is this rank's part of a sum over ranks, which the caller must compute. Only
+                if is_summed_later allows it.
     """
 
     __slots__ = (
@@ -63,7 +64,7 @@ class MLP:
     def __call__(
         self, x: torch.Tensor, ctx: ForwardContext, act: MLPActivations, out: torch.Tensor
     ) -> None:
-        """x [num_tokens, hidden_size] -> out, of the same shape"""
+        """x [num_tokens, hidden_size] -> out, of the same shape."""
         if self._is_fused:
             self.gate_up.silu_mul(x, act.gate_up, act.activated, ctx.adapters)
         else:
@@ -73,17 +74,17 @@ class MLP:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Those whose matrices every step reads."""
+        """The Linears whose matrices every step reads."""
         return self.gate_up, self.down
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What its activations depend on."""
+        """The sizes that its activations depend on."""
         return (self.gate_up.out_features,)
 
     @property
     def has_norm_factors(self) -> bool:
-        """Whether the norms before and behind can be factors."""
+        """Whether the norms before and after it can be fused into its Linears."""
         is_before = self.gate_up.has_norm_factor and self._is_fused
         return is_before and self.is_adding and self.down.has_norm_factor
 

@@ -13,7 +13,7 @@ from pyserve.model.placement import Placement
 class RMSNorm:
     """x / rms(x) * (weight + offset) over the last dimension; accumulates in float32.
 
-    The weight stays as it is stored: 1 + w would be rounded to the dtype once more.
+    The offset is added in float32 at each call: a stored 1 + w would be rounded once more.
     """
 
     __slots__ = ("weight", "eps", "offset", "_name", "_group")
@@ -26,25 +26,26 @@ class RMSNorm:
         self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x [..., size] -> out, of the same shape; it may be x itself."""
+        """x [..., size] -> out, of the same shape; out may be x itself."""
         ops.rms_norm(x, self.weight, self.eps, out, self.offset)
 
     def read(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
-        """`add` where x is in the residual already, or where there is none: in the first layer."""
+        """The norm of residual -> out. Has the signature of `add`, but ignores x: it has been added
+        to the residual already, or there is none (first layer)."""
         ops.rms_norm(residual, self.weight, self.eps, out, self.offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
-        """residual += x in place, then the norm of residual -> out."""
+        """residual += x in place, then the norm of residual -> out. All [num_tokens, size]."""
         ops.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset)
 
     def add_normed(
         self, inner: RMSNorm, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """`add` of the norm of x by `inner`, which has the same eps and offset."""
+        """`add` of inner(x); `inner` has the same eps and offset as this norm."""
         ops.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset, inner.weight)
 
     def add_parts(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
-        """`add` of the sum of all ranks' x, which may be overwritten."""
+        """`add` of the sum of all ranks' x; x may be overwritten."""
         assert self._group is not None
         self._group.add_rms_norm(x, residual, self.weight, self.eps, out, self.offset)
 

@@ -1,4 +1,4 @@
-"""Pooler: what becomes of a text's last hidden state where no token is sampled from it."""
+"""Pooler: computes an embedding or a score from the last hidden state of a text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HEAD_NAME, SCORE_NAME = "lm_head.weight", "score.weight"
 
 
 class Pooler:
-    """An embedding is the hidden state itself. A score is its product with the one row of the
-    model's own head, or with the rows of two tokens in the head that generates: the difference.
+    """An embedding is the hidden state itself. A score is the logit of the model's one-row head, or
+    the difference of two tokens' logits in the head that generates text.
 
-    Computed in float32, whatever the model's dtype: what is cut and normalised later, or compared
-    with other scores, should lose nothing here.
+    Computed in float32 whatever the model's dtype, because embeddings are cut and normalised later,
+    and scores are compared with each other.
 
-    width  numbers that a text becomes.
+    width  size of the result for each text: hidden_size for an embedding, 1 for a score.
     """
 
     __slots__ = ("width", "_pooling", "_weight", "_softcap")
@@ -40,7 +40,7 @@ class Pooler:
         self._weight = torch.empty(shape, dtype=torch.float32, device=placement.device)
 
     def __call__(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """hidden [n, hidden_size] -> out float32 [n, width]"""
+        """hidden [n, hidden_size] -> out float32 [n, width]."""
         if self._pooling.kind == "embed":
             out.copy_(hidden)
             return
@@ -52,10 +52,11 @@ class Pooler:
             out -= logits[:, :1]
 
     def destinations(self, embedding: Destinations, *, vocab_size: int) -> Destinations:
-        """What of the checkpoint goes here.
+        """The checkpoint tensor that the score's rows come from; {} for embeddings.
 
-        embedding  the one that is the head that generates, too; {}: the head is a matrix of its own
-                   [vocab_size, hidden_size]. What goes to it is among what is returned.
+        embedding  Destinations of the embedding if it is also the head that generates text (tied):
+                   they are returned with the score's rows as further parts. {} if the head is a
+                   matrix of its own, [vocab_size, hidden_size].
         """
         if self._pooling.kind == "embed":
             return {}

@@ -1,9 +1,10 @@
 """Tables of the rotary embedding (Su et al. 2021) and of its context extensions.
 
-Computed in float32 step by step as transformers does, because that is what models are trained with:
-at position 100,000 its angles are off by up to 0.004 and a more exact table would be another model.
-Scalings: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1), YaRN (Peng et al.
-2023), LongRoPE (Ding et al. 2024); formulas as in transformers' modeling_rope_utils.py.
+Computed in float32 with the same operations as in transformers, because models are trained with
+those: at position 100,000 the angles are off by up to 0.004, and a more exact table would be that
+of another model. Scalings: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1),
+YaRN (Peng et al. 2023), LongRoPE (Ding et al. 2024); formulas as in transformers'
+modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ ROWS_AT_A_TIME = 8192  # bounds the scratch memory of a long table
 def cos_sin_table(
     rope: RopeConfig, head_dim: int, max_model_len: int, *, device: torch.device
 ) -> torch.Tensor:
-    """float32 [max_model_len, head_dim]: row p holds cos, then sin, of the head_dim / 2 angles.
+    """float32 [max_model_len, head_dim]: row p holds the cosines, then the sines, of the
+    head_dim / 2 angles at position p. head_dim is the number of dimensions that are rotated.
 
     Dynamic NTK has frequencies that depend on the sequence's length. Row p uses those of a sequence
     that ends with position p. That is what token-by-token decoding computes, also for a prompt, so
@@ -47,7 +49,7 @@ def cos_sin_table(
 def query_scales(
     rope: RopeConfig, max_model_len: int, *, device: torch.device
 ) -> torch.Tensor | None:
-    """float32 [max_model_len]: what q is multiplied by at each position; None where by 1 at all."""
+    """float32 [max_model_len]: the factor of q at each position; None if all factors are 1."""
     if not rope.query_beta or not rope.is_long(max_model_len):
         return None
     stretches = torch.arange(max_model_len, device=device) // rope.original_max_position
@@ -55,7 +57,7 @@ def query_scales(
 
 
 def _inv_freq(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
-    """float32 [head_dim / 2]: radians a token."""
+    """float32 [head_dim / 2]: radians per token."""
     if rope.type == "yarn":
         return _yarn_inv_freq(rope, head_dim)
     inv_freq: torch.Tensor = 1.0 / (rope.theta ** _exponents(head_dim))
@@ -74,7 +76,7 @@ def _exponents(head_dim: int) -> torch.Tensor:
 
 
 def _dynamic_inv_freq(rope: RopeConfig, head_dim: int, seq_lens: torch.Tensor) -> torch.Tensor:
-    """seq_lens float32 [n, 1] -> [n, head_dim / 2]"""
+    """The frequencies for sequences of these lengths: float32 [n, 1] -> [n, head_dim / 2]."""
     seq_lens = seq_lens.clamp(min=float(rope.original_max_position))
     stretch = rope.factor * seq_lens / rope.original_max_position - (rope.factor - 1)
     theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
@@ -83,7 +85,7 @@ def _dynamic_inv_freq(rope: RopeConfig, head_dim: int, seq_lens: torch.Tensor) -
 
 
 def _llama3_inv_freq(rope: RopeConfig, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Divides long wavelengths by the factor, keeps short ones, blends between."""
+    """Divide the frequencies of long wavelengths by the factor, keep short ones, blend between."""
     wavelengths = 2 * math.pi / inv_freq
     longest_kept = rope.original_max_position / rope.high_freq_factor
     shortest_divided = rope.original_max_position / rope.low_freq_factor
@@ -97,7 +99,8 @@ def _llama3_inv_freq(rope: RopeConfig, inv_freq: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn_inv_freq(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Keeps dimensions that turn more than beta_fast times, divides those below beta_slow."""
+    """Keep the frequencies of dimensions that turn more than beta_fast times over the original
+    context, divide those that turn less than beta_slow times by the factor, and blend between."""
 
     def dimension_of(num_turns: float) -> float:
         turns_ratio = rope.original_max_position / (num_turns * 2 * math.pi)
@@ -108,7 +111,7 @@ def _yarn_inv_freq(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
-        high += 0.001  # as transformers: a step, without a division by zero
+        high += 0.001  # as in transformers: avoids a division by zero
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     wavelengths = rope.theta ** _exponents(head_dim)
     kept = 1 - ramp
