@@ -1,10 +1,11 @@
-"""Typed wrappers of the native ops: the only way the rest of pyserve calls them.
+"""Typed wrappers of the native ops: the only way in which the rest of pyserve calls them.
 
-`build.load_native` must have run. Shapes below: num_tokens is the tokens of a step, num_rows its
-rows (one per running sequence), padded ones included; a cache is
-[num_blocks, block_size, num_kv_heads, head_dim]. Float tensors of one call share one dtype, float32
-or bfloat16; sums are float32. The plain-torch meaning of each op is in reference.py. A result is
-written to `out` where that is given: a tensor of its shape that none of the inputs overlaps.
+`build.load_native` must have run. In the shapes below, num_tokens is the number of tokens of a step
+and num_rows the number of its rows (one for each running sequence), both including padding; a cache
+is [num_blocks, block_size, num_kv_heads, head_dim]. All float tensors of a call have one dtype:
+float32 or bfloat16 on a CPU, bfloat16 or float16 on a card; sums are float32. The plain-torch
+specification of each op is in reference.py. If `out` is given, the result is written to it: it has
+the result's shape and overlaps no input unless the docstring allows that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pyserve.ops import build
 from pyserve.ops.native import native as _ops
 
 STORE, ADD, SILU_MUL = range(3)  # Epilogue in cuda/common/epilogue.h
-_served: dict[tuple[object, ...], bool] = {}  # what serves_linear said, by shapes and epilogue
+_served: dict[tuple[object, ...], bool] = {}  # cached answers of serves_linear, see _is_own
 
 
 def rms_norm(
@@ -45,8 +46,9 @@ def add_rms_norm(
 ) -> Tensor:  # fmt: skip
     """residual += x in place, rounded to its dtype; returns rms_norm(residual).
 
-    x, residual [..., hidden]; weight [hidden], offset as in rms_norm -> [..., hidden].
-    x_weight [hidden]: rms_norm(x) by it, with the same eps and offset, is added in place of x.
+    x, residual [..., hidden]; weight [hidden], offset as in rms_norm -> [..., hidden]. With
+    x_weight [hidden], rms_norm(x) with that weight and the same eps and offset is added to the
+    residual instead of x.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -66,8 +68,8 @@ def rope_write_kv(
     rotated k, and v, go to the caches at slot_mapping (int64 [num_tokens], -1 writes nothing); k
     and v in qkv stay as they are. With a norm weight [head_dim], q or k is RMS-normed per head
     first. positions int32 [num_tokens]; cos_sin float32 [max_position, rotary_dim], cosines then
-    sines, rotary_dim <= head_dim. q_scales float32 [max_position]: what all of a rotated q is
-    multiplied by. norm_offset as offset in rms_norm. Raises RuntimeError where a position or a slot
+    sines, rotary_dim <= head_dim. q_scales float32 [max_position]: the factor of all of a rotated q
+    at each position. norm_offset as offset in rms_norm. Raises RuntimeError if a position or a slot
     is out of range.
     """
     _ops.rope_write_kv(
@@ -77,9 +79,10 @@ def rope_write_kv(
 
 
 def _is_own(x: Tensor, weight: Tensor, epilogue: int) -> bool:
-    """Whether our own op is the fastest for these rows.
+    """Whether our own op is faster than torch's for this number of rows.
 
-    On a card cuda/gpu/linear/dispatch.cu says it; on a CPU cuda/cpu/linear.cpp, for all shapes.
+    cuda/gpu/linear/dispatch.cu decides on a card, by shape; cuda/cpu/linear.cpp on a CPU, by the
+    number of rows and the dtype alone.
     """
     key: tuple[object, ...] = x.shape[0], x.dtype
     if x.is_cuda:
@@ -95,9 +98,10 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias: x [m, k], rows may be strided, weight [n, k], bias [n] -> [m, n].
 
-    Of few rows (64, in float32 16) none depends on the others, nor on how many there are. Beyond,
-    torch may round otherwise (oneDNN, which compiles and keeps code for every m it meets), or where
-    the CPU has no bfloat16 products of its own, our op with sums in another order.
+    With few rows (up to 64, in float32 up to 16) the result for a row does not depend on the other
+    rows or their number. With more rows rounding may differ, because torch computes the product
+    (by oneDNN, which compiles and keeps code for every m that it meets), or, on a CPU without
+    bfloat16 instructions, our op with another order of summation.
     """
     if not _is_own(x, weight, STORE):
         return functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]
@@ -110,8 +114,8 @@ def linear(
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     """residual += x weight^T + bias in place, rounded once; shapes as in `linear`.
 
-    Where torch takes it, a bias is rounded into the residual before, and cuBLAS may round the
-    product before it adds it: as a linear and an add would.
+    If torch computes it, there are more roundings: the bias is added to the residual first, and
+    cuBLAS may round the product before adding it.
     """
     if _is_own(x, weight, ADD):
         _ops.linear_add(x, weight, bias, residual)
@@ -126,8 +130,8 @@ def linear_silu_mul(
 ) -> None:
     """silu(gate) * up of gate | up = x weight^T + bias, rounded once.
 
-    x [m, k], weight [2 n, k], bias [2 n], out [m, n]; gate_up [m, 2 n] is room for where it takes
-    two calls, and a rounding between them.
+    x [m, k], weight [2 n, k], bias [2 n], out [m, n]. gate_up [m, 2 n] is scratch memory, used if
+    torch computes the product, which is then rounded before the activation.
     """
     if _is_own(x, weight, SILU_MUL):
         _ops.linear_silu_mul(x, weight, bias, out)
@@ -135,16 +139,19 @@ def linear_silu_mul(
         silu_mul(linear(x, weight, bias, gate_up), out)
 
 
-# Rows up to which a norm may be a factor between the three linears below, on any card. It pays
-# there, where a norm is 2.3 us of a chain. On a CPU the demo model's step gains 15 % by it at 1 row
-# and loses 13 % at 16.
+# The most rows on any card for which a norm may be fused into the three linears below. On a card
+# this saves 2.3 us for each norm. It is not used on a CPU, where the demo model's step became 15 %
+# faster with 1 row and 13 % slower with 16.
 MAX_NORM_ROWS = 32
 
 
 def max_norm_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """Rows up to which norms are factors: as many as one pass over a weight serves, which is 32 on
-    Hopper (cuda/gpu/linear/few_rows_sm90a.cu), else 8. 0 for never: float16 might not hold what is
-    not divided by its root mean square yet."""
+    """The most rows for which norms are fused into linears; 0: never.
+
+    It is the number of rows that one pass over a weight serves: 32 on Hopper
+    (cuda/gpu/linear/few_rows_sm90a.cu), else 8. Only in bfloat16, because float16 might overflow
+    before the division by the root mean square.
+    """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return 0
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
@@ -152,7 +159,7 @@ def max_norm_rows(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def num_squares(columns: int) -> int:
-    """Sums of squares of a row: one for each 16 columns, cuda/common/epilogue.h."""
+    """Number of sums of squares for a row: one for each 16 columns (cuda/common/epilogue.h)."""
     return -(-columns // 16)
 
 
@@ -160,9 +167,11 @@ def linear_add_for_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor,
     scaled: Tensor, squares: Tensor,
 ) -> None:  # fmt: skip
-    """linear_add, and what a norm of the residual needs so that it can be a factor.
+    """linear_add; also writes what the linear after a norm of the residual needs.
 
-    norm_weight [n]; scaled [m, n] = residual * norm_weight; squares float32 [m, num_squares(n)].
+    Arguments as in linear_add; norm_weight [n] is the norm's weight. Written are scaled [m, n] =
+    residual * norm_weight and squares float32 [m, num_squares(n)], sums of squares of the residual.
+    For at most MAX_NORM_ROWS rows.
     """
     _ops.linear_add(x, weight, bias, residual, norm_weight, scaled, squares)
 
@@ -170,10 +179,10 @@ def linear_add_for_norm(
 def linear_of_scaled(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
 ) -> None:
-    """linear of rms_norm of the residual, given what linear_add_for_norm made of it.
+    """linear of rms_norm(residual), given `scaled` and `squares` of linear_add_for_norm.
 
-    x [m, k] = residual * the norm's weight, x_squares [m, num_squares(k)]. The sums are multiplied
-    by 1 / sqrt(mean(residual^2) + eps), then come the bias and one rounding.
+    x [m, k] is `scaled`, x_squares float32 [m, num_squares(k)] is `squares`. The product is
+    multiplied by 1 / sqrt(mean(residual^2) + eps); then the bias is added and the sum rounded once.
     """
     _ops.linear(x, weight, bias, out, x_squares, eps)
 
@@ -181,7 +190,7 @@ def linear_of_scaled(
 def linear_silu_mul_of_scaled(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
 ) -> None:
-    """linear_silu_mul of rms_norm of the residual, as linear_of_scaled."""
+    """linear_silu_mul of rms_norm(residual), with arguments as in linear_of_scaled."""
     _ops.linear_silu_mul(x, weight, bias, out, x_squares, eps)
 
 
@@ -213,13 +222,14 @@ def paged_attention(
 
     q [num_tokens, num_heads, head_dim], strided views allowed -> the same shape.
     block_table int32 [num_slots, max_blocks_per_seq]; row_slots int32 [num_rows], -1 for a padded
-    row; cu_seqlens_q int32 [num_rows + 1]; seq_lens int32 [num_rows], KV tokens of the row with
-    this step's. Query i of a row sits at position seq_len - query_len + i and sees the keys up to
-    its position, with window > 0 only the last `window` of them. Tokens of no row (padding) leave
-    their output undefined. head_dim: a multiple of 8, at most 256; on CUDA 64, 96, 128 or 256. With
-    softcap > 0, on CUDA not at head_dim 64, scaled scores become softcap * tanh(score / softcap).
-    On CUDA `plan` is what plan_attention made of these rows with this window, and max_query_len
-    bounds their query lengths (None: num_tokens does); a CPU needs neither.
+    row; cu_seqlens_q int32 [num_rows + 1]; seq_lens int32 [num_rows], KV tokens of each row
+    including this step's. Query i of a row is at position seq_len - query_len + i and attends to
+    the keys up to its position; with window > 0 only to the last `window` of them. The output of
+    padding tokens is undefined. head_dim: a multiple of 8, at most 256; on CUDA 64, 96, 128 or 256.
+    With softcap > 0, which CUDA does not support for head_dim 64, scaled scores become
+    softcap * tanh(score / softcap). On CUDA, `plan` is that of plan_attention for these rows and
+    this window, and max_query_len is an upper bound of their query lengths (None: num_tokens); a
+    CPU needs neither.
     """
     if out is None:
         out = torch.empty_like(q)
@@ -238,13 +248,16 @@ def rope_attention(
     softmax_scale: float, plan: AttentionPlan, window: int = 0, out: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """rope_write_kv, then paged_attention, in one kernel: for steps that are all decode, CUDA only.
+    """rope_write_kv and paged_attention in one kernel: for steps that only decode; CUDA only.
 
-    qkv, cos_sin [max_position, head_dim] (all of a head is turned) and what goes to the caches are
-    those of rope_write_kv, all others those of paged_attention. q is the view of qkv; it stays as
-    it is. No row has more queries than attention_plan.decode_query_len. What the kernels in front
-    of the last one wrote is read while that one still runs: q, k and v are the last one's work,
-    the plan, the block table and the keys of earlier steps are not.
+    qkv, cos_sin and what is written to the caches are as in rope_write_kv, but cos_sin is
+    [max_position, head_dim]: the whole head is rotated. All other arguments are as in
+    paged_attention. q is a view of qkv, which is not modified. No row has more queries than
+    attention_plan.decode_query_len.
+
+    The kernel starts before the one launched just before it on the stream has ended, and waits for
+    it only to read qkv. So that one may write qkv, but the plan, the block table and the keys of
+    earlier steps must come from kernels before it.
     """
     if out is None:
         out = torch.empty_like(q)
@@ -257,13 +270,13 @@ def rope_attention(
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """How paged_attention of a step divides its work over a CUDA device, and room for its parts.
+    """How paged_attention divides a step's work over a CUDA device, and memory for partial results.
 
-    Layout: cuda/gpu/attention/attention.h; sizes: attention_plan.py.
+    The layout is in cuda/gpu/attention/attention.h, the sizes in attention_plan.py.
     """
 
     work: Tensor  # int32 [words]
-    workspace: Tensor  # float32 [words], zero at first; paged_attention keeps it usable
+    workspace: Tensor  # float32 [words], zero before the first use; reusable after each call
 
 
 def plan_attention(
@@ -275,15 +288,19 @@ def plan_attention(
     num_kv_heads: int,
     window: int = 0,
 ) -> None:
-    """Fill plan.work for the rows of a step; CUDA only, once a step for all layers of `window`."""
+    """Fill plan.work for the rows of a step. CUDA only; called once a step for each window.
+
+    cu_seqlens_q int32 [num_rows + 1], seq_lens int32 [num_rows], as in paged_attention.
+    """
     _ops.plan_attention(cu_seqlens_q, seq_lens, num_heads, num_kv_heads, window, plan.work)
 
 
 class StepPlan(NamedTuple):
-    """What plan_step derives for one step, in the order in which it takes them.
+    """The tensors that plan_step derives for one step, in the order of its arguments.
 
-    Padding: ids and positions 0, lengths 0, slots -1. cu_seqlens_q of padded rows is num_tokens.
-    sample_rows holds, for each sampled row in row order, (index of the row's last token, slot).
+    In padding, ids, positions and lengths are 0 and slots are -1; cu_seqlens_q of padded rows is
+    the number of tokens without padding. sample_rows holds (index of the row's last token, slot)
+    for each sampled row, in row order.
     """
 
     input_ids: Tensor  # int32 [num_tokens]
@@ -332,13 +349,13 @@ def plan_step(
     block_size: int,
     plan: StepPlan,
 ) -> None:
-    """Apply a packed StepInput to the slots and derive `plan` from it, all of it written.
+    """Apply a packed StepInput to the slots, and write all of `plan`.
 
     step_input int32 [num_words] (cuda/common/step.h); slots int32 [num_slots, SLOT_WORDS];
     block_table int32 [num_slots, max_blocks_per_seq]; token_counts int16 [num_slots, vocab_size].
     A row's positions start at its slot's num_computed, which advances by the row's query length.
-    Raises RuntimeError where the buffer is inconsistent or out of range; slots and block_table may
-    then hold part of its updates.
+    Raises RuntimeError if the buffer is inconsistent or out of range; slots and block_table may
+    then hold some of its updates.
     """
     _ops.plan_step(step_input, slots, block_table, token_counts, block_size, *plan)
 
@@ -352,12 +369,13 @@ def sample(
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Draw one token per row by its slot's parameters -> int32 [num_samples], `out` if given.
+    """Sample one token for each row by its slot's parameters -> int32 [num_samples], or `out`.
 
-    logits [num_samples, vocab_size] stay as they are; sample_slots int32 [num_samples], any stride,
-    -1 for a padded row (gives 0). A row with NaN or +inf, or with nothing left, gives -1. The token
-    is noted in its slot and, where that has penalties, counted. The draw depends on the row's
-    logits and parameters, its seed, sample index and position, and on nothing else.
+    logits [num_samples, vocab_size] are not modified; sample_slots int32 [num_samples], any stride,
+    -1 for a padded row, whose token is 0. A row with NaN or +inf, or with no token left, gives -1.
+    The token becomes the slot's last token and, if the slot has penalties, is counted. The result
+    depends only on the row's logits, its slot's parameters, seed and sample index, and its
+    position. workspace: of sample_workspace.allocate on CUDA, None on a CPU.
     """
     sampled = sample_slots.new_empty(len(sample_slots)) if out is None else out
     _ops.sample(logits, sample_slots, slots, token_counts, workspace, sampled)
@@ -368,15 +386,15 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
     """Set the logits of tokens that a row's mask forbids to -inf, in place; others keep their bits.
 
     logits [num_rows, vocab_size]; bitmask int32 [num_masked, num_words], num_words at most
-    ceil(vocab_size / 32): bit t % 32 of word t // 32 is set where token t is allowed, a token
-    behind the last word is not. rows int32 [num_masked], any stride: the row of logits that each
-    mask is for, all different; -1 masks none. Raises RuntimeError where a row is out of range.
+    ceil(vocab_size / 32): bit t % 32 of word t // 32 is set if token t is allowed; tokens beyond
+    the last word are not allowed. rows int32 [num_masked], any stride: the row of logits that each
+    mask is for, all different; -1 for none. Raises RuntimeError if a row is out of range.
     """
     _ops.apply_bitmask(logits, bitmask, rows)
 
 
 class LogprobRows(NamedTuple):
-    """What `logprobs` tells of rows; all of it lies in one tensor, for one copy."""
+    """The results of `logprobs`: views of one tensor, so that one copy fetches all."""
 
     words: Tensor  # int32 [num_asked, LOGPROB_WORDS]: the four below, side by side
     token_logprobs: Tensor  # float32 [num_asked]
@@ -397,15 +415,16 @@ LOGPROB_WORDS = 2 + 2 * TOP_LOGPROBS
 def logprobs(
     logits: Tensor, rows: Tensor, token_ids: Tensor, out: LogprobRows, *, is_normalized: bool = True
 ) -> None:
-    """Tell of some rows how likely a token is, and the TOP_LOGPROBS most likely ones.
+    """For some rows of logits, compute the logprob of a token and the TOP_LOGPROBS largest ones.
 
     logits [num_rows, vocab_size]; rows int32 [num_asked]: the row of logits that each row of `out`
-    is about, -1 for none; token_ids int32 [num_rows]: the token of each row of logits, -1 for none;
-    both with any stride. To `out` go the token's log-softmax, its rank (1 + the number of tokens
-    with a larger logit; 0 and -inf without a token), and the largest, in descending order, of equal
-    ones the lower id first; -1 and -inf where the vocabulary has no more. Without is_normalized
-    they are the logits themselves. A NaN counts as -inf; where no logit is finite, or one is inf,
-    all logarithms are -inf. Raises RuntimeError where a row or a token id is out of range.
+    is for, -1 for none; token_ids int32 [num_rows]: the token of each row of logits, -1 for none;
+    both with any stride. `out` gets the token's log-softmax and rank (1 + the number of tokens with
+    a larger logit; -inf and 0 without a token), and the largest logprobs in descending order, of
+    equal ones the lower id first, filled up with id -1 and -inf if the vocabulary is smaller.
+    Without is_normalized, logits take the place of logprobs. A NaN counts as -inf; if no logit is
+    finite, or one is +inf, all logprobs are -inf. Raises RuntimeError if a row or a token id is out
+    of range.
     """
     _ops.logprobs(logits, rows, token_ids, is_normalized, *out[1:])
 
@@ -422,10 +441,12 @@ def pack_step(
 ) -> int:
     """Write a StepInput (cuda/common/step.h) into `buffer`; returns its number of words.
 
-    host_tokens[r] None: the row's one token is the one its slot sampled last. block_updates are
-    flat triples (slot, index, block id); each of slot_updates is one complete record;
-    adapter_starts are as lora.py has them, None where no row uses an adapter. Raises ValueError
-    where the buffer is too small or the lists do not fit each other.
+    row_slots, query_lens, host_tokens and row_samples have one entry for each row: its slot, its
+    number of tokens, their ids, and whether it is sampled. If host_tokens[r] is None, the row has
+    one token, the one that its slot sampled last. block_updates are flat triples (slot, index,
+    block id); each item of slot_updates is one complete record; adapter_starts is `starts` of
+    lora.py, None or empty if no row uses an adapter. Raises ValueError if the buffer is too small
+    or the lists do not fit each other.
     """
     num_words: int = build.host().pack_step(
         buffer, row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates,

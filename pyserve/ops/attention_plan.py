@@ -1,7 +1,7 @@
-"""Sizes of an AttentionPlan: what plan_attention writes and paged_attention's partial results.
+"""Sizes of an AttentionPlan: the output of plan_attention, and paged_attention's partial results.
 
-The constants and formulas are those of cuda/gpu/attention/attention.h; both ops check a plan
-against them.
+The constants and formulas repeat those of cuda/gpu/attention/attention.h, against which both ops
+check a plan's sizes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ WORK_HEADER_WORDS = 16
 MAX_DECODE_CTAS_PER_SM = 2
 MAX_DECODE_RANGES = 1024
 
-MAX_SMS = 192  # what is planned for where no card says how many multiprocessors it has
+MAX_SMS = 192  # assumed number of multiprocessors where there is no card to ask
 
 
 def decode_query_len(num_heads: int, num_kv_heads: int) -> int:
-    """The longest query that the decode kernel takes; 0 where the group is too large for it."""
+    """The most query tokens of a row that the decode kernel supports; 0 if a KV head has too many
+    query heads for it."""
     return DECODE_ROWS // (num_heads // num_kv_heads)
 
 
 def work_words(
     max_num_tokens: int, max_num_rows: int, *, num_heads: int, num_kv_heads: int, num_sms: int
 ) -> int:
-    """int32 words of `work` that any step of this size fits."""
+    """Number of int32 words of `work` that are enough for any step of this size."""
     num_ranges = _num_decode_ranges(num_sms, num_kv_heads)
     packed_rows = max_num_tokens * (num_heads // num_kv_heads)
     prefill_items = (
@@ -42,7 +43,7 @@ def work_words(
 
 
 def workspace_words(num_kv_heads: int, head_dim: int, *, num_sms: int) -> int:
-    """float32 words of `workspace`, for a step of any size."""
+    """Number of float32 words of `workspace`; it does not depend on the step's size."""
     words = 0
     for num_ranges, rows in (
         (_num_decode_ranges(num_sms, num_kv_heads), DECODE_ROWS),
@@ -62,7 +63,10 @@ def allocate(
     head_dim: int,
     device: torch.device,
 ) -> AttentionPlan:
-    """A plan for the largest step. On the meta device it has the sizes for this machine's card."""
+    """Allocate a plan for the largest step.
+
+    On the meta device it has the sizes for this machine's card, if there is one.
+    """
     on_card = device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
     if on_card:
         index = device.index if device.type == "cuda" else None

@@ -1,9 +1,10 @@
-"""Finds or compiles the native products and loads them; else registers their plain-torch twins.
+"""Finds or compiles the native libraries `_ops` and `_host` and loads them, or registers their
+plain-torch twins instead.
 
-Found in this order: in the package, where setup.py put them; in the cache folder, in a folder named
-by the hash of everything they depend on; compiled into it, once, for exactly this machine
-(build_cache.py tells what of a cache may be loaded). Asked for CUDA, all three hold the CUDA ops
-too.
+They are looked for in the package, where setup.py puts them, then in a folder of the cache that is
+named by the hash of everything they depend on. If neither has them, they are compiled into that
+folder, once, for exactly this machine. build_cache.py decides whether a cache can be trusted. If
+CUDA is requested, `_ops` holds the CUDA ops too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pyserve.ops.toolchain import Toolchain
 Mode = Literal["native", "reference"]
 DeviceKind = Literal["cpu", "cuda"]
 PRODUCTS = (toolchain.OPS_PRODUCT, toolchain.HOST_PRODUCT)
-MANIFEST_NAME = "native.json"  # beside products that setup.py built
+MANIFEST_NAME = "native.json"  # describes the products that setup.py has built, beside them
 _CPU_REMEDY = "or pass --allow-reference-ops to serve slowly without"
 _CUDA_REMEDY = "or pass --device cpu"
 
@@ -46,11 +47,11 @@ _lock = threading.Lock()
 _mode: Mode | None = None
 _host: Any = None
 _has_cuda = False
-_library: torch.library.Library | None = None  # keeps the twins registered
+_library: torch.library.Library | None = None  # keeps the twins registered while it lives
 
 
 def report_nothing(done: int, total: int) -> None:
-    """For who does not want to hear."""
+    """A Report that ignores progress."""
 
 
 def load_native(
@@ -60,12 +61,17 @@ def load_native(
     device: DeviceKind = "cpu",
     report: Report = report_nothing,
 ) -> Mode:
-    """Make torch.ops.pyserve and `host()` usable. Harmless when called again, from any thread.
+    """Make torch.ops.pyserve and `host()` usable. May be called again, and from any thread.
 
-    Ops for the CPU are always there, those of the current CUDA card where `device` is cuda: the
-    first call decides. progress gets lines for a user, report (done, total) of a compile, in parts
-    of its time. The twins, where is_reference_allowed, serve on a CPU only. Raises StartupError
-    where the card cannot be used, BuildError where nothing can be found or compiled.
+    The CPU ops are always loaded; those for the current CUDA card only if the first call's `device`
+    is "cuda".
+
+    is_reference_allowed  fall back to the plain-torch twins; on a CPU only.
+    progress              gets lines for the user.
+    report                gets (done, total) of a compile, in expected milliseconds.
+
+    Raises StartupError if the card cannot be used, BuildError if the libraries can be neither found
+    nor compiled, or a later call asks for CUDA although the first did not.
     """
     global _mode, _host, _has_cuda
     with _lock:
@@ -91,13 +97,13 @@ def load_native(
 
 
 def host() -> Any:
-    """The `_host` module, or its twin."""
+    """The native module `_host`, or reference.py in its place."""
     assert _mode is not None, "load_native has not run"
     return _host
 
 
 def source_dir() -> Path:
-    """Folder of the C++ sources: in an installed package, else in the checkout."""
+    """The folder of the C++ and CUDA sources, in an installed package or else in the checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "cuda"
@@ -105,10 +111,10 @@ def source_dir() -> Path:
 
 @dataclass(frozen=True)
 class CudaCard:
-    """What the CUDA ops must fit; versions as (9, 0)."""
+    """What the CUDA ops must fit. Versions are pairs as (9, 0)."""
 
     capability: tuple[int, int]
-    driver: tuple[int, int]  # the newest CUDA that its driver supports
+    driver: tuple[int, int]  # the newest CUDA version that the driver supports
 
 
 def _current_card() -> CudaCard:
@@ -121,7 +127,10 @@ def _current_card() -> CudaCard:
 def _products(
     progress: Callable[[str], None], card: CudaCard | None = None, report: Report = report_nothing
 ) -> Iterator[Path]:
-    """Folder that holds both products; with the CUDA ops where a card is given."""
+    """Yield the folder that holds both products, with CUDA ops if a card is given.
+
+    Raises BuildError.
+    """
     is_sanitized = config.env("PYSERVE_SANITIZE") is not None
     packaged = Path(__file__).resolve().parent
     unfit = "" if is_sanitized else _why_unfit(packaged, card)
@@ -149,7 +158,10 @@ def _products(
 def _cached(
     folder: Path, native: Toolchain, progress: Callable[[str], None], report: Report
 ) -> Iterator[Path]:
-    """`folder` with whole products in it, or one for this process alone where it is not ours."""
+    """Yield `folder` with complete products in it; compiles them if needed.
+
+    If others could write to `folder`, yields a temporary folder of this process instead.
+    """
     reason = build_cache.untrusted_reason(folder)
     if reason is not None:
         progress(
@@ -166,7 +178,7 @@ def _cached(
 
 
 def _find_cuda_compiler(card: CudaCard) -> CudaCompiler:
-    """The CUDA compiler for a card; where there is none, the error says how to get one."""
+    """The CUDA compiler for a card. Raises CompileError; without an nvcc it says how to get one."""
     try:
         return nvcc.find_cuda_compiler(os.environ, capability=card.capability, driver=card.driver)
     except NoCudaCompilerError as error:
@@ -182,24 +194,24 @@ def _find_cuda_compiler(card: CudaCard) -> CudaCompiler:
 def _cache_dir() -> Path:
     try:
         return config.cache_dir().resolve()
-    except RuntimeError as error:  # of Path.home()
+    except RuntimeError as error:  # raised by Path.home()
         raise BuildError("no home folder: set PYSERVE_CACHE to a writable one") from error
 
 
 def _why_unfit(packaged: Path, card: CudaCard | None) -> str | None:
-    """None where the package holds products of these sources that this machine can run.
+    """Why the products in the package cannot be used, for a user; None if they can.
 
-    Else the reason, in a user's words; empty where the package holds none of these sources.
+    "" if the package has no products, or products of other sources.
     """
     try:
         manifest = json.loads((packaged / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    cuda = manifest.get("cuda")  # earlier versions wrote none
+    cuda = manifest.get("cuda")  # absent in the manifests of earlier versions
     sources = toolchain.source_hash(source_dir(), has_cuda=cuda is not None)
     if manifest["sources"] != sources or manifest["soabi"] != sysconfig.get_config_var("SOABI"):
         return ""
-    for name, size in manifest.get("sizes", {}).items():  # earlier versions wrote none
+    for name, size in manifest.get("sizes", {}).items():  # absent in earlier versions too
         if not (packaged / name).is_file() or (packaged / name).stat().st_size != size:
             return f"the packaged {name} is damaged: install pyserve again"
     if manifest["march"] == toolchain.PORTABLE_X86:
@@ -223,11 +235,14 @@ def _why_unfit(packaged: Path, card: CudaCard | None) -> str | None:
 
 
 def covers(archs: Iterable[str], capability: tuple[int, int], *, is_ptx_readable: bool) -> bool:
-    """True where code for `archs` runs on a card; is_ptx_readable: its driver can read the PTX."""
+    """Whether code that was compiled for `archs` runs on a card of this compute capability.
+
+    is_ptx_readable  its driver is new enough to compile the PTX in it.
+    """
     for arch in archs:
         number, _, ptx = arch.partition("-")
         major, minor = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
-        if number[-1] in "af":  # for one card only
+        if number[-1] in "af":  # an architecture-specific target runs on this capability only
             if not ptx and (major, minor) == capability:
                 return True
         elif ptx:
@@ -239,9 +254,9 @@ def covers(archs: Iterable[str], capability: tuple[int, int], *, is_ptx_readable
 
 
 def _key(native: Toolchain) -> str:
-    """Hash of all that decides whether compiled products fit: sources, flags, torch, machine.
+    """A hash of everything that compiled products depend on: sources, flags, torch, machine.
 
-    Where headers lie is left out: every environment with the same torch shares the products.
+    The paths of headers are left out, so that all environments with the same torch share products.
     """
     cuda = native.cuda
     parts = (
@@ -266,7 +281,8 @@ def _is_done(folder: Path) -> bool:
 
 
 class _CompileProgress:
-    """Tells of a compile, in a line at its beginning and in figures: of ours or of another's."""
+    """Reports the progress of a compile, by this process or by another one: a line at its start,
+    then figures."""
 
     def __init__(
         self, folder: Path, files: list[Path], progress: Callable[[str], None], report: Report
@@ -279,24 +295,27 @@ class _CompileProgress:
         self._report = report
         self._began_s = 0.0
         self._is_waiting = False
-        self._first = 0  # what another process had done when this one began to wait
+        self._first = 0  # how far another process was when this one began to wait
 
     def begin(self) -> None:
-        """This process compiles from now on."""
+        """Report that this process starts to compile."""
         self._began_s = time.monotonic()
         self._progress(f"compiling {self._num_files} files for this machine, once ...")
         self.note(0, 0)
 
     def note(self, num_done: int, num_steps: int) -> None:
-        """So much is done; both are 0 until the first step has ended."""
+        """Report progress; both numbers of steps are 0 until the first step has ended."""
         self._report(*self._at(num_done, num_steps, time.monotonic() - self._began_s))
 
     def wait(self) -> None:
-        """Another process compiles: look at the files it writes. Called again and again."""
+        """Report the progress of another process that compiles, from the files that it writes.
+
+        Called repeatedly while this process waits for it.
+        """
         try:
             began_s = (self._folder / toolchain.NINJA_FILE).stat().st_mtime
             log = (self._folder / toolchain.LOG_NAME).read_bytes()
-        except OSError:  # it has only begun
+        except OSError:  # it has not written them yet
             began_s, log = time.time(), b""
         counts = toolchain.last_counts(log) or (0, 0)
         done, total = self._at(*counts, time.time() - began_s)
@@ -336,7 +355,10 @@ def _compile(
 
 
 def _load(folder: Path) -> ModuleType:
-    """Register the ops of folder's products; returns the `_host` module."""
+    """Load the products in `folder` and register their ops; returns the `_host` module.
+
+    Raises BuildError.
+    """
     try:
         torch.ops.load_library(folder / toolchain.OPS_PRODUCT)  # type: ignore[no-untyped-call]
         path = str(folder / toolchain.HOST_PRODUCT)
@@ -350,8 +372,8 @@ def _load(folder: Path) -> ModuleType:
     return module
 
 
-# What has no meaning on a CPU: products by a card's units for 8 bits, switches of its dispatch, and
-# work between cards, whose twins are over lists (reference_comm.py).
+# Ops that do not exist on a CPU: products by FP8 matrix units, switches of the CUDA dispatch for
+# benchmarks, and ops between cards, whose twins take lists of tensors (reference_comm.py).
 _OF_CARDS = (
     "linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8", "try_linear_w4a16",
     "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot",
@@ -360,7 +382,7 @@ _OF_CARDS = (
 
 
 def _register_reference() -> None:
-    """Define the schemas of ops.cpp with the twins as their CPU implementation."""
+    """Define the schemas of ops.cpp, and register the plain-torch twins as CPU implementations."""
     global _library
     _library = torch.library.Library("pyserve", "DEF")  # type: ignore[no-untyped-call]
     text = (source_dir() / "ops.cpp").read_text(encoding="utf-8")

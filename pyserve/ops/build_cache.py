@@ -1,9 +1,10 @@
-"""The folders in which compiled products are kept, and whether what lies there may be loaded.
+"""The cache folders of compiled products, and whether their contents may be loaded.
 
-What is loaded from a cache runs as we do, so it must be ours: the folder, every folder above it and
-the products belong to us or to root, and nobody else can write there. A mark beside the products
-holds their sizes and hashes; it is written last, when they are on the disk, so that a power cut
-leaves products that are compiled again instead of ones that end the process.
+Code from a cache runs with our rights, so nobody else may be able to change it: the folder, every
+folder above it and the products must belong to us or to root, and nobody else may write to them. A
+mark file beside the products holds their sizes and hashes. It is written last, once the products
+are on the disk, so that products which a power cut has damaged are compiled again instead of
+crashing the process.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _WHOLE_UID_MAP = ["0", "0", "4294967295"]
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """Why others could change what lies in `path`, a folder or a file; None where they cannot.
+    """Why other users could change `path`, a folder or a file; None if they cannot.
 
-    What of it does not exist yet is not looked at. `path` holds no symbolic links.
+    Parts of the path that do not exist yet are skipped. `path` must contain no symbolic links.
     """
     for part in (path, *path.parents):
         try:
@@ -42,7 +43,7 @@ def untrusted_reason(path: Path) -> str | None:
             continue
         if found.st_uid not in _trusted_owners():
             return f"{part} belongs to {_user(found.st_uid)}"
-        # In a sticky folder, such as /tmp, others can add entries but not touch ours.
+        # In a sticky folder, such as /tmp, others can add entries but cannot change ours.
         is_sticky = bool(found.st_mode & stat.S_ISVTX) and part != path
         if found.st_mode & stat.S_IWOTH and not is_sticky:
             return f"everybody can write to {part}"
@@ -52,7 +53,7 @@ def untrusted_reason(path: Path) -> str | None:
 
 
 def make_folder(path: Path) -> None:
-    """`path` and what is missing above it, whatever the umask says for us alone."""
+    """Create `path` and missing folders above it, accessible to us only."""
     if path.parent != path and not path.parent.is_dir():
         make_folder(path.parent)
     try:
@@ -63,7 +64,7 @@ def make_folder(path: Path) -> None:
 
 
 def is_whole(folder: Path, names: Sequence[str]) -> bool:
-    """True where the mark is there and the products are, byte for byte, what it says."""
+    """Whether the mark exists and the products' sizes and hashes are as it says."""
     try:
         marked = json.loads((folder / MARK_NAME).read_bytes())
         return bool(marked == _digests(folder, names))
@@ -72,7 +73,7 @@ def is_whole(folder: Path, names: Sequence[str]) -> bool:
 
 
 def mark_whole(folder: Path, names: Sequence[str]) -> None:
-    """Put the products on the disk, then the mark that tells of them."""
+    """Flush the products to the disk, then write the mark."""
     for name in names:
         _sync(folder / name)
     mark = folder / f"{MARK_NAME}.new"
@@ -83,7 +84,7 @@ def mark_whole(folder: Path, names: Sequence[str]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove all but the lock: what a power cut left may be short anywhere."""
+    """Remove everything but the lock; after a power cut any file may be incomplete."""
     for path in folder.iterdir():
         if path.name == LOCK_NAME:
             continue
@@ -95,11 +96,11 @@ def clear(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[int]:
-    """Exclusive among processes; gives the file descriptor that holds it.
+    """Hold the folder's lock, which only one process has; yields its file descriptor.
 
-    While another holds it, `on_wait` is called every WAIT_POLL_S. The kernel releases it when its
-    owner and all who inherited the descriptor have died: a compiler that outlives a killed owner
-    does not write beside the next one's.
+    While another process holds it, on_wait() is called every WAIT_POLL_S seconds. The kernel
+    releases the lock only when its owner and all children that inherited the descriptor have ended,
+    so a compiler that outlives a killed owner never writes beside the next owner's.
     """
     with (folder / LOCK_NAME).open("w") as lock_file:
         while True:
@@ -114,7 +115,7 @@ def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[int]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """For products of this process alone; they may be deleted once they are loaded."""
+    """Yield a folder for products of this process alone; loaded products outlive its deletion."""
     with tempfile.TemporaryDirectory(prefix="pyserve-native-") as name:
         yield Path(name).resolve()
 
@@ -142,8 +143,8 @@ def _trusted_owners() -> set[int]:
     owners = {0, os.geteuid()}
     try:
         if _UID_MAP.read_text().split() != _WHOLE_UID_MAP:
-            # In a user namespace the real root, and others outside, are shown as this one; no
-            # process beside us can be it.
+            # In a user namespace, the real root and all other outside users appear as the overflow
+            # uid, which no process inside the namespace can have.
             owners.add(int(_OVERFLOW_UID.read_text()))
     except (OSError, ValueError):
         pass
@@ -151,7 +152,7 @@ def _trusted_owners() -> set[int]:
 
 
 def _is_own_group(gid: int) -> bool:
-    """root's, or the one that distributions make for each user alone."""
+    """Whether it is root's group, or the private group that distributions create for a user."""
     if gid == 0:
         return True
     try:

@@ -1,4 +1,4 @@
-"""CardGroup: a Group between cards of one machine, by kernels of our own where those are faster."""
+"""CardGroup: a Group of cards of one machine that uses our own kernels if they are faster."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pyserve.ops.peers import PeerGroup, exchange_over
 
 
 class CardGroup:
-    """Implements Group: small and middle messages through the cards' own memory, larger ones, and
-    all where the cards cannot reach each other, by NCCL.
+    """Implements Group. Small and medium messages go directly through the cards' memory, by
+    PeerGroup. Larger ones go through NCCL, and so do all if the cards cannot reach each other.
 
-    reason   why they cannot, for a log line; None: they can.
+    reason   why they cannot, for the log; None if they can.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CardGroup:
 
 
 def join_group(meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device) -> Group:
-    """The Group of these ranks on that kind of device. Raises DeviceError; see ProcessGroup."""
+    """Make the Group for this rank's kind of device; arguments and errors as of ProcessGroup."""
     if device.type == "cuda":
         return CardGroup(meeting, tp_rank, tp_size, device)
     return ProcessGroup(meeting, tp_rank, tp_size, device)

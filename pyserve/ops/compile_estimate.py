@@ -1,8 +1,8 @@
-"""How far a compile is and how long it goes on, from what each of its files is known to take.
+"""Estimates how far a compile is, and how long it will take, from the known times of its files.
 
-Counting files would mislead: one kernel takes more than a third of all the time, and on a machine
-with many cores it runs alone at the end. So the run is played through beforehand, as the build tool
-will do it; what it then really does tells how fast this machine is.
+Counting files would mislead: one kernel takes more than a third of the total time, and on a machine
+with many cores it runs alone at the end. Therefore the build is simulated beforehand, and the real
+progress then tells how fast this machine is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
-# Seconds of one core at about 3 GHz, kernels for one card; measured with g++ 12 and nvcc 13.0.
+# Seconds on one core at about 3 GHz, kernels compiled for one card; measured with g++ 12 and nvcc
+# 13.0.
 _CPP_S, _CU_S = 1.8, 2.5
 SLOW_FILES_S = {
     "gpu/sample/sample.cu": 28.0,
@@ -22,16 +23,17 @@ SLOW_FILES_S = {
 }
 _LINK_S = 0.3
 NUM_LINKS = 2
-_MOST_OF_A_STEP = 0.95  # one that takes longer than expected is not taken for done
+_MOST_OF_A_STEP = 0.95  # a running step never counts as more than this part of its time
 
 
 def expected_seconds(files: Iterable[str]) -> list[float]:
-    """What each takes alone: files as the sources' folder names them, "gpu/sample/sample.cu"."""
+    """The expected seconds of each file, named relative to the folder of sources."""
     return [SLOW_FILES_S.get(name, _CU_S if name.endswith(".cu") else _CPP_S) for name in files]
 
 
 class CompileEstimate:
-    """Of one compile: files that take `seconds`, begun in this order on `num_cores`, then links."""
+    """Estimates one compile: files that take `seconds`, started in this order on `num_cores` cores,
+    then NUM_LINKS link steps."""
 
     def __init__(self, seconds: Sequence[float], num_cores: int) -> None:
         cores = [0.0] * max(1, num_cores)
@@ -41,15 +43,15 @@ class CompileEstimate:
             heapq.heappush(cores, ends[-1])
         ends.sort()
         ends += [ends[-1] + _LINK_S * (index + 1) for index in range(NUM_LINKS)]
-        self._ends = [0.0, *ends]  # when so many steps should have ended
+        self._ends = [0.0, *ends]  # _ends[i]: when i steps should have ended
         self._num_done = 0
-        self._done_s = 0.0  # when the last of those that have ended did
+        self._done_s = 0.0  # when the last finished step has ended
 
     def at(self, num_done: int, num_steps: int, elapsed_s: float) -> tuple[int, int]:
-        """(done, total) in expected milliseconds, `elapsed_s` after the beginning.
+        """(done, total) in expected milliseconds, elapsed_s seconds after the start.
 
-        num_steps is what this run of the build tool has to do. Where an earlier one was broken off
-        that is less than everything: the steps that end first are taken for done.
+        num_steps is the number of steps of this run of the build tool. It is less than all steps if
+        an earlier run was interrupted; then those that end first are assumed to be done.
         """
         num_before = max(0, len(self._ends) - 1 - num_steps)
         if num_done != self._num_done:
@@ -59,7 +61,7 @@ class CompileEstimate:
         index = min(num_before + self._num_done, len(self._ends) - 1)
         done_s = self._ends[index] - first_s
         if index < len(self._ends) - 1:
-            # The step that ends next, at the speed of those that have ended.
+            # Add the elapsed part of the step that ends next, at the speed of the finished ones.
             speed = done_s / self._done_s if self._num_done and self._done_s > 0 else 1.0
             step_s = self._ends[index + 1] - self._ends[index]
             since_s = max(0.0, elapsed_s - self._done_s)

@@ -1,7 +1,7 @@
-"""The NVIDIA card: whether torch can drive it, its compute capability, what its driver supports.
+"""The NVIDIA card: whether torch can use it, its compute capability, and its driver's CUDA version.
 
-Every reason why it cannot be used is a StartupError: one line that says what to do. No memory is
-taken on the card here: these calls make no CUDA context.
+If it cannot be used, a StartupError says why and what to do, in one line. These calls create no
+CUDA context, so they take no memory on the card.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UPDATE_DRIVER = "update the NVIDIA driver, or rent a machine whose nvidia-smi s
 
 
 def has_card() -> bool:
-    """True where the system shows an NVIDIA card, whether or not torch can drive it."""
+    """Whether the system shows an NVIDIA card, even if torch cannot use it."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # Linux; WSL
 
 
@@ -67,7 +67,7 @@ def driver_version() -> tuple[int, int]:
 
 
 def _init_failure(text: str) -> str:
-    """One line from what torch says where CUDA does not start."""
+    """A one-line message with a remedy, from torch's error message when CUDA does not start."""
     reason = " ".join(text.split())
     if "driver" in reason and "too old" in reason:
         found = re.search(r"found version (\d+)", reason)

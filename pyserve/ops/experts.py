@@ -1,8 +1,8 @@
-"""Typed wrappers of the ops of a mixture of experts, as those in __init__.py.
+"""Typed wrappers of the ops of a mixture of experts, like those in __init__.py.
 
-A token goes to top_k of num_experts experts. Its assignments stand in the order of the experts,
-those of one expert in the order of the tokens; `rows` below are in that order. Padded tokens, whose
-KV slot is -1, go to none, so there may be fewer than num_tokens * top_k of them.
+Each token goes to top_k of num_experts experts. A row below is one assignment of a token to an
+expert; rows are sorted by expert, then by token. Padding tokens, whose KV slot is -1, go to no
+expert, so there may be fewer than num_tokens * top_k rows.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor
 from pyserve import ops
 from pyserve.ops.native import native
 
-CHUNK_ROWS = 256  # of an expert, multiplied at once where torch does it: bounds what it needs
+CHUNK_ROWS = 256  # rows of an expert that torch multiplies at once; bounds the scratch memory
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How a router's logits become choices and weights.
 
-    is_sigmoid     scores are sigmoid(logit), each for itself; else the softmax over all experts.
-    is_normalized  a token's weights are its scores divided by their sum (of sigmoids plus 1e-20).
-                   With a softmax, that is the softmax over the chosen logits alone.
-    scale          the weights are multiplied by it.
-    num_groups     of as many neighbouring experts each, of which only the best `top_groups` are
-                   chosen from: a group is as good as its best expert, or with sigmoids as its two
-                   best together (DeepSeek-V2 and V3, 2024).
+    is_sigmoid     scores are sigmoid(logit); otherwise the softmax over all experts.
+    is_normalized  the weights of a token are the chosen scores divided by their sum (with sigmoids,
+                   their sum + 1e-20). With softmax that equals the softmax of the chosen logits.
+    scale          factor of the weights.
+    num_groups     the experts are divided into so many groups of neighbours of equal size, and only
+                   those in the best `top_groups` groups may be chosen. A group's score is that of
+                   its best expert, or with sigmoids the sum of its two best ones (DeepSeek-V2 and
+                   V3, 2024).
     """
 
     is_sigmoid: bool = False
@@ -40,12 +41,12 @@ class Rule:
 
 
 class Routing(NamedTuple):
-    """Which experts tokens go to; `route` fills it."""
+    """Which experts the tokens go to, and with which weights; written by `route`."""
 
     logits: Tensor  # float32 [num_tokens, rows of the router]
     weights: Tensor  # float32 [num_tokens, top_k], then one column for the shared expert's gate
-    places: Tensor  # int32 [num_tokens, top_k]: row of each assignment, -1 of padding
-    order: Tensor  # int32 [num_tokens * top_k]: token * top_k + j of each row, -1 behind the last
+    places: Tensor  # int32 [num_tokens, top_k]: row of each assignment, -1 for padding tokens
+    order: Tensor  # int32 [num_tokens * top_k]: token * top_k + j of each row, -1 after the last
     offsets: Tensor  # int32 [num_experts + 1]: where the rows of each expert begin
 
 
@@ -53,12 +54,12 @@ def route(
     x: Tensor, router: Tensor, correction_bias: Tensor | None, slot_mapping: Tensor, rule: Rule,
     routing: Routing,
 ) -> None:  # fmt: skip
-    """Choose each token's experts, of equal ones the lower, and sort the tokens by them.
+    """Choose each token's experts, of equal scores the lower index, and sort assignments by expert.
 
-    x [num_tokens, hidden]; router [num_experts, hidden], and one more row where a gate scales what
-    a shared expert makes: its sigmoid is the last of the weights. correction_bias float32
-    [num_experts] is added to the scores for the choice alone. slot_mapping int64 [num_tokens], -1
-    of padding. Scores are float32.
+    x [num_tokens, hidden]; router [num_experts, hidden], with one more row if a shared expert has a
+    gate, whose sigmoid becomes the last of the weights. correction_bias float32 [num_experts] is
+    added to the scores for the choice, but not for the weights. slot_mapping int64 [num_tokens], -1
+    for padding. Scores are float32.
     """
     native.route(
         x, router, correction_bias, slot_mapping, rule.is_sigmoid, rule.is_normalized, rule.scale,
@@ -71,8 +72,8 @@ def grouped_linear_silu_mul(
 ) -> None:
     """silu(gate) * up of gate | up = x weight[e]^T for each expert e of a token, rounded once.
 
-    x [num_tokens, hidden], weight [num_experts, 2 n, hidden] -> out [rows, n]; sorted_x
-    [rows, hidden] is room for x in the order of the rows, where it takes that.
+    x [num_tokens, hidden], weight [num_experts, 2 n, hidden] -> out [rows, n]. sorted_x
+    [rows, hidden] is scratch memory for x in the order of the rows.
     """
     if not _is_torch_faster(x, weight, routing, ops.SILU_MUL):
         native.grouped_linear_silu_mul(x, weight, routing.order, routing.offsets, sorted_x, out)
@@ -101,35 +102,37 @@ def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, out: Tensor) -> 
 def combine_experts(
     rows: Tensor, routing: Routing, shared: Tensor | None, out: Tensor, *, is_adding: bool
 ) -> None:
-    """The sum of what a token's experts made, each times its weight -> out [num_tokens, n].
+    """The weighted sum of the outputs of a token's experts -> out [num_tokens, n].
 
-    rows [num_tokens * top_k, n]; shared [num_tokens, n], what experts made that take every token,
-    times the last weight where there is one. Added in the order of a token's experts, then shared,
-    then, where `is_adding`, to what out holds; rounded once.
+    rows [num_tokens * top_k, n]: the experts' outputs. shared [num_tokens, n]: the output of a
+    shared expert, multiplied by the last weight if it has a gate. Added up in the order of the
+    token's experts, then `shared`, then, if is_adding, the previous contents of out; rounded once.
     """
     native.combine_experts(rows, routing.places, routing.weights, shared, is_adding, out)
 
 
 def _is_torch_faster(x: Tensor, weight: Tensor, routing: Routing, epilogue: int) -> bool:
-    """Whether, on a CPU, an expert has more rows than the native op is made for."""
+    """Whether, on a CPU, an expert has more rows than the native op is efficient for."""
     if x.is_cuda:
         return False
     return not native.serves_linear(weight[0], longest_group(routing), epilogue)
 
 
 def longest_group(routing: Routing) -> int:
-    """The most rows that an expert has; on a card it would wait."""
+    """The largest number of rows of an expert. CPU only: on a card, reading it would have to wait
+    for the router's kernel."""
     return int(routing.offsets.diff().max())
 
 
 def sort_rows(x: Tensor, routing: Routing, sorted_x: Tensor) -> None:
-    """x [num_tokens, hidden] in the order of the rows -> sorted_x, as many as there are."""
+    """Copy x [num_tokens, hidden] in the order of the rows -> sorted_x; entries after the last row
+    are not written. CPU only, as `longest_group`."""
     count, top_k = int(routing.offsets[-1]), routing.places.shape[1]
     torch.index_select(x, 0, routing.order[:count] // top_k, out=sorted_x[:count])
 
 
 def chunks(routing: Routing) -> list[tuple[int, int, int]]:
-    """(expert, begin, end) of rows, at most CHUNK_ROWS."""
+    """All rows as ranges (expert, begin, end) of one expert and at most CHUNK_ROWS rows each."""
     offsets = routing.offsets.tolist()
     return [
         (expert, begin, min(begin + CHUNK_ROWS, end))

@@ -1,7 +1,7 @@
 """Fake (shape-only) implementations of the ops, for FakeTensor tracing and `opcheck`.
 
-All ops write into tensors they are given and return nothing, so each fake only has to exist; but
-those that say what there is.
+All ops write into tensors that they are given and return nothing, so a fake only has to exist. The
+`serves_` ops return a bool.
 """
 
 from __future__ import annotations

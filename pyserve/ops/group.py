@@ -1,8 +1,8 @@
-"""Group: what the ranks of a model tell each other in a step.
+"""Group: the communication between the ranks of a model within a step.
 
-Every rank makes the same calls in the same order, with tensors of the same shapes, but for `send`
-and `receive`, which are between two. ProcessGroup is the plain way, through torch.distributed: gloo
-between processes on a CPU, NCCL between cards.
+All ranks make the same calls in the same order, with tensors of the same shapes, except for `send`
+and `receive`, which are between two ranks. ProcessGroup uses torch.distributed: gloo between
+processes on a CPU, NCCL between cards.
 """
 
 from __future__ import annotations
@@ -18,50 +18,53 @@ import torch.distributed as dist
 from pyserve import ops
 from pyserve.errors import DeviceError
 
-JOIN_S = 30.0  # for all ranks to come together
-# A rank that is gone closes its connections, which is seen at once; this is for one that hangs.
+JOIN_S = 30.0  # time limit for all ranks to join
+# Time limit of a call, for a rank that hangs. A rank that has ended is noticed at once, because its
+# connections close.
 STEP_S = 600.0
 LEADER = 0  # the rank that samples
 
 
 class Group(Protocol):
-    """tp_rank, tp_size   this rank of how many."""
+    """The ranks of a model. tp_rank is this rank's number, tp_size how many there are; in a
+    pipeline they count its ranks."""
 
     tp_rank: int
     tp_size: int
 
     def all_reduce(self, x: torch.Tensor) -> None:
-        """x := the sum of all ranks' x, in place; every rank gets the same bits."""
+        """x := the sum of all ranks' x, in place; bit-equal on all ranks."""
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
         out: torch.Tensor, offset: float,
     ) -> None:  # fmt: skip
-        """ops.add_rms_norm of the sum of all ranks' x, which may be overwritten."""
+        """ops.add_rms_norm of the sum of all ranks' x; x may be overwritten."""
 
     def gather(self, parts: torch.Tensor) -> None:
-        """parts [tp_size, ...] of the leader := part r of each rank r.
+        """On the leader: parts [tp_size, ...], where parts[r] := the part of rank r.
 
-        Another rank gives [1, ...], its own; the leader's own part is in its place already.
+        The leader's own part must already be in parts[0]. Another rank passes its part as
+        [1, ...].
         """
 
     def broadcast(self, x: torch.Tensor) -> None:
-        """x := the leader's x, in place."""
+        """x := the leader's x, in place, on all ranks."""
 
     def send(self, x: torch.Tensor, taker: int) -> None:
-        """Let the rank `taker`, which receives, have x."""
+        """Send x to the rank `taker`, which calls `receive`."""
 
     def receive(self, x: torch.Tensor, giver: int) -> None:
-        """x := what the rank `giver` sends, in place."""
+        """x := the tensor that the rank `giver` sends, in place."""
 
     def close(self) -> None:
-        """Leave; no call follows."""
+        """Leave the group; no call may follow."""
 
 
 class ProcessGroup:
-    """Implements Group; one a process, as torch.distributed keeps it.
+    """Implements Group by torch.distributed's default group, so there is only one per process.
 
-    store  of words that the ranks have in common.
+    store  torch's key-value store that all ranks share; not set by `launched`.
     """
 
     _is_launched = False
@@ -69,9 +72,11 @@ class ProcessGroup:
     def __init__(
         self, meeting: Path | str, tp_rank: int, tp_size: int, device: torch.device
     ) -> None:
-        """Waits for the other ranks, who name the same file, in a folder that only they can write.
+        """Join the other ranks; waits for them.
 
-        Raises DeviceError where they do not come in JOIN_S.
+        meeting  path of a file through which the ranks meet; only they may be able to write to it.
+
+        Raises DeviceError if not all ranks join within JOIN_S.
         """
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.store = store = dist.FileStore(str(meeting), tp_size)  # type: ignore[attr-defined]
@@ -80,8 +85,8 @@ class ProcessGroup:
 
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
-        """Of the ranks that torchrun has started, on whichever machines: the same again when called
-        again. Raises DeviceError."""
+        """The group of all ranks that torchrun has started, on one or several machines. May be
+        called again. Raises DeviceError."""
         group = cls.__new__(cls)
         if not dist.is_initialized():
             _meet(device)
@@ -113,14 +118,14 @@ class ProcessGroup:
         dist.recv(x, giver)
 
     def close(self) -> None:
-        if not self._is_launched:  # there its end would be that of all groups, one for words among
+        if not self._is_launched:  # under torchrun this would destroy the groups for messages too
             dist.destroy_process_group()
 
 
 def _meet(device: torch.device, **where: Any) -> None:
-    """Make torch's process group, `where` it is told. Raises DeviceError."""
-    # Sums in the switch need multicast memory, which can take the cards of a shared host out of
-    # service where a process that has it dies.
+    """Initialise torch's default process group with the arguments `where`. Raises DeviceError."""
+    # NVLS (sums in the NVLink switch) needs multicast memory. If a process that has some dies, it
+    # can take the cards of a shared host out of service.
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     is_cpu = device.type == "cpu"
     try:

@@ -1,8 +1,9 @@
-"""Typed wrappers of the ops of multi-head latent attention (DeepSeek-V2, 2024), as those in
+"""Typed wrappers of the ops of multi-head latent attention (DeepSeek-V2, 2024), like those in
 __init__.py.
 
-Of a token one row is kept for all heads: its latent, normed, of latent_size, and the part of the
-keys that is rotated, of rope_dim. latent_cache is [num_blocks, block_size, latent_size + rope_dim].
+The cache holds one vector for each token: its normed latent of latent_size elements, and the
+rotated part of the keys of rope_dim elements, which all heads share. latent_cache is
+[num_blocks, block_size, latent_size + rope_dim].
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from pyserve import ops
 from pyserve.ops import AttentionPlan
 from pyserve.ops.native import native
 
-MAX_BATCHED_ROWS = 8  # as cuda/gpu/layers/latent.h has it
+MAX_BATCHED_ROWS = 8  # the limit of the CUDA kernel, as in cuda/gpu/layers/latent.h
 
 
 def rope_write_latent(
     q: Tensor, compressed: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor,
     norm_weight: Tensor, latent_cache: Tensor, rotated: Tensor, *, eps: float, has_pairs: bool,
 ) -> None:  # fmt: skip
-    """Rotary embedding (Su et al. 2021) of queries, and what is kept of each token.
+    """Rotate the queries (Su et al. 2021), and write each token's vector to the cache.
 
     q [num_tokens, num_heads, rope_dim], rotated -> `rotated`, of the same shape; any strides.
     compressed [num_tokens, latent_size + rope_dim]: rms_norm of its first part by norm_weight
     [latent_size], and its second part rotated, go to latent_cache at slot_mapping (int64
     [num_tokens], -1 writes nothing). positions int32 [num_tokens]; cos_sin float32
     [max_position, rope_dim], cosines then sines. With has_pairs, elements 2i and 2i + 1 are rotated
-    together and come to stand half of rope_dim apart; else those that stand so are.
-    Raises RuntimeError where a position or a slot is out of range.
+    together and written half of rope_dim apart; otherwise elements half of rope_dim apart are.
+    Raises RuntimeError if a position or a slot is out of range.
     """
     native.rope_write_latent(
         q, compressed, positions, cos_sin, slot_mapping, norm_weight, eps, has_pairs, rotated,
@@ -42,11 +43,12 @@ def latent_attention(
     seq_lens: Tensor, *, softmax_scale: float, out: Tensor, max_query_len: int | None = None,
     plan: AttentionPlan | None = None,
 ) -> None:  # fmt: skip
-    """Causal attention of all heads over the kept rows: as keys, and their first part as values.
+    """Causal attention of all heads over the cached vectors: the keys are the whole vectors, the
+    values their first latent_size elements.
 
-    q [num_tokens, num_heads, latent_size + rope_dim], in the latent's place W_UK^T q of a head ->
-    out [num_tokens, num_heads, latent_size]; any strides. All others are those of
-    ops.paged_attention; tokens of no row leave their output undefined.
+    q [num_tokens, num_heads, latent_size + rope_dim]: W_UK^T times the unrotated part of a query,
+    then its rotated part -> out [num_tokens, num_heads, latent_size]; any strides. All other
+    arguments are as in ops.paged_attention. The output of padding tokens is undefined.
     """
     native.latent_attention(
         q, latent_cache, block_table, row_slots, cu_seqlens_q, seq_lens, softmax_scale,
@@ -56,10 +58,11 @@ def latent_attention(
 
 
 def batched_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out[:, i] = x[:, i] weight[i]^T, with a matrix a head.
+    """out[:, i] = x[:, i] weight[i]^T, with one matrix for each head i.
 
-    x [m, batch, k], weight [batch, n, k] -> out [m, batch, n]; x and out with any strides. Of many
-    rows by torch: on a card of more than MAX_BATCHED_ROWS, on a CPU as `linear`.
+    x [m, batch, k], weight [batch, n, k] -> out [m, batch, n]; x and out with any strides. With
+    many rows torch computes it: on a card with more than MAX_BATCHED_ROWS, on a CPU as in
+    ops.linear.
     """
     num_rows = x.shape[0]
     if x.is_cuda:

@@ -1,4 +1,4 @@
-"""The native ops by their names: what the wrappers call."""
+"""`native`: the native ops as attributes; only the wrappers call them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 class _NativeOps:
-    """torch.ops.pyserve.<name>.default, each looked up once."""
+    """Gives torch.ops.pyserve.<name>.default as attribute <name>; each is looked up only once."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = getattr(torch.ops.pyserve, name).default
-        # OpOverload.__call__ is Python: 0.3 us of each call, and a step is mostly these calls.
+        # OpOverload.__call__ is Python and would add 0.3 us to each call.
         function: Callable[..., Any] = getattr(op, "_op", op)
         setattr(self, name, function)
         return function

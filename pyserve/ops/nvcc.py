@@ -1,6 +1,6 @@
-"""nvcc: which one is taken, for which cards it compiles, and with which flags.
+"""CudaCompiler: which nvcc is used, for which cards it compiles, and with which flags.
 
-Only the standard library is needed here, as in toolchain.py, and for the same reason.
+Uses only the standard library, for the reason that toolchain.py gives.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 MIN_CUDA = (12, 6)
 ARCHS_VARIABLE = "PYSERVE_CUDA_ARCHS"
-# Of binaries that travel: all cards from Ampere on, and PTX for those that are not known yet.
+# Architectures of a wheel: all cards from Ampere on, and PTX for future cards.
 _WHEEL_ARCHS = ("80", "86", "89", "90a", "120", "80-ptx")
-_NEW_ARCHS = {"120": (12, 8)}  # the CUDA that brought it
-# nvcc's front end, which takes most of the time, runs once for all that is made of one virtual
-# architecture. Its PTX for compute_80 is that for compute_86 and 89, but for their names.
+_NEW_ARCHS = {"120": (12, 8)}  # architecture -> the first CUDA version that supports it
+# nvcc's front end takes most of the time and runs once for each virtual architecture. Its PTX for
+# compute_86 and compute_89 equals that for compute_80 but for the names, so one run serves all.
 _FRONT_ENDS = {"86": "80", "89": "80"}
-# The log tells each kernel's registers and memory.
+# -Xptxas=-v writes each kernel's registers and memory to the log.
 _CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 
 
 class CompileError(Exception):
-    """One line for a user: what is missing, or where the compiler's log lies."""
+    """The message is one line for the user: what is missing, or where the compiler's log is."""
 
 
 class NoCudaCompilerError(CompileError):
@@ -37,10 +37,11 @@ class NoCudaCompilerError(CompileError):
 
 @dataclass(frozen=True)
 class CudaCompiler:
-    """nvcc, and what it compiles for.
+    """An nvcc, and the architectures that it compiles for.
 
-    An architecture is a compute capability without the dot ("86", "90a": machine code that only
-    its own card runs), or one with "-ptx": code that the driver translates for any later card.
+    An architecture is a compute capability without the dot: "86" for machine code, "90a" for
+    machine code with features that only this capability has, "80-ptx" for code that the driver
+    compiles for any later card.
     """
 
     nvcc: str
@@ -50,16 +51,18 @@ class CudaCompiler:
     library_dirs: tuple[str, ...]
 
     def archs_of(self, source: Path) -> tuple[str, ...]:
-        """What `source` is compiled for: `*_sm90a.cu` for that architecture alone, if at all."""
+        """The architectures that `source` is compiled for. A file `*_sm90a.cu` is compiled for 90a
+        alone, or not at all. Raises CompileError for a file named after another architecture."""
         own = re.search(r"_sm(\w+)\.cu$", source.name)
         if own is not None and own[1] not in _WHEEL_ARCHS:
             raise CompileError(f"{source} is named after {own[1]}, not one of {_WHEEL_ARCHS}")
         return tuple(arch for arch in self.archs if own is None or arch == own[1])
 
     def flags(self, source: Path | None = None) -> tuple[str, ...]:
-        """nvcc's flags, for all archs or for what `source` is compiled for.
+        """nvcc's flags for `source`; None: for all architectures.
 
-        PYSERVE_SM90A tells launchers that the kernels of `*_sm90a.cu` are there: core/device.h.
+        The macro PYSERVE_SM90A tells launchers that the kernels of `*_sm90a.cu` are compiled
+        (core/device.h).
         """
         archs = self.archs if source is None else self.archs_of(source)
         defines = (f"-DPYSERVE_SM{arch.upper()}" for arch in self.archs if arch[-1] == "a")
@@ -67,14 +70,15 @@ class CudaCompiler:
         return (*_CUDA_FLAGS, *defines, *parallel, *(f"-gencode={_gencode(a)}" for a in archs))
 
     def bind_flags(self) -> tuple[str, ...]:
-        """Further C++ flags of the files between torch and the kernels."""
+        """Further flags for the C++ files that bind the kernels to torch."""
         return ("-DUSE_CUDA", *(f"-isystem{folder}" for folder in self.include_dirs))
 
     def link_flags(self) -> tuple[str, ...]:
         """Further linker flags of `_ops`.
 
-        libtorch, of which nothing is used by name, is what leads to libtorch_cuda where torch has
-        it. Symbols of the static runtime stay inside: torch's runtime has the same.
+        libtorch is linked although none of its symbols is used, because it depends on libtorch_cuda
+        if torch has CUDA. The symbols of the static CUDA runtime are hidden, as torch's own runtime
+        has the same names.
         """
         folders = (f"-L{folder}" for folder in self.library_dirs)
         torch_lib = ("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
@@ -88,11 +92,13 @@ def find_cuda_compiler(
     capability: tuple[int, int] | None = None,
     driver: tuple[int, int] | None = None,
 ) -> CudaCompiler:
-    """The first nvcc that will do, for a card of `capability` (None: for all cards) and its driver.
+    """Find the first suitable nvcc in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or pip's package.
 
-    Looked for in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and pip's package; PYSERVE_CUDA_ARCHS
-    in `env` overrides the architectures. Raises NoCudaCompilerError where there is none,
-    CompileError where none will do.
+    env         the environment; PYSERVE_CUDA_ARCHS in it overrides the architectures.
+    capability  compile for this card; None: for all cards.
+    driver      the newest CUDA version of its driver; None: do not check.
+
+    Raises NoCudaCompilerError if there is no nvcc, CompileError if none is suitable.
     """
     wanted = env.get(ARCHS_VARIABLE)
     if wanted == "none":
@@ -120,23 +126,23 @@ def find_cuda_compiler(
 
 
 def card_arch(capability: tuple[int, int], known: Collection[str]) -> str:
-    """What to compile for a card; `known` are the architectures that nvcc makes machine code of."""
+    """The architecture to compile for a card; `known` are those that nvcc supports."""
     number = f"{capability[0]}{capability[1]}"
     if number == "90":
-        return "90a"  # with the instructions that only Hopper has
+        return "90a"  # allows instructions that only Hopper has, such as wgmma
     return number if number in known else "80-ptx"
 
 
 def dotted(version: tuple[int, int]) -> str:
-    """A version or a compute capability as people write it: "12.6"."""
+    """A version or a compute capability as a string, for example "12.6"."""
     return ".".join(map(str, version))
 
 
 def _nvcc_candidates(env: Mapping[str, str]) -> list[str]:
-    """Every nvcc of this machine, in the order of preference."""
+    """The paths of all nvccs on this machine, in the order of preference."""
     folders = [f"{env[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
     folders += [*env.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
-    spec = importlib.util.find_spec("nvidia")  # of pip's packages
+    spec = importlib.util.find_spec("nvidia")  # the namespace of pip's CUDA packages
     for package in [] if spec is None else spec.submodule_search_locations or []:
         folders += sorted(map(str, Path(package).glob("cu[0-9]*/bin")), reverse=True)
     found = (shutil.which("nvcc", path=folder) for folder in folders if folder)
@@ -167,7 +173,7 @@ def _archs(
 
 
 def _cuda_dirs(nvcc: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Folders of the headers and of the static runtime of a toolkit, as its nvcc names them."""
+    """The folders of a toolkit's headers and static runtime, as its nvcc prints them."""
     text = ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull)
 
     def folders(name: str, flag: str) -> list[str]:
@@ -175,14 +181,14 @@ def _cuda_dirs(nvcc: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         words = [] if match is None else shlex.split(match[1])
         return [os.path.realpath(w.removeprefix(flag)) for w in words if w.startswith(flag)]
 
-    # In pip's package they lie in lib, though its nvcc says lib64.
+    # In pip's package the libraries are in lib, although its nvcc says lib64.
     libraries = folders("LIBRARIES", "-L") + [f"{top}/lib" for top in folders("TOP", "")]
     found = (folder for folder in libraries if Path(folder, "libcudart_static.a").is_file())
     return tuple(folders("INCLUDES", "-I")), tuple(dict.fromkeys(found))
 
 
 def ask(program: str, *arguments: str) -> str:
-    """What a program prints; empty where it cannot be run."""
+    """The output of a program, stdout then stderr; "" if it cannot be run."""
     try:
         asked = subprocess.run([program, *arguments], capture_output=True, text=True)
     except OSError:

@@ -1,7 +1,7 @@
-"""What lies where in the memory that cards of one machine share, and how much a message may have.
+"""Layout of the memory that cards of one machine share, and the size limits of messages.
 
-The Python twin of cuda/common/peers.h, which says what each area and each word is; a test compares
-the two. No torch here.
+The Python twin of cuda/common/peers.h, which explains each area and word; a test compares the two.
+This file must not import torch.
 """
 
 from __future__ import annotations
@@ -45,16 +45,19 @@ CONTROL_TOKEN_ACKS: Final = CONTROL_GATHER_ACKS + MAX_FLAG_CTAS
 CONTROL_WORDS: Final = CONTROL_TOKEN_ACKS + 64
 
 KIB, MIB = 1 << 10, 1 << 20
-_ALIGNMENT = 4 * KIB  # of areas
-# An allocation of its own: what is mapped into other processes is never less.
+_ALIGNMENT = 4 * KIB  # of the areas' starts
+# The buffer's size is a multiple of this, the driver's unit, so that no other allocation shares the
+# memory that other processes map.
 _GRANULARITY = 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class PeerLimits:
-    """Bytes up to which a message goes one way; beyond two_shot NCCL is to be taken.
+    """The largest messages, in bytes, of each way.
 
-    gather  of a rank's rows, in one kernel.
+    one_shot  all-reduce in which each card reads all other cards' messages.
+    two_shot  all-reduce by reduce-scatter and all-gather; larger messages go through NCCL.
+    gather    rows of one rank that one gather kernel takes.
     """
 
     one_shot: int
@@ -62,10 +65,11 @@ class PeerLimits:
     gather: int
 
 
-# The only place where these stand. Between two H200s one shot was the fastest of all sizes that
-# `python -m bench.gpu_peers` tried it with, two shots up to the largest, before NCCL. Of one shot
-# each card reads tp_size - 1 messages, of two shots two pieces from each other card, for a second
-# trip: with 4 and 8 cards, which nobody has measured yet, 256 and 128 KiB cost about as much.
+# tp_size -> limits. Between two H200s, `python -m bench.gpu_peers` measured one shot as fastest for
+# all sizes that it tried with it, and two shots as faster than NCCL up to the largest size. In one
+# shot a card reads tp_size - 1 whole messages, in two shots only two pieces of 1 / tp_size from
+# each other card, but with a second trip. With 4 and 8 cards, which nobody has measured yet, both
+# are expected to cost the same at about 256 and 128 KiB.
 LIMITS: Final = {
     2: PeerLimits(one_shot=2 * MIB, two_shot=16 * MIB, gather=4 * MIB),
     4: PeerLimits(one_shot=256 * KIB, two_shot=16 * MIB, gather=2 * MIB),
@@ -75,7 +79,7 @@ LIMITS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PeerLayout:
-    """Areas of one rank's buffer, in bytes from its start; all ranks have the same."""
+    """Areas of a rank's buffer, as offsets in bytes from its start; the same on all ranks."""
 
     limits: PeerLimits
     one_shot: int
@@ -88,12 +92,12 @@ class PeerLayout:
 
     @property
     def one_shot_end(self) -> int:
-        """Where what must be absent at first ends, and what must be zero begins again."""
+        """The end of the one-shot area, which is initialised as absent; all else is zeroed."""
         return self.reduce
 
 
 def layout(tp_size: int) -> PeerLayout:
-    """For tp_size ranks, one of LIMITS."""
+    """The layout for tp_size ranks, which must be a key of LIMITS."""
     limits, others = LIMITS[tp_size], tp_size - 1
     piece_bytes = limits.two_shot // tp_size
     one_shot = _aligned(4 * CONTROL_WORDS)
@@ -107,14 +111,19 @@ def layout(tp_size: int) -> PeerLayout:
 
 
 def num_bytes(tp_size: int) -> int:
-    """Of a card's memory; 0 where so many ranks do without."""
+    """Bytes of a rank's buffer on its card; 0 if so many ranks do not use one."""
     return layout(tp_size).num_bytes if tp_size in LIMITS else 0
 
 
 def table(
     places: PeerLayout, tp_rank: int, buffers: list[int], *, spin_s: float, is_trial: bool
 ) -> list[int]:
-    """Words of the table that the ops take; buffers are addresses, in the order of ranks."""
+    """The int64 words of the table that the native ops take.
+
+    buffers   addresses of the ranks' buffers in this process, in the order of ranks.
+    spin_s    seconds after which a wait for another rank fails.
+    is_trial  such a wait gives up quietly instead of raising a CUDA error; for the self-test.
+    """
     words = [0] * PEER_WORDS
     words[PEER_MAGIC_WORD] = PEER_MAGIC
     words[PEER_TP_RANK], words[PEER_TP_SIZE] = tp_rank, len(buffers)

@@ -1,7 +1,7 @@
-"""Memory of a card that other processes of this machine map: by CUDA's driver, never torch's pool.
+"""PeerMemory: memory of a card that other processes on this machine can map.
 
-What is exported is a plain allocation, which its process must keep until the others have closed it.
-Multicast over NVLink is not used, here or anywhere.
+It is allocated by the CUDA driver, not from torch's pool, because the process that exports it must
+keep it until the other processes have closed it. NVLink multicast is not used, here or anywhere.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-HANDLE_BYTES = 64  # of CUipcMemHandle
+HANDLE_BYTES = 64  # size of a CUipcMemHandle
 _LAZY_ENABLE_PEER_ACCESS = 1
 
 
 class PeerError(Exception):
-    """Why cards cannot work together by each other's memory: one line."""
+    """Why cards cannot use each other's memory; the message is one line."""
 
 
 class PeerMemory(Protocol):
-    """What a group needs of a card and its driver. All raise PeerError."""
+    """What a PeerGroup needs from a card and its driver. All methods raise PeerError on failure."""
 
     def card_id(self) -> str:
-        """Names this rank's card, in every process."""
+        """A name of this rank's card that is the same in all processes."""
 
     def allocate(self, num_bytes: int) -> int:
-        """Address of that much memory here; its content is anything."""
+        """Allocate uninitialised memory on this card; returns its address."""
 
     def export(self, address: int) -> bytes:
-        """What another process opens an allocation by."""
+        """A handle by which another process can open an allocation."""
 
     def check_access(self, card_id: str) -> None:
-        """Raise unless this card can read and write the memory of that one."""
+        """Raise PeerError unless this card can read and write the memory of the other card."""
 
     def open(self, handle: bytes) -> int:
-        """Address here of what another process has exported."""
+        """Map an allocation that another process has exported; returns its address here."""
 
     def close(self, address: int) -> None:
-        """Unmap what was opened."""
+        """Unmap memory from `open`."""
 
     def free(self, address: int) -> None:
-        """Give back what was allocated."""
+        """Free memory from `allocate`."""
 
     def words(self, address: int, num_words: int) -> Tensor:
-        """int32 view of memory that was allocated."""
+        """An int32 [num_words] view of memory from `allocate`."""
 
 
 class _Handle(ctypes.Structure):
@@ -55,7 +55,7 @@ class _Handle(ctypes.Structure):
 
 
 class _Words:
-    """Memory as torch.as_tensor takes it."""
+    """Wraps an address for torch.as_tensor, by the CUDA array interface."""
 
     def __init__(self, address: int, num_words: int) -> None:
         self.__cuda_array_interface__ = {
@@ -118,7 +118,10 @@ class CudaPeerMemory:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """With torch's context on this thread, which a call of the runtime brings; nothing runs."""
+        """Make torch's CUDA context current on this thread, and wait for the device.
+
+        The call of the CUDA runtime is what sets the context, which driver calls need.
+        """
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
             yield

@@ -1,7 +1,7 @@
-"""The self-test of a PeerGroup: every op, every way a message goes, every byte compared.
+"""The self-test of a PeerGroup: runs every op in every way, and compares every byte.
 
-Drivers that say that cards reach each other, and then lose or mix up what they write, have been
-seen: so nothing of a group is used before this has passed on all ranks. It takes some 0.1 s.
+There are drivers that claim that cards can reach each other's memory, and then lose or mix up
+writes. Therefore a group is used only after this test has passed on all ranks. It takes 0.1 s.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pyserve.ops import peer_layout, reference_comm
 
 _HIDDEN = 4096
 _EPS = 1e-6
-_WIDTHS = (16032, 501)  # of gathered rows: 16 bytes at a time, and 2
+_WIDTHS = (16032, 501)  # columns of gathered rows: copied by 16 bytes, and by 2 bytes at a time
 
 
 class Group(Protocol):
-    """What is tested."""
+    """The interface of PeerGroup that is tested."""
 
     tp_rank: int
     tp_size: int
@@ -40,13 +40,15 @@ class Group(Protocol):
 
 
 def find_fault(group: Group, control: Tensor) -> str | None:
-    """What is wrong with the group, or None; control int32 [CONTROL_WORDS], of this rank.
+    """Run all checks; returns what the first failed one found, or None.
 
-    What is wrong is told of the first check, but the others are made too, as the other ranks wait
-    for them. One whose wait was given up is the last: each costs seconds.
+    control  int32 [CONTROL_WORDS]: the control words of this rank's buffer.
+
+    After a wrong result the remaining checks are still run, because the other ranks take part in
+    them. After a wait that was given up they are not, because each would take seconds.
     """
     limits = peer_layout.LIMITS[group.tp_size]
-    rounds = 2 * peer_layout.ONE_SHOT_ROUNDS + 1  # each area is used twice and more
+    rounds = 2 * peer_layout.ONE_SHOT_ROUNDS + 1  # so that each area is used at least twice
     sizes = [16 << (3 * turn % 11) for turn in range(rounds)]
     sizes += [limits.one_shot, limits.one_shot + 16, 3 * limits.one_shot + 16 * group.tp_size]
     sizes += [limits.two_shot]
@@ -54,7 +56,7 @@ def find_fault(group: Group, control: Tensor) -> str | None:
     checks = [(f"the sum of {size} bytes", _is_sum_right, size // 2) for size in sizes]
     rows = [1, 3, limits.one_shot // (2 * _HIDDEN), 2 * limits.one_shot // (2 * _HIDDEN)]
     checks += [(f"the sum and norm of {count} rows", _is_norm_right, count) for count in rows]
-    rows = [1, 7, 1, 2 * limits.gather // (2 * _WIDTHS[0]) + 1]  # the last in three kernels
+    rows = [1, 7, 1, 2 * limits.gather // (2 * _WIDTHS[0]) + 1]  # the last needs three kernels
     checks += [(f"{count} gathered rows", _is_gather_right, count) for count in rows]
     checks += [(f"{count} tokens", _are_tokens_right, count) for count in (1, 256, 5, 4096, 2)]
     fault = None
@@ -68,7 +70,8 @@ def find_fault(group: Group, control: Tensor) -> str | None:
 
 
 def _payload(group: Group, seed: int, shape: tuple[int, ...]) -> list[Tensor]:
-    """What each rank gives, known to all: bfloat16 of varied bits, all finite, some -0."""
+    """The inputs of all ranks, which every rank can compute: bfloat16 with varied bits, all finite,
+    some -0."""
     count = 1
     for size in shape:
         count *= size

@@ -1,9 +1,9 @@
-"""PeerGroup: cards of one machine that work together by each other's memory (cuda/gpu/comm).
+"""PeerGroup: communication between the cards of one machine through each other's memory.
 
-Of the ops here all ranks make the same calls in the same order with the same shapes, each on one
-stream; a CUDA graph may hold them. They take no host time but the launch. Sums are float32 in the
-order of ranks, on every rank bit for bit the same. A rank that waits longer than `spin_s` for
-another ends in a CUDA error. The plain-torch meaning of each is in reference_comm.py.
+All ranks make the same calls of these ops (cuda/gpu/comm) in the same order with the same shapes,
+each on a single stream; they may be recorded in CUDA graphs. The host only launches them. Sums are
+float32 in the order of ranks, and bit-equal on all ranks. A rank that waits for another one longer
+than `spin_s` fails with a CUDA error. The plain-torch specification is in reference_comm.py.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pyserve.ops.native import native as _ops
 from pyserve.ops.peer_memory import CudaPeerMemory, PeerError, PeerMemory
 
 Exchange = Callable[[bytes], list[bytes]]
-SPIN_S = 20.0  # of a wait; the server's watchdog is faster
-TRIAL_SPIN_S = 5.0  # of one in the self-test, for kernels that are loaded meanwhile
-MAX_HIDDEN = 16384  # of a row with a norm in the same kernel: kMaxNormHidden
+SPIN_S = 20.0  # time limit of a wait for another rank, beyond that of the server's watchdog
+TRIAL_SPIN_S = 5.0  # the same in the self-test, during which another rank may load kernels
+MAX_HIDDEN = 16384  # the longest row that can be summed and normed in one kernel: kMaxNormHidden
 _HALF = (torch.bfloat16, torch.float16)
-_ABSENT = -0x7FFF8000  # kAbsent in one_shot.cuh, as int32
+_ABSENT = -0x7FFF8000  # kAbsent in one_shot.cuh, as int32: marks words that have not arrived
 
 
 class Store(Protocol):
-    """What torch.distributed calls a store."""
+    """The methods of torch.distributed's Store that are used."""
 
     def set(self, key: str, value: str) -> None: ...
 
     def get(self, key: str) -> bytes:
-        """Waits until it is set."""
+        """The value of a key; waits until it is set."""
 
 
 class _Offer(msgspec.Struct, frozen=True):
-    """What a rank tells the others of its buffer; `reason` where it has none."""
+    """What a rank tells the others about its buffer; `reason` says why it has none."""
 
     card_id: str
     handle: bytes
@@ -50,19 +50,22 @@ class _Offer(msgspec.Struct, frozen=True):
 class PeerGroup:
     """tp_size ranks, each with a card of its own in a process of its own.
 
-    reason     why the cards cannot work together so, for a log line; all ranks have the same, and
-               are closed already. None: they can, and the self-test has compared every byte.
-    num_bytes  of this card that the group holds, for the ledger.
-    table      int64 words on the host that the native ops take; None where there is a reason.
+    reason     why the cards cannot use each other's memory, for the log; the same on all ranks,
+               which are closed then. None: they can, and the self-test has passed.
+    num_bytes  bytes of this card's memory that the group holds.
+    table      int64 [PEER_WORDS] on the host, an argument of the native ops; None if there is a
+               reason, and after `close`.
     """
 
     def __init__(
         self, tp_rank: int, tp_size: int, device: torch.device, exchange: Exchange, *,
         memory: PeerMemory | None = None, spin_s: float = SPIN_S,
     ) -> None:  # fmt: skip
-        """Every rank at the same time: exchange(own) gives the bytes of all, in rank order.
+        """Called on all ranks at the same time.
 
-        It is called a few times, and is a barrier too; what it raises comes through.
+        exchange  exchange(own) returns the bytes of all ranks, in rank order. It is called a few
+                  times, and also serves as a barrier. Its exceptions are passed on.
+        memory    None: that of the CUDA device.
         """
         self.tp_rank, self.tp_size, self.device = tp_rank, tp_size, device
         self.num_bytes = 0
@@ -78,13 +81,13 @@ class PeerGroup:
             self.reason = self._set_up()
             if self.reason is not None:
                 self._unmap()
-                exchange(b"")  # what others have mapped must not be freed
+                exchange(b"")  # a barrier: no rank may free its buffer while others have it mapped
                 self.close()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether all_reduce_ does x, or a larger message or another dtype needs NCCL.
+        """Whether all_reduce_ supports x; otherwise (size, dtype, alignment) NCCL is needed.
 
-        The same on all ranks where they call it for views of tensors that are alike.
+        All ranks get the same answer if their tensors have the same shape, strides and alignment.
         """
         num_bytes = x.numel() * x.element_size()
         return (
@@ -96,7 +99,7 @@ class PeerGroup:
         )
 
     def all_reduce_(self, x: Tensor) -> None:
-        """x := the sum of all ranks' x, in place; `takes` it, else RuntimeError."""
+        """x := the sum of all ranks' x, in place. Raises RuntimeError unless `takes(x)`."""
         if x.numel() * x.element_size() <= self._layout.limits.one_shot:
             _ops.all_reduce_one_shot(x, self.table)
         else:
@@ -106,11 +109,11 @@ class PeerGroup:
         self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
         offset: float = 0.0,
     ) -> None:  # fmt: skip
-        """residual += the sum of all ranks' partial, out = rms_norm(residual): one kernel, or two.
+        """residual += the sum of all ranks' partial; out = rms_norm(residual). One kernel or two.
 
-        partial, residual, out [num_rows, hidden], weight [hidden] of one 16-bit dtype. `takes`
-        partial, else RuntimeError; it may be overwritten. The sum is rounded before it is added:
-        the number of rows does not change a row's bits.
+        partial, residual, out [num_rows, hidden] and weight [hidden] have one 16-bit dtype. partial
+        may be overwritten. The sum is rounded before it is added, so that a row's bits do not
+        depend on the number of rows. Raises RuntimeError unless `takes(partial)`.
         """
         num_bytes, hidden = partial.numel() * partial.element_size(), len(weight)
         is_one = num_bytes <= self._layout.limits.one_shot and hidden <= MAX_HIDDEN
@@ -121,23 +124,23 @@ class PeerGroup:
             ops.add_rms_norm(partial, residual, weight, eps, out, offset)
 
     def gather_parts(self, local: Tensor, out: Tensor | None) -> None:
-        """out[r] := rank r's local, on rank 0; None on the others.
+        """On rank 0: out[r] := rank r's local. On the other ranks `out` is None.
 
-        local [num_rows, n], out [tp_size, num_rows, n], rows and parts with any stride, float32,
-        bfloat16 or float16. Where n is a multiple of 16 bytes, so are strides and addresses. Rank
-        0's local may be out[0].
+        local [num_rows, n], out [tp_size, num_rows, n]; float32, bfloat16 or float16. Rows and
+        parts may have any strides, but if n elements are a multiple of 16 bytes, strides and
+        addresses must be too. Rank 0's local may be out[0].
         """
         num_rows = len(local)
         row_bytes = max(local.shape[1] * local.element_size(), 1)
-        most = max(self._layout.limits.gather // row_bytes, 1)  # rows of one kernel
+        most = max(self._layout.limits.gather // row_bytes, 1)  # rows for each kernel
         for begin in range(0, num_rows, most):
             rows = slice(begin, min(begin + most, num_rows))
             part = None if out is None else out[:, rows]
             _ops.gather_rows(local[rows], part, self.table)
 
     def gather_rows(self, local: Tensor, out: Tensor | None) -> None:
-        """out [num_rows, tp_size * n] := all ranks' local [num_rows, n], side by side, on rank 0;
-        as gather_parts."""
+        """On rank 0: out [num_rows, tp_size * n] := all ranks' local [num_rows, n], side by side.
+        Otherwise as gather_parts."""
         parts = None
         if out is not None:
             num_rows, n = local.shape
@@ -145,15 +148,15 @@ class PeerGroup:
         self.gather_parts(local, parts)
 
     def broadcast_tokens(self, tokens: Tensor) -> None:
-        """tokens int32 [n] := rank 0's, in place."""
+        """tokens int32 [n] := those of rank 0, in place."""
         most = peer_layout.MAX_PEER_TOKENS
         for begin in range(0, len(tokens), most):
             _ops.broadcast_tokens(tokens[begin : begin + most], self.table)
 
     def close(self) -> None:
-        """Unmap the others' buffers and free our own; no call follows. Harmless when repeated.
+        """Unmap the others' buffers and free our own; no call may follow. Harmless when repeated.
 
-        The others must be done with this rank's buffer, which they write to: their last step is.
+        The other ranks write to this rank's buffer, so their last step must have ended.
         """
         self._unmap()
         if self._own is not None:
@@ -179,18 +182,18 @@ class PeerGroup:
         return reason or self._agree(self._try)
 
     def _offer(self) -> _Offer:
-        """Our buffer, allocated and ready: absent where one-shot messages come, else zero."""
+        """Allocate our buffer, and initialise its one-shot area as absent and the rest as zero."""
         places = self._layout
         self._own = self._memory.allocate(places.num_bytes)
         self.num_bytes = places.num_bytes
         words = self._memory.words(self._own, places.num_bytes // 4)
         words.zero_()
         words[places.one_shot // 4 : places.one_shot_end // 4] = _ABSENT
-        handle = self._memory.export(self._own)  # waits for the above
+        handle = self._memory.export(self._own)  # also waits until the above is written
         return _Offer(self._memory.card_id(), handle, places.num_bytes)
 
     def _open(self, offers: list[_Offer]) -> None:
-        """Map all others' buffers."""
+        """Map the buffers of all other ranks. Raises PeerError."""
         assert self._own is not None
         buffers = []
         for other, offer in enumerate(offers):
@@ -203,7 +206,8 @@ class PeerGroup:
         self._buffers = buffers
 
     def _try(self) -> None:
-        """The self-test, with waits that end without an error of CUDA; then the real table."""
+        """Run the self-test, in which waits give up without a CUDA error; then make the real table.
+        Raises PeerError."""
         self.table = self._make_table(TRIAL_SPIN_S, is_trial=True)
         assert self._own is not None
         control = self._memory.words(self._own, peer_layout.CONTROL_WORDS)
@@ -219,7 +223,7 @@ class PeerGroup:
         return torch.tensor(words, dtype=torch.int64)
 
     def _agree(self, do: Callable[..., None], *arguments: object) -> str | None:
-        """Why it did not work out on some rank; the same answer on all."""
+        """Call do(*arguments) on all ranks; returns the first rank's error, the same on all."""
         reason = ""
         try:
             do(*arguments)
@@ -229,7 +233,7 @@ class PeerGroup:
 
 
 def exchange_over(store: Store, tp_rank: int, tp_size: int) -> Exchange:
-    """A PeerGroup's exchange over a store that all ranks have."""
+    """Make the `exchange` of a PeerGroup from a store that all ranks share."""
     turns = itertools.count()
 
     def exchange(own: bytes) -> list[bytes]:
@@ -242,7 +246,7 @@ def exchange_over(store: Store, tp_rank: int, tp_size: int) -> Exchange:
 
 
 def _first(reasons: list[str]) -> str | None:
-    """With the rank that it is from."""
+    """The first reason that is not empty, with its rank; None if there is none."""
     for other, reason in enumerate(reasons):
         if reason:
             return f"rank {other}: {reason}"

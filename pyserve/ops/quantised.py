@@ -1,9 +1,9 @@
-"""Products with matrices that are stored in a way of their own: 4-bit integers (w4a16.py), 8-bit
-floats (fp8.py).
+"""Products with quantised matrices: 4-bit integers (w4a16.py) and 8-bit floats (fp8.py).
 
-For few rows of x there are kernels that read what is stored; for more it is made plain numbers
-first, a slice at a time, in memory that is given: `scratch`, of x's dtype and one dimension, holds
-matrix.row_step rows at least. Or x is rounded to what a card's matrix units multiply, there.
+With few rows of x, a kernel multiplies by the quantised matrix directly. With more rows there are
+two ways. The matrix is dequantised first, slice by slice, into `scratch`: a tensor of one dimension
+and x's dtype with room for at least matrix.row_step rows. Or, on a card with FP8 matrix units, x is
+rounded to 8 bits and multiplied by the FP8 matrix.
 """
 
 from __future__ import annotations
@@ -20,56 +20,70 @@ from pyserve.ops import ADD, SILU_MUL, STORE, fp8, w4a16
 from pyserve.ops.experts import CHUNK_ROWS, Routing, chunks, longest_group, sort_rows
 from pyserve.ops.native import native as _ops
 
-# Rows up to which a norm may be a factor between linears of 4-bit integers: those of one pass of
-# the kernel for few rows. The kernel for more has no norms, and is faster without than two passes.
+# The most rows for which a norm may be fused into quantised linears: those of one pass of the
+# kernel for few rows. With more, another kernel, which fuses no norms, is faster than two passes.
 MAX_NORM_ROWS = 16
 
-_served: dict[tuple[object, ...], bool] = {}  # what serves_linear_w4a16, _fp8 and _w8a8 said
+_served: dict[tuple[object, ...], bool] = {}  # cached answers of serves_linear_w4a16, _fp8, _w8a8
 
 
 class Matrix(Protocol):
-    """W [n, k], or of all experts [count, n, k]."""
+    """A quantised matrix W [n, k], or a stack of the matrices of all experts, [count, n, k]."""
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, /,
                  *norm: Any) -> None:  # fmt: skip
-        """The kernel for few rows: x W^T + bias [m, n], and what the epilogue makes of it -> out.
+        """The kernel for few rows: x W^T + bias [m, n], then the epilogue -> out.
 
-        norm   x_squares, eps, norm_weight, scaled, squares, as ops.linear_of_scaled and
-               linear_add_for_norm have them.
+        epilogue  ops.STORE, ADD (to out, the residual) or SILU_MUL.
+        norm      x_squares, eps, norm_weight, scaled, squares: for fused norms, as in
+                  ops.linear_of_scaled and linear_add_for_norm.
         """
 
     def multiply_grouped(
         self, x: Tensor, order: Tensor | None, offsets: Tensor, max_group: int,
         sorted_x: Tensor | None, out: Tensor,
     ) -> None:  # fmt: skip
-        """The kernel for few rows of each expert, on a card for any: as ops.experts.grouped_linear;
-        with an order as grouped_linear_silu_mul, and sorted_x is room as it has there."""
+        """The kernel of a mixture of experts; on a CPU for few rows of each expert.
 
-    def of_expert(self, index: int) -> Matrix: ...
+        Without `order` as ops.experts.grouped_linear, with it as grouped_linear_silu_mul, of which
+        sorted_x is the scratch memory.
+
+        max_group  an upper bound of the number of rows of an expert.
+        """
+
+    def of_expert(self, index: int) -> Matrix:
+        """The matrix of one expert of a stack, as views."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of the stored matrix with its scales."""
 
     def is_own(self, x: Tensor) -> bool:
-        """Whether `multiply` is faster for these rows than to make plain numbers first."""
+        """Whether `multiply` is the fastest way for x's number of rows."""
 
     def multiply_rounded(
         self, x: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, scratch: Tensor
     ) -> bool:
-        """multiply of x rounded, where that is faster than plain numbers: whether it was done. The
-        rows of a gate are a multiple of fp8.HALF_TILE_ROWS."""
+        """`multiply` with x rounded to 8 bits, if that is faster than dequantising W.
+
+        Returns whether it was done; if not, `out` is unchanged. With SILU_MUL, the rows of the gate
+        are a multiple of fp8.HALF_TILE_ROWS.
+        """
 
     @property
     def row_step(self) -> int:
-        """Of slices of plain numbers."""
+        """Slices that are dequantised begin at a multiple of so many rows."""
 
     def dequantise(self, begin: int, out: Tensor) -> None:
-        """Rows from `begin` on, a multiple of row_step, as plain numbers, each rounded once
-        -> out [rows, k]; rows may be strided."""
+        """Dequantise the rows from `begin` on, a multiple of row_step -> out [rows, k].
+
+        Each element is rounded once; rows of out may be strided.
+        """
 
 
 class W4A16Matrix(NamedTuple):
-    """`packed` as w4a16.py says: int32 [strips, units, words], behind [count] of experts."""
+    """`packed` is laid out as in w4a16.py: int32 [num_strips, num_units, unit_words]; a stack of
+    experts has a leading dimension [count]."""
 
     packed: Tensor
 
@@ -112,7 +126,8 @@ class W4A16Matrix(NamedTuple):
 
 
 class Fp8Matrix(NamedTuple):
-    """As fp8.py says: weight uint8, scales float32."""
+    """weight uint8 [n, k] and scales float32, laid out as in fp8.py; a stack of experts has a
+    leading dimension [count]."""
 
     weight: Tensor
     scales: Tensor
@@ -147,6 +162,7 @@ class Fp8Matrix(NamedTuple):
         return is_served
 
     def is_rounding(self, x: Tensor) -> bool:
+        """Whether multiply_rounded is the fastest way for x's number of rows."""
         if not x.is_cuda:
             return False
         scale = self.scale_rows, self.scale_columns
@@ -176,14 +192,14 @@ class Fp8Matrix(NamedTuple):
 
 
 class Fp8WeightMatrix(Fp8Matrix):
-    """By activations that are never rounded."""
+    """An Fp8Matrix whose activations are never rounded to 8 bits."""
 
     def is_rounding(self, x: Tensor) -> bool:
         return False
 
 
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch: Tensor) -> None:
-    """x W^T + bias -> out [m, n]. x [m, k], rows may be strided; bias [n]."""
+    """x W^T + bias -> out [m, n]. x [m, k], rows may be strided; bias [n]; scratch as above."""
     if matrix.is_own(x):
         matrix.multiply(x, bias, out, STORE)
         return
@@ -191,7 +207,9 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch:
         return
     for begin, end, weight in _slices(matrix, out.shape[1], x.shape[1], scratch):
         part = None if bias is None else bias[begin:end]
-        if x.is_cuda:  # our kernels read a weight before the one in front, which writes this, ends
+        # On a card our own kernels prefetch their weight before the kernel launched before them has
+        # ended. Here that kernel writes the weight, so torch's product is used.
+        if x.is_cuda:
             functional.linear(x, weight, part, out=out[:, begin:end])  # type: ignore[call-arg]
         else:
             ops.linear(x, weight, part, out[:, begin:end])
@@ -200,7 +218,7 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, scratch:
 def linear_add(
     x: Tensor, matrix: Matrix, bias: Tensor | None, residual: Tensor, scratch: Tensor
 ) -> None:
-    """ops.linear_add of the matrix."""
+    """As ops.linear_add, with a quantised matrix."""
     if matrix.is_own(x):
         matrix.multiply(x, bias, residual, ADD)
         return
@@ -208,7 +226,7 @@ def linear_add(
         return
     for begin, end, weight in _slices(matrix, residual.shape[1], x.shape[1], scratch):
         part, to = None if bias is None else bias[begin:end], residual[:, begin:end]
-        if x.is_cuda:  # as above
+        if x.is_cuda:  # as in `linear`
             if part is not None:
                 to += part
             to.addmm_(x, weight.t())
@@ -219,8 +237,8 @@ def linear_add(
 def linear_silu_mul(
     x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, gate_up: Tensor, scratch: Tensor
 ) -> None:
-    """ops.linear_silu_mul of the matrix, of 2 n rows."""
-    has_whole_strips = out.shape[1] % w4a16.STRIP_ROWS == 0  # else a strip would be of both halves
+    """As ops.linear_silu_mul, with a quantised matrix of 2 n rows."""
+    has_whole_strips = out.shape[1] % w4a16.STRIP_ROWS == 0  # no strip has rows of gate and up
     if has_whole_strips and matrix.is_own(x):
         matrix.multiply(x, bias, out, SILU_MUL)
         return
@@ -235,28 +253,29 @@ def linear_add_for_norm(
     x: Tensor, matrix: Matrix, bias: Tensor | None, residual: Tensor, norm_weight: Tensor,
     scaled: Tensor, squares: Tensor,
 ) -> None:  # fmt: skip
-    """ops.linear_add_for_norm of the matrix."""
+    """As ops.linear_add_for_norm, with a quantised matrix."""
     matrix.multiply(x, bias, residual, ADD, None, 0.0, norm_weight, scaled, squares)
 
 
 def linear_of_scaled(
     x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
 ) -> None:
-    """ops.linear_of_scaled of the matrix."""
+    """As ops.linear_of_scaled, with a quantised matrix."""
     matrix.multiply(x, bias, out, STORE, x_squares, eps)
 
 
 def linear_silu_mul_of_scaled(
     x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, x_squares: Tensor, eps: float
 ) -> None:
-    """ops.linear_silu_mul_of_scaled of the matrix; n a multiple of 16 on a card."""
+    """As ops.linear_silu_mul_of_scaled, with a quantised matrix of 2 n rows; on a card n must be a
+    multiple of 16."""
     matrix.multiply(x, bias, out, SILU_MUL, x_squares, eps)
 
 
 def grouped_linear_silu_mul(
     x: Tensor, matrix: Matrix, routing: Routing, out: Tensor, sorted_x: Tensor, scratch: Tensor
 ) -> None:
-    """ops.experts.grouped_linear_silu_mul of the matrices, each of 2 n rows."""
+    """As ops.experts.grouped_linear_silu_mul, with quantised matrices of 2 n rows each."""
     if x.is_cuda or matrix.is_own(sorted_x[: longest_group(routing)]):
         num_tokens = len(x)  # no expert has more rows
         matrix.multiply_grouped(x, routing.order, routing.offsets, num_tokens, sorted_x, out)
@@ -273,7 +292,7 @@ def grouped_linear_silu_mul(
 def grouped_linear(
     x: Tensor, matrix: Matrix, routing: Routing, out: Tensor, scratch: Tensor
 ) -> None:
-    """ops.experts.grouped_linear of the matrices."""
+    """As ops.experts.grouped_linear, with quantised matrices."""
     if x.is_cuda or matrix.is_own(x[: longest_group(routing)]):
         num_tokens = len(routing.places)
         matrix.multiply_grouped(x, None, routing.offsets, num_tokens, None, out)
@@ -283,7 +302,8 @@ def grouped_linear(
 
 
 def first_rounded_row(device: torch.device) -> int | None:
-    """Rows of x from which a matrix of 8-bit floats is multiplied by x rounded, on this device."""
+    """The smallest number of rows for which x is rounded to 8 bits before it is multiplied by an
+    FP8 matrix on this device; None: never."""
     if device.type != "cuda":
         return None
     block = torch.zeros(128, 128, dtype=torch.uint8, device=device)
@@ -292,18 +312,20 @@ def first_rounded_row(device: torch.device) -> int | None:
 
 
 def dequantise(matrix: Matrix, out: Tensor) -> None:
-    """W as plain numbers, each rounded once -> out [n, k]; rows may be strided."""
+    """Dequantise W, rounding each element once -> out [n, k]; rows of out may be strided."""
     matrix.dequantise(0, out)
 
 
 def scratch_rows(matrix: Matrix, n: int, k: int, num_elements: int) -> int:
-    """Of a matrix [n, k] that are made plain numbers at once in so much memory: whole steps."""
+    """The number of rows of a matrix [n, k] that are dequantised at once in a scratch of
+    num_elements elements: a multiple of row_step, and at least one row_step."""
     step = matrix.row_step
     return min(-(-n // step), max(1, num_elements // (k * step))) * step
 
 
 def _slices(matrix: Matrix, n: int, k: int, scratch: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, end, plain numbers) of rows of a matrix [n, k], in scratch, one after the other."""
+    """Dequantise a matrix [n, k] slice by slice: yields (first row, end, weight), where weight
+    [end - first, k] is a view of `scratch` that the next slice overwrites."""
     num_rows = scratch_rows(matrix, n, k, len(scratch))
     for begin in range(0, n, num_rows):
         end = min(n, begin + num_rows)

@@ -1,8 +1,8 @@
-"""Plain-torch twins of the ops: their specification, the oracle of the tests, and what
-`--allow-reference-ops` serves with. Same signatures as the schemas in cuda/ops.cpp.
+"""Plain-torch twins of the ops: the specification of the ops, the oracle of the tests, and the
+implementation that `--allow-reference-ops` serves with. Signatures are those of cuda/ops.cpp.
 
-Written to be read, not to be fast. Float work is done in float32 and rounded once at the end; the
-samplers of all backends follow `sample` bit for bit, so its arithmetic is spelled out.
+Written to be read, not to be fast. Floats are computed in float32 and rounded once at the end. The
+samplers of all backends equal `sample` bit for bit, so its arithmetic is spelled out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, offset: float = 0.0,
     x_weight: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """residual += x, or its norm by x_weight, rounded to its dtype; out = rms_norm(residual)."""
+    """residual += x, or with x_weight the norm of x, rounded; out = rms_norm(residual)."""
     if x_weight is not None:
         x = _rms_norm_float32(x, x_weight, eps, offset).to(x.dtype)
     residual.copy_(residual.float() + x.float())
@@ -94,8 +94,8 @@ def paged_attention(
     cu_seqlens_q: Tensor, seq_lens: Tensor, softmax_scale: float, window: int, max_query_len: int,
     work: Tensor | None, workspace: Tensor | None, out: Tensor, softcap: float = 0.0,
 ) -> None:  # fmt: skip
-    """Causal attention of each row's queries over the KV of its slot. The last three before `out`
-    only say how the work may be divided."""
+    """Causal attention of each row's queries over the KV of its slot. max_query_len, work and
+    workspace only say how a card may divide the work, and are not used here."""
     num_kv_heads, head_dim = key_cache.shape[2:]
     group, block_size = q.shape[1] // num_kv_heads, key_cache.shape[1]
     starts, lens = cu_seqlens_q.tolist(), seq_lens.tolist()
@@ -127,7 +127,7 @@ def rope_attention(
     softmax_scale: float, window: int, work: Tensor, workspace: Tensor, out: Tensor,
     softcap: float = 0.0,
 ) -> None:  # fmt: skip
-    """rope_write_kv of every row's tokens, on a copy of qkv; then paged_attention."""
+    """rope_write_kv of all rows' tokens, on a copy of qkv, then paged_attention."""
     starts, lens, table = cu_seqlens_q.tolist(), seq_lens.tolist(), block_table.tolist()
     (num_tokens, num_heads, head_dim), block_size = q.shape, key_cache.shape[1]
     positions = torch.zeros(num_tokens, dtype=torch.int32, device=q.device)
@@ -154,7 +154,8 @@ def plan_attention(
     cu_seqlens_q: Tensor, seq_lens: Tensor, num_heads: int, num_kv_heads: int, window: int,
     work: Tensor,
 ) -> None:  # fmt: skip
-    """The simplest valid plan: one range, no split. What any plan must satisfy is in the tests."""
+    """Writes the simplest valid plan: one range, no split. The tests check what any plan must
+    satisfy."""
     decode_rows, prefill_rows, kv_tile, num_ranges = 16, 128, 64, 1  # attention/attention.h
     group, starts = num_heads // num_kv_heads, cu_seqlens_q.tolist()
     decode: list[list[int]] = []
@@ -188,7 +189,7 @@ def plan_step(
     input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, row_slots: Tensor,
     cu_seqlens_q: Tensor, seq_lens: Tensor, sample_rows: Tensor,
 ) -> None:  # fmt: skip
-    """Apply a StepInput's updates to the slots and derive the batch metadata of the step."""
+    """Apply a StepInput's updates to the slots, and derive the tensors of a StepPlan."""
     words = step_input.tolist()
     header = checked_header(words, input_ids.shape[0], row_slots.shape[0])
     at = header[layout.HEADER_SLOT_UPDATES_OFFSET]

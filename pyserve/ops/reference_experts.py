@@ -1,4 +1,4 @@
-"""Plain-torch twins of the ops of a mixture of experts: see reference.py and experts.py."""
+"""Plain-torch twins of the ops of a mixture of experts; see reference.py and experts.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyserve.ops.reference_linear import linear, linear_silu_mul
 
-SUM_EPS = 1e-20  # beside a sum of sigmoids, which may be 0, as DeepSeek-V3 has it
+SUM_EPS = 1e-20  # added to a sum of sigmoids, which may be 0, as in DeepSeek-V3
 
 
 def route(
@@ -32,7 +32,7 @@ def route(
     weights[:, :top_k] = chosen * scale
     weights[:, top_k:] = logits[:, num_experts:].sigmoid()
     weights[~is_there] = 0.0
-    # Experts of padding sort behind all others.
+    # Padding tokens get an expert number that sorts behind all real experts.
     experts = experts.masked_fill(~is_there[:, None], num_experts).flatten()
     sorted_experts, sorted_order = experts.sort(stable=True)
     bounds = torch.arange(num_experts + 1, device=x.device)
@@ -46,12 +46,14 @@ def route(
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Indices of the largest of each row, in descending order, of equal ones the first."""
+    """Indices of the `count` largest values in each row, in descending order; of equal values the
+    lower index comes first."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def _limited(choices: Tensor, num_groups: int, top_groups: int, num_summed: int) -> Tensor:
-    """-inf in all groups but the best ones."""
+    """`choices` with -inf in all groups but the top_groups best ones. A group's score is the sum of
+    its num_summed largest values."""
     groups = choices.view(len(choices), num_groups, -1)
     best = groups.topk(min(num_summed, groups.shape[-1]), dim=-1).values.sum(-1)
     is_out = torch.ones_like(best, dtype=torch.bool).scatter_(-1, _largest(best, top_groups), False)
@@ -59,7 +61,7 @@ def _limited(choices: Tensor, num_groups: int, top_groups: int, num_summed: int)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, max_group: int, out: Tensor) -> None:
-    """linear of each expert's rows, of which none has more than max_group."""
+    """`linear` of each expert's rows; no expert has more than max_group rows."""
     assert not len(offsets) or int(offsets.diff().max()) <= max_group
     bounds = offsets.tolist()
     for matrix, begin, end in zip(weight, bounds[:-1], bounds[1:], strict=True):
@@ -69,7 +71,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, max_group: int, o
 def grouped_linear_silu_mul(
     x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, sorted_x: Tensor, out: Tensor
 ) -> None:
-    """linear_silu_mul of each expert's rows of x, of which `order` // top_k is the token."""
+    """linear_silu_mul of each expert's rows of x; the token of a row is order[row] // top_k."""
     bounds, top_k = offsets.tolist(), len(order) // max(1, len(x))
     count = bounds[-1]
     sorted_x[:count] = x[order[:count].long() // top_k]
@@ -81,7 +83,7 @@ def combine_experts(
     rows: Tensor, places: Tensor, weights: Tensor, shared: Tensor | None, is_adding: bool,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """out = the weighted sum of a token's rows, plus shared, plus out where is_adding."""
+    """out = the weighted sum of each token's rows, plus shared, plus out if is_adding."""
     sums = torch.zeros(out.shape, device=out.device)
     for j, of_each in enumerate(places.long().T):
         is_there = of_each >= 0

@@ -1,4 +1,4 @@
-"""Plain-torch twins of the ops of multi-head latent attention: see reference.py and latent.py."""
+"""Plain-torch twins of the ops of multi-head latent attention; see reference.py and latent.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def rope_write_latent(
     q: Tensor, compressed: Tensor, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor,
     norm_weight: Tensor, eps: float, has_pairs: bool, rotated: Tensor, latent_cache: Tensor,
 ) -> None:  # fmt: skip
-    """Rotate q; norm the latent and rotate what stands beside it, and write both to the cache."""
+    """Rotate q; norm the latent, rotate the rest of `compressed`, and write both to the cache."""
     latent_size, block_size = len(norm_weight), latent_cache.shape[1]
     if bool(((positions < 0) | (positions >= cos_sin.shape[0])).any()):
         raise RuntimeError(f"rope_write_latent: a position is outside [0, {cos_sin.shape[0]})")
@@ -30,7 +30,7 @@ def rope_write_latent(
 
 
 def _rotate(x: Tensor, cos_sin: Tensor, has_pairs: bool) -> Tensor:
-    """All of the last dimension, in float32."""
+    """Rotate all of the last dimension, in float32."""
     x = x.float()
     first, second = (x[..., ::2], x[..., 1::2]) if has_pairs else x.chunk(2, -1)
     cos, sin = cos_sin.chunk(2, -1)
@@ -42,8 +42,8 @@ def latent_attention(
     seq_lens: Tensor, softmax_scale: float, max_query_len: int, work: Tensor | None,
     workspace: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """Causal attention of each row's queries over the latents of its slot. The last three before
-    `out` only say how the work may be divided."""
+    """Causal attention of each row's queries over the latents of its slot. max_query_len, work and
+    workspace only say how a card may divide the work, and are not used here."""
     block_size, latent_size = latent_cache.shape[1], out.shape[2]
     starts, lens = cu_seqlens_q.tolist(), seq_lens.tolist()
     for row, slot in enumerate(row_slots.tolist()):

@@ -1,18 +1,18 @@
-"""Plain-torch twins of the linear ops and of the activations: see reference.py."""
+"""Plain-torch twins of the linear ops and of the activations; see reference.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SQUARES_COLUMNS = 16  # of the residual, whose sum of squares is one number: common/epilogue.h
+SQUARES_COLUMNS = 16  # columns of the residual for each sum of squares: cuda/common/epilogue.h
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, x_squares: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:  # fmt: skip
-    """out = x weight^T + bias; with x_squares the norm's factor stands before x."""
+    """out = x weight^T + bias; with x_squares, the product is divided by the residual's rms."""
     out.copy_(_linear_float32(x, weight, bias, x_squares, eps))
 
 
@@ -20,7 +20,8 @@ def linear_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
     norm_weight: Tensor | None = None, scaled: Tensor | None = None, squares: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """residual += x weight^T + bias, rounded once; and what a norm of it needs."""
+    """residual += x weight^T + bias, rounded once; with norm_weight, also writes `scaled` and
+    `squares`, as ops.linear_add_for_norm."""
     residual.copy_(residual.float() + _linear_float32(x, weight, bias))
     if norm_weight is not None:
         assert scaled is not None and squares is not None
@@ -49,7 +50,7 @@ def _linear_float32(
 
 
 def serves_linear(weight: Tensor, m: int, epilogue: int) -> bool:
-    """Whether an own kernel is the fastest: there is no other here."""
+    """Whether our own op is the fastest: always, as there is no other here."""
     return True
 
 

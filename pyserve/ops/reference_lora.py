@@ -1,4 +1,4 @@
-"""Plain-torch twins of the ops of lora.py: see reference.py."""
+"""Plain-torch twins of the ops of lora.py; see reference.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def lora_shrink(
     x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor,
     x_squares: Tensor | None = None, eps: float = 0.0,
 ) -> None:  # fmt: skip
-    """The sum over splits of out = scale * x a^T of each segment and part, up to its rank."""
+    """The sum of out over its splits = scale * x a^T, for each slot's tokens and each part."""
     factors = None
     if x_squares is not None:
         factors = torch.rsqrt(x_squares.sum(1, keepdim=True) / x.shape[1] + eps)
@@ -27,7 +27,7 @@ def lora_shrink(
 def lora_expand(
     shrunk: Tensor, b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, out: Tensor
 ) -> None:
-    """out += shrunk b^T of each segment, in the columns of each part; rounded once."""
+    """out += shrunk b^T for each slot's tokens, in each part's columns; rounded once."""
     bounds = columns.tolist()
     for slot, part, rank, begin, end in _segments(starts, ranks, len(out), b.shape[2]):
         first, last = bounds[part : part + 2]
@@ -41,7 +41,7 @@ def lora_expand_silu_mul(
     shrunk: Tensor, b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, gate_up: Tensor,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """lora_expand, then silu(gate) * up; a rounding between."""
+    """lora_expand into gate_up, which rounds, then silu(gate) * up."""
     lora_expand(shrunk, b, starts, ranks, columns, gate_up)
     gate, up = gate_up.float().chunk(2, dim=1)
     out.copy_(torch.nn.functional.silu(gate) * up)
@@ -50,7 +50,8 @@ def lora_expand_silu_mul(
 def _segments(
     starts: Tensor, ranks: Tensor, num_tokens: int, max_rank: int
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """(slot, part, its rank, first token, end) of what has tokens and a rank."""
+    """Yield (slot, part, its rank, first token, end) for each slot with tokens and part with a
+    pair. Raises RuntimeError for values out of range."""
     bounds = starts.tolist()
     for slot, own in enumerate(ranks.tolist()):
         begin, end = bounds[slot : slot + 2]

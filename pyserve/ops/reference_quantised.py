@@ -1,4 +1,4 @@
-"""Plain-torch twins of the ops on matrices of 4-bit integers and 8-bit floats: see reference.py."""
+"""Plain-torch twins of the ops on quantised matrices; see reference.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def linear_w4a16(
     x_squares: Tensor | None = None, eps: float = 0.0, norm_weight: Tensor | None = None,
     scaled: Tensor | None = None, squares: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """linear of the matrix that w4a16.py describes; epilogue 1: linear_add, 2: linear_silu_mul."""
+    """`linear` with a matrix as in w4a16.py; with epilogue 1 linear_add, with 2 linear_silu_mul."""
     num_rows = out.shape[1] * (2 if epilogue == 2 else 1)
     weight = w4a16.dequantised(packed, num_rows, x.shape[1])
     _linear(x, weight, bias, out, epilogue, x_squares, eps, norm_weight, scaled, squares)
@@ -35,7 +35,7 @@ def grouped_linear_w4a16(
     x: Tensor, packed: Tensor, order: Tensor | None, offsets: Tensor, max_group: int,
     sorted_x: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """grouped_linear of the matrices; with an order grouped_linear_silu_mul."""
+    """grouped_linear with these matrices; if order is given, grouped_linear_silu_mul."""
     num_rows = out.shape[1] * (1 if order is None else 2)
     flat = w4a16.dequantised(packed.flatten(0, 1), packed.shape[1] * 16 * len(packed), x.shape[1])
     weight = flat.view(len(packed), packed.shape[1] * 16, -1)[:, :num_rows]
@@ -48,7 +48,7 @@ def linear_fp8(
     eps: float = 0.0, norm_weight: Tensor | None = None, scaled: Tensor | None = None,
     squares: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """linear of the matrix that fp8.py describes, as linear_w4a16."""
+    """As linear_w4a16, with a matrix as in fp8.py."""
     plain = fp8.dequantised(weight, scales, scale_rows, scale_columns)
     _linear(x, plain, bias, out, epilogue, x_squares, eps, norm_weight, scaled, squares)
 
@@ -69,7 +69,7 @@ def linear_w8a8(
     x: Tensor, weight: Tensor, scales: Tensor, scale_rows: int, scale_columns: int,
     bias: Tensor | None, out: Tensor, scratch: Tensor, epilogue: int = 0,
 ) -> None:  # fmt: skip
-    """linear_fp8 of x as fp8.rounded_rows has it, without norms, in float32."""
+    """linear_fp8 with x rounded by fp8.rounded_rows, without norms."""
     rounded, x_scales = fp8.rounded_rows(x)
     plain = fp8.dequantised(rounded, x_scales.T, 1, fp8.GROUP_COLUMNS)
     sums = plain @ fp8.dequantised(weight, scales, scale_rows, scale_columns).T

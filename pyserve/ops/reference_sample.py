@@ -1,4 +1,4 @@
-"""Plain-torch twins of the sampling ops: see reference.py."""
+"""Plain-torch twins of the sampling ops; see reference.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyserve import limits
 from pyserve.ops import step_layout as layout
 from pyserve.ops.philox import philox4x32
 
-GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy
+GREEDY_TEMPERATURE = 1e-5  # rows with a lower temperature are greedy
 
 
 def sample(
@@ -20,7 +20,7 @@ def sample(
     workspace: Tensor | None,
     sampled: Tensor,
 ) -> None:
-    """Draw one token for each row and note it in its slot."""
+    """Sample one token for each row and store it in the row's slot."""
     float_slots = slots.view(torch.float32)
     for row, slot in enumerate(sample_slots.tolist()):
         if slot < 0:
@@ -30,14 +30,14 @@ def sample(
             raise RuntimeError(f"sample: slot {slot} is outside [-1, {slots.shape[0]})")
         token_id = sample_row(logits[row], slots[slot], float_slots[slot], token_counts[slot])
         sampled[row] = token_id
-        # A failed row leaves a token that is in range: its next step may be queued already.
+        # A failed row stores a token in range, because its next step may be queued already.
         slots[slot, layout.SLOT_LAST_TOKEN] = max(token_id, 0)
         if token_id >= 0 and int(slots[slot, layout.SLOT_HAS_PENALTIES]):
             token_counts[slot, token_id] = _counted(int(token_counts[slot, token_id]))
 
 
 def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
-    """Set what the masks forbid, and what lies behind their end, to -inf."""
+    """Set the logits of tokens that a mask forbids, or that are beyond its end, to -inf."""
     num_rows, vocab_size = logits.shape
     token_ids = torch.arange(32 * bitmask.shape[1], device=logits.device)[:vocab_size]
     for row, mask in zip(rows.tolist(), bitmask, strict=True):
@@ -54,7 +54,7 @@ def logprobs(
     logits: Tensor, rows: Tensor, token_ids: Tensor, is_normalized: bool, token_logprobs: Tensor,
     token_ranks: Tensor, top_ids: Tensor, top_logprobs: Tensor,
 ) -> None:  # fmt: skip
-    """The log-softmax of a token, its rank, and the most likely tokens, of some rows."""
+    """For some rows, the log-softmax and rank of a token, and the most likely tokens."""
     num_rows, vocab_size = logits.shape
     num_top = min(limits.TOP_LOGPROBS, vocab_size)
     for tensor, nothing in ((token_ranks, 0), (top_ids, -1)):
@@ -85,9 +85,10 @@ def logprobs(
 
 
 def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor) -> int:
-    """Token id drawn from logits [vocab], -1 where they hold NaN or +inf or all are -inf.
+    """The token id sampled from logits [vocab_size]; -1 if they have NaN or +inf or all are -inf.
 
-    `slot` [SLOT_WORDS] as int32 and, as `float_slot`, as float32.
+    slot, float_slot  the slot row [SLOT_WORDS] as int32 and, the same words, as float32.
+    counts            int16 [vocab_size]: the row of token_counts.
     """
     adjusted = _adjusted_logits(logits, slot, float_slot, counts)
     if bool((~(logits.float() < torch.inf)).any()) or bool((~(adjusted < torch.inf)).any()):
@@ -110,7 +111,8 @@ def sample_row(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor)
 
 
 def _survivors(adjusted: Tensor, slot: Tensor, float_slot: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending ids of the tokens that top-k, min-p and top-p leave, and the weights of all."""
+    """The ids, ascending, of the tokens that top-k, min-p and top-p leave, and the weights of all
+    tokens."""
     # Sums of weights are exact: at most 2^19 integers of at most 2^34, in float64.
     temperature = float_slot[layout.SLOT_TEMPERATURE]
     weights = quantized_exp((adjusted - adjusted.max()) * (1.0 / temperature)).double()
@@ -132,11 +134,11 @@ def _survivors(adjusted: Tensor, slot: Tensor, float_slot: Tensor) -> tuple[Tens
 def processed_logits(
     logits: Tensor, rows: Tensor, sample_slots: Tensor, slots: Tensor, token_counts: Tensor
 ) -> Tensor:
-    """What `sample` is about to draw from -> float32 [num_rows, vocab], of `rows` alone.
+    """The logits that `sample` draws from: float32 [num_rows, vocab_size]; only `rows` are defined.
 
-    The logits after biases, the ban of stop ids, penalties and temperature; tokens that top-k,
-    min-p and top-p leave out are -inf. A greedy row has none of the last four, as it needs none.
-    The other rows hold anything.
+    They are the logits after biases, the ban of stop ids, penalties and temperature, with -inf for
+    tokens that top-k, min-p and top-p leave out. Temperature and these three are not applied to a
+    greedy row.
     """
     processed = torch.empty(logits.shape)
     for row in rows.tolist():
@@ -169,9 +171,9 @@ _EXP_COEFFICIENTS = (
 
 
 def quantized_exp(x: Tensor) -> Tensor:
-    """round(exp(x) * 2^34) as float32, x <= 0; each operation rounds to float32, none is fused.
+    """round(exp(x) * 2^34) as float32, for x <= 0; each operation rounds to float32, none is fused.
 
-    Integers sum exactly, so that the draw depends neither on the order of a sum nor on threads.
+    Integers sum exactly, so that sampling does not depend on the order of summation or on threads.
     """
     x = x.clamp_min(-30.0)  # exp(-30) * 2^34 rounds to 0
     n = torch.round(x * _LOG2_E)
@@ -185,7 +187,8 @@ def quantized_exp(x: Tensor) -> Tensor:
 
 
 def _adjusted_logits(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: Tensor) -> Tensor:
-    """Float32 copy of logits after bias, ban of stop ids and penalties, in this order."""
+    """A float32 copy of logits [vocab_size] after biases, the ban of stop ids and penalties, in
+    this order."""
     adjusted = logits.float().clone()
     num_bias, num_stop = int(slot[layout.SLOT_NUM_BIAS]), int(slot[layout.SLOT_NUM_STOP])
     bias_ids = slot[layout.SLOT_BIAS_IDS :][:num_bias].long()
@@ -203,6 +206,6 @@ def _adjusted_logits(logits: Tensor, slot: Tensor, float_slot: Tensor, counts: T
 
 
 def _counted(count: int) -> int:
-    """int16 token count after one more output, saturating, the prompt's mark kept."""
+    """A token's int16 count after one more output token: saturates, and keeps the prompt's bit."""
     is_full = count & layout.MAX_TOKEN_COUNT == layout.MAX_TOKEN_COUNT
     return count if is_full else count + 1

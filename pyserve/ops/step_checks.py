@@ -1,4 +1,4 @@
-"""What plan_step refuses in a packed StepInput, for its plain-torch twin."""
+"""The checks of a packed StepInput in the plain-torch twin of plan_step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pyserve.ops import step_layout as layout
 
 
 def require(condition: bool, what: str) -> None:
-    """RuntimeError naming `what` where `condition` does not hold."""
+    """Raise RuntimeError naming `what` unless `condition` holds."""
     if not condition:
         raise RuntimeError(f"plan_step: bad step input: {what}")
 
 
 def checked_header(words: list[int], max_num_tokens: int, max_num_rows: int) -> list[int]:
-    """The header, once its counts and offsets are known to lie inside the buffer."""
+    """Return the header, after checking that its counts and offsets are within the buffer.
+
+    Raises RuntimeError.
+    """
     require(len(words) >= layout.HEADER_WORDS, f"{len(words)} words")
     header = words[: layout.HEADER_WORDS]
     require(header[layout.HEADER_MAGIC] == layout.STEP_MAGIC, "magic")
@@ -45,7 +48,11 @@ def checked_header(words: list[int], max_num_tokens: int, max_num_rows: int) -> 
 
 
 def check_sampling(row: Tensor, bias_values: Tensor) -> None:
-    """Reals of a slot update that no sampler could work with."""
+    """Check the float parameters of a slot update. Raises RuntimeError for one out of range.
+
+    row          int32 [SLOT_HEADER_WORDS]: the header of the slot row.
+    bias_values  int32 [num_bias]: the bits of float32 logit biases.
+    """
     real = row.view(torch.float32)
     tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     for name, word, low, high in (

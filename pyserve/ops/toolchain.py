@@ -1,10 +1,10 @@
-"""How the native products are compiled: sources, flags, ninja. The only copy of the flags.
+"""How the native products are compiled: sources, flags, ninja. No other file has compiler flags.
 
-`_ops` (tensor ops on torch's stable ABI: one binary for torch 2.10 and later, no Python in it) and
-`_host` (pybind11, no torch). With a CUDA compiler `_ops` holds the CUDA ops too; CUDA's runtime is
-linked into it statically, so that it does not matter which CUDA torch was built with. Only the
-standard library is needed here and in nvcc.py, so that setup.py can execute them where pyserve's
-dependencies are not installed; torch and pybind11 are merely located.
+There are two products: `_ops` (tensor ops on torch's stable ABI: one binary for torch 2.10 and
+later, without Python) and `_host` (pybind11, without torch). With a CUDA compiler, `_ops` holds the
+CUDA ops too. The CUDA runtime is linked into it statically, so that it does not matter with which
+CUDA torch was built. This file and nvcc.py need only the standard library, because setup.py runs
+them where pyserve's dependencies may not be installed; torch and pybind11 are only located.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ HOST_PRODUCT = "_host.so"
 HOST_SOURCE = "host.cpp"
 LOG_NAME = "build.log"
 NINJA_FILE = "build.ninja"
-SCRATCH_NAME = "tmp"  # in build_dir, where compilers run
-TICK_S = 0.5  # between two reports of a compile's progress, at most
-# Becomes a command that the kernel tells to end when the thread that started it has gone: ninja
-# then ends its compilers and removes what they had half written. Arguments: the starter's id, the
-# command.
+SCRATCH_NAME = "tmp"  # folder for temporary files, in build_dir
+TICK_S = 0.5  # longest interval between two reports of a compile's progress
+# Runs a command that gets SIGTERM from the kernel when the thread that started it ends. ninja then
+# ends its compilers and removes their incomplete output. Arguments: the process id of the starter,
+# then the command.
 _ENDS_WITH_ME = (sys.executable, "-I", "-S", "-c", """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -45,10 +45,10 @@ if os.getppid() == int(sys.argv[1]):  # else it has gone already
     os.execv(sys.argv[2], sys.argv[2:])
 """)  # fmt: skip
 PORTABLE_X86 = "x86-64-v3"
-# What /proc/cpuinfo must list for PORTABLE_X86.
+# Flags that /proc/cpuinfo must list for PORTABLE_X86 code to run.
 PORTABLE_X86_FLAGS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 
-TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary must load in: 2.10
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the binary must work with: 2.10
 _COMMON_FLAGS = (
     "-std=c++20",
     "-O3",
@@ -63,15 +63,15 @@ _SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything that decides what the compiler produces, besides the sources."""
+    """Everything but the sources that determines what the compiler produces."""
 
     compiler: str
-    march: str | None  # of -march; None leaves the compiler's default
+    march: str | None  # value of -march; None: the compiler's default
     is_sanitized: bool = False
     cuda: CudaCompiler | None = None
 
     def version(self) -> str:
-        """What the compiler calls itself; empty where it does not say."""
+        """The first line of the compiler's --version; "" if it prints none."""
         return ask(self.compiler, "--version").partition("\n")[0]
 
     def flags(self) -> tuple[str, ...]:
@@ -98,7 +98,10 @@ class Toolchain:
 
 
 def find_toolchain(cxx: str | None, *, march: str | None, is_sanitized: bool = False) -> Toolchain:
-    """The C++ compiler: `cxx` (of the environment), else the system's. Raises CompileError."""
+    """Find the C++ compiler: `cxx` (of the environment) if given, else the system's.
+
+    Raises CompileError.
+    """
     for name in (cxx,) if cxx else ("c++", "g++", "clang++"):
         path = shutil.which(name)
         if path is not None:
@@ -108,12 +111,12 @@ def find_toolchain(cxx: str | None, *, march: str | None, is_sanitized: bool = F
 
 
 def portable_march() -> str | None:
-    """-march of binaries that travel to other machines."""
+    """-march for binaries that must run on other machines; None: the compiler's default."""
     return PORTABLE_X86 if platform.machine() == "x86_64" else None
 
 
 def source_files(source_dir: Path, *, has_cuda: bool) -> list[Path]:
-    """Every file the products are made of, sorted."""
+    """All source and header files of the products, sorted."""
     return sorted(
         path
         for path in source_dir.rglob("*")
@@ -134,7 +137,7 @@ def source_hash(source_dir: Path, *, has_cuda: bool) -> str:
 
 
 def cpu_identity() -> str:
-    """What -march=native depends on: the machine, its CPU model and flags."""
+    """What the result of -march=native depends on: machine type, CPU model and CPU flags."""
     lines = [platform.machine()]
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -156,12 +159,15 @@ def compile_products(
     env: Mapping[str, str],
     pass_fds: Sequence[int] = (),
 ) -> None:
-    """Compile both products into build_dir; files an earlier run completed are kept.
+    """Compile both products into build_dir. Objects that an earlier run has completed are kept.
 
-    progress(done, total) counts compiler runs, total being 0 until the first has ended; it is told
-    at each end and every TICK_S. `env` is the compiler's environment, pass_fds stay open in it.
-    What compiles ends with this process, however that ends. Raises CompileError, with the
-    compiler's words in build_dir / LOG_NAME.
+    progress  called as progress(done, total) at the end of each compiler run and every TICK_S
+              seconds; counts compiler runs, with a total of 0 until the first has ended.
+    env       environment of the compilers.
+    pass_fds  file descriptors that stay open in them.
+
+    The compilers end when this process does, however it ends. Raises CompileError; the compilers'
+    output is in build_dir / LOG_NAME.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / NINJA_FILE).write_text(_ninja_file(source_dir, toolchain), encoding="utf-8")
@@ -180,12 +186,12 @@ def compile_products(
             try:
                 for text in _output_and_ticks(process.stdout.fileno()):
                     log_file.write(text)
-                    log_file.flush()  # others who wait for this compile read it
+                    log_file.flush()  # other processes that wait for this compile read the log
                     news = last_counts(text)
                     counts = news or counts
                     if news or not text:
                         progress(*counts)
-            except BaseException:  # the start is given up
+            except BaseException:  # also KeyboardInterrupt: the start is given up
                 process.terminate()
                 raise
     if process.returncode != 0:
@@ -194,9 +200,9 @@ def compile_products(
 
 @contextmanager
 def _scratch_folder(build_dir: Path) -> Iterator[None]:
-    """For what compilers write beside their products: nvcc leaves it when it is ended."""
+    """A folder for temporary files of compilers; nvcc leaves its files behind when it is killed."""
     scratch = build_dir / SCRATCH_NAME
-    shutil.rmtree(scratch, ignore_errors=True)  # of a compile that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a compile that was killed
     scratch.mkdir()
     try:
         yield
@@ -205,13 +211,13 @@ def _scratch_folder(build_dir: Path) -> Iterator[None]:
 
 
 def last_counts(text: bytes) -> tuple[int, int] | None:
-    """(done, total) of the last line of a compile's log that tells them."""
+    """(done, total) from the last line with ninja's counts in a compile's log; None: no such."""
     found = re.findall(rb"^\[(\d+)/(\d+)\] ", text, re.MULTILINE)
     return (int(found[-1][0]), int(found[-1][1])) if found else None
 
 
 def _output_and_ticks(fd: int) -> Iterator[bytes]:
-    """Whole lines as they come, and nothing (b"") where none comes for TICK_S."""
+    """Yield whole lines from `fd` as they come, and b"" if nothing comes for TICK_S seconds."""
     text, poll = b"", select.poll()
     poll.register(fd, select.POLLIN)
     while True:
@@ -228,7 +234,7 @@ def _output_and_ticks(fd: int) -> Iterator[bytes]:
 
 
 def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
-    """Both products in one graph, so that all cores work until the last file."""
+    """The text of build.ninja. Both products are in one graph, so that all cores have work."""
     lines = [
         "ninja_required_version = 1.3",
         "rule compile",
@@ -274,9 +280,9 @@ def _ninja_file(source_dir: Path, toolchain: Toolchain) -> str:
 
 
 def compiled_files(source_dir: Path, cuda: CudaCompiler | None) -> list[Path]:
-    """The files that a compiler is run on, in the order of the ninja file.
+    """The files that are compiled, in the order of the ninja file.
 
-    What takes longest comes first: kernels, the largest ahead; host.cpp (pybind11); the others.
+    Those that take longest come first: kernels by size, then host.cpp (pybind11), then the others.
     """
     files = [source_dir / HOST_SOURCE, source_dir / "ops.cpp"]
     files += sorted((source_dir / "cpu").glob("*.cpp"))
@@ -287,22 +293,25 @@ def compiled_files(source_dir: Path, cuda: CudaCompiler | None) -> list[Path]:
 
 
 def cuda_sources(source_dir: Path) -> list[Path]:
-    """The files for nvcc, the largest first."""
+    """The files that nvcc compiles, the largest first."""
     return sorted((source_dir / "gpu").rglob("*.cu"), key=lambda path: -path.stat().st_size)
 
 
 def _words(*words: str) -> str:
-    """Words of a shell command, in ninja's own escaping."""
+    """Quote words for a shell command, and escape the result for ninja."""
     return " ".join(map(shlex.quote, words)).replace("$", "$$")
 
 
 def _escape(path: str) -> str:
-    """A path in a build line; ninja quotes it for the shell itself."""
+    """Escape a path for a build line; ninja itself quotes it for the shell."""
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def _package(name: str) -> Path:
-    """Folder of an installed package, which is not imported."""
+    """The folder of an installed package, which is found without importing it.
+
+    Raises CompileError.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise CompileError(f"the Python package {name} is missing: pip install {name}")
@@ -310,7 +319,10 @@ def _package(name: str) -> Path:
 
 
 def _find_ninja() -> str:
-    """The ninja of the Python package (its scripts folder need not be on PATH), else PATH's."""
+    """The path of the Python package's ninja, which may not be on PATH, or else of the one on PATH.
+
+    Raises CompileError.
+    """
     beside = Path(sysconfig.get_path("scripts")) / "ninja"
     user = Path(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))) / "ninja"
     for path in (beside, user):

@@ -1,5 +1,5 @@
-"""W4A16: a matrix of 4-bit integers in groups, computed with 16-bit activations. How it lies in
-memory, for every kernel on every machine, and the plain torch that packs and unpacks it.
+"""W4A16: a matrix of 4-bit integers in groups, multiplied by 16-bit activations: its layout in
+memory, which is the same for all kernels, and plain-torch code that packs and unpacks it.
 
 A matrix W [n, k] has an integer q[r, c] in 0..15 for each element, and for each row r and group j
 of `group_size` (32, 64 or 128) neighbouring columns a scale s and a zero point z:
@@ -8,10 +8,10 @@ of `group_size` (32, 64 or 128) neighbouring columns a scale s and a zero point 
 
 It is one int32 tensor, `packed` [num_strips, num_units, unit_words], contiguous:
 
-strip   16 rows, r = 16 * strip + 8 * h + g with h in 0..1 and g in 0..7. Strips follow each other.
-unit    max(64, group_size) columns of a strip. A strip's units follow each other, so that a strip
-        is one stream of bytes. unit_words tells the group size: 160, 144 or 272 words for 32, 64
-        or 128. A unit is its blocks, then its records:
+strip   16 rows, r = 16 * strip + 8 * h + g with h in 0..1 and g in 0..7. Strips are contiguous.
+unit    max(64, group_size) columns of a strip. A strip's units are contiguous, so that a strip is
+        one stream of bytes. unit_words tells the group size: 160, 144 or 272 words for 32, 64 or
+        128. A unit consists of its blocks, then its records:
 block   16 rows x 64 columns, 128 words, 512 bytes; a unit of 128 columns has two. Within the block
         c = 16 * s + 8 * u + 2 * t + e, with step s in 0..3, u in 0..1, t in 0..3, e in 0..1.
         Word (4 * g + t) * 4 + s holds 8 integers; nibble i, bits [4 i, 4 i + 4), is
@@ -21,27 +21,27 @@ block   16 rows x 64 columns, 128 words, 512 bytes; a unit of 128 columns has tw
             u             0   0   1   1   0   0   1   1
             e             0   0   0   0   1   1   1   1
 
-record  16 words, 64 bytes, one a row of the strip, in order (8 h + g): scale and zero point of one
-        group. A unit has unit columns / group_size of them, in the order of the groups: two where
-        group_size is 32, else one. A word is the scale as float32 bits, whose low 8 bits are
+record  16 words, 64 bytes: scale and zero point of one group for each row of the strip, in the
+        order 8 h + g. A unit has unit columns / group_size records, in the order of the groups: two
+        if group_size is 32, else one. A word is the scale as float32 bits, whose low 8 bits are
         replaced by z: s = bits & ~255, which is exact for float16 and bfloat16 scales and rounded
         to 16 bits of mantissa for float32 ones; z = bits & 255 is 0..15.
 
-So on a card lane l = 4 * g + t of a warp finds with one 16-byte load, at word 4 * l of a block, its
+On a card, one 16-byte load at word 4 * l of a block gives lane l = 4 * g + t of a warp its
 registers of the A fragments of four `mma.m16n8k16` (or of a warp of `wgmma.m64nNk16`, A in
 registers), step by step: for i in 0..3, nibbles i and i + 4 of word s are the low and the high half
 of register a_i of step s. (w >> 4 i) & 0x000f000f is that pair; or-ed with 0x43004300 it is
 bfloat16 128 + q, with 0x64006400 float16 1024 + q; w & 0x00f000f0 or-ed with 0x64006400 is float16
-1024 + 16 q, for rows 8..15. z as a float32 128 + z is ((bits & 255) << 16) | 0x43000000.
-On a CPU 16 words at 64 bytes, those of one g, are rows g (low nibble of each byte) and g + 8 (high
-nibble) of all 64 columns.
+1024 + 16 q, for rows 8..15. z as a float32 128 + z is ((bits & 255) << 16) | 0x43000000. On a CPU,
+the 16 words (64 bytes) of one g hold all 64 columns of row g in the low nibble of each byte, and of
+row g + 8 in the high nibble.
 
-A part behind row n or column k is padding: q, s and z are 0, so it adds nothing; k is a multiple of
-group_size. A fused matrix has the rows of its parts one after the other, whatever their number:
-gate, then up, not interleaved. What is stored behind `packed` is the packer's: nothing.
+Rows from n on and columns from k on are padding: q, s and z are 0, so they add nothing; k is a
+multiple of group_size. A fused matrix has the rows of its parts one after the other: first all rows
+of gate, then those of up, not interleaved.
 
-The integers of a block and the scale and zero bits of a record do not overlap, and all of it starts
-as 0: the tensors of a checkpoint are or-ed in as they come, in any order.
+The integers of a block, and the scale and zero bits of a record, do not overlap, and all bits are 0
+at first. So the tensors of a checkpoint can be or-ed in one by one, in any order.
 """
 
 from __future__ import annotations
@@ -55,34 +55,40 @@ BLOCK_COLUMNS = 64
 BLOCK_WORDS = 128
 RECORD_WORDS = 16
 GROUP_SIZES = (32, 64, 128)
-ZERO_MASK = 0xFF  # of a record's word
+ZERO_MASK = 0xFF  # the bits of a record's word that hold the zero point
 MAX_CODE = 15
-NIBBLES = 8  # of a word
+NIBBLES = 8  # 4-bit integers in a word
 
 
 def unit_columns(group_size: int) -> int:
+    """Columns of a unit."""
     return max(BLOCK_COLUMNS, group_size)
 
 
 def unit_words(group_size: int) -> int:
+    """int32 words of a unit."""
     columns = unit_columns(group_size)
     return columns // BLOCK_COLUMNS * BLOCK_WORDS + columns // group_size * RECORD_WORDS
 
 
 def packed_shape(n: int, k: int, group_size: int) -> tuple[int, int, int]:
-    """Of the `packed` of a matrix [n, k]."""
+    """The shape of `packed`, (num_strips, num_units, unit_words), for a matrix [n, k]."""
     units = -(-k // unit_columns(group_size))
     return -(-n // STRIP_ROWS), units, unit_words(group_size)
 
 
 def group_size_of(packed: Tensor) -> int:
+    """The group size, which the number of words of a unit tells."""
     return {unit_words(size): size for size in GROUP_SIZES}[packed.shape[2]]
 
 
 def add_words(packed: Tensor, row: int, column: int, words: Tensor) -> None:
-    """Put integers in: words int32 [m, w], any strides, are those of rows from `row` and columns
-    from `column`, which begins a unit; nibble i of word j is column 8 j + i of these. Where they do
-    not end a unit, what follows is padding."""
+    """Or integers into `packed`.
+
+    words   int32 [m, w], any strides: nibble i of word j is the integer of column `column` +
+            8 j + i; its rows begin at `row`.
+    column  the first column of a unit. If the words end within a unit, its other columns get 0.
+    """
     strips, (top, bottom) = _strips(row, len(words))
     num_words = unit_columns(group_size_of(packed)) // NIBBLES
     first, rest = divmod(column // NIBBLES, num_words)
@@ -91,7 +97,8 @@ def add_words(packed: Tensor, row: int, column: int, words: Tensor) -> None:
     if top or bottom or right:
         words = functional.pad(words, (0, right, top, bottom))
     units = slice(first, first + words.shape[1] // num_words)
-    # Here a word is [strip, h, g, block, s, u], and its nibbles are [t, e]: byte by byte.
+    # The dimensions of the words are [strip, h, g, block, s, u]; t is the byte within a word, and e
+    # the nibble within a byte.
     split = words.reshape(len(words) // STRIP_ROWS, 2, 8, -1, 4, 2)
     split = split.permute(1, 5, 0, 3, 2, 4).contiguous()
     made = split.new_empty((*split.shape[2:5], 4, 4))
@@ -105,7 +112,7 @@ def add_words(packed: Tensor, row: int, column: int, words: Tensor) -> None:
 
 
 def words_of(codes: Tensor) -> Tensor:
-    """Integers [m, w] of 0..15, w a multiple of 8, as the words that add_words takes."""
+    """Pack integers [m, w] in 0..15, w a multiple of 8, into int32 [m, w / 8] for add_words."""
     nibbles = torch.unflatten(codes.int(), 1, (-1, NIBBLES))
     words = nibbles[..., 0].clone()
     for i in range(1, NIBBLES):
@@ -114,15 +121,17 @@ def words_of(codes: Tensor) -> Tensor:
 
 
 def codes_of(words: Tensor) -> Tensor:
-    """int32 [m, w] -> uint8 [m, 8 w]: nibble i of word j in column 8 j + i."""
+    """Unpack int32 [m, w] -> uint8 [m, 8 w]: nibble i of word j is column 8 j + i."""
     pairs = words.contiguous().view(torch.uint8)
     return torch.stack((pairs & 0xF, pairs >> 4), 2).flatten(1)
 
 
 def transposed(words: Tensor) -> Tensor:
-    """The words [8 w, m / 8] of the transpose of a matrix that lies as words [m, w], m a multiple
-    of 8: integers are exchanged by 1, 2 and 4 rows and columns."""
-    tiles = torch.unflatten(words, 0, (-1, 2, 2, 2))  # bits 2, 1 and 0 of the row
+    """Transpose a packed matrix: words int32 [m, w], m a multiple of 8 -> int32 [8 w, m / 8].
+
+    Tiles of 8 x 8 integers are transposed by exchanging blocks of 1, 2 and 4 rows and columns.
+    """
+    tiles = torch.unflatten(words, 0, (-1, 2, 2, 2))  # bits 2, 1 and 0 of the row index
     for bit, mask in enumerate((0x0F0F0F0F, 0x00FF00FF, 0x0000FFFF)):
         upper, lower = tiles.unbind(3 - bit)
         shift = 4 << bit
@@ -137,19 +146,21 @@ def transposed(words: Tensor) -> Tensor:
 
 
 def add_scales(packed: Tensor, row: int, group: int, scales: Tensor) -> None:
-    """Put scales in, floats [m, groups] of rows from `row` and groups from `group`."""
+    """Or scales, float [m, num_groups], into the records of rows from `row` and groups from
+    `group`, the first of a unit. They are rounded to 16 bits of mantissa."""
     bits = scales.float().contiguous().view(torch.int32)
-    half, odd = ZERO_MASK >> 1, (bits >> 8) & 1  # to nearest, ties to even
+    half, odd = ZERO_MASK >> 1, (bits >> 8) & 1  # rounds to nearest, ties to even
     _add_records(packed, row, group, (bits + half + odd) & ~ZERO_MASK)
 
 
 def add_zeros(packed: Tensor, row: int, group: int, zeros: Tensor) -> None:
-    """Put zero points in, integers [m, groups] of rows from `row` and groups from `group`."""
+    """Or zero points, integers [m, num_groups] in 0..15, into the records of rows from `row` and
+    groups from `group`, the first of a unit."""
     _add_records(packed, row, group, zeros.int())
 
 
 def dequantised(packed: Tensor, n: int, k: int) -> Tensor:
-    """float32 [n, k]; the arithmetic is exact but for the product with the scale."""
+    """The matrix as float32 [n, k]; only the product with the scale is rounded."""
     group_size = group_size_of(packed)
     codes = _codes(packed)
     records = _records(packed).permute(0, 3, 1, 2).reshape(len(codes), -1)
@@ -161,13 +172,16 @@ def dequantised(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 def quantised(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round weight [n, k] to the nearest of 16 steps between the least and the largest element of
-    each group, 0 included: codes uint8 [n, k], scales float32 and zero points uint8 [n, groups].
+    """Round weight [n, k] to 16 equidistant values for each group, from its smallest to its largest
+    element, extended to include 0.
+
+    Returns codes uint8 [n, k], scales float32 [n, num_groups], and zero points uint8
+    [n, num_groups].
     """
     groups = torch.unflatten(weight.float(), 1, (-1, group_size))
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
     scales = (high - low) / MAX_CODE
-    # A group of zeros alone has any scale; one that a record rounds is rounded before it divides.
+    # A group of only zeros gets the scale 1. Scales are rounded as in a record before dividing.
     bits = torch.where(scales > 0, scales, 1.0).view(torch.int32)
     scales = ((bits + (ZERO_MASK >> 1)) & ~ZERO_MASK).view(torch.float32)
     zeros = (-low / scales).round().clamp(0, MAX_CODE)
@@ -179,12 +193,13 @@ def quantised(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 def fill_with_noise(
     packed: Tensor, n: int, k: int, std: float, generator: torch.Generator | None
 ) -> None:
-    """Random integers and zero points, and scales that make the matrix scatter by about `std`."""
+    """Fill `packed` with random integers and zero points, and with scales such that the matrix
+    [n, k] has a standard deviation of about `std`."""
     group_size = group_size_of(packed)
     packed.random_(-(2**31), 2**31, generator=generator)
     records = _records(packed)
     device = packed.device
-    # (q - z) of uniform q in 0..15 and z in 5..10 has a standard deviation of 4.9.
+    # q - z, with q uniform in 0..15 and z in 5..10, has a standard deviation of 4.9.
     scales = torch.empty(records.shape, device=device).uniform_(0.5, 1.5, generator=generator)
     bits = (scales * (std / 4.9)).view(torch.int32) & ~ZERO_MASK
     records.copy_(bits | torch.empty_like(bits).random_(5, 11, generator=generator))
@@ -195,39 +210,40 @@ def _clear_padding(packed: Tensor, n: int, k: int, group_size: int) -> None:
     rows, columns = n % STRIP_ROWS, k % unit_columns(group_size)
     if rows:
         _records(packed)[-1, :, :, rows:] = 0
-        # By bytes [unit, block, g, .]: row 8 h + g is nibble h of those of g.
+        # The 16 words of each g hold row g in the low and row 8 + g in the high nibble of a byte.
         blocks = _blocks(packed)[-1]
         kept = torch.zeros(8, dtype=torch.int32, device=packed.device)
         kept[: min(rows, 8)] |= 0x0F0F0F0F
         kept[: max(rows - 8, 0)] |= -0x0F0F0F10  # 0xF0F0F0F0
         torch.unflatten(blocks, 2, (8, 16)).bitwise_and_(kept[:, None])
-    if columns:  # half of a unit of 64: groups of 32
+    if columns:  # only with groups of 32, where k may end after half of a unit of 64 columns
         _records(packed)[:, -1, columns // group_size :] = 0
         steps = torch.unflatten(_blocks(packed)[:, -1], 2, (32, 4))
         steps[..., columns // 16 :] = 0
 
 
 def _strips(row: int, num_rows: int) -> tuple[slice, tuple[int, int]]:
-    """The strips that these rows lie in, and the rows of those above and below."""
+    """The strips that have rows [row, row + num_rows), and how many other rows these strips have
+    above and below."""
     top, bottom = row % STRIP_ROWS, -(row + num_rows) % STRIP_ROWS
     return slice(row // STRIP_ROWS, -(-(row + num_rows) // STRIP_ROWS)), (top, bottom)
 
 
 def _blocks(packed: Tensor) -> Tensor:
-    """The view [num_strips, num_units, blocks of a unit, BLOCK_WORDS]."""
+    """The blocks: a view [num_strips, num_units, blocks of a unit, BLOCK_WORDS] of `packed`."""
     num_blocks = packed.shape[2] // BLOCK_WORDS
     return torch.unflatten(packed[..., : num_blocks * BLOCK_WORDS], 2, (num_blocks, BLOCK_WORDS))
 
 
 def _records(packed: Tensor) -> Tensor:
-    """The view [num_strips, num_units, records of a unit, RECORD_WORDS]."""
+    """The records: a view [num_strips, num_units, records of a unit, RECORD_WORDS] of `packed`."""
     begin = packed.shape[2] // BLOCK_WORDS * BLOCK_WORDS
     return torch.unflatten(packed[..., begin:], 2, (-1, RECORD_WORDS))
 
 
 def _add_records(packed: Tensor, row: int, group: int, values: Tensor) -> None:
-    """Or int32 [m, groups] into the records of rows from `row` and groups from `group`, which
-    begins a unit."""
+    """Or values, int32 [m, num_groups], into the records of rows from `row` and groups from
+    `group`, the first of a unit."""
     strips, (top, bottom) = _strips(row, len(values))
     records = _records(packed)
     in_unit = records.shape[2]
@@ -243,7 +259,7 @@ def _codes(packed: Tensor) -> Tensor:
     """All integers, padding included: uint8 [16 * num_strips, columns of all units]."""
     blocks = _blocks(packed)
     num_strips, num_units, num_blocks = blocks.shape[:3]
-    # [strip, block, g, t, s, e, u], each byte two rows
+    # Dimensions [strip, block, g, t, s, e, u]; each byte has the integers of two rows, h = 0 and 1.
     pairs = blocks.contiguous().view(torch.uint8).view(num_strips, -1, 8, 4, 4, 2, 2)
     halves = torch.stack((pairs & 0xF, pairs >> 4), 1).permute(0, 1, 3, 2, 5, 7, 4, 6)
     return halves.reshape(num_strips * STRIP_ROWS, num_units * num_blocks * BLOCK_COLUMNS)
