@@ -91,9 +91,10 @@ def load_model(
     model = build_model(config, placement, max_model_len=max_model_len)
     destinations = model.destinations()
     if stored is None:
-        is_cpu = placement.device.type == "cpu"
-        fill = _fill_with_noise if is_cpu else _fill_with_noise_there
-        fill(destinations, seed, progress)
+        if placement.device.type == "cpu":
+            _fill_with_noise(destinations, placement.dtype, seed, progress)
+        else:
+            _fill_with_noise_there(destinations, placement.device, seed, progress)
     else:
         stored, destinations = as_stored(stored, destinations, config)
         _check(stored, destinations, config)
@@ -302,13 +303,14 @@ def _seed_of(seed: int, name: str, part: Part | None = None) -> int:
     return zlib.crc32(f"{seed} {name} {place}".encode())
 
 
-def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Progress) -> None:
+def _fill_with_noise_there(
+    destinations: Destinations, device: torch.device, seed: int, progress: Progress
+) -> None:
     """Draw random weights on the card, which is as fast as writing them. Different kinds of cards
     draw different numbers."""
     total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)
-    device = next(iter(destinations.values())).parts[0].view.device
     generator = torch.Generator(device)
     for name, destination in destinations.items():
         generator.manual_seed(_seed_of(seed, name))
@@ -322,13 +324,16 @@ def _fill_with_noise_there(destinations: Destinations, seed: int, progress: Prog
     progress(done, total)
 
 
-def _fill_with_noise(destinations: Destinations, seed: int, progress: Progress) -> None:
+def _fill_with_noise(
+    destinations: Destinations, dtype: torch.dtype, seed: int, progress: Progress
+) -> None:
+    """Copy random weights, made once in `dtype`, from random offsets; on a CPU."""
     total = sum(destination.nbytes for destination in destinations.values())
     done = 0
     progress(done, total)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(DUMMY_NOISE_LEN, generator=generator)
-    noise = (noise * DUMMY_STD).to(next(iter(destinations.values())).parts[0].view)
+    noise = (noise * DUMMY_STD).to(dtype)
     for name, destination in destinations.items():
         if destination.dummy is not None:
             destination.dummy(generator.manual_seed(_seed_of(seed, name)))
