@@ -1,8 +1,8 @@
-"""What goes into a step and what comes out of it, as values.
+"""The input and the output of a step, as values.
 
-The scheduler fills a Step, `pack` writes it as bytes, a runner executes those, and update() reads
-the StepOutput beside the Step. A Step holds changes only: positions, KV slots and lengths are
-derived on the device.
+The scheduler fills a Step, `pack` writes it as bytes, a runner executes those bytes, and
+Engine.update reads the StepOutput together with the Step. A Step holds only what has changed since
+the last one: positions, KV slots and sequence lengths are derived on the device.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.sequence import Sequence
 from pyserve.ops import step_layout as layout
 
-TILE_ROWS = 128  # that matrix products of many rows compute at once
+TILE_ROWS = 128  # rows that a tile of a large matrix product has
 MIN_UPDATE_WORDS = 2**16  # room for the slot and block updates of many short sequences
 
 
 class Asked(NamedTuple):
-    """What a step is asked about how likely tokens are (asked.py).
+    """The rows of a step whose log probabilities are requested (asked.py fills it).
 
-    sampled_rows    of the sampled rows, ascending.
-    prompt_rows     of the step's tokens: those behind which a token of a prompt comes.
-    next_token_ids  that token.
+    sampled_rows    indices among the sampled rows, ascending.
+    prompt_rows     indices among the step's tokens: those that are followed by a prompt token whose
+                    log probability is requested.
+    next_token_ids  that following token, for each of prompt_rows.
     """
 
     sampled_rows: list[int]
@@ -40,14 +41,18 @@ NOTHING_ASKED = Asked([], [], [])
 
 
 class AdapterLoad(NamedTuple):
-    """An adapter that is put into a slot before the step runs."""
+    """An adapter that must be copied into an adapter slot before the step runs."""
 
     slot: int
     adapter: Adapter
 
 
 class PromptSpan(NamedTuple):
-    """A row's part of Asked.prompt_rows: positions of its sequence from `begin` on."""
+    """The part of Asked.prompt_rows that belongs to one row.
+
+    seq, generation  the sequence, and which of its stays in a slot this was.
+    begin, num_rows  positions begin to begin + num_rows - 1 of the sequence.
+    """
 
     seq: Sequence
     generation: int
@@ -57,16 +62,19 @@ class PromptSpan(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """Rows of one step; the lists of the first group have one entry per row.
+    """The rows of one step. Each row is the next query_len tokens of one sequence.
 
-    seqs, generations   whose rows they are, and in which stay in a slot.
+    The lists of the first group have one entry per row.
+
+    seqs, generations   the sequence of each row, and which of its stays in a slot this is: results
+                        for a sequence that has left its slot since are dropped.
     row_slots, query_lens, host_tokens, row_samples, block_updates, slot_updates
                         as ops.pack_step takes them.
     seq_lens            tokens of the sequence whose KV is valid once the step has run.
-    asked, prompt_spans as asked.py fills them; NOTHING_ASKED and none where nobody asks.
-    adapter_loads       what must lie in its slot when the step runs, and does not yet.
-    adapter_starts      where the tokens of each adapter slot begin, as ops/lora.py has it: the rows
-                        are sorted by it then. Empty where no row uses an adapter.
+    asked, prompt_spans the log probabilities that are requested, as asked.py fills them.
+    adapter_loads       adapters that the step uses and that are not in their slots yet.
+    adapter_starts      index of the first token of each adapter slot, as ops/lora.py takes it; the
+                        rows are then sorted by slot. Empty if no row uses an adapter.
     """
 
     seqs: list[Sequence] = field(default_factory=list)
@@ -79,9 +87,9 @@ class Step:
 
     block_updates: list[int] = field(default_factory=list)
     slot_updates: list[bytes] = field(default_factory=list)
-    num_update_words: int = 0  # of the admitted sequences
+    num_update_words: int = 0  # words of the packed step that admitted sequences take
     num_tokens: int = 0
-    num_prompt_tokens: int = 0  # of them, in rows that do not decode
+    num_prompt_tokens: int = 0  # those of num_tokens in rows that prefill
 
     asked: Asked = NOTHING_ASKED
     prompt_spans: list[PromptSpan] = field(default_factory=list)
@@ -91,7 +99,7 @@ class Step:
 
     @property
     def shape(self) -> StepShape:
-        """As the header of the packed step will tell it. From the first call on, no row changes."""
+        """The shape in the header of the packed step. No row may change after the first call."""
         if self._shape is None:
             self._shape = StepShape(
                 self.num_tokens, len(self.row_slots), sum(self.row_samples), max(self.query_lens),
@@ -102,14 +110,14 @@ class Step:
 
 @dataclass(slots=True, eq=False)
 class StepOutput:
-    """What a step has sampled.
+    """The results of a step.
 
-    token_ids  of each sampled row, in row order; [-1] where its logits are NaN; [] where it is
-               pooled.
-    logprobs   of the sampled rows that ask, in row order; None where the step is asked nothing.
+    token_ids  for each sampled row in row order: its new tokens; [-1] if its logits are NaN, [] if
+               the row is pooled.
+    logprobs   for each of Asked.sampled_rows; None if none are requested.
     prompt_logprobs
-               of Asked.prompt_rows; likewise.
-    pooled     float32 [width] of each sampled row, of a model that pools; None: it samples.
+               for each of Asked.prompt_rows; None if none are requested.
+    pooled     float32 [width] for each sampled row of a model that pools; None if it samples.
     """
 
     token_ids: list[list[int]]
@@ -119,13 +127,13 @@ class StepOutput:
 
     @classmethod
     def of_pooled(cls, vectors: npt.NDArray[np.float32]) -> StepOutput:
-        """`vectors` are [num_samples, width]."""
+        """The output of a step whose sampled rows are pooled: `vectors` [num_samples, width]."""
         token_ids = [[] if np.isfinite(vector).all() else [-1] for vector in vectors]
         return cls(token_ids, pooled=list(vectors))
 
 
 class StepShape(NamedTuple):
-    """All that must be known of a packed step to launch it; the rest stays in its bytes."""
+    """What the host must know of a packed step to launch it; all else stays in its bytes."""
 
     num_tokens: int
     num_rows: int
@@ -161,12 +169,12 @@ def pack(step: Step, buffer: npt.NDArray[np.int32]) -> int:
 
 
 def padded_size(count: int, limit: int) -> int:
-    """The shape that `count` tokens or rows (at least 1) are run in, at most `limit`.
+    """The size that `count` tokens or rows (at least 1) are padded to, at most `limit`.
 
-    Matrix libraries keep compiled code, and a card a recorded graph, for each shape that they have
-    met, so small shapes are few: powers of two up to 16, then multiples of 16 or more that waste
-    less than a quarter. Above 1,024 they are the multiples of TILE_ROWS, which cost a matrix
-    product what the rows do.
+    There are few padded sizes, as each has a recorded graph on a card and compiled code in matrix
+    libraries: powers of two up to 16, then multiples of 16 or more, chosen so that padding is less
+    than a quarter. Above 1,024 every multiple of TILE_ROWS is a size: no graphs are recorded there,
+    and a matrix product computes whole tiles in any case.
     """
     if count <= 16:
         size = 1 << (count - 1).bit_length()
@@ -177,7 +185,7 @@ def padded_size(count: int, limit: int) -> int:
 
 
 def padded_sizes(limit: int) -> list[int]:
-    """All that padded_size makes of a count, the smallest first."""
+    """All sizes that padded_size returns for counts up to `limit`, ascending."""
     sizes = [1]
     while sizes[-1] < limit:
         sizes.append(padded_size(sizes[-1] + 1, limit))
@@ -185,7 +193,8 @@ def padded_sizes(limit: int) -> list[int]:
 
 
 def max_update_words(max_model_len: int, block_size: int) -> int:
-    """Words that the admissions of one step may take: the largest sequence fits, or many small."""
+    """int32 words that admissions may take in one step: enough for the longest sequence alone, or
+    for many short ones."""
     max_slot_update = layout.SLOT_UPDATE_WORDS + layout.SLOT_WORDS + max_model_len
     max_block_updates = layout.BLOCK_UPDATE_WORDS * num_blocks_for(max_model_len, block_size)
     return max(max_slot_update + max_block_updates, MIN_UPDATE_WORDS)
@@ -195,7 +204,8 @@ def max_step_words(
     max_num_batched_tokens: int, num_slots: int, *, max_model_len: int, block_size: int,
     num_adapter_slots: int = 0,
 ) -> int:  # fmt: skip
-    """Words of the largest packed step: rows that grow by a block, host tokens, admissions."""
+    """int32 words of the largest packed step: every row grows by a block, all tokens come from the
+    host, and admissions take all that they may."""
     return (
         layout.HEADER_WORDS
         + (num_adapter_slots + 1 if num_adapter_slots else 0)

@@ -1,11 +1,12 @@
-"""How large a step may be that runs prompts beside sequences that decode, and whose prompts.
+"""Chunked prefill: how many prompt tokens a step may run, and how prompts share them.
 
-A chunk of a prompt keeps those that decode waiting for their next token, so its size follows a
-time: the next such step has the tokens that would have fitted the target at the rate of the last
-ones, which is that of this machine, this model and this load. In a larger step more tokens share
-the reading of the weights, so from smaller ones the size is approached from below.
+A mixed step computes chunks of prompts beside sequences that decode, and these get their next
+token only when the whole step has ended. So its size follows from a time: ChunkPacer learns what a
+token costs on this machine, with this model and load, and allows as many as fit the target. Larger
+steps spread the reading of the weights over more tokens, so a rate that was learned from small
+steps is too slow rather than too fast, and the size approaches the target from below.
 
-Where nobody decodes there is nobody to keep waiting but who comes next, for the rest of a step.
+A step of prompts alone delays only requests that arrive while it runs, so it may take longer.
 """
 
 from __future__ import annotations
@@ -13,28 +14,30 @@ from __future__ import annotations
 from pyserve.engine.batch import Step
 
 FIRST_LIMIT = 512  # tokens of any step, until steps have shown their rate
-MIN_CHUNK = 64  # where no chunk fits the target, prompts still have to end
-MIN_SAMPLE = 128  # tokens of a step whose rate says something
-# That a step of prompts alone may take. Who comes meanwhile waits for it, on a card for the one
-# launched behind it too, and then for its own. 200 ms are 8,192 tokens of 8B on an H200, and 215
-# where they use an adapter. What does not fit is cut, and its rest is a step that costs more for
-# each token.
+MIN_CHUNK = 64  # tokens, even where they exceed the target: prompts have to make progress
+MIN_SAMPLE = 128  # tokens of a step; a smaller one says too little about the cost of a token
+# Seconds that a step of prompts alone may take. A request that arrives meanwhile waits for that
+# step, on a card also for the one that is already launched behind it. An 8B on an H200 takes 0.2 s
+# for 8,192 tokens, 0.215 s with an adapter: a shorter limit would cut such a prompt in two, and the
+# small second step costs more for each token.
 ALONE_S = 0.25
-WEIGHT = 0.25  # of the newest step in what is learned
-# Later tokens of a prompt look at more of it, so its next step is slower than the last one by as
-# much as that was than the one before: what was learned lags behind. A pause makes one step smaller
-# by no more than this.
+WEIGHT = 0.25  # of the newest step in the moving averages
+# The later tokens of a prompt attend to more keys, so each chunk of a long prompt is slower than
+# the one before it and an average lags behind. The next cost is extrapolated from the last two, but
+# never beyond this multiple of the average: a pause of the process must not stop prompts.
 MAX_SLOWER = 1.5
 
 
 class ChunkPacer:
-    """Learns from steps how many tokens the next one may have.
+    """Learns from the durations of steps how many tokens the next one may have.
 
-    limit         of a mixed step.
-    alone_limit   of a step of prompts alone.
+    limit         tokens of a mixed step, those of the rows that decode included.
+    alone_limit   tokens of a step of prompts alone.
 
-    target_s  seconds that a mixed step may take. Where decoding alone takes more than half of it, a
-              step may take twice as long as that instead: prompts must get on as well.
+    target_s    seconds that a mixed step should take. If a step that only decodes takes more than
+                half of it, a mixed step may take twice as long as that one, so that prompts make
+                progress under any load.
+    max_tokens  upper bound of both limits.
     """
 
     def __init__(self, target_s: float, *, max_tokens: int) -> None:
@@ -42,13 +45,13 @@ class ChunkPacer:
         self.alone_limit = self.limit
         self._target_s = target_s
         self._max_tokens = max_tokens
-        self._decode_s: float | None = None  # of a step that only decodes
-        self._token_s: float | None = None  # of one with prompts, for each of its tokens
-        self._newest_s = 0.0  # the same of the last step alone; 0: it had none
-        self._expected_s = 0.0  # of the next one, if it goes on like this
+        self._decode_s: float | None = None  # average duration of a step that only decodes
+        self._token_s: float | None = None  # average seconds per token of a step with prompts
+        self._newest_s = 0.0  # seconds per token of the last step; 0: it had no prompts
+        self._expected_s = 0.0  # of the next step, extrapolated from the last two
 
     def note(self, step: Step, duration_s: float) -> None:
-        """`step` took duration_s seconds, in which nothing else ran."""
+        """Learn that `step` took duration_s seconds, in which nothing else ran."""
         if not step.num_prompt_tokens:
             self._decode_s = _blend(self._decode_s, duration_s)
             self._newest_s = self._expected_s = 0.0
@@ -69,11 +72,12 @@ class ChunkPacer:
 
 
 def share_out(needs: list[int], budget: int, *, for_oldest: int) -> list[int]:
-    """Tokens of a step, `budget` at most, for prompts that need `needs` more, the oldest first.
+    """Share `budget` tokens of a step between prompts; returns the tokens of each.
 
-    The first for_oldest of them go to the oldest ones in their order, so that each of them ends;
-    the rest to those that need least, so that a short prompt does not wait until a long one has
-    ended. What one part does not use, the other does.
+    needs       tokens that each prompt still has to compute, the oldest prompt first.
+    for_oldest  so many tokens of the budget go to the oldest prompts in order, so that long ones
+                end too. The rest goes to the prompts that need least, so that a short prompt does
+                not wait behind a long one. What one part leaves over, the other uses.
     """
     shares = [0] * len(needs)
     by_need = sorted(range(len(needs)), key=needs.__getitem__)
@@ -88,5 +92,6 @@ def share_out(needs: list[int], budget: int, *, for_oldest: int) -> list[int]:
 
 
 def _blend(old: float | None, new: float) -> float:
-    """Without what a pause of the process, or another one on the card, adds to a single step."""
+    """Moving average; a single step counts as at most twice the average, as a pause of the process
+    or another process on the card may have prolonged it."""
     return new if old is None else old + WEIGHT * (min(new, 2 * old) - old)

@@ -1,11 +1,12 @@
 """Scheduler: decides which tokens of which sequences the next step runs.
 
-There is no prefill and no decode: each sequence has num_computed_tokens that catches up with
-num_tokens, within a token budget a step. Chunks, prefix hits, resumption after preemption and
-mixed batches are this one path. The running sequences are sorted by Sequence.order; the last one is
-the youngest, and the one that is preempted where memory is short. Whose turn it is of those that
-wait is up to WaitingQueue; where slots or blocks are short, what is background gives way, and then
-a user who runs more.
+Prefill and decode are not separate phases: the num_computed_tokens of each sequence catches up with
+its num_tokens, within a token budget per step. Chunked prefill, prefix hits, resumption after
+preemption and mixed batches are all this one path.
+
+The running sequences are sorted by Sequence.order; the last is preempted first where KV blocks are
+short. WaitingQueue decides which waiting sequence is next. Where slots or blocks are short,
+sequences in the background give way to others, then those of the user who runs the most.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
 from pyserve.engine.waiting import WaitingQueue
 from pyserve.ops import step_layout as layout
 
-BACKGROUND_PART = 16  # of the slots, one in so many rows beside others
-MAX_LOOKUPS = 2**12  # of blocks in the prefix cache, in one step: 8 ms of the event loop
-# Sequences with other adapters that may pass one that waits for room for its own. Then none does,
-# until those that run have ended and left it a slot.
+BACKGROUND_PART = 16  # beside other sequences the background has 1/16 of the slots as rows
+MAX_LOOKUPS = 2**12  # blocks looked up in the prefix cache in one step: 8 ms of the event loop
+# How many sequences with other adapters may be admitted before one that waits for an adapter slot.
+# After that none is, until running sequences have ended and freed a slot for it.
 MAX_PASSED = 64
-MAX_HELD_BACK = 256  # sequences without room for their adapters that are looked at in one step
+MAX_HELD_BACK = 256  # sequences without an adapter slot that are looked at in one step
 
 _order = attrgetter("order")
 
@@ -40,7 +41,7 @@ class Scheduler:
 
     max_num_batched_tokens  token budget of a step, at least the number of slots.
     max_update_words        words of a packed step that admissions may take.
-    adapters                where the adapters of running sequences lie; None: there are none.
+    adapters                the slots of adapters on the device; None: adapters are not served.
     """
 
     def __init__(
@@ -53,23 +54,24 @@ class Scheduler:
         self.adapters = adapters or AdapterSlots()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
-        self.num_running_of: dict[str, int] = {}  # user -> running sequences, where there are any
+        self.num_running_of: dict[str, int] = {}  # user -> running sequences; never 0
         self.num_preemptions = 0
-        self.num_prompt_tokens = 0  # of admitted sequences
-        self.num_cached_tokens = 0  # of those, served by the prefix cache
-        self.mixed_limit = max_num_batched_tokens  # of a step with prompts and decoding: chunks.py
-        self.alone_limit = max_num_batched_tokens  # of one with prompts alone
+        self.num_prompt_tokens = 0  # of all sequences that have been admitted
+        self.num_cached_tokens = 0  # those of them that the prefix cache served
+        # Tokens of a step of prompts beside rows that decode, and of prompts alone (chunks.py).
+        self.mixed_limit = max_num_batched_tokens
+        self.alone_limit = max_num_batched_tokens
         self._max_num_batched_tokens = max_num_batched_tokens
         self._step_sizes = padded_sizes(max_num_batched_tokens)
         self._max_update_words = max_update_words
 
     @property
     def num_awaiting(self) -> int:
-        """Waiting sequences that let others pass until an equal prompt has been computed."""
+        """Waiting sequences whose prefix another sequence is computing; others may pass them."""
         return sum(seq.awaited_hash is not None for seq in self.waiting)
 
     def waiting_adapters(self) -> list[str]:
-        """Names of adapters that waiting sequences use and no running one does, in order."""
+        """Sorted names of adapters that waiting sequences use and no running one does."""
         if not self.adapters.num_slots:
             return []
         names = {seq.adapter.name for seq in self.waiting if seq.adapter is not None}
@@ -81,7 +83,10 @@ class Scheduler:
         self.waiting.add(seq)
 
     def schedule(self) -> Step | None:
-        """The next step, already accounted for; None where there is nothing to run."""
+        """The next step, or None if there is nothing to run.
+
+        Its tokens count as computed from here on, so the caller has to launch it.
+        """
         self.blocks.settle()
         if self.waiting:
             self._give_way()
@@ -90,23 +95,23 @@ class Scheduler:
         running, prompts = self.running, []
         num_preemptions = self.num_preemptions
         num_rows, num_more = self._num_rows()
-        for seq in islice(running, num_rows):  # of which _grow may take the last ones
+        for seq in islice(running, num_rows):  # _grow may preempt the last of them
             num_tokens, num_computed = seq.num_tokens, seq.num_computed_tokens
             if num_tokens - num_computed > 1:
                 prompts.append(seq)
             elif num_tokens == seq.max_total_tokens:
-                pass  # its last token is in flight
+                pass  # a step in flight samples its last token
             elif num_computed < seq.kv_capacity or self._grow(seq, step):
                 step.seqs.append(seq)
                 seq.num_computed_tokens = num_tokens
-                seq.num_tokens = num_tokens + 1  # a placeholder, as in _add_row
+                seq.num_tokens = num_tokens + 1  # the placeholder of _add_row
         step.query_lens += [1] * len(step.seqs)
         budget = limit = self._prompt_limit(len(step.seqs))
         if self.num_preemptions == num_preemptions:
             budget -= self._admit(step, self._share_of_waiting(prompts, limit), num_more)
         else:
             prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
-        for _, equals in groupby(prompts, key=_priority):  # they are sorted by it
+        for _, equals in groupby(prompts, key=_priority):  # prompts are sorted by priority
             budget -= _add_prompts(step, list(equals), budget, for_oldest=limit - limit // 2)
         if not step.seqs:
             return None
@@ -118,7 +123,8 @@ class Scheduler:
         return step
 
     def finish(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
-        """Take `seq` out of its queue and free what it holds; has_bad_kv as in BlockManager."""
+        """Take `seq` out of its queue and free its slot and blocks; has_bad_kv as in
+        BlockManager.release."""
         if seq.status is Status.RUNNING:
             self._stop(seq, has_bad_kv=has_bad_kv)
         else:
@@ -126,15 +132,17 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def preempt_all(self) -> None:
-        """Queue again what runs, and forget the prefix cache and the adapters on the device: the KV
-        cache goes, maybe the model as well, and nothing runs."""
+        """Preempt all running sequences and forget the prefix cache and the adapters on the device.
+
+        Called with no step in flight, before the KV cache, and maybe the model, is freed.
+        """
         for seq in list(reversed(self.running)):
             self._preempt(seq)
         self.blocks.forget()
         self.adapters.forget_all()
 
     def check_invariants(self) -> None:
-        """Assert that queues, slots and blocks agree. Slow, for tests."""
+        """Assert that queues, slots and blocks agree. Slow; for tests."""
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert all(seq.status is status for seq in queue)
         assert self.running == sorted(self.running, key=_order)
@@ -152,18 +160,21 @@ class Scheduler:
         )
 
     def _prompt_limit(self, num_decoding: int) -> int:
-        """Tokens of prompts that a step may take beside num_decoding rows of one token."""
-        # A step runs as one of a few sizes: what is beyond one would be paid up to the next.
+        """Prompt tokens that a step may compute beside num_decoding rows of one token."""
+        # The largest padded size within the limit: tokens beyond it would cost the padding up to
+        # the next size, which exceeds the limit.
         limit = self.mixed_limit if num_decoding else self.alone_limit
         index = bisect_right(self._step_sizes, limit) - 1
         limit = max(self._step_sizes[index] - num_decoding, MIN_CHUNK)
         return min(limit, self._max_num_batched_tokens - num_decoding)
 
     def _share_of_waiting(self, prompts: list[Sequence], limit: int) -> int:
-        """Tokens of a step that sequences which wait may take, beside running `prompts`.
+        """Tokens of a step that waiting sequences may take beside the running `prompts`.
 
-        Half of it is the oldest prompt's, and the others have a part of the rest, too. Prompts of a
-        higher priority come before what waits, those of a lower one behind it.
+        limit  prompt tokens of the step.
+
+        With one running prompt of the same priority they may take half, with more of them a
+        quarter. Prompts of a higher priority come first, those of a lower one last.
         """
         if not (self.waiting and prompts):
             return limit
@@ -173,9 +184,10 @@ class Scheduler:
         return max(limit - num_ahead, 0) // (1, 2, 4)[min(num_equal, 2)]
 
     def _grow(self, seq: Sequence, step: Step) -> bool:
-        """Give `seq` one more block; False where `seq` itself had to be preempted for want of it.
+        """Give `seq` one more block, preempting the last running sequences if none is free.
 
-        The youngest is the last of running, so no row of this step is ever taken back.
+        False if `seq` was the last itself and has been preempted. Rows are added in the order of
+        running, so a preempted sequence never has a row in this step yet.
         """
         while not self.blocks.num_free:
             victim = self.running[-1]
@@ -186,10 +198,10 @@ class Scheduler:
         return True
 
     def _num_rows(self) -> tuple[int, int]:
-        """How many of `running` the next step may have, and how many more in the background.
+        """(rows of `running` in the next step, background sequences that may be admitted to it).
 
-        Beside others the background has few rows, as each makes the step longer; what it holds, it
-        keeps. Alone it has all.
+        Beside other sequences the background gets few rows, as each row makes the step longer; the
+        rest of its sequences keep their slots and blocks but do not run. Alone it gets all rows.
         """
         running = self.running
         first = bisect_left(running, (BACKGROUND_PRIORITY, 0), key=_order)
@@ -202,10 +214,10 @@ class Scheduler:
         return min(first + most, len(running)), most - (len(running) - first)
 
     def _give_way(self) -> None:
-        """Preempt background sequences, as many as others that wait want the slots, the blocks or
-        the places of adapters of."""
+        """Preempt background sequences whose slots, blocks or adapter slots other waiting sequences
+        need."""
         if not (self.running and self.running[-1].is_background):
-            return  # they are the last of running
+            return  # background sequences are the last of running
         others = takewhile(_is_in_front, self.waiting.in_turn(self.num_running_of))
         num_slots, num_blocks = self.slots.num_free, self.blocks.num_free - len(self.running)
         for seq in list(islice(others, self.slots.num_slots)):
@@ -227,13 +239,12 @@ class Scheduler:
             num_slots, num_blocks = num_slots - 1, num_blocks - seq.num_wanted_blocks
 
     def _level(self) -> None:
-        """Preempt one sequence of the user who holds most slots, or most blocks, where a user who
-        holds fewer finds none.
+        """Preempt one sequence of the user who holds the most slots or blocks, if the next waiting
+        sequence finds no slot or too few blocks.
 
-        Otherwise a user with a sequence in every slot, or with all blocks, would keep the others
-        waiting until one of them ends. Nothing is preempted where the waiting user would then hold
-        as much as the other one does now: so a prompt as large as a hundred sequences does not
-        push out a hundred of them.
+        Otherwise a user with a sequence in every slot would keep all others waiting until one ends.
+        Nothing is preempted if the waiting user would come to hold as much as that user does now,
+        so one prompt that needs the blocks of a hundred sequences does not push out a hundred.
         """
         if max(self.num_running_of.values(), default=0) < 2:
             return
@@ -257,7 +268,7 @@ class Scheduler:
                 return
 
     def _stop(self, seq: Sequence, *, has_bad_kv: bool = False) -> None:
-        """Take a running sequence from its slot and its blocks."""
+        """Free the slot and the blocks of a running sequence."""
         index = bisect_left(self.running, seq.order, key=_order)
         assert self.running[index] is seq
         del self.running[index]
@@ -270,36 +281,37 @@ class Scheduler:
             self.adapters.let_go(seq.adapter_slot)
 
     def _lacks_adapter(self, seq: Sequence) -> bool:
-        """Whether it waits for a place for its adapter on the device."""
+        """Whether `seq` needs an adapter slot on the device and none is free."""
         return seq.adapter is not None and not self.adapters.has_room(seq.adapter)
 
     def _background_with_adapter(self) -> Sequence | None:
-        """The youngest sequence in the background that holds an adapter."""
+        """The youngest background sequence that holds an adapter slot."""
         background = takewhile(_is_background, reversed(self.running))
         return next((seq for seq in background if seq.adapter is not None), None)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Free what a running sequence holds and queue it again: it will be recomputed."""
+        """Free what a running sequence holds and queue it again; its KV will be recomputed."""
         self._stop(seq)
-        seq.num_tokens = len(seq.token_ids)  # what is in flight will be dropped and drawn again
+        seq.num_tokens = len(seq.token_ids)  # tokens in flight are dropped and sampled again
         seq.num_computed_tokens = 0
         seq.preempted_s = seq.preempted_s or time.monotonic()
         self.num_preemptions += 1
         self.add(seq)
 
     def _admit(self, step: Step, budget: int, num_background: int) -> int:
-        """Move waiting sequences into slots and rows, in turn, while there is room for them.
+        """Admit waiting sequences in turn, while there are slots, blocks and tokens for them.
 
-        num_background  sequences in the background that may be among them.
+        budget          prompt tokens that their rows may have together.
+        num_background  how many background sequences may be admitted.
 
-        Returns how many tokens their rows take, at most `budget`.
+        Returns the number of tokens that their rows have.
         """
         blocks, left = self.blocks, budget
         if not self.waiting or not self.slots.num_free:
             return 0
         num_looked_up = 0
-        held_back: list[Sequence] = []  # they wait for room for their adapters
-        may_pass = True  # others may take such room
+        held_back: list[Sequence] = []  # sequences that wait for an adapter slot
+        may_pass = True  # whether sequences behind them may take an adapter slot
         for seq in self.waiting.in_turn(self.num_running_of):
             if not (left and self.slots.num_free) or num_looked_up > MAX_LOOKUPS:
                 break
@@ -311,14 +323,15 @@ class Scheduler:
                 continue
             if seq.is_background:
                 if num_background < 1:
-                    break  # behind it there are only others of them
+                    break  # all sequences behind it are in the background too
                 num_background -= 1
             if seq.awaited_hash is not None and blocks.is_awaited(seq.awaited_hash):
                 continue  # others may pass it
-            # A block for each running sequence is kept back, or admitting would soon preempt.
+            # One block is kept free for each running sequence: if admission took them all, the
+            # next steps would have to preempt.
             num_spare = blocks.num_free - len(self.running)
             if seq.num_wanted_blocks > num_spare:
-                break  # as at its last attempt: looking again would find no more
+                break  # it needed more at its last attempt, and looking again would be in vain
             hits, seq.awaited_hash = blocks.find_prefix(seq)
             num_looked_up += len(seq.block_hashes)
             if seq.awaited_hash is not None:
@@ -337,7 +350,7 @@ class Scheduler:
         return budget - left
 
     def _start(self, seq: Sequence, hits: list[int], step: Step, budget: int) -> int:
-        """Give `seq` its slot, blocks and first row; returns the tokens of that row."""
+        """Give `seq` its slot, its blocks and its first row; returns the tokens of that row."""
         self.blocks.allocate(seq, hits)
         self.slots.allocate(seq)
         if seq.adapter is not None:
@@ -365,7 +378,7 @@ class Scheduler:
 
 
 def _priority(seq: Sequence) -> int:
-    """Lower runs first."""
+    """Lower values run first."""
     return seq.order[0]
 
 
@@ -378,12 +391,12 @@ def _is_in_front(seq: Sequence) -> bool:
 
 
 def _num_left(seq: Sequence) -> int:
-    """Tokens to compute before the next one can be sampled."""
+    """Tokens that have to be computed before the next one can be sampled."""
     return seq.num_tokens - seq.num_computed_tokens
 
 
 def _add_prompts(step: Step, prompts: list[Sequence], budget: int, *, for_oldest: int) -> int:
-    """Rows of prompts of one priority; returns how many tokens they take, at most `budget`."""
+    """Add rows for prompts of one priority, of at most `budget` tokens; returns their tokens."""
     shares = share_out(list(map(_num_left, prompts)), budget, for_oldest=for_oldest)
     for seq, share in zip(prompts, shares, strict=True):
         if share:
@@ -396,18 +409,18 @@ def _add_row(step: Step, seq: Sequence, query_len: int) -> None:
     step.query_lens.append(query_len)
     seq.num_computed_tokens += query_len
     if seq.num_computed_tokens == seq.num_tokens:
-        seq.num_tokens += 1  # a placeholder: this row is sampled from
+        seq.num_tokens += 1  # a placeholder for the token that this row samples
 
 
 def _sort_by_adapter(step: Step, num_adapter_slots: int) -> None:
-    """Put the rows in the order of their adapters' slots, those without an adapter first."""
+    """Sort the rows by adapter slot, rows without an adapter first, and fill adapter_starts."""
     slots = [NO_SLOT if seq.adapter is None else seq.adapter_slot for seq in step.seqs]
     order = sorted(range(len(slots)), key=slots.__getitem__)
     if slots[order[-1]] == NO_SLOT:
-        return  # none of these rows uses one
+        return  # no row of this step uses an adapter
     step.seqs = [step.seqs[row] for row in order]
     step.query_lens = [step.query_lens[row] for row in order]
-    counts = [0] * (num_adapter_slots + 1)  # tokens without an adapter, then those of each slot
+    counts = [0] * (num_adapter_slots + 1)  # tokens without an adapter, then tokens of each slot
     for row, query_len in zip(order, step.query_lens, strict=True):
         counts[slots[row] + 1] += query_len
     step.adapter_starts = list(accumulate(counts))
@@ -420,7 +433,8 @@ def _fill(step: Step) -> None:
     step.row_slots = [seq.slot for seq in seqs]
     step.seq_lens = seq_lens = [seq.num_computed_tokens for seq in seqs]
     step.row_samples = [seq.num_computed_tokens >= seq.num_host_tokens for seq in seqs]
-    # Past the tokens it came with, a sequence runs on what its slot has sampled itself.
+    # The device itself keeps what it samples in the slot, so the host sends tokens only for rows
+    # that lie within those that the sequence had at its admission.
     step.host_tokens = [
         None if end > seq.num_host_tokens else seq.token_ids[end - query_len : end]
         for seq, end, query_len in zip(seqs, seq_lens, step.query_lens, strict=True)
