@@ -1,5 +1,6 @@
-// What every bind.cpp needs: torch's current stream, element types, errors of a launch. The checks
-// of an op's arguments are those of common/args, the same on every device.
+// What every bind*.cpp needs: torch's current stream, the element type as the kernels know it, and
+// the error of a launch. The checks of an op's arguments are in common/args and are the same on
+// every device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,12 +9,13 @@
 #include "common/check.h"
 #include "gpu/core/dtype.h"
 
-// Weak: it lives in libtorch_cuda, and a package with the CUDA ops must load beside a CPU torch.
+// Declared weak, because the function lives in libtorch_cuda: a package with the CUDA ops must also
+// load beside a torch for the CPU, where the symbol is null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace pyserve {
 
-// The stream that torch launches on for the tensor's device.
+// The stream on which torch launches work for the tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   PYSERVE_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "torch is built without CUDA");

@@ -1,4 +1,5 @@
-// Sums over the threads of a warp and of a block, and which block of several comes last.
+// Sums over the threads of a warp and of a block, and a way to find out which of several blocks is
+// the last to arrive.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +11,8 @@
 
 namespace pyserve::gpu {
 
-// The sum over each aligned group of kWidth lanes, in all of them. The order is that of a tree.
+// The sum of x over each aligned group of kWidth lanes; every lane of the group gets it. The
+// additions form a butterfly, so their order is fixed and all lanes get the same bits.
 template <int kWidth = kWarpSize>
 __device__ __forceinline__ float lane_sum(float x) {
 #pragma unroll
@@ -20,8 +22,9 @@ __device__ __forceinline__ float lane_sum(float x) {
   return x;
 }
 
-// The sum over the block's threads, in all of them; with whole warps. Each of a kernel's calls is
-// another kCall, and so has other shared memory.
+// The sum of x over the block's threads; every thread gets it. The block must consist of whole
+// warps. Each call in a kernel passes a different kCall and so gets its own shared array: no
+// barrier is then needed between one call's reads and the next call's writes.
 template <int kMaxThreads, int kCall = 0>
 __device__ __forceinline__ float block_sum(float x) {
   __shared__ float partial[kMaxThreads / kWarpSize];
@@ -32,7 +35,7 @@ __device__ __forceinline__ float block_sum(float x) {
   return lane_sum(threadIdx.x % kWarpSize < blockDim.x / kWarpSize ? partial[lane] : 0.0f);
 }
 
-// The sum of x over the lanes up to this one.
+// The sum of x over lanes 0 .. this one, this one included.
 template <class Int>
 __device__ __forceinline__ Int warp_inclusive_sum(Int x) {
   const int lane = threadIdx.x % kWarpSize;
@@ -44,14 +47,15 @@ __device__ __forceinline__ Int warp_inclusive_sum(Int x) {
   return x;
 }
 
-// The sum of x over the threads in front of this one, of a block of kWarps warps; `total` is that
-// over all. `warp_sums` is shared memory for these sums alone: a later call may begin at once.
+// The sum of x over the threads in front of this one, in a block of kWarps warps; `total` becomes
+// the sum over all threads. `warp_sums` is shared memory that only these sums use. A further call
+// with the same array may follow at once, because each call begins with a barrier.
 template <int kWarps, class Int>
 __device__ __forceinline__ Int block_exclusive_sum(Int (&warp_sums)[kWarps],
                                                    std::type_identity_t<Int> x, Int& total) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Int inclusive = warp_inclusive_sum(x);
-  __syncthreads();  // the readers of an earlier call are through
+  __syncthreads();  // the readers of an earlier call have finished
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
   Int before = 0;
@@ -60,7 +64,7 @@ __device__ __forceinline__ Int block_exclusive_sum(Int (&warp_sums)[kWarps],
     total = __shfl_sync(kFullMask, warps, kWarps - 1);
     before = __shfl_sync(kFullMask, warps, warp == 0 ? 0 : warp - 1);
     if (warp == 0) before = 0;
-  } else {  // fewer registers, which the sampler is short of
+  } else {  // this form needs fewer registers, which the sampler is short of
     total = 0;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
@@ -71,18 +75,20 @@ __device__ __forceinline__ Int block_exclusive_sum(Int (&warp_sums)[kWarps],
   return before + inclusive - x;
 }
 
-// Whether these threads are the last of `count` such groups to arrive; if so they see what all
-// others wrote before. All of a group call it, one with is_first; `sync` is the group's barrier.
-// `flag` is a word of shared memory that nobody else uses until the group's next barrier.
-// `arrivals` is zero before the first group arrives and after the last has.
+// Several groups of threads (blocks, or parts of blocks) each do a share of some work; the one that
+// arrives last finishes it. Returns whether the calling group is the last of `count` groups; if so,
+// it sees everything that the other groups wrote before they arrived. All threads of a group call
+// this, exactly one of them with is_first. `sync` is a barrier of the group. `flag` is a word of
+// shared memory that nothing else uses until the group's next barrier. `arrivals` is zero before
+// the first group arrives, and the last group sets it back to zero.
 template <class Int, class Sync>
 __device__ __forceinline__ bool arrives_last(Int* arrivals, int count, int32_t* flag, bool is_first,
                                              Sync&& sync) {
   sync();
   if (is_first) {
-    __threadfence();  // after the barrier: orders the whole group's writes before its arrival
+    __threadfence();  // behind the barrier, so that the fence covers the writes of the whole group
     const bool last = atomicAdd(arrivals, Int{1}) == static_cast<Int>(count - 1);
-    if (last) *arrivals = 0;  // for the next launch: nobody else arrives in this one
+    if (last) *arrivals = 0;  // ready for the next launch; no further group arrives in this one
     __threadfence();
     *flag = last;
   }
@@ -90,7 +96,7 @@ __device__ __forceinline__ bool arrives_last(Int* arrivals, int count, int32_t* 
   return *flag != 0;
 }
 
-// The same of whole blocks.
+// The same where each group is a whole block.
 template <class Int>
 __device__ __forceinline__ bool arrives_last(Int* arrivals, int count, int32_t* flag) {
   return arrives_last(arrivals, count, flag, threadIdx.x == 0, [] { __syncthreads(); });

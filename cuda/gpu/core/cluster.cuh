@@ -1,26 +1,28 @@
-// CTAs that run at the same time and reach each other's shared memory (sm_90).
+// Thread block clusters (sm_90): CTAs that run at the same time and can reach each other's shared
+// memory.
 #pragma once
 
 #include <cstdint>
 
 namespace pyserve::gpu {
 
-// This CTA's place in its cluster.
+// The index of this CTA within its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
   return rank;
 }
 
-// Where `address` of this CTA's shared memory lies in CTA `rank` of the cluster.
+// The cluster-wide address of the place in the shared memory of CTA `rank` that corresponds to
+// `address` in this CTA's own.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
 
-// All threads of the cluster meet: each sees after it what any wrote before it, also to shared
-// memory of other CTAs. Whole warps call it.
+// A barrier of all threads of the cluster, called by whole warps. After it, each thread sees what
+// any thread of the cluster wrote before it, the shared memory of other CTAs included.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -28,14 +30,16 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// Arrives at a barrier of a CTA of the cluster, at its cluster_address. It orders nothing between
-// CTAs but what wgmma has read before what the copy engine writes next.
+// Arrives at an mbarrier of another CTA of the cluster, given by its cluster_address. The arrival
+// does not make this CTA's ordinary stores visible to the other CTA. It is only used to say that
+// wgmma has finished reading a stage, which the copy engine may then overwrite.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-// Starts to store 16 bytes in a CTA of the cluster, at its cluster_address, aligned; they are counted
-// by that CTA's barrier, as what tma_load brings.
+// Starts an asynchronous store of 16 bytes to the shared memory of a CTA of the cluster. `address`
+// is a cluster_address, aligned to 16 bytes. The bytes are counted by the mbarrier `barrier` of
+// that CTA (also a cluster_address), exactly as those of a tma_load are.
 __device__ __forceinline__ void store_cluster(uint32_t address, const float4& value,
                                               uint32_t barrier) {
   asm volatile(

@@ -1,5 +1,5 @@
-// What the current card is. It is asked once: launchers need these constants in every call, and a
-// step has hundreds.
+// The constants of the current device. They are queried once and kept, because every launcher needs
+// them in every call and a step makes hundreds of launches.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,9 +9,9 @@
 
 namespace pyserve::gpu {
 
-// Whether this build has the kernels of the files *_sm90a.cu, which are compiled for that
-// architecture alone. A launcher calls one of them in this way, so that no other build needs it and
-// no other card runs it:
+// Whether this build has the kernels of the files *_sm90a.cu, which are compiled for sm_90a alone.
+// A launcher calls such a kernel as below, so that builds without sm_90a do not need the symbol and
+// other devices never run it:
 //   if constexpr (kHasSm90a) {
 //     if (device->is_hopper()) return launch_something_sm90a(params, stream);
 //   }
@@ -24,15 +24,16 @@ constexpr bool kHasSm90a = false;
 struct Device {
   int major, minor;  // compute capability
   int num_sms;
-  int smem_per_block;  // bytes of shared memory that a block may ask for
-  int smem_per_sm;
+  int smem_per_block;  // the most dynamic shared memory that a block may ask for, in bytes
+  int smem_per_sm;  // in bytes
 
   bool is_hopper() const { return major == 9 && minor == 0; }
 };
 
 constexpr int kMaxDevices = 64;
 
-// Points `device` to the current device's constants, which stay where they are.
+// Points `device` to the constants of the current device. They stay at that address for the rest of
+// the process.
 inline cudaError_t current_device(const Device** device) {
   static std::atomic<const Device*> known[kMaxDevices];
   int index = 0;
@@ -50,7 +51,7 @@ inline cudaError_t current_device(const Device** device) {
     const cudaError_t error = cudaDeviceGetAttribute(value, attribute, index);
     if (error != cudaSuccess) return error;
   }
-  const Device* first = nullptr;  // the answer of the thread that asked first
+  const Device* first = nullptr;  // set where another thread has published its answer first
   *device = new Device(asked);
   if (!known[index].compare_exchange_strong(first, *device, std::memory_order_acq_rel)) {
     delete *device;

@@ -1,4 +1,4 @@
-// The element types that kernels are chosen by.
+// The element types for which the kernels are instantiated.
 #pragma once
 
 #include <cstdint>

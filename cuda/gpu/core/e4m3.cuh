@@ -1,11 +1,12 @@
-// 8-bit floats of 4 bits of exponent (sm_89 and later).
+// Conversion to e4m3: 8-bit floats with 4 bits of exponent and 3 of mantissa (sm_89 and later).
 #pragma once
 
 #include <cstdint>
 
 namespace pyserve::gpu {
 
-// Two numbers, to nearest, ties to even; what is larger than 448 becomes 448, a NaN stays one.
+// Packs two numbers, rounded to nearest with ties to even. A magnitude above 448 becomes 448, the
+// largest finite e4m3; a NaN stays a NaN.
 __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
   uint16_t pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(pair) : "f"(high), "f"(low));

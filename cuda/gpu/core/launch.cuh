@@ -1,5 +1,5 @@
-// How kernels are launched: errors come back as codes, shared memory beyond 48 KB is asked for
-// once.
+// How kernels are launched. Errors come back as codes, and shared memory beyond 48 KB is requested
+// once per kernel.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,10 +16,11 @@
 
 namespace pyserve::gpu {
 
-// Dynamic shared memory is declared under this name in every kernel:
+// Every kernel declares its dynamic shared memory under this one name:
 //   extern __shared__ __align__(128) unsigned char dynamic_smem[];
 
-// Launches kernel<<<grid, block, smem_bytes, stream>>>(args...). An empty grid is no launch.
+// Launches kernel<<<grid, block, smem_bytes, stream>>>(args...). An empty grid, which CUDA would
+// refuse, launches nothing and is a success.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t stream, Args&&... args) {
@@ -32,8 +33,10 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
-// Whether this file's kernels have the instructions of pdl.cuh in the code that `device` runs. The
-// driver translates code of another major version from what may be older PTX, without them.
+// Whether the machine code of this file's kernels that `device` runs contains the instructions of
+// pdl.cuh. It does where code was compiled for sm_90 or later of the device's own major version.
+// For any other major version the driver translates PTX, which may be of an older architecture and
+// so lack them.
 constexpr bool is_chained_on(const Device& device) {
   for (const int arch : {__CUDA_ARCH_LIST__}) {
     if (arch >= 900 && arch / 100 == device.major &&
@@ -45,8 +48,8 @@ constexpr bool is_chained_on(const Device& device) {
 }
 
 // As launch, for a kernel that keeps the rules of pdl.cuh: it may start while the kernel before it
-// in the stream still runs. Of more than 1, `cluster` neighbours each run at the same time and can
-// reach each other's shared memory; is_chained_on the device must hold then.
+// in the stream still runs. With `cluster` > 1, each `cluster` neighbouring CTAs form a thread
+// block cluster; this is allowed only where is_chained_on(device) holds.
 template <class... Params, class... Args>
 cudaError_t launch_chained_clusters(void (*kernel)(Params...), dim3 grid, unsigned cluster,
                                     dim3 block, size_t smem_bytes, cudaStream_t stream,
@@ -81,9 +84,10 @@ cudaError_t launch_chained(void (*kernel)(Params...), dim3 grid, dim3 block, siz
                                  std::forward<Args>(args)...);
 }
 
-// Allows `kKernel` this much dynamic shared memory, once in a process. Every kernel that has any
-// goes through here: the names of these variables are the table that tests/ops/test_cuda_build.py
-// reads.
+// Allows `kKernel` to have kSmemBytes of dynamic shared memory; the driver is asked once per
+// process. Every kernel with dynamic shared memory goes through here, because
+// tests/ops/test_cuda_build.py makes its table of shared memory from the names of these static
+// variables.
 template <auto kKernel, size_t kSmemBytes>
 cudaError_t allow_smem() {
   static std::atomic<bool> is_allowed{false};

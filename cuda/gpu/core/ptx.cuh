@@ -1,5 +1,5 @@
-// The few PTX instructions that kernels use, each once: asynchronous copies, ldmatrix, mma.sync.
-// All of them exist from sm_80 on. Shared memory is addressed by its 32-bit window address.
+// Wrappers of the PTX instructions that kernels use: asynchronous copies, ldmatrix, mma.sync and
+// some arithmetic. All of them exist from sm_80 on. Shared memory is given by its 32-bit address.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,8 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes to shared memory, past L1; zeros where `valid` is false (`source` must still be
-// an address that may be formed, it is not read).
+// Copies 16 bytes from global to shared memory, bypassing L1. Where `valid` is false it writes
+// zeros and does not read `source`, which must nevertheless be a legal pointer value.
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
   const int size = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),
@@ -27,14 +27,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }
 
-// Waits until at most `kPending` of this thread's newest groups are incomplete.
+// Waits until at most the newest `kPending` of this thread's copy groups are incomplete.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements: lanes 8i .. 8i+7 give the row addresses of matrix i, each
-// lane gets row lane/4, columns 2*(lane%4), +1 of every matrix.
+// Loads four 8x8 matrices of 16-bit elements. Lanes 8i .. 8i+7 supply the row addresses of matrix
+// i; of every matrix each lane receives row lane/4, columns 2*(lane%4) and 2*(lane%4)+1.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -50,15 +50,16 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
-// A warp's 8x8 matrix of 16-bit elements, of which a lane has row lane/4, columns 2*(lane%4), +1, to
-// its transpose, likewise.
+// Transposes a warp's 8x8 matrix of 16-bit elements. Before and after, each lane holds row lane/4,
+// columns 2*(lane%4) and 2*(lane%4)+1.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(pair));
   return transposed;
 }
 
-// 16 bytes, or 4, of shared memory. Volatile, as is what waits for them to be there.
+// Loads of 16 bytes and of 4 bytes from shared memory. They are volatile so that they stay behind
+// the waits for the data, which are volatile too.
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
@@ -83,7 +84,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                : "memory");
 }
 
-// c += a b: a 16x16 (row major fragment), b 16x8 (b0, b1), c 16x8 in float32.
+// c += a b for a 16x16 fragment a (row major), a 16x8 fragment b (b0, b1) and a 16x8 float32
+// accumulator.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                           uint32_t b1) {
@@ -103,14 +105,15 @@ __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4],
   }
 }
 
-// 2^x to about 2 ulp; 2^-inf is 0.
+// 2^x with an error of about 2 ulp; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 16 bytes that are read once: not kept in L1. Not by ld.global.nc: pdl.cuh.
+// Loads 16 bytes that are read only once, without keeping them in L1. It is not ld.global.nc
+// because of rule 3 in pdl.cuh.
 __device__ __forceinline__ uint4 load_streaming(const void* source) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -119,14 +122,14 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
   return value;
 }
 
-// Hides from the compiler how `value` was computed: what was derived from it before, its floats for
-// example, is derived again instead of being held in registers.
+// Hides from the compiler how `value` was computed. Values derived from it earlier, such as its
+// elements as floats, are then computed again instead of being kept in registers.
 __device__ __forceinline__ void forget_origin(uint4& value) {
   asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
 }
 __device__ __forceinline__ void forget_origin(int& value) { asm volatile("" : "+r"(value)); }
 
-// Two floats to two 16-bit elements, `low` in the low half.
+// Rounds two floats to two 16-bit elements in one word, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -148,14 +151,14 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
   }
 }
 
-// (word & mask) | bits in one instruction; written so the compiler takes two.
+// (word & mask) | bits as one lop3 instruction; the compiler makes two of the plain expression.
 __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
   return result;
 }
 
-// a * b + c of two 16-bit elements each, rounded once.
+// a * b + c for each of the two 16-bit elements of a word, rounded once.
 template <class T>
 __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;

@@ -1,11 +1,12 @@
-// Copies of boxes of a tensor to shared memory by the copy engine (sm_90's TMA). One thread starts
-// a copy; its bytes are counted by an mbarrier. What lies outside the tensor arrives as zeros, and
+// Copies of boxes of a tensor from global to shared memory by the copy engine (TMA, sm_90). One
+// thread starts a copy, and an mbarrier counts its bytes. Elements outside the tensor arrive as
+// zeros and are counted too.
 // is counted too.
 //
-// Boxes of 16-bit elements and of bytes have rows of 128 bytes and land with the 128-byte swizzle that
-// wgmma.cuh reads: the 16-byte chunk c of row r lies at chunk c ^ (r % 8); rows count from a 1024-byte
-// boundary.
-// Boxes of 8-byte words land as they are, row behind row.
+// Boxes of 16-bit elements and of bytes have rows of 128 bytes and are stored with the 128-byte
+// swizzle that wgmma.cuh reads: 16-byte chunk c of row r lies at chunk c ^ (r % 8), with rows
+// counted from a 1024-byte boundary. Boxes of 8-byte words are stored without a swizzle, row behind
+// row.
 #pragma once
 
 #include <cuda.h>
@@ -21,19 +22,22 @@ namespace pyserve::gpu {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// A tensor and the box that one copy takes of it, in elements; dimension 0 is contiguous. Kernels take
-// the encoded map as `const __grid_constant__ CUtensorMap`.
+// A tensor and the box that one copy takes of it. All sizes and strides are in elements, and
+// dimension 0 is the contiguous one. Kernels take the encoded map as `const __grid_constant__
+// CUtensorMap`.
 template <int kRank>
 struct TensorBox {
   const void* data;           // aligned to 16 bytes
   uint64_t sizes[kRank];
-  int64_t strides[kRank];     // [0] is 1, the others are multiples of 16 bytes
-  uint32_t box_sizes[kRank];  // at most 256; [0] is 128 bytes, of words a multiple of 16
+  int64_t strides[kRank];  // [0] is 1; the others are multiples of 16 bytes
+  // each at most 256; [0] covers 128 bytes, or of 8-byte words a multiple of 16 bytes
+  uint32_t box_sizes[kRank];
 };
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, found once: so that nothing links against the driver.
+// Looks up cuTensorMapEncodeTiled of the driver once per process, so that the package need not link
+// against the driver.
 inline cudaError_t find_encode_tensor_map(EncodeTensorMap* function) {
   static std::atomic<EncodeTensorMap> known{nullptr};
   *function = known.load(std::memory_order_relaxed);
@@ -68,7 +72,7 @@ cudaError_t encode_tensor_map(const TensorBox<kRank>& box, const TensorElements&
     boxes[i] = box.box_sizes[i];
     steps[i] = 1;
     if (i == 0) continue;
-    // Where there is but one, torch may give any stride.
+    // torch may give any stride to a dimension of size 1, also one that the driver refuses.
     strides[i - 1] =
         box.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(box.strides[i]) * elements.num_bytes;
   }
@@ -79,8 +83,8 @@ cudaError_t encode_tensor_map(const TensorBox<kRank>& box, const TensorElements&
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Encodes `box`, of 16-bit elements, for tma_load; no device work. cudaErrorInvalidValue where TMA
-// cannot address it.
+// Encodes a box of 16-bit elements for tma_load; this is host work only. Returns
+// cudaErrorInvalidValue where TMA cannot address the tensor.
 template <int kRank>
 cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensorMap* map) {
   const CUtensorMapDataType type = dtype == Dtype::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -88,14 +92,14 @@ cudaError_t encode_tensor_map(const TensorBox<kRank>& box, Dtype dtype, CUtensor
   return encode_tensor_map<kRank>(box, TensorElements{type, 2, CU_TENSOR_MAP_SWIZZLE_128B}, map);
 }
 
-// The same of bytes.
+// The same for a tensor of bytes.
 template <int kRank>
 cudaError_t encode_byte_map(const TensorBox<kRank>& box, CUtensorMap* map) {
   return encode_tensor_map<kRank>(
       box, TensorElements{CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, CU_TENSOR_MAP_SWIZZLE_128B}, map);
 }
 
-// The same of 8-byte words.
+// The same for a tensor of 8-byte words.
 template <int kRank>
 cudaError_t encode_word_map(const TensorBox<kRank>& box, CUtensorMap* map) {
   return encode_tensor_map<kRank>(
@@ -104,8 +108,8 @@ cudaError_t encode_word_map(const TensorBox<kRank>& box, CUtensorMap* map) {
 
 // ---- device -------------------------------------------------------------------------------------
 
-// Orders this thread's ordinary accesses of shared memory before what the copy engine and wgmma do
-// there after the next barrier.
+// Orders this thread's ordinary accesses to shared memory before the accesses that the copy engine
+// and wgmma make there after the next barrier.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
@@ -114,8 +118,9 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
-// Starts the copy of the box at the given element coordinates (dimension 0 first) to `destination`,
-// in shared memory and aligned to 128 bytes. `barrier` must expect its bytes.
+// Starts the copy of the box at the given element coordinates (dimension 0 first) to `destination`
+// in shared memory, which is aligned to 128 bytes. `barrier` must have been told to expect the
+// bytes.
 __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
                                          uint32_t barrier, int c0, int c1) {
   asm volatile(
@@ -143,7 +148,8 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-// How long L2 is to keep what a copy reads: the words of createpolicy for all of it.
+// How long L2 should keep what a copy reads. The values are the 64-bit policies that the
+// createpolicy instruction makes for a fraction of 1.
 enum class L2Hint : uint64_t {
   kNormal = 0x1000000000000000,
   kEvictFirst = 0x12f0000000000000,
@@ -169,8 +175,9 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-// The same to every CTA of the cluster whose bit is set in `ctas`: to the same place of each one's
-// shared memory, counted by its barrier in the same place as `barrier`.
+// The same, to every CTA of the cluster whose bit is set in `ctas`. The box lands at the same
+// offset in each CTA's shared memory as `destination` here, and is counted by the mbarrier at the
+// same offset as `barrier`.
 __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
                                                    uint32_t barrier, int c0, int c1, uint16_t ctas,
                                                    L2Hint hint) {
@@ -190,7 +197,8 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-// Byte offset of 16-byte chunk `chunk` (0 .. 7) of row `row` in a tile as tma_load leaves it.
+// The byte offset of 16-byte chunk `chunk` (0 .. 7) of row `row` in a tile that tma_load has stored
+// with the swizzle.
 __device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
 }

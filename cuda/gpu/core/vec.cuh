@@ -1,4 +1,4 @@
-// Eight 16-bit elements at a time, the widest a thread loads.
+// Vectors of eight 16-bit elements: 16 bytes, the most that a thread loads with one instruction.
 #pragma once
 
 #include <type_traits>
@@ -54,11 +54,11 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// -inf as an element.
+// The bits of -inf as an element.
 template <class T>
 constexpr uint16_t kMinusInfBits = std::is_same_v<T, __nv_bfloat16> ? 0xff80 : 0xfc00;
 
-// Whether rows that begin at `data`, `stride` elements apart, may be read 16 bytes at a time.
+// Whether rows that begin at `data`, `stride` elements apart, may be read in vectors of 16 bytes.
 inline bool is_vec_aligned(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVec == 0;
 }

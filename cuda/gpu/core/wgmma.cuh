@@ -1,15 +1,16 @@
-// Matrix products of a warpgroup (sm_90a's wgmma): four warps, the first at a multiple of four,
-// compute d[64][n] (+)= a[64][16] b[16][n] in float32 from 16-bit a and b. b lies in shared memory,
-// a there or in registers. All 128 threads execute each call, together.
+// Matrix products of a warpgroup (sm_90a's wgmma). A warpgroup is four warps, the first of which
+// has an index that is a multiple of four. It computes d[64][n] = a[64][16] b[16][n], or adds the
+// product to d, in float32 from 16-bit a and b. b lies in shared memory, a in shared memory or in
+// registers. All 128 threads execute each call together.
 //
-// Order of calls: wgmma_fence(); products; wgmma_commit(); wgmma_wait<pending>(). Between the first
-// product and the wait nobody may touch d, or a in registers: keep_registers() on both sides of
-// them keeps the compiler from moving accesses across.
+// The order of calls is wgmma_fence(); products; wgmma_commit(); wgmma_wait<pending>(). Between the
+// first product and the wait nothing may touch d, nor the registers of a. keep_registers() before
+// and behind the products keeps the compiler from moving accesses across.
 //
-// Fragments: a thread (warp w, lane l of the group) holds of d, at d[4 * j + i] with i in 0 .. 3,
-// row 16 w + l / 4 + i / 2 * 8 and column 8 j + l % 4 * 2 + i % 2. a in registers is the fragment
-// of mma.sync m16n8k16: what pack_pair makes of d[8 k + 0, 1], [2, 3], [4, 5], [6, 7] is a of
-// columns 16 k .. 16 k + 15.
+// Fragments: the thread with lane l of warp w of the group holds, in d[4 * j + i] with i in 0 .. 3,
+// the element of row 16 w + l / 4 + i / 2 * 8 and column 8 j + l % 4 * 2 + i % 2. An a in registers
+// is the fragment of mma.sync m16n8k16. So a d can become the next product's a: pack_pair of the
+// d[8 k + 0, 1], [2, 3], [4, 5], [6, 7] gives the a of columns 16 k .. 16 k + 15.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,8 +22,9 @@
 namespace pyserve::gpu {
 
 // ---- operands in shared memory -----------------------------------------------------------------
-// A tile is made of panels with rows of 128 bytes (64 elements) and the swizzle of tma.cuh, each
-// aligned to 1024 bytes. Which way the rows run is the operand's major dimension.
+// A tile consists of panels whose rows are 128 bytes (64 elements) with the swizzle of tma.cuh;
+// each panel is aligned to 1024 bytes. The operand's major dimension is the one along which the
+// rows run.
 
 constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
 
@@ -33,14 +35,16 @@ __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t l
          static_cast<uint64_t>(stride_bytes >> 4) << 32;
 }
 
-// An operand whose rows run along k, as weights [n, k], activations [m, k] and keys [n, k] lie: one
-// panel is [rows of m or n][64 of k]. The next 16 of k are 32 bytes further: advance_descriptor.
+// An operand whose rows run along k, as do weights [n, k], activations [m, k] and keys [n, k]. One
+// panel is [rows of m or n][64 of k]. The next 16 of k lie 32 bytes further on: see
+// advance_descriptor.
 __device__ __forceinline__ uint64_t k_major_descriptor(uint32_t address) {
-  return make_descriptor(address, 16, 1024);  // the first is not read: 64 of k are one row
+  // leading_bytes is not read here, since all 64 of k are in one row
+  return make_descriptor(address, 16, 1024);
 }
 
-// An operand whose rows run along m or n, as values [k, n] lie: one panel is [rows of k][64 of n],
-// the next 64 of n are `panel_bytes` further. A product reads 16 rows of each panel.
+// An operand whose rows run along m or n, as do values [k, n]. One panel is [rows of k][64 of n],
+// and the next 64 of n lie `panel_bytes` further on. A product reads 16 rows of each panel.
 __device__ __forceinline__ uint64_t mn_major_descriptor(uint32_t address, uint32_t panel_bytes) {
   return make_descriptor(address, panel_bytes, 1024);
 }
@@ -53,7 +57,8 @@ enum class Major { kK, kMN };
 
 // ---- order -------------------------------------------------------------------------------------
 
-// Before the first product of a group: orders accesses of its registers before it.
+// Called before the first product of a group: orders earlier accesses to the registers of the
+// products before them.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
@@ -62,7 +67,7 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 }
 
-// Waits until at most `kPending` of the newest groups are incomplete.
+// Waits until at most the newest `kPending` groups of products are incomplete.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
@@ -80,10 +85,12 @@ __device__ __forceinline__ void keep_registers(Register (&r)[kCount]) {
   }
 }
 
-// Registers of each thread of this warpgroup from now on, a multiple of 8. The kernel needs
-// __launch_bounds__(threads, 1), and the sum over its warps must stay within what it began with.
-// The compiler follows only if warpgroups that differ in this share no code, and a trap is shared:
-// only one side of the branch may have any. Else it spills, and serialises the products (C7512).
+// setmaxnreg: sets how many registers each thread of this warpgroup has from now on, a multiple of
+// 8. take_registers raises the number, give_registers lowers it. The kernel needs
+// __launch_bounds__(threads, 1), and the sum over its warps must stay within what the launch gave
+// it. The compiler uses the new number only where warpgroups with different numbers share no code.
+// The code of a trap is always shared, so only one side of the branch may contain any. Otherwise
+// the compiler spills registers and serialises the products (warning C7512).
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
@@ -139,8 +146,10 @@ __device__ __forceinline__ void give_registers() {
 #define PYSERVE_DATA_N224(d) PYSERVE_DATA_N192(d), PYSERVE_DATA_16(d, 96)
 #define PYSERVE_DATA_N256(d) PYSERVE_DATA_N224(d), PYSERVE_DATA_16(d, 112)
 
-// Operands after d: of SS %A, %B the descriptors, %C whether d is added; of RS %A .. %D the
-// registers of a, %E the descriptor of b, %F whether d is added; the last is b's major dimension.
+// The operands behind those of d. For SS (both operands in shared memory), A and B are the
+// descriptors and C says whether d is added. For RS (a in registers), A .. D are the registers of
+// a, E is the descriptor of b, and F says whether d is added. The last one, D or G, is the major
+// dimension of b.
 #define PYSERVE_WGMMA_SS(N, TYPE, A, B, C, D)                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #C ", 0;\n"                                 \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"             \
@@ -166,8 +175,8 @@ __device__ __forceinline__ void give_registers() {
     PYSERVE_WGMMA_SS(256, TYPE, 128, 129, 130, 131);                 \
   }
 
-// d (+)= a b with both operands in shared memory: a runs along k, b as kMajor says; n is twice the
-// size of d: 64, 128, 224 or 256. d is overwritten unless is_added.
+// d = a b, or d += a b where is_added, with both operands in shared memory. a is k-major, b as
+// kMajor says. n is twice kCount, the number of accumulators per thread: 64, 128, 224 or 256.
 template <class T, Major kMajor, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool is_added) {
   static_assert(kCount == 32 || kCount == 64 || kCount == 112 || kCount == 128);
@@ -211,9 +220,10 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4]
                : PYSERVE_DATA_N##N(d)                                                 \
                : "l"(a), "l"(b), "r"(static_cast<int>(is_added)))
 
-// d (+)= a[64][32] b[32][n] of e4m3, both in shared memory and along k: a row of a panel is 128 of
-// them. n is 64 or 128. The sums have some 14 bits beside the largest product of each step, not the 24
-// of float32: who adds up more than a few hundred of k does so in registers of its own.
+// d = a[64][32] b[32][n], or d += it where is_added, in e4m3. Both operands are in shared memory
+// and k-major; a row of a panel holds 128 elements. n is 64 or 128. The tensor core keeps only
+// about 14 bits below the largest product of each step, not the 24 bits of float32. A caller that
+// sums over more than a few hundred of k must therefore accumulate in registers of its own.
 template <int kCount>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[kCount], uint64_t a, uint64_t b,
                                            bool is_added) {
